@@ -1,0 +1,63 @@
+"""GPT-2 and GPT-OSS in JAX: from a Hugging Face checkpoint to text.
+
+    import gptjax
+
+    lm = gptjax.load("gpt2-tales")
+    print(lm.generate("Once upon a time", max_tokens=64).text)
+
+Importing this package, or a module of it, imports nothing above that module; names are looked up when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptjax.api import LanguageModel, load
+    from gptjax.engine.output import Chunk, Completion, Timings, Usage
+    from gptjax.errors import CapacityError, CheckpointError, ConfigError, GptjaxError, RequestError
+    from gptjax.text import Tokenizer, load_tokenizer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LanguageModel": "gptjax.api",
+    "load": "gptjax.api",
+    "Chunk": "gptjax.engine.output",
+    "Completion": "gptjax.engine.output",
+    "Timings": "gptjax.engine.output",
+    "Usage": "gptjax.engine.output",
+    "CapacityError": "gptjax.errors",
+    "CheckpointError": "gptjax.errors",
+    "ConfigError": "gptjax.errors",
+    "GptjaxError": "gptjax.errors",
+    "RequestError": "gptjax.errors",
+    "Tokenizer": "gptjax.text",
+    "load_tokenizer": "gptjax.text",
+}
+
+__all__ = [
+    "CapacityError",
+    "CheckpointError",
+    "Chunk",
+    "Completion",
+    "ConfigError",
+    "GptjaxError",
+    "LanguageModel",
+    "RequestError",
+    "Timings",
+    "Tokenizer",
+    "Usage",
+    "__version__",
+    "load",
+    "load_tokenizer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'gptjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

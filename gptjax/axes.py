@@ -1,0 +1,34 @@
+"""The letters of all axes, once. One letter has one meaning everywhere in gptjax.
+
+A local array carries its axes as a suffix: `q_BTNH` is [batch, query position, query head, head width]. The same
+names are the logical axes that every weight declares (`nn.with_logical_partitioning`), from which shardings follow.
+A suffix that does not tell the truth is a bug.
+"""
+
+from typing import Final
+
+GLOSSARY: Final = {
+    "B": "batch: rows, or slots of the cache",
+    "T": "query positions: tokens of this call",
+    "S": "cache positions: keys and values that can be attended to",
+    "D": "model width",
+    "N": "query heads",
+    "K": "key/value heads",
+    "G": "query heads that share one key/value head: N / K",
+    "H": "head width",
+    "F": "feed-forward width",
+    "E": "experts",
+    "X": "experts a token is routed to",
+    "R": "heads of q, k and v together: N + 2K",
+    "V": "vocabulary",
+    "C": "candidates: the most likely tokens, reported beside the one drawn",
+    "L": "layers",
+}
+
+# Logical axes of weights. A product of axes is one axis of a matrix and is sharded by its first factor.
+WIDTH: Final = "D"
+VOCAB: Final = "V"
+POSITION: Final = "S"
+MLP: Final = "F"
+HEADS: Final = "NH"
+QKV_HEADS: Final = "QKV"  # (N + 2K)·H: all query heads, then all key heads, then all value heads

@@ -1,0 +1,39 @@
+"""Feed-forward networks and their activations."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from gptjax.axes import MLP as MLP_AXIS
+from gptjax.axes import WIDTH
+from gptjax.layers.linear import Linear
+
+ACTIVATIONS: Final[dict[str, Callable[[jax.Array], jax.Array]]] = {
+    "gelu_erf": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+class MLP(nn.Module):
+    """`down(activation(up(x)))`."""
+
+    mlp_width: int
+    activation: str  # a key of ACTIVATIONS
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        linear = partial(Linear, dtype=self.dtype, param_dtype=self.param_dtype)
+        h_BTF = linear(self.mlp_width, (WIDTH, MLP_AXIS), name="up")(x_BTD)
+        h_BTF = ACTIVATIONS[self.activation](h_BTF.astype(jnp.float32)).astype(self.dtype)
+        return linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down")(h_BTF)

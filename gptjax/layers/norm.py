@@ -1,0 +1,32 @@
+"""Normalisation, computed in float32."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from gptjax.axes import WIDTH
+
+
+class LayerNorm(nn.Module):
+    """`(x - mean) / sqrt(variance + epsilon) * scale + bias`, with the biased variance, over the last axis."""
+
+    epsilon: float
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D] of `dtype`."""
+
+        def weight(name: str, init: nn.initializers.Initializer) -> jax.Array:
+            init = nn.with_logical_partitioning(init, (WIDTH,))
+            value: jax.Array = self.param(name, init, (x.shape[-1],), self.param_dtype)
+            return value.astype(jnp.float32)
+
+        x = x.astype(jnp.float32)
+        # The variance of differences from the mean: E[x²] - E[x]² loses all digits where the mean is large.
+        centred = x - x.mean(axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + self.epsilon)
+        scaled = normed * weight("scale", nn.initializers.ones_init()) + weight("bias", nn.initializers.zeros_init())
+        return scaled.astype(self.dtype)

@@ -1,0 +1,123 @@
+"""GPT-2: learned positions, pre-norm blocks, LayerNorm, GELU, tied head.
+
+Source: openai/gpt-2 `src/model.py`; transformers `models/gpt2/modeling_gpt2.py`.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from gptjax.axes import POSITION, VOCAB, WIDTH
+from gptjax.cache import KVCache
+from gptjax.config import GPT2Config
+from gptjax.layers.attention import Attention
+from gptjax.layers.mlp import MLP
+from gptjax.layers.norm import LayerNorm
+
+
+class Block(nn.Module):
+    """`x += attention(norm(x)); x += mlp(norm(x))`."""
+
+    config: GPT2Config
+    layer: int
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    implementation: str
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """[B, T, D] -> [B, T, D], and the cache with this layer's new keys and values."""
+        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        scale = 1 / math.sqrt(config.head_width) if config.scale_attention else 1.0
+        if config.scale_attention_by_layer:
+            scale /= self.layer + 1
+        attention = Attention(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_width=config.head_width,
+            scale=scale,
+            layer=self.layer,
+            implementation=self.implementation,
+            name="attention",
+            **dtypes,
+        )
+        mlp = MLP(config.mlp_width, config.activation, name="mlp", **dtypes)
+
+        out_BTD, cache = attention(
+            LayerNorm(config.norm_epsilon, name="attention_norm", **dtypes)(x_BTD), positions_BT, cache
+        )
+        x_BTD = x_BTD + out_BTD
+        x_BTD = x_BTD + mlp(LayerNorm(config.norm_epsilon, name="mlp_norm", **dtypes)(x_BTD))
+        return x_BTD, cache
+
+
+class GPT2(nn.Module):
+    """A GPT-2 of any size. Used as pure functions:
+
+        hidden_BTD, cache = model.apply({"params": params}, tokens_BT, positions_BT, cache)
+        logits = model.apply({"params": params}, hidden, method="head")        # on the rows that need logits
+
+    `dtype` is what is computed in; LayerNorm, softmax and logits are float32 inside whatever it is.
+    """
+
+    config: GPT2Config
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    implementation: str = "auto"
+
+    def setup(self) -> None:
+        """Declares the weights."""
+        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        normal = nn.initializers.normal(0.02)
+        embedding_init = nn.with_logical_partitioning(normal, (VOCAB, WIDTH))
+        self.token_embedding = self.param(
+            "token_embedding", embedding_init, (config.vocab_size, config.width), self.param_dtype
+        )
+        self.position_embedding = self.param(
+            "position_embedding",
+            nn.with_logical_partitioning(normal, (POSITION, WIDTH)),
+            (config.context_length, config.width),
+            self.param_dtype,
+        )
+        self.blocks = [
+            Block(config, layer, implementation=self.implementation, name=f"block_{layer}", **dtypes)
+            for layer in range(config.num_layers)
+        ]
+        self.final_norm = LayerNorm(config.norm_epsilon, **dtypes)
+        if not config.tied_head:
+            self.head_embedding = self.param(
+                "head_embedding", embedding_init, (config.vocab_size, config.width), self.param_dtype
+            )
+
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Final hidden states, after the last norm.
+
+        Args:
+          tokens_BT: int32 token ids; what stands at padding does not matter.
+          positions_BT: int32 position of each token in its sequence, ascending in a row; negative is padding.
+          cache: earlier keys and values, to which these tokens' are added; None to attend to these tokens alone.
+
+        Returns:
+          [B, T, D] of `dtype`, and the cache.
+        """
+        if cache is not None:
+            cache = cache.extended(positions_BT)
+        # Padding reads row 0 rather than out of bounds: gathers fill those with NaN.
+        tokens_BTD = self.token_embedding[jnp.where(positions_BT < 0, 0, tokens_BT)]
+        positions_BTD = self.position_embedding[jnp.maximum(positions_BT, 0)]
+        x_BTD = tokens_BTD.astype(self.dtype) + positions_BTD.astype(self.dtype)
+        for block in self.blocks:
+            x_BTD, cache = block(x_BTD, positions_BT, cache)
+        return self.final_norm(x_BTD), cache
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Logits of hidden states, [..., D] -> [..., V] float32."""
+        embedding_VD = self.token_embedding if self.config.tied_head else self.head_embedding
+        return jnp.einsum("...d,vd->...v", hidden, embedding_VD.astype(self.dtype), preferred_element_type=jnp.float32)

@@ -1,0 +1,84 @@
+"""From a configuration to its model, and what follows from a model's own declaration of its weights."""
+
+import math
+import os
+from typing import Any, Final
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from gptjax.cache import KVCache
+from gptjax.config import GPT2Config, ModelConfig
+from gptjax.errors import CapacityError, RequestError
+from gptjax.models.gpt2 import GPT2
+
+Model = GPT2  # the union of all models
+Params = dict[str, Any]  # nested; the leaves are arrays
+
+_MODELS: Final = {GPT2Config: GPT2}
+
+
+def build(
+    config: ModelConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+    implementation: str = "auto",
+) -> Model:
+    """The model of a configuration. `param_dtype` is what weights are declared in, `dtype` if not given."""
+    return _MODELS[type(config)](
+        config, dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype, implementation=implementation
+    )
+
+
+def init_params(model: Model, key: jax.Array) -> Params:
+    """Random weights."""
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    return nn.meta.unbox(model.init(key, tokens_BT, tokens_BT))["params"]
+
+
+def abstract_params(model: Model) -> Params:
+    """Shapes and dtypes of all weights, as `jax.ShapeDtypeStruct`, allocating nothing."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+def num_params(model: Model) -> int:
+    """How many numbers the model's weights are."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)))
+
+
+def create_cache(model: Model, *, batch: int, max_length: int) -> KVCache:
+    """An empty cache for the model."""
+    config = model.config
+    return KVCache.create(
+        num_layers=config.num_layers,
+        batch=batch,
+        max_length=max_length,
+        num_kv_heads=config.num_kv_heads,
+        head_width=config.head_width,
+        dtype=model.dtype,
+    )
+
+
+def positions(config: ModelConfig, max_length: int | None) -> int:
+    """The positions of a sequence to use: as given, else $GPTJAX_MAX_LENGTH, else all that the model has.
+
+    Raises:
+      CapacityError: more than the model has.
+      RequestError: not a whole number of at least 1.
+    """
+    source: str = "max_length"
+    given: object = max_length
+    if given is None and (text := os.environ.get("GPTJAX_MAX_LENGTH")):
+        source, given = "GPTJAX_MAX_LENGTH", int(text) if text.isascii() and text.isdecimal() else text
+    if given is None:
+        return config.context_length
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise RequestError(f"{source} must be a whole number of at least 1, found {given!r}")
+    if given > config.context_length:
+        raise CapacityError(
+            f"{source} is {given}, but the model has {config.context_length} positions: choose at most that"
+        )
+    return given

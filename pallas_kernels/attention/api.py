@@ -1,0 +1,50 @@
+"""Scaled dot-product attention over keys and values that may lie in a cache."""
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.attention import reference
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    q_positions_BT: jax.Array,
+    k_positions_BS: jax.Array,
+    *,
+    scale: float,
+    cached: bool,
+    implementation: str = dispatch.AUTO,
+) -> jax.Array:
+    """Causal attention with grouped queries.
+
+    Means, for a query head n that uses key/value head k = n // (N / K), float32 inside:
+
+        seen[t, s]  = 0 <= k_positions[s] <= q_positions[t]
+        weights[t]  = softmax(where(seen[t], q[t, n] · k[k, :] * scale, -inf))       (0 where nothing is seen)
+        out[t, n]   = Σ_s weights[t, s] * v[k, s]
+
+    Args:
+      q_BTNH: queries.
+      k_BKSH, v_BKSH: keys and values; N is a multiple of K. What lies at unseen positions has no influence, not even
+        NaN.
+      q_positions_BT, k_positions_BS: int32 position of each query and key in its sequence; negative is padding, whose
+        result is 0.
+      scale: what scores are multiplied with.
+      cached: the keys lie in a preallocated cache, at most partly filled: read only the blocks in use. Otherwise all
+        scores are computed at once, which can be differentiated.
+      implementation: "auto" or "xla".
+
+    Returns:
+      [B, T, N, H], of the queries' dtype. Products take operands of the given dtypes and accumulate in float32.
+
+    Raises:
+      ValueError: an unknown implementation, or N not a multiple of K.
+    """
+    N, K = q_BTNH.shape[2], k_BKSH.shape[1]
+    if N % K:
+        raise ValueError(f"{N} query heads cannot share {K} key/value heads: not a multiple")
+    available = {"xla": reference.blocked if cached else reference.dense}
+    run = dispatch.choose("attention", implementation, available)
+    return run(q_BTNH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, scale=scale)
