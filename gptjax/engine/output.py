@@ -1,0 +1,168 @@
+"""From a request's tokens to its text, its end and its result."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+from gptjax.engine.engine import Token
+from gptjax.engine.request import Request
+from gptjax.text import Detokenizer
+
+NOT_FINITE = (
+    "the model's logits were not finite (NaN or infinity), so no token could be drawn: the weights may be damaged, or "
+    "overflow in this dtype; try dtype='float32', and check the checkpoint with `gptjax info`"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Tokens that were read and written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Both together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Wall-clock seconds. The first call of a process also pays for compilation."""
+
+    time_to_first_token: float  # from the request's admission: prefill and the first draw
+    decode: float  # from the first token to the last
+
+    def tokens_per_second(self, completion_tokens: int) -> float:
+        """The rate of the tokens after the first; 0 where there are none."""
+        return (completion_tokens - 1) / self.decode if self.decode > 0 else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What came of one prompt."""
+
+    text: str  # without special tokens and stop strings; "" where the checkpoint has no tokenizer
+    token_ids: tuple[int, ...]  # every token drawn, the one that ended the text included
+    logprobs: tuple[float, ...]  # the model's own log-probability of each
+    top_logprobs: tuple[dict[int, float], ...]  # most likely first; empty unless asked for
+    finish_reason: str  # "stop" (end-of-text or a stop), "length", or "error"
+    error: str | None  # what went wrong, where finish_reason is "error"
+    seed: int  # what reproduces it
+    usage: Usage
+    timings: Timings
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """One token's worth of a stream. `text` may be empty while characters or a possible stop are incomplete."""
+
+    text: str
+    token_id: int
+    logprob: float
+    top_logprobs: dict[int, float]
+    completion: Completion | None  # the whole result, on the last chunk only
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the stream ended; None before the last chunk."""
+        return None if self.completion is None else self.completion.finish_reason
+
+
+class StopFinder:
+    """Cuts a streamed text at the first stop string to be complete, however the text is split into pieces."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = stops
+        self._held = ""
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        """The text that is certain, and whether a stop was found. Holds back what may be a stop's beginning."""
+        text = self._held + piece
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)[1]], True
+        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        cut = len(text) - held
+        self._held = text[cut:]
+        return text[:cut], False
+
+    def finish(self) -> str:
+        """What was held back, at the end of the text."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest proper beginning of `stop` that `text` ends in."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+class Output:
+    """Collects a request's tokens, from its admission on, until they end."""
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        max_length: int,
+        detokenizer: Detokenizer | None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self._request = request
+        self._room = request.room(max_length)
+        self._detokenizer = detokenizer
+        self._stops = StopFinder(request.stop)
+        self._clock = clock
+        self._began = self._first = clock()
+        self._text: list[str] = []
+        self._tokens: list[Token] = []
+
+    def push(self, token: Token) -> Chunk:
+        """Takes the next token. The chunk's `completion` is set when it was the last one."""
+        if token.token_id < 0:
+            return self._chunk(token, self._flush(), "error")
+        if not self._tokens:
+            self._first = self._clock()
+        self._tokens.append(token)
+        if token.token_id in self._request.stop_ids:
+            return self._chunk(token, self._flush(), "stop")
+        piece = self._detokenizer.push(token.token_id) if self._detokenizer is not None else ""
+        text, stopped = self._stops.push(piece)
+        if stopped:
+            return self._chunk(token, text, "stop")
+        if len(self._tokens) == self._room:
+            return self._chunk(token, text + self._flush(), "length")
+        return self._chunk(token, text, None)
+
+    def _flush(self) -> str:
+        """The rest of the text: bytes that never became a character, and what might have begun a stop."""
+        tail, _ = self._stops.push(self._detokenizer.finish() if self._detokenizer is not None else "")
+        return tail + self._stops.finish()
+
+    def _chunk(self, token: Token, text: str, finish_reason: str | None) -> Chunk:
+        self._text.append(text)
+        completion = None if finish_reason is None else self._completion(finish_reason)
+        return Chunk(text, token.token_id, token.logprob, self._top(token), completion)
+
+    def _top(self, token: Token) -> dict[int, float]:
+        return dict(token.top[: self._request.params.top_logprobs])
+
+    def _completion(self, finish_reason: str) -> Completion:
+        asked = self._request.params.top_logprobs > 0
+        return Completion(
+            text="".join(self._text),
+            token_ids=tuple(token.token_id for token in self._tokens),
+            logprobs=tuple(token.logprob for token in self._tokens),
+            top_logprobs=tuple(self._top(token) for token in self._tokens) if asked else (),
+            finish_reason=finish_reason,
+            error=NOT_FINITE if finish_reason == "error" else None,
+            seed=self._request.seed,
+            usage=Usage(len(self._request.prompt_ids), len(self._tokens)),
+            timings=Timings(self._first - self._began, self._clock() - self._first),
+        )

@@ -1,0 +1,141 @@
+"""The jitted steps that all generation is made of, and the state they pass along.
+
+`sample` then `advance` is one decoded token: a token can be read, and sent to its reader, while the device already
+works on the next. Each step takes the model as a static argument, so two models of one configuration share what was
+compiled.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import sampling
+from gptjax.cache import KVCache
+from gptjax.models import registry
+from gptjax.models.registry import Model, Params
+
+LARGEST_CHUNK = 1024  # prompt tokens in one call, at most
+_SMALLEST_BUCKET = 32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """All that a batch of sequences is. A pytree; the steps donate it, so use what they return."""
+
+    cache: KVCache
+    history_BS: jax.Array  # int32: the tokens in the cache, by position; undefined beyond a row's length
+    logits_BV: jax.Array  # float32: what follows the last token of each row
+    max_length: int = dataclasses.field(metadata={"static": True})  # positions a row may hold
+
+    @property
+    def batch(self) -> int:
+        """B: the number of rows."""
+        return self.logits_BV.shape[0]
+
+
+def init_state(model: Model, *, batch: int, max_length: int) -> State:
+    """A state of `batch` empty rows."""
+    cache = registry.create_cache(model, batch=batch, max_length=max_length)
+    return State(
+        cache=cache,
+        history_BS=jnp.zeros((batch, cache.capacity), jnp.int32),
+        logits_BV=jnp.zeros((batch, model.config.vocab_size), jnp.float32),
+        max_length=max_length,
+    )
+
+
+def chunks(length: int, largest: int = LARGEST_CHUNK) -> list[tuple[int, int, int]]:
+    """Cuts a prompt into (start, tokens, bucket): whole chunks of `largest`, then the rest, padded to a power of two.
+
+    The cuts depend on the length alone, so a prompt is computed the same whatever else is going on.
+    """
+    cuts = [(start, largest, largest) for start in range(0, length - largest + 1, largest)]
+    rest = length - len(cuts) * largest
+    if rest:
+        bucket = max(_SMALLEST_BUCKET, 1 << (rest - 1).bit_length())
+        cuts.append((length - rest, rest, min(bucket, largest)))
+    return cuts
+
+
+def padded_chunks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray, int]]:
+    """A sequence, int32 [T], as (start, tokens padded to the bucket, tokens that count)."""
+    for start, count, bucket in chunks(len(tokens)):
+        yield start, np.pad(tokens[start : start + count], (0, bucket - count)), count
+
+
+def _run_chunk(
+    model: Model, params: Params, cache: KVCache, tokens_T: jax.Array, start: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    """Runs a padded chunk over a cache of one row: hidden states [1, T, D], positions [1, T] and the cache."""
+    offset_T = jnp.arange(tokens_T.shape[0], dtype=jnp.int32)
+    positions_1T = jnp.where(offset_T < count, start + offset_T, -1)[None]
+    hidden_1TD, new_cache = model.apply({"params": params}, tokens_T[None], positions_1T, cache)
+    return hidden_1TD, positions_1T, new_cache
+
+
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+def prefill_chunk(
+    model: Model, params: Params, state: State, slot: jax.Array, tokens_T: jax.Array, start: jax.Array, count: jax.Array
+) -> State:
+    """Adds `count` tokens at position `start` to one row; the first chunk of a sequence starts at 0 and empties it.
+
+    Args:
+      tokens_T: int32, the tokens and any padding up to a bucket's length.
+      slot, start, count: int32 scalars.
+    """
+    row = state.cache.row(slot)
+    row = dataclasses.replace(row, lengths_B=jnp.full_like(row.lengths_B, start))
+    hidden_1TD, positions_1T, row = _run_chunk(model, params, row, tokens_T, start, count)
+    last_1D = jax.lax.dynamic_index_in_dim(hidden_1TD, count - 1, axis=1, keepdims=False)
+    logits_1V = model.apply({"params": params}, last_1D, method="head")
+    index_T = jnp.where(positions_1T[0] < 0, state.history_BS.shape[1], positions_1T[0])
+    return dataclasses.replace(
+        state,
+        cache=state.cache.with_row(slot, row),
+        history_BS=state.history_BS.at[slot, index_T].set(tokens_T, mode="drop"),
+        logits_BV=jax.lax.dynamic_update_slice_in_dim(state.logits_BV, logits_1V, slot, axis=0),
+    )
+
+
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
+def score_chunk(
+    model: Model, params: Params, cache: KVCache, tokens_T: jax.Array, start: jax.Array, count: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    """Logits [T, V] at every position of a chunk, over a cache of one row."""
+    hidden_1TD, _, cache = _run_chunk(model, params, cache, tokens_T, start, count)
+    return model.apply({"params": params}, hidden_1TD[0], method="head"), cache
+
+
+@jax.jit
+def sample(state: State, settings: sampling.Sampling) -> sampling.Sampled:
+    """Draws the next token of every row. Rows that are not in use give a token of no meaning."""
+    return sampling.sample(state.logits_BV, state.cache.lengths_B, settings, state.history_BS)
+
+
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+def advance(model: Model, params: Params, state: State, token_B: jax.Array, active_B: jax.Array) -> State:
+    """Adds a token to every active row. A row that is full, or a token of -1, makes the row's logits NaN.
+
+    Args:
+      token_B: int32.
+      active_B: bool; the other rows stay as they are, and so do their logits.
+    """
+    lengths_B = state.cache.lengths_B
+    fits_B = (lengths_B < state.max_length) & (token_B >= 0)
+    positions_B1 = jnp.where(active_B & fits_B, lengths_B, -1)[:, None]
+    hidden_B1D, cache = model.apply({"params": params}, token_B[:, None], positions_B1, state.cache)
+    logits_BV = model.apply({"params": params}, hidden_B1D[:, 0], method="head")
+    logits_BV = jnp.where(fits_B[:, None], logits_BV, jnp.nan)
+    slot_B1 = jnp.where(positions_B1 < 0, state.history_BS.shape[1], positions_B1)
+    row_B1 = jnp.arange(token_B.shape[0])[:, None]
+    return dataclasses.replace(
+        state,
+        cache=cache,
+        history_BS=state.history_BS.at[row_B1, slot_B1].set(token_B[:, None], mode="drop"),
+        logits_BV=jnp.where(active_B[:, None], logits_BV, state.logits_BV),
+    )

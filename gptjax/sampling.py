@@ -1,0 +1,159 @@
+"""From logits to tokens: pure, jittable, and each row on its own.
+
+A row's draw depends on its own logits, settings, seed and position only: the key is `fold_in(key(seed), position)`,
+where position is that of the token being drawn. Nothing here sorts the vocabulary: top-k and top-p are thresholds,
+found by bisecting over the ordered bits of float32, so the cost is a fixed number of passes whatever k and p are.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+_INT32 = jnp.iinfo(jnp.int32)
+_LEAST_TEMPERATURE = 1e-6  # below it the division overflows; the draw is the argmax long before
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Truncation:
+    """Which tokens a draw may come from. Ties at a threshold are all kept."""
+
+    top_k_B: jax.Array  # int32: the k most likely; 0 keeps all
+    top_p_B: jax.Array  # float32: the fewest tokens whose probability reaches p; 1 keeps all
+    min_p_B: jax.Array  # float32: those at least p times as likely as the most likely; 0 keeps all
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Penalties:
+    """Penalties on tokens that stand in a row's text so far."""
+
+    repetition_B: jax.Array  # float32: prompt and output; positive logits divided by it, negative ones multiplied
+    presence_B: jax.Array  # float32: output only; subtracted once
+    frequency_B: jax.Array  # float32: output only; subtracted for each occurrence
+    prompt_lengths_B: jax.Array  # int32: where the output begins in the row's history
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """The settings of all rows. A field that is None is off for every row and costs nothing."""
+
+    seed_B: jax.Array  # uint32
+    temperature_B: jax.Array | None = None  # float32; 0 is argmax. None: argmax for all
+    truncation: Truncation | None = None
+    penalties: Penalties | None = None
+    bias_BV: jax.Array | None = None  # float32, added to the logits
+    num_top: int = dataclasses.field(default=0, metadata={"static": True})  # how many top log-probabilities to report
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """A token a row. Log-probabilities are the model's own: before temperature, penalties, bias and truncation."""
+
+    token_B: jax.Array  # int32; -1 where the row's logits are not finite
+    logprob_B: jax.Array  # float32
+    top_ids_BC: jax.Array  # int32, most likely first; C = num_top
+    top_logprobs_BC: jax.Array  # float32
+
+
+def sample(
+    logits_BV: jax.Array,
+    positions_B: jax.Array,
+    sampling: Sampling,
+    history_BS: jax.Array | None = None,
+) -> Sampled:
+    """Draws a token for every row.
+
+    Args:
+      logits_BV: float32.
+      positions_B: int32, the position of the token to draw, which is also the length of the row's history.
+      sampling: the rows' settings.
+      history_BS: int32, the row's tokens so far; needed for penalties only.
+    """
+    logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    shaped_BV = logits_BV
+    if sampling.penalties is not None:
+        if history_BS is None:
+            raise ValueError("penalties need the history of each row")
+        shaped_BV = _penalised(shaped_BV, positions_B, sampling.penalties, history_BS)
+    if sampling.bias_BV is not None:
+        shaped_BV = shaped_BV + sampling.bias_BV
+    token_B = jnp.argmax(shaped_BV, axis=-1)
+    if sampling.temperature_B is not None:
+        drawn_B = _draw(shaped_BV, positions_B, sampling.seed_B, sampling.temperature_B, sampling.truncation)
+        token_B = jnp.where(sampling.temperature_B > 0, drawn_B, token_B)
+    finite_B = jnp.isfinite(jax.nn.logsumexp(logits_BV, axis=-1))
+    logprob_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=-1)[:, 0]
+    top_logprobs_BC, top_ids_BC = jax.lax.top_k(logprobs_BV, sampling.num_top)
+    return Sampled(
+        token_B=jnp.where(finite_B, token_B, -1).astype(jnp.int32),
+        logprob_B=logprob_B,
+        top_ids_BC=top_ids_BC.astype(jnp.int32),
+        top_logprobs_BC=top_logprobs_BC,
+    )
+
+
+def _draw(
+    logits_BV: jax.Array,
+    positions_B: jax.Array,
+    seed_B: jax.Array,
+    temperature_B: jax.Array,
+    truncation: Truncation | None,
+) -> jax.Array:
+    # The largest logit is taken off first, so that a small temperature cannot overflow.
+    logits_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
+    logits_BV = logits_BV / jnp.maximum(temperature_B, _LEAST_TEMPERATURE)[:, None]
+    if truncation is not None:
+        logits_BV = _truncated(logits_BV, truncation)
+    keys_B = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seed_B, positions_B)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
+
+
+def _truncated(logits_BV: jax.Array, truncation: Truncation) -> jax.Array:
+    """The logits with all that must not be drawn at -inf: top-k, then top-p and min-p of what is left."""
+    ones_BV = jnp.ones_like(logits_BV)
+    k_B = jnp.where(truncation.top_k_B > 0, truncation.top_k_B, logits_BV.shape[-1]).astype(jnp.float32)
+    logits_BV = jnp.where(_at_least(logits_BV, ones_BV, k_B), logits_BV, -jnp.inf)
+    probabilities_BV = jax.nn.softmax(logits_BV, axis=-1)
+    # top_p = 1 keeps all, even where rounding lets the sum reach 1 early.
+    p_B = jnp.where(truncation.top_p_B < 1, truncation.top_p_B, jnp.inf)
+    kept_BV = _at_least(logits_BV, probabilities_BV, p_B)
+    kept_BV &= probabilities_BV >= truncation.min_p_B[:, None] * probabilities_BV.max(axis=-1, keepdims=True)
+    return jnp.where(kept_BV, logits_BV, -jnp.inf)
+
+
+def _at_least(values_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array) -> jax.Array:
+    """Marks the largest values, as few as have a total weight of `target_B` (all, where there is not that much)."""
+    bits_BV = jax.lax.bitcast_convert_type(values_BV, jnp.int32)
+    ordered_BV = bits_BV ^ ((bits_BV >> 31) & _INT32.max)  # integers in the order of the floats
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_B, high_B = bounds  # low keeps enough weight (or is the least), high does not
+        middle_B = (low_B >> 1) + (high_B >> 1) + (low_B & high_B & 1)
+        enough_B = jnp.where(ordered_BV >= middle_B[:, None], weights_BV, 0).sum(axis=-1) >= target_B
+        return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
+
+    # The search needs 32 halvings of the whole range of int32.
+    start = (jnp.full_like(target_B, _INT32.min, jnp.int32), jnp.full_like(target_B, _INT32.max, jnp.int32))
+    threshold_B, _ = jax.lax.fori_loop(0, 32, halve, start)
+    return ordered_BV >= threshold_B[:, None]
+
+
+def _penalised(logits_BV: jax.Array, positions_B: jax.Array, penalties: Penalties, history_BS: jax.Array) -> jax.Array:
+    index_S = jnp.arange(history_BS.shape[1])
+    in_text_BS = index_S < positions_B[:, None]
+    in_output_BS = in_text_BS & (index_S >= penalties.prompt_lengths_B[:, None])
+    row_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+
+    def count(marked_BS: jax.Array) -> jax.Array:
+        return jnp.zeros_like(logits_BV).at[row_B1, history_BS].add(marked_BS.astype(logits_BV.dtype), mode="drop")
+
+    repetition_B1 = penalties.repetition_B[:, None]
+    repeated_BV = jnp.where(logits_BV > 0, logits_BV / repetition_B1, logits_BV * repetition_B1)
+    logits_BV = jnp.where(count(in_text_BS) > 0, repeated_BV, logits_BV)
+    output_count_BV = count(in_output_BS)
+    logits_BV = logits_BV - penalties.presence_B[:, None] * (output_count_BV > 0)
+    return logits_BV - penalties.frequency_B[:, None] * output_count_BV

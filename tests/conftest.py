@@ -1,0 +1,28 @@
+"""Shared by all tests: results must not depend on a machine's settings, and nothing may reach the network."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+for name in ("GPTJAX_MAX_LENGTH", "JAX_COMPILATION_CACHE_DIR", "HF_HOME", "HF_HUB_CACHE"):
+    os.environ.pop(name, None)
+os.environ["GPTJAX_CACHE_DIR"] = ""  # every compilation is this run's own
+os.environ["GPTJAX_NO_PROGRESS"] = "1"
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The directory of the small trained GPT-2."""
+    return ROOT / "gptjax" / "demo" / "gpt2-tales"
+
+
+@pytest.fixture(scope="session")
+def lm():
+    """The small trained GPT-2, in float32."""
+    import gptjax
+
+    return gptjax.load("gpt2-tales", dtype="float32")

@@ -1,0 +1,157 @@
+"""The engine on a small random model: slots, chunks, rows that do not affect each other."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.config import GPT2Config
+from gptjax.engine import steps
+from gptjax.engine.engine import Engine, prefill
+from gptjax.engine.generate import generate
+from gptjax.engine.request import Request, SamplingParams
+from gptjax.models import registry
+
+CONFIG = GPT2Config(
+    vocab_size=101,
+    context_length=300,
+    width=60,
+    num_layers=2,
+    num_heads=5,
+    mlp_width=52,
+    activation="gelu_tanh",
+    norm_epsilon=1e-5,
+    scale_attention=True,
+    scale_attention_by_layer=False,
+    tied_head=True,
+)
+MODEL = registry.build(CONFIG)
+# Ten times the usual spread: at 0.02 the logits are nearly flat and every model looks right.
+PARAMS = jax.tree.map(lambda x: x * 10, registry.init_params(MODEL, jax.random.key(0)))
+
+
+def _engine(batch: int = 3, max_length: int = 300) -> Engine:
+    return Engine(MODEL, PARAMS, batch=batch, max_length=max_length)
+
+
+def _request(seed: int, length: int, max_tokens: int = 12, **params) -> Request:
+    ids = np.random.default_rng(seed).integers(0, CONFIG.vocab_size, length)
+    return Request(tuple(ids.tolist()), max_tokens, SamplingParams(**{"seed": seed} | params))
+
+
+def _run(engine: Engine, requests: list[Request]) -> list:
+    done = {}
+    for number, chunk in generate(engine, requests, None):
+        if chunk.completion is not None:
+            done[number] = chunk.completion
+    return [(c.token_ids, c.logprobs, c.finish_reason) for _, c in sorted(done.items())]
+
+
+MIXED = [
+    _request(1, 5),
+    _request(2, 150, 30, temperature=1.0),
+    _request(3, 1, 7, temperature=0.7, top_k=9, top_p=0.9),
+    _request(4, 280, 40, temperature=1.3, min_p=0.02),
+    _request(5, 33, 3, repetition_penalty=1.4, presence_penalty=0.5),
+    _request(6, 64, 20, temperature=2.0, logit_bias={7: 5.0, 3: -100.0}),
+    _request(7, 300),
+]
+
+
+def test_a_request_gives_the_same_bits_alone_as_among_others():
+    together = _run(_engine(), MIXED)
+    for request, expected in zip(MIXED, together, strict=True):
+        assert _run(_engine(), [request]) == [expected]
+    # In another order, so in other slots and beside others.
+    assert _run(_engine(), MIXED[::-1]) == together[::-1]
+
+
+def test_greedy_tokens_are_those_of_the_full_forward():
+    request = _request(8, 20, 15)
+    ((tokens, logprobs, _),) = _run(_engine(), [request])
+    ids = [*request.prompt_ids, *tokens]
+    positions_BT = jnp.arange(len(ids))[None]
+    hidden_BTD, _ = MODEL.apply({"params": PARAMS}, jnp.asarray([ids]), positions_BT)
+    logprobs_TV = jax.nn.log_softmax(MODEL.apply({"params": PARAMS}, hidden_BTD[0], method="head"))
+    predicted = np.asarray(logprobs_TV)[len(request.prompt_ids) - 1 : -1]
+    assert tuple(predicted.argmax(-1).tolist()) == tokens
+    np.testing.assert_allclose(predicted.max(-1), logprobs, atol=1e-4)
+
+
+def test_a_full_context_gives_one_token_and_ends_with_length():
+    results = _run(_engine(), [_request(1, 300), _request(2, 299), _request(3, 290)])
+    assert [len(tokens) for tokens, _, _ in results] == [1, 2, 11]
+    assert {reason for _, _, reason in results} == {"length"}
+    assert all(token >= 0 for tokens, _, _ in results for token in tokens)
+
+
+def test_logits_that_are_not_finite_end_their_row_only():
+    poisoned = jax.tree.map(jnp.array, PARAMS)
+    poisoned["position_embedding"] = poisoned["position_embedding"].at[25].set(jnp.nan)
+    engine = Engine(MODEL, poisoned, batch=3, max_length=300)
+    requests = [_request(1, 5, 10), _request(2, 20, 40), _request(3, 26, 5)]
+    results = _run(engine, requests)
+    assert [reason for _, _, reason in results] == ["length", "error", "error"]
+    # The logits at positions 19 (the prompt's last) to 24 are sound, and each gives a token.
+    assert [len(tokens) for tokens, _, _ in results] == [10, 6, 0]
+    assert results[0] == _run(_engine(), requests[:1])[0]
+    # The slots that broke are sound again for the next request.
+    assert _run(engine, [_request(9, 4, 6)]) == _run(_engine(), [_request(9, 4, 6)])
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 1023, 1024, 1025, 5000])
+def test_chunks_cover_a_prompt_once_in_order(length):
+    cuts = steps.chunks(length)
+    assert sum(count for _, count, _ in cuts) == length
+    assert [start for start, _, _ in cuts] == list(np.cumsum([0] + [count for _, count, _ in cuts])[:-1])
+    assert all(count <= bucket <= steps.LARGEST_CHUNK and bucket & (bucket - 1) == 0 for _, count, bucket in cuts)
+    assert len({bucket for n in range(1, 5000) for _, _, bucket in steps.chunks(n)}) <= 6
+
+
+def test_a_prompt_in_chunks_gives_what_it_gives_at_once(monkeypatch):
+    tokens = np.asarray(_request(1, 250).prompt_ids, np.int32)
+    whole = prefill(MODEL, PARAMS, steps.init_state(MODEL, batch=2, max_length=300), 1, tokens)
+    monkeypatch.setattr(steps, "chunks", lambda length: [(0, 100, 128), (100, 64, 64), (164, 86, 128)])
+    cut = prefill(MODEL, PARAMS, steps.init_state(MODEL, batch=2, max_length=300), 1, tokens)
+    np.testing.assert_allclose(cut.logits_BV[1], whole.logits_BV[1], atol=2e-4)
+    np.testing.assert_array_equal(cut.history_BS[1, :250], tokens)
+    assert cut.cache.lengths_B.tolist() == [0, 250]
+
+
+def test_nothing_is_compiled_after_warm_up():
+    engine = _engine()
+    _run(engine, MIXED)  # every bucket and every kind of sampling
+    compiled = []
+    listener = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        _run(
+            engine,
+            [dataclasses.replace(r, prompt_ids=r.prompt_ids[: 1 + len(r.prompt_ids) // 2 * 2 - 1]) for r in MIXED],
+        )
+        _run(engine, MIXED[::-1])
+        assert compiled == []
+        jax.jit(lambda x: x * 3.5)(np.ones(3))  # the listener does hear a compilation
+        assert compiled != []
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_the_state_is_updated_in_place():
+    state = steps.init_state(MODEL, batch=2, max_length=300)
+    before = [x.unsafe_buffer_pointer() for x in state.cache.k]
+    token_B, active_B = np.asarray([1, 2], np.int32), np.ones(2, np.bool_)
+    after = steps.advance(MODEL, PARAMS, state, token_B, active_B)
+    assert [x.unsafe_buffer_pointer() for x in after.cache.k] == before
+    assert state.cache.k[0].is_deleted()
+
+
+def test_closing_the_iterator_frees_the_slots():
+    engine = _engine()
+    chunks = generate(engine, MIXED, None)
+    next(chunks)
+    assert engine.busy
+    chunks.close()
+    assert engine.free_slots == [0, 1, 2]
