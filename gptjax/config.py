@@ -6,12 +6,13 @@ transformers 5 (`models/gpt2/configuration_gpt2.py`).
 """
 
 import dataclasses
-import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from gptjax.errors import CheckpointError, ConfigError
+from gptjax.files import read_json
 
 # Keys of published configs that change nothing about inference. Known by name; every other unknown key raises.
 WITHOUT_EFFECT: Final = frozenset(
@@ -140,7 +141,13 @@ def read_config(directory: Path) -> ModelConfig:
       CheckpointError: there is no such file, or it is not a JSON object.
       ConfigError: an unsupported architecture, or unknown, missing or unusable keys, all named.
     """
-    return config_from_json(read_json(directory / "config.json"))
+    raw = read_json(directory / "config.json")
+    if raw is None:
+        raise CheckpointError(
+            f"{directory} has no config.json; expected a Hugging Face checkpoint directory (config.json, *.safetensors, "
+            "tokenizer.json) or one written by `gptjax convert`"
+        )
+    return config_from_json(raw)
 
 
 def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
@@ -154,11 +161,8 @@ def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
 
 def read_generation_defaults(directory: Path) -> GenerationDefaults:
     """Reads `generation_config.json`, else the end-of-text id of `config.json`; absent files mean greedy."""
-    raw: dict[str, Any] = {}
-    for name in ("config.json", "generation_config.json"):
-        if (directory / name).is_file():
-            found = read_json(directory / name)
-            raw.update(found if name.startswith("generation") else {"eos_token_id": found.get("eos_token_id")})
+    raw = {"eos_token_id": (read_json(directory / "config.json") or {}).get("eos_token_id")}
+    raw.update(read_json(directory / "generation_config.json") or {})
     eos = raw.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     keys = _Keys(raw)
@@ -175,22 +179,6 @@ def read_generation_defaults(directory: Path) -> GenerationDefaults:
         keys.fault(f"eos_token_id is {eos!r}; expected token ids")
     keys.raise_faults("generation", file="generation_config.json", unknown_allowed=True)
     return defaults
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises `CheckpointError` where there is none."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}; expected a Hugging Face checkpoint directory "
-            "(config.json, *.safetensors, tokenizer.json) or one written by `gptjax convert`"
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch the file again") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(raw).__name__}, expected an object; fetch the file again")
-    return raw
 
 
 class _Keys:
@@ -216,17 +204,19 @@ class _Keys:
 
     def size(self, key: str, *, alias: str | None = None, absent: int | None = None) -> int:
         value = self._get(key, alias, absent)
-        if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != absent):
-            if value is not None:
-                self.fault(f"{key} is {value!r}; expected a whole number of at least 1")
+        if value is absent:
+            return 0 if absent is None else absent
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.fault(f"{key} is {value!r}; expected a whole number of at least 1")
             return 0
         return value
 
     def positive_float(self, key: str, *, absent: float) -> float:
         value = self._get(key, None, absent)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < float("inf")):
-            if value != absent:
-                self.fault(f"{key} is {value!r}; expected a number above 0")
+        if value is absent:
+            return absent
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+            self.fault(f"{key} is {value!r}; expected a number above 0")
             return absent
         return float(value)
 

@@ -1,0 +1,6 @@
+"""Text to token ids and back."""
+
+from gptjax.text.detokenizer import Detokenizer
+from gptjax.text.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["Detokenizer", "Tokenizer", "load_tokenizer"]

@@ -1,0 +1,158 @@
+"""Reading a tokenizer's files: `tokenizer.json`, or GPT-2's `vocab.json` and `merges.txt`."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gptjax.errors import CheckpointError, ConfigError
+from gptjax.files import damaged, read_json, read_text
+from gptjax.text.vocabulary import AddedToken, Vocabulary, build_vocabulary
+
+END_OF_TEXT = "<|endoftext|>"
+# Vocabularies hold a handful of tokens that no merge builds (special ones); a merges.txt cut short leaves thousands.
+_MOST_UNBUILT = 100
+_OTHER_CUTS = ("gpt_oss", "llama", "qwen2")
+_GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
+
+
+def read_vocabulary(directory: Path, settings: Mapping[str, Any], model_type: object) -> Vocabulary:
+    """The vocabulary of a directory, given its tokenizer_config.json and the `model_type` of its config.json.
+
+    Raises:
+        CheckpointError: files are missing or damaged.
+        ConfigError: the tokenizer is not a byte-level BPE.
+    """
+    path = directory / "tokenizer.json"
+    found = read_json(path)
+    if found is not None:
+        return _from_tokenizer_json(path, found, settings)
+    ids, merges = read_json(directory / "vocab.json"), read_text(directory / "merges.txt")
+    if ids is None or merges is None:
+        raise CheckpointError(_missing(directory, no_vocab=ids is None, no_merges=merges is None))
+    _require_gpt2_cut(directory, settings, model_type)
+    return _from_gpt2_files(directory, ids, merges, settings)
+
+
+def _missing(directory: Path, *, no_vocab: bool, no_merges: bool) -> str:
+    names = ["tokenizer.json"] + ["vocab.json"] * no_vocab + ["merges.txt"] * no_merges
+    where = directory if directory.is_dir() else f"{directory}, which is not a directory"
+    return (
+        f"No tokenizer: {', '.join(names)} not found in {where}. Put tokenizer.json there, or vocab.json with "
+        "merges.txt, or name a directory that has them. Without a tokenizer the model still works on token ids."
+    )
+
+
+def _require_gpt2_cut(directory: Path, settings: Mapping[str, Any], model_type: object) -> None:
+    """vocab.json and merges.txt do not say how text is cut into words; another way than GPT-2's gives wrong ids."""
+    named = settings.get("tokenizer_class")
+    if named in _GPT2_CLASSES or (named is None and model_type not in _OTHER_CUTS):
+        return
+    raise ConfigError(
+        f"{directory} has the vocab.json and merges.txt of {named or model_type}, which may cut text into words in "
+        "another way than GPT-2: put its tokenizer.json there."
+    )
+
+
+def _from_tokenizer_json(path: Path, found: dict[str, Any], settings: Mapping[str, Any]) -> Vocabulary:
+    model = found.get("model")
+    if not isinstance(model, dict):
+        damaged(path, '"model" is missing or no object')
+    _require_byte_level(path, found, model)
+    cut, prefix = found["pre_tokenizer"], settings.get("add_prefix_space")
+    if isinstance(prefix, bool) and cut.get("type") == "ByteLevel":
+        cut = {**cut, "add_prefix_space": prefix}
+    return build_vocabulary(
+        path,
+        model.get("vocab"),
+        _merges(path, model.get("merges")),
+        _added(path, found.get("added_tokens")),
+        normalizer=found.get("normalizer"),
+        pre_tokenizer=cut,
+        ignore_merges=model.get("ignore_merges") is True,
+    )
+
+
+def _require_byte_level(path: Path, found: dict[str, Any], model: dict[str, Any]) -> None:
+    """Older files do not name the model's type, and write an absent affix as ""."""
+    kind = model.get("type", "BPE" if "merges" in model else None)
+    faults = [] if kind == "BPE" else [f"its model is {kind}"]
+    if "ByteLevel" not in _types(found.get("pre_tokenizer")):
+        faults.append("its pre_tokenizer is not ByteLevel")
+    affixes = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    faults += [f"it has {key} {model[key]!r}" for key in affixes if model.get(key)]
+    faults += [
+        f"its decoder is {name}" for name in _types(found.get("decoder")) if name not in ("ByteLevel", "Sequence")
+    ]
+    if faults:
+        raise ConfigError(
+            f"{path} is not a byte-level BPE ({', '.join(faults)}), the only kind that gptjax reads: use a model "
+            "that has one, or give token ids instead of text."
+        )
+
+
+def _types(node: Any) -> Iterator[str]:
+    """The values of all "type" keys in a part of tokenizer.json."""
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, dict):
+            if isinstance(node.get("type"), str):
+                yield node["type"]
+            stack.extend(node.values())
+        elif isinstance(node, list):
+            stack.extend(node)
+
+
+def _merges(path: Path, merges: object) -> list[tuple[str, str]]:
+    """Pairs, from either spelling: ["a", "b"] or "a b"."""
+    if not isinstance(merges, list):
+        damaged(path, "its merges are no list")
+    pairs = []
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            damaged(path, f"{merge!r} is not a merge of two tokens")
+        pairs.append((pair[0], pair[1]))
+    return pairs
+
+
+def _added(path: Path, items: object) -> Iterator[AddedToken]:
+    """The tokens of "added_tokens"; an empty one is in no text."""
+    if not isinstance(items, list | None):
+        damaged(path, "its added tokens are no list")
+    for item in items or []:
+        if not isinstance(item, dict) or not isinstance(item.get("content"), str) or type(item.get("id")) is not int:
+            damaged(path, f"the added token {item!r} has no content or no id")
+        flags = {key: item.get(key) is True for key in ("special", "lstrip", "rstrip", "single_word")}
+        if item["content"]:
+            yield AddedToken(item["content"], item["id"], **flags)
+
+
+def _from_gpt2_files(directory: Path, ids: dict[str, Any], merges: str, settings: Mapping[str, Any]) -> Vocabulary:
+    path = directory / "merges.txt"
+    lines = [line.removesuffix("\r") for line in merges.split("\n")]
+    pairs = _merges(path, [line for line in lines if line and not line.startswith("#version")])
+    built = {left + right for left, right in pairs}
+    unbuilt = sum(len(token) > 1 and token not in built for token in ids)
+    if unbuilt > _MOST_UNBUILT:
+        damaged(path, f"it is cut short, as no merge builds {unbuilt} of the tokens in vocab.json")
+    prefix = settings.get("add_prefix_space") is True
+    return build_vocabulary(
+        directory / "vocab.json",
+        ids,
+        pairs,
+        _added(directory / "tokenizer_config.json", _gpt2_added(directory, ids, settings)),
+        pre_tokenizer={"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": True},
+    )
+
+
+def _gpt2_added(directory: Path, ids: dict[str, Any], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Later additions stand in tokenizer_config.json, by id; <|endoftext|> is special without being told."""
+    later = settings.get("added_tokens_decoder") or {}
+    try:
+        items = [{**item, "id": int(number)} for number, item in later.items()]
+    except (AttributeError, TypeError, ValueError):
+        damaged(directory / "tokenizer_config.json", "added_tokens_decoder is no object of ids and tokens")
+    if END_OF_TEXT in ids and all(item.get("content") != END_OF_TEXT for item in items):
+        items.append({"content": END_OF_TEXT, "id": ids[END_OF_TEXT], "special": True})
+    return items

@@ -1,0 +1,71 @@
+"""First and last tokens and the longest context, from the configs beside a tokenizer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptjax.errors import ConfigError
+from gptjax.files import read_json
+from gptjax.text.reading import END_OF_TEXT
+
+# Where no file has the key: what GPT-2 and GPT-OSS begin with and stop at, those of them that the vocabulary has.
+_DEFAULTS = {"bos": ("<|startoftext|>", END_OF_TEXT), "eos": ("<|return|>", END_OF_TEXT, "<|call|>")}
+_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "model_max_length")
+_UNLIMITED = 2**31  # transformers writes about 10**30 where a tokenizer knows no longest text.
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The configs beside a tokenizer, as read; {} for one that is not there."""
+
+    directory: Path
+    generation: Mapping[str, Any]
+    model: Mapping[str, Any]
+    tokenizer: Mapping[str, Any]
+
+    def ends(self, which: str, known: Mapping[str, int]) -> tuple[int, ...]:
+        """Ids of the "bos" or "eos" tokens; `known` has each token's id. Raises ConfigError for what is no token."""
+        key = f"{which}_token_id"
+        for name, config in (("generation_config.json", self.generation), ("config.json", self.model)):
+            if config.get(key) is not None:
+                return _checked(self.directory / name, key, config[key])
+        text = self.tokenizer.get(f"{which}_token")
+        if text is not None:
+            return (_id_of(self.directory / "tokenizer_config.json", f"{which}_token", text, known),)
+        if key in self.generation or key in self.model or f"{which}_token" in self.tokenizer:
+            return ()
+        return tuple(known[text] for text in _DEFAULTS[which] if text in known)
+
+    @property
+    def context_length(self) -> int | None:
+        """The most positions, or None where no file says it (whether it fits the model is for the model's config)."""
+        for config in (self.model, self.tokenizer):
+            for key in _LENGTHS:
+                value = config.get(key)
+                if type(value) is int and 0 < value < _UNLIMITED:
+                    return value
+        return None
+
+
+def read_settings(directory: Path) -> Settings:
+    """Reads generation_config.json, config.json and tokenizer_config.json. Raises CheckpointError for a damaged one."""
+    names = ("generation_config.json", "config.json", "tokenizer_config.json")
+    generation, model, tokenizer = (read_json(directory / name) or {} for name in names)
+    return Settings(directory, generation, model, tokenizer)
+
+
+def _checked(path: Path, key: str, value: object) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [value]
+    if any(type(number) is not int or number < 0 for number in ids):
+        raise ConfigError(f"{path} has {key} = {value!r}: write a token id, or a list of them.")
+    if key.startswith("bos") and len(ids) != 1:
+        raise ConfigError(f"{path} has {key} = {value!r}: a text begins with one token, write its id.")
+    return tuple(dict.fromkeys(ids))
+
+
+def _id_of(path: Path, key: str, value: object, known: Mapping[str, int]) -> int:
+    content = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(content, str) or content not in known:
+        raise ConfigError(f"{path} has {key} = {value!r}, which is no token of the vocabulary: write one that is.")
+    return known[content]

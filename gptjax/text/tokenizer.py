@@ -1,0 +1,200 @@
+"""Text to token ids and back, for byte-level BPE tokenizers."""
+
+import json
+import operator
+import os
+import re
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, SupportsIndex
+
+import tokenizers
+from tokenizers import models
+
+from gptjax.errors import CheckpointError, RequestError
+from gptjax.text.detokenizer import Detokenizer
+from gptjax.text.reading import read_vocabulary
+from gptjax.text.settings import read_settings
+from gptjax.text.vocabulary import BYTE_OF, AddedToken, Vocabulary, unspell
+
+_NOT_SPACE = re.compile(r"\S")
+
+
+class Tokenizer:
+    """A byte-level BPE; from `load_tokenizer`. Never changes, so any number of threads may use one.
+
+    Attributes:
+        bos_id: the token before a text, or None.
+        eos_ids: the tokens that generation stops at; empty where unknown.
+        vocab_size: one past the largest id. The model's logits may be wider.
+        context_length: the most positions the model's config allows, or None where no file says it.
+        kind: "byte-level-bpe".
+        special_ids: id of each special token, by its content.
+    """
+
+    kind = "byte-level-bpe"
+
+    def __init__(
+        self, vocabulary: Vocabulary, *, bos_id: int | None, eos_ids: tuple[int, ...], context_length: int | None
+    ) -> None:
+        self.bos_id = bos_id
+        self.eos_ids = eos_ids
+        self.context_length = context_length
+        self.special_ids: Mapping[str, int] = MappingProxyType({t.content: t.id for t in vocabulary.added if t.special})
+        self._special = frozenset(self.special_ids.values())
+        self._bytes = {number: unspell(token) for token, number in vocabulary.ids.items()}
+        self._bytes |= {token.id: token.content.encode() for token in vocabulary.added}
+        self.vocab_size = max(self._bytes) + 1
+        self._unknown = frozenset(byte for letter, byte in BYTE_OF.items() if letter not in vocabulary.ids)
+        self._added = {token.content: token for token in vocabulary.added}
+        self._ordinary_marks = _pattern(token for token in vocabulary.added if not token.special)
+        self._all_marks = _pattern(vocabulary.added)
+        self._engine = _engine(vocabulary)
+
+    def __repr__(self) -> str:
+        return (
+            f"Tokenizer(kind={self.kind!r}, vocab_size={self.vocab_size}, bos_id={self.bos_id}, eos_ids={self.eos_ids})"
+        )
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """The ids of `text`; none are added before or after it.
+
+        Args:
+            text: any string without lone surrogates.
+            special: whether special tokens written in the text, like "<|endoftext|>", become those tokens. Otherwise
+                they are plain text like any other: leave it so for text that a user wrote.
+
+        Raises:
+            RequestError: not a string, a lone surrogate, or a byte that the vocabulary has no token for.
+        """
+        self._check(text)
+        marks = self._all_marks if special else self._ordinary_marks
+        if marks is None:
+            return self._plain(text)
+        ids: list[int] = []
+        for part in self._cut(text, marks):
+            ids.extend(self._plain(part) if isinstance(part, str) else (part,))
+        return ids
+
+    def decode(self, ids: Iterable[SupportsIndex], *, special: bool = False) -> str:
+        """The text of `ids`. Bytes that are no character become U+FFFD, and ids that no token has become nothing.
+
+        Args:
+            ids: integers of any kind (NumPy's too), not negative.
+            special: whether special tokens are written out; otherwise they are left out.
+
+        Raises:
+            RequestError: not a sequence of integers, or a negative one.
+        """
+        if isinstance(ids, str | bytes | bytearray) or not isinstance(ids, Iterable):
+            raise RequestError(f"decode takes a sequence of token ids, not {type(ids).__name__}: encode gives one.")
+        return b"".join([self._shown(token_id, special) for token_id in ids]).decode(errors="replace")
+
+    def stream(self, *, special: bool = False) -> Detokenizer:
+        """A decoder that takes one id after the other and gives, piece by piece, the text that `decode` gives."""
+        return Detokenizer(partial(self._shown, special=special))
+
+    def token_bytes(self, token_id: SupportsIndex) -> bytes:
+        """The bytes of one token (a special token's content as UTF-8), b"" for an id that no token has.
+
+        Raises:
+            RequestError: not an integer, or negative.
+        """
+        return self._bytes.get(_checked_id(token_id), b"")
+
+    def _shown(self, token_id: SupportsIndex, special: bool) -> bytes:
+        number = _checked_id(token_id)
+        return b"" if number in self._special and not special else self._bytes.get(number, b"")
+
+    def _plain(self, text: str) -> list[int]:
+        return self._engine.encode(text, add_special_tokens=False).ids
+
+    def _check(self, text: str) -> None:
+        if not isinstance(text, str):
+            raise RequestError(f"The text is {type(text).__name__}, not str: decode bytes first, join lists.")
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"The text has a lone surrogate (U+{ord(text[error.start]):04X}) at position {error.start}, which is "
+                "no character: read it with errors='replace', or join pairs by .encode('utf-16', 'surrogatepass')."
+            ) from error
+        unknown = self._unknown and self._unknown.intersection(data)
+        if unknown:
+            raise RequestError(f"The vocabulary has no token for the bytes {bytes(sorted(unknown))!r} of the text.")
+
+    def _cut(self, text: str, marks: re.Pattern[str]) -> Iterator[str | int]:
+        """Plain pieces, and the ids of the added tokens between them."""
+        start = 0
+        for match in marks.finditer(text):
+            token = self._added[match[0]]
+            before = text[start : match.start()]
+            yield before.rstrip() if token.lstrip else before
+            yield token.id
+            start = match.end()
+            if token.rstrip:
+                start = _after_space(text, start)
+        yield text[start:]
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a checkpoint's directory.
+
+    Reads tokenizer.json, else vocab.json and merges.txt; and for the first and last tokens (in this order) and the
+    longest context, generation_config.json, config.json and tokenizer_config.json where they are.
+
+    Raises:
+        CheckpointError: files are missing or damaged.
+        ConfigError: the tokenizer is not a byte-level BPE, or a first or last token is none.
+    """
+    settings = read_settings(Path(directory))
+    vocabulary = read_vocabulary(settings.directory, settings.tokenizer, settings.model.get("model_type"))
+    known = vocabulary.ids | {token.content: token.id for token in vocabulary.added}
+    bos, eos = settings.ends("bos", known), settings.ends("eos", known)
+    return Tokenizer(vocabulary, bos_id=bos[0] if bos else None, eos_ids=eos, context_length=settings.context_length)
+
+
+def _checked_id(token_id: SupportsIndex) -> int:
+    if type(token_id) is int and token_id >= 0:
+        return token_id
+    try:
+        number = operator.index(token_id)
+    except TypeError:
+        number = None
+    if number is None or isinstance(token_id, bool):
+        raise RequestError(f"A token id is an integer, not {reprlib.repr(token_id)} ({type(token_id).__name__}).")
+    if number < 0:
+        raise RequestError(f"A token id is not negative, but this is {number}: drop padding before decoding.")
+    return number
+
+
+def _after_space(text: str, start: int) -> int:
+    found = _NOT_SPACE.search(text, start)
+    return found.start() if found else len(text)
+
+
+def _pattern(added: Iterable[AddedToken]) -> re.Pattern[str] | None:
+    """Finds any of the tokens, the longest first; None for no tokens."""
+    tokens = sorted(added, key=lambda token: -len(token.content))
+    words = [rf"(?<!\w){re.escape(t.content)}(?!\w)" if t.single_word else re.escape(t.content) for t in tokens]
+    return re.compile("|".join(words)) if words else None
+
+
+def _engine(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
+    """The `tokenizers` library's encoder, without truncation, padding, dropout and tokens added on its own."""
+    frame: dict[str, Any] = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": vocabulary.normalizer,
+        "pre_tokenizer": vocabulary.pre_tokenizer,
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }
+    try:
+        engine = tokenizers.Tokenizer.from_str(json.dumps(frame))
+        engine.model = models.BPE(vocabulary.ids, vocabulary.merges, ignore_merges=vocabulary.ignore_merges)
+    except Exception as error:  # the library raises no narrower type
+        raise CheckpointError(f"{vocabulary.file} is damaged ({error}): fetch it again.") from error
+    return engine

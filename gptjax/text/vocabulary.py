@@ -1,0 +1,135 @@
+"""What a byte-level BPE is made of, checked."""
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptjax.files import damaged
+
+
+def _alphabet() -> dict[str, int]:
+    """GPT-2's letters for bytes (openai/gpt-2 `bytes_to_unicode`): printable ones as themselves, others from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_OF = _alphabet()
+_LETTER_OF = {byte: letter for letter, byte in BYTE_OF.items()}
+
+
+def spell(text: str) -> str:
+    """How a byte-level vocabulary writes `text`: one letter a byte."""
+    return "".join(_LETTER_OF[byte] for byte in text.encode())
+
+
+def unspell(token: str) -> bytes:
+    """The bytes of a token of the vocabulary. One not written in the alphabet is text, as the HF decoder has it."""
+    try:
+        return bytes([BYTE_OF[letter] for letter in token])
+    except KeyError:
+        return token.encode()
+
+
+@dataclass(frozen=True, slots=True)
+class AddedToken:
+    """A token that is found in the text as a whole, before any merge."""
+
+    content: str
+    id: int
+    special: bool
+    lstrip: bool = False
+    """Swallows the white space before it; `rstrip`, that after it."""
+    rstrip: bool = False
+    single_word: bool = False
+    """Is not found inside a word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """A byte-level BPE. `ids` holds no special token, so ordinary text cannot become one, whatever it says."""
+
+    file: Path
+    """Where it comes from, for messages."""
+    ids: dict[str, int]
+    """Spelled token to id."""
+    merges: list[tuple[str, str]]
+    added: tuple[AddedToken, ...]
+    normalizer: Any
+    """As in tokenizer.json, like `pre_tokenizer`."""
+    pre_tokenizer: Any
+    ignore_merges: bool
+    """A word that is a token is that token, whether or not the merges lead there."""
+
+
+def build_vocabulary(
+    file: Path,
+    ids: object,
+    merges: list[tuple[str, str]],
+    added: Iterable[AddedToken],
+    *,
+    normalizer: Any = None,
+    pre_tokenizer: Any = None,
+    ignore_merges: bool = False,
+) -> Vocabulary:
+    """Checks the parts against each other. Raises CheckpointError, naming `file`."""
+    known = _checked_ids(file, ids)
+    built = _checked_merges(file, known, merges)
+    names = {number: token for token, number in known.items()}
+    tokens = tuple(added)
+    _check_added(file, known, names, tokens)
+    kept = tuple(token for token in tokens if not (token.special and _is_ordinary(names.get(token.id, ""), built)))
+    hidden = {token.id for token in kept if token.special}
+    plain = {token: number for token, number in known.items() if number not in hidden}
+    return Vocabulary(file, plain, merges, kept, normalizer, pre_tokenizer, ignore_merges)
+
+
+def _checked_ids(file: Path, ids: object) -> dict[str, int]:
+    if not isinstance(ids, dict) or not ids:
+        damaged(file, "its vocabulary is no object of tokens and ids")
+    for token, number in ids.items():
+        if type(number) is not int or not 0 <= number < 2**32:
+            damaged(file, f"token {token!r} has the id {number!r}, not an integer from 0 to 2**32 - 1")
+        if not is_text(token):
+            damaged(file, f"token {token!r} has half a surrogate pair")
+    if len(set(ids.values())) != len(ids):
+        damaged(file, "two tokens have the same id")
+    return ids
+
+
+def _checked_merges(file: Path, ids: Mapping[str, int], merges: list[tuple[str, str]]) -> set[str]:
+    """The tokens that the merges build. (The `tokenizers` library panics on some merges of unknown tokens.)"""
+    built = set()
+    for left, right in merges:
+        if left not in ids or right not in ids or left + right not in ids:
+            damaged(file, f"the merge of {left!r} and {right!r} needs a token that the vocabulary lacks")
+        built.add(left + right)
+    return built
+
+
+def _check_added(file: Path, ids: Mapping[str, int], names: Mapping[int, str], added: Sequence[AddedToken]) -> None:
+    for token in added:
+        if not is_text(token.content) or not 0 <= token.id < 2**32:
+            damaged(file, f"the added token {token.content!r} has half a surrogate pair or the id {token.id}")
+        data = token.content.encode()
+        other_text = token.id in names and unspell(names[token.id]) != data
+        other_id = ids.get(token.content, token.id) != token.id and unspell(token.content) == data
+        if other_text or other_id:
+            damaged(file, f"the added token {token.content!r} (id {token.id}) contradicts the vocabulary")
+    if not len(added) == len({token.id for token in added}) == len({token.content for token in added}):
+        damaged(file, "two added tokens have the same content or id")
+
+
+def _is_ordinary(name: str, built: Set[str]) -> bool:
+    """Whether text is made of this token anyhow, as when "!" is the padding: hiding it would take it from the text."""
+    return len(name) == 1 or name in built
+
+
+def is_text(value: str) -> bool:
+    """Whether a string holds no lone surrogate, so that it can be written as UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
