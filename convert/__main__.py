@@ -1,0 +1,73 @@
+"""The command line of conversion: `python -m convert SOURCE DESTINATION`, `gptjax-convert`, `gptjax convert`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from convert import DTYPES
+from gptjax.errors import GptjaxError
+
+_EXAMPLES = """\
+examples:
+  gptjax-convert ~/models/gpt2 ~/models/gpt2-jax
+  gptjax-convert ~/models/gpt2-xl ~/models/gpt2-xl-bf16 --dtype bfloat16
+  gptjax-convert ~/models/gpt2 ~/models/gpt2-jax --overwrite
+
+The source needs config.json, model.safetensors (or model.safetensors.index.json and its files) and tokenizer.json.
+Pickle files (pytorch_model.bin, *.pt, *.ckpt) are refused: opening one runs the code that is in it.
+exit codes: 0 done, 1 the conversion failed and nothing was written, 2 wrong usage."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of a conversion, for `run`."""
+    parser.add_argument(
+        "source", metavar="SOURCE", help="directory with config.json and safetensors files, or a Hub id such as gpt2"
+    )
+    parser.add_argument("destination", metavar="DESTINATION", help="directory to write; its parent must exist")
+    parser.add_argument("--dtype", choices=DTYPES, help="what floating weights are stored as (default: as they are)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the destination, if it is a converted checkpoint"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts as the arguments say and prints a line about it. Returns 0. Raises `GptjaxError`."""
+    from convert.conversion import convert
+    from gptjax import hub
+    from gptjax.progress import progress
+
+    source = hub.resolve(args.source)
+    summary = convert(source, args.destination, dtype=args.dtype, overwrite=args.overwrite, progress=progress)
+    print(
+        f"{summary.destination}: {summary.num_params:,} parameters in {summary.num_weights} weights, "
+        f"{', '.join(summary.dtypes)}, {summary.bytes / 1e6:,.1f} MB, {summary.seconds:.1f} s"
+    )
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script: returns 0, 1 after one message on stderr, or 130 for Ctrl-C. Wrong usage exits with 2."""
+    parser = argparse.ArgumentParser(
+        prog="gptjax-convert",
+        description="Converts a Hugging Face checkpoint to a directory that gptjax loads fast, in bounded memory.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    if argv is None:  # a process of its own: conversion needs no accelerator, and must not take the memory of one
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        return run(args)
+    except GptjaxError as error:
+        print(f"gptjax-convert: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("gptjax-convert: interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

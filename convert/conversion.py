@@ -1,0 +1,187 @@
+"""A whole conversion: a Hugging Face directory to parameters or to a converted directory."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import math
+import threading
+import time
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any, Final
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from convert import DTYPES, gpt2, rules
+from convert.sources import foreign, safetensors
+from convert.sources.header import NUMPY_DTYPES, TensorInfo
+from gptjax import checkpoint
+from gptjax.config import GPT2Config, ModelConfig, read_config
+from gptjax.errors import CheckpointError
+from gptjax.models.registry import abstract_params, build
+from gptjax.progress import Progress
+
+_TABLES: Final = {GPT2Config: gpt2.table}
+COPIED: Final = (  # what a converted directory takes over, where it is there
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a conversion did."""
+
+    destination: Path
+    num_weights: int  # arrays
+    num_params: int  # numbers in them
+    bytes: int  # of the weights as written
+    dtypes: tuple[str, ...]
+    seconds: float
+
+
+def convert(
+    source: str | PathLike[str],
+    destination: str | PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Writes a Hugging Face checkpoint directory as a converted directory, in bounded memory.
+
+    Everything that headers and configuration can tell is checked before the first byte is written, and the
+    destination appears complete or not at all.
+
+    Args:
+      source: a directory with `config.json` and safetensors files.
+      destination: the directory to make; its parent must exist.
+      dtype: float32, bfloat16 or float16 for all floating weights; None keeps what each tensor has.
+      overwrite: replace the destination, if it is a converted directory.
+      progress: shows how far it is; see `gptjax.progress.progress`.
+
+    Raises:
+      ConfigError: a model, or a setting of it, that is not supported.
+      CheckpointError: a source that is missing, damaged or does not fit its configuration; a destination that cannot
+        be written. Nothing is left behind.
+    """
+    started = time.monotonic()
+    source, destination = Path(source), Path(destination)
+    _check_paths(source, destination)
+    wanted = None if dtype is None else np.dtype(dtype)
+    if wanted is not None and wanted.name not in DTYPES:
+        raise CheckpointError(f"weights cannot be converted to {wanted.name}; use {', '.join(DTYPES)}")
+    plan, reader = _open(source, read_config(source))
+
+    def leaves() -> Iterator[tuple[checkpoint.Path, np.ndarray]]:
+        for path, array in rules.stream(plan, reader):
+            if wanted is not None and jnp.issubdtype(array.dtype, jnp.floating):
+                array = checkpoint.cast(array, wanted, "/".join(path))
+            yield path, array
+            del array
+
+    sizes = (_bytes(reader.tensors[fill.source], wanted) for fill in plan.fills)
+    with _Hashes(reader.files) as hashes:
+        manifest = checkpoint.save(
+            destination,
+            leaves(),
+            total_bytes=sum(sizes),
+            source=source.resolve().name,
+            source_files=hashes.result,
+            copies=[source / name for name in COPIED if (source / name).is_file()],
+            overwrite=overwrite,
+            progress=progress,
+        )
+    return Summary(
+        destination=destination,
+        num_weights=len(manifest.leaves),
+        num_params=sum(math.prod(leaf.shape) for leaf in manifest.leaves),
+        bytes=sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in manifest.leaves),
+        dtypes=tuple(sorted({leaf.dtype for leaf in manifest.leaves})),
+        seconds=time.monotonic() - started,
+    )
+
+
+def stream_params(directory: str | PathLike[str], config: ModelConfig) -> Iterator[tuple[checkpoint.Path, np.ndarray]]:
+    """Path and array of each weight of a Hugging Face directory, lazily, for `gptjax.checkpoint.place`.
+
+    The directory is checked by this call already, from headers; data is read as the iterator goes on. Arrays are
+    views of the files where possible, in the files' dtypes.
+
+    Raises:
+      CheckpointError: the directory's weights are missing, damaged or not those of the configuration's model.
+    """
+    plan, reader = _open(Path(directory), config)
+    return rules.stream(plan, reader)
+
+
+def _open(source: Path, config: ModelConfig) -> tuple[rules.Plan, safetensors.SafetensorsSource]:
+    reader = safetensors.open_directory(source)
+    targets = abstract_params(build(config))
+    try:
+        plan = rules.check(_TABLES[type(config)](config), reader.tensors, targets)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source} cannot be used: {error}") from None
+    return plan, reader
+
+
+def _check_paths(source: Path, destination: Path) -> None:
+    if source.is_file():
+        foreign.refuse(source)
+        raise CheckpointError(f"{source} is a file; name the directory that it is in: {source.absolute().parent}")
+    if not source.is_dir():
+        raise CheckpointError(
+            f"{source} does not exist; name a directory with config.json, *.safetensors and tokenizer.json"
+        )
+    if checkpoint.is_converted(source):
+        raise CheckpointError(f"{source} is converted already; name the Hugging Face directory that it was made of")
+    inside, outside = destination.resolve(), source.resolve()
+    if inside == outside:
+        raise CheckpointError(f"source and destination are the same directory, {source}; name another destination")
+    if outside in inside.parents or inside in outside.parents:
+        raise CheckpointError(f"{destination} and {source} lie one inside the other; name a destination elsewhere")
+
+
+def _bytes(info: TensorInfo, wanted: np.dtype[Any] | None) -> int:
+    own = NUMPY_DTYPES[info.dtype]
+    return math.prod(info.shape) * int((own if wanted is None or info.dtype not in rules.FLOATS else wanted).itemsize)
+
+
+class _Hashes:
+    """SHA-256 of files, worked out in a thread while other things are done."""
+
+    def __init__(self, files: tuple[Path, ...]):
+        self._files = files
+        self._cancelled = threading.Event()
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._future = self._pool.submit(lambda: tuple(map(self._hash, files)))
+
+    def __enter__(self) -> "_Hashes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cancelled.set()
+        self._pool.shutdown()
+
+    def result(self) -> tuple[checkpoint.SourceFile, ...]:
+        try:
+            return self._future.result()
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} cannot be read ({error.strerror}); check the file") from None
+
+    def _hash(self, path: Path) -> checkpoint.SourceFile:
+        digest, size = hashlib.sha256(), 0
+        with path.open("rb") as file:
+            while not self._cancelled.is_set() and (block := file.read(1 << 20)):
+                digest.update(block)
+                size += len(block)
+        return checkpoint.SourceFile(path.name, size, digest.hexdigest())

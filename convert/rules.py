@@ -1,0 +1,288 @@
+"""Conversion as one table, and its executor: every source tensor is used or knowingly ignored, every target is filled.
+
+The whole table is checked against headers before any data is read, and all faults are raised together.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.sources.header import TensorInfo
+from convert.sources.safetensors import SafetensorsSource, listed
+from gptjax.checkpoint import Path, flatten
+from gptjax.errors import CheckpointError
+
+Shape = tuple[int, ...]
+FLOATS: Final = ("F32", "F16", "BF16")
+_PIECE: Final = 1 << 22  # elements looked at together, so that checks need little memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """How a target is made of a source."""
+
+    name: str
+    source_shape: Callable[[Shape], Shape]  # the shape that fills a target of the given shape
+    apply: Callable[[np.ndarray], np.ndarray]  # a view where possible
+    dtypes: tuple[str, ...] = FLOATS  # that the source may have
+
+
+IDENTITY: Final = Transform("identity", lambda shape: shape, lambda array: array)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A row of a table: the source tensors of this name fill the target of that path.
+
+    `{N}` stands for a whole number, the same on both sides; `[transformer.]` for a prefix that a checkpoint has either
+    everywhere or nowhere. A source may have several rules, each filling a target of its own.
+    """
+
+    source: str
+    target: str  # names joined with "/"
+    transform: Transform = IDENTITY
+    if_missing: str = ""  # what else to say where no tensor fills the target
+
+
+@dataclasses.dataclass(frozen=True)
+class Ignored:
+    """Source tensors that are known and not needed."""
+
+    source: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """A source tensor that may be there and then must equal another one bit for bit."""
+
+    source: str
+    of: str
+    otherwise: str  # what to do where it does not
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """All that is known of a format's tensors."""
+
+    rules: Sequence[Rule]
+    ignored: Sequence[Ignored] = ()
+    copies: Sequence[Copy] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fill:
+    """One step of a checked conversion."""
+
+    path: Path
+    source: str
+    transform: Transform
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked conversion: in the order in which the data lies in the files."""
+
+    fills: tuple[Fill, ...]
+    copies: tuple[tuple[str, str, str], ...]  # source, of, otherwise
+
+
+def check(table: Table, tensors: Mapping[str, TensorInfo], targets: Mapping[str, Any]) -> Plan:
+    """Matches source tensors with targets, by what their headers say.
+
+    Args:
+      table: the format's rules.
+      tensors: what the source has.
+      targets: nested dicts; the leaves have `shape` and `dtype`.
+
+    Raises:
+      CheckpointError: tensors that are unknown, doubled, of a wrong shape or dtype, named in two manners, or missing;
+        all of them, grouped.
+    """
+    return _Matcher(table, tensors, flatten(targets)).run()
+
+
+def stream(plan: Plan, source: SafetensorsSource) -> Iterator[tuple[Path, np.ndarray]]:
+    """Yields path and array of one target after the other; the arrays are views of the source's files where possible.
+
+    Raises:
+      CheckpointError: a copy that differs from its original (before the first target); NaN or infinity in a tensor.
+    """
+    for name, original, otherwise in plan.copies:
+        if not _equal(source.read(name), source.read(original)):
+            raise CheckpointError(f"{name} differs from {original}; {otherwise}")
+        source.release()
+    for fill in plan.fills:
+        array = source.read(fill.source)
+        if not _finite(array):
+            raise CheckpointError(
+                f"{_show(fill.source)} holds NaN or infinity: the checkpoint is damaged or its training diverged; "
+                "download it again or use another one"
+            )
+        yield fill.path, fill.transform.apply(array)
+        del array
+        source.release()
+
+
+class _Matcher:
+    """Collects what is wrong with a source, by the kind of fault."""
+
+    def __init__(self, table: Table, tensors: Mapping[str, TensorInfo], targets: Mapping[Path, Any]):
+        self._table, self._tensors, self._targets = table, tensors, targets
+        self._fills: dict[Path, Fill] = {}
+        self._doubled: dict[Path, list[str]] = {}
+        self._copies: list[tuple[str, str, str]] = []
+        self._prefixed: dict[bool, str] = {}  # whether a name has the optional prefix -> the first such name
+        self._faults: dict[str, list[str]] = {
+            kind: []
+            for kind in (
+                "missing",
+                "unknown",
+                "filling the same weight",
+                "of a wrong shape",
+                "of a wrong dtype",
+                "mixed up",
+            )
+        }
+
+    def run(self) -> Plan:
+        for name, info in self._tensors.items():
+            self._match(name, info)
+        if len(self._prefixed) == 2:
+            self._fault(
+                "mixed up", f"{_show(self._prefixed[True])} has a prefix, {_show(self._prefixed[False])} has none"
+            )
+        for path, names in self._doubled.items():
+            self._fault("filling the same weight", f"{'/'.join(path)}: {', '.join(map(_show, names))}")
+        for path in self._targets.keys() - self._fills.keys():
+            self._fault("missing", self._source_of(path))
+        groups = [
+            f"{len(faults)} tensor{'s' * (len(faults) > 1)} {kind}:\n" + listed(sorted(faults), indent="    ")
+            for kind, faults in self._faults.items()
+            if faults
+        ]
+        if groups:
+            raise CheckpointError(
+                "the tensors do not fit the model that config.json describes; correct config.json or get the "
+                "checkpoint again\n  " + "\n  ".join(groups)
+            )
+        return Plan(tuple(self._fills.values()), tuple(self._copies))
+
+    def _fault(self, kind: str, text: str) -> None:
+        self._faults[kind].append(text)
+
+    def _match(self, name: str, info: TensorInfo) -> None:
+        known = any(self._matched(row.source, name) is not None for row in self._table.ignored)
+        for copy in self._table.copies:
+            if self._matched(copy.source, name) is not None:
+                known = True
+                self._match_copy(copy, name, info)
+        absent = ""
+        for rule in self._table.rules:
+            values = self._matched(rule.source, name)
+            if values is None:
+                continue
+            path = tuple(_filled(rule.target, values).split("/"))
+            if path in self._targets:
+                known = True
+                self._fill(Fill(path, name, rule.transform), info)
+            else:
+                absent = f" (the model has no {_show('/'.join(path))})"
+        if not known:
+            self._fault("unknown", _show(name) + absent)
+
+    def _matched(self, pattern: str, name: str) -> dict[str, str] | None:
+        match = _compiled(pattern).fullmatch(name)
+        if match is None:
+            return None
+        values = match.groupdict(default="")
+        if "_prefix" in values:
+            self._prefixed.setdefault(bool(values.pop("_prefix")), name)
+        return values
+
+    def _fill(self, fill: Fill, info: TensorInfo) -> None:
+        target = self._targets[fill.path]
+        expected = fill.transform.source_shape(tuple(target.shape))
+        if info.shape != expected:
+            self._fault("of a wrong shape", f"{_show(fill.source)} is {list(info.shape)}, expected {list(expected)}")
+        if info.dtype not in fill.transform.dtypes:
+            self._fault(
+                "of a wrong dtype",
+                f"{_show(fill.source)} is {info.dtype}, expected {' or '.join(fill.transform.dtypes)}",
+            )
+        first = self._fills.setdefault(fill.path, fill)
+        if first is not fill:
+            self._doubled.setdefault(fill.path, [first.source]).append(fill.source)
+
+    def _match_copy(self, copy: Copy, name: str, info: TensorInfo) -> None:
+        for other in self._tensors.values():
+            if _compiled(copy.of).fullmatch(other.name) is None:
+                continue
+            if (info.shape, info.dtype) != (other.shape, other.dtype):
+                found = f"{info.dtype} {list(info.shape)}, but {other.name} is {other.dtype} {list(other.shape)}"
+                self._fault("of a wrong shape", f"{_show(name)} is {found}; {copy.otherwise}")
+            elif info.dtype in FLOATS:
+                self._copies.append((name, other.name, copy.otherwise))
+
+    def _source_of(self, path: Path) -> str:
+        """The name of the tensor that would have filled a target."""
+        for rule in self._table.rules:
+            match = _compiled(rule.target).fullmatch("/".join(path))
+            if match is not None:
+                optional = r"\1" if True in self._prefixed else ""
+                name = _filled(re.sub(r"\[(.*?)\]", optional, rule.source), match.groupdict())
+                return "; ".join(filter(None, (name, rule.if_missing)))
+        return f"none of the rules fills {'/'.join(path)}: a fault of gptjax, please report it"
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    parts = re.split(r"(\{\w+\}|\[.*?\])", pattern)
+    number = "(?P<{}>0|[1-9][0-9]*)"
+    return re.compile(
+        "".join(
+            number.format(part[1:-1])
+            if part.startswith("{")
+            else f"(?P<_prefix>{re.escape(part[1:-1])})?"
+            if part.startswith("[")
+            else re.escape(part)
+            for part in parts
+        )
+    )
+
+
+def _filled(pattern: str, values: Mapping[str, str]) -> str:
+    for key, value in values.items():
+        pattern = pattern.replace("{" + key + "}", value)
+    return pattern
+
+
+def _show(name: str) -> str:
+    """A tensor's name as it can be printed: names come from files, and may be long or hold terminal commands."""
+    shown = name if name.isprintable() and name else ascii(name)
+    return shown if len(shown) <= 200 else shown[:200] + "…"
+
+
+def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
+    flat = array.reshape(-1)
+    return (flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE))
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays of one shape and dtype have the same bits."""
+    bits = np.dtype(f"u{a.dtype.itemsize}")
+    return all(np.array_equal(x.view(bits), y.view(bits)) for x, y in zip(_pieces(a), _pieces(b), strict=True))
+
+
+def _finite(array: np.ndarray) -> bool:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return True
+    exponent = np.array(np.inf, array.dtype)
+    bits = np.dtype(f"u{array.dtype.itemsize}")
+    mask = exponent.view(bits)  # infinity has all bits of the exponent set, as NaN has, and no finite number
+    return not any(((piece.view(bits) & mask) == mask).any() for piece in _pieces(array))

@@ -1,0 +1,157 @@
+"""The header of a safetensors file, read with bounds and checked before any data is touched.
+
+The `safetensors` library reads each header too, as a second opinion; checked here besides are duplicate keys, JSON's
+NaN, the number of tensors, and that the file is exactly as long as its header says.
+
+Format: https://huggingface.co/docs/safetensors, "Format".
+"""
+
+import dataclasses
+import json
+import math
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+
+from convert.sources.foreign import refusal
+from gptjax.errors import CheckpointError
+
+MAX_HEADER_BYTES: Final = 16 << 20  # GPT-OSS 120b has 543 tensors in headers of 60 kB
+MAX_TENSORS: Final = 1 << 16
+
+NUMPY_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {  # what can be read; tensors of other dtypes are only listed
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U8": np.dtype(np.uint8),
+}
+_BITS: Final = {
+    **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
+    **{"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32},
+    **{"U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor."""
+
+    name: str
+    dtype: str  # safetensors' name: "F32", "BF16", ...
+    shape: tuple[int, ...]
+    file: Path
+    start: int  # of its bytes in the file
+    stop: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, in the order of their data. Raises `CheckpointError`."""
+    try:
+        reason = refusal(path)
+        if reason is not None:
+            raise CheckpointError(reason)
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+            if length > MAX_HEADER_BYTES:
+                raise _damaged(path, f"its header claims {length:,} bytes, at most {MAX_HEADER_BYTES:,} are accepted")
+            if size < max(8 + length, 10):
+                raise _truncated(path, max(8 + length, 10), size)
+            text = file.read(length)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; download the file, it belongs to the checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    header = _infos(path, text, data_start=8 + length)
+    end = max((info.stop for info in header.values()), default=8 + length)
+    if size < end:
+        raise _truncated(path, end, size)
+    if size > end:
+        raise _damaged(path, f"it has {size:,} bytes, but its header accounts for {end:,}")
+    _ask_library(path)
+    return header
+
+
+def _truncated(path: Path, expected: int, found: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is truncated: expected {expected:,} bytes, found {found:,}; download the file again"
+    )
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} is not a sound safetensors file: {what}; download the file again")
+
+
+def parse(text: bytes) -> dict[str, Any]:
+    """A JSON object, strictly: keys once, no NaN. Raises `ValueError`."""
+    try:
+        raw = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"it is a JSON {type(raw).__name__}, expected an object")
+    return raw
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        doubled = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {doubled!r} occurs twice")
+    return keys
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _infos(path: Path, text: bytes, data_start: int) -> dict[str, TensorInfo]:
+    try:
+        raw = parse(text)
+    except ValueError as error:
+        raise _damaged(path, f"its header is not valid JSON ({error})") from None
+    raw.pop("__metadata__", None)
+    if len(raw) > MAX_TENSORS:
+        raise _damaged(path, f"it lists {len(raw):,} tensors, at most {MAX_TENSORS:,} are accepted")
+    infos = [_info(path, name, entry, data_start) for name, entry in raw.items()]
+    infos.sort(key=lambda info: (info.start, info.stop))
+    position = data_start
+    for info in infos:
+        if info.start != position:
+            raise _damaged(path, f"the data of {info.name!r} overlaps another tensor's or leaves a gap")
+        position = info.stop
+    return {info.name: info for info in infos}
+
+
+def _info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(path, f"its entry {name!r} does not consist of dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise _damaged(path, f"{name!r} has the unknown dtype {dtype!r}")
+    if not _sizes(shape) or len(shape) > 32:
+        raise _damaged(path, f"{name!r} has the shape {shape!r}")
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _damaged(path, f"{name!r} has the data_offsets {offsets!r}")
+    if math.prod(shape) * _BITS[dtype] != 8 * (offsets[1] - offsets[0]):
+        raise _damaged(path, f"{name!r}, {dtype} {shape}, has {offsets[1] - offsets[0]:,} bytes of data")
+    return TensorInfo(name, dtype, tuple(shape), path, data_start + offsets[0], data_start + offsets[1])
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _ask_library(path: Path) -> None:
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, framework="np"):
+            pass
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _damaged(path, f"the safetensors library says: {error}") from None

@@ -1,0 +1,165 @@
+"""A bounded, streaming reader of the safetensors files of a Hugging Face directory.
+
+Headers are read first (`convert.sources.header`); data is reached through a memory map, so that a tensor costs no
+memory of its own.
+"""
+
+import math
+import mmap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from convert.sources.foreign import GET_SAFETENSORS, refusal
+from convert.sources.header import MAX_HEADER_BYTES, NUMPY_DTYPES, TensorInfo, parse, read_header
+from gptjax.errors import CheckpointError
+
+MAX_FAULTS: Final = 20  # of a kind, before "and N more"
+SINGLE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+
+
+class SafetensorsSource:
+    """The tensors of one or several safetensors files, mapped into memory.
+
+    `tensors` lists them by name, in the order in which they lie on disk.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]):
+        self.tensors = tensors
+        self.files: tuple[Path, ...] = tuple(dict.fromkeys(info.file for info in tensors.values()))
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor as a read-only view of its file. Valid as long as it lives; the file must not be truncated.
+
+        Raises `KeyError` for a tensor that is not there or whose dtype NumPy does not have.
+        """
+        info = self.tensors[name]
+        dtype = NUMPY_DTYPES[info.dtype]
+        count = math.prod(info.shape)
+        if count == 0:
+            return np.empty(info.shape, dtype)
+        return np.frombuffer(self._map(info.file), dtype, count, info.start).reshape(info.shape)
+
+    def release(self) -> None:
+        """Lets go of the pages read so far. Views stay valid: what they show is read from the file again."""
+        for mapped in self._maps.values():
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _map(self, path: Path) -> mmap.mmap:
+        if path not in self._maps:
+            try:
+                with path.open("rb") as file:
+                    self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file") from None
+        return self._maps[path]
+
+
+def open_directory(directory: Path) -> SafetensorsSource:
+    """Reads the headers of `model.safetensors`, or of the files that `model.safetensors.index.json` names.
+
+    The single file goes first where both exist, as in transformers.
+
+    Raises:
+      CheckpointError: no weights; weights of another kind; a file that is truncated, damaged or not what its name
+        says; an index that names files outside the directory or disagrees with its files. All faults together.
+    """
+    if (directory / SINGLE).exists():
+        names, weight_map = [SINGLE], None
+    elif (directory / INDEX).exists():
+        weight_map = read_index(directory / INDEX)
+        names = list(dict.fromkeys(weight_map.values()))
+    else:
+        raise CheckpointError(_no_weights(directory))
+    faults: list[str] = []
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    for name in names:
+        try:
+            headers[name] = read_header(_contained(directory, name) if weight_map else directory / name)
+        except CheckpointError as error:
+            faults.append(str(error))
+    if weight_map:
+        faults += _disagreements(weight_map, headers)
+    if faults:
+        raise CheckpointError(f"{directory} cannot be read:\n" + listed(faults))
+    return SafetensorsSource({key: info for header in headers.values() for key, info in header.items()})
+
+
+def listed(faults: Iterable[str], indent: str = "  ") -> str:
+    """A line each, no more than MAX_FAULTS of them."""
+    faults = list(faults)
+    more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
+    return "\n".join(indent + fault for fault in faults[:MAX_FAULTS] + more)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """An index's map from tensor to file name, names as they stand. Raises `CheckpointError`."""
+    try:
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path} is larger than {MAX_HEADER_BYTES:,} bytes; download the file again")
+        weight_map = parse(path.read_bytes()).get("weight_map")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); download the file again") from None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{path} has no weight_map from tensor names to file names; download the file again")
+    if not weight_map:
+        raise CheckpointError(f"{path} lists no tensors; download the file again")
+    return weight_map
+
+
+def _contained(directory: Path, name: str) -> Path:
+    """The path of a file that an index names. An index is data from elsewhere: it must not reach other files."""
+    path = directory / name
+    fault = f"{directory / INDEX} names the file {name!r}"
+    fix = "an index may only name files beside it; download the checkpoint again from a source you trust"
+    if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+        raise CheckpointError(f"{fault}, which is not a plain file name; {fix}")
+    if not name.endswith(".safetensors"):
+        raise CheckpointError(f"{fault}, which is not a safetensors file. {GET_SAFETENSORS}")
+    root = directory.resolve()
+    roots = [root]
+    if root.parent.name == "snapshots":  # the Hub's cache: snapshots/<commit>/<file> -> ../../blobs/<hash>
+        roots.append(root.parent.parent / "blobs")
+    if path.resolve().parent not in roots:
+        raise CheckpointError(f"{fault}, a link that leads out of the directory; {fix}")
+    return path
+
+
+def _disagreements(weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
+    """Where an index and the files that could be read say different things."""
+    fix = f"correct or download again {INDEX} and the file"
+    homes: dict[str, list[str]] = {}
+    for file, header in headers.items():
+        for name in header:
+            homes.setdefault(name, []).append(file)
+    faults = [
+        f"{name} should be in {file} as {INDEX} says, but is not; {fix}"
+        for name, file in weight_map.items()
+        if file in headers and file not in homes.get(name, [])
+    ]
+    for name, files in homes.items():
+        if len(files) > 1:
+            faults.append(f"{name} is in several files: {', '.join(files)}; {fix}")
+        elif name not in weight_map:
+            faults.append(f"{name} is in {files[0]} but not in {INDEX}; {fix}")
+    return faults
+
+
+def _no_weights(directory: Path) -> str:
+    """Why there is nothing to read, with the reason for what is there instead."""
+    expected = f"{directory} has neither {SINGLE} nor {INDEX}"
+    try:
+        files = sorted(path for path in directory.iterdir() if path.is_file())
+        others = [path.name for path in files if path.suffix == ".safetensors"]
+        if others:
+            return f"{expected}, but {', '.join(others[:5])}; rename a single file to {SINGLE}, or add their index"
+        reasons = [reason for path in files if (reason := refusal(path)) is not None]
+    except OSError as error:
+        return f"{directory} cannot be read ({error.strerror}); check its permissions"
+    return "; ".join([expected, *reasons[:1]]) if reasons else f"{expected}. {GET_SAFETENSORS}"

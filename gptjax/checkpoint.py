@@ -1,0 +1,267 @@
+"""Weights in and out of Orbax, a bounded piece at a time.
+
+A converted directory holds the model's JSON files, `manifest.json`, and under `params/` several Orbax checkpoints of
+at most PIECE_BYTES or one larger weight, each of which can be read with Orbax alone.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path as FilePath
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from gptjax import __version__
+from gptjax.errors import CheckpointError
+from gptjax.manifest import Leaf, Manifest, SourceFile, is_converted, read_manifest, write_manifest
+from gptjax.pieces import checksum, damaged, read_piece, return_memory, write_piece
+from gptjax.progress import Progress, silent
+from gptjax.staging import staged, unwritable
+
+__all__ = [
+    "Leaf",
+    "Manifest",
+    "SourceFile",
+    "cast",
+    "flatten",
+    "is_converted",
+    "nest",
+    "place",
+    "read_leaves",
+    "read_manifest",
+    "restore",
+    "save",
+]
+
+Path = tuple[str, ...]  # of a weight in the nested dicts of parameters
+Params = dict[str, Any]
+
+PIECE_BYTES: Final = 128 << 20
+_MAX_FAULTS: Final = 20
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
+    """The leaves of nested dicts, by their paths."""
+    flat: dict[Path, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update({(name, *path): leaf for path, leaf in flatten(value).items()})
+        else:
+            flat[(name,)] = value
+    return flat
+
+
+def nest(flat: Mapping[Path, Any]) -> Params:
+    """The inverse of `flatten`."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def cast(array: np.ndarray, dtype: DTypeLike, name: str) -> np.ndarray:
+    """An array in another floating dtype, rounded to nearest, ties to even; itself where the dtype is the same.
+
+    Raises:
+      CheckpointError: a dtype that is not floating, or values that float16 cannot hold. `name` is for the message.
+    """
+    dtype = np.dtype(dtype)
+    if array.dtype == dtype:
+        return array
+    if not (jnp.issubdtype(array.dtype, jnp.floating) and jnp.issubdtype(dtype, jnp.floating)):
+        raise CheckpointError(f"{name} is {array.dtype} and cannot become {dtype}; only floating weights are cast")
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if dtype == np.float16 and not np.isfinite(result).all():
+        raise CheckpointError(f"{name} holds values beyond float16's 65504; use bfloat16 or float32")
+    return result
+
+
+def place(
+    leaves: Iterable[tuple[Path, np.ndarray]], targets: Mapping[str, Any], *, progress: Progress | None = None
+) -> Params:
+    """Puts weights on devices, one at a time, cast to the wanted dtypes.
+
+    The result owns its memory: it does not change with the file that an array is a view of, and may be donated.
+
+    Args:
+      leaves: path and host array of each weight, in any order.
+      targets: nested dicts of `jax.ShapeDtypeStruct`: the shape and dtype wanted, and the sharding where it has one.
+      progress: shows how far it is; see `gptjax.progress`.
+
+    Returns:
+      Nested dicts of `jax.Array`.
+
+    Raises:
+      CheckpointError: weights that are missing, unknown, doubled, misshapen or not castable.
+    """
+    wanted = flatten(targets)
+    placed: dict[Path, jax.Array] = {}
+    with (progress or silent)("loading weights", sum(map(_bytes, wanted.values()))) as advance:
+        for path, array in leaves:
+            name = "/".join(path)
+            if path not in wanted or path in placed:
+                raise CheckpointError(f"the weight {name} is {'doubled' if path in placed else 'unknown to the model'}")
+            target = wanted[path]
+            if array.shape != tuple(target.shape):
+                raise CheckpointError(f"the weight {name} is {list(array.shape)}, expected {list(target.shape)}")
+            placed[path] = _put(cast(array, target.dtype, name), getattr(target, "sharding", None))
+            advance(_bytes(target))
+            del array  # before the next one is read
+    missing = sorted("/".join(path) for path in wanted.keys() - placed.keys())
+    if missing:
+        raise CheckpointError(f"weights are missing: {', '.join(missing[:_MAX_FAULTS])}; convert the checkpoint again")
+    return nest({path: placed[path] for path in wanted})
+
+
+def _bytes(leaf: Any) -> int:
+    return int(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize)
+
+
+def _put(array: np.ndarray, sharding: Any) -> jax.Array:
+    if sharding is not None and not sharding.is_fully_addressable:  # several hosts, each of which has the whole array
+        result: jax.Array = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    else:
+        result = jax.device_put(array, sharding)
+    if any(device.platform == "cpu" for device in result.sharding.device_set):  # type: ignore[attr-defined]
+        # Here an array can be the host's memory itself, a checkpoint's file even, and all devices can share it. (So it
+        # is with may_alias=False too in JAX 0.10.) What XLA has computed it owns.
+        result = result.copy()
+    return jax.block_until_ready(result)  # host memory stays bounded: nothing is in flight when the next one is read
+
+
+def restore(directory: FilePath, targets: Mapping[str, Any], *, progress: Progress | None = None) -> Params:
+    """Reads a converted directory onto devices.
+
+    Args:
+      directory: what `save` wrote.
+      targets, progress: as for `place`.
+
+    Returns:
+      Nested dicts of `jax.Array`, of the targets' shapes, dtypes and shardings.
+
+    Raises:
+      CheckpointError: the checkpoint's weights are not the targets' (all differences together), or a piece is missing
+        or damaged.
+    """
+    manifest = read_manifest(directory)
+    _check(directory, manifest, flatten(targets))
+    return place(read_leaves(directory, manifest), targets, progress=progress)
+
+
+def _check(directory: FilePath, manifest: Manifest, wanted: Mapping[Path, Any]) -> None:
+    found = {leaf.path: leaf for leaf in manifest.leaves}
+    faults = [f"{'/'.join(path)} is missing" for path in wanted.keys() - found.keys()]
+    for path, leaf in found.items():
+        name = "/".join(path)
+        if path not in wanted:
+            faults.append(f"{name} is not a weight of the model")
+            continue
+        target = wanted[path]
+        if leaf.shape != tuple(target.shape):
+            faults.append(f"{name} is {list(leaf.shape)}, expected {list(target.shape)}")
+        floating = [jnp.issubdtype(np.dtype(dtype), jnp.floating) for dtype in (leaf.dtype, target.dtype)]
+        if leaf.dtype != str(np.dtype(target.dtype)) and not all(floating):
+            faults.append(f"{name} is {leaf.dtype}, expected {np.dtype(target.dtype)}")
+    if len(found) != len(manifest.leaves):
+        faults.append("a weight is listed twice")
+    if faults:
+        more = [f"and {len(faults) - _MAX_FAULTS} more"] if len(faults) > _MAX_FAULTS else []
+        raise CheckpointError(
+            f"{directory} does not hold the weights of the model that its config.json describes; convert the "
+            "checkpoint again:\n  " + "\n  ".join([*sorted(faults)[:_MAX_FAULTS], *more])
+        )
+
+
+def read_leaves(directory: FilePath, manifest: Manifest) -> Iterator[tuple[Path, np.ndarray]]:
+    """Yields the weights of a converted directory, reading a piece at a time. Raises `CheckpointError`."""
+    for piece, files in manifest.pieces.items():
+        path = directory / "params" / piece
+        arrays = flatten(read_piece(path, files))
+        for leaf in manifest.leaves:
+            if leaf.piece != piece:
+                continue
+            array = arrays.pop(leaf.path, None)
+            if array is None or (array.shape, str(array.dtype)) != (leaf.shape, leaf.dtype):
+                raise damaged(path, f"{'/'.join(leaf.path)} is not in it as the manifest says")
+            if checksum(array) != leaf.crc32:
+                raise damaged(path, f"the bytes of {'/'.join(leaf.path)} have changed")
+            yield leaf.path, array
+            del array
+        return_memory()
+
+
+def save(
+    destination: FilePath,
+    leaves: Iterable[tuple[Path, np.ndarray]],
+    *,
+    total_bytes: int,
+    source: str,
+    source_files: Callable[[], tuple[SourceFile, ...]],
+    copies: Iterable[FilePath] = (),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Writes a converted directory, which appears complete or not at all.
+
+    Args:
+      destination: the directory, which must not exist unless `overwrite`; then it must be a converted one.
+      leaves: path and host array of each weight. Those of one piece are held at a time.
+      total_bytes: of all weights, to refuse a disk that is too full before anything is written.
+      source, source_files: what the manifest says of the origin; the latter is called when all weights are written.
+      copies: files that are copied into the directory, under their own names.
+      progress: shows how far it is.
+
+    Raises:
+      CheckpointError: the destination exists, cannot be written or has too little room; nothing is left behind.
+    """
+    with staged(destination, overwrite=overwrite, ours=_replaceable) as partial:
+        free = shutil.disk_usage(partial).free
+        if free < total_bytes:
+            raise CheckpointError(
+                f"{destination} needs {total_bytes / 1e6:,.0f} MB, but its disk has {free / 1e6:,.0f} MB free; "
+                "free some space or name a directory on another disk"
+            )
+        for path in copies:
+            shutil.copyfile(path, partial / path.name)
+        (partial / "params").mkdir()
+        written: list[Leaf] = []
+        pieces: dict[str, dict[str, int]] = {}
+        with (progress or silent)("writing weights", total_bytes) as advance:
+            for piece in _pieces(leaves):
+                name = f"{len(pieces):04}"
+                try:
+                    pieces[name] = write_piece(partial / "params" / name, nest(piece))
+                except Exception as error:  # Orbax and TensorStore report a full disk in many ways
+                    raise unwritable(destination, error) from error
+                written += [
+                    Leaf(path, array.shape, str(array.dtype), name, checksum(array)) for path, array in piece.items()
+                ]
+                advance(sum(array.nbytes for array in piece.values()))
+                piece.clear()  # its memory goes before the next piece is read
+        manifest = Manifest(__version__, source, source_files(), tuple(written), pieces)
+        write_manifest(partial, manifest)
+    return manifest
+
+
+def _replaceable(directory: FilePath) -> bool:
+    return is_converted(directory) and (directory / "params").is_dir()
+
+
+def _pieces(leaves: Iterable[tuple[Path, np.ndarray]]) -> Iterator[dict[Path, np.ndarray]]:
+    piece: dict[Path, np.ndarray] = {}
+    for path, array in leaves:
+        if piece and sum(other.nbytes for other in piece.values()) + array.nbytes > PIECE_BYTES:
+            yield piece
+            piece = {}
+        piece[path] = array
+        del array
+    if piece:
+        yield piece

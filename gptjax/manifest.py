@@ -1,0 +1,132 @@
+"""The manifest of a converted checkpoint: what it was made of, and where each weight lies."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from gptjax.files import read_json
+from gptjax.errors import CheckpointError
+
+FILE: Final = "manifest.json"
+FORMAT: Final = "gptjax-checkpoint"
+VERSION: Final = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """A file that a checkpoint was made of."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A weight."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str  # NumPy's name, or "bfloat16"
+    piece: str  # a key of `Manifest.pieces`
+    crc32: int  # of its bytes in C order, little endian
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The content of `manifest.json`."""
+
+    gptjax_version: str
+    source: str  # the name of the directory that was converted
+    files: tuple[SourceFile, ...]
+    leaves: tuple[Leaf, ...]
+    pieces: dict[str, dict[str, int]]  # the directory under `params/` -> its files and their bytes
+
+
+def is_converted(directory: Path) -> bool:
+    """Whether a directory is a checkpoint that gptjax wrote (and therefore complete: the manifest is written last)."""
+    return (directory / FILE).is_file()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads `directory/manifest.json`. Raises `CheckpointError` where it is missing, damaged or of another version."""
+    path = directory / FILE
+    again = "convert the checkpoint again: python -m convert SOURCE DESTINATION"
+    raw = read_json(path) or {}
+    if raw.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a gptjax manifest; {again}")
+    if raw.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has version {raw.get('version')!r}, this gptjax reads version {VERSION}; "
+            f"use the gptjax that wrote it ({raw.get('gptjax_version')}), or {again}"
+        )
+    try:
+        return Manifest(
+            gptjax_version=_text(raw["gptjax_version"]),
+            source=_text(raw["source"]["name"]),
+            files=tuple(
+                SourceFile(_text(file["name"]), _count(file["bytes"]), _text(file["sha256"]))
+                for file in raw["source"]["files"]
+            ),
+            leaves=tuple(map(_leaf, raw["leaves"])),
+            pieces={
+                _piece(piece): {name: _count(size) for name, size in files.items()}
+                for piece, files in raw["pieces"].items()
+            },
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes `directory/manifest.json`."""
+    leaves: Sequence[dict[str, Any]] = [
+        {
+            "path": "/".join(leaf.path),
+            "shape": list(leaf.shape),
+            "dtype": leaf.dtype,
+            "piece": leaf.piece,
+            "crc32": leaf.crc32,
+        }
+        for leaf in manifest.leaves
+    ]
+    raw = {
+        "format": FORMAT,
+        "version": VERSION,
+        "gptjax_version": manifest.gptjax_version,
+        "source": {"name": manifest.source, "files": [dataclasses.asdict(file) for file in manifest.files]},
+        "leaves": leaves,
+        "pieces": manifest.pieces,
+    }
+    (directory / FILE).write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+
+
+def _leaf(raw: Any) -> Leaf:
+    return Leaf(
+        path=tuple(_text(raw["path"]).split("/")),
+        shape=tuple(map(_count, raw["shape"])),
+        dtype=_text(raw["dtype"]),
+        piece=_piece(raw["piece"]),
+        crc32=_count(raw["crc32"]),
+    )
+
+
+def _piece(name: Any) -> str:
+    if re.fullmatch(r"[0-9]{1,9}", _text(name)) is None:  # it becomes part of a path
+        raise ValueError(f"the piece {name!r} is not a number")
+    return _text(name)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r} is not a count")
+    return value
