@@ -1,0 +1,323 @@
+"""`load` and `LanguageModel` on the demo model."""
+
+import itertools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax import CapacityError, CheckpointError, ConfigError, RequestError
+from gptjax.api import LanguageModel
+
+PROMPT = "Once upon a time there was a king who had"
+
+
+def test_a_prompt_becomes_a_completion(lm):
+    completion = lm.generate(PROMPT, max_tokens=20)
+    assert completion.text == lm.tokenizer.decode(completion.token_ids)
+    assert completion.finish_reason == "length"
+    assert completion.usage.completion_tokens == len(completion.token_ids) == len(completion.logprobs) == 20
+    assert completion.usage.prompt_tokens == len(lm.tokenizer.encode(PROMPT))
+    assert completion.usage.total_tokens == 20 + completion.usage.prompt_tokens
+    assert completion.timings.time_to_first_token > 0
+    assert completion.timings.decode > 0
+    assert all(logprob <= 0 for logprob in completion.logprobs)
+
+
+def test_text_and_its_ids_are_the_same_prompt(lm):
+    by_text = lm.generate(PROMPT, max_tokens=8)
+    ids = lm.tokenizer.encode(PROMPT)
+    for prompt in (ids, tuple(ids), np.asarray(ids), np.asarray(ids, np.uint16)):
+        assert lm.generate(prompt, max_tokens=8).token_ids == by_text.token_ids
+
+
+def test_a_list_gives_a_list_in_order_and_a_list_of_one_too(lm):
+    prompts = ["The sea", PROMPT, "A", "He said that", "In the morning"]
+    together = lm.generate(prompts, max_tokens=10)
+    assert [c.token_ids for c in together] == [lm.generate(p, max_tokens=10).token_ids for p in prompts]
+    assert lm.generate(["A"], max_tokens=10)[0].token_ids == together[2].token_ids
+    mixed = lm.generate([[3, 4], [5]], max_tokens=3)
+    assert [c.usage.prompt_tokens for c in mixed] == [2, 1]
+
+
+def test_more_prompts_than_rows(demo):
+    lm = gptjax.load(demo, max_batch=2)
+    prompts = [PROMPT[: 3 + n] for n in range(7)]
+    together = lm.generate(prompts, max_tokens=5, temperature=1.0, seed=5)
+    for prompt, completion in zip(prompts, together, strict=True):
+        alone = lm.generate(prompt, max_tokens=5, temperature=1.0, seed=5)
+        assert (alone.token_ids, alone.logprobs) == (completion.token_ids, completion.logprobs)
+
+
+def test_a_stream_is_the_completion_in_pieces(lm):
+    options = {"max_tokens": 30, "temperature": 0.9, "seed": 4}
+    chunks = list(lm.stream(PROMPT, **options))
+    whole = lm.generate(PROMPT, **options)
+    assert "".join(chunk.text for chunk in chunks) == whole.text == chunks[-1].completion.text
+    assert tuple(chunk.token_id for chunk in chunks) == whole.token_ids
+    assert [chunk.finish_reason for chunk in chunks] == [None] * 29 + ["length"]
+
+
+def test_a_stream_can_be_left_and_another_begun_beside_it(lm):
+    first = lm.stream(PROMPT, max_tokens=50)
+    begun = [chunk.token_id for chunk in itertools.islice(first, 5)]
+    beside = lm.generate(PROMPT, max_tokens=50)
+    rest = [chunk.token_id for chunk in first]
+    assert tuple(begun + rest) == beside.token_ids
+    left = lm.stream(PROMPT)
+    next(left)
+    left.close()
+
+
+def test_arguments_are_checked_before_the_first_chunk(lm):
+    with pytest.raises(RequestError, match="temperature"):
+        lm.stream(PROMPT, temperature=-1)
+
+
+def test_seeds_repeat_and_differ(lm):
+    def draw(**options):
+        return lm.generate(PROMPT, max_tokens=12, temperature=1.5, **options)
+
+    assert draw(seed=1).token_ids == draw(seed=1).token_ids != draw(seed=2).token_ids
+    unseeded = draw()
+    assert unseeded.seed != draw().seed
+    assert draw(seed=unseeded.seed).token_ids == unseeded.token_ids
+
+
+def test_stops_and_stop_ids(lm):
+    whole = lm.generate(PROMPT, max_tokens=40)
+    stop = whole.text[10:14]
+    stopped = lm.generate(PROMPT, max_tokens=40, stop=stop)
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == whole.text[: whole.text.index(stop)]
+    by_id = lm.generate(PROMPT, max_tokens=40, stop_ids=[whole.token_ids[5]])
+    assert by_id.token_ids == whole.token_ids[: whole.token_ids.index(whole.token_ids[5]) + 1]
+    assert by_id.finish_reason == "stop"
+
+
+def test_the_end_of_text_ends_unless_ignored(lm):
+    eos = lm.eos_ids[0]
+    assert eos == lm.tokenizer.special_ids["<|endoftext|>"]
+    forced = {"logit_bias": {eos: 100.0}, "max_tokens": 3}
+    ended = lm.generate(PROMPT, **forced)
+    assert (ended.text, ended.token_ids, ended.finish_reason) == ("", (eos,), "stop")
+    assert lm.generate(PROMPT, ignore_eos=True, **forced).token_ids == (eos,) * 3
+
+
+def test_top_logprobs_hold_the_chosen_token_when_greedy(lm):
+    completion = lm.generate(PROMPT, max_tokens=4, top_logprobs=5)
+    for token, logprob, top in zip(completion.token_ids, completion.logprobs, completion.top_logprobs, strict=True):
+        assert len(top) == 5
+        assert next(iter(top.items())) == (token, logprob)
+        assert list(top.values()) == sorted(top.values(), reverse=True)
+
+
+def test_logits_are_those_that_generation_draws_from(lm):
+    completion = lm.generate(PROMPT, max_tokens=6)
+    ids = lm.tokenizer.encode(PROMPT)
+    logits_TV = lm.logits([*ids, *completion.token_ids])
+    assert logits_TV.shape == (len(ids) + 6, lm.config.vocab_size)
+    assert logits_TV.dtype == np.float32
+    assert tuple(logits_TV[len(ids) - 1 : -1].argmax(-1).tolist()) == completion.token_ids
+
+
+def test_the_loop_in_ones_own_hands(lm):
+    ids = lm.tokenizer.encode(PROMPT)
+    state = lm.init_state(batch=1, max_length=128)
+    logits_BV, state = lm.prefill(state, ids)
+    np.testing.assert_allclose(logits_BV[0], lm.logits(ids)[-1], atol=1e-3)
+    tokens = []
+    for _ in range(8):
+        token_B, state = lm.decode(state)
+        tokens.append(int(token_B[0]))
+    assert tuple(tokens) == lm.generate(PROMPT, max_tokens=8).token_ids
+    assert logits_BV.shape == (1, lm.config.vocab_size)  # still there, though the state it came with was donated
+    two = lm.init_state(batch=2, max_length=128)
+    _, two = lm.prefill(two, [ids, ids[:3]])
+    token_B, two = lm.decode(two, temperature=0.7, seed=42)
+    assert token_B.shape == (2,)
+
+
+def test_decode_works_under_jit(lm):
+    @jax.jit
+    def three(state):
+        tokens = []
+        for _ in range(3):
+            token_B, state = lm.decode(state)
+            tokens.append(token_B)
+        return tokens
+
+    _, state = lm.prefill(lm.init_state(max_length=128), lm.tokenizer.encode(PROMPT))
+    assert tuple(int(t[0]) for t in three(state)) == lm.generate(PROMPT, max_tokens=3).token_ids
+
+
+def test_decoding_beyond_the_end_gives_minus_one(lm):
+    _, state = lm.prefill(lm.init_state(max_length=4), [1, 2, 3])
+    tokens = []
+    for _ in range(4):
+        token_B, state = lm.decode(state)
+        tokens.append(int(token_B[0]))
+    assert [token < 0 for token in tokens] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "error", "says"),
+    [
+        ([], {}, RequestError, "no prompt"),
+        ("", {}, RequestError, "empty"),
+        (["fine", ""], {}, RequestError, "empty"),
+        ([[]], {}, RequestError, "empty"),
+        ([1, 8192], {}, RequestError, "8192 at position 1"),
+        ([-1], {}, RequestError, "-1 at position 0"),
+        ([1.5], {}, RequestError, "1.5"),
+        ([True, 2], {}, RequestError, "True"),
+        (5, {}, RequestError, "int"),
+        (None, {}, RequestError, "NoneType"),
+        ([1] * 513, {}, CapacityError, "513 tokens.*512"),
+        ("x", {"temperature": -0.1}, RequestError, "temperature"),
+        ("x", {"temperature": float("nan")}, RequestError, "temperature"),
+        ("x", {"temperature": "hot"}, RequestError, "temperature"),
+        ("x", {"top_k": -1}, RequestError, "top_k"),
+        ("x", {"top_k": 2.5}, RequestError, "top_k"),
+        ("x", {"top_p": 0}, RequestError, "top_p"),
+        ("x", {"top_p": 1.1}, RequestError, "top_p"),
+        ("x", {"min_p": 2}, RequestError, "min_p"),
+        ("x", {"repetition_penalty": 0}, RequestError, "repetition_penalty"),
+        ("x", {"presence_penalty": float("inf")}, RequestError, "presence_penalty"),
+        ("x", {"logit_bias": {9000: 1}}, RequestError, "9000"),
+        ("x", {"logit_bias": {1: 1e9}}, RequestError, "logit_bias"),
+        ("x", {"logit_bias": [1]}, RequestError, "logit_bias"),
+        ("x", {"seed": -1}, RequestError, "seed"),
+        ("x", {"seed": 2**32}, RequestError, "seed"),
+        ("x", {"max_tokens": 0}, RequestError, "max_tokens"),
+        ("x", {"max_tokens": True}, RequestError, "max_tokens"),
+        ("x", {"stop": [""]}, RequestError, "stop"),
+        ("x", {"stop": ["x"] * 17}, RequestError, "17"),
+        ("x", {"stop": 3}, RequestError, "stop"),
+        ("x", {"stop_ids": [-3]}, RequestError, "stop id"),
+        ("x", {"top_logprobs": 21}, RequestError, "top_logprobs"),
+        ("x", {"temprature": 1}, RequestError, "did you mean 'temperature'"),
+        ("\ud800", {}, RequestError, "surrogate"),
+    ],
+)
+def test_bad_requests_name_the_fault(lm, prompt, options, error, says):
+    with pytest.raises(error, match=says):
+        lm.generate(prompt, **options)
+
+
+def test_the_edges_of_the_context(lm):
+    assert lm.generate([1] * 512).usage.completion_tokens == 1
+    past = lm.generate([1] * 510, max_tokens=1000, ignore_eos=True)
+    assert (past.usage.completion_tokens, past.finish_reason) == (3, "length")
+    assert lm.generate([1], max_tokens=1).usage.completion_tokens == 1
+    assert lm.logits([1] * 512).shape[0] == 512
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"max_length": 513}, CapacityError, "513.*512"),
+        ({"max_length": 0}, RequestError, "max_length"),
+        ({"max_length": 2.0}, RequestError, "max_length"),
+        ({"max_batch": 0}, RequestError, "max_batch"),
+        ({"dtype": "int8"}, ConfigError, "float32, bfloat16, float16"),
+        ({"dtype": "nonsense"}, ConfigError, "nonsense"),
+        ({"implementation": "cuda"}, RequestError, "cuda.*xla"),
+        ({"tokenizer": "/nowhere"}, CheckpointError, "nowhere"),
+    ],
+)
+def test_bad_settings_name_the_fault(demo, options, error, says):
+    with pytest.raises(error, match=says):
+        gptjax.load(demo, **options)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "says"),
+    [("513", CapacityError, "GPTJAX_MAX_LENGTH is 513"), ("-4", RequestError, "-4"), ("x", RequestError, "x")],
+)
+def test_the_environment_can_set_max_length_but_not_too_far(demo, monkeypatch, value, error, says):
+    monkeypatch.setenv("GPTJAX_MAX_LENGTH", value)
+    with pytest.raises(error, match=says):
+        gptjax.load(demo)
+    monkeypatch.setenv("GPTJAX_MAX_LENGTH", "64")
+    assert gptjax.load(demo).max_length == 64
+    assert gptjax.load(demo, max_length=32).max_length == 32
+
+
+def test_a_shorter_max_length_holds(demo):
+    lm = gptjax.load(demo, max_length=20)
+    with pytest.raises(CapacityError, match="shorten the prompt by 1"):
+        lm.generate([1] * 21)
+    assert lm.generate([1] * 18, max_tokens=50, ignore_eos=True).usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_dtypes(demo, dtype):
+    lm = gptjax.load(demo, dtype=dtype)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(lm.params)} == {dtype}
+    assert lm.generate(PROMPT, max_tokens=5).usage.completion_tokens == 5
+
+
+def test_without_a_tokenizer_ids_work_and_text_says_what_is_missing(demo, tmp_path):
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        shutil.copy(demo / name, tmp_path)
+    lm = gptjax.load(tmp_path)
+    completion = lm.generate([5, 6, 7], max_tokens=4)
+    assert (completion.text, len(completion.token_ids)) == ("", 4)
+    for call in (lambda: lm.generate("text"), lambda: lm.generate([1], stop="x"), lambda: lm.tokenizer):
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+            call()
+    assert gptjax.load(tmp_path, tokenizer=demo).generate("text", max_tokens=1).token_ids
+
+
+def test_a_damaged_tokenizer_is_not_a_missing_one(demo, tmp_path):
+    shutil.copytree(demo, tmp_path / "damaged")
+    (tmp_path / "damaged" / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        gptjax.load(tmp_path / "damaged")
+
+
+def test_generation_config_sets_the_defaults(demo, tmp_path):
+    shutil.copytree(demo, tmp_path / "sampled")
+    (tmp_path / "sampled" / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "temperature": 1.5, "top_k": 40, "eos_token_id": [8191, 7]})
+    )
+    lm = gptjax.load(tmp_path / "sampled")
+    assert (lm.defaults.temperature, lm.defaults.top_k, lm.eos_ids) == (1.5, 40, (8191, 7))
+    assert (
+        lm.generate(PROMPT, max_tokens=9, seed=1).token_ids
+        == lm.generate(PROMPT, max_tokens=9, seed=1, temperature=1.5, top_k=40).token_ids
+    )
+    assert (
+        lm.generate(PROMPT, max_tokens=9, temperature=0).token_ids
+        == gptjax.load(demo).generate(PROMPT, max_tokens=9).token_ids
+    )
+
+
+def test_close_frees_the_weights(demo):
+    with gptjax.load(demo) as lm:
+        leaf = jax.tree.leaves(lm.params)[0]
+        assert not leaf.is_deleted()
+    assert leaf.is_deleted()
+
+
+def test_nothing_is_written_where_loading_fails(demo, tmp_path):
+    shutil.copytree(demo, tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    before = sorted(path.name for path in (tmp_path / "cut").iterdir())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        gptjax.load(tmp_path / "cut")
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == before
+
+
+def test_the_public_names_are_there_and_lazy():
+    for name in gptjax.__all__:
+        assert getattr(gptjax, name) is not None
+    assert set(dir(gptjax)) == set(gptjax.__all__)
+    assert gptjax.LanguageModel is LanguageModel
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = gptjax.nonsense
