@@ -144,8 +144,8 @@ def read_config(directory: Path) -> ModelConfig:
     raw = read_json(directory / "config.json")
     if raw is None:
         raise CheckpointError(
-            f"{directory} has no config.json; expected a Hugging Face checkpoint directory (config.json, *.safetensors, "
-            "tokenizer.json) or one written by `gptjax convert`"
+            f"{directory} has no config.json; expected a Hugging Face checkpoint (config.json, *.safetensors, "
+            "tokenizer.json) or a directory written by `gptjax convert`"
         )
     return config_from_json(raw)
 

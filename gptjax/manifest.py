@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from gptjax.files import read_json
 from gptjax.errors import CheckpointError
+from gptjax.files import read_json
 
 FILE: Final = "manifest.json"
 FORMAT: Final = "gptjax-checkpoint"
