@@ -160,7 +160,10 @@ def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def read_generation_defaults(directory: Path) -> GenerationDefaults:
-    """Reads `generation_config.json`, else the end-of-text id of `config.json`; absent files mean greedy."""
+    """Reads `generation_config.json`, else the end-of-text id of `config.json`; absent files mean greedy.
+
+    A setting that the file does not have is off. (transformers fills in top_k 50.)
+    """
     raw = {"eos_token_id": (read_json(directory / "config.json") or {}).get("eos_token_id")}
     raw.update(read_json(directory / "generation_config.json") or {})
     eos = raw.get("eos_token_id")
@@ -171,8 +174,8 @@ def read_generation_defaults(directory: Path) -> GenerationDefaults:
         eos_ids=eos_ids,
         temperature=keys.positive_float("temperature", absent=1.0) if sampled else 0.0,
         top_k=keys.size("top_k", absent=0) if sampled and raw.get("top_k") else 0,
-        top_p=keys.positive_float("top_p", absent=1.0) if sampled else 1.0,
-        min_p=keys.positive_float("min_p", absent=0.0) if sampled and raw.get("min_p") else 0.0,
+        top_p=keys.positive_float("top_p", absent=1.0, most=1) if sampled else 1.0,
+        min_p=keys.positive_float("min_p", absent=0.0, most=1) if sampled and raw.get("min_p") else 0.0,
         repetition_penalty=keys.positive_float("repetition_penalty", absent=1.0),
     )
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in eos_ids):
@@ -211,12 +214,13 @@ class _Keys:
             return 0
         return value
 
-    def positive_float(self, key: str, *, absent: float) -> float:
+    def positive_float(self, key: str, *, absent: float, most: float = sys.float_info.max) -> float:
         value = self._get(key, None, absent)
         if value is absent:
             return absent
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-            self.fault(f"{key} is {value!r}; expected a number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+            limit = "" if most == sys.float_info.max else f" and at most {most}"
+            self.fault(f"{key} is {value!r}; expected a number above 0{limit}")
             return absent
         return float(value)
 

@@ -101,7 +101,8 @@ class GPT2(nn.Module):
 
         Args:
           tokens_BT: int32 token ids; what stands at padding does not matter.
-          positions_BT: int32 position of each token in its sequence, ascending in a row; negative is padding.
+          positions_BT: int32 position of each token in its sequence, ascending in a row and below the context length
+            (beyond it the last position's embedding would be taken, silently); negative is padding.
           cache: earlier keys and values, to which these tokens' are added; None to attend to these tokens alone.
 
         Returns:
@@ -109,7 +110,7 @@ class GPT2(nn.Module):
         """
         if cache is not None:
             cache = cache.extended(positions_BT)
-        # Padding reads row 0 rather than out of bounds: gathers fill those with NaN.
+        # Padding reads row 0, whatever stands there: it is not attended to, and must only be in bounds.
         tokens_BTD = self.token_embedding[jnp.where(positions_BT < 0, 0, tokens_BT)]
         positions_BTD = self.position_embedding[jnp.maximum(positions_BT, 0)]
         x_BTD = tokens_BTD.astype(self.dtype) + positions_BTD.astype(self.dtype)

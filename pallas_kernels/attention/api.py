@@ -27,8 +27,8 @@ def attention(
 
     Args:
       q_BTNH: queries.
-      k_BKSH, v_BKSH: keys and values; N is a multiple of K. What lies at unseen positions has no influence, not even
-        NaN.
+      k_BKSH, v_BKSH: keys and values; N is a multiple of K. What lies where no query of the call sees it has no
+        influence, not even NaN.
       q_positions_BT, k_positions_BS: int32 position of each query and key in its sequence; negative is padding, whose
         result is 0.
       scale: what scores are multiplied with.

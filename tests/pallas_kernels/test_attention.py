@@ -1,0 +1,221 @@
+"""`pallas_kernels.attention` against float64 NumPy (`tests/oracles/attention_numpy.py`), cached and not.
+
+The same cases run every implementation. Each marks keys and values that nobody may see with NaN.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.attention import attention
+from tests.oracles import attention_numpy
+
+PATHS = [pytest.param(True, id="cached"), pytest.param(False, id="uncached")]
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+class Shape(NamedTuple):
+    """Sizes of a case, by `gptjax.axes`."""
+
+    B: int
+    T: int
+    N: int
+    K: int
+    S: int
+    H: int
+
+
+SHAPES = [
+    Shape(B=3, T=7, N=10, K=2, S=29, H=12),
+    Shape(B=2, T=1, N=5, K=5, S=37, H=4),
+    Shape(B=2, T=13, N=3, K=3, S=13, H=33),
+    Shape(B=1, T=1, N=4, K=2, S=1, H=1),
+    Shape(B=2, T=1, N=6, K=3, S=128, H=16),
+    Shape(B=3, T=1, N=10, K=2, S=384, H=20),
+    Shape(B=2, T=19, N=4, K=2, S=256, H=24),
+    Shape(B=1, T=140, N=2, K=1, S=256, H=8),
+]
+
+
+@pytest.fixture(autouse=True)
+def _highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def _ids(shape: Shape) -> str:
+    return "-".join(f"{name}{size}" for name, size in shape._asdict().items())
+
+
+def _operands(shape: Shape, dtype: Any = jnp.float32, seed: int = 0) -> list[np.ndarray]:
+    """q, k, v, positions of queries and keys. Keys lie anywhere, with holes; unseen ones are NaN.
+
+    Row 0 has all keys in order, row 1 any order and random holes; a third row sees nothing.
+    """
+    rng = np.random.default_rng(seed)
+    B, T, N, K, S, H = shape
+    q, k, v = (
+        np.array(jnp.asarray(rng.standard_normal(size), dtype)) for size in ((B, T, N, H), (B, K, S, H), (B, K, S, H))
+    )
+    k_positions = np.stack([rng.permutation(S) for _ in range(B)]).astype(np.int32)
+    k_positions[rng.random((B, S)) < 0.4] = -1
+    k_positions[0] = np.arange(S)
+    q_positions = rng.integers(0, S, size=(B, T)).astype(np.int32)
+    q_positions[rng.random((B, T)) < 0.2] = -2
+    q_positions[0] = np.arange(S - T, S)
+    if B > 2:
+        k_positions[-1] = rng.choice([-1, -7, S, S + 3], size=S)
+    seen = ((k_positions[:, None] >= 0) & (k_positions[:, None] <= q_positions[:, :, None])).any(axis=1)
+    for array in (k, v):
+        array[np.broadcast_to(~seen[:, None], array.shape[:3])] = np.nan
+    return [q, k, v, q_positions, k_positions]
+
+
+def _tolerance(dtype: Any, shape: Shape) -> float:
+    """What an output, a mean of values of size about 1 to 4, may be off.
+
+    Scores are sums of H products of numbers of size 1, scaled to size 1: their error is a few eps32·sqrt(H), and so is
+    the weights' relative error; normalising and the sum over S cost eps32·sqrt(S). Weights and result are rounded to
+    `dtype` (eps/2 each, of numbers up to 4).
+    """
+    accumulated = 4 * float(jnp.finfo(jnp.float32).eps) * (math.sqrt(shape.H) + math.sqrt(shape.S))
+    rounded = 2 * float(jnp.finfo(dtype).eps) if dtype != jnp.float32 else 0.0
+    return accumulated + rounded
+
+
+@pytest.mark.parametrize("cached", PATHS)
+@pytest.mark.parametrize("implementation", ["auto", "xla"])
+@pytest.mark.parametrize("shape", SHAPES, ids=_ids)
+def test_agrees_with_the_oracle(shape, implementation, cached):
+    _check(shape, jnp.float32, implementation, cached)
+
+
+@pytest.mark.parametrize("cached", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("shape", SHAPES[::3], ids=_ids)
+def test_half_precision_agrees_with_the_oracle(shape, dtype, cached):
+    _check(shape, dtype, "xla", cached)
+
+
+def _check(shape: Shape, dtype: Any, implementation: str, cached: bool) -> None:
+    operands, scale = _operands(shape, dtype), 1 / math.sqrt(shape.H)
+    run = jax.jit(partial(attention, scale=scale, cached=cached, implementation=implementation))
+    actual = run(*operands)
+    assert actual.dtype == dtype
+    expected = attention_numpy.attention(*operands, scale=scale)
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=_tolerance(dtype, shape))
+    nothing_BT = operands[3] < 0
+    if shape.B > 2:
+        nothing_BT[-1] = True
+    assert not np.asarray(actual, np.float32)[nothing_BT].any(), "a query that sees nothing must give exactly 0"
+
+
+@pytest.mark.parametrize("cached", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_half_precision_rounds_weights_and_result_only(dtype, cached):
+    """Scores and sums are float32.
+
+    Rounding to `dtype` is off by 0.21 eps (root mean square). The result is rounded once, and weights once, which
+    passes on undiminished to a sum of values of mean 0: together 0.30 eps. Partial sums of 8 blocks that were rounded
+    would make it 0.35 or more, rounded scores 0.55.
+    """
+    B, T, N, K, S, H = Shape(B=2, T=3, N=4, K=2, S=1024, H=40)
+    rng = np.random.default_rng(4)
+    q, k, v = (jnp.asarray(rng.standard_normal(size), dtype) for size in ((B, T, N, H), (B, K, S, H), (B, K, S, H)))
+    operands = (q, k, v, np.tile(np.arange(S - T, S), (B, 1)), np.tile(np.arange(S), (B, 1)))
+    actual = np.asarray(attention(*operands, scale=1 / math.sqrt(H), cached=cached), np.float64)
+    expected = attention_numpy.attention(*map(np.asarray, operands), scale=1 / math.sqrt(H))
+    error = np.sqrt(np.square(actual - expected).mean() / np.square(expected).mean())
+    assert error < 0.33 * float(jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("cached", PATHS)
+@pytest.mark.parametrize("magnitude", [1e4, -1e4])
+def test_large_scores(magnitude, cached):
+    """Scores far beyond what exp can hold: the softmax must subtract its maximum, in every block."""
+    shape = Shape(B=2, T=1, N=2, K=1, S=384, H=3)
+    q, k, v, q_positions, k_positions = _operands(shape)
+    q, k = np.full_like(q, magnitude), np.where(np.isnan(k), k, 1 + 0.001 * k)
+    actual = attention(q, k, v, q_positions, k_positions, scale=1.0, cached=cached)
+    expected = attention_numpy.attention(q, k, v, q_positions, k_positions, scale=1.0)
+    # Scores of 3e4 are good to eps/2 of that, 2e-3, and so are the weights, relatively; values go up to 4.
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 5])
+def test_blocks_that_a_row_does_not_see_change_no_bit(T, dtype):
+    """The same row in a longer cache, and beside rows that are longer, shorter and empty."""
+    rng = np.random.default_rng(3)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal(size), dtype) for size in ((3, T, 4, 16), (3, 2, 512, 16), (3, 2, 512, 16))
+    )
+    run = jax.jit(partial(attention, scale=0.25, cached=True))
+
+    def row(lengths: list[int], capacity: int = 512) -> np.ndarray:
+        k_positions = np.where(np.arange(512) < np.array(lengths)[:, None], np.arange(512), -1)[:, :capacity]
+        q_positions = np.array(lengths)[:, None] - np.arange(T, 0, -1)
+        k_BKSH, v_BKSH = k[:, :, :capacity], v[:, :, :capacity]
+        return np.asarray(run(q, k_BKSH, v_BKSH, q_positions, k_positions), np.float32)[1]
+
+    expected = row([0, 150, 0], capacity=256)
+    assert expected.any()
+    for lengths, capacity in [([0, 150, 0], 512), ([512, 150, 9], 512), ([129, 150, 385], 512), ([256, 150, 1], 256)]:
+        np.testing.assert_array_equal(row(lengths, capacity), expected)
+
+
+def test_the_last_key_in_use_counts_wherever_it_lies_in_a_block():
+    """The number of blocks to read follows from the positions of keys and queries."""
+    shape = Shape(B=1, T=1, N=2, K=1, S=256, H=4)
+    q, k, v, _, _ = _operands(shape)
+    k_positions = np.full((1, 256), -1, np.int32)
+    k_positions[0, [3, 127, 128, 255]] = [0, 1, 2, 3]
+    for last in range(4):
+        q_positions = np.full((1, 1), last, np.int32)
+        actual = attention(q, k, v, q_positions, k_positions, scale=0.5, cached=True)
+        expected = attention_numpy.attention(q, k, v, q_positions, k_positions, scale=0.5)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=_tolerance(jnp.float32, shape))
+
+
+def test_uncached_can_be_differentiated():
+    """A derivative in a random direction, against central differences of the float64 oracle."""
+    shape = Shape(B=2, T=6, N=4, K=2, S=6, H=5)
+    q, k, v, q_positions, k_positions = _operands(shape, seed=5)
+    k, v = np.nan_to_num(k, nan=0.5), np.nan_to_num(v, nan=0.5)
+    rng = np.random.default_rng(6)
+    directions = [rng.standard_normal(x.shape) for x in (q, k, v)]
+    weights = rng.standard_normal(q.shape)
+
+    def loss(run: Any, *operands: Any, **options: Any) -> Any:
+        return (run(*operands, q_positions, k_positions, scale=0.4, **options) * weights).sum()
+
+    gradients = jax.grad(lambda *operands: loss(attention, *operands, cached=False), argnums=(0, 1, 2))(q, k, v)
+    actual = sum(np.vdot(gradient, direction) for gradient, direction in zip(gradients, directions, strict=True))
+    step = 1e-5
+    ends = [
+        loss(attention_numpy.attention, *(x + sign * step * d for x, d in zip((q, k, v), directions, strict=True)))
+        for sign in (1, -1)
+    ]
+    np.testing.assert_allclose(actual, (ends[0] - ends[1]) / (2 * step), rtol=1e-4)
+
+
+@pytest.mark.parametrize("cached", PATHS)
+def test_what_cannot_be_run_raises(cached):
+    operands = _operands(Shape(B=1, T=1, N=5, K=2, S=8, H=4))
+    with pytest.raises(ValueError, match="5 query heads cannot share 2 key/value heads"):
+        attention(*operands, scale=1.0, cached=cached)
+    operands = _operands(Shape(B=1, T=1, N=4, K=2, S=8, H=4))
+    with pytest.raises(ValueError, match=r"attention has no implementation 'triton9'; it has .*xla"):
+        attention(*operands, scale=1.0, cached=cached, implementation="triton9")
+
+
+def test_a_cache_of_partial_blocks_raises():
+    """Clamped slices of a last, partial block would count keys twice."""
+    operands = _operands(Shape(B=1, T=1, N=4, K=2, S=130, H=4))
+    with pytest.raises(ValueError, match="multiple of 128, found 130"):
+        attention(*operands, scale=1.0, cached=True)
