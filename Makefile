@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CON
 .PHONY: demo test lint oracle slow examples clean
 
 demo: $(VENV)/.installed
-	$(BIN)/gptjax generate "Once upon a time there was" --max-tokens 160 --temperature 0.8 --seed 7
+	$(BIN)/gptjax generate "Once upon a time there was" --echo --max-tokens 160 --temperature 0.6 --seed 6
 
 test: lint
 	$(BIN)/python -m pytest -n 2

@@ -106,6 +106,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument(
         "--top-logprobs", type=int, metavar="N", help="with --json: the N most likely tokens at each place"
     )
+    parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
     parser.add_argument("--json", action="store_true", help="print the whole result as one JSON object instead")
     parser.add_argument("--stats", action="store_true", help="tell the speed on standard error afterwards")
 
@@ -152,8 +153,10 @@ def _generate(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in GenerateOptions.__annotations__ if hasattr(args, name)}
     options = {name: value for name, value in options.items() if value is not None}
     lm = load(args.model or DEFAULT_MODEL, dtype=args.dtype, max_length=args.max_length)
-    completion = None
-    for chunk in lm.stream(prompt, **options):
+    chunks, completion = lm.stream(prompt, **options), None
+    if args.echo and not args.json:
+        sys.stdout.write(prompt)
+    for chunk in chunks:
         completion = chunk.completion
         if not args.json:
             sys.stdout.write(chunk.text)

@@ -13,6 +13,7 @@ from gptjax.files import read_json
 FILE: Final = "manifest.json"
 FORMAT: Final = "gptjax-checkpoint"
 VERSION: Final = 1
+DTYPES: Final = frozenset({"float32", "float16", "bfloat16", "uint8"})  # that weights may have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _leaf(raw: Any) -> Leaf:
     return Leaf(
         path=tuple(_text(raw["path"]).split("/")),
         shape=tuple(map(_count, raw["shape"])),
-        dtype=_text(raw["dtype"]),
+        dtype=_dtype(raw["dtype"]),
         piece=_piece(raw["piece"]),
         crc32=_count(raw["crc32"]),
     )
@@ -117,6 +118,12 @@ def _leaf(raw: Any) -> Leaf:
 def _piece(name: Any) -> str:
     if re.fullmatch(r"[0-9]{1,9}", _text(name)) is None:  # it becomes part of a path
         raise ValueError(f"the piece {name!r} is not a number")
+    return _text(name)
+
+
+def _dtype(name: Any) -> str:
+    if name not in DTYPES:
+        raise ValueError(f"the dtype {name!r} is unknown")
     return _text(name)
 
 

@@ -31,7 +31,7 @@ def progress(description: str, total: int | None, unit: str = "B") -> Iterator[A
 
     Args:
       description: what is being done, a word or two.
-      total: how many units there are; None where that is not known.
+      total: how many units there are; None where that is not known, which shows the time only.
       unit: "B" for bytes, which are shown as MB and MB/s; else a plural noun.
 
     Yields:

@@ -10,6 +10,8 @@ for name in ("GPTJAX_MAX_LENGTH", "JAX_COMPILATION_CACHE_DIR", "HF_HOME", "HF_HU
     os.environ.pop(name, None)
 os.environ["GPTJAX_CACHE_DIR"] = ""  # every compilation is this run's own
 os.environ["GPTJAX_NO_PROGRESS"] = "1"
+# On GPUs the default rounds float32 products to TF32, which no comparison here allows for. Read when JAX is imported.
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 
 ROOT = Path(__file__).resolve().parent.parent
 

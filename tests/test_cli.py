@@ -59,6 +59,11 @@ def test_a_prompt_from_standard_input(capsys, monkeypatch, lm, argv):
     assert _run(capsys, *argv)[:2] == (0, lm.generate("The king", max_tokens=3).text + "\n")
 
 
+def test_echo_prints_the_prompt_first(capsys, lm):
+    _, out, _ = _run(capsys, "generate", "The king", "-n", "5", "--echo")
+    assert out == "The king" + lm.generate("The king", max_tokens=5).text + "\n"
+
+
 def test_stats_go_to_standard_error(capsys):
     status, out, err = _run(capsys, "generate", "A", "-n", "4", "--stats")
     assert status == 0
