@@ -1,0 +1,129 @@
+"""GPT-2's table: the names of all manners of files, against the tests' own mapping of names."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from convert import gpt2, stream_params
+from convert.rules import Rule
+from gptjax.config import PUBLISHED, config_from_json, read_config
+from gptjax.errors import CheckpointError
+from gptjax.models.registry import abstract_params, build
+from tests.convert import made
+from tests.oracles import gpt2_ours
+
+
+def _stream(directory):
+    return {"/".join(path): array for path, array in stream_params(directory, read_config(directory))}
+
+
+def _refused(directory, *parts):
+    with pytest.raises(CheckpointError) as caught:
+        list(stream_params(directory, read_config(directory)))
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("shards", [0, 3])
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, made.BFLOAT16])
+def test_every_weight_is_where_it_belongs(tmp_path, prefix, tied, shards, dtype):
+    _, tensors = made.gpt2(tmp_path, prefix=prefix, dtype=dtype, shards=shards, tie_word_embeddings=tied)
+    found = _stream(tmp_path)
+    assert found.keys() == {gpt2_ours.target(name) for name in tensors}
+    for name, expected in tensors.items():
+        assert made.same_bits(found[gpt2_ours.target(name)], expected)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_mask_buffers_are_dropped(tmp_path, prefix):
+    _, tensors = made.gpt2(tmp_path)
+    for layer in range(3):
+        tensors[f"h.{layer}.attn.bias"] = np.tri(37, dtype=np.uint8).reshape(1, 1, 37, 37)
+        tensors[f"h.{layer}.attn.masked_bias"] = np.array(-1e4, np.float32)
+    made.write_gpt2(tmp_path, tensors, prefix=prefix)
+    assert len(_stream(tmp_path)) == len(tensors) - 6
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, made.BFLOAT16])
+def test_an_equal_head_is_dropped_where_it_is_tied(tmp_path, dtype):
+    _, tensors = made.gpt2(tmp_path, dtype=dtype)
+    made.write_gpt2(tmp_path, tensors | {"lm_head.weight": tensors["wte.weight"]}, prefix="transformer.")
+    assert "head_embedding" not in _stream(tmp_path)
+
+
+def test_a_head_that_differs_by_a_bit_is_refused_where_it_is_tied(tmp_path):
+    _, tensors = made.gpt2(tmp_path)
+    head = tensors["wte.weight"].copy()
+    head.view(np.uint32)[100, 59] ^= 1
+    made.write_gpt2(tmp_path, tensors | {"lm_head.weight": head})
+    _refused(tmp_path, "lm_head.weight differs from wte.weight", "set tie_word_embeddings to false in config.json")
+
+
+def test_a_head_of_another_dtype_is_refused_where_it_is_tied(tmp_path):
+    _, tensors = made.gpt2(tmp_path)
+    made.write_gpt2(tmp_path, tensors | {"lm_head.weight": tensors["wte.weight"].astype(np.float16)})
+    _refused(tmp_path, "lm_head.weight is F16 [101, 60]", "set tie_word_embeddings to false")
+
+
+def test_an_untied_head_is_required(tmp_path):
+    _, tensors = made.gpt2(tmp_path, tie_word_embeddings=False)
+    del tensors["lm_head.weight"]
+    made.write_gpt2(tmp_path, tensors)
+    _refused(tmp_path, "1 tensor missing:", "lm_head.weight", "set tie_word_embeddings to true")
+
+
+def test_a_mixture_of_prefixes_is_refused(tmp_path):
+    _, tensors = made.gpt2(tmp_path)
+    renamed = {("transformer." + name if name.startswith("h.1.") else name): a for name, a in tensors.items()}
+    made.write_gpt2(tmp_path, renamed)
+    _refused(tmp_path, "mixed up", "has a prefix")
+
+
+def test_a_transposed_weight_is_refused(tmp_path):
+    """[out, in], as torch's Linear has it; the square one can only be told by the others."""
+    _, tensors = made.gpt2(tmp_path)
+    turned = {name: a.T.copy() if a.ndim == 2 and name.startswith("h.") else a for name, a in tensors.items()}
+    made.write_gpt2(tmp_path, turned)
+    _refused(tmp_path, "9 tensors of a wrong shape", "h.0.attn.c_attn.weight is [180, 60], expected [60, 180]")
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float64, ml_dtypes.float8_e4m3fn])
+def test_other_dtypes_are_refused(tmp_path, dtype):
+    _, tensors = made.gpt2(tmp_path)
+    made.write_gpt2(tmp_path, tensors | {"ln_f.bias": tensors["ln_f.bias"].astype(dtype)})
+    _refused(
+        tmp_path, "1 tensor of a wrong dtype", f"ln_f.bias is {made.DTYPE_NAMES[np.dtype(dtype).name]}, expected F32"
+    )
+
+
+def test_faults_are_raised_before_the_first_weight(tmp_path):
+    _, tensors = made.gpt2(tmp_path)
+    made.write_gpt2(tmp_path, tensors | {"h.3.ln_1.bias": tensors["ln_f.bias"]})
+    with pytest.raises(CheckpointError, match=r"1 tensor unknown:\n    h\.3\.ln_1\.bias \(the model has no block_3"):
+        stream_params(tmp_path, read_config(tmp_path))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("tied", [True, False])
+def test_published_sizes_have_a_row_for_each_weight(name, tied):
+    raw = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "tie_word_embeddings": tied}
+    size = PUBLISHED[name]
+    config = config_from_json(raw | {"n_embd": size.width, "n_layer": size.num_layers, "n_head": size.num_heads})
+    targets = made.flat_shapes(abstract_params(build(config)))
+    rows = [rule.target.replace("{N}", str(i)) for rule in gpt2.table(config).rules for i in _layers(rule, config)]
+    assert sorted(rows) == sorted(targets)
+
+
+def _layers(rule: Rule, config):
+    return range(config.num_layers) if "{N}" in rule.target else range(1)
+
+
+def test_the_demo(demo):
+    found = _stream(demo)
+    assert len(found) == 76
+    assert json.loads((demo / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {array.dtype for array in found.values()} == {made.BFLOAT16}
