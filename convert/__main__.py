@@ -1,6 +1,7 @@
 """The command line of conversion: `python -m convert SOURCE DESTINATION`, `gptjax-convert`, `gptjax convert`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -56,9 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     args = parser.parse_args(argv)
     if argv is None:  # a process of its own: conversion needs no accelerator, and must not take the memory of one
-        import jax
-
-        jax.config.update("jax_platforms", "cpu")
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         return run(args)
     except GptjaxError as error:

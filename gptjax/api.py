@@ -89,8 +89,8 @@ def load_params(directory: Path, model: Model) -> Params:
     """The weights of a checkpoint directory, on the default device, in the model's dtype, each leaf checked."""
     targets = registry.abstract_params(model)
     if checkpoint.is_converted(directory):
-        return checkpoint.restore(directory, targets)
-    return checkpoint.place(convert.stream_params(directory, model.config), targets)
+        return checkpoint.restore(directory, targets, progress=progress)
+    return checkpoint.place(convert.stream_params(directory, model.config), targets, progress=progress)
 
 
 class LanguageModel:

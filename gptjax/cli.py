@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
+    if argv is None and args.command == "convert":
+        # A process of its own, which needs no accelerator and must not take the memory of one. Read by JAX's import.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         status: int = args.run(args)
         sys.stdout.flush()
@@ -148,7 +151,7 @@ def _generate(args: argparse.Namespace) -> int:
     prompt = args.prompt
     if prompt is None or prompt == "-":
         if prompt is None and sys.stdin.isatty():
-            raise RequestError('there is no prompt: type `gptjax generate "Once upon a time"`, or pipe one in')
+            raise RequestError('there is no prompt; try: gptjax generate "Once upon a time"')
         prompt = _read_stdin()
     options = {name: getattr(args, name) for name in GenerateOptions.__annotations__ if hasattr(args, name)}
     options = {name: value for name, value in options.items() if value is not None}
