@@ -132,15 +132,9 @@ def _add_info(commands: Any) -> None:
 def _add_convert(commands: Any) -> None:
     from convert.__main__ import add_arguments, run
 
-    add_arguments(
-        _add_command(
-            commands,
-            "convert",
-            run,
-            summary="turn a Hugging Face checkpoint into an Orbax one",
-            epilog="examples:\n  gptjax convert ./gpt2 ./gpt2-orbax\n  gptjax convert gpt2 ./gpt2-bf16 --dtype bfloat16",
-        )
-    )
+    examples = "examples:\n  gptjax convert ./gpt2 ./gpt2-jax\n  gptjax convert gpt2 ./gpt2-bf16 --dtype bfloat16"
+    summary = "turn a Hugging Face checkpoint into one that loads fast"
+    add_arguments(_add_command(commands, "convert", run, summary=summary, epilog=examples))
 
 
 def _generate(args: argparse.Namespace) -> int:

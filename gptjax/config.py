@@ -20,9 +20,9 @@ WITHOUT_EFFECT: Final = frozenset(
     _name_or_path add_cross_attention architectures attn_pdrop bos_token_id chunk_size_feed_forward dtype embd_pdrop
     eos_token_id gradient_checkpointing id2label initializer_range is_decoder is_encoder_decoder label2id model_type
     n_special output_attentions output_hidden_states output_past output_router_logits pad_token_id
-    predict_special_tokens pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict router_aux_loss_coef sep_token_id
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params
-    tokenizer_class torch_dtype transformers_version use_cache
+    predict_special_tokens pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict
+    router_aux_loss_coef sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj task_specific_params tokenizer_class torch_dtype transformers_version use_cache
     """.split()
 )
 
