@@ -76,10 +76,10 @@ def convert(
     """
     started = time.monotonic()
     source, destination = Path(source), Path(destination)
+    if "\0" in f"{source}{destination}":
+        raise CheckpointError("a path has a NUL character; name another directory")
     _check_paths(source, destination)
-    wanted = None if dtype is None else np.dtype(dtype)
-    if wanted is not None and wanted.name not in DTYPES:
-        raise CheckpointError(f"weights cannot be converted to {wanted.name}; use {', '.join(DTYPES)}")
+    wanted = None if dtype is None else _dtype(dtype)
     plan, reader = _open(source, read_config(source))
 
     def leaves() -> Iterator[tuple[checkpoint.Path, np.ndarray]]:
@@ -90,14 +90,16 @@ def convert(
             del array
 
     sizes = (_bytes(reader.tensors[fill.source], wanted) for fill in plan.fills)
-    with _Hashes(reader.files) as hashes:
+    copies = [source / name for name in COPIED if (source / name).is_file()]
+    index = [source / safetensors.INDEX] if (source / safetensors.INDEX).is_file() else []
+    with _Hashes((*copies, *index, *reader.files)) as hashes:
         manifest = checkpoint.save(
             destination,
             leaves(),
             total_bytes=sum(sizes),
             source=source.resolve().name,
             source_files=hashes.result,
-            copies=[source / name for name in COPIED if (source / name).is_file()],
+            copies=copies,
             overwrite=overwrite,
             progress=progress,
         )
@@ -132,6 +134,16 @@ def _open(source: Path, config: ModelConfig) -> tuple[rules.Plan, safetensors.Sa
     except CheckpointError as error:
         raise CheckpointError(f"{source} cannot be used: {error}") from None
     return plan, reader
+
+
+def _dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise CheckpointError(f"weights cannot be converted to {dtype}; use {', '.join(DTYPES)}")
+    return found
 
 
 def _check_paths(source: Path, destination: Path) -> None:

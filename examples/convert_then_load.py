@@ -1,4 +1,4 @@
-"""Converts a Hugging Face checkpoint once, and loads the result: faster, and checked by hashes."""
+"""Converts a Hugging Face checkpoint once, and loads the result: faster, and checked against its checksums."""
 
 import tempfile
 from pathlib import Path

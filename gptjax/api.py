@@ -1,9 +1,11 @@
 """`load` and `LanguageModel`: from a checkpoint to text."""
 
+import contextlib
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Unpack, overload
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +13,26 @@ import numpy as np
 from jax.typing import DTypeLike
 
 import convert
-from gptjax import checkpoint, hub, runtime
+from gptjax import checkpoint, hub, memory, runtime
+from gptjax.activations import activations
 from gptjax.config import GenerationDefaults, ModelConfig, read_config, read_generation_defaults
 from gptjax.engine import steps
-from gptjax.engine.engine import Engine, prefill, settings_of
+from gptjax.engine.engine import Engine, Features, prefill, settings_of
 from gptjax.engine.generate import generate
-from gptjax.engine.options import GenerateOptions, Prompt, SamplingOptions, make_request, sampling_params, split_prompts
+from gptjax.engine.options import (
+    GenerateOptions,
+    Prompt,
+    SamplingOptions,
+    as_ids,
+    make_request,
+    sampling_params,
+    split_prompts,
+    split_seeds,
+)
 from gptjax.engine.output import Chunk, Completion
 from gptjax.engine.request import Request, check_prompt
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
+from gptjax.memory import Memory
 from gptjax.models import registry
 from gptjax.models.registry import Model, Params
 from gptjax.progress import progress
@@ -56,17 +69,18 @@ def load(
 
     Raises:
       CheckpointError, ConfigError: there is no such checkpoint, or it is damaged or unsupported.
-      CapacityError: `max_length` is more than the model has positions.
+      CapacityError: `max_length` is more than the model has positions, or more memory is needed than there is; says
+        which settings would fit. The weights are not read before that is known.
     """
     runtime.enable_compilation_cache()
     directory = hub.resolve(name)
     config = read_config(directory)
     length = registry.positions(config, max_length)
-    if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
-        raise RequestError(f"max_batch must be a whole number of at least 1, found {max_batch!r}")
+    rows = _check_rows("max_batch", 1 if max_batch is None else max_batch)
     if implementation not in IMPLEMENTATIONS:
         raise RequestError(f"there is no implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
     model = registry.build(config, dtype=runtime.compute_dtype(dtype), implementation=implementation)
+    memory.check(model, batch=rows, max_length=length)
     text: Tokenizer | GptjaxError
     try:
         text = load_tokenizer(directory if tokenizer is None else tokenizer)
@@ -75,9 +89,11 @@ def load(
         if tokenizer is not None or (isinstance(error, CheckpointError) and _has_tokenizer(directory)):
             raise
         text = error
+    with memory.explained(model, batch=rows, max_length=length, loaded=False):
+        params = load_params(directory, model)
     return LanguageModel(
         model,
-        load_params(directory, model),
+        params,
         tokenizer=text,
         defaults=read_generation_defaults(directory),
         max_length=length,
@@ -111,11 +127,19 @@ class LanguageModel:
     ):
         """`tokenizer` may be the error that says why there is none; calls that need text raise it."""
         self.model = model
-        self.params = params
+        self._params: Params | None = params
+        self._running: weakref.WeakSet[Any] = weakref.WeakSet()  # generators
         self.defaults = defaults
         self.max_length = max_length
         self.max_batch = max_batch
         self._tokenizer = tokenizer
+
+    @property
+    def params(self) -> Params:
+        """The weights, nested dicts of arrays. Raises `RequestError` where the model was closed."""
+        if self._params is None:
+            raise RequestError("this model was closed; load it again")
+        return self._params
 
     @property
     def config(self) -> ModelConfig:
@@ -150,9 +174,9 @@ class LanguageModel:
         Args:
           prompt: text, or a list of token ids, or a list of either. Special tokens written in text are plain text.
           **options: `max_tokens` (256), `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`,
-            `presence_penalty`, `frequency_penalty`, `logit_bias`, `seed`, `top_logprobs`, `stop`, `stop_ids`,
-            `ignore_eos`: see `GenerateOptions`. Left out, sampling follows the checkpoint's generation_config.json,
-            and is greedy where that says nothing.
+            `presence_penalty`, `frequency_penalty`, `logit_bias`, `seed` (or a list, one for each prompt),
+            `top_logprobs`, `stop`, `stop_ids`, `ignore_eos`: see `GenerateOptions`. Left out, sampling follows the
+            checkpoint's generation_config.json, and is greedy where that says nothing.
 
         Returns:
           A `Completion`, or a list of them in the order of the prompts. A row whose logits are not finite ends with
@@ -164,7 +188,8 @@ class LanguageModel:
           CheckpointError, ConfigError: text was given, but the checkpoint has no tokenizer, or an unsupported one.
         """
         prompts, single = split_prompts(prompt)
-        requests = [self._request(each, options) for each in prompts]
+        seeds = split_seeds(options.get("seed"), len(prompts))
+        requests = [self._request(each, {**options, "seed": seed}) for each, seed in zip(prompts, seeds, strict=True)]
         done: dict[int, Completion] = {}
         for number, chunk in self._run(requests):
             if chunk.completion is not None:
@@ -184,16 +209,31 @@ class LanguageModel:
         return (chunk for _, chunk in self._run([request]))
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Teacher-forced logits: what follows each of the given tokens, [T, V] float32 on the host."""
+        """Teacher-forced logits: what follows each of the given tokens, [T, V] float32 on the host.
+
+        Where one position's values are not finite, those of earlier ones in the same chunk may not be either.
+        """
         ids = self._checked_ids(token_ids, self.max_length)
-        cache = registry.create_cache(self.model, batch=1, max_length=self.max_length)
-        logits_TV = np.empty((len(ids), self.config.vocab_size), np.float32)
-        for start, tokens, count in steps.padded_chunks(np.asarray(ids, np.int32)):
-            chunk_TV, cache = steps.score_chunk(
-                self.model, self.params, cache, tokens, np.int32(start), np.int32(count)
-            )
-            logits_TV[start : start + count] = np.asarray(chunk_TV)[:count]
+        with self._guard():
+            cache = registry.create_cache(self.model, batch=1, max_length=self.max_length)
+            logits_TV = np.empty((len(ids), self.config.vocab_size), np.float32)
+            for start, tokens, count in steps.padded_chunks(np.asarray(ids, np.int32)):
+                chunk_TV, cache = steps.score_chunk(
+                    self.model, self.params, cache, tokens, np.int32(start), np.int32(count)
+                )
+                logits_TV[start : start + count] = np.asarray(chunk_TV)[:count]
         return logits_TV
+
+    def activations(self, token_ids: Sequence[int]) -> dict[str, np.ndarray]:
+        """Every stage of the forward pass over the given tokens, by name, in the order of computation.
+
+        "embedding", then of each block "block_0/attention_norm", "…/attention/q", "…/k", "…/v", "…/heads" (the weighted
+        values), "…/out", "block_0/attention_residual", "block_0/mlp_norm", "…/mlp/up", "…/activation", "…/down",
+        "block_0/mlp_residual", and at last "final_norm" and "logits"; see `gptjax.activations` for the shapes.
+        """
+        ids = self._checked_ids(token_ids, self.config.context_length)
+        with self._guard(max_length=len(ids)):
+            return activations(self.model, self.params, ids)
 
     def init_state(self, *, batch: int = 1, max_length: int | None = None) -> steps.State:
         """An empty state for those who drive the loop themselves: a pytree with the cache and the last logits.
@@ -202,7 +242,9 @@ class LanguageModel:
           CapacityError: `max_length` is more than the model has positions.
         """
         length = self.max_length if max_length is None else registry.positions(self.config, max_length)
-        return steps.init_state(self.model, batch=batch, max_length=length)
+        rows = _check_rows("batch", batch)
+        with self._guard(batch=rows, max_length=length):
+            return steps.init_state(self.model, batch=rows, max_length=length)
 
     def prefill(
         self, state: steps.State, token_ids: Sequence[int] | Sequence[Sequence[int]]
@@ -215,40 +257,69 @@ class LanguageModel:
         prompts, _ = split_prompts(token_ids)
         if len(prompts) != state.batch:
             raise RequestError(f"the state has {state.batch} rows, but {len(prompts)} lists of token ids were given")
-        for slot, prompt in enumerate(prompts):
-            ids = self._checked_ids(prompt, state.max_length)
-            state = prefill(self.model, self.params, state, slot, np.asarray(ids, np.int32))
-        # A copy: the state is donated by the next step, and its logits with it.
-        return jnp.copy(state.logits_BV), state
+        # All are checked before the state is donated for the first of them.
+        checked = [self._checked_ids(prompt, state.max_length) for prompt in prompts]
+        with self._guard(batch=state.batch, max_length=state.max_length):
+            row = registry.create_cache(self.model, batch=1, max_length=state.max_length)
+            for slot, ids in enumerate(checked):
+                state, row = prefill(self.model, self.params, state, slot, np.asarray(ids, np.int32), row)
+            # A copy: the state is donated by the next step, and its logits with it.
+            return jnp.copy(state.logits_BV), state
 
     def decode(self, state: steps.State, **options: Unpack[SamplingOptions]) -> tuple[jax.Array, steps.State]:
         """Draws a token for every row from the state's logits and adds it to the row. Works under `jax.jit` as well.
 
+        Nothing is hidden: without a `seed` it is 0, and the draw depends on it and the position. All tokens in the
+        state count as output for the presence and frequency penalties.
+
         Returns:
           token_B int32, not waited for, and the new state; the old one is donated. A token is -1 where the logits
-          were not finite, which those of a row beyond its `max_length` are.
+          were not finite, which those of a row that is not filled, or beyond its `max_length`, are.
         """
-        params = sampling_params(options, self.defaults)
+        params = sampling_params({"seed": 0} | options, self.defaults)
         params.check(self.config.vocab_size)
-        row = Request(prompt_ids=(), max_tokens=1, params=params).with_seed()
-        sampled = steps.sample(state, settings_of([row] * state.batch, self.config.vocab_size))
-        active_B = np.ones((state.batch,), np.bool_)
-        return sampled.token_B, steps.advance(self.model, self.params, state, sampled.token_B, active_B)
+        request = Request(prompt_ids=(), max_tokens=1, params=params)
+        settings = settings_of([request] * state.batch, self.config.vocab_size, Features.of(params))
+        with self._guard(batch=state.batch, max_length=state.max_length):
+            sampled = steps.sample(state, settings)
+            active_B = np.ones((state.batch,), np.bool_)
+            return sampled.token_B, steps.advance(self.model, self.params, state, sampled.token_B, active_B)
+
+    def memory(self, *, batch: int | None = None, max_length: int | None = None) -> Memory:
+        """Bytes on the device: the weights', those of generating so many rows and positions, and what there are.
+
+        Left out, `batch` is `max_batch` (1 where that is not set), and `max_length` the model's. Nothing is allocated.
+        """
+        _ = self.params
+        length = self.max_length if max_length is None else registry.positions(self.config, max_length)
+        rows = _check_rows("batch", (self.max_batch or 1) if batch is None else batch)
+        return memory.needed(self.model, batch=rows, max_length=length)
 
     def close(self) -> None:
-        """Frees the weights on the device. The model cannot be used afterwards."""
-        for leaf in jax.tree.leaves(self.params):
+        """Frees the weights and what unfinished streams hold. Any later use of the model raises `RequestError`."""
+        params, self._params = self._params, None
+        for chunks in list(self._running):
+            with contextlib.suppress(ValueError):  # another thread is in it, and will find the model closed
+                chunks.close()
+        for leaf in jax.tree.leaves(params):
             leaf.delete()
-        self.params = {}
 
     def __enter__(self) -> "LanguageModel":
+        _ = self.params  # it is not closed
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _guard(self, *, batch: int = 1, max_length: int | None = None) -> contextlib.AbstractContextManager[None]:
+        """For computing: raises where the model was closed, and says what to try where the body runs out of memory."""
+        _ = self.params
+        length = self.max_length if max_length is None else max_length
+        return memory.explained(self.model, batch=batch, max_length=length)
+
     def _request(self, prompt: Prompt, options: GenerateOptions) -> Request:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _as_ints(prompt)
+        _ = self.params
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else as_ids(prompt)
         request = make_request(ids, options, self.defaults, self.eos_ids)
         request.check(vocab_size=self.config.vocab_size, max_length=self.max_length)
         if request.stop:
@@ -256,30 +327,34 @@ class LanguageModel:
         return request
 
     def _checked_ids(self, token_ids: object, max_length: int) -> list[int]:
-        ids = _as_ints(token_ids)
+        _ = self.params
+        ids = as_ids(token_ids)
         check_prompt(ids, vocab_size=self.config.vocab_size, max_length=max_length)
         return ids
 
     def _run(self, requests: list[Request]) -> Iterator[tuple[int, Chunk]]:
         batch = self.max_batch or min(1 << (len(requests) - 1).bit_length(), _MOST_ROWS)
-        engine = Engine(self.model, self.params, batch=batch, max_length=self.max_length)
         detokenizer = None if isinstance(self._tokenizer, GptjaxError) else self._tokenizer.stream
-        chunks = generate(engine, requests, detokenizer)
-        with progress("Compiling and reading the prompt", None):
-            first = next(chunks)
-        yield first
-        yield from chunks
+        with self._guard(batch=batch):
+            # Only the generator holds the engine, so that closing the one frees the other.
+            engine = Engine(self.model, self.params, batch=batch, max_length=self.max_length)
+            chunks = generate(engine, requests, detokenizer)
+            del engine
+            self._running.add(chunks)
+            with progress("Compiling and reading the prompt", None):
+                chunk = next(chunks, None)
+            while chunk is not None:
+                yield chunk
+                _ = self.params
+                chunk = next(chunks, None)
+
+
+def _check_rows(name: str, given: object) -> int:
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise RequestError(f"{name} must be a whole number of at least 1, found {given!r}")
+    return given
 
 
 def _has_tokenizer(directory: Path) -> bool:
     """Whether there are files of a tokenizer: if they cannot be read, that is a fault and not a lack."""
     return any((directory / name).exists() for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-
-
-def _as_ints(token_ids: object) -> list[int]:
-    if isinstance(token_ids, np.ndarray | jax.Array):
-        token_ids = np.asarray(token_ids).tolist()
-    if isinstance(token_ids, str) or not isinstance(token_ids, Sequence):
-        raise RequestError(f"expected a list of token ids, found {type(token_ids).__name__}")
-    # Anything else than an integer stays what it is, for the check of each id to name it.
-    return [int(token) if isinstance(token, np.integer) else token for token in token_ids]

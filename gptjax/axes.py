@@ -11,6 +11,7 @@ GLOSSARY: Final = {
     "B": "batch: rows, or slots of the cache",
     "T": "query positions: tokens of this call",
     "S": "cache positions: keys and values that can be attended to",
+    "P": "positions that a model has, as its learned embedding counts them",
     "D": "model width",
     "N": "query heads",
     "K": "key/value heads",
@@ -28,7 +29,7 @@ GLOSSARY: Final = {
 # Logical axes of weights. A product of axes is one axis of a matrix and is sharded by its first factor.
 WIDTH: Final = "D"
 VOCAB: Final = "V"
-POSITION: Final = "S"
+POSITION: Final = "P"
 MLP: Final = "F"
 HEADS: Final = "NH"
-QKV_HEADS: Final = "QKV"  # (N + 2K)·H: all query heads, then all key heads, then all value heads
+QKV_HEADS: Final = "RH"  # all query heads, then all key heads, then all value heads

@@ -46,13 +46,17 @@ class KVCache:
 
     def written(self, layer: int, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "KVCache":
         """The cache with a layer's new keys and values at their positions. Padding is not written."""
-        # Index S is out of bounds, and such updates are dropped; -1 would wrap around to the last slot.
-        slot_BT = jnp.where(positions_BT < 0, self.capacity, positions_BT)
-        row_B1 = jnp.arange(positions_BT.shape[0])[:, None]
 
         def write(arrays: tuple[jax.Array, ...], new_BTKH: jax.Array) -> tuple[jax.Array, ...]:
-            array_BKSH = arrays[layer]
-            array_BKSH = array_BKSH.at[row_B1, :, slot_BT].set(new_BTKH.astype(array_BKSH.dtype), mode="drop")
+            array_BKSH, new_BTKH = arrays[layer], new_BTKH.astype(arrays[layer].dtype)
+            if positions_BT.shape[1] == 1:
+                # On a CPU, XLA's scatter converts the whole of a half-precision cache to float32 and back. (What is
+                # left in bfloat16, which XLA has no arithmetic for there, are the conversions of each step.)
+                array_BKSH = jax.lax.platform_dependent(
+                    array_BKSH, new_BTKH, positions_BT, cpu=_write_row_by_row, default=_scatter
+                )
+            else:
+                array_BKSH = _scatter(array_BKSH, new_BTKH, positions_BT)
             return (*arrays[:layer], array_BKSH, *arrays[layer + 1 :])
 
         return dataclasses.replace(self, k=write(self.k, k_BTKH), v=write(self.v, v_BTKH))
@@ -62,10 +66,28 @@ class KVCache:
         index_S = jnp.arange(self.capacity, dtype=jnp.int32)
         return jnp.where(index_S < self.lengths_B[:, None], index_S, -1)
 
-    def row(self, slot: jax.Array) -> "KVCache":
-        """One slot as a cache of its own, [1, K, S, H] a layer."""
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=0), self)
-
     def with_row(self, slot: jax.Array, row: "KVCache") -> "KVCache":
-        """The cache with a slot replaced by what `row` gave, changed."""
+        """The cache with a slot replaced by a cache of one row, of the same capacity."""
         return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, slot, axis=0), self, row)
+
+
+def _scatter(array_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    # Index S is out of bounds, and such updates are dropped; -1 would wrap around to the last one.
+    slot_BT = jnp.where(positions_BT < 0, array_BKSH.shape[2], positions_BT)
+    row_B1 = jnp.arange(array_BKSH.shape[0])[:, None]
+    return array_BKSH.at[row_B1, :, slot_BT].set(new_BTKH, mode="drop")
+
+
+def _write_row_by_row(array_BKSH: jax.Array, new_B1KH: jax.Array, positions_B1: jax.Array) -> jax.Array:
+    """`_scatter` for one position a row."""
+    _, K, _, H = array_BKSH.shape
+    new_BK1H = new_B1KH.transpose(0, 2, 1, 3)
+
+    def write(row: jax.Array, array_BKSH: jax.Array) -> jax.Array:
+        position = positions_B1[row, 0]
+        start = (row, 0, jnp.maximum(position, 0), 0)
+        old_1K1H = jax.lax.dynamic_slice(array_BKSH, start, (1, K, 1, H))
+        new_1K1H = jax.lax.dynamic_slice_in_dim(new_BK1H, row, 1)
+        return jax.lax.dynamic_update_slice(array_BKSH, jnp.where(position < 0, old_1K1H, new_1K1H), start)
+
+    return jax.lax.fori_loop(0, array_BKSH.shape[0], write, array_BKSH)

@@ -252,7 +252,11 @@ def save(
 
 
 def _replaceable(directory: FilePath) -> bool:
-    return is_converted(directory) and (directory / "params").is_dir()
+    """Whether a directory is surely ours, a manifest and all that belongs to it: nobody else's files may be deleted."""
+    try:
+        return is_converted(directory) and bool(read_manifest(directory).leaves)
+    except CheckpointError:
+        return False
 
 
 def _pieces(leaves: Iterable[tuple[Path, np.ndarray]]) -> Iterator[dict[Path, np.ndarray]]:

@@ -17,14 +17,42 @@ from gptjax.files import read_json
 # Keys of published configs that change nothing about inference. Known by name; every other unknown key raises.
 WITHOUT_EFFECT: Final = frozenset(
     """
-    _name_or_path add_cross_attention architectures attn_pdrop bos_token_id chunk_size_feed_forward dtype embd_pdrop
-    eos_token_id gradient_checkpointing id2label initializer_range is_decoder is_encoder_decoder label2id model_type
-    n_special output_attentions output_hidden_states output_past output_router_logits pad_token_id
-    predict_special_tokens pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict
-    router_aux_loss_coef sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
-    summary_use_proj task_specific_params tokenizer_class torch_dtype transformers_version use_cache
+    _name_or_path _num_labels add_cross_attention architectures attn_pdrop bos_token_id chunk_size_feed_forward dtype
+    embd_pdrop eos_token_id finetuning_task gradient_checkpointing id2label initializer_range is_decoder
+    is_encoder_decoder label2id model_type n_special output_attentions output_hidden_states output_past
+    output_router_logits pad_token_id predict_special_tokens pretraining_tp problem_type
+    reorder_and_upcast_attn resid_pdrop return_dict router_aux_loss_coef sep_token_id summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class
+    torch_dtype torchscript transformers_version use_bfloat16 use_cache
     """.split()
 )
+# The same for `generation_config.json`: they say where a text begins, or how transformers goes about its work.
+GENERATION_WITHOUT_EFFECT: Final = frozenset(
+    """
+    _from_model_config bos_token_id cache_implementation decoder_start_token_id max_length max_new_tokens
+    output_attentions output_hidden_states output_logits output_scores pad_token_id return_dict_in_generate
+    transformers_version trust_remote_code use_cache
+    """.split()
+)
+# And with these values, settings that gptjax does not have change nothing.
+_NEUTRAL: Final = {
+    "diversity_penalty": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "length_penalty": 1,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+    "early_stopping": False,
+    "typical_p": 1,
+}
+_MOST_LAYERS, _MOST_SIZE = 1024, 1 << 24  # beyond any real model: a size that would only exhaust memory or patience
 
 ACTIVATIONS: Final = {  # config.json's name -> the function's name in `layers.mlp`
     "gelu": "gelu_erf",
@@ -72,11 +100,14 @@ class GPT2Config:
         mlp_width = keys.size("n_inner", alias="intermediate_size", absent=4 * width)
         activation = keys.choice("activation_function", ACTIVATIONS, absent="gelu_new")
         num_heads = keys.size("n_head")
+        keys.ignore("pruned_heads")
+        if raw.get("pruned_heads"):
+            keys.fault("pruned_heads is not empty: gptjax does not run models with pruned heads")
         config = cls(
             vocab_size=keys.size("vocab_size"),
             context_length=keys.size("n_positions", alias="n_ctx"),
             width=width,
-            num_layers=keys.size("n_layer"),
+            num_layers=keys.size("n_layer", most=_MOST_LAYERS),
             num_heads=num_heads,
             mlp_width=mlp_width,
             activation=activation,
@@ -164,32 +195,36 @@ def read_generation_defaults(directory: Path) -> GenerationDefaults:
 
     A setting that the file does not have is off. (transformers fills in top_k 50.)
     """
-    raw = {"eos_token_id": (read_json(directory / "config.json") or {}).get("eos_token_id")}
-    raw.update(read_json(directory / "generation_config.json") or {})
-    eos = raw.get("eos_token_id")
+    found = read_json(directory / "generation_config.json") or {}
+    raw = {key: value for key, value in found.items() if value is not None}
+    if "eos_token_id" not in raw:
+        raw["eos_token_id"] = (read_json(directory / "config.json") or {}).get("eos_token_id")
+    eos = raw["eos_token_id"]
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    keys = _Keys(raw)
+    keys = _Keys(raw, without_effect=GENERATION_WITHOUT_EFFECT | {"eos_token_id"})
     sampled = keys.flag("do_sample", absent=False)
-    defaults = GenerationDefaults(
+    drawn = GenerationDefaults(
         eos_ids=eos_ids,
-        temperature=keys.positive_float("temperature", absent=1.0) if sampled else 0.0,
-        top_k=keys.size("top_k", absent=0) if sampled and raw.get("top_k") else 0,
-        top_p=keys.positive_float("top_p", absent=1.0, most=1) if sampled else 1.0,
-        min_p=keys.positive_float("min_p", absent=0.0, most=1) if sampled and raw.get("min_p") else 0.0,
+        temperature=keys.positive_float("temperature", absent=1.0),
+        top_k=keys.size("top_k", absent=0) if raw.get("top_k") else 0,
+        top_p=keys.positive_float("top_p", absent=1.0, most=1),
+        min_p=keys.positive_float("min_p", absent=0.0, most=1) if raw.get("min_p") else 0.0,
         repetition_penalty=keys.positive_float("repetition_penalty", absent=1.0),
     )
+    keys.ignore("top_k", "min_p", *(key for key, value in _NEUTRAL.items() if raw.get(key) == value))
     if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in eos_ids):
         keys.fault(f"eos_token_id is {eos!r}; expected token ids")
-    keys.raise_faults("generation", file="generation_config.json", unknown_allowed=True)
-    return defaults
+    keys.raise_faults("generation", file="generation_config.json")
+    greedy = GenerationDefaults(eos_ids=eos_ids, repetition_penalty=drawn.repetition_penalty)
+    return drawn if sampled else greedy
 
 
 class _Keys:
     """Reads typed values out of a raw config, collecting every fault so that they can be reported together."""
 
-    def __init__(self, raw: Mapping[str, Any]):
+    def __init__(self, raw: Mapping[str, Any], without_effect: frozenset[str] = WITHOUT_EFFECT):
         self._raw = raw
-        self._read: set[str] = set()
+        self._read = set(without_effect)
         self._faults: list[str] = []
 
     def fault(self, text: str) -> None:
@@ -205,12 +240,12 @@ class _Keys:
             self.fault(f"{' or '.join(names)} is missing")
         return values[0] if values else absent
 
-    def size(self, key: str, *, alias: str | None = None, absent: int | None = None) -> int:
+    def size(self, key: str, *, alias: str | None = None, absent: int | None = None, most: int = _MOST_SIZE) -> int:
         value = self._get(key, alias, absent)
         if value is absent:
             return 0 if absent is None else absent
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.fault(f"{key} is {value!r}; expected a whole number of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            self.fault(f"{key} is {value!r}; expected a whole number from 1 to {most}")
             return 0
         return value
 
@@ -238,9 +273,12 @@ class _Keys:
             return ""
         return choices[value]
 
-    def raise_faults(self, model: str, *, file: str = "config.json", unknown_allowed: bool = False) -> None:
-        unknown = sorted(set(self._raw) - self._read - WITHOUT_EFFECT)
-        if unknown and not unknown_allowed:
+    def ignore(self, *keys: str) -> None:
+        self._read.update(keys)
+
+    def raise_faults(self, model: str, *, file: str = "config.json") -> None:
+        unknown = sorted(set(self._raw) - self._read)
+        if unknown:
             self.fault(
                 f"unknown key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}: "
                 "gptjax does not know what they change, so it will not guess"

@@ -31,16 +31,21 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     Raises:
       CheckpointError: there is none of these; says what was tried and what to do.
     """
-    text = os.fspath(name)
+    if not isinstance(name, str | os.PathLike):
+        raise CheckpointError(f"a checkpoint is named by text or a path, found {type(name).__name__}")
+    text = os.fsdecode(name)
     if not text:
         raise CheckpointError(f"the checkpoint's name is empty; name a directory, or a demo: {', '.join(demos())}")
     if text in demos():
         return DEMOS / text
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(_about_file(path))
+    try:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise CheckpointError(_about_file(path))
+    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown user's home, a NUL
+        raise CheckpointError(f"{text[:200]!r} cannot be a path ({error}); name a directory or a demo") from None
     match = _HUB_ID.fullmatch(text)
     if match is None or ".." in text or isinstance(name, os.PathLike):
         raise CheckpointError(_not_found(text, is_id=False))

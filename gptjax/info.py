@@ -19,6 +19,9 @@ def describe(
 ) -> dict[str, Any]:
     """Facts of a checkpoint, in the order to show them. Keys ending in `_bytes` are bytes.
 
+    "fits" is "yes", or "no; try …" with settings that would. The memory needed is the most at a time, so less than the
+    sum: what loading holds goes before the cache comes.
+
     Raises:
       CheckpointError, ConfigError: as `gptjax.load`.
     """
@@ -27,6 +30,7 @@ def describe(
     model = registry.build(config, dtype=runtime.compute_dtype(dtype))
     length = registry.positions(config, max_length)
     need = memory.needed(model, batch=max_batch, max_length=length)
+    lack = memory.shortfall(model, batch=max_batch, max_length=length, has=need.device.available, device=need.device)
     try:
         tokenizer = load_tokenizer(directory)
         text = f"{tokenizer.kind}, {tokenizer.vocab_size} tokens, ends with {list(tokenizer.eos_ids)}"
@@ -47,9 +51,12 @@ def describe(
         "weights_bytes": need.weights,
         "cache_bytes": need.cache,
         "logits_bytes": need.logits,
+        "activations_bytes": need.activations,
+        "loading_bytes": need.loading,
         "needed_bytes": need.total,
-        "available_bytes": runtime.available_memory(),
-        "device": jax.devices()[0].device_kind,
+        "available_bytes": need.device.available,
+        "device": need.device.device,
+        "fits": "yes" if lack is None else f"no; {lack.partition('; ')[2]}",
     }
 
 

@@ -49,7 +49,7 @@ class Manifest:
 
 def is_converted(directory: Path) -> bool:
     """Whether a directory is a checkpoint that gptjax wrote (and therefore complete: the manifest is written last)."""
-    return (directory / FILE).is_file()
+    return (read_json(directory / FILE) or {}).get("format") == FORMAT
 
 
 def read_manifest(directory: Path) -> Manifest:

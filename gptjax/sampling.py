@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 _INT32 = jnp.iinfo(jnp.int32)
+_LEAST_P = 1e-30
 _LEAST_TEMPERATURE = 1e-6  # below it the division overflows; the draw is the argmax long before
 
 
@@ -118,8 +119,9 @@ def _truncated(logits_BV: jax.Array, truncation: Truncation) -> jax.Array:
     k_B = jnp.where(truncation.top_k_B > 0, truncation.top_k_B, logits_BV.shape[-1]).astype(jnp.float32)
     logits_BV = jnp.where(_at_least(logits_BV, ones_BV, k_B), logits_BV, -jnp.inf)
     probabilities_BV = jax.nn.softmax(logits_BV, axis=-1)
-    # top_p = 1 keeps all, even where rounding lets the sum reach 1 early.
-    p_B = jnp.where(truncation.top_p_B < 1, truncation.top_p_B, jnp.inf)
+    # top_p = 1 keeps all, even where rounding lets the sum reach 1 early. And a p that float32 rounds to 0 would be
+    # reached by no token at all.
+    p_B = jnp.where(truncation.top_p_B < 1, jnp.maximum(truncation.top_p_B, _LEAST_P), jnp.inf)
     kept_BV = _at_least(logits_BV, probabilities_BV, p_B)
     kept_BV &= probabilities_BV >= truncation.min_p_B[:, None] * probabilities_BV.max(axis=-1, keepdims=True)
     return jnp.where(kept_BV, logits_BV, -jnp.inf)

@@ -3,15 +3,19 @@
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import convert
 import gptjax
 from gptjax import CapacityError, CheckpointError, ConfigError, RequestError
 from gptjax.api import LanguageModel
 
+ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "Once upon a time there was a king who had"
 
 
@@ -30,7 +34,14 @@ def test_a_prompt_becomes_a_completion(lm):
 def test_text_and_its_ids_are_the_same_prompt(lm):
     by_text = lm.generate(PROMPT, max_tokens=8)
     ids = lm.tokenizer.encode(PROMPT)
-    for prompt in (ids, tuple(ids), np.asarray(ids), np.asarray(ids, np.uint16)):
+    for prompt in (
+        ids,
+        tuple(ids),
+        np.asarray(ids),
+        np.asarray(ids, np.uint16),
+        jnp.asarray(ids),
+        list(np.asarray(ids)),
+    ):
         assert lm.generate(prompt, max_tokens=8).token_ids == by_text.token_ids
 
 
@@ -39,7 +50,7 @@ def test_a_list_gives_a_list_in_order_and_a_list_of_one_too(lm):
     together = lm.generate(prompts, max_tokens=10)
     assert [c.token_ids for c in together] == [lm.generate(p, max_tokens=10).token_ids for p in prompts]
     assert lm.generate(["A"], max_tokens=10)[0].token_ids == together[2].token_ids
-    mixed = lm.generate([[3, 4], [5]], max_tokens=3)
+    mixed = lm.generate([[3, 4], np.asarray([5])], max_tokens=3)
     assert [c.usage.prompt_tokens for c in mixed] == [2, 1]
 
 
@@ -87,6 +98,37 @@ def test_seeds_repeat_and_differ(lm):
     assert draw(seed=unseeded.seed).token_ids == unseeded.token_ids
 
 
+def test_each_row_can_have_its_own_seed(lm):
+    rows = lm.generate(["The"] * 3, max_tokens=8, temperature=1.5, seed=[5, 6, 5])
+    assert [row.seed for row in rows] == [5, 6, 5]
+    assert rows[0].token_ids == rows[2].token_ids != rows[1].token_ids
+    with pytest.raises(RequestError, match="2 seeds"):
+        lm.generate(["The"] * 3, seed=[1, 2])
+
+
+def test_numpy_scalars_are_numbers(lm):
+    plain = lm.generate("The", max_tokens=5, temperature=0.5, seed=5, stop_ids=[3], logit_bias={7: 2.0})
+    numpy = lm.generate(
+        "The",
+        max_tokens=np.int64(5),
+        temperature=np.float32(0.5),
+        seed=np.uint32(5),
+        stop_ids=np.asarray([3]),
+        logit_bias={np.int32(7): np.float64(2)},
+    )
+    assert plain.token_ids == numpy.token_ids
+
+
+def test_a_top_p_too_small_for_float32_still_draws_the_best(lm):
+    greedy = lm.generate(PROMPT, max_tokens=5)
+    assert lm.generate(PROMPT, max_tokens=5, temperature=1, top_p=1e-50).token_ids == greedy.token_ids
+
+
+def test_a_top_k_beyond_int32_keeps_all(lm):
+    plain = lm.generate(PROMPT, max_tokens=5, temperature=1, seed=1)
+    assert lm.generate(PROMPT, max_tokens=5, temperature=1, seed=1, top_k=2**40).token_ids == plain.token_ids
+
+
 def test_stops_and_stop_ids(lm):
     whole = lm.generate(PROMPT, max_tokens=40)
     stop = whole.text[10:14]
@@ -96,6 +138,7 @@ def test_stops_and_stop_ids(lm):
     by_id = lm.generate(PROMPT, max_tokens=40, stop_ids=[whole.token_ids[5]])
     assert by_id.token_ids == whole.token_ids[: whole.token_ids.index(whole.token_ids[5]) + 1]
     assert by_id.finish_reason == "stop"
+    assert lm.generate(PROMPT, max_tokens=3, logit_bias={0: 100.0}, stop_ids=0).token_ids == (0,)
 
 
 def test_the_end_of_text_ends_unless_ignored(lm):
@@ -154,6 +197,44 @@ def test_decode_works_under_jit(lm):
     assert tuple(int(t[0]) for t in three(state)) == lm.generate(PROMPT, max_tokens=3).token_ids
 
 
+def test_decode_is_pure(lm):
+    @jax.jit
+    def one(state):
+        return lm.decode(state, temperature=2.0)
+
+    tokens = []
+    for _ in range(2):
+        _, state = lm.prefill(lm.init_state(max_length=128), [1, 2, 3])
+        row = []
+        for _ in range(6):
+            token_B, state = one(state)
+            row.append(int(token_B[0]))
+        tokens.append(row)
+    assert tokens[0] == tokens[1]
+    assert len(set(tokens[0])) > 1
+
+
+def test_bad_ids_for_one_row_lose_nothing(lm):
+    state = lm.init_state(batch=2, max_length=128)
+    with pytest.raises(RequestError, match="99999"):
+        lm.prefill(state, [[1, 2], [99999]])
+    with pytest.raises(RequestError, match="2 rows"):
+        lm.prefill(state, [[1, 2]])
+    logits_BV, _ = lm.prefill(state, [[1, 2], [3]])
+    assert np.isfinite(logits_BV).all()
+
+
+def test_a_state_that_was_never_filled_draws_no_token(lm):
+    token_B, _ = lm.decode(lm.init_state(batch=2, max_length=128))
+    assert token_B.tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("batch", [0, -1, 1.5, True])
+def test_a_state_needs_a_whole_number_of_rows(lm, batch):
+    with pytest.raises(RequestError, match="batch"):
+        lm.init_state(batch=batch)
+
+
 def test_decoding_beyond_the_end_gives_minus_one(lm):
     _, state = lm.prefill(lm.init_state(max_length=4), [1, 2, 3])
     tokens = []
@@ -194,6 +275,15 @@ def test_decoding_beyond_the_end_gives_minus_one(lm):
         ("x", {"seed": 2**32}, RequestError, "seed"),
         ("x", {"max_tokens": 0}, RequestError, "max_tokens"),
         ("x", {"max_tokens": True}, RequestError, "max_tokens"),
+        (b"The king", {}, RequestError, "bytes"),
+        ([b"The king"], {}, RequestError, "bytes"),
+        ([[1, 2], 3], {}, RequestError, "int"),
+        ("x", {"temperature": 10**400}, RequestError, "temperature"),
+        ("x", {"logit_bias": {1: 10**400}}, RequestError, "logit_bias"),
+        ("x", {"stop": ""}, RequestError, "stop"),
+        ("x", {"stop_ids": "3"}, RequestError, "stop_ids"),
+        ("x", {"stop_ids": [[1]]}, RequestError, "stop id"),
+        ("x", {"stop_ids": True}, RequestError, "stop id"),
         ("x", {"stop": [""]}, RequestError, "stop"),
         ("x", {"stop": ["x"] * 17}, RequestError, "17"),
         ("x", {"stop": 3}, RequestError, "stop"),
@@ -295,6 +385,66 @@ def test_generation_config_sets_the_defaults(demo, tmp_path):
         lm.generate(PROMPT, max_tokens=9, temperature=0).token_ids
         == gptjax.load(demo).generate(PROMPT, max_tokens=9).token_ids
     )
+
+
+GOLDEN = ROOT / "tests" / "data" / "golden"
+
+
+@pytest.mark.parametrize("form", ["Hugging Face", "converted"])
+@pytest.mark.parametrize("max_batch", [None, 1, 4])
+def test_the_recorded_greedy_tokens_end_to_end(demo, tmp_path, form, max_batch):
+    """Text in, transformers' tokens out: through the tokenizer, the loader, the engine and the sampler."""
+    directory = demo
+    if form == "converted":
+        directory = tmp_path / "converted"
+        convert.convert(demo, directory)
+    prompts = json.loads((GOLDEN / "prompts.json").read_text())["gpt2-tales"]
+    recorded = np.load(GOLDEN / "gpt2-tales.npz")
+    lm = gptjax.load(directory, dtype="float32", max_batch=max_batch)
+    greedy = [tuple(recorded[f"greedy_{n}"].tolist()) for n in range(len(prompts))]
+    together = lm.generate(prompts, max_tokens=48, ignore_eos=True)
+    assert [completion.token_ids for completion in together] == greedy
+    for prompt, tokens in zip(prompts, greedy, strict=True):
+        assert lm.generate(prompt, max_tokens=48, ignore_eos=True).token_ids == tokens
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_are_the_same_to_the_bit_in_any_company(demo, dtype):
+    lm = gptjax.load(demo, dtype=dtype, max_batch=4)
+    requests = [
+        ("The sea", {}),
+        (PROMPT * 9, {"temperature": 1.0, "seed": 3}),
+        ("A", {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 9}),
+        ("He said", {"repetition_penalty": 1.3, "logit_bias": {5: -3.0}, "top_logprobs": 4}),
+    ]
+    rows = [lm._request(prompt, {"max_tokens": 16, **options}) for prompt, options in requests]
+
+    def run(rows):
+        done = {number: chunk.completion for number, chunk in lm._run(rows) if chunk.completion is not None}
+        return [(done[n].token_ids, done[n].logprobs, done[n].top_logprobs) for n in range(len(rows))]
+
+    together = run(rows)
+    assert run(rows[::-1]) == together[::-1]
+    assert [run([row])[0] for row in rows] == together
+
+
+def test_nothing_is_compiled_after_the_first_calls(demo):
+    lm = gptjax.load(demo, max_batch=4)
+    lm.generate(["one", "two " * 40, "three " * 90], max_tokens=3, temperature=0.5, top_k=3)
+    lm.generate("x", max_tokens=2)
+    compiled = []
+
+    def listen(name, seconds, **_):
+        if "backend_compile" in name:
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        lm.generate("another", max_tokens=5)
+        lm.generate(["two", "of " * 50, "these " * 70, "and", "more"], max_tokens=4, temperature=1.0, top_k=7, seed=2)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert compiled == []
 
 
 def test_close_frees_the_weights(demo):

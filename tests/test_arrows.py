@@ -17,14 +17,16 @@ ROOMS = [
     ["gptjax.cache"],
     ["gptjax.layers"],
     ["gptjax.models"],
-    ["gptjax.sampling", "gptjax.runtime", "gptjax.memory"],
+    ["gptjax.sampling", "gptjax.runtime", "gptjax.activations"],
     ["gptjax.manifest", "gptjax.staging", "gptjax.pieces"],
     ["gptjax.checkpoint"],
     ["convert"],
     ["gptjax.hub"],
     ["gptjax.text"],
     ["gptjax.engine"],
+    ["gptjax.memory"],
     ["gptjax.api", "gptjax.info"],
+    ["gptjax.bench", "gptjax.compare", "gptjax.verify", "gptjax.doctor"],
     ["gptjax.cli", "gptjax.__main__"],
 ]
 # Console scripts stand above the packages they are in.

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import convert
 from convert.sources.safetensors import open_directory
 from gptjax import checkpoint, staging
 from gptjax.errors import CheckpointError
@@ -494,3 +495,26 @@ def test_a_write_that_fails_within_orbax(tmp_path):
 def test_a_place_that_cannot_be_written():
     with pytest.raises(CheckpointError, match="/proc/gptjax cannot be written"):
         _save(Path("/proc/gptjax"))
+
+
+def test_overwriting_never_deletes_what_is_not_ours(demo, tmp_path):
+    """A manifest.json by somebody else, or the remains of one of ours, is no licence to delete."""
+    for content in ('{"a": 1}', '{"format": "gptjax-checkpoint"}', "{"):
+        other = tmp_path / "other"
+        (other / "params").mkdir(parents=True)
+        (other / "manifest.json").write_text(content)
+        (other / "params" / "thesis.txt").write_text("years of work")
+        with pytest.raises(CheckpointError):
+            convert.convert(demo, other, overwrite=True)
+        assert (other / "params" / "thesis.txt").read_text() == "years of work"
+        shutil.rmtree(other)
+
+
+def test_a_foreign_manifest_beside_a_checkpoint_is_no_matter(demo, tmp_path):
+    shutil.copytree(demo, tmp_path / "hf")
+    (tmp_path / "hf" / "manifest.json").write_text('{"short_name": "an app"}')
+    assert not checkpoint.is_converted(tmp_path / "hf")
+    convert.convert(tmp_path / "hf", tmp_path / "converted")
+    assert checkpoint.is_converted(tmp_path / "converted")
+    names = {file.name for file in checkpoint.read_manifest(tmp_path / "converted").files}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= names

@@ -150,7 +150,7 @@ def test_n_ctx_alone_is_the_context_length():
         ({"n_head": 7}, "n_embd 60 is not a multiple of n_head 7"),
         ({"activation_function": "gelu_10"}, "activation_function is 'gelu_10'; gptjax supports gelu, gelu_fast, "),
         ({"activation_function": ["gelu"]}, r"activation_function is ['gelu']"),
-        ({"n_layer": 0}, "n_layer is 0; expected a whole number of at least 1"),
+        ({"n_layer": 0}, "n_layer is 0; expected a whole number from 1"),
         ({"n_layer": -3}, "n_layer is -3"),
         ({"n_layer": True}, "n_layer is True"),
         ({"n_layer": 3.0}, "n_layer is 3.0"),
@@ -264,7 +264,8 @@ SAMPLED = GenerationDefaults(temperature=1.0)
             {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.1, "repetition_penalty": 2},
             GenerationDefaults(temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, repetition_penalty=2.0),
         ),
-        (None, {"max_length": 50, "transformers_version": "5", "pad_token_id": 1, "something_new": 1}, GREEDY),
+        (None, {"max_length": 50, "transformers_version": "5", "pad_token_id": 1, "num_beams": 1}, GREEDY),
+        ({"eos_token_id": 7}, {"eos_token_id": None}, dataclasses.replace(GREEDY, eos_ids=(7,))),
     ],
 )
 def test_generation_defaults(tmp_path, config, generation, expected):
@@ -281,6 +282,9 @@ def test_generation_defaults(tmp_path, config, generation, expected):
         ({"eos_token_id": [1, None]}, "eos_token_id is [1, None]"),
         ({"eos_token_id": -1}, "eos_token_id is -1"),
         ({"eos_token_id": True}, "eos_token_id is True"),
+        ({"something_new": 1}, "something_new"),
+        ({"num_beams": 4, "suppress_tokens": [5]}, "num_beams, suppress_tokens"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p is 1.5"),
         ({"do_sample": True, "temperature": 0}, "temperature is 0"),
         ({"do_sample": True, "top_k": 1.5}, "top_k is 1.5"),
         ({"do_sample": "yes"}, "do_sample is 'yes'"),

@@ -260,3 +260,9 @@ def test_the_empty_name(library):
 @pytest.mark.parametrize("name", ["gpt2-tale", "gpt2_tales", "gtp2-tales"])
 def test_a_demo_of_a_close_name_is_offered(name):
     _refused(name, "did you mean 'gpt2-tales'?")
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "a" * 5000, "a/" * 3000, "x\0y", 5, None])
+def test_names_that_no_file_system_takes(name):
+    with pytest.raises(CheckpointError):
+        hub.resolve(name)

@@ -95,7 +95,7 @@ def test_top_k_keeps_the_k_most_likely(top_k):
     assert drawn == set(np.argsort(-logits_V)[:top_k])
 
 
-@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("top_p", [1e-50, 1e-6, 0.1, 0.5, 0.9, 0.99])
 def test_top_p_keeps_the_fewest_tokens_that_reach_p(top_p):
     logits_V = _logits(5, 1)[0]
     order = np.argsort(-logits_V)

@@ -2,15 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gptjax import sampling
+from gptjax.cache import KVCache
 from gptjax.engine import steps
-from gptjax.engine.request import Request
+from gptjax.engine.request import MAX_TOP_LOGPROBS, Request, SamplingParams
+from gptjax.models import registry
 from gptjax.models.registry import Model, Params
 
 
@@ -36,7 +37,9 @@ class Engine:
         self.params = params
         self.max_length = max_length
         self._state = steps.init_state(model, batch=batch, max_length=max_length)
+        self._row = registry.create_cache(model, batch=1, max_length=max_length)  # what prefill works on
         self._requests: list[Request | None] = [None] * batch
+        self._features = Features()
         self._settings: sampling.Sampling | None = None  # of the rows as they are; None where they changed
         self._active_B: jax.Array | None = None
 
@@ -50,18 +53,14 @@ class Engine:
         """The slots without a request."""
         return [slot for slot, request in enumerate(self._requests) if request is None]
 
-    @property
-    def busy(self) -> bool:
-        """Whether any slot has a request."""
-        return any(self._requests)
-
     def admit(self, slot: int, request: Request) -> None:
         """Prefills a checked request with a seed into a free slot, in chunks whose cuts depend on its length alone."""
         if self._requests[slot] is not None:
             raise ValueError(f"slot {slot} is busy")
         tokens = np.asarray(request.prompt_ids, np.int32)
-        self._state = prefill(self.model, self.params, self._state, slot, tokens)
+        self._state, self._row = prefill(self.model, self.params, self._state, slot, tokens, self._row)
         self._requests[slot] = request
+        self._features |= Features.of(request.params)
         self._settings = self._active_B = None
 
     def release(self, slot: int) -> None:
@@ -72,7 +71,7 @@ class Engine:
     def step(self) -> list[Token]:
         """One token for every busy slot. When it returns, the device already works on the step after."""
         if self._settings is None or self._active_B is None:
-            self._settings = settings_of(self._requests, self.model.config.vocab_size)
+            self._settings = settings_of(self._requests, self.model.config.vocab_size, self._features)
             self._active_B = jnp.asarray([request is not None for request in self._requests])
         sampled = steps.sample(self._state, self._settings)
         self._state = steps.advance(self.model, self.params, self._state, sampled.token_B, self._active_B)
@@ -80,50 +79,86 @@ class Engine:
         return [_token(host, slot) for slot, request in enumerate(self._requests) if request is not None]
 
 
-def prefill(model: Model, params: Params, state: steps.State, slot: int, tokens: np.ndarray) -> steps.State:
-    """Fills a row with a sequence from its start. `tokens` is int32 [T], 1 <= T <= max_length."""
+def prefill(
+    model: Model, params: Params, state: steps.State, slot: int, tokens: np.ndarray, row: KVCache
+) -> tuple[steps.State, KVCache]:
+    """Fills a row of a state with a sequence from its start.
+
+    Args:
+      tokens: int32 [T], 1 <= T <= max_length.
+      row: a cache of one row to work on, donated.
+
+    Returns:
+      The state, and the cache of one row for the next call.
+    """
+    if not len(tokens):
+        raise ValueError("a sequence needs at least one token")
     for start, padded, count in steps.padded_chunks(tokens):
-        state = steps.prefill_chunk(model, params, state, np.int32(slot), padded, np.int32(start), np.int32(count))
-    return state
+        logits_1V, row = steps.prefill_chunk(model, params, row, padded, np.int32(start), np.int32(count))
+    history_S = np.pad(tokens, (0, state.cache.capacity - len(tokens)))
+    return steps.insert(state, np.int32(slot), row, history_S, logits_1V), row
 
 
-def settings_of(requests: Sequence[Request | None], vocab_size: int) -> sampling.Sampling:
-    """The rows' settings as arrays; what no row uses is None, so that it is not computed."""
-    rows = [None if request is None else request.params for request in requests]
-    given = [params for params in rows if params is not None]
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Which parts of sampling are compiled in: those that any row so far has used, so that they change rarely."""
 
-    def column(name: str, off: float, dtype: type[np.generic]) -> jax.Array:
-        return jnp.asarray([off if params is None else getattr(params, name) for params in rows], dtype)
+    draws: bool = False
+    truncates: bool = False
+    penalises: bool = False
+    biases: bool = False
+    num_top: int = 0  # rounded up to one of a few
 
-    seeds = [0 if params is None else params.seed or 0 for params in rows]
-    settings = sampling.Sampling(
-        seed_B=jnp.asarray(np.asarray(seeds, np.uint32)),
-        num_top=max((params.top_logprobs for params in given), default=0),
-    )
-    changes: dict[str, Any] = {}
-    if any(params.temperature > 0 for params in given):
-        changes["temperature_B"] = column("temperature", 0.0, np.float32)
-    if any(params.truncates for params in given):
-        changes["truncation"] = sampling.Truncation(
-            top_k_B=column("top_k", 0, np.int32),
-            top_p_B=column("top_p", 1.0, np.float32),
-            min_p_B=column("min_p", 0.0, np.float32),
+    @classmethod
+    def of(cls, params: SamplingParams) -> "Features":
+        """What one request uses."""
+        num_top = next(size for size in (0, 5, MAX_TOP_LOGPROBS) if size >= params.top_logprobs)
+        return cls(params.temperature > 0, params.truncates, params.penalises, bool(params.logit_bias), num_top)
+
+    def __or__(self, other: "Features") -> "Features":
+        return Features(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
+
+
+def settings_of(requests: Sequence[Request | None], vocab_size: int, features: Features) -> sampling.Sampling:
+    """The rows' settings as arrays; what `features` does not have is None, so that it is not computed."""
+    off = SamplingParams(seed=0)
+    rows = [off if request is None else request.params for request in requests]
+
+    def column(name: str, dtype: type[np.generic]) -> jax.Array:
+        values = [getattr(params, name) for params in rows]
+        # A k beyond the vocabulary keeps all, and may be beyond int32.
+        return jnp.asarray(
+            np.asarray([min(value, vocab_size) for value in values] if name == "top_k" else values, dtype)
         )
-    if any(params.penalises for params in given):
-        prompt_lengths = [0 if request is None else len(request.prompt_ids) for request in requests]
-        changes["penalties"] = sampling.Penalties(
-            repetition_B=column("repetition_penalty", 1.0, np.float32),
-            presence_B=column("presence_penalty", 0.0, np.float32),
-            frequency_B=column("frequency_penalty", 0.0, np.float32),
-            prompt_lengths_B=jnp.asarray(prompt_lengths, jnp.int32),
-        )
-    if any(params.logit_bias for params in given):
+
+    bias_BV = None
+    if features.biases:
         bias_BV = np.zeros((len(rows), vocab_size), np.float32)
         for row, params in enumerate(rows):
-            for token, bias in (params.logit_bias if params is not None else {}).items():
+            for token, bias in params.logit_bias.items():
                 bias_BV[row, token] = bias
-        changes["bias_BV"] = jnp.asarray(bias_BV)
-    return dataclasses.replace(settings, **changes)
+    prompt_lengths = [0 if request is None else len(request.prompt_ids) for request in requests]
+    return sampling.Sampling(
+        seed_B=column("seed", np.uint32),
+        temperature_B=column("temperature", np.float32) if features.draws else None,
+        truncation=sampling.Truncation(
+            top_k_B=column("top_k", np.int32),
+            top_p_B=column("top_p", np.float32),
+            min_p_B=column("min_p", np.float32),
+        )
+        if features.truncates
+        else None,
+        penalties=sampling.Penalties(
+            repetition_B=column("repetition_penalty", np.float32),
+            presence_B=column("presence_penalty", np.float32),
+            frequency_B=column("frequency_penalty", np.float32),
+            prompt_lengths_B=jnp.asarray(prompt_lengths, jnp.int32),
+        )
+        if features.penalises
+        else None,
+        bias_BV=None if bias_BV is None else jnp.asarray(bias_BV),
+        num_top=min(features.num_top, vocab_size),
+    )
 
 
 def _token(sampled: sampling.Sampled, slot: int) -> Token:

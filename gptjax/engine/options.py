@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+import jax
 import numpy as np
 
 from gptjax.config import GenerationDefaults
@@ -13,6 +14,7 @@ from gptjax.errors import RequestError
 
 Prompt = str | Sequence[int] | np.ndarray
 DEFAULT_MAX_TOKENS = 256
+_BYTES = (bytes, bytearray, memoryview)  # sequences of integers, but no token ids
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -29,40 +31,68 @@ class SamplingOptions(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     logit_bias: Mapping[int, float]
-    seed: int
-    top_logprobs: int
+    seed: int | Sequence[int]  # one for all rows, or a list of one for each prompt
 
 
 class GenerateOptions(SamplingOptions, total=False):
     """Sampling, and when to stop."""
 
+    top_logprobs: int  # alternatives to report with each token
     max_tokens: int  # 256 if not given
     stop: str | Sequence[str]  # text that ends the output and is not part of it
-    stop_ids: Sequence[int]  # tokens that end the output, besides the checkpoint's end-of-text ids
+    stop_ids: int | Sequence[int]  # tokens that end the output, besides the checkpoint's end-of-text ids
     ignore_eos: bool  # do not end at the checkpoint's end-of-text ids
 
 
-def split_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
-    """The prompts as a list, and whether it was one prompt by itself. Raises `RequestError` for an empty list."""
+def split_prompts(prompts: object) -> tuple[list[Any], bool]:
+    """The prompts as a list, and whether it was one prompt by itself. Raises `RequestError` for an empty list.
+
+    Arrays become lists; whether each prompt is one is not looked at here.
+    """
+    prompts = plain(prompts)
     if isinstance(prompts, str):
         return [prompts], True
-    if isinstance(prompts, np.ndarray):
-        prompts = prompts.tolist()
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, _BYTES):
         raise RequestError(f"a prompt is text or a list of token ids, found {type(prompts).__name__}")
     if not prompts:
         raise RequestError("there is no prompt: give text, a list of token ids, or a list of such prompts")
-    if isinstance(prompts[0], str | Sequence | np.ndarray):
-        return [p.tolist() if isinstance(p, np.ndarray) else p for p in prompts], False  # type: ignore[misc]
-    return [prompts], True  # type: ignore[list-item]
+    listed = [plain(prompt) for prompt in prompts]
+    if isinstance(listed[0], str | Sequence):
+        return listed, False
+    return [listed], True
+
+
+def as_ids(token_ids: object) -> list[Any]:
+    """Token ids as a list; whether each is one is not looked at here. Raises `RequestError` for what is no list."""
+    ids = plain(token_ids)
+    if not isinstance(ids, Sequence) or isinstance(ids, (str, *_BYTES)):
+        raise RequestError(f"expected a list of token ids, found {type(token_ids).__name__}")
+    return [plain(token) for token in ids]
+
+
+def split_seeds(seed: object, rows: int) -> list[Any]:
+    """A seed for each row: the one given for all, or a list of one each. Raises `RequestError` for another number."""
+    seed = plain(seed)
+    if not isinstance(seed, Sequence) or isinstance(seed, str):
+        return [seed] * rows
+    if len(seed) != rows:
+        raise RequestError(f"there are {rows} prompts, but {len(seed)} seeds: give one seed for all, or one for each")
+    return list(seed)
+
+
+def plain(value: Any) -> Any:
+    """Arrays and scalars of NumPy and JAX as Python's own; anything else as it is."""
+    return np.asarray(value).tolist() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
 
 
 def sampling_params(options: Mapping[str, Any], defaults: GenerationDefaults) -> SamplingParams:
     """The sampling settings of a call. Raises `RequestError` for an option there is not."""
-    names = [field.name for field in dataclasses.fields(SamplingParams)]
-    _refuse_unknown(options, names)
-    shared = {field.name for field in dataclasses.fields(GenerationDefaults)} & set(names)
-    given = {name: value for name, value in options.items() if value is not None}
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    _refuse_unknown(options, sorted(names))
+    shared = {field.name for field in dataclasses.fields(GenerationDefaults)} & names
+    given = {name: plain(value) for name, value in options.items() if value is not None}
+    if isinstance(bias := given.get("logit_bias"), Mapping):
+        given["logit_bias"] = {plain(token): plain(value) for token, value in bias.items()}
     return SamplingParams(**{name: getattr(defaults, name) for name in shared} | given)
 
 
@@ -70,21 +100,34 @@ def make_request(
     prompt_ids: Sequence[int], options: Mapping[str, Any], defaults: GenerationDefaults, eos_ids: Sequence[int]
 ) -> Request:
     """The request of one prompt, with a seed, not yet checked. Raises `RequestError` for an option there is not."""
-    own = GenerateOptions.__annotations__.keys() - SamplingOptions.__annotations__.keys()
     _refuse_unknown(options, GenerateOptions.__annotations__)
-    sampling = sampling_params({name: value for name, value in options.items() if name not in own}, defaults)
-    stop, stop_ids = options.get("stop") or (), options.get("stop_ids") or ()
-    if not isinstance(stop, str | Sequence) or not isinstance(stop_ids, Sequence) or isinstance(stop_ids, str):
-        raise RequestError("stop must be text or a list of texts, and stop_ids a list of token ids")
-    max_tokens = options.get("max_tokens")
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    sampling = sampling_params({name: value for name, value in options.items() if name in names}, defaults)
+    stop = _listed("stop", options.get("stop"), alone=str, of="texts")
+    stop_ids = _listed("stop_ids", options.get("stop_ids"), alone=int, of="token ids")
+    max_tokens = plain(options.get("max_tokens"))
+    if not options.get("ignore_eos"):
+        stop_ids += eos_ids
     request = Request(
         prompt_ids=tuple(prompt_ids),
         max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
         params=sampling,
-        stop_ids=frozenset([*stop_ids, *(() if options.get("ignore_eos") else eos_ids)]),
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop_ids=tuple(stop_ids),
+        stop=tuple(stop),
     )
     return request.with_seed()
+
+
+def _listed(name: str, value: Any, *, alone: type, of: str) -> list[Any]:
+    """An option that is one thing or a list of them, as a list."""
+    value = plain(value)
+    if value is None:
+        return []
+    if isinstance(value, alone):
+        return [value]
+    if not isinstance(value, Sequence | frozenset | set) or isinstance(value, str | bytes):
+        raise RequestError(f"{name} must be a list of {of}, found {type(value).__name__}")
+    return [plain(item) for item in value]
 
 
 def _refuse_unknown(options: Mapping[str, Any], known: Sequence[str] | Mapping[str, Any]) -> None:

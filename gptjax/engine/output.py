@@ -59,7 +59,7 @@ class Chunk:
     """One token's worth of a stream. `text` may be empty while characters or a possible stop are incomplete."""
 
     text: str
-    token_id: int
+    token_id: int  # -1 where no token could be drawn: then the completion's `error` says why
     logprob: float
     top_logprobs: dict[int, float]
     completion: Completion | None  # the whole result, on the last chunk only
@@ -148,6 +148,8 @@ class Output:
     def _chunk(self, token: Token, text: str, finish_reason: str | None) -> Chunk:
         self._text.append(text)
         completion = None if finish_reason is None else self._completion(finish_reason)
+        if token.token_id < 0:
+            return Chunk(text, token.token_id, 0.0, {}, completion)  # its numbers mean nothing
         return Chunk(text, token.token_id, token.logprob, self._top(token), completion)
 
     def _top(self, token: Token) -> dict[int, float]:

@@ -1,7 +1,6 @@
 """What is asked of the engine, checked before anything runs."""
 
 import dataclasses
-import math
 import secrets
 from collections.abc import Mapping, Sequence
 
@@ -69,7 +68,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     max_tokens: int
     params: SamplingParams
-    stop_ids: frozenset[int] = frozenset()  # a token of these ends the output; it is not part of the text
+    stop_ids: tuple[int, ...] = ()  # a token of these ends the output; it is not part of the text
     stop: tuple[str, ...] = ()  # text that ends the output and is not part of it
 
     @property
@@ -126,8 +125,8 @@ def _whole(name: str, value: object, *, low: int, high: int | None = None) -> No
 
 
 def _number(name: str, value: object, *, low: float, high: float, above: bool = False) -> None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or not low <= value <= high or (above and value == low):  # type: ignore[operator]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (above and value == low):  # type: ignore[operator]
         wanted = f"above {low} and at most {high}" if above else f"from {low} to {high}"
         raise RequestError(f"{name} must be a number {wanted}, found {_short(value)}")
 

@@ -44,7 +44,8 @@ def init_state(model: Model, *, batch: int, max_length: int) -> State:
     return State(
         cache=cache,
         history_BS=jnp.zeros((batch, cache.capacity), jnp.int32),
-        logits_BV=jnp.zeros((batch, model.config.vocab_size), jnp.float32),
+        # A row that was never filled draws -1, not a token.
+        logits_BV=jnp.full((batch, model.config.vocab_size), jnp.nan, jnp.float32),
         max_length=max_length,
     )
 
@@ -69,46 +70,62 @@ def padded_chunks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray, int]]:
 
 
 def _run_chunk(
-    model: Model, params: Params, cache: KVCache, tokens_T: jax.Array, start: jax.Array, count: jax.Array
-) -> tuple[jax.Array, jax.Array, KVCache]:
-    """Runs a padded chunk over a cache of one row: hidden states [1, T, D], positions [1, T] and the cache."""
+    model: Model, params: Params, row: KVCache, tokens_T: jax.Array, start: jax.Array, count: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    """Runs a padded chunk over a cache of one row: hidden states [1, T, D] and the cache, `start + count` long."""
+    row = dataclasses.replace(row, lengths_B=jnp.full_like(row.lengths_B, start))
     offset_T = jnp.arange(tokens_T.shape[0], dtype=jnp.int32)
     positions_1T = jnp.where(offset_T < count, start + offset_T, -1)[None]
-    hidden_1TD, new_cache = model.apply({"params": params}, tokens_T[None], positions_1T, cache)
-    return hidden_1TD, positions_1T, new_cache
+    hidden_1TD, new_row = model.apply({"params": params}, tokens_T[None], positions_1T, row)
+    return hidden_1TD, new_row
 
 
-@partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("row",))
 def prefill_chunk(
-    model: Model, params: Params, state: State, slot: jax.Array, tokens_T: jax.Array, start: jax.Array, count: jax.Array
-) -> State:
-    """Adds `count` tokens at position `start` to one row; the first chunk of a sequence starts at 0 and empties it.
+    model: Model, params: Params, row: KVCache, tokens_T: jax.Array, start: jax.Array, count: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    """Adds `count` tokens from position `start` on to a sequence; a chunk that starts at 0 begins a new one.
+
+    Works on a cache of one row, so it is compiled once a bucket, whatever the number of rows of the state.
 
     Args:
+      row: a cache with one slot, donated.
       tokens_T: int32, the tokens and any padding up to a bucket's length.
-      slot, start, count: int32 scalars.
+      start, count: int32 scalars.
+
+    Returns:
+      The logits [1, V] of what follows the last token, and the cache.
     """
-    row = state.cache.row(slot)
-    row = dataclasses.replace(row, lengths_B=jnp.full_like(row.lengths_B, start))
-    hidden_1TD, positions_1T, row = _run_chunk(model, params, row, tokens_T, start, count)
+    hidden_1TD, row = _run_chunk(model, params, row, tokens_T, start, count)
     last_1D = jax.lax.dynamic_index_in_dim(hidden_1TD, count - 1, axis=1, keepdims=False)
-    logits_1V = model.apply({"params": params}, last_1D, method="head")
-    index_T = jnp.where(positions_1T[0] < 0, state.history_BS.shape[1], positions_1T[0])
+    return model.apply({"params": params}, last_1D, method="head"), row
+
+
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("row",))
+def score_chunk(
+    model: Model, params: Params, row: KVCache, tokens_T: jax.Array, start: jax.Array, count: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    """As `prefill_chunk`, with the logits [T, V] at every position of the chunk."""
+    hidden_1TD, row = _run_chunk(model, params, row, tokens_T, start, count)
+    return model.apply({"params": params}, hidden_1TD[0], method="head"), row
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def insert(state: State, slot: jax.Array, row: KVCache, history_S: jax.Array, logits_1V: jax.Array) -> State:
+    """The state with a prefilled sequence in one of its rows, in place of what was there.
+
+    Args:
+      slot: int32 scalar.
+      row: a cache with one slot, as `prefill_chunk` gave it.
+      history_S: int32, the sequence's tokens, padded to the cache's capacity.
+      logits_1V: what `prefill_chunk` gave with it.
+    """
     return dataclasses.replace(
         state,
         cache=state.cache.with_row(slot, row),
-        history_BS=state.history_BS.at[slot, index_T].set(tokens_T, mode="drop"),
-        logits_BV=jax.lax.dynamic_update_slice_in_dim(state.logits_BV, logits_1V, slot, axis=0),
+        history_BS=state.history_BS.at[slot].set(history_S),
+        logits_BV=state.logits_BV.at[slot].set(logits_1V[0]),
     )
-
-
-@partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
-def score_chunk(
-    model: Model, params: Params, cache: KVCache, tokens_T: jax.Array, start: jax.Array, count: jax.Array
-) -> tuple[jax.Array, KVCache]:
-    """Logits [T, V] at every position of a chunk, over a cache of one row."""
-    hidden_1TD, _, cache = _run_chunk(model, params, cache, tokens_T, start, count)
-    return model.apply({"params": params}, hidden_1TD[0], method="head"), cache
 
 
 @jax.jit

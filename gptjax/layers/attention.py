@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from gptjax.axes import HEADS, QKV_HEADS, WIDTH
 from gptjax.cache import KVCache
 from gptjax.layers.linear import Linear
+from gptjax.layers.observe import observe
 from pallas_kernels.attention import attention
 
 
@@ -35,6 +36,8 @@ class Attention(nn.Module):
         qkv = linear((N + 2 * K) * H, (WIDTH, QKV_HEADS), name="qkv")
         heads_BTRH = qkv(x_BTD).reshape(*x_BTD.shape[:2], N + 2 * K, H)
         q_BTNH, k_BTKH, v_BTKH = jnp.split(heads_BTRH, (N, N + K), axis=2)
+        for name, value in (("q", q_BTNH), ("k", k_BTKH), ("v", v_BTKH)):
+            observe(self, name, value)
         if cache is None:
             k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
             k_positions_BS = positions_BT
@@ -51,5 +54,6 @@ class Attention(nn.Module):
             cached=cache is not None,
             implementation=self.implementation,
         )
+        observe(self, "heads", out_BTNH)
         out_BTD = linear(x_BTD.shape[-1], (HEADS, WIDTH), name="out")(out_BTNH.reshape(*x_BTD.shape[:2], N * H))
         return out_BTD, cache

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from gptjax.layers.observe import observe
+
 
 class Linear(nn.Module):
     """`x · kernel + bias`, accumulated in float32 and rounded once, to `dtype`.
@@ -27,4 +29,4 @@ class Linear(nn.Module):
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
             y = y + self.param("bias", bias_init, (self.features,), self.param_dtype).astype(jnp.float32)
-        return y.astype(self.dtype)
+        return observe(self, "output", y.astype(self.dtype))

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from gptjax.axes import MLP as MLP_AXIS
 from gptjax.axes import WIDTH
 from gptjax.layers.linear import Linear
+from gptjax.layers.observe import observe
 
 ACTIVATIONS: Final[dict[str, Callable[[jax.Array], jax.Array]]] = {
     "gelu_erf": partial(jax.nn.gelu, approximate=False),
@@ -36,4 +37,5 @@ class MLP(nn.Module):
         linear = partial(Linear, dtype=self.dtype, param_dtype=self.param_dtype)
         h_BTF = linear(self.mlp_width, (WIDTH, MLP_AXIS), name="up")(x_BTD)
         h_BTF = ACTIVATIONS[self.activation](h_BTF.astype(jnp.float32)).astype(self.dtype)
+        observe(self, "activation", h_BTF)
         return linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down")(h_BTF)

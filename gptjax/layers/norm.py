@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptjax.axes import WIDTH
+from gptjax.layers.observe import observe
 
 
 class LayerNorm(nn.Module):
@@ -29,4 +30,4 @@ class LayerNorm(nn.Module):
         centred = x - x.mean(axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + self.epsilon)
         scaled = normed * weight("scale", nn.initializers.ones_init()) + weight("bias", nn.initializers.zeros_init())
-        return scaled.astype(self.dtype)
+        return observe(self, "output", scaled.astype(self.dtype))

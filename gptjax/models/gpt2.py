@@ -16,6 +16,7 @@ from gptjax.config import GPT2Config
 from gptjax.layers.attention import Attention
 from gptjax.layers.mlp import MLP
 from gptjax.layers.norm import LayerNorm
+from gptjax.layers.observe import observe
 
 
 class Block(nn.Module):
@@ -51,8 +52,9 @@ class Block(nn.Module):
         out_BTD, cache = attention(
             LayerNorm(config.norm_epsilon, name="attention_norm", **dtypes)(x_BTD), positions_BT, cache
         )
-        x_BTD = x_BTD + out_BTD
-        x_BTD = x_BTD + mlp(LayerNorm(config.norm_epsilon, name="mlp_norm", **dtypes)(x_BTD))
+        x_BTD = observe(self, "attention_residual", x_BTD + out_BTD)
+        out_BTD = mlp(LayerNorm(config.norm_epsilon, name="mlp_norm", **dtypes)(x_BTD))
+        x_BTD = observe(self, "mlp_residual", x_BTD + out_BTD)
         return x_BTD, cache
 
 
@@ -114,6 +116,7 @@ class GPT2(nn.Module):
         tokens_BTD = self.token_embedding[jnp.where(positions_BT < 0, 0, tokens_BT)]
         positions_BTD = self.position_embedding[jnp.maximum(positions_BT, 0)]
         x_BTD = tokens_BTD.astype(self.dtype) + positions_BTD.astype(self.dtype)
+        observe(self, "embedding", x_BTD)
         for block in self.blocks:
             x_BTD, cache = block(x_BTD, positions_BT, cache)
         return self.final_norm(x_BTD), cache

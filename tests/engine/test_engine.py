@@ -49,14 +49,14 @@ def _run(engine: Engine, requests: list[Request]) -> list:
     return [(c.token_ids, c.logprobs, c.finish_reason) for _, c in sorted(done.items())]
 
 
-MIXED = [
+MIXED = [  # all kinds of sampling, and of prompt lengths
     _request(1, 5),
     _request(2, 150, 30, temperature=1.0),
     _request(3, 1, 7, temperature=0.7, top_k=9, top_p=0.9),
     _request(4, 280, 40, temperature=1.3, min_p=0.02),
     _request(5, 33, 3, repetition_penalty=1.4, presence_penalty=0.5),
     _request(6, 64, 20, temperature=2.0, logit_bias={7: 5.0, 3: -100.0}),
-    _request(7, 300),
+    _request(7, 300, top_logprobs=2),
 ]
 
 
@@ -112,9 +112,11 @@ def test_chunks_cover_a_prompt_once_in_order(length):
 
 def test_a_prompt_in_chunks_gives_what_it_gives_at_once(monkeypatch):
     tokens = np.asarray(_request(1, 250).prompt_ids, np.int32)
-    whole = prefill(MODEL, PARAMS, steps.init_state(MODEL, batch=2, max_length=300), 1, tokens)
+    state, row = steps.init_state(MODEL, batch=2, max_length=300), registry.create_cache(MODEL, batch=1, max_length=300)
+    whole, row = prefill(MODEL, PARAMS, state, 1, tokens, row)
     monkeypatch.setattr(steps, "chunks", lambda length: [(0, 100, 128), (100, 64, 64), (164, 86, 128)])
-    cut = prefill(MODEL, PARAMS, steps.init_state(MODEL, batch=2, max_length=300), 1, tokens)
+    state = steps.init_state(MODEL, batch=2, max_length=300)
+    cut, _ = prefill(MODEL, PARAMS, state, 1, tokens, row)
     np.testing.assert_allclose(cut.logits_BV[1], whole.logits_BV[1], atol=2e-4)
     np.testing.assert_array_equal(cut.history_BS[1, :250], tokens)
     assert cut.cache.lengths_B.tolist() == [0, 250]
@@ -127,10 +129,13 @@ def test_nothing_is_compiled_after_warm_up():
     listener = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
-        _run(
-            engine,
-            [dataclasses.replace(r, prompt_ids=r.prompt_ids[: 1 + len(r.prompt_ids) // 2 * 2 - 1]) for r in MIXED],
-        )
+        # Other lengths of the same buckets, one request at a time and together.
+        lengths, ids = [7, 140, 2, 290, 40, 50, 257], MIXED[-1].prompt_ids
+        others = [dataclasses.replace(r, prompt_ids=ids[:n]) for r, n in zip(MIXED, lengths, strict=True)]
+        _run(engine, others)
+        for request in others:
+            _run(engine, [request])
+        _run(engine, [_request(1, 5, temperature=1.0, top_logprobs=3), _request(2, 9, logit_bias={1: 1.0})])
         _run(engine, MIXED[::-1])
         assert compiled == []
         jax.jit(lambda x: x * 3.5)(np.ones(3))  # the listener does hear a compilation
@@ -139,11 +144,18 @@ def test_nothing_is_compiled_after_warm_up():
         jax.monitoring.clear_event_listeners()
 
 
-def test_the_state_is_updated_in_place():
-    state = steps.init_state(MODEL, batch=2, max_length=300)
+# Not bfloat16: on a CPU, XLA does all of its arithmetic in float32, and converts each layer's cache for it.
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_state_is_updated_in_place(dtype):
+    model = registry.build(CONFIG, dtype=dtype)
+    params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    state = steps.init_state(model, batch=8, max_length=300)
     before = [x.unsafe_buffer_pointer() for x in state.cache.k]
-    token_B, active_B = np.asarray([1, 2], np.int32), np.ones(2, np.bool_)
-    after = steps.advance(MODEL, PARAMS, state, token_B, active_B)
+    arguments = model, params, state, np.zeros(8, np.int32), np.ones(8, np.bool_)
+    # Nothing of the size of a layer's cache is copied or converted in passing.
+    temporary = steps.advance.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < state.cache.k[0].size * 4
+    after = steps.advance(*arguments)
     assert [x.unsafe_buffer_pointer() for x in after.cache.k] == before
     assert state.cache.k[0].is_deleted()
 
@@ -152,6 +164,11 @@ def test_closing_the_iterator_frees_the_slots():
     engine = _engine()
     chunks = generate(engine, MIXED, None)
     next(chunks)
-    assert engine.busy
+    assert engine.free_slots == []
     chunks.close()
     assert engine.free_slots == [0, 1, 2]
+
+
+def test_an_empty_prompt_is_not_admitted():
+    with pytest.raises(ValueError, match="at least one token"):
+        _engine().admit(0, _request(1, 0))

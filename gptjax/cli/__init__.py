@@ -1,0 +1,66 @@
+"""The command line: `gptjax generate | info | convert`."""
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from gptjax import __version__
+from gptjax.cli import generate, info
+from gptjax.cli.common import add_command
+from gptjax.errors import GptjaxError
+
+_DESCRIPTION = "GPT-2 in JAX: from a Hugging Face checkpoint to text."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns the exit status: 0, 1 for an error that is told, 2 for wrong usage, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 2
+    if argv is None and args.command == "convert":
+        # A process of its own, which needs no accelerator and must not take the memory of one. Read by JAX's import.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except GptjaxError as error:
+        print(f"gptjax: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader, such as `head`, has what it wanted. Keep Python from complaining while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gptjax",
+        description=_DESCRIPTION,
+        epilog='Try: gptjax generate "Once upon a time"',
+    )
+    parser.add_argument("--version", action="version", version=f"gptjax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for command in (generate, info):
+        command.add(commands)
+    _add_convert(commands)
+    return parser
+
+
+def _add_convert(commands: Any) -> None:
+    from convert.__main__ import add_arguments, run
+
+    examples = "examples:\n  gptjax convert ./gpt2 ./gpt2-jax\n  gptjax convert gpt2 ./gpt2-bf16 --dtype bfloat16"
+    summary = "turn a Hugging Face checkpoint into one that loads fast"
+    add_arguments(add_command(commands, "convert", run, summary=summary, epilog=examples))

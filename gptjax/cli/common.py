@@ -1,0 +1,31 @@
+"""What the commands share."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+MODEL_HELP = (
+    "a demo (gpt2-tales, the default), a directory (a Hugging Face checkpoint, or one that `gptjax convert` wrote), or "
+    "a Hub id such as openai-community/gpt2"
+)
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, summary: str, epilog: str
+) -> argparse.ArgumentParser:
+    """A subcommand: `run` gets its arguments and returns the exit status."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `gptjax.load`."""
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="positions of a sequence (default: all there are)")

@@ -1,0 +1,53 @@
+"""`gptjax doctor`."""
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from gptjax.cli.common import add_command
+
+
+def add(commands: Any) -> None:
+    """Declares the command."""
+    parser = add_command(
+        commands,
+        "doctor",
+        run,
+        summary="tell what this machine and installation are, and what is wrong with them",
+        epilog="examples:\n  gptjax doctor\n  gptjax doctor --json > report.json\n\n"
+        "The exit status is 1 where a problem keeps gptjax from working.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    from gptjax.doctor import examine
+
+    report = examine()
+    status = 0 if report.works else 1
+    if args.json:
+        problems = [dataclasses.asdict(problem) for problem in report.problems]
+        print(json.dumps({**report.facts, "problems": problems, "works": report.works}, ensure_ascii=False))
+        return status
+    width = max(len(name) for facts in report.facts.values() for name in facts)
+    for topic, facts in report.facts.items():
+        print(topic)
+        for name, value in facts.items():
+            print(f"  {name.removesuffix('_bytes'):{width}}  {_readable(value) if name.endswith('_bytes') else value}")
+    print()
+    for number, problem in enumerate(report.problems, 1):
+        print(f"{number}. {problem.problem}\n   {problem.fix}")
+    if not report.problems:
+        print("all is well")
+    elif report.works:
+        print("gptjax works all the same")
+    return status
+
+
+def _readable(count: int) -> str:
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]  # not `gptjax.memory`'s, which needs a JAX that works
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.2f} {units[0]}"

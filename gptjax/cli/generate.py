@@ -1,0 +1,96 @@
+"""`gptjax generate`."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from gptjax.cli.common import MODEL_HELP, add_command, add_model_options
+
+
+def add(commands: Any) -> None:
+    """Declares the command."""
+    parser = add_command(
+        commands,
+        "generate",
+        run,
+        summary="continue a prompt",
+        epilog="""examples:
+  gptjax generate "Once upon a time"
+  gptjax generate "It was a dark" --model ./my-gpt2 --temperature 0.8 --top-p 0.95 --seed 1
+  cat prompt.txt | gptjax generate --json > result.json""",
+    )
+    parser.add_argument(
+        "prompt", nargs="?", help="the text to continue; left out, or -, it is read from standard input"
+    )
+    parser.add_argument("-m", "--model", help=MODEL_HELP)
+    add_model_options(parser)
+    parser.add_argument("-n", "--max-tokens", type=int, metavar="N", help="tokens to generate, at most (default: 256)")
+    parser.add_argument("-t", "--temperature", type=float, metavar="T", help="0 takes the most likely token, always")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the fewest tokens whose probability reaches P"
+    )
+    parser.add_argument(
+        "--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely as the best"
+    )
+    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 discourages what stands already")
+    parser.add_argument("--presence-penalty", type=float, metavar="A", help="taken off each token that was generated")
+    parser.add_argument("--frequency-penalty", type=float, metavar="A", help="taken off for each time it was")
+    parser.add_argument("--seed", type=int, metavar="N", help="makes a draw repeatable")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
+    parser.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end-of-text token")
+    parser.add_argument(
+        "--top-logprobs", type=int, metavar="N", help="with --json: the N most likely tokens at each place"
+    )
+    parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
+    parser.add_argument("--json", action="store_true", help="print the whole result as one JSON object instead")
+    parser.add_argument("--stats", action="store_true", help="tell the speed on standard error afterwards")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    from gptjax.api import DEFAULT_MODEL, load
+    from gptjax.engine.options import GenerateOptions
+    from gptjax.errors import RequestError
+
+    prompt = args.prompt
+    if prompt is None or prompt == "-":
+        if prompt is None and sys.stdin.isatty():
+            raise RequestError('there is no prompt; try: gptjax generate "Once upon a time"')
+        prompt = _read_stdin()
+    options = {name: getattr(args, name) for name in GenerateOptions.__annotations__ if hasattr(args, name)}
+    options = {name: value for name, value in options.items() if value is not None}
+    lm = load(args.model or DEFAULT_MODEL, dtype=args.dtype, max_length=args.max_length)
+    chunks, completion = lm.stream(prompt, **options), None
+    if args.echo and not args.json:
+        sys.stdout.write(prompt)
+    for chunk in chunks:
+        completion = chunk.completion
+        if not args.json:
+            sys.stdout.write(chunk.text)
+            sys.stdout.flush()
+    assert completion is not None  # the last chunk has it
+    if args.json:
+        print(json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}, allow_nan=False))
+    else:
+        print()
+    if args.stats:
+        rate = completion.timings.tokens_per_second(completion.usage.completion_tokens)
+        first = completion.timings.time_to_first_token
+        print(f"{completion.usage}, first token after {first:.3f} s, then {rate:.1f} tokens/s", file=sys.stderr)
+    if completion.error is not None:
+        print(f"gptjax: {completion.error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _read_stdin() -> str:
+    from gptjax.errors import RequestError
+
+    try:
+        # A file's or echo's last line end is not meant as part of the prompt.
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is not UTF-8 text ({error}); convert it first, as with iconv") from None

@@ -1,0 +1,142 @@
+"""Side by side with transformers, stage by stage: where, first, do we differ?"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.activations import activations, stages
+from gptjax.config import GPT2Config, ModelConfig
+from gptjax.errors import GptjaxError
+from gptjax.models.registry import Model, Params
+
+# Of a stage's largest magnitude. Sums of D or F float32 products, taken in another order, differ by about
+# sqrt(F)·2^-24 each (3e-6 at F = 3072), and blocks add up.
+TOLERANCE = {"float32": 3e-5, "bfloat16": 6e-2, "float16": 8e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One stage, ours and theirs."""
+
+    stage: str
+    ours: np.ndarray
+    theirs: np.ndarray
+    tolerance: float  # relative to their largest magnitude
+
+    @property
+    def difference(self) -> float:
+        """The largest absolute difference; NaN where either has one, infinite where the shapes differ."""
+        if self.ours.shape != self.theirs.shape:
+            return float("inf")
+        return float(np.abs(self.ours.astype(np.float64) - self.theirs.astype(np.float64)).max())
+
+    @property
+    def magnitude(self) -> float:
+        """Their largest absolute value."""
+        return float(np.abs(self.theirs).max())
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the difference is within the tolerance. A NaN is never."""
+        return self.difference <= self.tolerance * self.magnitude
+
+
+def compare(model: Model, params: Params, directory: Path, token_ids: Sequence[int]) -> list[Row]:
+    """Runs transformers on the same checkpoint and tokens, in the model's dtype, and compares every stage.
+
+    Raises:
+      GptjaxError: torch or transformers is not installed.
+    """
+    theirs = transformers_activations(directory, model.config, token_ids, dtype=np.dtype(model.dtype).name)
+    ours = activations(model, params, token_ids)
+    tolerance = TOLERANCE[np.dtype(model.dtype).name]
+    return [Row(stage, ours[stage], theirs[stage], tolerance) for stage in stages(model.config.num_layers)]
+
+
+def first_difference(rows: Sequence[Row]) -> Row | None:
+    """The first stage that does not agree; None where all do."""
+    return next((row for row in rows if not row.agrees), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """Where transformers has a stage: a module's input or output, and how to bring it to our shape."""
+
+    stage: str
+    module: str
+    side: str  # "input" or "output"
+    shape: Callable[[np.ndarray], np.ndarray] = lambda array: array
+
+
+def _gpt2_taps(config: GPT2Config) -> Iterator[Tap]:
+    heads, width = (config.num_heads, config.head_width), config.width
+
+    def third(index: int) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda x: x[:, index * width : (index + 1) * width].reshape(-1, *heads)
+
+    yield Tap("embedding", "transformer.h.0", "input")
+    for layer in range(config.num_layers):
+        ours, theirs = f"block_{layer}", f"transformer.h.{layer}"
+        yield Tap(f"{ours}/attention_norm", f"{theirs}.ln_1", "output")
+        for index, name in enumerate("qkv"):
+            yield Tap(f"{ours}/attention/{name}", f"{theirs}.attn.c_attn", "output", third(index))
+        yield Tap(f"{ours}/attention/heads", f"{theirs}.attn.c_proj", "input", lambda x: x.reshape(-1, *heads))
+        yield Tap(f"{ours}/attention/out", f"{theirs}.attn.c_proj", "output")
+        yield Tap(f"{ours}/attention_residual", f"{theirs}.ln_2", "input")
+        yield Tap(f"{ours}/mlp_norm", f"{theirs}.ln_2", "output")
+        yield Tap(f"{ours}/mlp/up", f"{theirs}.mlp.c_fc", "output")
+        yield Tap(f"{ours}/mlp/activation", f"{theirs}.mlp.c_proj", "input")
+        yield Tap(f"{ours}/mlp/down", f"{theirs}.mlp.c_proj", "output")
+        yield Tap(f"{ours}/mlp_residual", f"{theirs}", "output")
+    yield Tap("final_norm", "transformer.ln_f", "output")
+    yield Tap("logits", "lm_head", "output")
+
+
+_TAPS: Mapping[type[ModelConfig], Callable[[Any], Iterator[Tap]]] = {GPT2Config: _gpt2_taps}
+
+
+def transformers_activations(
+    directory: Path, config: ModelConfig, token_ids: Sequence[int], *, dtype: str = "float32"
+) -> dict[str, np.ndarray]:
+    """Every stage as transformers computes it, on the CPU with eager attention, by our names and in our shapes."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise GptjaxError(
+            f"comparing needs transformers and torch, and {error.name} is not installed: pip install 'gptjax[oracle]'"
+        ) from None
+    torch_dtype = getattr(torch, dtype)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch_dtype, attn_implementation="eager", local_files_only=True, use_safetensors=True
+    )
+    taps = list(_TAPS[type(config)](config))
+    with _recording(loaded, taps) as recorded, torch.no_grad():
+        loaded.eval()(input_ids=torch.tensor([list(token_ids)]), use_cache=False)
+    return {tap.stage: tap.shape(recorded[tap.module, tap.side]) for tap in taps}
+
+
+@contextmanager
+def _recording(loaded: Any, taps: Sequence[Tap]) -> Iterator[dict[tuple[str, str], np.ndarray]]:
+    """Records the inputs and outputs of the modules in question, without their batch axis, in float32."""
+    recorded: dict[tuple[str, str], np.ndarray] = {}
+
+    def keep(name: str, side: str, value: Any) -> None:
+        tensor = value[0] if isinstance(value, tuple) else value
+        recorded[name, side] = tensor[0].float().numpy()
+
+    handles = []
+    for name in {tap.module for tap in taps}:
+        module = loaded.get_submodule(name)
+        # The default arguments bind the name of this turn of the loop.
+        handles.append(module.register_forward_pre_hook(lambda _, args, name=name: keep(name, "input", args)))
+        handles.append(module.register_forward_hook(lambda _, __, out, name=name: keep(name, "output", out)))
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,426 @@
+"""The pages of docs/ and the README: what they show runs, what they quote is what the code says."""
+
+import ast
+import builtins
+import dataclasses
+import importlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gptjax
+import gptjax.api
+from gptjax import checkpoint, memory
+from gptjax.activations import stages
+from gptjax.axes import GLOSSARY
+from gptjax.cli import _parser, main
+from gptjax.config import PUBLISHED
+from gptjax.models import registry
+from gptjax.runtime import compute_dtype
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+DEMO = ROOT / "gptjax" / "demo" / "gpt2-tales"
+
+NOT_RUN = {
+    ("docs/profiling.md", "prints to the log"),
+    ("docs/troubleshooting.md", "needs a download"),
+    ("docs/troubleshooting.md", "needs a pickle file and transformers"),
+    ("docs/troubleshooting.md", "needs another checkpoint"),
+    ("docs/troubleshooting.md", "installs packages"),
+}
+COMING = {"bench", "doctor"}  # commands that are mentioned by name before they are there
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name if page.parent != ROOT else "root" for page in PAGES])
+
+
+@dataclasses.dataclass(frozen=True)
+class Fence:
+    """A fenced part of a page."""
+
+    language: str
+    comment: str  # of the HTML comment right above it
+    line: int  # where its text begins, from 1
+    text: str
+
+    @property
+    def skipped(self) -> str | None:
+        return self.comment.removeprefix("not run: ") if self.comment.startswith("not run: ") else None
+
+
+def _name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def _fences(page: Path) -> Iterator[Fence]:
+    lines = page.read_text().splitlines()
+    start: int | None = None
+    for number, line in enumerate(lines):
+        if line.startswith("```") and start is None:
+            start = number
+        elif line == "```" and start is not None:
+            above = re.fullmatch(r"<!-- (.*) -->", lines[start - 1])
+            text = "\n".join(lines[start + 1 : number])
+            yield Fence(lines[start][3:], above[1] if above else "", start + 2, text)
+            start = None
+    assert start is None, f"{page} has a fence without an end"
+
+
+def _prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def loaded(lm) -> dict[tuple[Any, ...], gptjax.LanguageModel]:
+    """Models by the arguments they were loaded with: the pages share them."""
+    return {("gpt2-tales", "float32", ()): lm}
+
+
+@pytest.fixture
+def shared(monkeypatch, loaded, tmp_path):
+    """`gptjax.load` that keeps the demos, and a directory of its own to run in."""
+    real = gptjax.api.load
+
+    def load(name="gpt2-tales", *, dtype=None, **settings):
+        if name != "gpt2-tales":
+            return real(name, dtype=dtype, **settings)
+        given = tuple(sorted((key, value) for key, value in settings.items() if value is not None))
+        key = (name, compute_dtype(dtype).name, given)
+        if key not in loaded:
+            loaded[key] = real(name, dtype=dtype, **settings)
+        return loaded[key]
+
+    monkeypatch.setattr(gptjax, "load", load)
+    monkeypatch.setattr(gptjax.api, "load", load)
+    monkeypatch.chdir(tmp_path)
+
+
+# Python
+
+
+@each_page
+def test_python_blocks_run(page, shared, capsys):
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for fence in _fences(page):
+        if fence.language == "python" and fence.skipped is None:
+            code = "\n" * (fence.line - 1) + fence.text  # so that a traceback has the line of the page
+            exec(compile(code, str(page), "exec"), namespace)
+
+
+def test_every_block_has_a_language_and_few_are_not_run():
+    seen = set()
+    for page in PAGES:
+        for fence in _fences(page):
+            assert fence.language in {"python", "sh", "text"}, f"{page}:{fence.line}"
+            if fence.skipped is not None:
+                seen.add((_name(page), fence.skipped))
+            if fence.language == "python":
+                compile(fence.text, str(page), "exec")
+    assert seen == NOT_RUN
+
+
+# Commands
+
+
+def _commands(text: str) -> Iterator[tuple[list[str], str | None]]:
+    """The arguments of each `gptjax` in shell lines, and what is piped into it."""
+    for line in text.splitlines():
+        words, piped = shlex.split(line, comments=True), None
+        if "|" in words:
+            before, words = words[: words.index("|")], words[words.index("|") + 1 :]
+            assert before[0] == "echo", line
+            piped = " ".join(before[1:]) + "\n"
+        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+            words = words[1:]
+        if words and words[0] == "gptjax":
+            yield words[1:], piped
+
+
+def _known() -> set[str]:
+    (actions,) = (action for action in _parser()._actions if action.dest == "command")
+    assert isinstance(actions.choices, dict)
+    return set(actions.choices)
+
+
+@each_page
+def test_commands_are_understood_and_the_cheap_ones_run(page, shared, monkeypatch, capsys):
+    for fence in _fences(page):
+        for argv, piped in _commands(fence.text) if fence.language == "sh" else ():
+            args = _parser().parse_args(argv)
+            if fence.skipped is None and args.command in {"generate", "info"} and "./" not in " ".join(argv):
+                monkeypatch.setattr(sys, "stdin", io.StringIO(piped or ""))
+                assert main(argv) == 0, argv
+                assert capsys.readouterr().out
+
+
+@each_page
+def test_commands_named_in_sentences_exist(page):
+    for named in re.findall(r"`gptjax ([a-z]+)[^`]*`", _prose(page)):
+        assert named in _known() | COMING, f"gptjax {named}"
+
+
+# What is pointed at
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", _prose(page)):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in _anchors(file), target
+    if page.parent.name == "docs" and page.name != "README.md":
+        assert f"({page.name})" in (ROOT / "docs" / "README.md").read_text()
+        assert f"(docs/{page.name})" in (ROOT / "README.md").read_text()
+
+
+def _defined(path: Path) -> set[str]:
+    """The functions and classes of a file, and methods as `Class.method`."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return names
+
+
+@each_page
+def test_what_stands_in_a_file_stands_there(page, lm):
+    text = _squeezed(_prose(page))
+    for names, path in re.findall(r"((?:`[\w.]+`(?: and )?)+) in \[([\w./]+\.py)\]", text):
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert name in _defined(ROOT / path), f"{name} in {path}"
+    for name in re.findall(r"`lm\.(\w+)", text):
+        assert hasattr(lm, name), f"lm.{name}"
+    for dotted in re.findall(r"`((?:gptjax|jax)(?:\.\w+)+)", text):
+        module, *rest = dotted.split(".")
+        thing = importlib.import_module(module)
+        for part in rest:
+            module += f".{part}"
+            if not hasattr(thing, part):
+                importlib.import_module(module)
+            thing = getattr(thing, part)
+
+
+# Numbers
+
+
+@each_page
+def test_large_numbers_and_measures_are_asserted(page):
+    """In sentences and tables: each stands in a Python block of the page as well, where it is computed or given."""
+    code = "\n".join(fence.text for fence in _fences(page) if fence.language == "python")
+    literals = {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
+    powers = {f"{value:g}" for value in literals if isinstance(value, int | float)}
+    text = _prose(page)
+    for number in re.findall(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])", text):
+        assert int(number.replace(",", "")) in literals, number
+    units = {"ms": 1.0, "GB/s": 1e9, "TB/s": 1e12, "TFLOP/s": 1e12, "tokens/s": 1.0, "MB": 1e6, "GB": 1e9}
+    for number, unit in re.findall(r"(?<![\w.])(\d+(?:\.\d+)?) (ms|GB/s|TB/s|TFLOP/s|tokens/s|MB|GB)\b", text):
+        assert f"{float(number) * units[unit]:g}" in powers, f"{number} {unit}"
+
+
+def test_the_glossary_is_that_of_the_code():
+    rows = re.findall(r"^\| ([A-Z]) \| (.*) \|$", (ROOT / "docs" / "glossary.md").read_text(), flags=re.M)
+    assert dict(rows) == GLOSSARY
+    assert [letter for letter, _ in rows] == list(GLOSSARY)
+
+
+def test_the_words_of_the_glossary_are_in_order():
+    words = re.findall(r"^\*\*([^*]*)\.\*\*", (ROOT / "docs" / "glossary.md").read_text(), flags=re.M)
+    assert len(words) > 40
+    assert words == sorted(words, key=lambda word: re.sub(r"[^a-z]", "", word.lower()))
+
+
+def test_the_table_of_stages_has_every_stage_and_its_shape(lm):
+    text = (ROOT / "docs" / "forward-pass.md").read_text()
+    rows = re.findall(r"^\| `([\w/]+)` \| \[([^]]*)\] \| \[([^]]*)\] \|", text, flags=re.M)
+    values = lm.activations(lm.tokenizer.encode("The king and the queen had a son"))
+    assert [name for name, _, _ in rows] == [name for name in stages(1) if name in values]
+    config = lm.config
+    sizes = {"T": 8, "D": config.width, "N": config.num_heads, "K": config.num_kv_heads, "H": config.head_width}
+    sizes |= {"F": config.mlp_width, "V": config.vocab_size}
+    for name, axes, shape in rows:
+        assert [sizes[axis] for axis in axes.split(", ")] == json.loads(f"[{shape}]") == list(values[name].shape)
+
+
+def test_every_shape_with_axes_is_true(lm):
+    """Wherever axes and sizes stand side by side, as in `[B, T, D] = [1, 8, 256]`."""
+    c = lm.config
+    sizes = {"B": 1, "T": 8, "D": c.width, "N": c.num_heads, "K": c.num_kv_heads, "G": 1, "H": c.head_width, "S": 512}
+    sizes |= {"F": c.mlp_width, "V": c.vocab_size, "P": c.context_length, "L": c.num_layers}
+    text = _squeezed(_prose(ROOT / "docs" / "forward-pass.md"))
+    found = re.findall(r"\[([A-Z][^]]*)\] = \[([\d, ]+)\]", text)
+    assert len(found) > 15
+    for axes, shape in found:
+        actual = [eval(axis.replace("·", "*"), {}, sizes) for axis in axes.split(", ")]
+        expected = json.loads(f"[{shape}]")
+        if "S" in axes and expected[-1] == 8:
+            actual[-1] = 8  # without a cache, the keys are those of the call's tokens
+        assert actual == expected, axes
+
+
+@pytest.mark.parametrize(
+    ("quoted", "file", "code"),
+    [
+        ("128 · 2⁻²³ of the largest value", "tests/models/test_gpt2.py", "FLOAT32_TOLERANCE = 128 * float(jnp.finfo"),
+        ("2e-4 of the largest value", "tests/models/test_golden_gpt2.py", "LOGITS_TOLERANCE = 2e-4, 1e-3"),
+        ("1e-3 for logits", "tests/models/test_golden_gpt2.py", "LOGITS_TOLERANCE = 2e-4, 1e-3"),
+        ("at 97 percent of the positions", "tests/models/test_precision.py", ".mean() >= 0.97"),
+        ("within 1 percent", "tests/models/test_precision.py", "rel=0.01"),
+    ],
+)
+def test_tolerances_are_those_of_the_tests(quoted, file, code):
+    assert quoted in _squeezed((ROOT / "docs" / "precision-and-cost.md").read_text())
+    assert code in (ROOT / file).read_text()
+
+
+# Messages
+
+
+def _raised(work: Callable[[], Any]) -> str:
+    try:
+        work()
+    except Exception as error:
+        return str(error)
+    raise AssertionError("nothing was raised")
+
+
+def _copy(tmp_path: Path, without: str = "", **changes: Any) -> Path:
+    """The demo with another configuration, or without a file."""
+    directory = tmp_path / "copy"
+    shutil.copytree(DEMO, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    if without:
+        (directory / without).unlink()
+    return directory
+
+
+def _pickle(tmp_path: Path) -> Path:
+    directory = _copy(tmp_path, without="model.safetensors")
+    (directory / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    return directory
+
+
+def _truncated(tmp_path: Path) -> Path:
+    directory = _copy(tmp_path)
+    os.truncate(directory / "model.safetensors", 1_000_000)
+    return directory
+
+
+def _used_state(lm: gptjax.LanguageModel) -> None:
+    state = lm.init_state()
+    lm.prefill(state, [1, 2])
+    jax.block_until_ready(lm.prefill(state, [1, 2]))
+
+
+def _not_finite(lm: gptjax.LanguageModel) -> str:
+    poisoned = jax.tree.map(lambda leaf: leaf, lm.params)
+    poisoned["final_norm"] = {"scale": jnp.full_like(lm.params["final_norm"]["scale"], np.nan)} | {
+        "bias": lm.params["final_norm"]["bias"]
+    }
+    broken = gptjax.LanguageModel(
+        lm.model, poisoned, tokenizer=lm.tokenizer, defaults=lm.defaults, max_length=lm.max_length
+    )
+    completion = broken.generate("The king")
+    assert completion.finish_reason == "error"
+    return str(completion.error)
+
+
+def _does_not_fit() -> str:
+    model = registry.build(PUBLISHED["gpt2"])
+    device = memory.device_memory()
+    return str(memory.shortfall(model, batch=32, max_length=1024, has=2_000_000_000, device=device))
+
+
+def _ran_out(lm: gptjax.LanguageModel) -> None:
+    with memory.explained(lm.model, batch=1, max_length=512):
+        raise MemoryError
+
+
+def _hub_without_client(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    return _raised(lambda: gptjax.load("openai-community/gpt2"))
+
+
+MESSAGES: dict[str, Callable[..., str]] = {
+    "no such checkpoint": lambda **_: _raised(lambda: gptjax.load("gpt2-tails")),
+    "no such path": lambda **_: _raised(lambda: gptjax.load("./checkpoints/gpt2")),
+    "hub offline": lambda **_: _raised(lambda: gptjax.load("openai-community/gpt2")),
+    "hub not installed": lambda monkeypatch, **_: _hub_without_client(monkeypatch),
+    "unknown config key": lambda tmp_path, **_: _raised(lambda: gptjax.load(_copy(tmp_path, rope_theta=10000.0))),
+    "unknown model type": lambda tmp_path, **_: _raised(lambda: gptjax.load(_copy(tmp_path, model_type="bert"))),
+    "pickle": lambda tmp_path, **_: _raised(lambda: gptjax.load(_pickle(tmp_path))),
+    "tensors missing": lambda tmp_path, **_: _raised(lambda: gptjax.load(_copy(tmp_path, n_layer=7))),
+    "truncated": lambda tmp_path, **_: _raised(lambda: gptjax.load(_truncated(tmp_path))),
+    "no tokenizer": lambda tmp_path, **_: _raised(
+        lambda: gptjax.load(_copy(tmp_path, without="tokenizer.json")).generate("The king")
+    ),
+    "prompt too long": lambda lm, **_: _raised(lambda: lm.generate(list(range(600)))),
+    "max_length too large": lambda **_: _raised(lambda: gptjax.load("gpt2-tales", max_length=1024)),
+    "empty prompt": lambda lm, **_: _raised(lambda: lm.generate("")),
+    "unknown option": lambda lm, **_: _raised(lambda: lm.generate("A", temprature=1)),
+    "unknown dtype": lambda **_: _raised(lambda: gptjax.load("gpt2-tales", dtype="int8")),
+    "not finite": lambda lm, **_: _not_finite(lm),
+    "beyond float16": lambda **_: _raised(lambda: checkpoint.cast(np.float32([1e6]), np.float16, "a weight")),
+    "does not fit": lambda **_: _does_not_fit(),
+    "out of memory while running": lambda lm, **_: _raised(lambda: _ran_out(lm)),
+    "out of memory in JAX": lambda **_: _raised(lambda: jax.block_until_ready(jnp.zeros((1 << 50,), jnp.uint8))),
+    "no GPU": lambda **_: _raised(lambda: jax.devices("gpu")),
+    "donated": lambda lm, **_: _raised(lambda: _used_state(lm)),
+}
+
+QUOTED = {
+    fence.comment.removeprefix("error: "): fence.text
+    for page in PAGES
+    for fence in _fences(page)
+    if fence.comment.startswith("error: ")
+}
+
+
+def test_every_quoted_message_is_triggered():
+    assert set(QUOTED) == set(MESSAGES)
+
+
+@pytest.mark.parametrize("name", QUOTED)
+def test_a_quoted_message_is_what_the_code_says(name, lm, tmp_path, monkeypatch):
+    if name == "no GPU" and jax.default_backend() == "gpu":
+        pytest.skip("there is one")
+    said = _squeezed(MESSAGES[name](lm=lm, tmp_path=tmp_path, monkeypatch=monkeypatch))
+    pattern = ".*".join(re.escape(_squeezed(part)) for part in QUOTED[name].split("…"))
+    # A space beside a "…" may stand for nothing.
+    assert re.fullmatch(pattern.replace(r"\ .*", ".*").replace(r".*\ ", ".*"), said), said
+
+
+def test_options_and_variables_of_the_pages_exist():
+    source = "\n".join(path.read_text() for path in (ROOT / "gptjax").rglob("*.py"))
+    for page in PAGES:
+        for name in re.findall(r"\bGPTJAX_[A-Z_]+\b", page.read_text()):
+            assert name in source, name
+        for name in re.findall(r"`(\w*Error)`", _prose(page)):
+            assert hasattr(gptjax, name) or hasattr(builtins, name), name
