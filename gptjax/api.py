@@ -244,7 +244,8 @@ class LanguageModel:
         length = self.max_length if max_length is None else registry.positions(self.config, max_length)
         rows = _check_rows("batch", batch)
         with self._guard(batch=rows, max_length=length):
-            return steps.init_state(self.model, batch=rows, max_length=length)
+            memory.check_state(self.model, batch=rows, max_length=length)
+            return jax.block_until_ready(steps.init_state(self.model, batch=rows, max_length=length))
 
     def prefill(
         self, state: steps.State, token_ids: Sequence[int] | Sequence[Sequence[int]]
@@ -264,7 +265,7 @@ class LanguageModel:
             for slot, ids in enumerate(checked):
                 state, row = prefill(self.model, self.params, state, slot, np.asarray(ids, np.int32), row)
             # A copy: the state is donated by the next step, and its logits with it.
-            return jnp.copy(state.logits_BV), state
+            return jax.block_until_ready(jnp.copy(state.logits_BV)), state
 
     def decode(self, state: steps.State, **options: Unpack[SamplingOptions]) -> tuple[jax.Array, steps.State]:
         """Draws a token for every row from the state's logits and adds it to the row. Works under `jax.jit` as well.
@@ -336,6 +337,7 @@ class LanguageModel:
         batch = self.max_batch or min(1 << (len(requests) - 1).bit_length(), _MOST_ROWS)
         detokenizer = None if isinstance(self._tokenizer, GptjaxError) else self._tokenizer.stream
         with self._guard(batch=batch):
+            memory.check_state(self.model, batch=batch, max_length=self.max_length)
             # Only the generator holds the engine, so that closing the one frees the other.
             engine = Engine(self.model, self.params, batch=batch, max_length=self.max_length)
             chunks = generate(engine, requests, detokenizer)

@@ -111,6 +111,7 @@ def transformers_activations(
             f"comparing needs transformers and torch, and {error.name} is not installed: pip install 'gptjax[oracle]'"
         ) from None
     torch_dtype = getattr(torch, dtype)
+    transformers.utils.logging.disable_progress_bar()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch_dtype, attn_implementation="eager", local_files_only=True, use_safetensors=True
     )
@@ -140,3 +141,23 @@ def _recording(loaded: Any, taps: Sequence[Tap]) -> Iterator[dict[tuple[str, str
     finally:
         for handle in handles:
             handle.remove()
+
+
+def random_transformers(config: ModelConfig, dtype: Any) -> Any:
+    """transformers' model of a configuration, with random weights; `dtype` is torch's."""
+    import transformers
+
+    theirs = transformers.GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.context_length,
+        n_embd=config.width,
+        n_layer=config.num_layers,
+        n_head=config.num_heads,
+        n_inner=config.mlp_width,
+        activation_function={"gelu_tanh": "gelu_new", "gelu_erf": "gelu"}.get(config.activation, config.activation),
+        layer_norm_epsilon=config.norm_epsilon,
+        scale_attn_weights=config.scale_attention,
+        scale_attn_by_inverse_layer_idx=config.scale_attention_by_layer,
+        tie_word_embeddings=config.tied_head,
+    )
+    return transformers.AutoModelForCausalLM.from_config(theirs).to(dtype)

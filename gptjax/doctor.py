@@ -81,13 +81,14 @@ def versions() -> Found:
         if found is not None or name in PACKAGES:
             facts[name] = found or "not installed"
     problems = []
-    for name, wanted, required in _requirements():
+    for name, wanted, extra in _requirements():
         found = _version(name)
-        if found is None and required:
+        if found is None and not extra:
             problems.append(Problem(f"{name} is not installed", f'pip install "{name}{wanted}"', stops_work=True))
         elif found is not None and not in_range(found, wanted):
-            text = f"{name} {found} is not what gptjax was made for, {wanted}"
-            problems.append(Problem(text, f'pip install "{name}{wanted}"', stops_work=required))
+            user = f'gptjax\'s extra "{extra}"' if extra else "gptjax"
+            text = f"{name} {found} is not what {user} was made for, {wanted}"
+            problems.append(Problem(text, f'pip install "{name}{wanted}"', stops_work=not extra))
     return facts, problems
 
 
@@ -98,17 +99,19 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _requirements() -> list[tuple[str, str, bool]]:
-    """(package, versions wanted, whether it is needed at all): of pyproject.toml in a checkout, else as installed."""
+def _requirements() -> list[tuple[str, str, str]]:
+    """(package, versions wanted, the extra that wants it or ""): of pyproject.toml in a checkout, else as installed."""
     project = Path(__file__).resolve().parent.parent / "pyproject.toml"
     if project.is_file():
         table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-        lines = [(line, True) for line in table["dependencies"]]
-        lines += [(line, False) for extra in table["optional-dependencies"].values() for line in extra]
+        lines = [(line, "") for line in table["dependencies"]]
+        lines += [(line, extra) for extra, wanted in table["optional-dependencies"].items() for line in wanted]
     else:
-        lines = [(line.partition(";")[0], "extra ==" not in line) for line in metadata.requires("gptjax") or ()]
-    matches = [(re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*(.*)", line), required) for line, required in lines]
-    return [(match[1], match[2].replace(" ", ""), required) for match, required in matches if match is not None]
+        split = [line.partition(";") for line in metadata.requires("gptjax") or ()]
+        marks = [(line, re.search(r"""extra == ["']([\w-]+)""", mark)) for line, _, mark in split]
+        lines = [(line, "" if mark is None else mark[1]) for line, mark in marks]
+    matches = [(re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*(.*)", line), extra) for line, extra in lines]
+    return [(match[1], match[2].replace(" ", ""), extra) for match, extra in matches if match is not None]
 
 
 def in_range(version: str, wanted: str) -> bool:
@@ -143,7 +146,9 @@ def devices() -> Found:
     for device in jax.devices():
         memory = device_memory(device)
         facts[f"device {device.id}"] = f"{device.device_kind} ({device.platform})"
-        facts |= {f"device {device.id} {name}_bytes": getattr(memory, name) for name in ("limit", "in_use", "available")}
+        facts |= {
+            f"device {device.id} {name}_bytes": getattr(memory, name) for name in ("limit", "in_use", "available")
+        }
         capability = getattr(device, "compute_capability", None)
         if capability is not None:
             facts[f"device {device.id} compute capability"] = str(capability)
@@ -176,7 +181,7 @@ def nvidia_cards(root: Path = Path("/")) -> list[str]:
 
 
 def _unused_card(card: str) -> Problem:
-    text = f"there is an {card}, but JAX computes on the CPU"
+    text = f"this machine has the card {card}, but JAX computes on the CPU"
     wanted = os.environ.get("JAX_PLATFORMS", "")
     if wanted.startswith("cpu"):
         return Problem(f"{text}, since JAX_PLATFORMS is {wanted}", "unset JAX_PLATFORMS", stops_work=False)

@@ -18,6 +18,7 @@ from gptjax.errors import CapacityError
 from gptjax.models import registry
 from gptjax.models.registry import Model
 from gptjax.runtime import DeviceMemory, device_memory
+from gptjax.units import readable as readable
 
 _LEAST_LENGTH = 32  # positions; a shorter `max_length` is no help to anybody
 _FIXED = {"cpu": 1 << 20}  # bytes of constants and small buffers of a program; elsewhere the libraries' workspaces too
@@ -47,12 +48,12 @@ def needed(model: Model, *, batch: int, max_length: int, device: DeviceMemory | 
     Each generation under way at the same time (an unfinished `stream`) needs its own cache, logits and activations.
     """
     device = device_memory() if device is None else device
-    state = jax.eval_shape(lambda: steps.init_state(model, batch=batch, max_length=max_length))
+    cache, logits = _state(model, batch, max_length)
     weights, largest, _ = _weights(model)
     return Memory(
         weights=weights,
-        cache=tree_bytes(state.cache),
-        logits=tree_bytes((state.logits_BV, state.history_BS)),
+        cache=cache,
+        logits=logits,
         activations=activations(model, batch=batch, max_length=max_length, platform=device.platform),
         # On a CPU the device's memory is the host's, where a weight is cast and then copied (`checkpoint.place`).
         loading=2 * largest if device.platform == "cpu" else 0,
@@ -73,8 +74,8 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
         + on a CPU in half precision, the larger of weights and cache in float32: XLA converts them, having no products
           of that precision there
 
-    Held by a test to be at least what XLA reports, and at most four times it. `LanguageModel.logits` needs 4·T·V more
-    for its result, and `LanguageModel.activations` all that it returns.
+    Held by a test to be at least what XLA reports, and at most four times it (and the workspaces). For its result,
+    `LanguageModel.logits` needs 4·T·V more, and `LanguageModel.activations` all that it returns.
     """
     config = model.config
     T = max(bucket for _, _, bucket in steps.chunks(min(max_length, steps.LARGEST_CHUNK)))
@@ -92,6 +93,8 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
 @contextlib.contextmanager
 def explained(model: Model, *, batch: int, max_length: int, loaded: bool = True) -> Iterator[None]:
     """Turns the device's out-of-memory, raised in the body, into a `CapacityError` that says what to try.
+
+    A GPU works behind the program's back: what the body does not wait for may fail where its result is read.
 
     Args:
       batch, max_length: rows and positions of what the body computes.
@@ -122,6 +125,18 @@ def check(model: Model, *, batch: int, max_length: int) -> None:
     message = shortfall(model, batch=batch, max_length=max_length, has=device.available, device=device)
     if message is not None:
         raise CapacityError(message)
+
+
+def check_state(model: Model, *, batch: int, max_length: int) -> None:
+    """Raises `CapacityError` where a loaded model's state alone, which is known to the byte, does not fit any more.
+
+    Asked before it is allocated: a GPU's allocator tries for ten seconds a layer before it gives up.
+    """
+    device, (cache, logits) = device_memory(), _state(model, batch, max_length)
+    if cache + logits > device.available:
+        has = device.available + _weights(model)[0]
+        message = shortfall(model, batch=batch, max_length=max_length, has=has, device=device)
+        raise CapacityError(message or f"{_rows(batch, max_length)} do not fit")
 
 
 def shortfall(model: Model, *, batch: int, max_length: int, has: int, device: DeviceMemory) -> str | None:
@@ -177,6 +192,13 @@ def _largest(fits: Callable[[int], bool], *, below: int) -> int:
     return low
 
 
+@functools.lru_cache(maxsize=64)
+def _state(model: Model, batch: int, max_length: int) -> tuple[int, int]:
+    """Bytes of the cache, and of the logits and tokens."""
+    state = jax.eval_shape(lambda: steps.init_state(model, batch=batch, max_length=max_length))
+    return tree_bytes(state.cache), tree_bytes((state.logits_BV, state.history_BS))
+
+
 @functools.lru_cache(maxsize=16)  # tracing the initialisation of 48 layers takes a while
 def _weights(model: Model) -> tuple[int, int, int]:
     """Bytes of all weights, bytes of the largest as its file may hold it (float32), and the number of elements."""
@@ -192,11 +214,3 @@ def _rows(batch: int, max_length: int) -> str:
 def tree_bytes(tree: object) -> int:
     """Bytes of all arrays, real or abstract, of a pytree."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def readable(count: int) -> str:
-    """Bytes in decimal units, as disks and cards are sold."""
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.2f} {units[0]}"

@@ -12,12 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first; a module belongs to the room whose name is its own or the longest package of it.
 ROOMS = [
     ["pallas_kernels"],
-    ["gptjax", "gptjax.axes", "gptjax.errors", "gptjax.files", "gptjax.progress"],  # gptjax/__init__ is lazy
+    # gptjax/__init__ is lazy.
+    ["gptjax", "gptjax.axes", "gptjax.errors", "gptjax.files", "gptjax.progress", "gptjax.units"],
     ["gptjax.config"],
     ["gptjax.cache"],
     ["gptjax.layers"],
     ["gptjax.models"],
-    ["gptjax.sampling", "gptjax.runtime", "gptjax.activations"],
+    ["gptjax.sampling", "gptjax.runtime", "gptjax.activations", "gptjax.cost"],
     ["gptjax.manifest", "gptjax.staging", "gptjax.pieces"],
     ["gptjax.checkpoint"],
     ["convert"],
@@ -26,7 +27,8 @@ ROOMS = [
     ["gptjax.engine"],
     ["gptjax.memory"],
     ["gptjax.api", "gptjax.info"],
-    ["gptjax.bench", "gptjax.compare", "gptjax.verify", "gptjax.doctor"],
+    ["gptjax.evaluate", "gptjax.compare"],
+    ["gptjax.bench", "gptjax.verify", "gptjax.doctor"],
     ["gptjax.cli", "gptjax.__main__"],
 ]
 # Console scripts stand above the packages they are in.

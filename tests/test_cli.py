@@ -107,7 +107,7 @@ def test_without_a_command_the_help_is_shown(capsys):
     assert all(command in out for command in ("generate", "info", "convert"))
 
 
-@pytest.mark.parametrize("command", ["generate", "info", "convert"])
+@pytest.mark.parametrize("command", ["generate", "info", "doctor", "convert"])
 def test_each_command_has_help_with_examples(capsys, command):
     with pytest.raises(SystemExit) as raised:
         main([command, "--help"])
@@ -133,8 +133,10 @@ def test_info_tells_parameters_and_memory(capsys):
     assert facts["weights_bytes"] == 4 * parameters
     # Keys and values: 2 rows × 512 positions × 6 layers × 2 × 256 float32; and the rows' lengths.
     assert facts["cache_bytes"] == 2 * 512 * 6 * 2 * 256 * 4 + 2 * 4
-    assert facts["needed_bytes"] == facts["weights_bytes"] + facts["cache_bytes"] + facts["logits_bytes"]
+    running = facts["cache_bytes"] + facts["logits_bytes"] + facts["activations_bytes"]
+    assert facts["needed_bytes"] == facts["weights_bytes"] + max(facts["loading_bytes"], running)
     assert facts["available_bytes"] > 0
+    assert facts["fits"] == "yes"
     assert facts["tensors"]["block_0/attention/qkv/kernel"] == "[256, 768] float32"
     assert len(facts["tensors"]) == 4 + 6 * 12
 

@@ -22,7 +22,7 @@ import pytest
 
 import gptjax
 import gptjax.api
-from gptjax import checkpoint, memory
+from gptjax import checkpoint, cost, memory
 from gptjax.activations import stages
 from gptjax.axes import GLOSSARY
 from gptjax.cli import _parser, main
@@ -35,13 +35,14 @@ PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 DEMO = ROOT / "gptjax" / "demo" / "gpt2-tales"
 
 NOT_RUN = {
+    ("docs/precision-and-cost.md", "needs torch"),
     ("docs/profiling.md", "prints to the log"),
+    ("docs/profiling.md", "takes minutes"),
     ("docs/troubleshooting.md", "needs a download"),
     ("docs/troubleshooting.md", "needs a pickle file and transformers"),
     ("docs/troubleshooting.md", "needs another checkpoint"),
     ("docs/troubleshooting.md", "installs packages"),
 }
-COMING = {"bench", "doctor"}  # commands that are mentioned by name before they are there
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name if page.parent != ROOT else "root" for page in PAGES])
 
@@ -163,16 +164,17 @@ def test_commands_are_understood_and_the_cheap_ones_run(page, shared, monkeypatc
     for fence in _fences(page):
         for argv, piped in _commands(fence.text) if fence.language == "sh" else ():
             args = _parser().parse_args(argv)
-            if fence.skipped is None and args.command in {"generate", "info"} and "./" not in " ".join(argv):
+            allowed = {0, 1} if args.command == "doctor" else {0}  # which tells what is wrong with the machine
+            if fence.skipped is None and "./" not in " ".join(argv):
                 monkeypatch.setattr(sys, "stdin", io.StringIO(piped or ""))
-                assert main(argv) == 0, argv
+                assert main(argv) in allowed, argv
                 assert capsys.readouterr().out
 
 
 @each_page
 def test_commands_named_in_sentences_exist(page):
     for named in re.findall(r"`gptjax ([a-z]+)[^`]*`", _prose(page)):
-        assert named in _known() | COMING, f"gptjax {named}"
+        assert named in _known(), f"gptjax {named}"
 
 
 # What is pointed at
@@ -243,6 +245,22 @@ def test_large_numbers_and_measures_are_asserted(page):
         assert f"{float(number) * units[unit]:g}" in powers, f"{number} {unit}"
 
 
+def test_the_formulas_are_those_of_the_code():
+    code = "\n".join(
+        fence.text for fence in _fences(ROOT / "docs" / "precision-and-cost.md") if fence.language == "python"
+    )
+    functions = [node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
+    page: dict[str, Any] = {}
+    exec(compile(ast.Module(functions, []), "precision-and-cost.md", "exec"), page)
+    for config in (PUBLISHED["gpt2"], PUBLISHED["gpt2-medium"]):
+        for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
+            model = registry.build(config, dtype=dtype)
+            assert page["weights_read"](config, itemsize) == cost.weight_bytes_per_step(model)
+            read = page["weights_read"](config, itemsize) + page["cache_read"](config, 3, 500, itemsize)
+            assert read == cost.decode_bytes(model, batch=3, length=500)
+        assert page["decode_flops"](config, 777) == cost.token_flops(model, length=777)
+
+
 def test_the_glossary_is_that_of_the_code():
     rows = re.findall(r"^\| ([A-Z]) \| (.*) \|$", (ROOT / "docs" / "glossary.md").read_text(), flags=re.M)
     assert dict(rows) == GLOSSARY
@@ -276,7 +294,9 @@ def test_every_shape_with_axes_is_true(lm):
     found = re.findall(r"\[([A-Z][^]]*)\] = \[([\d, ]+)\]", text)
     assert len(found) > 15
     for axes, shape in found:
-        actual = [eval(axis.replace("·", "*"), {}, sizes) for axis in axes.split(", ")]
+        actual = [
+            eval(re.sub(r"(?<=\d)(?=[A-Z])", "*", axis).replace("·", "*"), {}, sizes) for axis in axes.split(", ")
+        ]
         expected = json.loads(f"[{shape}]")
         if "S" in axes and expected[-1] == 8:
             actual[-1] = 8  # without a cache, the keys are those of the call's tokens

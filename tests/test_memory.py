@@ -73,7 +73,8 @@ def test_activations_are_at_least_what_xla_says_and_at_most_four_times_that(conf
     model = registry.build(config, dtype=dtype)
     estimate = memory.activations(model, batch=batch, max_length=length, platform=jax.default_backend())
     actual = _temporary(model, batch, length)
-    assert actual <= estimate <= 4 * actual, (estimate / 1e6, actual / 1e6)
+    workspaces = 0 if jax.default_backend() == "cpu" else 64 << 20
+    assert actual <= estimate <= 4 * actual + workspaces, (estimate / 1e6, actual / 1e6)
 
 
 def test_needs_are_those_of_the_arrays_made():
@@ -292,9 +293,11 @@ def _fail(monkeypatch, call: str, error: Exception) -> None:
 @pytest.mark.parametrize("call", CALLS)
 def test_out_of_memory_at_run_time_says_what_to_try(lm, monkeypatch, call):
     cause = jax.errors.JaxRuntimeError(EXHAUSTED)
-    need = lm.memory().total if call != "activations" else 0
-    has = int(0.9 * need) - lm.memory().weights
-    monkeypatch.setattr(memory, "device_memory", lambda device=None: _device(max(has, 0)))
+    need = lm.memory()
+    # Enough for the weights and the state (for `activations`, which has none, for half the weights), and for no more.
+    has = need.cache + need.logits if call != "activations" else -need.weights // 2
+    device = dataclasses.replace(need.device, available=has)
+    monkeypatch.setattr(memory, "device_memory", lambda device_=None: device)
     _fail(monkeypatch, call, cause)
     with pytest.raises(CapacityError, match=r"needs .* try ") as raised:
         CALLS[call](lm)
@@ -329,12 +332,28 @@ def test_out_of_memory_while_loading(demo, monkeypatch):
 
 
 def test_a_real_out_of_memory(lm):
-    # On a CPU 2^49 bytes a layer: more than there are addresses, so no system lends it to be regretted later.
-    batch = 10**9 if jax.default_backend() == "cpu" else 10**6
-    with pytest.raises(CapacityError, match=r"try max_batch=\d+") as raised:
-        lm.init_state(batch=batch)
+    with pytest.raises(CapacityError, match="close other models") as raised:  # noqa: SIM117
+        with memory.explained(lm.model, batch=1, max_length=512):
+            # 2^48 bytes: more than there are addresses, so no system lends them to be regretted later.
+            jax.block_until_ready(jnp.zeros((1 << 46,), jnp.float32))
     assert "RESOURCE_EXHAUSTED" in str(raised.value.__cause__)
     assert lm.generate([1, 2], max_tokens=2).token_ids  # and it goes on
+
+
+def test_a_state_that_cannot_fit_is_refused_before_it_is_allocated(lm, monkeypatch):
+    with pytest.raises(CapacityError, match=r"needs \d+\.\d\d TB .* try max_batch=\d+ "):
+        lm.init_state(batch=10**8)  # 1.3 PB
+    need = lm.memory()
+    exact = dataclasses.replace(_device(need.cache + need.logits), platform=jax.default_backend())
+    monkeypatch.setattr(memory, "device_memory", lambda device=None: exact)
+    assert len(lm.generate([1, 2], max_tokens=2).token_ids) == 2
+    monkeypatch.setattr(
+        memory, "device_memory", lambda device=None: dataclasses.replace(exact, available=exact.available - 1)
+    )
+    monkeypatch.setattr(steps, "init_state", None)  # it is not come to
+    for call in (lambda: lm.generate([1, 2]), lambda: next(lm.stream([1, 2])), lm.init_state):
+        with pytest.raises(CapacityError, match="try "):
+            call()
 
 
 def test_a_closed_model_says_so(demo):

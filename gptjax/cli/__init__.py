@@ -1,4 +1,4 @@
-"""The command line: `gptjax generate | info | convert`."""
+"""The command line: `gptjax generate | info | doctor | convert`."""
 
 import argparse
 import io
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptjax import __version__
-from gptjax.cli import generate, info
+from gptjax.cli import bench, compare, doctor, generate, info, verify
 from gptjax.cli.common import add_command
 from gptjax.errors import GptjaxError
 
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gptjax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for command in (generate, info):
+    for command in (generate, info, doctor, compare, bench, verify):
         command.add(commands)
     _add_convert(commands)
     return parser

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from gptjax.cli.common import add_command
+from gptjax.units import readable
 
 
 def add(commands: Any) -> None:
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     for topic, facts in report.facts.items():
         print(topic)
         for name, value in facts.items():
-            print(f"  {name.removesuffix('_bytes'):{width}}  {_readable(value) if name.endswith('_bytes') else value}")
+            print(f"  {name.removesuffix('_bytes'):{width}}  {readable(value) if name.endswith('_bytes') else value}")
     print()
     for number, problem in enumerate(report.problems, 1):
         print(f"{number}. {problem.problem}\n   {problem.fix}")
@@ -44,10 +45,3 @@ def run(args: argparse.Namespace) -> int:
     elif report.works:
         print("gptjax works all the same")
     return status
-
-
-def _readable(count: int) -> str:
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]  # not `gptjax.memory`'s, which needs a JAX that works
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.2f} {units[0]}"

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from gptjax.cli.common import MODEL_HELP, add_command, add_model_options
+from gptjax.units import readable
 
 
 def add(commands: Any) -> None:
@@ -27,7 +28,6 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from gptjax.api import DEFAULT_MODEL
     from gptjax.info import describe, describe_tensors
-    from gptjax.memory import readable
 
     name = args.model or DEFAULT_MODEL
     facts = describe(name, dtype=args.dtype, max_length=args.max_length, max_batch=args.max_batch)

@@ -63,6 +63,10 @@ class Engine:
         self._features |= Features.of(request.params)
         self._settings = self._active_B = None
 
+    def wait(self) -> None:
+        """Returns when the device has done all that it was asked for; for those who measure."""
+        jax.block_until_ready(self._state)
+
     def release(self, slot: int) -> None:
         """Frees a slot. What it held is overwritten by the next request."""
         self._requests[slot] = None

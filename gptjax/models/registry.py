@@ -2,6 +2,7 @@
 
 import math
 import os
+from functools import partial
 from typing import Any, Final
 
 import flax.linen as nn
@@ -37,6 +38,20 @@ def init_params(model: Model, key: jax.Array) -> Params:
     """Random weights."""
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     return nn.meta.unbox(model.init(key, tokens_BT, tokens_BT))["params"]
+
+
+def random_params(model: Model, seed: int = 0) -> Params:
+    """Random weights of the real shapes, made on the device a leaf at a time; for measuring, where no checkpoint is."""
+    leaves, tree = jax.tree.flatten(abstract_params(model))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        tree, [_random_leaf(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    )
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _random_leaf(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return 0.02 * jax.random.normal(key, shape, dtype)
 
 
 def abstract_params(model: Model) -> Params:

@@ -1,0 +1,115 @@
+"""`gptjax compare` and `gptjax trace`."""
+
+import argparse
+import json
+from typing import Any
+
+import numpy as np
+
+from gptjax.cli.common import MODEL_HELP, add_command, add_model_options
+
+_PROMPT = "Once upon a time there was a king who had"
+
+
+def add(commands: Any) -> None:
+    """Declares the commands."""
+    compare = add_command(
+        commands,
+        "compare",
+        run_compare,
+        summary="run transformers beside gptjax and compare every stage",
+        epilog="""Exits with 1 where a stage differs by more than the dtype explains, and names the first one.
+Needs transformers and torch: pip install 'gptjax[oracle]'
+
+examples:
+  gptjax compare gpt2-tales
+  gptjax compare ./my-gpt2 --prompt "The sea" --values --dtype float32""",
+    )
+    trace = add_command(
+        commands,
+        "trace",
+        run_trace,
+        summary="show every stage of the forward pass",
+        epilog="examples:\n  gptjax trace gpt2-tales\n  gptjax trace gpt2-tales --values --prompt 'The sea'",
+    )
+    for parser in (compare, trace):
+        parser.add_argument("model", nargs="?", help=MODEL_HELP)
+        parser.add_argument("--prompt", default=_PROMPT, help="the text to run (default: a fairy tale's beginning)")
+        parser.add_argument("--ids", type=int, nargs="+", metavar="ID", help="token ids to run instead")
+        parser.add_argument("--values", action="store_true", help="show the first eight values of each stage")
+        parser.add_argument("--json", action="store_true", help="print one JSON object a stage")
+        add_model_options(parser)
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Runs `gptjax compare`."""
+    from gptjax import hub
+    from gptjax.api import DEFAULT_MODEL, load
+    from gptjax.compare import compare, first_difference
+
+    name = args.model or DEFAULT_MODEL
+    lm = load(name, dtype=args.dtype or "float32", max_length=args.max_length)
+    rows = compare(lm.model, lm.params, hub.resolve(name), _ids(lm, args))
+    width = max(len(row.stage) for row in rows)
+    for row in rows:
+        facts: dict[str, Any] = {"stage": row.stage, "ours": list(row.ours.shape), "theirs": list(row.theirs.shape)}
+        facts |= {"difference": row.difference, "magnitude": row.magnitude, "agrees": row.agrees}
+        values = {"our_values": _head(row.ours), "their_values": _head(row.theirs)} if args.values else {}
+        if args.json:
+            print(json.dumps({key: _finite(value) for key, value in (facts | values).items()}))
+            continue
+        shapes = f"{_shape(row.ours):>15} {_shape(row.theirs):>15}"
+        verdict = "" if row.agrees else "  <- differs"
+        print(f"{row.stage:{width}} {shapes}  {row.difference:9.2e} of {row.magnitude:9.2e}{verdict}")
+        for label, head in (("ours", values.get("our_values")), ("theirs", values.get("their_values"))):
+            if head is not None:
+                print(f"    {label:6} {_line(head)}")
+    first = first_difference(rows)
+    if not args.json:
+        print("all stages agree" if first is None else f"the first stage that differs: {first.stage}")
+    return 0 if first is None else 1
+
+
+def run_trace(args: argparse.Namespace) -> int:
+    """Runs `gptjax trace`."""
+    from gptjax.api import DEFAULT_MODEL, load
+
+    lm = load(args.model or DEFAULT_MODEL, dtype=args.dtype, max_length=args.max_length)
+    stages = lm.activations(_ids(lm, args))
+    width = max(map(len, stages))
+    for stage, array in stages.items():
+        wide = array.astype(np.float64)
+        facts = {"mean": float(wide.mean()), "deviation": float(wide.std()), "largest": float(np.abs(wide).max())}
+        values = {"values": _head(array)} if args.values else {}
+        if args.json:
+            row = {"stage": stage, "shape": list(array.shape)} | facts | values
+            print(json.dumps({key: _finite(value) for key, value in row.items()}))
+            continue
+        numbers = "  ".join(f"{key} {value:10.3e}" for key, value in facts.items())
+        print(f"{stage:{width}} {_shape(array):>15}  {numbers}")
+        if args.values:
+            print(f"    {_line(values['values'])}")
+    return 0
+
+
+def _ids(lm: Any, args: argparse.Namespace) -> list[int]:
+    return args.ids if args.ids is not None else lm.tokenizer.encode(args.prompt)
+
+
+def _head(array: np.ndarray) -> list[float]:
+    return [float(value) for value in array.reshape(-1)[:8]]
+
+
+def _shape(array: np.ndarray) -> str:
+    return "x".join(map(str, array.shape))
+
+
+def _line(values: list[float]) -> str:
+    return " ".join(f"{value:11.4e}" for value in values)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value if not isinstance(value, float) or np.isfinite(value) else None

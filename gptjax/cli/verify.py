@@ -1,0 +1,52 @@
+"""`gptjax verify`."""
+
+import argparse
+import json
+from typing import Any
+
+from gptjax.cli.common import MODEL_HELP, add_command
+
+
+def add(commands: Any) -> None:
+    """Declares the command."""
+    parser = add_command(
+        commands,
+        "verify",
+        run,
+        summary="check a published checkpoint against known answers",
+        epilog="""Known are the published GPT-2 models and the demos. For others, see `gptjax compare`.
+Exits with 1 where an answer is wrong, as it is of weights that were trained further, or where nothing is known.
+
+examples:
+  gptjax verify
+  gptjax verify openai-community/gpt2""",
+    )
+    parser.add_argument("model", nargs="?", help=MODEL_HELP)
+    parser.add_argument("--json", action="store_true", help="print one JSON object a check")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    import dataclasses
+
+    from gptjax.api import DEFAULT_MODEL, load
+    from gptjax.errors import CheckpointError
+    from gptjax.verify import verify
+
+    name = args.model or DEFAULT_MODEL
+    checks = verify(load(name, dtype="float32"))
+    if not checks:
+        raise CheckpointError(
+            f"no answers are known for {name}: its vocabulary is none of the published ones; "
+            f"compare it with transformers: gptjax compare {name}"
+        )
+    for check in checks:
+        if args.json:
+            print(json.dumps(dataclasses.asdict(check)))
+        elif check.agrees:
+            print(f"ok     {check.name}: {check.found}")
+        else:
+            print(
+                f"WRONG  {check.name}: expected {check.expected}\n       {'':{len(check.name)}}     found {check.found}"
+            )
+    return 0 if all(check.agrees for check in checks) else 1

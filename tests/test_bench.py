@@ -1,0 +1,123 @@
+"""Costs against counts by hand, and what a measurement does and does not include."""
+
+import json
+
+import jax
+import pytest
+
+import gptjax
+from gptjax import bench, cost
+from gptjax.bench import Figure
+from gptjax.cli import main
+from gptjax.config import PUBLISHED
+from gptjax.models import registry
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "width", "parameters"),
+    [("gpt2", 12, 768, 124_439_808), ("gpt2-xl", 48, 1600, 1_557_611_200)],
+)
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
+def test_bytes_and_flops_are_those_counted_by_hand(name, layers, width, parameters, dtype, itemsize):
+    model = registry.build(PUBLISHED[name], dtype=dtype)
+    # Every weight once, but of wpe's 1024 rows none to speak of.
+    weights = itemsize * (parameters - 1024 * width)
+    assert cost.weight_bytes_per_step(model) == weights
+    # A key and a value of the whole width in each layer.
+    position = 2 * layers * width * itemsize
+    assert cost.cache_bytes_per_position(model) == position
+    assert cost.decode_bytes(model, batch=8, length=512) == weights + 8 * 512 * position
+    # Per layer: qkv D·3D, out D·D, up D·4D, down 4D·D, two operations a weight; scores and values 2·D each a position.
+    flops = layers * (2 * 12 * width**2 + 4 * width * 512) + 2 * 50257 * width
+    assert cost.token_flops(model, length=512) == flops
+    assert cost.token_flops(model, length=512, logits=False) == flops - 2 * 50257 * width
+
+
+def test_an_untied_embedding_is_only_looked_up():
+    import dataclasses
+
+    tied = registry.build(PUBLISHED["gpt2"])
+    untied = registry.build(dataclasses.replace(PUBLISHED["gpt2"], tied_head=False))
+    assert cost.weight_bytes_per_step(untied) == cost.weight_bytes_per_step(tied)
+
+
+def test_figures_say_when_they_are_noise():
+    assert (Figure((1.0, 1.02, 1.05)).median, Figure((1.0, 1.02, 1.05)).noisy) == (1.02, False)
+    assert Figure((1.0, 1.0, 1.2)).noisy
+    assert Figure((1.0, 1.0, 1.2)).spread == pytest.approx(0.2)
+
+
+def test_first_calls_and_compilation_are_not_measured(lm):
+    calls = []
+
+    def turn():
+        calls.append(len(calls))
+        return (100.0, 100.0) if len(calls) == 1 else (2.0, float(len(calls)))
+
+    (result,) = bench.run([("gptjax", turn)], lm.model, batch=2, prompt_length=8, steps=4, repeats=3)
+    assert len(calls) == 4
+    assert result.prefill.seconds == (2.0, 2.0, 2.0)
+    assert result.step.seconds == (2.0, 3.0, 4.0)
+    assert result.prefill_tokens_per_second == 2 * 8 / 2.0
+    assert result.decode_tokens_per_second == 2 / 3.0
+    assert result.share(result.bytes_per_step / 3.0) == 1
+
+
+def test_nothing_is_compiled_in_a_measured_turn(lm):
+    turn = bench.ours(lm.model, lm.params, batch=2, prompt_length=20, steps=3)
+    turn()
+    compiled = []
+
+    def listen(name, seconds, **_):
+        if "backend_compile" in name:
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        prefill, step = turn()
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert compiled == []
+    assert prefill > 0
+    assert step > 0
+
+
+def test_a_prompt_beyond_the_context_is_refused(lm):
+    with pytest.raises(gptjax.CapacityError, match="512"):
+        bench.ours(lm.model, lm.params, batch=1, prompt_length=500, steps=12)
+
+
+def test_random_weights_have_the_declared_shapes_and_dtypes():
+    model = registry.build(gptjax.load("gpt2-tales").config, dtype="bfloat16")
+    params = registry.random_params(model)
+    declared = registry.abstract_params(model)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), declared)
+    assert all(float(abs(leaf).max()) > 0 for leaf in jax.tree.leaves(params))
+
+
+def test_the_ceiling_is_the_memorys():
+    assert 1e9 < bench.measure_ceiling(3) < 1e13
+
+
+def test_the_command_prints_a_table_and_json(capsys):
+    short = ["--steps", "4", "--repeats", "2", "--prompt-length", "8"]
+    assert main(["bench", "gpt2-tales", "--batch", "1", "2", *short]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\ngptjax ") == 2
+    assert "peak memory" in out
+    assert main(["bench", *short, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    (result,) = facts["results"]
+    assert facts["ceiling_bytes_per_second"] > 0
+    assert facts["peak_memory_bytes"] > 10_000_000
+    assert result["decode_tokens_per_second"] == pytest.approx(1 / result["step_seconds"])
+    assert len(result["step"]["seconds"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [(["--random", "gpt5"], "gpt2-xl"), (["--batch", "0"], "--batch"), (["--prompt-length", "512"], "positions")],
+)
+def test_bad_arguments_name_the_fix(capsys, argv, says):
+    assert main(["bench", "--steps", "2", "--repeats", "1", *argv]) == 1
+    assert says in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""`gptjax verify`: the demo gives its known answers, and a changed one does not."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax import verify
+from gptjax.cli import main
+from gptjax.config import PUBLISHED
+from gptjax.evaluate import perplexity
+
+
+def test_the_demo_gives_its_known_answers(lm):
+    checks = verify.verify(lm)
+    assert [check.name for check in checks] == ["vocabulary", "greedy tokens", "perplexity"]
+    assert all(check.agrees for check in checks)
+
+
+def test_the_known_answers_are_the_recorded_ones(request):
+    """Of transformers, by the golden file; and the published GPT-2's by the order of its text."""
+    golden = np.load(request.config.rootpath / "tests" / "data" / "golden" / "gpt2-tales.npz")
+    known = verify._KNOWN["gpt2-tales"].greedy
+    assert known.prompt_ids == tuple(golden["ids_0"].tolist())
+    assert known.continuation == tuple(golden["greedy_0"].tolist())
+
+
+def test_changed_weights_are_told(demo):
+    sound = gptjax.load(demo, dtype="float32")
+    params = jax.tree.map(lambda x: x * 1.05, sound.params)
+    lm = gptjax.LanguageModel(
+        sound.model, params, tokenizer=sound.tokenizer, defaults=sound.defaults, max_length=sound.max_length
+    )
+    assert [check.agrees for check in verify.verify(lm)][1:] != [True, True]
+
+
+def test_the_published_vocabulary_is_recognised(request):
+    folder = request.config.rootpath / "tests" / "data" / "gpt2_vocab"
+    assert verify.VOCABULARIES[verify.fingerprint(gptjax.load_tokenizer(folder))] == "gpt2"
+    assert set(verify.VOCABULARIES.values()) <= set(PUBLISHED) | {"gpt2-tales"}
+
+
+def test_the_command(capsys):
+    assert main(["verify"]) == 0
+    assert capsys.readouterr().out.count("ok ") == 3
+    assert main(["verify", "--json"]) == 0
+    assert all(json.loads(line)["agrees"] for line in capsys.readouterr().out.splitlines())
+
+
+def test_an_unknown_checkpoint_is_sent_to_compare(demo, tmp_path, capsys):
+    shutil.copytree(demo, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    text = path.read_text()
+    assert '"Ġking"' in text
+    path.write_text(text.replace('"Ġking"', '"Ġkxng"').replace("Ġk ing", "Ġk xng"))
+    status = main(["verify", str(tmp_path / "other")])
+    err = capsys.readouterr().err
+    assert status == 1
+    assert "gptjax compare" in err or "tokenizer.json" in err
+
+
+def test_perplexity_of_uniform_logits_is_the_vocabulary(lm, monkeypatch):
+    monkeypatch.setattr(type(lm), "logits", lambda self, ids: np.zeros((len(ids), 50), np.float32))
+    found = perplexity(lm, list(range(40)))
+    assert found.value == pytest.approx(50)
+    assert found.num_tokens == 39
+    assert found.standard_error == pytest.approx(0, abs=1e-9)
+
+
+def test_perplexity_needs_two_tokens(lm):
+    with pytest.raises(gptjax.RequestError, match="two tokens"):
+        perplexity(lm, [1])
