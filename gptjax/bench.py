@@ -164,7 +164,7 @@ def ours(model: Model, params: Params, *, batch: int, prompt_length: int, steps:
 def transformers_turn(
     model: Model, *, directory: Any | None, batch: int, prompt_length: int, steps: int, seed: int = 0
 ) -> Turn:
-    """The same of transformers on the CPU, by its default `generate`; random weights where `directory` is None.
+    """The same of transformers on the same device, by its default `generate`; random weights where `directory` is None.
 
     A step's time is that of a long generation less that of a short one.
 
@@ -183,9 +183,10 @@ def transformers_turn(
         loaded = random_transformers(model.config, dtype)
     else:
         loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
-    loaded.eval()
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    loaded = loaded.to(device).eval()
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, model.config.vocab_size, (batch, prompt_length), generator=generator)
+    ids = torch.randint(0, model.config.vocab_size, (batch, prompt_length), generator=generator).to(device)
 
     def generate(tokens: int) -> None:
         with torch.no_grad():
@@ -197,6 +198,8 @@ def transformers_turn(
                 do_sample=False,
                 pad_token_id=0,
             )
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     def turn() -> tuple[float, float]:
         short, long = _timed(lambda: generate(1)), _timed(lambda: generate(steps + 1))

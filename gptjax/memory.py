@@ -23,6 +23,7 @@ from gptjax.units import readable as readable
 _LEAST_LENGTH = 32  # positions; a shorter `max_length` is no help to anybody
 _FIXED = {"cpu": 1 << 20}  # bytes of constants and small buffers of a program; elsewhere the libraries' workspaces too
 _FIXED_ELSEWHERE = 64 << 20
+_DENSE_SCORES = 1 << 22  # as in pallas_kernels.attention.reference, where an accelerator computes all scores at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,8 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     With T the largest prompt chunk, in float32 (though XLA may keep some of it narrower or not at all):
 
         4·T·(q, k, v and residual (N + 2K)·H + the larger of the MLP's 2·F
-             and attention's 5·D/3 + 2·N·128 scores and 2·D outputs)
+             and attention's 5·N·H + 2·D and 2·N·128 scores; 2·N·S of them off the CPU where T·S is at most 2^22)
+        or, off the CPU, what decoding takes if that is more: 2 · 4·B·N·S scores and 2 · one layer's cache
         + 2 · one row's cache, which prefill takes out of the others' and puts back
         + 8 · 4·B·V, the sampler's sorts and copies of all logits
         + 1 MiB (64 MiB off the CPU, for the workspaces of matrix products)
@@ -80,9 +82,15 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     config = model.config
     T = max(bucket for _, _, bucket in steps.chunks(min(max_length, steps.LARGEST_CHUNK)))
     projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
-    attention = 2 * config.num_heads * SLOT_MULTIPLE + 5 * config.num_heads * config.head_width + 2 * config.width
+    S = -(-max_length // SLOT_MULTIPLE) * SLOT_MULTIPLE
+    dense = platform != "cpu" and T * S <= _DENSE_SCORES
+    scores = 2 * config.num_heads * (S if dense else SLOT_MULTIPLE)
+    attention = scores + 5 * config.num_heads * config.head_width + 2 * config.width
     chunk = 4 * T * (projected + max(2 * config.mlp_width, attention))
     row = tree_bytes(jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=max_length)))
+    if platform != "cpu":
+        decoding = batch * (8 * config.num_heads * S + 2 * row // config.num_layers)
+        chunk = max(chunk, decoding)
     estimate = chunk + 2 * row + 32 * batch * config.vocab_size + _FIXED.get(platform, _FIXED_ELSEWHERE)
     width = jnp.dtype(model.dtype).itemsize
     if platform == "cpu" and width < 4:

@@ -302,6 +302,7 @@ def test_out_of_memory_at_run_time_says_what_to_try(lm, monkeypatch, call):
     with pytest.raises(CapacityError, match=r"needs .* try ") as raised:
         CALLS[call](lm)
     assert raised.value.__cause__ is cause
+    assert f"has {memory.readable(has + need.weights)} available" in str(raised.value)  # what it holds it may use
 
 
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("INTERNAL: no"), ValueError("RESOURCE_EXHAUSTED")])

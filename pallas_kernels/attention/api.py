@@ -45,6 +45,6 @@ def attention(
     N, K = q_BTNH.shape[2], k_BKSH.shape[1]
     if N % K:
         raise ValueError(f"{N} query heads cannot share {K} key/value heads: not a multiple")
-    available = {"xla": reference.blocked if cached else reference.dense}
+    available = {"xla": reference.cached if cached else reference.dense}
     run = dispatch.choose("attention", implementation, available)
     return run(q_BTNH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, scale=scale)

@@ -1,8 +1,11 @@
 """Attention in jnp: the meaning (`dense`) and the XLA path over a long cache (`blocked`)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
+_DENSE_SCORES = 1 << 22  # T·S up to which an accelerator computes all scores at once
 BLOCK = 128  # cache positions a step of `blocked` reads; part of the results' bits, so not tuned by device
 _MASKED = -1e30  # finite, so that a query that sees no key gives 0 and not NaN
 
@@ -91,3 +94,30 @@ def blocked(
     start = (jnp.full((*row, 1), _MASKED, jnp.float32), jnp.zeros((*row, 1)), jnp.zeros((*row, H)))
     _, total_BKGT1, out_BKGTH = jax.lax.fori_loop(0, (in_use + block - 1) // block, step, start)
     return _ungrouped(out_BKGTH / jnp.where(total_BKGT1 == 0, 1, total_BKGT1), q_BTNH)
+
+
+def cached(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    q_positions_BT: jax.Array,
+    k_positions_BS: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """Over a cache, whichever of `dense` and `blocked` suits: the choice depends on the platform and T·S only.
+
+    On a CPU reading less is what counts. On an accelerator few kernels are, and a loop whose length is known at run time
+    only makes the host wait at each turn: GPT-2 124M in bfloat16, one row of 512 positions, decoded 307 tokens/s on an
+    H200 (JAX 0.11.2) with `blocked`, 824 and 1140 (two runs) with `dense`.
+    """
+    few = q_BTNH.shape[1] * k_BKSH.shape[2] <= _DENSE_SCORES
+    return jax.lax.platform_dependent(
+        q_BTNH,
+        k_BKSH,
+        v_BKSH,
+        q_positions_BT,
+        k_positions_BS,
+        cpu=partial(blocked, scale=scale),
+        default=partial(dense if few else blocked, scale=scale),
+    )
