@@ -69,7 +69,7 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
 
         4·T·(q, k, v and residual (N + 2K)·H + the larger of the MLP's 2·F
              and attention's 5·N·H + 2·D and 2·N·128 scores; 2·N·S of them off the CPU where T·S is at most 2^22)
-        or, off the CPU, what decoding takes if that is more: 2 · 4·B·N·S scores and 2 · one layer's cache
+        or, off the CPU, decoding's 2 · 4·B·N·S scores if that is more
         + 2 · one row's cache, which prefill takes out of the others' and puts back
         + 8 · 4·B·V, the sampler's sorts and copies of all logits
         + 1 MiB (64 MiB off the CPU, for the workspaces of matrix products)
@@ -89,8 +89,7 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     chunk = 4 * T * (projected + max(2 * config.mlp_width, attention))
     row = tree_bytes(jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=max_length)))
     if platform != "cpu":
-        decoding = batch * (8 * config.num_heads * S + 2 * row // config.num_layers)
-        chunk = max(chunk, decoding)
+        chunk = max(chunk, 8 * batch * config.num_heads * S)
     estimate = chunk + 2 * row + 32 * batch * config.vocab_size + _FIXED.get(platform, _FIXED_ELSEWHERE)
     width = jnp.dtype(model.dtype).itemsize
     if platform == "cpu" and width < 4:
