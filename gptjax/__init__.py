@@ -12,15 +12,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptjax.api import LanguageModel, load
+    from gptjax.api import load
     from gptjax.engine.output import Chunk, Completion, Timings, Usage
     from gptjax.errors import CapacityError, CheckpointError, ConfigError, GptjaxError, RequestError
+    from gptjax.language_model import LanguageModel
     from gptjax.text import Tokenizer, load_tokenizer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LanguageModel": "gptjax.api",
+    "LanguageModel": "gptjax.language_model",
     "load": "gptjax.api",
     "Chunk": "gptjax.engine.output",
     "Completion": "gptjax.engine.output",

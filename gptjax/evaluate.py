@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gptjax.api import LanguageModel
 from gptjax.errors import RequestError
+from gptjax.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,11 +19,11 @@ from gptjax.models import registry
 from gptjax.models.registry import Model
 from gptjax.runtime import DeviceMemory, device_memory
 from gptjax.units import readable as readable
+from pallas_kernels.attention.reference import DENSE_SCORES
 
 _LEAST_LENGTH = 32  # positions; a shorter `max_length` is no help to anybody
 _FIXED = {"cpu": 1 << 20}  # bytes of constants and small buffers of a program; elsewhere the libraries' workspaces too
 _FIXED_ELSEWHERE = 64 << 20
-_DENSE_SCORES = 1 << 22  # as in pallas_kernels.attention.reference, where an accelerator computes all scores at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     T = max(bucket for _, _, bucket in steps.chunks(min(max_length, steps.LARGEST_CHUNK)))
     projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
     S = -(-max_length // SLOT_MULTIPLE) * SLOT_MULTIPLE
-    dense = platform != "cpu" and T * S <= _DENSE_SCORES
+    dense = platform != "cpu" and T * S <= DENSE_SCORES
     scores = 2 * config.num_heads * (S if dense else SLOT_MULTIPLE)
     attention = scores + 5 * config.num_heads * config.head_width + 2 * config.width
     chunk = 4 * T * (projected + max(2 * config.mlp_width, attention))

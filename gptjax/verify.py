@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from gptjax.api import LanguageModel
 from gptjax.config import PUBLISHED
 from gptjax.evaluate import perplexity
+from gptjax.language_model import LanguageModel
 from gptjax.text import Tokenizer
 
 TEXT: Final = Path(__file__).resolve().parent / "demo" / "held-out.txt"  # passages of books in the public domain

@@ -13,7 +13,7 @@ import pytest
 import convert
 import gptjax
 from gptjax import CapacityError, CheckpointError, ConfigError, RequestError
-from gptjax.api import LanguageModel
+from gptjax.language_model import LanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "Once upon a time there was a king who had"

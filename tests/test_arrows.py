@@ -26,6 +26,7 @@ ROOMS = [
     ["gptjax.text"],
     ["gptjax.engine"],
     ["gptjax.memory"],
+    ["gptjax.language_model"],
     ["gptjax.api", "gptjax.info"],
     ["gptjax.evaluate", "gptjax.compare"],
     ["gptjax.bench", "gptjax.verify", "gptjax.doctor"],

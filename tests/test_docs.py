@@ -35,6 +35,7 @@ PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 DEMO = ROOT / "gptjax" / "demo" / "gpt2-tales"
 
 NOT_RUN = {
+    ("README.md", "needs torch"),
     ("docs/precision-and-cost.md", "needs torch"),
     ("docs/profiling.md", "prints to the log"),
     ("docs/profiling.md", "takes minutes"),

@@ -12,6 +12,7 @@ import pytest
 
 import gptjax
 import gptjax.api
+import gptjax.language_model
 from gptjax import CapacityError, RequestError, memory, runtime
 from gptjax.config import PUBLISHED, GPT2Config
 from gptjax.engine import steps
@@ -280,7 +281,7 @@ STEP = {"logits": "score_chunk", "init_state": "init_state", "decode": "advance"
 
 
 def _fail(monkeypatch, call: str, error: Exception) -> None:
-    home, name = (gptjax.api, call) if call == "activations" else (steps, STEP.get(call, "prefill_chunk"))
+    home, name = (gptjax.language_model, call) if call == "activations" else (steps, STEP.get(call, "prefill_chunk"))
     real = getattr(home, name)
 
     def step(*arguments, **named):

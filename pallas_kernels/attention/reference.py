@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-_DENSE_SCORES = 1 << 22  # T·S up to which an accelerator computes all scores at once
+DENSE_SCORES = 1 << 22  # T·S up to which an accelerator computes all scores at once
 BLOCK = 128  # cache positions a step of `blocked` reads; part of the results' bits, so not tuned by device
 _MASKED = -1e30  # finite, so that a query that sees no key gives 0 and not NaN
 
@@ -107,11 +107,11 @@ def cached(
 ) -> jax.Array:
     """Over a cache, whichever of `dense` and `blocked` suits: the choice depends on the platform and T·S only.
 
-    On a CPU reading less is what counts. On an accelerator few kernels are, and a loop whose length is known at run time
-    only makes the host wait at each turn: GPT-2 124M in bfloat16, one row of 512 positions, decoded 307 tokens/s on an
-    H200 (JAX 0.11.2) with `blocked`, 824 and 1140 (two runs) with `dense`.
+    On a CPU reading less is what counts. On an accelerator few kernels are, and a loop of unknown length makes the host
+    wait at each turn: GPT-2 124M in bfloat16, one row of 512 positions, decoded 307 tokens/s on an H200 (JAX 0.11.2)
+    with `blocked`, 824 and 1140 (two runs) with `dense`.
     """
-    few = q_BTNH.shape[1] * k_BKSH.shape[2] <= _DENSE_SCORES
+    few = q_BTNH.shape[1] * k_BKSH.shape[2] <= DENSE_SCORES
     return jax.lax.platform_dependent(
         q_BTNH,
         k_BKSH,

@@ -1,0 +1,286 @@
+"""`LanguageModel`: prompts in, text out, and the parts for those who compose."""
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import memory
+from gptjax.activations import activations
+from gptjax.config import GenerationDefaults, ModelConfig
+from gptjax.engine import steps
+from gptjax.engine.engine import Engine, Features, prefill, settings_of
+from gptjax.engine.generate import generate
+from gptjax.engine.options import (
+    GenerateOptions,
+    Prompt,
+    SamplingOptions,
+    as_ids,
+    make_request,
+    sampling_params,
+    split_prompts,
+    split_seeds,
+)
+from gptjax.engine.output import Chunk, Completion
+from gptjax.engine.request import Request, check_prompt
+from gptjax.errors import GptjaxError, RequestError
+from gptjax.memory import Memory
+from gptjax.models import registry
+from gptjax.models.registry import Model, Params
+from gptjax.progress import progress
+from gptjax.text import Tokenizer
+
+_MOST_ROWS = 32  # rows of one call where `max_batch` is not given
+
+
+class LanguageModel:
+    """A model with its weights and tokenizer. Made by `load`.
+
+    `model`, `params`, `config` and `tokenizer` are what everything here is built on, for those who compose.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        *,
+        tokenizer: Tokenizer | GptjaxError,
+        defaults: GenerationDefaults,
+        max_length: int,
+        max_batch: int | None = None,
+    ):
+        """`tokenizer` may be the error that says why there is none; calls that need text raise it."""
+        self.model = model
+        self._params: Params | None = params
+        self._running: weakref.WeakSet[Any] = weakref.WeakSet()  # generators
+        self.defaults = defaults
+        self.max_length = max_length
+        self.max_batch = max_batch
+        self._tokenizer = tokenizer
+
+    @property
+    def params(self) -> Params:
+        """The weights, nested dicts of arrays. Raises `RequestError` where the model was closed."""
+        if self._params is None:
+            raise RequestError("this model was closed; load it again")
+        return self._params
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        return self.model.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises what says why there is none: files are missing, or of an unsupported kind."""
+        if isinstance(self._tokenizer, GptjaxError):
+            raise self._tokenizer
+        return self._tokenizer
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The token ids that end a text."""
+        if self.defaults.eos_ids or isinstance(self._tokenizer, GptjaxError):
+            return self.defaults.eos_ids
+        return self._tokenizer.eos_ids
+
+    @overload
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: list[str] | Sequence[Sequence[int]], **options: Unpack[GenerateOptions]
+    ) -> list[Completion]: ...
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], **options: Unpack[GenerateOptions]
+    ) -> Completion | list[Completion]:
+        """Continues a prompt, or each of a list of prompts, which are then computed together.
+
+        Args:
+          prompt: text, or a list of token ids, or a list of either. Special tokens written in text are plain text.
+          **options: `max_tokens` (256), `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`,
+            `presence_penalty`, `frequency_penalty`, `logit_bias`, `seed` (or a list, one for each prompt),
+            `top_logprobs`, `stop`, `stop_ids`, `ignore_eos`: see `GenerateOptions`. Left out, sampling follows the
+            checkpoint's generation_config.json, and is greedy where that says nothing.
+
+        Returns:
+          A `Completion`, or a list of them in the order of the prompts. A row whose logits are not finite ends with
+          `finish_reason` "error" and says so in `error`; the others go on.
+
+        Raises:
+          RequestError: options or token ids out of range, an empty prompt or list.
+          CapacityError: a prompt longer than `max_length`.
+          CheckpointError, ConfigError: text was given, but the checkpoint has no tokenizer, or an unsupported one.
+        """
+        prompts, single = split_prompts(prompt)
+        seeds = split_seeds(options.get("seed"), len(prompts))
+        requests = [self._request(each, {**options, "seed": seed}) for each, seed in zip(prompts, seeds, strict=True)]
+        done: dict[int, Completion] = {}
+        for number, chunk in self._run(requests):
+            if chunk.completion is not None:
+                done[number] = chunk.completion
+        completions = [done[number] for number in range(len(requests))]
+        return completions[0] if single else completions
+
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Iterator[Chunk]:
+        """`generate` for one prompt, a chunk for each token as it is drawn; the last has the `completion`.
+
+        Arguments are checked when the call is made, not when the first chunk is asked for.
+        """
+        prompts, single = split_prompts(prompt)
+        if not single:
+            raise RequestError("stream takes one prompt; use generate for a list")
+        request = self._request(prompts[0], options)
+        return (chunk for _, chunk in self._run([request]))
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Teacher-forced logits: what follows each of the given tokens, [T, V] float32 on the host.
+
+        Where one position's values are not finite, those of earlier ones in the same chunk may not be either.
+        """
+        ids = self._checked_ids(token_ids, self.max_length)
+        with self._guard():
+            cache = registry.create_cache(self.model, batch=1, max_length=self.max_length)
+            logits_TV = np.empty((len(ids), self.config.vocab_size), np.float32)
+            for start, tokens, count in steps.padded_chunks(np.asarray(ids, np.int32)):
+                chunk_TV, cache = steps.score_chunk(
+                    self.model, self.params, cache, tokens, np.int32(start), np.int32(count)
+                )
+                logits_TV[start : start + count] = np.asarray(chunk_TV)[:count]
+        return logits_TV
+
+    def activations(self, token_ids: Sequence[int]) -> dict[str, np.ndarray]:
+        """Every stage of the forward pass over the given tokens, by name, in the order of computation.
+
+        "embedding", then of each block "block_0/attention_norm", "…/attention/q", "…/k", "…/v", "…/heads" (the weighted
+        values), "…/out", "block_0/attention_residual", "block_0/mlp_norm", "…/mlp/up", "…/activation", "…/down",
+        "block_0/mlp_residual", and at last "final_norm" and "logits"; see `gptjax.activations` for the shapes.
+        """
+        ids = self._checked_ids(token_ids, self.config.context_length)
+        with self._guard(max_length=len(ids)):
+            return activations(self.model, self.params, ids)
+
+    def init_state(self, *, batch: int = 1, max_length: int | None = None) -> steps.State:
+        """An empty state for those who drive the loop themselves: a pytree with the cache and the last logits.
+
+        Raises:
+          CapacityError: `max_length` is more than the model has positions.
+        """
+        length = self.max_length if max_length is None else registry.positions(self.config, max_length)
+        rows = check_rows("batch", batch)
+        with self._guard(batch=rows, max_length=length):
+            memory.check_state(self.model, batch=rows, max_length=length)
+            return jax.block_until_ready(steps.init_state(self.model, batch=rows, max_length=length))
+
+    def prefill(
+        self, state: steps.State, token_ids: Sequence[int] | Sequence[Sequence[int]]
+    ) -> tuple[jax.Array, steps.State]:
+        """Fills every row of a state from its start: one list of ids, or as many as the state has rows.
+
+        Returns:
+          logits_BV float32 of what follows each row, and the new state; the old one is donated and must not be used.
+        """
+        prompts, _ = split_prompts(token_ids)
+        if len(prompts) != state.batch:
+            raise RequestError(f"the state has {state.batch} rows, but {len(prompts)} lists of token ids were given")
+        # All are checked before the state is donated for the first of them.
+        checked = [self._checked_ids(prompt, state.max_length) for prompt in prompts]
+        with self._guard(batch=state.batch, max_length=state.max_length):
+            row = registry.create_cache(self.model, batch=1, max_length=state.max_length)
+            for slot, ids in enumerate(checked):
+                state, row = prefill(self.model, self.params, state, slot, np.asarray(ids, np.int32), row)
+            # A copy: the state is donated by the next step, and its logits with it.
+            return jax.block_until_ready(jnp.copy(state.logits_BV)), state
+
+    def decode(self, state: steps.State, **options: Unpack[SamplingOptions]) -> tuple[jax.Array, steps.State]:
+        """Draws a token for every row from the state's logits and adds it to the row. Works under `jax.jit` as well.
+
+        Nothing is hidden: without a `seed` it is 0, and the draw depends on it and the position. All tokens in the
+        state count as output for the presence and frequency penalties.
+
+        Returns:
+          token_B int32, not waited for, and the new state; the old one is donated. A token is -1 where the logits
+          were not finite, which those of a row that is not filled, or beyond its `max_length`, are.
+        """
+        params = sampling_params({"seed": 0} | options, self.defaults)
+        params.check(self.config.vocab_size)
+        request = Request(prompt_ids=(), max_tokens=1, params=params)
+        settings = settings_of([request] * state.batch, self.config.vocab_size, Features.of(params))
+        with self._guard(batch=state.batch, max_length=state.max_length):
+            sampled = steps.sample(state, settings)
+            active_B = np.ones((state.batch,), np.bool_)
+            return sampled.token_B, steps.advance(self.model, self.params, state, sampled.token_B, active_B)
+
+    def memory(self, *, batch: int | None = None, max_length: int | None = None) -> Memory:
+        """Bytes on the device: the weights', those of generating so many rows and positions, and what there are.
+
+        Left out, `batch` is `max_batch` (1 where that is not set), and `max_length` the model's. Nothing is allocated.
+        """
+        _ = self.params
+        length = self.max_length if max_length is None else registry.positions(self.config, max_length)
+        rows = check_rows("batch", (self.max_batch or 1) if batch is None else batch)
+        return memory.needed(self.model, batch=rows, max_length=length)
+
+    def close(self) -> None:
+        """Frees the weights and what unfinished streams hold. Any later use of the model raises `RequestError`."""
+        params, self._params = self._params, None
+        for chunks in list(self._running):
+            with contextlib.suppress(ValueError):  # another thread is in it, and will find the model closed
+                chunks.close()
+        for leaf in jax.tree.leaves(params):
+            leaf.delete()
+
+    def __enter__(self) -> "LanguageModel":
+        _ = self.params  # it is not closed
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _guard(self, *, batch: int = 1, max_length: int | None = None) -> contextlib.AbstractContextManager[None]:
+        """For computing: raises where the model was closed, and says what to try where the body runs out of memory."""
+        _ = self.params
+        length = self.max_length if max_length is None else max_length
+        return memory.explained(self.model, batch=batch, max_length=length)
+
+    def _request(self, prompt: Prompt, options: GenerateOptions) -> Request:
+        _ = self.params
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else as_ids(prompt)
+        request = make_request(ids, options, self.defaults, self.eos_ids)
+        request.check(vocab_size=self.config.vocab_size, max_length=self.max_length)
+        if request.stop:
+            _ = self.tokenizer  # stop strings are text: say so now if there can be none
+        return request
+
+    def _checked_ids(self, token_ids: object, max_length: int) -> list[int]:
+        _ = self.params
+        ids = as_ids(token_ids)
+        check_prompt(ids, vocab_size=self.config.vocab_size, max_length=max_length)
+        return ids
+
+    def _run(self, requests: list[Request]) -> Iterator[tuple[int, Chunk]]:
+        batch = self.max_batch or min(1 << (len(requests) - 1).bit_length(), _MOST_ROWS)
+        detokenizer = None if isinstance(self._tokenizer, GptjaxError) else self._tokenizer.stream
+        with self._guard(batch=batch):
+            memory.check_state(self.model, batch=batch, max_length=self.max_length)
+            # Only the generator holds the engine, so that closing the one frees the other.
+            engine = Engine(self.model, self.params, batch=batch, max_length=self.max_length)
+            chunks = generate(engine, requests, detokenizer)
+            del engine
+            self._running.add(chunks)
+            with progress("Compiling and reading the prompt", None):
+                chunk = next(chunks, None)
+            while chunk is not None:
+                yield chunk
+                _ = self.params
+                chunk = next(chunks, None)
+
+
+def check_rows(name: str, given: object) -> int:
+    """A number of rows, as given. Raises `RequestError`, by the name of the option, for what is none."""
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise RequestError(f"{name} must be a whole number of at least 1, found {given!r}")
+    return given
