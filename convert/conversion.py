@@ -126,6 +126,16 @@ def stream_params(directory: str | PathLike[str], config: ModelConfig) -> Iterat
     return rules.stream(plan, reader)
 
 
+def stored_dtypes(directory: str | PathLike[str], config: ModelConfig) -> dict[checkpoint.Path, str]:
+    """The dtype that each weight has in a Hugging Face directory, which is checked from its headers; no data is read.
+
+    Raises:
+      CheckpointError: as `stream_params`.
+    """
+    plan, reader = _open(Path(directory), config)
+    return {fill.path: NUMPY_DTYPES[reader.tensors[fill.source].dtype].name for fill in plan.fills}
+
+
 def _open(source: Path, config: ModelConfig) -> tuple[rules.Plan, safetensors.SafetensorsSource]:
     reader = safetensors.open_directory(source)
     targets = abstract_params(build(config))

@@ -27,6 +27,7 @@ __all__ = [
     "Manifest",
     "SourceFile",
     "cast",
+    "checked_manifest",
     "flatten",
     "is_converted",
     "nest",
@@ -151,12 +152,13 @@ def restore(directory: FilePath, targets: Mapping[str, Any], *, progress: Progre
       CheckpointError: the checkpoint's weights are not the targets' (all differences together), or a piece is missing
         or damaged.
     """
-    manifest = read_manifest(directory)
-    _check(directory, manifest, flatten(targets))
+    manifest = checked_manifest(directory, targets)
     return place(read_leaves(directory, manifest), targets, progress=progress)
 
 
-def _check(directory: FilePath, manifest: Manifest, wanted: Mapping[Path, Any]) -> None:
+def checked_manifest(directory: FilePath, targets: Mapping[str, Any]) -> Manifest:
+    """The manifest of a converted directory. Raises `CheckpointError` where its weights are not the targets'."""
+    manifest, wanted = read_manifest(directory), flatten(targets)
     found = {leaf.path: leaf for leaf in manifest.leaves}
     faults = [f"{'/'.join(path)} is missing" for path in wanted.keys() - found.keys()]
     for path, leaf in found.items():
@@ -178,6 +180,7 @@ def _check(directory: FilePath, manifest: Manifest, wanted: Mapping[Path, Any]) 
             f"{directory} does not hold the weights of the model that its config.json describes; convert the "
             "checkpoint again:\n  " + "\n  ".join([*sorted(faults)[:_MAX_FAULTS], *more])
         )
+    return manifest
 
 
 def read_leaves(directory: FilePath, manifest: Manifest) -> Iterator[tuple[Path, np.ndarray]]:

@@ -2,15 +2,18 @@
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.typing import DTypeLike
 
+import convert
 from gptjax import checkpoint, hub, memory, runtime
 from gptjax.config import read_config, read_generation_defaults
-from gptjax.errors import GptjaxError
+from gptjax.errors import CheckpointError, GptjaxError
 from gptjax.models import registry
+from gptjax.models.registry import Model
 from gptjax.text import load_tokenizer
 
 
@@ -43,6 +46,7 @@ def describe(
         "architecture": type(model).__name__,
         "parameters": registry.num_params(model),
         **dataclasses.asdict(config),
+        "weights": _weights(directory, model),
         "tokenizer": text,
         "generation": ", ".join(f"{key} {value}" for key, value in defaults.items()),
         "dtype": jax.numpy.dtype(model.dtype).name,
@@ -60,11 +64,30 @@ def describe(
     }
 
 
-def describe_tensors(name: str | os.PathLike[str], *, dtype: DTypeLike | None = None) -> dict[str, str]:
-    """Every weight, by its path: shape and dtype as loaded."""
-    model = registry.build(read_config(hub.resolve(name)), dtype=runtime.compute_dtype(dtype))
-    leaves = jax.tree_util.tree_leaves_with_path(registry.abstract_params(model))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{list(leaf.shape)} {leaf.dtype.name}"
-        for path, leaf in leaves
-    }
+def describe_tensors(name: str | os.PathLike[str]) -> dict[str, str]:
+    """Every weight, by its path: its shape, and its dtype as stored.
+
+    Raises:
+      CheckpointError: the weights are missing, damaged or not those of the config, as far as headers tell.
+    """
+    directory = hub.resolve(name)
+    model = registry.build(read_config(directory))
+    shapes = checkpoint.flatten(registry.abstract_params(model))
+    stored = _stored_dtypes(directory, model)
+    return {"/".join(path): f"{list(leaf.shape)} {stored[path]}" for path, leaf in shapes.items()}
+
+
+def _stored_dtypes(directory: Path, model: Model) -> dict[tuple[str, ...], str]:
+    """The dtype of each weight, told from headers alone. Raises `CheckpointError` where they are not the model's."""
+    if checkpoint.is_converted(directory):
+        manifest = checkpoint.checked_manifest(directory, registry.abstract_params(model))
+        return {leaf.path: leaf.dtype for leaf in manifest.leaves}
+    return convert.stored_dtypes(directory, model.config)
+
+
+def _weights(directory: Path, model: Model) -> str:
+    try:
+        stored = _stored_dtypes(directory, model)
+    except CheckpointError as error:
+        return f"cannot be used: {error}"
+    return f"{len(stored)} arrays, stored as {' and '.join(sorted(set(stored.values())))}; their headers are sound"

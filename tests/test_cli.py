@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,8 +138,22 @@ def test_info_tells_parameters_and_memory(capsys):
     assert facts["needed_bytes"] == facts["weights_bytes"] + max(facts["loading_bytes"], running)
     assert facts["available_bytes"] > 0
     assert facts["fits"] == "yes"
-    assert facts["tensors"]["block_0/attention/qkv/kernel"] == "[256, 768] float32"
+    assert facts["tensors"]["block_0/attention/qkv/kernel"] == "[256, 768] bfloat16"
     assert len(facts["tensors"]) == 4 + 6 * 12
+
+
+def test_info_says_whether_the_weights_can_be_used(capsys, demo, tmp_path):
+    assert "76 arrays, stored as bfloat16" in json.loads(_run(capsys, "info", "--json")[1])["weights"]
+    broken = tmp_path / "broken"
+    shutil.copytree(demo, broken)
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    status, out, _ = _run(capsys, "info", str(broken), "--json")
+    assert status == 0
+    assert "cannot be used" in json.loads(out)["weights"]
+    assert _run(capsys, "info", str(broken), "--tensors")[0] == 1
+    assert _run(capsys, "convert", str(demo), str(tmp_path / "converted"), "--dtype", "float16")[0] == 0
+    assert "stored as float16" in json.loads(_run(capsys, "info", str(tmp_path / "converted"), "--json")[1])["weights"]
 
 
 def test_info_for_people(capsys):

@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
     add_model_options(parser)
     parser.add_argument("--max-batch", type=int, default=1, metavar="N", help="rows computed together (default: 1)")
-    parser.add_argument("--tensors", action="store_true", help="list every weight with its shape")
+    parser.add_argument("--tensors", action="store_true", help="list every weight with its shape and stored dtype")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
     name = args.model or DEFAULT_MODEL
     facts = describe(name, dtype=args.dtype, max_length=args.max_length, max_batch=args.max_batch)
-    tensors = describe_tensors(name, dtype=args.dtype) if args.tensors else {}
+    tensors = describe_tensors(name) if args.tensors else {}
     if args.json:
         print(json.dumps({**facts, **({"tensors": tensors} if args.tensors else {})}, ensure_ascii=False))
         return 0
