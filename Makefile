@@ -6,12 +6,14 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test lint oracle slow examples clean
+.PHONY: demo test unit lint oracle slow examples clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gptjax generate "Once upon a time there was" --echo --max-tokens 160 --temperature 0.6 --seed 6
 
-test: lint
+test: lint unit
+
+unit: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed-test
