@@ -30,7 +30,7 @@ examples:
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="rows (default: 1)")
     parser.add_argument("--prompt-length", type=int, nargs="+", default=[128], metavar="T", help="default: 128")
     parser.add_argument("--steps", type=int, default=64, metavar="N", help="decode steps a measurement (default: 64)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements (default: 5)")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="measurements (default: 7)")
     parser.add_argument("--versus", choices=["transformers"], help="measure this as well, in turns")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

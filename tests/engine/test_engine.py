@@ -172,3 +172,18 @@ def test_closing_the_iterator_frees_the_slots():
 def test_an_empty_prompt_is_not_admitted():
     with pytest.raises(ValueError, match="at least one token"):
         _engine().admit(0, _request(1, 0))
+
+
+def test_rows_that_are_not_active_stay_as_they_are():
+    state, row = steps.init_state(MODEL, batch=2, max_length=300), registry.create_cache(MODEL, batch=1, max_length=300)
+    for slot in range(2):
+        state, row = prefill(MODEL, PARAMS, state, slot, np.arange(1, 9, dtype=np.int32), row)
+    before = jax.tree.map(np.array, state)
+    after = steps.advance(MODEL, PARAMS, state, np.asarray([5, 6], np.int32), np.asarray([True, False]))
+    assert after.cache.lengths_B.tolist() == [9, 8]
+    np.testing.assert_array_equal(after.logits_BV[1], before.logits_BV[1])
+    np.testing.assert_array_equal(after.history_BS[1], before.history_BS[1])
+    for layer in range(2):
+        np.testing.assert_array_equal(after.cache.k[layer][1], before.cache.k[layer][1])
+        np.testing.assert_array_equal(after.cache.v[layer][1], before.cache.v[layer][1])
+    assert not np.array_equal(after.logits_BV[0], before.logits_BV[0])
