@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import cost
+from gptjax import cost, memory
+from gptjax.compare import load_transformers, oracle, random_transformers
 from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams
-from gptjax.errors import CapacityError, GptjaxError
+from gptjax.errors import CapacityError
 from gptjax.models.registry import Model, Params
 
 NOISE = 0.1  # a spread above this share of the median is called noise
@@ -51,7 +52,8 @@ class Result:
     batch: int
     prompt_length: int
     steps: int  # decode steps in each measurement
-    first_call: float  # seconds: prefill and a step, compilation included
+    compile: float  # seconds of compiling in the first round, or of reading compiled programs from the cache on disk
+    peak_memory: int  # bytes, the most that the device held by the end of this measurement; of the process on a CPU
     prefill: Figure  # all rows' prompts
     step: Figure  # one decode step of all rows, the mean over `steps`
     bytes_per_step: int  # that must move
@@ -67,8 +69,10 @@ class Result:
         """Tokens of all rows together."""
         return self.batch / self.step.median
 
-    def share(self, ceiling: float) -> float:
-        """How much of the memory's speed, in bytes a second, decoding reaches."""
+    def share(self, ceiling: float) -> float | None:
+        """How much of the memory's speed, in bytes a second, decoding reaches; what others read is not known."""
+        if self.engine != "gptjax":
+            return None
         return self.bytes_per_step / self.step.median / ceiling
 
     def to_json(self, ceiling: float) -> dict[str, Any]:
@@ -82,7 +86,8 @@ class Result:
             "step_spread_seconds": self.step.spread,
             "decode_tokens_per_second": self.decode_tokens_per_second,
             "share_of_ceiling": self.share(ceiling),
-            "noisy": self.prefill.noisy or self.step.noisy,
+            "prefill_noisy": self.prefill.noisy,
+            "step_noisy": self.step.noisy,
         }
 
 
@@ -135,6 +140,7 @@ def ours(model: Model, params: Params, *, batch: int, prompt_length: int, steps:
             f"{prompt_length} prompt tokens and {steps} steps need {length} positions, the model has "
             f"{model.config.context_length}: choose a shorter prompt or fewer steps"
         )
+    memory.check_state(model, batch=batch, max_length=model.config.context_length)
     engine = Engine(model, params, batch=batch, max_length=model.config.context_length)
     prompts_BT = np.random.default_rng(seed).integers(0, model.config.vocab_size, (batch, prompt_length))
     requests = [Request(tuple(row), steps + 1, SamplingParams(seed=0)) for row in prompts_BT.tolist()]
@@ -171,18 +177,9 @@ def transformers_turn(
     Raises:
       GptjaxError: transformers or torch is not installed.
     """
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise GptjaxError(f"{error.name} is not installed: pip install 'gptjax[oracle]'") from None
-    from gptjax.compare import random_transformers
-
+    torch, _ = oracle()
     dtype = getattr(torch, np.dtype(model.dtype).name)
-    if directory is None:
-        loaded = random_transformers(model.config, dtype)
-    else:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    loaded = random_transformers(model.config, dtype) if directory is None else load_transformers(directory, dtype)
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     loaded = loaded.to(device).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -212,7 +209,7 @@ def run(
     turns: Sequence[tuple[str, Turn]], model: Model, *, batch: int, prompt_length: int, steps: int, repeats: int
 ) -> list[Result]:
     """Takes turns, one of each in a round, so that all see the same drift of the machine; the first is not counted."""
-    first = [_timed(turn) for _, turn in turns]
+    compiling = [_compile_seconds(turn) for _, turn in turns]
     rounds = [[turn() for _, turn in turns] for _ in range(repeats)]
     # In the middle of the measured steps, each row attends to this many positions.
     length = prompt_length + 1 + steps // 2
@@ -222,7 +219,8 @@ def run(
             batch=batch,
             prompt_length=prompt_length,
             steps=steps,
-            first_call=first[index],
+            compile=compiling[index],
+            peak_memory=peak_memory(),
             prefill=Figure(tuple(measured[index][0] for measured in rounds)),
             step=Figure(tuple(measured[index][1] for measured in rounds)),
             bytes_per_step=cost.decode_bytes(model, batch=batch, length=length),
@@ -240,6 +238,22 @@ def peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _compile_seconds(action: Callable[[], Any]) -> float:
+    """Seconds that JAX spends on tracing, lowering and compiling while the action runs."""
+    spent = [0.0]
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            spent[0] += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        action()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return spent[0]
 
 
 def _timed(action: Callable[[], Any]) -> float:

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from gptjax import checkpoint
 from gptjax.activations import activations, stages
 from gptjax.config import GPT2Config, ModelConfig
-from gptjax.errors import GptjaxError
+from gptjax.engine.request import check_prompt
+from gptjax.errors import CheckpointError, GptjaxError
 from gptjax.models.registry import Model, Params
 
 # Of a stage's largest magnitude. Sums of D or F float32 products, taken in another order, differ by about
@@ -51,6 +53,7 @@ def compare(model: Model, params: Params, directory: Path, token_ids: Sequence[i
     Raises:
       GptjaxError: torch or transformers is not installed.
     """
+    check_prompt(token_ids, vocab_size=model.config.vocab_size, max_length=model.config.context_length)
     theirs = transformers_activations(directory, model.config, token_ids, dtype=np.dtype(model.dtype).name)
     ours = activations(model, params, token_ids)
     tolerance = TOLERANCE[np.dtype(model.dtype).name]
@@ -103,18 +106,8 @@ def transformers_activations(
     directory: Path, config: ModelConfig, token_ids: Sequence[int], *, dtype: str = "float32"
 ) -> dict[str, np.ndarray]:
     """Every stage as transformers computes it, on the CPU with eager attention, by our names and in our shapes."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise GptjaxError(
-            f"comparing needs transformers and torch, and {error.name} is not installed: pip install 'gptjax[oracle]'"
-        ) from None
-    torch_dtype = getattr(torch, dtype)
-    transformers.utils.logging.disable_progress_bar()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch_dtype, attn_implementation="eager", local_files_only=True, use_safetensors=True
-    )
+    torch, _ = oracle()
+    loaded = load_transformers(directory, getattr(torch, dtype), attn_implementation="eager")
     taps = list(_TAPS[type(config)](config))
     with _recording(loaded, taps) as recorded, torch.no_grad():
         loaded.eval()(input_ids=torch.tensor([list(token_ids)]), use_cache=False)
@@ -143,10 +136,42 @@ def _recording(loaded: Any, taps: Sequence[Tap]) -> Iterator[dict[tuple[str, str
             handle.remove()
 
 
-def random_transformers(config: ModelConfig, dtype: Any) -> Any:
-    """transformers' model of a configuration, with random weights; `dtype` is torch's."""
+def oracle() -> tuple[Any, Any]:
+    """The modules torch and transformers. Raises `GptjaxError`, saying what to install, where one is missing."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise GptjaxError(
+            f"this needs transformers and torch, and {error.name} is not installed: pip install 'gptjax[oracle]'"
+        ) from None
+    return torch, transformers
+
+
+def load_transformers(directory: Path, dtype: Any, **options: Any) -> Any:
+    """transformers' model of a Hugging Face directory; `dtype` is torch's.
+
+    Raises:
+      CheckpointError: a directory that gptjax converted, or that transformers cannot load.
+    """
     import transformers
 
+    if checkpoint.is_converted(directory):
+        raise CheckpointError(
+            f"{directory} was converted by gptjax; name the Hugging Face directory that it was made of"
+        )
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, use_safetensors=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"transformers cannot load {directory}: {error}") from error
+
+
+def random_transformers(config: ModelConfig, dtype: Any) -> Any:
+    """transformers' model of a configuration, with random weights; `dtype` is torch's."""
+    _, transformers = oracle()
     theirs = transformers.GPT2Config(
         vocab_size=config.vocab_size,
         n_positions=config.context_length,

@@ -12,6 +12,7 @@ import convert
 from gptjax import checkpoint, hub, memory, runtime
 from gptjax.config import read_config, read_generation_defaults
 from gptjax.errors import CheckpointError, GptjaxError
+from gptjax.language_model import check_rows
 from gptjax.models import registry
 from gptjax.models.registry import Model
 from gptjax.text import load_tokenizer
@@ -31,7 +32,7 @@ def describe(
     directory = hub.resolve(name)
     config = read_config(directory)
     model = registry.build(config, dtype=runtime.compute_dtype(dtype))
-    length = registry.positions(config, max_length)
+    length, max_batch = registry.positions(config, max_length), check_rows("max_batch", max_batch)
     need = memory.needed(model, batch=max_batch, max_length=length)
     lack = memory.shortfall(model, batch=max_batch, max_length=length, has=need.device.available, device=need.device)
     try:

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from gptjax.config import PUBLISHED
+from gptjax.config import PUBLISHED, ModelConfig, read_config
+from gptjax.errors import RequestError
 from gptjax.evaluate import perplexity
+from gptjax.hub import DEMOS, demos
 from gptjax.language_model import LanguageModel
 from gptjax.text import Tokenizer
 
@@ -87,15 +89,26 @@ def verify(lm: LanguageModel) -> list[Check]:
     Load it in float32: in half precision a greedy token may differ where two are nearly as likely.
 
     Returns:
-      The checks that could be made; an empty list where nothing is known of the checkpoint.
+      The checks that could be made; an empty list where nothing is known of a checkpoint with this vocabulary and
+      these sizes.
+
+    Raises:
+      RequestError: the model was loaded with less than its whole context.
     """
     found = fingerprint(lm.tokenizer)
     vocabulary = VOCABULARIES.get(found)
     if vocabulary is None:
         return []
+    name = next((name for name, config in [*PUBLISHED.items(), _demo(vocabulary)] if config == lm.config), None)
+    known = None if name is None else _KNOWN.get(name)
+    if known is None:
+        return []
+    if lm.max_length < lm.config.context_length:
+        raise RequestError(
+            f"the answers are known for the whole context of {lm.config.context_length} positions, but max_length is "
+            f"{lm.max_length}: load the model without max_length, and unset GPTJAX_MAX_LENGTH"
+        )
     checks = [Check("vocabulary", f"as published for {vocabulary}", found, True)]
-    sizes = next((name for name, config in PUBLISHED.items() if config == lm.config), vocabulary)
-    known = _KNOWN.get(sizes, Known())
     if known.greedy is not None:
         wanted = known.greedy.continuation
         got = lm.generate(known.greedy.prompt_ids, max_tokens=len(wanted), temperature=0, ignore_eos=True).token_ids
@@ -105,6 +118,13 @@ def verify(lm: LanguageModel) -> list[Check]:
         agrees = abs(value / known.perplexity - 1) <= _PERPLEXITY_TOLERANCE
         checks.append(Check("perplexity", f"{known.perplexity:.2f}", f"{value:.2f}", agrees))
     return checks
+
+
+def _demo(vocabulary: str) -> tuple[str, ModelConfig | None]:
+    """A demo's name and configuration, where the vocabulary is one's."""
+    if vocabulary not in demos():
+        return vocabulary, None
+    return vocabulary, read_config(DEMOS / vocabulary)
 
 
 def _ids(token_ids: tuple[int, ...]) -> str:

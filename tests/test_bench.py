@@ -63,6 +63,12 @@ def test_first_calls_and_compilation_are_not_measured(lm):
     assert result.share(result.bytes_per_step / 3.0) == 1
 
 
+def test_compilation_is_told_from_running():
+    fresh = jax.jit(lambda x: x * 2.25)
+    assert bench._compile_seconds(lambda: fresh(1.0)) > 0
+    assert bench._compile_seconds(lambda: fresh(2.0)) == 0
+
+
 def test_nothing_is_compiled_in_a_measured_turn(lm):
     turn = bench.ours(lm.model, lm.params, batch=2, prompt_length=20, steps=3)
     turn()
@@ -104,19 +110,26 @@ def test_the_command_prints_a_table_and_json(capsys):
     assert main(["bench", "gpt2-tales", "--batch", "1", "2", *short]) == 0
     out = capsys.readouterr().out
     assert out.count("\ngptjax ") == 2
-    assert "peak memory" in out
     assert main(["bench", *short, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     (result,) = facts["results"]
     assert facts["ceiling_bytes_per_second"] > 0
-    assert facts["peak_memory_bytes"] > 10_000_000
+    assert result["peak_memory"] > 10_000_000
+    assert result["compile"] >= 0
     assert result["decode_tokens_per_second"] == pytest.approx(1 / result["step_seconds"])
     assert len(result["step"]["seconds"]) == 2
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
-    [(["--random", "gpt5"], "gpt2-xl"), (["--batch", "0"], "--batch"), (["--prompt-length", "512"], "positions")],
+    [
+        (["gpt2-tales", "--random", "gpt2"], "not both"),
+        (["--batch", "100000000"], "try max_batch="),
+        (["--random", "gpt2-xl", "--batch", "100000"], "try max_batch="),
+        (["--random", "gpt5"], "gpt2-xl"),
+        (["--batch", "0"], "--batch"),
+        (["--prompt-length", "512"], "positions"),
+    ],
 )
 def test_bad_arguments_name_the_fix(capsys, argv, says):
     assert main(["bench", "--steps", "2", "--repeats", "1", *argv]) == 1

@@ -82,6 +82,8 @@ def test_stats_go_to_standard_error(capsys):
         (["generate", ""], "empty"),
         (["generate", "word " * 600], "512"),
         (["info", "gpt2-tails"], "gpt2-tales"),
+        (["info", "--max-batch", "0"], "max_batch"),
+        (["info", "--max-batch", "-5"], "max_batch"),
     ],
 )
 def test_an_error_is_one_message_and_status_1(capsys, argv, says):

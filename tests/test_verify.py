@@ -50,6 +50,16 @@ def test_the_command(capsys):
     assert all(json.loads(line)["agrees"] for line in capsys.readouterr().out.splitlines())
 
 
+def test_a_shortened_context_is_no_wrong_answer(demo):
+    with pytest.raises(gptjax.RequestError, match="GPTJAX_MAX_LENGTH"):
+        verify.verify(gptjax.load(demo, dtype="float32", max_length=64))
+
+
+def test_other_sizes_with_a_known_vocabulary_are_unknown(demo, lm, monkeypatch):
+    monkeypatch.setattr(verify, "read_config", lambda directory: PUBLISHED["gpt2-xl"])
+    assert verify.verify(lm) == []
+
+
 def test_an_unknown_checkpoint_is_sent_to_compare(demo, tmp_path, capsys):
     shutil.copytree(demo, tmp_path / "other")
     path = tmp_path / "other" / "tokenizer.json"

@@ -1,4 +1,4 @@
-"""The command line: `gptjax generate | info | doctor | convert`."""
+"""The command line, `gptjax COMMAND`: a module a command."""
 
 import argparse
 import io

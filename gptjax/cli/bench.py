@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
         "bench",
         run,
         summary="measure the speed of prefill and decode",
-        epilog="""Medians over repeats, with the spread from fastest to slowest; first calls, which compile, apart.
+        epilog="""Medians over repeats, with the spread from fastest to slowest; compilation and first calls apart.
 The share of the ceiling is of the memory's speed, measured in the same run by a large copy.
 
 examples:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     import jax
 
-    from gptjax import bench, hub, runtime
+    from gptjax import bench, hub, memory, runtime
     from gptjax.api import DEFAULT_MODEL, load
     from gptjax.config import PUBLISHED
     from gptjax.errors import RequestError
@@ -50,12 +50,15 @@ def run(args: argparse.Namespace) -> int:
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) < 1:
             raise RequestError(f"--{name.replace('_', '-')} must be at least 1, found {values}")
+    if args.random is not None and args.model is not None:
+        raise RequestError("name a checkpoint or --random, not both")
     started = time.perf_counter()
     if args.random is not None:
         if args.random not in PUBLISHED:
             raise RequestError(f"there is no size {args.random!r}; there are {', '.join(PUBLISHED)}")
         runtime.enable_compilation_cache()
         model = registry.build(PUBLISHED[args.random], dtype=runtime.compute_dtype(args.dtype))
+        memory.check(model, batch=max(args.batch), max_length=model.config.context_length)
         params, name, directory = registry.random_params(model), f"{args.random} (random weights)", None
         jax.block_until_ready(params)
     else:
@@ -63,7 +66,6 @@ def run(args: argparse.Namespace) -> int:
         lm = load(name, dtype=args.dtype)
         model, params, directory = lm.model, lm.params, hub.resolve(name)
     load_seconds = time.perf_counter() - started
-    ceiling = bench.measure_ceiling()
     results = []
     for batch in args.batch:
         for length in args.prompt_length:
@@ -71,31 +73,36 @@ def run(args: argparse.Namespace) -> int:
             turns = [("gptjax", bench.ours(model, params, **sizes))]
             if args.versus:
                 turns.append(("transformers", bench.transformers_turn(model, directory=directory, **sizes)))
-            results += bench.run(turns, model, repeats=args.repeats, **sizes)
+            with memory.explained(model, batch=batch, max_length=model.config.context_length):
+                results += bench.run(turns, model, repeats=args.repeats, **sizes)
+            del turns  # and the cache with them, before the next ones take theirs
+    ceiling = bench.measure_ceiling()
     device = jax.devices()[0].device_kind
     dtype = jax.numpy.dtype(model.dtype).name
     if args.json:
         facts = {"model": name, "device": device, "dtype": dtype, "load_seconds": load_seconds}
-        facts |= {"ceiling_bytes_per_second": ceiling, "peak_memory_bytes": bench.peak_memory()}
+        facts |= {"ceiling_bytes_per_second": ceiling}
         print(json.dumps({**facts, "results": [result.to_json(ceiling) for result in results]}))
         return 0
     print(
         f"{name}, {dtype}, on {device}; loaded in {load_seconds:.1f} s; a large copy moves {readable(int(ceiling))}/s"
     )
-    print("engine        rows prompt  prefill tok/s   ms/step      spread   decode tok/s  of ceiling  first call")
+    heads = ("rows prompt  prefill tok/s  spread", "ms/step  spread  decode tok/s", "of ceiling  compile      peak")
+    print(f"engine        {'   '.join(heads)}")
     for result in results:
-        step, first = result.step, result.first_call
-        share = f"{100 * result.share(ceiling):9.0f}%" if result.engine == "gptjax" else " " * 10
-        noise = "  noise: the spread is wide" if step.noisy or result.prefill.noisy else ""
+        share = result.share(ceiling)
+        noisy = [part for part, figure in (("prefill", result.prefill), ("decode", result.step)) if figure.noisy]
         print(
             f"{result.engine:12} {result.batch:5} {result.prompt_length:6} {result.prefill_tokens_per_second:14.0f} "
-            f"{1e3 * step.median:9.3f} {1e3 * step.spread:11.3f} {result.decode_tokens_per_second:14.1f}  {share} "
-            f"{first:9.1f} s{noise}"
+            f"{result.prefill.spread / result.prefill.median:7.0%} {1e3 * result.step.median:9.3f} "
+            f"{result.step.spread / result.step.median:7.0%} {result.decode_tokens_per_second:13.1f}  "
+            + (f"{share:10.0%} {result.compile:6.1f} s" if share is not None else f"{'':10} {'':8}")
+            + f" {readable(result.peak_memory):>9}"
+            + (f"  noise in {' and '.join(noisy)}: small differences mean nothing" if noisy else "")
         )
     for mine, theirs in itertools.pairwise(results):
         if args.versus and mine.engine == "gptjax":
             decode = mine.decode_tokens_per_second / theirs.decode_tokens_per_second
             prefill = mine.prefill_tokens_per_second / theirs.prefill_tokens_per_second
             print(f"{mine.batch} rows: {decode:.2f} times the decode rate of {theirs.engine}, {prefill:.2f} of prefill")
-    print(f"peak memory {readable(bench.peak_memory())}")
     return 0

@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
         "verify",
         run,
         summary="check a published checkpoint against known answers",
-        epilog="""Known are the published GPT-2 models and the demos. For others, see `gptjax compare`.
+        epilog="""Known are the published gpt2 (greedy tokens) and the demo. For others, see `gptjax compare`.
 Exits with 1 where an answer is wrong, as it is of weights that were trained further, or where nothing is known.
 
 examples:
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     checks = verify(load(name, dtype="float32"))
     if not checks:
         raise CheckpointError(
-            f"no answers are known for {name}: its vocabulary is none of the published ones; "
+            f"no answers are known for {name}, as its vocabulary and sizes tell; "
             f"compare it with transformers: gptjax compare {name}"
         )
     for check in checks:

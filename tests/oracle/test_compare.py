@@ -130,6 +130,27 @@ def test_the_command(capsys, monkeypatch, fresh):
     assert "the first stage that differs: block_0/mlp/activation" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--ids", "99999"], "99999"),
+        (["--ids", "-1"], "-1"),
+        (["--prompt", ""], "empty"),
+        (["--ids", *["1"] * 513], "513"),
+    ],
+)
+def test_bad_ids_are_named_before_torch_sees_them(capsys, argv, says):
+    assert main(["compare", *argv]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_a_converted_directory_is_no_matter_for_transformers(capsys, tmp_path):
+    assert main(["convert", "gpt2-tales", str(tmp_path / "converted")]) == 0
+    for command in (["compare"], ["bench", "--versus", "transformers"]):
+        assert main([command[0], str(tmp_path / "converted"), *command[1:]]) == 1
+        assert "name the Hugging Face directory" in capsys.readouterr().err
+
+
 def test_bench_takes_turns_with_transformers(capsys):
     assert main(["bench", "--steps", "4", "--repeats", "2", "--prompt-length", "8", "--versus", "transformers"]) == 0
     out = capsys.readouterr().out
