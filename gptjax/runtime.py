@@ -84,11 +84,6 @@ def device_memory(device: jax.Device | None = None) -> DeviceMemory:
     return DeviceMemory(device.device_kind, device.platform, limit, limit - available, available)
 
 
-def available_memory() -> int:
-    """Bytes that the default device (on a CPU, the machine or the container) still has."""
-    return device_memory().available
-
-
 def cgroup_memory(root: Path = Path("/")) -> list[tuple[int, int]]:
     """(limit, still available), in bytes, of each Linux control group that limits this process's memory.
 

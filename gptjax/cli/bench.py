@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from gptjax.cli.common import MODEL_HELP, add_command
+from gptjax.cli.common import MODEL_HELP, add_command, add_dtype
 
 
 def add(commands: Any) -> None:
@@ -26,7 +26,7 @@ examples:
     )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
     parser.add_argument("--random", metavar="NAME", help="random weights of a published size instead, such as gpt2-xl")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
+    add_dtype(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="rows (default: 1)")
     parser.add_argument("--prompt-length", type=int, nargs="+", default=[128], metavar="T", help="default: 128")
     parser.add_argument("--steps", type=int, default=64, metavar="N", help="decode steps a measurement (default: 64)")

@@ -27,5 +27,10 @@ def add_command(
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options of `gptjax.load`."""
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
+    add_dtype(parser)
     parser.add_argument("--max-length", type=int, metavar="N", help="positions of a sequence (default: all there are)")
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """What to hold the weights and compute in."""
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_model_options
+from gptjax.cli.common import MODEL_HELP, add_command, add_dtype
 
 _PROMPT = "Once upon a time there was a king who had"
 
@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
         run_compare,
         summary="run transformers beside gptjax and compare every stage",
         epilog="""Exits with 1 where a stage differs by more than the dtype explains, and names the first one.
-Needs transformers and torch: pip install 'gptjax[oracle]'
+Computes in float32 unless --dtype says otherwise. Needs transformers and torch: pip install 'gptjax[oracle]'
 
 examples:
   gptjax compare gpt2-tales
@@ -38,7 +38,7 @@ examples:
         parser.add_argument("--ids", type=int, nargs="+", metavar="ID", help="token ids to run instead")
         parser.add_argument("--values", action="store_true", help="show the first eight values of each stage")
         parser.add_argument("--json", action="store_true", help="print one JSON object a stage")
-        add_model_options(parser)
+        add_dtype(parser)
 
 
 def run_compare(args: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def run_compare(args: argparse.Namespace) -> int:
     from gptjax.compare import compare, first_difference
 
     name = args.model or DEFAULT_MODEL
-    lm = load(name, dtype=args.dtype or "float32", max_length=args.max_length)
+    lm = load(name, dtype=args.dtype or "float32")
     rows = compare(lm.model, lm.params, hub.resolve(name), _ids(lm, args))
     width = max(len(row.stage) for row in rows)
     for row in rows:
@@ -74,7 +74,7 @@ def run_trace(args: argparse.Namespace) -> int:
     """Runs `gptjax trace`."""
     from gptjax.api import DEFAULT_MODEL, load
 
-    lm = load(args.model or DEFAULT_MODEL, dtype=args.dtype, max_length=args.max_length)
+    lm = load(args.model or DEFAULT_MODEL, dtype=args.dtype)
     stages = lm.activations(_ids(lm, args))
     width = max(map(len, stages))
     for stage, array in stages.items():

@@ -16,12 +16,6 @@ def _alphabet() -> dict[str, int]:
 
 
 BYTE_OF = _alphabet()
-_LETTER_OF = {byte: letter for letter, byte in BYTE_OF.items()}
-
-
-def spell(text: str) -> str:
-    """How a byte-level vocabulary writes `text`: one letter a byte."""
-    return "".join(_LETTER_OF[byte] for byte in text.encode())
 
 
 def unspell(token: str) -> bytes:
