@@ -6,7 +6,7 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -15,16 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from convert import DTYPES, gpt2, rules
+from convert import DTYPES, gpt2, gpt_oss, rules
 from convert.sources import foreign, safetensors
 from convert.sources.header import NUMPY_DTYPES, TensorInfo
 from gptjax import checkpoint
-from gptjax.config import GPT2Config, ModelConfig, read_config
+from gptjax.config import GPT2Config, GptOssConfig, ModelConfig, read_config
 from gptjax.errors import CheckpointError
 from gptjax.models.registry import abstract_params, build
 from gptjax.progress import Progress
 
-_TABLES: Final = {GPT2Config: gpt2.table}
+_TABLES: Final[dict[type[ModelConfig], Callable[[Any], rules.Table]]] = {
+    GPT2Config: gpt2.table,
+    GptOssConfig: gpt_oss.table,
+}
 COPIED: Final = (  # what a converted directory takes over, where it is there
     "config.json",
     "generation_config.json",
@@ -89,7 +92,7 @@ def convert(
             yield path, array
             del array
 
-    sizes = (_bytes(reader.tensors[fill.source], wanted) for fill in plan.fills)
+    sizes = (_bytes(reader.tensors[name], wanted) for fill in plan.fills for name in fill.sources)
     copies = [source / name for name in COPIED if (source / name).is_file()]
     index = [source / safetensors.INDEX] if (source / safetensors.INDEX).is_file() else []
     with _Hashes((*copies, *index, *reader.files)) as hashes:
@@ -133,7 +136,7 @@ def stored_dtypes(directory: str | PathLike[str], config: ModelConfig) -> dict[c
       CheckpointError: as `stream_params`.
     """
     plan, reader = _open(Path(directory), config)
-    return {fill.path: NUMPY_DTYPES[reader.tensors[fill.source].dtype].name for fill in plan.fills}
+    return {fill.path: NUMPY_DTYPES[reader.tensors[fill.sources[0]].dtype].name for fill in plan.fills}
 
 
 def _open(source: Path, config: ModelConfig) -> tuple[rules.Plan, safetensors.SafetensorsSource]:

@@ -24,29 +24,54 @@ _PIECE: Final = 1 << 22  # elements looked at together, so that checks need litt
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How a target is made of a source."""
+    """How a target is made of its sources."""
 
     name: str
-    source_shape: Callable[[Shape], Shape]  # the shape that fills a target of the given shape
-    apply: Callable[[np.ndarray], np.ndarray]  # a view where possible
-    dtypes: tuple[str, ...] = FLOATS  # that the source may have
+    source_shapes: Callable[[Shape], tuple[Shape, ...]]  # the shapes that fill a target of the given shape
+    apply: Callable[..., np.ndarray]  # takes the sources, in order; a view where possible
+    dtypes: tuple[str, ...] = FLOATS  # that the sources may have
+    fault: Callable[[np.ndarray], str] = lambda array: ""  # what is wrong with a source's data; "" for nothing
 
 
-IDENTITY: Final = Transform("identity", lambda shape: shape, lambda array: array)
+IDENTITY: Final = Transform("identity", lambda shape: (shape,), lambda array: array)
+TRANSPOSED: Final = Transform("transposed", lambda shape: (shape[::-1],), np.transpose)
+
+
+def stacked(sizes: Sequence[int]) -> Transform:
+    """Sources of so many rows each, one after the other along the first axis."""
+    return Transform(
+        "stacked",
+        lambda shape: tuple((size, *shape[1:]) for size in sizes),
+        lambda *arrays: np.concatenate(arrays),
+    )
+
+
+def stacked_transposed(sizes: Sequence[int]) -> Transform:
+    """Matrices of so many rows each, one after the other, as the columns of the target."""
+    return Transform(
+        "stacked and transposed",
+        lambda shape: tuple((size, shape[0]) for size in sizes),
+        lambda *arrays: np.concatenate(arrays).T,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A row of a table: the source tensors of this name fill the target of that path.
+    """A row of a table: the source tensors of this name (or these names) fill the target of that path.
 
     `{N}` stands for a whole number, the same on both sides; `[transformer.]` for a prefix that a checkpoint has either
     everywhere or nowhere. A source may have several rules, each filling a target of its own.
     """
 
-    source: str
+    source: str | tuple[str, ...]  # as many as the transform takes
     target: str  # names joined with "/"
     transform: Transform = IDENTITY
     if_missing: str = ""  # what else to say where no tensor fills the target
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The patterns, one for each part."""
+        return (self.source,) if isinstance(self.source, str) else self.source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +105,7 @@ class Fill:
     """One step of a checked conversion."""
 
     path: Path
-    source: str
+    sources: tuple[str, ...]
     transform: Transform
 
 
@@ -118,14 +143,17 @@ def stream(plan: Plan, source: SafetensorsSource) -> Iterator[tuple[Path, np.nda
             raise CheckpointError(f"{name} differs from {original}; {otherwise}")
         source.release()
     for fill in plan.fills:
-        array = source.read(fill.source)
-        if not _finite(array):
-            raise CheckpointError(
-                f"{_show(fill.source)} holds NaN or infinity: the checkpoint is damaged or its training diverged; "
-                "download it again or use another one"
-            )
-        yield fill.path, fill.transform.apply(array)
-        del array
+        arrays = [source.read(name) for name in fill.sources]
+        for name, array in zip(fill.sources, arrays, strict=True):
+            fault = fill.transform.fault(array) if _finite(array) else "NaN or infinity"
+            if fault:
+                raise CheckpointError(
+                    f"{_show(name)} holds {fault}: the checkpoint is damaged or its training diverged; "
+                    "download it again or use another one"
+                )
+            del array
+        yield fill.path, fill.transform.apply(*arrays)
+        del arrays
         source.release()
 
 
@@ -134,8 +162,8 @@ class _Matcher:
 
     def __init__(self, table: Table, tensors: Mapping[str, TensorInfo], targets: Mapping[Path, Any]):
         self._table, self._tensors, self._targets = table, tensors, targets
-        self._fills: dict[Path, Fill] = {}
-        self._doubled: dict[Path, list[str]] = {}
+        self._rules: dict[Path, Rule] = {}  # that fill a target, in the order in which the data lies
+        self._parts: dict[Path, dict[int, list[str]]] = {}  # the sources found for each of its parts
         self._copies: list[tuple[str, str, str]] = []
         self._prefixed: dict[bool, str] = {}  # whether a name has the optional prefix -> the first such name
         self._faults: dict[str, list[str]] = {
@@ -157,10 +185,12 @@ class _Matcher:
             self._fault(
                 "mixed up", f"{_show(self._prefixed[True])} has a prefix, {_show(self._prefixed[False])} has none"
             )
-        for path, names in self._doubled.items():
-            self._fault("filling the same weight", f"{'/'.join(path)}: {', '.join(map(_show, names))}")
-        for path in self._targets.keys() - self._fills.keys():
-            self._fault("missing", self._source_of(path))
+        for path, parts in self._parts.items():
+            for names in parts.values():
+                if len(names) > 1:
+                    self._fault("filling the same weight", f"{'/'.join(path)}: {', '.join(map(_show, names))}")
+        for path in self._targets:
+            self._faults["missing"] += self._missing(path)
         groups = [
             f"{len(faults)} tensor{'s' * (len(faults) > 1)} {kind}:\n" + listed(sorted(faults), indent="    ")
             for kind, faults in self._faults.items()
@@ -171,7 +201,11 @@ class _Matcher:
                 "the tensors do not fit the model that config.json describes; correct config.json or get the "
                 "checkpoint again\n  " + "\n  ".join(groups)
             )
-        return Plan(tuple(self._fills.values()), tuple(self._copies))
+        fills = (
+            Fill(path, tuple(self._parts[path][part][0] for part in range(len(rule.sources))), rule.transform)
+            for path, rule in self._rules.items()
+        )
+        return Plan(tuple(fills), tuple(self._copies))
 
     def _fault(self, kind: str, text: str) -> None:
         self._faults[kind].append(text)
@@ -184,15 +218,16 @@ class _Matcher:
                 self._match_copy(copy, name, info)
         absent = ""
         for rule in self._table.rules:
-            values = self._matched(rule.source, name)
-            if values is None:
-                continue
-            path = tuple(_filled(rule.target, values).split("/"))
-            if path in self._targets:
-                known = True
-                self._fill(Fill(path, name, rule.transform), info)
-            else:
-                absent = f" (the model has no {_show('/'.join(path))})"
+            for part, source in enumerate(rule.sources):
+                values = self._matched(source, name)
+                if values is None:
+                    continue
+                path = tuple(_filled(rule.target, values).split("/"))
+                if path in self._targets:
+                    known = True
+                    self._fill(path, rule, part, info)
+                else:
+                    absent = f" (the model has no {_show('/'.join(path))})"
         if not known:
             self._fault("unknown", _show(name) + absent)
 
@@ -205,19 +240,17 @@ class _Matcher:
             self._prefixed.setdefault(bool(values.pop("_prefix")), name)
         return values
 
-    def _fill(self, fill: Fill, info: TensorInfo) -> None:
-        target = self._targets[fill.path]
-        expected = fill.transform.source_shape(tuple(target.shape))
+    def _fill(self, path: Path, rule: Rule, part: int, info: TensorInfo) -> None:
+        expected = rule.transform.source_shapes(tuple(self._targets[path].shape))[part]
         if info.shape != expected:
-            self._fault("of a wrong shape", f"{_show(fill.source)} is {list(info.shape)}, expected {list(expected)}")
-        if info.dtype not in fill.transform.dtypes:
+            self._fault("of a wrong shape", f"{_show(info.name)} is {list(info.shape)}, expected {list(expected)}")
+        if info.dtype not in rule.transform.dtypes:
             self._fault(
                 "of a wrong dtype",
-                f"{_show(fill.source)} is {info.dtype}, expected {' or '.join(fill.transform.dtypes)}",
+                f"{_show(info.name)} is {info.dtype}, expected {' or '.join(rule.transform.dtypes)}",
             )
-        first = self._fills.setdefault(fill.path, fill)
-        if first is not fill:
-            self._doubled.setdefault(fill.path, [first.source]).append(fill.source)
+        self._rules.setdefault(path, rule)
+        self._parts.setdefault(path, {}).setdefault(part, []).append(info.name)
 
     def _match_copy(self, copy: Copy, name: str, info: TensorInfo) -> None:
         for other in self._tensors.values():
@@ -229,15 +262,17 @@ class _Matcher:
             elif info.dtype in FLOATS:
                 self._copies.append((name, other.name, copy.otherwise))
 
-    def _source_of(self, path: Path) -> str:
-        """The name of the tensor that would have filled a target."""
+    def _missing(self, path: Path) -> list[str]:
+        """The names of the tensors that would have filled a target, or the parts of it that nothing fills."""
+        found = self._parts.get(path, {})
         for rule in self._table.rules:
             match = _compiled(rule.target).fullmatch("/".join(path))
             if match is not None:
                 optional = r"\1" if True in self._prefixed else ""
-                name = _filled(re.sub(r"\[(.*?)\]", optional, rule.source), match.groupdict())
-                return "; ".join(filter(None, (name, rule.if_missing)))
-        return f"none of the rules fills {'/'.join(path)}: a fault of gptjax, please report it"
+                names = [_filled(re.sub(r"\[(.*?)\]", optional, source), match.groupdict()) for source in rule.sources]
+                lacking = [name for part, name in enumerate(names) if part not in found]
+                return ["; ".join(filter(None, (name, rule.if_missing))) for name in lacking]
+        return [f"none of the rules fills {'/'.join(path)}: a fault of gptjax, please report it"]
 
 
 @functools.cache

@@ -32,4 +32,6 @@ VOCAB: Final = "V"
 POSITION: Final = "P"
 MLP: Final = "F"
 HEADS: Final = "NH"
+QUERY_HEADS: Final = "N"
+EXPERTS: Final = "E"
 QKV_HEADS: Final = "RH"  # all query heads, then all key heads, then all value heads

@@ -1,6 +1,7 @@
 """The key/value cache: preallocated, of static shape, an argument and a result of the model."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,86 +9,128 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import reference
 
-SLOT_MULTIPLE = reference.BLOCK  # a cache's length is a multiple of this, as blocked attention wants
+SLOT_MULTIPLE = reference.BLOCK  # a cache's capacity is a multiple of this, as blocked attention wants
+
+Attended = tuple[jax.Array, jax.Array, jax.Array]  # k [B, K, S, H], v [B, K, S, H], positions [B, S]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all layers, `B` slots of `S` positions. A slot holds one sequence; position p lies at index p.
+    """Keys and values of all layers for `B` slots, each of one sequence.
 
-    Layers are separate arrays, so that each is updated in place where the cache is donated. What lies at or beyond a
-    slot's length is undefined and never attended to.
+    A layer has S places a slot: the `capacity`, or the window of a layer that slides, whichever is less. Position p
+    lies at index p mod S, so a sliding layer keeps a ring of the last S positions. What lies beyond a slot's length is
+    undefined and never attended to.
+
+    Layers are separate arrays, so that each is updated in place where the cache is donated.
     """
 
     k: tuple[jax.Array, ...]  # L × [B, K, S, H]
     v: tuple[jax.Array, ...]  # L × [B, K, S, H]
     lengths_B: jax.Array  # int32: positions in use
+    capacity: int = dataclasses.field(metadata={"static": True})  # positions a slot has room for
 
     @classmethod
     def create(
-        cls, *, num_layers: int, batch: int, max_length: int, num_kv_heads: int, head_width: int, dtype: Any
+        cls,
+        *,
+        windows: Sequence[int | None],
+        batch: int,
+        max_length: int,
+        num_kv_heads: int,
+        head_width: int,
+        dtype: Any,
     ) -> "KVCache":
-        """An empty cache of at least `max_length` positions a slot (rounded up to SLOT_MULTIPLE)."""
-        slots = -(-max_length // SLOT_MULTIPLE) * SLOT_MULTIPLE
-        shape = (batch, num_kv_heads, slots, head_width)
-        # Zeros, not empty: uninitialised memory may hold NaN.
-        arrays = [tuple(jnp.zeros(shape, dtype) for _ in range(num_layers)) for _ in "kv"]
-        return cls(k=arrays[0], v=arrays[1], lengths_B=jnp.zeros((batch,), jnp.int32))
+        """An empty cache of at least `max_length` positions a slot (rounded up to SLOT_MULTIPLE).
 
-    @property
-    def capacity(self) -> int:
-        """S: the positions a slot has room for."""
-        return self.k[0].shape[2]
+        Args:
+          windows: of each layer; None where it attends to all positions.
+        """
+        capacity = -(-max_length // SLOT_MULTIPLE) * SLOT_MULTIPLE
+        places = [capacity if window is None else min(window, capacity) for window in windows]
+        # Zeros, not empty: uninitialised memory may hold NaN.
+        k, v = (tuple(jnp.zeros((batch, num_kv_heads, S, head_width), dtype) for S in places) for _ in "kv")
+        return cls(k=k, v=v, lengths_B=jnp.zeros((batch,), jnp.int32), capacity=capacity)
+
+    def update(
+        self, layer: int, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array
+    ) -> tuple[Attended, "KVCache"]:
+        """Adds a layer's new keys and values at their positions; padding, at negative ones, is not written.
+
+        The lengths stay as they are until `extended`, which comes after all layers.
+
+        Returns:
+          What queries at these positions attend to, and the cache. Several tokens would overwrite places of a ring that
+          the first of them still see: they attend to the ring as it was, and to themselves.
+        """
+        old_k_BKSH, old_v_BKSH = self.k[layer], self.v[layer]
+        S, T = old_k_BKSH.shape[2], positions_BT.shape[1]
+        last_B1 = positions_BT.max(axis=1, keepdims=True)
+        kept_BT = jnp.where(positions_BT > last_B1 - S, positions_BT, -1)  # of a ring's places, each is written once
+        k_BKSH, v_BKSH = _write(old_k_BKSH, k_BTKH, kept_BT), _write(old_v_BKSH, v_BTKH, kept_BT)
+        cache = dataclasses.replace(
+            self,
+            k=(*self.k[:layer], k_BKSH, *self.k[layer + 1 :]),
+            v=(*self.v[:layer], v_BKSH, *self.v[layer + 1 :]),
+        )
+        if self.capacity == S or T == 1:
+            lengths_B = jnp.maximum(self.lengths_B, last_B1[:, 0] + 1)
+            return (k_BKSH, v_BKSH, _positions(lengths_B, S)), cache
+        new_k_BKTH, new_v_BKTH = (x.transpose(0, 2, 1, 3).astype(k_BKSH.dtype) for x in (k_BTKH, v_BTKH))
+        attended = (
+            jnp.concatenate((old_k_BKSH, new_k_BKTH), axis=2),
+            jnp.concatenate((old_v_BKSH, new_v_BKTH), axis=2),
+            jnp.concatenate((_positions(self.lengths_B, S), positions_BT), axis=1),
+        )
+        return attended, cache
 
     def extended(self, positions_BT: jax.Array) -> "KVCache":
         """The cache with its lengths grown to hold the given positions (negative ones are padding)."""
         return dataclasses.replace(self, lengths_B=jnp.maximum(self.lengths_B, positions_BT.max(axis=1) + 1))
-
-    def written(self, layer: int, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "KVCache":
-        """The cache with a layer's new keys and values at their positions. Padding is not written."""
-
-        def write(arrays: tuple[jax.Array, ...], new_BTKH: jax.Array) -> tuple[jax.Array, ...]:
-            array_BKSH, new_BTKH = arrays[layer], new_BTKH.astype(arrays[layer].dtype)
-            if positions_BT.shape[1] == 1:
-                # On a CPU, XLA's scatter converts the whole of a half-precision cache to float32 and back. (What is
-                # left in bfloat16, which XLA has no arithmetic for there, are the conversions of each step.)
-                array_BKSH = jax.lax.platform_dependent(
-                    array_BKSH, new_BTKH, positions_BT, cpu=_write_row_by_row, default=_scatter
-                )
-            else:
-                array_BKSH = _scatter(array_BKSH, new_BTKH, positions_BT)
-            return (*arrays[:layer], array_BKSH, *arrays[layer + 1 :])
-
-        return dataclasses.replace(self, k=write(self.k, k_BTKH), v=write(self.v, v_BTKH))
-
-    def positions_BS(self) -> jax.Array:
-        """The position of the token at each index of each slot; -1 where there is none."""
-        index_S = jnp.arange(self.capacity, dtype=jnp.int32)
-        return jnp.where(index_S < self.lengths_B[:, None], index_S, -1)
 
     def with_row(self, slot: jax.Array, row: "KVCache") -> "KVCache":
         """The cache with a slot replaced by a cache of one row, of the same capacity."""
         return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, slot, axis=0), self, row)
 
 
-def _scatter(array_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+def _positions(lengths_B: jax.Array, places: int) -> jax.Array:
+    """The position of what lies at each place of a ring [B, S]: the last of its kind in use, -1 for none."""
+    last_B1 = lengths_B[:, None] - 1
+    position_BS = last_B1 - (last_B1 - jnp.arange(places, dtype=jnp.int32)) % places
+    return jnp.where(position_BS < 0, -1, position_BS)
+
+
+def _write(array_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    new_BTKH = new_BTKH.astype(array_BKSH.dtype)
+    places = array_BKSH.shape[2]
     # Index S is out of bounds, and such updates are dropped; -1 would wrap around to the last one.
-    slot_BT = jnp.where(positions_BT < 0, array_BKSH.shape[2], positions_BT)
+    place_BT = jnp.where(positions_BT < 0, places, positions_BT % places)
+    if positions_BT.shape[1] > 1:
+        return _scatter(array_BKSH, new_BTKH, place_BT)
+    # On a CPU, XLA's scatter converts the whole of a half-precision cache to float32 and back. (What is left in
+    # bfloat16, which XLA has no arithmetic for there, are the conversions of each step.)
+    written: jax.Array = jax.lax.platform_dependent(
+        array_BKSH, new_BTKH, place_BT, cpu=_write_row_by_row, default=_scatter
+    )
+    return written
+
+
+def _scatter(array_BKSH: jax.Array, new_BTKH: jax.Array, place_BT: jax.Array) -> jax.Array:
     row_B1 = jnp.arange(array_BKSH.shape[0])[:, None]
-    return array_BKSH.at[row_B1, :, slot_BT].set(new_BTKH, mode="drop")
+    return array_BKSH.at[row_B1, :, place_BT].set(new_BTKH, mode="drop")
 
 
-def _write_row_by_row(array_BKSH: jax.Array, new_B1KH: jax.Array, positions_B1: jax.Array) -> jax.Array:
-    """`_scatter` for one position a row."""
-    _, K, _, H = array_BKSH.shape
+def _write_row_by_row(array_BKSH: jax.Array, new_B1KH: jax.Array, place_B1: jax.Array) -> jax.Array:
+    """`_scatter` for one token a row."""
+    _, K, S, H = array_BKSH.shape
     new_BK1H = new_B1KH.transpose(0, 2, 1, 3)
 
     def write(row: jax.Array, array_BKSH: jax.Array) -> jax.Array:
-        position = positions_B1[row, 0]
-        start = (row, 0, jnp.maximum(position, 0), 0)
+        place = place_B1[row, 0]
+        start = (row, 0, place, 0)  # clamped, where it is out of bounds
         old_1K1H = jax.lax.dynamic_slice(array_BKSH, start, (1, K, 1, H))
         new_1K1H = jax.lax.dynamic_slice_in_dim(new_BK1H, row, 1)
-        return jax.lax.dynamic_update_slice(array_BKSH, jnp.where(position < 0, old_1K1H, new_1K1H), start)
+        return jax.lax.dynamic_update_slice(array_BKSH, jnp.where(place >= S, old_1K1H, new_1K1H), start)
 
     return jax.lax.fori_loop(0, array_BKSH.shape[0], write, array_BKSH)

@@ -46,18 +46,16 @@ _MAX_FAULTS: Final = 20
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
-    """The leaves of nested dicts, by their paths."""
-    flat: dict[Path, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update({(name, *path): leaf for path, leaf in flatten(value).items()})
-        else:
-            flat[(name,)] = value
-    return flat
+    """The leaves of nested dicts, by their paths. A packed weight is two: …/blocks and …/scales."""
+    return {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _names(path: tuple[Any, ...]) -> Path:
+    return tuple(str(key.key if isinstance(key, jax.tree_util.DictKey) else key.name) for key in path)
 
 
 def nest(flat: Mapping[Path, Any]) -> Params:
-    """The inverse of `flatten`."""
+    """Nested dicts of leaves by their paths."""
     tree: Params = {}
     for path, leaf in flat.items():
         node = tree
@@ -119,7 +117,8 @@ def place(
     missing = sorted("/".join(path) for path in wanted.keys() - placed.keys())
     if missing:
         raise CheckpointError(f"weights are missing: {', '.join(missing[:_MAX_FAULTS])}; convert the checkpoint again")
-    return nest({path: placed[path] for path in wanted})
+    params: Params = jax.tree_util.tree_map_with_path(lambda path, _: placed[_names(path)], targets)
+    return params
 
 
 def _bytes(leaf: Any) -> int:
@@ -127,6 +126,8 @@ def _bytes(leaf: Any) -> int:
 
 
 def _put(array: np.ndarray, sharding: Any) -> jax.Array:
+    if sharding is None and array.ndim == 2 and array.flags.f_contiguous and not array.flags.c_contiguous:
+        return _transpose(_put(array.T, None))  # the device does it faster than the host
     if sharding is not None and not sharding.is_fully_addressable:  # several hosts, each of which has the whole array
         result: jax.Array = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     else:
@@ -136,6 +137,9 @@ def _put(array: np.ndarray, sharding: Any) -> jax.Array:
         # is with may_alias=False too in JAX 0.10.) What XLA has computed it owns.
         result = result.copy()
     return jax.block_until_ready(result)  # host memory stays bounded: nothing is in flight when the next one is read
+
+
+_transpose = jax.jit(jnp.transpose, donate_argnums=0)
 
 
 def restore(directory: FilePath, targets: Mapping[str, Any], *, progress: Progress | None = None) -> Params:

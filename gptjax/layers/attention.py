@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gptjax.axes import HEADS, QKV_HEADS, WIDTH
+from gptjax.axes import HEADS, QKV_HEADS, QUERY_HEADS, WIDTH
 from gptjax.cache import KVCache
+from gptjax.config.rope import Rope
 from gptjax.layers.linear import Linear
 from gptjax.layers.observe import observe
+from gptjax.layers.rope import rotate, rotation
 from pallas_kernels.attention import attention
 
 
@@ -22,9 +24,14 @@ class Attention(nn.Module):
     head_width: int  # H
     scale: float  # what scores are multiplied with
     layer: int  # whose cache this is
+    mxfp4: bool  # the kernels are packed
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
+    use_bias: bool = True
+    rope: Rope | None = None  # None where positions are not rotary
+    window: int | None = None  # positions that a query sees, itself included; None is all
+    use_sinks: bool = False  # a learned logit a head, which takes its share of the softmax and has no value
 
     @nn.compact
     def __call__(
@@ -32,25 +39,35 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """[B, T, D] -> [B, T, D], and the cache with this layer's new keys and values (None stays None)."""
         N, K, H = self.num_heads, self.num_kv_heads, self.head_width
-        linear = partial(Linear, dtype=self.dtype, param_dtype=self.param_dtype)
+        linear = partial(
+            Linear, use_bias=self.use_bias, mxfp4=self.mxfp4, dtype=self.dtype, param_dtype=self.param_dtype
+        )
         qkv = linear((N + 2 * K) * H, (WIDTH, QKV_HEADS), name="qkv")
         heads_BTRH = qkv(x_BTD).reshape(*x_BTD.shape[:2], N + 2 * K, H)
         q_BTNH, k_BTKH, v_BTKH = jnp.split(heads_BTRH, (N, N + K), axis=2)
         for name, value in (("q", q_BTNH), ("k", k_BTKH), ("v", v_BTKH)):
             observe(self, name, value)
+        if self.rope is not None:
+            cos, sin = rotation(self.rope, H, positions_BT)
+            q_BTNH, k_BTKH = rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin)
         if cache is None:
             k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
             k_positions_BS = positions_BT
         else:
-            cache = cache.written(self.layer, k_BTKH, v_BTKH, positions_BT)
-            k_BKSH, v_BKSH, k_positions_BS = cache.k[self.layer], cache.v[self.layer], cache.positions_BS()
+            (k_BKSH, v_BKSH, k_positions_BS), cache = cache.update(self.layer, k_BTKH, v_BTKH, positions_BT)
+        sinks_N = None
+        if self.use_sinks:
+            init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (QUERY_HEADS,))
+            sinks_N = self.param("sinks", init, (N,), self.param_dtype)
         out_BTNH = attention(
             q_BTNH,
             k_BKSH,
             v_BKSH,
             positions_BT,
             k_positions_BS,
+            sinks_N,
             scale=self.scale,
+            window=self.window,
             cached=cache is not None,
             implementation=self.implementation,
         )

@@ -28,13 +28,14 @@ class MLP(nn.Module):
 
     mlp_width: int
     activation: str  # a key of ACTIVATIONS
+    mxfp4: bool  # the kernels are packed
     dtype: DTypeLike
     param_dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        linear = partial(Linear, dtype=self.dtype, param_dtype=self.param_dtype)
+        linear = partial(Linear, dtype=self.dtype, param_dtype=self.param_dtype, mxfp4=self.mxfp4)
         h_BTF = linear(self.mlp_width, (WIDTH, MLP_AXIS), name="up")(x_BTD)
         h_BTF = ACTIVATIONS[self.activation](h_BTF.astype(jnp.float32)).astype(self.dtype)
         observe(self, "activation", h_BTF)

@@ -31,3 +31,20 @@ class LayerNorm(nn.Module):
         normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + self.epsilon)
         scaled = normed * weight("scale", nn.initializers.ones_init()) + weight("bias", nn.initializers.zeros_init())
         return observe(self, "output", scaled.astype(self.dtype))
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x²) + epsilon) * scale`, over the last axis; multiplied before it is rounded to `dtype`."""
+
+    epsilon: float
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D] of `dtype`."""
+        init = nn.with_logical_partitioning(nn.initializers.ones_init(), (WIDTH,))
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        normed = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
+        return observe(self, "output", (normed * scale).astype(self.dtype))

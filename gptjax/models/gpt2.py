@@ -12,11 +12,13 @@ from jax.typing import DTypeLike
 
 from gptjax.axes import POSITION, VOCAB, WIDTH
 from gptjax.cache import KVCache
-from gptjax.config import GPT2Config
+from gptjax.config.gpt2 import GPT2Config
+from gptjax.config.quantization import packs
 from gptjax.layers.attention import Attention
 from gptjax.layers.mlp import MLP
 from gptjax.layers.norm import LayerNorm
 from gptjax.layers.observe import observe
+from gptjax.layers.weight import Weight, embed, unembed, weight
 
 
 class Block(nn.Module):
@@ -43,11 +45,12 @@ class Block(nn.Module):
             head_width=config.head_width,
             scale=scale,
             layer=self.layer,
+            mxfp4=packs(config.mxfp4, "linear"),
             implementation=self.implementation,
             name="attention",
             **dtypes,
         )
-        mlp = MLP(config.mlp_width, config.activation, name="mlp", **dtypes)
+        mlp = MLP(config.mlp_width, config.activation, packs(config.mxfp4, "linear"), name="mlp", **dtypes)
 
         out_BTD, cache = attention(
             LayerNorm(config.norm_epsilon, name="attention_norm", **dtypes)(x_BTD), positions_BT, cache
@@ -75,14 +78,10 @@ class GPT2(nn.Module):
     def setup(self) -> None:
         """Declares the weights."""
         config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        normal = nn.initializers.normal(0.02)
-        embedding_init = nn.with_logical_partitioning(normal, (VOCAB, WIDTH))
-        self.token_embedding = self.param(
-            "token_embedding", embedding_init, (config.vocab_size, config.width), self.param_dtype
-        )
+        self.token_embedding = self._embedding("token_embedding")
         self.position_embedding = self.param(
             "position_embedding",
-            nn.with_logical_partitioning(normal, (POSITION, WIDTH)),
+            nn.with_logical_partitioning(nn.initializers.normal(0.02), (POSITION, WIDTH)),
             (config.context_length, config.width),
             self.param_dtype,
         )
@@ -92,9 +91,7 @@ class GPT2(nn.Module):
         ]
         self.final_norm = LayerNorm(config.norm_epsilon, **dtypes)
         if not config.tied_head:
-            self.head_embedding = self.param(
-                "head_embedding", embedding_init, (config.vocab_size, config.width), self.param_dtype
-            )
+            self.head_embedding = self._embedding("head_embedding")
 
     def __call__(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache | None = None
@@ -110,18 +107,27 @@ class GPT2(nn.Module):
         Returns:
           [B, T, D] of `dtype`, and the cache.
         """
-        if cache is not None:
-            cache = cache.extended(positions_BT)
         # Padding reads row 0, whatever stands there: it is not attended to, and must only be in bounds.
-        tokens_BTD = self.token_embedding[jnp.where(positions_BT < 0, 0, tokens_BT)]
+        tokens_BTD = embed(self.token_embedding, jnp.where(positions_BT < 0, 0, tokens_BT), self.dtype)
         positions_BTD = self.position_embedding[jnp.maximum(positions_BT, 0)]
-        x_BTD = tokens_BTD.astype(self.dtype) + positions_BTD.astype(self.dtype)
+        x_BTD = tokens_BTD + positions_BTD.astype(self.dtype)
         observe(self, "embedding", x_BTD)
         for block in self.blocks:
             x_BTD, cache = block(x_BTD, positions_BT, cache)
-        return self.final_norm(x_BTD), cache
+        return self.final_norm(x_BTD), None if cache is None else cache.extended(positions_BT)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits of hidden states, [..., D] -> [..., V] float32."""
-        embedding_VD = self.token_embedding if self.config.tied_head else self.head_embedding
-        return jnp.einsum("...d,vd->...v", hidden, embedding_VD.astype(self.dtype), preferred_element_type=jnp.float32)
+        return unembed(hidden, self.token_embedding if self.config.tied_head else self.head_embedding, self.dtype)
+
+    def _embedding(self, name: str) -> Weight:
+        config = self.config
+        return weight(
+            self,
+            name,
+            (config.vocab_size, config.width),
+            (VOCAB, WIDTH),
+            param_dtype=self.param_dtype,
+            mxfp4=packs(config.mxfp4, "embedding"),
+            summed=-1,
+        )

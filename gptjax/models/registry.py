@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -11,14 +12,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptjax.cache import KVCache
-from gptjax.config import GPT2Config, ModelConfig
+from gptjax.config import GPT2Config, GptOssConfig, ModelConfig
 from gptjax.errors import CapacityError, RequestError
+from gptjax.layers.weight import random_mxfp4
 from gptjax.models.gpt2 import GPT2
+from gptjax.models.gpt_oss import GptOss
+from pallas_kernels.mxfp4 import MXFP4
 
-Model = GPT2  # the union of all models
+Model = GPT2 | GptOss  # the union of all models
 Params = dict[str, Any]  # nested; the leaves are arrays
 
-_MODELS: Final = {GPT2Config: GPT2}
+_MODELS: Final[dict[type[ModelConfig], Callable[..., Model]]] = {GPT2Config: GPT2, GptOssConfig: GptOss}
 
 
 def build(
@@ -42,15 +46,19 @@ def init_params(model: Model, key: jax.Array) -> Params:
 
 def random_params(model: Model, seed: int = 0) -> Params:
     """Random weights of the real shapes, made on the device a leaf at a time; for measuring, where no checkpoint is."""
-    leaves, tree = jax.tree.flatten(abstract_params(model))
+    leaves, tree = jax.tree.flatten(abstract_params(model), is_leaf=lambda node: isinstance(node, MXFP4))
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        tree, [_random_leaf(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
-    )
+    return jax.tree.unflatten(tree, list(map(_random_leaf, keys, leaves)))
+
+
+def _random_leaf(key: jax.Array, leaf: jax.ShapeDtypeStruct | MXFP4) -> jax.Array | MXFP4:
+    if isinstance(leaf, MXFP4):
+        return random_mxfp4(key, leaf.shape)
+    return _normal(key, leaf.shape, leaf.dtype)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _random_leaf(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     return 0.02 * jax.random.normal(key, shape, dtype)
 
 
@@ -60,15 +68,16 @@ def abstract_params(model: Model) -> Params:
 
 
 def num_params(model: Model) -> int:
-    """How many numbers the model's weights are."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)))
+    """How many numbers the model's weights are, packed or not."""
+    leaves = jax.tree.leaves(abstract_params(model), is_leaf=lambda node: isinstance(node, MXFP4))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def create_cache(model: Model, *, batch: int, max_length: int) -> KVCache:
     """An empty cache for the model."""
     config = model.config
     return KVCache.create(
-        num_layers=config.num_layers,
+        windows=config.windows,
         batch=batch,
         max_length=max_length,
         num_kv_heads=config.num_kv_heads,

@@ -12,17 +12,20 @@ def attention(
     v_BKSH: jax.Array,
     q_positions_BT: jax.Array,
     k_positions_BS: jax.Array,
+    sinks_N: jax.Array | None = None,
     *,
     scale: float,
+    window: int | None = None,
     cached: bool,
     implementation: str = dispatch.AUTO,
 ) -> jax.Array:
-    """Causal attention with grouped queries.
+    """Causal attention with grouped queries, sinks and sliding windows.
 
     Means, for a query head n that uses key/value head k = n // (N / K), float32 inside:
 
-        seen[t, s]  = 0 <= k_positions[s] <= q_positions[t]
-        weights[t]  = softmax(where(seen[t], q[t, n] · k[k, :] * scale, -inf))       (0 where nothing is seen)
+        seen[t, s]  = 0 <= k_positions[s] <= q_positions[t] < k_positions[s] + window
+        scores[t]   = where(seen[t], q[t, n] · k[k, :] * scale, -inf)
+        weights[t]  = softmax(concatenate(scores[t], sinks[n]))[:-1]       (0 where nothing is seen and no sink is)
         out[t, n]   = Σ_s weights[t, s] * v[k, s]
 
     Args:
@@ -31,7 +34,9 @@ def attention(
         influence, not even NaN.
       q_positions_BT, k_positions_BS: int32 position of each query and key in its sequence; negative is padding, whose
         result is 0.
+      sinks_N: a logit of each query head that takes its share of the softmax and has no value; None for no sinks.
       scale: what scores are multiplied with.
+      window: the positions that a query sees, itself included; None for all up to its own.
       cached: the keys lie in a preallocated cache, at most partly filled: read only the blocks in use. Otherwise all
         scores are computed at once, which can be differentiated.
       implementation: "auto" or "xla".
@@ -47,4 +52,4 @@ def attention(
         raise ValueError(f"{N} query heads cannot share {K} key/value heads: not a multiple")
     available = {"xla": reference.cached if cached else reference.dense}
     run = dispatch.choose("attention", implementation, available)
-    return run(q_BTNH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, scale=scale)
+    return run(q_BTNH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, sinks_N, scale=scale, window=window)

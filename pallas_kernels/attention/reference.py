@@ -5,15 +5,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-DENSE_SCORES = 1 << 22  # T·S up to which an accelerator computes all scores at once
+DENSE_SCORES = 1 << 26  # B·N·T·S, a quarter of a gigabyte, up to which an accelerator computes all scores at once
 BLOCK = 128  # cache positions a step of `blocked` reads; part of the results' bits, so not tuned by device
 _MASKED = -1e30  # finite, so that a query that sees no key gives 0 and not NaN
 
 
-def visible(q_positions_BT: jax.Array, k_positions_BS: jax.Array) -> jax.Array:
-    """The causal mask [B, T, S]: a key is seen from its own position on; negative positions are padding."""
-    k_B1S = k_positions_BS[:, None, :]
-    return (k_B1S >= 0) & (k_B1S <= q_positions_BT[:, :, None])
+def visible(q_positions_BT: jax.Array, k_positions_BS: jax.Array, window: int | None = None) -> jax.Array:
+    """The mask [B, T, S]: a key is seen from its own position on, over `window` positions; negative is padding."""
+    q_BT1, k_B1S = q_positions_BT[:, :, None], k_positions_BS[:, None, :]
+    seen_BTS = (k_B1S >= 0) & (k_B1S <= q_BT1)
+    return seen_BTS if window is None else seen_BTS & (k_B1S > q_BT1 - window)
 
 
 def _scores(q_BTKGH: jax.Array, k_BKSH: jax.Array, scale: float, seen_BTS: jax.Array) -> jax.Array:
@@ -26,6 +27,17 @@ def _weigh(weights_BKGTS: jax.Array, v_BKSH: jax.Array, seen_BTS: jax.Array) -> 
     v_BKSH = jnp.where(seen_BTS.any(axis=1)[:, None, :, None], v_BKSH, 0)
     weights_BKGTS = weights_BKGTS.astype(v_BKSH.dtype)
     return jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH, preferred_element_type=jnp.float32)
+
+
+def _start(sinks_N: jax.Array | None, num_kv_heads: int) -> tuple[jax.Array, jax.Array]:
+    """The maximum and the total of a softmax that has seen no key yet, [1, K, G, 1, 1]: the sink's, where there is one.
+
+    exp(sink - sink) is 1.
+    """
+    if sinks_N is None:
+        return jnp.full((1, 1, 1, 1, 1), _MASKED, jnp.float32), jnp.zeros((1, 1, 1, 1, 1), jnp.float32)
+    sinks_1KG11 = sinks_N.astype(jnp.float32).reshape(1, num_kv_heads, -1, 1, 1)
+    return sinks_1KG11, jnp.ones_like(sinks_1KG11)
 
 
 def _grouped(q_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
@@ -43,13 +55,21 @@ def dense(
     v_BKSH: jax.Array,
     q_positions_BT: jax.Array,
     k_positions_BS: jax.Array,
+    sinks_N: jax.Array | None = None,
     *,
     scale: float,
+    window: int | None = None,
 ) -> jax.Array:
     """All scores at once, differentiable. See `api.attention` for the meaning of the arguments."""
-    seen_BTS = visible(q_positions_BT, k_positions_BS)
-    scores_BKGTS = _scores(_grouped(q_BTNH, k_BKSH.shape[1]), k_BKSH, scale, seen_BTS)
-    weights_BKGTS = jnp.where(seen_BTS[:, None, None], jax.nn.softmax(scores_BKGTS, axis=-1), 0)
+    K = k_BKSH.shape[1]
+    seen_BTS = visible(q_positions_BT, k_positions_BS, window)
+    scores_BKGTS = _scores(_grouped(q_BTNH, K), k_BKSH, scale, seen_BTS)
+    start, total = _start(sinks_N, K)
+    # The result does not depend on the maximum, so neither does its derivative.
+    maximum_BKGT1 = jax.lax.stop_gradient(jnp.maximum(start, scores_BKGTS.max(axis=-1, keepdims=True)))
+    weights_BKGTS = jnp.where(seen_BTS[:, None, None], jnp.exp(scores_BKGTS - maximum_BKGT1), 0)
+    total_BKGT1 = total * jnp.exp(start - maximum_BKGT1) + weights_BKGTS.sum(axis=-1, keepdims=True)
+    weights_BKGTS = weights_BKGTS / jnp.where(total_BKGT1 == 0, 1, total_BKGT1)
     return _ungrouped(_weigh(weights_BKGTS, v_BKSH, seen_BTS), q_BTNH)
 
 
@@ -59,29 +79,32 @@ def blocked(
     v_BKSH: jax.Array,
     q_positions_BT: jax.Array,
     k_positions_BS: jax.Array,
+    sinks_N: jax.Array | None = None,
     *,
     scale: float,
+    window: int | None = None,
 ) -> jax.Array:
     """`dense` in blocks of the cache with a running softmax, reading no further than the last key in use.
 
     A block that a row does not see changes none of its bits (its weights are exactly 0 and its rescaling exactly 1),
-    so a row's result does not depend on how long its neighbours are. S must be a multiple of BLOCK or less than it.
-    Not differentiable in reverse: the number of blocks is only known at run time.
+    so a row's result does not depend on how long its neighbours are. Not differentiable in reverse: the number of
+    blocks is only known at run time.
     """
+    block = min(BLOCK, k_BKSH.shape[2])
+    if missing := -k_BKSH.shape[2] % block:
+        k_BKSH, v_BKSH = (jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))) for x in (k_BKSH, v_BKSH))
+        k_positions_BS = jnp.pad(k_positions_BS, ((0, 0), (0, missing)), constant_values=-1)
     B, K, S, H = k_BKSH.shape
     T, N = q_BTNH.shape[1:3]
-    block = min(BLOCK, S)
-    if S % block:
-        raise ValueError(f"blocked attention needs a cache length that is a multiple of {BLOCK}, found {S}")
     q_BTKGH = _grouped(q_BTNH, K)
-    slots_S = jnp.arange(1, S + 1, dtype=jnp.int32)
-    in_use = jnp.max(jnp.where((k_positions_BS >= 0) & (k_positions_BS <= q_positions_BT.max()), slots_S, 0))
+    places_S = jnp.arange(1, S + 1, dtype=jnp.int32)
+    in_use = jnp.max(jnp.where((k_positions_BS >= 0) & (k_positions_BS <= q_positions_BT.max()), places_S, 0))
 
     def step(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         maximum_BKGT1, total_BKGT1, out_BKGTH = carry
         start = index * block
         k_block_BKSH, v_block_BKSH = (jax.lax.dynamic_slice_in_dim(x, start, block, axis=2) for x in (k_BKSH, v_BKSH))
-        seen_BTS = visible(q_positions_BT, jax.lax.dynamic_slice_in_dim(k_positions_BS, start, block, axis=1))
+        seen_BTS = visible(q_positions_BT, jax.lax.dynamic_slice_in_dim(k_positions_BS, start, block, axis=1), window)
         scores_BKGTS = _scores(q_BTKGH, k_block_BKSH, scale, seen_BTS)
         new_maximum_BKGT1 = jnp.maximum(maximum_BKGT1, scores_BKGTS.max(axis=-1, keepdims=True))
         weights_BKGTS = jnp.where(seen_BTS[:, None, None], jnp.exp(scores_BKGTS - new_maximum_BKGT1), 0)
@@ -91,7 +114,8 @@ def blocked(
         return new_maximum_BKGT1, total_BKGT1, out_BKGTH
 
     row = (B, K, N // K, T)
-    start = (jnp.full((*row, 1), _MASKED, jnp.float32), jnp.zeros((*row, 1)), jnp.zeros((*row, H)))
+    maximum, total = (jnp.broadcast_to(x, (*row, 1)) for x in _start(sinks_N, K))
+    start = (maximum, total, jnp.zeros((*row, H)))
     _, total_BKGT1, out_BKGTH = jax.lax.fori_loop(0, (in_use + block - 1) // block, step, start)
     return _ungrouped(out_BKGTH / jnp.where(total_BKGT1 == 0, 1, total_BKGT1), q_BTNH)
 
@@ -102,22 +126,23 @@ def cached(
     v_BKSH: jax.Array,
     q_positions_BT: jax.Array,
     k_positions_BS: jax.Array,
+    sinks_N: jax.Array | None = None,
     *,
     scale: float,
+    window: int | None = None,
 ) -> jax.Array:
-    """Over a cache, whichever of `dense` and `blocked` suits: the choice depends on the platform and T·S only.
+    """Over a cache, whichever of `dense` and `blocked` suits: the choice depends on the platform and sizes only.
 
     On a CPU reading less is what counts. On an accelerator few kernels are, and a loop of unknown length makes the host
     wait at each turn: GPT-2 124M in bfloat16, one row of 512 positions, decoded 307 tokens/s on an H200 (JAX 0.11.2)
     with `blocked`, 824 and 1140 (two runs) with `dense`.
     """
-    few = q_BTNH.shape[1] * k_BKSH.shape[2] <= DENSE_SCORES
+    operands = [q_BTNH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS]
+    if sinks_N is not None:
+        operands.append(sinks_N)
+    few = q_BTNH.shape[0] * q_BTNH.shape[1] * q_BTNH.shape[2] * k_BKSH.shape[2] <= DENSE_SCORES
     return jax.lax.platform_dependent(
-        q_BTNH,
-        k_BKSH,
-        v_BKSH,
-        q_positions_BT,
-        k_positions_BS,
-        cpu=partial(blocked, scale=scale),
-        default=partial(dense if few else blocked, scale=scale),
+        *operands,
+        cpu=partial(blocked, scale=scale, window=window),
+        default=partial(dense if few else blocked, scale=scale, window=window),
     )

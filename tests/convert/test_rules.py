@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from convert import rules
-from convert.rules import Copy, Ignored, Rule, Table, Transform
+from convert.rules import TRANSPOSED, Copy, Ignored, Rule, Table, Transform
 from convert.sources.safetensors import open_directory
 from gptjax.errors import CheckpointError
 from tests.convert import made
@@ -152,9 +152,8 @@ def test_a_target_that_no_rule_fills_is_told(tmp_path):
 
 
 def test_a_source_may_fill_several_targets_transformed(tmp_path):
-    halves = [Transform(f"half {i}", lambda s: (2 * s[0], s[1]), lambda a, i=i: np.split(a, 2)[i]) for i in range(2)]
-    turned = Transform("transposed", lambda shape: shape[::-1], np.transpose)
-    table = Table((Rule("both", "a", halves[0]), Rule("both", "b", halves[1]), Rule("turned", "c", turned)))
+    halves = [Transform(f"half {i}", lambda s: ((2 * s[0], s[1]),), lambda a, i=i: np.split(a, 2)[i]) for i in range(2)]
+    table = Table((Rule("both", "a", halves[0]), Rule("both", "b", halves[1]), Rule("turned", "c", TRANSPOSED)))
     targets = {name: jax.ShapeDtypeStruct((2, 3), jnp.float32) for name in "abc"}
     both, other = np.arange(12, dtype=np.float32).reshape(4, 3), np.arange(6, dtype=np.float32).reshape(3, 2)
     source = _source(tmp_path, {"both": both, "turned": other})

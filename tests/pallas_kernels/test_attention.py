@@ -52,7 +52,7 @@ def _ids(shape: Shape) -> str:
     return "-".join(f"{name}{size}" for name, size in shape._asdict().items())
 
 
-def _operands(shape: Shape, dtype: Any = jnp.float32, seed: int = 0) -> list[np.ndarray]:
+def _operands(shape: Shape, dtype: Any = jnp.float32, seed: int = 0, window: int | None = None) -> list[np.ndarray]:
     """q, k, v, positions of queries and keys. Keys lie anywhere, with holes; unseen ones are NaN.
 
     Row 0 has all keys in order, row 1 any order and random holes; a third row sees nothing.
@@ -70,7 +70,8 @@ def _operands(shape: Shape, dtype: Any = jnp.float32, seed: int = 0) -> list[np.
     q_positions[0] = np.arange(S - T, S)
     if B > 2:
         k_positions[-1] = rng.choice([-1, -7, S, S + 3], size=S)
-    seen = ((k_positions[:, None] >= 0) & (k_positions[:, None] <= q_positions[:, :, None])).any(axis=1)
+    ahead = q_positions[:, :, None] - k_positions[:, None]
+    seen = ((k_positions[:, None] >= 0) & (ahead >= 0) & (ahead < (window or S))).any(axis=1)
     for array in (k, v):
         array[np.broadcast_to(~seen[:, None], array.shape[:3])] = np.nan
     return [q, k, v, q_positions, k_positions]
@@ -102,12 +103,48 @@ def test_half_precision_agrees_with_the_oracle(shape, dtype, cached):
     _check(shape, dtype, "xla", cached)
 
 
-def _check(shape: Shape, dtype: Any, implementation: str, cached: bool) -> None:
-    operands, scale = _operands(shape, dtype), 1 / math.sqrt(shape.H)
-    run = jax.jit(partial(attention, scale=scale, cached=cached, implementation=implementation))
+@pytest.mark.parametrize("cached", PATHS)
+@pytest.mark.parametrize("window", [None, 1, 2, 127, 128, 129])
+@pytest.mark.parametrize("shape", SHAPES, ids=_ids)
+def test_windows_and_sinks_agree_with_the_oracle(shape, window, cached):
+    _check(shape, jnp.float32, "xla", cached, window=window, sinks=True)
+    if window is not None:
+        _check(shape, jnp.float32, "xla", cached, window=window)
+
+
+@pytest.mark.parametrize("cached", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_windows_and_sinks_in_half_precision(dtype, cached):
+    _check(SHAPES[6], dtype, "xla", cached, window=9, sinks=True)
+
+
+@pytest.mark.parametrize("cached", PATHS)
+@pytest.mark.parametrize("sink", [-1e9, 1e9, 1e4])
+def test_large_sinks(sink, cached):
+    """A sink that is far below all scores is no sink, and one far above takes all."""
+    shape = SHAPES[5]
+    operands, sinks_N = _operands(shape), np.full(shape.N, sink, np.float32)
+    actual = attention(*operands, sinks_N, scale=0.2, cached=cached)
+    expected = attention_numpy.attention(*operands, None if sink < 0 else sinks_N, scale=0.2)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=_tolerance(jnp.float32, shape))
+
+
+def _check(
+    shape: Shape,
+    dtype: Any,
+    implementation: str,
+    cached: bool,
+    *,
+    window: int | None = None,
+    sinks: bool = False,
+) -> None:
+    operands, scale = _operands(shape, dtype, window=window), 1 / math.sqrt(shape.H)
+    if sinks:
+        operands.append(np.random.default_rng(1).standard_normal(shape.N).astype(dtype) * 2)
+    run = jax.jit(partial(attention, scale=scale, window=window, cached=cached, implementation=implementation))
     actual = run(*operands)
     assert actual.dtype == dtype
-    expected = attention_numpy.attention(*operands, scale=scale)
+    expected = attention_numpy.attention(*operands, scale=scale, window=window)
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=_tolerance(dtype, shape))
     nothing_BT = operands[3] < 0
     if shape.B > 2:
@@ -214,8 +251,7 @@ def test_what_cannot_be_run_raises(cached):
         attention(*operands, scale=1.0, cached=cached, implementation="triton9")
 
 
-def test_a_cache_of_partial_blocks_raises():
+@pytest.mark.parametrize("S", [129, 130, 255, 300])
+def test_a_cache_of_partial_blocks(S):
     """Clamped slices of a last, partial block would count keys twice."""
-    operands = _operands(Shape(B=1, T=1, N=4, K=2, S=130, H=4))
-    with pytest.raises(ValueError, match="multiple of 128, found 130"):
-        attention(*operands, scale=1.0, cached=True)
+    _check(Shape(B=3, T=2, N=4, K=2, S=S, H=4), jnp.float32, "xla", cached=True, sinks=True)

@@ -1,0 +1,87 @@
+"""GPT-OSS's tensors, as Hugging Face's files and as OpenAI's original ones name them.
+
+Linear weights are stored [out, in], and kernels here are [in, out]. MXFP4's blocks and scales stay as they are; experts
+that were dequantised are stored [in, out] already.
+"""
+
+from convert.rules import TRANSPOSED, Copy, Rule, Table, Transform, stacked, stacked_transposed
+from gptjax.config import GptOssConfig
+from pallas_kernels.mxfp4 import NAN_SCALE
+
+_BLOCKS = Transform("blocks", lambda shape: (shape,), lambda array: array, dtypes=("U8",))
+_SCALES = Transform(
+    "scales",
+    lambda shape: (shape,),
+    lambda array: array,
+    dtypes=("U8",),
+    fault=lambda array: f"the scale {NAN_SCALE}, which is NaN" if array.max(initial=0) == NAN_SCALE else "",
+)
+_NOT_PACKED = "or take quantization_config out of config.json, if the experts are not in MXFP4"
+_PACKED = "or add quantization_config (quant_method mxfp4) to config.json, if the experts are in MXFP4"
+
+_LAYER = "model.layers.{N}"
+_EXPERTS = (
+    Rule(f"{_LAYER}.mlp.experts.gate_up_proj_blocks", "block_{N}/moe/gate_up_kernel/blocks", _BLOCKS, _NOT_PACKED),
+    Rule(f"{_LAYER}.mlp.experts.gate_up_proj_scales", "block_{N}/moe/gate_up_kernel/scales", _SCALES, _NOT_PACKED),
+    Rule(f"{_LAYER}.mlp.experts.gate_up_proj", "block_{N}/moe/gate_up_kernel", if_missing=_PACKED),
+    Rule(f"{_LAYER}.mlp.experts.gate_up_proj_bias", "block_{N}/moe/gate_up_bias"),
+    Rule(f"{_LAYER}.mlp.experts.down_proj_blocks", "block_{N}/moe/down_kernel/blocks", _BLOCKS, _NOT_PACKED),
+    Rule(f"{_LAYER}.mlp.experts.down_proj_scales", "block_{N}/moe/down_kernel/scales", _SCALES, _NOT_PACKED),
+    Rule(f"{_LAYER}.mlp.experts.down_proj", "block_{N}/moe/down_kernel", if_missing=_PACKED),
+    Rule(f"{_LAYER}.mlp.experts.down_proj_bias", "block_{N}/moe/down_bias"),
+)
+_HUGGING_FACE = (
+    Rule("model.embed_tokens.weight", "token_embedding"),
+    Rule("model.norm.weight", "final_norm/scale"),
+    Rule(f"{_LAYER}.input_layernorm.weight", "block_{N}/attention_norm/scale"),
+    Rule(f"{_LAYER}.self_attn.sinks", "block_{N}/attention/sinks"),
+    Rule(f"{_LAYER}.self_attn.o_proj.weight", "block_{N}/attention/out/kernel", TRANSPOSED),
+    Rule(f"{_LAYER}.self_attn.o_proj.bias", "block_{N}/attention/out/bias"),
+    Rule(f"{_LAYER}.post_attention_layernorm.weight", "block_{N}/moe_norm/scale"),
+    Rule(f"{_LAYER}.mlp.router.weight", "block_{N}/moe/router/kernel", TRANSPOSED),
+    Rule(f"{_LAYER}.mlp.router.bias", "block_{N}/moe/router/bias"),
+    *_EXPERTS,
+)
+_HEAD = Rule(
+    "lm_head.weight",
+    "head_embedding",
+    if_missing="or set tie_word_embeddings to true in config.json, if the model was trained with a tied head",
+)
+_TIED_HEAD = Copy(
+    "lm_head.weight",
+    "model.embed_tokens.weight",
+    otherwise="the head is not tied to the embedding: set tie_word_embeddings to false in config.json",
+)
+_ORIGINAL = (
+    Rule("embedding.weight", "token_embedding"),
+    Rule("norm.scale", "final_norm/scale"),
+    Rule("unembedding.weight", "head_embedding"),
+    Rule("block.{N}.attn.norm.scale", "block_{N}/attention_norm/scale"),
+    Rule("block.{N}.attn.qkv.weight", "block_{N}/attention/qkv/kernel", TRANSPOSED),
+    Rule("block.{N}.attn.qkv.bias", "block_{N}/attention/qkv/bias"),
+    Rule("block.{N}.attn.sinks", "block_{N}/attention/sinks"),
+    Rule("block.{N}.attn.out.weight", "block_{N}/attention/out/kernel", TRANSPOSED),
+    Rule("block.{N}.attn.out.bias", "block_{N}/attention/out/bias"),
+    Rule("block.{N}.mlp.norm.scale", "block_{N}/moe_norm/scale"),
+    Rule("block.{N}.mlp.gate.weight", "block_{N}/moe/router/kernel", TRANSPOSED),
+    Rule("block.{N}.mlp.gate.bias", "block_{N}/moe/router/bias"),
+    Rule("block.{N}.mlp.mlp1_weight.blocks", "block_{N}/moe/gate_up_kernel/blocks", _BLOCKS),
+    Rule("block.{N}.mlp.mlp1_weight.scales", "block_{N}/moe/gate_up_kernel/scales", _SCALES),
+    Rule("block.{N}.mlp.mlp1_bias", "block_{N}/moe/gate_up_bias"),
+    Rule("block.{N}.mlp.mlp2_weight.blocks", "block_{N}/moe/down_kernel/blocks", _BLOCKS),
+    Rule("block.{N}.mlp.mlp2_weight.scales", "block_{N}/moe/down_kernel/scales", _SCALES),
+    Rule("block.{N}.mlp.mlp2_bias", "block_{N}/moe/down_bias"),
+)
+
+
+def table(config: GptOssConfig) -> Table:
+    """The rows of both layouts: no name is in both, and a mixture is reported as weights that are filled twice."""
+    sizes = [heads * config.head_width for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+    parts = {kind: tuple(f"{_LAYER}.self_attn.{part}_proj.{kind}" for part in "qkv") for kind in ("weight", "bias")}
+    fused = (
+        Rule(parts["weight"], "block_{N}/attention/qkv/kernel", stacked_transposed(sizes)),
+        Rule(parts["bias"], "block_{N}/attention/qkv/bias", stacked(sizes)),
+    )
+    if config.tied_head:
+        return Table((*_HUGGING_FACE, *fused), copies=(_TIED_HEAD,))
+    return Table((*_HUGGING_FACE, *fused, _HEAD, *_ORIGINAL))

@@ -1,0 +1,69 @@
+"""Model configurations: frozen dataclasses, read strictly from a checkpoint's `config.json`.
+
+A key that is neither understood nor known to be without effect raises `ConfigError`: a setting that is silently
+ignored is a wrong answer. Sizes have no defaults. What an absent key means is stated where it is read.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from gptjax.config import gpt2, gpt_oss
+from gptjax.config.generation import GenerationDefaults, read_generation_defaults
+from gptjax.config.gpt2 import GPT2Config
+from gptjax.config.gpt_oss import GptOssConfig
+from gptjax.config.keys import WITHOUT_EFFECT
+from gptjax.errors import CheckpointError, ConfigError
+from gptjax.files import read_json
+
+__all__ = [
+    "PUBLISHED",
+    "WITHOUT_EFFECT",
+    "GPT2Config",
+    "GenerationDefaults",
+    "GptOssConfig",
+    "ModelConfig",
+    "config_from_json",
+    "read_config",
+    "read_generation_defaults",
+]
+
+ModelConfig = GPT2Config | GptOssConfig
+
+PUBLISHED: Final[Mapping[str, ModelConfig]] = {
+    "gpt2": gpt2.published(num_layers=12, num_heads=12, width=768),
+    "gpt2-medium": gpt2.published(num_layers=24, num_heads=16, width=1024),
+    "gpt2-large": gpt2.published(num_layers=36, num_heads=20, width=1280),
+    "gpt2-xl": gpt2.published(num_layers=48, num_heads=25, width=1600),
+    "gpt-oss-20b": gpt_oss.published(num_layers=24, num_experts=32),
+    "gpt-oss-120b": gpt_oss.published(num_layers=36, num_experts=128),
+}
+
+_READERS: Final = {"gpt2": GPT2Config.from_json, "gpt_oss": GptOssConfig.from_json}
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """Reads `directory/config.json`.
+
+    Raises:
+      CheckpointError: there is no such file, or it is not a JSON object.
+      ConfigError: an unsupported architecture, or unknown, missing or unusable keys, all named.
+    """
+    raw = read_json(directory / "config.json")
+    if raw is None:
+        raise CheckpointError(
+            f"{directory} has no config.json; expected a Hugging Face checkpoint (config.json, *.safetensors, "
+            "tokenizer.json) or a directory written by `gptjax convert`"
+        )
+    return config_from_json(raw)
+
+
+def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
+    """The configuration that the mapping of a `config.json` describes. Raises `ConfigError`."""
+    if gpt_oss.is_original(raw):
+        return GptOssConfig.from_original_json(raw)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _READERS:
+        found = "no model_type" if model_type is None else f"model_type {model_type!r}"
+        raise ConfigError(f"config.json has {found}; gptjax supports {', '.join(sorted(_READERS))}")
+    return _READERS[model_type](raw)

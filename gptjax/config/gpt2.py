@@ -1,0 +1,101 @@
+"""GPT-2's configuration. What an absent key means follows transformers 5, `models/gpt2/configuration_gpt2.py`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Final
+
+from gptjax.config.keys import MOST_LAYERS, Keys
+from gptjax.config.quantization import read_mxfp4
+
+ACTIVATIONS: Final = {  # config.json's name -> the function's name in `layers.mlp`
+    "gelu": "gelu_erf",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """The architecture of a GPT-2 model. Source: openai/gpt-2 `src/model.py`, transformers `models/gpt2`."""
+
+    vocab_size: int  # V
+    context_length: int  # the most positions a sequence may have (rows of wpe)
+    width: int  # D
+    num_layers: int  # L
+    num_heads: int  # N
+    mlp_width: int  # F
+    activation: str  # one of the values of ACTIVATIONS
+    norm_epsilon: float  # inside the square root of LayerNorm
+    scale_attention: bool  # scores divided by sqrt(H)
+    scale_attention_by_layer: bool  # scores of layer l divided by l + 1 as well
+    tied_head: bool  # logits from the token embedding; otherwise from a matrix of their own
+    mxfp4: str = "none"  # the weights that are packed: one of `quantization.TARGETS`
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K: GPT-2 has a key/value head for each query head."""
+        return self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """H."""
+        return self.width // self.num_heads
+
+    @property
+    def windows(self) -> tuple[None, ...]:
+        """Every layer attends to all positions."""
+        return (None,) * self.num_layers
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "GPT2Config":
+        """Reads the mapping of a Hugging Face `config.json`. Raises `ConfigError`, naming all faults together."""
+        keys = Keys(raw)
+        width = keys.size("n_embd")
+        mlp_width = keys.size("n_inner", alias="intermediate_size", absent=4 * width)
+        activation = keys.choice("activation_function", ACTIVATIONS, absent="gelu_new")
+        num_heads = keys.size("n_head")
+        keys.ignore("pruned_heads")
+        if raw.get("pruned_heads"):
+            keys.fault("pruned_heads is not empty: gptjax does not run models with pruned heads")
+        config = cls(
+            vocab_size=keys.size("vocab_size"),
+            context_length=keys.size("n_positions", alias="n_ctx"),
+            width=width,
+            num_layers=keys.size("n_layer", most=MOST_LAYERS),
+            num_heads=num_heads,
+            mlp_width=mlp_width,
+            activation=activation,
+            norm_epsilon=keys.positive_float("layer_norm_epsilon", absent=1e-5),
+            scale_attention=keys.flag("scale_attn_weights", absent=True),
+            scale_attention_by_layer=keys.flag("scale_attn_by_inverse_layer_idx", absent=False),
+            tied_head=keys.flag("tie_word_embeddings", absent=True),
+            mxfp4=read_mxfp4(keys, (width, mlp_width)),
+        )
+        if raw.get("add_cross_attention"):
+            keys.fault("add_cross_attention is true: gptjax runs decoder-only GPT-2 without cross-attention")
+        if num_heads and width % num_heads:
+            keys.fault(f"n_embd {width} is not a multiple of n_head {num_heads}")
+        keys.raise_faults("GPT-2")
+        return config
+
+
+def published(num_layers: int, num_heads: int, width: int) -> GPT2Config:
+    """One of the published sizes."""
+    return GPT2Config(
+        vocab_size=50257,
+        context_length=1024,
+        width=width,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        mlp_width=4 * width,
+        activation="gelu_tanh",
+        norm_epsilon=1e-5,
+        scale_attention=True,
+        scale_attention_by_layer=False,
+        tied_head=True,
+    )

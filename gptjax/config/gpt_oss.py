@@ -1,0 +1,169 @@
+"""GPT-OSS's configuration, as Hugging Face and as OpenAI's original files spell it.
+
+Sources: transformers `models/gpt_oss/configuration_gpt_oss.py`; openai/gpt-oss `gpt_oss/torch/model.py`. What an absent
+key means follows them.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Final
+
+from gptjax.config.keys import MOST_LAYERS, Keys
+from gptjax.config.quantization import read_mxfp4
+from gptjax.config.rope import Rope, Yarn, read_rope
+
+SWIGLU_ALPHA: Final = 1.702
+SWIGLU_LIMIT: Final = 7.0
+_THETA: Final = 150000.0
+_SLIDES: Final = {"sliding_attention": True, "full_attention": False}
+_ORIGINAL_KEYS: Final = ("num_experts", "experts_per_token", "initial_context_length", "rope_scaling_factor")
+
+
+@dataclasses.dataclass(frozen=True)
+class GptOssConfig:
+    """The architecture of a GPT-OSS model."""
+
+    vocab_size: int  # V
+    context_length: int  # the most positions a sequence may have
+    width: int  # D
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_width: int  # H
+    mlp_width: int  # F: of each expert
+    num_experts: int  # E
+    experts_per_token: int  # X
+    windows: tuple[int | None, ...]  # of each layer: the positions that a query sees, itself included; None is all
+    rope: Rope
+    norm_epsilon: float  # inside the square root of RMSNorm
+    swiglu_limit: float  # gate and up are clamped to it
+    swiglu_alpha: float  # gate · sigmoid(alpha · gate)
+    attention_bias: bool  # on q, k, v and the output
+    tied_head: bool  # logits from the token embedding; otherwise from a matrix of their own
+    mxfp4: str  # the weights that are packed: one of `quantization.TARGETS`
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "GptOssConfig":
+        """Reads the mapping of a Hugging Face `config.json`. Raises `ConfigError`, naming all faults together."""
+        keys = Keys(raw)
+        num_layers = keys.size("num_hidden_layers", most=MOST_LAYERS)
+        context_length = keys.size("max_position_embeddings")
+        width, mlp_width = keys.size("hidden_size"), keys.size("intermediate_size")
+        if keys.has("hidden_act"):  # it says so and means the clamped SwiGLU, which is x·sigmoid(αx) inside
+            keys.choice("hidden_act", {"silu": "silu"}, absent=None)
+        keys.ignore("hidden_act", "attention_dropout")
+        config = cls(
+            vocab_size=keys.size("vocab_size"),
+            context_length=context_length,
+            width=width,
+            num_layers=num_layers,
+            num_heads=keys.size("num_attention_heads"),
+            num_kv_heads=keys.size("num_key_value_heads"),
+            head_width=keys.size("head_dim"),
+            mlp_width=mlp_width,
+            num_experts=keys.size("num_local_experts", alias="num_experts"),
+            experts_per_token=keys.size("num_experts_per_tok", alias="experts_per_token"),
+            windows=_windows(keys, num_layers),
+            rope=read_rope(keys, context_length, theta=_THETA),
+            norm_epsilon=keys.positive_float("rms_norm_eps", absent=1e-5),
+            swiglu_limit=keys.positive_float("swiglu_limit", absent=SWIGLU_LIMIT),
+            swiglu_alpha=keys.positive_float("swiglu_alpha", absent=SWIGLU_ALPHA),
+            attention_bias=keys.flag("attention_bias", absent=True),
+            tied_head=keys.flag("tie_word_embeddings", absent=False),
+            mxfp4=read_mxfp4(keys, (width, mlp_width)),
+        )
+        _check_sizes(config, keys)
+        keys.raise_faults("GPT-OSS")
+        return config
+
+    @classmethod
+    def from_original_json(cls, raw: Mapping[str, Any]) -> "GptOssConfig":
+        """Reads the mapping of the `config.json` in OpenAI's own directory. Raises `ConfigError`."""
+        keys = Keys(raw)
+        num_layers = keys.size("num_hidden_layers", most=MOST_LAYERS)
+        initial_length = keys.size("initial_context_length")
+        factor = keys.positive_float("rope_scaling_factor", absent=1.0)
+        window = keys.size("sliding_window")
+        yarn = Yarn(
+            factor=factor,
+            original_length=initial_length,
+            beta_fast=keys.positive_float("rope_ntk_beta", absent=32.0),
+            beta_slow=keys.positive_float("rope_ntk_alpha", absent=1.0),
+            truncate=False,
+        )
+        config = cls(
+            vocab_size=keys.size("vocab_size"),
+            context_length=round(initial_length * factor),
+            width=keys.size("hidden_size"),
+            num_layers=num_layers,
+            num_heads=keys.size("num_attention_heads"),
+            num_kv_heads=keys.size("num_key_value_heads"),
+            head_width=keys.size("head_dim"),
+            mlp_width=keys.size("intermediate_size"),
+            num_experts=keys.size("num_experts"),
+            experts_per_token=keys.size("experts_per_token"),
+            windows=tuple(None if layer % 2 else window for layer in range(num_layers)),
+            rope=Rope(theta=keys.positive_float("rope_theta", absent=_THETA), yarn=yarn if factor > 1 else None),
+            norm_epsilon=1e-5,
+            swiglu_limit=keys.positive_float("swiglu_limit", absent=SWIGLU_LIMIT),
+            swiglu_alpha=SWIGLU_ALPHA,
+            attention_bias=True,
+            tied_head=False,
+            mxfp4="experts",
+        )
+        _check_sizes(config, keys)
+        keys.raise_faults("GPT-OSS (OpenAI's original files)")
+        return config
+
+
+def is_original(raw: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is that of OpenAI's own directory, which names no model type."""
+    return "model_type" not in raw and all(key in raw for key in _ORIGINAL_KEYS)
+
+
+def published(num_layers: int, num_experts: int) -> GptOssConfig:
+    """One of the published sizes."""
+    return GptOssConfig(
+        vocab_size=201088,
+        context_length=131072,
+        width=2880,
+        num_layers=num_layers,
+        num_heads=64,
+        num_kv_heads=8,
+        head_width=64,
+        mlp_width=2880,
+        num_experts=num_experts,
+        experts_per_token=4,
+        windows=tuple(None if layer % 2 else 128 for layer in range(num_layers)),
+        rope=Rope(_THETA, Yarn(factor=32.0, original_length=4096, beta_fast=32.0, beta_slow=1.0, truncate=False)),
+        norm_epsilon=1e-5,
+        swiglu_limit=SWIGLU_LIMIT,
+        swiglu_alpha=SWIGLU_ALPHA,
+        attention_bias=True,
+        tied_head=False,
+        mxfp4="experts",
+    )
+
+
+def _windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:
+    alternating = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(num_layers)]
+    types = keys.listed("layer_types") or alternating
+    unknown = sorted({repr(kind) for kind in types if not isinstance(kind, str) or kind not in _SLIDES})
+    if unknown:
+        keys.fault(f"layer_types has {', '.join(unknown)}; gptjax supports {', '.join(_SLIDES)}")
+        return ()
+    if len(types) != num_layers:
+        keys.fault(f"layer_types has {len(types)} entries, but num_hidden_layers is {num_layers}")
+    slides = [_SLIDES[kind] for kind in types]
+    window = keys.size("sliding_window") if any(slides) else None
+    keys.ignore("sliding_window")
+    return tuple(window if slide else None for slide in slides)
+
+
+def _check_sizes(config: GptOssConfig, keys: Keys) -> None:
+    if config.num_kv_heads and config.num_heads % config.num_kv_heads:
+        keys.fault(f"{config.num_heads} query heads cannot share {config.num_kv_heads} key/value heads")
+    if config.head_width % 2:
+        keys.fault(f"head_dim {config.head_width} is odd: rotary positions turn pairs")
+    if config.experts_per_token > config.num_experts:
+        keys.fault(f"{config.experts_per_token} experts a token, but there are {config.num_experts}")

@@ -1,0 +1,37 @@
+"""Which weights of a checkpoint are in MXFP4."""
+
+from typing import Final
+
+from gptjax.config.keys import Keys
+
+# What can be packed: each has all of those before it. "linear" are the products of the blocks (attention and MLP, but
+# not the router, whose small errors would choose other experts), "all" the embeddings and the head as well.
+TARGETS: Final = ("none", "experts", "linear", "all")
+BLOCK: Final = 32  # values that share a scale, along a weight's input axis
+
+
+def packs(mxfp4: str, kind: str) -> bool:
+    """Whether a checkpoint with `mxfp4` packed has weights of a kind ("experts", "linear", "embedding") packed."""
+    return TARGETS.index(mxfp4) >= {"experts": 1, "linear": 2, "embedding": 3}[kind]
+
+
+def read_mxfp4(keys: Keys, widths: tuple[int, ...]) -> str:
+    """The entry of TARGETS that `quantization_config` says: "none" where it is absent.
+
+    Published checkpoints pack the experts alone; `targets` is gptjax's own key, for those that it packed further.
+
+    Args:
+      keys: of config.json, for the faults as well.
+      widths: the input axes of what may be packed.
+    """
+    section = keys.section("quantization_config")
+    if section is None:
+        return "none"
+    section.ignore("modules_to_not_convert", "dequantize")
+    section.choice("quant_method", {"mxfp4": "mxfp4"}, absent=None)
+    target = section.choice("targets", {name: name for name in TARGETS[1:]}, absent="experts")
+    keys.take("quantization_config", section)
+    for width in widths:
+        if width % BLOCK:
+            keys.fault(f"the width {width} is not a multiple of MXFP4's block of {BLOCK}")
+    return target or "none"

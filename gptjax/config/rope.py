@@ -1,0 +1,70 @@
+"""Rotary positions, as a config describes them."""
+
+import dataclasses
+import math
+
+from gptjax.config.keys import Keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+    """YaRN's stretch of rotary positions (Peng et al., 2023, arXiv:2309.00071)."""
+
+    factor: float  # positions are this many times those that the model was first trained on
+    original_length: int  # which were these
+    beta_fast: float  # turns within the original length above which a frequency is kept
+    beta_slow: float  # turns below which it is divided by `factor`
+    truncate: bool  # whether the bounds between the two are rounded outwards to whole indices
+
+    @property
+    def attention_factor(self) -> float:
+        """What cos and sin are multiplied with, at every position."""
+        return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding."""
+
+    theta: float  # the base: frequency i is theta^(-2i/H)
+    yarn: Yarn | None = None
+
+
+def read_rope(keys: Keys, context_length: int, *, theta: float) -> Rope:
+    """From `rope_parameters`, or `rope_scaling` beside `rope_theta`: the same, in newer and older spelling.
+
+    Args:
+      keys: of config.json, for the faults as well.
+      context_length: the original length, where nothing else says it.
+      theta: what an absent base means.
+    """
+    initial = keys.size("initial_context_length") if keys.has("initial_context_length") else context_length
+    theta = keys.positive_float("rope_theta", absent=theta)
+    found: dict[str, Rope] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        section = keys.section(name)
+        if section is None:
+            continue
+        inner = section.positive_float("rope_theta", absent=theta)
+        if keys.has("rope_theta") and inner != theta:
+            keys.fault(f"rope_theta is {theta}, but in {name} it is {inner}: they mean the same and must agree")
+        kind = section.choice("rope_type", {"yarn": "yarn", "default": "default"}, alias="type", absent="default")
+        found[name] = Rope(inner, _yarn(section, initial) if kind == "yarn" else None)
+        keys.take(name, section)
+    if len(set(found.values())) > 1:
+        keys.fault(f"{' and '.join(found)} differ: they mean the same and must agree")
+    return next(iter(found.values()), Rope(theta))
+
+
+def _yarn(section: Keys, initial: int) -> Yarn:
+    yarn = Yarn(
+        factor=section.positive_float("factor", absent=None),
+        original_length=section.size("original_max_position_embeddings", absent=initial),
+        beta_fast=section.positive_float("beta_fast", absent=32.0),
+        beta_slow=section.positive_float("beta_slow", absent=1.0),
+        truncate=section.flag("truncate", absent=True),
+    )
+    given = section.positive_float("attention_factor", absent=yarn.attention_factor)
+    if not math.isclose(given, yarn.attention_factor, rel_tol=1e-6):
+        section.fault(f"attention_factor is {given}; gptjax supports what follows from factor: {yarn.attention_factor}")
+    return yarn

@@ -1,0 +1,82 @@
+"""Declaring a matrix once, as numbers or packed in MXFP4."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels.mxfp4 import BLOCK, MXFP4
+
+Weight = jax.Array | MXFP4
+_STANDARD_DEVIATION = 0.02
+_SCALE = 120  # 2^-7, which gives random codes a standard deviation of 0.023
+
+
+def weight(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    *,
+    param_dtype: DTypeLike,
+    mxfp4: bool,
+    summed: int = -2,
+) -> Weight:
+    """Declares a weight of the module.
+
+    Args:
+      shape, axes: of the numbers: [..., in, out] of a product, [V, D] of an embedding.
+      mxfp4: whether it is packed.
+      summed: the axis that its product sums over, along which MXFP4's blocks must lie: where it is not the last one,
+        the packed weight has the last two axes the other way round, [..., out, in].
+    """
+    if not mxfp4:
+        init = nn.with_logical_partitioning(nn.initializers.normal(_STANDARD_DEVIATION), axes)
+        dense: jax.Array = module.param(name, init, shape, param_dtype)
+        return dense
+    if summed == -2:
+        shape, axes = (*shape[:-2], shape[-1], shape[-2]), (*axes[:-2], axes[-1], axes[-2])
+    packed: MXFP4 = module.param(name, partial(_boxed_mxfp4, shape=shape, axes=axes))
+    return packed
+
+
+def numbers(weight: Weight, dtype: DTypeLike) -> jax.Array:
+    """The numbers of a weight, in its own order of axes."""
+    return weight.dequantize(dtype) if isinstance(weight, MXFP4) else weight.astype(dtype)
+
+
+def product(x: jax.Array, kernel: Weight, dtype: DTypeLike) -> jax.Array:
+    """[..., in] · [in, out], or packed [out, in], -> [..., out] float32. Operands are of `dtype`."""
+    summed = 1 if isinstance(kernel, MXFP4) else 0
+    contract = (((x.ndim - 1,), (summed,)), ((), ()))
+    return jax.lax.dot_general(x.astype(dtype), numbers(kernel, dtype), contract, preferred_element_type=jnp.float32)
+
+
+def embed(embedding_VD: Weight, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Rows of an embedding, [...] -> [..., D]."""
+    return numbers(embedding_VD[ids], dtype)
+
+
+def unembed(hidden: jax.Array, embedding_VD: Weight, dtype: DTypeLike) -> jax.Array:
+    """Logits, [..., D] -> [..., V] float32."""
+    embedding = numbers(embedding_VD, dtype)
+    return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+
+
+@partial(jax.jit, static_argnums=1)
+def random_mxfp4(key: jax.Array, shape: tuple[int, ...]) -> MXFP4:
+    """Random codes of one scale."""
+    scales_shape = (*shape[:-1], shape[-1] // BLOCK)
+    blocks = jax.random.bits(key, (*scales_shape, BLOCK // 2), jnp.uint8)
+    return MXFP4(blocks, jnp.full(scales_shape, _SCALE, jnp.uint8))
+
+
+def _boxed_mxfp4(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> Any:
+    packed = random_mxfp4(key, shape)
+    return MXFP4(
+        blocks=nn.LogicallyPartitioned(packed.blocks, names=(*axes, None)),
+        scales=nn.LogicallyPartitioned(packed.scales, names=axes),
+    )

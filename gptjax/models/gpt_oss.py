@@ -1,0 +1,134 @@
+"""GPT-OSS: RMSNorm, attention with sinks, alternating windows and YaRN, mixture of experts in MXFP4.
+
+Source: openai/gpt-oss `gpt_oss/torch/model.py`; transformers `models/gpt_oss/modeling_gpt_oss.py`.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from gptjax.axes import VOCAB, WIDTH
+from gptjax.cache import KVCache
+from gptjax.config.gpt_oss import GptOssConfig
+from gptjax.config.quantization import packs
+from gptjax.layers.attention import Attention
+from gptjax.layers.moe import MoE
+from gptjax.layers.norm import RMSNorm
+from gptjax.layers.observe import observe
+from gptjax.layers.weight import Weight, embed, unembed, weight
+
+
+class Block(nn.Module):
+    """`x += attention(norm(x)); x += moe(norm(x))`."""
+
+    config: GptOssConfig
+    layer: int
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    implementation: str
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """[B, T, D] -> [B, T, D], and the cache with this layer's new keys and values."""
+        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        attention = Attention(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_width=config.head_width,
+            scale=1 / math.sqrt(config.head_width),
+            layer=self.layer,
+            mxfp4=packs(config.mxfp4, "linear"),
+            implementation=self.implementation,
+            use_bias=config.attention_bias,
+            rope=config.rope,
+            window=config.windows[self.layer],
+            use_sinks=True,
+            name="attention",
+            **dtypes,
+        )
+        moe = MoE(
+            num_experts=config.num_experts,
+            experts_per_token=config.experts_per_token,
+            mlp_width=config.mlp_width,
+            swiglu_alpha=config.swiglu_alpha,
+            swiglu_limit=config.swiglu_limit,
+            mxfp4=packs(config.mxfp4, "experts"),
+            implementation=self.implementation,
+            name="moe",
+            **dtypes,
+        )
+
+        normed_BTD = RMSNorm(config.norm_epsilon, name="attention_norm", **dtypes)(x_BTD)
+        out_BTD, cache = attention(normed_BTD, positions_BT, cache)
+        x_BTD = observe(self, "attention_residual", x_BTD + out_BTD)
+        out_BTD = moe(RMSNorm(config.norm_epsilon, name="moe_norm", **dtypes)(x_BTD), positions_BT)
+        x_BTD = observe(self, "moe_residual", x_BTD + out_BTD)
+        return x_BTD, cache
+
+
+class GptOss(nn.Module):
+    """A GPT-OSS of any size. Used as pure functions:
+
+        hidden_BTD, cache = model.apply({"params": params}, tokens_BT, positions_BT, cache)
+        logits = model.apply({"params": params}, hidden, method="head")        # on the rows that need logits
+
+    `dtype` is what is computed in; norms, rotations, softmax, routing and logits are float32 inside whatever it is.
+    """
+
+    config: GptOssConfig
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    implementation: str = "auto"
+
+    def setup(self) -> None:
+        """Declares the weights."""
+        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.token_embedding = self._embedding("token_embedding")
+        self.blocks = [
+            Block(config, layer, implementation=self.implementation, name=f"block_{layer}", **dtypes)
+            for layer in range(config.num_layers)
+        ]
+        self.final_norm = RMSNorm(config.norm_epsilon, **dtypes)
+        if not config.tied_head:
+            self.head_embedding = self._embedding("head_embedding")
+
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Final hidden states, after the last norm.
+
+        Args:
+          tokens_BT: int32 token ids; what stands at padding does not matter.
+          positions_BT: int32 position of each token in its sequence, ascending by ones in a row; negative is padding.
+          cache: earlier keys and values, to which these tokens' are added; None to attend to these tokens alone.
+
+        Returns:
+          [B, T, D] of `dtype`, and the cache.
+        """
+        # Padding reads row 0, whatever stands there: it is not attended to, and must only be in bounds.
+        x_BTD = embed(self.token_embedding, jnp.where(positions_BT < 0, 0, tokens_BT), self.dtype)
+        observe(self, "embedding", x_BTD)
+        for block in self.blocks:
+            x_BTD, cache = block(x_BTD, positions_BT, cache)
+        return self.final_norm(x_BTD), None if cache is None else cache.extended(positions_BT)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Logits of hidden states, [..., D] -> [..., V] float32."""
+        return unembed(hidden, self.token_embedding if self.config.tied_head else self.head_embedding, self.dtype)
+
+    def _embedding(self, name: str) -> Weight:
+        config = self.config
+        return weight(
+            self,
+            name,
+            (config.vocab_size, config.width),
+            (VOCAB, WIDTH),
+            param_dtype=self.param_dtype,
+            mxfp4=packs(config.mxfp4, "embedding"),
+            summed=-1,
+        )

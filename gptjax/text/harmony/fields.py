@@ -1,0 +1,56 @@
+"""Reading the fields of a request, with errors that name the place."""
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gptjax.errors import RequestError
+from gptjax.text.vocabulary import is_text
+
+
+def read_list(value: object, where: str) -> Sequence[Any]:
+    """A list or tuple; none at all is an empty one."""
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple):
+        raise RequestError(f"{where} is {_shown(value)}: write a list.")
+    return value
+
+
+def read_object(value: object, where: str) -> Mapping[str, Any]:
+    """A dict."""
+    if not isinstance(value, Mapping):
+        raise RequestError(f"{where} is {_shown(value)}: write an object, of a Pydantic model its model_dump().")
+    return value
+
+
+def read_string(value: object, where: str) -> str:
+    """A string without lone surrogates."""
+    if not isinstance(value, str):
+        raise RequestError(f"{where} is {_shown(value)}: write a string.")
+    if not is_text(value):
+        raise RequestError(f"{where} has a lone surrogate, which is no character: read it with errors='replace'.")
+    return value
+
+
+def read_text(value: object, where: str) -> str | None:
+    """The text of a content: a string, or the text parts of a list, joined; None for none."""
+    if value is None or isinstance(value, str):
+        return value and read_string(value, where)
+    if not isinstance(value, list | tuple):
+        raise RequestError(f"{where} is {_shown(value)}: write a string, or a list of text parts.")
+    return "".join(_part(part, f"{where}[{index}]") for index, part in enumerate(value))
+
+
+def _part(value: object, where: str) -> str:
+    part = read_object(value, where)
+    if part.get("type") != "text":
+        raise RequestError(
+            f"{where} is of the type {_shown(part.get('type'))}: the model reads text only, so write parts like "
+            '{"type": "text", "text": "..."}.'
+        )
+    return read_string(part.get("text"), f"{where}.text")
+
+
+def _shown(value: object) -> str:
+    return "missing" if value is None else reprlib.repr(value)

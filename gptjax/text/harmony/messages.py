@@ -1,0 +1,78 @@
+"""What a harmony conversation is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gptjax.errors import RequestError
+from gptjax.text.harmony.schema import check_schema
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+CHANNELS = ("analysis", "commentary", "final")
+FUNCTIONS = "functions"
+"""The namespace of the user's own functions, which are called in the commentary channel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """One function of a tool. Raises RequestError for a schema that is none."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] | None = None
+    """JSON schema of the arguments; None for a function that takes none."""
+
+    def __post_init__(self) -> None:
+        if self.parameters is not None:
+            if not isinstance(self.parameters, dict):
+                kind = type(self.parameters).__name__
+                raise RequestError(f"The parameters of {self.name} are {kind}: write a JSON schema, an object.")
+            check_schema(self.parameters, f"The parameters of {self.name}")
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """A tool: functions under a common name, or (`python`) none, and then calls bear the tool's name alone."""
+
+    name: str
+    description: str | None = None
+    functions: tuple[Function, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SystemContent:
+    """What a system message says. A part that is None or empty is left out."""
+
+    model_identity: str | None = "You are ChatGPT, a large language model trained by OpenAI."
+    knowledge_cutoff: str | None = "2024-06"
+    current_date: str | None = None
+    """As "2025-06-28"."""
+    reasoning_effort: str | None = "medium"
+    """Or "low" or "high"."""
+    tools: tuple[Namespace, ...] = ()
+    """Built-in tools; functions belong into the developer message."""
+    channels: tuple[str, ...] = CHANNELS
+    """Those the model may use."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeveloperContent:
+    """What a developer message says. A part that is None or empty is left out."""
+
+    instructions: str | None = None
+    tools: tuple[Namespace, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message, as its header and text stand in the token stream. `StreamParser` gives all text as strings."""
+
+    role: str
+    content: str | SystemContent | DeveloperContent
+    name: str | None = None
+    """The author's name: a tool's, as "functions.get_weather", or that of one user of several."""
+    channel: str | None = None
+    recipient: str | None = None
+    """Whom it is for: a tool that the assistant calls, or "assistant"."""
+    content_type: str | None = None
+    """As "code", or "<|constrain|>json", where the first part is the special token."""

@@ -1,0 +1,147 @@
+"""Token ids back to harmony messages, one by one."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from gptjax.text.harmony.header import Header
+from gptjax.text.harmony.messages import Message
+from gptjax.text.harmony.special import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START, special_ids
+from gptjax.text.tokenizer import Tokenizer
+
+_ENDS = (END, CALL, RETURN, "<|endoftext|>")
+# Characters. Names may have 64 of them, in an author and in a recipient; more is text whose header is missing.
+_LONGEST_HEADER = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A step of one message. The first, with an empty text, comes as soon as the header is known."""
+
+    index: int
+    """Which message of the stream, from 0."""
+    role: str
+    channel: str | None
+    """ "analysis", "commentary" or "final"; or whatever the model wrote instead, or nothing."""
+    recipient: str | None
+    """As "functions.get_weather" where the text is the arguments of a call."""
+    content_type: str | None
+    """As "<|constrain|>json"."""
+    text: str
+    """What follows the text so far; never half a character."""
+    ended: bool = False
+    """Whether the message is complete with this."""
+
+
+class StreamParser:
+    """Reads what a model writes after a prompt of `render`, or any other harmony stream.
+
+    Malformed streams are never an error:
+    - Text without a header is a message of the assistant without a channel, and so is the text of a header that ends
+      without `<|message|>` (less what can be read as a header).
+    - `<|start|>` and `<|channel|>` end a message that lacks its `<|end|>`; the latter begins one of the assistant.
+    - Words of a header that have no place in it are dropped; so are other special tokens, and a header that the end of
+      the stream cuts short.
+
+    openai-harmony agrees wherever the stream is well-formed; but it takes a lone word after the channel for a
+    recipient, as in `<|channel|>final <|constrain|>json`, which models write. Here a recipient has its `to=`.
+
+    Attributes:
+        messages: those that are complete.
+
+    Raises:
+        RequestError: the tokenizer lacks harmony's special tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        special = special_ids(tokenizer)
+        self._ends = frozenset(special[token] for token in _ENDS if token in special)
+        self._start, self._channel = special[START], special[CHANNEL]
+        self._constrain, self._message = special[CONSTRAIN], special[MESSAGE]
+        self.messages: list[Message] = []
+        self._decoder = tokenizer.stream()
+        self._header = Header(explicit=False)
+        self._current: Message | None = None  # None while its header is read
+        self._pieces: list[str] = []
+
+    def push(self, token_id: int) -> list[Event]:
+        """The events of one more token, which is any id that is not negative."""
+        if token_id in self._ends:
+            return self._end()
+        if token_id == self._start:
+            events = self._end()
+            self._header = Header(explicit=True)
+            return events
+        if token_id == self._channel:
+            events = self._end() if self._current or self._header.channel is not None else []
+            self._header.add(self._decoder.finish())
+            self._header.channel = ""
+            return events
+        if self._current is None:
+            return self._push_header(token_id)
+        return self._say(self._decoder.push(token_id))
+
+    def finish(self) -> list[Event]:
+        """The events of the end of the stream, where it ends without `<|end|>`."""
+        if self._current is None and self._header.marked:
+            self._header = Header(explicit=False)
+            self._decoder.finish()
+            return []
+        return self._end()
+
+    def _push_header(self, token_id: int) -> list[Event]:
+        if token_id == self._message:
+            self._header.add(self._decoder.finish())
+            return self._begin(self._header.read())
+        if token_id == self._constrain:
+            self._header.add(self._decoder.finish())
+            self._header.constrain = self._header.constrain or ""
+            return []
+        self._header.add(self._decoder.push(token_id))
+        return self._begin(*self._header.salvage()) if self._header.length > _LONGEST_HEADER else []
+
+    def _begin(self, message: Message, text: str = "") -> list[Event]:
+        self._header = Header(explicit=False)
+        self._current = message
+        self._pieces = []
+        return [self._event(message, ""), *self._say(text)]
+
+    def _say(self, text: str) -> list[Event]:
+        if not text or self._current is None:
+            return []
+        self._pieces.append(text)
+        return [self._event(self._current, text)]
+
+    def _end(self) -> list[Event]:
+        """Ends the message, or what should have been its header."""
+        tail, events = self._decoder.finish(), []
+        if self._current is None:
+            self._header.add(tail)
+            message, text = self._header.salvage()
+            events, tail = self._begin(message, text) if text else [], ""
+        if self._current is None:
+            self._header = Header(explicit=False)
+            return []
+        ended = self._event(self._current, tail, ended=True)
+        self.messages.append(replace(self._current, content="".join([*self._pieces, tail])))
+        self._current = None
+        return [*events, ended]
+
+    def _event(self, message: Message, text: str, *, ended: bool = False) -> Event:
+        return Event(
+            len(self.messages),
+            message.role,
+            message.channel,
+            message.recipient,
+            message.content_type,
+            text,
+            ended,
+        )
+
+
+def parse(token_ids: Iterable[int], tokenizer: Tokenizer) -> list[Message]:
+    """The messages of a whole stream; see `StreamParser`, also for the error."""
+    parser = StreamParser(tokenizer)
+    for token_id in token_ids:
+        parser.push(token_id)
+    parser.finish()
+    return parser.messages

@@ -1,0 +1,3 @@
+from pallas_kernels.moe.api import moe
+
+__all__ = ["moe"]

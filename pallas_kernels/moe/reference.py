@@ -1,0 +1,153 @@
+"""The mixture of experts in jnp: the meaning (`each`), and the XLA path (`grouped`)."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mxfp4 import MXFP4
+
+LARGEST_GROUP = 128  # tokens of one expert that are computed together, at most
+_TOGETHER = 4  # groups whose weights are unpacked at a time, off the CPU, where a loop's turn costs more than memory
+
+
+def each(
+    x_TD: jax.Array,
+    experts_TX: jax.Array,
+    weights_TX: jax.Array,
+    gate_up: jax.Array | MXFP4,
+    gate_up_bias_E2F: jax.Array,
+    down: jax.Array | MXFP4,
+    down_bias_ED: jax.Array,
+    *,
+    alpha: float,
+    limit: float,
+) -> jax.Array:
+    """Every chosen expert's weights taken out for every token: plain, and for small sizes only. See `api.moe`."""
+    expert = partial(_expert, gate_up=gate_up, gate_up_bias_E2F=gate_up_bias_E2F, down=down, down_bias_ED=down_bias_ED)
+    y_TXD = jax.vmap(
+        lambda x_D, experts_X: jax.vmap(lambda e: expert(x_D[None], e, alpha=alpha, limit=limit)[0])(experts_X)
+    )(x_TD, experts_TX)
+    chosen_TX1 = (experts_TX < gate_up_bias_E2F.shape[0])[..., None]
+    return jnp.sum(jnp.where(chosen_TX1, y_TXD, 0) * weights_TX[..., None], axis=1)
+
+
+def grouped(
+    x_TD: jax.Array,
+    experts_TX: jax.Array,
+    weights_TX: jax.Array,
+    gate_up: jax.Array | MXFP4,
+    gate_up_bias_E2F: jax.Array,
+    down: jax.Array | MXFP4,
+    down_bias_ED: jax.Array,
+    *,
+    alpha: float,
+    limit: float,
+) -> jax.Array:
+    """Tokens sorted by expert, in groups of one expert each, whose weights alone are unpacked. See `api.moe`."""
+    E = gate_up_bias_E2F.shape[0]
+    groups = _grouping(experts_TX, E)
+    X = experts_TX.shape[1]
+    expert = partial(
+        _expert,
+        gate_up=gate_up,
+        gate_up_bias_E2F=gate_up_bias_E2F,
+        down=down,
+        down_bias_ED=down_bias_ED,
+        alpha=alpha,
+        limit=limit,
+    )
+
+    def run(group: tuple[jax.Array, jax.Array]) -> jax.Array:
+        expert_id, pairs_M = group
+        return expert(x_TD[pairs_M // X], expert_id)
+
+    out_GMD = jax.lax.platform_dependent(
+        groups.experts_G,
+        groups.pairs_GM,
+        groups.num_used,
+        cpu=partial(_one_by_one, run, width=x_TD.shape[1]),
+        default=lambda experts_G, pairs_GM, _: jax.lax.map(run, (experts_G, pairs_GM), batch_size=_TOGETHER),
+    )
+    # Where a pair is not in any group, place 0 is as good as any, for its value is not taken.
+    y_TXD = out_GMD.reshape(-1, x_TD.shape[1])[groups.place_TX]
+    return jnp.sum(jnp.where((experts_TX < E)[..., None], y_TXD * weights_TX[..., None], 0), axis=1)
+
+
+class _Groups(NamedTuple):
+    """Pairs (token, one of its experts) in groups of M of the same expert. Pair p is token p // X, choice p % X."""
+
+    experts_G: jax.Array  # of each group; any where a group is empty
+    pairs_GM: jax.Array  # of each place; pair 0 where a place is empty
+    place_TX: jax.Array  # of each pair in the flattened groups, 0 where it is in none
+    num_used: jax.Array  # groups that are not empty: these come first
+
+
+def _grouping(experts_TX: jax.Array, num_experts: int) -> _Groups:
+    """As many groups as there can be at most: the pairs in full groups, and one begun for each expert."""
+    T, X = experts_TX.shape
+    P = T * X
+    # Near the mean number of a group's tokens, so that few places are empty; a function of the shapes alone.
+    M = min(LARGEST_GROUP, max(1, 1 << (P // num_experts).bit_length() - 1 if num_experts <= P else 1))
+    G = min(P, P // M + num_experts)
+    experts_P = experts_TX.reshape(P)
+    order_P = jnp.argsort(experts_P, stable=True).astype(jnp.int32)
+    counts_E = jnp.zeros((num_experts,), jnp.int32).at[experts_P].add(1, mode="drop")
+    groups_E = (counts_E + M - 1) // M
+    first_pair_E, first_group_E = (jnp.cumsum(x) - x for x in (counts_E, groups_E))
+    num_used = groups_E.sum()
+
+    group_G = jnp.arange(G, dtype=jnp.int32)
+    experts_G = jnp.minimum(jnp.searchsorted(jnp.cumsum(groups_E), group_G, side="right"), num_experts - 1)
+    rank_GM = ((group_G - first_group_E[experts_G]) * M)[:, None] + jnp.arange(M, dtype=jnp.int32)
+    filled_GM = (rank_GM < counts_E[experts_G][:, None]) & (group_G < num_used)[:, None]
+    sorted_GM = jnp.where(filled_GM, first_pair_E[experts_G][:, None] + rank_GM, 0)
+    pairs_GM = jnp.where(filled_GM, order_P[sorted_GM], 0)
+    place_P = (
+        jnp.zeros((P,), jnp.int32)
+        .at[jnp.where(filled_GM, pairs_GM, P)]
+        .set(jnp.arange(G * M, dtype=jnp.int32).reshape(G, M), mode="drop")
+    )
+    return _Groups(experts_G.astype(jnp.int32), pairs_GM, place_P.reshape(T, X), num_used)
+
+
+def _one_by_one(
+    run: Callable[[tuple[jax.Array, jax.Array]], jax.Array],
+    experts_G: jax.Array,
+    pairs_GM: jax.Array,
+    num_used: jax.Array,
+    *,
+    width: int,
+) -> jax.Array:
+    """Only the groups that are not empty: a number known at run time, which on a CPU costs nothing."""
+
+    def step(group: jax.Array, out_GMD: jax.Array) -> jax.Array:
+        return out_GMD.at[group].set(run((experts_G[group], pairs_GM[group])))
+
+    return jax.lax.fori_loop(0, num_used, step, jnp.zeros((*pairs_GM.shape, width), jnp.float32))
+
+
+def _expert(
+    x_MD: jax.Array,
+    expert: jax.Array,
+    *,
+    gate_up: jax.Array | MXFP4,
+    gate_up_bias_E2F: jax.Array,
+    down: jax.Array | MXFP4,
+    down_bias_ED: jax.Array,
+    alpha: float,
+    limit: float,
+) -> jax.Array:
+    """One expert's network, [M, D] -> [M, D] float32."""
+    h_M2F = _product(x_MD, gate_up, expert) + gate_up_bias_E2F[expert].astype(jnp.float32)
+    gate_MF, up_MF = jnp.minimum(h_M2F[:, 0::2], limit), jnp.clip(h_M2F[:, 1::2], -limit, limit)
+    activation_MF = gate_MF * jax.nn.sigmoid(alpha * gate_MF) * (up_MF + 1)
+    return _product(activation_MF.astype(x_MD.dtype), down, expert) + down_bias_ED[expert].astype(jnp.float32)
+
+
+def _product(x: jax.Array, weight: jax.Array | MXFP4, expert: jax.Array) -> jax.Array:
+    one = weight[expert]
+    numbers, axis = (one.dequantize(x.dtype), 1) if isinstance(one, MXFP4) else (one.astype(x.dtype), 0)
+    return jax.lax.dot_general(x, numbers, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)

@@ -1,0 +1,246 @@
+"""gpt-oss-tales, a trained GPT-OSS, against what transformers computed for it in float32 (`tests/data/golden`).
+
+The oracle is recorded: ids, residual stream, logits and 48 greedy tokens of three prompts, the third of 563 tokens,
+which is more than four windows and so four times around every ring. Experts stay packed in MXFP4, exact in float32.
+Weights are put in place by the tests' own mapping, and by `convert` in `test_generate` alone. The float64 oracle is
+held to the same recording.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import gptjax
+from gptjax.cache import KVCache
+from gptjax.config import read_config
+from gptjax.models import registry
+from gptjax.models.registry import Model, Params
+from tests.oracles import gpt2_ours, gpt_oss_numpy, gpt_oss_ours
+from tests.oracles.gpt2_ours import Outputs
+
+DEMO = Path(gptjax.__file__).parent / "demo" / "gpt-oss-tales"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "gpt-oss-tales.npz"
+PROMPTS = range(3)
+LONG, STEPS, CAPACITY = 2, 48, 640
+# Of the largest magnitude of each hidden state, and absolute. Two float32 programs differ in the order of sums of 192
+# to 512 terms and of 563 in the softmax, and in how an angle of some hundred radians is rounded, over six blocks.
+HIDDEN_TOLERANCE, LOGITS_TOLERANCE = 2e-4, 1e-3
+
+
+class Golden(NamedTuple):
+    """The recording for a prompt; hidden states and logits are of its last 8 tokens if it is a long one."""
+
+    ids_T: np.ndarray
+    hidden_LTD: np.ndarray  # the embedding, then the residual stream after each block, before the final norm
+    logits_TV: np.ndarray
+    greedy: list[int]
+
+
+@pytest.fixture(autouse=True)
+def _highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def golden() -> list[Golden]:
+    with np.load(GOLDEN) as recorded:
+        return [
+            Golden(*(recorded[f"{part}_{n}"] for part in ("ids", "hidden", "logits")), recorded[f"greedy_{n}"].tolist())
+            for n in PROMPTS
+        ]
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, np.ndarray]:
+    """The checkpoint's bfloat16 tensors as float32, and the packed ones as they are."""
+    assert np.dtype(ml_dtypes.bfloat16).itemsize == 2  # importing ml_dtypes teaches NumPy, and so safetensors, bfloat16
+    loaded: dict[str, np.ndarray] = {}
+    for file in sorted(DEMO.glob("*.safetensors")):
+        loaded |= safetensors.numpy.load_file(file)
+    assert len(loaded) == 6 * 19 + 3
+    return {name: value if value.dtype == np.uint8 else value.astype(np.float32) for name, value in loaded.items()}
+
+
+@pytest.fixture(scope="module")
+def ours(tensors) -> tuple[Model, Params]:
+    return registry.build(read_config(DEMO)), gpt_oss_ours.params(tensors)
+
+
+def _deviations(golden: Golden, blocks_LTD: Any, logits_TV: Any) -> tuple[float, float]:
+    """The largest of all hidden states and of the logits, as parts of what is allowed."""
+    recorded = len(golden.logits_TV)
+    hidden = [
+        np.abs(np.asarray(actual[-recorded:]) - expected).max() / (HIDDEN_TOLERANCE * np.abs(expected).max())
+        for actual, expected in zip(blocks_LTD, golden.hidden_LTD[1:], strict=True)
+    ]
+    return max(hidden), np.abs(np.asarray(logits_TV[-recorded:]) - golden.logits_TV).max() / LOGITS_TOLERANCE
+
+
+def _assert_golden(golden: Golden, blocks_LTD: Any, logits_TV: Any) -> None:
+    """Compares outputs for the whole prompt with the recording of its last positions."""
+    hidden, logits = _deviations(golden, blocks_LTD, logits_TV)
+    assert hidden <= 1
+    assert logits <= 1
+
+
+def _whole(golden: Golden, model: Model, params: Params) -> Outputs:
+    """A prompt and its recorded continuation at once, without a cache, padded."""
+    sequence = [*golden.ids_T.tolist(), *golden.greedy[:-1]]
+    tokens, positions = gpt2_ours.pack([sequence], CAPACITY)
+    return gpt_oss_ours.row(gpt_oss_ours.run(model, params, tokens, positions)[0], 0, positions)
+
+
+def _prefill(golden: Golden, model: Model, params: Params, chunk: int) -> tuple[Outputs, KVCache]:
+    """A prompt in chunks of so many tokens, the last one padded."""
+    cache, outputs = registry.create_cache(model, batch=1, max_length=CAPACITY), []
+    for start in range(0, len(golden.ids_T), chunk):
+        part = golden.ids_T[start : start + chunk].tolist()
+        tokens, positions = gpt2_ours.pack([part], chunk, starts=[start])
+        one, cache = gpt_oss_ours.run(model, params, tokens, positions, cache)
+        outputs.append(gpt_oss_ours.row(one, 0, positions))
+    return gpt_oss_ours.join(outputs), cache
+
+
+def _decode(model: Model, params: Params, first_B: np.ndarray, cache: KVCache) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy tokens [B, 48] that begin with `first_B`, and the final hidden states of all steps [B, 47, D]."""
+    tokens, hidden = [first_B], []
+    for _ in range(STEPS - 1):
+        positions_B1 = cache.lengths_B[:, None]
+        outputs, cache = gpt_oss_ours.run(model, params, tokens[-1][:, None], positions_B1, cache)
+        tokens.append(np.asarray(outputs.logits_BTV[:, 0].argmax(axis=-1), np.int32))
+        hidden.append(np.asarray(outputs.final_BTD[:, 0]))
+    return np.stack(tokens, axis=1), np.stack(hidden, axis=1)
+
+
+def test_recording_is_what_it_says(golden):
+    prompts = json.loads((GOLDEN.parent / "prompts.json").read_text(encoding="utf-8"))["gpt-oss-tales"]
+    tokenizer = gptjax.load_tokenizer(DEMO)
+    assert [len(one.ids_T) for one in golden] == [10, 38, 563]
+    for one, prompt in zip(golden, prompts, strict=True):
+        if "<|" not in prompt:
+            assert tokenizer.encode(prompt) == one.ids_T.tolist()
+        assert one.hidden_LTD.shape[:2] == (7, len(one.logits_TV))
+        assert len(one.greedy) == STEPS
+        assert one.logits_TV[-1].argmax() == one.greedy[0]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_oracle(golden, tensors, prompt):
+    """Which decodes MXFP4 by itself; a fiftieth of what is allowed is seen."""
+    config = json.loads((DEMO / "config.json").read_text())
+    one = golden[prompt]
+    outputs = gpt_oss_numpy.forward(gpt_oss_numpy.dequantized(tensors), config, one.ids_T)
+    np.testing.assert_array_equal(outputs.embedding_TD[-len(one.logits_TV) :], one.hidden_LTD[0])
+    _assert_golden(one, outputs.blocks_LTD, outputs.logits_TV)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_full_forward(golden, ours, prompt):
+    """Every hidden state and logit, and the most likely token after each of the recorded ones."""
+    one, outputs = golden[prompt], _whole(golden[prompt], *ours)
+    length = len(one.ids_T)
+    _assert_golden(one, outputs.blocks_LBTD[:, :length], outputs.logits_BTV[:length])
+    assert outputs.logits_BTV[length - 1 :].argmax(axis=-1).tolist() == one.greedy
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_cached_alone(golden, ours, prompt):
+    """Prefill at once in a batch of one, then decoding a token a step: short prompts cross the window's edge on it."""
+    outputs, cache = _prefill(golden[prompt], *ours, CAPACITY)
+    _assert_golden(golden[prompt], outputs.blocks_LBTD, outputs.logits_BTV)
+    first_B = outputs.logits_BTV[-1:].argmax(axis=-1).astype(np.int32)
+    assert _decode(*ours, first_B, cache)[0][0].tolist() == golden[prompt].greedy
+
+
+@pytest.mark.parametrize("chunk", [64, 100])
+def test_chunked_prefill(golden, ours, chunk):
+    """Chunks that divide the window and chunks that do not; then decoding."""
+    outputs, cache = _prefill(golden[LONG], *ours, chunk)
+    _assert_golden(golden[LONG], outputs.blocks_LBTD, outputs.logits_BTV)
+    first_B = outputs.logits_BTV[-1:].argmax(axis=-1).astype(np.int32)
+    assert _decode(*ours, first_B, cache)[0][0].tolist() == golden[LONG].greedy
+
+
+def _prefill_together(
+    golden: list[Golden], ours: tuple[Model, Params], layout: str, used: set[int]
+) -> tuple[np.ndarray, KVCache]:
+    """All prompts in one padded batch and an unused slot, in a cache that held NaN; or only those in `used`.
+
+    Returns what follows each prompt, [B], and the cache.
+    """
+    rows = [one.ids_T.tolist() if b in used else [] for b, one in enumerate(golden)]
+    tokens, positions = gpt2_ours.pack([*rows, []], 576, layout=layout)
+    empty = gpt_oss_ours.filled(registry.create_cache(ours[0], batch=4, max_length=CAPACITY), np.nan)
+    outputs, cache = gpt_oss_ours.run(*ours, tokens, positions, empty)
+    first_B = np.zeros(4, np.int32)
+    for b in used:
+        real = gpt_oss_ours.row(outputs, b, positions)
+        _assert_golden(golden[b], real.blocks_LBTD, real.logits_BTV)
+        first_B[b] = real.logits_BTV[-1].argmax()
+    return first_B, cache
+
+
+def test_cached_together(golden, ours):
+    """Padding on the left; then decoding, in which a row's bits are as alone."""
+    tokens, hidden = _decode(*ours, *_prefill_together(golden, ours, "left", {*PROMPTS}))
+    assert tokens[:3].tolist() == [one.greedy for one in golden]
+    alone_tokens, alone_hidden = _decode(*ours, *_prefill_together(golden, ours, "left", {1}))
+    np.testing.assert_array_equal(alone_tokens[1], tokens[1])
+    np.testing.assert_array_equal(alone_hidden[1], hidden[1])
+
+
+@pytest.mark.parametrize("layout", ["right", "mixed"])
+def test_padding(golden, ours, layout):
+    first_B, cache = _prefill_together(golden, ours, layout, {*PROMPTS})
+    assert first_B[:3].tolist() == [one.greedy[0] for one in golden]
+    assert cache.lengths_B.tolist() == [10, 38, 563, 0]
+
+
+def test_generate(golden):
+    """From the demo's name to the recorded tokens, a short and a long prompt in one call."""
+    lm = gptjax.load("gpt-oss-tales", dtype="float32", max_length=1024)
+    some = [golden[1], golden[LONG]]
+    completions = lm.generate([one.ids_T.tolist() for one in some], max_tokens=STEPS, temperature=0)
+    for completion, one in zip(completions, some, strict=True):
+        assert list(completion.token_ids) == one.greedy
+
+
+def _mutated(ours: tuple[Model, Params], mutation: str) -> tuple[Model, Params]:
+    model, params = ours
+    if mutation == "window 129":
+        windows = gpt_oss_ours.wider_windows(model.config)
+        assert windows == (129, None) * 3
+        return registry.build(dataclasses.replace(model.config, windows=windows)), params
+    return model, gpt_oss_ours.without_sinks(params)
+
+
+@pytest.mark.parametrize("mutation", ["window 129", "no sinks"])
+def test_the_recording_catches(golden, ours, mutation):
+    """The two mistakes that ports make, in the full forward pass and in chunks over the cache."""
+    one, mutated = golden[LONG], _mutated(ours, mutation)
+    whole = _whole(one, *mutated)
+    chunked, cache = _prefill(one, *mutated, 64)
+    length = len(one.ids_T)
+    for blocks_LTD, logits_TV in (
+        (whole.blocks_LBTD[:, :length], whole.logits_BTV[:length]),
+        (chunked.blocks_LBTD, chunked.logits_BTV),
+    ):
+        hidden, logits = _deviations(one, blocks_LTD, logits_TV)
+        assert hidden > 10
+        assert logits > 10
+    assert cache.lengths_B.tolist() == [length]
+
+
+def test_the_short_prompts_cannot_catch_a_wrong_window(golden, ours):
+    """Why the long prompt is there: below the window's length the mistake changes no bit."""
+    short, mutated = golden[0], _mutated(ours, "window 129")
+    for actual, expected in zip(_whole(short, *mutated), _whole(short, *ours), strict=True):
+        np.testing.assert_array_equal(actual, expected)

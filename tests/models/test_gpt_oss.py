@@ -1,0 +1,459 @@
+"""GPT-OSS against the float64 oracle `tests/oracles/gpt_oss_numpy.py`, on tiny random checkpoints of all layouts.
+
+Every way of running the model (whole, in chunks, token by token, padded, beside other rows) is held to the same oracle.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.cache import KVCache
+from gptjax.config import PUBLISHED, GptOssConfig, config_from_json
+from gptjax.layers.rope import inv_freq
+from gptjax.models import registry
+from gptjax.models.registry import Model, Params
+from tests.oracles import gpt2_ours, gpt_oss_numpy, gpt_oss_ours, gpt_oss_random
+from tests.oracles.gpt2_ours import Outputs
+from tests.oracles.gpt_oss_random import Checkpoint
+
+# Largest deviation allowed, as a part of the largest magnitude in the array. A float32 sum of F, D or N·H terms is good
+# to a few eps of that, a softmax to eps times its largest score (some 30 here), an angle to eps times its position, and
+# three blocks add up. Mistaking one variant for another costs eight times this or more (test_variants_differ).
+FLOAT32_TOLERANCE = 128 * float(jnp.finfo(jnp.float32).eps)
+LENGTH = 41  # of prompts: more than four windows of 9
+# docs/MODELS.md, to 9 digits
+INV_FREQ = {
+    0: 1.0,
+    1: 0.689044306,
+    8: 0.0508132748,
+    9: 0.0317056962,
+    17: 1.29318701e-4,
+    18: 3.83088124e-5,
+    31: 3.02351143e-7,
+}
+ATTENTION_FACTOR = 1.3465735903
+
+
+class Case(NamedTuple):
+    """A checkpoint, and what it is loaded as."""
+
+    checkpoint: Checkpoint
+    model: Model
+    params: Params
+
+    def oracle(self, ids: Sequence[int]) -> gpt_oss_numpy.Outputs:
+        return gpt_oss_numpy.forward(self.checkpoint.dense, self.checkpoint.config, ids)
+
+
+@pytest.fixture(autouse=True)
+def _highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Case:
+    return _case()
+
+
+def _case(dtype: Any = jnp.float32, **changes: Any) -> Case:
+    """A checkpoint of weights rounded to `dtype`, with packed experts."""
+    checkpoint = gpt_oss_random.checkpoint(dtype=dtype, **changes)
+    config = config_from_json({**checkpoint.config, "quantization_config": gpt_oss_random.QUANTIZATION})
+    return Case(checkpoint, registry.build(config, dtype=dtype), gpt_oss_ours.params(checkpoint.packed, dtype))
+
+
+def _cache(model: Model, batch: int, fill: float = 0.0, max_length: int = 128) -> KVCache:
+    return gpt_oss_ours.filled(registry.create_cache(model, batch=batch, max_length=max_length), fill)
+
+
+def _run_whole(model: Model, params: Params, ids: Sequence[int]) -> Outputs:
+    tokens, positions = gpt2_ours.pack([ids], len(ids))
+    return gpt_oss_ours.row(gpt_oss_ours.run(model, params, tokens, positions)[0], 0, positions)
+
+
+def _run_chunks(
+    model: Model, params: Params, ids: Sequence[int], counts: Sequence[int], cache: KVCache, bucket: int = 0
+) -> tuple[Outputs, KVCache]:
+    """One row of a cache, in chunks of `counts` tokens, each padded to `bucket`."""
+    outputs, start = [], int(cache.lengths_B[0])
+    for count in counts:
+        tokens, positions = gpt2_ours.pack([ids[start : start + count]], max(count, bucket), starts=[start])
+        chunk, cache = gpt_oss_ours.run(model, params, tokens, positions, cache)
+        outputs.append(gpt_oss_ours.row(chunk, 0, positions))
+        start += count
+        assert cache.lengths_B.tolist() == [start]
+    return gpt_oss_ours.join(outputs), cache
+
+
+def _deviation(ours: Outputs, oracle: gpt_oss_numpy.Outputs) -> float:
+    """The largest of all outputs, as a part of FLOAT32_TOLERANCE."""
+    pairs = [*zip(ours.blocks_LBTD, oracle.blocks_LTD, strict=True)]
+    pairs += [(ours.final_BTD, oracle.final_TD), (ours.logits_BTV, oracle.logits_TV)]
+    deviations = []
+    for actual, expected in pairs:
+        assert actual.shape == expected.shape
+        deviations.append(np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max())
+    return float(np.max(deviations)) / FLOAT32_TOLERANCE  # np.max keeps a NaN
+
+
+def _assert_close(ours: Outputs, oracle: gpt_oss_numpy.Outputs) -> None:
+    assert oracle.margin > 1e-4, "a tie between experts, which rounding may decide: take another seed"
+    assert _deviation(ours, oracle) <= 1
+
+
+def _assert_same_bits(ours: Any, expected: Any) -> None:
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        assert not np.isnan(np.asarray(a, np.float32)).any()
+
+
+@pytest.mark.parametrize("changes", gpt_oss_random.VARIANTS.values(), ids=gpt_oss_random.VARIANTS.keys())
+def test_every_variant_agrees_with_the_oracle(changes):
+    case = _case(**changes)
+    ids = gpt_oss_random.tokens(1, LENGTH)
+    _assert_close(_run_whole(case.model, case.params, ids), case.oracle(ids))
+
+
+def test_variants_differ():
+    """No two variants are so close that the tolerance could not tell them apart."""
+    outputs = {}
+    for name, changes in gpt_oss_random.VARIANTS.items():
+        checkpoint = gpt_oss_random.checkpoint(**changes)
+        ids = gpt_oss_random.tokens(1, LENGTH)
+        outputs[name] = gpt_oss_numpy.forward(checkpoint.dense, checkpoint.config, ids).logits_TV
+    names = sorted(outputs)
+    for n, one in enumerate(names):
+        for other in names[:n]:
+            difference = np.abs(outputs[one] - outputs[other]).max() / np.abs(outputs[other]).max()
+            assert difference > 8 * FLOAT32_TOLERANCE, (one, other, difference)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"layout": "packed", "spelling": "rope_scaling"},
+        {"layout": "packed", "spelling": "rope_parameters", "shards": 3},
+        {"layout": "dequantised", "spelling": "rope_scaling", "shards": 3},
+        {"layout": "dequantised", "spelling": "rope_parameters"},
+        {"layout": "original", "shards": 2},
+    ],
+    ids=lambda files: "-".join(str(value) for value in files.values()),
+)
+def test_every_layout_and_spelling_agrees_with_the_oracle(tmp_path, tiny, files):
+    """Through `convert`, from a directory."""
+    model, params = gpt_oss_ours.load(gpt_oss_random.write(tmp_path, tiny.checkpoint, **files))
+    ids = gpt_oss_random.tokens(1, LENGTH)
+    _assert_close(_run_whole(model, params, ids), tiny.oracle(ids))
+    packed = "none" if files["layout"] == "dequantised" else "experts"
+    assert model.config == dataclasses.replace(tiny.model.config, mxfp4=packed)
+
+
+def test_more_than_a_window_of_128():
+    """The published window, across its edge: whole, in chunks of 100 and 64, and token by token from 100 on."""
+    case = _case(sliding_window=128, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    ids = gpt_oss_random.tokens(3, 290)
+    oracle = case.oracle(ids)
+    _assert_close(_run_whole(case.model, case.params, ids), oracle)
+    for counts in ([100, 100, 90], [64, 64, 64, 64, 34]):
+        outputs, _ = _run_chunks(case.model, case.params, ids, counts, _cache(case.model, 1, np.nan, 384), 100)
+        _assert_close(outputs, oracle)
+    outputs, cache = _run_chunks(case.model, case.params, ids, [100], _cache(case.model, 1, np.nan, 384), 100)
+    decoded, cache = _run_chunks(case.model, case.params, ids, [1] * 40, cache)
+    _assert_close(gpt_oss_ours.join([outputs, decoded]), case.oracle(ids[:140]))
+    assert cache.k[0].shape == (1, 2, 128, 16)
+    assert cache.k[1].shape == (1, 2, 384, 16)
+
+
+@pytest.mark.parametrize(
+    ("counts", "bucket"),
+    [([41], 41), ([13, 3, 25], 41), ([9, 9, 9, 9, 5], 9), ([8, 8, 8, 8, 8, 1], 9), ([1] * 41, 1)],
+    ids=["whole", "chunks", "windows", "less than windows", "token by token"],
+)
+def test_cached_in_any_chunks_agrees_with_the_oracle(tiny, counts, bucket):
+    ids = gpt_oss_random.tokens(4, LENGTH)
+    outputs, cache = _run_chunks(tiny.model, tiny.params, ids, counts, _cache(tiny.model, 1), bucket)
+    _assert_close(outputs, tiny.oracle(ids))
+    assert [x.shape[2] for x in cache.k] == [x.shape[2] for x in cache.v] == [9, 128, 9]
+
+
+def test_a_ring_holds_the_last_positions(tiny):
+    """Position p lies at p mod S, whatever the chunks: the full layer below, rotated, tells which is which."""
+    ids = gpt_oss_random.tokens(4, LENGTH)
+    whole, token_by_token = (
+        _run_chunks(tiny.model, tiny.params, ids, counts, _cache(tiny.model, 1, np.nan))[1]
+        for counts in ([41], [1] * 41)
+    )
+    for a, b in zip(whole.k + whole.v, token_by_token.k + token_by_token.v, strict=True):
+        used = slice(min(a.shape[2], LENGTH))
+        atol = FLOAT32_TOLERANCE * float(jnp.abs(a[:, :, used]).max())
+        np.testing.assert_allclose(a[:, :, used], b[:, :, used], rtol=0, atol=atol)
+        assert np.isnan(a[:, :, LENGTH:]).all()
+    changed = [*ids[:-9], (ids[-9] + 1) % 101, *ids[-8:]]  # position 32, at place 5 of a ring of 9
+    other = _run_chunks(tiny.model, tiny.params, changed, [41], _cache(tiny.model, 1, np.nan))[1]
+    differs_S = (np.asarray(whole.k[0]) != np.asarray(other.k[0])).any(axis=(0, 1, 3))
+    assert np.flatnonzero(differs_S).tolist() == [32 % 9]
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["uncached", "cached"])
+@pytest.mark.parametrize("layout", ["left", "right", "mixed"])
+def test_padding_has_no_influence(tiny, layout, cached):
+    """Rows of 41, 1, 12 and no tokens among padding whose ids are out of range, in a cache full of NaN."""
+    rows = [gpt_oss_random.tokens(seed, length) for seed, length in enumerate((LENGTH, 1, 12, 0), 3)]
+    tokens, positions = gpt2_ours.pack(rows, 43, layout=layout)
+    cache = _cache(tiny.model, 4, np.nan) if cached else None
+    outputs, cache = gpt_oss_ours.run(tiny.model, tiny.params, tokens, positions, cache)
+    for b in range(3):
+        _assert_close(gpt_oss_ours.row(outputs, b, positions), tiny.oracle(rows[b]))
+    assert np.isfinite(np.asarray(outputs.final_BTD)).all()  # at padding too: NaN there would spread in an optimiser
+    if cached:
+        assert cache.lengths_B.tolist() == [LENGTH, 1, 12, 0]
+        for array_BKSH in cache.k + cache.v:
+            for b, row in enumerate(rows):
+                assert np.isfinite(array_BKSH[b, :, : len(row)]).all()
+                assert np.isnan(array_BKSH[b, :, len(row) :]).all(), "padding was written"
+
+
+def test_decode_beside_other_rows_agrees_with_the_oracle(tiny):
+    """Rows at different positions go on, a token a step, across their windows' edges; one joins late, one waits."""
+    rows = [gpt_oss_random.tokens(seed, length) for seed, length in ((11, 25), (12, 12), (13, 17))]
+    schedule = [(12, 0, 7)] + [(1, int(step < 12), step % 2 or int(step > 9)) for step in range(13)]
+    cache, outputs, done = _cache(tiny.model, 4, np.nan), [[], [], []], [0, 0, 0, 0]
+    for counts in schedule:
+        parts = [row[n : n + count] for row, n, count in zip(rows, done, counts, strict=False)]
+        tokens, positions = gpt2_ours.pack([*parts, []], max(counts), starts=done)
+        chunk, cache = gpt_oss_ours.run(tiny.model, tiny.params, tokens, positions, cache)
+        for b in range(3):
+            outputs[b].append(gpt_oss_ours.row(chunk, b, positions))
+        done = [n + count for n, count in zip(done, (*counts, 0), strict=True)]
+        assert cache.lengths_B.tolist() == done
+    for row, count, chunks in zip(rows, done, outputs, strict=False):
+        assert count > 9
+        _assert_close(gpt_oss_ours.join(chunks), tiny.oracle(row[:count]))
+
+
+def test_what_lies_beyond_a_rows_length_has_no_influence(tiny):
+    """A slot used before, a slot full of NaN and a fresh one give the same bits: rings of which a part is in use."""
+    rows = [gpt_oss_random.tokens(3, 13), gpt_oss_random.tokens(4, 5), []]
+    first, second = gpt2_ours.pack(rows, 13), gpt2_ours.pack([[9], [8], []], 1, starts=[13, 5, 0])
+    third = gpt2_ours.pack([[4, 5], [6, 7, 8], []], 13, starts=[14, 6, 0])
+    before = gpt2_ours.pack([gpt_oss_random.tokens(5, 13)] * 3, 13)
+    _, used = gpt_oss_ours.run(tiny.model, tiny.params, *before, _cache(tiny.model, 3))
+    used = dataclasses.replace(used, lengths_B=jnp.zeros_like(used.lengths_B))
+    results = []
+    for cache in (_cache(tiny.model, 3), used, _cache(tiny.model, 3, np.nan), _cache(tiny.model, 3, np.inf)):
+        outputs = []
+        for step in (first, second, third):
+            one, cache = gpt_oss_ours.run(tiny.model, tiny.params, *step, cache)
+            outputs.append(one)
+        results.append(outputs)
+    for result in results[1:]:
+        _assert_same_bits(result, results[0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_row_has_the_same_bits_in_any_company(dtype):
+    """Prefill in chunks of 64 and three steps of decoding in a batch of 5: alone, beside short and long rows.
+
+    Which experts its neighbours choose, and how many tokens they have, must not change how a row's own are summed.
+    """
+    case = _case(dtype, sliding_window=100, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    ids = gpt_oss_random.tokens(21, 150)
+
+    def bits(slot: int, lengths: list[int], fill: float = 0.0) -> list[Outputs]:
+        """What the row gives in `slot` while the other slots hold sequences that began with `lengths` tokens."""
+        cache = _cache(case.model, 5, fill, 384)
+
+        def feed(parts: list[list[int]], length: int) -> Outputs:
+            nonlocal cache
+            tokens, positions = gpt2_ours.pack(parts, length, starts=cache.lengths_B.tolist())
+            outputs, cache = gpt_oss_ours.run(case.model, case.params, tokens, positions, cache)
+            return gpt_oss_ours.row(outputs, slot, positions)
+
+        others = [[] if b == slot else gpt_oss_random.tokens(31 + b, length) for b, length in enumerate(lengths)]
+        for start in range(0, max(lengths), 64):
+            feed([other[start : start + 64] for other in others], 64)
+        results = []
+        for start, count in [(0, 64), (64, 64), (128, 19), (147, 1), (148, 1), (149, 1)]:
+            parts = [[7] if 0 < len(other) < 370 else [] for other in others]  # the others decode, the longest waits
+            parts[slot] = ids[start : start + count]
+            results.append(feed(parts, 64 if start < 147 else 1))
+        return results
+
+    alone = bits(1, [0] * 5)
+    _assert_same_bits(bits(1, [3, 0, 1, 2, 5]), alone)
+    _assert_same_bits(bits(1, [370, 0, 129, 200, 64], np.nan), alone)
+    _assert_same_bits(bits(4, [370, 300, 129, 0, 0]), alone)
+    _assert_same_bits(bits(0, [0, 0, 0, 0, 375], np.nan), alone)
+
+
+@pytest.mark.parametrize(("dtype", "cached"), [(jnp.bfloat16, True), (jnp.float16, False)])
+def test_half_precision_is_as_good_as_its_digits(dtype, cached):
+    """Against the oracle on the same rounded weights, with every expert chosen.
+
+    (Where a few of them are, rounding decides between those that are nearly equal, and then nothing bounds the error.)
+    A block rounds the residual stream twice and what it adds to it about eight times, each eps/4 in the mean.
+    """
+    case = _case(dtype, num_experts_per_tok=6)
+    ids = gpt_oss_random.tokens(6, LENGTH)
+    tokens, positions = gpt2_ours.pack([ids], LENGTH)
+    cache = _cache(case.model, 1) if cached else None
+    outputs, _ = gpt_oss_ours.run(case.model, case.params, tokens, positions, cache)
+    assert outputs.final_BTD.dtype == dtype
+    assert outputs.logits_BTV.dtype == jnp.float32
+    oracle = case.oracle(ids)
+    for actual, expected in [
+        *zip(outputs.blocks_LBTD[:, 0], oracle.blocks_LTD, strict=True),
+        (outputs.final_BTD[0], oracle.final_TD),
+        (outputs.logits_BTV[0], oracle.logits_TV),
+    ]:
+        error = np.square(np.asarray(actual, np.float64) - expected).mean() / np.square(expected).mean()
+        assert np.sqrt(error) < 4 * float(jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("mutation", ["window", "sinks"])
+def test_the_oracle_catches(tiny, mutation):
+    """A window that is one position too wide, and sinks that take no part, whole and in chunks over the cache."""
+    model, params = tiny.model, tiny.params
+    if mutation == "window":
+        windows = gpt_oss_ours.wider_windows(model.config)
+        assert windows == (10, None, 10)
+        model = registry.build(dataclasses.replace(model.config, windows=windows))
+    else:
+        params = gpt_oss_ours.without_sinks(params)
+    ids = gpt_oss_random.tokens(4, LENGTH)
+    oracle = tiny.oracle(ids)
+    for outputs in (
+        _run_whole(model, params, ids),
+        _run_chunks(model, params, ids, [13, 3, 25], _cache(model, 1), LENGTH)[0],
+    ):
+        assert _deviation(outputs, oracle) > 1000
+        same = gpt_oss_numpy.Outputs(*(x if np.isscalar(x) else x[..., :9, :] for x in oracle))
+        first = Outputs(outputs.blocks_LBTD[:, :9], outputs.final_BTD[:9], outputs.logits_BTV[:9])
+        # Nine tokens do not reach the edge of the window: they cannot tell.
+        assert (_deviation(first, same) <= 1) == (mutation == "window")
+
+
+def test_inv_freq_is_that_of_the_release():
+    for name in ("gpt-oss-20b", "gpt-oss-120b"):
+        config = PUBLISHED[name]
+        assert isinstance(config, GptOssConfig)
+        frequencies = inv_freq(config.rope, config.head_width)
+        assert frequencies.shape == (32,)
+        for index, expected in INV_FREQ.items():
+            assert frequencies[index] == pytest.approx(expected, rel=1e-8)
+        assert config.rope.yarn is not None
+        assert config.rope.yarn.attention_factor == pytest.approx(ATTENTION_FACTOR, rel=1e-10)
+
+
+@pytest.mark.parametrize("changes", gpt_oss_random.VARIANTS.values(), ids=gpt_oss_random.VARIANTS.keys())
+def test_inv_freq_agrees_with_the_oracle(changes):
+    raw = {**gpt_oss_random.CONFIG, **changes}
+    config = config_from_json(raw)
+    assert isinstance(config, GptOssConfig)
+    assert config.rope.yarn is not None
+    frequencies, factor = gpt_oss_numpy.inv_freq(raw)
+    np.testing.assert_allclose(inv_freq(config.rope, config.head_width), frequencies, rtol=1e-14)
+    assert config.rope.yarn.attention_factor == pytest.approx(factor, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "gigabytes"),
+    [("gpt-oss-20b", 20_914_757_184, 13.76), ("gpt-oss-120b", 116_829_156_672, 65.25)],
+)
+def test_published_sizes(name, count, gigabytes):
+    """The published numbers of parameters and bytes (docs/MODELS.md), of shapes only."""
+    model = registry.build(PUBLISHED[name], dtype=jnp.bfloat16)
+    assert registry.num_params(model) == count
+    params = registry.abstract_params(model)
+    stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    assert stored == pytest.approx(gigabytes * 1e9, rel=1e-3)
+
+
+
+def test_a_full_size_forward_pass():
+    """Of gpt-oss-20b, of shapes only."""
+    model = registry.build(PUBLISHED["gpt-oss-20b"], dtype=jnp.bfloat16)
+    config, params = model.config, registry.abstract_params(model)
+    tokens_BT = jax.ShapeDtypeStruct((2, 7), jnp.int32)
+    cache = jax.eval_shape(lambda: registry.create_cache(model, batch=2, max_length=1000))
+    outputs, after = jax.eval_shape(lambda *args: gpt_oss_ours.run(model, *args), params, tokens_BT, tokens_BT, cache)
+    assert outputs.blocks_LBTD.shape == (config.num_layers, 2, 7, 2880)
+    assert (outputs.final_BTD.shape, outputs.final_BTD.dtype) == ((2, 7, 2880), jnp.bfloat16)
+    assert (outputs.logits_BTV.shape, outputs.logits_BTV.dtype) == ((2, 7, 201088), jnp.float32)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), cache)
+    assert [x.shape for x in after.k[:2]] == [(2, 8, 128, 64), (2, 8, 1024, 64)]
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "gpt-oss-120b"])
+def test_a_long_context_costs_the_full_layers_alone(name):
+    """131072 positions: the bytes of half the layers, and a ring of 128 positions for each of the others."""
+    model = registry.build(PUBLISHED[name], dtype=jnp.bfloat16)
+    cache = jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=131072))
+    layers, position = model.config.num_layers, 8 * 64 * 2 * 2  # K·H keys and as many values of 2 bytes
+    used = sum(x.size * x.dtype.itemsize for x in cache.k + cache.v)
+    assert used == position * (layers // 2 * 131072 + layers // 2 * 128)
+    full = position * layers * 131072
+    assert used / full == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_cache_shorter_than_the_window_has_no_ring():
+    config = config_from_json({**gpt_oss_random.CONFIG, "sliding_window": 500})
+    model = registry.build(config)
+    cache = jax.eval_shape(lambda: registry.create_cache(model, batch=3, max_length=130))
+    assert [x.shape for x in cache.k + cache.v] == [(3, 2, 256, 16)] * 6
+    assert cache.capacity == 256
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "dequantised"])
+def test_declares_an_axis_name_for_every_dimension(packed):
+    quantization = {"quantization_config": gpt_oss_random.QUANTIZATION} if packed else {}
+    model = registry.build(config_from_json({**gpt_oss_random.CONFIG, **quantization}))
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), tokens_BT, tokens_BT)["params"]
+    for leaf in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
+        assert isinstance(leaf, nn.LogicallyPartitioned)
+        assert len(leaf.names) == leaf.value.ndim
+
+
+def _shapes(params: Params) -> dict[str, tuple[Any, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": False}], ids=str)
+def test_declares_the_leaves_of_a_checkpoint(changes):
+    case = _case(jnp.bfloat16, **changes)
+    assert _shapes(registry.abstract_params(case.model)) == _shapes(case.params)
+    raw = case.checkpoint.config
+    dequantised = registry.build(config_from_json(raw), dtype=jnp.float32, param_dtype=jnp.float16)
+    expected = gpt_oss_ours.params(case.checkpoint.dense, jnp.float16)
+    assert _shapes(registry.abstract_params(dequantised)) == _shapes(expected)
+
+
+def test_experts_stay_packed(tiny):
+    """In the params, and in the shapes declared: 4.25 bits a number."""
+    packed = [leaf for leaf in jax.tree.leaves(tiny.params) if leaf.dtype == jnp.uint8]
+    expected = [x for name, x in tiny.checkpoint.packed.items() if x.dtype == np.uint8]
+    assert sum(leaf.nbytes for leaf in packed) == sum(x.nbytes for x in expected)
+    numbers = registry.num_params(tiny.model)
+    assert numbers == sum(x.size for x in tiny.checkpoint.dense.values())
+
+
+def test_an_unknown_implementation_raises(tiny):
+    model = registry.build(tiny.model.config, implementation="cudnn")
+    with pytest.raises(ValueError, match="no implementation 'cudnn'"):
+        gpt_oss_ours.run(model, tiny.params, *gpt2_ours.pack([[1]], 1))
+
+
+def test_the_configs_of_the_two_spellings_are_equal():
+    raw = gpt_oss_random.CONFIG
+    read = [config_from_json(json.loads(json.dumps(gpt_oss_random.spelled(raw, s)))) for s in gpt_oss_random.SPELLINGS]
+    assert read[0] == read[1]
