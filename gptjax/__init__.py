@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptjax.api import load
+    from gptjax.chat import ChatChunk, ChatCompletion, ToolCall
     from gptjax.engine.output import Chunk, Completion, Timings, Usage
     from gptjax.errors import CapacityError, CheckpointError, ConfigError, GptjaxError, RequestError
     from gptjax.language_model import LanguageModel
@@ -23,6 +24,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "LanguageModel": "gptjax.language_model",
     "load": "gptjax.api",
+    "ChatChunk": "gptjax.chat",
+    "ChatCompletion": "gptjax.chat",
+    "ToolCall": "gptjax.chat",
     "Chunk": "gptjax.engine.output",
     "Completion": "gptjax.engine.output",
     "Timings": "gptjax.engine.output",
@@ -38,6 +42,8 @@ _HOMES = {
 
 __all__ = [
     "CapacityError",
+    "ChatChunk",
+    "ChatCompletion",
     "CheckpointError",
     "Chunk",
     "Completion",
@@ -47,6 +53,7 @@ __all__ = [
     "RequestError",
     "Timings",
     "Tokenizer",
+    "ToolCall",
     "Usage",
     "__version__",
     "load",

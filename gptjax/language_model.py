@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Unpack, overload
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 
 from gptjax import memory
 from gptjax.activations import activations
+from gptjax.chat import TODAY, ChatChunk, ChatCompletion, TurnReader, chat_chunks, count_calls, prompt, stop_ids
 from gptjax.config import GenerationDefaults, ModelConfig
 from gptjax.engine import steps
 from gptjax.engine.engine import Engine, Features, prefill, settings_of
@@ -25,7 +26,7 @@ from gptjax.engine.options import (
     split_prompts,
     split_seeds,
 )
-from gptjax.engine.output import Chunk, Completion
+from gptjax.engine.output import Chunk, Completion, Decoder
 from gptjax.engine.request import Request, check_prompt
 from gptjax.errors import GptjaxError, RequestError
 from gptjax.memory import Memory
@@ -135,6 +136,55 @@ class LanguageModel:
             raise RequestError("stream takes one prompt; use generate for a list")
         request = self._request(prompts[0], options)
         return (chunk for _, chunk in self._run([request]))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        reasoning_effort: str = "medium",
+        current_date: str | None = TODAY,
+        **options: Unpack[GenerateOptions],
+    ) -> ChatCompletion:
+        """The assistant's next turn of a conversation, for models that speak harmony (GPT-OSS).
+
+        Args:
+          messages: as in OpenAI's chat API: `{"role": "user", "content": "Hello"}` and so on; special tokens written in
+            them are plain text. `ChatCompletion.message` is the one to go on with.
+          tools: functions, as in that API, and `{"type": "browser"}` or `{"type": "python"}`. They are not called here.
+          reasoning_effort: "low", "medium" or "high".
+          current_date: what the model is told, as "2025-06-28"; None tells it nothing.
+          **options: as for `generate`. `stop` is looked for in the answer, not in the reasoning.
+
+        Raises:
+          RequestError: messages, tools or options that are not as they should be, or a tokenizer that lacks harmony's
+            special tokens, as all of GPT-2's do.
+          CapacityError: a conversation longer than `max_length`.
+        """
+        *_, last = self.stream_chat(
+            messages, tools=tools, reasoning_effort=reasoning_effort, current_date=current_date, **options
+        )
+        assert last.completion is not None  # the last chunk has it
+        return last.completion
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        reasoning_effort: str = "medium",
+        current_date: str | None = TODAY,
+        **options: Unpack[GenerateOptions],
+    ) -> Iterator[ChatChunk]:
+        """`chat`, a chunk for each token as it is drawn, reasoning and answer apart; the last has the `completion`.
+
+        Arguments are checked when the call is made, not when the first chunk is asked for.
+        """
+        tokenizer = self.tokenizer
+        ids = prompt(messages, tokenizer, tools=tools, reasoning_effort=reasoning_effort, current_date=current_date)
+        request = self._request(ids, options, eos_ids=tuple(dict.fromkeys((*self.eos_ids, *stop_ids(tokenizer)))))
+        reader = TurnReader(tokenizer, earlier_calls=count_calls(messages))
+        return chat_chunks((chunk for _, chunk in self._run([request], lambda: reader)), reader)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Teacher-forced logits: what follows each of the given tokens, [T, V] float32 on the host.
@@ -246,10 +296,10 @@ class LanguageModel:
         length = self.max_length if max_length is None else max_length
         return memory.explained(self.model, batch=batch, max_length=length)
 
-    def _request(self, prompt: Prompt, options: GenerateOptions) -> Request:
+    def _request(self, prompt: Prompt, options: GenerateOptions, eos_ids: Sequence[int] | None = None) -> Request:
         _ = self.params
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else as_ids(prompt)
-        request = make_request(ids, options, self.defaults, self.eos_ids)
+        request = make_request(ids, options, self.defaults, self.eos_ids if eos_ids is None else eos_ids)
         request.check(vocab_size=self.config.vocab_size, max_length=self.max_length)
         if request.stop:
             _ = self.tokenizer  # stop strings are text: say so now if there can be none
@@ -261,9 +311,12 @@ class LanguageModel:
         check_prompt(ids, vocab_size=self.config.vocab_size, max_length=max_length)
         return ids
 
-    def _run(self, requests: list[Request]) -> Iterator[tuple[int, Chunk]]:
+    def _run(
+        self, requests: list[Request], detokenizer: Callable[[], Decoder] | None = None
+    ) -> Iterator[tuple[int, Chunk]]:
         batch = self.max_batch or min(1 << (len(requests) - 1).bit_length(), _MOST_ROWS)
-        detokenizer = None if isinstance(self._tokenizer, GptjaxError) else self._tokenizer.stream
+        if detokenizer is None and not isinstance(self._tokenizer, GptjaxError):
+            detokenizer = self._tokenizer.stream
         with self._guard(batch=batch):
             memory.check_state(self.model, batch=batch, max_length=self.max_length)
             # Only the generator holds the engine, so that closing the one frees the other.

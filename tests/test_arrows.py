@@ -25,7 +25,7 @@ ROOMS = [
     ["gptjax.hub"],
     ["gptjax.text"],
     ["gptjax.engine"],
-    ["gptjax.memory"],
+    ["gptjax.memory", "gptjax.chat"],
     ["gptjax.language_model"],
     ["gptjax.api", "gptjax.info"],
     ["gptjax.evaluate", "gptjax.compare"],

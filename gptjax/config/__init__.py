@@ -4,7 +4,7 @@ A key that is neither understood nor known to be without effect raises `ConfigEr
 ignored is a wrong answer. Sizes have no defaults. What an absent key means is stated where it is read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,7 +39,10 @@ PUBLISHED: Final[Mapping[str, ModelConfig]] = {
     "gpt-oss-120b": gpt_oss.published(num_layers=36, num_experts=128),
 }
 
-_READERS: Final = {"gpt2": GPT2Config.from_json, "gpt_oss": GptOssConfig.from_json}
+_READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], ModelConfig]]] = {
+    "gpt2": GPT2Config.from_json,
+    "gpt_oss": GptOssConfig.from_json,
+}
 
 
 def read_config(directory: Path) -> ModelConfig:

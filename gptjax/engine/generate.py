@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator
 
 from gptjax.engine.engine import Engine
-from gptjax.engine.output import Chunk, Output
+from gptjax.engine.output import Chunk, Decoder, Output
 from gptjax.engine.request import Request
-from gptjax.text import Detokenizer
 
 
 def generate(
-    engine: Engine, requests: Iterable[Request], detokenizer: Callable[[], Detokenizer] | None
+    engine: Engine, requests: Iterable[Request], detokenizer: Callable[[], Decoder] | None
 ) -> Iterator[tuple[int, Chunk]]:
     """Yields (number of the request, chunk), token by token, until every request has ended.
 

@@ -3,15 +3,25 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from gptjax.engine.engine import Token
 from gptjax.engine.request import Request
-from gptjax.text import Detokenizer
 
 NOT_FINITE = (
     "the model's logits were not finite (NaN or infinity), so no token could be drawn: the weights may be damaged, or "
     "overflow in this dtype; try dtype='float32', and check the checkpoint with `gptjax info`"
 )
+
+
+class Decoder(Protocol):
+    """What turns the tokens of one output into its text: a `Detokenizer`, or one that leaves some of it out."""
+
+    def push(self, token_id: int, /) -> str:
+        """The text that became certain with this token."""
+
+    def finish(self) -> str:
+        """The rest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +121,7 @@ class Output:
         request: Request,
         *,
         max_length: int,
-        detokenizer: Detokenizer | None,
+        detokenizer: Decoder | None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._request = request

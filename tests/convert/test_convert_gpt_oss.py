@@ -1,0 +1,504 @@
+"""GPT-OSS's tables: the three layouts, against the tests' own mapping of names; and checkpoints that must be refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import convert
+from gptjax import api
+from gptjax.checkpoint import flatten
+from gptjax.config import PUBLISHED, config_from_json, read_config
+from gptjax.errors import CheckpointError, ConfigError
+from gptjax.models import registry
+from pallas_kernels.mxfp4 import MXFP4
+from tests.convert import made
+from tests.oracles import gpt2_ours, gpt_oss_numpy, gpt_oss_ours, gpt_oss_random
+
+Tensors = dict[str, np.ndarray]
+EXPERTS = "model.layers.1.mlp.experts."
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> gpt_oss_random.Checkpoint:
+    return gpt_oss_random.checkpoint()
+
+
+def _flat(params: Any) -> dict[str, np.ndarray]:
+    return {"/".join(path): np.asarray(leaf) for path, leaf in flatten(params).items()}
+
+
+def _stream(directory: Path) -> dict[str, np.ndarray]:
+    return {"/".join(path): array for path, array in convert.stream_params(directory, read_config(directory))}
+
+
+def _same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert made.same_bits(np.asarray(found[name]), array), name
+
+
+def _refused(directory: Path, *parts: str) -> None:
+    """The checkpoint cannot be loaded, and a conversion leaves nothing behind."""
+    with pytest.raises(CheckpointError) as caught:
+        list(convert.stream_params(directory, read_config(directory)))
+    for part in parts:
+        assert part in str(caught.value)
+    with pytest.raises(CheckpointError):
+        convert.convert(directory, directory.parent / "converted")
+    assert not (directory.parent / "converted").exists()
+
+
+def _write(tmp_path: Path, tensors: Tensors, **config: Any) -> Path:
+    """A directory of these tensors with the config of packed experts, and of another one beside it to convert to."""
+    raw = {**gpt_oss_random.CONFIG, "quantization_config": gpt_oss_random.QUANTIZATION, **config}
+    directory = tmp_path / "checkpoint"
+    gpt_oss_random.write_files(directory, {key: value for key, value in raw.items() if value is not None}, tensors)
+    return directory
+
+
+@pytest.mark.parametrize("dtype", [np.float32, made.BFLOAT16])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("layout", gpt_oss_random.LAYOUTS)
+def test_every_weight_is_where_it_belongs(tmp_path, layout, shards, dtype):
+    checkpoint = gpt_oss_random.checkpoint(dtype=dtype)
+    gpt_oss_random.write(tmp_path, checkpoint, layout=layout, shards=shards)
+    tensors = checkpoint.dense if layout == "dequantised" else checkpoint.packed
+    _same(_stream(tmp_path), _flat(gpt_oss_ours.params(tensors, dtype)))
+
+
+@pytest.mark.parametrize("changes", [{"attention_bias": False}, {"tie_word_embeddings": True}], ids=str)
+@pytest.mark.parametrize("layout", ["packed", "dequantised"])
+def test_models_with_fewer_weights(tmp_path, layout, changes):
+    checkpoint = gpt_oss_random.checkpoint(**changes)
+    gpt_oss_random.write(tmp_path, checkpoint, layout=layout)
+    tensors = checkpoint.dense if layout == "dequantised" else checkpoint.packed
+    found = _stream(tmp_path)
+    _same(found, _flat(gpt_oss_ours.params(tensors)))
+    assert ("head_embedding" in found) == (not changes.get("tie_word_embeddings", False))
+
+
+def test_the_three_layouts_give_the_same_logits(tmp_path, checkpoint):
+    tokens, positions = gpt2_ours.pack([gpt_oss_random.tokens(1, 41)], 41)
+    logits = {}
+    with jax.default_matmul_precision("highest"):
+        for layout in gpt_oss_random.LAYOUTS:
+            directory = gpt_oss_random.write(tmp_path / layout, checkpoint, layout=layout)
+            outputs, _ = gpt_oss_ours.run(*gpt_oss_ours.load(directory), tokens, positions)
+            logits[layout] = np.asarray(outputs.logits_BTV)
+    np.testing.assert_array_equal(logits["original"], logits["packed"])
+    np.testing.assert_array_equal(logits["dequantised"], logits["packed"])
+
+
+def test_packed_experts_are_the_same_numbers(tmp_path, checkpoint):
+    """As those of the dequantised layout, which has their axes the other way round."""
+    _, packed = gpt_oss_ours.load(gpt_oss_random.write(tmp_path / "packed", checkpoint))
+    _, dense = gpt_oss_ours.load(gpt_oss_random.write(tmp_path / "dense", checkpoint, layout="dequantised"))
+    for layer in range(3):
+        for name in ("gate_up_kernel", "down_kernel"):
+            one, other = (params[f"block_{layer}"]["moe"][name] for params in (packed, dense))
+            assert isinstance(one, MXFP4)
+            assert one.nbytes == one.size * 17 // 32
+            np.testing.assert_array_equal(np.asarray(one.dequantize()).swapaxes(1, 2), other)
+
+
+@pytest.mark.parametrize("layout", gpt_oss_random.LAYOUTS)
+def test_a_converted_directory_holds_the_same_bits(tmp_path, checkpoint, layout):
+    source = gpt_oss_random.write(tmp_path / "source", checkpoint, layout=layout, shards=2)
+    model, direct = gpt_oss_ours.load(source)
+    summary = convert.convert(source, tmp_path / "converted")
+    again, converted = gpt_oss_ours.load(tmp_path / "converted")
+    assert again.config == model.config
+    assert jax.tree.structure(converted) == jax.tree.structure(direct)
+    _same(_flat(converted), _flat(direct))
+    assert summary.num_weights == len(_flat(direct))
+    assert summary.bytes == sum(array.nbytes for array in _flat(direct).values())
+
+
+def test_a_conversion_to_bfloat16_leaves_packed_weights_alone(tmp_path, checkpoint):
+    source = gpt_oss_random.write(tmp_path / "source", checkpoint)
+    convert.convert(source, tmp_path / "converted", dtype="bfloat16")
+    model = registry.build(read_config(source), dtype=made.BFLOAT16)
+    converted, direct = (_flat(api.load_params(tmp_path / name, model)) for name in ("converted", "source"))
+    _same(converted, direct)
+    assert {array.dtype for array in converted.values()} == {np.dtype(np.uint8), made.BFLOAT16}
+
+
+def test_scales_at_the_ends_of_the_range_pass(tmp_path, checkpoint):
+    tensors = dict(checkpoint.packed)
+    scales = tensors[f"{EXPERTS}down_proj_scales"].copy()
+    scales[0, 0], scales[0, 1] = 2, 252
+    tensors[f"{EXPERTS}down_proj_scales"] = scales
+    _, params = gpt_oss_ours.load(_write(tmp_path, tensors))
+    expected = gpt_oss_numpy.dequantize(tensors[f"{EXPERTS}down_proj_blocks"], scales)
+    np.testing.assert_array_equal(params["block_1"]["moe"]["down_kernel"].dequantize(), expected)
+
+
+@pytest.mark.parametrize("layout", ["packed", "original"])
+@pytest.mark.parametrize("part", ["gate_up_proj", "down_proj"])
+def test_a_scale_of_255_is_refused(tmp_path, checkpoint, layout, part):
+    name = f"{EXPERTS}{part}_scales"
+    scales = checkpoint.packed[name].copy()
+    scales[-1, -1, -1] = 255
+    damaged = checkpoint._replace(packed={**checkpoint.packed, name: scales})
+    source = {
+        ("packed", "gate_up_proj"): name,
+        ("packed", "down_proj"): name,
+        ("original", "gate_up_proj"): "block.1.mlp.mlp1_weight.scales",
+        ("original", "down_proj"): "block.1.mlp.mlp2_weight.scales",
+    }[layout, part]
+    _refused(gpt_oss_random.write(tmp_path / "checkpoint", damaged, layout=layout), source, "255")
+
+
+@pytest.mark.parametrize(
+    "name", ["gate_up_proj_blocks", "gate_up_proj_scales", "gate_up_proj_bias", "down_proj_blocks", "down_proj_scales"]
+)
+def test_missing_parts_of_experts_are_named(tmp_path, checkpoint, name):
+    tensors = {key: value for key, value in checkpoint.packed.items() if key != EXPERTS + name}
+    _refused(_write(tmp_path, tensors), "1 tensor missing", EXPERTS + name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        "model.layers.2.input_layernorm.weight",
+        "model.layers.2.self_attn.sinks",
+        "model.layers.2.self_attn.k_proj.weight",
+        "model.layers.2.self_attn.v_proj.bias",
+        "model.layers.2.self_attn.o_proj.bias",
+        "model.layers.2.post_attention_layernorm.weight",
+        "model.layers.2.mlp.router.bias",
+    ],
+)
+def test_missing_tensors_are_named(tmp_path, checkpoint, name):
+    tensors = {key: value for key, value in checkpoint.packed.items() if key != name}
+    _refused(_write(tmp_path, tensors), "1 tensor missing", name)
+
+
+@pytest.mark.parametrize("name", ["block.1.attn.qkv.bias", "block.0.mlp.mlp1_weight.scales", "unembedding.weight"])
+def test_missing_tensors_of_the_original_layout_are_named_as_they_are_there(tmp_path, checkpoint, name):
+    tensors = gpt_oss_random.original_tensors(checkpoint.packed)
+    del tensors[name]
+    directory = tmp_path / "checkpoint"
+    gpt_oss_random.write_files(directory, gpt_oss_random.original_config(checkpoint.config), tensors)
+    _refused(directory, "1 tensor missing", name)
+
+
+MISSHAPEN: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "an expert short": ("gate_up_proj_blocks", lambda x: x[:-1]),
+    "a block short": ("gate_up_proj_blocks", lambda x: x[:, :, :-1]),
+    "half a block": ("down_proj_blocks", lambda x: x[..., :8]),
+    "flat blocks": ("down_proj_blocks", lambda x: x.reshape(*x.shape[:2], -1)),
+    "turned blocks": ("down_proj_blocks", lambda x: x.swapaxes(1, 2)),
+    "a scale short": ("down_proj_scales", lambda x: x[:, :, :-1]),
+    "a scale for each row": ("gate_up_proj_scales", lambda x: x[..., 0]),
+    "too many scales": ("gate_up_proj_scales", lambda x: np.concatenate([x, x], axis=-1)),
+}
+
+
+@pytest.mark.parametrize("case", MISSHAPEN)
+def test_misshapen_blocks_and_scales_are_refused(tmp_path, checkpoint, case):
+    name, damage = MISSHAPEN[case]
+    array = checkpoint.packed[EXPERTS + name]
+    damaged = np.ascontiguousarray(damage(array))
+    directory = _write(tmp_path, {**checkpoint.packed, EXPERTS + name: damaged})
+    _refused(
+        directory,
+        "1 tensor of a wrong shape",
+        f"{EXPERTS}{name} is {list(damaged.shape)}, expected {list(array.shape)}",
+    )
+
+
+@pytest.mark.parametrize("name", ["q_proj.weight", "k_proj.weight", "k_proj.bias", "v_proj.weight", "o_proj.weight"])
+def test_misshapen_projections_are_refused(tmp_path, checkpoint, name):
+    """Parts of what is stored fused here are checked one by one: a q as small as k, with a larger v, would fit too."""
+    name = f"model.layers.0.self_attn.{name}"
+    array = checkpoint.packed[name]
+    damaged = np.ascontiguousarray(array.T) if name.endswith("o_proj.weight") else np.concatenate([array, array])
+    directory = _write(tmp_path, {**checkpoint.packed, name: damaged})
+    _refused(directory, "1 tensor of a wrong shape", f"{name} is {list(damaged.shape)}, expected {list(array.shape)}")
+
+
+def test_swapped_projections_are_refused(tmp_path, checkpoint):
+    tensors = dict(checkpoint.packed)
+    q, k = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "qk")
+    tensors[q], tensors[k] = tensors[k], tensors[q]
+    _refused(_write(tmp_path, tensors), "2 tensors of a wrong shape", q, k)
+
+
+def test_turned_experts_are_refused(tmp_path, checkpoint):
+    """The dequantised layout is [E, in, out]; Linear's would be [E, out, in]."""
+    tensors = {
+        name: np.ascontiguousarray(value.swapaxes(1, 2) if value.ndim == 3 else value, np.float32)
+        for name, value in checkpoint.dense.items()
+    }
+    directory = _write(tmp_path, tensors, quantization_config=None)
+    _refused(directory, "6 tensors of a wrong shape", f"{EXPERTS}gate_up_proj is [6, 128, 96], expected [6, 96, 128]")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "found", "expected"),
+    [
+        ("gate_up_proj_blocks", np.int8, "I8", "U8"),
+        ("gate_up_proj_blocks", np.float32, "F32", "U8"),
+        ("down_proj_scales", np.float32, "F32", "U8"),
+        ("down_proj_scales", ml_dtypes.float8_e4m3fn, "F8_E4M3", "U8"),
+        ("down_proj_bias", np.uint8, "U8", "F32"),
+    ],
+)
+def test_other_dtypes_are_refused(tmp_path, checkpoint, name, dtype, found, expected):
+    directory = tmp_path / "checkpoint"
+    tensors = {**checkpoint.packed, EXPERTS + name: checkpoint.packed[EXPERTS + name].astype(dtype)}
+    config = {**checkpoint.config, "quantization_config": gpt_oss_random.QUANTIZATION}
+    gpt_oss_random.write_files(directory, config, tensors)
+    _refused(directory, "1 tensor of a wrong dtype", f"{EXPERTS}{name} is {found}, expected {expected}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.3.self_attn.sinks",
+        "model.layers.0.self_attn.sinks.scale",
+        "model.layers.01.self_attn.sinks",
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.experts.up_proj_blocks",
+        "model.layers.0.mlp.shared_expert.weight",
+        "block.0.attn.norm.weight",
+        "sinks",
+    ],
+)
+def test_unknown_tensors_are_refused(tmp_path, checkpoint, name):
+    directory = _write(tmp_path, {**checkpoint.packed, name: np.zeros(10, np.float32)})
+    _refused(directory, "1 tensor unknown", name)
+
+
+def test_a_mixture_of_layouts_is_refused(tmp_path, checkpoint):
+    original = gpt_oss_random.original_tensors(checkpoint.packed)
+    directory = _write(tmp_path, {**checkpoint.packed, **original})
+    _refused(directory, "filling the same weight", "block.0.attn.qkv.weight", "unembedding.weight")
+
+
+def test_experts_must_be_as_the_config_says(tmp_path, checkpoint):
+    dense = {name: np.ascontiguousarray(value, np.float32) for name, value in checkpoint.dense.items()}
+    _refused(_write(tmp_path / "a", dense), "6 tensors unknown", "quantization_config", f"{EXPERTS}down_proj_blocks")
+    directory = _write(tmp_path / "b", checkpoint.packed, quantization_config=None)
+    _refused(directory, "12 tensors unknown", "quantization_config", f"{EXPERTS}down_proj_scales")
+
+
+def test_biases_must_be_as_the_config_says(tmp_path, checkpoint):
+    directory = _write(tmp_path / "a", checkpoint.packed, attention_bias=False)
+    _refused(directory, "12 tensors unknown", "model.layers.2.self_attn.v_proj.bias")
+    without = gpt_oss_random.checkpoint(attention_bias=False)
+    _refused(_write(tmp_path / "b", without.packed), "12 tensors missing", "model.layers.2.self_attn.v_proj.bias")
+
+
+def test_a_tied_head_may_be_stored_if_it_is_equal(tmp_path):
+    checkpoint = gpt_oss_random.checkpoint(tie_word_embeddings=True)
+    head = checkpoint.packed["model.embed_tokens.weight"].copy()
+    directory = _write(tmp_path / "a", {**checkpoint.packed, "lm_head.weight": head}, tie_word_embeddings=True)
+    assert "head_embedding" not in _stream(directory)
+    head = head.copy()
+    head.view(np.uint32)[100, 95] ^= 1
+    directory = _write(tmp_path / "b", {**checkpoint.packed, "lm_head.weight": head}, tie_word_embeddings=True)
+    _refused(directory, "lm_head.weight differs from model.embed_tokens.weight", "tie_word_embeddings to false")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.sinks", "model.layers.1.self_attn.k_proj.weight"])
+def test_numbers_that_are_none_are_refused(tmp_path, checkpoint, name, value):
+    damaged = checkpoint.packed[name].copy()
+    damaged.flat[-1] = value
+    _refused(_write(tmp_path, {**checkpoint.packed, name: damaged}), name, "NaN or infinity")
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "gpt-oss-120b"])
+def test_published_configs_are_read(name):
+    """As they are published, in both layouts."""
+    layers, experts = {"gpt-oss-20b": (24, 32), "gpt-oss-120b": (36, 128)}[name]
+    common: dict[str, Any] = {
+        "head_dim": 64,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_attention_heads": 64,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": 8,
+        "rope_theta": 150000,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "vocab_size": 201088,
+        "initial_context_length": 4096,
+        "experts_per_token": 4,
+    }
+    hugging_face: dict[str, Any] = {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": 200002,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+        "max_position_embeddings": 131072,
+        "model_type": "gpt_oss",
+        "num_experts_per_tok": 4,
+        "num_local_experts": experts,
+        "output_router_logits": False,
+        "pad_token_id": 199999,
+        "quantization_config": {
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+            "quant_method": "mxfp4",
+        },
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "router_aux_loss_coef": 0.9,
+        "tie_word_embeddings": False,
+        "transformers_version": "4.55.0.dev0",
+        "use_cache": True,
+    }
+    original = {
+        "num_experts": experts,
+        "rope_scaling_factor": 32.0,
+        "rope_ntk_alpha": 1,
+        "rope_ntk_beta": 32,
+    }
+    assert config_from_json({**common, **hugging_face}) == PUBLISHED[name]
+    assert config_from_json({**common, **original}) == PUBLISHED[name]
+
+
+YARN = gpt_oss_random.CONFIG["rope_scaling"]
+PARAMETERS = {**YARN, "rope_theta": 150000.0}
+# What is changed in the config, and what the error must say.
+BAD_CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "unknown key": ({"attention_sinks": 4}, ("attention_sinks",)),
+    "two unknown keys": ({"moe_gate": 1, "qk_norm": True}, ("moe_gate", "qk_norm")),
+    "unknown in rope_scaling": ({"rope_scaling": {**YARN, "mscale": 2.0}}, ("rope_scaling", "mscale")),
+    "unknown in quantization": (
+        {"quantization_config": {"quant_method": "mxfp4", "group_size": 16}},
+        ("quantization_config", "group_size"),
+    ),
+    "another quantization": ({"quantization_config": {"quant_method": "fp8"}}, ("fp8", "mxfp4")),
+    "quantization of no kind": ({"quantization_config": {"bits": 4}}, ("quantization_config",)),
+    "spellings that differ": ({"rope_parameters": {**PARAMETERS, "factor": 16.0}}, ("rope_parameters", "rope_scaling")),
+    "thetas that differ": ({"rope_parameters": {**PARAMETERS, "rope_theta": 1e4}}, ("rope_theta",)),
+    "experts a token that differ": ({"experts_per_token": 2}, ("num_experts_per_tok", "experts_per_token")),
+    "experts that differ": ({"num_experts": 8}, ("num_local_experts", "num_experts")),
+    "another rope": ({"rope_scaling": {**YARN, "rope_type": "linear"}}, ("linear", "yarn")),
+    "no factor": ({"rope_scaling": {k: v for k, v in YARN.items() if k != "factor"}}, ("factor",)),
+    "factor 0": ({"rope_scaling": {**YARN, "factor": 0}}, ("factor",)),
+    "another attention factor": ({"rope_scaling": {**YARN, "attention_factor": 1.0}}, ("attention_factor",)),
+    "rope_scaling no object": ({"rope_scaling": "yarn"}, ("rope_scaling",)),
+    "theta 0": ({"rope_theta": 0}, ("rope_theta",)),
+    "theta text": ({"rope_theta": "150000"}, ("rope_theta",)),
+    "window 0": ({"sliding_window": 0}, ("sliding_window",)),
+    "window negative": ({"sliding_window": -128}, ("sliding_window",)),
+    "window text": ({"sliding_window": "128"}, ("sliding_window",)),
+    "window a fraction": ({"sliding_window": 128.5}, ("sliding_window",)),
+    "no window": ({"sliding_window": None}, ("sliding_window",)),
+    "layer types short": ({"layer_types": ["full_attention"]}, ("layer_types", "1", "3")),
+    "layer types unknown": (
+        {"layer_types": ["sliding_attention", "chunked_attention", "full_attention"]},
+        ("chunked_attention",),
+    ),
+    "layer types no list": ({"layer_types": "sliding_attention"}, ("layer_types",)),
+    "odd head": ({"head_dim": 15}, ("head_dim", "15")),
+    "D no multiple of 32": ({"hidden_size": 80}, ("80", "32")),
+    "F no multiple of 32": ({"intermediate_size": 72}, ("72", "32")),
+    "heads that cannot share": ({"num_key_value_heads": 3}, ("10", "3")),
+    "more experts a token than there are": ({"num_experts_per_tok": 7}, ("7", "6")),
+    "no experts": ({"num_local_experts": 0}, ("num_local_experts",)),
+    "no layers": ({"num_hidden_layers": 0}, ("num_hidden_layers",)),
+    "size a flag": ({"hidden_size": True}, ("hidden_size",)),
+    "size too large": ({"vocab_size": 1 << 60}, ("vocab_size",)),
+    "missing width": ({"hidden_size": None}, ("hidden_size",)),
+    "missing experts": ({"num_local_experts": None}, ("num_local_experts",)),
+    "another activation": ({"hidden_act": "gelu"}, ("hidden_act", "gelu")),
+    "limit 0": ({"swiglu_limit": 0}, ("swiglu_limit",)),
+    "epsilon negative": ({"rms_norm_eps": -1e-5}, ("rms_norm_eps",)),
+    "flag text": ({"attention_bias": "true"}, ("attention_bias",)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_configs_are_refused(case):
+    changes, parts = BAD_CONFIGS[case]
+    raw = {**gpt_oss_random.CONFIG, "quantization_config": gpt_oss_random.QUANTIZATION, **changes}
+    with pytest.raises(ConfigError) as caught:
+        config_from_json(json.loads(json.dumps(raw)))
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 1.0},
+        {"rope_scaling": {**YARN, "factor": 0.5}},
+        {"rope_scaling": {**YARN, "beta_fast": 1.0, "beta_slow": 32.0}},
+    ],
+    ids=["theta 1", "factor below 1", "betas the other way round"],
+)
+def test_rotary_settings_without_a_meaning_are_refused(rope):
+    """The ramp between the two betas would be a division by zero, or run backwards."""
+    with pytest.raises(ConfigError):
+        config_from_json({**gpt_oss_random.CONFIG, **rope})
+
+
+def test_all_faults_are_reported_together():
+    raw = {**gpt_oss_random.CONFIG, "head_dim": 15, "sliding_window": 0, "qk_norm": True}
+    with pytest.raises(ConfigError) as caught:
+        config_from_json(raw)
+    for part in ("head_dim", "sliding_window", "qk_norm"):
+        assert part in str(caught.value)
+
+
+def test_widths_of_dequantised_experts_are_free():
+    config = config_from_json({**gpt_oss_random.CONFIG, "hidden_size": 80, "intermediate_size": 72})
+    assert (config.width, config.mlp_width) == (80, 72)
+
+
+ORIGINAL = gpt_oss_random.original_config(gpt_oss_random.CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"layer_types": ["full_attention"] * 3}, "layer_types"),
+        ({"rope_scaling": YARN}, "rope_scaling"),
+        ({"sliding_window": 0}, "sliding_window"),
+        ({"head_dim": 15}, "head_dim"),
+        ({"hidden_size": 80}, "80"),
+        ({"intermediate_size": 72}, "72"),
+        ({"experts_per_token": 7}, "7"),
+        ({"num_key_value_heads": None}, "num_key_value_heads"),
+    ],
+    ids=str,
+)
+def test_bad_original_configs_are_refused(changes, part):
+    with pytest.raises(ConfigError, match=part):
+        config_from_json({**ORIGINAL, **changes})
+
+
+@pytest.mark.parametrize("key", ["num_experts", "experts_per_token", "initial_context_length", "rope_scaling_factor"])
+def test_a_config_that_is_neither_is_refused(key):
+    """OpenAI's own has no model type, and is recognised by all of these keys."""
+    with pytest.raises(ConfigError, match="model_type"):
+        config_from_json({name: value for name, value in ORIGINAL.items() if name != key})
