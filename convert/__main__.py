@@ -6,12 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from convert import DTYPES
+from gptjax.config.quantization import TARGETS
 from gptjax.errors import GptjaxError
 
 _EXAMPLES = """\
 examples:
   gptjax-convert ~/models/gpt2 ~/models/gpt2-jax
   gptjax-convert ~/models/gpt2-xl ~/models/gpt2-xl-bf16 --dtype bfloat16
+  gptjax-convert ~/models/gpt2 ~/models/gpt2-mxfp4 --quantize mxfp4=all
   gptjax-convert ~/models/gpt2 ~/models/gpt2-jax --overwrite
 
 The source needs config.json, model.safetensors (or model.safetensors.index.json and its files) and tokenizer.json.
@@ -27,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="DESTINATION", help="directory to write; its parent must exist")
     parser.add_argument("--dtype", choices=DTYPES, help="what floating weights are stored as (default: as they are)")
     parser.add_argument(
+        "--quantize",
+        choices=[f"mxfp4={targets}" for targets in TARGETS[1:]],
+        help="round weights to MXFP4, 4.25 bits a number: of the experts; of all products of the blocks (linear); of "
+        "the embeddings and the head as well (all). --dtype is for the rest",
+    )
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace the destination, if it is a converted checkpoint"
     )
 
@@ -38,7 +46,14 @@ def run(args: argparse.Namespace) -> int:
     from gptjax.progress import progress
 
     source = hub.resolve(args.source)
-    summary = convert(source, args.destination, dtype=args.dtype, overwrite=args.overwrite, progress=progress)
+    summary = convert(
+        source,
+        args.destination,
+        dtype=args.dtype,
+        quantize=args.quantize and args.quantize.removeprefix("mxfp4="),
+        overwrite=args.overwrite,
+        progress=progress,
+    )
     print(
         f"{summary.destination}: {summary.num_params:,} parameters in {summary.num_weights} weights, "
         f"{', '.join(summary.dtypes)}, {summary.bytes / 1e6:,.1f} MB, {summary.seconds:.1f} s"

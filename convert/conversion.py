@@ -3,10 +3,12 @@
 import concurrent.futures
 import dataclasses
 import hashlib
+import json
 import math
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -15,19 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from convert import DTYPES, gpt2, gpt_oss, rules
+from convert import DTYPES, quantization, rules
 from convert.sources import foreign, safetensors
 from convert.sources.header import NUMPY_DTYPES, TensorInfo
+from convert.tables import table
 from gptjax import checkpoint
-from gptjax.config import GPT2Config, GptOssConfig, ModelConfig, read_config
+from gptjax.config import ModelConfig, read_config
 from gptjax.errors import CheckpointError
-from gptjax.models.registry import abstract_params, build
+from gptjax.files import read_json
+from gptjax.models.registry import abstract_params, build, num_params
 from gptjax.progress import Progress
+from pallas_kernels.mxfp4 import MXFP4
 
-_TABLES: Final[dict[type[ModelConfig], Callable[[Any], rules.Table]]] = {
-    GPT2Config: gpt2.table,
-    GptOssConfig: gpt_oss.table,
-}
 COPIED: Final = (  # what a converted directory takes over, where it is there
     "config.json",
     "generation_config.json",
@@ -45,8 +46,8 @@ class Summary:
     """What a conversion did."""
 
     destination: Path
-    num_weights: int  # arrays
-    num_params: int  # numbers in them
+    num_weights: int  # arrays; a weight in MXFP4 is two
+    num_params: int  # numbers, packed or not
     bytes: int  # of the weights as written
     dtypes: tuple[str, ...]
     seconds: float
@@ -57,6 +58,7 @@ def convert(
     destination: str | PathLike[str],
     *,
     dtype: DTypeLike | None = None,
+    quantize: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
@@ -69,11 +71,13 @@ def convert(
       source: a directory with `config.json` and safetensors files.
       destination: the directory to make; its parent must exist.
       dtype: float32, bfloat16 or float16 for all floating weights; None keeps what each tensor has.
+      quantize: "experts", "linear" or "all": which weights are rounded to MXFP4, from the values they have in the
+        source, see `gptjax.config.quantization`. What is in MXFP4 already stays as it is, bit for bit.
       overwrite: replace the destination, if it is a converted directory.
       progress: shows how far it is; see `gptjax.progress.progress`.
 
     Raises:
-      ConfigError: a model, or a setting of it, that is not supported.
+      ConfigError: a model, or a setting of it, that is not supported; weights that cannot be in MXFP4.
       CheckpointError: a source that is missing, damaged or does not fit its configuration; a destination that cannot
         be written. Nothing is left behind.
     """
@@ -83,23 +87,19 @@ def convert(
         raise CheckpointError("a path has a NUL character; name another directory")
     _check_paths(source, destination)
     wanted = None if dtype is None else _dtype(dtype)
-    plan, reader = _open(source, read_config(source))
-
-    def leaves() -> Iterator[tuple[checkpoint.Path, np.ndarray]]:
-        for path, array in rules.stream(plan, reader):
-            if wanted is not None and jnp.issubdtype(array.dtype, jnp.floating):
-                array = checkpoint.cast(array, wanted, "/".join(path))
-            yield path, array
-            del array
-
-    sizes = (_bytes(reader.tensors[name], wanted) for fill in plan.fills for name in fill.sources)
+    config = read_config(source)
+    target = config if quantize is None else quantization.packed_config(config, quantize)
+    plan, reader = _open(source, config)
+    chosen = quantization.chosen(config, target)
     copies = [source / name for name in COPIED if (source / name).is_file()]
     index = [source / safetensors.INDEX] if (source / safetensors.INDEX).is_file() else []
-    with _Hashes((*copies, *index, *reader.files)) as hashes:
+    with _Hashes((*copies, *index, *reader.files)) as hashes, tempfile.TemporaryDirectory() as scratch:
+        if target != config:
+            copies = [_rewritten(path, Path(scratch), target) for path in copies]
         manifest = checkpoint.save(
             destination,
-            leaves(),
-            total_bytes=sum(sizes),
+            _leaves(plan, reader, wanted, chosen),
+            total_bytes=sum(_written_bytes(fill, reader, wanted, chosen) for fill in plan.fills),
             source=source.resolve().name,
             source_files=hashes.result,
             copies=copies,
@@ -109,7 +109,7 @@ def convert(
     return Summary(
         destination=destination,
         num_weights=len(manifest.leaves),
-        num_params=sum(math.prod(leaf.shape) for leaf in manifest.leaves),
+        num_params=num_params(build(target)),
         bytes=sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in manifest.leaves),
         dtypes=tuple(sorted({leaf.dtype for leaf in manifest.leaves})),
         seconds=time.monotonic() - started,
@@ -143,7 +143,7 @@ def _open(source: Path, config: ModelConfig) -> tuple[rules.Plan, safetensors.Sa
     reader = safetensors.open_directory(source)
     targets = abstract_params(build(config))
     try:
-        plan = rules.check(_TABLES[type(config)](config), reader.tensors, targets)
+        plan = rules.check(table(config), reader.tensors, targets)
     except CheckpointError as error:
         raise CheckpointError(f"{source} cannot be used: {error}") from None
     return plan, reader
@@ -176,9 +176,49 @@ def _check_paths(source: Path, destination: Path) -> None:
         raise CheckpointError(f"{destination} and {source} lie one inside the other; name a destination elsewhere")
 
 
+def _leaves(
+    plan: rules.Plan,
+    reader: safetensors.SafetensorsSource,
+    wanted: np.dtype[Any] | None,
+    chosen: Mapping[checkpoint.Path, MXFP4],
+) -> Iterator[tuple[checkpoint.Path, np.ndarray]]:
+    """Path and array of everything to write."""
+    for path, array in rules.stream(plan, reader):
+        if path in chosen:
+            blocks, scales = quantization.rounded(path, array)
+            yield (*path, "blocks"), blocks
+            yield (*path, "scales"), scales
+            del blocks, scales
+        else:
+            if wanted is not None and jnp.issubdtype(array.dtype, jnp.floating):
+                array = checkpoint.cast(array, wanted, "/".join(path))
+            yield path, array
+        del array
+
+
+def _written_bytes(
+    fill: rules.Fill,
+    reader: safetensors.SafetensorsSource,
+    wanted: np.dtype[Any] | None,
+    chosen: Mapping[checkpoint.Path, MXFP4],
+) -> int:
+    if fill.path in chosen:
+        return chosen[fill.path].nbytes
+    return sum(_bytes(reader.tensors[name], wanted) for name in fill.sources)
+
+
 def _bytes(info: TensorInfo, wanted: np.dtype[Any] | None) -> int:
     own = NUMPY_DTYPES[info.dtype]
     return math.prod(info.shape) * int((own if wanted is None or info.dtype not in rules.FLOATS else wanted).itemsize)
+
+
+def _rewritten(path: Path, scratch: Path, target: ModelConfig) -> Path:
+    """A file to copy: itself, but for `config.json`, of which one is written that says what is packed."""
+    if path.name != "config.json":
+        return path
+    raw = quantization.config_json(read_json(path) or {}, target)
+    (scratch / path.name).write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return scratch / path.name
 
 
 class _Hashes:

@@ -132,6 +132,24 @@ def check(table: Table, tensors: Mapping[str, TensorInfo], targets: Mapping[str,
     return _Matcher(table, tensors, flatten(targets)).run()
 
 
+def source_shapes(table: Table, targets: Mapping[str, Any]) -> dict[str, tuple[Shape, tuple[str, ...]]]:
+    """The tensors that would fill the targets, by name, without any optional prefix: shape, and dtypes it may have.
+
+    Where several rules fill a target, the first one counts.
+    """
+    found: dict[str, tuple[Shape, tuple[str, ...]]] = {}
+    for path, target in flatten(targets).items():
+        for rule in table.rules:
+            match = _compiled(rule.target).fullmatch("/".join(path))
+            if match is None:
+                continue
+            shapes = rule.transform.source_shapes(tuple(target.shape))
+            for source, shape in zip(rule.sources, shapes, strict=True):
+                found[_filled(re.sub(r"\[.*?\]", "", source), match.groupdict())] = shape, rule.transform.dtypes
+            break
+    return found
+
+
 def stream(plan: Plan, source: SafetensorsSource) -> Iterator[tuple[Path, np.ndarray]]:
     """Yields path and array of one target after the other; the arrays are views of the source's files where possible.
 

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 
 from gptjax import cost, memory
 from gptjax.compare import load_transformers, oracle, random_transformers
@@ -91,6 +93,18 @@ class Result:
         }
 
 
+def needed_length(model: Model, prompt_length: int, steps: int) -> int:
+    """The positions that a measurement needs. Raises `CapacityError` where the model does not have them."""
+    # One step more than is measured: the first also waits for the prefill.
+    length = prompt_length + steps + 1
+    if length > model.config.context_length:
+        raise CapacityError(
+            f"{prompt_length} prompt tokens and {steps} steps need {length} positions, the model has "
+            f"{model.config.context_length}: choose a shorter prompt or fewer steps"
+        )
+    return length
+
+
 Turn = Callable[[], tuple[float, float]]  # one measurement: seconds of prefill, seconds of one step
 
 
@@ -133,15 +147,9 @@ def ours(model: Model, params: Params, *, batch: int, prompt_length: int, steps:
     Raises:
       CapacityError: the prompt and the steps are more than the model has positions.
     """
-    # One step more than is measured: the first also waits for the prefill.
-    length = prompt_length + steps + 1
-    if length > model.config.context_length:
-        raise CapacityError(
-            f"{prompt_length} prompt tokens and {steps} steps need {length} positions, the model has "
-            f"{model.config.context_length}: choose a shorter prompt or fewer steps"
-        )
-    memory.check_state(model, batch=batch, max_length=model.config.context_length)
-    engine = Engine(model, params, batch=batch, max_length=model.config.context_length)
+    length = needed_length(model, prompt_length, steps)
+    memory.check_state(model, batch=batch, max_length=length)
+    engine = Engine(model, params, batch=batch, max_length=length)
     prompts_BT = np.random.default_rng(seed).integers(0, model.config.vocab_size, (batch, prompt_length))
     requests = [Request(tuple(row), steps + 1, SamplingParams(seed=0)) for row in prompts_BT.tolist()]
 
@@ -228,6 +236,43 @@ def run(
         )
         for index, (name, _) in enumerate(turns)
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """How weights came onto the device."""
+
+    seconds: float
+    host_bytes: int  # by which the process's anonymous memory grew at most; on a CPU the weights are part of it
+
+
+def measure_loading(load: Callable[[], Any]) -> tuple[Any, Loading]:
+    """What `load` returns, when the device is done with it, and what that took."""
+    process, done = psutil.Process(), threading.Event()
+    before = peak = _anonymous(process)
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, _anonymous(process))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    start = time.perf_counter()
+    try:
+        loaded = load()
+        jax.block_until_ready(getattr(loaded, "params", loaded))
+        seconds = time.perf_counter() - start
+    finally:
+        done.set()
+        watcher.join()
+    return loaded, Loading(seconds, max(peak, _anonymous(process)) - before)
+
+
+def _anonymous(process: psutil.Process) -> int:
+    """Bytes of memory that no file backs: mapped weights are not the process's to hold."""
+    memory = process.memory_info()
+    return int(memory.rss - memory.shared)
 
 
 def peak_memory() -> int:

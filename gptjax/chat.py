@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from gptjax.engine.output import Chunk, Completion
+from gptjax.errors import RequestError
 from gptjax.text import Tokenizer, harmony
+from gptjax.text.harmony.rendering import check_name
 
 TODAY: Final = "today"
 _FUNCTIONS: Final = "functions."
@@ -38,7 +40,8 @@ class ChatCompletion:
     @property
     def message(self) -> dict[str, Any]:
         """The turn as a message that the next call's `messages` can go on with."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.text or None}
+        says_more = self.reasoning or self.tool_calls
+        message: dict[str, Any] = {"role": "assistant", "content": self.text or (None if says_more else "")}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:
@@ -60,7 +63,7 @@ class TurnReader:
     """Takes the tokens of one turn and tells answer, reasoning and tool calls apart; a detokenizer for the engine.
 
     The answer is what users are to see: the final channel, and messages to nobody in the commentary channel. Where a
-    model does not keep to channels, its text is the answer.
+    model does not keep to channels, its text is the answer. An empty line stands between messages.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, earlier_calls: int = 0) -> None:
@@ -69,6 +72,7 @@ class TurnReader:
         self._earlier_calls = earlier_calls
         self._reasoning: list[str] = []
         self._fresh = ""  # reasoning that was not yet taken
+        self._sources: dict[bool, int] = {}  # the message that reasoning (True) and answer (False) came from last
 
     def push(self, token_id: int) -> str:
         """The answer's text that became certain with this token."""
@@ -90,24 +94,46 @@ class TurnReader:
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        """Those that are complete."""
-        calls = [message for message in self._parser.messages if message.recipient and message.role == "assistant"]
+        """Those that are complete; after `finish` also one that was cut short, and may be malformed."""
+        calls = [
+            (name, str(message.content))
+            for message in self._parser.messages
+            if message.role == "assistant" and (name := _tool(message.recipient)) is not None
+        ]
         return tuple(
-            ToolCall(f"call_{number}", str(call.recipient).removeprefix(_FUNCTIONS), str(call.content))
-            for number, call in enumerate(calls, self._earlier_calls)
+            ToolCall(f"call_{number}", name, arguments)
+            for number, (name, arguments) in enumerate(calls, self._earlier_calls)
         )
 
     def _read(self, events: Iterable[harmony.Event]) -> str:
-        text = ""
+        answer = ""
         for event in events:
-            if event.recipient is not None:
+            if not event.text or _is_for_tools(event):
                 continue
-            if event.channel == "analysis":
-                self._fresh += event.text
-                self._reasoning.append(event.text)
+            reasoning = event.channel == "analysis"
+            gap = "\n\n" if self._sources.get(reasoning, event.index) != event.index else ""
+            self._sources[reasoning] = event.index
+            if reasoning:
+                self._fresh += gap + event.text
+                self._reasoning.append(gap + event.text)
             else:
-                text += event.text
-        return text
+                answer += gap + event.text
+        return answer
+
+
+def _is_for_tools(event: harmony.Event) -> bool:
+    """Whether users are not to see it: a call, or what the model takes for a tool's result."""
+    return _tool(event.recipient) is not None if event.role == "assistant" else event.recipient is not None
+
+
+def _tool(recipient: str | None) -> str | None:
+    """The tool that a recipient names; None where it is everybody, or no name that a conversation can go on with."""
+    if recipient is None or recipient == "all":
+        return None
+    try:
+        return check_name(recipient.removeprefix(_FUNCTIONS), "the tool")
+    except RequestError:
+        return None
 
 
 def chat_chunks(chunks: Iterable[Chunk], reader: TurnReader) -> Iterator[ChatChunk]:

@@ -1,33 +1,38 @@
 """What a forward pass costs, by formula: the bytes that must move and the arithmetic that must be done."""
 
-import math
+from collections.abc import Iterator
 
 import jax
 
+from gptjax.config import GptOssConfig
 from gptjax.models import registry
 from gptjax.models.registry import Model
+from pallas_kernels.mxfp4 import MXFP4
+
+_EXPERTS = ("gate_up_kernel", "down_kernel", "gate_up_bias", "down_bias")
 
 
-def weight_bytes_per_step(model: Model) -> int:
-    """Bytes of weights that a decode step reads, whatever its rows: all, but of embeddings that are only looked up.
+def weight_bytes_per_step(model: Model, *, batch: int = 1) -> int:
+    """Bytes of weights that a decode step of so many rows reads: all, but of what is only looked up.
 
-    A tied token embedding is the head's matrix as well, and is read whole; a learned position embedding never is.
+    A tied token embedding is the head's matrix as well, and is read whole; a learned position embedding never is. Of
+    the experts it is those that are chosen, which is at most X for each row.
     """
-    params = registry.abstract_params(model)
     looked_up = {"position_embedding"} if model.config.tied_head else {"position_embedding", "token_embedding"}
-    return sum(_bytes(leaf) for name, part in params.items() if name not in looked_up for leaf in jax.tree.leaves(part))
+    total = sum(_bytes(leaf) * _share(model, path, batch) for path, leaf in _weights(model) if path[0] not in looked_up)
+    return round(total)
 
 
-def cache_bytes_per_position(model: Model) -> int:
-    """Bytes of keys and values of one position of one row, in all layers."""
+def cache_bytes(model: Model, *, length: int) -> int:
+    """Bytes of keys and values that a query reads at so many positions, itself included, in all layers of one row."""
     config = model.config
-    itemsize = jax.numpy.dtype(model.dtype).itemsize
-    return 2 * config.num_layers * config.num_kv_heads * config.head_width * itemsize
+    positions = sum(length if window is None else min(length, window) for window in config.windows)
+    return 2 * positions * config.num_kv_heads * config.head_width * int(jax.numpy.dtype(model.dtype).itemsize)
 
 
 def decode_bytes(model: Model, *, batch: int, length: int) -> int:
     """Bytes that a decode step of `batch` rows must move, each attending to `length` positions, itself included."""
-    return weight_bytes_per_step(model) + batch * length * cache_bytes_per_position(model)
+    return weight_bytes_per_step(model, batch=batch) + batch * cache_bytes(model, length=length)
 
 
 def token_flops(model: Model, *, length: int, logits: bool = True) -> int:
@@ -38,16 +43,26 @@ def token_flops(model: Model, *, length: int, logits: bool = True) -> int:
       logits: whether the head is computed for this token, as for all in decoding and for the last of a prompt.
     """
     config = model.config
-    params = registry.abstract_params(model)
-    matrices = sum(
-        math.prod(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if jax.tree_util.keystr(path, simple=True, separator="/").endswith("/kernel")
-    )
-    attention = 4 * config.num_layers * config.num_heads * config.head_width * length
+    matrices = sum(leaf.size * _share(model, path, 1) for path, leaf in _weights(model) if path[-1].endswith("kernel"))
+    positions = sum(length if window is None else min(length, window) for window in config.windows)
+    attention = 4 * positions * config.num_heads * config.head_width
     head = 2 * config.vocab_size * config.width if logits else 0
-    return 2 * matrices + attention + head
+    return round(2 * matrices) + attention + head
 
 
-def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.shape) * leaf.dtype.itemsize
+def _weights(model: Model) -> Iterator[tuple[tuple[str, ...], jax.ShapeDtypeStruct | MXFP4]]:
+    """Path and shape of each weight; a packed one is one."""
+    params = registry.abstract_params(model)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, MXFP4)):
+        yield tuple(key.key for key in path), leaf
+
+
+def _share(model: Model, path: tuple[str, ...], rows: int) -> float:
+    """How much of a weight a step of so many rows touches."""
+    if not isinstance(model.config, GptOssConfig) or path[-1] not in _EXPERTS:
+        return 1.0
+    return min(1.0, rows * model.config.experts_per_token / model.config.num_experts)
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct | MXFP4) -> int:
+    return leaf.nbytes if isinstance(leaf, MXFP4) else int(leaf.size * leaf.dtype.itemsize)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.cache import SLOT_MULTIPLE
+from gptjax.config import GptOssConfig, ModelConfig
+from gptjax.config.quantization import packs
 from gptjax.engine import steps
 from gptjax.errors import CapacityError
 from gptjax.models import registry
@@ -20,6 +22,7 @@ from gptjax.models.registry import Model
 from gptjax.runtime import DeviceMemory, device_memory
 from gptjax.units import readable as readable
 from pallas_kernels.attention.reference import DENSE_SCORES
+from pallas_kernels.moe.reference import TOGETHER, group_sizes
 
 _LEAST_LENGTH = 32  # positions; a shorter `max_length` is no help to anybody
 _FIXED = {"cpu": 1 << 20}  # bytes of constants and small buffers of a program; elsewhere the libraries' workspaces too
@@ -67,11 +70,12 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
 
     With T the largest prompt chunk, in float32 (though XLA may keep some of it narrower or not at all):
 
-        4·T·(q, k, v and residual (N + 2K)·H + the larger of the MLP's 2·F
-             and attention's 5·N·H + 2·D and 2·N·128 scores; 2·N·S of them off the CPU where T·S is at most 2^22)
+        4·T·(q, k, v and residual (N + 2K)·H + the larger of the MLP's 2·F (of experts, see `_moe`)
+             and attention's 5·N·H + 2·D and 2·N·128 scores; 2·N·S of them off the CPU where N·T·S is at most 2^26)
         or, off the CPU, decoding's 2 · 4·B·N·S scores if that is more
         + 2 · one row's cache, which prefill takes out of the others' and puts back
         + 8 · 4·B·V, the sampler's sorts and copies of all logits
+        + the numbers of the largest packed weight that is unpacked as a whole
         + 1 MiB (64 MiB off the CPU, for the workspaces of matrix products)
         + on a CPU in half precision, the larger of weights and cache in float32: XLA converts them, having no products
           of that precision there
@@ -83,18 +87,43 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     T = max(bucket for _, _, bucket in steps.chunks(min(max_length, steps.LARGEST_CHUNK)))
     projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
     S = -(-max_length // SLOT_MULTIPLE) * SLOT_MULTIPLE
-    dense = platform != "cpu" and T * S <= DENSE_SCORES
+    dense = platform != "cpu" and config.num_heads * T * S <= DENSE_SCORES
     scores = 2 * config.num_heads * (S if dense else SLOT_MULTIPLE)
-    attention = scores + 5 * config.num_heads * config.head_width + 2 * config.width
-    chunk = 4 * T * (projected + max(2 * config.mlp_width, attention))
+    attention = 4 * T * (scores + 5 * config.num_heads * config.head_width + 2 * config.width)
+    mlp = _moe(config, T, platform) if isinstance(config, GptOssConfig) else 8 * T * config.mlp_width
+    chunk = 4 * T * projected + max(mlp, attention)
     row = tree_bytes(jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=max_length)))
     if platform != "cpu":
         chunk = max(chunk, 8 * batch * config.num_heads * S)
-    estimate = chunk + 2 * row + 32 * batch * config.vocab_size + _FIXED.get(platform, _FIXED_ELSEWHERE)
+    estimate = chunk + 2 * row + 32 * batch * config.vocab_size + _unpacked(config)
+    estimate += _FIXED.get(platform, _FIXED_ELSEWHERE)
     width = jnp.dtype(model.dtype).itemsize
     if platform == "cpu" and width < 4:
         estimate += max(4 * _weights(model)[2], 4 // width * batch * row)
     return estimate
+
+
+def _moe(config: GptOssConfig, T: int, platform: str) -> int:
+    """Bytes of the experts' step: three results for each pair of a token and an expert, with places that stay empty, and
+    the numbers and hidden values of the groups that are computed together."""
+    E, pairs = config.num_experts, T * config.experts_per_token
+    group, groups = group_sizes(pairs, E)
+    together = 1 if platform == "cpu" else min(TOGETHER, groups)
+    unpacked = 3 * config.width * config.mlp_width * (2 if config.mxfp4 != "none" else 1)
+    return 4 * (
+        2 * group * groups * config.width + together * (unpacked + group * (6 * config.mlp_width + config.width))
+    )
+
+
+def _unpacked(config: ModelConfig) -> int:
+    """Bytes of the largest weight, of those that are packed but not experts, as float32."""
+    sizes = [0]
+    if packs(config.mxfp4, "linear"):
+        projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
+        sizes += [config.width * max(projected, config.mlp_width)]
+    if packs(config.mxfp4, "embedding"):
+        sizes += [config.width * config.vocab_size]
+    return 8 * max(sizes)
 
 
 @contextlib.contextmanager
@@ -208,10 +237,11 @@ def _state(model: Model, batch: int, max_length: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=16)  # tracing the initialisation of 48 layers takes a while
 def _weights(model: Model) -> tuple[int, int, int]:
-    """Bytes of all weights, bytes of the largest as its file may hold it (float32), and the number of elements."""
+    """Bytes of all weights, bytes of the largest as its file may hold it (float32), and how many floating numbers."""
     leaves = jax.tree.leaves(registry.abstract_params(model))
-    sizes = [math.prod(leaf.shape) for leaf in leaves]
-    return tree_bytes(leaves), 4 * max(sizes), sum(sizes)
+    floating = [leaf.size for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    packed = [leaf.size for leaf in leaves if leaf.dtype == jnp.uint8]
+    return tree_bytes(leaves), max(4 * max(floating), max(packed, default=0)), sum(floating)
 
 
 def _rows(batch: int, max_length: int) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptjax import __version__
-from gptjax.cli import bench, compare, doctor, generate, info, verify
+from gptjax.cli import bench, chat, compare, doctor, generate, info, perplexity, validate_quant, verify
 from gptjax.cli.common import add_command
 from gptjax.errors import GptjaxError
 
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gptjax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for command in (generate, info, doctor, compare, bench, verify):
+    for command in (generate, chat, info, doctor, compare, bench, verify, perplexity, validate_quant):
         command.add(commands)
     _add_convert(commands)
     return parser
@@ -61,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_convert(commands: Any) -> None:
     from convert.__main__ import add_arguments, run
 
-    examples = "examples:\n  gptjax convert ./gpt2 ./gpt2-jax\n  gptjax convert gpt2 ./gpt2-bf16 --dtype bfloat16"
+    examples = """examples:
+  gptjax convert ./gpt2 ./gpt2-jax
+  gptjax convert gpt2 ./gpt2-bf16 --dtype bfloat16
+  gptjax convert gpt2 ./gpt2-mxfp4 --quantize mxfp4=all"""
     summary = "turn a Hugging Face checkpoint into one that loads fast"
     add_arguments(add_command(commands, "convert", run, summary=summary, epilog=examples))

@@ -3,10 +3,17 @@
 import argparse
 import itertools
 import json
-import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from gptjax.cli.common import MODEL_HELP, add_command, add_dtype
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gptjax.bench import Loading, Result
+    from gptjax.config import ModelConfig
+    from gptjax.models.registry import Model, Params
 
 
 def add(commands: Any) -> None:
@@ -15,17 +22,23 @@ def add(commands: Any) -> None:
         commands,
         "bench",
         run,
-        summary="measure the speed of prefill and decode",
+        summary="measure the speed of loading, prefill and decode",
         epilog="""Medians over repeats, with the spread from fastest to slowest; compilation and first calls apart.
 The share of the ceiling is of the memory's speed, measured in the same run by a large copy.
 
 examples:
   gptjax bench gpt2-tales
   gptjax bench --random gpt2 --batch 1 8 --prompt-length 128 --versus transformers
-  gptjax bench ./my-gpt2 --dtype bfloat16 --json""",
+  gptjax bench ./my-gpt2 --dtype bfloat16 --json
+  gptjax bench --random gpt-oss-20b --write-random ./random-20b && gptjax bench ./random-20b""",
     )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
     parser.add_argument("--random", metavar="NAME", help="random weights of a published size instead, such as gpt2-xl")
+    parser.add_argument(
+        "--write-random",
+        metavar="DIRECTORY",
+        help="write the --random weights as a Hugging Face checkpoint, and measure nothing",
+    )
     add_dtype(parser)
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="rows (default: 1)")
     parser.add_argument("--prompt-length", type=int, nargs="+", default=[128], metavar="T", help="default: 128")
@@ -39,12 +52,36 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     import jax
 
-    from gptjax import bench, hub, memory, runtime
-    from gptjax.api import DEFAULT_MODEL, load
-    from gptjax.config import PUBLISHED
+    from gptjax import bench, memory
+
+    _check(args)
+    if args.write_random is not None:
+        return _write_random(args.random, args.write_random)
+    model, params, name, directory, loading = _load(args)
+    results = []
+    for batch in args.batch:
+        for prompt_length in args.prompt_length:
+            sizes = {"batch": batch, "prompt_length": prompt_length, "steps": args.steps}
+            turns = [("gptjax", bench.ours(model, params, **sizes))]
+            if args.versus:
+                turns.append(("transformers", bench.transformers_turn(model, directory=directory, **sizes)))
+            length = bench.needed_length(model, prompt_length, args.steps)
+            with memory.explained(model, batch=batch, max_length=length):
+                results += bench.run(turns, model, repeats=args.repeats, **sizes)
+            del turns  # and the cache with them, before the next ones take theirs
+    ceiling = bench.measure_ceiling()
+    device, dtype = jax.devices()[0].device_kind, jax.numpy.dtype(model.dtype).name
+    if args.json:
+        facts = {"model": name, "device": device, "dtype": dtype, "load_seconds": loading.seconds}
+        facts |= {"load_host_bytes": loading.host_bytes, "ceiling_bytes_per_second": ceiling}
+        print(json.dumps({**facts, "results": [result.to_json(ceiling) for result in results]}))
+    else:
+        _print(f"{name}, {dtype}, on {device}", loading, ceiling, results)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
     from gptjax.errors import RequestError
-    from gptjax.memory import readable
-    from gptjax.models import registry
 
     for name in ("batch", "prompt_length", "steps", "repeats"):
         values = getattr(args, name)
@@ -52,40 +89,55 @@ def run(args: argparse.Namespace) -> int:
             raise RequestError(f"--{name.replace('_', '-')} must be at least 1, found {values}")
     if args.random is not None and args.model is not None:
         raise RequestError("name a checkpoint or --random, not both")
-    started = time.perf_counter()
-    if args.random is not None:
-        if args.random not in PUBLISHED:
-            raise RequestError(f"there is no size {args.random!r}; there are {', '.join(PUBLISHED)}")
-        runtime.enable_compilation_cache()
-        model = registry.build(PUBLISHED[args.random], dtype=runtime.compute_dtype(args.dtype))
-        memory.check(model, batch=max(args.batch), max_length=model.config.context_length)
-        params, name, directory = registry.random_params(model), f"{args.random} (random weights)", None
-        jax.block_until_ready(params)
-    else:
+    if args.write_random is not None and args.random is None:
+        raise RequestError("--write-random needs a size to write: name it with --random, as in --random gpt-oss-20b")
+
+
+def _published(name: str) -> "ModelConfig":
+    from gptjax.config import PUBLISHED
+    from gptjax.errors import RequestError
+
+    if name not in PUBLISHED:
+        raise RequestError(f"there is no size {name!r}; there are {', '.join(PUBLISHED)}")
+    return PUBLISHED[name]
+
+
+def _write_random(name: str, directory: str) -> int:
+    from pathlib import Path
+
+    from convert.random import write_random
+    from gptjax.memory import readable
+
+    written = write_random(_published(name), Path(directory))
+    print(f"{directory}: random weights of {name}, {readable(written)}")
+    return 0
+
+
+def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, Loading]":
+    """The model and its weights, its name, its directory if it has one, and how loading went."""
+    from gptjax import bench, hub, memory, runtime
+    from gptjax.api import DEFAULT_MODEL, load
+    from gptjax.models import registry
+
+    length = max(args.prompt_length) + args.steps + 1
+    if args.random is None:
         name = args.model or DEFAULT_MODEL
-        lm = load(name, dtype=args.dtype)
-        model, params, directory = lm.model, lm.params, hub.resolve(name)
-    load_seconds = time.perf_counter() - started
-    results = []
-    for batch in args.batch:
-        for length in args.prompt_length:
-            sizes = {"batch": batch, "prompt_length": length, "steps": args.steps}
-            turns = [("gptjax", bench.ours(model, params, **sizes))]
-            if args.versus:
-                turns.append(("transformers", bench.transformers_turn(model, directory=directory, **sizes)))
-            with memory.explained(model, batch=batch, max_length=model.config.context_length):
-                results += bench.run(turns, model, repeats=args.repeats, **sizes)
-            del turns  # and the cache with them, before the next ones take theirs
-    ceiling = bench.measure_ceiling()
-    device = jax.devices()[0].device_kind
-    dtype = jax.numpy.dtype(model.dtype).name
-    if args.json:
-        facts = {"model": name, "device": device, "dtype": dtype, "load_seconds": load_seconds}
-        facts |= {"ceiling_bytes_per_second": ceiling}
-        print(json.dumps({**facts, "results": [result.to_json(ceiling) for result in results]}))
-        return 0
+        lm, loading = bench.measure_loading(lambda: load(name, dtype=args.dtype, max_length=length))
+        return lm.model, lm.params, name, hub.resolve(name), loading
+    config = _published(args.random)
+    runtime.enable_compilation_cache()
+    model = registry.build(config, dtype=runtime.compute_dtype(args.dtype))
+    memory.check(model, batch=max(args.batch), max_length=registry.positions(config, length))
+    params, loading = bench.measure_loading(lambda: registry.random_params(model))
+    return model, params, f"{args.random} (random weights)", None, loading
+
+
+def _print(title: str, loading: "Loading", ceiling: float, results: "Sequence[Result]") -> None:
+    from gptjax.memory import readable
+
     print(
-        f"{name}, {dtype}, on {device}; loaded in {load_seconds:.1f} s; a large copy moves {readable(int(ceiling))}/s"
+        f"{title}; loaded in {loading.seconds:.1f} s, for which host memory grew by "
+        f"{readable(loading.host_bytes)}; a large copy moves {readable(int(ceiling))}/s"
     )
     heads = ("rows prompt  prefill tok/s  spread", "ms/step  spread  decode tok/s", "of ceiling  compile      peak")
     print(f"engine        {'   '.join(heads)}")
@@ -101,8 +153,7 @@ def run(args: argparse.Namespace) -> int:
             + (f"  noise in {' and '.join(noisy)}: small differences mean nothing" if noisy else "")
         )
     for mine, theirs in itertools.pairwise(results):
-        if args.versus and mine.engine == "gptjax":
+        if mine.engine == "gptjax" and theirs.engine == "transformers":
             decode = mine.decode_tokens_per_second / theirs.decode_tokens_per_second
             prefill = mine.prefill_tokens_per_second / theirs.prefill_tokens_per_second
             print(f"{mine.batch} rows: {decode:.2f} times the decode rate of {theirs.engine}, {prefill:.2f} of prefill")
-    return 0

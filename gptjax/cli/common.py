@@ -1,9 +1,12 @@
 """What the commands share."""
 
 import argparse
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
+DEFAULT_CHAT_MODEL: Final = "gpt-oss-tales"
+EFFORTS: Final = ("low", "medium", "high")
 MODEL_HELP = (
     "a demo (gpt2-tales, the default), a directory (a Hugging Face checkpoint, or one that `gptjax convert` wrote), or "
     "a Hub id such as openai-community/gpt2"
@@ -34,3 +37,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """What to hold the weights and compute in."""
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
+
+
+def read_stdin() -> str:
+    """All of standard input. Raises `RequestError` for what is no text."""
+    from gptjax.errors import RequestError
+
+    try:
+        # A file's or echo's last line end is not meant as part of the prompt.
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is not UTF-8 text ({error}); convert it first, as with iconv") from None

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from gptjax.config.keys import MOST_LAYERS, Keys
-from gptjax.config.quantization import read_mxfp4
+from gptjax.config.quantization import mxfp4_to_json, read_mxfp4
 
 ACTIVATIONS: Final = {  # config.json's name -> the function's name in `layers.mlp`
     "gelu": "gelu_erf",
@@ -82,6 +82,26 @@ class GPT2Config:
             keys.fault(f"n_embd {width} is not a multiple of n_head {num_heads}")
         keys.raise_faults("GPT-2")
         return config
+
+    def to_json(self) -> dict[str, Any]:
+        """The mapping of a Hugging Face `config.json` that `from_json` reads as this."""
+        names = {read: name for name, read in reversed(ACTIVATIONS.items())}
+        raw = {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "vocab_size": self.vocab_size,
+            "n_positions": self.context_length,
+            "n_embd": self.width,
+            "n_layer": self.num_layers,
+            "n_head": self.num_heads,
+            "n_inner": self.mlp_width,
+            "activation_function": names[self.activation],
+            "layer_norm_epsilon": self.norm_epsilon,
+            "scale_attn_weights": self.scale_attention,
+            "scale_attn_by_inverse_layer_idx": self.scale_attention_by_layer,
+            "tie_word_embeddings": self.tied_head,
+        }
+        return raw | mxfp4_to_json(self.mxfp4)
 
 
 def published(num_layers: int, num_heads: int, width: int) -> GPT2Config:

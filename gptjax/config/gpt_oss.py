@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from gptjax.config.keys import MOST_LAYERS, Keys
-from gptjax.config.quantization import read_mxfp4
-from gptjax.config.rope import Rope, Yarn, read_rope
+from gptjax.config.quantization import mxfp4_to_json, read_mxfp4
+from gptjax.config.rope import Rope, Yarn, read_rope, rope_to_json
 
 SWIGLU_ALPHA: Final = 1.702
 SWIGLU_LIMIT: Final = 7.0
 _THETA: Final = 150000.0
-_SLIDES: Final = {"sliding_attention": True, "full_attention": False}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+_SLIDES: Final = {_SLIDING: True, _FULL: False}
 _ORIGINAL_KEYS: Final = ("num_experts", "experts_per_token", "initial_context_length", "rope_scaling_factor")
 
 
@@ -115,6 +116,31 @@ class GptOssConfig:
         keys.raise_faults("GPT-OSS (OpenAI's original files)")
         return config
 
+    def to_json(self) -> dict[str, Any]:
+        """The mapping of a Hugging Face `config.json` that `from_json` reads as this."""
+        raw: dict[str, Any] = {
+            "model_type": "gpt_oss",
+            "architectures": ["GptOssForCausalLM"],
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.context_length,
+            "hidden_size": self.width,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_width,
+            "intermediate_size": self.mlp_width,
+            "num_local_experts": self.num_experts,
+            "num_experts_per_tok": self.experts_per_token,
+            "layer_types": [_FULL if window is None else _SLIDING for window in self.windows],
+            "sliding_window": next((window for window in self.windows if window is not None), None),
+            "rms_norm_eps": self.norm_epsilon,
+            "swiglu_limit": self.swiglu_limit,
+            "swiglu_alpha": self.swiglu_alpha,
+            "attention_bias": self.attention_bias,
+            "tie_word_embeddings": self.tied_head,
+        }
+        return raw | rope_to_json(self.rope) | mxfp4_to_json(self.mxfp4)
+
 
 def is_original(raw: Mapping[str, Any]) -> bool:
     """Whether a `config.json` is that of OpenAI's own directory, which names no model type."""
@@ -146,7 +172,7 @@ def published(num_layers: int, num_experts: int) -> GptOssConfig:
 
 
 def _windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:
-    alternating = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(num_layers)]
+    alternating = [_FULL if layer % 2 else _SLIDING for layer in range(num_layers)]
     types = keys.listed("layer_types") or alternating
     unknown = sorted({repr(kind) for kind in types if not isinstance(kind, str) or kind not in _SLIDES})
     if unknown:

@@ -1,6 +1,6 @@
 """Which weights of a checkpoint are in MXFP4."""
 
-from typing import Final
+from typing import Any, Final
 
 from gptjax.config.keys import Keys
 
@@ -35,3 +35,11 @@ def read_mxfp4(keys: Keys, widths: tuple[int, ...]) -> str:
         if width % BLOCK:
             keys.fault(f"the width {width} is not a multiple of MXFP4's block of {BLOCK}")
     return target or "none"
+
+
+def mxfp4_to_json(mxfp4: str) -> dict[str, Any]:
+    """The keys that `read_mxfp4` reads as this."""
+    if mxfp4 == "none":
+        return {}
+    further = {} if mxfp4 == "experts" else {"targets": mxfp4}
+    return {"quantization_config": {"quant_method": "mxfp4", **further}}

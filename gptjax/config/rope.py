@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from gptjax.config.keys import Keys
 
@@ -68,3 +69,18 @@ def _yarn(section: Keys, initial: int) -> Yarn:
     if not math.isclose(given, yarn.attention_factor, rel_tol=1e-6):
         section.fault(f"attention_factor is {given}; gptjax supports what follows from factor: {yarn.attention_factor}")
     return yarn
+
+
+def rope_to_json(rope: Rope) -> dict[str, Any]:
+    """The keys that `read_rope` reads as this."""
+    raw: dict[str, Any] = {"rope_theta": rope.theta}
+    if (yarn := rope.yarn) is not None:
+        raw["rope_scaling"] = {
+            "rope_type": "yarn",
+            "factor": yarn.factor,
+            "original_max_position_embeddings": yarn.original_length,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "truncate": yarn.truncate,
+        }
+    return raw

@@ -115,7 +115,9 @@ def blocked(
 
     row = (B, K, N // K, T)
     maximum, total = (jnp.broadcast_to(x, (*row, 1)) for x in _start(sinks_N, K))
-    start = (maximum, total, jnp.zeros((*row, H)))
+    # Zero, but not to the compiler: copies of a constant are made for all layers before the first runs, and held.
+    zero = (in_use < 0).astype(jnp.float32)
+    start = (maximum, total, jnp.full((*row, H), zero))
     _, total_BKGT1, out_BKGTH = jax.lax.fori_loop(0, (in_use + block - 1) // block, step, start)
     return _ungrouped(out_BKGTH / jnp.where(total_BKGT1 == 0, 1, total_BKGT1), q_BTNH)
 

@@ -1,4 +1,4 @@
-"""The mixture of experts in jnp: the meaning (`each`), and the XLA path (`grouped`)."""
+"""The mixture of experts in jnp, which XLA compiles: on every device, from one token to many."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,28 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.mxfp4 import MXFP4
 
 LARGEST_GROUP = 128  # tokens of one expert that are computed together, at most
-_TOGETHER = 4  # groups whose weights are unpacked at a time, off the CPU, where a loop's turn costs more than memory
-
-
-def each(
-    x_TD: jax.Array,
-    experts_TX: jax.Array,
-    weights_TX: jax.Array,
-    gate_up: jax.Array | MXFP4,
-    gate_up_bias_E2F: jax.Array,
-    down: jax.Array | MXFP4,
-    down_bias_ED: jax.Array,
-    *,
-    alpha: float,
-    limit: float,
-) -> jax.Array:
-    """Every chosen expert's weights taken out for every token: plain, and for small sizes only. See `api.moe`."""
-    expert = partial(_expert, gate_up=gate_up, gate_up_bias_E2F=gate_up_bias_E2F, down=down, down_bias_ED=down_bias_ED)
-    y_TXD = jax.vmap(
-        lambda x_D, experts_X: jax.vmap(lambda e: expert(x_D[None], e, alpha=alpha, limit=limit)[0])(experts_X)
-    )(x_TD, experts_TX)
-    chosen_TX1 = (experts_TX < gate_up_bias_E2F.shape[0])[..., None]
-    return jnp.sum(jnp.where(chosen_TX1, y_TXD, 0) * weights_TX[..., None], axis=1)
+TOGETHER = 4  # groups whose weights are unpacked at a time, off the CPU, where a loop's turn costs more than memory
 
 
 def grouped(
@@ -69,7 +48,7 @@ def grouped(
         groups.pairs_GM,
         groups.num_used,
         cpu=partial(_one_by_one, run, width=x_TD.shape[1]),
-        default=lambda experts_G, pairs_GM, _: jax.lax.map(run, (experts_G, pairs_GM), batch_size=_TOGETHER),
+        default=lambda experts_G, pairs_GM, _: jax.lax.map(run, (experts_G, pairs_GM), batch_size=TOGETHER),
     )
     # Where a pair is not in any group, place 0 is as good as any, for its value is not taken.
     y_TXD = out_GMD.reshape(-1, x_TD.shape[1])[groups.place_TX]
@@ -85,13 +64,20 @@ class _Groups(NamedTuple):
     num_used: jax.Array  # groups that are not empty: these come first
 
 
+def group_sizes(num_pairs: int, num_experts: int) -> tuple[int, int]:
+    """Places of a group, and the number of groups that there can be at most.
+
+    A group has about as many places as an expert has tokens on the average, so that few stay empty.
+    """
+    places = min(LARGEST_GROUP, 1 << max(num_pairs // num_experts, 1).bit_length() - 1)
+    return places, min(num_pairs, num_pairs // places + num_experts)
+
+
 def _grouping(experts_TX: jax.Array, num_experts: int) -> _Groups:
     """As many groups as there can be at most: the pairs in full groups, and one begun for each expert."""
     T, X = experts_TX.shape
     P = T * X
-    # Near the mean number of a group's tokens, so that few places are empty; a function of the shapes alone.
-    M = min(LARGEST_GROUP, max(1, 1 << (P // num_experts).bit_length() - 1 if num_experts <= P else 1))
-    G = min(P, P // M + num_experts)
+    M, G = group_sizes(P, num_experts)
     experts_P = experts_TX.reshape(P)
     order_P = jnp.argsort(experts_P, stable=True).astype(jnp.int32)
     counts_E = jnp.zeros((num_experts,), jnp.int32).at[experts_P].add(1, mode="drop")
@@ -126,7 +112,9 @@ def _one_by_one(
     def step(group: jax.Array, out_GMD: jax.Array) -> jax.Array:
         return out_GMD.at[group].set(run((experts_G[group], pairs_GM[group])))
 
-    return jax.lax.fori_loop(0, num_used, step, jnp.zeros((*pairs_GM.shape, width), jnp.float32))
+    # Zero, but not to the compiler: copies of a constant are made for all layers before the first runs, and held.
+    zero = (num_used < 0).astype(jnp.float32)
+    return jax.lax.fori_loop(0, num_used, step, jnp.full((*pairs_GM.shape, width), zero))
 
 
 def _expert(

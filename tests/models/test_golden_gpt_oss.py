@@ -98,19 +98,33 @@ def _whole(golden: Golden, model: Model, params: Params) -> Outputs:
     return gpt_oss_ours.row(gpt_oss_ours.run(model, params, tokens, positions)[0], 0, positions)
 
 
-def _prefill(golden: Golden, model: Model, params: Params, chunk: int) -> tuple[Outputs, KVCache]:
-    """A prompt in chunks of so many tokens, the last one padded."""
-    cache, outputs = registry.create_cache(model, batch=1, max_length=CAPACITY), []
-    for start in range(0, len(golden.ids_T), chunk):
-        part = golden.ids_T[start : start + chunk].tolist()
-        tokens, positions = gpt2_ours.pack([part], chunk, starts=[start])
+def _prefill(
+    prompts: dict[int, Golden], model: Model, params: Params, chunk: int, layout: str
+) -> tuple[dict[int, Outputs], KVCache]:
+    """Prompts, by slot of four, in chunks of so many tokens over a cache that held NaN.
+
+    Where a prompt has ended, and in the other slots, there is padding: so is the last chunk filled up.
+    """
+    cache = gpt_oss_ours.filled(registry.create_cache(model, batch=4, max_length=CAPACITY), np.nan)
+    ids = [prompts[b].ids_T.tolist() if b in prompts else [] for b in range(4)]
+    outputs: dict[int, list[Outputs]] = {b: [] for b in prompts}
+    for start in range(0, max(map(len, ids)), chunk):
+        parts = [row[start : start + chunk] for row in ids]
+        tokens, positions = gpt2_ours.pack(parts, chunk, starts=[start] * 4, layout=layout)
         one, cache = gpt_oss_ours.run(model, params, tokens, positions, cache)
-        outputs.append(gpt_oss_ours.row(one, 0, positions))
-    return gpt_oss_ours.join(outputs), cache
+        for b, chunks in outputs.items():
+            chunks.append(gpt_oss_ours.row(one, b, positions))
+    assert cache.lengths_B.tolist() == [len(row) for row in ids]
+    return {b: gpt_oss_ours.join(chunks) for b, chunks in outputs.items()}, cache
 
 
-def _decode(model: Model, params: Params, first_B: np.ndarray, cache: KVCache) -> tuple[np.ndarray, np.ndarray]:
-    """Greedy tokens [B, 48] that begin with `first_B`, and the final hidden states of all steps [B, 47, D]."""
+def _decode(
+    model: Model, params: Params, prefilled: dict[int, Outputs], cache: KVCache
+) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy tokens [B, 48] after the prompts, and the final hidden states of all steps [B, 47, D]."""
+    first_B = np.zeros(4, np.int32)
+    for b, outputs in prefilled.items():
+        first_B[b] = outputs.logits_BTV[-1].argmax()
     tokens, hidden = [first_B], []
     for _ in range(STEPS - 1):
         positions_B1 = cache.lengths_B[:, None]
@@ -151,63 +165,31 @@ def test_full_forward(golden, ours, prompt):
     assert outputs.logits_BTV[length - 1 :].argmax(axis=-1).tolist() == one.greedy
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_cached_alone(golden, ours, prompt):
-    """Prefill at once in a batch of one, then decoding a token a step: short prompts cross the window's edge on it."""
-    outputs, cache = _prefill(golden[prompt], *ours, CAPACITY)
-    _assert_golden(golden[prompt], outputs.blocks_LBTD, outputs.logits_BTV)
-    first_B = outputs.logits_BTV[-1:].argmax(axis=-1).astype(np.int32)
-    assert _decode(*ours, first_B, cache)[0][0].tolist() == golden[prompt].greedy
+@pytest.mark.parametrize(("chunk", "layout"), [(64, "left"), (100, "right")])
+def test_chunked_prefill_and_decoding_together(golden, ours, chunk, layout):
+    """All prompts in one padded batch, in chunks that divide the window and chunks that do not; then a token a step.
 
-
-@pytest.mark.parametrize("chunk", [64, 100])
-def test_chunked_prefill(golden, ours, chunk):
-    """Chunks that divide the window and chunks that do not; then decoding."""
-    outputs, cache = _prefill(golden[LONG], *ours, chunk)
-    _assert_golden(golden[LONG], outputs.blocks_LBTD, outputs.logits_BTV)
-    first_B = outputs.logits_BTV[-1:].argmax(axis=-1).astype(np.int32)
-    assert _decode(*ours, first_B, cache)[0][0].tolist() == golden[LONG].greedy
-
-
-def _prefill_together(
-    golden: list[Golden], ours: tuple[Model, Params], layout: str, used: set[int]
-) -> tuple[np.ndarray, KVCache]:
-    """All prompts in one padded batch and an unused slot, in a cache that held NaN; or only those in `used`.
-
-    Returns what follows each prompt, [B], and the cache.
+    With one of the two, the long prompt alone as well: it has the same bits.
     """
-    rows = [one.ids_T.tolist() if b in used else [] for b, one in enumerate(golden)]
-    tokens, positions = gpt2_ours.pack([*rows, []], 576, layout=layout)
-    empty = gpt_oss_ours.filled(registry.create_cache(ours[0], batch=4, max_length=CAPACITY), np.nan)
-    outputs, cache = gpt_oss_ours.run(*ours, tokens, positions, empty)
-    first_B = np.zeros(4, np.int32)
-    for b in used:
-        real = gpt_oss_ours.row(outputs, b, positions)
-        _assert_golden(golden[b], real.blocks_LBTD, real.logits_BTV)
-        first_B[b] = real.logits_BTV[-1].argmax()
-    return first_B, cache
-
-
-def test_cached_together(golden, ours):
-    """Padding on the left; then decoding, in which a row's bits are as alone."""
-    tokens, hidden = _decode(*ours, *_prefill_together(golden, ours, "left", {*PROMPTS}))
+    prefilled, cache = _prefill(dict(enumerate(golden)), *ours, chunk, layout)
+    for b, outputs in prefilled.items():
+        _assert_golden(golden[b], outputs.blocks_LBTD, outputs.logits_BTV)
+    tokens, hidden = _decode(*ours, prefilled, cache)
     assert tokens[:3].tolist() == [one.greedy for one in golden]
-    alone_tokens, alone_hidden = _decode(*ours, *_prefill_together(golden, ours, "left", {1}))
-    np.testing.assert_array_equal(alone_tokens[1], tokens[1])
-    np.testing.assert_array_equal(alone_hidden[1], hidden[1])
 
-
-@pytest.mark.parametrize("layout", ["right", "mixed"])
-def test_padding(golden, ours, layout):
-    first_B, cache = _prefill_together(golden, ours, layout, {*PROMPTS})
-    assert first_B[:3].tolist() == [one.greedy[0] for one in golden]
-    assert cache.lengths_B.tolist() == [10, 38, 563, 0]
+    if chunk == 64:
+        alone, cache = _prefill({LONG: golden[LONG]}, *ours, chunk, layout)
+        for bits, together in zip(alone[LONG], prefilled[LONG], strict=True):
+            np.testing.assert_array_equal(bits, together)
+        alone_tokens, alone_hidden = _decode(*ours, alone, cache)
+        np.testing.assert_array_equal(alone_tokens[LONG], tokens[LONG])
+        np.testing.assert_array_equal(alone_hidden[LONG], hidden[LONG])
 
 
 def test_generate(golden):
-    """From the demo's name to the recorded tokens, a short and a long prompt in one call."""
-    lm = gptjax.load("gpt-oss-tales", dtype="float32", max_length=1024)
-    some = [golden[1], golden[LONG]]
+    """From the demo's name to the recorded tokens."""
+    lm = gptjax.load("gpt-oss-tales", dtype="float32", max_length=CAPACITY)
+    some = [golden[LONG]]
     completions = lm.generate([one.ids_T.tolist() for one in some], max_tokens=STEPS, temperature=0)
     for completion, one in zip(completions, some, strict=True):
         assert list(completion.token_ids) == one.greedy
@@ -224,19 +206,12 @@ def _mutated(ours: tuple[Model, Params], mutation: str) -> tuple[Model, Params]:
 
 @pytest.mark.parametrize("mutation", ["window 129", "no sinks"])
 def test_the_recording_catches(golden, ours, mutation):
-    """The two mistakes that ports make, in the full forward pass and in chunks over the cache."""
-    one, mutated = golden[LONG], _mutated(ours, mutation)
-    whole = _whole(one, *mutated)
-    chunked, cache = _prefill(one, *mutated, 64)
+    """The two mistakes that ports make. In chunks over a cache: `tests/models/test_gpt_oss.py`."""
+    one, outputs = golden[LONG], _whole(golden[LONG], *_mutated(ours, mutation))
     length = len(one.ids_T)
-    for blocks_LTD, logits_TV in (
-        (whole.blocks_LBTD[:, :length], whole.logits_BTV[:length]),
-        (chunked.blocks_LBTD, chunked.logits_BTV),
-    ):
-        hidden, logits = _deviations(one, blocks_LTD, logits_TV)
-        assert hidden > 10
-        assert logits > 10
-    assert cache.lengths_B.tolist() == [length]
+    hidden, logits = _deviations(one, outputs.blocks_LBTD[:, :length], outputs.logits_BTV[:length])
+    assert hidden > 10
+    assert logits > 10
 
 
 def test_the_short_prompts_cannot_catch_a_wrong_window(golden, ours):

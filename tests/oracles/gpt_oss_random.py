@@ -66,6 +66,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
 }
 
+# All of these in few models: compiling one takes seconds.
+COMBINED: dict[str, dict[str, Any]] = {
+    "all_slide": {
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention"] * 3,
+        "rope_theta": 10000.0,
+        "swiglu_alpha": 1.2,
+        "rms_norm_eps": 0.25,
+        "tie_word_embeddings": True,
+    },
+    "others_slide": {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "rope_scaling": {**CONFIG["rope_scaling"], "truncate": True, "beta_fast": 16.0, "beta_slow": 2.0},
+        "num_experts_per_tok": 2,
+        "swiglu_limit": 1.5,
+        "attention_bias": False,
+    },
+    "short_yarn": VARIANTS["short_yarn"],
+}
+
 QUANTIZATION = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
 LAYOUTS = ("packed", "dequantised", "original")  # Hugging Face MXFP4, Hugging Face without, OpenAI's own
 SPELLINGS = ("rope_scaling", "rope_parameters")

@@ -1,0 +1,111 @@
+"""Rounding a checkpoint's weights to MXFP4 while it is converted."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import jax
+import numpy as np
+
+from gptjax.checkpoint import Path
+from gptjax.config import GptOssConfig, ModelConfig, config_from_json
+from gptjax.config.gpt_oss import is_original
+from gptjax.config.quantization import BLOCK, TARGETS, mxfp4_to_json
+from gptjax.errors import ConfigError
+from gptjax.models.registry import Params, abstract_params, build
+from pallas_kernels.mxfp4 import MXFP4, quantize
+
+_SLICE: Final = 1 << 20  # numbers rounded together: memory stays bounded, and one compiled program serves all weights
+
+
+def packed_config(config: ModelConfig, targets: str) -> ModelConfig:
+    """The configuration of a checkpoint whose `targets`, one of "experts", "linear" and "all", are rounded to MXFP4.
+
+    Raises:
+      ConfigError: the model has no such weights, more of it is packed already, or weights whose products sum over a
+        number that is no multiple of 32; all of them are named.
+    """
+    if targets not in TARGETS[1:]:
+        raise ConfigError(f"there are no weights {targets!r} to round to MXFP4; choose {', '.join(TARGETS[1:])}")
+    if targets == "experts" and not isinstance(config, GptOssConfig):
+        raise ConfigError("the model has no experts; choose linear (the products of its blocks) or all")
+    if TARGETS.index(targets) < TARGETS.index(config.mxfp4):
+        raise ConfigError(
+            f"the checkpoint has {config.mxfp4!r} in MXFP4 already, which is more than {targets!r}, and rounding "
+            f"cannot be undone; choose {config.mxfp4}, or start from the checkpoint that it was made of"
+        )
+    target = dataclasses.replace(config, mxfp4=targets)
+    before = weights(abstract_params(build(config)))
+    faults = [
+        f"{'/'.join(path)} is {list(before[path].shape)}, and its products sum over {summed}"
+        for path in chosen(config, target)
+        if (summed := before[path].shape[-2 if _is_kernel(path) else -1]) % BLOCK
+    ]
+    if faults:
+        more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
+        raise ConfigError(
+            f"MXFP4 packs blocks of {BLOCK} numbers that a product sums over, which does not go into these weights; "
+            "choose fewer weights, or none:\n  " + "\n  ".join(faults[:5] + more)
+        )
+    return target
+
+
+def chosen(config: ModelConfig, target: ModelConfig) -> dict[Path, MXFP4]:
+    """The weights that are numbers in the one model and MXFP4 in the other: what they become, as shapes."""
+    before, after = (weights(abstract_params(build(each))) for each in (config, target))
+    return {
+        path: leaf for path, leaf in after.items() if isinstance(leaf, MXFP4) and not isinstance(before[path], MXFP4)
+    }
+
+
+def weights(params: Params) -> dict[Path, Any]:
+    """Every weight by its path; one in MXFP4 is one, while `checkpoint.flatten` makes two arrays of it."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, MXFP4))
+    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def summed_last(path: Path, array: Any) -> Any:
+    """A weight with the axis that its products sum over as the last one, which it is in MXFP4; a view.
+
+    Kernels are [..., in, out] as numbers; embeddings [V, D] are as they should be.
+    """
+    return array.swapaxes(-1, -2) if _is_kernel(path) else array
+
+
+def rounded(path: Path, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks and scales of a weight, given as the models declare its numbers. Rounds from the float32 of its values."""
+    rows = summed_last(path, array)
+    shape = (*rows.shape[:-1], rows.shape[-1] // BLOCK)
+    blocks, scales = np.empty((*shape, BLOCK // 2), np.uint8), np.empty(shape, np.uint8)
+    buffer = np.zeros((max(_SLICE, rows.shape[-1]) // BLOCK, BLOCK), np.float32)
+    for index in slices(rows.shape, _SLICE):
+        part = rows[index]
+        count = part.size // BLOCK
+        buffer[:count].reshape(part.shape)[...] = part  # beyond, it keeps what it had
+        packed = quantize(buffer)
+        for whole, values in ((blocks, packed.blocks), (scales, packed.scales)):
+            whole[index] = np.asarray(values)[:count].reshape(whole[index].shape)  # waits: the buffer is free again
+    return blocks, scales
+
+
+def slices(shape: tuple[int, ...], most: int) -> Iterator[tuple[int | slice, ...]]:
+    """Indices that cut an array into whole rows of its last axis, at most so many numbers together (or one row)."""
+    step = max(1, most // max(1, shape[-1]))
+    for lead in itertools.product(*map(range, shape[:-2])):
+        for start in range(0, shape[-2], step):
+            yield (*lead, slice(start, start + step))
+
+
+def config_json(raw: Mapping[str, Any], target: ModelConfig) -> dict[str, Any]:
+    """A `config.json` that says what is packed in the target, its other keys as they are.
+
+    OpenAI's own config cannot say it, so it becomes Hugging Face's spelling of the same.
+    """
+    if config_from_json(raw) == target:
+        return dict(raw)
+    return target.to_json() if is_original(raw) else {**raw, **mxfp4_to_json(target.mxfp4)}
+
+
+def _is_kernel(path: Path) -> bool:
+    return path[-1].endswith("kernel")

@@ -1,0 +1,87 @@
+"""Writing a checkpoint of random weights, in Hugging Face's layout: for measuring, where there are no real weights."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.rules import Shape, source_shapes
+from convert.sources.safetensors import INDEX
+from convert.tables import table
+from gptjax.config import ModelConfig
+from gptjax.errors import CheckpointError
+from gptjax.models.registry import abstract_params, build
+
+SHARD_BYTES: Final = 4 << 30
+_POOL_BYTES: Final = 64 << 20  # random bytes that are made once and written again and again
+_SCALE: Final = 120  # of MXFP4: 2^-7
+
+
+def write_random(config: ModelConfig, directory: Path, *, seed: int = 0) -> int:
+    """Writes `config.json`, an index and shards, tensor by tensor in bounded memory. Returns their bytes.
+
+    Floating weights are bfloat16, of standard deviation 0.02. There is no tokenizer.
+
+    Raises:
+      CheckpointError: the directory exists, cannot be written or has too little room.
+    """
+    shapes = source_shapes(table(config), abstract_params(build(config)))
+    tensors = {name: (shape, "U8" if dtypes == ("U8",) else "BF16") for name, (shape, dtypes) in shapes.items()}
+    shards = list(_shards(tensors))
+    total = sum(_size(*tensor) for tensor in tensors.values())
+    try:
+        directory.mkdir()
+        if shutil.disk_usage(directory).free < total:
+            raise CheckpointError(f"{directory} needs {total / 1e9:.1f} GB, and its disk has less free")
+        files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+        for file, names in zip(files, shards, strict=True):
+            _write_shard(directory / file, {name: tensors[name] for name in names}, seed)
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (directory / "config.json").write_text(json.dumps(config.to_json(), indent=1) + "\n", encoding="utf-8")
+    except FileExistsError:
+        raise CheckpointError(f"{directory} exists already; name a new directory") from None
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be written ({error.strerror}); name another directory") from None
+    return total
+
+
+def _shards(tensors: dict[str, tuple[Shape, str]]) -> Iterator[list[str]]:
+    names: list[str] = []
+    for name in tensors:
+        if names and sum(_size(*tensors[other]) for other in names) + _size(*tensors[name]) > SHARD_BYTES:
+            yield names
+            names = []
+        names.append(name)
+    yield names
+
+
+def _write_shard(path: Path, tensors: dict[str, tuple[Shape, str]], seed: int) -> None:
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (shape, dtype) in tensors.items():
+        start, end = end, end + _size(shape, dtype)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    rng = np.random.default_rng(seed)
+    floats = (0.02 * rng.standard_normal(_POOL_BYTES // 2, np.float32)).astype(jnp.bfloat16).tobytes()
+    codes = rng.bytes(_POOL_BYTES)
+    scales = bytes([_SCALE]) * _POOL_BYTES
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, (shape, dtype) in tensors.items():
+            pool = memoryview(floats if dtype == "BF16" else scales if name.endswith("scales") else codes)
+            left = _size(shape, dtype)
+            while left:
+                left -= file.write(pool[: min(left, len(pool))])
+
+
+def _size(shape: Shape, dtype: str) -> int:
+    return math.prod(shape) * (1 if dtype == "U8" else 2)

@@ -1,0 +1,245 @@
+"""`gptjax chat`: the terminal's side; what a line does is in `chat_session`."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import sys
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, Final, TextIO
+
+from gptjax.cli.common import DEFAULT_CHAT_MODEL, EFFORTS, add_command, add_dtype, read_stdin
+from gptjax.errors import GptjaxError, RequestError
+
+if TYPE_CHECKING:
+    from gptjax.chat import ChatCompletion
+    from gptjax.cli.chat_session import Piece, Session
+    from gptjax.language_model import LanguageModel
+
+DEFAULT_LENGTH: Final = 8192
+_DIM, _PLAIN, _ERASE_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
+# What a model writes must not steer the terminal: control characters other than \t and \n are shown as signs.
+_SIGNS: Final = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
+_SIGNS.update({127: "\u2421"} | dict.fromkeys(range(128, 160), "\ufffd"))
+
+
+def add(commands: Any) -> None:
+    """Declares the command."""
+    parser = add_command(
+        commands,
+        "chat",
+        run,
+        summary="talk with a model that speaks harmony, such as GPT-OSS",
+        epilog="""With a message, or standard input from a pipe (all of it one message), there is one answer and no more.
+In a pipe it comes without the reasoning. Control characters that the model writes are shown as signs;
+--json has everything to the letter. In a chat, /help lists the commands.
+
+examples:
+  gptjax chat
+  gptjax chat "The old man opened the door, and" --effort low
+  gptjax chat -m openai/gpt-oss-20b --system "Answer in one sentence."
+  gptjax chat --json < question.txt > answer.json""",
+    )
+    parser.add_argument("message", nargs="?", help="answer this and end; -, or a pipe, reads it from standard input")
+    parser.add_argument(
+        "-m",
+        "--model",
+        default=DEFAULT_CHAT_MODEL,
+        help=f"a demo, a directory or a Hub id (default: {DEFAULT_CHAT_MODEL})",
+    )
+    add_dtype(parser)
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help=f"tokens of the whole conversation (default: $GPTJAX_MAX_LENGTH, else {DEFAULT_LENGTH} or all there are)",
+    )
+    parser.add_argument("--effort", choices=EFFORTS, default="medium", help="how much to think (default: medium)")
+    parser.add_argument("--system", metavar="TEXT", help="instructions for the model")
+    parser.add_argument("--hide-reasoning", action="store_true", help="tell only how long the model thought")
+    parser.add_argument("-n", "--max-tokens", type=int, metavar="N", help="of a turn (default: what there is room for)")
+    parser.add_argument("-t", "--temperature", type=float, metavar="T", help="0 takes the most likely token, always")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the fewest tokens whose probability reaches P"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="makes a conversation repeatable")
+    parser.add_argument("--json", action="store_true", help="with a message: print the whole result as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    message = args.message
+    if message == "-" or (message is None and not sys.stdin.isatty()):
+        message = read_stdin()
+    if message is not None and not message.strip():
+        raise RequestError('the message is empty; try: gptjax chat "The old man opened the door, and"')
+    if message is None and args.json:
+        raise RequestError("--json needs a message, as an argument or on standard input")
+    lm = _load(args)
+
+    from gptjax.cli.chat_session import Session
+
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    session = Session(
+        lm,
+        args.model,
+        system=args.system,
+        effort=args.effort,
+        show_reasoning=not args.hide_reasoning,
+        options=options,
+    )
+    terminal = Terminal(sys.stdout)
+    if message is None:
+        terminal.show("note", _greeting(lm, args.model))
+        _talk(session, terminal)
+        return 0
+    completion = _answer(session, message, None if args.json else terminal)
+    if args.json:
+        result = {"model": args.model, "messages": session.conversation} | dataclasses.asdict(completion)
+        print(json.dumps(result, allow_nan=False))
+    return 0
+
+
+def _load(args: argparse.Namespace) -> "LanguageModel":
+    from gptjax import hub
+    from gptjax.api import load
+    from gptjax.config import read_config
+    from gptjax.text import harmony
+
+    length = args.max_length
+    if length is None and not os.environ.get("GPTJAX_MAX_LENGTH"):
+        # GPT-OSS has room for 131072 tokens, whose cache few conversations are worth.
+        length = min(read_config(hub.resolve(args.model)).context_length, DEFAULT_LENGTH)
+    lm = load(args.model, dtype=args.dtype, max_length=length)
+    missing = harmony.missing_tokens(lm.tokenizer)
+    if missing:
+        raise RequestError(
+            f"{args.model} cannot chat: its tokenizer lacks harmony's special tokens {', '.join(missing)}. "
+            f'It continues texts instead: gptjax generate "Once upon a time" -m {args.model}'
+        )
+    return lm
+
+
+def _greeting(lm: "LanguageModel", name: str) -> str:
+    lines = [
+        f"{name}, with room for {lm.max_length} tokens. /help lists commands; Ctrl-C ends a turn, Ctrl-D the chat."
+    ]
+    if name == DEFAULT_CHAT_MODEL:
+        lines.append("This small demo only goes on with stories: write the beginning of one. -m names another model.")
+    return "\n".join(lines)
+
+
+def _answer(session: "Session", message: str, terminal: "Terminal | None") -> "ChatCompletion":
+    """One turn by itself. Notes go to standard error, since standard output is for the answer."""
+    shown = ("answer", "reasoning", "thinking") if terminal is not None and terminal.is_one else ("answer",)
+    completion: ChatCompletion | None = None
+    try:
+        for piece in session.ask(message):
+            completion = session.last.completion if session.last is not None else None
+            if piece.kind == "note":
+                if completion is None:
+                    raise KeyboardInterrupt  # it has ended the turn, and is to end the program
+                if terminal is not None:
+                    terminal.end_line()
+                print(f"gptjax: {clean(piece.text)}", file=sys.stderr)
+            elif terminal is not None and piece.kind in shown:
+                terminal.show(piece.kind, piece.text)
+    finally:
+        if terminal is not None:
+            terminal.end_line()
+    assert completion is not None  # the last piece comes after it
+    return completion
+
+
+def _talk(session: "Session", terminal: "Terminal") -> None:
+    with contextlib.suppress(ImportError):  # not on Windows; without it lines are as the terminal itself edits them
+        import readline  # noqa: F401
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    warned = False
+    while not session.over:
+        try:
+            line = _read_line()
+            warned = False
+            _show_all(session.handle(line), terminal)
+        except EOFError:
+            terminal.show("note", "")
+            return
+        except KeyboardInterrupt:
+            terminal.show("note", "")  # the cursor stands behind a draft, or ^C
+            if warned and not _draft():
+                return
+            warned = not _draft()
+            if warned:
+                terminal.show("aside", "(Ctrl-C again, Ctrl-D or /quit ends the chat)")
+        except GptjaxError as error:
+            terminal.end_line()
+            print(f"gptjax: {error}", file=sys.stderr, flush=True)
+
+
+def _read_line() -> str:
+    line = input("> ")
+    while line.endswith("\\"):
+        line = line[:-1] + "\n" + input(". ")
+    return line
+
+
+def _draft() -> str:
+    """What stood on the line that Ctrl-C took away."""
+    readline = sys.modules.get("readline")
+    return readline.get_line_buffer() if readline is not None else ""
+
+
+def _show_all(pieces: "Generator[Piece, None, None]", terminal: "Terminal") -> None:
+    piece = next(pieces, None)
+    while piece is not None:
+        try:
+            terminal.show(piece.kind, piece.text)
+            piece = next(pieces, None)
+        except KeyboardInterrupt:  # while the piece was shown: the turn is told
+            piece = pieces.throw(KeyboardInterrupt)
+
+
+def clean(text: str) -> str:
+    """A model's text without what would steer a terminal."""
+    return text.translate(_SIGNS)
+
+
+class Terminal:
+    """Shows pieces on a stream. Only where it is a terminal, and NO_COLOR is not set, it is sent escape sequences."""
+
+    def __init__(self, out: TextIO) -> None:
+        self.is_one = out.isatty()
+        self._escapes = self.is_one and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self._out = out
+        self._kind = "note"  # of what was shown last
+        self._open = False  # whether its line has no end yet
+
+    def show(self, kind: str, text: str) -> None:
+        """Shows a piece, cleaned, or a further part of the last one."""
+        if kind == "thinking" and not self._escapes:
+            return
+        whole = kind in ("note", "aside")
+        if whole or kind != self._kind:
+            self.end_line()
+            if self._kind == "reasoning" and kind == "answer":
+                self._out.write("\n")
+            if kind == "reasoning" and not self._escapes:
+                self._out.write("(thinking) ")
+        text = clean(text) + ("\n" if whole else "")
+        dim = self._escapes and kind != "answer" and kind != "note"
+        self._out.write(f"{_DIM}{text}{_PLAIN}" if dim and text.strip() else text)
+        self._out.flush()
+        self._open = bool(text) and not text.endswith("\n")
+        self._kind = kind
+
+    def end_line(self) -> None:
+        """Ends the line that is open, if one is; one that says "thinking" is taken away."""
+        if self._open:
+            self._out.write(_ERASE_LINE if self._kind == "thinking" else "\n")
+            self._out.flush()
+            self._open = False

@@ -1,0 +1,91 @@
+"""`gptjax validate-quant`."""
+
+import argparse
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+from gptjax.cli.common import MODEL_HELP, add_command, add_dtype
+from gptjax.config.quantization import TARGETS
+
+if TYPE_CHECKING:
+    from gptjax.quantization import Report
+
+_CHOICES = [f"mxfp4={targets}" for targets in TARGETS[1:]]
+
+
+def add(commands: Any) -> None:
+    """Declares the command."""
+    parser = add_command(
+        commands,
+        "validate-quant",
+        run,
+        summary="compare a float checkpoint with its MXFP4 form",
+        epilog="""Rounds the weights in memory, or takes a directory that `gptjax convert --quantize` wrote. Tells cosine and
+relative error of each weight and of the hidden states after each block, how often both find the same token the most
+likely one, and both perplexities. Exits with 0 only where all thresholds hold: cosines of at least 0.99, the same token
+at 95% of the positions at least, a perplexity within 1%; with 1 otherwise, and for errors.
+
+Both models are in memory at the same time. Computes in float32 unless --dtype says otherwise.
+
+examples:
+  gptjax validate-quant gpt2-tales --quantize mxfp4=all
+  gptjax validate-quant ./my-gpt2 --against ./my-gpt2-mxfp4 --text ./book.txt --plot ./errors.png""",
+    )
+    parser.add_argument("model", nargs="?", help=MODEL_HELP)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--quantize", choices=_CHOICES, default="mxfp4=linear", help="default: mxfp4=linear")
+    form.add_argument("--against", metavar="DIRECTORY", help="the MXFP4 form, converted before")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: 16 kB of tales that the demos never read)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="of the text, at most (default: all)")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw the errors by block, as PNG, PDF or SVG (needs matplotlib)"
+    )
+    add_dtype(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    from gptjax import quantization
+    from gptjax.api import DEFAULT_MODEL, load
+    from gptjax.errors import RequestError
+    from gptjax.evaluate import HELD_OUT, read, window
+    from gptjax.progress import progress
+
+    if args.tokens is not None and args.tokens < 2:
+        raise RequestError(f"--tokens must be at least 2, found {args.tokens}")
+    if args.plot is not None:
+        quantization.check_plot(args.plot)
+    name, path = args.model or DEFAULT_MODEL, args.text or HELD_OUT
+    text = read(path)
+    settings: dict[str, Any] = {"dtype": args.dtype or "float32", "max_length": window(name, None)}
+    lm = load(name, **settings)
+    if args.against is None:
+        other = quantization.quantized(lm, args.quantize.removeprefix("mxfp4="))
+    else:
+        other = load(args.against, **settings)
+    ids = lm.tokenizer.encode(text)[: args.tokens]
+    with progress("Comparing", 2 * len(ids), "tokens") as advance:
+        report = quantization.validate(lm, other, ids, advance=advance)
+    if args.plot is not None:
+        quantization.plot(report, args.plot)
+    if args.json:
+        verdicts = {"verdicts": [dataclasses.asdict(verdict) for verdict in report.verdicts], "passed": report.passed}
+        print(json.dumps({"model": str(name), "text": str(path)} | dataclasses.asdict(report) | verdicts))
+    else:
+        _print(report)
+    return 0 if report.passed else 1
+
+
+def _print(report: "Report") -> None:
+    width = max(len(row.name) for row in report.weights)
+    for title, rows in (("weight", report.weights), ("hidden states after", report.blocks)):
+        print(f"{title:{width}}   cosine    error")
+        for row in rows:
+            print(f"{row.name:{width}}  {row.cosine:7.5f}  {row.error:6.2%}")
+        print()
+    for form, figure in (("as it is", report.perplexity), ("in MXFP4", report.quantized_perplexity)):
+        print(f"perplexity {form}: {figure.value:.2f} ± {figure.standard_error:.2f} on {figure.num_tokens:,} tokens")
+    for verdict in report.verdicts:
+        print(f"{'ok  ' if verdict.holds else 'FAIL'}  {verdict.name}: {verdict.found} (threshold: {verdict.wanted})")
