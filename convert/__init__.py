@@ -10,9 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from convert.conversion import Summary, convert, stored_dtypes, stream_params
+    from convert.conversion import Summary, convert, open_params, stored_dtypes, stream_params
 
-__all__ = ["DTYPES", "Summary", "convert", "stored_dtypes", "stream_params"]
+__all__ = ["DTYPES", "Summary", "convert", "open_params", "stored_dtypes", "stream_params"]
 
 DTYPES: Final = ("float32", "bfloat16", "float16")  # that weights can be converted to
 

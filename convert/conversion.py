@@ -8,7 +8,7 @@ import math
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -127,6 +127,14 @@ def stream_params(directory: str | PathLike[str], config: ModelConfig) -> Iterat
     """
     plan, reader = _open(Path(directory), config)
     return rules.stream(plan, reader)
+
+
+def open_params(
+    directory: str | PathLike[str], config: ModelConfig
+) -> Iterator[tuple[checkpoint.Path, Callable[[], np.ndarray]]]:
+    """As `stream_params`, with what reads the array in its place: `gptjax.checkpoint.place` reads several at a time."""
+    plan, reader = _open(Path(directory), config)
+    return rules.readers(plan, reader)
 
 
 def stored_dtypes(directory: str | PathLike[str], config: ModelConfig) -> dict[checkpoint.Path, str]:

@@ -36,13 +36,7 @@ def packed_config(config: ModelConfig, targets: str) -> ModelConfig:
             f"cannot be undone; choose {config.mxfp4}, or start from the checkpoint that it was made of"
         )
     target = dataclasses.replace(config, mxfp4=targets)
-    before = weights(abstract_params(build(config)))
-    faults = [
-        f"{'/'.join(path)} is {list(before[path].shape)}, and its products sum over {summed}"
-        for path in chosen(config, target)
-        if (summed := before[path].shape[-2 if _is_kernel(path) else -1]) % BLOCK
-    ]
-    if faults:
+    if faults := _misfits(config, target):
         more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
         raise ConfigError(
             f"MXFP4 packs blocks of {BLOCK} numbers that a product sums over, which does not go into these weights; "
@@ -105,6 +99,19 @@ def config_json(raw: Mapping[str, Any], target: ModelConfig) -> dict[str, Any]:
     if config_from_json(raw) == target:
         return dict(raw)
     return target.to_json() if is_original(raw) else {**raw, **mxfp4_to_json(target.mxfp4)}
+
+
+def _misfits(config: ModelConfig, target: ModelConfig) -> list[str]:
+    """The weights to be packed whose summed axis is no multiple of the block."""
+    # A model that cannot be packed cannot be declared packed. One of the same layers can, in widths that fit.
+    heads = {"head_width": BLOCK} if isinstance(target, GptOssConfig) else {}
+    fitting = dataclasses.replace(target, width=BLOCK * target.num_heads, mlp_width=BLOCK, **heads)
+    packed = {path for path, leaf in weights(abstract_params(build(fitting))).items() if isinstance(leaf, MXFP4)}
+    return [
+        f"{'/'.join(path)} is {list(leaf.shape)}, and its products sum over {summed}"
+        for path, leaf in weights(abstract_params(build(config))).items()
+        if path in packed and (summed := leaf.shape[-2 if _is_kernel(path) else -1]) % BLOCK
+    ]
 
 
 def _is_kernel(path: Path) -> bool:

@@ -156,23 +156,30 @@ def stream(plan: Plan, source: SafetensorsSource) -> Iterator[tuple[Path, np.nda
     Raises:
       CheckpointError: a copy that differs from its original (before the first target); NaN or infinity in a tensor.
     """
+    return ((path, read()) for path, read in readers(plan, source))
+
+
+def readers(plan: Plan, source: SafetensorsSource) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
+    """As `stream`, with what reads and checks the array in its place: several can be read at a time, in threads."""
     for name, original, otherwise in plan.copies:
         if not _equal(source.read(name), source.read(original)):
             raise CheckpointError(f"{name} differs from {original}; {otherwise}")
         source.release()
     for fill in plan.fills:
-        arrays = [source.read(name) for name in fill.sources]
-        for name, array in zip(fill.sources, arrays, strict=True):
-            fault = fill.transform.fault(array) if _finite(array) else "NaN or infinity"
-            if fault:
-                raise CheckpointError(
-                    f"{_show(name)} holds {fault}: the checkpoint is damaged or its training diverged; "
-                    "download it again or use another one"
-                )
-            del array
-        yield fill.path, fill.transform.apply(*arrays)
-        del arrays
+        yield fill.path, functools.partial(_read, fill, source)
         source.release()
+
+
+def _read(fill: Fill, source: SafetensorsSource) -> np.ndarray:
+    arrays = [source.read(name) for name in fill.sources]
+    for name, array in zip(fill.sources, arrays, strict=True):
+        fault = fill.transform.fault(array) if _finite(array) else "NaN or infinity"
+        if fault:
+            raise CheckpointError(
+                f"{_show(name)} holds {fault}: the checkpoint is damaged or its training diverged; "
+                "download it again or use another one"
+            )
+    return fill.transform.apply(*arrays)
 
 
 class _Matcher:

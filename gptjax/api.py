@@ -82,7 +82,7 @@ def load_params(directory: Path, model: Model) -> Params:
     targets = registry.abstract_params(model)
     if checkpoint.is_converted(directory):
         return checkpoint.restore(directory, targets, progress=progress)
-    return checkpoint.place(convert.stream_params(directory, model.config), targets, progress=progress)
+    return checkpoint.place(convert.open_params(directory, model.config), targets, progress=progress)
 
 
 def _has_tokenizer(directory: Path) -> bool:

@@ -7,6 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -247,14 +248,15 @@ class Loading:
 
 
 def measure_loading(load: Callable[[], Any]) -> tuple[Any, Loading]:
-    """What `load` returns, when the device is done with it, and what that took."""
-    process, done = psutil.Process(), threading.Event()
-    before = peak = _anonymous(process)
+    """What `load` returns, when the device is done with it, and what that took, once the device is up."""
+    jax.block_until_ready(jnp.zeros(1))
+    done = threading.Event()
+    before = peak = _anonymous()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.005):
-            peak = max(peak, _anonymous(process))
+            peak = max(peak, _anonymous())
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -266,13 +268,16 @@ def measure_loading(load: Callable[[], Any]) -> tuple[Any, Loading]:
     finally:
         done.set()
         watcher.join()
-    return loaded, Loading(seconds, max(peak, _anonymous(process)) - before)
+    return loaded, Loading(seconds, max(peak, _anonymous()) - before)
 
 
-def _anonymous(process: psutil.Process) -> int:
-    """Bytes of memory that no file backs: mapped weights are not the process's to hold."""
-    memory = process.memory_info()
-    return int(memory.rss - memory.shared)
+def _anonymous() -> int:
+    """Bytes of the process's memory that no file backs, where the system tells; else of all its memory."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return int(psutil.Process().memory_info().rss)
+    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
 
 
 def peak_memory() -> int:

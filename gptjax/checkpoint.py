@@ -4,11 +4,14 @@ A converted directory holds the model's JSON files, `manifest.json`, and under `
 at most PIECE_BYTES or one larger weight, each of which can be read with Orbax alone.
 """
 
+import collections
+import concurrent.futures
+import functools
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +46,8 @@ Params = dict[str, Any]
 
 PIECE_BYTES: Final = 128 << 20
 _MAX_FAULTS: Final = 20
+_Result = TypeVar("_Result")
+_WORKERS: Final = 4  # weights on their way to a device at a time
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
@@ -84,14 +89,19 @@ def cast(array: np.ndarray, dtype: DTypeLike, name: str) -> np.ndarray:
 
 
 def place(
-    leaves: Iterable[tuple[Path, np.ndarray]], targets: Mapping[str, Any], *, progress: Progress | None = None
+    leaves: Iterable[tuple[Path, np.ndarray | Callable[[], np.ndarray]]],
+    targets: Mapping[str, Any],
+    *,
+    progress: Progress | None = None,
 ) -> Params:
-    """Puts weights on devices, one at a time, cast to the wanted dtypes.
+    """Puts weights on devices, cast to the wanted dtypes, in bounded host memory.
 
     The result owns its memory: it does not change with the file that an array is a view of, and may be donated.
 
     Args:
-      leaves: path and host array of each weight, in any order.
+      leaves: path and host array of each weight, in any order; or what reads the array, which then happens for several
+        at a time where the device is not the CPU. (On an H200, of what the file cache gave, 4 threads moved 15 GB/s,
+        one 7; 0.7 GB/s are lost where the bytes are looked at first.)
       targets: nested dicts of `jax.ShapeDtypeStruct`: the shape and dtype wanted, and the sharding where it has one.
       progress: shows how far it is; see `gptjax.progress`.
 
@@ -102,23 +112,52 @@ def place(
       CheckpointError: weights that are missing, unknown, doubled, misshapen or not castable.
     """
     wanted = flatten(targets)
+    seen: set[Path] = set()
+
+    def put(path: Path, leaf: np.ndarray | Callable[[], np.ndarray]) -> tuple[Path, jax.Array]:
+        array = leaf() if callable(leaf) else leaf
+        name, target = "/".join(path), wanted[path]
+        if array.shape != tuple(target.shape):
+            raise CheckpointError(f"the weight {name} is {list(array.shape)}, expected {list(target.shape)}")
+        return path, _put(cast(array, target.dtype, name), getattr(target, "sharding", None))
+
+    def jobs() -> Iterator[Callable[[], tuple[Path, jax.Array]]]:
+        for path, leaf in leaves:
+            if path not in wanted or path in seen:
+                name = "/".join(path)
+                raise CheckpointError(f"the weight {name} is {'doubled' if path in seen else 'unknown to the model'}")
+            seen.add(path)
+            yield functools.partial(put, path, leaf)
+            del leaf  # before the next one is read
+
     placed: dict[Path, jax.Array] = {}
     with (progress or silent)("loading weights", sum(map(_bytes, wanted.values()))) as advance:
-        for path, array in leaves:
-            name = "/".join(path)
-            if path not in wanted or path in placed:
-                raise CheckpointError(f"the weight {name} is {'doubled' if path in placed else 'unknown to the model'}")
-            target = wanted[path]
-            if array.shape != tuple(target.shape):
-                raise CheckpointError(f"the weight {name} is {list(array.shape)}, expected {list(target.shape)}")
-            placed[path] = _put(cast(array, target.dtype, name), getattr(target, "sharding", None))
-            advance(_bytes(target))
-            del array  # before the next one is read
+        for path, array in _in_threads(jobs(), 1 if jax.default_backend() == "cpu" else _WORKERS):
+            placed[path] = array
+            advance(_bytes(wanted[path]))
     missing = sorted("/".join(path) for path in wanted.keys() - placed.keys())
     if missing:
         raise CheckpointError(f"weights are missing: {', '.join(missing[:_MAX_FAULTS])}; convert the checkpoint again")
     params: Params = jax.tree_util.tree_map_with_path(lambda path, _: placed[_names(path)], targets)
     return params
+
+
+def _in_threads(jobs: Iterator[Callable[[], _Result]], workers: int) -> Iterator[_Result]:
+    """The results in order; so many jobs at a time, and none is taken before there is a worker for it."""
+    if workers == 1:
+        for job in jobs:
+            result = job()
+            del job  # and what it holds, before the next one is taken
+            yield result
+        return
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        under_way: collections.deque[concurrent.futures.Future[_Result]] = collections.deque()
+        for job in jobs:
+            under_way.append(pool.submit(job))
+            if len(under_way) == workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
 
 
 def _bytes(leaf: Any) -> int:

@@ -121,8 +121,10 @@ def read(path: str | Path) -> str:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not UTF-8 text ({error}); convert it first, as with iconv") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise RequestError(f"{path} cannot be read ({error}); name a text file") from None
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read ({error.strerror}); name a text file") from None
+    except ValueError as error:  # a NUL in the name
+        raise RequestError(f"{str(path)!r} cannot be a file ({error}); name a text file") from None
 
 
 def _judged(logits_TV: np.ndarray, targets_T: np.ndarray) -> Predictions:

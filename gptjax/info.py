@@ -1,11 +1,13 @@
 """What a checkpoint is and what memory it needs, told without loading its weights."""
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 import convert
@@ -16,12 +18,16 @@ from gptjax.language_model import check_rows
 from gptjax.models import registry
 from gptjax.models.registry import Model
 from gptjax.text import load_tokenizer
+from pallas_kernels.mxfp4 import MXFP4
 
 
 def describe(
     name: str | os.PathLike[str], *, dtype: DTypeLike | None = None, max_length: int | None = None, max_batch: int = 1
 ) -> dict[str, Any]:
     """Facts of a checkpoint, in the order to show them. Keys ending in `_bytes` are bytes.
+
+    Of a checkpoint with weights in MXFP4, `packed_numbers` are those in it, and `packed_vs_float16` and
+    `whole_vs_float16` say how many times larger they, and all weights as stored, would be in float16.
 
     "fits" is "yes", or "no; try …" with settings that would. The memory needed is the most at a time, so less than the
     sum: what loading holds goes before the cache comes.
@@ -40,6 +46,7 @@ def describe(
         text = f"{tokenizer.kind}, {tokenizer.vocab_size} tokens, ends with {list(tokenizer.eos_ids)}"
     except GptjaxError as error:
         text = f"none: {error}"
+    stored = _stored(directory, model)
     defaults = dataclasses.asdict(read_generation_defaults(directory))
     return {
         "checkpoint": str(directory),
@@ -47,7 +54,8 @@ def describe(
         "architecture": type(model).__name__,
         "parameters": registry.num_params(model),
         **dataclasses.asdict(config),
-        "weights": _weights(directory, model),
+        "weights": _weights(stored),
+        **_packing(model, stored),
         "tokenizer": text,
         "generation": ", ".join(f"{key} {value}" for key, value in defaults.items()),
         "dtype": jax.numpy.dtype(model.dtype).name,
@@ -86,9 +94,34 @@ def _stored_dtypes(directory: Path, model: Model) -> dict[tuple[str, ...], str]:
     return convert.stored_dtypes(directory, model.config)
 
 
-def _weights(directory: Path, model: Model) -> str:
+def _stored(directory: Path, model: Model) -> dict[tuple[str, ...], str] | CheckpointError:
     try:
-        stored = _stored_dtypes(directory, model)
+        return _stored_dtypes(directory, model)
     except CheckpointError as error:
-        return f"cannot be used: {error}"
+        return error
+
+
+def _weights(stored: dict[tuple[str, ...], str] | CheckpointError) -> str:
+    if isinstance(stored, CheckpointError):
+        return f"cannot be used: {stored}"
     return f"{len(stored)} arrays, stored as {' and '.join(sorted(set(stored.values())))}; their headers are sound"
+
+
+def _packing(model: Model, stored: dict[tuple[str, ...], str] | CheckpointError) -> dict[str, Any]:
+    """What is in MXFP4, and what that saves; nothing where nothing is."""
+    params = registry.abstract_params(model)
+    leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, MXFP4))
+    packed = [leaf for leaf in leaves if isinstance(leaf, MXFP4)]
+    if not packed:
+        return {}
+    numbers, size = sum(leaf.size for leaf in packed), sum(leaf.nbytes for leaf in packed)
+    facts = {"packed_numbers": numbers, "packed_bytes": size, "packed_vs_float16": _times_smaller(numbers, size)}
+    if not isinstance(stored, CheckpointError):
+        shapes = checkpoint.flatten(params)
+        whole = sum(math.prod(leaf.shape) * jnp.dtype(stored[path]).itemsize for path, leaf in shapes.items())
+        facts["whole_vs_float16"] = _times_smaller(registry.num_params(model), whole)
+    return facts
+
+
+def _times_smaller(numbers: int, size: int) -> float:
+    return round(2 * numbers / size, 4)

@@ -111,7 +111,7 @@ def _moe(config: GptOssConfig, T: int, platform: str) -> int:
     together = 1 if platform == "cpu" else min(TOGETHER, groups)
     unpacked = 3 * config.width * config.mlp_width * (2 if config.mxfp4 != "none" else 1)
     return 4 * (
-        2 * group * groups * config.width + together * (unpacked + group * (6 * config.mlp_width + config.width))
+        3 * group * groups * config.width + together * (unpacked + group * (6 * config.mlp_width + config.width))
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -181,16 +182,15 @@ def plot(report: Report, path: str | Path) -> None:
 
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in report.weights:
-        block, _, kind = row.name.partition("/")
-        if block.startswith("block_"):
-            lines.setdefault(kind, []).append((int(block.removeprefix("block_")), row.error))
+        if (block := _block(row.name)) is not None:
+            lines.setdefault(row.name.partition("/")[2], []).append((block, row.error))
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for kind, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker=".", label=kind)
+        axes.plot(*zip(*points, strict=True), marker=".", label=kind)
     axes.plot([row.error for row in report.blocks], marker="o", color="black", label="hidden states after the block")
     for row in report.weights:
-        if not row.name.startswith("block_"):
+        if _block(row.name) is None:
             axes.axhline(row.error, linestyle=":", color="gray", label=row.name)
     axes.set(xlabel="block", ylabel="relative error", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -203,10 +203,23 @@ def plot(report: Report, path: str | Path) -> None:
 
 def _weights(params: Params, other: Params) -> Iterator[Difference]:
     """Of each weight that is numbers in the one and packed in the other."""
-    packed = weights(other)
-    for path, leaf in weights(params).items():
+    numbers, packed = weights(params), weights(other)
+    for path in sorted(numbers, key=_place):
+        leaf = numbers[path]
         if isinstance(packed[path], MXFP4) and not isinstance(leaf, MXFP4):
             yield _difference("/".join(path), _pairs(summed_last(path, leaf), packed[path]))
+
+
+def _place(path: tuple[str, ...]) -> tuple[bool, int, tuple[str, ...]]:
+    """For sorting: blocks by their numbers, then what is in none."""
+    block = _block(path[0])
+    return block is None, block or 0, path
+
+
+def _block(name: str) -> int | None:
+    """The number of a block that a name begins with."""
+    match = re.match(r"block_(\d+)(/|$)", name)
+    return None if match is None else int(match[1])
 
 
 def _pairs(array: jax.Array, packed: MXFP4) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -6,6 +6,7 @@ memory of its own.
 
 import math
 import mmap
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
@@ -31,6 +32,7 @@ class SafetensorsSource:
         self.tensors = tensors
         self.files: tuple[Path, ...] = tuple(dict.fromkeys(info.file for info in tensors.values()))
         self._maps: dict[Path, mmap.mmap] = {}
+        self._lock = threading.Lock()  # tensors may be read in several threads
 
     def read(self, name: str) -> np.ndarray:
         """A tensor as a read-only view of its file. Valid as long as it lives; the file must not be truncated.
@@ -46,17 +48,18 @@ class SafetensorsSource:
 
     def release(self) -> None:
         """Lets go of the pages read so far. Views stay valid: what they show is read from the file again."""
-        for mapped in self._maps.values():
+        for mapped in tuple(self._maps.values()):
             mapped.madvise(mmap.MADV_DONTNEED)
 
     def _map(self, path: Path) -> mmap.mmap:
-        if path not in self._maps:
-            try:
-                with path.open("rb") as file:
-                    self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file") from None
-        return self._maps[path]
+        with self._lock:
+            if path not in self._maps:
+                try:
+                    with path.open("rb") as file:
+                        self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                except OSError as error:
+                    raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file") from None
+            return self._maps[path]
 
 
 def open_directory(directory: Path) -> SafetensorsSource:

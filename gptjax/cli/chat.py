@@ -65,7 +65,7 @@ examples:
     parser.add_argument(
         "--top-p", type=float, metavar="P", help="draw from the fewest tokens whose probability reaches P"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="makes a conversation repeatable")
+    parser.add_argument("--seed", type=int, metavar="N", help="repeats a conversation, on the same date")
     parser.add_argument("--json", action="store_true", help="with a message: print the whole result as one JSON object")
 
 
@@ -230,12 +230,13 @@ class Terminal:
                 self._out.write("\n")
             if kind == "reasoning" and not self._escapes:
                 self._out.write("(thinking) ")
-        text = clean(text) + ("\n" if whole else "")
-        dim = self._escapes and kind != "answer" and kind != "note"
-        self._out.write(f"{_DIM}{text}{_PLAIN}" if dim and text.strip() else text)
+        text = clean(text)
+        dim = self._escapes and kind not in ("answer", "note")
+        self._out.write(f"{_DIM}{text}{_PLAIN}" if dim else text)
+        self._open, self._kind = not text.endswith("\n"), kind
+        if whole:
+            self.end_line()
         self._out.flush()
-        self._open = bool(text) and not text.endswith("\n")
-        self._kind = kind
 
     def end_line(self) -> None:
         """Ends the line that is open, if one is; one that says "thinking" is taken away."""

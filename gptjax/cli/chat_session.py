@@ -172,12 +172,12 @@ class Session:
             yield from self._thought(turn)
         for call in completion.tool_calls:
             yield Piece("note", f"The model calls {call.name} with {call.arguments}; gptjax chat runs no tools.")
-        if not turn.text and not completion.tool_calls:
-            yield Piece("note", "The model ended without an answer.")
         if completion.finish_reason == "length":
             full = turn.positions >= self._lm.max_length
             why = "the context is full (/reset, --max-length)" if full else "the limit of --max-tokens is reached"
-            yield Piece("note", f"Cut off: {why}.")
+            yield Piece("note", f"Cut off{'' if turn.text else ' before the answer'}: {why}.")
+        elif not turn.text and not completion.tool_calls:
+            yield Piece("note", "The model ended its turn without an answer.")
         rate = f"{turn.tokens_per_second:.0f} tokens/s"
         yield Piece("aside", f"context {turn.positions} of {self._lm.max_length} tokens, {rate}")
 
@@ -187,8 +187,10 @@ class Session:
         name, _, argument = line.removeprefix("/").partition(" ")
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f"did you mean /{near[0]}?" if near else "/help lists them;"
-            raise RequestError(f"there is no command /{name}: {hint} a message that begins with / is written //")
+            hint = f"did you mean /{near[0]}?" if near else "/help lists them."
+            raise RequestError(
+                f"there is no command /{name}; {hint} A message that begins with / is sent by writing //."
+            )
         answer: str = getattr(self, f"_do_{name}")(argument.strip())
         return answer
 
@@ -253,7 +255,7 @@ class Session:
     def _do_help(self, _: str) -> str:
         rows = [(f"/{name} {takes}".strip(), about) for name, (takes, about) in COMMANDS.items()]
         rows += [
-            ("Ctrl-C", "ends the turn; the answer stays as far as it came"),
+            ("Ctrl-C", "ends the turn; the answer stays as far as it came (and twice when nothing runs, the chat)"),
             ("\\", "at the end of a line: the message goes on in the next"),
         ]
         width = max(len(usage) for usage, _ in rows)

@@ -1,7 +1,6 @@
 """`gptjax perplexity`."""
 
 import argparse
-import dataclasses
 import json
 import time
 from typing import Any
@@ -16,8 +15,8 @@ def add(commands: Any) -> None:
         "perplexity",
         run,
         summary="tell how well a model predicts a text",
-        epilog="""Prints the perplexity, its standard error (as if the tokens' losses were independent), the tokens that were
-predicted, and how many a second that is, with compilation.
+        epilog="""Prints the perplexity, its standard error (as if the tokens' losses were independent), the tokens that
+were predicted, and how many a second that is, with compilation.
 
 The text goes through the model in windows. Without --stride they do not see each other, and the first token of each is
 not predicted. With it, a window starts N tokens after the one before and predicts what that did not: each token once,
@@ -55,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
         found = Perplexity.of(predict(lm, ids, stride=stride, advance=advance).losses)
     rate = found.num_tokens / (time.perf_counter() - started)
     if args.json:
-        facts = {"model": str(name), "text": str(path), "max_length": size, "stride": stride}
-        print(json.dumps(facts | dataclasses.asdict(found) | {"tokens_per_second": rate}))
+        facts: dict[str, Any] = {"model": str(name), "text": str(path), "max_length": size, "stride": stride}
+        facts |= {"perplexity": found.value, "standard_error": found.standard_error, "tokens": found.num_tokens}
+        print(json.dumps(facts | {"tokens_per_second": rate}))
         return 0
     print(
         f"perplexity {found.value:.2f} ± {found.standard_error:.2f} on {found.num_tokens:,} tokens "

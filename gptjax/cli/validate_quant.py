@@ -21,10 +21,10 @@ def add(commands: Any) -> None:
         "validate-quant",
         run,
         summary="compare a float checkpoint with its MXFP4 form",
-        epilog="""Rounds the weights in memory, or takes a directory that `gptjax convert --quantize` wrote. Tells cosine and
-relative error of each weight and of the hidden states after each block, how often both find the same token the most
-likely one, and both perplexities. Exits with 0 only where all thresholds hold: cosines of at least 0.99, the same token
-at 95% of the positions at least, a perplexity within 1%; with 1 otherwise, and for errors.
+        epilog="""Rounds the weights in memory, or takes a directory that `gptjax convert --quantize` wrote. Tells
+cosine and relative error of each weight and of the hidden states after each block, how often both find the same token
+the most likely one, and both perplexities. Exits with 0 only where all thresholds hold: cosines of at least 0.99, the
+same token at 95 percent of the positions at least, a perplexity within 1 percent; with 1 otherwise, and for errors.
 
 Both models are in memory at the same time. Computes in float32 unless --dtype says otherwise.
 

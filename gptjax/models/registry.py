@@ -1,9 +1,9 @@
 """From a configuration to its model, and what follows from a model's own declaration of its weights."""
 
+import functools
 import math
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Final
 
 import flax.linen as nn
@@ -57,13 +57,24 @@ def _random_leaf(key: jax.Array, leaf: jax.ShapeDtypeStruct | MXFP4) -> jax.Arra
     return _normal(key, leaf.shape, leaf.dtype)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     return 0.02 * jax.random.normal(key, shape, dtype)
 
 
 def abstract_params(model: Model) -> Params:
     """Shapes and dtypes of all weights, as `jax.ShapeDtypeStruct`, allocating nothing."""
+
+    def typed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(leaf.shape, model.param_dtype if floating else leaf.dtype)
+
+    return jax.tree.map(typed, _float32_params(model.config))
+
+
+@functools.lru_cache(maxsize=16)  # tracing the initialisation of 24 layers takes most of a second
+def _float32_params(config: ModelConfig) -> Params:
+    model = build(config)
     return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 

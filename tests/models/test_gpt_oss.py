@@ -162,22 +162,27 @@ def test_settings_differ():
     ids=lambda files: "-".join(str(value) for value in files.values()),
 )
 def test_every_layout_and_spelling_agrees_with_the_oracle(tmp_path, tiny, files):
-    """Through `convert`, from a directory."""
+    """Through `convert`, from a directory. Packed weights give the same bits, whatever they are called.
+
+    Dequantised ones are the same numbers, but a product with [in, out] sums in another order than with [out, in].
+    """
     model, params = gpt_oss_ours.load(gpt_oss_random.write(tmp_path, tiny.checkpoint, **files))
     ids = gpt_oss_random.tokens(1, LENGTH)
-    _assert_close(_run_whole(model, params, ids), tiny.oracle(ids))
+    outputs, _ = _run_chunks(model, params, ids, [LENGTH], _cache(model))
+    _assert_close(outputs, tiny.oracle(ids))
+    if files["layout"] != "dequantised":
+        _assert_same_bits(outputs, _run_chunks(tiny.model, tiny.params, ids, [LENGTH], _cache(model))[0])
     packed = "none" if files["layout"] == "dequantised" else "experts"
     assert model.config == dataclasses.replace(tiny.model.config, mxfp4=packed)
 
 
 def test_more_than_a_window_of_128():
-    """The published window, across its edge: in chunks of 100 and 64, and token by token from 100 on."""
-    case = _case(sliding_window=128, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    """The published window, across its edge: in chunks of 100, and token by token from 100 on."""
+    case = _case(sliding_window=128, **gpt_oss_random.TWO_LAYERS)
     ids = gpt_oss_random.tokens(3, 290)
     oracle = case.oracle(ids)
-    for counts in ([100, 100, 90], [64, 64, 64, 64, 34]):
-        cache = _cache(case.model, np.nan, slots=1, max_length=384)
-        _assert_close(_run_chunks(case.model, case.params, ids, counts, cache, 100)[0], oracle)
+    cache = _cache(case.model, np.nan, slots=1, max_length=384)
+    _assert_close(_run_chunks(case.model, case.params, ids, [100, 100, 90], cache, 100)[0], oracle)
     cache = _cache(case.model, np.nan, slots=1, max_length=384)
     outputs, cache = _run_chunks(case.model, case.params, ids[:140], [100, *[1] * 40], cache, 100)
     _assert_close(outputs, case.oracle(ids[:140]))
@@ -201,8 +206,7 @@ def test_a_ring_holds_the_last_positions(tiny):
     """Position p lies at p mod S, whatever the chunks: the full layer below, rotated, tells which is which."""
     ids = gpt_oss_random.tokens(4, LENGTH)
     whole, token_by_token = (
-        _run_chunks(tiny.model, tiny.params, ids, counts, _cache(tiny.model, np.nan))[1]
-        for counts in ([41], [1] * 41)
+        _run_chunks(tiny.model, tiny.params, ids, counts, _cache(tiny.model, np.nan))[1] for counts in ([41], [1] * 41)
     )
     for a, b in zip(whole.k + whole.v, token_by_token.k + token_by_token.v, strict=True):
         used = slice(min(a.shape[2], LENGTH))
@@ -278,7 +282,7 @@ def test_a_row_has_the_same_bits_in_any_company():
     In bfloat16; in float32: `tests/models/test_golden_gpt_oss.py`.
     Which experts its neighbours choose, and how many tokens they have, must not change how a row's own are summed.
     """
-    case = _case(jnp.bfloat16, sliding_window=100, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    case = _case(jnp.bfloat16, sliding_window=100, **gpt_oss_random.TWO_LAYERS)
     ids = gpt_oss_random.tokens(21, 150)
 
     def bits(slot: int, lengths: list[int], fill: float = 0.0) -> list[Outputs]:
@@ -302,10 +306,8 @@ def test_a_row_has_the_same_bits_in_any_company():
         return results
 
     alone = bits(1, [0] * 5)
-    _assert_same_bits(bits(1, [3, 0, 1, 2, 5]), alone)
     _assert_same_bits(bits(1, [370, 0, 129, 200, 64], np.nan), alone)
     _assert_same_bits(bits(4, [370, 300, 129, 0, 0]), alone)
-    _assert_same_bits(bits(0, [0, 0, 0, 0, 375], np.nan), alone)
 
 
 @pytest.mark.parametrize(("dtype", "cached"), [(jnp.bfloat16, True), (jnp.float16, False)])
@@ -315,8 +317,7 @@ def test_half_precision_is_as_good_as_its_digits(dtype, cached):
     (Where a few of them are, rounding decides between those that are nearly equal, and then nothing bounds the error.)
     A block rounds the residual stream twice and what it adds to it about eight times, each eps/4 in the mean.
     """
-    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
-    case = _case(dtype, num_experts_per_tok=6, **layers)
+    case = _case(dtype, num_experts_per_tok=6, **gpt_oss_random.TWO_LAYERS)
     ids = gpt_oss_random.tokens(6, LENGTH)
     tokens, positions = gpt2_ours.pack([ids], LENGTH)
     cache = _cache(case.model, slots=1) if cached else None
@@ -390,7 +391,6 @@ def test_published_sizes(name, count, gigabytes):
     params = registry.abstract_params(model)
     stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     assert stored == pytest.approx(gigabytes * 1e9, rel=1e-3)
-
 
 
 def test_a_full_size_forward_pass():

@@ -35,11 +35,7 @@ EPSILON = float(jnp.finfo(jnp.float32).eps)
 # Both compute in float32; see `tests/models/test_gpt_oss.py` for what adds up. Of the largest magnitude.
 TOLERANCE = 128 * EPSILON
 LENGTH = 150
-PUBLISHED_WINDOW = {
-    "sliding_window": 128,
-    "num_hidden_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention"],
-}
+PUBLISHED_WINDOW = {**gpt_oss_random.TWO_LAYERS, "sliding_window": 128}
 VARIANTS = {
     **gpt_oss_random.VARIANTS,
     "published_window": PUBLISHED_WINDOW,
@@ -59,9 +55,7 @@ VARIANTS = {
 }
 # 3 heads of 32 in two layers: small enough for 4,300 positions at once.
 LONG: dict[str, Any] = {
-    "num_hidden_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "sliding_window": 128,
+    **PUBLISHED_WINDOW,
     "hidden_size": 64,
     "intermediate_size": 32,
     "num_attention_heads": 3,

@@ -72,6 +72,7 @@ COMBINED: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "layer_types": ["sliding_attention"] * 3,
         "rope_theta": 10000.0,
+        **VARIANTS["short_yarn"],
         "swiglu_alpha": 1.2,
         "rms_norm_eps": 0.25,
         "tie_word_embeddings": True,
@@ -83,8 +84,8 @@ COMBINED: dict[str, dict[str, Any]] = {
         "swiglu_limit": 1.5,
         "attention_bias": False,
     },
-    "short_yarn": VARIANTS["short_yarn"],
 }
+TWO_LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 
 QUANTIZATION = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
 LAYOUTS = ("packed", "dequantised", "original")  # Hugging Face MXFP4, Hugging Face without, OpenAI's own
