@@ -151,7 +151,7 @@ def _open(source: Path, config: ModelConfig) -> tuple[rules.Plan, safetensors.Sa
     reader = safetensors.open_directory(source)
     targets = abstract_params(build(config))
     try:
-        plan = rules.check(table(config), reader.tensors, targets)
+        plan = rules.check(table(config, reader.tensors), reader.tensors, targets)
     except CheckpointError as error:
         raise CheckpointError(f"{source} cannot be used: {error}") from None
     return plan, reader

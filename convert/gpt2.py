@@ -3,6 +3,8 @@
 Conv1D weights are stored [in, out], as kernels are here: nothing is transposed.
 """
 
+from collections.abc import Collection
+
 from convert.rules import Copy, Ignored, Rule, Table
 from gptjax.config import GPT2Config
 
@@ -42,8 +44,8 @@ _BUFFERS = (
 )
 
 
-def table(config: GPT2Config) -> Table:
-    """The rows for a model whose head is tied to the embedding, or is not."""
+def table(config: GPT2Config, names: Collection[str]) -> Table:
+    """The rows for a model whose head is tied to the embedding, or is not; there is one layout, whatever the names."""
     if config.tied_head:
         return Table((*_ENDS, *_BLOCKS), _BUFFERS, (_TIED_HEAD,))
     return Table((*_ENDS, *_BLOCKS, _HEAD), _BUFFERS)

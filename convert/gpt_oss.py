@@ -4,6 +4,8 @@ Linear weights are stored [out, in], and kernels here are [in, out]. MXFP4's blo
 that were dequantised are stored [in, out] already.
 """
 
+from collections.abc import Collection
+
 from convert.rules import TRANSPOSED, Copy, Rule, Table, Transform, stacked, stacked_transposed
 from gptjax.config import GptOssConfig
 from pallas_kernels.mxfp4 import NAN_SCALE
@@ -74,8 +76,10 @@ _ORIGINAL = (
 )
 
 
-def table(config: GptOssConfig) -> Table:
-    """The rows of both layouts: no name is in both, and a mixture is reported as weights that are filled twice."""
+def table(config: GptOssConfig, names: Collection[str]) -> Table:
+    """The rows of the layout that has such tensors: OpenAI's, or Hugging Face's."""
+    if names and not any(name.startswith("model.") for name in names):
+        return Table(_ORIGINAL)
     sizes = [heads * config.head_width for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
     parts = {kind: tuple(f"{_LAYER}.self_attn.{part}_proj.{kind}" for part in "qkv") for kind in ("weight", "bias")}
     fused = (
@@ -84,4 +88,4 @@ def table(config: GptOssConfig) -> Table:
     )
     if config.tied_head:
         return Table((*_HUGGING_FACE, *fused), copies=(_TIED_HEAD,))
-    return Table((*_HUGGING_FACE, *fused, _HEAD, *_ORIGINAL))
+    return Table((*_HUGGING_FACE, *fused, _HEAD))

@@ -104,8 +104,9 @@ def config_json(raw: Mapping[str, Any], target: ModelConfig) -> dict[str, Any]:
 def _misfits(config: ModelConfig, target: ModelConfig) -> list[str]:
     """The weights to be packed whose summed axis is no multiple of the block."""
     # A model that cannot be packed cannot be declared packed. One of the same layers can, in widths that fit.
-    heads = {"head_width": BLOCK} if isinstance(target, GptOssConfig) else {}
-    fitting = dataclasses.replace(target, width=BLOCK * target.num_heads, mlp_width=BLOCK, **heads)
+    fitting = dataclasses.replace(target, width=BLOCK * target.num_heads, mlp_width=BLOCK)
+    if isinstance(fitting, GptOssConfig):
+        fitting = dataclasses.replace(fitting, head_width=BLOCK)
     packed = {path for path, leaf in weights(abstract_params(build(fitting))).items() if isinstance(leaf, MXFP4)}
     return [
         f"{'/'.join(path)} is {list(leaf.shape)}, and its products sum over {summed}"

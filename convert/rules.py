@@ -290,7 +290,7 @@ class _Matcher:
     def _missing(self, path: Path) -> list[str]:
         """The names of the tensors that would have filled a target, or the parts of it that nothing fills."""
         found = self._parts.get(path, {})
-        for rule in self._table.rules:
+        for rule in (self._rules[path],) if path in self._rules else self._table.rules:
             match = _compiled(rule.target).fullmatch("/".join(path))
             if match is not None:
                 optional = r"\1" if True in self._prefixed else ""

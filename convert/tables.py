@@ -1,18 +1,18 @@
 """Which table a configuration's checkpoints are read by."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 from convert import gpt2, gpt_oss
 from convert.rules import Table
 from gptjax.config import GPT2Config, GptOssConfig, ModelConfig
 
-_TABLES: Final[dict[type[ModelConfig], Callable[[Any], Table]]] = {
+_TABLES: Final[dict[type[ModelConfig], Callable[[Any, Collection[str]], Table]]] = {
     GPT2Config: gpt2.table,
     GptOssConfig: gpt_oss.table,
 }
 
 
-def table(config: ModelConfig) -> Table:
-    """All that is known of the tensors of a configuration's checkpoints."""
-    return _TABLES[type(config)](config)
+def table(config: ModelConfig, names: Collection[str] = ()) -> Table:
+    """All that is known of the tensors of a configuration's checkpoints, in the layout that `names` show."""
+    return _TABLES[type(config)](config, names)

@@ -10,7 +10,7 @@ import numpy as np
 
 from gptjax import checkpoint
 from gptjax.activations import activations, stages
-from gptjax.config import GPT2Config, ModelConfig
+from gptjax.config import GPT2Config, GptOssConfig, ModelConfig
 from gptjax.engine.request import check_prompt
 from gptjax.errors import CheckpointError, GptjaxError
 from gptjax.models.registry import Model, Params
@@ -57,7 +57,7 @@ def compare(model: Model, params: Params, directory: Path, token_ids: Sequence[i
     theirs = transformers_activations(directory, model.config, token_ids, dtype=np.dtype(model.dtype).name)
     ours = activations(model, params, token_ids)
     tolerance = TOLERANCE[np.dtype(model.dtype).name]
-    return [Row(stage, ours[stage], theirs[stage], tolerance) for stage in stages(model.config.num_layers)]
+    return [Row(stage, ours[stage], theirs[stage], tolerance) for stage in stages(model.config)]
 
 
 def first_difference(rows: Sequence[Row]) -> Row | None:
@@ -73,6 +73,7 @@ class Tap:
     module: str
     side: str  # "input" or "output"
     shape: Callable[[np.ndarray], np.ndarray] = lambda array: array
+    batched: bool = True  # whether the first axis is that of rows, of which there is one
 
 
 def _gpt2_taps(config: GPT2Config) -> Iterator[Tap]:
@@ -99,7 +100,31 @@ def _gpt2_taps(config: GPT2Config) -> Iterator[Tap]:
     yield Tap("logits", "lm_head", "output")
 
 
-_TAPS: Mapping[type[ModelConfig], Callable[[Any], Iterator[Tap]]] = {GPT2Config: _gpt2_taps}
+def _gpt_oss_taps(config: GptOssConfig) -> Iterator[Tap]:
+    def heads(x: np.ndarray) -> np.ndarray:
+        return x.reshape(len(x), -1, config.head_width)
+
+    yield Tap("embedding", "model.layers.0", "input")
+    for layer in range(config.num_layers):
+        ours, theirs = f"block_{layer}", f"model.layers.{layer}"
+        yield Tap(f"{ours}/attention_norm", f"{theirs}.input_layernorm", "output")
+        for name in "qkv":
+            yield Tap(f"{ours}/attention/{name}", f"{theirs}.self_attn.{name}_proj", "output", heads)
+        yield Tap(f"{ours}/attention/heads", f"{theirs}.self_attn.o_proj", "input", heads)
+        yield Tap(f"{ours}/attention/out", f"{theirs}.self_attn.o_proj", "output")
+        yield Tap(f"{ours}/attention_residual", f"{theirs}.post_attention_layernorm", "input")
+        yield Tap(f"{ours}/moe_norm", f"{theirs}.post_attention_layernorm", "output")
+        yield Tap(f"{ours}/moe/router", f"{theirs}.mlp.router", "output", batched=False)
+        yield Tap(f"{ours}/moe", f"{theirs}.mlp", "output")
+        yield Tap(f"{ours}/moe_residual", f"{theirs}", "output")
+    yield Tap("final_norm", "model.norm", "output")
+    yield Tap("logits", "lm_head", "output")
+
+
+_TAPS: Mapping[type[ModelConfig], Callable[[Any], Iterator[Tap]]] = {
+    GPT2Config: _gpt2_taps,
+    GptOssConfig: _gpt_oss_taps,
+}
 
 
 def transformers_activations(
@@ -118,10 +143,11 @@ def transformers_activations(
 def _recording(loaded: Any, taps: Sequence[Tap]) -> Iterator[dict[tuple[str, str], np.ndarray]]:
     """Records the inputs and outputs of the modules in question, without their batch axis, in float32."""
     recorded: dict[tuple[str, str], np.ndarray] = {}
+    flat = {tap.module for tap in taps if not tap.batched}
 
     def keep(name: str, side: str, value: Any) -> None:
         tensor = value[0] if isinstance(value, tuple) else value
-        recorded[name, side] = tensor[0].float().numpy()
+        recorded[name, side] = (tensor if name in flat else tensor[0]).float().numpy()
 
     handles = []
     for name in {tap.module for tap in taps}:
@@ -172,17 +198,7 @@ def load_transformers(directory: Path, dtype: Any, **options: Any) -> Any:
 def random_transformers(config: ModelConfig, dtype: Any) -> Any:
     """transformers' model of a configuration, with random weights; `dtype` is torch's."""
     _, transformers = oracle()
-    theirs = transformers.GPT2Config(
-        vocab_size=config.vocab_size,
-        n_positions=config.context_length,
-        n_embd=config.width,
-        n_layer=config.num_layers,
-        n_head=config.num_heads,
-        n_inner=config.mlp_width,
-        activation_function={"gelu_tanh": "gelu_new", "gelu_erf": "gelu"}.get(config.activation, config.activation),
-        layer_norm_epsilon=config.norm_epsilon,
-        scale_attn_weights=config.scale_attention,
-        scale_attn_by_inverse_layer_idx=config.scale_attention_by_layer,
-        tie_word_embeddings=config.tied_head,
-    )
+    raw = config.to_json()
+    raw.pop("quantization_config", None)  # they would pack random weights by other code than is to be measured
+    theirs = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
     return transformers.AutoModelForCausalLM.from_config(theirs).to(dtype)

@@ -15,12 +15,13 @@ import numpy as np
 
 from convert.quantization import chosen, packed_config, rounded, slices, summed_last, weights
 from gptjax import memory
-from gptjax.errors import RequestError
+from gptjax.errors import GptjaxError, RequestError
 from gptjax.evaluate import Perplexity, predict
 from gptjax.language_model import LanguageModel
 from gptjax.layers.observe import COLLECTION
 from gptjax.models import registry
 from gptjax.models.registry import Model, Params
+from gptjax.text import Tokenizer
 from pallas_kernels.mxfp4 import MXFP4
 
 # What the field asks of a rounded model.
@@ -121,7 +122,12 @@ def quantized(lm: LanguageModel, targets: str) -> LanguageModel:
     model = registry.build(
         config, dtype=lm.model.dtype, param_dtype=lm.model.param_dtype, implementation=lm.model.implementation
     )
-    return LanguageModel(model, params, tokenizer=lm.tokenizer, defaults=lm.defaults, max_length=lm.max_length)
+    tokenizer: Tokenizer | GptjaxError
+    try:
+        tokenizer = lm.tokenizer
+    except GptjaxError as error:  # what says why there is none
+        tokenizer = error
+    return LanguageModel(model, params, tokenizer=tokenizer, defaults=lm.defaults, max_length=lm.max_length)
 
 
 def validate(

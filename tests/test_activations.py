@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gptjax import RequestError
-from gptjax.activations import BLOCK_STAGES, stages
+from gptjax.activations import stages
 
 IDS = [5, 6, 7, 8, 9]
 T, D, N, H, F, V = 5, 256, 4, 64, 1024, 8192
@@ -29,13 +29,13 @@ def found(lm):
     return lm.activations(IDS)
 
 
-def test_all_stages_are_there_in_order_with_their_shapes(found):
-    assert list(found) == stages(6)
+def test_all_stages_are_there_in_order_with_their_shapes(lm, found):
+    assert list(found) == stages(lm.config)
     assert len(found) == 1 + 6 * 12 + 2
     assert found["embedding"].shape == found["final_norm"].shape == (T, D)
     assert found["logits"].shape == (T, V)
     for layer in range(6):
-        for stage in BLOCK_STAGES:
+        for stage in SHAPES:
             assert found[f"block_{layer}/{stage}"].shape == SHAPES[stage]
 
 

@@ -60,17 +60,17 @@ def today() -> str:
 
 
 def test_a_turn_ends_as_the_checkpoint_says_and_repeats_by_its_seed(tales):
-    turn = tales.chat(ASK, seed=4, max_tokens=300)
+    turn = tales.chat(ASK, reasoning_effort="low", seed=4, max_tokens=300)
     assert turn.finish_reason == "stop"
     assert tales.tokenizer.decode(turn.completion.token_ids[-1:], special=True) == "<|return|>"
-    assert tales.chat(ASK, seed=4, max_tokens=300).completion.token_ids == turn.completion.token_ids
-    assert tales.chat(ASK, seed=5, max_tokens=300).completion.token_ids != turn.completion.token_ids
+    for seed in (4, 5):
+        again = tales.chat(ASK, reasoning_effort="low", seed=seed, max_tokens=40)
+        assert (again.completion.token_ids == turn.completion.token_ids[:40]) == (seed == 4)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_stream_is_the_turn_in_pieces(tales, seed):
-    turn = tales.chat(ASK, seed=seed, max_tokens=60)
-    chunks = list(tales.stream_chat(ASK, seed=seed, max_tokens=60))
+def test_a_stream_is_the_turn_in_pieces(tales):
+    turn = tales.chat(ASK, seed=2, max_tokens=60)
+    chunks = list(tales.stream_chat(ASK, seed=2, max_tokens=60))
     assert "".join(chunk.text for chunk in chunks) == turn.text
     assert "".join(chunk.reasoning for chunk in chunks) == turn.reasoning
     assert tuple(chunk.token_id for chunk in chunks) == turn.completion.token_ids
@@ -79,8 +79,7 @@ def test_a_stream_is_the_turn_in_pieces(tales, seed):
     assert not any("<|" in chunk.text + chunk.reasoning for chunk in chunks)
 
 
-@pytest.mark.parametrize("effort", ["low", "medium", "high"])
-@pytest.mark.parametrize("temperature", [0, None])
+@pytest.mark.parametrize(("effort", "temperature"), [("low", None), ("medium", 0), ("high", None)])
 def test_the_model_does_not_repeat_one_token(tales, effort, temperature):
     turn = tales.chat(ASK, reasoning_effort=effort, temperature=temperature, seed=7, max_tokens=80)
     ids = turn.completion.token_ids
@@ -91,9 +90,10 @@ def test_the_model_does_not_repeat_one_token(tales, effort, temperature):
 
 
 def test_the_conversation_goes_on_with_the_message(tales):
-    first = tales.chat(ASK, seed=1, max_tokens=120)
+    first = tales.chat(ASK, temperature=0, max_tokens=40)
+    assert first.text
     messages = [*ASK, first.message, {"role": "user", "content": "And then?"}]
-    again = tales.chat(messages, seed=1, max_tokens=120)
+    again = tales.chat(messages, reasoning_effort="low", seed=1, max_tokens=40)
     assert again.text
     assert again.completion.usage.prompt_tokens > first.completion.usage.prompt_tokens
     written = tales.tokenizer.decode(harmony.render(messages, tales.tokenizer), special=True)
@@ -165,7 +165,9 @@ def test_the_model_is_told_the_date(tokenizer):
 
 def test_no_character_is_broken(tokenizer):
     thought, said = "naïve 🜂 思考 ", "👩‍👩‍👧 ſtrange — 𝔘𝔫𝔦 é"
-    text = f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant<|channel|>final<|message|>{said}<|return|>"
+    text = (
+        f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant<|channel|>final<|message|>{said}<|return|>"
+    )
     reader = TurnReader(tokenizer)
     answer, reasoning = [], []
     for token in tokenizer.encode(text, special=True):

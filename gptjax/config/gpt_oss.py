@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from gptjax.config.keys import MOST_LAYERS, Keys
-from gptjax.config.quantization import mxfp4_to_json, read_mxfp4
+from gptjax.config.quantization import check_widths, mxfp4_to_json, read_mxfp4
 from gptjax.config.rope import Rope, Yarn, read_rope, rope_to_json
 
 SWIGLU_ALPHA: Final = 1.702
@@ -65,7 +65,7 @@ class GptOssConfig:
             num_experts=keys.size("num_local_experts", alias="num_experts"),
             experts_per_token=keys.size("num_experts_per_tok", alias="experts_per_token"),
             windows=_windows(keys, num_layers),
-            rope=read_rope(keys, context_length, theta=_THETA),
+            rope=read_rope(keys, context_length, absent=_rope(4096)),
             norm_epsilon=keys.positive_float("rms_norm_eps", absent=1e-5),
             swiglu_limit=keys.positive_float("swiglu_limit", absent=SWIGLU_LIMIT),
             swiglu_alpha=keys.positive_float("swiglu_alpha", absent=SWIGLU_ALPHA),
@@ -112,6 +112,7 @@ class GptOssConfig:
             tied_head=False,
             mxfp4="experts",
         )
+        check_widths(keys, (config.width, config.mlp_width))
         _check_sizes(config, keys)
         keys.raise_faults("GPT-OSS (OpenAI's original files)")
         return config
@@ -161,7 +162,7 @@ def published(num_layers: int, num_experts: int) -> GptOssConfig:
         num_experts=num_experts,
         experts_per_token=4,
         windows=tuple(None if layer % 2 else 128 for layer in range(num_layers)),
-        rope=Rope(_THETA, Yarn(factor=32.0, original_length=4096, beta_fast=32.0, beta_slow=1.0, truncate=False)),
+        rope=_rope(4096),
         norm_epsilon=1e-5,
         swiglu_limit=SWIGLU_LIMIT,
         swiglu_alpha=SWIGLU_ALPHA,
@@ -169,6 +170,11 @@ def published(num_layers: int, num_experts: int) -> GptOssConfig:
         tied_head=False,
         mxfp4="experts",
     )
+
+
+def _rope(original_length: int) -> Rope:
+    """What the published models have, and transformers takes where a config does not say."""
+    return Rope(_THETA, Yarn(32.0, original_length, beta_fast=32.0, beta_slow=1.0, truncate=False))
 
 
 def _windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:

@@ -31,10 +31,15 @@ def read_mxfp4(keys: Keys, widths: tuple[int, ...]) -> str:
     section.choice("quant_method", {"mxfp4": "mxfp4"}, absent=None)
     target = section.choice("targets", {name: name for name in TARGETS[1:]}, absent="experts")
     keys.take("quantization_config", section)
+    check_widths(keys, widths)
+    return target or "none"
+
+
+def check_widths(keys: Keys, widths: tuple[int, ...]) -> None:
+    """Notes as faults the input axes that blocks do not divide."""
     for width in widths:
         if width % BLOCK:
             keys.fault(f"the width {width} is not a multiple of MXFP4's block of {BLOCK}")
-    return target or "none"
 
 
 def mxfp4_to_json(mxfp4: str) -> dict[str, Any]:

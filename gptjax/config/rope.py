@@ -31,16 +31,16 @@ class Rope:
     yarn: Yarn | None = None
 
 
-def read_rope(keys: Keys, context_length: int, *, theta: float) -> Rope:
+def read_rope(keys: Keys, context_length: int, *, absent: Rope) -> Rope:
     """From `rope_parameters`, or `rope_scaling` beside `rope_theta`: the same, in newer and older spelling.
 
     Args:
       keys: of config.json, for the faults as well.
       context_length: the original length, where nothing else says it.
-      theta: what an absent base means.
+      absent: what a config that does not say has.
     """
     initial = keys.size("initial_context_length") if keys.has("initial_context_length") else context_length
-    theta = keys.positive_float("rope_theta", absent=theta)
+    theta = keys.positive_float("rope_theta", absent=absent.theta)
     found: dict[str, Rope] = {}
     for name in ("rope_parameters", "rope_scaling"):
         section = keys.section(name)
@@ -50,11 +50,13 @@ def read_rope(keys: Keys, context_length: int, *, theta: float) -> Rope:
         if keys.has("rope_theta") and inner != theta:
             keys.fault(f"rope_theta is {theta}, but in {name} it is {inner}: they mean the same and must agree")
         kind = section.choice("rope_type", {"yarn": "yarn", "default": "default"}, alias="type", absent="default")
+        if inner <= 1:
+            keys.fault(f"rope_theta is {inner}; expected more than 1")
         found[name] = Rope(inner, _yarn(section, initial) if kind == "yarn" else None)
         keys.take(name, section)
     if len(set(found.values())) > 1:
         keys.fault(f"{' and '.join(found)} differ: they mean the same and must agree")
-    return next(iter(found.values()), Rope(theta))
+    return next(iter(found.values()), dataclasses.replace(absent, theta=theta))
 
 
 def _yarn(section: Keys, initial: int) -> Yarn:
@@ -65,6 +67,12 @@ def _yarn(section: Keys, initial: int) -> Yarn:
         beta_slow=section.positive_float("beta_slow", absent=1.0),
         truncate=section.flag("truncate", absent=True),
     )
+    if yarn.factor < 1:
+        section.fault(f"factor is {yarn.factor}; expected at least 1: it says how far positions are stretched")
+    if yarn.beta_fast < yarn.beta_slow:
+        section.fault(
+            f"beta_fast {yarn.beta_fast} is less than beta_slow {yarn.beta_slow}: they are the other way round"
+        )
     given = section.positive_float("attention_factor", absent=yarn.attention_factor)
     if not math.isclose(given, yarn.attention_factor, rel_tol=1e-6):
         section.fault(f"attention_factor is {given}; gptjax supports what follows from factor: {yarn.attention_factor}")

@@ -1,0 +1,57 @@
+"""What `gptjax info` tells of weights in MXFP4."""
+
+import json
+import re
+
+import pytest
+
+import convert
+from gptjax.cli import main
+from gptjax.info import describe
+
+# By hand: in GPT2-tales, V 8192, D 256, L 6, F 1024; in GPT-OSS-tales, L 6, E 8, D 256, F 192.
+GPT2_LINEAR = 6 * 12 * 256**2
+GPT2_ALL = GPT2_LINEAR + 8192 * 256
+GPT2_REST = 512 * 256 + 6 * 13 * 256 + 2 * 256
+GPT_OSS_EXPERTS = 6 * 8 * 3 * 256 * 192
+
+
+def test_a_checkpoint_without(demo):
+    assert not [key for key in describe(demo) if "packed" in key or "float16" in key]
+
+
+def test_experts(capsys):
+    facts = describe("gpt-oss-tales")
+    assert facts["packed_numbers"] == GPT_OSS_EXPERTS
+    assert facts["packed_bytes"] == GPT_OSS_EXPERTS * 17 // 32
+    assert facts["packed_vs_float16"] == round(16 / 4.25, 4) == 3.7647
+    rest = facts["parameters"] - GPT_OSS_EXPERTS  # in bfloat16, of float16's size
+    assert facts["whole_vs_float16"] == round(2 * facts["parameters"] / (2 * rest + facts["packed_bytes"]), 4)
+    assert main(["info", "gpt-oss-tales"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^packed_vs_float16 +3\.7647$", out, re.M)
+    assert re.search(r"^packed +3\.76 MB$", out, re.M)
+
+
+@pytest.mark.parametrize(("targets", "numbers"), [("linear", GPT2_LINEAR), ("all", GPT2_ALL)])
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_converted(demo, tmp_path, targets, numbers, dtype, size):
+    convert.convert(demo, tmp_path / "dst", quantize=targets, dtype=dtype)
+    facts = json.loads(json.dumps(describe(tmp_path / "dst")))
+    parameters = GPT2_ALL + GPT2_REST
+    assert facts["packed_numbers"] == numbers
+    assert facts["packed_vs_float16"] == 3.7647
+    stored = numbers * 17 // 32 + (parameters - numbers) * size
+    assert facts["whole_vs_float16"] == round(2 * parameters / stored, 4)
+    assert facts["mxfp4"] == targets
+
+
+def test_weights_that_cannot_be_used(demo, tmp_path):
+    """The packed part follows from the config; the whole is not known."""
+    convert.convert(demo, tmp_path / "dst", quantize="all")
+    manifest = tmp_path / "dst" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("final_norm/scale", "final_norm/other"))
+    facts = describe(tmp_path / "dst")
+    assert "cannot be used" in facts["weights"]
+    assert facts["packed_numbers"] == GPT2_ALL
+    assert "whole_vs_float16" not in facts
