@@ -22,7 +22,7 @@ from convert.sources import foreign, safetensors
 from convert.sources.header import NUMPY_DTYPES, TensorInfo
 from convert.tables import table
 from gptjax import checkpoint
-from gptjax.config import ModelConfig, read_config
+from gptjax.config import ModelConfig, read_config, text_directory
 from gptjax.errors import CheckpointError
 from gptjax.files import read_json
 from gptjax.models.registry import abstract_params, build, num_params
@@ -30,7 +30,6 @@ from gptjax.progress import Progress
 from pallas_kernels.mxfp4 import MXFP4
 
 COPIED: Final = (  # what a converted directory takes over, where it is there
-    "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -91,7 +90,8 @@ def convert(
     target = config if quantize is None else quantization.packed_config(config, quantize)
     plan, reader = _open(source, config)
     chosen = quantization.chosen(config, target)
-    copies = [source / name for name in COPIED if (source / name).is_file()]
+    copies = [source / "config.json"]
+    copies += [text_directory(source) / name for name in COPIED if (text_directory(source) / name).is_file()]
     index = [source / safetensors.INDEX] if (source / safetensors.INDEX).is_file() else []
     with _Hashes((*copies, *index, *reader.files)) as hashes, tempfile.TemporaryDirectory() as scratch:
         if target != config:

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 
 import convert
 from gptjax import checkpoint, hub, memory, runtime
-from gptjax.config import read_config, read_generation_defaults
+from gptjax.config import TOKENIZER_FILES, read_config, read_generation_defaults, text_directory
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel, check_rows
 from gptjax.models import registry
@@ -59,10 +59,10 @@ def load(
     memory.check(model, batch=rows, max_length=length)
     text: Tokenizer | GptjaxError
     try:
-        text = load_tokenizer(directory if tokenizer is None else tokenizer)
+        text = load_tokenizer(text_directory(directory) if tokenizer is None else tokenizer)
     except GptjaxError as error:
         # None at all, or one of an unsupported kind: the model still works on token ids. A damaged one is a fault.
-        if tokenizer is not None or (isinstance(error, CheckpointError) and _has_tokenizer(directory)):
+        if tokenizer is not None or (isinstance(error, CheckpointError) and _has_tokenizer(text_directory(directory))):
             raise
         text = error
     with memory.explained(model, batch=rows, max_length=length, loaded=False):
@@ -71,7 +71,7 @@ def load(
         model,
         params,
         tokenizer=text,
-        defaults=read_generation_defaults(directory),
+        defaults=read_generation_defaults(text_directory(directory)),
         max_length=length,
         max_batch=max_batch,
     )
@@ -87,4 +87,4 @@ def load_params(directory: Path, model: Model) -> Params:
 
 def _has_tokenizer(directory: Path) -> bool:
     """Whether there are files of a tokenizer: if they cannot be read, that is a fault and not a lack."""
-    return any((directory / name).exists() for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    return any((directory / name).exists() for name in TOKENIZER_FILES)

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 import convert
 from gptjax import checkpoint, hub, memory, runtime
-from gptjax.config import read_config, read_generation_defaults
+from gptjax.config import read_config, read_generation_defaults, text_directory
 from gptjax.errors import CheckpointError, GptjaxError
 from gptjax.language_model import check_rows
 from gptjax.models import registry
@@ -42,12 +42,12 @@ def describe(
     need = memory.needed(model, batch=max_batch, max_length=length)
     lack = memory.shortfall(model, batch=max_batch, max_length=length, has=need.device.available, device=need.device)
     try:
-        tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(text_directory(directory))
         text = f"{tokenizer.kind}, {tokenizer.vocab_size} tokens, ends with {list(tokenizer.eos_ids)}"
     except GptjaxError as error:
         text = f"none: {error}"
     stored = _stored(directory, model)
-    defaults = dataclasses.asdict(read_generation_defaults(directory))
+    defaults = dataclasses.asdict(read_generation_defaults(text_directory(directory)))
     return {
         "checkpoint": str(directory),
         "form": "converted by gptjax" if checkpoint.is_converted(directory) else "Hugging Face",

@@ -104,14 +104,15 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
 
 
 def _moe(config: GptOssConfig, T: int, platform: str) -> int:
-    """Bytes of the experts' step: three results for each pair of a token and an expert, with places that stay empty, and
+    """Bytes of the experts' step: a result for each pair of a token and an expert, three with places that stay empty, and
     the numbers and hidden values of the groups that are computed together."""
     E, pairs = config.num_experts, T * config.experts_per_token
     group, groups = group_sizes(pairs, E)
     together = 1 if platform == "cpu" else min(TOGETHER, groups)
     unpacked = 3 * config.width * config.mlp_width * (2 if config.mxfp4 != "none" else 1)
     return 4 * (
-        3 * group * groups * config.width + together * (unpacked + group * (6 * config.mlp_width + config.width))
+        (3 * group * groups + pairs) * config.width
+        + together * (unpacked + group * (6 * config.mlp_width + config.width))
     )
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import gptjax
 from gptjax import RequestError
 from gptjax.activations import stages
 
@@ -80,3 +81,17 @@ def _flat(tree, prefix=""):
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def test_the_stages_of_gpt_oss():
+    lm = gptjax.load("gpt-oss-tales", dtype="float32", max_length=64)
+    found = lm.activations(IDS)
+    assert list(found) == stages(lm.config)
+    shapes = {name: found[f"block_5/{name}"].shape for name in ("attention/q", "attention/k", "moe/router", "moe")}
+    assert shapes == {"attention/q": (T, 8, 64), "attention/k": (T, 2, 64), "moe/router": (T, 8), "moe": (T, 256)}
+    for layer in range(6):
+        before, added, after = (
+            found[f"block_{layer}/{name}"] for name in ("attention_residual", "moe", "moe_residual")
+        )
+        np.testing.assert_allclose(before + added, after, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found["logits"], lm.logits(IDS), rtol=0, atol=1e-4)

@@ -1,15 +1,18 @@
 """Costs against counts by hand, and what a measurement does and does not include."""
 
+import dataclasses
 import json
 
 import jax
+import numpy as np
 import pytest
 
 import gptjax
 from gptjax import bench, cost
 from gptjax.bench import Figure
+from gptjax.checkpoint import flatten
 from gptjax.cli import main
-from gptjax.config import PUBLISHED
+from gptjax.config import PUBLISHED, read_config
 from gptjax.models import registry
 
 
@@ -25,7 +28,7 @@ def test_bytes_and_flops_are_those_counted_by_hand(name, layers, width, paramete
     assert cost.weight_bytes_per_step(model) == weights
     # A key and a value of the whole width in each layer.
     position = 2 * layers * width * itemsize
-    assert cost.cache_bytes_per_position(model) == position
+    assert cost.cache_bytes(model, length=512) == 512 * position
     assert cost.decode_bytes(model, batch=8, length=512) == weights + 8 * 512 * position
     # Per layer: qkv D·3D, out D·D, up D·4D, down 4D·D, two operations a weight; scores and values 2·D each a position.
     flops = layers * (2 * 12 * width**2 + 4 * width * 512) + 2 * 50257 * width
@@ -33,12 +36,54 @@ def test_bytes_and_flops_are_those_counted_by_hand(name, layers, width, paramete
     assert cost.token_flops(model, length=512, logits=False) == flops - 2 * 50257 * width
 
 
-def test_an_untied_embedding_is_only_looked_up():
-    import dataclasses
+def test_bytes_and_flops_of_gpt_oss_are_those_counted_by_hand():
+    """The bytes of a token are those of docs/PERFORMANCE.md: 3.71 GB of 20b's weights and 5.00 GB of 120b's."""
+    for name, layers, experts, gigabytes in (("gpt-oss-20b", 24, 32, 3.71), ("gpt-oss-120b", 36, 128, 5.00)):
+        model = registry.build(PUBLISHED[name], dtype="bfloat16")
+        assert cost.weight_bytes_per_step(model) / 1e9 == pytest.approx(gigabytes, rel=0.01)
+        # Two of eight key/value heads' 64 numbers of two bytes; half of the layers see 128 positions at most.
+        position = 2 * 8 * 64 * 2
+        assert cost.cache_bytes(model, length=2048) == layers // 2 * (2048 + 128) * position
+        assert cost.cache_bytes(model, length=100) == layers * 100 * position
+        expert = (2 * 2880 * 2880 + 2880 * 2880) * 17 // 32 + 3 * 2880 * 2  # 17 bytes for 32 values, and the biases
+        one, all_of_them = (cost.weight_bytes_per_step(model, batch=batch) for batch in (1, experts))
+        assert all_of_them - one == layers * (experts - 4) * expert
+    flops = cost.token_flops(registry.build(PUBLISHED["gpt-oss-20b"]), length=1)
+    assert flops / 1e9 == pytest.approx(7.2, rel=0.02)  # as PERFORMANCE.md has it
 
+
+def test_an_untied_embedding_is_only_looked_up():
     tied = registry.build(PUBLISHED["gpt2"])
     untied = registry.build(dataclasses.replace(PUBLISHED["gpt2"], tied_head=False))
     assert cost.weight_bytes_per_step(untied) == cost.weight_bytes_per_step(tied)
+
+
+def test_loading_is_timed_and_its_host_memory_is_told():
+    held = []
+    loaded, loading = bench.measure_loading(lambda: held.append(bytearray(50 << 20)) or 7)
+    assert loaded == 7
+    assert loading.seconds > 0
+    assert 45 << 20 < loading.host_bytes < 80 << 20
+
+
+def test_random_checkpoints_are_read_as_what_they_are(tmp_path, capsys, monkeypatch):
+    """A small "published" size, in several shards; every tensor of it is one that the loader wants."""
+    small = dataclasses.replace(
+        PUBLISHED["gpt-oss-20b"], width=64, mlp_width=32, num_layers=2, windows=(128, None), vocab_size=300
+    )
+    monkeypatch.setattr("gptjax.config.PUBLISHED", {"small": small})
+    monkeypatch.setattr("convert.random.SHARD_BYTES", 200_000)
+    target = tmp_path / "written"
+    assert main(["bench", "--random", "small", "--write-random", str(target)]) == 0
+    assert "random weights of small" in capsys.readouterr().out
+    assert len(list(target.glob("model-*.safetensors"))) > 1
+    assert read_config(target) == small
+    with gptjax.load(target, max_length=64) as lm:
+        weights = {"/".join(path): np.asarray(leaf, np.float32) for path, leaf in flatten(lm.params).items()}
+        assert all(0 < np.abs(weight).max() < np.inf for weight in weights.values())
+        assert np.isfinite(lm.logits([1, 2, 3])).all()
+    assert main(["bench", "--random", "small", "--write-random", str(target)]) == 1
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_figures_say_when_they_are_noise():

@@ -28,11 +28,10 @@ def tokenizer(demo):
     return load_tokenizer(demo.parent / "gpt-oss-tales")
 
 
-def read(tokenizer, text: str, **options) -> tuple[TurnReader, str, list[str]]:
-    """A reader that has read a text with special tokens written out, the answer, and the pieces it came in."""
-    reader = TurnReader(tokenizer, **options)
-    pieces = [reader.push(token) for token in tokenizer.encode(text, special=True)] + [reader.finish()]
-    return reader, "".join(pieces), pieces
+def read(tokenizer, text: str) -> tuple[TurnReader, str]:
+    """A reader that has read a text with special tokens written out, and the answer."""
+    reader = TurnReader(tokenizer)
+    return reader, "".join(map(reader.push, tokenizer.encode(text, special=True))) + reader.finish()
 
 
 def completed(text: str = "", reasoning: str = "", calls: tuple[ToolCall, ...] = ()) -> ChatCompletion:
@@ -90,7 +89,7 @@ def test_the_model_does_not_repeat_one_token(tales, effort, temperature):
 
 
 def test_the_conversation_goes_on_with_the_message(tales):
-    first = tales.chat(ASK, temperature=0, max_tokens=40)
+    first = tales.chat(ASK, temperature=0, max_tokens=50)
     assert first.text
     messages = [*ASK, first.message, {"role": "user", "content": "And then?"}]
     again = tales.chat(messages, reasoning_effort="low", seed=1, max_tokens=40)
@@ -212,13 +211,13 @@ def test_tool_calls_come_back_as_they_are_rendered(tokenizer):
 
 
 def test_built_in_tools_keep_their_names(tokenizer):
-    reader, text, _ = read(tokenizer, "<|channel|>analysis to=python code<|message|>1 + 1<|call|>")
+    reader, text = read(tokenizer, "<|channel|>analysis to=python code<|message|>1 + 1<|call|>")
     assert reader.tool_calls == (ToolCall("call_0", "python", "1 + 1"),)
     assert (text, reader.reasoning) == ("", "")
 
 
 def test_messages_of_a_channel_are_kept_apart(tokenizer):
-    reader, text, pieces = read(
+    reader, text = read(
         tokenizer,
         "<|channel|>analysis<|message|>One.<|end|><|start|>assistant<|channel|>commentary<|message|>Now.<|end|>"
         "<|start|>assistant<|channel|>analysis<|message|>Two.<|end|>"
@@ -232,14 +231,14 @@ def test_messages_of_a_channel_are_kept_apart(tokenizer):
 
 @pytest.mark.parametrize("recipient", ["all", "functions.", "functions.a/b", "<b>", "to=to=x"])
 def test_what_is_for_no_tool_is_text_and_the_conversation_goes_on(tokenizer, recipient):
-    reader, text, _ = read(tokenizer, f"<|channel|>commentary to={recipient}<|message|>Hi.<|end|>")
+    reader, text = read(tokenizer, f"<|channel|>commentary to={recipient}<|message|>Hi.<|end|>")
     assert (text, reader.tool_calls) == ("Hi.", ())
     harmony.render([*ASK, completed(text).message, *ASK], tokenizer)
 
 
 def test_what_a_model_takes_for_a_result_is_not_shown(tokenizer):
     stream = "<|start|>functions.f to=assistant<|channel|>commentary<|message|>42<|end|>"
-    reader, text, _ = read(tokenizer, f"<|channel|>final<|message|>A<|end|>{stream}")
+    reader, text = read(tokenizer, f"<|channel|>final<|message|>A<|end|>{stream}")
     assert (text, reader.tool_calls) == ("A", ())
 
 

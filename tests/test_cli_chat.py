@@ -1,11 +1,11 @@
 """`gptjax chat`: what a line does (with a model that says what it is told), the terminal, and the whole program."""
 
-import contextlib
 import io
 import json
 import os
 import re
 import select
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from gptjax.chat import ChatChunk, TurnReader, chat_chunks, count_calls, prompt,
 from gptjax.cli import chat, main
 from gptjax.cli.chat_session import COMMANDS, Piece, Session
 from gptjax.engine.engine import Token
-from gptjax.engine.output import Output
+from gptjax.engine.output import Chunk, Output
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import CapacityError, GptjaxError, RequestError
 from gptjax.text import load_tokenizer
@@ -51,7 +51,15 @@ class Scripted:
         request = Request(tuple(ids), max_tokens, SamplingParams(seed=0), stop_ids(TALES))
         reader = TurnReader(TALES, earlier_calls=count_calls(messages))
         output = Output(request, max_length=self.max_length, detokenizer=reader)
-        return chat_chunks((output.push(token) for token in self._tokens(script)), reader)
+        return chat_chunks(self._chunks(output, script), reader)
+
+    def _chunks(self, output: Output, script: str) -> Iterator[Chunk]:
+        for token in self._tokens(script):
+            chunk = output.push(token)
+            yield chunk
+            if chunk.completion is not None:
+                return
+        raise AssertionError("the script does not end")
 
     def _tokens(self, script: str) -> Iterator[Token]:
         for part in re.split(f"([{CTRL_C}{NOT_FINITE}])", script):
@@ -130,10 +138,12 @@ def test_an_empty_line_is_nothing(line):
 def test_a_turn_that_is_cut_says_why():
     talk = session(THOUGHT + SAID, SAID, options={"max_tokens": 8})
     assert ("note", "Cut off before the answer: the limit of --max-tokens is reached.") in texts(talk.handle("A"))
-    assert ("note", "Cut off: the limit of --max-tokens is reached.") not in texts(talk.handle("A"))
+    assert ("note", "Cut off: the limit of --max-tokens is reached.") in texts(talk.handle("A"))
+    assert [message["content"] for message in talk.messages] == ["A", None, "A", talk.last.text]
     talk = session("<|channel|>final<|message|>" + "It was night. " * 100, max_length=200)
     pieces = texts(talk.handle("A"))
     assert pieces[-2] == ("note", "Cut off: the context is full (/reset, --max-length).")
+    assert pieces[-1][1].startswith("context 200 of 200 tokens")
     with pytest.raises(CapacityError, match=r"has \d+ tokens, but there is room for 200: .*/reset.*--max-length"):
         list(talk.handle("And then?"))
     assert len(talk.messages) == 2
@@ -162,7 +172,7 @@ def test_an_error_leaves_the_conversation_as_it_was(script):
     talk = session(SAID, script, SAID)
     list(talk.handle("A"))
     before = list(talk.messages)
-    with pytest.raises(GptjaxError, match="out of memory|not finite"):
+    with pytest.raises(GptjaxError, match=r"out of memory|not finite"):
         list(talk.handle("B"))
     assert talk.messages == before
     assert texts(talk.handle("B"))[0] == ("answer", "It was night.")
@@ -358,6 +368,19 @@ def test_errors_are_told_and_the_chat_goes_on(monkeypatch, capsys):
     assert talk.messages[-2]["content"] == "two \nlines"
 
 
+def test_control_c_while_the_terminal_writes_ends_the_turn():
+    class Interrupted(chat.Terminal):
+        def show(self, kind: str, text: str) -> None:
+            super().show(kind, text)
+            if text == " was":
+                raise KeyboardInterrupt
+
+    talk, out = session(SAID), io.StringIO()
+    chat._show_all(talk.handle("A"), Interrupted(out))
+    assert out.getvalue() == "It was\nStopped; what there is stays.\n"
+    assert talk.messages[1]["content"] == "It was"
+
+
 def test_control_c_at_the_prompt_twice_ends_the_chat(monkeypatch, capsys):
     hint = "(Ctrl-C again, Ctrl-D or /quit ends the chat)"
     control_c = KeyboardInterrupt
@@ -397,6 +420,13 @@ def test_standard_input_is_one_message(capsys, scripted, monkeypatch, argv):
     assert [message["content"] for message in model.asked[0]] == ["S", "One line.\nAnother."]
     assert model.options == {"temperature": 0.5, "top_k": 4, "seed": 1}
     assert model.effort == "high"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_standard_input_that_is_no_text(capsys, monkeypatch, errors):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A\xff"), "utf-8", errors))
+    assert main(["chat"]) == 1
+    assert "standard input is not UTF-8" in capsys.readouterr().err
 
 
 def test_json_is_the_whole_result(capsys, scripted):
@@ -457,51 +487,68 @@ def test_an_unknown_effort_is_wrong_usage(capsys):
         main(["chat", "A", "--effort", "utmost"])
 
 
+class Typist:
+    """The program in a terminal of its own, where Ctrl-C is a key."""
+
+    def __init__(self, *argv: str) -> None:
+        self._end, terminal = os.openpty()
+        # The session's leader makes the terminal its own. Forking this process, with JAX's threads, is not safe.
+        code = (
+            "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+            "runpy.run_module('gptjax', run_name='__main__', alter_sys=True)"
+        )
+        environment = {**os.environ, "TERM": "xterm", "GPTJAX_NO_PROGRESS": "1"}
+        environment.pop("NO_COLOR", None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *argv],
+            **dict.fromkeys(("stdin", "stdout", "stderr"), terminal),
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+        )
+        os.close(terminal)
+        self._seen = b""
+
+    def __enter__(self) -> "Typist":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._end)
+
+    def until(self, text: str, seconds: float = 120) -> str:
+        """What is shown, up to and with a text."""
+        end = time.monotonic() + seconds
+        while text.encode() not in self._seen:
+            assert time.monotonic() < end, f"no {text!r} in {self._seen!r}"
+            assert self.process.poll() is None, f"ended: {self._seen!r}"
+            if select.select([self._end], [], [], 0.2)[0]:
+                self._seen += os.read(self._end, 4096)
+        before, found, self._seen = self._seen.partition(text.encode())
+        return (before + found).decode()
+
+    def type(self, keys: str) -> None:
+        time.sleep(0.2)  # a key in the moment before the line editor waits is seen with the next one
+        os.write(self._end, keys.encode())
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_the_program_in_a_terminal():
-    import pty
-
-    argv = [sys.executable, "-m", "gptjax", "chat", "--seed", "3", "--max-length", "512", "--hide-reasoning"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "GPTJAX_NO_PROGRESS": "1"}
-    environment.pop("NO_COLOR", None)
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execve(sys.executable, argv, environment)
-
-    def until(text: str, seconds: float = 120) -> str:
-        seen, end = "", time.monotonic() + seconds
-        while text not in seen:
-            assert time.monotonic() < end, f"no {text!r} in {seen!r}"
-            if select.select([terminal], [], [], 0.2)[0]:
-                with contextlib.suppress(OSError):  # on Linux, the end
-                    seen += os.read(terminal, 4096).decode()
-        return seen
-
-    def write(keys: str) -> None:
-        os.write(terminal, keys.encode())
-
-    try:
-        assert "gpt-oss-tales, with room for 512 tokens" in until("\n> ")
-        write("In the morning the old king went down to the sea.\n")
-        until("thinking...")
-        until("thought for")
-        write("\x03")
-        assert "Stopped" in until("\n> ")
-        write("/stats\n")
-        assert "tokens/s" in until("\n> ")
-        time.sleep(0.3)  # until the line editor waits
-        write("\x03")
-        until("Ctrl-C again")
-        until("> ")
-        write("/effort low\n")
-        until("The effort is low.")
-        until("> ")
-        write("\x04")
-        _, status = os.waitpid(child, 0)
-        child = 0
-        assert status == 0
-    finally:
-        if child:
-            os.kill(child, 9)
-            os.waitpid(child, 0)
-        os.close(terminal)
+    # The most likely tale has no end, so that there is time to stop it.
+    with Typist("chat", "--temperature", "0", "--max-length", "4096", "--hide-reasoning") as typist:
+        assert "gpt-oss-tales, with room for 4096 tokens" in typist.until("\n> ")
+        typist.type("In the morning the old king went down to the sea.\n")
+        assert "\x1b[2mthinking...\x1b[0m" in typist.until("thought for")
+        typist.type("\x03")
+        assert "Stopped; what there is stays." in typist.until("\n> ")
+        typist.type("/stats\n")
+        assert "tokens/s" in typist.until("\n> ")
+        typist.type("\x03")
+        typist.until("Ctrl-C again")
+        typist.until("> ")
+        typist.type("/effort low\n")
+        typist.until("The effort is low.")
+        typist.until("> ")
+        typist.type("\x04")
+        assert typist.process.wait(30) == 0

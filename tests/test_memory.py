@@ -31,6 +31,21 @@ TALES = dataclasses.replace(
 )
 MIDDLE = dataclasses.replace(PUBLISHED["gpt2"], num_layers=2)  # a real width, vocabulary and context
 
+OSS_TALES = dataclasses.replace(
+    PUBLISHED["gpt-oss-20b"],
+    vocab_size=8256,
+    width=256,
+    num_layers=6,
+    windows=(128, None) * 3,
+    num_heads=8,
+    num_kv_heads=2,
+    mlp_width=192,
+    num_experts=8,
+)
+OSS_MIDDLE = dataclasses.replace(
+    PUBLISHED["gpt-oss-20b"], num_layers=2, windows=(128, None), vocab_size=5000, num_experts=8
+)
+
 
 def _device(available: int, platform: str = "cpu") -> DeviceMemory:
     return DeviceMemory("cpu" if platform == "cpu" else "Fake GPU", platform, 2 * available, available, available)
@@ -68,6 +83,13 @@ def _temporary(model: registry.Model, batch: int, length: int) -> int:
         (MIDDLE, 1, 1024, "float32"),
         (MIDDLE, 1, 1024, "float16"),
         (MIDDLE, 2, 1024, "bfloat16"),
+        (OSS_TALES, 1, 512, "float32"),
+        (OSS_TALES, 8, 2048, "float32"),
+        (OSS_TALES, 2, 512, "bfloat16"),
+        (dataclasses.replace(OSS_TALES, mxfp4="all"), 1, 512, "float32"),
+        (dataclasses.replace(OSS_TALES, mxfp4="none"), 1, 512, "float32"),
+        (OSS_MIDDLE, 1, 256, "float32"),
+        (OSS_MIDDLE, 1, 2048, "bfloat16"),
     ],
 )
 def test_activations_are_at_least_what_xla_says_and_at_most_four_times_that(config, batch, length, dtype):

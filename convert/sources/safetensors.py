@@ -6,6 +6,7 @@ memory of its own.
 
 import math
 import mmap
+import re
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from gptjax.errors import CheckpointError
 MAX_FAULTS: Final = 20  # of a kind, before "and N more"
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
+_NUMBERED: Final = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.safetensors")
 
 
 class SafetensorsSource:
@@ -65,7 +67,8 @@ class SafetensorsSource:
 def open_directory(directory: Path) -> SafetensorsSource:
     """Reads the headers of `model.safetensors`, or of the files that `model.safetensors.index.json` names.
 
-    The single file goes first where both exist, as in transformers.
+    The single file goes first where both exist, as in transformers. Where neither does, files that number themselves
+    (`model--00001-of-00007.safetensors`, as in OpenAI's own directories) are taken, if they are all there.
 
     Raises:
       CheckpointError: no weights; weights of another kind; a file that is truncated, damaged or not what its name
@@ -76,6 +79,8 @@ def open_directory(directory: Path) -> SafetensorsSource:
     elif (directory / INDEX).exists():
         weight_map = read_index(directory / INDEX)
         names = list(dict.fromkeys(weight_map.values()))
+    elif names := _numbered(directory):
+        weight_map = None
     else:
         raise CheckpointError(_no_weights(directory))
     faults: list[str] = []
@@ -85,8 +90,7 @@ def open_directory(directory: Path) -> SafetensorsSource:
             headers[name] = read_header(_contained(directory, name) if weight_map else directory / name)
         except CheckpointError as error:
             faults.append(str(error))
-    if weight_map:
-        faults += _disagreements(weight_map, headers)
+    faults += _doubled(headers) if weight_map is None else _disagreements(weight_map, headers)
     if faults:
         raise CheckpointError(f"{directory} cannot be read:\n" + listed(faults))
     return SafetensorsSource({key: info for header in headers.values() for key, info in header.items()})
@@ -134,13 +138,40 @@ def _contained(directory: Path, name: str) -> Path:
     return path
 
 
-def _disagreements(weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
-    """Where an index and the files that could be read say different things."""
-    fix = f"correct or download again {INDEX} and the file"
+def _numbered(directory: Path) -> list[str]:
+    """The names of files that number themselves; empty where there are none. Raises `CheckpointError`: some lack."""
+    found = {path.name: _NUMBERED.fullmatch(path.name) for path in sorted(directory.glob("*.safetensors"))}
+    matches = [match for match in found.values() if match is not None]
+    sets = {(match["stem"], int(match["total"])) for match in matches}
+    if not matches or len(sets) > 1 or len(matches) < len(found):
+        return []
+    ((stem, total),) = sets
+    wanted = [f"{stem}-{number:05}-of-{total:05}.safetensors" for number in range(1, total + 1)]
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise CheckpointError(f"{directory} lacks {', '.join(missing[:5])} of {total} files; download them again")
+    return wanted
+
+
+def _homes(headers: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, list[str]]:
+    """The files that each tensor is in."""
     homes: dict[str, list[str]] = {}
     for file, header in headers.items():
         for name in header:
             homes.setdefault(name, []).append(file)
+    return homes
+
+
+def _doubled(headers: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
+    """Tensors that several files have."""
+    homes = _homes(headers).items()
+    return [f"{name} is in several files: {', '.join(files)}" for name, files in homes if len(files) > 1]
+
+
+def _disagreements(weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
+    """Where an index and the files that could be read say different things."""
+    fix = f"correct or download again {INDEX} and the file"
+    homes = _homes(headers)
     faults = [
         f"{name} should be in {file} as {INDEX} says, but is not; {fix}"
         for name, file in weight_map.items()

@@ -32,9 +32,9 @@ def add(commands: Any) -> None:
         "chat",
         run,
         summary="talk with a model that speaks harmony, such as GPT-OSS",
-        epilog="""With a message, or standard input from a pipe (all of it one message), there is one answer and no more.
-In a pipe it comes without the reasoning. Control characters that the model writes are shown as signs;
---json has everything to the letter. In a chat, /help lists the commands.
+        epilog="""With a message, or standard input from a pipe (all of it one message), there is one answer only. In a
+pipe it comes without the reasoning. Control characters that the model writes are shown as signs; --json has
+everything to the letter. In a chat, /help lists the commands.
 
 examples:
   gptjax chat

@@ -71,8 +71,8 @@ class Turn:
 
     @property
     def positions(self) -> int:
-        """Tokens read and written."""
-        return len(self.prompt_ids) + len(self.token_ids)
+        """Of the context, that were used; the last token needs none."""
+        return len(self.prompt_ids) + max(len(self.token_ids) - 1, 0)
 
     @property
     def tokens_per_second(self) -> float:

@@ -45,6 +45,8 @@ def read_stdin() -> str:
 
     try:
         # A file's or echo's last line end is not meant as part of the prompt.
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
+        text = sys.stdin.read().removesuffix("\n")
+        text.encode()  # in some locales Python reads bytes that are no UTF-8 as lone surrogates
+        return text
+    except UnicodeError as error:
         raise RequestError(f"standard input is not UTF-8 text ({error}); convert it first, as with iconv") from None

@@ -18,6 +18,7 @@ from gptjax.files import read_json
 
 __all__ = [
     "PUBLISHED",
+    "TOKENIZER_FILES",
     "WITHOUT_EFFECT",
     "GPT2Config",
     "GenerationDefaults",
@@ -26,9 +27,12 @@ __all__ = [
     "config_from_json",
     "read_config",
     "read_generation_defaults",
+    "text_directory",
 ]
 
 ModelConfig = GPT2Config | GptOssConfig
+
+TOKENIZER_FILES: Final = ("tokenizer.json", "vocab.json", "merges.txt")
 
 PUBLISHED: Final[Mapping[str, ModelConfig]] = {
     "gpt2": gpt2.published(num_layers=12, num_heads=12, width=768),
@@ -70,3 +74,15 @@ def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
         found = "no model_type" if model_type is None else f"model_type {model_type!r}"
         raise ConfigError(f"config.json has {found}; gptjax supports {', '.join(sorted(_READERS))}")
     return _READERS[model_type](raw)
+
+
+def text_directory(directory: Path) -> Path:
+    """Where a checkpoint's tokenizer and generation_config.json are.
+
+    OpenAI's own directory has none: it comes as the folder `original` of a repository that has them.
+    """
+    if any((directory / name).exists() for name in TOKENIZER_FILES):
+        return directory
+    raw = read_json(directory / "config.json") or {}
+    parent = directory.absolute().parent
+    return parent if gpt_oss.is_original(raw) and (parent / "tokenizer.json").is_file() else directory

@@ -1,5 +1,6 @@
 """`gptjax compare` against transformers: all stages agree, and a planted bug is found where it is."""
 
+import dataclasses
 import json
 
 import flax.linen as nn
@@ -14,9 +15,11 @@ import gptjax.layers.attention  # noqa: E402
 import gptjax.layers.mlp  # noqa: E402
 import gptjax.models.gpt2  # noqa: E402
 from gptjax import compare, hub  # noqa: E402
+from gptjax.activations import stages  # noqa: E402
 from gptjax.api import load  # noqa: E402
 from gptjax.cli import main  # noqa: E402
 from gptjax.layers.observe import observe  # noqa: E402
+from gptjax.models import build  # noqa: E402
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]  # torch's and transformers' own warnings
 IDS = list(range(3, 40))
@@ -33,7 +36,7 @@ def fresh():
 def _first_difference(directory, dtype="float32"):
     lm = load(directory, dtype=dtype)
     rows = compare.compare(lm.model, lm.params, hub.resolve(directory), IDS)
-    assert len(rows) == 3 + 12 * lm.config.num_layers
+    assert [row.stage for row in rows] == stages(lm.config)
     first = compare.first_difference(rows)
     return None if first is None else first.stage
 
@@ -41,6 +44,18 @@ def _first_difference(directory, dtype="float32"):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_demo_agrees_at_every_stage(dtype):
     assert _first_difference("gpt2-tales", dtype) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gpt_oss_demo_agrees_at_every_stage(dtype):
+    assert _first_difference("gpt-oss-tales", dtype) is None
+
+
+def test_a_wrong_window_is_named_where_it_is(monkeypatch, fresh):
+    lm = load("gpt-oss-tales", dtype="float32", max_length=256)
+    wider = dataclasses.replace(lm.config, windows=(129, *lm.config.windows[1:]))
+    rows = compare.compare(build(wider), lm.params, hub.resolve("gpt-oss-tales"), list(range(3, 203)))
+    assert compare.first_difference(rows).stage == "block_0/attention/heads"
 
 
 @pytest.mark.parametrize(
