@@ -104,8 +104,8 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
 
 
 def _moe(config: GptOssConfig, T: int, platform: str) -> int:
-    """Bytes of the experts' step: a result for each pair of a token and an expert, three with places that stay empty, and
-    the numbers and hidden values of the groups that are computed together."""
+    """Bytes of the experts' step: four results for each pair of a token and an expert, three of them with places that
+    stay empty, and the numbers and hidden values of the groups that are computed together."""
     E, pairs = config.num_experts, T * config.experts_per_token
     group, groups = group_sizes(pairs, E)
     together = 1 if platform == "cpu" else min(TOGETHER, groups)
