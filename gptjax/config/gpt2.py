@@ -51,6 +51,10 @@ class GPT2Config:
         """Every layer attends to all positions."""
         return (None,) * self.num_layers
 
+    def with_one_layer(self) -> "GPT2Config":
+        """The same of a model of its first layer alone."""
+        return dataclasses.replace(self, num_layers=1)
+
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "GPT2Config":
         """Reads the mapping of a Hugging Face `config.json`. Raises `ConfigError`, naming all faults together."""

@@ -43,6 +43,10 @@ class GptOssConfig:
     tied_head: bool  # logits from the token embedding; otherwise from a matrix of their own
     mxfp4: str  # the weights that are packed: one of `quantization.TARGETS`
 
+    def with_one_layer(self) -> "GptOssConfig":
+        """The same of a model of its first layer alone."""
+        return dataclasses.replace(self, num_layers=1, windows=self.windows[:1])
+
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "GptOssConfig":
         """Reads the mapping of a Hugging Face `config.json`. Raises `ConfigError`, naming all faults together."""

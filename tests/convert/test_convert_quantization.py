@@ -171,15 +171,14 @@ def test_the_dtype_is_for_the_rest(tmp_path, dtype):
     _same(found, {name: x if x.dtype == np.uint8 else x.astype(dtype) for name, x in expected.items()})
 
 
-@pytest.mark.parametrize("targets", ["linear", "all"])
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_oss"])
-def test_logits_are_those_of_the_rounded_numbers(tmp_path, gpt_oss, kind, targets):
+def test_logits_are_those_of_the_rounded_numbers(tmp_path, gpt_oss, kind):
     if kind == "gpt2":
         made.gpt2(tmp_path / "src", **GPT2)
     else:
         gpt_oss_random.write(tmp_path / "src", gpt_oss, layout="dequantised")
     model, params = _load(tmp_path / "src")
-    convert.convert(tmp_path / "src", tmp_path / "dst", quantize=targets)
+    convert.convert(tmp_path / "src", tmp_path / "dst", quantize="all")
     packed_model, packed_params = _load(tmp_path / "dst")
     packed = quantization.weights(packed_params)
 
@@ -257,7 +256,7 @@ def test_rounding_is_not_undone():
     assert quantization.packed_config(config, "all") == config
 
 
-@pytest.mark.parametrize("name", ["gpt2-xl", "gpt-oss-20b", "gpt-oss-120b"])
+@pytest.mark.parametrize("name", ["gpt2-xl", "gpt-oss-20b"])
 def test_full_sizes_can_be_packed(name):
     """By shapes: 4.25 bits a number, of all but positions, norms, biases, sinks and routers."""
     target = quantization.packed_config(PUBLISHED[name], "all")
