@@ -1,6 +1,7 @@
 """A whole conversion: a Hugging Face directory to parameters or to a converted directory."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -93,9 +94,7 @@ def convert(
     copies = [source / "config.json"]
     copies += [text_directory(source) / name for name in COPIED if (text_directory(source) / name).is_file()]
     index = [source / safetensors.INDEX] if (source / safetensors.INDEX).is_file() else []
-    with _Hashes((*copies, *index, *reader.files)) as hashes, tempfile.TemporaryDirectory() as scratch:
-        if target != config:
-            copies = [_rewritten(path, Path(scratch), target) for path in copies]
+    with _Hashes((*copies, *index, *reader.files)) as hashes, _telling(copies, config, target) as copies:
         manifest = checkpoint.save(
             destination,
             _leaves(plan, reader, wanted, chosen),
@@ -220,13 +219,18 @@ def _bytes(info: TensorInfo, wanted: np.dtype[Any] | None) -> int:
     return math.prod(info.shape) * int((own if wanted is None or info.dtype not in rules.FLOATS else wanted).itemsize)
 
 
-def _rewritten(path: Path, scratch: Path, target: ModelConfig) -> Path:
-    """A file to copy: itself, but for `config.json`, of which one is written that says what is packed."""
-    if path.name != "config.json":
-        return path
-    raw = quantization.config_json(read_json(path) or {}, target)
-    (scratch / path.name).write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return scratch / path.name
+@contextlib.contextmanager
+def _telling(copies: list[Path], config: ModelConfig, target: ModelConfig) -> Iterator[list[Path]]:
+    """The files to copy, with a `config.json` that says what is packed in the target, if that is not the source's."""
+    if target == config:
+        yield copies
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        rewritten = Path(scratch) / "config.json"
+        (own,) = (path for path in copies if path.name == rewritten.name)
+        raw = quantization.config_json(read_json(own) or {}, target)
+        rewritten.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        yield [rewritten if path is own else path for path in copies]
 
 
 class _Hashes:

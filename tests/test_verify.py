@@ -12,6 +12,7 @@ from gptjax import verify
 from gptjax.cli import main
 from gptjax.config import PUBLISHED
 from gptjax.evaluate import perplexity
+from tests.oracles import o200k
 
 
 def test_the_demo_gives_its_known_answers(lm):
@@ -40,7 +41,33 @@ def test_changed_weights_are_told(demo):
 def test_the_published_vocabulary_is_recognised(request):
     folder = request.config.rootpath / "tests" / "data" / "gpt2_vocab"
     assert verify.VOCABULARIES[verify.fingerprint(gptjax.load_tokenizer(folder))] == "gpt2"
-    assert set(verify.VOCABULARIES.values()) <= set(PUBLISHED) | {"gpt2-tales"}
+    assert set(verify.VOCABULARIES.values()) <= set(PUBLISHED) | {"gpt2-tales", "gpt-oss-tales"}
+
+
+def test_the_published_vocabulary_of_gpt_oss_is_recognised(tmp_path):
+    assert verify.VOCABULARIES[verify.fingerprint(gptjax.load_tokenizer(o200k.write(tmp_path)))] == "gpt-oss-20b"
+
+
+def test_the_gpt_oss_demo_gives_its_known_answers(request):
+    lm = gptjax.load("gpt-oss-tales", dtype="float32", max_length=2048)
+    assert [(check.name, check.agrees) for check in verify.verify(lm)] == [
+        ("vocabulary", True),
+        ("greedy tokens", True),
+        ("perplexity", True),
+    ]
+    golden = np.load(request.config.rootpath / "tests" / "data" / "golden" / "gpt-oss-tales.npz")
+    known = verify._KNOWN["gpt-oss-tales"].greedy
+    assert known.prompt_ids == tuple(golden["ids_0"].tolist())
+    assert known.continuation == tuple(golden["greedy_0"].tolist())
+
+
+def test_a_text_that_is_known_to_go_on(lm, monkeypatch):
+    """The published GPT-OSS cannot be had here; the demo's own text stands in for theirs, right and wrong."""
+    text = lm.generate("The king", max_tokens=9, temperature=0).text
+    for continuation, agrees in ((text, True), (" is" + text, False)):
+        continued = verify.Continued("The king", continuation)
+        monkeypatch.setitem(verify._KNOWN, "gpt2-tales", verify.Known(continued=continued))
+        assert [check.agrees for check in verify.verify(lm)] == [True, agrees]
 
 
 def test_the_command(capsys):
