@@ -12,7 +12,7 @@ from gptjax.cli import bench, chat, compare, doctor, generate, info, perplexity,
 from gptjax.cli.common import add_command
 from gptjax.errors import GptjaxError
 
-_DESCRIPTION = "GPT-2 in JAX: from a Hugging Face checkpoint to text."
+_DESCRIPTION = "GPT-2 and GPT-OSS in JAX: from a Hugging Face checkpoint to text and chat."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

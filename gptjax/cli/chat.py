@@ -10,7 +10,7 @@ import sys
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
-from gptjax.cli.common import DEFAULT_CHAT_MODEL, EFFORTS, add_command, add_dtype, read_stdin
+from gptjax.cli.common import DEFAULT_CHAT_MODEL, EFFORTS, add_command, add_dtype, add_tokenizer, read_stdin
 from gptjax.errors import GptjaxError, RequestError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ examples:
         help=f"a demo, a directory or a Hub id (default: {DEFAULT_CHAT_MODEL})",
     )
     add_dtype(parser)
+    add_tokenizer(parser)
     parser.add_argument(
         "--max-length",
         type=int,
@@ -114,7 +115,7 @@ def _load(args: argparse.Namespace) -> "LanguageModel":
     if length is None and not os.environ.get("GPTJAX_MAX_LENGTH"):
         # GPT-OSS has room for 131072 tokens, whose cache few conversations are worth.
         length = min(read_config(hub.resolve(args.model)).context_length, DEFAULT_LENGTH)
-    lm = load(args.model, dtype=args.dtype, max_length=length)
+    lm = load(args.model, dtype=args.dtype, max_length=length, tokenizer=args.tokenizer)
     missing = harmony.missing_tokens(lm.tokenizer)
     if missing:
         raise RequestError(

@@ -39,6 +39,13 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
 
 
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """Where to take the tokenizer from."""
+    parser.add_argument(
+        "--tokenizer", metavar="DIRECTORY", help="take the tokenizer from there, if the checkpoint has none of its own"
+    )
+
+
 def read_stdin() -> str:
     """All of standard input. Raises `RequestError` for what is no text."""
     from gptjax.errors import RequestError

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_model_options
+from gptjax.cli.common import MODEL_HELP, add_command, add_model_options, add_tokenizer, read_stdin
 
 
 def add(commands: Any) -> None:
@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("-m", "--model", help=MODEL_HELP)
     add_model_options(parser)
+    add_tokenizer(parser)
     parser.add_argument("-n", "--max-tokens", type=int, metavar="N", help="tokens to generate, at most (default: 256)")
     parser.add_argument("-t", "--temperature", type=float, metavar="T", help="0 takes the most likely token, always")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
@@ -59,10 +60,10 @@ def run(args: argparse.Namespace) -> int:
     if prompt is None or prompt == "-":
         if prompt is None and sys.stdin.isatty():
             raise RequestError('there is no prompt; try: gptjax generate "Once upon a time"')
-        prompt = _read_stdin()
+        prompt = read_stdin()
     options = {name: getattr(args, name) for name in GenerateOptions.__annotations__ if hasattr(args, name)}
     options = {name: value for name, value in options.items() if value is not None}
-    lm = load(args.model or DEFAULT_MODEL, dtype=args.dtype, max_length=args.max_length)
+    lm = load(args.model or DEFAULT_MODEL, dtype=args.dtype, max_length=args.max_length, tokenizer=args.tokenizer)
     chunks, completion = lm.stream(prompt, **options), None
     if args.echo and not args.json:
         sys.stdout.write(prompt)
@@ -84,13 +85,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"gptjax: {completion.error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _read_stdin() -> str:
-    from gptjax.errors import RequestError
-
-    try:
-        # A file's or echo's last line end is not meant as part of the prompt.
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"standard input is not UTF-8 text ({error}); convert it first, as with iconv") from None

@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
         "verify",
         run,
         summary="check a published checkpoint against known answers",
-        epilog="""Known are the published gpt2 and GPT-OSS (greedy tokens) and the demos. For others, see `gptjax compare`.
+        epilog="""Known are the published gpt2 and GPT-OSS (greedy tokens) and the demos. For others: `gptjax compare`.
 Exits with 1 where an answer is wrong, as it is of weights that were trained further, or where nothing is known.
 
 examples:
