@@ -1,6 +1,7 @@
 """Shared by all tests: results must not depend on a machine's settings, and nothing may reach the network."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ os.environ["GPTJAX_CACHE_DIR"] = ""  # every compilation is this run's own
 os.environ["GPTJAX_NO_PROGRESS"] = "1"
 # On GPUs the default rounds float32 products to TF32, which no comparison here allows for. Read when JAX is imported.
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+if "jax" in sys.modules:  # a plugin of pytest was earlier
+    sys.modules["jax"].config.update("jax_default_matmul_precision", "highest")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -154,7 +154,8 @@ def test_the_state_is_updated_in_place(dtype):
     arguments = model, params, state, np.zeros(8, np.int32), np.ones(8, np.bool_)
     # Nothing of the size of a layer's cache is copied or converted in passing.
     temporary = steps.advance.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
-    assert temporary < state.cache.k[0].size * 4
+    others = 0 if jax.default_backend() == "cpu" else 1 << 20  # all scores, and what products work in
+    assert temporary < state.cache.k[0].size * 4 + others
     after = steps.advance(*arguments)
     assert [x.unsafe_buffer_pointer() for x in after.cache.k] == before
     assert state.cache.k[0].is_deleted()

@@ -200,10 +200,12 @@ def test_blocks_that_a_row_does_not_see_change_no_bit(T, dtype):
         k_BKSH, v_BKSH = k[:, :, :capacity], v[:, :, :capacity]
         return np.asarray(run(q, k_BKSH, v_BKSH, q_positions, k_positions), np.float32)[1]
 
-    expected = row([0, 150, 0], capacity=256)
-    assert expected.any()
-    for lengths, capacity in [([0, 150, 0], 512), ([512, 150, 9], 512), ([129, 150, 385], 512), ([256, 150, 1], 256)]:
-        np.testing.assert_array_equal(row(lengths, capacity), expected)
+    expected = {capacity: row([0, 150, 0], capacity) for capacity in (256, 512)}
+    assert expected[256].any()
+    if jax.default_backend() == "cpu":  # in blocks; elsewhere all of a short cache at once, in another order
+        np.testing.assert_array_equal(expected[512], expected[256])
+    for lengths, capacity in [([512, 150, 9], 512), ([129, 150, 385], 512), ([256, 150, 1], 256)]:
+        np.testing.assert_array_equal(row(lengths, capacity), expected[capacity])
 
 
 def test_the_last_key_in_use_counts_wherever_it_lies_in_a_block():
