@@ -12,17 +12,24 @@ from jax.typing import DTypeLike
 
 import convert
 from gptjax import checkpoint, hub, memory, runtime
-from gptjax.config import read_config, read_generation_defaults, text_directory
-from gptjax.errors import CheckpointError, GptjaxError
+from gptjax.config import PUBLISHED, ModelConfig, read_config, read_generation_defaults, text_directory
+from gptjax.errors import CheckpointError, GptjaxError, RequestError
 from gptjax.language_model import check_rows
 from gptjax.models import registry
 from gptjax.models.registry import Model
+from gptjax.runtime import DeviceMemory
 from gptjax.text import load_tokenizer
+from gptjax.units import readable
 from pallas_kernels.mxfp4 import MXFP4
 
 
 def describe(
-    name: str | os.PathLike[str], *, dtype: DTypeLike | None = None, max_length: int | None = None, max_batch: int = 1
+    name: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    max_length: int | None = None,
+    max_batch: int = 1,
+    device: DeviceMemory | None = None,
 ) -> dict[str, Any]:
     """Facts of a checkpoint, in the order to show them. Keys ending in `_bytes` are bytes.
 
@@ -32,15 +39,14 @@ def describe(
     "fits" is "yes", or "no; try …" with settings that would. The memory needed is the most at a time, so less than the
     sum: what loading holds goes before the cache comes.
 
+    Args:
+      device: the memory to fit; that of the default device if not given. See `imagined_gpu`.
+
     Raises:
       CheckpointError, ConfigError: as `gptjax.load`.
     """
     directory = hub.resolve(name)
-    config = read_config(directory)
-    model = registry.build(config, dtype=runtime.compute_dtype(dtype))
-    length, max_batch = registry.positions(config, max_length), check_rows("max_batch", max_batch)
-    need = memory.needed(model, batch=max_batch, max_length=length)
-    lack = memory.shortfall(model, batch=max_batch, max_length=length, has=need.device.available, device=need.device)
+    model = _model(read_config(directory), dtype, device)
     try:
         tokenizer = load_tokenizer(text_directory(directory))
         text = f"{tokenizer.kind}, {tokenizer.vocab_size} tokens, ends with {list(tokenizer.eos_ids)}"
@@ -51,13 +57,57 @@ def describe(
     return {
         "checkpoint": str(directory),
         "form": "converted by gptjax" if checkpoint.is_converted(directory) else "Hugging Face",
-        "architecture": type(model).__name__,
-        "parameters": registry.num_params(model),
-        **dataclasses.asdict(config),
+        **_architecture(model),
         "weights": _weights(stored),
         **_packing(model, stored),
         "tokenizer": text,
         "generation": ", ".join(f"{key} {value}" for key, value in defaults.items()),
+        **_memory(model, max_length, max_batch, device),
+    }
+
+
+def describe_published(
+    name: str,
+    *,
+    dtype: DTypeLike | None = None,
+    max_length: int | None = None,
+    max_batch: int = 1,
+    device: DeviceMemory | None = None,
+) -> dict[str, Any]:
+    """The same of a published size, a key of `gptjax.config.PUBLISHED`, as far as no checkpoint is needed for it.
+
+    Raises:
+      RequestError: there is no such size.
+    """
+    if name not in PUBLISHED:
+        raise RequestError(f"there is no size {name!r}; there are {', '.join(PUBLISHED)}")
+    model = _model(PUBLISHED[name], dtype, device)
+    return {"size": name, **_architecture(model), **_memory(model, max_length, max_batch, device)}
+
+
+def imagined_gpu(size: float) -> DeviceMemory:
+    """A GPU of so many bytes of which all is free, to see what would fit."""
+    if not 0 < size < float("inf"):
+        raise RequestError(f"a device's memory must be more than 0 bytes, found {size}")
+    return DeviceMemory(f"GPU of {readable(int(size))}", "gpu", int(size), 0, int(size))
+
+
+def _model(config: ModelConfig, dtype: DTypeLike | None, device: DeviceMemory | None) -> Model:
+    if dtype is None and device is not None and device.platform != "cpu":
+        dtype = "bfloat16"
+    return registry.build(config, dtype=runtime.compute_dtype(dtype))
+
+
+def _architecture(model: Model) -> dict[str, Any]:
+    facts = {"architecture": type(model).__name__, "parameters": registry.num_params(model)}
+    return facts | dataclasses.asdict(model.config)
+
+
+def _memory(model: Model, max_length: int | None, max_batch: int, device: DeviceMemory | None) -> dict[str, Any]:
+    length, max_batch = registry.positions(model.config, max_length), check_rows("max_batch", max_batch)
+    need = memory.needed(model, batch=max_batch, max_length=length, device=device)
+    lack = memory.shortfall(model, batch=max_batch, max_length=length, has=need.device.available, device=need.device)
+    return {
         "dtype": jax.numpy.dtype(model.dtype).name,
         "max_length": length,
         "max_batch": max_batch,

@@ -55,3 +55,27 @@ def test_weights_that_cannot_be_used(demo, tmp_path):
     assert "cannot be used" in facts["weights"]
     assert facts["packed_numbers"] == GPT2_ALL
     assert "whole_vs_float16" not in facts
+
+
+@pytest.mark.parametrize(("size", "gigabytes", "length"), [("gpt-oss-120b", 80, None), ("gpt-oss-20b", 20, 8192)])
+def test_the_published_sizes_fit_the_cards_they_are_meant_for(size, gigabytes, length):
+    """120b with its whole context of 131,072 on a card of 80 GB; 20b with a prompt of 8,192 in 20 GB."""
+    facts = describe_published(size, max_length=length, device=imagined_gpu(gigabytes * 1e9))
+    assert facts["fits"] == "yes", facts
+    assert facts["needed_bytes"] > 0.75 * gigabytes * 1e9
+    assert describe_published(size, device=imagined_gpu(13e9))["fits"].startswith("no; try ")
+
+
+def test_the_command_tells_of_a_size(capsys):
+    assert main(["info", "--size", "gpt-oss-20b", "--memory", "24", "--max-length", "4096"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^parameters +20914757184$", out, re.MULTILINE)
+    assert re.search(r"^device +GPU of 24.00 GB$", out, re.MULTILINE)
+    for options, says in (
+        (["--size", "gpt-3"], "there is no size 'gpt-3'; there are gpt2"),
+        (["--size", "gpt2", "--tensors"], "--size tells of no checkpoint"),
+        (["--size", "gpt2", "--memory", "-1"], "more than 0 bytes"),
+        (["--size", "gpt2", "--memory", "nan"], "more than 0 bytes"),
+    ):
+        assert main(["info", *options]) == 1
+        assert says in capsys.readouterr().err

@@ -15,11 +15,16 @@ def add(commands: Any) -> None:
         "info",
         run,
         summary="tell what a checkpoint is and what memory it needs",
-        epilog="examples:\n  gptjax info gpt2-tales\n  gptjax info ./my-gpt2 --tensors --dtype bfloat16",
+        epilog="examples:\n  gptjax info gpt2-tales\n  gptjax info ./my-gpt2 --tensors --dtype bfloat16\n"
+        "  gptjax info --size gpt-oss-120b --memory 80",
     )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
     add_model_options(parser)
     parser.add_argument("--max-batch", type=int, default=1, metavar="N", help="rows computed together (default: 1)")
+    parser.add_argument("--size", metavar="NAME", help="of a published size instead, without a checkpoint")
+    parser.add_argument(
+        "--memory", type=float, metavar="GB", help="whether it fits a GPU of so many gigabytes, instead of this device"
+    )
     parser.add_argument("--tensors", action="store_true", help="list every weight with its shape and stored dtype")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -27,10 +32,15 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from gptjax.api import DEFAULT_MODEL
-    from gptjax.info import describe, describe_tensors
+    from gptjax.errors import RequestError
+    from gptjax.info import describe, describe_published, describe_tensors, imagined_gpu
 
+    if args.size is not None and (args.model is not None or args.tensors):
+        raise RequestError("--size tells of no checkpoint: leave out the model's name and --tensors")
+    device = None if args.memory is None else imagined_gpu(1e9 * args.memory)
+    asked = {"dtype": args.dtype, "max_length": args.max_length, "max_batch": args.max_batch, "device": device}
     name = args.model or DEFAULT_MODEL
-    facts = describe(name, dtype=args.dtype, max_length=args.max_length, max_batch=args.max_batch)
+    facts = describe(name, **asked) if args.size is None else describe_published(args.size, **asked)
     tensors = describe_tensors(name) if args.tensors else {}
     if args.json:
         print(json.dumps({**facts, **({"tensors": tensors} if args.tensors else {})}, ensure_ascii=False))

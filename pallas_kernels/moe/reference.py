@@ -39,19 +39,16 @@ def grouped(
         limit=limit,
     )
 
-    def run(group: tuple[jax.Array, jax.Array]) -> jax.Array:
-        expert_id, pairs_M = group
-        return expert(x_TD[pairs_M // X], expert_id)
+    def run(experts_G: jax.Array, pairs_GM: jax.Array) -> jax.Array:
+        return jax.vmap(lambda expert_id, pairs_M: expert(x_TD[pairs_M // X], expert_id))(experts_G, pairs_GM)
 
-    out_GMD = jax.lax.platform_dependent(
-        groups.experts_G,
-        groups.pairs_GM,
-        groups.num_used,
-        cpu=partial(_one_by_one, run, width=x_TD.shape[1]),
-        default=lambda experts_G, pairs_GM, _: jax.lax.map(run, (experts_G, pairs_GM), batch_size=TOGETHER),
+    width = x_TD.shape[1]
+    y_TXD = jax.lax.platform_dependent(
+        groups,
+        # A bound that is known at run time only costs nothing on a CPU, and elsewhere a wait of the host in each turn.
+        cpu=lambda groups: _in_turn(run, groups, together=1, turns=groups.num_used, width=width),
+        default=lambda groups: _in_turn(run, groups, together=TOGETHER, turns=None, width=width),
     )
-    # Where a pair is not in any group, place 0 is as good as any, for its value is not taken.
-    y_TXD = out_GMD.reshape(-1, x_TD.shape[1])[groups.place_TX]
     return jnp.sum(jnp.where((experts_TX < E)[..., None], y_TXD * weights_TX[..., None], 0), axis=1)
 
 
@@ -99,22 +96,32 @@ def _grouping(experts_TX: jax.Array, num_experts: int) -> _Groups:
     return _Groups(experts_G.astype(jnp.int32), pairs_GM, place_P.reshape(T, X), num_used)
 
 
-def _one_by_one(
-    run: Callable[[tuple[jax.Array, jax.Array]], jax.Array],
-    experts_G: jax.Array,
-    pairs_GM: jax.Array,
-    num_used: jax.Array,
+def _in_turn(
+    run: Callable[[jax.Array, jax.Array], jax.Array],
+    groups: _Groups,
     *,
+    together: int,
+    turns: jax.Array | None,
     width: int,
 ) -> jax.Array:
-    """Only the groups that are not empty: a number known at run time, which on a CPU costs nothing."""
+    """Each pair's result [T, X, D]: so many groups together, then the next, for `turns` turns or for all groups."""
+    G, M = groups.pairs_GM.shape
+    together = min(together, G)
+    missing = -G % together
+    experts_G = jnp.pad(groups.experts_G, (0, missing))
+    pairs_GM = jnp.pad(groups.pairs_GM, ((0, missing), (0, 0)))
 
-    def step(group: jax.Array, out_GMD: jax.Array) -> jax.Array:
-        return out_GMD.at[group].set(run((experts_G[group], pairs_GM[group])))
+    def step(turn: jax.Array, out_GMD: jax.Array) -> jax.Array:
+        start = turn * together
+        part = run(*(jax.lax.dynamic_slice_in_dim(array, start, together) for array in (experts_G, pairs_GM)))
+        return jax.lax.dynamic_update_slice_in_dim(out_GMD, part, start, axis=0)
 
-    # Zero, but not to the compiler: copies of a constant are made for all layers before the first runs, and held.
-    zero = (num_used < 0).astype(jnp.float32)
-    return jax.lax.fori_loop(0, num_used, step, jnp.full((*pairs_GM.shape, width), zero))
+    # Zero, but not to the compiler: of a constant, copies for all layers are made before the first one runs, and held.
+    zero = (groups.num_used < 0).astype(jnp.float32)
+    out_GMD = jnp.full((G + missing, M, width), zero)
+    out_GMD = jax.lax.fori_loop(0, (G + missing) // together if turns is None else turns, step, out_GMD)
+    # Where a pair is not in any group, place 0 is as good as any, for its value is not taken.
+    return out_GMD.reshape(-1, width)[groups.place_TX]
 
 
 def _expert(
