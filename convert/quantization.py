@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-import jax
 import numpy as np
 
 from gptjax.checkpoint import Path
@@ -13,7 +12,7 @@ from gptjax.config import GptOssConfig, ModelConfig, config_from_json
 from gptjax.config.gpt_oss import is_original
 from gptjax.config.quantization import BLOCK, TARGETS, mxfp4_to_json
 from gptjax.errors import ConfigError
-from gptjax.models.registry import Params, abstract_params, build
+from gptjax.models.registry import abstract_params, build, weights
 from pallas_kernels.mxfp4 import MXFP4, quantize
 
 _SLICE: Final = 1 << 20  # numbers rounded together: memory stays bounded, and one compiled program serves all weights
@@ -51,12 +50,6 @@ def chosen(config: ModelConfig, target: ModelConfig) -> dict[Path, MXFP4]:
     return {
         path: leaf for path, leaf in after.items() if isinstance(leaf, MXFP4) and not isinstance(before[path], MXFP4)
     }
-
-
-def weights(params: Params) -> dict[Path, Any]:
-    """Every weight by its path; one in MXFP4 is one, while `checkpoint.flatten` makes two arrays of it."""
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, MXFP4))
-    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
 
 
 def summed_last(path: Path, array: Any) -> Any:

@@ -16,6 +16,7 @@ from convert.tables import table
 from gptjax.config import ModelConfig
 from gptjax.errors import CheckpointError
 from gptjax.models.registry import abstract_params, build
+from gptjax.staging import staged, unwritable
 
 SHARD_BYTES: Final = 4 << 30
 _POOL_BYTES: Final = 64 << 20  # random bytes that are made once and written again and again
@@ -34,21 +35,19 @@ def write_random(config: ModelConfig, directory: Path, *, seed: int = 0) -> int:
     tensors = {name: (shape, "U8" if dtypes == ("U8",) else "BF16") for name, (shape, dtypes) in shapes.items()}
     shards = list(_shards(tensors))
     total = sum(_size(*tensor) for tensor in tensors.values())
-    try:
-        directory.mkdir()
-        if shutil.disk_usage(directory).free < total:
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    with staged(directory, overwrite=False, ours=lambda _: False) as partial:
+        if shutil.disk_usage(partial).free < total:
             raise CheckpointError(f"{directory} needs {total / 1e9:.1f} GB, and its disk has less free")
-        files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-        for file, names in zip(files, shards, strict=True):
-            _write_shard(directory / file, {name: tensors[name] for name in names}, seed)
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        (directory / "config.json").write_text(json.dumps(config.to_json(), indent=1) + "\n", encoding="utf-8")
-    except FileExistsError:
-        raise CheckpointError(f"{directory} exists already; name a new directory") from None
-    except OSError as error:
-        raise CheckpointError(f"{directory} cannot be written ({error.strerror}); name another directory") from None
+        try:
+            for file, names in zip(files, shards, strict=True):
+                _write_shard(partial / file, {name: tensors[name] for name in names}, seed)
+        except OSError as error:
+            raise unwritable(directory, error) from error
+        (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (partial / "config.json").write_text(json.dumps(config.to_json(), indent=1) + "\n", encoding="utf-8")
     return total
 
 

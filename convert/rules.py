@@ -199,6 +199,7 @@ class _Matcher:
                 "filling the same weight",
                 "of a wrong shape",
                 "of a wrong dtype",
+                "of another dtype than those they are joined with",
                 "mixed up",
             )
         }
@@ -214,6 +215,10 @@ class _Matcher:
             for names in parts.values():
                 if len(names) > 1:
                     self._fault("filling the same weight", f"{'/'.join(path)}: {', '.join(map(_show, names))}")
+            names = [name for part in parts.values() for name in part]
+            if len({self._tensors[name].dtype for name in names}) > 1:
+                listed_dtypes = ", ".join(f"{_show(name)} {self._tensors[name].dtype}" for name in names)
+                self._fault("of another dtype than those they are joined with", listed_dtypes)
         for path in self._targets:
             self._faults["missing"] += self._missing(path)
         groups = [

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 import convert
 from gptjax import checkpoint, hub, memory, runtime
 from gptjax.config import TOKENIZER_FILES, read_config, read_generation_defaults, text_directory
-from gptjax.errors import CheckpointError, GptjaxError, RequestError
+from gptjax.errors import CheckpointError, ConfigError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel, check_rows
 from gptjax.models import registry
 from gptjax.models.registry import Model, Params
@@ -65,13 +65,19 @@ def load(
         if tokenizer is not None or (isinstance(error, CheckpointError) and _has_tokenizer(text_directory(directory))):
             raise
         text = error
+    defaults = read_generation_defaults(text_directory(directory))
+    if unreachable := [token for token in defaults.eos_ids if token >= config.vocab_size]:
+        raise ConfigError(
+            f"generation ends at eos_token_id {unreachable}, but the model has {config.vocab_size} tokens: correct "
+            "generation_config.json (or config.json)"
+        )
     with memory.explained(model, batch=rows, max_length=length, loaded=False):
         params = load_params(directory, model)
     return LanguageModel(
         model,
         params,
         tokenizer=text,
-        defaults=read_generation_defaults(text_directory(directory)),
+        defaults=defaults,
         max_length=length,
         max_batch=max_batch,
     )

@@ -276,8 +276,9 @@ def _anonymous() -> int:
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
-        return int(psutil.Process().memory_info().rss)
-    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+        status = ""
+    told = [1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")]
+    return told[0] if told else int(psutil.Process().memory_info().rss)
 
 
 def peak_memory() -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -66,10 +67,10 @@ class TurnReader:
     model does not keep to channels, its text is the answer. An empty line stands between messages.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, earlier_calls: int = 0) -> None:
-        """`earlier_calls`: how many tool calls the conversation has, so that ids go on from there."""
+    def __init__(self, tokenizer: Tokenizer, *, used_ids: frozenset[str] = frozenset()) -> None:
+        """`used_ids`: those of the conversation's tool calls so far."""
         self._parser = harmony.StreamParser(tokenizer)
-        self._earlier_calls = earlier_calls
+        self._used_ids = used_ids
         self._reasoning: list[str] = []
         self._fresh = ""  # reasoning that was not yet taken
         self._sources: dict[bool, int] = {}  # the message that reasoning (True) and answer (False) came from last
@@ -100,10 +101,8 @@ class TurnReader:
             for message in self._parser.messages
             if message.role == "assistant" and (name := _tool(message.recipient)) is not None
         ]
-        return tuple(
-            ToolCall(f"call_{number}", name, arguments)
-            for number, (name, arguments) in enumerate(calls, self._earlier_calls)
-        )
+        free = (number for number in itertools.count() if f"call_{number}" not in self._used_ids)
+        return tuple(ToolCall(f"call_{next(free)}", name, arguments) for name, arguments in calls)
 
     def _read(self, events: Iterable[harmony.Event]) -> str:
         answer = ""
@@ -172,6 +171,6 @@ def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(tokenizer.special_ids[token] for token in ends if token in tokenizer.special_ids)
 
 
-def count_calls(messages: Sequence[Mapping[str, Any]]) -> int:
-    """The tool calls in checked messages."""
-    return sum(len(message.get("tool_calls") or ()) for message in messages)
+def call_ids(messages: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+    """The ids of the tool calls in checked messages."""
+    return frozenset(str(call.get("id")) for message in messages for call in message.get("tool_calls") or ())

@@ -1,12 +1,9 @@
 """What a forward pass costs, by formula: the bytes that must move and the arithmetic that must be done."""
 
-from collections.abc import Iterator
-
 import jax
 
 from gptjax.config import GptOssConfig
-from gptjax.models import registry
-from gptjax.models.registry import Model
+from gptjax.models.registry import Model, abstract_params, weights
 from pallas_kernels.mxfp4 import MXFP4
 
 _EXPERTS = ("gate_up_kernel", "down_kernel", "gate_up_bias", "down_bias")
@@ -19,7 +16,11 @@ def weight_bytes_per_step(model: Model, *, batch: int = 1) -> int:
     the experts it is those that are chosen, which is at most X for each row.
     """
     looked_up = {"position_embedding"} if model.config.tied_head else {"position_embedding", "token_embedding"}
-    total = sum(_bytes(leaf) * _share(model, path, batch) for path, leaf in _weights(model) if path[0] not in looked_up)
+    total = sum(
+        _bytes(leaf) * _share(model, path, batch)
+        for path, leaf in weights(abstract_params(model)).items()
+        if path[0] not in looked_up
+    )
     return round(total)
 
 
@@ -43,18 +44,15 @@ def token_flops(model: Model, *, length: int, logits: bool = True) -> int:
       logits: whether the head is computed for this token, as for all in decoding and for the last of a prompt.
     """
     config = model.config
-    matrices = sum(leaf.size * _share(model, path, 1) for path, leaf in _weights(model) if path[-1].endswith("kernel"))
+    matrices = sum(
+        leaf.size * _share(model, path, 1)
+        for path, leaf in weights(abstract_params(model)).items()
+        if path[-1].endswith("kernel")
+    )
     positions = sum(length if window is None else min(length, window) for window in config.windows)
     attention = 4 * positions * config.num_heads * config.head_width
     head = 2 * config.vocab_size * config.width if logits else 0
     return round(2 * matrices) + attention + head
-
-
-def _weights(model: Model) -> Iterator[tuple[tuple[str, ...], jax.ShapeDtypeStruct | MXFP4]]:
-    """Path and shape of each weight; a packed one is one."""
-    params = registry.abstract_params(model)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, MXFP4)):
-        yield tuple(key.key for key in path), leaf
 
 
 def _share(model: Model, path: tuple[str, ...], rows: int) -> float:

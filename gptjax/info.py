@@ -13,7 +13,9 @@ from jax.typing import DTypeLike
 import convert
 from gptjax import checkpoint, hub, memory, runtime
 from gptjax.config import PUBLISHED, ModelConfig, read_config, read_generation_defaults, text_directory
+from gptjax.config.gpt_oss import is_original
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
+from gptjax.files import read_json
 from gptjax.language_model import check_rows
 from gptjax.models import registry
 from gptjax.models.registry import Model
@@ -56,7 +58,7 @@ def describe(
     defaults = dataclasses.asdict(read_generation_defaults(text_directory(directory)))
     return {
         "checkpoint": str(directory),
-        "form": "converted by gptjax" if checkpoint.is_converted(directory) else "Hugging Face",
+        "form": _form(directory),
         **_architecture(model),
         "weights": _weights(stored),
         **_packing(model, stored),
@@ -96,6 +98,12 @@ def _model(config: ModelConfig, dtype: DTypeLike | None, device: DeviceMemory | 
     if dtype is None and device is not None and device.platform != "cpu":
         dtype = "bfloat16"
     return registry.build(config, dtype=runtime.compute_dtype(dtype))
+
+
+def _form(directory: Path) -> str:
+    if checkpoint.is_converted(directory):
+        return "converted by gptjax"
+    return "OpenAI's original" if is_original(read_json(directory / "config.json") or {}) else "Hugging Face"
 
 
 def _architecture(model: Model) -> dict[str, Any]:
@@ -160,8 +168,7 @@ def _weights(stored: dict[tuple[str, ...], str] | CheckpointError) -> str:
 def _packing(model: Model, stored: dict[tuple[str, ...], str] | CheckpointError) -> dict[str, Any]:
     """What is in MXFP4, and what that saves; nothing where nothing is."""
     params = registry.abstract_params(model)
-    leaves = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, MXFP4))
-    packed = [leaf for leaf in leaves if isinstance(leaf, MXFP4)]
+    packed = [leaf for leaf in registry.weights(params).values() if isinstance(leaf, MXFP4)]
     if not packed:
         return {}
     numbers, size = sum(leaf.size for leaf in packed), sum(leaf.nbytes for leaf in packed)

@@ -11,7 +11,7 @@ import numpy as np
 
 from gptjax import memory
 from gptjax.activations import activations
-from gptjax.chat import TODAY, ChatChunk, ChatCompletion, TurnReader, chat_chunks, count_calls, prompt, stop_ids
+from gptjax.chat import TODAY, ChatChunk, ChatCompletion, TurnReader, call_ids, chat_chunks, prompt, stop_ids
 from gptjax.config import GenerationDefaults, ModelConfig
 from gptjax.engine import steps
 from gptjax.engine.engine import Engine, Features, prefill, settings_of
@@ -183,7 +183,7 @@ class LanguageModel:
         tokenizer = self.tokenizer
         ids = prompt(messages, tokenizer, tools=tools, reasoning_effort=reasoning_effort, current_date=current_date)
         request = self._request(ids, options, eos_ids=tuple(dict.fromkeys((*self.eos_ids, *stop_ids(tokenizer)))))
-        reader = TurnReader(tokenizer, earlier_calls=count_calls(messages))
+        reader = TurnReader(tokenizer, used_ids=call_ids(messages))
         return chat_chunks((chunk for _, chunk in self._run([request], lambda: reader)), reader)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
@@ -206,8 +206,8 @@ class LanguageModel:
         """Every stage of the forward pass over the given tokens, by name, in the order of computation.
 
         "embedding", then of each block "block_0/attention_norm", "…/attention/q", "…/k", "…/v", "…/heads" (the weighted
-        values), "…/out", "block_0/attention_residual", "block_0/mlp_norm", "…/mlp/up", "…/activation", "…/down",
-        "block_0/mlp_residual", and at last "final_norm" and "logits"; see `gptjax.activations` for the shapes.
+        values), "…/out", "block_0/attention_residual", the MLP's or the experts' stages, and at last "final_norm" and
+        "logits"; see `gptjax.activations` for their names and shapes.
         """
         ids = self._checked_ids(token_ids, self.config.context_length)
         with self._guard(max_length=len(ids)):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+from jax.errors import JaxRuntimeError  # by name: a generator may be closed when modules are gone already
 
 from gptjax.cache import SLOT_MULTIPLE
 from gptjax.config import GptOssConfig, ModelConfig
@@ -71,8 +72,8 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     With T the largest prompt chunk, in float32 (though XLA may keep some of it narrower or not at all):
 
         4·T·(q, k, v and residual (N + 2K)·H + the larger of the MLP's 2·F (of experts, see `_moe`)
-             and attention's 5·N·H + 2·D and 2·N·128 scores; 2·N·S of them off the CPU where N·T·S is at most 2^26)
-        or, off the CPU, decoding's 2 · 4·B·N·S scores if that is more
+             and attention's 5·N·H + 2·D and 2·N·128 scores)
+        or, off the CPU, 2 · 4·B·N·T·S scores of any prompt or decoding step where B·N·T·S is at most 2^26, if more
         + 2 · one row's cache, which prefill takes out of the others' and puts back
         + 8 · 4·B·V, the sampler's sorts and copies of all logits
         + the numbers of the largest packed weight that is unpacked as a whole
@@ -84,17 +85,20 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     `LanguageModel.logits` needs 4·T·V more, and `LanguageModel.activations` all that it returns.
     """
     config = model.config
-    T = max(bucket for _, _, bucket in steps.chunks(min(max_length, steps.LARGEST_CHUNK)))
+    longest = min(max_length, steps.LARGEST_CHUNK)
+    lengths = (longest, *(1 << power for power in range(longest.bit_length())))
+    buckets = {steps.chunks(length)[0][2] for length in lengths}
+    T = max(buckets)
     projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
     S = -(-max_length // SLOT_MULTIPLE) * SLOT_MULTIPLE
-    dense = platform != "cpu" and config.num_heads * T * S <= DENSE_SCORES
-    scores = 2 * config.num_heads * (S if dense else SLOT_MULTIPLE)
-    attention = 4 * T * (scores + 5 * config.num_heads * config.head_width + 2 * config.width)
+    scored = config.num_heads * (2 * SLOT_MULTIPLE + 5 * config.head_width)
+    attention = 4 * T * (scored + 2 * config.width)
     mlp = _moe(config, T, platform) if isinstance(config, GptOssConfig) else 8 * T * config.mlp_width
     chunk = 4 * T * projected + max(mlp, attention)
     row = tree_bytes(jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=max_length)))
     if platform != "cpu":
-        chunk = max(chunk, 8 * batch * config.num_heads * S)
+        at_once = [config.num_heads * rows * S for rows in (*buckets, batch)]
+        chunk = max([chunk, *(8 * scores for scores in at_once if scores <= DENSE_SCORES)])
     estimate = chunk + 2 * row + 32 * batch * config.vocab_size + _unpacked(config)
     estimate += _FIXED.get(platform, _FIXED_ELSEWHERE)
     width = jnp.dtype(model.dtype).itemsize
@@ -140,7 +144,7 @@ def explained(model: Model, *, batch: int, max_length: int, loaded: bool = True)
     before = None if loaded else device_memory()  # when loading fails, some weights are there and some are not
     try:
         yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    except (JaxRuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         device = device_memory() if before is None else before
@@ -236,7 +240,7 @@ def _state(model: Model, batch: int, max_length: int) -> tuple[int, int]:
     return tree_bytes(state.cache), tree_bytes((state.logits_BV, state.history_BS))
 
 
-@functools.lru_cache(maxsize=16)  # tracing the initialisation of 48 layers takes a while
+@functools.lru_cache(maxsize=16)
 def _weights(model: Model) -> tuple[int, int, int]:
     """Bytes of all weights, bytes of the largest as its file may hold it (float32), and how many floating numbers."""
     leaves = jax.tree.leaves(registry.abstract_params(model))

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.quantization import chosen, packed_config, rounded, slices, summed_last, weights
+from convert.quantization import chosen, packed_config, rounded, slices, summed_last
 from gptjax import memory
 from gptjax.errors import GptjaxError, RequestError
 from gptjax.evaluate import Perplexity, predict
 from gptjax.language_model import LanguageModel
 from gptjax.layers.observe import COLLECTION
 from gptjax.models import registry
-from gptjax.models.registry import Model, Params
+from gptjax.models.registry import Model, Params, weights
 from gptjax.text import Tokenizer
 from pallas_kernels.mxfp4 import MXFP4
 

@@ -123,7 +123,7 @@ def verify(lm: LanguageModel) -> list[Check]:
       these sizes.
 
     Raises:
-      RequestError: the model was loaded with less than its whole context.
+      RequestError: the model was loaded for shorter texts than the answers are known of.
     """
     found = fingerprint(lm.tokenizer)
     vocabulary = VOCABULARIES.get(found)
@@ -134,7 +134,7 @@ def verify(lm: LanguageModel) -> list[Check]:
     if known is None:
         return []
     window = min(lm.config.context_length, WINDOW)
-    if lm.max_length < window:
+    if known.perplexity is not None and lm.max_length < window:
         raise RequestError(
             f"the answers are known for texts of {window} positions, but max_length is {lm.max_length}: load the model "
             "without max_length, and unset GPTJAX_MAX_LENGTH"

@@ -83,7 +83,7 @@ def test_random_checkpoints_are_read_as_what_they_are(tmp_path, capsys, monkeypa
         assert all(0 < np.abs(weight).max() < np.inf for weight in weights.values())
         assert np.isfinite(lm.logits([1, 2, 3])).all()
     assert main(["bench", "--random", "small", "--write-random", str(target)]) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "exists; name another directory" in capsys.readouterr().err
 
 
 def test_figures_say_when_they_are_noise():

@@ -8,7 +8,7 @@ import pytest
 
 import gptjax
 from gptjax import CapacityError, RequestError
-from gptjax.chat import ChatCompletion, ToolCall, TurnReader, count_calls, prompt, stop_ids
+from gptjax.chat import ChatCompletion, ToolCall, TurnReader, call_ids, prompt, stop_ids
 from gptjax.engine.output import Completion, Timings, Usage
 from gptjax.text import harmony, load_tokenizer
 
@@ -198,7 +198,7 @@ def test_tool_calls_come_back_as_they_are_rendered(tokenizer):
     }
     before = [*ASK, {"role": "assistant", "tool_calls": [call("a"), call("b", number=1)]}]
     ids = harmony.render_messages(harmony.conversation([*before, message]), tokenizer, completion=False)
-    reader = TurnReader(tokenizer, earlier_calls=count_calls(before))
+    reader = TurnReader(tokenizer, used_ids=call_ids(before))
     text = "".join(map(reader.push, ids[len(harmony.render(before, tokenizer)) :])) + reader.finish()
     assert (text, reader.reasoning) == ("I look.", "Hm.")
     assert reader.tool_calls == (

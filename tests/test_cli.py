@@ -151,7 +151,7 @@ def test_info_says_whether_the_weights_can_be_used(capsys, demo, tmp_path):
     file = broken / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     status, out, _ = _run(capsys, "info", str(broken), "--json")
-    assert status == 0
+    assert status == 1
     assert "cannot be used" in json.loads(out)["weights"]
     assert _run(capsys, "info", str(broken), "--tensors")[0] == 1
     assert _run(capsys, "convert", str(demo), str(tmp_path / "converted"), "--dtype", "float16")[0] == 0

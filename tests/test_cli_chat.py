@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gptjax.chat import ChatChunk, TurnReader, chat_chunks, count_calls, prompt, stop_ids
+from gptjax.chat import ChatChunk, TurnReader, call_ids, chat_chunks, prompt, stop_ids
 from gptjax.cli import chat, main
 from gptjax.cli.chat_session import COMMANDS, Piece, Session
 from gptjax.engine.engine import Token
@@ -49,7 +49,7 @@ class Scripted:
             raise script
         ids = prompt(messages, TALES, tools=(), reasoning_effort=reasoning_effort, current_date=current_date)
         request = Request(tuple(ids), max_tokens, SamplingParams(seed=0), stop_ids(TALES))
-        reader = TurnReader(TALES, earlier_calls=count_calls(messages))
+        reader = TurnReader(TALES, used_ids=call_ids(messages))
         output = Output(request, max_length=self.max_length, detokenizer=reader)
         return chat_chunks(self._chunks(output, script), reader)
 

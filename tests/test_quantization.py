@@ -14,12 +14,12 @@ import pytest
 
 import convert
 import gptjax
-from convert.quantization import weights
 from gptjax import evaluate, quantization
 from gptjax.api import load_params
 from gptjax.cli import main
 from gptjax.config import read_config
 from gptjax.models import registry
+from gptjax.models.registry import weights
 from gptjax.quantization import Difference, Report
 from pallas_kernels.mxfp4 import MXFP4, quantize
 from tests.oracles import gpt_oss_random

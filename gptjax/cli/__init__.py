@@ -1,6 +1,7 @@
 """The command line, `gptjax COMMAND`: a module a command."""
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -37,11 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
+        if argv is None:  # a process of its own: XLA may still compile, and taking that down at exit crashes
+            sys.stdout.flush()
+            os._exit(130)
         return 130
     except BrokenPipeError:
         # The reader, such as `head`, has what it wanted. Keep Python from complaining while it shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"gptjax: standard output cannot be written ({error.strerror})", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

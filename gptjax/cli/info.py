@@ -42,12 +42,13 @@ def run(args: argparse.Namespace) -> int:
     name = args.model or DEFAULT_MODEL
     facts = describe(name, **asked) if args.size is None else describe_published(args.size, **asked)
     tensors = describe_tensors(name) if args.tensors else {}
+    status = 1 if str(facts.get("weights", "")).startswith("cannot be used") else 0
     if args.json:
         print(json.dumps({**facts, **({"tensors": tensors} if args.tensors else {})}, ensure_ascii=False))
-        return 0
+        return status
     width = max(len(key) for key in facts)
     for key, value in facts.items():
         print(f"{key.removesuffix('_bytes'):{width}}  {readable(value) if key.endswith('_bytes') else value}")
     for path, value in tensors.items():
         print(f"{path}  {value}")
-    return 0
+    return status

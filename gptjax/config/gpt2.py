@@ -78,7 +78,7 @@ class GPT2Config:
             scale_attention=keys.flag("scale_attn_weights", absent=True),
             scale_attention_by_layer=keys.flag("scale_attn_by_inverse_layer_idx", absent=False),
             tied_head=keys.flag("tie_word_embeddings", absent=True),
-            mxfp4=read_mxfp4(keys, (width, mlp_width)),
+            mxfp4=read_mxfp4(keys, linear=(width, mlp_width)),
         )
         if raw.get("add_cross_attention"):
             keys.fault("add_cross_attention is true: gptjax runs decoder-only GPT-2 without cross-attention")

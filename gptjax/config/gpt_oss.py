@@ -8,9 +8,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
-from gptjax.config.keys import MOST_LAYERS, Keys
+from gptjax.config.keys import MOST_LAYERS, MOST_SIZE, Keys
 from gptjax.config.quantization import check_widths, mxfp4_to_json, read_mxfp4
-from gptjax.config.rope import Rope, Yarn, read_rope, rope_to_json
+from gptjax.config.rope import Rope, Yarn, check_rope, read_rope, rope_to_json
 
 SWIGLU_ALPHA: Final = 1.702
 SWIGLU_LIMIT: Final = 7.0
@@ -54,6 +54,7 @@ class GptOssConfig:
         num_layers = keys.size("num_hidden_layers", most=MOST_LAYERS)
         context_length = keys.size("max_position_embeddings")
         width, mlp_width = keys.size("hidden_size"), keys.size("intermediate_size")
+        num_heads, head_width = keys.size("num_attention_heads"), keys.size("head_dim")
         if keys.has("hidden_act"):  # it says so and means the clamped SwiGLU, which is x·sigmoid(αx) inside
             keys.choice("hidden_act", {"silu": "silu"}, absent=None)
         keys.ignore("hidden_act", "attention_dropout")
@@ -62,9 +63,9 @@ class GptOssConfig:
             context_length=context_length,
             width=width,
             num_layers=num_layers,
-            num_heads=keys.size("num_attention_heads"),
+            num_heads=num_heads,
             num_kv_heads=keys.size("num_key_value_heads"),
-            head_width=keys.size("head_dim"),
+            head_width=head_width,
             mlp_width=mlp_width,
             num_experts=keys.size("num_local_experts", alias="num_experts"),
             experts_per_token=keys.size("num_experts_per_tok", alias="experts_per_token"),
@@ -75,7 +76,7 @@ class GptOssConfig:
             swiglu_alpha=keys.positive_float("swiglu_alpha", absent=SWIGLU_ALPHA),
             attention_bias=keys.flag("attention_bias", absent=True),
             tied_head=keys.flag("tie_word_embeddings", absent=False),
-            mxfp4=read_mxfp4(keys, (width, mlp_width)),
+            mxfp4=read_mxfp4(keys, experts=(width, mlp_width), linear=(num_heads * head_width,)),
         )
         _check_sizes(config, keys)
         keys.raise_faults("GPT-OSS")
@@ -98,7 +99,7 @@ class GptOssConfig:
         )
         config = cls(
             vocab_size=keys.size("vocab_size"),
-            context_length=round(initial_length * factor),
+            context_length=round(initial_length * min(factor, MOST_SIZE)),
             width=keys.size("hidden_size"),
             num_layers=num_layers,
             num_heads=keys.size("num_attention_heads"),
@@ -117,6 +118,7 @@ class GptOssConfig:
             mxfp4="experts",
         )
         check_widths(keys, (config.width, config.mlp_width))
+        check_rope(config.rope, keys)
         _check_sizes(config, keys)
         keys.raise_faults("GPT-OSS (OpenAI's original files)")
         return config
@@ -185,6 +187,7 @@ def _windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:
     alternating = [_FULL if layer % 2 else _SLIDING for layer in range(num_layers)]
     types = keys.listed("layer_types") or alternating
     unknown = sorted({repr(kind) for kind in types if not isinstance(kind, str) or kind not in _SLIDES})
+    keys.ignore("sliding_window")
     if unknown:
         keys.fault(f"layer_types has {', '.join(unknown)}; gptjax supports {', '.join(_SLIDES)}")
         return ()
@@ -192,7 +195,6 @@ def _windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:
         keys.fault(f"layer_types has {len(types)} entries, but num_hidden_layers is {num_layers}")
     slides = [_SLIDES[kind] for kind in types]
     window = keys.size("sliding_window") if any(slides) else None
-    keys.ignore("sliding_window")
     return tuple(window if slide else None for slide in slides)
 
 
@@ -201,5 +203,7 @@ def _check_sizes(config: GptOssConfig, keys: Keys) -> None:
         keys.fault(f"{config.num_heads} query heads cannot share {config.num_kv_heads} key/value heads")
     if config.head_width % 2:
         keys.fault(f"head_dim {config.head_width} is odd: rotary positions turn pairs")
+    if not 1 <= config.context_length <= MOST_SIZE:
+        keys.fault(f"the context of {config.context_length} positions is not from 1 to {MOST_SIZE}")
     if config.experts_per_token > config.num_experts:
         keys.fault(f"{config.experts_per_token} experts a token, but there are {config.num_experts}")

@@ -98,6 +98,10 @@ class Keys:
         """Whether a key is there, with a value."""
         return self._raw.get(key) is not None
 
+    def empty(self, key: str) -> bool:
+        """Whether a key is there with an empty mapping."""
+        return self._raw.get(key) == {}
+
     def listed(self, key: str) -> list[Any] | None:
         """A list, or None where there is none."""
         value = self._get(key, None, [])

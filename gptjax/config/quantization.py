@@ -15,23 +15,24 @@ def packs(mxfp4: str, kind: str) -> bool:
     return TARGETS.index(mxfp4) >= {"experts": 1, "linear": 2, "embedding": 3}[kind]
 
 
-def read_mxfp4(keys: Keys, widths: tuple[int, ...]) -> str:
+def read_mxfp4(keys: Keys, *, experts: tuple[int, ...] = (), linear: tuple[int, ...] = ()) -> str:
     """The entry of TARGETS that `quantization_config` says: "none" where it is absent.
 
     Published checkpoints pack the experts alone; `targets` is gptjax's own key, for those that it packed further.
 
     Args:
       keys: of config.json, for the faults as well.
-      widths: the input axes of what may be packed.
+      experts, linear: the numbers that the products of such weights sum over; a model without experts gives none.
     """
     section = keys.section("quantization_config")
     if section is None:
         return "none"
     section.ignore("modules_to_not_convert", "dequantize")
     section.choice("quant_method", {"mxfp4": "mxfp4"}, absent=None)
-    target = section.choice("targets", {name: name for name in TARGETS[1:]}, absent="experts")
+    targets = TARGETS[1:] if experts else TARGETS[2:]
+    target = section.choice("targets", {name: name for name in targets}, absent="experts" if experts else None)
     keys.take("quantization_config", section)
-    check_widths(keys, widths)
+    check_widths(keys, experts if target == "experts" else (*experts, *linear))
     return target or "none"
 
 

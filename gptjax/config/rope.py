@@ -6,6 +6,8 @@ from typing import Any
 
 from gptjax.config.keys import Keys
 
+_MOST = 1e9  # beyond any setting that has a meaning
+
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
@@ -39,7 +41,7 @@ def read_rope(keys: Keys, context_length: int, *, absent: Rope) -> Rope:
       context_length: the original length, where nothing else says it.
       absent: what a config that does not say has.
     """
-    initial = keys.size("initial_context_length") if keys.has("initial_context_length") else context_length
+    said = keys.size("initial_context_length") if keys.has("initial_context_length") else None
     theta = keys.positive_float("rope_theta", absent=absent.theta)
     found: dict[str, Rope] = {}
     for name in ("rope_parameters", "rope_scaling"):
@@ -50,28 +52,45 @@ def read_rope(keys: Keys, context_length: int, *, absent: Rope) -> Rope:
         if keys.has("rope_theta") and inner != theta:
             keys.fault(f"rope_theta is {theta}, but in {name} it is {inner}: they mean the same and must agree")
         kind = section.choice("rope_type", {"yarn": "yarn", "default": "default"}, alias="type", absent="default")
-        if inner <= 1:
-            keys.fault(f"rope_theta is {inner}; expected more than 1")
-        found[name] = Rope(inner, _yarn(section, initial) if kind == "yarn" else None)
+        found[name] = Rope(inner, _yarn(section, said, context_length) if kind == "yarn" else None)
         keys.take(name, section)
     if len(set(found.values())) > 1:
         keys.fault(f"{' and '.join(found)} differ: they mean the same and must agree")
-    return next(iter(found.values()), dataclasses.replace(absent, theta=theta))
+    if "rope_parameters" in found or not keys.empty("rope_parameters"):
+        rope = next(iter(found.values()), dataclasses.replace(absent, theta=theta))
+    else:  # which transformers takes for rotation without YaRN
+        rope = Rope(theta)
+    check_rope(rope, keys)
+    return rope
 
 
-def _yarn(section: Keys, initial: int) -> Yarn:
+def check_rope(rope: Rope, keys: Keys) -> None:
+    """Notes as faults what no rotation can have."""
+    if not 1 < rope.theta <= _MOST:
+        keys.fault(f"rope_theta is {rope.theta}; expected more than 1, and at most {_MOST}")
+    if (yarn := rope.yarn) is None:
+        return
+    if not 1 <= yarn.factor <= _MOST:
+        keys.fault(f"YaRN's factor is {yarn.factor}; expected at least 1: it says how far positions are stretched")
+    if not 1 / _MOST <= yarn.beta_slow <= yarn.beta_fast <= _MOST:
+        keys.fault(
+            f"YaRN's beta_fast is {yarn.beta_fast} and beta_slow {yarn.beta_slow}; expected the former to be no less, "
+            f"and both from {1 / _MOST} to {_MOST}"
+        )
+
+
+def _yarn(section: Keys, said: int | None, context_length: int) -> Yarn:
     yarn = Yarn(
         factor=section.positive_float("factor", absent=None),
-        original_length=section.size("original_max_position_embeddings", absent=initial),
+        original_length=section.size("original_max_position_embeddings", absent=said or context_length),
         beta_fast=section.positive_float("beta_fast", absent=32.0),
         beta_slow=section.positive_float("beta_slow", absent=1.0),
         truncate=section.flag("truncate", absent=True),
     )
-    if yarn.factor < 1:
-        section.fault(f"factor is {yarn.factor}; expected at least 1: it says how far positions are stretched")
-    if yarn.beta_fast < yarn.beta_slow:
+    if section.has("original_max_position_embeddings") and said is not None and yarn.original_length != said:
         section.fault(
-            f"beta_fast {yarn.beta_fast} is less than beta_slow {yarn.beta_slow}: they are the other way round"
+            f"original_max_position_embeddings is {yarn.original_length}, but initial_context_length is {said}: they "
+            "mean the same and must agree"
         )
     given = section.positive_float("attention_factor", absent=yarn.attention_factor)
     if not math.isclose(given, yarn.attention_factor, rel_tol=1e-6):

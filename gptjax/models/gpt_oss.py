@@ -77,7 +77,8 @@ class GptOss(nn.Module):
         hidden_BTD, cache = model.apply({"params": params}, tokens_BT, positions_BT, cache)
         logits = model.apply({"params": params}, hidden, method="head")        # on the rows that need logits
 
-    `dtype` is what is computed in; norms, rotations, softmax, routing and logits are float32 inside whatever it is.
+    `dtype` is what is computed in; norms, rotations, softmax and logits are float32 inside whatever it is. The router's
+    logits are rounded to it, as in the code that the models were published with.
     """
 
     config: GptOssConfig

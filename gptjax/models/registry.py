@@ -81,10 +81,15 @@ def _float32_params(config: ModelConfig) -> Params:
     return params | {f"block_{layer}": block for layer in range(config.num_layers)}
 
 
+def weights(params: Params) -> dict[tuple[str, ...], Any]:
+    """Every weight by its path; one in MXFP4 is one, though it is two arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, MXFP4))
+    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
+
+
 def num_params(model: Model) -> int:
     """How many numbers the model's weights are, packed or not."""
-    leaves = jax.tree.leaves(abstract_params(model), is_leaf=lambda node: isinstance(node, MXFP4))
-    return sum(math.prod(leaf.shape) for leaf in leaves)
+    return sum(math.prod(leaf.shape) for leaf in weights(abstract_params(model)).values())
 
 
 def create_cache(model: Model, *, batch: int, max_length: int) -> KVCache:

@@ -32,8 +32,8 @@ def moe(
 
     Args:
       x_TD: one row a token. Its dtype is what the products' operands are rounded to; they accumulate in float32.
-      experts_TX: int32 numbers of the chosen experts. One that there is not, such as E, adds nothing and costs little:
-        so padding is marked.
+      experts_TX: int32 numbers of the chosen experts. One that there is not, such as E or -1, adds nothing, and costs
+        little: so padding is marked.
       weights_TX: float32.
       gate_up: [E, D, 2F], gate and up interleaved; or packed, [E, 2F, D].
       down: [E, F, D]; or packed, [E, D, F].

@@ -27,6 +27,7 @@ def grouped(
 ) -> jax.Array:
     """Tokens sorted by expert, in groups of one expert each, whose weights alone are unpacked. See `api.moe`."""
     E = gate_up_bias_E2F.shape[0]
+    experts_TX = jnp.where((experts_TX >= 0) & (experts_TX < E), experts_TX, E)
     groups = _grouping(experts_TX, E)
     X = experts_TX.shape[1]
     expert = partial(

@@ -491,3 +491,10 @@ def test_a_config_that_is_neither_is_refused(key):
     """OpenAI's own has no model type, and is recognised by all of these keys."""
     with pytest.raises(ConfigError, match="model_type"):
         config_from_json({name: value for name, value in ORIGINAL.items() if name != key})
+
+
+def test_parts_of_several_dtypes_are_refused(tmp_path, checkpoint):
+    tensors = dict(checkpoint.packed)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    tensors[name] = tensors[name].astype(np.float16)
+    _refused(_write(tmp_path, tensors), "another dtype than those they are joined with", f"{name} F16")

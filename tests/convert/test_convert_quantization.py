@@ -121,9 +121,9 @@ def test_experts_rounded_again_are_the_same_numbers(tmp_path, gpt_oss):
         gpt_oss_random.write(tmp_path / "dense", gpt_oss, layout="dequantised"), tmp_path / "dst", quantize="experts"
     )
     _, again = _load(tmp_path / "dst")
-    for path, leaf in quantization.weights(packed).items():
+    for path, leaf in registry.weights(packed).items():
         if isinstance(leaf, MXFP4):
-            np.testing.assert_array_equal(quantization.weights(again)[path].dequantize(), leaf.dequantize())
+            np.testing.assert_array_equal(registry.weights(again)[path].dequantize(), leaf.dequantize())
 
 
 def test_what_is_packed_already_is_a_plain_conversion(tmp_path, gpt_oss):
@@ -179,7 +179,7 @@ def test_logits_are_those_of_the_rounded_numbers(tmp_path, gpt_oss, kind):
     model, params = _load(tmp_path / "src")
     convert.convert(tmp_path / "src", tmp_path / "dst", quantize="all")
     packed_model, packed_params = _load(tmp_path / "dst")
-    packed = quantization.weights(packed_params)
+    packed = registry.weights(packed_params)
 
     def numbers(path: Any, leaf: jax.Array) -> jax.Array:
         names = tuple(key.key for key in path)
@@ -265,7 +265,7 @@ def _two_layers(name: str) -> ModelConfig:
 def test_published_widths_can_be_packed(name):
     """By shapes: 4.25 bits a number, of all but positions, norms, biases, sinks and routers."""
     target = quantization.packed_config(_two_layers(name), "all")
-    leaves = quantization.weights(registry.abstract_params(registry.build(target)))
+    leaves = registry.weights(registry.abstract_params(registry.build(target)))
     packed = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, MXFP4)}
     assert sum(leaf.nbytes for leaf in packed.values()) * 32 == sum(leaf.size for leaf in packed.values()) * 17
     left = {path[-1] if path[-2:] != ("router", "kernel") else "router" for path in leaves.keys() - packed.keys()}

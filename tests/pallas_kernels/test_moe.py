@@ -103,8 +103,18 @@ def test_half_precision_agrees_with_the_oracle(shape, dtype, packed):
 
 def test_nothing_is_routed():
     operands = _operands(SHAPES[1], packed=True)
-    operands[1] = np.full_like(operands[1], SHAPES[1].E)
-    assert not np.asarray(moe(*operands, **SETTINGS)).any()
+    for nowhere in (SHAPES[1].E, -1):
+        operands[1] = np.full_like(operands[1], nowhere)
+        assert not np.asarray(moe(*operands, **SETTINGS)).any()
+
+
+@pytest.mark.parametrize("nowhere", [-1, -7, 6, 99])
+def test_an_expert_that_there_is_not_changes_no_other_token(nowhere):
+    operands = _operands(SHAPES[1], packed=True)
+    expected = np.array(moe(*operands, **SETTINGS))
+    operands[1] = np.where(np.arange(SHAPES[1].T)[:, None] == 3, nowhere, operands[1])
+    expected[3] = 0
+    np.testing.assert_array_equal(moe(*operands, **SETTINGS), expected)
 
 
 def test_what_lies_at_padding_has_no_influence():

@@ -279,3 +279,15 @@ def test_no_request_is_another_error(messages: Any, tools: Any, schema: Any) -> 
             assert render(*arguments[:1], TALES, *arguments[1:])[-1] == ids("assistant")[-1]
         except RequestError as error:
             assert str(error)
+
+
+@pytest.mark.parametrize("key", ["channel", "recipient", "resoning_content", "x" * 100_000])
+def test_unknown_keys_are_refused(key):
+    """A key that is silently left out would be a wrong prompt."""
+    asked = {"role": "user", "content": "Hi"}
+    says = r"^messages\[1\] has .*which has no meaning here; write role, content"
+    with pytest.raises(RequestError, match=says) as caught:
+        render([asked, {"role": "assistant", "content": "x", key: "final"}], TALES)
+    assert len(str(caught.value)) < 300
+    answer = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None, key: None}
+    assert render([asked, answer], TALES)

@@ -13,7 +13,8 @@
 
 Calls of the built-in tools go to `browser.search` and the like, or `python`, in the analysis channel, as `code`. Text
 parts are joined as they are; an empty content beside reasoning or calls is left out. What has no place in harmony
-(other keys, names of system messages) is not read.
+(what only answers have, names of system messages) is not read; other
+keys are refused.
 
 GPT-OSS's published chat template differs from the format's documentation and from openai-harmony, which are followed
 here. The template writes ` json` for `<|constrain|>json`; quotes tools' results as JSON strings; takes text beside tool
@@ -23,6 +24,7 @@ analysis of all past turns, where openai-harmony 0.0.8 drops that before the fir
 
 import datetime
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +37,9 @@ from gptjax.text.harmony.tools import read_tools
 from gptjax.text.tokenizer import Tokenizer
 
 _EFFORTS = ("low", "medium", "high")
+_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning")
+# In the messages that OpenAI's API answers with, without a place in harmony.
+_OF_ANSWERS = ("function_call", "refusal", "annotations", "audio", "id")
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
@@ -109,6 +114,11 @@ class _Chat:
 
     def add(self, value: object, where: str) -> None:
         message = read_object(value, where)
+        for key, given in message.items():
+            if key not in (*_KEYS, *_OF_ANSWERS) and given:
+                raise RequestError(
+                    f"{where} has {reprlib.repr(key)}, which has no meaning here; write {', '.join(_KEYS)}."
+                )
         match message.get("role"):
             case "system" | "developer":
                 self._add_instructions(_content(message, where))
