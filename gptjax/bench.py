@@ -17,6 +17,7 @@ import psutil
 
 from gptjax import cost, memory
 from gptjax.compare import load_transformers, oracle, random_transformers
+from gptjax.config import ModelConfig
 from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import CapacityError
@@ -94,14 +95,14 @@ class Result:
         }
 
 
-def needed_length(model: Model, prompt_length: int, steps: int) -> int:
+def needed_length(config: ModelConfig, prompt_length: int, steps: int) -> int:
     """The positions that a measurement needs. Raises `CapacityError` where the model does not have them."""
     # One step more than is measured: the first also waits for the prefill.
     length = prompt_length + steps + 1
-    if length > model.config.context_length:
+    if length > config.context_length:
         raise CapacityError(
             f"{prompt_length} prompt tokens and {steps} steps need {length} positions, the model has "
-            f"{model.config.context_length}: choose a shorter prompt or fewer steps"
+            f"{config.context_length}: choose a shorter prompt or fewer steps"
         )
     return length
 
@@ -148,7 +149,7 @@ def ours(model: Model, params: Params, *, batch: int, prompt_length: int, steps:
     Raises:
       CapacityError: the prompt and the steps are more than the model has positions.
     """
-    length = needed_length(model, prompt_length, steps)
+    length = needed_length(model.config, prompt_length, steps)
     memory.check_state(model, batch=batch, max_length=length)
     engine = Engine(model, params, batch=batch, max_length=length)
     prompts_BT = np.random.default_rng(seed).integers(0, model.config.vocab_size, (batch, prompt_length))

@@ -1,6 +1,7 @@
 """`LanguageModel`: prompts in, text out, and the parts for those who compose."""
 
 import contextlib
+import numbers
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Unpack, overload
@@ -334,6 +335,6 @@ class LanguageModel:
 
 def check_rows(name: str, given: object) -> int:
     """A number of rows, as given. Raises `RequestError`, by the name of the option, for what is none."""
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+    if isinstance(given, bool) or not isinstance(given, numbers.Integral) or given < 1:
         raise RequestError(f"{name} must be a whole number of at least 1, found {given!r}")
-    return given
+    return int(given)

@@ -188,6 +188,10 @@ def _disagreements(weight_map: Mapping[str, str], headers: Mapping[str, Mapping[
 def _no_weights(directory: Path) -> str:
     """Why there is nothing to read, with the reason for what is there instead."""
     expected = f"{directory} has neither {SINGLE} nor {INDEX}"
+    if (directory / "params").is_dir():
+        return (
+            f"{expected}; it looks like one that gptjax converted, but its manifest.json is missing: convert it again"
+        )
     try:
         files = sorted(path for path in directory.iterdir() if path.is_file())
         others = [path.name for path in files if path.suffix == ".safetensors"]

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             turns = [("gptjax", bench.ours(model, params, **sizes))]
             if args.versus:
                 turns.append(("transformers", bench.transformers_turn(model, directory=directory, **sizes)))
-            length = bench.needed_length(model, prompt_length, args.steps)
+            length = bench.needed_length(model.config, prompt_length, args.steps)
             with memory.explained(model, batch=batch, max_length=length):
                 results += bench.run(turns, model, repeats=args.repeats, **sizes)
             del turns  # and the cache with them, before the next ones take theirs
@@ -117,17 +117,20 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
     """The model and its weights, its name, its directory if it has one, and how loading went."""
     from gptjax import bench, hub, memory, runtime
     from gptjax.api import DEFAULT_MODEL, load
+    from gptjax.config import read_config
     from gptjax.models import registry
 
-    length = max(args.prompt_length) + args.steps + 1
+    longest = max(args.prompt_length)
     if args.random is None:
         name = args.model or DEFAULT_MODEL
+        length = bench.needed_length(read_config(hub.resolve(name)), longest, args.steps)
         lm, loading = bench.measure_loading(lambda: load(name, dtype=args.dtype, max_length=length))
         return lm.model, lm.params, name, hub.resolve(name), loading
     config = _published(args.random)
+    length = bench.needed_length(config, longest, args.steps)
     runtime.enable_compilation_cache()
     model = registry.build(config, dtype=runtime.compute_dtype(args.dtype))
-    memory.check(model, batch=max(args.batch), max_length=registry.positions(config, length))
+    memory.check(model, batch=max(args.batch), max_length=length)
     params, loading = bench.measure_loading(lambda: registry.random_params(model))
     return model, params, f"{args.random} (random weights)", None, loading
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 import os
 from collections.abc import Callable
 from typing import Any, Final
@@ -118,8 +119,9 @@ def positions(config: ModelConfig, max_length: int | None) -> int:
         source, given = "GPTJAX_MAX_LENGTH", int(text) if text.isascii() and text.isdecimal() else text
     if given is None:
         return config.context_length
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+    if isinstance(given, bool) or not isinstance(given, numbers.Integral) or given < 1:
         raise RequestError(f"{source} must be a whole number of at least 1, found {given!r}")
+    given = int(given)
     if given > config.context_length:
         raise CapacityError(
             f"{source} is {given}, but the model has {config.context_length} positions: choose at most that"

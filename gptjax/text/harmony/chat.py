@@ -129,7 +129,7 @@ class _Chat:
             case "tool":
                 self._add_result(message, where)
             case role:
-                raise RequestError(f"{where} has the role {role!r}: write one of {', '.join(ROLES)}.")
+                raise RequestError(f"{where} has the role {reprlib.repr(role)}: write one of {', '.join(ROLES)}.")
 
     def _add_instructions(self, text: str) -> None:
         if text and self.messages:
