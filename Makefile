@@ -24,7 +24,7 @@ lint: $(VENV)/.installed-test
 
 # Compares with transformers, live: brings torch (CPU).
 oracle: $(VENV)/.installed-oracle
-	$(BIN)/python -m pytest -m oracle
+	$(BIN)/python -m pytest -m oracle -n 2
 
 # Gigabytes of disk: converting a random gpt2-xl within its memory limit.
 slow: $(VENV)/.installed-test

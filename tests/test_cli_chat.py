@@ -368,6 +368,15 @@ def test_errors_are_told_and_the_chat_goes_on(monkeypatch, capsys):
     assert talk.messages[-2]["content"] == "two \nlines"
 
 
+@pytest.mark.parametrize("line", ["/reset now", "/quit x", "/stats all"])
+def test_a_command_that_takes_nothing_does_nothing_with_more(line):
+    talk = session(SAID)
+    list(talk.handle("A"))
+    with pytest.raises(RequestError, match="takes nothing after it"):
+        list(talk.handle(line))
+    assert talk.messages and not talk.over
+
+
 def test_control_c_while_the_terminal_writes_ends_the_turn():
     class Interrupted(chat.Terminal):
         def show(self, kind: str, text: str) -> None:

@@ -191,6 +191,8 @@ class Session:
             raise RequestError(
                 f"there is no command /{name}; {hint} A message that begins with / is sent by writing //."
             )
+        if argument and not COMMANDS[name][0]:
+            raise RequestError(f"/{name} takes nothing after it, found {argument[:40]!r}; nothing was done")
         answer: str = getattr(self, f"_do_{name}")(argument.strip())
         return answer
 
