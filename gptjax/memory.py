@@ -93,7 +93,7 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     S = -(-max_length // SLOT_MULTIPLE) * SLOT_MULTIPLE
     scored = config.num_heads * (2 * SLOT_MULTIPLE + 5 * config.head_width)
     attention = 4 * T * (scored + 2 * config.width)
-    mlp = _moe(config, T, platform) if isinstance(config, GptOssConfig) else 8 * T * config.mlp_width
+    mlp = _moe(config, T) if isinstance(config, GptOssConfig) else 8 * T * config.mlp_width
     chunk = 4 * T * projected + max(mlp, attention)
     row = tree_bytes(jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=max_length)))
     if platform != "cpu":
@@ -107,12 +107,12 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     return estimate
 
 
-def _moe(config: GptOssConfig, T: int, platform: str) -> int:
+def _moe(config: GptOssConfig, T: int) -> int:
     """Bytes of the experts' step: four results for each pair of a token and an expert, three of them with places that
     stay empty, and the numbers and hidden values of the groups that are computed together."""
     E, pairs = config.num_experts, T * config.experts_per_token
     group, groups = group_sizes(pairs, E)
-    together = 1 if platform == "cpu" else min(TOGETHER, groups)
+    together = min(TOGETHER, groups)
     unpacked = 3 * config.width * config.mlp_width * (2 if config.mxfp4 != "none" else 1)
     return 4 * (
         (3 * group * groups + pairs) * config.width

@@ -185,6 +185,7 @@ def plot(report: Report, path: str | Path) -> None:
     """
     check_plot(path)
     from matplotlib.figure import Figure  # without pyplot: no window, no state, no backend but the file's own
+    from matplotlib.ticker import MaxNLocator
 
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in report.weights:
@@ -199,7 +200,7 @@ def plot(report: Report, path: str | Path) -> None:
         if _block(row.name) is None:
             axes.axhline(row.error, linestyle=":", color="gray", label=row.name)
     axes.set(xlabel="block", ylabel="relative error", ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     try:
         figure.savefig(path)

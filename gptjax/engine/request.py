@@ -105,9 +105,7 @@ class Request:
 def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_length: int) -> None:
     """Raises `RequestError` or `CapacityError` for token ids that the model cannot take."""
     if not token_ids:
-        raise RequestError(
-            "the prompt is empty: give at least one token (a text starts with tokenizer.bos_id)"
-        )
+        raise RequestError("the prompt is empty: give at least one token (a text starts with tokenizer.bos_id)")
     for position, token in enumerate(token_ids):
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise RequestError(
