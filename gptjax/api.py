@@ -72,7 +72,7 @@ def load(
             "generation_config.json (or config.json)"
         )
     with memory.explained(model, batch=rows, max_length=length, loaded=False):
-        params = load_params(directory, model)
+        params = registry.repacked(model, load_params(directory, model))
     return LanguageModel(
         model,
         params,

@@ -167,6 +167,8 @@ def ours(model: Model, params: Params, *, batch: int, prompt_length: int, steps:
             engine.wait()
 
         prefill = _timed(fill)
+        # After the first step the device has nothing more to do, so all that is timed below is asked for there. (Where
+        # `steps` is no multiple of what the engine dispatches at once, up to half as many more, not counted here.)
         engine.step()
         engine.wait()
         step = _timed(decode) / steps

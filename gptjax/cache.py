@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.append import append, takes
 from pallas_kernels.attention import reference
+from pallas_kernels.parts import Parts
 
 SLOT_MULTIPLE = reference.BLOCK  # a cache's capacity is a multiple of this, as blocked attention wants
 
@@ -69,11 +71,7 @@ class KVCache:
         last_B1 = positions_BT.max(axis=1, keepdims=True)
         kept_BT = jnp.where(positions_BT > last_B1 - S, positions_BT, -1)  # of a ring's places, each is written once
         k_BKSH, v_BKSH = _write(old_k_BKSH, k_BTKH, kept_BT), _write(old_v_BKSH, v_BTKH, kept_BT)
-        cache = dataclasses.replace(
-            self,
-            k=(*self.k[:layer], k_BKSH, *self.k[layer + 1 :]),
-            v=(*self.v[:layer], v_BKSH, *self.v[layer + 1 :]),
-        )
+        cache = self._with_layer(layer, k_BKSH, v_BKSH)
         if self.capacity == S or T == 1:
             lengths_B = jnp.maximum(self.lengths_B, last_B1[:, 0] + 1)
             return (k_BKSH, v_BKSH, _positions(lengths_B, S)), cache
@@ -84,6 +82,40 @@ class KVCache:
             jnp.concatenate((_positions(self.lengths_B, S), positions_BT), axis=1),
         )
         return attended, cache
+
+    def appended(
+        self,
+        layer: int,
+        qkv: Parts,
+        angles: tuple[jax.Array, jax.Array] | None,
+        positions_BT: jax.Array,
+        implementation: str,
+    ) -> tuple[jax.Array, Attended, "KVCache"] | None:
+        """As `update`, for one token a row and together with all that comes before, where there is a kernel for that.
+
+        Args:
+          qkv: the product that queries, keys and values come from.
+          angles: cos and sin [B, 1, 1, H/2] that queries and keys are rotated by; None for none.
+
+        Returns:
+          The queries [B, 1, N, H], what they attend to, and the cache; None where there is no kernel.
+        """
+        k_BKSH, v_BKSH = self.k[layer], self.v[layer]
+        B, T = positions_BT.shape
+        if T != 1 or not takes(k_BKSH, implementation=implementation):
+            return None
+        rotation = None if angles is None else (angles[0].reshape(B, -1), angles[1].reshape(B, -1))
+        q_BNH, k_BKSH, v_BKSH = append(qkv, rotation, positions_BT[:, 0], k_BKSH, v_BKSH)
+        lengths_B = jnp.maximum(self.lengths_B, positions_BT[:, 0] + 1)
+        attended = (k_BKSH, v_BKSH, _positions(lengths_B, k_BKSH.shape[2]))
+        return q_BNH[:, None], attended, self._with_layer(layer, k_BKSH, v_BKSH)
+
+    def _with_layer(self, layer: int, k_BKSH: jax.Array, v_BKSH: jax.Array) -> "KVCache":
+        return dataclasses.replace(
+            self,
+            k=(*self.k[:layer], k_BKSH, *self.k[layer + 1 :]),
+            v=(*self.v[:layer], v_BKSH, *self.v[layer + 1 :]),
+        )
 
     def extended(self, positions_BT: jax.Array) -> "KVCache":
         """The cache with its lengths grown to hold the given positions (negative ones are padding)."""

@@ -1,24 +1,55 @@
 """Which implementation of an operation runs.
 
-"auto" takes the best one there is for the operands; a named one runs or raises. Nothing that was asked for by name is
-silently replaced by something else.
+"auto" takes the best one there is for the operands and the device; a named one runs or raises. Nothing that was asked for
+by name is silently replaced by something else.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 AUTO = "auto"
-IMPLEMENTATIONS = (AUTO, "xla")
+MOSAIC = "mosaic"  # Pallas Mosaic GPU: Hopper
+TRITON = "triton"  # Pallas Triton: Ampere, Ada, and what else CUDA has
+XLA = "xla"  # jnp, which XLA compiles: everywhere
+IMPLEMENTATIONS = (AUTO, MOSAIC, TRITON, XLA)
+_MOSAIC_SINCE = (0, 11)  # JAX; its interface was another before
 
 
 def choose(operation: str, implementation: str, available: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """The function to run. `available` is in order of preference: "auto" takes the first.
+    """The function to run.
+
+    Args:
+      available: what the operation has for these operands, on whatever device. "auto" takes `preferred()` if it is
+        among them, else "xla".
 
     Raises:
-      ValueError: `implementation` names one that `operation` does not have.
+      ValueError: `implementation` names one that `operation` does not have, or not for these operands.
     """
     if implementation == AUTO:
-        return next(iter(available.values()))
+        return available.get(preferred(), available[XLA])
     if implementation not in available:
-        raise ValueError(f"{operation} has no implementation {implementation!r}; it has {', '.join(available)}")
+        raise ValueError(
+            f"{operation} has no implementation {implementation!r} for these operands; it has {', '.join(available)}"
+        )
     return available[implementation]
+
+
+def wanted(implementation: str) -> str:
+    """What to look for first: kernels are imported where they may run, for that takes long and not every JAX can."""
+    wanted = preferred() if implementation == AUTO else implementation
+    return XLA if wanted == MOSAIC and jax.__version_info__ < _MOSAIC_SINCE else wanted
+
+
+@functools.cache
+def preferred() -> str:
+    """What "auto" takes on this process's devices where it can."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "")
+    if device.platform != "gpu" or not capability[:1].isdigit():  # of a ROCm device it is a name
+        return XLA
+    if capability == "9.0":
+        return MOSAIC if jax.__version_info__ >= _MOSAIC_SINCE else TRITON
+    return TRITON if float(capability) >= 8 else XLA

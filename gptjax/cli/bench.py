@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gptjax.cli import bench_kernels
 from gptjax.cli.common import MODEL_HELP, add_command, add_dtype
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from gptjax.config import ModelConfig
     from gptjax.models.registry import Model, Params
 
+_MEASURED = ("gpt2", "gpt2-xl", "gpt-oss-20b", "gpt-oss-120b")
+
 
 def add(commands: Any) -> None:
     """Declares the command."""
@@ -22,15 +25,19 @@ def add(commands: Any) -> None:
         commands,
         "bench",
         run,
-        summary="measure the speed of loading, prefill and decode",
+        summary="measure the speed of loading, prefill and decode, or of the kernels alone",
         epilog="""Medians over repeats, with the spread from fastest to slowest; compilation and first calls apart.
-The share of the ceiling is of the memory's speed, measured in the same run by a large copy.
+The share of the ceiling is of the memory's speed, measured in the same run by a large copy; with --kernels by a large
+sum if that is faster. A kernel's time is that of a call in a chain of calls that wait for each other.
 
 examples:
   gptjax bench gpt2-tales
   gptjax bench --random gpt2 --batch 1 8 --prompt-length 128 --versus transformers
   gptjax bench ./my-gpt2 --dtype bfloat16 --json
-  gptjax bench --random gpt-oss-20b --write-random ./random-20b && gptjax bench ./random-20b""",
+  gptjax bench --random gpt-oss-20b --write-random ./random-20b && gptjax bench ./random-20b
+  gptjax bench --kernels --plot roofline.png
+  gptjax bench gpt-oss-tales --kernels moe attention --batch 1 4
+  gptjax bench --random gpt-oss-20b --tune""",
     )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
     parser.add_argument("--random", metavar="NAME", help="random weights of a published size instead, such as gpt2-xl")
@@ -40,11 +47,31 @@ examples:
         help="write the --random weights as a Hugging Face checkpoint, and measure nothing",
     )
     add_dtype(parser)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="rows (default: 1)")
-    parser.add_argument("--prompt-length", type=int, nargs="+", default=[128], metavar="T", help="default: 128")
+    parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="rows (default: 1; of kernels, several)")
+    parser.add_argument(
+        "--prompt-length", type=int, nargs="+", metavar="T", help="default: 128; of kernels, positions in the cache"
+    )
     parser.add_argument("--steps", type=int, default=64, metavar="N", help="decode steps a measurement (default: 64)")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="measurements (default: 7)")
     parser.add_argument("--versus", choices=["transformers"], help="measure this as well, in turns")
+    parser.add_argument(
+        "--kernels",
+        nargs="*",
+        metavar="OPERATION",
+        help="measure the operations of pallas_kernels alone, all or those named (moe, matvec, attention), at the "
+        "model's shapes, or at those of GPT-2 and GPT-OSS if no model is named",
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw --kernels as a roofline: PNG, PDF or SVG (needs matplotlib)"
+    )
+    parser.add_argument(
+        "--tune",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="instead, try the kernels' settings at these shapes, and write the fastest to the tile table that kernels "
+        "read on this device, or to FILE",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -55,6 +82,9 @@ def run(args: argparse.Namespace) -> int:
     from gptjax import bench, memory
 
     _check(args)
+    if args.kernels is not None or args.tune is not None:
+        return bench_kernels.run(args, _shapes(args))
+    args.batch, args.prompt_length = args.batch or [1], args.prompt_length or [128]
     if args.write_random is not None:
         return _write_random(args.random, args.write_random)
     model, params, name, directory, loading = _load(args)
@@ -85,12 +115,19 @@ def _check(args: argparse.Namespace) -> None:
 
     for name in ("batch", "prompt_length", "steps", "repeats"):
         values = getattr(args, name)
-        if min(values if isinstance(values, list) else [values]) < 1:
+        if values is not None and min(values if isinstance(values, list) else [values]) < 1:
             raise RequestError(f"--{name.replace('_', '-')} must be at least 1, found {values}")
     if args.random is not None and args.model is not None:
         raise RequestError("name a checkpoint or --random, not both")
     if args.write_random is not None and args.random is None:
         raise RequestError("--write-random needs a size to write: name it with --random, as in --random gpt-oss-20b")
+    if args.plot is not None and (args.kernels is None or args.tune is not None):
+        raise RequestError("--plot draws what --kernels measures: use it with --kernels, and without --tune")
+    alone = args.kernels is not None or args.tune is not None
+    if alone and (args.versus or args.write_random):
+        raise RequestError("--versus and --write-random are of whole models: leave out --kernels and --tune")
+    if args.tune is not None and args.json:
+        raise RequestError("--tune writes its result to the table: leave out --json")
 
 
 def _published(name: str) -> "ModelConfig":
@@ -100,6 +137,16 @@ def _published(name: str) -> "ModelConfig":
     if name not in PUBLISHED:
         raise RequestError(f"there is no size {name!r}; there are {', '.join(PUBLISHED)}")
     return PUBLISHED[name]
+
+
+def _shapes(args: argparse.Namespace) -> "dict[str, ModelConfig]":
+    """The models whose shapes kernels are measured at."""
+    from gptjax import hub
+    from gptjax.config import read_config
+
+    if args.model is not None:
+        return {args.model: read_config(hub.resolve(args.model))}
+    return {name: _published(name) for name in ([args.random] if args.random else _MEASURED)}
 
 
 def _write_random(name: str, directory: str) -> int:
@@ -131,7 +178,7 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
     runtime.enable_compilation_cache()
     model = registry.build(config, dtype=runtime.compute_dtype(args.dtype))
     memory.check(model, batch=max(args.batch), max_length=length)
-    params, loading = bench.measure_loading(lambda: registry.random_params(model))
+    params, loading = bench.measure_loading(lambda: registry.repacked(model, registry.random_params(model)))
     return model, params, f"{args.random} (random weights)", None, loading
 
 

@@ -1,8 +1,8 @@
 """The jitted steps that all generation is made of, and the state they pass along.
 
 `sample` then `advance` is one decoded token: a token can be read, and sent to its reader, while the device already
-works on the next. Each step takes the model as a static argument, so two models of one configuration share what was
-compiled.
+works on the next. `decode` is several of them in one call, for devices that compute a step faster than the host can
+ask for it. Each step takes the model as a static argument, so two models of one configuration share what was compiled.
 """
 
 import dataclasses
@@ -156,3 +156,25 @@ def advance(model: Model, params: Params, state: State, token_B: jax.Array, acti
         history_BS=state.history_BS.at[row_B1, slot_B1].set(token_B[:, None], mode="drop"),
         logits_BV=jnp.where(active_B[:, None], logits_BV, state.logits_BV),
     )
+
+
+@partial(jax.jit, static_argnames=("model", "num_steps"), donate_argnames=("state",))
+def decode(
+    model: Model, params: Params, state: State, settings: sampling.Sampling, active_B: jax.Array, num_steps: int
+) -> tuple[State, sampling.Sampled]:
+    """`sample` then `advance`, so many times over, in one call; to the bit what they give one by one.
+
+    The number of steps is static: the host waits at each turn of a loop whose end only the device knows.
+
+    Args:
+      active_B: bool; the other rows stay as they are.
+
+    Returns:
+      The state, and the tokens of all steps: a `Sampled` whose arrays have the steps as an axis before their own.
+    """
+
+    def step(state: State, _: None) -> tuple[State, sampling.Sampled]:
+        sampled = sample(state, settings)
+        return advance(model, params, state, sampled.token_B, active_B), sampled
+
+    return jax.lax.scan(step, state, length=num_steps)

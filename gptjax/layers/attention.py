@@ -14,6 +14,7 @@ from gptjax.layers.linear import Linear
 from gptjax.layers.observe import observe
 from gptjax.layers.rope import rotate, rotation
 from pallas_kernels.attention import attention
+from pallas_kernels.parts import Parts
 
 
 class Attention(nn.Module):
@@ -36,25 +37,34 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None
-    ) -> tuple[jax.Array, KVCache | None]:
-        """[B, T, D] -> [B, T, D], and the cache with this layer's new keys and values (None stays None)."""
+    ) -> tuple[Parts, KVCache | None]:
+        """[B, T, D] -> [B · T, D], last sums left, and the cache with the new keys and values (None stays None)."""
         N, K, H = self.num_heads, self.num_kv_heads, self.head_width
         linear = partial(
-            Linear, use_bias=self.use_bias, mxfp4=self.mxfp4, dtype=self.dtype, param_dtype=self.param_dtype
+            Linear,
+            use_bias=self.use_bias,
+            mxfp4=self.mxfp4,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            implementation=self.implementation,
         )
-        qkv = linear((N + 2 * K) * H, (WIDTH, QKV_HEADS), name="qkv")
-        heads_BTRH = qkv(x_BTD).reshape(*x_BTD.shape[:2], N + 2 * K, H)
-        q_BTNH, k_BTKH, v_BTKH = jnp.split(heads_BTRH, (N, N + K), axis=2)
-        for name, value in (("q", q_BTNH), ("k", k_BTKH), ("v", v_BTKH)):
-            observe(self, name, value)
-        if self.rope is not None:
-            cos, sin = rotation(self.rope, H, positions_BT)
-            q_BTNH, k_BTKH = rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin)
-        if cache is None:
-            k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
-            k_positions_BS = positions_BT
+        qkv = linear((N + 2 * K) * H, (WIDTH, QKV_HEADS), name="qkv").parts(x_BTD)
+        angles = None if self.rope is None else rotation(self.rope, H, positions_BT)
+        appended = None if cache is None else cache.appended(self.layer, qkv, angles, positions_BT, self.implementation)
+        if appended is not None:
+            q_BTNH, (k_BKSH, v_BKSH, k_positions_BS), cache = appended
         else:
-            (k_BKSH, v_BKSH, k_positions_BS), cache = cache.update(self.layer, k_BTKH, v_BTKH, positions_BT)
+            heads_BTRH = qkv.total().astype(self.dtype).reshape(*x_BTD.shape[:2], N + 2 * K, H)
+            q_BTNH, k_BTKH, v_BTKH = jnp.split(heads_BTRH, (N, N + K), axis=2)
+            for name, value in (("q", q_BTNH), ("k", k_BTKH), ("v", v_BTKH)):
+                observe(self, name, value)
+            if angles is not None:
+                q_BTNH, k_BTKH = rotate(q_BTNH, *angles), rotate(k_BTKH, *angles)
+            if cache is None:
+                k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
+                k_positions_BS = positions_BT
+            else:
+                (k_BKSH, v_BKSH, k_positions_BS), cache = cache.update(self.layer, k_BTKH, v_BTKH, positions_BT)
         sinks_N = None
         if self.use_sinks:
             init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (QUERY_HEADS,))
@@ -72,5 +82,5 @@ class Attention(nn.Module):
             implementation=self.implementation,
         )
         observe(self, "heads", out_BTNH)
-        out_BTD = linear(x_BTD.shape[-1], (HEADS, WIDTH), name="out")(out_BTNH.reshape(*x_BTD.shape[:2], N * H))
-        return out_BTD, cache
+        out = linear(x_BTD.shape[-1], (HEADS, WIDTH), name="out")
+        return out.parts(out_BTNH.reshape(*x_BTD.shape[:2], N * H)), cache

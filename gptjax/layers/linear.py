@@ -2,11 +2,11 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gptjax.layers.observe import observe
+from gptjax.layers.observe import observe_made
 from gptjax.layers.weight import product, weight
+from pallas_kernels.parts import Parts
 
 
 class Linear(nn.Module):
@@ -21,14 +21,24 @@ class Linear(nn.Module):
     param_dtype: DTypeLike
     use_bias: bool = True
     mxfp4: bool = False  # the kernel is packed
+    implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in] -> [..., out]."""
+    def parts(self, x: jax.Array) -> Parts:
+        """[..., in] -> [T, out], T tokens in a row, with the last sums left to whoever reads it."""
         shape = (x.shape[-1], self.features)
         kernel = weight(self, "kernel", shape, self.axes, param_dtype=self.param_dtype, mxfp4=self.mxfp4)
-        y = product(x, kernel, self.dtype)
+        bias = None
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
-            y = y + self.param("bias", bias_init, (self.features,), self.param_dtype).astype(jnp.float32)
-        return observe(self, "output", y.astype(self.dtype))
+            bias = self.param("bias", bias_init, (self.features,), self.param_dtype)
+        parts = product(x, kernel, bias, self.dtype, self.implementation)
+        observe_made(self, "output", lambda: self._summed(parts, x))
+        return parts
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., out]."""
+        return self._summed(self.parts(x), x)
+
+    def _summed(self, parts: Parts, x: jax.Array) -> jax.Array:
+        return parts.total().astype(self.dtype).reshape(*x.shape[:-1], self.features)

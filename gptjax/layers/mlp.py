@@ -13,6 +13,7 @@ from gptjax.axes import MLP as MLP_AXIS
 from gptjax.axes import WIDTH
 from gptjax.layers.linear import Linear
 from gptjax.layers.observe import observe
+from pallas_kernels.parts import Parts
 
 ACTIVATIONS: Final[dict[str, Callable[[jax.Array], jax.Array]]] = {
     "gelu_erf": partial(jax.nn.gelu, approximate=False),
@@ -31,12 +32,19 @@ class MLP(nn.Module):
     mxfp4: bool  # the kernels are packed
     dtype: DTypeLike
     param_dtype: DTypeLike
+    implementation: str
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
-        linear = partial(Linear, dtype=self.dtype, param_dtype=self.param_dtype, mxfp4=self.mxfp4)
+    def __call__(self, x_BTD: jax.Array) -> Parts:
+        """[B, T, D] -> [B · T, D], with the last sums left."""
+        linear = partial(
+            Linear,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            mxfp4=self.mxfp4,
+            implementation=self.implementation,
+        )
         h_BTF = linear(self.mlp_width, (WIDTH, MLP_AXIS), name="up")(x_BTD)
         h_BTF = ACTIVATIONS[self.activation](h_BTF.astype(jnp.float32)).astype(self.dtype)
         observe(self, "activation", h_BTF)
-        return linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down")(h_BTF)
+        return linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down").parts(h_BTF)

@@ -8,10 +8,33 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptjax.axes import EXPERTS, MLP, WIDTH
-from gptjax.layers.linear import Linear
-from gptjax.layers.observe import observe
-from gptjax.layers.weight import weight
+from gptjax.layers.observe import observe_made
+from gptjax.layers.weight import product, weight
 from pallas_kernels.moe import moe
+from pallas_kernels.parts import Parts
+from pallas_kernels.route import route
+
+
+class Router(nn.Module):
+    """The experts of each token, and the softmax over their logits."""
+
+    num_experts: int  # E
+    experts_per_token: int  # X
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    implementation: str
+
+    @nn.compact
+    def __call__(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[T, D] -> int32 experts [T, X] and float32 weights [T, X]."""
+        axes, shape = (WIDTH, EXPERTS), (x_TD.shape[-1], self.num_experts)
+        kernel = weight(self, "kernel", shape, axes, param_dtype=self.param_dtype, mxfp4=False)
+        bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (EXPERTS,))
+        bias_E = self.param("bias", bias_init, (self.num_experts,), self.param_dtype)
+        observe_made(
+            self, "output", lambda: product(x_TD, kernel, bias_E, self.dtype, "xla").total().astype(self.dtype)
+        )
+        return route(x_TD, kernel, bias_E, top=self.experts_per_token, implementation=self.implementation)
 
 
 class MoE(nn.Module):
@@ -31,13 +54,13 @@ class MoE(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]. Padding, at negative positions, is routed to no expert and gives 0."""
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array) -> Parts:
+        """[B, T, D] -> [B · T, D], last sums left. Padding, at negative positions, has no expert and gives 0."""
         E, F, D = self.num_experts, self.mlp_width, x_BTD.shape[-1]
-        router = Linear(E, (WIDTH, EXPERTS), dtype=self.dtype, param_dtype=self.param_dtype, name="router")
-        chosen_BTX, experts_BTX = jax.lax.top_k(router(x_BTD).astype(jnp.float32), self.experts_per_token)
-        weights_BTX = jax.nn.softmax(chosen_BTX, axis=-1)
-        experts_BTX = jnp.where(positions_BT[..., None] < 0, E, experts_BTX)
+        x_TD = x_BTD.reshape(-1, D).astype(self.dtype)
+        router = Router(E, self.experts_per_token, self.dtype, self.param_dtype, self.implementation, name="router")
+        experts_TX, weights_TX = router(x_TD)
+        experts_TX = jnp.where(positions_BT.reshape(-1, 1) < 0, E, experts_TX)
 
         def bias(name: str, size: int, axis: str) -> jax.Array:
             init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (EXPERTS, axis))
@@ -45,10 +68,10 @@ class MoE(nn.Module):
             return value
 
         kernel = partial(weight, self, param_dtype=self.param_dtype, mxfp4=self.mxfp4)
-        out_TD = moe(
-            x_BTD.reshape(-1, D).astype(self.dtype),
-            experts_BTX.reshape(-1, self.experts_per_token),
-            weights_BTX.reshape(-1, self.experts_per_token),
+        out = moe(
+            x_TD,
+            experts_TX,
+            weights_TX,
             kernel("gate_up_kernel", (E, D, 2 * F), (EXPERTS, WIDTH, MLP)),
             bias("gate_up_bias", 2 * F, MLP),
             kernel("down_kernel", (E, F, D), (EXPERTS, MLP, WIDTH)),
@@ -57,4 +80,5 @@ class MoE(nn.Module):
             limit=self.swiglu_limit,
             implementation=self.implementation,
         )
-        return observe(self, "output", out_TD.reshape(x_BTD.shape).astype(self.dtype))
+        observe_made(self, "output", lambda: out.total().reshape(x_BTD.shape).astype(self.dtype))
+        return out

@@ -1,4 +1,4 @@
-"""Normalisation, computed in float32."""
+"""Normalisation, computed in float32, of a residual stream to which something may be added first."""
 
 import flax.linen as nn
 import jax
@@ -7,44 +7,58 @@ from jax.typing import DTypeLike
 
 from gptjax.axes import WIDTH
 from gptjax.layers.observe import observe
+from pallas_kernels.add_norm import add_norm
+from pallas_kernels.parts import Parts
 
 
-class LayerNorm(nn.Module):
+class _Norm(nn.Module):
+    """What both have in common. The sum is the result's first part, for the residual stream goes on with it."""
+
+    epsilon: float
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    implementation: str = "auto"
+
+    def weight(self, name: str, init: nn.initializers.Initializer, width: int) -> jax.Array:
+        """Declares a vector."""
+        value: jax.Array = self.param(name, nn.with_logical_partitioning(init, (WIDTH,)), (width,), self.param_dtype)
+        return value
+
+    def run(
+        self, x: jax.Array, added: Parts | None, scale_D: jax.Array, bias_D: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The sum and its norm, of x's shape."""
+        sum_TD, normed_TD = add_norm(
+            x.reshape(-1, x.shape[-1]).astype(self.dtype),
+            added,
+            scale_D,
+            bias_D,
+            epsilon=self.epsilon,
+            center=bias_D is not None,
+            implementation=self.implementation,
+        )
+        return sum_TD.reshape(x.shape), observe(self, "output", normed_TD.reshape(x.shape))
+
+
+class LayerNorm(_Norm):
     """`(x - mean) / sqrt(variance + epsilon) * scale + bias`, with the biased variance, over the last axis."""
 
-    epsilon: float
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D] of `dtype`."""
-
-        def weight(name: str, init: nn.initializers.Initializer) -> jax.Array:
-            init = nn.with_logical_partitioning(init, (WIDTH,))
-            value: jax.Array = self.param(name, init, (x.shape[-1],), self.param_dtype)
-            return value.astype(jnp.float32)
-
-        x = x.astype(jnp.float32)
-        # The variance of differences from the mean: E[x²] - E[x]² loses all digits where the mean is large.
-        centred = x - x.mean(axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + self.epsilon)
-        scaled = normed * weight("scale", nn.initializers.ones_init()) + weight("bias", nn.initializers.zeros_init())
-        return observe(self, "output", scaled.astype(self.dtype))
+    def __call__(self, x: jax.Array, added: Parts | None = None) -> tuple[jax.Array, jax.Array]:
+        """`x += added`, and the norm of that: both [..., D] of `dtype`."""
+        scale_D = self.weight("scale", nn.initializers.ones_init(), x.shape[-1])
+        return self.run(x, added, scale_D, self.weight("bias", nn.initializers.zeros_init(), x.shape[-1]))
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(_Norm):
     """`x / sqrt(mean(x²) + epsilon) * scale`, over the last axis; multiplied before it is rounded to `dtype`."""
 
-    epsilon: float
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D] of `dtype`."""
-        init = nn.with_logical_partitioning(nn.initializers.ones_init(), (WIDTH,))
-        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
-        x = x.astype(jnp.float32)
-        normed = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
-        return observe(self, "output", (normed * scale).astype(self.dtype))
+    def __call__(self, x: jax.Array, added: Parts | None = None) -> tuple[jax.Array, jax.Array]:
+        """`x += added`, and the norm of that: both [..., D] of `dtype`."""
+        return self.run(x, added, self.weight("scale", nn.initializers.ones_init(), x.shape[-1]), None)
+
+
+def add(x: jax.Array, added: Parts) -> jax.Array:
+    """`x + added`, as the norms do it."""
+    return (x.astype(jnp.float32) + added.total().reshape(x.shape)).astype(x.dtype)

@@ -1,5 +1,7 @@
 """Letting a caller look at values inside the model, without a second copy of it."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 
@@ -13,3 +15,9 @@ def observe(module: nn.Module, name: str, value: jax.Array) -> jax.Array:
     """
     module.sow(COLLECTION, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
     return value
+
+
+def observe_made(module: nn.Module, name: str, make: Callable[[], jax.Array]) -> None:
+    """As `observe`, for a value that the model itself does not need: made only where it is looked at."""
+    if module.is_mutable_collection(COLLECTION):
+        observe(module, name, make())

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels.matvec import FEW, matvec
 from pallas_kernels.mxfp4 import BLOCK, MXFP4
+from pallas_kernels.parts import Parts
 
 Weight = jax.Array | MXFP4
 _STANDARD_DEVIATION = 0.02
@@ -39,7 +41,11 @@ def weight(
         return dense
     if summed == -2:
         shape, axes = (*shape[:-2], shape[-1], shape[-2]), (*axes[:-2], axes[-1], axes[-2])
-    packed: MXFP4 = module.param(name, partial(_boxed_mxfp4, shape=shape, axes=axes))
+    packed: MXFP4
+    if module.is_initializing():
+        packed = module.param(name, partial(_boxed_mxfp4, shape=shape, axes=axes))
+    else:
+        packed = module.get_variable("params", name)  # not `param`, whose check of shapes would refuse a repacked one
     return packed
 
 
@@ -48,11 +54,19 @@ def numbers(weight: Weight, dtype: DTypeLike) -> jax.Array:
     return weight.dequantize(dtype) if isinstance(weight, MXFP4) else weight.astype(dtype)
 
 
-def product(x: jax.Array, kernel: Weight, dtype: DTypeLike) -> jax.Array:
-    """[..., in] · [in, out], or packed [out, in], -> [..., out] float32. Operands are of `dtype`."""
-    summed = 1 if isinstance(kernel, MXFP4) else 0
-    contract = (((x.ndim - 1,), (summed,)), ((), ()))
-    return jax.lax.dot_general(x.astype(dtype), numbers(kernel, dtype), contract, preferred_element_type=jnp.float32)
+def product(
+    x: jax.Array, kernel: Weight, bias: jax.Array | None, dtype: DTypeLike, implementation: str = "auto"
+) -> Parts:
+    """[..., in] · [in, out], or packed [out, in], plus a bias: [T, out] float32, T tokens in a row.
+
+    Operands are of `dtype`.
+    """
+    x_TK = x.reshape(-1, x.shape[-1]).astype(dtype)
+    if isinstance(kernel, jax.Array) and x_TK.shape[0] <= FEW:
+        return matvec(x_TK, kernel.astype(dtype), bias, implementation=implementation)
+    contract = (((1,), (1 if isinstance(kernel, MXFP4) else 0,)), ((), ()))
+    y_TN = jax.lax.dot_general(x_TK, numbers(kernel, dtype), contract, preferred_element_type=jnp.float32)
+    return Parts(y_TN[None], bias_EN=None if bias is None else bias[None])
 
 
 def embed(embedding_VD: Weight, ids: jax.Array, dtype: DTypeLike) -> jax.Array:

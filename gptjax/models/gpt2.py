@@ -4,6 +4,7 @@ Source: openai/gpt-2 `src/model.py`; transformers `models/gpt2/modeling_gpt2.py`
 """
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -16,9 +17,10 @@ from gptjax.config.gpt2 import GPT2Config
 from gptjax.config.quantization import packs
 from gptjax.layers.attention import Attention
 from gptjax.layers.mlp import MLP
-from gptjax.layers.norm import LayerNorm
-from gptjax.layers.observe import observe
+from gptjax.layers.norm import LayerNorm, add
+from gptjax.layers.observe import observe, observe_made
 from gptjax.layers.weight import Weight, embed, unembed, weight
+from pallas_kernels.parts import Parts
 
 
 class Block(nn.Module):
@@ -32,10 +34,14 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None
-    ) -> tuple[jax.Array, KVCache | None]:
-        """[B, T, D] -> [B, T, D], and the cache with this layer's new keys and values."""
+        self, x_BTD: jax.Array, added: Parts | None, positions_BT: jax.Array, cache: KVCache | None
+    ) -> tuple[jax.Array, Parts, KVCache | None]:
+        """[B, T, D] -> [B, T, D], and the cache with this layer's new keys and values.
+
+        What a block adds last is passed on as `added`: the next norm reads the stream anyway, and adds it.
+        """
         config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = partial(LayerNorm, config.norm_epsilon, implementation=self.implementation, **dtypes)
         scale = 1 / math.sqrt(config.head_width) if config.scale_attention else 1.0
         if config.scale_attention_by_layer:
             scale /= self.layer + 1
@@ -50,15 +56,22 @@ class Block(nn.Module):
             name="attention",
             **dtypes,
         )
-        mlp = MLP(config.mlp_width, config.activation, packs(config.mxfp4, "linear"), name="mlp", **dtypes)
-
-        out_BTD, cache = attention(
-            LayerNorm(config.norm_epsilon, name="attention_norm", **dtypes)(x_BTD), positions_BT, cache
+        mlp = MLP(
+            config.mlp_width,
+            config.activation,
+            packs(config.mxfp4, "linear"),
+            implementation=self.implementation,
+            name="mlp",
+            **dtypes,
         )
-        x_BTD = observe(self, "attention_residual", x_BTD + out_BTD)
-        out_BTD = mlp(LayerNorm(config.norm_epsilon, name="mlp_norm", **dtypes)(x_BTD))
-        x_BTD = observe(self, "mlp_residual", x_BTD + out_BTD)
-        return x_BTD, cache
+
+        x_BTD, normed_BTD = norm(name="attention_norm")(x_BTD, added)
+        added, cache = attention(normed_BTD, positions_BT, cache)
+        x_BTD, normed_BTD = norm(name="mlp_norm")(x_BTD, added)
+        observe(self, "attention_residual", x_BTD)
+        added = mlp(normed_BTD)
+        observe_made(self, "mlp_residual", lambda: add(x_BTD, added))
+        return x_BTD, added, cache
 
 
 class GPT2(nn.Module):
@@ -89,7 +102,7 @@ class GPT2(nn.Module):
             Block(config, layer, implementation=self.implementation, name=f"block_{layer}", **dtypes)
             for layer in range(config.num_layers)
         ]
-        self.final_norm = LayerNorm(config.norm_epsilon, **dtypes)
+        self.final_norm = LayerNorm(config.norm_epsilon, implementation=self.implementation, **dtypes)
         if not config.tied_head:
             self.head_embedding = self._embedding("head_embedding")
 
@@ -112,9 +125,11 @@ class GPT2(nn.Module):
         positions_BTD = self.position_embedding[jnp.maximum(positions_BT, 0)]
         x_BTD = tokens_BTD + positions_BTD.astype(self.dtype)
         observe(self, "embedding", x_BTD)
+        added = None
         for block in self.blocks:
-            x_BTD, cache = block(x_BTD, positions_BT, cache)
-        return self.final_norm(x_BTD), None if cache is None else cache.extended(positions_BT)
+            x_BTD, added, cache = block(x_BTD, added, positions_BT, cache)
+        _, hidden_BTD = self.final_norm(x_BTD, added)
+        return hidden_BTD, None if cache is None else cache.extended(positions_BT)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits of hidden states, [..., D] -> [..., V] float32."""

@@ -4,6 +4,7 @@ Source: openai/gpt-oss `gpt_oss/torch/model.py`; transformers `models/gpt_oss/mo
 """
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -16,9 +17,10 @@ from gptjax.config.gpt_oss import GptOssConfig
 from gptjax.config.quantization import packs
 from gptjax.layers.attention import Attention
 from gptjax.layers.moe import MoE
-from gptjax.layers.norm import RMSNorm
-from gptjax.layers.observe import observe
+from gptjax.layers.norm import RMSNorm, add
+from gptjax.layers.observe import observe, observe_made
 from gptjax.layers.weight import Weight, embed, unembed, weight
+from pallas_kernels.parts import Parts
 
 
 class Block(nn.Module):
@@ -32,10 +34,14 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None
-    ) -> tuple[jax.Array, KVCache | None]:
-        """[B, T, D] -> [B, T, D], and the cache with this layer's new keys and values."""
+        self, x_BTD: jax.Array, added: Parts | None, positions_BT: jax.Array, cache: KVCache | None
+    ) -> tuple[jax.Array, Parts, KVCache | None]:
+        """[B, T, D] -> [B, T, D], and the cache with this layer's new keys and values.
+
+        What a block adds last is passed on as `added`: the next norm reads the stream anyway, and adds it.
+        """
         config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = partial(RMSNorm, config.norm_epsilon, implementation=self.implementation, **dtypes)
         attention = Attention(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
@@ -63,12 +69,13 @@ class Block(nn.Module):
             **dtypes,
         )
 
-        normed_BTD = RMSNorm(config.norm_epsilon, name="attention_norm", **dtypes)(x_BTD)
-        out_BTD, cache = attention(normed_BTD, positions_BT, cache)
-        x_BTD = observe(self, "attention_residual", x_BTD + out_BTD)
-        out_BTD = moe(RMSNorm(config.norm_epsilon, name="moe_norm", **dtypes)(x_BTD), positions_BT)
-        x_BTD = observe(self, "moe_residual", x_BTD + out_BTD)
-        return x_BTD, cache
+        x_BTD, normed_BTD = norm(name="attention_norm")(x_BTD, added)
+        added, cache = attention(normed_BTD, positions_BT, cache)
+        x_BTD, normed_BTD = norm(name="moe_norm")(x_BTD, added)
+        observe(self, "attention_residual", x_BTD)
+        added = moe(normed_BTD, positions_BT)
+        observe_made(self, "moe_residual", lambda: add(x_BTD, added))
+        return x_BTD, added, cache
 
 
 class GptOss(nn.Module):
@@ -94,7 +101,7 @@ class GptOss(nn.Module):
             Block(config, layer, implementation=self.implementation, name=f"block_{layer}", **dtypes)
             for layer in range(config.num_layers)
         ]
-        self.final_norm = RMSNorm(config.norm_epsilon, **dtypes)
+        self.final_norm = RMSNorm(config.norm_epsilon, implementation=self.implementation, **dtypes)
         if not config.tied_head:
             self.head_embedding = self._embedding("head_embedding")
 
@@ -114,9 +121,11 @@ class GptOss(nn.Module):
         # Padding reads row 0, whatever stands there: it is not attended to, and must only be in bounds.
         x_BTD = embed(self.token_embedding, jnp.where(positions_BT < 0, 0, tokens_BT), self.dtype)
         observe(self, "embedding", x_BTD)
+        added = None
         for block in self.blocks:
-            x_BTD, cache = block(x_BTD, positions_BT, cache)
-        return self.final_norm(x_BTD), None if cache is None else cache.extended(positions_BT)
+            x_BTD, added, cache = block(x_BTD, added, positions_BT, cache)
+        _, hidden_BTD = self.final_norm(x_BTD, added)
+        return hidden_BTD, None if cache is None else cache.extended(positions_BT)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits of hidden states, [..., D] -> [..., V] float32."""

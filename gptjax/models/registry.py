@@ -18,6 +18,7 @@ from gptjax.errors import CapacityError, RequestError
 from gptjax.layers.weight import random_mxfp4
 from gptjax.models.gpt2 import GPT2
 from gptjax.models.gpt_oss import GptOss
+from pallas_kernels import moe
 from pallas_kernels.mxfp4 import MXFP4
 
 Model = GPT2 | GptOss  # the union of all models
@@ -80,6 +81,19 @@ def _float32_params(config: ModelConfig) -> Params:
     params = jax.eval_shape(lambda: init_params(single, jax.random.key(0)))
     block = params.pop("block_0")
     return params | {f"block_{layer}": block for layer in range(config.num_layers)}
+
+
+def repacked(model: Model, params: Params) -> Params:
+    """The weights in the layout that the device's kernels want; what is repacked is deleted as it was given."""
+    leaves, tree = jax.tree.flatten(params, is_leaf=lambda node: isinstance(node, MXFP4))
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, MXFP4) and leaf.ndim == 3:  # experts
+            leaves[i] = moe.repacked(leaf, model.implementation)
+            if leaves[i] is not leaf:
+                jax.block_until_ready(leaves[i])
+                leaf.blocks.delete()
+                leaf.scales.delete()
+    return jax.tree.unflatten(tree, leaves)
 
 
 def weights(params: Params) -> dict[tuple[str, ...], Any]:

@@ -1,6 +1,10 @@
 """Scaled dot-product attention over keys and values that may lie in a cache."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import reference
@@ -37,9 +41,9 @@ def attention(
       sinks_N: a logit of each query head that takes its share of the softmax and has no value; None for no sinks.
       scale: what scores are multiplied with.
       window: the positions that a query sees, itself included; None for all up to its own.
-      cached: the keys lie in a preallocated cache, at most partly filled: read only the blocks in use. Otherwise all
-        scores are computed at once, which can be differentiated.
-      implementation: "auto" or "xla".
+      cached: the keys lie in a preallocated cache, where position p is at place p mod S: only what is in use is read.
+        Otherwise all scores are computed at once, which can be differentiated.
+      implementation: "auto", "mosaic" or "triton" (both for one query a row, over a cache; Mosaic for bfloat16), or "xla".
 
     Returns:
       [B, T, N, H], of the queries' dtype. Products take operands of the given dtypes and accumulate in float32.
@@ -50,6 +54,35 @@ def attention(
     N, K = q_BTNH.shape[2], k_BKSH.shape[1]
     if N % K:
         raise ValueError(f"{N} query heads cannot share {K} key/value heads: not a multiple")
-    available = {"xla": reference.cached if cached else reference.dense}
+    available: dict[str, Callable[..., jax.Array]] = {dispatch.XLA: reference.cached if cached else reference.dense}
+    if cached and q_BTNH.shape[1] == 1 and (window is None or window >= k_BKSH.shape[2]):
+        wanted = dispatch.wanted(implementation)
+        if wanted == dispatch.TRITON:
+            from pallas_kernels.attention import triton
+
+            available[wanted] = partial(_decode, triton.decode)
+        elif wanted == dispatch.MOSAIC and q_BTNH.dtype == k_BKSH.dtype == jnp.bfloat16:
+            from pallas_kernels.attention import mosaic
+
+            if q_BTNH.shape[-1] % mosaic.WIDTHS == 0:
+                available[wanted] = partial(_decode, mosaic.decode)
     run = dispatch.choose("attention", implementation, available)
     return run(q_BTNH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, sinks_N, scale=scale, window=window)
+
+
+def _decode(
+    kernel: Callable[..., jax.Array],
+    q_B1NH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    q_positions_B1: jax.Array,
+    k_positions_BS: jax.Array,
+    sinks_N: jax.Array | None,
+    *,
+    scale: float,
+    window: int | None,
+) -> jax.Array:
+    """One query a row sees all places in use, which come first: of a ring too, where their order does not matter."""
+    del k_positions_BS, window
+    counts_B = jnp.clip(q_positions_B1[:, 0] + 1, 0, k_BKSH.shape[2])
+    return kernel(q_B1NH[:, 0], k_BKSH, v_BKSH, counts_B, sinks_N, scale=scale)[:, None]

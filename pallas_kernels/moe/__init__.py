@@ -1,3 +1,3 @@
-from pallas_kernels.moe.api import moe
+from pallas_kernels.moe.api import moe, repacked
 
-__all__ = ["moe"]
+__all__ = ["moe", "repacked"]

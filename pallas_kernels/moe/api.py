@@ -1,25 +1,30 @@
 """A mixture of experts: each token goes through a few of many feed-forward networks."""
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.fragments import TILE, MXFP4Fragments
 from pallas_kernels.moe import reference
 from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.parts import Parts
+
+LARGEST_SCALE = 192  # that the kernels take, of MXFP4: 2^65
 
 
 def moe(
     x_TD: jax.Array,
     experts_TX: jax.Array,
     weights_TX: jax.Array,
-    gate_up: jax.Array | MXFP4,
+    gate_up: jax.Array | MXFP4 | MXFP4Fragments,
     gate_up_bias_E2F: jax.Array,
-    down: jax.Array | MXFP4,
+    down: jax.Array | MXFP4 | MXFP4Fragments,
     down_bias_ED: jax.Array,
     *,
     alpha: float,
     limit: float,
     implementation: str = dispatch.AUTO,
-) -> jax.Array:
+) -> Parts:
     """The weighted sum of the chosen experts' clamped SwiGLU networks.
 
     Means, for token t, with e = experts[t, x]:
@@ -39,13 +44,38 @@ def moe(
       down: [E, F, D]; or packed, [E, D, F].
       gate_up_bias_E2F, down_bias_ED: of any floating dtype.
       alpha, limit: of the activation.
-      implementation: "auto" or "xla".
+      implementation: "auto", "mosaic" (repacked weights and bfloat16) or "xla".
 
     Returns:
-      [T, D] float32. A token's bits do not depend on the others, for a given T.
+      [T, D] float32, the last sums left to whoever reads it. A token's bits do not depend on the others, for a given T.
 
     Raises:
-      ValueError: an unknown implementation.
+      ValueError: an unknown implementation, or one that does not take these operands.
     """
-    run = dispatch.choose("moe", implementation, {"xla": reference.grouped})
+    available = {dispatch.XLA: reference.grouped}
+    repacked = isinstance(gate_up, MXFP4Fragments) and isinstance(down, MXFP4Fragments)
+    if dispatch.wanted(implementation) == dispatch.MOSAIC and repacked and x_TD.dtype == jnp.bfloat16:
+        from pallas_kernels.moe import mosaic
+
+        available[dispatch.MOSAIC] = mosaic.routed
+    run = dispatch.choose("moe", implementation, available)
     return run(x_TD, experts_TX, weights_TX, gate_up, gate_up_bias_E2F, down, down_bias_ED, alpha=alpha, limit=limit)
+
+
+def repacked(weight: MXFP4, implementation: str = dispatch.AUTO) -> MXFP4 | MXFP4Fragments:
+    """Experts' weights [E, N, K] in the layout that this device's kernels want.
+
+    They stay as they are where there is no kernel for them: on other devices, where N or K is no multiple of 64, and where
+    a scale is above `LARGEST_SCALE`, which no model has that works.
+    """
+    if dispatch.wanted(implementation) != dispatch.MOSAIC or any(size % TILE for size in weight.shape[-2:]):
+        return weight
+    if int(weight.scales.max()) > LARGEST_SCALE:
+        return weight
+    return _repack(weight)
+
+
+@jax.jit
+def _repack(weight: MXFP4) -> MXFP4Fragments:
+    """An expert at a time: what lies between the two layouts is eight times as large."""
+    return jax.lax.map(MXFP4Fragments.of, weight)

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.fragments import MXFP4Fragments
+from pallas_kernels.moe import routing
+from pallas_kernels.moe.routing import Groups
 from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.parts import Parts
 
 LARGEST_GROUP = 128  # tokens of one expert that are computed together, at most
 # Groups whose weights are unpacked and multiplied at a time. With 1, a token of gpt-oss-tales takes 19 to 21 ms on two
@@ -20,19 +23,17 @@ def grouped(
     x_TD: jax.Array,
     experts_TX: jax.Array,
     weights_TX: jax.Array,
-    gate_up: jax.Array | MXFP4,
+    gate_up: jax.Array | MXFP4 | MXFP4Fragments,
     gate_up_bias_E2F: jax.Array,
-    down: jax.Array | MXFP4,
+    down: jax.Array | MXFP4 | MXFP4Fragments,
     down_bias_ED: jax.Array,
     *,
     alpha: float,
     limit: float,
-) -> jax.Array:
+) -> Parts:
     """Tokens sorted by expert, in groups of one expert each, whose weights alone are unpacked. See `api.moe`."""
     E = gate_up_bias_E2F.shape[0]
-    experts_TX = jnp.where((experts_TX >= 0) & (experts_TX < E), experts_TX, E)
-    groups = _grouping(experts_TX, E)
-    X = experts_TX.shape[1]
+    groups, places_TX = routing.sorted_groups(experts_TX, E, group_sizes(experts_TX.size, E)[0])
     expert = partial(
         _expert,
         gate_up=gate_up,
@@ -43,26 +44,25 @@ def grouped(
         limit=limit,
     )
 
-    def run(experts_G: jax.Array, pairs_GM: jax.Array) -> jax.Array:
-        return jax.vmap(lambda expert_id, pairs_M: expert(x_TD[pairs_M // X], expert_id))(experts_G, pairs_GM)
+    def run(experts_G: jax.Array, rows_GM: jax.Array) -> jax.Array:
+        rows_GM = jnp.maximum(rows_GM, 0)  # any will do where a place is empty
+        return jax.vmap(lambda expert_id, rows_M: expert(x_TD[rows_M], expert_id))(experts_G, rows_GM)
 
     width = x_TD.shape[1]
-    y_TXD = jax.lax.platform_dependent(
+    y_GMD = jax.lax.platform_dependent(
         groups,
         # A bound that is known at run time only costs nothing on a CPU, and elsewhere a wait of the host in each turn.
-        cpu=lambda groups: _in_turn(run, groups, groups.num_used, width=width),
-        default=lambda groups: _in_turn(run, groups, groups.pairs_GM.shape[0], width=width),
+        cpu=lambda groups: _in_turn(run, groups, _num_used(groups), width=width),
+        default=lambda groups: _in_turn(run, groups, groups.rows_GR.shape[0], width=width),
     )
-    return jnp.sum(jnp.where((experts_TX < E)[..., None], y_TXD * weights_TX[..., None], 0), axis=1)
+    # Where a pair is not in any group, any place is as good, for its value is not taken.
+    y_TXD = y_GMD[places_TX]
+    return Parts(jnp.sum(jnp.where((places_TX >= 0)[..., None], y_TXD * weights_TX[..., None], 0), axis=1)[None])
 
 
-class _Groups(NamedTuple):
-    """Pairs (token, one of its experts) in groups of M of the same expert. Pair p is token p // X, choice p % X."""
-
-    experts_G: jax.Array  # of each group; any where a group is empty
-    pairs_GM: jax.Array  # of each place; pair 0 where a place is empty
-    place_TX: jax.Array  # of each pair in the flattened groups, 0 where it is in none
-    num_used: jax.Array  # groups that are not empty: these come first
+def _num_used(groups: Groups) -> jax.Array:
+    """Groups that are not empty: these come first."""
+    return jnp.sum(groups.rows_GR[:, 0] >= 0, dtype=jnp.int32)
 
 
 def group_sizes(num_pairs: int, num_experts: int) -> tuple[int, int]:
@@ -74,62 +74,35 @@ def group_sizes(num_pairs: int, num_experts: int) -> tuple[int, int]:
     return places, min(num_pairs, num_pairs // places + num_experts)
 
 
-def _grouping(experts_TX: jax.Array, num_experts: int) -> _Groups:
-    """As many groups as there can be at most: the pairs in full groups, and one begun for each expert."""
-    T, X = experts_TX.shape
-    P = T * X
-    M, G = group_sizes(P, num_experts)
-    experts_P = experts_TX.reshape(P)
-    order_P = jnp.argsort(experts_P, stable=True).astype(jnp.int32)
-    counts_E = jnp.zeros((num_experts,), jnp.int32).at[experts_P].add(1, mode="drop")
-    groups_E = (counts_E + M - 1) // M
-    first_pair_E, first_group_E = (jnp.cumsum(x) - x for x in (counts_E, groups_E))
-    num_used = groups_E.sum()
-
-    group_G = jnp.arange(G, dtype=jnp.int32)
-    experts_G = jnp.minimum(jnp.searchsorted(jnp.cumsum(groups_E), group_G, side="right"), num_experts - 1)
-    rank_GM = ((group_G - first_group_E[experts_G]) * M)[:, None] + jnp.arange(M, dtype=jnp.int32)
-    filled_GM = (rank_GM < counts_E[experts_G][:, None]) & (group_G < num_used)[:, None]
-    sorted_GM = jnp.where(filled_GM, first_pair_E[experts_G][:, None] + rank_GM, 0)
-    pairs_GM = jnp.where(filled_GM, order_P[sorted_GM], 0)
-    place_P = (
-        jnp.zeros((P,), jnp.int32)
-        .at[jnp.where(filled_GM, pairs_GM, P)]
-        .set(jnp.arange(G * M, dtype=jnp.int32).reshape(G, M), mode="drop")
-    )
-    return _Groups(experts_G.astype(jnp.int32), pairs_GM, place_P.reshape(T, X), num_used)
-
-
 def _in_turn(
-    run: Callable[[jax.Array, jax.Array], jax.Array], groups: _Groups, num_groups: jax.Array | int, *, width: int
+    run: Callable[[jax.Array, jax.Array], jax.Array], groups: Groups, num_groups: jax.Array | int, *, width: int
 ) -> jax.Array:
-    """Each pair's result [T, X, D]: TOGETHER groups at a time, until `num_groups` have run."""
-    G, M = groups.pairs_GM.shape
+    """Each place's result [G · M, D]: TOGETHER groups at a time, until `num_groups` have run."""
+    G, M = groups.rows_GR.shape
     together = min(TOGETHER, G)
     missing = -G % together
     experts_G = jnp.pad(groups.experts_G, (0, missing))
-    pairs_GM = jnp.pad(groups.pairs_GM, ((0, missing), (0, 0)))
+    rows_GM = jnp.pad(groups.rows_GR, ((0, missing), (0, 0)))
 
     def step(turn: jax.Array, out_GMD: jax.Array) -> jax.Array:
         start = turn * together
-        part = run(*(jax.lax.dynamic_slice_in_dim(array, start, together) for array in (experts_G, pairs_GM)))
+        part = run(*(jax.lax.dynamic_slice_in_dim(array, start, together) for array in (experts_G, rows_GM)))
         return jax.lax.dynamic_update_slice_in_dim(out_GMD, part, start, axis=0)
 
     # Zero, but not to the compiler: of a constant, copies for all layers are made before the first one runs, and held.
-    zero = (groups.num_used < 0).astype(jnp.float32)
+    zero = (groups.experts_G[0] < 0).astype(jnp.float32)
     out_GMD = jnp.full((G + missing, M, width), zero)
     out_GMD = jax.lax.fori_loop(0, (num_groups + together - 1) // together, step, out_GMD)
-    # Where a pair is not in any group, place 0 is as good as any, for its value is not taken.
-    return out_GMD.reshape(-1, width)[groups.place_TX]
+    return out_GMD.reshape(-1, width)
 
 
 def _expert(
     x_MD: jax.Array,
     expert: jax.Array,
     *,
-    gate_up: jax.Array | MXFP4,
+    gate_up: jax.Array | MXFP4 | MXFP4Fragments,
     gate_up_bias_E2F: jax.Array,
-    down: jax.Array | MXFP4,
+    down: jax.Array | MXFP4 | MXFP4Fragments,
     down_bias_ED: jax.Array,
     alpha: float,
     limit: float,
@@ -141,7 +114,7 @@ def _expert(
     return _product(activation_MF.astype(x_MD.dtype), down, expert) + down_bias_ED[expert].astype(jnp.float32)
 
 
-def _product(x: jax.Array, weight: jax.Array | MXFP4, expert: jax.Array) -> jax.Array:
+def _product(x: jax.Array, weight: jax.Array | MXFP4 | MXFP4Fragments, expert: jax.Array) -> jax.Array:
     one = weight[expert]
-    numbers, axis = (one.dequantize(x.dtype), 1) if isinstance(one, MXFP4) else (one.astype(x.dtype), 0)
+    numbers, axis = (one.dequantize(x.dtype), 1) if isinstance(one, MXFP4 | MXFP4Fragments) else (one.astype(x.dtype), 0)
     return jax.lax.dot_general(x, numbers, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)

@@ -13,7 +13,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gptjax.cache import KVCache
-from gptjax.models.gpt2 import GPT2, Block
+from gptjax.layers.observe import COLLECTION
+from gptjax.models.gpt2 import GPT2
 
 _TOP = {
     "wte.weight": "token_embedding",
@@ -76,11 +77,10 @@ def run(
         tokens_BT,
         positions_BT,
         cache,
-        capture_intermediates=lambda module, method: isinstance(module, Block) and method == "__call__",
-        mutable=["intermediates"],
+        mutable=[COLLECTION],
     )
-    captured = [state["intermediates"][f"block_{layer}"]["__call__"] for layer in range(model.config.num_layers)]
-    blocks_LBTD = jnp.stack([calls[0][0] for calls in captured])
+    seen = state[COLLECTION]
+    blocks_LBTD = jnp.stack([seen[f"block_{layer}"]["mlp_residual"] for layer in range(model.config.num_layers)])
     return Outputs(blocks_LBTD, final_BTD, model.apply({"params": params}, final_BTD, method="head")), cache
 
 

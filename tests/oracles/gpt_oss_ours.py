@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from gptjax import api
 from gptjax.cache import KVCache
 from gptjax.config import GptOssConfig, read_config
+from gptjax.layers.observe import COLLECTION
 from gptjax.models import registry
 from gptjax.models.registry import Model, Params
 from pallas_kernels.mxfp4 import MXFP4
@@ -86,11 +87,10 @@ def run(
         tokens_BT,
         positions_BT,
         cache,
-        capture_intermediates=lambda module, method: method == "__call__" and (module.name or "").startswith("block_"),
-        mutable=["intermediates"],
+        mutable=[COLLECTION],
     )
-    captured = [state["intermediates"][f"block_{layer}"]["__call__"] for layer in range(model.config.num_layers)]
-    blocks_LBTD = jnp.stack([calls[0][0] for calls in captured])
+    seen = state[COLLECTION]
+    blocks_LBTD = jnp.stack([seen[f"block_{layer}"]["moe_residual"] for layer in range(model.config.num_layers)])
     return Outputs(blocks_LBTD, final_BTD, model.apply({"params": params}, final_BTD, method="head")), cache
 
 

@@ -1,0 +1,134 @@
+"""`gptjax bench --kernels` and `--tune`."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gptjax.config import ModelConfig
+    from gptjax.kernel_bench import Ceilings, KernelResult, NotRun
+    from gptjax.kernel_cases import Case
+
+_HEADS = f"{'operation':9}  {'shape':38}  rows  by       {'µs':>10}  spread      GB/s  of ceiling    error"
+
+
+def run(args: argparse.Namespace, models: "dict[str, ModelConfig]") -> int:
+    """Runs the command for the shapes of these models."""
+    import jax
+
+    from gptjax import kernel_cases, runtime
+    from gptjax.errors import RequestError
+    from gptjax.quantization import check_plot
+
+    operations = args.kernels or kernel_cases.OPERATIONS
+    for unknown in set(operations) - set(kernel_cases.OPERATIONS):
+        there = ", ".join(kernel_cases.OPERATIONS)
+        raise RequestError(
+            f"there is no operation {unknown!r}, there are {there}; a model's name goes before --kernels"
+        )
+    if args.plot is not None:
+        check_plot(args.plot)
+    runtime.enable_compilation_cache()
+    device, dtype = jax.devices()[0].device_kind, runtime.compute_dtype(args.dtype).name
+    cases = kernel_cases.cases(
+        models, dtype=dtype, operations=operations, rows=args.batch, positions=args.prompt_length
+    )
+    if not cases:
+        raise RequestError(
+            f"{', '.join(models)} has none of {', '.join(operations)}, or not so many positions; name others"
+        )
+    if args.tune is not None:
+        return _tune(cases, args.tune, device, repeats=args.repeats)
+    return _measure(cases, args, device, dtype)
+
+
+def _measure(cases: "dict[Case, list[str]]", args: argparse.Namespace, device: str, dtype: str) -> int:
+    import jax
+
+    from gptjax import kernel_bench
+
+    ceilings = kernel_bench.measure_ceilings(dtype)
+    title = f"{dtype} on {device}, JAX {jax.__version__}"
+    if not args.json:
+        _print_ceilings(title, ceilings)
+    results, not_run = [], []
+    for each in kernel_bench.run(cases, kernel_bench.implementations(), repeats=args.repeats):
+        if isinstance(each, kernel_bench.KernelResult):
+            results.append(each)
+        else:
+            not_run.append(each)
+        if not args.json:
+            _print(each, ceilings)
+    if args.json:
+        facts = {"device": device, "dtype": dtype, "jax": jax.__version__, **ceilings.to_json()}
+        facts["results"] = [result.to_json(ceilings.bytes_per_second) for result in results]
+        facts["not_run"] = [each.to_json() for each in not_run]
+        print(json.dumps(facts))
+    if args.plot is not None and results:
+        kernel_bench.plot(results, ceilings, args.plot, title=title)
+    return 0 if results else 1
+
+
+def _print_ceilings(title: str, ceilings: "Ceilings") -> None:
+    from gptjax.units import readable
+
+    print(
+        f"{title}: a large copy moves {readable(int(ceilings.copy))}/s, a large sum reads "
+        f"{readable(int(ceilings.read))}/s, a large product does {ceilings.flops / 1e12:.3g} TFLOP/s"
+    )
+    print(f"within each time, but attention's: {1e6 * ceilings.link:.1f} µs for making an input of the last result")
+    print(_HEADS, flush=True)
+
+
+def _start(case: "Case", implementation: str) -> str:
+    return f"{case.operation:9}  {case.shape:38}  {case.rows:4}  {implementation:7}"
+
+
+def _print(each: "KernelResult | NotRun", ceilings: "Ceilings") -> None:
+    from gptjax.kernel_bench import NotRun
+
+    start = _start(each.case, each.implementation)
+    if isinstance(each, NotRun):
+        print(f"{start}  not run: {each.reason}", flush=True)
+        return
+    notes = ["noise"] * each.call.noisy + ["may come from a cache"] * each.cached
+    print(
+        f"{start}  {1e6 * each.call.median:10.2f}  {each.call.spread / each.call.median:6.0%}  "
+        f"{each.bytes_per_second / 1e9:8.1f}  {each.bytes_per_second / ceilings.bytes_per_second:10.0%}  "
+        f"{each.error:7.1e}  {', '.join(each.models)}" + "".join(f"; {note}" for note in notes),
+        flush=True,
+    )
+
+
+def _tune(cases: "dict[Case, list[str]]", target: str, device: str, *, repeats: int) -> int:
+    from gptjax import kernel_bench
+    from gptjax.errors import RequestError
+    from pallas_kernels import tiles
+
+    file = Path(target) if target else tiles.path(device)
+    if file.suffix != ".json" or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise RequestError(f"{file} is no table that can be written; name one, as in --tune tiles.json")
+    try:
+        tiles.read(file)  # so that its faults are known before the work is done
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+    attempts = []
+    for case in cases:
+        for name in kernel_bench.implementations():
+            for each in kernel_bench.tune(case, name, repeats=repeats):
+                if isinstance(each, kernel_bench.NotRun):
+                    print(f"{_start(case, name)}  not run: {each.reason}", flush=True)
+                else:
+                    attempts.append(each)
+                    said = f"{1e6 * each.call.median:10.2f} µs  error {each.error:7.1e}  {each.settings}"
+                    print(f"{_start(case, name)}  {said}", flush=True)
+    entries = kernel_bench.fastest(attempts)
+    if not entries:
+        raise RequestError(
+            f"no kernel that runs on {device} has settings to try; tune on a GPU that Pallas kernels run on"
+        )
+    tiles.update(file, entries)
+    print(f"{file}: {len(entries)} of {len(attempts)} settings that ran")
+    return 0

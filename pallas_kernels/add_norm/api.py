@@ -1,0 +1,78 @@
+"""What a block of a transformer ends with and the next begins with: adding to the residual, and the norm of the sum."""
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.add_norm import reference
+from pallas_kernels.parts import Parts
+
+
+def add_norm(
+    x_TD: jax.Array,
+    terms: Parts | None,
+    scale_D: jax.Array,
+    bias_D: jax.Array | None = None,
+    *,
+    epsilon: float,
+    center: bool,
+    implementation: str = dispatch.AUTO,
+) -> tuple[jax.Array, jax.Array]:
+    """x + terms, and the norm of that.
+
+    Means, in float32:
+
+        sum    = (x + terms.total()), rounded to x's dtype
+        y      = sum - mean(sum) if center else sum
+        normed = (y / sqrt(mean(y²) + epsilon) * scale + bias), rounded to x's dtype
+
+    Args:
+      x_TD: one row a token.
+      terms: what is added; None for nothing: then the sum is x itself.
+      scale_D, bias_D: of any floating dtype; no bias adds nothing.
+      epsilon: added to the mean of squares.
+      center: LayerNorm, which subtracts the mean; else RMSNorm.
+      implementation: "auto", "mosaic" (bfloat16, up to 128 rows, on Hopper) or "xla".
+
+    Returns:
+      The sum and the norm, [T, D] of x's dtype. A token's bits do not depend on the others, for a given T.
+
+    Raises:
+      ValueError: an unknown implementation, or one that does not take these operands.
+    """
+    available = {dispatch.XLA: reference.add_norm}
+    if dispatch.wanted(implementation) == dispatch.MOSAIC:
+        from pallas_kernels.add_norm import mosaic
+
+        if mosaic.supports(x_TD, terms, scale_D, bias_D):
+            available[dispatch.MOSAIC] = mosaic.add_norm
+    run = dispatch.choose("add_norm", implementation, available)
+    return run(x_TD, terms, scale_D, bias_D, epsilon=epsilon, center=center)
+
+
+def add_norm_route(
+    x_TD: jax.Array,
+    terms: Parts | None,
+    scale_D: jax.Array,
+    router_DE: jax.Array,
+    router_bias_E: jax.Array,
+    *,
+    epsilon: float,
+    top: int,
+    implementation: str = dispatch.AUTO,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """x + terms, the RMSNorm of that, and the experts which that is routed to: `add_norm`, then `route`, as one.
+
+    Returns:
+      The sum and the norm, [T, D] of x's dtype; int32 numbers of experts and their float32 weights, [T, top].
+
+    Raises:
+      ValueError: an unknown implementation, or one that does not take these operands.
+    """
+    available = {dispatch.XLA: reference.add_norm_route}
+    if dispatch.wanted(implementation) == dispatch.MOSAIC:
+        from pallas_kernels.add_norm import mosaic
+
+        if mosaic.supports_route(x_TD, terms, scale_D, router_DE, router_bias_E, top=top):
+            available[dispatch.MOSAIC] = mosaic.add_norm_route
+    run = dispatch.choose("add_norm_route", implementation, available)
+    return run(x_TD, terms, scale_D, router_DE, router_bias_E, epsilon=epsilon, top=top)

@@ -1,0 +1,43 @@
+"""A residual's sum and its norm in jnp, which XLA compiles."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.parts import Parts
+from pallas_kernels.route import reference as route
+
+
+def add_norm(
+    x_TD: jax.Array,
+    terms: Parts | None,
+    scale_D: jax.Array,
+    bias_D: jax.Array | None = None,
+    *,
+    epsilon: float,
+    center: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.add_norm`."""
+    sum_TD = x_TD if terms is None else (x_TD.astype(jnp.float32) + terms.total()).astype(x_TD.dtype)
+    y_TD = sum_TD.astype(jnp.float32)
+    if center:
+        y_TD -= y_TD.mean(axis=-1, keepdims=True)
+    normed_TD = y_TD * jax.lax.rsqrt(jnp.square(y_TD).mean(axis=-1, keepdims=True) + epsilon)
+    normed_TD *= scale_D.astype(jnp.float32)
+    if bias_D is not None:
+        normed_TD += bias_D.astype(jnp.float32)
+    return sum_TD, normed_TD.astype(x_TD.dtype)
+
+
+def add_norm_route(
+    x_TD: jax.Array,
+    terms: Parts | None,
+    scale_D: jax.Array,
+    router_DE: jax.Array,
+    router_bias_E: jax.Array,
+    *,
+    epsilon: float,
+    top: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """See `api.add_norm_route`."""
+    sum_TD, normed_TD = add_norm(x_TD, terms, scale_D, epsilon=epsilon, center=False)
+    return sum_TD, normed_TD, *route.route(normed_TD, router_DE, router_bias_E, top=top)

@@ -1,0 +1,43 @@
+"""What lies between the product that gives queries, keys and values, and attention over a cache: one token a row."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.parts import Parts
+
+
+def takes(k_BKSH: jax.Array, *, implementation: str = dispatch.AUTO) -> bool:
+    """Whether `append` has a kernel for such a cache here: Hopper, bfloat16, heads of an even width."""
+    fits = k_BKSH.dtype == jnp.bfloat16 and k_BKSH.shape[-1] % 2 == 0
+    return dispatch.wanted(implementation) == dispatch.MOSAIC and fits
+
+
+def append(
+    qkv: Parts,
+    rotation: tuple[jax.Array, jax.Array] | None,
+    positions_B: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums, rotates, and writes keys and values to their places in the cache, which is updated in place where donated.
+
+    Means, with each of the three rounded to the cache's dtype before it is rotated, in float32, and after:
+
+        q, k, v     = split(qkv.total()) into N, K and K heads
+        first, last = halves of each head of q and k
+        rotated     = (first * cos - last * sin, last * cos + first * sin)
+        cache[b, :, positions[b] mod S] = rotated k, v
+
+    Args:
+      qkv: [B, (N + 2·K) · H], without rows or weights of its own.
+      rotation: cos and sin, float32 [B, H/2]; None to rotate nothing.
+      positions_B: int32; at negative ones nothing is written.
+      k_BKSH, v_BKSH: a cache that `takes` says yes to.
+
+    Returns:
+      The queries [B, N, H], rotated, and the cache.
+    """
+    from pallas_kernels.append import mosaic
+
+    return mosaic.append(qkv, rotation, positions_B, k_BKSH, v_BKSH)

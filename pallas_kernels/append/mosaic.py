@@ -1,0 +1,168 @@
+"""Appending a token's keys and values to the cache in one small kernel: Pallas Mosaic GPU, for Hopper."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, scf
+
+from pallas_kernels import ptx
+from pallas_kernels.parts import Parts
+from pallas_kernels.ptx import Value
+
+THREADS = 128
+
+_LOAD = "ld.global.nc.f32 $0, [$1];"
+_LOAD_BF16 = "{ .reg .b16 z, t; .reg .b32 w; mov.b16 z, 0; ld.global.nc.b16 t, [$1]; mov.b32 w, {z, t}; mov.b32 $0, w; }"
+_ROUND = "{ .reg .b16 z, t; .reg .b32 w; mov.b16 z, 0; cvt.rn.bf16.f32 t, $1; mov.b32 w, {z, t}; mov.b32 $0, w; }"
+_STORE = "{ .reg .b16 t; cvt.rn.bf16.f32 t, $1; st.global.b16 [$0], t; }"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """All that is known when a kernel is built."""
+
+    rows: int  # B
+    splits: int  # S of the parts
+    queries: int  # N
+    keys: int  # K
+    places: int  # S of the cache
+    width: int  # H
+    has_bias: bool
+    rotates: bool
+
+    @property
+    def heads(self) -> int:
+        return self.queries + 2 * self.keys
+
+    @property
+    def half(self) -> int:
+        return self.width // 2
+
+
+@jax.jit
+def append(
+    qkv: Parts,
+    rotation: tuple[jax.Array, jax.Array] | None,
+    positions_B: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `api.append`."""
+    B, K, S, H = k_BKSH.shape
+    splits, _, columns = qkv.parts_SRN.shape
+    N = columns // H - 2 * K
+    plan = _Plan(B, splits, N, K, S, H, has_bias=qkv.bias_EN is not None, rotates=rotation is not None)
+    # What there is not is not read, but something must stand for it.
+    bias = positions_B if qkv.bias_EN is None else qkv.bias_EN.astype(jnp.bfloat16)
+    cos, sin = (positions_B, positions_B) if rotation is None else rotation
+    k_ref, v_ref = jax.new_ref(k_BKSH), jax.new_ref(v_BKSH)
+
+    def append_to_cache(*refs: jax.Ref) -> None:
+        indices = [jax.lax.axis_index(name) for name in ("row", "part")]
+        scalars = [plgpu.Layout.WG_SPLAT(())] * len(indices)
+
+        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), *scalars))
+        def body(_: object, *args: Value) -> tuple[()]:
+            addresses = [ptx.address(ref) for ref in args[: len(refs)]]
+            _block(plan, *addresses, *(index.registers.item() for index in args[len(refs) :]))
+            return ()
+
+        body(*refs, *indices)
+
+    kernel = plgpu.kernel(
+        append_to_cache,
+        out_type=jax.ShapeDtypeStruct((B, N, H), jnp.bfloat16),
+        grid=(B, -(-plan.heads * plan.half // THREADS)),
+        grid_names=("row", "part"),
+    )
+    q_BNH = kernel(qkv.parts_SRN, bias, cos, sin, positions_B, k_ref, v_ref)
+    return q_BNH, jax.freeze(k_ref), jax.freeze(v_ref)
+
+
+def _block(
+    plan: _Plan,
+    parts: Value,
+    bias: Value,
+    cos: Value,
+    sin: Value,
+    positions: Value,
+    k: Value,
+    v: Value,
+    q: Value,
+    row: Value,
+    part: Value,
+) -> None:
+    """One thread of a block: numbers i and i + H/2 of one head."""
+    number = ptx.add(ptx.mul(part, THREADS), ptx.thread())
+    inside = scf.IfOp(arith.cmpi(arith.CmpIPredicate.slt, number, ptx.const(plan.heads * plan.half)))
+    with ir.InsertionPoint(inside.then_block):
+        head, i = (op(number, ptx.const(plan.half)) for op in (arith.divui, arith.remui))
+        column = ptx.add(ptx.mul(head, plan.width), i)
+        (position,) = ptx.asm("ld.global.nc.b32 $0, [$1];", [ptx.i32()], [ptx.offset(positions, row, 4)])
+        first, last = (_sum(plan, parts, bias, row, ptx.add(column, shift)) for shift in (0, plan.half))
+        if plan.rotates:
+            first, last = _rotate(plan, first, last, cos, sin, row, head, i)
+        pair = partial(_store, plan, first, last, i)
+        _choose(head, plan.queries, lambda: pair(q, ptx.add(ptx.mul(row, plan.queries), head)))
+        place = arith.remui(position, ptx.const(plan.places))
+        written = scf.IfOp(
+            arith.andi(
+                arith.cmpi(arith.CmpIPredicate.sge, position, ptx.const(0)),
+                arith.cmpi(arith.CmpIPredicate.sge, head, ptx.const(plan.queries)),
+            )
+        )
+        with ir.InsertionPoint(written.then_block):
+            key = ptx.add(head, -plan.queries)
+            is_value = arith.cmpi(arith.CmpIPredicate.sge, key, ptx.const(plan.keys))
+            array = arith.select(is_value, v, k)
+            key = arith.select(is_value, ptx.add(key, -plan.keys), key)
+            pair(array, ptx.add(ptx.mul(ptx.add(ptx.mul(row, plan.keys), key), plan.places), place))
+            scf.yield_([])
+        scf.yield_([])
+
+
+def _sum(plan: _Plan, parts: Value, bias: Value, row: Value, column: Value) -> Value:
+    at = ptx.offset(parts, ptx.add(ptx.mul(row, plan.heads * plan.width), column), 4)
+    stride = 4 * plan.rows * plan.heads * plan.width
+    terms = [
+        ptx.asm(_LOAD, [ptx.f32()], [arith.addi(at, ptx.const(stride * s, ptx.i64()))])[0] for s in range(plan.splits)
+    ]
+    if plan.has_bias:
+        terms += ptx.asm(_LOAD_BF16, [ptx.f32()], [ptx.offset(bias, column, 2)])
+    total = terms[0]
+    for term in terms[1:]:
+        total = arith.addf(total, term)
+    return ptx.asm(_ROUND, [ptx.f32()], [total])[0]
+
+
+def _rotate(
+    plan: _Plan, first: Value, last: Value, cos: Value, sin: Value, row: Value, head: Value, i: Value
+) -> tuple[Value, Value]:
+    """Turned by their angle, except for values."""
+    angle = ptx.add(ptx.mul(row, plan.half), i)
+    (c,), (s,) = (ptx.asm(_LOAD, [ptx.f32()], [ptx.offset(table, angle, 4)]) for table in (cos, sin))
+    turned = (
+        arith.subf(arith.mulf(first, c), arith.mulf(last, s)),
+        arith.addf(arith.mulf(last, c), arith.mulf(first, s)),
+    )
+    is_value = arith.cmpi(arith.CmpIPredicate.sge, head, ptx.const(plan.queries + plan.keys))
+    return arith.select(is_value, first, turned[0]), arith.select(is_value, last, turned[1])
+
+
+def _choose(head: Value, queries: int, store: Callable[[], None]) -> None:
+    chosen = scf.IfOp(arith.cmpi(arith.CmpIPredicate.slt, head, ptx.const(queries)))
+    with ir.InsertionPoint(chosen.then_block):
+        store()
+        scf.yield_([])
+
+
+def _store(plan: _Plan, first: Value, last: Value, i: Value, array: Value, row: Value) -> None:
+    """Puts the pair into a row of H numbers."""
+    at = ptx.offset(ptx.offset(array, row, 2 * plan.width), i, 2)
+    for value, shift in ((first, 0), (last, plan.half)):
+        ptx.asm(_STORE, [], [arith.addi(at, ptx.const(2 * shift, ptx.i64())), value])

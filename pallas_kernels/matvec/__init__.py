@@ -1,0 +1,3 @@
+from pallas_kernels.matvec.api import FEW, matvec
+
+__all__ = ["FEW", "matvec"]

@@ -1,0 +1,41 @@
+"""A few rows times a matrix: what decoding consists of, bound by the reading of the matrix."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.matvec import reference
+from pallas_kernels.parts import Parts
+
+FEW = 64  # rows, at most: beyond, a product is bound by arithmetic, and XLA's is good at that
+_FASTER = 4  # rows, up to which the kernel is faster than XLA's own product, on an H200: see RECORD.md
+
+
+def matvec(
+    x_TK: jax.Array, kernel_KN: jax.Array, bias_N: jax.Array | None = None, *, implementation: str = dispatch.AUTO
+) -> Parts:
+    """x · kernel + bias, accumulated in float32.
+
+    Args:
+      x_TK: one row a token, up to `FEW`.
+      kernel_KN: of x's dtype.
+      bias_N: of any floating dtype.
+      implementation: "auto", "mosaic" (bfloat16, K and N multiples of 64) or "xla".
+
+    Returns:
+      [T, N] float32, with the sum over parts of K, and the bias, left to whoever reads it. A row's bits do not depend on
+      the others, for a given T.
+
+    Raises:
+      ValueError: an unknown implementation, one that does not take these operands, or more rows.
+    """
+    if x_TK.shape[0] > FEW:
+        raise ValueError(f"matvec takes up to {FEW} rows, found {x_TK.shape[0]}: use a product of matrices")
+    available = {dispatch.XLA: reference.product}
+    fits = x_TK.dtype == kernel_KN.dtype == jnp.bfloat16 and not any(size % 64 for size in kernel_KN.shape)
+    pays = x_TK.shape[0] <= _FASTER or implementation == dispatch.MOSAIC
+    if dispatch.wanted(implementation) == dispatch.MOSAIC and fits and pays:
+        from pallas_kernels.matvec import mosaic
+
+        available[dispatch.MOSAIC] = mosaic.product
+    return dispatch.choose("matvec", implementation, available)(x_TK, kernel_KN, bias_N)

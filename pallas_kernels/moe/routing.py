@@ -1,0 +1,92 @@
+"""Tokens put together by the expert that they go to."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+BY_EXPERT = 128  # tokens up to which each expert has one group, with room for all of them
+
+
+class Groups(NamedTuple):
+    """Pairs (token, one of its experts) in groups of one expert. In each group the used slots come first."""
+
+    experts_G: jax.Array  # int32; any expert where a group is empty
+    rows_GR: jax.Array  # int32: the token in each slot, -1 in an empty one
+
+
+class Routing(NamedTuple):
+    """The groups, and where in them each pair is."""
+
+    groups: Groups
+    places_TX: jax.Array  # int32, in the flattened slots; -1 where the expert does not exist
+
+
+def route(experts_TX: jax.Array, num_experts: int, largest: int) -> Routing:
+    """Groups of the chosen experts' tokens; experts outside [0, num_experts) have none.
+
+    Up to `BY_EXPERT` tokens no sorting is needed, which would be many small kernels. Beyond, groups have `largest` slots.
+    """
+    if experts_TX.shape[0] == 1:
+        return _one_token(experts_TX, num_experts)
+    if experts_TX.shape[0] <= BY_EXPERT:
+        return _by_expert(experts_TX, num_experts)
+    return sorted_groups(experts_TX, num_experts, largest)
+
+
+def _existing(experts_TX: jax.Array, num_experts: int) -> jax.Array:
+    """The same, with one number for all experts that there are not."""
+    return jnp.where((experts_TX >= 0) & (experts_TX < num_experts), experts_TX, num_experts).astype(jnp.int32)
+
+
+def _one_token(experts_1X: jax.Array, num_experts: int) -> Routing:
+    """A group a choice."""
+    experts_1X = _existing(experts_1X, num_experts)
+    exists_X = experts_1X[0] < num_experts
+    experts_X = jnp.minimum(experts_1X[0], num_experts - 1)
+    places_1X = jnp.where(exists_X, jnp.arange(experts_X.size, dtype=jnp.int32), -1)[None]
+    return Routing(Groups(experts_X, jnp.where(exists_X, 0, -1)[:, None]), places_1X)
+
+
+def _by_expert(experts_TX: jax.Array, num_experts: int) -> Routing:
+    """A group an expert, of T slots, by counting: all as sums over the tokens."""
+    experts_TX = _existing(experts_TX, num_experts)
+    T = experts_TX.shape[0]
+    tokens_T = jnp.arange(T, dtype=jnp.int32)
+    chosen_TXE = experts_TX[..., None] == jnp.arange(num_experts, dtype=jnp.int32)
+    member_TE = chosen_TXE.any(axis=1)
+    earlier_TT = tokens_T[:, None] > tokens_T
+    rank_TE = jnp.sum(earlier_TT[..., None] & member_TE, axis=1, dtype=jnp.int32)
+    holds_ERT = (member_TE & (rank_TE == tokens_T[:, None, None])).transpose(2, 0, 1)
+    rows_ER = jnp.sum(jnp.where(holds_ERT, tokens_T + 1, 0), axis=-1, dtype=jnp.int32) - 1
+    rank_TX = jnp.sum(jnp.where(chosen_TXE, rank_TE[:, None], 0), axis=-1, dtype=jnp.int32)
+    places_TX = jnp.where(experts_TX < num_experts, experts_TX * T + rank_TX, -1)
+    return Routing(Groups(jnp.arange(num_experts, dtype=jnp.int32), rows_ER), places_TX)
+
+
+def sorted_groups(experts_TX: jax.Array, num_experts: int, largest: int) -> Routing:
+    """Groups of `largest` slots, as many as there can be: the pairs in full ones, and one begun for each expert.
+
+    Those that are not empty come first.
+    """
+    experts_TX = _existing(experts_TX, num_experts)
+    T, X = experts_TX.shape
+    P, M = T * X, largest
+    G = min(P, P // M + num_experts)
+    experts_P = experts_TX.reshape(P)
+    order_P = jnp.argsort(experts_P, stable=True).astype(jnp.int32)
+    counts_E = jnp.zeros((num_experts,), jnp.int32).at[experts_P].add(1, mode="drop")
+    groups_E = (counts_E + M - 1) // M
+    first_pair_E, first_group_E = (jnp.cumsum(x) - x for x in (counts_E, groups_E))
+    group_G = jnp.arange(G, dtype=jnp.int32)
+    experts_G = jnp.minimum(jnp.searchsorted(jnp.cumsum(groups_E), group_G, side="right"), num_experts - 1)
+    rank_GM = ((group_G - first_group_E[experts_G]) * M)[:, None] + jnp.arange(M, dtype=jnp.int32)
+    filled_GM = (rank_GM < counts_E[experts_G][:, None]) & (group_G < groups_E.sum())[:, None]
+    pairs_GM = order_P[jnp.where(filled_GM, first_pair_E[experts_G][:, None] + rank_GM, 0)]
+    place_P = (
+        jnp.full((P,), -1, jnp.int32)
+        .at[jnp.where(filled_GM, pairs_GM, P)]
+        .set(jnp.arange(G * M, dtype=jnp.int32).reshape(G, M), mode="drop")
+    )
+    rows_GM = jnp.where(filled_GM, pairs_GM // X, -1)
+    return Routing(Groups(experts_G.astype(jnp.int32), rows_GM), place_P.reshape(T, X))

@@ -1,0 +1,169 @@
+"""Instructions of NVIDIA GPUs that Pallas has no name for, for use inside `plgpu.inline_mgpu`: one thread's view."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf
+
+Value = Any  # ir.Value: one thread's register
+
+
+def i32() -> Any:
+    return ir.IntegerType.get_signless(32)
+
+
+def i64() -> Any:
+    return ir.IntegerType.get_signless(64)
+
+
+def f32() -> Any:
+    return ir.F32Type.get()
+
+
+def const(value: float, type_: Any = None) -> Value:
+    """A constant, of 32-bit integers unless said otherwise."""
+    return utils.c(value, i32() if type_ is None else type_)
+
+
+def asm(text: str, outputs: Sequence[Any], inputs: Sequence[Value], *, volatile: bool = False) -> list[Value]:
+    """Inlines PTX, whose operands are $0, $1, …: the outputs, of the given types, then the inputs.
+
+    Volatile instructions stay in their order. Outputs may be written before all inputs have been read.
+    """
+    letters = {str(i32()): "r", str(i64()): "l", str(f32()): "f"}
+    constraints = [f"=&{letters[str(type_)]}" for type_ in outputs] + [letters[str(value.type)] for value in inputs]
+    struct = len(outputs) > 1
+    kind = llvm.StructType.get_literal(list(outputs)) if struct else (outputs[0] if outputs else ir.Type.parse("!llvm.void"))
+    result = llvm.inline_asm(kind, list(inputs), text, ",".join(constraints), has_side_effects=volatile or not outputs)
+    if struct:
+        return [llvm.extractvalue(type_, result, [i]) for i, type_ in enumerate(outputs)]
+    return [result] if outputs else []
+
+
+def add(*values: Value | int) -> Value:
+    """A sum of 32-bit integers."""
+    return functools.reduce(arith.addi, map(_value, values))
+
+
+def mul(a: Value | int, b: Value | int) -> Value:
+    """A product of 32-bit integers."""
+    return arith.muli(_value(a), _value(b))
+
+
+def less(a: Value | int, b: Value | int) -> Value:
+    """1 where a < b, else 0: what inlined code makes a predicate of."""
+    return arith.extui(i32(), arith.cmpi(arith.CmpIPredicate.slt, _value(a), _value(b)))
+
+
+def _value(value: Value | int) -> Value:
+    return const(value) if isinstance(value, int) else value
+
+
+def address(ref: Value) -> Value:
+    """Where an array in global memory begins."""
+    return llvm.ptrtoint(i64(), utils.memref_ptr(ref))
+
+
+def offset(base: Value, index: Value | int, size: int) -> Value:
+    """The address of an element of `size` bytes."""
+    (result,) = asm("mad.wide.s32 $0, $1, $2, $3;", [i64()], [_value(index), const(size), base])
+    return result
+
+
+def thread() -> Value:
+    """The thread's number in its warpgroup."""
+    return arith.andi(utils.thread_idx(), const(127))
+
+
+def mma(acc: Sequence[Value], a: Sequence[Value], b: Sequence[Value]) -> list[Value]:
+    """acc (16 × 8, float32) + a (16 × 16, bfloat16) · b (16 × 8, bfloat16), by a warp.
+
+    Lane 4·g + q holds of acc rows g, g, g + 8, g + 8 at columns 2·q, 2·q + 1, 2·q, 2·q + 1; of a, in pairs along the
+    inner axis, rows g, g + 8, g, g + 8 at pairs q, q, q + 4, q + 4; of b column g at pairs q, q + 4.
+    """
+    return asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        [f32()] * 4,
+        [*a, *b, *acc],
+    )
+
+
+def stream(
+    count: int,
+    carry: Sequence[Value],
+    load: Callable[[Value], list[Value]],
+    compute: Callable[[Value, list[Value], list[Value]], list[Value]],
+) -> list[Value]:
+    """`carry = compute(i, carry, load(i))` for i = 0 … count - 1, where each load is begun a turn ahead."""
+    kept = len(carry)
+
+    def turn(i: Value, values: list[Value]) -> list[Value]:
+        following = load(add(i, 1))
+        return [*compute(i, values[:kept], values[kept:]), *following]
+
+    values = loop(count - 1, [*carry, *load(const(0))], turn)
+    return compute(const(count - 1), values[:kept], values[kept:])
+
+
+def loop(count: int, carry: Sequence[Value], body: Callable[[Value, list[Value]], Sequence[Value]]) -> list[Value]:
+    """`carry = body(i, carry)` for i = 0 … count - 1."""
+    if count == 0:
+        return list(carry)
+    op = scf.ForOp(const(0), const(count), const(1), list(carry))
+    with ir.InsertionPoint(op.body):
+        scf.yield_(list(body(op.induction_variable, list(op.inner_iter_args))))
+    return list(op.results)
+
+
+def shared_address(ref: Value) -> Value:
+    """Where an array in shared memory begins, as shared memory counts (32 bits)."""
+    pointer = utils.memref_ptr(ref)
+    return arith.trunci(i32(), llvm.ptrtoint(i64(), pointer))
+
+
+def offset32(base: Value, index: Value, size: int) -> Value:
+    """The address in shared memory of an element of `size` bytes."""
+    return arith.addi(base, arith.muli(index, const(size)))
+
+
+def halves(word: Value) -> list[Value]:
+    """The two bfloat16 numbers of a register as float32, the lower first."""
+    return [arith.bitcast(f32(), arith.shli(word, const(16))), arith.bitcast(f32(), arith.andi(word, const(-0x10000)))]
+
+
+def pack(low: Value, high: Value) -> Value:
+    """Two float32 numbers, rounded to bfloat16, as a register."""
+    return asm("cvt.rn.bf16x2.f32 $0, $2, $1;", [i32()], [low, high])[0]
+
+
+def total(values: Sequence[Value]) -> Value:
+    """The sum of float32 numbers, in the order of a tree."""
+    values = list(values)
+    while len(values) > 1:
+        values = [arith.addf(*pair) for pair in zip(values[0::2], values[1::2], strict=False)] + values[
+            len(values) & ~1 :
+        ]
+    return values[0]
+
+
+def warp_sum(value: Value, lanes: int = 1) -> Value:
+    """The float32 sum over a warp's lanes whose numbers are equal modulo `lanes`, in each of them the same bits."""
+    distance = 16
+    while distance >= lanes:
+        (other,) = asm(f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;", [f32()], [value], volatile=True)
+        value = arith.addf(value, other)
+        distance //= 2
+    return value
+
+
+def when(condition: Value, body: Callable[[], None]) -> None:
+    """Does what `body` inlines where `condition`, an i1, holds."""
+    operations: Any = scf  # whose annotations are of classes that it replaces
+    branch = operations.IfOp(condition)
+    with ir.InsertionPoint(branch.then_block):
+        body()
+        scf.yield_([])

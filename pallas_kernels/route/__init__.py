@@ -1,0 +1,3 @@
+from pallas_kernels.route.api import route
+
+__all__ = ["route"]

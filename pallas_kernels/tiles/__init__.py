@@ -1,0 +1,187 @@
+"""Tile sizes as data: the settings that `gptjax bench --tune` found fastest, in `<device>.json` beside this file.
+
+A kernel asks when it is traced, and has a heuristic of its own where there is no answer:
+
+    shape = {"rows": T, "in": D, "out": N, "dtype": x_TD.dtype.name}
+    settings = tiles.lookup(device_kind, "matvec/mosaic", shape) or heuristic(shape)
+
+It asks outside its own `jax.jit` function, of which settings are static arguments: inside, the first answer would stay.
+
+An operation is named by its kernel's module, "<op>/<implementation>". To be tuned, that module has a function
+
+    def tunable(shape: Shape) -> list[Settings]
+
+of the settings worth trying for a shape that it asks about, the heuristic's among them. A kernel of several parts asks
+for each, with {"part": "up", ...}.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+Shape = Mapping[str, int | str]  # names and sizes, all of them positive; also a dtype or a part
+Settings = dict[str, int | str]
+Key = tuple[str, tuple[tuple[str, int | str], ...]]  # an operation, and its shape's items in order
+
+ROWS: Final = "rows"  # of a shape: the size of which the nearest will do
+
+_KINDS: Final = {
+    "operation": "a text such as 'matvec/mosaic'",
+    "shape": "names with sizes from 1 on, or texts",
+    "settings": "names with whole numbers, or texts",
+    "microseconds": "a number above 0",
+    "date": "a text",
+    "jax": "a text",
+}
+_FIX: Final = "correct or remove it, and run `gptjax bench --tune`"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """The fastest settings of an operation at a shape, and the measurement that found them."""
+
+    operation: str
+    shape: dict[str, int | str]
+    settings: Settings
+    microseconds: float
+    date: str  # ISO 8601
+    jax: str  # its version
+
+    @property
+    def key(self) -> Key:
+        """What it answers."""
+        return key(self.operation, self.shape)
+
+
+def key(operation: str, shape: Shape) -> Key:
+    """An operation at a shape, hashable."""
+    return operation, tuple(sorted(shape.items()))
+
+
+def path(device_kind: str) -> Path:
+    """The file of a device by JAX's `device_kind`: of "NVIDIA H200" nvidia-h200.json, beside this one."""
+    return Path(__file__).parent / (re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json")
+
+
+def lookup(device_kind: str, operation: str, shape: Shape) -> Settings | None:
+    """The settings of a device's table for this shape, or for the nearest rows (by ratio) where all else is equal.
+
+    None where there are none: the kernel's heuristic decides.
+
+    Raises:
+      ValueError: the device's table is malformed.
+    """
+    asked = key(operation, shape)
+    if (current := _trial.get()) is not None:
+        given, noted = current
+        if asked not in noted:
+            noted.append(asked)
+        if asked in given:
+            return dict(given[asked])
+    near = [
+        entry
+        for entry in read(path(device_kind))
+        if entry.operation == operation and {**entry.shape, ROWS: 0} == {**shape, ROWS: 0}
+    ]
+    if not near:
+        return None
+    rows = _rows(shape)
+    return dict(min(near, key=lambda entry: (abs(math.log(_rows(entry.shape) / rows)), -_rows(entry.shape))).settings)
+
+
+def _rows(shape: Shape) -> int:
+    return int(shape.get(ROWS, 1))
+
+
+_trial: contextvars.ContextVar[tuple[Mapping[Key, Settings], list[Key]] | None] = contextvars.ContextVar(
+    "trial", default=None
+)
+
+
+@contextlib.contextmanager
+def trial(given: Mapping[Key, Settings]) -> Iterator[list[Key]]:
+    """Within, `lookup` answers with what is given here before it looks into a table. Yields the keys it is asked."""
+    noted: list[Key] = []
+    token = _trial.set((given, noted))
+    try:
+        yield noted
+    finally:
+        _trial.reset(token)
+
+
+@functools.cache
+def read(file: Path) -> tuple[Entry, ...]:
+    """The entries of a table; none where there is no such file.
+
+    Raises:
+      ValueError: it is malformed, with the file and the entry.
+    """
+    if not file.exists():
+        return ()
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no tile table: not valid JSON ({error}); {_FIX}") from None
+    if not isinstance(raw, list):
+        raise ValueError(f"{file} is no tile table: it must be a list, found {type(raw).__name__}; {_FIX}")
+    entries = [_entry(f"{file}, entry {number}", each) for number, each in enumerate(raw, start=1)]
+    first: dict[Key, int] = {}
+    for number, entry in enumerate(entries, start=1):
+        if first.setdefault(entry.key, number) != number:
+            raise ValueError(f"{file}, entry {number}: the same as entry {first[entry.key]}; {_FIX}")
+    return tuple(entries)
+
+
+def _entry(place: str, raw: Any) -> Entry:
+    if not isinstance(raw, dict) or raw.keys() != _KINDS.keys():
+        found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
+        raise ValueError(f"{place}: it must have {', '.join(_KINDS)}, found {found}; {_FIX}")
+    sound = {
+        "shape": _is_mapping(raw["shape"], least=1),
+        "settings": _is_mapping(raw["settings"]) and raw["settings"] != {},
+        "microseconds": type(raw["microseconds"]) in (int, float) and 0 < raw["microseconds"] < math.inf,
+    }
+    for name, kind in _KINDS.items():
+        if not sound.get(name, isinstance(raw[name], str)):
+            raise ValueError(f"{place}: {name} must be {kind}, found {raw[name]!r}; {_FIX}")
+    if not isinstance(raw["shape"].get(ROWS, 1), int):
+        raise ValueError(f"{place}: {ROWS} must be a number, found {raw['shape'][ROWS]!r}; {_FIX}")
+    return Entry(**raw)
+
+
+def _is_mapping(value: Any, least: int | None = None) -> bool:
+    """Whether it has texts and whole numbers, true and false not among them, and none below the least."""
+    return isinstance(value, dict) and all(
+        isinstance(each, str) or (type(each) is int and (least is None or each >= least)) for each in value.values()
+    )
+
+
+def text(entries: Iterable[Entry]) -> str:
+    """A table as JSON: a line an entry, sorted by operation and shape."""
+    lines = [json.dumps(dataclasses.asdict(entry), ensure_ascii=False) for entry in sorted(entries, key=_order)]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+def _order(entry: Entry) -> Any:
+    return entry.operation, [(name, isinstance(size, str), size) for name, size in entry.key[1]]
+
+
+def update(file: Path, entries: Iterable[Entry]) -> None:
+    """Adds entries to a table, in place of those that it has for the same keys; makes the file where there is none.
+
+    Raises:
+      ValueError: what is there is malformed.
+      OSError: it cannot be written.
+    """
+    kept = {entry.key: entry for entry in (*read(file), *entries)}
+    partial = file.with_name(file.name + ".partial")  # so that no reader finds half a table
+    partial.write_text(text(kept.values()), encoding="utf-8")
+    partial.replace(file)
+    read.cache_clear()

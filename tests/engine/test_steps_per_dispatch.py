@@ -1,0 +1,286 @@
+"""Several steps a dispatch: the same bits as one by one, whoever joins and leaves meanwhile, and few steps in vain."""
+
+import dataclasses
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax.config import config_from_json
+from gptjax.engine import steps
+from gptjax.engine.engine import Engine, Features, Token, prefill, settings_of
+from gptjax.engine.generate import generate
+from gptjax.engine.request import Request, SamplingParams
+from gptjax.models import registry
+from tests.engine import test_engine
+from tests.oracles import gpt_oss_ours, gpt_oss_random
+
+SLOTS, MAX_LENGTH, VOCAB = 3, 40, 101
+STEPS = [1, 3, 8]  # a dispatch
+ALL = {  # every kind of sampling: two sets of features in all, as each is a program to compile
+    "temperature": 1.2,
+    "top_k": 40,
+    "top_p": 0.95,
+    "min_p": 0.01,
+    "repetition_penalty": 1.3,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.2,
+    "logit_bias": {7: 2.0, 3: -100.0},
+    "top_logprobs": 3,
+}
+
+
+def _gpt_oss():
+    """Two layers, one of them a ring of 9 places."""
+    checkpoint = gpt_oss_random.checkpoint(**gpt_oss_random.TWO_LAYERS)
+    config = config_from_json({**checkpoint.config, "quantization_config": gpt_oss_random.QUANTIZATION})
+    return registry.build(config), gpt_oss_ours.params(checkpoint.packed)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "gpt-oss"])
+def made(request):
+    """A model and its weights."""
+    return (test_engine.MODEL, test_engine.PARAMS) if request.param == "gpt2" else _gpt_oss()
+
+
+def _request(seed: int, length: int, max_tokens: int, **params) -> Request:
+    ids = np.random.default_rng(seed).integers(0, VOCAB, length)
+    return Request(tuple(ids.tolist()), max_tokens, SamplingParams(**{"seed": seed} | params))
+
+
+REQUESTS = [
+    _request(1, 5, 20),
+    _request(2, 20, 3),
+    _request(3, 33, 50),  # fills its row
+    _request(4, 9, 25, **ALL),
+    _request(5, 1, 12, **ALL | {"repetition_penalty": 1.0}),
+    _request(6, 37, 50, **ALL),  # fills its row
+    _request(7, 12, 1, **ALL | {"temperature": 0.0}),
+]
+BEYOND = 4  # tokens that are asked for after a request's end: of a full row, they are -1
+
+
+def _engine(made, steps_per_dispatch: int) -> Engine:
+    return Engine(*made, batch=SLOTS, max_length=MAX_LENGTH, steps_per_dispatch=steps_per_dispatch)
+
+
+def _kept(token: Token, request: Request) -> tuple:
+    top = token.top[: request.params.top_logprobs]  # others may have asked for more
+    return (token.token_id, token.logprob, top) if token.token_id >= 0 else (-1,)
+
+
+def _alone(made, request: Request) -> list[tuple]:
+    engine = _engine(made, 1)
+    engine.admit(0, request)
+    return [_kept(token, request) for _ in range(request.room(MAX_LENGTH) + BEYOND) for token in engine.step()]
+
+
+def _play(engine: Engine, seed: int) -> list[tuple[Request, list[tuple]]]:
+    """Requests that join and leave at random, some long before their end, with the tokens that each was given."""
+    rng = random.Random(seed)
+    waiting = rng.choices(REQUESTS, k=9)
+    running, results = {}, []
+    while waiting or running:
+        for slot in rng.sample(engine.free_slots, len(engine.free_slots)):
+            if waiting and (not running or rng.random() < 0.3):
+                request = waiting.pop()
+                engine.admit(slot, request)
+                end = request.room(MAX_LENGTH) + BEYOND
+                running[slot] = request, [], rng.choice([end, rng.randint(1, end)])
+        tokens = engine.step()
+        slots = [token.slot for token in tokens]
+        assert slots == sorted(set(slots))
+        assert set(slots) <= set(running)
+        assert slots  # a step is never for nobody
+        for token in tokens:
+            request, given, end = running[token.slot]
+            given.append(_kept(token, request))
+            if len(given) == end:
+                engine.release(token.slot)
+                results.append((request, given))
+                del running[token.slot]
+        if running and rng.random() < 0.05:  # one that is no longer wanted, between two steps
+            slot = rng.choice(list(running))
+            engine.release(slot)
+            results.append(running.pop(slot)[:2])
+    return results
+
+
+def test_requests_that_come_and_go_get_the_bits_they_get_alone_one_step_at_a_time(made):
+    alone = {id(request): _alone(made, request) for request in REQUESTS}
+    full = [id(REQUESTS[2]), id(REQUESTS[5])]
+    assert all(alone[number][-BEYOND:] == [(-1,)] * BEYOND for number in full)
+    assert all((-1,) not in tokens for number, tokens in alone.items() if number not in full)
+    assert any(entry[2] for tokens in alone.values() for entry in tokens if len(entry) == 3)
+    for steps_per_dispatch in STEPS:
+        for seed in range(12):
+            for request, given in _play(_engine(made, steps_per_dispatch), seed):
+                assert given == alone[id(request)][: len(given)], (steps_per_dispatch, seed, request)
+
+
+@pytest.mark.parametrize("num_steps", STEPS)
+def test_several_steps_leave_what_single_ones_leave(made, num_steps):
+    model, params = made
+    settings = settings_of(REQUESTS[2:5], VOCAB, Features.of(REQUESTS[3].params))
+    active_B = np.asarray([True, True, False])
+
+    def filled() -> steps.State:
+        state = steps.init_state(model, batch=SLOTS, max_length=MAX_LENGTH)
+        row = registry.create_cache(model, batch=1, max_length=MAX_LENGTH)
+        for slot in range(SLOTS):  # the first row has room for two tokens more
+            tokens = np.arange(MAX_LENGTH - 2 if slot == 0 else 9, dtype=np.int32)
+            state, row = prefill(model, params, state, slot, tokens, row)
+        return state
+
+    single, expected = filled(), []
+    for _ in range(num_steps):
+        expected.append(jax.device_get(steps.sample(single, settings)))
+        single = steps.advance(model, params, single, expected[-1].token_B, active_B)
+    state, stacked = steps.decode(model, params, filled(), settings, active_B, num_steps)
+    jax.tree.map(lambda given, *each: np.testing.assert_array_equal(given, np.stack(each)), stacked, *expected)
+    jax.tree.map(np.testing.assert_array_equal, state, single)
+
+
+class Asked:
+    """Counts what an engine asks of the device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.chunks: list[int] = []  # the steps of each dispatch
+        self._count(monkeypatch, "decode", lambda arguments: arguments[-1])
+        self._count(monkeypatch, "advance", lambda _: 1)
+
+    def _count(self, monkeypatch, name, num_steps) -> None:
+        original = getattr(steps, name)
+
+        def counted(*arguments):
+            if not isinstance(arguments[2].logits_BV, jax.core.Tracer):  # not while another step is traced
+                self.chunks.append(num_steps(arguments))
+            return original(*arguments)
+
+        monkeypatch.setattr(steps, name, counted)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What engines ask of the device from here on."""
+    return Asked(monkeypatch)
+
+
+GPT2 = test_engine.MODEL, test_engine.PARAMS
+
+
+def test_what_is_known_to_be_of_no_use_is_at_most_half_a_chunk(asked):
+    expected = {1: [1], 3: [1, 1, 1], 4: [1, 1, 1, 1], 5: [1, 8], 9: [1, 8], 12: [1, 8, 1, 1, 1], 17: [1, 8, 8]}
+    for max_tokens in range(1, 32):
+        asked.chunks.clear()
+        (*_, (_, last)) = generate(_engine(GPT2, 8), [_request(1, 5, max_tokens)], None)
+        assert len(last.completion.token_ids) == max_tokens
+        assert asked.chunks == expected.get(max_tokens, asked.chunks)
+        assert max_tokens <= sum(asked.chunks) <= max_tokens + 4
+    asked.chunks.clear()
+    list(generate(_engine(GPT2, 8), [_request(1, 36, 1000)], None))  # the context holds five tokens more
+    assert asked.chunks == [1, 8]
+
+
+def test_one_step_a_dispatch_is_one_step_a_token(asked):
+    engine = Engine(*GPT2, batch=SLOTS, max_length=MAX_LENGTH)
+    if jax.default_backend() == "cpu":  # the default
+        assert engine.steps_per_dispatch == 1
+    engine = _engine(GPT2, 1)
+    engine.admit(1, REQUESTS[0])
+    for number in range(1, 15):
+        engine.step()
+        assert asked.chunks == [1] * number
+
+
+def test_the_device_is_a_chunk_ahead_and_no_more(asked):
+    engine = _engine(GPT2, 8)
+    engine.admit(0, _request(1, 1, 1000))
+    engine.step()
+    assert asked.chunks == [1]  # the first token does not wait for others
+    for returned in range(2, 30):
+        engine.step()
+        engine.wait()  # tokens that the device has done are kept
+        left = 8 - (returned - 1) % 8 if (returned - 1) % 8 else 0  # of the chunk that was read
+        assert sum(asked.chunks) - returned == left + 8
+
+
+def test_a_newcomer_gets_its_first_token_by_itself_after_what_was_under_way(asked):
+    engine = _engine(GPT2, 8)
+    engine.admit(0, _request(1, 1, 1000))
+    for _ in range(4):
+        engine.step()
+    assert asked.chunks == [1, 8, 8]
+    engine.admit(2, REQUESTS[1])
+    engine.step()
+    assert asked.chunks == [1, 8, 8, 1]  # asked for at once
+    assert [[token.slot for token in engine.step()] for _ in range(14)] == [[0]] * 12 + [[0, 2]] * 2
+    asked.chunks.clear()
+    engine.release(0)  # the slot that is left has a token to come, which the device was asked for
+    assert [token.slot for token in engine.step()] == [2]
+    assert asked.chunks == []
+
+
+def test_a_slot_has_nothing_of_the_request_before_even_if_it_is_the_same(asked):
+    engine = _engine(GPT2, 8)
+    expected = _alone(GPT2, REQUESTS[0])
+    for returned in (3, 1, 9, 12):  # left within chunks and at their ends
+        engine.admit(1, REQUESTS[0])
+        assert [_kept(*engine.step(), REQUESTS[0]) for _ in range(returned)] == expected[:returned]
+        engine.release(1)
+        asked.chunks.clear()
+        assert engine.step() == []  # nobody is there
+        assert asked.chunks == []
+
+
+def test_closing_the_iterator_leaves_nothing_behind():
+    engine = _engine(GPT2, 8)
+    chunks = generate(engine, REQUESTS[:3], None)
+    for _ in range(7):
+        next(chunks)
+    chunks.close()
+    assert engine.free_slots == [0, 1, 2]
+    ((_, first), *_) = generate(engine, [REQUESTS[0]], None)
+    assert first.token_id == _alone(GPT2, REQUESTS[0])[0][0]
+
+
+def test_logits_that_are_not_finite_end_a_row_in_mid_chunk_only(asked):
+    """As they do one step at a time: the tokens before them are sound, the other rows go on, the slot recovers."""
+    poisoned = {**test_engine.PARAMS}
+    poisoned["position_embedding"] = poisoned["position_embedding"].at[25].set(np.nan)
+    results = []
+    for steps_per_dispatch in (1, 8):
+        engine = _engine((test_engine.MODEL, poisoned), steps_per_dispatch)
+        requests = [_request(1, 5, 10), _request(2, 20, 15), _request(3, 26, 5), _request(4, 3, 18)]
+        done = {n: c.completion for n, c in generate(engine, requests, None) if c.completion is not None}
+        results.append([dataclasses.replace(done[n], timings=None) for n in range(4)])
+    assert results[0] == results[1]
+    assert [row.finish_reason for row in results[0]] == ["length", "error", "error", "length"]
+    assert [len(row.token_ids) for row in results[0]] == [10, 6, 0, 18]
+
+
+def test_nothing_is_compiled_after_warm_up(made):
+    _play(_engine(made, 8), 0)
+    engine = _engine(made, 8)
+    for slot, request in enumerate(REQUESTS[2:5]):
+        engine.admit(slot, request)
+    engine.step()
+    compiled = []
+    listener = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        for _ in range(20):
+            engine.step()
+        for slot in range(SLOTS):
+            engine.release(slot)
+        for seed in range(3):
+            _play(engine, seed)
+        assert compiled == []
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_a_dispatch_is_of_one_step_at_least():
+    with pytest.raises(ValueError, match="at least 1, found 0"):
+        _engine(GPT2, 0)
