@@ -4,6 +4,7 @@ JAX and all that needs it are imported by the probes, so that a broken installat
 """
 
 import dataclasses
+import importlib.util
 import os
 import pkgutil
 import platform
@@ -232,14 +233,25 @@ def implementations() -> Found:
     import jax
 
     import pallas_kernels
-    from pallas_kernels.dispatch import AUTO, IMPLEMENTATIONS
+    from pallas_kernels import dispatch
 
-    named = [name for name in IMPLEMENTATIONS if name != AUTO]
-    why = "Pallas kernels for NVIDIA GPUs come in a later version"
-    if jax.default_backend() != "gpu":
+    preferred = dispatch.preferred()
+    if preferred != dispatch.XLA:
+        why = "where it takes the operands, else xla"
+    elif jax.default_backend() != "gpu":
         why = f"Pallas kernels are for GPUs, and this is a {jax.default_backend()}"
-    operations = [module.name for module in pkgutil.iter_modules(pallas_kernels.__path__) if module.ispkg]
-    return {name: f"{', '.join(named)} ({why})" for name in operations}, []
+    else:
+        why = "Pallas kernels are for NVIDIA GPUs, Ampere and newer"
+    operations = {
+        module.name: importlib.util.find_spec(f"pallas_kernels.{module.name}.{preferred}") is not None
+        for module in pkgutil.iter_modules(pallas_kernels.__path__)
+        if module.ispkg and importlib.util.find_spec(f"pallas_kernels.{module.name}.api") is not None
+    }
+    has_none = f"xla (there is no {preferred} kernel)"
+    return {
+        name: f"{preferred} ({why})" if has or preferred == dispatch.XLA else has_none
+        for name, has in operations.items()
+    }, []
 
 
 def demo() -> Found:

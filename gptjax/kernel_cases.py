@@ -13,9 +13,9 @@ import numpy as np
 
 from gptjax.config import GptOssConfig, ModelConfig
 from gptjax.config.quantization import packs
+from pallas_kernels import matvec as products
 from pallas_kernels.attention import attention
 from pallas_kernels.fragments import MXFP4Fragments
-from pallas_kernels.matvec import matvec
 from pallas_kernels.moe import moe
 from pallas_kernels.mxfp4 import BLOCK, MXFP4
 
@@ -25,6 +25,11 @@ LAYOUTS: Final[Mapping[str, Callable[[MXFP4], Any]]] = {"mosaic": MXFP4Fragments
 _COLUMNS, _TOKENS, _ROWS = 512, 2, 4  # of a result that are compared: of a product, of experts, of attention
 _SCALES = 118, 123  # of random blocks, from and below: 2^-9 to 2^-5
 _SMALL = 2.0**-30  # so little that what it is added to stays what it was, which the compiler does not know
+
+
+def matvec(x_TD: jax.Array, kernel_DN: jax.Array, *, implementation: str) -> jax.Array:
+    """The product, summed: [T, N] float32."""
+    return products.matvec(x_TD, kernel_DN, implementation=implementation).total()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +122,7 @@ class Product(Case):
 
     def call(self, x: jax.Array, operands: Any, implementation: str) -> jax.Array:
         """[T, N]."""
-        return matvec(x, operands, implementation=implementation).total()
+        return matvec(x, operands, implementation=implementation)
 
     @property
     def _columns(self) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Which implementation of an operation runs.
 
-"auto" takes the best one there is for the operands and the device; a named one runs or raises. Nothing that was asked for
-by name is silently replaced by something else.
+"auto" takes the best one there is for the operands and the device; a named one runs or raises. Nothing that was asked
+for by name is silently replaced by something else.
 """
 
 import functools

@@ -1,21 +1,21 @@
 """MXFP4 in the order in which a GPU's tensor cores take it: what weights are repacked to, once, for the kernels.
 
 The format is made for `mma.m16n8k16`: a tile is 64 rows and 64 columns, lies in one piece of 2 KiB, and each of a
-warpgroup's 128 threads reads its part of it with one load of 16 bytes. Let thread i = 32·w + 4·g + q, of a tile, be lane
-4·g + q of warp w. Its word 2·c + r (c and r are 0 or 1) holds the eight values of
+warpgroup's 128 threads reads its part of it with one load of 16 bytes. Let thread i = 32·w + 4·g + q be lane 4·g + q of
+warp w. Its word 2·c + r (c and r are 0 or 1) holds the eight values of
 
     row     16·w + 2·g + r
     columns 16·q + 4·p + 2·c + h        for plane p of 0 to 3 and half h of 0 and 1
 
-so that a plane of its four words is an operand A of the instruction whose rows 8 + g are the odd ones: a thread gets the
-sums of adjacent rows, such as gate and up of one unit.
+so that a plane of its four words is an operand A of the instruction, whose rows 8 + g are the odd ones: a thread gets
+the sums of adjacent rows, such as gate and up of one unit.
 
 Half h of a word has 16 bits. Plane p's code (sign, two bits of exponent, one of mantissa) lies at bits
 
     0: 15, 8, 7, 6      1: 12, 5, 4, 3      2: 9, 2, 1, 0      3: 14, 13, 11, 10
 
-so `word << 3·p & 0x81C081C0` is two bfloat16 numbers, 2^-126 times the values, for the first three planes at once. (The idea is
-that of `triton_kernels`, openai/triton, `hopper_value.py`.)
+so `word << 3·p & 0x81C081C0` is two bfloat16 numbers, 2^-126 times the values, for the first three planes. (The idea
+is that of `triton_kernels`, openai/triton, `hopper_value.py`.)
 
 A thread's scales of a tile are the two bytes of the halfword i // 2: of the even and of the odd row.
 """
@@ -50,7 +50,9 @@ class MXFP4Fragments:
           ValueError: N or K is no multiple of 64.
         """
         if any(size % TILE for size in packed.shape[-2:]):
-            raise ValueError(f"MXFP4 of shape {packed.shape} cannot be repacked: its last two axes must be multiples of 64")
+            raise ValueError(
+                f"MXFP4 of shape {packed.shape} cannot be repacked: its last two axes must be multiples of 64"
+            )
         return _repack(packed)
 
     @property
@@ -122,7 +124,8 @@ def _unpack(fragments: MXFP4Fragments) -> MXFP4:
     words = fragments.words.reshape(*lead, m, k, 4, 8, 4, 2, 2)  # [m, k, w, g, q, c, r]
     planes = [
         jnp.stack(
-            [(half >> sign & 8) | (half >> high & 4) | (half >> low & 3) for half in (words & 0xFFFF, words >> 16)], axis=-1
+            [(half >> sign & 8) | (half >> high & 4) | (half >> low & 3) for half in (words & 0xFFFF, words >> 16)],
+            axis=-1,
         ).astype(jnp.uint8)
         for sign, high, low in _PLACES
     ]

@@ -12,14 +12,17 @@ Value = Any  # ir.Value: one thread's register
 
 
 def i32() -> Any:
+    """32-bit integers, and whatever else has 32 bits."""
     return ir.IntegerType.get_signless(32)
 
 
 def i64() -> Any:
+    """64-bit integers: addresses."""
     return ir.IntegerType.get_signless(64)
 
 
 def f32() -> Any:
+    """float32."""
     return ir.F32Type.get()
 
 
@@ -35,10 +38,12 @@ def asm(text: str, outputs: Sequence[Any], inputs: Sequence[Value], *, volatile:
     """
     letters = {str(i32()): "r", str(i64()): "l", str(f32()): "f"}
     constraints = [f"=&{letters[str(type_)]}" for type_ in outputs] + [letters[str(value.type)] for value in inputs]
-    struct = len(outputs) > 1
-    kind = llvm.StructType.get_literal(list(outputs)) if struct else (outputs[0] if outputs else ir.Type.parse("!llvm.void"))
-    result = llvm.inline_asm(kind, list(inputs), text, ",".join(constraints), has_side_effects=volatile or not outputs)
-    if struct:
+    several = len(outputs) > 1
+    void = ir.Type.parse("!llvm.void")
+    kind = llvm.StructType.get_literal(list(outputs)) if several else next(iter(outputs), void)
+    side_effects = volatile or not outputs
+    result: Any = llvm.inline_asm(kind, list(inputs), text, ",".join(constraints), has_side_effects=side_effects)
+    if several:
         return [llvm.extractvalue(type_, result, [i]) for i, type_ in enumerate(outputs)]
     return [result] if outputs else []
 
@@ -113,7 +118,8 @@ def loop(count: int, carry: Sequence[Value], body: Callable[[Value, list[Value]]
     """`carry = body(i, carry)` for i = 0 … count - 1."""
     if count == 0:
         return list(carry)
-    op = scf.ForOp(const(0), const(count), const(1), list(carry))
+    operations: Any = scf  # whose annotations are of classes that it replaces
+    op = operations.ForOp(const(0), const(count), const(1), list(carry))
     with ir.InsertionPoint(op.body):
         scf.yield_(list(body(op.induction_variable, list(op.inner_iter_args))))
     return list(op.results)

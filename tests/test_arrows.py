@@ -29,7 +29,8 @@ ROOMS = [
     ["gptjax.language_model"],
     ["gptjax.api", "gptjax.info"],
     ["gptjax.evaluate", "gptjax.compare"],
-    ["gptjax.bench", "gptjax.kernel_cases", "gptjax.kernel_bench", "gptjax.quantization", "gptjax.verify", "gptjax.doctor"],
+    ["gptjax.bench", "gptjax.quantization", "gptjax.verify", "gptjax.doctor", "gptjax.kernel_cases"],
+    ["gptjax.kernel_bench"],
     ["gptjax.cli", "gptjax.__main__"],
 ]
 # Console scripts stand above the packages they are in.

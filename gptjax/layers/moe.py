@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from gptjax.axes import EXPERTS, MLP, WIDTH
 from gptjax.layers.observe import observe_made
-from gptjax.layers.weight import product, weight
+from gptjax.layers.weight import STANDARD_DEVIATION, product, weight
 from pallas_kernels.moe import moe
 from pallas_kernels.parts import Parts
 from pallas_kernels.route import route
@@ -25,16 +25,21 @@ class Router(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[T, D] -> int32 experts [T, X] and float32 weights [T, X]."""
-        axes, shape = (WIDTH, EXPERTS), (x_TD.shape[-1], self.num_experts)
-        kernel = weight(self, "kernel", shape, axes, param_dtype=self.param_dtype, mxfp4=False)
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, T, D] -> int32 experts [B · T, X] and float32 weights [B · T, X]."""
+        axes, shape = (WIDTH, EXPERTS), (x_BTD.shape[-1], self.num_experts)
+        kernel_init = nn.with_logical_partitioning(nn.initializers.normal(STANDARD_DEVIATION), axes)
+        kernel_DE = self.param("kernel", kernel_init, shape, self.param_dtype)
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (EXPERTS,))
         bias_E = self.param("bias", bias_init, (self.num_experts,), self.param_dtype)
-        observe_made(
-            self, "output", lambda: product(x_TD, kernel, bias_E, self.dtype, "xla").total().astype(self.dtype)
-        )
-        return route(x_TD, kernel, bias_E, top=self.experts_per_token, implementation=self.implementation)
+        x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+
+        def logits() -> jax.Array:
+            logits_TE = product(x_TD, kernel_DE, bias_E, self.dtype).total().astype(self.dtype)
+            return logits_TE.reshape(*x_BTD.shape[:-1], self.num_experts)
+
+        observe_made(self, "output", logits)
+        return route(x_TD, kernel_DE, bias_E, top=self.experts_per_token, implementation=self.implementation)
 
 
 class MoE(nn.Module):
@@ -59,7 +64,7 @@ class MoE(nn.Module):
         E, F, D = self.num_experts, self.mlp_width, x_BTD.shape[-1]
         x_TD = x_BTD.reshape(-1, D).astype(self.dtype)
         router = Router(E, self.experts_per_token, self.dtype, self.param_dtype, self.implementation, name="router")
-        experts_TX, weights_TX = router(x_TD)
+        experts_TX, weights_TX = router(x_BTD.astype(self.dtype))
         experts_TX = jnp.where(positions_BT.reshape(-1, 1) < 0, E, experts_TX)
 
         def bias(name: str, size: int, axis: str) -> jax.Array:

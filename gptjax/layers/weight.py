@@ -13,7 +13,7 @@ from pallas_kernels.mxfp4 import BLOCK, MXFP4
 from pallas_kernels.parts import Parts
 
 Weight = jax.Array | MXFP4
-_STANDARD_DEVIATION = 0.02
+STANDARD_DEVIATION = 0.02
 _SCALE = 120  # 2^-7, which gives random codes a standard deviation of 0.023
 
 
@@ -36,7 +36,7 @@ def weight(
         the packed weight has the last two axes the other way round, [..., out, in].
     """
     if not mxfp4:
-        init = nn.with_logical_partitioning(nn.initializers.normal(_STANDARD_DEVIATION), axes)
+        init = nn.with_logical_partitioning(nn.initializers.normal(STANDARD_DEVIATION), axes)
         dense: jax.Array = module.param(name, init, shape, param_dtype)
         return dense
     if summed == -2:

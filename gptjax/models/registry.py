@@ -47,15 +47,25 @@ def init_params(model: Model, key: jax.Array) -> Params:
 
 
 def random_params(model: Model, seed: int = 0) -> Params:
-    """Random weights of the real shapes, made on the device a leaf at a time; for measuring, where no checkpoint is."""
-    leaves, tree = jax.tree.flatten(abstract_params(model), is_leaf=lambda node: isinstance(node, MXFP4))
+    """Random weights of the real shapes, made on the device a leaf at a time; for measuring, where no checkpoint is.
+
+    The norms' scales are 1, as any model's are about: were they as small as the rest, biases would drown what differs
+    between tokens, and all would go to the same few experts, which costs less time than a real model takes.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(
+        abstract_params(model), is_leaf=lambda node: isinstance(node, MXFP4)
+    )
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(tree, list(map(_random_leaf, keys, leaves)))
+    return jax.tree.unflatten(
+        tree, [_random_leaf(key, path[-1].key, leaf) for key, (path, leaf) in zip(keys, leaves, strict=True)]
+    )
 
 
-def _random_leaf(key: jax.Array, leaf: jax.ShapeDtypeStruct | MXFP4) -> jax.Array | MXFP4:
+def _random_leaf(key: jax.Array, name: str, leaf: jax.ShapeDtypeStruct | MXFP4) -> jax.Array | MXFP4:
     if isinstance(leaf, MXFP4):
         return random_mxfp4(key, leaf.shape)
+    if name == "scale":
+        return jnp.ones(leaf.shape, leaf.dtype)
     return _normal(key, leaf.shape, leaf.dtype)
 
 

@@ -1,14 +1,11 @@
 """Appending a token's keys and values to the cache in one small kernel: Pallas Mosaic GPU, for Hopper."""
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, scf
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
 from pallas_kernels.parts import Parts
@@ -17,7 +14,9 @@ from pallas_kernels.ptx import Value
 THREADS = 128
 
 _LOAD = "ld.global.nc.f32 $0, [$1];"
-_LOAD_BF16 = "{ .reg .b16 z, t; .reg .b32 w; mov.b16 z, 0; ld.global.nc.b16 t, [$1]; mov.b32 w, {z, t}; mov.b32 $0, w; }"
+_LOAD_BF16 = (
+    "{ .reg .b16 z, t; .reg .b32 w; mov.b16 z, 0; ld.global.nc.b16 t, [$1]; mov.b32 w, {z, t}; mov.b32 $0, w; }"
+)
 _ROUND = "{ .reg .b16 z, t; .reg .b32 w; mov.b16 z, 0; cvt.rn.bf16.f32 t, $1; mov.b32 w, {z, t}; mov.b32 $0, w; }"
 _STORE = "{ .reg .b16 t; cvt.rn.bf16.f32 t, $1; st.global.b16 [$0], t; }"
 
@@ -99,31 +98,30 @@ def _block(
 ) -> None:
     """One thread of a block: numbers i and i + H/2 of one head."""
     number = ptx.add(ptx.mul(part, THREADS), ptx.thread())
-    inside = scf.IfOp(arith.cmpi(arith.CmpIPredicate.slt, number, ptx.const(plan.heads * plan.half)))
-    with ir.InsertionPoint(inside.then_block):
+
+    def pair() -> None:
         head, i = (op(number, ptx.const(plan.half)) for op in (arith.divui, arith.remui))
         column = ptx.add(ptx.mul(head, plan.width), i)
         (position,) = ptx.asm("ld.global.nc.b32 $0, [$1];", [ptx.i32()], [ptx.offset(positions, row, 4)])
         first, last = (_sum(plan, parts, bias, row, ptx.add(column, shift)) for shift in (0, plan.half))
         if plan.rotates:
             first, last = _rotate(plan, first, last, cos, sin, row, head, i)
-        pair = partial(_store, plan, first, last, i)
-        _choose(head, plan.queries, lambda: pair(q, ptx.add(ptx.mul(row, plan.queries), head)))
-        place = arith.remui(position, ptx.const(plan.places))
-        written = scf.IfOp(
-            arith.andi(
-                arith.cmpi(arith.CmpIPredicate.sge, position, ptx.const(0)),
-                arith.cmpi(arith.CmpIPredicate.sge, head, ptx.const(plan.queries)),
-            )
-        )
-        with ir.InsertionPoint(written.then_block):
+        is_query = arith.cmpi(arith.CmpIPredicate.slt, head, ptx.const(plan.queries))
+        ptx.when(is_query, lambda: _store(plan, first, last, i, q, ptx.add(ptx.mul(row, plan.queries), head)))
+
+        def write() -> None:
             key = ptx.add(head, -plan.queries)
             is_value = arith.cmpi(arith.CmpIPredicate.sge, key, ptx.const(plan.keys))
-            array = arith.select(is_value, v, k)
             key = arith.select(is_value, ptx.add(key, -plan.keys), key)
-            pair(array, ptx.add(ptx.mul(ptx.add(ptx.mul(row, plan.keys), key), plan.places), place))
-            scf.yield_([])
-        scf.yield_([])
+            place = ptx.add(ptx.mul(ptx.add(ptx.mul(row, plan.keys), key), plan.places), place_in_row)
+            _store(plan, first, last, i, arith.select(is_value, v, k), place)
+
+        place_in_row = arith.remui(position, ptx.const(plan.places))
+        exists = arith.cmpi(arith.CmpIPredicate.sge, position, ptx.const(0))
+        is_written = arith.cmpi(arith.CmpIPredicate.sge, head, ptx.const(plan.queries))
+        ptx.when(arith.andi(exists, is_written), write)
+
+    ptx.when(arith.cmpi(arith.CmpIPredicate.slt, number, ptx.const(plan.heads * plan.half)), pair)
 
 
 def _sum(plan: _Plan, parts: Value, bias: Value, row: Value, column: Value) -> Value:
@@ -152,13 +150,6 @@ def _rotate(
     )
     is_value = arith.cmpi(arith.CmpIPredicate.sge, head, ptx.const(plan.queries + plan.keys))
     return arith.select(is_value, first, turned[0]), arith.select(is_value, last, turned[1])
-
-
-def _choose(head: Value, queries: int, store: Callable[[], None]) -> None:
-    chosen = scf.IfOp(arith.cmpi(arith.CmpIPredicate.slt, head, ptx.const(queries)))
-    with ir.InsertionPoint(chosen.then_block):
-        store()
-        scf.yield_([])
 
 
 def _store(plan: _Plan, first: Value, last: Value, i: Value, array: Value, row: Value) -> None:

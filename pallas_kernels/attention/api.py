@@ -43,7 +43,7 @@ def attention(
       window: the positions that a query sees, itself included; None for all up to its own.
       cached: the keys lie in a preallocated cache, where position p is at place p mod S: only what is in use is read.
         Otherwise all scores are computed at once, which can be differentiated.
-      implementation: "auto", "mosaic" or "triton" (both for one query a row, over a cache; Mosaic for bfloat16), or "xla".
+      implementation: "auto", "mosaic" or "triton" (for one query a row over a cache; Mosaic in bfloat16), or "xla".
 
     Returns:
       [B, T, N, H], of the queries' dtype. Products take operands of the given dtypes and accumulate in float32.

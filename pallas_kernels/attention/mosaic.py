@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.attention import split
+from pallas_kernels.attention import mosaic_combine, split
 
 plgpu: Any = mosaic_gpu  # whose interface was another in JAX 0.10, where this module can be imported only
 WIDTHS = 64  # head widths are multiples of this: what a swizzled row holds, and the rows of a wgmma
@@ -253,7 +253,9 @@ def _decode(
     )(q_BNH, k_BKSH, v_BKSH, counts_B, *sinks)
     if whole:
         return out_BKJGH.reshape(B, N, H)
-    return split.combine(out_BKJGH, lse_BKJM, counts_B, sinks_N, tile=tile, dtype=dtype)
+    if interpret:
+        return split.combine(out_BKJGH, lse_BKJM, counts_B, sinks_N, tile=tile, dtype=dtype)
+    return mosaic_combine.combine(out_BKJGH, lse_BKJM, counts_B, sinks_N, tile=tile)
 
 
 def _product(a: Any, b: Any, shape: tuple[int, int]) -> jax.Array:

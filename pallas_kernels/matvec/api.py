@@ -23,8 +23,8 @@ def matvec(
       implementation: "auto", "mosaic" (bfloat16, K and N multiples of 64) or "xla".
 
     Returns:
-      [T, N] float32, with the sum over parts of K, and the bias, left to whoever reads it. A row's bits do not depend on
-      the others, for a given T.
+      [T, N] float32, with the sum over parts of K, and the bias, left to whoever reads it. A row's bits do not depend
+      on the others, for a given T.
 
     Raises:
       ValueError: an unknown implementation, one that does not take these operands, or more rows.

@@ -1,7 +1,7 @@
 """Products of a few rows with a bfloat16 matrix [K, N]: Pallas Mosaic GPU, for Hopper. RECORD.md beside tells how.
 
-A warp streams a strip of 64 columns from memory to registers, pairs the numbers of adjacent rows there, and multiplies them
-with eight rows of x at a time on the tensor cores. The warps of a block share K, and so do `splits` blocks.
+A warp streams a strip of 64 columns from memory to registers, pairs the numbers of adjacent rows there, and multiplies
+them with eight rows of x at a time on the tensor cores. The warps of a block share K, and so do `splits` blocks.
 """
 
 import dataclasses
@@ -90,10 +90,8 @@ def _parts(x_TK: jax.Array, kernel_KN: jax.Array, *, splits: int, unroll: int) -
     return result
 
 
-def _block(
-    plan: _Plan, x: Value, kernel: Value, out: Value, sums: Value, strip: Value, split: Value
-) -> None:
-    """One thread of a block. Lane 4·g + q has columns 8·g to 8·g + 7 of the strip, and rows 4·q to 4·q + 3 of a step."""
+def _block(plan: _Plan, x: Value, kernel: Value, out: Value, sums: Value, strip: Value, split: Value) -> None:
+    """One thread of a block. Lane 4·g + q has columns 8·g to 8·g + 7 of the strip, rows 4·q to 4·q + 3 of a step."""
     lane = arith.andi(ptx.thread(), ptx.const(31))
     warp = arith.shrui(ptx.thread(), ptx.const(5))
     g, q = arith.shrui(lane, ptx.const(2)), arith.andi(lane, ptx.const(3))

@@ -1,5 +1,7 @@
 """A mixture of experts: each token goes through a few of many feed-forward networks."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -52,7 +54,7 @@ def moe(
     Raises:
       ValueError: an unknown implementation, or one that does not take these operands.
     """
-    available = {dispatch.XLA: reference.grouped}
+    available: dict[str, Callable[..., Parts]] = {dispatch.XLA: reference.grouped}
     repacked = isinstance(gate_up, MXFP4Fragments) and isinstance(down, MXFP4Fragments)
     if dispatch.wanted(implementation) == dispatch.MOSAIC and repacked and x_TD.dtype == jnp.bfloat16:
         from pallas_kernels.moe import mosaic
@@ -65,8 +67,8 @@ def moe(
 def repacked(weight: MXFP4, implementation: str = dispatch.AUTO) -> MXFP4 | MXFP4Fragments:
     """Experts' weights [E, N, K] in the layout that this device's kernels want.
 
-    They stay as they are where there is no kernel for them: on other devices, where N or K is no multiple of 64, and where
-    a scale is above `LARGEST_SCALE`, which no model has that works.
+    They stay as they are where there is no kernel for them: on other devices, where N or K is no multiple of 64, and
+    where a scale is above `LARGEST_SCALE`, which no model has that works.
     """
     if dispatch.wanted(implementation) != dispatch.MOSAIC or any(size % TILE for size in weight.shape[-2:]):
         return weight

@@ -1,7 +1,7 @@
 """Products with the chosen experts, from MXFP4 fragments: Pallas Mosaic GPU, for Hopper. RECORD.md beside tells how.
 
-A warp streams 16 rows of one expert from memory to registers, unpacks them there, and multiplies them with eight tokens at
-a time on the tensor cores. No weight is read twice for eight tokens, nor written anywhere.
+A warp streams 16 rows of one expert from memory to registers, unpacks them there, and multiplies them with eight tokens
+at a time on the tensor cores. No weight is read twice for eight tokens, nor written anywhere.
 """
 
 import dataclasses
@@ -11,8 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, scf
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
 from pallas_kernels.fragments import TILE, MXFP4Fragments
@@ -22,8 +21,8 @@ from pallas_kernels.ptx import Value
 
 EIGHT = 8  # tokens of an instruction
 _LARGEST_GROUP = 32  # slots, where there are many tokens
-# A scale s becomes the bfloat16 number 2^(s + _OFFSET - 127), so s may be up to `api.LARGEST_SCALE`. Planes are 2^-126 times their values.
-# What is missing comes last. Where s is below 66, numbers of less than 2^-58 may count as 0.
+# A scale s becomes the bfloat16 number 2^(s + _OFFSET - 127), so s may be up to `api.LARGEST_SCALE`. Planes are 2^-126
+# times their values. What is missing comes last. Where s is below 66, numbers of less than 2^-58 may count as 0.
 _OFFSET = 62
 _MISSING = 2.0 ** (126 - _OFFSET)
 
@@ -42,9 +41,7 @@ _LOAD_X = (
 _LOAD_IF = "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, -1; @p ld.global.nc.b32 $0, [$1]; }"
 _LOAD_PAIR = """{ .reg .b32 t, low; ld.global.nc.b32 t, [$2];
 shl.b32 low, t, 16; and.b32 t, t, 0xFFFF0000; mov.b32 $0, low; mov.b32 $1, t; }"""
-_STORE_BF16 = (
-    "{ .reg .pred p; .reg .b16 t; setp.ne.s32 p, $2, 0; cvt.rn.bf16.f32 t, $1; @p st.global.b16 [$0], t; }"
-)
+_STORE_BF16 = "{ .reg .pred p; .reg .b16 t; setp.ne.s32 p, $2, 0; cvt.rn.bf16.f32 t, $1; @p st.global.b16 [$0], t; }"
 _STORE_PAIR = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.v2.f32 [$0], {$1, $2}; }"
 
 
@@ -135,8 +132,8 @@ def product(
       unroll, splits, eights: see `_Plan`. Those that do not divide what they cut are lowered to what does.
 
     Returns:
-      float32 [splits, G, R, N], of which the first axis is to be summed; with an activation, bfloat16 [G, R, N / 2]. What
-      belongs to no token is not written.
+      float32 [splits, G, R, N], of which the first axis is to be summed; with an activation, bfloat16 [G, R, N / 2].
+      What belongs to no token is not written.
     """
     G, R = groups.rows_GR.shape
     tiles, steps = weight.words.shape[1:3]
@@ -198,15 +195,16 @@ def _block(
     """One thread of a block: 64 rows of an expert, times up to `eights` · 8 tokens. The block of no token returns."""
     first = ptx.mul(share, plan.eights * EIGHT)  # slot of the group
     (begins,) = ptx.asm(_LOAD_IF, [ptx.i32()], [ptx.offset(rows, _place(plan, group, first), 4), ptx.const(1)])
-    used = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sge, begins, ptx.const(0)))
-    with ir.InsertionPoint(used.then_block):
+
+    def compute() -> None:
         (expert,) = ptx.asm("ld.global.nc.b32 $0, [$1];", [ptx.i32()], [ptx.offset(experts, group, 4)])
         acc = _sums(plan, x, rows, words, scales, expert, tile, group, first, split)
         if activation is None:
             _write_parts(plan, acc, out, tile, group, first, split)
         else:
             _write_activation(plan, activation, acc, bias, out, expert, tile, group, first)
-        scf.yield_([])
+
+    ptx.when(arith.cmpi(arith.CmpIPredicate.sge, begins, ptx.const(0)), compute)
 
 
 def _place(plan: _Plan, group: Value, slot: Value) -> Value:

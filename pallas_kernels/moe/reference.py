@@ -116,5 +116,7 @@ def _expert(
 
 def _product(x: jax.Array, weight: jax.Array | MXFP4 | MXFP4Fragments, expert: jax.Array) -> jax.Array:
     one = weight[expert]
-    numbers, axis = (one.dequantize(x.dtype), 1) if isinstance(one, MXFP4 | MXFP4Fragments) else (one.astype(x.dtype), 0)
+    numbers, axis = (
+        (one.dequantize(x.dtype), 1) if isinstance(one, MXFP4 | MXFP4Fragments) else (one.astype(x.dtype), 0)
+    )
     return jax.lax.dot_general(x, numbers, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)

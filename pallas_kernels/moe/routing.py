@@ -25,7 +25,8 @@ class Routing(NamedTuple):
 def route(experts_TX: jax.Array, num_experts: int, largest: int) -> Routing:
     """Groups of the chosen experts' tokens; experts outside [0, num_experts) have none.
 
-    Up to `BY_EXPERT` tokens no sorting is needed, which would be many small kernels. Beyond, groups have `largest` slots.
+    Up to `BY_EXPERT` tokens no sorting is needed, which would be many small kernels. Beyond, groups have `largest`
+    slots.
     """
     if experts_TX.shape[0] == 1:
         return _one_token(experts_TX, num_experts)

@@ -249,7 +249,7 @@ def test_what_cannot_be_run_raises(cached):
     with pytest.raises(ValueError, match="5 query heads cannot share 2 key/value heads"):
         attention(*operands, scale=1.0, cached=cached)
     operands = _operands(Shape(B=1, T=1, N=4, K=2, S=8, H=4))
-    with pytest.raises(ValueError, match=r"attention has no implementation 'triton9'; it has .*xla"):
+    with pytest.raises(ValueError, match=r"attention has no implementation 'triton9' for these operands; it has .*xla"):
         attention(*operands, scale=1.0, cached=cached, implementation="triton9")
 
 

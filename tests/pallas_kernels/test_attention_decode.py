@@ -232,7 +232,8 @@ def test_what_the_kernels_refuse():
 @pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
 def test_mosaic_lowers_for_cuda(shape, splits):
     text = _lowered(partial(mosaic.decode, splits=splits), jnp.bfloat16, shape)
-    assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 1
+    # One kernel, and one that combines its parts where there are several.
+    assert len(re.findall(r"custom_call @mosaic_gpu", text)) == (1 if splits == 1 or shape.S <= mosaic.TILE else 2)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

@@ -1,7 +1,6 @@
 """`pallas_kernels.moe` against float64 NumPy (`tests/oracles/moe_numpy.py`), packed and not, one token and many."""
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax

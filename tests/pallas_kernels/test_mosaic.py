@@ -1,0 +1,178 @@
+"""The Mosaic kernels of experts, products and the cache: lowered for CUDA everywhere, run on a Hopper GPU."""
+
+import importlib
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch
+from pallas_kernels.attention import split
+from pallas_kernels.fragments import MXFP4Fragments
+from pallas_kernels.moe import moe
+from pallas_kernels.mxfp4 import quantize
+from pallas_kernels.parts import Parts
+from tests.oracles import moe_numpy
+
+needs_mosaic = pytest.mark.skipif(
+    dispatch.wanted(dispatch.MOSAIC) != dispatch.MOSAIC, reason="this JAX has another Mosaic"
+)
+needs_hopper = pytest.mark.skipif(dispatch.preferred() != dispatch.MOSAIC, reason="needs a Hopper GPU")
+SETTINGS = {"alpha": 1.702, "limit": 7.0}
+BF16 = float(jnp.finfo(jnp.bfloat16).eps)
+
+
+def _shape(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _lowers(function: Any, *operands: Any) -> str:
+    return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def _fragments(E: int, N: int, K: int) -> MXFP4Fragments:
+    words, scales = (
+        _shape(E, N // 64, K // 64, 128, 4, dtype=jnp.uint32),
+        _shape(E, N // 64, K // 64, 64, dtype=jnp.uint16),
+    )
+    return MXFP4Fragments(words, scales)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("T", [1, 2, 8, 33, 128, 200])
+def test_experts_lower(T):
+    E, D, F, X = 32, 2880, 2880, 4
+    text = _lowers(
+        lambda *operands: moe(*operands, **SETTINGS, implementation="mosaic").total(),
+        _shape(T, D),
+        _shape(T, X, dtype=jnp.int32),
+        _shape(T, X, dtype=jnp.float32),
+        _fragments(E, 2 * F, D),
+        _shape(E, 2 * F),
+        _fragments(E, D, F),
+        _shape(E, D),
+    )
+    assert text.count("call @product") == 2
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("T", "K", "N"), [(1, 2880, 5120), (4, 4096, 2880), (8, 768, 2304), (64, 1600, 6400)])
+def test_products_lower(T, K, N):
+    matvec = importlib.import_module("pallas_kernels.matvec.mosaic")
+    _lowers(lambda *operands: matvec.product(*operands).total(), _shape(T, K), _shape(K, N), _shape(N))
+
+
+@needs_mosaic
+@pytest.mark.parametrize("B", [1, 8])
+@pytest.mark.parametrize("rotates", [True, False])
+def test_appending_lowers_and_updates_the_cache_in_place(B, rotates):
+    append = importlib.import_module("pallas_kernels.append.mosaic").append
+    cache = _shape(B, 8, 512, 64)
+    qkv = Parts(_shape(3, B, 80 * 64, dtype=jnp.float32), bias_EN=_shape(1, 80 * 64))
+    angles = (_shape(B, 32, dtype=jnp.float32),) * 2 if rotates else None
+    text = _lowers(append, qkv, angles, _shape(B, dtype=jnp.int32), cache, cache)
+    assert "output_operand_aliases" in text
+
+
+def _moe_operands(T: int, E: int, D: int, F: int, X: int, seed: int) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.standard_normal((T, D)), jnp.bfloat16)
+    experts = np.stack([rng.permutation(E)[:X] for _ in range(T)]).astype(np.int32)
+    experts = np.where(rng.random((T, 1)) < 0.1, E, experts).astype(np.int32) if T > 1 else experts
+    gate_up = quantize(jnp.asarray(rng.standard_normal((E, 2 * F, D)) / math.sqrt(D), jnp.float32))
+    down = quantize(jnp.asarray(rng.standard_normal((E, D, F)) / math.sqrt(F), jnp.float32))
+    biases = [jnp.asarray(rng.standard_normal((E, n)), jnp.bfloat16) for n in (2 * F, D)]
+    return [x, experts, rng.dirichlet(np.ones(X), T).astype(np.float32), gate_up, biases[0], down, biases[1]]
+
+
+@needs_hopper
+@pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 33, 128, 129, 300])
+@pytest.mark.parametrize(("E", "D", "F", "X"), [(5, 64, 192, 2), (32, 320, 64, 4)])
+def test_experts_agree_with_the_oracle(T, E, D, F, X):
+    x, experts, weights, gate_up, bias, down, other = _moe_operands(T, E, D, F, X, seed=T)
+    actual = jax.jit(lambda *operands: moe(*operands, **SETTINGS, implementation="mosaic").total())(
+        x, experts, weights, MXFP4Fragments.of(gate_up), bias, MXFP4Fragments.of(down), other
+    )
+    dense = [np.asarray(each.dequantize().swapaxes(1, 2), np.float64) for each in (gate_up, down)]
+    x, bias, other = (np.asarray(each, np.float64) for each in (x, bias, other))
+    expected = moe_numpy.moe(x, experts, weights.astype(np.float64), dense[0], bias, dense[1], other, **SETTINGS)
+    # What is rounded are the hidden values, of up to 56 and mostly about 1, each to half a last place.
+    assert np.linalg.norm(actual - expected) < BF16 * np.linalg.norm(expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=16 * BF16)
+
+
+@needs_hopper
+@pytest.mark.parametrize("T", [1, 3, 4, 8, 9, 64])
+@pytest.mark.parametrize(("K", "N"), [(64, 64), (320, 192), (2880, 5120), (4096, 2880), (1600, 6400)])
+def test_products_agree_with_numpy(T, K, N):
+    matvec = importlib.import_module("pallas_kernels.matvec.mosaic")
+    rng = np.random.default_rng(T)
+    x, kernel, bias = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((T, K), (K, N), (N,)))
+    actual = matvec.product(x, kernel, bias).total()
+    x, kernel, bias = (np.asarray(each, np.float64) for each in (x, kernel, bias))
+    np.testing.assert_allclose(actual, x @ kernel + bias, rtol=0, atol=1e-5 * K)
+
+
+@needs_hopper
+@pytest.mark.parametrize("S", [7, 128, 512])
+@pytest.mark.parametrize("rotates", [True, False])
+def test_appending_agrees_with_numpy(S, rotates):
+    append = importlib.import_module("pallas_kernels.append.mosaic").append
+    B, N, K, H, splits = 5, 6, 3, 64, 3
+    rng = np.random.default_rng(S)
+    parts = rng.standard_normal((splits, B, (N + 2 * K) * H)).astype(np.float32)
+    bias = jnp.asarray(rng.standard_normal((1, parts.shape[2])), jnp.bfloat16)
+    cache = [jnp.asarray(rng.standard_normal((B, K, S, H)), jnp.bfloat16) for _ in "kv"]
+    positions = np.asarray([0, 3, -1, S - 1, 2 * S + 2], np.int32)
+    angle = rng.uniform(-3, 3, (B, H // 2)).astype(np.float32)
+    angles = (np.cos(angle), np.sin(angle)) if rotates else None
+    q, *written = jax.jit(append)(Parts(jnp.asarray(parts), bias_EN=bias), angles, positions, *cache)
+
+    total = parts.astype(np.float64).sum(axis=0) + np.asarray(bias, np.float64)
+    heads = np.asarray(jnp.asarray(total, jnp.float32).astype(jnp.bfloat16), np.float64).reshape(B, N + 2 * K, H)
+    if rotates:
+        first, last = np.split(heads[:, : N + K], 2, axis=-1)
+        cos, sin = (each.astype(np.float64)[:, None] for each in angles)
+        turned = np.concatenate((first * cos - last * sin, last * cos + first * sin), axis=-1)
+        heads = np.concatenate((turned, heads[:, N + K :]), axis=1)
+    # Half a last place of what is up to 16, and another where the sum was just between two numbers.
+    near = {"rtol": 2 * BF16, "atol": 2 * BF16}
+    np.testing.assert_allclose(np.asarray(q, np.float64), heads[:, :N], **near)
+    for before, after, new in zip(cache, written, (heads[:, N : N + K], heads[:, N + K :]), strict=True):
+        expected = np.array(before, np.float64)
+        for row, position in enumerate(positions):
+            if position >= 0:
+                np.testing.assert_allclose(np.asarray(after[row, :, position % S], np.float64), new[row], **near)
+                expected[row, :, position % S] = np.asarray(after[row, :, position % S], np.float64)
+        np.testing.assert_array_equal(np.asarray(after, np.float64), expected)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("sinks", [True, False])
+def test_combining_lowers(sinks):
+    combine = importlib.import_module("pallas_kernels.attention.mosaic_combine").combine
+    operands = _shape(2, 8, 16, 8, 64, dtype=jnp.float32), _shape(2, 8, 16, 8, dtype=jnp.float32)
+    sinks_N = _shape(64) if sinks else None
+    _lowers(lambda *each: combine(*each, tile=128), *operands, _shape(2, dtype=jnp.int32), sinks_N)
+
+
+@needs_hopper
+@pytest.mark.parametrize("sinks", [True, False])
+@pytest.mark.parametrize(("K", "G", "H", "J"), [(8, 8, 64, 16), (25, 1, 64, 4), (3, 5, 128, 32)])
+def test_combining_agrees_with_jnp(K, G, H, J, sinks):
+    combine = importlib.import_module("pallas_kernels.attention.mosaic_combine").combine
+    rng = np.random.default_rng(J)
+    counts = jnp.asarray([0, 1, 128, 700, 128 * J], jnp.int32)
+    out = jnp.asarray(rng.standard_normal((5, K, J, G, H)), jnp.float32)
+    lse = jnp.asarray(rng.normal(0, 3, (5, K, J, 8)), jnp.float32)
+    sinks_N = jnp.asarray(rng.normal(0, 3, K * G), jnp.bfloat16) if sinks else None
+    # Splits without work leave whatever was there.
+    _, tiles_BJ = split.run(counts[:, None], jnp.arange(J, dtype=jnp.int32), tile=128, splits=J)
+    idle = (tiles_BJ == 0)[:, None, :, None]
+    out, lse = jnp.where(idle[..., None], jnp.nan, out), jnp.where(idle, jnp.nan, lse)
+    actual = jax.jit(lambda *each: combine(*each, tile=128))(out, lse, counts, sinks_N)
+    expected = split.combine(out, lse, counts, sinks_N, tile=128, dtype=jnp.float32)
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=BF16, atol=1e-6)
