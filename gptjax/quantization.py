@@ -22,6 +22,7 @@ from gptjax.layers.observe import COLLECTION
 from gptjax.models import registry
 from gptjax.models.registry import Model, Params, weights
 from gptjax.text import Tokenizer
+from pallas_kernels.fragments import MXFP4Fragments
 from pallas_kernels.mxfp4 import MXFP4
 
 # What the field asks of a rounded model.
@@ -118,7 +119,9 @@ def quantized(lm: LanguageModel, targets: str) -> LanguageModel:
         names = tuple(key.key for key in path)
         return MXFP4(*map(jnp.asarray, rounded(names, np.asarray(leaf)))) if names in paths else leaf
 
-    params = jax.tree_util.tree_map_with_path(packed, lm.params, is_leaf=lambda node: isinstance(node, MXFP4))
+    params = jax.tree_util.tree_map_with_path(
+        packed, lm.params, is_leaf=lambda node: isinstance(node, MXFP4 | MXFP4Fragments)
+    )
     model = registry.build(
         config, dtype=lm.model.dtype, param_dtype=lm.model.param_dtype, implementation=lm.model.implementation
     )
@@ -212,9 +215,11 @@ def _weights(params: Params, other: Params) -> Iterator[Difference]:
     """Of each weight that is numbers in the one and packed in the other."""
     numbers, packed = weights(params), weights(other)
     for path in sorted(numbers, key=_place):
-        leaf = numbers[path]
-        if isinstance(packed[path], MXFP4) and not isinstance(leaf, MXFP4):
-            yield _difference("/".join(path), _pairs(summed_last(path, leaf), packed[path]))
+        leaf, theirs = numbers[path], packed[path]
+        if isinstance(theirs, MXFP4Fragments):
+            theirs = theirs.unpacked()
+        if isinstance(theirs, MXFP4) and not isinstance(leaf, MXFP4 | MXFP4Fragments):
+            yield _difference("/".join(path), _pairs(summed_last(path, leaf), theirs))
 
 
 def _place(path: tuple[str, ...]) -> tuple[bool, int, tuple[str, ...]]:

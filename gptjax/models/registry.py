@@ -19,6 +19,7 @@ from gptjax.layers.weight import random_mxfp4
 from gptjax.models.gpt2 import GPT2
 from gptjax.models.gpt_oss import GptOss
 from pallas_kernels import moe
+from pallas_kernels.fragments import MXFP4Fragments
 from pallas_kernels.mxfp4 import MXFP4
 
 Model = GPT2 | GptOss  # the union of all models
@@ -94,7 +95,12 @@ def _float32_params(config: ModelConfig) -> Params:
 
 
 def repacked(model: Model, params: Params) -> Params:
-    """The weights in the layout that the device's kernels want; what is repacked is deleted as it was given."""
+    """The weights in the layout that the device's kernels want; what is repacked is deleted as it was given.
+
+    Only for models in bfloat16, for others have no kernels of experts.
+    """
+    if jnp.dtype(model.dtype) != jnp.bfloat16:
+        return params
     leaves, tree = jax.tree.flatten(params, is_leaf=lambda node: isinstance(node, MXFP4))
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, MXFP4) and leaf.ndim == 3:  # experts
@@ -108,7 +114,7 @@ def repacked(model: Model, params: Params) -> Params:
 
 def weights(params: Params) -> dict[tuple[str, ...], Any]:
     """Every weight by its path; one in MXFP4 is one, though it is two arrays."""
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, MXFP4))
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, MXFP4 | MXFP4Fragments))
     return {tuple(key.key for key in path): leaf for path, leaf in leaves}
 
 
