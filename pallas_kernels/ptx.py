@@ -1,10 +1,12 @@
 """Instructions of NVIDIA GPUs that Pallas has no name for, for use inside `plgpu.inline_mgpu`: one thread's view."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
@@ -173,3 +175,45 @@ def when(condition: Value, body: Callable[[], None]) -> None:
     with ir.InsertionPoint(branch.then_block):
         body()
         scf.yield_([])
+
+
+def kernel(
+    block: Callable[..., None],
+    operands: Sequence[Any],
+    out: Any,
+    grid: Mapping[str, int],
+    shared: Sequence[Any] = (),
+) -> Any:
+    """Runs a kernel of one warpgroup a block, which is written as what one of its threads does.
+
+    Args:
+      block: inlines that, given the addresses of the operands, the results and the shared memory, then the block's
+        indices, in the grid's order.
+      operands: arrays, and references to those that are written to.
+      out: shape and dtype of the result.
+      grid: sizes by name; the name of `block` is the kernel's.
+      shared: what to allocate in shared memory.
+    """
+
+    def body(*refs: Any) -> None:
+        indices = [jax.lax.axis_index(name) for name in grid]
+        scalars = [plgpu.Layout.WG_SPLAT(())] * len(indices)
+
+        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), *scalars))
+        def inline(_: object, *args: Any) -> tuple[()]:
+            last = len(refs) - len(shared)
+            addresses = [*map(address, args[:last]), *map(shared_address, args[last : len(refs)])]
+            block(*addresses, *(index.registers.item() for index in args[len(refs) :]))
+            return ()
+
+        inline(*refs, *indices)
+
+    body.__name__ = getattr(block, "func", block).__name__.strip("_")
+    launched = plgpu.kernel(
+        body,
+        out_type=out,
+        scratch_types=list(shared),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+    )
+    return launched(*operands)

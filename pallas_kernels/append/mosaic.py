@@ -1,10 +1,10 @@
 """Appending a token's keys and values to the cache in one small kernel: Pallas Mosaic GPU, for Hopper."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
@@ -61,29 +61,16 @@ def append(
     cos, sin = (positions_B, positions_B) if rotation is None else rotation
     k_ref, v_ref = jax.new_ref(k_BKSH), jax.new_ref(v_BKSH)
 
-    def append_to_cache(*refs: jax.Ref) -> None:
-        indices = [jax.lax.axis_index(name) for name in ("row", "part")]
-        scalars = [plgpu.Layout.WG_SPLAT(())] * len(indices)
-
-        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), *scalars))
-        def body(_: object, *args: Value) -> tuple[()]:
-            addresses = [ptx.address(ref) for ref in args[: len(refs)]]
-            _block(plan, *addresses, *(index.registers.item() for index in args[len(refs) :]))
-            return ()
-
-        body(*refs, *indices)
-
-    kernel = plgpu.kernel(
-        append_to_cache,
-        out_type=jax.ShapeDtypeStruct((B, N, H), jnp.bfloat16),
-        grid=(B, -(-plan.heads * plan.half // THREADS)),
-        grid_names=("row", "part"),
+    q_BNH = ptx.kernel(
+        partial(append_to_cache, plan),
+        (qkv.parts_SRN, bias, cos, sin, positions_B, k_ref, v_ref),
+        jax.ShapeDtypeStruct((B, N, H), jnp.bfloat16),
+        {"row": B, "part": -(-plan.heads * plan.half // THREADS)},
     )
-    q_BNH = kernel(qkv.parts_SRN, bias, cos, sin, positions_B, k_ref, v_ref)
     return q_BNH, jax.freeze(k_ref), jax.freeze(v_ref)
 
 
-def _block(
+def append_to_cache(
     plan: _Plan,
     parts: Value,
     bias: Value,

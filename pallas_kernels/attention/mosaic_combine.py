@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
@@ -49,29 +49,16 @@ def combine(
     # Where there are none, they are not read, but something must stand for them.
     sinks = counts_B if sinks_N is None else sinks_N.astype(jnp.float32)
 
-    def combine_splits(*refs: jax.Ref) -> None:
-        indices = [jax.lax.axis_index(name) for name in ("row", "part")]
-        scalars = [plgpu.Layout.WG_SPLAT(())] * len(indices)
-
-        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), *scalars))
-        def body(_: object, *args: Value) -> tuple[()]:
-            addresses = [ptx.address(ref) for ref in args[: len(refs)]]
-            _block(plan, *addresses, *(index.registers.item() for index in args[len(refs) :]))
-            return ()
-
-        body(*refs, *indices)
-
-    kernel = plgpu.kernel(
-        combine_splits,
-        out_type=jax.ShapeDtypeStruct((B, K * G, H), jnp.bfloat16),
-        grid=(B, -(-plan.pairs // THREADS)),
-        grid_names=("row", "part"),
+    result: jax.Array = ptx.kernel(
+        partial(combine_splits, plan),
+        (out_BKJGH, lse_BKJM, counts_B, sinks),
+        jax.ShapeDtypeStruct((B, K * G, H), jnp.bfloat16),
+        {"row": B, "part": -(-plan.pairs // THREADS)},
     )
-    result: jax.Array = kernel(out_BKJGH, lse_BKJM, counts_B, sinks)
     return result
 
 
-def _block(
+def combine_splits(
     plan: _Plan, out: Value, lse: Value, counts: Value, sinks: Value, result: Value, row: Value, part: Value
 ) -> None:
     """One thread of a block: two numbers of one query's result."""

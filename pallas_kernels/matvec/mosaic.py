@@ -67,30 +67,17 @@ def _parts(x_TK: jax.Array, kernel_KN: jax.Array, *, splits: int, unroll: int) -
     N = kernel_KN.shape[1]
     plan = _Plan(rows=T, inner=K, columns=N, splits=splits, steps=K // (STEP * WARPS * splits), unroll=unroll)
 
-    def matvec(*refs: jax.Ref) -> None:
-        indices = [jax.lax.axis_index(name) for name in ("strip", "split")]
-        scalars = [plgpu.Layout.WG_SPLAT(())] * len(indices)
-
-        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), *scalars))
-        def body(_: object, x: Value, kernel: Value, out: Value, sums: Value, *indices: Value) -> tuple[()]:
-            addresses = [*map(ptx.address, (x, kernel, out)), ptx.shared_address(sums)]
-            _block(plan, *addresses, *(index.registers.item() for index in indices))
-            return ()
-
-        body(*refs, *indices)
-
-    kernel = plgpu.kernel(
-        matvec,
-        out_type=jax.ShapeDtypeStruct((splits, T, N), jnp.float32),
-        scratch_types=[plgpu.SMEM((WARPS, 16 * plan.eights, 32), jnp.float32)],
-        grid=(N // STRIP, splits),
-        grid_names=("strip", "split"),
+    result: jax.Array = ptx.kernel(
+        partial(matvec, plan),
+        (x_TK, kernel_KN),
+        jax.ShapeDtypeStruct((splits, T, N), jnp.float32),
+        {"strip": N // STRIP, "split": splits},
+        shared=[plgpu.SMEM((WARPS, 16 * plan.eights, 32), jnp.float32)],
     )
-    result: jax.Array = kernel(x_TK, kernel_KN)
     return result
 
 
-def _block(plan: _Plan, x: Value, kernel: Value, out: Value, sums: Value, strip: Value, split: Value) -> None:
+def matvec(plan: _Plan, x: Value, kernel: Value, out: Value, sums: Value, strip: Value, split: Value) -> None:
     """One thread of a block. Lane 4·g + q has columns 8·g to 8·g + 7 of the strip, rows 4·q to 4·q + 3 of a step."""
     lane = arith.andi(ptx.thread(), ptx.const(31))
     warp = arith.shrui(ptx.thread(), ptx.const(5))

@@ -10,7 +10,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
@@ -155,29 +154,16 @@ def product(
     else:
         out = jax.ShapeDtypeStruct((G, R, N // 2), jnp.bfloat16)
 
-    def moe_product(*refs: jax.Ref) -> None:
-        indices = [jax.lax.axis_index(name) for name in ("tile", "group", "share", "split")]
-        scalars = [plgpu.Layout.WG_SPLAT(())] * len(indices)
-
-        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), *scalars))
-        def body(_: object, *args: Value) -> tuple[()]:
-            addresses = [ptx.address(ref) for ref in args[: len(refs)]]
-            _block(plan, activation, *addresses, *(index.registers.item() for index in args[len(refs) :]))
-            return ()
-
-        body(*refs, *indices)
-
-    kernel = plgpu.kernel(
-        moe_product,
-        out_type=out,
-        grid=(tiles, G, -(-R // (plan.eights * EIGHT)), splits),
-        grid_names=("tile", "group", "share", "split"),
+    result: jax.Array = ptx.kernel(
+        partial(moe_product, plan, activation),
+        (x_PK, groups.rows_GR, groups.experts_G, weight.words, weight.scales, bias_EN),
+        out,
+        {"tile": tiles, "group": G, "share": -(-R // (plan.eights * EIGHT)), "split": splits},
     )
-    result: jax.Array = kernel(x_PK, groups.rows_GR, groups.experts_G, weight.words, weight.scales, bias_EN)
     return result
 
 
-def _block(
+def moe_product(
     plan: _Plan,
     activation: SwiGLU | None,
     x: Value,
