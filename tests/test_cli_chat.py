@@ -1,10 +1,12 @@
 """`gptjax chat`: what a line does (with a model that says what it is told), the terminal, and the whole program."""
 
+import contextlib
 import io
 import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -540,6 +542,32 @@ class Typist:
     def type(self, keys: str) -> None:
         time.sleep(0.2)  # a key in the moment before the line editor waits is seen with the next one
         os.write(self._end, keys.encode())
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_an_interrupt_ends_the_turn_even_where_its_exception_is_lost(lost):
+    """As in JAX's callback of the garbage collector, where Python ignores exceptions."""
+    told = []
+
+    def pieces() -> Iterator[Piece]:
+        try:
+            yield Piece("answer", "one")
+            with contextlib.suppress(KeyboardInterrupt) if lost else contextlib.nullcontext():
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            for word in (" two", " three"):
+                yield Piece("answer", word)
+        except KeyboardInterrupt:
+            told.append(True)
+            yield Piece("note", "Stopped.")
+
+    out = io.StringIO()
+    chat._show_all(pieces(), chat.Terminal(out))
+    assert told == [True]
+    assert out.getvalue().splitlines() == ["one", "Stopped."]
+    with pytest.raises(KeyboardInterrupt):  # outside of a turn all is as it was
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")

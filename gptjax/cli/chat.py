@@ -6,8 +6,11 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import sys
-from collections.abc import Generator
+import threading
+from collections.abc import Generator, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from gptjax.cli.common import DEFAULT_CHAT_MODEL, EFFORTS, add_command, add_dtype, add_tokenizer, read_stdin
@@ -196,13 +199,41 @@ def _draft() -> str:
 
 
 def _show_all(pieces: "Generator[Piece, None, None]", terminal: "Terminal") -> None:
-    piece = next(pieces, None)
-    while piece is not None:
-        try:
-            terminal.show(piece.kind, piece.text)
-            piece = next(pieces, None)
-        except KeyboardInterrupt:  # while the piece was shown: the turn is told
-            piece = pieces.throw(KeyboardInterrupt)
+    with _remembered_interrupts() as interrupts:
+        piece = next(pieces, None)
+        while piece is not None:
+            try:
+                # One that nobody answered with a note was lost on its way.
+                if interrupts and piece.kind != "note":
+                    raise KeyboardInterrupt
+                terminal.show(piece.kind, piece.text)
+                piece = next(pieces, None)
+            except KeyboardInterrupt:  # while the piece was shown: the turn is told
+                interrupts.clear()
+                piece = pieces.throw(KeyboardInterrupt)
+
+
+@contextlib.contextmanager
+def _remembered_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C, as ever, and a list of those that came.
+
+    Where Python ignores exceptions, as it does in JAX's callback of the garbage collector, a KeyboardInterrupt is lost.
+    """
+    came: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def clean(text: str) -> str:
