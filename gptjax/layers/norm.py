@@ -2,7 +2,6 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptjax.axes import WIDTH
@@ -61,4 +60,4 @@ class RMSNorm(_Norm):
 
 def add(x: jax.Array, added: Parts) -> jax.Array:
     """`x + added`, as the norms do it."""
-    return (x.astype(jnp.float32) + added.total().reshape(x.shape)).astype(x.dtype)
+    return x + added.total().astype(x.dtype).reshape(x.shape)

@@ -21,7 +21,7 @@ def add_norm(
 
     Means, in float32:
 
-        sum    = (x + terms.total()), rounded to x's dtype
+        sum    = (x + terms.total()), rounded to x's dtype (by "xla", terms.total() is rounded first)
         y      = sum - mean(sum) if center else sum
         normed = (y / sqrt(mean(y²) + epsilon) * scale + bias), rounded to x's dtype
 

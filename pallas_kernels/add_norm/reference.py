@@ -17,7 +17,8 @@ def add_norm(
     center: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.add_norm`."""
-    sum_TD = x_TD if terms is None else (x_TD.astype(jnp.float32) + terms.total()).astype(x_TD.dtype)
+    # In half precision rounded twice, as transformers does: so near-ties of a router fall the same way.
+    sum_TD = x_TD if terms is None else x_TD + terms.total().astype(x_TD.dtype)
     y_TD = sum_TD.astype(jnp.float32)
     if center:
         y_TD -= y_TD.mean(axis=-1, keepdims=True)

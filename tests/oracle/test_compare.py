@@ -18,6 +18,7 @@ from gptjax import compare, hub  # noqa: E402
 from gptjax.activations import stages  # noqa: E402
 from gptjax.api import load  # noqa: E402
 from gptjax.cli import main  # noqa: E402
+from gptjax.layers.norm import add  # noqa: E402
 from gptjax.layers.observe import observe  # noqa: E402
 from gptjax.models import build  # noqa: E402
 
@@ -75,12 +76,14 @@ class NoMean(nn.Module):
     epsilon: float
     dtype: object
     param_dtype: object
+    implementation: str
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, added=None):
+        x = x if added is None else add(x, added)
         scale, bias = (self.param(name, nn.initializers.ones_init(), (x.shape[-1],)) for name in ("scale", "bias"))
         normed = x * jax.lax.rsqrt(x.var(axis=-1, keepdims=True) + self.epsilon)
-        return observe(self, "output", normed * scale + bias)
+        return x, observe(self, "output", normed * scale + bias)
 
 
 def _rotated(q_BTNH, k_BKSH, *arguments, **options):
