@@ -544,8 +544,16 @@ class Typist:
         os.write(self._end, keys.encode())
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where the tests run in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("lost", [True, False])
-def test_an_interrupt_ends_the_turn_even_where_its_exception_is_lost(lost):
+def test_an_interrupt_ends_the_turn_even_where_its_exception_is_lost(lost, interruptible):
     """As in JAX's callback of the garbage collector, where Python ignores exceptions."""
     told = []
 
@@ -571,7 +579,7 @@ def test_an_interrupt_ends_the_turn_even_where_its_exception_is_lost(lost):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
-def test_the_program_in_a_terminal():
+def test_the_program_in_a_terminal(interruptible):  # whose children do not ignore Ctrl-C either
     # The most likely tale has no end, so that there is time to stop it.
     with Typist("chat", "--temperature", "0", "--max-length", "4096", "--hide-reasoning") as typist:
         assert "gpt-oss-tales, with room for 4096 tokens" in typist.until("\n> ")
