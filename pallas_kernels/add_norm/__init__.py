@@ -1,3 +1,3 @@
-from pallas_kernels.add_norm.api import add_norm, add_norm_route
+from pallas_kernels.add_norm.api import add_norm
 
-__all__ = ["add_norm", "add_norm_route"]
+__all__ = ["add_norm"]

@@ -47,32 +47,3 @@ def add_norm(
             available[dispatch.MOSAIC] = mosaic.add_norm
     run = dispatch.choose("add_norm", implementation, available)
     return run(x_TD, terms, scale_D, bias_D, epsilon=epsilon, center=center)
-
-
-def add_norm_route(
-    x_TD: jax.Array,
-    terms: Parts | None,
-    scale_D: jax.Array,
-    router_DE: jax.Array,
-    router_bias_E: jax.Array,
-    *,
-    epsilon: float,
-    top: int,
-    implementation: str = dispatch.AUTO,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """x + terms, the RMSNorm of that, and the experts which that is routed to: `add_norm`, then `route`, as one.
-
-    Returns:
-      The sum and the norm, [T, D] of x's dtype; int32 numbers of experts and their float32 weights, [T, top].
-
-    Raises:
-      ValueError: an unknown implementation, or one that does not take these operands.
-    """
-    available = {dispatch.XLA: reference.add_norm_route}
-    if dispatch.wanted(implementation) == dispatch.MOSAIC:
-        from pallas_kernels.add_norm import mosaic
-
-        if mosaic.supports_route(x_TD, terms, scale_D, router_DE, router_bias_E, top=top):
-            available[dispatch.MOSAIC] = mosaic.add_norm_route
-    run = dispatch.choose("add_norm_route", implementation, available)
-    return run(x_TD, terms, scale_D, router_DE, router_bias_E, epsilon=epsilon, top=top)

@@ -1,12 +1,7 @@
-"""A residual's sum and its norm for a few rows in one kernel, on Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
-
-With a router, the same kernel chooses the experts: the router's weights do not depend on what comes before, so they are
-on their way while the norm is computed.
-"""
+"""A residual's sum and its norm for a few rows in one kernel, on Hopper: Pallas Mosaic GPU, JAX 0.11 and newer."""
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +10,6 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels import ptx, rows
 from pallas_kernels.parts import Parts
 from pallas_kernels.ptx import Value
-from pallas_kernels.route import mosaic as route
 
 _FLIGHT = 24  # loads of 16 bytes of parts that a thread has begun at a time, at most
 _LOADS = 16384  # loads of 16 bytes that the registers of a block's threads have room for
@@ -52,19 +46,6 @@ def _supports(terms: Parts, T: int, D: int) -> bool:
     )
 
 
-def supports_route(
-    x_TD: jax.Array,
-    terms: Parts | None,
-    scale_D: jax.Array,
-    router_DE: jax.Array,
-    router_bias_E: jax.Array,
-    *,
-    top: int,
-) -> bool:
-    """Whether `add_norm_route` takes these operands."""
-    return supports(x_TD, terms, scale_D) and route.supports(x_TD, router_DE, router_bias_E, top=top)
-
-
 def add_norm(
     x_TD: jax.Array,
     terms: Parts | None,
@@ -79,36 +60,18 @@ def add_norm(
     return out["sum"], out["normed"]
 
 
-def add_norm_route(
-    x_TD: jax.Array,
-    terms: Parts | None,
-    scale_D: jax.Array,
-    router_DE: jax.Array,
-    router_bias_E: jax.Array,
-    *,
-    epsilon: float,
-    top: int,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """See `api.add_norm_route`. The operands must be such as `supports_route` says."""
-    router = (router_DE, router_bias_E)
-    out = launch(x_TD, terms, scale_D, None, router, epsilon=epsilon, center=False, top=top)
-    return out["sum"], out["normed"], out["experts"], out["weights"]
-
-
-@partial(jax.jit, static_argnames=("epsilon", "center", "top", "blocks"))
+@partial(jax.jit, static_argnames=("epsilon", "center", "blocks"))
 def launch(
     x_TD: jax.Array,
     terms: Parts | None,
     scale_D: jax.Array,
     bias_D: jax.Array | None = None,
-    router: tuple[jax.Array, jax.Array] | None = None,
     *,
     epsilon: float,
     center: bool,
-    top: int = 0,
     blocks: int | None = None,
 ) -> dict[str, jax.Array]:
-    """Both operations, with `blocks` a row: "sum" and "normed", and with a router "experts" and "weights"."""
+    """As `add_norm`, with `blocks` a row: "sum" and "normed"."""
     T, D = x_TD.shape
     spread = rows.Spread.of(T, D, blocks=blocks)
     operands = {"x": x_TD, "scale": scale_D, "bias": bias_D}
@@ -123,20 +86,11 @@ def launch(
             "term_bias": terms.bias_EN,
             "term_bias_rows": terms.bias_rows_TX,
         }
-    scratch: dict[str, Any] = {}
-    if router is not None:
-        router_DE, router_bias_E = router
-        E = router_DE.shape[1]
-        threads = route.wanted_threads(D, E, spread.blocks)
-        spread = rows.Spread.of(T, D, blocks=spread.blocks, threads=threads)
-        operands |= {"router": router_DE, "router_bias": router_bias_E}
-        results |= route.results(T, top)
-        scratch = route.scratch(spread, E)
-    flight = min(_FLIGHT, _LOADS // spread.threads - _OTHERS - (0 if router is None else route.FLIGHT))
-    # Numbers that a block gets: of the sums for mean and variance, and the logits.
-    counts = [spread.sums, spread.sums] + ([] if router is None else [route.sent(spread, E)])
+    flight = min(_FLIGHT, _LOADS // spread.threads - _OTHERS)
+    # Numbers that a block gets: of the sums for mean and variance.
+    counts = [spread.sums, spread.sums]
     padded = -(-spread.sums // 4) * 4
-    scratch |= rows.scratch(len(counts)) | {"sums": rows.shared(2 * padded)}
+    scratch = rows.scratch(len(counts)) | {"sums": rows.shared(2 * padded)}
     present = {name: operand for name, operand in operands.items() if operand is not None}
 
     def run(refs: Mapping[str, Value], row: Value) -> None:
@@ -149,10 +103,6 @@ def launch(
 
         # First all loading begins that waits for nothing, then that of terms, which waits for the numbers of rows.
         indices = None if terms is None else _load_indices(terms, refs, row)
-        if router is not None:
-            chooser = route.Router(place, E, top, exchange=2)
-            weights = chooser.load(refs["router"], 0)
-            biases = chooser.load_bias(refs["router_bias"], router_bias_E.dtype)
         zero = ptx.const(0)
         x = [load("x", four, row) for four in fours]
         scale = [load("scale", four, zero) for four in fours]
@@ -191,12 +141,6 @@ def launch(
                 normed = [arith.addf(*pair) for pair in zip(normed, rows.four(bias[turn]), strict=True)]
             words = [ptx.pack(*normed[:2]), ptx.pack(*normed[2:])]
             rows.store_four(four.at(refs["normed"], 2), words, four.present)
-            if router is not None:
-                part = ptx.shared_address(refs["x_part"])
-                rows.keep_four(four.inside(part), rows.four(words), four.present)
-        if router is not None:
-            ptx.asm("bar.sync 0;", [], [])
-            chooser.choose(weights, biases, refs, row, part)
 
     out = rows.kernel("add_norm", run, spread, T, present, results, scratch)
     return out if terms is not None else {"sum": x_TD, **out}

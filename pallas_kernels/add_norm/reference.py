@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.parts import Parts
-from pallas_kernels.route import reference as route
 
 
 def add_norm(
@@ -27,18 +26,3 @@ def add_norm(
     if bias_D is not None:
         normed_TD += bias_D.astype(jnp.float32)
     return sum_TD, normed_TD.astype(x_TD.dtype)
-
-
-def add_norm_route(
-    x_TD: jax.Array,
-    terms: Parts | None,
-    scale_D: jax.Array,
-    router_DE: jax.Array,
-    router_bias_E: jax.Array,
-    *,
-    epsilon: float,
-    top: int,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """See `api.add_norm_route`."""
-    sum_TD, normed_TD = add_norm(x_TD, terms, scale_D, epsilon=epsilon, center=False)
-    return sum_TD, normed_TD, *route.route(normed_TD, router_DE, router_bias_E, top=top)

@@ -148,15 +148,15 @@ def product(
         sorted=sorted,
     )
     N = weight.shape[1]
+    bias = groups.experts_G if bias_EN is None else bias_EN  # there must be something, and without one it is not read
     if activation is None:
         out = jax.ShapeDtypeStruct((splits, G, R, N), jnp.float32)
-        bias_EN = groups.experts_G  # there must be something, and it is not read
     else:
         out = jax.ShapeDtypeStruct((G, R, N // 2), jnp.bfloat16)
 
     result: jax.Array = ptx.kernel(
         partial(moe_product, plan, activation),
-        (x_PK, groups.rows_GR, groups.experts_G, weight.words, weight.scales, bias_EN),
+        (x_PK, groups.rows_GR, groups.experts_G, weight.words, weight.scales, bias),
         out,
         {"tile": tiles, "group": G, "share": -(-R // (plan.eights * EIGHT)), "split": splits},
     )

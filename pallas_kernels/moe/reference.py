@@ -49,14 +49,14 @@ def grouped(
         return jax.vmap(lambda expert_id, rows_M: expert(x_TD[rows_M], expert_id))(experts_G, rows_GM)
 
     width = x_TD.shape[1]
-    y_GMD = jax.lax.platform_dependent(
+    y_PD = jax.lax.platform_dependent(
         groups,
         # A bound that is known at run time only costs nothing on a CPU, and elsewhere a wait of the host in each turn.
         cpu=lambda groups: _in_turn(run, groups, _num_used(groups), width=width),
         default=lambda groups: _in_turn(run, groups, groups.rows_GR.shape[0], width=width),
     )
     # Where a pair is not in any group, any place is as good, for its value is not taken.
-    y_TXD = y_GMD[places_TX]
+    y_TXD = y_PD[places_TX]
     return Parts(jnp.sum(jnp.where((places_TX >= 0)[..., None], y_TXD * weights_TX[..., None], 0), axis=1)[None])
 
 
@@ -77,7 +77,7 @@ def group_sizes(num_pairs: int, num_experts: int) -> tuple[int, int]:
 def _in_turn(
     run: Callable[[jax.Array, jax.Array], jax.Array], groups: Groups, num_groups: jax.Array | int, *, width: int
 ) -> jax.Array:
-    """Each place's result [G · M, D]: TOGETHER groups at a time, until `num_groups` have run."""
+    """Each place's result [P, D], P = G · M: TOGETHER groups at a time, until `num_groups` have run."""
     G, M = groups.rows_GR.shape
     together = min(TOGETHER, G)
     missing = -G % together

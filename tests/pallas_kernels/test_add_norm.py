@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.add_norm import add_norm, add_norm_route
+from pallas_kernels.add_norm import add_norm
 from pallas_kernels.parts import Parts
 
 EPSILON = 1e-5
@@ -157,19 +157,6 @@ def test_the_kernel_lowers_for_cuda(T, D, S, X, center):
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
-@lowers
-@pytest.mark.parametrize("E", [32, 128])
-@pytest.mark.parametrize("T", [1, 128])
-def test_the_kernel_with_a_router_lowers_for_cuda(T, E):
-    from pallas_kernels.add_norm import mosaic
-
-    x, terms, scale, _ = _operands(CASES[0]._replace(T=T), jnp.bfloat16)
-    router, bias = jnp.zeros((2880, E), jnp.bfloat16), jnp.zeros((E,), jnp.bfloat16)
-    assert mosaic.supports_route(x, terms, scale, router, bias, top=4)
-    text = _cuda(partial(mosaic.add_norm_route, epsilon=EPSILON, top=4), x, terms, scale, router, bias)
-    assert text.count("custom_call @mosaic_gpu") == 1
-
-
 def test_what_the_kernel_does_not_take():
     from pallas_kernels.add_norm import mosaic
 
@@ -182,24 +169,6 @@ def test_what_the_kernel_does_not_take():
     assert not mosaic.supports(x, Parts(terms.parts_SRN.astype(jnp.bfloat16), terms.rows_TX), scale)
     assert not mosaic.supports(x, replace(), scale)  # 11 rows for 3 tokens
     assert not mosaic.supports(x, replace(terms.rows_TX.astype(jnp.int16)), scale)
-    router = jnp.zeros((96, 32), jnp.bfloat16)
-    assert mosaic.supports_route(x, terms, scale, router, router[0], top=4)
-    assert not mosaic.supports_route(x, terms, scale, router[:, :24], router[0, :24], top=4)
-
-
-def test_with_a_router_it_is_both():
-    x, terms, scale, _ = _operands(CASES[1], jnp.bfloat16)
-    rng = np.random.default_rng(0)
-    router, bias = jnp.asarray(rng.standard_normal((96, 8)), jnp.bfloat16), jnp.zeros((8,), jnp.bfloat16)
-    sum_TD, normed_TD, experts_TX, weights_TX = add_norm_route(
-        x, terms, scale, router, bias, epsilon=EPSILON, top=3, implementation="xla"
-    )
-    expected = add_norm(x, terms, scale, epsilon=EPSILON, center=False, implementation="xla")
-    np.testing.assert_array_equal(sum_TD, expected[0])
-    np.testing.assert_array_equal(normed_TD, expected[1])
-    logits = np.asarray(normed_TD, np.float64) @ np.asarray(router, np.float64)
-    np.testing.assert_array_equal(experts_TX[:, 0], logits.argmax(axis=1))
-    np.testing.assert_allclose(np.asarray(weights_TX).sum(axis=1), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["cuda", "mosaic"])
@@ -207,6 +176,3 @@ def test_an_implementation_that_there_is_not_raises(implementation):
     x, terms, scale, _ = _operands(CASES[1], jnp.float32)
     with pytest.raises(ValueError, match=f"add_norm has no implementation '{implementation}'"):
         add_norm(x, terms, scale, epsilon=EPSILON, center=False, implementation=implementation)
-    router = jnp.zeros((96, 8))
-    with pytest.raises(ValueError, match=f"add_norm_route has no implementation '{implementation}'"):
-        add_norm_route(x, terms, scale, router, router[0], epsilon=EPSILON, top=2, implementation=implementation)
