@@ -13,6 +13,7 @@ import numpy as np
 
 from gptjax.config import GptOssConfig, ModelConfig
 from gptjax.config.quantization import packs
+from pallas_kernels import dispatch
 from pallas_kernels import matvec as products
 from pallas_kernels.attention import attention
 from pallas_kernels.fragments import MXFP4Fragments
@@ -20,7 +21,9 @@ from pallas_kernels.moe import moe
 from pallas_kernels.mxfp4 import BLOCK, MXFP4
 
 # How an implementation wants packed weights; the others take them as checkpoints have them.
-LAYOUTS: Final[Mapping[str, Callable[[MXFP4], Any]]] = {"mosaic": MXFP4Fragments.of}
+LAYOUTS: Final[Mapping[str, Callable[[MXFP4], Any]]] = dict.fromkeys(
+    (dispatch.MOSAIC, dispatch.TRITON), MXFP4Fragments.of
+)
 
 _COLUMNS, _TOKENS, _ROWS = 512, 2, 4  # of a result that are compared: of a product, of experts, of attention
 _SCALES = 118, 123  # of random blocks, from and below: 2^-9 to 2^-5

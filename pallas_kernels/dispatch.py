@@ -53,3 +53,9 @@ def preferred() -> str:
     if capability == "9.0":
         return MOSAIC if jax.__version_info__ >= _MOSAIC_SINCE else TRITON
     return TRITON if float(capability) >= 8 else XLA
+
+
+@functools.cache
+def device_kind() -> str:
+    """Of this process's devices, as JAX names it: what the tables of `tiles` are for."""
+    return jax.devices()[0].device_kind

@@ -1,5 +1,6 @@
 """Instructions of NVIDIA GPUs that Pallas has no name for, for use inside `plgpu.inline_mgpu`: one thread's view."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -99,6 +100,51 @@ def mma(acc: Sequence[Value], a: Sequence[Value], b: Sequence[Value]) -> list[Va
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Slots in shared memory that bulk copies fill, each with an mbarrier that says when it is full.
+
+    The first warp begins the copies of a turn; all threads of the block use what they bring.
+    """
+
+    slots: Value  # address in shared memory
+    meetings: Value  # address of the mbarriers
+    stages: int  # slots
+    size: int  # bytes of a slot
+
+    def prepare(self) -> None:
+        """Initialises the mbarriers. Before the first `full`, all threads must have met."""
+        for stage in range(self.stages):
+            text = f"@p mbarrier.init.shared::cta.b64 [$0+{8 * stage}], 1;"
+            asm("{ .reg .pred p; setp.eq.s32 p, $1, 0; " + text + " }", [], [self.meetings, thread()])
+        asm("{ .reg .pred p; setp.eq.s32 p, $0, 0; @p fence.mbarrier_init.release.cluster; }", [], [thread()])
+
+    def slot(self, stage: Value | int) -> Value:
+        """Where a stage's slot begins."""
+        return offset32(self.slots, _value(stage), self.size)
+
+    def meeting(self, stage: Value | int) -> Value:
+        """Where a stage's mbarrier is."""
+        return offset32(self.meetings, _value(stage), 8)
+
+    def full(self, stage: Value | int, parity: Value | int) -> None:
+        """Waits until a slot has been filled for the (2 · n + 1 + parity)-th time."""
+        text = "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra again; }"
+        asm("{ .reg .pred p; again: " + text, [], [self.meeting(stage), _value(parity)])
+
+
+def expect(meeting: Value, size: int, where: Value) -> None:
+    """Tells an mbarrier how many bytes are going to arrive, where `where` is not 0: once a turn."""
+    text = f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size};"
+    asm("{ .reg .pred p; setp.ne.s32 p, $1, 0; " + text + " }", [], [meeting, where])
+
+
+def bulk_copy(to: Value, source: Value, size: int, meeting: Value, where: Value) -> None:
+    """Begins to copy bytes, a multiple of 16, from global to shared memory, where `where` is not 0."""
+    text = f"@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], {size}, [$2];"
+    asm("{ .reg .pred p; setp.ne.s32 p, $3, 0; " + text + " }", [], [to, source, meeting, where])
+
+
 def stream(
     count: int,
     carry: Sequence[Value],
@@ -183,16 +229,19 @@ def kernel(
     out: Any,
     grid: Mapping[str, int],
     shared: Sequence[Any] = (),
+    *,
+    raw: bool = False,
 ) -> Any:
     """Runs a kernel of one warpgroup a block, which is written as what one of its threads does.
 
     Args:
       block: inlines that, given the addresses of the operands, the results and the shared memory, then the block's
-        indices, in the grid's order.
+        indices by the grid's names.
       operands: arrays, and references to those that are written to.
       out: shape and dtype of the result.
       grid: sizes by name; the name of `block` is the kernel's.
       shared: what to allocate in shared memory.
+      raw: `block` is given Mosaic's launch context and the arrays themselves, and not addresses.
     """
 
     def body(*refs: Any) -> None:
@@ -200,10 +249,12 @@ def kernel(
         scalars = [plgpu.Layout.WG_SPLAT(())] * len(indices)
 
         @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), *scalars))
-        def inline(_: object, *args: Any) -> tuple[()]:
+        def inline(context: Any, *args: Any) -> tuple[()]:
+            arrays, indices = args[: len(refs)], args[len(refs) :]
             last = len(refs) - len(shared)
-            addresses = [*map(address, args[:last]), *map(shared_address, args[last : len(refs)])]
-            block(*addresses, *(index.registers.item() for index in args[len(refs) :]))
+            addresses = [*map(address, arrays[:last]), *map(shared_address, arrays[last:])]
+            numbers = dict(zip(grid, (index.registers.item() for index in indices), strict=True))
+            block(*((context, *arrays) if raw else addresses), **numbers)
             return ()
 
         inline(*refs, *indices)

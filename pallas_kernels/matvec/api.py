@@ -8,7 +8,8 @@ from pallas_kernels.matvec import reference
 from pallas_kernels.parts import Parts
 
 FEW = 64  # rows, at most: beyond, a product is bound by arithmetic, and XLA's is good at that
-_FASTER = 4  # rows, up to which the kernel is faster than XLA's own product, on an H200: see RECORD.md
+# Rows up to which a kernel is faster than XLA's own product, on an H200: see RECORD.md.
+_FASTER = {dispatch.MOSAIC: 8, dispatch.TRITON: 4}
 
 
 def matvec(
@@ -20,7 +21,8 @@ def matvec(
       x_TK: one row a token, up to `FEW`.
       kernel_KN: of x's dtype.
       bias_N: of any floating dtype.
-      implementation: "auto", "mosaic" (bfloat16, K and N multiples of 64) or "xla".
+      implementation: "auto", "mosaic" (bfloat16, K and N multiples of 64), "triton" (bfloat16, float16 or float32) or
+        "xla".
 
     Returns:
       [T, N] float32, with the sum over parts of K, and the bias, left to whoever reads it. A row's bits do not depend
@@ -32,10 +34,19 @@ def matvec(
     if x_TK.shape[0] > FEW:
         raise ValueError(f"matvec takes up to {FEW} rows, found {x_TK.shape[0]}: use a product of matrices")
     available = {dispatch.XLA: reference.product}
-    fits = x_TK.dtype == kernel_KN.dtype == jnp.bfloat16 and not any(size % 64 for size in kernel_KN.shape)
-    pays = x_TK.shape[0] <= _FASTER or implementation == dispatch.MOSAIC
-    if dispatch.wanted(implementation) == dispatch.MOSAIC and fits and pays:
+    T, N = x_TK.shape[0], kernel_KN.shape[1]
+    wanted = dispatch.wanted(implementation) if x_TK.dtype == kernel_KN.dtype else dispatch.XLA
+    # Of rows that are no multiple of 16 bytes, the Triton kernel would load each number by itself.
+    if implementation == dispatch.AUTO and (_FASTER.get(wanted, 0) < T or N % 8):
+        wanted = dispatch.XLA
+    fits = x_TK.dtype == jnp.bfloat16 and not any(size % 64 for size in kernel_KN.shape)
+    if wanted == dispatch.MOSAIC and fits:
         from pallas_kernels.matvec import mosaic
 
         available[dispatch.MOSAIC] = mosaic.product
+    if wanted == dispatch.TRITON:
+        from pallas_kernels.matvec import triton
+
+        if x_TK.dtype in triton.DTYPES:
+            available[dispatch.TRITON] = triton.product
     return dispatch.choose("matvec", implementation, available)(x_TK, kernel_KN, bias_N)

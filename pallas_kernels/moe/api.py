@@ -12,6 +12,7 @@ from pallas_kernels.mxfp4 import MXFP4
 from pallas_kernels.parts import Parts
 
 LARGEST_SCALE = 192  # that the kernels take, of MXFP4: 2^65
+_FEW = 512  # tokens up to which "auto" takes the Triton kernel; beyond, XLA's products of all of an expert's tokens
 
 
 def moe(
@@ -46,7 +47,7 @@ def moe(
       down: [E, F, D]; or packed, [E, D, F].
       gate_up_bias_E2F, down_bias_ED: of any floating dtype.
       alpha, limit: of the activation.
-      implementation: "auto", "mosaic" (repacked weights and bfloat16) or "xla".
+      implementation: "auto", "mosaic" or "triton" (repacked weights and bfloat16), or "xla".
 
     Returns:
       [T, D] float32, the last sums left to whoever reads it. A token's bits do not depend on the others, for a given T.
@@ -56,10 +57,15 @@ def moe(
     """
     available: dict[str, Callable[..., Parts]] = {dispatch.XLA: reference.grouped}
     repacked = isinstance(gate_up, MXFP4Fragments) and isinstance(down, MXFP4Fragments)
-    if dispatch.wanted(implementation) == dispatch.MOSAIC and repacked and x_TD.dtype == jnp.bfloat16:
+    wanted = dispatch.wanted(implementation) if repacked and x_TD.dtype == jnp.bfloat16 else dispatch.XLA
+    if wanted == dispatch.MOSAIC:
         from pallas_kernels.moe import mosaic
 
         available[dispatch.MOSAIC] = mosaic.routed
+    if wanted == dispatch.TRITON and (x_TD.shape[0] <= _FEW or implementation == dispatch.TRITON):
+        from pallas_kernels.moe import triton
+
+        available[dispatch.TRITON] = triton.routed
     run = dispatch.choose("moe", implementation, available)
     return run(x_TD, experts_TX, weights_TX, gate_up, gate_up_bias_E2F, down, down_bias_ED, alpha=alpha, limit=limit)
 
@@ -70,7 +76,8 @@ def repacked(weight: MXFP4, implementation: str = dispatch.AUTO) -> MXFP4 | MXFP
     They stay as they are where there is no kernel for them: on other devices, where N or K is no multiple of 64, and
     where a scale is above `LARGEST_SCALE`, which no model has that works.
     """
-    if dispatch.wanted(implementation) != dispatch.MOSAIC or any(size % TILE for size in weight.shape[-2:]):
+    has_kernel = dispatch.wanted(implementation) in (dispatch.MOSAIC, dispatch.TRITON)
+    if not has_kernel or any(size % TILE for size in weight.shape[-2:]):
         return weight
     if int(weight.scales.max()) > LARGEST_SCALE:
         return weight

@@ -7,12 +7,13 @@ at a time on the tensor cores. No weight is read twice for eight tokens, nor wri
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import ptx
+from pallas_kernels import dispatch, ptx, tiles
 from pallas_kernels.fragments import TILE, MXFP4Fragments
 from pallas_kernels.moe.routing import Groups, route
 from pallas_kernels.parts import Parts
@@ -87,26 +88,43 @@ def routed(
     limit: float,
 ) -> Parts:
     """See `api.moe`."""
-    T = x_TD.shape[0]
     groups, places_TX = route(experts_TX, down_bias_ED.shape[0], _LARGEST_GROUP)
-    settings = _settings(T)
     bias = gate_up_bias_E2F.astype(jnp.bfloat16)
-    h_GRF = product(x_TD, groups, gate_up, bias, activation=SwiGLU(alpha, limit), **settings["up"])
+    h_GRF = product(
+        x_TD, groups, gate_up, bias, activation=SwiGLU(alpha, limit), **_settings("up", experts_TX, gate_up)
+    )
     h_PF = h_GRF.reshape(-1, h_GRF.shape[-1])
-    y_SGRD = product(h_PF, groups, down, sorted=True, **settings["down"])
+    y_SGRD = product(h_PF, groups, down, sorted=True, **_settings("down", experts_TX, down))
     y_SPD = y_SGRD.reshape(y_SGRD.shape[0], -1, y_SGRD.shape[-1])
     return Parts(y_SPD, places_TX, weights_TX, down_bias_ED, jnp.where(places_TX < 0, 0, experts_TX))
 
 
-def _settings(T: int) -> dict[str, dict[str, int]]:
-    """See RECORD.md for what was measured."""
-    if T == 1:
-        return {"up": {"unroll": 9}, "down": {"unroll": 9, "splits": 3}}
-    if T <= 8:
-        return {"up": {"unroll": 5}, "down": {"unroll": 5, "splits": 3}}
-    if T <= 64:
-        return {"up": {"unroll": 5}, "down": {"unroll": 5}}
-    return {"up": {"unroll": 5, "eights": 2}, "down": {"unroll": 5, "eights": 2}}
+def _settings(part: str, experts_TX: jax.Array, weight: MXFP4Fragments) -> Any:
+    (T, X), (E, N, K) = experts_TX.shape, weight.shape
+    shape: tiles.Shape = {tiles.ROWS: T, "part": part, "chosen": X, "experts": E, "in": K, "out": N}
+    return tiles.lookup(dispatch.device_kind(), "moe/mosaic", shape) or heuristic(shape)
+
+
+def heuristic(shape: tiles.Shape) -> tiles.Settings:
+    """The settings of a shape that no table has; see RECORD.md for what was measured."""
+    rows = int(shape[tiles.ROWS])
+    return {
+        "unroll": 9 if rows == 1 else 5,
+        "splits": 3 if shape["part"] == "down" and rows <= 8 else 1,  # else too few blocks
+        "eights": 1 if rows <= 64 else 2,
+    }
+
+
+def tunable(shape: tiles.Shape) -> list[tiles.Settings]:
+    """See `tiles`."""
+    rows, usual = int(shape[tiles.ROWS]), heuristic(shape)
+    others: list[tiles.Settings] = [
+        {"unroll": unroll, "splits": splits, "eights": eights}
+        for eights in ([1] if rows <= 8 else [1, 2] if rows <= 32 else [1, 2, 4])
+        for splits in ([1] if shape["part"] == "up" or rows > 32 else [1, 3, 5])
+        for unroll in (3, 5, 9)
+    ]
+    return [usual, *(each for each in others if each != usual)]
 
 
 @partial(jax.jit, static_argnames=("activation", "unroll", "splits", "eights", "sorted"))

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tiles
 from pallas_kernels.attention import split
 from pallas_kernels.fragments import MXFP4Fragments
+from pallas_kernels.matvec import matvec
 from pallas_kernels.moe import moe
 from pallas_kernels.mxfp4 import quantize
 from pallas_kernels.parts import Parts
@@ -61,8 +62,40 @@ def test_experts_lower(T):
 @needs_mosaic
 @pytest.mark.parametrize(("T", "K", "N"), [(1, 2880, 5120), (4, 4096, 2880), (8, 768, 2304), (64, 1600, 6400)])
 def test_products_lower(T, K, N):
-    matvec = importlib.import_module("pallas_kernels.matvec.mosaic")
-    _lowers(lambda *operands: matvec.product(*operands).total(), _shape(T, K), _shape(K, N), _shape(N))
+    product = importlib.import_module("pallas_kernels.matvec.mosaic").product
+    _lowers(lambda *operands: product(*operands).total(), _shape(T, K), _shape(K, N), _shape(N))
+
+
+@needs_mosaic
+@pytest.mark.parametrize("T", [1, 32])
+def test_kernels_ask_for_settings_and_lower_with_each_that_can_be_tried(T):
+    E, D, F, X = 4, 320, 192, 2
+
+    def both(x, experts, weights, gate_up, bias, down, other, kernel):
+        chosen = moe(x, experts, weights, gate_up, bias, down, other, **SETTINGS, implementation="mosaic").total()
+        return matvec(chosen.astype(jnp.bfloat16), kernel, implementation="mosaic").total()
+
+    operands = (
+        _shape(T, D),
+        _shape(T, X, dtype=jnp.int32),
+        _shape(T, X, dtype=jnp.float32),
+        _fragments(E, 2 * F, D),
+        _shape(E, 2 * F),
+        _fragments(E, D, F),
+        _shape(E, D),
+        _shape(D, 7680),
+    )
+    with tiles.trial({}) as asked:
+        jax.eval_shape(both, *operands)
+    assert [operation for operation, _ in asked] == ["moe/mosaic", "moe/mosaic", "matvec/mosaic"]
+    for operation, items in asked:
+        module = importlib.import_module(f"pallas_kernels.{operation.replace('/', '.')}")
+        shape = dict(items)
+        tried = module.tunable(shape)
+        assert module.heuristic(shape) in tried and len(tried) > 1
+        for settings in tried:
+            with tiles.trial({(operation, items): settings}):
+                _lowers(both, *operands)
 
 
 @needs_mosaic
@@ -108,10 +141,10 @@ def test_experts_agree_with_the_oracle(T, E, D, F, X):
 @pytest.mark.parametrize("T", [1, 3, 4, 8, 9, 64])
 @pytest.mark.parametrize(("K", "N"), [(64, 64), (320, 192), (2880, 5120), (4096, 2880), (1600, 6400)])
 def test_products_agree_with_numpy(T, K, N):
-    matvec = importlib.import_module("pallas_kernels.matvec.mosaic")
+    product = importlib.import_module("pallas_kernels.matvec.mosaic").product
     rng = np.random.default_rng(T)
     x, kernel, bias = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((T, K), (K, N), (N,)))
-    actual = matvec.product(x, kernel, bias).total()
+    actual = product(x, kernel, bias).total()
     x, kernel, bias = (np.asarray(each, np.float64) for each in (x, kernel, bias))
     np.testing.assert_allclose(actual, x @ kernel + bias, rtol=0, atol=1e-5 * K)
 

@@ -1,0 +1,241 @@
+"""Products with the chosen experts, from MXFP4 fragments: Pallas Triton, for Ampere and Ada. RECORD.md tells how.
+
+A program multiplies 64 rows of one expert with up to 16 of its tokens on the tensor cores. The format is that of their
+operands, and Triton sees it: what a thread unpacks stays in its registers. No weight is read twice for these tokens,
+nor written anywhere.
+"""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+from jax.lax import bitcast_convert_type as bitcast
+
+from pallas_kernels.fragments import TILE, MXFP4Fragments
+from pallas_kernels.moe.routing import Groups, route
+from pallas_kernels.parts import Parts
+
+SLOTS = 16  # tokens of a program: the fewest columns of a product
+WARPS = 4  # `fragments` is made for so many
+STAGES = 5  # of Triton's software pipeline: tiles in flight
+_SIGNS, _CODES = np.uint32(0x80008000), np.uint32(0x0E000E00)  # of two float16 numbers
+_MISSING = 14  # float16's exponents: its 1 is 2^0, but code 0b010, which is 1, lies in it as 2^-14
+
+
+@dataclasses.dataclass(frozen=True)
+class SwiGLU:
+    """The activation between the products: rows of `gate_up` are gate and up of one unit in turn."""
+
+    alpha: float
+    limit: float
+
+
+def routed(
+    x_TD: jax.Array,
+    experts_TX: jax.Array,
+    weights_TX: jax.Array,
+    gate_up: MXFP4Fragments,
+    gate_up_bias_E2F: jax.Array,
+    down: MXFP4Fragments,
+    down_bias_ED: jax.Array,
+    *,
+    alpha: float,
+    limit: float,
+    interpret: bool = False,
+) -> Parts:
+    """See `api.moe`."""
+    groups, places_TX = route(experts_TX, down_bias_ED.shape[0], SLOTS)
+    run = partial(product, groups=groups, interpret=interpret)
+    h_GRF = run(x_TD, weight=gate_up, bias_EN=gate_up_bias_E2F, activation=SwiGLU(alpha, limit))
+    splits = 3 if x_TD.shape[0] <= 8 else 1  # with few tokens, the tiles of down's rows are too few for a GPU
+    y_SGRD = run(h_GRF.reshape(-1, h_GRF.shape[-1]), weight=down, sorted=True, splits=splits)
+    y_SPD = y_SGRD.reshape(y_SGRD.shape[0], -1, y_SGRD.shape[-1])
+    return Parts(y_SPD, places_TX, weights_TX, down_bias_ED, jnp.where(places_TX < 0, 0, experts_TX))
+
+
+@partial(jax.jit, static_argnames=("activation", "splits", "sorted", "stages", "interpret"))
+def product(
+    x_PK: jax.Array,
+    groups: Groups,
+    weight: MXFP4Fragments,
+    bias_EN: jax.Array | None = None,
+    *,
+    activation: SwiGLU | None = None,
+    splits: int = 1,
+    sorted: bool = False,
+    stages: int = STAGES,
+    interpret: bool = False,
+) -> jax.Array:
+    """Each group's tokens times its expert's weight.
+
+    Args:
+      x_PK: bfloat16; a row a token, or a row a slot where `sorted`.
+      weight: [E, N, K].
+      bias_EN: for the activation.
+      splits: programs that share K; lowered to what divides its tiles.
+      stages: of a program's pipeline.
+      interpret: run on a CPU.
+
+    Returns:
+      float32 [splits, G, R, N], of which the first axis is to be summed; with an activation, bfloat16 [G, R, N / 2].
+      What belongs to no token is not written.
+    """
+    G, R = groups.rows_GR.shape
+    tiles, steps = weight.words.shape[1:3]
+    splits = math.gcd(splits, steps)
+    if activation is None:
+        biases, out = [], jax.ShapeDtypeStruct((splits, G, R, tiles * TILE), jnp.float32)
+    else:
+        biases, out = [bias_EN], jax.ShapeDtypeStruct((G, R, tiles * TILE // 2), jnp.bfloat16)
+    result: jax.Array = pl.pallas_call(
+        partial(_program, activation, steps // splits, sorted),
+        out_shape=out,
+        grid=(tiles, G * pl.cdiv(R, SLOTS), splits),
+        compiler_params=pltriton.CompilerParams(num_warps=WARPS, num_stages=stages),
+        name="moe_product",
+        interpret=interpret,
+    )(x_PK, groups.rows_GR, groups.experts_G, weight.words, weight.scales, *biases)
+    return result
+
+
+def _program(
+    activation: SwiGLU | None,
+    steps: int,
+    sorted: bool,
+    x_ref: Any,
+    rows_ref: Any,
+    experts_ref: Any,
+    words_ref: Any,
+    scales_ref: Any,
+    *refs: Any,
+) -> None:
+    """64 rows of an expert, times up to 16 tokens, over `steps` tiles. That of no token ends at once."""
+    *bias_ref, out_ref = refs
+    tile, share, split = (pl.program_id(axis) for axis in range(3))
+    R = rows_ref.shape[1]
+    shares = pl.cdiv(R, SLOTS)
+    group, first = share // shares, share % shares * SLOTS
+
+    @pl.when(rows_ref[group, first] >= 0)
+    def _() -> None:
+        expert = experts_ref[group]
+        slot_S = first + jnp.arange(SLOTS)
+        token_S = pltriton.load(rows_ref.at[group, slot_S], mask=slot_S < R, other=-1)
+        used_S = token_S >= 0
+        row_S = group * R + slot_S if sorted else token_S
+        acc_MS = _sums(x_ref, row_S, used_S, words_ref, scales_ref, expert, tile, split * steps, steps)
+        if activation is None:
+            row_M = tile * TILE + jnp.arange(TILE)
+            place = out_ref.at[split, group, slot_S[None], row_M[:, None]]
+            pltriton.store(place, _by_row(acc_MS), mask=used_S[None])
+            return
+        unit_U = tile * (TILE // 2) + jnp.arange(TILE // 2)
+        biases_U = [pltriton.load(bias_ref[0].at[expert, 2 * unit_U + half]) for half in range(2)]
+        value_US = _activate(acc_MS, biases_U, activation)
+        place = out_ref.at[group, slot_S[None], unit_U[:, None]]
+        pltriton.store(place, value_US.astype(out_ref.dtype), mask=used_S[None])
+
+
+def _sums(
+    x_ref: Any,
+    row_S: jax.Array,
+    used_S: jax.Array,
+    words_ref: Any,
+    scales_ref: Any,
+    expert: jax.Array,
+    tile: jax.Array,
+    start: jax.Array,
+    steps: int,
+) -> jax.Array:
+    """The products of 64 rows and 16 rows of x over `steps` tiles from `start`, in the order of `_operand`'s rows."""
+    thread, word_14, column = jnp.arange(128), jnp.arange(4)[None], _columns()
+
+    def scales(step: jax.Array) -> jax.Array:
+        return pltriton.load(scales_ref.at[expert, tile, jnp.minimum(step, start + steps - 1), thread >> 1])
+
+    # Triton's pipeline has no place for loads of two bytes, so scales are loaded a turn ahead here.
+    def body(step: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        acc_MS, scales_128 = carry
+        following_128 = scales(step + 1)
+        words = pltriton.load(words_ref.at[expert, tile, step, thread[:, None], word_14])
+        x_SK = pltriton.load(x_ref.at[row_S[:, None], step * TILE + column[None]], mask=used_S[:, None], other=0)
+        return acc_MS + pltriton.dot(_operand(words, scales_128), x_SK, trans_b=True), following_128
+
+    zeros = jnp.zeros((TILE, SLOTS), jnp.float32)
+    return jax.lax.fori_loop(start, start + steps, body, (zeros, scales(start)))[0]
+
+
+def _columns() -> jax.Array:
+    """A tile's columns as the kernel takes them: 16·q + 4·p + 2·c + h of `fragments` is number 16·p + 4·q + 2·c + h.
+
+    So of 16 in a row a thread has four in a row, which is what Triton wants there on Ampere and Ada (`kWidth`, of
+    operands made by joining).
+    """
+    number = jnp.arange(TILE)
+    column = number & 3 | (number & 0x30) >> 2 | (number & 0x0C) << 2
+    return pl.multiple_of(pltriton.max_contiguous(column, 4), 4)  # so that copies are of four: Triton does not see it
+
+
+def _operand(words: jax.Array, scales_128: jax.Array) -> jax.Array:
+    """A tile's weights, bfloat16 [64, 64], from words [128, 4] and scales, as threads have them.
+
+    Its row 16·w + 8·r + g is row 16·w + 2·g + r of the tile, and its columns are those of `_columns`: so the numbers of
+    thread 32·w + 4·g + q are those that the instruction wants there.
+    """
+    shift = 8 * (jnp.arange(4)[None] & 1).astype(jnp.uint32)  # of odd rows, the upper byte
+    scale = scales_128[:, None].astype(jnp.uint32) >> shift & 255
+    factor = bitcast((scale + _MISSING) << 23, jnp.float32)
+    planes = [_join(*(_float32(half) * factor for half in (plane, plane >> 16))) for plane in _planes(words)]
+    p0, p1, p2, p3 = (plane.astype(jnp.bfloat16) for plane in planes)
+    numbers = _join(_join(p0, p2), _join(p1, p3))  # [128, 4, h, upper bit of p, lower]
+    numbers = numbers.reshape(4, 8, 4, 2, 2, 2, 4)  # [w, g, q, c, r, h, p]
+    return numbers.transpose(0, 4, 1, 6, 2, 3, 5).reshape(TILE, TILE)
+
+
+def _planes(words: jax.Array) -> list[jax.Array]:
+    """Four words for each, of two float16 numbers: 2^-14 times the values.
+
+    In bfloat16, ±0.5 would be subnormal, which a CPU takes for 0 and a GPU might; in float16 all do what is right.
+    """
+    by_3, by_6, by_9 = words << 3, words << 6, words << 9
+    last = (words >> 2 & np.uint32(0x08000800)) | (words >> 1 & np.uint32(0x06000600))
+    return [
+        (words & _SIGNS) | (by_3 & _CODES),
+        (by_3 & _SIGNS) | (by_6 & _CODES),
+        (by_6 & _SIGNS) | (by_9 & _CODES),
+        (words << 1 & _SIGNS) | last,
+    ]
+
+
+def _float32(word: jax.Array) -> jax.Array:
+    """The float16 number in a word's lower half."""
+    return bitcast(word.astype(jnp.uint16), jnp.float16).astype(jnp.float32)
+
+
+def _join(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Both along a new last axis."""
+    return jnp.concatenate([a[..., None], b[..., None]], axis=-1)
+
+
+def _by_row(acc_MS: jax.Array) -> jax.Array:
+    """The sums in the order of the tile's rows."""
+    return acc_MS.reshape(4, 2, 8, SLOTS).swapaxes(1, 2).reshape(TILE, SLOTS)
+
+
+def _activate(acc_MS: jax.Array, biases_U: list[jax.Array], activation: SwiGLU) -> jax.Array:
+    """The 32 units' values."""
+    shape = TILE // 2, SLOTS
+    pairs = acc_MS.reshape(4, 2, 8, SLOTS).transpose(0, 2, 3, 1).reshape(*shape, 2)
+    gate_US, up_US = (
+        half.reshape(shape) + bias_U[:, None].astype(jnp.float32)
+        for half, bias_U in zip(jax.lax.split(pairs, (1, 1), 2), biases_U, strict=True)
+    )
+    gate_US = jnp.minimum(gate_US, activation.limit)
+    up_US = jnp.clip(up_US, -activation.limit, activation.limit)
+    return gate_US * (up_US + 1) / (1 + jnp.exp(-activation.alpha * gate_US))
