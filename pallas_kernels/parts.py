@@ -13,15 +13,15 @@ class Parts:
 
         total[t] = Σ_x weights[t, x] · (bias[bias_rows[t, x]] + Σ_s parts[s, rows[t, x]])
 
-    A term whose row is negative adds nothing, whatever its weight is. Any other row, and the bias row of any term that
-    counts, must be there.
+    A term adds nothing, whatever its weight is, if its row is negative, or if there is no such row of the bias. The row
+    of any other term must be there.
     """
 
     parts_SRN: jax.Array  # float32: S pieces of each of R rows
     rows_TX: jax.Array | None = None  # int32; None: X = 1 and token t has row t
     weights_TX: jax.Array | None = None  # float32; None: 1
     bias_EN: jax.Array | None = None  # of any floating dtype; None: 0
-    bias_rows_TX: jax.Array | None = None  # int32; None: row 0
+    bias_rows_TX: jax.Array | None = None  # int32; None: row 0. Only beside a bias
 
     @property
     def num_terms(self) -> int:
@@ -36,8 +36,11 @@ class Parts:
             present_TX = self.rows_TX >= 0
             y_TXN = self.parts_SRN[:, jnp.where(present_TX, self.rows_TX, 0)].sum(axis=0)
         if self.bias_EN is not None:
-            rows = 0 if self.bias_rows_TX is None else jnp.where(present_TX, self.bias_rows_TX, 0)
-            y_TXN += self.bias_EN[rows].astype(jnp.float32)
+            bias_rows: jax.Array | int = 0
+            if self.bias_rows_TX is not None:
+                present_TX &= (self.bias_rows_TX >= 0) & (self.bias_rows_TX < self.bias_EN.shape[0])
+                bias_rows = jnp.where(present_TX, self.bias_rows_TX, 0)
+            y_TXN += self.bias_EN[bias_rows].astype(jnp.float32)
         if self.weights_TX is not None:
             y_TXN *= self.weights_TX[..., None]
         return jnp.sum(jnp.where(present_TX[..., None], y_TXN, 0), axis=1)

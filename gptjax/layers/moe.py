@@ -4,46 +4,58 @@ from functools import partial
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptjax.axes import EXPERTS, MLP, WIDTH
+from gptjax.layers.norm import RMSNorm
 from gptjax.layers.observe import observe_made
 from gptjax.layers.weight import STANDARD_DEVIATION, product, weight
 from pallas_kernels.moe import moe
 from pallas_kernels.parts import Parts
-from pallas_kernels.route import route
+from pallas_kernels.route import norm_route
 
 
 class Router(nn.Module):
-    """The experts of each token, and the softmax over their logits."""
+    """The experts of each token, and the softmax over their logits, in one operation with the norm before."""
 
     num_experts: int  # E
     experts_per_token: int  # X
     dtype: DTypeLike
     param_dtype: DTypeLike
-    implementation: str
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B, T, D] -> int32 experts [B · T, X] and float32 weights [B · T, X]."""
+    def __call__(
+        self, x_BTD: jax.Array, added: Parts | None, positions_BT: jax.Array, norm: RMSNorm
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """`x += added`, and where the norm of that goes.
+
+        Returns:
+          x and the norm [B, T, D], int32 experts [B · T, X], -1 at padding, and float32 weights [B · T, X].
+        """
         axes, shape = (WIDTH, EXPERTS), (x_BTD.shape[-1], self.num_experts)
         kernel_init = nn.with_logical_partitioning(nn.initializers.normal(STANDARD_DEVIATION), axes)
         kernel_DE = self.param("kernel", kernel_init, shape, self.param_dtype)
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (EXPERTS,))
         bias_E = self.param("bias", bias_init, (self.num_experts,), self.param_dtype)
-        x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        operation = partial(
+            norm_route,
+            router_DE=kernel_DE,
+            router_bias_E=bias_E,
+            positions_T=positions_BT.reshape(-1),
+            top=self.experts_per_token,
+        )
+        x_BTD, normed_BTD, experts_TX, weights_TX = norm(x_BTD, added, operation)
 
         def logits() -> jax.Array:
-            logits_TE = product(x_TD, kernel_DE, bias_E, self.dtype).total().astype(self.dtype)
+            logits_TE = product(normed_BTD, kernel_DE, bias_E, self.dtype).total().astype(self.dtype)
             return logits_TE.reshape(*x_BTD.shape[:-1], self.num_experts)
 
         observe_made(self, "output", logits)
-        return route(x_TD, kernel_DE, bias_E, top=self.experts_per_token, implementation=self.implementation)
+        return x_BTD, normed_BTD, experts_TX, weights_TX
 
 
 class MoE(nn.Module):
-    """`Σ softmax(top-k of router(x)) · expert(x)`, with clamped SwiGLU experts.
+    """`Σ softmax(top-k of router(y)) · expert(y)` of a norm y, with clamped SwiGLU experts.
 
     Source: openai/gpt-oss `gpt_oss/torch/model.py`, `MLPBlock`.
     """
@@ -59,13 +71,17 @@ class MoE(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array) -> Parts:
-        """[B, T, D] -> [B · T, D], last sums left. Padding, at negative positions, has no expert and gives 0."""
+    def __call__(
+        self, x_BTD: jax.Array, added: Parts | None, positions_BT: jax.Array, norm: RMSNorm
+    ) -> tuple[jax.Array, Parts]:
+        """`x += added`, and what the experts make of the norm of that.
+
+        Returns:
+          x [B, T, D], and [B · T, D], last sums left. Padding, at negative positions, has no expert and gives 0.
+        """
         E, F, D = self.num_experts, self.mlp_width, x_BTD.shape[-1]
-        x_TD = x_BTD.reshape(-1, D).astype(self.dtype)
-        router = Router(E, self.experts_per_token, self.dtype, self.param_dtype, self.implementation, name="router")
-        experts_TX, weights_TX = router(x_BTD.astype(self.dtype))
-        experts_TX = jnp.where(positions_BT.reshape(-1, 1) < 0, E, experts_TX)
+        router = Router(E, self.experts_per_token, self.dtype, self.param_dtype, name="router")
+        x_BTD, normed_BTD, experts_TX, weights_TX = router(x_BTD, added, positions_BT, norm)
 
         def bias(name: str, size: int, axis: str) -> jax.Array:
             init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (EXPERTS, axis))
@@ -74,7 +90,7 @@ class MoE(nn.Module):
 
         kernel = partial(weight, self, param_dtype=self.param_dtype, mxfp4=self.mxfp4)
         out = moe(
-            x_TD,
+            normed_BTD.reshape(-1, D),
             experts_TX,
             weights_TX,
             kernel("gate_up_kernel", (E, D, 2 * F), (EXPERTS, WIDTH, MLP)),
@@ -86,4 +102,4 @@ class MoE(nn.Module):
             implementation=self.implementation,
         )
         observe_made(self, "output", lambda: out.total().reshape(x_BTD.shape).astype(self.dtype))
-        return out
+        return x_BTD, out

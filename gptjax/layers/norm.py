@@ -1,5 +1,8 @@
 """Normalisation, computed in float32, of a residual stream to which something may be added first."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 from jax.typing import DTypeLike
@@ -24,10 +27,15 @@ class _Norm(nn.Module):
         return value
 
     def run(
-        self, x: jax.Array, added: Parts | None, scale_D: jax.Array, bias_D: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """The sum and its norm, of x's shape."""
-        sum_TD, normed_TD = add_norm(
+        self,
+        operation: Callable[..., tuple[jax.Array, ...]],
+        x: jax.Array,
+        added: Parts | None,
+        scale_D: jax.Array,
+        bias_D: jax.Array | None,
+    ) -> tuple[Any, ...]:
+        """The sum and its norm, of x's shape, and what else the operation returns."""
+        sum_TD, normed_TD, *rest = operation(
             x.reshape(-1, x.shape[-1]).astype(self.dtype),
             added,
             scale_D,
@@ -36,7 +44,7 @@ class _Norm(nn.Module):
             center=bias_D is not None,
             implementation=self.implementation,
         )
-        return sum_TD.reshape(x.shape), observe(self, "output", normed_TD.reshape(x.shape))
+        return sum_TD.reshape(x.shape), observe(self, "output", normed_TD.reshape(x.shape)), *rest
 
 
 class LayerNorm(_Norm):
@@ -46,16 +54,24 @@ class LayerNorm(_Norm):
     def __call__(self, x: jax.Array, added: Parts | None = None) -> tuple[jax.Array, jax.Array]:
         """`x += added`, and the norm of that: both [..., D] of `dtype`."""
         scale_D = self.weight("scale", nn.initializers.ones_init(), x.shape[-1])
-        return self.run(x, added, scale_D, self.weight("bias", nn.initializers.zeros_init(), x.shape[-1]))
+        bias_D = self.weight("bias", nn.initializers.zeros_init(), x.shape[-1])
+        return self.run(add_norm, x, added, scale_D, bias_D)
 
 
 class RMSNorm(_Norm):
     """`x / sqrt(mean(x²) + epsilon) * scale`, over the last axis; multiplied before it is rounded to `dtype`."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, added: Parts | None = None) -> tuple[jax.Array, jax.Array]:
-        """`x += added`, and the norm of that: both [..., D] of `dtype`."""
-        return self.run(x, added, self.weight("scale", nn.initializers.ones_init(), x.shape[-1]), None)
+    def __call__(
+        self, x: jax.Array, added: Parts | None = None, operation: Callable[..., tuple[jax.Array, ...]] = add_norm
+    ) -> tuple[Any, ...]:
+        """`x += added`, and the norm of that: both [..., D] of `dtype`.
+
+        Another `operation` is one that does more in passing, and is called as `add_norm` is: what it returns beside
+        these two comes after them.
+        """
+        scale_D = self.weight("scale", nn.initializers.ones_init(), x.shape[-1])
+        return self.run(operation, x, added, scale_D, None)
 
 
 def add(x: jax.Array, added: Parts) -> jax.Array:

@@ -71,9 +71,8 @@ class Block(nn.Module):
 
         x_BTD, normed_BTD = norm(name="attention_norm")(x_BTD, added)
         added, cache = attention(normed_BTD, positions_BT, cache)
-        x_BTD, normed_BTD = norm(name="moe_norm")(x_BTD, added)
+        x_BTD, added = moe(x_BTD, added, positions_BT, norm(name="moe_norm"))
         observe(self, "attention_residual", x_BTD)
-        added = moe(normed_BTD, positions_BT)
         observe_made(self, "moe_residual", lambda: add(x_BTD, added))
         return x_BTD, added, cache
 

@@ -1,7 +1,12 @@
-"""A residual's sum and its norm for a few rows in one kernel, on Hopper: Pallas Mosaic GPU, JAX 0.11 and newer."""
+"""A residual's sum and its norm for a few rows in one kernel, on Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
 
+`Norm` is what a kernel's threads do, so that another one can do it too: `route.mosaic` goes on with the norm.
+"""
+
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +16,7 @@ from pallas_kernels import ptx, rows
 from pallas_kernels.parts import Parts
 from pallas_kernels.ptx import Value
 
+EXCHANGES = 2  # of `Norm`: the sums for the mean, and for the variance
 _FLIGHT = 24  # loads of 16 bytes of parts that a thread has begun at a time, at most
 _LOADS = 16384  # loads of 16 bytes that the registers of a block's threads have room for
 _OTHERS = 14  # of these, a thread's for other things
@@ -74,55 +80,117 @@ def launch(
     """As `add_norm`, with `blocks` a row: "sum" and "normed"."""
     T, D = x_TD.shape
     spread = rows.Spread.of(T, D, blocks=blocks)
-    operands = {"x": x_TD, "scale": scale_D, "bias": bias_D}
-    results = {name: jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype) for name in ("sum", "normed")}
-    if terms is None:
-        del results["sum"]
-    else:
-        operands |= {
+    norm = Norm(terms, operands(x_TD, terms, scale_D, bias_D), epsilon, center)
+
+    def run(refs: Mapping[str, Value], row: Value) -> None:
+        norm.run(rows.Place.here(spread, refs["meetings"], counts(spread)), refs, row)
+
+    scratch_sizes = rows.scratch(EXCHANGES) | scratch(spread)
+    out = rows.kernel("add_norm", run, spread, T, norm.operands, results(x_TD, terms), scratch_sizes)
+    return out if terms is not None else {"sum": x_TD, **out}
+
+
+def operands(
+    x_TD: jax.Array, terms: Parts | None, scale_D: jax.Array, bias_D: jax.Array | None
+) -> dict[str, jax.Array]:
+    """What `Norm` reads, of that which there is."""
+    named = {"x": x_TD, "scale": scale_D, "bias": bias_D}
+    if terms is not None:
+        named |= {
             "term_parts": terms.parts_SRN,
             "term_rows": terms.rows_TX,
             "term_weights": terms.weights_TX,
             "term_bias": terms.bias_EN,
             "term_bias_rows": terms.bias_rows_TX,
         }
-    flight = min(_FLIGHT, _LOADS // spread.threads - _OTHERS)
-    # Numbers that a block gets: of the sums for mean and variance.
-    counts = [spread.sums, spread.sums]
-    padded = -(-spread.sums // 4) * 4
-    scratch = rows.scratch(len(counts)) | {"sums": rows.shared(2 * padded)}
-    present = {name: operand for name, operand in operands.items() if operand is not None}
+    return {name: operand for name, operand in named.items() if operand is not None}
 
-    def run(refs: Mapping[str, Value], row: Value) -> None:
-        place = rows.Place.here(spread, refs["meetings"], counts)
-        fours = [place.four(row, turn) for turn in range(spread.turns)]
-        sizes = {name: operand.dtype.itemsize for name, operand in present.items()}
+
+def results(x_TD: jax.Array, terms: Parts | None) -> dict[str, Any]:
+    """What `Norm` writes: without terms, the sum is x."""
+    names = ("normed",) if terms is None else ("sum", "normed")
+    return {name: jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype) for name in names}
+
+
+def counts(spread: rows.Spread) -> list[int]:
+    """Numbers that a block gets in each of `Norm`'s exchanges."""
+    return [spread.sums] * EXCHANGES
+
+
+def scratch(spread: rows.Spread) -> dict[str, Any]:
+    """Shared memory for `Norm`: what a block gets."""
+    return {"sums": rows.shared(EXCHANGES * _padded(spread))}
+
+
+def _padded(spread: rows.Spread) -> int:
+    return -(-spread.sums // 4) * 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """What a thread does to add to a row and norm it."""
+
+    terms: Parts | None
+    operands: dict[str, jax.Array]  # see `operands`
+    epsilon: float
+    center: bool
+
+    def run(
+        self, place: rows.Place, refs: Mapping[str, Value], row: Value, *, loaded: int = 0
+    ) -> list[tuple[rows.Four, list[Value]]]:
+        """Writes the sum and the norm, and returns the norm: the thread's fours, each as two words of bfloat16.
+
+        Its exchanges are the first ones. `place.met` is called.
+
+        Args:
+          refs: arrays by the names of `operands`, `results` and `scratch`.
+          loaded: loads of 16 bytes that the thread has begun before, and whose values it holds.
+        """
+        fours = [place.four(row, turn) for turn in range(place.spread.turns)]
+        zero = ptx.const(0)
 
         def load(name: str, four: rows.Four, row: Value) -> list[Value]:
-            return rows.load_four(four.at(refs[name], sizes[name], row), present[name].dtype, four.present)
+            dtype = self.operands[name].dtype
+            return rows.load_four(four.at(refs[name], dtype.itemsize, row), dtype, four.present)
 
         # First all loading begins that waits for nothing, then that of terms, which waits for the numbers of rows.
-        indices = None if terms is None else _load_indices(terms, refs, row)
-        zero = ptx.const(0)
+        indices = None if self.terms is None else _load_indices(self.terms, refs, row)
         x = [load("x", four, row) for four in fours]
         scale = [load("scale", four, zero) for four in fours]
-        bias = [] if bias_D is None else [load("bias", four, zero) for four in fours]
-
+        bias = [load("bias", four, zero) for four in fours] if "bias" in refs else []
         rows.issue()
 
         sums = [rows.four(words) for words in x]
-        if terms is not None and indices is not None:
+        if self.terms is not None and indices is not None:
+            indices = [_marked(self.terms, *each) for each in indices]
+            flight = min(_FLIGHT, _LOADS // place.spread.threads - _OTHERS - loaded)
             for turn, four in enumerate(fours):
-                added = _terms(terms, refs, indices, four, flight)
+                added = _terms(self.terms, refs, indices, four, flight)
                 summed = [arith.addf(*pair) for pair in zip(sums[turn], added, strict=True)]
                 words = [ptx.pack(*summed[:2]), ptx.pack(*summed[2:])]
                 rows.store_four(four.at(refs["sum"], 2), words, four.present)
                 sums[turn] = rows.four(words)
 
         place.met()
+        sums, factor = self._scaling(place, refs, fours, sums)
+        out = []
+        for turn, four in enumerate(fours):
+            normed = [arith.mulf(number, factor) for number in sums[turn]]
+            normed = [arith.mulf(*pair) for pair in zip(normed, rows.four(scale[turn]), strict=True)]
+            if bias:
+                normed = [arith.addf(*pair) for pair in zip(normed, rows.four(bias[turn]), strict=True)]
+            words = [ptx.pack(*normed[:2]), ptx.pack(*normed[2:])]
+            rows.store_four(four.at(refs["normed"], 2), words, four.present)
+            out.append((four, words))
+        return out
+
+    def _scaling(
+        self, place: rows.Place, refs: Mapping[str, Value], fours: list[rows.Four], sums: list[list[Value]]
+    ) -> tuple[list[list[Value]], Value]:
+        """The numbers, less their mean where that is wanted, and what they are to be multiplied with."""
         scratch_at = ptx.shared_address(refs["sums"])
-        share = ptx.const(1 / D, ptx.f32())
-        if center:
+        share = ptx.const(1 / place.spread.width, ptx.f32())
+        if self.center:
             of_thread = ptx.total([number for numbers in sums for number in numbers])
             mean = arith.mulf(rows.row_sum(place, 0, of_thread, scratch_at), share)
             sums = [
@@ -130,20 +198,10 @@ def launch(
                 for four, numbers in zip(fours, sums, strict=True)
             ]
         squares = ptx.total([arith.mulf(number, number) for numbers in sums for number in numbers])
-        squares = rows.row_sum(place, 1, squares, ptx.add(scratch_at, 4 * padded))
-        variance = arith.addf(arith.mulf(squares, share), ptx.const(epsilon, ptx.f32()))
+        squares = rows.row_sum(place, 1, squares, ptx.add(scratch_at, 4 * _padded(place.spread)))
+        variance = arith.addf(arith.mulf(squares, share), ptx.const(self.epsilon, ptx.f32()))
         (factor,) = ptx.asm("rsqrt.approx.f32 $0, $1;", [ptx.f32()], [variance])
-
-        for turn, four in enumerate(fours):
-            normed = [arith.mulf(number, factor) for number in sums[turn]]
-            normed = [arith.mulf(*pair) for pair in zip(normed, rows.four(scale[turn]), strict=True)]
-            if bias_D is not None:
-                normed = [arith.addf(*pair) for pair in zip(normed, rows.four(bias[turn]), strict=True)]
-            words = [ptx.pack(*normed[:2]), ptx.pack(*normed[2:])]
-            rows.store_four(four.at(refs["normed"], 2), words, four.present)
-
-    out = rows.kernel("add_norm", run, spread, T, present, results, scratch)
-    return out if terms is not None else {"sum": x_TD, **out}
+        return sums, factor
 
 
 def _load_indices(terms: Parts, refs: Mapping[str, Value], row: Value) -> list[tuple[Value, Value, Value | None]]:
@@ -160,6 +218,15 @@ def _load_indices(terms: Parts, refs: Mapping[str, Value], row: Value) -> list[t
     return [
         (load("term_rows", x, row), load("term_bias_rows", x, always), load("term_weights", x, None)) for x in range(X)
     ]
+
+
+def _marked(terms: Parts, of_parts: Value, of_bias: Value, weight: Value | None) -> tuple[Value, Value, Value | None]:
+    """The same, with a negative row where the term adds nothing."""
+    if terms.bias_EN is None or terms.bias_rows_TX is None:
+        return of_parts, of_bias, weight
+    left = arith.subi(ptx.const(terms.bias_EN.shape[0] - 1), of_bias)
+    missing = arith.shrsi(arith.ori(of_bias, left), ptx.const(31))  # all bits, where either is negative
+    return arith.ori(of_parts, missing), of_bias, weight
 
 
 def _terms(

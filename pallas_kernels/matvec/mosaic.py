@@ -86,7 +86,8 @@ def tunable(shape: tiles.Shape) -> list[tiles.Settings]:
     """See `tiles`: around the heuristic's number of blocks."""
     strips, usual = int(shape["out"]) // STRIP, heuristic(shape)
     near = [each for each in _splits(shape) if _BLOCKS / 3 <= each * strips <= 3 * _BLOCKS]
-    return [usual, *({"splits": splits} for splits in near if splits != usual["splits"])]
+    others: list[tiles.Settings] = [{"splits": splits} for splits in near]
+    return [usual, *(each for each in others if each != usual)]
 
 
 def _splits(shape: tiles.Shape) -> list[int]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.fragments import TILE, MXFP4Fragments
 from pallas_kernels.moe import reference
+from pallas_kernels.moe.routing import BY_EXPERT
 from pallas_kernels.mxfp4 import MXFP4
 from pallas_kernels.parts import Parts
 
@@ -59,9 +60,10 @@ def moe(
     repacked = isinstance(gate_up, MXFP4Fragments) and isinstance(down, MXFP4Fragments)
     wanted = dispatch.wanted(implementation) if repacked and x_TD.dtype == jnp.bfloat16 else dispatch.XLA
     if wanted == dispatch.MOSAIC:
-        from pallas_kernels.moe import mosaic
+        from pallas_kernels.moe import mosaic, mosaic_grouped
 
-        available[dispatch.MOSAIC] = mosaic.routed
+        few = x_TD.shape[0] <= BY_EXPERT
+        available[dispatch.MOSAIC] = mosaic.routed if few else mosaic_grouped.routed
     if wanted == dispatch.TRITON and (x_TD.shape[0] <= _FEW or implementation == dispatch.TRITON):
         from pallas_kernels.moe import triton
 

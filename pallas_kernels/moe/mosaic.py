@@ -24,7 +24,7 @@ _LARGEST_GROUP = 32  # slots, where there are many tokens
 # A scale s becomes the bfloat16 number 2^(s + _OFFSET - 127), so s may be up to `api.LARGEST_SCALE`. Planes are 2^-126
 # times their values. What is missing comes last. Where s is below 66, numbers of less than 2^-58 may count as 0.
 _OFFSET = 62
-_MISSING = 2.0 ** (126 - _OFFSET)
+MISSING = 2.0 ** (126 - _OFFSET)
 
 _FACTOR = "{ .reg .b32 t; prmt.b32 t, $1, 0, %s; mad.lo.u32 $0, t, 128, %d; }"
 _DECODE = """{ .reg .b32 a, b, c;
@@ -57,6 +57,7 @@ class SwiGLU:
 class _Plan:
     """All that is known when a kernel is built."""
 
+    num_experts: int  # E: the group of one that there is not is empty
     num_groups: int  # G
     slots: int  # R: tokens of a group, at most
     steps: int  # 64-column tiles that a block sums over
@@ -96,7 +97,7 @@ def routed(
     h_PF = h_GRF.reshape(-1, h_GRF.shape[-1])
     y_SGRD = product(h_PF, groups, down, sorted=True, **_settings("down", experts_TX, down))
     y_SPD = y_SGRD.reshape(y_SGRD.shape[0], -1, y_SGRD.shape[-1])
-    return Parts(y_SPD, places_TX, weights_TX, down_bias_ED, jnp.where(places_TX < 0, 0, experts_TX))
+    return Parts(y_SPD, places_TX, weights_TX, down_bias_ED, experts_TX)
 
 
 def _settings(part: str, experts_TX: jax.Array, weight: MXFP4Fragments) -> Any:
@@ -156,6 +157,7 @@ def product(
     tiles, steps = weight.words.shape[1:3]
     splits = math.gcd(splits, steps)
     plan = _Plan(
+        num_experts=weight.shape[0],
         num_groups=G,
         slots=R,
         steps=steps // splits,
@@ -199,16 +201,17 @@ def moe_product(
     """One thread of a block: 64 rows of an expert, times up to `eights` · 8 tokens. The block of no token returns."""
     first = ptx.mul(share, plan.eights * EIGHT)  # slot of the group
     (begins,) = ptx.asm(_LOAD_IF, [ptx.i32()], [ptx.offset(rows, _place(plan, group, first), 4), ptx.const(1)])
+    (expert,) = ptx.asm("ld.global.nc.b32 $0, [$1];", [ptx.i32()], [ptx.offset(experts, group, 4)])
+    exists = arith.cmpi(arith.CmpIPredicate.ult, expert, ptx.const(plan.num_experts))
 
     def compute() -> None:
-        (expert,) = ptx.asm("ld.global.nc.b32 $0, [$1];", [ptx.i32()], [ptx.offset(experts, group, 4)])
         acc = _sums(plan, x, rows, words, scales, expert, tile, group, first, split)
         if activation is None:
             _write_parts(plan, acc, out, tile, group, first, split)
         else:
             _write_activation(plan, activation, acc, bias, out, expert, tile, group, first)
 
-    ptx.when(arith.cmpi(arith.CmpIPredicate.sge, begins, ptx.const(0)), compute)
+    ptx.when(arith.andi(exists, arith.cmpi(arith.CmpIPredicate.sge, begins, ptx.const(0))), compute)
 
 
 def _place(plan: _Plan, group: Value, slot: Value) -> Value:
@@ -276,16 +279,21 @@ def _sums(
 
 def _multiply(acc: list[Value], words: list[Value], scales: Value, xs: list[list[Value]]) -> list[Value]:
     """Adds a tile's products: words and scales as `fragments` has them, xs 16 numbers of a token for each eight."""
-    even, odd = (
-        ptx.asm(_FACTOR % (byte, (_OFFSET << 7) * 0x10001), [ptx.i32()], [scales])[0] for byte in ("0x4040", "0x4141")
-    )
-    planes = [ptx.asm(_DECODE, [ptx.i32()] * 4, [word, (even, odd)[i % 2]]) for i, word in enumerate(words)]
+    planes = decoded(words, scales)
     sums = list(acc)
     for plane in range(4):
         a = [word_planes[plane] for word_planes in planes]
         for eight, x in enumerate(xs):
             sums[4 * eight : 4 * eight + 4] = ptx.mma(sums[4 * eight : 4 * eight + 4], a, x[2 * plane : 2 * plane + 2])
     return sums
+
+
+def decoded(words: list[Value], scales: Value) -> list[list[Value]]:
+    """Each word's four planes, pairs of bfloat16 numbers, less the factor `MISSING`."""
+    even, odd = (
+        ptx.asm(_FACTOR % (byte, (_OFFSET << 7) * 0x10001), [ptx.i32()], [scales])[0] for byte in ("0x4040", "0x4141")
+    )
+    return [ptx.asm(_DECODE, [ptx.i32()] * 4, [word, (even, odd)[i % 2]]) for i, word in enumerate(words)]
 
 
 def _even_row(tile: Value) -> Value:
@@ -296,7 +304,7 @@ def _even_row(tile: Value) -> Value:
 
 def _tokens(plan: _Plan, acc: list[Value], first: Value) -> list[tuple[Value, Value, Value]]:
     """Slot, even row's sum and odd row's sum, of each token that the thread has sums of."""
-    scaled = [arith.mulf(value, ptx.const(_MISSING, ptx.f32())) for value in acc]
+    scaled = [arith.mulf(value, ptx.const(MISSING, ptx.f32())) for value in acc]
     twice_q = ptx.mul(_lane()[1], 2)
     return [
         (ptx.add(first, twice_q, EIGHT * eight + column), scaled[4 * eight + column], scaled[4 * eight + 2 + column])
@@ -325,15 +333,19 @@ def _write_activation(
     group: Value,
     first: Value,
 ) -> None:
-    limit, below, one = (ptx.const(value, ptx.f32()) for value in (activation.limit, -activation.limit, 1.0))
-    exponent = ptx.const(-activation.alpha * math.log2(math.e), ptx.f32())
     bias_at = ptx.offset(ptx.offset(bias, expert, 2 * plan.rows), _even_row(tile), 2)
     gate_bias, up_bias = ptx.asm(_LOAD_PAIR, [ptx.f32()] * 2, [bias_at])
     for slot, even, odd in _tokens(plan, acc, first):
-        gate = arith.minimumf(arith.addf(even, gate_bias), limit)
-        up = arith.maximumf(arith.minimumf(arith.addf(odd, up_bias), limit), below)
-        (power,) = ptx.asm("ex2.approx.f32 $0, $1;", [ptx.f32()], [arith.mulf(gate, exponent)])
-        value = arith.divf(arith.mulf(gate, arith.addf(up, one)), arith.addf(power, one))
+        value = activated(activation, arith.addf(even, gate_bias), arith.addf(odd, up_bias))
         at = ptx.offset(out, _place(plan, group, slot), plan.rows)
         at = ptx.offset(at, arith.shrui(_even_row(tile), ptx.const(1)), 2)
         ptx.asm(_STORE_BF16, [], [at, value, ptx.less(slot, plan.slots)])
+
+
+def activated(activation: SwiGLU, gate: Value, up: Value) -> Value:
+    """min(gate, limit) · sigmoid(alpha · gate) · (clip(up) + 1)."""
+    limit, below, one = (ptx.const(value, ptx.f32()) for value in (activation.limit, -activation.limit, 1.0))
+    gate, up = arith.minimumf(gate, limit), arith.maximumf(arith.minimumf(up, limit), below)
+    exponent = ptx.const(-activation.alpha * math.log2(math.e), ptx.f32())
+    (power,) = ptx.asm("ex2.approx.f32 $0, $1;", [ptx.f32()], [arith.mulf(gate, exponent)])
+    return arith.divf(arith.mulf(gate, arith.addf(up, one)), arith.addf(power, one))

@@ -1,9 +1,11 @@
 """Tokens put together by the expert that they go to."""
 
+from functools import reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 BY_EXPERT = 128  # tokens up to which each expert has one group, with room for all of them
 
@@ -11,7 +13,7 @@ BY_EXPERT = 128  # tokens up to which each expert has one group, with room for a
 class Groups(NamedTuple):
     """Pairs (token, one of its experts) in groups of one expert. In each group the used slots come first."""
 
-    experts_G: jax.Array  # int32; any expert where a group is empty
+    experts_G: jax.Array  # int32; any expert where a group is empty. The group of one that there is not is empty
     rows_GR: jax.Array  # int32: the token in each slot, -1 in an empty one
 
 
@@ -19,7 +21,7 @@ class Routing(NamedTuple):
     """The groups, and where in them each pair is."""
 
     groups: Groups
-    places_TX: jax.Array  # int32, in the flattened slots; -1 where the expert does not exist
+    places_TX: jax.Array  # int32, in the flattened slots; -1 or in an empty group where the expert does not exist
 
 
 def route(experts_TX: jax.Array, num_experts: int, largest: int) -> Routing:
@@ -29,7 +31,7 @@ def route(experts_TX: jax.Array, num_experts: int, largest: int) -> Routing:
     slots.
     """
     if experts_TX.shape[0] == 1:
-        return _one_token(experts_TX, num_experts)
+        return _one_token(experts_TX)
     if experts_TX.shape[0] <= BY_EXPERT:
         return _by_expert(experts_TX, num_experts)
     return sorted_groups(experts_TX, num_experts, largest)
@@ -40,28 +42,27 @@ def _existing(experts_TX: jax.Array, num_experts: int) -> jax.Array:
     return jnp.where((experts_TX >= 0) & (experts_TX < num_experts), experts_TX, num_experts).astype(jnp.int32)
 
 
-def _one_token(experts_1X: jax.Array, num_experts: int) -> Routing:
-    """A group a choice."""
-    experts_1X = _existing(experts_1X, num_experts)
-    exists_X = experts_1X[0] < num_experts
-    experts_X = jnp.minimum(experts_1X[0], num_experts - 1)
-    places_1X = jnp.where(exists_X, jnp.arange(experts_X.size, dtype=jnp.int32), -1)[None]
-    return Routing(Groups(experts_X, jnp.where(exists_X, 0, -1)[:, None]), places_1X)
+def _one_token(experts_1X: jax.Array) -> Routing:
+    """A group a choice: nothing is computed, for that would be a kernel."""
+    X = experts_1X.shape[1]
+    # Arrays of NumPy are constants to XLA.
+    rows_X1, places_1X = np.zeros((X, 1), np.int32), np.arange(X, dtype=np.int32)[None]
+    return Routing(Groups(experts_1X.reshape(X), jnp.asarray(rows_X1)), jnp.asarray(places_1X))
 
 
 def _by_expert(experts_TX: jax.Array, num_experts: int) -> Routing:
-    """A group an expert, of T slots, by counting: all as sums over the tokens."""
-    experts_TX = _existing(experts_TX, num_experts)
-    T = experts_TX.shape[0]
+    """A group an expert, of T slots, by counting: two sums over the tokens, which is two kernels."""
+    T, X = experts_TX.shape
     tokens_T = jnp.arange(T, dtype=jnp.int32)
-    chosen_TXE = experts_TX[..., None] == jnp.arange(num_experts, dtype=jnp.int32)
-    member_TE = chosen_TXE.any(axis=1)
-    earlier_TT = tokens_T[:, None] > tokens_T
-    rank_TE = jnp.sum(earlier_TT[..., None] & member_TE, axis=1, dtype=jnp.int32)
-    holds_ERT = (member_TE & (rank_TE == tokens_T[:, None, None])).transpose(2, 0, 1)
+    # Pairs are compared one choice at a time, so that there is no sum over these.
+    same_TXU = reduce(jnp.logical_or, (experts_TX[..., None] == experts_TX[:, x] for x in range(X)))
+    earlier_TXU = same_TXU & (tokens_T[:, None, None] > tokens_T)
+    rank_TX = jnp.sum(earlier_TXU, axis=-1, dtype=jnp.int32)
+    exists_TX = (experts_TX >= 0) & (experts_TX < num_experts)
+    places_TX = jnp.where(exists_TX, experts_TX * T + rank_TX, -1)
+    slots_ER = jnp.arange(num_experts * T, dtype=jnp.int32).reshape(num_experts, T)
+    holds_ERT = reduce(jnp.logical_or, (slots_ER[..., None] == places_TX[:, x] for x in range(X)))
     rows_ER = jnp.sum(jnp.where(holds_ERT, tokens_T + 1, 0), axis=-1, dtype=jnp.int32) - 1
-    rank_TX = jnp.sum(jnp.where(chosen_TXE, rank_TE[:, None], 0), axis=-1, dtype=jnp.int32)
-    places_TX = jnp.where(experts_TX < num_experts, experts_TX * T + rank_TX, -1)
     return Routing(Groups(jnp.arange(num_experts, dtype=jnp.int32), rows_ER), places_TX)
 
 

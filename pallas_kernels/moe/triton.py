@@ -56,7 +56,7 @@ def routed(
     splits = 3 if x_TD.shape[0] <= 8 else 1  # with few tokens, the tiles of down's rows are too few for a GPU
     y_SGRD = run(h_GRF.reshape(-1, h_GRF.shape[-1]), weight=down, sorted=True, splits=splits)
     y_SPD = y_SGRD.reshape(y_SGRD.shape[0], -1, y_SGRD.shape[-1])
-    return Parts(y_SPD, places_TX, weights_TX, down_bias_ED, jnp.where(places_TX < 0, 0, experts_TX))
+    return Parts(y_SPD, places_TX, weights_TX, down_bias_ED, experts_TX)
 
 
 @partial(jax.jit, static_argnames=("activation", "splits", "sorted", "stages", "interpret"))
@@ -122,9 +122,10 @@ def _program(
     shares = pl.cdiv(R, SLOTS)
     group, first = share // shares, share % shares * SLOTS
 
-    @pl.when(rows_ref[group, first] >= 0)
+    expert = experts_ref[group]
+
+    @pl.when((rows_ref[group, first] >= 0) & (expert >= 0) & (expert < words_ref.shape[0]))
     def _() -> None:
-        expert = experts_ref[group]
         slot_S = first + jnp.arange(SLOTS)
         token_S = pltriton.load(rows_ref.at[group, slot_S], mask=slot_S < R, other=-1)
         used_S = token_S >= 0

@@ -1,3 +1,3 @@
-from pallas_kernels.route.api import route
+from pallas_kernels.route.api import norm_route, route
 
-__all__ = ["route"]
+__all__ = ["norm_route", "route"]

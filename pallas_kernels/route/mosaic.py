@@ -6,33 +6,39 @@ first warp chooses.
 
 Logits, being rounded to bfloat16, have 16 bits: a logit and the number of its expert fit into one integer, so that a
 maximum of integers finds both, the lower number of equals.
+
+The norm before it can be done by the same kernel: the router's weights do not wait for it, so they are on their way
+while it is computed, and a kernel's start is saved.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx, rows
+from pallas_kernels.add_norm import mosaic as add_norm
+from pallas_kernels.parts import Parts
 from pallas_kernels.ptx import Value
 
 MOST_EXPERTS = 128
 _OCTET = 8  # experts whose weights are read at a time
-FLIGHT = 12  # loads of 16 bytes that a thread has begun at a time
+_FLIGHT = 12  # loads of 16 bytes that a thread has begun at a time
 _WANTED = 8  # loads of a thread, if there are threads enough
 
 
-def supports(x_TD: jax.Array, router_DE: jax.Array, bias_E: jax.Array, *, top: int) -> bool:
-    """Whether the kernel takes these operands."""
+def supports(x_TD: jax.Array, router_DE: jax.Array, bias_E: jax.Array, positions_T: jax.Array, *, top: int) -> bool:
+    """Whether `route` takes these operands."""
     T, D = x_TD.shape
     E = router_DE.shape[1]
     return (
         x_TD.dtype == router_DE.dtype == jnp.bfloat16
         and bias_E.dtype in (jnp.bfloat16, jnp.float32)
+        and positions_T.dtype == jnp.int32
         and 1 <= T <= rows.MOST_ROWS
         and D % 8 == 0
         and D <= rows.LARGEST_WIDTH
@@ -41,9 +47,10 @@ def supports(x_TD: jax.Array, router_DE: jax.Array, bias_E: jax.Array, *, top: i
     )
 
 
-def wanted_threads(width: int, experts: int, blocks: int) -> int:
-    """Of a block, for the router's weights."""
-    return -(-width * experts // (_OCTET * blocks * _WANTED))
+def spread_of(num_rows: int, width: int, experts: int, blocks: int | None) -> rows.Spread:
+    """As `Spread.of`, with threads enough for the router's weights."""
+    blocks = rows.Spread.of(num_rows, width, blocks=blocks).blocks
+    return rows.Spread.of(num_rows, width, blocks=blocks, threads=-(-width * experts // (_OCTET * blocks * _WANTED)))
 
 
 def scratch(spread: rows.Spread, experts: int) -> dict[str, Any]:
@@ -65,10 +72,20 @@ def results(num_rows: int, top: int) -> dict[str, Any]:
     }
 
 
+class Loaded(NamedTuple):
+    """What a thread has begun to load."""
+
+    weights: list[list[Value]]  # of the first steps
+    biases: list[Value]  # of the experts whose number is the lane's, modulo 32; 0 where there is none
+    position: Value  # of the token; negative is padding
+
+
 @dataclasses.dataclass(frozen=True)
 class Router:
     """What a thread does to choose a row's experts, in steps between which it can do other things."""
 
+    refs: Mapping[str, Value]  # "router", "router_bias", "positions", and those of `results` and `scratch`
+    row: Value
     place: rows.Place
     experts: int  # E
     top: int
@@ -98,9 +115,61 @@ class Router:
         """The first of the block's numbers that the thread multiplies."""
         return arith.shrui(self.place.thread, ptx.const(self.octets.bit_length() - 1))
 
-    def load(self, router: Value, start: int) -> list[list[Value]]:
+    def begin(self, bias_dtype: jax.typing.DTypeLike) -> Loaded:
+        """Begins to load what waits for nothing."""
+        size = jnp.dtype(bias_dtype).itemsize
+        biases = [
+            rows.load_one(
+                ptx.offset(ptx.address(self.refs["router_bias"]), expert, size),
+                bias_dtype,
+                arith.subi(ptx.const(self.experts - 1), expert),
+            )
+            for expert in self._experts()
+        ]
+        position_at = ptx.offset(ptx.address(self.refs["positions"]), self.row, 4)
+        return Loaded(self._load(0), biases, rows.load_one(position_at, jnp.int32, ptx.const(0)))
+
+    def keep(self, numbers: Iterable[tuple[rows.Four, list[Value]]]) -> Value:
+        """Writes the thread's part of x to shared memory, four bfloat16 numbers at a time: `choose`'s x."""
+        x = ptx.shared_address(self.refs["x_part"])
+        for four, words in numbers:
+            rows.keep_four(four.inside(x), rows.four(words), four.present)
+        ptx.asm("bar.sync 0;", [], [])
+        return x
+
+    def choose(self, loaded: Loaded, x: Value) -> None:
+        """Chooses, and writes what is chosen.
+
+        Args:
+          loaded: what `begin` has begun to load.
+          x: address of the block's part of x in shared memory, which must be there for all its threads.
+        """
+        parts, logits = (ptx.shared_address(self.refs[name]) for name in ("parts", "logits"))
+        self._multiply(loaded.weights, x, parts)
+        self._gather(parts, logits)
+        if self.place.spread.blocks == 1:
+            self.place.receive(self.exchange)
+        # Block 0's first warp goes on alone.
+        before = arith.ori(self.place.block, self.place.warp)
+
+        def finish() -> None:
+            if self.place.spread.blocks > 1:
+                self.place.receive(self.exchange)
+            experts, weights = self._choose(logits, loaded.biases)
+            padding = arith.shrsi(loaded.position, ptx.const(31))  # all bits, or none
+            experts = [arith.ori(expert, padding) for expert in experts]
+            first = ptx.less(self.place.lane, 1)
+            for name, values, letter in (("experts", experts, "b32"), ("weights", weights, "f32")):
+                at = ptx.offset(ptx.address(self.refs[name]), self.row, 4 * self.top)
+                for i, value in enumerate(values):
+                    text = f"{{ .reg .pred p; setp.ne.s32 p, $2, 0; @p st.global.{letter} [$0+{4 * i}], $1; }}"
+                    ptx.asm(text, [], [at, value, first])
+
+        ptx.when(arith.cmpi(arith.CmpIPredicate.eq, before, ptx.const(0)), finish)
+
+    def _load(self, start: int) -> list[list[Value]]:
         """Begins to load the weights of steps `start` and following; 0 where the block has no row."""
-        at = ptx.offset(ptx.address(router), ptx.add(self.place.first, self._row), 2 * self.experts)
+        at = ptx.offset(ptx.address(self.refs["router"]), ptx.add(self.place.first, self._row), 2 * self.experts)
         at = ptx.offset(at, self._octet, 2 * _OCTET)
         left = arith.subi(self.place.count, self._row)
         return [
@@ -113,64 +182,19 @@ class Router:
                 [at, left],
                 volatile=True,
             )
-            for step in range(start, min(start + FLIGHT, self.steps))
+            for step in range(start, min(start + _FLIGHT, self.steps))
         ]
-
-    def load_bias(self, bias: Value, dtype: jax.typing.DTypeLike) -> list[Value]:
-        """Biases of the experts whose number is the lane's, modulo 32; 0 where there is none."""
-        size = jnp.dtype(dtype).itemsize
-        return [
-            rows.load_one(
-                ptx.offset(ptx.address(bias), expert, size),
-                dtype,
-                arith.subi(ptx.const(self.experts - 1), expert),
-            )
-            for expert in self._experts()
-        ]
-
-    def choose(
-        self, loaded: list[list[Value]], biases: list[Value], refs: Mapping[str, Value], row: Value, x: Value
-    ) -> None:
-        """Chooses, and writes what is chosen.
-
-        Args:
-          loaded: what `load` has loaded, of the first steps.
-          biases: of `load_bias`.
-          refs: arrays "router", "experts", "weights", and those of `scratch`.
-          row: number of the row.
-          x: address of the block's part of x in shared memory, which must be there for all its threads.
-        """
-        parts, logits = (ptx.shared_address(refs[name]) for name in ("parts", "logits"))
-        self._multiply(loaded, refs["router"], x, parts)
-        self._gather(parts, logits)
-        if self.place.spread.blocks == 1:
-            self.place.receive(self.exchange)
-        # Block 0's first warp goes on alone.
-        before = arith.ori(self.place.block, self.place.warp)
-
-        def finish() -> None:
-            if self.place.spread.blocks > 1:
-                self.place.receive(self.exchange)
-            experts, weights = self._choose(logits, biases)
-            first = ptx.less(self.place.lane, 1)
-            for name, values, letter in (("experts", experts, "b32"), ("weights", weights, "f32")):
-                at = ptx.offset(ptx.address(refs[name]), row, 4 * self.top)
-                for i, value in enumerate(values):
-                    text = f"{{ .reg .pred p; setp.ne.s32 p, $2, 0; @p st.global.{letter} [$0+{4 * i}], $1; }}"
-                    ptx.asm(text, [], [at, value, first])
-
-        ptx.when(arith.cmpi(arith.CmpIPredicate.eq, before, ptx.const(0)), finish)
 
     def _experts(self) -> list[Value]:
         return [ptx.add(self.place.lane, i) for i in range(0, self.experts, 32)]
 
-    def _multiply(self, loaded: list[list[Value]], router: Value, x: Value, parts: Value) -> None:
+    def _multiply(self, loaded: list[list[Value]], x: Value, parts: Value) -> None:
         """The products, summed over each warp's threads."""
         acc = [ptx.const(0.0, ptx.f32())] * _OCTET
         x_at = ptx.offset32(x, self._row, 4)
         left = arith.subi(self.place.count, self._row)
-        for start in range(0, self.steps, FLIGHT):
-            for i, words in enumerate(loaded if start == 0 else self.load(router, start)):
+        for start in range(0, self.steps, _FLIGHT):
+            for i, words in enumerate(loaded if start == 0 else self._load(start)):
                 row = self.at_once * (start + i)
                 (number,) = ptx.asm(
                     f"{{ .reg .pred p; setp.gt.s32 p, $2, {row}; mov.b32 $0, 0;@p ld.shared.f32 $0, [$1+{4 * row}]; }}",
@@ -251,36 +275,116 @@ class Router:
         return numbers, [ptx.asm("div.full.f32 $0, $1, $2;", [ptx.f32()], [power, total])[0] for power in powers]
 
 
-def route(x_TD: jax.Array, router_DE: jax.Array, bias_E: jax.Array, *, top: int) -> tuple[jax.Array, jax.Array]:
+def route(
+    x_TD: jax.Array, router_DE: jax.Array, bias_E: jax.Array, positions_T: jax.Array, *, top: int
+) -> tuple[jax.Array, jax.Array]:
     """See `api.route`. The operands must be such as `supports` says."""
-    return launch(x_TD, router_DE, bias_E, top=top)
+    return launch(x_TD, router_DE, bias_E, positions_T, top=top)
 
 
 @partial(jax.jit, static_argnames=("top", "blocks"))
 def launch(
-    x_TD: jax.Array, router_DE: jax.Array, bias_E: jax.Array, *, top: int, blocks: int | None = None
+    x_TD: jax.Array,
+    router_DE: jax.Array,
+    bias_E: jax.Array,
+    positions_T: jax.Array,
+    *,
+    top: int,
+    blocks: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `route`, with `blocks` a row."""
     T, D = x_TD.shape
     E = router_DE.shape[1]
-    spread = rows.Spread.of(T, D, blocks=blocks)
-    spread = rows.Spread.of(T, D, blocks=spread.blocks, threads=wanted_threads(D, E, spread.blocks))
+    spread = spread_of(T, D, E, blocks)
 
     def run(refs: Mapping[str, Value], row: Value) -> None:
         place = rows.Place.here(spread, refs["meetings"], [sent(spread, E)])
-        router = Router(place, E, top, exchange=0)
-        loaded = router.load(refs["router"], 0)
-        biases = router.load_bias(refs["bias"], bias_E.dtype)
+        router = Router(refs, row, place, E, top, exchange=0)
+        loaded = router.begin(bias_E.dtype)
         fours = [place.four(row, turn) for turn in range(spread.turns)]
         words = [rows.load_four(four.at(refs["x"], 2), jnp.bfloat16, four.present) for four in fours]
         rows.issue()
-        x = ptx.shared_address(refs["x_part"])
-        for four, loaded_x in zip(fours, words, strict=True):
-            rows.keep_four(four.inside(x), rows.four(loaded_x), four.present)
-        ptx.asm("bar.sync 0;", [], [])
+        x = router.keep(zip(fours, words, strict=True))
         place.met()
-        router.choose(loaded, biases, refs, row, x)
+        router.choose(loaded, x)
 
-    operands = {"x": x_TD, "router": router_DE, "bias": bias_E}
+    operands = {"x": x_TD, "router": router_DE, "router_bias": bias_E, "positions": positions_T}
     out = rows.kernel("route", run, spread, T, operands, results(T, top), rows.scratch(1) | scratch(spread, E))
     return out["experts"], out["weights"]
+
+
+def supports_norm(
+    x_TD: jax.Array,
+    terms: Parts | None,
+    scale_D: jax.Array,
+    bias_D: jax.Array | None,
+    router_DE: jax.Array,
+    router_bias_E: jax.Array,
+    positions_T: jax.Array,
+    *,
+    top: int,
+) -> bool:
+    """Whether `norm_route` takes these operands."""
+    return add_norm.supports(x_TD, terms, scale_D, bias_D) and supports(
+        x_TD, router_DE, router_bias_E, positions_T, top=top
+    )
+
+
+def norm_route(
+    x_TD: jax.Array,
+    terms: Parts | None,
+    scale_D: jax.Array,
+    bias_D: jax.Array | None,
+    router_DE: jax.Array,
+    router_bias_E: jax.Array,
+    positions_T: jax.Array,
+    *,
+    epsilon: float,
+    center: bool,
+    top: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """See `api.norm_route`. The operands must be such as `supports_norm` says."""
+    operands = (x_TD, terms, scale_D, bias_D, router_DE, router_bias_E, positions_T)
+    return launch_norm(*operands, epsilon=epsilon, center=center, top=top)
+
+
+@partial(jax.jit, static_argnames=("epsilon", "center", "top", "blocks"))
+def launch_norm(
+    x_TD: jax.Array,
+    terms: Parts | None,
+    scale_D: jax.Array,
+    bias_D: jax.Array | None,
+    router_DE: jax.Array,
+    router_bias_E: jax.Array,
+    positions_T: jax.Array,
+    *,
+    epsilon: float,
+    center: bool,
+    top: int,
+    blocks: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """As `norm_route`, with `blocks` a row."""
+    T, D = x_TD.shape
+    E = router_DE.shape[1]
+    spread = spread_of(T, D, E, blocks)
+    norm = add_norm.Norm(terms, add_norm.operands(x_TD, terms, scale_D, bias_D), epsilon, center)
+    counts = [*add_norm.counts(spread), sent(spread, E)]
+
+    def run(refs: Mapping[str, Value], row: Value) -> None:
+        place = rows.Place.here(spread, refs["meetings"], counts)
+        router = Router(refs, row, place, E, top, exchange=add_norm.EXCHANGES)
+        # First, for no kernel before has read them: they come from farther away than what the norm waits for.
+        loaded = router.begin(router_bias_E.dtype)
+        normed = norm.run(place, refs, row, loaded=len(loaded.weights))
+        router.choose(loaded, router.keep(normed))
+
+    out = rows.kernel(
+        "norm_route",
+        run,
+        spread,
+        T,
+        norm.operands | {"router": router_DE, "router_bias": router_bias_E, "positions": positions_T},
+        add_norm.results(x_TD, terms) | results(T, top),
+        rows.scratch(len(counts)) | add_norm.scratch(spread) | scratch(spread, E),
+    )
+    return out.get("sum", x_TD), out["normed"], out["experts"], out["weights"]

@@ -3,11 +3,34 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.add_norm.reference import add_norm
+from pallas_kernels.parts import Parts
 
-def route(x_TD: jax.Array, router_DE: jax.Array, bias_E: jax.Array, *, top: int) -> tuple[jax.Array, jax.Array]:
+
+def route(
+    x_TD: jax.Array, router_DE: jax.Array, bias_E: jax.Array, positions_T: jax.Array, *, top: int
+) -> tuple[jax.Array, jax.Array]:
     """See `api.route`."""
     contract = (((1,), (0,)), ((), ()))
     logits_TE = jax.lax.dot_general(x_TD, router_DE.astype(x_TD.dtype), contract, preferred_element_type=jnp.float32)
     logits_TE = (logits_TE + bias_E.astype(jnp.float32)).astype(x_TD.dtype)
     chosen_TX, experts_TX = jax.lax.top_k(logits_TE.astype(jnp.float32), top)
-    return experts_TX, jax.nn.softmax(chosen_TX, axis=-1)
+    return jnp.where(positions_T[:, None] < 0, -1, experts_TX), jax.nn.softmax(chosen_TX, axis=-1)
+
+
+def norm_route(
+    x_TD: jax.Array,
+    terms: Parts | None,
+    scale_D: jax.Array,
+    bias_D: jax.Array | None,
+    router_DE: jax.Array,
+    router_bias_E: jax.Array,
+    positions_T: jax.Array,
+    *,
+    epsilon: float,
+    center: bool,
+    top: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """See `api.norm_route`."""
+    sum_TD, normed_TD = add_norm(x_TD, terms, scale_D, bias_D, epsilon=epsilon, center=center)
+    return sum_TD, normed_TD, *route(normed_TD, router_DE, router_bias_E, positions_T, top=top)

@@ -43,7 +43,7 @@ def _fragments(E: int, N: int, K: int) -> MXFP4Fragments:
 
 
 @needs_mosaic
-@pytest.mark.parametrize("T", [1, 2, 8, 33, 128, 200])
+@pytest.mark.parametrize("T", [1, 2, 8, 33, 128, 200, 2048])
 def test_experts_lower(T):
     E, D, F, X = 32, 2880, 2880, 4
     text = _lowers(
@@ -122,8 +122,8 @@ def _moe_operands(T: int, E: int, D: int, F: int, X: int, seed: int) -> list[Any
 
 
 @needs_hopper
-@pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 33, 128, 129, 300])
-@pytest.mark.parametrize(("E", "D", "F", "X"), [(5, 64, 192, 2), (32, 320, 64, 4)])
+@pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 33, 128, 129, 300, 1025])
+@pytest.mark.parametrize(("E", "D", "F", "X"), [(5, 64, 192, 2), (32, 320, 64, 4), (3, 448, 320, 3)])
 def test_experts_agree_with_the_oracle(T, E, D, F, X):
     x, experts, weights, gate_up, bias, down, other = _moe_operands(T, E, D, F, X, seed=T)
     actual = jax.jit(lambda *operands: moe(*operands, **SETTINGS, implementation="mosaic").total())(

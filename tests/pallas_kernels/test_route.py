@@ -1,25 +1,58 @@
-"""`pallas_kernels.route` against float64 NumPy. The kernel runs on a GPU only: here it is lowered for one."""
+"""`pallas_kernels.route` against float64 NumPy. The kernels are lowered everywhere, and run on Hopper."""
 
+import importlib
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.route import route
+from pallas_kernels import dispatch
+from pallas_kernels.route import norm_route, route
+from tests.oracles import add_norm_numpy
+from tests.oracles.add_norm_numpy import Case
 
+EPSILON = 1e-5
 SHAPES = [(1, 2880, 32, 4), (3, 96, 128, 4), (7, 88, 6, 3), (5, 64, 8, 8), (2, 96, 5, 1)]  # T, D, E, top
+lowers = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic kernels are for JAX 0.11 and newer")
+needs_hopper = pytest.mark.skipif(dispatch.preferred() != dispatch.MOSAIC, reason="needs a Hopper GPU")
+IMPLEMENTATIONS = ["xla", pytest.param("mosaic", marks=needs_hopper)]
 
 
-def _operands(T: int, D: int, E: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _router(T: int, D: int, E: int, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A router, its bias, and tokens' positions, of which the second and each fifth after it are padding."""
     rng = np.random.default_rng(T + E)
-    x, router, bias = rng.standard_normal((T, D)), rng.standard_normal((D, E)) / np.sqrt(D), rng.standard_normal(E)
-    return jnp.asarray(x, dtype), jnp.asarray(router, dtype), jnp.asarray(bias, dtype)
+    router, bias = rng.standard_normal((D, E)) / np.sqrt(D), rng.standard_normal(E)
+    positions = np.where(np.arange(T) % 5 == 1, -1 - np.arange(T), np.arange(T)).astype(np.int32)
+    return jnp.asarray(router, dtype), jnp.asarray(bias, dtype), jnp.asarray(positions)
 
 
-def _logits(x: jax.Array, router: jax.Array, bias: jax.Array) -> np.ndarray:
-    return np.asarray(x, np.float64) @ np.asarray(router, np.float64) + np.asarray(bias, np.float64)
+def _operands(T: int, D: int, E: int, dtype: Any) -> tuple[jax.Array, ...]:
+    x = np.random.default_rng(T).standard_normal((T, D))
+    return jnp.asarray(x, dtype), *_router(T, D, E, dtype)
+
+
+def _check(experts: jax.Array, weights: jax.Array, operands: tuple[jax.Array, ...], top: int) -> None:
+    """That these are right for `route`'s operands."""
+    x, router, bias, positions = operands
+    assert experts.dtype == jnp.int32 and weights.dtype == jnp.float32
+    assert experts.shape == weights.shape == (len(x), top)
+    token = np.asarray(positions) >= 0
+    experts, weights = np.asarray(experts), np.asarray(weights)
+    assert (experts[~token] == -1).all()
+    logits = np.asarray(x, np.float64) @ np.asarray(router, np.float64) + np.asarray(bias, np.float64)
+    experts, weights, logits = experts[token], weights[token], logits[token]
+    # A logit is rounded to x's dtype: one that is chosen is at most that much below one that is not.
+    tolerance = np.abs(logits).max() * float(jnp.finfo(x.dtype).eps)
+    chosen = np.take_along_axis(logits, experts, axis=1)
+    best = -np.sort(-logits, axis=1)[:, :top]
+    np.testing.assert_allclose(chosen, best, rtol=0, atol=tolerance + 1e-5)
+    expected = np.exp(best - best.max(axis=1, keepdims=True))
+    expected /= expected.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(weights, expected, rtol=0, atol=tolerance + 1e-6)
+    assert all(len(set(row)) == top for row in experts.tolist())
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -28,60 +61,128 @@ def test_agrees_with_numpy(T, D, E, top, dtype):
     operands = _operands(T, D, E, dtype)
     with jax.default_matmul_precision("highest"):
         experts, weights = jax.jit(partial(route, top=top, implementation="xla"))(*operands)
-    assert experts.dtype == jnp.int32 and weights.dtype == jnp.float32
-    logits = _logits(*operands)
-    # A logit is rounded to dtype: one that is chosen is at most that much below one that is not.
-    tolerance = np.abs(logits).max() * float(jnp.finfo(dtype).eps)
-    chosen = np.take_along_axis(logits, np.asarray(experts), axis=1)
-    best = -np.sort(-logits, axis=1)[:, :top]
-    np.testing.assert_allclose(chosen, best, rtol=0, atol=tolerance + 1e-5)
-    expected = np.exp(best - best.max(axis=1, keepdims=True))
-    expected /= expected.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(weights, expected, rtol=0, atol=tolerance + 1e-6)
-    assert all(len(set(row)) == top for row in np.asarray(experts).tolist())
+    _check(experts, weights, operands, top)
 
 
-def test_of_equals_the_lower_number_comes_first():
-    x = jnp.zeros((1, 8), jnp.bfloat16)
-    bias = jnp.asarray([1, 3, 2, 3, 2, 2, -1, 3], jnp.bfloat16)
-    experts, weights = route(x, jnp.zeros((8, 8), jnp.bfloat16), bias, top=5, implementation="xla")
+@needs_hopper
+@pytest.mark.parametrize("T", [1, 3, 8, 32, 128])
+@pytest.mark.parametrize(
+    ("D", "E", "top"), [(2880, 32, 4), (2880, 128, 4), (768, 64, 4), (64, 8, 8), (8192, 16, 3), (8192, 128, 4)]
+)
+def test_the_kernel_agrees_with_numpy(T, D, E, top):
+    operands = _operands(T, D, E, jnp.bfloat16)
+    experts, weights = route(*operands, top=top, implementation="mosaic")
+    _check(experts, weights, operands, top)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("T", [1, 3, 8, 32, 128])
+@pytest.mark.parametrize(
+    ("D", "E", "S", "X", "center"),
+    [
+        (2880, 32, 5, 0, False),
+        (2880, 128, 5, 0, False),
+        (2880, 32, 3, 4, False),
+        (768, 64, 0, 0, True),
+        (64, 8, 3, 4, True),
+        (8192, 16, 2, 0, False),
+    ],
+)
+def test_the_norm_and_the_choice_agree_with_numpy(T, D, E, S, X, center, implementation):
+    case = Case(T=T, D=D, S=max(S, 1), X=X, E=5 if X else 1, weighted=bool(X))
+    x, terms, scale, bias = add_norm_numpy.operands(case, jnp.bfloat16)
+    terms, bias = terms if S else None, bias if center else None
+    router, router_bias, positions = _router(T, D, E, jnp.bfloat16)
+    run = partial(norm_route, epsilon=EPSILON, center=center, top=4, implementation=implementation)
+    choice = {"router_DE": router, "router_bias_E": router_bias, "positions_T": positions}
+    sum_TD, normed_TD, experts, weights = run(x, terms, scale, bias, **choice)
+    assert sum_TD.dtype == normed_TD.dtype == jnp.bfloat16
+    # Both are rounded once, to half a unit in the last place, and by XLA what is added too; the rest is float32's.
+    rounding = float(jnp.finfo(jnp.bfloat16).eps) / 2
+    added = add_norm_numpy.total(terms) if S else np.zeros((T, D))
+    expected = np.asarray(x, np.float64) + added
+    rounded = rounding * (1 + rounding) * np.abs(added) if implementation == "xla" else 0
+    assert (np.abs(np.asarray(sum_TD, np.float64) - expected) <= rounding * np.abs(expected) + rounded + 1e-5).all()
+    expected = add_norm_numpy.norm(sum_TD, scale, bias, epsilon=EPSILON, center=center)
+    np.testing.assert_allclose(np.asarray(normed_TD, np.float64), expected, rtol=rounding, atol=2e-5)
+    _check(experts, weights, (normed_TD, router, router_bias, positions), 4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_of_equals_the_lower_number_comes_first(implementation):
+    x, positions = jnp.zeros((1, 8), jnp.bfloat16), jnp.zeros(1, jnp.int32)
+    router, bias = jnp.zeros((8, 8), jnp.bfloat16), jnp.asarray([1, 3, 2, 3, 2, 2, -1, 3], jnp.bfloat16)
+    experts, weights = route(x, router, bias, positions, top=5, implementation=implementation)
     np.testing.assert_array_equal(experts, [[1, 3, 7, 2, 4]])
     np.testing.assert_array_equal(weights[0, :1], weights[0, 2:3])
+    run = partial(norm_route, epsilon=EPSILON, center=False, top=5, implementation=implementation)
+    scale = jnp.ones(8, jnp.bfloat16)
+    *_, experts, _ = run(x, None, scale, router_DE=router, router_bias_E=bias, positions_T=positions)
+    np.testing.assert_array_equal(experts, [[1, 3, 7, 2, 4]])
 
 
-def test_logits_are_rounded_before_they_are_compared():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_logits_are_rounded_before_they_are_compared(implementation):
     """As in the code that the models were published with: 256.5 and 257 are 256 and 256 in bfloat16."""
-    bias = jnp.asarray([0, 256.5, 257, 0], jnp.float32)
-    experts, _ = route(jnp.zeros((1, 8), jnp.bfloat16), jnp.zeros((8, 4)), bias, top=2, implementation="xla")
+    bias = jnp.zeros(8).at[jnp.asarray([1, 2])].set(jnp.asarray([256.5, 257]))
+    x, router, positions = jnp.zeros((1, 8), jnp.bfloat16), jnp.zeros((8, 8), jnp.bfloat16), jnp.zeros(1, jnp.int32)
+    experts, _ = route(x, router, bias, positions, top=2, implementation=implementation)
     np.testing.assert_array_equal(experts, [[1, 2]])
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic kernels are for JAX 0.11 and newer")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_lies_at_padding_has_no_influence(implementation):
+    x, router, bias, _ = _operands(3, 96, 8, jnp.bfloat16)
+    positions = jnp.asarray([4, -1, 0], jnp.int32)
+    run = partial(route, top=4, implementation=implementation)
+    expected, actual = run(x, router, bias, positions), run(x.at[1].set(jnp.nan), router, bias, positions)
+    np.testing.assert_array_equal(actual[0], expected[0])
+    np.testing.assert_array_equal(actual[1][::2], expected[1][::2])
+    np.testing.assert_array_equal(actual[0][1], [-1] * 4)
+
+
+def _kernels(lowered: Any) -> int:
+    return lowered.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu")
+
+
+@lowers
 @pytest.mark.parametrize("T", [1, 3, 8, 32, 128])
 @pytest.mark.parametrize(("D", "E", "top"), [(2880, 32, 4), (2880, 128, 4), (96, 8, 2)])
-def test_the_kernel_lowers_for_cuda(T, D, E, top):
-    from pallas_kernels.route import mosaic
+def test_the_kernels_lower_for_cuda(T, D, E, top):
+    mosaic = importlib.import_module("pallas_kernels.route.mosaic")
+    x, *router = _operands(T, D, E, jnp.bfloat16)
+    assert mosaic.supports(x, *router, top=top)
+    assert _kernels(jax.jit(partial(mosaic.route, top=top)).trace(x, *router)) == 1
+    for case in (Case(T=T, D=D, S=5, E=1), Case(T=T, D=D, S=3, X=4, E=3, weighted=True)):
+        x, terms, scale, _ = add_norm_numpy.operands(case, jnp.bfloat16)
+        assert mosaic.supports_norm(x, terms, scale, None, *router, top=top)
+        run = partial(mosaic.norm_route, epsilon=EPSILON, center=False, top=top)
+        assert _kernels(jax.jit(run).trace(x, terms, scale, None, *router)) == 1
 
-    operands = _operands(T, D, E, jnp.bfloat16)
-    assert mosaic.supports(*operands, top=top)
-    lowered = jax.jit(partial(mosaic.route, top=top)).trace(*operands).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
 
-
-def test_what_the_kernel_does_not_take():
-    from pallas_kernels.route import mosaic
-
-    x, router, bias = _operands(2, 96, 32, jnp.bfloat16)
-    assert mosaic.supports(x, router, bias, top=4)
-    assert mosaic.supports(x, router, bias.astype(jnp.float32), top=32)
-    assert not mosaic.supports(x.astype(jnp.float32), router, bias, top=4)
-    assert not mosaic.supports(x[:, :-4], router[:-4], bias, top=4)
-    assert not mosaic.supports(x, router[:, :24], bias[:24], top=4)
-    assert not mosaic.supports(x, router, bias, top=33)
-    assert not mosaic.supports(jnp.zeros((129, 96), jnp.bfloat16), router, bias, top=4)
+def test_what_the_kernels_do_not_take():
+    mosaic = importlib.import_module("pallas_kernels.route.mosaic")
+    x, router, bias, positions = _operands(2, 96, 32, jnp.bfloat16)
+    assert mosaic.supports(x, router, bias, positions, top=4)
+    assert mosaic.supports(x, router, bias.astype(jnp.float32), positions, top=32)
+    assert not mosaic.supports(x.astype(jnp.float32), router, bias, positions, top=4)
+    assert not mosaic.supports(x[:, :-4], router[:-4], bias, positions, top=4)
+    assert not mosaic.supports(x, router[:, :24], bias[:24], positions, top=4)
+    assert not mosaic.supports(x, router, bias, positions.astype(jnp.int16), top=4)
+    assert not mosaic.supports(x, router, bias, positions, top=33)
+    many = jnp.zeros((129, 96), jnp.bfloat16)
+    assert not mosaic.supports(many, router, bias, jnp.zeros(129, jnp.int32), top=4)
+    scale = jnp.ones(96, jnp.bfloat16)
+    assert mosaic.supports_norm(x, None, scale, None, router, bias, positions, top=4)
+    assert not mosaic.supports_norm(x, None, scale.astype(jnp.float16), None, router, bias, positions, top=4)
+    assert not mosaic.supports_norm(x, None, scale, None, router, bias, positions, top=33)
 
 
 @pytest.mark.parametrize("implementation", ["cuda", "mosaic"])
 def test_an_implementation_that_there_is_not_raises(implementation):
+    x, router, bias, positions = _operands(2, 96, 8, jnp.float32)
     with pytest.raises(ValueError, match=f"route has no implementation '{implementation}'"):
-        route(*_operands(2, 96, 8, jnp.float32), top=2, implementation=implementation)
+        route(x, router, bias, positions, top=2, implementation=implementation)
+    run = partial(norm_route, epsilon=EPSILON, center=False, top=2, implementation=implementation)
+    with pytest.raises(ValueError, match=f"norm_route has no implementation '{implementation}'"):
+        run(x, None, jnp.ones(96), router_DE=router, router_bias_E=bias, positions_T=positions)

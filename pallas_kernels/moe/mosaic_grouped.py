@@ -1,0 +1,343 @@
+"""Products with experts of many tokens each, from MXFP4 fragments: Pallas Mosaic GPU, for Hopper.
+
+A block multiplies 256 rows of one expert with up to 128 of its tokens, by `wgmma`. One warpgroup brings tiles of
+weights and of x to shared memory. The two others unpack weights to registers, which are operands as they are, each
+while the tensor cores work for the other.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array, utils
+from jax.experimental.pallas import mosaic_gpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+from pallas_kernels import ptx
+from pallas_kernels.fragments import TILE, MXFP4Fragments
+from pallas_kernels.moe import mosaic
+from pallas_kernels.moe.mosaic import SwiGLU
+from pallas_kernels.moe.routing import Groups, sorted_groups
+from pallas_kernels.parts import Parts
+from pallas_kernels.ptx import Value
+
+plgpu: Any = mosaic_gpu  # whose interface was another in JAX 0.10, where this module can be imported only
+TOKENS = 128  # of a block, at most
+TILES = 4  # of 64 rows, of a block
+_STAGES = 6  # steps of 64 columns in flight
+_WARPGROUPS = 2  # that multiply, two tiles each
+_REGISTERS = 232, 40  # of a thread that multiplies, and of one that copies
+_PITCH = 2 * TILE + 16  # bytes from token to token where results are put in order
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """All that is known when a kernel is built."""
+
+    tokens: int  # slots of a group
+    tiles: int  # of an expert
+    steps: int
+    activation: SwiGLU | None
+
+    @property
+    def blocks(self) -> int:
+        """That share an expert's rows."""
+        return -(-self.tiles // TILES)
+
+
+def routed(
+    x_TD: jax.Array,
+    experts_TX: jax.Array,
+    weights_TX: jax.Array,
+    gate_up: MXFP4Fragments,
+    gate_up_bias_E2F: jax.Array,
+    down: MXFP4Fragments,
+    down_bias_ED: jax.Array,
+    *,
+    alpha: float,
+    limit: float,
+) -> Parts:
+    """See `api.moe`."""
+    E = down_bias_ED.shape[0]
+    groups, places_TX = sorted_groups(experts_TX, E, group_size(experts_TX.size, E))
+    x_PD = in_order(x_TD)[jnp.maximum(groups.rows_GR.reshape(-1), 0)]
+    h_PF = product(x_PD, groups, gate_up, gate_up_bias_E2F.astype(jnp.bfloat16), activation=SwiGLU(alpha, limit))
+    y_PD = product(h_PF, groups, down)
+    return Parts(y_PD[None], places_TX, weights_TX, down_bias_ED, experts_TX)
+
+
+def group_size(num_pairs: int, num_experts: int) -> int:
+    """Slots of a group: about as many as an expert has tokens, so that few stay empty."""
+    return min(TOKENS, max(16, 1 << (num_pairs // num_experts).bit_length()))
+
+
+def in_order(x_PK: jax.Array) -> jax.Array:
+    """Columns as fragments have them: 16·q + 4·p + 2·c + h of each 64 becomes 16·p + 8·c + 2·q + h."""
+    P, K = x_PK.shape
+    return x_PK.reshape(P, K // TILE, 4, 4, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(P, K)
+
+
+@partial(jax.jit, static_argnames=("activation",))
+def product(
+    x_PK: jax.Array,
+    groups: Groups,
+    weight: MXFP4Fragments,
+    bias_EN: jax.Array | None = None,
+    *,
+    activation: SwiGLU | None = None,
+) -> jax.Array:
+    """Each group's tokens times its expert's weight.
+
+    Args:
+      x_PK: bfloat16, a row a slot, columns `in_order`.
+      weight: [E, N, K].
+      bias_EN: for the activation.
+
+    Returns:
+      float32 [P, N]; with an activation, bfloat16 [P, N / 2], columns in order for the next product. What belongs to no
+      token may be anything.
+    """
+    G, R = groups.rows_GR.shape
+    E, tiles, steps = weight.words.shape[:3]
+    plan = _Plan(R, tiles, steps, activation)
+    words = weight.words.reshape(E, tiles, steps, 2, 256)
+    if activation is None:
+        bias_EN = groups.experts_G  # there must be something, and it is not read
+        out = jax.ShapeDtypeStruct((G * R, tiles * TILE), jnp.float32)
+    else:
+        out = jax.ShapeDtypeStruct((G * R, tiles * TILE // 2), jnp.bfloat16)
+    swizzled = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(2 * TILE))
+    result: jax.Array = plgpu.kernel(
+        partial(moe_grouped, plan),
+        out_type=out,
+        scratch_types={
+            "x_smem": plgpu.SMEM((_STAGES, R, TILE), jnp.bfloat16, transforms=swizzled),
+            "words_smem": plgpu.SMEM((_STAGES, TILES, 2, 256), jnp.uint32),
+            "scales_smem": plgpu.SMEM((_STAGES, TILES, TILE), jnp.uint16),
+            "ordered_smem": plgpu.SMEM((_WARPGROUPS, R, _PITCH // 4), jnp.uint32),
+            "full": plgpu.Barrier(num_arrivals=3, num_barriers=_STAGES),
+            "empty": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_STAGES),
+        },
+        grid=(G, plan.blocks),
+        grid_names=("group", "block"),
+        num_threads=_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        kernel_name="moe_grouped",
+    )(x_PK, groups.rows_GR[:, 0], groups.experts_G, words, weight.scales, bias_EN)
+    return result
+
+
+def moe_grouped(
+    plan: _Plan,
+    x_ref: Any,
+    rows_ref: Any,
+    experts_ref: Any,
+    words_ref: Any,
+    scales_ref: Any,
+    bias_ref: Any,
+    out_ref: Any,
+    *,
+    x_smem: Any,
+    words_smem: Any,
+    scales_smem: Any,
+    ordered_smem: Any,
+    full: Any,
+    empty: Any,
+) -> None:
+    """One warpgroup of a block. The block of an empty group returns."""
+    group, block, warpgroup = (lax.axis_index(name) for name in ("group", "block", "warpgroup"))
+    is_used = rows_ref[group] >= 0
+    expert = experts_ref[group]
+
+    @pl.when(is_used & (warpgroup == _WARPGROUPS))
+    def copy() -> None:
+        plgpu.set_max_registers(_REGISTERS[1], action="decrease")
+
+        def step(index: jax.Array, _: None) -> None:
+            slot = lax.rem(index, jnp.int32(_STAGES))
+            pl.when(index >= _STAGES)(lambda: plgpu.barrier_wait(empty.at[slot]))
+            tokens, tiles = pl.ds(group * plan.tokens, plan.tokens), pl.ds(block * TILES, TILES)  # beyond the last: 0
+            columns = pl.ds(index * TILE, TILE)
+            plgpu.copy_gmem_to_smem(x_ref.at[tokens, columns], x_smem.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(words_ref.at[expert, tiles, index], words_smem.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(scales_ref.at[expert, tiles, index], scales_smem.at[slot], full.at[slot])
+
+        lax.fori_loop(0, plan.steps, step, None)
+
+    @pl.when(is_used & (warpgroup < _WARPGROUPS))
+    def multiply() -> None:
+        plgpu.set_max_registers(_REGISTERS[0], action="increase")
+        own = TILES // _WARPGROUPS
+
+        def products(*accs: Any) -> list[jax.Array]:
+            def step(index: jax.Array, _: None) -> None:
+                slot = lax.rem(index, jnp.int32(_STAGES))
+                plgpu.barrier_wait(full.at[slot])
+                x_KN = x_smem.at[slot].transpose((1, 0))
+                for i, acc in enumerate(accs):
+                    tile = warpgroup * own + i
+                    plgpu.wgmma(acc, _unpacked(words_smem.at[slot, tile], scales_smem.at[slot, tile]), x_KN)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(empty.at[slot])
+
+            lax.fori_loop(0, plan.steps, step, None)
+            return [acc[...] for acc in accs]
+
+        sums = pl.run_scoped(products, *[plgpu.ACC((TILE, plan.tokens), jnp.float32)] * own)
+        first = block * TILES + warpgroup * own
+        write = _write_activation if plan.activation is not None else _write_sums
+
+        @pl.when(first < plan.tiles)
+        def _() -> None:
+            layout = plgpu.Layout.WGMMA
+            write(plan, layout, sums, bias_ref, out_ref, ordered_smem.at[warpgroup], group, expert, first)
+
+
+def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
+    """A tile of weights [64, 64] bfloat16, without the factor `mosaic.MISSING`, as operand of `wgmma`."""
+    returned = plgpu.ShapeDtypeStruct((TILE, TILE), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=returned)
+    def inline(_: object, words: Value, scales: Value) -> Any:
+        at = ptx.offset32(ptx.shared_address(words), ptx.thread(), 16)
+        four = ptx.asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", [ptx.i32()] * 4, [at], volatile=True)
+        at = ptx.offset32(ptx.shared_address(scales), arith.shrui(ptx.thread(), ptx.const(1)), 2)
+        (codes,) = ptx.asm("ld.shared.u16 $0, [$1];", [ptx.i32()], [at], volatile=True)
+        planes = mosaic.decoded(four, codes)
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        layout = fragmented_array.WGMMA_LAYOUT
+        registers = np.empty(layout.registers_shape((TILE, TILE)), dtype=object)
+        for place in np.ndindex(registers.shape):
+            column, half = place[1], place[4]  # of eight columns, and of eight rows
+            registers[place] = utils.bitcast(planes[2 * (column % 2) + half][column // 2], pair)
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    result: jax.Array = inline(words_ref, scales_ref)
+    return result
+
+
+def _numbers(sums: Any) -> list[tuple[int, Value, Value]]:
+    """Of a thread's sums of a tile: the token, less 2·q, and the even and the odd row's sum."""
+    registers = sums.registers
+    missing = ptx.const(mosaic.MISSING, ptx.f32())
+
+    def number(column: int, half: int, token: int) -> Value:
+        place = [0] * registers.ndim
+        place[1], place[4] = column, half
+        if registers.ndim == 10:  # a register for each number
+            place[8], token = token, 0
+        register = registers[tuple(place)]
+        return arith.mulf(vector.extract(register, [], [token]), missing)
+
+    return [
+        (8 * column + token, number(column, 0, token), number(column, 1, token))
+        for column in range(registers.shape[1])
+        for token in range(2)
+    ]
+
+
+def _lane() -> tuple[Value, Value, Value]:
+    """The thread's warp in its warpgroup, and g and q of its lane 4·g + q."""
+    lane = arith.andi(ptx.thread(), ptx.const(31))
+    warp = arith.shrui(ptx.thread(), ptx.const(5))
+    return warp, arith.shrui(lane, ptx.const(2)), arith.andi(lane, ptx.const(3))
+
+
+def _inline(layout: Any, sums: list[jax.Array], refs: list[Any], indices: list[jax.Array], write: Any) -> None:
+    scalars = [plgpu.Layout.WG_SPLAT(())] * len(indices)
+
+    @plgpu.inline_mgpu(arg_types=(*[layout] * len(sums), *[plgpu.RefType()] * len(refs), *scalars))
+    def inline(_: object, *args: Any) -> None:
+        arrays, given = args[: len(sums)], args[len(sums) :]
+        write(arrays, *given[: len(refs)], *(index.registers.item() for index in given[len(refs) :]))
+
+    inline(*sums, *refs, *indices)
+
+
+def _write_sums(
+    plan: _Plan,
+    layout: Any,
+    sums: list[jax.Array],
+    bias_ref: Any,
+    out_ref: Any,
+    ordered_smem: Any,
+    group: jax.Array,
+    expert: jax.Array,
+    first: jax.Array,
+) -> None:
+    """Adjacent rows of a token lie side by side in the result."""
+    del bias_ref, ordered_smem, expert
+
+    def write(arrays: Any, out: Value, group: Value, first: Value) -> None:
+        warp, g, q = _lane()
+        for i, array in enumerate(arrays):
+            tile = ptx.add(first, i)
+            row = ptx.add(ptx.mul(tile, TILE), ptx.mul(warp, 16), ptx.mul(g, 2))
+            place = ptx.add(ptx.mul(group, plan.tokens), ptx.mul(q, 2))
+            at = ptx.offset(ptx.offset(ptx.address(out), place, 4 * TILE * plan.tiles), row, 4)
+            exists = ptx.less(tile, plan.tiles)
+            for token, even, odd in _numbers(array):
+                to = arith.addi(at, ptx.const(4 * TILE * plan.tiles * token, ptx.i64()))
+                text = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.v2.f32 [$0], {$1, $2}; }"
+                ptx.asm(text, [], [to, even, odd, exists])
+
+    _inline(layout, sums, [out_ref], [group, first], write)
+
+
+def _write_activation(
+    plan: _Plan,
+    layout: Any,
+    sums: list[jax.Array],
+    bias_ref: Any,
+    out_ref: Any,
+    ordered_smem: Any,
+    group: jax.Array,
+    expert: jax.Array,
+    first: jax.Array,
+) -> None:
+    """A warpgroup has 64 units of each token, 128 bytes: put in order in shared memory, and written from there."""
+
+    activation = plan.activation
+    assert activation is not None
+
+    def write(arrays: Any, bias: Value, out: Value, ordered: Value, group: Value, expert: Value, first: Value) -> None:
+        ordered = ptx.shared_address(ordered)
+        warp, g, q = _lane()
+        row = ptx.add(ptx.mul(first, TILE), ptx.mul(warp, 16), ptx.mul(g, 2))
+        bias_at = ptx.offset(ptx.offset(ptx.address(bias), expert, 2 * TILE * plan.tiles), row, 2)
+        for i, array in enumerate(arrays):
+            (pair,) = ptx.asm(f"ld.global.b32 $0, [$1+{2 * TILE * i}];", [ptx.i32()], [bias_at], volatile=True)
+            biases = ptx.halves(pair)
+            # Unit 16·q + 4·p + 2·c + h of 64 goes to 16·p + 8·c + 2·q + h.
+            unit = ptx.add(ptx.mul(warp, 8), g, 32 * i)
+            bits = [
+                arith.andi(arith.shrui(unit, ptx.const(n)), ptx.const(m)) for n, m in ((4, 3), (2, 3), (1, 1), (0, 1))
+            ]
+            column = ptx.add(*(ptx.mul(bit, size) for bit, size in zip(bits, (2, 16, 8, 1), strict=True)))
+            at = ptx.add(ordered, ptx.mul(q, 2 * _PITCH), ptx.mul(column, 2))
+            for token, even, odd in _numbers(array):
+                value = mosaic.activated(activation, arith.addf(even, biases[0]), arith.addf(odd, biases[1]))
+                text = f"{{ .reg .b16 t; cvt.rn.bf16.f32 t, $1; st.shared.b16 [$0+{_PITCH * token}], t; }}"
+                ptx.asm(text, [], [at, value])
+        utils.warpgroup_barrier()
+        # A token's 128 bytes are written by eight threads together.
+        piece, own = arith.andi(ptx.thread(), ptx.const(7)), arith.shrui(ptx.thread(), ptx.const(3))
+        width = TILE * plan.tiles  # bytes of a token's units
+        place = ptx.add(ptx.mul(group, plan.tokens), own)
+        to = ptx.offset(ptx.offset(ptx.address(out), place, width), ptx.add(ptx.mul(first, 4), piece), 16)
+        at = ptx.add(ordered, ptx.mul(own, _PITCH), ptx.mul(piece, 16))
+        for begin in range(0, plan.tokens, 16):
+            four = f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{_PITCH * begin}];"
+            words = ptx.asm(four, [ptx.i32()] * 4, [at], volatile=True)
+            ptx.asm(f"st.global.v4.b32 [$0+{width * begin}], {{$1, $2, $3, $4}};", [], [to, *words])
+
+    _inline(layout, sums, [bias_ref, out_ref, ordered_smem], [group, expert, first], write)
