@@ -43,7 +43,8 @@ def attention(
       window: the positions that a query sees, itself included; None for all up to its own.
       cached: the keys lie in a preallocated cache, where position p is at place p mod S: only what is in use is read.
         Otherwise all scores are computed at once, which can be differentiated.
-      implementation: "auto", "mosaic" or "triton" (for one query a row over a cache; Mosaic in bfloat16), or "xla".
+      implementation: "auto", "mosaic" (bfloat16; for several queries a row by name only), "triton" (for one query a
+        row), both over a cache, or "xla".
 
     Returns:
       [B, T, N, H], of the queries' dtype. Products take operands of the given dtypes and accumulate in float32.
@@ -55,8 +56,14 @@ def attention(
     if N % K:
         raise ValueError(f"{N} query heads cannot share {K} key/value heads: not a multiple")
     available: dict[str, Callable[..., jax.Array]] = {dispatch.XLA: reference.cached if cached else reference.dense}
-    if cached and q_BTNH.shape[1] == 1 and (window is None or window >= k_BKSH.shape[2]):
-        wanted = dispatch.wanted(implementation)
+    wanted = dispatch.wanted(implementation) if cached else dispatch.XLA
+    if q_BTNH.shape[1] > 1:
+        if implementation == dispatch.MOSAIC == wanted:  # by name only, until it has been seen on a GPU
+            from pallas_kernels.attention import mosaic_prefill
+
+            if mosaic_prefill.refused(q_BTNH, k_BKSH, v_BKSH, sinks_N, scale=scale) is None:
+                available[wanted] = mosaic_prefill.prefill
+    elif window is None or window >= k_BKSH.shape[2]:
         if wanted == dispatch.TRITON:
             from pallas_kernels.attention import triton
 
