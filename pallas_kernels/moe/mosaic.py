@@ -15,6 +15,7 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import dispatch, ptx, tiles
 from pallas_kernels.fragments import TILE, MXFP4Fragments
+from pallas_kernels.moe.activation import SwiGLU
 from pallas_kernels.moe.routing import Groups, route
 from pallas_kernels.parts import Parts
 from pallas_kernels.ptx import Value
@@ -43,14 +44,6 @@ _LOAD_PAIR = """{ .reg .b32 t, low; ld.global.nc.b32 t, [$2];
 shl.b32 low, t, 16; and.b32 t, t, 0xFFFF0000; mov.b32 $0, low; mov.b32 $1, t; }"""
 _STORE_BF16 = "{ .reg .pred p; .reg .b16 t; setp.ne.s32 p, $2, 0; cvt.rn.bf16.f32 t, $1; @p st.global.b16 [$0], t; }"
 _STORE_PAIR = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.v2.f32 [$0], {$1, $2}; }"
-
-
-@dataclasses.dataclass(frozen=True)
-class SwiGLU:
-    """The activation between the products: rows of `gate_up` are gate and up of one unit in turn."""
-
-    alpha: float
-    limit: float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jaxlib.mlir.dialects import arith, vector
 from pallas_kernels import ptx
 from pallas_kernels.fragments import TILE, MXFP4Fragments
 from pallas_kernels.moe import mosaic
-from pallas_kernels.moe.mosaic import SwiGLU
+from pallas_kernels.moe.activation import SwiGLU
 from pallas_kernels.moe.routing import Groups, sorted_groups
 from pallas_kernels.parts import Parts
 from pallas_kernels.ptx import Value

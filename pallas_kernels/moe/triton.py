@@ -5,7 +5,6 @@ operands, and Triton sees it: what a thread unpacks stays in its registers. No w
 nor written anywhere.
 """
 
-import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from jax.experimental.pallas import triton as pltriton
 from jax.lax import bitcast_convert_type as bitcast
 
 from pallas_kernels.fragments import TILE, MXFP4Fragments
+from pallas_kernels.moe.activation import SwiGLU
 from pallas_kernels.moe.routing import Groups, route
 from pallas_kernels.parts import Parts
 
@@ -26,14 +26,6 @@ WARPS = 4  # `fragments` is made for so many
 STAGES = 5  # of Triton's software pipeline: tiles in flight
 _SIGNS, _CODES = np.uint32(0x80008000), np.uint32(0x0E000E00)  # of two float16 numbers
 _MISSING = 14  # float16's exponents: its 1 is 2^0, but code 0b010, which is 1, lies in it as 2^-14
-
-
-@dataclasses.dataclass(frozen=True)
-class SwiGLU:
-    """The activation between the products: rows of `gate_up` are gate and up of one unit in turn."""
-
-    alpha: float
-    limit: float
 
 
 def routed(
