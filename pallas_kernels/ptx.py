@@ -101,36 +101,27 @@ def mma(acc: Sequence[Value], a: Sequence[Value], b: Sequence[Value]) -> list[Va
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring:
-    """Slots in shared memory that bulk copies fill, each with an mbarrier that says when it is full.
+class Meetings:
+    """mbarriers in shared memory, at each of which one thread tells how many bytes are going to arrive: `expect`."""
 
-    The first warp begins the copies of a turn; all threads of the block use what they bring.
-    """
-
-    slots: Value  # address in shared memory
-    meetings: Value  # address of the mbarriers
-    stages: int  # slots
-    size: int  # bytes of a slot
+    address: Value  # in shared memory
+    count: int
 
     def prepare(self) -> None:
-        """Initialises the mbarriers. Before the first `full`, all threads must have met."""
-        for stage in range(self.stages):
-            text = f"@p mbarrier.init.shared::cta.b64 [$0+{8 * stage}], 1;"
-            asm("{ .reg .pred p; setp.eq.s32 p, $1, 0; " + text + " }", [], [self.meetings, thread()])
+        """Initialises them. Before they are used, all threads must have met."""
+        for number in range(self.count):
+            text = f"@p mbarrier.init.shared::cta.b64 [$0+{8 * number}], 1;"
+            asm("{ .reg .pred p; setp.eq.s32 p, $1, 0; " + text + " }", [], [self.address, thread()])
         asm("{ .reg .pred p; setp.eq.s32 p, $0, 0; @p fence.mbarrier_init.release.cluster; }", [], [thread()])
 
-    def slot(self, stage: Value | int) -> Value:
-        """Where a stage's slot begins."""
-        return offset32(self.slots, _value(stage), self.size)
+    def at(self, number: int) -> Value:
+        """Where one of them is."""
+        return add(self.address, 8 * number)
 
-    def meeting(self, stage: Value | int) -> Value:
-        """Where a stage's mbarrier is."""
-        return offset32(self.meetings, _value(stage), 8)
-
-    def full(self, stage: Value | int, parity: Value | int) -> None:
-        """Waits until a slot has been filled for the (2 · n + 1 + parity)-th time."""
+    def wait(self, number: int, parity: int) -> None:
+        """Waits until all has arrived at one of them for the (2 · n + 1 + parity)-th time."""
         text = "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra again; }"
-        asm("{ .reg .pred p; again: " + text, [], [self.meeting(stage), _value(parity)])
+        asm("{ .reg .pred p; again: " + text, [], [self.at(number), const(parity)])
 
 
 def expect(meeting: Value, size: int, where: Value) -> None:

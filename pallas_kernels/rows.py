@@ -6,7 +6,7 @@ of number i, i + threads, … among them. With one row, the chip waits for these
 Blocks send each other numbers with `st.async`, which tells an mbarrier of the receiver when they are there. A barrier
 of the cluster would do, but its release waits until all that was written to global memory before has arrived there.
 
-Versions, as compiled for sm_90a (times on the device are still to be taken):
+Versions, as compiled for sm_90a:
   - `ld.global.nc` everywhere: ptxas puts off such loads beyond barriers, until their values are used; so `ld.global`.
   - `ld.global`, in the right order: ptxas still moves them down to the next barrier; so a `bar.warp.sync` after each
     group of loads (`issue`), which keeps them where they are and waits for none.

@@ -50,7 +50,7 @@ def attention(
       [B, T, N, H], of the queries' dtype. Products take operands of the given dtypes and accumulate in float32.
 
     Raises:
-      ValueError: an unknown implementation, or N not a multiple of K.
+      ValueError: an unknown implementation, or one that does not take these operands; or N not a multiple of K.
     """
     N, K = q_BTNH.shape[2], k_BKSH.shape[1]
     if N % K:

@@ -105,7 +105,8 @@ def decode(
 def _deal(rows: int, places: int, tile: int) -> tuple[int, int]:
     """Into how many splits, of how many blocks each, to deal the cache of each of `rows` (B · K).
 
-    A small capacity lowers both, but not below what gives a block one tile, so that it changes no bit.
+    A small capacity lowers both, but not below what gives a block one tile: so within `_IN_CLUSTER` places, and beyond
+    them, it changes no bit.
     """
     wanted = split.choose(rows, places, tile)
     if wanted > _MOST_BLOCKS and places > _IN_CLUSTER:

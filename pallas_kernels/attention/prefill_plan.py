@@ -28,6 +28,8 @@ def plan(
     """
     B, T = q_positions_BT.shape
     S = k_positions_BS.shape[1]
+    # All padding is -1: of less, the kernel would subtract UNUSED and get a small number.
+    q_positions_BT = jnp.maximum(q_positions_BT, -1)
     q_BJt = jnp.pad(q_positions_BT, ((0, 0), (0, -T % tile)), constant_values=-1).reshape(B, -1, tile)
     k_BIp = jnp.pad(k_positions_BS, ((0, 0), (0, -S % places)), constant_values=-1).reshape(B, -1, places)
     least_BJ, last_BJ = q_BJt.min(axis=2), q_BJt.max(axis=2)

@@ -27,9 +27,10 @@ WARPS = 4
 STRIP = 64  # columns of a block
 BOX = 64  # rows of the matrix that are copied together, 16 for each warp
 _BOX_BYTES = 2 * BOX * STRIP
-_BLOCKS = 320  # that are wanted at least: 132 multiprocessors hold two or three each
+_BLOCKS = 320  # that are wanted: 132 multiprocessors hold up to four each
 _MOST_X = 2**17  # bytes of x in shared memory
-_STAGES = 6  # boxes of a block in flight: four blocks of so many fit on a multiprocessor
+_STAGES = 6  # boxes of a block in flight, at most
+_ROOM = 56 * 1024 - 2048  # bytes of shared memory of a block, of which four fit on a multiprocessor
 
 _STORE = "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p st.global.f32 [$0], $1; }"
 
@@ -50,8 +51,8 @@ class _Plan:
 
     @property
     def stages(self) -> int:
-        """Slots of shared memory."""
-        return min(self.boxes, _STAGES)
+        """Slots of shared memory: fewer, if x takes the room."""
+        return min(self.boxes, _STAGES, max(2, (_ROOM - self.rows * self.x_row) // _BOX_BYTES))
 
     @property
     def eights(self) -> int:
@@ -71,7 +72,9 @@ class _Plan:
 def product(x_TK: jax.Array, kernel_KN: jax.Array, bias_N: jax.Array | None = None) -> Parts:
     """See `api.matvec`."""
     shape = {tiles.ROWS: x_TK.shape[0], "in": kernel_KN.shape[0], "out": kernel_KN.shape[1]}
-    settings: Any = tiles.lookup(dispatch.device_kind(), "matvec/mosaic", shape) or heuristic(shape)
+    settings: Any = tiles.lookup(dispatch.device_kind(), "matvec/mosaic", shape)
+    if settings is None or settings["splits"] not in _splits(shape):  # as of fewer rows, whose x takes less room
+        settings = heuristic(shape)
     parts_STN = _parts(x_TK, kernel_KN, **settings)
     return Parts(parts_STN, bias_EN=None if bias_N is None else bias_N[None])
 
@@ -130,8 +133,9 @@ def matvec(
     split: Value,
 ) -> None:
     """One thread of a block."""
-    ring = ptx.Ring(ptx.shared_address(boxes), ptx.shared_address(meetings), plan.stages + 1, _BOX_BYTES)
-    ring.prepare()
+    slots, x_shared = ptx.shared_address(boxes), ptx.shared_address(x_part)
+    arrived = ptx.Meetings(ptx.shared_address(meetings), plan.stages + 1)  # one for each slot, and one for x
+    arrived.prepare()
     ptx.asm("bar.sync 0;", [], [])
     begin = ptx.mul(split, plan.boxes * BOX)
     phases: Any = None  # which we count ourselves
@@ -150,12 +154,11 @@ def matvec(
 
     for box in range(plan.stages):
         copy(box)
-    x_shared = ptx.shared_address(x_part)
-    _copy_x(plan, ptx.address(x), x_shared, ring.meeting(plan.stages), begin)
-    ring.full(plan.stages, 0)
-    acc = _multiply(plan, ring, x_shared, copy)
+    _copy_x(plan, ptx.address(x), x_shared, arrived.at(plan.stages), begin)
+    arrived.wait(plan.stages, 0)
+    acc = _multiply(plan, arrived, slots, x_shared, copy)
     ptx.asm("bar.sync 0;", [], [])  # the slots are used for something else now
-    _write(plan, acc, ptx.address(out), ring.slots, strip, split)
+    _write(plan, acc, ptx.address(out), slots, strip, split)
 
 
 def _copy_x(plan: _Plan, x: Value, x_shared: Value, meeting: Value, begin: Value) -> None:
@@ -172,7 +175,9 @@ def _copy_x(plan: _Plan, x: Value, x_shared: Value, meeting: Value, begin: Value
     ptx.when(arith.cmpi(arith.CmpIPredicate.slt, ptx.thread(), ptx.const(32)), copy)
 
 
-def _multiply(plan: _Plan, ring: ptx.Ring, x_shared: Value, copy: Callable[[int], None]) -> list[Value]:
+def _multiply(
+    plan: _Plan, arrived: ptx.Meetings, slots: Value, x_shared: Value, copy: Callable[[int], None]
+) -> list[Value]:
     """The warp's sums: for each eight rows of x and each 16 columns four, in the order of `ptx.mma`."""
     lane = arith.andi(ptx.thread(), ptx.const(31))
     warp = arith.shrui(ptx.thread(), ptx.const(5))
@@ -180,7 +185,7 @@ def _multiply(plan: _Plan, ring: ptx.Ring, x_shared: Value, copy: Callable[[int]
     # A lane says where a row of 8 numbers of a matrix begins: of matrix m row r, with m and r from the lane's bits.
     r, m = arith.andi(lane, ptx.const(7)), arith.shrui(lane, ptx.const(3))
     row = ptx.add(ptx.mul(warp, 16), ptx.mul(arith.shrui(m, ptx.const(1)), 8), r)
-    row_at = ptx.offset32(ring.slots, row, 2 * STRIP)
+    row_at = ptx.offset32(slots, row, 2 * STRIP)
     swizzled = [
         ptx.add(row_at, ptx.mul(arith.xori(ptx.add(arith.andi(m, ptx.const(1)), 2 * pair), r), 16)) for pair in range(4)
     ]
@@ -196,7 +201,7 @@ def _multiply(plan: _Plan, ring: ptx.Ring, x_shared: Value, copy: Callable[[int]
     sums = [ptx.const(0.0, ptx.f32())] * (16 * plan.eights)
     for box in range(plan.boxes):
         slot = box % plan.stages
-        ring.full(slot, box // plan.stages % 2)
+        arrived.wait(slot, box // plan.stages % 2)
         xs = [
             [
                 ptx.asm(f"ld.shared.b32 $0, [$1+{2 * BOX * box + half}];", [ptx.i32()], [at], volatile=True)[0]

@@ -21,7 +21,6 @@ from pallas_kernels.parts import Parts
 from pallas_kernels.ptx import Value
 
 EIGHT = 8  # tokens of an instruction
-_LARGEST_GROUP = 32  # slots, where there are many tokens
 # A scale s becomes the bfloat16 number 2^(s + _OFFSET - 127), so s may be up to `api.LARGEST_SCALE`. Planes are 2^-126
 # times their values. What is missing comes last. Where s is below 66, numbers of less than 2^-58 may count as 0.
 _OFFSET = 62
@@ -82,7 +81,7 @@ def routed(
     limit: float,
 ) -> Parts:
     """See `api.moe`."""
-    groups, places_TX = route(experts_TX, down_bias_ED.shape[0], _LARGEST_GROUP)
+    groups, places_TX = route(experts_TX, down_bias_ED.shape[0])
     bias = gate_up_bias_E2F.astype(jnp.bfloat16)
     h_GRF = product(
         x_TD, groups, gate_up, bias, activation=SwiGLU(alpha, limit), **_settings("up", experts_TX, gate_up)
@@ -147,7 +146,7 @@ def product(
       What belongs to no token is not written.
     """
     G, R = groups.rows_GR.shape
-    tiles, steps = weight.words.shape[1:3]
+    num_tiles, steps = weight.words.shape[1:3]
     splits = math.gcd(splits, steps)
     plan = _Plan(
         num_experts=weight.shape[0],
@@ -155,7 +154,7 @@ def product(
         slots=R,
         steps=steps // splits,
         splits=splits,
-        tiles=tiles,
+        tiles=num_tiles,
         unroll=next(u for u in range(unroll, 0, -1) if steps // splits % u == 0),
         eights=min(eights, -(-R // EIGHT)),
         sorted=sorted,
@@ -171,7 +170,7 @@ def product(
         partial(moe_product, plan, activation),
         (x_PK, groups.rows_GR, groups.experts_G, weight.words, weight.scales, bias),
         out,
-        {"tile": tiles, "group": G, "share": -(-R // (plan.eights * EIGHT)), "split": splits},
+        {"tile": num_tiles, "group": G, "share": -(-R // (plan.eights * EIGHT)), "split": splits},
     )
     return result
 

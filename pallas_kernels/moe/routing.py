@@ -24,17 +24,12 @@ class Routing(NamedTuple):
     places_TX: jax.Array  # int32, in the flattened slots; -1 or in an empty group where the expert does not exist
 
 
-def route(experts_TX: jax.Array, num_experts: int, largest: int) -> Routing:
-    """Groups of the chosen experts' tokens; experts outside [0, num_experts) have none.
+def route(experts_TX: jax.Array, num_experts: int) -> Routing:
+    """Groups of the chosen experts' tokens, up to `BY_EXPERT` tokens; experts outside [0, num_experts) have none.
 
-    Up to `BY_EXPERT` tokens no sorting is needed, which would be many small kernels. Beyond, groups have `largest`
-    slots.
+    No sorting is needed, which would be many small kernels.
     """
-    if experts_TX.shape[0] == 1:
-        return _one_token(experts_TX)
-    if experts_TX.shape[0] <= BY_EXPERT:
-        return _by_expert(experts_TX, num_experts)
-    return sorted_groups(experts_TX, num_experts, largest)
+    return _one_token(experts_TX) if experts_TX.shape[0] == 1 else _by_expert(experts_TX, num_experts)
 
 
 def _existing(experts_TX: jax.Array, num_experts: int) -> jax.Array:

@@ -184,7 +184,7 @@ def test_a_row_does_not_depend_on_the_capacity(splits, kernel, dtype):
 
 
 def test_splits_without_work_change_no_bit():
-    """So that the default number of splits, which a small capacity lowers, does not either."""
+    """So that the Triton kernel's default number of splits, which a small capacity lowers, does not either."""
     rng = np.random.default_rng(0)
     out = rng.standard_normal((2, 3, 4, 2, 5)).astype(np.float32)
     lse, counts = rng.standard_normal((2, 3, 4, 2)).astype(np.float32), np.array([400, 130], np.int32)

@@ -147,6 +147,14 @@ def test_every_edge_of_a_window(window):
 
 
 @needs_mosaic
+def test_any_negative_position_is_padding():
+    case = Case(T=72, N=2, K=1, S=128, H=64, starts=[0], counts=[50])
+    operands = _operands(case)
+    operands[3] = np.where(operands[3] < 0, -1 - np.arange(case.T), operands[3]).astype(np.int32)
+    _check(mosaic_prefill.prefill(*operands, scale=case.scale, interpret=True), operands, case)
+
+
+@needs_mosaic
 @pytest.mark.parametrize("programs", [1, 5])
 def test_programs_take_items_in_turn(programs, monkeypatch):
     monkeypatch.setattr(prefill_plan, "PROGRAMS", programs)

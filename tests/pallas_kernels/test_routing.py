@@ -1,9 +1,14 @@
 """Tokens put together by expert."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
-from pallas_kernels.moe.routing import route, sorted_groups
+from pallas_kernels.moe.routing import BY_EXPERT, route, sorted_groups
+
+TOKENS = [1, 2, 7, 64, 128, 129, 300]
+CASES = [(route, T) for T in TOKENS if T <= BY_EXPERT] + [(partial(sorted_groups, largest=8), T) for T in TOKENS]
 
 
 def _check(routing, experts_TX: np.ndarray, num_experts: int) -> None:
@@ -25,8 +30,7 @@ def _check(routing, experts_TX: np.ndarray, num_experts: int) -> None:
     assert used.sum() == len(seen)
 
 
-@pytest.mark.parametrize("make", [route, sorted_groups])
-@pytest.mark.parametrize("T", [1, 2, 7, 64, 128, 129, 300])
+@pytest.mark.parametrize(("make", "T"), CASES)
 @pytest.mark.parametrize("routing", ["random", "same", "some missing", "all missing"])
 def test_every_pair_has_its_slot(make, T, routing):
     E, X = 12, 3
@@ -38,4 +42,4 @@ def test_every_pair_has_its_slot(make, T, routing):
         experts_TX = np.where(rng.random((T, 1)) < 0.3, rng.choice([-1, E, 99], (T, 1)), experts_TX).astype(np.int32)
     elif routing == "all missing":
         experts_TX = np.full((T, X), E, np.int32)
-    _check(make(experts_TX, E, 8), experts_TX, E)
+    _check(make(experts_TX, E), experts_TX, E)
