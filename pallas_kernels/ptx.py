@@ -86,6 +86,12 @@ def thread() -> Value:
     return arith.andi(utils.thread_idx(), const(127))
 
 
+def lane() -> tuple[Value, Value, Value]:
+    """The thread's warp in its warpgroup, and g and q of its lane 4·g + q, as tensor cores count."""
+    number = arith.andi(thread(), const(31))
+    return arith.shrui(thread(), const(5)), arith.shrui(number, const(2)), arith.andi(number, const(3))
+
+
 def mma(acc: Sequence[Value], a: Sequence[Value], b: Sequence[Value]) -> list[Value]:
     """acc (16 × 8, float32) + a (16 × 16, bfloat16) · b (16 × 8, bfloat16), by a warp.
 

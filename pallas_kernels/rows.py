@@ -41,15 +41,14 @@ class Spread:
     threads: int  # of a block, a multiple of 128
 
     @classmethod
-    def of(cls, rows: int, width: int, *, blocks: int | None = None, threads: int = 128) -> "Spread":
-        """As many blocks a row as the chip has room for and the row has work for, unless `blocks` says how many.
+    def of(cls, rows: int, width: int, *, threads: int = 128) -> "Spread":
+        """As many blocks a row as the chip has room for and the row has work for.
 
         `threads` is the least number of threads in a block that is wanted for other reasons.
         """
-        if blocks is None:
-            blocks = _MOST_BLOCKS
-            while blocks > 1 and (rows * blocks > 128 or width < 256 * blocks):
-                blocks //= 2
+        blocks = _MOST_BLOCKS
+        while blocks > 1 and (rows * blocks > 128 or width < 256 * blocks):
+            blocks //= 2
         per = -(-width // (4 * blocks))
         turns = -(-per // _MOST_THREADS)
         needed = 128 * -(-per // (128 * turns))

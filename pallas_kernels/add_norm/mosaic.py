@@ -52,6 +52,7 @@ def _supports(terms: Parts, T: int, D: int) -> bool:
     )
 
 
+@partial(jax.jit, static_argnames=("epsilon", "center"))
 def add_norm(
     x_TD: jax.Array,
     terms: Parts | None,
@@ -62,24 +63,8 @@ def add_norm(
     center: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.add_norm`. The operands must be such as `supports` says."""
-    out = launch(x_TD, terms, scale_D, bias_D, epsilon=epsilon, center=center)
-    return out["sum"], out["normed"]
-
-
-@partial(jax.jit, static_argnames=("epsilon", "center", "blocks"))
-def launch(
-    x_TD: jax.Array,
-    terms: Parts | None,
-    scale_D: jax.Array,
-    bias_D: jax.Array | None = None,
-    *,
-    epsilon: float,
-    center: bool,
-    blocks: int | None = None,
-) -> dict[str, jax.Array]:
-    """As `add_norm`, with `blocks` a row: "sum" and "normed"."""
     T, D = x_TD.shape
-    spread = rows.Spread.of(T, D, blocks=blocks)
+    spread = rows.Spread.of(T, D)
     norm = Norm(terms, operands(x_TD, terms, scale_D, bias_D), epsilon, center)
 
     def run(refs: Mapping[str, Value], row: Value) -> None:
@@ -87,7 +72,7 @@ def launch(
 
     scratch_sizes = rows.scratch(EXCHANGES) | scratch(spread)
     out = rows.kernel("add_norm", run, spread, T, norm.operands, results(x_TD, terms), scratch_sizes)
-    return out if terms is not None else {"sum": x_TD, **out}
+    return out.get("sum", x_TD), out["normed"]
 
 
 def operands(

@@ -210,12 +210,6 @@ def _place(plan: _Plan, group: Value, slot: Value) -> Value:
     return ptx.add(ptx.mul(group, plan.slots), slot)
 
 
-def _lane() -> tuple[Value, Value]:
-    """g and q of the thread's lane 4·g + q."""
-    lane = arith.andi(ptx.thread(), ptx.const(31))
-    return arith.shrui(lane, ptx.const(2)), arith.andi(lane, ptx.const(3))
-
-
 def _sums(
     plan: _Plan,
     x: Value,
@@ -229,7 +223,7 @@ def _sums(
     split: Value,
 ) -> list[Value]:
     """Four sums for each eight tokens: the thread's even and odd row times two tokens, in the order of `ptx.mma`."""
-    g, q = _lane()
+    _, g, q = ptx.lane()
     start = ptx.mul(split, plan.steps)
     x_at, tokens = [], []
     for eight in range(plan.eights):
@@ -290,14 +284,14 @@ def decoded(words: list[Value], scales: Value) -> list[list[Value]]:
 
 def _even_row(tile: Value) -> Value:
     """The number of the thread's even row among its expert's."""
-    warp = arith.shrui(ptx.thread(), ptx.const(5))
-    return ptx.add(ptx.mul(tile, TILE), ptx.mul(warp, 16), ptx.mul(_lane()[0], 2))
+    warp, g, _ = ptx.lane()
+    return ptx.add(ptx.mul(tile, TILE), ptx.mul(warp, 16), ptx.mul(g, 2))
 
 
 def _tokens(plan: _Plan, acc: list[Value], first: Value) -> list[tuple[Value, Value, Value]]:
     """Slot, even row's sum and odd row's sum, of each token that the thread has sums of."""
     scaled = [arith.mulf(value, ptx.const(MISSING, ptx.f32())) for value in acc]
-    twice_q = ptx.mul(_lane()[1], 2)
+    twice_q = ptx.mul(ptx.lane()[2], 2)
     return [
         (ptx.add(first, twice_q, EIGHT * eight + column), scaled[4 * eight + column], scaled[4 * eight + 2 + column])
         for eight in range(plan.eights)

@@ -182,10 +182,10 @@ def moe_grouped(
             def step(index: jax.Array, _: None) -> None:
                 slot = lax.rem(index, jnp.int32(_STAGES))
                 plgpu.barrier_wait(full.at[slot])
-                x_KN = x_smem.at[slot].transpose((1, 0))
+                x_KR = x_smem.at[slot].transpose((1, 0))
                 for i, acc in enumerate(accs):
                     tile = warpgroup * own + i
-                    plgpu.wgmma(acc, _unpacked(words_smem.at[slot, tile], scales_smem.at[slot, tile]), x_KN)
+                    plgpu.wgmma(acc, _unpacked(words_smem.at[slot, tile], scales_smem.at[slot, tile]), x_KR)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(empty.at[slot])
 
@@ -198,8 +198,7 @@ def moe_grouped(
 
         @pl.when(first < plan.tiles)
         def _() -> None:
-            layout = plgpu.Layout.WGMMA
-            write(plan, layout, sums, bias_ref, out_ref, ordered_smem.at[warpgroup], group, expert, first)
+            write(plan, sums, bias_ref, out_ref, ordered_smem.at[warpgroup], group, expert, first)
 
 
 def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
@@ -231,11 +230,7 @@ def _numbers(sums: Any) -> list[tuple[int, Value, Value]]:
     missing = ptx.const(mosaic.MISSING, ptx.f32())
 
     def number(column: int, half: int, token: int) -> Value:
-        place = [0] * registers.ndim
-        place[1], place[4] = column, half
-        if registers.ndim == 10:  # a register for each number
-            place[8], token = token, 0
-        register = registers[tuple(place)]
+        (register,) = registers[0, column, ..., half, :, :, :, :].flat
         return arith.mulf(vector.extract(register, [], [token]), missing)
 
     return [
@@ -245,17 +240,10 @@ def _numbers(sums: Any) -> list[tuple[int, Value, Value]]:
     ]
 
 
-def _lane() -> tuple[Value, Value, Value]:
-    """The thread's warp in its warpgroup, and g and q of its lane 4·g + q."""
-    lane = arith.andi(ptx.thread(), ptx.const(31))
-    warp = arith.shrui(ptx.thread(), ptx.const(5))
-    return warp, arith.shrui(lane, ptx.const(2)), arith.andi(lane, ptx.const(3))
-
-
-def _inline(layout: Any, sums: list[jax.Array], refs: list[Any], indices: list[jax.Array], write: Any) -> None:
+def _inline(sums: list[jax.Array], refs: list[Any], indices: list[jax.Array], write: Any) -> None:
     scalars = [plgpu.Layout.WG_SPLAT(())] * len(indices)
 
-    @plgpu.inline_mgpu(arg_types=(*[layout] * len(sums), *[plgpu.RefType()] * len(refs), *scalars))
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.Layout.WGMMA] * len(sums), *[plgpu.RefType()] * len(refs), *scalars))
     def inline(_: object, *args: Any) -> None:
         arrays, given = args[: len(sums)], args[len(sums) :]
         write(arrays, *given[: len(refs)], *(index.registers.item() for index in given[len(refs) :]))
@@ -265,7 +253,6 @@ def _inline(layout: Any, sums: list[jax.Array], refs: list[Any], indices: list[j
 
 def _write_sums(
     plan: _Plan,
-    layout: Any,
     sums: list[jax.Array],
     bias_ref: Any,
     out_ref: Any,
@@ -278,7 +265,7 @@ def _write_sums(
     del bias_ref, ordered_smem, expert
 
     def write(arrays: Any, out: Value, group: Value, first: Value) -> None:
-        warp, g, q = _lane()
+        warp, g, q = ptx.lane()
         for i, array in enumerate(arrays):
             tile = ptx.add(first, i)
             row = ptx.add(ptx.mul(tile, TILE), ptx.mul(warp, 16), ptx.mul(g, 2))
@@ -290,12 +277,11 @@ def _write_sums(
                 text = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.v2.f32 [$0], {$1, $2}; }"
                 ptx.asm(text, [], [to, even, odd, exists])
 
-    _inline(layout, sums, [out_ref], [group, first], write)
+    _inline(sums, [out_ref], [group, first], write)
 
 
 def _write_activation(
     plan: _Plan,
-    layout: Any,
     sums: list[jax.Array],
     bias_ref: Any,
     out_ref: Any,
@@ -311,7 +297,7 @@ def _write_activation(
 
     def write(arrays: Any, bias: Value, out: Value, ordered: Value, group: Value, expert: Value, first: Value) -> None:
         ordered = ptx.shared_address(ordered)
-        warp, g, q = _lane()
+        warp, g, q = ptx.lane()
         row = ptx.add(ptx.mul(first, TILE), ptx.mul(warp, 16), ptx.mul(g, 2))
         bias_at = ptx.offset(ptx.offset(ptx.address(bias), expert, 2 * TILE * plan.tiles), row, 2)
         for i, array in enumerate(arrays):
@@ -340,4 +326,4 @@ def _write_activation(
             words = ptx.asm(four, [ptx.i32()] * 4, [at], volatile=True)
             ptx.asm(f"st.global.v4.b32 [$0+{width * begin}], {{$1, $2, $3, $4}};", [], [to, *words])
 
-    _inline(layout, sums, [bias_ref, out_ref, ordered_smem], [group, expert, first], write)
+    _inline(sums, [bias_ref, out_ref, ordered_smem], [group, expert, first], write)

@@ -1,3 +1,3 @@
-from pallas_kernels.route.api import norm_route, route
+from pallas_kernels.route.api import norm_route
 
-__all__ = ["norm_route", "route"]
+__all__ = ["norm_route"]

@@ -31,26 +31,33 @@ _FLIGHT = 12  # loads of 16 bytes that a thread has begun at a time
 _WANTED = 8  # loads of a thread, if there are threads enough
 
 
-def supports(x_TD: jax.Array, router_DE: jax.Array, bias_E: jax.Array, positions_T: jax.Array, *, top: int) -> bool:
-    """Whether `route` takes these operands."""
-    T, D = x_TD.shape
+def supports(
+    x_TD: jax.Array,
+    terms: Parts | None,
+    scale_D: jax.Array,
+    bias_D: jax.Array | None,
+    router_DE: jax.Array,
+    router_bias_E: jax.Array,
+    positions_T: jax.Array,
+    *,
+    top: int,
+) -> bool:
+    """Whether `norm_route` takes these operands."""
     E = router_DE.shape[1]
     return (
-        x_TD.dtype == router_DE.dtype == jnp.bfloat16
-        and bias_E.dtype in (jnp.bfloat16, jnp.float32)
+        add_norm.supports(x_TD, terms, scale_D, bias_D)
+        and router_DE.dtype == jnp.bfloat16
+        and router_bias_E.dtype in (jnp.bfloat16, jnp.float32)
         and positions_T.dtype == jnp.int32
-        and 1 <= T <= rows.MOST_ROWS
-        and D % 8 == 0
-        and D <= rows.LARGEST_WIDTH
         and E in (8, 16, 32, 64, MOST_EXPERTS)
         and 1 <= top <= E
     )
 
 
-def spread_of(num_rows: int, width: int, experts: int, blocks: int | None) -> rows.Spread:
+def spread_of(num_rows: int, width: int, experts: int) -> rows.Spread:
     """As `Spread.of`, with threads enough for the router's weights."""
-    blocks = rows.Spread.of(num_rows, width, blocks=blocks).blocks
-    return rows.Spread.of(num_rows, width, blocks=blocks, threads=-(-width * experts // (_OCTET * blocks * _WANTED)))
+    blocks = rows.Spread.of(num_rows, width).blocks
+    return rows.Spread.of(num_rows, width, threads=-(-width * experts // (_OCTET * blocks * _WANTED)))
 
 
 def scratch(spread: rows.Spread, experts: int) -> dict[str, Any]:
@@ -275,61 +282,7 @@ class Router:
         return numbers, [ptx.asm("div.full.f32 $0, $1, $2;", [ptx.f32()], [power, total])[0] for power in powers]
 
 
-def route(
-    x_TD: jax.Array, router_DE: jax.Array, bias_E: jax.Array, positions_T: jax.Array, *, top: int
-) -> tuple[jax.Array, jax.Array]:
-    """See `api.route`. The operands must be such as `supports` says."""
-    return launch(x_TD, router_DE, bias_E, positions_T, top=top)
-
-
-@partial(jax.jit, static_argnames=("top", "blocks"))
-def launch(
-    x_TD: jax.Array,
-    router_DE: jax.Array,
-    bias_E: jax.Array,
-    positions_T: jax.Array,
-    *,
-    top: int,
-    blocks: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """As `route`, with `blocks` a row."""
-    T, D = x_TD.shape
-    E = router_DE.shape[1]
-    spread = spread_of(T, D, E, blocks)
-
-    def run(refs: Mapping[str, Value], row: Value) -> None:
-        place = rows.Place.here(spread, refs["meetings"], [sent(spread, E)])
-        router = Router(refs, row, place, E, top, exchange=0)
-        loaded = router.begin(bias_E.dtype)
-        fours = [place.four(row, turn) for turn in range(spread.turns)]
-        words = [rows.load_four(four.at(refs["x"], 2), jnp.bfloat16, four.present) for four in fours]
-        rows.issue()
-        x = router.keep(zip(fours, words, strict=True))
-        place.met()
-        router.choose(loaded, x)
-
-    operands = {"x": x_TD, "router": router_DE, "router_bias": bias_E, "positions": positions_T}
-    out = rows.kernel("route", run, spread, T, operands, results(T, top), rows.scratch(1) | scratch(spread, E))
-    return out["experts"], out["weights"]
-
-
-def supports_norm(
-    x_TD: jax.Array,
-    terms: Parts | None,
-    scale_D: jax.Array,
-    bias_D: jax.Array | None,
-    router_DE: jax.Array,
-    router_bias_E: jax.Array,
-    positions_T: jax.Array,
-    *,
-    top: int,
-) -> bool:
-    """Whether `norm_route` takes these operands."""
-    return add_norm.supports(x_TD, terms, scale_D, bias_D) and supports(
-        x_TD, router_DE, router_bias_E, positions_T, top=top
-    )
-
-
+@partial(jax.jit, static_argnames=("epsilon", "center", "top"))
 def norm_route(
     x_TD: jax.Array,
     terms: Parts | None,
@@ -343,30 +296,10 @@ def norm_route(
     center: bool,
     top: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """See `api.norm_route`. The operands must be such as `supports_norm` says."""
-    operands = (x_TD, terms, scale_D, bias_D, router_DE, router_bias_E, positions_T)
-    return launch_norm(*operands, epsilon=epsilon, center=center, top=top)
-
-
-@partial(jax.jit, static_argnames=("epsilon", "center", "top", "blocks"))
-def launch_norm(
-    x_TD: jax.Array,
-    terms: Parts | None,
-    scale_D: jax.Array,
-    bias_D: jax.Array | None,
-    router_DE: jax.Array,
-    router_bias_E: jax.Array,
-    positions_T: jax.Array,
-    *,
-    epsilon: float,
-    center: bool,
-    top: int,
-    blocks: int | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """As `norm_route`, with `blocks` a row."""
+    """See `api.norm_route`. The operands must be such as `supports` says."""
     T, D = x_TD.shape
     E = router_DE.shape[1]
-    spread = spread_of(T, D, E, blocks)
+    spread = spread_of(T, D, E)
     norm = add_norm.Norm(terms, add_norm.operands(x_TD, terms, scale_D, bias_D), epsilon, center)
     counts = [*add_norm.counts(spread), sent(spread, E)]
 

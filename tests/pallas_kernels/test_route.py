@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
-from pallas_kernels.route import norm_route, route
+from pallas_kernels.route import norm_route
 from tests.oracles import add_norm_numpy
 from tests.oracles.add_norm_numpy import Case
 
@@ -34,8 +34,17 @@ def _operands(T: int, D: int, E: int, dtype: Any) -> tuple[jax.Array, ...]:
     return jnp.asarray(x, dtype), *_router(T, D, E, dtype)
 
 
+def _route(
+    x: jax.Array, router: jax.Array, bias: jax.Array, positions: jax.Array, *, top: int, implementation: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The norm of x alone, and what is chosen of it."""
+    choice = {"router_DE": router, "router_bias_E": bias, "positions_T": positions, "top": top}
+    scale = jnp.ones(x.shape[1], x.dtype)
+    return norm_route(x, None, scale, epsilon=EPSILON, center=False, implementation=implementation, **choice)[1:]
+
+
 def _check(experts: jax.Array, weights: jax.Array, operands: tuple[jax.Array, ...], top: int) -> None:
-    """That these are right for `route`'s operands."""
+    """That these are right for a norm, a router, its bias, and positions."""
     x, router, bias, positions = operands
     assert experts.dtype == jnp.int32 and weights.dtype == jnp.float32
     assert experts.shape == weights.shape == (len(x), top)
@@ -60,8 +69,8 @@ def _check(experts: jax.Array, weights: jax.Array, operands: tuple[jax.Array, ..
 def test_agrees_with_numpy(T, D, E, top, dtype):
     operands = _operands(T, D, E, dtype)
     with jax.default_matmul_precision("highest"):
-        experts, weights = jax.jit(partial(route, top=top, implementation="xla"))(*operands)
-    _check(experts, weights, operands, top)
+        normed, experts, weights = jax.jit(partial(_route, top=top, implementation="xla"))(*operands)
+    _check(experts, weights, (normed, *operands[1:]), top)
 
 
 @needs_hopper
@@ -71,8 +80,8 @@ def test_agrees_with_numpy(T, D, E, top, dtype):
 )
 def test_the_kernel_agrees_with_numpy(T, D, E, top):
     operands = _operands(T, D, E, jnp.bfloat16)
-    experts, weights = route(*operands, top=top, implementation="mosaic")
-    _check(experts, weights, operands, top)
+    normed, experts, weights = _route(*operands, top=top, implementation="mosaic")
+    _check(experts, weights, (normed, *operands[1:]), top)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -112,13 +121,9 @@ def test_the_norm_and_the_choice_agree_with_numpy(T, D, E, S, X, center, impleme
 def test_of_equals_the_lower_number_comes_first(implementation):
     x, positions = jnp.zeros((1, 8), jnp.bfloat16), jnp.zeros(1, jnp.int32)
     router, bias = jnp.zeros((8, 8), jnp.bfloat16), jnp.asarray([1, 3, 2, 3, 2, 2, -1, 3], jnp.bfloat16)
-    experts, weights = route(x, router, bias, positions, top=5, implementation=implementation)
+    _, experts, weights = _route(x, router, bias, positions, top=5, implementation=implementation)
     np.testing.assert_array_equal(experts, [[1, 3, 7, 2, 4]])
     np.testing.assert_array_equal(weights[0, :1], weights[0, 2:3])
-    run = partial(norm_route, epsilon=EPSILON, center=False, top=5, implementation=implementation)
-    scale = jnp.ones(8, jnp.bfloat16)
-    *_, experts, _ = run(x, None, scale, router_DE=router, router_bias_E=bias, positions_T=positions)
-    np.testing.assert_array_equal(experts, [[1, 3, 7, 2, 4]])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -126,7 +131,7 @@ def test_logits_are_rounded_before_they_are_compared(implementation):
     """As in the code that the models were published with: 256.5 and 257 are 256 and 256 in bfloat16."""
     bias = jnp.zeros(8).at[jnp.asarray([1, 2])].set(jnp.asarray([256.5, 257]))
     x, router, positions = jnp.zeros((1, 8), jnp.bfloat16), jnp.zeros((8, 8), jnp.bfloat16), jnp.zeros(1, jnp.int32)
-    experts, _ = route(x, router, bias, positions, top=2, implementation=implementation)
+    _, experts, _ = _route(x, router, bias, positions, top=2, implementation=implementation)
     np.testing.assert_array_equal(experts, [[1, 2]])
 
 
@@ -134,8 +139,8 @@ def test_logits_are_rounded_before_they_are_compared(implementation):
 def test_what_lies_at_padding_has_no_influence(implementation):
     x, router, bias, _ = _operands(3, 96, 8, jnp.bfloat16)
     positions = jnp.asarray([4, -1, 0], jnp.int32)
-    run = partial(route, top=4, implementation=implementation)
-    expected, actual = run(x, router, bias, positions), run(x.at[1].set(jnp.nan), router, bias, positions)
+    run = partial(_route, top=4, implementation=implementation)
+    expected, actual = run(x, router, bias, positions)[1:], run(x.at[1].set(jnp.nan), router, bias, positions)[1:]
     np.testing.assert_array_equal(actual[0], expected[0])
     np.testing.assert_array_equal(actual[1][::2], expected[1][::2])
     np.testing.assert_array_equal(actual[0][1], [-1] * 4)
@@ -150,39 +155,37 @@ def _kernels(lowered: Any) -> int:
 @pytest.mark.parametrize(("D", "E", "top"), [(2880, 32, 4), (2880, 128, 4), (96, 8, 2)])
 def test_the_kernels_lower_for_cuda(T, D, E, top):
     mosaic = importlib.import_module("pallas_kernels.route.mosaic")
-    x, *router = _operands(T, D, E, jnp.bfloat16)
-    assert mosaic.supports(x, *router, top=top)
-    assert _kernels(jax.jit(partial(mosaic.route, top=top)).trace(x, *router)) == 1
+    router = _router(T, D, E, jnp.bfloat16)
+    run = jax.jit(partial(mosaic.norm_route, epsilon=EPSILON, center=False, top=top))
     for case in (Case(T=T, D=D, S=5, E=1), Case(T=T, D=D, S=3, X=4, E=3, weighted=True)):
         x, terms, scale, _ = add_norm_numpy.operands(case, jnp.bfloat16)
-        assert mosaic.supports_norm(x, terms, scale, None, *router, top=top)
-        run = partial(mosaic.norm_route, epsilon=EPSILON, center=False, top=top)
-        assert _kernels(jax.jit(run).trace(x, terms, scale, None, *router)) == 1
+        for summed in (terms, None):
+            assert mosaic.supports(x, summed, scale, None, *router, top=top)
+            assert _kernels(run.trace(x, summed, scale, None, *router)) == 1
 
 
 def test_what_the_kernels_do_not_take():
     mosaic = importlib.import_module("pallas_kernels.route.mosaic")
     x, router, bias, positions = _operands(2, 96, 32, jnp.bfloat16)
-    assert mosaic.supports(x, router, bias, positions, top=4)
-    assert mosaic.supports(x, router, bias.astype(jnp.float32), positions, top=32)
-    assert not mosaic.supports(x.astype(jnp.float32), router, bias, positions, top=4)
-    assert not mosaic.supports(x[:, :-4], router[:-4], bias, positions, top=4)
-    assert not mosaic.supports(x, router[:, :24], bias[:24], positions, top=4)
-    assert not mosaic.supports(x, router, bias, positions.astype(jnp.int16), top=4)
-    assert not mosaic.supports(x, router, bias, positions, top=33)
-    many = jnp.zeros((129, 96), jnp.bfloat16)
-    assert not mosaic.supports(many, router, bias, jnp.zeros(129, jnp.int32), top=4)
     scale = jnp.ones(96, jnp.bfloat16)
-    assert mosaic.supports_norm(x, None, scale, None, router, bias, positions, top=4)
-    assert not mosaic.supports_norm(x, None, scale.astype(jnp.float16), None, router, bias, positions, top=4)
-    assert not mosaic.supports_norm(x, None, scale, None, router, bias, positions, top=33)
+
+    def supports(x: jax.Array, *choice: jax.Array, top: int, scale: jax.Array = scale) -> bool:
+        return bool(mosaic.supports(x, None, scale, None, *choice, top=top))
+
+    assert supports(x, router, bias, positions, top=4)
+    assert supports(x, router, bias.astype(jnp.float32), positions, top=32)
+    assert not supports(x.astype(jnp.float32), router, bias, positions, top=4)
+    assert not supports(x[:, :-4], router[:-4], bias, positions, top=4, scale=scale[:-4])
+    assert not supports(x, router[:, :24], bias[:24], positions, top=4)
+    assert not supports(x, router, bias, positions.astype(jnp.int16), top=4)
+    assert not supports(x, router, bias, positions, top=33)
+    assert not supports(x, router, bias, positions, top=4, scale=scale.astype(jnp.float16))
+    many = jnp.zeros((129, 96), jnp.bfloat16)
+    assert not supports(many, router, bias, jnp.zeros(129, jnp.int32), top=4)
 
 
 @pytest.mark.parametrize("implementation", ["cuda", "mosaic"])
 def test_an_implementation_that_there_is_not_raises(implementation):
     x, router, bias, positions = _operands(2, 96, 8, jnp.float32)
-    with pytest.raises(ValueError, match=f"route has no implementation '{implementation}'"):
-        route(x, router, bias, positions, top=2, implementation=implementation)
-    run = partial(norm_route, epsilon=EPSILON, center=False, top=2, implementation=implementation)
     with pytest.raises(ValueError, match=f"norm_route has no implementation '{implementation}'"):
-        run(x, None, jnp.ones(96), router_DE=router, router_bias_E=bias, positions_T=positions)
+        _route(x, router, bias, positions, top=2, implementation=implementation)
