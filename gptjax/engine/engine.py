@@ -11,9 +11,10 @@ import numpy as np
 from gptjax import sampling
 from gptjax.cache import KVCache
 from gptjax.engine import steps
+from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.engine.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from gptjax.models import registry
-from gptjax.models.registry import Model, Params
+from gptjax.models.registry import Model
 
 # Beside an H200, asking for one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (hundreds of
 # arrays go with each call), which is more than the device takes to compute it.
@@ -62,7 +63,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, params: Params, *, batch: int, max_length: int, steps_per_dispatch: int | None = None
+        self, model: Model, params: AnyParams, *, batch: int, max_length: int, steps_per_dispatch: int | None = None
     ):
         """`steps_per_dispatch` is 1 on a CPU if not given, and 8 elsewhere."""
         if steps_per_dispatch is None:
@@ -70,7 +71,7 @@ class Engine:
         if steps_per_dispatch < 1:
             raise ValueError(f"steps_per_dispatch must be at least 1, found {steps_per_dispatch}")
         self.model = model
-        self.params = params
+        self._params = FlatParams.of(params)
         self.max_length = max_length
         self.steps_per_dispatch = steps_per_dispatch
         self._state = steps.init_state(model, batch=batch, max_length=max_length)
@@ -99,7 +100,7 @@ class Engine:
             raise ValueError(f"slot {slot} is busy")
         tokens = np.asarray(request.prompt_ids, np.int32)
         # The device does this after the chunks it was asked for, which know nothing of the request.
-        self._state, self._row = prefill(self.model, self.params, self._state, slot, tokens, self._row)
+        self._state, self._row = prefill(self.model, self._params, self._state, slot, tokens, self._row)
         self._requests[slot] = request
         self._wanted[slot] = request.room(self.max_length)
         self._newcomers.add(slot)
@@ -156,10 +157,10 @@ class Engine:
         if num_steps == 1:
             # Two calls, so that the token can be read before the step is done.
             sampled = steps.sample(self._state, self._settings)
-            self._state = steps.advance(self.model, self.params, self._state, sampled.token_B, self._active_B)
+            self._state = steps.advance(self.model, self._params, self._state, sampled.token_B, self._active_B)
         else:
             self._state, sampled = steps.decode(
-                self.model, self.params, self._state, self._settings, self._active_B, num_steps
+                self.model, self._params, self._state, self._settings, self._active_B, num_steps
             )
         busy = {slot for slot, request in enumerate(self._requests) if request is not None}
         self._chunks.append(_Chunk(num_steps, sampled, busy))
@@ -169,7 +170,7 @@ class Engine:
 
 
 def prefill(
-    model: Model, params: Params, state: steps.State, slot: int, tokens: np.ndarray, row: KVCache
+    model: Model, params: AnyParams, state: steps.State, slot: int, tokens: np.ndarray, row: KVCache
 ) -> tuple[steps.State, KVCache]:
     """Fills a row of a state with a sequence from its start.
 
