@@ -198,8 +198,8 @@ class LanguageModel:
             cache = registry.create_cache(self.model, batch=1, max_length=self.max_length)
             logits_TV = np.empty((len(ids), self.config.vocab_size), np.float32)
             params = FlatParams.of(self.params)
-            for start, tokens, count in steps.padded_chunks(np.asarray(ids, np.int32)):
-                chunk_TV, cache = steps.score_chunk(self.model, params, cache, tokens, np.int32(start), np.int32(count))
+            for start, count, chunk in steps.padded_chunks(np.asarray(ids, np.int32)):
+                chunk_TV, cache = steps.score_chunk(self.model, params, cache, chunk)
                 logits_TV[start : start + count] = np.asarray(chunk_TV)[:count]
         return logits_TV
 

@@ -151,7 +151,7 @@ class Engine:
         """Asks the device for one step, or for a chunk of them."""
         if self._settings is None or self._active_B is None:
             self._settings = settings_of(self._requests, self.model.config.vocab_size, self._features)
-            self._active_B = jnp.asarray([request is not None for request in self._requests])
+            self._active_B = jnp.asarray(np.asarray([request is not None for request in self._requests]))
         enough = 2 * max(self._wanted) >= self.steps_per_dispatch and not self._newcomers
         num_steps = self.steps_per_dispatch if enough else 1
         if num_steps == 1:
@@ -183,9 +183,10 @@ def prefill(
     """
     if not len(tokens):
         raise ValueError("a sequence needs at least one token")
-    for start, padded, count in steps.padded_chunks(tokens):
-        logits_1V, row = steps.prefill_chunk(model, params, row, padded, np.int32(start), np.int32(count))
-    history_S = np.pad(tokens, (0, state.cache.capacity - len(tokens)))
+    for _, _, chunk in steps.padded_chunks(tokens):
+        logits_1V, row = steps.prefill_chunk(model, params, row, chunk)
+    history_S = np.zeros(state.cache.capacity, np.int32)
+    history_S[: len(tokens)] = tokens
     return steps.insert(state, np.int32(slot), row, history_S, logits_1V), row
 
 

@@ -66,10 +66,13 @@ def chunks(length: int, largest: int = LARGEST_CHUNK) -> list[tuple[int, int, in
     return cuts
 
 
-def padded_chunks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray, int]]:
-    """A sequence, int32 [T], as (start, tokens padded to the bucket, tokens that count)."""
+def padded_chunks(tokens: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """A sequence, int32 [T], as (start, tokens that count, the chunk as `prefill_chunk` and `score_chunk` take it)."""
     for start, count, bucket in chunks(len(tokens)):
-        yield start, np.pad(tokens[start : start + count], (0, bucket - count)), count
+        chunk = np.zeros(2 + bucket, np.int32)
+        chunk[:2] = start, count
+        chunk[2 : 2 + count] = tokens[start : start + count]
+        yield start, count, chunk
 
 
 def _apply(model: Model, params: AnyParams, *arguments: jax.Array | KVCache, method: str | None = None) -> Any:
@@ -77,10 +80,9 @@ def _apply(model: Model, params: AnyParams, *arguments: jax.Array | KVCache, met
     return model.apply({"params": nested}, *arguments, method=method)
 
 
-def _run_chunk(
-    model: Model, params: AnyParams, row: KVCache, tokens_T: jax.Array, start: jax.Array, count: jax.Array
-) -> tuple[jax.Array, KVCache]:
+def _run_chunk(model: Model, params: AnyParams, row: KVCache, chunk: jax.Array) -> tuple[jax.Array, KVCache]:
     """Runs a padded chunk over a cache of one row: hidden states [1, T, D] and the cache, `start + count` long."""
+    start, count, tokens_T = chunk[0], chunk[1], chunk[2:]
     row = dataclasses.replace(row, lengths_B=jnp.full_like(row.lengths_B, start))
     offset_T = jnp.arange(tokens_T.shape[0], dtype=jnp.int32)
     positions_1T = jnp.where(offset_T < count, start + offset_T, -1)[None]
@@ -89,32 +91,28 @@ def _run_chunk(
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("row",))
-def prefill_chunk(
-    model: Model, params: AnyParams, row: KVCache, tokens_T: jax.Array, start: jax.Array, count: jax.Array
-) -> tuple[jax.Array, KVCache]:
-    """Adds `count` tokens from position `start` on to a sequence; a chunk that starts at 0 begins a new one.
+def prefill_chunk(model: Model, params: AnyParams, row: KVCache, chunk: jax.Array) -> tuple[jax.Array, KVCache]:
+    """Adds some tokens to a sequence; a chunk that starts at 0 begins a new one.
 
     Works on a cache of one row, so it is compiled once a bucket, whatever the number of rows of the state.
 
     Args:
       row: a cache with one slot, donated.
-      tokens_T: int32, the tokens and any padding up to a bucket's length.
-      start, count: int32 scalars.
+      chunk: int32 [2 + T]: the position of its first token, how many of its tokens count, and the tokens with any
+        padding up to a bucket's length. One array, as the host sends each to the device by itself.
 
     Returns:
       The logits [1, V] of what follows the last token, and the cache.
     """
-    hidden_1TD, row = _run_chunk(model, params, row, tokens_T, start, count)
-    last_1D = jax.lax.dynamic_index_in_dim(hidden_1TD, count - 1, axis=1, keepdims=False)
+    hidden_1TD, row = _run_chunk(model, params, row, chunk)
+    last_1D = jax.lax.dynamic_index_in_dim(hidden_1TD, chunk[1] - 1, axis=1, keepdims=False)
     return _apply(model, params, last_1D, method="head"), row
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("row",))
-def score_chunk(
-    model: Model, params: AnyParams, row: KVCache, tokens_T: jax.Array, start: jax.Array, count: jax.Array
-) -> tuple[jax.Array, KVCache]:
+def score_chunk(model: Model, params: AnyParams, row: KVCache, chunk: jax.Array) -> tuple[jax.Array, KVCache]:
     """As `prefill_chunk`, with the logits [T, V] at every position of the chunk."""
-    hidden_1TD, row = _run_chunk(model, params, row, tokens_T, start, count)
+    hidden_1TD, row = _run_chunk(model, params, row, chunk)
     return _apply(model, params, hidden_1TD[0], method="head"), row
 
 
