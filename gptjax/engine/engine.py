@@ -11,9 +11,10 @@ import numpy as np
 from gptjax import sampling
 from gptjax.cache import KVCache
 from gptjax.engine import steps
+from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.engine.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from gptjax.models import registry
-from gptjax.models.registry import Model, Params
+from gptjax.models.registry import Model
 
 # Beside an H200, asking for one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (hundreds of
 # arrays go with each call), which is more than the device takes to compute it.
@@ -62,7 +63,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, params: Params, *, batch: int, max_length: int, steps_per_dispatch: int | None = None
+        self, model: Model, params: AnyParams, *, batch: int, max_length: int, steps_per_dispatch: int | None = None
     ):
         """`steps_per_dispatch` is 1 on a CPU if not given, and 8 elsewhere."""
         if steps_per_dispatch is None:
@@ -70,7 +71,7 @@ class Engine:
         if steps_per_dispatch < 1:
             raise ValueError(f"steps_per_dispatch must be at least 1, found {steps_per_dispatch}")
         self.model = model
-        self.params = params
+        self._params = FlatParams.of(params)
         self.max_length = max_length
         self.steps_per_dispatch = steps_per_dispatch
         self._state = steps.init_state(model, batch=batch, max_length=max_length)
@@ -99,7 +100,7 @@ class Engine:
             raise ValueError(f"slot {slot} is busy")
         tokens = np.asarray(request.prompt_ids, np.int32)
         # The device does this after the chunks it was asked for, which know nothing of the request.
-        self._state, self._row = prefill(self.model, self.params, self._state, slot, tokens, self._row)
+        self._state, self._row = prefill(self.model, self._params, self._state, slot, tokens, self._row)
         self._requests[slot] = request
         self._wanted[slot] = request.room(self.max_length)
         self._newcomers.add(slot)
@@ -150,16 +151,16 @@ class Engine:
         """Asks the device for one step, or for a chunk of them."""
         if self._settings is None or self._active_B is None:
             self._settings = settings_of(self._requests, self.model.config.vocab_size, self._features)
-            self._active_B = jnp.asarray([request is not None for request in self._requests])
+            self._active_B = jnp.asarray(np.asarray([request is not None for request in self._requests]))
         enough = 2 * max(self._wanted) >= self.steps_per_dispatch and not self._newcomers
         num_steps = self.steps_per_dispatch if enough else 1
         if num_steps == 1:
             # Two calls, so that the token can be read before the step is done.
             sampled = steps.sample(self._state, self._settings)
-            self._state = steps.advance(self.model, self.params, self._state, sampled.token_B, self._active_B)
+            self._state = steps.advance(self.model, self._params, self._state, sampled.token_B, self._active_B)
         else:
             self._state, sampled = steps.decode(
-                self.model, self.params, self._state, self._settings, self._active_B, num_steps
+                self.model, self._params, self._state, self._settings, self._active_B, num_steps
             )
         busy = {slot for slot, request in enumerate(self._requests) if request is not None}
         self._chunks.append(_Chunk(num_steps, sampled, busy))
@@ -169,7 +170,7 @@ class Engine:
 
 
 def prefill(
-    model: Model, params: Params, state: steps.State, slot: int, tokens: np.ndarray, row: KVCache
+    model: Model, params: AnyParams, state: steps.State, slot: int, tokens: np.ndarray, row: KVCache
 ) -> tuple[steps.State, KVCache]:
     """Fills a row of a state with a sequence from its start.
 
@@ -182,9 +183,10 @@ def prefill(
     """
     if not len(tokens):
         raise ValueError("a sequence needs at least one token")
-    for start, padded, count in steps.padded_chunks(tokens):
-        logits_1V, row = steps.prefill_chunk(model, params, row, padded, np.int32(start), np.int32(count))
-    history_S = np.pad(tokens, (0, state.cache.capacity - len(tokens)))
+    for _, _, chunk in steps.padded_chunks(tokens):
+        logits_1V, row = steps.prefill_chunk(model, params, row, chunk)
+    history_S = np.zeros(state.cache.capacity, np.int32)
+    history_S[: len(tokens)] = tokens
     return steps.insert(state, np.int32(slot), row, history_S, logits_1V), row
 
 
