@@ -1,11 +1,14 @@
 """GPT-2's block in one kernel: for one token of a few rows, where what costs is that kernels begin and end."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.block import reference
 from pallas_kernels.block.stream import STRIP, Stream, Weights
 
 MOST_ROWS = 8
@@ -65,6 +68,7 @@ def block(
     *,
     epsilon: float,
     scale: float,
+    implementation: str = dispatch.AUTO,
 ) -> tuple[Stream, jax.Array, jax.Array]:
     """GPT-2's block over a cache, to which the rows' new keys and values are added.
 
@@ -78,24 +82,29 @@ def block(
 
     Args:
       stream: one row a token.
-      weights: bfloat16.
+      weights: of x's dtype.
       positions_T: int32, less than S.
-      k_TNSH, v_TNSH: bfloat16: position p of a row lies at place p. Updated in place where donated. What lies at other
-        places than those before a row's position has no influence, not even NaN.
+      k_TNSH, v_TNSH: of x's dtype: position p of a row lies at place p. Updated in place where donated. What lies at
+        other places than those before a row's position has no influence, not even NaN.
       epsilon: of the norms.
       scale: what scores are multiplied with.
+      implementation: "auto", "mosaic" (what `takes` says yes to) or "xla".
 
     Returns:
       The stream and the cache. A row's bits do not depend on the other rows, for a given T.
 
     Raises:
-      ValueError: this device has not the room. Whatever else `takes` says no to is not looked at.
+      ValueError: an unknown implementation, or one that does not take these operands.
     """
-    from pallas_kernels.block import mosaic
+    available: dict[str, Callable[..., Any]] = {dispatch.XLA: reference.block}
+    T, D = stream.x_TD.shape
+    _, N, _, H = k_TNSH.shape
+    shape = {"rows": T, "heads": N, "kv_heads": N, "head_width": H, "width": D}
+    arrays = (stream.x_TD, k_TNSH, v_TNSH, *jax.tree.leaves(weights))
+    dtype = stream.x_TD.dtype if len({each.dtype for each in arrays}) == 1 else None
+    if takes(**shape, mlp_width=weights.up.bias.shape[0], dtype=dtype, implementation=implementation):
+        from pallas_kernels.block import mosaic
 
-    blocks = cluster(k_TNSH.shape[1])
-    if blocks is None:
-        raise ValueError(
-            f"a block of {k_TNSH.shape[1]} heads has no kernel here: its clusters would not all fit at once"
-        )
-    return mosaic.block(stream, weights, positions_T, k_TNSH, v_TNSH, epsilon=epsilon, scale=scale, blocks=blocks)
+        available[dispatch.MOSAIC] = partial(mosaic.block, blocks=cluster(N))
+    run = dispatch.choose("block", implementation, available)
+    return run(stream, weights, positions_T, k_TNSH, v_TNSH, epsilon=epsilon, scale=scale)

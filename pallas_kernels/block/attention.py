@@ -11,8 +11,11 @@ from typing import NamedTuple
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx, rows
-from pallas_kernels.block import strips
-from pallas_kernels.block.strips import Here, Plan, number
+from pallas_kernels.block import memory
+from pallas_kernels.block.memory import number
+from pallas_kernels.block.plan import QKV, QKV_BYTES, RECORD, THREADS, WARPS, Plan
+from pallas_kernels.block.stream import STRIP
+from pallas_kernels.block.strips import Here, inbox_pair
 from pallas_kernels.ptx import Value
 
 _AT_ONCE = 4  # places that a warp loads together, 16 bytes a lane
@@ -35,13 +38,13 @@ class _Softmax(NamedTuple):
             maximum = arith.maximumf(maximum, score)
         for distance in (8, 16):
             maximum = arith.maximumf(maximum, _exchanged(maximum, distance))
-        rescale = strips.power(arith.subf(self.maximum, maximum))
+        rescale = memory.power(arith.subf(self.maximum, maximum))
         total = arith.mulf(self.total, rescale)
         sums = [arith.mulf(each, rescale) for each in self.sums]
         for score, value in zip(scores, values, strict=True):
-            weight = strips.power(arith.subf(score, maximum))
+            weight = memory.power(arith.subf(score, maximum))
             total = arith.addf(total, weight)
-            sums = [strips.fma(weight, *both) for both in zip(value, sums, strict=True)]
+            sums = [memory.fma(weight, *both) for both in zip(value, sums, strict=True)]
         return _Softmax(maximum, total, sums)
 
 
@@ -57,7 +60,7 @@ class _Word:
     bias: Value
     position: Value  # of the row's new token
 
-    of_row = strips.QKV * strips.STRIP // 2  # words
+    of_row = QKV * STRIP // 2  # words
 
     @classmethod
     def of(cls, here: Here, at: dict[str, Value], number_of: Value) -> "_Word":
@@ -65,10 +68,10 @@ class _Word:
         exists = ptx.less(number_of, here.plan.rows * cls.of_row)
         row, number_in_row = (op(number_of, ptx.const(cls.of_row)) for op in (arith.divui, arith.remui))
         row = arith.minsi(row, ptx.const(here.plan.rows - 1))
-        part, pair = (op(number_in_row, ptx.const(strips.STRIP // 2)) for op in (arith.divui, arith.remui))
-        column = ptx.add(ptx.mul(ptx.add(ptx.mul(part, here.plan.strips), here.strip), strips.STRIP // 2), pair)
-        (bias,) = strips.load(ptx.offset(at["qkv.bias"], column, 4), 1, exists)
-        (position,) = strips.load(ptx.offset(at["positions"], row, 4), 1, exists)
+        part, pair = (op(number_in_row, ptx.const(STRIP // 2)) for op in (arith.divui, arith.remui))
+        column = ptx.add(ptx.mul(ptx.add(ptx.mul(part, here.plan.strips), here.strip), STRIP // 2), pair)
+        (bias,) = memory.load(ptx.offset(at["qkv.bias"], column, 4), 1, exists)
+        (position,) = memory.load(ptx.offset(at["positions"], row, 4), 1, exists)
         return cls(exists, row, number_in_row, part, pair, bias, position)
 
 
@@ -91,21 +94,21 @@ class Head:
         row = arith.shrui(here.place.warp, ptx.const(warps.bit_length() - 1))
         is_row = ptx.less(row, here.plan.rows)
         row = arith.minsi(row, ptx.const(here.plan.rows - 1))
-        (position,) = strips.load(ptx.offset(at["positions"], row, 4), 1, is_row)
+        (position,) = memory.load(ptx.offset(at["positions"], row, 4), 1, is_row)
         # A warp without a row takes one, but nothing of it.
         is_row = arith.cmpi(arith.CmpIPredicate.ne, is_row, ptx.const(0))
         position = arith.select(is_row, position, ptx.const(-1))
         of_row = arith.andi(here.place.warp, ptx.const(warps - 1))
         first = ptx.mul(ptx.add(ptx.mul(here.rank, warps), of_row), _AT_ONCE)
         inside = ptx.mul(arith.andi(here.place.lane, ptx.const(7)), 16)
-        starts = range(0, here.plan.rows * _Word.of_row, strips.THREADS)
+        starts = range(0, here.plan.rows * _Word.of_row, THREADS)
         words = [_Word.of(here, at, ptx.add(here.place.thread, start)) for start in starts]
         return cls(here, at, row, position, first, inside, words)
 
     @staticmethod
     def _warps(plan: Plan) -> int:
         """Of a block, for each row."""
-        return strips.WARPS // (1 << (plan.rows - 1).bit_length())
+        return WARPS // (1 << (plan.rows - 1).bit_length())
 
     @property
     def _loads(self) -> int:
@@ -135,10 +138,10 @@ class Head:
         place = ptx.add(ptx.mul(pair, here.plan.places), place)
         words = []
         for name in "kv":
-            start = ptx.offset(ptx.offset(self.at[name], place, 2 * strips.STRIP), self.inside, 1)
+            start = ptx.offset(ptx.offset(self.at[name], place, 2 * STRIP), self.inside, 1)
             for i, is_there in enumerate(self._there(turn)):
-                shift = ptx.const(2 * strips.STRIP * self._together * i, ptx.i64())
-                words += strips.load(arith.addi(start, shift), 4, is_there)
+                shift = ptx.const(2 * STRIP * self._together * i, ptx.i64())
+                words += memory.load(arith.addi(start, shift), 4, is_there)
         rows.issue()
         return words
 
@@ -147,10 +150,10 @@ class Head:
         here = self.here
         here.place.receive(exchange)
         for word in self.words:
-            sums = strips.inbox_pair(here, strips.QKV, word.part, word.row, word.pair)
+            sums = inbox_pair(here, QKV, word.part, word.row, word.pair)
             total = ptx.pack(*(arith.addf(*both) for both in zip(sums, ptx.halves(word.bias), strict=True)))
-            row_at = ptx.offset32(here.shared["qkv"], word.row, strips.QKV_BYTES)
-            strips.keep(ptx.add(row_at, ptx.mul(word.number, 4)), [total], word.exists)
+            row_at = ptx.offset32(here.shared["qkv"], word.row, QKV_BYTES)
+            memory.keep(ptx.add(row_at, ptx.mul(word.number, 4)), [total], word.exists)
             self._keep(word, total)
         ptx.asm("bar.sync 0;", [], [])
 
@@ -162,8 +165,8 @@ class Head:
         place = ptx.add(ptx.mul(ptx.add(ptx.mul(word.row, plan.strips), here.strip), plan.places), word.position)
         for part, name in ((1, "k"), (2, "v")):
             is_part = arith.andi(ptx.less(word.part, part + 1), ptx.less(part - 1, word.part))
-            to = ptx.offset(ptx.offset(self.at[name], place, 2 * strips.STRIP), word.pair, 4)
-            strips.store(to, total, arith.andi(arith.andi(is_mine, has_place), is_part))
+            to = ptx.offset(ptx.offset(self.at[name], place, 2 * STRIP), word.pair, 4)
+            memory.store(to, total, arith.andi(arith.andi(is_mine, has_place), is_part))
 
     def attend(self, first: list[Value], exchange: int) -> None:
         """Sends the cluster's first block the block's part of each row. `first`: what the first turn has loaded."""
@@ -197,15 +200,15 @@ class Head:
         """To a power of two, in each of the eight lanes that have the key."""
         product = arith.mulf(query[0], key[0])
         for pair in zip(query[1:], key[1:], strict=True):
-            product = strips.fma(*pair, product)
+            product = memory.fma(*pair, product)
         for distance in (4, 2, 1):
             product = arith.addf(product, _exchanged(product, distance))
         return arith.mulf(product, number(self.here.plan.scale * math.log2(math.e)))
 
     def _part(self, wide: int) -> list[Value]:
         """The lane's eight numbers of the row's query, key or value."""
-        row_at = ptx.offset32(self.here.shared["qkv"], self.row, strips.QKV_BYTES)
-        at = ptx.add(row_at, 2 * strips.STRIP * wide, self.inside)
+        row_at = ptx.offset32(self.here.shared["qkv"], self.row, QKV_BYTES)
+        at = ptx.add(row_at, 2 * STRIP * wide, self.inside)
         text = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
         return _floats(ptx.asm(text, [ptx.i32()] * 4, [at], volatile=True))
 
@@ -216,7 +219,7 @@ class Head:
         fours = [words[4 * each : 4 * each + 4] for each in range(2 * self._loads)]
         keys, values = (list(map(_floats, fours[start : start + self._loads])) for start in (0, self._loads))
         scores = [
-            strips.where(is_there, self._score(query, key), -math.inf)
+            memory.where(is_there, self._score(query, key), -math.inf)
             for key, is_there in zip(keys, self._there(turn), strict=True)
         ]
         more_scores, more_values = zip(*more, strict=True) if more else ((), ())
@@ -226,28 +229,28 @@ class Head:
         """In eight lanes of one warp of the cluster; for all others it is a place without weight."""
         lane = self.here.place.lane
         is_mine = arith.andi(arith.andi(ptx.less(self.first, 1), ptx.less(lane, 8)), ptx.less(-1, self.position))
-        return strips.where(is_mine, self._score(query, self._part(1)), -math.inf), self._part(2)
+        return memory.where(is_mine, self._score(query, self._part(1)), -math.inf), self._part(2)
 
     def _keep_record(self, softmax: _Softmax) -> None:
         """Puts the warp's softmax where the block's warps put theirs together."""
         lane = self.here.place.lane
         total, *sums = (ptx.warp_sum(each, 8) for each in (softmax.total, *softmax.sums))
-        record = ptx.offset32(self.here.shared["sums"], self.here.place.warp, strips.RECORD)
+        record = ptx.offset32(self.here.shared["sums"], self.here.place.warp, RECORD)
         at = ptx.add(record, ptx.mul(lane, 32))
-        strips.keep(at, sums[:4], ptx.less(lane, 8))
-        strips.keep(ptx.add(at, 16), sums[4:], ptx.less(lane, 8))
-        strips.keep(ptx.add(record, 4 * strips.STRIP), [softmax.maximum, total], ptx.less(lane, 1))
+        memory.keep(at, sums[:4], ptx.less(lane, 8))
+        memory.keep(ptx.add(at, 16), sums[4:], ptx.less(lane, 8))
+        memory.keep(ptx.add(record, 4 * STRIP), [softmax.maximum, total], ptx.less(lane, 1))
 
     def _send_record(self, exchange: int) -> None:
         """Sends what the block's warps have of a row, by one warp a row."""
         here, lane = self.here, self.here.place.lane
         row, is_row = here.own_row()
         warps = self._warps(here.plan)
-        records = ptx.offset32(here.shared["sums"], row, warps * strips.RECORD)
-        maximum, total, sums = self._merged(records, [strips.RECORD * warp for warp in range(warps)])
-        to = ptx.offset32(here.shared["records"], ptx.add(ptx.mul(here.rank, here.plan.rows), row), strips.RECORD)
+        records = ptx.offset32(here.shared["sums"], row, warps * RECORD)
+        maximum, total, sums = self._merged(records, [RECORD * warp for warp in range(warps)])
+        to = ptx.offset32(here.shared["records"], ptx.add(ptx.mul(here.rank, here.plan.rows), row), RECORD)
         first_lane = arith.andi(is_row, ptx.less(lane, 1))
-        ends = 4 * strips.STRIP
+        ends = 4 * STRIP
         for at, value, where in (
             (ptx.add(to, ptx.mul(lane, 8)), sums[0], is_row),
             (ptx.add(to, ptx.mul(lane, 8), 4), sums[1], is_row),
@@ -259,16 +262,16 @@ class Head:
     def _merged(self, records: Value, shifts: list[int]) -> tuple[Value, Value, list[Value]]:
         """Several softmaxes of a row as one: the maximum, the total and the sums of the lane's two columns."""
         pair = ptx.add(records, ptx.mul(self.here.place.lane, 8))
-        ends = [strips.load_pair(ptx.add(records, shift + 4 * strips.STRIP)) for shift in shifts]
-        all_sums = [strips.load_pair(ptx.add(pair, shift)) for shift in shifts]
+        ends = [memory.load_pair(ptx.add(records, shift + 4 * STRIP)) for shift in shifts]
+        all_sums = [memory.load_pair(ptx.add(pair, shift)) for shift in shifts]
         maximum = ends[0][0]
         for each, _ in ends[1:]:
             maximum = arith.maximumf(maximum, each)
         total, sums = number(0.0), [number(0.0)] * 2
         for (own, own_total), own_sums in zip(ends, all_sums, strict=True):
-            weight = strips.power(arith.subf(own, maximum))
-            total = strips.fma(weight, own_total, total)
-            sums = [strips.fma(weight, *both) for both in zip(own_sums, sums, strict=True)]
+            weight = memory.power(arith.subf(own, maximum))
+            total = memory.fma(weight, own_total, total)
+            sums = [memory.fma(weight, *both) for both in zip(own_sums, sums, strict=True)]
         return maximum, total, sums
 
     def finish(self, exchange: int, heads: Value) -> None:
@@ -276,14 +279,14 @@ class Head:
         here, plan = self.here, self.here.plan
         row, is_row = here.own_row()
         here.place.receive(exchange)
-        records = ptx.offset32(here.shared["records"], row, strips.RECORD)
-        _, total, sums = self._merged(records, [plan.rows * strips.RECORD * block for block in range(plan.blocks)])
+        records = ptx.offset32(here.shared["records"], row, RECORD)
+        _, total, sums = self._merged(records, [plan.rows * RECORD * block for block in range(plan.blocks)])
         # Without keys the sum is 0, and so is the result.
         total = arith.maximumf(total, number(math.ldexp(1.0, -126)))
         mean = [ptx.asm("div.full.f32 $0, $1, $2;", [ptx.f32()], [each, total])[0] for each in sums]
-        column = ptx.add(ptx.mul(here.strip, strips.STRIP // 2), here.place.lane)
+        column = ptx.add(ptx.mul(here.strip, STRIP // 2), here.place.lane)
         to = ptx.offset(heads, ptx.add(ptx.mul(row, plan.width // 2), column), 4)
-        strips.store(to, ptx.pack(*mean), is_row)
+        memory.store(to, ptx.pack(*mean), is_row)
 
 
 def _floats(words: list[Value]) -> list[Value]:

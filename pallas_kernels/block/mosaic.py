@@ -14,13 +14,15 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
-from pallas_kernels.block import strips
+from pallas_kernels.block import memory, strips
 from pallas_kernels.block.attention import Head
-from pallas_kernels.block.stream import Relay, Stream, Weights
-from pallas_kernels.block.strips import HIDDEN, QKV, STRIP, Here, Plan
+from pallas_kernels.block.plan import EXCHANGES, HIDDEN, QKV, THREADS, Plan
+from pallas_kernels.block.residual import Norm, Residual
+from pallas_kernels.block.stream import STRIP, Relay, Stream, Weights
+from pallas_kernels.block.strips import Here
 from pallas_kernels.ptx import Value
 
-_OF_QKV, _OF_HEADS, _OF_OUT, _OF_UP, _OF_DOWN = range(strips.EXCHANGES)
+_OF_QKV, _OF_HEADS, _OF_OUT, _OF_UP, _OF_DOWN = range(EXCHANGES)
 
 
 @partial(jax.jit, static_argnames=("epsilon", "scale", "blocks"))
@@ -55,8 +57,8 @@ def block(
 
     def gpt2_block(context: Any, *refs: Value, strip: Value) -> None:
         named = dict(zip([*operands, "out", "out_moments", *scratch], refs, strict=True))
-        memory = {name: named.pop(name) for name in scratch}
-        _run(Here.of(plan, strip, memory), context, named, memory)
+        shared = {name: named.pop(name) for name in scratch}
+        _run(Here.of(plan, strip, shared), context, named, shared)
 
     x_TD, moments_TN2 = ptx.kernel(
         gpt2_block,
@@ -66,13 +68,13 @@ def block(
         list(scratch.values()),
         raw=True,
         blocks=blocks,
-        warpgroups=strips.THREADS // 128,
+        warpgroups=THREADS // 128,
     )
     stream = Stream(x_TD, moments_TN2, jax.freeze(used_ref), jax.freeze(cleared_ref))
     return stream, jax.freeze(k_ref), jax.freeze(v_ref)
 
 
-def _run(here: Here, context: Any, arrays: dict[str, Value], memory: dict[str, Value]) -> None:
+def _run(here: Here, context: Any, arrays: dict[str, Value], shared: dict[str, Value]) -> None:
     """One thread."""
     plan, share, hidden_share = here.plan, here.plan.share, here.plan.hidden_share
     at = {name: ptx.address(each) for name, each in arrays.items()}
@@ -83,18 +85,17 @@ def _run(here: Here, context: Any, arrays: dict[str, Value], memory: dict[str, V
     here.prepare(_counts(plan))
 
     # What is small is begun to be loaded first: behind the weights it would wait for them.
-    norm = strips.Norm(here, at["attention_norm.weight"], at["attention_norm.bias"])
-    finish_norm = norm.read(at["x"], at["moments"], strips.load_all)
+    norm = Norm(here, at["attention_norm.weight"], at["attention_norm.bias"])
+    finish_norm = norm.read(at["x"], at["moments"], memory.load_all)
     head = Head.of(here, at)
-    mlp_norm = strips.Norm(here, at["mlp_norm.weight"], at["mlp_norm.bias"])
+    mlp_norm = Norm(here, at["mlp_norm.weight"], at["mlp_norm.bias"])
     biases = _Biases(here, at)
-    residual = strips.Residual.of(here, at["x"])
-    ring = strips.Ring(here, context, memory, _jobs(here, arrays))
+    residual = Residual.of(here, at["x"])
+    ring = strips.Ring(here, context, shared, _jobs(here, arrays))
     ring.begin(min(plan.stages, QKV * share))
+    finish_norm()
     first = head.load(ptx.const(0))
     ring.begin(plan.stages)
-
-    finish_norm()
     here.place.met()
     sums = ring.multiply(0, QKV * share, QKV, here.shared["factor"])
     for slot, of_strip in enumerate(strips.block_sums(here, sums)):
@@ -108,7 +109,7 @@ def _run(here: Here, context: Any, arrays: dict[str, Value], memory: dict[str, V
     strips.send_sums(here, _OF_OUT, strips.block_sums(here, sums)[0], 1, 0, [0])
     strips.block_does(here, 1, lambda: residual.add(_OF_OUT, biases.out, x, moments))
 
-    mlp_norm.read(x, moments, strips.await_all)()
+    mlp_norm.read(x, moments, memory.await_all)()
     sums = ring.multiply((QKV + 1) * share, HIDDEN * share, HIDDEN, here.shared["factor"])
     for rank, of_strip in enumerate(strips.block_sums(here, sums)):
         strips.send_sums(here, _OF_UP, of_strip, 1, 0, [rank])
@@ -118,7 +119,7 @@ def _run(here: Here, context: Any, arrays: dict[str, Value], memory: dict[str, V
     strips.send_sums(here, _OF_DOWN, strips.block_sums(here, sums)[0], 1, 0, [0])
 
     def finish() -> None:
-        strips.Residual.of(here, x).add(_OF_DOWN, biases.down, at["out"], at["out_moments"])
+        Residual.of(here, x).add(_OF_DOWN, biases.down, at["out"], at["out_moments"])
 
     strips.block_does(here, 1, finish)
 
@@ -150,7 +151,7 @@ class _Biases:
         is_hidden = ptx.less(here.rank, HIDDEN)
         of_up = ptx.add(ptx.mul(ptx.add(ptx.mul(here.strip, HIDDEN), here.rank), STRIP // 2), here.place.lane)
         (self.out,), (self.up,), (self.down,) = (
-            strips.load(ptx.offset(at[f"{name}.bias"], place, 4), 1, where)
+            memory.load(ptx.offset(at[f"{name}.bias"], place, 4), 1, where)
             for name, place, where in (
                 ("out", column, ptx.const(1)),
                 ("up", of_up, is_hidden),
@@ -169,12 +170,12 @@ def _activate(here: Here, bias: Value, hidden: Value) -> None:
     word = ptx.pack(*map(_gelu, ptx.halves(added)))
     column = ptx.add(ptx.mul(ptx.add(ptx.mul(here.strip, HIDDEN), here.rank), STRIP // 2), lane)
     place = ptx.add(ptx.mul(row, HIDDEN * plan.width // 2), column)
-    strips.store(ptx.offset(hidden, place, 4), word, is_row)
+    memory.store(ptx.offset(hidden, place, 4), word, is_row)
 
 
 def _gelu(x: Value) -> Value:
     """x / (1 + exp(-2 · inner)), which is x / 2 · (1 + tanh(inner)) with inner = sqrt(2 / π) · (x + 0.044715 · x³)."""
-    number = strips.number
-    inner = arith.mulf(x, strips.fma(arith.mulf(x, x), number(0.044715), number(1.0)))
-    share = strips.power(arith.mulf(inner, number(-2 * math.sqrt(2 / math.pi) * math.log2(math.e))))
+    number = memory.number
+    inner = arith.mulf(x, memory.fma(arith.mulf(x, x), number(0.044715), number(1.0)))
+    share = memory.power(arith.mulf(inner, number(-2 * math.sqrt(2 / math.pi) * math.log2(math.e))))
     return ptx.asm("div.full.f32 $0, $1, $2;", [ptx.f32()], [x, arith.addf(share, number(1.0))])[0]

@@ -50,13 +50,16 @@ class Stream:
     def of(cls, x_TD: jax.Array, mlp_width: int) -> "Stream":
         """A stream that begins."""
         T, D = x_TD.shape
-        x_TNP = x_TD.astype(jnp.float32).reshape(T, -1, STRIP)
-        mean_TN1 = x_TNP.mean(axis=-1, keepdims=True)
-        squares_TN = jnp.square(x_TNP - mean_TN1).sum(axis=-1)
-        moments_TN2 = jnp.stack((mean_TN1[..., 0], squares_TN), axis=-1)
-        relay = Relay(T, D, mlp_width)
-        cleared_W, used_W = (jnp.full((relay.words,), _UNWRITTEN, jnp.uint32) for _ in range(2))
-        return cls(x_TD, moments_TN2, cleared_W, used_W)
+        words = Relay(T, D, mlp_width).words
+        cleared_W, used_W = (jnp.full((words,), _UNWRITTEN, jnp.uint32) for _ in range(2))
+        return cls(x_TD, moments(x_TD), cleared_W, used_W)
+
+
+def moments(x_TD: jax.Array) -> jax.Array:
+    """See `Stream.moments_TN2`."""
+    x_TNP = x_TD.astype(jnp.float32).reshape(x_TD.shape[0], -1, STRIP)
+    mean_TN1 = x_TNP.mean(axis=-1, keepdims=True)
+    return jnp.stack((mean_TN1[..., 0], jnp.square(x_TNP - mean_TN1).sum(axis=-1)), axis=-1)
 
 
 class Relay(NamedTuple):
