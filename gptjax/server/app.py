@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptjax.errors import GptjaxError
-from gptjax.server import chat, completions, health, responses
+from gptjax.server import chat, completions, health, page, responses
 from gptjax.server.errors import ApiError, internal, of_gptjax
 from gptjax.server.service import Service
 from gptjax.server.sse import ClientGone, error_response
@@ -52,6 +52,7 @@ def build(service: Service, *, api_key: str | None = None, cors_origins: Sequenc
         Middleware(Gate, api_key=api_key),
     ]
     routes = [
+        Route("/", page.respond),
         Route("/health", health.health),
         Route("/metrics", health.metrics),
         Route("/v1/models", health.models),

@@ -1,6 +1,9 @@
 """`/metrics`."""
 
 import dataclasses
+import json
+import re
+from importlib import resources
 
 from prometheus_client.parser import text_string_to_metric_families
 from server_material import ask, complete, ids, make, saying
@@ -64,3 +67,17 @@ def test_paths_that_clients_make_up_do_not_fill_the_registry():
     for number in range(3):
         ask(service, "GET", f"/{number}")
     assert samples(service)["gptjax_http_requests_total", "404", "other"] == 3
+
+
+def test_the_dashboard_shows_all_metrics_and_no_others():
+    service = make()
+    complete(service)
+    complete(service, temperature=-1)
+    names = {name for name, *_ in samples(service) if not name.endswith(("_created", "_count", "_sum"))}
+    dashboard = json.loads((resources.files("gptjax.server") / "grafana.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    named = {name for text in expressions for name in re.findall(r"\b(?:gptjax|worker)_\w+", text)}
+    assert named == names
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    for text in expressions:
+        assert text.count("(") == text.count(")") and text.count("{") == text.count("}")
