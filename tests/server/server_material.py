@@ -1,7 +1,10 @@
 """A server around a fake worker, and ways to ask it."""
 
 import asyncio
+import contextlib
 import json
+import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,7 +15,7 @@ from fake_worker import FakeWorker, score
 
 from gptjax.config import GenerationDefaults
 from gptjax.engine.request import Request
-from gptjax.server import app
+from gptjax.server import app, serving
 from gptjax.server.metrics import Metrics
 from gptjax.server.service import Limits, Served, Service
 from gptjax.text import Tokenizer, load_tokenizer
@@ -126,3 +129,34 @@ def until(holds: Callable[[], bool], seconds: float = 5) -> Any:
 
 def all_of(choices: Sequence[dict[str, Any]], field: str, index: int = 0) -> list[Any]:
     return [choice[field] for choice in choices if choice["index"] == index]
+
+
+@contextlib.contextmanager
+def running(service, drain_seconds=5.0):
+    """The server in a thread; its address."""
+    server = serving.make_server(service, host="127.0.0.1", port=0, drain_seconds=drain_seconds)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_for(lambda: server.started)
+        yield server, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def wait_for(holds, seconds=10):
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, "it did not come"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def served(lm, name, *, max_queue=64):
+    """A server of a model that is warm, and its address."""
+    service = serving.make_service(lm, name, max_queue=max_queue, limits=Limits())
+    with running(service) as (server, address):
+        service.worker.wait_until_ready()
+        yield server, address

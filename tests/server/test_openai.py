@@ -3,8 +3,7 @@
 import contextlib
 
 import pytest
-from server_material import GPT_OSS, USER, endless, make, saying
-from test_serving import running
+from server_material import GPT_OSS, USER, endless, make, running, saying
 
 from gptjax.server.events import Failed
 

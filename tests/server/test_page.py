@@ -3,14 +3,10 @@
 import base64
 import contextlib
 import hashlib
-import os
 import re
-import shutil
-from pathlib import Path
 
 import pytest
-from server_material import GPT2, GPT_OSS, ask, endless, make, saying
-from test_serving import running
+from server_material import GPT2, GPT_OSS, ask, endless, make, running, saying
 
 from gptjax.server.events import Failed
 
@@ -55,17 +51,6 @@ def test_the_page_is_whole_and_never_makes_markup_of_text():
 # In a browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        installed = None if Path(playwright.chromium.executable_path).exists() else shutil.which("chromium")
-        found = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
 @pytest.fixture
 def opened(browser):
     """Opens the page of a server with a script; nothing that it does may break its policy or its script."""
@@ -95,7 +80,7 @@ def send(tab, text, *, ends=True):
 
 
 @pytest.mark.clients
-def test_reasoning_and_answer_are_shown_apart_and_as_text(opened, tmp_path):
+def test_reasoning_and_answer_are_shown_apart_and_as_text(opened):
     service, tab = opened(saying(TURN, name=GPT_OSS))
     send(tab, SAID)
     assert tab.title() == tab.inner_text("#model") == GPT_OSS
@@ -104,9 +89,6 @@ def test_reasoning_and_answer_are_shown_apart_and_as_text(opened, tmp_path):
     assert tab.inner_text(".assistant .answer") == f"Late: {SAID}"
     assert tab.locator("main b, main img").count() == 0
     assert re.match(r"\d+ \+ \d+ tokens, first after \d", tab.inner_text("#stats"))
-    folder = Path(os.environ.get("ARTIFACTS") or tmp_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    tab.screenshot(path=folder / "chat-page.png")
     tab.select_option("#effort", "high")
     send(tab, "And then?")
     assert tab.locator(".assistant .answer").count() == 2

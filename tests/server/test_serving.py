@@ -9,38 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 
 import httpx2
 import pytest
-from server_material import GPT2, endless, ids, make
+from server_material import GPT2, endless, ids, make, running, wait_for
 
 from gptjax.cli import main
 from gptjax.server import logs, serving
 from gptjax.server.events import Failed
-
-
-@contextlib.contextmanager
-def running(service, drain_seconds=5.0):
-    """The server in a thread; its address."""
-    server = serving.make_server(service, host="127.0.0.1", port=0, drain_seconds=drain_seconds)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        wait_for(lambda: server.started)
-        yield server, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
-
-
-def wait_for(holds, seconds=10):
-    until = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < until, "it did not come"
-        time.sleep(0.01)
 
 
 def streamed(address, **fields):

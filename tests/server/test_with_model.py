@@ -1,36 +1,14 @@
 """The server with a model: what comes back over HTTP is what the library gives."""
 
 import concurrent.futures
-import contextlib
-import threading
 
 import httpx2
 import pytest
-from server_material import GPT2
-from test_serving import wait_for
+from server_material import GPT2, served
 
 import gptjax
-from gptjax.server import serving
-from gptjax.server.service import Limits
 
 SLOTS, MAX_LENGTH, CLIENTS = 8, 128, 64
-
-
-@contextlib.contextmanager
-def serve(lm):
-    """A server of a model; a function that asks it for a completion."""
-    service = serving.make_service(lm, GPT2, max_queue=CLIENTS, limits=Limits())
-    server = serving.make_server(service, host="127.0.0.1", port=0, drain_seconds=1)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        wait_for(lambda: server.started)
-        address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        with httpx2.Client(base_url=address, timeout=300, limits=httpx2.Limits(max_connections=CLIENTS)) as client:
-            yield lambda **fields: client.post("/v1/completions", json=fields)
-    finally:
-        server.should_exit = True
-        thread.join(30)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +18,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def complete(model):
-    with serve(model) as ask:
-        yield ask
+    limits = httpx2.Limits(max_connections=CLIENTS)
+    with (
+        served(model, GPT2, max_queue=CLIENTS) as (_, address),
+        httpx2.Client(base_url=address, timeout=300, limits=limits) as client,
+    ):
+        yield lambda **fields: client.post("/v1/completions", json=fields)
 
 
 def test_text_and_logprobs_are_those_of_the_library(model, complete):
