@@ -21,6 +21,7 @@ from gptjax.models.registry import Model, Params
 # Beside an H200, asking for one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (hundreds of
 # arrays go with each call), which is more than the device takes to compute it.
 _STEPS_PER_DISPATCH = 8
+_MOST_PROMPTS = 8  # short ones that are read between two steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Engine:
         self._row = registry.create_cache(model, batch=1, max_length=max_length)  # what prefill works on
         self._requests: list[Request | None] = [None] * batch
         self._filling: _Filling | None = None
-        self._due = False  # the device was asked for steps since it was last asked for a chunk
+        self._read = 0  # prompt tokens, as `_cost` counts them, that were asked for since the last steps were
         self._prefixes = Prefixes(batch) if reuse else None
         self._wanted = [0] * batch  # steps that a slot's request still wants and the device was not yet asked for
         self._newcomers: set[int] = set()  # the slots of which the device was asked for no step yet
@@ -197,8 +198,18 @@ class Engine:
 
     @property
     def fill_is_due(self) -> bool:
-        """Whether a prompt is being read whose next chunk would not follow another while there are steps to do."""
-        return self._filling is not None and (self._due or self._idle)
+        """Whether a prompt is being read whose next part may be asked for before more steps are.
+
+        Where there are steps to do, they wait for the tokens of one chunk at most: several short prompts, or one part
+        of a long one.
+        """
+        if self._filling is None:
+            return False
+        return self._idle or not self._read or self._read + self._cost(self._filling.cuts[0]) <= self.chunk
+
+    def _cost(self, cut: tuple[int, int, int]) -> int:
+        """Tokens that a part counts as; the shortest is not for nothing."""
+        return max(cut[2], self.chunk // _MOST_PROMPTS)
 
     def fill(self) -> bool:
         """Asks the device for the next chunk of the prompt that was begun, which it does after what is under way.
@@ -211,13 +222,13 @@ class Engine:
         filling = self._filling
         if filling is None:
             raise ValueError("no prompt is being read")
+        self._read += self._cost(filling.cuts[0])
         start, count, bucket = filling.cuts.popleft()
         tokens = np.pad(filling.tokens[start : start + count], (0, bucket - count))
         before = filling.logits_1V
         filling.logits_1V, self._row = steps.prefill_chunk(
             self.model, self.params, self._row, tokens, np.int32(start), np.int32(count)
         )
-        self._due = False
         if self._prefixes is not None and start + count == filling.whole:
             filling.rings = steps.rings(self._row)
         if before is not None and self._idle:
@@ -295,7 +306,7 @@ class Engine:
         busy = {slot for slot, request in enumerate(self._requests) if request is not None}
         self._chunks.append(_Chunk(num_steps, sampled, busy))
         self._newcomers.clear()
-        self._due = True
+        self._read = 0
         for slot in busy:
             self._wanted[slot] -= num_steps
 

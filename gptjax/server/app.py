@@ -3,6 +3,7 @@
 import contextlib
 import hmac
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
@@ -103,23 +104,34 @@ class Gate:
 
 
 class Counting:
-    """Counts answers by route and status."""
+    """Counts answers by route and status, and times them."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._service = service
+        self._metrics = service.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes everything on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        read = time.monotonic()
+
+        async def reading() -> Message:
+            nonlocal read
+            message = await receive()
+            if message["type"] == "http.request":
+                read = time.monotonic()
+            return message
 
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
                 route = scope.get("route")
                 path = route.path if isinstance(route, Route) else "other"
-                self._service.metrics.requests.labels(path, message["status"]).inc()
+                self._metrics.answered(path, message["status"], time.monotonic() - read)
             await send(message)
 
-        await self._app(scope, receive, watched if scope["type"] == "http" else send)
+        await self._app(scope, reading, watched)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

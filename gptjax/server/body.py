@@ -1,28 +1,43 @@
 """The JSON of a request, read within limits, and its fields, checked one by one."""
 
 import asyncio
+import contextlib
 import json
 import reprlib
-from collections.abc import Collection
-from typing import Any, NoReturn
+from collections.abc import AsyncIterator, Collection
+from typing import Any, Final, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
 from gptjax.server.errors import ApiError, bad_request
-from gptjax.server.service import Limits
+from gptjax.server.service import Limits, Service
 from gptjax.text.vocabulary import is_text
 
+_SMALL: Final = 1 << 16  # bytes that are parsed in less than a millisecond
 
-async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
-    """The object in a request's body. Raises `ApiError`: too large (413), too slow (408), or no JSON object (400)."""
+
+@contextlib.asynccontextmanager
+async def reading(request: Request, service: Service) -> AsyncIterator[dict[str, Any]]:
+    """The object in a request's body, with a place in the queue kept for it until it is submitted, or refused.
+
+    Raises:
+      ApiError: the body is too large (413), too slow (408), or no JSON object (400).
+      QueueFull, Unavailable: there is no place; then nothing is looked at, so that refusals cost little.
+    """
+    data = await _read_in_time(request, service.limits)
+    with service.place():
+        # Megabytes take long, and others are waiting.
+        yield _parse(data) if len(data) <= _SMALL else await asyncio.to_thread(_parse, data)
+
+
+async def _read_in_time(request: Request, limits: Limits) -> bytes:
     try:
         async with asyncio.timeout(limits.body_seconds):
-            data = await _read(request, limits.body_bytes)
+            return await _read(request, limits.body_bytes)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {limits.body_seconds:g} seconds") from None
     except ClientDisconnect:
         raise ApiError(499, "the client left") from None
-    return await asyncio.to_thread(_parse, data)  # megabytes take long, and others are waiting
 
 
 def _parse(data: bytes) -> dict[str, Any]:

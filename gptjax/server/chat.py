@@ -15,7 +15,7 @@ from gptjax.chat import TODAY, ChatCompletion, TurnReader
 from gptjax.engine.options import make_request
 from gptjax.engine.request import MAX_TOP_LOGPROBS, check_prompt
 from gptjax.errors import GptjaxError
-from gptjax.server.body import Fields, read_json
+from gptjax.server.body import Fields, reading
 from gptjax.server.errors import bad_request, of_gptjax
 from gptjax.server.generation import Generation, Row, usage_json
 from gptjax.server.logprobs import chat_logprobs
@@ -126,10 +126,10 @@ def _read_logprobs(fields: Fields) -> int | None:
 async def respond(request: Request) -> Response:
     """Answers a request."""
     service: Service = request.app.state.service
-    values = await read_json(request, service.limits)
-    asked = await asyncio.to_thread(read, values, service.served)
-    answer = Answer(service, asked)
-    answer.start()
+    async with reading(request, service) as values:
+        asked = await asyncio.to_thread(read, values, service.served)
+        answer = Answer(service, asked)
+        answer.start()
     if asked.stream.wanted:
         return EventStream(answer.stream(), service, answer.close)
     try:

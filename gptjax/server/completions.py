@@ -14,7 +14,7 @@ from gptjax.engine.options import make_request
 from gptjax.engine.output import Chunk, Usage
 from gptjax.engine.request import MAX_TOP_LOGPROBS, check_prompt
 from gptjax.errors import GptjaxError
-from gptjax.server.body import Fields, check_text, read_json
+from gptjax.server.body import Fields, check_text, reading
 from gptjax.server.errors import bad_request, of_gptjax
 from gptjax.server.generation import Generation, Row, usage_json
 from gptjax.server.logprobs import LegacyLogprobs, joined
@@ -132,11 +132,11 @@ def _read_prompt(value: object, served: Served) -> Prompt:
 async def respond(request: Request) -> Response:
     """Answers a request."""
     service: Service = request.app.state.service
-    values = await read_json(request, service.limits)
-    # Encoding a long text takes long, and others are waiting.
-    asked = await asyncio.to_thread(read, values, service.served, service.limits.rows)
-    answer = Answer(service, asked)
-    answer.start()
+    async with reading(request, service) as values:
+        # Encoding a long text takes long, and others are waiting.
+        asked = await asyncio.to_thread(read, values, service.served, service.limits.rows)
+        answer = Answer(service, asked)
+        answer.start()
     if asked.stream.wanted:
         return EventStream(answer.stream(), service, answer.close)
     try:

@@ -20,6 +20,13 @@ class Metrics:
         """`state`, the worker's, and `memory_in_use`, bytes on the device, are asked when Prometheus asks."""
         self.registry = own = CollectorRegistry()
         self.requests = Counter("gptjax_http_requests", "HTTP requests answered", ["route", "status"], registry=own)
+        self.answer = Histogram(
+            "gptjax_http_answer_seconds",
+            "From a request being read to the first byte of its answer, by status",
+            ["status"],
+            buckets=_SECONDS,
+            registry=own,
+        )
         self.errors = Counter("gptjax_errors", "Errors that clients were told, by their code", ["code"], registry=own)
         self.duration = Histogram(
             "worker_inference_duration_ms",
@@ -49,6 +56,11 @@ class Metrics:
         }
         for name, (meaning, read) in gauges.items():
             Gauge(name, meaning, registry=self.registry).set_function(read)
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Counts an HTTP answer, begun so long after its request was read."""
+        self.requests.labels(route, status).inc()
+        self.answer.labels(status).observe(seconds)
 
     def completed(self, completion: Completion) -> None:
         """Counts a prompt whose output ended."""

@@ -1,10 +1,11 @@
 """What the routes work with: the model's facts, the limits, the worker."""
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from gptjax import chat
 from gptjax.config import GenerationDefaults
@@ -87,3 +88,15 @@ class Service:
     scoring: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)  # one prompt is scored at a time
     draining: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when the server is to end
     began: float = dataclasses.field(default_factory=time.monotonic)
+    _places: set[object] = dataclasses.field(default_factory=set)  # kept for requests that are being read
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Keeps a place in the worker's queue while a request is read. Raises `QueueFull` and `Unavailable`."""
+        self.worker.check_room(len(self._places))
+        place = object()
+        self._places.add(place)
+        try:
+            yield
+        finally:
+            self._places.remove(place)

@@ -1,7 +1,7 @@
 """The thread that owns the engine: requests of many clients, joining and leaving one compiled decode step.
 
-Between any two steps the worker takes note of cancellations, lets the oldest waiting request take a free slot, and
-reads at most one chunk of a prompt, so that running streams never wait for more than that.
+Between any two steps the worker takes note of cancellations, lets the oldest waiting requests take free slots, and
+reads no more of their prompts than one chunk, so that running streams never wait for more than that.
 """
 
 import contextlib
@@ -134,17 +134,18 @@ class Worker:
         """
         request.check(vocab_size=self._model.config.vocab_size, max_length=self._model.max_length)
         with self._changed:
-            if refusal := self._refusal():
-                raise Unavailable(refusal)
-            busy = len(self._running) + (self._filling is not None)
-            if len(self._queue) >= self._max_queue + self._slots - busy:  # a free slot is no wait
-                raise QueueFull(len(self._queue), self._retry_after())
+            self._check_room()
             self._accepted += 1
             job = _Job(Ticket(self._accepted), request.with_seed(), deliver)
             self._open[job.ticket] = job
             self._queue.append(job)
             self._changed.notify_all()
         return job.ticket
+
+    def check_room(self, ahead: int) -> None:
+        """Raises `QueueFull` or `Unavailable` where a request would not be taken that comes after so many others."""
+        with self._changed:
+            self._check_room(ahead)
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends a request within a step, as `Finished` for the reason "cancelled"; one that has ended stays as it is."""
@@ -193,6 +194,14 @@ class Worker:
                 tokens_total=self._tokens_total,
                 error=self._error,
             )
+
+    def _check_room(self, ahead: int = 0) -> None:
+        if refusal := self._refusal():
+            raise Unavailable(refusal)
+        busy = len(self._running) + (self._filling is not None)
+        waiting = len(self._queue) + ahead
+        if waiting >= self._max_queue + self._slots - busy:  # a free slot is no wait
+            raise QueueFull(waiting, self._retry_after())
 
     def _refusal(self) -> str | None:
         """Why no request is taken."""
@@ -261,8 +270,11 @@ class Worker:
             return True
         self._leave(engine)
         self._join(engine)
-        if engine.fill_is_due and engine.fill():
+        while engine.fill_is_due:
+            if not engine.fill():
+                break  # it may have been cancelled before its next chunk
             self._admitted()
+            self._join(engine)
         for drawn in engine.step():
             self._push(engine, drawn)
         return True

@@ -74,6 +74,21 @@ def test_two_chunks_of_a_prompt_never_follow_each_other_while_a_slot_is_busy(mad
     assert due == [False] * 4
 
 
+def test_short_prompts_are_read_together_up_to_a_chunk(made):  # noqa: F811
+    engine = Engine(*made, batch=SLOTS, max_length=MAX_LENGTH, chunk=64)
+    engine.admit(0, _request(1, 5))
+    engine.step()
+    for slot in (1, 2):  # each counts as its bucket, 32
+        engine.begin(slot, _request(slot, 5))
+        assert engine.fill_is_due and engine.fill()
+    engine.release(2)
+    engine.begin(2, _request(3, 5))
+    assert not engine.fill_is_due
+    while not engine.fill_is_due:
+        engine.step()
+    assert engine.fill()
+
+
 @pytest.mark.parametrize("chunks", range(4))
 def test_a_prompt_may_be_given_up_after_any_chunk(made, chunks):  # noqa: F811
     engine = _engine(made, reuse=True)

@@ -47,16 +47,19 @@ class FakeWorker:
 
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> Ticket:
         with self._lock:
-            if self.refusal:
-                raise Unavailable(self.refusal)
-            if len(self.open) >= self.room:
-                raise QueueFull(len(self.open), 3)
+            self.check_room(0)
             request = request.with_seed()
             ticket, stopped = Ticket(next(self._numbers)), threading.Event()
             self.requests.append(request)
             self.open[ticket] = stopped
         threading.Thread(target=self._run, args=(ticket, stopped, request, deliver), daemon=True).start()
         return ticket
+
+    def check_room(self, ahead: int) -> None:
+        if self.refusal:
+            raise Unavailable(self.refusal)
+        if len(self.open) + ahead >= self.room:
+            raise QueueFull(len(self.open), 3)
 
     def cancel(self, ticket: Ticket) -> None:
         if ticket in self.open:

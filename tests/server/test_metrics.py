@@ -1,5 +1,6 @@
 """`/metrics`."""
 
+import asyncio
 import dataclasses
 import json
 import re
@@ -81,3 +82,17 @@ def test_the_dashboard_shows_all_metrics_and_no_others():
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
     for text in expressions:
         assert text.count("(") == text.count(")") and text.count("{") == text.count("}")
+
+
+def test_answers_are_timed_from_when_the_request_was_read():
+    service = make(lambda request: [0.3, *ids(" a<|endoftext|>")])
+
+    async def slow():
+        yield b'{"prompt": '
+        await asyncio.sleep(0.6)
+        yield b'"a"}'
+
+    ask(service, "POST", "/v1/completions", content=slow())
+    found = samples(service)
+    assert found["gptjax_http_answer_seconds_count", "200"] == 1
+    assert 0.3 <= found["gptjax_http_answer_seconds_sum", "200"] < 0.6

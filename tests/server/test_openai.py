@@ -107,16 +107,16 @@ def test_errors(ask):
 
 def test_a_full_queue_is_tried_again(ask):
     service, client = ask(saying(TURN, name=GPT_OSS))
-    submit, tries = service.worker.submit, []
+    check_room, tries = service.worker.check_room, []
 
-    def first_full(request, deliver):
-        tries.append(request)
+    def first_full(ahead):
+        tries.append(None)
         service.worker.room = 0 if len(tries) == 1 else 64
-        return submit(request, deliver)
+        check_room(ahead)
 
-    service.worker.submit = first_full
+    service.worker.check_room = first_full
     turn = client.with_options(max_retries=2).chat.completions.create(model=GPT_OSS, messages=[USER])
-    assert (turn.choices[0].message.content, len(tries)) == ("It was late.", 2)
+    assert (turn.choices[0].message.content, len(service.worker.requests)) == ("It was late.", 1)
 
 
 def test_responses(ask):
