@@ -1,11 +1,16 @@
 """Many clients at once, clients that leave, and clients that do not read, with a model. Figures are printed."""
 
 import asyncio
+import errno
 import json
+import re
+import signal
+import socket
+import statistics
 import time
 
 import pytest
-from load_material import ask_all, serving
+from load_material import ask, ask_all, request, serving, wait
 
 pytestmark = pytest.mark.slow
 
@@ -25,10 +30,10 @@ def tokens_a_second(server, bodies, at_once):
 
 def test_sixteen_slots_do_four_times_as_much_a_second_as_one(tmp_path):
     """That 64 clients at once get what each gets alone is shown in test_with_model.py."""
-    bodies = [body(number, max_tokens=128) for number in range(64)]
+    bodies = [body(number, max_tokens=64) for number in range(64)]
     rates = []
     for slots in ("1", "16"):
-        with serving(tmp_path, "--max-batch", slots, "--max-queue", "64") as server:
+        with serving(tmp_path, "--max-batch", slots, "--max-length", "128") as server:
             tokens_a_second(server, bodies[:4], 4)
             rates.append(tokens_a_second(server, bodies, 64))
     print(f"1 slot: {rates[0]:.0f} tokens/s, 16 slots: {rates[1]:.0f} tokens/s, {rates[1] / rates[0]:.1f} times")
@@ -50,3 +55,75 @@ def test_a_thousand_at_once_against_a_queue_of_64(tmp_path):
         assert served >= 72 and refused > 0
         assert times["0.1"] >= 0.99 * refused
         assert server.health()["queued"] == 0
+
+
+def test_memory_stays_flat_over_two_thousand_requests(tmp_path):
+    bodies = [body(number, max_tokens=1 + number % 4, stream=number % 2 == 0) for number in range(2000)]
+    with serving(tmp_path, "--max-batch", "16", "--max-length", "128") as server:
+        sizes = []
+        for part in (bodies[:400], bodies, bodies):
+            answers = asyncio.run(ask_all(server.port, part, at_once=32))
+            assert {status for status, _ in answers} == {200}
+            sizes.append(server.memory())
+    print("resident after 400, 2400 and 4400 requests:", *(f"{size / 1e6:.1f} MB" for size in sizes))
+    assert sizes[1] <= 1.02 * sizes[0]
+    assert sizes[2] <= 1.02 * sizes[1]
+
+
+def test_a_client_that_never_reads_neither_slows_others_nor_stays(tmp_path):
+    bodies = [body(number, max_tokens=100) for number in range(32)]
+    # So much that neither end's buffers can hold it. A connection's requests are answered in turn.
+    endless = {"prompt": "A", "stream": True, "max_tokens": 120, "ignore_eos": True, "temperature": 0}
+    with serving(tmp_path, "--max-batch", "8", "--max-length", "128", "--send-timeout", "2") as server:
+        tokens_a_second(server, bodies, 7)
+        rates = {False: [], True: []}
+        for silent in (False, True) * 3:
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect(("127.0.0.1", server.port))
+                if silent:
+                    client.sendall(request(server.port, endless, last=False) * 200)
+                rates[silent].append(tokens_a_second(server, bodies, 7))
+            wait(lambda: server.health()["busy"] == 0, 10)
+        before, beside = (statistics.median(rates[silent]) for silent in (False, True))
+        print(f"{before:.0f} tokens/s, beside a client that does not read {beside:.0f}: {beside / before:.1%}")
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", server.port))
+            client.sendall(request(server.port, endless, last=False) * 400)
+            began = time.monotonic()
+            wait(lambda: server.health()["busy"] == 1, 10)
+            wait(lambda: cut(client), 120)
+            print(f"cut after {time.monotonic() - began:.1f} s")
+            wait(lambda: server.health()["busy"] == 0, 5)
+    assert beside >= 0.9 * before
+
+
+def cut(client):
+    """Whether the server has reset the connection; reads nothing of it."""
+    return client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
+
+
+def test_on_sigterm_every_stream_ends_in_order_within_the_limit(tmp_path):
+    drain = 1.0
+
+    async def streams(server):
+        coming = [
+            asyncio.ensure_future(ask(server.port, body(number, max_tokens=480, stream=True))) for number in range(8)
+        ]
+        while server.health()["busy"] < 8:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        return await asyncio.gather(*coming), time.monotonic() - began
+
+    with serving(tmp_path, "--max-batch", "8", "--drain", str(drain)) as server:
+        answers, seconds = asyncio.run(streams(server))
+        assert server.process.wait(10) == 0
+    print(f"all streams had ended {seconds:.2f} s after the signal, with {drain} s to drain")
+    assert seconds < drain + 2
+    for status, answer in answers:
+        *_, before, end = re.findall(rb"data: (.*)", answer)
+        assert (status, end) == (200, b"[DONE]")
+        assert json.loads(before)["error"]["code"] == "drained"
