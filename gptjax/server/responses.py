@@ -86,11 +86,17 @@ def read(values: dict[str, Any], served: Served) -> Asked:
 
 
 def _check_text(fields: Fields) -> None:
-    text = fields.take("text")
-    form = text.get("format") if isinstance(text, dict) else text
+    given = fields.take("text")
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        raise bad_request("text must be an object", "text")
+    options = Fields(given)
+    form = options.take("format")
     kind = form.get("type") if isinstance(form, dict) else form
     if kind not in (None, "text"):
         raise bad_request(f"text.format {repr(kind)[:60]} is not supported; only 'text' is", "text", "unsupported")
+    options.finish({"verbosity"})
 
 
 def _read_effort(fields: Fields) -> str:

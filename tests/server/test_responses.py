@@ -113,6 +113,8 @@ def test_a_turn_that_is_cut_short():
         {"truncation": "auto"},
         {"text": {"format": {"type": "json_object"}}},
         {"text": 3},
+        {"text": "json"},
+        {"text": {"form": {"type": "text"}}},
         {"reasoning": "high"},
         {"reasoning": {"effort": "enormous"}},
         {"reasoning": {"depth": 3}},
