@@ -71,7 +71,7 @@ class KVCache:
         last_B1 = positions_BT.max(axis=1, keepdims=True)
         kept_BT = jnp.where(positions_BT > last_B1 - S, positions_BT, -1)  # of a ring's places, each is written once
         k_BKSH, v_BKSH = _write(old_k_BKSH, k_BTKH, kept_BT), _write(old_v_BKSH, v_BTKH, kept_BT)
-        cache = self._with_layer(layer, k_BKSH, v_BKSH)
+        cache = self.with_layer(layer, k_BKSH, v_BKSH)
         if self.capacity == S or T == 1:
             lengths_B = jnp.maximum(self.lengths_B, last_B1[:, 0] + 1)
             return (k_BKSH, v_BKSH, _positions(lengths_B, S)), cache
@@ -108,9 +108,10 @@ class KVCache:
         q_BNH, k_BKSH, v_BKSH = append(qkv, rotation, positions_BT[:, 0], k_BKSH, v_BKSH)
         lengths_B = jnp.maximum(self.lengths_B, positions_BT[:, 0] + 1)
         attended = (k_BKSH, v_BKSH, _positions(lengths_B, k_BKSH.shape[2]))
-        return q_BNH[:, None], attended, self._with_layer(layer, k_BKSH, v_BKSH)
+        return q_BNH[:, None], attended, self.with_layer(layer, k_BKSH, v_BKSH)
 
-    def _with_layer(self, layer: int, k_BKSH: jax.Array, v_BKSH: jax.Array) -> "KVCache":
+    def with_layer(self, layer: int, k_BKSH: jax.Array, v_BKSH: jax.Array) -> "KVCache":
+        """The cache with other keys and values of a layer."""
         return dataclasses.replace(
             self,
             k=(*self.k[:layer], k_BKSH, *self.k[layer + 1 :]),

@@ -16,6 +16,7 @@ from gptjax.chat import TODAY, ChatChunk, ChatCompletion, TurnReader, call_ids, 
 from gptjax.config import GenerationDefaults, ModelConfig
 from gptjax.engine import steps
 from gptjax.engine.engine import Engine, Features, prefill, settings_of
+from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.generate import generate
 from gptjax.engine.options import (
     GenerateOptions,
@@ -196,10 +197,9 @@ class LanguageModel:
         with self._guard():
             cache = registry.create_cache(self.model, batch=1, max_length=self.max_length)
             logits_TV = np.empty((len(ids), self.config.vocab_size), np.float32)
-            for start, tokens, count in steps.padded_chunks(np.asarray(ids, np.int32)):
-                chunk_TV, cache = steps.score_chunk(
-                    self.model, self.params, cache, tokens, np.int32(start), np.int32(count)
-                )
+            params = FlatParams.of(self.params)
+            for start, count, chunk in steps.padded_chunks(np.asarray(ids, np.int32)):
+                chunk_TV, cache = steps.score_chunk(self.model, params, cache, chunk)
                 logits_TV[start : start + count] = np.asarray(chunk_TV)[:count]
         return logits_TV
 
@@ -241,8 +241,9 @@ class LanguageModel:
         checked = [self._checked_ids(prompt, state.max_length) for prompt in prompts]
         with self._guard(batch=state.batch, max_length=state.max_length):
             row = registry.create_cache(self.model, batch=1, max_length=state.max_length)
+            params = FlatParams.of(self.params)
             for slot, ids in enumerate(checked):
-                state, row = prefill(self.model, self.params, state, slot, np.asarray(ids, np.int32), row)
+                state, row = prefill(self.model, params, state, slot, np.asarray(ids, np.int32), row)
             # A copy: the state is donated by the next step, and its logits with it.
             return jax.block_until_ready(jnp.copy(state.logits_BV)), state
 
@@ -263,7 +264,8 @@ class LanguageModel:
         with self._guard(batch=state.batch, max_length=state.max_length):
             sampled = steps.sample(state, settings)
             active_B = np.ones((state.batch,), np.bool_)
-            return sampled.token_B, steps.advance(self.model, self.params, state, sampled.token_B, active_B)
+            weights = FlatParams.of(self.params)
+            return sampled.token_B, steps.advance(self.model, weights, state, sampled.token_B, active_B)
 
     def memory(self, *, batch: int | None = None, max_length: int | None = None) -> Memory:
         """Bytes on the device: the weights', those of generating so many rows and positions, and what there are.

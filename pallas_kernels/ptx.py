@@ -112,13 +112,16 @@ class Meetings:
 
     address: Value  # in shared memory
     count: int
+    warps: int = 4  # of the block
 
     def prepare(self) -> None:
         """Initialises them. Before they are used, all threads must have met."""
-        for number in range(self.count):
-            text = f"@p mbarrier.init.shared::cta.b64 [$0+{8 * number}], 1;"
-            asm("{ .reg .pred p; setp.eq.s32 p, $1, 0; " + text + " }", [], [self.address, thread()])
-        asm("{ .reg .pred p; setp.eq.s32 p, $0, 0; @p fence.mbarrier_init.release.cluster; }", [], [thread()])
+        # A warp does so one after the other: so each has some.
+        warp, number = (op(utils.thread_idx(), const(32)) for op in (arith.divui, arith.remui))
+        number = add(mul(number, self.warps), warp)
+        own = offset32(self.address, number, 8)
+        text = "@p mbarrier.init.shared::cta.b64 [$0], 1; @p fence.mbarrier_init.release.cluster; }"
+        asm(f"{{ .reg .pred p; setp.lt.u32 p, $1, {self.count}; " + text, [], [own, number])
 
     def at(self, number: int) -> Value:
         """Where one of them is."""
@@ -159,12 +162,14 @@ def stream(
     return compute(const(count - 1), values[:kept], values[kept:])
 
 
-def loop(count: int, carry: Sequence[Value], body: Callable[[Value, list[Value]], Sequence[Value]]) -> list[Value]:
+def loop(
+    count: Value | int, carry: Sequence[Value], body: Callable[[Value, list[Value]], Sequence[Value]]
+) -> list[Value]:
     """`carry = body(i, carry)` for i = 0 … count - 1."""
-    if count == 0:
+    if isinstance(count, int) and count == 0:
         return list(carry)
     operations: Any = scf  # whose annotations are of classes that it replaces
-    op = operations.ForOp(const(0), const(count), const(1), list(carry))
+    op = operations.ForOp(const(0), _value(count), const(1), list(carry))
     with ir.InsertionPoint(op.body):
         scf.yield_(list(body(op.induction_variable, list(op.inner_iter_args))))
     return list(op.results)
@@ -211,6 +216,11 @@ def warp_sum(value: Value, lanes: int = 1) -> Value:
     return value
 
 
+def first_lane(value: Value) -> Value:
+    """The float32 number of a warp's first lane, in each of them."""
+    return asm("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", [f32()], [value], volatile=True)[0]
+
+
 def when(condition: Value, body: Callable[[], None]) -> None:
     """Does what `body` inlines where `condition`, an i1, holds."""
     operations: Any = scf  # whose annotations are of classes that it replaces
@@ -228,8 +238,10 @@ def kernel(
     shared: Sequence[Any] = (),
     *,
     raw: bool = False,
+    blocks: int = 1,
+    warpgroups: int = 1,
 ) -> Any:
-    """Runs a kernel of one warpgroup a block, which is written as what one of its threads does.
+    """Runs a kernel which is written as what one of its threads does.
 
     Args:
       block: inlines that, given the addresses of the operands, the results and the shared memory, then the block's
@@ -239,6 +251,8 @@ def kernel(
       grid: sizes by name; the name of `block` is the kernel's.
       shared: what to allocate in shared memory.
       raw: `block` is given Mosaic's launch context and the arrays themselves, and not addresses.
+      blocks: of a cluster, which share their indices.
+      warpgroups: of a block.
     """
 
     def body(*refs: Any) -> None:
@@ -257,11 +271,14 @@ def kernel(
         inline(*refs, *indices)
 
     body.__name__ = getattr(block, "func", block).__name__.strip("_")
+    more: dict[str, Any] = {"cluster": (blocks,), "cluster_names": ("block",)} if blocks > 1 else {}
+    more |= {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
     launched = plgpu.kernel(
         body,
         out_type=out,
         scratch_types=list(shared),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
+        **more,
     )
     return launched(*operands)

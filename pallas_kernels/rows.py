@@ -111,27 +111,31 @@ class Place:
     meetings: Value  # address in shared memory of an mbarrier for each exchange of numbers between blocks
 
     @classmethod
-    def here(cls, spread: Spread, meetings: Value, counts: Sequence[int]) -> "Place":
-        """This thread's. Of each exchange, `counts` says how many numbers a block gets that waits for them.
+    def here(cls, spread: Spread, meetings: Value) -> "Place":
+        """This thread's. `meetings`: shared memory for an mbarrier for each exchange."""
+        block = ptx.const(0)
+        if spread.blocks > 1:
+            (block,) = ptx.asm("mov.u32 $0, %cluster_ctarank;", [ptx.i32()], [])
+        return cls(spread, block, utils.thread_idx(), ptx.shared_address(meetings))
+
+    def prepare(self, counts: Sequence[int]) -> None:
+        """Prepares exchanges, of each of which a block gets so many numbers.
 
         Before the first `send`, there must be a `met`.
         """
-        block, thread = ptx.const(0), utils.thread_idx()
-        address = ptx.shared_address(meetings)
-        if spread.blocks > 1:
-            (block,) = ptx.asm("mov.u32 $0, %cluster_ctarank;", [ptx.i32()], [])
-            begun = "".join(
-                f"@p mbarrier.init.shared::cta.b64 [$0+{8 * i}], 1;"
-                f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0+{8 * i}], {4 * count};"
-                for i, count in enumerate(counts)
-            )
-            ptx.asm(
-                f"{{ .reg .pred p; setp.eq.s32 p, $1, 0; {begun} fence.mbarrier_init.release.cluster;"
-                "barrier.cluster.arrive.relaxed.aligned; }",
-                [],
-                [address, thread],
-            )
-        return cls(spread, block, thread, address)
+        if self.spread.blocks == 1:
+            return
+        begun = "".join(
+            f"@p mbarrier.init.shared::cta.b64 [$0+{8 * i}], 1;"
+            f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0+{8 * i}], {4 * count};"
+            for i, count in enumerate(counts)
+        )
+        ptx.asm(
+            f"{{ .reg .pred p; setp.eq.s32 p, $1, 0; {begun} fence.mbarrier_init.release.cluster;"
+            "barrier.cluster.arrive.relaxed.aligned; }",
+            [],
+            [self.meetings, self.thread],
+        )
 
     def met(self) -> None:
         """Waits until all blocks of the row can be sent to."""
@@ -144,12 +148,14 @@ class Place:
             text = "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p st.shared.f32 [$0], $1; }"
             ptx.asm(text, [], [address, value, where])
             return
+        # From here to there is as far for whatever lies in shared memory.
+        (there,) = ptx.asm("mapa.shared::cluster.u32 $0, $1, $2;", [ptx.i32()], [self.meetings, block])
+        away = arith.subi(there, self.meetings)
         ptx.asm(
-            f"{{ .reg .pred p; .reg .b32 a, b; setp.ne.s32 p, $4, 0; add.s32 b, $1, {8 * exchange};"
-            "mapa.shared::cluster.u32 a, $2, $0; mapa.shared::cluster.u32 b, b, $0;"
-            "@p st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [a], $3, [b]; }",
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0;"
+            "@p st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [$0], $1, [$2]; }",
             [],
-            [block, self.meetings, address, value, where],
+            [ptx.add(address, away), value, ptx.add(there, 8 * exchange), where],
         )
 
     def receive(self, exchange: int) -> None:

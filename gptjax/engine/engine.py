@@ -11,12 +11,13 @@ import numpy as np
 from gptjax import sampling
 from gptjax.cache import KVCache
 from gptjax.engine import steps
+from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.engine.prefixes import Prefixes
 from gptjax.engine.request import Request
 from gptjax.engine.settings import Features as Features
 from gptjax.engine.settings import settings_of as settings_of
 from gptjax.models import registry
-from gptjax.models.registry import Model, Params
+from gptjax.models.registry import Model
 
 # Beside an H200, asking for one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (hundreds of
 # arrays go with each call), which is more than the device takes to compute it.
@@ -82,7 +83,7 @@ class Engine:
     def __init__(
         self,
         model: Model,
-        params: Params,
+        params: AnyParams,
         *,
         batch: int,
         max_length: int,
@@ -105,7 +106,7 @@ class Engine:
         if steps_per_dispatch < 1:
             raise ValueError(f"steps_per_dispatch must be at least 1, found {steps_per_dispatch}")
         self.model = model
-        self.params = params
+        self._params = FlatParams.of(params)
         self.max_length = max_length
         self.steps_per_dispatch = steps_per_dispatch
         self.chunk = chunk
@@ -148,10 +149,8 @@ class Engine:
         history_S = np.zeros(self._state.cache.capacity, np.int32)
         for _ in range(2):  # over again, with the arrays as compiled code returns them
             for bucket in buckets:
-                tokens = np.zeros(bucket, np.int32)
-                logits_1V, self._row = steps.prefill_chunk(
-                    self.model, self.params, self._row, tokens, np.int32(0), np.int32(1)
-                )
+                chunk = steps.padded(np.zeros(1, np.int32), 0, 1, bucket)
+                logits_1V, self._row = steps.prefill_chunk(self.model, self._params, self._row, chunk)
                 self._state = steps.insert(self._state, slot, self._row, history_S, logits_1V)
             if self._prefixes is not None:
                 self._row = steps.extract(self._state, slot, steps.rings(self._row))
@@ -224,11 +223,9 @@ class Engine:
             raise ValueError("no prompt is being read")
         self._read += self._cost(filling.cuts[0])
         start, count, bucket = filling.cuts.popleft()
-        tokens = np.pad(filling.tokens[start : start + count], (0, bucket - count))
+        chunk = steps.padded(filling.tokens, start, count, bucket)
         before = filling.logits_1V
-        filling.logits_1V, self._row = steps.prefill_chunk(
-            self.model, self.params, self._row, tokens, np.int32(start), np.int32(count)
-        )
+        filling.logits_1V, self._row = steps.prefill_chunk(self.model, self._params, self._row, chunk)
         if self._prefixes is not None and start + count == filling.whole:
             filling.rings = steps.rings(self._row)
         if before is not None and self._idle:
@@ -241,7 +238,7 @@ class Engine:
     def _insert(self, filling: _Filling, logits_1V: jax.Array) -> None:
         """Puts the prompt that was read into its slot."""
         slot, request = filling.slot, filling.request
-        history_S = np.pad(filling.tokens, (0, self._state.cache.capacity - len(filling.tokens)))
+        history_S = steps.history(filling.tokens, self._state.cache.capacity)
         self._state = steps.insert(self._state, np.int32(slot), self._row, history_S, logits_1V)
         if self._prefixes is not None:
             self._prefixes.put(slot, request.prompt_ids[: filling.whole], filling.rings)
@@ -314,9 +311,9 @@ class Engine:
         if num_steps == 1:
             # Two calls, so that the token can be read before the step is done.
             sampled = steps.sample(self._state, settings)
-            self._state = steps.advance(self.model, self.params, self._state, sampled.token_B, active_B)
+            self._state = steps.advance(self.model, self._params, self._state, sampled.token_B, active_B)
         else:
-            self._state, sampled = steps.decode(self.model, self.params, self._state, settings, active_B, num_steps)
+            self._state, sampled = steps.decode(self.model, self._params, self._state, settings, active_B, num_steps)
         return sampled
 
     def _active(self) -> jax.Array:
@@ -334,7 +331,7 @@ class Engine:
 
 
 def prefill(
-    model: Model, params: Params, state: steps.State, slot: int, tokens: np.ndarray, row: KVCache
+    model: Model, params: AnyParams, state: steps.State, slot: int, tokens: np.ndarray, row: KVCache
 ) -> tuple[steps.State, KVCache]:
     """Fills a row of a state with a sequence from its start.
 
@@ -347,9 +344,9 @@ def prefill(
     """
     if not len(tokens):
         raise ValueError("a sequence needs at least one token")
-    for start, padded, count in steps.padded_chunks(tokens):
-        logits_1V, row = steps.prefill_chunk(model, params, row, padded, np.int32(start), np.int32(count))
-    history_S = np.pad(tokens, (0, state.cache.capacity - len(tokens)))
+    for _, _, chunk in steps.padded_chunks(tokens):
+        logits_1V, row = steps.prefill_chunk(model, params, row, chunk)
+    history_S = steps.history(tokens, state.cache.capacity)
     return steps.insert(state, np.int32(slot), row, history_S, logits_1V), row
 
 

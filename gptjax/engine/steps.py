@@ -3,11 +3,13 @@
 `sample` then `advance` is one decoded token: a token can be read, and sent to its reader, while the device already
 works on the next. `decode` is several of them in one call, for devices that compute a step faster than the host can
 ask for it. Each step takes the model as a static argument, so two models of one configuration share what was compiled.
+Parameters are nested or flat; flat ones cost the host less at each call, and each kind is compiled for itself.
 """
 
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,9 @@ import numpy as np
 
 from gptjax import sampling
 from gptjax.cache import KVCache
+from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.models import registry
-from gptjax.models.registry import Model, Params
+from gptjax.models.registry import Model
 
 LARGEST_CHUNK = 1024  # prompt tokens in one call, at most
 _SMALLEST_BUCKET = 32
@@ -65,51 +68,66 @@ def chunks(length: int, largest: int = LARGEST_CHUNK) -> list[tuple[int, int, in
     return cuts
 
 
-def padded_chunks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray, int]]:
-    """A sequence, int32 [T], as (start, tokens padded to the bucket, tokens that count)."""
+def padded_chunks(tokens: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """A sequence, int32 [T], as (start, tokens that count, the chunk as `prefill_chunk` and `score_chunk` take it)."""
     for start, count, bucket in chunks(len(tokens)):
-        yield start, np.pad(tokens[start : start + count], (0, bucket - count)), count
+        yield start, count, padded(tokens, start, count, bucket)
 
 
-def _run_chunk(
-    model: Model, params: Params, row: KVCache, tokens_T: jax.Array, start: jax.Array, count: jax.Array
-) -> tuple[jax.Array, KVCache]:
+def padded(tokens: np.ndarray, start: int, count: int, bucket: int) -> np.ndarray:
+    """One of the `chunks` of a sequence, int32 [T], as `prefill_chunk` and `score_chunk` take it."""
+    chunk = np.zeros(2 + bucket, np.int32)
+    chunk[:2] = start, count
+    chunk[2 : 2 + count] = tokens[start : start + count]
+    return chunk
+
+
+def history(tokens: np.ndarray, capacity: int) -> np.ndarray:
+    """A sequence, int32 [T], as the history [S] that `insert` takes."""
+    history_S = np.zeros(capacity, np.int32)
+    history_S[: len(tokens)] = tokens
+    return history_S
+
+
+def _apply(model: Model, params: AnyParams, *arguments: jax.Array | KVCache, method: str | None = None) -> Any:
+    nested = params.nested() if isinstance(params, FlatParams) else params
+    return model.apply({"params": nested}, *arguments, method=method)
+
+
+def _run_chunk(model: Model, params: AnyParams, row: KVCache, chunk: jax.Array) -> tuple[jax.Array, KVCache]:
     """Runs a padded chunk over a cache of one row: hidden states [1, T, D] and the cache, `start + count` long."""
+    start, count, tokens_T = chunk[0], chunk[1], chunk[2:]
     row = dataclasses.replace(row, lengths_B=jnp.full_like(row.lengths_B, start))
     offset_T = jnp.arange(tokens_T.shape[0], dtype=jnp.int32)
     positions_1T = jnp.where(offset_T < count, start + offset_T, -1)[None]
-    hidden_1TD, new_row = model.apply({"params": params}, tokens_T[None], positions_1T, row)
+    hidden_1TD, new_row = _apply(model, params, tokens_T[None], positions_1T, row)
     return hidden_1TD, new_row
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("row",))
-def prefill_chunk(
-    model: Model, params: Params, row: KVCache, tokens_T: jax.Array, start: jax.Array, count: jax.Array
-) -> tuple[jax.Array, KVCache]:
-    """Adds `count` tokens from position `start` on to a sequence; a chunk that starts at 0 begins a new one.
+def prefill_chunk(model: Model, params: AnyParams, row: KVCache, chunk: jax.Array) -> tuple[jax.Array, KVCache]:
+    """Adds some tokens to a sequence; a chunk that starts at 0 begins a new one.
 
     Works on a cache of one row, so it is compiled once a bucket, whatever the number of rows of the state.
 
     Args:
       row: a cache with one slot, donated.
-      tokens_T: int32, the tokens and any padding up to a bucket's length.
-      start, count: int32 scalars.
+      chunk: int32 [2 + T]: the position of its first token, how many of its tokens count, and the tokens with any
+        padding up to a bucket's length. One array, as the host sends each to the device by itself.
 
     Returns:
       The logits [1, V] of what follows the last token, and the cache.
     """
-    hidden_1TD, row = _run_chunk(model, params, row, tokens_T, start, count)
-    last_1D = jax.lax.dynamic_index_in_dim(hidden_1TD, count - 1, axis=1, keepdims=False)
-    return model.apply({"params": params}, last_1D, method="head"), row
+    hidden_1TD, row = _run_chunk(model, params, row, chunk)
+    last_1D = jax.lax.dynamic_index_in_dim(hidden_1TD, chunk[1] - 1, axis=1, keepdims=False)
+    return _apply(model, params, last_1D, method="head"), row
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("row",))
-def score_chunk(
-    model: Model, params: Params, row: KVCache, tokens_T: jax.Array, start: jax.Array, count: jax.Array
-) -> tuple[jax.Array, KVCache]:
+def score_chunk(model: Model, params: AnyParams, row: KVCache, chunk: jax.Array) -> tuple[jax.Array, KVCache]:
     """As `prefill_chunk`, with the logits [T, V] at every position of the chunk."""
-    hidden_1TD, row = _run_chunk(model, params, row, tokens_T, start, count)
-    return model.apply({"params": params}, hidden_1TD[0], method="head"), row
+    hidden_1TD, row = _run_chunk(model, params, row, chunk)
+    return _apply(model, params, hidden_1TD[0], method="head"), row
 
 
 @partial(jax.jit, donate_argnames=("state",))
@@ -159,7 +177,7 @@ def sample(state: State, settings: sampling.Sampling) -> sampling.Sampled:
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
-def advance(model: Model, params: Params, state: State, token_B: jax.Array, active_B: jax.Array) -> State:
+def advance(model: Model, params: AnyParams, state: State, token_B: jax.Array, active_B: jax.Array) -> State:
     """Adds a token to every active row. A row that is full, or a token of -1, makes the row's logits NaN.
 
     Args:
@@ -169,8 +187,8 @@ def advance(model: Model, params: Params, state: State, token_B: jax.Array, acti
     lengths_B = state.cache.lengths_B
     fits_B = (lengths_B < state.max_length) & (token_B >= 0)
     positions_B1 = jnp.where(active_B & fits_B, lengths_B, -1)[:, None]
-    hidden_B1D, cache = model.apply({"params": params}, token_B[:, None], positions_B1, state.cache)
-    logits_BV = model.apply({"params": params}, hidden_B1D[:, 0], method="head")
+    hidden_B1D, cache = _apply(model, params, token_B[:, None], positions_B1, state.cache)
+    logits_BV = _apply(model, params, hidden_B1D[:, 0], method="head")
     logits_BV = jnp.where(fits_B[:, None], logits_BV, jnp.nan)
     slot_B1 = jnp.where(positions_B1 < 0, state.history_BS.shape[1], positions_B1)
     row_B1 = jnp.arange(token_B.shape[0])[:, None]
@@ -184,7 +202,7 @@ def advance(model: Model, params: Params, state: State, token_B: jax.Array, acti
 
 @partial(jax.jit, static_argnames=("model", "num_steps"), donate_argnames=("state",))
 def decode(
-    model: Model, params: Params, state: State, settings: sampling.Sampling, active_B: jax.Array, num_steps: int
+    model: Model, params: AnyParams, state: State, settings: sampling.Sampling, active_B: jax.Array, num_steps: int
 ) -> tuple[State, sampling.Sampled]:
     """`sample` then `advance`, so many times over, in one call; to the bit what they give one by one.
 

@@ -8,6 +8,11 @@ import jax
 COLLECTION = "activations"
 
 
+def is_observed(module: nn.Module) -> bool:
+    """Whether `apply` was asked for values inside the model."""
+    return bool(module.is_mutable_collection(COLLECTION))
+
+
 def observe(module: nn.Module, name: str, value: jax.Array) -> jax.Array:
     """Returns the value, and records it where `apply` was asked for it by `mutable=[COLLECTION]`; else costs nothing.
 
@@ -19,5 +24,5 @@ def observe(module: nn.Module, name: str, value: jax.Array) -> jax.Array:
 
 def observe_made(module: nn.Module, name: str, make: Callable[[], jax.Array]) -> None:
     """As `observe`, for a value that the model itself does not need: made only where it is looked at."""
-    if module.is_mutable_collection(COLLECTION):
+    if is_observed(module):
         observe(module, name, make())

@@ -18,8 +18,9 @@ from gptjax.config.quantization import packs
 from gptjax.layers.attention import Attention
 from gptjax.layers.mlp import MLP
 from gptjax.layers.norm import LayerNorm, add
-from gptjax.layers.observe import observe, observe_made
+from gptjax.layers.observe import is_observed, observe, observe_made
 from gptjax.layers.weight import Weight, embed, unembed, weight
+from pallas_kernels import block as fused
 from pallas_kernels.parts import Parts
 
 
@@ -42,14 +43,11 @@ class Block(nn.Module):
         """
         config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = partial(LayerNorm, config.norm_epsilon, implementation=self.implementation, **dtypes)
-        scale = 1 / math.sqrt(config.head_width) if config.scale_attention else 1.0
-        if config.scale_attention_by_layer:
-            scale /= self.layer + 1
         attention = Attention(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_width=config.head_width,
-            scale=scale,
+            scale=self.scale,
             layer=self.layer,
             mxfp4=packs(config.mxfp4, "linear"),
             implementation=self.implementation,
@@ -72,6 +70,31 @@ class Block(nn.Module):
         added = mlp(normed_BTD)
         observe_made(self, "mlp_residual", lambda: add(x_BTD, added))
         return x_BTD, added, cache
+
+    @property
+    def scale(self) -> float:
+        """What attention's scores are multiplied with."""
+        scale = 1 / math.sqrt(self.config.head_width) if self.config.scale_attention else 1.0
+        return scale / (self.layer + 1) if self.config.scale_attention_by_layer else scale
+
+    def step(self, stream: fused.Stream, positions_B: jax.Array, cache: KVCache) -> tuple[fused.Stream, KVCache]:
+        """The same for one token a row, in one kernel, where `fused.takes` such a block."""
+        tree = self.variables["params"]
+        attention, mlp = tree["attention"], tree["mlp"]
+        norms = (fused.NormWeights(tree[name]["scale"], tree[name]["bias"]) for name in ("attention_norm", "mlp_norm"))
+        linears = (attention["qkv"], attention["out"], mlp["up"], mlp["down"])
+        qkv, out, up, down = (fused.LinearWeights(each["kernel"], each["bias"]) for each in linears)
+        attention_norm, mlp_norm = norms
+        stream, k_BKSH, v_BKSH = fused.block(
+            stream,
+            fused.Weights(attention_norm, qkv, out, mlp_norm, up, down),
+            positions_B,
+            cache.k[self.layer],
+            cache.v[self.layer],
+            epsilon=self.config.norm_epsilon,
+            scale=self.scale,
+        )
+        return stream, cache.with_layer(self.layer, k_BKSH, v_BKSH)
 
 
 class GPT2(nn.Module):
@@ -126,10 +149,38 @@ class GPT2(nn.Module):
         x_BTD = tokens_BTD + positions_BTD.astype(self.dtype)
         observe(self, "embedding", x_BTD)
         added = None
-        for block in self.blocks:
-            x_BTD, added, cache = block(x_BTD, added, positions_BT, cache)
+        if cache is not None and self._has_steps(positions_BT, cache):
+            stream = fused.Stream.of(x_BTD[:, 0], self.config.mlp_width)
+            for block in self.blocks:
+                stream, cache = block.step(stream, positions_BT[:, 0], cache)
+            x_BTD = stream.x_TD[:, None]
+        else:
+            for block in self.blocks:
+                x_BTD, added, cache = block(x_BTD, added, positions_BT, cache)
         _, hidden_BTD = self.final_norm(x_BTD, added)
         return hidden_BTD, None if cache is None else cache.extended(positions_BT)
+
+    def _has_steps(self, positions_BT: jax.Array, cache: KVCache) -> bool:
+        """Whether the blocks have a kernel for this call, in which nothing can be observed."""
+        config = self.config
+        dtypes = {jnp.dtype(dtype) for dtype in (self.dtype, self.param_dtype, cache.k[0].dtype)}
+        return (
+            positions_BT.shape[1] == 1
+            and len(dtypes) == 1
+            and config.activation == "gelu_tanh"
+            and not packs(config.mxfp4, "linear")
+            and not is_observed(self)
+            and fused.takes(
+                rows=positions_BT.shape[0],
+                heads=config.num_heads,
+                kv_heads=config.num_kv_heads,
+                head_width=config.head_width,
+                width=config.width,
+                mlp_width=config.mlp_width,
+                dtype=cache.k[0].dtype,
+                implementation=self.implementation,
+            )
+        )
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits of hidden states, [..., D] -> [..., V] float32."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.engine import steps
+from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.request import MAX_TOP_LOGPROBS
 from gptjax.errors import RequestError
 from gptjax.language_model import LanguageModel
@@ -32,10 +33,11 @@ def score(lm: LanguageModel, token_ids: Sequence[int], num_top: int) -> PromptSc
     top = min(next(size for size in _TOPS if size >= num_top), lm.config.vocab_size)
     cache = registry.create_cache(lm.model, batch=1, max_length=lm.max_length)
     found: list[tuple[float, tuple[tuple[int, float], ...]]] = []
-    for start, tokens, count in steps.padded_chunks(ids):
-        logits_TV, cache = steps.score_chunk(lm.model, lm.params, cache, tokens, np.int32(start), np.int32(count))
+    params = FlatParams.of(lm.params)
+    for start, count, chunk in steps.padded_chunks(ids):
+        logits_TV, cache = steps.score_chunk(lm.model, params, cache, chunk)
         following = ids[start + 1 : start + count + 1]  # the prompt's last token predicts what is not there
-        targets_T = np.pad(following, (0, len(tokens) - len(following)))
+        targets_T = np.pad(following, (0, len(logits_TV) - len(following)))
         own_T, top_TC, ids_TC = jax.device_get(_scored(logits_TV, targets_T, top))
         if not np.isfinite(own_T[: len(following)]).all():
             raise RequestError("the model's logits for this prompt were not finite, so it cannot be scored")

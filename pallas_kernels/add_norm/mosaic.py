@@ -68,7 +68,9 @@ def add_norm(
     norm = Norm(terms, operands(x_TD, terms, scale_D, bias_D), epsilon, center)
 
     def run(refs: Mapping[str, Value], row: Value) -> None:
-        norm.run(rows.Place.here(spread, refs["meetings"], counts(spread)), refs, row)
+        place = rows.Place.here(spread, refs["meetings"])
+        place.prepare(counts(spread))
+        norm.run(place, refs, row)
 
     scratch_sizes = rows.scratch(EXCHANGES) | scratch(spread)
     out = rows.kernel("add_norm", run, spread, T, norm.operands, results(x_TD, terms), scratch_sizes)

@@ -43,8 +43,7 @@ def attention(
       window: the positions that a query sees, itself included; None for all up to its own.
       cached: the keys lie in a preallocated cache, where position p is at place p mod S: only what is in use is read.
         Otherwise all scores are computed at once, which can be differentiated.
-      implementation: "auto", "mosaic" (bfloat16; for several queries a row by name only), "triton" (for one query a
-        row), both over a cache, or "xla".
+      implementation: "auto", "mosaic" (bfloat16), "triton" (for one query a row), both over a cache, or "xla".
 
     Returns:
       [B, T, N, H], of the queries' dtype. Products take operands of the given dtypes and accumulate in float32.
@@ -58,7 +57,7 @@ def attention(
     available: dict[str, Callable[..., jax.Array]] = {dispatch.XLA: reference.cached if cached else reference.dense}
     wanted = dispatch.wanted(implementation) if cached else dispatch.XLA
     if q_BTNH.shape[1] > 1:
-        if implementation == dispatch.MOSAIC == wanted:  # by name only, until it has been seen on a GPU
+        if wanted == dispatch.MOSAIC:
             from pallas_kernels.attention import mosaic_prefill
 
             if mosaic_prefill.refused(q_BTNH, k_BKSH, v_BKSH, sinks_N, scale=scale) is None:

@@ -304,7 +304,8 @@ def norm_route(
     counts = [*add_norm.counts(spread), sent(spread, E)]
 
     def run(refs: Mapping[str, Value], row: Value) -> None:
-        place = rows.Place.here(spread, refs["meetings"], counts)
+        place = rows.Place.here(spread, refs["meetings"])
+        place.prepare(counts)
         router = Router(refs, row, place, E, top, exchange=add_norm.EXCHANGES)
         # First, for no kernel before has read them: they come from farther away than what the norm waits for.
         loaded = router.begin(router_bias_E.dtype)

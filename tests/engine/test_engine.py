@@ -1,7 +1,9 @@
 """The engine on a small random model: slots, chunks, rows that do not affect each other."""
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import pytest
 from gptjax.config import GPT2Config
 from gptjax.engine import steps
 from gptjax.engine.engine import Engine, Features, prefill, settings_of
+from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.models import registry
@@ -48,6 +51,18 @@ def _run(engine: Engine, requests: list[Request]) -> list:
         if chunk.completion is not None:
             done[number] = chunk.completion
     return [(c.token_ids, c.logprobs, c.finish_reason) for _, c in sorted(done.items())]
+
+
+@contextlib.contextmanager
+def _compilations() -> Iterator[list[str]]:
+    """What is compiled in the body."""
+    compiled: list[str] = []
+    listener = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.clear_event_listeners()
 
 
 MIXED = [  # all kinds of sampling, and of prompt lengths
@@ -123,13 +138,39 @@ def test_a_prompt_in_chunks_gives_what_it_gives_at_once(monkeypatch):
     assert cut.cache.lengths_B.tolist() == [0, 250]
 
 
+def test_flat_parameters_give_what_nested_ones_give():
+    flat = FlatParams.of(PARAMS)
+    assert FlatParams.of(flat) is flat
+    jax.tree.map(np.testing.assert_array_equal, flat.nested(), PARAMS)
+    (_, _, chunk), *_ = steps.padded_chunks(np.arange(40, dtype=np.int32))
+    nested, once = (
+        steps.prefill_chunk(MODEL, params, registry.create_cache(MODEL, batch=1, max_length=300), chunk)
+        for params in (PARAMS, flat)
+    )
+    jax.tree.map(np.testing.assert_array_equal, once, nested)
+
+
+def test_a_chunk_is_where_it_starts_what_counts_and_its_tokens():
+    tokens = np.arange(1, 1061, dtype=np.int32)
+    whole, rest = steps.padded_chunks(tokens)
+    assert [whole[:2], rest[:2]] == [(0, 1024), (1024, 36)]
+    np.testing.assert_array_equal(whole[2], [0, 1024, *tokens[:1024]])
+    np.testing.assert_array_equal(rest[2], [1024, 36, *tokens[1024:], *[0] * 28])
+
+
+def test_another_model_of_the_same_configuration_compiles_nothing():
+    _run(_engine(), MIXED[:1])
+    other = jax.tree.map(lambda leaf: leaf * 2, PARAMS)
+    engine = Engine(registry.build(CONFIG), other, batch=3, max_length=300)
+    with _compilations() as compiled:
+        _run(engine, MIXED[:1])
+        assert compiled == []
+
+
 def test_nothing_is_compiled_after_warm_up():
     engine = _engine()
     _run(engine, MIXED)  # every bucket and every kind of sampling
-    compiled = []
-    listener = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
+    with _compilations() as compiled:
         # Other lengths of the same buckets, one request at a time and together.
         lengths, ids = [7, 140, 2, 290, 40, 50, 257], MIXED[-1].prompt_ids
         others = [dataclasses.replace(r, prompt_ids=ids[:n]) for r, n in zip(MIXED, lengths, strict=True)]
@@ -141,8 +182,6 @@ def test_nothing_is_compiled_after_warm_up():
         assert compiled == []
         jax.jit(lambda x: x * 3.5)(np.ones(3))  # the listener does hear a compilation
         assert compiled != []
-    finally:
-        jax.monitoring.clear_event_listeners()
 
 
 # Not bfloat16: on a CPU, XLA does all of its arithmetic in float32, and converts each layer's cache for it.

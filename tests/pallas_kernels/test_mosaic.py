@@ -120,8 +120,7 @@ def test_auto_takes_kernels_where_they_pay(monkeypatch):
 
     assert "moe_product" in experts(128) and "moe_grouped" in experts(129)
     assert "mosaic_gpu" in product(8) and "mosaic_gpu" not in product(9)
-    # Until the kernel of many queries has run on a GPU.
-    assert "mosaic_gpu" in attended(1) and "mosaic_gpu" not in attended(64)
+    assert "mosaic_gpu" in attended(1) and "prefill_attention" in attended(64)
 
 
 @needs_mosaic

@@ -243,7 +243,7 @@ def _cancel_in_prefill(worker: Worker) -> None:
     original = steps.prefill_chunk
 
     def held(*arguments):
-        if int(arguments[4]) == CHUNK:  # its second chunk
+        if int(arguments[3][0]) == CHUNK:  # its second chunk
             reading.set()
             assert go_on.wait(PATIENCE)
         return original(*arguments)

@@ -1,0 +1,110 @@
+"""GPT-2's block in one kernel: for one token of a few rows, where what costs is that kernels begin and end."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.block import reference
+from pallas_kernels.block.stream import STRIP, Stream, Weights
+
+MOST_ROWS = 8
+_MOST_STRIPS = 32  # whose moments a warp puts together
+_WIDE = 4  # hidden units a column, as all sizes of GPT-2 have it
+_GROUPS = 8  # of multiprocessors, at most: a cluster is all in one of them
+
+
+def takes(
+    *,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    head_width: int,
+    width: int,
+    mlp_width: int,
+    dtype: Any,
+    implementation: str = dispatch.AUTO,
+) -> bool:
+    """Whether there is a kernel for such a block here: on Hopper, for the shapes of all sizes of GPT-2, in bfloat16.
+
+    Args:
+      rows: T, up to `MOST_ROWS`.
+      heads, kv_heads, head_width, width: N, N, 64 and 64 · N, with N up to 32.
+      mlp_width: 4 · width.
+      dtype: of weights, activations and cache.
+    """
+    if dispatch.wanted(implementation) != dispatch.MOSAIC or dtype != jnp.bfloat16 or rows > MOST_ROWS:
+        return False
+    shape = (kv_heads, head_width, width, mlp_width)
+    if shape != (heads, STRIP, STRIP * heads, _WIDE * STRIP * heads) or heads > _MOST_STRIPS:
+        return False
+    return cluster(heads) is not None
+
+
+def cluster(strips: int) -> int | None:
+    """C: how many blocks share a product's inner axis, of a row of so many strips; None where they do not fit.
+
+    All clusters wait for each other: so all must be on the device at once, a block to a multiprocessor. Of those of a
+    group, what is left over by whole clusters may stay empty.
+    """
+    room = [each for each in range(_WIDE, 9) if strips * each <= multiprocessors() - _GROUPS * (each - 1)]
+    return min(room, key=lambda each: (-(-strips // each), each), default=None)
+
+
+def multiprocessors() -> int:
+    """Of the device; an H200's where there is none, as when kernels are only lowered."""
+    return getattr(jax.devices()[0], "core_count", None) or 132
+
+
+def block(
+    stream: Stream,
+    weights: Weights,
+    positions_T: jax.Array,
+    k_TNSH: jax.Array,
+    v_TNSH: jax.Array,
+    *,
+    epsilon: float,
+    scale: float,
+    implementation: str = dispatch.AUTO,
+) -> tuple[Stream, jax.Array, jax.Array]:
+    """GPT-2's block over a cache, to which the rows' new keys and values are added.
+
+    Means, with LayerNorm, the tanh form of GELU, and what is rounded to bfloat16 in brackets; all else is float32:
+
+        q, k, v        = heads of [[attention_norm(x)] · qkv.kernel + qkv.bias]
+        cache[t, n, p] = k, v at p = positions[t], if that is not negative
+        y              = softmax(q · cached k · scale) · cached v, over places 0 … p; 0 for a negative position
+        x              = [x + [y] · out.kernel + out.bias]
+        x              = [x + [gelu([[mlp_norm(x)] · up.kernel + up.bias])] · down.kernel + down.bias]
+
+    Args:
+      stream: one row a token.
+      weights: of x's dtype.
+      positions_T: int32, less than S.
+      k_TNSH, v_TNSH: of x's dtype: position p of a row lies at place p. Updated in place where donated. What lies at
+        other places than those before a row's position has no influence, not even NaN.
+      epsilon: of the norms.
+      scale: what scores are multiplied with.
+      implementation: "auto", "mosaic" (what `takes` says yes to) or "xla".
+
+    Returns:
+      The stream and the cache. A row's bits do not depend on the other rows, for a given T.
+
+    Raises:
+      ValueError: an unknown implementation, or one that does not take these operands.
+    """
+    available: dict[str, Callable[..., Any]] = {dispatch.XLA: reference.block}
+    T, D = stream.x_TD.shape
+    _, N, _, H = k_TNSH.shape
+    shape = {"rows": T, "heads": N, "kv_heads": N, "head_width": H, "width": D}
+    arrays = (stream.x_TD, k_TNSH, v_TNSH, *jax.tree.leaves(weights))
+    dtype = stream.x_TD.dtype if len({each.dtype for each in arrays}) == 1 else None
+    if takes(**shape, mlp_width=weights.up.bias.shape[0], dtype=dtype, implementation=implementation):
+        from pallas_kernels.block import mosaic
+
+        available[dispatch.MOSAIC] = partial(mosaic.block, blocks=cluster(N))
+    run = dispatch.choose("block", implementation, available)
+    return run(stream, weights, positions_T, k_TNSH, v_TNSH, epsilon=epsilon, scale=scale)

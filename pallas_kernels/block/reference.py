@@ -1,0 +1,49 @@
+"""GPT-2's block in jnp, which XLA compiles: from the references of what it is made of."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.add_norm.reference import add_norm
+from pallas_kernels.attention.reference import dense
+from pallas_kernels.block.stream import LinearWeights, NormWeights, Stream, Weights, moments
+
+
+def block(
+    stream: Stream,
+    weights: Weights,
+    positions_T: jax.Array,
+    k_TNSH: jax.Array,
+    v_TNSH: jax.Array,
+    *,
+    epsilon: float,
+    scale: float,
+) -> tuple[Stream, jax.Array, jax.Array]:
+    """See `api.block`. What clusters would tell each other stays as it is."""
+    T, N, S, H = k_TNSH.shape
+
+    def normed(x_TD: jax.Array, norm: NormWeights) -> jax.Array:
+        return add_norm(x_TD, None, *norm, epsilon=epsilon, center=True)[1]
+
+    x_TD = stream.x_TD
+    qkv_TRH = _product(normed(x_TD, weights.attention_norm), weights.qkv).astype(x_TD.dtype).reshape(T, 3 * N, H)
+    q_TNH, *new = jnp.split(qkv_TRH, 3, axis=1)
+    place_T = jnp.where(positions_T < 0, S, positions_T)  # beyond the last, such updates are dropped
+    k_TNSH, v_TNSH = (
+        old.at[jnp.arange(T), :, place_T].set(each, mode="drop")
+        for old, each in zip((k_TNSH, v_TNSH), new, strict=True)
+    )
+    places_TS = jnp.where(jnp.arange(S) <= positions_T[:, None], jnp.arange(S, dtype=jnp.int32), -1)
+    heads_T1NH = dense(q_TNH[:, None], k_TNSH, v_TNSH, positions_T[:, None], places_TS, scale=scale)
+    x_TD = _added(x_TD, _product(heads_T1NH.reshape(T, N * H), weights.out))
+    hidden_TF = _product(normed(x_TD, weights.mlp_norm), weights.up).astype(x_TD.dtype)
+    hidden_TF = jax.nn.gelu(hidden_TF.astype(jnp.float32), approximate=True).astype(x_TD.dtype)
+    x_TD = _added(x_TD, _product(hidden_TF, weights.down))
+    return Stream(x_TD, moments(x_TD), stream.cleared_W, stream.used_W), k_TNSH, v_TNSH
+
+
+def _product(x_TK: jax.Array, linear: LinearWeights) -> jax.Array:
+    return jnp.dot(x_TK, linear.kernel, preferred_element_type=jnp.float32) + linear.bias.astype(jnp.float32)
+
+
+def _added(x_TD: jax.Array, y_TD: jax.Array) -> jax.Array:
+    return (x_TD.astype(jnp.float32) + y_TD).astype(x_TD.dtype)

@@ -1,0 +1,152 @@
+"""`pallas_kernels.block` against float64 NumPy. The kernel is lowered everywhere, and run on Hopper."""
+
+import dataclasses
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.config import PUBLISHED
+from gptjax.engine import steps
+from gptjax.models import registry
+from pallas_kernels import block as package
+from pallas_kernels import dispatch
+from pallas_kernels.block import api
+from pallas_kernels.block.stream import moments
+from tests.oracles import block_numpy
+from tests.oracles.block_numpy import EPSILON, SCALE, Operands
+
+lowers = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic kernels are for JAX 0.11 and newer")
+needs_hopper = pytest.mark.skipif(dispatch.preferred() != dispatch.MOSAIC, reason="needs a Hopper GPU")
+
+run = partial(package.block, epsilon=EPSILON, scale=SCALE)
+SHAPES = [(25, 1, 1024), (12, 1, 1024), (12, 8, 1024), (25, 8, 640), (16, 3, 640), (20, 2, 256), (12, 5, 72), (4, 4, 8)]
+
+
+def _check(given: Operands, result: tuple[Any, ...], dtype: Any, allowed: float) -> None:
+    stream, k_TNSH, v_TNSH = result
+    expected, k_TNH, v_TNH = block_numpy.block(given, dtype)
+    x = np.asarray(given.stream.x_TD.astype(jnp.float32), np.float64)
+    actual = np.asarray(stream.x_TD.astype(jnp.float32), np.float64)
+    # Of what is added: x itself is the larger part of the sum, and exact.
+    assert np.linalg.norm(actual[:, 1:] - expected[:, 1:]) <= allowed * np.linalg.norm((expected - x)[:, 1:])
+    np.testing.assert_allclose(stream.moments_TN2, moments(stream.x_TD), rtol=1e-4, atol=1e-3)
+    for old, new, added in ((given.k_TNSH, k_TNSH, k_TNH), (given.v_TNSH, v_TNSH, v_TNH)):
+        old, new = (np.asarray(each.astype(jnp.float32)) for each in (old, new))
+        for row, position in enumerate(np.asarray(given.positions_T)):
+            if position >= 0:
+                np.testing.assert_allclose(new[row, :, position], added[row], rtol=2**-6, atol=2**-8)
+            rest = np.arange(old.shape[2]) != position
+            np.testing.assert_array_equal(new[row][:, rest], old[row][:, rest])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 4, 16), (2, 1, 8), (3, 8, 32)], ids=str)
+def test_the_reference_agrees_with_numpy(shape, dtype):
+    given = block_numpy.operands(*shape, dtype)
+    allowed = 1e-5 if dtype == jnp.float32 else 2e-2
+    _check(given, jax.jit(partial(run, implementation="xla"))(*given), dtype, allowed)
+
+
+def test_only_what_is_gpt2_in_bfloat16_is_taken():
+    shape = {"heads": 12, "kv_heads": 12, "head_width": 64, "width": 768, "mlp_width": 3072}
+    taken = {"rows": 1, "dtype": jnp.bfloat16, "implementation": "mosaic"} | shape
+    has_mosaic = jax.__version_info__ >= (0, 11)
+    assert api.takes(**taken) == has_mosaic
+    for other in (
+        {"rows": 9},
+        {"dtype": jnp.float32},
+        {"kv_heads": 4},
+        {"mlp_width": 3000},
+        {"implementation": "xla"},
+        {"heads": 64, "kv_heads": 64, "width": 4096, "mlp_width": 16384},
+    ):
+        assert not api.takes(**taken | other), other
+
+
+def test_what_does_not_fit_on_the_device_at_once_is_not_taken(monkeypatch):
+    # All clusters wait for each other: too few multiprocessors would wait for ever.
+    for count in (0, 16, 60, 78, 114, 132, 144):
+        monkeypatch.setattr(api, "multiprocessors", lambda count=count: count)
+        for strips in range(1, 33):
+            blocks = api.cluster(strips)
+            if blocks is None:
+                continue
+            assert 4 <= blocks <= 8
+            # Whatever groups of at least eight they lie in, whole clusters fit.
+            groups = [count // 8 + (group < count % 8) for group in range(8)]
+            assert sum(group // blocks for group in groups) >= strips
+    monkeypatch.setattr(api, "multiprocessors", lambda: 132)
+    assert [api.cluster(strips) for strips in (12, 16, 20, 25)] == [6, 4, 5, 4]
+
+
+def test_a_name_without_a_kernel_is_refused():
+    given = block_numpy.operands(2, 1, 8, jnp.float32)
+    with pytest.raises(ValueError, match="block has no implementation 'mosaic' for these operands; it has xla"):
+        run(*given, implementation="mosaic")
+
+
+def _cuda(function: Any, *operands: Any) -> str:
+    return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@lowers
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_kernel_lowers_for_cuda_and_fits(shape):
+    N, T, S = shape
+    weights = block_numpy.operands(N, T, 8, jnp.bfloat16)
+    cache = jax.ShapeDtypeStruct((T, N, S, 64), jnp.bfloat16)
+    text = _cuda(partial(run, implementation="mosaic"), *weights[:3], cache, cache)
+    assert text.count("custom_call @mosaic_gpu") == 1
+    # A block has a multiprocessor to itself: 227 KiB of shared memory.
+    sizes = [int(size) for size in re.findall(r"dynamic_shared_memory_size \D*(\d+)", text)]
+    from pallas_kernels.block.plan import Plan
+
+    plan = Plan(rows=T, strips=N, blocks=api.cluster(N) or 0, places=S, scale=SCALE, epsilon=EPSILON)
+    sizes.append(sum(-(-np.prod(each.shape) * each.dtype.itemsize // 1024) * 1024 for each in plan.scratch().values()))
+    assert max(sizes) <= 226 * 1024
+    assert plan.stages >= 4  # boxes that are waited for together
+
+
+@lowers
+@pytest.mark.parametrize(("batch", "taken"), [(1, True), (8, True), (9, False)])
+def test_a_model_decodes_by_it(batch, taken, monkeypatch):
+    monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
+    config = dataclasses.replace(PUBLISHED["gpt2"], num_layers=2, vocab_size=64)
+    model = registry.build(config, dtype=jnp.bfloat16)
+    params = registry.random_params(model)
+    state = steps.init_state(model, batch=batch, max_length=64)
+    operands = params, state, np.zeros(batch, np.int32), np.ones(batch, bool)
+    text = steps.advance.trace(model, *operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("gpt2_block" in text) == taken
+    assert ("append_to_cache" in text) != taken
+
+
+@needs_hopper
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_kernel_agrees_with_numpy(shape):
+    given = block_numpy.operands(*shape, jnp.bfloat16)
+    kernel = jax.jit(partial(run, implementation="mosaic"))
+    result = kernel(*given)
+    _check(given, result, jnp.bfloat16, 2e-2)
+    again = kernel(*given)
+    np.testing.assert_array_equal(*(each[0].x_TD.astype(jnp.float32) for each in (result, again)))
+    # What clusters tell each other: the next block finds it as this one did.
+    stream, k_TNSH, v_TNSH = result
+    assert (np.asarray(stream.cleared_W) == 0xFFFFFFFF).all()
+    following = kernel(stream, given.weights, given.positions_T, k_TNSH, v_TNSH)
+    _check(given._replace(stream=stream), following, jnp.bfloat16, 2e-2)
+
+
+@needs_hopper
+def test_rows_do_not_depend_on_each_other():
+    given = block_numpy.operands(12, 8, 256, jnp.bfloat16)
+    kernel = jax.jit(partial(run, implementation="mosaic"))
+    x_TD = kernel(*given)[0].x_TD
+    other = given.stream.x_TD.at[1:].set(0)
+    changed = kernel(given.stream.of(other, 3072), *given[1:])[0].x_TD
+    np.testing.assert_array_equal(changed[0].astype(jnp.float32), x_TD[0].astype(jnp.float32))
