@@ -164,17 +164,17 @@ def run(cases: Mapping[Case, Sequence[str]], names: Sequence[str], *, repeats: i
 
 def _expected(case: Case) -> np.ndarray:
     (operands,) = case.copies(1, "xla")
-    return case.expected(case.x(), operands)
+    return case.expected(case.x(1), operands)
 
 
 def _measure(case: Case, implementation: str, expected: np.ndarray, *, repeats: int) -> tuple[Figure, float, int]:
     """Times of a call in a chain, its relative error, and the bytes read between two uses of a weight."""
-    x = case.x()
+    count = min(_MOST_CALLS, -(-_APART // case.bytes))
+    x, copies = case.x(count), case.copies(count, implementation)
 
-    def call(x: jax.Array, operands: Any) -> jax.Array:
+    def call(x: Any, operands: Any) -> Any:
         return case.call(x, operands, implementation)
 
-    copies = case.copies(min(_MOST_CALLS, -(-_APART // case.bytes)), implementation)
     alone = jax.jit(call)
     found = np.asarray(case.sample(alone(x, copies[0]))).astype(np.float64)
     error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
@@ -185,15 +185,15 @@ def _measure(case: Case, implementation: str, expected: np.ndarray, *, repeats: 
 
 
 def _program(
-    call: Callable[[jax.Array, Any], jax.Array], following: Callable[[jax.Array, jax.Array], jax.Array]
-) -> Callable[[jax.Array, Sequence[Any]], jax.Array]:
+    call: Callable[[Any, Any], Any], following: Callable[[Any, Any], Any]
+) -> Callable[[Any, Sequence[Any]], Any]:
     """Calls with these operands, one after the other. Each operand is an argument of its own, also where two are the
     same array: what could be computed from it alone, such as a weight transposed, is not shared between calls.
     """
 
     # The donated buffer keeps the addresses of each run the same, as recorded launches (CUDA graphs) like them.
     @partial(jax.jit, donate_argnums=0)
-    def program(x: jax.Array, chain: Sequence[Any]) -> jax.Array:
+    def program(x: Any, chain: Sequence[Any]) -> Any:
         for operands in chain:
             x = following(x, call(x, operands))
         return x
@@ -202,18 +202,18 @@ def _program(
 
 
 def _chain(
-    call: Callable[[jax.Array, Any], jax.Array],
-    following: Callable[[jax.Array, jax.Array], jax.Array],
-    x: jax.Array,
+    call: Callable[[Any, Any], Any],
+    following: Callable[[Any, Any], Any],
+    x: Any,
     chain: Sequence[Any],
     *,
     repeats: int,
 ) -> Figure:
     """Seconds of a call, in a chain with these operands that is run several times without waiting between."""
     program = _program(call, following)
-    held = jnp.copy(x)
+    held = jax.tree.map(jnp.copy, x)
 
-    def turn(times: int) -> jax.Array:
+    def turn(times: int) -> Any:
         nonlocal held
         for _ in range(times):
             held = program(held, chain)
@@ -249,7 +249,7 @@ def tune(case: Case, implementation: str, *, repeats: int) -> Iterator[Attempt |
     """Tries the settings of every key that the implementation asks `tiles.lookup` about, one key after the other."""
     taken: dict[tiles.Key, tiles.Settings] = {}
     try:
-        x, (operands,) = jax.eval_shape(lambda: (case.x(), case.copies(1, implementation)))
+        x, (operands,) = jax.eval_shape(lambda: (case.x(1), case.copies(1, implementation)))
         with tiles.trial({}) as asked:
             jax.eval_shape(lambda x, operands: case.call(x, operands, implementation), x, operands)
     except Exception as error:  # of a kernel that is tried out: the others go on

@@ -1,8 +1,10 @@
 """Kernels alone: the cases against oracles and counts by hand, what a chain keeps, tuning, and the command."""
 
+import dataclasses
 import importlib.util
 import json
 import math
+import re
 import sys
 import types
 from typing import Any
@@ -18,15 +20,17 @@ from gptjax.bench import Figure
 from gptjax.cli import main
 from gptjax.config import PUBLISHED
 from gptjax.kernel_bench import Attempt, Ceilings, KernelResult, NotRun
-from gptjax.kernel_cases import Attention, Experts, Product
+from gptjax.kernel_cases import Attention, Block, Experts, Product, product
+from gptjax.kernel_cases.block import Carried
 from pallas_kernels import tiles
-from tests.oracles import attention_numpy, moe_numpy
+from tests.oracles import attention_numpy, block_numpy, moe_numpy
 
 PRODUCT = Product(3, "float32", 40, 700)
 EXPERTS = Experts(3, "float32", 96, 64, 7, 2, packed=True, alpha=1.702, limit=7.0)
 FULL = Attention(5, "float32", 6, 2, 16, 24, ring=False, sinks=False)
 RING = Attention(2, "float32", 6, 2, 16, 24, ring=True, sinks=True)
-CASES = [PRODUCT, EXPERTS, FULL, RING]
+BLOCK = Block(5, "float32", 3, 64, 320, 24, block_numpy.EPSILON)
+CASES = [PRODUCT, EXPERTS, FULL, RING, BLOCK]
 CEILINGS = Ceilings(copy=4e9, read=5e9, flops=1e12, link=1e-6)
 
 
@@ -66,6 +70,11 @@ def test_the_cases_are_the_shapes_of_the_models():
         assert (f"64 heads on 8·64, {positions}", rows) in attention
     assert len(set(attention)) == len(attention)
     assert _shapes("attention", "gpt2") == [("12 heads on 12·64, 512", rows) for rows in (1, 8, 32)]
+    assert _shapes("block", "gpt2", "gpt-oss-20b", "gpt2-xl") == [
+        (shape, rows)
+        for shape in ("12 heads of 64, 768→3072→768, 512", "25 heads of 64, 1600→6400→1600, 512")
+        for rows in (1, 8)
+    ]
 
 
 def test_models_share_cases_and_other_sizes_can_be_asked_for():
@@ -77,7 +86,14 @@ def test_models_share_cases_and_other_sizes_can_be_asked_for():
         ("12 heads on 12·64, 64", 2),
         ("12 heads on 12·64, 1000", 2),
     ]
+    assert _shapes("block", "gpt2", rows=[2], positions=[64, 2000]) == [("12 heads of 64, 768→3072→768, 64", 2)]
     assert _shapes("moe", "gpt2") == []
+
+
+@pytest.mark.parametrize("other", [{"activation": "relu"}, {"mxfp4": "linear"}, {"num_heads": 6}], ids=str)
+def test_other_blocks_than_those_that_the_operation_means_are_none_of_it(other):
+    config = dataclasses.replace(PUBLISHED["gpt2"], **other)
+    assert kernel_cases.cases({"other": config}, dtype="bfloat16", operations=["block"]) == {}
 
 
 def test_bytes_and_flops_are_those_counted_by_hand():
@@ -90,6 +106,10 @@ def test_bytes_and_flops_are_those_counted_by_hand():
     cache = Attention(8, "bfloat16", 64, 8, 64, 2048, ring=False, sinks=True)
     assert cache.bytes == 8 * 2 * 8 * 2048 * 64 * 2
     assert cache.flops == 8 * 2 * 2 * 64 * 2048 * 64
+    block = Block(8, "bfloat16", 12, 64, 3072, 512, 1e-5)
+    weights = 768 * (3 * 768 + 768 + 3072 + 3072)
+    assert block.bytes == 2 * (weights + 8 * 2 * 512 * 768)
+    assert block.flops == 8 * 2 * (weights + 2 * 512 * 768)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "mosaic"])
@@ -97,21 +117,30 @@ def test_every_case_of_full_size_has_operands_that_fit(implementation):
     """Nothing is computed. Of an implementation there is only its layout of the weights, which this must not break."""
     models = {name: PUBLISHED[name] for name in ("gpt2", "gpt2-xl", "gpt-oss-20b", "gpt-oss-120b")}
     for case in kernel_cases.cases(models, dtype="bfloat16"):
-        x, (operands,) = jax.eval_shape(lambda case=case: (case.x(), case.copies(1, implementation)))
+        x, (operands,) = jax.eval_shape(lambda case=case: (case.x(1), case.copies(1, implementation)))
         if case.operation != "moe":
-            read = [leaf for leaf in jax.tree.leaves(operands) if leaf.dtype == jnp.bfloat16 and leaf.size > 1000]
+            leaves = jax.tree.leaves((operands, x.caches) if isinstance(case, Block) else operands)
+            read = [leaf for leaf in leaves if leaf.dtype == jnp.bfloat16 and leaf.ndim > 1]
             assert 2 * sum(leaf.size for leaf in read) == case.bytes
         if implementation == "xla":
             out = jax.eval_shape(lambda x, operands, case=case: case.call(x, operands, "xla"), x, operands)
             following = jax.eval_shape(case.following, x, out)
-            assert (following.shape, following.dtype) == (x.shape, x.dtype)
+            assert _avals(following) == _avals(x)
+
+
+def _avals(tree: Any) -> list[tuple[Any, Any]]:
+    return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
 
 
 def _numbers(packed: Any) -> np.ndarray:
     return np.asarray(packed.dequantize(), np.float64).swapaxes(1, 2)
 
 
-def _oracle(case: Any, x: Any, operands: Any) -> np.ndarray:
+def _oracle(case: Any, x: Any, operands: Any) -> Any:
+    if case is BLOCK:
+        given = block_numpy.Operands(x.stream, operands.weights, operands.positions_T, *x.caches[operands.copy])
+        x_TD, _, _ = block_numpy.block(given, jnp.float32)
+        return dataclasses.replace(x, stream=dataclasses.replace(x.stream, x_TD=x_TD))
     x = np.asarray(x, np.float64)
     if case is PRODUCT:
         return x @ np.asarray(operands, np.float64)
@@ -128,7 +157,7 @@ def _oracle(case: Any, x: Any, operands: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operation} {case.shape}")
 def test_what_is_expected_is_what_the_oracle_says(case):
-    x, copies = case.x(), case.copies(2, "xla")
+    x, copies = case.x(2), case.copies(2, "xla")
     for operands in copies:
         oracle = np.asarray(case.sample(_oracle(case, x, operands)))
         np.testing.assert_allclose(case.expected(x, operands), oracle, rtol=0, atol=1e-12)
@@ -170,10 +199,15 @@ def test_each_call_of_a_chain_waits_for_the_one_before(case):
     """What the first call is given, such as NaN, reaches the last."""
     operands = case.copies(3, "xla")
     program = kernel_bench._program(lambda x, each: case.call(x, each, "xla"), case.following)
-    assert np.isfinite(program(case.x(), operands)).all()
-    assert np.isnan(program(jnp.full_like(case.x(), jnp.nan), operands)).any()
-    middle = [operands[0], jax.tree.map(lambda leaf: _poisoned(leaf), operands[1]), operands[2]]
-    assert np.isnan(program(case.x(), middle)).any()
+    assert np.isfinite(_rows(program(case.x(3), operands))).all()
+    assert np.isnan(_rows(program(jax.tree.map(_poisoned, case.x(3)), operands))).any()
+    middle = [operands[0], jax.tree.map(_poisoned, operands[1]), operands[2]]
+    assert np.isnan(_rows(program(case.x(3), middle))).any()
+
+
+def _rows(x: Any) -> jax.Array:
+    """Of what a call gives the next, without the caches, of which each copy has its own."""
+    return BLOCK.sample(x) if isinstance(x, Carried) else x
 
 
 def _poisoned(leaf: jax.Array) -> jax.Array:
@@ -185,9 +219,24 @@ def test_no_call_of_a_chain_is_left_out_or_made_smaller():
     case = Product(3, "float32", 40, 700)
     (kernel,) = case.copies(1, "xla")
     program = kernel_bench._program(lambda x, each: case.call(x, each, "xla"), case.following)
-    text = program.lower(case.x(), [kernel] * 5).compile().as_text()
+    text = program.lower(case.x(1), [kernel] * 5).compile().as_text()
     products = [line for line in text.splitlines() if "f32[3,700]" in line and (" dot(" in line or "gemm" in line)]
     assert len(products) == 5
+
+
+def test_a_chain_of_blocks_updates_caches_in_place():
+    """Each copy of a cache would be in the time."""
+    program = kernel_bench._program(lambda x, each: BLOCK.call(x, each, "xla"), BLOCK.following)
+    x, copies = BLOCK.x(2), BLOCK.copies(2, "xla")
+    compiled = program.lower(x, [copies[turn % 2] for turn in range(5)]).compile()
+    cache = x.caches[0][0]
+    assert compiled.memory_analysis().alias_size_in_bytes >= 4 * cache.nbytes
+    shape = f"f32[{','.join(map(str, cache.shape))}]"
+    assert not re.findall(rf"= {re.escape(shape)}\S* copy\(", compiled.as_text())
+    old = [np.asarray(leaf) for leaf in jax.tree.leaves(x.caches)]
+    for before, after in zip(old, jax.tree.leaves(program(x, copies).caches), strict=True):
+        np.testing.assert_array_equal(after[:, :, :-1], before[:, :, :-1])
+        assert not np.array_equal(after[:, :, -1], before[:, :, -1])
 
 
 def test_a_following_input_is_the_one_before():
@@ -208,8 +257,8 @@ def test_right_results_have_no_error_to_speak_of_and_what_cannot_run_is_told(cas
 
 
 def test_wrong_results_have_an_error(monkeypatch):
-    right = kernel_cases.matvec
-    monkeypatch.setattr(kernel_cases, "matvec", lambda *args, **options: 1.25 * right(*args, **options))
+    right = product.matvec
+    monkeypatch.setattr(product, "matvec", lambda *args, **options: 1.25 * right(*args, **options))
     (result,) = kernel_bench.run({PRODUCT: ["one"]}, ["xla"], repeats=1)
     assert result.error == pytest.approx(0.25, rel=1e-3)
 
@@ -228,7 +277,7 @@ def test_the_ceilings_are_the_devices():
 @pytest.fixture
 def tunable(monkeypatch):
     """`matvec` of an implementation that reads its settings: it is as slow as they say, wrong or out of memory."""
-    right = kernel_cases.matvec
+    right = product.matvec
 
     def matvec(x_TD, kernel_DN, *, implementation):
         settings = tiles.lookup("cpu", f"matvec/{implementation}", {"rows": len(x_TD), "in": x_TD.shape[1]})
@@ -245,7 +294,7 @@ def tunable(monkeypatch):
     module = types.ModuleType("pallas_kernels.matvec.fake")
     module.tunable = lambda shape: [{"times": times} for times in (30, 0, 1, 2000, 60)]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(kernel_cases, "matvec", matvec)
+    monkeypatch.setattr(product, "matvec", matvec)
     return tiles.key("matvec/fake", {"rows": 3, "in": 40})
 
 
@@ -333,8 +382,9 @@ def test_the_command_plots(ceilings, tmp_path, capsys):
         (["--kernels", "--plot", "a.txt"], ".png, .pdf or .svg"),
         (["--kernels", "--versus", "transformers"], "leave out --kernels"),
         (["--tune", "--json"], "leave out --json"),
-        (["--kernels", "gpt2"], "there is no operation 'gpt2', there are moe, matvec, attention"),
+        (["--kernels", "gpt2"], "there is no operation 'gpt2', there are moe, matvec, attention, block"),
         (["gpt2-tales", "--kernels", "moe"], "gpt2-tales has none of moe"),
+        (["gpt-oss-tales", "--kernels", "block"], "gpt-oss-tales has none of block"),
         (["--random", "gpt5", "--kernels"], "gpt2-xl"),
         (["--kernels", "--batch", "0"], "--batch must be at least 1"),
         (["gpt2-tales", "--tune"], "has settings to try"),

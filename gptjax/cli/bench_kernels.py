@@ -78,7 +78,8 @@ def _print_ceilings(title: str, ceilings: "Ceilings") -> None:
         f"{title}: a large copy moves {readable(int(ceilings.copy))}/s, a large sum reads "
         f"{readable(int(ceilings.read))}/s, a large product does {ceilings.flops / 1e12:.3g} TFLOP/s"
     )
-    print(f"within each time, but attention's: {1e6 * ceilings.link:.1f} µs for making an input of the last result")
+    made = f"{1e6 * ceilings.link:.1f} µs for making an input of the last result"
+    print(f"within each time, but attention's and a block's: {made}")
     print(_HEADS, flush=True)
 
 
