@@ -7,7 +7,7 @@ ARGS ?=  # for pytest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test unit lint oracle slow examples clean
+.PHONY: demo test unit lint oracle slow clients examples clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gptjax generate "Once upon a time there was" --echo --max-tokens 160 --temperature 0.6 --seed 6
@@ -26,9 +26,15 @@ lint: $(VENV)/.installed-test
 oracle: $(VENV)/.installed-oracle
 	$(BIN)/python -m pytest -m oracle -n 2
 
-# Gigabytes of disk: converting a random gpt2-xl within its memory limit.
+# Gigabytes of disk: converting a random gpt2-xl within its memory limit. Minutes: servers under load.
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
+
+# The server's real clients; needs curl, and Chromium (apt install chromium). A picture of the chat page is left in build/.
+clients: $(VENV)/.installed-clients
+	mkdir -p build
+	ARTIFACTS=build $(BIN)/python -m pytest -m clients tests/server
+	for major in 1 2; do PYTHONPATH=$(VENV)/openai-$$major $(BIN)/python -m pytest -m clients tests/server/test_openai.py || exit 1; done
 
 examples: $(VENV)/.installed
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python -W error::DeprecationWarning:gptjax $$script || exit 1; done
@@ -47,6 +53,13 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 $(VENV)/.installed-oracle: $(VENV)/.installed-test
 	$(PIP) -e '.[oracle]'
+	touch $@
+
+# OpenAI's library is installed in its newest version, and in older ones beside.
+$(VENV)/.installed-clients: $(VENV)/.installed-test
+	$(PIP) -e '.[clients]'
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/openai-1 openai==1.109.1
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/openai-2 openai==2.6.1
 	touch $@
 
 clean:

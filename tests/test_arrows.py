@@ -31,6 +31,7 @@ ROOMS = [
     ["gptjax.evaluate", "gptjax.compare"],
     ["gptjax.bench", "gptjax.quantization", "gptjax.verify", "gptjax.doctor", "gptjax.kernel_cases"],
     ["gptjax.kernel_bench"],
+    ["gptjax.server"],
     ["gptjax.cli", "gptjax.__main__"],
 ]
 # Console scripts stand above the packages they are in.

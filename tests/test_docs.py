@@ -37,11 +37,14 @@ GPT_OSS_DEMO = ROOT / "gptjax" / "demo" / "gpt-oss-tales"
 
 NOT_RUN = {
     ("README.md", "needs torch"),
+    ("README.md", "serves until it is told to end"),
     ("docs/gpt-oss.md", "needs a download"),
     ("docs/gpt-oss.md", "needs torch"),
     ("docs/precision-and-cost.md", "needs torch"),
     ("docs/profiling.md", "prints to the log"),
     ("docs/profiling.md", "takes minutes"),
+    ("docs/serving.md", "needs a server"),
+    ("docs/serving.md", "serves until it is told to end"),
     ("docs/troubleshooting.md", "needs a download"),
     ("docs/troubleshooting.md", "needs a pickle file and transformers"),
     ("docs/troubleshooting.md", "needs another checkpoint"),
@@ -166,10 +169,11 @@ def _commands(text: str) -> Iterator[tuple[list[str], str | None]]:
             yield words[1:], piped
 
 
-def _known() -> set[str]:
+def _known() -> dict[str, Any]:
+    """The parser of each command."""
     (actions,) = (action for action in _parser()._actions if action.dest == "command")
     assert isinstance(actions.choices, dict)
-    return set(actions.choices)
+    return actions.choices
 
 
 @each_page
@@ -509,8 +513,10 @@ def test_a_quoted_message_is_what_the_code_says(name, lm, tmp_path, monkeypatch)
 
 def test_options_and_variables_of_the_pages_exist():
     source = "\n".join(path.read_text() for path in (ROOT / "gptjax").rglob("*.py"))
+    serve = _known()["serve"]._option_string_actions
     for page in PAGES:
         for name in re.findall(r"\bGPTJAX_[A-Z_]+\b", page.read_text()):
-            assert name in source, name
+            option = "--" + name.removeprefix("GPTJAX_SERVE_").lower().replace("_", "-")
+            assert option in serve if name.startswith("GPTJAX_SERVE_") else name in source, name
         for name in re.findall(r"`(\w*Error)`", _prose(page)):
             assert hasattr(gptjax, name) or hasattr(builtins, name), name

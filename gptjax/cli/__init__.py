@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptjax import __version__
-from gptjax.cli import bench, chat, compare, doctor, generate, info, perplexity, validate_quant, verify
+from gptjax.cli import bench, chat, compare, doctor, generate, info, perplexity, serve, validate_quant, verify
 from gptjax.cli.common import add_command
 from gptjax.errors import GptjaxError
 
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gptjax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for command in (generate, chat, info, doctor, compare, bench, verify, perplexity, validate_quant):
+    for command in (generate, chat, serve, info, doctor, compare, bench, verify, perplexity, validate_quant):
         command.add(commands)
     _add_convert(commands)
     return parser

@@ -12,13 +12,17 @@ from gptjax import sampling
 from gptjax.cache import KVCache
 from gptjax.engine import steps
 from gptjax.engine.flat_params import AnyParams, FlatParams
-from gptjax.engine.request import MAX_TOP_LOGPROBS, Request, SamplingParams
+from gptjax.engine.prefixes import Prefixes
+from gptjax.engine.request import Request
+from gptjax.engine.settings import Features as Features
+from gptjax.engine.settings import settings_of as settings_of
 from gptjax.models import registry
 from gptjax.models.registry import Model
 
 # Beside an H200, asking for one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (hundreds of
 # arrays go with each call), which is more than the device takes to compute it.
 _STEPS_PER_DISPATCH = 8
+_MOST_PROMPTS = 8  # short ones that are read between two steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +52,24 @@ class _Chunk:
         return self.on_host
 
 
+@dataclasses.dataclass
+class _Filling:
+    """A prompt that is being read into the cache of one row, for a slot."""
+
+    slot: int
+    request: Request
+    tokens: np.ndarray  # int32 [T]
+    cuts: deque[tuple[int, int, int]]  # start, tokens and bucket of the chunks that are left
+    whole: int  # where the last whole chunk ends
+    rings: steps.Rings | None = None  # as they were there
+    logits_1V: jax.Array | None = None  # of the last chunk that the device was asked for
+
+
 class Engine:
     """A batch of `batch` slots. Not thread-safe: one engine belongs to one thread at a time.
 
     `admit` prefills a request into a free slot, `step` gives the busy slots their next tokens, `release` frees a slot.
+    `begin` and `fill` are `admit` in parts, a chunk of the prompt at a time, with steps of the other slots between.
     A slot that has filled its cache must be released; until then its further tokens are -1.
 
     The device is asked for one step at a time, or for a chunk of `steps_per_dispatch`, where asking takes the host
@@ -63,9 +81,26 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, params: AnyParams, *, batch: int, max_length: int, steps_per_dispatch: int | None = None
+        self,
+        model: Model,
+        params: AnyParams,
+        *,
+        batch: int,
+        max_length: int,
+        steps_per_dispatch: int | None = None,
+        chunk: int = steps.LARGEST_CHUNK,
+        levels: Sequence[Features] = (),
+        reuse: bool = False,
     ):
-        """`steps_per_dispatch` is 1 on a CPU if not given, and 8 elsewhere."""
+        """An engine of empty slots.
+
+        Args:
+          steps_per_dispatch: 1 on a CPU if not given, and 8 elsewhere.
+          chunk: prompt tokens in one call, at most: a power of two. Results depend on it, by rounding.
+          levels: sets of features to choose from, each with all of the one before: the first that the requests of the
+            moment can do with is computed. Left out, it is what any request so far has used.
+          reuse: go on from what a slot still holds of a prompt's whole chunks, rather than read them again.
+        """
         if steps_per_dispatch is None:
             steps_per_dispatch = 1 if jax.default_backend() == "cpu" else _STEPS_PER_DISPATCH
         if steps_per_dispatch < 1:
@@ -74,12 +109,17 @@ class Engine:
         self._params = FlatParams.of(params)
         self.max_length = max_length
         self.steps_per_dispatch = steps_per_dispatch
+        self.chunk = chunk
         self._state = steps.init_state(model, batch=batch, max_length=max_length)
         self._row = registry.create_cache(model, batch=1, max_length=max_length)  # what prefill works on
         self._requests: list[Request | None] = [None] * batch
+        self._filling: _Filling | None = None
+        self._read = 0  # prompt tokens, as `_cost` counts them, that were asked for since the last steps were
+        self._prefixes = Prefixes(batch) if reuse else None
         self._wanted = [0] * batch  # steps that a slot's request still wants and the device was not yet asked for
         self._newcomers: set[int] = set()  # the slots of which the device was asked for no step yet
         self._chunks: deque[_Chunk] = deque()  # oldest first; each has slots whose tokens are wanted
+        self._levels = levels
         self._features = Features()
         self._settings: sampling.Sampling | None = None  # of the rows as they are; None where they changed
         self._active_B: jax.Array | None = None
@@ -92,15 +132,117 @@ class Engine:
     @property
     def free_slots(self) -> list[int]:
         """The slots without a request."""
-        return [slot for slot, request in enumerate(self._requests) if request is None]
+        filling = None if self._filling is None else self._filling.slot
+        return [slot for slot, request in enumerate(self._requests) if request is None and slot != filling]
+
+    @property
+    def _idle(self) -> bool:
+        return all(request is None for request in self._requests)
+
+    def warm_up(self) -> None:
+        """Compiles all that requests may need of `levels`, by running it on slots that must be free."""
+        if len(self.free_slots) < self.batch:
+            raise ValueError("warm_up needs all slots to be free")
+        longest = min(self.max_length, self.chunk)
+        buckets = sorted({steps.chunks(length, self.chunk)[0][2] for length in range(1, longest + 1)})
+        slot, active_B = np.int32(0), self._active()
+        history_S = np.zeros(self._state.cache.capacity, np.int32)
+        for _ in range(2):  # over again, with the arrays as compiled code returns them
+            for bucket in buckets:
+                chunk = steps.padded(np.zeros(1, np.int32), 0, 1, bucket)
+                logits_1V, self._row = steps.prefill_chunk(self.model, self._params, self._row, chunk)
+                self._state = steps.insert(self._state, slot, self._row, history_S, logits_1V)
+            if self._prefixes is not None:
+                self._row = steps.extract(self._state, slot, steps.rings(self._row))
+            for level in self._levels or [self._features]:
+                settings = settings_of(self._requests, self.model.config.vocab_size, level)
+                for num_steps in (1, self.steps_per_dispatch):
+                    self._ask(settings, active_B, num_steps)
+        self.wait()
+
+    def best_slot(self, request: Request) -> int:
+        """The free slot for a request: with most to go on from, else the one whose content is missed least."""
+        free = self.free_slots
+        return free[0] if self._prefixes is None else self._prefixes.least(free, request.prompt_ids)
 
     def admit(self, slot: int, request: Request) -> None:
         """Prefills a checked request with a seed into a free slot, in chunks whose cuts depend on its length alone."""
-        if self._requests[slot] is not None:
+        self.begin(slot, request)
+        while not self.fill():
+            pass
+
+    def begin(self, slot: int, request: Request) -> int:
+        """Takes a free slot for a checked request with a seed; `fill` reads its prompt. One at a time.
+
+        Returns:
+          The tokens of the prompt that need not be read, as a slot still holds them.
+        """
+        if slot not in self.free_slots:
             raise ValueError(f"slot {slot} is busy")
+        if self._filling is not None:
+            raise ValueError(f"the prompt of slot {self._filling.slot} is still being read")
         tokens = np.asarray(request.prompt_ids, np.int32)
-        # The device does this after the chunks it was asked for, which know nothing of the request.
-        self._state, self._row = prefill(self.model, self._params, self._state, slot, tokens, self._row)
+        if not len(tokens):
+            raise ValueError("a sequence needs at least one token")
+        found = None if self._prefixes is None else self._prefixes.find(request.prompt_ids)
+        held, rings = 0, None
+        if found is not None:
+            held, rings = len(found[1].token_ids), found[1].rings
+            for array in jax.tree.leaves(self._row):
+                array.delete()  # first, so that there are never two
+            self._row = steps.extract(self._state, np.int32(found[0]), rings)
+        cuts = deque(cut for cut in steps.chunks(len(tokens), self.chunk) if cut[0] >= held)
+        self._filling = _Filling(slot, request, tokens, cuts, len(tokens) // self.chunk * self.chunk, rings)
+        return held
+
+    @property
+    def fill_is_due(self) -> bool:
+        """Whether a prompt is being read whose next part may be asked for before more steps are.
+
+        Where there are steps to do, they wait for the tokens of one chunk at most: several short prompts, or one part
+        of a long one.
+        """
+        if self._filling is None:
+            return False
+        return self._idle or not self._read or self._read + self._cost(self._filling.cuts[0]) <= self.chunk
+
+    def _cost(self, cut: tuple[int, int, int]) -> int:
+        """Tokens that a part counts as; the shortest is not for nothing."""
+        return max(cut[2], self.chunk // _MOST_PROMPTS)
+
+    def fill(self) -> bool:
+        """Asks the device for the next chunk of the prompt that was begun, which it does after what is under way.
+
+        While no slot is busy, it is never more than a chunk ahead of the device, so that `release` has an effect.
+
+        Returns:
+          Whether it was the last one: the next steps are the slot's as well.
+        """
+        filling = self._filling
+        if filling is None:
+            raise ValueError("no prompt is being read")
+        self._read += self._cost(filling.cuts[0])
+        start, count, bucket = filling.cuts.popleft()
+        chunk = steps.padded(filling.tokens, start, count, bucket)
+        before = filling.logits_1V
+        filling.logits_1V, self._row = steps.prefill_chunk(self.model, self._params, self._row, chunk)
+        if self._prefixes is not None and start + count == filling.whole:
+            filling.rings = steps.rings(self._row)
+        if before is not None and self._idle:
+            jax.block_until_ready(before)
+        if filling.cuts:
+            return False
+        self._insert(filling, filling.logits_1V)
+        return True
+
+    def _insert(self, filling: _Filling, logits_1V: jax.Array) -> None:
+        """Puts the prompt that was read into its slot."""
+        slot, request = filling.slot, filling.request
+        history_S = steps.history(filling.tokens, self._state.cache.capacity)
+        self._state = steps.insert(self._state, np.int32(slot), self._row, history_S, logits_1V)
+        if self._prefixes is not None:
+            self._prefixes.put(slot, request.prompt_ids[: filling.whole], filling.rings)
+        self._filling = None
         self._requests[slot] = request
         self._wanted[slot] = request.room(self.max_length)
         self._newcomers.add(slot)
@@ -113,6 +255,9 @@ class Engine:
 
     def release(self, slot: int) -> None:
         """Frees a slot. What it held is overwritten by the next request, and tokens on their way to it are dropped."""
+        if self._filling is not None and self._filling.slot == slot:
+            self._filling = None
+            return
         self._requests[slot] = None
         self._wanted[slot] = 0
         self._newcomers.discard(slot)
@@ -127,7 +272,7 @@ class Engine:
         Of busy slots there is always one that gets a token. When this returns, the device already works on what is
         wanted next.
         """
-        if len(self.free_slots) == self.batch:
+        if self._idle:
             return []
         if self._newcomers or not self._chunks:
             self._dispatch()
@@ -150,23 +295,39 @@ class Engine:
     def _dispatch(self) -> None:
         """Asks the device for one step, or for a chunk of them."""
         if self._settings is None or self._active_B is None:
-            self._settings = settings_of(self._requests, self.model.config.vocab_size, self._features)
-            self._active_B = jnp.asarray(np.asarray([request is not None for request in self._requests]))
+            self._settings = settings_of(self._requests, self.model.config.vocab_size, self._needed_features())
+            self._active_B = self._active()
         enough = 2 * max(self._wanted) >= self.steps_per_dispatch and not self._newcomers
         num_steps = self.steps_per_dispatch if enough else 1
-        if num_steps == 1:
-            # Two calls, so that the token can be read before the step is done.
-            sampled = steps.sample(self._state, self._settings)
-            self._state = steps.advance(self.model, self._params, self._state, sampled.token_B, self._active_B)
-        else:
-            self._state, sampled = steps.decode(
-                self.model, self._params, self._state, self._settings, self._active_B, num_steps
-            )
+        sampled = self._ask(self._settings, self._active_B, num_steps)
         busy = {slot for slot, request in enumerate(self._requests) if request is not None}
         self._chunks.append(_Chunk(num_steps, sampled, busy))
         self._newcomers.clear()
+        self._read = 0
         for slot in busy:
             self._wanted[slot] -= num_steps
+
+    def _ask(self, settings: sampling.Sampling, active_B: jax.Array, num_steps: int) -> sampling.Sampled:
+        if num_steps == 1:
+            # Two calls, so that the token can be read before the step is done.
+            sampled = steps.sample(self._state, settings)
+            self._state = steps.advance(self.model, self._params, self._state, sampled.token_B, active_B)
+        else:
+            self._state, sampled = steps.decode(self.model, self._params, self._state, settings, active_B, num_steps)
+        return sampled
+
+    def _active(self) -> jax.Array:
+        # From NumPy: a list would be converted by a program of its own, to be compiled.
+        return jnp.asarray(np.asarray([request is not None for request in self._requests], np.bool_))
+
+    def _needed_features(self) -> Features:
+        """What is computed of sampling for the rows as they are."""
+        if not self._levels:
+            return self._features
+        used = Features()
+        for request in self._requests:
+            used |= Features() if request is None else Features.of(request.params)
+        return next(level for level in self._levels if level | used == level)
 
 
 def prefill(
@@ -185,71 +346,8 @@ def prefill(
         raise ValueError("a sequence needs at least one token")
     for _, _, chunk in steps.padded_chunks(tokens):
         logits_1V, row = steps.prefill_chunk(model, params, row, chunk)
-    history_S = np.zeros(state.cache.capacity, np.int32)
-    history_S[: len(tokens)] = tokens
+    history_S = steps.history(tokens, state.cache.capacity)
     return steps.insert(state, np.int32(slot), row, history_S, logits_1V), row
-
-
-@dataclasses.dataclass(frozen=True)
-class Features:
-    """Which parts of sampling are compiled in: those that any row so far has used, so that they change rarely."""
-
-    draws: bool = False
-    truncates: bool = False
-    penalises: bool = False
-    biases: bool = False
-    num_top: int = 0  # rounded up to one of a few
-
-    @classmethod
-    def of(cls, params: SamplingParams) -> "Features":
-        """What one request uses."""
-        num_top = next(size for size in (0, 5, MAX_TOP_LOGPROBS) if size >= params.top_logprobs)
-        return cls(params.temperature > 0, params.truncates, params.penalises, bool(params.logit_bias), num_top)
-
-    def __or__(self, other: "Features") -> "Features":
-        return Features(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
-
-
-def settings_of(requests: Sequence[Request | None], vocab_size: int, features: Features) -> sampling.Sampling:
-    """The rows' settings as arrays; what `features` does not have is None, so that it is not computed."""
-    off = SamplingParams(seed=0)
-    rows = [off if request is None else request.params for request in requests]
-
-    def column(name: str, dtype: type[np.generic]) -> jax.Array:
-        values = [getattr(params, name) for params in rows]
-        # A k beyond the vocabulary keeps all, and may be beyond int32.
-        return jnp.asarray(
-            np.asarray([min(value, vocab_size) for value in values] if name == "top_k" else values, dtype)
-        )
-
-    bias_BV = None
-    if features.biases:
-        bias_BV = np.zeros((len(rows), vocab_size), np.float32)
-        for row, params in enumerate(rows):
-            for token, bias in params.logit_bias.items():
-                bias_BV[row, token] = bias
-    prompt_lengths = [0 if request is None else len(request.prompt_ids) for request in requests]
-    return sampling.Sampling(
-        seed_B=column("seed", np.uint32),
-        temperature_B=column("temperature", np.float32) if features.draws else None,
-        truncation=sampling.Truncation(
-            top_k_B=column("top_k", np.int32),
-            top_p_B=column("top_p", np.float32),
-            min_p_B=column("min_p", np.float32),
-        )
-        if features.truncates
-        else None,
-        penalties=sampling.Penalties(
-            repetition_B=column("repetition_penalty", np.float32),
-            presence_B=column("presence_penalty", np.float32),
-            frequency_B=column("frequency_penalty", np.float32),
-            prompt_lengths_B=jnp.asarray(prompt_lengths, jnp.int32),
-        )
-        if features.penalises
-        else None,
-        bias_BV=None if bias_BV is None else jnp.asarray(bias_BV),
-        num_top=min(features.num_top, vocab_size),
-    )
 
 
 def _unstacked(stacked: sampling.Sampled) -> list[sampling.Sampled]:

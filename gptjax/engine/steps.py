@@ -24,6 +24,8 @@ from gptjax.models.registry import Model
 LARGEST_CHUNK = 1024  # prompt tokens in one call, at most
 _SMALLEST_BUCKET = 32
 
+Rings = tuple[tuple[jax.Array, jax.Array], ...]  # k and v [1, K, S, H] of each layer that slides
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +71,22 @@ def chunks(length: int, largest: int = LARGEST_CHUNK) -> list[tuple[int, int, in
 def padded_chunks(tokens: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
     """A sequence, int32 [T], as (start, tokens that count, the chunk as `prefill_chunk` and `score_chunk` take it)."""
     for start, count, bucket in chunks(len(tokens)):
-        chunk = np.zeros(2 + bucket, np.int32)
-        chunk[:2] = start, count
-        chunk[2 : 2 + count] = tokens[start : start + count]
-        yield start, count, chunk
+        yield start, count, padded(tokens, start, count, bucket)
+
+
+def padded(tokens: np.ndarray, start: int, count: int, bucket: int) -> np.ndarray:
+    """One of the `chunks` of a sequence, int32 [T], as `prefill_chunk` and `score_chunk` take it."""
+    chunk = np.zeros(2 + bucket, np.int32)
+    chunk[:2] = start, count
+    chunk[2 : 2 + count] = tokens[start : start + count]
+    return chunk
+
+
+def history(tokens: np.ndarray, capacity: int) -> np.ndarray:
+    """A sequence, int32 [T], as the history [S] that `insert` takes."""
+    history_S = np.zeros(capacity, np.int32)
+    history_S[: len(tokens)] = tokens
+    return history_S
 
 
 def _apply(model: Model, params: AnyParams, *arguments: jax.Array | KVCache, method: str | None = None) -> Any:
@@ -132,6 +146,28 @@ def insert(state: State, slot: jax.Array, row: KVCache, history_S: jax.Array, lo
         history_BS=state.history_BS.at[slot].set(history_S),
         logits_BV=state.logits_BV.at[slot].set(logits_1V[0]),
     )
+
+
+@jax.jit
+def rings(row: KVCache) -> Rings:
+    """A copy of what the sliding layers of a cache of one row hold, which further tokens overwrite."""
+    layers = zip(row.k, row.v, strict=True)
+    return tuple((jnp.copy(k), jnp.copy(v)) for k, v in layers if k.shape[2] < row.capacity)
+
+
+@jax.jit
+def extract(state: State, slot: jax.Array, rings: Rings) -> KVCache:
+    """A cache of one row for `prefill_chunk` to go on from: a slot's, with its rings as they were.
+
+    Args:
+      slot: int32 scalar. All layers that do not slide must still hold the positions to go on from.
+      rings: what `rings` gave when the last of these positions had been added.
+    """
+    row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=0), state.cache)
+    copies = iter(jax.tree.map(jnp.copy, rings))  # else the row would be donated, and what is kept with it
+    layers = zip(row.k, row.v, strict=True)
+    k, v = zip(*(next(copies) if k.shape[2] < row.capacity else (k, v) for k, v in layers), strict=True)
+    return dataclasses.replace(row, k=k, v=v)
 
 
 @jax.jit

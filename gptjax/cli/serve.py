@@ -1,0 +1,145 @@
+"""`gptjax serve`."""
+
+import argparse
+import os
+from typing import Any, Final
+
+from gptjax.cli.common import MODEL_HELP, add_command
+
+_PREFIX: Final = "GPTJAX_SERVE_"
+_DEFAULT_LENGTH: Final = 8192
+_LEVELS: Final = ("debug", "info", "warning", "error")
+
+
+def add(commands: Any) -> None:
+    """Declares the command. Every option is also an environment variable; what is typed goes before it."""
+    parser = add_command(
+        commands,
+        "serve",
+        run,
+        summary="serve a model over HTTP, as OpenAI's API does",
+        epilog=f"""Every option is an environment variable as well: --max-queue is {_PREFIX}MAX_QUEUE, and so on.
+The server listens on this machine only, unless --host says otherwise; then set a key, best by {_PREFIX}API_KEY.
+
+examples:
+  gptjax serve
+  gptjax serve -m openai/gpt-oss-20b --max-batch 16 --max-length 32768
+  {_PREFIX}API_KEY=secret gptjax serve -m ./my-gpt2 --host 0.0.0.0""",
+    )
+    _option(parser, "-m", "--model", help=MODEL_HELP)
+    _option(parser, "--name", metavar="NAME", help="what clients call the model (default: what --model says)")
+    _option(parser, "--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
+    _option(parser, "--port", type=_port, default=8000, metavar="N", help="(default: 8000; 0 takes a free one)")
+    _option(parser, "--api-key", metavar="KEY", help="what clients must send (default: any will do)")
+    _option(
+        parser,
+        "--cors-origins",
+        default="",
+        metavar="ORIGINS",
+        help="origins of other machines' web pages that may ask, between commas, or *",
+    )
+    _option(parser, "--max-batch", type=_size, default=8, metavar="N", help="requests computed together (default: 8)")
+    _option(parser, "--max-queue", type=_size, default=64, metavar="N", help="requests that may wait (default: 64)")
+    _option(
+        parser,
+        "--max-length",
+        type=int,
+        metavar="N",
+        help=f"tokens of prompt and output (default: $GPTJAX_MAX_LENGTH, else {_DEFAULT_LENGTH} or all there are)",
+    )
+    _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
+    _option(parser, "--tokenizer", metavar="DIRECTORY", help="take the tokenizer from there")
+    _option(
+        parser, "--max-body", type=_size, default=10 << 20, metavar="BYTES", help="of a request (default: 10485760)"
+    )
+    _option(
+        parser,
+        "--send-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="cut a client that does not read for so long (default: 30)",
+    )
+    _option(
+        parser,
+        "--drain",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="for open requests to end on SIGTERM (default: 30)",
+    )
+    _option(parser, "--log-format", choices=("lines", "json"), default="lines", help="(default: lines)")
+    _option(parser, "--log-level", choices=_LEVELS, default="info", help="(default: info)")
+
+
+def _option(parser: argparse.ArgumentParser, *names: str, **settings: Any) -> None:
+    """An option whose default is its environment variable's value, if there is one."""
+    variable = _PREFIX + names[-1].removeprefix("--").replace("-", "_").upper()
+    given = os.environ.get(variable)
+    if given is not None:
+        settings["default"] = given
+    parser.add_argument(*names, **settings)
+
+
+def _port(text: str) -> int:
+    return _whole(text, 0, 65535)
+
+
+def _size(text: str) -> int:
+    return _whole(text, 1, 1 << 40)
+
+
+def _whole(text: str, low: int, high: int) -> int:
+    number = int(text)
+    if not low <= number <= high:
+        raise argparse.ArgumentTypeError(f"{number} is not from {low} to {high}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 86400:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 86400 seconds")
+    return number
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    import logging.config
+
+    from gptjax import hub
+    from gptjax.api import DEFAULT_MODEL, load
+    from gptjax.config import read_config
+    from gptjax.errors import RequestError
+
+    # argparse does not look at what comes from the environment.
+    for name, known in (("log_format", ("lines", "json")), ("log_level", _LEVELS)):
+        if getattr(args, name) not in known:
+            raise RequestError(f"{_PREFIX}{name.upper()} is {getattr(args, name)!r}: write one of {', '.join(known)}")
+    try:
+        from gptjax.server import logs, serving
+        from gptjax.server.service import Limits
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn", "prometheus_client"):
+            raise
+        raise RequestError(f"serving needs {error.name}; try: pip install 'gptjax[serve]'") from None
+    log_config = logs.config(args.log_format, args.log_level)
+    logging.config.dictConfig(log_config)
+    model = args.model or DEFAULT_MODEL
+    length = args.max_length
+    if length is None and not os.environ.get("GPTJAX_MAX_LENGTH"):
+        # GPT-OSS has room for 131072 tokens, whose cache for every slot few machines have.
+        length = min(read_config(hub.resolve(model)).context_length, _DEFAULT_LENGTH)
+    lm = load(model, dtype=args.dtype, max_length=length, max_batch=args.max_batch, tokenizer=args.tokenizer)
+    limits = Limits(body_bytes=args.max_body, send_seconds=args.send_timeout)
+    service = serving.make_service(lm, args.name or model, max_queue=args.max_queue, limits=limits)
+    server = serving.make_server(
+        service,
+        host=args.host,
+        port=args.port,
+        api_key=args.api_key or None,
+        cors_origins=[origin.strip() for origin in args.cors_origins.split(",") if origin.strip()],
+        drain_seconds=args.drain,
+        log_config=log_config,
+    )
+    return serving.run(server)

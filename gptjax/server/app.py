@@ -1,0 +1,153 @@
+"""The HTTP application: its routes, its errors, and what stands before them."""
+
+import contextlib
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gptjax.errors import GptjaxError
+from gptjax.server import chat, completions, health, page, responses
+from gptjax.server.errors import ApiError, internal, of_gptjax
+from gptjax.server.service import Service
+from gptjax.server.sse import ClientGone, error_response
+
+_log = logging.getLogger(__name__)
+_LOCAL_ORIGIN: Final = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+
+
+def build(service: Service, *, api_key: str | None = None, cors_origins: Sequence[str] = ()) -> Starlette:
+    """The application.
+
+    Args:
+      api_key: what requests under /v1/ must carry as a bearer token; None lets any pass.
+      cors_origins: origins of web pages that may use the server, "*" for all; pages of this machine always may.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        service.worker.stop()
+
+    # Those of Starlette that are functions of a request break the detection of clients that left; these do not.
+    middleware = [
+        Middleware(Counting, service=service),
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_origin_regex=_LOCAL_ORIGIN,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        ),
+        Middleware(Gate, api_key=api_key),
+    ]
+    routes = [
+        Route("/", page.respond),
+        Route("/health", health.health),
+        Route("/metrics", health.metrics),
+        Route("/v1/models", health.models),
+        Route("/v1/models/{name:path}", health.model),
+        Route("/v1/completions", completions.respond, methods=["POST"]),
+        Route("/v1/chat/completions", chat.respond, methods=["POST"]),
+        Route("/v1/responses", responses.respond, methods=["POST"]),
+    ]
+    handlers = dict.fromkeys((ApiError, GptjaxError, HTTPException, ClientGone, Exception), _on_error)
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
+    app.state.service = service
+    return app
+
+
+class Gate:
+    """Asks for the API key, and answers OPTIONS, which browsers and some clients send before anything else."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets a request through, or answers it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif scope["method"] == "OPTIONS":
+            await Response(status_code=204, headers={"Allow": "GET, HEAD, POST, OPTIONS"})(scope, receive, send)
+        elif scope["path"].startswith("/v1/") and not self._knows(scope):
+            message = "the API key is missing or wrong: send it in the header Authorization, as 'Bearer KEY'"
+            error = ApiError(
+                401,
+                message,
+                kind="authentication_error",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await error_response(error)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _knows(self, scope: Scope) -> bool:
+        if self._key is None:
+            return True
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, token = given.partition(b" ")
+        # In constant time, so that nobody can find the key letter by letter.
+        return hmac.compare_digest(token.strip(), self._key) and scheme.lower() == b"bearer"
+
+
+class Counting:
+    """Counts answers by route and status, and times them."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._metrics = service.metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes everything on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        read = time.monotonic()
+
+        async def reading() -> Message:
+            nonlocal read
+            message = await receive()
+            if message["type"] == "http.request":
+                read = time.monotonic()
+            return message
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = scope.get("route")
+                path = route.path if isinstance(route, Route) else "other"
+                self._metrics.answered(path, message["status"], time.monotonic() - read)
+            await send(message)
+
+        await self._app(scope, reading, watched)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    """Any exception, as the answer that it is."""
+    match error:
+        case ClientGone():
+            return Response(status_code=499)  # nobody reads it
+        case ApiError():
+            found = error
+        case GptjaxError():
+            found = of_gptjax(error)
+        case HTTPException():
+            message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+            found = ApiError(error.status_code, message, code="no_such_route", headers=error.headers)
+        case _:
+            _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+            found = internal()
+    request.app.state.service.metrics.failed(found)
+    return error_response(found)

@@ -1,0 +1,145 @@
+"""The JSON of a request, read within limits, and its fields, checked one by one."""
+
+import asyncio
+import contextlib
+import json
+import reprlib
+from collections.abc import AsyncIterator, Collection
+from typing import Any, Final, NoReturn
+
+from starlette.requests import ClientDisconnect, Request
+
+from gptjax.server.errors import ApiError, bad_request
+from gptjax.server.service import Limits, Service
+from gptjax.text.vocabulary import is_text
+
+_SMALL: Final = 1 << 16  # bytes that are parsed in less than a millisecond
+
+
+@contextlib.asynccontextmanager
+async def reading(request: Request, service: Service) -> AsyncIterator[dict[str, Any]]:
+    """The object in a request's body, with a place in the queue kept for it until it is submitted, or refused.
+
+    Raises:
+      ApiError: the body is too large (413), too slow (408), or no JSON object (400).
+      QueueFull, Unavailable: there is no place; then nothing is looked at, so that refusals cost little.
+    """
+    data = await _read_in_time(request, service.limits)
+    with service.place():
+        # Megabytes take long, and others are waiting.
+        yield _parse(data) if len(data) <= _SMALL else await asyncio.to_thread(_parse, data)
+
+
+async def _read_in_time(request: Request, limits: Limits) -> bytes:
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            return await _read(request, limits.body_bytes)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {limits.body_seconds:g} seconds") from None
+    except ClientDisconnect:
+        raise ApiError(499, "the client left") from None
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers of thousands of digits, a deep nest
+        raise bad_request(
+            f"the body is not valid JSON in UTF-8 ({reprlib.repr(str(error))})", code="bad_json"
+        ) from None
+    if not isinstance(value, dict):
+        raise bad_request(f"the body must be a JSON object, found {_kind(value)}", code="bad_json")
+    return value
+
+
+async def _read(request: Request, most: int) -> bytes:
+    declared = request.headers.get("content-length", "0")
+    data = bytearray()
+    if not (declared.isdecimal() and len(declared) < 20 and int(declared) > most):
+        async for piece in request.stream():
+            data += piece
+            if len(data) > most:
+                break
+        else:
+            return bytes(data)
+    raise ApiError(413, f"the body is larger than {most} bytes", code="body_too_large", headers={"Connection": "close"})
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+class Fields:
+    """The fields of a request; null is the same as none. Each is asked for once, then `finish` refuses the rest."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = {name: value for name, value in values.items() if value is not None}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def take(self, name: str) -> Any:
+        """A field as it is, None if it is not there."""
+        return self._values.pop(name, None)
+
+    def flag(self, name: str) -> bool:
+        """True or false; false if it is not there."""
+        value = self.take(name)
+        if value is not None and not isinstance(value, bool):
+            raise bad_request(f"{name} must be true or false, found {_shown(value)}", name)
+        return bool(value)
+
+    def text(self, name: str) -> str | None:
+        """A string."""
+        value = self.take(name)
+        return None if value is None else check_text(value, name)
+
+    def whole(self, name: str, low: int, high: int) -> int | None:
+        """A whole number; 3.0 counts as one, as in JSON."""
+        value = self.take(name)
+        if value is None:
+            return None
+        if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53:
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise bad_request(f"{name} must be a whole number from {low} to {high}, found {_shown(value)}", name)
+        return value
+
+    def number(self, name: str, low: float, high: float) -> float | None:
+        """A finite number."""
+        value = self.take(name)
+        return None if value is None else check_number(value, low, high, name)
+
+    def finish(self, ignored: Collection[str]) -> None:
+        """Raises `ApiError` for fields that nobody asked for and that are not known to have no effect here."""
+        unknown = [name for name in self._values if name not in ignored]
+        if unknown:
+            name = unknown[0]
+            raise bad_request(f"{_shown(name)} is not a field that this server knows", name[:100], "unknown_parameter")
+
+
+def check_text(value: object, name: str) -> str:
+    """A string that can be written as UTF-8. Raises `ApiError`."""
+    if not isinstance(value, str):
+        raise bad_request(f"{name} must be a string, found {_shown(value)}", name)
+    if not is_text(value):
+        raise bad_request(f"{name} has a lone surrogate, which is no character", name)
+    return value
+
+
+def check_number(value: object, low: float, high: float, name: str) -> float:
+    """A finite number in a range. Raises `ApiError`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # An integer may be too large for a float; comparing the two is exact.
+    if not is_number or value != value or not low <= value <= high:  # type: ignore[operator]
+        raise bad_request(f"{name} must be a number from {low:g} to {high:g}, found {_shown(value)}", name)
+    return float(value)  # type: ignore[arg-type]
+
+
+def _shown(value: object) -> str:
+    return reprlib.repr(value)
+
+
+def _kind(value: object) -> str:
+    names = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null")

@@ -1,0 +1,250 @@
+"""`POST /v1/chat/completions`: the next turn of a conversation, for models that speak harmony."""
+
+import asyncio
+import dataclasses
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gptjax import chat
+from gptjax.chat import TODAY, ChatCompletion, TurnReader
+from gptjax.engine.options import make_request
+from gptjax.engine.request import MAX_TOP_LOGPROBS, check_prompt
+from gptjax.errors import GptjaxError
+from gptjax.server.body import Fields, reading
+from gptjax.server.errors import bad_request, of_gptjax
+from gptjax.server.generation import Generation, Row, usage_json
+from gptjax.server.logprobs import chat_logprobs
+from gptjax.server.schema import (
+    MOST_CHOICES,
+    MOST_TOKENS,
+    WITHOUT_EFFECT,
+    Stream,
+    read_sampling,
+    read_stream,
+    seed_of_choice,
+)
+from gptjax.server.service import Served, Service
+from gptjax.server.sse import EventStream, json_response, unless_gone
+from gptjax.server.turn import Delta, Turn
+from gptjax.text import Tokenizer
+
+# What a chat may say of its tools and its answer's form beside what is read below, with the values that ask nothing.
+_NEUTRAL = {
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),  # the models make one call at a time
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request, checked."""
+
+    prompt_ids: tuple[int, ...]
+    used_ids: frozenset[str]  # of the tool calls so far
+    choices: int
+    options: dict[str, Any]
+    logprobs: int | None  # alternatives of each token of the answer; None: no log-probabilities
+    stream: Stream
+
+
+def read(values: dict[str, Any], served: Served) -> Asked:
+    """A request's fields. Raises `ApiError` for the first that is not as it should be."""
+    fields = Fields(values)
+    served.check_name(fields.text("model"))
+    tokenizer = served.chat_tokenizer()
+    _check_neutral(fields)
+    choices = fields.whole("n", 1, MOST_CHOICES) or 1
+    logprobs = _read_logprobs(fields)
+    stream = read_stream(fields)
+    options = read_sampling(fields)
+    limits = [fields.whole(name, 1, MOST_TOKENS) for name in ("max_completion_tokens", "max_tokens")]
+    messages = fields.take("messages")
+    prompt_ids = _render(fields, messages, tokenizer)
+    fields.finish(WITHOUT_EFFECT)
+    try:
+        check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
+    except GptjaxError as error:
+        raise of_gptjax(error, "messages") from None
+    # Left out, a turn may take all the room there is.
+    given = [limit for limit in limits if limit is not None]
+    options |= {"max_tokens": min(given, default=served.max_length), "top_logprobs": logprobs or 0}
+    return Asked(tuple(prompt_ids), chat.call_ids(messages), choices, options, logprobs, stream)
+
+
+def _render(fields: Fields, messages: object, tokenizer: Tokenizer) -> list[int]:
+    if not isinstance(messages, list) or not messages:
+        raise bad_request("messages must be a list of at least one message", "messages")
+    tools = fields.take("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise bad_request("tools must be a list", "tools")
+    choice = fields.take("tool_choice")
+    if choice not in (None, "auto", "none"):
+        raise bad_request("of tool_choice only 'auto' and 'none' are supported", "tool_choice", "unsupported")
+    try:
+        return chat.prompt(
+            messages,
+            tokenizer,
+            tools=[] if choice == "none" else tools or [],
+            reasoning_effort=fields.text("reasoning_effort") or "medium",
+            current_date=TODAY,
+        )
+    except GptjaxError as error:
+        raise of_gptjax(error) from None
+
+
+def _check_neutral(fields: Fields) -> None:
+    """Raises `ApiError` for what is asked of a turn and cannot be had."""
+    form = fields.take("response_format")
+    if form is not None:
+        kind = form.get("type") if isinstance(form, dict) else form
+        if kind != "text":
+            name = repr(kind)[:60]
+            raise bad_request(
+                f"response_format {name} is not supported; only 'text' is", "response_format", "unsupported"
+            )
+    for name, neutral in _NEUTRAL.items():
+        value = fields.take(name)
+        if value is not None and value not in neutral:
+            raise bad_request(f"{name} {repr(value)[:60]} is not supported", name, "unsupported")
+
+
+def _read_logprobs(fields: Fields) -> int | None:
+    wanted = fields.flag("logprobs")
+    count = fields.whole("top_logprobs", 0, MAX_TOP_LOGPROBS)
+    if count is not None and not wanted:
+        raise bad_request("top_logprobs has a meaning only with logprobs: true", "top_logprobs")
+    return (count or 0) if wanted else None
+
+
+async def respond(request: Request) -> Response:
+    """Answers a request."""
+    service: Service = request.app.state.service
+    async with reading(request, service) as values:
+        asked = await asyncio.to_thread(read, values, service.served)
+        answer = Answer(service, asked)
+        answer.start()
+    if asked.stream.wanted:
+        return EventStream(answer.stream(), service, answer.close)
+    try:
+        return json_response(await unless_gone(request, answer.whole()))
+    finally:
+        answer.close()
+
+
+class Answer:
+    """What becomes of a request."""
+
+    def __init__(self, service: Service, asked: Asked) -> None:
+        served = service.served
+        self._asked = asked
+        self._tokenizer = served.chat_tokenizer()
+        self._turns = [
+            Turn(TurnReader(self._tokenizer, used_ids=asked.used_ids), self._tokenizer) for _ in range(asked.choices)
+        ]
+        ends = served.turn_ends(self._tokenizer)
+        try:
+            rows = [
+                Row(
+                    make_request(asked.prompt_ids, seed_of_choice(asked.options, choice), served.defaults, ends),
+                    turn.reader,
+                )
+                for choice, turn in enumerate(self._turns)
+            ]
+        except GptjaxError as error:
+            raise of_gptjax(error) from None
+        self._generation = Generation(service, rows)
+        self._head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": served.name,
+        }
+
+    def start(self) -> None:
+        """Submits the prompt. Raises `ApiError`."""
+        self._generation.start()
+
+    def close(self) -> None:
+        """Cancels what is still under way."""
+        self._generation.close()
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        turns: dict[int, ChatCompletion] = {}
+        tokens: list[list[dict[str, Any]]] = [[] for _ in self._turns]
+        async for row, delta in self._deltas():
+            tokens[row] += self._entries(delta)
+            if delta.whole is not None:
+                turns[row] = delta.whole
+        choices = [
+            {
+                "index": row,
+                "message": {"refusal": None, **_with_reasoning(turn.message)},
+                "logprobs": self._logprobs(tokens[row]),
+                "finish_reason": turn.finish_reason,
+            }
+            for row, turn in sorted(turns.items())
+        ]
+        return {**self._head, "choices": choices, "usage": self._usage(turns)}
+
+    async def stream(self) -> AsyncGenerator[object, None]:
+        """The answer in pieces."""
+        head = {**self._head, "object": "chat.completion.chunk"}
+        without: dict[str, Any] = {"usage": None} if self._asked.stream.usage else {}
+        turns: dict[int, ChatCompletion] = {}
+        for row in range(len(self._turns)):
+            yield {**head, "choices": [_choice(row, {"role": "assistant", "content": ""})], **without}
+        async for row, delta in self._deltas():
+            if delta.text or delta.reasoning:
+                logprobs = self._logprobs(self._entries(delta))
+                yield {**head, "choices": [_choice(row, _delta(delta), logprobs)], **without}
+            if delta.whole is not None:
+                turns[row] = delta.whole
+                calls = [{"index": index, **call.to_json()} for index, call in enumerate(delta.whole.tool_calls)]
+                if calls:
+                    yield {**head, "choices": [_choice(row, {"tool_calls": calls})], **without}
+                yield {**head, "choices": [_choice(row, {}, None, delta.whole.finish_reason)], **without}
+        if self._asked.stream.usage:
+            yield {**head, "choices": [], "usage": self._usage(turns)}
+
+    async def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        async for row, chunk in self._generation.chunks():
+            yield row, self._turns[row].add(chunk)
+
+    def _entries(self, delta: Delta) -> list[dict[str, Any]]:
+        return [] if self._asked.logprobs is None else chat_logprobs(self._tokenizer, delta.answer_tokens)
+
+    def _logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+        return None if self._asked.logprobs is None else {"content": entries, "refusal": None}
+
+    def _usage(self, turns: dict[int, ChatCompletion]) -> dict[str, Any]:
+        return usage_json(
+            [turn.completion.usage for turn in turns.values()],
+            choices=self._asked.choices,
+            cached=self._generation.cached_tokens,
+            reasoning=sum(turn.reasoning_tokens for turn in self._turns),
+        )
+
+
+def _choice(
+    row: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": row, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _delta(delta: Delta) -> dict[str, Any]:
+    found = {"content": delta.text} if delta.text else {}
+    # Clients read the one or the other.
+    return found | ({"reasoning": delta.reasoning, "reasoning_content": delta.reasoning} if delta.reasoning else {})
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    reasoning = message.get("reasoning_content")
+    return message if reasoning is None else {**message, "reasoning": reasoning}

@@ -1,0 +1,240 @@
+"""`POST /v1/completions`: text, or token ids, continued."""
+
+import asyncio
+import dataclasses
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from typing import Any, Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gptjax.engine.options import make_request
+from gptjax.engine.output import Chunk, Usage
+from gptjax.engine.request import MAX_TOP_LOGPROBS, check_prompt
+from gptjax.errors import GptjaxError
+from gptjax.server.body import Fields, check_text, reading
+from gptjax.server.errors import bad_request, of_gptjax
+from gptjax.server.generation import Generation, Row, usage_json
+from gptjax.server.logprobs import LegacyLogprobs, joined
+from gptjax.server.schema import (
+    MOST_CHOICES,
+    MOST_TOKENS,
+    WITHOUT_EFFECT,
+    Stream,
+    is_token,
+    read_sampling,
+    read_stream,
+    seed_of_choice,
+)
+from gptjax.server.service import Served, Service
+from gptjax.server.sse import EventStream, json_response, unless_gone
+
+_DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt of a request."""
+
+    ids: tuple[int, ...]
+    text: str  # what `echo` repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request, checked as far as it can be without the model's limits."""
+
+    prompts: tuple[Prompt, ...]
+    choices: int  # of each prompt
+    max_tokens: int  # 0 only with `echo`: then nothing is generated
+    options: dict[str, Any]
+    echo: bool
+    logprobs: int | None  # alternatives of each token; None: no log-probabilities
+    stream: Stream
+
+    def rows(self, served: Served) -> list[Row]:
+        """A row for each choice of each prompt, those of a prompt together. Raises `ApiError`."""
+        if not self.max_tokens:
+            return []
+        options = self.options | {"max_tokens": self.max_tokens, "top_logprobs": self.logprobs or 0}
+        try:
+            return [
+                Row(
+                    make_request(prompt.ids, seed_of_choice(options, choice), served.defaults, served.eos_ids),
+                    served.tokenizer.stream() if served.tokenizer is not None else None,
+                )
+                for prompt in self.prompts
+                for choice in range(self.choices)
+            ]
+        except GptjaxError as error:
+            raise of_gptjax(error) from None
+
+
+def read(values: dict[str, Any], served: Served, most_rows: int) -> Asked:
+    """A request's fields. Raises `ApiError` for the first that is not as it should be."""
+    fields = Fields(values)
+    served.check_name(fields.text("model"))
+    choices = fields.whole("n", 1, MOST_CHOICES) or 1
+    if (best_of := fields.whole("best_of", 1, MOST_CHOICES)) is not None and best_of != choices:
+        raise bad_request(f"best_of is {best_of} and n is {choices}: choosing among more is not supported", "best_of")
+    if fields.text("suffix"):
+        raise bad_request("suffix is not supported: the models continue texts, they fill no gaps", "suffix")
+    echo = fields.flag("echo")
+    max_tokens = fields.whole("max_tokens", 0, MOST_TOKENS)
+    if max_tokens == 0 and not echo:
+        raise bad_request("max_tokens is 0, which has a meaning only with echo: true", "max_tokens")
+    asked = Asked(
+        prompts=_read_prompts(fields.take("prompt"), served, most_rows // choices),
+        choices=choices,
+        max_tokens=_DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+        options=read_sampling(fields),
+        echo=echo,
+        logprobs=fields.whole("logprobs", 0, MAX_TOP_LOGPROBS),
+        stream=read_stream(fields),
+    )
+    fields.finish(WITHOUT_EFFECT)
+    for prompt in asked.prompts:
+        try:
+            check_prompt(prompt.ids, vocab_size=served.vocab_size, max_length=served.max_length)
+        except GptjaxError as error:
+            raise of_gptjax(error, "prompt") from None
+    return asked
+
+
+def _read_prompts(value: object, served: Served, most: int) -> tuple[Prompt, ...]:
+    """A string, a list of strings, a list of token ids, or a list of such lists."""
+    if value is None:
+        raise bad_request("there is no prompt: give a string, a list of token ids, or a list of either", "prompt")
+    one = isinstance(value, str) or (isinstance(value, list) and bool(value) and all(map(is_token, value)))
+    prompts = [value] if one else value
+    if not isinstance(prompts, list) or not prompts:
+        raise bad_request("prompt must be a string, a list of token ids, or a list of either, and not empty", "prompt")
+    if len(prompts) > most:
+        raise bad_request(f"there are {len(prompts)} prompts; at most {most} are allowed with this n", "prompt")
+    return tuple(_read_prompt(prompt, served) for prompt in prompts)
+
+
+def _read_prompt(value: object, served: Served) -> Prompt:
+    if isinstance(value, str):
+        text = check_text(value, "prompt")
+        try:
+            return Prompt(tuple(served.text().encode(text)), text)
+        except GptjaxError as error:
+            raise of_gptjax(error, "prompt") from None
+    if not isinstance(value, list) or not all(map(is_token, value)):
+        raise bad_request("a prompt must be a string or a list of token ids (whole numbers of at least 0)", "prompt")
+    tokenizer = served.tokenizer
+    return Prompt(tuple(value), "" if tokenizer is None else tokenizer.decode(value, special=True))
+
+
+async def respond(request: Request) -> Response:
+    """Answers a request."""
+    service: Service = request.app.state.service
+    async with reading(request, service) as values:
+        # Encoding a long text takes long, and others are waiting.
+        asked = await asyncio.to_thread(read, values, service.served, service.limits.rows)
+        answer = Answer(service, asked)
+        answer.start()
+    if asked.stream.wanted:
+        return EventStream(answer.stream(), service, answer.close)
+    try:
+        return json_response(await unless_gone(request, answer.whole()))
+    finally:
+        answer.close()
+
+
+class Answer:
+    """What becomes of a request."""
+
+    def __init__(self, service: Service, asked: Asked) -> None:
+        self._service = service
+        self._asked = asked
+        self._generation = Generation(service, asked.rows(service.served))
+        self._tokenizer = service.served.tokenizer
+        count = len(asked.prompts) * asked.choices
+        self._logprobs = [LegacyLogprobs(self._tokenizer, asked.logprobs or 0) for _ in range(count)]
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.served.name,
+        }
+
+    def start(self) -> None:
+        """Submits the prompts. Raises `ApiError`."""
+        self._generation.start()
+
+    def close(self) -> None:
+        """Cancels what is still under way."""
+        self._generation.close()
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        parts: list[list[dict[str, Any]]] = [[] for _ in self._logprobs]
+        usages: dict[int, Usage] = {}
+        async for choice in self._choices(usages):
+            parts[choice["index"]].append(choice)
+        choices = [_whole(index, of_choice) for index, of_choice in enumerate(parts)]
+        return {**self._head, "choices": choices, "usage": self._usage(usages)}
+
+    async def stream(self) -> AsyncGenerator[object, None]:
+        """The answer in pieces."""
+        usages: dict[int, Usage] = {}
+        without: dict[str, Any] = {"usage": None} if self._asked.stream.usage else {}
+        async for choice in self._choices(usages):
+            yield {**self._head, "choices": [choice], **without}
+        if self._asked.stream.usage:
+            yield {**self._head, "choices": [], "usage": self._usage(usages)}
+
+    async def _choices(self, usages: dict[int, Usage]) -> AsyncGenerator[dict[str, Any], None]:
+        """Choices, a piece at a time; `usages` is filled on the way."""
+        if self._asked.echo:
+            for number, prompt in enumerate(self._asked.prompts):
+                async for piece in self._echo(number, prompt):
+                    yield piece
+        async for row, chunk in self._generation.chunks():
+            if chunk.completion is not None:
+                usages[row] = chunk.completion.usage
+            if chunk.text or chunk.completion is not None or self._asked.logprobs is not None:
+                yield self._piece(row, chunk)
+
+    async def _echo(self, number: int, prompt: Prompt) -> AsyncGenerator[dict[str, Any], None]:
+        scores = None
+        if self._asked.logprobs is not None:
+            score = self._service.served.score
+            async with self._service.scoring:
+                try:
+                    scores = await asyncio.to_thread(score, prompt.ids, self._asked.logprobs)
+                except GptjaxError as error:
+                    raise of_gptjax(error) from None
+        for choice in range(self._asked.choices):
+            index = number * self._asked.choices + choice
+            logprobs = None if scores is None else self._logprobs[index].of_prompt(prompt.ids, scores)
+            ended = None if self._asked.max_tokens else "length"
+            yield {"index": index, "text": prompt.text, "logprobs": logprobs, "finish_reason": ended}
+
+    def _piece(self, row: int, chunk: Chunk) -> dict[str, Any]:
+        logprobs = None
+        if self._asked.logprobs is not None:
+            token = (chunk.token_id, chunk.text, chunk.logprob, chunk.top_logprobs)
+            logprobs = self._logprobs[row].of_tokens([token])
+        return {"index": row, "text": chunk.text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
+
+    def _usage(self, usages: dict[int, Usage]) -> dict[str, Any]:
+        if usages:
+            rows = [usages[row] for row in range(len(usages))]
+        else:  # nothing was generated
+            rows = [Usage(len(prompt.ids), 0) for prompt in self._asked.prompts for _ in range(self._asked.choices)]
+        return usage_json(rows, choices=self._asked.choices, cached=self._generation.cached_tokens)
+
+
+def _whole(index: int, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    logprobs = [part["logprobs"] for part in parts if part["logprobs"] is not None]
+    return {
+        "index": index,
+        "text": "".join(part["text"] for part in parts),
+        "logprobs": joined(logprobs) if logprobs else None,
+        "finish_reason": parts[-1]["finish_reason"],
+    }

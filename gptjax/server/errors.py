@@ -1,0 +1,82 @@
+"""Errors in the form that clients of OpenAI's API read: `{"error": {message, type, param, code}}`."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from gptjax.errors import CapacityError, GptjaxError
+from gptjax.server.events import Failed, QueueFull, Unavailable
+
+# The first word of a message of the library's that is a field of a request.
+_FIELD = re.compile(
+    r"\b(?:messages|tools|prompt|reasoning_effort|logit_bias|stop|seed|max_tokens|top_k|top_logprobs)\b"
+)
+_RETRY_SECONDS = "5"
+_UNAVAILABLE = ("drained", "stopped", "died")
+
+
+class ApiError(Exception):
+    """What a client is answered instead of a result."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer, or of an event in a stream."""
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: the request cannot be served as it stands, however often it is sent."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def of_gptjax(error: GptjaxError, param: str | None = None) -> ApiError:
+    """400 for what the library says of a request's contents; 429 or 503 where it cannot be run now."""
+    if isinstance(error, QueueFull):
+        return _of_full_queue(error)
+    if isinstance(error, Unavailable):
+        return unavailable(str(error), "unavailable")
+    if param is None and (field := _FIELD.search(str(error))):
+        param = field.group()
+    code = "context_length_exceeded" if isinstance(error, CapacityError) else None
+    return bad_request(str(error), param, code)
+
+
+def _of_full_queue(error: QueueFull) -> ApiError:
+    """429, with the seconds to wait."""
+    headers = {"Retry-After": str(error.retry_after)}
+    return ApiError(429, str(error), kind="rate_limit_error", code="queue_full", headers=headers)
+
+
+def of_failure(failed: Failed) -> ApiError:
+    """503 where another try may succeed, else 500, which clients are told not to send again."""
+    if failed.kind in _UNAVAILABLE:
+        return unavailable(failed.message, failed.kind)
+    return ApiError(500, failed.message, kind="server_error", code=failed.kind, headers={"x-should-retry": "false"})
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    """503: not now."""
+    headers = {"Retry-After": _RETRY_SECONDS}
+    return ApiError(503, message, kind="server_error", code=code, headers=headers)
+
+
+def internal() -> ApiError:
+    """500 for a fault of ours; what it was stands in the log."""
+    message = "an internal error of the server; its log says more"
+    return ApiError(500, message, kind="server_error", code="internal", headers={"x-should-retry": "false"})

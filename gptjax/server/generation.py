@@ -1,0 +1,155 @@
+"""The prompts of one request, through the worker and back as text."""
+
+import asyncio
+import dataclasses
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+from gptjax.engine import engine
+from gptjax.engine.output import Chunk, Decoder, Output, Usage
+from gptjax.engine.request import Request
+from gptjax.errors import GptjaxError
+from gptjax.server.errors import internal, of_failure, of_gptjax
+from gptjax.server.events import Event, Failed, Finished, QueueFull, Ticket, Token
+from gptjax.server.service import Service
+
+_RETRY_SECONDS = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One prompt, and what makes text of its tokens."""
+
+    request: Request
+    decoder: Decoder | None
+
+
+class Generation:
+    """Rows on their way through the worker. `chunks` gives what comes back; `close` must be called at the end.
+
+    Of many rows, those that the queue has no room for wait until it has, so that a large batch is no more than a
+    queue's worth at a time; but where not even the first finds room, the request is refused.
+    """
+
+    def __init__(self, service: Service, rows: Sequence[Row]) -> None:
+        self._service = service
+        self._rows = rows
+        self._waiting = deque(range(len(rows)))
+        self._tickets: dict[int, Ticket] = {}
+        self._outputs: dict[int, Output] = {}
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self.cached_tokens = 0
+
+    def start(self) -> None:
+        """Checks all rows and submits what there is room for. Raises `ApiError`."""
+        served = self._service.served
+        for row in self._rows:
+            try:
+                row.request.check(vocab_size=served.vocab_size, max_length=served.max_length)
+            except GptjaxError as error:
+                raise of_gptjax(error) from None
+        try:
+            self._submit()
+        except GptjaxError as error:
+            self.close()
+            raise of_gptjax(error) from None
+
+    async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
+        """(row, what a token added to its text), in the order of the tokens. Raises `ApiError` where a row fails."""
+        while self._tickets or self._waiting:
+            event = await self._next()
+            if event is not None and (found := self._read(*event)) is not None:
+                yield found
+
+    def close(self) -> None:
+        """Cancels the rows that have not ended. (A generator's own `finally` does not run if it was never begun.)"""
+        self._waiting.clear()
+        while self._tickets:
+            self._service.worker.cancel(self._tickets.popitem()[1])
+
+    async def _next(self) -> tuple[int, Event] | None:
+        """The next event; None where rows wait for the queue and none came for a while."""
+        if not self._waiting:
+            return await self._events.get()
+        try:
+            async with asyncio.timeout(_RETRY_SECONDS):
+                return await self._events.get()
+        except TimeoutError:
+            self._submit_some()
+            return None
+
+    def _submit(self) -> None:
+        """Submits waiting rows. Raises `QueueFull` where none of this request is under way, and `Unavailable`."""
+        while self._waiting:
+            row = self._waiting[0]
+            request = self._rows[row].request
+            try:
+                self._tickets[row] = self._service.worker.submit(request, self._deliver(row))
+            except QueueFull:
+                if self._tickets:
+                    return
+                raise
+            self._waiting.popleft()
+            self._outputs[row] = Output(
+                request, max_length=self._service.served.max_length, detokenizer=self._rows[row].decoder
+            )
+
+    def _submit_some(self) -> None:
+        """Submits rows that wait, as far as there is room now."""
+        try:
+            self._submit()
+        except QueueFull:
+            return  # others took the room; it is asked for again
+        except GptjaxError as error:
+            raise of_gptjax(error) from None
+
+    def _deliver(self, row: int) -> Callable[[Event], None]:
+        def deliver(event: Event) -> None:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (row, event))
+
+        return deliver
+
+    def _read(self, row: int, event: Event) -> tuple[int, Chunk] | None:
+        ended = row not in self._outputs  # its text is whole; what else comes is on its way since before it was
+        match event:
+            case Token():
+                return None if ended else (row, self._push(row, event))
+            case Failed():
+                del self._tickets[row]
+                if not ended:
+                    raise of_failure(event)
+            case Finished():
+                del self._tickets[row]
+                if not ended:
+                    raise internal()  # the worker sees other ends than we do
+                self.cached_tokens += event.cached_tokens
+                self._service.metrics.cached_tokens.inc(event.cached_tokens)
+                self._submit_some()
+        return None
+
+    def _push(self, row: int, token: Token) -> Chunk:
+        chunk = self._outputs[row].push(engine.Token(row, token.token_id, token.logprob, token.top))
+        if chunk.completion is not None:
+            del self._outputs[row]
+            self._service.metrics.completed(chunk.completion)
+            # Of stop strings the worker does not know. Where it ended the row itself, this does nothing.
+            self._service.worker.cancel(self._tickets[row])
+        return chunk
+
+
+def usage_json(
+    usages: Sequence[Usage], *, choices: int, cached: int, reasoning: int | None = None
+) -> dict[str, object]:
+    """The usage of all rows. A prompt counts once, however many choices were made of it."""
+    prompt = sum(usage.prompt_tokens for usage in usages[::choices])
+    completion = sum(usage.completion_tokens for usage in usages)
+    found: dict[str, object] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": min(cached, prompt)},
+    }
+    if reasoning is not None:
+        found["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    return found

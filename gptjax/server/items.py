@@ -1,0 +1,102 @@
+"""The items of a response, reasoning, message and function calls, and the events that tell of them as they grow."""
+
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+from gptjax.chat import ChatCompletion, ToolCall
+
+Event = dict[str, Any]
+# Of an item's kind: the type of its one part, and of the events of its text.
+_PARTS = {
+    "reasoning": ("reasoning_text", "response.reasoning_text"),
+    "message": ("output_text", "response.output_text"),
+}
+
+
+class Items:
+    """Makes items of what a turn adds: a new one wherever reasoning and answer change.
+
+    Attributes:
+        done: the items that are complete.
+    """
+
+    def __init__(self) -> None:
+        self.done: list[dict[str, Any]] = []
+        self._kind: str | None = None  # of the item that is open
+        self._id = ""
+        self._text: list[str] = []
+
+    def add(self, reasoning: str, answer: str) -> Iterator[Event]:
+        """The events of more text."""
+        for kind, text in (("reasoning", reasoning), ("message", answer)):
+            if self._kind != kind:
+                text = text.lstrip("\n")  # the empty line between messages: here they are items
+            if text:
+                yield from self._grow(kind, text)
+
+    def finish(self, turn: ChatCompletion) -> Iterator[Event]:
+        """The events of the turn's end, its calls among them."""
+        yield from self._close("incomplete" if turn.finish_reason == "length" else "completed")
+        for call in turn.tool_calls:
+            yield from self._call(call, "incomplete" if turn.finish_reason == "length" else "completed")
+
+    def _grow(self, kind: str, text: str) -> Iterator[Event]:
+        part, about = _PARTS[kind]
+        if self._kind != kind:
+            yield from self._close("completed")
+            self._kind, self._text = kind, []
+            self._id = f"{'rs' if kind == 'reasoning' else 'msg'}_{secrets.token_hex(12)}"
+            yield self._event("response.output_item.added", item=self._item("in_progress"), inside=False)
+            yield self._event("response.content_part.added", part=_part(part, ""))
+        self._text.append(text)
+        yield self._event(f"{about}.delta", delta=text, **_logprobs(kind))
+
+    def _close(self, status: str) -> Iterator[Event]:
+        if self._kind is None:
+            return
+        part, about = _PARTS[self._kind]
+        text = "".join(self._text)
+        yield self._event(f"{about}.done", text=text, **_logprobs(self._kind))
+        yield self._event("response.content_part.done", part=_part(part, text))
+        item = self._item(status, text)
+        yield self._event("response.output_item.done", item=item, inside=False)
+        self.done.append(item)
+        self._kind = None
+
+    def _call(self, call: ToolCall, status: str) -> Iterator[Event]:
+        item_id = f"fc_{secrets.token_hex(12)}"
+        item = {"id": item_id, "type": "function_call", "call_id": call.id, "name": call.name, "status": status}
+        place = {"item_id": item_id, "output_index": len(self.done)}
+        begun = {**item, "arguments": "", "status": "in_progress"}
+        yield self._event("response.output_item.added", item=begun, inside=False)
+        yield {"type": "response.function_call_arguments.delta", **place, "delta": call.arguments}
+        yield {
+            "type": "response.function_call_arguments.done",
+            **place,
+            "name": call.name,
+            "arguments": call.arguments,
+        }
+        item["arguments"] = call.arguments
+        yield self._event("response.output_item.done", item=item, inside=False)
+        self.done.append(item)
+
+    def _item(self, status: str, text: str | None = None) -> dict[str, Any]:
+        assert self._kind is not None  # an item is open
+        content = [] if text is None else [_part(_PARTS[self._kind][0], text)]
+        own: dict[str, Any] = {"summary": []} if self._kind == "reasoning" else {"role": "assistant"}
+        return {"id": self._id, "type": self._kind, **own, "status": status, "content": content}
+
+    def _event(self, kind: str, *, inside: bool = True, **more: Any) -> Event:
+        """An event of the open item; `inside` it, or of the whole."""
+        place = {"item_id": self._id, "content_index": 0} if inside else {}
+        return {"type": kind, "output_index": len(self.done), **place, **more}
+
+
+def _part(kind: str, text: str) -> dict[str, Any]:
+    own: dict[str, Any] = {"annotations": [], "logprobs": []} if kind == "output_text" else {}
+    return {"type": kind, "text": text, **own}
+
+
+def _logprobs(kind: str) -> dict[str, Any]:
+    return {"logprobs": []} if kind == "message" else {}

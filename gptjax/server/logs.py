@@ -1,0 +1,37 @@
+"""The log, as lines for people or as JSON for machines, on standard error."""
+
+import json
+import logging
+import time
+from typing import Any
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """With its time (UTC), level, logger, message, and the traceback if there is one."""
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        found: dict[str, Any] = {
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            found["exception"] = self.formatException(record.exc_info)
+        return json.dumps(found)
+
+
+def config(form: str, level: str) -> dict[str, Any]:
+    """For `logging.config.dictConfig`: `form` is "lines" or "json", `level` a level's name in small letters."""
+    lines = {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"all": lines if form == "lines" else {"()": JsonFormatter}},
+        "handlers": {"all": {"class": "logging.StreamHandler", "formatter": "all", "stream": "ext://sys.stderr"}},
+        "loggers": {
+            name: {"handlers": ["all"], "level": level.upper(), "propagate": False} for name in ("uvicorn", "gptjax")
+        },
+    }

@@ -1,0 +1,125 @@
+"""The fields that completions and chat have in common: sampling, stops, streaming."""
+
+import dataclasses
+from typing import Any, Final
+
+from gptjax.engine.request import MAX_BIASES, MAX_STOP_IDS, MAX_STOP_LENGTH, MAX_STOPS
+from gptjax.server.body import Fields, check_number, check_text
+from gptjax.server.errors import bad_request
+
+# Fields of OpenAI's API that change nothing about an answer here.
+WITHOUT_EFFECT: Final = frozenset(
+    "metadata prompt_cache_key prompt_cache_retention safety_identifier service_tier store user verbosity".split()
+)
+MOST_CHOICES: Final = 128
+MOST_TOKENS: Final = 1 << 31
+_SEEDS: Final = 1 << 32
+_MOST_TOKEN: Final = (1 << 31) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Whether the answer is streamed, and whether it ends with the usage."""
+
+    wanted: bool
+    usage: bool
+
+
+def read_stream(fields: Fields) -> Stream:
+    """`stream` and `stream_options`."""
+    wanted = fields.flag("stream")
+    given = fields.take("stream_options")
+    if given is None:
+        return Stream(wanted, usage=False)
+    if not isinstance(given, dict):
+        raise bad_request("stream_options must be an object", "stream_options")
+    if not wanted:
+        raise bad_request("stream_options has a meaning only with stream: true", "stream_options")
+    options = Fields(given)
+    usage = options.flag("include_usage")
+    options.finish({"include_obfuscation"})
+    return Stream(wanted, usage)
+
+
+def read_sampling(fields: Fields) -> dict[str, Any]:
+    """The options of `make_request` that are given; the checkpoint's defaults hold for the others."""
+    options: dict[str, Any] = {
+        "temperature": fields.number("temperature", 0, 100),
+        "top_p": _above_zero(fields, "top_p", 1),
+        "top_k": _top_k(fields),
+        "min_p": fields.number("min_p", 0, 1),
+        "repetition_penalty": _above_zero(fields, "repetition_penalty", 100),
+        "presence_penalty": fields.number("presence_penalty", -100, 100),
+        "frequency_penalty": fields.number("frequency_penalty", -100, 100),
+        "logit_bias": _logit_bias(fields),
+        "seed": _seed(fields),
+        "stop": _stops(fields),
+        "stop_ids": _stop_ids(fields),
+        "ignore_eos": fields.flag("ignore_eos"),
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def seed_of_choice(options: dict[str, Any], choice: int) -> dict[str, Any]:
+    """The options for one of `n` choices: with a seed, each has its own, or all would be the same."""
+    return options if "seed" not in options else options | {"seed": (options["seed"] + choice) % _SEEDS}
+
+
+def _above_zero(fields: Fields, name: str, high: float) -> float | None:
+    value = fields.number(name, 0, high)
+    if value == 0:
+        raise bad_request(f"{name} must be above 0", name)
+    return value
+
+
+def _top_k(fields: Fields) -> int | None:
+    value = fields.whole("top_k", -1, _MOST_TOKEN)
+    return 0 if value == -1 else value  # -1 is "all" to many clients
+
+
+def _seed(fields: Fields) -> int | None:
+    value = fields.whole("seed", -(1 << 63), (1 << 64) - 1)
+    return None if value is None else value % _SEEDS
+
+
+def _logit_bias(fields: Fields) -> dict[int, float] | None:
+    name = "logit_bias"
+    value = fields.take(name)
+    if value is None:
+        return None
+    if not isinstance(value, dict) or len(value) > MAX_BIASES:
+        raise bad_request(f"{name} must be an object of at most {MAX_BIASES} token ids and numbers", name)
+    found = {}
+    for token, bias in value.items():
+        if not (token.isascii() and token.isdecimal() and len(token) < 10):
+            raise bad_request(f"{name} has the key {token[:40]!r}, which is no token id", name)
+        found[int(token)] = check_number(bias, -100, 100, name)
+    return found
+
+
+def _stops(fields: Fields) -> list[str] | None:
+    value = fields.take("stop")
+    if value is None:
+        return None
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
+        raise bad_request(f"stop must be a string or a list of at most {MAX_STOPS} strings", "stop")
+    for stop in stops:
+        if not 0 < len(check_text(stop, "stop")) <= MAX_STOP_LENGTH:
+            raise bad_request(f"a stop must have 1 to {MAX_STOP_LENGTH} characters, found {len(stop)}", "stop")
+    return stops
+
+
+def _stop_ids(fields: Fields) -> list[int] | None:
+    name = "stop_token_ids"
+    value = fields.take(name)
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) > MAX_STOP_IDS or not all(map(is_token, value)):
+        raise bad_request(f"{name} must be a list of at most {MAX_STOP_IDS} token ids", name)
+    return value
+
+
+def is_token(value: object) -> bool:
+    """Whether a value is a whole number that could be a token id."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKEN

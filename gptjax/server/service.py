@@ -1,0 +1,102 @@
+"""What the routes work with: the model's facts, the limits, the worker."""
+
+import asyncio
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from gptjax import chat
+from gptjax.config import GenerationDefaults
+from gptjax.server.errors import ApiError, bad_request
+from gptjax.server.metrics import Metrics
+from gptjax.server.worker import Worker
+from gptjax.text import Tokenizer, harmony
+
+PromptScores = Sequence[tuple[float, tuple[tuple[int, float], ...]]]
+"""Of each token after the first: its log-probability, and the most likely (token id, log-probability) in its place."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a client may ask for, and for how long it may keep the server waiting."""
+
+    body_bytes: int = 10 << 20
+    body_seconds: float = 30.0  # for the whole body to arrive
+    send_seconds: float = 30.0  # for a client to take a piece of a stream
+    ping_seconds: float = 15.0  # of silence, before a comment is sent on a stream
+    heartbeat_seconds: float = 60.0  # without one, the worker counts as hung; compiling takes long
+    rows: int = 128  # prompts times `n` of one request
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """The model that is served."""
+
+    name: str
+    tokenizer: Tokenizer | None  # None: only token ids can be sent
+    defaults: GenerationDefaults
+    eos_ids: tuple[int, ...]
+    vocab_size: int  # of the logits
+    max_length: int  # positions of prompt and output
+    quant_kind: str  # "none" or "mxfp4"
+    score: Callable[[Sequence[int], int], PromptScores]  # of a prompt, with so many alternatives; blocks
+    memory_in_use: Callable[[], int]  # bytes on the device
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    def text(self) -> Tokenizer:
+        """The tokenizer. Raises `ApiError` where there is none."""
+        if self.tokenizer is None:
+            raise bad_request(f"the model {self.name!r} has no tokenizer: send a prompt of token ids", "prompt")
+        return self.tokenizer
+
+    def chat_tokenizer(self) -> Tokenizer:
+        """A tokenizer that has harmony's special tokens. Raises `ApiError` for a model that does not chat."""
+        if self.tokenizer is None or harmony.missing_tokens(self.tokenizer):
+            raise bad_request(
+                f"the model {self.name!r} is no chat model (its tokenizer lacks harmony's special tokens): use "
+                "/v1/completions",
+                "model",
+                "model_not_chat",
+            )
+        return self.tokenizer
+
+    def turn_ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The tokens that end a turn of a conversation."""
+        return tuple(dict.fromkeys((*self.eos_ids, *chat.stop_ids(tokenizer))))
+
+    def check_name(self, name: str | None) -> None:
+        """Raises `ApiError` for the name of another model; none at all means this one."""
+        if name is not None and name != self.name:
+            raise ApiError(
+                404,
+                f"there is no model {name[:100]!r}; this server has {self.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+    """All that a route needs."""
+
+    worker: Worker
+    served: Served
+    limits: Limits
+    metrics: Metrics
+    scoring: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)  # one prompt is scored at a time
+    draining: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when the server is to end
+    began: float = dataclasses.field(default_factory=time.monotonic)
+    _places: set[object] = dataclasses.field(default_factory=set)  # kept for requests that are being read
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Keeps a place in the worker's queue while a request is read. Raises `QueueFull` and `Unavailable`."""
+        self.worker.check_room(len(self._places))
+        place = object()
+        self._places.add(place)
+        try:
+            yield
+        finally:
+            self._places.remove(place)

@@ -1,0 +1,162 @@
+"""Runs the server: from a loaded model to a process that ends when it is told to, or when its worker dies."""
+
+import functools
+import logging
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, Final
+
+import jax
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gptjax.errors import GptjaxError
+from gptjax.language_model import LanguageModel
+from gptjax.runtime import device_memory
+from gptjax.server import app
+from gptjax.server.metrics import Metrics
+from gptjax.server.scoring import score
+from gptjax.server.service import Limits, Served, Service
+from gptjax.server.sse import ABORT
+from gptjax.server.worker import DEFAULT_SLOTS, Worker
+from gptjax.text import Tokenizer
+from pallas_kernels.fragments import MXFP4Fragments
+from pallas_kernels.mxfp4 import MXFP4
+
+_LAST_WORDS: Final = 3.0  # seconds that a server whose worker died goes on answering, so that /health can be asked
+_TO_END_STREAMS: Final = 5.0  # seconds to send what is left of them, after the worker has drained
+_log = logging.getLogger(__name__)
+
+
+def make_service(lm: LanguageModel, name: str, *, max_queue: int, limits: Limits) -> Service:
+    """The service of a model, its worker not yet started."""
+    tokenizer: Tokenizer | None
+    try:
+        tokenizer = lm.tokenizer
+    except GptjaxError as error:
+        _log.warning("only token ids can be sent: %s", error)
+        tokenizer = None
+    worker = Worker(lm, max_queue=max_queue)
+    served = Served(
+        name=name,
+        tokenizer=tokenizer,
+        defaults=lm.defaults,
+        eos_ids=lm.eos_ids,
+        vocab_size=lm.config.vocab_size,
+        max_length=lm.max_length,
+        quant_kind=_quant_kind(lm),
+        score=functools.partial(score, lm),
+        memory_in_use=_memory_in_use(lm),
+    )
+    return Service(worker, served, limits, Metrics(lambda: worker.state, served.memory_in_use))
+
+
+def _quant_kind(lm: LanguageModel) -> str:
+    packed = MXFP4 | MXFP4Fragments
+    leaves = jax.tree.leaves(lm.params, is_leaf=lambda node: isinstance(node, packed))
+    return "mxfp4" if any(isinstance(leaf, packed) for leaf in leaves) else "none"
+
+
+def _memory_in_use(lm: LanguageModel) -> Callable[[], int]:
+    """Bytes on the device; on a CPU, which counts all processes' together, what weights and cache take by formula."""
+    if device_memory().platform != "cpu":
+        return lambda: device_memory().in_use
+    needed = lm.memory(batch=lm.max_batch or DEFAULT_SLOTS)
+    return lambda: needed.weights + needed.cache
+
+
+def run(server: "Server") -> int:
+    """Serves until SIGINT or SIGTERM. Returns the exit status: 0, or 1 where the worker died or the port is taken."""
+    # uvicorn raises what it caught again when it has ended, for these to see.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    try:
+        server.run()
+    except SystemExit as error:  # what could not be started; the log says why
+        return int(error.code or 0)
+    return server.status
+
+
+def make_server(
+    service: Service,
+    *,
+    host: str,
+    port: int,
+    drain_seconds: float,
+    api_key: str | None = None,
+    cors_origins: Sequence[str] = (),
+    log_config: dict[str, Any] | None = None,
+) -> "Server":
+    """A server that is not running yet."""
+    config = uvicorn.Config(
+        app.build(service, api_key=api_key, cors_origins=cors_origins),
+        host=host,
+        port=port,
+        http=Protocol,
+        ws="none",
+        log_config=log_config,
+        server_header=False,
+        timeout_graceful_shutdown=int(drain_seconds + _TO_END_STREAMS),
+    )
+    return Server(config, service, drain_seconds)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which drains the worker when it is told to end, and ends when the worker dies.
+
+    Attributes:
+        status: the exit status.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
+        super().__init__(config)
+        self.status = 0
+        self._service = service
+        self._drain_seconds = drain_seconds
+        self._died: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins to end: streams go on for a while, and then end with an error."""
+        if not self._service.draining.is_set():
+            self._service.draining.set()
+            threading.Thread(target=self._service.worker.drain, args=(self._drain_seconds,), daemon=True).start()
+        super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end; asked ten times a second."""
+        error = self._service.worker.state.error
+        if error is not None and self._died is None:
+            _log.error("the worker died: %s", error)
+            self._died, self.status = time.monotonic(), 1
+        if self._died is not None and time.monotonic() - self._died > _LAST_WORDS:
+            return True
+        return await super().on_tick(counter)
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, which lets the application cut a connection whose client does not read."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Gives the application of this connection the means to."""
+        super().connection_made(transport)
+        self.app = _with_abort(self.app, functools.partial(_abort, transport))
+
+
+def _abort(transport: Any) -> None:
+    """Ends a connection now; a closed one waits until the client has taken what was written, here or in the kernel."""
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
+def _with_abort(application: Any, abort: Callable[[], None]) -> ASGIApp:
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("extensions", {})[ABORT] = abort
+        await application(scope, receive, send)
+
+    return wrapped

@@ -1,0 +1,152 @@
+"""Answers as JSON, and as server-sent events, for clients that may leave or stop reading."""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from gptjax.server.errors import ApiError, internal
+from gptjax.server.service import Service
+
+ABORT = "gptjax.abort"  # in a scope's extensions: cuts the connection without waiting for the client to read
+_PING = b": ping\n\n"
+_DONE = b"data: [DONE]\n\n"
+_HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class ClientGone(Exception):  # noqa: N818 (a state, not a fault)
+    """The client closed its connection before the answer was ready."""
+
+
+def encode(value: object) -> bytes:
+    """JSON as bytes; never NaN, and half surrogates (which an error may quote) as question marks."""
+    return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+
+
+def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """An answer in one piece."""
+    return Response(encode(value), status, headers, media_type="application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    """The answer that an error is."""
+    return json_response(error.body(), error.status, error.headers)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns. Cancels it and raises `ClientGone` when the client leaves; the body must be read before."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        await _end(working, watching)
+
+
+class EventStream(Response):
+    """JSON objects as events, then `[DONE]`; an error that comes between them is an event before it.
+
+    `close` is called at the end, however that comes: all is sent, the client left, or it did not take what was sent
+    within `send_seconds` and is cut.
+    """
+
+    def __init__(self, objects: AsyncGenerator[object, None], service: Service, close: Callable[[], None]) -> None:
+        super().__init__()
+        self._objects = objects
+        self._limits = service.limits
+        self._metrics = service.metrics
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events."""
+        sending = asyncio.ensure_future(self._send_all(send))
+        watching = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        except TimeoutError:
+            _log.warning("cut a client that did not read for %g seconds", self._limits.send_seconds)
+            if (abort := scope.get("extensions", {}).get(ABORT)) is not None:
+                abort()
+        finally:
+            self._close()
+            await _end(sending, watching)
+            await self._objects.aclose()
+
+    async def _send_all(self, send: Send) -> None:
+        async def write(message: Message) -> None:
+            async with asyncio.timeout(self._limits.send_seconds):
+                await send(message)
+
+        await write({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        async for data in self._events():
+            await write({"type": "http.response.body", "body": data, "more_body": True})
+        await write({"type": "http.response.body", "body": _DONE, "more_body": False})
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        try:
+            async for value in _with_pings(self._objects, self._limits.ping_seconds):
+                yield _PING if value is None else _event(value)
+        except ApiError as error:
+            yield self._error(error)
+        except Exception:
+            _log.exception("a stream failed")
+            yield self._error(internal())
+
+    def _error(self, error: ApiError) -> bytes:
+        self._metrics.failed(error)
+        return b"data: " + encode(error.body()) + b"\n\n"
+
+
+def _event(value: object) -> bytes:
+    """An object as an event; one that has a type, as those of `/v1/responses` do, is an event by that name."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    name = b"" if kind is None else b"event: " + kind.encode() + b"\n"
+    return name + b"data: " + encode(value) + b"\n\n"
+
+
+async def _with_pings(objects: AsyncGenerator[object, None], seconds: float) -> AsyncIterator[object | None]:
+    """The objects, and None for each so many seconds without one."""
+    coming: asyncio.Future[object] | None = None
+    try:
+        while True:
+            coming = coming or asyncio.ensure_future(anext(objects))
+            done, _ = await asyncio.wait({coming}, timeout=seconds)
+            if not done:
+                yield None
+                continue
+            try:
+                value = coming.result()
+            except StopAsyncIteration:
+                return
+            coming = None
+            yield value
+    finally:
+        if coming is not None:
+            await _end(coming)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    """Cancels tasks and waits until they are over, whatever they raise."""
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task

@@ -1,0 +1,375 @@
+"""The thread that owns the engine: requests of many clients, joining and leaving one compiled decode step.
+
+Between any two steps the worker takes note of cancellations, lets the oldest waiting requests take free slots, and
+reads no more of their prompts than one chunk, so that running streams never wait for more than that.
+"""
+
+import contextlib
+import dataclasses
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from gptjax import memory
+from gptjax.engine import steps
+from gptjax.engine.engine import Engine, Features
+from gptjax.engine.engine import Token as Drawn
+from gptjax.engine.output import NOT_FINITE
+from gptjax.engine.request import MAX_TOP_LOGPROBS, Request
+from gptjax.language_model import LanguageModel
+from gptjax.server.events import Event as Event
+from gptjax.server.events import Failed as Failed
+from gptjax.server.events import Finished as Finished
+from gptjax.server.events import QueueFull as QueueFull
+from gptjax.server.events import State as State
+from gptjax.server.events import Ticket as Ticket
+from gptjax.server.events import Token as Token
+from gptjax.server.events import Unavailable as Unavailable
+
+DEFAULT_SLOTS = 8  # where the model was loaded without `max_batch`
+_BEAT = 1.0  # seconds between two signs of life of a worker that has nothing to do
+_PATIENCE = 10.0  # seconds that the caller of `drain` or `stop` waits for the thread beyond what was asked
+_SHORTEST_RETRY, _LONGEST_RETRY = 1, 60  # seconds
+_SMOOTHING = 0.2  # weight of the latest request in the average duration
+_STOPPED = Failed("the server was stopped", "stopped")
+# What is compiled of sampling, each with all of the one before; a chat at temperature 1 needs the second.
+_LEVELS = (
+    Features(),
+    Features(draws=True),
+    Features(draws=True, truncates=True),
+    Features(draws=True, truncates=True, penalises=True, biases=True, num_top=MAX_TOP_LOGPROBS),
+)
+
+
+@dataclasses.dataclass(eq=False)
+class _Job:
+    """A request on its way through the worker."""
+
+    ticket: Ticket
+    request: Request
+    deliver: Callable[[Event], None]
+    cancelled: bool = False
+    began: float = 0.0  # when it took its slot
+    cached: int = 0  # tokens of the prompt that were not read again
+    count: int = 0  # tokens drawn
+
+
+class Worker:
+    """One thread that owns the engine: continuous batching, a bounded queue, cancellation, prefix reuse.
+
+    Every request that `submit` accepts gets its `Token` events, then `Finished` or `Failed`, once, and nothing after
+    that. All methods may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        max_queue: int = 64,
+        chunk: int = steps.LARGEST_CHUNK,
+        steps_per_dispatch: int | None = None,
+    ):
+        """A worker that is not started yet, with `model.max_batch` slots.
+
+        Args:
+          max_queue: requests that may wait for a slot.
+          chunk: prompt tokens that are read between two steps, at most: a power of two.
+          steps_per_dispatch: see `Engine`.
+        """
+        self._model = model
+        self._slots = model.max_batch or DEFAULT_SLOTS
+        self._max_queue = max_queue
+        self._chunk = chunk
+        self._steps_per_dispatch = steps_per_dispatch
+        self._thread = threading.Thread(target=self._run, name="gptjax-worker", daemon=True)
+        # All that follows is guarded by this, and changes of it are told. The thread alone moves jobs from place to
+        # place, but for `cancel`, which takes them out of the queue.
+        self._changed = threading.Condition()
+        self._open: dict[Ticket, _Job] = {}  # all that have not ended
+        self._queue: deque[_Job] = deque()
+        self._filling: tuple[int, _Job] | None = None  # whose prompt is being read, with its slot
+        self._running: dict[int, _Job] = {}  # by slot
+        self._cancelled: list[_Job] = []  # not yet seen to
+        self._ready = self._started = self._draining = self._stopping = False
+        self._failing: Failed | None = None  # what all open requests are to end with
+        self._error: str | None = None
+        self._beat = time.monotonic()
+        self._seconds = 1.0  # that a request has its slot, on average
+        self._accepted = self._tokens_total = 0
+
+    def start(self) -> None:
+        """Starts the thread, which compiles what it needs; `state.ready`, and `wait_until_ready`, tell when it has.
+
+        Requests may be submitted from now on.
+
+        Raises:
+          CapacityError: the slots do not fit the memory that is left.
+        """
+        memory.check_state(self._model.model, batch=self._slots, max_length=self._model.max_length)
+        with self._changed:
+            self._started = True
+            self._beat = time.monotonic()
+        self._thread.start()
+
+    def wait_until_ready(self) -> None:
+        """Returns when all is compiled. Raises `Unavailable` where the worker came to its end before."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._refusal())
+            if refusal := self._refusal():
+                raise Unavailable(refusal)
+
+    def submit(self, request: Request, deliver: Callable[[Event], None]) -> Ticket:
+        """Hands a request to the worker; returns at once.
+
+        Args:
+          request: gets a seed where it has none. Its `stop` strings are for the caller to look for.
+          deliver: called with each event from the worker's thread, so it must not block. If it raises, the request is
+            cancelled.
+
+        Raises:
+          RequestError, CapacityError: the request cannot be run as it stands.
+          QueueFull, Unavailable: it cannot be run now.
+        """
+        request.check(vocab_size=self._model.config.vocab_size, max_length=self._model.max_length)
+        with self._changed:
+            self._check_room()
+            self._accepted += 1
+            job = _Job(Ticket(self._accepted), request.with_seed(), deliver)
+            self._open[job.ticket] = job
+            self._queue.append(job)
+            self._changed.notify_all()
+        return job.ticket
+
+    def check_room(self, ahead: int) -> None:
+        """Raises `QueueFull` or `Unavailable` where a request would not be taken that comes after so many others."""
+        with self._changed:
+            self._check_room(ahead)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends a request within a step, as `Finished` for the reason "cancelled"; one that has ended stays as it is."""
+        with self._changed:
+            job = self._open.get(ticket)
+            if job is None or job.cancelled:
+                return
+            job.cancelled = True
+            self._cancelled.append(job)
+            if job in self._queue:
+                self._queue.remove(job)  # its place is free at once
+            self._changed.notify_all()
+
+    def drain(self, seconds: float) -> None:
+        """Takes no new requests and waits for the open ones, at most so long; what is left then fails."""
+        with self._changed:
+            self._draining = True
+            if not self._changed.wait_for(lambda: not self._open, seconds):
+                self._failing = Failed("the server is shutting down, and had no time left for this request", "drained")
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: not self._open, _PATIENCE)
+
+    def stop(self) -> None:
+        """Ends the thread; open requests fail. Waits for it, unless it hangs."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(_PATIENCE)
+
+    @property
+    def state(self) -> State:
+        """What the worker is doing."""
+        with self._changed:
+            alive = self._thread.is_alive() and self._error is None
+            used = sum(len(job.request.prompt_ids) + job.count for job in self._running.values())
+            return State(
+                ready=self._ready and alive and self._refusal() is None,
+                alive=alive,
+                heartbeat_age=time.monotonic() - self._beat,
+                slots=self._slots,
+                busy=len(self._running) + (self._filling is not None),
+                queued=len(self._queue),
+                cache_used=min(1.0, used / (self._slots * self._model.max_length)),
+                requests=self._accepted,
+                tokens_total=self._tokens_total,
+                error=self._error,
+            )
+
+    def _check_room(self, ahead: int = 0) -> None:
+        if refusal := self._refusal():
+            raise Unavailable(refusal)
+        busy = len(self._running) + (self._filling is not None)
+        waiting = len(self._queue) + ahead
+        if waiting >= self._max_queue + self._slots - busy:  # a free slot is no wait
+            raise QueueFull(waiting, self._retry_after())
+
+    def _refusal(self) -> str | None:
+        """Why no request is taken."""
+        if self._error is not None:
+            return f"the worker died: {self._error}"
+        if self._stopping:
+            return "the server was stopped"
+        if self._draining:
+            return "the server is shutting down"
+        return None if self._started else "the worker was not started"
+
+    def _retry_after(self) -> int:
+        """Seconds until the requests that wait have had their turns, reckoned from the average so far."""
+        seconds = math.ceil(len(self._queue) / self._slots * self._seconds)
+        return max(_SHORTEST_RETRY, min(seconds, _LONGEST_RETRY))
+
+    # What follows runs in the thread.
+
+    def _run(self) -> None:
+        try:
+            with self._explained():
+                engine = self._engine()
+                engine.warm_up()
+                with self._changed:
+                    self._ready = True
+                    self._changed.notify_all()
+                while self._turn(engine):
+                    pass
+        except BaseException as error:  # whatever it was: nobody else would tell those who wait
+            message = f"{type(error).__name__}: {error}"
+            with self._changed:
+                self._error = message
+                self._failing = Failed(f"the worker died: {message}", "died")
+                self._changed.notify_all()
+        finally:
+            self._fail_all()
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return memory.explained(self._model.model, batch=self._slots, max_length=self._model.max_length)
+
+    def _engine(self) -> Engine:
+        return Engine(
+            self._model.model,
+            self._model.params,
+            batch=self._slots,
+            max_length=self._model.max_length,
+            steps_per_dispatch=self._steps_per_dispatch,
+            chunk=self._chunk,
+            levels=_LEVELS,
+            reuse=True,
+        )
+
+    def _turn(self, engine: Engine) -> bool:
+        """What is to be done between two steps, and a step. False where the worker is to end."""
+        with self._changed:
+            while not (self._busy() or self._failing or self._stopping):
+                self._beat = time.monotonic()
+                self._changed.wait(_BEAT)
+            self._beat = time.monotonic()
+            failing = self._failing is not None
+            if self._stopping:
+                return False
+        if failing:
+            for slot in self._fail_all():
+                engine.release(slot)
+            return True
+        self._leave(engine)
+        self._join(engine)
+        while engine.fill_is_due:
+            if not engine.fill():
+                break  # it may have been cancelled before its next chunk
+            self._admitted()
+            self._join(engine)
+        for drawn in engine.step():
+            self._push(engine, drawn)
+        return True
+
+    def _busy(self) -> bool:
+        return bool(self._queue or self._filling or self._running or self._cancelled)
+
+    def _leave(self, engine: Engine) -> None:
+        """Frees the slots of what was cancelled."""
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, []
+        for job in cancelled:
+            if job.ticket in self._open:  # it may have come to its end meanwhile
+                self._end(engine, job, "cancelled")
+
+    def _join(self, engine: Engine) -> None:
+        """Lets the oldest waiting request take a slot, one prompt at a time."""
+        with self._changed:
+            if self._filling is not None or not self._queue or not engine.free_slots:
+                return
+            job = self._queue.popleft()
+            slot = engine.best_slot(job.request)
+            self._filling = slot, job
+        job.began = time.monotonic()
+        job.cached = engine.begin(slot, job.request)
+
+    def _admitted(self) -> None:
+        """The prompt that was being read is, and its slot takes part in steps."""
+        with self._changed:
+            assert self._filling is not None  # the engine had a prompt to read
+            slot, self._running[slot] = self._filling
+            self._filling = None
+
+    def _push(self, engine: Engine, drawn: Drawn) -> None:
+        """Delivers a token, and ends its request where it was the last."""
+        job = self._running[drawn.slot]
+        if job.cancelled:
+            return  # `_leave` sees to it
+        request = job.request
+        if drawn.token_id < 0:
+            self._end(engine, job, Failed(NOT_FINITE, "not_finite"))
+            return
+        with self._changed:
+            job.count += 1
+            self._tokens_total += 1
+        self._deliver(job, Token(drawn.token_id, drawn.logprob, drawn.top[: request.params.top_logprobs]))
+        if drawn.token_id in request.stop_ids:
+            self._end(engine, job, "stop")
+        elif job.count == request.room(engine.max_length):
+            self._end(engine, job, "length")
+
+    def _end(self, engine: Engine, job: _Job, how: Failed | str) -> None:
+        """Frees a job's slot, if it has one, and says so."""
+        slot = self._forget(job)
+        if slot is not None:
+            engine.release(slot)
+        prompt_tokens = len(job.request.prompt_ids)
+        self._deliver(job, Finished(how, prompt_tokens, job.cached, job.count) if isinstance(how, str) else how)
+        self._close(job)
+
+    def _forget(self, job: _Job) -> int | None:
+        """Takes a job from where it is. Returns the slot that it had."""
+        with self._changed:
+            if job in self._queue:
+                self._queue.remove(job)
+            if self._filling is not None and self._filling[1] is job:
+                slot, self._filling = self._filling[0], None
+                return slot
+            for slot, running in self._running.items():
+                if running is job:
+                    del self._running[slot]
+                    self._seconds += _SMOOTHING * (time.monotonic() - job.began - self._seconds)
+                    return slot
+        return None
+
+    def _close(self, job: _Job) -> None:
+        """The job's last event is delivered."""
+        with self._changed:
+            self._open.pop(job.ticket, None)
+            self._changed.notify_all()
+
+    def _fail_all(self) -> list[int]:
+        """Ends all open requests with `_failing`. Returns the slots that they had."""
+        with self._changed:
+            jobs = list(self._open.values())
+            failed, self._failing = self._failing or _STOPPED, None
+            self._cancelled.clear()
+        slots = [self._forget(job) for job in jobs]
+        for job in jobs:
+            self._deliver(job, failed)
+            self._close(job)
+        return [slot for slot in slots if slot is not None]
+
+    def _deliver(self, job: _Job, event: Event) -> None:
+        try:
+            job.deliver(event)
+        except Exception:  # the reader's loop was closed, say: nobody is there to be told
+            self.cancel(job.ticket)

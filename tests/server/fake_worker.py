@@ -1,0 +1,110 @@
+"""A worker without a model: it replays scripted tokens, from a thread, as the real one does."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gptjax.engine.request import Request
+from gptjax.server.events import Event, Failed, Finished, QueueFull, State, Ticket, Token, Unavailable
+
+
+class FakeWorker:
+    """Answers each request with `script(request)`'s tokens: a finite list, or endless; then it runs to max_tokens.
+
+    An item that is a `Failed` ends the request with it, and a number that is a float is slept for.
+    """
+
+    def __init__(self, script: Callable[[Request], Any], *, max_length: int, room: int = 64):
+        self.script = script
+        self.max_length = max_length
+        self.room = room  # requests that may be open
+        self.requests: list[Request] = []
+        self.cancelled: list[Ticket] = []
+        self.open: dict[Ticket, threading.Event] = {}
+        self.ready = True
+        self.error: str | None = None
+        self.heartbeat_age = 0.0
+        self.refusal: str | None = None
+        self.failed: dict[Ticket, Failed] = {}
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        for stopped in list(self.open.values()):
+            stopped.set()
+
+    def drain(self, seconds: float) -> None:
+        self.refusal = "the server is shutting down"
+        until = time.monotonic() + seconds
+        while self.open and time.monotonic() < until:
+            time.sleep(0.01)
+        self.stop()
+
+    def submit(self, request: Request, deliver: Callable[[Event], None]) -> Ticket:
+        with self._lock:
+            self.check_room(0)
+            request = request.with_seed()
+            ticket, stopped = Ticket(next(self._numbers)), threading.Event()
+            self.requests.append(request)
+            self.open[ticket] = stopped
+        threading.Thread(target=self._run, args=(ticket, stopped, request, deliver), daemon=True).start()
+        return ticket
+
+    def check_room(self, ahead: int) -> None:
+        if self.refusal:
+            raise Unavailable(self.refusal)
+        if len(self.open) + ahead >= self.room:
+            raise QueueFull(len(self.open), 3)
+
+    def cancel(self, ticket: Ticket) -> None:
+        if ticket in self.open:
+            self.cancelled.append(ticket)
+            self.open[ticket].set()
+
+    def fail(self, ticket: Ticket, failed: Failed) -> None:
+        self.failed[ticket] = failed
+        self.open[ticket].set()
+
+    @property
+    def state(self) -> State:
+        return State(self.ready, self.error is None, self.heartbeat_age, 4, len(self.open), 0, 0.25, 1, 2, self.error)
+
+    def _run(
+        self, ticket: Ticket, stopped: threading.Event, request: Request, deliver: Callable[[Event], None]
+    ) -> None:
+        last = self._replay(stopped, request, deliver)
+        self.open.pop(ticket)
+        deliver(self.failed.get(ticket, last))
+
+    def _replay(self, stopped: threading.Event, request: Request, deliver: Callable[[Event], None]) -> Event:
+        count, prompt = 0, len(request.prompt_ids)
+        for item in self.script(request):
+            if stopped.is_set():
+                break
+            if isinstance(item, Failed):
+                return item
+            if isinstance(item, float):
+                stopped.wait(item)
+                continue
+            count += 1
+            deliver(Token(item, *scored(item, request.params.top_logprobs)))
+            if item in request.stop_ids:
+                return Finished("stop", prompt, 2, count)
+            if count == request.room(self.max_length):
+                return Finished("length", prompt, 2, count)
+        return Finished("cancelled", prompt, 2, count)
+
+
+def scored(token_id: int, num_top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """A log-probability, and as many alternatives, the token the first of them."""
+    return -0.5, tuple((token_id + place, -0.5 - place) for place in range(num_top))
+
+
+def score(token_ids: Sequence[int], num_top: int) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+    """A scorer of prompts that finds every token the likeliest."""
+    return [scored(token_id, num_top) for token_id in token_ids[1:]]

@@ -1,0 +1,162 @@
+"""A server around a fake worker, and ways to ask it."""
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from fake_worker import FakeWorker, score
+
+from gptjax.config import GenerationDefaults
+from gptjax.engine.request import Request
+from gptjax.server import app, serving
+from gptjax.server.metrics import Metrics
+from gptjax.server.service import Limits, Served, Service
+from gptjax.text import Tokenizer, load_tokenizer
+
+DEMO = Path(__file__).resolve().parents[2] / "gptjax" / "demo"
+GPT2, GPT_OSS = "gpt2-tales", "gpt-oss-tales"
+MAX_LENGTH = 400
+
+
+@cache
+def tokenizer(name: str = GPT2) -> Tokenizer:
+    return load_tokenizer(DEMO / name)
+
+
+def ids(text: str, name: str = GPT2) -> list[int]:
+    return tokenizer(name).encode(text, special=True)
+
+
+def saying(*texts: str, name: str = GPT2) -> Callable[[Request], list[int]]:
+    """A script: each request gets the tokens of the next text, the last one again and again."""
+    left = list(texts)
+
+    def script(_: Request) -> list[int]:
+        return ids(left.pop(0) if len(left) > 1 else left[0], name)
+
+    return script
+
+
+def endless(_: Request):
+    while True:
+        yield ids(" a")[0]
+        yield 0.001
+
+
+def make(script: Any = None, *, name: str = GPT2, **limits: float) -> Service:
+    text = tokenizer(name)
+    worker = FakeWorker(script or saying(" there was<|endoftext|>", name=name), max_length=MAX_LENGTH)
+    served = Served(
+        name=name,
+        tokenizer=text,
+        defaults=GenerationDefaults(),
+        eos_ids=text.eos_ids,
+        vocab_size=text.vocab_size,
+        max_length=MAX_LENGTH,
+        quant_kind="none",
+        score=score,
+        memory_in_use=lambda: 1234,
+        created=1700000000,
+    )
+    return Service(worker, served, Limits(**limits), Metrics(lambda: worker.state, served.memory_in_use))
+
+
+def ask(service: Service, method: str, path: str, *, options: dict[str, Any] | None = None, **more: Any):
+    """One request to a server of its own; an exception there is the 500 that clients see."""
+
+    async def run() -> httpx2.Response:
+        transport = httpx2.ASGITransport(app.build(service, **(options or {})), raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await asyncio.wait_for(client.request(method, path, **more), 20)
+
+    return asyncio.run(run())
+
+
+def complete(service: Service, **fields: Any) -> httpx2.Response:
+    return post(service, "/v1/completions", {"prompt": "Once upon a time"} | fields)
+
+
+def chat(service: Service, **fields: Any) -> httpx2.Response:
+    return post(service, "/v1/chat/completions", {"messages": [USER]} | fields)
+
+
+def post(service: Service, path: str, body: Any) -> httpx2.Response:
+    return ask(service, "POST", path, content=json.dumps(body))
+
+
+USER = {"role": "user", "content": "Hello"}
+
+
+def events(response: httpx2.Response) -> list[dict[str, Any]]:
+    """The objects of a stream, whose form is checked."""
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "text/event-stream"
+    *lines, end, nothing = response.text.split("\n\n")
+    assert (end, nothing) == ("data: [DONE]", "")
+    assert all(line.startswith("data: ") for line in lines)
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def fault(response: httpx2.Response, status: int = 400) -> dict[str, Any]:
+    """The error object of an answer, whose form is checked."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert list(body) == ["error"]
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert isinstance(body["error"]["message"], str)
+    return body["error"]
+
+
+def until(holds: Callable[[], bool], seconds: float = 5) -> Any:
+    """Waits, in a coroutine, for what another thread does."""
+
+    async def wait() -> None:
+        for _ in range(int(seconds * 100)):
+            if holds():
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError("it did not come")
+
+    return wait()
+
+
+def all_of(choices: Sequence[dict[str, Any]], field: str, index: int = 0) -> list[Any]:
+    return [choice[field] for choice in choices if choice["index"] == index]
+
+
+@contextlib.contextmanager
+def running(service, drain_seconds=5.0):
+    """The server in a thread; its address."""
+    server = serving.make_server(service, host="127.0.0.1", port=0, drain_seconds=drain_seconds)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_for(lambda: server.started)
+        yield server, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def wait_for(holds, seconds=10):
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, "it did not come"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def served(lm, name, *, max_queue=64):
+    """A server of a model that is warm, and its address."""
+    service = serving.make_service(lm, name, max_queue=max_queue, limits=Limits())
+    with running(service) as (server, address):
+        service.worker.wait_until_ready()
+        yield server, address

@@ -1,0 +1,163 @@
+"""What stands before the routes, and the routes that generate nothing."""
+
+import pytest
+from server_material import GPT2, GPT_OSS, MAX_LENGTH, ask, complete, fault, make, tokenizer
+
+
+def test_health_of_a_warm_server():
+    response = ask(make(), "GET", "/health")
+    body = response.json()
+    assert response.status_code == 200
+    assert body.pop("uptime_seconds") >= 0
+    assert body == {
+        "status": "ok",
+        "model": GPT2,
+        "resident": True,
+        "quant_kind": "none",
+        "vram_bytes_used": 1234,
+        "tokenizer_kind": "byte-level-bpe",
+        "vocab_size": tokenizer().vocab_size,
+        "context_length": MAX_LENGTH,
+        "slots": 4,
+        "busy": 0,
+        "queued": 0,
+        "error": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"ready": False}, "starting"),
+        ({"heartbeat_age": 61.0}, "hung"),
+        ({"error": "RuntimeError: gone", "ready": False}, "dead"),
+    ],
+)
+def test_health_of_a_server_that_does_not_answer(change, status):
+    service = make()
+    vars(service.worker).update(change)
+    response = ask(service, "GET", "/health")
+    assert response.status_code == 503
+    assert (response.json()["status"], response.json()["resident"]) == (status, False)
+
+
+def test_health_while_draining():
+    service = make()
+    service.worker.ready = False
+    service.draining.set()
+    assert ask(service, "GET", "/health").json()["status"] == "draining"
+
+
+def test_models():
+    model = {"id": GPT_OSS, "object": "model", "created": 1700000000, "owned_by": "gptjax", "max_model_len": MAX_LENGTH}
+    service = make(name=GPT_OSS)
+    assert ask(service, "GET", "/v1/models").json() == {"object": "list", "data": [model]}
+    assert ask(service, "GET", f"/v1/models/{GPT_OSS}").json() == model
+    assert fault(ask(service, "GET", "/v1/models/other/name"), 404)["code"] == "model_not_found"
+
+
+def test_what_is_not_there():
+    assert fault(ask(make(), "GET", "/v2"), 404)["code"] == "no_such_route"
+    assert ask(make(), "GET", "/v1/completions").headers["allow"] == "POST"
+    fault(ask(make(), "GET", "/v1/completions"), 405)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"Authorization": "Bearer wrong"}, 401),
+        ({"Authorization": "Basic secret"}, 401),
+        ({"Authorization": "Bearer s\u00e9cret".encode("latin-1")}, 401),
+        ({"Authorization": "Bearer secret"}, 200),
+        ({"Authorization": "bearer secret"}, 200),
+    ],
+)
+def test_an_api_key(headers, status):
+    response = ask(make(), "GET", "/v1/models", headers=headers, options={"api_key": "secret"})
+    assert response.status_code == status
+    if status == 401:
+        assert fault(response, 401)["code"] == "invalid_api_key"
+    assert ask(make(), "GET", "/health", options={"api_key": "secret"}).status_code == 200
+
+
+def test_without_a_key_any_token_passes():
+    assert ask(make(), "GET", "/v1/models", headers={"Authorization": "Bearer whatever"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("origin", "options", "allowed"),
+    [
+        ("http://localhost:3000", {}, "http://localhost:3000"),
+        ("https://a.example", {}, None),
+        ("http://localhost.a.example", {}, None),
+        ("https://a.example", {"cors_origins": ["https://a.example"]}, "https://a.example"),
+        ("https://a.example", {"cors_origins": ["*"]}, "*"),
+    ],
+)
+def test_pages_of_other_origins(origin, options, allowed):
+    response = ask(make(), "GET", "/v1/models", headers={"Origin": origin}, options=options)
+    assert response.headers.get("access-control-allow-origin") == allowed
+    preflight = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    response = ask(make(), "OPTIONS", "/v1/models", headers=preflight, options={"api_key": "secret", **options})
+    assert response.headers.get("access-control-allow-origin") == allowed
+    assert response.is_success == (allowed is not None)
+
+
+def test_options_by_itself_is_answered():
+    assert ask(make(), "OPTIONS", "/v1/completions").status_code == 204
+
+
+def test_a_body_that_is_too_large():
+    error = fault(ask(make(body_bytes=1000), "POST", "/v1/completions", content=b"x" * 1001), 413)
+    assert error["message"] == "the body is larger than 1000 bytes"
+
+    async def pieces():
+        for _ in range(11):
+            yield b" " * 100
+
+    fault(ask(make(body_bytes=1000), "POST", "/v1/completions", content=pieces()), 413)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"prompt"',
+        b"\xff\xfe",
+        b'{"prompt": NaN}',
+        b'{"prompt": "a", "temperature": -Infinity}',
+        b"[" * 100_000,
+        b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+        '{"prompt": "a"}'.encode("utf-16"),
+    ],
+)
+def test_a_body_that_is_no_json_object(body):
+    assert fault(ask(make(), "POST", "/v1/completions", content=body))["code"] == "bad_json"
+
+
+def test_a_fault_of_ours_is_a_500_that_is_not_to_be_sent_again():
+    def broken(request):
+        raise ZeroDivisionError("secret")
+
+    service = make()
+    service.worker.submit = broken
+    response = complete(service)
+    error = fault(response, 500)
+    assert response.headers["x-should-retry"] == "false"
+    assert "secret" not in error["message"]
+
+
+def test_a_server_that_is_full_or_ends():
+    service = make()
+    service.worker.room = 0
+    response = complete(service)
+    assert fault(response, 429)["code"] == "queue_full"
+    assert response.headers["retry-after"] == "3"
+    service.worker.refusal = "the server is shutting down"
+    response = complete(service)
+    assert fault(response, 503)["message"] == "the server is shutting down"
+    assert "retry-after" in response.headers

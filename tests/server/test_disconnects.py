@@ -1,0 +1,113 @@
+"""Clients that leave in each phase of a request, and a worker's thread that is killed, with a model and on a socket."""
+
+import ctypes
+import functools
+import socket
+import time
+
+import httpx2
+import pytest
+from load_material import request
+from server_material import GPT2, served, wait_for
+
+import gptjax
+from gptjax.server import serving
+from gptjax.server.worker import Worker
+
+TIMES = 100
+SLOTS, CHUNK = 2, 32
+
+
+@pytest.fixture(scope="module")
+def model():
+    return gptjax.load(GPT2, dtype="float32", max_length=512, max_batch=SLOTS)
+
+
+@pytest.fixture(scope="module")
+def warm(model):
+    """A server that reads prompts in many parts, and what is asked of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "Worker", functools.partial(Worker, chunk=CHUNK))
+        with served(model, GPT2) as (server, address):
+            yield server, address
+
+
+def leave(address: str, holds, *, prompt, stream: bool, max_tokens: int) -> None:
+    """Asks, waits until `holds()`, and hangs up."""
+    body = {"prompt": prompt, "max_tokens": max_tokens, "stream": stream, "ignore_eos": True, "temperature": 0}
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(request(int(port), body))
+        deadline = time.monotonic() + 30
+        while not holds():
+            assert time.monotonic() < deadline, "it did not come"
+
+
+def free(server, worker: Worker) -> None:
+    """All slots are free, and nothing is left of any request."""
+    wait_for(lambda: worker.state.busy == worker.state.queued == 0)
+    wait_for(lambda: not worker._open)
+    wait_for(lambda: not server.server_state.connections and not server.server_state.tasks)
+
+
+def in_the_queue(worker: Worker, address: str, ask) -> bool:
+    body = {"prompt": [[5]] * SLOTS, "max_tokens": 500, "ignore_eos": True, "stream": True}
+    with httpx2.stream("POST", f"{address}/v1/completions", json=body):
+        wait_for(lambda: worker.state.busy == SLOTS)
+        ask(lambda: worker.state.queued == 1, length=3, max_tokens=1)
+        wait_for(lambda: worker.state.queued == 0)
+        return worker.state.busy == SLOTS
+
+
+def in_prefill(worker: Worker, address: str, ask) -> bool:
+    before = worker.state.tokens_total
+    ask(lambda: worker._filling is not None, length=480, max_tokens=1)
+    wait_for(lambda: worker.state.busy == 0)
+    return worker.state.tokens_total == before
+
+
+def in_decode(worker: Worker, address: str, ask) -> bool:
+    before = worker.state.tokens_total
+    ask(lambda: worker.state.tokens_total > before, length=3, max_tokens=500)
+    wait_for(lambda: worker.state.busy == 0)
+    return worker.state.tokens_total < before + 500
+
+
+def while_finishing(worker: Worker, address: str, ask) -> bool:
+    """With the last token, or what follows it, on its way."""
+    before = worker.state.tokens_total
+    ask(lambda: worker.state.tokens_total >= before + 2, length=3, max_tokens=3)
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", [in_the_queue, in_prefill, in_decode, while_finishing])
+def test_a_client_that_leaves_frees_its_slot(warm, model, phase):
+    server, address = warm
+    worker = server.config.app.state.service.worker
+    for number in range(TIMES):
+
+        def ask(holds, *, length, max_tokens, number=number):
+            # Other tokens each time, so that no prompt is found in a slot.
+            leave(address, holds, prompt=[number + 1] * length, stream=number % 2 == 0, max_tokens=max_tokens)
+
+        assert phase(worker, address, ask), f"client {number} left too late"
+        free(server, worker)
+    answer = httpx2.post(f"{address}/v1/completions", json={"prompt": "The king", "max_tokens": 9, "temperature": 0})
+    assert answer.json()["choices"][0]["text"] == model.generate("The king", max_tokens=9, temperature=0).text
+
+
+def test_a_killed_worker_thread_is_seen_within_two_seconds(lm):
+    small = gptjax.LanguageModel(
+        lm.model, lm.params, tokenizer=lm.tokenizer, defaults=lm.defaults, max_length=96, max_batch=1
+    )
+    with served(small, GPT2) as (server, address):
+        thread = server.config.app.state.service.worker._thread
+        began = time.monotonic()
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+        wait_for(lambda: httpx2.get(f"{address}/health").status_code == 503)
+        assert time.monotonic() - began < 2
+        assert httpx2.get(f"{address}/health").json()["status"] == "dead"
+        assert httpx2.post(f"{address}/v1/completions", json={"prompt": "A"}).status_code == 503
+        wait_for(lambda: server.should_exit or not server.servers[0].is_serving())
+    assert server.status == 1

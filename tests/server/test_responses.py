@@ -1,0 +1,135 @@
+"""`/v1/responses`."""
+
+import json
+
+import pytest
+from server_material import GPT_OSS, fault, ids, make, post, saying, tokenizer
+
+THOUGHT = "<|channel|>analysis<|message|>The king is old.<|end|><|start|>assistant"
+ANSWER = "<|channel|>final<|message|>It was late.<|return|>"
+CALL = '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Oslo"}<|call|>'
+WEATHER = {"type": "function", "name": "weather", "description": "Of a city.", "parameters": {"type": "object"}}
+
+
+def talking(text):
+    return make(saying(text, name=GPT_OSS), name=GPT_OSS)
+
+
+def respond(service, **fields):
+    return post(service, "/v1/responses", {"input": "Hello"} | fields)
+
+
+def events(response):
+    assert response.headers["content-type"] == "text/event-stream"
+    *blocks, end, nothing = response.text.split("\n\n")
+    assert (end, nothing) == ("data: [DONE]", "")
+    found = []
+    for block in blocks:
+        name, data = block.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {found[-1]['type']}"
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+    return found
+
+
+def without_ids(items):
+    return [{name: value for name, value in item.items() if name != "id"} for item in items]
+
+
+def test_reasoning_and_answer_are_items():
+    service = talking(THOUGHT + ANSWER)
+    body = respond(service, instructions="Be kind.", reasoning={"effort": "low"}, max_output_tokens=99).json()
+    assert (body["object"], body["status"], body["store"]) == ("response", "completed", False)
+    part = {"type": "output_text", "text": "It was late.", "annotations": [], "logprobs": []}
+    assert without_ids(body["output"]) == [
+        {
+            "type": "reasoning",
+            "summary": [],
+            "status": "completed",
+            "content": [{"type": "reasoning_text", "text": "The king is old."}],
+        },
+        {"type": "message", "role": "assistant", "status": "completed", "content": [part]},
+    ]
+    assert body["usage"]["output_tokens"] == len(ids(THOUGHT + ANSWER, GPT_OSS))
+    assert body["usage"]["output_tokens_details"]["reasoning_tokens"] > 0
+    prompt = tokenizer(GPT_OSS).decode(service.worker.requests[0].prompt_ids)
+    assert "Be kind." in prompt and "Reasoning: low" in prompt
+
+
+def test_a_stream_tells_of_every_item():
+    found = events(respond(talking(THOUGHT + ANSWER), stream=True))
+    kinds = [event["type"].removeprefix("response.") for event in found]
+    distinct = [kind for at, kind in enumerate(kinds) if at == 0 or kinds[at - 1] != kind]
+    begun, ended = ["output_item.added", "content_part.added"], ["content_part.done", "output_item.done"]
+    parts = [[*begun, f"{text}.delta", f"{text}.done", *ended] for text in ("reasoning_text", "output_text")]
+    assert distinct == ["created", "in_progress", *parts[0], *parts[1], "completed"]
+    text = "".join(event["delta"] for event in found if event["type"] == "response.output_text.delta")
+    assert text == "It was late."
+    whole = found[-1]["response"]
+    assert without_ids(whole["output"]) == without_ids(respond(talking(THOUGHT + ANSWER)).json()["output"])
+    assert [event["item"] for event in found if event["type"] == "response.output_item.done"] == whole["output"]
+
+
+def test_a_call_and_its_result():
+    service = talking(THOUGHT + CALL)
+    body = respond(service, tools=[WEATHER]).json()
+    call = body["output"][-1]
+    assert (call["type"], call["call_id"], call["name"]) == ("function_call", "call_0", "weather")
+    assert call["arguments"] == '{"city": "Oslo"}'
+    service = talking(ANSWER)
+    result = {"type": "function_call_output", "call_id": "call_0", "output": "rain"}
+    said = [{"role": "user", "content": [{"type": "input_text", "text": "Hello"}]}, *body["output"], result]
+    assert respond(service, input=said, tools=[WEATHER]).status_code == 200
+    prompt = tokenizer(GPT_OSS).decode(service.worker.requests[0].prompt_ids)
+    assert "The king is old." in prompt and "rain" in prompt
+    kinds = [event["type"] for event in events(respond(talking(CALL), tools=[WEATHER], stream=True))]
+    assert "response.function_call_arguments.delta" in kinds
+    assert "response.function_call_arguments.done" in kinds
+
+
+def test_a_turn_that_is_cut_short():
+    found = events(respond(talking(THOUGHT + ANSWER), max_output_tokens=5, stream=True))
+    assert found[-1]["type"] == "response.incomplete"
+    assert found[-1]["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"input": None},
+        {"input": []},
+        {"input": [3]},
+        {"input": [{"role": "wizard", "content": "a"}]},
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "a"}]}]},
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": 3}]}]},
+        {"input": [{"role": "user", "content": {}}]},
+        {"input": [{"type": "web_search_call"}]},
+        {"input": [{"type": []}]},
+        {"input": [{"type": "function_call_output", "call_id": "x", "output": "a"}]},
+        {"input": [{"type": "function_call", "call_id": {}, "name": "f", "arguments": "{}"}]},
+        {"input": "\ud800"},
+        {"previous_response_id": "resp_1"},
+        {"background": True},
+        {"truncation": "auto"},
+        {"text": {"format": {"type": "json_object"}}},
+        {"text": 3},
+        {"text": "json"},
+        {"text": {"form": {"type": "text"}}},
+        {"reasoning": "high"},
+        {"reasoning": {"effort": "enormous"}},
+        {"reasoning": {"depth": 3}},
+        {"tools": {}},
+        {"tools": [{"type": "web_search"}]},
+        {"tools": [{"type": "function", "name": 3}]},
+        {"tool_choice": "required"},
+        {"max_output_tokens": 0},
+        {"messages": []},
+        {"n": 2},
+    ],
+)
+def test_what_is_not_as_it_should_be(fields):
+    fault(respond(talking(ANSWER), **fields))
+
+
+def test_plain_models_refuse():
+    assert fault(respond(make()))["code"] == "model_not_chat"

@@ -1,0 +1,134 @@
+"""The server on a socket, with uvicorn: signals, clients that do not read, a worker that dies."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx2
+import pytest
+from server_material import GPT2, endless, ids, make, running, wait_for
+
+from gptjax.cli import main
+from gptjax.server import logs, serving
+from gptjax.server.events import Failed
+
+
+def streamed(address, **fields):
+    body = {"prompt": "a", "stream": True, "max_tokens": 390} | fields
+    return httpx2.stream("POST", f"{address}/v1/completions", json=body, timeout=10)
+
+
+def test_streams_end_in_order_when_the_server_is_told_to_end():
+    def script(request):
+        while request.max_tokens == 390 or service.worker.refusal is None:
+            yield from [*ids(" a"), 0.01]
+        yield from ids(" b<|endoftext|>")
+
+    service = make(script)
+    with running(service, drain_seconds=0.5) as (server, address):
+        with streamed(address, max_tokens=100) as short, streamed(address) as long:
+            wait_for(lambda: len(service.worker.open) == 2)
+            service.worker.stop = lambda: fail_all(service.worker)
+            server.handle_exit(signal.SIGTERM, None)
+            lines = [list(filter(None, response.iter_lines())) for response in (short, long)]
+        assert [each[-1] for each in lines] == ["data: [DONE]"] * 2
+        assert json.loads(lines[0][-2][6:])["choices"][0]["finish_reason"] == "stop"
+        assert json.loads(lines[1][-2][6:])["error"]["code"] == "drained"
+    assert server.status == 0
+
+
+def fail_all(worker):
+    """What the real worker does at the end of `drain`."""
+    for ticket in list(worker.open):
+        worker.fail(ticket, Failed("the server is shutting down", "drained"))
+
+
+@pytest.mark.parametrize("at", ["the start", "mid-stream"])
+def test_a_client_that_hangs_up_frees_its_slot(at):
+    service = make(endless)
+    with running(service) as (_, address):
+        with streamed(address) as response:
+            if at == "mid-stream":
+                next(response.iter_lines())
+        wait_for(lambda: not service.worker.open)
+        body = {"prompt": "a", "max_tokens": 390}
+        with pytest.raises(httpx2.ReadTimeout):
+            httpx2.post(f"{address}/v1/completions", json=body, timeout=0.2)
+        wait_for(lambda: not service.worker.open)
+    assert len(service.worker.cancelled) == 2
+
+
+def test_a_client_that_never_reads_is_cut():
+    service = make(lambda request: itertools.cycle([ids(" a")[0], 0.0002]), send_seconds=0.3)
+    service.worker.max_length = 1 << 30
+    service = dataclasses.replace(service, served=dataclasses.replace(service.served, max_length=1 << 30))
+    with running(service) as (_, address), contextlib.ExitStack() as stack:
+        client = stack.enter_context(socket.socket())
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(address.rsplit(":", 1)[1])))
+        body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 1 << 30, "logprobs": 20}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        client.sendall(head + body)
+        wait_for(lambda: len(service.worker.requests) == 1)
+        wait_for(lambda: not service.worker.open, 30)
+        with pytest.raises(ConnectionError):
+            while client.recv(1 << 20):
+                pass
+
+
+def test_a_worker_that_dies_takes_the_server_with_it(monkeypatch):
+    monkeypatch.setattr(serving, "_LAST_WORDS", 1.0)
+    service = make(endless)
+    with running(service) as (server, address):
+        assert httpx2.get(f"{address}/health").status_code == 200
+        service.worker.error = "RuntimeError: gone"
+        response = httpx2.get(f"{address}/health")
+        assert (response.status_code, response.json()["status"]) == (503, "dead")
+        wait_for(lambda: server.should_exit or not server.servers[0].is_serving(), 5)
+    assert server.status == 1
+
+
+def test_logs_as_json():
+    record = logging.LogRecord("gptjax", logging.WARNING, __file__, 1, "cut %s", ("it",), None)
+    line = json.loads(logs.JsonFormatter().format(record))
+    assert (line["level"], line["logger"], line["message"]) == ("warning", "gptjax", "cut it")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("PORT", "seven"), ("MAX_QUEUE", "0"), ("SEND_TIMEOUT", "-1"), ("PORT", "65536")],
+)
+def test_a_bad_environment_variable_is_wrong_usage(monkeypatch, capsys, variable, value):
+    monkeypatch.setenv(f"GPTJAX_SERVE_{variable}", value)
+    with pytest.raises(SystemExit) as status:
+        main(["serve"])
+    assert status.value.code == 2
+    assert f"--{variable.lower().replace('_', '-')}" in capsys.readouterr().err
+
+
+def test_the_command_serves_and_ends(tmp_path):
+    argv = [sys.executable, "-m", "gptjax", "serve", "-m", GPT2, "--max-length", "128", "--port", "0"]
+    with (
+        open(tmp_path / "log", "w+") as log,
+        subprocess.Popen([*argv, "--log-format", "json", "--max-batch", "2"], stderr=log) as process,
+    ):
+        try:
+            wait_for(lambda: "running on" in (tmp_path / "log").read_text(), 60)
+            lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+            address = lines[-1]["message"].split()[3]
+            response = httpx2.get(f"{address}/health", timeout=20)
+            assert (response.status_code, response.json()["status"]) == (503, "starting")
+            body = {"prompt": "The king", "max_tokens": 3, "temperature": 0, "echo": True, "logprobs": 1}
+            answer = httpx2.post(f"{address}/v1/completions", json=body, timeout=120).json()
+            assert len(answer["choices"][0]["logprobs"]["tokens"]) == 5
+            assert httpx2.get(f"{address}/health").status_code == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()

@@ -1,0 +1,66 @@
+"""The server with a model: what comes back over HTTP is what the library gives."""
+
+import concurrent.futures
+
+import httpx2
+import pytest
+from server_material import GPT2, served
+
+import gptjax
+
+SLOTS, MAX_LENGTH, CLIENTS = 8, 128, 64
+
+
+@pytest.fixture(scope="module")
+def model():
+    return gptjax.load(GPT2, dtype="float32", max_length=MAX_LENGTH, max_batch=SLOTS)
+
+
+@pytest.fixture(scope="module")
+def complete(model):
+    limits = httpx2.Limits(max_connections=CLIENTS)
+    with (
+        served(model, GPT2, max_queue=CLIENTS) as (_, address),
+        httpx2.Client(base_url=address, timeout=300, limits=limits) as client,
+    ):
+        yield lambda **fields: client.post("/v1/completions", json=fields)
+
+
+def test_text_and_logprobs_are_those_of_the_library(model, complete):
+    choice = complete(prompt="The old king", max_tokens=20, logprobs=2, temperature=0).json()["choices"][0]
+    alone = model.generate("The old king", max_tokens=20, top_logprobs=2, temperature=0)
+    assert choice["text"] == alone.text
+    assert choice["logprobs"]["token_logprobs"] == list(alone.logprobs)
+    assert choice["finish_reason"] == alone.finish_reason
+
+
+def test_echoed_logprobs_are_those_of_teacher_forcing(model, complete):
+    import jax
+
+    prompt = model.tokenizer.encode("Once upon a time there was a poor woodcutter, who lived by the forest.")
+    answer = complete(prompt=[prompt, prompt[:2], prompt[:1]], echo=True, max_tokens=1, logprobs=1, seed=1).json()
+    for choice, ids in zip(answer["choices"], (prompt, prompt[:2], prompt[:1]), strict=True):
+        logprobs_TV = jax.nn.log_softmax(model.logits(ids), axis=-1)
+        expected = [float(logprobs_TV[at, token]) for at, token in enumerate(ids[1:])]
+        first, *found = choice["logprobs"]["token_logprobs"][: len(ids)]
+        assert first is None
+        assert found == pytest.approx(expected, abs=1e-5)
+        best = [max(top.values()) for top in choice["logprobs"]["top_logprobs"][1 : len(ids)]]
+        assert best == pytest.approx(logprobs_TV[:-1].max(axis=-1).tolist(), abs=1e-5)
+
+
+def test_every_client_gets_what_it_gets_alone(complete):
+    asked = [
+        {
+            "prompt": "The old king went down to the sea. " * (number % 5 + 1) + str(number),
+            "max_tokens": 5 + number % 11,
+            "temperature": (number % 3) / 2,
+            "seed": number,
+            "logprobs": number % 3,
+        }
+        for number in range(CLIENTS)
+    ]
+    alone = [complete(**fields).json()["choices"] for fields in asked]
+    with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
+        together = list(pool.map(lambda fields: complete(**fields).json()["choices"], asked))
+    assert together == alone
