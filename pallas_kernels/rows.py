@@ -37,7 +37,7 @@ class Spread:
     """How rows are spread over blocks and threads."""
 
     width: int  # D, a multiple of 4
-    blocks: int  # of a row: a power of two up to 8
+    blocks: int  # of a row, up to 8; by `of`, and for `row_sum`, a power of two
     threads: int  # of a block, a multiple of 128
 
     @classmethod

@@ -93,6 +93,7 @@ class Block(nn.Module):
             cache.v[self.layer],
             epsilon=self.config.norm_epsilon,
             scale=self.scale,
+            implementation=self.implementation,
         )
         return stream, cache.with_layer(self.layer, k_BKSH, v_BKSH)
 

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.block import reference
-from pallas_kernels.block.stream import STRIP, Stream, Weights
+from pallas_kernels.block.stream import STRIP, Relay, Stream, Weights
 
 MOST_ROWS = 8
 _MOST_STRIPS = 32  # whose moments a warp puts together
-_WIDE = 4  # hidden units a column, as all sizes of GPT-2 have it
+_HIDDEN = (
+    4  # hidden units a column, as all sizes of GPT-2 have it; each of a cluster's first blocks has a strip of them
+)
 _GROUPS = 8  # of multiprocessors, at most: a cluster is all in one of them
 
 
@@ -32,14 +34,14 @@ def takes(
 
     Args:
       rows: T, up to `MOST_ROWS`.
-      heads, kv_heads, head_width, width: N, N, 64 and 64 · N, with N up to 32.
+      heads, kv_heads, head_width, width: N, N, 64 and 64 · N, with N up to 32 and as `cluster` has room.
       mlp_width: 4 · width.
       dtype: of weights, activations and cache.
     """
     if dispatch.wanted(implementation) != dispatch.MOSAIC or dtype != jnp.bfloat16 or rows > MOST_ROWS:
         return False
     shape = (kv_heads, head_width, width, mlp_width)
-    if shape != (heads, STRIP, STRIP * heads, _WIDE * STRIP * heads) or heads > _MOST_STRIPS:
+    if shape != (heads, STRIP, STRIP * heads, _HIDDEN * STRIP * heads) or heads > _MOST_STRIPS:
         return False
     return cluster(heads) is not None
 
@@ -47,16 +49,17 @@ def takes(
 def cluster(strips: int) -> int | None:
     """C: how many blocks share a product's inner axis, of a row of so many strips; None where they do not fit.
 
-    All clusters wait for each other: so all must be on the device at once, a block to a multiprocessor. Of those of a
-    group, what is left over by whole clusters may stay empty.
+    All clusters wait for each other: so all must be on the device at once, a block to a multiprocessor, and no other
+    such kernel with them. (In a stream of blocks, each waits for the one before.) Of the multiprocessors of a group,
+    what whole clusters leave over may stay empty.
     """
-    room = [each for each in range(_WIDE, 9) if strips * each <= multiprocessors() - _GROUPS * (each - 1)]
+    room = [each for each in range(_HIDDEN, 9) if strips * each <= multiprocessors() - _GROUPS * (each - 1)]
     return min(room, key=lambda each: (-(-strips // each), each), default=None)
 
 
 def multiprocessors() -> int:
     """Of the device; an H200's where there is none, as when kernels are only lowered."""
-    return getattr(jax.devices()[0], "core_count", None) or 132
+    return getattr(jax.local_devices()[0], "core_count", None) or 132
 
 
 def block(
@@ -94,8 +97,11 @@ def block(
       The stream and the cache. A row's bits do not depend on the other rows, for a given T.
 
     Raises:
-      ValueError: an unknown implementation, or one that does not take these operands.
+      ValueError: an unknown implementation, or one that does not take these operands; or a stream for other sizes.
     """
+    words = Relay(*stream.x_TD.shape, weights.up.bias.shape[0]).words
+    if stream.cleared_W.shape != (words,):
+        raise ValueError(f"a relay of {words} words is needed, found {stream.cleared_W.shape}: use Stream.of(x, F)")
     available: dict[str, Callable[..., Any]] = {dispatch.XLA: reference.block}
     T, D = stream.x_TD.shape
     _, N, _, H = k_TNSH.shape

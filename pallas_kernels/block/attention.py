@@ -98,6 +98,7 @@ class Head:
         # A warp without a row takes one, but nothing of it.
         is_row = arith.cmpi(arith.CmpIPredicate.ne, is_row, ptx.const(0))
         position = arith.select(is_row, position, ptx.const(-1))
+        position = arith.minsi(position, ptx.const(here.plan.places))  # nothing beyond is read, whatever is asked for
         of_row = arith.andi(here.place.warp, ptx.const(warps - 1))
         first = ptx.mul(ptx.add(ptx.mul(here.rank, warps), of_row), _AT_ONCE)
         inside = ptx.mul(arith.andi(here.place.lane, ptx.const(7)), 16)
@@ -150,7 +151,7 @@ class Head:
         here = self.here
         here.place.receive(exchange)
         for word in self.words:
-            sums = inbox_pair(here, QKV, word.part, word.row, word.pair)
+            sums = inbox_pair(here, word.part, word.row, word.pair)
             total = ptx.pack(*(arith.addf(*both) for both in zip(sums, ptx.halves(word.bias), strict=True)))
             row_at = ptx.offset32(here.shared["qkv"], word.row, QKV_BYTES)
             memory.keep(ptx.add(row_at, ptx.mul(word.number, 4)), [total], word.exists)

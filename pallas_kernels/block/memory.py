@@ -1,7 +1,6 @@
 """A thread's words: loading and storing where a condition holds, and waiting for what other clusters write."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from jaxlib.mlir.dialects import arith
 
@@ -11,8 +10,8 @@ from pallas_kernels.ptx import Value
 Piece = tuple[Value, Value, int]  # an address in global memory, 1 where it is there, else 0, and how many words
 
 
-def load(at: Value, count: int, where: Value, kind: Any = None) -> list[Value]:
-    """Begins to load 1, 2 or 4 words from global memory; 0 where `where` is 0. See `rows.issue`."""
+def load(at: Value, count: int, condition: Value) -> list[Value]:
+    """Begins to load 1, 2 or 4 words from global memory; 0 where the condition is 0. See `rows.issue`."""
     outputs = [f"${i}" for i in range(count)]
     zeros = "".join(f"mov.b32 {each}, 0;" for each in outputs)
     vector = {1: ""}.get(count, f".v{count}")
@@ -20,21 +19,21 @@ def load(at: Value, count: int, where: Value, kind: Any = None) -> list[Value]:
     text = (
         f"{{ .reg .pred p; setp.ne.s32 p, ${count + 1}, 0; {zeros} @p ld.global.cg{vector}.b32 {into}, [${count}]; }}"
     )
-    return ptx.asm(text, [ptx.i32() if kind is None else kind] * count, [at, where], volatile=True)
+    return ptx.asm(text, [ptx.i32()] * count, [at, condition], volatile=True)
 
 
-def store(at: Value, word: Value, where: Value) -> None:
-    """Writes a word to global memory, where `where` is not 0."""
-    ptx.asm("{ .reg .pred p; setp.ne.s32 p, $2, 0; @p st.global.b32 [$0], $1; }", [], [at, word, where])
+def store(at: Value, word: Value, condition: Value) -> None:
+    """Writes a word to global memory, where the condition is not 0. Other clusters may read it meanwhile."""
+    ptx.asm("{ .reg .pred p; setp.ne.s32 p, $2, 0; @p st.relaxed.gpu.global.b32 [$0], $1; }", [], [at, word, condition])
 
 
-def keep(at: Value, values: Sequence[Value], where: Value) -> None:
-    """Writes 1, 2 or 4 words to shared memory, where `where` is not 0."""
+def keep(at: Value, values: Sequence[Value], condition: Value) -> None:
+    """Writes 1, 2 or 4 words to shared memory, where the condition is not 0."""
     count = len(values)
     vector = {1: ""}.get(count, f".v{count}")
     what = "$1" if count == 1 else "{" + ", ".join(f"${i + 1}" for i in range(count)) + "}"
     text = f"{{ .reg .pred p; setp.ne.s32 p, ${count + 1}, 0; @p st.shared{vector}.b32 [$0], {what}; }}"
-    ptx.asm(text, [], [at, *values, where])
+    ptx.asm(text, [], [at, *values, condition])
 
 
 def where(condition: Value, value: Value, otherwise: float) -> Value:

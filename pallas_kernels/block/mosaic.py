@@ -16,7 +16,7 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels import ptx
 from pallas_kernels.block import memory, strips
 from pallas_kernels.block.attention import Head
-from pallas_kernels.block.plan import EXCHANGES, HIDDEN, QKV, THREADS, Plan
+from pallas_kernels.block.plan import EXCHANGES, HIDDEN, QKV, RESIDUAL_SLOT, THREADS, Plan
 from pallas_kernels.block.residual import Norm, Residual
 from pallas_kernels.block.stream import STRIP, Relay, Stream, Weights
 from pallas_kernels.block.strips import Here
@@ -99,24 +99,24 @@ def _run(here: Here, context: Any, arrays: dict[str, Value], shared: dict[str, V
     here.place.met()
     sums = ring.multiply(0, QKV * share, QKV, here.shared["factor"])
     for slot, of_strip in enumerate(strips.block_sums(here, sums)):
-        strips.send_sums(here, _OF_QKV, of_strip, QKV, slot, range(plan.blocks))
+        strips.send_sums(here, _OF_QKV, of_strip, slot, range(plan.blocks))
     head.sum_up(_OF_QKV)
     head.attend(first, _OF_HEADS)
     strips.block_does(here, 1, lambda: head.finish(_OF_HEADS, heads))
     strips.clear(here, at["other_relay"], relay.words)
     strips.gather(here, heads, plan.width, share)
     sums = ring.multiply(QKV * share, share, 1, here.shared["second"])
-    strips.send_sums(here, _OF_OUT, strips.block_sums(here, sums)[0], 1, 0, [0])
+    strips.send_sums(here, _OF_OUT, strips.block_sums(here, sums)[0], RESIDUAL_SLOT, [0])
     strips.block_does(here, 1, lambda: residual.add(_OF_OUT, biases.out, x, moments))
 
     mlp_norm.read(x, moments, memory.await_all)()
     sums = ring.multiply((QKV + 1) * share, HIDDEN * share, HIDDEN, here.shared["factor"])
     for rank, of_strip in enumerate(strips.block_sums(here, sums)):
-        strips.send_sums(here, _OF_UP, of_strip, 1, 0, [rank])
+        strips.send_sums(here, _OF_UP, of_strip, 0, [rank])
     strips.block_does(here, HIDDEN, lambda: _activate(here, biases.up, hidden))
     strips.gather(here, hidden, HIDDEN * plan.width, hidden_share)
     sums = ring.multiply((QKV + 1 + HIDDEN) * share, hidden_share, 1, here.shared["second"])
-    strips.send_sums(here, _OF_DOWN, strips.block_sums(here, sums)[0], 1, 0, [0])
+    strips.send_sums(here, _OF_DOWN, strips.block_sums(here, sums)[0], RESIDUAL_SLOT, [0])
 
     def finish() -> None:
         Residual.of(here, x).add(_OF_DOWN, biases.down, at["out"], at["out_moments"])
@@ -125,7 +125,7 @@ def _run(here: Here, context: Any, arrays: dict[str, Value], shared: dict[str, V
 
 
 def _counts(plan: Plan) -> list[int]:
-    """Numbers that a block gets in each exchange."""
+    """Numbers that a block gets in each exchange: of heads, out and down the first, of up the first four."""
     return [QKV * plan.inbox, plan.blocks * plan.rows * (STRIP + 2), *[plan.inbox] * 3]
 
 
@@ -165,7 +165,7 @@ def _activate(here: Here, bias: Value, hidden: Value) -> None:
     plan, lane = here.plan, here.place.lane
     row, is_row = here.own_row()
     here.place.receive(_OF_UP)
-    sums = strips.inbox_pair(here, 1, 0, row, lane)
+    sums = strips.inbox_pair(here, 0, row, lane)
     added = ptx.pack(*(arith.addf(*pair) for pair in zip(sums, ptx.halves(bias), strict=True)))
     word = ptx.pack(*map(_gelu, ptx.halves(added)))
     column = ptx.add(ptx.mul(ptx.add(ptx.mul(here.strip, HIDDEN), here.rank), STRIP // 2), lane)

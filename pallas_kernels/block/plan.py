@@ -12,6 +12,10 @@ BOX = 64  # rows of a matrix that are copied together, 16 for each of four warps
 THREADS, WARPS = 256, 8
 QKV = 3  # strips of a cluster in the product that gives queries, keys and values
 HIDDEN = 4  # strips of a cluster of the hidden units
+# Of an inbox: three for queries, keys and values, the first of which the hidden units' sums use again, and one for what
+# is added to the residual. A block may send this while another still reads the last of the others.
+SLOTS = QKV + 1
+RESIDUAL_SLOT = QKV
 MOST_STAGES = 24
 TOGETHER = 4  # boxes whose slots are filled again together
 EXCHANGES = 5
@@ -19,9 +23,8 @@ QKV_BYTES = 2 * (QKV * STRIP + 8)  # from row to row of queries, keys and values
 RECORD = 4 * 68  # bytes of a running softmax: 64 sums, the maximum, the total, and what aligns the next
 BOX_BYTES = 2 * BOX * STRIP
 SUMS_BYTES = 4 * 8 * THREADS
-_ROOM = (
-    212 * 1024
-)  # bytes of shared memory of a block, which has a multiprocessor to itself, but for what rounding takes
+# Bytes of shared memory of a block, which has a multiprocessor to itself, but for what rounding takes.
+_ROOM = 212 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Plan:
             "second": self.rows * self.row_bytes(self.hidden_share),
             "statistics": 8 * self.rows,
             "sums": HIDDEN * SUMS_BYTES,
-            "inbox": 4 * QKV * self.inbox,
+            "inbox": 4 * SLOTS * self.inbox,
             "qkv": self.rows * QKV_BYTES,
             "records": self.rows * self.blocks * RECORD,
             "filled": 8 * MOST_STAGES,

@@ -7,7 +7,7 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx, rows
 from pallas_kernels.block.memory import fma, keep, load, load_pair, number, store, where
-from pallas_kernels.block.plan import THREADS
+from pallas_kernels.block.plan import RESIDUAL_SLOT, THREADS
 from pallas_kernels.block.stream import STRIP
 from pallas_kernels.block.strips import Here, inbox_pair
 from pallas_kernels.ptx import Value
@@ -102,7 +102,7 @@ class Residual:
         here, lane = self.here, self.here.place.lane
         row, _ = here.own_row()
         here.place.receive(exchange)
-        sums = inbox_pair(here, 1, 0, row, lane)
+        sums = inbox_pair(here, RESIDUAL_SLOT, row, lane)
         added = [arith.addf(*pair) for pair in zip(sums, ptx.halves(bias), strict=True)]
         word = ptx.pack(*(arith.addf(*pair) for pair in zip(ptx.halves(self.word), added, strict=True)))
         store(ptx.offset(x, self.place, 4), word, self.is_row)

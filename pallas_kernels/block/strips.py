@@ -19,7 +19,7 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx, rows
 from pallas_kernels.block.memory import await_all, keep, load_pair, store
-from pallas_kernels.block.plan import BOX, BOX_BYTES, SUMS_BYTES, THREADS, TOGETHER, WARPS, Plan
+from pallas_kernels.block.plan import BOX, BOX_BYTES, SLOTS, SUMS_BYTES, THREADS, TOGETHER, WARPS, Plan
 from pallas_kernels.block.stream import STRIP
 from pallas_kernels.ptx import Value
 
@@ -155,11 +155,11 @@ def block_sums(here: Here, sums: Sequence[Sequence[Value]]) -> list[list[Value]]
     return [[total(strip, i) for i in range(2)] for strip in range(len(sums))]
 
 
-def send_sums(here: Here, exchange: int, sums: Sequence[Value], slots: int, slot: int, to: Any) -> None:
-    """Sends `block_sums` of a strip to the inbox [C, slots, T, 64] of blocks `to`, of each cluster its own."""
+def send_sums(here: Here, exchange: int, sums: Sequence[Value], slot: int, to: Any) -> None:
+    """Sends `block_sums` of a strip to a slot of the inboxes [C, SLOTS, T, 64] of the cluster's blocks `to`."""
     plan = here.plan
     _, g, q = ptx.lane()
-    source = ptx.add(ptx.mul(here.rank, slots), slot)
+    source = ptx.add(ptx.mul(here.rank, SLOTS), slot)
     column = ptx.add(ptx.mul(here.place.warp, 8), g)
     for i, value in enumerate(sums[: plan.rows]):
         row = ptx.add(ptx.mul(q, 2), i)
@@ -170,12 +170,12 @@ def send_sums(here: Here, exchange: int, sums: Sequence[Value], slots: int, slot
             here.place.send(exchange, ptx.const(block), at, value, ptx.less(row, plan.rows))
 
 
-def inbox_pair(here: Here, slots: int, slot: Value | int, row: Value, pair: Value) -> list[Value]:
-    """The sums of two columns of an inbox, over the cluster's blocks."""
+def inbox_pair(here: Here, slot: Value | int, row: Value, pair: Value) -> list[Value]:
+    """The sums of two columns of a slot of the inbox, over the cluster's blocks."""
     plan = here.plan
     row_at = ptx.add(ptx.mul(slot, plan.rows), row)
     at = ptx.add(ptx.offset32(here.shared["inbox"], row_at, 4 * STRIP), ptx.mul(pair, 8))
-    parts = [load_pair(ptx.add(at, 4 * STRIP * plan.rows * slots * source)) for source in range(plan.blocks)]
+    parts = [load_pair(ptx.add(at, 4 * STRIP * plan.rows * SLOTS * source)) for source in range(plan.blocks)]
     return [ptx.total([part[i] for part in parts]) for i in range(2)]
 
 
