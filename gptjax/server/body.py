@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import reprlib
 from collections.abc import AsyncIterator, Collection
 from typing import Any, Final, NoReturn
@@ -42,7 +43,7 @@ async def _read_in_time(request: Request, limits: Limits) -> bytes:
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(data.decode(), parse_constant=_refuse_constant)
+        value = json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers of thousands of digits, a deep nest
         raise bad_request(
             f"the body is not valid JSON in UTF-8 ({reprlib.repr(str(error))})", code="bad_json"
@@ -67,6 +68,13 @@ async def _read(request: Request, most: int) -> bytes:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):  # 1e999, which could not be repeated in an answer
+        raise ValueError(f"{digits[:20]} is too large a number")
+    return value
 
 
 class Fields:

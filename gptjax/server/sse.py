@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -18,6 +18,8 @@ ABORT = "gptjax.abort"  # in a scope's extensions: cuts the connection without w
 _PING = b": ping\n\n"
 _DONE = b"data: [DONE]\n\n"
 _HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+# Where many clients, httpx's `iter_lines` among them, end a line, and so an event's data.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -28,7 +30,8 @@ class ClientGone(Exception):  # noqa: N818 (a state, not a fault)
 
 def encode(value: object) -> bytes:
     """JSON as bytes; never NaN, and half surrogates (which an error may quote) as question marks."""
-    return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return text.translate(_LINE_ENDS).encode(errors="replace")
 
 
 def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -91,14 +94,17 @@ class EventStream(Response):
                 await send(message)
 
         await write({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        async for data in self._events():
-            await write({"type": "http.response.body", "body": data, "more_body": True})
+        # Closed at once where a write fails: until then the next object is being waited for.
+        async with contextlib.aclosing(self._events()) as events:
+            async for data in events:
+                await write({"type": "http.response.body", "body": data, "more_body": True})
         await write({"type": "http.response.body", "body": _DONE, "more_body": False})
 
-    async def _events(self) -> AsyncIterator[bytes]:
+    async def _events(self) -> AsyncGenerator[bytes, None]:
         try:
-            async for value in _with_pings(self._objects, self._limits.ping_seconds):
-                yield _PING if value is None else _event(value)
+            async with contextlib.aclosing(_with_pings(self._objects, self._limits.ping_seconds)) as values:
+                async for value in values:
+                    yield _PING if value is None else _event(value)
         except ApiError as error:
             yield self._error(error)
         except Exception:
@@ -117,7 +123,7 @@ def _event(value: object) -> bytes:
     return name + b"data: " + encode(value) + b"\n\n"
 
 
-async def _with_pings(objects: AsyncGenerator[object, None], seconds: float) -> AsyncIterator[object | None]:
+async def _with_pings(objects: AsyncGenerator[object, None], seconds: float) -> AsyncGenerator[object | None, None]:
     """The objects, and None for each so many seconds without one."""
     coming: asyncio.Future[object] | None = None
     try:

@@ -130,6 +130,7 @@ def test_a_body_that_is_too_large():
         b"\xff\xfe",
         b'{"prompt": NaN}',
         b'{"prompt": "a", "temperature": -Infinity}',
+        b'{"prompt": "a", "metadata": {"much": 1e999}}',
         b"[" * 100_000,
         b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
         '{"prompt": "a"}'.encode("utf-16"),

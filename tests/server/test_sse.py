@@ -1,0 +1,45 @@
+"""Events, as clients read them, and the end of a stream whose client is in trouble."""
+
+import asyncio
+import json
+
+import httpx2
+import pytest
+from server_material import make
+
+from gptjax.server.sse import EventStream, encode
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\u2029", "\x1c"])
+def test_no_character_ends_an_event_for_a_client_that_reads_lines(end):
+    data = encode({"text": f"a{end}b"})
+    assert list(httpx2.Response(200, content=data).iter_lines()) == [data.decode()]
+    assert json.loads(data) == {"text": f"a{end}b"}
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_stream_is_closed_though_a_client_takes_no_ping(leaves):
+    """The next object is being waited for when the stream comes to its end."""
+    happened, gone = [], asyncio.Event()
+
+    async def objects():
+        try:
+            yield {}
+            await asyncio.sleep(60)
+        finally:
+            happened.append("objects are closed")
+
+    async def send(message):
+        if message.get("body", b"").startswith(b": ping"):
+            if leaves:
+                gone.set()
+            await asyncio.sleep(60)
+
+    async def receive():
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    service = make(send_seconds=0.3, ping_seconds=0.05)
+    stream = EventStream(objects(), service, lambda: happened.append("requests are cancelled"))
+    asyncio.run(asyncio.wait_for(stream({}, receive, send), 20))
+    assert sorted(happened) == ["objects are closed", "requests are cancelled"]
