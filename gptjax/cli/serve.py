@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         api_key=args.api_key or None,
-        cors_origins=[origin.strip() for origin in args.cors_origins.split(",") if origin.strip()],
+        cors_origins=[origin.strip().rstrip("/") for origin in args.cors_origins.split(",") if origin.strip()],
         drain_seconds=args.drain,
         log_config=log_config,
     )

@@ -5,7 +5,6 @@ import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,19 +18,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gptjax.errors import GptjaxError
 from gptjax.server import chat, completions, health, page, responses
 from gptjax.server.errors import ApiError, internal, of_gptjax
+from gptjax.server.origins import LOCAL_ORIGIN, Pages
 from gptjax.server.service import Service
 from gptjax.server.sse import ClientGone, error_response
 
 _log = logging.getLogger(__name__)
-_LOCAL_ORIGIN: Final = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 
-def build(service: Service, *, api_key: str | None = None, cors_origins: Sequence[str] = ()) -> Starlette:
+def build(
+    service: Service, *, api_key: str | None = None, cors_origins: Sequence[str] = (), local: bool = False
+) -> Starlette:
     """The application.
 
     Args:
-      api_key: what requests under /v1/ must carry as a bearer token; None lets any pass.
+      api_key: what requests under /v1/ must carry as a bearer token; None lets any pass but those of foreign web pages.
       cors_origins: origins of web pages that may use the server, "*" for all; pages of this machine always may.
+      local: the server listens on this machine only, so no name of the public DNS leads to it.
     """
 
     @contextlib.asynccontextmanager
@@ -46,11 +48,11 @@ def build(service: Service, *, api_key: str | None = None, cors_origins: Sequenc
         Middleware(
             CORSMiddleware,
             allow_origins=list(cors_origins),
-            allow_origin_regex=_LOCAL_ORIGIN,
+            allow_origin_regex=LOCAL_ORIGIN,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
         ),
-        Middleware(Gate, api_key=api_key),
+        Middleware(Gate, api_key=api_key, pages=Pages(cors_origins, local=local)),
     ]
     routes = [
         Route("/", page.respond),
@@ -69,11 +71,15 @@ def build(service: Service, *, api_key: str | None = None, cors_origins: Sequenc
 
 
 class Gate:
-    """Asks for the API key, and answers OPTIONS, which browsers and some clients send before anything else."""
+    """Asks for the API key, or else keeps foreign web pages out.
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    Also answers OPTIONS, which browsers and some clients send before anything else.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None, pages: Pages) -> None:
         self._app = app
         self._key = None if api_key is None else api_key.encode()
+        self._pages = pages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request through, or answers it."""
@@ -81,26 +87,26 @@ class Gate:
             await self._app(scope, receive, send)
         elif scope["method"] == "OPTIONS":
             await Response(status_code=204, headers={"Allow": "GET, HEAD, POST, OPTIONS"})(scope, receive, send)
-        elif scope["path"].startswith("/v1/") and not self._knows(scope):
-            message = "the API key is missing or wrong: send it in the header Authorization, as 'Bearer KEY'"
-            error = ApiError(
-                401,
-                message,
-                kind="authentication_error",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+        elif scope["path"].startswith("/v1/") and (error := self._refusal(scope)) is not None:
             await error_response(error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    def _knows(self, scope: Scope) -> bool:
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = dict(scope["headers"])
         if self._key is None:
-            return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, token = given.partition(b" ")
+            return self._pages.refusal(headers)
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         # In constant time, so that nobody can find the key letter by letter.
-        return hmac.compare_digest(token.strip(), self._key) and scheme.lower() == b"bearer"
+        if hmac.compare_digest(token.strip(), self._key) and scheme.lower() == b"bearer":
+            return None
+        return ApiError(
+            401,
+            "the API key is missing or wrong: send it in the header Authorization, as 'Bearer KEY'",
+            kind="authentication_error",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
 
 
 class Counting:

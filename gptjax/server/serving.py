@@ -21,6 +21,7 @@ from gptjax.language_model import LanguageModel
 from gptjax.runtime import device_memory
 from gptjax.server import app
 from gptjax.server.metrics import Metrics
+from gptjax.server.origins import is_address
 from gptjax.server.scoring import score
 from gptjax.server.service import Limits, Served, Service
 from gptjax.server.sse import ABORT
@@ -94,14 +95,18 @@ def make_server(
     log_config: dict[str, Any] | None = None,
 ) -> "Server":
     """A server that is not running yet."""
+    local = host == "localhost" or is_address(host, local=True)
+    if not local and api_key is None:
+        _log.warning("whoever reaches %s can use this server: there is no API key", host)
     config = uvicorn.Config(
-        app.build(service, api_key=api_key, cors_origins=cors_origins),
+        app.build(service, api_key=api_key, cors_origins=cors_origins, local=local),
         host=host,
         port=port,
         http=Protocol,
         ws="none",
         log_config=log_config,
         server_header=False,
+        proxy_headers=False,  # an address that the client made up is not for the log
         timeout_graceful_shutdown=int(drain_seconds + _TO_END_STREAMS),
     )
     return Server(config, service, drain_seconds)

@@ -1,7 +1,12 @@
 """What stands before the routes, and the routes that generate nothing."""
 
+import asyncio
+
+import httpx2
 import pytest
 from server_material import GPT2, GPT_OSS, MAX_LENGTH, ask, complete, fault, make, tokenizer
+
+from gptjax.server.serving import make_server
 
 
 def test_health_of_a_warm_server():
@@ -102,6 +107,62 @@ def test_pages_of_other_origins(origin, options, allowed):
     response = ask(make(), "OPTIONS", "/v1/models", headers=preflight, options={"api_key": "secret", **options})
     assert response.headers.get("access-control-allow-origin") == allowed
     assert response.is_success == (allowed is not None)
+
+
+THEIRS = "https://a.example"
+ALLOWED = {"cors_origins": [THEIRS]}
+
+
+@pytest.mark.parametrize(
+    ("headers", "options", "passes"),
+    [
+        ({"Origin": THEIRS}, {}, False),
+        ({"Origin": "null"}, {}, False),
+        ({"Origin": THEIRS, "Sec-Fetch-Site": "cross-site"}, {}, False),
+        ({"Origin": "http://gpu:8000", "Host": "gpu:8000"}, {}, True),
+        ({"Origin": "http://gpu:8001", "Host": "gpu:8000"}, {}, False),
+        ({"Origin": THEIRS, "Sec-Fetch-Site": "same-origin"}, {}, True),  # a proxy changed the host
+        ({"Origin": "http://localhost:3000"}, {}, True),
+        ({"Origin": THEIRS}, ALLOWED, True),
+        ({"Origin": THEIRS}, {"cors_origins": ["*"]}, True),
+        ({"Origin": THEIRS, "Authorization": "Bearer secret"}, {"api_key": "secret"}, True),
+        ({"Host": "a.example:8000"}, {}, True),
+        ({"Host": "a.example:8000"}, {"local": True}, False),
+        ({"Host": "a.example:8000", "Origin": "http://a.example:8000"}, {"local": True}, False),
+        ({"Host": "a.example.:8000", "Sec-Fetch-Site": "same-origin"}, {"local": True}, False),
+        ({"Host": "a.example"}, {"local": True} | ALLOWED, True),
+        ({"Host": "a.example"}, {"local": True, "cors_origins": ["*"]}, True),
+        ({"Host": "a.example", "Authorization": "Bearer secret"}, {"local": True, "api_key": "secret"}, True),
+        ({"Host": "127.0.0.1:8000"}, {"local": True}, True),
+        ({"Host": "[::1]:8000"}, {"local": True}, True),
+        ({"Host": "LOCALHOST"}, {"local": True}, True),
+        ({"Host": "host.docker.internal:8000"}, {"local": True}, True),
+    ],
+)
+def test_foreign_pages_do_not_use_a_server_without_a_key(headers, options, passes):
+    service = make()
+    body = b'{"prompt": "a"}'  # as text/plain, which a browser sends without asking first
+    response = ask(service, "POST", "/v1/completions", content=body, headers=headers, options=options)
+    assert bool(service.worker.requests) == passes
+    if not passes:
+        assert fault(response, 403)["code"] == "foreign_page"
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("192.168.0.2", False), ("a", False)],
+)
+def test_a_server_that_others_reach_is_not_local(caplog, host, local):
+    server = make_server(make(), host=host, port=0, drain_seconds=0)
+    assert bool(caplog.records) != local
+    response = asyncio.run(models_as("a.example", server.config.app))
+    assert response.status_code == (403 if local else 200)
+
+
+async def models_as(host, application):
+    transport = httpx2.ASGITransport(application)
+    async with httpx2.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
+        return await client.get("/v1/models")
 
 
 def test_options_by_itself_is_answered():
