@@ -58,7 +58,7 @@ examples:
         type=_seconds,
         default=30.0,
         metavar="SECONDS",
-        help="cut a client that does not read for so long (default: 30)",
+        help="cut a client that for so long neither reads nor asks (default: 30)",
     )
     _option(
         parser,

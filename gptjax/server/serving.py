@@ -3,8 +3,6 @@
 import functools
 import logging
 import signal
-import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +11,6 @@ from typing import Any, Final
 
 import jax
 import uvicorn
-from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gptjax.errors import GptjaxError
 from gptjax.language_model import LanguageModel
@@ -22,9 +18,9 @@ from gptjax.runtime import device_memory
 from gptjax.server import app
 from gptjax.server.metrics import Metrics
 from gptjax.server.origins import is_address
+from gptjax.server.protocol import Protocol
 from gptjax.server.scoring import score
 from gptjax.server.service import Limits, Served, Service
-from gptjax.server.sse import ABORT
 from gptjax.server.worker import DEFAULT_SLOTS, Worker
 from gptjax.text import Tokenizer
 from pallas_kernels.fragments import MXFP4Fragments
@@ -102,7 +98,7 @@ def make_server(
         app.build(service, api_key=api_key, cors_origins=cors_origins, local=local),
         host=host,
         port=port,
-        http=Protocol,
+        http=functools.partial(Protocol, seconds=service.limits.send_seconds),  # type: ignore[arg-type]
         ws="none",
         log_config=log_config,
         server_header=False,
@@ -142,26 +138,3 @@ class Server(uvicorn.Server):
         if self._died is not None and time.monotonic() - self._died > _LAST_WORDS:
             return True
         return await super().on_tick(counter)
-
-
-class Protocol(H11Protocol):
-    """uvicorn's, which lets the application cut a connection whose client does not read."""
-
-    def connection_made(self, transport: Any) -> None:
-        """Gives the application of this connection the means to."""
-        super().connection_made(transport)
-        self.app = _with_abort(self.app, functools.partial(_abort, transport))
-
-
-def _abort(transport: Any) -> None:
-    """Ends a connection now; a closed one waits until the client has taken what was written, here or in the kernel."""
-    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    transport.abort()
-
-
-def _with_abort(application: Any, abort: Callable[[], None]) -> ASGIApp:
-    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
-        scope.setdefault("extensions", {})[ABORT] = abort
-        await application(scope, receive, send)
-
-    return wrapped

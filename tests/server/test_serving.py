@@ -9,9 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import httpx2
 import pytest
+from load_material import request
 from server_material import GPT2, endless, ids, make, running, wait_for
 
 from gptjax.cli import main
@@ -69,17 +71,57 @@ def test_a_client_that_never_reads_is_cut():
     service.worker.max_length = 1 << 30
     service = dataclasses.replace(service, served=dataclasses.replace(service.served, max_length=1 << 30))
     with running(service) as (_, address), contextlib.ExitStack() as stack:
-        client = stack.enter_context(socket.socket())
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect(("127.0.0.1", int(address.rsplit(":", 1)[1])))
-        body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 1 << 30, "logprobs": 20}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-        client.sendall(head + body)
+        client = connected(stack, address)
+        client.sendall(request(1, {"prompt": "a", "stream": True, "max_tokens": 1 << 30, "logprobs": 20}, last=False))
         wait_for(lambda: len(service.worker.requests) == 1)
         wait_for(lambda: not service.worker.open, 30)
         with pytest.raises(ConnectionError):
             while client.recv(1 << 20):
                 pass
+
+
+def connected(stack, address):
+    client = stack.enter_context(socket.socket())
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", int(address.rsplit(":", 1)[1])))
+    return client
+
+
+def test_a_client_that_does_not_take_its_answer_is_cut():
+    """An answer in one piece is written at once: the server waits for the client elsewhere than in a stream."""
+    service = make(send_seconds=0.5)
+    service = dataclasses.replace(service, served=dataclasses.replace(service.served, max_length=1 << 30))
+    with running(service) as (server, address), contextlib.ExitStack() as stack:
+        client = connected(stack, address)
+        wait_for(lambda: server.server_state.connections)
+        client.sendall(request(1, {"prompt": " the" * 40_000, "echo": True, "max_tokens": 0, "n": 128}))
+        wait_for(lambda: not server.server_state.connections)
+        with pytest.raises(ConnectionError):
+            while client.recv(1 << 20):
+                pass
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nHost: a\r\n"])
+def test_a_client_that_asks_for_nothing_is_cut(sent):
+    service = make(lambda request: [1.5, *ids(" a<|endoftext|>")], send_seconds=0.5)
+    with running(service) as (server, address), contextlib.ExitStack() as stack:
+        idle, waiting = (connected(stack, address) for _ in range(2))
+        idle.sendall(sent)
+        waiting.sendall(request(1, {"prompt": "a"}, last=False))  # its answer takes longer than that
+        wait_for(lambda: len(server.server_state.connections) == 1)
+        with pytest.raises(ConnectionError):
+            idle.recv(1)
+        assert waiting.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_connection_that_is_used_is_not_cut():
+    with running(make(send_seconds=0.5)) as (server, address), httpx2.Client(base_url=address) as client:
+        assert client.get("/health").status_code == 200
+        (connection,) = server.server_state.connections
+        for _ in range(20):
+            time.sleep(0.05)
+            assert client.get("/health").status_code == 200
+        assert server.server_state.connections == {connection}
 
 
 def test_a_worker_that_dies_takes_the_server_with_it(monkeypatch):

@@ -1,0 +1,67 @@
+"""A connection, which is cut where its client keeps it without using it."""
+
+import asyncio
+import functools
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any, Final
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gptjax.server.sse import ABORT
+
+_LOOKS: Final = 10  # that are taken at a connection before it is cut
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, which waits for ever: for the head of a request, and for a client to take the rest of an answer.
+
+    The application may cut the connection as well.
+    """
+
+    def __init__(self, *arguments: Any, seconds: float, **named: Any) -> None:
+        """`seconds`: how long a client may neither ask for anything nor take anything of what was sent."""
+        super().__init__(*arguments, **named)
+        self._between = seconds / _LOOKS
+        self._idle = 0  # looks in a row at which nothing had happened since the one before
+        self._before: tuple[object, int] = None, 0
+        self._next: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Begins to watch."""
+        super().connection_made(transport)
+        self.app = _with_abort(self.app, functools.partial(_abort, transport))
+        self._next = self.loop.call_later(self._between, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Ends it."""
+        if self._next is not None:
+            self._next.cancel()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        answering = self.cycle is not None and not self.cycle.response_complete
+        now = self.cycle, unsent
+        self._idle = self._idle + 1 if now == self._before and (unsent or not answering) else 0
+        self._before = now
+        if self._idle < _LOOKS:
+            self._next = self.loop.call_later(self._between, self._look)
+        else:
+            _abort(self.transport)
+
+
+def _abort(transport: Any) -> None:
+    """Ends a connection now; a closed one waits until the client has taken what was written, here or in the kernel."""
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
+def _with_abort(application: Any, abort: Callable[[], None]) -> ASGIApp:
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("extensions", {})[ABORT] = abort
+        await application(scope, receive, send)
+
+    return wrapped
