@@ -121,7 +121,14 @@ class Counting:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        read = time.monotonic()
+        read, answered = time.monotonic(), False
+
+        def count(status: int) -> None:
+            nonlocal answered
+            answered = True
+            route = scope.get("route")
+            path = route.path if isinstance(route, Route) else "other"
+            self._metrics.answered(path, status, time.monotonic() - read)
 
         async def reading() -> Message:
             nonlocal read
@@ -132,12 +139,15 @@ class Counting:
 
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
-                route = scope.get("route")
-                path = route.path if isinstance(route, Route) else "other"
-                self._metrics.answered(path, message["status"], time.monotonic() - read)
+                count(message["status"])
             await send(message)
 
-        await self._app(scope, reading, watched)
+        try:
+            await self._app(scope, reading, watched)
+        except Exception:
+            if not answered:  # Starlette does, further out
+                count(500)
+            raise
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from gptjax.server.errors import ApiError, bad_request
 from gptjax.server.service import Limits, Service
+from gptjax.server.sse import ClientGone
 from gptjax.text.vocabulary import is_text
 
 _SMALL: Final = 1 << 16  # bytes that are parsed in less than a millisecond
@@ -23,6 +24,7 @@ async def reading(request: Request, service: Service) -> AsyncIterator[dict[str,
 
     Raises:
       ApiError: the body is too large (413), too slow (408), or no JSON object (400).
+      ClientGone: it left.
       QueueFull, Unavailable: there is no place; then nothing is looked at, so that refusals cost little.
     """
     data = await _read_in_time(request, service.limits)
@@ -38,7 +40,7 @@ async def _read_in_time(request: Request, limits: Limits) -> bytes:
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {limits.body_seconds:g} seconds") from None
     except ClientDisconnect:
-        raise ApiError(499, "the client left") from None
+        raise ClientGone from None
 
 
 def _parse(data: bytes) -> dict[str, Any]:

@@ -228,7 +228,7 @@ class Answer:
         return usage_json(
             [turn.completion.usage for turn in turns.values()],
             choices=self._asked.choices,
-            cached=self._generation.cached_tokens,
+            cached=self._generation.cached_tokens(self._asked.choices),
             reasoning=sum(turn.reasoning_tokens for turn in self._turns),
         )
 

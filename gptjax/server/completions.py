@@ -15,7 +15,7 @@ from gptjax.engine.output import Chunk, Usage
 from gptjax.engine.request import MAX_TOP_LOGPROBS, check_prompt
 from gptjax.errors import GptjaxError
 from gptjax.server.body import Fields, check_text, reading
-from gptjax.server.errors import bad_request, of_gptjax
+from gptjax.server.errors import ApiError, bad_request, of_gptjax
 from gptjax.server.generation import Generation, Row, usage_json
 from gptjax.server.logprobs import LegacyLogprobs, joined
 from gptjax.server.schema import (
@@ -163,11 +163,18 @@ class Answer:
         }
 
     def start(self) -> None:
-        """Submits the prompts. Raises `ApiError`."""
-        self._generation.start()
+        """Submits the prompts. Raises `ApiError` and `QueueFull`."""
+        if self._asked.echo and self._asked.logprobs is not None:
+            self._service.enter_scoring(self)
+        try:
+            self._generation.start()
+        except ApiError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Cancels what is still under way."""
+        self._service.leave_scoring(self)
         self._generation.close()
 
     async def whole(self) -> dict[str, Any]:
@@ -203,12 +210,10 @@ class Answer:
     async def _echo(self, number: int, prompt: Prompt) -> AsyncGenerator[dict[str, Any], None]:
         scores = None
         if self._asked.logprobs is not None:
-            score = self._service.served.score
-            async with self._service.scoring:
-                try:
-                    scores = await asyncio.to_thread(score, prompt.ids, self._asked.logprobs)
-                except GptjaxError as error:
-                    raise of_gptjax(error) from None
+            try:
+                scores = await self._service.score(prompt.ids, self._asked.logprobs)
+            except GptjaxError as error:
+                raise of_gptjax(error) from None
         for choice in range(self._asked.choices):
             index = number * self._asked.choices + choice
             logprobs = None if scores is None else self._logprobs[index].of_prompt(prompt.ids, scores)
@@ -227,7 +232,7 @@ class Answer:
             rows = [usages[row] for row in range(len(usages))]
         else:  # nothing was generated
             rows = [Usage(len(prompt.ids), 0) for prompt in self._asked.prompts for _ in range(self._asked.choices)]
-        return usage_json(rows, choices=self._asked.choices, cached=self._generation.cached_tokens)
+        return usage_json(rows, choices=self._asked.choices, cached=self._generation.cached_tokens(self._asked.choices))
 
 
 def _whole(index: int, parts: list[dict[str, Any]]) -> dict[str, Any]:

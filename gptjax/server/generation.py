@@ -9,11 +9,12 @@ from gptjax.engine import engine
 from gptjax.engine.output import Chunk, Decoder, Output, Usage
 from gptjax.engine.request import Request
 from gptjax.errors import GptjaxError
-from gptjax.server.errors import internal, of_failure, of_gptjax
+from gptjax.server.errors import ApiError, internal, of_failure, of_gptjax
 from gptjax.server.events import Event, Failed, Finished, QueueFull, Ticket, Token
 from gptjax.server.service import Service
 
 _RETRY_SECONDS = 0.2
+_MOST_BEHIND = 10_000  # tokens that a client may be behind; with 20 alternatives each, some 30 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Generation:
         self._outputs: dict[int, Output] = {}
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self.cached_tokens = 0
+        self._cached: dict[int, int] = {}
+        self._delivered = self._taken = 0  # tokens; the worker's thread counts the one, the event loop the other
 
     def start(self) -> None:
         """Checks all rows and submits what there is room for. Raises `ApiError`."""
@@ -54,6 +56,10 @@ class Generation:
         except GptjaxError as error:
             self.close()
             raise of_gptjax(error) from None
+
+    def cached_tokens(self, choices: int = 1) -> int:
+        """Tokens of the prompts that were not read again, of the first choice of each: the others come after it."""
+        return sum(tokens for row, tokens in self._cached.items() if row % choices == 0)
 
     async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         """(row, what a token added to its text), in the order of the tokens. Raises `ApiError` where a row fails."""
@@ -106,6 +112,10 @@ class Generation:
 
     def _deliver(self, row: int) -> Callable[[Event], None]:
         def deliver(event: Event) -> None:
+            if isinstance(event, Token):
+                self._delivered += 1
+                if self._delivered - self._taken > _MOST_BEHIND:
+                    raise OverflowError("the client reads more slowly than tokens come")  # the worker cancels the row
             self._loop.call_soon_threadsafe(self._events.put_nowait, (row, event))
 
         return deliver
@@ -114,6 +124,7 @@ class Generation:
         ended = row not in self._outputs  # its text is whole; what else comes is on its way since before it was
         match event:
             case Token():
+                self._taken += 1
                 return None if ended else (row, self._push(row, event))
             case Failed():
                 del self._tickets[row]
@@ -122,20 +133,27 @@ class Generation:
             case Finished():
                 del self._tickets[row]
                 if not ended:
-                    raise internal()  # the worker sees other ends than we do
-                self.cached_tokens += event.cached_tokens
+                    raise _of_early_end(event)
+                self._cached[row] = event.cached_tokens
                 self._service.metrics.cached_tokens.inc(event.cached_tokens)
                 self._submit_some()
         return None
 
     def _push(self, row: int, token: Token) -> Chunk:
         chunk = self._outputs[row].push(engine.Token(row, token.token_id, token.logprob, token.top))
+        self._service.metrics.tokens.inc()
         if chunk.completion is not None:
             del self._outputs[row]
             self._service.metrics.completed(chunk.completion)
             # Of stop strings the worker does not know. Where it ended the row itself, this does nothing.
             self._service.worker.cancel(self._tickets[row])
         return chunk
+
+
+def _of_early_end(finished: Finished) -> ApiError:
+    if finished.reason == "cancelled":
+        return ApiError(400, f"the client was {_MOST_BEHIND} tokens behind", code="too_slow")
+    return internal()  # the worker sees other ends than we do
 
 
 def usage_json(
@@ -148,7 +166,7 @@ def usage_json(
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": min(cached, prompt)},
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
     if reasoning is not None:
         found["completion_tokens_details"] = {"reasoning_tokens": reasoning}

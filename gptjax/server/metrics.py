@@ -22,8 +22,8 @@ class Metrics:
         self.requests = Counter("gptjax_http_requests", "HTTP requests answered", ["route", "status"], registry=own)
         self.answer = Histogram(
             "gptjax_http_answer_seconds",
-            "From a request being read to the first byte of its answer, by status",
-            ["status"],
+            "From a request being read to the first byte of its answer",
+            ["route", "status"],
             buckets=_SECONDS,
             registry=own,
         )
@@ -34,7 +34,7 @@ class Metrics:
             buckets=_MILLISECONDS,
             registry=own,
         )
-        self.tokens = Counter("worker_tokens_generated", "Tokens generated", registry=own)
+        self.tokens = Counter("worker_tokens_generated", "Tokens generated, as they come", registry=own)
         self.prompt_tokens = Counter("gptjax_prompt_tokens", "Tokens of prompts", registry=own)
         self.cached_tokens = Counter(
             "gptjax_cached_prompt_tokens", "Tokens of prompts found in the cache", registry=own
@@ -60,13 +60,12 @@ class Metrics:
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Counts an HTTP answer, begun so long after its request was read."""
         self.requests.labels(route, status).inc()
-        self.answer.labels(status).observe(seconds)
+        self.answer.labels(route, status).observe(seconds)
 
     def completed(self, completion: Completion) -> None:
         """Counts a prompt whose output ended."""
         timings, count = completion.timings, completion.usage.completion_tokens
         self.prompt_tokens.inc(completion.usage.prompt_tokens)
-        self.tokens.inc(count)
         self.duration.observe(1000 * (timings.time_to_first_token + timings.decode))
         self.first_token.observe(timings.time_to_first_token)
         if count > 1:

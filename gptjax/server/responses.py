@@ -213,7 +213,7 @@ class Answer:
 
     def _usage(self, result: ChatCompletion) -> dict[str, Any]:
         usage = result.completion.usage
-        found = usage_json([usage], choices=1, cached=self._generation.cached_tokens)
+        found = usage_json([usage], choices=1, cached=self._generation.cached_tokens())
         return {
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": found["prompt_tokens_details"],

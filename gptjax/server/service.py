@@ -6,14 +6,17 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from gptjax import chat
 from gptjax.config import GenerationDefaults
 from gptjax.server.errors import ApiError, bad_request
+from gptjax.server.events import QueueFull
 from gptjax.server.metrics import Metrics
 from gptjax.server.worker import Worker
 from gptjax.text import Tokenizer, harmony
 
+_RETRY_SCORING = 5  # seconds
 PromptScores = Sequence[tuple[float, tuple[tuple[int, float], ...]]]
 """Of each token after the first: its log-probability, and the most likely (token id, log-probability) in its place."""
 
@@ -28,6 +31,7 @@ class Limits:
     ping_seconds: float = 15.0  # of silence, before a comment is sent on a stream
     heartbeat_seconds: float = 60.0  # without one, the worker counts as hung; compiling takes long
     rows: int = 128  # prompts times `n` of one request
+    scoring: int = 64  # requests with `echo` and `logprobs` at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +89,11 @@ class Service:
     served: Served
     limits: Limits
     metrics: Metrics
-    scoring: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)  # one prompt is scored at a time
+    scorer: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "gptjax-scorer"))
     draining: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when the server is to end
     began: float = dataclasses.field(default_factory=time.monotonic)
     _places: set[object] = dataclasses.field(default_factory=set)  # kept for requests that are being read
+    _scoring: set[object] = dataclasses.field(default_factory=set)  # answers that need scores
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
@@ -100,3 +105,21 @@ class Service:
             yield
         finally:
             self._places.remove(place)
+
+    def enter_scoring(self, answer: object) -> None:
+        """An answer needs scores of its prompts, until it leaves. Raises `QueueFull` where as many do as may."""
+        if len(self._scoring) >= self.limits.scoring:
+            raise QueueFull(len(self._scoring), _RETRY_SCORING)
+        self._scoring.add(answer)
+
+    def leave_scoring(self, answer: object) -> None:
+        """The answer needs no more scores, if it did."""
+        self._scoring.discard(answer)
+
+    async def score(self, prompt_ids: Sequence[int], num_top: int) -> PromptScores:
+        """Scores a prompt, one of all at a time: each takes memory on the device, beside the worker's.
+
+        What the thread has begun it brings to its end, though nobody waits for it any more; the next comes after it.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.scorer, self.served.score, prompt_ids, num_top)

@@ -92,7 +92,10 @@ class FakeWorker:
                 stopped.wait(item)
                 continue
             count += 1
-            deliver(Token(item, *scored(item, request.params.top_logprobs)))
+            try:
+                deliver(Token(item, *scored(item, request.params.top_logprobs)))
+            except Exception:
+                return Finished("cancelled", prompt, 2, count)
             if item in request.stop_ids:
                 return Finished("stop", prompt, 2, count)
             if count == request.room(self.max_length):

@@ -1,8 +1,12 @@
 """`/v1/completions`."""
 
 import asyncio
+import dataclasses
+import threading
 
+import httpx2
 import pytest
+from fake_worker import score
 from server_material import all_of, complete, endless, events, fault, ids, make, saying, tokenizer, until
 
 from gptjax.server import app
@@ -118,6 +122,51 @@ def test_echo_with_logprobs_as_the_evaluation_harness_asks_for_it():
     offsets = first["logprobs"]["text_offset"]
     assert [text[at:] for at in offsets][-1] == " a"
     assert second["text"] == "The old a"
+
+
+def test_one_prompt_is_scored_at_a_time_though_clients_leave():
+    at_once, most, go_on = 0, 0, threading.Event()
+
+    def slow(token_ids, num_top):
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        go_on.wait(10)
+        at_once -= 1
+        return score(token_ids, num_top)
+
+    service = make()
+    service = dataclasses.replace(service, served=dataclasses.replace(service.served, score=slow))
+    body = {"prompt": "a b", "echo": True, "logprobs": 1, "max_tokens": 0}
+
+    async def run():
+        transport = httpx2.ASGITransport(app.build(service))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
+            for _ in range(3):
+                leaving = asyncio.ensure_future(client.post("/v1/completions", json=body))
+                await until(lambda: service._scoring)
+                await asyncio.sleep(0.05)
+                leaving.cancel()
+                await until(lambda: not service._scoring)
+            staying = asyncio.ensure_future(client.post("/v1/completions", json=body))
+            await asyncio.sleep(0.05)
+            go_on.set()
+            return await staying
+
+    assert asyncio.run(run()).status_code == 200
+    assert most == 1
+
+
+def test_no_more_prompts_wait_to_be_scored_than_may():
+    service = make(scoring=0)
+    response = complete(service, echo=True, logprobs=1, stream=True)
+    assert fault(response, 429)["code"] == "queue_full"
+    assert complete(service, echo=True).status_code == 200
+
+
+def test_what_was_not_read_again_counts_once_a_prompt():
+    usage = complete(make(), prompt=["Once upon a time", "The old king went"], n=3).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 4}  # the worker says 2 of each row
 
 
 def test_echo_alone_generates_nothing():

@@ -51,6 +51,22 @@ def test_the_worker_is_watched():
     assert found["gptjax_heartbeat_age_seconds",] == state.heartbeat_age
 
 
+def test_a_fault_of_ours_is_counted_as_an_answer():
+    service = make()
+    service.worker.submit = None
+    assert complete(service).status_code == 500
+    found = samples(service)
+    assert found["gptjax_http_requests_total", "/v1/completions", "500"] == 1
+    assert found["gptjax_errors_total", "internal"] == 1
+
+
+def test_tokens_are_counted_as_they_come():
+    """Also those of requests that come to no good end."""
+    service = make(lambda request: [*ids(" a b"), Failed("it broke", "not_finite")])
+    complete(service)
+    assert samples(service)["worker_tokens_generated_total",] == 2
+
+
 def test_errors_are_counted_by_code():
     service = make(lambda request: [Failed("it broke", "not_finite")])
     complete(service)
@@ -94,5 +110,5 @@ def test_answers_are_timed_from_when_the_request_was_read():
 
     ask(service, "POST", "/v1/completions", content=slow())
     found = samples(service)
-    assert found["gptjax_http_answer_seconds_count", "200"] == 1
-    assert 0.3 <= found["gptjax_http_answer_seconds_sum", "200"] < 0.6
+    assert found["gptjax_http_answer_seconds_count", "/v1/completions", "200"] == 1
+    assert 0.3 <= found["gptjax_http_answer_seconds_sum", "/v1/completions", "200"] < 0.6

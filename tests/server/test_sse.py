@@ -5,8 +5,11 @@ import json
 
 import httpx2
 import pytest
-from server_material import make
+from server_material import make, until
 
+from gptjax.engine.request import Request, SamplingParams
+from gptjax.server import generation
+from gptjax.server.errors import ApiError
 from gptjax.server.sse import EventStream, encode
 
 
@@ -43,3 +46,24 @@ def test_a_stream_is_closed_though_a_client_takes_no_ping(leaves):
     stream = EventStream(objects(), service, lambda: happened.append("requests are cancelled"))
     asyncio.run(asyncio.wait_for(stream({}, receive, send), 20))
     assert sorted(happened) == ["objects are closed", "requests are cancelled"]
+
+
+def test_a_client_that_stays_behind_is_given_up(monkeypatch):
+    """Tokens that nobody takes would fill the memory: a client may take just enough not to be cut."""
+    monkeypatch.setattr(generation, "_MOST_BEHIND", 10)
+    service = make(lambda request: [5, 0.1, *[6] * 300])
+    found = []
+
+    async def run():
+        request = Request((5,), 390, SamplingParams())
+        rows = generation.Generation(service, [generation.Row(request, None)])
+        rows.start()
+        async for _, chunk in rows.chunks():
+            found.append(chunk.token_id)
+            await until(lambda: not service.worker.open)
+
+    with pytest.raises(ApiError, match="behind") as error:
+        asyncio.run(run())
+    assert error.value.code == "too_slow"
+    assert found == [5, *[6] * (len(found) - 1)]
+    assert 10 <= len(found) < 300
