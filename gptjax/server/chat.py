@@ -31,7 +31,6 @@ from gptjax.server.schema import (
 from gptjax.server.service import Served, Service
 from gptjax.server.sse import EventStream, json_response, unless_gone
 from gptjax.server.turn import Delta, Turn
-from gptjax.text import Tokenizer
 
 # What a chat may say of its tools and its answer's form beside what is read below, with the values that ask nothing.
 _NEUTRAL = {
@@ -58,7 +57,7 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     """A request's fields. Raises `ApiError` for the first that is not as it should be."""
     fields = Fields(values)
     served.check_name(fields.text("model"))
-    tokenizer = served.chat_tokenizer()
+    served.chat_tokenizer()  # before anything else is found to be wrong
     _check_neutral(fields)
     choices = fields.whole("n", 1, MOST_CHOICES) or 1
     logprobs = _read_logprobs(fields)
@@ -66,7 +65,7 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     options = read_sampling(fields)
     limits = [fields.whole(name, 1, MOST_TOKENS) for name in ("max_completion_tokens", "max_tokens")]
     messages = fields.take("messages")
-    prompt_ids = _render(fields, messages, tokenizer)
+    prompt_ids = _render(fields, messages, served)
     fields.finish(WITHOUT_EFFECT)
     try:
         check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
@@ -78,19 +77,20 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     return Asked(tuple(prompt_ids), chat.call_ids(messages), choices, options, logprobs, stream)
 
 
-def _render(fields: Fields, messages: object, tokenizer: Tokenizer) -> list[int]:
+def _render(fields: Fields, messages: object, served: Served) -> list[int]:
     if not isinstance(messages, list) or not messages:
         raise bad_request("messages must be a list of at least one message", "messages")
     tools = fields.take("tools")
     if tools is not None and not isinstance(tools, list):
         raise bad_request("tools must be a list", "tools")
+    served.check_size([messages, tools], "messages")
     choice = fields.take("tool_choice")
     if choice not in (None, "auto", "none"):
         raise bad_request("of tool_choice only 'auto' and 'none' are supported", "tool_choice", "unsupported")
     try:
         return chat.prompt(
             messages,
-            tokenizer,
+            served.chat_tokenizer(),
             tools=[] if choice == "none" else tools or [],
             reasoning_effort=fields.text("reasoning_effort") or "medium",
             current_date=TODAY,

@@ -95,11 +95,6 @@ def read(values: dict[str, Any], served: Served, most_rows: int) -> Asked:
         stream=read_stream(fields),
     )
     fields.finish(WITHOUT_EFFECT)
-    for prompt in asked.prompts:
-        try:
-            check_prompt(prompt.ids, vocab_size=served.vocab_size, max_length=served.max_length)
-        except GptjaxError as error:
-            raise of_gptjax(error, "prompt") from None
     return asked
 
 
@@ -118,15 +113,25 @@ def _read_prompts(value: object, served: Served, most: int) -> tuple[Prompt, ...
 
 def _read_prompt(value: object, served: Served) -> Prompt:
     if isinstance(value, str):
-        text = check_text(value, "prompt")
+        text, tokenizer = check_text(value, "prompt"), served.text()
+        served.check_size(text, "prompt")
         try:
-            return Prompt(tuple(served.text().encode(text)), text)
+            ids = tokenizer.encode(text)
         except GptjaxError as error:
             raise of_gptjax(error, "prompt") from None
+        return Prompt(_checked_ids(ids, served), text)
     if not isinstance(value, list) or not all(map(is_token, value)):
         raise bad_request("a prompt must be a string or a list of token ids (whole numbers of at least 0)", "prompt")
-    tokenizer = served.tokenizer
-    return Prompt(tuple(value), "" if tokenizer is None else tokenizer.decode(value, special=True))
+    checked = _checked_ids(value, served)
+    return Prompt(checked, "" if served.tokenizer is None else served.tokenizer.decode(checked, special=True))
+
+
+def _checked_ids(ids: list[int], served: Served) -> tuple[int, ...]:
+    try:
+        check_prompt(ids, vocab_size=served.vocab_size, max_length=served.max_length)
+    except GptjaxError as error:
+        raise of_gptjax(error, "prompt") from None
+    return tuple(ids)
 
 
 async def respond(request: Request) -> Response:

@@ -67,6 +67,7 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     tools = read_tools(fields.take("tools"))
     messages = read_messages(fields.take("input"), fields.text("instructions"))
     fields.finish(_WITHOUT_EFFECT)
+    served.check_size([messages, tools], "input")
     hidden = values.get("tool_choice") == "none"
     try:
         prompt_ids = chat.prompt(

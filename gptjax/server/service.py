@@ -66,6 +66,21 @@ class Served:
             )
         return self.tokenizer
 
+    def check_size(self, texts: object, param: str) -> None:
+        """Raises `ApiError` for strings, in lists and objects, that cannot fit: megabytes take a minute to encode."""
+        assert self.tokenizer is not None  # the caller has asked for it
+        characters, left = 0, [texts]
+        while left:
+            value = left.pop()
+            if isinstance(value, str):
+                characters += len(value)
+            elif isinstance(value, list | dict):
+                left += value.values() if isinstance(value, dict) else value
+        least = characters // self.tokenizer.longest_token
+        if least > self.max_length:
+            message = f"the prompt has {characters} characters, at least {least} tokens, but max_length is "
+            raise bad_request(f"{message}{self.max_length}: shorten it", param, "context_length_exceeded")
+
     def turn_ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The tokens that end a turn of a conversation."""
         return tuple(dict.fromkeys((*self.eos_ids, *chat.stop_ids(tokenizer))))

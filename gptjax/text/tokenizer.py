@@ -33,6 +33,7 @@ class Tokenizer:
         context_length: the most positions the model's config allows, or None where no file says it.
         kind: "byte-level-bpe".
         special_ids: id of each special token, by its content.
+        longest_token: bytes of the longest token.
     """
 
     kind = "byte-level-bpe"
@@ -48,6 +49,7 @@ class Tokenizer:
         self._bytes = {number: unspell(token) for token, number in vocabulary.ids.items()}
         self._bytes |= {token.id: token.content.encode() for token in vocabulary.added}
         self.vocab_size = max(self._bytes) + 1
+        self.longest_token = max(map(len, self._bytes.values()))
         self._unknown = frozenset(byte for letter, byte in BYTE_OF.items() if letter not in vocabulary.ids)
         self._added = {token.content: token for token in vocabulary.added}
         self._ordinary_marks = _pattern(token for token in vocabulary.added if not token.special)

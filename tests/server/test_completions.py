@@ -2,12 +2,13 @@
 
 import asyncio
 import dataclasses
+import re
 import threading
 
 import httpx2
 import pytest
 from fake_worker import score
-from server_material import all_of, complete, endless, events, fault, ids, make, saying, tokenizer, until
+from server_material import GPT_OSS, all_of, complete, endless, events, fault, ids, make, post, saying, tokenizer, until
 
 from gptjax.server import app
 from gptjax.server.events import Failed
@@ -122,6 +123,26 @@ def test_echo_with_logprobs_as_the_evaluation_harness_asks_for_it():
     offsets = first["logprobs"]["text_offset"]
     assert [text[at:] for at in offsets][-1] == " a"
     assert second["text"] == "The old a"
+
+
+@pytest.mark.parametrize("route", ["completions", "chat/completions", "responses"])
+def test_megabytes_are_refused_before_they_are_encoded(route):
+    """A tokenizer takes most of a minute for ten of them."""
+    text = "the old king " * 400_000
+    message = {"role": "user", "content": [{"type": "text", "text": text}]}
+    fields = {
+        "completions": {"prompt": text},
+        "chat/completions": {"messages": [message]},
+        "responses": {"input": text},
+    }
+    service = make(name=GPT_OSS)
+    service.served.tokenizer._engine, engine = None, service.served.tokenizer._engine
+    try:
+        error = fault(post(service, f"/v1/{route}", fields[route]))
+    finally:
+        service.served.tokenizer._engine = engine
+    assert error["code"] == "context_length_exceeded"
+    assert re.search(r"has 52000\d\d characters, at least \d+ tokens, but max_length is 400", error["message"])
 
 
 def test_one_prompt_is_scored_at_a_time_though_clients_leave():
