@@ -163,7 +163,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
             message = f"{request.method} {request.url.path[:200]}: {error.detail}"
             found = ApiError(error.status_code, message, code="no_such_route", headers=error.headers)
         case _:
-            _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+            _log.error("%s %r failed", request.method, request.scope["path"], exc_info=error)
             found = internal()
     request.app.state.service.metrics.failed(found)
     return error_response(found)

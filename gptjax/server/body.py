@@ -5,7 +5,7 @@ import contextlib
 import json
 import math
 import reprlib
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, Final, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
@@ -23,20 +23,21 @@ async def reading(request: Request, service: Service) -> AsyncIterator[dict[str,
     """The object in a request's body, with a place in the queue kept for it until it is submitted, or refused.
 
     Raises:
-      ApiError: the body is too large (413), too slow (408), or no JSON object (400).
+      ApiError: the body is too large (413, or 429 with those of others), too slow (408), or no JSON object (400).
       ClientGone: it left.
       QueueFull, Unavailable: there is no place; then nothing is looked at, so that refusals cost little.
     """
-    data = await _read_in_time(request, service.limits)
-    with service.place():
-        # Megabytes take long, and others are waiting.
-        yield _parse(data) if len(data) <= _SMALL else await asyncio.to_thread(_parse, data)
+    with service.body() as grow:
+        data = await _read_in_time(request, service.limits, grow)
+        with service.place():
+            # Megabytes take long, and others are waiting.
+            yield _parse(data) if len(data) <= _SMALL else await asyncio.to_thread(_parse, data)
 
 
-async def _read_in_time(request: Request, limits: Limits) -> bytes:
+async def _read_in_time(request: Request, limits: Limits, grow: Callable[[int], None]) -> bytes:
     try:
         async with asyncio.timeout(limits.body_seconds):
-            return await _read(request, limits.body_bytes)
+            return await _read(request, limits.body_bytes, grow)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {limits.body_seconds:g} seconds") from None
     except ClientDisconnect:
@@ -55,7 +56,7 @@ def _parse(data: bytes) -> dict[str, Any]:
     return value
 
 
-async def _read(request: Request, most: int) -> bytes:
+async def _read(request: Request, most: int, grow: Callable[[int], None]) -> bytes:
     declared = request.headers.get("content-length", "0")
     data = bytearray()
     if not (declared.isdecimal() and len(declared) < 20 and int(declared) > most):
@@ -63,6 +64,8 @@ async def _read(request: Request, most: int) -> bytes:
             data += piece
             if len(data) > most:
                 break
+            if len(data) > _SMALL:
+                grow(len(data))
         else:
             return bytes(data)
     raise ApiError(413, f"the body is larger than {most} bytes", code="body_too_large", headers={"Connection": "close"})

@@ -16,7 +16,8 @@ from gptjax.server.metrics import Metrics
 from gptjax.server.worker import Worker
 from gptjax.text import Tokenizer, harmony
 
-_RETRY_SCORING = 5  # seconds
+_RETRY = 5  # seconds
+_BODIES = 4  # of the largest size; an object that is read may be thirty times its body
 PromptScores = Sequence[tuple[float, tuple[tuple[int, float], ...]]]
 """Of each token after the first: its log-probability, and the most likely (token id, log-probability) in its place."""
 
@@ -108,7 +109,25 @@ class Service:
     draining: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when the server is to end
     began: float = dataclasses.field(default_factory=time.monotonic)
     _places: set[object] = dataclasses.field(default_factory=set)  # kept for requests that are being read
+    _bodies: dict[object, int] = dataclasses.field(default_factory=dict)  # sizes of the large ones that are being read
     _scoring: set[object] = dataclasses.field(default_factory=set)  # answers that need scores
+
+    @contextlib.contextmanager
+    def body(self) -> Iterator[Callable[[int], None]]:
+        """Gives what is to be told the size of a body as it grows, which raises `ApiError` where all are too large."""
+        key = object()
+
+        def grow(size: int) -> None:
+            self._bodies[key] = size
+            if sum(self._bodies.values()) > _BODIES * self.limits.body_bytes:
+                message = "too many large bodies are being read; try again later"
+                headers = {"Retry-After": str(_RETRY), "Connection": "close"}
+                raise ApiError(429, message, kind="rate_limit_error", code="queue_full", headers=headers)
+
+        try:
+            yield grow
+        finally:
+            self._bodies.pop(key, None)
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
@@ -124,7 +143,7 @@ class Service:
     def enter_scoring(self, answer: object) -> None:
         """An answer needs scores of its prompts, until it leaves. Raises `QueueFull` where as many do as may."""
         if len(self._scoring) >= self.limits.scoring:
-            raise QueueFull(len(self._scoring), _RETRY_SCORING)
+            raise QueueFull(len(self._scoring), _RETRY)
         self._scoring.add(answer)
 
     def leave_scoring(self, answer: object) -> None:

@@ -4,8 +4,9 @@ import asyncio
 
 import httpx2
 import pytest
-from server_material import GPT2, GPT_OSS, MAX_LENGTH, ask, complete, fault, make, tokenizer
+from server_material import GPT2, GPT_OSS, MAX_LENGTH, ask, complete, fault, make, tokenizer, until
 
+from gptjax.server.app import build
 from gptjax.server.serving import make_server
 
 
@@ -178,6 +179,32 @@ def test_a_body_that_is_too_large():
             yield b" " * 100
 
     fault(ask(make(body_bytes=1000), "POST", "/v1/completions", content=pieces()), 413)
+
+
+def test_bodies_that_are_too_large_together():
+    service = make(body_bytes=100_000)
+    whole = asyncio.Event()
+
+    async def slow():
+        yield b" " * 90_000
+        await whole.wait()
+        yield b'{"prompt": "a"}'
+
+    async def run():
+        transport = httpx2.ASGITransport(build(service))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
+            slow_ones = [asyncio.ensure_future(client.post("/v1/completions", content=slow())) for _ in range(4)]
+            await until(lambda: len(service._bodies) == 4)
+            large = await client.post("/v1/completions", content=b" " * 90_000)
+            small = await client.post("/v1/completions", content=b'{"prompt": "a"}')
+            whole.set()
+            return large, small, await asyncio.gather(*slow_ones)
+
+    large, small, slow_ones = asyncio.run(run())
+    assert fault(large, 429)["code"] == "queue_full"
+    assert "retry-after" in large.headers
+    assert [response.status_code for response in (small, *slow_ones)] == [200] * 5
+    assert not service._bodies
 
 
 @pytest.mark.parametrize(
