@@ -168,16 +168,25 @@ def check(model: Model, *, batch: int, max_length: int) -> None:
         raise CapacityError(message)
 
 
-def check_state(model: Model, *, batch: int, max_length: int) -> None:
+def check_state(model: Model, *, batch: int, max_length: int, reuse: bool = False) -> None:
     """Raises `CapacityError` where a loaded model's state alone, which is known to the byte, does not fit any more.
 
     Asked before it is allocated: a GPU's allocator tries for ten seconds a layer before it gives up.
+
+    Args:
+      reuse: an engine keeps copies of the sliding layers' rings as well, to go on from prompts.
     """
     device, (cache, logits) = device_memory(), _state(model, batch, max_length)
-    if cache + logits > device.available:
+    if cache + logits + (rings(model, batch=batch, max_length=max_length) if reuse else 0) > device.available:
         has = device.available + _weights(model)[0]
         message = shortfall(model, batch=batch, max_length=max_length, has=has, device=device)
         raise CapacityError(message or f"{_rows(batch, max_length)} do not fit")
+
+
+def rings(model: Model, *, batch: int, max_length: int) -> int:
+    """Bytes of a copy of what the sliding layers hold, for each of `batch` rows."""
+    row = jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=max_length))
+    return batch * tree_bytes([x for x in (*row.k, *row.v) if x.shape[2] < row.capacity])
 
 
 def shortfall(model: Model, *, batch: int, max_length: int, has: int, device: DeviceMemory) -> str | None:

@@ -438,3 +438,25 @@ def test_loading_and_closing_leaks_nothing(demo, cycles, growth):
     assert len(jax.live_arrays()) <= arrays
     # Weights are 28 MB: ten that were kept would be 280 MB.
     assert grown < growth, f"{grown / 1e6:.1f} MB"
+
+
+@pytest.mark.parametrize("config", [TALES, OSS_TALES])
+def test_rings_that_are_kept_are_counted(config, monkeypatch):
+    model = registry.build(config, dtype=jnp.bfloat16)
+    row = jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=300))
+    kept = 3 * memory.tree_bytes(jax.eval_shape(steps.rings, row))
+    assert memory.rings(model, batch=3, max_length=300) == kept
+    assert (kept > 0) == (config is OSS_TALES)
+    state = memory.tree_bytes(jax.eval_shape(lambda: steps.init_state(model, batch=3, max_length=300)))
+    for has, fits, fits_with_rings in (
+        (state, True, not kept),
+        (state + kept, True, True),
+        (state - 9999, False, False),
+    ):
+        monkeypatch.setattr(memory, "device_memory", lambda device=None, has=has: _device(has))
+        for reuse, expected in ((False, fits), (True, fits_with_rings)):
+            if expected:
+                memory.check_state(model, batch=3, max_length=300, reuse=reuse)
+            else:
+                with pytest.raises(CapacityError):
+                    memory.check_state(model, batch=3, max_length=300, reuse=reuse)

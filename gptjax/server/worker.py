@@ -107,7 +107,7 @@ class Worker:
         Raises:
           CapacityError: the slots do not fit the memory that is left.
         """
-        memory.check_state(self._model.model, batch=self._slots, max_length=self._model.max_length)
+        memory.check_state(self._model.model, batch=self._slots, max_length=self._model.max_length, reuse=True)
         with self._changed:
             self._started = True
             self._beat = time.monotonic()
