@@ -223,19 +223,29 @@ ROLES = st.sampled_from(["system", "user", "assistant", "tool", "developer"])
 MESSAGES = st.lists(st.builds(lambda role, rest: rest | {"role": role}, ROLES, OBJECTS) | VALUES, max_size=3)
 
 
+@pytest.fixture(scope="module")
+def runner():
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def applications(plain, harmony):
+    return app.build(harmony), app.build(plain)
+
+
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(fields=OBJECTS, said=MESSAGES | VALUES, route=st.sampled_from(["completions", "chat/completions", "responses"]))
-def test_nothing_is_a_500(plain, harmony, fields, said, route):
-    service = plain if route == "completions" else harmony
+def test_nothing_is_a_500(runner, applications, fields, said, route):
     said = [USER, *said] if isinstance(said, list) else said
     values = {"completions": {"prompt": "a"}, "chat/completions": {"messages": said}, "responses": {"input": said}}
 
     async def run():
-        transport = httpx2.ASGITransport(app.build(service))  # an exception is raised here
+        transport = httpx2.ASGITransport(applications[route == "completions"])  # an exception is raised here
         async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
             return await client.post(f"/v1/{route}", content=json.dumps(values[route] | fields))
 
-    response = asyncio.run(run())
+    response = runner.run(run())
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
         fault(response, response.status_code)

@@ -1,0 +1,178 @@
+"""How workers begin and end: warm-up, drain, stop, death, and logits that are not finite."""
+
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from worker_material import CHUNK, PATIENCE, REQUESTS, Reader, ids_of, request_of
+
+import gptjax
+from gptjax.engine import steps
+from gptjax.engine.request import Request, SamplingParams
+from gptjax.server import worker as worker_module
+from gptjax.server.worker import Failed, Finished, Unavailable, Worker
+
+
+@pytest.fixture
+def small(lm, monkeypatch):
+    """Two slots, and one program for all kinds of sampling, to be compiled soon."""
+    monkeypatch.setattr(worker_module, "_LEVELS", worker_module._LEVELS[-1:])
+    return gptjax.LanguageModel(
+        lm.model, lm.params, tokenizer=lm.tokenizer, defaults=lm.defaults, max_length=96, max_batch=2
+    )
+
+
+@pytest.fixture
+def fresh(small):
+    """Makes workers that a test may bring to their ends."""
+    made = []
+
+    def make(**options) -> Worker:
+        made.append(Worker(small, **{"max_queue": 8, "chunk": 32} | options))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for worker in made:
+        worker.stop()
+
+
+def test_nothing_is_compiled_after_warm_up():
+    # The model with rings. Another number of slots and another length, so that nothing is there from before.
+    worker = Worker(gptjax.load("gpt-oss-tales", dtype="float32", max_length=280, max_batch=3), chunk=CHUNK)
+    worker.start()
+    worker.wait_until_ready()
+    compiled = []
+    listener = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        readers = [Reader(worker, request) for request in REQUESTS if len(request.prompt_ids) <= 280]
+        readers += [Reader(worker, request_of(2, 270, 3))]
+        worker.cancel(readers[3].ticket)
+        assert all(isinstance(reader.end, Finished) for reader in readers)
+        cached = [Reader(worker, Request(ids_of(1, n), 3, SamplingParams())).end.cached_tokens for n in (70, 200)]
+        assert cached == [0, 64]
+        assert compiled == []
+        jax.jit(lambda x: x * 3.5)(np.ones(3))  # the listener does hear a compilation
+        assert compiled != []
+    finally:
+        jax.monitoring.clear_event_listeners()
+        worker.stop()
+
+
+def test_draining_waits_for_open_requests(fresh):
+    worker = fresh()
+    readers = [Reader(worker, request_of(n, 40, 20)) for n in range(5)]  # two slots: three of them wait
+    worker.drain(PATIENCE)
+    assert all(reader.ended.is_set() for reader in readers)
+    assert all(reader.end == Finished("length", 40, 0, 20) for reader in readers)
+    with pytest.raises(Unavailable, match="shutting down"):
+        Reader(worker, request_of(1, 5))
+    state = worker.state
+    assert state.alive
+    assert not state.ready
+    assert (state.busy, state.queued) == (0, 0)
+
+
+def test_what_is_open_when_the_time_is_over_fails(fresh):
+    worker = fresh()
+    worker.wait_until_ready()
+    hold = threading.Event()
+    running = Reader(worker, request_of(1, 40, 50), on_token=lambda _: hold.wait(0.1))
+    others = [Reader(worker, request_of(n, 40, 50)) for n in range(4)]
+    assert running.begun.wait(PATIENCE)
+    worker.drain(0.2)
+    for reader in (running, *others):
+        assert reader.ended.is_set()
+        assert reader.end.kind == "drained"
+        assert "shutting down" in reader.end.message
+    state = worker.state
+    assert (state.busy, state.queued, state.alive) == (0, 0, True)
+    worker.stop()
+    assert not worker.state.alive
+
+
+def test_stopping_fails_what_is_open(fresh):
+    worker = fresh()
+    readers = [Reader(worker, request_of(n, 40, 50), on_token=lambda _: time.sleep(0.02)) for n in range(5)]
+    assert readers[0].begun.wait(PATIENCE)
+    worker.stop()
+    assert all(reader.end == Failed("the server was stopped", "stopped") for reader in readers)
+    state = worker.state
+    assert (state.alive, state.ready, state.error, state.busy, state.queued) == (False, False, None, 0, 0)
+    with pytest.raises(Unavailable, match="stopped"):
+        Reader(worker, request_of(1, 5))
+    worker.cancel(readers[0].ticket)
+    worker.stop()
+    worker.drain(1)
+
+
+def test_a_worker_that_dies_fails_all_and_shows_it(fresh, monkeypatch):
+    worker = fresh()
+    worker.wait_until_ready()
+    running = [Reader(worker, request_of(n, 5, 80), on_token=lambda _: time.sleep(0.01)) for n in range(2)]
+    assert all(reader.begun.wait(PATIENCE) for reader in running)
+    waiting = [Reader(worker, request_of(n, 5, 50)) for n in range(3)]
+
+    def broken(*_):
+        raise FloatingPointError("a planted fault")
+
+    monkeypatch.setattr(steps, "sample", broken)
+    for reader in (*running, *waiting):
+        assert reader.end.kind == "died"
+        assert "FloatingPointError: a planted fault" in reader.end.message
+    worker._thread.join(PATIENCE)
+    state = worker.state
+    assert (state.alive, state.ready, state.busy, state.queued) == (False, False, 0, 0)
+    assert state.error == "FloatingPointError: a planted fault"
+    with pytest.raises(Unavailable, match="died: FloatingPointError: a planted fault"):
+        Reader(worker, request_of(1, 5))
+    for call in (worker.stop, lambda: worker.drain(1), lambda: worker.cancel(running[0].ticket)):
+        call()  # nothing hangs
+
+
+def test_a_worker_that_dies_while_it_compiles_says_so(fresh, monkeypatch):
+    def broken(*_):
+        raise MemoryError("planted")
+
+    monkeypatch.setattr(steps, "prefill_chunk", broken)
+    worker = fresh()
+    with pytest.raises(Unavailable, match=r"CapacityError: .*memory"):
+        worker.wait_until_ready()
+    assert not worker.state.alive
+
+
+def test_requests_may_come_before_all_is_compiled(fresh):
+    worker = fresh()
+    reader = Reader(worker, request_of(1, 5, 3))
+    assert reader.end == Finished("length", 5, 0, 3)
+    assert worker.state.ready
+
+
+def test_a_worker_that_was_not_started_takes_nothing(small):
+    worker = Worker(small)
+    with pytest.raises(Unavailable, match="not started"):
+        Reader(worker, request_of(1, 5))
+    assert not worker.state.alive
+    worker.stop()
+
+
+def test_logits_that_are_not_finite_end_their_request_only(lm):
+    poisoned = {**lm.params}
+    poisoned["position_embedding"] = poisoned["position_embedding"].at[45].set(np.nan)
+    broken = gptjax.LanguageModel(
+        lm.model, poisoned, tokenizer=lm.tokenizer, defaults=lm.defaults, max_length=96, max_batch=2
+    )
+    worker = Worker(broken, chunk=32)
+    worker.start()
+    bad, good = Reader(worker, request_of(1, 40, 20)), Reader(worker, request_of(2, 5, 30))
+    assert bad.end.kind == "not_finite"
+    assert "not finite" in bad.end.message
+    assert len(bad.tokens) == 6  # of positions 40 to 45
+    assert good.end == Finished("length", 5, 0, 30)
+    again = Reader(worker, request_of(2, 5, 30))
+    assert again.end == good.end
+    assert again.tokens == good.tokens
+    worker.stop()

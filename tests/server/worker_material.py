@@ -1,0 +1,86 @@
+"""A worker's client, and requests for it."""
+
+import threading
+import time
+
+import numpy as np
+
+from gptjax.engine.request import Request, SamplingParams
+from gptjax.server.worker import Failed, Finished, QueueFull, Token, Worker
+
+SLOTS, MAX_LENGTH, CHUNK = 4, 300, 64
+PATIENCE = 120  # seconds until a test gives up
+
+
+class Reader:
+    """What a client sees of one request."""
+
+    def __init__(self, worker: Worker, request: Request, on_token=None):
+        self.events = []
+        self.ended = threading.Event()
+        self.begun = threading.Event()  # the first token is there
+        self._on_token = on_token
+        self.worker = worker
+        self.threads = set()
+        self.ticket = worker.submit(request, self._deliver)
+
+    def _deliver(self, event) -> None:
+        self.threads.add(threading.current_thread().name)
+        self.events.append(event)
+        if isinstance(event, Token):
+            self.begun.set()
+            if self._on_token is not None:
+                self._on_token(self)
+        else:
+            self.ended.set()
+
+    def wait(self) -> list:
+        """All events, when the last has come."""
+        assert self.ended.wait(PATIENCE), "the request has no end"
+        return self.events
+
+    @property
+    def tokens(self) -> list[tuple]:
+        return [(token.token_id, token.logprob, token.top) for token in self.events if isinstance(token, Token)]
+
+    @property
+    def end(self) -> Finished | Failed:
+        return self.wait()[-1]
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.002)
+
+
+def ids_of(seed: int, length: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(seed).integers(0, 8000, length).tolist())
+
+
+def request_of(number: int, length: int, max_tokens: int = 12, stop_ids=(), **params) -> Request:
+    return Request(ids_of(number, length), max_tokens, SamplingParams(**{"seed": number} | params), tuple(stop_ids))
+
+
+REQUESTS = [  # all kinds of sampling, one chunk and several, short and long outputs
+    request_of(1, 5, 30),
+    request_of(2, 150, 40, temperature=1.0),
+    request_of(3, 1, 7, temperature=0.7, top_k=9, top_p=0.9),
+    request_of(4, 280, 40, temperature=1.3, min_p=0.02),  # fills its row
+    request_of(5, 64, 3, repetition_penalty=1.4, presence_penalty=0.5),
+    request_of(6, 65, 20, temperature=2.0, logit_bias={7: 5.0, 3: -100.0}),
+    request_of(7, 300, top_logprobs=2),  # room for one token
+    request_of(8, 200, 60, temperature=1.0),
+    request_of(9, 128, 25, top_logprobs=5),
+    request_of(10, 33, 1),
+]
+
+
+def submit(worker: Worker, request: Request) -> Reader:
+    """Submits, and again as long as the queue is full."""
+    while True:
+        try:
+            return Reader(worker, request)
+        except QueueFull:
+            time.sleep(0.005)
