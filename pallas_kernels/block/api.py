@@ -99,11 +99,11 @@ def block(
     Raises:
       ValueError: an unknown implementation, or one that does not take these operands; or a stream for other sizes.
     """
-    words = Relay(*stream.x_TD.shape, weights.up.bias.shape[0]).words
+    T, D = stream.x_TD.shape
+    words = Relay(T, D, weights.up.bias.shape[0]).words
     if stream.cleared_W.shape != (words,):
         raise ValueError(f"a relay of {words} words is needed, found {stream.cleared_W.shape}: use Stream.of(x, F)")
     available: dict[str, Callable[..., Any]] = {dispatch.XLA: reference.block}
-    T, D = stream.x_TD.shape
     _, N, _, H = k_TNSH.shape
     shape = {"rows": T, "heads": N, "kv_heads": N, "head_width": H, "width": D}
     arrays = (stream.x_TD, k_TNSH, v_TNSH, *jax.tree.leaves(weights))
