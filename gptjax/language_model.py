@@ -15,7 +15,7 @@ from gptjax.activations import activations
 from gptjax.chat import TODAY, ChatChunk, ChatCompletion, TurnReader, call_ids, chat_chunks, prompt, stop_ids
 from gptjax.config import GenerationDefaults, ModelConfig
 from gptjax.engine import steps
-from gptjax.engine.engine import Engine, Features, prefill, settings_of
+from gptjax.engine.engine import Engine, prefill
 from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.generate import generate
 from gptjax.engine.options import (
@@ -30,6 +30,7 @@ from gptjax.engine.options import (
 )
 from gptjax.engine.output import Chunk, Completion, Decoder
 from gptjax.engine.request import Request, check_prompt
+from gptjax.engine.settings import Features, settings_of
 from gptjax.errors import GptjaxError, RequestError
 from gptjax.memory import Memory
 from gptjax.models import registry

@@ -16,8 +16,8 @@ import gptjax.language_model
 from gptjax import CapacityError, RequestError, memory, runtime
 from gptjax.config import PUBLISHED, GPT2Config
 from gptjax.engine import steps
-from gptjax.engine.engine import Features, settings_of
 from gptjax.engine.request import Request, SamplingParams
+from gptjax.engine.settings import Features, settings_of
 from gptjax.info import describe
 from gptjax.models import registry
 from gptjax.runtime import DeviceMemory, cgroup_memory

@@ -14,8 +14,7 @@ from gptjax.engine import steps
 from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.engine.prefixes import Prefixes
 from gptjax.engine.request import Request
-from gptjax.engine.settings import Features as Features
-from gptjax.engine.settings import settings_of as settings_of
+from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
 from gptjax.models.registry import Model
 

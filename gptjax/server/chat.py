@@ -1,6 +1,5 @@
 """`POST /v1/chat/completions`: the next turn of a conversation, for models that speak harmony."""
 
-import asyncio
 import dataclasses
 import secrets
 import time
@@ -15,7 +14,8 @@ from gptjax.chat import TODAY, ChatCompletion, TurnReader
 from gptjax.engine.options import make_request
 from gptjax.engine.request import MAX_TOP_LOGPROBS, check_prompt
 from gptjax.errors import GptjaxError
-from gptjax.server.body import Fields, reading
+from gptjax.server.answering import answered
+from gptjax.server.body import Fields
 from gptjax.server.errors import bad_request, of_gptjax
 from gptjax.server.generation import Generation, Row, usage_json
 from gptjax.server.logprobs import chat_logprobs
@@ -29,7 +29,6 @@ from gptjax.server.schema import (
     seed_of_choice,
 )
 from gptjax.server.service import Served, Service
-from gptjax.server.sse import EventStream, json_response, unless_gone
 from gptjax.server.turn import Delta, Turn
 
 # What a chat may say of its tools and its answer's form beside what is read below, with the values that ask nothing.
@@ -125,17 +124,7 @@ def _read_logprobs(fields: Fields) -> int | None:
 
 async def respond(request: Request) -> Response:
     """Answers a request."""
-    service: Service = request.app.state.service
-    async with reading(request, service) as values:
-        asked = await asyncio.to_thread(read, values, service.served)
-        answer = Answer(service, asked)
-        answer.start()
-    if asked.stream.wanted:
-        return EventStream(answer.stream(), service, answer.close)
-    try:
-        return json_response(await unless_gone(request, answer.whole()))
-    finally:
-        answer.close()
+    return await answered(request, lambda values, service: read(values, service.served), Answer)
 
 
 class Answer:
@@ -144,6 +133,7 @@ class Answer:
     def __init__(self, service: Service, asked: Asked) -> None:
         served = service.served
         self._asked = asked
+        self.streams = asked.stream.wanted
         self._tokenizer = served.chat_tokenizer()
         self._turns = [
             Turn(TurnReader(self._tokenizer, used_ids=asked.used_ids), self._tokenizer) for _ in range(asked.choices)

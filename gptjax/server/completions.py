@@ -1,6 +1,5 @@
 """`POST /v1/completions`: text, or token ids, continued."""
 
-import asyncio
 import dataclasses
 import secrets
 import time
@@ -14,7 +13,8 @@ from gptjax.engine.options import make_request
 from gptjax.engine.output import Chunk, Usage
 from gptjax.engine.request import MAX_TOP_LOGPROBS, check_prompt
 from gptjax.errors import GptjaxError
-from gptjax.server.body import Fields, check_text, reading
+from gptjax.server.answering import answered
+from gptjax.server.body import Fields, check_text
 from gptjax.server.errors import ApiError, bad_request, of_gptjax
 from gptjax.server.generation import Generation, Row, usage_json
 from gptjax.server.logprobs import LegacyLogprobs, joined
@@ -29,7 +29,6 @@ from gptjax.server.schema import (
     seed_of_choice,
 )
 from gptjax.server.service import Served, Service
-from gptjax.server.sse import EventStream, json_response, unless_gone
 
 _DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
 
@@ -136,18 +135,7 @@ def _checked_ids(ids: list[int], served: Served) -> tuple[int, ...]:
 
 async def respond(request: Request) -> Response:
     """Answers a request."""
-    service: Service = request.app.state.service
-    async with reading(request, service) as values:
-        # Encoding a long text takes long, and others are waiting.
-        asked = await asyncio.to_thread(read, values, service.served, service.limits.rows)
-        answer = Answer(service, asked)
-        answer.start()
-    if asked.stream.wanted:
-        return EventStream(answer.stream(), service, answer.close)
-    try:
-        return json_response(await unless_gone(request, answer.whole()))
-    finally:
-        answer.close()
+    return await answered(request, lambda values, service: read(values, service.served, service.limits.rows), Answer)
 
 
 class Answer:
@@ -156,6 +144,7 @@ class Answer:
     def __init__(self, service: Service, asked: Asked) -> None:
         self._service = service
         self._asked = asked
+        self.streams = asked.stream.wanted
         self._generation = Generation(service, asked.rows(service.served))
         self._tokenizer = service.served.tokenizer
         count = len(asked.prompts) * asked.choices

@@ -1,6 +1,5 @@
 """`POST /v1/responses`: a turn of a conversation as items, for models that speak harmony. Nothing is stored."""
 
-import asyncio
 import dataclasses
 import secrets
 import time
@@ -15,14 +14,14 @@ from gptjax.chat import TODAY, ChatCompletion, TurnReader
 from gptjax.engine.options import make_request
 from gptjax.engine.request import check_prompt
 from gptjax.errors import GptjaxError
-from gptjax.server.body import Fields, reading
+from gptjax.server.answering import answered
+from gptjax.server.body import Fields
 from gptjax.server.errors import bad_request, of_gptjax
 from gptjax.server.generation import Generation, Row, usage_json
 from gptjax.server.items import Items
 from gptjax.server.responses_input import read_messages, read_tools
 from gptjax.server.schema import MOST_TOKENS, WITHOUT_EFFECT, read_sampling
 from gptjax.server.service import Served, Service
-from gptjax.server.sse import EventStream, json_response, unless_gone
 from gptjax.server.turn import Turn
 
 # What would have to be stored, or computed otherwise, with the values that ask for nothing.
@@ -114,17 +113,7 @@ def _read_effort(fields: Fields) -> str:
 
 async def respond(request: Request) -> Response:
     """Answers a request."""
-    service: Service = request.app.state.service
-    async with reading(request, service) as values:
-        asked = await asyncio.to_thread(read, values, service.served)
-        answer = Answer(service, asked)
-        answer.start()
-    if asked.stream:
-        return EventStream(answer.stream(), service, answer.close)
-    try:
-        return json_response(await unless_gone(request, answer.whole()))
-    finally:
-        answer.close()
+    return await answered(request, lambda values, service: read(values, service.served), Answer)
 
 
 class Answer:
@@ -132,6 +121,7 @@ class Answer:
 
     def __init__(self, service: Service, asked: Asked) -> None:
         served = service.served
+        self.streams = asked.stream
         tokenizer = served.chat_tokenizer()
         self._turn = Turn(TurnReader(tokenizer, used_ids=asked.used_ids), tokenizer)
         try:

@@ -14,10 +14,11 @@ from collections.abc import Callable
 
 from gptjax import memory
 from gptjax.engine import steps
-from gptjax.engine.engine import Engine, Features
+from gptjax.engine.engine import Engine
 from gptjax.engine.engine import Token as Drawn
 from gptjax.engine.output import NOT_FINITE
 from gptjax.engine.request import MAX_TOP_LOGPROBS, Request
+from gptjax.engine.settings import Features
 from gptjax.language_model import LanguageModel
 from gptjax.server.events import Event as Event
 from gptjax.server.events import Failed as Failed

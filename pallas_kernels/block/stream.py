@@ -1,4 +1,4 @@
-"""What the operation takes and gives."""
+"""What the operation takes and gives. One more axis letter than `gptjax.axes` has: W, the words of a relay."""
 
 import dataclasses
 from typing import NamedTuple
@@ -57,9 +57,9 @@ class Stream:
 
 def moments(x_TD: jax.Array) -> jax.Array:
     """See `Stream.moments_TN2`."""
-    x_TNP = x_TD.astype(jnp.float32).reshape(x_TD.shape[0], -1, STRIP)
-    mean_TN1 = x_TNP.mean(axis=-1, keepdims=True)
-    return jnp.stack((mean_TN1[..., 0], jnp.square(x_TNP - mean_TN1).sum(axis=-1)), axis=-1)
+    x_TNH = x_TD.astype(jnp.float32).reshape(x_TD.shape[0], -1, STRIP)
+    mean_TN1 = x_TNH.mean(axis=-1, keepdims=True)
+    return jnp.stack((mean_TN1[..., 0], jnp.square(x_TNH - mean_TN1).sum(axis=-1)), axis=-1)
 
 
 class Relay(NamedTuple):

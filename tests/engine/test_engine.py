@@ -12,10 +12,11 @@ import pytest
 
 from gptjax.config import GPT2Config
 from gptjax.engine import steps
-from gptjax.engine.engine import Engine, Features, prefill, settings_of
+from gptjax.engine.engine import Engine, prefill
 from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
+from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
 
 CONFIG = GPT2Config(

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from gptjax.engine.engine import Engine, Features
+from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams
+from gptjax.engine.settings import Features
 from tests.engine.test_steps_per_dispatch import made  # noqa: F401 (a fixture)
 
 SLOTS, MAX_LENGTH, CHUNK, VOCAB = 3, 60, 8, 101  # the second model's rings have 9 places

@@ -9,9 +9,10 @@ import pytest
 
 from gptjax.config import config_from_json
 from gptjax.engine import steps
-from gptjax.engine.engine import Engine, Features, Token, prefill, settings_of
+from gptjax.engine.engine import Engine, Token, prefill
 from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
+from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
 from tests.engine import test_engine
 from tests.oracles import gpt_oss_ours, gpt_oss_random

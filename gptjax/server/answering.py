@@ -1,0 +1,53 @@
+"""From a request to its answer, whole or as events: what the routes that ask the model have in common."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, Protocol, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gptjax.server.body import reading
+from gptjax.server.service import Service
+from gptjax.server.sse import EventStream, json_response, unless_gone
+
+Asked = TypeVar("Asked")
+
+
+class Answer(Protocol):
+    """What becomes of a request."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether events were asked for."""
+
+    def start(self) -> None:
+        """Submits the prompts. Raises `ApiError`."""
+
+    def close(self) -> None:
+        """Cancels what is still under way."""
+
+    async def whole(self) -> dict[str, Any]:
+        """All of it."""
+
+    def stream(self) -> AsyncGenerator[object, None]:
+        """Its events."""
+
+
+async def answered(
+    request: Request,
+    read: Callable[[dict[str, Any], Service], Asked],
+    make: Callable[[Service, Asked], Answer],
+) -> Response:
+    """Answers a request: `make(service, read(values, service))`, where `values` are its body's."""
+    service: Service = request.app.state.service
+    async with reading(request, service) as values:
+        # Encoding a long text takes long, and others are waiting.
+        answer = make(service, await asyncio.to_thread(read, values, service))
+        answer.start()
+    if answer.streams:
+        return EventStream(answer.stream(), service, answer.close)
+    try:
+        return json_response(await unless_gone(request, answer.whole()))
+    finally:
+        answer.close()
