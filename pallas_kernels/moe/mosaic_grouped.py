@@ -6,6 +6,7 @@ while the tensor cores work for the other.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from pallas_kernels.ptx import Value
 
 plgpu: Any = mosaic_gpu  # whose interface was another in JAX 0.10, where this module can be imported only
 TOKENS = 128  # of a block, at most
+_TOKENS_STEP = 32  # a block multiplies as many tokens as its group has, but for this
 TILES = 4  # of 64 rows, of a block
 _STAGES = 6  # steps of 64 columns in flight
 _WARPGROUPS = 2  # that multiply, two tiles each
@@ -49,6 +51,11 @@ class _Plan:
     def blocks(self) -> int:
         """That share an expert's rows."""
         return -(-self.tiles // TILES)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of tokens that there is code for, in ascending order."""
+        return [*range(_TOKENS_STEP, self.tokens, _TOKENS_STEP), self.tokens]
 
 
 def routed(
@@ -132,14 +139,14 @@ def product(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         kernel_name="moe_grouped",
-    )(x_PK, groups.rows_GR[:, 0], groups.experts_G, words, weight.scales, bias_EN)
+    )(x_PK, jnp.sum(groups.rows_GR >= 0, axis=1, dtype=jnp.int32), groups.experts_G, words, weight.scales, bias_EN)
     return result
 
 
 def moe_grouped(
     plan: _Plan,
     x_ref: Any,
-    rows_ref: Any,
+    used_ref: Any,
     experts_ref: Any,
     words_ref: Any,
     scales_ref: Any,
@@ -155,50 +162,63 @@ def moe_grouped(
 ) -> None:
     """One warpgroup of a block. The block of an empty group returns."""
     group, block, warpgroup = (lax.axis_index(name) for name in ("group", "block", "warpgroup"))
-    is_used = rows_ref[group] >= 0
+    used = used_ref[group]
     expert = experts_ref[group]
 
-    @pl.when(is_used & (warpgroup == _WARPGROUPS))
+    def for_size(body: Callable[[int], None]) -> None:
+        """Calls it with the smallest size that the group's tokens fit into."""
+        for below, size in zip([0, *plan.sizes], plan.sizes, strict=False):
+            pl.when((used > below) & (used <= size))(partial(body, size))
+
+    @pl.when((used > 0) & (warpgroup == _WARPGROUPS))
     def copy() -> None:
         plgpu.set_max_registers(_REGISTERS[1], action="decrease")
+        tiles = pl.ds(block * TILES, TILES)  # beyond the last: 0
 
-        def step(index: jax.Array, _: None) -> None:
-            slot = lax.rem(index, jnp.int32(_STAGES))
-            pl.when(index >= _STAGES)(lambda: plgpu.barrier_wait(empty.at[slot]))
-            tokens, tiles = pl.ds(group * plan.tokens, plan.tokens), pl.ds(block * TILES, TILES)  # beyond the last: 0
-            columns = pl.ds(index * TILE, TILE)
-            plgpu.copy_gmem_to_smem(x_ref.at[tokens, columns], x_smem.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(words_ref.at[expert, tiles, index], words_smem.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(scales_ref.at[expert, tiles, index], scales_smem.at[slot], full.at[slot])
+        def steps(size: int) -> None:
+            def step(index: jax.Array, _: None) -> None:
+                slot = lax.rem(index, jnp.int32(_STAGES))
+                pl.when(index >= _STAGES)(lambda: plgpu.barrier_wait(empty.at[slot]))
+                x = x_ref.at[pl.ds(group * plan.tokens, size), pl.ds(index * TILE, TILE)]
+                plgpu.copy_gmem_to_smem(x, x_smem.at[slot, pl.ds(0, size)], full.at[slot])
+                plgpu.copy_gmem_to_smem(words_ref.at[expert, tiles, index], words_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(scales_ref.at[expert, tiles, index], scales_smem.at[slot], full.at[slot])
 
-        lax.fori_loop(0, plan.steps, step, None)
+            lax.fori_loop(0, plan.steps, step, None)
 
-    @pl.when(is_used & (warpgroup < _WARPGROUPS))
+        for_size(steps)
+
+    @pl.when((used > 0) & (warpgroup < _WARPGROUPS))
     def multiply() -> None:
         plgpu.set_max_registers(_REGISTERS[0], action="increase")
         own = TILES // _WARPGROUPS
-
-        def products(*accs: Any) -> list[jax.Array]:
-            def step(index: jax.Array, _: None) -> None:
-                slot = lax.rem(index, jnp.int32(_STAGES))
-                plgpu.barrier_wait(full.at[slot])
-                x_KR = x_smem.at[slot].transpose((1, 0))
-                for i, acc in enumerate(accs):
-                    tile = warpgroup * own + i
-                    plgpu.wgmma(acc, _unpacked(words_smem.at[slot, tile], scales_smem.at[slot, tile]), x_KR)
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(empty.at[slot])
-
-            lax.fori_loop(0, plan.steps, step, None)
-            return [acc[...] for acc in accs]
-
-        sums = pl.run_scoped(products, *[plgpu.ACC((TILE, plan.tokens), jnp.float32)] * own)
         first = block * TILES + warpgroup * own
         write = _write_activation if plan.activation is not None else _write_sums
 
-        @pl.when(first < plan.tiles)
-        def _() -> None:
-            write(plan, sums, bias_ref, out_ref, ordered_smem.at[warpgroup], group, expert, first)
+        def products(size: int, *accs: Any) -> list[jax.Array]:
+            def step(index: jax.Array, _: None) -> None:
+                slot = lax.rem(index, jnp.int32(_STAGES))
+                plgpu.barrier_wait(full.at[slot])
+                x_KR = x_smem.at[slot, pl.ds(0, size)].transpose((1, 0))
+                for i, acc in enumerate(accs):
+                    tile = warpgroup * own + i
+                    plgpu.wgmma(acc, _unpacked(words_smem.at[slot, tile], scales_smem.at[slot, tile]), x_KR)
+                    plgpu.wgmma_wait(1)  # so that one is always under way while the next tile is unpacked
+                    if i == 0:
+                        before = lax.rem(index + _STAGES - 1, jnp.int32(_STAGES))
+                        pl.when(index > 0)(lambda: plgpu.barrier_arrive(empty.at[before]))
+
+            lax.fori_loop(0, plan.steps, step, None)
+            plgpu.wgmma_wait(0)
+            return [acc[...] for acc in accs]
+
+        def multiply_and_write(size: int) -> None:
+            sums = pl.run_scoped(partial(products, size), *[plgpu.ACC((TILE, size), jnp.float32)] * own)
+            pl.when(first < plan.tiles)(
+                lambda: write(plan, sums, bias_ref, out_ref, ordered_smem.at[warpgroup], group, expert, first)
+            )
+
+        for_size(multiply_and_write)
 
 
 def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
@@ -321,7 +341,7 @@ def _write_activation(
         place = ptx.add(ptx.mul(group, plan.tokens), own)
         to = ptx.offset(ptx.offset(ptx.address(out), place, width), ptx.add(ptx.mul(first, 4), piece), 16)
         at = ptx.add(ordered, ptx.mul(own, _PITCH), ptx.mul(piece, 16))
-        for begin in range(0, plan.tokens, 16):
+        for begin in range(0, arrays[0].shape[1], 16):
             four = f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{_PITCH * begin}];"
             words = ptx.asm(four, [ptx.i32()] * 4, [at], volatile=True)
             ptx.asm(f"st.global.v4.b32 [$0+{width * begin}], {{$1, $2, $3, $4}};", [], [to, *words])
