@@ -75,6 +75,7 @@ class KernelResult:
             "bytes": self.case.bytes,
             "flops": self.case.flops,
             "bytes_per_second": self.bytes_per_second,
+            "flops_per_second": self.flops_per_second,
             "share_of_ceiling": self.bytes_per_second / ceiling,
             "cached": self.cached,
             "relative_error": self.error,

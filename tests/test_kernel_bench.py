@@ -30,7 +30,8 @@ EXPERTS = Experts(3, "float32", 96, 64, 7, 2, packed=True, alpha=1.702, limit=7.
 FULL = Attention(5, "float32", 6, 2, 16, 24, ring=False, sinks=False)
 RING = Attention(2, "float32", 6, 2, 16, 24, ring=True, sinks=True)
 BLOCK = Block(5, "float32", 3, 64, 320, 24, block_numpy.EPSILON)
-CASES = [PRODUCT, EXPERTS, FULL, RING, BLOCK]
+UNBALANCED = dataclasses.replace(EXPERTS, rows=40, balanced=False)
+CASES = [PRODUCT, EXPERTS, UNBALANCED, FULL, RING, BLOCK]
 CEILINGS = Ceilings(copy=4e9, read=5e9, flops=1e12, link=1e-6)
 
 
@@ -63,7 +64,8 @@ def test_the_cases_are_the_shapes_of_the_models():
         *("1600→4800", "1600→1600", "1600→6400", "6400→1600", "1600→50257"),
     }
     assert _shapes("moe", "gpt2", "gpt-oss-120b") == [
-        ("4 of 128: 2880→2·2880→2880, MXFP4", rows) for rows in (1, 8, 32, 128)
+        *(("4 of 128: 2880→2·2880→2880, MXFP4", rows) for rows in (1, 8, 32, 128, 512, 2048, 16384)),
+        *(("4 of 128: 2880→2·2880→2880, MXFP4, unbalanced", rows) for rows in (512, 2048, 16384)),
     ]
     attention = _shapes("attention", "gpt-oss-20b", "gpt-oss-120b")
     for rows, positions in ((1, "2048"), (1, "32768"), (8, "2048"), (32, "512"), (1, "128 in a ring")):
@@ -112,6 +114,18 @@ def test_bytes_and_flops_are_those_counted_by_hand():
     assert block.flops == 8 * 2 * (weights + 2 * 512 * 768)
 
 
+def test_experts_are_chosen_alike_or_badly_balanced():
+    case = Experts(4096, "bfloat16", 2880, 2880, 32, 4, packed=True, alpha=1.702, limit=7.0)
+    counts = []
+    for each in (case, dataclasses.replace(case, balanced=False)):
+        experts_TX = each._experts_TX
+        assert all(len(set(experts)) == 4 for experts in experts_TX[:100].tolist())
+        counts.append(np.bincount(experts_TX.ravel(), minlength=32))
+    assert 0.8 * 512 < counts[0].min() <= counts[0].max() < 1.2 * 512  # the average is 512
+    assert counts[1].max() > 5 * 512
+    assert counts[1].min() < 512 / 5
+
+
 @pytest.mark.parametrize("implementation", ["xla", "mosaic"])
 def test_every_case_of_full_size_has_operands_that_fit(implementation):
     """Nothing is computed. Of an implementation there is only its layout of the weights, which this must not break."""
@@ -144,7 +158,7 @@ def _oracle(case: Any, x: Any, operands: Any) -> Any:
     x = np.asarray(x, np.float64)
     if case is PRODUCT:
         return x @ np.asarray(operands, np.float64)
-    if case is EXPERTS:
+    if case in (EXPERTS, UNBALANCED):
         experts, weights, up, up_bias, down, down_bias = operands
         settings = {"alpha": case.alpha, "limit": case.limit}
         return moe_numpy.moe(

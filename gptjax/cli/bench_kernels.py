@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from gptjax.kernel_bench import Ceilings, KernelResult, NotRun
     from gptjax.kernel_cases import Case
 
-_HEADS = f"{'operation':9}  {'shape':38}  rows  by       {'µs':>10}  spread      GB/s  of ceiling    error"
+_HEADS = f"{'operation':9}  {'shape':50}  rows  by       {'µs':>10}  spread      GB/s  of ceiling  TFLOP/s    error"
 
 
 def run(args: argparse.Namespace, models: "dict[str, ModelConfig]") -> int:
@@ -84,7 +84,7 @@ def _print_ceilings(title: str, ceilings: "Ceilings") -> None:
 
 
 def _start(case: "Case", implementation: str) -> str:
-    return f"{case.operation:9}  {case.shape:38}  {case.rows:4}  {implementation:7}"
+    return f"{case.operation:9}  {case.shape:50}  {case.rows:4}  {implementation:7}"
 
 
 def _print(each: "KernelResult | NotRun", ceilings: "Ceilings") -> None:
@@ -98,6 +98,7 @@ def _print(each: "KernelResult | NotRun", ceilings: "Ceilings") -> None:
     print(
         f"{start}  {1e6 * each.call.median:10.2f}  {each.call.spread / each.call.median:6.0%}  "
         f"{each.bytes_per_second / 1e9:8.1f}  {each.bytes_per_second / ceilings.bytes_per_second:10.0%}  "
+        f"{each.flops_per_second / 1e12:7.3g}  "
         f"{each.error:7.1e}  {', '.join(each.models)}" + "".join(f"; {note}" for note in notes),
         flush=True,
     )

@@ -9,6 +9,8 @@ from gptjax.cli.common import MODEL_HELP, add_command
 _PREFIX: Final = "GPTJAX_SERVE_"
 _DEFAULT_LENGTH: Final = 8192
 _LEVELS: Final = ("debug", "info", "warning", "error")
+_CHUNKS: Final = tuple(1 << power for power in range(5, 12))
+_CHUNKS_TEXT: Final = f"a power of two from {_CHUNKS[0]} to {_CHUNKS[-1]}"
 
 
 def add(commands: Any) -> None:
@@ -40,6 +42,15 @@ examples:
     )
     _option(parser, "--max-batch", type=_size, default=8, metavar="N", help="requests computed together (default: 8)")
     _option(parser, "--max-queue", type=_size, default=64, metavar="N", help="requests that may wait (default: 64)")
+    _option(
+        parser,
+        "--prefill-chunk",
+        type=_chunk,
+        default=1024,
+        metavar="N",
+        help=f"tokens of prompts read between two steps: {_CHUNKS_TEXT} (default: 1024); "
+        "running streams wait for them, and a conversation goes on from whole ones",
+    )
     _option(
         parser,
         "--max-length",
@@ -89,6 +100,12 @@ def _size(text: str) -> int:
     return _whole(text, 1, 1 << 40)
 
 
+def _chunk(text: str) -> int:
+    if int(text) not in _CHUNKS:
+        raise argparse.ArgumentTypeError(f"{text} is not {_CHUNKS_TEXT}")
+    return int(text)
+
+
 def _whole(text: str, low: int, high: int) -> int:
     number = int(text)
     if not low <= number <= high:
@@ -132,7 +149,9 @@ def run(args: argparse.Namespace) -> int:
         length = min(read_config(hub.resolve(model)).context_length, _DEFAULT_LENGTH)
     lm = load(model, dtype=args.dtype, max_length=length, max_batch=args.max_batch, tokenizer=args.tokenizer)
     limits = Limits(body_bytes=args.max_body, send_seconds=args.send_timeout)
-    service = serving.make_service(lm, args.name or model, max_queue=args.max_queue, limits=limits)
+    service = serving.make_service(
+        lm, args.name or model, max_queue=args.max_queue, limits=limits, prefill_chunk=args.prefill_chunk
+    )
     server = serving.make_server(
         service,
         host=args.host,

@@ -21,7 +21,7 @@ from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.models import registry
 from gptjax.models.registry import Model
 
-LARGEST_CHUNK = 1024  # prompt tokens in one call, at most
+LARGEST_CHUNK = 2048  # prompt tokens in one call, at most
 _SMALLEST_BUCKET = 32
 
 Rings = tuple[tuple[jax.Array, jax.Array], ...]  # k and v [1, K, S, H] of each layer that slides
@@ -58,10 +58,15 @@ def init_state(model: Model, *, batch: int, max_length: int) -> State:
 def chunks(length: int, largest: int = LARGEST_CHUNK) -> list[tuple[int, int, int]]:
     """Cuts a prompt into (start, tokens, bucket): whole chunks of `largest`, then the rest, padded to a power of two.
 
-    The cuts depend on the length alone, so a prompt is computed the same whatever else is going on.
+    Where more than a quarter of a last chunk of `largest` would be padding, half of one comes before the rest. The cuts
+    depend on the length alone, so a prompt is computed the same whatever else is going on.
     """
     cuts = [(start, largest, largest) for start in range(0, length - largest + 1, largest)]
     rest = length - len(cuts) * largest
+    half = max(largest // 2, _SMALLEST_BUCKET)
+    if half < rest <= largest * 3 // 4:
+        cuts.append((length - rest, half, half))
+        rest -= half
     if rest:
         bucket = max(_SMALLEST_BUCKET, 1 << (rest - 1).bit_length())
         cuts.append((length - rest, rest, min(bucket, largest)))

@@ -1,5 +1,9 @@
-"""The operations of `pallas_kernels` at the shapes that decoding has them: operands, bytes, and what is right."""
+"""The operations of `pallas_kernels` at the shapes that decoding has them: operands, bytes, and what is right.
 
+Experts are also measured at those of prompts, and there where the routing is badly balanced.
+"""
+
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Final
@@ -16,7 +20,8 @@ from pallas_kernels.block.stream import STRIP
 __all__ = ["OPERATIONS", "Attention", "Block", "Case", "Experts", "Product", "cases", "link"]
 
 OPERATIONS: Final = (Experts.operation, Product.operation, Attention.operation, Block.operation)
-_ROW_COUNTS: Final = {"moe": (1, 8, 32, 128), "matvec": (1, 8, 32)}
+_ROW_COUNTS: Final = {"moe": (1, 8, 32, 128, 512, 2048, 16384), "matvec": (1, 8, 32)}
+_PROMPT: Final = 512  # rows from which experts are also measured unbalanced
 _CACHES: Final = {  # rows and positions
     "attention": ((1, 512), (1, 2048), (1, 32768), (8, 512), (8, 2048), (32, 512)),
     "block": ((1, 512), (8, 512)),
@@ -76,7 +81,8 @@ def _of(
         return []
     settings = config.num_experts, config.experts_per_token, packs(config.mxfp4, "experts")
     activation = config.swiglu_alpha, config.swiglu_limit
-    return [Experts(rows, dtype, D, config.mlp_width, *settings, *activation) for rows in counts]
+    experts = [Experts(rows, dtype, D, config.mlp_width, *settings, *activation) for rows in counts]
+    return experts + [dataclasses.replace(each, balanced=False) for each in experts if each.rows >= _PROMPT]
 
 
 def _has_block(config: GPT2Config) -> bool:

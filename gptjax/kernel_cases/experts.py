@@ -36,17 +36,24 @@ class Experts(Case):
     packed: bool  # in MXFP4
     alpha: float
     limit: float
+    balanced: bool = True  # all experts are as likely; else each e^(-1/4) times as likely as the one before
 
     @property
     def shape(self) -> str:
         """Experts and their sizes."""
         sizes = f"{self.width}→2·{self.mlp_width}→{self.width}"
-        return f"{self.chosen} of {self.num_experts}: {sizes}{', MXFP4' if self.packed else ''}"
+        notes = [", MXFP4"] * self.packed + [", unbalanced"] * (not self.balanced)
+        return f"{self.chosen} of {self.num_experts}: {sizes}{''.join(notes)}"
 
     @property
     def _experts_TX(self) -> np.ndarray:
         rng = np.random.default_rng(self.rows)
-        return np.stack([rng.permutation(self.num_experts)[: self.chosen] for _ in range(self.rows)]).astype(np.int32)
+        if self.balanced:
+            order_TE = np.stack([rng.permutation(self.num_experts) for _ in range(self.rows)])
+        else:  # the largest of logarithms with Gumbel's noise are drawn as by the probabilities, without replacement
+            noise_TE = rng.gumbel(size=(self.rows, self.num_experts))
+            order_TE = np.argsort(np.arange(self.num_experts) / 4 - noise_TE, axis=1)
+        return order_TE[:, : self.chosen].astype(np.int32)
 
     @property
     def bytes(self) -> int:

@@ -21,7 +21,7 @@ from gptjax.server.origins import is_address
 from gptjax.server.protocol import Protocol
 from gptjax.server.scoring import score
 from gptjax.server.service import Limits, Served, Service
-from gptjax.server.worker import DEFAULT_SLOTS, Worker
+from gptjax.server.worker import CHUNK, DEFAULT_SLOTS, Worker
 from gptjax.text import Tokenizer
 from pallas_kernels.fragments import MXFP4Fragments
 from pallas_kernels.mxfp4 import MXFP4
@@ -31,7 +31,9 @@ _TO_END_STREAMS: Final = 5.0  # seconds to send what is left of them, after the 
 _log = logging.getLogger(__name__)
 
 
-def make_service(lm: LanguageModel, name: str, *, max_queue: int, limits: Limits) -> Service:
+def make_service(
+    lm: LanguageModel, name: str, *, max_queue: int, limits: Limits, prefill_chunk: int = CHUNK
+) -> Service:
     """The service of a model, its worker not yet started."""
     tokenizer: Tokenizer | None
     try:
@@ -39,7 +41,7 @@ def make_service(lm: LanguageModel, name: str, *, max_queue: int, limits: Limits
     except GptjaxError as error:
         _log.warning("only token ids can be sent: %s", error)
         tokenizer = None
-    worker = Worker(lm, max_queue=max_queue)
+    worker = Worker(lm, max_queue=max_queue, chunk=prefill_chunk)
     served = Served(
         name=name,
         tokenizer=tokenizer,

@@ -204,9 +204,10 @@ def moe_grouped(
                     tile = warpgroup * own + i
                     plgpu.wgmma(acc, _unpacked(words_smem.at[slot, tile], scales_smem.at[slot, tile]), x_KR)
                     plgpu.wgmma_wait(1)  # so that one is always under way while the next tile is unpacked
-                    if i == 0:
-                        before = lax.rem(index + _STAGES - 1, jnp.int32(_STAGES))
-                        pl.when(index > 0)(lambda: plgpu.barrier_arrive(empty.at[before]))
+                    if i == 0:  # all of the step before is done
+                        pl.when(index > 0)(
+                            partial(plgpu.barrier_arrive, empty.at[lax.rem(index - 1, jnp.int32(_STAGES))])
+                        )
 
             lax.fori_loop(0, plan.steps, step, None)
             plgpu.wgmma_wait(0)

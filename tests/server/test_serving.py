@@ -144,7 +144,7 @@ def test_logs_as_json():
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("PORT", "seven"), ("MAX_QUEUE", "0"), ("SEND_TIMEOUT", "-1"), ("PORT", "65536")],
+    [("PORT", "seven"), ("MAX_QUEUE", "0"), ("SEND_TIMEOUT", "-1"), ("PORT", "65536"), ("PREFILL_CHUNK", "1000")],
 )
 def test_a_bad_environment_variable_is_wrong_usage(monkeypatch, capsys, variable, value):
     monkeypatch.setenv(f"GPTJAX_SERVE_{variable}", value)
