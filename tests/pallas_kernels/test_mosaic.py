@@ -161,8 +161,22 @@ def _moe_operands(T: int, E: int, D: int, F: int, X: int, seed: int) -> list[Any
 @pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 33, 128, 129, 300, 1025])
 @pytest.mark.parametrize(("E", "D", "F", "X"), [(5, 64, 192, 2), (32, 320, 64, 4), (3, 448, 320, 3)])
 def test_experts_agree_with_the_oracle(T, E, D, F, X):
-    x, experts, weights, gate_up, bias, down, other = _moe_operands(T, E, D, F, X, seed=T)
-    actual = jax.jit(lambda *operands: moe(*operands, **SETTINGS, implementation="mosaic").total())(
+    _agrees_with_the_oracle(_moe_operands(T, E, D, F, X, seed=T))
+
+
+@needs_hopper
+def test_experts_with_any_number_of_tokens_agree_with_the_oracle():
+    """One to three groups, whose last has what a multiple of 32 has, or one less or more."""
+    counts = [0, 1, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 256, 300]
+    T = sum(counts)
+    x, experts, *rest = _moe_operands(T, len(counts), 320, 192, 1, seed=0)
+    experts = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int32)[:, None]
+    _agrees_with_the_oracle([x, experts, *rest])
+
+
+def _agrees_with_the_oracle(operands):
+    x, experts, weights, gate_up, bias, down, other = operands
+    actual = jax.jit(lambda *given: moe(*given, **SETTINGS, implementation="mosaic").total())(
         x, experts, weights, MXFP4Fragments.of(gate_up), bias, MXFP4Fragments.of(down), other
     )
     dense = [np.asarray(each.dequantize().swapaxes(1, 2), np.float64) for each in (gate_up, down)]
