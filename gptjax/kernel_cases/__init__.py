@@ -82,7 +82,7 @@ def _of(
     settings = config.num_experts, config.experts_per_token, packs(config.mxfp4, "experts")
     activation = config.swiglu_alpha, config.swiglu_limit
     experts = [Experts(rows, dtype, D, config.mlp_width, *settings, *activation) for rows in counts]
-    return experts + [dataclasses.replace(each, balanced=False) for each in experts if each.rows >= _PROMPT]
+    return [*experts, *(dataclasses.replace(each, balanced=False) for each in experts if each.rows >= _PROMPT)]
 
 
 def _has_block(config: GPT2Config) -> bool:
