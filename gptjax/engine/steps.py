@@ -73,9 +73,9 @@ def chunks(length: int, largest: int = LARGEST_CHUNK) -> list[tuple[int, int, in
     return cuts
 
 
-def padded_chunks(tokens: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+def padded_chunks(tokens: np.ndarray, largest: int = LARGEST_CHUNK) -> Iterator[tuple[int, int, np.ndarray]]:
     """A sequence, int32 [T], as (start, tokens that count, the chunk as `prefill_chunk` and `score_chunk` take it)."""
-    for start, count, bucket in chunks(len(tokens)):
+    for start, count, bucket in chunks(len(tokens), largest):
         yield start, count, padded(tokens, start, count, bucket)
 
 

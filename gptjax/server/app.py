@@ -53,6 +53,7 @@ def build(
             allow_headers=["*"],
         ),
         Middleware(Gate, api_key=api_key, pages=Pages(cors_origins, local=local)),
+        Middleware(Faults),
     ]
     routes = [
         Route("/", page.respond),
@@ -64,7 +65,7 @@ def build(
         Route("/v1/chat/completions", chat.respond, methods=["POST"]),
         Route("/v1/responses", responses.respond, methods=["POST"]),
     ]
-    handlers = dict.fromkeys((ApiError, GptjaxError, HTTPException, ClientGone, Exception), _on_error)
+    handlers = dict.fromkeys((ApiError, GptjaxError, HTTPException, ClientGone), _on_error)
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
     app.state.service = service
     return app
@@ -109,6 +110,30 @@ class Gate:
         )
 
 
+class Faults:
+    """Answers where something fails that should not. Starlette would do so outside of what adds CORS headers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes everything on."""
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            response = await _on_error(Request(scope, receive), error)
+            await response(scope, receive, send)
+
+
 class Counting:
     """Counts answers by route and status, and times them."""
 
@@ -121,11 +146,9 @@ class Counting:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        read, answered = time.monotonic(), False
+        read = time.monotonic()
 
         def count(status: int) -> None:
-            nonlocal answered
-            answered = True
             route = scope.get("route")
             path = route.path if isinstance(route, Route) else "other"
             self._metrics.answered(path, status, time.monotonic() - read)
@@ -142,12 +165,7 @@ class Counting:
                 count(message["status"])
             await send(message)
 
-        try:
-            await self._app(scope, reading, watched)
-        except Exception:
-            if not answered:  # Starlette does, further out
-                count(500)
-            raise
+        await self._app(scope, reading, watched)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

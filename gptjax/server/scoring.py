@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax import memory
 from gptjax.engine import steps
 from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.request import MAX_TOP_LOGPROBS
-from gptjax.errors import RequestError
+from gptjax.errors import CapacityError, RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry
+from gptjax.server.events import Unavailable
 from gptjax.server.service import PromptScores
 
+CHUNK = 512  # tokens at a time, as the logits of all of them are held, which for gpt-oss are 0.8 MB each
 _TOPS = (0, 1, 5, MAX_TOP_LOGPROBS)  # how many alternatives are computed, so that few programs are compiled
 
 
@@ -28,13 +31,22 @@ def score(lm: LanguageModel, token_ids: Sequence[int], num_top: int) -> PromptSc
 
     Raises:
       RequestError: the logits are not finite.
+      Unavailable: there is no memory for it, which the worker's slots have first.
     """
+    try:
+        with memory.explained(lm.model, batch=1, max_length=lm.max_length):
+            return _score(lm, token_ids, num_top)
+    except CapacityError as error:
+        raise Unavailable(f"this prompt could not be scored: {error}") from error
+
+
+def _score(lm: LanguageModel, token_ids: Sequence[int], num_top: int) -> PromptScores:
     ids = np.asarray(token_ids, np.int32)
     top = min(next(size for size in _TOPS if size >= num_top), lm.config.vocab_size)
     cache = registry.create_cache(lm.model, batch=1, max_length=lm.max_length)
     found: list[tuple[float, tuple[tuple[int, float], ...]]] = []
     params = FlatParams.of(lm.params)
-    for start, count, chunk in steps.padded_chunks(ids):
+    for start, count, chunk in steps.padded_chunks(ids, CHUNK):
         logits_TV, cache = steps.score_chunk(lm.model, params, cache, chunk)
         following = ids[start + 1 : start + count + 1]  # the prompt's last token predicts what is not there
         targets_T = np.pad(following, (0, len(logits_TV) - len(following)))

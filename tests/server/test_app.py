@@ -234,8 +234,10 @@ def test_a_fault_of_ours_is_a_500_that_is_not_to_be_sent_again():
 
     service = make()
     service.worker.submit = broken
-    response = complete(service)
+    content = '{"prompt": "a"}'
+    response = ask(service, "POST", "/v1/completions", content=content, headers={"Origin": "http://localhost:3000"})
     error = fault(response, 500)
+    assert response.headers["access-control-allow-origin"] == "http://localhost:3000"  # or the page could not read it
     assert response.headers["x-should-retry"] == "false"
     assert "secret" not in error["message"]
 

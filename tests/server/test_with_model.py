@@ -3,10 +3,14 @@
 import concurrent.futures
 
 import httpx2
+import jax
 import pytest
 from server_material import GPT2, served
 
 import gptjax
+from gptjax.engine import steps
+from gptjax.server import scoring
+from gptjax.server.events import Unavailable
 
 SLOTS, MAX_LENGTH, CLIENTS = 8, 128, 64
 
@@ -35,8 +39,6 @@ def test_text_and_logprobs_are_those_of_the_library(model, complete):
 
 
 def test_echoed_logprobs_are_those_of_teacher_forcing(model, complete):
-    import jax
-
     prompt = model.tokenizer.encode("Once upon a time there was a poor woodcutter, who lived by the forest.")
     answer = complete(prompt=[prompt, prompt[:2], prompt[:1]], echo=True, max_tokens=1, logprobs=1, seed=1).json()
     for choice, ids in zip(answer["choices"], (prompt, prompt[:2], prompt[:1]), strict=True):
@@ -47,6 +49,22 @@ def test_echoed_logprobs_are_those_of_teacher_forcing(model, complete):
         assert found == pytest.approx(expected, abs=1e-5)
         best = [max(top.values()) for top in choice["logprobs"]["top_logprobs"][1 : len(ids)]]
         assert best == pytest.approx(logprobs_TV[:-1].max(axis=-1).tolist(), abs=1e-5)
+
+
+def test_scoring_holds_few_logits_and_its_lack_of_memory_is_not_the_clients_fault(model, monkeypatch):
+    asked, original = [], steps.score_chunk
+
+    def score_chunk(model, params, cache, chunk):
+        asked.append(len(chunk) - 2)
+        if len(asked) > 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory")
+        return original(model, params, cache, chunk)
+
+    monkeypatch.setattr(steps, "score_chunk", score_chunk)
+    monkeypatch.setattr(scoring, "CHUNK", 64)
+    with pytest.raises(Unavailable, match="ran out of memory"):
+        scoring.score(model, range(1, 120), 1)
+    assert asked == [64, 64]
 
 
 def test_every_client_gets_what_it_gets_alone(complete):
