@@ -6,9 +6,10 @@ while the tensor cores work for the other.
 """
 
 import dataclasses
+from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,19 @@ class _Plan:
     def sizes(self) -> list[int]:
         """Numbers of tokens that there is code for, in ascending order."""
         return [*range(_TOKENS_STEP, self.tokens, _TOKENS_STEP), self.tokens]
+
+
+class _Here(NamedTuple):
+    """Where a warpgroup is."""
+
+    group: jax.Array
+    block: jax.Array  # of the expert's rows
+    expert: jax.Array
+    warpgroup: jax.Array
+
+
+# Shared memory and its barriers: of a step's tokens, weights and scales, and of results. See `product`.
+_Shared = namedtuple("_Shared", "x words scales ordered full empty")
 
 
 def routed(
@@ -124,10 +138,10 @@ def product(
         partial(moe_grouped, plan),
         out_type=out,
         scratch_types={
-            "x_smem": plgpu.SMEM((_STAGES, R, TILE), jnp.bfloat16, transforms=swizzled),
-            "words_smem": plgpu.SMEM((_STAGES, TILES, 2, 256), jnp.uint32),
-            "scales_smem": plgpu.SMEM((_STAGES, TILES, TILE), jnp.uint16),
-            "ordered_smem": plgpu.SMEM((_WARPGROUPS, R, _PITCH // 4), jnp.uint32),
+            "x": plgpu.SMEM((_STAGES, R, TILE), jnp.bfloat16, transforms=swizzled),
+            "words": plgpu.SMEM((_STAGES, TILES, 2, 256), jnp.uint32),
+            "scales": plgpu.SMEM((_STAGES, TILES, TILE), jnp.uint16),
+            "ordered": plgpu.SMEM((_WARPGROUPS, R, _PITCH // 4), jnp.uint32),
             "full": plgpu.Barrier(num_arrivals=3, num_barriers=_STAGES),
             "empty": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_STAGES),
         },
@@ -152,18 +166,12 @@ def moe_grouped(
     scales_ref: Any,
     bias_ref: Any,
     out_ref: Any,
-    *,
-    x_smem: Any,
-    words_smem: Any,
-    scales_smem: Any,
-    ordered_smem: Any,
-    full: Any,
-    empty: Any,
+    **scratch: Any,
 ) -> None:
     """One warpgroup of a block. The block of an empty group returns."""
     group, block, warpgroup = (lax.axis_index(name) for name in ("group", "block", "warpgroup"))
     used = used_ref[group]
-    expert = experts_ref[group]
+    here, shared = _Here(group, block, experts_ref[group], warpgroup), _Shared(**scratch)
 
     def for_size(body: Callable[[int], None]) -> None:
         """Calls it with the smallest size that the group's tokens fit into."""
@@ -171,55 +179,57 @@ def moe_grouped(
             pl.when((used > below) & (used <= size))(partial(body, size))
 
     @pl.when((used > 0) & (warpgroup == _WARPGROUPS))
-    def copy() -> None:
+    def _() -> None:
         plgpu.set_max_registers(_REGISTERS[1], action="decrease")
-        tiles = pl.ds(block * TILES, TILES)  # beyond the last: 0
-
-        def steps(size: int) -> None:
-            def step(index: jax.Array, _: None) -> None:
-                slot = lax.rem(index, jnp.int32(_STAGES))
-                pl.when(index >= _STAGES)(lambda: plgpu.barrier_wait(empty.at[slot]))
-                x = x_ref.at[pl.ds(group * plan.tokens, size), pl.ds(index * TILE, TILE)]
-                plgpu.copy_gmem_to_smem(x, x_smem.at[slot, pl.ds(0, size)], full.at[slot])
-                plgpu.copy_gmem_to_smem(words_ref.at[expert, tiles, index], words_smem.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(scales_ref.at[expert, tiles, index], scales_smem.at[slot], full.at[slot])
-
-            lax.fori_loop(0, plan.steps, step, None)
-
-        for_size(steps)
+        for_size(partial(_copy, plan, here, x_ref, words_ref, scales_ref, shared))
 
     @pl.when((used > 0) & (warpgroup < _WARPGROUPS))
-    def multiply() -> None:
+    def _() -> None:
         plgpu.set_max_registers(_REGISTERS[0], action="increase")
-        own = TILES // _WARPGROUPS
-        first = block * TILES + warpgroup * own
-        write = _write_activation if plan.activation is not None else _write_sums
+        for_size(partial(_multiply, plan, here, bias_ref, out_ref, shared))
 
-        def products(size: int, *accs: Any) -> list[jax.Array]:
-            def step(index: jax.Array, _: None) -> None:
-                slot = lax.rem(index, jnp.int32(_STAGES))
-                plgpu.barrier_wait(full.at[slot])
-                x_KR = x_smem.at[slot, pl.ds(0, size)].transpose((1, 0))
-                for i, acc in enumerate(accs):
-                    tile = warpgroup * own + i
-                    plgpu.wgmma(acc, _unpacked(words_smem.at[slot, tile], scales_smem.at[slot, tile]), x_KR)
-                    plgpu.wgmma_wait(1)  # so that one is always under way while the next tile is unpacked
-                    if i == 0:  # all of the step before is done
-                        pl.when(index > 0)(
-                            partial(plgpu.barrier_arrive, empty.at[lax.rem(index - 1, jnp.int32(_STAGES))])
-                        )
 
-            lax.fori_loop(0, plan.steps, step, None)
-            plgpu.wgmma_wait(0)
-            return [acc[...] for acc in accs]
+def _copy(plan: _Plan, here: _Here, x_ref: Any, words_ref: Any, scales_ref: Any, shared: _Shared, size: int) -> None:
+    """Brings the weights of all steps, and as many tokens, to shared memory."""
+    tokens, tiles = pl.ds(here.group * plan.tokens, size), pl.ds(here.block * TILES, TILES)  # beyond the last: 0
 
-        def multiply_and_write(size: int) -> None:
-            sums = pl.run_scoped(partial(products, size), *[plgpu.ACC((TILE, size), jnp.float32)] * own)
-            pl.when(first < plan.tiles)(
-                lambda: write(plan, sums, bias_ref, out_ref, ordered_smem.at[warpgroup], group, expert, first)
-            )
+    def step(index: jax.Array, _: None) -> None:
+        slot = lax.rem(index, jnp.int32(_STAGES))
+        pl.when(index >= _STAGES)(lambda: plgpu.barrier_wait(shared.empty.at[slot]))
+        full = shared.full.at[slot]
+        plgpu.copy_gmem_to_smem(x_ref.at[tokens, pl.ds(index * TILE, TILE)], shared.x.at[slot, pl.ds(0, size)], full)
+        plgpu.copy_gmem_to_smem(words_ref.at[here.expert, tiles, index], shared.words.at[slot], full)
+        plgpu.copy_gmem_to_smem(scales_ref.at[here.expert, tiles, index], shared.scales.at[slot], full)
 
-        for_size(multiply_and_write)
+    lax.fori_loop(0, plan.steps, step, None)
+
+
+def _multiply(plan: _Plan, here: _Here, bias_ref: Any, out_ref: Any, shared: _Shared, size: int) -> None:
+    """Multiplies a warpgroup's tiles with as many tokens, and writes what comes of it."""
+    own = TILES // _WARPGROUPS
+    first = here.block * TILES + here.warpgroup * own
+
+    def products(*accs: Any) -> list[jax.Array]:
+        def step(index: jax.Array, _: None) -> None:
+            slot = lax.rem(index, jnp.int32(_STAGES))
+            plgpu.barrier_wait(shared.full.at[slot])
+            x_KR = shared.x.at[slot, pl.ds(0, size)].transpose((1, 0))
+            for i, acc in enumerate(accs):
+                tile = here.warpgroup * own + i
+                plgpu.wgmma(acc, _unpacked(shared.words.at[slot, tile], shared.scales.at[slot, tile]), x_KR)
+                plgpu.wgmma_wait(1)  # so that one is always under way while the next tile is unpacked
+                if i == 0:  # all of the step before is done
+                    done = shared.empty.at[lax.rem(index - 1, jnp.int32(_STAGES))]
+                    pl.when(index > 0)(partial(plgpu.barrier_arrive, done))
+
+        lax.fori_loop(0, plan.steps, step, None)
+        plgpu.wgmma_wait(0)
+        return [acc[...] for acc in accs]
+
+    sums = pl.run_scoped(products, *[plgpu.ACC((TILE, size), jnp.float32)] * own)
+    write = _write_activation if plan.activation is not None else _write_sums
+    ordered = shared.ordered.at[here.warpgroup]
+    pl.when(first < plan.tiles)(lambda: write(plan, sums, bias_ref, out_ref, ordered, here.group, here.expert, first))
 
 
 def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
