@@ -2,10 +2,11 @@
 
 import argparse
 import os
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from gptjax.cli.common import MODEL_HELP, add_command
 
+_Number = TypeVar("_Number", int, float)
 _PREFIX: Final = "GPTJAX_SERVE_"
 _DEFAULT_LENGTH: Final = 8192
 _LEVELS: Final = ("debug", "info", "warning", "error")
@@ -101,23 +102,30 @@ def _size(text: str) -> int:
 
 
 def _chunk(text: str) -> int:
-    if int(text) not in _CHUNKS:
+    if _number(text, int) not in _CHUNKS:
         raise argparse.ArgumentTypeError(f"{text} is not {_CHUNKS_TEXT}")
     return int(text)
 
 
 def _whole(text: str, low: int, high: int) -> int:
-    number = int(text)
+    number = _number(text, int)
     if not low <= number <= high:
         raise argparse.ArgumentTypeError(f"{number} is not from {low} to {high}")
     return number
 
 
 def _seconds(text: str) -> float:
-    number = float(text)
+    number = _number(text, float)
     if not 0 <= number <= 86400:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 86400 seconds")
     return number
+
+
+def _number(text: str, kind: type[_Number]) -> _Number:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number") from None
 
 
 def run(args: argparse.Namespace) -> int:

@@ -144,14 +144,23 @@ def test_logs_as_json():
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("PORT", "seven"), ("MAX_QUEUE", "0"), ("SEND_TIMEOUT", "-1"), ("PORT", "65536"), ("PREFILL_CHUNK", "1000")],
+    [
+        ("PORT", "seven"),
+        ("MAX_QUEUE", "0"),
+        ("SEND_TIMEOUT", "-1"),
+        ("PORT", "65536"),
+        ("PREFILL_CHUNK", "1000"),
+        ("DRAIN", "soon"),
+    ],
 )
 def test_a_bad_environment_variable_is_wrong_usage(monkeypatch, capsys, variable, value):
     monkeypatch.setenv(f"GPTJAX_SERVE_{variable}", value)
     with pytest.raises(SystemExit) as status:
         main(["serve"])
     assert status.value.code == 2
-    assert f"--{variable.lower().replace('_', '-')}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"--{variable.lower().replace('_', '-')}" in said
+    assert f"{value} is not " in said or f"'{value}' is no" in said
 
 
 def test_the_command_serves_and_ends(tmp_path):
