@@ -199,7 +199,7 @@ class LanguageModel:
             cache = registry.create_cache(self.model, batch=1, max_length=self.max_length)
             logits_TV = np.empty((len(ids), self.config.vocab_size), np.float32)
             params = FlatParams.of(self.params)
-            for start, count, chunk in steps.padded_chunks(np.asarray(ids, np.int32)):
+            for start, count, chunk in steps.padded_chunks(np.asarray(ids, np.int32), steps.SCORED_CHUNK):
                 chunk_TV, cache = steps.score_chunk(self.model, params, cache, chunk)
                 logits_TV[start : start + count] = np.asarray(chunk_TV)[:count]
         return logits_TV

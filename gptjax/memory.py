@@ -85,9 +85,9 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     `LanguageModel.logits` needs 4·T·V more, and `LanguageModel.activations` all that it returns.
     """
     config = model.config
-    longest = min(max_length, steps.LARGEST_CHUNK)
+    longest = min(max_length, steps.chunk_of(model))
     lengths = (longest, *(1 << power for power in range(longest.bit_length())))
-    buckets = {steps.chunks(length)[0][2] for length in lengths}
+    buckets = {steps.chunks(length, steps.chunk_of(model))[0][2] for length in lengths}
     T = max(buckets)
     projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
     S = -(-max_length // SLOT_MULTIPLE) * SLOT_MULTIPLE

@@ -56,7 +56,7 @@ def _temporary(model: registry.Model, batch: int, length: int) -> int:
     params = registry.abstract_params(model)
     state = jax.eval_shape(lambda: steps.init_state(model, batch=batch, max_length=length))
     row = jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=length))
-    bucket = max(b for _, _, b in steps.chunks(min(length, steps.LARGEST_CHUNK)))
+    bucket = max(b for _, _, b in steps.chunks(min(length, steps.CHUNK)))
     chunk = jax.ShapeDtypeStruct((2 + bucket,), jnp.int32)
     token_B, active_B = (jax.ShapeDtypeStruct((batch,), dtype) for dtype in (jnp.int32, jnp.bool_))
     drawn = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.2, logit_bias={1: 1.0}, seed=1)

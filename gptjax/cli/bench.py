@@ -58,7 +58,8 @@ examples:
         "--kernels",
         nargs="*",
         metavar="OPERATION",
-        help="measure the operations of pallas_kernels alone, all or those named (moe, matvec, attention), at the "
+        help="measure the operations of pallas_kernels alone, all or those named (moe, matvec, attention, block), at "
+        "the "
         "model's shapes, or at those of GPT-2 and GPT-OSS if no model is named",
     )
     parser.add_argument(

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from gptjax.kernel_bench import Ceilings, KernelResult, NotRun
     from gptjax.kernel_cases import Case
 
-_HEADS = f"{'operation':9}  {'shape':50}  rows  by       {'µs':>10}  spread      GB/s  of ceiling  TFLOP/s    error"
+_HEADS = f"{'operation':9}  {'shape':50}   rows  by       {'µs':>10}  spread      GB/s  of ceiling  TFLOP/s    error"
 
 
 def run(args: argparse.Namespace, models: "dict[str, ModelConfig]") -> int:
@@ -32,8 +32,15 @@ def run(args: argparse.Namespace, models: "dict[str, ModelConfig]") -> int:
         check_plot(args.plot)
     runtime.enable_compilation_cache()
     device, dtype = jax.devices()[0].device_kind, runtime.compute_dtype(args.dtype).name
+    # On a CPU, experts for thousands of rows take minutes; kernels for these have no settings to tune.
+    prompts = args.tune is None and jax.default_backend() != "cpu"
     cases = kernel_cases.cases(
-        models, dtype=dtype, operations=operations, rows=args.batch, positions=args.prompt_length
+        models,
+        dtype=dtype,
+        operations=operations,
+        rows=args.batch,
+        positions=args.prompt_length,
+        prompts=prompts,
     )
     if not cases:
         raise RequestError(
@@ -84,7 +91,7 @@ def _print_ceilings(title: str, ceilings: "Ceilings") -> None:
 
 
 def _start(case: "Case", implementation: str) -> str:
-    return f"{case.operation:9}  {case.shape:50}  {case.rows:4}  {implementation:7}"
+    return f"{case.operation:9}  {case.shape:50}  {case.rows:5}  {implementation:7}"
 
 
 def _print(each: "KernelResult | NotRun", ceilings: "Ceilings") -> None:

@@ -10,6 +10,7 @@ _Number = TypeVar("_Number", int, float)
 _PREFIX: Final = "GPTJAX_SERVE_"
 _DEFAULT_LENGTH: Final = 8192
 _LEVELS: Final = ("debug", "info", "warning", "error")
+_CHUNK: Final = 1024
 _CHUNKS: Final = tuple(1 << power for power in range(5, 12))
 _CHUNKS_TEXT: Final = f"a power of two from {_CHUNKS[0]} to {_CHUNKS[-1]}"
 
@@ -47,9 +48,9 @@ examples:
         parser,
         "--prefill-chunk",
         type=_chunk,
-        default=1024,
+        default=_CHUNK,
         metavar="N",
-        help=f"tokens of prompts read between two steps: {_CHUNKS_TEXT} (default: 1024); "
+        help=f"tokens of prompts read between two steps: {_CHUNKS_TEXT} (default: {_CHUNK}); "
         "running streams wait for them, and a conversation goes on from whole ones",
     )
     _option(

@@ -87,7 +87,7 @@ class Engine:
         batch: int,
         max_length: int,
         steps_per_dispatch: int | None = None,
-        chunk: int = steps.LARGEST_CHUNK,
+        chunk: int | None = None,
         levels: Sequence[Features] = (),
         reuse: bool = False,
     ):
@@ -95,7 +95,8 @@ class Engine:
 
         Args:
           steps_per_dispatch: 1 on a CPU if not given, and 8 elsewhere.
-          chunk: prompt tokens in one call, at most: a power of two. Results depend on it, by rounding.
+          chunk: prompt tokens in one call, at most: a power of two, `steps.chunk_of` if not given. Results depend on
+            it, by rounding.
           levels: sets of features to choose from, each with all of the one before: the first that the requests of the
             moment can do with is computed. Left out, it is what any request so far has used.
           reuse: go on from what a slot still holds of a prompt's whole chunks, rather than read them again.
@@ -104,6 +105,9 @@ class Engine:
             steps_per_dispatch = 1 if jax.default_backend() == "cpu" else _STEPS_PER_DISPATCH
         if steps_per_dispatch < 1:
             raise ValueError(f"steps_per_dispatch must be at least 1, found {steps_per_dispatch}")
+        chunk = steps.chunk_of(model) if chunk is None else chunk
+        if chunk < 1 or chunk & (chunk - 1):
+            raise ValueError(f"chunk must be a power of two, found {chunk}")
         self.model = model
         self._params = FlatParams.of(params)
         self.max_length = max_length
@@ -343,7 +347,7 @@ def prefill(
     """
     if not len(tokens):
         raise ValueError("a sequence needs at least one token")
-    for _, _, chunk in steps.padded_chunks(tokens):
+    for _, _, chunk in steps.padded_chunks(tokens, steps.chunk_of(model)):
         logits_1V, row = steps.prefill_chunk(model, params, row, chunk)
     history_S = steps.history(tokens, state.cache.capacity)
     return steps.insert(state, np.int32(slot), row, history_S, logits_1V), row

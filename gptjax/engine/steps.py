@@ -20,8 +20,10 @@ from gptjax.cache import KVCache
 from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.models import registry
 from gptjax.models.registry import Model
+from pallas_kernels import dispatch
 
-LARGEST_CHUNK = 2048  # prompt tokens in one call, at most
+CHUNK, LARGEST_CHUNK = 1024, 2048  # prompt tokens in one call, at most; see `chunk_of`
+SCORED_CHUNK = 512  # tokens whose logits are held together, which for gpt-oss are 0.8 MB each
 _SMALLEST_BUCKET = 32
 
 Rings = tuple[tuple[jax.Array, jax.Array], ...]  # k and v [1, K, S, H] of each layer that slides
@@ -55,10 +57,20 @@ def init_state(model: Model, *, batch: int, max_length: int) -> State:
     )
 
 
-def chunks(length: int, largest: int = LARGEST_CHUNK) -> list[tuple[int, int, int]]:
+def chunk_of(model: Model) -> int:
+    """Prompt tokens in one call, at most: more where there are kernels for prompts.
+
+    Kernels unpack an expert's weights once a call, and compute no scores that are not seen. XLA's attention computes
+    those of every query with all that the last one sees.
+    """
+    kernels = dispatch.wanted(model.implementation) == dispatch.MOSAIC and model.dtype == jnp.bfloat16
+    return LARGEST_CHUNK if kernels else CHUNK
+
+
+def chunks(length: int, largest: int = CHUNK) -> list[tuple[int, int, int]]:
     """Cuts a prompt into (start, tokens, bucket): whole chunks of `largest`, then the rest, padded to a power of two.
 
-    Where more than a quarter of a last chunk of `largest` would be padding, half of one comes before the rest. The cuts
+    Where a quarter or more of a last chunk of `largest` would be padding, half of one comes before the rest. The cuts
     depend on the length alone, so a prompt is computed the same whatever else is going on.
     """
     cuts = [(start, largest, largest) for start in range(0, length - largest + 1, largest)]
@@ -73,7 +85,7 @@ def chunks(length: int, largest: int = LARGEST_CHUNK) -> list[tuple[int, int, in
     return cuts
 
 
-def padded_chunks(tokens: np.ndarray, largest: int = LARGEST_CHUNK) -> Iterator[tuple[int, int, np.ndarray]]:
+def padded_chunks(tokens: np.ndarray, largest: int = CHUNK) -> Iterator[tuple[int, int, np.ndarray]]:
     """A sequence, int32 [T], as (start, tokens that count, the chunk as `prefill_chunk` and `score_chunk` take it)."""
     for start, count, bucket in chunks(len(tokens), largest):
         yield start, count, padded(tokens, start, count, bucket)

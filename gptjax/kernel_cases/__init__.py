@@ -1,6 +1,6 @@
 """The operations of `pallas_kernels` at the shapes that decoding has them: operands, bytes, and what is right.
 
-Experts are also measured at those of prompts, and there where the routing is badly balanced.
+Experts can be measured at those of prompts as well, and there also where the routing is badly balanced.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from pallas_kernels.block.stream import STRIP
 __all__ = ["OPERATIONS", "Attention", "Block", "Case", "Experts", "Product", "cases", "link"]
 
 OPERATIONS: Final = (Experts.operation, Product.operation, Attention.operation, Block.operation)
-_ROW_COUNTS: Final = {"moe": (1, 8, 32, 128, 512, 2048, 16384), "matvec": (1, 8, 32)}
-_PROMPT: Final = 512  # rows from which experts are also measured unbalanced
+_ROW_COUNTS: Final = {"moe": (1, 8, 32, 128), "matvec": (1, 8, 32)}
+_PROMPTS: Final = (512, 2048, 16384)  # rows of prompts: from the first, experts are measured unbalanced, too
 _CACHES: Final = {  # rows and positions
     "attention": ((1, 512), (1, 2048), (1, 32768), (8, 512), (8, 2048), (32, 512)),
     "block": ((1, 512), (8, 512)),
@@ -36,16 +36,20 @@ def cases(
     operations: Collection[str] = OPERATIONS,
     rows: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
+    prompts: bool = False,
 ) -> dict[Case, list[str]]:
-    """What decoding takes of the operations, with the names of the models that do, in the order of OPERATIONS.
+    """What models take of the operations, with the names of those that do, in the order of OPERATIONS.
 
     Args:
       rows, positions: others than the usual ones.
+      prompts: with experts for as many rows as prompts have.
     """
     found: dict[Case, list[str]] = {}
     for operation in (each for each in OPERATIONS if each in operations):
         for name, config in models.items():
             counts = rows or _ROW_COUNTS.get(operation, _RINGS)
+            if prompts and rows is None and operation == Experts.operation:
+                counts = (*counts, *_PROMPTS)
             caches = _CACHES.get(operation, ())
             if rows or positions:
                 caches = tuple((B, S) for B in rows or [1] for S in positions or [512])
@@ -82,7 +86,7 @@ def _of(
     settings = config.num_experts, config.experts_per_token, packs(config.mxfp4, "experts")
     activation = config.swiglu_alpha, config.swiglu_limit
     experts = [Experts(rows, dtype, D, config.mlp_width, *settings, *activation) for rows in counts]
-    return [*experts, *(dataclasses.replace(each, balanced=False) for each in experts if each.rows >= _PROMPT)]
+    return [*experts, *(dataclasses.replace(each, balanced=False) for each in experts if each.rows >= _PROMPTS[0])]
 
 
 def _has_block(config: GPT2Config) -> bool:

@@ -52,8 +52,8 @@ def build(
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
         ),
-        Middleware(Gate, api_key=api_key, pages=Pages(cors_origins, local=local)),
         Middleware(Faults),
+        Middleware(Gate, api_key=api_key, pages=Pages(cors_origins, local=local)),
     ]
     routes = [
         Route("/", page.respond),
@@ -128,9 +128,11 @@ class Faults:
         try:
             await self._app(scope, receive, watched)
         except Exception as error:
-            if begun or scope["type"] != "http":
+            if scope["type"] != "http":
                 raise
             response = await _on_error(Request(scope, receive), error)
+            if begun:
+                raise
             await response(scope, receive, send)
 
 

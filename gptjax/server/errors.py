@@ -11,6 +11,7 @@ from gptjax.server.events import Failed, QueueFull, Unavailable
 _FIELD = re.compile(
     r"\b(?:messages|tools|prompt|reasoning_effort|logit_bias|stop|seed|max_tokens|top_k|top_logprobs)\b"
 )
+NO_RETRY = {"x-should-retry": "false"}  # what clients of OpenAI heed
 _RETRY_SECONDS = "5"
 _UNAVAILABLE = ("drained", "stopped", "died")
 
@@ -67,7 +68,7 @@ def of_failure(failed: Failed) -> ApiError:
     """503 where another try may succeed, else 500, which clients are told not to send again."""
     if failed.kind in _UNAVAILABLE:
         return unavailable(failed.message, failed.kind)
-    return ApiError(500, failed.message, kind="server_error", code=failed.kind, headers={"x-should-retry": "false"})
+    return ApiError(500, failed.message, kind="server_error", code=failed.kind, headers=NO_RETRY)
 
 
 def unavailable(message: str, code: str) -> ApiError:
@@ -79,4 +80,4 @@ def unavailable(message: str, code: str) -> ApiError:
 def internal() -> ApiError:
     """500 for a fault of ours; what it was stands in the log."""
     message = "an internal error of the server; its log says more"
-    return ApiError(500, message, kind="server_error", code="internal", headers={"x-should-retry": "false"})
+    return ApiError(500, message, kind="server_error", code="internal", headers=NO_RETRY)

@@ -1,5 +1,6 @@
 """How likely a model finds the tokens of a prompt: what `echo` with `logprobs` asks for."""
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -14,10 +15,10 @@ from gptjax.engine.request import MAX_TOP_LOGPROBS
 from gptjax.errors import CapacityError, RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry
-from gptjax.server.events import Unavailable
+from gptjax.server.errors import NO_RETRY, ApiError
 from gptjax.server.service import PromptScores
 
-CHUNK = 512  # tokens at a time, as the logits of all of them are held, which for gpt-oss are 0.8 MB each
+_log = logging.getLogger(__name__)
 _TOPS = (0, 1, 5, MAX_TOP_LOGPROBS)  # how many alternatives are computed, so that few programs are compiled
 
 
@@ -31,13 +32,15 @@ def score(lm: LanguageModel, token_ids: Sequence[int], num_top: int) -> PromptSc
 
     Raises:
       RequestError: the logits are not finite.
-      Unavailable: there is no memory for it, which the worker's slots have first.
+      ApiError: 503, there is no memory for it: the worker's slots have theirs first. The log says more.
     """
     try:
         with memory.explained(lm.model, batch=1, max_length=lm.max_length):
             return _score(lm, token_ids, num_top)
     except CapacityError as error:
-        raise Unavailable(f"this prompt could not be scored: {error}") from error
+        _log.warning("no memory to score a prompt; fewer slots (--max-batch) leave more: %s", error)
+        message = "the server has no memory left to score this prompt; its log says more"
+        raise ApiError(503, message, kind="server_error", code="no_memory", headers=NO_RETRY) from error
 
 
 def _score(lm: LanguageModel, token_ids: Sequence[int], num_top: int) -> PromptScores:
@@ -46,7 +49,7 @@ def _score(lm: LanguageModel, token_ids: Sequence[int], num_top: int) -> PromptS
     cache = registry.create_cache(lm.model, batch=1, max_length=lm.max_length)
     found: list[tuple[float, tuple[tuple[int, float], ...]]] = []
     params = FlatParams.of(lm.params)
-    for start, count, chunk in steps.padded_chunks(ids, CHUNK):
+    for start, count, chunk in steps.padded_chunks(ids, steps.SCORED_CHUNK):
         logits_TV, cache = steps.score_chunk(lm.model, params, cache, chunk)
         following = ids[start + 1 : start + count + 1]  # the prompt's last token predicts what is not there
         targets_T = np.pad(following, (0, len(logits_TV) - len(following)))

@@ -12,6 +12,7 @@ from typing import Any, Final
 import jax
 import uvicorn
 
+from gptjax.engine import steps
 from gptjax.errors import GptjaxError
 from gptjax.language_model import LanguageModel
 from gptjax.runtime import device_memory
@@ -21,7 +22,7 @@ from gptjax.server.origins import is_address
 from gptjax.server.protocol import Protocol
 from gptjax.server.scoring import score
 from gptjax.server.service import Limits, Served, Service
-from gptjax.server.worker import CHUNK, DEFAULT_SLOTS, Worker
+from gptjax.server.worker import DEFAULT_SLOTS, Worker
 from gptjax.text import Tokenizer
 from pallas_kernels.fragments import MXFP4Fragments
 from pallas_kernels.mxfp4 import MXFP4
@@ -32,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 def make_service(
-    lm: LanguageModel, name: str, *, max_queue: int, limits: Limits, prefill_chunk: int = CHUNK
+    lm: LanguageModel, name: str, *, max_queue: int, limits: Limits, prefill_chunk: int = steps.CHUNK
 ) -> Service:
     """The service of a model, its worker not yet started."""
     tokenizer: Tokenizer | None

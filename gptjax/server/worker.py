@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from gptjax import memory
+from gptjax.engine import steps
 from gptjax.engine.engine import Engine
 from gptjax.engine.engine import Token as Drawn
 from gptjax.engine.output import NOT_FINITE
@@ -28,7 +29,6 @@ from gptjax.server.events import Ticket as Ticket
 from gptjax.server.events import Token as Token
 from gptjax.server.events import Unavailable as Unavailable
 
-CHUNK = 1024  # half of what the API takes, for running streams wait for it
 DEFAULT_SLOTS = 8  # where the model was loaded without `max_batch`
 _BEAT = 1.0  # seconds between two signs of life of a worker that has nothing to do
 _PATIENCE = 10.0  # seconds that the caller of `drain` or `stop` waits for the thread beyond what was asked
@@ -69,15 +69,15 @@ class Worker:
         model: LanguageModel,
         *,
         max_queue: int = 64,
-        chunk: int = CHUNK,
+        chunk: int = steps.CHUNK,
         steps_per_dispatch: int | None = None,
     ):
         """A worker that is not started yet, with `model.max_batch` slots.
 
         Args:
           max_queue: requests that may wait for a slot.
-          chunk: prompt tokens that are read between two steps, at most: a power of two, as
-            `steps.LARGEST_CHUNK` is, and not above it.
+          chunk: prompt tokens that are read between two steps, at most: a power of two, not above
+            `steps.LARGEST_CHUNK`. Running streams wait for them.
           steps_per_dispatch: see `Engine`.
         """
         self._model = model

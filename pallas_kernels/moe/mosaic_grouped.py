@@ -6,7 +6,7 @@ while the tensor cores work for the other.
 """
 
 import dataclasses
-from collections import namedtuple
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from pallas_kernels.ptx import Value
 
 plgpu: Any = mosaic_gpu  # whose interface was another in JAX 0.10, where this module can be imported only
 TOKENS = 128  # of a block, at most
-_TOKENS_STEP = 32  # a block multiplies as many tokens as its group has, but for this
+_TOKENS_STEP = 32  # a block multiplies as many tokens as its group has, rounded up to a multiple of this
 TILES = 4  # of 64 rows, of a block
 _STAGES = 6  # steps of 64 columns in flight
 _WARPGROUPS = 2  # that multiply, two tiles each
@@ -68,8 +68,15 @@ class _Here(NamedTuple):
     warpgroup: jax.Array
 
 
-# Shared memory and its barriers: of a step's tokens, weights and scales, and of results. See `product`.
-_Shared = namedtuple("_Shared", "x words scales ordered full empty")
+class _Shared(NamedTuple):
+    """Shared memory, and the barriers of its slots, of which each has what a step multiplies."""
+
+    x: Any  # tokens
+    words: Any  # weights
+    scales: Any
+    ordered: Any  # results
+    full: Any
+    empty: Any
 
 
 def routed(
@@ -175,7 +182,7 @@ def moe_grouped(
 
     def for_size(body: Callable[[int], None]) -> None:
         """Calls it with the smallest size that the group's tokens fit into."""
-        for below, size in zip([0, *plan.sizes], plan.sizes, strict=False):
+        for below, size in itertools.pairwise([0, *plan.sizes]):
             pl.when((used > below) & (used <= size))(partial(body, size))
 
     @pl.when((used > 0) & (warpgroup == _WARPGROUPS))
@@ -223,8 +230,7 @@ def _multiply(plan: _Plan, here: _Here, bias_ref: Any, out_ref: Any, shared: _Sh
                     pl.when(index > 0)(partial(plgpu.barrier_arrive, done))
 
         lax.fori_loop(0, plan.steps, step, None)
-        plgpu.wgmma_wait(0)
-        return [acc[...] for acc in accs]
+        return [acc[...] for acc in accs]  # which waits for all of them
 
     sums = pl.run_scoped(products, *[plgpu.ACC((TILE, size), jnp.float32)] * own)
     write = _write_activation if plan.activation is not None else _write_sums

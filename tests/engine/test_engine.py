@@ -119,24 +119,35 @@ def test_logits_that_are_not_finite_end_their_row_only():
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 1023, 1024, 1025, 1536, 1537, 2048, 2049, 5000])
-def test_chunks_cover_a_prompt_once_in_order(length):
-    cuts = steps.chunks(length)
+@pytest.mark.parametrize("largest", [64, steps.CHUNK, steps.LARGEST_CHUNK])
+def test_chunks_cover_a_prompt_once_in_order(length, largest):
+    cuts = steps.chunks(length, largest)
     assert sum(count for _, count, _ in cuts) == length
     assert [start for start, _, _ in cuts] == list(np.cumsum([0] + [count for _, count, _ in cuts])[:-1])
-    assert all(count <= bucket <= steps.LARGEST_CHUNK and bucket & (bucket - 1) == 0 for _, count, bucket in cuts)
-    assert len({bucket for n in range(1, 5000) for _, _, bucket in steps.chunks(n)}) <= 7
+    assert all(count <= bucket <= largest and bucket & (bucket - 1) == 0 for _, count, bucket in cuts)
+    assert (
+        len({bucket for n in range(1, 5000) for _, _, bucket in steps.chunks(n, largest)}) <= largest.bit_length() - 5
+    )
 
 
 def test_a_prompt_in_chunks_gives_what_it_gives_at_once(monkeypatch):
     tokens = np.asarray(_request(1, 250).prompt_ids, np.int32)
     state, row = steps.init_state(MODEL, batch=2, max_length=300), registry.create_cache(MODEL, batch=1, max_length=300)
     whole, row = prefill(MODEL, PARAMS, state, 1, tokens, row)
-    monkeypatch.setattr(steps, "chunks", lambda length: [(0, 100, 128), (100, 64, 64), (164, 86, 128)])
+    monkeypatch.setattr(steps, "chunks", lambda length, largest: [(0, 100, 128), (100, 64, 64), (164, 86, 128)])
     state = steps.init_state(MODEL, batch=2, max_length=300)
     cut, _ = prefill(MODEL, PARAMS, state, 1, tokens, row)
     np.testing.assert_allclose(cut.logits_BV[1], whole.logits_BV[1], atol=2e-4)
     np.testing.assert_array_equal(cut.history_BS[1, :250], tokens)
     assert cut.cache.lengths_B.tolist() == [0, 250]
+
+
+@pytest.mark.parametrize(("dtype", "chunk"), [("bfloat16", steps.LARGEST_CHUNK), ("float32", steps.CHUNK)])
+def test_where_there_are_kernels_for_prompts_chunks_are_larger(monkeypatch, dtype, chunk):
+    model = registry.build(CONFIG, dtype=jnp.dtype(dtype))
+    assert steps.chunk_of(model) == steps.CHUNK
+    monkeypatch.setattr(steps.dispatch, "wanted", lambda implementation: "mosaic")
+    assert steps.chunk_of(model) == chunk
 
 
 def test_flat_parameters_give_what_nested_ones_give():

@@ -11,8 +11,8 @@ from tests.engine.test_steps_per_dispatch import made  # noqa: F401 (a fixture)
 SLOTS, MAX_LENGTH, CHUNK, VOCAB = 3, 60, 8, 101  # the second model's rings have 9 places
 
 
-def _engine(made, **options) -> Engine:  # noqa: F811
-    return Engine(*made, batch=SLOTS, max_length=MAX_LENGTH, chunk=CHUNK, **options)
+def _engine(made, *, chunk: int = CHUNK, max_length: int = MAX_LENGTH, **options) -> Engine:  # noqa: F811
+    return Engine(*made, batch=SLOTS, max_length=max_length, chunk=chunk, **options)
 
 
 def _request(seed: int, length: int, *, prompt=None) -> Request:
@@ -28,8 +28,8 @@ def _tokens(engine: Engine, slot: int, count: int = 12) -> list[tuple]:
     return given
 
 
-def _alone(made, request: Request) -> list[tuple]:  # noqa: F811
-    engine = _engine(made)
+def _alone(made, request: Request, **options) -> list[tuple]:  # noqa: F811
+    engine = _engine(made, **options)
     engine.admit(0, request)
     return _tokens(engine, 0)
 
@@ -103,6 +103,26 @@ def test_a_prompt_may_be_given_up_after_any_chunk(made, chunks):  # noqa: F811
     assert engine.begin(1, request) == 0  # what was given up is held by no slot
     _read(engine)
     assert _tokens(engine, 1) == _alone(made, request)
+
+
+def test_a_prompt_whose_rest_is_cut_in_two_gives_the_bits_it_gives_alone(made):  # noqa: F811
+    sizes = {"chunk": 64, "max_length": 240}
+    engine = _engine(made, reuse=True, **sizes)
+    engine.admit(0, Request((1, 2, 3), 1000, SamplingParams(seed=1)))
+    first = _request(1, 104)  # 64, 32 and 8
+    assert engine.begin(1, first) == 0
+    assert _read(engine) == 3
+    drawn = _tokens(engine, 1)
+    assert drawn == _alone(made, first, **sizes)
+    request = _request(2, 0, prompt=[*first.prompt_ids, *(token for token, _ in drawn), *range(60)])  # 176: 128, 48
+    assert engine.begin(2, request) == 64
+    assert _read(engine) == 3
+    assert _tokens(engine, 2) == _alone(made, request, **sizes)
+
+
+def test_a_chunk_is_a_power_of_two(made):  # noqa: F811
+    with pytest.raises(ValueError, match="a power of two, found 48"):
+        _engine(made, chunk=48)
 
 
 def test_a_longer_prompt_goes_on_from_a_slot_as_often_as_wanted(made):  # noqa: F811

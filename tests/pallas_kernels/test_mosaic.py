@@ -44,9 +44,11 @@ def _fragments(E: int, N: int, K: int) -> MXFP4Fragments:
 
 
 @needs_mosaic
-@pytest.mark.parametrize("T", [1, 2, 8, 33, 128, 200, 2048])
-def test_experts_lower(T):
-    E, D, F, X = 32, 2880, 2880, 4
+@pytest.mark.parametrize(
+    ("T", "E"), [(1, 32), (2, 32), (8, 32), (33, 32), (128, 32), (200, 32), (2048, 32), (256, 128)]
+)
+def test_experts_lower(T, E):
+    D, F, X = 2880, 2880, 4
     text = _lowers(
         lambda *operands: moe(*operands, **SETTINGS, implementation="mosaic").total(),
         _shape(T, D),
@@ -159,14 +161,14 @@ def _moe_operands(T: int, E: int, D: int, F: int, X: int, seed: int) -> list[Any
 
 @needs_hopper
 @pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 33, 128, 129, 300, 1025])
-@pytest.mark.parametrize(("E", "D", "F", "X"), [(5, 64, 192, 2), (32, 320, 64, 4), (3, 448, 320, 3)])
+@pytest.mark.parametrize(("E", "D", "F", "X"), [(5, 64, 192, 2), (32, 320, 64, 4), (128, 64, 64, 4), (3, 448, 320, 3)])
 def test_experts_agree_with_the_oracle(T, E, D, F, X):
     _agrees_with_the_oracle(_moe_operands(T, E, D, F, X, seed=T))
 
 
 @needs_hopper
 def test_experts_with_any_number_of_tokens_agree_with_the_oracle():
-    """One to three groups, whose last has what a multiple of 32 has, or one less or more."""
+    """No group to three, the last with a multiple of 32 of tokens, or with one less or more, or with any number."""
     counts = [0, 1, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 256, 300]
     T = sum(counts)
     x, experts, *rest = _moe_operands(T, len(counts), 320, 192, 1, seed=0)

@@ -16,7 +16,8 @@ import pytest
 from load_material import request
 from server_material import GPT2, endless, ids, make, running, wait_for
 
-from gptjax.cli import main
+from gptjax.cli import main, serve
+from gptjax.engine import steps
 from gptjax.server import logs, serving
 from gptjax.server.events import Failed
 
@@ -161,6 +162,12 @@ def test_a_bad_environment_variable_is_wrong_usage(monkeypatch, capsys, variable
     said = capsys.readouterr().err
     assert f"--{variable.lower().replace('_', '-')}" in said
     assert f"{value} is not " in said or f"'{value}' is no" in said
+
+
+def test_the_command_knows_the_chunks_of_prompts():
+    assert serve._CHUNK == steps.CHUNK
+    assert {32, steps.LARGEST_CHUNK} <= set(serve._CHUNKS)
+    assert max(serve._CHUNKS) == steps.LARGEST_CHUNK
 
 
 def test_the_command_serves_and_ends(tmp_path):

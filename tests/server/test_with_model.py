@@ -1,6 +1,7 @@
 """The server with a model: what comes back over HTTP is what the library gives."""
 
 import concurrent.futures
+import json
 
 import httpx2
 import jax
@@ -10,7 +11,6 @@ from server_material import GPT2, served
 import gptjax
 from gptjax.engine import steps
 from gptjax.server import scoring
-from gptjax.server.events import Unavailable
 
 SLOTS, MAX_LENGTH, CLIENTS = 8, 128, 64
 
@@ -51,20 +51,32 @@ def test_echoed_logprobs_are_those_of_teacher_forcing(model, complete):
         assert best == pytest.approx(logprobs_TV[:-1].max(axis=-1).tolist(), abs=1e-5)
 
 
-def test_scoring_holds_few_logits_and_its_lack_of_memory_is_not_the_clients_fault(model, monkeypatch):
+def test_scoring_holds_the_logits_of_few_tokens(model, monkeypatch):
     asked, original = [], steps.score_chunk
 
     def score_chunk(model, params, cache, chunk):
         asked.append(len(chunk) - 2)
-        if len(asked) > 1:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory")
         return original(model, params, cache, chunk)
 
     monkeypatch.setattr(steps, "score_chunk", score_chunk)
-    monkeypatch.setattr(scoring, "CHUNK", 64)
-    with pytest.raises(Unavailable, match="ran out of memory"):
-        scoring.score(model, range(1, 120), 1)
+    monkeypatch.setattr(steps, "SCORED_CHUNK", 64)
+    assert len(scoring.score(model, range(1, 120), 1)) == 118
     assert asked == [64, 64]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_where_there_is_no_memory_for_scoring_the_client_is_told_and_the_log(complete, monkeypatch, caplog, stream):
+    def score_chunk(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 123 bytes")
+
+    monkeypatch.setattr(steps, "score_chunk", score_chunk)
+    response = complete(prompt="The old king", echo=True, max_tokens=1, logprobs=1, stream=stream)
+    body = response.text.removeprefix("data: ").split("\n\n")[0]
+    assert json.loads(body)["error"]["code"] == "no_memory"
+    if not stream:
+        assert (response.status_code, response.headers["x-should-retry"]) == (503, "false")
+    assert "--max-batch" in caplog.text
+    assert complete(prompt="The old king", max_tokens=1).status_code == 200
 
 
 def test_every_client_gets_what_it_gets_alone(complete):
