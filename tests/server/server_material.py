@@ -154,9 +154,9 @@ def wait_for(holds, seconds=10):
 
 
 @contextlib.contextmanager
-def served(lm, name, *, max_queue=64):
+def served(lm, name, *, max_queue=64, **options):
     """A server of a model that is warm, and its address."""
-    service = serving.make_service(lm, name, max_queue=max_queue, limits=Limits())
+    service = serving.make_service(lm, name, max_queue=max_queue, limits=Limits(), **options)
     with running(service) as (server, address):
         service.worker.wait_until_ready()
         yield server, address

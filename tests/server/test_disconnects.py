@@ -1,7 +1,6 @@
 """Clients that leave in each phase of a request, and a worker's thread that is killed, with a model and on a socket."""
 
 import ctypes
-import functools
 import socket
 import time
 
@@ -11,7 +10,6 @@ from load_material import request
 from server_material import GPT2, served, wait_for
 
 import gptjax
-from gptjax.server import serving
 from gptjax.server import worker as worker_module
 from gptjax.server.worker import Worker
 
@@ -27,10 +25,8 @@ def model():
 @pytest.fixture(scope="module")
 def warm(model):
     """A server that reads prompts in many parts, and what is asked of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serving, "Worker", functools.partial(Worker, chunk=CHUNK))
-        with served(model, GPT2) as (server, address):
-            yield server, address
+    with served(model, GPT2, prefill_chunk=CHUNK) as (server, address):
+        yield server, address
 
 
 def leave(address: str, holds, *, prompt, stream: bool, max_tokens: int) -> None:
@@ -100,11 +96,10 @@ def test_a_client_that_leaves_frees_its_slot(warm, model, phase):
 
 def test_a_killed_worker_thread_is_seen_within_two_seconds(lm, monkeypatch):
     monkeypatch.setattr(worker_module, "_LEVELS", worker_module._LEVELS[-1:])  # one program for all kinds of sampling
-    monkeypatch.setattr(serving, "Worker", functools.partial(Worker, chunk=CHUNK))
     small = gptjax.LanguageModel(
         lm.model, lm.params, tokenizer=lm.tokenizer, defaults=lm.defaults, max_length=96, max_batch=1
     )
-    with served(small, GPT2) as (server, address):
+    with served(small, GPT2, prefill_chunk=CHUNK) as (server, address):
         thread = server.config.app.state.service.worker._thread
         began = time.monotonic()
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
