@@ -59,8 +59,7 @@ examples:
         nargs="*",
         metavar="OPERATION",
         help="measure the operations of pallas_kernels alone, all or those named (moe, matvec, attention, block), at "
-        "the "
-        "model's shapes, or at those of GPT-2 and GPT-OSS if no model is named",
+        "the model's shapes, or at those of GPT-2 and GPT-OSS if no model is named",
     )
     parser.add_argument(
         "--plot", metavar="FILE", help="draw --kernels as a roofline: PNG, PDF or SVG (needs matplotlib)"

@@ -85,7 +85,7 @@ def chunks(length: int, largest: int = CHUNK) -> list[tuple[int, int, int]]:
     return cuts
 
 
-def padded_chunks(tokens: np.ndarray, largest: int = CHUNK) -> Iterator[tuple[int, int, np.ndarray]]:
+def padded_chunks(tokens: np.ndarray, largest: int) -> Iterator[tuple[int, int, np.ndarray]]:
     """A sequence, int32 [T], as (start, tokens that count, the chunk as `prefill_chunk` and `score_chunk` take it)."""
     for start, count, bucket in chunks(len(tokens), largest):
         yield start, count, padded(tokens, start, count, bucket)

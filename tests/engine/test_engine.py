@@ -154,7 +154,7 @@ def test_flat_parameters_give_what_nested_ones_give():
     flat = FlatParams.of(PARAMS)
     assert FlatParams.of(flat) is flat
     jax.tree.map(np.testing.assert_array_equal, flat.nested(), PARAMS)
-    (_, _, chunk), *_ = steps.padded_chunks(np.arange(40, dtype=np.int32))
+    (_, _, chunk), *_ = steps.padded_chunks(np.arange(40, dtype=np.int32), steps.CHUNK)
     nested, once = (
         steps.prefill_chunk(MODEL, params, registry.create_cache(MODEL, batch=1, max_length=300), chunk)
         for params in (PARAMS, flat)
@@ -164,7 +164,7 @@ def test_flat_parameters_give_what_nested_ones_give():
 
 def test_a_chunk_is_where_it_starts_what_counts_and_its_tokens():
     tokens = np.arange(1, 1061, dtype=np.int32)
-    whole, rest = steps.padded_chunks(tokens)
+    whole, rest = steps.padded_chunks(tokens, steps.CHUNK)
     assert [whole[:2], rest[:2]] == [(0, 1024), (1024, 36)]
     np.testing.assert_array_equal(whole[2], [0, 1024, *tokens[:1024]])
     np.testing.assert_array_equal(rest[2], [1024, 36, *tokens[1024:], *[0] * 28])

@@ -6,6 +6,7 @@ import httpx2
 import pytest
 from server_material import GPT2, GPT_OSS, MAX_LENGTH, ask, complete, fault, make, tokenizer, until
 
+from gptjax.server import origins
 from gptjax.server.app import build
 from gptjax.server.serving import make_server
 
@@ -240,6 +241,20 @@ def test_a_fault_of_ours_is_a_500_that_is_not_to_be_sent_again():
     assert response.headers["access-control-allow-origin"] == "http://localhost:3000"  # or the page could not read it
     assert response.headers["x-should-retry"] == "false"
     assert "secret" not in error["message"]
+
+
+def test_a_fault_before_the_routes_is_answered_and_counted_as_well(monkeypatch):
+    def refusal(self, headers):
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(origins.Pages, "refusal", refusal)
+    service = make()
+    response = ask(service, "GET", "/v1/models", headers={"Origin": "http://localhost:3000"})
+    assert fault(response, 500)["code"] == "internal"
+    assert response.headers["access-control-allow-origin"] == "http://localhost:3000"
+    metrics = ask(service, "GET", "/metrics").text
+    assert 'gptjax_errors_total{code="internal"} 1.0' in metrics
+    assert 'status="500"' in metrics
 
 
 def test_a_server_that_is_full_or_ends():

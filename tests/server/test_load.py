@@ -32,17 +32,17 @@ def test_32_slots_do_four_times_as_much_a_second_as_one(tmp_path):
     """That clients at once get what each gets alone is shown in test_with_model.py."""
     bodies = [body(number, max_tokens=64) for number in range(64)]
     options = ["--max-length", "128", "--max-batch"]
-    times = []
+    best = [0.0, 0.0]
     with serving(tmp_path, *options, "1") as one, serving(tmp_path, *options, "32") as many:
         for server in (one, many):
             tokens_a_second(server, bodies[:4], 4)
-        # In turns, and the best of several: the machine may have other things to do, which the one with more threads to
-        # run feels more.
-        while max(times, default=0) < 4 and len(times) < 5:
-            rates = [tokens_a_second(server, bodies, 64) for server in (one, many)]
-            times.append(rates[1] / rates[0])
-            print(f"1 slot: {rates[0]:.0f} tokens/s, 32 slots: {rates[1]:.0f} tokens/s, {times[-1]:.1f} times")
-    assert max(times) >= 4
+        # In turns, and the best of three of each: the machine may have other things to do.
+        for _ in range(3):
+            best = [
+                max(rate, tokens_a_second(server, bodies, 64)) for rate, server in zip(best, (one, many), strict=True)
+            ]
+    print(f"1 slot: {best[0]:.0f} tokens/s, 32 slots: {best[1]:.0f} tokens/s, {best[1] / best[0]:.1f} times")
+    assert best[1] >= 4 * best[0]
 
 
 @pytest.fixture(scope="module")

@@ -170,6 +170,18 @@ def test_the_command_knows_the_chunks_of_prompts():
     assert max(serve._CHUNKS) == steps.LARGEST_CHUNK
 
 
+def test_the_commands_chunk_is_the_workers(monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def worker(*_, chunk, **__):
+        raise Stop(chunk)
+
+    monkeypatch.setattr(serving, "Worker", worker)
+    with pytest.raises(Stop, match=r"^64$"):
+        main(["serve", "-m", GPT2, "--max-length", "64", "--max-batch", "1", "--prefill-chunk", "64"])
+
+
 def test_the_command_serves_and_ends(tmp_path):
     argv = [sys.executable, "-m", "gptjax", "serve", "-m", GPT2, "--max-length", "128", "--port", "0"]
     with (
