@@ -1,9 +1,10 @@
 """A worker without a model: it replays scripted tokens, from a thread, as the real one does."""
 
+import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gptjax.engine.request import Request
@@ -52,7 +53,8 @@ class FakeWorker:
             ticket, stopped = Ticket(next(self._numbers)), threading.Event()
             self.requests.append(request)
             self.open[ticket] = stopped
-        threading.Thread(target=self._run, args=(ticket, stopped, request, deliver), daemon=True).start()
+            items = self.script(request)  # here, as threads might ask for theirs in another order
+        threading.Thread(target=self._run, args=(ticket, stopped, request, items, deliver), daemon=True).start()
         return ticket
 
     def check_room(self, ahead: int) -> None:
@@ -75,15 +77,23 @@ class FakeWorker:
         return State(self.ready, self.error is None, self.heartbeat_age, 4, len(self.open), 0, 0.25, 1, 2, self.error)
 
     def _run(
-        self, ticket: Ticket, stopped: threading.Event, request: Request, deliver: Callable[[Event], None]
+        self,
+        ticket: Ticket,
+        stopped: threading.Event,
+        request: Request,
+        items: Iterable[Any],
+        deliver: Callable[[Event], None],
     ) -> None:
-        last = self._replay(stopped, request, deliver)
+        last = self._replay(stopped, request, items, deliver)
         self.open.pop(ticket)
-        deliver(self.failed.get(ticket, last))
+        with contextlib.suppress(Exception):  # as the real one: a reader that has left may have closed its loop
+            deliver(self.failed.get(ticket, last))
 
-    def _replay(self, stopped: threading.Event, request: Request, deliver: Callable[[Event], None]) -> Event:
+    def _replay(
+        self, stopped: threading.Event, request: Request, items: Iterable[Any], deliver: Callable[[Event], None]
+    ) -> Event:
         count, prompt = 0, len(request.prompt_ids)
-        for item in self.script(request):
+        for item in items:
             if stopped.is_set():
                 break
             if isinstance(item, Failed):

@@ -6,7 +6,7 @@ import hashlib
 import re
 
 import pytest
-from server_material import GPT2, GPT_OSS, ask, endless, make, running, saying
+from server_material import GPT2, GPT_OSS, ask, endless, make, running, saying, wait_for
 
 from gptjax.server.events import Failed
 
@@ -120,8 +120,7 @@ def test_a_turn_can_be_stopped(opened):
     tab.wait_for_selector(".assistant .answer:has-text('a a a')")
     tab.click("#stop")
     tab.wait_for_selector(".error:has-text('Stopped.')")
-    tab.wait_for_timeout(200)
-    assert not service.worker.open
+    wait_for(lambda: not service.worker.open)
     assert tab.input_value("#message") == "Hello"
 
 
