@@ -124,6 +124,7 @@ class Server(uvicorn.Server):
         self._service = service
         self._drain_seconds = drain_seconds
         self._died: float | None = None
+        self._told_ready = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins to end: streams go on for a while, and then end with an error."""
@@ -134,9 +135,15 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end; asked ten times a second."""
-        error = self._service.worker.state.error
-        if error is not None and self._died is None:
-            _log.error("the worker died: %s", error)
+        state, served = self._service.worker.state, self._service.served
+        if state.ready and not self._told_ready:
+            self._told_ready = True
+            seconds = time.monotonic() - self._service.began
+            _log.info(
+                "%s is ready after %.0f s: %d slots of %d tokens", served.name, seconds, state.slots, served.max_length
+            )
+        if state.error is not None and self._died is None:
+            _log.error("the worker died: %s", state.error)
             self._died, self.status = time.monotonic(), 1
         if self._died is not None and time.monotonic() - self._died > _LAST_WORDS:
             return True

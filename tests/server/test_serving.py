@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import re
 import signal
 import socket
 import subprocess
@@ -135,6 +136,20 @@ def test_a_worker_that_dies_takes_the_server_with_it(monkeypatch):
         assert (response.status_code, response.json()["status"]) == (503, "dead")
         wait_for(lambda: server.should_exit or not server.servers[0].is_serving(), 5)
     assert server.status == 1
+
+
+def test_the_log_tells_once_that_the_server_is_ready(caplog):
+    caplog.set_level(logging.INFO, "gptjax")
+    service = make()
+    service.worker.ready = False
+    with running(service):
+        time.sleep(0.3)
+        assert not caplog.records
+        service.worker.ready = True
+        wait_for(lambda: caplog.records)
+        time.sleep(0.3)
+    (record,) = caplog.records
+    assert re.fullmatch(r"gpt2-tales is ready after \d+ s: 4 slots of 400 tokens", record.getMessage())
 
 
 def test_logs_as_json():
