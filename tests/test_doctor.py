@@ -188,7 +188,18 @@ def test_a_max_length_that_is_no_number(monkeypatch, value, stops):
     assert [problem.stops_work for problem in doctor.environment()[1]] == [True] * stops
 
 
+@pytest.fixture
+def no_directory_in_jax():
+    """As before anything was loaded, which tells JAX where to keep programs."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.usefixtures("no_directory_in_jax")
 def test_compiled_programs(monkeypatch, tmp_path):
+    monkeypatch.setenv("GPTJAX_CACHE_DIR", "")
     assert "none" in doctor.compiled_programs()[0]["directory"]
     monkeypatch.setenv("GPTJAX_CACHE_DIR", str(tmp_path / "new"))
     facts, problems = doctor.compiled_programs()
