@@ -65,6 +65,24 @@ def test_echo_prints_the_prompt_first(capsys, lm):
     assert out == "The king" + lm.generate("The king", max_tokens=5).text + "\n"
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["perplexity", "--file", "x"], "unrecognized arguments: --file\n"),
+        (["generate", "A", "--maxtokens=3"], "unrecognized arguments: --maxtokens=3 (is --max-tokens meant?)\n"),
+        (["serve", "--prefil-chunk", "64"], "unrecognized arguments: --prefil-chunk 64 (is --prefill-chunk meant?)\n"),
+        (["convert", "a", "b", "c"], "unrecognized arguments: c\n"),
+    ],
+)
+def test_an_option_that_there_is_not_is_told_with_the_commands_own(capsys, argv, says):
+    with pytest.raises(SystemExit) as status:
+        main(argv)
+    assert status.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"usage: gptjax {argv[0]} ")
+    assert err.endswith(f"gptjax {argv[0]}: error: {says}")
+
+
 def test_stats_go_to_standard_error(capsys):
     status, out, err = _run(capsys, "generate", "A", "-n", "4", "--stats")
     assert status == 0

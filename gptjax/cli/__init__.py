@@ -10,7 +10,7 @@ from typing import Any
 
 from gptjax import __version__
 from gptjax.cli import bench, chat, compare, doctor, generate, info, perplexity, serve, validate_quant, verify
-from gptjax.cli.common import add_command
+from gptjax.cli.common import CommandParser, add_command
 from gptjax.errors import GptjaxError
 
 _DESCRIPTION = "GPT-2 and GPT-OSS in JAX: from a Hugging Face checkpoint to text and chat."
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog='Try: gptjax generate "Once upon a time"',
     )
     parser.add_argument("--version", action="version", version=f"gptjax {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=CommandParser)
     for command in (generate, chat, serve, info, doctor, compare, bench, verify, perplexity, validate_quant):
         command.add(commands)
     _add_convert(commands)

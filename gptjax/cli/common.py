@@ -1,8 +1,9 @@
 """What the commands share."""
 
 import argparse
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 DEFAULT_CHAT_MODEL: Final = "gpt-oss-tales"
@@ -11,6 +12,25 @@ MODEL_HELP = (
     "a demo (gpt2-tales, the default), a directory (a Hugging Face checkpoint, or one that `gptjax convert` wrote), or "
     "a Hub id such as openai-community/gpt2"
 )
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parses what follows a command's name. What it does not know is an error that shows this command's options.
+
+    (argparse leaves it to the parser of all commands, which shows their names.)
+    """
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """As argparse's, but that nothing is left over."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            near = [near for given in unknown for near in difflib.get_close_matches(given.split("=")[0], known, n=1)]
+            meant = f" (is {' and '.join(near)} meant?)" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return found, unknown
 
 
 def add_command(
