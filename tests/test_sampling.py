@@ -211,6 +211,24 @@ def test_logits_that_are_not_finite_give_minus_one_in_their_row_only(poison, tem
     assert (token_B[[0, 2]] >= 0).all()
 
 
+def test_of_equal_logits_the_first_is_taken():
+    logits_BV = np.full((3, V), -3.0, np.float32)
+    logits_BV[0, [5, 9, 36]] = 2.0
+    logits_BV[1, 7:] = -np.inf
+    settings = Sampling(seed_B=jnp.zeros(3, jnp.uint32))
+    token_B = _sample(jnp.asarray(logits_BV), jnp.zeros(3, jnp.int32), settings).token_B
+    assert token_B.tolist() == [5, 0, 0]
+
+
+def test_draws_are_those_of_jax():
+    count, temperature = 300, 0.7
+    logits_V = _logits(4, 1)[0]
+    keys_B = [jax.random.fold_in(jax.random.key(11), position) for position in range(count)]
+    scaled_V = (logits_V - logits_V.max()) / np.float32(temperature)
+    expected_B = [int(jax.random.categorical(key, scaled_V)) for key in keys_B]
+    assert _draws(logits_V, count, temperature).tolist() == expected_B
+
+
 def test_penalties_without_history_say_so():
     ones = jnp.ones(1)
     settings = Sampling(seed_B=jnp.zeros(1, jnp.uint32), penalties=Penalties(ones, ones, ones, ones))
