@@ -7,7 +7,7 @@ ARGS ?=  # for pytest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test unit lint oracle slow clients examples clean
+.PHONY: demo test unit lint fuzz oracle slow clients examples clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gptjax generate "Once upon a time there was" --echo --max-tokens 160 --temperature 0.6 --seed 6
@@ -21,6 +21,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The fuzzers, FUZZ times as long as in `make test`; a few minutes for each 10.
+FUZZ ?= 20
+fuzz: $(VENV)/.installed-test
+	FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 2 -m fuzz $(ARGS)
 
 # Compares with transformers, live: brings torch (CPU).
 oracle: $(VENV)/.installed-oracle
