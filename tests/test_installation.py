@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from gptjax import installation
+from gptjax.cli import _parser
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES = re.findall(r"pip install [^&`\n]*[^&`\s]", (ROOT / "README.md").read_text())
@@ -102,6 +103,20 @@ def test_messages_ask_how_gptjax_was_installed():
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and path.name != "installation.py":
                 assert "gptjax[" not in node.value, path
                 assert not re.search(r"pip install\s+(?!-)['\"]?gptjax", node.value), path
+
+
+def test_commands_in_messages_exist():
+    """With all their options."""
+    (actions,) = (action for action in _parser()._actions if action.dest == "command")
+    commands = actions.choices
+    options = {option for parser in commands.values() for action in parser._actions for option in action.option_strings}
+    for package in ("gptjax", "convert", "pallas_kernels"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    assert set(re.findall(r"`gptjax ([a-z-]+)", node.value)) <= commands.keys(), path
+                    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", node.value))
+                    assert named <= options | {"--version", "--force-reinstall"}, path
 
 
 def test_pages_install_from_a_clone():
