@@ -56,23 +56,25 @@ def read_string(value: object, where: str) -> str:
     return value
 
 
-def read_text(value: object, where: str) -> str | None:
-    """The text of a content: a string, or the text parts of a list, joined; None for none."""
+def read_text(value: object, where: str, *, refusals: bool = False) -> str | None:
+    """The text of a content: a string, or the text parts (and `refusals`, too) of a list, joined; None for none."""
     if value is None or isinstance(value, str):
         return value and read_string(value, where)
     if not isinstance(value, list | tuple):
         raise RequestError(f"{where} is {_given(value)}: write a string, or a list of text parts.")
-    return "".join(_part(part, f"{where}[{index}]") for index, part in enumerate(value))
+    kinds = ("text", "refusal") if refusals else ("text",)
+    return "".join(_part(part, f"{where}[{index}]", kinds) for index, part in enumerate(value))
 
 
-def _part(value: object, where: str) -> str:
+def _part(value: object, where: str, kinds: tuple[str, ...]) -> str:
     part = read_object(value, where)
-    if part.get("type") != "text":
+    kind = part.get("type")
+    if not isinstance(kind, str) or kind not in kinds:
         raise RequestError(
-            f"{where} is of the type {_given(part.get('type'))}: the model reads text only, so write parts like "
+            f"{where} is of the type {_given(kind)}: the model reads text only, so write parts like "
             '{"type": "text", "text": "..."}.'
         )
-    return read_string(part.get("text"), f"{where}.text")
+    return read_string(part.get(kind), f"{where}.{kind}")
 
 
 def _given(value: object) -> str:
