@@ -91,9 +91,7 @@ def render(
     talk = conversation(messages, tools, reasoning_effort, current_date)
     if earlier_analysis == "dropped":
         talk = _without_earlier_analysis(talk)
-    return render_messages(
-        talk, tokenizer, drop_analysis=earlier_analysis == "openai-harmony", max_length=max_length
-    )
+    return render_messages(talk, tokenizer, drop_analysis=earlier_analysis == "openai-harmony", max_length=max_length)
 
 
 def _without_earlier_analysis(messages: list[Message]) -> list[Message]:
@@ -145,7 +143,7 @@ class _Chat:
         self.messages: list[Message] = []
         self.instructions: list[str] = []
         self._calls: dict[str, Message] = {}
-        self._builtin = frozenset(_recipients(builtin))
+        self._builtin = frozenset(recipients(builtin))
 
     def add(self, value: object, where: str) -> None:
         message = read_object(value, where)
@@ -168,9 +166,7 @@ class _Chat:
         keys = _KEYS[role]
         for key, given in message.items():
             if key not in keys and key != "id" and given and not (role == "assistant" and key in _OF_ANSWERS):
-                raise RequestError(
-                    f"{where} has {shown(key)}, which has no meaning here; write {', '.join(keys)}."
-                )
+                raise RequestError(f"{where} has {shown(key)}, which has no meaning here; write {', '.join(keys)}.")
 
     def _add_instructions(self, text: str) -> None:
         if text and self.messages:
@@ -222,7 +218,8 @@ class _Chat:
         self.messages.append(Message("tool", _content(message, where), call.recipient, call.channel, "assistant"))
 
 
-def _recipients(tools: Iterable[Namespace]) -> Iterable[str]:
+def recipients(tools: Iterable[Namespace]) -> Iterable[str]:
+    """Whom calls of built-in tools go to: "browser.search" and the like, or "python"."""
     for tool in tools:
         yield from [f"{tool.name}.{function.name}" for function in tool.functions] or [tool.name]
 

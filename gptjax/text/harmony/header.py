@@ -97,9 +97,7 @@ class Header:
         content_type = (words[-1] if self.constrain is None else CONSTRAIN + words[0]) if words else None
         # Of several, the last one that can be a tool's.
         recipient = max(reversed(recipients), key=lambda name: name not in NOBODY, default=None)
-        return self._completed(
-            Message(role, "", name, _known(channel) or channel or None, recipient, content_type)
-        )
+        return self._completed(Message(role, "", name, _known(channel) or channel or None, recipient, content_type))
 
     def _completed(self, message: Message) -> Message:
         before = self._meant
@@ -152,8 +150,8 @@ def _taken(match: re.Match[str], recipients: list[str]) -> str:
     """Takes a recipient out of a header; the marks inside stay. What cannot be one stays, too."""
     marks = _MARK * match[0].count(_MARK)
     name = _plain(match[1])
-    if name in CHANNELS or _CONTENT_TYPE.fullmatch(name):
-        return f"{marks}{name}"
+    if _CONTENT_TYPE.fullmatch(name) or (marks and name in CHANNELS):
+        return f"{marks} {name} "
     recipients += [name] if name else []
     return f"{marks} "
 

@@ -86,12 +86,16 @@ def _check(message: Message, what: str) -> None:
     if message.channel is not None and message.channel not in CHANNELS:
         raise RequestError(f"{what} has the channel {shown(message.channel)}: write one of {', '.join(CHANNELS)}.")
     if message.role == "tool" and (message.name is None or message.name.partition(":")[0] in ROLES):
-        raise RequestError(f"{what} has the name {shown(message.name)}: write the tool's, as in 'functions.get_weather'.")
+        raise RequestError(
+            f"{what} has the name {shown(message.name)}: write the tool's, as in 'functions.get_weather'."
+        )
     for field, name in (("name", message.name), ("recipient", message.recipient)):
         if name is not None:
             check_name(name, f"The {field} of {what[0].lower()}{what[1:]}")
     if message.content_type is not None and not _CONTENT_TYPE.fullmatch(message.content_type):
-        raise RequestError(f"{what} has the content type {shown(message.content_type)}: write one like '{CONSTRAIN}json'.")
+        raise RequestError(
+            f"{what} has the content type {shown(message.content_type)}: write one like '{CONSTRAIN}json'."
+        )
 
 
 def _without_analysis(messages: Sequence[Message]) -> list[Message]:
