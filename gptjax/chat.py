@@ -128,14 +128,15 @@ class TurnReader:
             self.ended = self.ended or event.role != "assistant"
             if self.ended or not event.text or self._tool(event.recipient) is not None:
                 continue
-            reasoning = event.channel == "analysis"
+            channel = event.channel or "final"  # models glue words to it
+            reasoning = channel.startswith("analysis")
             gap = "\n\n" if self._sources.get(reasoning, event.index) != event.index else ""
             self._sources[reasoning] = event.index
             if reasoning:
                 self._fresh += gap + event.text
                 self._reasoning.append(gap + event.text)
             else:
-                self.phase = "commentary" if event.channel == "commentary" else "final_answer"
+                self.phase = "commentary" if channel.startswith("commentary") else "final_answer"
                 answer += gap + event.text
         return answer
 

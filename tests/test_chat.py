@@ -405,6 +405,13 @@ def test_a_call_that_was_cut_is_there_at_the_end(tokenizer):
     assert called(reader) == [("f", '{"a": ')]
 
 
+def test_a_word_glued_to_the_channel_shows_no_reasoning(tokenizer):
+    reader, text = read(
+        tokenizer, "<|channel|>analysisjson<|message|>Hm.<|end|><|channel|>commentary?<|message|>A<|end|>"
+    )
+    assert (text, reader.reasoning) == ("A", "Hm.")
+
+
 def test_text_without_channels_is_the_answer(tokenizer):
     assert read(tokenizer, "Just this.")[1] == "Just this."
 

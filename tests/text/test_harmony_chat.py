@@ -20,6 +20,7 @@ from gptjax.text.harmony import (
     render,
 )
 from gptjax.text.harmony.chat import _KEYS
+from tests.fuzz import rounds
 
 JSON = "<|constrain|>json"
 SYSTEM = Message("system", SystemContent())
@@ -398,7 +399,8 @@ JSON_VALUES = st.recursive(
 LIKELY = st.fixed_dictionaries({"role": WORDS, "content": WORDS | JSON_VALUES, "tool_calls": JSON_VALUES})
 
 
-@settings(max_examples=500, deadline=None, database=None, derandomize=True)
+@pytest.mark.fuzz
+@settings(max_examples=rounds(200), deadline=None, database=None, derandomize=True)
 @given(messages=st.lists(LIKELY | JSON_VALUES, max_size=4) | JSON_VALUES, tools=JSON_VALUES, schema=JSON_VALUES)
 def test_no_request_is_another_error(messages: Any, tools: Any, schema: Any) -> None:
     calls = [([USER, *messages] if isinstance(messages, list) else messages, tools, "low")]
