@@ -42,7 +42,7 @@ class Asked:
     """A request, checked."""
 
     prompt_ids: tuple[int, ...]
-    used_ids: frozenset[str]  # of the tool calls so far
+    offered: frozenset[str]  # names of tools that may be called
     options: dict[str, Any]
     stream: bool
     repeated: dict[str, Any]  # fields of the request that its answer repeats
@@ -67,10 +67,15 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     messages = read_messages(fields.take("input"), fields.text("instructions"))
     fields.finish(_WITHOUT_EFFECT)
     served.check_size([messages, tools], "input")
-    hidden = values.get("tool_choice") == "none"
+    offered = [] if values.get("tool_choice") == "none" else tools
     try:
         prompt_ids = chat.prompt(
-            messages, tokenizer, tools=[] if hidden else tools, reasoning_effort=effort, current_date=TODAY
+            messages,
+            tokenizer,
+            tools=offered,
+            reasoning_effort=effort,
+            current_date=TODAY,
+            max_length=served.max_length,
         )
         check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
     except GptjaxError as error:
@@ -82,7 +87,7 @@ def read(values: dict[str, Any], served: Served) -> Asked:
         "tools": values.get("tools") or [],
         "tool_choice": values.get("tool_choice") or "auto",
     }
-    return Asked(tuple(prompt_ids), chat.call_ids(messages), options, stream, repeated)
+    return Asked(tuple(prompt_ids), chat.offered_names(offered), options, stream, repeated)
 
 
 def _check_text(fields: Fields) -> None:
@@ -123,7 +128,7 @@ class Answer:
         served = service.served
         self.streams = asked.stream
         tokenizer = served.chat_tokenizer()
-        self._turn = Turn(TurnReader(tokenizer, used_ids=asked.used_ids), tokenizer)
+        self._turn = Turn(TurnReader(tokenizer, offered=asked.offered), tokenizer)
         try:
             asked_for = make_request(asked.prompt_ids, asked.options, served.defaults, served.turn_ends(tokenizer))
         except GptjaxError as error:
