@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from gptjax.cli.common import DEFAULT_CHAT_MODEL, EFFORTS, add_command, add_dtype, add_tokenizer, read_stdin
 from gptjax.errors import GptjaxError, RequestError
+from gptjax.shown import clean
 
 if TYPE_CHECKING:
     from gptjax.chat import ChatCompletion
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 
 DEFAULT_LENGTH: Final = 8192
 _DIM, _PLAIN, _ERASE_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
-# What a model writes must not steer the terminal: control characters other than \t and \n are shown as signs.
-_SIGNS: Final = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
-_SIGNS.update({127: "\u2421"} | dict.fromkeys(range(128, 160), "\ufffd"))
-
 
 def add(commands: Any) -> None:
     """Declares the command."""
@@ -234,11 +231,6 @@ def _remembered_interrupts() -> Iterator[list[int]]:
         yield came
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def clean(text: str) -> str:
-    """A model's text without what would steer a terminal."""
-    return text.translate(_SIGNS)
 
 
 class Terminal:
