@@ -17,11 +17,11 @@ from gptjax.config import (
     text_directory,
 )
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
-from gptjax.shown import shown
 from gptjax.language_model import LanguageModel, check_rows
 from gptjax.models import registry
 from gptjax.models.registry import Model, Params
 from gptjax.progress import progress
+from gptjax.shown import shown
 from gptjax.text import Tokenizer, load_tokenizer
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 
@@ -71,7 +71,9 @@ def load(
     length = registry.positions(config, max_length)
     rows = check_rows("max_batch", 1 if max_batch is None else max_batch)
     if implementation not in IMPLEMENTATIONS:
-        raise RequestError(f"there is no implementation {shown(implementation)}; choose one of {', '.join(IMPLEMENTATIONS)}")
+        raise RequestError(
+            f"there is no implementation {shown(implementation)}; choose one of {', '.join(IMPLEMENTATIONS)}"
+        )
     model = registry.build(config, dtype=runtime.compute_dtype(dtype), implementation=implementation)
     memory.check(model, batch=rows, max_length=length)
     text: Tokenizer | GptjaxError

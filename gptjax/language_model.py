@@ -37,6 +37,7 @@ from gptjax.memory import Memory
 from gptjax.models import registry
 from gptjax.models.registry import Model, Params
 from gptjax.progress import progress
+from gptjax.shown import shown
 from gptjax.text import Tokenizer
 
 _MOST_ROWS = 32  # rows of one call where `max_batch` is not given
@@ -69,7 +70,7 @@ class LanguageModel:
 
     @property
     def params(self) -> Params:
-        """The weights, nested dicts of arrays. Raises `RequestError` if the model was closed, or loaded before a fork."""
+        """The weights, nested dicts of arrays. Raises `RequestError` if the model was closed, or the process forked."""
         runtime.check_process()
         if self._params is None:
             raise RequestError("this model was closed; load it again")
@@ -346,5 +347,5 @@ class LanguageModel:
 def check_rows(name: str, given: object) -> int:
     """A number of rows, as given. Raises `RequestError`, by the name of the option, for what is none."""
     if isinstance(given, bool) or not isinstance(given, numbers.Integral) or given < 1:
-        raise RequestError(f"{name} must be a whole number of at least 1, found {given!r}")
+        raise RequestError(f"{name} must be a whole number of at least 1, found {shown(given)}")
     return int(given)

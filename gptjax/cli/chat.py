@@ -13,7 +13,16 @@ from collections.abc import Generator, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
-from gptjax.cli.common import DEFAULT_CHAT_MODEL, EFFORTS, add_command, add_dtype, add_tokenizer, read_stdin
+from gptjax.cli.common import (
+    DEFAULT_CHAT_MODEL,
+    EFFORTS,
+    add_command,
+    add_dtype,
+    add_overrides,
+    add_tokenizer,
+    overrides,
+    read_stdin,
+)
 from gptjax.errors import GptjaxError, RequestError
 from gptjax.shown import clean
 
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
 
 DEFAULT_LENGTH: Final = 8192
 _DIM, _PLAIN, _ERASE_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
+
 
 def add(commands: Any) -> None:
     """Declares the command."""
@@ -51,6 +61,7 @@ examples:
     )
     add_dtype(parser)
     add_tokenizer(parser)
+    add_overrides(parser)
     parser.add_argument(
         "--max-length",
         type=int,
@@ -114,8 +125,9 @@ def _load(args: argparse.Namespace) -> "LanguageModel":
     length = args.max_length
     if length is None and not os.environ.get("GPTJAX_MAX_LENGTH"):
         # GPT-OSS has room for 131072 tokens, whose cache few conversations are worth.
-        length = min(read_config(hub.resolve(args.model)).context_length, DEFAULT_LENGTH)
-    lm = load(args.model, dtype=args.dtype, max_length=length, tokenizer=args.tokenizer)
+        config = read_config(hub.resolve(args.model), ignore=args.ignore_config)
+        length = min(config.context_length, DEFAULT_LENGTH)
+    lm = load(args.model, dtype=args.dtype, max_length=length, tokenizer=args.tokenizer, **overrides(args))
     missing = harmony.missing_tokens(lm.tokenizer)
     if missing:
         raise RequestError(

@@ -94,9 +94,7 @@ class GenerationDefaults:
         )
 
 
-def read_generation_config(
-    directory: Path, override: Mapping[str, Any] | bool | None = None
-) -> Mapping[str, Any]:
+def read_generation_config(directory: Path, override: Mapping[str, Any] | bool | None = None) -> Mapping[str, Any]:
     """The settings of `directory/generation_config.json`, {} if there is none, or those in place of them.
 
     Args:
@@ -116,9 +114,7 @@ def read_generation_config(
     return {**special, **(override or {})}
 
 
-def read_generation_defaults(
-    directory: Path, override: Mapping[str, Any] | bool | None = None
-) -> GenerationDefaults:
+def read_generation_defaults(directory: Path, override: Mapping[str, Any] | bool | None = None) -> GenerationDefaults:
     """Reads `generation_config.json`, else the end-of-text id of `config.json`; absent files mean greedy.
 
     A setting that the file does not have is off. (transformers fills in top_k 50.)
@@ -178,7 +174,11 @@ class _Reader:
         value = self._raw.get(key, neutral)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not low <= value <= high or (above and value == low):
-            self._fault(key, f"a number above {low} and at most {high}" if above else f"a number from {low} to {high}", where_drawn)
+            self._fault(
+                key,
+                f"a number above {low} and at most {high}" if above else f"a number from {low} to {high}",
+                where_drawn,
+            )
             return neutral
         return float(value)
 

@@ -70,7 +70,9 @@ class GptOssConfig:
             head_width=head_width,
             mlp_width=mlp_width,
             num_experts=keys.size("num_local_experts", alias="num_experts"),
-            experts_per_token=keys.size("num_experts_per_tok", alias=keys.older("num_experts_per_tok", "experts_per_token")),
+            experts_per_token=keys.size(
+                "num_experts_per_tok", alias=keys.older("num_experts_per_tok", "experts_per_token")
+            ),
             windows=_windows(keys, num_layers),
             rope=read_rope(keys, context_length, absent=_rope(4096)),
             norm_epsilon=keys.positive_float("rms_norm_eps", absent=1e-5),

@@ -51,7 +51,7 @@ def without(raw: Mapping[str, Any], ignored: Iterable[str]) -> Mapping[str, Any]
 def _without(raw: Mapping[str, Any], path: str, parts: list[str]) -> dict[str, Any]:
     first, *rest = parts
     if first not in raw or (rest and not isinstance(raw[first], Mapping)):
-        raise ConfigError(f"config.json has no {name(path)} to ignore; it has {names(sorted(raw), most=50)}")
+        raise ConfigError(f"config.json has no {name(path)} to ignore; there is {names(sorted(raw), most=50)}")
     if not rest:
         return {key: value for key, value in raw.items() if key != first}
     return {**raw, first: _without(raw[first], path, rest)}
@@ -70,7 +70,9 @@ class Keys:
     A key without a value (null) is as good as absent.
     """
 
-    def __init__(self, raw: Mapping[str, Any], without_effect: frozenset[str] = WITHOUT_EFFECT | OF_GENERATION, inside: str = ""):
+    def __init__(
+        self, raw: Mapping[str, Any], without_effect: frozenset[str] = WITHOUT_EFFECT | OF_GENERATION, inside: str = ""
+    ):
         self._raw = raw
         self._read = set(without_effect)
         self._faults: list[str] = []
@@ -182,10 +184,11 @@ class Keys:
             return self._faults
         many = len(unknown) > 1
         hint = around(f"{self._inside}{key}" for key in unknown)
+        what = "what they change" if many else "what it changes"
         return [
             *self._faults,
-            f"unknown key{'s' * many} {names(unknown)}: gptjax does not know what {'they change' if many else 'it changes'}"
-            f", so it will not guess; if you know that it is nothing: {hint}",
+            f"unknown key{'s' * many} {names(unknown)}: gptjax does not know {what}, so it will not guess; if you know "
+            f"that it is nothing: {hint}",
         ]
 
     def raise_faults(self, model: str) -> None:

@@ -134,4 +134,3 @@ def _number(name: str, value: object, *, low: float, high: float, above: bool = 
     if not is_number or not low <= value <= high or (above and value == low):  # type: ignore[operator]
         wanted = f"above {low} and at most {high}" if above else f"from {low} to {high}"
         raise RequestError(f"{name} must be a number {wanted}, found {shown(value)}")
-

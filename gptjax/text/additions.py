@@ -1,8 +1,7 @@
 """Tokens that were added to a tokenizer after its training, from the files beside its vocabulary.
 
-transformers wrote them in three ways, all of which are read: `added_tokens_decoder` in tokenizer_config.json (since 4.34,
-complete by itself: what else there is is then not looked at); before that added_tokens.json, which has their ids, and
-special_tokens_map.json, which says what they are for.
+transformers wrote them in two ways. Since 4.34 `added_tokens_decoder` in tokenizer_config.json has all of them, and
+nothing else is read. Before that, added_tokens.json has their ids, and special_tokens_map.json says what they are for.
 """
 
 from collections.abc import Mapping
@@ -22,9 +21,7 @@ def read_special_tokens(directory: Path, settings: Mapping[str, Any]) -> Mapping
     return read_json(directory / "special_tokens_map.json") or {}
 
 
-def read_additions(
-    directory: Path, settings: Mapping[str, Any], special: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def read_additions(directory: Path, settings: Mapping[str, Any], special: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The added tokens that the files beside a vocabulary have, in tokenizer.json's spelling.
 
     Args:

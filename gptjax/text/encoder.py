@@ -23,7 +23,8 @@ class Encoder:
         self._engine = _engine(vocabulary, model)
         self._engine.add_tokens([_of_library(token) for token in added])
         for token in added:
-            if self._engine.token_to_id(token.content) >= len(self._ids):  # else it is a token of the model
+            number = self._engine.token_to_id(token.content)
+            if number is not None and number >= len(self._ids):  # else it is a token of the model
                 self._ids.append(token.id)
 
     def encode(self, text: str) -> list[int]:

@@ -52,8 +52,8 @@ def _require_gpt2_cut(directory: Path, settings: Mapping[str, Any], model_type: 
     if named in _GPT2_CLASSES or (named is None and model_type not in _OTHER_CUTS):
         return
     raise ConfigError(
-        f"{directory} has the vocab.json and merges.txt of {name(str(named or model_type))}, which may cut text into words in "
-        "another way than GPT-2: put its tokenizer.json there."
+        f"{directory} has the vocab.json and merges.txt of {name(str(named or model_type))}, which may cut text into "
+        "words in another way than GPT-2: put its tokenizer.json there."
     )
 
 
@@ -172,7 +172,7 @@ def _gpt2_added(
     known = {**ids, **{item["content"]: item["id"] for item in items if "content" in item}}
     following = 1 + max(number for number in known.values() if type(number) is int)
     present = {item.get("content") for item in items}
-    default = {END_OF_TEXT: {}} if END_OF_TEXT in ids else {}
+    default: dict[str, Mapping[str, Any]] = {END_OF_TEXT: {}} if END_OF_TEXT in ids else {}
     for content, flags in (special_tokens(settings, special) | default).items():
         if content in present:
             continue

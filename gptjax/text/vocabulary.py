@@ -111,7 +111,9 @@ def _checked_merges(file: Path, ids: Mapping[str, int], merges: list[tuple[str, 
 def _check_added(file: Path, ids: Mapping[str, int], names: Mapping[int, str], added: Sequence[AddedToken]) -> None:
     for token in added:
         if not is_text(token.content) or not 0 <= token.id < 2**32:
-            damaged(file, f"the added token {shown(token.content)} has half a surrogate pair or the id {shown(token.id)}")
+            damaged(
+                file, f"the added token {shown(token.content)} has half a surrogate pair or the id {shown(token.id)}"
+            )
         data = token.content.encode()
         other_text = token.id in names and unspell(names[token.id]) != data
         other_id = ids.get(token.content, token.id) != token.id and unspell(token.content) == data

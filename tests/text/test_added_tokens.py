@@ -17,7 +17,27 @@ from tests.fuzz import rounds
 # White space to some and not to others: Python's includes U+001C to U+001F, Rust's does not.
 SPACES = [*" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0", "\u1680", "\u180e", "\u2003", "\u2028", "\u2029", "\u202f"]
 SPACES += ["\u205f", "\u3000", "\u200b", "\u200d", "\u2060", "\ufeff"]
-LETTERS = ["a", "Z", "é", "e\u0301", "ß", "İ", "ǅ", "_", "0", "²", "٣", ".", "<", ">", "|", "🐲", "\u0301", "中", "\u200c"]
+LETTERS = [
+    "a",
+    "Z",
+    "é",
+    "e\u0301",
+    "ß",
+    "İ",
+    "ǅ",
+    "_",
+    "0",
+    "²",
+    "٣",
+    ".",
+    "<",
+    ">",
+    "|",
+    "🐲",
+    "\u0301",
+    "中",
+    "\u200c",
+]
 NORMALIZERS: list[Any] = [
     None,
     {"type": "Lowercase"},
@@ -68,7 +88,9 @@ def test_random_added_tokens_are_found_as_the_library_finds_them(tmp_path: Path)
             assert plain.token_to_id(token["content"]) is not None
         ids = {plain.token_to_id(token["content"]): token["id"] for token in ordinary["added_tokens"]}
         for _ in range(20):
-            text = "".join(pick.choices([*contents, *LETTERS, *SPACES, *map(str.upper, contents)], k=pick.randint(1, 14)))
+            text = "".join(
+                pick.choices([*contents, *LETTERS, *SPACES, *map(str.upper, contents)], k=pick.randint(1, 14))
+            )
             wanted = theirs.encode(text, add_special_tokens=False).ids
             assert tokenizer.encode(text, special=True) == wanted, (file["added_tokens"], file["normalizer"], text)
             found += len(set(wanted) - set(range(8192)))
@@ -115,7 +137,10 @@ def old_layout(directory: Path, **files: Any) -> Path:
         ({"added_tokens": ADDED}, (50256, 50256)),
         ({"special_tokens_map": NAMED | SPEAKERS}, (50257, 50258)),
         ({"added_tokens": ADDED, "tokenizer_config": NAMED | SPEAKERS}, (50257, 50258)),
-        ({"added_tokens": ADDED, "special_tokens_map": {"eos_token": {"content": "<eos>", "lstrip": True}}}, (50256, 50258)),
+        (
+            {"added_tokens": ADDED, "special_tokens_map": {"eos_token": {"content": "<eos>", "lstrip": True}}},
+            (50256, 50258),
+        ),
     ],
 )
 def test_files_of_older_versions(tmp_path: Path, files: dict[str, Any], ends: tuple[int, int]) -> None:
@@ -154,7 +179,9 @@ def test_added_tokens_beside_tokenizer_json(tmp_path: Path) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (8192, (8191,))
 
 
-@pytest.mark.parametrize("wrong", [{"<x>": "8192"}, {"<x>": True}, {"<x>": -1}, {"<x>": 5}, {"<x>": 50257, "<y>": 50257}])
+@pytest.mark.parametrize(
+    "wrong", [{"<x>": "8192"}, {"<x>": True}, {"<x>": -1}, {"<x>": 5}, {"<x>": 50257, "<y>": 50257}]
+)
 def test_added_tokens_that_cannot_be(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match="is damaged"):
         load_tokenizer(old_layout(tmp_path, added_tokens=wrong))
@@ -182,7 +209,13 @@ END = "<|endoftext|>"
         template("A", END),
         template(END, END, "A", END),
         {"type": "Sequence", "processors": [demo_json()["post_processor"], template(END, "A")]},
-        {"type": "RobertaProcessing", "sep": [END, 8191], "cls": [END, 8191], "trim_offsets": True, "add_prefix_space": True},
+        {
+            "type": "RobertaProcessing",
+            "sep": [END, 8191],
+            "cls": [END, 8191],
+            "trim_offsets": True,
+            "add_prefix_space": True,
+        },
     ],
 )
 @pytest.mark.parametrize("prefix_space", [False, True])
