@@ -297,7 +297,12 @@ NEUTRAL: list[dict[str, Any]] = [
     {"num_return_sequences": 1, "guidance_scale": 1.0, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0},
     {"min_length": 0, "min_new_tokens": 0, "penalty_alpha": 0.0, "token_healing": False, "low_memory": True},
     {"renormalize_logits": True, "remove_invalid_values": True, "max_length": 20, "max_new_tokens": 5},
-    {"use_cache": True, "cache_implementation": "static", "compile_config": {"mode": "x"}, "prompt_lookup_num_tokens": 3},
+    {
+        "use_cache": True,
+        "cache_implementation": "static",
+        "compile_config": {"mode": "x"},
+        "prompt_lookup_num_tokens": 3,
+    },
     {"assistant_early_exit": None, "num_assistant_tokens": 20, "return_dict_in_generate": True, "output_scores": True},
     {"_from_model_config": True, "transformers_version": "4.46.0", "pad_token_id": 0, "bos_token_id": 0},
     {"repetition_penalty": 1.0, "generation_kwargs": {}, "trust_remote_code": False},

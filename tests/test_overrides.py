@@ -119,5 +119,3 @@ def test_a_prompt_gets_what_the_tokenizer_puts_around_texts(copy):
         assert lm.generate("Once", max_tokens=4).token_ids == wanted
         twice = lm.generate("<|endoftext|>Once", special=True, max_tokens=4)
         assert twice.usage.prompt_tokens == 1 + len(plain) and twice.token_ids == wanted
-
-

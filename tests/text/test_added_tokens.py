@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from text_material import DEMO, GPT2, demo_json, with_added, write_json
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.text import load_tokenizer
 from tests.fuzz import rounds
+from tests.oracles.older_tokenizer import ADDED, DIALOGUE, NAMED, SPEAKERS, old_layout
 
 # White space to some and not to others: Python's includes U+001C to U+001F, Rust's does not.
 SPACES = [*" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0", "\u1680", "\u180e", "\u2003", "\u2028", "\u2029", "\u202f"]
@@ -114,20 +114,7 @@ def test_a_normalized_token_is_found_in_any_case(tmp_path: Path) -> None:
     assert tokenizer.encode("<TOOL>") == tokenizer.encode("<tool>") == [8192]
 
 
-# A chat model of 2019 as transformers up to 4.4x saved it.
-ADDED = {"<bos>": 50257, "<eos>": 50258, "<pad>": 50259, "<speaker1>": 50260, "<speaker2>": 50261}
-NAMED: dict[str, Any] = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<|endoftext|>"}
-SPEAKERS = {"additional_special_tokens": ["<speaker1>", "<speaker2>"]}
-DIALOGUE = "<bos><speaker1>Hi<speaker2>Hello<eos>"
 IDS = [50257, 50260, 17250, 50261, 15496, 50258]
-
-
-def old_layout(directory: Path, **files: Any) -> Path:
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(GPT2 / name, directory)
-    for name, value in files.items():
-        write_json(directory, f"{name}.json", value)
-    return directory
 
 
 @pytest.mark.parametrize(
