@@ -16,7 +16,7 @@ _CHUNKS_TEXT: Final = f"a power of two from {_CHUNKS[0]} to {_CHUNKS[-1]}"
 
 
 def add(commands: Any) -> None:
-    """Declares the command. Every option is also an environment variable; what is typed goes before it."""
+    """Declares the command. Most options are environment variables as well; what is typed goes before it."""
     parser = add_command(
         commands,
         "serve",
