@@ -296,7 +296,7 @@ def colours(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
 
 
-def quoted(out: io.StringIO, *pieces: tuple[str, str]) -> str:
+def shown(out: io.StringIO, *pieces: tuple[str, str]) -> str:
     terminal = chat.Terminal(out)
     for piece in pieces:
         terminal.show(*piece)
@@ -317,24 +317,24 @@ TURN = [
 def test_reasoning_is_dimmed_on_a_terminal_only(colours, monkeypatch):
     dimmed = "\x1b[2mLet\x1b[0m\x1b[2m me.\x1b[0m\n\nIt was.\n\x1b[2mdone\x1b[0m\n\n"
     plain = "(thinking) Let me.\n\nIt was.\ndone\n\n"
-    assert quoted(Tty(), *TURN) == dimmed
-    assert quoted(io.StringIO(), *TURN) == plain
+    assert shown(Tty(), *TURN) == dimmed
+    assert shown(io.StringIO(), *TURN) == plain
     for name, value in (("TERM", "dumb"), ("NO_COLOR", "1")):
         monkeypatch.setenv(name, value)
-        assert quoted(Tty(), *TURN) == plain
+        assert shown(Tty(), *TURN) == plain
 
 
 def test_thinking_is_shown_for_as_long_as_it_lasts(colours):
     turn = [("thinking", "thinking..."), ("aside", "thought for 3 tokens"), ("answer", "It")]
     expected = "\x1b[2mthinking...\x1b[0m\r\x1b[K\x1b[2mthought for 3 tokens\x1b[0m\nIt\n"
-    assert quoted(Tty(), *turn) == expected
-    assert quoted(io.StringIO(), *turn) == "thought for 3 tokens\nIt\n"
+    assert shown(Tty(), *turn) == expected
+    assert shown(io.StringIO(), *turn) == "thought for 3 tokens\nIt\n"
 
 
 @pytest.mark.parametrize("kind", ["answer", "reasoning", "note", "aside"])
 def test_no_control_character_of_a_model_reaches_the_terminal(colours, kind):
     evil = "".join(map(chr, [*range(32), *range(127, 160)]))
-    out = quoted(Tty(), (kind, f"a{evil}b👩‍👧"))
+    out = shown(Tty(), (kind, f"a{evil}b👩‍👧"))
     own = out.replace("\x1b[2m", "", 1).replace("\x1b[0m", "", 1)
     assert {character for character in own if ord(character) < 32 or 127 <= ord(character) < 160} == {"\t", "\n"}
     assert "␛" in out

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, overrides
+from gptjax.installation import with_extra
 
 _PROMPT = "Once upon a time there was a king who had"
 
@@ -18,8 +19,8 @@ def add(commands: Any) -> None:
         "compare",
         run_compare,
         summary="run transformers beside gptjax and compare every stage",
-        epilog="""Exits with 1 where a stage differs by more than the dtype explains, and names the first one.
-Computes in float32 unless --dtype says otherwise. Needs transformers and torch: pip install 'gptjax[oracle]'
+        epilog=f"""Exits with 1 where a stage differs by more than the dtype explains, and names the first one.
+Computes in float32 unless --dtype says otherwise. Needs transformers and torch: {with_extra("oracle")}
 
 examples:
   gptjax compare gpt2-tales

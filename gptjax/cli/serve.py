@@ -5,6 +5,7 @@ import os
 from typing import Any, Final, TypeVar
 
 from gptjax.cli.common import MODEL_HELP, add_command, add_overrides, overrides
+from gptjax.installation import with_extra
 
 _Number = TypeVar("_Number", int, float)
 _PREFIX: Final = "GPTJAX_SERVE_"
@@ -150,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn", "prometheus_client"):
             raise
-        raise RequestError(f"serving needs {error.name}; try: pip install 'gptjax[serve]'") from None
+        raise RequestError(f"serving needs {error.name}, which is not installed: {with_extra('serve')}") from None
     log_config = logs.config(args.log_format, args.log_level)
     logging.config.dictConfig(log_config)
     model = args.model or DEFAULT_MODEL

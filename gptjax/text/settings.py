@@ -80,5 +80,7 @@ def _checked(path: Path, key: str, value: object) -> tuple[int, ...]:
 def _id_of(path: Path, key: str, value: object, known: Mapping[str, int]) -> int:
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str) or content not in known:
-        raise ConfigError(f"{path} has {key} = {quoted(value)}, which is no token of the vocabulary: write one that is.")
+        raise ConfigError(
+            f"{path} has {key} = {quoted(value)}, which is no token of the vocabulary: write one that is."
+        )
     return known[content]
