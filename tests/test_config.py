@@ -331,6 +331,14 @@ def test_neutral_values_where_tokens_are_drawn(tmp_path, raw):
     assert defaults == SAMPLED
 
 
+def test_an_end_in_config_json_that_is_no_token_is_said_of_that_file(tmp_path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
+    defaults = read_generation_defaults(tmp_path)
+    with pytest.raises(ConfigError, match=r"config\.json's eos_token_id is '</s>'"):
+        defaults.check()
+    assert read_generation_defaults(tmp_path, {"eos_token_id": 3}) == GenerationDefaults(eos_ids=(3,))
+
+
 def test_a_top_p_of_0_is_greedy(tmp_path):
     """transformers keeps the one most likely token."""
     (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_p": 0.0, "temperature": 0.5}')

@@ -124,9 +124,14 @@ def read_generation_defaults(directory: Path, override: Mapping[str, Any] | bool
     """
     found = read_generation_config(directory, override)
     raw = {key: value for key, value in found.items() if value is not None}
-    if "eos_token_id" not in raw:
-        raw["eos_token_id"] = (read_json(directory / "config.json") or {}).get("eos_token_id")
-    return _defaults(raw)
+    if "eos_token_id" in raw:
+        return _defaults(raw)
+    eos = (read_json(directory / "config.json") or {}).get("eos_token_id")
+    if eos is None or _are_tokens(eos):
+        return _defaults(raw | {"eos_token_id": eos})
+    defaults = _defaults(raw)
+    fault = Fault("eos_token_id", f"config.json's eos_token_id is {quoted(eos)}; expected token ids", where_drawn=False)
+    return dataclasses.replace(defaults, faults=(*defaults.faults, fault))
 
 
 def _defaults(raw: Mapping[str, Any]) -> GenerationDefaults:
