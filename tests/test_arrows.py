@@ -14,7 +14,7 @@ ROOMS = [
     ["pallas_kernels"],
     # gptjax/__init__ is lazy.
     ["gptjax", "gptjax.axes", "gptjax.errors", "gptjax.files", "gptjax.installation"],
-    ["gptjax.progress", "gptjax.units"],
+    ["gptjax.progress", "gptjax.quoting", "gptjax.units"],
     ["gptjax.config"],
     ["gptjax.cache"],
     ["gptjax.layers"],

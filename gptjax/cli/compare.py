@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_dtype
+from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, overrides
 from gptjax.installation import with_extra
 
 _PROMPT = "Once upon a time there was a king who had"
@@ -40,6 +40,7 @@ examples:
         parser.add_argument("--values", action="store_true", help="show the first eight values of each stage")
         parser.add_argument("--json", action="store_true", help="print one JSON object a stage")
         add_dtype(parser)
+        add_ignore_config(parser)
 
 
 def run_compare(args: argparse.Namespace) -> int:
@@ -49,7 +50,7 @@ def run_compare(args: argparse.Namespace) -> int:
     from gptjax.compare import compare, first_difference
 
     name = args.model or DEFAULT_MODEL
-    lm = load(name, dtype=args.dtype or "float32")
+    lm = load(name, dtype=args.dtype or "float32", **overrides(args))
     rows = compare(lm.model, lm.params, hub.resolve(name), _ids(lm, args))
     width = max(len(row.stage) for row in rows)
     for row in rows:
@@ -75,7 +76,7 @@ def run_trace(args: argparse.Namespace) -> int:
     """Runs `gptjax trace`."""
     from gptjax.api import DEFAULT_MODEL, load
 
-    lm = load(args.model or DEFAULT_MODEL, dtype=args.dtype)
+    lm = load(args.model or DEFAULT_MODEL, dtype=args.dtype, **overrides(args))
     stages = lm.activations(_ids(lm, args))
     width = max(map(len, stages))
     for stage, array in stages.items():
@@ -94,7 +95,7 @@ def run_trace(args: argparse.Namespace) -> int:
 
 
 def _ids(lm: Any, args: argparse.Namespace) -> list[int]:
-    return args.ids if args.ids is not None else lm.tokenizer.encode(args.prompt)
+    return args.ids if args.ids is not None else lm.tokenizer.prompt(args.prompt)
 
 
 def _head(array: np.ndarray) -> list[float]:
