@@ -1,13 +1,10 @@
 """A whole conversion: a Hugging Face directory to parameters or to a converted directory."""
 
-import concurrent.futures
-import contextlib
 import dataclasses
-import hashlib
+import functools
 import json
 import math
-import tempfile
-import threading
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
@@ -19,13 +16,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from convert import DTYPES, quantization, rules
+from convert.hashing import Hashes
 from convert.sources import foreign, safetensors
 from convert.sources.header import NUMPY_DTYPES, TensorInfo
 from convert.tables import table
 from gptjax import checkpoint
 from gptjax.config import ModelConfig, read_config, text_directory
 from gptjax.errors import CheckpointError
-from gptjax.files import read_json
+from gptjax.files import parse_json, read_bytes, shown
 from gptjax.models.registry import abstract_params, build, num_params
 from gptjax.progress import Progress
 from pallas_kernels.mxfp4 import MXFP4
@@ -78,26 +76,25 @@ def convert(
 
     Raises:
       ConfigError: a model, or a setting of it, that is not supported; weights that cannot be in MXFP4.
-      CheckpointError: a source that is missing, damaged or does not fit its configuration; a destination that cannot
-        be written. Nothing is left behind.
+      CheckpointError: a source that is missing, damaged, does not fit its configuration or changes meanwhile; a
+        destination that cannot be written. Nothing is left behind.
     """
     started = time.monotonic()
     source, destination = Path(source), Path(destination)
-    if "\0" in f"{source}{destination}":
-        raise CheckpointError("a path has a NUL character; name another directory")
     _check_paths(source, destination)
     wanted = None if dtype is None else _dtype(dtype)
+    small = _small_files(source)  # as they are now: whoever reads them again must find the same
     config = read_config(source)
     target = config if quantize is None else quantization.packed_config(config, quantize)
     plan, reader = _open(source, config)
     chosen = quantization.chosen(config, target)
-    copies = [source / "config.json"]
-    copies += [text_directory(source) / name for name in COPIED if (text_directory(source) / name).is_file()]
-    index = [source / safetensors.INDEX] if (source / safetensors.INDEX).is_file() else []
-    with _Hashes((*copies, *index, *reader.files)) as hashes, _telling(copies, config, target) as copies:
+    copies = {path.name: data for path, data in small.items() if path.name != safetensors.INDEX}
+    if target != config:
+        copies["config.json"] = _rewritten(copies["config.json"], target)
+    with Hashes(small, reader) as hashes:
         manifest = checkpoint.save(
             destination,
-            _leaves(plan, reader, wanted, chosen),
+            _parts(plan, reader, wanted, chosen),
             total_bytes=sum(_written_bytes(fill, reader, wanted, chosen) for fill in plan.fills),
             source=source.resolve().name,
             source_files=hashes.result,
@@ -118,8 +115,8 @@ def convert(
 def stream_params(directory: str | PathLike[str], config: ModelConfig) -> Iterator[tuple[checkpoint.Path, np.ndarray]]:
     """Path and array of each weight of a Hugging Face directory, lazily, for `gptjax.checkpoint.place`.
 
-    The directory is checked by this call already, from headers; data is read as the iterator goes on. Arrays are
-    views of the files where possible, in the files' dtypes.
+    The directory is checked by this call already, from headers; data is read as the iterator goes on. Arrays have the
+    files' dtypes.
 
     Raises:
       CheckpointError: the directory's weights are missing, damaged or not those of the configuration's model.
@@ -167,40 +164,63 @@ def _dtype(dtype: DTypeLike) -> np.dtype[Any]:
 
 
 def _check_paths(source: Path, destination: Path) -> None:
-    if source.is_file():
+    try:
+        inside, outside = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
+    except (OSError, ValueError) as error:  # a NUL, half a surrogate pair
+        path = destination if os.path.lexists(source) else source
+        raise CheckpointError(f"{shown(path)} cannot be a path ({error}); name another directory") from None
+    if os.path.isfile(source):
         foreign.refuse(source)
         raise CheckpointError(f"{source} is a file; name the directory that it is in: {source.absolute().parent}")
-    if not source.is_dir():
+    if not os.path.isdir(source):
         raise CheckpointError(
-            f"{source} does not exist; name a directory with config.json, *.safetensors and tokenizer.json"
+            f"{shown(source)} does not exist; name a directory with config.json, *.safetensors and tokenizer.json"
         )
     if checkpoint.is_converted(source):
         raise CheckpointError(f"{source} is converted already; name the Hugging Face directory that it was made of")
-    inside, outside = destination.resolve(), source.resolve()
+    foreign.refuse_adapter(source)
     if inside == outside:
         raise CheckpointError(f"source and destination are the same directory, {source}; name another destination")
     if outside in inside.parents or inside in outside.parents:
         raise CheckpointError(f"{destination} and {source} lie one inside the other; name a destination elsewhere")
 
 
-def _leaves(
+def _small_files(source: Path) -> dict[Path, bytes]:
+    """What is copied, and the index: files that are there, with their bytes."""
+    text = text_directory(source)
+    paths = (source / "config.json", *(text / name for name in COPIED), source / safetensors.INDEX)
+    found = {path: read_bytes(path) for path in paths}
+    return {path: data for path, data in found.items() if data is not None}
+
+
+def _rewritten(config_json: bytes, target: ModelConfig) -> bytes:
+    """A `config.json` that says what is packed in the target."""
+    raw = quantization.config_json(parse_json(config_json.decode()), target)
+    return (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _parts(
     plan: rules.Plan,
     reader: safetensors.SafetensorsSource,
     wanted: np.dtype[Any] | None,
     chosen: Mapping[checkpoint.Path, MXFP4],
-) -> Iterator[tuple[checkpoint.Path, np.ndarray]]:
-    """Path and array of everything to write."""
-    for path, array in rules.stream(plan, reader):
-        if path in chosen:
-            blocks, scales = quantization.rounded(path, array)
-            yield (*path, "blocks"), blocks
-            yield (*path, "scales"), scales
-            del blocks, scales
-        else:
-            if wanted is not None and jnp.issubdtype(array.dtype, jnp.floating):
-                array = checkpoint.cast(array, wanted, "/".join(path))
-            yield path, array
-        del array
+) -> Iterator[checkpoint.Part]:
+    """Everything to write."""
+    for fill, (path, read) in zip(plan.fills, rules.readers(plan, reader), strict=True):
+        made = functools.partial(_made, path, read, wanted, path in chosen)
+        yield checkpoint.Part(_written_bytes(fill, reader, wanted, chosen), made)
+
+
+def _made(
+    path: checkpoint.Path, read: Callable[[], np.ndarray], wanted: np.dtype[Any] | None, packed: bool
+) -> dict[checkpoint.Path, np.ndarray]:
+    array = read()
+    if packed:
+        blocks, scales = quantization.rounded(path, array)
+        return {(*path, "blocks"): blocks, (*path, "scales"): scales}
+    if wanted is not None and jnp.issubdtype(array.dtype, jnp.floating):
+        array = checkpoint.cast(array, wanted, "/".join(path))
+    return {path: array}
 
 
 def _written_bytes(
@@ -217,48 +237,3 @@ def _written_bytes(
 def _bytes(info: TensorInfo, wanted: np.dtype[Any] | None) -> int:
     own = NUMPY_DTYPES[info.dtype]
     return math.prod(info.shape) * int((own if wanted is None or info.dtype not in rules.FLOATS else wanted).itemsize)
-
-
-@contextlib.contextmanager
-def _telling(copies: list[Path], config: ModelConfig, target: ModelConfig) -> Iterator[list[Path]]:
-    """The files to copy, with a `config.json` that says what is packed in the target, if that is not the source's."""
-    if target == config:
-        yield copies
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        rewritten = Path(scratch) / "config.json"
-        (own,) = (path for path in copies if path.name == rewritten.name)
-        raw = quantization.config_json(read_json(own) or {}, target)
-        rewritten.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        yield [rewritten if path is own else path for path in copies]
-
-
-class _Hashes:
-    """SHA-256 of files, worked out in a thread while other things are done."""
-
-    def __init__(self, files: tuple[Path, ...]):
-        self._files = files
-        self._cancelled = threading.Event()
-        self._pool = concurrent.futures.ThreadPoolExecutor(1)
-        self._future = self._pool.submit(lambda: tuple(map(self._hash, files)))
-
-    def __enter__(self) -> "_Hashes":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._cancelled.set()
-        self._pool.shutdown()
-
-    def result(self) -> tuple[checkpoint.SourceFile, ...]:
-        try:
-            return self._future.result()
-        except OSError as error:
-            raise CheckpointError(f"{error.filename} cannot be read ({error.strerror}); check the file") from None
-
-    def _hash(self, path: Path) -> checkpoint.SourceFile:
-        digest, size = hashlib.sha256(), 0
-        with path.open("rb") as file:
-            while not self._cancelled.is_set() and (block := file.read(1 << 20)):
-                digest.update(block)
-                size += len(block)
-        return checkpoint.SourceFile(path.name, size, digest.hexdigest())

@@ -19,7 +19,7 @@ ROOMS = [
     ["gptjax.layers"],
     ["gptjax.models"],
     ["gptjax.sampling", "gptjax.runtime", "gptjax.activations", "gptjax.cost"],
-    ["gptjax.manifest", "gptjax.staging", "gptjax.pieces"],
+    ["gptjax.manifest", "gptjax.staging", "gptjax.raw", "gptjax.pieces"],
     ["gptjax.checkpoint"],
     ["convert"],
     ["gptjax.hub"],
