@@ -182,7 +182,9 @@ def _check_paths(source: Path, destination: Path) -> None:
     if inside == outside:
         raise CheckpointError(f"source and destination are the same directory, {source}; name another destination")
     if outside in inside.parents or inside in outside.parents:
-        raise CheckpointError(f"{destination} and {source} lie one inside the other; name a destination elsewhere")
+        raise CheckpointError(
+            f"{shown(destination)} and {source} lie one inside the other; name a destination elsewhere"
+        )
 
 
 def _small_files(source: Path) -> dict[Path, bytes]:
@@ -207,17 +209,26 @@ def _parts(
 ) -> Iterator[checkpoint.Part]:
     """Everything to write."""
     for fill, (path, read) in zip(plan.fills, rules.readers(plan, reader), strict=True):
-        made = functools.partial(_made, path, read, wanted, path in chosen)
-        yield checkpoint.Part(_written_bytes(fill, reader, wanted, chosen), made)
+        if path in chosen:
+            make = functools.partial(_packed, fill, reader, chosen[path].shape)
+        else:
+            make = functools.partial(_cast, path, read, wanted)
+        yield checkpoint.Part(_written_bytes(fill, reader, wanted, chosen), make)
 
 
-def _made(
-    path: checkpoint.Path, read: Callable[[], np.ndarray], wanted: np.dtype[Any] | None, packed: bool
+def _packed(
+    fill: rules.Fill, reader: safetensors.SafetensorsSource, shape: tuple[int, ...]
+) -> dict[checkpoint.Path, np.ndarray]:
+    cut = quantization.is_cut(fill.path, shape)
+    parts = rules.parts(fill, reader) if cut else iter([rules.read(fill, reader)])
+    blocks, scales = quantization.rounded(fill.path, parts, shape)
+    return {(*fill.path, "blocks"): blocks, (*fill.path, "scales"): scales}
+
+
+def _cast(
+    path: checkpoint.Path, read: Callable[[], np.ndarray], wanted: np.dtype[Any] | None
 ) -> dict[checkpoint.Path, np.ndarray]:
     array = read()
-    if packed:
-        blocks, scales = quantization.rounded(path, array)
-        return {(*path, "blocks"): blocks, (*path, "scales"): scales}
     if wanted is not None and jnp.issubdtype(array.dtype, jnp.floating):
         array = checkpoint.cast(array, wanted, "/".join(path))
     return {path: array}

@@ -5,6 +5,7 @@ The whole table is checked against headers before any data is read, and all faul
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -177,19 +178,37 @@ def readers(plan: Plan, source: SafetensorsSource) -> Iterator[tuple[Path, Calla
             rounded = f", {' and '.join(dtypes)}, even when rounded" if len(dtypes) > 1 else ""
             raise CheckpointError(f"{name} differs from {original}{rounded}; {otherwise}")
     for fill in plan.fills:
-        yield fill.path, functools.partial(_read, fill, source)
+        yield fill.path, functools.partial(read, fill, source)
 
 
-def _read(fill: Fill, source: SafetensorsSource) -> np.ndarray:
-    arrays = [source.read(name) for name in fill.sources]
-    for name, array in zip(fill.sources, arrays, strict=True):
-        fault = fill.transform.fault(array) if _finite(array) else "NaN or infinity"
-        if fault:
-            raise CheckpointError(
-                f"{shown(name)} holds {fault}: the checkpoint is damaged or its training diverged; "
-                "download it again or use another one"
-            )
-    return fill.transform.apply(*arrays)
+def parts(fill: Fill, source: SafetensorsSource) -> Iterator[np.ndarray]:
+    """One target in consecutive parts of its first axis, in little memory, if it is as it is stored; or whole.
+
+    Raises `CheckpointError`.
+    """
+    if fill.transform is not IDENTITY:
+        yield read(fill, source)
+        return
+    (name,) = fill.sources
+    shape = source.tensors[name].shape
+    row = math.prod(shape[1:])
+    for part in source.slices(name, max(1, _PIECE // max(1, row)) * row):
+        yield _checked(name, part, fill.transform).reshape(-1, *shape[1:])
+
+
+def read(fill: Fill, source: SafetensorsSource) -> np.ndarray:
+    """One target, checked. Raises `CheckpointError`."""
+    return fill.transform.apply(*(_checked(name, source.read(name), fill.transform) for name in fill.sources))
+
+
+def _checked(name: str, array: np.ndarray, transform: Transform) -> np.ndarray:
+    fault = transform.fault(array) if _finite(array) else "NaN or infinity"
+    if fault:
+        raise CheckpointError(
+            f"{shown(name)} holds {fault}: the checkpoint is damaged or its training diverged; "
+            "download it again or use another one"
+        )
+    return array
 
 
 class _Matcher:

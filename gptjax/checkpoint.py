@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from gptjax import __version__
 from gptjax.errors import CheckpointError
+from gptjax.files import shown
 from gptjax.manifest import Leaf, Manifest, SourceFile, is_converted, read_manifest, write_manifest
 from gptjax.pieces import check_piece, checksum, read_leaf, write_piece
 from gptjax.progress import Progress, silent
@@ -281,7 +282,7 @@ def save(
         free = shutil.disk_usage(partial).free
         if free < total_bytes:
             raise CheckpointError(
-                f"{destination} needs {total_bytes / 1e6:,.0f} MB, but its disk has {free / 1e6:,.0f} MB free; "
+                f"{shown(destination)} needs {total_bytes / 1e6:,.0f} MB, but its disk has {free / 1e6:,.0f} MB free; "
                 "free some space or name a directory on another disk"
             )
         for name, data in copies.items():

@@ -57,7 +57,7 @@ def shown(name: object) -> str:
     """A name as it can be printed: names come from files and users, and may be long or hold terminal commands."""
     text = str(name)
     text = text if text.isprintable() and text else ascii(text)
-    return text if len(text) <= 200 else text[:200] + "…"
+    return text if len(text) <= 300 else text[:300] + "…"
 
 
 @contextlib.contextmanager
@@ -78,7 +78,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[int]:
     except OSError as error:
         raise _unreadable(path, error) from error
     except ValueError as error:  # a NUL, or half a surrogate pair
-        raise CheckpointError(f"{shown(path)} cannot be the name of a file ({error}): use another name.") from None
+        raise CheckpointError(f"{shown(path)} cannot be a file ({error}): use another name.") from None
     try:
         _check_regular(path, os.fstat(descriptor))  # it may have been replaced in between
         yield descriptor

@@ -47,8 +47,8 @@ def staged(destination: Path, *, overwrite: bool, ours: Callable[[Path], bool]) 
     destination = _real(destination)
     if not os.path.isdir(destination.parent):
         raise CheckpointError(
-            f"{destination.parent} does not exist, so {destination.name} cannot be written into it; "
-            f"create it first: mkdir -p {destination.parent}"
+            f"{shown(destination.parent)} does not exist, so {shown(destination.name)} cannot be written into it; "
+            f"create it first: mkdir -p {shown(destination.parent)}"
         )
     try:
         _clean(destination)
@@ -78,9 +78,11 @@ def _real(destination: Path) -> Path:
 def unwritable(destination: Path, error: Exception) -> CheckpointError:
     """What to say where writing failed."""
     number, text = getattr(error, "errno", None), str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
     if number == errno.EEXIST or number == errno.ENOTEMPTY:
         return CheckpointError(
-            f"{destination} is being written by another process; wait for it or name another directory"
+            f"{shown(destination)} is being written by another process; wait for it or name another directory"
         )
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "quota" in text:
         fix = "the disk is full: free some space or name a directory on another disk"
@@ -88,7 +90,7 @@ def unwritable(destination: Path, error: Exception) -> CheckpointError:
         fix = "change its permissions or name a directory that you may write to"
     else:
         fix = "check the disk and its permissions, or name another directory"
-    return CheckpointError(f"{destination} cannot be written ({text}); {fix}; nothing was left behind")
+    return CheckpointError(f"{shown(destination)} cannot be written ({shown(text)}); {fix}; nothing was left behind")
 
 
 def _check_free(destination: Path, overwrite: bool, ours: Callable[[Path], bool]) -> None:
@@ -96,12 +98,12 @@ def _check_free(destination: Path, overwrite: bool, ours: Callable[[Path], bool]
         return
     if not overwrite:
         raise CheckpointError(
-            f"{destination} exists; name another directory, or pass overwrite=True (--overwrite) to replace it"
+            f"{shown(destination)} exists; name another directory, or pass overwrite=True (--overwrite) to replace it"
         )
     if not ours(destination):
         raise CheckpointError(
-            f"{destination} exists and was not written by gptjax, so it is not overwritten; name another directory, "
-            "or remove it yourself if nothing in it is needed"
+            f"{shown(destination)} exists and was not written by gptjax, so it is not overwritten; name another "
+            "directory, or remove it yourself if nothing in it is needed"
         )
 
 

@@ -46,15 +46,19 @@ class SafetensorsSource:
           CheckpointError: the file cannot be read, or has changed since its header was read.
         """
         shape = self.tensors[name].shape
-        array = self._part(name, 0, math.prod(shape)).reshape(shape)
-        if self.checksums is not None:
-            self.checksums[name] = zlib.crc32(array.reshape(-1).view(np.uint8).data)
-        return array
+        (array,) = self.slices(name, max(1, math.prod(shape)))
+        return array.reshape(shape)
 
     def slices(self, name: str, most: int) -> Iterator[np.ndarray]:
-        """The elements of a tensor, so many at a time. Raises as `read`."""
-        count = math.prod(self.tensors[name].shape)
-        return (self._part(name, start, min(most, count - start)) for start in range(0, count, most))
+        """The elements of a tensor, so many at a time, at least one array. Raises as `read`."""
+        count, crc = math.prod(self.tensors[name].shape), 0
+        for start in range(0, max(1, count), most):
+            array = self._part(name, start, min(most, count - start))
+            if self.checksums is not None:
+                crc = zlib.crc32(array.view(np.uint8).data, crc)
+            yield array
+        if self.checksums is not None:
+            self.checksums[name] = crc
 
     def _part(self, name: str, start: int, count: int) -> np.ndarray:
         info = self.tensors[name]

@@ -4,6 +4,7 @@ A key that is neither understood nor known to be without effect raises `ConfigEr
 ignored is a wrong answer. Sizes have no defaults. What an absent key means is stated where it is read.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +15,7 @@ from gptjax.config.gpt2 import GPT2Config
 from gptjax.config.gpt_oss import GptOssConfig
 from gptjax.config.keys import WITHOUT_EFFECT
 from gptjax.errors import CheckpointError, ConfigError
-from gptjax.files import read_json
+from gptjax.files import read_json, shown
 
 __all__ = [
     "PUBLISHED",
@@ -59,7 +60,7 @@ def read_config(directory: Path) -> ModelConfig:
     raw = read_json(directory / "config.json")
     if raw is None:
         raise CheckpointError(
-            f"{directory} has no config.json; expected a Hugging Face checkpoint (config.json, *.safetensors, "
+            f"{shown(directory)} has no config.json; expected a Hugging Face checkpoint (config.json, *.safetensors, "
             "tokenizer.json) or a directory written by `gptjax convert`"
         )
     return config_from_json(raw)
@@ -81,8 +82,8 @@ def text_directory(directory: Path) -> Path:
 
     OpenAI's own directory has none: it comes as the folder `original` of a repository that has them.
     """
-    if any((directory / name).exists() for name in TOKENIZER_FILES):
+    if any(os.path.lexists(directory / name) for name in TOKENIZER_FILES):
         return directory
     raw = read_json(directory / "config.json") or {}
     parent = directory.absolute().parent
-    return parent if gpt_oss.is_original(raw) and (parent / "tokenizer.json").is_file() else directory
+    return parent if gpt_oss.is_original(raw) and os.path.isfile(parent / "tokenizer.json") else directory

@@ -1,11 +1,12 @@
 """Reading a tokenizer's files: `tokenizer.json`, or GPT-2's `vocab.json` and `merges.txt`."""
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gptjax.errors import CheckpointError, ConfigError
-from gptjax.files import damaged, read_json, read_text
+from gptjax.files import damaged, read_json, read_text, shown
 from gptjax.text.vocabulary import AddedToken, Vocabulary, build_vocabulary
 
 END_OF_TEXT = "<|endoftext|>"
@@ -35,7 +36,7 @@ def read_vocabulary(directory: Path, settings: Mapping[str, Any], model_type: ob
 
 def _missing(directory: Path, *, no_vocab: bool, no_merges: bool) -> str:
     names = ["tokenizer.json"] + ["vocab.json"] * no_vocab + ["merges.txt"] * no_merges
-    where = directory if directory.is_dir() else f"{directory}, which is not a directory"
+    where = shown(directory) if os.path.isdir(directory) else f"{shown(directory)}, which is not a directory"
     return (
         f"No tokenizer: {', '.join(names)} not found in {where}. Put tokenizer.json there, or vocab.json with "
         "merges.txt, or name a directory that has them. Without a tokenizer the model still works on token ids."
