@@ -155,7 +155,7 @@ def _ask_library(path: Path, beginning: bytes, size: int) -> None:
         with _pretended(path, beginning, size) as file, safetensors.safe_open(file, framework="np"):
             pass
     except (safetensors.SafetensorError, OSError) as error:
-        raise _damaged(path, f"the safetensors library says: {error}") from None
+        raise _damaged(path, f"the safetensors library says: {shown(error)}") from None
 
 
 @contextlib.contextmanager

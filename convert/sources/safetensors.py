@@ -172,7 +172,7 @@ def _homes(headers: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, list[st
 def _doubled(headers: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
     """Tensors that several files have."""
     homes = _homes(headers).items()
-    return [f"{name} is in several files: {', '.join(files)}" for name, files in homes if len(files) > 1]
+    return [f"{shown(name)} is in several files: {', '.join(files)}" for name, files in homes if len(files) > 1]
 
 
 def _disagreements(weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
@@ -180,15 +180,15 @@ def _disagreements(weight_map: Mapping[str, str], headers: Mapping[str, Mapping[
     fix = f"correct or download again {INDEX} and the file"
     homes = _homes(headers)
     faults = [
-        f"{name} should be in {file} as {INDEX} says, but is not; {fix}"
+        f"{shown(name)} should be in {file} as {INDEX} says, but is not; {fix}"
         for name, file in weight_map.items()
         if file in headers and file not in homes.get(name, [])
     ]
     for name, files in homes.items():
         if len(files) > 1:
-            faults.append(f"{name} is in several files: {', '.join(files)}; {fix}")
+            faults.append(f"{shown(name)} is in several files: {', '.join(files)}; {fix}")
         elif name not in weight_map:
-            faults.append(f"{name} is in {files[0]} but not in {INDEX}; {fix}")
+            faults.append(f"{shown(name)} is in {files[0]} but not in {INDEX}; {fix}")
     return faults
 
 
