@@ -1,13 +1,10 @@
 """A whole conversion: a Hugging Face directory to parameters or to a converted directory."""
 
-import concurrent.futures
-import contextlib
 import dataclasses
-import hashlib
+import functools
 import json
 import math
-import tempfile
-import threading
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
@@ -19,6 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from convert import DTYPES, quantization, rules
+from convert.hashing import Hashes
 from convert.sources import foreign, safetensors
 from convert.sources.header import NUMPY_DTYPES, TensorInfo
 from convert.tables import table
@@ -26,9 +24,10 @@ from gptjax import checkpoint
 from gptjax.config import ModelConfig, read_config, text_directory
 from gptjax.config.keys import without
 from gptjax.errors import CheckpointError
-from gptjax.files import read_json
+from gptjax.files import parse_json, read_bytes
 from gptjax.models.registry import abstract_params, build, num_params
 from gptjax.progress import Progress
+from gptjax.quoting import shown
 from pallas_kernels.mxfp4 import MXFP4
 
 COPIED: Final = (  # what a converted directory takes over, where it is there
@@ -81,26 +80,25 @@ def convert(
 
     Raises:
       ConfigError: a model, or a setting of it, that is not supported; weights that cannot be in MXFP4.
-      CheckpointError: a source that is missing, damaged or does not fit its configuration; a destination that cannot
-        be written. Nothing is left behind.
+      CheckpointError: a source that is missing, damaged, does not fit its configuration or changes meanwhile; a
+        destination that cannot be written. Nothing is left behind.
     """
     started = time.monotonic()
     source, destination = Path(source), Path(destination)
-    if "\0" in f"{source}{destination}":
-        raise CheckpointError("a path has a NUL character; name another directory")
     _check_paths(source, destination)
     wanted = None if dtype is None else _dtype(dtype)
+    small = _small_files(source)  # as they are now: whoever reads them again must find the same
     config = read_config(source, ignore=ignore_config)
     target = config if quantize is None else quantization.packed_config(config, quantize)
     plan, reader = _open(source, config)
     chosen = quantization.chosen(config, target)
-    copies = [source / "config.json"]
-    copies += [text_directory(source) / name for name in COPIED if (text_directory(source) / name).is_file()]
-    index = [source / safetensors.INDEX] if (source / safetensors.INDEX).is_file() else []
-    with _Hashes((*copies, *index, *reader.files)) as hashes, _telling(copies, config, target, ignore_config) as copies:
+    copies = {path.name: data for path, data in small.items() if path.name != safetensors.INDEX}
+    if target != config or ignore_config:
+        copies["config.json"] = _rewritten(copies["config.json"], config, target, ignore_config)
+    with Hashes(small, reader) as hashes:
         manifest = checkpoint.save(
             destination,
-            _leaves(plan, reader, wanted, chosen),
+            _parts(plan, reader, wanted, chosen),
             total_bytes=sum(_written_bytes(fill, reader, wanted, chosen) for fill in plan.fills),
             source=source.resolve().name,
             source_files=hashes.result,
@@ -121,8 +119,8 @@ def convert(
 def stream_params(directory: str | PathLike[str], config: ModelConfig) -> Iterator[tuple[checkpoint.Path, np.ndarray]]:
     """Path and array of each weight of a Hugging Face directory, lazily, for `gptjax.checkpoint.place`.
 
-    The directory is checked by this call already, from headers; data is read as the iterator goes on. Arrays are
-    views of the files where possible, in the files' dtypes.
+    The directory is checked by this call already, from headers; data is read as the iterator goes on. Arrays have the
+    files' dtypes.
 
     Raises:
       CheckpointError: the directory's weights are missing, damaged or not those of the configuration's model.
@@ -170,40 +168,76 @@ def _dtype(dtype: DTypeLike) -> np.dtype[Any]:
 
 
 def _check_paths(source: Path, destination: Path) -> None:
-    if source.is_file():
+    try:
+        inside, outside = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
+    except (OSError, ValueError) as error:  # a NUL, half a surrogate pair
+        path = destination if os.path.lexists(source) else source
+        raise CheckpointError(f"{shown(path)} cannot be a path ({error}); name another directory") from None
+    if os.path.isfile(source):
         foreign.refuse(source)
         raise CheckpointError(f"{source} is a file; name the directory that it is in: {source.absolute().parent}")
-    if not source.is_dir():
+    if not os.path.isdir(source):
         raise CheckpointError(
-            f"{source} does not exist; name a directory with config.json, *.safetensors and tokenizer.json"
+            f"{shown(source)} does not exist; name a directory with config.json, *.safetensors and tokenizer.json"
         )
     if checkpoint.is_converted(source):
         raise CheckpointError(f"{source} is converted already; name the Hugging Face directory that it was made of")
-    inside, outside = destination.resolve(), source.resolve()
+    foreign.refuse_adapter(source)
     if inside == outside:
         raise CheckpointError(f"source and destination are the same directory, {source}; name another destination")
     if outside in inside.parents or inside in outside.parents:
-        raise CheckpointError(f"{destination} and {source} lie one inside the other; name a destination elsewhere")
+        raise CheckpointError(
+            f"{shown(destination)} and {source} lie one inside the other; name a destination elsewhere"
+        )
 
 
-def _leaves(
+def _small_files(source: Path) -> dict[Path, bytes]:
+    """What is copied, and the index: files that are there, with their bytes."""
+    text = text_directory(source)
+    paths = (source / "config.json", *(text / name for name in COPIED), source / safetensors.INDEX)
+    found = {path: read_bytes(path) for path in paths}
+    return {path: data for path, data in found.items() if data is not None}
+
+
+def _rewritten(config_json: bytes, config: ModelConfig, target: ModelConfig, ignored: Sequence[str]) -> bytes:
+    """The target's `config.json`: without ignored keys, and saying what is packed."""
+    raw = dict(without(parse_json(config_json.decode()), ignored))
+    if target != config:
+        raw = quantization.config_json(raw, target)
+    return (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _parts(
     plan: rules.Plan,
     reader: safetensors.SafetensorsSource,
     wanted: np.dtype[Any] | None,
     chosen: Mapping[checkpoint.Path, MXFP4],
-) -> Iterator[tuple[checkpoint.Path, np.ndarray]]:
-    """Path and array of everything to write."""
-    for path, array in rules.stream(plan, reader):
+) -> Iterator[checkpoint.Part]:
+    """Everything to write."""
+    for fill, (path, read) in zip(plan.fills, rules.readers(plan, reader), strict=True):
         if path in chosen:
-            blocks, scales = quantization.rounded(path, array)
-            yield (*path, "blocks"), blocks
-            yield (*path, "scales"), scales
-            del blocks, scales
+            make = functools.partial(_packed, fill, reader, chosen[path].shape)
         else:
-            if wanted is not None and jnp.issubdtype(array.dtype, jnp.floating):
-                array = checkpoint.cast(array, wanted, "/".join(path))
-            yield path, array
-        del array
+            make = functools.partial(_cast, path, read, wanted)
+        yield checkpoint.Part(_written_bytes(fill, reader, wanted, chosen), make)
+
+
+def _packed(
+    fill: rules.Fill, reader: safetensors.SafetensorsSource, shape: tuple[int, ...]
+) -> dict[checkpoint.Path, np.ndarray]:
+    cut = quantization.is_cut(fill.path, shape)
+    parts = rules.parts(fill, reader) if cut else iter([rules.read(fill, reader)])
+    blocks, scales = quantization.rounded(fill.path, parts, shape)
+    return {(*fill.path, "blocks"): blocks, (*fill.path, "scales"): scales}
+
+
+def _cast(
+    path: checkpoint.Path, read: Callable[[], np.ndarray], wanted: np.dtype[Any] | None
+) -> dict[checkpoint.Path, np.ndarray]:
+    array = read()
+    if wanted is not None and jnp.issubdtype(array.dtype, jnp.floating):
+        array = checkpoint.cast(array, wanted, "/".join(path))
+    return {path: array}
 
 
 def _written_bytes(
@@ -220,52 +254,3 @@ def _written_bytes(
 def _bytes(info: TensorInfo, wanted: np.dtype[Any] | None) -> int:
     own = NUMPY_DTYPES[info.dtype]
     return math.prod(info.shape) * int((own if wanted is None or info.dtype not in rules.FLOATS else wanted).itemsize)
-
-
-@contextlib.contextmanager
-def _telling(
-    copies: list[Path], config: ModelConfig, target: ModelConfig, ignored: Sequence[str]
-) -> Iterator[list[Path]]:
-    """The files to copy, with a `config.json` of the target: without ignored keys, and saying what is packed."""
-    if target == config and not ignored:
-        yield copies
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        rewritten = Path(scratch) / "config.json"
-        (own,) = (path for path in copies if path.name == rewritten.name)
-        raw = dict(without(read_json(own) or {}, ignored))
-        if target != config:
-            raw = quantization.config_json(raw, target)
-        rewritten.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        yield [rewritten if path is own else path for path in copies]
-
-
-class _Hashes:
-    """SHA-256 of files, worked out in a thread while other things are done."""
-
-    def __init__(self, files: tuple[Path, ...]):
-        self._files = files
-        self._cancelled = threading.Event()
-        self._pool = concurrent.futures.ThreadPoolExecutor(1)
-        self._future = self._pool.submit(lambda: tuple(map(self._hash, files)))
-
-    def __enter__(self) -> "_Hashes":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._cancelled.set()
-        self._pool.shutdown()
-
-    def result(self) -> tuple[checkpoint.SourceFile, ...]:
-        try:
-            return self._future.result()
-        except OSError as error:
-            raise CheckpointError(f"{error.filename} cannot be read ({error.strerror}); check the file") from None
-
-    def _hash(self, path: Path) -> checkpoint.SourceFile:
-        digest, size = hashlib.sha256(), 0
-        with path.open("rb") as file:
-            while not self._cancelled.is_set() and (block := file.read(1 << 20)):
-                digest.update(block)
-                size += len(block)
-        return checkpoint.SourceFile(path.name, size, digest.hexdigest())

@@ -5,6 +5,7 @@ Conv1D weights are stored [in, out], as kernels are here: nothing is transposed.
 
 from collections.abc import Collection
 
+from convert.heads import other_heads
 from convert.rules import Copy, Ignored, Rule, Table
 from gptjax.config import GPT2Config
 
@@ -22,8 +23,8 @@ _BLOCKS = (
     Rule("[transformer.]h.{N}.mlp.c_proj.weight", "block_{N}/mlp/down/kernel"),
     Rule("[transformer.]h.{N}.mlp.c_proj.bias", "block_{N}/mlp/down/bias"),
 )
+_EMBEDDING = Rule("[transformer.]wte.weight", "token_embedding")
 _ENDS = (
-    Rule("[transformer.]wte.weight", "token_embedding"),
     Rule("[transformer.]wpe.weight", "position_embedding"),
     Rule("[transformer.]ln_f.weight", "final_norm/scale"),
     Rule("[transformer.]ln_f.bias", "final_norm/bias"),
@@ -38,6 +39,7 @@ _TIED_HEAD = Copy(
     "[transformer.]wte.weight",
     otherwise="the head is not tied to the embedding: set tie_word_embeddings to false in config.json",
 )
+_HEAD_AS_EMBEDDING = Rule("lm_head.weight", "token_embedding")
 _BUFFERS = (
     Ignored("[transformer.]h.{N}.attn.bias", "the causal mask, a buffer"),
     Ignored("[transformer.]h.{N}.attn.masked_bias", "the value of masked scores, a buffer"),
@@ -45,7 +47,15 @@ _BUFFERS = (
 
 
 def table(config: GPT2Config, names: Collection[str]) -> Table:
-    """The rows for a model whose head is tied to the embedding, or is not; there is one layout, whatever the names."""
-    if config.tied_head:
-        return Table((*_ENDS, *_BLOCKS), _BUFFERS, (_TIED_HEAD,))
-    return Table((*_ENDS, *_BLOCKS, _HEAD), _BUFFERS)
+    """The rows for a model whose head is tied to the embedding, or is not.
+
+    The one tensor of a tied model may be stored under either name: transformers keeps the embedding's, and safetensors'
+    `save_model` the first in the alphabet, lm_head.weight.
+    """
+    ignored, refused = other_heads(names, "GPT2LMHeadModel")
+    body = (*_ENDS, *_BLOCKS)
+    if not config.tied_head:
+        return Table((_EMBEDDING, *body, _HEAD), (*_BUFFERS, *ignored), refused=refused)
+    if "lm_head.weight" in names and not {"wte.weight", "transformer.wte.weight"} & set(names):
+        return Table((_HEAD_AS_EMBEDDING, *body), (*_BUFFERS, *ignored), refused=refused)
+    return Table((_EMBEDDING, *body), (*_BUFFERS, *ignored), (_TIED_HEAD,), refused)

@@ -6,6 +6,7 @@ that were dequantised are stored [in, out] already.
 
 from collections.abc import Collection
 
+from convert.heads import other_heads
 from convert.rules import TRANSPOSED, Copy, Rule, Table, Transform, stacked, stacked_transposed
 from gptjax.config import GptOssConfig
 from pallas_kernels.mxfp4 import NAN_SCALE
@@ -32,8 +33,8 @@ _EXPERTS = (
     Rule(f"{_LAYER}.mlp.experts.down_proj", "block_{N}/moe/down_kernel", if_missing=_PACKED),
     Rule(f"{_LAYER}.mlp.experts.down_proj_bias", "block_{N}/moe/down_bias"),
 )
+_EMBEDDING = Rule("model.embed_tokens.weight", "token_embedding")
 _HUGGING_FACE = (
-    Rule("model.embed_tokens.weight", "token_embedding"),
     Rule("model.norm.weight", "final_norm/scale"),
     Rule(f"{_LAYER}.input_layernorm.weight", "block_{N}/attention_norm/scale"),
     Rule(f"{_LAYER}.self_attn.sinks", "block_{N}/attention/sinks"),
@@ -49,6 +50,7 @@ _HEAD = Rule(
     "head_embedding",
     if_missing="or set tie_word_embeddings to true in config.json, if the model was trained with a tied head",
 )
+_HEAD_AS_EMBEDDING = Rule("lm_head.weight", "token_embedding")  # as safetensors' `save_model` stores a tied one
 _TIED_HEAD = Copy(
     "lm_head.weight",
     "model.embed_tokens.weight",
@@ -86,6 +88,10 @@ def table(config: GptOssConfig, names: Collection[str]) -> Table:
         Rule(parts["weight"], "block_{N}/attention/qkv/kernel", stacked_transposed(sizes)),
         Rule(parts["bias"], "block_{N}/attention/qkv/bias", stacked(sizes)),
     )
-    if config.tied_head:
-        return Table((*_HUGGING_FACE, *fused), copies=(_TIED_HEAD,))
-    return Table((*_HUGGING_FACE, *fused, _HEAD))
+    ignored, refused = other_heads(names, "GptOssForCausalLM")
+    body = (*_HUGGING_FACE, *fused)
+    if not config.tied_head:
+        return Table((_EMBEDDING, *body, _HEAD), ignored, refused=refused)
+    if "lm_head.weight" in names and "model.embed_tokens.weight" not in names:
+        return Table((_HEAD_AS_EMBEDDING, *body), ignored, refused=refused)
+    return Table((_EMBEDDING, *body), ignored, (_TIED_HEAD,), refused)

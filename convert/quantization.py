@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -60,20 +60,38 @@ def summed_last(path: Path, array: Any) -> Any:
     return array.swapaxes(-1, -2) if _is_kernel(path) else array
 
 
-def rounded(path: Path, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks and scales of a weight, given as the models declare its numbers. Rounds from the float32 of its values."""
-    rows = summed_last(path, array)
-    shape = (*rows.shape[:-1], rows.shape[-1] // BLOCK)
-    blocks, scales = np.empty((*shape, BLOCK // 2), np.uint8), np.empty(shape, np.uint8)
-    buffer = np.zeros((max(_SLICE, rows.shape[-1]) // BLOCK, BLOCK), np.float32)
-    for index in slices(rows.shape, _SLICE):
-        part = rows[index]
-        count = part.size // BLOCK
-        buffer[:count].reshape(part.shape)[...] = part  # beyond, it keeps what it had
-        packed = quantize(buffer)
-        for whole, values in ((blocks, packed.blocks), (scales, packed.scales)):
-            whole[index] = np.asarray(values)[:count].reshape(whole[index].shape)  # waits: the buffer is free again
+def rounded(path: Path, parts: Iterable[np.ndarray], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks and scales of a weight. Rounds from the float32 of its values.
+
+    Args:
+      path: of the weight.
+      parts: its numbers as the models declare them, whole or cut along the first axis (if it is not summed over).
+      shape: of all of it in MXFP4, the summed axis last.
+    """
+    count = (*shape[:-1], shape[-1] // BLOCK)
+    blocks, scales = np.empty((*count, BLOCK // 2), np.uint8), np.empty(count, np.uint8)
+    buffer = np.zeros((max(_SLICE, shape[-1]) // BLOCK, BLOCK), np.float32)
+    start = 0
+    for part in parts:
+        rows = summed_last(path, part)
+        for index in slices(rows.shape, _SLICE):
+            _round(rows[index], buffer, blocks[start:][index], scales[start:][index])
+        start += len(rows)
+        del part, rows  # before the next one is read
     return blocks, scales
+
+
+def _round(numbers: np.ndarray, buffer: np.ndarray, blocks: np.ndarray, scales: np.ndarray) -> None:
+    count = numbers.size // BLOCK
+    buffer[:count].reshape(numbers.shape)[...] = numbers  # beyond, it keeps what it had
+    packed = quantize(buffer)
+    for target, values in ((blocks, packed.blocks), (scales, packed.scales)):
+        target[...] = np.asarray(values)[:count].reshape(target.shape)  # waits: the buffer is free again
+
+
+def is_cut(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a weight of such a shape, as the models declare it, can be rounded in parts of its first axis."""
+    return len(shape) > 2 or not _is_kernel(path)
 
 
 def slices(shape: tuple[int, ...], most: int) -> Iterator[tuple[int | slice, ...]]:

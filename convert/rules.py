@@ -5,6 +5,7 @@ The whole table is checked against headers before any data is read, and all faul
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -16,6 +17,7 @@ from convert.sources.header import TensorInfo
 from convert.sources.safetensors import SafetensorsSource, listed
 from gptjax.checkpoint import Path, flatten
 from gptjax.errors import CheckpointError
+from gptjax.quoting import shown
 
 Shape = tuple[int, ...]
 FLOATS: Final = ("F32", "F16", "BF16")
@@ -84,11 +86,19 @@ class Ignored:
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """A source tensor that may be there and then must equal another one bit for bit."""
+    """A source tensor that may be there and then must equal another one, rounded if one has a smaller dtype."""
 
     source: str
     of: str
-    otherwise: str  # what to do where it does not
+    otherwise: str  # what to do if it does not
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """Source tensors that show that the checkpoint is something else."""
+
+    source: str
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +108,7 @@ class Table:
     rules: Sequence[Rule]
     ignored: Sequence[Ignored] = ()
     copies: Sequence[Copy] = ()
+    refused: Sequence[Refused] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +162,7 @@ def source_shapes(table: Table, targets: Mapping[str, Any]) -> dict[str, tuple[S
 
 
 def stream(plan: Plan, source: SafetensorsSource) -> Iterator[tuple[Path, np.ndarray]]:
-    """Yields path and array of one target after the other; the arrays are views of the source's files where possible.
+    """Yields path and array of one target after the other.
 
     Raises:
       CheckpointError: a copy that differs from its original (before the first target); NaN or infinity in a tensor.
@@ -162,24 +173,42 @@ def stream(plan: Plan, source: SafetensorsSource) -> Iterator[tuple[Path, np.nda
 def readers(plan: Plan, source: SafetensorsSource) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
     """As `stream`, with what reads and checks the array in its place: several can be read at a time, in threads."""
     for name, original, otherwise in plan.copies:
-        if not _equal(source.read(name), source.read(original)):
-            raise CheckpointError(f"{name} differs from {original}; {otherwise}")
-        source.release()
+        if not _agree(source, name, original):
+            dtypes = dict.fromkeys((source.tensors[name].dtype, source.tensors[original].dtype))
+            rounded = f", {' and '.join(dtypes)}, even when rounded" if len(dtypes) > 1 else ""
+            raise CheckpointError(f"{name} differs from {original}{rounded}; {otherwise}")
     for fill in plan.fills:
-        yield fill.path, functools.partial(_read, fill, source)
-        source.release()
+        yield fill.path, functools.partial(read, fill, source)
 
 
-def _read(fill: Fill, source: SafetensorsSource) -> np.ndarray:
-    arrays = [source.read(name) for name in fill.sources]
-    for name, array in zip(fill.sources, arrays, strict=True):
-        fault = fill.transform.fault(array) if _finite(array) else "NaN or infinity"
-        if fault:
-            raise CheckpointError(
-                f"{_show(name)} holds {fault}: the checkpoint is damaged or its training diverged; "
-                "download it again or use another one"
-            )
-    return fill.transform.apply(*arrays)
+def parts(fill: Fill, source: SafetensorsSource) -> Iterator[np.ndarray]:
+    """One target in consecutive parts of its first axis, in little memory, if it is as it is stored; or whole.
+
+    Raises `CheckpointError`.
+    """
+    if fill.transform is not IDENTITY:
+        yield read(fill, source)
+        return
+    (name,) = fill.sources
+    shape = source.tensors[name].shape
+    row = math.prod(shape[1:])
+    for part in source.slices(name, max(1, _PIECE // max(1, row)) * row):
+        yield _checked(name, part, fill.transform).reshape(-1, *shape[1:])
+
+
+def read(fill: Fill, source: SafetensorsSource) -> np.ndarray:
+    """One target, checked. Raises `CheckpointError`."""
+    return fill.transform.apply(*(_checked(name, source.read(name), fill.transform) for name in fill.sources))
+
+
+def _checked(name: str, array: np.ndarray, transform: Transform) -> np.ndarray:
+    fault = transform.fault(array) if _finite(array) else "NaN or infinity"
+    if fault:
+        raise CheckpointError(
+            f"{shown(name)} holds {fault}: the checkpoint is damaged or its training diverged; "
+            "download it again or use another one"
+        )
+    return array
 
 
 class _Matcher:
@@ -194,6 +223,7 @@ class _Matcher:
         self._faults: dict[str, list[str]] = {
             kind: []
             for kind in (
+                "of another kind of model",
                 "missing",
                 "unknown",
                 "filling the same weight",
@@ -209,15 +239,15 @@ class _Matcher:
             self._match(name, info)
         if len(self._prefixed) == 2:
             self._fault(
-                "mixed up", f"{_show(self._prefixed[True])} has a prefix, {_show(self._prefixed[False])} has none"
+                "mixed up", f"{shown(self._prefixed[True])} has a prefix, {shown(self._prefixed[False])} has none"
             )
         for path, parts in self._parts.items():
             for names in parts.values():
                 if len(names) > 1:
-                    self._fault("filling the same weight", f"{'/'.join(path)}: {', '.join(map(_show, names))}")
+                    self._fault("filling the same weight", f"{'/'.join(path)}: {', '.join(map(shown, names))}")
             names = [name for part in parts.values() for name in part]
             if len({self._tensors[name].dtype for name in names}) > 1:
-                listed_dtypes = ", ".join(f"{_show(name)} {self._tensors[name].dtype}" for name in names)
+                listed_dtypes = ", ".join(f"{shown(name)} {self._tensors[name].dtype}" for name in names)
                 self._fault("of another dtype than those they are joined with", listed_dtypes)
         for path in self._targets:
             self._faults["missing"] += self._missing(path)
@@ -242,6 +272,10 @@ class _Matcher:
 
     def _match(self, name: str, info: TensorInfo) -> None:
         known = any(self._matched(row.source, name) is not None for row in self._table.ignored)
+        for row in self._table.refused:
+            if self._matched(row.source, name) is not None:
+                known = True
+                self._fault("of another kind of model", f"{shown(name)} {row.reason}")
         for copy in self._table.copies:
             if self._matched(copy.source, name) is not None:
                 known = True
@@ -257,9 +291,9 @@ class _Matcher:
                     known = True
                     self._fill(path, rule, part, info)
                 else:
-                    absent = f" (the model has no {_show('/'.join(path))})"
+                    absent = f" (the model has no {shown('/'.join(path))})"
         if not known:
-            self._fault("unknown", _show(name) + absent)
+            self._fault("unknown", shown(name) + absent)
 
     def _matched(self, pattern: str, name: str) -> dict[str, str] | None:
         match = _compiled(pattern).fullmatch(name)
@@ -273,11 +307,11 @@ class _Matcher:
     def _fill(self, path: Path, rule: Rule, part: int, info: TensorInfo) -> None:
         expected = rule.transform.source_shapes(tuple(self._targets[path].shape))[part]
         if info.shape != expected:
-            self._fault("of a wrong shape", f"{_show(info.name)} is {list(info.shape)}, expected {list(expected)}")
+            self._fault("of a wrong shape", f"{shown(info.name)} is {list(info.shape)}, expected {list(expected)}")
         if info.dtype not in rule.transform.dtypes:
             self._fault(
                 "of a wrong dtype",
-                f"{_show(info.name)} is {info.dtype}, expected {' or '.join(rule.transform.dtypes)}",
+                f"{shown(info.name)} is {info.dtype}, expected {' or '.join(rule.transform.dtypes)}",
             )
         self._rules.setdefault(path, rule)
         self._parts.setdefault(path, {}).setdefault(part, []).append(info.name)
@@ -286,10 +320,12 @@ class _Matcher:
         for other in self._tensors.values():
             if _compiled(copy.of).fullmatch(other.name) is None:
                 continue
-            if (info.shape, info.dtype) != (other.shape, other.dtype):
-                found = f"{info.dtype} {list(info.shape)}, but {other.name} is {other.dtype} {list(other.shape)}"
-                self._fault("of a wrong shape", f"{_show(name)} is {found}; {copy.otherwise}")
-            elif info.dtype in FLOATS:
+            if info.shape != other.shape:
+                found = f"{list(info.shape)}, but {shown(other.name)} is {list(other.shape)}"
+                self._fault("of a wrong shape", f"{shown(name)} is {found}; {copy.otherwise}")
+            elif info.dtype not in FLOATS:
+                self._fault("of a wrong dtype", f"{shown(name)} is {info.dtype}, expected {' or '.join(FLOATS)}")
+            elif other.dtype in FLOATS:
                 self._copies.append((name, other.name, copy.otherwise))
 
     def _missing(self, path: Path) -> list[str]:
@@ -327,21 +363,30 @@ def _filled(pattern: str, values: Mapping[str, str]) -> str:
     return pattern
 
 
-def _show(name: str) -> str:
-    """A tensor's name as it can be printed: names come from files, and may be long or hold terminal commands."""
-    shown = name if name.isprintable() and name else ascii(name)
-    return shown if len(shown) <= 200 else shown[:200] + "…"
-
-
 def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
     flat = array.reshape(-1)
     return (flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE))
 
 
-def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays of one shape and dtype have the same bits."""
+def _agree(source: SafetensorsSource, name: str, original: str) -> bool:
+    """Whether two tensors of one shape have the same bits, or have once one is rounded to the other's dtype."""
+    there = back = True
+    for x, y in zip(source.slices(name, _PIECE), source.slices(original, _PIECE), strict=True):
+        there = there and _same_bits(_as(x, y.dtype), y)
+        back = back and _same_bits(x, _as(y, x.dtype))
+        if not (there or back):
+            return False
+    return True
+
+
+def _as(array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return array.astype(dtype, copy=False)
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     bits = np.dtype(f"u{a.dtype.itemsize}")
-    return all(np.array_equal(x.view(bits), y.view(bits)) for x, y in zip(_pieces(a), _pieces(b), strict=True))
+    return np.array_equal(a.view(bits), b.view(bits))
 
 
 def _finite(array: np.ndarray) -> bool:

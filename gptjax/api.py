@@ -109,4 +109,4 @@ def load_params(directory: Path, model: Model) -> Params:
 
 def _has_tokenizer(directory: Path) -> bool:
     """Whether there are files of a tokenizer: if they cannot be read, that is a fault and not a lack."""
-    return any((directory / name).exists() for name in TOKENIZER_FILES)
+    return any(os.path.lexists(directory / name) for name in TOKENIZER_FILES)

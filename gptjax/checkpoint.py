@@ -6,9 +6,11 @@ at most PIECE_BYTES or one larger weight, each of which can be read with Orbax a
 
 import collections
 import concurrent.futures
+import dataclasses
 import functools
 import math
 import shutil
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any, Final, TypeVar
@@ -21,13 +23,15 @@ from jax.typing import DTypeLike
 from gptjax import __version__
 from gptjax.errors import CheckpointError
 from gptjax.manifest import Leaf, Manifest, SourceFile, is_converted, read_manifest, write_manifest
-from gptjax.pieces import checksum, damaged, read_piece, return_memory, write_piece
+from gptjax.pieces import check_piece, checksum, read_leaf, write_piece
 from gptjax.progress import Progress, silent
+from gptjax.quoting import shown
 from gptjax.staging import staged, unwritable
 
 __all__ = [
     "Leaf",
     "Manifest",
+    "Part",
     "SourceFile",
     "cast",
     "checked_manifest",
@@ -37,6 +41,7 @@ __all__ = [
     "place",
     "read_leaves",
     "read_manifest",
+    "readers",
     "restore",
     "save",
 ]
@@ -48,6 +53,14 @@ PIECE_BYTES: Final = 128 << 20
 _MAX_FAULTS: Final = 20
 _Result = TypeVar("_Result")
 _WORKERS: Final = 4  # weights on their way to a device at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Weights that are to be saved and are made together: how many bytes they have, and what makes them."""
+
+    nbytes: int
+    read: Callable[[], Mapping[Path, np.ndarray]]
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
@@ -196,7 +209,7 @@ def restore(directory: FilePath, targets: Mapping[str, Any], *, progress: Progre
         or damaged.
     """
     manifest = checked_manifest(directory, targets)
-    return place(read_leaves(directory, manifest), targets, progress=progress)
+    return place(readers(directory, manifest), targets, progress=progress)
 
 
 def checked_manifest(directory: FilePath, targets: Mapping[str, Any]) -> Manifest:
@@ -226,32 +239,29 @@ def checked_manifest(directory: FilePath, targets: Mapping[str, Any]) -> Manifes
     return manifest
 
 
-def read_leaves(directory: FilePath, manifest: Manifest) -> Iterator[tuple[Path, np.ndarray]]:
-    """Yields the weights of a converted directory, reading a piece at a time. Raises `CheckpointError`."""
+def readers(directory: FilePath, manifest: Manifest) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
+    """Path of each weight of a converted directory, and what reads it. Both raise `CheckpointError`."""
     for piece, files in manifest.pieces.items():
         path = directory / "params" / piece
-        arrays = flatten(read_piece(path, files))
+        check_piece(path, files)
         for leaf in manifest.leaves:
-            if leaf.piece != piece:
-                continue
-            array = arrays.pop(leaf.path, None)
-            if array is None or (array.shape, str(array.dtype)) != (leaf.shape, leaf.dtype):
-                raise damaged(path, f"{'/'.join(leaf.path)} is not in it as the manifest says")
-            if checksum(array) != leaf.crc32:
-                raise damaged(path, f"the bytes of {'/'.join(leaf.path)} have changed")
-            yield leaf.path, array
-            del array
-        return_memory()
+            if leaf.piece == piece:
+                yield leaf.path, functools.partial(read_leaf, path, leaf)
+
+
+def read_leaves(directory: FilePath, manifest: Manifest) -> Iterator[tuple[Path, np.ndarray]]:
+    """Yields the weights of a converted directory, one at a time. Raises `CheckpointError`."""
+    return ((path, read()) for path, read in readers(directory, manifest))
 
 
 def save(
     destination: FilePath,
-    leaves: Iterable[tuple[Path, np.ndarray]],
+    parts: Iterable[Part],
     *,
     total_bytes: int,
     source: str,
     source_files: Callable[[], tuple[SourceFile, ...]],
-    copies: Iterable[FilePath] = (),
+    copies: Mapping[str, bytes] = types.MappingProxyType({}),
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -259,10 +269,10 @@ def save(
 
     Args:
       destination: the directory, which must not exist unless `overwrite`; then it must be a converted one.
-      leaves: path and host array of each weight. Those of one piece are held at a time.
+      parts: what makes the weights. Those of one piece are held at a time.
       total_bytes: of all weights, to refuse a disk that is too full before anything is written.
       source, source_files: what the manifest says of the origin; the latter is called when all weights are written.
-      copies: files that are copied into the directory, under their own names.
+      copies: files that the directory has besides, by their names.
       progress: shows how far it is.
 
     Raises:
@@ -272,16 +282,16 @@ def save(
         free = shutil.disk_usage(partial).free
         if free < total_bytes:
             raise CheckpointError(
-                f"{destination} needs {total_bytes / 1e6:,.0f} MB, but its disk has {free / 1e6:,.0f} MB free; "
+                f"{shown(destination)} needs {total_bytes / 1e6:,.0f} MB, but its disk has {free / 1e6:,.0f} MB free; "
                 "free some space or name a directory on another disk"
             )
-        for path in copies:
-            shutil.copyfile(path, partial / path.name)
+        for name, data in copies.items():
+            (partial / name).write_bytes(data)
         (partial / "params").mkdir()
         written: list[Leaf] = []
         pieces: dict[str, dict[str, int]] = {}
         with (progress or silent)("writing weights", total_bytes) as advance:
-            for piece in _pieces(leaves):
+            for piece in _pieces(parts):
                 name = f"{len(pieces):04}"
                 try:
                     pieces[name] = write_piece(partial / "params" / name, nest(piece))
@@ -305,13 +315,14 @@ def _replaceable(directory: FilePath) -> bool:
         return False
 
 
-def _pieces(leaves: Iterable[tuple[Path, np.ndarray]]) -> Iterator[dict[Path, np.ndarray]]:
+def _pieces(parts: Iterable[Part]) -> Iterator[dict[Path, np.ndarray]]:
     piece: dict[Path, np.ndarray] = {}
-    for path, array in leaves:
-        if piece and sum(other.nbytes for other in piece.values()) + array.nbytes > PIECE_BYTES:
-            yield piece
-            piece = {}
-        piece[path] = array
-        del array
+    held = 0
+    for part in parts:
+        if piece and held + part.nbytes > PIECE_BYTES:
+            yield piece  # before more is read
+            piece, held = {}, 0
+        piece |= part.read()
+        held += part.nbytes
     if piece:
         yield piece

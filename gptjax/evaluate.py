@@ -10,13 +10,15 @@ from typing import Final
 import numpy as np
 
 from gptjax.config import read_config
-from gptjax.errors import RequestError
+from gptjax.errors import CheckpointError, RequestError
+from gptjax.files import read_bytes
 from gptjax.hub import DEMOS, resolve
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry
-from gptjax.quoting import quoted
+from gptjax.quoting import quoted, shown
 
 HELD_OUT: Final = DEMOS / "held-out.txt"  # 16 kB of books in the public domain, none of which the demos have read
+_TEXT_BYTES: Final = 256 << 20
 WINDOW: Final = 2048  # tokens, where none is asked for: attention over all 131,072 of GPT-OSS would take hours on a CPU
 _NUMBERS: Final = 1 << 22  # logits looked at together in float64
 
@@ -122,15 +124,16 @@ def window(name: str | os.PathLike[str], max_length: int | None, *, ignore_confi
 
 
 def read(path: str | Path) -> str:
-    """The text of a file. Raises `RequestError` where it cannot be read, or is not text."""
+    """The text of a file. Raises `RequestError` if it cannot be read, is not text, or is larger than 256 MiB."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        data = read_bytes(Path(path), _TEXT_BYTES)
+        if data is None:
+            raise RequestError(f"{shown(path)} cannot be read (No such file or directory); name a text file")
+        return data.decode()
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not UTF-8 text ({error}); convert it first, as with iconv") from None
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read ({error.strerror}); name a text file") from None
-    except ValueError as error:  # a NUL in the name
-        raise RequestError(f"{quoted(str(path))} cannot be a file ({error}); name a text file") from None
+    except CheckpointError as error:
+        raise RequestError(str(error)) from None
 
 
 def _judged(logits_TV: np.ndarray, targets_T: np.ndarray) -> Predictions:

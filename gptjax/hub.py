@@ -3,18 +3,22 @@
 import difflib
 import os
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 from convert.sources import foreign, safetensors
 from gptjax.errors import CheckpointError
+from gptjax.files import MISSING, read_bytes
 from gptjax.installation import with_extra
 from gptjax.manifest import is_converted
+from gptjax.quoting import shown
 
 DEMOS: Final = Path(__file__).resolve().parent / "demo"
 
 FILES: Final = ("*.json", "*.txt", "*.safetensors", "*.model")  # what a checkpoint needs of a Hub repository
+_REFERENCE_BYTES: Final = 4096  # the most that a file of the cache's that names a commit may have
 _HUB_ID: Final = re.compile(
     r"(?P<repo>(?:\w[\w.-]{0,95}/)?\w[\w.-]{0,95})(?:@(?P<revision>\w[\w./-]{0,99}))?", re.ASCII
 )
@@ -41,18 +45,25 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         return DEMOS / text
     try:
         path = Path(text).expanduser()
-        if path.is_dir():
-            return path
-        if path.exists():
+        is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+    except MISSING:
+        pass
+    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown user's home, a NUL, a circle of links
+        fault = (error.strerror if isinstance(error, OSError) else None) or error
+        raise CheckpointError(f"{shown(repr(text))} cannot be a path ({fault}); name a directory or a demo") from None
+    else:
+        if not is_directory:
             raise CheckpointError(_about_file(path))
-    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown user's home, a NUL
-        raise CheckpointError(f"{text[:200]!r} cannot be a path ({error}); name a directory or a demo") from None
+        foreign.refuse_adapter(path)
+        return path
     match = _HUB_ID.fullmatch(text)
     if match is None or ".." in text or isinstance(name, os.PathLike):
         raise CheckpointError(_not_found(text, is_id=False))
     repo, revision = match["repo"], match["revision"] or "main"
     found = cached(repo, revision)
-    return found if found is not None else _download(text, repo, revision)
+    found = found if found is not None else _download(text, repo, revision)
+    foreign.refuse_adapter(found)
+    return found
 
 
 def demos() -> list[str]:
@@ -61,36 +72,39 @@ def demos() -> list[str]:
 
 
 def cached(repo: str, revision: str = "main") -> Path | None:
-    """The directory of a repository in the Hub's local cache, if its configuration and weights are there.
+    """The directory of a repository in the Hub's local cache, if it has configuration and weights, or an adapter.
 
     The environment is read when this is called: HF_HUB_CACHE, else HF_HOME/hub, else ~/.cache/huggingface/hub.
     """
     root = _cache() / f"models--{repo.replace('/', '--')}"
     reference = root / "refs" / revision
+    data = read_bytes(reference, _REFERENCE_BYTES)
     try:
-        commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-    except (OSError, UnicodeDecodeError):
+        commit = revision if data is None else data.decode().strip()
+    except UnicodeDecodeError:
         return None
     if re.fullmatch(r"[0-9a-zA-Z]+", commit) is None:  # it becomes part of a path
         return None
     snapshot = root / "snapshots" / commit
-    return snapshot if (snapshot / "config.json").exists() and _has_weights(snapshot) else None
+    if os.path.lexists(snapshot / foreign.ADAPTER):
+        return snapshot
+    return snapshot if os.path.exists(snapshot / "config.json") and _has_weights(snapshot) else None
 
 
 def _has_weights(snapshot: Path) -> bool:
     """Whether a snapshot has all its weights: an interrupted download leaves an index and some of its files."""
-    if is_converted(snapshot) or (snapshot / safetensors.SINGLE).exists():
+    if is_converted(snapshot) or os.path.exists(snapshot / safetensors.SINGLE):
         return True
     try:
         names = set(safetensors.read_index(snapshot / safetensors.INDEX).values())
     except CheckpointError:
         return False
-    return all(re.fullmatch(r"[^/\\\0]+", name) and (snapshot / name).exists() for name in names)
+    return all(re.fullmatch(r"[^/\\\0]+", name) and os.path.exists(snapshot / name) for name in names)
 
 
 def _cache() -> Path:
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
+    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
 
 
 def _offline() -> bool:
@@ -123,8 +137,8 @@ def _about_file(path: Path) -> str:
     """Why a file is not a checkpoint, and what is."""
     try:
         reason = foreign.refusal(path)
-    except OSError as error:
-        return f"{path} cannot be read ({error.strerror}); check its permissions"
+    except CheckpointError as error:
+        return str(error)
     if reason is not None:
         return reason
     if path.suffix.lower() == ".safetensors":
@@ -133,7 +147,7 @@ def _about_file(path: Path) -> str:
 
 
 def _not_found(text: str, *, is_id: bool) -> str:
-    tried = [f"{text!r} is neither a demo ({', '.join(demos()) or 'none is installed'}) nor a directory"]
+    tried = [f"{shown(repr(text))} is neither a demo ({', '.join(demos()) or 'none is installed'}) nor a directory"]
     close: Iterable[str] = difflib.get_close_matches(text, demos(), n=3)
     tried += [f"did you mean {name!r}?" for name in close]
     if not is_id:

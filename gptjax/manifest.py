@@ -9,10 +9,12 @@ from typing import Any, Final
 
 from gptjax.errors import CheckpointError
 from gptjax.files import read_json
+from gptjax.quoting import shown
 
 FILE: Final = "manifest.json"
 FORMAT: Final = "gptjax-checkpoint"
 VERSION: Final = 1
+MAX_AXES: Final = 16
 DTYPES: Final = frozenset({"float32", "float16", "bfloat16", "uint8"})  # that weights may have
 
 
@@ -61,11 +63,11 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path} is not a gptjax manifest; {again}")
     if raw.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has version {raw.get('version')!r}, this gptjax reads version {VERSION}; "
-            f"use the gptjax that wrote it ({raw.get('gptjax_version')}), or {again}"
+            f"{path} has version {shown(repr(raw.get('version')))}, this gptjax reads version {VERSION}; "
+            f"use the gptjax that wrote it ({shown(raw.get('gptjax_version'))}), or {again}"
         )
     try:
-        return Manifest(
+        manifest = Manifest(
             gptjax_version=_text(raw["gptjax_version"]),
             source=_text(raw["source"]["name"]),
             files=tuple(
@@ -78,6 +80,10 @@ def read_manifest(directory: Path) -> Manifest:
                 for piece, files in raw["pieces"].items()
             },
         )
+        for leaf in manifest.leaves:
+            if leaf.piece not in manifest.pieces:
+                raise ValueError(f"the piece {leaf.piece} is not listed")
+        return manifest
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from None
 
@@ -107,33 +113,45 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 def _leaf(raw: Any) -> Leaf:
     return Leaf(
-        path=tuple(_text(raw["path"]).split("/")),
-        shape=tuple(map(_count, raw["shape"])),
+        path=_path(raw["path"]),
+        shape=_shape(raw["shape"]),
         dtype=_dtype(raw["dtype"]),
         piece=_piece(raw["piece"]),
         crc32=_count(raw["crc32"]),
     )
 
 
+def _path(name: Any) -> tuple[str, ...]:
+    if re.fullmatch(r"\w{1,100}(/\w{1,100}){0,15}", _text(name), re.ASCII) is None:  # it becomes part of a file's path
+        raise ValueError(f"the weight {shown(repr(name))} is not names with slashes between them")
+    return tuple(_text(name).split("/"))
+
+
+def _shape(raw: Any) -> tuple[int, ...]:
+    if not isinstance(raw, list) or len(raw) > MAX_AXES:
+        raise TypeError(f"{shown(repr(raw))} is not a shape")
+    return tuple(map(_count, raw))
+
+
 def _piece(name: Any) -> str:
     if re.fullmatch(r"[0-9]{1,9}", _text(name)) is None:  # it becomes part of a path
-        raise ValueError(f"the piece {name!r} is not a number")
+        raise ValueError(f"the piece {shown(repr(name))} is not a number")
     return _text(name)
 
 
 def _dtype(name: Any) -> str:
     if name not in DTYPES:
-        raise ValueError(f"the dtype {name!r} is unknown")
+        raise ValueError(f"the dtype {shown(repr(name))} is unknown")
     return _text(name)
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
+        raise TypeError(f"{shown(repr(value))} is not text")
     return value
 
 
 def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise TypeError(f"{value!r} is not a count")
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise TypeError(f"{shown(repr(value))} is not a count")
     return value

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -118,7 +119,9 @@ def quantized(lm: LanguageModel, targets: str) -> LanguageModel:
 
     def packed(path: tuple[Any, ...], leaf: Any) -> Any:
         names = tuple(key.key for key in path)
-        return MXFP4(*map(jnp.asarray, rounded(names, np.asarray(leaf)))) if names in paths else leaf
+        if names not in paths:
+            return leaf
+        return MXFP4(*map(jnp.asarray, rounded(names, [np.asarray(leaf)], paths[names].shape)))
 
     params = jax.tree_util.tree_map_with_path(
         packed, lm.params, is_leaf=lambda node: isinstance(node, MXFP4 | MXFP4Fragments)
@@ -177,7 +180,7 @@ def check_plot(path: str | Path) -> None:
         raise RequestError(f"a plot needs matplotlib, which is not installed: {with_extra('plot')}")
     if path.suffix.lower() not in _FORMATS:
         raise RequestError(f"{path} has no ending of a picture; name it .png, .pdf or .svg")
-    if not path.absolute().parent.is_dir():
+    if not os.path.isdir(path.absolute().parent):
         raise RequestError(f"the directory of {path} does not exist; make it first")
 
 

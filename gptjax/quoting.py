@@ -4,6 +4,7 @@ import reprlib
 from typing import Final
 
 _MOST: Final = 100  # characters of one value
+_MOST_OF_NAMES: Final = 300
 _CONTROLS: Final = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
 _CONTROLS.update({127: "\u2421"} | dict.fromkeys(range(128, 160), "\ufffd"))
 
@@ -32,15 +33,17 @@ def quoted(value: object) -> str:
     return text if len(text) <= 2 * _MOST else f"{text[:_MOST]}...{text[-_MOST // 2 :]}"
 
 
-def name(text: str) -> str:
-    """A name without quotes, its control characters escaped, cut to about a hundred characters."""
-    return _SHORT.repr(text)[1:-1]
+def shown(name: object) -> str:
+    """A name or a path as it can be printed: escaped if anything in it is not printable, and cut to 300 characters."""
+    text = str(name)
+    text = text if text.isprintable() and text else ascii(text)
+    return text if len(text) <= _MOST_OF_NAMES else f"{text[:_MOST_OF_NAMES]}…"
 
 
 def names(texts: list[str], most: int = 10) -> str:
     """Names with commas between them: the first few, and how many more there are."""
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return ", ".join(map(name, texts[:most])) + more
+    return ", ".join(map(shown, texts[:most])) + more
 
 
 def clean(text: str) -> str:

@@ -1,8 +1,15 @@
 """A directory that appears whole or not at all.
 
-It is written under a hidden name beside its destination, `.NAME.partial-PID`, and renamed when it is complete and on
-disk. The hidden directory is locked while its process lives, so that whoever comes next can tell a leftover of a
-killed process from the work of a living one.
+It is written within a hidden directory beside its destination, and renamed when it is complete and on disk:
+
+    .NAME.partial-xxxxxxxx/   locked while its process lives; a random name
+      gptjax-staging          marks the directory as one that was made here
+      new/                    what becomes the destination
+      old/                    what the destination was, between the two renames of an exchange
+      discarded/              the same, when the exchange is done
+
+The lock tells a leftover of a killed process from the work of a living one, and the mark from somebody else's
+directory that merely has such a name: without it nothing is deleted or moved.
 """
 
 import contextlib
@@ -11,10 +18,17 @@ import fcntl
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 from gptjax.errors import CheckpointError
+from gptjax.files import read_bytes
+from gptjax.quoting import shown
+
+_MARK: Final = "gptjax-staging"
+_MARKED: Final = b"gptjax writes a checkpoint here. What it leaves when it is killed is removed by its next run.\n"
 
 
 @contextlib.contextmanager
@@ -24,42 +38,52 @@ def staged(destination: Path, *, overwrite: bool, ours: Callable[[Path], bool]) 
     Args:
       destination: where the directory is to be; its parent must exist.
       overwrite: replace what is there, provided that it is `ours`. The old one stays in place until the new one is
-        complete, and is moved back where the exchange fails; killed between two renames, it is put back by the next
+        complete, and is moved back if the exchange fails; killed between two renames, it is put back by the next
         call.
       ours: whether a directory is of the kind that may be overwritten.
 
     Raises:
       CheckpointError: the destination exists, has no parent or cannot be written.
     """
-    destination = Path(os.path.realpath(destination))
-    if not destination.parent.is_dir():
+    destination = _real(destination)
+    if not os.path.isdir(destination.parent):
         raise CheckpointError(
-            f"{destination.parent} does not exist, so {destination.name} cannot be written into it; "
-            f"create it first: mkdir -p {destination.parent}"
+            f"{shown(destination.parent)} does not exist, so {shown(destination.name)} cannot be written into it; "
+            f"create it first: mkdir -p {shown(destination.parent)}"
         )
-    partial = _sibling(destination, "partial")
     try:
         _clean(destination)
         _check_free(destination, overwrite, ours)
-        partial.mkdir()
-        with _locked(partial):
+        staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
+        with _locked(staging):
             try:
-                yield partial
-                _sync(partial)
-                _publish(partial, destination, overwrite)
+                (staging / _MARK).write_bytes(_MARKED)
+                new = staging / "new"
+                new.mkdir()
+                yield new
+                _sync(new)
+                _publish(staging, destination, overwrite)
             finally:
-                if partial.exists():
-                    shutil.rmtree(partial, ignore_errors=True)
+                _remove(staging)
     except OSError as error:
         raise unwritable(destination, error) from error
+
+
+def _real(destination: Path) -> Path:
+    try:
+        return Path(os.path.realpath(destination))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{shown(destination)} cannot be a directory ({error}); name another one") from None
 
 
 def unwritable(destination: Path, error: Exception) -> CheckpointError:
     """What to say where writing failed."""
     number, text = getattr(error, "errno", None), str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
     if number == errno.EEXIST or number == errno.ENOTEMPTY:
         return CheckpointError(
-            f"{destination} is being written by another process; wait for it or name another directory"
+            f"{shown(destination)} is being written by another process; wait for it or name another directory"
         )
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "quota" in text:
         fix = "the disk is full: free some space or name a directory on another disk"
@@ -67,11 +91,7 @@ def unwritable(destination: Path, error: Exception) -> CheckpointError:
         fix = "change its permissions or name a directory that you may write to"
     else:
         fix = "check the disk and its permissions, or name another directory"
-    return CheckpointError(f"{destination} cannot be written ({text}); {fix}; nothing was left behind")
-
-
-def _sibling(destination: Path, kind: str) -> Path:
-    return destination.with_name(f".{destination.name}.{kind}-{os.getpid()}")
+    return CheckpointError(f"{shown(destination)} cannot be written ({shown(text)}); {fix}; nothing was left behind")
 
 
 def _check_free(destination: Path, overwrite: bool, ours: Callable[[Path], bool]) -> None:
@@ -79,12 +99,12 @@ def _check_free(destination: Path, overwrite: bool, ours: Callable[[Path], bool]
         return
     if not overwrite:
         raise CheckpointError(
-            f"{destination} exists; name another directory, or pass overwrite=True (--overwrite) to replace it"
+            f"{shown(destination)} exists; name another directory, or pass overwrite=True (--overwrite) to replace it"
         )
     if not ours(destination):
         raise CheckpointError(
-            f"{destination} exists and was not written by gptjax, so it is not overwritten; name another directory, "
-            "or remove it yourself if nothing in it is needed"
+            f"{shown(destination)} exists and was not written by gptjax, so it is not overwritten; name another "
+            "directory, or remove it yourself if nothing in it is needed"
         )
 
 
@@ -105,16 +125,39 @@ def _locked(directory: Path) -> Iterator[bool]:
 
 def _clean(destination: Path) -> None:
     """Removes what killed processes left beside a destination, and puts back a directory they had moved aside."""
-    pattern = re.compile(rf"\.{re.escape(destination.name)}\.(partial|old)-\d+")
+    pattern = re.compile(rf"\.{re.escape(destination.name)}\.partial-\w{{8}}", re.ASCII)
     for name in os.listdir(destination.parent):
-        match, path = pattern.fullmatch(name), destination.parent / name
-        if match is None or path.is_symlink() or not path.is_dir():
+        path = destination.parent / name
+        if pattern.fullmatch(name) is None or path.is_symlink() or not path.is_dir() or not _is_marked(path):
             continue
         with _locked(path) as dead:
-            if dead and match[1] == "old" and not os.path.lexists(destination):
-                os.rename(path, destination)
-            elif dead:
-                shutil.rmtree(path)
+            if not dead:
+                continue
+            if (path / "old").is_dir():
+                os.rename(path / "old", path / "discarded" if os.path.lexists(destination) else destination)
+            _remove(path)
+
+
+def _is_marked(staging: Path) -> bool:
+    try:
+        return read_bytes(staging / _MARK, len(_MARKED)) == _MARKED
+    except CheckpointError:
+        return False
+
+
+def _remove(staging: Path) -> None:
+    """Deletes a staging directory, but for an old checkpoint that could not be put back.
+
+    The mark goes last, so that what is left by a process killed here is still marked.
+    """
+    for name in ("discarded", "new"):
+        if (staging / name).exists():
+            shutil.rmtree(staging / name, ignore_errors=True)
+    if not (staging / "old").exists():
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(staging / _MARK)
+        with contextlib.suppress(OSError):
+            os.rmdir(staging)  # and not what somebody else may have put into it
 
 
 def _sync(directory: Path) -> None:
@@ -131,20 +174,18 @@ def _sync_one(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def _publish(partial: Path, destination: Path, overwrite: bool) -> None:
+def _publish(staging: Path, destination: Path, overwrite: bool) -> None:
+    new, old = staging / "new", staging / "old"
     if not (overwrite and destination.exists()):
-        os.rename(partial, destination)
+        os.rename(new, destination)
         _sync_one(destination.parent)
         return
-    old = _sibling(destination, "old")
-    with _locked(destination):
-        try:
-            os.rename(destination, old)
-            os.rename(partial, destination)
-        except BaseException:
-            if old.exists() and not destination.exists():
-                os.rename(old, destination)
-            raise
-        _sync_one(destination.parent)
-        os.rename(old, partial)  # killed while half of it is deleted, it must not be put back
-        shutil.rmtree(partial, ignore_errors=True)
+    try:
+        os.rename(destination, old)
+        os.rename(new, destination)
+    except BaseException:
+        if old.exists() and not destination.exists():
+            os.rename(old, destination)
+        raise
+    _sync_one(destination.parent)
+    os.rename(old, staging / "discarded")  # killed while half of it is deleted, it must not be put back

@@ -13,14 +13,15 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = [
     ["pallas_kernels"],
     # gptjax/__init__ is lazy.
-    ["gptjax", "gptjax.axes", "gptjax.errors", "gptjax.files", "gptjax.installation"],
-    ["gptjax.progress", "gptjax.quoting", "gptjax.units"],
+    ["gptjax", "gptjax.axes", "gptjax.errors", "gptjax.installation", "gptjax.quoting"],
+    ["gptjax.files"],
+    ["gptjax.progress", "gptjax.units"],
     ["gptjax.config"],
     ["gptjax.cache"],
     ["gptjax.layers"],
     ["gptjax.models"],
     ["gptjax.sampling", "gptjax.runtime", "gptjax.activations", "gptjax.cost"],
-    ["gptjax.manifest", "gptjax.staging", "gptjax.pieces"],
+    ["gptjax.manifest", "gptjax.staging", "gptjax.raw", "gptjax.pieces"],
     ["gptjax.checkpoint"],
     ["convert"],
     ["gptjax.hub"],

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -44,7 +45,11 @@ def _targets(**dtypes):
 def _save(destination: Path, leaves=LEAVES, **options) -> checkpoint.Manifest:
     items: Iterable = leaves.items() if isinstance(leaves, dict) else leaves
     options = {"total_bytes": 1000, "source": "test", "source_files": tuple, **options}
-    return checkpoint.save(destination, items, **options)
+    return checkpoint.save(destination, _parts(items), **options)
+
+
+def _parts(items):
+    return (checkpoint.Part(array.nbytes, lambda path=path, array=array: {path: array}) for path, array in items)
 
 
 @pytest.fixture
@@ -167,31 +172,26 @@ def test_place_takes_one_weight_at_a_time():
     assert len(alive) == 3
 
 
-def _mapped(tmp_path):
-    """A weight as a view of a file, so aligned that the CPU backend takes it as it is."""
+def _read(tmp_path):
+    """A weight out of a file, and as the backend for CPUs takes it: as it is, if it is so aligned."""
     array = np.arange(1 << 16, dtype=np.float32)
-    made.write(tmp_path / "model.safetensors", {"x": array}, multiple=4096)
-    view = open_directory(tmp_path).read("x")
-    assert view.ctypes.data % 64 == 0
-    assert jax.device_put(view).unsafe_buffer_pointer() == view.ctypes.data  # the danger is real
-    return array, view
+    made.write(tmp_path / "model.safetensors", {"x": array})
+    return array, open_directory(tmp_path).read("x")
 
 
-def test_params_do_not_change_with_the_file(tmp_path):
-    array, view = _mapped(tmp_path)
-    params = checkpoint.place([(("x",), view)], {"x": jax.ShapeDtypeStruct(array.shape, array.dtype)})
-    with (tmp_path / "model.safetensors").open("r+b") as file:
-        file.seek(4096)
-        file.write(np.full_like(array, 7).tobytes())
-    assert view[5] == 7
-    assert np.array_equal(params["x"], array)
-    os.truncate(tmp_path / "model.safetensors", 0)  # a read of the map would now end the process
-    assert float(jnp.sum(params["x"])) == float(array.sum(dtype=np.float64))
+def test_params_do_not_change_with_the_array_that_they_were_made_of():
+    array = np.arange((1 << 16) + 16, dtype=np.float32)
+    array = array[-array.ctypes.data % 64 // 4 :][: 1 << 16]
+    assert jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data  # the danger is real
+    before = array.copy()
+    params = checkpoint.place([(("x",), array)], {"x": jax.ShapeDtypeStruct(array.shape, array.dtype)})
+    array[:] = 7
+    assert np.array_equal(params["x"], before)
 
 
 @pytest.mark.parametrize("kind", ["place", "restore"])
 def test_params_can_be_donated(tmp_path, kind):
-    array, view = _mapped(tmp_path)
+    array, view = _read(tmp_path)
     targets = {"x": jax.ShapeDtypeStruct(array.shape, array.dtype)}
     _save(tmp_path / "dst", {("x",): array})
     params = (
@@ -217,7 +217,8 @@ def target(*spec):
 targets = {"rows": target("tensor"), "columns": target(None, "tensor"), "all": target()}
 targets["both"] = target("data", "tensor")
 leaves = [((name,), array) for name in targets]
-checkpoint.save(Path(sys.argv[1]), leaves, total_bytes=1, source="", source_files=tuple)
+parts = [checkpoint.Part(array.nbytes, lambda path=path, array=array: {path: array}) for path, array in leaves]
+checkpoint.save(Path(sys.argv[1]), parts, total_bytes=1, source="", source_files=tuple)
 for params in (checkpoint.place(leaves, targets), checkpoint.restore(Path(sys.argv[1]), targets)):
     for name, target in targets.items():
         x = params[name]
@@ -298,7 +299,124 @@ def test_damaged_metadata_is_told(saved):
     assert str(saved / "params") in result.stdout and "is damaged" in result.stdout
 
 
+def _described(directory: Path, weight: str, text: str | bytes, chunk: bytes | None = None) -> None:
+    """Another description of a weight, and another chunk, with a manifest that says that it is so."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    path = next((directory / "params").glob(f"*/{weight}"))
+    (path / ".zarray").write_bytes(text.encode() if isinstance(text, str) else text)
+    files = manifest["pieces"][path.parent.name]
+    files[f"{weight}/.zarray"] = (path / ".zarray").stat().st_size
+    if chunk is not None:
+        (path / "0.0").write_bytes(chunk)
+        files[f"{weight}/0.0"] = len(chunk)
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+ZARRAY = {"chunks": [6, 4], "compressor": None, "dimension_separator": ".", "dtype": "<f4", "fill_value": None}
+ZARRAY |= {"filters": None, "order": "C", "shape": [6, 4], "zarr_format": 2}
+HOSTILE = {  # what a library is not asked to make sense of
+    "an enormous shape": json.dumps(ZARRAY | {"shape": [1 << 40, 1 << 20]}),
+    "an enormous shape and chunk": json.dumps(ZARRAY | {"shape": [1 << 62, 4], "chunks": [1 << 62, 4]}),
+    "a negative shape": json.dumps(ZARRAY | {"shape": [-6, -4]}),
+    "many axes": json.dumps(ZARRAY | {"shape": [6, 4] + [1] * 100, "chunks": [6, 4] + [1] * 100}),
+    "nested": json.dumps(ZARRAY)[:-1] + ', "attributes": ' + "[" * 200_000 + "]" * 200_000 + "}",
+    "nested in few bytes": json.dumps(ZARRAY)[:-1] + ', "attributes": ' + "[" * 1500 + "]" * 1500 + "}",
+    "not JSON": "{",
+    "not text": b"\xff\xfe{}",
+    "a list": "[]",
+    "empty": "",
+    "long": json.dumps(ZARRAY) + " " * 5000,
+    "no key": json.dumps({key: value for key, value in ZARRAY.items() if key != "filters"}),
+    "one more key": json.dumps(ZARRAY | {"more": 1}),
+    **{
+        f"{key} {value!r}": json.dumps(ZARRAY | {key: value})
+        for key, values in {
+            "compressor": [{"id": "zlib", "level": 1}, {"id": "blosc", "cname": "zstd"}, {"id": "zstd"}, "gzip"],
+            "filters": [[{"id": "delta", "dtype": "<f4"}], {}],
+            "order": ["F", "X"],
+            "dtype": [">f4", "<f8", "|O", "|S1000000", [["x", "<f4"]]],
+            "chunks": [[1, 1], [3, 4], [6, 4, 1], [0, 0], 6],
+            "fill_value": ["NaN", 1e400],
+            "dimension_separator": ["/", None],
+            "zarr_format": [3, "2"],
+        }.items()
+        for value in values
+    },
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_pieces_that_are_not_as_orbax_wrote_them_are_refused_before_anything_is_made_of_them(saved, kind):
+    _described(saved, "block_0.mlp.kernel", HOSTILE[kind])
+    with pytest.raises(CheckpointError, match=r"block_0\.mlp\.kernel/\.zarray") as caught:
+        checkpoint.restore(saved, _targets())
+    assert "copy the directory or convert the checkpoint again" in str(caught.value) or "is larger than" in str(
+        caught.value
+    )
+    assert len(str(caught.value)) < 600
+
+
+BOMB = """
+import resource, sys
+from pathlib import Path
+from gptjax import checkpoint, errors, manifest
+path = Path(sys.argv[1])
+read = checkpoint.read_manifest(path)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    list(checkpoint.read_leaves(path, read))
+except errors.CheckpointError as error:
+    print("refused:", error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_large_chunk_in_few_bytes(saved, compressed):
+    """256 MB of zeros, compressed or in a sparse file."""
+    shape = [1 << 13, 1 << 13]
+    text = json.dumps(ZARRAY | {"shape": shape, "chunks": shape, "compressor": {"id": "zlib", "level": 9}})
+    _described(saved, "block_0.mlp.kernel", text, zlib.compress(bytes(1 << 28), 9) if compressed else b"")
+    if not compressed:
+        os.truncate(next((saved / "params").glob("*/block_0.mlp.kernel/0.0")), 1 << 28)
+    manifest = (saved / "manifest.json").read_text()
+    for text in (manifest, manifest.replace("[6, 4]", str(shape))):
+        (saved / "manifest.json").write_text(text)
+        result = subprocess.run([sys.executable, "-c", BOMB, str(saved)], capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0, result.stderr
+        said, megabytes = result.stdout.splitlines()
+        assert said.startswith("refused: ") and "is damaged" in said
+        assert int(megabytes) < 50
+
+
+def test_reads_what_orbax_alone_wrote(saved):
+    """As gptjax's earlier versions left it, with its times and places."""
+    for piece in (saved / "params").iterdir():
+        tree = ocp.PyTreeCheckpointer().restore(piece)
+        shutil.rmtree(piece)
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+        ocp.Checkpointer(handler).save(piece, tree)
+    raw = json.loads((saved / "manifest.json").read_text())
+    for piece, files in raw["pieces"].items():
+        for name in files:
+            files[name] = (saved / "params" / piece / name).stat().st_size
+    (saved / "manifest.json").write_text(json.dumps(raw))
+    _assert_equal(checkpoint.restore(saved, _targets()))
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/../b", "", "a//b", "/a", "a\0b", "é", "x" * 101, "/".join("a" * 17)])
+def test_the_name_of_a_weight_in_a_manifest_leads_nowhere(saved, name):
+    path = saved / "manifest.json"
+    path.write_text(path.read_text().replace('"block_0/mlp/kernel"', json.dumps(name)))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint.read_manifest(saved)
+
+
 MANIFESTS = {
+    "a piece that is not there": (lambda raw: json.dumps(raw | {"pieces": {}}), "the piece 0000 is not listed"),
+    "nested": (lambda raw: json.dumps(raw)[:-1] + ', "more": ' + "[" * 200_000 + "]" * 200_000 + "}", "too deeply"),
+    "an enormous number": (lambda raw: json.dumps(raw).replace("[6, 4]", f"[{'9' * 4000}, 4]"), "is not a count"),
+    "many axes": (lambda raw: json.dumps(raw).replace("[6, 4]", str([1] * 1000)), "is not a shape"),
     "not JSON": (lambda raw: "{", "not valid JSON"),
     "another file": (lambda raw: "{}", "not a gptjax manifest"),
     "a later version": (lambda raw: json.dumps(raw | {"version": 2}), "has version 2, this gptjax reads version 1"),
@@ -418,11 +536,12 @@ def test_failing_writes_leave_nothing(saved, monkeypatch, error, said, where, ov
     if where == "sync":
         monkeypatch.setattr(staging, "_sync", fail)
     elif where == "copy":
-        monkeypatch.setattr(checkpoint.shutil, "copyfile", fail)
+        real = Path.write_bytes
+        monkeypatch.setattr(Path, "write_bytes", lambda path, data: fail() if path.name == "copy" else real(path, data))
     else:
         monkeypatch.setattr(checkpoint, name[where], fail)
     with pytest.raises(CheckpointError) as caught:
-        _save(saved, overwrite=overwrite, copies=[Path(__file__)])
+        _save(saved, overwrite=overwrite, copies={"copy": b"x"})
     assert str(saved) in str(caught.value) and said in str(caught.value)
     assert {path: path.is_file() and path.read_bytes() for path in saved.parent.rglob("*")} == before
 
@@ -439,7 +558,7 @@ def test_a_failing_exchange_puts_the_old_one_back(saved, monkeypatch):
     real = os.rename
 
     def rename(source, destination):
-        if "partial" in Path(source).name:  # the second of the two renames
+        if Path(source).name == "new":  # the second of the two renames
             raise OSError(errno.EIO, "Input/output error")
         real(source, destination)
 
@@ -476,9 +595,8 @@ from gptjax import checkpoint, errors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    checkpoint.save(
-        Path(sys.argv[1]), [(("x",), np.ones(100_000, np.float32))], total_bytes=1, source="", source_files=tuple
-    )
+    part = checkpoint.Part(400_000, lambda: {("x",): np.ones(100_000, np.float32)})
+    checkpoint.save(Path(sys.argv[1]), [part], total_bytes=1, source="", source_files=tuple)
 except errors.CheckpointError as error:
     print("refused:", error)
 """

@@ -22,6 +22,7 @@ import pytest
 
 import gptjax
 import gptjax.api
+from convert.sources.safetensors import open_directory
 from gptjax import checkpoint, cost, memory
 from gptjax.activations import stages
 from gptjax.axes import GLOSSARY
@@ -394,6 +395,24 @@ def _truncated(tmp_path: Path) -> Path:
     return directory
 
 
+def _changed(tmp_path: Path) -> None:
+    source = open_directory(_copy(tmp_path))
+    os.utime(tmp_path / "copy" / "model.safetensors")
+    source.read(next(iter(source.tensors)))
+
+
+def _adapter(tmp_path: Path) -> Path:
+    config = {"base_model_name_or_path": "openai-community/gpt2"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def _pipe(tmp_path: Path) -> Path:
+    directory = _copy(tmp_path, without="tokenizer.json")
+    os.mkfifo(directory / "tokenizer.json")
+    return directory
+
+
 def _quantized(tmp_path: Path, config: dict[str, str] | None) -> str:
     """What is said of the small GPT-OSS with this `quantization_config`."""
     directory = _copy(tmp_path, demo=GPT_OSS_DEMO, quantization_config=config)
@@ -485,6 +504,9 @@ MESSAGES: dict[str, Callable[..., str]] = {
     "cannot chat": lambda lm, **_: _raised(lambda: lm.chat([{"role": "user", "content": "Hello"}])),
     "cannot chat on the command line": lambda monkeypatch, **_: _chat_command(monkeypatch),
     "truncated": lambda tmp_path, **_: _raised(lambda: gptjax.load(_truncated(tmp_path))),
+    "changed": lambda tmp_path, **_: _raised(lambda: _changed(tmp_path)),
+    "adapter": lambda tmp_path, **_: _raised(lambda: gptjax.load(_adapter(tmp_path))),
+    "not a file": lambda tmp_path, **_: _raised(lambda: gptjax.load(_pipe(tmp_path))),
     "no tokenizer": lambda tmp_path, **_: _raised(
         lambda: gptjax.load(_copy(tmp_path, without="tokenizer.json")).generate("The king")
     ),

@@ -1,7 +1,9 @@
 """From a name to a checkpoint directory. Nothing here may reach the network."""
 
 import fnmatch
+import json
 import os
+import shutil
 import socket
 import sys
 import types
@@ -10,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax import hub, installation
+import convert
+import gptjax
+from gptjax import hub, info, installation
 from gptjax.errors import CheckpointError
 from tests.convert import made
 
@@ -266,3 +270,50 @@ def test_a_demo_of_a_close_name_is_offered(name):
 def test_names_that_no_file_system_takes(name):
     with pytest.raises(CheckpointError):
         hub.resolve(name)
+
+
+def _adapter(directory: Path, base: str = "openai-community/gpt2") -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": 8, "target_modules": ["c_attn"]}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    name = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
+    made.write(directory / "adapter_model.safetensors", {name: np.zeros((8, 60), np.float32)})
+
+
+@pytest.mark.parametrize("where", ["directory", "with a tokenizer and a config", "cache", "download", "pickle"])
+def test_an_adapter_is_named_as_one(tmp_path, library, where):
+    name, directory = "someone/gpt2-lora", tmp_path / "lora"
+    if where == "cache":
+        root = tmp_path / "home" / "hub" / "models--someone--gpt2-lora"
+        directory = root / "snapshots" / "0a1b"
+        (root / "refs").mkdir(parents=True)
+        (root / "refs" / "main").write_text("0a1b")
+    _adapter(directory)
+    library.answer = directory
+    if where == "with a tokenizer and a config":
+        made.gpt2(tmp_path / "base")
+        for file in ("config.json", "tokenizer.json"):
+            shutil.copy(tmp_path / "base" / file, directory)
+    if where == "pickle":
+        (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
+    tasks = [gptjax.load, info.describe]
+    if where not in ("cache", "download"):
+        name = str(directory)
+        tasks.append(lambda name: convert.convert(name, tmp_path / "dst"))
+    for task in tasks:
+        with pytest.raises(CheckpointError) as caught:
+            task(name)
+        for part in ("holds an adapter of openai-community/gpt2 (LoRA", "merge it into its base model first", "peft."):
+            assert part in str(caught.value)
+    assert bool(library.calls) == (where == "download")
+
+
+def test_an_adapter_beside_a_model_is_not_left_out_silently(tmp_path):
+    made.gpt2(tmp_path / "both")
+    (tmp_path / "both" / "adapter_config.json").write_text("{}")
+    assert hub.resolve(tmp_path / "both") == tmp_path / "both"  # left behind by a merge
+    _adapter(tmp_path / "both", "\x1b[2J" + "x" * 1000)
+    with pytest.raises(
+        CheckpointError, match=r"holds a model and an adapter of '.{290,300}… \(adapter_model\.safetensors\)"
+    ):
+        hub.resolve(tmp_path / "both")

@@ -1,11 +1,12 @@
 """Files that are not read, recognised by name and by their first bytes, so that the error can say what they are."""
 
 import os
-import stat
 from pathlib import Path
 from typing import Final
 
 from gptjax.errors import CheckpointError
+from gptjax.files import opened, read_json
+from gptjax.quoting import shown
 
 _PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _GGML_MAGICS: Final = frozenset({b"lmgg", b"fmgg", b"tjgg", b"algg", b"ggml", b"ggmf", b"ggjt", b"ggla"})
@@ -16,6 +17,12 @@ GET_SAFETENSORS: Final = (
     "(config.json, *.safetensors, tokenizer.json), or load the model once with transformers where you trust the "
     "file and call model.save_pretrained(directory)"
 )
+ADAPTER: Final = "adapter_config.json"
+_ADAPTER_WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
+_MERGE: Final = (
+    "With PEFT: model = peft.AutoPeftModelForCausalLM.from_pretrained(directory).merge_and_unload(), then "
+    "model.save_pretrained(another_directory)"
+)
 _PICKLE: Final = (
     "is a PyTorch pickle file; gptjax never opens those, since unpickling runs any code that is in the file"
 )
@@ -24,24 +31,60 @@ _GGUF: Final = "is a GGUF file; gptjax does not read those yet"
 
 
 def refusal(path: Path) -> str | None:
-    """Why a file is not read as weights, as a whole sentence; None where nothing speaks against it.
+    """Why a file is not read as weights, as a whole sentence; None if nothing speaks against it.
 
     Judged by the magic first and then by the name, so that neither a pickle called `model.safetensors` nor a ggml
-    file called `ggml-model.bin` passes for something else. Reads at most 64 bytes. Raises `OSError`.
+    file called `ggml-model.bin` passes for something else. Reads at most 64 bytes.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: there is no such file.
+      CheckpointError: it is not a regular file, or cannot be read.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
-        return f"{path} is not a regular file. {GET_SAFETENSORS}"
-    with path.open("rb") as file:
-        head = file.read(64)
+    with opened(path) as descriptor:
+        head = os.pread(descriptor, 64, 0)
     reason = _by_magic(head) or _by_name(path)
     return None if reason is None else f"{path} {reason}"
 
 
 def refuse(path: Path) -> None:
-    """Raises `CheckpointError` where `refusal` has something to say."""
+    """Raises `CheckpointError` if `refusal` has something to say."""
     reason = refusal(path)
     if reason is not None:
         raise CheckpointError(reason)
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Raises `CheckpointError` if a directory holds an adapter (LoRA and its like) in place of a model, or beside one.
+
+    An adapter is a difference to the weights of another checkpoint. transformers adds it to them when it loads such a
+    directory, even if the directory has a model's weights as well.
+    """
+    weights = [name for name in _ADAPTER_WEIGHTS if os.path.lexists(directory / name)]
+    described = os.path.lexists(directory / ADAPTER)
+    has_model = any(
+        name.endswith((".safetensors", ".safetensors.index.json")) and name not in _ADAPTER_WEIGHTS
+        for name in _listed(directory)
+    )
+    if not weights and (has_model or not described):
+        return  # an adapter's description that was left beside a merged model changes nothing
+    base = (read_json(directory / ADAPTER) or {}).get("base_model_name_or_path") if described else None
+    of = f" of {shown(base)}" if isinstance(base, str) and base else ""
+    if has_model:
+        raise CheckpointError(
+            f"{shown(directory)} holds a model and an adapter{of} ({', '.join(weights)}), which gptjax does not apply; "
+            f"move adapter_* out of the directory to use the model without it, or merge it. {_MERGE}"
+        )
+    raise CheckpointError(
+        f"{shown(directory)} holds an adapter{of} (LoRA or the like), a difference to a model's weights, and not a "
+        f"model; merge it into its base model first. {_MERGE}"
+    )
+
+
+def _listed(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except (OSError, ValueError):  # whoever reads the files says why
+        return []
 
 
 def _by_magic(head: bytes) -> str | None:

@@ -6,12 +6,14 @@ NaN, the number of tensors, and that the file is exactly as long as its header s
 Format: https://huggingface.co/docs/safetensors, "Format".
 """
 
+import contextlib
 import dataclasses
-import json
 import math
+import os
 import struct
-from collections import Counter
-from collections.abc import Mapping
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +22,8 @@ import numpy as np
 
 from convert.sources.foreign import refusal
 from gptjax.errors import CheckpointError
+from gptjax.files import MISSING, Stamp, opened, parse_json, stamp
+from gptjax.quoting import shown
 
 MAX_HEADER_BYTES: Final = 16 << 20  # GPT-OSS 120b has 543 tensors in headers of 60 kB
 MAX_TENSORS: Final = 1 << 16
@@ -49,65 +53,63 @@ class TensorInfo:
     stop: int
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, in the order of their data. Raises `CheckpointError`."""
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What the beginning of a safetensors file says, and the file that said it."""
+
+    tensors: dict[str, TensorInfo]  # in the order of their data
+    data_start: int
+    crc32: int  # of the bytes before the data
+    stamp: Stamp
+
+
+def read_header(path: Path) -> Header:
+    """The header of one safetensors file. Raises `CheckpointError`."""
     try:
         reason = refusal(path)
         if reason is not None:
             raise CheckpointError(reason)
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        with opened(path) as descriptor:
+            found = stamp(os.fstat(descriptor))
+            first = os.pread(descriptor, 8, 0)
+            (length,) = struct.unpack("<Q", first.ljust(8, b"\0"))
             if length > MAX_HEADER_BYTES:
                 raise _damaged(path, f"its header claims {length:,} bytes, at most {MAX_HEADER_BYTES:,} are accepted")
-            if size < max(8 + length, 10):
-                raise _truncated(path, max(8 + length, 10), size)
-            text = file.read(length)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; download the file, it belongs to the checkpoint") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-    header = _infos(path, text, data_start=8 + length)
-    end = max((info.stop for info in header.values()), default=8 + length)
-    if size < end:
-        raise _truncated(path, end, size)
-    if size > end:
-        raise _damaged(path, f"it has {size:,} bytes, but its header accounts for {end:,}")
-    _ask_library(path)
-    return header
+            if found.size < max(8 + length, 10):
+                raise _truncated(path, max(8 + length, 10), found.size)
+            text = os.pread(descriptor, length, 8)
+    except MISSING:
+        raise CheckpointError(
+            f"{shown(path)} does not exist; download the file, it belongs to the checkpoint"
+        ) from None
+    if len(text) < length:
+        raise _truncated(path, 8 + length, 8 + len(text))
+    tensors = _infos(path, text, data_start=8 + length)
+    end = max((info.stop for info in tensors.values()), default=8 + length)
+    if found.size < end:
+        raise _truncated(path, end, found.size)
+    if found.size > end:
+        raise _damaged(path, f"it has {found.size:,} bytes, but its header accounts for {end:,}")
+    _ask_library(path, first + text, found.size)
+    return Header(tensors, 8 + length, zlib.crc32(first + text), found)
 
 
 def _truncated(path: Path, expected: int, found: int) -> CheckpointError:
     return CheckpointError(
-        f"{path} is truncated: expected {expected:,} bytes, found {found:,}; download the file again"
+        f"{shown(path)} is truncated: expected {expected:,} bytes, found {found:,}; download the file again"
     )
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} is not a sound safetensors file: {what}; download the file again")
+    return CheckpointError(f"{shown(path)} is not a sound safetensors file: {what}; download the file again")
 
 
 def parse(text: bytes) -> dict[str, Any]:
     """A JSON object, strictly: keys once, no NaN. Raises `ValueError`."""
-    try:
-        raw = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    raw = parse_json(text.decode("utf-8"), strict=True)
     if not isinstance(raw, dict):
         raise ValueError(f"it is a JSON {type(raw).__name__}, expected an object")
     return raw
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) != len(pairs):
-        doubled = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {doubled!r} occurs twice")
-    return keys
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _infos(path: Path, text: bytes, data_start: int) -> dict[str, TensorInfo]:
@@ -123,23 +125,23 @@ def _infos(path: Path, text: bytes, data_start: int) -> dict[str, TensorInfo]:
     position = data_start
     for info in infos:
         if info.start != position:
-            raise _damaged(path, f"the data of {info.name!r} overlaps another tensor's or leaves a gap")
+            raise _damaged(path, f"the data of {shown(repr(info.name))} overlaps another tensor's or leaves a gap")
         position = info.stop
     return {info.name: info for info in infos}
 
 
 def _info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(path, f"its entry {name!r} does not consist of dtype, shape and data_offsets")
+        raise _damaged(path, f"its entry {shown(repr(name))} does not consist of dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise _damaged(path, f"{name!r} has the unknown dtype {dtype!r}")
+        raise _damaged(path, f"{shown(repr(name))} has the unknown dtype {shown(repr(dtype))}")
     if not _sizes(shape) or len(shape) > 32:
-        raise _damaged(path, f"{name!r} has the shape {shape!r}")
+        raise _damaged(path, f"{shown(repr(name))} has the shape {shown(repr(shape))}")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _damaged(path, f"{name!r} has the data_offsets {offsets!r}")
+        raise _damaged(path, f"{shown(repr(name))} has the data_offsets {shown(repr(offsets))}")
     if math.prod(shape) * _BITS[dtype] != 8 * (offsets[1] - offsets[0]):
-        raise _damaged(path, f"{name!r}, {dtype} {shape}, has {offsets[1] - offsets[0]:,} bytes of data")
+        raise _damaged(path, f"{shown(repr(name))}, {dtype} {shape}, has {offsets[1] - offsets[0]:,} bytes of data")
     return TensorInfo(name, dtype, tuple(shape), path, data_start + offsets[0], data_start + offsets[1])
 
 
@@ -147,11 +149,27 @@ def _sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def _ask_library(path: Path) -> None:
+def _ask_library(path: Path, beginning: bytes, size: int) -> None:
     import safetensors
 
     try:
-        with safetensors.safe_open(path, framework="np"):
+        with _pretended(path, beginning, size) as file, safetensors.safe_open(file, framework="np"):
             pass
     except (safetensors.SafetensorError, OSError) as error:
-        raise _damaged(path, f"the safetensors library says: {error}") from None
+        raise _damaged(path, f"the safetensors library says: {shown(error)}") from None
+
+
+@contextlib.contextmanager
+def _pretended(path: Path, beginning: bytes, size: int) -> Iterator[str]:
+    """The name of a file with the same beginning and size. The library maps what it reads into memory, where a file
+    that is truncated meanwhile would end the process; this one is ours, and takes no memory beyond its beginning."""
+    if sys.platform != "linux":
+        yield str(path)
+        return
+    descriptor = os.memfd_create("safetensors header")
+    try:
+        os.write(descriptor, beginning)
+        os.ftruncate(descriptor, size)
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)

@@ -1,22 +1,24 @@
 """A bounded, streaming reader of the safetensors files of a Hugging Face directory.
 
-Headers are read first (`convert.sources.header`); data is reached through a memory map, so that a tensor costs no
-memory of its own.
+Headers are read first (`convert.sources.header`), then a tensor at a time into memory of its own.
 """
 
 import math
-import mmap
+import os
 import re
-import threading
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from convert.sources.foreign import GET_SAFETENSORS, refusal
-from convert.sources.header import MAX_HEADER_BYTES, NUMPY_DTYPES, TensorInfo, parse, read_header
+from convert.sources.header import MAX_HEADER_BYTES, NUMPY_DTYPES, Header, TensorInfo, parse, read_header
 from gptjax.errors import CheckpointError
+from gptjax.files import read_bytes
+from gptjax.quoting import shown
+from gptjax.raw import read_array
 
 MAX_FAULTS: Final = 20  # of a kind, before "and N more"
 SINGLE: Final = "model.safetensors"
@@ -25,43 +27,45 @@ _NUMBERED: Final = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.safetens
 
 
 class SafetensorsSource:
-    """The tensors of one or several safetensors files, mapped into memory.
+    """The tensors of one or several safetensors files.
 
-    `tensors` lists them by name, in the order in which they lie on disk.
+    `tensors` lists them by name, in the order in which they lie on disk; `headers` has what their files began with.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorInfo]):
-        self.tensors = tensors
-        self.files: tuple[Path, ...] = tuple(dict.fromkeys(info.file for info in tensors.values()))
-        self._maps: dict[Path, mmap.mmap] = {}
-        self._lock = threading.Lock()  # tensors may be read in several threads
+    def __init__(self, headers: Mapping[Path, Header]):
+        self.headers = headers
+        self.tensors: dict[str, TensorInfo] = {
+            name: info for header in headers.values() for name, info in header.tensors.items()
+        }
+        self.checksums: dict[str, int] | None = None  # CRC-32 of what is read, by tensor, if somebody wants them
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor as a read-only view of its file. Valid as long as it lives; the file must not be truncated.
+        """A tensor, read-only.
 
-        Raises `KeyError` for a tensor that is not there or whose dtype NumPy does not have.
+        Raises:
+          KeyError: there is no such tensor, or NumPy does not have its dtype.
+          CheckpointError: the file cannot be read, or has changed since its header was read.
         """
+        shape = self.tensors[name].shape
+        (array,) = self.slices(name, max(1, math.prod(shape)))
+        return array.reshape(shape)
+
+    def slices(self, name: str, most: int) -> Iterator[np.ndarray]:
+        """The elements of a tensor, so many at a time, at least one array. Raises as `read`."""
+        count, crc = math.prod(self.tensors[name].shape), 0
+        for start in range(0, max(1, count), most):
+            array = self._part(name, start, min(most, count - start))
+            if self.checksums is not None:
+                crc = zlib.crc32(array.view(np.uint8).data, crc)
+            yield array
+        if self.checksums is not None:
+            self.checksums[name] = crc
+
+    def _part(self, name: str, start: int, count: int) -> np.ndarray:
         info = self.tensors[name]
         dtype = NUMPY_DTYPES[info.dtype]
-        count = math.prod(info.shape)
-        if count == 0:
-            return np.empty(info.shape, dtype)
-        return np.frombuffer(self._map(info.file), dtype, count, info.start).reshape(info.shape)
-
-    def release(self) -> None:
-        """Lets go of the pages read so far. Views stay valid: what they show is read from the file again."""
-        for mapped in tuple(self._maps.values()):
-            mapped.madvise(mmap.MADV_DONTNEED)
-
-    def _map(self, path: Path) -> mmap.mmap:
-        with self._lock:
-            if path not in self._maps:
-                try:
-                    with path.open("rb") as file:
-                        self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                except OSError as error:
-                    raise CheckpointError(f"{path} cannot be read ({error.strerror}); check the file") from None
-            return self._maps[path]
+        offset = info.start + start * dtype.itemsize
+        return read_array(info.file, dtype, (count,), offset=offset, expected=self.headers[info.file].stamp)
 
 
 def open_directory(directory: Path) -> SafetensorsSource:
@@ -74,9 +78,9 @@ def open_directory(directory: Path) -> SafetensorsSource:
       CheckpointError: no weights; weights of another kind; a file that is truncated, damaged or not what its name
         says; an index that names files outside the directory or disagrees with its files. All faults together.
     """
-    if (directory / SINGLE).exists():
+    if os.path.lexists(directory / SINGLE):
         names, weight_map = [SINGLE], None
-    elif (directory / INDEX).exists():
+    elif os.path.lexists(directory / INDEX):
         weight_map = read_index(directory / INDEX)
         names = list(dict.fromkeys(weight_map.values()))
     elif names := _numbered(directory):
@@ -84,16 +88,17 @@ def open_directory(directory: Path) -> SafetensorsSource:
     else:
         raise CheckpointError(_no_weights(directory))
     faults: list[str] = []
-    headers: dict[str, dict[str, TensorInfo]] = {}
+    headers: dict[str, Header] = {}
     for name in names:
         try:
             headers[name] = read_header(_contained(directory, name) if weight_map else directory / name)
         except CheckpointError as error:
             faults.append(str(error))
-    faults += _doubled(headers) if weight_map is None else _disagreements(weight_map, headers)
+    tensors = {name: header.tensors for name, header in headers.items()}
+    faults += _doubled(tensors) if weight_map is None else _disagreements(weight_map, tensors)
     if faults:
         raise CheckpointError(f"{directory} cannot be read:\n" + listed(faults))
-    return SafetensorsSource({key: info for header in headers.values() for key, info in header.items()})
+    return SafetensorsSource({directory / name: header for name, header in headers.items()})
 
 
 def listed(faults: Iterable[str], indent: str = "  ") -> str:
@@ -105,12 +110,11 @@ def listed(faults: Iterable[str], indent: str = "  ") -> str:
 
 def read_index(path: Path) -> dict[str, str]:
     """An index's map from tensor to file name, names as they stand. Raises `CheckpointError`."""
+    data = read_bytes(path, MAX_HEADER_BYTES)
+    if data is None:
+        raise CheckpointError(f"{shown(path)} does not exist; download the file, it belongs to the checkpoint")
     try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path} is larger than {MAX_HEADER_BYTES:,} bytes; download the file again")
-        weight_map = parse(path.read_bytes()).get("weight_map")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+        weight_map = parse(data).get("weight_map")
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download the file again") from None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -123,7 +127,7 @@ def read_index(path: Path) -> dict[str, str]:
 def _contained(directory: Path, name: str) -> Path:
     """The path of a file that an index names. An index is data from elsewhere: it must not reach other files."""
     path = directory / name
-    fault = f"{directory / INDEX} names the file {name!r}"
+    fault = f"{directory / INDEX} names the file {shown(repr(name))}"
     fix = "an index may only name files beside it; download the checkpoint again from a source you trust"
     if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
         raise CheckpointError(f"{fault}, which is not a plain file name; {fix}")
@@ -133,7 +137,11 @@ def _contained(directory: Path, name: str) -> Path:
     roots = [root]
     if root.parent.name == "snapshots":  # the Hub's cache: snapshots/<commit>/<file> -> ../../blobs/<hash>
         roots.append(root.parent.parent / "blobs")
-    if path.resolve().parent not in roots:
+    try:
+        inside = path.resolve().parent in roots
+    except (OSError, ValueError, RuntimeError) as error:  # too long, half a surrogate pair, a circle of links
+        raise CheckpointError(f"{fault}, which cannot be one ({error}); {fix}") from None
+    if not inside:
         raise CheckpointError(f"{fault}, a link that leads out of the directory; {fix}")
     return path
 
@@ -165,7 +173,7 @@ def _homes(headers: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, list[st
 def _doubled(headers: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
     """Tensors that several files have."""
     homes = _homes(headers).items()
-    return [f"{name} is in several files: {', '.join(files)}" for name, files in homes if len(files) > 1]
+    return [f"{shown(name)} is in several files: {', '.join(files)}" for name, files in homes if len(files) > 1]
 
 
 def _disagreements(weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
@@ -173,15 +181,15 @@ def _disagreements(weight_map: Mapping[str, str], headers: Mapping[str, Mapping[
     fix = f"correct or download again {INDEX} and the file"
     homes = _homes(headers)
     faults = [
-        f"{name} should be in {file} as {INDEX} says, but is not; {fix}"
+        f"{shown(name)} should be in {file} as {INDEX} says, but is not; {fix}"
         for name, file in weight_map.items()
         if file in headers and file not in homes.get(name, [])
     ]
     for name, files in homes.items():
         if len(files) > 1:
-            faults.append(f"{name} is in several files: {', '.join(files)}; {fix}")
+            faults.append(f"{shown(name)} is in several files: {', '.join(files)}; {fix}")
         elif name not in weight_map:
-            faults.append(f"{name} is in {files[0]} but not in {INDEX}; {fix}")
+            faults.append(f"{shown(name)} is in {files[0]} but not in {INDEX}; {fix}")
     return faults
 
 
@@ -193,7 +201,7 @@ def _no_weights(directory: Path) -> str:
             f"{expected}; it looks like one that gptjax converted, but its manifest.json is missing: convert it again"
         )
     try:
-        files = sorted(path for path in directory.iterdir() if path.is_file())
+        files = sorted(path for path in directory.iterdir() if os.path.isfile(path))
         others = [path.name for path in files if path.suffix == ".safetensors"]
         if others:
             return f"{expected}, but {', '.join(others[:5])}; rename a single file to {SINGLE}, or add their index"

@@ -117,7 +117,7 @@ def _tune(cases: "dict[Case, list[str]]", target: str, device: str, *, repeats: 
     from pallas_kernels import tiles
 
     file = Path(target) if target else tiles.path(device)
-    if file.suffix != ".json" or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+    if file.suffix != ".json" or not os.access(file if os.path.exists(file) else file.absolute().parent, os.W_OK):
         raise RequestError(f"{file} is no table that can be written; name one, as in --tune tiles.json")
     try:
         tiles.read(file)  # so that its faults are known before the work is done

@@ -5,6 +5,7 @@ ignored is a wrong answer. What transformers does not read in a Hugging Face `co
 no defaults. What an absent key means is stated where it is read.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +17,7 @@ from gptjax.config.gpt_oss import GptOssConfig
 from gptjax.config.keys import WITHOUT_EFFECT, without
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.files import read_json
-from gptjax.quoting import quoted
+from gptjax.quoting import quoted, shown
 
 __all__ = [
     "PUBLISHED",
@@ -66,7 +67,7 @@ def read_config(directory: Path, *, ignore: Iterable[str] = ()) -> ModelConfig:
     raw = read_json(directory / "config.json")
     if raw is None:
         raise CheckpointError(
-            f"{directory} has no config.json; expected a Hugging Face checkpoint (config.json, *.safetensors, "
+            f"{shown(directory)} has no config.json; expected a Hugging Face checkpoint (config.json, *.safetensors, "
             "tokenizer.json) or a directory written by `gptjax convert`"
         )
     return config_from_json(without(raw, ignore))
@@ -88,8 +89,8 @@ def text_directory(directory: Path) -> Path:
 
     OpenAI's own directory has none: it comes as the folder `original` of a repository that has them.
     """
-    if any((directory / name).exists() for name in TOKENIZER_FILES):
+    if any(os.path.lexists(directory / name) for name in TOKENIZER_FILES):
         return directory
     raw = read_json(directory / "config.json") or {}
     parent = directory.absolute().parent
-    return parent if gpt_oss.is_original(raw) and (parent / "tokenizer.json").is_file() else directory
+    return parent if gpt_oss.is_original(raw) and os.path.isfile(parent / "tokenizer.json") else directory

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from gptjax.errors import ConfigError, RequestError
-from gptjax.quoting import name, names, quoted
+from gptjax.quoting import names, quoted, shown
 
 # Keys of published configs that change nothing about inference. Known by name; every other unknown key raises.
 WITHOUT_EFFECT: Final = frozenset(
@@ -51,7 +51,7 @@ def without(raw: Mapping[str, Any], ignored: Iterable[str]) -> Mapping[str, Any]
 def _without(raw: Mapping[str, Any], path: str, parts: list[str]) -> dict[str, Any]:
     first, *rest = parts
     if first not in raw or (rest and not isinstance(raw[first], Mapping)):
-        raise ConfigError(f"config.json has no {name(path)} to ignore; there is {names(sorted(raw), most=50)}")
+        raise ConfigError(f"config.json has no {shown(path)} to ignore; there is {names(sorted(raw), most=50)}")
     if not rest:
         return {key: value for key, value in raw.items() if key != first}
     return {**raw, first: _without(raw[first], path, rest)}
@@ -59,7 +59,7 @@ def _without(raw: Mapping[str, Any], path: str, parts: list[str]) -> dict[str, A
 
 def around(keys: Iterable[str]) -> str:
     """How a person who knows that keys change nothing goes on in spite of them."""
-    listed = [name(key) for key in keys][:10]
+    listed = [shown(key) for key in keys][:10]
     options = " ".join(f"--ignore-config {key}" for key in listed)
     return f"ignore_config=({', '.join(map(repr, listed))},) or {options}"
 

@@ -1,12 +1,13 @@
 """Reading a tokenizer's files: `tokenizer.json`, or GPT-2's `vocab.json` and `merges.txt`."""
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.files import damaged, read_json, read_text
-from gptjax.quoting import name, quoted
+from gptjax.quoting import quoted, shown
 from gptjax.text.additions import read_additions, special_tokens
 from gptjax.text.vocabulary import AddedToken, Vocabulary, build_vocabulary
 
@@ -39,7 +40,7 @@ def read_vocabulary(
 
 def _missing(directory: Path, *, no_vocab: bool, no_merges: bool) -> str:
     names = ["tokenizer.json"] + ["vocab.json"] * no_vocab + ["merges.txt"] * no_merges
-    where = directory if directory.is_dir() else f"{directory}, which is not a directory"
+    where = shown(directory) if os.path.isdir(directory) else f"{shown(directory)}, which is not a directory"
     return (
         f"No tokenizer: {', '.join(names)} not found in {where}. Put tokenizer.json there, or vocab.json with "
         "merges.txt, or name a directory that has them. Without a tokenizer the model still works on token ids."
@@ -52,7 +53,7 @@ def _require_gpt2_cut(directory: Path, settings: Mapping[str, Any], model_type: 
     if named in _GPT2_CLASSES or (named is None and model_type not in _OTHER_CUTS):
         return
     raise ConfigError(
-        f"{directory} has the vocab.json and merges.txt of {name(str(named or model_type))}, which may cut text into "
+        f"{directory} has the vocab.json and merges.txt of {shown(str(named or model_type))}, which may cut text into "
         "words in another way than GPT-2: put its tokenizer.json there."
     )
 
@@ -85,13 +86,15 @@ def _from_tokenizer_json(
 def _require_byte_level(path: Path, found: dict[str, Any], model: dict[str, Any]) -> None:
     """Older files do not name the model's type, and write an absent affix as ""."""
     kind = model.get("type", "BPE" if "merges" in model else None)
-    faults = [] if kind == "BPE" else [f"its model is {name(str(kind))}"]
+    faults = [] if kind == "BPE" else [f"its model is {shown(str(kind))}"]
     if "ByteLevel" not in _types(found.get("pre_tokenizer")):
         faults.append("its pre_tokenizer is not ByteLevel")
     affixes = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
     faults += [f"it has {key} {quoted(model[key])}" for key in affixes if model.get(key)]
     faults += [
-        f"its decoder is {name(kind)}" for kind in _types(found.get("decoder")) if kind not in ("ByteLevel", "Sequence")
+        f"its decoder is {shown(kind)}"
+        for kind in _types(found.get("decoder"))
+        if kind not in ("ByteLevel", "Sequence")
     ]
     if faults:
         raise ConfigError(

@@ -24,6 +24,7 @@ def _refused(directory, *parts):
         list(stream_params(directory, read_config(directory)))
     for part in parts:
         assert part in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("shards", [0, 3])
@@ -63,10 +64,68 @@ def test_a_head_that_differs_by_a_bit_is_refused_where_it_is_tied(tmp_path):
     _refused(tmp_path, "lm_head.weight differs from wte.weight", "set tie_word_embeddings to false in config.json")
 
 
-def test_a_head_of_another_dtype_is_refused_where_it_is_tied(tmp_path):
+@pytest.mark.parametrize("head", [np.float32, np.float16])
+def test_a_tied_head_in_another_dtype_is_a_copy_if_it_agrees_when_rounded(tmp_path, head):
     _, tensors = made.gpt2(tmp_path)
-    made.write_gpt2(tmp_path, tensors | {"lm_head.weight": tensors["wte.weight"].astype(np.float16)})
-    _refused(tmp_path, "lm_head.weight is F16 [101, 60]", "set tie_word_embeddings to false")
+    embedding = tensors["wte.weight"].astype(np.float16 if head == np.float32 else np.float32)
+    both = {"wte.weight": embedding, "lm_head.weight": tensors["wte.weight"].astype(head)}
+    made.write_gpt2(tmp_path, tensors | both)
+    assert made.same_bits(_stream(tmp_path)["token_embedding"], embedding)
+    both["lm_head.weight"][3, 4] += 1
+    made.write_gpt2(tmp_path, tensors | both)
+    message = _refused(tmp_path, "lm_head.weight differs from wte.weight, F", "even when rounded")
+    assert "shape" not in message
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_a_tied_tensor_may_be_stored_as_the_head_only(tmp_path, prefix):
+    """What safetensors' own `save_model` does."""
+    _, tensors = made.gpt2(tmp_path)
+    expected = _stream(tmp_path)
+    stored = {("lm_head.weight" if name == "wte.weight" else name): array for name, array in tensors.items()}
+    made.write_gpt2(tmp_path, stored, prefix=prefix)
+    found = _stream(tmp_path)
+    assert found.keys() == expected.keys()
+    assert all(made.same_bits(found[name], array) for name, array in expected.items())
+
+
+def test_a_head_is_not_the_embedding_of_an_untied_model(tmp_path):
+    _, tensors = made.gpt2(tmp_path, tie_word_embeddings=False)
+    del tensors["wte.weight"]
+    made.write_gpt2(tmp_path, tensors)
+    _refused(tmp_path, "1 tensor missing:\n    wte.weight")
+
+
+HEADS = {  # class, and the shapes of what it has besides the body
+    "GPT2DoubleHeadsModel": {"multiple_choice_head.summary.weight": (1, 60), "multiple_choice_head.summary.bias": (1,)},
+    "TRL's value head": {"v_head.summary.weight": (1, 60), "v_head.summary.bias": (1,)},
+    "GPT2ForSequenceClassification": {"score.weight": (2, 60)},
+    "GPT2ForTokenClassification": {"classifier.weight": (2, 60), "classifier.bias": (2,)},
+    "GPT2ForQuestionAnswering": {"qa_outputs.weight": (2, 60), "qa_outputs.bias": (2,)},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_beside_a_language_models_own_are_dropped(tmp_path, kind):
+    _, tensors = made.gpt2(tmp_path)
+    expected = _stream(tmp_path).keys()
+    more = {name: np.ones(shape, np.float32) for name, shape in HEADS[kind].items()}
+    made.write_gpt2(tmp_path, tensors | more | {"lm_head.weight": tensors["wte.weight"]})
+    assert _stream(tmp_path).keys() == expected
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_in_place_of_a_language_models_own(tmp_path, kind):
+    """The first two are only trained together with one, which is the embedding where it is tied."""
+    _, tensors = made.gpt2(tmp_path)
+    expected = _stream(tmp_path).keys()
+    made.write_gpt2(tmp_path, tensors | {name: np.ones(shape, np.float32) for name, shape in HEADS[kind].items()})
+    if "For" not in kind:
+        assert _stream(tmp_path).keys() == expected
+        return
+    name = next(iter(HEADS[kind]))
+    message = _refused(tmp_path, "of another kind of model", f"{name} is a head that", "not a language model")
+    assert "GPT2LMHeadModel.from_pretrained(directory).save_pretrained" in message
 
 
 def test_an_untied_head_is_required(tmp_path):

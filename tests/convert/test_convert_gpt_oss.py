@@ -300,6 +300,25 @@ def test_a_tied_head_may_be_stored_if_it_is_equal(tmp_path):
     _refused(directory, "lm_head.weight differs from model.embed_tokens.weight", "tie_word_embeddings to false")
 
 
+def test_a_tied_tensor_may_be_stored_as_the_head_only(tmp_path):
+    checkpoint = gpt_oss_random.checkpoint(tie_word_embeddings=True, **gpt_oss_random.TWO_LAYERS)
+    expected = _stream(_write(tmp_path / "a", checkpoint.packed, tie_word_embeddings=True))
+    tensors = dict(checkpoint.packed)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    _same(_stream(_write(tmp_path / "b", tensors, tie_word_embeddings=True)), expected)
+
+
+def test_a_classifier_of_texts_is_named(tmp_path):
+    tensors = {
+        **gpt_oss_random.checkpoint(**gpt_oss_random.TWO_LAYERS).packed,
+        "score.weight": np.ones((2, 96), np.float32),
+    }
+    del tensors["lm_head.weight"]
+    _refused(
+        _write(tmp_path, tensors), "score.weight is a head that classifies texts", "GptOssForCausalLM.from_pretrained"
+    )
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.sinks", "model.layers.1.self_attn.k_proj.weight"])
 def test_numbers_that_are_none_are_refused(tmp_path, checkpoint, name, value):

@@ -199,9 +199,34 @@ def test_a_copy_that_differs_in_a_later_piece_is_seen(tmp_path, monkeypatch):
         next(rules.stream(rules.check(TABLE, source.tensors, _targets()), source))
 
 
-@pytest.mark.parametrize("head", [np.zeros((3, 7), np.float32), np.zeros((7, 3), np.float16)])
-def test_a_copy_of_another_shape_or_dtype_is_seen_in_the_headers(tmp_path, head):
-    _refused(tmp_path, _tensors(head=head), "head is ", "but top is F32 [7, 3]; untie it")
+@pytest.mark.parametrize(
+    ("head", "kind", "said"),
+    [
+        (np.zeros((3, 7), np.float32), "of a wrong shape", "head is [3, 7], but top is [7, 3]; untie it"),
+        (np.zeros((7, 3), np.int32), "of a wrong dtype", "head is I32, expected F32 or F16 or BF16"),
+    ],
+)
+def test_a_copy_of_another_shape_or_kind_is_seen_in_the_headers(tmp_path, head, kind, said):
+    _refused(tmp_path, _tensors(head=head), f"1 tensor {kind}", said)
+
+
+@pytest.mark.parametrize("top", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("head", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_copy_of_another_dtype_is_compared_by_value(tmp_path, monkeypatch, top, head):
+    monkeypatch.setattr(rules, "_PIECE", 4)
+    tensors = _tensors()
+    same = {**tensors, "top": tensors["top"].astype(top), "head": tensors["top"].astype(head)}
+    if {top, head} == {np.float16, ml_dtypes.bfloat16}:  # neither holds the other's values
+        same["top"] = np.round(tensors["top"]).astype(top)
+        same["head"] = same["top"].astype(head)
+    source = _source(tmp_path, same)
+    next(rules.stream(rules.check(TABLE, source.tensors, _targets()), source))
+    same["head"] = same["head"].copy()
+    same["head"][-1, -1] += 1
+    source = _source(tmp_path, same)
+    dtypes = "" if top == head else f", {made.DTYPE_NAMES[np.dtype(head).name]} and "
+    with pytest.raises(CheckpointError, match=f"head differs from top{dtypes}"):
+        next(rules.stream(rules.check(TABLE, source.tensors, _targets()), source))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

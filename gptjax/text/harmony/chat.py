@@ -33,7 +33,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from gptjax.errors import RequestError
-from gptjax.text.harmony.fields import read_list, read_object, read_string, read_text, shown
+from gptjax.quoting import quoted
+from gptjax.text.harmony.fields import read_list, read_object, read_string, read_text
 from gptjax.text.harmony.messages import FUNCTIONS, ROLES, DeveloperContent, Message, Namespace, SystemContent
 from gptjax.text.harmony.rendering import check_name, render_messages
 from gptjax.text.harmony.special import CONSTRAIN
@@ -87,7 +88,7 @@ def render(
     """
     if earlier_analysis not in get_args(EarlierAnalysis):
         allowed = ", ".join(get_args(EarlierAnalysis))
-        raise RequestError(f"earlier_analysis is {shown(earlier_analysis)}: write one of {allowed}.")
+        raise RequestError(f"earlier_analysis is {quoted(earlier_analysis)}: write one of {allowed}.")
     talk = conversation(messages, tools, reasoning_effort, current_date)
     if earlier_analysis == "dropped":
         talk = _without_earlier_analysis(talk)
@@ -107,7 +108,7 @@ def conversation(
 ) -> list[Message]:
     """The harmony messages that `render` renders, nothing dropped. Arguments and errors as there."""
     if reasoning_effort not in _EFFORTS:
-        raise RequestError(f"reasoning_effort is {shown(reasoning_effort)}: write one of {', '.join(_EFFORTS)}.")
+        raise RequestError(f"reasoning_effort is {quoted(reasoning_effort)}: write one of {', '.join(_EFFORTS)}.")
     _check_date(current_date)
     functions, builtin = read_tools(tools)
     chat = _Chat(builtin)
@@ -133,7 +134,7 @@ def _check_date(date: object) -> None:
             return
     except ValueError:
         pass
-    raise RequestError(f"current_date is {shown(date)}: write a date like 2025-06-28.")
+    raise RequestError(f"current_date is {quoted(date)}: write a date like 2025-06-28.")
 
 
 class _Chat:
@@ -149,7 +150,7 @@ class _Chat:
         message = read_object(value, where)
         role = message.get("role")
         if not isinstance(role, str) or role not in ROLES:
-            raise RequestError(f"{where} has the role {shown(role)}: write one of {', '.join(ROLES)}.")
+            raise RequestError(f"{where} has the role {quoted(role)}: write one of {', '.join(ROLES)}.")
         self._check_keys(message, role, where)
         match role:
             case "system" | "developer":
@@ -166,7 +167,7 @@ class _Chat:
         keys = _KEYS[role]
         for key, given in message.items():
             if key not in keys and key != "id" and given and not (role == "assistant" and key in _OF_ANSWERS):
-                raise RequestError(f"{where} has {shown(key)}, which has no meaning here; write {', '.join(keys)}.")
+                raise RequestError(f"{where} has {quoted(key)}, which has no meaning here; write {', '.join(keys)}.")
 
     def _add_instructions(self, text: str) -> None:
         if text and self.messages:
@@ -193,7 +194,7 @@ class _Chat:
     def _add_call(self, value: object, author: str | None, where: str) -> str:
         call = read_object(value, where)
         if call.get("type", "function") != "function":
-            raise RequestError(f"{where} has the type {shown(call['type'])}: write a call of a function.")
+            raise RequestError(f"{where} has the type {quoted(call['type'])}: write a call of a function.")
         call_id = read_string(call.get("id"), f"{where}.id")
         function = read_object(call.get("function"), f"{where}.function")
         name = check_name(function.get("name"), f"{where}.function.name")
@@ -212,8 +213,8 @@ class _Chat:
         call = self._calls.get(call_id)
         if call is None:
             raise RequestError(
-                f"{where}.tool_call_id is {shown(call_id)}, which no tool call before it has: write the id of the call "
-                "whose result this is, and keep the assistant's message with the call."
+                f"{where}.tool_call_id is {quoted(call_id)}, which no tool call before it has: write the id of the "
+                "call whose result this is, and keep the assistant's message with the call."
             )
         self.messages.append(Message("tool", _content(message, where), call.recipient, call.channel, "assistant"))
 
@@ -249,7 +250,7 @@ def _channel(message: Mapping[str, Any], where: str) -> str | None:
     if phase is None:
         return None
     if not isinstance(phase, str) or phase not in _PHASES:
-        raise RequestError(f"{where}.phase is {shown(phase)}: write one of {', '.join(_PHASES)}.")
+        raise RequestError(f"{where}.phase is {quoted(phase)}: write one of {', '.join(_PHASES)}.")
     return _PHASES[phase]
 
 

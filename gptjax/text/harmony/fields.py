@@ -1,22 +1,14 @@
 """Reading the fields of a request, with errors that name the place."""
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptjax.errors import RequestError
+from gptjax.quoting import quoted
 from gptjax.text.vocabulary import is_text
 
 # What one request may have: several times what the largest collections of tools have, checked in half a second.
 MOST_VALUES = 250_000
-
-
-def shown(value: object) -> str:
-    """A value in a message: short, whatever it is."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # an integer of more digits than Python writes
-        return f"<{type(value).__name__}>"
 
 
 def check_amount(value: object, where: str) -> None:
@@ -78,4 +70,4 @@ def _part(value: object, where: str, kinds: tuple[str, ...]) -> str:
 
 
 def _given(value: object) -> str:
-    return "missing" if value is None else shown(value)
+    return "missing" if value is None else quoted(value)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from gptjax.errors import RequestError
-from gptjax.text.harmony.fields import shown
+from gptjax.quoting import quoted
 from gptjax.text.harmony.messages import (
     CHANNELS,
     FUNCTIONS,
@@ -70,31 +70,31 @@ def render_messages(
 def check_name(name: object, what: str) -> str:
     """A name that can stand in a header. Raises RequestError, beginning with `what`, for another."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or not is_text(name):
-        raise RequestError(rf"{what} is {shown(name)}: write a word without spaces and < | \ / >.")
+        raise RequestError(rf"{what} is {quoted(name)}: write a word without spaces and < | \ / >.")
     if len(name) > _LONGEST_NAME:
-        raise RequestError(f"{what} is {shown(name)}, of {len(name)} characters: write at most {_LONGEST_NAME}.")
+        raise RequestError(f"{what} is {quoted(name)}, of {len(name)} characters: write at most {_LONGEST_NAME}.")
     return name
 
 
 def _check(message: Message, what: str) -> None:
     if message.role not in ROLES:
-        raise RequestError(f"{what} has the role {shown(message.role)}: write one of {', '.join(ROLES)}.")
+        raise RequestError(f"{what} has the role {quoted(message.role)}: write one of {', '.join(ROLES)}.")
     fitting = {"system": str | SystemContent, "developer": str | DeveloperContent}.get(message.role, str)
     if not isinstance(message.content, fitting):
         kind = type(message.content).__name__
         raise RequestError(f"{what} has a {kind} as content, which a {message.role} message cannot carry: write text.")
     if message.channel is not None and message.channel not in CHANNELS:
-        raise RequestError(f"{what} has the channel {shown(message.channel)}: write one of {', '.join(CHANNELS)}.")
+        raise RequestError(f"{what} has the channel {quoted(message.channel)}: write one of {', '.join(CHANNELS)}.")
     if message.role == "tool" and (message.name is None or message.name.partition(":")[0] in ROLES):
         raise RequestError(
-            f"{what} has the name {shown(message.name)}: write the tool's, as in 'functions.get_weather'."
+            f"{what} has the name {quoted(message.name)}: write the tool's, as in 'functions.get_weather'."
         )
     for field, name in (("name", message.name), ("recipient", message.recipient)):
         if name is not None:
             check_name(name, f"The {field} of {what[0].lower()}{what[1:]}")
     if message.content_type is not None and not _CONTENT_TYPE.fullmatch(message.content_type):
         raise RequestError(
-            f"{what} has the content type {shown(message.content_type)}: write one like '{CONSTRAIN}json'."
+            f"{what} has the content type {quoted(message.content_type)}: write one like '{CONSTRAIN}json'."
         )
 
 

@@ -13,7 +13,8 @@ from decimal import Decimal
 from typing import Any
 
 from gptjax.errors import RequestError
-from gptjax.text.harmony.fields import MOST_VALUES, shown
+from gptjax.quoting import quoted
+from gptjax.text.harmony.fields import MOST_VALUES
 from gptjax.text.vocabulary import is_text
 
 # More than schemas of functions have, less than openai-harmony's and Python's own limits.
@@ -81,22 +82,22 @@ class _Check:
         if isinstance(value, dict):
             for key, item in value.items():
                 if not isinstance(key, str) or not is_text(key):
-                    raise RequestError(f"{at} have the key {shown(key)}: write one that is text.")
+                    raise RequestError(f"{at} have the key {quoted(key)}: write one that is text.")
                 self._json(item, _Place(at, f".{key}"), depth + 1)
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 self._json(item, _Place(at, f"[{index}]"), depth + 1)
         elif not _is_scalar(value):
-            raise RequestError(f"{at}: {shown(value)} ({type(value).__name__}) is no JSON: write a JSON schema.")
+            raise RequestError(f"{at}: {quoted(value)} ({type(value).__name__}) is no JSON: write a JSON schema.")
 
     def _keywords(self, schema: object, at: _Place) -> None:
         if isinstance(schema, bool):  # "anything" and "nothing" are schemas
             return
         if not isinstance(schema, dict):
-            raise RequestError(f"{at} is {shown(schema)}: write a schema, an object.")
+            raise RequestError(f"{at} is {quoted(schema)}: write a schema, an object.")
         for key, (fits, wanted) in _KEYWORDS.items():
             if key in schema and not fits(schema[key]):
-                raise RequestError(f"{at}.{key} is {shown(schema[key])}: write {wanted}.")
+                raise RequestError(f"{at}.{key} is {quoted(schema[key])}: write {wanted}.")
         for name, part in schema.get("properties", {}).items():
             self._keywords(part, _Place(at, f".properties.{name}"))
         for index, part in enumerate(schema.get("oneOf", [])):

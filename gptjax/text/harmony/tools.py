@@ -1,8 +1,9 @@
 """The tools of a request: functions in the form of OpenAI's chat API, and the built-in ones."""
 
 from gptjax.errors import RequestError
+from gptjax.quoting import quoted
 from gptjax.text.harmony.builtin import BUILTIN
-from gptjax.text.harmony.fields import check_amount, read_list, read_object, read_string, shown
+from gptjax.text.harmony.fields import check_amount, read_list, read_object, read_string
 from gptjax.text.harmony.messages import Function, Namespace
 from gptjax.text.harmony.rendering import check_name
 
@@ -24,7 +25,7 @@ def read_tools(tools: object) -> tuple[tuple[Function, ...], tuple[Namespace, ..
         elif isinstance(kind, str) and kind in BUILTIN:
             builtin[kind] = BUILTIN[kind]
         else:
-            raise RequestError(f"{where} has the type {shown(kind)}: write one of function, {', '.join(BUILTIN)}.")
+            raise RequestError(f"{where} has the type {quoted(kind)}: write one of function, {', '.join(BUILTIN)}.")
     return tuple(functions.values()), tuple(builtin.values())
 
 

@@ -1,0 +1,37 @@
+"""Heads that a checkpoint may have besides a language model's, or in its place."""
+
+from collections.abc import Collection
+from typing import Final
+
+from convert.rules import Ignored, Refused
+
+_BESIDE: Final = {  # saved together with a language model's own head
+    "multiple_choice_head.summary.weight": "of GPT2DoubleHeadsModel",
+    "multiple_choice_head.summary.bias": "of GPT2DoubleHeadsModel",
+    "v_head.summary.weight": "the value head that TRL trains beside a language model",
+    "v_head.summary.bias": "the value head that TRL trains beside a language model",
+}
+_INSTEAD: Final = {
+    "score.weight": "classifies texts",
+    "classifier.weight": "classifies tokens",
+    "classifier.bias": "classifies tokens",
+    "qa_outputs.weight": "finds answers in a text",
+    "qa_outputs.bias": "finds answers in a text",
+}
+
+
+def other_heads(names: Collection[str], model: str) -> tuple[tuple[Ignored, ...], tuple[Refused, ...]]:
+    """The rows about heads that are not needed, and about those of models that are not language models.
+
+    Args:
+      names: of all tensors. With `lm_head.weight` among them there is a language model, whatever else there is.
+      model: transformers' class for a language model of this kind.
+    """
+    beside = tuple(Ignored(name, reason) for name, reason in _BESIDE.items())
+    if "lm_head.weight" in names:
+        return (*beside, *(Ignored(name, f"a head that {does}") for name, does in _INSTEAD.items())), ()
+    fix = (
+        "and there is no lm_head.weight: this is not a language model; if its body is to be used as one, write it "
+        f"with transformers: {model}.from_pretrained(directory).save_pretrained(another_directory)"
+    )
+    return beside, tuple(Refused(name, f"is a head that {does}, {fix}") for name, does in _INSTEAD.items())

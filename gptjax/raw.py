@@ -1,0 +1,70 @@
+"""Arrays out of files, into memory of their own.
+
+Nothing is mapped: reading a mapped file that somebody truncates ends the process with SIGBUS, which no program can
+turn into an error.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from gptjax.errors import CheckpointError
+from gptjax.files import MISSING, Stamp, opened, stamp
+from gptjax.quoting import shown
+
+
+def read_array(
+    path: Path, dtype: np.dtype, shape: tuple[int, ...], *, offset: int = 0, expected: Stamp | None = None
+) -> np.ndarray:
+    """A read-only array of a part of a file, in C order and the machine's byte order.
+
+    Args:
+      path: the file.
+      dtype, shape: of the array.
+      offset: in bytes, where it begins.
+      expected: the stamp that the file had when it was first looked at.
+
+    Raises:
+      CheckpointError: the file is missing, shorter than that, not as it was, or memory does not suffice.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        with opened(path) as descriptor:
+            found = stamp(os.fstat(descriptor))
+            if expected is not None and found != expected:
+                raise changed(path)
+            if found.size < offset + size:
+                raise _short(path, offset + size, found.size)
+            array = np.empty(shape, dtype)
+            view = array.reshape(-1).view(np.uint8).data if size else memoryview(b"")
+            done = 0
+            while done < size:
+                count = os.preadv(descriptor, [view[done:]], offset + done)
+                if count == 0:
+                    raise _short(path, offset + size, offset + done)
+                done += count
+    except MISSING:
+        raise CheckpointError(
+            f"{shown(path)} does not exist; download the file, it belongs to the checkpoint"
+        ) from None
+    except MemoryError:
+        raise CheckpointError(
+            f"{shown(path)} has an array of {size:,} bytes, for which there is not enough memory; use a larger machine"
+        ) from None
+    array.flags.writeable = False
+    return array
+
+
+def changed(path: Path) -> CheckpointError:
+    """The error about a file that somebody else wrote to, or replaced, while it was being read."""
+    return CheckpointError(
+        f"{shown(path)} has changed while it was being read; wait until nothing writes to it, and start again"
+    )
+
+
+def _short(path: Path, expected: int, found: int) -> CheckpointError:
+    return CheckpointError(
+        f"{shown(path)} is truncated: expected {expected:,} bytes, found {found:,}; download the file again"
+    )
