@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 from gptjax import chat
 from gptjax.config import GenerationDefaults
-from gptjax.server.errors import ApiError, bad_request
+from gptjax.server.errors import ApiError, bad_request, unavailable
 from gptjax.server.events import QueueFull
 from gptjax.server.metrics import Metrics
 from gptjax.server.worker import Worker
 from gptjax.text import Tokenizer, harmony
 
 _RETRY = 5  # seconds
+_LOOK = 0.2  # seconds between two looks at whether the server ends
 _BODIES = 4  # of the largest size; an object that is read may be thirty times its body
 PromptScores = Sequence[tuple[float, tuple[tuple[int, float], ...]]]
 """Of each token after the first: its log-probability, and the most likely (token id, log-probability) in its place."""
@@ -107,6 +108,7 @@ class Service:
     metrics: Metrics
     scorer: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "gptjax-scorer"))
     draining: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when the server is to end
+    drained: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when nothing goes on any more
     began: float = dataclasses.field(default_factory=time.monotonic)
     _places: set[object] = dataclasses.field(default_factory=set)  # kept for requests that are being read
     _bodies: dict[object, int] = dataclasses.field(default_factory=dict)  # sizes of the large ones that are being read
@@ -154,6 +156,22 @@ class Service:
         """Scores a prompt, one of all at a time: each takes memory on the device, beside the worker's.
 
         What the thread has begun it brings to its end, though nobody waits for it any more; the next comes after it.
+
+        Raises:
+          ApiError: 503, the server had no time left for it.
         """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.scorer, self.served.score, prompt_ids, num_top)
+        scoring = loop.run_in_executor(self.scorer, self.served.score, prompt_ids, num_top)
+        while not (await asyncio.wait({scoring}, timeout=_LOOK))[0]:
+            if self.drained.is_set():
+                scoring.cancel()
+                raise unavailable("the server is shutting down, and had no time left to score the prompt", "drained")
+        return scoring.result()
+
+    def drain(self, seconds: float) -> None:
+        """Takes no new requests; those that are open have so long to end, and then fail."""
+        until = time.monotonic() + seconds
+        self.worker.drain(seconds)
+        while self._scoring and time.monotonic() < until:
+            time.sleep(_LOOK)
+        self.drained.set()
