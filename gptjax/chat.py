@@ -65,10 +65,14 @@ class TurnReader:
 
     The answer is what users are to see: the final channel, and messages to nobody in the commentary channel. Where a
     model does not keep to channels, its text is the answer. An empty line stands between messages.
+
+    Attributes:
+        channel: the one that the answer's text came from last; None where the model named none.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, used_ids: frozenset[str] = frozenset()) -> None:
         """`used_ids`: those of the conversation's tool calls so far."""
+        self.channel: str | None = None
         self._parser = harmony.StreamParser(tokenizer)
         self._used_ids = used_ids
         self._reasoning: list[str] = []
@@ -117,6 +121,7 @@ class TurnReader:
                 self._reasoning.append(gap + event.text)
             else:
                 answer += gap + event.text
+                self.channel = event.channel
         return answer
 
 
