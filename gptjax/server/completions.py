@@ -126,6 +126,9 @@ def _read_prompts(value: object, served: Served, most: int, special: bool) -> tu
     """A string, a list of strings, a list of token ids, or a list of such lists."""
     if value is None:
         raise bad_request("there is no prompt: give a string, a list of token ids, or a list of either", "prompt")
+    if isinstance(value, list) and len(value) > max(most, served.max_length):  # looking at millions takes seconds
+        message = f"prompt has {len(value)} items: at most {most} prompts are allowed with this n, and max_length is "
+        raise bad_request(f"{message}{served.max_length} tokens", "prompt", "context_length_exceeded")
     one = isinstance(value, str) or (isinstance(value, list) and bool(value) and all(map(is_token, value)))
     prompts = [value] if one else value
     if not isinstance(prompts, list) or not prompts:

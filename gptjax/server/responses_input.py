@@ -73,12 +73,14 @@ def read_tools(given: object) -> list[Any]:
         return []
     if not isinstance(given, list):
         raise bad_request("tools must be a list", "tools")
-    return [_read_tool(tool) for tool in given]
+    return [_read_tool(tool, f"tools[{index}]") for index, tool in enumerate(given)]
 
 
-def _read_tool(tool: object) -> object:
+def _read_tool(tool: object, where: str) -> object:
     if not isinstance(tool, Mapping) or tool.get("type") != "function":
         return tool  # harmony knows it, or says what is wrong
+    if (strict := tool.get("strict")) is not None and not isinstance(strict, bool):
+        raise bad_request(f"{where}.strict must be true or false, found {shown(strict)}", "tools")
     return {"type": "function", "function": {name: tool.get(name) for name in ("name", "description", "parameters")}}
 
 

@@ -107,6 +107,8 @@ class Service:
     limits: Limits
     metrics: Metrics
     scorer: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "gptjax-scorer"))
+    # One large body at a time: the parser of JSON does not let other threads run.
+    parser: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "gptjax-parser"))
     draining: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when the server is to end
     drained: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when nothing goes on any more
     began: float = dataclasses.field(default_factory=time.monotonic)
