@@ -67,12 +67,12 @@ class TurnReader:
     model does not keep to channels, its text is the answer. An empty line stands between messages.
 
     Attributes:
-        channel: the one that the answer's text came from last; None where the model named none.
+        phase: where the last of the answer came from: "commentary" for what precedes calls, or else "final_answer".
     """
 
     def __init__(self, tokenizer: Tokenizer, *, used_ids: frozenset[str] = frozenset()) -> None:
         """`used_ids`: those of the conversation's tool calls so far."""
-        self.channel: str | None = None
+        self.phase = "final_answer"
         self._parser = harmony.StreamParser(tokenizer)
         self._used_ids = used_ids
         self._reasoning: list[str] = []
@@ -120,8 +120,8 @@ class TurnReader:
                 self._fresh += gap + event.text
                 self._reasoning.append(gap + event.text)
             else:
+                self.phase = "commentary" if event.channel == "commentary" else "final_answer"
                 answer += gap + event.text
-                self.channel = event.channel
         return answer
 
 

@@ -31,9 +31,8 @@ class Items:
         self._id = ""
         self._text: list[str] = []
 
-    def add(self, reasoning: str, answer: str, channel: str | None) -> Iterator[Event]:
-        """The events of more text; `channel` is the answer's."""
-        phase = "commentary" if channel == "commentary" else "final_answer"
+    def add(self, reasoning: str, answer: str, phase: str) -> Iterator[Event]:
+        """The events of more text; `phase` is the answer's."""
         for kind, phase_of_it, text in (("reasoning", None, reasoning), ("message", phase, answer)):
             if (self._kind, self._phase) != (kind, phase_of_it):
                 text = text.lstrip("\n")  # the empty line between messages: here they are items

@@ -182,7 +182,7 @@ class Answer:
         """The events of the items."""
         async for _, chunk in self._generation.chunks():
             delta = self._turn.add(chunk)
-            for event in self._items.add(delta.reasoning, delta.text, delta.channel):
+            for event in self._items.add(delta.reasoning, delta.text, delta.phase):
                 yield event
             if delta.whole is not None:
                 self._result = delta.whole
