@@ -3,13 +3,16 @@
 import dataclasses
 import datetime
 import itertools
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from gptjax.engine.output import Chunk, Completion
 from gptjax.errors import RequestError
 from gptjax.text import Tokenizer, harmony
+from gptjax.text.harmony.header import NOBODY
 from gptjax.text.harmony.rendering import check_name
+from gptjax.text.harmony.writer import LONGEST
 
 TODAY: Final = "today"
 _FUNCTIONS: Final = "functions."
@@ -19,9 +22,9 @@ _FUNCTIONS: Final = "functions."
 class ToolCall:
     """A tool that the model wants to be called."""
 
-    id: str  # unlike any other of the conversation
+    id: str  # "call_" and 24 random hexadecimal digits: unlike any other, of other conversations too
     name: str  # the function's, or "python", "browser.search" and the like for built-in tools
-    arguments: str  # JSON for functions, as the model wrote it: it may be malformed
+    arguments: str  # JSON for functions, as the model wrote it: it may be malformed; "{}" where it wrote none
 
     def to_json(self) -> dict[str, Any]:
         """As in the messages of OpenAI's chat API."""
@@ -58,23 +61,30 @@ class ChatChunk:
     reasoning: str
     token_id: int
     completion: ChatCompletion | None  # with the last chunk
+    phase: str  # of the text: "commentary" for what precedes calls, or else "final_answer"; as in OpenAI's Responses
 
 
 class TurnReader:
     """Takes the tokens of one turn and tells answer, reasoning and tool calls apart; a detokenizer for the engine.
 
-    The answer is what users are to see: the final channel, and messages to nobody in the commentary channel. Where a
-    model does not keep to channels, its text is the answer. An empty line stands between messages.
+    The answer is what users are to see: every message that is neither reasoning nor a call. Where a model does not keep
+    to channels, its text is the answer. An empty line stands between messages.
+
+    A message to `functions.NAME` or to a tool that was offered is a call, in any channel. Others keep their text: that
+    of the analysis channel is reasoning, and the rest the answer, whomever it is for.
 
     Attributes:
+        ended: whether the turn is over, whatever follows, since somebody else has the word.
         phase: where the last of the answer came from: "commentary" for what precedes calls, or else "final_answer".
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, used_ids: frozenset[str] = frozenset()) -> None:
-        """`used_ids`: those of the conversation's tool calls so far."""
+    def __init__(self, tokenizer: Tokenizer, *, offered: frozenset[str] = frozenset()) -> None:
+        """`offered`: the names of tools, from `offered_names`."""
+        self.ended = False
         self.phase = "final_answer"
         self._parser = harmony.StreamParser(tokenizer)
-        self._used_ids = used_ids
+        self._offered = offered
+        self._ids: list[str] = []  # of calls, in their order
         self._reasoning: list[str] = []
         self._fresh = ""  # reasoning that was not yet taken
         self._sources: dict[bool, int] = {}  # the message that reasoning (True) and answer (False) came from last
@@ -100,18 +110,23 @@ class TurnReader:
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
         """Those that are complete; after `finish` also one that was cut short, and may be malformed."""
+        messages = itertools.takewhile(lambda message: message.role == "assistant", self._parser.messages)
         calls = [
-            (name, str(message.content))
-            for message in self._parser.messages
-            if message.role == "assistant" and (name := _tool(message.recipient)) is not None
+            (name, str(message.content).strip() and str(message.content))
+            for message in messages
+            if (name := self._tool(message.recipient)) is not None
         ]
-        free = (number for number in itertools.count() if f"call_{number}" not in self._used_ids)
-        return tuple(ToolCall(f"call_{next(free)}", name, arguments) for name, arguments in calls)
+        self._ids += [f"call_{secrets.token_hex(12)}" for _ in range(len(calls) - len(self._ids))]
+        return tuple(
+            ToolCall(call_id, name, arguments or "{}")
+            for call_id, (name, arguments) in zip(self._ids, calls, strict=False)
+        )
 
     def _read(self, events: Iterable[harmony.Event]) -> str:
         answer = ""
         for event in events:
-            if not event.text or _is_for_tools(event):
+            self.ended = self.ended or event.role != "assistant"
+            if self.ended or not event.text or self._tool(event.recipient) is not None:
                 continue
             reasoning = event.channel == "analysis"
             gap = "\n\n" if self._sources.get(reasoning, event.index) != event.index else ""
@@ -124,20 +139,26 @@ class TurnReader:
                 answer += gap + event.text
         return answer
 
+    def _tool(self, recipient: str | None) -> str | None:
+        """The tool that a recipient calls; None where it calls none, or none that a conversation can go on with."""
+        if recipient is None:
+            return None
+        name = recipient.removeprefix(_FUNCTIONS)
+        if name == recipient and (name in NOBODY or name not in self._offered):
+            return None
+        # Models leave out what stands between a name and the content type.
+        plain = name.removesuffix("json")
+        name = plain if name not in self._offered and plain in self._offered else name
+        try:
+            return check_name(name, "the tool")
+        except RequestError:
+            return None
 
-def _is_for_tools(event: harmony.Event) -> bool:
-    """Whether users are not to see it: a call, or what the model takes for a tool's result."""
-    return _tool(event.recipient) is not None if event.role == "assistant" else event.recipient is not None
 
-
-def _tool(recipient: str | None) -> str | None:
-    """The tool that a recipient names; None where it is everybody, or no name that a conversation can go on with."""
-    if recipient is None or recipient == "all":
-        return None
-    try:
-        return check_name(recipient.removeprefix(_FUNCTIONS), "the tool")
-    except RequestError:
-        return None
+def offered_names(tools: Iterable[Mapping[str, Any]] | None) -> frozenset[str]:
+    """The names that calls of tools can bear, of tools that `prompt` has taken."""
+    functions, builtin = harmony.read_tools(tools)
+    return frozenset(function.name for function in functions) | frozenset(harmony.recipients(builtin))
 
 
 def chat_chunks(chunks: Iterable[Chunk], reader: TurnReader) -> Iterator[ChatChunk]:
@@ -154,7 +175,7 @@ def chat_chunks(chunks: Iterable[Chunk], reader: TurnReader) -> Iterator[ChatChu
                 finish_reason="tool_calls" if calls and reason == "stop" else reason,
                 completion=chunk.completion,
             )
-        yield ChatChunk(chunk.text, reader.take_reasoning(), chunk.token_id, completion)
+        yield ChatChunk(chunk.text, reader.take_reasoning(), chunk.token_id, completion, reader.phase)
 
 
 def prompt(
@@ -164,18 +185,14 @@ def prompt(
     tools: Sequence[Mapping[str, Any]],
     reasoning_effort: str,
     current_date: str | None,
+    max_length: int = LONGEST,
 ) -> list[int]:
-    """The token ids to generate a turn from. Raises `RequestError`; see `harmony.render`."""
+    """The token ids to generate a turn from. Raises `RequestError` and `CapacityError`; see `harmony.render`."""
     date = datetime.date.today().isoformat() if current_date == TODAY else current_date
-    return harmony.render(messages, tokenizer, tools, reasoning_effort, date)
+    return harmony.render(messages, tokenizer, tools, reasoning_effort, date, max_length=max_length)
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens that end a turn; `<|end|>` ends a message only."""
     ends = ("<|return|>", "<|call|>", "<|endoftext|>")
     return tuple(tokenizer.special_ids[token] for token in ends if token in tokenizer.special_ids)
-
-
-def call_ids(messages: Sequence[Mapping[str, Any]]) -> frozenset[str]:
-    """The ids of the tool calls in checked messages."""
-    return frozenset(str(call.get("id")) for message in messages for call in message.get("tool_calls") or ())

@@ -12,7 +12,7 @@ import numpy as np
 
 from gptjax import memory
 from gptjax.activations import activations
-from gptjax.chat import TODAY, ChatChunk, ChatCompletion, TurnReader, call_ids, chat_chunks, prompt, stop_ids
+from gptjax.chat import TODAY, ChatChunk, ChatCompletion, TurnReader, chat_chunks, offered_names, prompt, stop_ids
 from gptjax.config import GenerationDefaults, ModelConfig
 from gptjax.engine import steps
 from gptjax.engine.engine import Engine, prefill
@@ -184,9 +184,16 @@ class LanguageModel:
         Arguments are checked when the call is made, not when the first chunk is asked for.
         """
         tokenizer = self.tokenizer
-        ids = prompt(messages, tokenizer, tools=tools, reasoning_effort=reasoning_effort, current_date=current_date)
+        ids = prompt(
+            messages,
+            tokenizer,
+            tools=tools,
+            reasoning_effort=reasoning_effort,
+            current_date=current_date,
+            max_length=self.max_length,
+        )
         request = self._request(ids, options, eos_ids=tuple(dict.fromkeys((*self.eos_ids, *stop_ids(tokenizer)))))
-        reader = TurnReader(tokenizer, used_ids=call_ids(messages))
+        reader = TurnReader(tokenizer, offered=offered_names(tools))
         return chat_chunks((chunk for _, chunk in self._run([request], lambda: reader)), reader)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:

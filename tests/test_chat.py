@@ -2,15 +2,20 @@
 
 import datetime
 import itertools
+import random
+import re
 from collections import Counter
 
 import pytest
 
 import gptjax
 from gptjax import CapacityError, RequestError
-from gptjax.chat import ChatCompletion, ToolCall, TurnReader, call_ids, prompt, stop_ids
-from gptjax.engine.output import Completion, Timings, Usage
+from gptjax.chat import ChatCompletion, ToolCall, TurnReader, chat_chunks, offered_names, prompt, stop_ids
+from gptjax.engine.engine import Token
+from gptjax.engine.output import Completion, Output, Timings, Usage
+from gptjax.engine.request import Request, SamplingParams
 from gptjax.text import harmony, load_tokenizer
+from tests.fuzz import rounds
 
 PASSAGE = "In the morning the old king went down to the sea."
 ASK = [{"role": "user", "content": PASSAGE}]
@@ -28,9 +33,9 @@ def tokenizer(demo):
     return load_tokenizer(demo.parent / "gpt-oss-tales")
 
 
-def read(tokenizer, text: str) -> tuple[TurnReader, str]:
+def read(tokenizer, text: str, *offered: str) -> tuple[TurnReader, str]:
     """A reader that has read a text with special tokens written out, and the answer."""
-    reader = TurnReader(tokenizer)
+    reader = TurnReader(tokenizer, offered=frozenset(offered))
     return reader, "".join(map(reader.push, tokenizer.encode(text, special=True))) + reader.finish()
 
 
@@ -189,6 +194,13 @@ def call(name: str, arguments: str = "{}", number: int = 0) -> dict:
     return {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+def called(reader: TurnReader) -> list[tuple[str, str]]:
+    """The calls, after a look at their ids."""
+    for found in reader.tool_calls:
+        assert re.fullmatch("call_[0-9a-f]{24}", found.id)
+    return [(found.name, found.arguments) for found in reader.tool_calls]
+
+
 def test_tool_calls_come_back_as_they_are_rendered(tokenizer):
     message = {
         "role": "assistant",
@@ -198,21 +210,160 @@ def test_tool_calls_come_back_as_they_are_rendered(tokenizer):
     }
     before = [*ASK, {"role": "assistant", "tool_calls": [call("a"), call("b", number=1)]}]
     ids = harmony.render_messages(harmony.conversation([*before, message]), tokenizer, completion=False)
-    reader = TurnReader(tokenizer, used_ids=call_ids(before))
+    reader = TurnReader(tokenizer)
     text = "".join(map(reader.push, ids[len(harmony.render(before, tokenizer)) :])) + reader.finish()
     assert (text, reader.reasoning) == ("I look.", "Hm.")
-    assert reader.tool_calls == (
-        ToolCall("call_2", "weather", '{"city": "Paris"}'),
-        ToolCall("call_3", "time", "{}"),
-    )
-    assert completed(text, reader.reasoning, reader.tool_calls).message == message
-    result = {"role": "tool", "tool_call_id": "call_3", "content": "noon"}
-    assert harmony.render([*before, message, result], tokenizer)[: len(ids)] == ids
+    assert called(reader) == [("weather", '{"city": "Paris"}'), ("time", "{}")]
+    again = completed(text, reader.reasoning, reader.tool_calls).message
+    for found, sent in zip(again["tool_calls"], message["tool_calls"], strict=True):
+        assert {**found, "id": sent["id"]} == sent
+    result = {"role": "tool", "tool_call_id": again["tool_calls"][1]["id"], "content": "noon"}
+    assert harmony.render([*before, again, result], tokenizer)[: len(ids)] == ids
+
+
+def test_ids_of_calls_are_like_no_others(tokenizer):
+    """A client may trim its history, ask for several choices, and join conversations."""
+    call_of_f = "<|channel|>commentary to=functions.f<|message|>{}<|call|>"
+    readers = [read(tokenizer, call_of_f * 2)[0] for _ in range(100)]
+    ids = [found.id for reader in readers for found in reader.tool_calls]
+    assert len(set(ids)) == 200
+    assert ids == [found.id for reader in readers for found in reader.tool_calls]
+
+
+BASH = '{"cmd":"ls"}'
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "<|channel|>commentary to=functions.bash<|channel|>commentary<|message|>",  # vllm#31677
+        "<|channel|>commentary to=functions.bash<|channel|>analysis<|message|>",
+        "<|channel|>commentary to=functions.bash <|constrain|>json<|channel|>commentary<|message|>",
+        "<|channel|>commentary to=assistant<|channel|>commentary to=functions.bash<|message|>",
+        "<|channel|>commentary to=functions.bash<|message|><|channel|>commentary<|message|>",
+        " to=functions.bash<|start|>assistant<|channel|>commentary<|message|>",
+        "<|start|>assistant to=functions.bash<|start|>assistant<|channel|>commentary <|constrain|>json<|message|>",
+        "<|channel|><|start|>assistant to=functions.bash<|channel|><|channel|>commentary<|message|>",
+        "assistant to=functions.bash<|channel|>commentary<|message|>",
+        "<|start|>assistantto=functions.bash<|channel|>commentary<|message|>",
+        "<|start|>to=functions.bash<|channel|>commentary<|message|>",
+        "<|channel|>commentaryto=functions.bash<|message|>",
+        "<|channel|>commentary to= functions.bash<|message|>",
+        "<|channel|>commentary to = functions.bash<|constrain|>json<|message|>",
+        "<|channel|>commentary to=<|constrain|>functions.bash<|message|>",
+        "<|channel|>commentary to=<|channel|>functions.bash<|message|>",
+        "<|channel|>commentary to=functions.<|constrain|>bash<|message|>",
+        "<|channel|>commentary TO=Functions.bash<|message|>",
+        '<|channel|>commentary? to="functions.bash"<|message|>',
+        "<|channel|>commentary to=functions.bash?<|message|>",
+        "<|channel|>commentary <|constrain|>json to=functions.bash<|message|>",
+        "<|constrain|>json to=functions.bash<|channel|>commentary<|message|>",
+        "<|channel|>commentary functions.bash <|constrain|>json<|message|>",
+        "<|channel|>commentary to=functions.bash <|constrain|>json<|message|><|message|>",
+        "<|channel|>commentary to=functions.bashjson<|message|>",
+        "<|channel|>commentary to=bash <|constrain|>json<|message|>",
+        "<|channel|>analysis to=bash code<|message|>",
+        "<|channel|>final to=functions.bash<|message|>",
+        "<|message|><|channel|>commentary to=functions.bash<|message|>",
+        # Without <|message|>.
+        "<|channel|>commentary to=functions.bash",
+        "<|channel|>commentary to=functions.bash ",
+        "<|channel|>commentary to=functions.bash json",
+        "<|channel|>commentary to=functions.bash <|constrain|>json",
+        " to=functions.bash<|channel|>commentary <|constrain|>json ",
+    ],
+)
+@pytest.mark.parametrize("end", ["<|call|>", "<|end|>", ""])
+def test_a_recipient_is_found_wherever_a_header_has_it(tokenizer, header, end):
+    reader, text = read(tokenizer, header + BASH + end, "bash")
+    assert (called(reader), text, reader.reasoning) == ([("bash", BASH)], "", "")
+
+
+@pytest.mark.parametrize("channel", ["analysis", "commentary", "final"])
+@pytest.mark.parametrize(
+    ("recipient", "offered", "name"),
+    [
+        ("functions.f", [], "f"),  # a client knows what to say of a name that it did not offer
+        ("functions.f", ["g"], "f"),
+        ("functions.user", [], "user"),
+        ("functions.python", [], "python"),
+        ("f", ["f"], "f"),
+        ("math.sum", ["math.sum"], "math.sum"),
+        ("python", ["python"], "python"),
+        ("browser.search", ["browser.search"], "browser.search"),
+        ("f", [], None),
+        ("f", ["g"], None),
+        ("user", ["user"], None),
+        ("assistant", ["assistant"], None),
+        ("all", ["all"], None),
+        ("final", ["final"], None),
+        ("python", ["f"], None),
+        ("browser.search", ["python"], None),
+        ("container.exec", ["python", "browser.search"], None),
+        ("functions", ["f"], None),
+    ],
+)
+def test_what_is_a_call(tokenizer, channel, recipient, offered, name):
+    reader, text = read(tokenizer, f"<|channel|>{channel} to={recipient}<|message|>Hello.<|return|>", *offered)
+    said = ("", "") if name else ("", "Hello.") if channel == "analysis" else ("Hello.", "")
+    assert (called(reader), (text, reader.reasoning)) == ([(name, "Hello.")] if name else [], said)
+
+
+def test_the_names_of_offered_tools():
+    tools = [{"type": "function", "function": {"name": "f"}}, {"type": "python"}, {"type": "browser"}]
+    assert offered_names(tools) == {"f", "python", "browser.search", "browser.open", "browser.find"}
+    assert offered_names(tools[:1]) == {"f"}
+    assert offered_names(None) == offered_names(()) == frozenset()
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n"])
+def test_a_call_without_text_has_no_arguments(tokenizer, text):
+    reader, _ = read(tokenizer, f"<|channel|>commentary to=functions.f<|message|>{text}<|call|>")
+    assert called(reader) == [("f", "{}")]
+
+
+@pytest.mark.parametrize(
+    "author", ["user", "user:ann", "system", "developer", "functions.f", "functions.f to=assistant", "USER"]
+)
+def test_the_word_of_another_ends_the_turn(tokenizer, author):
+    turn = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>A<|end|>"
+    more = "<|start|>assistant to=functions.g<|channel|>commentary<|message|>{}<|call|>"
+    reader, text = read(tokenizer, f"{turn}<|start|>{author}<|message|>And now?<|end|>{turn}{more}")
+    assert (text, reader.reasoning, reader.tool_calls) == ("A", "Hm.", ())
+    assert reader.ended
+    assert not read(tokenizer, turn)[0].ended
+
+
+def test_the_word_of_another_ends_generation(tokenizer):
+    ids = tokenizer.encode("<|channel|>final<|message|>A<|end|><|start|>user<|message|>And B?<|end|>", special=True)
+    request = Request((1,), 100, SamplingParams(seed=0), stop_ids(tokenizer))
+    reader = TurnReader(tokenizer)
+    output = Output(request, max_length=200, detokenizer=reader)
+    chunks = []
+    for token in ids:
+        chunks += chat_chunks([output.push(Token(0, token, 0.0, ()))], reader)
+        if chunks[-1].completion is not None:
+            break
+    turn = chunks[-1].completion
+    assert (turn.text, turn.finish_reason) == ("A", "stop")
+    assert len(chunks) < len(ids)
+
+
+def test_where_the_answer_comes_from(tokenizer):
+    reader = TurnReader(tokenizer)
+    phases = []
+    for token in tokenizer.encode(
+        "<|channel|>commentary<|message|>Now<|end|><|start|>assistant<|channel|>final<|message|>Here<|end|>",
+        special=True,
+    ):
+        if reader.push(token):
+            phases.append(reader.phase)
+    assert list(dict.fromkeys(phases)) == ["commentary", "final_answer"]
 
 
 def test_built_in_tools_keep_their_names(tokenizer):
-    reader, text = read(tokenizer, "<|channel|>analysis to=python code<|message|>1 + 1<|call|>")
-    assert reader.tool_calls == (ToolCall("call_0", "python", "1 + 1"),)
+    reader, text = read(tokenizer, "<|channel|>analysis to=python code<|message|>1 + 1<|call|>", "python")
+    assert called(reader) == [("python", "1 + 1")]
     assert (text, reader.reasoning) == ("", "")
 
 
@@ -248,7 +399,7 @@ def test_a_call_that_was_cut_is_there_at_the_end(tokenizer):
     assert "".join(map(reader.push, ids)) == ""
     assert reader.tool_calls == ()
     reader.finish()
-    assert reader.tool_calls == (ToolCall("call_0", "f", '{"a": '),)
+    assert called(reader) == [("f", '{"a": ')]
 
 
 def test_text_without_channels_is_the_answer(tokenizer):
@@ -259,6 +410,44 @@ def test_an_empty_turn_is_a_message_to_go_on_with(tokenizer):
     message = completed().message
     assert message == {"role": "assistant", "content": ""}
     harmony.render([*ASK, message, *ASK], tokenizer)
+
+
+def test_an_answer_of_reasoning_only_comes_back_without_it(tokenizer):
+    """Clients drop what they do not know, and some the nulls."""
+    message = completed(reasoning="Hm.").message
+    assert message == {"role": "assistant", "content": None, "reasoning_content": "Hm."}
+    for sent in ({"role": "assistant", "content": None}, {"role": "assistant"}):
+        assert harmony.render([*ASK, sent, *ASK], tokenizer) == harmony.render([*ASK, *ASK], tokenizer)
+
+
+@pytest.mark.fuzz
+def test_any_turn_can_be_gone_on_with(tokenizer):
+    pick = random.Random(3)
+    marks = list(tokenizer.special_ids.values())
+    heads = [
+        tokenizer.encode(text, special=True)
+        for text in (
+            "<|channel|>analysis<|message|>",
+            "<|channel|>final<|message|>",
+            "<|channel|>commentary to=functions.f <|constrain|>json<|message|>",
+            "<|start|>assistant to=python<|channel|>analysis code<|message|>",
+            "<|start|>user<|message|>",
+            " to=",
+            "functions.",
+            "f",
+            "{}",
+        )
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}}, {"type": "python"}]
+    for _ in range(rounds(1000)):
+        ids: list[int] = []
+        for _ in range(pick.randint(0, 8)):
+            ids += pick.choice([pick.choice(heads), [pick.choice(marks)], [pick.randrange(8300)]])
+        reader = TurnReader(tokenizer, offered=offered_names(tools))
+        text = "".join(map(reader.push, ids)) + reader.finish()
+        message = completed(text, reader.reasoning, reader.tool_calls).message
+        results = [{"role": "tool", "tool_call_id": found.id, "content": "1"} for found in reader.tool_calls]
+        assert harmony.render([*ASK, message, *results, *ASK], tokenizer, tools)
 
 
 def test_what_ends_a_turn(tokenizer):

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gptjax.chat import ChatChunk, TurnReader, call_ids, chat_chunks, prompt, stop_ids
+from gptjax.chat import ChatChunk, TurnReader, chat_chunks, prompt, stop_ids
 from gptjax.cli import chat, main
 from gptjax.cli.chat_session import COMMANDS, Piece, Session
 from gptjax.engine.engine import Token
@@ -51,7 +51,7 @@ class Scripted:
             raise script
         ids = prompt(messages, TALES, tools=(), reasoning_effort=reasoning_effort, current_date=current_date)
         request = Request(tuple(ids), max_tokens, SamplingParams(seed=0), stop_ids(TALES))
-        reader = TurnReader(TALES, used_ids=call_ids(messages))
+        reader = TurnReader(TALES)
         output = Output(request, max_length=self.max_length, detokenizer=reader)
         return chat_chunks(self._chunks(output, script), reader)
 
@@ -447,7 +447,9 @@ def test_json_is_the_whole_result(capsys, scripted):
     result = json.loads(out)
     assert result["model"] == "gpt-oss-tales"
     assert result["messages"][0] == {"role": "user", "content": "What then?"}
-    assert result["tool_calls"] == [{"id": "call_0", "name": "f", "arguments": '{"a": 1}'}]
+    (call,) = result["tool_calls"]
+    assert call == {"id": call["id"], "name": "f", "arguments": '{"a": 1}'}
+    assert re.fullmatch("call_[0-9a-f]{24}", call["id"])
     assert (result["text"], result["reasoning"], result["finish_reason"]) == ("", "", "tool_calls")
     assert result["completion"]["usage"]["prompt_tokens"] > 50
     assert "runs no tools" in err

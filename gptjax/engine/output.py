@@ -17,6 +17,10 @@ NOT_FINITE = (
 class Decoder(Protocol):
     """What turns the tokens of one output into its text: a `Detokenizer`, or one that leaves some of it out."""
 
+    @property
+    def ended(self) -> bool:
+        """Whether the text is over, whatever tokens follow."""
+
     def push(self, token_id: int, /) -> str:
         """The text that became certain with this token."""
 
@@ -146,6 +150,8 @@ class Output:
         text, stopped = self._stops.push(piece)
         if stopped:
             return self._chunk(token, text, "stop")
+        if self._detokenizer is not None and self._detokenizer.ended:
+            return self._chunk(token, text + self._flush(), "stop")
         if len(self._tokens) == self._room:
             return self._chunk(token, text + self._flush(), "length")
         return self._chunk(token, text, None)

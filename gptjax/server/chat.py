@@ -45,7 +45,7 @@ class Asked:
     """A request, checked."""
 
     prompt_ids: tuple[int, ...]
-    used_ids: frozenset[str]  # of the tool calls so far
+    offered: frozenset[str]  # names of tools that may be called
     choices: int
     options: dict[str, Any]
     logprobs: int | None  # alternatives of each token of the answer; None: no log-probabilities
@@ -64,7 +64,7 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     options = read_sampling(fields)
     limits = [fields.whole(name, 1, MOST_TOKENS) for name in ("max_completion_tokens", "max_tokens")]
     messages = fields.take("messages")
-    prompt_ids = _render(fields, messages, served)
+    prompt_ids, offered = _render(fields, messages, served)
     fields.finish(WITHOUT_EFFECT)
     try:
         check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
@@ -73,10 +73,10 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     # Left out, a turn may take all the room there is.
     given = [limit for limit in limits if limit is not None]
     options |= {"max_tokens": min(given, default=served.max_length), "top_logprobs": logprobs or 0}
-    return Asked(tuple(prompt_ids), chat.call_ids(messages), choices, options, logprobs, stream)
+    return Asked(tuple(prompt_ids), offered, choices, options, logprobs, stream)
 
 
-def _render(fields: Fields, messages: object, served: Served) -> list[int]:
+def _render(fields: Fields, messages: object, served: Served) -> tuple[list[int], frozenset[str]]:
     if not isinstance(messages, list) or not messages:
         raise bad_request("messages must be a list of at least one message", "messages")
     tools = fields.take("tools")
@@ -86,14 +86,17 @@ def _render(fields: Fields, messages: object, served: Served) -> list[int]:
     choice = fields.take("tool_choice")
     if choice not in (None, "auto", "none"):
         raise bad_request("of tool_choice only 'auto' and 'none' are supported", "tool_choice", "unsupported")
+    offered = [] if choice == "none" else tools or []
     try:
-        return chat.prompt(
+        ids = chat.prompt(
             messages,
             served.chat_tokenizer(),
-            tools=[] if choice == "none" else tools or [],
+            tools=offered,
             reasoning_effort=fields.text("reasoning_effort") or "medium",
             current_date=TODAY,
+            max_length=served.max_length,
         )
+        return ids, chat.offered_names(offered)
     except GptjaxError as error:
         raise of_gptjax(error) from None
 
@@ -134,7 +137,7 @@ class Answer:
         self.streams = asked.stream.wanted
         self._tokenizer = served.chat_tokenizer()
         self._turns = [
-            Turn(TurnReader(self._tokenizer, used_ids=asked.used_ids), self._tokenizer) for _ in range(asked.choices)
+            Turn(TurnReader(self._tokenizer, offered=asked.offered), self._tokenizer) for _ in range(asked.choices)
         ]
         ends = served.turn_ends(self._tokenizer)
         try:

@@ -50,7 +50,7 @@ class Asked:
     """A request, checked."""
 
     prompt_ids: tuple[int, ...]
-    used_ids: frozenset[str]  # of the tool calls so far
+    offered: frozenset[str]  # names of tools that may be called
     options: dict[str, Any]
     stream: bool
     encrypts: bool  # the reasoning is to come as `encrypted_content` too
@@ -89,10 +89,15 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     check_repeated(repeated)
     served.check_size(tools, "tools")
     served.check_size([messages, tools], "input")
-    hidden = values.get("tool_choice") == "none"
+    offered = [] if values.get("tool_choice") == "none" else tools
     try:
         prompt_ids = chat.prompt(
-            messages, tokenizer, tools=[] if hidden else tools, reasoning_effort=effort, current_date=TODAY
+            messages,
+            tokenizer,
+            tools=offered,
+            reasoning_effort=effort,
+            current_date=TODAY,
+            max_length=served.max_length,
         )
     except GptjaxError as error:
         raise given.explained(error) from None
@@ -101,7 +106,7 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     except GptjaxError as error:
         raise of_gptjax(error, "input") from None
     options |= {"max_tokens": served.max_length if max_tokens is None else max_tokens}
-    return Asked(tuple(prompt_ids), chat.call_ids(messages), options, stream, encrypts, repeated)
+    return Asked(tuple(prompt_ids), chat.offered_names(offered), options, stream, encrypts, repeated)
 
 
 async def respond(request: Request) -> Response:
@@ -116,7 +121,7 @@ class Answer:
         served = service.served
         self.streams = asked.stream
         tokenizer = served.chat_tokenizer()
-        self._turn = Turn(TurnReader(tokenizer, used_ids=asked.used_ids), tokenizer)
+        self._turn = Turn(TurnReader(tokenizer, offered=asked.offered), tokenizer)
         try:
             asked_for = make_request(asked.prompt_ids, asked.options, served.defaults, served.turn_ends(tokenizer))
         except GptjaxError as error:

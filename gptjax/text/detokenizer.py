@@ -9,7 +9,12 @@ class Detokenizer:
 
     The pieces of all `push` calls and of `finish`, joined, are what `Tokenizer.decode` gives for the same ids. At most
     three bytes wait between calls, so the time is linear whatever the ids are.
+
+    Attributes:
+        ended: False: a text goes on for as long as there are tokens.
     """
+
+    ended = False
 
     def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
         self._bytes_of = bytes_of

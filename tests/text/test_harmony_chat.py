@@ -19,10 +19,15 @@ from gptjax.text.harmony import (
     conversation,
     render,
 )
+from gptjax.text.harmony.chat import _KEYS
 
 JSON = "<|constrain|>json"
 SYSTEM = Message("system", SystemContent())
 HI = Message("user", "Hi.")
+
+
+def says(text: str, channel: str = "final") -> Message:
+    return Message("assistant", text, channel=channel)
 
 
 def parts(*texts: str) -> list[dict[str, str]]:
@@ -57,6 +62,36 @@ def test_the_whole_prompt() -> None:
         ([{"role": "user", "content": []}], [Message("user", "")]),
         ([USER, {"role": "assistant", "content": "A"}], [HI, Message("assistant", "A", channel="final")]),
         ([USER, {"role": "assistant", "content": ""}], [HI, Message("assistant", "", channel="final")]),
+        # Nothing was said.
+        ([USER, {"role": "assistant"}], [HI]),
+        ([USER, {"role": "assistant", "content": None, "tool_calls": []}], [HI]),
+        ([USER, {"role": "assistant", "content": None, "reasoning_content": ""}], [HI]),
+        ([USER, {"role": "assistant", "content": "", "reasoning_content": ""}], [HI]),
+        (
+            [USER, {"role": "assistant", "content": None, "refusal": "I cannot."}],
+            [HI, Message("assistant", "I cannot.", channel="final")],
+        ),
+        (
+            [USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "I "}, *parts("cannot.")]}],
+            [HI, Message("assistant", "I cannot.", channel="final")],
+        ),
+        (
+            [USER, {"role": "assistant", "content": "A", "refusal": "B"}],
+            [HI, Message("assistant", "A", channel="final")],
+        ),
+        (
+            [USER, {"role": "assistant", "content": "I look.", "phase": "commentary"}],
+            [HI, Message("assistant", "I look.", channel="commentary")],
+        ),
+        (
+            [USER, {"role": "assistant", "content": "A", "phase": "final_answer", "tool_calls": [call()]}],
+            [
+                HI,
+                Message("assistant", "A", channel="final"),
+                Message("assistant", "{}", None, "commentary", "functions.f", JSON),
+            ],
+        ),
+        ([{**USER, "id": "msg_1"}, {"role": "assistant", "content": "A", "phase": None}], [HI, says("A")]),
         (
             [USER, {"role": "assistant", "content": "A", "reasoning_content": "R", "name": "bob"}],
             [HI, Message("assistant", "R", "bob", "analysis"), Message("assistant", "A", "bob", "final")],
@@ -185,8 +220,21 @@ def test_a_finished_turn_goes_back_with_end() -> None:
         ([{"role": "user", "content": "A", "name": "two words"}], r"messages\[0\].name is 'two words'"),
         ([{"role": "user", "content": "A", "name": 3}], r"messages\[0\].name is 3"),
         ([{"role": "user", "content": "A", "name": "<|end|>"}], r"messages\[0\].name is '<\|end\|>'"),
-        ([USER, {"role": "assistant"}], r"messages\[1\] says nothing"),
-        ([USER, {"role": "assistant", "content": None, "tool_calls": []}], r"messages\[1\] says nothing"),
+        ([{**USER, "tool_calls": [1]}], r"messages\[0\] has 'tool_calls', which has no meaning here; write role, con"),
+        ([{**USER, "tool_calls": "abc"}], r"messages\[0\] has 'tool_calls'"),
+        ([{**USER, "tool_calls": 5}], r"messages\[0\] has 'tool_calls'"),
+        ([{"role": "system", "content": "A", "tool_calls": [call()]}, USER], r"messages\[0\] has 'tool_calls'"),
+        ([{**USER, "reasoning_content": "R"}], r"messages\[0\] has 'reasoning_content'"),
+        ([{**USER, "tool_call_id": "1"}], r"messages\[0\] has 'tool_call_id'"),
+        ([{**USER, "refusal": "No."}], r"messages\[0\] has 'refusal'"),
+        ([{"role": "user", "content": [{"type": "refusal", "refusal": "No."}]}], "is of the type 'refusal'"),
+        ([USER, {"role": "assistant", "refusal": 3}], r"messages\[1\].refusal is 3: write a string"),
+        (
+            [USER, {"role": "assistant", "content": "A", "phase": "final"}],
+            r"phase is 'final': write one of commentary, ",
+        ),
+        ([USER, {"role": "assistant", "content": "A", "phase": [1]}], r"messages\[1\].phase is \[1\]"),
+        ([USER, {"role": "tool", "content": "A", "tool_call_id": "1", "tool_calls": [1]}], "has 'tool_calls'"),
         (
             [USER, {"role": "assistant", "content": "A", "reasoning": 3}],
             r"messages\[1\].reasoning is 3: write a string",
@@ -254,6 +302,87 @@ def test_an_unknown_effort(effort: Any) -> None:
 def test_a_bad_date(date: Any) -> None:
     with pytest.raises(RequestError, match=r"current_date is .* write a date like 2025-06-28"):
         render([USER], TALES, current_date=date)
+
+
+ANYTHING = [
+    None, True, False, 0, 1, -1, 10**5000, 1.5, float("nan"), "", "x", "\ud800", "a" * 100_000, [], [1], ["x"], [None],
+    [[]], [{}], {}, {"a": 1}, {"type": "text"}, [{"type": "text", "text": 1}], [10**5000], {"id": 10**5000},
+    [{"id": "1"}], [{"id": "1", "function": 3}], [{"id": "1", "function": {"name": 10**5000}}], [call()], [call("g")],
+    [call(type=10**5000)], [{"type": [1]}], "commentary", ["commentary"], {"name": "f", "arguments": "{}"},
+]  # fmt: skip
+FIELDS = ["role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "refusal", "phase"]
+FIELDS += ["function_call", "annotations", "audio", "id", "x"]
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
+@pytest.mark.parametrize("field", FIELDS)
+def test_each_field_of_each_role(role: str, field: str) -> None:
+    """Any value is read, refused in a few words, or asks for nothing and changes nothing."""
+    whole: dict[str, Any] = {"role": role, "content": "A"} | ({"tool_call_id": "1"} if role == "tool" else {})
+    before = [USER, {"role": "assistant", "tool_calls": [call()]}]
+    plain = render([*before, whole], TALES)
+    for value in ANYTHING:
+        try:
+            prompt = render([*before, {**whole, field: value}], TALES)
+        except RequestError as error:
+            assert 0 < len(str(error)) < 400
+        else:
+            assert field in _KEYS[role] or prompt == plain
+
+
+def test_numbers_of_any_size_in_tools() -> None:
+    for tools in ([{"type": 10**5000}], [10**5000], [function(10**5000)], [function(parameters={"type": 10**5000})]):
+        with pytest.raises(RequestError, match="<int>|instance"):
+            render([USER], TALES, tools)
+    with pytest.raises(RequestError, match="is no JSON"):
+        render([USER], TALES, [function(parameters={"default": 10**5000})])
+
+
+def turns() -> list[list[dict[str, Any]]]:
+    """Four prompts' messages: two turns of which the second calls a tool, and the first prompt of a third."""
+    talk = [{"role": "system", "content": "Be brief."}, USER]
+    prompts = [list(talk)]
+    talk += [{"role": "assistant", "reasoning_content": "Thought one.", "content": "One."}, USER]
+    prompts.append(list(talk))
+    talk += [{"role": "assistant", "reasoning_content": "Thought two.", "tool_calls": [call()]}]
+    talk += [{"role": "tool", "tool_call_id": "1", "content": "rain"}]
+    prompts.append(list(talk))
+    talk += [{"role": "assistant", "reasoning_content": "Thought three.", "content": "Two."}, USER]
+    return [*prompts, talk]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "thoughts", "shared"),
+    [
+        # The guide's, the template's and vLLM's: a prompt goes on from the one before for as long as the turn does.
+        ("dropped", ["", "", "two", ""], ["user 1", "whole", "user 2"]),
+        # Turn 1's reasoning comes back with the call, and goes with the answer; turn 2's never does.
+        ("openai-harmony", ["", "", "one two", "two three"], ["user 1", "user 1", "user 1"]),
+        ("kept", ["", "one", "one two", "one two three"], ["whole", "whole", "whole"]),
+    ],
+)
+def test_what_successive_prompts_share(earlier: Any, thoughts: list[str], shared: list[str]) -> None:
+    prompts = [render(messages, TALES, [function()], earlier_analysis=earlier) for messages in turns()]
+    for prompt, expected in zip(prompts, thoughts, strict=True):
+        text = TALES.decode(prompt)
+        assert [word for word in ("one", "two", "three") if f"Thought {word}." in text] == expected.split()
+    user = TALES.encode("<|start|>user<|message|>Hi.<|end|><|start|>assistant", special=True)
+    for before, after, until in zip(prompts, prompts[1:], shared, strict=False):
+        common = (
+            next(n for n, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1])
+            if (before != after[: len(before)])
+            else len(before)
+        )
+        begin = {"whole": len(before)}
+        ends = [at + len(user) for at in range(len(before)) if before[at : at + len(user)] == user]
+        begin |= {f"user {number}": end for number, end in enumerate(ends, 1)}
+        # Both go on with <|channel|>, of another channel.
+        assert common - begin[until] in (0, 1), (common, begin, until)
+
+
+def test_an_unknown_policy() -> None:
+    with pytest.raises(RequestError, match="earlier_analysis is 'all': write one of dropped, openai-harmony, kept"):
+        render([USER], TALES, earlier_analysis="all")  # type: ignore[arg-type]
 
 
 KEYS = """role content name reasoning reasoning_content tool_calls tool_call_id function_call type text function

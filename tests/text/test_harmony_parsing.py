@@ -10,6 +10,7 @@ from harmony_material import TALES, ids
 
 from gptjax.errors import RequestError
 from gptjax.text.harmony import Event, Message, StreamParser, parse, render_messages
+from tests.fuzz import rounds
 from tests.oracles import harmony_cases as cases
 
 JSON = "<|constrain|>json"
@@ -85,7 +86,7 @@ MALFORMED = [
     ("I must refuse<|end|>", [says("I must refuse")]),
     ("<|channel|>analysis I must\nrefuse<|end|>", [says("I must\nrefuse", "analysis")]),
     ("<|channel|>I must refuse<|end|>", [says("I must refuse")]),
-    ("<|channel|>commentary to=f <|constrain|>json{}<|call|>", [says("json{}", "commentary")]),
+    ("<|channel|>commentary to=f <|constrain|>json{}<|call|>", [calls("f")]),
     ("<|start|>I must refuse<|end|>", [says("I must refuse")]),
     ("<|start|>assistant I must refuse<|end|>", [says("I must refuse")]),
     ("<|channel|>analysis Hm.<|channel|>final<|message|>Hi.", [says("Hm.", "analysis"), says("Hi.", "final")]),
@@ -222,8 +223,9 @@ def test_long_streams_take_linear_time(unit: str) -> None:
     assert time.perf_counter() - start < 10
 
 
+@pytest.mark.fuzz
 def test_random_streams() -> None:
-    """100,000 of a few tokens: nothing is an error, and events, messages and texts agree."""
+    """Of a few tokens: nothing is an error, and events, messages and texts agree."""
     pick = random.Random(1)
     marks = list(TALES.special_ids.values())
     words = [
@@ -231,7 +233,7 @@ def test_random_streams() -> None:
         for word in ("assistant", "final", "analysis", " to=f", " json", "user", "é", " ")
         for token_id in ids(word)
     ]
-    for _ in range(100_000):
+    for _ in range(rounds(10_000)):
         tokens = pick.choices(marks, k=pick.randint(1, 7)) + pick.choices(words, k=pick.randint(0, 5))
         tokens += [pick.randrange(9000)]
         pick.shuffle(tokens)

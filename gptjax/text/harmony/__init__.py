@@ -3,23 +3,25 @@
 The format is openai/harmony's `docs/format.md`, the exact text and tokens those of openai-harmony 0.0.8.
 
     chat.py       conversations in the form of OpenAI's chat API, as harmony messages (tools.py, fields.py); `render`
-    rendering.py  harmony messages as token ids (special.py)
+    rendering.py  harmony messages as token ids (writer.py, special.py)
     schema.py     JSON schemas in the TypeScript-like form that tools are described in
     parsing.py    token ids, one by one, as events and messages (header.py)
     messages.py   what all of them speak of, and builtin.py, the tools that GPT-OSS knows
 """
 
 from gptjax.text.harmony.builtin import BROWSER, PYTHON
-from gptjax.text.harmony.chat import conversation, render
+from gptjax.text.harmony.chat import EarlierAnalysis, conversation, recipients, render
 from gptjax.text.harmony.messages import DeveloperContent, Function, Message, Namespace, SystemContent
 from gptjax.text.harmony.parsing import Event, StreamParser, parse
 from gptjax.text.harmony.rendering import render_messages
 from gptjax.text.harmony.special import missing_tokens
+from gptjax.text.harmony.tools import read_tools
 
 __all__ = [
     "BROWSER",
     "PYTHON",
     "DeveloperContent",
+    "EarlierAnalysis",
     "Event",
     "Function",
     "Message",
@@ -29,6 +31,8 @@ __all__ = [
     "conversation",
     "missing_tokens",
     "parse",
+    "read_tools",
+    "recipients",
     "render",
     "render_messages",
 ]

@@ -7,39 +7,54 @@
 | `system` and `developer` later on | a developer message in that place |
 | `user`, with its `name` | a user message, `user:name` |
 | `assistant`: `reasoning_content` or `reasoning` | an assistant message in the analysis channel |
-| `assistant`: `content` | one in the final channel; beside tool calls a preamble, in the commentary channel |
+| `assistant`: `content`, else `refusal` | one in the final channel; beside tool calls a preamble, in the commentary channel |
+| `assistant`: `phase`, "commentary" or "final_answer" | the channel of the content, whatever is beside it |
 | `assistant`: each of `tool_calls` | one to `functions.NAME`, in the commentary channel, `<|constrain|>json` |
 | `tool` | from the tool that `tool_call_id` names, to the assistant, in the channel of the call |
 
 Calls of the built-in tools go to `browser.search` and the like, or `python`, in the analysis channel, as `code`. Text
-parts are joined as they are; an empty content beside reasoning or calls is left out. What has no place in harmony
-(what only answers have, names of system messages) is not read; other
-keys are refused.
+parts are joined as they are. A content of None is no message; an empty one is one if the turn has neither reasoning
+(not even an empty one) nor calls. What has no place in harmony (what only answers have, names of system messages and
+of tools) is not read; other keys, and keys of other roles, are refused.
 
 GPT-OSS's published chat template differs from the format's documentation and from openai-harmony, which are followed
 here. The template writes ` json` for `<|constrain|>json`; quotes tools' results as JSON strings; takes text beside tool
-calls for analysis, though users see it; loses the second call of a message and later system messages; and drops the
-analysis of all past turns, where openai-harmony 0.0.8 drops that before the first final message.
+calls for analysis, though users see it; and loses the second call of a message and later system messages.
+
+Which analysis is left out is `render`'s `earlier_analysis`. "dropped", the default, leaves out what precedes the last
+final message, since all of that led to answers: so say the format's guide and the template, and so does vLLM.
+"openai-harmony" is what openai-harmony 0.0.8 does on its own: it leaves out what precedes the first final message, and
+nothing while the assistant's last message is a call. "kept" leaves out nothing.
 """
 
 import datetime
 import re
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from gptjax.errors import RequestError
-from gptjax.text.harmony.fields import read_list, read_object, read_string, read_text
+from gptjax.text.harmony.fields import read_list, read_object, read_string, read_text, shown
 from gptjax.text.harmony.messages import FUNCTIONS, ROLES, DeveloperContent, Message, Namespace, SystemContent
 from gptjax.text.harmony.rendering import check_name, render_messages
 from gptjax.text.harmony.special import CONSTRAIN
 from gptjax.text.harmony.tools import read_tools
+from gptjax.text.harmony.writer import LONGEST
 from gptjax.text.tokenizer import Tokenizer
 
+EarlierAnalysis = Literal["dropped", "openai-harmony", "kept"]
+"""What becomes of the analysis of turns that were answered."""
+
 _EFFORTS = ("low", "medium", "high")
-_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning")
-# In the messages that OpenAI's API answers with, without a place in harmony.
-_OF_ANSWERS = ("function_call", "refusal", "annotations", "audio", "id")
+_KEYS = {
+    "system": ("role", "content", "name"),
+    "developer": ("role", "content", "name"),
+    "user": ("role", "content", "name"),
+    "assistant": ("role", "content", "name", "tool_calls", "reasoning_content", "reasoning", "refusal", "phase"),
+    "tool": ("role", "content", "name", "tool_call_id"),
+}
+# In the messages that OpenAI's API and LiteLLM answer with, without a place in harmony.
+_OF_ANSWERS = ("function_call", "annotations", "audio", "provider_specific_fields")
+_PHASES = {"commentary": "commentary", "final_answer": "final"}
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
@@ -49,6 +64,9 @@ def render(
     tools: Sequence[Mapping[str, Any]] = (),
     reasoning_effort: str = "medium",
     current_date: str | None = None,
+    *,
+    earlier_analysis: EarlierAnalysis = "dropped",
+    max_length: int = LONGEST,
 ) -> list[int]:
     """The prompt for the assistant's next turn, up to `<|start|>assistant`; `StreamParser` reads what follows.
 
@@ -59,11 +77,26 @@ def render(
             `{"type": "python"}` for the built-in ones.
         reasoning_effort: "low", "medium" or "high".
         current_date: like "2025-06-28"; None leaves the line out.
+        earlier_analysis: of turns that were answered, "dropped", dropped as "openai-harmony" does it, or "kept"; with
+            the last, each prompt of a conversation begins with the one before.
+        max_length: the most tokens. A prompt that is longer is not made to its end.
 
     Raises:
         RequestError: says which message or tool is not as it should be, or what the tokenizer lacks.
+        CapacityError: more than `max_length` tokens.
     """
-    return render_messages(conversation(messages, tools, reasoning_effort, current_date), tokenizer)
+    if earlier_analysis not in get_args(EarlierAnalysis):
+        allowed = ", ".join(get_args(EarlierAnalysis))
+        raise RequestError(f"earlier_analysis is {shown(earlier_analysis)}: write one of {allowed}.")
+    talk = conversation(messages, tools, reasoning_effort, current_date)
+    if earlier_analysis == "dropped":
+        talk = _without_earlier_analysis(talk)
+    return render_messages(talk, tokenizer, drop_analysis=earlier_analysis == "openai-harmony", max_length=max_length)
+
+
+def _without_earlier_analysis(messages: list[Message]) -> list[Message]:
+    last = max((index for index, message in enumerate(messages) if message.channel == "final"), default=0)
+    return [message for message in messages[:last] if message.channel != "analysis"] + messages[last:]
 
 
 def conversation(
@@ -74,7 +107,7 @@ def conversation(
 ) -> list[Message]:
     """The harmony messages that `render` renders, nothing dropped. Arguments and errors as there."""
     if reasoning_effort not in _EFFORTS:
-        raise RequestError(f"reasoning_effort is {reasoning_effort!r}: write one of {', '.join(_EFFORTS)}.")
+        raise RequestError(f"reasoning_effort is {shown(reasoning_effort)}: write one of {', '.join(_EFFORTS)}.")
     _check_date(current_date)
     functions, builtin = read_tools(tools)
     chat = _Chat(builtin)
@@ -100,7 +133,7 @@ def _check_date(date: object) -> None:
             return
     except ValueError:
         pass
-    raise RequestError(f"current_date is {date!r}: write a date like 2025-06-28.")
+    raise RequestError(f"current_date is {shown(date)}: write a date like 2025-06-28.")
 
 
 class _Chat:
@@ -110,26 +143,30 @@ class _Chat:
         self.messages: list[Message] = []
         self.instructions: list[str] = []
         self._calls: dict[str, Message] = {}
-        self._builtin = frozenset(_recipients(builtin))
+        self._builtin = frozenset(recipients(builtin))
 
     def add(self, value: object, where: str) -> None:
         message = read_object(value, where)
-        for key, given in message.items():
-            if key not in (*_KEYS, *_OF_ANSWERS) and given:
-                raise RequestError(
-                    f"{where} has {reprlib.repr(key)}, which has no meaning here; write {', '.join(_KEYS)}."
-                )
-        match message.get("role"):
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES:
+            raise RequestError(f"{where} has the role {shown(role)}: write one of {', '.join(ROLES)}.")
+        self._check_keys(message, role, where)
+        match role:
             case "system" | "developer":
                 self._add_instructions(_content(message, where))
             case "user":
                 self.messages.append(Message("user", _content(message, where), _name(message, where)))
             case "assistant":
                 self._add_assistant(message, where)
-            case "tool":
+            case _:
                 self._add_result(message, where)
-            case role:
-                raise RequestError(f"{where} has the role {reprlib.repr(role)}: write one of {', '.join(ROLES)}.")
+
+    def _check_keys(self, message: Mapping[str, Any], role: str, where: str) -> None:
+        """Keys that are not read must ask for nothing. (Ids are for whoever wrote them, on any message.)"""
+        keys = _KEYS[role]
+        for key, given in message.items():
+            if key not in keys and key != "id" and given and not (role == "assistant" and key in _OF_ANSWERS):
+                raise RequestError(f"{where} has {shown(key)}, which has no meaning here; write {', '.join(keys)}.")
 
     def _add_instructions(self, text: str) -> None:
         if text and self.messages:
@@ -142,14 +179,13 @@ class _Chat:
             raise RequestError(f"{where}.function_call is no longer part of the API: write tool_calls.")
         name = _name(message, where)
         reasoning = _reasoning(message, where)
-        content = read_text(message.get("content"), f"{where}.content")
+        content = _answer(message, where)
         calls = read_list(message.get("tool_calls"), f"{where}.tool_calls")
-        if content is None and not reasoning and not calls:
-            raise RequestError(f"{where} says nothing: write content, reasoning_content or tool_calls.")
+        channel = _channel(message, where) or ("commentary" if calls else "final")
         if reasoning:
             self.messages.append(Message("assistant", reasoning, name, "analysis"))
-        if content or (content is not None and not reasoning and not calls):
-            self.messages.append(Message("assistant", content, name, "commentary" if calls else "final"))
+        if content or (content is not None and reasoning is None and not calls):
+            self.messages.append(Message("assistant", content, name, channel))
         ids = [self._add_call(call, name, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
         if len(set(ids)) < len(ids):
             raise RequestError(f"{where}.tool_calls has an id twice: give each call its own.")
@@ -157,7 +193,7 @@ class _Chat:
     def _add_call(self, value: object, author: str | None, where: str) -> str:
         call = read_object(value, where)
         if call.get("type", "function") != "function":
-            raise RequestError(f"{where} has the type {call['type']!r}: write a call of a function.")
+            raise RequestError(f"{where} has the type {shown(call['type'])}: write a call of a function.")
         call_id = read_string(call.get("id"), f"{where}.id")
         function = read_object(call.get("function"), f"{where}.function")
         name = check_name(function.get("name"), f"{where}.function.name")
@@ -176,13 +212,14 @@ class _Chat:
         call = self._calls.get(call_id)
         if call is None:
             raise RequestError(
-                f"{where}.tool_call_id is {call_id!r}, which no tool call before it has: write the id of the call "
+                f"{where}.tool_call_id is {shown(call_id)}, which no tool call before it has: write the id of the call "
                 "whose result this is, and keep the assistant's message with the call."
             )
         self.messages.append(Message("tool", _content(message, where), call.recipient, call.channel, "assistant"))
 
 
-def _recipients(tools: Iterable[Namespace]) -> Iterable[str]:
+def recipients(tools: Iterable[Namespace]) -> Iterable[str]:
+    """Whom calls of built-in tools go to: "browser.search" and the like, or "python"."""
     for tool in tools:
         yield from [f"{tool.name}.{function.name}" for function in tool.functions] or [tool.name]
 
@@ -196,6 +233,24 @@ def _content(message: Mapping[str, Any], where: str) -> str:
 
 def _name(message: Mapping[str, Any], where: str) -> str | None:
     return None if message.get("name") is None else check_name(message["name"], f"{where}.name")
+
+
+def _answer(message: Mapping[str, Any], where: str) -> str | None:
+    """What users saw: the content, or else the refusal."""
+    content = read_text(message.get("content"), f"{where}.content", refusals=True)
+    refusal = message.get("refusal")
+    if refusal is not None:
+        content = content or read_string(refusal, f"{where}.refusal")
+    return content
+
+
+def _channel(message: Mapping[str, Any], where: str) -> str | None:
+    phase = message.get("phase")
+    if phase is None:
+        return None
+    if not isinstance(phase, str) or phase not in _PHASES:
+        raise RequestError(f"{where}.phase is {shown(phase)}: write one of {', '.join(_PHASES)}.")
+    return _PHASES[phase]
 
 
 def _reasoning(message: Mapping[str, Any], where: str) -> str | None:

@@ -7,50 +7,75 @@ from typing import Any
 from gptjax.errors import RequestError
 from gptjax.text.vocabulary import is_text
 
+# What one request may have: several times what the largest collections of tools have, checked in half a second.
+MOST_VALUES = 250_000
+
+
+def shown(value: object) -> str:
+    """A value in a message: short, whatever it is."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"<{type(value).__name__}>"
+
+
+def check_amount(value: object, where: str) -> None:
+    """Raises RequestError where lists and objects hold more values than anything that can be read."""
+    left, seen = [value], 0
+    while left:
+        item = left.pop()
+        if isinstance(item, dict | list | tuple):
+            seen += len(item)
+            if seen > MOST_VALUES:
+                raise RequestError(f"{where} hold more than {MOST_VALUES:,} values: send fewer, or smaller ones.")
+            left += item.values() if isinstance(item, dict) else item
+
 
 def read_list(value: object, where: str) -> Sequence[Any]:
     """A list or tuple; none at all is an empty one."""
     if value is None:
         return ()
     if not isinstance(value, list | tuple):
-        raise RequestError(f"{where} is {_shown(value)}: write a list.")
+        raise RequestError(f"{where} is {_given(value)}: write a list.")
     return value
 
 
 def read_object(value: object, where: str) -> Mapping[str, Any]:
     """A dict."""
     if not isinstance(value, Mapping):
-        raise RequestError(f"{where} is {_shown(value)}: write an object, of a Pydantic model its model_dump().")
+        raise RequestError(f"{where} is {_given(value)}: write an object, of a Pydantic model its model_dump().")
     return value
 
 
 def read_string(value: object, where: str) -> str:
     """A string without lone surrogates."""
     if not isinstance(value, str):
-        raise RequestError(f"{where} is {_shown(value)}: write a string.")
+        raise RequestError(f"{where} is {_given(value)}: write a string.")
     if not is_text(value):
         raise RequestError(f"{where} has a lone surrogate, which is no character: read it with errors='replace'.")
     return value
 
 
-def read_text(value: object, where: str) -> str | None:
-    """The text of a content: a string, or the text parts of a list, joined; None for none."""
+def read_text(value: object, where: str, *, refusals: bool = False) -> str | None:
+    """The text of a content: a string, or the text parts (and `refusals`, too) of a list, joined; None for none."""
     if value is None or isinstance(value, str):
         return value and read_string(value, where)
     if not isinstance(value, list | tuple):
-        raise RequestError(f"{where} is {_shown(value)}: write a string, or a list of text parts.")
-    return "".join(_part(part, f"{where}[{index}]") for index, part in enumerate(value))
+        raise RequestError(f"{where} is {_given(value)}: write a string, or a list of text parts.")
+    kinds = ("text", "refusal") if refusals else ("text",)
+    return "".join(_part(part, f"{where}[{index}]", kinds) for index, part in enumerate(value))
 
 
-def _part(value: object, where: str) -> str:
+def _part(value: object, where: str, kinds: tuple[str, ...]) -> str:
     part = read_object(value, where)
-    if part.get("type") != "text":
+    kind = part.get("type")
+    if not isinstance(kind, str) or kind not in kinds:
         raise RequestError(
-            f"{where} is of the type {_shown(part.get('type'))}: the model reads text only, so write parts like "
+            f"{where} is of the type {_given(kind)}: the model reads text only, so write parts like "
             '{"type": "text", "text": "..."}.'
         )
-    return read_string(part.get("text"), f"{where}.text")
+    return read_string(part.get(kind), f"{where}.{kind}")
 
 
-def _shown(value: object) -> str:
-    return "missing" if value is None else reprlib.repr(value)
+def _given(value: object) -> str:
+    return "missing" if value is None else shown(value)

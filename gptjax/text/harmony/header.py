@@ -2,14 +2,29 @@
 
 A header is `ROLE[:NAME] [to=RECIPIENT][<|channel|>CHANNEL][ to=RECIPIENT][ CONTENT_TYPE]`, where the recipient may
 stand in either place and `<|constrain|>` may go before the content type. An author who has none of the roles is a tool.
+
+Models do not always write it so. A recipient is found wherever it is in a header: glued to what is before it, apart
+from its `to=`, in capitals or quotes, without `to=` if it is `functions.NAME`, or before a mark that comes twice.
 """
 
 import re
+from dataclasses import replace
+from typing import Literal
 
-from gptjax.text.harmony.messages import CHANNELS, ROLES, Message
+from gptjax.text.harmony.messages import CHANNELS, FUNCTIONS, ROLES, Message
 from gptjax.text.harmony.special import CONSTRAIN
 
-_RECIPIENT = re.compile(r"\s*(?<!\S)to=(\S+)")
+NOBODY = frozenset(("all", *ROLES, *CHANNELS))
+"""Recipients that are not tools."""
+
+# Stands for a mark within a header; neither words nor recipients go on across it, but `to=` and its value may.
+_MARK = "\0"
+_NAME = rf"(?:{FUNCTIONS}[\s\0]*\.[\s\0]*)?[^\s\0{{\"'`]+"
+_TO = re.compile(rf"[\s\0]*to[\s\0]*=[\s\0\"'`]*({_NAME})[\"'`]*", re.IGNORECASE)
+_WITHOUT_TO = re.compile(rf"(?<!\S){FUNCTIONS}\s*\.\s*[^\s\0{{\"'`]+", re.IGNORECASE)
+_PREFIX = re.compile(rf"{FUNCTIONS}[\s\0]*\.[\s\0]*", re.IGNORECASE)
+_CONTENT_TYPE = re.compile(r"\s*(json|code)(?![a-z])\s*", re.IGNORECASE)
+_AROUND = "?!,;:."
 
 
 class Header:
@@ -17,15 +32,20 @@ class Header:
 
     Attributes:
         explicit: whether `<|start|>` began it; otherwise the prompt did, and the author is the assistant.
+        author: what precedes other marks.
         channel: what follows `<|channel|>`; None before that.
         constrain: what follows `<|constrain|>`; None before that.
     """
 
-    def __init__(self, *, explicit: bool) -> None:
+    def __init__(self, *, explicit: bool, before: "Header | None" = None) -> None:
+        """`before` is a header without a text that this one goes on from."""
         self.explicit = explicit
         self.author = ""
         self.channel: str | None = None
         self.constrain: str | None = None
+        self._last = "author"
+        self._said = before._written() if before is not None else ""
+        self._meant = before.read() if before is not None and self._said else None
 
     @property
     def marked(self) -> bool:
@@ -35,54 +55,117 @@ class Header:
     @property
     def length(self) -> int:
         """Characters."""
-        return len(self.author) + len(self.channel or "") + len(self.constrain or "")
+        return len(self._written())
 
     def add(self, text: str) -> None:
         """Text goes to the last part begun."""
-        if self.constrain is not None:
-            self.constrain += text
-        elif self.channel is not None:
-            self.channel += text
-        else:
-            self.author += text
+        setattr(self, self._last, (getattr(self, self._last) or "") + text)
+
+    def begin(self, part: Literal["channel", "constrain"]) -> None:
+        """A mark. What follows is of this part, after what was said of it before."""
+        self._last = part
+        self.add("")
+
+    def again(self) -> "Header":
+        """The header that a second `<|channel|>` begins: by the same author, and with the same recipient so far."""
+        header = Header(explicit=self.explicit, before=self)
+        header.author = self.author
+        return header
+
+    def is_broken_off(self) -> bool:
+        """Whether another mark that begins a header leaves no text of this one; otherwise that is a message."""
+        message, text = self.salvage()
+        return not text or text == "to=" or (message.recipient is not None and text[0] not in "{[")
+
+    def _written(self) -> str:
+        """What was said of it so far, with marks between."""
+        parts = (self._said, self.author, self.channel, self.constrain)
+        return _MARK.join(part for part in parts if part)
 
     def read(self) -> Message:
         """A message without text yet. Words that are no header's are dropped."""
-        role, name, rest = self._read_author()
-        channel, after = _first_word(self.channel or "")
-        rest += after
-        recipient = _RECIPIENT.search(rest)
-        if self.constrain is not None:
-            content_type = CONSTRAIN + _first_word(self.constrain)[0]
-        else:
-            words = _RECIPIENT.sub("", rest).split()
-            content_type = words[-1] if words else ""
-        return Message(role, "", name, channel or None, recipient and recipient[1], content_type or None)
+        recipients: list[str] = []
+        written = _MARK.join([self._said, self.author, self.channel or "", self.constrain or ""])
+        *_, author, channel, constrain = _TO.sub(lambda match: _taken(match, recipients), written).split(_MARK)
+        role, name, rest = self._read_author(author)
+        channel, after = _first_word(channel)
+        rest += f" {after}"
+        if not recipients and (found := _WITHOUT_TO.search(f"{rest} {constrain}")):
+            recipients.append(_plain(found[0]))
+            rest, constrain = _WITHOUT_TO.sub("", rest), _WITHOUT_TO.sub("", constrain)
+        words = [word for word in (rest if self.constrain is None else constrain).split() if word != "to="]
+        content_type = (words[-1] if self.constrain is None else CONSTRAIN + words[0]) if words else None
+        # Of several, the last one that can be a tool's.
+        recipient = max(reversed(recipients), key=lambda name: name not in NOBODY, default=None)
+        return self._completed(Message(role, "", name, _known(channel) or channel or None, recipient, content_type))
+
+    def _completed(self, message: Message) -> Message:
+        before = self._meant
+        if before is None or before.role != "assistant" or message.role != "assistant":
+            return message
+        return replace(
+            message,
+            channel=message.channel or before.channel,
+            recipient=message.recipient or before.recipient,
+            content_type=message.content_type or before.content_type,
+        )
 
     def salvage(self) -> tuple[Message, str]:
         """The message and its text, maybe none, where no `<|message|>` came: what is no part of a header is text."""
-        role, name, rest = self._read_author()
-        if role == "tool":
+        role, name, rest = self._read_author(self.author)
+        if role == "tool" and not (_TO.match(rest) or _WITHOUT_TO.match(name or "")):
             role, name, rest = "assistant", None, self.author
         channel, after = _first_word(self.channel or "")
-        if channel not in CHANNELS:
+        if _known(channel) is None:
             channel, after = "", self.channel or ""
         rest += after
-        recipient = _RECIPIENT.match(rest)
+        recipient = _TO.match(rest)
         text = rest[recipient.end() if recipient else 0 :] + (self.constrain or "")
-        return Message(role, "", name, channel or None), text.lstrip()
+        kind = _CONTENT_TYPE.match(text) if recipient or self.constrain is not None else None
+        content_type = (CONSTRAIN if self.constrain is not None else "") + (kind[1] if kind else "")
+        message = Message(
+            role,
+            "",
+            name,
+            _known(channel),
+            _plain(recipient[1]) if recipient else None,
+            content_type if kind else None,
+        )
+        return self._completed(message), text[kind.end() if kind else 0 :].lstrip()
 
-    def _read_author(self) -> tuple[str, str | None, str]:
+    def _read_author(self, author: str) -> tuple[str, str | None, str]:
         """Role, name, and what follows."""
-        word, rest = _first_word(self.author)
+        word, rest = _first_word(author)
         if not self.explicit:
-            return "assistant", None, rest if word == "assistant" else self.author
+            return "assistant", None, rest if word.lower() == "assistant" else author
         role, _, name = word.partition(":")
-        if role in ROLES and role != "tool":
-            return role, name or None, rest
-        if not word or word.startswith("to="):
-            return "assistant", None, self.author
+        if role.lower() in ROLES and role != "tool":
+            return role.lower(), name or None, rest
+        if not word or _TO.match(word):
+            return "assistant", None, author
         return "tool", word, rest
+
+
+def _taken(match: re.Match[str], recipients: list[str]) -> str:
+    """Takes a recipient out of a header; the marks inside stay. What cannot be one stays, too."""
+    marks = _MARK * match[0].count(_MARK)
+    name = _plain(match[1])
+    if _CONTENT_TYPE.fullmatch(name) or (marks and name in CHANNELS):
+        return f"{marks} {name} "
+    recipients += [name] if name else []
+    return f"{marks} "
+
+
+def _plain(recipient: str) -> str:
+    """Without what is not part of the name."""
+    name = recipient.strip(_AROUND) if recipient.lower() != f"{FUNCTIONS}." else recipient
+    return _PREFIX.sub(f"{FUNCTIONS}.", name, count=1) if _PREFIX.match(name) else name
+
+
+def _known(channel: str) -> str | None:
+    """The channel that is meant; None for another word."""
+    plain = channel.lower().strip(_AROUND)
+    return plain if plain in CHANNELS else None
 
 
 def _first_word(text: str) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Token ids back to harmony messages, one by one."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -11,11 +12,12 @@ from gptjax.text.tokenizer import Tokenizer
 _ENDS = (END, CALL, RETURN, "<|endoftext|>")
 # Characters. Names may have 64 of them, in an author and in a recipient; more is text whose header is missing.
 _LONGEST_HEADER = 512
+_WORD = re.compile(r"[a-z]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A step of one message. The first, with an empty text, comes as soon as the header is known."""
+    """A step of one message. The first has an empty text, and comes as soon as the header is certain."""
 
     index: int
     """Which message of the stream, from 0."""
@@ -39,11 +41,14 @@ class StreamParser:
     - Text without a header is a message of the assistant without a channel, and so is the text of a header that ends
       without `<|message|>` (less what can be read as a header).
     - `<|start|>` and `<|channel|>` end a message that lacks its `<|end|>`; the latter begins one of the assistant.
+    - A mark that comes twice in a header, or before any text, begins the header again; what it said before stays
+      unless it says something else.
     - Words of a header that have no place in it are dropped; so are other special tokens, and a header that the end of
       the stream cuts short.
 
     openai-harmony agrees wherever the stream is well-formed; but it takes a lone word after the channel for a
-    recipient, as in `<|channel|>final <|constrain|>json`, which models write. Here a recipient has its `to=`.
+    recipient, as in `<|channel|>final <|constrain|>json`, which models write. Here a recipient has its `to=`, or is
+    `functions.NAME`.
 
     Attributes:
         messages: those that are complete.
@@ -62,31 +67,60 @@ class StreamParser:
         self._header = Header(explicit=False)
         self._current: Message | None = None  # None while its header is read
         self._pieces: list[str] = []
+        self._begun = False  # whether the message's first event was given
 
     def push(self, token_id: int) -> list[Event]:
         """The events of one more token, which is any id that is not negative."""
         if token_id in self._ends:
             return self._end()
         if token_id == self._start:
-            events = self._end()
-            self._header = Header(explicit=True)
-            return events
+            return self._start_header()
         if token_id == self._channel:
-            events = self._end() if self._current or self._header.channel is not None else []
-            self._header.add(self._decoder.finish())
-            self._header.channel = ""
-            return events
+            return self._start_channel()
         if self._current is None:
             return self._push_header(token_id)
         return self._say(self._decoder.push(token_id))
 
     def finish(self) -> list[Event]:
         """The events of the end of the stream, where it ends without `<|end|>`."""
-        if self._current is None and self._header.marked:
-            self._header = Header(explicit=False)
-            self._decoder.finish()
-            return []
+        if self._current is None:
+            half = self._decoder.finish()
+            self._header.add("" if self._header.marked else half)
+            message, text = self._header.salvage()
+            # The rest of a header that was cut short is a word at most.
+            if _WORD.fullmatch(text) and (self._header.marked or message.recipient):
+                self._header = Header(explicit=False)
+                return []
         return self._end()
+
+    def _start_header(self) -> list[Event]:
+        before, events = self._broken_off(), self._end()
+        self._header = Header(explicit=True, before=before)
+        return events
+
+    def _start_channel(self) -> list[Event]:
+        events: list[Event] = []
+        if self._current is not None and self._current.recipient is not None and not self._begun:
+            self._current = None  # and the header of a call that has no text yet goes on
+        elif self._current is not None:
+            events = self._end()
+        if self._header.channel is not None:
+            before = self._broken_off()
+            events += self._end()
+            if before is not None:
+                self._header = before.again()
+        else:
+            self._header.add(self._decoder.finish())
+        self._header.begin("channel")
+        return events
+
+    def _broken_off(self) -> Header | None:
+        """The header that a mark leaves without a text, if that is so."""
+        if self._current is not None:
+            return None
+        self._header.add(self._decoder.finish())
+        fits = self._header.length <= _LONGEST_HEADER
+        return self._header if fits and self._header.is_broken_off() else None
 
     def _push_header(self, token_id: int) -> list[Event]:
         if token_id == self._message:
@@ -94,37 +128,44 @@ class StreamParser:
             return self._begin(self._header.read())
         if token_id == self._constrain:
             self._header.add(self._decoder.finish())
-            self._header.constrain = self._header.constrain or ""
+            self._header.begin("constrain")
             return []
         self._header.add(self._decoder.push(token_id))
         return self._begin(*self._header.salvage()) if self._header.length > _LONGEST_HEADER else []
 
     def _begin(self, message: Message, text: str = "") -> list[Event]:
-        self._header = Header(explicit=False)
         self._current = message
         self._pieces = []
-        return [self._event(message, ""), *self._say(text)]
+        self._begun = False
+        # A call waits for its text: until then another mark may begin its header again.
+        return [*([] if message.recipient else self._first(message)), *self._say(text)]
 
     def _say(self, text: str) -> list[Event]:
         if not text or self._current is None:
             return []
         self._pieces.append(text)
-        return [self._event(self._current, text)]
+        return [*self._first(self._current), self._event(self._current, text)]
+
+    def _first(self, message: Message) -> list[Event]:
+        """The event of a message's beginning, once."""
+        begun, self._begun = self._begun, True
+        return [] if begun else [self._event(message, "")]
 
     def _end(self) -> list[Event]:
         """Ends the message, or what should have been its header."""
         tail, events = self._decoder.finish(), []
         if self._current is None:
             self._header.add(tail)
-            message, text = self._header.salvage()
-            events, tail = self._begin(message, text) if text else [], ""
+            tail = ""
+            if not self._header.is_broken_off():
+                events = self._begin(*self._header.salvage())
         if self._current is None:
             self._header = Header(explicit=False)
             return []
-        ended = self._event(self._current, tail, ended=True)
+        events += [*self._first(self._current), self._event(self._current, tail, ended=True)]
         self.messages.append(replace(self._current, content="".join([*self._pieces, tail])))
-        self._current = None
-        return [*events, ended]
+        self._header, self._current = Header(explicit=False), None
+        return events
 
     def _event(self, message: Message, text: str, *, ended: bool = False) -> Event:
         return Event(

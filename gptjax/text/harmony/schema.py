@@ -7,16 +7,18 @@ a string default that a oneOf of a property leaves bare.
 
 import json
 import math
-import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from gptjax.errors import RequestError
+from gptjax.text.harmony.fields import MOST_VALUES, shown
 from gptjax.text.vocabulary import is_text
 
 # More than schemas of functions have, less than openai-harmony's and Python's own limits.
 _DEEPEST = 64
+_SIMPLE = {"number": "number", "integer": "number", "boolean": "boolean", "array": "Array<any>"}
 
 Schema = Mapping[str, Any]
 
@@ -41,24 +43,66 @@ _KEYWORDS: dict[str, tuple[Callable[[object], bool], str]] = {
 
 
 def check_schema(schema: object, where: str) -> None:
-    """Raises RequestError, beginning with `where`, for what is no JSON or no schema."""
-    _check_json(schema, where, 0)
-    _check_keywords(schema, where)
+    """Raises RequestError, beginning with `where`, for what is no JSON or no schema, or holds too many values."""
+    _Check(where).schema(schema)
 
 
-def _check_json(value: object, where: str, depth: int) -> None:
-    if depth > _DEEPEST:
-        raise RequestError(f"{where[:80]}... nest deeper than {_DEEPEST} levels: write a flatter schema.")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str) or not is_text(key):
-                raise RequestError(f"{where} have the key {reprlib.repr(key)}: write one that is text.")
-            _check_json(item, f"{where}.{key}", depth + 1)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _check_json(item, f"{where}[{index}]", depth + 1)
-    elif not _is_scalar(value):
-        raise RequestError(f"{where}: {reprlib.repr(value)} ({type(value).__name__}) is no JSON: write a JSON schema.")
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where in a schema. It becomes text only in an error: on the way to each value it would cost more than that."""
+
+    parent: "_Place | None"
+    step: str
+
+    def __str__(self) -> str:
+        steps, place = [], self
+        while place.parent is not None:
+            steps.append(place.step if len(place.step) < 80 else f"{place.step[:40]}...")
+            place = place.parent
+        shortened = steps if len(steps) <= 16 else [*steps[:8], "...", *steps[-4:]]
+        return "".join([place.step, *reversed(shortened)])
+
+
+class _Check:
+    def __init__(self, where: str) -> None:
+        self._root = _Place(None, where)
+        self._left = MOST_VALUES
+
+    def schema(self, schema: object) -> None:
+        self._json(schema, self._root, 0)
+        self._keywords(schema, self._root)
+
+    def _json(self, value: object, at: _Place, depth: int) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise RequestError(f"{self._root} hold more than {MOST_VALUES:,} values: write a smaller schema.")
+        if depth > _DEEPEST:
+            raise RequestError(f"{at} ... nest deeper than {_DEEPEST} levels: write a flatter schema.")
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if not isinstance(key, str) or not is_text(key):
+                    raise RequestError(f"{at} have the key {shown(key)}: write one that is text.")
+                self._json(item, _Place(at, f".{key}"), depth + 1)
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                self._json(item, _Place(at, f"[{index}]"), depth + 1)
+        elif not _is_scalar(value):
+            raise RequestError(f"{at}: {shown(value)} ({type(value).__name__}) is no JSON: write a JSON schema.")
+
+    def _keywords(self, schema: object, at: _Place) -> None:
+        if isinstance(schema, bool):  # "anything" and "nothing" are schemas
+            return
+        if not isinstance(schema, dict):
+            raise RequestError(f"{at} is {shown(schema)}: write a schema, an object.")
+        for key, (fits, wanted) in _KEYWORDS.items():
+            if key in schema and not fits(schema[key]):
+                raise RequestError(f"{at}.{key} is {shown(schema[key])}: write {wanted}.")
+        for name, part in schema.get("properties", {}).items():
+            self._keywords(part, _Place(at, f".properties.{name}"))
+        for index, part in enumerate(schema.get("oneOf", [])):
+            self._keywords(part, _Place(at, f".oneOf[{index}]"))
+        if not isinstance(schema.get("items", True), list):
+            self._keywords(schema.get("items", True), _Place(at, ".items"))
 
 
 def _is_scalar(value: object) -> bool:
@@ -70,115 +114,151 @@ def _is_scalar(value: object) -> bool:
         return False
 
 
-def _check_keywords(schema: object, where: str) -> None:
-    if isinstance(schema, bool):  # "anything" and "nothing" are schemas
+def type_of(schema: object, indent: str = "") -> Iterator[str]:
+    """The type that a checked schema describes, in pieces; lines after the first begin with `indent`."""
+    if not isinstance(schema, dict):
+        yield "any"
         return
-    if not isinstance(schema, dict):
-        raise RequestError(f"{where} is {reprlib.repr(schema)}: write a schema, an object.")
-    for key, (fits, wanted) in _KEYWORDS.items():
-        if key in schema and not fits(schema[key]):
-            raise RequestError(f"{where}.{key} is {reprlib.repr(schema[key])}: write {wanted}.")
-    for name, part in schema.get("properties", {}).items():
-        _check_keywords(part, f"{where}.properties.{name}")
-    for index, part in enumerate(schema.get("oneOf", [])):
-        _check_keywords(part, f"{where}.oneOf[{index}]")
-    if not isinstance(schema.get("items", True), list):
-        _check_keywords(schema.get("items", True), f"{where}.items")
-
-
-def type_of(schema: object, indent: str = "") -> str:
-    """The type that a checked schema describes; lines after the first begin with `indent`."""
-    if not isinstance(schema, dict):
-        return "any"
     if "oneOf" in schema:
-        return "".join(f"\n{indent} | {_variant(each, indent, quote_enum=True)}" for each in schema["oneOf"])
+        for each in schema["oneOf"]:
+            yield f"\n{indent} | "
+            yield from _variant(each, indent, quote_enum=True)
+        return
     kind = schema.get("type")
     if isinstance(kind, list):
-        return " | ".join("number" if each == "integer" else each for each in kind) or "any"
-    if kind == "object":
-        return _object(schema, indent)
-    if kind == "string":
-        return " | ".join(f'"{each}"' for each in schema.get("enum", []) if isinstance(each, str)) or "string"
-    if kind == "array":
-        return f"{type_of(schema['items'], indent)}[]" if "items" in schema else "Array<any>"
-    return {"number": "number", "integer": "number", "boolean": "boolean"}.get(str(kind), "any")
+        yield from _joined(("number" if each == "integer" else each for each in kind), "any")
+    elif kind == "object":
+        yield from _object(schema, indent)
+    elif kind == "string":
+        yield from _joined((f'"{each}"' for each in schema.get("enum", []) if isinstance(each, str)), "string")
+    elif kind == "array" and "items" in schema:
+        yield from type_of(schema["items"], indent)
+        yield "[]"
+    else:
+        yield _SIMPLE.get(str(kind), "any")
 
 
-def _object(schema: Schema, indent: str) -> str:
-    note = _note(schema["description"], indent) if "description" in schema else ""
+def _joined(kinds: Iterator[str], none: str) -> Iterator[str]:
+    """Alternatives on one line; `none` for none, and for a lone one without text."""
+    first = next(kinds, "")
+    second = next(kinds, None)
+    if second is None:
+        yield first or none
+        return
+    yield f"{first} | {second}"
+    for kind in kinds:
+        yield f" | {kind}"
+
+
+def _object(schema: Schema, indent: str) -> Iterator[str]:
+    if "description" in schema:
+        yield _note(schema["description"], indent)
+    yield "{\n"
     required = set(schema.get("required", []))
-    fields = [
-        _field(name if name in required else f"{name}?", part if isinstance(part, dict) else {}, indent)
-        for name, part in schema.get("properties", {}).items()
-    ]
-    return f"{note}{{\n{''.join(fields)}{indent}}}"
+    for name, part in schema.get("properties", {}).items():
+        yield from _field(name if name in required else f"{name}?", part if isinstance(part, dict) else {}, indent)
+    yield f"{indent}}}"
 
 
-def _field(name: str, schema: Schema, indent: str) -> str:
-    notes = f"{_note(schema['title'], indent)}{indent}//\n" if "title" in schema else ""
+def _field(name: str, schema: Schema, indent: str) -> Iterator[str]:
+    if "title" in schema:
+        yield f"{_note(schema['title'], indent)}{indent}//\n"
     if "description" in schema and "oneOf" not in schema:
-        notes += _note(schema["description"], indent)
+        yield _note(schema["description"], indent)
     if schema.get("examples"):
-        notes += _note("Examples:", indent)
-        notes += "".join(_note(f'- "{each}"', indent) for each in schema["examples"] if isinstance(each, str))
+        yield _note("Examples:", indent)
+        yield from (_note(f'- "{each}"', indent) for each in schema["examples"] if isinstance(each, str))
     if "oneOf" in schema:
-        return notes + _alternatives(name, schema, indent)
-    kind = _or_null(schema, type_of(schema, f"{indent}    "))
-    default = f" // {_default(schema)}" if "default" in schema else ""
-    return f"{notes}{indent}{name}: {kind},{default}\n"
+        yield from _alternatives(name, schema, indent)
+        return
+    yield f"{indent}{name}: "
+    yield from _or_null(schema, type_of(schema, f"{indent}    "))
+    yield ","
+    if "default" in schema:
+        yield " // "
+        yield from _default(schema)
+    yield "\n"
 
 
-def _alternatives(name: str, schema: Schema, indent: str) -> str:
+def _alternatives(name: str, schema: Schema, indent: str) -> Iterator[str]:
     """A field with a oneOf. A description is not said twice, and the first variant's gives way to the field's."""
     variants = [each if isinstance(each, dict) else {} for each in schema["oneOf"]]
     description = schema.get("description")
     above = "description" in schema and not (variants and variants[0].get("description") == description)
-    out = _note(schema["description"], indent) if above else ""
+    if above:
+        yield _note(schema["description"], indent)
     if "default" in schema:
-        out += _note(_default(schema), indent)
-    out += f"{indent}{name}:\n"
+        yield f"{indent}// "
+        yield from _default(schema)
+        yield "\n"
+    yield f"{indent}{name}:\n"
     for index, each in enumerate(variants):
         described = not (index == 0 and above) and each.get("description") != description
-        out += f"{indent} | {_variant(each, indent, described=described)}\n"
-    return f"{out}{indent},\n"
+        yield f"{indent} | "
+        yield from _variant(each, indent, described=described)
+        yield "\n"
+    yield f"{indent},\n"
 
 
-def _variant(schema: object, indent: str, *, described: bool = True, quote_enum: bool = False) -> str:
+def _variant(schema: object, indent: str, *, described: bool = True, quote_enum: bool = False) -> Iterator[str]:
     if not isinstance(schema, dict):
-        return "any"
-    comments = [schema["description"]] if described and "description" in schema else []
+        yield "any"
+        return
+    yield from _or_null(schema, type_of(schema, f"{indent}   "))
+    comment = " // "
+    if described and "description" in schema:
+        yield comment
+        yield schema["description"]
+        comment = " "
     if "default" in schema:
-        comments.append(_default(schema, quote_enum=quote_enum))
-    kind = _or_null(schema, type_of(schema, f"{indent}   "))
-    return f"{kind} // {' '.join(comments)}" if comments else kind
+        yield comment
+        yield from _default(schema, quote_enum=quote_enum)
 
 
 def _note(text: str, indent: str) -> str:
     return f"{indent}// {text}\n"
 
 
-def _or_null(schema: Schema, kind: str) -> str:
-    return f"{kind} | null" if schema.get("nullable") and "null" not in kind else kind
+def _or_null(schema: Schema, kind: Iterator[str]) -> Iterator[str]:
+    """A type, and that it may be null if that is not said yet. (No piece ends within a word.)"""
+    if not schema.get("nullable"):
+        yield from kind
+        return
+    said = False
+    for piece in kind:
+        said = said or "null" in piece
+        yield piece
+    if not said:
+        yield " | null"
 
 
-def _default(schema: Schema, *, quote_enum: bool = False) -> str:
+def _default(schema: Schema, *, quote_enum: bool = False) -> Iterator[str]:
     value = schema["default"]
+    yield "default: "
     if not isinstance(value, str):
-        return f"default: {_json(value)}"
-    if not schema.get("enum"):
-        return f'default: "{value}"'
-    return f"default: {_json(value) if quote_enum else value}"
+        yield from _json(value)
+    elif not schema.get("enum"):
+        yield f'"{value}"'
+    else:
+        yield json.dumps(value, ensure_ascii=False) if quote_enum else value
 
 
-def _json(value: object) -> str:
+def _json(value: object) -> Iterator[str]:
     """As Rust's serde_json writes it: compact, and with numbers as below."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{_json(key)}:{_json(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_json, value)) + "]"
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return _number(value)
-    return json.dumps(value, ensure_ascii=False)
+        for index, (key, item) in enumerate(value.items()):
+            yield f"{',' if index else '{'}{json.dumps(key, ensure_ascii=False)}:"
+            yield from _json(item)
+        yield "}" if value else "{}"
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield "," if index else "["
+            yield from _json(item)
+        yield "]" if value else "[]"
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield _number(value)
+    else:
+        yield json.dumps(value, ensure_ascii=False)
 
 
 def _number(value: int | float) -> str:

@@ -2,13 +2,14 @@
 
 from gptjax.errors import RequestError
 from gptjax.text.harmony.builtin import BUILTIN
-from gptjax.text.harmony.fields import read_list, read_object, read_string
+from gptjax.text.harmony.fields import check_amount, read_list, read_object, read_string, shown
 from gptjax.text.harmony.messages import Function, Namespace
 from gptjax.text.harmony.rendering import check_name
 
 
 def read_tools(tools: object) -> tuple[tuple[Function, ...], tuple[Namespace, ...]]:
     """The functions in their order, and the built-in tools. Raises RequestError, naming the tool and the fault."""
+    check_amount(tools, "tools")
     functions: dict[str, Function] = {}
     builtin: dict[str, Namespace] = {}
     for index, value in enumerate(read_list(tools, "tools")):
@@ -23,7 +24,7 @@ def read_tools(tools: object) -> tuple[tuple[Function, ...], tuple[Namespace, ..
         elif isinstance(kind, str) and kind in BUILTIN:
             builtin[kind] = BUILTIN[kind]
         else:
-            raise RequestError(f"{where} has the type {kind!r}: write one of function, {', '.join(BUILTIN)}.")
+            raise RequestError(f"{where} has the type {shown(kind)}: write one of function, {', '.join(BUILTIN)}.")
     return tuple(functions.values()), tuple(builtin.values())
 
 
