@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from convert import DTYPES
 from gptjax.config.quantization import TARGETS
 from gptjax.errors import GptjaxError
+from gptjax.shown import clean
 
 _EXAMPLES = """\
 examples:
@@ -35,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the embeddings and the head as well (all). --dtype is for the rest",
     )
     parser.add_argument(
+        "--ignore-config",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="leave this key out of config.json, if you know that it changes nothing; may be given again",
+    )
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace the destination, if it is a converted checkpoint"
     )
 
@@ -52,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         quantize=args.quantize and args.quantize.removeprefix("mxfp4="),
         overwrite=args.overwrite,
+        ignore_config=args.ignore_config,
         progress=progress,
     )
     print(
@@ -76,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except GptjaxError as error:
-        print(f"gptjax-convert: {error}", file=sys.stderr)
+        print(f"gptjax-convert: {clean(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("gptjax-convert: interrupted; nothing was written", file=sys.stderr)

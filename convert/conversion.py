@@ -9,7 +9,7 @@ import math
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,7 @@ from convert.sources.header import NUMPY_DTYPES, TensorInfo
 from convert.tables import table
 from gptjax import checkpoint
 from gptjax.config import ModelConfig, read_config, text_directory
+from gptjax.config.keys import without
 from gptjax.errors import CheckpointError
 from gptjax.files import read_json
 from gptjax.models.registry import abstract_params, build, num_params
@@ -60,6 +61,7 @@ def convert(
     dtype: DTypeLike | None = None,
     quantize: str | None = None,
     overwrite: bool = False,
+    ignore_config: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Summary:
     """Writes a Hugging Face checkpoint directory as a converted directory, in bounded memory.
@@ -74,6 +76,7 @@ def convert(
       quantize: "experts", "linear" or "all": which weights are rounded to MXFP4, from the values they have in the
         source, see `gptjax.config.quantization`. What is in MXFP4 already stays as it is, bit for bit.
       overwrite: replace the destination, if it is a converted directory.
+      ignore_config: keys to leave out of config.json, as for `gptjax.load`; the destination has it without them.
       progress: shows how far it is; see `gptjax.progress.progress`.
 
     Raises:
@@ -87,14 +90,14 @@ def convert(
         raise CheckpointError("a path has a NUL character; name another directory")
     _check_paths(source, destination)
     wanted = None if dtype is None else _dtype(dtype)
-    config = read_config(source)
+    config = read_config(source, ignore=ignore_config)
     target = config if quantize is None else quantization.packed_config(config, quantize)
     plan, reader = _open(source, config)
     chosen = quantization.chosen(config, target)
     copies = [source / "config.json"]
     copies += [text_directory(source) / name for name in COPIED if (text_directory(source) / name).is_file()]
     index = [source / safetensors.INDEX] if (source / safetensors.INDEX).is_file() else []
-    with _Hashes((*copies, *index, *reader.files)) as hashes, _telling(copies, config, target) as copies:
+    with _Hashes((*copies, *index, *reader.files)) as hashes, _telling(copies, config, target, ignore_config) as copies:
         manifest = checkpoint.save(
             destination,
             _leaves(plan, reader, wanted, chosen),
@@ -220,15 +223,19 @@ def _bytes(info: TensorInfo, wanted: np.dtype[Any] | None) -> int:
 
 
 @contextlib.contextmanager
-def _telling(copies: list[Path], config: ModelConfig, target: ModelConfig) -> Iterator[list[Path]]:
-    """The files to copy, with a `config.json` that says what is packed in the target, if that is not the source's."""
-    if target == config:
+def _telling(
+    copies: list[Path], config: ModelConfig, target: ModelConfig, ignored: Sequence[str]
+) -> Iterator[list[Path]]:
+    """The files to copy, with a `config.json` of the target: without ignored keys, and saying what is packed."""
+    if target == config and not ignored:
         yield copies
         return
     with tempfile.TemporaryDirectory() as scratch:
         rewritten = Path(scratch) / "config.json"
         (own,) = (path for path in copies if path.name == rewritten.name)
-        raw = quantization.config_json(read_json(own) or {}, target)
+        raw = dict(without(read_json(own) or {}, ignored))
+        if target != config:
+            raw = quantization.config_json(raw, target)
         rewritten.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         yield [rewritten if path is own else path for path in copies]
 

@@ -1,18 +1,27 @@
 """`load`: from a checkpoint to a `LanguageModel`."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jax.typing import DTypeLike
 
 import convert
 from gptjax import checkpoint, hub, memory, runtime
-from gptjax.config import TOKENIZER_FILES, read_config, read_generation_defaults, text_directory
-from gptjax.errors import CheckpointError, ConfigError, GptjaxError, RequestError
+from gptjax.config import (
+    TOKENIZER_FILES,
+    read_config,
+    read_generation_config,
+    read_generation_defaults,
+    text_directory,
+)
+from gptjax.errors import CheckpointError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel, check_rows
 from gptjax.models import registry
 from gptjax.models.registry import Model, Params
 from gptjax.progress import progress
+from gptjax.shown import shown
 from gptjax.text import Tokenizer, load_tokenizer
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 
@@ -27,6 +36,8 @@ def load(
     max_batch: int | None = None,
     implementation: str = "auto",
     tokenizer: str | os.PathLike[str] | None = None,
+    ignore_config: Sequence[str] = (),
+    generation_config: Mapping[str, Any] | bool | None = None,
 ) -> LanguageModel:
     """Loads a model onto the default device.
 
@@ -42,42 +53,47 @@ def load(
         two, 32 at most.
       implementation: which kernels to use; "auto" takes the best there is, a named one runs or raises.
       tokenizer: a directory to take the tokenizer from, if not the checkpoint's own.
+      ignore_config: keys to read config.json without, for who knows that they change nothing about the results, as in
+        `("rotary_dim", "rope_scaling.mscale")`.
+      generation_config: settings in place of those of the checkpoint's generation_config.json, by the same names, or
+        False for none of them. The tokens that end a text are kept, unless `eos_token_id` is given.
 
     Raises:
       CheckpointError, ConfigError: there is no such checkpoint, or it is damaged or unsupported.
       CapacityError: `max_length` is more than the model has positions, or more memory is needed than there is; says
         which settings would fit. The weights are not read before that is known.
     """
+    runtime.check_process()
     runtime.enable_compilation_cache()
     directory = hub.resolve(name)
-    config = read_config(directory)
+    config = read_config(directory, ignore=ignore_config)
+    settings = read_generation_config(text_directory(directory), generation_config)
     length = registry.positions(config, max_length)
     rows = check_rows("max_batch", 1 if max_batch is None else max_batch)
     if implementation not in IMPLEMENTATIONS:
-        raise RequestError(f"there is no implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+        raise RequestError(
+            f"there is no implementation {shown(implementation)}; choose one of {', '.join(IMPLEMENTATIONS)}"
+        )
     model = registry.build(config, dtype=runtime.compute_dtype(dtype), implementation=implementation)
     memory.check(model, batch=rows, max_length=length)
     text: Tokenizer | GptjaxError
     try:
-        text = load_tokenizer(text_directory(directory) if tokenizer is None else tokenizer)
+        if tokenizer is None:
+            text = load_tokenizer(text_directory(directory), generation_config=settings)
+        else:
+            text = load_tokenizer(tokenizer)
     except GptjaxError as error:
         # None at all, or one of an unsupported kind: the model still works on token ids. A damaged one is a fault.
         if tokenizer is not None or (isinstance(error, CheckpointError) and _has_tokenizer(text_directory(directory))):
             raise
         text = error
-    defaults = read_generation_defaults(text_directory(directory))
-    if unreachable := [token for token in defaults.eos_ids if token >= config.vocab_size]:
-        raise ConfigError(
-            f"generation ends at eos_token_id {unreachable}, but the model has {config.vocab_size} tokens: correct "
-            "generation_config.json (or config.json)"
-        )
     with memory.explained(model, batch=rows, max_length=length, loaded=False):
         params = registry.repacked(model, load_params(directory, model))
     return LanguageModel(
         model,
         params,
         tokenizer=text,
-        defaults=defaults,
+        defaults=read_generation_defaults(text_directory(directory), settings),
         max_length=length,
         max_batch=max_batch,
     )

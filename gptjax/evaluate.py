@@ -14,6 +14,7 @@ from gptjax.errors import RequestError
 from gptjax.hub import DEMOS, resolve
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry
+from gptjax.shown import shown
 
 HELD_OUT: Final = DEMOS / "held-out.txt"  # 16 kB of books in the public domain, none of which the demos have read
 WINDOW: Final = 2048  # tokens, where none is asked for: attention over all 131,072 of GPT-OSS would take hours on a CPU
@@ -90,7 +91,9 @@ def check_stride(stride: int | None, size: int) -> int:
     if stride is None:
         return size
     if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= size:
-        raise RequestError(f"stride must be a whole number from 1 to the window of {size} tokens, found {stride!r}")
+        raise RequestError(
+            f"stride must be a whole number from 1 to the window of {size} tokens, found {shown(stride)}"
+        )
     return stride
 
 
@@ -105,13 +108,16 @@ def windows(length: int, size: int, stride: int) -> Iterator[tuple[int, int, int
             return
 
 
-def window(name: str | os.PathLike[str], max_length: int | None) -> int:
+def window(name: str | os.PathLike[str], max_length: int | None, *, ignore_config: Sequence[str] = ()) -> int:
     """The tokens of a window for a checkpoint: as given, else $GPTJAX_MAX_LENGTH, else all it has but WINDOW at most.
+
+    Args:
+      ignore_config: as for `gptjax.load`.
 
     Raises:
       CheckpointError, ConfigError, CapacityError, RequestError: as `gptjax.load`.
     """
-    most = registry.positions(read_config(resolve(name)), max_length)
+    most = registry.positions(read_config(resolve(name), ignore=ignore_config), max_length)
     return most if max_length is not None or os.environ.get("GPTJAX_MAX_LENGTH") else min(most, WINDOW)
 
 
@@ -124,7 +130,7 @@ def read(path: str | Path) -> str:
     except OSError as error:
         raise RequestError(f"{path} cannot be read ({error.strerror}); name a text file") from None
     except ValueError as error:  # a NUL in the name
-        raise RequestError(f"{str(path)!r} cannot be a file ({error}); name a text file") from None
+        raise RequestError(f"{shown(str(path))} cannot be a file ({error}); name a text file") from None
 
 
 def _judged(logits_TV: np.ndarray, targets_T: np.ndarray) -> Predictions:

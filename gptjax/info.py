@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,23 @@ from jax.typing import DTypeLike
 
 import convert
 from gptjax import checkpoint, hub, memory, runtime
-from gptjax.config import PUBLISHED, ModelConfig, read_config, read_generation_defaults, text_directory
+from gptjax.config import (
+    PUBLISHED,
+    GenerationDefaults,
+    ModelConfig,
+    read_config,
+    read_generation_config,
+    read_generation_defaults,
+    text_directory,
+)
 from gptjax.config.gpt_oss import is_original
-from gptjax.errors import CheckpointError, GptjaxError, RequestError
+from gptjax.errors import CheckpointError, ConfigError, GptjaxError, RequestError
 from gptjax.files import read_json
 from gptjax.language_model import check_rows
 from gptjax.models import registry
 from gptjax.models.registry import Model
 from gptjax.runtime import DeviceMemory
+from gptjax.shown import names, shown
 from gptjax.text import load_tokenizer
 from gptjax.units import readable
 from pallas_kernels.mxfp4 import MXFP4
@@ -32,6 +42,8 @@ def describe(
     max_length: int | None = None,
     max_batch: int = 1,
     device: DeviceMemory | None = None,
+    ignore_config: Sequence[str] = (),
+    generation_config: Mapping[str, Any] | bool | None = None,
 ) -> dict[str, Any]:
     """Facts of a checkpoint, in the order to show them. Keys ending in `_bytes` are bytes.
 
@@ -43,19 +55,20 @@ def describe(
 
     Args:
       device: the memory to fit; that of the default device if not given. See `imagined_gpu`.
+      ignore_config, generation_config: as for `gptjax.load`.
 
     Raises:
       CheckpointError, ConfigError: as `gptjax.load`.
     """
     directory = hub.resolve(name)
-    model = _model(read_config(directory), dtype, device)
+    model = _model(read_config(directory, ignore=ignore_config), dtype, device)
+    settings = read_generation_config(text_directory(directory), generation_config)
     try:
-        tokenizer = load_tokenizer(text_directory(directory))
+        tokenizer = load_tokenizer(text_directory(directory), generation_config=settings)
         text = f"{tokenizer.kind}, {tokenizer.vocab_size} tokens, ends with {list(tokenizer.eos_ids)}"
     except GptjaxError as error:
         text = f"none: {error}"
     stored = _stored(directory, model)
-    defaults = dataclasses.asdict(read_generation_defaults(text_directory(directory)))
     return {
         "checkpoint": str(directory),
         "form": _form(directory),
@@ -63,9 +76,22 @@ def describe(
         "weights": _weights(stored),
         **_packing(model, stored),
         "tokenizer": text,
-        "generation": ", ".join(f"{key} {value}" for key, value in defaults.items()),
+        "generation": _generation(read_generation_defaults(text_directory(directory), settings), model.config),
         **_memory(model, max_length, max_batch, device),
     }
+
+
+def _generation(defaults: GenerationDefaults, config: ModelConfig) -> str:
+    """What generation goes by, and what keeps it from being done."""
+    facts = dataclasses.asdict(dataclasses.replace(defaults, faults=()))
+    text = ", ".join(f"{key} {value}" for key, value in facts.items() if key != "faults")
+    if beyond := [token for token in defaults.eos_ids if token >= config.vocab_size]:
+        text += f"; the model has no token {names(list(map(str, beyond)))}, so no text ends with it"
+    try:
+        defaults.check()
+    except ConfigError as error:
+        text += f"; refused: {error}"
+    return text
 
 
 def describe_published(
@@ -82,7 +108,7 @@ def describe_published(
       RequestError: there is no such size.
     """
     if name not in PUBLISHED:
-        raise RequestError(f"there is no size {name!r}; there are {', '.join(PUBLISHED)}")
+        raise RequestError(f"there is no size {shown(name)}; there are {', '.join(PUBLISHED)}")
     model = _model(PUBLISHED[name], dtype, device)
     return {"size": name, **_architecture(model), **_memory(model, max_length, max_batch, device)}
 
@@ -131,14 +157,17 @@ def _memory(model: Model, max_length: int | None, max_batch: int, device: Device
     }
 
 
-def describe_tensors(name: str | os.PathLike[str]) -> dict[str, str]:
+def describe_tensors(name: str | os.PathLike[str], *, ignore_config: Sequence[str] = ()) -> dict[str, str]:
     """Every weight, by its path: its shape, and its dtype as stored.
+
+    Args:
+      ignore_config: as for `gptjax.load`.
 
     Raises:
       CheckpointError: the weights are missing, damaged or not those of the config, as far as headers tell.
     """
     directory = hub.resolve(name)
-    model = registry.build(read_config(directory))
+    model = registry.build(read_config(directory, ignore=ignore_config))
     shapes = checkpoint.flatten(registry.abstract_params(model))
     stored = _stored_dtypes(directory, model)
     return {"/".join(path): f"{list(leaf.shape)} {stored[path]}" for path, leaf in shapes.items()}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import memory
+from gptjax import memory, runtime
 from gptjax.activations import activations
 from gptjax.chat import TODAY, ChatChunk, ChatCompletion, TurnReader, chat_chunks, offered_names, prompt, stop_ids
 from gptjax.config import GenerationDefaults, ModelConfig
@@ -25,6 +25,7 @@ from gptjax.engine.options import (
     as_ids,
     make_request,
     sampling_params,
+    special_of,
     split_prompts,
     split_seeds,
 )
@@ -36,6 +37,7 @@ from gptjax.memory import Memory
 from gptjax.models import registry
 from gptjax.models.registry import Model, Params
 from gptjax.progress import progress
+from gptjax.shown import shown
 from gptjax.text import Tokenizer
 
 _MOST_ROWS = 32  # rows of one call where `max_batch` is not given
@@ -68,7 +70,8 @@ class LanguageModel:
 
     @property
     def params(self) -> Params:
-        """The weights, nested dicts of arrays. Raises `RequestError` where the model was closed."""
+        """The weights, nested dicts of arrays. Raises `RequestError` if the model was closed, or the process forked."""
+        runtime.check_process()
         if self._params is None:
             raise RequestError("this model was closed; load it again")
         return self._params
@@ -87,10 +90,11 @@ class LanguageModel:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The token ids that end a text."""
-        if self.defaults.eos_ids or isinstance(self._tokenizer, GptjaxError):
-            return self.defaults.eos_ids
-        return self._tokenizer.eos_ids
+        """The token ids that end a text, of those that the model has."""
+        ids = self.defaults.eos_ids
+        if not ids and not isinstance(self._tokenizer, GptjaxError):
+            ids = self._tokenizer.eos_ids
+        return tuple(token for token in ids if token < self.config.vocab_size)
 
     @overload
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Completion: ...
@@ -104,10 +108,12 @@ class LanguageModel:
         """Continues a prompt, or each of a list of prompts, which are then computed together.
 
         Args:
-          prompt: text, or a list of token ids, or a list of either. Special tokens written in text are plain text.
+          prompt: text, or a list of token ids, or a list of either. Text gets the tokens that the tokenizer puts before
+            and after any text, if it is one that does (`Tokenizer.prompt`); token ids are taken as they are.
           **options: `max_tokens` (256), `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`,
             `presence_penalty`, `frequency_penalty`, `logit_bias`, `seed` (or a list, one for each prompt),
-            `top_logprobs`, `stop`, `stop_ids`, `ignore_eos`: see `GenerateOptions`. Left out, sampling follows the
+            `top_logprobs`, `stop`, `stop_ids`, `ignore_eos`, `special`: see `GenerateOptions`. Special
+            tokens written in text are plain text unless `special` is true. Left out, sampling follows the
             checkpoint's generation_config.json, and is greedy where that says nothing.
 
         Returns:
@@ -117,7 +123,9 @@ class LanguageModel:
         Raises:
           RequestError: options or token ids out of range, an empty prompt or list.
           CapacityError: a prompt longer than `max_length`.
-          CheckpointError, ConfigError: text was given, but the checkpoint has no tokenizer, or an unsupported one.
+          CheckpointError: text was given, but the checkpoint has no tokenizer.
+          ConfigError: text was given, but the tokenizer is an unsupported one; the checkpoint's generation_config.json
+            has settings that cannot be followed (see `load`).
         """
         prompts, single = split_prompts(prompt)
         seeds = split_seeds(options.get("seed"), len(prompts))
@@ -309,7 +317,7 @@ class LanguageModel:
 
     def _request(self, prompt: Prompt, options: GenerateOptions, eos_ids: Sequence[int] | None = None) -> Request:
         _ = self.params
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else as_ids(prompt)
+        ids = self.tokenizer.prompt(prompt, special=special_of(options)) if isinstance(prompt, str) else as_ids(prompt)
         request = make_request(ids, options, self.defaults, self.eos_ids if eos_ids is None else eos_ids)
         request.check(vocab_size=self.config.vocab_size, max_length=self.max_length)
         if request.stop:
@@ -346,5 +354,5 @@ class LanguageModel:
 def check_rows(name: str, given: object) -> int:
     """A number of rows, as given. Raises `RequestError`, by the name of the option, for what is none."""
     if isinstance(given, bool) or not isinstance(given, numbers.Integral) or given < 1:
-        raise RequestError(f"{name} must be a whole number of at least 1, found {given!r}")
+        raise RequestError(f"{name} must be a whole number of at least 1, found {shown(given)}")
     return int(given)

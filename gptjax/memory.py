@@ -90,12 +90,12 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     buckets = {steps.chunks(length, steps.chunk_of(model))[0][2] for length in lengths}
     T = max(buckets)
     projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
-    S = -(-max_length // SLOT_MULTIPLE) * SLOT_MULTIPLE
+    S = _capacity(max_length)
     scored = config.num_heads * (2 * SLOT_MULTIPLE + 5 * config.head_width)
     attention = 4 * T * (scored + 2 * config.width)
     mlp = _moe(config, T) if isinstance(config, GptOssConfig) else 8 * T * config.mlp_width
     chunk = 4 * T * projected + max(mlp, attention)
-    row = tree_bytes(jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=max_length)))
+    row = _cache(model, 1, max_length)
     if platform != "cpu":
         at_once = [config.num_heads * rows * S for rows in (*buckets, batch)]
         chunk = max([chunk, *(8 * scores for scores in at_once if scores <= DENSE_SCORES)])
@@ -185,8 +185,9 @@ def check_state(model: Model, *, batch: int, max_length: int, reuse: bool = Fals
 
 def rings(model: Model, *, batch: int, max_length: int) -> int:
     """Bytes of a copy of what the sliding layers hold, for each of `batch` rows."""
-    row = jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=max_length))
-    return batch * tree_bytes([x for x in (*row.k, *row.v) if x.shape[2] < row.capacity])
+    capacity = _capacity(max_length)
+    windows = [window for window in model.config.windows if window is not None and window < capacity]
+    return batch * _places(model) * sum(windows)
 
 
 def shortfall(model: Model, *, batch: int, max_length: int, has: int, device: DeviceMemory) -> str | None:
@@ -242,11 +243,25 @@ def _largest(fits: Callable[[int], bool], *, below: int) -> int:
     return low
 
 
-@functools.lru_cache(maxsize=64)
 def _state(model: Model, batch: int, max_length: int) -> tuple[int, int]:
     """Bytes of the cache, and of the logits and tokens."""
-    state = jax.eval_shape(lambda: steps.init_state(model, batch=batch, max_length=max_length))
-    return tree_bytes(state.cache), tree_bytes((state.logits_BV, state.history_BS))
+    return _cache(model, batch, max_length), 4 * batch * (model.config.vocab_size + _capacity(max_length))
+
+
+def _cache(model: Model, batch: int, max_length: int) -> int:
+    """Bytes of `registry.create_cache`: counted, as tracing a thousand layers takes seconds."""
+    capacity = _capacity(max_length)
+    places = sum(capacity if window is None else min(window, capacity) for window in model.config.windows)
+    return batch * (_places(model) * places + 4)  # and the length
+
+
+def _places(model: Model) -> int:
+    """Bytes of a key and a value of one layer at one position."""
+    return 2 * model.config.num_kv_heads * model.config.head_width * jnp.dtype(model.dtype).itemsize
+
+
+def _capacity(max_length: int) -> int:
+    return -(-max_length // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
 
 @functools.lru_cache(maxsize=16)

@@ -10,10 +10,12 @@ import numpy as np
 import psutil
 from jax.typing import DTypeLike
 
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, RequestError
+from gptjax.shown import shown
 
 DTYPES = ("float32", "bfloat16", "float16")
 _LEAST_CACHED_COMPILATION = 0.2  # seconds: below it, compiling again is as fast as reading the file
+_process: int | None = None  # which uses JAX: the one that loaded the first model
 _NO_LIMIT = 1 << 60  # version 1 of control groups writes "none" as the largest number of whole pages
 
 
@@ -30,8 +32,24 @@ def compute_dtype(dtype: DTypeLike | None) -> np.dtype:
     except TypeError:
         found = None
     if found is None or found.name not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype {shown(dtype)} is not supported; choose one of {', '.join(DTYPES)}")
     return found
+
+
+def check_process() -> None:
+    """Raises `RequestError` in a process that was forked from one that loaded a model.
+
+    JAX's threads stay behind in a fork, and whoever computes in the new process waits for them forever.
+    """
+    global _process
+    if _process is None:
+        _process = os.getpid()
+    if _process != os.getpid():
+        raise RequestError(
+            f"process {os.getpid()} was forked from process {_process}, which uses JAX, whose threads do not survive a "
+            "fork: load and use models in one process only, or start others without a fork, as with "
+            "multiprocessing.get_context('spawn')"
+        )
 
 
 def enable_compilation_cache() -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = [
     ["pallas_kernels"],
     # gptjax/__init__ is lazy.
-    ["gptjax", "gptjax.axes", "gptjax.errors", "gptjax.files", "gptjax.progress", "gptjax.units"],
+    ["gptjax", "gptjax.axes", "gptjax.errors", "gptjax.files", "gptjax.progress", "gptjax.shown", "gptjax.units"],
     ["gptjax.config"],
     ["gptjax.cache"],
     ["gptjax.layers"],

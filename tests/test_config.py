@@ -18,7 +18,7 @@ from gptjax.config import (
     read_config,
     read_generation_defaults,
 )
-from gptjax.errors import CheckpointError, ConfigError, GptjaxError
+from gptjax.errors import CheckpointError, ConfigError, GptjaxError, RequestError
 
 # The files as they are on the Hub.
 HUB_SMALL: dict[str, Any] = {
@@ -117,7 +117,14 @@ def test_absent_keys_mean_what_transformers_says():
         ({"n_inner": None, "intermediate_size": 52}, {"mlp_width": 52}),
         ({"n_inner": 52, "intermediate_size": 52}, {"mlp_width": 52}),
         ({"n_ctx": 37}, {}),
+        ({"n_ctx": 36}, {}),  # which transformers does not read
         ({"n_ctx": 41, "n_positions": None}, {"context_length": 41}),
+        ({"max_position_embeddings": 41, "n_positions": None, "n_ctx": 3}, {"context_length": 41}),
+        ({"hidden_size": 60, "num_attention_heads": 5, "num_hidden_layers": 3, "max_position_embeddings": 37}, {}),
+        ({"n_embd": None, "hidden_size": 60}, {}),
+        ({"max_seq_len_cached": None, "zeta": None}, {}),
+        ({"unsloth_fixed": True, "eos_token_id": 50256}, {}),
+        ({"do_sample": True, "max_length": 50, "temperature": 0.7, "num_beams": 1}, {}),  # as versions 2 and 3 wrote
         ({"activation_function": "gelu_new"}, {"activation": "gelu_tanh"}),
         ({"activation_function": "gelu"}, {"activation": "gelu_erf"}),
         ({"activation_function": "gelu_pytorch_tanh"}, {"activation": "gelu_tanh"}),
@@ -146,7 +153,8 @@ def test_n_ctx_alone_is_the_context_length():
     ("raw", "message"),
     [
         ({"n_inner": 52, "intermediate_size": 53}, "n_inner is 52 but intermediate_size is 53"),
-        ({"n_positions": 37, "n_ctx": 36}, "n_positions is 37 but n_ctx is 36"),
+        ({"n_embd": 60, "hidden_size": 64}, "n_embd is 60 but hidden_size is 64"),
+        ({"max_position_embeddings": 36}, "n_positions is 37 but max_position_embeddings is 36"),
         ({"n_head": 7}, "n_embd 60 is not a multiple of n_head 7"),
         ({"activation_function": "gelu_10"}, "activation_function is 'gelu_10'; gptjax supports gelu, gelu_fast, "),
         ({"activation_function": ["gelu"]}, r"activation_function is ['gelu']"),
@@ -168,7 +176,9 @@ def test_n_ctx_alone_is_the_context_length():
         ({"tie_word_embeddings": 0}, "tie_word_embeddings is 0"),
         ({"add_cross_attention": True}, "add_cross_attention is true"),
         ({"rotary_dim": 64}, "unknown key rotary_dim:"),
-        ({"zeta": None, "alpha": 1}, "unknown keys alpha, zeta:"),
+        ({"zeta": 0, "alpha": 1}, "unknown keys alpha, zeta:"),
+        ({"zeta": None, "alpha": 1}, "unknown key alpha: "),
+        ({"rotary_dim": 64}, "ignore_config=('rotary_dim',) or --ignore-config rotary_dim"),
     ],
 )
 def test_what_cannot_be_used_is_named(raw, message):
@@ -275,6 +285,58 @@ def test_generation_defaults(tmp_path, config, generation, expected):
     assert read_generation_defaults(tmp_path) == expected
 
 
+# Settings of `transformers.GenerationConfig` (5.23) and of files on the Hub that change nothing here.
+NEUTRAL: list[dict[str, Any]] = [
+    {"do_sample": False, "temperature": 0.0},
+    {"do_sample": False, "top_p": 0.0, "top_k": 50, "typical_p": 0.5, "min_p": 0.1, "epsilon_cutoff": 0.1},
+    {"temperature": 0.0, "top_p": 0, "top_k": None},
+    {"do_sample": None},
+    {"suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [], "sequence_bias": {}, "stop_strings": []},
+    {"suppress_tokens": None, "bad_words_ids": None, "forced_eos_token_id": None, "watermarking_config": None},
+    {"num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0, "length_penalty": 2.0, "early_stopping": True},
+    {"num_return_sequences": 1, "guidance_scale": 1.0, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0},
+    {"min_length": 0, "min_new_tokens": 0, "penalty_alpha": 0.0, "token_healing": False, "low_memory": True},
+    {"renormalize_logits": True, "remove_invalid_values": True, "max_length": 20, "max_new_tokens": 5},
+    {
+        "use_cache": True,
+        "cache_implementation": "static",
+        "compile_config": {"mode": "x"},
+        "prompt_lookup_num_tokens": 3,
+    },
+    {"assistant_early_exit": None, "num_assistant_tokens": 20, "return_dict_in_generate": True, "output_scores": True},
+    {"_from_model_config": True, "transformers_version": "4.46.0", "pad_token_id": 0, "bos_token_id": 0},
+    {"repetition_penalty": 1.0, "generation_kwargs": {}, "trust_remote_code": False},
+]
+
+
+@pytest.mark.parametrize("raw", NEUTRAL)
+def test_neutral_values_are_neutral_in_every_spelling(tmp_path, raw):
+    (tmp_path / "generation_config.json").write_text(json.dumps(raw), encoding="utf-8")
+    defaults = read_generation_defaults(tmp_path)
+    defaults.check()
+    assert defaults == GREEDY
+
+
+DRAWN_NEUTRAL: list[dict[str, Any]] = [
+    {"top_k": 0, "top_p": 1, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0, "min_p": 0, "top_h": None},
+    {"temperature": 1, "top_p": None, "penalty_alpha": None},
+]
+
+
+@pytest.mark.parametrize("raw", DRAWN_NEUTRAL)
+def test_neutral_values_where_tokens_are_drawn(tmp_path, raw):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, **raw}), encoding="utf-8")
+    defaults = read_generation_defaults(tmp_path)
+    defaults.check()
+    assert defaults == SAMPLED
+
+
+def test_a_top_p_of_0_is_greedy(tmp_path):
+    """transformers keeps the one most likely token."""
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_p": 0.0, "temperature": 0.5}')
+    assert read_generation_defaults(tmp_path) == GREEDY
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
@@ -284,17 +346,95 @@ def test_generation_defaults(tmp_path, config, generation, expected):
         ({"eos_token_id": True}, "eos_token_id is True"),
         ({"something_new": 1}, "something_new"),
         ({"num_beams": 4, "suppress_tokens": [5]}, "num_beams, suppress_tokens"),
+        ({"num_beams": 5}, "num_beams"),
+        ({"forced_eos_token_id": 0}, "forced_eos_token_id"),
+        ({"guidance_scale": 0}, "guidance_scale"),
         ({"do_sample": True, "top_p": 1.5}, "top_p is 1.5"),
         ({"do_sample": True, "temperature": 0}, "temperature is 0"),
+        ({"do_sample": True, "temperature": 1e9}, "temperature is 1000000000.0"),
         ({"do_sample": True, "top_k": 1.5}, "top_k is 1.5"),
+        ({"do_sample": True, "typical_p": 0.9}, "typical_p"),
+        ({"do_sample": True, "top_h": 0.4}, "top_h"),
         ({"do_sample": "yes"}, "do_sample is 'yes'"),
         ({"repetition_penalty": -1}, "repetition_penalty is -1"),
+        ({"repetition_penalty": 1e-38}, "repetition_penalty is 1e-38"),
         ({"repetition_penalty": True}, "repetition_penalty is True"),
+        ({"\x1b[2J" * 10**5: 1}, "x1b[2J"),
     ],
 )
 def test_generation_defaults_that_cannot_be_used(tmp_path, raw, message):
+    """They are read, so that a model can be loaded, and refused when something is to be generated."""
     (tmp_path / "generation_config.json").write_text(json.dumps(raw), encoding="utf-8")
+    defaults = read_generation_defaults(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        read_generation_defaults(tmp_path)
-    assert message in str(caught.value) and "generation_config.json" in str(caught.value)
+        defaults.check()
+    text = str(caught.value)
+    assert message in text and "generation_config.json" in text and "--no-generation-config" in text
+    assert "\x1b" not in text and len(text) < 1000
     assert isinstance(caught.value, GptjaxError)
+
+
+def test_what_a_caller_gives_or_does_not_need_is_not_refused(tmp_path):
+    raw = {"do_sample": True, "top_p": 1.5, "typical_p": 0.5}
+    (tmp_path / "generation_config.json").write_text(json.dumps(raw), encoding="utf-8")
+    defaults = read_generation_defaults(tmp_path)
+    defaults.check(draws=False)
+    defaults.check(["top_p", "typical_p"])
+    with pytest.raises(ConfigError, match="typical_p") as caught:
+        defaults.check(["top_p"])
+    assert "top_p is" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (None, GenerationDefaults(eos_ids=(5, 6), repetition_penalty=2.0)),
+        (False, GenerationDefaults(eos_ids=(5, 6))),
+        ({}, GenerationDefaults(eos_ids=(5, 6))),
+        ({"do_sample": True, "top_k": 3}, GenerationDefaults(eos_ids=(5, 6), temperature=1.0, top_k=3)),
+        ({"eos_token_id": 9}, GenerationDefaults(eos_ids=(9,))),
+    ],
+)
+def test_other_settings_in_place_of_the_files(tmp_path, override, expected):
+    raw = {"eos_token_id": [5, 6], "num_beams": 3, "repetition_penalty": 2.0}
+    (tmp_path / "generation_config.json").write_text(json.dumps(raw), encoding="utf-8")
+    found = read_generation_defaults(tmp_path, override)
+    assert dataclasses.replace(found, faults=()) == expected
+    assert bool(found.faults) == (override is None)
+
+
+@pytest.mark.parametrize("override", [True, "no", 1, ["temperature"]])
+def test_overrides_that_are_none(tmp_path, override):
+    with pytest.raises(RequestError, match="generation_config is a dict"):
+        read_generation_defaults(tmp_path, override)
+
+
+def test_keys_that_are_to_be_ignored(tmp_path):
+    raw = {**TINY, "rotary_dim": 64, "activation_function": "gelu_10", "nested": {"a": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    assert read_config(tmp_path, ignore=["rotary_dim", "activation_function", "nested"]) == TINY_READ
+    with pytest.raises(ConfigError, match=r"unknown keys nested, rotary_dim:.*\('nested', 'rotary_dim',\)"):
+        read_config(tmp_path, ignore=["activation_function"])
+    for path in ("rotary", "rotary_dim.x", "nested.b", ""):
+        with pytest.raises(ConfigError, match=f"has no {path} to ignore; there is a"):
+            read_config(tmp_path, ignore=[path])
+    for ignored in ("rotary_dim", [5]):
+        with pytest.raises(RequestError, match=r'ignore_config=\("key",\)'):
+            read_config(tmp_path, ignore=ignored)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"\x1b]0;owned\x07" + "k" * 10**6: 1},
+        {"activation_function": "\x1b[31m" * 10**5},
+        {"model_type": "\x1b[31m" * 10**5},
+        {"n_layer": ["\u202e" * 10**6]},
+        {"vocab_size": {"k" * 10**6: "\x9b1m"}},
+        {f"unknown\x1b{n}": 1 for n in range(10**4)},
+    ],
+)
+def test_messages_are_short_and_cannot_steer_a_terminal(raw):
+    text = _fault({**TINY, **raw})
+    assert len(text) < 2500
+    assert all(letter.isprintable() or letter == "\n" for letter in text)

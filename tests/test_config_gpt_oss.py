@@ -9,8 +9,10 @@ import pytest
 
 import gptjax
 from gptjax.config import PUBLISHED, config_from_json
+from gptjax.config.keys import without
 from gptjax.config.rope import Rope
 from gptjax.errors import ConfigError
+from gptjax.info import describe
 from tests.oracles import gpt_oss_random
 
 ORIGINAL = gpt_oss_random.original_config(gpt_oss_random.CONFIG)
@@ -60,7 +62,7 @@ def test_original_configs_without_a_meaning_are_refused(changes: dict[str, Any],
     ("changes", "says"),
     [
         ({"rope_theta": 1.0, "rope_scaling": None}, "rope_theta is 1.0"),
-        ({"initial_context_length": 2048}, "4096, but initial_context_length is 2048"),
+        ({"sliding_window": None}, "sliding_window is missing"),
         ({"layer_types": ["odd"] * 3}, r"layer_types has 'odd'; gptjax supports sliding_attention, full_attention$"),
         (
             {"quantization_config": {"quant_method": "mxfp4", "targets": "linear"}, "num_attention_heads": 6},
@@ -74,14 +76,53 @@ def test_what_contradicts_itself_is_refused(changes, says):
         config_from_json(base | changes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"initial_context_length": 2048},
+        {"initial_context_length": None},
+        {"experts_per_token": 3},
+        {"unsloth_fixed": True, "max_seq_len_cached": None},
+        {"max_seq_len_cached": 131072},
+    ],
+)
+def test_what_transformers_does_not_read_changes_nothing(changes):
+    assert config_from_json(gpt_oss_random.CONFIG | changes) == config_from_json(gpt_oss_random.CONFIG)
+
+
+def test_an_absent_window_is_the_published_models():
+    """As in transformers; null is no window."""
+    raw = {key: value for key, value in gpt_oss_random.CONFIG.items() if key != "sliding_window"}
+    assert set(config_from_json(raw).windows) == {None, 128}
+
+
+def test_yarn_without_an_original_length_stretches_what_transformers_says():
+    """The whole context, whatever `initial_context_length` says."""
+    yarn = {key: value for key, value in gpt_oss_random.CONFIG["rope_scaling"].items() if key[:8] != "original"}
+    raw = gpt_oss_random.CONFIG | {"rope_scaling": yarn}
+    for more in ({}, {"initial_context_length": 16}):
+        found = config_from_json(raw | more).rope.yarn
+        assert found is not None and found.original_length == raw["max_position_embeddings"]
+
+
+def test_a_key_inside_another_can_be_ignored():
+    raw = gpt_oss_random.CONFIG | {"rope_scaling": {**gpt_oss_random.CONFIG["rope_scaling"], "mscale": 1.0}}
+    with pytest.raises(ConfigError, match=r"--ignore-config rope_scaling\.mscale"):
+        config_from_json(raw)
+    assert config_from_json(without(raw, ["rope_scaling.mscale"])) == config_from_json(gpt_oss_random.CONFIG)
+
+
 def test_gpt2_has_no_experts_to_be_packed():
     raw = PUBLISHED["gpt2"].to_json() | {"quantization_config": {"quant_method": "mxfp4"}}
     with pytest.raises(ConfigError, match="targets is missing"):
         config_from_json(raw)
 
 
-def test_an_end_of_text_that_the_model_does_not_have_is_refused(tmp_path, demo):
+def test_an_end_of_text_that_the_model_does_not_have_ends_nothing(tmp_path, demo):
+    """As every GPT-2 has that was trained from scratch with transformers' default ids and a small vocabulary."""
     shutil.copytree(demo, tmp_path / "demo")
-    (tmp_path / "demo" / "generation_config.json").write_text('{"eos_token_id": [99999999]}')
-    with pytest.raises(ConfigError, match=r"\[99999999\], but the model has 8192 tokens"):
-        gptjax.load(tmp_path / "demo")
+    (tmp_path / "demo" / "generation_config.json").write_text('{"eos_token_id": [99999999, 8191]}')
+    with gptjax.load(tmp_path / "demo") as lm:
+        assert lm.eos_ids == (8191,)
+        assert len(lm.generate([5], max_tokens=2).token_ids) == 2
+    assert "the model has no token 99999999" in describe(tmp_path / "demo")["generation"]

@@ -12,6 +12,7 @@ from gptjax import __version__
 from gptjax.cli import bench, chat, compare, doctor, generate, info, perplexity, serve, validate_quant, verify
 from gptjax.cli.common import CommandParser, add_command
 from gptjax.errors import GptjaxError
+from gptjax.shown import clean
 
 _DESCRIPTION = "GPT-2 and GPT-OSS in JAX: from a Hugging Face checkpoint to text and chat."
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except GptjaxError as error:
-        print(f"gptjax: {error}", file=sys.stderr)
+        print(f"gptjax: {clean(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptjax.cli import bench_kernels
-from gptjax.cli.common import MODEL_HELP, add_command, add_dtype
+from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +47,7 @@ examples:
         help="write the --random weights as a Hugging Face checkpoint, and measure nothing",
     )
     add_dtype(parser)
+    add_ignore_config(parser)
     parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="rows (default: 1; of kernels, several)")
     parser.add_argument(
         "--prompt-length", type=int, nargs="+", metavar="T", help="default: 128; of kernels, positions in the cache"
@@ -145,7 +146,7 @@ def _shapes(args: argparse.Namespace) -> "dict[str, ModelConfig]":
     from gptjax.config import read_config
 
     if args.model is not None:
-        return {args.model: read_config(hub.resolve(args.model))}
+        return {args.model: read_config(hub.resolve(args.model), ignore=args.ignore_config)}
     return {name: _published(name) for name in ([args.random] if args.random else _MEASURED)}
 
 
@@ -170,8 +171,11 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
     longest = max(args.prompt_length)
     if args.random is None:
         name = args.model or DEFAULT_MODEL
-        length = bench.needed_length(read_config(hub.resolve(name)), longest, args.steps)
-        lm, loading = bench.measure_loading(lambda: load(name, dtype=args.dtype, max_length=length))
+        ignored = args.ignore_config
+        length = bench.needed_length(read_config(hub.resolve(name), ignore=ignored), longest, args.steps)
+        lm, loading = bench.measure_loading(
+            lambda: load(name, dtype=args.dtype, max_length=length, ignore_config=ignored)
+        )
         return lm.model, lm.params, name, hub.resolve(name), loading
     config = _published(args.random)
     length = bench.needed_length(config, longest, args.steps)

@@ -13,8 +13,18 @@ from collections.abc import Generator, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
-from gptjax.cli.common import DEFAULT_CHAT_MODEL, EFFORTS, add_command, add_dtype, add_tokenizer, read_stdin
+from gptjax.cli.common import (
+    DEFAULT_CHAT_MODEL,
+    EFFORTS,
+    add_command,
+    add_dtype,
+    add_overrides,
+    add_tokenizer,
+    overrides,
+    read_stdin,
+)
 from gptjax.errors import GptjaxError, RequestError
+from gptjax.shown import clean
 
 if TYPE_CHECKING:
     from gptjax.chat import ChatCompletion
@@ -23,9 +33,6 @@ if TYPE_CHECKING:
 
 DEFAULT_LENGTH: Final = 8192
 _DIM, _PLAIN, _ERASE_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
-# What a model writes must not steer the terminal: control characters other than \t and \n are shown as signs.
-_SIGNS: Final = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
-_SIGNS.update({127: "\u2421"} | dict.fromkeys(range(128, 160), "\ufffd"))
 
 
 def add(commands: Any) -> None:
@@ -54,6 +61,7 @@ examples:
     )
     add_dtype(parser)
     add_tokenizer(parser)
+    add_overrides(parser)
     parser.add_argument(
         "--max-length",
         type=int,
@@ -117,8 +125,9 @@ def _load(args: argparse.Namespace) -> "LanguageModel":
     length = args.max_length
     if length is None and not os.environ.get("GPTJAX_MAX_LENGTH"):
         # GPT-OSS has room for 131072 tokens, whose cache few conversations are worth.
-        length = min(read_config(hub.resolve(args.model)).context_length, DEFAULT_LENGTH)
-    lm = load(args.model, dtype=args.dtype, max_length=length, tokenizer=args.tokenizer)
+        config = read_config(hub.resolve(args.model), ignore=args.ignore_config)
+        length = min(config.context_length, DEFAULT_LENGTH)
+    lm = load(args.model, dtype=args.dtype, max_length=length, tokenizer=args.tokenizer, **overrides(args))
     missing = harmony.missing_tokens(lm.tokenizer)
     if missing:
         raise RequestError(
@@ -234,11 +243,6 @@ def _remembered_interrupts() -> Iterator[list[int]]:
         yield came
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def clean(text: str) -> str:
-    """A model's text without what would steer a terminal."""
-    return text.translate(_SIGNS)
 
 
 class Terminal:

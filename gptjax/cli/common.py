@@ -59,6 +59,37 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
 
 
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """What of config.json and generation_config.json to leave out of account."""
+    add_ignore_config(parser)
+    parser.add_argument(
+        "--no-generation-config",
+        action="store_true",
+        help="take no sampling settings from generation_config.json (where texts end is taken from it all the same)",
+    )
+
+
+def add_ignore_config(parser: argparse.ArgumentParser) -> None:
+    """What of config.json to leave out of account."""
+    parser.add_argument(
+        "--ignore-config",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="read config.json without this key, if you know that it changes nothing; may be given again",
+    )
+
+
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `gptjax.load` that `add_overrides` declares, as far as they are given."""
+    given: dict[str, Any] = {}
+    if args.ignore_config:
+        given["ignore_config"] = args.ignore_config
+    if args.no_generation_config:
+        given["generation_config"] = False
+    return given
+
+
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     """Where to take the tokenizer from."""
     parser.add_argument(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_dtype
+from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config
 
 _PROMPT = "Once upon a time there was a king who had"
 
@@ -39,6 +39,7 @@ examples:
         parser.add_argument("--values", action="store_true", help="show the first eight values of each stage")
         parser.add_argument("--json", action="store_true", help="print one JSON object a stage")
         add_dtype(parser)
+        add_ignore_config(parser)
 
 
 def run_compare(args: argparse.Namespace) -> int:
@@ -48,7 +49,7 @@ def run_compare(args: argparse.Namespace) -> int:
     from gptjax.compare import compare, first_difference
 
     name = args.model or DEFAULT_MODEL
-    lm = load(name, dtype=args.dtype or "float32")
+    lm = load(name, dtype=args.dtype or "float32", ignore_config=args.ignore_config)
     rows = compare(lm.model, lm.params, hub.resolve(name), _ids(lm, args))
     width = max(len(row.stage) for row in rows)
     for row in rows:
@@ -74,7 +75,7 @@ def run_trace(args: argparse.Namespace) -> int:
     """Runs `gptjax trace`."""
     from gptjax.api import DEFAULT_MODEL, load
 
-    lm = load(args.model or DEFAULT_MODEL, dtype=args.dtype)
+    lm = load(args.model or DEFAULT_MODEL, dtype=args.dtype, ignore_config=args.ignore_config)
     stages = lm.activations(_ids(lm, args))
     width = max(map(len, stages))
     for stage, array in stages.items():
@@ -93,7 +94,7 @@ def run_trace(args: argparse.Namespace) -> int:
 
 
 def _ids(lm: Any, args: argparse.Namespace) -> list[int]:
-    return args.ids if args.ids is not None else lm.tokenizer.encode(args.prompt)
+    return args.ids if args.ids is not None else lm.tokenizer.prompt(args.prompt)
 
 
 def _head(array: np.ndarray) -> list[float]:

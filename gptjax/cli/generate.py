@@ -6,7 +6,15 @@ import json
 import sys
 from typing import Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_model_options, add_tokenizer, read_stdin
+from gptjax.cli.common import (
+    MODEL_HELP,
+    add_command,
+    add_model_options,
+    add_overrides,
+    add_tokenizer,
+    overrides,
+    read_stdin,
+)
 
 
 def add(commands: Any) -> None:
@@ -27,6 +35,7 @@ def add(commands: Any) -> None:
     parser.add_argument("-m", "--model", help=MODEL_HELP)
     add_model_options(parser)
     add_tokenizer(parser)
+    add_overrides(parser)
     parser.add_argument("-n", "--max-tokens", type=int, metavar="N", help="tokens to generate, at most (default: 256)")
     parser.add_argument("-t", "--temperature", type=float, metavar="T", help="0 takes the most likely token, always")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
@@ -44,6 +53,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end-of-text token")
     parser.add_argument(
         "--top-logprobs", type=int, metavar="N", help="with --json: the N most likely tokens at each place"
+    )
+    parser.add_argument(
+        "--special",
+        action="store_true",
+        default=None,
+        help="special tokens written in the prompt, like <|endoftext|>, are those tokens and not plain text",
     )
     parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
     parser.add_argument("--json", action="store_true", help="print the whole result as one JSON object instead")
@@ -63,7 +78,13 @@ def run(args: argparse.Namespace) -> int:
         prompt = read_stdin()
     options = {name: getattr(args, name) for name in GenerateOptions.__annotations__ if hasattr(args, name)}
     options = {name: value for name, value in options.items() if value is not None}
-    lm = load(args.model or DEFAULT_MODEL, dtype=args.dtype, max_length=args.max_length, tokenizer=args.tokenizer)
+    lm = load(
+        args.model or DEFAULT_MODEL,
+        dtype=args.dtype,
+        max_length=args.max_length,
+        tokenizer=args.tokenizer,
+        **overrides(args),
+    )
     chunks, completion = lm.stream(prompt, **options), None
     if args.echo and not args.json:
         sys.stdout.write(prompt)

@@ -4,7 +4,8 @@ import argparse
 import json
 from typing import Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_model_options
+from gptjax.cli.common import MODEL_HELP, add_command, add_model_options, add_overrides, overrides
+from gptjax.shown import clean
 from gptjax.units import readable
 
 
@@ -20,6 +21,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
     add_model_options(parser)
+    add_overrides(parser)
     parser.add_argument("--max-batch", type=int, default=1, metavar="N", help="rows computed together (default: 1)")
     parser.add_argument("--size", metavar="NAME", help="of a published size instead, without a checkpoint")
     parser.add_argument(
@@ -40,15 +42,17 @@ def run(args: argparse.Namespace) -> int:
     device = None if args.memory is None else imagined_gpu(1e9 * args.memory)
     asked = {"dtype": args.dtype, "max_length": args.max_length, "max_batch": args.max_batch, "device": device}
     name = args.model or DEFAULT_MODEL
-    facts = describe(name, **asked) if args.size is None else describe_published(args.size, **asked)
-    tensors = describe_tensors(name) if args.tensors else {}
+    facts = (
+        describe_published(args.size, **asked) if args.size is not None else describe(name, **asked, **overrides(args))
+    )
+    tensors = describe_tensors(name, ignore_config=args.ignore_config) if args.tensors else {}
     status = 1 if str(facts.get("weights", "")).startswith("cannot be used") else 0
     if args.json:
         print(json.dumps({**facts, **({"tensors": tensors} if args.tensors else {})}, ensure_ascii=False))
         return status
     width = max(len(key) for key in facts)
     for key, value in facts.items():
-        print(f"{key.removesuffix('_bytes'):{width}}  {readable(value) if key.endswith('_bytes') else value}")
+        print(clean(f"{key.removesuffix('_bytes'):{width}}  {readable(value) if key.endswith('_bytes') else value}"))
     for path, value in tensors.items():
-        print(f"{path}  {value}")
+        print(clean(f"{path}  {value}"))
     return status

@@ -5,7 +5,7 @@ import json
 import time
 from typing import Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_dtype
+from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config
 
 
 def add(commands: Any) -> None:
@@ -33,6 +33,7 @@ examples:
         "--max-length", type=int, metavar="N", help="tokens of a window (default: all the model has, 2048 at most)"
     )
     add_dtype(parser)
+    add_ignore_config(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -44,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
 
     name, path = args.model or DEFAULT_MODEL, args.text or HELD_OUT
     text = read(path)
-    lm = load(name, dtype=args.dtype, max_length=window(name, args.max_length))
-    ids = lm.tokenizer.encode(text)
+    length = window(name, args.max_length, ignore_config=args.ignore_config)
+    lm = load(name, dtype=args.dtype, max_length=length, ignore_config=args.ignore_config)
+    ids = lm.tokenizer.prompt(text)
     size = lm.max_length
     stride = check_stride(args.stride, size)
     total = sum(end - start for start, end, _ in windows(len(ids), size, stride))

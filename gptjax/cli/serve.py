@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Final, NoReturn, TypeVar
 
-from gptjax.cli.common import MODEL_HELP, add_command
+from gptjax.cli.common import MODEL_HELP, add_command, add_overrides, overrides
 
 _Number = TypeVar("_Number", int, float)
 _PREFIX: Final = "GPTJAX_SERVE_"
@@ -27,7 +27,8 @@ def add(commands: Any) -> None:
         "serve",
         run,
         summary="serve a model over HTTP, as OpenAI's API does",
-        epilog=f"""Every option is an environment variable as well: --max-queue is {_PREFIX}MAX_QUEUE, and so on.
+        epilog=f"""Every option is an environment variable as well: --max-queue is {_PREFIX}MAX_QUEUE, and so on
+(but not --ignore-config and --no-generation-config).
 The server listens on this machine only, unless --host says otherwise; then set a key, best by {_PREFIX}API_KEY.
 
 examples:
@@ -67,6 +68,7 @@ examples:
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
     _option(parser, "--tokenizer", metavar="DIRECTORY", help="take the tokenizer from there")
+    add_overrides(parser)
     _option(
         parser, "--max-body", type=_size, default=10 << 20, metavar="BYTES", help="of a request (default: 10485760)"
     )
@@ -188,8 +190,17 @@ def _run(args: argparse.Namespace) -> int:
     length = args.max_length
     if length is None and not os.environ.get("GPTJAX_MAX_LENGTH"):
         # GPT-OSS has room for 131072 tokens, whose cache for every slot few machines have.
-        length = min(read_config(hub.resolve(model)).context_length, _DEFAULT_LENGTH)
-    lm = load(model, dtype=args.dtype, max_length=length, max_batch=args.max_batch, tokenizer=args.tokenizer)
+        config = read_config(hub.resolve(model), ignore=args.ignore_config)
+        length = min(config.context_length, _DEFAULT_LENGTH)
+    lm = load(
+        model,
+        dtype=args.dtype,
+        max_length=length,
+        max_batch=args.max_batch,
+        tokenizer=args.tokenizer,
+        **overrides(args),
+    )
+    lm.defaults.check()  # now, not at the first request
     limits = Limits(body_bytes=args.max_body, send_seconds=args.send_timeout)
     service = serving.make_service(
         lm, args.name or model, max_queue=args.max_queue, limits=limits, prefill_chunk=args.prefill_chunk

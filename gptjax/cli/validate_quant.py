@@ -5,7 +5,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_dtype
+from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config
 from gptjax.config.quantization import TARGETS
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ examples:
         "--plot", metavar="FILE", help="draw the errors by block, as PNG, PDF or SVG (needs matplotlib)"
     )
     add_dtype(parser)
+    add_ignore_config(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -59,13 +60,14 @@ def run(args: argparse.Namespace) -> int:
         quantization.check_plot(args.plot)
     name, path = args.model or DEFAULT_MODEL, args.text or HELD_OUT
     text = read(path)
-    settings: dict[str, Any] = {"dtype": args.dtype or "float32", "max_length": window(name, None)}
-    lm = load(name, **settings)
+    length = window(name, None, ignore_config=args.ignore_config)
+    settings: dict[str, Any] = {"dtype": args.dtype or "float32", "max_length": length}
+    lm = load(name, **settings, ignore_config=args.ignore_config)
     if args.against is None:
         other = quantization.quantized(lm, args.quantize.removeprefix("mxfp4="))
     else:
         other = load(args.against, **settings)
-    ids = lm.tokenizer.encode(text)[: args.tokens]
+    ids = lm.tokenizer.prompt(text)[: args.tokens]
     with progress("Comparing", 2 * len(ids), "tokens") as advance:
         report = quantization.validate(lm, other, ids, advance=advance)
     if args.plot is not None:

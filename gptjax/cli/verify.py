@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from gptjax.cli.common import MODEL_HELP, add_command
+from gptjax.cli.common import MODEL_HELP, add_command, add_ignore_config
 
 
 def add(commands: Any) -> None:
@@ -22,6 +22,7 @@ examples:
   gptjax verify openai-community/gpt2""",
     )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
+    add_ignore_config(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object a check")
 
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from gptjax.verify import verify
 
     name = args.model or DEFAULT_MODEL
-    checks = verify(load(name, dtype="float32"))
+    checks = verify(load(name, dtype="float32", ignore_config=args.ignore_config, generation_config=False))
     if not checks:
         raise CheckpointError(
             f"no answers are known for {name}, as its vocabulary and sizes tell; "

@@ -1,20 +1,22 @@
 """Model configurations: frozen dataclasses, read strictly from a checkpoint's `config.json`.
 
 A key that is neither understood nor known to be without effect raises `ConfigError`: a setting that is silently
-ignored is a wrong answer. Sizes have no defaults. What an absent key means is stated where it is read.
+ignored is a wrong answer. What transformers does not read in a Hugging Face `config.json` is without effect. Sizes have
+no defaults. What an absent key means is stated where it is read.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from gptjax.config import gpt2, gpt_oss
-from gptjax.config.generation import GenerationDefaults, read_generation_defaults
+from gptjax.config.generation import GenerationDefaults, read_generation_config, read_generation_defaults
 from gptjax.config.gpt2 import GPT2Config
 from gptjax.config.gpt_oss import GptOssConfig
-from gptjax.config.keys import WITHOUT_EFFECT
+from gptjax.config.keys import WITHOUT_EFFECT, without
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.files import read_json
+from gptjax.shown import shown
 
 __all__ = [
     "PUBLISHED",
@@ -26,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "config_from_json",
     "read_config",
+    "read_generation_config",
     "read_generation_defaults",
     "text_directory",
 ]
@@ -49,8 +52,12 @@ _READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], ModelConfig]]] = {
 }
 
 
-def read_config(directory: Path) -> ModelConfig:
+def read_config(directory: Path, *, ignore: Iterable[str] = ()) -> ModelConfig:
     """Reads `directory/config.json`.
+
+    Args:
+      ignore: keys to read it without, for who knows that they change nothing; "rope_scaling.mscale" is one inside
+        another.
 
     Raises:
       CheckpointError: there is no such file, or it is not a JSON object.
@@ -62,7 +69,7 @@ def read_config(directory: Path) -> ModelConfig:
             f"{directory} has no config.json; expected a Hugging Face checkpoint (config.json, *.safetensors, "
             "tokenizer.json) or a directory written by `gptjax convert`"
         )
-    return config_from_json(raw)
+    return config_from_json(without(raw, ignore))
 
 
 def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
@@ -71,7 +78,7 @@ def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
         return GptOssConfig.from_original_json(raw)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in _READERS:
-        found = "no model_type" if model_type is None else f"model_type {model_type!r}"
+        found = "no model_type" if model_type is None else f"model_type {shown(model_type)}"
         raise ConfigError(f"config.json has {found}; gptjax supports {', '.join(sorted(_READERS))}")
     return _READERS[model_type](raw)
 

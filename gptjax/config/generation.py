@@ -1,38 +1,64 @@
-"""What a checkpoint's `generation_config.json` says of sampling."""
+"""What a checkpoint's `generation_config.json` says of sampling.
+
+Nothing in it keeps a model from being loaded. What gptjax cannot honour is refused when something is to be generated
+with it (`GenerationDefaults.check`); `generation_config=` of `load` puts other settings in its place.
+"""
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from gptjax.config.keys import Keys
+from gptjax.config.keys import MOST_SIZE
+from gptjax.errors import ConfigError, RequestError
 from gptjax.files import read_json
+from gptjax.shown import names, shown
 
-# Keys that change nothing about inference: they say where a text begins, or how transformers goes about its work.
+FILE: Final = "generation_config.json"
+# Beyond these a product or quotient of logits leaves float32, or the numbers mean nothing any more.
+MOST_TEMPERATURE: Final = 100
+LEAST_REPETITION_PENALTY: Final = 0.01
+MOST_REPETITION_PENALTY: Final = 100
+
+_SPECIAL_TOKENS: Final = ("bos_token_id", "eos_token_id")
+# Keys that change nothing about the tokens, whatever their values, as transformers 5 uses them. They say where a text
+# begins or how long it gets, how transformers goes about its work (caches, compilation, assistants that propose tokens
+# for the model to confirm), what it returns, or they are for beams, which `num_beams` turns on.
 GENERATION_WITHOUT_EFFECT: Final = frozenset(
     """
-    _from_model_config bos_token_id cache_implementation decoder_start_token_id max_length max_new_tokens
-    output_attentions output_hidden_states output_logits output_scores pad_token_id return_dict_in_generate
-    transformers_version trust_remote_code use_cache
+    _commit_hash _from_model_config assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight
+    assistant_lookbehind bos_token_id cache_config cache_implementation compile_config continuous_batching_config
+    decoder_start_token_id disable_compile diversity_penalty early_stopping is_assistant length_penalty low_memory
+    max_cache_len max_length max_matching_ngram_size max_new_tokens num_assistant_tokens num_assistant_tokens_schedule
+    num_beam_groups output_attentions output_hidden_states output_logits output_scores pad_token_id prefill_chunk_size
+    prompt_lookup_num_tokens remove_invalid_values renormalize_logits return_dict_in_generate return_legacy_cache
+    speculation_type target_lookbehind transformers_version trust_remote_code use_cache use_mtp
     """.split()
 )
-# And with these values, settings that gptjax does not have change nothing.
-_NEUTRAL: Final = {
-    "diversity_penalty": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1,
-    "epsilon_cutoff": 0,
-    "eta_cutoff": 0,
-    "length_penalty": 1,
-    "min_length": 0,
-    "no_repeat_ngram_size": 0,
-    "num_beam_groups": 1,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "remove_invalid_values": False,
-    "renormalize_logits": False,
-    "early_stopping": False,
-    "typical_p": 1,
-}
+# Settings that gptjax does not have, which are off if they are 0, false or empty (null is as good as absent for all),
+_OFF_IF_EMPTY: Final = frozenset(
+    """
+    bad_words_ids begin_suppress_tokens constraints dola_layers encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty force_words_ids generation_kwargs max_time min_length min_new_tokens
+    no_repeat_ngram_size penalty_alpha sequence_bias stop_strings suppress_tokens token_healing watermarking_config
+    """.split()
+)
+# or if they are 1.
+_OFF_IF_ONE: Final = frozenset("encoder_repetition_penalty guidance_scale num_beams num_return_sequences".split())
+# Settings of drawing, without effect if the most likely token is taken: those that gptjax has, and others.
+_OF_DRAWING: Final = frozenset(("temperature", "top_k", "top_p", "min_p"))
+_OFF_IF_EMPTY_WHERE_DRAWN: Final = frozenset(("epsilon_cutoff", "eta_cutoff", "top_h"))
+_OFF_IF_ONE_WHERE_DRAWN: Final = frozenset(("epsilon_cutoff", "eta_cutoff", "typical_p"))
+_UNSUPPORTED_WHERE_DRAWN: Final = _OFF_IF_EMPTY_WHERE_DRAWN | _OFF_IF_ONE_WHERE_DRAWN
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A setting that gptjax cannot honour."""
+
+    key: str
+    text: str  # what is wrong with it; "" if gptjax does not know or have such a setting
+    where_drawn: bool  # whether it matters only where tokens are drawn, not where the most likely is taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,32 +71,148 @@ class GenerationDefaults:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    faults: tuple[Fault, ...] = ()  # what cannot be honoured
+
+    def check(self, given: Collection[str] = (), *, draws: bool = True) -> None:
+        """Raises `ConfigError` for what generation would have to honour and cannot.
+
+        Args:
+          given: options that the caller gives, so that the settings of these names do not matter.
+          draws: whether tokens are drawn, rather than the most likely one taken.
+        """
+        faults = [fault for fault in self.faults if fault.key not in given and (draws or not fault.where_drawn)]
+        if not faults:
+            return
+        unsupported = [fault.key for fault in faults if not fault.text]
+        lines = [fault.text for fault in faults if fault.text]
+        if unsupported:
+            lines.append(f"{names(unsupported)}: gptjax has no such setting{'s' * (len(unsupported) > 1)}")
+        raise ConfigError(
+            f"{FILE} has settings that cannot be followed:\n  " + "\n  ".join(lines) + "\nTo generate without them, "
+            "load the model with generation_config=False (--no-generation-config), or with your own settings in place "
+            "of the file's, as in generation_config={'do_sample': True, 'temperature': 0.7}"
+        )
 
 
-def read_generation_defaults(directory: Path) -> GenerationDefaults:
+def read_generation_config(directory: Path, override: Mapping[str, Any] | bool | None = None) -> Mapping[str, Any]:
+    """The settings of `directory/generation_config.json`, {} if there is none, or those in place of them.
+
+    Args:
+      override: settings in place of the file's; False for none at all. The file's special tokens (where texts begin and
+        end) are kept in either case, unless the override has others.
+
+    Raises:
+      CheckpointError: the file is damaged.
+      RequestError: an override that is none.
+    """
+    found = read_json(directory / FILE) or {}
+    if override is None:
+        return found
+    if override is not False and not isinstance(override, Mapping):
+        raise RequestError(f"generation_config is a dict of settings, or False for none, found {shown(override)}")
+    special = {key: found[key] for key in _SPECIAL_TOKENS if _are_tokens(found.get(key))}
+    return {**special, **(override or {})}
+
+
+def read_generation_defaults(directory: Path, override: Mapping[str, Any] | bool | None = None) -> GenerationDefaults:
     """Reads `generation_config.json`, else the end-of-text id of `config.json`; absent files mean greedy.
 
     A setting that the file does not have is off. (transformers fills in top_k 50.)
+
+    Args:
+      override: as for `read_generation_config`, which raises.
     """
-    found = read_json(directory / "generation_config.json") or {}
+    found = read_generation_config(directory, override)
     raw = {key: value for key, value in found.items() if value is not None}
     if "eos_token_id" not in raw:
         raw["eos_token_id"] = (read_json(directory / "config.json") or {}).get("eos_token_id")
-    eos = raw["eos_token_id"]
-    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    keys = Keys(raw, without_effect=GENERATION_WITHOUT_EFFECT | {"eos_token_id"})
-    sampled = keys.flag("do_sample", absent=False)
-    drawn = GenerationDefaults(
-        eos_ids=eos_ids,
-        temperature=keys.positive_float("temperature", absent=1.0),
-        top_k=keys.size("top_k", absent=0) if raw.get("top_k") else 0,
-        top_p=keys.positive_float("top_p", absent=1.0, most=1),
-        min_p=keys.positive_float("min_p", absent=0.0, most=1) if raw.get("min_p") else 0.0,
-        repetition_penalty=keys.positive_float("repetition_penalty", absent=1.0),
+    return _defaults(raw)
+
+
+def _defaults(raw: Mapping[str, Any]) -> GenerationDefaults:
+    reader = _Reader(raw)
+    sampled = reader.flag("do_sample")
+    penalty = reader.number("repetition_penalty", 1.0, LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY)
+    eos_ids = reader.tokens("eos_token_id")
+    reader.refuse_unsupported(where_drawn=False)
+    greedy = GenerationDefaults(eos_ids=eos_ids, repetition_penalty=penalty, faults=tuple(reader.faults))
+    if not sampled:
+        return greedy
+    top_p = reader.number("top_p", 1.0, 0, 1, where_drawn=True)
+    if top_p == 0:  # the fewest tokens that reach it are the most likely one
+        return greedy
+    drawn = dataclasses.replace(
+        greedy,
+        temperature=reader.number("temperature", 1.0, 0, MOST_TEMPERATURE, above=True, where_drawn=True),
+        top_k=reader.whole("top_k"),
+        top_p=top_p,
+        min_p=reader.number("min_p", 0.0, 0, 1, where_drawn=True),
     )
-    keys.ignore("top_k", "min_p", *(key for key, value in _NEUTRAL.items() if raw.get(key) == value))
-    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in eos_ids):
-        keys.fault(f"eos_token_id is {eos!r}; expected token ids")
-    keys.raise_faults("generation", file="generation_config.json")
-    greedy = GenerationDefaults(eos_ids=eos_ids, repetition_penalty=drawn.repetition_penalty)
-    return drawn if sampled else greedy
+    reader.refuse_unsupported(where_drawn=True)
+    return dataclasses.replace(drawn, faults=tuple(reader.faults))
+
+
+class _Reader:
+    """Reads settings, with the neutral value in place of what cannot be honoured, which becomes a fault."""
+
+    def __init__(self, raw: Mapping[str, Any]):
+        self._raw = raw  # without nulls
+        self.faults: list[Fault] = []
+
+    def _fault(self, key: str, wanted: str, where_drawn: bool) -> None:
+        self.faults.append(Fault(key, f"{key} is {shown(self._raw[key])}; expected {wanted}", where_drawn))
+
+    def flag(self, key: str) -> bool:
+        value = self._raw.get(key, False)
+        if not isinstance(value, bool):
+            self._fault(key, "true or false", False)
+        return value is True
+
+    def number(
+        self, key: str, neutral: float, low: float, high: float, *, above: bool = False, where_drawn: bool = False
+    ) -> float:
+        value = self._raw.get(key, neutral)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not low <= value <= high or (above and value == low):
+            self._fault(
+                key,
+                f"a number above {low} and at most {high}" if above else f"a number from {low} to {high}",
+                where_drawn,
+            )
+            return neutral
+        return float(value)
+
+    def whole(self, key: str) -> int:
+        value = self._raw.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_SIZE:
+            self._fault(key, f"a whole number from 0 to {MOST_SIZE}", True)
+            return 0
+        return value
+
+    def tokens(self, key: str) -> tuple[int, ...]:
+        value = self._raw.get(key)
+        if value is None:
+            return ()
+        if not _are_tokens(value):
+            self._fault(key, "a token id, or a list of them", False)
+            return ()
+        return tuple(value) if isinstance(value, list) else (value,)
+
+    def refuse_unsupported(self, *, where_drawn: bool) -> None:
+        """Notes what gptjax does not have and is not off: of drawing, or of the rest, unknown keys included."""
+        for key, value in self._raw.items():
+            if (key in _UNSUPPORTED_WHERE_DRAWN) == where_drawn and not _without_effect(key, value):
+                self.faults.append(Fault(key, "", where_drawn))
+
+
+def _without_effect(key: str, value: object) -> bool:
+    """Whether a setting changes nothing, or is one that `_defaults` reads."""
+    if key in GENERATION_WITHOUT_EFFECT | _OF_DRAWING or key in ("do_sample", "eos_token_id", "repetition_penalty"):
+        return True
+    if key in _OFF_IF_EMPTY | _OFF_IF_EMPTY_WHERE_DRAWN and not value:
+        return True
+    return key in _OFF_IF_ONE | _OFF_IF_ONE_WHERE_DRAWN and value == 1
+
+
+def _are_tokens(value: object) -> bool:
+    return all(type(each) is int and each >= 0 for each in (value if isinstance(value, list) else [value]))

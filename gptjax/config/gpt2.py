@@ -59,18 +59,19 @@ class GPT2Config:
     def from_json(cls, raw: Mapping[str, Any]) -> "GPT2Config":
         """Reads the mapping of a Hugging Face `config.json`. Raises `ConfigError`, naming all faults together."""
         keys = Keys(raw)
-        width = keys.size("n_embd")
+        # The aliases are what transformers reads as the same keys (`GPT2Config.attribute_map`).
+        width = keys.size("n_embd", alias="hidden_size")
         mlp_width = keys.size("n_inner", alias="intermediate_size", absent=4 * width)
         activation = keys.choice("activation_function", ACTIVATIONS, absent="gelu_new")
-        num_heads = keys.size("n_head")
+        num_heads = keys.size("n_head", alias="num_attention_heads")
         keys.ignore("pruned_heads")
         if raw.get("pruned_heads"):
             keys.fault("pruned_heads is not empty: gptjax does not run models with pruned heads")
         config = cls(
             vocab_size=keys.size("vocab_size"),
-            context_length=keys.size("n_positions", alias="n_ctx"),
+            context_length=keys.size("n_positions", alias=_length_alias(keys)),
             width=width,
-            num_layers=keys.size("n_layer", most=MOST_LAYERS),
+            num_layers=keys.size("n_layer", alias="num_hidden_layers", most=MOST_LAYERS),
             num_heads=num_heads,
             mlp_width=mlp_width,
             activation=activation,
@@ -106,6 +107,14 @@ class GPT2Config:
             "tie_word_embeddings": self.tied_head,
         }
         return raw | mxfp4_to_json(self.mxfp4)
+
+
+def _length_alias(keys: Keys) -> str | None:
+    """What else says the context length: OpenAI's own n_ctx only if nothing that transformers reads does."""
+    keys.ignore("n_ctx")
+    if keys.has("max_position_embeddings"):
+        return "max_position_embeddings"
+    return None if keys.has("n_positions") else "n_ctx"
 
 
 def published(num_layers: int, num_heads: int, width: int) -> GPT2Config:

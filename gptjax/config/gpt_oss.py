@@ -11,10 +11,12 @@ from typing import Any, Final
 from gptjax.config.keys import MOST_LAYERS, MOST_SIZE, Keys
 from gptjax.config.quantization import check_widths, mxfp4_to_json, read_mxfp4
 from gptjax.config.rope import Rope, Yarn, check_rope, read_rope, rope_to_json
+from gptjax.shown import shown
 
 SWIGLU_ALPHA: Final = 1.702
 SWIGLU_LIMIT: Final = 7.0
 _THETA: Final = 150000.0
+_WINDOW: Final = 128
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _SLIDES: Final = {_SLIDING: True, _FULL: False}
 _ORIGINAL_KEYS: Final = ("num_experts", "experts_per_token", "initial_context_length", "rope_scaling_factor")
@@ -68,7 +70,9 @@ class GptOssConfig:
             head_width=head_width,
             mlp_width=mlp_width,
             num_experts=keys.size("num_local_experts", alias="num_experts"),
-            experts_per_token=keys.size("num_experts_per_tok", alias="experts_per_token"),
+            experts_per_token=keys.size(
+                "num_experts_per_tok", alias=keys.older("num_experts_per_tok", "experts_per_token")
+            ),
             windows=_windows(keys, num_layers),
             rope=read_rope(keys, context_length, absent=_rope(4096)),
             norm_epsilon=keys.positive_float("rms_norm_eps", absent=1e-5),
@@ -186,15 +190,16 @@ def _rope(original_length: int) -> Rope:
 def _windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:
     alternating = [_FULL if layer % 2 else _SLIDING for layer in range(num_layers)]
     types = keys.listed("layer_types") or alternating
-    unknown = sorted({repr(kind) for kind in types if not isinstance(kind, str) or kind not in _SLIDES})
+    unknown = sorted({shown(kind) for kind in types if not isinstance(kind, str) or kind not in _SLIDES})
     keys.ignore("sliding_window")
     if unknown:
-        keys.fault(f"layer_types has {', '.join(unknown)}; gptjax supports {', '.join(_SLIDES)}")
+        keys.fault(f"layer_types has {', '.join(unknown[:10])}; gptjax supports {', '.join(_SLIDES)}")
         return ()
     if len(types) != num_layers:
         keys.fault(f"layer_types has {len(types)} entries, but num_hidden_layers is {num_layers}")
     slides = [_SLIDES[kind] for kind in types]
-    window = keys.size("sliding_window") if any(slides) else None
+    absent = None if keys.null("sliding_window") else _WINDOW  # null is no window, of which nothing can slide
+    window = keys.size("sliding_window", absent=absent) if any(slides) else None
     return tuple(window if slide else None for slide in slides)
 
 

@@ -1,33 +1,82 @@
 """Reading typed values out of a raw config, so that nothing in it is silently ignored."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, RequestError
+from gptjax.shown import name, names, shown
 
 # Keys of published configs that change nothing about inference. Known by name; every other unknown key raises.
 WITHOUT_EFFECT: Final = frozenset(
     """
-    _name_or_path _num_labels add_cross_attention architectures attn_pdrop bos_token_id chunk_size_feed_forward dtype
-    embd_pdrop eos_token_id finetuning_task gradient_checkpointing id2label initializer_range is_decoder
-    is_encoder_decoder label2id model_type n_special output_attentions output_hidden_states output_past
-    output_router_logits pad_token_id predict_special_tokens pretraining_tp problem_type
-    reorder_and_upcast_attn resid_pdrop return_dict router_aux_loss_coef sep_token_id summary_activation
-    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class
-    torch_dtype torchscript transformers_version use_bfloat16 use_cache
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels add_cross_attention
+    architectures attn_implementation attn_pdrop bos_token_id chunk_size_feed_forward dtype embd_pdrop
+    eos_token_id eos_token_ids finetuning_task gradient_checkpointing id2label initializer_range is_decoder
+    is_encoder_decoder label2id max_seq_len_cached model_type n_special num_labels output_attentions
+    output_hidden_states output_past output_router_logits pad_token_id pad_token_ids predict_special_tokens prefix
+    pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict return_dict_in_generate
+    router_aux_loss_coef sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj task_specific_params tokenizer_class torch_dtype torchscript transformers_version unsloth_fixed
+    unsloth_version use_bfloat16 use_cache
+    """.split()
+)
+# Settings of generation that older versions of transformers wrote into config.json, where version 5 drops them:
+# generation_config.json has them now.
+OF_GENERATION: Final = frozenset(
+    """
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
+    repetition_penalty suppress_tokens temperature top_k top_p typical_p
     """.split()
 )
 MOST_LAYERS, MOST_SIZE = 1024, 1 << 24  # beyond any real model: a size that would only exhaust memory or patience
 
 
-class Keys:
-    """Reads typed values out of a raw config, collecting every fault so that they can be reported together."""
+def without(raw: Mapping[str, Any], ignored: Iterable[str]) -> Mapping[str, Any]:
+    """A raw config as if some keys were not in it; "rope_scaling.mscale" is a key inside another.
 
-    def __init__(self, raw: Mapping[str, Any], without_effect: frozenset[str] = WITHOUT_EFFECT):
+    Raises:
+      RequestError: `ignored` is not a list of names.
+      ConfigError: there is no such key.
+    """
+    if isinstance(ignored, str) or not all(isinstance(path, str) for path in ignored):
+        raise RequestError(f'ignore_config is a list of names, as in ignore_config=("key",), found {shown(ignored)}')
+    for path in ignored:
+        raw = _without(raw, path, path.split("."))
+    return raw
+
+
+def _without(raw: Mapping[str, Any], path: str, parts: list[str]) -> dict[str, Any]:
+    first, *rest = parts
+    if first not in raw or (rest and not isinstance(raw[first], Mapping)):
+        raise ConfigError(f"config.json has no {name(path)} to ignore; there is {names(sorted(raw), most=50)}")
+    if not rest:
+        return {key: value for key, value in raw.items() if key != first}
+    return {**raw, first: _without(raw[first], path, rest)}
+
+
+def around(keys: Iterable[str]) -> str:
+    """How a person who knows that keys change nothing goes on in spite of them."""
+    listed = [name(key) for key in keys][:10]
+    options = " ".join(f"--ignore-config {key}" for key in listed)
+    return f"ignore_config=({', '.join(map(repr, listed))},) or {options}"
+
+
+class Keys:
+    """Reads typed values out of a raw config, collecting every fault so that they can be reported together.
+
+    A key without a value (null) is as good as absent.
+    """
+
+    def __init__(
+        self, raw: Mapping[str, Any], without_effect: frozenset[str] = WITHOUT_EFFECT | OF_GENERATION, inside: str = ""
+    ):
         self._raw = raw
         self._read = set(without_effect)
         self._faults: list[str] = []
+        self._inside = inside  # the names of the keys that this mapping lies in, each followed by a dot
 
     def fault(self, text: str) -> None:
         """Notes a fault."""
@@ -38,10 +87,17 @@ class Keys:
         self._read.update(names)
         values = [self._raw[name] for name in names if self._raw.get(name) is not None]
         if len(values) == 2 and values[0] != values[1]:
-            self.fault(f"{key} is {values[0]!r} but {alias} is {values[1]!r}: they mean the same and must agree")
+            self.fault(
+                f"{key} is {shown(values[0])} but {alias} is {shown(values[1])}: they mean the same and must agree"
+            )
         if not values and absent is None:
             self.fault(f"{' or '.join(names)} is missing")
         return values[0] if values else absent
+
+    def older(self, key: str, older: str) -> str | None:
+        """Another name for a key, of use only if the key itself is absent: transformers ignores it otherwise."""
+        self.ignore(older)
+        return None if self.has(key) else older
 
     def size(self, key: str, *, alias: str | None = None, absent: int | None = None, most: int = MOST_SIZE) -> int:
         """A whole number of at least 1; `alias` is another name for the same key."""
@@ -49,18 +105,17 @@ class Keys:
         if value is absent:
             return 0 if absent is None else absent
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            self.fault(f"{key} is {value!r}; expected a whole number from 1 to {most}")
+            self.fault(f"{key} is {shown(value)}; expected a whole number from 1 to {most}")
             return 0
         return value
 
-    def positive_float(self, key: str, *, absent: float | None, most: float = sys.float_info.max) -> float:
+    def positive_float(self, key: str, *, absent: float | None) -> float:
         """A number above 0."""
         value = self._get(key, None, absent)
         if value is absent:
             return 1.0 if absent is None else absent
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
-            limit = "" if most == sys.float_info.max else f" and at most {most}"
-            self.fault(f"{key} is {value!r}; expected a number above 0{limit}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+            self.fault(f"{key} is {shown(value)}; expected a number above 0")
             return 1.0 if absent is None else absent
         return float(value)
 
@@ -68,7 +123,7 @@ class Keys:
         """True or false."""
         value = self._get(key, None, absent)
         if not isinstance(value, bool):
-            self.fault(f"{key} is {value!r}; expected true or false")
+            self.fault(f"{key} is {shown(value)}; expected true or false")
             return absent
         return value
 
@@ -78,7 +133,7 @@ class Keys:
         if value is None:
             return ""
         if not isinstance(value, str) or value not in choices:
-            self.fault(f"{key} is {value!r}; gptjax supports {', '.join(sorted(choices))}")
+            self.fault(f"{key} is {shown(value)}; gptjax supports {', '.join(sorted(choices))}")
             return ""
         return choices[value]
 
@@ -86,9 +141,9 @@ class Keys:
         """A mapping inside this one, to be read by itself; its faults become this one's by `take`. None if absent."""
         value = self._get(key, None, {})
         if not isinstance(value, Mapping):
-            self.fault(f"{key} is {value!r}; expected an object")
+            self.fault(f"{key} is {shown(value)}; expected an object")
             return None
-        return Keys(value, without_effect=frozenset()) if value else None
+        return Keys(value, without_effect=frozenset(), inside=f"{self._inside}{key}.") if value else None
 
     def take(self, key: str, section: "Keys") -> None:
         """Collects what is wrong with a section, its unknown keys included."""
@@ -98,6 +153,10 @@ class Keys:
         """Whether a key is there, with a value."""
         return self._raw.get(key) is not None
 
+    def null(self, key: str) -> bool:
+        """Whether a key is there without a value."""
+        return key in self._raw and self._raw[key] is None
+
     def empty(self, key: str) -> bool:
         """Whether a key is there with an empty mapping."""
         return self._raw.get(key) == {}
@@ -106,7 +165,7 @@ class Keys:
         """A list, or None where there is none."""
         value = self._get(key, None, [])
         if not isinstance(value, list):
-            self.fault(f"{key} is {value!r}; expected a list")
+            self.fault(f"{key} is {shown(value)}; expected a list")
             return None
         return value or None
 
@@ -114,15 +173,25 @@ class Keys:
         """Lets keys pass."""
         self._read.update(keys)
 
+    def unknown(self) -> list[str]:
+        """The keys with a value that were neither read nor let pass."""
+        return sorted(key for key in set(self._raw) - self._read if self._raw[key] is not None)
+
     def faults(self) -> list[str]:
         """All that is wrong, unknown keys included."""
-        unknown = sorted(set(self._raw) - self._read)
+        unknown = self.unknown()
         if not unknown:
             return self._faults
-        named = f"unknown key{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}"
-        return [*self._faults, f"{named}: gptjax does not know what they change, so it will not guess"]
+        many = len(unknown) > 1
+        hint = around(f"{self._inside}{key}" for key in unknown)
+        what = "what they change" if many else "what it changes"
+        return [
+            *self._faults,
+            f"unknown key{'s' * many} {names(unknown)}: gptjax does not know {what}, so it will not guess; if you know "
+            f"that it is nothing: {hint}",
+        ]
 
-    def raise_faults(self, model: str, *, file: str = "config.json") -> None:
+    def raise_faults(self, model: str) -> None:
         """Raises `ConfigError` with all that is wrong."""
         if faults := self.faults():
-            raise ConfigError(f"{file} cannot be used for {model}:\n  " + "\n  ".join(faults))
+            raise ConfigError(f"config.json cannot be used for {model}:\n  " + "\n  ".join(faults))

@@ -38,10 +38,10 @@ def read_rope(keys: Keys, context_length: int, *, absent: Rope) -> Rope:
 
     Args:
       keys: of config.json, for the faults as well.
-      context_length: the original length, where nothing else says it.
+      context_length: the original length if YaRN's own `original_max_position_embeddings` is absent.
       absent: what a config that does not say has.
     """
-    said = keys.size("initial_context_length") if keys.has("initial_context_length") else None
+    keys.ignore("initial_context_length")  # OpenAI's own name: transformers does not read it
     theta = keys.positive_float("rope_theta", absent=absent.theta)
     found: dict[str, Rope] = {}
     for name in ("rope_parameters", "rope_scaling"):
@@ -52,7 +52,7 @@ def read_rope(keys: Keys, context_length: int, *, absent: Rope) -> Rope:
         if keys.has("rope_theta") and inner != theta:
             keys.fault(f"rope_theta is {theta}, but in {name} it is {inner}: they mean the same and must agree")
         kind = section.choice("rope_type", {"yarn": "yarn", "default": "default"}, alias="type", absent="default")
-        found[name] = Rope(inner, _yarn(section, said, context_length) if kind == "yarn" else None)
+        found[name] = Rope(inner, _yarn(section, context_length) if kind == "yarn" else None)
         keys.take(name, section)
     if len(set(found.values())) > 1:
         keys.fault(f"{' and '.join(found)} differ: they mean the same and must agree")
@@ -79,19 +79,14 @@ def check_rope(rope: Rope, keys: Keys) -> None:
         )
 
 
-def _yarn(section: Keys, said: int | None, context_length: int) -> Yarn:
+def _yarn(section: Keys, context_length: int) -> Yarn:
     yarn = Yarn(
         factor=section.positive_float("factor", absent=None),
-        original_length=section.size("original_max_position_embeddings", absent=said or context_length),
+        original_length=section.size("original_max_position_embeddings", absent=context_length),
         beta_fast=section.positive_float("beta_fast", absent=32.0),
         beta_slow=section.positive_float("beta_slow", absent=1.0),
         truncate=section.flag("truncate", absent=True),
     )
-    if section.has("original_max_position_embeddings") and said is not None and yarn.original_length != said:
-        section.fault(
-            f"original_max_position_embeddings is {yarn.original_length}, but initial_context_length is {said}: they "
-            "mean the same and must agree"
-        )
     given = section.positive_float("attention_factor", absent=yarn.attention_factor)
     if not math.isclose(given, yarn.attention_factor, rel_tol=1e-6):
         section.fault(f"attention_factor is {given}; gptjax supports what follows from factor: {yarn.attention_factor}")

@@ -11,6 +11,7 @@ import numpy as np
 from gptjax.config import GenerationDefaults
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import RequestError
+from gptjax.shown import shown
 
 Prompt = str | Sequence[int] | np.ndarray
 DEFAULT_MAX_TOKENS = 256
@@ -42,6 +43,7 @@ class GenerateOptions(SamplingOptions, total=False):
     stop: str | Sequence[str]  # text that ends the output and is not part of it
     stop_ids: int | Sequence[int]  # tokens that end the output, besides the checkpoint's end-of-text ids
     ignore_eos: bool  # do not end at the checkpoint's end-of-text ids
+    special: bool  # special tokens written in a text prompt are those tokens; otherwise plain text
 
 
 def split_prompts(prompts: object) -> tuple[list[Any], bool]:
@@ -86,11 +88,17 @@ def plain(value: Any) -> Any:
 
 
 def sampling_params(options: Mapping[str, Any], defaults: GenerationDefaults) -> SamplingParams:
-    """The sampling settings of a call. Raises `RequestError` for an option there is not."""
+    """The sampling settings of a call.
+
+    Raises:
+      RequestError: an unknown option.
+      ConfigError: the checkpoint has settings that cannot be followed, and the options do not replace.
+    """
     names = {field.name for field in dataclasses.fields(SamplingParams)}
     _refuse_unknown(options, sorted(names))
     shared = {field.name for field in dataclasses.fields(GenerationDefaults)} & names
     given = {name: plain(value) for name, value in options.items() if value is not None}
+    defaults.check(given, draws=given.get("temperature", defaults.temperature) != 0)
     if isinstance(bias := given.get("logit_bias"), Mapping):
         given["logit_bias"] = {plain(token): plain(value) for token, value in bias.items()}
     return SamplingParams(**{name: getattr(defaults, name) for name in shared} | given)
@@ -99,7 +107,12 @@ def sampling_params(options: Mapping[str, Any], defaults: GenerationDefaults) ->
 def make_request(
     prompt_ids: Sequence[int], options: Mapping[str, Any], defaults: GenerationDefaults, eos_ids: Sequence[int]
 ) -> Request:
-    """The request of one prompt, with a seed, not yet checked. Raises `RequestError` for an option there is not."""
+    """The request of one prompt, with a seed, not yet checked.
+
+    Raises:
+      RequestError: an unknown option.
+      ConfigError: as `sampling_params`.
+    """
     _refuse_unknown(options, GenerateOptions.__annotations__)
     names = {field.name for field in dataclasses.fields(SamplingParams)}
     sampling = sampling_params({name: value for name, value in options.items() if name in names}, defaults)
@@ -116,6 +129,16 @@ def make_request(
         stop=tuple(stop),
     )
     return request.with_seed()
+
+
+def special_of(options: Mapping[str, Any]) -> bool:
+    """The option `special`. Raises `RequestError` if it is neither true nor false."""
+    special = plain(options.get("special"))
+    if special is None:
+        return False
+    if not isinstance(special, bool):
+        raise RequestError(f"special must be true or false, found {shown(special)}")
+    return special
 
 
 def _listed(name: str, value: Any, *, alone: type, of: str) -> list[Any]:
@@ -135,4 +158,4 @@ def _refuse_unknown(options: Mapping[str, Any], known: Sequence[str] | Mapping[s
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
-            raise RequestError(f"there is no option {name!r}; {hint}")
+            raise RequestError(f"there is no option {shown(name)}; {hint}")

@@ -6,6 +6,8 @@ from typing import Any
 
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.files import damaged, read_json, read_text
+from gptjax.shown import name, shown
+from gptjax.text.additions import read_additions, special_tokens
 from gptjax.text.vocabulary import AddedToken, Vocabulary, build_vocabulary
 
 END_OF_TEXT = "<|endoftext|>"
@@ -15,8 +17,10 @@ _OTHER_CUTS = ("gpt_oss", "llama", "qwen2")
 _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 
 
-def read_vocabulary(directory: Path, settings: Mapping[str, Any], model_type: object) -> Vocabulary:
-    """The vocabulary of a directory, given its tokenizer_config.json and the `model_type` of its config.json.
+def read_vocabulary(
+    directory: Path, settings: Mapping[str, Any], special: Mapping[str, Any], model_type: object
+) -> Vocabulary:
+    """The vocabulary of a directory, given its tokenizer_config.json, special_tokens_map.json and `model_type`.
 
     Raises:
         CheckpointError: files are missing or damaged.
@@ -25,12 +29,12 @@ def read_vocabulary(directory: Path, settings: Mapping[str, Any], model_type: ob
     path = directory / "tokenizer.json"
     found = read_json(path)
     if found is not None:
-        return _from_tokenizer_json(path, found, settings)
+        return _from_tokenizer_json(path, found, settings, read_additions(directory, settings, special))
     ids, merges = read_json(directory / "vocab.json"), read_text(directory / "merges.txt")
     if ids is None or merges is None:
         raise CheckpointError(_missing(directory, no_vocab=ids is None, no_merges=merges is None))
     _require_gpt2_cut(directory, settings, model_type)
-    return _from_gpt2_files(directory, ids, merges, settings)
+    return _from_gpt2_files(directory, ids, merges, settings, special)
 
 
 def _missing(directory: Path, *, no_vocab: bool, no_merges: bool) -> str:
@@ -48,12 +52,14 @@ def _require_gpt2_cut(directory: Path, settings: Mapping[str, Any], model_type: 
     if named in _GPT2_CLASSES or (named is None and model_type not in _OTHER_CUTS):
         return
     raise ConfigError(
-        f"{directory} has the vocab.json and merges.txt of {named or model_type}, which may cut text into words in "
-        "another way than GPT-2: put its tokenizer.json there."
+        f"{directory} has the vocab.json and merges.txt of {name(str(named or model_type))}, which may cut text into "
+        "words in another way than GPT-2: put its tokenizer.json there."
     )
 
 
-def _from_tokenizer_json(path: Path, found: dict[str, Any], settings: Mapping[str, Any]) -> Vocabulary:
+def _from_tokenizer_json(
+    path: Path, found: dict[str, Any], settings: Mapping[str, Any], later: list[dict[str, Any]]
+) -> Vocabulary:
     model = found.get("model")
     if not isinstance(model, dict):
         damaged(path, '"model" is missing or no object')
@@ -61,31 +67,35 @@ def _from_tokenizer_json(path: Path, found: dict[str, Any], settings: Mapping[st
     cut, prefix = found["pre_tokenizer"], settings.get("add_prefix_space")
     if isinstance(prefix, bool) and cut.get("type") == "ByteLevel":
         cut = {**cut, "add_prefix_space": prefix}
+    added = list(_added(path, found.get("added_tokens")))
+    known = {token.content for token in added} | set(model["vocab"] if isinstance(model.get("vocab"), dict) else ())
+    added += _added(path.parent / "tokenizer_config.json", [item for item in later if item.get("content") not in known])
     return build_vocabulary(
         path,
         model.get("vocab"),
         _merges(path, model.get("merges")),
-        _added(path, found.get("added_tokens")),
+        added,
         normalizer=found.get("normalizer"),
         pre_tokenizer=cut,
         ignore_merges=model.get("ignore_merges") is True,
+        post_processor=found.get("post_processor"),
     )
 
 
 def _require_byte_level(path: Path, found: dict[str, Any], model: dict[str, Any]) -> None:
     """Older files do not name the model's type, and write an absent affix as ""."""
     kind = model.get("type", "BPE" if "merges" in model else None)
-    faults = [] if kind == "BPE" else [f"its model is {kind}"]
+    faults = [] if kind == "BPE" else [f"its model is {name(str(kind))}"]
     if "ByteLevel" not in _types(found.get("pre_tokenizer")):
         faults.append("its pre_tokenizer is not ByteLevel")
     affixes = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
-    faults += [f"it has {key} {model[key]!r}" for key in affixes if model.get(key)]
+    faults += [f"it has {key} {shown(model[key])}" for key in affixes if model.get(key)]
     faults += [
-        f"its decoder is {name}" for name in _types(found.get("decoder")) if name not in ("ByteLevel", "Sequence")
+        f"its decoder is {name(kind)}" for kind in _types(found.get("decoder")) if kind not in ("ByteLevel", "Sequence")
     ]
     if faults:
         raise ConfigError(
-            f"{path} is not a byte-level BPE ({', '.join(faults)}), the only kind that gptjax reads: use a model "
+            f"{path} is not a byte-level BPE ({', '.join(faults[:10])}), the only kind that gptjax reads: use a model "
             "that has one, or give token ids instead of text."
         )
 
@@ -111,7 +121,7 @@ def _merges(path: Path, merges: object) -> list[tuple[str, str]]:
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            damaged(path, f"{merge!r} is not a merge of two tokens")
+            damaged(path, f"{shown(merge)} is not a merge of two tokens")
         pairs.append((pair[0], pair[1]))
     return pairs
 
@@ -122,13 +132,16 @@ def _added(path: Path, items: object) -> Iterator[AddedToken]:
         damaged(path, "its added tokens are no list")
     for item in items or []:
         if not isinstance(item, dict) or not isinstance(item.get("content"), str) or type(item.get("id")) is not int:
-            damaged(path, f"the added token {item!r} has no content or no id")
+            damaged(path, f"the added token {shown(item)} has no content or no id")
         flags = {key: item.get(key) is True for key in ("special", "lstrip", "rstrip", "single_word")}
+        normalized = item.get("normalized", not flags["special"]) is True
         if item["content"]:
-            yield AddedToken(item["content"], item["id"], **flags)
+            yield AddedToken(item["content"], item["id"], normalized=normalized, **flags)
 
 
-def _from_gpt2_files(directory: Path, ids: dict[str, Any], merges: str, settings: Mapping[str, Any]) -> Vocabulary:
+def _from_gpt2_files(
+    directory: Path, ids: dict[str, Any], merges: str, settings: Mapping[str, Any], special: Mapping[str, Any]
+) -> Vocabulary:
     path = directory / "merges.txt"
     lines = [line.removesuffix("\r") for line in merges.split("\n")]
     pairs = _merges(path, [line for line in lines if line and not line.startswith("#version")])
@@ -136,23 +149,56 @@ def _from_gpt2_files(directory: Path, ids: dict[str, Any], merges: str, settings
     unbuilt = sum(len(token) > 1 and token not in built for token in ids)
     if unbuilt > _MOST_UNBUILT:
         damaged(path, f"it is cut short, as no merge builds {unbuilt} of the tokens in vocab.json")
+    added = list(_added(directory / "tokenizer_config.json", _gpt2_added(directory, ids, settings, special)))
     prefix = settings.get("add_prefix_space") is True
     return build_vocabulary(
         directory / "vocab.json",
         ids,
         pairs,
-        _added(directory / "tokenizer_config.json", _gpt2_added(directory, ids, settings)),
+        added,
         pre_tokenizer={"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": True},
+        post_processor=_gpt2_template(settings, special, {**ids, **{token.content: token.id for token in added}}),
     )
 
 
-def _gpt2_added(directory: Path, ids: dict[str, Any], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Later additions stand in tokenizer_config.json, by id; <|endoftext|> is special without being told."""
-    later = settings.get("added_tokens_decoder") or {}
-    try:
-        items = [{**item, "id": int(number)} for number, item in later.items()]
-    except (AttributeError, TypeError, ValueError):
-        damaged(directory / "tokenizer_config.json", "added_tokens_decoder is no object of ids and tokens")
-    if END_OF_TEXT in ids and all(item.get("content") != END_OF_TEXT for item in items):
-        items.append({"content": END_OF_TEXT, "id": ids[END_OF_TEXT], "special": True})
+def _gpt2_added(
+    directory: Path, ids: dict[str, Any], settings: Mapping[str, Any], special: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Later additions; then tokens with a purpose, with the next ids if vocab.json has none for them, as transformers.
+
+    <|endoftext|> is special without any file's saying so.
+    """
+    items = read_additions(directory, settings, special)
+    known = {**ids, **{item["content"]: item["id"] for item in items if "content" in item}}
+    following = 1 + max(number for number in known.values() if type(number) is int)
+    present = {item.get("content") for item in items}
+    default: dict[str, Mapping[str, Any]] = {END_OF_TEXT: {}} if END_OF_TEXT in ids else {}
+    for content, flags in (special_tokens(settings, special) | default).items():
+        if content in present:
+            continue
+        if content not in known:
+            known[content], following = following, following + 1
+        items.append({**flags, "content": content, "id": known[content], "special": True})
     return items
+
+
+def _gpt2_template(
+    settings: Mapping[str, Any], special: Mapping[str, Any], known: Mapping[str, int]
+) -> dict[str, Any] | None:
+    """The post_processor that tokenizer_config.json's add_bos_token and add_eos_token stand for."""
+    names = {**settings, **special}
+
+    def part(which: str) -> list[dict[str, Any]]:
+        value = names.get(f"{which}_token", END_OF_TEXT)
+        content = value.get("content") if isinstance(value, dict) else value
+        if settings.get(f"add_{which}_token") is not True or content not in known:
+            return []
+        return [{"SpecialToken": {"id": content, "type_id": 0}}]
+
+    text = [{"Sequence": {"id": "A", "type_id": 0}}]
+    single = [*part("bos"), *text, *part("eos")]
+    if single == text:
+        return None
+    used = {item["SpecialToken"]["id"] for item in single if "SpecialToken" in item}
+    tokens = {content: {"id": content, "ids": [known[content]], "tokens": [content]} for content in used}
+    return {"type": "TemplateProcessing", "single": single, "pair": [*text, *text], "special_tokens": tokens}

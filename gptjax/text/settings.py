@@ -7,6 +7,8 @@ from typing import Any
 
 from gptjax.errors import ConfigError
 from gptjax.files import read_json
+from gptjax.shown import shown
+from gptjax.text.additions import read_special_tokens
 from gptjax.text.reading import END_OF_TEXT
 
 # Where no file has the key: what GPT-2 and GPT-OSS begin with and stop at, those of them that the vocabulary has.
@@ -23,6 +25,7 @@ class Settings:
     generation: Mapping[str, Any]
     model: Mapping[str, Any]
     tokenizer: Mapping[str, Any]
+    special: Mapping[str, Any]
 
     def ends(self, which: str, known: Mapping[str, int]) -> tuple[int, ...]:
         """Ids of the "bos" or "eos" tokens; `known` has each token's id. Raises ConfigError for what is no token."""
@@ -30,9 +33,10 @@ class Settings:
         for name, config in (("generation_config.json", self.generation), ("config.json", self.model)):
             if config.get(key) is not None:
                 return _checked(self.directory / name, key, config[key])
-        text = self.tokenizer.get(f"{which}_token")
-        if text is not None:
-            return (_id_of(self.directory / "tokenizer_config.json", f"{which}_token", text, known),)
+        for name, config in (("special_tokens_map.json", self.special), ("tokenizer_config.json", self.tokenizer)):
+            text = config.get(f"{which}_token")
+            if text is not None:
+                return (_id_of(self.directory / name, f"{which}_token", text, known),)
         if key in self.generation or key in self.model or f"{which}_token" in self.tokenizer:
             return ()
         return tuple(known[text] for text in _DEFAULTS[which] if text in known)
@@ -48,24 +52,33 @@ class Settings:
         return None
 
 
-def read_settings(directory: Path) -> Settings:
-    """Reads generation_config.json, config.json and tokenizer_config.json. Raises CheckpointError for a damaged one."""
-    names = ("generation_config.json", "config.json", "tokenizer_config.json")
-    generation, model, tokenizer = (read_json(directory / name) or {} for name in names)
-    return Settings(directory, generation, model, tokenizer)
+def read_settings(directory: Path, generation: Mapping[str, Any] | None = None) -> Settings:
+    """Reads the files beside a tokenizer.
+
+    Args:
+        generation: takes the place of generation_config.json.
+
+    Raises:
+        CheckpointError: one is damaged.
+    """
+    names = ("config.json", "tokenizer_config.json")
+    model, tokenizer = (read_json(directory / name) or {} for name in names)
+    if generation is None:
+        generation = read_json(directory / "generation_config.json") or {}
+    return Settings(directory, generation, model, tokenizer, read_special_tokens(directory, tokenizer))
 
 
 def _checked(path: Path, key: str, value: object) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [value]
     if any(type(number) is not int or number < 0 for number in ids):
-        raise ConfigError(f"{path} has {key} = {value!r}: write a token id, or a list of them.")
+        raise ConfigError(f"{path} has {key} = {shown(value)}: write a token id, or a list of them.")
     if key.startswith("bos") and len(ids) != 1:
-        raise ConfigError(f"{path} has {key} = {value!r}: a text begins with one token, write its id.")
+        raise ConfigError(f"{path} has {key} = {shown(value)}: a text begins with one token, write its id.")
     return tuple(dict.fromkeys(ids))
 
 
 def _id_of(path: Path, key: str, value: object, known: Mapping[str, int]) -> int:
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str) or content not in known:
-        raise ConfigError(f"{path} has {key} = {value!r}, which is no token of the vocabulary: write one that is.")
+        raise ConfigError(f"{path} has {key} = {shown(value)}, which is no token of the vocabulary: write one that is.")
     return known[content]

@@ -1,26 +1,20 @@
 """Text to token ids and back, for byte-level BPE tokenizers."""
 
-import json
 import operator
 import os
-import re
-import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, SupportsIndex
 
-import tokenizers
-from tokenizers import models
-
-from gptjax.errors import CheckpointError, RequestError
+from gptjax.errors import RequestError
+from gptjax.shown import shown
 from gptjax.text.detokenizer import Detokenizer
+from gptjax.text.encoder import Encoders
 from gptjax.text.reading import read_vocabulary
 from gptjax.text.settings import read_settings
-from gptjax.text.vocabulary import BYTE_OF, AddedToken, Vocabulary, unspell
-
-_NOT_SPACE = re.compile(r"\S")
+from gptjax.text.vocabulary import BYTE_OF, Vocabulary, unspell
 
 
 class Tokenizer:
@@ -51,10 +45,7 @@ class Tokenizer:
         self.vocab_size = max(self._bytes) + 1
         self.longest_token = max(map(len, self._bytes.values()))
         self._unknown = frozenset(byte for letter, byte in BYTE_OF.items() if letter not in vocabulary.ids)
-        self._added = {token.content: token for token in vocabulary.added}
-        self._ordinary_marks = _pattern(token for token in vocabulary.added if not token.special)
-        self._all_marks = _pattern(vocabulary.added)
-        self._engine = _engine(vocabulary)
+        self._encoders = Encoders(vocabulary)
 
     def __repr__(self) -> str:
         return (
@@ -73,13 +64,21 @@ class Tokenizer:
             RequestError: not a string, a lone surrogate, or a byte that the vocabulary has no token for.
         """
         self._check(text)
-        marks = self._all_marks if special else self._ordinary_marks
-        if marks is None:
-            return self._plain(text)
-        ids: list[int] = []
-        for part in self._cut(text, marks):
-            ids.extend(self._plain(part) if isinstance(part, str) else (part,))
-        return ids
+        return (self._encoders.with_special if special else self._encoders.without_special).encode(text)
+
+    def prompt(self, text: str, *, special: bool = False) -> list[int]:
+        """The ids of `text` with those that tokenizer.json's post_processor puts before and after it, a BOS mostly.
+
+        As `tokenizer(text)` of transformers gives them, but never twice: what the text begins or ends with already is
+        not added again. Most tokenizers of GPT-2 and GPT-OSS add nothing. Arguments and errors are those of `encode`.
+        """
+        ids = self.encode(text, special=special)
+        before, after = self._encoders.before, self._encoders.after
+        if before and ids[: len(before)] == before:
+            before = []
+        if after and ids[-len(after) :] == after:
+            after = []
+        return [*before, *ids, *after]
 
     def decode(self, ids: Iterable[SupportsIndex], *, special: bool = False) -> str:
         """The text of `ids`. Bytes that are no character become U+FFFD, and ids that no token has become nothing.
@@ -111,9 +110,6 @@ class Tokenizer:
         number = _checked_id(token_id)
         return b"" if number in self._special and not special else self._bytes.get(number, b"")
 
-    def _plain(self, text: str) -> list[int]:
-        return self._engine.encode(text, add_special_tokens=False).ids
-
     def _check(self, text: str) -> None:
         if not isinstance(text, str):
             raise RequestError(f"The text is {type(text).__name__}, not str: decode bytes first, join lists.")
@@ -128,32 +124,26 @@ class Tokenizer:
         if unknown:
             raise RequestError(f"The vocabulary has no token for the bytes {bytes(sorted(unknown))!r} of the text.")
 
-    def _cut(self, text: str, marks: re.Pattern[str]) -> Iterator[str | int]:
-        """Plain pieces, and the ids of the added tokens between them."""
-        start = 0
-        for match in marks.finditer(text):
-            token = self._added[match[0]]
-            before = text[start : match.start()]
-            yield before.rstrip() if token.lstrip else before
-            yield token.id
-            start = match.end()
-            if token.rstrip:
-                start = _after_space(text, start)
-        yield text[start:]
 
-
-def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(
+    directory: str | os.PathLike[str], *, generation_config: Mapping[str, Any] | None = None
+) -> Tokenizer:
     """The tokenizer of a checkpoint's directory.
 
-    Reads tokenizer.json, else vocab.json and merges.txt; and for the first and last tokens (in this order) and the
-    longest context, generation_config.json, config.json and tokenizer_config.json where they are.
+    Reads tokenizer.json, else vocab.json and merges.txt; then the tokens that were added later, from
+    tokenizer_config.json, or added_tokens.json and special_tokens_map.json; and for the first and last tokens (in this
+    order) generation_config.json, config.json, special_tokens_map.json and tokenizer_config.json.
+
+    Args:
+        generation_config: takes the place of generation_config.json.
 
     Raises:
         CheckpointError: files are missing or damaged.
         ConfigError: the tokenizer is not a byte-level BPE, or a first or last token is none.
     """
-    settings = read_settings(Path(directory))
-    vocabulary = read_vocabulary(settings.directory, settings.tokenizer, settings.model.get("model_type"))
+    settings = read_settings(Path(directory), generation_config)
+    model_type = settings.model.get("model_type")
+    vocabulary = read_vocabulary(settings.directory, settings.tokenizer, settings.special, model_type)
     known = vocabulary.ids | {token.content: token.id for token in vocabulary.added}
     bos, eos = settings.ends("bos", known), settings.ends("eos", known)
     return Tokenizer(vocabulary, bos_id=bos[0] if bos else None, eos_ids=eos, context_length=settings.context_length)
@@ -167,36 +157,7 @@ def _checked_id(token_id: SupportsIndex) -> int:
     except TypeError:
         number = None
     if number is None or isinstance(token_id, bool):
-        raise RequestError(f"A token id is an integer, not {reprlib.repr(token_id)} ({type(token_id).__name__}).")
+        raise RequestError(f"A token id is an integer, not {shown(token_id)} ({type(token_id).__name__}).")
     if number < 0:
-        raise RequestError(f"A token id is not negative, but this is {number}: drop padding before decoding.")
+        raise RequestError(f"A token id is not negative, but this is {shown(number)}: drop padding before decoding.")
     return number
-
-
-def _after_space(text: str, start: int) -> int:
-    found = _NOT_SPACE.search(text, start)
-    return found.start() if found else len(text)
-
-
-def _pattern(added: Iterable[AddedToken]) -> re.Pattern[str] | None:
-    """Finds any of the tokens, the longest first; None for no tokens."""
-    tokens = sorted(added, key=lambda token: -len(token.content))
-    words = [rf"(?<!\w){re.escape(t.content)}(?!\w)" if t.single_word else re.escape(t.content) for t in tokens]
-    return re.compile("|".join(words)) if words else None
-
-
-def _engine(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
-    """The `tokenizers` library's encoder, without truncation, padding, dropout and tokens added on its own."""
-    frame: dict[str, Any] = {
-        "version": "1.0",
-        "added_tokens": [],
-        "normalizer": vocabulary.normalizer,
-        "pre_tokenizer": vocabulary.pre_tokenizer,
-        "model": {"type": "BPE", "vocab": {}, "merges": []},
-    }
-    try:
-        engine = tokenizers.Tokenizer.from_str(json.dumps(frame))
-        engine.model = models.BPE(vocabulary.ids, vocabulary.merges, ignore_merges=vocabulary.ignore_merges)
-    except Exception as error:  # the library raises no narrower type
-        raise CheckpointError(f"{vocabulary.file} is damaged ({error}): fetch it again.") from error
-    return engine

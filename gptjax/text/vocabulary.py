@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.files import damaged
+from gptjax.shown import shown
 
 
 def _alphabet() -> dict[str, int]:
@@ -38,6 +39,8 @@ class AddedToken:
     rstrip: bool = False
     single_word: bool = False
     """Is not found inside a word."""
+    normalized: bool = False
+    """Is found in the text as the normalizer leaves it, in the form that the normalizer gives its content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class Vocabulary:
     pre_tokenizer: Any
     ignore_merges: bool
     """A word that is a token is that token, whether or not the merges lead there."""
+    post_processor: Any
+    """As in tokenizer.json: what it puts around a text."""
 
 
 def build_vocabulary(
@@ -66,6 +71,7 @@ def build_vocabulary(
     normalizer: Any = None,
     pre_tokenizer: Any = None,
     ignore_merges: bool = False,
+    post_processor: Any = None,
 ) -> Vocabulary:
     """Checks the parts against each other. Raises CheckpointError, naming `file`."""
     known = _checked_ids(file, ids)
@@ -76,7 +82,7 @@ def build_vocabulary(
     kept = tuple(token for token in tokens if not (token.special and _is_ordinary(names.get(token.id, ""), built)))
     hidden = {token.id for token in kept if token.special}
     plain = {token: number for token, number in known.items() if number not in hidden}
-    return Vocabulary(file, plain, merges, kept, normalizer, pre_tokenizer, ignore_merges)
+    return Vocabulary(file, plain, merges, kept, normalizer, pre_tokenizer, ignore_merges, post_processor)
 
 
 def _checked_ids(file: Path, ids: object) -> dict[str, int]:
@@ -84,9 +90,9 @@ def _checked_ids(file: Path, ids: object) -> dict[str, int]:
         damaged(file, "its vocabulary is no object of tokens and ids")
     for token, number in ids.items():
         if type(number) is not int or not 0 <= number < 2**32:
-            damaged(file, f"token {token!r} has the id {number!r}, not an integer from 0 to 2**32 - 1")
+            damaged(file, f"token {shown(token)} has the id {shown(number)}, not an integer from 0 to 2**32 - 1")
         if not is_text(token):
-            damaged(file, f"token {token!r} has half a surrogate pair")
+            damaged(file, f"token {shown(token)} has half a surrogate pair")
     if len(set(ids.values())) != len(ids):
         damaged(file, "two tokens have the same id")
     return ids
@@ -97,7 +103,7 @@ def _checked_merges(file: Path, ids: Mapping[str, int], merges: list[tuple[str, 
     built = set()
     for left, right in merges:
         if left not in ids or right not in ids or left + right not in ids:
-            damaged(file, f"the merge of {left!r} and {right!r} needs a token that the vocabulary lacks")
+            damaged(file, f"the merge of {shown(left)} and {shown(right)} needs a token that the vocabulary lacks")
         built.add(left + right)
     return built
 
@@ -105,12 +111,14 @@ def _checked_merges(file: Path, ids: Mapping[str, int], merges: list[tuple[str, 
 def _check_added(file: Path, ids: Mapping[str, int], names: Mapping[int, str], added: Sequence[AddedToken]) -> None:
     for token in added:
         if not is_text(token.content) or not 0 <= token.id < 2**32:
-            damaged(file, f"the added token {token.content!r} has half a surrogate pair or the id {token.id}")
+            damaged(
+                file, f"the added token {shown(token.content)} has half a surrogate pair or the id {shown(token.id)}"
+            )
         data = token.content.encode()
         other_text = token.id in names and unspell(names[token.id]) != data
         other_id = ids.get(token.content, token.id) != token.id and unspell(token.content) == data
         if other_text or other_id:
-            damaged(file, f"the added token {token.content!r} (id {token.id}) contradicts the vocabulary")
+            damaged(file, f"the added token {shown(token.content)} (id {token.id}) contradicts the vocabulary")
     if not len(added) == len({token.id for token in added}) == len({token.content for token in added}):
         damaged(file, "two added tokens have the same content or id")
 

@@ -1,0 +1,48 @@
+"""Strings and values that others wrote, as messages may show them: short, and unable to steer a terminal."""
+
+import reprlib
+from typing import Final
+
+_MOST: Final = 100  # characters of one value
+_CONTROLS: Final = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
+_CONTROLS.update({127: "\u2421"} | dict.fromkeys(range(128, 160), "\ufffd"))
+
+
+class _Short(reprlib.Repr):
+    """`repr` of the beginning of a value, however large the value is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = _MOST
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 8
+        self.maxlevel = 4
+
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > 10_000:  # Python refuses to write those of more than 4,300 digits
+            return f"a number of {x.bit_length()} bits"
+        return super().repr_int(x, level)
+
+
+_SHORT: Final = _Short()
+
+
+def shown(value: object) -> str:
+    """A value as `repr` shows it, escapes included, cut to about a hundred characters."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 2 * _MOST else f"{text[:_MOST]}...{text[-_MOST // 2 :]}"
+
+
+def name(text: str) -> str:
+    """A name without quotes, its control characters escaped, cut to about a hundred characters."""
+    return _SHORT.repr(text)[1:-1]
+
+
+def names(texts: list[str], most: int = 10) -> str:
+    """Names with commas between them: the first few, and how many more there are."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(map(name, texts[:most])) + more
+
+
+def clean(text: str) -> str:
+    """A text with control characters other than tab and newline shown as signs, for a terminal."""
+    return text.translate(_CONTROLS)

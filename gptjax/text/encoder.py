@@ -1,0 +1,103 @@
+"""Text to ids by the `tokenizers` library, without what it would do on its own: truncation, padding, dropout."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
+from tokenizers import models
+
+from gptjax.errors import CheckpointError, ConfigError
+from gptjax.text.vocabulary import BYTE_OF, AddedToken, Vocabulary
+
+
+class Encoder:
+    """Encodes text with a vocabulary's model and some of its added tokens; others in the text are plain text.
+
+    The library numbers added tokens itself, from the number of the model's tokens on, whatever their files say. So it
+    works on numbers without gaps, which are turned into the real ids afterwards.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, model: models.BPE, added: Sequence[AddedToken]) -> None:
+        self._ids = sorted(vocabulary.ids.values())
+        self._engine = _engine(vocabulary, model)
+        self._engine.add_tokens([_of_library(token) for token in added])
+        for token in added:
+            number = self._engine.token_to_id(token.content)
+            if number is not None and number >= len(self._ids):  # else it is a token of the model
+                self._ids.append(token.id)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        return [self._ids[number] for number in self._engine.encode(text, add_special_tokens=False).ids]
+
+
+class Encoders:
+    """A vocabulary's encoders, which share its model.
+
+    Attributes:
+        without_special: finds no special tokens in a text.
+        with_special: finds all.
+        before, after: ids that the post-processor puts around a text.
+
+    Raises:
+        CheckpointError: the library cannot make them.
+        ConfigError: the post-processor does something else.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        ordered = sorted(vocabulary.ids, key=vocabulary.ids.__getitem__)
+        numbers = {token: number for number, token in enumerate(ordered)}
+        try:
+            model = models.BPE(numbers, vocabulary.merges, ignore_merges=vocabulary.ignore_merges)
+            self.without_special = Encoder(vocabulary, model, [each for each in vocabulary.added if not each.special])
+            self.with_special = Encoder(vocabulary, model, vocabulary.added)
+            self.before, self.after = _around(vocabulary, model)
+        except ConfigError:
+            raise
+        except Exception as error:  # the library raises no narrower type
+            raise CheckpointError(f"{vocabulary.file} is damaged ({error}): fetch it again.") from error
+
+
+def _around(vocabulary: Vocabulary, model: models.BPE) -> tuple[list[int], list[int]]:
+    """What the post-processor puts before and after a sample of text."""
+    if vocabulary.post_processor is None:
+        return [], []
+    letters = (chr(byte) for letter, byte in BYTE_OF.items() if letter in vocabulary.ids and byte < 128)
+    sample = next(filter(str.isalnum, letters), "")
+    plain = _engine(vocabulary, model).encode(sample, add_special_tokens=False).ids
+    encoding = _engine(vocabulary, model, vocabulary.post_processor).encode(sample, add_special_tokens=True)
+    ids, added = encoding.ids, encoding.special_tokens_mask
+    start = added.index(0) if 0 in added else len(ids)
+    end = start + len(plain)
+    if added != [1] * start + [0] * len(plain) + [1] * (len(ids) - end):
+        raise ConfigError(
+            f"{vocabulary.file} has a post_processor that repeats, leaves out or divides the text, which gptjax does "
+            "not do: take the post_processor out of it, or give token ids instead of text"
+        )
+    return ids[:start], ids[end:]
+
+
+def _engine(vocabulary: Vocabulary, model: models.BPE, post_processor: Any = None) -> tokenizers.Tokenizer:
+    frame: dict[str, Any] = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": vocabulary.normalizer,
+        "pre_tokenizer": vocabulary.pre_tokenizer,
+        "post_processor": post_processor,
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }
+    engine = tokenizers.Tokenizer.from_str(json.dumps(frame))
+    engine.model = model
+    return engine
+
+
+def _of_library(token: AddedToken) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=token.special,
+    )
