@@ -76,19 +76,20 @@ def test_a_stream():
 def test_a_tool_call_and_its_result():
     service = talking(THOUGHT + CALL)
     found = chat(service, tools=[WEATHER], tool_choice="auto", parallel_tool_calls=False).json()["choices"][0]
-    call = {"id": "call_0", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
     assert found["finish_reason"] == "tool_calls"
-    assert found["message"]["tool_calls"] == [call]
+    call_id = found["message"]["tool_calls"][0]["id"]
+    assert found["message"]["tool_calls"] == [{"id": call_id, **call}]
     assert found["message"]["content"] is None
     assert "weather" in tokenizer(GPT_OSS).decode(service.worker.requests[0].prompt_ids)
 
     choices = deltas(chat(talking(THOUGHT + CALL), tools=[WEATHER], stream=True))
-    assert [each["delta"]["tool_calls"] for each in choices if "tool_calls" in each["delta"]] == [
-        [{"index": 0, **call}]
-    ]
+    [[streamed]] = [each["delta"]["tool_calls"] for each in choices if "tool_calls" in each["delta"]]
+    assert streamed == {"index": 0, "id": streamed["id"], **call}
+    assert streamed["id"] != call_id
     assert choices[-1]["finish_reason"] == "tool_calls"
 
-    messages = [USER, found["message"], {"role": "tool", "tool_call_id": "call_0", "content": "rain"}]
+    messages = [USER, found["message"], {"role": "tool", "tool_call_id": call_id, "content": "rain"}]
     service = talking(ANSWER)
     assert chat(service, messages=messages, tools=[WEATHER]).json()["choices"][0]["finish_reason"] == "stop"
     assert "rain" in tokenizer(GPT_OSS).decode(service.worker.requests[0].prompt_ids)

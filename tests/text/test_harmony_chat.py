@@ -332,7 +332,7 @@ def test_each_field_of_each_role(role: str, field: str) -> None:
 
 def test_numbers_of_any_size_in_tools() -> None:
     for tools in ([{"type": 10**5000}], [10**5000], [function(10**5000)], [function(parameters={"type": 10**5000})]):
-        with pytest.raises(RequestError, match="<int>|instance"):
+        with pytest.raises(RequestError, match=r"<int>|instance"):
             render([USER], TALES, tools)
     with pytest.raises(RequestError, match="is no JSON"):
         render([USER], TALES, [function(parameters={"default": 10**5000})])

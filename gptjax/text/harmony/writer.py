@@ -38,7 +38,8 @@ class Writer:
         self._special = special_ids(tokenizer)
         self._encode = tokenizer.encode
         self._max_length = max_length
-        self._characters = max(_ALWAYS, _PER_TOKEN * max_length)  # left
+        self._most = max(_ALWAYS, _PER_TOKEN * max_length)  # characters
+        self._left = self._most
 
     def mark(self, token: str) -> None:
         """A special token."""
@@ -60,9 +61,9 @@ class Writer:
         pending: list[str] = []
         size = 0
         for piece in [pieces] if isinstance(pieces, str) else pieces:
-            self._characters -= len(piece)
-            if self._characters < 0:
-                raise self._too_long()
+            self._left -= len(piece)
+            if self._left < 0:
+                raise self._too_long(f"{self._most} characters")
             for start in range(0, len(piece), _BLOCK):
                 pending.append(piece[start : start + _BLOCK])
                 size += len(pending[-1])
@@ -73,10 +74,10 @@ class Writer:
 
     def _check(self, tokens: int) -> None:
         if tokens > self._max_length:
-            raise self._too_long()
+            raise self._too_long(f"{self._max_length} tokens")
 
-    def _too_long(self) -> CapacityError:
+    def _too_long(self, what: str) -> CapacityError:
         return CapacityError(
-            f"the prompt has more than {self._max_length} tokens, but max_length is {self._max_length}: shorten "
+            f"the prompt has more than {what}, but max_length is {self._max_length}: shorten "
             "messages or tools, or load the model with a larger max_length if it has the positions"
         )
