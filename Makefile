@@ -7,7 +7,7 @@ ARGS ?=  # for pytest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test unit lint fuzz oracle slow clients examples clean
+.PHONY: demo test unit lint fuzz oracle slow clients examples installs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gptjax generate "Once upon a time there was" --echo --max-tokens 160 --temperature 0.6 --seed 6
@@ -40,6 +40,10 @@ clients: $(VENV)/.installed-clients
 	mkdir -p build
 	ARTIFACTS=build $(BIN)/python -m pytest -m clients tests/server
 	for major in 1 2; do PYTHONPATH=$(VENV)/openai-$$major $(BIN)/python -m pytest -m clients tests/server/test_openai.py || exit 1; done
+
+# Installs gptjax as a newcomer would, from a clone into fresh environments, and as its messages advise.
+installs: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m installs tests/test_installation.py
 
 examples: $(VENV)/.installed
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python -W error::DeprecationWarning:gptjax $$script || exit 1; done

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from convert import DTYPES
 from gptjax.config.quantization import TARGETS
 from gptjax.errors import GptjaxError
-from gptjax.shown import clean
+from gptjax.quoting import clean
 
 _EXAMPLES = """\
 examples:

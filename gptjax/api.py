@@ -21,7 +21,7 @@ from gptjax.language_model import LanguageModel, check_rows
 from gptjax.models import registry
 from gptjax.models.registry import Model, Params
 from gptjax.progress import progress
-from gptjax.shown import shown
+from gptjax.quoting import quoted
 from gptjax.text import Tokenizer, load_tokenizer
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 
@@ -72,7 +72,7 @@ def load(
     rows = check_rows("max_batch", 1 if max_batch is None else max_batch)
     if implementation not in IMPLEMENTATIONS:
         raise RequestError(
-            f"there is no implementation {shown(implementation)}; choose one of {', '.join(IMPLEMENTATIONS)}"
+            f"there is no implementation {quoted(implementation)}; choose one of {', '.join(IMPLEMENTATIONS)}"
         )
     model = registry.build(config, dtype=runtime.compute_dtype(dtype), implementation=implementation)
     memory.check(model, batch=rows, max_length=length)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import checkpoint
+from gptjax import checkpoint, installation
 from gptjax.activations import activations, stages
 from gptjax.config import GPT2Config, GptOssConfig, ModelConfig
 from gptjax.engine.request import check_prompt
@@ -169,7 +169,7 @@ def oracle() -> tuple[Any, Any]:
         import transformers
     except ImportError as error:
         raise GptjaxError(
-            f"this needs transformers and torch, and {error.name} is not installed: pip install 'gptjax[oracle]'"
+            f"this needs transformers and torch, and {error.name} is not installed: {installation.with_extra('oracle')}"
         ) from None
     return torch, transformers
 

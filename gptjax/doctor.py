@@ -11,19 +11,17 @@ import platform
 import re
 import shutil
 import subprocess
-import tomllib
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from gptjax import __version__
+from gptjax import __version__, installation
 
 PACKAGES: Final = ("jax", "jaxlib", "flax", "numpy", "tokenizers", "orbax-checkpoint", "safetensors", "psutil", "rich")
 OPTIONAL: Final = ("huggingface_hub", "torch", "transformers", "jax-cuda13-plugin", "jax-cuda12-plugin")
 VARIABLES: Final = re.compile(r"(GPTJAX|HF|JAX|XLA)_\w+|CUDA_VISIBLE_DEVICES|HUGGING_FACE_HUB_TOKEN|XDG_CACHE_HOME")
 _SECRET: Final = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
-_REINSTALL: Final = "install gptjax again: pip install --force-reinstall gptjax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +65,7 @@ def examine() -> Report:
 def _failed(topic: str, error: Exception) -> Problem:
     text = f"{topic} could not be examined ({type(error).__name__}: {_first_line(error)})"
     if isinstance(error, ImportError):
-        return Problem(text, _REINSTALL, stops_work=True)
+        return Problem(text, installation.again(), stops_work=True)
     if topic == "devices":
         fix = "JAX does not start: see that JAX_PLATFORMS names what there is (or unset it), and that nvidia-smi works"
         return Problem(text, fix, stops_work=True)
@@ -101,17 +99,10 @@ def _version(name: str) -> str | None:
 
 
 def _requirements() -> list[tuple[str, str, str]]:
-    """(package, versions wanted, the extra that wants it or ""): of pyproject.toml in a checkout, else as installed."""
-    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
-    if project.is_file():
-        table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-        lines = [(line, "") for line in table["dependencies"]]
-        lines += [(line, extra) for extra, wanted in table["optional-dependencies"].items() for line in wanted]
-    else:
-        split = [line.partition(";") for line in metadata.requires("gptjax") or ()]
-        marks = [(line, re.search(r"""extra == ["']([\w-]+)""", mark)) for line, _, mark in split]
-        lines = [(line, "" if mark is None else mark[1]) for line, mark in marks]
-    matches = [(re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*(.*)", line), extra) for line, extra in lines]
+    """(package, versions wanted, the extra that wants it or "")."""
+    matches = [
+        (re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*(.*)", line), extra) for line, extra in installation.requirements()
+    ]
     return [(match[1], match[2].replace(" ", ""), extra) for match, extra in matches if match is not None]
 
 
@@ -187,7 +178,9 @@ def _unused_card(card: str) -> Problem:
     if wanted.startswith("cpu"):
         return Problem(f"{text}, since JAX_PLATFORMS is {wanted}", "unset JAX_PLATFORMS", stops_work=False)
     if all(_version(f"jax-cuda{number}-plugin") is None for number in (12, 13)):
-        return Problem(f"{text}: its part for CUDA is not installed", 'pip install "gptjax[cuda13]"', stops_work=False)
+        return Problem(
+            f"{text}: its part for CUDA is not installed", installation.with_extra("cuda13"), stops_work=False
+        )
     fix = "run nvidia-smi: JAX for CUDA 13 needs a driver of version 580 or newer; see JAX's warnings when it starts"
     return Problem(text, fix, stops_work=False)
 
@@ -266,10 +259,10 @@ def demo() -> Found:
     try:
         facts = describe(directory)
     except GptjaxError as error:
-        return {name: "damaged"}, [Problem(f"{name} cannot be read: {_first_line(error)}", _REINSTALL, True)]
+        return {name: "damaged"}, [Problem(f"{name} cannot be read: {_first_line(error)}", installation.again(), True)]
     told = {key: facts[key] for key in ("checkpoint", "needed_bytes", "available_bytes", "fits")}
     if not weights.is_file() or weights.stat().st_size < facts["parameters"]:  # more than a byte for each number
-        return told, [Problem(f"{weights} is missing or cut", _REINSTALL, stops_work=True)]
+        return told, [Problem(f"{weights} is missing or cut", installation.again(), stops_work=True)]
     if facts["fits"] != "yes":
         text = f"{name}, the smallest model, does not fit: {facts['fits']}"
         return told, [Problem(text, "close other programs, or give this one more memory", stops_work=True)]

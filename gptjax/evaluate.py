@@ -14,7 +14,7 @@ from gptjax.errors import RequestError
 from gptjax.hub import DEMOS, resolve
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry
-from gptjax.shown import shown
+from gptjax.quoting import quoted
 
 HELD_OUT: Final = DEMOS / "held-out.txt"  # 16 kB of books in the public domain, none of which the demos have read
 WINDOW: Final = 2048  # tokens, where none is asked for: attention over all 131,072 of GPT-OSS would take hours on a CPU
@@ -92,7 +92,7 @@ def check_stride(stride: int | None, size: int) -> int:
         return size
     if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= size:
         raise RequestError(
-            f"stride must be a whole number from 1 to the window of {size} tokens, found {shown(stride)}"
+            f"stride must be a whole number from 1 to the window of {size} tokens, found {quoted(stride)}"
         )
     return stride
 
@@ -130,7 +130,7 @@ def read(path: str | Path) -> str:
     except OSError as error:
         raise RequestError(f"{path} cannot be read ({error.strerror}); name a text file") from None
     except ValueError as error:  # a NUL in the name
-        raise RequestError(f"{shown(str(path))} cannot be a file ({error}); name a text file") from None
+        raise RequestError(f"{quoted(str(path))} cannot be a file ({error}); name a text file") from None
 
 
 def _judged(logits_TV: np.ndarray, targets_T: np.ndarray) -> Predictions:

@@ -9,6 +9,7 @@ from typing import Final
 
 from convert.sources import foreign, safetensors
 from gptjax.errors import CheckpointError
+from gptjax.installation import with_extra
 from gptjax.manifest import is_converted
 
 DEMOS: Final = Path(__file__).resolve().parent / "demo"
@@ -25,7 +26,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     Args:
       name: tried in this order: a demo that comes with gptjax ("gpt2-tales"); a directory; the id of a repository on
         the Hugging Face Hub, "gpt2" or "openai/gpt-oss-20b", with "@revision" if not its newest. A repository is
-        looked for in the Hub's local cache (HF_HUB_CACHE, HF_HOME) and then downloaded, if `gptjax[hub]` is
+        looked for in the Hub's local cache (HF_HUB_CACHE, HF_HOME) and then downloaded, if the extra `hub` is
         installed and HF_HUB_OFFLINE is not set.
 
     Raises:
@@ -103,7 +104,7 @@ def _download(text: str, repo: str, revision: str) -> Path:
         import huggingface_hub
     except ImportError:
         raise CheckpointError(
-            _not_found(text, is_id=True) + '\nOr let gptjax download it: pip install "gptjax[hub]"'
+            f"{_not_found(text, is_id=True)}\nOr let gptjax download it: {with_extra('hub')}"
         ) from None
     try:
         # "*" in these patterns matches "/" too, so folders such as `original/` and `onnx/` are named.

@@ -29,7 +29,7 @@ from gptjax.language_model import check_rows
 from gptjax.models import registry
 from gptjax.models.registry import Model
 from gptjax.runtime import DeviceMemory
-from gptjax.shown import names, shown
+from gptjax.quoting import names, quoted
 from gptjax.text import load_tokenizer
 from gptjax.units import readable
 from pallas_kernels.mxfp4 import MXFP4
@@ -108,7 +108,7 @@ def describe_published(
       RequestError: there is no such size.
     """
     if name not in PUBLISHED:
-        raise RequestError(f"there is no size {shown(name)}; there are {', '.join(PUBLISHED)}")
+        raise RequestError(f"there is no size {quoted(name)}; there are {', '.join(PUBLISHED)}")
     model = _model(PUBLISHED[name], dtype, device)
     return {"size": name, **_architecture(model), **_memory(model, max_length, max_batch, device)}
 

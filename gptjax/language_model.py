@@ -37,7 +37,7 @@ from gptjax.memory import Memory
 from gptjax.models import registry
 from gptjax.models.registry import Model, Params
 from gptjax.progress import progress
-from gptjax.shown import shown
+from gptjax.quoting import quoted
 from gptjax.text import Tokenizer
 
 _MOST_ROWS = 32  # rows of one call where `max_batch` is not given
@@ -354,5 +354,5 @@ class LanguageModel:
 def check_rows(name: str, given: object) -> int:
     """A number of rows, as given. Raises `RequestError`, by the name of the option, for what is none."""
     if isinstance(given, bool) or not isinstance(given, numbers.Integral) or given < 1:
-        raise RequestError(f"{name} must be a whole number of at least 1, found {shown(given)}")
+        raise RequestError(f"{name} must be a whole number of at least 1, found {quoted(given)}")
     return int(given)

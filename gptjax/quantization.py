@@ -17,6 +17,7 @@ from convert.quantization import chosen, packed_config, rounded, slices, summed_
 from gptjax import memory
 from gptjax.errors import GptjaxError, RequestError
 from gptjax.evaluate import Perplexity, predict
+from gptjax.installation import with_extra
 from gptjax.language_model import LanguageModel
 from gptjax.layers.observe import COLLECTION
 from gptjax.models import registry
@@ -173,7 +174,7 @@ def check_plot(path: str | Path) -> None:
     """Raises `RequestError` where a plot cannot be drawn, so that it is known before the work is done."""
     path = Path(path)
     if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError('a plot needs matplotlib, which is not installed: pip install "gptjax[plot]"')
+        raise RequestError(f"a plot needs matplotlib, which is not installed: {with_extra('plot')}")
     if path.suffix.lower() not in _FORMATS:
         raise RequestError(f"{path} has no ending of a picture; name it .png, .pdf or .svg")
     if not path.absolute().parent.is_dir():

@@ -11,7 +11,7 @@ import psutil
 from jax.typing import DTypeLike
 
 from gptjax.errors import ConfigError, RequestError
-from gptjax.shown import shown
+from gptjax.quoting import quoted
 
 DTYPES = ("float32", "bfloat16", "float16")
 _LEAST_CACHED_COMPILATION = 0.2  # seconds: below it, compiling again is as fast as reading the file
@@ -32,7 +32,7 @@ def compute_dtype(dtype: DTypeLike | None) -> np.dtype:
     except TypeError:
         found = None
     if found is None or found.name not in DTYPES:
-        raise ConfigError(f"dtype {shown(dtype)} is not supported; choose one of {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype {quoted(dtype)} is not supported; choose one of {', '.join(DTYPES)}")
     return found
 
 

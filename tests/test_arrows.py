@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = [
     ["pallas_kernels"],
     # gptjax/__init__ is lazy.
-    ["gptjax", "gptjax.axes", "gptjax.errors", "gptjax.files", "gptjax.progress", "gptjax.shown", "gptjax.units"],
+    ["gptjax", "gptjax.axes", "gptjax.errors", "gptjax.files", "gptjax.installation"],
+    ["gptjax.progress", "gptjax.quoting", "gptjax.units"],
     ["gptjax.config"],
     ["gptjax.cache"],
     ["gptjax.layers"],

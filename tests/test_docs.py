@@ -427,6 +427,18 @@ def _used_state(lm: gptjax.LanguageModel) -> None:
     jax.block_until_ready(lm.prefill(state, [1, 2]))
 
 
+def _with_beams(tmp_path: Path) -> gptjax.LanguageModel:
+    directory = _copy(tmp_path)
+    (directory / "generation_config.json").write_text('{"num_beams": 5}')
+    return gptjax.load(directory)
+
+
+def _forked(monkeypatch: pytest.MonkeyPatch) -> str:
+    with monkeypatch.context() as patch:
+        patch.setattr("gptjax.runtime._process", 1)
+        return _raised(gptjax.load)
+
+
 def _not_finite(lm: gptjax.LanguageModel) -> str:
     poisoned = jax.tree.map(lambda leaf: leaf, lm.params)
     poisoned["final_norm"] = {"scale": jnp.full_like(lm.params["final_norm"]["scale"], np.nan)} | {
@@ -463,6 +475,7 @@ MESSAGES: dict[str, Callable[..., str]] = {
     "hub offline": lambda **_: _raised(lambda: gptjax.load("openai-community/gpt2")),
     "hub not installed": lambda monkeypatch, **_: _hub_without_client(monkeypatch),
     "unknown config key": lambda tmp_path, **_: _raised(lambda: gptjax.load(_copy(tmp_path, rope_theta=10000.0))),
+    "settings of generation": lambda tmp_path, **_: _raised(lambda: _with_beams(tmp_path).generate("The king")),
     "unknown model type": lambda tmp_path, **_: _raised(lambda: gptjax.load(_copy(tmp_path, model_type="bert"))),
     "pickle": lambda tmp_path, **_: _raised(lambda: gptjax.load(_pickle(tmp_path))),
     "tensors missing": lambda tmp_path, **_: _raised(lambda: gptjax.load(_copy(tmp_path, n_layer=7))),
@@ -486,6 +499,7 @@ MESSAGES: dict[str, Callable[..., str]] = {
     "out of memory while running": lambda lm, **_: _raised(lambda: _ran_out(lm)),
     "out of memory in JAX": lambda **_: _raised(lambda: jax.block_until_ready(jnp.zeros((1 << 50,), jnp.uint8))),
     "no GPU": lambda **_: _raised(lambda: jax.devices("gpu")),
+    "forked": lambda monkeypatch, **_: _forked(monkeypatch),
     "donated": lambda lm, **_: _raised(lambda: _used_state(lm)),
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from gptjax import doctor
+from gptjax import doctor, installation
 from gptjax.cli import main
 from gptjax.doctor import PROBES, Problem, examine, in_range
 
@@ -94,7 +94,7 @@ def test_an_optional_package_out_of_range_does_not(installed, capsys):
 
 
 def test_ranges_of_an_installed_package_come_from_its_metadata(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "gptjax" / "doctor.py"))
+    monkeypatch.setattr(installation, "_CHECKOUT", tmp_path)
     lines = ["jax<0.13,>=0.10.2", 'jax[cuda13]<0.13; extra == "cuda13"']
     monkeypatch.setattr(metadata, "requires", lambda name: lines)
     assert doctor._requirements() == [("jax", "<0.13,>=0.10.2", ""), ("jax", "<0.13", "cuda13")]
@@ -131,7 +131,7 @@ def test_a_card_that_jax_is_not_installed_for(card, installed, capsys, monkeypat
     assert main(["doctor"]) == 0  # it works on the CPU
     out = capsys.readouterr().out
     assert "1. this machine has the card NVIDIA H200, but JAX computes on the CPU" in out
-    assert '   pip install "gptjax[cuda13]"\n' in out
+    assert f"   {installation.with_extra('cuda13')}\n" in out
 
 
 def test_a_card_that_jax_was_told_not_to_use_or_cannot(card, installed, monkeypatch):

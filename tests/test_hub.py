@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax import hub
+from gptjax import hub, installation
 from gptjax.errors import CheckpointError
 from tests.convert import made
 
@@ -136,7 +136,7 @@ def test_an_id_that_is_not_there_offline(library, monkeypatch, name, offline):
 
 @pytest.mark.usefixtures("_without_library")
 def test_an_id_that_is_not_there_without_the_library():
-    _refused("gpt2", "https://huggingface.co/gpt2", "model.safetensors", 'pip install "gptjax[hub]"')
+    _refused("gpt2", "https://huggingface.co/gpt2", "model.safetensors", installation.with_extra("hub"))
 
 
 @pytest.mark.usefixtures("_without_library")

@@ -14,7 +14,7 @@ import pytest
 
 import convert
 import gptjax
-from gptjax import evaluate, quantization
+from gptjax import evaluate, installation, quantization
 from gptjax.api import load_params
 from gptjax.cli import main
 from gptjax.config import read_config
@@ -270,7 +270,7 @@ def test_a_choice_or_a_directory_and_not_both(capsys):
 def test_without_matplotlib_the_command_to_install_it_is_told_first(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert _run(capsys, "--plot", "errors.png")[2] == (
-        'gptjax: a plot needs matplotlib, which is not installed: pip install "gptjax[plot]"\n'
+        f"gptjax: a plot needs matplotlib, which is not installed: {installation.with_extra('plot')}\n"
     )
 
 

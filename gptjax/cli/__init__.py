@@ -12,7 +12,7 @@ from gptjax import __version__
 from gptjax.cli import bench, chat, compare, doctor, generate, info, perplexity, serve, validate_quant, verify
 from gptjax.cli.common import CommandParser, add_command
 from gptjax.errors import GptjaxError
-from gptjax.shown import clean
+from gptjax.quoting import clean
 
 _DESCRIPTION = "GPT-2 and GPT-OSS in JAX: from a Hugging Face checkpoint to text and chat."
 

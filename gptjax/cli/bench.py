@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptjax.cli import bench_kernels
-from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config
+from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, overrides
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -173,9 +173,7 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
         name = args.model or DEFAULT_MODEL
         ignored = args.ignore_config
         length = bench.needed_length(read_config(hub.resolve(name), ignore=ignored), longest, args.steps)
-        lm, loading = bench.measure_loading(
-            lambda: load(name, dtype=args.dtype, max_length=length, ignore_config=ignored)
-        )
+        lm, loading = bench.measure_loading(lambda: load(name, dtype=args.dtype, max_length=length, **overrides(args)))
         return lm.model, lm.params, name, hub.resolve(name), loading
     config = _published(args.random)
     length = bench.needed_length(config, longest, args.steps)

@@ -24,7 +24,7 @@ from gptjax.cli.common import (
     read_stdin,
 )
 from gptjax.errors import GptjaxError, RequestError
-from gptjax.shown import clean
+from gptjax.quoting import clean
 
 if TYPE_CHECKING:
     from gptjax.chat import ChatCompletion

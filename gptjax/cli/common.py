@@ -81,11 +81,11 @@ def add_ignore_config(parser: argparse.ArgumentParser) -> None:
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `gptjax.load` that `add_overrides` declares, as far as they are given."""
+    """The arguments of `gptjax.load` that `add_overrides` or `add_ignore_config` declares, as far as they are given."""
     given: dict[str, Any] = {}
     if args.ignore_config:
-        given["ignore_config"] = args.ignore_config
-    if args.no_generation_config:
+        given["ignore_config"] = tuple(args.ignore_config)
+    if getattr(args, "no_generation_config", False):
         given["generation_config"] = False
     return given
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config
+from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, overrides
+from gptjax.installation import with_extra
 
 _PROMPT = "Once upon a time there was a king who had"
 
@@ -18,8 +19,8 @@ def add(commands: Any) -> None:
         "compare",
         run_compare,
         summary="run transformers beside gptjax and compare every stage",
-        epilog="""Exits with 1 where a stage differs by more than the dtype explains, and names the first one.
-Computes in float32 unless --dtype says otherwise. Needs transformers and torch: pip install 'gptjax[oracle]'
+        epilog=f"""Exits with 1 where a stage differs by more than the dtype explains, and names the first one.
+Computes in float32 unless --dtype says otherwise. Needs transformers and torch: {with_extra("oracle")}
 
 examples:
   gptjax compare gpt2-tales
@@ -49,7 +50,7 @@ def run_compare(args: argparse.Namespace) -> int:
     from gptjax.compare import compare, first_difference
 
     name = args.model or DEFAULT_MODEL
-    lm = load(name, dtype=args.dtype or "float32", ignore_config=args.ignore_config)
+    lm = load(name, dtype=args.dtype or "float32", **overrides(args))
     rows = compare(lm.model, lm.params, hub.resolve(name), _ids(lm, args))
     width = max(len(row.stage) for row in rows)
     for row in rows:
@@ -75,7 +76,7 @@ def run_trace(args: argparse.Namespace) -> int:
     """Runs `gptjax trace`."""
     from gptjax.api import DEFAULT_MODEL, load
 
-    lm = load(args.model or DEFAULT_MODEL, dtype=args.dtype, ignore_config=args.ignore_config)
+    lm = load(args.model or DEFAULT_MODEL, dtype=args.dtype, **overrides(args))
     stages = lm.activations(_ids(lm, args))
     width = max(map(len, stages))
     for stage, array in stages.items():

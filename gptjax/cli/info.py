@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from gptjax.cli.common import MODEL_HELP, add_command, add_model_options, add_overrides, overrides
-from gptjax.shown import clean
+from gptjax.quoting import clean
 from gptjax.units import readable
 
 

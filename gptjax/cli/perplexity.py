@@ -5,7 +5,7 @@ import json
 import time
 from typing import Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config
+from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, overrides
 
 
 def add(commands: Any) -> None:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     name, path = args.model or DEFAULT_MODEL, args.text or HELD_OUT
     text = read(path)
     length = window(name, args.max_length, ignore_config=args.ignore_config)
-    lm = load(name, dtype=args.dtype, max_length=length, ignore_config=args.ignore_config)
+    lm = load(name, dtype=args.dtype, max_length=length, **overrides(args))
     ids = lm.tokenizer.prompt(text)
     size = lm.max_length
     stride = check_stride(args.stride, size)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Final, NoReturn, TypeVar
 
 from gptjax.cli.common import MODEL_HELP, add_command, add_overrides, overrides
+from gptjax.installation import with_extra
 
 _Number = TypeVar("_Number", int, float)
 _PREFIX: Final = "GPTJAX_SERVE_"
@@ -21,7 +22,7 @@ _CHUNKS_TEXT: Final = f"a power of two from {_CHUNKS[0]} to {_CHUNKS[-1]}"
 
 
 def add(commands: Any) -> None:
-    """Declares the command. Every option is also an environment variable; what is typed goes before it."""
+    """Declares the command. Most options are environment variables as well; what is typed goes before it."""
     parser = add_command(
         commands,
         "serve",
@@ -183,7 +184,7 @@ def _run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn", "prometheus_client"):
             raise
-        raise RequestError(f"serving needs {error.name}; try: pip install 'gptjax[serve]'") from None
+        raise RequestError(f"serving needs {error.name}, which is not installed: {with_extra('serve')}") from None
     log_config = logs.config(args.log_format, args.log_level)
     logging.config.dictConfig(log_config)
     model = args.model or DEFAULT_MODEL

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config
+from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, overrides
 from gptjax.config.quantization import TARGETS
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     text = read(path)
     length = window(name, None, ignore_config=args.ignore_config)
     settings: dict[str, Any] = {"dtype": args.dtype or "float32", "max_length": length}
-    lm = load(name, **settings, ignore_config=args.ignore_config)
+    lm = load(name, **settings, **overrides(args))
     if args.against is None:
         other = quantization.quantized(lm, args.quantize.removeprefix("mxfp4="))
     else:

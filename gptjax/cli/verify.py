@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_ignore_config
+from gptjax.cli.common import MODEL_HELP, add_command, add_ignore_config, overrides
 
 
 def add(commands: Any) -> None:
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from gptjax.verify import verify
 
     name = args.model or DEFAULT_MODEL
-    checks = verify(load(name, dtype="float32", ignore_config=args.ignore_config, generation_config=False))
+    checks = verify(load(name, dtype="float32", generation_config=False, **overrides(args)))
     if not checks:
         raise CheckpointError(
             f"no answers are known for {name}, as its vocabulary and sizes tell; "

@@ -16,7 +16,7 @@ from gptjax.config.gpt_oss import GptOssConfig
 from gptjax.config.keys import WITHOUT_EFFECT, without
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.files import read_json
-from gptjax.shown import shown
+from gptjax.quoting import quoted
 
 __all__ = [
     "PUBLISHED",
@@ -78,7 +78,7 @@ def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
         return GptOssConfig.from_original_json(raw)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in _READERS:
-        found = "no model_type" if model_type is None else f"model_type {shown(model_type)}"
+        found = "no model_type" if model_type is None else f"model_type {quoted(model_type)}"
         raise ConfigError(f"config.json has {found}; gptjax supports {', '.join(sorted(_READERS))}")
     return _READERS[model_type](raw)
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from gptjax.config.keys import MOST_SIZE
 from gptjax.errors import ConfigError, RequestError
 from gptjax.files import read_json
-from gptjax.shown import names, shown
+from gptjax.quoting import names, quoted
 
 FILE: Final = "generation_config.json"
 # Beyond these a product or quotient of logits leaves float32, or the numbers mean nothing any more.
@@ -109,7 +109,7 @@ def read_generation_config(directory: Path, override: Mapping[str, Any] | bool |
     if override is None:
         return found
     if override is not False and not isinstance(override, Mapping):
-        raise RequestError(f"generation_config is a dict of settings, or False for none, found {shown(override)}")
+        raise RequestError(f"generation_config is a dict of settings, or False for none, found {quoted(override)}")
     special = {key: found[key] for key in _SPECIAL_TOKENS if _are_tokens(found.get(key))}
     return {**special, **(override or {})}
 
@@ -160,7 +160,7 @@ class _Reader:
         self.faults: list[Fault] = []
 
     def _fault(self, key: str, wanted: str, where_drawn: bool) -> None:
-        self.faults.append(Fault(key, f"{key} is {shown(self._raw[key])}; expected {wanted}", where_drawn))
+        self.faults.append(Fault(key, f"{key} is {quoted(self._raw[key])}; expected {wanted}", where_drawn))
 
     def flag(self, key: str) -> bool:
         value = self._raw.get(key, False)

@@ -11,7 +11,7 @@ from typing import Any, Final
 from gptjax.config.keys import MOST_LAYERS, MOST_SIZE, Keys
 from gptjax.config.quantization import check_widths, mxfp4_to_json, read_mxfp4
 from gptjax.config.rope import Rope, Yarn, check_rope, read_rope, rope_to_json
-from gptjax.shown import shown
+from gptjax.quoting import quoted
 
 SWIGLU_ALPHA: Final = 1.702
 SWIGLU_LIMIT: Final = 7.0
@@ -190,7 +190,7 @@ def _rope(original_length: int) -> Rope:
 def _windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:
     alternating = [_FULL if layer % 2 else _SLIDING for layer in range(num_layers)]
     types = keys.listed("layer_types") or alternating
-    unknown = sorted({shown(kind) for kind in types if not isinstance(kind, str) or kind not in _SLIDES})
+    unknown = sorted({quoted(kind) for kind in types if not isinstance(kind, str) or kind not in _SLIDES})
     keys.ignore("sliding_window")
     if unknown:
         keys.fault(f"layer_types has {', '.join(unknown[:10])}; gptjax supports {', '.join(_SLIDES)}")

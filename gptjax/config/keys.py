@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from gptjax.errors import ConfigError, RequestError
-from gptjax.shown import name, names, shown
+from gptjax.quoting import name, names, quoted
 
 # Keys of published configs that change nothing about inference. Known by name; every other unknown key raises.
 WITHOUT_EFFECT: Final = frozenset(
@@ -42,7 +42,7 @@ def without(raw: Mapping[str, Any], ignored: Iterable[str]) -> Mapping[str, Any]
       ConfigError: there is no such key.
     """
     if isinstance(ignored, str) or not all(isinstance(path, str) for path in ignored):
-        raise RequestError(f'ignore_config is a list of names, as in ignore_config=("key",), found {shown(ignored)}')
+        raise RequestError(f'ignore_config is a list of names, as in ignore_config=("key",), found {quoted(ignored)}')
     for path in ignored:
         raw = _without(raw, path, path.split("."))
     return raw
@@ -88,7 +88,7 @@ class Keys:
         values = [self._raw[name] for name in names if self._raw.get(name) is not None]
         if len(values) == 2 and values[0] != values[1]:
             self.fault(
-                f"{key} is {shown(values[0])} but {alias} is {shown(values[1])}: they mean the same and must agree"
+                f"{key} is {quoted(values[0])} but {alias} is {quoted(values[1])}: they mean the same and must agree"
             )
         if not values and absent is None:
             self.fault(f"{' or '.join(names)} is missing")
@@ -105,7 +105,7 @@ class Keys:
         if value is absent:
             return 0 if absent is None else absent
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            self.fault(f"{key} is {shown(value)}; expected a whole number from 1 to {most}")
+            self.fault(f"{key} is {quoted(value)}; expected a whole number from 1 to {most}")
             return 0
         return value
 
@@ -115,7 +115,7 @@ class Keys:
         if value is absent:
             return 1.0 if absent is None else absent
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-            self.fault(f"{key} is {shown(value)}; expected a number above 0")
+            self.fault(f"{key} is {quoted(value)}; expected a number above 0")
             return 1.0 if absent is None else absent
         return float(value)
 
@@ -123,7 +123,7 @@ class Keys:
         """True or false."""
         value = self._get(key, None, absent)
         if not isinstance(value, bool):
-            self.fault(f"{key} is {shown(value)}; expected true or false")
+            self.fault(f"{key} is {quoted(value)}; expected true or false")
             return absent
         return value
 
@@ -133,7 +133,7 @@ class Keys:
         if value is None:
             return ""
         if not isinstance(value, str) or value not in choices:
-            self.fault(f"{key} is {shown(value)}; gptjax supports {', '.join(sorted(choices))}")
+            self.fault(f"{key} is {quoted(value)}; gptjax supports {', '.join(sorted(choices))}")
             return ""
         return choices[value]
 
@@ -141,7 +141,7 @@ class Keys:
         """A mapping inside this one, to be read by itself; its faults become this one's by `take`. None if absent."""
         value = self._get(key, None, {})
         if not isinstance(value, Mapping):
-            self.fault(f"{key} is {shown(value)}; expected an object")
+            self.fault(f"{key} is {quoted(value)}; expected an object")
             return None
         return Keys(value, without_effect=frozenset(), inside=f"{self._inside}{key}.") if value else None
 
@@ -165,7 +165,7 @@ class Keys:
         """A list, or None where there is none."""
         value = self._get(key, None, [])
         if not isinstance(value, list):
-            self.fault(f"{key} is {shown(value)}; expected a list")
+            self.fault(f"{key} is {quoted(value)}; expected a list")
             return None
         return value or None
 

@@ -11,7 +11,7 @@ import numpy as np
 from gptjax.config import GenerationDefaults
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import RequestError
-from gptjax.shown import shown
+from gptjax.quoting import quoted
 
 Prompt = str | Sequence[int] | np.ndarray
 DEFAULT_MAX_TOKENS = 256
@@ -137,7 +137,7 @@ def special_of(options: Mapping[str, Any]) -> bool:
     if special is None:
         return False
     if not isinstance(special, bool):
-        raise RequestError(f"special must be true or false, found {shown(special)}")
+        raise RequestError(f"special must be true or false, found {quoted(special)}")
     return special
 
 
@@ -158,4 +158,4 @@ def _refuse_unknown(options: Mapping[str, Any], known: Sequence[str] | Mapping[s
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
-            raise RequestError(f"there is no option {shown(name)}; {hint}")
+            raise RequestError(f"there is no option {quoted(name)}; {hint}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from gptjax.config.generation import LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY, MOST_TEMPERATURE
 from gptjax.errors import CapacityError, RequestError
-from gptjax.shown import shown
+from gptjax.quoting import quoted
 
 MAX_STOPS = 16  # stop strings of one request
 MAX_STOP_LENGTH = 1000  # characters of one stop string
@@ -94,7 +94,7 @@ class Request:
             raise RequestError(f"{len(self.stop)} stop strings; at most {MAX_STOPS} are allowed")
         for stop in self.stop:
             if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP_LENGTH:
-                raise RequestError(f"a stop must be text of 1 to {MAX_STOP_LENGTH} characters, found {shown(stop)}")
+                raise RequestError(f"a stop must be text of 1 to {MAX_STOP_LENGTH} characters, found {quoted(stop)}")
         if len(self.stop_ids) > MAX_STOP_IDS:
             raise RequestError(f"{len(self.stop_ids)} stop ids; at most {MAX_STOP_IDS} are allowed")
         for token in self.stop_ids:
@@ -114,7 +114,7 @@ def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_length: int) 
     for position, token in enumerate(() if fine else token_ids):
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise RequestError(
-                f"token id {shown(token)} at position {position} is not a whole number from 0 to {vocab_size - 1}"
+                f"token id {quoted(token)} at position {position} is not a whole number from 0 to {vocab_size - 1}"
             )
     if len(token_ids) > max_length:
         raise CapacityError(
@@ -126,11 +126,11 @@ def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_length: int) 
 def _whole(name: str, value: object, *, low: int, high: int | None = None) -> None:
     wanted = f"at least {low}" if high is None else f"from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise RequestError(f"{name} must be a whole number {wanted}, found {shown(value)}")
+        raise RequestError(f"{name} must be a whole number {wanted}, found {quoted(value)}")
 
 
 def _number(name: str, value: object, *, low: float, high: float, above: bool = False) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high or (above and value == low):  # type: ignore[operator]
         wanted = f"above {low} and at most {high}" if above else f"from {low} to {high}"
-        raise RequestError(f"{name} must be a number {wanted}, found {shown(value)}")
+        raise RequestError(f"{name} must be a number {wanted}, found {quoted(value)}")

@@ -6,7 +6,7 @@ from typing import Any
 
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.files import damaged, read_json, read_text
-from gptjax.shown import name, shown
+from gptjax.quoting import name, quoted
 from gptjax.text.additions import read_additions, special_tokens
 from gptjax.text.vocabulary import AddedToken, Vocabulary, build_vocabulary
 
@@ -89,7 +89,7 @@ def _require_byte_level(path: Path, found: dict[str, Any], model: dict[str, Any]
     if "ByteLevel" not in _types(found.get("pre_tokenizer")):
         faults.append("its pre_tokenizer is not ByteLevel")
     affixes = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
-    faults += [f"it has {key} {shown(model[key])}" for key in affixes if model.get(key)]
+    faults += [f"it has {key} {quoted(model[key])}" for key in affixes if model.get(key)]
     faults += [
         f"its decoder is {name(kind)}" for kind in _types(found.get("decoder")) if kind not in ("ByteLevel", "Sequence")
     ]
@@ -121,7 +121,7 @@ def _merges(path: Path, merges: object) -> list[tuple[str, str]]:
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            damaged(path, f"{shown(merge)} is not a merge of two tokens")
+            damaged(path, f"{quoted(merge)} is not a merge of two tokens")
         pairs.append((pair[0], pair[1]))
     return pairs
 
@@ -132,7 +132,7 @@ def _added(path: Path, items: object) -> Iterator[AddedToken]:
         damaged(path, "its added tokens are no list")
     for item in items or []:
         if not isinstance(item, dict) or not isinstance(item.get("content"), str) or type(item.get("id")) is not int:
-            damaged(path, f"the added token {shown(item)} has no content or no id")
+            damaged(path, f"the added token {quoted(item)} has no content or no id")
         flags = {key: item.get(key) is True for key in ("special", "lstrip", "rstrip", "single_word")}
         normalized = item.get("normalized", not flags["special"]) is True
         if item["content"]:

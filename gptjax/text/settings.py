@@ -7,7 +7,7 @@ from typing import Any
 
 from gptjax.errors import ConfigError
 from gptjax.files import read_json
-from gptjax.shown import shown
+from gptjax.quoting import quoted
 from gptjax.text.additions import read_special_tokens
 from gptjax.text.reading import END_OF_TEXT
 
@@ -71,14 +71,16 @@ def read_settings(directory: Path, generation: Mapping[str, Any] | None = None) 
 def _checked(path: Path, key: str, value: object) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [value]
     if any(type(number) is not int or number < 0 for number in ids):
-        raise ConfigError(f"{path} has {key} = {shown(value)}: write a token id, or a list of them.")
+        raise ConfigError(f"{path} has {key} = {quoted(value)}: write a token id, or a list of them.")
     if key.startswith("bos") and len(ids) != 1:
-        raise ConfigError(f"{path} has {key} = {shown(value)}: a text begins with one token, write its id.")
+        raise ConfigError(f"{path} has {key} = {quoted(value)}: a text begins with one token, write its id.")
     return tuple(dict.fromkeys(ids))
 
 
 def _id_of(path: Path, key: str, value: object, known: Mapping[str, int]) -> int:
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str) or content not in known:
-        raise ConfigError(f"{path} has {key} = {shown(value)}, which is no token of the vocabulary: write one that is.")
+        raise ConfigError(
+            f"{path} has {key} = {quoted(value)}, which is no token of the vocabulary: write one that is."
+        )
     return known[content]

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, SupportsIndex
 
 from gptjax.errors import RequestError
-from gptjax.shown import shown
+from gptjax.quoting import quoted
 from gptjax.text.detokenizer import Detokenizer
 from gptjax.text.encoder import Encoders
 from gptjax.text.reading import read_vocabulary
@@ -157,7 +157,7 @@ def _checked_id(token_id: SupportsIndex) -> int:
     except TypeError:
         number = None
     if number is None or isinstance(token_id, bool):
-        raise RequestError(f"A token id is an integer, not {shown(token_id)} ({type(token_id).__name__}).")
+        raise RequestError(f"A token id is an integer, not {quoted(token_id)} ({type(token_id).__name__}).")
     if number < 0:
-        raise RequestError(f"A token id is not negative, but this is {shown(number)}: drop padding before decoding.")
+        raise RequestError(f"A token id is not negative, but this is {quoted(number)}: drop padding before decoding.")
     return number

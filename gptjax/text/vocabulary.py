@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.files import damaged
-from gptjax.shown import shown
+from gptjax.quoting import quoted
 
 
 def _alphabet() -> dict[str, int]:
@@ -90,9 +90,9 @@ def _checked_ids(file: Path, ids: object) -> dict[str, int]:
         damaged(file, "its vocabulary is no object of tokens and ids")
     for token, number in ids.items():
         if type(number) is not int or not 0 <= number < 2**32:
-            damaged(file, f"token {shown(token)} has the id {shown(number)}, not an integer from 0 to 2**32 - 1")
+            damaged(file, f"token {quoted(token)} has the id {quoted(number)}, not an integer from 0 to 2**32 - 1")
         if not is_text(token):
-            damaged(file, f"token {shown(token)} has half a surrogate pair")
+            damaged(file, f"token {quoted(token)} has half a surrogate pair")
     if len(set(ids.values())) != len(ids):
         damaged(file, "two tokens have the same id")
     return ids
@@ -103,7 +103,7 @@ def _checked_merges(file: Path, ids: Mapping[str, int], merges: list[tuple[str, 
     built = set()
     for left, right in merges:
         if left not in ids or right not in ids or left + right not in ids:
-            damaged(file, f"the merge of {shown(left)} and {shown(right)} needs a token that the vocabulary lacks")
+            damaged(file, f"the merge of {quoted(left)} and {quoted(right)} needs a token that the vocabulary lacks")
         built.add(left + right)
     return built
 
@@ -112,13 +112,13 @@ def _check_added(file: Path, ids: Mapping[str, int], names: Mapping[int, str], a
     for token in added:
         if not is_text(token.content) or not 0 <= token.id < 2**32:
             damaged(
-                file, f"the added token {shown(token.content)} has half a surrogate pair or the id {shown(token.id)}"
+                file, f"the added token {quoted(token.content)} has half a surrogate pair or the id {quoted(token.id)}"
             )
         data = token.content.encode()
         other_text = token.id in names and unspell(names[token.id]) != data
         other_id = ids.get(token.content, token.id) != token.id and unspell(token.content) == data
         if other_text or other_id:
-            damaged(file, f"the added token {shown(token.content)} (id {token.id}) contradicts the vocabulary")
+            damaged(file, f"the added token {quoted(token.content)} (id {token.id}) contradicts the vocabulary")
     if not len(added) == len({token.id for token in added}) == len({token.content for token in added}):
         damaged(file, "two added tokens have the same content or id")
 

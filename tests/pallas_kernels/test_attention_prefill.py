@@ -24,6 +24,21 @@ BF16 = float(jnp.finfo(jnp.bfloat16).eps)
 EPS32 = float(jnp.finfo(jnp.float32).eps)
 
 
+@pytest.fixture
+def on_the_cpu():
+    """The default device of every thread: the interpreter calls JAX from inside a running program, and a GPU that runs
+    that program would wait for itself."""
+    before = jax.config.jax_default_device
+    jax.config.update("jax_default_device", jax.devices("cpu")[0])
+    yield
+    jax.config.update("jax_default_device", before)
+
+
+def interpreted(test):
+    """For tests of the kernel as Pallas interprets it."""
+    return needs_mosaic(pytest.mark.usefixtures("on_the_cpu")(test))
+
+
 class Case(NamedTuple):
     """Sizes, by `gptjax.axes`; where each row's tokens start and how many there are.
 
@@ -125,7 +140,7 @@ def _check(actual: jax.Array, operands: list[Any], case: Case, queries: Any = sl
     assert not actual[q_positions_BT < 0].any()
 
 
-@needs_mosaic
+@interpreted
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_oracle(name):
     case = CASES[name]
@@ -134,7 +149,7 @@ def test_agrees_with_the_oracle(name):
     _check(run(*operands), operands, case)
 
 
-@needs_mosaic
+@interpreted
 @pytest.mark.parametrize("window", [1, 64, 127, 128, 129])
 def test_every_edge_of_a_window(window):
     case = Case(T=72, N=2, K=1, S=320, H=64, starts=[191], counts=[65], window=window, sinks=jnp.bfloat16)
@@ -146,7 +161,7 @@ def test_every_edge_of_a_window(window):
     np.testing.assert_allclose(np.asarray(actual, np.float32), expected, rtol=2 * BF16, atol=2 * BF16)
 
 
-@needs_mosaic
+@interpreted
 def test_any_negative_position_is_padding():
     case = Case(T=72, N=2, K=1, S=128, H=64, starts=[0], counts=[50])
     operands = _operands(case)
@@ -154,7 +169,7 @@ def test_any_negative_position_is_padding():
     _check(mosaic_prefill.prefill(*operands, scale=case.scale, interpret=True), operands, case)
 
 
-@needs_mosaic
+@interpreted
 @pytest.mark.parametrize("programs", [1, 5])
 def test_programs_take_items_in_turn(programs, monkeypatch):
     monkeypatch.setattr(prefill_plan, "PROGRAMS", programs)
@@ -167,7 +182,7 @@ def test_programs_take_items_in_turn(programs, monkeypatch):
     _check(actual, [q, *operands[1:]], case)
 
 
-@needs_mosaic
+@interpreted
 @pytest.mark.parametrize("sink", [-1e9, -np.inf, 1e9])
 def test_large_sinks(sink):
     """A sink that is far below all scores is no sink, and one far above takes all."""
@@ -181,7 +196,7 @@ def test_large_sinks(sink):
         assert not np.asarray(actual, np.float32).any()
 
 
-@needs_mosaic
+@interpreted
 def test_scores_that_grow_and_shrink_by_hundreds():
     """Blocks whose maxima are far apart, in both orders: the running maximum carries them."""
     case = Case(T=64, N=2, K=1, S=384, H=64, starts=[320, 320], counts=[64, 64])
@@ -194,7 +209,7 @@ def test_scores_that_grow_and_shrink_by_hundreds():
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=2 * BF16 + 4e-3)
 
 
-@needs_mosaic
+@interpreted
 def test_bits_depend_neither_on_other_rows_nor_on_the_capacity():
     ours = Case(T=72, N=2, K=1, S=256, H=64, starts=[140, 0], counts=[66, 70])
     theirs = ours._replace(starts=[140, 186], counts=[66, 70])

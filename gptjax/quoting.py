@@ -26,7 +26,7 @@ class _Short(reprlib.Repr):
 _SHORT: Final = _Short()
 
 
-def shown(value: object) -> str:
+def quoted(value: object) -> str:
     """A value as `repr` shows it, escapes included, cut to about a hundred characters."""
     text = _SHORT.repr(value)
     return text if len(text) <= 2 * _MOST else f"{text[:_MOST]}...{text[-_MOST // 2 :]}"
