@@ -140,10 +140,9 @@ def _read_prompts(value: object, served: Served, most: int, special: bool) -> tu
 
 def _read_prompt(value: object, served: Served, special: bool) -> Prompt:
     if isinstance(value, str):
-        text, tokenizer = check_text(value, "prompt"), served.text()
-        served.check_size(text, "prompt")
+        text = check_text(value, "prompt")
         try:
-            ids = tokenizer.encode(text, special=special)
+            ids = served.encode(text, special=special)
         except GptjaxError as error:
             raise of_gptjax(error, "prompt") from None
         return Prompt(_checked_ids(ids, served), text)

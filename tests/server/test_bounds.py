@@ -9,6 +9,8 @@ import pytest
 from fuzz import TIMES
 from server_material import GPT2, GPT_OSS, USER, ask, fault, make, post, running
 
+from gptjax.text import Tokenizer
+
 SIZE = min(5_000_000, 30_000 * TIMES)  # bytes, about
 MOST = 10_000
 
@@ -197,3 +199,31 @@ def test_health_is_answered_while_the_largest_body_is_read(kind):
     assert response.status_code == 400
     assert len(response.content) < MOST
     assert max(waits) < 3
+
+
+@pytest.mark.parametrize("text", ["the king ", " ", "x", "<|endoftext|>", "é", "\u3042"])
+def test_no_more_is_encoded_than_could_fit(monkeypatch, text):
+    """Of ten million characters a tokenizer makes gigabytes, which takes it 20 s."""
+    service = make(name=GPT_OSS)
+    monkeypatch.setattr(service.served.tokenizer, "longest_token", 128)  # as GPT-OSS's own has
+    encoded, encode = [], Tokenizer.encode
+
+    def counted(self, given, **options):
+        encoded.append(len(given))
+        return encode(self, given, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
+    object.__setattr__(service.served, "max_length", 131_072)
+    for size in (9_900_000, 2_000_000):
+        error = fault(post(service, "/v1/completions", {"prompt": text * (size // (len(json.dumps(text)) - 2))}))
+        assert error["code"] == "context_length_exceeded"
+    assert sum(encoded) < 17 * 131_072
+
+
+def test_a_long_text_that_fits_is_encoded_as_a_whole():
+    service = make(name=GPT_OSS)
+    object.__setattr__(service.served, "max_length", 131_072)
+    service.worker.max_length = 131_072
+    text = "Once upon a time there was a king. <|end|>" * 3_000
+    assert post(service, "/v1/completions", {"prompt": text}).status_code == 200
+    assert list(service.worker.requests[0].prompt_ids) == service.served.tokenizer.encode(text, special=True)
