@@ -104,7 +104,7 @@ class Served:
                 if least > self.max_length:
                     message = f"the prompt has more tokens than max_length, which is {self.max_length}: shorten it"
                     raise bad_request(message, "prompt", "context_length_exceeded")
-        return tokenizer.encode(text, special=special)
+        return tokenizer.prompt(text, special=special)
 
     def turn_ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The tokens that end a turn of a conversation."""
