@@ -132,7 +132,6 @@ OF_CHAT = {
     "name with a mark": said(role="user", content="a", name="x<|channel|>"),
     "name with a space": said(role="user", content="a", name="to=functions.f x"),
     "name a number": said(role="user", content="a", name=3),
-    "assistant says nothing": said(role="assistant"),
     "unknown key": said(role="user", content="a", colour="red"),
     "tool without an id": said(role="tool", content="a"),
     "tool of another call": said(role="tool", content="a", tool_call_id="call_9"),
