@@ -244,3 +244,16 @@ def test_a_script_of_nothing_fails_as_an_event():
     service = make(saying("", name=GPT_OSS), name=GPT_OSS)
     *_, error, failed = events(post(service, "/v1/responses", {"input": "Hello", "stream": True}))
     assert (error["type"], failed["type"]) == ("error", "response.failed")
+
+
+@pytest.mark.parametrize("text", [THOUGHT + PREAMBLE + CALL, PREAMBLE + THOUGHT + CALL, PREAMBLE + MORE + CALL])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_conversation_goes_on_as_in_chat(text, keeps):
+    """What was generated is sent back, by clients that keep phases and by those that drop them."""
+    body = respond(talking(text), tools=[WEATHER]).json()
+    items = [item if keeps else {name: item[name] for name in item if name != "phase"} for item in body["output"]]
+    prompt = input_prompt([USER, *items, RESULT | {"call_id": items[-1]["call_id"]}])
+    assert "<|channel|>commentary<|message|>Let me look." in prompt
+    assert "<|channel|>final" not in prompt.rsplit("<|start|>assistant", 1)[0]
+    if "The king is old." in text:
+        assert "<|channel|>analysis<|message|>The king is old.<|end|>" in prompt
