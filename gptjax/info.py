@@ -28,8 +28,8 @@ from gptjax.files import read_json
 from gptjax.language_model import check_rows
 from gptjax.models import registry
 from gptjax.models.registry import Model
-from gptjax.runtime import DeviceMemory
 from gptjax.quoting import names, quoted
+from gptjax.runtime import DeviceMemory
 from gptjax.text import load_tokenizer
 from gptjax.units import readable
 from pallas_kernels.mxfp4 import MXFP4
