@@ -1,8 +1,13 @@
 """`gptjax serve`."""
 
 import argparse
+import contextlib
 import os
-from typing import Any, Final, TypeVar
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any, Final, NoReturn, TypeVar
 
 from gptjax.cli.common import MODEL_HELP, add_command, add_overrides, overrides
 from gptjax.installation import with_extra
@@ -134,6 +139,34 @@ def _number(text: str, kind: type[_Number]) -> _Number:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    with _ends_at_once():
+        status = _run(args)
+        if threading.active_count() > 1:
+            _leave(status)
+    return status
+
+
+@contextlib.contextmanager
+def _ends_at_once() -> Iterator[None]:
+    """Lets SIGTERM and SIGINT end the process with 0: before a server listens, nobody waits for anything."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: _leave(0)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process as it is: a thread in XLA's compiler cannot be ended, and Python's own end crashes under it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # it may be closed, or in the middle of a write
+            stream.flush()
+    os._exit(status)
+
+
+def _run(args: argparse.Namespace) -> int:
     import logging.config
 
     from gptjax import hub

@@ -1,7 +1,7 @@
 """From a request to its answer, whole or as events: what the routes that ask the model have in common."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -9,12 +9,12 @@ from starlette.responses import Response
 
 from gptjax.server.body import reading
 from gptjax.server.service import Service
-from gptjax.server.sse import EventStream, json_response, unless_gone
+from gptjax.server.sse import EventStream, Streamed, json_response, unless_gone
 
 Asked = TypeVar("Asked")
 
 
-class Answer(Protocol):
+class Answer(Streamed, Protocol):
     """What becomes of a request."""
 
     @property
@@ -24,14 +24,8 @@ class Answer(Protocol):
     def start(self) -> None:
         """Submits the prompts. Raises `ApiError`."""
 
-    def close(self) -> None:
-        """Cancels what is still under way."""
-
     async def whole(self) -> dict[str, Any]:
         """All of it."""
-
-    def stream(self) -> AsyncGenerator[object, None]:
-        """Its events."""
 
 
 async def answered(
@@ -46,7 +40,7 @@ async def answered(
         answer = make(service, await asyncio.to_thread(read, values, service))
         answer.start()
     if answer.streams:
-        return EventStream(answer.stream(), service, answer.close)
+        return EventStream(answer, service)
     try:
         return json_response(await unless_gone(request, answer.whole()))
     finally:

@@ -19,6 +19,7 @@ from gptjax.errors import GptjaxError
 from gptjax.server import chat, completions, health, page, responses
 from gptjax.server.errors import ApiError, internal, of_gptjax
 from gptjax.server.origins import LOCAL_ORIGIN, Pages
+from gptjax.server.request_ids import HEADER, RequestIds
 from gptjax.server.service import Service
 from gptjax.server.sse import ClientGone, error_response
 
@@ -44,6 +45,7 @@ def build(
 
     # Those of Starlette that are functions of a request break the detection of clients that left; these do not.
     middleware = [
+        Middleware(RequestIds),
         Middleware(Counting, service=service),
         Middleware(
             CORSMiddleware,
@@ -51,6 +53,7 @@ def build(
             allow_origin_regex=LOCAL_ORIGIN,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
+            expose_headers=[HEADER],
         ),
         Middleware(Faults),
         Middleware(Gate, api_key=api_key, pages=Pages(cors_origins, local=local)),
@@ -67,6 +70,7 @@ def build(
     ]
     handlers = dict.fromkeys((ApiError, GptjaxError, HTTPException, ClientGone), _on_error)
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
+    app.router.redirect_slashes = False  # it would send clients to whatever host they said this is
     app.state.service = service
     return app
 
@@ -180,10 +184,11 @@ async def _on_error(request: Request, error: Exception) -> Response:
         case GptjaxError():
             found = of_gptjax(error)
         case HTTPException():
-            message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+            # Not `request.url`: that is made of the header Host, which may be anything.
+            message = f"{request.method[:20]} {request.scope['path'][:200]}: {error.detail}"
             found = ApiError(error.status_code, message, code="no_such_route", headers=error.headers)
         case _:
-            _log.error("%s %r failed", request.method, request.scope["path"], exc_info=error)
+            _log.error("%s %r failed", request.method, request.scope["path"][:200], exc_info=error)
             found = internal()
     request.app.state.service.metrics.failed(found)
     return error_response(found)

@@ -3,7 +3,7 @@
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 from starlette.requests import Request
@@ -16,7 +16,7 @@ from gptjax.engine.request import MAX_TOP_LOGPROBS, check_prompt
 from gptjax.errors import GptjaxError
 from gptjax.server.answering import answered
 from gptjax.server.body import Fields
-from gptjax.server.errors import bad_request, of_gptjax
+from gptjax.server.errors import ApiError, bad_request, of_gptjax, shown
 from gptjax.server.generation import Generation, Row, usage_json
 from gptjax.server.logprobs import chat_logprobs
 from gptjax.server.schema import (
@@ -107,14 +107,12 @@ def _check_neutral(fields: Fields) -> None:
     if form is not None:
         kind = form.get("type") if isinstance(form, dict) else form
         if kind != "text":
-            name = repr(kind)[:60]
-            raise bad_request(
-                f"response_format {name} is not supported; only 'text' is", "response_format", "unsupported"
-            )
+            message = f"response_format {shown(kind)} is not supported; only 'text' is"
+            raise bad_request(message, "response_format", "unsupported")
     for name, neutral in _NEUTRAL.items():
         value = fields.take(name)
         if value is not None and value not in neutral:
-            raise bad_request(f"{name} {repr(value)[:60]} is not supported", name, "unsupported")
+            raise bad_request(f"{name} {shown(value)} is not supported", name, "unsupported")
 
 
 def _read_logprobs(fields: Fields) -> int | None:
@@ -186,6 +184,10 @@ class Answer:
             for row, turn in sorted(turns.items())
         ]
         return {**self._head, "choices": choices, "usage": self._usage(turns)}
+
+    def failure(self, error: ApiError) -> Iterable[object]:
+        """An error within a stream."""
+        yield error.body()
 
     async def stream(self) -> AsyncGenerator[object, None]:
         """The answer in pieces."""

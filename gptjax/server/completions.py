@@ -3,7 +3,7 @@
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -31,6 +31,8 @@ from gptjax.server.schema import (
 from gptjax.server.service import Served, Service
 
 _DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
+_MOST_ECHOED: Final = 32 << 20  # characters of prompts, and of their log-probabilities, in one answer
+_ENTRY: Final = 40  # characters of a token and its log-probability, about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,38 +86,63 @@ def read(values: dict[str, Any], served: Served, most_rows: int) -> Asked:
     max_tokens = fields.whole("max_tokens", 0, MOST_TOKENS)
     if max_tokens == 0 and not echo:
         raise bad_request("max_tokens is 0, which has a meaning only with echo: true", "max_tokens")
+    special = "parse_special" not in fields or fields.flag("parse_special")
     asked = Asked(
-        prompts=_read_prompts(fields.take("prompt"), served, most_rows // choices),
+        prompts=_read_prompts(fields.take("prompt"), served, most_rows // choices, special),
         choices=choices,
         max_tokens=_DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
-        options=read_sampling(fields),
+        options=_with_special_stops(read_sampling(fields), served, special),
         echo=echo,
         logprobs=fields.whole("logprobs", 0, MAX_TOP_LOGPROBS),
         stream=read_stream(fields),
     )
     fields.finish(WITHOUT_EFFECT)
+    _check_echo(asked)
     return asked
 
 
-def _read_prompts(value: object, served: Served, most: int) -> tuple[Prompt, ...]:
+def _with_special_stops(options: dict[str, Any], served: Served, special: bool) -> dict[str, Any]:
+    """The options, in which a stop string that is a special token is that token: it never comes as text."""
+    if not special or served.tokenizer is None or "stop" not in options:
+        return options
+    known = served.tokenizer.special_ids
+    found = [known[stop] for stop in options["stop"] if stop in known]
+    return options | {"stop_ids": [*options.get("stop_ids", ()), *found]}
+
+
+def _check_echo(asked: Asked) -> None:
+    """Raises `ApiError` where prompts, times `n` and with the log-probabilities, would make a huge answer."""
+    if not asked.echo:
+        return
+    characters = sum(len(prompt.text) for prompt in asked.prompts)
+    if asked.logprobs is not None:
+        characters += sum(len(prompt.ids) for prompt in asked.prompts) * (1 + asked.logprobs) * _ENTRY
+    if characters * asked.choices > _MOST_ECHOED:
+        message = f"the echo would have some {characters * asked.choices >> 20} MiB, and may have {_MOST_ECHOED >> 20}"
+        raise bad_request(f"{message}: send fewer prompts at once, or lower n or logprobs", "echo", "too_large")
+
+
+def _read_prompts(value: object, served: Served, most: int, special: bool) -> tuple[Prompt, ...]:
     """A string, a list of strings, a list of token ids, or a list of such lists."""
     if value is None:
         raise bad_request("there is no prompt: give a string, a list of token ids, or a list of either", "prompt")
+    if isinstance(value, list) and len(value) > max(most, served.max_length):  # looking at millions takes seconds
+        message = f"prompt has {len(value)} items: at most {most} prompts are allowed with this n, and max_length is "
+        raise bad_request(f"{message}{served.max_length} tokens", "prompt", "context_length_exceeded")
     one = isinstance(value, str) or (isinstance(value, list) and bool(value) and all(map(is_token, value)))
     prompts = [value] if one else value
     if not isinstance(prompts, list) or not prompts:
         raise bad_request("prompt must be a string, a list of token ids, or a list of either, and not empty", "prompt")
     if len(prompts) > most:
         raise bad_request(f"there are {len(prompts)} prompts; at most {most} are allowed with this n", "prompt")
-    return tuple(_read_prompt(prompt, served) for prompt in prompts)
+    return tuple(_read_prompt(prompt, served, special) for prompt in prompts)
 
 
-def _read_prompt(value: object, served: Served) -> Prompt:
+def _read_prompt(value: object, served: Served, special: bool) -> Prompt:
     if isinstance(value, str):
-        text, tokenizer = check_text(value, "prompt"), served.text()
-        served.check_size(text, "prompt")
+        text = check_text(value, "prompt")
         try:
-            ids = tokenizer.encode(text)
+            ids = served.encode(text, special=special)
         except GptjaxError as error:
             raise of_gptjax(error, "prompt") from None
         return Prompt(_checked_ids(ids, served), text)
@@ -179,6 +206,10 @@ class Answer:
             parts[choice["index"]].append(choice)
         choices = [_whole(index, of_choice) for index, of_choice in enumerate(parts)]
         return {**self._head, "choices": choices, "usage": self._usage(usages)}
+
+    def failure(self, error: ApiError) -> Iterable[object]:
+        """An error within a stream."""
+        yield error.body()
 
     async def stream(self) -> AsyncGenerator[object, None]:
         """The answer in pieces."""

@@ -1,8 +1,9 @@
 """Errors in the form that clients of OpenAI's API read: `{"error": {message, type, param, code}}`."""
 
+import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from gptjax.errors import CapacityError, GptjaxError
 from gptjax.server.events import Failed, QueueFull, Unavailable
@@ -14,6 +15,9 @@ _FIELD = re.compile(
 NO_RETRY = {"x-should-retry": "false"}  # what clients of OpenAI heed
 _RETRY_SECONDS = "5"
 _UNAVAILABLE = ("drained", "stopped", "died")
+_LONGEST_MESSAGE: Final = 1000  # characters
+_LONGEST_NAME: Final = 100
+_LONGEST_SHOWN: Final = 60
 
 
 class ApiError(Exception):
@@ -29,16 +33,40 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(_shortened(message))
         self.status = status
         self.kind = kind
-        self.param = param
+        self.param = None if param is None else param[:_LONGEST_NAME]
         self.code = code
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         """The JSON of the answer, or of an event in a stream."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def shown(value: object) -> str:
+    """A JSON value of a request as an error message repeats it: never more than some words, however large it is."""
+    if isinstance(value, str):
+        return repr(value[:_LONGEST_SHOWN]) + "..." * (len(value) > _LONGEST_SHOWN)
+    if isinstance(value, list | dict):
+        return kind_of(value)
+    text = json.dumps(value)  # a number may have 4,300 digits
+    return text[:_LONGEST_SHOWN] + "..." * (len(text) > _LONGEST_SHOWN)
+
+
+def kind_of(value: object) -> str:
+    """What kind of JSON a value is, with its article."""
+    kinds = {list: "a list", dict: "an object", str: "a string", bool: "true or false", int: "a number"}
+    return kinds.get(type(value), "null" if value is None else "a number")
+
+
+def _shortened(message: str) -> str:
+    """A message that may repeat parts of a request: its beginning names the place, its end what to do."""
+    if len(message) <= _LONGEST_MESSAGE:
+        return message
+    half = _LONGEST_MESSAGE // 2
+    return f"{message[:half]} [...] {message[-half:]}"
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gptjax.chat import ChatCompletion, ToolCall
+from gptjax.server.encrypted import encrypted
 
 Event = dict[str, Any]
 # Of an item's kind: the type of its one part, and of the events of its text.
@@ -15,25 +16,28 @@ _PARTS = {
 
 
 class Items:
-    """Makes items of what a turn adds: a new one wherever reasoning and answer change.
+    """Makes items of what a turn adds: a new one wherever reasoning, preamble and answer change.
 
     Attributes:
         done: the items that are complete.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, encrypts: bool) -> None:
+        """`encrypts`: reasoning items have an `encrypted_content`."""
         self.done: list[dict[str, Any]] = []
+        self._encrypts = encrypts
         self._kind: str | None = None  # of the item that is open
+        self._phase: str | None = None  # of an open message
         self._id = ""
         self._text: list[str] = []
 
-    def add(self, reasoning: str, answer: str) -> Iterator[Event]:
-        """The events of more text."""
-        for kind, text in (("reasoning", reasoning), ("message", answer)):
-            if self._kind != kind:
+    def add(self, reasoning: str, answer: str, phase: str) -> Iterator[Event]:
+        """The events of more text; `phase` is the answer's."""
+        for kind, phase_of_it, text in (("reasoning", None, reasoning), ("message", phase, answer)):
+            if (self._kind, self._phase) != (kind, phase_of_it):
                 text = text.lstrip("\n")  # the empty line between messages: here they are items
             if text:
-                yield from self._grow(kind, text)
+                yield from self._grow(kind, phase_of_it, text)
 
     def finish(self, turn: ChatCompletion) -> Iterator[Event]:
         """The events of the turn's end, its calls among them."""
@@ -41,11 +45,11 @@ class Items:
         for call in turn.tool_calls:
             yield from self._call(call, "incomplete" if turn.finish_reason == "length" else "completed")
 
-    def _grow(self, kind: str, text: str) -> Iterator[Event]:
+    def _grow(self, kind: str, phase: str | None, text: str) -> Iterator[Event]:
         part, about = _PARTS[kind]
-        if self._kind != kind:
+        if (self._kind, self._phase) != (kind, phase):
             yield from self._close("completed")
-            self._kind, self._text = kind, []
+            self._kind, self._phase, self._text = kind, phase, []
             self._id = f"{'rs' if kind == 'reasoning' else 'msg'}_{secrets.token_hex(12)}"
             yield self._event("response.output_item.added", item=self._item("in_progress"), inside=False)
             yield self._event("response.content_part.added", part=_part(part, ""))
@@ -62,7 +66,7 @@ class Items:
         item = self._item(status, text)
         yield self._event("response.output_item.done", item=item, inside=False)
         self.done.append(item)
-        self._kind = None
+        self._kind = self._phase = None
 
     def _call(self, call: ToolCall, status: str) -> Iterator[Event]:
         item_id = f"fc_{secrets.token_hex(12)}"
@@ -84,7 +88,11 @@ class Items:
     def _item(self, status: str, text: str | None = None) -> dict[str, Any]:
         assert self._kind is not None  # an item is open
         content = [] if text is None else [_part(_PARTS[self._kind][0], text)]
-        own: dict[str, Any] = {"summary": []} if self._kind == "reasoning" else {"role": "assistant"}
+        own: dict[str, Any] = {"role": "assistant", "phase": self._phase}
+        if self._kind == "reasoning":
+            own = {"summary": []}
+            if self._encrypts:
+                own["encrypted_content"] = encrypted(text or "")
         return {"id": self._id, "type": self._kind, **own, "status": status, "content": content}
 
     def _event(self, kind: str, *, inside: bool = True, **more: Any) -> Event:

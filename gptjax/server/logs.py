@@ -3,14 +3,27 @@
 import json
 import logging
 import time
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Final
+
+request_id: Final[ContextVar[str | None]] = ContextVar("request_id", default=None)
+"""Of the request that is being answered."""
+
+
+class LineFormatter(logging.Formatter):
+    """A record as a line, with the id of the request that it is about."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """With its time, level, logger, and message."""
+        name = request_id.get()
+        return super().formatMessage(record) + ("" if name is None else f" [{name}]")
 
 
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """With its time (UTC), level, logger, message, and the traceback if there is one."""
+        """With its time (UTC), level, logger, message, and the request's id and the traceback if there are any."""
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         found: dict[str, Any] = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",
@@ -18,6 +31,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if (name := request_id.get()) is not None:
+            found["request_id"] = name
         if record.exc_info:
             found["exception"] = self.formatException(record.exc_info)
         return json.dumps(found)
@@ -25,7 +40,7 @@ class JsonFormatter(logging.Formatter):
 
 def config(form: str, level: str) -> dict[str, Any]:
     """For `logging.config.dictConfig`: `form` is "lines" or "json", `level` a level's name in small letters."""
-    lines = {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}
+    lines = {"()": LineFormatter, "fmt": "%(asctime)s %(levelname)s %(name)s: %(message)s"}
     return {
         "version": 1,
         "disable_existing_loggers": False,

@@ -41,6 +41,10 @@ class Protocol(H11Protocol):
             self._next.cancel()
         super().connection_lost(exc)
 
+    def cut(self) -> None:
+        """Ends the connection now."""
+        _abort(self.transport)
+
     def _look(self) -> None:
         unsent = self.transport.get_write_buffer_size()
         answering = self.cycle is not None and not self.cycle.response_complete
@@ -50,7 +54,7 @@ class Protocol(H11Protocol):
         if self._idle < _LOOKS:
             self._next = self.loop.call_later(self._between, self._look)
         else:
-            _abort(self.transport)
+            self.cut()
 
 
 def _abort(transport: Any) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 from starlette.requests import Request
@@ -16,10 +16,18 @@ from gptjax.engine.request import check_prompt
 from gptjax.errors import GptjaxError
 from gptjax.server.answering import answered
 from gptjax.server.body import Fields
-from gptjax.server.errors import bad_request, of_gptjax
-from gptjax.server.generation import Generation, Row, usage_json
+from gptjax.server.errors import ApiError, bad_request, of_gptjax, shown
+from gptjax.server.generation import Generation, Row
 from gptjax.server.items import Items
-from gptjax.server.responses_input import read_messages, read_tools
+from gptjax.server.responses_input import read_input, read_tools
+from gptjax.server.responses_options import (
+    check_repeated,
+    read_effort,
+    read_include,
+    read_repeated,
+    read_text,
+    repeated_tools,
+)
 from gptjax.server.schema import MOST_TOKENS, WITHOUT_EFFECT, read_sampling
 from gptjax.server.service import Served, Service
 from gptjax.server.turn import Turn
@@ -28,13 +36,13 @@ from gptjax.server.turn import Turn
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "background": (False,),
     "conversation": (),
-    "parallel_tool_calls": (True, False),  # the models make one call at a time
     "previous_response_id": (),
     "prompt": (),
     "tool_choice": ("auto", "none"),
+    "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
-_WITHOUT_EFFECT = WITHOUT_EFFECT | {"include", "max_tool_calls", "stream_options"}
+_WITHOUT_EFFECT = WITHOUT_EFFECT | {"max_tool_calls", "stream_options"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Asked:
     offered: frozenset[str]  # names of tools that may be called
     options: dict[str, Any]
     stream: bool
+    encrypts: bool  # the reasoning is to come as `encrypted_content` too
     repeated: dict[str, Any]  # fields of the request that its answer repeats
 
 
@@ -53,19 +62,32 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     fields = Fields(values)
     served.check_name(fields.text("model"))
     tokenizer = served.chat_tokenizer()
-    repeated = {name: values.get(name) for name in ("instructions", "metadata", "temperature", "top_p", "user")}
     for name, neutral in _NEUTRAL.items():
         value = fields.take(name)
         if value is not None and value not in neutral:
-            raise bad_request(f"{name} {repr(value)[:60]} is not supported", name, "unsupported")
-    stream = fields.flag("stream")
+            raise bad_request(f"{name} {shown(value)} is not supported", name, "unsupported")
+    stream, encrypts = fields.flag("stream"), read_include(fields)
+    repeated = read_repeated(fields)
     options = read_sampling(fields)
     max_tokens = fields.whole("max_output_tokens", 1, MOST_TOKENS)
-    _check_text(fields)
-    effort = _read_effort(fields)
+    text, effort = read_text(fields), read_effort(fields)
     tools = read_tools(fields.take("tools"))
-    messages = read_messages(fields.take("input"), fields.text("instructions"))
+    instructions = fields.text("instructions")
+    given = read_input(fields.take("input"), instructions)
+    messages = given.messages
     fields.finish(_WITHOUT_EFFECT)
+    repeated |= {
+        "instructions": instructions,
+        "max_output_tokens": max_tokens,
+        "reasoning": {"effort": effort, "summary": None},
+        "temperature": options.get("temperature"),
+        "text": text,
+        "tools": repeated_tools(values.get("tools")),
+        "tool_choice": values.get("tool_choice") or "auto",
+        "top_p": options.get("top_p"),
+    }
+    check_repeated(repeated)
+    served.check_size(tools, "tools")
     served.check_size([messages, tools], "input")
     offered = [] if values.get("tool_choice") == "none" else tools
     try:
@@ -77,43 +99,14 @@ def read(values: dict[str, Any], served: Served) -> Asked:
             current_date=TODAY,
             max_length=served.max_length,
         )
+    except GptjaxError as error:
+        raise given.explained(error) from None
+    try:
         check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
     except GptjaxError as error:
         raise of_gptjax(error, "input") from None
     options |= {"max_tokens": served.max_length if max_tokens is None else max_tokens}
-    repeated |= {
-        "max_output_tokens": max_tokens,
-        "reasoning": {"effort": effort, "summary": None},
-        "tools": values.get("tools") or [],
-        "tool_choice": values.get("tool_choice") or "auto",
-    }
-    return Asked(tuple(prompt_ids), chat.offered_names(offered), options, stream, repeated)
-
-
-def _check_text(fields: Fields) -> None:
-    given = fields.take("text")
-    if given is None:
-        return
-    if not isinstance(given, dict):
-        raise bad_request("text must be an object", "text")
-    options = Fields(given)
-    form = options.take("format")
-    kind = form.get("type") if isinstance(form, dict) else form
-    if kind not in (None, "text"):
-        raise bad_request(f"text.format {repr(kind)[:60]} is not supported; only 'text' is", "text", "unsupported")
-    options.finish({"verbosity"})
-
-
-def _read_effort(fields: Fields) -> str:
-    given = fields.take("reasoning")
-    if given is None:
-        return "medium"
-    if not isinstance(given, dict):
-        raise bad_request("reasoning must be an object", "reasoning")
-    options = Fields(given)
-    effort = options.text("effort")
-    options.finish({"summary", "generate_summary"})
-    return effort or "medium"
+    return Asked(tuple(prompt_ids), chat.offered_names(offered), options, stream, encrypts, repeated)
 
 
 async def respond(request: Request) -> Response:
@@ -134,8 +127,10 @@ class Answer:
         except GptjaxError as error:
             raise of_gptjax(error) from None
         self._generation = Generation(service, [Row(asked_for, self._turn.reader)])
-        self._items = Items()
+        self._items = Items(encrypts=asked.encrypts)
         self._result: ChatCompletion | None = None
+        self._error: ApiError | None = None
+        self._count = 0  # of events
         self._head = {
             "id": f"resp_{secrets.token_hex(12)}",
             "object": "response",
@@ -143,10 +138,9 @@ class Answer:
             "model": served.name,
             **asked.repeated,
             "background": False,
-            "parallel_tool_calls": True,
             "previous_response_id": None,
             "store": False,
-            "text": {"format": {"type": "text"}},
+            "top_logprobs": 0,
             "truncation": "disabled",
         }
 
@@ -166,10 +160,20 @@ class Answer:
 
     async def stream(self) -> AsyncGenerator[object, None]:
         """The answer as events, numbered."""
-        number = 0
         async for event in self._with_ends():
-            yield {**event, "sequence_number": number}
-            number += 1
+            yield self._numbered(event)
+
+    def failure(self, error: ApiError) -> Iterable[object]:
+        """An error within a stream: some clients raise what they find in `error`, others wait for the response."""
+        self._error = error
+        body = error.body()["error"]
+        told = {"code": error.code or error.kind, "message": body["message"], "param": error.param}
+        yield self._numbered({"type": "error", **told, **error.body()})
+        yield self._numbered({"type": "response.failed", "response": self._response()})
+
+    def _numbered(self, event: dict[str, Any]) -> dict[str, Any]:
+        self._count += 1
+        return {**event, "sequence_number": self._count - 1}
 
     async def _with_ends(self) -> AsyncGenerator[dict[str, Any], None]:
         for kind in ("created", "in_progress"):
@@ -183,7 +187,7 @@ class Answer:
         """The events of the items."""
         async for _, chunk in self._generation.chunks():
             delta = self._turn.add(chunk)
-            for event in self._items.add(delta.reasoning, delta.text):
+            for event in self._items.add(delta.reasoning, delta.text, delta.phase):
                 yield event
             if delta.whole is not None:
                 self._result = delta.whole
@@ -192,8 +196,11 @@ class Answer:
 
     def _response(self) -> dict[str, Any]:
         """The object as it is now."""
-        status, details, usage = "in_progress", None, None
-        if self._result is not None:
+        status, details, usage, error = "in_progress", None, None, None
+        if self._error is not None:
+            # OpenAI's codes have no others that could be meant; its clients try this one again.
+            status, error = "failed", {"code": "server_error", "message": str(self._error)}
+        elif self._result is not None:
             status = "completed"
             usage = self._usage(self._result)
             if self._result.finish_reason == "length":
@@ -201,7 +208,7 @@ class Answer:
         return {
             **self._head,
             "status": status,
-            "error": None,
+            "error": error,
             "incomplete_details": details,
             "output": list(self._items.done),
             "usage": usage,
@@ -209,10 +216,10 @@ class Answer:
 
     def _usage(self, result: ChatCompletion) -> dict[str, Any]:
         usage = result.completion.usage
-        found = usage_json([usage], choices=1, cached=self._generation.cached_tokens())
         return {
             "input_tokens": usage.prompt_tokens,
-            "input_tokens_details": found["prompt_tokens_details"],
+            # Writing to the cache has no price here.
+            "input_tokens_details": {"cached_tokens": self._generation.cached_tokens(), "cache_write_tokens": 0},
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": self._turn.reasoning_tokens},
             "total_tokens": usage.total_tokens,

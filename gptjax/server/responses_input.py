@@ -1,24 +1,70 @@
 """The input and the tools of `/v1/responses`, in the form of chat completions, which harmony reads."""
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
+from gptjax.errors import GptjaxError
 from gptjax.server.body import check_text
-from gptjax.server.errors import bad_request
+from gptjax.server.encrypted import decrypted
+from gptjax.server.errors import ApiError, bad_request, of_gptjax, shown
 
-_TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
+# Of the types of a content's parts: the field that has the text.
+_TEXTS: Final = {kind: "text" for kind in ("input_text", "output_text", "text", "reasoning_text", "summary_text")}
+_OF_ANSWERS: Final = {**_TEXTS, "refusal": "refusal"}
+_PHASES: Final = ("commentary", "final_answer")
+_MESSAGE: Final = re.compile(r"\bmessages(?:\[(\d+)\])?")
+# What harmony calls the fields of a chat's messages and tools, and what they are called here; the first that is there.
+_NAMES: Final = {
+    ".tool_calls[0].function": "",
+    ".tool_calls[0].id": ".call_id",
+    ".tool_call_id": ".call_id",
+    ".tool_calls[0]": "",
+    "].function": "]",
+    "reasoning_effort": "reasoning.effort",
+}
+_PARAMS: Final = {"reasoning_effort": "reasoning.effort", "tools": "tools"}
 
 
-def read_messages(given: object, instructions: str | None) -> list[dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """A conversation as chat messages."""
+
+    messages: list[dict[str, Any]]
+    places: list[str]  # of each message: the field that it comes from, as "input[2]"
+
+    def explained(self, error: GptjaxError) -> ApiError:
+        """What harmony says of the messages, in the words of this route."""
+        found, message, param = of_gptjax(error), str(error), "input"
+        if place := _MESSAGE.search(message):
+            name = self.places[int(place[1])] if place[1] and int(place[1]) < len(self.places) else "input"
+            message = message.replace(place[0], name, 1)
+            param = name.partition("[")[0]
+        if old := next((name for name in _NAMES if name in message), None):
+            message = message.replace(old, _NAMES[old], 1)
+        return bad_request(message, _PARAMS.get(found.param or "", param), found.code)
+
+
+def read_input(given: object, instructions: str | None) -> Input:
     """`input`, a string or a list of items, after `instructions`. Raises `ApiError`."""
-    messages: list[dict[str, Any]] = []
+    found = Input([], [])
     if instructions:
-        messages.append({"role": "system", "content": instructions})
+        found.messages.append({"role": "system", "content": instructions})
+        found.places.append("instructions")
     if isinstance(given, str):
-        return [*messages, {"role": "user", "content": check_text(given, "input")}]
+        found.messages.append({"role": "user", "content": check_text(given, "input")})
+        found.places.append("input")
+        return found
     if not isinstance(given, list) or not given:
         raise bad_request("input must be a string or a list of items, and not empty", "input")
-    return messages + [_read_item(item, f"input[{index}]") for index, item in enumerate(given)]
+    preambles = _preambles(given)
+    for index, item in enumerate(given):
+        where = f"input[{index}]"
+        if (message := _read_item(item, where, is_preamble=index in preambles)) is not None:
+            found.messages.append(message)
+            found.places.append(where)
+    return found
 
 
 def read_tools(given: object) -> list[Any]:
@@ -27,43 +73,98 @@ def read_tools(given: object) -> list[Any]:
         return []
     if not isinstance(given, list):
         raise bad_request("tools must be a list", "tools")
-    return [_read_tool(tool) for tool in given]
+    return [_read_tool(tool, f"tools[{index}]") for index, tool in enumerate(given)]
 
 
-def _read_tool(tool: object) -> object:
+def _read_tool(tool: object, where: str) -> object:
     if not isinstance(tool, Mapping) or tool.get("type") != "function":
         return tool  # harmony knows it, or says what is wrong
+    if (strict := tool.get("strict")) is not None and not isinstance(strict, bool):
+        raise bad_request(f"{where}.strict must be true or false, found {shown(strict)}", "tools")
     return {"type": "function", "function": {name: tool.get(name) for name in ("name", "description", "parameters")}}
 
 
-def _read_item(item: object, where: str) -> dict[str, Any]:
+def _preambles(items: Sequence[object]) -> frozenset[int]:
+    """Which messages of the assistant go before a call of the same turn: what clients that drop `phase` do not say."""
+    found, leads_to_call = set(), False
+    for index in reversed(range(len(items))):
+        kind, role = _kind(items[index])
+        if kind == "function_call":
+            leads_to_call = True
+        elif (kind, role) == ("message", "assistant"):
+            found |= {index} if leads_to_call else set()
+        elif kind != "reasoning":
+            leads_to_call = False
+    return frozenset(found)
+
+
+def _kind(item: object) -> tuple[object, object]:
+    return (item.get("type", "message"), item.get("role")) if isinstance(item, Mapping) else (None, None)
+
+
+def _read_item(item: object, where: str, *, is_preamble: bool) -> dict[str, Any] | None:
+    """An item as a message; None for one that says nothing."""
     if not isinstance(item, Mapping):
-        raise bad_request(f"{where} must be an object", "input")
+        raise bad_request(f"{where} must be an object, found {shown(item)}", "input")
     match item.get("type", "message"):
         case "message":
-            return {"role": item.get("role"), "content": _read_content(item.get("content"), where)}
+            return _read_message(item, where, is_preamble=is_preamble)
         case "reasoning":
-            text = _read_content(item.get("content") or item.get("summary") or [], where)
-            return {"role": "assistant", "reasoning_content": text, "content": None if text else ""}
+            text = _read_reasoning(item, where)
+            return {"role": "assistant", "reasoning_content": text, "content": None} if text else None
         case "function_call":
-            function = {"name": item.get("name"), "arguments": item.get("arguments")}
-            call = {"id": item.get("call_id"), "type": "function", "function": function}
+            call_id, name, arguments = (_text(item, name, where) for name in ("call_id", "name", "arguments"))
+            call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
             return {"role": "assistant", "content": None, "tool_calls": [call]}
         case "function_call_output":
-            content = _read_content(item.get("output"), where)
-            return {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
+            output = _read_content(item.get("output"), f"{where}.output", _TEXTS)
+            return {"role": "tool", "tool_call_id": _text(item, "call_id", where), "content": output}
         case kind:
-            raise bad_request(f"{where} has the type {repr(kind)[:60]}, which is not supported", "input", "unsupported")
+            raise bad_request(f"{where} has the type {shown(kind)}, which is not supported", "input", "unsupported")
 
 
-def _read_content(content: object, where: str) -> Any:
-    """Text, or parts of it, joined; what is neither is left for harmony to refuse."""
+def _read_message(item: Mapping[str, Any], where: str, *, is_preamble: bool) -> dict[str, Any]:
+    role, phase = item.get("role"), item.get("phase")
+    if phase is not None and phase not in _PHASES:
+        raise bad_request(f"{where}.phase is {shown(phase)}: write one of {', '.join(_PHASES)}", "input")
+    content = _read_content(item.get("content"), f"{where}.content", _OF_ANSWERS if role == "assistant" else _TEXTS)
+    message = {"role": role, "content": content}
+    if role == "assistant" and (phase == "commentary" or (phase is None and is_preamble)):
+        message["phase"] = "commentary"
+    return message
+
+
+def _read_reasoning(item: Mapping[str, Any], where: str) -> str:
+    """The reasoning, from the first field that has any; a summary is what other servers send instead."""
+    if content := item.get("content"):
+        return _read_content(content, f"{where}.content", _TEXTS)
+    if encrypted := item.get("encrypted_content"):
+        return decrypted(encrypted, f"{where}.encrypted_content")
+    return _read_content(item.get("summary") or "", f"{where}.summary", _TEXTS)
+
+
+def _read_content(content: object, where: str, texts: Mapping[str, str]) -> str:
+    """Text, or parts of it, joined. `texts` are the types of parts that may be there."""
+    if isinstance(content, str):
+        return _checked(content, where)
     if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in _TEXTS:
-            raise bad_request(f"{where} has a part of the type {repr(kind)[:60]}: the model reads text only", "input")
-        texts.append(check_text(part.get("text"), where))
-    return "".join(texts)
+        raise bad_request(f"{where} must be a string or a list of text parts, found {shown(content)}", "input")
+    return "".join(_read_part(part, f"{where}[{index}]", texts) for index, part in enumerate(content))
+
+
+def _read_part(part: object, where: str, texts: Mapping[str, str]) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(part, Mapping) or not isinstance(kind, str) or kind not in texts:
+        raise bad_request(f"{where} has the type {shown(kind)}: the model reads text only", "input")
+    return _text(part, texts[kind], where)
+
+
+def _text(values: Mapping[str, Any], name: str, where: str) -> str:
+    return _checked(values.get(name), f"{where}.{name}")
+
+
+def _checked(value: object, where: str) -> str:
+    try:
+        return check_text(value, where)
+    except ApiError as error:
+        raise bad_request(str(error), "input") from None

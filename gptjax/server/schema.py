@@ -1,11 +1,12 @@
 """The fields that completions and chat have in common: sampling, stops, streaming."""
 
 import dataclasses
+import re
 from typing import Any, Final
 
 from gptjax.engine.request import MAX_BIASES, MAX_STOP_IDS, MAX_STOP_LENGTH, MAX_STOPS
 from gptjax.server.body import Fields, check_number, check_text
-from gptjax.server.errors import bad_request
+from gptjax.server.errors import bad_request, shown
 
 # Fields of OpenAI's API that change nothing about an answer here.
 WITHOUT_EFFECT: Final = frozenset(
@@ -15,6 +16,7 @@ MOST_CHOICES: Final = 128
 MOST_TOKENS: Final = 1 << 31
 _SEEDS: Final = 1 << 32
 _MOST_TOKEN: Final = (1 << 31) - 1
+_TOKEN_KEY: Final = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +93,8 @@ def _logit_bias(fields: Fields) -> dict[int, float] | None:
         raise bad_request(f"{name} must be an object of at most {MAX_BIASES} token ids and numbers", name)
     found = {}
     for token, bias in value.items():
-        if not (token.isascii() and token.isdecimal() and len(token) < 10):
-            raise bad_request(f"{name} has the key {token[:40]!r}, which is no token id", name)
+        if not _TOKEN_KEY.fullmatch(token):  # "01" would be a second "1"
+            raise bad_request(f"{name} has the key {shown(token)}, which is not a token id", name)
         found[int(token)] = check_number(bias, -100, 100, name)
     return found
 

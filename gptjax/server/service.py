@@ -10,14 +10,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 from gptjax import chat
 from gptjax.config import GenerationDefaults
-from gptjax.server.errors import ApiError, bad_request
+from gptjax.server.errors import ApiError, bad_request, shown, unavailable
 from gptjax.server.events import QueueFull
 from gptjax.server.metrics import Metrics
 from gptjax.server.worker import Worker
 from gptjax.text import Tokenizer, harmony
 
 _RETRY = 5  # seconds
+_LOOK = 0.2  # seconds between two looks at whether the server ends
 _BODIES = 4  # of the largest size; an object that is read may be thirty times its body
+# Characters. A long text is counted in blocks before it is encoded as a whole: ten million take 20 s, and gigabytes.
+_BLOCK = 1 << 16
+_ENDS = 16  # tokens that the ends of a block may have more than the same characters inside the text
+# Characters that are encoded at most: text has 4 to 5 a token, and code that is deeply indented 12.
+_PER_TOKEN = 16
+_ALWAYS = 1 << 20
 PromptScores = Sequence[tuple[float, tuple[tuple[int, float], ...]]]
 """Of each token after the first: its log-probability, and the most likely (token id, log-probability) in its place."""
 
@@ -82,6 +89,23 @@ class Served:
             message = f"the prompt has {characters} characters, at least {least} tokens, but max_length is "
             raise bad_request(f"{message}{self.max_length}: shorten it", param, "context_length_exceeded")
 
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """The ids of a prompt. Raises `ApiError` for one that cannot fit as soon as that is certain, at little cost."""
+        tokenizer = self.text()
+        self.check_size(text, "prompt")
+        most = max(_ALWAYS, _PER_TOKEN * self.max_length)
+        if len(text) > most:
+            message = f"the prompt has {len(text)} characters, but with max_length {self.max_length} it may have {most}"
+            raise bad_request(f"{message}: shorten it", "prompt", "context_length_exceeded")
+        if len(text) > _BLOCK:
+            least = 0
+            for start in range(0, len(text), _BLOCK):
+                least += len(tokenizer.encode(text[start : start + _BLOCK], special=special)) - _ENDS
+                if least > self.max_length:
+                    message = f"the prompt has more tokens than max_length, which is {self.max_length}: shorten it"
+                    raise bad_request(message, "prompt", "context_length_exceeded")
+        return tokenizer.prompt(text, special=special)
+
     def turn_ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The tokens that end a turn of a conversation."""
         return tuple(dict.fromkeys((*self.eos_ids, *chat.stop_ids(tokenizer))))
@@ -91,7 +115,7 @@ class Served:
         if name is not None and name != self.name:
             raise ApiError(
                 404,
-                f"there is no model {name[:100]!r}; this server has {self.name!r}",
+                f"there is no model {shown(name)}; this server has {self.name!r}",
                 param="model",
                 code="model_not_found",
             )
@@ -106,7 +130,10 @@ class Service:
     limits: Limits
     metrics: Metrics
     scorer: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "gptjax-scorer"))
+    # One large body at a time: the parser of JSON does not let other threads run.
+    parser: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "gptjax-parser"))
     draining: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when the server is to end
+    drained: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when nothing goes on any more
     began: float = dataclasses.field(default_factory=time.monotonic)
     _places: set[object] = dataclasses.field(default_factory=set)  # kept for requests that are being read
     _bodies: dict[object, int] = dataclasses.field(default_factory=dict)  # sizes of the large ones that are being read
@@ -154,6 +181,22 @@ class Service:
         """Scores a prompt, one of all at a time: each takes memory on the device, beside the worker's.
 
         What the thread has begun it brings to its end, though nobody waits for it any more; the next comes after it.
+
+        Raises:
+          ApiError: 503, the server had no time left for it.
         """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.scorer, self.served.score, prompt_ids, num_top)
+        scoring = loop.run_in_executor(self.scorer, self.served.score, prompt_ids, num_top)
+        while not (await asyncio.wait({scoring}, timeout=_LOOK))[0]:
+            if self.drained.is_set():
+                scoring.cancel()
+                raise unavailable("the server is shutting down, and had no time left to score the prompt", "drained")
+        return scoring.result()
+
+    def drain(self, seconds: float) -> None:
+        """Takes no new requests; those that are open have so long to end, and then fail."""
+        until = time.monotonic() + seconds
+        self.worker.drain(seconds)
+        while self._scoring and time.monotonic() < until:
+            time.sleep(_LOOK)
+        self.drained.set()

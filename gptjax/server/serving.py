@@ -1,13 +1,16 @@
 """Runs the server: from a loaded model to a process that ends when it is told to, or when its worker dies."""
 
+import asyncio
+import contextlib
 import functools
 import logging
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import jax
 import uvicorn
@@ -29,6 +32,7 @@ from pallas_kernels.mxfp4 import MXFP4
 
 _LAST_WORDS: Final = 3.0  # seconds that a server whose worker died goes on answering, so that /health can be asked
 _TO_END_STREAMS: Final = 5.0  # seconds to send what is left of them, after the worker has drained
+_TICK: Final = 0.1  # seconds
 _log = logging.getLogger(__name__)
 
 
@@ -73,9 +77,8 @@ def _memory_in_use(lm: LanguageModel) -> Callable[[], int]:
 
 def run(server: "Server") -> int:
     """Serves until SIGINT or SIGTERM. Returns the exit status: 0, or 1 where the worker died or the port is taken."""
-    # uvicorn raises what it caught again when it has ended, for these to see.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, server.handle_exit)
     try:
         server.run()
     except SystemExit as error:  # what could not be started; the log says why
@@ -106,7 +109,8 @@ def make_server(
         log_config=log_config,
         server_header=False,
         proxy_headers=False,  # an address that the client made up is not for the log
-        timeout_graceful_shutdown=int(drain_seconds + _TO_END_STREAMS),
+        # The last resort: before that, `Server` has cut all connections.
+        timeout_graceful_shutdown=int(drain_seconds + 2 * _TO_END_STREAMS),
     )
     return Server(config, service, drain_seconds)
 
@@ -127,11 +131,33 @@ class Server(uvicorn.Server):
         self._told_ready = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begins to end: streams go on for a while, and then end with an error."""
+        """Begins to end: streams go on for a while, and then end with an error. A second SIGINT ends them now."""
         if not self._service.draining.is_set():
             self._service.draining.set()
-            threading.Thread(target=self._service.worker.drain, args=(self._drain_seconds,), daemon=True).start()
+            threading.Thread(target=self._service.drain, args=(self._drain_seconds,), daemon=True).start()
         super().handle_exit(sig, frame)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's would take signals only from here on, and raise them once more at the end; `run` has done it."""
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for what is open, and cuts those whose clients do not take it."""
+        cutting = asyncio.ensure_future(self._cut())
+        try:
+            await super().shutdown(sockets)
+            if self.force_exit:  # uvicorn leaves this out then, and logs that it was cancelled
+                await self.lifespan.shutdown()
+        finally:
+            cutting.cancel()
+
+    async def _cut(self) -> None:
+        until = time.monotonic() + self._drain_seconds + _TO_END_STREAMS
+        while not self.force_exit and time.monotonic() < until:
+            await asyncio.sleep(_TICK)
+        for connection in self.server_state.connections:
+            cast(Protocol, connection).cut()
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end; asked ten times a second."""

@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Coroutine, Iterable
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -57,19 +57,32 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await _end(working, watching)
 
 
-class EventStream(Response):
-    """JSON objects as events, then `[DONE]`; an error that comes between them is an event before it.
+class Streamed(Protocol):
+    """An answer that is sent as events."""
 
-    `close` is called at the end, however that comes: all is sent, the client left, or it did not take what was sent
+    def stream(self) -> AsyncGenerator[object, None]:
+        """Its objects. Raises `ApiError`."""
+
+    def failure(self, error: ApiError) -> Iterable[object]:
+        """The objects that tell clients of an error between them."""
+
+    def close(self) -> None:
+        """Cancels what is still under way."""
+
+
+class EventStream(Response):
+    """The JSON objects of an answer as events, then `[DONE]`; an error that comes between them is told before it.
+
+    The answer is closed at the end, however that comes: all is sent, the client left, or it did not take what was sent
     within `send_seconds` and is cut.
     """
 
-    def __init__(self, objects: AsyncGenerator[object, None], service: Service, close: Callable[[], None]) -> None:
+    def __init__(self, answer: Streamed, service: Service) -> None:
         super().__init__()
-        self._objects = objects
+        self._answer = answer
+        self._objects = answer.stream()
         self._limits = service.limits
         self._metrics = service.metrics
-        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events."""
@@ -84,7 +97,7 @@ class EventStream(Response):
             if (abort := scope.get("extensions", {}).get(ABORT)) is not None:
                 abort()
         finally:
-            self._close()
+            self._answer.close()
             await _end(sending, watching)
             await self._objects.aclose()
 
@@ -106,14 +119,14 @@ class EventStream(Response):
                 async for value in values:
                     yield _PING if value is None else _event(value)
         except ApiError as error:
-            yield self._error(error)
+            yield self._failure(error)
         except Exception:
             _log.exception("a stream failed")
-            yield self._error(internal())
+            yield self._failure(internal())
 
-    def _error(self, error: ApiError) -> bytes:
+    def _failure(self, error: ApiError) -> bytes:
         self._metrics.failed(error)
-        return b"data: " + encode(error.body()) + b"\n\n"
+        return b"".join(map(_event, self._answer.failure(error)))
 
 
 def _event(value: object) -> bytes:

@@ -17,6 +17,7 @@ class Delta:
 
     text: str
     reasoning: str
+    phase: str  # of the text: "commentary" or "final_answer"
     answer_tokens: tuple[ScoredToken, ...]  # those that the answer's text is made of
     whole: ChatCompletion | None  # with the last one
 
@@ -47,4 +48,4 @@ class Turn:
             self.reasoning_tokens += len(self._silent)
         if piece.text or piece.reasoning or is_special:
             self._silent.clear()
-        return Delta(piece.text, piece.reasoning, mine, piece.completion)
+        return Delta(piece.text, piece.reasoning, self.reader.phase, mine, piece.completion)

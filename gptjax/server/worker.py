@@ -35,6 +35,7 @@ _PATIENCE = 10.0  # seconds that the caller of `drain` or `stop` waits for the t
 _SHORTEST_RETRY, _LONGEST_RETRY = 1, 60  # seconds
 _SMOOTHING = 0.2  # weight of the latest request in the average duration
 _STOPPED = Failed("the server was stopped", "stopped")
+_DRAINED = Failed("the server is shutting down, and had no time left for this request", "drained")
 # What is compiled of sampling, each with all of the one before; a chat at temperature 1 needs the second.
 _LEVELS = (
     Features(),
@@ -165,17 +166,23 @@ class Worker:
         """Takes no new requests and waits for the open ones, at most so long; what is left then fails."""
         with self._changed:
             self._draining = True
-            if not self._changed.wait_for(lambda: not self._open, seconds):
-                self._failing = Failed("the server is shutting down, and had no time left for this request", "drained")
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: not self._open, _PATIENCE)
+            if self._changed.wait_for(lambda: not self._open, seconds):
+                return
+            self._failing = _DRAINED
+            self._changed.notify_all()
+        self._fail_waiting(_DRAINED)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._open, _PATIENCE)
 
     def stop(self) -> None:
-        """Ends the thread; open requests fail. Waits for it, unless it hangs."""
+        """Ends the thread; open requests fail. Waits for it, unless it hangs or compiles, which cannot be cut short."""
         with self._changed:
             self._stopping = True
+            ready = self._ready
             self._changed.notify_all()
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
+        if not ready:
+            self._fail_waiting(_STOPPED)
+        elif self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(_PATIENCE)
 
     @property
@@ -214,6 +221,16 @@ class Worker:
         if self._draining:
             return "the server is shutting down"
         return None if self._started else "the worker was not started"
+
+    def _fail_waiting(self, failed: Failed) -> None:
+        """Ends the requests that have no slot yet; the thread, which may be compiling, is not needed for that."""
+        with self._changed:
+            jobs = list(self._queue)
+            self._queue.clear()
+            for job in jobs:
+                del self._open[job.ticket]
+        for job in jobs:
+            self._deliver(job, failed)
 
     def _retry_after(self) -> int:
         """Seconds until the requests that wait have had their turns, reckoned from the average so far."""

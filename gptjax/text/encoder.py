@@ -29,7 +29,9 @@ class Encoder:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
-        return [self._ids[number] for number in self._engine.encode(text, add_special_tokens=False).ids]
+        # For a batch the library lets other threads run meanwhile; and makes no offsets, which takes half the time.
+        (encoding,) = self._engine.encode_batch_fast([text], add_special_tokens=False)
+        return [self._ids[number] for number in encoding.ids]
 
 
 class Encoders:

@@ -16,6 +16,7 @@ from fake_worker import FakeWorker, score
 from gptjax.config import GenerationDefaults
 from gptjax.engine.request import Request
 from gptjax.server import app, serving
+from gptjax.server.events import Failed
 from gptjax.server.metrics import Metrics
 from gptjax.server.service import Limits, Served, Service
 from gptjax.text import Tokenizer, load_tokenizer
@@ -145,6 +146,12 @@ def running(service, drain_seconds=5.0):
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+def fail_all(worker):
+    """What the real worker does at the end of `drain`."""
+    for ticket in list(worker.open):
+        worker.fail(ticket, Failed("the server is shutting down", "drained"))
 
 
 def wait_for(holds, seconds=10):

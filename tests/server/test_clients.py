@@ -113,30 +113,66 @@ QUESTIONS = [
 ]
 
 
-def test_the_evaluation_harness(address, lm, tmp_path):
-    """lm-evaluation-harness, through `local-completions`: its log-likelihoods are those of teacher forcing."""
-    (tmp_path / "tales.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
-    (tmp_path / "tales.yaml").write_text(TASK.format(file=tmp_path / "tales.jsonl"))
+def evaluate(address, where, *tasks, **more):
+    """lm-evaluation-harness, through `local-completions`. Gives its results, and its samples in their order."""
     settings = {
         "model": GPT_OSS,
         "base_url": f"{address}/v1/completions",
         "tokenizer": DEMO / GPT_OSS,
         "tokenizer_backend": "huggingface",
         "num_concurrent": 3,
-    }
+    } | more
     given = ",".join(f"{name}={value}" for name, value in settings.items())
-    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", given]
-    command += ["--tasks", "tales", "--include_path", tmp_path, "--log_samples", "--output_path", tmp_path / "out"]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    subprocess.run(command, check=True, timeout=300, env=os.environ | offline, cwd=tmp_path)
-    (results,) = (tmp_path / "out").rglob("results_*.json")
-    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
-    assert json.loads(results.read_text())["results"]["tales"]["acc,none"] == 1.0
-    for line in samples.read_text().splitlines():
-        sample = json.loads(line)
+    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", given, "--tasks"]
+    command += [",".join(tasks), "--include_path", where, "--log_samples", "--output_path", where / "out"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(where / "hub")}
+    subprocess.run(command, check=True, timeout=300, env=os.environ | offline, cwd=where)
+    (results,) = (where / "out").rglob("results_*.json")
+    (samples,) = (where / "out").rglob("samples_*.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    return json.loads(results.read_text())["results"], sorted(lines, key=lambda line: line["doc_id"])
+
+
+def test_the_evaluation_harness(address, lm, tmp_path):
+    """Its log-likelihoods are those of teacher forcing."""
+    (tmp_path / "tales.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    (tmp_path / "tales.yaml").write_text(TASK.format(file=tmp_path / "tales.jsonl"))
+    results, samples = evaluate(address, tmp_path, "tales")
+    assert results["tales"]["acc,none"] == 1.0
+    for sample in samples:
         for choice, (response,) in zip(sample["doc"]["choices"], sample["resps"], strict=True):
             expected = _log_likelihood(lm, sample["doc"]["text"], choice)
             assert float(response[0]) == pytest.approx(expected, abs=1e-4)
+
+
+ROLLING = """
+task: rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+"""
+TEXTS = [
+    "<|start|>user<|message|>Hello<|end|><|start|>assistant<|channel|>final<|message|>Once upon a time there was.",
+    "Once upon a time there was a king who had a daughter.",
+]
+
+
+def test_the_evaluation_harness_by_text_and_by_ids(address, tmp_path):
+    """A text that begins with the end-of-text token, as rolling ones do, and one with marks of its own."""
+    found = []
+    for kind in ("True", "False"):
+        where = tmp_path / kind
+        where.mkdir()
+        (where / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+        (where / "rolling.yaml").write_text(ROLLING.format(file=where / "texts.jsonl"))
+        found.append(evaluate(address, where, "rolling", tokenized_requests=kind))
+    (by_ids, ids_samples), (by_text, text_samples) = found
+    assert by_text["rolling"]["bits_per_byte,none"] == by_ids["rolling"]["bits_per_byte,none"]
+    assert [sample["resps"] for sample in text_samples] == [sample["resps"] for sample in ids_samples]
 
 
 def _log_likelihood(lm: gptjax.LanguageModel, text: str, continuation: str) -> float:

@@ -12,6 +12,7 @@ from server_material import GPT_OSS, all_of, complete, endless, events, fault, i
 
 from gptjax.server import app
 from gptjax.server.events import Failed
+from gptjax.text import Tokenizer
 
 PROMPT = "Once upon a time"
 
@@ -126,7 +127,7 @@ def test_echo_with_logprobs_as_the_evaluation_harness_asks_for_it():
 
 
 @pytest.mark.parametrize("route", ["completions", "chat/completions", "responses"])
-def test_megabytes_are_refused_before_they_are_encoded(route):
+def test_megabytes_are_refused_before_they_are_encoded(monkeypatch, route):
     """A tokenizer takes most of a minute for ten of them."""
     text = "the old king " * 400_000
     message = {"role": "user", "content": [{"type": "text", "text": text}]}
@@ -135,12 +136,14 @@ def test_megabytes_are_refused_before_they_are_encoded(route):
         "chat/completions": {"messages": [message]},
         "responses": {"input": text},
     }
-    service = make(name=GPT_OSS)
-    service.served.tokenizer._engine, engine = None, service.served.tokenizer._engine
-    try:
-        error = fault(post(service, f"/v1/{route}", fields[route]))
-    finally:
-        service.served.tokenizer._engine = engine
+    encode = Tokenizer.encode
+
+    def short(self, text, **options):
+        assert len(text) < 10_000
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", short)
+    error = fault(post(make(name=GPT_OSS), f"/v1/{route}", fields[route]))
     assert error["code"] == "context_length_exceeded"
     assert re.search(r"has 52000\d\d characters, at least \d+ tokens, but max_length is 400", error["message"])
 
@@ -332,3 +335,44 @@ def httpx_scope(path):
         "root_path": "",
         "http_version": "1.1",
     }
+
+
+RAW = "<|start|>user<|message|>Hi<|end|><|start|>assistant"
+
+
+def test_special_tokens_in_a_text_are_those_tokens():
+    """Raw completions are raw."""
+    service = make(name=GPT_OSS)
+    for prompt in (RAW, [RAW, RAW]):
+        assert complete(service, prompt=prompt, model=GPT_OSS).status_code == 200
+        assert list(service.worker.requests[-1].prompt_ids) == ids(RAW, GPT_OSS)
+    special = set(tokenizer(GPT_OSS).special_ids.values())
+    assert len([token for token in service.worker.requests[-1].prompt_ids if token in special]) == 4
+    assert complete(service, prompt=RAW, parse_special=False).status_code == 200
+    assert list(service.worker.requests[-1].prompt_ids) == tokenizer(GPT_OSS).encode(RAW)
+    assert fault(complete(service, parse_special="no"))["param"] == "parse_special"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_text_is_echoed_and_scored_as_its_tokens_are(special):
+    service = make(name=GPT_OSS)
+    token_ids = tokenizer(GPT_OSS).encode(RAW, special=special)
+    fields = {"echo": True, "max_tokens": 0, "logprobs": 1}
+    by_text = complete(service, prompt=RAW, parse_special=special, **fields).json()
+    by_ids = complete(service, prompt=token_ids, **fields).json()
+    assert by_text["choices"] == by_ids["choices"]
+    assert by_text["usage"] == by_ids["usage"]
+    (choice,) = by_text["choices"]
+    assert choice["text"] == RAW == "".join(choice["logprobs"]["tokens"])
+
+
+def test_a_stop_that_is_a_special_token_ends_the_text():
+    """As text it never comes: special tokens are not part of an answer."""
+    end = tokenizer(GPT_OSS).special_ids["<|end|>"]
+    service = make(saying(" there was<|end|> and more<|return|>", name=GPT_OSS), name=GPT_OSS)
+    for stop in ("<|end|>", ["x", "<|end|>"]):
+        choice_ = choice(complete(service, prompt=RAW, stop=stop))
+        assert (choice_["text"], choice_["finish_reason"]) == (" there was", "stop")
+        assert end in service.worker.requests[-1].stop_ids
+    complete(service, prompt=RAW, stop="<|end|>", parse_special=False)
+    assert end not in service.worker.requests[-1].stop_ids

@@ -100,9 +100,30 @@ def test_errors(ask):
         client.chat.completions.create(model=GPT_OSS, messages=[USER])
     with pytest.raises(openai.APIError, match="it broke"):
         list(client.chat.completions.create(model=GPT_OSS, messages=[USER], stream=True))
+    with pytest.raises(openai.APIError, match="it broke"):
+        list(client.responses.create(model=GPT_OSS, input="Hello", stream=True))
+    with pytest.raises(openai.APIError, match="it broke"):
+        list(client.completions.create(model=GPT_OSS, prompt="Hello", stream=True))
     service.worker.room = 0
     with pytest.raises(openai.RateLimitError, match="try again in 3 s"):
         client.chat.completions.create(model=GPT_OSS, messages=[USER])
+
+
+def test_langchain_is_told_of_an_error_in_a_stream(ask):
+    from langchain_openai import ChatOpenAI
+
+    _, client = ask(lambda request: [*[5], Failed("it broke", "not_finite")])
+    options = {"base_url": str(client.base_url), "api_key": "any", "model": GPT_OSS, "max_retries": 0}
+    for responses in (True, False):
+        with pytest.raises(Exception, match="it broke"):
+            list(ChatOpenAI(**options, use_responses_api=responses).stream("Hello"))
+
+
+def test_request_ids(ask):
+    _, client = ask(saying(TURN, name=GPT_OSS))
+    turn = client.chat.completions.create(model=GPT_OSS, messages=[USER], extra_headers={"x-request-id": "mine"})
+    assert turn._request_id == "mine"
+    assert client.responses.create(model=GPT_OSS, input="Hello")._request_id.startswith("req_")
 
 
 def test_a_full_queue_is_tried_again(ask):

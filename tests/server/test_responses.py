@@ -48,7 +48,13 @@ def test_reasoning_and_answer_are_items():
             "status": "completed",
             "content": [{"type": "reasoning_text", "text": "The king is old."}],
         },
-        {"type": "message", "role": "assistant", "status": "completed", "content": [part]},
+        {
+            "type": "message",
+            "role": "assistant",
+            "phase": "final_answer",
+            "status": "completed",
+            "content": [part],
+        },
     ]
     assert body["usage"]["output_tokens"] == len(ids(THOUGHT + ANSWER, GPT_OSS))
     assert body["usage"]["output_tokens_details"]["reasoning_tokens"] > 0

@@ -15,12 +15,11 @@ import time
 import httpx2
 import pytest
 from load_material import request
-from server_material import GPT2, endless, ids, make, running, wait_for
+from server_material import GPT2, endless, fail_all, ids, make, running, wait_for
 
 from gptjax.cli import main, serve
 from gptjax.engine import steps
 from gptjax.server import logs, serving
-from gptjax.server.events import Failed
 
 
 def streamed(address, **fields):
@@ -45,12 +44,6 @@ def test_streams_end_in_order_when_the_server_is_told_to_end():
         assert json.loads(lines[0][-2][6:])["choices"][0]["finish_reason"] == "stop"
         assert json.loads(lines[1][-2][6:])["error"]["code"] == "drained"
     assert server.status == 0
-
-
-def fail_all(worker):
-    """What the real worker does at the end of `drain`."""
-    for ticket in list(worker.open):
-        worker.fail(ticket, Failed("the server is shutting down", "drained"))
 
 
 @pytest.mark.parametrize("at", ["the start", "mid-stream"])

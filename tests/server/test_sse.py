@@ -25,12 +25,16 @@ def test_a_stream_is_closed_though_a_client_takes_no_ping(leaves):
     """The next object is being waited for when the stream comes to its end."""
     happened, gone = [], asyncio.Event()
 
-    async def objects():
-        try:
-            yield {}
-            await asyncio.sleep(60)
-        finally:
-            happened.append("objects are closed")
+    class Answer:
+        async def stream(self):
+            try:
+                yield {}
+                await asyncio.sleep(60)
+            finally:
+                happened.append("objects are closed")
+
+        def close(self):
+            happened.append("requests are cancelled")
 
     async def send(message):
         if message.get("body", b"").startswith(b": ping"):
@@ -43,7 +47,7 @@ def test_a_stream_is_closed_though_a_client_takes_no_ping(leaves):
         return {"type": "http.disconnect"}
 
     service = make(send_seconds=0.3, ping_seconds=0.05)
-    stream = EventStream(objects(), service, lambda: happened.append("requests are cancelled"))
+    stream = EventStream(Answer(), service)
     asyncio.run(asyncio.wait_for(stream({}, receive, send), 20))
     assert sorted(happened) == ["objects are closed", "requests are cancelled"]
 

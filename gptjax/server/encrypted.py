@@ -1,0 +1,34 @@
+"""The `encrypted_content` of reasoning items: what a client is given to send back, where nothing is stored.
+
+It is not secret: the item has the same text in plain beside it. It is there for clients that keep only this field.
+"""
+
+import base64
+import binascii
+import zlib
+from typing import Final
+
+from gptjax.server.errors import bad_request, shown
+
+_PREFIX: Final = "gptjax-1-"
+_SUM: Final = 4  # bytes
+
+
+def encrypted(text: str) -> str:
+    """Reasoning as an opaque string."""
+    data = text.encode()
+    return _PREFIX + base64.urlsafe_b64encode(zlib.crc32(data).to_bytes(_SUM) + data).decode()
+
+
+def decrypted(value: object, where: str) -> str:
+    """The reasoning in it. Raises `ApiError` for what this server did not write, or not so."""
+    if isinstance(value, str) and value.startswith(_PREFIX):
+        try:
+            data = base64.b64decode(value.removeprefix(_PREFIX), altchars="-_", validate=True)
+            if zlib.crc32(data[_SUM:]).to_bytes(_SUM) == data[:_SUM]:
+                return data[_SUM:].decode()
+        except (binascii.Error, ValueError):  # ValueError: a character outside of ASCII, or bytes outside of UTF-8
+            pass
+    raise bad_request(
+        f"{where} ({shown(value)}) is not what this server returned: send it unchanged, or leave the item out", "input"
+    )

@@ -1,0 +1,38 @@
+"""A name for every request, in its answer's header `x-request-id` and in the lines of the log that are about it."""
+
+import re
+import secrets
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gptjax.server.logs import request_id
+
+HEADER: Final = "x-request-id"
+_SANE: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+class RequestIds:
+    """Names requests: by what the client calls its own, if that is short and plain, else at random."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes everything on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(HEADER.encode(), b"")
+        name = given if _SANE.fullmatch(given) else f"req_{secrets.token_hex(12)}".encode()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), (HEADER.encode(), name)]}
+            await send(message)
+
+        token = request_id.set(name.decode())
+        try:
+            await self._app(scope, receive, named)
+        finally:
+            request_id.reset(token)

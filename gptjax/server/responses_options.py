@@ -1,0 +1,123 @@
+"""The options of `/v1/responses` that its answer repeats, and those that are about its form."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from gptjax.server.body import Fields, check_text
+from gptjax.server.errors import bad_request, shown
+
+_MOST_REPEATED: Final = 1 << 20  # characters of JSON; a stream repeats them three times
+_DEEPEST: Final = 100
+_OF_TOOLS: Final = ("type", "name", "description", "parameters", "strict")
+_ENCRYPTED: Final = "reasoning.encrypted_content"
+# These are about items that no answer here has.
+_INCLUDABLE: Final = frozenset(
+    """code_interpreter_call.outputs computer_call_output.output.image_url file_search_call.results
+    message.input_image.image_url web_search_call.action.sources web_search_call.results""".split()
+)
+_VERBOSITIES: Final = ("low", "medium", "high")
+_MOST_PAIRS: Final = 16  # of metadata, and the longest key and value, as OpenAI has them
+_LONGEST_KEY: Final = 64
+_LONGEST_VALUE: Final = 512
+
+
+def read_include(fields: Fields) -> bool:
+    """Whether reasoning is to come as `encrypted_content` too. Raises `ApiError` for what cannot be included."""
+    given = fields.take("include")
+    if given is None:
+        return False
+    if not isinstance(given, list):
+        raise bad_request(f"include must be a list, found {shown(given)}", "include")
+    for name in given:
+        if not isinstance(name, str) or name not in {_ENCRYPTED, *_INCLUDABLE}:
+            raise bad_request(f"include {shown(name)} is not supported", "include", "unsupported")
+    return _ENCRYPTED in given
+
+
+def read_text(fields: Fields) -> dict[str, Any]:
+    """`text` as the answer repeats it. Raises `ApiError`."""
+    found: dict[str, Any] = {"format": {"type": "text"}, "verbosity": "medium"}
+    options = _options(fields, "text")
+    form = options.take("format")
+    kind = form.get("type") if isinstance(form, dict) else form
+    if kind not in (None, "text"):
+        raise bad_request(f"text.format {shown(kind)} is not supported; only 'text' is", "text", "unsupported")
+    verbosity = options.take("verbosity")
+    if verbosity is not None:
+        if verbosity not in _VERBOSITIES:
+            message = f"text.verbosity is {shown(verbosity)}: write one of {', '.join(_VERBOSITIES)}"
+            raise bad_request(message, "text.verbosity")
+        found["verbosity"] = verbosity
+    options.finish(())
+    return found
+
+
+def read_effort(fields: Fields) -> str:
+    """`reasoning.effort`. Raises `ApiError`."""
+    options = _options(fields, "reasoning")
+    effort = options.take("effort")
+    options.finish({"summary", "generate_summary"})
+    return "medium" if effort is None else check_text(effort, "reasoning.effort")
+
+
+def _options(fields: Fields, name: str) -> Fields:
+    given = fields.take(name)
+    if given is not None and not isinstance(given, dict):
+        raise bad_request(f"{name} must be an object, found {shown(given)}", name)
+    return Fields(given or {})
+
+
+def read_repeated(fields: Fields) -> dict[str, Any]:
+    """The fields that change nothing but are repeated by the answer. Raises `ApiError`."""
+    found: dict[str, Any] = {"metadata": _read_metadata(fields.take("metadata"))}
+    for name in ("user", "safety_identifier", "prompt_cache_key"):
+        found[name] = fields.text(name)
+        if found[name] is not None and len(found[name]) > _LONGEST_VALUE:
+            raise bad_request(f"{name} must have at most {_LONGEST_VALUE} characters", name)
+    serial = "parallel_tool_calls" in fields and not fields.flag("parallel_tool_calls")
+    return found | {"parallel_tool_calls": not serial}
+
+
+def _read_metadata(given: object) -> dict[str, str]:
+    if given is None:
+        return {}
+    if isinstance(given, dict) and len(given) <= _MOST_PAIRS:
+        texts = isinstance(given, dict) and all(isinstance(value, str) for value in given.values())
+        if texts and all(len(key) <= _LONGEST_KEY and len(value) <= _LONGEST_VALUE for key, value in given.items()):
+            return given
+    raise bad_request(
+        f"metadata must be an object of at most {_MOST_PAIRS} strings, of {_LONGEST_VALUE} characters, with names of "
+        f"{_LONGEST_KEY}",
+        "metadata",
+    )
+
+
+def repeated_tools(given: object) -> list[dict[str, Any]]:
+    """The tools, as the answer repeats them: what is read of them, and all that clients look for in a function."""
+    found = []
+    for tool in given if isinstance(given, list) else []:
+        known = {name: tool[name] for name in _OF_TOOLS if name in tool} if isinstance(tool, dict) else {}
+        whole = dict.fromkeys(_OF_TOOLS) if known.get("type") == "function" else {}
+        found.append({**whole, **known})
+    return found
+
+
+def check_repeated(repeated: Mapping[str, Any]) -> None:
+    """Raises `ApiError` for a field so large, or deep, that the answer, which repeats it, would be so as well."""
+    for name, value in repeated.items():
+        if _is_deep(value):
+            raise bad_request(f"{name} is nested more than {_DEEPEST} levels deep", name, "too_large")
+        if len(json.dumps(value, ensure_ascii=False)) > _MOST_REPEATED:
+            message = f"{name} is larger than {_MOST_REPEATED} characters of JSON, which the answer would repeat"
+            raise bad_request(f"{message}: shorten it", name, "too_large")
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST):
+        parents, level = level, []
+        for parent in parents:
+            if isinstance(parent, list | dict):
+                level += parent.values() if isinstance(parent, dict) else parent
+    return bool(level)
