@@ -28,6 +28,7 @@ from gptjax.files import parse_json, read_bytes
 from gptjax.models.registry import abstract_params, build, num_params
 from gptjax.progress import Progress
 from gptjax.quoting import shown
+from gptjax.raw import Buffers
 from pallas_kernels.mxfp4 import MXFP4
 
 COPIED: Final = (  # what a converted directory takes over, where it is there
@@ -134,6 +135,7 @@ def open_params(
 ) -> Iterator[tuple[checkpoint.Path, Callable[[], np.ndarray]]]:
     """As `stream_params`, with what reads the array in its place: `gptjax.checkpoint.place` reads several at a time."""
     plan, reader = _open(Path(directory), config)
+    reader.buffers = Buffers()
     return rules.readers(plan, reader)
 
 

@@ -26,6 +26,7 @@ from gptjax.manifest import Leaf, Manifest, SourceFile, is_converted, read_manif
 from gptjax.pieces import check_piece, checksum, read_leaf, write_piece
 from gptjax.progress import Progress, silent
 from gptjax.quoting import shown
+from gptjax.raw import Buffers
 from gptjax.staging import staged, unwritable
 
 __all__ = [
@@ -241,12 +242,13 @@ def checked_manifest(directory: FilePath, targets: Mapping[str, Any]) -> Manifes
 
 def readers(directory: FilePath, manifest: Manifest) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
     """Path of each weight of a converted directory, and what reads it. Both raise `CheckpointError`."""
+    buffers = Buffers()
     for piece, files in manifest.pieces.items():
         path = directory / "params" / piece
         check_piece(path, files)
         for leaf in manifest.leaves:
             if leaf.piece == piece:
-                yield leaf.path, functools.partial(read_leaf, path, leaf)
+                yield leaf.path, functools.partial(read_leaf, path, leaf, buffers)
 
 
 def read_leaves(directory: FilePath, manifest: Manifest) -> Iterator[tuple[Path, np.ndarray]]:

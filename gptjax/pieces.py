@@ -24,7 +24,7 @@ import numpy as np
 from gptjax.errors import CheckpointError
 from gptjax.files import parse_json, read_bytes
 from gptjax.manifest import Leaf
-from gptjax.raw import read_array
+from gptjax.raw import Buffers, read_array
 
 _ZARRAY_BYTES: Final = 4096  # the most that a .zarray may have; those of ours have 150
 _TIMES: Final = ("init_timestamp_nsecs", "commit_timestamp_nsecs")
@@ -68,12 +68,13 @@ def check_piece(path: Path, files: Mapping[str, int]) -> None:
             raise damaged(path, f"its file {name} {state}")
 
 
-def read_leaf(path: Path, leaf: Leaf) -> np.ndarray:
+def read_leaf(path: Path, leaf: Leaf, buffers: Buffers) -> np.ndarray:
     """A weight of a piece, as `write_piece` saved it.
 
     Args:
       path: the piece's directory.
       leaf: what the manifest says of the weight.
+      buffers: where its memory comes from.
 
     Raises:
       CheckpointError: its files are missing, or not exactly what `write_piece` makes of such a weight.
@@ -94,7 +95,7 @@ def read_leaf(path: Path, leaf: Leaf) -> np.ndarray:
         raise damaged(path, f"its file {file} is missing") from None
     if there != size:
         raise damaged(path, f"its file {file} has {there:,} bytes, expected {size:,}")
-    array = read_array(path / file, dtype, leaf.shape)
+    array = read_array(path / file, dtype, leaf.shape, buffers=buffers)
     if checksum(array) != leaf.crc32:
         raise damaged(path, f"the bytes of {'/'.join(leaf.path)} have changed")
     return array

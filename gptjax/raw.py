@@ -6,7 +6,9 @@ turn into an error.
 
 import math
 import os
+import threading
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 
@@ -14,9 +16,63 @@ from gptjax.errors import CheckpointError
 from gptjax.files import MISSING, Stamp, opened, stamp
 from gptjax.quoting import shown
 
+_SMALL: Final = 1 << 20  # bytes that are not worth keeping
+_MOST_FREE: Final = 4
+
+
+class Buffers:
+    """Memory for arrays, which is used again once an array and all views of it are gone.
+
+    The kernel clears each new page, and on the way from the file cache to a GPU that takes longer than reading: of
+    fresh memory, gpt-oss-20b loads in 4.3 s on an H200.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+        self._lock = threading.RLock()  # what is freed while it is held may come back here
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """As `np.empty`."""
+        size = math.prod(shape) * dtype.itemsize
+        if size < _SMALL:
+            return np.empty(shape, dtype)
+        with self._lock:
+            fitting = [index for index, free in enumerate(self._free) if free.nbytes >= size]
+            smallest = min(fitting, key=lambda index: self._free[index].nbytes, default=None)
+            buffer = None if smallest is None else self._free.pop(smallest)
+        lent = _Lent(self, np.empty(size, np.uint8) if buffer is None else buffer, size)
+        return np.asarray(lent).view(dtype).reshape(shape)
+
+    def take_back(self, buffer: np.ndarray) -> None:
+        """Keeps a buffer for the next array, and the largest few of all that are free."""
+        with self._lock:
+            self._free = sorted([*self._free, buffer], key=lambda free: -free.nbytes)[:_MOST_FREE]
+
+
+class _Lent:
+    """What an array's memory belongs to for as long as the array lives."""
+
+    def __init__(self, owner: Buffers, buffer: np.ndarray, size: int) -> None:
+        self._owner, self._buffer = owner, buffer
+        self.__array_interface__: dict[str, Any] = {
+            "version": 3,
+            "data": (buffer.ctypes.data, False),
+            "shape": (size,),
+            "typestr": "|u1",
+        }
+
+    def __del__(self) -> None:
+        self._owner.take_back(self._buffer)
+
 
 def read_array(
-    path: Path, dtype: np.dtype, shape: tuple[int, ...], *, offset: int = 0, expected: Stamp | None = None
+    path: Path,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    *,
+    offset: int = 0,
+    expected: Stamp | None = None,
+    buffers: Buffers | None = None,
 ) -> np.ndarray:
     """A read-only array of a part of a file, in C order and the machine's byte order.
 
@@ -25,6 +81,7 @@ def read_array(
       dtype, shape: of the array.
       offset: in bytes, where it begins.
       expected: the stamp that the file had when it was first looked at.
+      buffers: where the array's memory comes from; None for memory of its own.
 
     Raises:
       CheckpointError: the file is missing, shorter than that, not as it was, or memory does not suffice.
@@ -37,7 +94,7 @@ def read_array(
                 raise changed(path)
             if found.size < offset + size:
                 raise _short(path, offset + size, found.size)
-            array = np.empty(shape, dtype)
+            array = np.empty(shape, dtype) if buffers is None else buffers.empty(shape, dtype)
             view = array.reshape(-1).view(np.uint8).data if size else memoryview(b"")
             done = 0
             while done < size:

@@ -18,7 +18,7 @@ from convert.sources.header import MAX_HEADER_BYTES, NUMPY_DTYPES, Header, Tenso
 from gptjax.errors import CheckpointError
 from gptjax.files import read_bytes
 from gptjax.quoting import shown
-from gptjax.raw import read_array
+from gptjax.raw import Buffers, read_array
 
 MAX_FAULTS: Final = 20  # of a kind, before "and N more"
 SINGLE: Final = "model.safetensors"
@@ -38,6 +38,7 @@ class SafetensorsSource:
             name: info for header in headers.values() for name, info in header.tensors.items()
         }
         self.checksums: dict[str, int] | None = None  # CRC-32 of what is read, by tensor, if somebody wants them
+        self.buffers: Buffers | None = None  # where arrays have their memory from, if they are let go of one by one
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, read-only.
@@ -65,7 +66,8 @@ class SafetensorsSource:
         info = self.tensors[name]
         dtype = NUMPY_DTYPES[info.dtype]
         offset = info.start + start * dtype.itemsize
-        return read_array(info.file, dtype, (count,), offset=offset, expected=self.headers[info.file].stamp)
+        stamp = self.headers[info.file].stamp
+        return read_array(info.file, dtype, (count,), offset=offset, expected=stamp, buffers=self.buffers)
 
 
 def open_directory(directory: Path) -> SafetensorsSource:
