@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -636,3 +637,33 @@ def test_a_foreign_manifest_beside_a_checkpoint_is_no_matter(demo, tmp_path):
     assert checkpoint.is_converted(tmp_path / "converted")
     names = {file.name for file in checkpoint.read_manifest(tmp_path / "converted").files}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
+
+
+def test_a_slow_weight_holds_up_none_of_the_others():
+    others, taken = threading.Semaphore(0), []
+
+    def slow():
+        assert all(others.acquire(timeout=20) for _ in range(5))
+        return "slow"
+
+    def quick():
+        others.release()
+        return "quick"
+
+    def jobs():
+        for job in (slow, *[quick] * 5):
+            taken.append(job)
+            yield job
+
+    results = checkpoint._in_threads(jobs(), workers=2)
+    assert next(results) == "quick"
+    assert len(taken) == 2  # one for each worker
+    assert [*results] == ["quick"] * 4 + ["slow"]
+
+
+def test_a_weight_that_cannot_be_read_is_an_error_in_threads_too():
+    def broken():
+        raise CheckpointError("broken")
+
+    with pytest.raises(CheckpointError, match="broken"):
+        list(checkpoint._in_threads(iter([lambda: 1, broken, lambda: 2]), workers=2))
