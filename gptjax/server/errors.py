@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from gptjax.errors import CapacityError, GptjaxError
+from gptjax.quoting import quoted
 from gptjax.server.events import Failed, QueueFull, Unavailable
 
 # The first word of a message of the library's that is a field of a request.
@@ -17,7 +18,6 @@ _RETRY_SECONDS = "5"
 _UNAVAILABLE = ("drained", "stopped", "died")
 _LONGEST_MESSAGE: Final = 1000  # characters
 _LONGEST_NAME: Final = 100
-_LONGEST_SHOWN: Final = 60
 
 
 class ApiError(Exception):
@@ -46,13 +46,10 @@ class ApiError(Exception):
 
 
 def shown(value: object) -> str:
-    """A JSON value of a request as an error message repeats it: never more than some words, however large it is."""
-    if isinstance(value, str):
-        return repr(value[:_LONGEST_SHOWN]) + "..." * (len(value) > _LONGEST_SHOWN)
+    """A JSON value of a request, as an error message repeats it: short, however large the value is."""
     if isinstance(value, list | dict):
         return kind_of(value)
-    text = json.dumps(value)  # a number may have 4,300 digits
-    return text[:_LONGEST_SHOWN] + "..." * (len(text) > _LONGEST_SHOWN)
+    return json.dumps(value) if value is None or isinstance(value, bool) else quoted(value)
 
 
 def kind_of(value: object) -> str:
