@@ -55,7 +55,7 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What the beginning of a safetensors file says, and the file that said it."""
+    """The header of a safetensors file, and the state of the file when it was read."""
 
     tensors: dict[str, TensorInfo]  # in the order of their data
     data_start: int
@@ -161,8 +161,10 @@ def _ask_library(path: Path, beginning: bytes, size: int) -> None:
 
 @contextlib.contextmanager
 def _pretended(path: Path, beginning: bytes, size: int) -> Iterator[str]:
-    """The name of a file with the same beginning and size. The library maps what it reads into memory, where a file
-    that is truncated meanwhile would end the process; this one is ours, and takes no memory beyond its beginning."""
+    """The name of a sparse file in memory with the same beginning and size, for the library to read.
+
+    The library maps the file that it reads. If somebody truncated the real one meanwhile, SIGBUS would end the process.
+    """
     if sys.platform != "linux":
         yield str(path)
         return

@@ -37,7 +37,7 @@ class SafetensorsSource:
         self.tensors: dict[str, TensorInfo] = {
             name: info for header in headers.values() for name, info in header.tensors.items()
         }
-        self.checksums: dict[str, int] | None = None  # CRC-32 of what is read, by tensor, if somebody wants them
+        self.checksums: dict[str, int] | None = None  # where to note the CRC-32 of each tensor that is read
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, read-only.
@@ -51,7 +51,7 @@ class SafetensorsSource:
         return array.reshape(shape)
 
     def slices(self, name: str, most: int) -> Iterator[np.ndarray]:
-        """The elements of a tensor, so many at a time, at least one array. Raises as `read`."""
+        """The elements of a tensor, at most `most` at a time, in at least one array. Raises what `read` raises."""
         count, crc = math.prod(self.tensors[name].shape), 0
         for start in range(0, max(1, count), most):
             array = self._part(name, start, min(most, count - start))
@@ -140,7 +140,7 @@ def _contained(directory: Path, name: str) -> Path:
     try:
         inside = path.resolve().parent in roots
     except (OSError, ValueError, RuntimeError) as error:  # too long, half a surrogate pair, a circle of links
-        raise CheckpointError(f"{fault}, which cannot be one ({error}); {fix}") from None
+        raise CheckpointError(f"{fault}, which is not a usable name ({error}); {fix}") from None
     if not inside:
         raise CheckpointError(f"{fault}, a link that leads out of the directory; {fix}")
     return path
