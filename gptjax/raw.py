@@ -1,7 +1,7 @@
-"""Arrays out of files, into memory of their own.
+"""Arrays read from files into memory.
 
-Nothing is mapped: reading a mapped file that somebody truncates ends the process with SIGBUS, which no program can
-turn into an error.
+Nothing is memory-mapped: if somebody truncates a mapped file, reading it ends the process with SIGBUS, which cannot be
+turned into an error.
 """
 
 import math
@@ -27,7 +27,7 @@ def read_array(
       expected: the stamp that the file had when it was first looked at.
 
     Raises:
-      CheckpointError: the file is missing, shorter than that, not as it was, or memory does not suffice.
+      CheckpointError: the file is missing, too short or has changed, or there is not enough memory.
     """
     size = math.prod(shape) * dtype.itemsize
     try:
@@ -51,14 +51,14 @@ def read_array(
         ) from None
     except MemoryError:
         raise CheckpointError(
-            f"{shown(path)} has an array of {size:,} bytes, for which there is not enough memory; use a larger machine"
+            f"not enough memory for an array of {size:,} bytes in {shown(path)}; use a larger machine"
         ) from None
     array.flags.writeable = False
     return array
 
 
 def changed(path: Path) -> CheckpointError:
-    """The error about a file that somebody else wrote to, or replaced, while it was being read."""
+    """The error for a file that was written to, or replaced, while it was being read."""
     return CheckpointError(
         f"{shown(path)} has changed while it was being read; wait until nothing writes to it, and start again"
     )

@@ -57,8 +57,7 @@ def read_config(directory: Path, *, ignore: Iterable[str] = ()) -> ModelConfig:
     """Reads `directory/config.json`.
 
     Args:
-      ignore: keys to read it without, for who knows that they change nothing; "rope_scaling.mscale" is one inside
-        another.
+      ignore: keys to leave out, if you know that they change nothing; "rope_scaling.mscale" is one inside another.
 
     Raises:
       CheckpointError: there is no such file, or it is not a JSON object.

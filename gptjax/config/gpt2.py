@@ -110,7 +110,7 @@ class GPT2Config:
 
 
 def _length_alias(keys: Keys) -> str | None:
-    """What else says the context length: OpenAI's own n_ctx only if nothing that transformers reads does."""
+    """The other key for the context length: OpenAI's own n_ctx only if transformers would read no other."""
     keys.ignore("n_ctx")
     if keys.has("max_position_embeddings"):
         return "max_position_embeddings"

@@ -21,8 +21,8 @@ WITHOUT_EFFECT: Final = frozenset(
     unsloth_version use_bfloat16 use_cache
     """.split()
 )
-# Settings of generation that older versions of transformers wrote into config.json, where version 5 drops them:
-# generation_config.json has them now.
+# Settings of generation that older versions of transformers wrote into config.json. Version 5 drops them there, and
+# reads them from generation_config.json only.
 OF_GENERATION: Final = frozenset(
     """
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
@@ -35,7 +35,7 @@ MOST_LAYERS, MOST_SIZE = 1024, 1 << 24  # beyond any real model: a size that wou
 
 
 def without(raw: Mapping[str, Any], ignored: Iterable[str]) -> Mapping[str, Any]:
-    """A raw config as if some keys were not in it; "rope_scaling.mscale" is a key inside another.
+    """A raw config without some of its keys; "rope_scaling.mscale" is a key inside another.
 
     Raises:
       RequestError: `ignored` is not a list of names.
@@ -57,8 +57,8 @@ def _without(raw: Mapping[str, Any], path: str, parts: list[str]) -> dict[str, A
     return {**raw, first: _without(raw[first], path, rest)}
 
 
-def around(keys: Iterable[str]) -> str:
-    """How a person who knows that keys change nothing goes on in spite of them."""
+def _how_to_ignore(keys: Iterable[str]) -> str:
+    """What to type to have keys ignored."""
     listed = [shown(key) for key in keys][:10]
     options = " ".join(f"--ignore-config {key}" for key in listed)
     return f"ignore_config=({', '.join(map(repr, listed))},) or {options}"
@@ -76,7 +76,7 @@ class Keys:
         self._raw = raw
         self._read = set(without_effect)
         self._faults: list[str] = []
-        self._inside = inside  # the names of the keys that this mapping lies in, each followed by a dot
+        self._inside = inside  # the names of the keys around this mapping, each followed by a dot
 
     def fault(self, text: str) -> None:
         """Notes a fault."""
@@ -95,7 +95,7 @@ class Keys:
         return values[0] if values else absent
 
     def older(self, key: str, older: str) -> str | None:
-        """Another name for a key, of use only if the key itself is absent: transformers ignores it otherwise."""
+        """An older name of a key, if it counts: transformers ignores it if the key itself is there."""
         self.ignore(older)
         return None if self.has(key) else older
 
@@ -174,7 +174,7 @@ class Keys:
         self._read.update(keys)
 
     def unknown(self) -> list[str]:
-        """The keys with a value that were neither read nor let pass."""
+        """The keys with a value that were neither read nor ignored."""
         return sorted(key for key in set(self._raw) - self._read if self._raw[key] is not None)
 
     def faults(self) -> list[str]:
@@ -183,12 +183,12 @@ class Keys:
         if not unknown:
             return self._faults
         many = len(unknown) > 1
-        hint = around(f"{self._inside}{key}" for key in unknown)
-        what = "what they change" if many else "what it changes"
+        hint = _how_to_ignore(f"{self._inside}{key}" for key in unknown)
+        change, them = ("they change", "them") if many else ("it changes", "it")
         return [
             *self._faults,
-            f"unknown key{'s' * many} {names(unknown)}: gptjax does not know {what}, so it will not guess; if you know "
-            f"that it is nothing: {hint}",
+            f"unknown key{'s' * many} {names(unknown)}: gptjax does not know what {change}, so it will not guess; if "
+            f"{change} nothing, ignore {them}: {hint}",
         ]
 
     def raise_faults(self, model: str) -> None:
