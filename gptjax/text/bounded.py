@@ -1,4 +1,4 @@
-"""Texts of a prompt that may be far too long: no more of them is encoded than shows that they are."""
+"""Limits for the texts of a prompt: one that is far too long is refused before all of it is encoded."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -6,7 +6,7 @@ from gptjax.errors import CapacityError
 
 # Characters. Longer texts are counted in blocks before they are encoded whole: ten million take 20 s, and gigabytes.
 _BLOCK = 1 << 16
-# Tokens that a block may have beyond those of the same characters inside the text, for being cut off at both ends.
+# A block can have this many more tokens than the same characters inside the text, since it is cut off at both ends.
 _ENDS = 16
 # Characters per token at most: prose has 4 to 5, and deeply indented code or schemas 12.
 _PER_TOKEN = 16
@@ -25,7 +25,7 @@ class Bounds:
         self._left = self._most
 
     def check(self, tokens: int) -> None:
-        """Raises `CapacityError` if a prompt may not have so many tokens."""
+        """Raises `CapacityError` if a prompt of so many tokens is too long."""
         if tokens > self._max_length:
             raise self._too_long(f"{self._max_length} tokens")
 

@@ -167,9 +167,9 @@ def _from_gpt2_files(
 def _gpt2_added(
     directory: Path, ids: dict[str, Any], settings: Mapping[str, Any], special: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Later additions; then tokens with a purpose, with the next ids if vocab.json has none for them, as transformers.
+    """The added tokens, then those with a purpose, which get the next ids if vocab.json has none, as in transformers.
 
-    <|endoftext|> is special without any file's saying so.
+    <|endoftext|> is special even if no file says so.
     """
     items = read_additions(directory, settings, special)
     known = {**ids, **{item["content"]: item["id"] for item in items if "content" in item}}

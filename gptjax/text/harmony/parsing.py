@@ -17,7 +17,7 @@ _WORD = re.compile(r"[a-z]*")
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A step of one message. The first has an empty text, and comes as soon as the header is certain."""
+    """A step of one message. The first has an empty text; it comes after the header, of a call with its first text."""
 
     index: int
     """Which message of the stream, from 0."""
@@ -41,14 +41,14 @@ class StreamParser:
     - Text without a header is a message of the assistant without a channel, and so is the text of a header that ends
       without `<|message|>` (less what can be read as a header).
     - `<|start|>` and `<|channel|>` end a message that lacks its `<|end|>`; the latter begins one of the assistant.
-    - A mark that comes twice in a header, or before any text, begins the header again; what it said before stays
-      unless it says something else.
-    - Words of a header that have no place in it are dropped; so are other special tokens, and a header that the end of
-      the stream cuts short.
+    - A mark that comes twice in a header, or before any text, begins the header again. What it said before stays unless
+      it now says something else.
+    - Words that have no place in a header are dropped. So are other special tokens, and a header that is cut short by
+      the end of the stream.
 
-    openai-harmony agrees wherever the stream is well-formed; but it takes a lone word after the channel for a
-    recipient, as in `<|channel|>final <|constrain|>json`, which models write. Here a recipient has its `to=`, or is
-    `functions.NAME`.
+    openai-harmony agrees if the stream is well-formed, with one exception: it takes a lone word after the channel for a
+    recipient, as in `<|channel|>final <|constrain|>json`, which models write. Here a recipient needs `to=`, unless it
+    is `functions.NAME`.
 
     Attributes:
         messages: those that are complete.
@@ -101,7 +101,7 @@ class StreamParser:
     def _start_channel(self) -> list[Event]:
         events: list[Event] = []
         if self._current is not None and self._current.recipient is not None and not self._begun:
-            self._current = None  # and the header of a call that has no text yet goes on
+            self._current = None  # the header of a call without text goes on
         elif self._current is not None:
             events = self._end()
         if self._header.channel is not None:
@@ -115,7 +115,7 @@ class StreamParser:
         return events
 
     def _broken_off(self) -> Header | None:
-        """The header that a mark leaves without a text, if that is so."""
+        """The header, if a mark that begins another leaves it without a text."""
         if self._current is not None:
             return None
         self._header.add(self._decoder.finish())
@@ -147,7 +147,7 @@ class StreamParser:
         return [*self._first(self._current), self._event(self._current, text)]
 
     def _first(self, message: Message) -> list[Event]:
-        """The event of a message's beginning, once."""
+        """The event of a message's beginning, only once."""
         begun, self._begun = self._begun, True
         return [] if begun else [self._event(message, "")]
 

@@ -44,13 +44,13 @@ _KEYWORDS: dict[str, tuple[Callable[[object], bool], str]] = {
 
 
 def check_schema(schema: object, where: str) -> None:
-    """Raises RequestError, beginning with `where`, for what is no JSON or no schema, or holds too many values."""
+    """Raises RequestError, beginning with `where`, for what is not JSON or not a schema, or holds too many values."""
     _Check(where).schema(schema)
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where in a schema. It becomes text only in an error: on the way to each value it would cost more than that."""
+    """A place in a schema. It becomes text only for an error: a text for each value would cost more than the check."""
 
     parent: "_Place | None"
     step: str
@@ -140,7 +140,7 @@ def type_of(schema: object, indent: str = "") -> Iterator[str]:
 
 
 def _joined(kinds: Iterator[str], none: str) -> Iterator[str]:
-    """Alternatives on one line; `none` for none, and for a lone one without text."""
+    """Alternatives on one line; `none` if there are none, or only an empty one."""
     first = next(kinds, "")
     second = next(kinds, None)
     if second is None:
@@ -221,7 +221,7 @@ def _note(text: str, indent: str) -> str:
 
 
 def _or_null(schema: Schema, kind: Iterator[str]) -> Iterator[str]:
-    """A type, and that it may be null if that is not said yet. (No piece ends within a word.)"""
+    """A type, with null as an alternative if nullable and not there yet. (No piece ends within a word.)"""
     if not schema.get("nullable"):
         yield from kind
         return
