@@ -59,7 +59,7 @@ def kind_of(value: object) -> str:
 
 
 def _shortened(message: str) -> str:
-    """A message that may repeat parts of a request: its beginning names the place, its end what to do."""
+    """A message, which may repeat parts of a request: its beginning names the place, its end the fix."""
     if len(message) <= _LONGEST_MESSAGE:
         return message
     half = _LONGEST_MESSAGE // 2

@@ -19,7 +19,7 @@ from gptjax.text import Tokenizer, harmony
 from gptjax.text.bounded import Bounds
 
 _RETRY = 5  # seconds
-_LOOK = 0.2  # seconds between two looks at whether the server ends
+_LOOK = 0.2  # seconds between two checks whether the server is ending
 _BODIES = 4  # of the largest size; an object that is read may be thirty times its body
 PromptScores = Sequence[tuple[float, tuple[tuple[int, float], ...]]]
 """Of each token after the first: its log-probability, and the most likely (token id, log-probability) in its place."""
@@ -116,10 +116,10 @@ class Service:
     limits: Limits
     metrics: Metrics
     scorer: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "gptjax-scorer"))
-    # One large body at a time: the parser of JSON does not let other threads run.
+    # One large body at a time: the JSON parser does not let other threads run.
     parser: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "gptjax-parser"))
     draining: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when the server is to end
-    drained: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when nothing goes on any more
+    drained: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when open requests have had their time
     began: float = dataclasses.field(default_factory=time.monotonic)
     _places: set[object] = dataclasses.field(default_factory=set)  # kept for requests that are being read
     _bodies: dict[object, int] = dataclasses.field(default_factory=dict)  # sizes of the large ones that are being read
@@ -169,7 +169,7 @@ class Service:
         What the thread has begun it brings to its end, though nobody waits for it any more; the next comes after it.
 
         Raises:
-          ApiError: 503, the server had no time left for it.
+          ApiError: 503, the server is ending and had no time left for it.
         """
         loop = asyncio.get_running_loop()
         scoring = loop.run_in_executor(self.scorer, self.served.score, prompt_ids, num_top)
@@ -180,7 +180,7 @@ class Service:
         return scoring.result()
 
     def drain(self, seconds: float) -> None:
-        """Takes no new requests; those that are open have so long to end, and then fail."""
+        """Takes no new requests. Open ones fail if they have not ended after so many seconds."""
         until = time.monotonic() + seconds
         self.worker.drain(seconds)
         while self._scoring and time.monotonic() < until:
