@@ -56,7 +56,7 @@ def stamp(status: os.stat_result) -> Stamp:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[int]:
-    """A descriptor of a regular file, for reading, which is closed at the end.
+    """A descriptor for reading a regular file; closed at the end.
 
     Raises:
       FileNotFoundError, NotADirectoryError (`MISSING`): there is no such file.

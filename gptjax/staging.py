@@ -1,6 +1,6 @@
 """A directory that appears whole or not at all.
 
-It is written within a hidden directory beside its destination, and renamed when it is complete and on disk:
+It is written in a hidden directory next to its destination, and renamed when it is complete and on disk:
 
     .NAME.partial-xxxxxxxx/   locked while its process lives; a random name
       gptjax-staging          marks the directory as one that was made here

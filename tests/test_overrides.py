@@ -1,4 +1,4 @@
-"""What a checkpoint's files say against what can be run: loading, converting and describing agree on it."""
+"""Faults in a checkpoint's files, and how to override them: loading, converting and describing agree."""
 
 import json
 import shutil
@@ -77,13 +77,13 @@ def test_a_key_is_ignored_everywhere(copy, tmp_path, capsys):
         gptjax.load(copy, ignore_config=["rotary_dims"])
     with pytest.raises(RequestError, match="ignore_config is a list of names"):
         gptjax.load(copy, ignore_config="rotary_dim")
-    # The destination has no such key, so nobody has to be told again.
+    # The destination lacks the key, so it need not be ignored again.
     assert "rotary_dim" not in json.loads((tmp_path / "converted" / "config.json").read_text())
     gptjax.load(tmp_path / "converted").close()
 
 
 def test_a_thousand_layers_are_refused_at_once(tmp_path):
-    """Of a model that fits nowhere; what is needed is counted, not traced layer by layer."""
+    """A model that fits nowhere: its memory is computed, not traced layer by layer."""
     from gptjax import memory
     from gptjax.config import PUBLISHED, config_from_json
     from gptjax.models import registry

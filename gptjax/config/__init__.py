@@ -2,7 +2,7 @@
 
 A key that is neither understood nor known to be without effect raises `ConfigError`: a setting that is silently
 ignored is a wrong answer. What transformers does not read in a Hugging Face `config.json` is without effect. Sizes have
-no defaults. What an absent key means is stated where it is read.
+no defaults. What an absent key means is stated next to the code that reads it.
 """
 
 import os

@@ -119,7 +119,7 @@ class Service:
     # One large body at a time: the JSON parser does not let other threads run.
     parser: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "gptjax-parser"))
     draining: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when the server is to end
-    drained: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when open requests have had their time
+    drained: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when its time is up
     began: float = dataclasses.field(default_factory=time.monotonic)
     _places: set[object] = dataclasses.field(default_factory=set)  # kept for requests that are being read
     _bodies: dict[object, int] = dataclasses.field(default_factory=dict)  # sizes of the large ones that are being read

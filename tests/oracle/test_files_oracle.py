@@ -1,4 +1,4 @@
-"""Configuration and tokenizer files beside transformers: what it reads and ignores, and what it makes of a text."""
+"""Configuration and tokenizer files compared with transformers: keys that it reads or ignores, and ids of texts."""
 
 import json
 import random

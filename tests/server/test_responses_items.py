@@ -1,4 +1,4 @@
-"""`/v1/responses`: what a turn's items say, and what is made of them when they are sent back."""
+"""`/v1/responses`: the items of a turn, and how they are read when they are sent back."""
 
 import base64
 
@@ -66,7 +66,7 @@ def test_reasoning_comes_before_its_call():
 
 @pytest.mark.parametrize("phase", ["commentary", None, "absent"])
 def test_a_preamble_is_one_again(phase):
-    """Chat takes text beside calls for a preamble; items say so by their phase, or clients have dropped that."""
+    """In chat, text with calls is a preamble; items say so by their phase, unless the client has dropped that."""
     preamble = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Let me look."}]}
     preamble |= {} if phase == "absent" else {"phase": phase}
     found = read_input([USER, preamble, ASKED, RESULT], None).messages
@@ -249,7 +249,7 @@ def test_a_script_of_nothing_fails_as_an_event():
 @pytest.mark.parametrize("text", [THOUGHT + PREAMBLE + CALL, PREAMBLE + THOUGHT + CALL, PREAMBLE + MORE + CALL])
 @pytest.mark.parametrize("keeps", [True, False])
 def test_a_conversation_goes_on_as_in_chat(text, keeps):
-    """What was generated is sent back, by clients that keep phases and by those that drop them."""
+    """Clients send back what was generated, with its phases or without."""
     body = respond(talking(text), tools=[WEATHER]).json()
     items = [item if keeps else {name: item[name] for name in item if name != "phase"} for item in body["output"]]
     prompt = input_prompt([USER, *items, RESULT | {"call_id": items[-1]["call_id"]}])

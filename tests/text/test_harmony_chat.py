@@ -335,7 +335,7 @@ def test_numbers_of_any_size_in_tools() -> None:
     for tools in ([{"type": 10**5000}], [10**5000], [function(10**5000)], [function(parameters={"type": 10**5000})]):
         with pytest.raises(RequestError, match=r"of 16610 bits|instance"):
             render([USER], TALES, tools)
-    with pytest.raises(RequestError, match="is no JSON"):
+    with pytest.raises(RequestError, match="is not JSON"):
         render([USER], TALES, [function(parameters={"default": 10**5000})])
 
 

@@ -7,7 +7,7 @@
 | `system` and `developer` later on | a developer message in that place |
 | `user`, with its `name` | a user message, `user:name` |
 | `assistant`: `reasoning_content` or `reasoning` | an assistant message in the analysis channel |
-| `assistant`: `content`, else `refusal` | one in the final channel; beside calls a preamble, in the commentary one |
+| `assistant`: `content`, else `refusal` | one in the final channel; with calls a preamble, in the commentary channel |
 | `assistant`: `phase`, "commentary" or "final_answer" | the channel of the content, with calls or without |
 | `assistant`: each of `tool_calls` | one to `functions.NAME`, in the commentary channel, `<|constrain|>json` |
 | `tool` | from the tool that `tool_call_id` names, to the assistant, in the channel of the call |

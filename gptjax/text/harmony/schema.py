@@ -88,7 +88,7 @@ class _Check:
             for index, item in enumerate(value):
                 self._json(item, _Place(at, f"[{index}]"), depth + 1)
         elif not _is_scalar(value):
-            raise RequestError(f"{at}: {quoted(value)} ({type(value).__name__}) is no JSON: write a JSON schema.")
+            raise RequestError(f"{at}: {quoted(value)} ({type(value).__name__}) is not JSON: write a JSON schema.")
 
     def _keywords(self, schema: object, at: _Place) -> None:
         if isinstance(schema, bool):  # "anything" and "nothing" are schemas
