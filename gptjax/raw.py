@@ -36,19 +36,17 @@ def read_array(
             if expected is not None and found != expected:
                 raise changed(path)
             if found.size < offset + size:
-                raise _short(path, offset + size, found.size)
+                raise truncated(path, offset + size, found.size)
             array = np.empty(shape, dtype)
             view = array.reshape(-1).view(np.uint8).data if size else memoryview(b"")
             done = 0
             while done < size:
                 count = os.preadv(descriptor, [view[done:]], offset + done)
                 if count == 0:
-                    raise _short(path, offset + size, offset + done)
+                    raise truncated(path, offset + size, offset + done)
                 done += count
     except MISSING:
-        raise CheckpointError(
-            f"{shown(path)} does not exist; download the file, it belongs to the checkpoint"
-        ) from None
+        raise missing(path) from None
     except MemoryError:
         raise CheckpointError(
             f"not enough memory for an array of {size:,} bytes in {shown(path)}; use a larger machine"
@@ -64,7 +62,13 @@ def changed(path: Path) -> CheckpointError:
     )
 
 
-def _short(path: Path, expected: int, found: int) -> CheckpointError:
+def missing(path: Path) -> CheckpointError:
+    """The error for a file of a checkpoint that does not exist."""
+    return CheckpointError(f"{shown(path)} does not exist; download the file, it belongs to the checkpoint")
+
+
+def truncated(path: Path, expected: int, found: int) -> CheckpointError:
+    """The error for a file that has fewer bytes than expected."""
     return CheckpointError(
         f"{shown(path)} is truncated: expected {expected:,} bytes, found {found:,}; download the file again"
     )

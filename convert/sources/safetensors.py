@@ -18,7 +18,7 @@ from convert.sources.header import MAX_HEADER_BYTES, NUMPY_DTYPES, Header, Tenso
 from gptjax.errors import CheckpointError
 from gptjax.files import read_bytes
 from gptjax.quoting import shown
-from gptjax.raw import read_array
+from gptjax.raw import missing, read_array
 
 MAX_FAULTS: Final = 20  # of a kind, before "and N more"
 SINGLE: Final = "model.safetensors"
@@ -112,7 +112,7 @@ def read_index(path: Path) -> dict[str, str]:
     """An index's map from tensor to file name, names as they stand. Raises `CheckpointError`."""
     data = read_bytes(path, MAX_HEADER_BYTES)
     if data is None:
-        raise CheckpointError(f"{shown(path)} does not exist; download the file, it belongs to the checkpoint")
+        raise missing(path)
     try:
         weight_map = parse(data).get("weight_map")
     except ValueError as error:
