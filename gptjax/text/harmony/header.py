@@ -4,10 +4,12 @@ A header is `ROLE[:NAME] [to=RECIPIENT][<|channel|>CHANNEL][ to=RECIPIENT][ CONT
 stand in either place and `<|constrain|>` may go before the content type. An author who has none of the roles is a tool.
 
 Models do not always write it so. A recipient is found wherever it is in a header: glued to what is before it, apart
-from its `to=`, in capitals or quotes, without `to=` if it is `functions.NAME`, or before a mark that comes twice.
+from its `to=`, in capitals or quotes, before a mark that comes twice, or without `to=` if it is `functions.NAME` or a
+lone word that names a tool.
 """
 
 import re
+from collections.abc import Set
 from dataclasses import replace
 from typing import Literal
 
@@ -37,9 +39,10 @@ class Header:
         constrain: what follows `<|constrain|>`; None before that.
     """
 
-    def __init__(self, *, explicit: bool, before: "Header | None" = None) -> None:
-        """`before` is a header without a text that this one goes on from."""
+    def __init__(self, *, explicit: bool, names: Set[str], before: "Header | None" = None) -> None:
+        """`names` are those of tools; `before` is a header without a text that this one goes on from."""
         self.explicit = explicit
+        self._names = names
         self.author = ""
         self.channel: str | None = None
         self.constrain: str | None = None
@@ -68,7 +71,7 @@ class Header:
 
     def again(self) -> "Header":
         """The header that a second `<|channel|>` begins: by the same author, and with the same recipient so far."""
-        header = Header(explicit=self.explicit, before=self)
+        header = Header(explicit=self.explicit, names=self._names, before=self)
         header.author = self.author
         return header
 
@@ -93,11 +96,19 @@ class Header:
         if not recipients and (found := _WITHOUT_TO.search(f"{rest} {constrain}")):
             recipients.append(_plain(found[0]))
             rest, constrain = _WITHOUT_TO.sub("", rest), _WITHOUT_TO.sub("", constrain)
+        if not recipients and (lone := self._lone_name(rest)):
+            recipients.append(lone)
+            rest = " ".join(word for word in rest.split() if word != lone)
         words = [word for word in (rest if self.constrain is None else constrain).split() if word != "to="]
         content_type = (words[-1] if self.constrain is None else CONSTRAIN + words[0]) if words else None
         # Of several, the last one that can be a tool's.
         recipient = max(reversed(recipients), key=lambda name: name not in NOBODY, default=None)
         return self._completed(Message(role, "", name, _known(channel) or channel or None, recipient, content_type))
+
+    def _lone_name(self, words: str) -> str | None:
+        """A tool's name that stands alone, but for a content type."""
+        alone = [word for word in words.split() if not _CONTENT_TYPE.fullmatch(word)]
+        return alone[0] if len(alone) == 1 and alone[0] in self._names else None
 
     def _completed(self, message: Message) -> Message:
         before = self._meant
@@ -119,6 +130,8 @@ class Header:
         if _known(channel) is None:
             channel, after = "", self.channel or ""
         rest += after
+        if self.channel is not None and (lone := self._lone_name(rest)):
+            rest = " ".join([f"to={lone}", *(word for word in rest.split() if word != lone)])
         recipient = _TO.match(rest)
         text = rest[recipient.end() if recipient else 0 :] + (self.constrain or "")
         kind = _CONTENT_TYPE.match(text) if recipient or self.constrain is not None else None
