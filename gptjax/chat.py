@@ -80,7 +80,7 @@ class TurnReader:
         """`offered`: the names of tools, from `offered_names`."""
         self.ended = False
         self.phase = "final_answer"
-        self._parser = harmony.StreamParser(tokenizer)
+        self._parser = harmony.StreamParser(tokenizer, names=offered)
         self._offered = offered
         self._ids: list[str] = []  # of calls, in their order
         self._reasoning: list[str] = []

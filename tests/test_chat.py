@@ -282,6 +282,37 @@ def test_a_recipient_is_found_wherever_a_header_has_it(tokenizer, header, end):
     assert (called(reader), text, reader.reasoning) == ([("bash", BASH)], "", "")
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "<|channel|>commentary s<|message|>",
+        "<|channel|>commentary s json<|message|>",
+        "<|channel|>commentary json s<|message|>",
+        "<|channel|>commentary s <|constrain|>json<|message|>",
+        "<|channel|>final s<|message|>",
+        " s<|channel|>commentary<|message|>",
+        "<|start|>assistant s<|channel|>commentary json<|message|>",
+        "<|channel|>commentary s<|channel|>commentary<|message|>",
+        "<|channel|>commentary s<|start|>assistant<|channel|>commentary<|message|>",
+    ],
+)
+def test_a_lone_word_is_a_recipient_if_it_was_offered(tokenizer, header):
+    """openai-harmony takes it for one in any case."""
+    reader, text = read(tokenizer, header + BASH + "<|call|>", "s")
+    assert (called(reader), text, reader.reasoning) == ([("s", BASH)], "", "")
+    reader, text = read(tokenizer, header.replace(" s", "") + BASH + "<|call|>", "s")
+    assert (called(reader), text) == ([], BASH)
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [("s", "s"), ("<|channel|>final<|message|>s", "s"), ("<|channel|>final s is a tool<|return|>", "s is a tool")],
+)
+def test_an_answer_that_begins_with_a_tools_name_is_text(tokenizer, written, text):
+    reader, said = read(tokenizer, written, "s")
+    assert (called(reader), said) == ([], text)
+
+
 @pytest.mark.parametrize("channel", ["analysis", "commentary", "final"])
 @pytest.mark.parametrize(
     ("recipient", "offered", "name"),

@@ -9,10 +9,12 @@ Models also write headers that are malformed. Their recipient is found wherever 
     <|channel|>commentary To = "functions . f"    with spaces, capitals or quotes
     to=<|channel|>functions.f                     with a mark inside
     <|channel|>commentary functions.f             without `to=`, if it is `functions.NAME`
+    <|channel|>commentary f json                  as a lone word, if a tool of this name was offered
     to=functions.f<|channel|><|channel|>final     before a mark that comes twice
 """
 
 import re
+from collections.abc import Set
 from dataclasses import replace
 from typing import Literal
 
@@ -47,9 +49,10 @@ class Header:
         constrain: what follows `<|constrain|>`; None before that.
     """
 
-    def __init__(self, *, explicit: bool, before: "Header | None" = None) -> None:
-        """`before`: a header that got no text, which this one goes on from."""
+    def __init__(self, *, explicit: bool, names: Set[str], before: "Header | None" = None) -> None:
+        """`names`: of the tools that were offered. `before`: a header that got no text, which this one goes on from."""
         self.explicit = explicit
+        self._names = names
         self.author = ""
         self.channel: str | None = None
         self.constrain: str | None = None
@@ -78,7 +81,7 @@ class Header:
 
     def again(self) -> "Header":
         """The header that a second `<|channel|>` begins, with this one's author and, for now, its recipient."""
-        header = Header(explicit=self.explicit, before=self)
+        header = Header(explicit=self.explicit, names=self._names, before=self)
         header.author = self.author
         return header
 
@@ -105,6 +108,9 @@ class Header:
         if not recipients and (found := _BARE_FUNCTION.search(f"{rest} {constrain}")):
             recipients.append(_clean_name(found[0]))
             rest, constrain = _BARE_FUNCTION.sub("", rest), _BARE_FUNCTION.sub("", constrain)
+        if not recipients and (lone := self._lone_name(rest)):
+            recipients.append(lone)
+            rest = _without(rest, lone)
         tools = [name for name in recipients if name not in NOBODY]
         recipient = (tools or recipients)[-1] if recipients else None
         content_type = self._content_type(rest, constrain)
@@ -118,6 +124,11 @@ class Header:
         if not words:
             return None
         return CONSTRAIN + words[0] if marked else words[-1]
+
+    def _lone_name(self, words: str) -> str | None:
+        """The name of an offered tool, if it is the only word besides a content type."""
+        alone = [word for word in words.split() if not _CONTENT_TYPE.fullmatch(word)]
+        return alone[0] if len(alone) == 1 and alone[0] in self._names else None
 
     def _completed(self, message: Message) -> Message:
         """The message, with what only the header before this one says."""
@@ -140,6 +151,8 @@ class Header:
         if _known_channel(channel) is None:
             channel, after = "", self.channel or ""
         rest += after
+        if self.channel is not None and (lone := self._lone_name(rest)):
+            rest = f"to={lone} {_without(rest, lone)}"
         recipient = _RECIPIENT.match(rest)
         text = rest[recipient.end() if recipient else 0 :] + (self.constrain or "")
         kind = _CONTENT_TYPE.match(text) if recipient or self.constrain is not None else None
@@ -187,6 +200,10 @@ def _known_channel(channel: str) -> str | None:
     """The channel that a word means, or None."""
     plain = channel.lower().strip(_PUNCTUATION)
     return plain if plain in CHANNELS else None
+
+
+def _without(words: str, taken: str) -> str:
+    return " ".join(word for word in words.split() if word != taken)
 
 
 def _first_word(text: str) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Token ids back to harmony messages, one by one."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, replace
 
 from gptjax.text.harmony.header import Header
@@ -46,9 +46,9 @@ class StreamParser:
     - Words that have no place in a header are dropped. So are other special tokens, and a header that is cut short by
       the end of the stream.
 
-    openai-harmony agrees if the stream is well-formed, with one exception: it takes a lone word after the channel for a
-    recipient, as in `<|channel|>final <|constrain|>json`, which models write. Here a recipient needs `to=`, unless it
-    is `functions.NAME`.
+    openai-harmony agrees if the stream is well-formed, with one exception: it takes any lone word after the channel for
+    a recipient, as in `<|channel|>final <|constrain|>json`, which models write. Here a recipient needs `to=`, unless it
+    is `functions.NAME` or one of `names`.
 
     Attributes:
         messages: those that are complete.
@@ -57,14 +57,16 @@ class StreamParser:
         RequestError: the tokenizer lacks harmony's special tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, names: Set[str] = frozenset()) -> None:
+        """`names`: of the tools that were offered."""
         special = special_ids(tokenizer)
         self._ends = frozenset(special[token] for token in _ENDS if token in special)
         self._start, self._channel = special[START], special[CHANNEL]
         self._constrain, self._message = special[CONSTRAIN], special[MESSAGE]
         self.messages: list[Message] = []
         self._decoder = tokenizer.stream()
-        self._header = Header(explicit=False)
+        self._names = names
+        self._header = self._new_header()
         self._current: Message | None = None  # None while its header is read
         self._pieces: list[str] = []
         self._begun = False  # whether the message's first event was given
@@ -89,13 +91,16 @@ class StreamParser:
             message, text = self._header.salvage()
             # The rest of a header that was cut short is a word at most.
             if _WORD.fullmatch(text) and (self._header.marked or message.recipient):
-                self._header = Header(explicit=False)
+                self._header = self._new_header()
                 return []
         return self._end()
 
+    def _new_header(self) -> Header:
+        return Header(explicit=False, names=self._names)
+
     def _start_header(self) -> list[Event]:
         before, events = self._broken_off(), self._end()
-        self._header = Header(explicit=True, before=before)
+        self._header = Header(explicit=True, names=self._names, before=before)
         return events
 
     def _start_channel(self) -> list[Event]:
@@ -160,11 +165,11 @@ class StreamParser:
             if not self._header.is_broken_off():
                 events = self._begin(*self._header.salvage())
         if self._current is None:
-            self._header = Header(explicit=False)
+            self._header = self._new_header()
             return []
         events += [*self._first(self._current), self._event(self._current, tail, ended=True)]
         self.messages.append(replace(self._current, content="".join([*self._pieces, tail])))
-        self._header, self._current = Header(explicit=False), None
+        self._header, self._current = self._new_header(), None
         return events
 
     def _event(self, message: Message, text: str, *, ended: bool = False) -> Event:
