@@ -11,11 +11,12 @@ from gptjax.engine.output import Chunk, Completion
 from gptjax.errors import RequestError
 from gptjax.text import Tokenizer, harmony
 from gptjax.text.harmony.header import NOBODY
+from gptjax.text.harmony.messages import FUNCTIONS
 from gptjax.text.harmony.rendering import check_name
 from gptjax.text.harmony.writer import LONGEST
 
 TODAY: Final = "today"
-_FUNCTIONS: Final = "functions."
+_PREFIX: Final = f"{FUNCTIONS}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +141,7 @@ class TurnReader:
         """The tool that a recipient calls; None if it is not a tool, or has a name that a prompt cannot repeat."""
         if recipient is None:
             return None
-        name = recipient.removeprefix(_FUNCTIONS)
+        name = recipient.removeprefix(_PREFIX)
         if name == recipient and (name in NOBODY or name not in self._offered):
             return None
         # Models omit the space or mark between a name and its content type.

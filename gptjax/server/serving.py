@@ -109,7 +109,7 @@ def make_server(
         log_config=log_config,
         server_header=False,
         proxy_headers=False,  # an address that the client made up is not for the log
-        # The last resort: before that, `Server` has cut all connections.
+        # A last resort: `Server` cuts all connections before that.
         timeout_graceful_shutdown=int(drain_seconds + 2 * _TO_END_STREAMS),
     )
     return Server(config, service, drain_seconds)

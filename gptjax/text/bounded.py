@@ -33,7 +33,7 @@ class Bounds:
         """The next text, from its pieces; a string will do.
 
         Args:
-            pieces: not taken any further once the prompt is certain not to fit.
+            pieces: no more are taken once the prompt is certain not to fit.
             before: tokens that the prompt has already.
 
         Raises:

@@ -54,7 +54,7 @@ def _require_gpt2_cut(directory: Path, settings: Mapping[str, Any], model_type: 
         return
     raise ConfigError(
         f"{directory} has the vocab.json and merges.txt of {shown(str(named or model_type))}, which may cut text into "
-        "words in another way than GPT-2: put its tokenizer.json there."
+        "words differently from GPT-2: put its tokenizer.json there."
     )
 
 

@@ -13,8 +13,8 @@ LONGEST = 131_072
 class Writer:
     """Marks become special tokens, texts never do.
 
-    The cost depends on `max_length`, not on what was asked for: the pieces of a text are not taken any further once the
-    prompt is certain not to fit.
+    The cost depends on `max_length`, not on the request: once the prompt is certain not to fit, no more pieces of a
+    text are taken.
 
     Attributes:
         ids: the prompt so far.
