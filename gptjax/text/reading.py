@@ -169,13 +169,14 @@ def _gpt2_added(
 ) -> list[dict[str, Any]]:
     """Later additions; then tokens with a purpose, with the next ids if vocab.json has none for them, as transformers.
 
-    <|endoftext|> is special without any file's saying so.
+    <|endoftext|> is special without any file's saying so, as what a file does not name is <|endoftext|>.
     """
     items = read_additions(directory, settings, special)
     known = {**ids, **{item["content"]: item["id"] for item in items if "content" in item}}
     following = 1 + max(number for number in known.values() if type(number) is int)
     present = {item.get("content") for item in items}
-    default: dict[str, Mapping[str, Any]] = {END_OF_TEXT: {}} if END_OF_TEXT in ids else {}
+    unnamed = any(f"{which}_token" not in {**settings, **special} for which in ("bos", "eos", "unk"))
+    default: dict[str, Mapping[str, Any]] = {END_OF_TEXT: {}} if END_OF_TEXT in ids and unnamed else {}
     for content, flags in (special_tokens(settings, special) | default).items():
         if content in present:
             continue
