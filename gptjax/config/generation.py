@@ -191,6 +191,8 @@ class _Reader:
 
     def whole(self, key: str) -> int:
         value = self._raw.get(key, 0)
+        if value in (0, -1):  # other programs write -1 to keep all
+            return 0
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_SIZE:
             self._fault(key, f"a whole number from 0 to {MOST_SIZE}", True)
             return 0

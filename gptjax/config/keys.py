@@ -11,14 +11,15 @@ from gptjax.quoting import names, quoted, shown
 WITHOUT_EFFECT: Final = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels add_cross_attention
-    architectures attn_implementation attn_pdrop bos_token_id chunk_size_feed_forward dtype embd_pdrop
-    eos_token_id eos_token_ids finetuning_task gradient_checkpointing id2label initializer_range is_decoder
-    is_encoder_decoder label2id max_seq_len_cached model_type n_special num_labels output_attentions
+    architectures attn_implementation attn_pdrop author bos_token_id chunk_size_feed_forward created_date
+    cross_attention_hidden_size decoder_start_token_id dtype embd_pdrop eos_token_id eos_token_ids finetuning_task
+    gradient_checkpointing id2label initializer_range is_decoder is_encoder_decoder keys_to_ignore_at_inference
+    label2id license loss_type max_seq_len_cached model_type n_special num_labels output_attentions
     output_hidden_states output_past output_router_logits pad_token_id pad_token_ids predict_special_tokens prefix
     pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict return_dict_in_generate
     router_aux_loss_coef sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
-    summary_use_proj task_specific_params tokenizer_class torch_dtype torchscript transformers_version unsloth_fixed
-    unsloth_version use_bfloat16 use_cache
+    summary_use_proj task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript
+    transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache xla_device
     """.split()
 )
 # Settings of generation that older versions of transformers wrote into config.json. Version 5 drops them there, and

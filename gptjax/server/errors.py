@@ -11,7 +11,7 @@ from gptjax.server.events import Failed, QueueFull, Unavailable
 
 # The first word of a message of the library's that is a field of a request.
 _FIELD = re.compile(
-    r"\b(?:messages|tools|prompt|reasoning_effort|logit_bias|stop|seed|max_tokens|top_k|top_logprobs)\b"
+    r"\b(?:messages|tools|prompt|reasoning_effort|logit_bias|repetition_penalty|stop|seed|max_tokens|top_k|top_logprobs)\b"
 )
 NO_RETRY = {"x-should-retry": "false"}  # what clients of OpenAI heed
 _RETRY_SECONDS = "5"

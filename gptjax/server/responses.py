@@ -42,7 +42,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
-_WITHOUT_EFFECT = WITHOUT_EFFECT | {"max_tool_calls", "stream_options"}
+_WITHOUT_EFFECT = WITHOUT_EFFECT | {"client_metadata", "max_tool_calls", "stream_options"}  # Codex sends the first
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,9 @@ def read_input(given: object, instructions: str | None) -> Input:
     preambles = _preambles(given)
     for index, item in enumerate(given):
         where = f"input[{index}]"
-        if (message := _read_item(item, where, is_preamble=index in preambles)) is not None:
+        follows_reasoning = index > 0 and _kind(given[index - 1])[0] == "reasoning"
+        message = _read_item(item, where, is_preamble=index in preambles, follows_reasoning=follows_reasoning)
+        if message is not None:
             found.messages.append(message)
             found.places.append(where)
     return found
@@ -102,13 +104,15 @@ def _kind(item: object) -> tuple[object, object]:
     return (item.get("type", "message"), item.get("role")) if isinstance(item, Mapping) else (None, None)
 
 
-def _read_item(item: object, where: str, *, is_preamble: bool) -> dict[str, Any] | None:
-    """An item as a message; None for an empty one."""
+def _read_item(item: object, where: str, *, is_preamble: bool, follows_reasoning: bool) -> dict[str, Any] | None:
+    """An item as a message; None for an empty one, also if the turn has only reasoning or calls."""
     if not isinstance(item, Mapping):
         raise bad_request(f"{where} must be an object, found {shown(item)}", "input")
     match item.get("type", "message"):
         case "message":
-            return _read_message(item, where, is_preamble=is_preamble)
+            message = _read_message(item, where, is_preamble=is_preamble)
+            silent = message["role"] == "assistant" and not message["content"]
+            return None if silent and (is_preamble or follows_reasoning) else message
         case "reasoning":
             text = _read_reasoning(item, where)
             return {"role": "assistant", "reasoning_content": text, "content": None} if text else None

@@ -227,3 +227,10 @@ def test_a_long_text_that_fits_is_encoded_as_a_whole():
     text = "Once upon a time there was a king. <|end|>" * 3_000
     assert post(service, "/v1/completions", {"prompt": text}).status_code == 200
     assert list(service.worker.requests[0].prompt_ids) == service.served.tokenizer.encode(text, special=True)
+
+
+def test_a_number_that_the_library_refuses_is_named():
+    assert (
+        fault(post(make(), "/v1/completions", {"prompt": "a", "repetition_penalty": 1e-38}))["param"]
+        == "repetition_penalty"
+    )

@@ -56,6 +56,21 @@ def test_empty_reasoning_renders_nothing(empty):
     assert read_input([USER, empty, ASKED], None).places == ["input[0]", "input[2]"]
 
 
+@pytest.mark.parametrize("content", ["", [], [{"type": "output_text", "text": ""}]])
+def test_an_empty_message_of_a_turn_that_says_more_renders_nothing(content):
+    """As of a chat message whose content is empty, beside calls or reasoning."""
+    empty = {"type": "message", "role": "assistant", "content": content}
+    assert input_prompt([USER, empty, ASKED, RESULT]) == chat_prompt([USER, called(content=""), TOLD])
+    thought = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]}
+    silent = {"role": "assistant", "content": "", "reasoning_content": "Hm."}
+    assert input_prompt([USER, thought, empty, USER]) == chat_prompt([USER, silent, USER])
+    assert input_prompt([USER, empty, USER]) == chat_prompt([USER, {"role": "assistant", "content": ""}, USER])
+
+
+def test_codex_sends_metadata_of_its_own():
+    assert respond(talking(ANSWER), client_metadata={"x-codex-installation-id": "1"}).status_code == 200
+
+
 def test_reasoning_comes_before_its_call():
     thought = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]}
     expected = chat_prompt([USER, called(content=None, reasoning_content="Hm."), TOLD])

@@ -230,6 +230,7 @@ def test_a_finished_turn_goes_back_with_end() -> None:
         ([{**USER, "refusal": "No."}], r"messages\[0\] has 'refusal'"),
         ([{"role": "user", "content": [{"type": "refusal", "refusal": "No."}]}], "is of the type 'refusal'"),
         ([USER, {"role": "assistant", "refusal": 3}], r"messages\[1\].refusal is 3: write a string"),
+        ([USER, {"role": "assistant", "content": "A", "refusal": 3}], r"messages\[1\].refusal is 3: write a string"),
         (
             [USER, {"role": "assistant", "content": "A", "phase": "final"}],
             r"phase is 'final': write one of commentary, ",

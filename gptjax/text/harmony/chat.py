@@ -193,7 +193,7 @@ class _Chat:
 
     def _add_call(self, value: object, author: str | None, where: str) -> str:
         call = read_object(value, where)
-        if call.get("type", "function") != "function":
+        if call.get("type") not in (None, "function"):
             raise RequestError(f"{where} has the type {quoted(call['type'])}: write a call of a function.")
         call_id = read_string(call.get("id"), f"{where}.id")
         function = read_object(call.get("function"), f"{where}.function")
@@ -240,9 +240,10 @@ def _answer(message: Mapping[str, Any], where: str) -> str | None:
     """The content, or else the refusal."""
     content = read_text(message.get("content"), f"{where}.content", refusals=True)
     refusal = message.get("refusal")
-    if refusal is not None:
-        content = content or read_string(refusal, f"{where}.refusal")
-    return content
+    if refusal is None:
+        return content
+    refused = read_string(refusal, f"{where}.refusal")
+    return content or refused
 
 
 def _channel(message: Mapping[str, Any], where: str) -> str | None:
