@@ -11,11 +11,14 @@ from gptjax.engine.output import Chunk, Completion
 from gptjax.errors import RequestError
 from gptjax.text import Tokenizer, harmony
 from gptjax.text.harmony.header import NOBODY
+from gptjax.text.harmony.messages import CHANNELS
 from gptjax.text.harmony.rendering import check_name
 from gptjax.text.harmony.writer import LONGEST
 
 TODAY: Final = "today"
 _FUNCTIONS: Final = "functions."
+# Models leave out what stands between a name and these.
+_GLUED: Final = ("json", "code", *CHANNELS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,11 +148,10 @@ class TurnReader:
         if recipient is None:
             return None
         name = recipient.removeprefix(_FUNCTIONS)
-        if name == recipient and (name in NOBODY or name not in self._offered):
+        if name not in self._offered:
+            name = next((plain for word in _GLUED if (plain := name.removesuffix(word)) in self._offered), name)
+        if not recipient.startswith(_FUNCTIONS) and (name in NOBODY or name not in self._offered):
             return None
-        # Models leave out what stands between a name and the content type.
-        plain = name.removesuffix("json")
-        name = plain if name not in self._offered and plain in self._offered else name
         try:
             return check_name(name, "the tool")
         except RequestError:

@@ -26,6 +26,9 @@ _TO = re.compile(rf"[\s\0]*to[\s\0]*=[\s\0\"'`]*({_NAME})[\"'`]*", re.IGNORECASE
 _WITHOUT_TO = re.compile(rf"(?<!\S){FUNCTIONS}\s*\.\s*[^\s\0{{\"'`]+", re.IGNORECASE)
 _PREFIX = re.compile(rf"{FUNCTIONS}[\s\0]*\.[\s\0]*", re.IGNORECASE)
 _CONTENT_TYPE = re.compile(r"\s*(json|code)(?![a-z])\s*", re.IGNORECASE)
+_WITHOUT_TO_AND_ALONE = re.compile(
+    rf"\s*(?={FUNCTIONS}\s*\.\s*[^\s\0{{\"'`]+\s*(?:json|code)?\s*(?:$|[{{\[]))", re.IGNORECASE
+)
 _AROUND = "?!,;:."
 
 
@@ -91,12 +94,16 @@ class Header:
         written = _MARK.join([self._said, self.author, self.channel or "", self.constrain or ""])
         *_, author, channel, constrain = _TO.sub(lambda match: _taken(match, recipients), written).split(_MARK)
         role, name, rest = self._read_author(author)
+        if self.channel is None:  # its mark may be missing, too
+            channel, rest = _first_word(rest) if _known(_first_word(rest)[0]) else ("", rest)
         channel, after = _first_word(channel)
+        if not _known(channel) and (channel in self._names or _WITHOUT_TO.match(channel)):
+            channel, after = "", f"{channel} {after}"
         rest += f" {after}"
-        if not recipients and (found := _WITHOUT_TO.search(f"{rest} {constrain}")):
+        if NOBODY.issuperset(recipients) and (found := _WITHOUT_TO.search(f"{rest} {constrain}")):
             recipients.append(_plain(found[0]))
             rest, constrain = _WITHOUT_TO.sub("", rest), _WITHOUT_TO.sub("", constrain)
-        if not recipients and (lone := self._lone_name(rest)):
+        if NOBODY.issuperset(recipients) and (lone := self._lone_name(rest)):
             recipients.append(lone)
             rest = " ".join(word for word in rest.split() if word != lone)
         words = [word for word in (rest if self.constrain is None else constrain).split() if word != "to="]
@@ -132,6 +139,8 @@ class Header:
         rest += after
         if self.channel is not None and (lone := self._lone_name(rest)):
             rest = " ".join([f"to={lone}", *(word for word in rest.split() if word != lone)])
+        elif self.channel is not None:
+            rest = _WITHOUT_TO_AND_ALONE.sub("to=", rest, count=1) if _WITHOUT_TO_AND_ALONE.match(rest) else rest
         recipient = _TO.match(rest)
         text = rest[recipient.end() if recipient else 0 :] + (self.constrain or "")
         kind = _CONTENT_TYPE.match(text) if recipient or self.constrain is not None else None
@@ -151,6 +160,8 @@ class Header:
         word, rest = _first_word(author)
         if not self.explicit:
             return "assistant", None, rest if word.lower() == "assistant" else author
+        if word.lower().startswith("assistant") and _known(glued := word[len("assistant") :]):
+            return "assistant", None, f" {glued}{rest}"
         role, _, name = word.partition(":")
         if role.lower() in ROLES and role != "tool":
             return role.lower(), name or None, rest
