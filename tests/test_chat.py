@@ -311,6 +311,8 @@ def test_a_lone_word_is_a_recipient_if_it_was_offered(tokenizer, header):
     [
         "<|channel|>commentary functions.s<|channel|>commentary<|message|>",
         "<|channel|>commentary functions.s json<|start|>assistant<|channel|>commentary<|message|>",
+        "<|channel|>commentary 大 to=functions.s<|channel|>commentary<|message|>",
+        "<|channel|>commentary 大 to=functions.s <|constrain|>json<|start|>assistant<|channel|>commentary<|message|>",
         "<|channel|>functions.s<|message|>",
         "<|channel|> functions.s<|channel|>final<|message|>",
         "<|channel|>commentary functions.s ",

@@ -29,6 +29,7 @@ _CONTENT_TYPE = re.compile(r"\s*(json|code)(?![a-z])\s*", re.IGNORECASE)
 _WITHOUT_TO_AND_ALONE = re.compile(
     rf"\s*(?={FUNCTIONS}\s*\.\s*[^\s\0{{\"'`]+\s*(?:json|code)?\s*(?:$|[{{\[]))", re.IGNORECASE
 )
+_TO_AT_END = re.compile(rf"to[\s\0]*=[\s\0\"'`]*{FUNCTIONS}\.[^\s\0{{]+[\s\0]*(?:json|code)?[\s\0]*\Z", re.IGNORECASE)
 _AROUND = "?!,;:."
 
 
@@ -80,6 +81,8 @@ class Header:
 
     def is_broken_off(self) -> bool:
         """Whether another mark that begins a header leaves no text of this one; otherwise that is a message."""
+        if self.channel is not None and _TO_AT_END.search(self._written()):
+            return True
         message, text = self.salvage()
         return not text or text == "to=" or (message.recipient is not None and text[0] not in "{[")
 
