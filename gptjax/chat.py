@@ -11,12 +11,14 @@ from gptjax.engine.output import Chunk, Completion
 from gptjax.errors import RequestError
 from gptjax.text import Tokenizer, harmony
 from gptjax.text.harmony.header import NOBODY
-from gptjax.text.harmony.messages import FUNCTIONS
+from gptjax.text.harmony.messages import CHANNELS, FUNCTIONS
 from gptjax.text.harmony.rendering import check_name
 from gptjax.text.harmony.writer import LONGEST
 
 TODAY: Final = "today"
 _PREFIX: Final = f"{FUNCTIONS}."
+# Models omit the space or mark between a name and these.
+_GLUED: Final = ("json", "code", *CHANNELS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +144,10 @@ class TurnReader:
         if recipient is None:
             return None
         name = recipient.removeprefix(_PREFIX)
-        if name == recipient and (name in NOBODY or name not in self._offered):
+        if name not in self._offered:
+            name = next((plain for word in _GLUED if (plain := name.removesuffix(word)) in self._offered), name)
+        if not recipient.startswith(_PREFIX) and (name in NOBODY or name not in self._offered):
             return None
-        # Models omit the space or mark between a name and its content type.
-        plain = name.removesuffix("json")
-        name = plain if name not in self._offered and plain in self._offered else name
         try:
             return check_name(name, "the tool")
         except RequestError:

@@ -294,6 +294,8 @@ def test_a_recipient_is_found_wherever_a_header_has_it(tokenizer, header, end):
         "<|start|>assistant s<|channel|>commentary json<|message|>",
         "<|channel|>commentary s<|channel|>commentary<|message|>",
         "<|channel|>commentary s<|start|>assistant<|channel|>commentary<|message|>",
+        "<|channel|>commentary to=all s<|message|>",
+        "<|channel|> s<|message|>",
     ],
 )
 def test_a_lone_word_is_a_recipient_if_it_was_offered(tokenizer, header):
@@ -305,8 +307,42 @@ def test_a_lone_word_is_a_recipient_if_it_was_offered(tokenizer, header):
 
 
 @pytest.mark.parametrize(
+    "header",
+    [
+        "<|channel|>commentary functions.s<|channel|>commentary<|message|>",
+        "<|channel|>commentary functions.s json<|start|>assistant<|channel|>commentary<|message|>",
+        "<|channel|>commentary 大 to=functions.s<|channel|>commentary<|message|>",
+        "<|channel|>commentary 大 to=functions.s <|constrain|>json<|start|>assistant<|channel|>commentary<|message|>",
+        "<|channel|>functions.s<|message|>",
+        "<|channel|> functions.s<|channel|>final<|message|>",
+        "<|channel|>commentary functions.s ",
+        "<|channel|>commentary to=assistant functions.s<|message|>",
+        "<|channel|>commentary to=functions.scommentary<|message|>",
+        "<|channel|>commentary to=scode<|message|>",
+        "<|start|>assistantcommentary to=functions.s<|message|>",
+    ],
+)
+def test_a_recipient_without_its_mark_or_beside_another_is_found(tokenizer, header):
+    reader, text = read(tokenizer, header + BASH + "<|call|>", "s")
+    assert (called(reader), text, reader.reasoning) == ([("s", BASH)], "", "")
+
+
+def test_channels_without_their_mark(tokenizer):
+    """As of a model that glues the words of a header."""
+    reader, text = read(
+        tokenizer, "<|start|>assistantanalysis<|message|>Hm.<|end|><|start|>assistant final<|message|>Hi.<|return|>"
+    )
+    assert (text, reader.reasoning, reader.ended) == ("Hi.", "Hm.", False)
+
+
+@pytest.mark.parametrize(
     ("written", "text"),
-    [("s", "s"), ("<|channel|>final<|message|>s", "s"), ("<|channel|>final s is a tool<|return|>", "s is a tool")],
+    [
+        ("s", "s"),
+        ("<|channel|>final functions.s is one", "functions.s is one"),
+        ("<|channel|>final<|message|>s", "s"),
+        ("<|channel|>final s is a tool<|return|>", "s is a tool"),
+    ],
 )
 def test_an_answer_that_begins_with_a_tools_name_is_text(tokenizer, written, text):
     reader, said = read(tokenizer, written, "s")

@@ -36,6 +36,12 @@ _BARE_FUNCTION = re.compile(rf"(?<!\S){FUNCTIONS}\s*\.\s*{_WORD}", re.IGNORECASE
 _NAMESPACE = re.compile(rf"{FUNCTIONS}{_GAP}\.{_GAP}", re.IGNORECASE)
 # "json" directly before the text, as in `to=functions.f json{"x": 1}`; not the beginning of a longer word.
 _CONTENT_TYPE = re.compile(r"\s*(json|code)(?![a-z])\s*", re.IGNORECASE)
+# The gap before "functions.f", if only a content type or JSON follows that.
+_GAP_BEFORE_FUNCTION = re.compile(rf"\s*(?={FUNCTIONS}\s*\.\s*{_WORD}\s*(?:json|code)?\s*(?:$|[{{\[]))", re.IGNORECASE)
+# A header that ends with "to=functions.f" or "to=functions.f json".
+_RECIPIENT_AT_END = re.compile(
+    rf"to{_GAP}=[\s\0\"'`]*{FUNCTIONS}\.[^\s\0{{]+{_GAP}(?:json|code)?{_GAP}\Z", re.IGNORECASE
+)
 _PUNCTUATION = "?!,;:."  # that models put behind names and channels
 
 
@@ -87,6 +93,8 @@ class Header:
 
     def is_broken_off(self) -> bool:
         """Whether a mark that begins another header leaves this one without a text; otherwise it is a message."""
+        if self.channel is not None and _RECIPIENT_AT_END.search(self._written()):
+            return True
         message, text = self.salvage()
         return not text or text == "to=" or (message.recipient is not None and text[0] not in "{[")
 
@@ -103,12 +111,17 @@ class Header:
         left = _RECIPIENT.sub(lambda match: _take_recipient(match, recipients), written)
         *_, author, channel, constrain = left.split(_MARK)
         role, name, rest = self._read_author(author)
+        if self.channel is None:  # its mark can be missing, too
+            word, after = _first_word(rest)
+            channel, rest = (word, after) if _known_channel(word) else ("", rest)
         channel, after = _first_word(channel)
+        if not _known_channel(channel) and (channel in self._names or _BARE_FUNCTION.match(channel)):
+            channel, after = "", f"{channel} {after}"
         rest += f" {after}"
-        if not recipients and (found := _BARE_FUNCTION.search(f"{rest} {constrain}")):
+        if NOBODY.issuperset(recipients) and (found := _BARE_FUNCTION.search(f"{rest} {constrain}")):
             recipients.append(_clean_name(found[0]))
             rest, constrain = _BARE_FUNCTION.sub("", rest), _BARE_FUNCTION.sub("", constrain)
-        if not recipients and (lone := self._lone_name(rest)):
+        if NOBODY.issuperset(recipients) and (lone := self._lone_name(rest)):
             recipients.append(lone)
             rest = _without(rest, lone)
         tools = [name for name in recipients if name not in NOBODY]
@@ -153,6 +166,8 @@ class Header:
         rest += after
         if self.channel is not None and (lone := self._lone_name(rest)):
             rest = f"to={lone} {_without(rest, lone)}"
+        elif self.channel is not None and (gap := _GAP_BEFORE_FUNCTION.match(rest)):
+            rest = f"to={rest[gap.end() :]}"
         recipient = _RECIPIENT.match(rest)
         text = rest[recipient.end() if recipient else 0 :] + (self.constrain or "")
         kind = _CONTENT_TYPE.match(text) if recipient or self.constrain is not None else None
@@ -172,6 +187,8 @@ class Header:
         word, rest = _first_word(author)
         if not self.explicit:
             return "assistant", None, rest if word.lower() == "assistant" else author
+        if word.lower().startswith("assistant") and _known_channel(glued := word[len("assistant") :]):
+            return "assistant", None, f" {glued}{rest}"
         role, _, name = word.partition(":")
         if role.lower() in ROLES and role != "tool":
             return role.lower(), name or None, rest
