@@ -98,6 +98,10 @@ class TurnReader:
         """The rest of it."""
         return self._read(self._parser.finish())
 
+    def ended_by(self, token_id: int) -> None:
+        """After `finish`, the token that ended the turn: `<|call|>` makes a call also of a header without a text."""
+        self._parser.ended_by(token_id)
+
     def take_reasoning(self) -> str:
         """The reasoning since the last call."""
         fresh, self._fresh = self._fresh, ""
@@ -165,8 +169,9 @@ def chat_chunks(chunks: Iterable[Chunk], reader: TurnReader) -> Iterator[ChatChu
     for chunk in chunks:
         completion = None
         if chunk.completion is not None:
-            calls = reader.tool_calls
             reason = chunk.completion.finish_reason
+            reader.ended_by(chunk.token_id)
+            calls = reader.tool_calls
             completion = ChatCompletion(
                 text=chunk.completion.text,
                 reasoning=reader.reasoning,

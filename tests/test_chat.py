@@ -327,6 +327,14 @@ def test_a_recipient_without_its_mark_or_beside_another_is_found(tokenizer, head
     assert (called(reader), text, reader.reasoning) == ([("s", BASH)], "", "")
 
 
+@pytest.mark.parametrize(("end", "names"), [("<|call|>", ["s"]), ("<|return|>", []), ("<|end|>", [])])
+def test_a_header_that_ends_as_a_call_is_one_without_arguments(tokenizer, end, names):
+    """The engine keeps the token that ends a turn from its reader."""
+    reader, text = read(tokenizer, "<|channel|>commentary to=functions.s <|constrain|>json", "s")
+    reader.ended_by(tokenizer.special_ids[end])
+    assert (text, called(reader)) == ("", [(name, "{}") for name in names])
+
+
 def test_channels_without_their_mark(tokenizer):
     """As of a model that glues the words of a header."""
     reader, text = read(

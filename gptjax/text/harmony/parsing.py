@@ -65,6 +65,8 @@ class StreamParser:
         self._constrain, self._message = special[CONSTRAIN], special[MESSAGE]
         self.messages: list[Message] = []
         self._decoder = tokenizer.stream()
+        self._call = special[CALL]
+        self._cut: Header | None = None  # the last header, if it ended without a text
         self._names = names
         self._header = self._new_header()
         self._current: Message | None = None  # None while its header is read
@@ -74,7 +76,7 @@ class StreamParser:
     def push(self, token_id: int) -> list[Event]:
         """The events of one more token, which is any id that is not negative."""
         if token_id in self._ends:
-            return self._end()
+            return [*self._end(), *self.ended_by(token_id)]
         if token_id == self._start:
             return self._start_header()
         if token_id == self._channel:
@@ -91,9 +93,17 @@ class StreamParser:
             message, text = self._header.salvage()
             # The rest of a header that was cut short is a word at most.
             if _WORD.fullmatch(text) and (self._header.marked or message.recipient):
-                self._header = self._new_header()
+                self._cut, self._header = self._header, self._new_header()
                 return []
         return self._end()
+
+    def ended_by(self, token_id: int) -> list[Event]:
+        """The events of a call without a text, if `<|call|>` ended its header. After `finish`, of the stream's end."""
+        cut, self._cut = self._cut, None
+        message = None if cut is None else cut.read()
+        if token_id != self._call or message is None or message.role != "assistant" or message.recipient is None:
+            return []
+        return [*self._begin(message), *self._end()]
 
     def _new_header(self) -> Header:
         return Header(explicit=False, names=self._names)
@@ -165,8 +175,9 @@ class StreamParser:
             if not self._header.is_broken_off():
                 events = self._begin(*self._header.salvage())
         if self._current is None:
-            self._header = self._new_header()
+            self._cut, self._header = self._header, self._new_header()
             return []
+        self._cut = None
         events += [*self._first(self._current), self._event(self._current, tail, ended=True)]
         self.messages.append(replace(self._current, content="".join([*self._pieces, tail])))
         self._header, self._current = self._new_header(), None
