@@ -88,7 +88,7 @@ def convert(
     source, destination = Path(source), Path(destination)
     _check_paths(source, destination)
     wanted = None if dtype is None else _dtype(dtype)
-    small = _small_files(source)  # as they are now: whoever reads them again must find the same
+    small = _small_files(source)  # read once: if they change before the end, that is an error
     config = read_config(source, ignore=ignore_config)
     target = config if quantize is None else quantization.packed_config(config, quantize)
     plan, reader = _open(source, config)
@@ -202,7 +202,7 @@ def _small_files(source: Path) -> dict[Path, bytes]:
 
 
 def _rewritten(config_json: bytes, config: ModelConfig, target: ModelConfig, ignored: Sequence[str]) -> bytes:
-    """The target's `config.json`: without ignored keys, and saying what is packed."""
+    """The target's `config.json`, without the ignored keys and with what is packed."""
     raw = dict(without(parse_json(config_json.decode()), ignored))
     if target != config:
         raw = quantization.config_json(raw, target)

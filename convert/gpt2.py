@@ -49,8 +49,8 @@ _BUFFERS = (
 def table(config: GPT2Config, names: Collection[str]) -> Table:
     """The rows for a model whose head is tied to the embedding, or is not.
 
-    The one tensor of a tied model may be stored under either name: transformers keeps the embedding's, and safetensors'
-    `save_model` the first in the alphabet, lm_head.weight.
+    The one tensor of a tied model can be stored under either name: transformers keeps the embedding's, safetensors'
+    `save_model` the alphabetically first, lm_head.weight.
     """
     ignored, refused = other_heads(names, "GPT2LMHeadModel")
     body = (*_ENDS, *_BLOCKS)

@@ -1,4 +1,4 @@
-"""SHA-256 of the files that a conversion reads, and whether they are what was read."""
+"""SHA-256 of the files that a conversion reads, and a check that nothing changed them meanwhile."""
 
 import concurrent.futures
 import hashlib
@@ -21,12 +21,12 @@ _BLOCK: Final = 1 << 20
 class Hashes:
     """Hashes safetensors files in a thread while they are converted, and compares what both have read.
 
-    A SHA-256 takes a file's bytes in their order, in which tensors are not always read. So the files are read once
-    more, with a CRC-32 of each tensor on the way; those of the tensors that were converted must be the same.
+    A SHA-256 needs a file's bytes in order, and the conversion reads tensors in another. So the files are read once
+    more, taking the CRC-32 of each tensor, which must be the same as when the tensor was converted.
     """
 
     def __init__(self, small: Mapping[Path, bytes], source: SafetensorsSource):
-        """`small` are files that were read whole, with their bytes; `source` keeps the checksums of what it reads."""
+        """Takes the small files with their bytes, and a source, which notes checksums of what it reads from now on."""
         self._small, self._headers = small, source.headers
         self._converted: dict[str, int] = {}
         self._hashed: dict[str, int] = {}
@@ -43,7 +43,7 @@ class Hashes:
         self._pool.shutdown()
 
     def result(self) -> tuple[SourceFile, ...]:
-        """The files, when all has been read of them. Raises `CheckpointError` if one has changed since."""
+        """The files, once they are read to the end. Raises `CheckpointError` if one has changed."""
         large = self._future.result()
         for path, header in self._headers.items():
             read = self._converted.keys() & header.tensors.keys()
@@ -71,7 +71,7 @@ class Hashes:
         return SourceFile(path.name, header.stamp.size, digest.hexdigest())
 
     def _crc32(self, descriptor: int, size: int, digest: Any) -> int:
-        """The CRC-32 of the next bytes, which the digest takes as well. Of fewer at the end of the file."""
+        """The CRC-32 of the next bytes, or of the fewer that are left; feeds the digest, too."""
         crc = 0
         while size and not self._cancelled.is_set() and (block := os.read(descriptor, min(size, _BLOCK))):
             digest.update(block)

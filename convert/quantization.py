@@ -61,12 +61,12 @@ def summed_last(path: Path, array: Any) -> Any:
 
 
 def rounded(path: Path, parts: Iterable[np.ndarray], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks and scales of a weight. Rounds from the float32 of its values.
+    """Blocks and scales of a weight, rounded from its values in float32.
 
     Args:
       path: of the weight.
-      parts: its numbers as the models declare them, whole or cut along the first axis (if it is not summed over).
-      shape: of all of it in MXFP4, the summed axis last.
+      parts: its values as the models declare them, whole or cut along the first axis (if that is not summed over).
+      shape: of the whole weight in MXFP4, the summed axis last.
     """
     count = (*shape[:-1], shape[-1] // BLOCK)
     blocks, scales = np.empty((*count, BLOCK // 2), np.uint8), np.empty(count, np.uint8)

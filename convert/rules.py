@@ -86,7 +86,7 @@ class Ignored:
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """A source tensor that may be there and then must equal another one, rounded if one has a smaller dtype."""
+    """A source tensor that is optional, and must equal another one (rounded, if one has a smaller dtype)."""
 
     source: str
     of: str
@@ -95,7 +95,7 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """Source tensors that show that the checkpoint is something else."""
+    """Source tensors that show that the checkpoint is another kind of model."""
 
     source: str
     reason: str
@@ -182,7 +182,7 @@ def readers(plan: Plan, source: SafetensorsSource) -> Iterator[tuple[Path, Calla
 
 
 def parts(fill: Fill, source: SafetensorsSource) -> Iterator[np.ndarray]:
-    """One target in consecutive parts of its first axis, in little memory, if it is as it is stored; or whole.
+    """One target in consecutive parts of its first axis, to save memory; whole, if it has to be transformed.
 
     Raises `CheckpointError`.
     """
@@ -369,7 +369,7 @@ def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _agree(source: SafetensorsSource, name: str, original: str) -> bool:
-    """Whether two tensors of one shape have the same bits, or have once one is rounded to the other's dtype."""
+    """Whether two tensors of one shape have the same bits, if need be after rounding one to the other's dtype."""
     there = back = True
     for x, y in zip(source.slices(name, _PIECE), source.slices(original, _PIECE), strict=True):
         there = there and _same_bits(_as(x, y.dtype), y)

@@ -53,7 +53,7 @@ def load(
         two, 32 at most.
       implementation: which kernels to use; "auto" takes the best there is, a named one runs or raises.
       tokenizer: a directory to take the tokenizer from, if not the checkpoint's own.
-      ignore_config: keys to read config.json without, for who knows that they change nothing about the results, as in
+      ignore_config: keys of config.json to ignore, if you know that they do not change the results, as in
         `("rotary_dim", "rope_scaling.mscale")`.
       generation_config: settings in place of those of the checkpoint's generation_config.json, by the same names, or
         False for none of them. The tokens that end a text are kept, unless `eos_token_id` is given.

@@ -11,11 +11,14 @@ from gptjax.engine.output import Chunk, Completion
 from gptjax.errors import RequestError
 from gptjax.text import Tokenizer, harmony
 from gptjax.text.harmony.header import NOBODY
+from gptjax.text.harmony.messages import CHANNELS, FUNCTIONS
 from gptjax.text.harmony.rendering import check_name
 from gptjax.text.harmony.writer import LONGEST
 
 TODAY: Final = "today"
-_FUNCTIONS: Final = "functions."
+_PREFIX: Final = f"{FUNCTIONS}."
+# Models omit the space or mark between a name and these.
+_GLUED: Final = ("json", "code", *CHANNELS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,7 @@ class ToolCall:
 
     id: str  # "call_" and 24 random hexadecimal digits: unlike any other, of other conversations too
     name: str  # the function's, or "python", "browser.search" and the like for built-in tools
-    arguments: str  # JSON for functions, as the model wrote it: it may be malformed; "{}" where it wrote none
+    arguments: str  # JSON for functions, as the model wrote it: it may be malformed; "{}" if it wrote none
 
     def to_json(self) -> dict[str, Any]:
         """As in the messages of OpenAI's chat API."""
@@ -61,28 +64,26 @@ class ChatChunk:
     reasoning: str
     token_id: int
     completion: ChatCompletion | None  # with the last chunk
-    phase: str  # of the text: "commentary" for what precedes calls, or else "final_answer"; as in OpenAI's Responses
+    phase: str  # of the text, as in OpenAI's Responses: "commentary" if it precedes calls, else "final_answer"
 
 
 class TurnReader:
     """Takes the tokens of one turn and tells answer, reasoning and tool calls apart; a detokenizer for the engine.
 
-    The answer is what users are to see: every message that is neither reasoning nor a call. Where a model does not keep
-    to channels, its text is the answer. An empty line stands between messages.
-
-    A message to `functions.NAME` or to a tool that was offered is a call, in any channel. Others keep their text: that
-    of the analysis channel is reasoning, and the rest the answer, whomever it is for.
+    A message to `functions.NAME` or to a tool that was offered is a call, in any channel. Of other messages, whomever
+    they are for, those in the analysis channel are reasoning, and the rest are the answer, which users are to see. An
+    empty line separates messages.
 
     Attributes:
-        ended: whether the turn is over, whatever follows, since somebody else has the word.
-        phase: where the last of the answer came from: "commentary" for what precedes calls, or else "final_answer".
+        ended: whether the turn is over, because the model began a message of somebody else.
+        phase: of the answer's text so far: "commentary" if its last message precedes calls, else "final_answer".
     """
 
     def __init__(self, tokenizer: Tokenizer, *, offered: frozenset[str] = frozenset()) -> None:
         """`offered`: the names of tools, from `offered_names`."""
         self.ended = False
         self.phase = "final_answer"
-        self._parser = harmony.StreamParser(tokenizer)
+        self._parser = harmony.StreamParser(tokenizer, names=offered)
         self._offered = offered
         self._ids: list[str] = []  # of calls, in their order
         self._reasoning: list[str] = []
@@ -96,6 +97,10 @@ class TurnReader:
     def finish(self) -> str:
         """The rest of it."""
         return self._read(self._parser.finish())
+
+    def ended_by(self, token_id: int) -> None:
+        """After `finish`, the token that ended the turn: `<|call|>` makes a call also of a header without a text."""
+        self._parser.ended_by(token_id)
 
     def take_reasoning(self) -> str:
         """The reasoning since the last call."""
@@ -112,13 +117,11 @@ class TurnReader:
         """Those that are complete; after `finish` also one that was cut short, and may be malformed."""
         messages = itertools.takewhile(lambda message: message.role == "assistant", self._parser.messages)
         calls = [
-            (name, str(message.content).strip() and str(message.content))
-            for message in messages
-            if (name := self._tool(message.recipient)) is not None
+            (name, str(message.content)) for message in messages if (name := self._tool(message.recipient)) is not None
         ]
         self._ids += [f"call_{secrets.token_hex(12)}" for _ in range(len(calls) - len(self._ids))]
         return tuple(
-            ToolCall(call_id, name, arguments or "{}")
+            ToolCall(call_id, name, arguments if arguments.strip() else "{}")
             for call_id, (name, arguments) in zip(self._ids, calls, strict=False)
         )
 
@@ -141,15 +144,14 @@ class TurnReader:
         return answer
 
     def _tool(self, recipient: str | None) -> str | None:
-        """The tool that a recipient calls; None where it calls none, or none that a conversation can go on with."""
+        """The tool that a recipient calls; None if it is not a tool, or has a name that a prompt cannot repeat."""
         if recipient is None:
             return None
-        name = recipient.removeprefix(_FUNCTIONS)
-        if name == recipient and (name in NOBODY or name not in self._offered):
+        name = recipient.removeprefix(_PREFIX)
+        if name not in self._offered:
+            name = next((plain for word in _GLUED if (plain := name.removesuffix(word)) in self._offered), name)
+        if not recipient.startswith(_PREFIX) and (name in NOBODY or name not in self._offered):
             return None
-        # Models leave out what stands between a name and the content type.
-        plain = name.removesuffix("json")
-        name = plain if name not in self._offered and plain in self._offered else name
         try:
             return check_name(name, "the tool")
         except RequestError:
@@ -157,7 +159,7 @@ class TurnReader:
 
 
 def offered_names(tools: Iterable[Mapping[str, Any]] | None) -> frozenset[str]:
-    """The names that calls of tools can bear, of tools that `prompt` has taken."""
+    """The names by which tools can be called. `tools` are those of a `prompt`, which has checked them."""
     functions, builtin = harmony.read_tools(tools)
     return frozenset(function.name for function in functions) | frozenset(harmony.recipients(builtin))
 
@@ -167,8 +169,9 @@ def chat_chunks(chunks: Iterable[Chunk], reader: TurnReader) -> Iterator[ChatChu
     for chunk in chunks:
         completion = None
         if chunk.completion is not None:
-            calls = reader.tool_calls
             reason = chunk.completion.finish_reason
+            reader.ended_by(chunk.token_id)
+            calls = reader.tool_calls
             completion = ChatCompletion(
                 text=chunk.completion.text,
                 reasoning=reader.reasoning,

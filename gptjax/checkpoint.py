@@ -57,7 +57,7 @@ _WORKERS: Final = 8  # weights on their way to a device at a time
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Weights that are to be saved and are made together: how many bytes they have, and what makes them."""
+    """Weights that are made and saved together: their bytes, and a function that makes them."""
 
     nbytes: int
     read: Callable[[], Mapping[Path, np.ndarray]]
@@ -243,7 +243,7 @@ def checked_manifest(directory: FilePath, targets: Mapping[str, Any]) -> Manifes
 
 
 def readers(directory: FilePath, manifest: Manifest) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
-    """Path of each weight of a converted directory, and what reads it. Both raise `CheckpointError`."""
+    """Path of each weight of a converted directory, and a function that reads it. Both raise `CheckpointError`."""
     buffers = Buffers()
     for piece, files in manifest.pieces.items():
         path = directory / "params" / piece
@@ -273,10 +273,10 @@ def save(
 
     Args:
       destination: the directory, which must not exist unless `overwrite`; then it must be a converted one.
-      parts: what makes the weights. Those of one piece are held at a time.
+      parts: the weights. Only those of one piece are in memory at a time.
       total_bytes: of all weights, to refuse a disk that is too full before anything is written.
       source, source_files: what the manifest says of the origin; the latter is called when all weights are written.
-      copies: files that the directory has besides, by their names.
+      copies: the directory's other files, by name.
       progress: shows how far it is.
 
     Raises:

@@ -99,7 +99,7 @@ def _version(name: str) -> str | None:
 
 
 def _requirements() -> list[tuple[str, str, str]]:
-    """(package, versions wanted, the extra that wants it or "")."""
+    """(package, required versions, the extra that requires it or "")."""
     matches = [
         (re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*(.*)", line), extra) for line, extra in installation.requirements()
     ]

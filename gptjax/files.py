@@ -1,7 +1,7 @@
 """Files that come from elsewhere: text and JSON in bounded memory, with errors that say what to do.
 
-A name in a checkpoint's directory may be a pipe, a device, a link in a circle or a sparse terabyte. Everything here
-opens regular files only, never waits, and reads no more than the limit of the file's kind.
+A name in a checkpoint's directory may belong to a pipe, a device, a circular link or a sparse terabyte. Everything here
+opens regular files only, never blocks, and reads no more than the limit for the file.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ MAX_CONTAINERS: Final = 1 << 22  # arrays and objects in a JSON file; GPT-OSS's 
 MISSING: Final = (FileNotFoundError, NotADirectoryError)  # what opening a file raises if there is none
 
 _FIXES: Final = {
-    errno.ELOOP: "its symbolic links lead in a circle: replace them by the file",
+    errno.ELOOP: "its symbolic links lead in a circle: replace them with the file",
     errno.ENAMETOOLONG: "use a shorter name",
 }
 _NOT_BRACKETS: Final = bytes(set(range(256)) - set(b'"[]{}'))
@@ -56,7 +56,7 @@ def stamp(status: os.stat_result) -> Stamp:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[int]:
-    """A descriptor of a regular file, for reading, which is closed at the end.
+    """A descriptor for reading a regular file; closed at the end.
 
     Raises:
       FileNotFoundError, NotADirectoryError (`MISSING`): there is no such file.
@@ -100,7 +100,7 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes | None:
 
     Args:
       path: the file.
-      limit: the most bytes that it may have; by default, that of its name in `LIMITS`.
+      limit: the most bytes to read; by default, the limit of its name in `LIMITS`.
 
     Raises:
       CheckpointError: a file that is too large, not regular, or cannot be read.
@@ -167,11 +167,11 @@ def parse_json(text: str, *, strict: bool = False) -> Any:
 
 
 def _check_nesting(text: str) -> None:
-    # All that is valid JSON up to its first fault is measured right; what follows no parser reaches.
+    # Measures correctly whatever is valid JSON up to its first fault; no parser gets beyond that.
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return
     data = text.replace("\\\\", "").replace('\\"', "").encode("utf-8", "surrogatepass")
-    # Taking out two quotes in a row keeps everything else inside or outside of strings.
+    # Adjacent quotes can go: what is inside a string stays inside, and what is outside stays outside.
     data = data.translate(None, delete=_NOT_BRACKETS).replace(b'""', b"")
     data = re.sub(rb'"[^"]*("|$)', b"", data)
     if data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:

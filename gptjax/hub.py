@@ -18,7 +18,7 @@ from gptjax.quoting import shown
 DEMOS: Final = Path(__file__).resolve().parent / "demo"
 
 FILES: Final = ("*.json", "*.txt", "*.safetensors", "*.model")  # what a checkpoint needs of a Hub repository
-_REFERENCE_BYTES: Final = 4096  # the most that a file of the cache's that names a commit may have
+_REFERENCE_BYTES: Final = 4096  # the limit for a file of the cache that names a commit
 _HUB_ID: Final = re.compile(
     r"(?P<repo>(?:\w[\w.-]{0,95}/)?\w[\w.-]{0,95})(?:@(?P<revision>\w[\w./-]{0,99}))?", re.ASCII
 )

@@ -82,11 +82,11 @@ def describe(
 
 
 def _generation(defaults: GenerationDefaults, config: ModelConfig) -> str:
-    """What generation goes by, and what keeps it from being done."""
-    facts = dataclasses.asdict(dataclasses.replace(defaults, faults=()))
-    text = ", ".join(f"{key} {value}" for key, value in facts.items() if key != "faults")
+    """The settings of generation, and why it is refused if it is."""
+    settings = [field.name for field in dataclasses.fields(defaults) if field.name != "faults"]
+    text = ", ".join(f"{name} {getattr(defaults, name)}" for name in settings)
     if beyond := [token for token in defaults.eos_ids if token >= config.vocab_size]:
-        text += f"; the model has no token {names(list(map(str, beyond)))}, so no text ends with it"
+        text += f"; the model has no token {names(list(map(str, beyond)))}, so it cannot end a text"
     try:
         defaults.check()
     except ConfigError as error:

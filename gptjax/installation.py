@@ -18,13 +18,13 @@ _CHECKOUT: Final = Path(__file__).resolve().parent.parent
 def with_extra(extra: str) -> str:
     """The command that installs an extra of pyproject.toml, such as "serve", for a shell."""
     source = _source(f"[{extra}]")
-    if source is None:  # its packages by themselves do as well
+    if source is None:  # the extra's packages alone will do
         source = [requirement for requirement, wanted_by in requirements() if wanted_by == extra]
     return _pip(source)
 
 
 def again() -> str:
-    """A sentence that says how to install gptjax anew."""
+    """How to install gptjax again, for the end of a sentence."""
     source = _source("")
     if source is None:
         return "install gptjax again, the way that you installed it"
@@ -36,7 +36,7 @@ def _pip(arguments: list[str]) -> str:
 
 
 def _source(extra: str) -> list[str] | None:
-    """pip's arguments for where gptjax came from (PEP 610); None where that is not known, or no longer there."""
+    """pip's arguments for where gptjax came from (PEP 610); None if that is unknown or no longer there."""
     origin = _origin()
     url, vcs = str(origin.get("url", "")), origin.get("vcs_info")
     if isinstance(vcs, dict):
@@ -55,7 +55,7 @@ def _source(extra: str) -> list[str] | None:
 
 
 def _origin() -> dict[str, Any]:
-    """What the installer wrote down about where the package came from."""
+    """What the installer recorded about where the package came from."""
     try:
         text = metadata.distribution("gptjax").read_text("direct_url.json")
     except metadata.PackageNotFoundError:

@@ -90,7 +90,7 @@ class LanguageModel:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The token ids that end a text, of those that the model has."""
+        """The token ids that end a text; those outside the vocabulary are left out."""
         ids = self.defaults.eos_ids
         if not ids and not isinstance(self._tokenizer, GptjaxError):
             ids = self._tokenizer.eos_ids
@@ -108,8 +108,8 @@ class LanguageModel:
         """Continues a prompt, or each of a list of prompts, which are then computed together.
 
         Args:
-          prompt: text, or a list of token ids, or a list of either. Text gets the tokens that the tokenizer puts before
-            and after any text, if it is one that does (`Tokenizer.prompt`); token ids are taken as they are.
+          prompt: text, or a list of token ids, or a list of either. Text gets the tokens that the tokenizer adds before
+            and after it, if any (`Tokenizer.prompt`); token ids are used unchanged.
           **options: `max_tokens` (256), `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`,
             `presence_penalty`, `frequency_penalty`, `logit_bias`, `seed` (or a list, one for each prompt),
             `top_logprobs`, `stop`, `stop_ids`, `ignore_eos`, `special`: see `GenerateOptions`. Special

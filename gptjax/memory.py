@@ -249,14 +249,14 @@ def _state(model: Model, batch: int, max_length: int) -> tuple[int, int]:
 
 
 def _cache(model: Model, batch: int, max_length: int) -> int:
-    """Bytes of `registry.create_cache`: counted, as tracing a thousand layers takes seconds."""
+    """Bytes of `registry.create_cache`, computed rather than traced: tracing a thousand layers takes seconds."""
     capacity = _capacity(max_length)
     places = sum(capacity if window is None else min(window, capacity) for window in model.config.windows)
     return batch * (_places(model) * places + 4)  # and the length
 
 
 def _places(model: Model) -> int:
-    """Bytes of a key and a value of one layer at one position."""
+    """Bytes of one layer's key and value at one position."""
     return 2 * model.config.num_kv_heads * model.config.head_width * jnp.dtype(model.dtype).itemsize
 
 

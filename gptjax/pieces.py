@@ -2,14 +2,13 @@
 
 Orbax writes it, in Zarr's second format: a directory a weight, with one chunk, neither compressed nor filtered, and a
 `.zarray` that describes it. It is read here without Orbax and TensorStore, which trust what such a file says: an
-edited shape, compressor or nesting makes them abort, crash or take any amount of memory. What is not exactly as this
-module writes it is an error. Reading directly also saves the two copies that Orbax makes.
+edited shape, compressor or nesting makes them abort, crash or take any amount of memory. Anything that is not exactly
+as this module writes it is an error. Reading directly also saves the two copies that Orbax makes.
 
 Measured on 320 MB: Orbax holds a copy of a piece while it saves (0.2 s), and weights do not compress.
 """
 
 import contextlib
-import ctypes
 import json
 import logging
 import math
@@ -26,7 +25,7 @@ from gptjax.files import parse_json, read_bytes
 from gptjax.manifest import Leaf
 from gptjax.raw import Buffers, read_array
 
-_ZARRAY_BYTES: Final = 4096  # the most that a .zarray may have; those of ours have 150
+_ZARRAY_BYTES: Final = 4096  # the limit for a .zarray; ours have 150
 _TIMES: Final = ("init_timestamp_nsecs", "commit_timestamp_nsecs")
 
 
@@ -47,7 +46,7 @@ def write_piece(path: Path, tree: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _forget_time_and_place(path: Path) -> None:
-    """Orbax writes down when it saved, and the directory that the piece had then."""
+    """Removes what differs between equal pieces: Orbax records when it saved, and in which directory."""
     metadata, success = path / "_CHECKPOINT_METADATA", path / "commit_success.txt"
     if metadata.exists():
         raw = json.loads(metadata.read_text(encoding="utf-8"))
@@ -125,15 +124,8 @@ def checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def return_memory() -> None:
-    """Gives freed memory back to the system. Orbax works in many threads, and glibc keeps what each of them freed:
-    1.1 GB after restoring gpt2-xl. Does nothing where there is no glibc."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 def _files(path: Path) -> dict[str, int]:
-    """The sizes of the files below a directory, but of links to nothing."""
+    """The sizes of the files below a directory; broken links are left out."""
     found = {}
     for file in sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names):
         with contextlib.suppress(OSError):

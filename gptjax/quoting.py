@@ -1,4 +1,4 @@
-"""Strings and values that others wrote, as messages may show them: short, and unable to steer a terminal."""
+"""Strings and values that others wrote, made safe for messages: short, and without escapes for a terminal."""
 
 import reprlib
 from typing import Final
@@ -34,7 +34,7 @@ def quoted(value: object) -> str:
 
 
 def shown(name: object) -> str:
-    """A name or a path as it can be printed: escaped if anything in it is not printable, and cut to 300 characters."""
+    """A name or a path for printing: escaped if anything in it is not printable, and cut to 300 characters."""
     text = str(name)
     text = text if text.isprintable() and text else ascii(text)
     return text if len(text) <= _MOST_OF_NAMES else f"{text[:_MOST_OF_NAMES]}…"

@@ -1,7 +1,7 @@
-"""Arrays out of files, into memory of their own.
+"""Arrays read from files into memory.
 
-Nothing is mapped: reading a mapped file that somebody truncates ends the process with SIGBUS, which no program can
-turn into an error.
+Nothing is memory-mapped: if somebody truncates a mapped file, reading it ends the process with SIGBUS, which cannot be
+turned into an error.
 """
 
 import math
@@ -84,7 +84,7 @@ def read_array(
       buffers: where the array's memory comes from; None for memory of its own.
 
     Raises:
-      CheckpointError: the file is missing, shorter than that, not as it was, or memory does not suffice.
+      CheckpointError: the file is missing, too short or has changed, or there is not enough memory.
     """
     size = math.prod(shape) * dtype.itemsize
     try:
@@ -93,35 +93,39 @@ def read_array(
             if expected is not None and found != expected:
                 raise changed(path)
             if found.size < offset + size:
-                raise _short(path, offset + size, found.size)
+                raise truncated(path, offset + size, found.size)
             array = np.empty(shape, dtype) if buffers is None else buffers.empty(shape, dtype)
             view = array.reshape(-1).view(np.uint8).data if size else memoryview(b"")
             done = 0
             while done < size:
                 count = os.preadv(descriptor, [view[done:]], offset + done)
                 if count == 0:
-                    raise _short(path, offset + size, offset + done)
+                    raise truncated(path, offset + size, offset + done)
                 done += count
     except MISSING:
-        raise CheckpointError(
-            f"{shown(path)} does not exist; download the file, it belongs to the checkpoint"
-        ) from None
+        raise missing(path) from None
     except MemoryError:
         raise CheckpointError(
-            f"{shown(path)} has an array of {size:,} bytes, for which there is not enough memory; use a larger machine"
+            f"not enough memory for an array of {size:,} bytes in {shown(path)}; use a larger machine"
         ) from None
     array.flags.writeable = False
     return array
 
 
 def changed(path: Path) -> CheckpointError:
-    """The error about a file that somebody else wrote to, or replaced, while it was being read."""
+    """The error for a file that was written to, or replaced, while it was being read."""
     return CheckpointError(
         f"{shown(path)} has changed while it was being read; wait until nothing writes to it, and start again"
     )
 
 
-def _short(path: Path, expected: int, found: int) -> CheckpointError:
+def missing(path: Path) -> CheckpointError:
+    """The error for a file of a checkpoint that does not exist."""
+    return CheckpointError(f"{shown(path)} does not exist; download the file, it belongs to the checkpoint")
+
+
+def truncated(path: Path, expected: int, found: int) -> CheckpointError:
+    """The error for a file that has fewer bytes than expected."""
     return CheckpointError(
         f"{shown(path)} is truncated: expected {expected:,} bytes, found {found:,}; download the file again"
     )

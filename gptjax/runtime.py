@@ -39,7 +39,7 @@ def compute_dtype(dtype: DTypeLike | None) -> np.dtype:
 def check_process() -> None:
     """Raises `RequestError` in a process that was forked from one that loaded a model.
 
-    JAX's threads stay behind in a fork, and whoever computes in the new process waits for them forever.
+    JAX's threads do not survive a fork, and a computation in the new process would wait for them forever.
     """
     global _process
     if _process is None:

@@ -1,6 +1,6 @@
 """A directory that appears whole or not at all.
 
-It is written within a hidden directory beside its destination, and renamed when it is complete and on disk:
+It is written in a hidden directory next to its destination, and renamed when it is complete and on disk:
 
     .NAME.partial-xxxxxxxx/   locked while its process lives; a random name
       gptjax-staging          marks the directory as one that was made here
@@ -8,8 +8,8 @@ It is written within a hidden directory beside its destination, and renamed when
       old/                    what the destination was, between the two renames of an exchange
       discarded/              the same, when the exchange is done
 
-The lock tells a leftover of a killed process from the work of a living one, and the mark from somebody else's
-directory that merely has such a name: without it nothing is deleted or moved.
+The lock distinguishes what a killed process left from the work of a living one. The mark distinguishes both from
+somebody else's directory of such a name, which is never deleted or moved.
 """
 
 import contextlib
@@ -146,9 +146,9 @@ def _is_marked(staging: Path) -> bool:
 
 
 def _remove(staging: Path) -> None:
-    """Deletes a staging directory, but for an old checkpoint that could not be put back.
+    """Deletes a staging directory, except for an old checkpoint that could not be put back.
 
-    The mark goes last, so that what is left by a process killed here is still marked.
+    The mark goes last, so that if the process is killed here, what is left is still marked.
     """
     for name in ("discarded", "new"):
         if (staging / name).exists():
@@ -157,7 +157,7 @@ def _remove(staging: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.remove(staging / _MARK)
         with contextlib.suppress(OSError):
-            os.rmdir(staging)  # and not what somebody else may have put into it
+            os.rmdir(staging)  # fails if somebody else has put something into it
 
 
 def _sync(directory: Path) -> None:

@@ -7,5 +7,5 @@ TIMES: Final = int(os.environ.get("FUZZ", "1"))
 
 
 def rounds(count: int) -> int:
-    """How many random inputs to try where an ordinary test run tries `count`."""
+    """How many random inputs to try, if an ordinary test run tries `count`."""
     return count * TIMES

@@ -282,6 +282,81 @@ def test_a_recipient_is_found_wherever_a_header_has_it(tokenizer, header, end):
     assert (called(reader), text, reader.reasoning) == ([("bash", BASH)], "", "")
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "<|channel|>commentary s<|message|>",
+        "<|channel|>commentary s json<|message|>",
+        "<|channel|>commentary json s<|message|>",
+        "<|channel|>commentary s <|constrain|>json<|message|>",
+        "<|channel|>final s<|message|>",
+        " s<|channel|>commentary<|message|>",
+        "<|start|>assistant s<|channel|>commentary json<|message|>",
+        "<|channel|>commentary s<|channel|>commentary<|message|>",
+        "<|channel|>commentary s<|start|>assistant<|channel|>commentary<|message|>",
+        "<|channel|>commentary to=all s<|message|>",
+        "<|channel|> s<|message|>",
+    ],
+)
+def test_a_lone_word_is_a_recipient_if_it_was_offered(tokenizer, header):
+    """openai-harmony takes it for one in any case."""
+    reader, text = read(tokenizer, header + BASH + "<|call|>", "s")
+    assert (called(reader), text, reader.reasoning) == ([("s", BASH)], "", "")
+    reader, text = read(tokenizer, header.replace(" s", "") + BASH + "<|call|>", "s")
+    assert (called(reader), text) == ([], BASH)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "<|channel|>commentary functions.s<|channel|>commentary<|message|>",
+        "<|channel|>commentary functions.s json<|start|>assistant<|channel|>commentary<|message|>",
+        "<|channel|>commentary 大 to=functions.s<|channel|>commentary<|message|>",
+        "<|channel|>commentary 大 to=functions.s <|constrain|>json<|start|>assistant<|channel|>commentary<|message|>",
+        "<|channel|>functions.s<|message|>",
+        "<|channel|> functions.s<|channel|>final<|message|>",
+        "<|channel|>commentary functions.s ",
+        "<|channel|>commentary to=assistant functions.s<|message|>",
+        "<|channel|>commentary to=functions.scommentary<|message|>",
+        "<|channel|>commentary to=scode<|message|>",
+        "<|start|>assistantcommentary to=functions.s<|message|>",
+    ],
+)
+def test_a_recipient_without_its_mark_or_beside_another_is_found(tokenizer, header):
+    reader, text = read(tokenizer, header + BASH + "<|call|>", "s")
+    assert (called(reader), text, reader.reasoning) == ([("s", BASH)], "", "")
+
+
+@pytest.mark.parametrize(("end", "names"), [("<|call|>", ["s"]), ("<|return|>", []), ("<|end|>", [])])
+def test_a_header_that_ends_as_a_call_is_one_without_arguments(tokenizer, end, names):
+    """The engine keeps the token that ends a turn from its reader."""
+    reader, text = read(tokenizer, "<|channel|>commentary to=functions.s <|constrain|>json", "s")
+    reader.ended_by(tokenizer.special_ids[end])
+    assert (text, called(reader)) == ("", [(name, "{}") for name in names])
+
+
+def test_channels_without_their_mark(tokenizer):
+    """As of a model that glues the words of a header."""
+    reader, text = read(
+        tokenizer, "<|start|>assistantanalysis<|message|>Hm.<|end|><|start|>assistant final<|message|>Hi.<|return|>"
+    )
+    assert (text, reader.reasoning, reader.ended) == ("Hi.", "Hm.", False)
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("s", "s"),
+        ("<|channel|>final functions.s is one", "functions.s is one"),
+        ("<|channel|>final<|message|>s", "s"),
+        ("<|channel|>final s is a tool<|return|>", "s is a tool"),
+    ],
+)
+def test_an_answer_that_begins_with_a_tools_name_is_text(tokenizer, written, text):
+    reader, said = read(tokenizer, written, "s")
+    assert (called(reader), said) == ([], text)
+
+
 @pytest.mark.parametrize("channel", ["analysis", "commentary", "final"])
 @pytest.mark.parametrize(
     ("recipient", "offered", "name"),

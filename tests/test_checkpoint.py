@@ -174,7 +174,7 @@ def test_place_takes_one_weight_at_a_time():
 
 
 def _read(tmp_path):
-    """A weight out of a file, and as the backend for CPUs takes it: as it is, if it is so aligned."""
+    """A weight as it is read from a file, aligned such that the CPU backend takes it without copying."""
     array = np.arange(1 << 16, dtype=np.float32)
     made.write(tmp_path / "model.safetensors", {"x": array})
     return array, open_directory(tmp_path).read("x")
@@ -301,7 +301,7 @@ def test_damaged_metadata_is_told(saved):
 
 
 def _described(directory: Path, weight: str, text: str | bytes, chunk: bytes | None = None) -> None:
-    """Another description of a weight, and another chunk, with a manifest that says that it is so."""
+    """Another description of a weight, and another chunk, with a manifest that agrees."""
     manifest = json.loads((directory / "manifest.json").read_text())
     path = next((directory / "params").glob(f"*/{weight}"))
     (path / ".zarray").write_bytes(text.encode() if isinstance(text, str) else text)

@@ -115,7 +115,7 @@ def test_absent_keys_mean_what_transformers_says():
         ({"intermediate_size": 52}, {"mlp_width": 52}),
         ({"intermediate_size": None}, {}),
         ({"n_inner": None, "intermediate_size": 52}, {"mlp_width": 52}),
-        ({"n_inner": 52, "intermediate_size": 52}, {"mlp_width": 52}),
+        ({"n_inner": 52, "intermediate_size": 53}, {"mlp_width": 52}),  # which transformers does not read
         ({"n_ctx": 37}, {}),
         ({"n_ctx": 36}, {}),  # which transformers does not read
         ({"n_ctx": 41, "n_positions": None}, {"context_length": 41}),
@@ -124,6 +124,9 @@ def test_absent_keys_mean_what_transformers_says():
         ({"n_embd": None, "hidden_size": 60}, {}),
         ({"max_seq_len_cached": None, "zeta": None}, {}),
         ({"unsloth_fixed": True, "eos_token_id": 50256}, {}),
+        # All that transformers 4's base class wrote, and what people added.
+        ({"tie_encoder_decoder": False, "tf_legacy_loss": False, "decoder_start_token_id": 0, "xla_device": False}, {}),
+        ({"author": "A", "created_date": "2021-04-28", "license": "CC-BY-NC-SA 4.0"}, {}),
         ({"do_sample": True, "max_length": 50, "temperature": 0.7, "num_beams": 1}, {}),  # as versions 2 and 3 wrote
         ({"activation_function": "gelu_new"}, {"activation": "gelu_tanh"}),
         ({"activation_function": "gelu"}, {"activation": "gelu_erf"}),
@@ -152,7 +155,6 @@ def test_n_ctx_alone_is_the_context_length():
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"n_inner": 52, "intermediate_size": 53}, "n_inner is 52 but intermediate_size is 53"),
         ({"n_embd": 60, "hidden_size": 64}, "n_embd is 60 but hidden_size is 64"),
         ({"max_position_embeddings": 36}, "n_positions is 37 but max_position_embeddings is 36"),
         ({"n_head": 7}, "n_embd 60 is not a multiple of n_head 7"),
@@ -320,6 +322,8 @@ def test_neutral_values_are_neutral_in_every_spelling(tmp_path, raw):
 DRAWN_NEUTRAL: list[dict[str, Any]] = [
     {"top_k": 0, "top_p": 1, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0, "min_p": 0, "top_h": None},
     {"temperature": 1, "top_p": None, "penalty_alpha": None},
+    {"top_k": -1, "top_h": 0},
+    {"top_k": 0.0},
 ]
 
 

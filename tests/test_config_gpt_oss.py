@@ -91,7 +91,7 @@ def test_what_transformers_does_not_read_changes_nothing(changes):
 
 
 def test_an_absent_window_is_the_published_models():
-    """As in transformers; null is no window."""
+    """As in transformers; null means no window."""
     raw = {key: value for key, value in gpt_oss_random.CONFIG.items() if key != "sliding_window"}
     assert set(config_from_json(raw).windows) == {None, 128}
 

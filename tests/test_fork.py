@@ -1,4 +1,4 @@
-"""A process that was forked after JAX has run says so, where it would wait forever."""
+"""A process that was forked after JAX has run raises an error instead of waiting forever."""
 
 import os
 import subprocess

@@ -303,7 +303,11 @@ def test_an_adapter_is_named_as_one(tmp_path, library, where):
     for task in tasks:
         with pytest.raises(CheckpointError) as caught:
             task(name)
-        for part in ("holds an adapter of openai-community/gpt2 (LoRA", "merge it into its base model first", "peft."):
+        for part in (
+            "an adapter of openai-community/gpt2 (such as LoRA)",
+            "merge it into its base model first",
+            "peft.",
+        ):
             assert part in str(caught.value)
     assert bool(library.calls) == (where == "download")
 

@@ -1,9 +1,10 @@
-"""What a checkpoint's files say against what can be run: loading, converting and describing agree on it."""
+"""Faults in a checkpoint's files, and how to override them: loading, converting and describing agree."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -77,13 +78,13 @@ def test_a_key_is_ignored_everywhere(copy, tmp_path, capsys):
         gptjax.load(copy, ignore_config=["rotary_dims"])
     with pytest.raises(RequestError, match="ignore_config is a list of names"):
         gptjax.load(copy, ignore_config="rotary_dim")
-    # The destination has no such key, so nobody has to be told again.
+    # The destination lacks the key, so it need not be ignored again.
     assert "rotary_dim" not in json.loads((tmp_path / "converted" / "config.json").read_text())
     gptjax.load(tmp_path / "converted").close()
 
 
-def test_a_thousand_layers_are_refused_at_once(tmp_path):
-    """Of a model that fits nowhere; what is needed is counted, not traced layer by layer."""
+def test_a_thousand_layers_are_refused_at_once(monkeypatch):
+    """A model that fits nowhere: its memory is computed, not traced layer by layer."""
     from gptjax import memory
     from gptjax.config import PUBLISHED, config_from_json
     from gptjax.models import registry
@@ -91,14 +92,10 @@ def test_a_thousand_layers_are_refused_at_once(tmp_path):
     raw = PUBLISHED["gpt-oss-20b"].to_json() | {"num_hidden_layers": 1024, "layer_types": None}
     model = registry.build(config_from_json(raw))
     device = gptjax.runtime.device_memory()
-    calls = []
-    state = memory.steps.init_state
-    memory.steps.init_state = lambda *args, **kwargs: calls.append(args) or state(*args, **kwargs)  # type: ignore
-    try:
-        assert "needs" in str(memory.shortfall(model, batch=1, max_length=4096, has=1 << 34, device=device))
-    finally:
-        memory.steps.init_state = state
-    assert not calls
+    traced = mock.Mock(wraps=memory.steps.init_state)
+    monkeypatch.setattr(memory.steps, "init_state", traced)
+    assert "needs" in str(memory.shortfall(model, batch=1, max_length=4096, has=1 << 34, device=device))
+    traced.assert_not_called()
 
 
 def test_a_prompt_gets_what_the_tokenizer_puts_around_texts(copy):

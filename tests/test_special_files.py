@@ -1,4 +1,4 @@
-"""Whatever stands in place of a file, and however a checkpoint is named: a named error, at once, in little memory."""
+"""Whatever takes the place of a file, and whatever a checkpoint's name is: a named error, at once, in little memory."""
 
 import json
 import shutil

@@ -31,7 +31,7 @@ _GGUF: Final = "is a GGUF file; gptjax does not read those yet"
 
 
 def refusal(path: Path) -> str | None:
-    """Why a file is not read as weights, as a whole sentence; None if nothing speaks against it.
+    """Why a file cannot be read as weights, as a whole sentence; None if it can.
 
     Judged by the magic first and then by the name, so that neither a pickle called `model.safetensors` nor a ggml
     file called `ggml-model.bin` passes for something else. Reads at most 64 bytes.
@@ -54,9 +54,9 @@ def refuse(path: Path) -> None:
 
 
 def refuse_adapter(directory: Path) -> None:
-    """Raises `CheckpointError` if a directory holds an adapter (LoRA and its like) in place of a model, or beside one.
+    """Raises `CheckpointError` if a directory holds an adapter (such as LoRA), with a model or without.
 
-    An adapter is a difference to the weights of another checkpoint. transformers adds it to them when it loads such a
+    An adapter is a difference from the weights of another checkpoint. transformers adds it to them when it loads such a
     directory, even if the directory has a model's weights as well.
     """
     weights = [name for name in _ADAPTER_WEIGHTS if os.path.lexists(directory / name)]
@@ -66,24 +66,24 @@ def refuse_adapter(directory: Path) -> None:
         for name in _listed(directory)
     )
     if not weights and (has_model or not described):
-        return  # an adapter's description that was left beside a merged model changes nothing
+        return  # a merged model whose adapter_config.json was left behind
     base = (read_json(directory / ADAPTER) or {}).get("base_model_name_or_path") if described else None
     of = f" of {shown(base)}" if isinstance(base, str) and base else ""
     if has_model:
         raise CheckpointError(
             f"{shown(directory)} holds a model and an adapter{of} ({', '.join(weights)}), which gptjax does not apply; "
-            f"move adapter_* out of the directory to use the model without it, or merge it. {_MERGE}"
+            f"merge it, or move adapter_* out of the directory to use the model without it. {_MERGE}"
         )
     raise CheckpointError(
-        f"{shown(directory)} holds an adapter{of} (LoRA or the like), a difference to a model's weights, and not a "
-        f"model; merge it into its base model first. {_MERGE}"
+        f"{shown(directory)} holds an adapter{of} (such as LoRA), which is not a model but a difference from one; "
+        f"merge it into its base model first. {_MERGE}"
     )
 
 
 def _listed(directory: Path) -> list[str]:
     try:
         return os.listdir(directory)
-    except (OSError, ValueError):  # whoever reads the files says why
+    except (OSError, ValueError):  # reading the files will fail, and say why
         return []
 
 

@@ -24,6 +24,7 @@ from convert.sources.foreign import refusal
 from gptjax.errors import CheckpointError
 from gptjax.files import MISSING, Stamp, opened, parse_json, stamp
 from gptjax.quoting import shown
+from gptjax.raw import missing, truncated
 
 MAX_HEADER_BYTES: Final = 16 << 20  # GPT-OSS 120b has 543 tensors in headers of 60 kB
 MAX_TENSORS: Final = 1 << 16
@@ -55,7 +56,7 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What the beginning of a safetensors file says, and the file that said it."""
+    """The header of a safetensors file, and the state of the file when it was read."""
 
     tensors: dict[str, TensorInfo]  # in the order of their data
     data_start: int
@@ -76,28 +77,20 @@ def read_header(path: Path) -> Header:
             if length > MAX_HEADER_BYTES:
                 raise _damaged(path, f"its header claims {length:,} bytes, at most {MAX_HEADER_BYTES:,} are accepted")
             if found.size < max(8 + length, 10):
-                raise _truncated(path, max(8 + length, 10), found.size)
+                raise truncated(path, max(8 + length, 10), found.size)
             text = os.pread(descriptor, length, 8)
     except MISSING:
-        raise CheckpointError(
-            f"{shown(path)} does not exist; download the file, it belongs to the checkpoint"
-        ) from None
+        raise missing(path) from None
     if len(text) < length:
-        raise _truncated(path, 8 + length, 8 + len(text))
+        raise truncated(path, 8 + length, 8 + len(text))
     tensors = _infos(path, text, data_start=8 + length)
     end = max((info.stop for info in tensors.values()), default=8 + length)
     if found.size < end:
-        raise _truncated(path, end, found.size)
+        raise truncated(path, end, found.size)
     if found.size > end:
         raise _damaged(path, f"it has {found.size:,} bytes, but its header accounts for {end:,}")
     _ask_library(path, first + text, found.size)
     return Header(tensors, 8 + length, zlib.crc32(first + text), found)
-
-
-def _truncated(path: Path, expected: int, found: int) -> CheckpointError:
-    return CheckpointError(
-        f"{shown(path)} is truncated: expected {expected:,} bytes, found {found:,}; download the file again"
-    )
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
@@ -161,8 +154,10 @@ def _ask_library(path: Path, beginning: bytes, size: int) -> None:
 
 @contextlib.contextmanager
 def _pretended(path: Path, beginning: bytes, size: int) -> Iterator[str]:
-    """The name of a file with the same beginning and size. The library maps what it reads into memory, where a file
-    that is truncated meanwhile would end the process; this one is ours, and takes no memory beyond its beginning."""
+    """The name of a sparse file in memory with the same beginning and size, for the library to read.
+
+    The library maps the file that it reads. If somebody truncated the real one meanwhile, SIGBUS would end the process.
+    """
     if sys.platform != "linux":
         yield str(path)
         return

@@ -18,7 +18,7 @@ from convert.sources.header import MAX_HEADER_BYTES, NUMPY_DTYPES, Header, Tenso
 from gptjax.errors import CheckpointError
 from gptjax.files import read_bytes
 from gptjax.quoting import shown
-from gptjax.raw import Buffers, read_array
+from gptjax.raw import Buffers, missing, read_array
 
 MAX_FAULTS: Final = 20  # of a kind, before "and N more"
 SINGLE: Final = "model.safetensors"
@@ -37,8 +37,8 @@ class SafetensorsSource:
         self.tensors: dict[str, TensorInfo] = {
             name: info for header in headers.values() for name, info in header.tensors.items()
         }
-        self.checksums: dict[str, int] | None = None  # CRC-32 of what is read, by tensor, if somebody wants them
-        self.buffers: Buffers | None = None  # where arrays have their memory from, if they are let go of one by one
+        self.checksums: dict[str, int] | None = None  # where to note the CRC-32 of each tensor that is read
+        self.buffers: Buffers | None = None  # memory for arrays that are let go of one by one
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, read-only.
@@ -52,7 +52,7 @@ class SafetensorsSource:
         return array.reshape(shape)
 
     def slices(self, name: str, most: int) -> Iterator[np.ndarray]:
-        """The elements of a tensor, so many at a time, at least one array. Raises as `read`."""
+        """The elements of a tensor, at most `most` at a time, in at least one array. Raises what `read` raises."""
         count, crc = math.prod(self.tensors[name].shape), 0
         for start in range(0, max(1, count), most):
             array = self._part(name, start, min(most, count - start))
@@ -114,7 +114,7 @@ def read_index(path: Path) -> dict[str, str]:
     """An index's map from tensor to file name, names as they stand. Raises `CheckpointError`."""
     data = read_bytes(path, MAX_HEADER_BYTES)
     if data is None:
-        raise CheckpointError(f"{shown(path)} does not exist; download the file, it belongs to the checkpoint")
+        raise missing(path)
     try:
         weight_map = parse(data).get("weight_map")
     except ValueError as error:
@@ -142,7 +142,7 @@ def _contained(directory: Path, name: str) -> Path:
     try:
         inside = path.resolve().parent in roots
     except (OSError, ValueError, RuntimeError) as error:  # too long, half a surrogate pair, a circle of links
-        raise CheckpointError(f"{fault}, which cannot be one ({error}); {fix}") from None
+        raise CheckpointError(f"{fault}, which is not a usable name ({error}); {fix}") from None
     if not inside:
         raise CheckpointError(f"{fault}, a link that leads out of the directory; {fix}")
     return path

@@ -60,17 +60,17 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """What of config.json and generation_config.json to leave out of account."""
+    """Declares the options that ignore parts of config.json and generation_config.json."""
     add_ignore_config(parser)
     parser.add_argument(
         "--no-generation-config",
         action="store_true",
-        help="take no sampling settings from generation_config.json (where texts end is taken from it all the same)",
+        help="take nothing from generation_config.json but the tokens that texts begin and end with",
     )
 
 
 def add_ignore_config(parser: argparse.ArgumentParser) -> None:
-    """What of config.json to leave out of account."""
+    """Declares the option that ignores keys of config.json."""
     parser.add_argument(
         "--ignore-config",
         action="append",
@@ -81,7 +81,7 @@ def add_ignore_config(parser: argparse.ArgumentParser) -> None:
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `gptjax.load` that `add_overrides` or `add_ignore_config` declares, as far as they are given."""
+    """The arguments of `gptjax.load` from the options that `add_overrides` or `add_ignore_config` has declared."""
     given: dict[str, Any] = {}
     if args.ignore_config:
         given["ignore_config"] = tuple(args.ignore_config)

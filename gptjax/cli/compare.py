@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
         "compare",
         run_compare,
         summary="run transformers beside gptjax and compare every stage",
-        epilog=f"""Exits with 1 where a stage differs by more than the dtype explains, and names the first one.
+        epilog=f"""Exits with 1 if a stage differs by more than the dtype explains, and names the first one.
 Computes in float32 unless --dtype says otherwise. Needs transformers and torch: {with_extra("oracle")}
 
 examples:

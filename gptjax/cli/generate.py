@@ -58,7 +58,7 @@ def add(commands: Any) -> None:
         "--special",
         action="store_true",
         default=None,
-        help="special tokens written in the prompt, like <|endoftext|>, are those tokens and not plain text",
+        help="read special tokens written in the prompt, like <|endoftext|>, as those tokens, not as plain text",
     )
     parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
     parser.add_argument("--json", action="store_true", help="print the whole result as one JSON object instead")

@@ -22,7 +22,7 @@ _CHUNKS_TEXT: Final = f"a power of two from {_CHUNKS[0]} to {_CHUNKS[-1]}"
 
 
 def add(commands: Any) -> None:
-    """Declares the command. Most options are environment variables as well; what is typed goes before it."""
+    """Declares the command. Most options are environment variables as well; an option overrides its variable."""
     parser = add_command(
         commands,
         "serve",
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _ends_at_once() -> Iterator[None]:
-    """Lets SIGTERM and SIGINT end the process with 0: before a server listens, nobody waits for anything."""
+    """Lets SIGTERM and SIGINT end the process with 0: before the server listens, no client is waiting."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, lambda *_: _leave(0)) for number in numbers}
     try:
@@ -159,7 +159,7 @@ def _ends_at_once() -> Iterator[None]:
 
 
 def _leave(status: int) -> NoReturn:
-    """Ends the process as it is: a thread in XLA's compiler cannot be ended, and Python's own end crashes under it."""
+    """Ends the process at once: XLA's compiler cannot be interrupted, and Python crashes if it exits meanwhile."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # it may be closed, or in the middle of a write
             stream.flush()

@@ -2,7 +2,7 @@
 
 A key that is neither understood nor known to be without effect raises `ConfigError`: a setting that is silently
 ignored is a wrong answer. What transformers does not read in a Hugging Face `config.json` is without effect. Sizes have
-no defaults. What an absent key means is stated where it is read.
+no defaults. What an absent key means is stated next to the code that reads it.
 """
 
 import os
@@ -57,8 +57,7 @@ def read_config(directory: Path, *, ignore: Iterable[str] = ()) -> ModelConfig:
     """Reads `directory/config.json`.
 
     Args:
-      ignore: keys to read it without, for who knows that they change nothing; "rope_scaling.mscale" is one inside
-        another.
+      ignore: keys to leave out, if you know that they change nothing; "rope_scaling.mscale" is one inside another.
 
     Raises:
       CheckpointError: there is no such file, or it is not a JSON object.

@@ -1,7 +1,7 @@
-"""What a checkpoint's `generation_config.json` says of sampling.
+"""The sampling settings in a checkpoint's `generation_config.json`.
 
-Nothing in it keeps a model from being loaded. What gptjax cannot honour is refused when something is to be generated
-with it (`GenerationDefaults.check`); `generation_config=` of `load` puts other settings in its place.
+No setting keeps a model from being loaded. Those that gptjax cannot honour are refused when something is generated with
+them (`GenerationDefaults.check`). `load(generation_config=...)` replaces them.
 """
 
 import dataclasses
@@ -15,15 +15,15 @@ from gptjax.files import read_json
 from gptjax.quoting import names, quoted
 
 FILE: Final = "generation_config.json"
-# Beyond these a product or quotient of logits leaves float32, or the numbers mean nothing any more.
+# Beyond these, products and quotients of logits overflow in float32, or become meaningless.
 MOST_TEMPERATURE: Final = 100
 LEAST_REPETITION_PENALTY: Final = 0.01
 MOST_REPETITION_PENALTY: Final = 100
 
 _SPECIAL_TOKENS: Final = ("bos_token_id", "eos_token_id")
-# Keys that change nothing about the tokens, whatever their values, as transformers 5 uses them. They say where a text
-# begins or how long it gets, how transformers goes about its work (caches, compilation, assistants that propose tokens
-# for the model to confirm), what it returns, or they are for beams, which `num_beams` turns on.
+# Keys that do not change which tokens are generated, whatever their values, as of transformers 5. They are about where
+# a text begins or how long it gets, how transformers does its work (caches, compilation, assistants that propose tokens
+# for the model to confirm), what it returns, or beams, which only `num_beams` turns on.
 GENERATION_WITHOUT_EFFECT: Final = frozenset(
     """
     _commit_hash _from_model_config assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight
@@ -35,7 +35,7 @@ GENERATION_WITHOUT_EFFECT: Final = frozenset(
     speculation_type target_lookbehind transformers_version trust_remote_code use_cache use_mtp
     """.split()
 )
-# Settings that gptjax does not have, which are off if they are 0, false or empty (null is as good as absent for all),
+# Settings that gptjax does not have, and that are off if 0, false or empty (null means absent for all keys) ...
 _OFF_IF_EMPTY: Final = frozenset(
     """
     bad_words_ids begin_suppress_tokens constraints dola_layers encoder_no_repeat_ngram_size
@@ -43,13 +43,13 @@ _OFF_IF_EMPTY: Final = frozenset(
     no_repeat_ngram_size penalty_alpha sequence_bias stop_strings suppress_tokens token_healing watermarking_config
     """.split()
 )
-# or if they are 1.
+# ... or if 1.
 _OFF_IF_ONE: Final = frozenset("encoder_repetition_penalty guidance_scale num_beams num_return_sequences".split())
-# Settings of drawing, without effect if the most likely token is taken: those that gptjax has, and others.
-_OF_DRAWING: Final = frozenset(("temperature", "top_k", "top_p", "min_p"))
-_OFF_IF_EMPTY_WHERE_DRAWN: Final = frozenset(("epsilon_cutoff", "eta_cutoff", "top_h"))
-_OFF_IF_ONE_WHERE_DRAWN: Final = frozenset(("epsilon_cutoff", "eta_cutoff", "typical_p"))
-_UNSUPPORTED_WHERE_DRAWN: Final = _OFF_IF_EMPTY_WHERE_DRAWN | _OFF_IF_ONE_WHERE_DRAWN
+# Settings that have an effect only when sampling: those that gptjax has, and others.
+_OF_SAMPLING: Final = frozenset(("temperature", "top_k", "top_p", "min_p"))
+_OFF_IF_EMPTY_WHEN_SAMPLING: Final = frozenset(("epsilon_cutoff", "eta_cutoff", "top_h"))
+_OFF_IF_ONE_WHEN_SAMPLING: Final = frozenset(("epsilon_cutoff", "eta_cutoff", "typical_p"))
+_UNSUPPORTED_WHEN_SAMPLING: Final = _OFF_IF_EMPTY_WHEN_SAMPLING | _OFF_IF_ONE_WHEN_SAMPLING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Fault:
 
     key: str
     text: str  # what is wrong with it; "" if gptjax does not know or have such a setting
-    where_drawn: bool  # whether it matters only where tokens are drawn, not where the most likely is taken
+    when_sampling: bool  # whether it matters only when sampling, and not when the most likely token is taken
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationDefaults:
-    """What a checkpoint's `generation_config.json` says of sampling; arguments of a request override it."""
+    """The sampling settings of a checkpoint's `generation_config.json`; arguments of a request override them."""
 
     eos_ids: tuple[int, ...] = ()  # generation stops at any of these
     temperature: float = 0.0  # 0 is greedy
@@ -74,13 +74,13 @@ class GenerationDefaults:
     faults: tuple[Fault, ...] = ()  # what cannot be honoured
 
     def check(self, given: Collection[str] = (), *, draws: bool = True) -> None:
-        """Raises `ConfigError` for what generation would have to honour and cannot.
+        """Raises `ConfigError` if generation would need settings that gptjax cannot honour.
 
         Args:
-          given: options that the caller gives, so that the settings of these names do not matter.
-          draws: whether tokens are drawn, rather than the most likely one taken.
+          given: options that the caller gives; the settings of the same names do not matter.
+          draws: whether tokens are sampled; otherwise the most likely one is taken.
         """
-        faults = [fault for fault in self.faults if fault.key not in given and (draws or not fault.where_drawn)]
+        faults = [fault for fault in self.faults if fault.key not in given and (draws or not fault.when_sampling)]
         if not faults:
             return
         unsupported = [fault.key for fault in faults if not fault.text]
@@ -95,15 +95,15 @@ class GenerationDefaults:
 
 
 def read_generation_config(directory: Path, override: Mapping[str, Any] | bool | None = None) -> Mapping[str, Any]:
-    """The settings of `directory/generation_config.json`, {} if there is none, or those in place of them.
+    """The settings of `directory/generation_config.json` ({} if there is none), or those that override them.
 
     Args:
-      override: settings in place of the file's; False for none at all. The file's special tokens (where texts begin and
-        end) are kept in either case, unless the override has others.
+      override: settings in place of the file's; False for none at all. In either case the file's first and last tokens
+        are kept, unless the override has others.
 
     Raises:
       CheckpointError: the file is damaged.
-      RequestError: an override that is none.
+      RequestError: the override is not a dict of settings or False.
     """
     found = read_json(directory / FILE) or {}
     if override is None:
@@ -115,7 +115,7 @@ def read_generation_config(directory: Path, override: Mapping[str, Any] | bool |
 
 
 def read_generation_defaults(directory: Path, override: Mapping[str, Any] | bool | None = None) -> GenerationDefaults:
-    """Reads `generation_config.json`, else the end-of-text id of `config.json`; absent files mean greedy.
+    """Reads `generation_config.json`, and `config.json` if that has no end-of-text id; absent files mean greedy.
 
     A setting that the file does not have is off. (transformers fills in top_k 50.)
 
@@ -130,7 +130,9 @@ def read_generation_defaults(directory: Path, override: Mapping[str, Any] | bool
     if eos is None or _are_tokens(eos):
         return _defaults(raw | {"eos_token_id": eos})
     defaults = _defaults(raw)
-    fault = Fault("eos_token_id", f"config.json's eos_token_id is {quoted(eos)}; expected token ids", where_drawn=False)
+    fault = Fault(
+        "eos_token_id", f"config.json's eos_token_id is {quoted(eos)}; expected token ids", when_sampling=False
+    )
     return dataclasses.replace(defaults, faults=(*defaults.faults, fault))
 
 
@@ -139,33 +141,33 @@ def _defaults(raw: Mapping[str, Any]) -> GenerationDefaults:
     sampled = reader.flag("do_sample")
     penalty = reader.number("repetition_penalty", 1.0, LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY)
     eos_ids = reader.tokens("eos_token_id")
-    reader.refuse_unsupported(where_drawn=False)
+    reader.refuse_unsupported(when_sampling=False)
     greedy = GenerationDefaults(eos_ids=eos_ids, repetition_penalty=penalty, faults=tuple(reader.faults))
     if not sampled:
         return greedy
-    top_p = reader.number("top_p", 1.0, 0, 1, where_drawn=True)
-    if top_p == 0:  # the fewest tokens that reach it are the most likely one
+    top_p = reader.number("top_p", 1.0, 0, 1, when_sampling=True)
+    if top_p == 0:  # keeps only the most likely token
         return greedy
     drawn = dataclasses.replace(
         greedy,
-        temperature=reader.number("temperature", 1.0, 0, MOST_TEMPERATURE, above=True, where_drawn=True),
+        temperature=reader.number("temperature", 1.0, 0, MOST_TEMPERATURE, above=True, when_sampling=True),
         top_k=reader.whole("top_k"),
         top_p=top_p,
-        min_p=reader.number("min_p", 0.0, 0, 1, where_drawn=True),
+        min_p=reader.number("min_p", 0.0, 0, 1, when_sampling=True),
     )
-    reader.refuse_unsupported(where_drawn=True)
+    reader.refuse_unsupported(when_sampling=True)
     return dataclasses.replace(drawn, faults=tuple(reader.faults))
 
 
 class _Reader:
-    """Reads settings, with the neutral value in place of what cannot be honoured, which becomes a fault."""
+    """Reads settings. One that cannot be honoured becomes a fault, and its neutral value is returned."""
 
     def __init__(self, raw: Mapping[str, Any]):
         self._raw = raw  # without nulls
         self.faults: list[Fault] = []
 
-    def _fault(self, key: str, wanted: str, where_drawn: bool) -> None:
-        self.faults.append(Fault(key, f"{key} is {quoted(self._raw[key])}; expected {wanted}", where_drawn))
+    def _fault(self, key: str, wanted: str, when_sampling: bool) -> None:
+        self.faults.append(Fault(key, f"{key} is {quoted(self._raw[key])}; expected {wanted}", when_sampling))
 
     def flag(self, key: str) -> bool:
         value = self._raw.get(key, False)
@@ -174,7 +176,7 @@ class _Reader:
         return value is True
 
     def number(
-        self, key: str, neutral: float, low: float, high: float, *, above: bool = False, where_drawn: bool = False
+        self, key: str, neutral: float, low: float, high: float, *, above: bool = False, when_sampling: bool = False
     ) -> float:
         value = self._raw.get(key, neutral)
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -182,13 +184,15 @@ class _Reader:
             self._fault(
                 key,
                 f"a number above {low} and at most {high}" if above else f"a number from {low} to {high}",
-                where_drawn,
+                when_sampling,
             )
             return neutral
         return float(value)
 
     def whole(self, key: str) -> int:
         value = self._raw.get(key, 0)
+        if value in (0, -1):  # other programs write -1 to keep all
+            return 0
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_SIZE:
             self._fault(key, f"a whole number from 0 to {MOST_SIZE}", True)
             return 0
@@ -203,20 +207,20 @@ class _Reader:
             return ()
         return tuple(value) if isinstance(value, list) else (value,)
 
-    def refuse_unsupported(self, *, where_drawn: bool) -> None:
-        """Notes what gptjax does not have and is not off: of drawing, or of the rest, unknown keys included."""
+    def refuse_unsupported(self, *, when_sampling: bool) -> None:
+        """Notes settings that gptjax does not have and that are not off: those of sampling, or all others."""
         for key, value in self._raw.items():
-            if (key in _UNSUPPORTED_WHERE_DRAWN) == where_drawn and not _without_effect(key, value):
-                self.faults.append(Fault(key, "", where_drawn))
+            if (key in _UNSUPPORTED_WHEN_SAMPLING) == when_sampling and not _without_effect(key, value):
+                self.faults.append(Fault(key, "", when_sampling))
 
 
 def _without_effect(key: str, value: object) -> bool:
     """Whether a setting changes nothing, or is one that `_defaults` reads."""
-    if key in GENERATION_WITHOUT_EFFECT | _OF_DRAWING or key in ("do_sample", "eos_token_id", "repetition_penalty"):
+    if key in GENERATION_WITHOUT_EFFECT | _OF_SAMPLING or key in ("do_sample", "eos_token_id", "repetition_penalty"):
         return True
-    if key in _OFF_IF_EMPTY | _OFF_IF_EMPTY_WHERE_DRAWN and not value:
+    if key in _OFF_IF_EMPTY | _OFF_IF_EMPTY_WHEN_SAMPLING and not value:
         return True
-    return key in _OFF_IF_ONE | _OFF_IF_ONE_WHERE_DRAWN and value == 1
+    return key in _OFF_IF_ONE | _OFF_IF_ONE_WHEN_SAMPLING and value == 1
 
 
 def _are_tokens(value: object) -> bool:

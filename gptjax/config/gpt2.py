@@ -61,7 +61,7 @@ class GPT2Config:
         keys = Keys(raw)
         # The aliases are what transformers reads as the same keys (`GPT2Config.attribute_map`).
         width = keys.size("n_embd", alias="hidden_size")
-        mlp_width = keys.size("n_inner", alias="intermediate_size", absent=4 * width)
+        mlp_width = keys.size("n_inner", alias=keys.older("n_inner", "intermediate_size"), absent=4 * width)
         activation = keys.choice("activation_function", ACTIVATIONS, absent="gelu_new")
         num_heads = keys.size("n_head", alias="num_attention_heads")
         keys.ignore("pruned_heads")
@@ -110,7 +110,7 @@ class GPT2Config:
 
 
 def _length_alias(keys: Keys) -> str | None:
-    """What else says the context length: OpenAI's own n_ctx only if nothing that transformers reads does."""
+    """The other key for the context length: OpenAI's own n_ctx only if transformers would read no other."""
     keys.ignore("n_ctx")
     if keys.has("max_position_embeddings"):
         return "max_position_embeddings"

@@ -11,18 +11,19 @@ from gptjax.quoting import names, quoted, shown
 WITHOUT_EFFECT: Final = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels add_cross_attention
-    architectures attn_implementation attn_pdrop bos_token_id chunk_size_feed_forward dtype embd_pdrop
-    eos_token_id eos_token_ids finetuning_task gradient_checkpointing id2label initializer_range is_decoder
-    is_encoder_decoder label2id max_seq_len_cached model_type n_special num_labels output_attentions
+    architectures attn_implementation attn_pdrop author bos_token_id chunk_size_feed_forward created_date
+    cross_attention_hidden_size decoder_start_token_id dtype embd_pdrop eos_token_id eos_token_ids finetuning_task
+    gradient_checkpointing id2label initializer_range is_decoder is_encoder_decoder keys_to_ignore_at_inference
+    label2id license loss_type max_seq_len_cached model_type n_special num_labels output_attentions
     output_hidden_states output_past output_router_logits pad_token_id pad_token_ids predict_special_tokens prefix
     pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict return_dict_in_generate
     router_aux_loss_coef sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
-    summary_use_proj task_specific_params tokenizer_class torch_dtype torchscript transformers_version unsloth_fixed
-    unsloth_version use_bfloat16 use_cache
+    summary_use_proj task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript
+    transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache xla_device
     """.split()
 )
-# Settings of generation that older versions of transformers wrote into config.json, where version 5 drops them:
-# generation_config.json has them now.
+# Settings of generation that older versions of transformers wrote into config.json. Version 5 drops them there, and
+# reads them from generation_config.json only.
 OF_GENERATION: Final = frozenset(
     """
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
@@ -35,7 +36,7 @@ MOST_LAYERS, MOST_SIZE = 1024, 1 << 24  # beyond any real model: a size that wou
 
 
 def without(raw: Mapping[str, Any], ignored: Iterable[str]) -> Mapping[str, Any]:
-    """A raw config as if some keys were not in it; "rope_scaling.mscale" is a key inside another.
+    """A raw config without some of its keys; "rope_scaling.mscale" is a key inside another.
 
     Raises:
       RequestError: `ignored` is not a list of names.
@@ -57,8 +58,8 @@ def _without(raw: Mapping[str, Any], path: str, parts: list[str]) -> dict[str, A
     return {**raw, first: _without(raw[first], path, rest)}
 
 
-def around(keys: Iterable[str]) -> str:
-    """How a person who knows that keys change nothing goes on in spite of them."""
+def _how_to_ignore(keys: Iterable[str]) -> str:
+    """What to type to have keys ignored."""
     listed = [shown(key) for key in keys][:10]
     options = " ".join(f"--ignore-config {key}" for key in listed)
     return f"ignore_config=({', '.join(map(repr, listed))},) or {options}"
@@ -76,7 +77,7 @@ class Keys:
         self._raw = raw
         self._read = set(without_effect)
         self._faults: list[str] = []
-        self._inside = inside  # the names of the keys that this mapping lies in, each followed by a dot
+        self._inside = inside  # the names of the keys around this mapping, each followed by a dot
 
     def fault(self, text: str) -> None:
         """Notes a fault."""
@@ -95,7 +96,7 @@ class Keys:
         return values[0] if values else absent
 
     def older(self, key: str, older: str) -> str | None:
-        """Another name for a key, of use only if the key itself is absent: transformers ignores it otherwise."""
+        """An older name of a key, if it counts: transformers ignores it if the key itself is there."""
         self.ignore(older)
         return None if self.has(key) else older
 
@@ -174,7 +175,7 @@ class Keys:
         self._read.update(keys)
 
     def unknown(self) -> list[str]:
-        """The keys with a value that were neither read nor let pass."""
+        """The keys with a value that were neither read nor ignored."""
         return sorted(key for key in set(self._raw) - self._read if self._raw[key] is not None)
 
     def faults(self) -> list[str]:
@@ -183,12 +184,12 @@ class Keys:
         if not unknown:
             return self._faults
         many = len(unknown) > 1
-        hint = around(f"{self._inside}{key}" for key in unknown)
-        what = "what they change" if many else "what it changes"
+        hint = _how_to_ignore(f"{self._inside}{key}" for key in unknown)
+        change, them = ("they change", "them") if many else ("it changes", "it")
         return [
             *self._faults,
-            f"unknown key{'s' * many} {names(unknown)}: gptjax does not know {what}, so it will not guess; if you know "
-            f"that it is nothing: {hint}",
+            f"unknown key{'s' * many} {names(unknown)}: gptjax does not know what {change}, so it will not guess; if "
+            f"{change} nothing, ignore {them}: {hint}",
         ]
 
     def raise_faults(self, model: str) -> None:

@@ -43,7 +43,7 @@ class GenerateOptions(SamplingOptions, total=False):
     stop: str | Sequence[str]  # text that ends the output and is not part of it
     stop_ids: int | Sequence[int]  # tokens that end the output, besides the checkpoint's end-of-text ids
     ignore_eos: bool  # do not end at the checkpoint's end-of-text ids
-    special: bool  # special tokens written in a text prompt are those tokens; otherwise plain text
+    special: bool  # read special tokens written in a text prompt as those tokens; otherwise they are plain text
 
 
 def split_prompts(prompts: object) -> tuple[list[Any], bool]:
@@ -92,7 +92,7 @@ def sampling_params(options: Mapping[str, Any], defaults: GenerationDefaults) ->
 
     Raises:
       RequestError: an unknown option.
-      ConfigError: the checkpoint has settings that cannot be followed, and the options do not replace.
+      ConfigError: the checkpoint has settings that cannot be followed and that the options do not replace.
     """
     names = {field.name for field in dataclasses.fields(SamplingParams)}
     _refuse_unknown(options, sorted(names))

@@ -19,7 +19,7 @@ class Decoder(Protocol):
 
     @property
     def ended(self) -> bool:
-        """Whether the text is over, whatever tokens follow."""
+        """Whether the text is over, so that generation can stop."""
 
     def push(self, token_id: int, /) -> str:
         """The text that became certain with this token."""

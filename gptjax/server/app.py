@@ -70,7 +70,7 @@ def build(
     ]
     handlers = dict.fromkeys((ApiError, GptjaxError, HTTPException, ClientGone), _on_error)
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
-    app.router.redirect_slashes = False  # it would send clients to whatever host they said this is
+    app.router.redirect_slashes = False  # redirects would go to whatever Host the client sent
     app.state.service = service
     return app
 
@@ -184,7 +184,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
         case GptjaxError():
             found = of_gptjax(error)
         case HTTPException():
-            # Not `request.url`: that is made of the header Host, which may be anything.
+            # Not `request.url`, which contains the Host header, which may be anything.
             message = f"{request.method[:20]} {request.scope['path'][:200]}: {error.detail}"
             found = ApiError(error.status_code, message, code="no_such_route", headers=error.headers)
         case _:

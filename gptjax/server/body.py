@@ -47,7 +47,7 @@ async def _read_in_time(request: Request, limits: Limits, grow: Callable[[int], 
 
 
 def _parse_large(data: bytes) -> dict[str, Any]:
-    """`_parse`, without looking for garbage meanwhile: that takes ten times as long if millions of lists are made."""
+    """`_parse` without garbage collection, which takes ten times as long if millions of lists are made."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -32,7 +32,7 @@ from gptjax.server.service import Served, Service
 
 _DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
 _MOST_ECHOED: Final = 32 << 20  # characters of prompts, and of their log-probabilities, in one answer
-_ENTRY: Final = 40  # characters of a token and its log-probability, about
+_ENTRY: Final = 40  # characters of a token and its log-probability, roughly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def read(values: dict[str, Any], served: Served, most_rows: int) -> Asked:
 
 
 def _with_special_stops(options: dict[str, Any], served: Served, special: bool) -> dict[str, Any]:
-    """The options, in which a stop string that is a special token is that token: it never comes as text."""
+    """The options, with stop strings that are special tokens as `stop_ids`, too: these tokens never appear as text."""
     if not special or served.tokenizer is None or "stop" not in options:
         return options
     known = served.tokenizer.special_ids
@@ -111,14 +111,14 @@ def _with_special_stops(options: dict[str, Any], served: Served, special: bool) 
 
 
 def _check_echo(asked: Asked) -> None:
-    """Raises `ApiError` where prompts, times `n` and with the log-probabilities, would make a huge answer."""
+    """Raises `ApiError` if echoing the prompts, times `n` and with log-probabilities, would make a huge answer."""
     if not asked.echo:
         return
     characters = sum(len(prompt.text) for prompt in asked.prompts)
     if asked.logprobs is not None:
         characters += sum(len(prompt.ids) for prompt in asked.prompts) * (1 + asked.logprobs) * _ENTRY
     if characters * asked.choices > _MOST_ECHOED:
-        message = f"the echo would have some {characters * asked.choices >> 20} MiB, and may have {_MOST_ECHOED >> 20}"
+        message = f"the echo would have about {characters * asked.choices >> 20} MiB, more than {_MOST_ECHOED >> 20}"
         raise bad_request(f"{message}: send fewer prompts at once, or lower n or logprobs", "echo", "too_large")
 
 

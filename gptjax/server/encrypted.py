@@ -1,6 +1,6 @@
-"""The `encrypted_content` of reasoning items: what a client is given to send back, where nothing is stored.
+"""The `encrypted_content` of reasoning items, which clients send back because the server stores nothing.
 
-It is not secret: the item has the same text in plain beside it. It is there for clients that keep only this field.
+It is not secret: the same item has the text in plain. It exists for clients that keep only this field.
 """
 
 import base64
@@ -21,7 +21,7 @@ def encrypted(text: str) -> str:
 
 
 def decrypted(value: object, where: str) -> str:
-    """The reasoning in it. Raises `ApiError` for what this server did not write, or not so."""
+    """The reasoning in it. Raises `ApiError` for anything that this server did not write, or that was changed."""
     if isinstance(value, str) and value.startswith(_PREFIX):
         try:
             data = base64.b64decode(value.removeprefix(_PREFIX), altchars="-_", validate=True)

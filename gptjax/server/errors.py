@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from gptjax.errors import CapacityError, GptjaxError
+from gptjax.quoting import quoted
 from gptjax.server.events import Failed, QueueFull, Unavailable
 
 # The first word of a message of the library's that is a field of a request.
 _FIELD = re.compile(
-    r"\b(?:messages|tools|prompt|reasoning_effort|logit_bias|stop|seed|max_tokens|top_k|top_logprobs)\b"
+    r"\b(?:messages|tools|prompt|reasoning_effort|logit_bias|repetition_penalty|stop|seed|max_tokens|top_k|top_logprobs)\b"
 )
 NO_RETRY = {"x-should-retry": "false"}  # what clients of OpenAI heed
 _RETRY_SECONDS = "5"
 _UNAVAILABLE = ("drained", "stopped", "died")
 _LONGEST_MESSAGE: Final = 1000  # characters
 _LONGEST_NAME: Final = 100
-_LONGEST_SHOWN: Final = 60
 
 
 class ApiError(Exception):
@@ -46,13 +46,10 @@ class ApiError(Exception):
 
 
 def shown(value: object) -> str:
-    """A JSON value of a request as an error message repeats it: never more than some words, however large it is."""
-    if isinstance(value, str):
-        return repr(value[:_LONGEST_SHOWN]) + "..." * (len(value) > _LONGEST_SHOWN)
+    """A JSON value of a request, as an error message repeats it: short, however large the value is."""
     if isinstance(value, list | dict):
         return kind_of(value)
-    text = json.dumps(value)  # a number may have 4,300 digits
-    return text[:_LONGEST_SHOWN] + "..." * (len(text) > _LONGEST_SHOWN)
+    return json.dumps(value) if value is None or isinstance(value, bool) else quoted(value)
 
 
 def kind_of(value: object) -> str:
@@ -62,7 +59,7 @@ def kind_of(value: object) -> str:
 
 
 def _shortened(message: str) -> str:
-    """A message that may repeat parts of a request: its beginning names the place, its end what to do."""
+    """A message, which may repeat parts of a request: its beginning names the place, its end the fix."""
     if len(message) <= _LONGEST_MESSAGE:
         return message
     half = _LONGEST_MESSAGE // 2

@@ -16,7 +16,7 @@ _PARTS = {
 
 
 class Items:
-    """Makes items of what a turn adds: a new one wherever reasoning, preamble and answer change.
+    """Makes items of what a turn adds: a new one whenever it changes between reasoning, preamble and answer.
 
     Attributes:
         done: the items that are complete.

@@ -7,11 +7,11 @@ from contextvars import ContextVar
 from typing import Any, Final
 
 request_id: Final[ContextVar[str | None]] = ContextVar("request_id", default=None)
-"""Of the request that is being answered."""
+"""The id of the request that is being answered."""
 
 
 class LineFormatter(logging.Formatter):
-    """A record as a line, with the id of the request that it is about."""
+    """A record as a line, with the id of its request."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """With its time, level, logger, and message."""
@@ -23,7 +23,7 @@ class JsonFormatter(logging.Formatter):
     """A record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """With its time (UTC), level, logger, message, and the request's id and the traceback if there are any."""
+        """With its time (UTC), level, logger and message, and the request's id and the traceback if it has them."""
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         found: dict[str, Any] = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",

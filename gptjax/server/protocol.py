@@ -42,7 +42,7 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def cut(self) -> None:
-        """Ends the connection now."""
+        """Closes the connection now."""
         _abort(self.transport)
 
     def _look(self) -> None:

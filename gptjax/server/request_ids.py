@@ -1,4 +1,4 @@
-"""A name for every request, in its answer's header `x-request-id` and in the lines of the log that are about it."""
+"""An id for every request, in its answer's header `x-request-id` and in the log's lines about it."""
 
 import re
 import secrets
@@ -13,7 +13,7 @@ _SANE: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class RequestIds:
-    """Names requests: by what the client calls its own, if that is short and plain, else at random."""
+    """Gives requests ids: the client's own, if it is short and plain, else a random one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

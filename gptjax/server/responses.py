@@ -42,7 +42,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
-_WITHOUT_EFFECT = WITHOUT_EFFECT | {"max_tool_calls", "stream_options"}
+_WITHOUT_EFFECT = WITHOUT_EFFECT | {"client_metadata", "max_tool_calls", "stream_options"}  # Codex sends the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Asked:
     offered: frozenset[str]  # names of tools that may be called
     options: dict[str, Any]
     stream: bool
-    encrypts: bool  # the reasoning is to come as `encrypted_content` too
+    encrypts: bool  # return the reasoning as `encrypted_content`, too
     repeated: dict[str, Any]  # fields of the request that its answer repeats
 
 
@@ -166,9 +166,8 @@ class Answer:
     def failure(self, error: ApiError) -> Iterable[object]:
         """An error within a stream: some clients raise what they find in `error`, others wait for the response."""
         self._error = error
-        body = error.body()["error"]
-        told = {"code": error.code or error.kind, "message": body["message"], "param": error.param}
-        yield self._numbered({"type": "error", **told, **error.body()})
+        fields = {"code": error.code or error.kind, "message": str(error), "param": error.param}
+        yield self._numbered({"type": "error", **fields, **error.body()})
         yield self._numbered({"type": "response.failed", "response": self._response()})
 
     def _numbered(self, event: dict[str, Any]) -> dict[str, Any]:
@@ -198,7 +197,7 @@ class Answer:
         """The object as it is now."""
         status, details, usage, error = "in_progress", None, None, None
         if self._error is not None:
-            # OpenAI's codes have no others that could be meant; its clients try this one again.
+            # The only one of OpenAI's codes that fits; its clients retry.
             status, error = "failed", {"code": "server_error", "message": str(self._error)}
         elif self._result is not None:
             status = "completed"
@@ -218,7 +217,7 @@ class Answer:
         usage = result.completion.usage
         return {
             "input_tokens": usage.prompt_tokens,
-            # Writing to the cache has no price here.
+            # Writing to the cache costs nothing here.
             "input_tokens_details": {"cached_tokens": self._generation.cached_tokens(), "cache_write_tokens": 0},
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": self._turn.reasoning_tokens},

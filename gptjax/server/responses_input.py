@@ -10,12 +10,12 @@ from gptjax.server.body import check_text
 from gptjax.server.encrypted import decrypted
 from gptjax.server.errors import ApiError, bad_request, of_gptjax, shown
 
-# Of the types of a content's parts: the field that has the text.
+# For each type of a content's parts, the field that has the text.
 _TEXTS: Final = {kind: "text" for kind in ("input_text", "output_text", "text", "reasoning_text", "summary_text")}
 _OF_ANSWERS: Final = {**_TEXTS, "refusal": "refusal"}
 _PHASES: Final = ("commentary", "final_answer")
 _MESSAGE: Final = re.compile(r"\bmessages(?:\[(\d+)\])?")
-# What harmony calls the fields of a chat's messages and tools, and what they are called here; the first that is there.
+# Fields of messages and tools in chats, as harmony's errors name them, and in this route. The first match is replaced.
 _NAMES: Final = {
     ".tool_calls[0].function": "",
     ".tool_calls[0].id": ".call_id",
@@ -32,10 +32,10 @@ class Input:
     """A conversation as chat messages."""
 
     messages: list[dict[str, Any]]
-    places: list[str]  # of each message: the field that it comes from, as "input[2]"
+    places: list[str]  # for each message, the field that it comes from, as "input[2]"
 
     def explained(self, error: GptjaxError) -> ApiError:
-        """What harmony says of the messages, in the words of this route."""
+        """An error of harmony's about the messages, with this route's names of fields."""
         found, message, param = of_gptjax(error), str(error), "input"
         if place := _MESSAGE.search(message):
             name = self.places[int(place[1])] if place[1] and int(place[1]) < len(self.places) else "input"
@@ -61,7 +61,9 @@ def read_input(given: object, instructions: str | None) -> Input:
     preambles = _preambles(given)
     for index, item in enumerate(given):
         where = f"input[{index}]"
-        if (message := _read_item(item, where, is_preamble=index in preambles)) is not None:
+        follows_reasoning = index > 0 and _kind(given[index - 1])[0] == "reasoning"
+        message = _read_item(item, where, is_preamble=index in preambles, follows_reasoning=follows_reasoning)
+        if message is not None:
             found.messages.append(message)
             found.places.append(where)
     return found
@@ -85,7 +87,7 @@ def _read_tool(tool: object, where: str) -> object:
 
 
 def _preambles(items: Sequence[object]) -> frozenset[int]:
-    """Which messages of the assistant go before a call of the same turn: what clients that drop `phase` do not say."""
+    """The assistant's messages that precede a call of the same turn, for clients that drop `phase`."""
     found, leads_to_call = set(), False
     for index in reversed(range(len(items))):
         kind, role = _kind(items[index])
@@ -102,13 +104,15 @@ def _kind(item: object) -> tuple[object, object]:
     return (item.get("type", "message"), item.get("role")) if isinstance(item, Mapping) else (None, None)
 
 
-def _read_item(item: object, where: str, *, is_preamble: bool) -> dict[str, Any] | None:
-    """An item as a message; None for one that says nothing."""
+def _read_item(item: object, where: str, *, is_preamble: bool, follows_reasoning: bool) -> dict[str, Any] | None:
+    """An item as a message; None for an empty one, also if the turn has only reasoning or calls."""
     if not isinstance(item, Mapping):
         raise bad_request(f"{where} must be an object, found {shown(item)}", "input")
     match item.get("type", "message"):
         case "message":
-            return _read_message(item, where, is_preamble=is_preamble)
+            message = _read_message(item, where, is_preamble=is_preamble)
+            silent = message["role"] == "assistant" and not message["content"]
+            return None if silent and (is_preamble or follows_reasoning) else message
         case "reasoning":
             text = _read_reasoning(item, where)
             return {"role": "assistant", "reasoning_content": text, "content": None} if text else None
@@ -135,7 +139,7 @@ def _read_message(item: Mapping[str, Any], where: str, *, is_preamble: bool) -> 
 
 
 def _read_reasoning(item: Mapping[str, Any], where: str) -> str:
-    """The reasoning, from the first field that has any; a summary is what other servers send instead."""
+    """The reasoning, from the first field that has any; other servers send a summary instead."""
     if content := item.get("content"):
         return _read_content(content, f"{where}.content", _TEXTS)
     if encrypted := item.get("encrypted_content"):
@@ -144,7 +148,7 @@ def _read_reasoning(item: Mapping[str, Any], where: str) -> str:
 
 
 def _read_content(content: object, where: str, texts: Mapping[str, str]) -> str:
-    """Text, or parts of it, joined. `texts` are the types of parts that may be there."""
+    """A text, or the joined parts of one. `texts` has the types of parts that are allowed, and their fields."""
     if isinstance(content, str):
         return _checked(content, where)
     if not isinstance(content, list):

@@ -1,4 +1,4 @@
-"""The options of `/v1/responses` that its answer repeats, and those that are about its form."""
+"""The options of `/v1/responses` that the answer repeats, and those for its form."""
 
 import json
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ _MOST_REPEATED: Final = 1 << 20  # characters of JSON; a stream repeats them thr
 _DEEPEST: Final = 100
 _OF_TOOLS: Final = ("type", "name", "description", "parameters", "strict")
 _ENCRYPTED: Final = "reasoning.encrypted_content"
-# These are about items that no answer here has.
+# Parts of items that do not occur in the answers here.
 _INCLUDABLE: Final = frozenset(
     """code_interpreter_call.outputs computer_call_output.output.image_url file_search_call.results
     message.input_image.image_url web_search_call.action.sources web_search_call.results""".split()
 )
 _VERBOSITIES: Final = ("low", "medium", "high")
-_MOST_PAIRS: Final = 16  # of metadata, and the longest key and value, as OpenAI has them
+_MOST_PAIRS: Final = 16  # of metadata; this and the lengths of keys and values are OpenAI's
 _LONGEST_KEY: Final = 64
 _LONGEST_VALUE: Final = 512
 
 
 def read_include(fields: Fields) -> bool:
-    """Whether reasoning is to come as `encrypted_content` too. Raises `ApiError` for what cannot be included."""
+    """Whether to return reasoning as `encrypted_content`, too. Raises `ApiError` for what cannot be included."""
     given = fields.take("include")
     if given is None:
         return False
@@ -69,7 +69,7 @@ def _options(fields: Fields, name: str) -> Fields:
 
 
 def read_repeated(fields: Fields) -> dict[str, Any]:
-    """The fields that change nothing but are repeated by the answer. Raises `ApiError`."""
+    """The fields that have no effect except that the answer repeats them. Raises `ApiError`."""
     found: dict[str, Any] = {"metadata": _read_metadata(fields.take("metadata"))}
     for name in ("user", "safety_identifier", "prompt_cache_key"):
         found[name] = fields.text(name)
@@ -83,18 +83,21 @@ def _read_metadata(given: object) -> dict[str, str]:
     if given is None:
         return {}
     if isinstance(given, dict) and len(given) <= _MOST_PAIRS:
-        texts = isinstance(given, dict) and all(isinstance(value, str) for value in given.values())
-        if texts and all(len(key) <= _LONGEST_KEY and len(value) <= _LONGEST_VALUE for key, value in given.items()):
+        fits = (
+            isinstance(value, str) and len(key) <= _LONGEST_KEY and len(value) <= _LONGEST_VALUE
+            for key, value in given.items()
+        )
+        if all(fits):
             return given
     raise bad_request(
-        f"metadata must be an object of at most {_MOST_PAIRS} strings, of {_LONGEST_VALUE} characters, with names of "
-        f"{_LONGEST_KEY}",
+        f"metadata must be an object of at most {_MOST_PAIRS} strings of at most {_LONGEST_VALUE} characters, with "
+        f"keys of at most {_LONGEST_KEY}",
         "metadata",
     )
 
 
 def repeated_tools(given: object) -> list[dict[str, Any]]:
-    """The tools, as the answer repeats them: what is read of them, and all that clients look for in a function."""
+    """The tools as the answer repeats them: the keys that are read, and for a function all that clients expect."""
     found = []
     for tool in given if isinstance(given, list) else []:
         known = {name: tool[name] for name in _OF_TOOLS if name in tool} if isinstance(tool, dict) else {}
@@ -104,7 +107,7 @@ def repeated_tools(given: object) -> list[dict[str, Any]]:
 
 
 def check_repeated(repeated: Mapping[str, Any]) -> None:
-    """Raises `ApiError` for a field so large, or deep, that the answer, which repeats it, would be so as well."""
+    """Raises `ApiError` for a field that is too large or too deep for the answer to repeat it."""
     for name, value in repeated.items():
         if _is_deep(value):
             raise bad_request(f"{name} is nested more than {_DEEPEST} levels deep", name, "too_large")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,16 +16,11 @@ from gptjax.server.events import QueueFull
 from gptjax.server.metrics import Metrics
 from gptjax.server.worker import Worker
 from gptjax.text import Tokenizer, harmony
+from gptjax.text.bounded import Bounds
 
 _RETRY = 5  # seconds
-_LOOK = 0.2  # seconds between two looks at whether the server ends
+_LOOK = 0.2  # seconds between two checks whether the server is ending
 _BODIES = 4  # of the largest size; an object that is read may be thirty times its body
-# Characters. A long text is counted in blocks before it is encoded as a whole: ten million take 20 s, and gigabytes.
-_BLOCK = 1 << 16
-_ENDS = 16  # tokens that the ends of a block may have more than the same characters inside the text
-# Characters that are encoded at most: text has 4 to 5 a token, and code that is deeply indented 12.
-_PER_TOKEN = 16
-_ALWAYS = 1 << 20
 PromptScores = Sequence[tuple[float, tuple[tuple[int, float], ...]]]
 """Of each token after the first: its log-probability, and the most likely (token id, log-probability) in its place."""
 
@@ -90,21 +86,11 @@ class Served:
             raise bad_request(f"{message}{self.max_length}: shorten it", param, "context_length_exceeded")
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """The ids of a prompt. Raises `ApiError` for one that cannot fit as soon as that is certain, at little cost."""
+        """The ids of a prompt. Raises `ApiError` or `CapacityError` if it cannot fit, without encoding it all."""
         tokenizer = self.text()
         self.check_size(text, "prompt")
-        most = max(_ALWAYS, _PER_TOKEN * self.max_length)
-        if len(text) > most:
-            message = f"the prompt has {len(text)} characters, but with max_length {self.max_length} it may have {most}"
-            raise bad_request(f"{message}: shorten it", "prompt", "context_length_exceeded")
-        if len(text) > _BLOCK:
-            least = 0
-            for start in range(0, len(text), _BLOCK):
-                least += len(tokenizer.encode(text[start : start + _BLOCK], special=special)) - _ENDS
-                if least > self.max_length:
-                    message = f"the prompt has more tokens than max_length, which is {self.max_length}: shorten it"
-                    raise bad_request(message, "prompt", "context_length_exceeded")
-        return tokenizer.prompt(text, special=special)
+        encode = functools.partial(tokenizer.encode, special=special)
+        return tokenizer.prompt(Bounds(encode, self.max_length).joined(text), special=special)
 
     def turn_ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The tokens that end a turn of a conversation."""
@@ -130,10 +116,10 @@ class Service:
     limits: Limits
     metrics: Metrics
     scorer: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "gptjax-scorer"))
-    # One large body at a time: the parser of JSON does not let other threads run.
+    # One large body at a time: the JSON parser does not let other threads run.
     parser: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "gptjax-parser"))
     draining: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when the server is to end
-    drained: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when nothing goes on any more
+    drained: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when its time is up
     began: float = dataclasses.field(default_factory=time.monotonic)
     _places: set[object] = dataclasses.field(default_factory=set)  # kept for requests that are being read
     _bodies: dict[object, int] = dataclasses.field(default_factory=dict)  # sizes of the large ones that are being read
@@ -183,7 +169,7 @@ class Service:
         What the thread has begun it brings to its end, though nobody waits for it any more; the next comes after it.
 
         Raises:
-          ApiError: 503, the server had no time left for it.
+          ApiError: 503, the server is ending and had no time left for it.
         """
         loop = asyncio.get_running_loop()
         scoring = loop.run_in_executor(self.scorer, self.served.score, prompt_ids, num_top)
@@ -194,7 +180,7 @@ class Service:
         return scoring.result()
 
     def drain(self, seconds: float) -> None:
-        """Takes no new requests; those that are open have so long to end, and then fail."""
+        """Takes no new requests. Open ones fail if they have not ended after so many seconds."""
         until = time.monotonic() + seconds
         self.worker.drain(seconds)
         while self._scoring and time.monotonic() < until:

@@ -109,7 +109,7 @@ def make_server(
         log_config=log_config,
         server_header=False,
         proxy_headers=False,  # an address that the client made up is not for the log
-        # The last resort: before that, `Server` has cut all connections.
+        # A last resort: `Server` cuts all connections before that.
         timeout_graceful_shutdown=int(drain_seconds + 2 * _TO_END_STREAMS),
     )
     return Server(config, service, drain_seconds)
@@ -131,7 +131,7 @@ class Server(uvicorn.Server):
         self._told_ready = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begins to end: streams go on for a while, and then end with an error. A second SIGINT ends them now."""
+        """Begins the shutdown: streams go on for a while, then end with an error. A second SIGINT ends them at once."""
         if not self._service.draining.is_set():
             self._service.draining.set()
             threading.Thread(target=self._service.drain, args=(self._drain_seconds,), daemon=True).start()
@@ -139,15 +139,15 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """uvicorn's would take signals only from here on, and raise them once more at the end; `run` has done it."""
+        """Does nothing: `run` has set handlers. uvicorn would set them later, and raise the signal again at the end."""
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Waits for what is open, and cuts those whose clients do not take it."""
+        """Waits for open connections, and cuts those whose clients do not read."""
         cutting = asyncio.ensure_future(self._cut())
         try:
             await super().shutdown(sockets)
-            if self.force_exit:  # uvicorn leaves this out then, and logs that it was cancelled
+            if self.force_exit:  # then uvicorn omits this, and logs that it was cancelled
                 await self.lifespan.shutdown()
         finally:
             cutting.cancel()

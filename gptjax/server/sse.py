@@ -64,17 +64,17 @@ class Streamed(Protocol):
         """Its objects. Raises `ApiError`."""
 
     def failure(self, error: ApiError) -> Iterable[object]:
-        """The objects that tell clients of an error between them."""
+        """The objects that report an error to clients within the stream."""
 
     def close(self) -> None:
-        """Cancels what is still under way."""
+        """Cancels what is still running."""
 
 
 class EventStream(Response):
-    """The JSON objects of an answer as events, then `[DONE]`; an error that comes between them is told before it.
+    """The JSON objects of an answer as events, then `[DONE]`; an error is reported before that.
 
-    The answer is closed at the end, however that comes: all is sent, the client left, or it did not take what was sent
-    within `send_seconds` and is cut.
+    The answer is closed at the end, whether all was sent, the client left, or it was cut because it did not read for
+    `send_seconds`.
     """
 
     def __init__(self, answer: Streamed, service: Service) -> None:

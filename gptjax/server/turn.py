@@ -17,7 +17,7 @@ class Delta:
 
     text: str
     reasoning: str
-    phase: str  # of the text: "commentary" or "final_answer"
+    phase: str  # of the text, "commentary" or "final_answer"
     answer_tokens: tuple[ScoredToken, ...]  # those that the answer's text is made of
     whole: ChatCompletion | None  # with the last one
 

@@ -175,7 +175,7 @@ class Worker:
             self._changed.wait_for(lambda: not self._open, _PATIENCE)
 
     def stop(self) -> None:
-        """Ends the thread; open requests fail. Waits for it, unless it hangs or compiles, which cannot be cut short."""
+        """Ends the thread; open requests fail. Waits for it, unless it hangs or compiles, which cannot be stopped."""
         with self._changed:
             self._stopping = True
             ready = self._ready
@@ -223,7 +223,7 @@ class Worker:
         return None if self._started else "the worker was not started"
 
     def _fail_waiting(self, failed: Failed) -> None:
-        """Ends the requests that have no slot yet; the thread, which may be compiling, is not needed for that."""
+        """Fails the requests that have no slot yet, without the thread, which may be compiling."""
         with self._changed:
             jobs = list(self._queue)
             self._queue.clear()

@@ -1,4 +1,4 @@
-"""Tokens that were added to a tokenizer after its training, from the files beside its vocabulary.
+"""Tokens that were added to a tokenizer after its training, from the files next to its vocabulary.
 
 transformers wrote them in two ways. Since 4.34 `added_tokens_decoder` in tokenizer_config.json has all of them, and
 nothing else is read. Before that, added_tokens.json has their ids, and special_tokens_map.json says what they are for.
@@ -15,14 +15,14 @@ _LISTED: Final = ("additional_special_tokens", "extra_special_tokens")
 
 
 def read_special_tokens(directory: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """special_tokens_map.json, {} if it is absent or tokenizer_config.json says everything itself."""
+    """special_tokens_map.json; {} if it is absent, or if tokenizer_config.json has all added tokens."""
     if "added_tokens_decoder" in settings:
         return {}
     return read_json(directory / "special_tokens_map.json") or {}
 
 
 def read_additions(directory: Path, settings: Mapping[str, Any], special: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The added tokens that the files beside a vocabulary have, in tokenizer.json's spelling.
+    """The added tokens in the files next to a vocabulary, in the form that tokenizer.json has them.
 
     Args:
       settings, special: tokenizer_config.json, and what `read_special_tokens` gives.
@@ -43,7 +43,7 @@ def read_additions(directory: Path, settings: Mapping[str, Any], special: Mappin
 
 
 def special_tokens(settings: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Contents of the tokens that have a purpose, with their flags; in the order in which transformers adds them."""
+    """The texts of tokens that have a purpose, with their flags, in the order in which transformers adds them."""
     names = {**settings, **special}
     values = [*(names.get(key) for key in _NAMED), *(item for key in _LISTED for item in _items(names.get(key)))]
     found: dict[str, Mapping[str, Any]] = {}
@@ -58,7 +58,7 @@ def _from_decoder(directory: Path, later: Any) -> list[dict[str, Any]]:
     try:
         return [{**item, "id": int(number)} for number, item in (later or {}).items()]
     except (AttributeError, TypeError, ValueError):
-        damaged(directory / "tokenizer_config.json", "added_tokens_decoder is no object of ids and tokens")
+        damaged(directory / "tokenizer_config.json", "added_tokens_decoder is not an object of ids and tokens")
 
 
 def _items(value: Any) -> list[Any]:

@@ -11,7 +11,7 @@ class Detokenizer:
     three bytes wait between calls, so the time is linear whatever the ids are.
 
     Attributes:
-        ended: False: a text goes on for as long as there are tokens.
+        ended: always False, as a text goes on for as long as there are tokens.
     """
 
     ended = False

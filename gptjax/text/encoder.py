@@ -1,4 +1,4 @@
-"""Text to ids by the `tokenizers` library, without what it would do on its own: truncation, padding, dropout."""
+"""Text to ids with the `tokenizers` library, without the truncation, padding and dropout that it would add."""
 
 import json
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Encoder:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
-        # For a batch the library lets other threads run meanwhile; and makes no offsets, which takes half the time.
+        # For a batch, the library lets other threads run. Without offsets it takes half the time.
         (encoding,) = self._engine.encode_batch_fast([text], add_special_tokens=False)
         return [self._ids[number] for number in encoding.ids]
 
@@ -38,8 +38,8 @@ class Encoders:
     """A vocabulary's encoders, which share its model.
 
     Attributes:
-        without_special: finds no special tokens in a text.
-        with_special: finds all.
+        without_special: reads special tokens in a text as plain text.
+        with_special: finds them.
         before, after: ids that the post-processor puts around a text.
 
     Raises:
@@ -62,7 +62,7 @@ class Encoders:
 
 
 def _around(vocabulary: Vocabulary, model: models.BPE) -> tuple[list[int], list[int]]:
-    """What the post-processor puts before and after a sample of text."""
+    """The ids that the post-processor puts before and after a text, tried with a sample."""
     if vocabulary.post_processor is None:
         return [], []
     letters = (chr(byte) for letter, byte in BYTE_OF.items() if letter in vocabulary.ids and byte < 128)
@@ -75,7 +75,7 @@ def _around(vocabulary: Vocabulary, model: models.BPE) -> tuple[list[int], list[
     if added != [1] * start + [0] * len(plain) + [1] * (len(ids) - end):
         raise ConfigError(
             f"{vocabulary.file} has a post_processor that repeats, leaves out or divides the text, which gptjax does "
-            "not do: take the post_processor out of it, or give token ids instead of text"
+            "not do: remove the post_processor from the file, or give token ids instead of text"
         )
     return ids[:start], ids[end:]
 

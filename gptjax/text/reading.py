@@ -54,7 +54,7 @@ def _require_gpt2_cut(directory: Path, settings: Mapping[str, Any], model_type: 
         return
     raise ConfigError(
         f"{directory} has the vocab.json and merges.txt of {shown(str(named or model_type))}, which may cut text into "
-        "words in another way than GPT-2: put its tokenizer.json there."
+        "words differently from GPT-2: put its tokenizer.json there."
     )
 
 
@@ -167,15 +167,16 @@ def _from_gpt2_files(
 def _gpt2_added(
     directory: Path, ids: dict[str, Any], settings: Mapping[str, Any], special: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Later additions; then tokens with a purpose, with the next ids if vocab.json has none for them, as transformers.
+    """The added tokens, then those with a purpose, which get the next ids if vocab.json has none, as in transformers.
 
-    <|endoftext|> is special without any file's saying so.
+    <|endoftext|> is special even if no file says so, unless the files name other tokens for all three purposes.
     """
     items = read_additions(directory, settings, special)
     known = {**ids, **{item["content"]: item["id"] for item in items if "content" in item}}
     following = 1 + max(number for number in known.values() if type(number) is int)
     present = {item.get("content") for item in items}
-    default: dict[str, Mapping[str, Any]] = {END_OF_TEXT: {}} if END_OF_TEXT in ids else {}
+    unnamed = any(f"{which}_token" not in {**settings, **special} for which in ("bos", "eos", "unk"))
+    default: dict[str, Mapping[str, Any]] = {END_OF_TEXT: {}} if END_OF_TEXT in ids and unnamed else {}
     for content, flags in (special_tokens(settings, special) | default).items():
         if content in present:
             continue

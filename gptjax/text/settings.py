@@ -53,10 +53,10 @@ class Settings:
 
 
 def read_settings(directory: Path, generation: Mapping[str, Any] | None = None) -> Settings:
-    """Reads the files beside a tokenizer.
+    """Reads the files next to a tokenizer.
 
     Args:
-        generation: takes the place of generation_config.json.
+        generation: replaces generation_config.json.
 
     Raises:
         CheckpointError: one is damaged.
@@ -80,7 +80,5 @@ def _checked(path: Path, key: str, value: object) -> tuple[int, ...]:
 def _id_of(path: Path, key: str, value: object, known: Mapping[str, int]) -> int:
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str) or content not in known:
-        raise ConfigError(
-            f"{path} has {key} = {quoted(value)}, which is no token of the vocabulary: write one that is."
-        )
+        raise ConfigError(f"{path} has {key} = {quoted(value)}, which is not in the vocabulary: write a token that is.")
     return known[content]

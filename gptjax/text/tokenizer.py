@@ -67,10 +67,10 @@ class Tokenizer:
         return (self._encoders.with_special if special else self._encoders.without_special).encode(text)
 
     def prompt(self, text: str, *, special: bool = False) -> list[int]:
-        """The ids of `text` with those that tokenizer.json's post_processor puts before and after it, a BOS mostly.
+        """The ids of `text` with those that tokenizer.json's post_processor adds around it, usually a BOS.
 
-        As `tokenizer(text)` of transformers gives them, but never twice: what the text begins or ends with already is
-        not added again. Most tokenizers of GPT-2 and GPT-OSS add nothing. Arguments and errors are those of `encode`.
+        The same as transformers' `tokenizer(text)`, except that what the text already begins or ends with is not added
+        again. Most tokenizers of GPT-2 and GPT-OSS add nothing. Arguments and errors are those of `encode`.
         """
         ids = self.encode(text, special=special)
         before, after = self._encoders.before, self._encoders.after
@@ -135,7 +135,7 @@ def load_tokenizer(
     order) generation_config.json, config.json, special_tokens_map.json and tokenizer_config.json.
 
     Args:
-        generation_config: takes the place of generation_config.json.
+        generation_config: replaces generation_config.json.
 
     Raises:
         CheckpointError: files are missing or damaged.

@@ -40,7 +40,7 @@ class AddedToken:
     single_word: bool = False
     """Is not found inside a word."""
     normalized: bool = False
-    """Is found in the text as the normalizer leaves it, in the form that the normalizer gives its content."""
+    """Whether it is looked for after normalization of the text, and is itself normalized for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Vocabulary:
     ignore_merges: bool
     """A word that is a token is that token, whether or not the merges lead there."""
     post_processor: Any
-    """As in tokenizer.json: what it puts around a text."""
+    """As in tokenizer.json; it adds tokens around a text."""
 
 
 def build_vocabulary(

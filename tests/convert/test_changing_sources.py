@@ -1,4 +1,4 @@
-"""A source that changes while it is being converted, and destinations that have neighbours."""
+"""Sources that change while they are being converted, and destinations with neighbours of similar names."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def _replaced(path: Path) -> None:
     os.replace(path.with_name("copy"), path)
 
 
-CHANGES = {  # a file, what is done to it half-way, and what is said of it
+CHANGES = {  # a file, the change made to it half-way, and the error about it
     "truncated": ("model.safetensors", lambda path: os.truncate(path, 20_000), "has changed"),
     "emptied": ("model.safetensors", lambda path: os.truncate(path, 0), "has changed"),
     "gone": ("model.safetensors", os.remove, "does not exist"),
@@ -52,7 +52,7 @@ CHANGES = {  # a file, what is done to it half-way, and what is said of it
 
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_source_that_changes_is_named_and_nothing_is_left(tmp_path, monkeypatch, kind):
-    """Between two tensors, with the hashing thread, which reads all a second time, after that."""
+    """Between two tensors; the hashing thread, which reads everything again, comes after that."""
     name, change, said = CHANGES[kind]
     made.gpt2(tmp_path / "src")
     real_hash = hashing.Hashes._hash

@@ -116,7 +116,7 @@ def test_heads_beside_a_language_models_own_are_dropped(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_heads_in_place_of_a_language_models_own(tmp_path, kind):
-    """The first two are only trained together with one, which is the embedding where it is tied."""
+    """The first two are always trained together with lm_head, which in a tied model is the embedding."""
     _, tensors = made.gpt2(tmp_path)
     expected = _stream(tmp_path).keys()
     made.write_gpt2(tmp_path, tensors | {name: np.ones(shape, np.float32) for name, shape in HEADS[kind].items()})

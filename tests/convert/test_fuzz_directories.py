@@ -79,7 +79,7 @@ def changed(rng, path, data):
         return len(header).to_bytes(8, "little") + header + data[8 + size :]
     return bent(rng, data)
 
-def agree(directory, name):  # an attacker makes the manifest say what is there
+def agree(directory, name):  # as an attacker would change the manifest with the file
     path = directory / "manifest.json"
     try:
         raw = json.loads(path.read_text())
@@ -123,7 +123,7 @@ for number in range(count):
     signal.setitimer(signal.ITIMER_REAL, 10)
     try:
         found = read(scratch)
-        # Weights of a converted directory have checksums: they are right, unless the manifest has others.
+        # Weights of a converted directory have checksums, so they are right unless the manifest was changed, too.
         assert found == expected or "manifest.json" in names or "manifest.json" not in files, "wrong weights"
     except GptjaxError as error:
         refused += 1

@@ -1,4 +1,4 @@
-"""Configuration and tokenizer files beside transformers: what it reads and ignores, and what it makes of a text."""
+"""Configuration and tokenizer files compared with transformers: keys that it reads or ignores, and ids of texts."""
 
 import json
 import random
@@ -24,6 +24,7 @@ YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0
         {"n_ctx": 20},
         {"hidden_size": 60, "num_attention_heads": 5},
         {"max_position_embeddings": 37, "n_ctx": 1},
+        {"n_inner": 52, "intermediate_size": 53},
         {"max_seq_len_cached": None, "unsloth_fixed": True},
         {"eos_token_id": 50256, "bos_token_id": 50256},
         {"do_sample": True, "max_length": 50, "temperature": 0.5},
@@ -83,6 +84,7 @@ def test_the_defaults_of_a_generation_config_are_neutral(tmp_path):
         {"added_tokens": ADDED, "special_tokens_map": {"eos_token": {"content": "<eos>", "lstrip": True}}},
         {"special_tokens_map": {"eos_token": {"content": "<eos>", "lstrip": True}}},
         {"special_tokens_map": {"eos_token": "Hello"}},
+        {"special_tokens_map": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<pad>"}},
         {"tokenizer_config": {"add_bos_token": True, "add_eos_token": True}},
         {
             "tokenizer_config": {

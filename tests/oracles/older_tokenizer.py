@@ -1,4 +1,4 @@
-"""A GPT-2 tokenizer in the layout of transformers up to 4.4x: vocab.json, merges.txt and files beside them."""
+"""A GPT-2 tokenizer in the layout of transformers up to 4.4x: vocab.json, merges.txt and the files next to them."""
 
 import json
 import shutil

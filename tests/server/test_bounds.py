@@ -1,4 +1,4 @@
-"""Whatever is large in a request, the answer is small and soon there, and the server goes on answering others."""
+"""Whatever is large in a request, the answer is small and comes soon, and other clients are still answered."""
 
 import json
 import threading
@@ -203,7 +203,7 @@ def test_health_is_answered_while_the_largest_body_is_read(kind):
 
 @pytest.mark.parametrize("text", ["the king ", " ", "x", "<|endoftext|>", "é", "\u3042"])
 def test_no_more_is_encoded_than_could_fit(monkeypatch, text):
-    """Of ten million characters a tokenizer makes gigabytes, which takes it 20 s."""
+    """Encoding ten million characters takes a tokenizer gigabytes, and 20 s."""
     service = make(name=GPT_OSS)
     monkeypatch.setattr(service.served.tokenizer, "longest_token", 128)  # as GPT-OSS's own has
     encoded, encode = [], Tokenizer.encode
@@ -227,3 +227,10 @@ def test_a_long_text_that_fits_is_encoded_as_a_whole():
     text = "Once upon a time there was a king. <|end|>" * 3_000
     assert post(service, "/v1/completions", {"prompt": text}).status_code == 200
     assert list(service.worker.requests[0].prompt_ids) == service.served.tokenizer.encode(text, special=True)
+
+
+def test_a_number_that_the_library_refuses_is_named():
+    assert (
+        fault(post(make(), "/v1/completions", {"prompt": "a", "repetition_penalty": 1e-38}))["param"]
+        == "repetition_penalty"
+    )

@@ -1,4 +1,4 @@
-"""`gptjax serve` as a process that is told to end: at any moment the exit status is 0, soon, and every client knows."""
+"""`gptjax serve` ends on a signal at any moment: soon, with exit status 0, and every client gets an answer."""
 
 import contextlib
 import json

@@ -33,6 +33,7 @@ COMMON = {
     "top_k huge": {"top_k": HUGE},
     "min_p 2": {"min_p": 2},
     "repetition_penalty 0": {"repetition_penalty": 0},
+    "repetition_penalty tiny": {"repetition_penalty": 1e-38},
     "presence_penalty a string": {"presence_penalty": "1"},
     "frequency_penalty huge": {"frequency_penalty": -HUGE},
     "n 0": {"n": 0},

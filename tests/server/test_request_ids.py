@@ -1,4 +1,4 @@
-"""Every answer has an `x-request-id`, and the log has it beside what it says of the request."""
+"""Every answer has an `x-request-id`, and so have the log's lines about the request."""
 
 import io
 import json

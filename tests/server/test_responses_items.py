@@ -1,4 +1,4 @@
-"""`/v1/responses`: what a turn's items say, and what is made of them when they are sent back."""
+"""`/v1/responses`: the items of a turn, and how they are read when they are sent back."""
 
 import base64
 
@@ -56,6 +56,21 @@ def test_empty_reasoning_renders_nothing(empty):
     assert read_input([USER, empty, ASKED], None).places == ["input[0]", "input[2]"]
 
 
+@pytest.mark.parametrize("content", ["", [], [{"type": "output_text", "text": ""}]])
+def test_an_empty_message_of_a_turn_that_says_more_renders_nothing(content):
+    """As of a chat message whose content is empty, beside calls or reasoning."""
+    empty = {"type": "message", "role": "assistant", "content": content}
+    assert input_prompt([USER, empty, ASKED, RESULT]) == chat_prompt([USER, called(content=""), TOLD])
+    thought = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]}
+    silent = {"role": "assistant", "content": "", "reasoning_content": "Hm."}
+    assert input_prompt([USER, thought, empty, USER]) == chat_prompt([USER, silent, USER])
+    assert input_prompt([USER, empty, USER]) == chat_prompt([USER, {"role": "assistant", "content": ""}, USER])
+
+
+def test_codex_sends_metadata_of_its_own():
+    assert respond(talking(ANSWER), client_metadata={"x-codex-installation-id": "1"}).status_code == 200
+
+
 def test_reasoning_comes_before_its_call():
     thought = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]}
     expected = chat_prompt([USER, called(content=None, reasoning_content="Hm."), TOLD])
@@ -66,7 +81,7 @@ def test_reasoning_comes_before_its_call():
 
 @pytest.mark.parametrize("phase", ["commentary", None, "absent"])
 def test_a_preamble_is_one_again(phase):
-    """Chat takes text beside calls for a preamble; items say so by their phase, or clients have dropped that."""
+    """In chat, text with calls is a preamble; items say so by their phase, unless the client has dropped that."""
     preamble = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Let me look."}]}
     preamble |= {} if phase == "absent" else {"phase": phase}
     found = read_input([USER, preamble, ASKED, RESULT], None).messages
@@ -249,7 +264,7 @@ def test_a_script_of_nothing_fails_as_an_event():
 @pytest.mark.parametrize("text", [THOUGHT + PREAMBLE + CALL, PREAMBLE + THOUGHT + CALL, PREAMBLE + MORE + CALL])
 @pytest.mark.parametrize("keeps", [True, False])
 def test_a_conversation_goes_on_as_in_chat(text, keeps):
-    """What was generated is sent back, by clients that keep phases and by those that drop them."""
+    """Clients send back what was generated, with its phases or without."""
     body = respond(talking(text), tools=[WEATHER]).json()
     items = [item if keeps else {name: item[name] for name in item if name != "phase"} for item in body["output"]]
     prompt = input_prompt([USER, *items, RESULT | {"call_id": items[-1]["call_id"]}])

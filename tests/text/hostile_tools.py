@@ -1,4 +1,4 @@
-"""Renders random tools of the kinds that become much larger than they are, and prints what the worst of them cost.
+"""Renders random tools of the kinds whose text becomes much larger than they are, and prints what the worst cost.
 
 Run by test_harmony_bounds.py as `python hostile_tools.py COUNT LARGEST SEED`, with little memory.
 """
@@ -21,7 +21,7 @@ _ADDRESSES = 1500 << 20  # bytes; more is a MemoryError or an abort
 
 
 def _scalar(pick: random.Random, size: int) -> Any:
-    """A value of about this size in JSON; where it is long, one whose text may become longer."""
+    """A value of about this size in JSON; a long one is of a kind whose text can become longer."""
     unit = pick.choice(["a", " ", "\n", "ab\n", '"', "\x01", "1,", "é", "東", "\r\n", "x y "])
     return pick.choice([1, -1.5, True, None, "", 10**300, 1e308, 1e-5, 2**64, unit * max(size // len(unit), 0)])
 

@@ -149,6 +149,16 @@ def test_a_token_of_the_vocabulary_with_a_purpose_is_special(tmp_path: Path) -> 
     assert 50257 not in tokenizer.encode("<s>Hello") and tokenizer.bos_id == 50257
 
 
+@pytest.mark.parametrize(
+    ("unknown", "ids"), [({}, [50256]), ({"unk_token": "<unk>"}, [27, 91, 437, 1659, 5239, 91, 29])]
+)
+def test_end_of_text_is_special_unless_other_tokens_have_all_its_purposes(
+    tmp_path: Path, unknown: dict[str, str], ids: list[int]
+) -> None:
+    old_layout(tmp_path, special_tokens_map={"bos_token": "<s>", "eos_token": "</s>"} | unknown)
+    assert load_tokenizer(tmp_path).encode("<|endoftext|>", special=True) == ids
+
+
 def test_tokenizer_config_that_has_all_added_tokens_is_complete(tmp_path: Path) -> None:
     token = {"content": "<bos>", "special": True}
     config = {"added_tokens_decoder": {"50257": token}}

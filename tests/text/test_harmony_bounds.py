@@ -1,4 +1,4 @@
-"""What a prompt costs is bounded by the context, not by what can be made of a request."""
+"""The cost of a prompt is bounded by the context, not by the request."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_random_tools_cost_little() -> None:
     found = _cost(rounds(500), 10_000 if TIMES == 1 else 100_000, 1)
     assert found["seconds"] < 2
     assert found["megabytes"] < 200
-    assert found["fitted"] > rounds(500) / 20  # otherwise it is the checks that are looked at
+    assert found["fitted"] > rounds(500) / 20  # otherwise only the checks would be measured
 
 
 def test_nested_alternatives_are_refused_early() -> None:

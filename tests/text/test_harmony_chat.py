@@ -230,6 +230,7 @@ def test_a_finished_turn_goes_back_with_end() -> None:
         ([{**USER, "refusal": "No."}], r"messages\[0\] has 'refusal'"),
         ([{"role": "user", "content": [{"type": "refusal", "refusal": "No."}]}], "is of the type 'refusal'"),
         ([USER, {"role": "assistant", "refusal": 3}], r"messages\[1\].refusal is 3: write a string"),
+        ([USER, {"role": "assistant", "content": "A", "refusal": 3}], r"messages\[1\].refusal is 3: write a string"),
         (
             [USER, {"role": "assistant", "content": "A", "phase": "final"}],
             r"phase is 'final': write one of commentary, ",
@@ -335,7 +336,7 @@ def test_numbers_of_any_size_in_tools() -> None:
     for tools in ([{"type": 10**5000}], [10**5000], [function(10**5000)], [function(parameters={"type": 10**5000})]):
         with pytest.raises(RequestError, match=r"of 16610 bits|instance"):
             render([USER], TALES, tools)
-    with pytest.raises(RequestError, match="is no JSON"):
+    with pytest.raises(RequestError, match="is not JSON"):
         render([USER], TALES, [function(parameters={"default": 10**5000})])
 
 

@@ -119,6 +119,10 @@ MALFORMED = [
     ("<|start|>assistant<|end|><|end|><|return|>", []),
     ("<|channel|>final<|end|>", []),
     (" to=functions.f", []),
+    ("<|channel|>final to=user<|return|>", []),
+    # A call that has no text.
+    ("<|channel|>commentary to=functions.f <|constrain|>json<|call|>", [calls("functions.f", "")]),
+    ("<|channel|>commentary to=functions.f<|call|>", [calls("functions.f", "", None)]),
     # Odd headers.
     ("<|start|><|message|>Hi.<|end|>", [says("Hi.")]),
     ("<|channel|><|message|>Hi.<|end|>", [says("Hi.")]),

@@ -3,10 +3,10 @@
 The format is openai/harmony's `docs/format.md`, the exact text and tokens those of openai-harmony 0.0.8.
 
     chat.py       conversations in the form of OpenAI's chat API, as harmony messages (tools.py, fields.py); `render`
-    rendering.py  harmony messages as token ids (writer.py, special.py)
+    rendering.py  harmony messages as token ids, in bounded time and memory (writer.py)
     schema.py     JSON schemas in the TypeScript-like form that tools are described in
-    parsing.py    token ids, one by one, as events and messages (header.py)
-    messages.py   what all of them speak of, and builtin.py, the tools that GPT-OSS knows
+    parsing.py    token ids, one by one, as events and messages; header.py reads the headers, also malformed ones
+    messages.py   the messages that all of them use; special.py, the special tokens; builtin.py, the built-in tools
 """
 
 from gptjax.text.harmony.builtin import BROWSER, PYTHON

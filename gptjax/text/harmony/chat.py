@@ -7,24 +7,24 @@
 | `system` and `developer` later on | a developer message in that place |
 | `user`, with its `name` | a user message, `user:name` |
 | `assistant`: `reasoning_content` or `reasoning` | an assistant message in the analysis channel |
-| `assistant`: `content`, else `refusal` | one in the final channel; beside calls a preamble, in the commentary one |
+| `assistant`: `content`, else `refusal` | one in the final channel; with calls a preamble, in the commentary channel |
 | `assistant`: `phase`, "commentary" or "final_answer" | the channel of the content, with calls or without |
 | `assistant`: each of `tool_calls` | one to `functions.NAME`, in the commentary channel, `<|constrain|>json` |
 | `tool` | from the tool that `tool_call_id` names, to the assistant, in the channel of the call |
 
 Calls of the built-in tools go to `browser.search` and the like, or `python`, in the analysis channel, as `code`. Text
-parts are joined as they are. A content of None is no message; an empty one is one if the turn has neither reasoning
-(not even an empty one) nor calls. What has no place in harmony (what only answers have, names of system messages and
-of tools) is not read; other keys, and keys of other roles, are refused.
+parts are joined unchanged. A content of None gives no message, and an empty one does so only if the turn has neither
+reasoning (not even an empty one) nor calls. Keys without a place in harmony (those that only answers have, and names of
+system messages and of tools) are not read. Other keys, and keys of other roles, are refused.
 
 GPT-OSS's published chat template differs from the format's documentation and from openai-harmony, which are followed
 here. The template writes ` json` for `<|constrain|>json`; quotes tools' results as JSON strings; takes text beside tool
 calls for analysis, though users see it; and loses the second call of a message and later system messages.
 
-Which analysis is left out is `render`'s `earlier_analysis`. "dropped", the default, leaves out what precedes the last
-final message, since all of that led to answers: so say the format's guide and the template, and so does vLLM.
-"openai-harmony" is what openai-harmony 0.0.8 does on its own: it leaves out what precedes the first final message, and
-nothing while the assistant's last message is a call. "kept" leaves out nothing.
+`render`'s `earlier_analysis` says which analysis is left out. "dropped", the default, leaves out what precedes the last
+final message, as the format's guide, the template and vLLM do. "openai-harmony" does what openai-harmony 0.0.8 does by
+default: it leaves out what precedes the first final message, and nothing while the assistant's last message is a call.
+"kept" leaves out nothing.
 """
 
 import datetime
@@ -43,7 +43,7 @@ from gptjax.text.harmony.writer import LONGEST
 from gptjax.text.tokenizer import Tokenizer
 
 EarlierAnalysis = Literal["dropped", "openai-harmony", "kept"]
-"""What becomes of the analysis of turns that were answered."""
+"""What `render` does with the analysis of turns that were answered."""
 
 _EFFORTS = ("low", "medium", "high")
 _KEYS = {
@@ -53,7 +53,7 @@ _KEYS = {
     "assistant": ("role", "content", "name", "tool_calls", "reasoning_content", "reasoning", "refusal", "phase"),
     "tool": ("role", "content", "name", "tool_call_id"),
 }
-# In the messages that OpenAI's API and LiteLLM answer with, without a place in harmony.
+# Keys of the messages that OpenAI's API and LiteLLM answer with, which have no place in harmony.
 _OF_ANSWERS = ("function_call", "annotations", "audio", "provider_specific_fields")
 _PHASES = {"commentary": "commentary", "final_answer": "final"}
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
@@ -78,9 +78,9 @@ def render(
             `{"type": "python"}` for the built-in ones.
         reasoning_effort: "low", "medium" or "high".
         current_date: like "2025-06-28"; None leaves the line out.
-        earlier_analysis: of turns that were answered, "dropped", dropped as "openai-harmony" does it, or "kept"; with
-            the last, each prompt of a conversation begins with the one before.
-        max_length: the most tokens. A prompt that is longer is not made to its end.
+        earlier_analysis: "dropped" or "kept", or dropped the way "openai-harmony" does it. If it is kept, each prompt
+            of a conversation begins with the one before.
+        max_length: the most tokens. A longer prompt is refused before all of it is made.
 
     Raises:
         RequestError: says which message or tool is not as it should be, or what the tokenizer lacks.
@@ -163,7 +163,7 @@ class _Chat:
                 self._add_result(message, where)
 
     def _check_keys(self, message: Mapping[str, Any], role: str, where: str) -> None:
-        """Keys that are not read must ask for nothing. (Ids are for whoever wrote them, on any message.)"""
+        """Refuses keys that are not read, unless they are empty. (Any message may have an id.)"""
         keys = _KEYS[role]
         for key, given in message.items():
             if key not in keys and key != "id" and given and not (role == "assistant" and key in _OF_ANSWERS):
@@ -193,7 +193,7 @@ class _Chat:
 
     def _add_call(self, value: object, author: str | None, where: str) -> str:
         call = read_object(value, where)
-        if call.get("type", "function") != "function":
+        if call.get("type") not in (None, "function"):
             raise RequestError(f"{where} has the type {quoted(call['type'])}: write a call of a function.")
         call_id = read_string(call.get("id"), f"{where}.id")
         function = read_object(call.get("function"), f"{where}.function")
@@ -220,7 +220,7 @@ class _Chat:
 
 
 def recipients(tools: Iterable[Namespace]) -> Iterable[str]:
-    """Whom calls of built-in tools go to: "browser.search" and the like, or "python"."""
+    """The recipients of calls of built-in tools: "browser.search" and the like, or "python"."""
     for tool in tools:
         yield from [f"{tool.name}.{function.name}" for function in tool.functions] or [tool.name]
 
@@ -237,12 +237,13 @@ def _name(message: Mapping[str, Any], where: str) -> str | None:
 
 
 def _answer(message: Mapping[str, Any], where: str) -> str | None:
-    """What users saw: the content, or else the refusal."""
+    """The content, or else the refusal."""
     content = read_text(message.get("content"), f"{where}.content", refusals=True)
     refusal = message.get("refusal")
-    if refusal is not None:
-        content = content or read_string(refusal, f"{where}.refusal")
-    return content
+    if refusal is None:
+        return content
+    refused = read_string(refusal, f"{where}.refusal")
+    return content or refused
 
 
 def _channel(message: Mapping[str, Any], where: str) -> str | None:

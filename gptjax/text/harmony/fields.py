@@ -7,12 +7,12 @@ from gptjax.errors import RequestError
 from gptjax.quoting import quoted
 from gptjax.text.vocabulary import is_text
 
-# What one request may have: several times what the largest collections of tools have, checked in half a second.
+# The limit for one request: several times what the largest collections of tools have, and checked in half a second.
 MOST_VALUES = 250_000
 
 
 def check_amount(value: object, where: str) -> None:
-    """Raises RequestError where lists and objects hold more values than anything that can be read."""
+    """Raises RequestError if lists and objects hold more than `MOST_VALUES` values."""
     left, seen = [value], 0
     while left:
         item = left.pop()
@@ -49,7 +49,7 @@ def read_string(value: object, where: str) -> str:
 
 
 def read_text(value: object, where: str, *, refusals: bool = False) -> str | None:
-    """The text of a content: a string, or the text parts (and `refusals`, too) of a list, joined; None for none."""
+    """The text of a content: a string, or a list of text parts (with `refusals`, also refusals), joined; else None."""
     if value is None or isinstance(value, str):
         return value and read_string(value, where)
     if not isinstance(value, list | tuple):

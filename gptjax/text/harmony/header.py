@@ -1,13 +1,20 @@
-"""What stands before a message's text: author, recipient, channel and content type.
+"""The header of a message: author, recipient, channel and content type.
 
-A header is `ROLE[:NAME] [to=RECIPIENT][<|channel|>CHANNEL][ to=RECIPIENT][ CONTENT_TYPE]`, where the recipient may
-stand in either place and `<|constrain|>` may go before the content type. An author who has none of the roles is a tool.
+A header is `ROLE[:NAME] [to=RECIPIENT][<|channel|>CHANNEL][ to=RECIPIENT][ CONTENT_TYPE]`. The recipient can be in
+either place, and `<|constrain|>` can precede the content type. An author that is not a role is a tool.
 
-Models do not always write it so. A recipient is found wherever it is in a header: glued to what is before it, apart
-from its `to=`, in capitals or quotes, without `to=` if it is `functions.NAME`, or before a mark that comes twice.
+Models also write headers that are malformed. Their recipient is found wherever it is:
+
+    <|channel|>commentaryto=functions.f           glued to the word before it
+    <|channel|>commentary To = "functions . f"    with spaces, capitals or quotes
+    to=<|channel|>functions.f                     with a mark inside
+    <|channel|>commentary functions.f             without `to=`, if it is `functions.NAME`
+    <|channel|>commentary f json                  as a lone word, if a tool of this name was offered
+    to=functions.f<|channel|><|channel|>final     before a mark that comes twice
 """
 
 import re
+from collections.abc import Set
 from dataclasses import replace
 from typing import Literal
 
@@ -17,14 +24,25 @@ from gptjax.text.harmony.special import CONSTRAIN
 NOBODY = frozenset(("all", *ROLES, *CHANNELS))
 """Recipients that are not tools."""
 
-# Stands for a mark within a header; neither words nor recipients go on across it, but `to=` and its value may.
+# Stands for a mark in a header's text. It ends words and names; `to=` and its name may be on different sides of it.
 _MARK = "\0"
-_NAME = rf"(?:{FUNCTIONS}[\s\0]*\.[\s\0]*)?[^\s\0{{\"'`]+"
-_TO = re.compile(rf"[\s\0]*to[\s\0]*=[\s\0\"'`]*({_NAME})[\"'`]*", re.IGNORECASE)
-_WITHOUT_TO = re.compile(rf"(?<!\S){FUNCTIONS}\s*\.\s*[^\s\0{{\"'`]+", re.IGNORECASE)
-_PREFIX = re.compile(rf"{FUNCTIONS}[\s\0]*\.[\s\0]*", re.IGNORECASE)
+_GAP = r"[\s\0]*"
+_WORD = r"[^\s\0{\"'`]+"  # of a name; models put arguments directly behind it
+# "to=functions.f", "to = functions . f", "TO='browser.search'", "to=<mark>functions.f"; the group is the name.
+_RECIPIENT = re.compile(rf"{_GAP}to{_GAP}=[\s\0\"'`]*((?:{FUNCTIONS}{_GAP}\.{_GAP})?{_WORD})[\"'`]*", re.IGNORECASE)
+# "functions.f" or "functions . f" as words of their own.
+_BARE_FUNCTION = re.compile(rf"(?<!\S){FUNCTIONS}\s*\.\s*{_WORD}", re.IGNORECASE)
+# What precedes a function's name, as in "Functions . f".
+_NAMESPACE = re.compile(rf"{FUNCTIONS}{_GAP}\.{_GAP}", re.IGNORECASE)
+# "json" directly before the text, as in `to=functions.f json{"x": 1}`; not the beginning of a longer word.
 _CONTENT_TYPE = re.compile(r"\s*(json|code)(?![a-z])\s*", re.IGNORECASE)
-_AROUND = "?!,;:."
+# The gap before "functions.f", if only a content type or JSON follows that.
+_GAP_BEFORE_FUNCTION = re.compile(rf"\s*(?={FUNCTIONS}\s*\.\s*{_WORD}\s*(?:json|code)?\s*(?:$|[{{\[]))", re.IGNORECASE)
+# A header that ends with "to=functions.f" or "to=functions.f json".
+_RECIPIENT_AT_END = re.compile(
+    rf"to{_GAP}=[\s\0\"'`]*{FUNCTIONS}\.[^\s\0{{]+{_GAP}(?:json|code)?{_GAP}\Z", re.IGNORECASE
+)
+_PUNCTUATION = "?!,;:."  # that models put behind names and channels
 
 
 class Header:
@@ -37,19 +55,20 @@ class Header:
         constrain: what follows `<|constrain|>`; None before that.
     """
 
-    def __init__(self, *, explicit: bool, before: "Header | None" = None) -> None:
-        """`before` is a header without a text that this one goes on from."""
+    def __init__(self, *, explicit: bool, names: Set[str], before: "Header | None" = None) -> None:
+        """`names`: of the tools that were offered. `before`: a header that got no text, which this one goes on from."""
         self.explicit = explicit
+        self._names = names
         self.author = ""
         self.channel: str | None = None
         self.constrain: str | None = None
         self._last = "author"
-        self._said = before._written() if before is not None else ""
-        self._meant = before.read() if before is not None and self._said else None
+        self._earlier_text = before._written() if before is not None else ""
+        self._earlier = before.read() if before is not None and self._earlier_text else None
 
     @property
     def marked(self) -> bool:
-        """Whether it is a header for sure, and not text whose header is missing."""
+        """Whether this is certainly a header, and not text whose header is missing."""
         return self.explicit or self.channel is not None or self.constrain is not None
 
     @property
@@ -58,49 +77,75 @@ class Header:
         return len(self._written())
 
     def add(self, text: str) -> None:
-        """Text goes to the last part begun."""
+        """Adds text to the part that was begun last."""
         setattr(self, self._last, (getattr(self, self._last) or "") + text)
 
     def begin(self, part: Literal["channel", "constrain"]) -> None:
-        """A mark. What follows is of this part, after what was said of it before."""
+        """Goes on with a part after its mark; a part that occurs twice keeps what it has."""
         self._last = part
         self.add("")
 
     def again(self) -> "Header":
-        """The header that a second `<|channel|>` begins: by the same author, and with the same recipient so far."""
-        header = Header(explicit=self.explicit, before=self)
+        """The header that a second `<|channel|>` begins, with this one's author and, for now, its recipient."""
+        header = Header(explicit=self.explicit, names=self._names, before=self)
         header.author = self.author
         return header
 
     def is_broken_off(self) -> bool:
-        """Whether another mark that begins a header leaves no text of this one; otherwise that is a message."""
+        """Whether a mark that begins another header leaves this one without a text; otherwise it is a message."""
+        if self.channel is not None and _RECIPIENT_AT_END.search(self._written()):
+            return True
         message, text = self.salvage()
         return not text or text == "to=" or (message.recipient is not None and text[0] not in "{[")
 
     def _written(self) -> str:
-        """What was said of it so far, with marks between."""
-        parts = (self._said, self.author, self.channel, self.constrain)
+        """Its text so far, with marks between the parts."""
+        parts = (self._earlier_text, self.author, self.channel, self.constrain)
         return _MARK.join(part for part in parts if part)
 
     def read(self) -> Message:
-        """A message without text yet. Words that are no header's are dropped."""
+        """The message, without its text yet. Words that have no place in a header are dropped."""
         recipients: list[str] = []
-        written = _MARK.join([self._said, self.author, self.channel or "", self.constrain or ""])
-        *_, author, channel, constrain = _TO.sub(lambda match: _taken(match, recipients), written).split(_MARK)
+        written = _MARK.join([self._earlier_text, self.author, self.channel or "", self.constrain or ""])
+        # The marks stay, so that the last three parts are this header's.
+        left = _RECIPIENT.sub(lambda match: _take_recipient(match, recipients), written)
+        *_, author, channel, constrain = left.split(_MARK)
         role, name, rest = self._read_author(author)
+        if self.channel is None:  # its mark can be missing, too
+            word, after = _first_word(rest)
+            channel, rest = (word, after) if _known_channel(word) else ("", rest)
         channel, after = _first_word(channel)
+        if not _known_channel(channel) and (channel in self._names or _BARE_FUNCTION.match(channel)):
+            channel, after = "", f"{channel} {after}"
         rest += f" {after}"
-        if not recipients and (found := _WITHOUT_TO.search(f"{rest} {constrain}")):
-            recipients.append(_plain(found[0]))
-            rest, constrain = _WITHOUT_TO.sub("", rest), _WITHOUT_TO.sub("", constrain)
-        words = [word for word in (rest if self.constrain is None else constrain).split() if word != "to="]
-        content_type = (words[-1] if self.constrain is None else CONSTRAIN + words[0]) if words else None
-        # Of several, the last one that can be a tool's.
-        recipient = max(reversed(recipients), key=lambda name: name not in NOBODY, default=None)
-        return self._completed(Message(role, "", name, _known(channel) or channel or None, recipient, content_type))
+        if NOBODY.issuperset(recipients) and (found := _BARE_FUNCTION.search(f"{rest} {constrain}")):
+            recipients.append(_clean_name(found[0]))
+            rest, constrain = _BARE_FUNCTION.sub("", rest), _BARE_FUNCTION.sub("", constrain)
+        if NOBODY.issuperset(recipients) and (lone := self._lone_name(rest)):
+            recipients.append(lone)
+            rest = _without(rest, lone)
+        tools = [name for name in recipients if name not in NOBODY]
+        recipient = (tools or recipients)[-1] if recipients else None
+        content_type = self._content_type(rest, constrain)
+        channel_or_word = _known_channel(channel) or channel or None
+        return self._completed(Message(role, "", name, channel_or_word, recipient, content_type))
+
+    def _content_type(self, rest: str, constrain: str) -> str | None:
+        """The word behind `<|constrain|>`, or else the last one that is left of the header."""
+        marked = self.constrain is not None
+        words = [word for word in (constrain if marked else rest).split() if word != "to="]
+        if not words:
+            return None
+        return CONSTRAIN + words[0] if marked else words[-1]
+
+    def _lone_name(self, words: str) -> str | None:
+        """The name of an offered tool, if it is the only word besides a content type."""
+        alone = [word for word in words.split() if not _CONTENT_TYPE.fullmatch(word)]
+        return alone[0] if len(alone) == 1 and alone[0] in self._names else None
 
     def _completed(self, message: Message) -> Message:
-        before = self._meant
+        """The message, with what only the header before this one says."""
+        before = self._earlier
         if before is None or before.role != "assistant" or message.role != "assistant":
             return message
         return replace(
@@ -111,15 +156,19 @@ class Header:
         )
 
     def salvage(self) -> tuple[Message, str]:
-        """The message and its text, maybe none, where no `<|message|>` came: what is no part of a header is text."""
+        """The message and its text, possibly "", if no `<|message|>` comes: what is not part of a header is text."""
         role, name, rest = self._read_author(self.author)
-        if role == "tool" and not (_TO.match(rest) or _WITHOUT_TO.match(name or "")):
+        if role == "tool" and not (_RECIPIENT.match(rest) or _BARE_FUNCTION.match(name or "")):
             role, name, rest = "assistant", None, self.author
         channel, after = _first_word(self.channel or "")
-        if _known(channel) is None:
+        if _known_channel(channel) is None:
             channel, after = "", self.channel or ""
         rest += after
-        recipient = _TO.match(rest)
+        if self.channel is not None and (lone := self._lone_name(rest)):
+            rest = f"to={lone} {_without(rest, lone)}"
+        elif self.channel is not None and (gap := _GAP_BEFORE_FUNCTION.match(rest)):
+            rest = f"to={rest[gap.end() :]}"
+        recipient = _RECIPIENT.match(rest)
         text = rest[recipient.end() if recipient else 0 :] + (self.constrain or "")
         kind = _CONTENT_TYPE.match(text) if recipient or self.constrain is not None else None
         content_type = (CONSTRAIN if self.constrain is not None else "") + (kind[1] if kind else "")
@@ -127,8 +176,8 @@ class Header:
             role,
             "",
             name,
-            _known(channel),
-            _plain(recipient[1]) if recipient else None,
+            _known_channel(channel),
+            _clean_name(recipient[1]) if recipient else None,
             content_type if kind else None,
         )
         return self._completed(message), text[kind.end() if kind else 0 :].lstrip()
@@ -138,38 +187,44 @@ class Header:
         word, rest = _first_word(author)
         if not self.explicit:
             return "assistant", None, rest if word.lower() == "assistant" else author
+        if word.lower().startswith("assistant") and _known_channel(glued := word[len("assistant") :]):
+            return "assistant", None, f" {glued}{rest}"
         role, _, name = word.partition(":")
         if role.lower() in ROLES and role != "tool":
             return role.lower(), name or None, rest
-        if not word or _TO.match(word):
+        if not word or _RECIPIENT.match(word):
             return "assistant", None, author
         return "tool", word, rest
 
 
-def _taken(match: re.Match[str], recipients: list[str]) -> str:
-    """Takes a recipient out of a header; the marks inside stay. What cannot be one stays, too."""
+def _take_recipient(match: re.Match[str], recipients: list[str]) -> str:
+    """Replaces a recipient by the marks inside it, and collects its name. A name that cannot be one stays."""
     marks = _MARK * match[0].count(_MARK)
-    name = _plain(match[1])
+    name = _clean_name(match[1])
     if _CONTENT_TYPE.fullmatch(name) or (marks and name in CHANNELS):
         return f"{marks} {name} "
     recipients += [name] if name else []
     return f"{marks} "
 
 
-def _plain(recipient: str) -> str:
-    """Without what is not part of the name."""
-    name = recipient.strip(_AROUND) if recipient.lower() != f"{FUNCTIONS}." else recipient
-    return _PREFIX.sub(f"{FUNCTIONS}.", name, count=1) if _PREFIX.match(name) else name
+def _clean_name(recipient: str) -> str:
+    """A recipient without punctuation, and without gaps or capitals in its `functions.`."""
+    name = recipient.strip(_PUNCTUATION) if recipient.lower() != f"{FUNCTIONS}." else recipient
+    return _NAMESPACE.sub(f"{FUNCTIONS}.", name, count=1) if _NAMESPACE.match(name) else name
 
 
-def _known(channel: str) -> str | None:
-    """The channel that is meant; None for another word."""
-    plain = channel.lower().strip(_AROUND)
+def _known_channel(channel: str) -> str | None:
+    """The channel that a word means, or None."""
+    plain = channel.lower().strip(_PUNCTUATION)
     return plain if plain in CHANNELS else None
 
 
+def _without(words: str, taken: str) -> str:
+    return " ".join(word for word in words.split() if word != taken)
+
+
 def _first_word(text: str) -> tuple[str, str]:
-    """The first word, maybe empty, and what follows it."""
+    """The first word, "" if there is none, and what follows it."""
     words = text.lstrip()
     word = words.split(maxsplit=1)[0] if words else ""
     return word, words[len(word) :]

@@ -1,7 +1,7 @@
 """Token ids back to harmony messages, one by one."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, replace
 
 from gptjax.text.harmony.header import Header
@@ -17,7 +17,7 @@ _WORD = re.compile(r"[a-z]*")
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A step of one message. The first has an empty text, and comes as soon as the header is certain."""
+    """A step of one message. The first has an empty text; it comes after the header, of a call with its first text."""
 
     index: int
     """Which message of the stream, from 0."""
@@ -41,14 +41,14 @@ class StreamParser:
     - Text without a header is a message of the assistant without a channel, and so is the text of a header that ends
       without `<|message|>` (less what can be read as a header).
     - `<|start|>` and `<|channel|>` end a message that lacks its `<|end|>`; the latter begins one of the assistant.
-    - A mark that comes twice in a header, or before any text, begins the header again; what it said before stays
-      unless it says something else.
-    - Words of a header that have no place in it are dropped; so are other special tokens, and a header that the end of
-      the stream cuts short.
+    - A mark that comes twice in a header, or before any text, begins the header again. What it said before stays unless
+      it now says something else.
+    - Words that have no place in a header are dropped. So are other special tokens, and a header that is cut short by
+      the end of the stream.
 
-    openai-harmony agrees wherever the stream is well-formed; but it takes a lone word after the channel for a
-    recipient, as in `<|channel|>final <|constrain|>json`, which models write. Here a recipient has its `to=`, or is
-    `functions.NAME`.
+    openai-harmony agrees if the stream is well-formed, with one exception: it takes any lone word after the channel for
+    a recipient, as in `<|channel|>final <|constrain|>json`, which models write. Here a recipient needs `to=`, unless it
+    is `functions.NAME` or one of `names`.
 
     Attributes:
         messages: those that are complete.
@@ -57,14 +57,18 @@ class StreamParser:
         RequestError: the tokenizer lacks harmony's special tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, names: Set[str] = frozenset()) -> None:
+        """`names`: of the tools that were offered."""
         special = special_ids(tokenizer)
         self._ends = frozenset(special[token] for token in _ENDS if token in special)
         self._start, self._channel = special[START], special[CHANNEL]
         self._constrain, self._message = special[CONSTRAIN], special[MESSAGE]
         self.messages: list[Message] = []
         self._decoder = tokenizer.stream()
-        self._header = Header(explicit=False)
+        self._call = special[CALL]
+        self._cut: Header | None = None  # the last header, if it ended without a text
+        self._names = names
+        self._header = self._new_header()
         self._current: Message | None = None  # None while its header is read
         self._pieces: list[str] = []
         self._begun = False  # whether the message's first event was given
@@ -72,7 +76,7 @@ class StreamParser:
     def push(self, token_id: int) -> list[Event]:
         """The events of one more token, which is any id that is not negative."""
         if token_id in self._ends:
-            return self._end()
+            return [*self._end(), *self.ended_by(token_id)]
         if token_id == self._start:
             return self._start_header()
         if token_id == self._channel:
@@ -89,19 +93,30 @@ class StreamParser:
             message, text = self._header.salvage()
             # The rest of a header that was cut short is a word at most.
             if _WORD.fullmatch(text) and (self._header.marked or message.recipient):
-                self._header = Header(explicit=False)
+                self._cut, self._header = self._header, self._new_header()
                 return []
         return self._end()
 
+    def ended_by(self, token_id: int) -> list[Event]:
+        """The events of a call without a text, if `<|call|>` ended its header. After `finish`, of the stream's end."""
+        cut, self._cut = self._cut, None
+        message = None if cut is None else cut.read()
+        if token_id != self._call or message is None or message.role != "assistant" or message.recipient is None:
+            return []
+        return [*self._begin(message), *self._end()]
+
+    def _new_header(self) -> Header:
+        return Header(explicit=False, names=self._names)
+
     def _start_header(self) -> list[Event]:
         before, events = self._broken_off(), self._end()
-        self._header = Header(explicit=True, before=before)
+        self._header = Header(explicit=True, names=self._names, before=before)
         return events
 
     def _start_channel(self) -> list[Event]:
         events: list[Event] = []
         if self._current is not None and self._current.recipient is not None and not self._begun:
-            self._current = None  # and the header of a call that has no text yet goes on
+            self._current = None  # the header of a call without text goes on
         elif self._current is not None:
             events = self._end()
         if self._header.channel is not None:
@@ -115,7 +130,7 @@ class StreamParser:
         return events
 
     def _broken_off(self) -> Header | None:
-        """The header that a mark leaves without a text, if that is so."""
+        """The header, if a mark that begins another leaves it without a text."""
         if self._current is not None:
             return None
         self._header.add(self._decoder.finish())
@@ -147,7 +162,7 @@ class StreamParser:
         return [*self._first(self._current), self._event(self._current, text)]
 
     def _first(self, message: Message) -> list[Event]:
-        """The event of a message's beginning, once."""
+        """The event of a message's beginning, only once."""
         begun, self._begun = self._begun, True
         return [] if begun else [self._event(message, "")]
 
@@ -160,11 +175,12 @@ class StreamParser:
             if not self._header.is_broken_off():
                 events = self._begin(*self._header.salvage())
         if self._current is None:
-            self._header = Header(explicit=False)
+            self._cut, self._header = self._header, self._new_header()
             return []
+        self._cut = None
         events += [*self._first(self._current), self._event(self._current, tail, ended=True)]
         self.messages.append(replace(self._current, content="".join([*self._pieces, tail])))
-        self._header, self._current = Header(explicit=False), None
+        self._header, self._current = self._new_header(), None
         return events
 
     def _event(self, message: Message, text: str, *, ended: bool = False) -> Event:

@@ -193,7 +193,7 @@ def _tool(tool: Namespace) -> Iterator[str]:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """Rust's `lines`: at "\\n" and "\\r\\n" only, none after a last one (Python's splitlines knows ten more)."""
+    """The lines as Rust's `lines` splits them: at "\\n" and "\\r\\n" only (Python's splitlines has ten more)."""
     start = 0
     while (end := text.find("\n", start)) >= 0:
         yield text[start:end].removesuffix("\r")

@@ -28,7 +28,7 @@ def _are_strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-# What is read of a schema; the rest may be anything.
+# What is read of a schema; the rest may be anything. Null counts as absent: clients write it for an empty field.
 _KEYWORDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "type": (lambda value: isinstance(value, str) or _are_strings(value), "a type's name or a list of them"),
     "properties": (lambda value: isinstance(value, dict), "an object of names and schemas"),
@@ -44,13 +44,13 @@ _KEYWORDS: dict[str, tuple[Callable[[object], bool], str]] = {
 
 
 def check_schema(schema: object, where: str) -> None:
-    """Raises RequestError, beginning with `where`, for what is no JSON or no schema, or holds too many values."""
+    """Raises RequestError, beginning with `where`, for what is not JSON or not a schema, or holds too many values."""
     _Check(where).schema(schema)
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where in a schema. It becomes text only in an error: on the way to each value it would cost more than that."""
+    """A place in a schema. It becomes text only for an error: a text for each value would cost more than the check."""
 
     parent: "_Place | None"
     step: str
@@ -88,7 +88,7 @@ class _Check:
             for index, item in enumerate(value):
                 self._json(item, _Place(at, f"[{index}]"), depth + 1)
         elif not _is_scalar(value):
-            raise RequestError(f"{at}: {quoted(value)} ({type(value).__name__}) is no JSON: write a JSON schema.")
+            raise RequestError(f"{at}: {quoted(value)} ({type(value).__name__}) is not JSON: write a JSON schema.")
 
     def _keywords(self, schema: object, at: _Place) -> None:
         if isinstance(schema, bool):  # "anything" and "nothing" are schemas
@@ -96,14 +96,14 @@ class _Check:
         if not isinstance(schema, dict):
             raise RequestError(f"{at} is {quoted(schema)}: write a schema, an object.")
         for key, (fits, wanted) in _KEYWORDS.items():
-            if key in schema and not fits(schema[key]):
+            if schema.get(key) is not None and not fits(schema[key]):
                 raise RequestError(f"{at}.{key} is {quoted(schema[key])}: write {wanted}.")
-        for name, part in schema.get("properties", {}).items():
+        for name, part in (schema.get("properties") or {}).items():
             self._keywords(part, _Place(at, f".properties.{name}"))
-        for index, part in enumerate(schema.get("oneOf", [])):
+        for index, part in enumerate(schema.get("oneOf") or []):
             self._keywords(part, _Place(at, f".oneOf[{index}]"))
-        if not isinstance(schema.get("items", True), list):
-            self._keywords(schema.get("items", True), _Place(at, ".items"))
+        if isinstance(schema.get("items"), dict):
+            self._keywords(schema["items"], _Place(at, ".items"))
 
 
 def _is_scalar(value: object) -> bool:
@@ -115,11 +115,15 @@ def _is_scalar(value: object) -> bool:
         return False
 
 
+def _without_nulls(schema: object) -> dict[str, Any]:
+    """The keywords of a schema without nulls, except for `default` and `items`; {} for true and false."""
+    given = schema if isinstance(schema, dict) else {}
+    return {key: value for key, value in given.items() if value is not None or key in ("default", "items")}
+
+
 def type_of(schema: object, indent: str = "") -> Iterator[str]:
     """The type that a checked schema describes, in pieces; lines after the first begin with `indent`."""
-    if not isinstance(schema, dict):
-        yield "any"
-        return
+    schema = _without_nulls(schema)
     if "oneOf" in schema:
         for each in schema["oneOf"]:
             yield f"\n{indent} | "
@@ -140,7 +144,7 @@ def type_of(schema: object, indent: str = "") -> Iterator[str]:
 
 
 def _joined(kinds: Iterator[str], none: str) -> Iterator[str]:
-    """Alternatives on one line; `none` for none, and for a lone one without text."""
+    """Alternatives on one line; `none` if there are none, or only an empty one."""
     first = next(kinds, "")
     second = next(kinds, None)
     if second is None:
@@ -157,7 +161,7 @@ def _object(schema: Schema, indent: str) -> Iterator[str]:
     yield "{\n"
     required = set(schema.get("required", []))
     for name, part in schema.get("properties", {}).items():
-        yield from _field(name if name in required else f"{name}?", part if isinstance(part, dict) else {}, indent)
+        yield from _field(name if name in required else f"{name}?", _without_nulls(part), indent)
     yield f"{indent}}}"
 
 
@@ -183,7 +187,7 @@ def _field(name: str, schema: Schema, indent: str) -> Iterator[str]:
 
 def _alternatives(name: str, schema: Schema, indent: str) -> Iterator[str]:
     """A field with a oneOf. A description is not said twice, and the first variant's gives way to the field's."""
-    variants = [each if isinstance(each, dict) else {} for each in schema["oneOf"]]
+    variants = [_without_nulls(each) for each in schema["oneOf"]]
     description = schema.get("description")
     above = "description" in schema and not (variants and variants[0].get("description") == description)
     if above:
@@ -202,9 +206,7 @@ def _alternatives(name: str, schema: Schema, indent: str) -> Iterator[str]:
 
 
 def _variant(schema: object, indent: str, *, described: bool = True, quote_enum: bool = False) -> Iterator[str]:
-    if not isinstance(schema, dict):
-        yield "any"
-        return
+    schema = _without_nulls(schema)
     yield from _or_null(schema, type_of(schema, f"{indent}   "))
     comment = " // "
     if described and "description" in schema:
@@ -221,7 +223,7 @@ def _note(text: str, indent: str) -> str:
 
 
 def _or_null(schema: Schema, kind: Iterator[str]) -> Iterator[str]:
-    """A type, and that it may be null if that is not said yet. (No piece ends within a word.)"""
+    """A type, with null as an alternative if nullable and not there yet. (No piece ends within a word.)"""
     if not schema.get("nullable"):
         yield from kind
         return
