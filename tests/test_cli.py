@@ -202,3 +202,10 @@ def test_control_c_ends_with_130_and_no_traceback():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 130
     assert result.stderr.strip() == ""
+
+
+def test_an_empty_name_is_not_the_default(capsys):
+    """As of a shell's unset variable."""
+    for command in (["generate", "A", "-m", ""], ["info", ""], ["perplexity", ""]):
+        assert main(command) == 1, command
+        assert "the checkpoint's name is empty" in capsys.readouterr().err

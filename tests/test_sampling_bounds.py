@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gptjax
 from gptjax.config import GenerationDefaults
 from gptjax.engine.options import make_request
 from gptjax.errors import RequestError
@@ -78,3 +79,10 @@ def test_what_is_out_of_bounds_is_refused_with_the_bound(name, values, bound):
         with pytest.raises(RequestError, match=bound) as caught:
             request.check(vocab_size=8192, max_length=512)
         assert name in str(caught.value) and len(str(caught.value)) < 400 and "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["ignore_eos", "special"])
+@pytest.mark.parametrize("value", ["yes", 1, 0.0, []])
+def test_flags_are_true_or_false(lm, option, value):
+    with pytest.raises(gptjax.RequestError, match=f"{option} must be true or false"):
+        lm.generate("A", max_tokens=1, **{option: value})

@@ -199,8 +199,9 @@ def _no_weights(directory: Path) -> str:
     """Why there is nothing to read, with the reason for what is there instead."""
     expected = f"{directory} has neither {SINGLE} nor {INDEX}"
     if (directory / "params").is_dir():
+        fault = "not a manifest" if (directory / "manifest.json").is_file() else "missing"
         return (
-            f"{expected}; it looks like one that gptjax converted, but its manifest.json is missing: convert it again"
+            f"{expected}; it looks like one that gptjax converted, but its manifest.json is {fault}: convert it again"
         )
     try:
         files = sorted(path for path in directory.iterdir() if os.path.isfile(path))

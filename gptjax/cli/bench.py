@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptjax.cli import bench_kernels
-from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, overrides
+from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, model_name, overrides
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -164,13 +164,13 @@ def _write_random(name: str, directory: str) -> int:
 def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, Loading]":
     """The model and its weights, its name, its directory if it has one, and how loading went."""
     from gptjax import bench, hub, memory, runtime
-    from gptjax.api import DEFAULT_MODEL, load
+    from gptjax.api import load
     from gptjax.config import read_config
     from gptjax.models import registry
 
     longest = max(args.prompt_length)
     if args.random is None:
-        name = args.model or DEFAULT_MODEL
+        name = model_name(args)
         ignored = args.ignore_config
         length = bench.needed_length(read_config(hub.resolve(name), ignore=ignored), longest, args.steps)
         lm, loading = bench.measure_loading(lambda: load(name, dtype=args.dtype, max_length=length, **overrides(args)))

@@ -33,6 +33,13 @@ class CommandParser(argparse.ArgumentParser):
         return found, unknown
 
 
+def model_name(args: argparse.Namespace) -> str:
+    """The model that was asked for, or the default one. (An empty name, as of an unset variable, is an error later.)"""
+    from gptjax.api import DEFAULT_MODEL
+
+    return DEFAULT_MODEL if args.model is None else str(args.model)
+
+
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, summary: str, epilog: str
 ) -> argparse.ArgumentParser:

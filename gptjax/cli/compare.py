@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, overrides
+from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, model_name, overrides
 from gptjax.installation import with_extra
 
 _PROMPT = "Once upon a time there was a king who had"
@@ -46,10 +46,10 @@ examples:
 def run_compare(args: argparse.Namespace) -> int:
     """Runs `gptjax compare`."""
     from gptjax import hub
-    from gptjax.api import DEFAULT_MODEL, load
+    from gptjax.api import load
     from gptjax.compare import compare, first_difference
 
-    name = args.model or DEFAULT_MODEL
+    name = model_name(args)
     lm = load(name, dtype=args.dtype or "float32", **overrides(args))
     rows = compare(lm.model, lm.params, hub.resolve(name), _ids(lm, args))
     width = max(len(row.stage) for row in rows)
@@ -74,9 +74,9 @@ def run_compare(args: argparse.Namespace) -> int:
 
 def run_trace(args: argparse.Namespace) -> int:
     """Runs `gptjax trace`."""
-    from gptjax.api import DEFAULT_MODEL, load
+    from gptjax.api import load
 
-    lm = load(args.model or DEFAULT_MODEL, dtype=args.dtype, **overrides(args))
+    lm = load(model_name(args), dtype=args.dtype, **overrides(args))
     stages = lm.activations(_ids(lm, args))
     width = max(map(len, stages))
     for stage, array in stages.items():

@@ -12,6 +12,7 @@ from gptjax.cli.common import (
     add_model_options,
     add_overrides,
     add_tokenizer,
+    model_name,
     overrides,
     read_stdin,
 )
@@ -67,7 +68,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from gptjax.api import DEFAULT_MODEL, load
+    from gptjax.api import load
     from gptjax.engine.options import GenerateOptions
     from gptjax.errors import RequestError
 
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in GenerateOptions.__annotations__ if hasattr(args, name)}
     options = {name: value for name, value in options.items() if value is not None}
     lm = load(
-        args.model or DEFAULT_MODEL,
+        model_name(args),
         dtype=args.dtype,
         max_length=args.max_length,
         tokenizer=args.tokenizer,

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_model_options, add_overrides, overrides
+from gptjax.cli.common import MODEL_HELP, add_command, add_model_options, add_overrides, model_name, overrides
 from gptjax.quoting import clean
 from gptjax.units import readable
 
@@ -33,7 +33,6 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from gptjax.api import DEFAULT_MODEL
     from gptjax.errors import RequestError
     from gptjax.info import describe, describe_published, describe_tensors, imagined_gpu
 
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("--size tells of no checkpoint: leave out the model's name and --tensors")
     device = None if args.memory is None else imagined_gpu(1e9 * args.memory)
     asked = {"dtype": args.dtype, "max_length": args.max_length, "max_batch": args.max_batch, "device": device}
-    name = args.model or DEFAULT_MODEL
+    name = model_name(args)
     facts = (
         describe_published(args.size, **asked) if args.size is not None else describe(name, **asked, **overrides(args))
     )

@@ -5,7 +5,7 @@ import json
 import time
 from typing import Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, overrides
+from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, model_name, overrides
 
 
 def add(commands: Any) -> None:
@@ -39,11 +39,11 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from gptjax.api import DEFAULT_MODEL, load
+    from gptjax.api import load
     from gptjax.evaluate import HELD_OUT, Perplexity, check_stride, predict, read, window, windows
     from gptjax.progress import progress
 
-    name, path = args.model or DEFAULT_MODEL, args.text or HELD_OUT
+    name, path = model_name(args), args.text or HELD_OUT
     text = read(path)
     length = window(name, args.max_length, ignore_config=args.ignore_config)
     lm = load(name, dtype=args.dtype, max_length=length, **overrides(args))

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Final, NoReturn, TypeVar
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_overrides, overrides
+from gptjax.cli.common import MODEL_HELP, add_command, add_overrides, model_name, overrides
 from gptjax.installation import with_extra
 
 _Number = TypeVar("_Number", int, float)
@@ -170,7 +170,7 @@ def _run(args: argparse.Namespace) -> int:
     import logging.config
 
     from gptjax import hub
-    from gptjax.api import DEFAULT_MODEL, load
+    from gptjax.api import load
     from gptjax.config import read_config
     from gptjax.errors import RequestError
 
@@ -187,7 +187,7 @@ def _run(args: argparse.Namespace) -> int:
         raise RequestError(f"serving needs {error.name}, which is not installed: {with_extra('serve')}") from None
     log_config = logs.config(args.log_format, args.log_level)
     logging.config.dictConfig(log_config)
-    model = args.model or DEFAULT_MODEL
+    model = model_name(args)
     length = args.max_length
     if length is None and not os.environ.get("GPTJAX_MAX_LENGTH"):
         # GPT-OSS has room for 131072 tokens, whose cache for every slot few machines have.

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, overrides
+from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, model_name, overrides
 from gptjax.config.quantization import TARGETS
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ examples:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from gptjax import quantization
-    from gptjax.api import DEFAULT_MODEL, load
+    from gptjax.api import load
     from gptjax.errors import RequestError
     from gptjax.evaluate import HELD_OUT, read, window
     from gptjax.progress import progress
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"--tokens must be at least 2, found {args.tokens}")
     if args.plot is not None:
         quantization.check_plot(args.plot)
-    name, path = args.model or DEFAULT_MODEL, args.text or HELD_OUT
+    name, path = model_name(args), args.text or HELD_OUT
     text = read(path)
     length = window(name, None, ignore_config=args.ignore_config)
     settings: dict[str, Any] = {"dtype": args.dtype or "float32", "max_length": length}

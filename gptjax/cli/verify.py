@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_ignore_config, overrides
+from gptjax.cli.common import MODEL_HELP, add_command, add_ignore_config, model_name, overrides
 
 
 def add(commands: Any) -> None:
@@ -30,11 +30,11 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     import dataclasses
 
-    from gptjax.api import DEFAULT_MODEL, load
+    from gptjax.api import load
     from gptjax.errors import CheckpointError
     from gptjax.verify import verify
 
-    name = args.model or DEFAULT_MODEL
+    name = model_name(args)
     checks = verify(load(name, dtype="float32", generation_config=False, **overrides(args)))
     if not checks:
         raise CheckpointError(

@@ -27,7 +27,8 @@ _SPECIAL_TOKENS: Final = ("bos_token_id", "eos_token_id")
 GENERATION_WITHOUT_EFFECT: Final = frozenset(
     """
     _commit_hash _from_model_config assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight
-    assistant_lookbehind bos_token_id cache_config cache_implementation compile_config continuous_batching_config
+    assistant_lookbehind bos_token_id cache_config cache_implementation chat_format compile_config
+    continuous_batching_config max_window_size
     decoder_start_token_id disable_compile diversity_penalty early_stopping is_assistant length_penalty low_memory
     max_cache_len max_length max_matching_ngram_size max_new_tokens num_assistant_tokens num_assistant_tokens_schedule
     num_beam_groups output_attentions output_hidden_states output_logits output_scores pad_token_id prefill_chunk_size
@@ -40,7 +41,8 @@ _OFF_IF_EMPTY: Final = frozenset(
     """
     bad_words_ids begin_suppress_tokens constraints dola_layers encoder_no_repeat_ngram_size
     exponential_decay_length_penalty force_words_ids generation_kwargs max_time min_length min_new_tokens
-    no_repeat_ngram_size penalty_alpha sequence_bias stop_strings suppress_tokens token_healing watermarking_config
+    no_repeat_ngram_size penalty_alpha sequence_bias stop_strings stop_words_ids suppress_tokens token_healing
+    watermarking_config
     """.split()
 )
 # ... or if 1.

@@ -119,7 +119,7 @@ def make_request(
     stop = _listed("stop", options.get("stop"), alone=str, of="texts")
     stop_ids = _listed("stop_ids", options.get("stop_ids"), alone=int, of="token ids")
     max_tokens = plain(options.get("max_tokens"))
-    if not options.get("ignore_eos"):
+    if not _flag(options, "ignore_eos"):
         stop_ids += eos_ids
     request = Request(
         prompt_ids=tuple(prompt_ids),
@@ -133,12 +133,16 @@ def make_request(
 
 def special_of(options: Mapping[str, Any]) -> bool:
     """The option `special`. Raises `RequestError` if it is neither true nor false."""
-    special = plain(options.get("special"))
-    if special is None:
+    return _flag(options, "special")
+
+
+def _flag(options: Mapping[str, Any], name: str) -> bool:
+    value = plain(options.get(name))
+    if value is None:
         return False
-    if not isinstance(special, bool):
-        raise RequestError(f"special must be true or false, found {quoted(special)}")
-    return special
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be true or false, found {quoted(value)}")
+    return value
 
 
 def _listed(name: str, value: Any, *, alone: type, of: str) -> list[Any]:

@@ -407,7 +407,6 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "quantization of no kind": ({"quantization_config": {"bits": 4}}, ("quantization_config",)),
     "spellings that differ": ({"rope_parameters": {**PARAMETERS, "factor": 16.0}}, ("rope_parameters", "rope_scaling")),
     "thetas that differ": ({"rope_parameters": {**PARAMETERS, "rope_theta": 1e4}}, ("rope_theta",)),
-    "experts a token that differ": ({"experts_per_token": 2}, ("num_experts_per_tok", "experts_per_token")),
     "experts that differ": ({"num_experts": 8}, ("num_local_experts", "num_experts")),
     "another rope": ({"rope_scaling": {**YARN, "rope_type": "linear"}}, ("linear", "yarn")),
     "no factor": ({"rope_scaling": {k: v for k, v in YARN.items() if k != "factor"}}, ("factor",)),
