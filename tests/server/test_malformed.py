@@ -5,6 +5,7 @@ import json
 
 import httpx2
 import pytest
+from fuzz import rounds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from server_material import GPT_OSS, USER, chat, complete, fault, make
@@ -235,7 +236,8 @@ def applications(plain, harmony):
     return app.build(harmony), app.build(plain)
 
 
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.fuzz
+@settings(max_examples=rounds(500), deadline=None, suppress_health_check=list(HealthCheck))
 @given(fields=OBJECTS, said=MESSAGES | VALUES, route=st.sampled_from(["completions", "chat/completions", "responses"]))
 def test_nothing_is_a_500(runner, applications, fields, said, route):
     said = [USER, *said] if isinstance(said, list) else said
