@@ -53,7 +53,7 @@ class Encoders:
         try:
             model = models.BPE(numbers, vocabulary.merges, ignore_merges=vocabulary.ignore_merges)
             self.without_special = Encoder(vocabulary, model, [each for each in vocabulary.added if not each.special])
-            self.with_special = Encoder(vocabulary, model, vocabulary.added)
+            self.with_special = Encoder(vocabulary, model, [*vocabulary.added, *vocabulary.ordinary])
             self.before, self.after = _around(vocabulary, model)
         except ConfigError:
             raise

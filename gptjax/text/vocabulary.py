@@ -60,6 +60,9 @@ class Vocabulary:
     """A word that is a token is that token, whether or not the merges lead there."""
     post_processor: Any
     """As in tokenizer.json; it adds tokens around a text."""
+    ordinary: tuple[AddedToken, ...]
+    """Special tokens that text is made of anyway, such as "!" if it is the padding. They are found as a whole only if
+    special tokens are looked for, and shown like any other text."""
 
 
 def build_vocabulary(
@@ -79,10 +82,11 @@ def build_vocabulary(
     names = {number: token for token, number in known.items()}
     tokens = tuple(added)
     _check_added(file, known, names, tokens)
-    kept = tuple(token for token in tokens if not (token.special and _is_ordinary(names.get(token.id, ""), built)))
+    ordinary = tuple(token for token in tokens if token.special and _is_ordinary(names.get(token.id, ""), built))
+    kept = tuple(token for token in tokens if token not in ordinary)
     hidden = {token.id for token in kept if token.special}
     plain = {token: number for token, number in known.items() if number not in hidden}
-    return Vocabulary(file, plain, merges, kept, normalizer, pre_tokenizer, ignore_merges, post_processor)
+    return Vocabulary(file, plain, merges, kept, normalizer, pre_tokenizer, ignore_merges, post_processor, ordinary)
 
 
 def _checked_ids(file: Path, ids: object) -> dict[str, int]:

@@ -262,11 +262,19 @@ def test_special_token_that_text_is_made_of(tmp_path: Path) -> None:
     """Like "!" used as padding: hiding it would remove it from answers."""
     file = demo_json()
     for content in ("!", "the"):
-        file["added_tokens"].append({"id": file["model"]["vocab"][content], "content": content, "special": True})
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        file["added_tokens"].append(
+            {"id": file["model"]["vocab"][content], "content": content, "special": True, **flags}
+        )
     tokenizer = load_tokenizer(write_json(tmp_path, "tokenizer.json", file))
     assert tokenizer.encode("the end!") == load_tokenizer(DEMO).encode("the end!")
     assert tokenizer.decode(tokenizer.encode("the end!")) == "the end!"
     assert list(tokenizer.special_ids) == ["<|endoftext|>"]
+    library = tokenizers.Tokenizer.from_str(json.dumps(file))
+    for text in ("the end!", "other!!the", "!"):
+        found = tokenizer.encode(text, special=True)
+        assert found == library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(found) == text
 
 
 def test_ids_are_the_files_even_with_gaps(tmp_path: Path) -> None:
