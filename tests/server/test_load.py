@@ -40,11 +40,11 @@ def engine_gain():
 
 
 def test_32_slots_do_four_times_as_much_a_second_as_one(tmp_path):
-    """Or 0.6 of what the engine alone gains: on some CPUs that is 4.6 times, on others 7.
+    """Or half as much as the engine alone gains: on some CPUs that is 4.6 times.
 
     That clients at once get what each gets alone is shown in test_with_model.py.
     """
-    wanted = min(4.0, 0.6 * engine_gain())
+    wanted = min(4.0, engine_gain() / 2)
     bodies = [body(number, max_tokens=64) for number in range(64)]
     options = ["--max-length", "128", "--max-batch"]
     best = [0.0, 0.0]
@@ -56,10 +56,9 @@ def test_32_slots_do_four_times_as_much_a_second_as_one(tmp_path):
             best = [
                 max(rate, tokens_a_second(server, bodies, 64)) for rate, server in zip(best, (one, many), strict=True)
             ]
-    print(
-        f"1 slot: {best[0]:.0f} tokens/s, 32 slots: {best[1]:.0f} tokens/s, {best[1] / best[0]:.1f} times ({wanted:.1f} wanted)"
-    )
-    assert best[1] >= wanted * best[0]
+    gain = best[1] / best[0]
+    print(f"1 slot: {best[0]:.0f} tokens/s, 32 slots: {best[1]:.0f}, {gain:.1f} times as many; {wanted:.1f} wanted")
+    assert gain >= wanted
 
 
 @pytest.fixture(scope="module")
