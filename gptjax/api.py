@@ -72,7 +72,7 @@ def load(
     rows = check_rows("max_batch", 1 if max_batch is None else max_batch)
     if implementation not in IMPLEMENTATIONS:
         raise RequestError(
-            f"there is no implementation {quoted(implementation)}; choose one of {', '.join(IMPLEMENTATIONS)}"
+            f"unknown implementation {quoted(implementation)}; choose one of {', '.join(IMPLEMENTATIONS)}"
         )
     model = registry.build(config, dtype=runtime.compute_dtype(dtype), implementation=implementation)
     memory.check(model, batch=rows, max_length=length)

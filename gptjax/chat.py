@@ -10,6 +10,7 @@ from typing import Any, Final
 from gptjax.engine.output import Chunk, Completion
 from gptjax.errors import RequestError
 from gptjax.text import Tokenizer, harmony
+from gptjax.text.harmony.builtin import BUILTIN
 from gptjax.text.harmony.header import NOBODY
 from gptjax.text.harmony.messages import CHANNELS, FUNCTIONS
 from gptjax.text.harmony.rendering import check_name
@@ -159,9 +160,12 @@ class TurnReader:
 
 
 def offered_names(tools: Iterable[Mapping[str, Any]] | None) -> frozenset[str]:
-    """The names by which tools can be called. `tools` are those of a `prompt`, which has checked them."""
-    functions, builtin = harmony.read_tools(tools)
-    return frozenset(function.name for function in functions) | frozenset(harmony.recipients(builtin))
+    """The names that calls of tools can bear. `tools` are not checked again: `prompt` has accepted them."""
+    names: set[str] = set()
+    for tool in tools or ():
+        kind = tool["type"]
+        names.update([tool["function"]["name"]] if kind == "function" else harmony.recipients([BUILTIN[kind]]))
+    return frozenset(names)
 
 
 def chat_chunks(chunks: Iterable[Chunk], reader: TurnReader) -> Iterator[ChatChunk]:

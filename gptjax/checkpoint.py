@@ -156,9 +156,9 @@ def place(
 
 
 def _in_threads(jobs: Iterator[Callable[[], _Result]], workers: int) -> Iterator[_Result]:
-    """The results as they come; so many jobs at a time, and none is taken before there is a worker for it.
+    """Results in the order in which they are ready. A job is taken only when a worker is free.
 
-    (In their order, one large weight among small ones would leave the other workers idle.)
+    (In the order of the jobs, one large weight among small ones would leave the other workers idle.)
     """
     if workers == 1:
         for job in jobs:

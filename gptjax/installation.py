@@ -27,7 +27,7 @@ def again() -> str:
     """How to install gptjax again, for the end of a sentence."""
     source = _source("")
     if source is None:
-        return "install gptjax again, the way that you installed it"
+        return "install gptjax again, the way you installed it"
     return f"install gptjax again: {_pip(['--force-reinstall', *source])}"
 
 

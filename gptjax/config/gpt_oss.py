@@ -198,7 +198,7 @@ def _windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:
     if len(types) != num_layers:
         keys.fault(f"layer_types has {len(types)} entries, but num_hidden_layers is {num_layers}")
     slides = [_SLIDES[kind] for kind in types]
-    absent = None if keys.null("sliding_window") else _WINDOW  # null means that there is no window
+    absent = None if keys.null("sliding_window") else _WINDOW  # null means no window
     window = keys.size("sliding_window", absent=absent) if any(slides) else None
     return tuple(window if slide else None for slide in slides)
 

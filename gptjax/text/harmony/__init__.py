@@ -15,7 +15,6 @@ from gptjax.text.harmony.messages import DeveloperContent, Function, Message, Na
 from gptjax.text.harmony.parsing import Event, StreamParser, parse
 from gptjax.text.harmony.rendering import render_messages
 from gptjax.text.harmony.special import missing_tokens
-from gptjax.text.harmony.tools import read_tools
 
 __all__ = [
     "BROWSER",
@@ -31,7 +30,6 @@ __all__ = [
     "conversation",
     "missing_tokens",
     "parse",
-    "read_tools",
     "recipients",
     "render",
     "render_messages",
