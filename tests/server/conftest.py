@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def browser():
-    """Chromium without a window: Playwright's own, or else the system's."""
+    """Chromium without a window: Playwright's own, or else the system's.
+
+    One for each test: as long as Playwright is open, its event loop runs in this thread, where no other can run.
+    """
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
