@@ -12,7 +12,9 @@ from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_con
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gptjax.bench.models import Loading, Result
+    from gptjax.bench.ceilings import MemorySpeed
+    from gptjax.bench.loading import Loading
+    from gptjax.bench.models import Result
     from gptjax.config import ModelConfig
     from gptjax.models.params import Params
     from gptjax.models.registry import Model
@@ -28,8 +30,9 @@ def add(commands: Any) -> None:
         run,
         summary="measure the speed of loading, prefill and decode, or of the kernels alone",
         epilog="""Medians over repeats, with the spread from fastest to slowest; compilation and first calls apart.
-The share of the ceiling is of the memory's speed, measured in the same run by a large copy; with --kernels by a large
-sum if that is faster. A kernel's time is that of a call in a chain of calls that wait for each other.
+The share of the ceiling compares the bytes that a step must read with the speed at which this device reads or copies
+memory, measured in the same run. For several rows of a mixture of experts, it counts the experts that even routing is
+expected to choose. A kernel's time is that of a call in a chain of calls that wait for each other.
 
 examples:
   gptjax bench gpt2-tales
@@ -82,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from gptjax.bench import models
+    from gptjax.bench.ceilings import measure_memory
     from gptjax.engine import memory
 
     _check(args)
@@ -102,14 +106,15 @@ def run(args: argparse.Namespace) -> int:
             with memory.explained(model, batch=batch, max_length=length):
                 results += models.run(turns, model, repeats=args.repeats, **sizes)
             del turns  # and the cache with them, before the next ones take theirs
-    ceiling = models.measure_ceiling()
+    memory_speed = measure_memory()
+    ceiling = memory_speed.bytes_per_second
     device, dtype = jax.devices()[0].device_kind, jax.numpy.dtype(model.dtype).name
     if args.json:
         facts = {"model": name, "device": device, "dtype": dtype, "load_seconds": loading.seconds}
-        facts |= {"load_host_bytes": loading.host_bytes, "ceiling_bytes_per_second": ceiling}
+        facts |= {"load_host_bytes": loading.host_bytes, **memory_speed.to_json()}
         print(json.dumps({**facts, "results": [result.to_json(ceiling) for result in results]}))
     else:
-        _print(f"{name}, {dtype}, on {device}", loading, ceiling, results)
+        _print(f"{name}, {dtype}, on {device}", loading, memory_speed, results)
     return 0
 
 
@@ -167,6 +172,7 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
     """The model and its weights, its name, its directory if it has one, and how loading went."""
     from gptjax.api import load
     from gptjax.bench import models
+    from gptjax.bench.loading import measure_loading
     from gptjax.checkpoints import hub
     from gptjax.config import read_config
     from gptjax.engine import memory
@@ -179,28 +185,29 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
         name = model_name(args)
         ignored = args.ignore_config
         length = models.needed_length(read_config(hub.resolve(name), ignore=ignored), longest, args.steps)
-        lm, loading = models.measure_loading(lambda: load(name, dtype=args.dtype, max_length=length, **overrides(args)))
+        lm, loading = measure_loading(lambda: load(name, dtype=args.dtype, max_length=length, **overrides(args)))
         return lm.model, lm.params, name, hub.resolve(name), loading
     config = _published(args.random)
     length = models.needed_length(config, longest, args.steps)
     runtime.enable_compilation_cache()
     model = registry.build(config, dtype=runtime.compute_dtype(args.dtype))
     memory.check(model, batch=max(args.batch), max_length=length)
-    params, loading = models.measure_loading(lambda: repacked(model, random_params(model)))
+    params, loading = measure_loading(lambda: repacked(model, random_params(model)))
     return model, params, f"{args.random} (random weights)", None, loading
 
 
-def _print(title: str, loading: "Loading", ceiling: float, results: "Sequence[Result]") -> None:
+def _print(title: str, loading: "Loading", speed: "MemorySpeed", results: "Sequence[Result]") -> None:
     from gptjax.engine.memory import readable
 
     print(
         f"{title}; loaded in {loading.seconds:.1f} s, for which host memory grew by "
-        f"{readable(loading.host_bytes)}; a large copy moves {readable(int(ceiling))}/s"
+        f"{readable(loading.host_bytes)}; memory is read at {readable(int(speed.read))}/s, copied at "
+        f"{readable(int(speed.copy))}/s"
     )
     heads = ("rows prompt  prefill tok/s  spread", "ms/step  spread  decode tok/s", "of ceiling  compile      peak")
     print(f"engine        {'   '.join(heads)}")
     for result in results:
-        share = result.share(ceiling)
+        share = result.share(speed.bytes_per_second)
         noisy = [part for part, figure in (("prefill", result.prefill), ("decode", result.step)) if figure.noisy]
         print(
             f"{result.engine:12} {result.batch:5} {result.prompt_length:6} {result.prefill_tokens_per_second:14.0f} "

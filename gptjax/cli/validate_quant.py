@@ -52,12 +52,13 @@ def run(args: argparse.Namespace) -> int:
     from gptjax.diagnostics import mxfp4_accuracy
     from gptjax.diagnostics.perplexity import HELD_OUT, read, window
     from gptjax.errors import RequestError
+    from gptjax.support.plots import check_plot
     from gptjax.support.progress import progress
 
     if args.tokens is not None and args.tokens < 2:
         raise RequestError(f"--tokens must be at least 2, found {args.tokens}")
     if args.plot is not None:
-        mxfp4_accuracy.check_plot(args.plot)
+        check_plot(args.plot)
     name, path = model_name(args), args.text or HELD_OUT
     text = read(path)
     length = window(name, None, ignore_config=args.ignore_config)
