@@ -149,11 +149,10 @@ def _published(name: str) -> "ModelConfig":
 
 def _shapes(args: argparse.Namespace) -> "dict[str, ModelConfig]":
     """The models whose shapes kernels are measured at."""
-    from gptjax.checkpoints import hub
-    from gptjax.config import read_config
+    from gptjax.checkpoints.checkpoint import open_checkpoint
 
     if args.model is not None:
-        return {args.model: read_config(hub.resolve(args.model), ignore=args.ignore_config)}
+        return {args.model: open_checkpoint(args.model, **overrides(args)).config}
     return {name: _published(name) for name in ([args.random] if args.random else _MEASURED)}
 
 
@@ -170,11 +169,10 @@ def _write_random(name: str, directory: str) -> int:
 
 def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, Loading]":
     """The model and its weights, its name, its directory if it has one, and how loading went."""
-    from gptjax.api import load
+    from gptjax.api import load_checkpoint
     from gptjax.bench import models
     from gptjax.bench.loading import measure_loading
-    from gptjax.checkpoints import hub
-    from gptjax.config import read_config
+    from gptjax.checkpoints.checkpoint import open_checkpoint
     from gptjax.engine import memory
     from gptjax.models import registry
     from gptjax.models.params import random_params, repacked
@@ -183,10 +181,10 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
     longest = max(args.prompt_length)
     if args.random is None:
         name = model_name(args)
-        ignored = args.ignore_config
-        length = models.needed_length(read_config(hub.resolve(name), ignore=ignored), longest, args.steps)
-        lm, loading = measure_loading(lambda: load(name, dtype=args.dtype, max_length=length, **overrides(args)))
-        return lm.model, lm.params, name, hub.resolve(name), loading
+        checkpoint = open_checkpoint(name, **overrides(args))
+        length = models.needed_length(checkpoint.config, longest, args.steps)
+        lm, loading = measure_loading(lambda: load_checkpoint(checkpoint, dtype=args.dtype, max_length=length))
+        return lm.model, lm.params, name, checkpoint.directory, loading
     config = _published(args.random)
     length = models.needed_length(config, longest, args.steps)
     runtime.enable_compilation_cache()

@@ -63,7 +63,7 @@ def test_the_experts_that_are_read_are_those_that_random_rows_choose(name, exper
     model = registry.build(PUBLISHED[name], dtype="bfloat16")
     one, these, most = (cost.weight_bytes_per_step(model, batch=batch) for batch in (1, rows, 10**4))
     found = 4 + (these - one) / (most - one) * (experts - 4)
-    assert found == pytest.approx(np.mean(chosen), abs=4 * np.std(chosen) / 2000**0.5 + 1e-6)
+    assert found == pytest.approx(np.mean(chosen), abs=4 * np.std(chosen) / 2000**0.5 + 1e-3)
 
 
 def test_an_untied_embedding_is_only_looked_up():
