@@ -160,7 +160,7 @@ def _write_random(name: str, directory: str) -> int:
     from pathlib import Path
 
     from convert.random import write_random
-    from gptjax.engine.memory import readable
+    from gptjax.support.units import readable
 
     written = write_random(_published(name), Path(directory))
     print(f"{directory}: random weights of {name}, {readable(written)}")
@@ -195,7 +195,7 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
 
 
 def _print(title: str, loading: "Loading", speed: "MemorySpeed", results: "Sequence[Result]") -> None:
-    from gptjax.engine.memory import readable
+    from gptjax.support.units import readable
 
     print(
         f"{title}; loaded in {loading.seconds:.1f} s, for which host memory grew by "
