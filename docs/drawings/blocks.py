@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from svg import Drawing
 
-from gptjax.activations import stages
 from gptjax.config import PUBLISHED, GptOssConfig, ModelConfig
 from gptjax.layers.observe import COLLECTION
-from gptjax.models import registry
+from gptjax.models.params import abstract_params
+from gptjax.models.registry import build
+from gptjax.models.stages import stages
 
 MODELS: Final = {"GPT-2 124M": PUBLISHED["gpt2"], "gpt-oss-20b": PUBLISHED["gpt-oss-20b"]}
 _COLUMN, _PITCH, _BOX = 450, 84, 40  # pixels: a column's width, from box to box, a box's height
@@ -188,11 +189,11 @@ def _moe(block: Block, config: ModelConfig) -> None:
 def _check(block: Block, config: ModelConfig) -> None:
     """Raises `AssertionError` if an arrow says something else than the model does, or a stage has no arrow."""
     one = config.with_one_layer()
-    model = registry.build(one)
+    model = build(one)
     letters = sizes(config) | {"B": 3, "T": 5}
     tokens_BT = jax.ShapeDtypeStruct((letters["B"], letters["T"]), jnp.int32)
     run = partial(model.apply, mutable=[COLLECTION])
-    _, recorded = jax.eval_shape(run, {"params": registry.abstract_params(model)}, tokens_BT, tokens_BT)
+    _, recorded = jax.eval_shape(run, {"params": abstract_params(model)}, tokens_BT, tokens_BT)
     made = {
         jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/output"): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(recorded[COLLECTION])

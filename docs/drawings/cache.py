@@ -5,7 +5,7 @@ import numpy as np
 from attention import legend, mask
 from svg import Drawing
 
-from gptjax.cache import KVCache
+from gptjax.layers.cache import KVCache
 from pallas_kernels.attention.reference import visible
 
 WINDOW, LENGTHS, CHUNK = 8, (5, 13, 22), 4  # GPT-OSS's window of 128, scaled down; rows; tokens of a chunk
