@@ -10,7 +10,7 @@ from pallas_kernels.attention.reference import visible
 
 T, WINDOW = 12, 4  # tokens, and the window: GPT-OSS's 128, scaled down
 _CELL, _PANEL, _LEFT, _TOP = 13, 224, 20, 76
-_LEGEND = {"new": "itself", "attention": "seen", "empty": "not seen", "sink": "the sink: a score without a value"}
+_LEGEND = {"new": "itself", "attention": "visible", "empty": "not visible", "sink": "the sink: a score without a value"}
 
 
 def legend(drawing: Drawing, x: float, y: float, names: dict[str, str], cell: float) -> None:
@@ -47,14 +47,14 @@ def draw() -> Drawing:
     drawing = Drawing(900, height + 66, "Masks of attention: causal, with a sink, with a sliding window, with padding")
     everything = list(range(T))
     panels = [
-        (("GPT-2", "all up to itself"), everything, None, False),
-        (("GPT-OSS, blocks 1, 3, 5, …", "all up to itself,", "and the sink"), everything, None, True),
-        (("GPT-OSS, blocks 0, 2, 4, …", f"the last {WINDOW} (really 128),", "and the sink"), everything, WINDOW, True),
+        (("GPT-2", "itself and all before it"), everything, None, False),
+        (("GPT-OSS, blocks 1, 3, 5, …", "itself and all before it,", "and the sink"), everything, None, True),
+        (("GPT-OSS, blocks 0, 2, 4, …", f"the last {WINDOW} (in fact 128),", "and the sink"), everything, WINDOW, True),
         (("Padding", "a chunk of 9 tokens,", f"padded to {T}"), [*range(T - 3), -1, -1, -1], None, False),
     ]
     for column, panel in enumerate(panels):
         _panel(drawing, _LEFT + column * _PANEL, *panel)
-    axes = "A row for each query (T), a column for each key (S)."
+    axes = "One row for each query (T), one column for each key (S)."
     drawing.text(_LEFT, height + 18, axes, "small faint", anchor="start")
     legend(drawing, _LEFT, height + 42, _LEGEND, _CELL)
     return drawing

@@ -124,14 +124,14 @@ def _attention(block: Block, config: ModelConfig, norm: str) -> None:
     block.arrow("B, T, K, H", "k, v", lane=_RIGHT, rows=1 if rotates else 2, stages=["attention/k", "attention/v"])
     block.down()
     if rotates:
-        block.box("RoPE with YaRN", "turns q and k by their positions; v passes", "attention")
+        block.box("RoPE with YaRN", "rotates q and k by position; v is unchanged", "attention")
         block.arrow("B, T, N, H", "q", lane=_LEFT, rows=2)
         block.arrow("B, T, K, H", "k, v", lane=_RIGHT)
     block.down()
-    block.box("KV cache", "written and read", "empty", lane=_RIGHT)
+    block.box("KV cache", "write, then read", "empty", lane=_RIGHT)
     block.arrow("B, K, S, H", "k, v", lane=_RIGHT)
     block.down()
-    mask = "causal; a sink; blocks 0, 2, 4, …: window of 128" if rotates else "causal"
+    mask = "causal, a sink; blocks 0, 2, 4, …: window 128" if rotates else "causal"
     block.box("softmax(q · k / √H) · v", mask, "attention")
     block.arrow("B, T, N, H", "heads", stages=["attention/heads"])
     block.down()
@@ -171,23 +171,23 @@ def _moe(block: Block, config: ModelConfig) -> None:
     block.arrow("B·T, X", "experts", lane=_LEFT)
     block.weights(4)
     block.down()
-    block.box("linear: gate and up, of each chosen expert", "moe/gate_up_kernel, in MXFP4", "mlp")
+    block.box("linear: gate and up of each chosen expert", "moe/gate_up_kernel, in MXFP4", "mlp")
     block.arrow("B·T, X, 2F")
     block.down()
     block.box("SwiGLU, clamped", "gate · sigmoid(α · gate) · (up + 1)", "mlp")
     block.arrow("B·T, X, F")
     block.down()
-    block.box("linear, of each chosen expert", "moe/down_kernel, in MXFP4", "mlp")
+    block.box("linear, for each chosen expert", "moe/down_kernel, in MXFP4", "mlp")
     block.arrow("B·T, X, D")
     block.down()
-    block.box("sum over X, by the weights", "moe", "mlp")
+    block.box("weighted sum over X", "moe", "mlp")
     block.down()
     block.add("moe", "moe_residual")
     block.end()
 
 
 def _check(block: Block, config: ModelConfig) -> None:
-    """Raises `AssertionError` if an arrow says something else than the model does, or a stage has no arrow."""
+    """Raises `AssertionError` if an arrow disagrees with the model, or if a stage has no arrow."""
     one = config.with_one_layer()
     model = build(one)
     letters = sizes(config) | {"B": 3, "T": 5}
@@ -213,7 +213,7 @@ def draw() -> Drawing:
         drawing.text(column * _COLUMN + _COLUMN / 2, 24, title, "large")
     for block, config, norm in zip(blocks, MODELS.values(), ("LayerNorm", "RMSNorm"), strict=True):
         _attention(block, config, norm)
-    for line, words in enumerate(("B rows, T tokens of this call,", "S places of the cache")):
+    for line, words in enumerate(("B rows, T tokens of this call,", "S positions of the cache")):
         drawing.text(_MIDDLE, 1190 + 18 * line, words, "small faint")
     _mlp(blocks[0])
     _moe(blocks[1], MODELS["gpt-oss-20b"])

@@ -14,7 +14,7 @@ _LEFT, _CELL, _SHOWN = 20, 28, 24  # pixels; places that are drawn of a full lay
 _LEGEND = {
     "new": "the latest token, or the query itself",
     "attention": "earlier tokens",
-    "empty": "nothing that is seen",
+    "empty": "empty, or not visible",
 }
 
 
@@ -42,8 +42,8 @@ def _kind(position: int, latest: int) -> str:
 
 
 def _full(drawing: Drawing, top: float) -> None:
-    drawing.text(_LEFT, top, "A layer that sees all", "bold", anchor="start")
-    drawing.text(_LEFT + 190, top, "[B, K, S, H]: position p lies at place p", "faint", anchor="start")
+    drawing.text(_LEFT, top, "A layer without a window", "bold", anchor="start")
+    drawing.text(_LEFT + 210, top, "[B, K, S, H]: position p is stored at index p", "faint", anchor="start")
     for row, length in enumerate(LENGTHS):
         y = top + 20 + row * (_CELL + 4)
         drawing.text(_LEFT, y + _CELL / 2, f"row {row}, {length} tokens", "small", anchor="start")
@@ -59,8 +59,8 @@ def _full(drawing: Drawing, top: float) -> None:
 
 def _rings(drawing: Drawing, top: float) -> None:
     drawing.text(_LEFT, top, "A layer with a window", "bold", anchor="start")
-    what = f"[B, K, {WINDOW}, H], really [B, K, 128, H]: position p lies at place p mod {WINDOW}, over the oldest"
-    drawing.text(_LEFT + 190, top, what, "faint", anchor="start")
+    what = f"[B, K, {WINDOW}, H] here, [B, K, 128, H] in fact: position p is stored at index p mod {WINDOW}"
+    drawing.text(_LEFT + 210, top, what, "faint", anchor="start")
     for row, length in enumerate(LENGTHS):
         x, y, latest = 150 + row * 280, top + 120, length - 1
         for place, position in enumerate(attended(_after(latest), _SLIDING, range(latest, length))):
@@ -82,13 +82,13 @@ def _chunk(drawing: Drawing, top: float) -> None:
     length = LENGTHS[-1]
     positions = range(length, length + CHUNK)
     drawing.text(_LEFT, top, f"A chunk of {CHUNK} tokens and a window", "bold", anchor="start")
-    what = "the chunk attends to the ring as it was, and to itself; then it is written"
+    what = "the chunk attends to the ring as it was and to itself, and is then written"
     drawing.text(_LEFT + 290, top, what, "faint", anchor="start")
     places = attended(_after(length), _SLIDING, positions)
     seen_TS = np.asarray(visible(jnp.asarray([positions]), jnp.asarray(places[None]), WINDOW)[0])
     itself_TS = np.asarray(positions)[:, None] == places
     left = _LEFT + 110
-    drawing.text(left + WINDOW * _CELL / 2, top + 24, "ring, by place", "small faint")
+    drawing.text(left + WINDOW * _CELL / 2, top + 24, "ring, by index", "small faint")
     drawing.text(left + (WINDOW + CHUNK / 2) * _CELL, top + 24, "chunk", "small faint")
     for s, position in enumerate(places):
         drawing.text(left + (s + 0.5) * _CELL, top + 42, str(position), "small")
@@ -98,8 +98,8 @@ def _chunk(drawing: Drawing, top: float) -> None:
     oldest = length - WINDOW + 1
     said = [
         f"Query {length} sees {WINDOW} positions, {oldest} to {length}.",
-        f"Had the chunk been written first, {oldest + WINDOW} would",
-        f"lie where {oldest} was, which query {length} still sees.",
+        f"Had the chunk been written first, {oldest + WINDOW} would have",
+        f"replaced {oldest}, which query {length} still needs.",
     ]
     for line, words in enumerate(said):
         drawing.text(left + (WINDOW + CHUNK) * _CELL + 24, top + 80 + 20 * line, words, "faint", anchor="start")
@@ -107,7 +107,7 @@ def _chunk(drawing: Drawing, top: float) -> None:
 
 def draw() -> Drawing:
     """Both kinds of layers, and a chunk that meets a ring."""
-    drawing = Drawing(900, 624, "The cache: layers that see all by position, layers with a window as rings")
+    drawing = Drawing(900, 624, "The cache: layers without a window by position, layers with one as rings")
     _full(drawing, 24)
     _rings(drawing, 172)
     _chunk(drawing, 412)

@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape
 _FILLS = {
     "page": ("#ffffff", "#0d1117"),
     "norm": ("#eef1f4", "#262c36"),
-    "attention": ("#d6ebff", "#0f3557"),
+    "attention": ("#cbe5ff", "#0f3557"),
     "mlp": ("#ffe8d1", "#55300f"),
     "sink": ("#eadcff", "#43286e"),
     "empty": ("#eff2f5", "#1c222b"),
