@@ -26,7 +26,7 @@ def _style() -> str:
         return fills + lines
 
     fixed = f"text{{font:13px {_FONT};dominant-baseline:central}}.edge{{stroke-width:1}}"
-    fixed += ".small{font-size:11px}.tiny{font-size:9px}.large{font-size:16px;font-weight:600}.bold{font-weight:600}"
+    fixed += ".small{font-size:11px}.large{font-size:16px;font-weight:600}.bold{font-weight:600}"
     fixed += ".line{fill:none}.line,.sum{stroke-width:1.4}.line.thick{stroke-width:3}"
     return f"<style>{fixed}{rules(0)}@media(prefers-color-scheme:dark){{{rules(1)}}}</style>"
 
