@@ -7,7 +7,7 @@ ARGS ?=  # for pytest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test unit lint fuzz oracle slow clients examples installs clean
+.PHONY: demo test unit lint fuzz oracle slow clients examples figures installs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gptjax generate "Once upon a time there was" --echo --max-tokens 160 --temperature 0.6 --seed 6
@@ -45,8 +45,20 @@ clients: $(VENV)/.installed-clients
 installs: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m installs tests/support/test_installation.py
 
-examples: $(VENV)/.installed
+examples: $(VENV)/.installed-test
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python -W error::DeprecationWarning:gptjax $$script || exit 1; done
+
+# Draws all pictures of docs/images again; the plot of speed from what `gptjax bench --json` wrote to docs/bench.
+MEASURED := $(wildcard docs/bench/*.json)
+figures: $(VENV)/.installed-test
+	$(BIN)/python docs/drawings docs/images
+	$(BIN)/python examples/attention_map.py docs/images/attention-map.png
+	$(BIN)/python examples/logit_lens.py docs/images/logit-lens.png
+ifneq ($(MEASURED),)
+	$(BIN)/python docs/speed.py $(MEASURED) docs/images/speed.svg
+else
+	@echo "no plot of speed: docs/bench has no measurements yet (docs/bench/README.md says how to make them)"
+endif
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "gptjax needs Python 3.11 or newer, found " + sys.version'
