@@ -43,7 +43,7 @@ clients: $(VENV)/.installed-clients
 
 # Installs gptjax as a newcomer would, from a clone into fresh environments, and as its messages advise.
 installs: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m installs tests/test_installation.py
+	$(BIN)/python -m pytest -m installs tests/support/test_installation.py
 
 examples: $(VENV)/.installed
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python -W error::DeprecationWarning:gptjax $$script || exit 1; done

@@ -1,4 +1,4 @@
-"""The command line of conversion: `python -m convert SOURCE DESTINATION`, `gptjax-convert`, `gptjax convert`."""
+"""The command line of conversion: `python -m convert SOURCE DESTINATION`, which is also `gptjax convert`."""
 
 import argparse
 import os
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from convert import DTYPES
 from gptjax.config.quantization import TARGETS
 from gptjax.errors import GptjaxError
-from gptjax.quoting import clean
+from gptjax.support.quoting import clean
 
 _EXAMPLES = """\
 examples:
-  gptjax-convert ~/models/gpt2 ~/models/gpt2-jax
-  gptjax-convert ~/models/gpt2-xl ~/models/gpt2-xl-bf16 --dtype bfloat16
-  gptjax-convert ~/models/gpt2 ~/models/gpt2-mxfp4 --quantize mxfp4=all
-  gptjax-convert ~/models/gpt2 ~/models/gpt2-jax --overwrite
+  python -m convert ~/models/gpt2 ~/models/gpt2-jax
+  python -m convert ~/models/gpt2-xl ~/models/gpt2-xl-bf16 --dtype bfloat16
+  python -m convert ~/models/gpt2 ~/models/gpt2-mxfp4 --quantize mxfp4=all
+  python -m convert ~/models/gpt2 ~/models/gpt2-jax --overwrite
 
 The source needs config.json, model.safetensors (or model.safetensors.index.json and its files) and tokenizer.json.
 Pickle files (pytorch_model.bin, *.pt, *.ckpt) are refused: opening one runs the code that is in it.
@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Converts as the arguments say and prints a line about it. Returns 0. Raises `GptjaxError`."""
     from convert.conversion import convert
-    from gptjax import hub
-    from gptjax.progress import progress
+    from gptjax.checkpoints import hub
+    from gptjax.support.progress import progress
 
     source = hub.resolve(args.source)
     summary = convert(
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script: returns 0, 1 after one message on stderr, or 130 for Ctrl-C. Wrong usage exits with 2."""
     parser = argparse.ArgumentParser(
-        prog="gptjax-convert",
+        prog="python -m convert",
         description="Converts a Hugging Face checkpoint to a directory that gptjax loads fast, in bounded memory.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -85,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except GptjaxError as error:
-        print(f"gptjax-convert: {clean(str(error))}", file=sys.stderr)
+        print(f"python -m convert: {clean(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("gptjax-convert: interrupted; nothing was written", file=sys.stderr)
+        print("python -m convert: interrupted; nothing was written", file=sys.stderr)
         return 130
 
 

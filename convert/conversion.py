@@ -15,20 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from convert import DTYPES, quantization, rules
+from convert import DTYPES, mxfp4, rules
 from convert.hashing import Hashes
-from convert.sources import foreign, safetensors
-from convert.sources.header import NUMPY_DTYPES, TensorInfo
 from convert.tables import table
-from gptjax import checkpoint
+from gptjax.checkpoints import foreign, safetensors, weights
+from gptjax.checkpoints.raw import Buffers
+from gptjax.checkpoints.safetensors_header import NUMPY_DTYPES, TensorInfo
 from gptjax.config import ModelConfig, read_config, text_directory
 from gptjax.config.keys import without
 from gptjax.errors import CheckpointError
-from gptjax.files import parse_json, read_bytes
-from gptjax.models.registry import abstract_params, build, num_params
-from gptjax.progress import Progress
-from gptjax.quoting import shown
-from gptjax.raw import Buffers
+from gptjax.models.params import abstract_params, num_params
+from gptjax.models.registry import build
+from gptjax.support.files import parse_json, read_bytes
+from gptjax.support.progress import Progress
+from gptjax.support.quoting import shown
 from pallas_kernels.mxfp4 import MXFP4
 
 COPIED: Final = (  # what a converted directory takes over, where it is there
@@ -77,7 +77,7 @@ def convert(
         source, see `gptjax.config.quantization`. What is in MXFP4 already stays as it is, bit for bit.
       overwrite: replace the destination, if it is a converted directory.
       ignore_config: keys to leave out of config.json, as for `gptjax.load`; the destination has it without them.
-      progress: shows how far it is; see `gptjax.progress.progress`.
+      progress: shows how far it is; see `gptjax.support.progress.progress`.
 
     Raises:
       ConfigError: a model, or a setting of it, that is not supported; weights that cannot be in MXFP4.
@@ -90,14 +90,14 @@ def convert(
     wanted = None if dtype is None else _dtype(dtype)
     small = _small_files(source)  # read once: if they change before the end, that is an error
     config = read_config(source, ignore=ignore_config)
-    target = config if quantize is None else quantization.packed_config(config, quantize)
+    target = config if quantize is None else mxfp4.packed_config(config, quantize)
     plan, reader = _open(source, config)
-    chosen = quantization.chosen(config, target)
+    chosen = mxfp4.chosen(config, target)
     copies = {path.name: data for path, data in small.items() if path.name != safetensors.INDEX}
     if target != config or ignore_config:
         copies["config.json"] = _rewritten(copies["config.json"], config, target, ignore_config)
     with Hashes(small, reader) as hashes:
-        manifest = checkpoint.save(
+        manifest = weights.save(
             destination,
             _parts(plan, reader, wanted, chosen),
             total_bytes=sum(_written_bytes(fill, reader, wanted, chosen) for fill in plan.fills),
@@ -117,8 +117,8 @@ def convert(
     )
 
 
-def stream_params(directory: str | PathLike[str], config: ModelConfig) -> Iterator[tuple[checkpoint.Path, np.ndarray]]:
-    """Path and array of each weight of a Hugging Face directory, lazily, for `gptjax.checkpoint.place`.
+def stream_params(directory: str | PathLike[str], config: ModelConfig) -> Iterator[tuple[weights.Path, np.ndarray]]:
+    """Path and array of each weight of a Hugging Face directory, lazily, for `gptjax.checkpoints.weights.place`.
 
     The directory is checked by this call already, from headers; data is read as the iterator goes on. Arrays have the
     files' dtypes.
@@ -132,14 +132,14 @@ def stream_params(directory: str | PathLike[str], config: ModelConfig) -> Iterat
 
 def open_params(
     directory: str | PathLike[str], config: ModelConfig
-) -> Iterator[tuple[checkpoint.Path, Callable[[], np.ndarray]]]:
-    """As `stream_params`, with what reads the array in its place: `gptjax.checkpoint.place` reads several at a time."""
+) -> Iterator[tuple[weights.Path, Callable[[], np.ndarray]]]:
+    """As `stream_params`, with what reads the array in its place; several may be read at a time."""
     plan, reader = _open(Path(directory), config)
     reader.buffers = Buffers()
     return rules.readers(plan, reader)
 
 
-def stored_dtypes(directory: str | PathLike[str], config: ModelConfig) -> dict[checkpoint.Path, str]:
+def stored_dtypes(directory: str | PathLike[str], config: ModelConfig) -> dict[weights.Path, str]:
     """The dtype that each weight has in a Hugging Face directory, which is checked from its headers; no data is read.
 
     Raises:
@@ -182,7 +182,7 @@ def _check_paths(source: Path, destination: Path) -> None:
         raise CheckpointError(
             f"{shown(source)} does not exist; name a directory with config.json, *.safetensors and tokenizer.json"
         )
-    if checkpoint.is_converted(source):
+    if weights.is_converted(source):
         raise CheckpointError(f"{source} is converted already; name the Hugging Face directory that it was made of")
     foreign.refuse_adapter(source)
     if inside == outside:
@@ -205,7 +205,7 @@ def _rewritten(config_json: bytes, config: ModelConfig, target: ModelConfig, ign
     """The target's `config.json`, without the ignored keys and with what is packed."""
     raw = dict(without(parse_json(config_json.decode()), ignored))
     if target != config:
-        raw = quantization.config_json(raw, target)
+        raw = mxfp4.config_json(raw, target)
     return (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -213,32 +213,32 @@ def _parts(
     plan: rules.Plan,
     reader: safetensors.SafetensorsSource,
     wanted: np.dtype[Any] | None,
-    chosen: Mapping[checkpoint.Path, MXFP4],
-) -> Iterator[checkpoint.Part]:
+    chosen: Mapping[weights.Path, MXFP4],
+) -> Iterator[weights.Part]:
     """Everything to write."""
     for fill, (path, read) in zip(plan.fills, rules.readers(plan, reader), strict=True):
         if path in chosen:
             make = functools.partial(_packed, fill, reader, chosen[path].shape)
         else:
             make = functools.partial(_cast, path, read, wanted)
-        yield checkpoint.Part(_written_bytes(fill, reader, wanted, chosen), make)
+        yield weights.Part(_written_bytes(fill, reader, wanted, chosen), make)
 
 
 def _packed(
     fill: rules.Fill, reader: safetensors.SafetensorsSource, shape: tuple[int, ...]
-) -> dict[checkpoint.Path, np.ndarray]:
-    cut = quantization.is_cut(fill.path, shape)
+) -> dict[weights.Path, np.ndarray]:
+    cut = mxfp4.is_cut(fill.path, shape)
     parts = rules.parts(fill, reader) if cut else iter([rules.read(fill, reader)])
-    blocks, scales = quantization.rounded(fill.path, parts, shape)
+    blocks, scales = mxfp4.rounded(fill.path, parts, shape)
     return {(*fill.path, "blocks"): blocks, (*fill.path, "scales"): scales}
 
 
 def _cast(
-    path: checkpoint.Path, read: Callable[[], np.ndarray], wanted: np.dtype[Any] | None
-) -> dict[checkpoint.Path, np.ndarray]:
+    path: weights.Path, read: Callable[[], np.ndarray], wanted: np.dtype[Any] | None
+) -> dict[weights.Path, np.ndarray]:
     array = read()
     if wanted is not None and jnp.issubdtype(array.dtype, jnp.floating):
-        array = checkpoint.cast(array, wanted, "/".join(path))
+        array = weights.cast(array, wanted, "/".join(path))
     return {path: array}
 
 
@@ -246,7 +246,7 @@ def _written_bytes(
     fill: rules.Fill,
     reader: safetensors.SafetensorsSource,
     wanted: np.dtype[Any] | None,
-    chosen: Mapping[checkpoint.Path, MXFP4],
+    chosen: Mapping[weights.Path, MXFP4],
 ) -> int:
     if fill.path in chosen:
         return chosen[fill.path].nbytes

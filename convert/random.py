@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.rules import Shape, source_shapes
-from convert.sources.safetensors import INDEX
 from convert.tables import table
+from gptjax.checkpoints.atomic_directory import staged, unwritable
+from gptjax.checkpoints.safetensors import INDEX
 from gptjax.config import ModelConfig
 from gptjax.errors import CheckpointError
-from gptjax.models.registry import abstract_params, build
-from gptjax.staging import staged, unwritable
+from gptjax.models.params import abstract_params
+from gptjax.models.registry import build
 
 SHARD_BYTES: Final = 4 << 30
 _POOL_BYTES: Final = 64 << 20  # random bytes that are made once and written again and again

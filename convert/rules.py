@@ -13,11 +13,11 @@ from typing import Any, Final
 import jax.numpy as jnp
 import numpy as np
 
-from convert.sources.header import TensorInfo
-from convert.sources.safetensors import SafetensorsSource, listed
-from gptjax.checkpoint import Path, flatten
+from gptjax.checkpoints.safetensors import SafetensorsSource, listed
+from gptjax.checkpoints.safetensors_header import TensorInfo
+from gptjax.checkpoints.weights import Path, flatten
 from gptjax.errors import CheckpointError
-from gptjax.quoting import shown
+from gptjax.support.quoting import shown
 
 Shape = tuple[int, ...]
 FLOATS: Final = ("F32", "F16", "BF16")

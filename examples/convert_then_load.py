@@ -5,7 +5,7 @@ from pathlib import Path
 
 import convert
 import gptjax
-from gptjax import hub
+from gptjax.checkpoints import hub
 
 source = hub.resolve("gpt2-tales")  # the directory of a checkpoint
 

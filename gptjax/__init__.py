@@ -11,6 +11,8 @@ Importing this package, or a module of it, imports nothing above that module; na
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from gptjax._version import __version__
+
 if TYPE_CHECKING:
     from gptjax.api import load
     from gptjax.chat import ChatChunk, ChatCompletion, ToolCall
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from gptjax.errors import CapacityError, CheckpointError, ConfigError, GptjaxError, RequestError
     from gptjax.language_model import LanguageModel
     from gptjax.text import Tokenizer, load_tokenizer
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "LanguageModel": "gptjax.language_model",

@@ -8,7 +8,7 @@ from typing import Any
 from jax.typing import DTypeLike
 
 import convert
-from gptjax import checkpoint, hub, memory, runtime
+from gptjax.checkpoints import hub, weights
 from gptjax.config import (
     TOKENIZER_FILES,
     read_config,
@@ -16,12 +16,15 @@ from gptjax.config import (
     read_generation_defaults,
     text_directory,
 )
+from gptjax.engine import limits, memory
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
-from gptjax.language_model import LanguageModel, check_rows
+from gptjax.language_model import LanguageModel
 from gptjax.models import registry
-from gptjax.models.registry import Model, Params
-from gptjax.progress import progress
-from gptjax.quoting import quoted
+from gptjax.models.params import Params, abstract_params, repacked
+from gptjax.models.registry import Model
+from gptjax.support import runtime
+from gptjax.support.progress import progress
+from gptjax.support.quoting import quoted
 from gptjax.text import Tokenizer, load_tokenizer
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 
@@ -68,8 +71,8 @@ def load(
     directory = hub.resolve(name)
     config = read_config(directory, ignore=ignore_config)
     settings = read_generation_config(text_directory(directory), generation_config)
-    length = registry.positions(config, max_length)
-    rows = check_rows("max_batch", 1 if max_batch is None else max_batch)
+    length = limits.positions(config, max_length)
+    rows = limits.rows("max_batch", 1 if max_batch is None else max_batch)
     if implementation not in IMPLEMENTATIONS:
         raise RequestError(
             f"unknown implementation {quoted(implementation)}; choose one of {', '.join(IMPLEMENTATIONS)}"
@@ -88,7 +91,7 @@ def load(
             raise
         text = error
     with memory.explained(model, batch=rows, max_length=length, loaded=False):
-        params = registry.repacked(model, load_params(directory, model))
+        params = repacked(model, load_params(directory, model))
     return LanguageModel(
         model,
         params,
@@ -101,10 +104,10 @@ def load(
 
 def load_params(directory: Path, model: Model) -> Params:
     """The weights of a checkpoint directory, on the default device, in the model's dtype, each leaf checked."""
-    targets = registry.abstract_params(model)
-    if checkpoint.is_converted(directory):
-        return checkpoint.restore(directory, targets, progress=progress)
-    return checkpoint.place(convert.open_params(directory, model.config), targets, progress=progress)
+    targets = abstract_params(model)
+    if weights.is_converted(directory):
+        return weights.restore(directory, targets, progress=progress)
+    return weights.place(convert.open_params(directory, model.config), targets, progress=progress)
 
 
 def _has_tokenizer(directory: Path) -> bool:

@@ -1,7 +1,6 @@
 """`LanguageModel`: prompts in, text out, and the parts for those who compose."""
 
 import contextlib
-import numbers
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Unpack, overload
@@ -10,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import memory, runtime
-from gptjax.activations import activations
 from gptjax.chat import TODAY, ChatChunk, ChatCompletion, TurnReader, chat_chunks, offered_names, prompt, stop_ids
 from gptjax.config import GenerationDefaults, ModelConfig
-from gptjax.engine import steps
+from gptjax.engine import limits, memory, steps
 from gptjax.engine.engine import Engine, prefill
 from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.generate import generate
+from gptjax.engine.memory import Memory
 from gptjax.engine.options import (
     GenerateOptions,
     Prompt,
@@ -33,11 +31,12 @@ from gptjax.engine.output import Chunk, Completion, Decoder
 from gptjax.engine.request import Request, check_prompt
 from gptjax.engine.settings import Features, settings_of
 from gptjax.errors import GptjaxError, RequestError
-from gptjax.memory import Memory
 from gptjax.models import registry
-from gptjax.models.registry import Model, Params
-from gptjax.progress import progress
-from gptjax.quoting import quoted
+from gptjax.models.params import Params
+from gptjax.models.registry import Model
+from gptjax.models.stages import activations
+from gptjax.support import runtime
+from gptjax.support.progress import progress
 from gptjax.text import Tokenizer
 
 _MOST_ROWS = 32  # rows of one call where `max_batch` is not given
@@ -224,7 +223,7 @@ class LanguageModel:
 
         "embedding", then of each block "block_0/attention_norm", "…/attention/q", "…/k", "…/v", "…/heads" (the weighted
         values), "…/out", "block_0/attention_residual", the MLP's or the experts' stages, and at last "final_norm" and
-        "logits"; see `gptjax.activations` for their names and shapes.
+        "logits"; see `gptjax.models.stages` for their names and shapes.
         """
         ids = self._checked_ids(token_ids, self.config.context_length)
         with self._guard(max_length=len(ids)):
@@ -236,8 +235,8 @@ class LanguageModel:
         Raises:
           CapacityError: `max_length` is more than the model has positions.
         """
-        length = self.max_length if max_length is None else registry.positions(self.config, max_length)
-        rows = check_rows("batch", batch)
+        length = self.max_length if max_length is None else limits.positions(self.config, max_length)
+        rows = limits.rows("batch", batch)
         with self._guard(batch=rows, max_length=length):
             memory.check_state(self.model, batch=rows, max_length=length)
             return jax.block_until_ready(steps.init_state(self.model, batch=rows, max_length=length))
@@ -289,8 +288,8 @@ class LanguageModel:
         Left out, `batch` is `max_batch` (1 where that is not set), and `max_length` the model's. Nothing is allocated.
         """
         _ = self.params
-        length = self.max_length if max_length is None else registry.positions(self.config, max_length)
-        rows = check_rows("batch", (self.max_batch or 1) if batch is None else batch)
+        length = self.max_length if max_length is None else limits.positions(self.config, max_length)
+        rows = limits.rows("batch", (self.max_batch or 1) if batch is None else batch)
         return memory.needed(self.model, batch=rows, max_length=length)
 
     def close(self) -> None:
@@ -349,10 +348,3 @@ class LanguageModel:
                 yield chunk
                 _ = self.params
                 chunk = next(chunks, None)
-
-
-def check_rows(name: str, given: object) -> int:
-    """A number of rows, as given. Raises `RequestError`, by the name of the option, for what is none."""
-    if isinstance(given, bool) or not isinstance(given, numbers.Integral) or given < 1:
-        raise RequestError(f"{name} must be a whole number of at least 1, found {quoted(given)}")
-    return int(given)

@@ -22,14 +22,16 @@ import pytest
 
 import gptjax
 import gptjax.api
-from convert.sources.safetensors import open_directory
-from gptjax import checkpoint, cost, memory
-from gptjax.activations import stages
 from gptjax.axes import GLOSSARY
+from gptjax.bench import cost
+from gptjax.checkpoints import weights
+from gptjax.checkpoints.safetensors import open_directory
 from gptjax.cli import _parser, main
 from gptjax.config import PUBLISHED, GptOssConfig
+from gptjax.engine import memory
 from gptjax.models import registry
-from gptjax.runtime import compute_dtype
+from gptjax.models.stages import stages
+from gptjax.support.runtime import compute_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
@@ -454,7 +456,7 @@ def _with_beams(tmp_path: Path) -> gptjax.LanguageModel:
 
 def _forked(monkeypatch: pytest.MonkeyPatch) -> str:
     with monkeypatch.context() as patch:
-        patch.setattr("gptjax.runtime._process", 1)
+        patch.setattr("gptjax.support.runtime._process", 1)
         return _raised(gptjax.load)
 
 
@@ -516,7 +518,7 @@ MESSAGES: dict[str, Callable[..., str]] = {
     "unknown option": lambda lm, **_: _raised(lambda: lm.generate("A", temprature=1)),
     "unknown dtype": lambda **_: _raised(lambda: gptjax.load("gpt2-tales", dtype="int8")),
     "not finite": lambda lm, **_: _not_finite(lm),
-    "beyond float16": lambda **_: _raised(lambda: checkpoint.cast(np.float32([1e6]), np.float16, "a weight")),
+    "beyond float16": lambda **_: _raised(lambda: weights.cast(np.float32([1e6]), np.float16, "a weight")),
     "does not fit": lambda **_: _does_not_fit(),
     "out of memory while running": lambda lm, **_: _raised(lambda: _ran_out(lm)),
     "out of memory in JAX": lambda **_: _raised(lambda: jax.block_until_ready(jnp.zeros((1 << 50,), jnp.uint8))),

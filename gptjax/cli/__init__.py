@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from gptjax import __version__
+from gptjax._version import __version__
 from gptjax.cli import bench, chat, compare, doctor, generate, info, perplexity, serve, validate_quant, verify
 from gptjax.cli.common import CommandParser, add_command
 from gptjax.errors import GptjaxError
-from gptjax.quoting import clean
+from gptjax.support.quoting import clean
 
 _DESCRIPTION = "GPT-2 and GPT-OSS in JAX: from a Hugging Face checkpoint to text and chat."
 

@@ -12,9 +12,10 @@ from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_con
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gptjax.bench import Loading, Result
+    from gptjax.bench.models import Loading, Result
     from gptjax.config import ModelConfig
-    from gptjax.models.registry import Model, Params
+    from gptjax.models.params import Params
+    from gptjax.models.registry import Model
 
 _MEASURED = ("gpt2", "gpt2-xl", "gpt-oss-20b", "gpt-oss-120b")
 
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     import jax
 
-    from gptjax import bench, memory
+    from gptjax.bench import models
+    from gptjax.engine import memory
 
     _check(args)
     if args.kernels is not None or args.tune is not None:
@@ -93,14 +95,14 @@ def run(args: argparse.Namespace) -> int:
     for batch in args.batch:
         for prompt_length in args.prompt_length:
             sizes = {"batch": batch, "prompt_length": prompt_length, "steps": args.steps}
-            turns = [("gptjax", bench.ours(model, params, **sizes))]
+            turns = [("gptjax", models.ours(model, params, **sizes))]
             if args.versus:
-                turns.append(("transformers", bench.transformers_turn(model, directory=directory, **sizes)))
-            length = bench.needed_length(model.config, prompt_length, args.steps)
+                turns.append(("transformers", models.transformers_turn(model, directory=directory, **sizes)))
+            length = models.needed_length(model.config, prompt_length, args.steps)
             with memory.explained(model, batch=batch, max_length=length):
-                results += bench.run(turns, model, repeats=args.repeats, **sizes)
+                results += models.run(turns, model, repeats=args.repeats, **sizes)
             del turns  # and the cache with them, before the next ones take theirs
-    ceiling = bench.measure_ceiling()
+    ceiling = models.measure_ceiling()
     device, dtype = jax.devices()[0].device_kind, jax.numpy.dtype(model.dtype).name
     if args.json:
         facts = {"model": name, "device": device, "dtype": dtype, "load_seconds": loading.seconds}
@@ -142,7 +144,7 @@ def _published(name: str) -> "ModelConfig":
 
 def _shapes(args: argparse.Namespace) -> "dict[str, ModelConfig]":
     """The models whose shapes kernels are measured at."""
-    from gptjax import hub
+    from gptjax.checkpoints import hub
     from gptjax.config import read_config
 
     if args.model is not None:
@@ -154,7 +156,7 @@ def _write_random(name: str, directory: str) -> int:
     from pathlib import Path
 
     from convert.random import write_random
-    from gptjax.memory import readable
+    from gptjax.engine.memory import readable
 
     written = write_random(_published(name), Path(directory))
     print(f"{directory}: random weights of {name}, {readable(written)}")
@@ -163,29 +165,33 @@ def _write_random(name: str, directory: str) -> int:
 
 def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, Loading]":
     """The model and its weights, its name, its directory if it has one, and how loading went."""
-    from gptjax import bench, hub, memory, runtime
     from gptjax.api import load
+    from gptjax.bench import models
+    from gptjax.checkpoints import hub
     from gptjax.config import read_config
+    from gptjax.engine import memory
     from gptjax.models import registry
+    from gptjax.models.params import random_params, repacked
+    from gptjax.support import runtime
 
     longest = max(args.prompt_length)
     if args.random is None:
         name = model_name(args)
         ignored = args.ignore_config
-        length = bench.needed_length(read_config(hub.resolve(name), ignore=ignored), longest, args.steps)
-        lm, loading = bench.measure_loading(lambda: load(name, dtype=args.dtype, max_length=length, **overrides(args)))
+        length = models.needed_length(read_config(hub.resolve(name), ignore=ignored), longest, args.steps)
+        lm, loading = models.measure_loading(lambda: load(name, dtype=args.dtype, max_length=length, **overrides(args)))
         return lm.model, lm.params, name, hub.resolve(name), loading
     config = _published(args.random)
-    length = bench.needed_length(config, longest, args.steps)
+    length = models.needed_length(config, longest, args.steps)
     runtime.enable_compilation_cache()
     model = registry.build(config, dtype=runtime.compute_dtype(args.dtype))
     memory.check(model, batch=max(args.batch), max_length=length)
-    params, loading = bench.measure_loading(lambda: registry.repacked(model, registry.random_params(model)))
+    params, loading = models.measure_loading(lambda: repacked(model, random_params(model)))
     return model, params, f"{args.random} (random weights)", None, loading
 
 
 def _print(title: str, loading: "Loading", ceiling: float, results: "Sequence[Result]") -> None:
-    from gptjax.memory import readable
+    from gptjax.engine.memory import readable
 
     print(
         f"{title}; loaded in {loading.seconds:.1f} s, for which host memory grew by "

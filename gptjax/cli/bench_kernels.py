@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gptjax.bench.cases import Case
+    from gptjax.bench.kernels import Ceilings, KernelResult, NotRun
     from gptjax.config import ModelConfig
-    from gptjax.kernel_bench import Ceilings, KernelResult, NotRun
-    from gptjax.kernel_cases import Case
 
 _HEADS = f"{'operation':9}  {'shape':50}   rows  by       {'µs':>10}  spread      GB/s  of ceiling  TFLOP/s    error"
 
@@ -18,13 +18,14 @@ def run(args: argparse.Namespace, models: "dict[str, ModelConfig]") -> int:
     """Runs the command for the shapes of these models."""
     import jax
 
-    from gptjax import kernel_cases, runtime
+    from gptjax.bench import cases
+    from gptjax.diagnostics.mxfp4_accuracy import check_plot
     from gptjax.errors import RequestError
-    from gptjax.quantization import check_plot
+    from gptjax.support import runtime
 
-    operations = args.kernels or kernel_cases.OPERATIONS
-    for unknown in set(operations) - set(kernel_cases.OPERATIONS):
-        there = ", ".join(kernel_cases.OPERATIONS)
+    operations = args.kernels or cases.OPERATIONS
+    for unknown in set(operations) - set(cases.OPERATIONS):
+        there = ", ".join(cases.OPERATIONS)
         raise RequestError(
             f"there is no operation {unknown!r}, there are {there}; a model's name goes before --kernels"
         )
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace, models: "dict[str, ModelConfig]") -> int:
     device, dtype = jax.devices()[0].device_kind, runtime.compute_dtype(args.dtype).name
     # On a CPU, experts for thousands of rows take minutes; kernels for these have no settings to tune.
     prompts = args.tune is None and jax.default_backend() != "cpu"
-    cases = kernel_cases.cases(
+    chosen = cases.cases(
         models,
         dtype=dtype,
         operations=operations,
@@ -42,27 +43,27 @@ def run(args: argparse.Namespace, models: "dict[str, ModelConfig]") -> int:
         positions=args.prompt_length,
         prompts=prompts,
     )
-    if not cases:
+    if not chosen:
         raise RequestError(
             f"{', '.join(models)} has none of {', '.join(operations)}, or not so many positions; name others"
         )
     if args.tune is not None:
-        return _tune(cases, args.tune, device, repeats=args.repeats)
-    return _measure(cases, args, device, dtype)
+        return _tune(chosen, args.tune, device, repeats=args.repeats)
+    return _measure(chosen, args, device, dtype)
 
 
 def _measure(cases: "dict[Case, list[str]]", args: argparse.Namespace, device: str, dtype: str) -> int:
     import jax
 
-    from gptjax import kernel_bench
+    from gptjax.bench import kernels
 
-    ceilings = kernel_bench.measure_ceilings(dtype)
+    ceilings = kernels.measure_ceilings(dtype)
     title = f"{dtype} on {device}, JAX {jax.__version__}"
     if not args.json:
         _print_ceilings(title, ceilings)
     results, not_run = [], []
-    for each in kernel_bench.run(cases, kernel_bench.implementations(), repeats=args.repeats):
-        if isinstance(each, kernel_bench.KernelResult):
+    for each in kernels.run(cases, kernels.implementations(), repeats=args.repeats):
+        if isinstance(each, kernels.KernelResult):
             results.append(each)
         else:
             not_run.append(each)
@@ -74,12 +75,12 @@ def _measure(cases: "dict[Case, list[str]]", args: argparse.Namespace, device: s
         facts["not_run"] = [each.to_json() for each in not_run]
         print(json.dumps(facts))
     if args.plot is not None and results:
-        kernel_bench.plot(results, ceilings, args.plot, title=title)
+        kernels.plot(results, ceilings, args.plot, title=title)
     return 0 if results else 1
 
 
 def _print_ceilings(title: str, ceilings: "Ceilings") -> None:
-    from gptjax.units import readable
+    from gptjax.support.units import readable
 
     print(
         f"{title}: a large copy moves {readable(int(ceilings.copy))}/s, a large sum reads "
@@ -95,7 +96,7 @@ def _start(case: "Case", implementation: str) -> str:
 
 
 def _print(each: "KernelResult | NotRun", ceilings: "Ceilings") -> None:
-    from gptjax.kernel_bench import NotRun
+    from gptjax.bench.kernels import NotRun
 
     start = _start(each.case, each.implementation)
     if isinstance(each, NotRun):
@@ -112,7 +113,7 @@ def _print(each: "KernelResult | NotRun", ceilings: "Ceilings") -> None:
 
 
 def _tune(cases: "dict[Case, list[str]]", target: str, device: str, *, repeats: int) -> int:
-    from gptjax import kernel_bench
+    from gptjax.bench import kernels
     from gptjax.errors import RequestError
     from pallas_kernels import tiles
 
@@ -125,15 +126,15 @@ def _tune(cases: "dict[Case, list[str]]", target: str, device: str, *, repeats: 
         raise RequestError(str(error)) from None
     attempts = []
     for case in cases:
-        for name in kernel_bench.implementations():
-            for each in kernel_bench.tune(case, name, repeats=repeats):
-                if isinstance(each, kernel_bench.NotRun):
+        for name in kernels.implementations():
+            for each in kernels.tune(case, name, repeats=repeats):
+                if isinstance(each, kernels.NotRun):
                     print(f"{_start(case, name)}  not run: {each.reason}", flush=True)
                 else:
                     attempts.append(each)
                     said = f"{1e6 * each.call.median:10.2f} µs  error {each.error:7.1e}  {each.settings}"
                     print(f"{_start(case, name)}  {said}", flush=True)
-    entries = kernel_bench.fastest(attempts)
+    entries = kernels.fastest(attempts)
     if not entries:
         raise RequestError(
             f"no kernel that runs on {device} has settings to try; tune on a GPU that Pallas kernels run on"

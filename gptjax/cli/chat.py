@@ -24,7 +24,7 @@ from gptjax.cli.common import (
     read_stdin,
 )
 from gptjax.errors import GptjaxError, RequestError
-from gptjax.quoting import clean
+from gptjax.support.quoting import clean
 
 if TYPE_CHECKING:
     from gptjax.chat import ChatCompletion
@@ -117,8 +117,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> "LanguageModel":
-    from gptjax import hub
     from gptjax.api import load
+    from gptjax.checkpoints import hub
     from gptjax.config import read_config
     from gptjax.text import harmony
 

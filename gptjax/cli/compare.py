@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, model_name, overrides
-from gptjax.installation import with_extra
+from gptjax.support.installation import with_extra
 
 _PROMPT = "Once upon a time there was a king who had"
 
@@ -45,9 +45,9 @@ examples:
 
 def run_compare(args: argparse.Namespace) -> int:
     """Runs `gptjax compare`."""
-    from gptjax import hub
     from gptjax.api import load
-    from gptjax.compare import compare, first_difference
+    from gptjax.checkpoints import hub
+    from gptjax.diagnostics.transformers_comparison import compare, first_difference
 
     name = model_name(args)
     lm = load(name, dtype=args.dtype or "float32", **overrides(args))

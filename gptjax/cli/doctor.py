@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from gptjax.cli.common import add_command
-from gptjax.units import readable
+from gptjax.support.units import readable
 
 
 def add(commands: Any) -> None:
@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from gptjax.doctor import examine
+    from gptjax.diagnostics.doctor import examine
 
     report = examine()
     status = 0 if report.works else 1

@@ -5,8 +5,8 @@ import json
 from typing import Any
 
 from gptjax.cli.common import MODEL_HELP, add_command, add_model_options, add_overrides, model_name, overrides
-from gptjax.quoting import clean
-from gptjax.units import readable
+from gptjax.support.quoting import clean
+from gptjax.support.units import readable
 
 
 def add(commands: Any) -> None:
@@ -33,8 +33,8 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    from gptjax.diagnostics.info import describe, describe_published, describe_tensors, imagined_gpu
     from gptjax.errors import RequestError
-    from gptjax.info import describe, describe_published, describe_tensors, imagined_gpu
 
     if args.size is not None and (args.model is not None or args.tensors):
         raise RequestError("--size tells of no checkpoint: leave out the model's name and --tensors")

@@ -40,8 +40,8 @@ examples:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from gptjax.api import load
-    from gptjax.evaluate import HELD_OUT, Perplexity, check_stride, predict, read, window, windows
-    from gptjax.progress import progress
+    from gptjax.diagnostics.perplexity import HELD_OUT, Perplexity, check_stride, predict, read, window, windows
+    from gptjax.support.progress import progress
 
     name, path = model_name(args), args.text or HELD_OUT
     text = read(path)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Final, NoReturn, TypeVar
 
 from gptjax.cli.common import MODEL_HELP, add_command, add_overrides, model_name, overrides
-from gptjax.installation import with_extra
+from gptjax.support.installation import with_extra
 
 _Number = TypeVar("_Number", int, float)
 _PREFIX: Final = "GPTJAX_SERVE_"
@@ -169,8 +169,8 @@ def _leave(status: int) -> NoReturn:
 def _run(args: argparse.Namespace) -> int:
     import logging.config
 
-    from gptjax import hub
     from gptjax.api import load
+    from gptjax.checkpoints import hub
     from gptjax.config import read_config
     from gptjax.errors import RequestError
 

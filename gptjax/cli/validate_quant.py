@@ -9,7 +9,7 @@ from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_con
 from gptjax.config.quantization import TARGETS
 
 if TYPE_CHECKING:
-    from gptjax.quantization import Report
+    from gptjax.diagnostics.mxfp4_accuracy import Report
 
 _CHOICES = [f"mxfp4={targets}" for targets in TARGETS[1:]]
 
@@ -48,30 +48,30 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from gptjax import quantization
     from gptjax.api import load
+    from gptjax.diagnostics import mxfp4_accuracy
+    from gptjax.diagnostics.perplexity import HELD_OUT, read, window
     from gptjax.errors import RequestError
-    from gptjax.evaluate import HELD_OUT, read, window
-    from gptjax.progress import progress
+    from gptjax.support.progress import progress
 
     if args.tokens is not None and args.tokens < 2:
         raise RequestError(f"--tokens must be at least 2, found {args.tokens}")
     if args.plot is not None:
-        quantization.check_plot(args.plot)
+        mxfp4_accuracy.check_plot(args.plot)
     name, path = model_name(args), args.text or HELD_OUT
     text = read(path)
     length = window(name, None, ignore_config=args.ignore_config)
     settings: dict[str, Any] = {"dtype": args.dtype or "float32", "max_length": length}
     lm = load(name, **settings, **overrides(args))
     if args.against is None:
-        other = quantization.quantized(lm, args.quantize.removeprefix("mxfp4="))
+        other = mxfp4_accuracy.quantized(lm, args.quantize.removeprefix("mxfp4="))
     else:
         other = load(args.against, **settings)
     ids = lm.tokenizer.prompt(text)[: args.tokens]
     with progress("Comparing", 2 * len(ids), "tokens") as advance:
-        report = quantization.validate(lm, other, ids, advance=advance)
+        report = mxfp4_accuracy.validate(lm, other, ids, advance=advance)
     if args.plot is not None:
-        quantization.plot(report, args.plot)
+        mxfp4_accuracy.plot(report, args.plot)
     if args.json:
         verdicts = {"verdicts": [dataclasses.asdict(verdict) for verdict in report.verdicts], "passed": report.passed}
         print(json.dumps({"model": str(name), "text": str(path)} | dataclasses.asdict(report) | verdicts))

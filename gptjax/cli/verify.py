@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     import dataclasses
 
     from gptjax.api import load
+    from gptjax.diagnostics.known_answers import verify
     from gptjax.errors import CheckpointError
-    from gptjax.verify import verify
 
     name = model_name(args)
     checks = verify(load(name, dtype="float32", generation_config=False, **overrides(args)))

@@ -16,8 +16,8 @@ from gptjax.config.gpt2 import GPT2Config
 from gptjax.config.gpt_oss import GptOssConfig
 from gptjax.config.keys import WITHOUT_EFFECT, without
 from gptjax.errors import CheckpointError, ConfigError
-from gptjax.files import read_json
-from gptjax.quoting import quoted, shown
+from gptjax.support.files import read_json
+from gptjax.support.quoting import quoted, shown
 
 __all__ = [
     "PUBLISHED",

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from gptjax.config.keys import MOST_SIZE
 from gptjax.errors import ConfigError, RequestError
-from gptjax.files import read_json
-from gptjax.quoting import names, quoted
+from gptjax.support.files import read_json
+from gptjax.support.quoting import names, quoted
 
 FILE: Final = "generation_config.json"
 # Beyond these, products and quotients of logits overflow in float32, or become meaningless.

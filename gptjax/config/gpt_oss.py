@@ -11,7 +11,7 @@ from typing import Any, Final
 from gptjax.config.keys import MOST_LAYERS, MOST_SIZE, Keys
 from gptjax.config.quantization import check_widths, mxfp4_to_json, read_mxfp4
 from gptjax.config.rope import Rope, Yarn, check_rope, read_rope, rope_to_json
-from gptjax.quoting import quoted
+from gptjax.support.quoting import quoted
 
 SWIGLU_ALPHA: Final = 1.702
 SWIGLU_LIMIT: Final = 7.0

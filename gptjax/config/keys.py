@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from gptjax.errors import ConfigError, RequestError
-from gptjax.quoting import names, quoted, shown
+from gptjax.support.quoting import names, quoted, shown
 
 # Keys of published configs that change nothing about inference. Known by name; every other unknown key raises.
 WITHOUT_EFFECT: Final = frozenset(

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import sampling
-from gptjax.cache import KVCache
-from gptjax.engine import steps
+from gptjax.engine import sampling, steps
 from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.engine.prefixes import Prefixes
 from gptjax.engine.request import Request
 from gptjax.engine.settings import Features, settings_of
+from gptjax.layers.cache import KVCache
 from gptjax.models import registry
 from gptjax.models.registry import Model
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from gptjax.models.registry import Params
+from gptjax.models.params import Params
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,7 @@ import numpy as np
 from gptjax.config import GenerationDefaults
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import RequestError
-from gptjax.quoting import quoted
+from gptjax.support.quoting import quoted
 
 Prompt = str | Sequence[int] | np.ndarray
 DEFAULT_MAX_TOKENS = 256

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from gptjax.config.generation import LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY, MOST_TEMPERATURE
 from gptjax.errors import CapacityError, RequestError
-from gptjax.quoting import quoted
+from gptjax.support.quoting import quoted
 
 MAX_STOPS = 16  # stop strings of one request
 MAX_STOP_LENGTH = 1000  # characters of one stop string

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import sampling
+from gptjax.engine import sampling
 from gptjax.engine.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 
 

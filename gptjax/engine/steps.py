@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import sampling
-from gptjax.cache import KVCache
+from gptjax.engine import sampling
 from gptjax.engine.flat_params import AnyParams, FlatParams
+from gptjax.layers.cache import KVCache
 from gptjax.models import registry
 from gptjax.models.registry import Model
 from pallas_kernels import dispatch

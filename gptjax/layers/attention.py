@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptjax.axes import HEADS, QKV_HEADS, QUERY_HEADS, WIDTH
-from gptjax.cache import KVCache
 from gptjax.config.rope import Rope
+from gptjax.layers.cache import KVCache
 from gptjax.layers.linear import Linear
 from gptjax.layers.observe import observe
 from gptjax.layers.rope import rotate, rotation

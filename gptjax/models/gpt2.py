@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptjax.axes import POSITION, VOCAB, WIDTH
-from gptjax.cache import KVCache
 from gptjax.config.gpt2 import GPT2Config
 from gptjax.config.quantization import packs
 from gptjax.layers.attention import Attention
+from gptjax.layers.cache import KVCache
 from gptjax.layers.mlp import MLP
 from gptjax.layers.norm import LayerNorm, add
 from gptjax.layers.observe import is_observed, observe, observe_made

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptjax.axes import VOCAB, WIDTH
-from gptjax.cache import KVCache
 from gptjax.config.gpt_oss import GptOssConfig
 from gptjax.config.quantization import packs
 from gptjax.layers.attention import Attention
+from gptjax.layers.cache import KVCache
 from gptjax.layers.moe import MoE
 from gptjax.layers.norm import RMSNorm, add
 from gptjax.layers.observe import observe, observe_made

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptjax.errors import GptjaxError
-from gptjax.server import chat, completions, health, page, responses
+from gptjax.server import chat_completions, completions, health, page, responses
 from gptjax.server.errors import ApiError, internal, of_gptjax
 from gptjax.server.origins import LOCAL_ORIGIN, Pages
 from gptjax.server.request_ids import HEADER, RequestIds
@@ -65,7 +65,7 @@ def build(
         Route("/v1/models", health.models),
         Route("/v1/models/{name:path}", health.model),
         Route("/v1/completions", completions.respond, methods=["POST"]),
-        Route("/v1/chat/completions", chat.respond, methods=["POST"]),
+        Route("/v1/chat/completions", chat_completions.respond, methods=["POST"]),
         Route("/v1/responses", responses.respond, methods=["POST"]),
     ]
     handlers = dict.fromkeys((ApiError, GptjaxError, HTTPException, ClientGone), _on_error)

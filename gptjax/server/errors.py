@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from gptjax.errors import CapacityError, GptjaxError
-from gptjax.quoting import quoted
 from gptjax.server.events import Failed, QueueFull, Unavailable
+from gptjax.support.quoting import quoted
 
 # The first word of a message of the library's that is a field of a request.
 _FIELD = re.compile(

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import memory
-from gptjax.engine import steps
+from gptjax.engine import memory, steps
 from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.request import MAX_TOP_LOGPROBS
 from gptjax.errors import CapacityError, RequestError

@@ -18,7 +18,6 @@ import uvicorn
 from gptjax.engine import steps
 from gptjax.errors import GptjaxError
 from gptjax.language_model import LanguageModel
-from gptjax.runtime import device_memory
 from gptjax.server import app
 from gptjax.server.metrics import Metrics
 from gptjax.server.origins import is_address
@@ -26,6 +25,7 @@ from gptjax.server.protocol import Protocol
 from gptjax.server.scoring import score
 from gptjax.server.service import Limits, Served, Service
 from gptjax.server.worker import DEFAULT_SLOTS, Worker
+from gptjax.support.runtime import device_memory
 from gptjax.text import Tokenizer
 from pallas_kernels.fragments import MXFP4Fragments
 from pallas_kernels.mxfp4 import MXFP4

@@ -12,8 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from gptjax import memory
-from gptjax.engine import steps
+from gptjax.engine import memory, steps
 from gptjax.engine.engine import Engine
 from gptjax.engine.engine import Token as Drawn
 from gptjax.engine.output import NOT_FINITE

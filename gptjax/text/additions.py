@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from gptjax.files import damaged, read_json
+from gptjax.support.files import damaged, read_json
 
 _NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTED: Final = ("additional_special_tokens", "extra_special_tokens")

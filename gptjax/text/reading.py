@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import CheckpointError, ConfigError
-from gptjax.files import damaged, read_json, read_text
-from gptjax.quoting import quoted, shown
+from gptjax.support.files import damaged, read_json, read_text
+from gptjax.support.quoting import quoted, shown
 from gptjax.text.additions import read_additions, special_tokens
 from gptjax.text.vocabulary import AddedToken, Vocabulary, build_vocabulary
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import ConfigError
-from gptjax.files import read_json
-from gptjax.quoting import quoted
+from gptjax.support.files import read_json
+from gptjax.support.quoting import quoted
 from gptjax.text.additions import read_special_tokens
 from gptjax.text.reading import END_OF_TEXT
 

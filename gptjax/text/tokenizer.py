@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, SupportsIndex
 
 from gptjax.errors import RequestError
-from gptjax.quoting import quoted
+from gptjax.support.quoting import quoted
 from gptjax.text.detokenizer import Detokenizer
 from gptjax.text.encoder import Encoders
 from gptjax.text.reading import read_vocabulary

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptjax.files import damaged
-from gptjax.quoting import quoted
+from gptjax.support.files import damaged
+from gptjax.support.quoting import quoted
 
 
 def _alphabet() -> dict[str, int]:

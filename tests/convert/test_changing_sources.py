@@ -13,7 +13,7 @@ import pytest
 
 import convert
 from convert import hashing
-from gptjax import checkpoint, staging
+from gptjax.checkpoints import atomic_directory, weights
 from gptjax.errors import CheckpointError
 from tests.convert import made
 
@@ -56,8 +56,8 @@ def test_a_source_that_changes_is_named_and_nothing_is_left(tmp_path, monkeypatc
     name, change, said = CHANGES[kind]
     made.gpt2(tmp_path / "src")
     real_hash = hashing.Hashes._hash
-    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 50_000)
-    pieces = checkpoint.write_piece
+    monkeypatch.setattr(weights, "PIECE_BYTES", 50_000)
+    pieces = weights.write_piece
     done = []
 
     def write(*arguments):
@@ -71,7 +71,7 @@ def test_a_source_that_changes_is_named_and_nothing_is_left(tmp_path, monkeypatc
             time.sleep(0.001)
         return real_hash(self, path, header)
 
-    monkeypatch.setattr(checkpoint, "write_piece", write)
+    monkeypatch.setattr(weights, "write_piece", write)
     monkeypatch.setattr(hashing.Hashes, "_hash", hash_later)
     with pytest.raises(CheckpointError, match=said) as caught:
         convert.convert(tmp_path / "src", tmp_path / "dst")
@@ -121,7 +121,7 @@ def test_a_source_that_is_truncated_does_not_end_the_process(tmp_path, task):
 
 
 def test_two_conversions_are_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 50_000)
+    monkeypatch.setattr(weights, "PIECE_BYTES", 50_000)
     made.gpt2(tmp_path / "src")
     convert.convert(tmp_path / "src", tmp_path / "one")
     (tmp_path / "elsewhere").mkdir()
@@ -150,9 +150,9 @@ def test_what_merely_has_the_names_of_staging_is_left_alone(tmp_path, overwrite)
         (tmp_path / name / "thesis.tex").write_text("mine")
     (tmp_path / ".dst.partial-12345678").mkdir()
     (tmp_path / ".dst.partial-mark1234").mkdir()
-    (tmp_path / ".dst.partial-mark1234" / staging._MARK).write_text("mine")
+    (tmp_path / ".dst.partial-mark1234" / atomic_directory._MARK).write_text("mine")
     (tmp_path / ".dst.partial-pipe1234").mkdir()
-    os.mkfifo(tmp_path / ".dst.partial-pipe1234" / staging._MARK)
+    os.mkfifo(tmp_path / ".dst.partial-pipe1234" / atomic_directory._MARK)
     (tmp_path / ".dst.partial-file1234").write_text("mine")
     (tmp_path / ".dst.partial-link1234").symlink_to(tmp_path / "src")
     before = {name: content for name, content in _tree(tmp_path).items() if not name.startswith("dst")}
@@ -172,7 +172,7 @@ def test_an_old_checkpoint_that_cannot_be_put_back_is_kept(tmp_path, monkeypatch
         real(source, destination)
 
     with monkeypatch.context() as patch:
-        patch.setattr(staging.os, "rename", rename)
+        patch.setattr(atomic_directory.os, "rename", rename)
         with pytest.raises(CheckpointError, match="cannot be written"):
             convert.convert(tmp_path / "src", tmp_path / "dst", overwrite=True)
     assert not (tmp_path / "dst").exists()

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 from convert import convert, stream_params
-from gptjax import checkpoint
+from gptjax.checkpoints import weights
 from gptjax.config import read_config
 from gptjax.errors import CheckpointError, ConfigError
-from gptjax.models.registry import abstract_params, build
+from gptjax.models.params import abstract_params
+from gptjax.models.registry import build
 from tests.convert import made
 from tests.oracles import gpt2_ours
 
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _restored(directory: Path, dtype=np.float32) -> dict[str, np.ndarray]:
-    return made.flat(checkpoint.restore(directory, abstract_params(build(read_config(directory), dtype=dtype))))
+    return made.flat(weights.restore(directory, abstract_params(build(read_config(directory), dtype=dtype))))
 
 
 def _streamed(directory: Path) -> dict[str, np.ndarray]:
@@ -83,7 +84,7 @@ def test_what_a_converted_directory_holds(tmp_path):
 
 
 def test_the_manifest_tells_where_all_came_from_and_went(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 50_000)
+    monkeypatch.setattr(weights, "PIECE_BYTES", 50_000)
     _, tensors = made.gpt2(tmp_path / "src", shards=2)
     convert(tmp_path / "src", tmp_path / "dst")
     raw = json.loads((tmp_path / "dst" / "manifest.json").read_text())
@@ -272,7 +273,7 @@ def test_progress_is_told_of_every_byte(tmp_path):
 
 CONVERT = """
 import os, signal, sys
-import convert.conversion, gptjax.staging, gptjax.checkpoint, orbax.checkpoint
+import convert.conversion, gptjax.checkpoints.atomic_directory, gptjax.checkpoints.weights, orbax.checkpoint
 {before}
 print("ready", flush=True)
 convert.convert({source!r}, {destination!r}, overwrite={overwrite})
@@ -299,7 +300,7 @@ def test_killed_at_any_time_leaves_nothing_that_looks_finished(tmp_path):
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
         if (tmp_path / "dst").exists():  # it was quicker
-            checkpoint.read_manifest(tmp_path / "dst")
+            weights.read_manifest(tmp_path / "dst")
             shutil.rmtree(tmp_path / "dst")
     assert kills, seed
     convert(tmp_path / "src", tmp_path / "dst")
@@ -320,14 +321,14 @@ def kill(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
 {module}.{function} = kill
-gptjax.checkpoint.PIECE_BYTES = 50_000
+gptjax.checkpoints.weights.PIECE_BYTES = 50_000
 """
 MOMENTS = {  # function, call, whether it is done before the kill
-    "before the first piece": ("gptjax.checkpoint.write_piece", 1, False),
-    "between pieces": ("gptjax.checkpoint.write_piece", 3, True),
-    "before the manifest": ("gptjax.checkpoint.write_manifest", 1, False),
-    "after the manifest": ("gptjax.checkpoint.write_manifest", 1, True),
-    "before publishing": ("gptjax.staging._publish", 1, False),
+    "before the first piece": ("gptjax.checkpoints.weights.write_piece", 1, False),
+    "between pieces": ("gptjax.checkpoints.weights.write_piece", 3, True),
+    "before the manifest": ("gptjax.checkpoints.weights.write_manifest", 1, False),
+    "after the manifest": ("gptjax.checkpoints.weights.write_manifest", 1, True),
+    "before publishing": ("gptjax.checkpoints.atomic_directory._publish", 1, False),
 }
 SWAP = {  # call of os.rename; what the destination then holds is None where the next run must put it back
     "before the old one is moved aside": ("os.rename", 1, False, "old"),
@@ -340,8 +341,9 @@ SWAP = {  # call of os.rename; what the destination then holds is None where the
 def _killed(tmp_path: Path, function: str, call: int, done: bool, *, overwrite: bool) -> None:
     module, _, name = function.rpartition(".")
     before = KILL.format(module=module, function=name, call=call, last="real(*args, **kwargs)" if done else "pass")
-    if module in ("os", "shutil"):  # Orbax uses them too: only those of staging count
-        own = f"import types, {module}\nown = gptjax.staging.{module} = types.SimpleNamespace(**vars({module}))\n"
+    if module in ("os", "shutil"):  # Orbax uses them too: only the conversion's own count
+        place = f"gptjax.checkpoints.atomic_directory.{module}"
+        own = f"import types, {module}\nown = {place} = types.SimpleNamespace(**vars({module}))\n"
         before = own + before.replace(f"{module}.{name}", f"own.{name}")
     process = _start(tmp_path / "src", tmp_path / "dst", before=before, overwrite=overwrite)
     _, errors = process.communicate()
@@ -384,7 +386,7 @@ def test_killed_while_deleting_the_old_one_does_not_bring_half_of_it_back(tmp_pa
         "def kill(path, **_):\n"
         "    shutil.rmtree(path / 'params')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "gptjax.staging.shutil = types.SimpleNamespace(rmtree=kill)"
+        "gptjax.checkpoints.atomic_directory.shutil = types.SimpleNamespace(rmtree=kill)"
     )
     process = _start(tmp_path / "src", tmp_path / "dst", before=half, overwrite=True)
     process.communicate()
@@ -453,7 +455,7 @@ def test_memory_is_bounded(tmp_path, dtype):
     """390 MB, of which the largest tensor is 61: a piece and a tensor may be held, the whole may not."""
     made.stream_gpt2(tmp_path / "src", vocab_size=12000, n_positions=64, n_embd=1280, n_layer=4, n_head=10)
     total = (tmp_path / "src" / "model.safetensors").stat().st_size
-    limit = checkpoint.PIECE_BYTES + 12000 * 1280 * 4 + 100_000_000
+    limit = weights.PIECE_BYTES + 12000 * 1280 * 4 + 100_000_000
     assert limit < 0.8 * total
     assert _peak(tmp_path / "src", tmp_path / "dst", dtype) <= limit
     shutil.rmtree(tmp_path / "dst")
@@ -469,7 +471,7 @@ def test_memory_is_bounded_for_gpt2_xl(tmp_path):
         peak = _peak(tmp_path / "src", tmp_path / "dst")
         print(f"peak over baseline: {peak / 1e6:.0f} MB")
         assert peak <= 50257 * 1600 * 4 + 500_000_000
-        stored = checkpoint.read_leaves(tmp_path / "dst", checkpoint.read_manifest(tmp_path / "dst"))
+        stored = weights.read_leaves(tmp_path / "dst", weights.read_manifest(tmp_path / "dst"))
         source = _streamed(tmp_path / "src")
         for path, array in stored:
             assert np.array_equal(source.pop("/".join(path)), array)
@@ -499,7 +501,7 @@ def test_converted_and_direct_loading_agree(tmp_path, demo):
     convert(demo, tmp_path / "dst")
     config = read_config(demo)
     targets = abstract_params(build(config))
-    direct = checkpoint.place(stream_params(demo, config), targets)
-    restored = checkpoint.restore(tmp_path / "dst", targets)
+    direct = weights.place(stream_params(demo, config), targets)
+    restored = weights.restore(tmp_path / "dst", targets)
     assert jax.tree.structure(direct) == jax.tree.structure(restored) == jax.tree.structure(targets)
     assert all(map(np.array_equal, jax.tree.leaves(direct), jax.tree.leaves(restored)))

@@ -48,7 +48,7 @@ def test_errors_are_one_message_and_exit_1(tmp_path):
     command = [sys.executable, "-m", "convert", str(tmp_path / "no/such/dir"), str(tmp_path / "dst")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith("gptjax-convert: ") and "no/such/dir" in result.stderr
+    assert result.stderr.startswith("python -m convert: ") and "no/such/dir" in result.stderr
     assert "Traceback" not in result.stderr
     assert os.listdir(tmp_path) == []
 
@@ -68,7 +68,7 @@ def test_wrong_usage_exits_2(capsys, argv):
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
-    assert "usage: gptjax-convert" in capsys.readouterr().err
+    assert "usage: python -m convert" in capsys.readouterr().err
 
 
 def test_help_has_examples(capsys):
@@ -76,7 +76,7 @@ def test_help_has_examples(capsys):
         main(["--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    assert "examples:\n  gptjax-convert ~/models/gpt2 " in out
+    assert "examples:\n  python -m convert ~/models/gpt2 " in out
     assert "--dtype {float32,bfloat16,float16}" in out and "--overwrite" in out
 
 
@@ -86,7 +86,7 @@ def test_interrupted_conversions_say_so(tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gptjax.checkpoint.write_manifest", interrupt)
+    monkeypatch.setattr("gptjax.checkpoints.weights.write_manifest", interrupt)
     status, out, err = _run(capsys, tmp_path / "src", tmp_path / "dst")
     assert (status, out) == (130, "") and "interrupted" in err
     assert os.listdir(tmp_path) == ["src"]

@@ -10,7 +10,8 @@ from convert import gpt2, stream_params
 from convert.rules import Rule
 from gptjax.config import PUBLISHED, GPT2Config, config_from_json, read_config
 from gptjax.errors import CheckpointError
-from gptjax.models.registry import abstract_params, build
+from gptjax.models.params import abstract_params
+from gptjax.models.registry import build
 from tests.convert import made
 from tests.oracles import gpt2_ours
 

@@ -12,7 +12,7 @@ import pytest
 
 import convert
 from gptjax import api
-from gptjax.checkpoint import flatten
+from gptjax.checkpoints.weights import flatten
 from gptjax.config import PUBLISHED, config_from_json, read_config
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.models import registry

@@ -8,7 +8,7 @@ import pytest
 
 from convert import rules
 from convert.rules import TRANSPOSED, Copy, Ignored, Rule, Table, Transform
-from convert.sources.safetensors import open_directory
+from gptjax.checkpoints.safetensors import open_directory
 from gptjax.errors import CheckpointError
 from tests.convert import made
 

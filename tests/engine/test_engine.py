@@ -18,6 +18,7 @@ from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
+from gptjax.models.params import init_params
 
 CONFIG = GPT2Config(
     vocab_size=101,
@@ -34,7 +35,7 @@ CONFIG = GPT2Config(
 )
 MODEL = registry.build(CONFIG)
 # Ten times the usual spread: at 0.02 the logits are nearly flat and every model looks right.
-PARAMS = jax.tree.map(lambda x: x * 10, registry.init_params(MODEL, jax.random.key(0)))
+PARAMS = jax.tree.map(lambda x: x * 10, init_params(MODEL, jax.random.key(0)))
 
 
 def _engine(batch: int = 3, max_length: int = 300) -> Engine:

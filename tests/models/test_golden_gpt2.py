@@ -17,8 +17,8 @@ import pytest
 import safetensors.numpy
 
 import gptjax
-from gptjax.cache import KVCache
 from gptjax.config import read_config
+from gptjax.layers.cache import KVCache
 from gptjax.models import registry
 from gptjax.models.gpt2 import GPT2
 from tests.oracles import gpt2_numpy, gpt2_ours

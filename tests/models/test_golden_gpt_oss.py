@@ -18,10 +18,11 @@ import pytest
 import safetensors.numpy
 
 import gptjax
-from gptjax.cache import KVCache
 from gptjax.config import read_config
+from gptjax.layers.cache import KVCache
 from gptjax.models import registry
-from gptjax.models.registry import Model, Params
+from gptjax.models.params import Params
+from gptjax.models.registry import Model
 from tests.oracles import gpt2_ours, gpt_oss_numpy, gpt_oss_ours
 from tests.oracles.gpt2_ours import Outputs
 

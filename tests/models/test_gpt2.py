@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from gptjax.cache import KVCache
 from gptjax.config import PUBLISHED, config_from_json
+from gptjax.layers.cache import KVCache
 from gptjax.layers.linear import Linear
 from gptjax.layers.norm import LayerNorm
 from gptjax.models import registry
 from gptjax.models.gpt2 import GPT2
+from gptjax.models.params import abstract_params, num_params
 from tests.oracles import gpt2_numpy, gpt2_ours, gpt2_random
 
 # Largest deviation allowed, as a part of the largest magnitude in the array. A float32 sum of F or D terms is good to a
@@ -253,7 +254,7 @@ def test_every_operation_rounds_once(dtype):
 def test_declares_the_leaves_of_a_checkpoint(tied):
     config, tensors = gpt2_random.checkpoint(tie_word_embeddings=tied)
     model = registry.build(config_from_json(config), dtype=jnp.bfloat16, param_dtype=jnp.float16)
-    declared = traverse_util.flatten_dict(registry.abstract_params(model), sep="/")
+    declared = traverse_util.flatten_dict(abstract_params(model), sep="/")
     assert {name: leaf.shape for name, leaf in declared.items()} == {
         gpt2_ours.target(name): value.shape for name, value in tensors.items()
     }
@@ -277,11 +278,11 @@ def test_declares_an_axis_name_for_every_dimension():
 def test_published_sizes(name, count):
     """The published numbers of parameters (docs/MODELS.md), and a full-size forward pass, allocating nothing."""
     model = registry.build(PUBLISHED[name], dtype=jnp.bfloat16)
-    assert registry.num_params(model) == count
+    assert num_params(model) == count
     config, tokens_BT = model.config, jax.ShapeDtypeStruct((2, 7), jnp.int32)
     cache = jax.eval_shape(lambda: registry.create_cache(model, batch=2, max_length=1000))
     outputs, after = jax.eval_shape(
-        lambda *args: gpt2_ours.run(model, *args), registry.abstract_params(model), tokens_BT, tokens_BT, cache
+        lambda *args: gpt2_ours.run(model, *args), abstract_params(model), tokens_BT, tokens_BT, cache
     )
     assert outputs.blocks_LBTD.shape == (config.num_layers, 2, 7, config.width)
     assert (outputs.final_BTD.shape, outputs.final_BTD.dtype) == ((2, 7, config.width), jnp.bfloat16)

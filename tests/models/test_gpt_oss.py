@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.cache import KVCache
 from gptjax.config import PUBLISHED, GptOssConfig, config_from_json
+from gptjax.layers.cache import KVCache
 from gptjax.layers.rope import inv_freq
 from gptjax.models import registry
-from gptjax.models.registry import Model, Params
+from gptjax.models.params import Params, abstract_params, num_params
+from gptjax.models.registry import Model
 from tests.oracles import gpt2_ours, gpt_oss_numpy, gpt_oss_ours, gpt_oss_random
 from tests.oracles.gpt2_ours import Outputs
 from tests.oracles.gpt_oss_random import Checkpoint
@@ -387,8 +388,8 @@ def test_inv_freq_agrees_with_the_oracle(changes):
 def test_published_sizes(name, count, gigabytes):
     """The published numbers of parameters and bytes (docs/MODELS.md), of shapes only."""
     model = registry.build(PUBLISHED[name], dtype=jnp.bfloat16)
-    assert registry.num_params(model) == count
-    params = registry.abstract_params(model)
+    assert num_params(model) == count
+    params = abstract_params(model)
     stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     assert stored == pytest.approx(gigabytes * 1e9, rel=1e-3)
 
@@ -399,7 +400,7 @@ def test_a_full_size_forward_pass():
     assert isinstance(published, GptOssConfig)
     published = dataclasses.replace(published, num_layers=2, windows=published.windows[:2])
     model = registry.build(published, dtype=jnp.bfloat16)
-    config, params = model.config, registry.abstract_params(model)
+    config, params = model.config, abstract_params(model)
     tokens_BT = jax.ShapeDtypeStruct((2, 7), jnp.int32)
     cache = jax.eval_shape(lambda: registry.create_cache(model, batch=2, max_length=1000))
     outputs, after = jax.eval_shape(lambda *args: gpt_oss_ours.run(model, *args), params, tokens_BT, tokens_BT, cache)
@@ -449,11 +450,11 @@ def _shapes(params: Params) -> dict[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": False}], ids=str)
 def test_declares_the_leaves_of_a_checkpoint(changes):
     case = _case(jnp.bfloat16, **changes)
-    assert _shapes(registry.abstract_params(case.model)) == _shapes(case.params)
+    assert _shapes(abstract_params(case.model)) == _shapes(case.params)
     raw = case.checkpoint.config
     dequantised = registry.build(config_from_json(raw), dtype=jnp.float32, param_dtype=jnp.float16)
     expected = gpt_oss_ours.params(case.checkpoint.dense, jnp.float16)
-    assert _shapes(registry.abstract_params(dequantised)) == _shapes(expected)
+    assert _shapes(abstract_params(dequantised)) == _shapes(expected)
 
 
 def test_experts_stay_packed(tiny):
@@ -461,7 +462,7 @@ def test_experts_stay_packed(tiny):
     packed = [leaf for leaf in jax.tree.leaves(tiny.params) if leaf.dtype == jnp.uint8]
     expected = [x for name, x in tiny.checkpoint.packed.items() if x.dtype == np.uint8]
     assert sum(leaf.nbytes for leaf in packed) == sum(x.nbytes for x in expected)
-    numbers = registry.num_params(tiny.model)
+    numbers = num_params(tiny.model)
     assert numbers == sum(x.size for x in tiny.checkpoint.dense.values())
 
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.checkpoints.hub import DEMOS
 from gptjax.config import PUBLISHED, read_config
-from gptjax.hub import DEMOS
 from gptjax.layers.observe import COLLECTION
 from gptjax.models import registry
+from gptjax.models.params import abstract_params, init_params, num_params, random_params, repacked, weights_by_path
 from pallas_kernels.fragments import MXFP4Fragments
 
 CONFIGS = {
@@ -25,8 +26,8 @@ CONFIGS = {
 def test_the_shapes_are_those_that_initialising_gives(name):
     """They are told from one block, and all blocks must be like it."""
     model = registry.build(CONFIGS[name], dtype=jnp.bfloat16)
-    made = jax.eval_shape(lambda: registry.init_params(model, jax.random.key(0)))
-    told = registry.abstract_params(model)
+    made = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    told = abstract_params(model)
     assert jax.tree.structure(told) == jax.tree.structure(made)
     assert jax.tree.leaves(told) == jax.tree.leaves(made)
 
@@ -34,8 +35,8 @@ def test_the_shapes_are_those_that_initialising_gives(name):
 @pytest.mark.parametrize("mxfp4", ["none", "experts", "linear", "all"])
 def test_packing_does_not_change_the_number_of_parameters(mxfp4):
     packed = registry.build(dataclasses.replace(CONFIGS["gpt-oss"], mxfp4=mxfp4))
-    assert registry.num_params(packed) == registry.num_params(registry.build(CONFIGS["gpt-oss"]))
-    types = {leaf.dtype for leaf in jax.tree.leaves(registry.abstract_params(packed))}
+    assert num_params(packed) == num_params(registry.build(CONFIGS["gpt-oss"]))
+    types = {leaf.dtype for leaf in jax.tree.leaves(abstract_params(packed))}
     assert types == {jnp.dtype("float32")} | ({jnp.dtype("uint8")} if mxfp4 != "none" else set())
 
 
@@ -44,15 +45,15 @@ def test_repacked_weights_give_the_same_result_and_stand_where_they_stood():
     config = read_config(DEMOS / "gpt-oss-tales")
     model = registry.build(config, dtype=jnp.bfloat16)
     hopper = registry.build(config, dtype=jnp.bfloat16, implementation="mosaic")  # as if there were one
-    params = registry.random_params(model)
+    params = random_params(model)
     tokens_BT = jnp.arange(12, dtype=jnp.int32)[None]
     expected, _ = model.apply({"params": params}, tokens_BT, tokens_BT)
-    paths = registry.weights(params).keys()
-    repacked = registry.repacked(hopper, params)
-    experts = registry.weights(repacked)["block_0", "moe", "gate_up_kernel"]
+    paths = weights_by_path(params).keys()
+    in_fragments = repacked(hopper, params)
+    experts = weights_by_path(in_fragments)["block_0", "moe", "gate_up_kernel"]
     assert isinstance(experts, MXFP4Fragments) and experts.shape == (8, 384, 256)
-    assert registry.weights(repacked).keys() == paths
-    actual, _ = model.apply({"params": repacked}, tokens_BT, tokens_BT)
+    assert weights_by_path(in_fragments).keys() == paths
+    actual, _ = model.apply({"params": in_fragments}, tokens_BT, tokens_BT)
     np.testing.assert_array_equal(actual, expected)
 
 
@@ -60,17 +61,15 @@ def test_nothing_is_repacked_where_there_is_no_kernel():
     config = read_config(DEMOS / "gpt-oss-tales")
     for options in ({"dtype": jnp.bfloat16}, {"dtype": jnp.float32, "implementation": "mosaic"}):
         model = registry.build(config, **options)
-        params = registry.random_params(model)
+        params = random_params(model)
         before = jax.tree.leaves(params)
-        assert all(
-            now is was for now, was in zip(jax.tree.leaves(registry.repacked(model, params)), before, strict=True)
-        )
+        assert all(now is was for now, was in zip(jax.tree.leaves(repacked(model, params)), before, strict=True))
 
 
 def test_random_weights_tell_tokens_apart():
     """Else all rows of a measurement go to the same few experts, which is faster than any model is."""
     model = registry.build(read_config(DEMOS / "gpt-oss-tales"))
-    params = registry.random_params(model)
+    params = random_params(model)
     tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, model.config.vocab_size, (64, 1)), jnp.int32)
     _, state = model.apply({"params": params}, tokens_BT, jnp.zeros_like(tokens_BT), mutable=[COLLECTION])
     logits_TE = state[COLLECTION]["block_5"]["moe"]["router"]["output"][:, 0]

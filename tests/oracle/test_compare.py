@@ -14,13 +14,14 @@ transformers = pytest.importorskip("transformers")
 import gptjax.layers.attention  # noqa: E402
 import gptjax.layers.mlp  # noqa: E402
 import gptjax.models.gpt2  # noqa: E402
-from gptjax import compare, hub  # noqa: E402
-from gptjax.activations import stages  # noqa: E402
 from gptjax.api import load  # noqa: E402
+from gptjax.checkpoints import hub  # noqa
 from gptjax.cli import main  # noqa: E402
+from gptjax.diagnostics import transformers_comparison  # noqa
 from gptjax.layers.norm import add  # noqa: E402
 from gptjax.layers.observe import observe  # noqa: E402
 from gptjax.models import build  # noqa: E402
+from gptjax.models.stages import stages  # noqa: E402
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]  # torch's and transformers' own warnings
 IDS = list(range(3, 40))
@@ -36,9 +37,9 @@ def fresh():
 
 def _first_difference(directory, dtype="float32"):
     lm = load(directory, dtype=dtype)
-    rows = compare.compare(lm.model, lm.params, hub.resolve(directory), IDS)
+    rows = transformers_comparison.compare(lm.model, lm.params, hub.resolve(directory), IDS)
     assert [row.stage for row in rows] == stages(lm.config)
-    first = compare.first_difference(rows)
+    first = transformers_comparison.first_difference(rows)
     return None if first is None else first.stage
 
 
@@ -55,8 +56,8 @@ def test_the_gpt_oss_demo_agrees_at_every_stage(dtype):
 def test_a_wrong_window_is_named_where_it_is(monkeypatch, fresh):
     lm = load("gpt-oss-tales", dtype="float32", max_length=256)
     wider = dataclasses.replace(lm.config, windows=(129, *lm.config.windows[1:]))
-    rows = compare.compare(build(wider), lm.params, hub.resolve("gpt-oss-tales"), list(range(3, 203)))
-    assert compare.first_difference(rows).stage == "block_0/attention/heads"
+    rows = transformers_comparison.compare(build(wider), lm.params, hub.resolve("gpt-oss-tales"), list(range(3, 203)))
+    assert transformers_comparison.first_difference(rows).stage == "block_0/attention/heads"
 
 
 @pytest.mark.parametrize(

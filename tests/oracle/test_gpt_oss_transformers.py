@@ -22,7 +22,8 @@ from gptjax.config import PUBLISHED, GptOssConfig, config_from_json
 from gptjax.errors import ConfigError
 from gptjax.layers.rope import inv_freq, rotation
 from gptjax.models import registry
-from gptjax.models.registry import Model, Params
+from gptjax.models.params import Params
+from gptjax.models.registry import Model
 from tests.oracles import gpt2_ours, gpt_oss_numpy, gpt_oss_ours, gpt_oss_random
 from tests.oracles.gpt2_ours import Outputs
 

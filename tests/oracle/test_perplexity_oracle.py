@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax.evaluate import perplexity
+from gptjax.diagnostics.perplexity import perplexity
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from gptjax.cache import KVCache
+from gptjax.layers.cache import KVCache
 from gptjax.layers.observe import COLLECTION
 from gptjax.models.gpt2 import GPT2
 

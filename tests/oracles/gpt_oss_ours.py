@@ -15,11 +15,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gptjax import api
-from gptjax.cache import KVCache
 from gptjax.config import GptOssConfig, read_config
+from gptjax.layers.cache import KVCache
 from gptjax.layers.observe import COLLECTION
 from gptjax.models import registry
-from gptjax.models.registry import Model, Params
+from gptjax.models.params import Params
+from gptjax.models.registry import Model
 from pallas_kernels.mxfp4 import MXFP4
 from tests.oracles.gpt2_ours import Outputs
 

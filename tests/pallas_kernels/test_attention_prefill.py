@@ -98,7 +98,7 @@ LARGE = {
 
 
 def _positions(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """As the engine's steps and `gptjax.cache` have them."""
+    """As the engine's steps and `gptjax.layers.cache` have them."""
     token_T, starts_B1, counts_B1 = np.arange(case.T), *(np.array(x)[:, None] for x in (case.starts, case.counts))
     q_positions_BT = np.where(token_T < counts_B1, starts_B1 + token_T, -1).astype(np.int32)
     lengths_B1 = starts_B1 if case.ring else starts_B1 + counts_B1

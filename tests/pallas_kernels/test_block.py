@@ -12,6 +12,7 @@ import pytest
 from gptjax.config import PUBLISHED
 from gptjax.engine import steps
 from gptjax.models import registry
+from gptjax.models.params import random_params
 from pallas_kernels import block as package
 from pallas_kernels import dispatch
 from pallas_kernels.block import api
@@ -136,7 +137,7 @@ def test_a_model_decodes_by_it(batch, taken, implementation, monkeypatch):
     monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC if implementation == "auto" else dispatch.XLA)
     config = dataclasses.replace(PUBLISHED["gpt2"], num_layers=2, vocab_size=64)
     model = registry.build(config, dtype=jnp.bfloat16, implementation=implementation)
-    params = registry.random_params(model)
+    params = random_params(model)
     state = steps.init_state(model, batch=batch, max_length=64)
     operands = params, state, np.zeros(batch, np.int32), np.ones(batch, bool)
     text = steps.advance.trace(model, *operands).lower(lowering_platforms=("cuda",)).as_text()
@@ -181,7 +182,7 @@ def test_a_model_agrees_with_xla(batch):
     logits = []
     for implementation in ("auto", "xla"):
         model = registry.build(config, dtype=jnp.bfloat16, implementation=implementation)
-        params, state = registry.random_params(model), steps.init_state(model, batch=batch, max_length=64)
+        params, state = random_params(model), steps.init_state(model, batch=batch, max_length=64)
         for token_B in tokens:
             state = steps.advance(model, params, state, token_B, np.ones(batch, bool))
         logits.append(np.asarray(state.logits_BV))

@@ -19,7 +19,7 @@ from gptjax.text.harmony import (
     conversation,
     render,
 )
-from gptjax.text.harmony.chat import _KEYS
+from gptjax.text.harmony.conversation import _KEYS
 from tests.fuzz import rounds
 
 JSON = "<|constrain|>json"

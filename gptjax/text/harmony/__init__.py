@@ -10,7 +10,7 @@ The format is openai/harmony's `docs/format.md`, the exact text and tokens those
 """
 
 from gptjax.text.harmony.builtin import BROWSER, PYTHON
-from gptjax.text.harmony.chat import EarlierAnalysis, conversation, recipients, render
+from gptjax.text.harmony.conversation import EarlierAnalysis, conversation, recipients, render
 from gptjax.text.harmony.messages import DeveloperContent, Function, Message, Namespace, SystemContent
 from gptjax.text.harmony.parsing import Event, StreamParser, parse
 from gptjax.text.harmony.rendering import render_messages

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptjax.errors import RequestError
-from gptjax.quoting import quoted
+from gptjax.support.quoting import quoted
 from gptjax.text.vocabulary import is_text
 
 # The limit for one request: several times what the largest collections of tools have, and checked in half a second.

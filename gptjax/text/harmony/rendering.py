@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from gptjax.errors import RequestError
-from gptjax.quoting import quoted
+from gptjax.support.quoting import quoted
 from gptjax.text.harmony.messages import (
     CHANNELS,
     FUNCTIONS,

@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 from gptjax.errors import RequestError
-from gptjax.quoting import quoted
+from gptjax.support.quoting import quoted
 from gptjax.text.harmony.fields import MOST_VALUES
 from gptjax.text.vocabulary import is_text
 

@@ -1,7 +1,7 @@
 """The tools of a request: functions in the form of OpenAI's chat API, and the built-in ones."""
 
 from gptjax.errors import RequestError
-from gptjax.quoting import quoted
+from gptjax.support.quoting import quoted
 from gptjax.text.harmony.builtin import BUILTIN
 from gptjax.text.harmony.fields import check_amount, read_list, read_object, read_string
 from gptjax.text.harmony.messages import Function, Namespace

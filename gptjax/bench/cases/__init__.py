@@ -1,0 +1,94 @@
+"""The operations of `pallas_kernels` at the shapes that decoding has them: operands, bytes, and what is right.
+
+Experts can be measured at those of prompts as well, and there also where the routing is badly balanced.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import Final
+
+from gptjax.bench.cases.attention import Attention
+from gptjax.bench.cases.block import Block
+from gptjax.bench.cases.case import Case, link
+from gptjax.bench.cases.experts import Experts
+from gptjax.bench.cases.product import Product
+from gptjax.config import GPT2Config, GptOssConfig, ModelConfig
+from gptjax.config.quantization import packs
+from pallas_kernels.block.stream import STRIP
+
+__all__ = ["OPERATIONS", "Attention", "Block", "Case", "Experts", "Product", "cases", "link"]
+
+OPERATIONS: Final = (Experts.operation, Product.operation, Attention.operation, Block.operation)
+_ROW_COUNTS: Final = {"moe": (1, 8, 32, 128), "matvec": (1, 8, 32)}
+_PROMPTS: Final = (512, 2048, 16384)  # rows of prompts: from the first, experts are measured unbalanced, too
+_CACHES: Final = {  # rows and positions
+    "attention": ((1, 512), (1, 2048), (1, 32768), (8, 512), (8, 2048), (32, 512)),
+    "block": ((1, 512), (8, 512)),
+}
+_RINGS: Final = (1, 8, 32)  # rows
+
+
+def cases(
+    models: Mapping[str, ModelConfig],
+    *,
+    dtype: str,
+    operations: Collection[str] = OPERATIONS,
+    rows: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    prompts: bool = False,
+) -> dict[Case, list[str]]:
+    """What models take of the operations, with the names of those that do, in the order of OPERATIONS.
+
+    Args:
+      rows, positions: others than the usual ones.
+      prompts: with experts for as many rows as prompts have.
+    """
+    found: dict[Case, list[str]] = {}
+    for operation in (each for each in OPERATIONS if each in operations):
+        for name, config in models.items():
+            counts = rows or _ROW_COUNTS.get(operation, _RINGS)
+            if prompts and rows is None and operation == Experts.operation:
+                counts = (*counts, *_PROMPTS)
+            caches = _CACHES.get(operation, ())
+            if rows or positions:
+                caches = tuple((B, S) for B in rows or [1] for S in positions or [512])
+            for case in _of(operation, config, dtype, counts, caches):
+                found.setdefault(case, []).append(name)
+    return found
+
+
+def _of(
+    operation: str, config: ModelConfig, dtype: str, counts: Sequence[int], caches: Sequence[tuple[int, int]]
+) -> list[Case]:
+    D, N, K, H = config.width, config.num_heads, config.num_kv_heads, config.head_width
+    has_experts = isinstance(config, GptOssConfig)
+    if operation == "matvec":
+        sizes = [(D, (N + 2 * K) * H), (N * H, D)]
+        sizes += [] if has_experts else [(D, config.mlp_width), (config.mlp_width, D)]
+        sizes += [(D, config.vocab_size)]
+        return [Product(rows, dtype, *size) for size in sizes for rows in counts]
+    fits = [(rows, positions) for rows, positions in caches if positions <= config.context_length]
+    if operation == "attention":
+        full = partial(Attention, dtype=dtype, num_heads=N, num_kv_heads=K, head_width=H, sinks=has_experts)
+        windows = sorted({window for window in config.windows if window is not None})
+        return [
+            *(full(rows=rows, positions=positions, ring=False) for rows, positions in fits),
+            *(full(rows=rows, positions=window, ring=True) for window in windows for rows in counts),
+        ]
+    if operation == "block":
+        if not isinstance(config, GPT2Config) or not _has_block(config):
+            return []
+        block = partial(Block, num_heads=N, head_width=H, mlp_width=config.mlp_width, epsilon=config.norm_epsilon)
+        return [block(rows=rows, dtype=dtype, positions=positions) for rows, positions in fits]
+    if not isinstance(config, GptOssConfig):
+        return []
+    settings = config.num_experts, config.experts_per_token, packs(config.mxfp4, "experts")
+    activation = config.swiglu_alpha, config.swiglu_limit
+    experts = [Experts(rows, dtype, D, config.mlp_width, *settings, *activation) for rows in counts]
+    return [*experts, *(dataclasses.replace(each, balanced=False) for each in experts if each.rows >= _PROMPTS[0])]
+
+
+def _has_block(config: GPT2Config) -> bool:
+    """Whether `block` means this model's blocks."""
+    return config.activation == "gelu_tanh" and config.head_width == STRIP and not packs(config.mxfp4, "linear")

@@ -1,0 +1,94 @@
+"""Attention of one query a row."""
+
+import dataclasses
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.bench.cases.case import Case, float64, normal
+from pallas_kernels.attention import attention
+
+_ROWS: Final = 4  # of a result that are compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention(Case):
+    """`attention` of one query a row, over a full cache."""
+
+    operation = "attention"
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_width: int  # H
+    positions: int  # S
+    ring: bool  # a window's, written over and over
+    sinks: bool
+
+    @property
+    def shape(self) -> str:
+        """Heads and positions."""
+        ring = " in a ring" if self.ring else ""
+        return f"{self.num_heads} heads on {self.num_kv_heads}·{self.head_width}, {self.positions}{ring}"
+
+    @property
+    def bytes(self) -> int:
+        """Of keys and values."""
+        numbers = 2 * self.rows * self.num_kv_heads * self.positions * self.head_width
+        return numbers * int(jnp.dtype(self.dtype).itemsize)
+
+    @property
+    def flops(self) -> int:
+        """Of scores and of weighted values."""
+        return 4 * self.rows * self.num_heads * self.positions * self.head_width
+
+    def x(self, count: int) -> jax.Array:
+        """[B, 1, N, H]."""
+        del count
+        return normal(0, (self.rows, 1, self.num_heads, self.head_width), self.dtype)
+
+    def copies(self, count: int, implementation: str) -> list[Any]:
+        """Caches, positions and sinks."""
+        del implementation
+        shape = (self.rows, self.num_kv_heads, self.positions, self.head_width)
+        last = self.positions - 1 if not self.ring else 10 * self.positions + self.positions // 3
+        places_S = np.arange(self.positions)
+        k_positions = np.broadcast_to(last - (last - places_S) % self.positions, (self.rows, self.positions))
+        q_positions_B1, k_positions_BS = jnp.full((self.rows, 1), last, jnp.int32), jnp.asarray(k_positions, jnp.int32)
+        sinks_N = normal(1, (self.num_heads,), self.dtype) if self.sinks else None
+        return [
+            (
+                *(normal(2 + 2 * copy + which, shape, self.dtype) for which in (0, 1)),
+                q_positions_B1,
+                k_positions_BS,
+                sinks_N,
+            )
+            for copy in range(count)
+        ]
+
+    def call(self, x: jax.Array, operands: Any, implementation: str) -> jax.Array:
+        """[B, 1, N, H]."""
+        window = self.positions if self.ring else None
+        scale = self.head_width**-0.5
+        return attention(x, *operands, scale=scale, window=window, cached=True, implementation=implementation)
+
+    def sample(self, out: jax.Array) -> jax.Array:
+        """The first rows."""
+        return out[:_ROWS]
+
+    def expected(self, x: jax.Array, operands: Any) -> np.ndarray:
+        """[rows, 1, N, H]. Every key is seen."""
+        q, k, v = (float64(part[:_ROWS]) for part in (x, *operands[:2]))
+        q_BKGH = q.reshape(len(q), self.num_kv_heads, -1, self.head_width)
+        scores = q_BKGH @ k.swapaxes(2, 3) * self.head_width**-0.5
+        sinks = np.full(self.num_heads, -np.inf) if operands[4] is None else float64(operands[4])
+        sinks_KG1 = sinks.reshape(self.num_kv_heads, -1, 1)
+        largest = np.maximum(scores.max(axis=-1, keepdims=True), sinks_KG1)
+        weights = np.exp(scores - largest)
+        total = weights.sum(axis=-1, keepdims=True) + np.exp(sinks_KG1 - largest)
+        return (weights / total @ v).reshape(q.shape)
+
+    def following(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        """The result is as good a query as any, and makes no work of its own."""
+        del x
+        return out

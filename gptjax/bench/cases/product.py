@@ -1,0 +1,70 @@
+"""Products of few rows."""
+
+import dataclasses
+import math
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.bench.cases.case import Case, float64, normal
+from pallas_kernels import matvec as products
+
+_COLUMNS: Final = 512  # of a result that are compared
+
+
+def matvec(x_TD: jax.Array, kernel_DN: jax.Array, *, implementation: str) -> jax.Array:
+    """The product, summed: [T, N] float32."""
+    return products.matvec(x_TD, kernel_DN, implementation=implementation).total()
+
+
+@dataclasses.dataclass(frozen=True)
+class Product(Case):
+    """`matvec`."""
+
+    operation = "matvec"
+    inputs: int  # D
+    outputs: int  # N
+
+    @property
+    def shape(self) -> str:
+        """Sizes of input and output."""
+        return f"{self.inputs}→{self.outputs}"
+
+    @property
+    def bytes(self) -> int:
+        """Of the weight."""
+        return self.inputs * self.outputs * int(jnp.dtype(self.dtype).itemsize)
+
+    @property
+    def flops(self) -> int:
+        """Two a weight and row."""
+        return 2 * self.rows * self.inputs * self.outputs
+
+    def x(self, count: int) -> jax.Array:
+        """[T, D]."""
+        del count
+        return normal(0, (self.rows, self.inputs), self.dtype)
+
+    def copies(self, count: int, implementation: str) -> list[Any]:
+        """Weights [D, N]."""
+        del implementation
+        deviation = 1 / math.sqrt(self.inputs)
+        return [normal(1 + copy, (self.inputs, self.outputs), self.dtype, deviation) for copy in range(count)]
+
+    def call(self, x: jax.Array, operands: Any, implementation: str) -> jax.Array:
+        """[T, N]."""
+        return matvec(x, operands, implementation=implementation)
+
+    @property
+    def _columns(self) -> np.ndarray:
+        return np.unique(np.linspace(0, self.outputs - 1, _COLUMNS).astype(int))
+
+    def sample(self, out: jax.Array) -> jax.Array:
+        """Some columns."""
+        return out[:, self._columns]
+
+    def expected(self, x: jax.Array, operands: Any) -> np.ndarray:
+        """[T, columns]."""
+        return float64(x) @ float64(operands[:, self._columns])

@@ -1,0 +1,67 @@
+"""What a forward pass costs, by formula: the bytes that must move and the arithmetic that must be done."""
+
+import jax
+
+from gptjax.config import GptOssConfig
+from gptjax.models.params import abstract_params, weights_by_path
+from gptjax.models.registry import Model
+from pallas_kernels.mxfp4 import MXFP4
+
+_EXPERTS = ("gate_up_kernel", "down_kernel", "gate_up_bias", "down_bias")
+
+
+def weight_bytes_per_step(model: Model, *, batch: int = 1) -> int:
+    """Bytes of weights that a decode step of so many rows reads: all, but of what is only looked up.
+
+    A tied token embedding is the head's matrix as well, and is read whole; a learned position embedding never is. Of
+    the experts it is those that are chosen, which is at most X for each row.
+    """
+    looked_up = {"position_embedding"} if model.config.tied_head else {"position_embedding", "token_embedding"}
+    total = sum(
+        _bytes(leaf) * _share(model, path, batch)
+        for path, leaf in weights_by_path(abstract_params(model)).items()
+        if path[0] not in looked_up
+    )
+    return round(total)
+
+
+def cache_bytes(model: Model, *, length: int) -> int:
+    """Bytes of keys and values that a query reads at so many positions, itself included, in all layers of one row."""
+    config = model.config
+    positions = sum(length if window is None else min(length, window) for window in config.windows)
+    return 2 * positions * config.num_kv_heads * config.head_width * int(jax.numpy.dtype(model.dtype).itemsize)
+
+
+def decode_bytes(model: Model, *, batch: int, length: int) -> int:
+    """Bytes that a decode step of `batch` rows must move, each attending to `length` positions, itself included."""
+    return weight_bytes_per_step(model, batch=batch) + batch * cache_bytes(model, length=length)
+
+
+def token_flops(model: Model, *, length: int, logits: bool = True) -> int:
+    """Floating-point operations of one token that attends to `length` positions: 2 for each weight that it meets in a
+    matrix product, and 4·N·H for each position and layer (scores, and weighted values).
+
+    Args:
+      logits: whether the head is computed for this token, as for all in decoding and for the last of a prompt.
+    """
+    config = model.config
+    matrices = sum(
+        leaf.size * _share(model, path, 1)
+        for path, leaf in weights_by_path(abstract_params(model)).items()
+        if path[-1].endswith("kernel")
+    )
+    positions = sum(length if window is None else min(length, window) for window in config.windows)
+    attention = 4 * positions * config.num_heads * config.head_width
+    head = 2 * config.vocab_size * config.width if logits else 0
+    return round(2 * matrices) + attention + head
+
+
+def _share(model: Model, path: tuple[str, ...], rows: int) -> float:
+    """How much of a weight a step of so many rows touches."""
+    if not isinstance(model.config, GptOssConfig) or path[-1] not in _EXPERTS:
+        return 1.0
+    return min(1.0, rows * model.config.experts_per_token / model.config.num_experts)
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct | MXFP4) -> int:
+    return leaf.nbytes if isinstance(leaf, MXFP4) else int(leaf.size * leaf.dtype.itemsize)

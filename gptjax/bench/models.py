@@ -1,0 +1,318 @@
+"""Honest speed: medians with their spread, never compilation or a first call, against a ceiling of the same run."""
+
+import concurrent.futures
+import dataclasses
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+
+from gptjax.bench import cost
+from gptjax.config import ModelConfig
+from gptjax.diagnostics.transformers_comparison import load_transformers, oracle, random_transformers
+from gptjax.engine import memory
+from gptjax.engine.engine import Engine
+from gptjax.engine.request import Request, SamplingParams
+from gptjax.errors import CapacityError
+from gptjax.models.params import Params
+from gptjax.models.registry import Model
+
+NOISE = 0.1  # a spread above this share of the median is called noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """Repeated measurements of one thing, in seconds."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The one to quote."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """From the fastest to the slowest."""
+        return max(self.seconds) - min(self.seconds)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the spread is too wide for small differences to mean anything."""
+        return self.spread > NOISE * self.median
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One model at one batch size and prompt length."""
+
+    engine: str  # "gptjax" or "transformers"
+    batch: int
+    prompt_length: int
+    steps: int  # decode steps in each measurement
+    compile: float  # seconds of compiling in the first round, or of reading compiled programs from the cache on disk
+    peak_memory: int  # bytes, the most that the device held by the end of this measurement; of the process on a CPU
+    prefill: Figure  # all rows' prompts
+    step: Figure  # one decode step of all rows, the mean over `steps`
+    bytes_per_step: int  # that must move
+    flops_per_step: int
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens of all rows together."""
+        return self.batch * self.prompt_length / self.prefill.median
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens of all rows together."""
+        return self.batch / self.step.median
+
+    def share(self, ceiling: float) -> float | None:
+        """How much of the memory's speed, in bytes a second, decoding reaches; what others read is not known."""
+        if self.engine != "gptjax":
+            return None
+        return self.bytes_per_step / self.step.median / ceiling
+
+    def to_json(self, ceiling: float) -> dict[str, Any]:
+        """All of it, in SI units."""
+        return {
+            **dataclasses.asdict(self),
+            "prefill_seconds": self.prefill.median,
+            "prefill_spread_seconds": self.prefill.spread,
+            "prefill_tokens_per_second": self.prefill_tokens_per_second,
+            "step_seconds": self.step.median,
+            "step_spread_seconds": self.step.spread,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+            "share_of_ceiling": self.share(ceiling),
+            "prefill_noisy": self.prefill.noisy,
+            "step_noisy": self.step.noisy,
+        }
+
+
+def needed_length(config: ModelConfig, prompt_length: int, steps: int) -> int:
+    """The positions that a measurement needs. Raises `CapacityError` where the model does not have them."""
+    # One step more than is measured: the first also waits for the prefill.
+    length = prompt_length + steps + 1
+    if length > config.context_length:
+        raise CapacityError(
+            f"{prompt_length} prompt tokens and {steps} steps need {length} positions, the model has "
+            f"{config.context_length}: choose a shorter prompt or fewer steps"
+        )
+    return length
+
+
+Turn = Callable[[], tuple[float, float]]  # one measurement: seconds of prefill, seconds of one step
+
+
+def measure_ceiling(repeats: int = 7) -> float:
+    """Bytes a second that a large copy reads and writes on the default device: the best of several.
+
+    On a CPU by NumPy, in a thread a core: XLA's copies there wait for fresh memory more than for the copying.
+    """
+    copy = _cpu_copy(1 << 28) if jax.default_backend() == "cpu" else _device_copy(1 << 31)
+    copied = copy()
+    return max(copied / _timed(copy) for _ in range(repeats))
+
+
+def _cpu_copy(size: int) -> Callable[[], int]:
+    parts = os.cpu_count() or 1
+    pairs = [(np.ones(size // parts, np.uint8), np.zeros(size // parts, np.uint8)) for _ in range(parts)]
+    pool = concurrent.futures.ThreadPoolExecutor(parts)
+
+    def copy() -> int:
+        list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), pairs))
+        return 2 * size
+
+    return copy
+
+
+def _device_copy(size: int) -> Callable[[], int]:
+    negate = jax.jit(lambda x: -x, donate_argnums=0)  # a plain copy would be optimised away
+    held = [jnp.zeros((size // 4,), jnp.float32)]
+
+    def copy() -> int:
+        held[0] = jax.block_until_ready(negate(held[0]))
+        return 2 * size
+
+    return copy
+
+
+def ours(model: Model, params: Params, *, batch: int, prompt_length: int, steps: int, seed: int = 0) -> Turn:
+    """Turns of gptjax: every row is prefilled anew, then `steps` tokens are decoded greedily.
+
+    Raises:
+      CapacityError: the prompt and the steps are more than the model has positions.
+    """
+    length = needed_length(model.config, prompt_length, steps)
+    memory.check_state(model, batch=batch, max_length=length)
+    engine = Engine(model, params, batch=batch, max_length=length)
+    prompts_BT = np.random.default_rng(seed).integers(0, model.config.vocab_size, (batch, prompt_length))
+    requests = [Request(tuple(row), steps + 1, SamplingParams(seed=0)) for row in prompts_BT.tolist()]
+
+    def turn() -> tuple[float, float]:
+        def fill() -> None:
+            for slot, request in enumerate(requests):
+                engine.admit(slot, request)
+            engine.wait()
+
+        def decode() -> None:
+            for _ in range(steps):
+                engine.step()
+            engine.wait()
+
+        prefill = _timed(fill)
+        # After the first step the device has nothing more to do, so all that is timed below is asked for there. (Where
+        # `steps` is no multiple of what the engine dispatches at once, up to half as many more, not counted here.)
+        engine.step()
+        engine.wait()
+        step = _timed(decode) / steps
+        for slot in range(batch):
+            engine.release(slot)
+        return prefill, step
+
+    return turn
+
+
+def transformers_turn(
+    model: Model, *, directory: Any | None, batch: int, prompt_length: int, steps: int, seed: int = 0
+) -> Turn:
+    """The same of transformers on the same device, by its default `generate`; random weights where `directory` is None.
+
+    A step's time is that of a long generation less that of a short one.
+
+    Raises:
+      GptjaxError: transformers or torch is not installed.
+    """
+    torch, _ = oracle()
+    dtype = getattr(torch, np.dtype(model.dtype).name)
+    loaded = random_transformers(model.config, dtype) if directory is None else load_transformers(directory, dtype)
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    loaded = loaded.to(device).eval()
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, model.config.vocab_size, (batch, prompt_length), generator=generator).to(device)
+
+    def generate(tokens: int) -> None:
+        with torch.no_grad():
+            loaded.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def turn() -> tuple[float, float]:
+        short, long = _timed(lambda: generate(1)), _timed(lambda: generate(steps + 1))
+        return short, (long - short) / steps
+
+    return turn
+
+
+def run(
+    turns: Sequence[tuple[str, Turn]], model: Model, *, batch: int, prompt_length: int, steps: int, repeats: int
+) -> list[Result]:
+    """Takes turns, one of each in a round, so that all see the same drift of the machine; the first is not counted."""
+    compiling = [_compile_seconds(turn) for _, turn in turns]
+    rounds = [[turn() for _, turn in turns] for _ in range(repeats)]
+    # In the middle of the measured steps, each row attends to this many positions.
+    length = prompt_length + 1 + steps // 2
+    return [
+        Result(
+            engine=name,
+            batch=batch,
+            prompt_length=prompt_length,
+            steps=steps,
+            compile=compiling[index],
+            peak_memory=peak_memory(),
+            prefill=Figure(tuple(measured[index][0] for measured in rounds)),
+            step=Figure(tuple(measured[index][1] for measured in rounds)),
+            bytes_per_step=cost.decode_bytes(model, batch=batch, length=length),
+            flops_per_step=batch * cost.token_flops(model, length=length),
+        )
+        for index, (name, _) in enumerate(turns)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """How weights came onto the device."""
+
+    seconds: float
+    host_bytes: int  # by which the process's anonymous memory grew at most; on a CPU the weights are part of it
+
+
+def measure_loading(load: Callable[[], Any]) -> tuple[Any, Loading]:
+    """What `load` returns, when the device is done with it, and what that took, once the device is up."""
+    jax.block_until_ready(jnp.zeros(1))
+    done = threading.Event()
+    before = peak = _anonymous()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, _anonymous())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    start = time.perf_counter()
+    try:
+        loaded = load()
+        jax.block_until_ready(getattr(loaded, "params", loaded))
+        seconds = time.perf_counter() - start
+    finally:
+        done.set()
+        watcher.join()
+    return loaded, Loading(seconds, max(peak, _anonymous()) - before)
+
+
+def _anonymous() -> int:
+    """Bytes of the process's memory that no file backs, where the system tells; else of all its memory."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        status = ""
+    told = [1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")]
+    return told[0] if told else int(psutil.Process().memory_info().rss)
+
+
+def peak_memory() -> int:
+    """Bytes: the most that the default device held so far, or on a CPU the process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _compile_seconds(action: Callable[[], Any]) -> float:
+    """Seconds that JAX spends on tracing, lowering and compiling while the action runs."""
+    spent = [0.0]
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            spent[0] += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        action()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return spent[0]
+
+
+def _timed(action: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start

@@ -1,0 +1,332 @@
+"""Weights in and out of Orbax, a bounded piece at a time.
+
+A converted directory holds the model's JSON files, `manifest.json`, and under `params/` several Orbax checkpoints of
+at most PIECE_BYTES or one larger weight, each of which can be read with Orbax alone.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import math
+import shutil
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path as FilePath
+from typing import Any, Final, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from gptjax._version import __version__
+from gptjax.checkpoints.atomic_directory import staged, unwritable
+from gptjax.checkpoints.manifest import Leaf, Manifest, SourceFile, is_converted, read_manifest, write_manifest
+from gptjax.checkpoints.orbax_piece import check_piece, checksum, read_leaf, write_piece
+from gptjax.checkpoints.raw import Buffers
+from gptjax.errors import CheckpointError
+from gptjax.support.progress import Progress, silent
+from gptjax.support.quoting import shown
+
+__all__ = [
+    "Leaf",
+    "Manifest",
+    "Part",
+    "SourceFile",
+    "cast",
+    "checked_manifest",
+    "flatten",
+    "is_converted",
+    "nest",
+    "place",
+    "read_leaves",
+    "read_manifest",
+    "readers",
+    "restore",
+    "save",
+]
+
+Path = tuple[str, ...]  # of a weight in the nested dicts of parameters
+Params = dict[str, Any]
+
+PIECE_BYTES: Final = 128 << 20
+_MAX_FAULTS: Final = 20
+_Result = TypeVar("_Result")
+_WORKERS: Final = 8  # weights on their way to a device at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Weights that are made and saved together: their bytes, and a function that makes them."""
+
+    nbytes: int
+    read: Callable[[], Mapping[Path, np.ndarray]]
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
+    """The leaves of nested dicts, by their paths. A packed weight is two: …/blocks and …/scales."""
+    return {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _names(path: tuple[Any, ...]) -> Path:
+    return tuple(str(key.key if isinstance(key, jax.tree_util.DictKey) else key.name) for key in path)
+
+
+def nest(flat: Mapping[Path, Any]) -> Params:
+    """Nested dicts of leaves by their paths."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def cast(array: np.ndarray, dtype: DTypeLike, name: str) -> np.ndarray:
+    """An array in another floating dtype, rounded to nearest, ties to even; itself where the dtype is the same.
+
+    Raises:
+      CheckpointError: a dtype that is not floating, or values that float16 cannot hold. `name` is for the message.
+    """
+    dtype = np.dtype(dtype)
+    if array.dtype == dtype:
+        return array
+    if not (jnp.issubdtype(array.dtype, jnp.floating) and jnp.issubdtype(dtype, jnp.floating)):
+        raise CheckpointError(f"{name} is {array.dtype} and cannot become {dtype}; only floating weights are cast")
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if dtype == np.float16 and not np.isfinite(result).all():
+        raise CheckpointError(f"{name} holds values beyond float16's 65504; use bfloat16 or float32")
+    return result
+
+
+def place(
+    leaves: Iterable[tuple[Path, np.ndarray | Callable[[], np.ndarray]]],
+    targets: Mapping[str, Any],
+    *,
+    progress: Progress | None = None,
+) -> Params:
+    """Puts weights on devices, cast to the wanted dtypes, in bounded host memory.
+
+    The result owns its memory: it does not change with the file that an array is a view of, and may be donated.
+
+    Args:
+      leaves: path and host array of each weight, in any order; or what reads the array, which then happens for several
+        at a time if the device is not the CPU. (On an H200, one thread reads 4.3 GB/s out of the file cache, and moves
+        5.2 GB/s to the device.)
+      targets: nested dicts of `jax.ShapeDtypeStruct`: the shape and dtype wanted, and the sharding where it has one.
+      progress: shows how far it is; see `gptjax.support.progress`.
+
+    Returns:
+      Nested dicts of `jax.Array`.
+
+    Raises:
+      CheckpointError: weights that are missing, unknown, doubled, misshapen or not castable.
+    """
+    wanted = flatten(targets)
+    seen: set[Path] = set()
+
+    def put(path: Path, leaf: np.ndarray | Callable[[], np.ndarray]) -> tuple[Path, jax.Array]:
+        array = leaf() if callable(leaf) else leaf
+        name, target = "/".join(path), wanted[path]
+        if array.shape != tuple(target.shape):
+            raise CheckpointError(f"the weight {name} is {list(array.shape)}, expected {list(target.shape)}")
+        return path, _put(cast(array, target.dtype, name), getattr(target, "sharding", None))
+
+    def jobs() -> Iterator[Callable[[], tuple[Path, jax.Array]]]:
+        for path, leaf in leaves:
+            if path not in wanted or path in seen:
+                name = "/".join(path)
+                raise CheckpointError(f"the weight {name} is {'doubled' if path in seen else 'unknown to the model'}")
+            seen.add(path)
+            yield functools.partial(put, path, leaf)
+            del leaf  # before the next one is read
+
+    placed: dict[Path, jax.Array] = {}
+    with (progress or silent)("loading weights", sum(map(_bytes, wanted.values()))) as advance:
+        for path, array in _in_threads(jobs(), 1 if jax.default_backend() == "cpu" else _WORKERS):
+            placed[path] = array
+            advance(_bytes(wanted[path]))
+    missing = sorted("/".join(path) for path in wanted.keys() - placed.keys())
+    if missing:
+        raise CheckpointError(f"weights are missing: {', '.join(missing[:_MAX_FAULTS])}; convert the checkpoint again")
+    params: Params = jax.tree_util.tree_map_with_path(lambda path, _: placed[_names(path)], targets)
+    return params
+
+
+def _in_threads(jobs: Iterator[Callable[[], _Result]], workers: int) -> Iterator[_Result]:
+    """Results in the order in which they are ready. A job is taken only when a worker is free.
+
+    (In the order of the jobs, one large weight among small ones would leave the other workers idle.)
+    """
+    if workers == 1:
+        for job in jobs:
+            result = job()
+            del job  # and what it holds, before the next one is taken
+            yield result
+        return
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        under_way: set[concurrent.futures.Future[_Result]] = set()
+        for job in jobs:
+            under_way.add(pool.submit(job))
+            if len(under_way) == workers:
+                done, under_way = concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        yield from (future.result() for future in concurrent.futures.as_completed(under_way))
+
+
+def _bytes(leaf: Any) -> int:
+    return int(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize)
+
+
+def _put(array: np.ndarray, sharding: Any) -> jax.Array:
+    if sharding is None and array.ndim == 2 and array.flags.f_contiguous and not array.flags.c_contiguous:
+        return _transpose(_put(array.T, None))  # the device does it faster than the host
+    if sharding is not None and not sharding.is_fully_addressable:  # several hosts, each of which has the whole array
+        result: jax.Array = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    else:
+        result = jax.device_put(array, sharding)
+    if any(device.platform == "cpu" for device in result.sharding.device_set):  # type: ignore[attr-defined]
+        # Here an array can be the host's memory itself, a checkpoint's file even, and all devices can share it. (So it
+        # is with may_alias=False too in JAX 0.10.) What XLA has computed it owns.
+        result = result.copy()
+    return jax.block_until_ready(result)  # host memory stays bounded: nothing is in flight when the next one is read
+
+
+_transpose = jax.jit(jnp.transpose, donate_argnums=0)
+
+
+def restore(directory: FilePath, targets: Mapping[str, Any], *, progress: Progress | None = None) -> Params:
+    """Reads a converted directory onto devices.
+
+    Args:
+      directory: what `save` wrote.
+      targets, progress: as for `place`.
+
+    Returns:
+      Nested dicts of `jax.Array`, of the targets' shapes, dtypes and shardings.
+
+    Raises:
+      CheckpointError: the checkpoint's weights are not the targets' (all differences together), or a piece is missing
+        or damaged.
+    """
+    manifest = checked_manifest(directory, targets)
+    return place(readers(directory, manifest), targets, progress=progress)
+
+
+def checked_manifest(directory: FilePath, targets: Mapping[str, Any]) -> Manifest:
+    """The manifest of a converted directory. Raises `CheckpointError` where its weights are not the targets'."""
+    manifest, wanted = read_manifest(directory), flatten(targets)
+    found = {leaf.path: leaf for leaf in manifest.leaves}
+    faults = [f"{'/'.join(path)} is missing" for path in wanted.keys() - found.keys()]
+    for path, leaf in found.items():
+        name = "/".join(path)
+        if path not in wanted:
+            faults.append(f"{name} is not a weight of the model")
+            continue
+        target = wanted[path]
+        if leaf.shape != tuple(target.shape):
+            faults.append(f"{name} is {list(leaf.shape)}, expected {list(target.shape)}")
+        floating = [jnp.issubdtype(np.dtype(dtype), jnp.floating) for dtype in (leaf.dtype, target.dtype)]
+        if leaf.dtype != str(np.dtype(target.dtype)) and not all(floating):
+            faults.append(f"{name} is {leaf.dtype}, expected {np.dtype(target.dtype)}")
+    if len(found) != len(manifest.leaves):
+        faults.append("a weight is listed twice")
+    if faults:
+        more = [f"and {len(faults) - _MAX_FAULTS} more"] if len(faults) > _MAX_FAULTS else []
+        raise CheckpointError(
+            f"{directory} does not hold the weights of the model that its config.json describes; convert the "
+            "checkpoint again:\n  " + "\n  ".join([*sorted(faults)[:_MAX_FAULTS], *more])
+        )
+    return manifest
+
+
+def readers(directory: FilePath, manifest: Manifest) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
+    """Path of each weight of a converted directory, and a function that reads it. Both raise `CheckpointError`."""
+    buffers = Buffers()
+    for piece, files in manifest.pieces.items():
+        path = directory / "params" / piece
+        check_piece(path, files)
+        for leaf in manifest.leaves:
+            if leaf.piece == piece:
+                yield leaf.path, functools.partial(read_leaf, path, leaf, buffers)
+
+
+def read_leaves(directory: FilePath, manifest: Manifest) -> Iterator[tuple[Path, np.ndarray]]:
+    """Yields the weights of a converted directory, one at a time. Raises `CheckpointError`."""
+    return ((path, read()) for path, read in readers(directory, manifest))
+
+
+def save(
+    destination: FilePath,
+    parts: Iterable[Part],
+    *,
+    total_bytes: int,
+    source: str,
+    source_files: Callable[[], tuple[SourceFile, ...]],
+    copies: Mapping[str, bytes] = types.MappingProxyType({}),
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Writes a converted directory, which appears complete or not at all.
+
+    Args:
+      destination: the directory, which must not exist unless `overwrite`; then it must be a converted one.
+      parts: the weights. Only those of one piece are in memory at a time.
+      total_bytes: of all weights, to refuse a disk that is too full before anything is written.
+      source, source_files: what the manifest says of the origin; the latter is called when all weights are written.
+      copies: the directory's other files, by name.
+      progress: shows how far it is.
+
+    Raises:
+      CheckpointError: the destination exists, cannot be written or has too little room; nothing is left behind.
+    """
+    with staged(destination, overwrite=overwrite, ours=_replaceable) as partial:
+        free = shutil.disk_usage(partial).free
+        if free < total_bytes:
+            raise CheckpointError(
+                f"{shown(destination)} needs {total_bytes / 1e6:,.0f} MB, but its disk has {free / 1e6:,.0f} MB free; "
+                "free some space or name a directory on another disk"
+            )
+        for name, data in copies.items():
+            (partial / name).write_bytes(data)
+        (partial / "params").mkdir()
+        written: list[Leaf] = []
+        pieces: dict[str, dict[str, int]] = {}
+        with (progress or silent)("writing weights", total_bytes) as advance:
+            for piece in _pieces(parts):
+                name = f"{len(pieces):04}"
+                try:
+                    pieces[name] = write_piece(partial / "params" / name, nest(piece))
+                except Exception as error:  # Orbax and TensorStore report a full disk in many ways
+                    raise unwritable(destination, error) from error
+                written += [
+                    Leaf(path, array.shape, str(array.dtype), name, checksum(array)) for path, array in piece.items()
+                ]
+                advance(sum(array.nbytes for array in piece.values()))
+                piece.clear()  # its memory goes before the next piece is read
+        manifest = Manifest(__version__, source, source_files(), tuple(written), pieces)
+        write_manifest(partial, manifest)
+    return manifest
+
+
+def _replaceable(directory: FilePath) -> bool:
+    """Whether a directory is surely ours, a manifest and all that belongs to it: nobody else's files may be deleted."""
+    try:
+        return is_converted(directory) and bool(read_manifest(directory).leaves)
+    except CheckpointError:
+        return False
+
+
+def _pieces(parts: Iterable[Part]) -> Iterator[dict[Path, np.ndarray]]:
+    piece: dict[Path, np.ndarray] = {}
+    held = 0
+    for part in parts:
+        if piece and held + part.nbytes > PIECE_BYTES:
+            yield piece  # before more is read
+            piece, held = {}, 0
+        piece |= part.read()
+        held += part.nbytes
+    if piece:
+        yield piece

@@ -1,0 +1,215 @@
+"""What a checkpoint is and what memory it needs, told without loading its weights."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+import convert
+from gptjax.checkpoints import hub, weights
+from gptjax.config import (
+    PUBLISHED,
+    GenerationDefaults,
+    ModelConfig,
+    read_config,
+    read_generation_config,
+    read_generation_defaults,
+    text_directory,
+)
+from gptjax.config.gpt_oss import is_original
+from gptjax.engine import limits, memory
+from gptjax.errors import CheckpointError, ConfigError, GptjaxError, RequestError
+from gptjax.models import registry
+from gptjax.models.params import abstract_params, num_params, weights_by_path
+from gptjax.models.registry import Model
+from gptjax.support import runtime
+from gptjax.support.files import read_json
+from gptjax.support.quoting import names, quoted
+from gptjax.support.runtime import DeviceMemory
+from gptjax.support.units import readable
+from gptjax.text import load_tokenizer
+from pallas_kernels.mxfp4 import MXFP4
+
+
+def describe(
+    name: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    max_length: int | None = None,
+    max_batch: int = 1,
+    device: DeviceMemory | None = None,
+    ignore_config: Sequence[str] = (),
+    generation_config: Mapping[str, Any] | bool | None = None,
+) -> dict[str, Any]:
+    """Facts of a checkpoint, in the order to show them. Keys ending in `_bytes` are bytes.
+
+    Of a checkpoint with weights in MXFP4, `packed_numbers` are those in it, and `packed_vs_float16` and
+    `whole_vs_float16` say how many times larger they, and all weights as stored, would be in float16.
+
+    "fits" is "yes", or "no; try …" with settings that would. The memory needed is the most at a time, so less than the
+    sum: what loading holds goes before the cache comes.
+
+    Args:
+      device: the memory to fit; that of the default device if not given. See `imagined_gpu`.
+      ignore_config, generation_config: as for `gptjax.load`.
+
+    Raises:
+      CheckpointError, ConfigError: as `gptjax.load`.
+    """
+    directory = hub.resolve(name)
+    model = _model(read_config(directory, ignore=ignore_config), dtype, device)
+    settings = read_generation_config(text_directory(directory), generation_config)
+    try:
+        tokenizer = load_tokenizer(text_directory(directory), generation_config=settings)
+        text = f"{tokenizer.kind}, {tokenizer.vocab_size} tokens, ends with {list(tokenizer.eos_ids)}"
+    except GptjaxError as error:
+        text = f"none: {error}"
+    stored = _stored(directory, model)
+    return {
+        "checkpoint": str(directory),
+        "form": _form(directory),
+        **_architecture(model),
+        "weights": _weights(stored),
+        **_packing(model, stored),
+        "tokenizer": text,
+        "generation": _generation(read_generation_defaults(text_directory(directory), settings), model.config),
+        **_memory(model, max_length, max_batch, device),
+    }
+
+
+def _generation(defaults: GenerationDefaults, config: ModelConfig) -> str:
+    """The settings of generation, and why it is refused if it is."""
+    settings = [field.name for field in dataclasses.fields(defaults) if field.name != "faults"]
+    text = ", ".join(f"{name} {getattr(defaults, name)}" for name in settings)
+    if beyond := [token for token in defaults.eos_ids if token >= config.vocab_size]:
+        text += f"; the model has no token {names(list(map(str, beyond)))}, so it cannot end a text"
+    try:
+        defaults.check()
+    except ConfigError as error:
+        text += f"; refused: {error}"
+    return text
+
+
+def describe_published(
+    name: str,
+    *,
+    dtype: DTypeLike | None = None,
+    max_length: int | None = None,
+    max_batch: int = 1,
+    device: DeviceMemory | None = None,
+) -> dict[str, Any]:
+    """The same of a published size, a key of `gptjax.config.PUBLISHED`, as far as no checkpoint is needed for it.
+
+    Raises:
+      RequestError: there is no such size.
+    """
+    if name not in PUBLISHED:
+        raise RequestError(f"there is no size {quoted(name)}; there are {', '.join(PUBLISHED)}")
+    model = _model(PUBLISHED[name], dtype, device)
+    return {"size": name, **_architecture(model), **_memory(model, max_length, max_batch, device)}
+
+
+def imagined_gpu(size: float) -> DeviceMemory:
+    """A GPU of so many bytes of which all is free, to see what would fit."""
+    if not 0 < size < float("inf"):
+        raise RequestError(f"a device's memory must be more than 0 bytes, found {size}")
+    return DeviceMemory(f"GPU of {readable(int(size))}", "gpu", int(size), 0, int(size))
+
+
+def _model(config: ModelConfig, dtype: DTypeLike | None, device: DeviceMemory | None) -> Model:
+    if dtype is None and device is not None and device.platform != "cpu":
+        dtype = "bfloat16"
+    return registry.build(config, dtype=runtime.compute_dtype(dtype))
+
+
+def _form(directory: Path) -> str:
+    if weights.is_converted(directory):
+        return "converted by gptjax"
+    return "OpenAI's original" if is_original(read_json(directory / "config.json") or {}) else "Hugging Face"
+
+
+def _architecture(model: Model) -> dict[str, Any]:
+    facts = {"architecture": type(model).__name__, "parameters": num_params(model)}
+    return facts | dataclasses.asdict(model.config)
+
+
+def _memory(model: Model, max_length: int | None, max_batch: int, device: DeviceMemory | None) -> dict[str, Any]:
+    length, max_batch = limits.positions(model.config, max_length), limits.rows("max_batch", max_batch)
+    need = memory.needed(model, batch=max_batch, max_length=length, device=device)
+    lack = memory.shortfall(model, batch=max_batch, max_length=length, has=need.device.available, device=need.device)
+    return {
+        "dtype": jax.numpy.dtype(model.dtype).name,
+        "max_length": length,
+        "max_batch": max_batch,
+        "weights_bytes": need.weights,
+        "cache_bytes": need.cache,
+        "logits_bytes": need.logits,
+        "activations_bytes": need.activations,
+        "loading_bytes": need.loading,
+        "needed_bytes": need.total,
+        "available_bytes": need.device.available,
+        "device": need.device.device,
+        "fits": "yes" if lack is None else f"no; {lack.partition('; ')[2]}",
+    }
+
+
+def describe_tensors(name: str | os.PathLike[str], *, ignore_config: Sequence[str] = ()) -> dict[str, str]:
+    """Every weight, by its path: its shape, and its dtype as stored.
+
+    Args:
+      ignore_config: as for `gptjax.load`.
+
+    Raises:
+      CheckpointError: the weights are missing, damaged or not those of the config, as far as headers tell.
+    """
+    directory = hub.resolve(name)
+    model = registry.build(read_config(directory, ignore=ignore_config))
+    shapes = weights.flatten(abstract_params(model))
+    stored = _stored_dtypes(directory, model)
+    return {"/".join(path): f"{list(leaf.shape)} {stored[path]}" for path, leaf in shapes.items()}
+
+
+def _stored_dtypes(directory: Path, model: Model) -> dict[tuple[str, ...], str]:
+    """The dtype of each weight, told from headers alone. Raises `CheckpointError` where they are not the model's."""
+    if weights.is_converted(directory):
+        manifest = weights.checked_manifest(directory, abstract_params(model))
+        return {leaf.path: leaf.dtype for leaf in manifest.leaves}
+    return convert.stored_dtypes(directory, model.config)
+
+
+def _stored(directory: Path, model: Model) -> dict[tuple[str, ...], str] | CheckpointError:
+    try:
+        return _stored_dtypes(directory, model)
+    except CheckpointError as error:
+        return error
+
+
+def _weights(stored: dict[tuple[str, ...], str] | CheckpointError) -> str:
+    if isinstance(stored, CheckpointError):
+        return f"cannot be used: {stored}"
+    return f"{len(stored)} arrays, stored as {' and '.join(sorted(set(stored.values())))}; their headers are sound"
+
+
+def _packing(model: Model, stored: dict[tuple[str, ...], str] | CheckpointError) -> dict[str, Any]:
+    """What is in MXFP4, and what that saves; nothing where nothing is."""
+    params = abstract_params(model)
+    packed = [leaf for leaf in weights_by_path(params).values() if isinstance(leaf, MXFP4)]
+    if not packed:
+        return {}
+    numbers, size = sum(leaf.size for leaf in packed), sum(leaf.nbytes for leaf in packed)
+    facts = {"packed_numbers": numbers, "packed_bytes": size, "packed_vs_float16": _times_smaller(numbers, size)}
+    if not isinstance(stored, CheckpointError):
+        shapes = weights.flatten(params)
+        whole = sum(math.prod(leaf.shape) * jnp.dtype(stored[path]).itemsize for path, leaf in shapes.items())
+        facts["whole_vs_float16"] = _times_smaller(num_params(model), whole)
+    return facts
+
+
+def _times_smaller(numbers: int, size: int) -> float:
+    return round(2 * numbers / size, 4)

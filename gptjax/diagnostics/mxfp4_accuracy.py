@@ -1,0 +1,282 @@
+"""What MXFP4 costs in accuracy: a model beside the same model with weights rounded to it."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.mxfp4 import chosen, packed_config, rounded, slices, summed_last
+from gptjax.diagnostics.perplexity import Perplexity, predict
+from gptjax.engine import memory
+from gptjax.errors import GptjaxError, RequestError
+from gptjax.language_model import LanguageModel
+from gptjax.layers.observe import COLLECTION
+from gptjax.models import registry
+from gptjax.models.params import Params, weights_by_path
+from gptjax.models.registry import Model
+from gptjax.support.installation import with_extra
+from gptjax.text import Tokenizer
+from pallas_kernels.fragments import MXFP4Fragments
+from pallas_kernels.mxfp4 import MXFP4
+
+# What the field asks of a rounded model.
+LEAST_COSINE: Final = 0.99
+LEAST_AGREEMENT: Final = 0.95
+MOST_CHANGE: Final = 0.01  # of the perplexity, relative
+
+_HIDDEN_TOKENS: Final = 512  # whose hidden states are compared, at most: attention over them is not in chunks
+_NUMBERS: Final = 1 << 22  # compared together in float64
+_FORMATS: Final = (".png", ".pdf", ".svg")
+_RESIDUALS: Final = ("mlp_residual", "moe_residual")  # what a block's last stage is called
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far numbers are from those that they stand for."""
+
+    name: str
+    cosine: float  # of the angle between the two; 1 is the same direction
+    error: float  # relative: the norm of the difference over that of the original
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A threshold, what was found, and whether it holds."""
+
+    name: str
+    found: str
+    wanted: str
+    holds: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A model beside its rounded form."""
+
+    weights: tuple[Difference, ...]  # of each that is rounded
+    blocks: tuple[Difference, ...]  # of the hidden states after each block: means over positions
+    agreement: float  # share of positions where both find the same token the most likely one, teacher-forced
+    perplexity: Perplexity
+    quantized_perplexity: Perplexity
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """One a threshold."""
+        cosines = [
+            (what, min(rows, key=lambda row: row.cosine))
+            for what, rows in (("weight", self.weights), ("block's hidden states", self.blocks))
+        ]
+        change = self.quantized_perplexity.value / self.perplexity.value - 1
+        return (
+            *(
+                Verdict(
+                    f"the lowest cosine of a {what}",
+                    f"{row.cosine:.5f}, {row.name}",
+                    f"at least {LEAST_COSINE}",
+                    row.cosine >= LEAST_COSINE,
+                )
+                for what, row in cosines
+            ),
+            Verdict(
+                "the same most likely token",
+                f"{self.agreement:.2%}",
+                f"at least {LEAST_AGREEMENT:.0%}",
+                self.agreement >= LEAST_AGREEMENT,
+            ),
+            Verdict(
+                "the perplexity's change", f"{change:+.2%}", f"within {MOST_CHANGE:.0%}", abs(change) <= MOST_CHANGE
+            ),
+        )
+
+    @property
+    def passed(self) -> bool:
+        """Whether all thresholds hold."""
+        return all(verdict.holds for verdict in self.verdicts)
+
+
+def quantized(lm: LanguageModel, targets: str) -> LanguageModel:
+    """The model with "experts", "linear" or "all" rounded to MXFP4; the other weights are shared, not copied.
+
+    Raises:
+      ConfigError: the model has no such weights, or they cannot be packed.
+      RequestError: all of them are packed already.
+    """
+    config = packed_config(lm.config, targets)
+    paths = chosen(lm.config, config)
+    if not paths:
+        raise RequestError(
+            f"what {targets!r} names is in MXFP4 in this checkpoint already, so there is nothing to compare it with; "
+            "name the float checkpoint that it was made of, and this one with --against"
+        )
+
+    def packed(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = tuple(key.key for key in path)
+        if names not in paths:
+            return leaf
+        return MXFP4(*map(jnp.asarray, rounded(names, [np.asarray(leaf)], paths[names].shape)))
+
+    params = jax.tree_util.tree_map_with_path(
+        packed, lm.params, is_leaf=lambda node: isinstance(node, MXFP4 | MXFP4Fragments)
+    )
+    model = registry.build(
+        config, dtype=lm.model.dtype, param_dtype=lm.model.param_dtype, implementation=lm.model.implementation
+    )
+    tokenizer: Tokenizer | GptjaxError
+    try:
+        tokenizer = lm.tokenizer
+    except GptjaxError as error:  # what says why there is none
+        tokenizer = error
+    return LanguageModel(model, params, tokenizer=tokenizer, defaults=lm.defaults, max_length=lm.max_length)
+
+
+def validate(
+    lm: LanguageModel,
+    other: LanguageModel,
+    token_ids: Sequence[int],
+    *,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Report:
+    """Compares a model with its MXFP4 form, on a text in pieces of `lm.max_length` tokens.
+
+    Args:
+      lm: the model with numbers; some of its weights may be packed, and are then not compared.
+      other: the same model with more of it packed. Both are in memory, so this takes both models' memory.
+      advance: told of the tokens of each piece, for each of the models, as they are done.
+
+    Raises:
+      RequestError: models of different kinds or sizes, nothing more that is packed, or a text of less than two tokens.
+    """
+    if dataclasses.replace(lm.config, mxfp4=other.config.mxfp4) != other.config:
+        raise RequestError(
+            "the two are not forms of one model, as their config.json tell; name what was converted from the first"
+        )
+    if not chosen(lm.config, other.config):
+        raise RequestError(
+            "the second has nothing in MXFP4 that the first has as numbers; name the float checkpoint first, and one "
+            "that `gptjax convert --quantize` wrote with --against"
+        )
+    before, after = (predict(each, token_ids, advance=advance) for each in (lm, other))
+    return Report(
+        weights=tuple(_weights(lm.params, other.params)),
+        blocks=tuple(_blocks(lm, other, token_ids[: min(_HIDDEN_TOKENS, lm.max_length)])),
+        agreement=float((before.best == after.best).mean()),
+        perplexity=Perplexity.of(before.losses),
+        quantized_perplexity=Perplexity.of(after.losses),
+    )
+
+
+def check_plot(path: str | Path) -> None:
+    """Raises `RequestError` where a plot cannot be drawn, so that it is known before the work is done."""
+    path = Path(path)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RequestError(f"a plot needs matplotlib, which is not installed: {with_extra('plot')}")
+    if path.suffix.lower() not in _FORMATS:
+        raise RequestError(f"{path} has no ending of a picture; name it .png, .pdf or .svg")
+    if not os.path.isdir(path.absolute().parent):
+        raise RequestError(f"the directory of {path} does not exist; make it first")
+
+
+def plot(report: Report, path: str | Path) -> None:
+    """Draws the relative errors by block: a line for each kind of weight, and one for the hidden states.
+
+    Raises:
+      RequestError: matplotlib is not installed, or the file cannot be written.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure  # without pyplot: no window, no state, no backend but the file's own
+    from matplotlib.ticker import MaxNLocator
+
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in report.weights:
+        if (block := _block(row.name)) is not None:
+            lines.setdefault(row.name.partition("/")[2], []).append((block, row.error))
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for kind, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker=".", label=kind)
+    axes.plot([row.error for row in report.blocks], marker="o", color="black", label="hidden states after the block")
+    for row in report.weights:
+        if _block(row.name) is None:
+            axes.axhline(row.error, linestyle=":", color="gray", label=row.name)
+    axes.set(xlabel="block", ylabel="relative error", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written ({error.strerror}); name another file") from None
+
+
+def _weights(params: Params, other: Params) -> Iterator[Difference]:
+    """Of each weight that is numbers in the one and packed in the other."""
+    numbers, packed = weights_by_path(params), weights_by_path(other)
+    for path in sorted(numbers, key=_place):
+        leaf, theirs = numbers[path], packed[path]
+        if isinstance(theirs, MXFP4Fragments):
+            theirs = theirs.unpacked()
+        if isinstance(theirs, MXFP4) and not isinstance(leaf, MXFP4 | MXFP4Fragments):
+            yield _difference("/".join(path), _pairs(summed_last(path, leaf), theirs))
+
+
+def _place(path: tuple[str, ...]) -> tuple[bool, int, tuple[str, ...]]:
+    """For sorting: blocks by their numbers, then what is in none."""
+    block = _block(path[0])
+    return block is None, block or 0, path
+
+
+def _block(name: str) -> int | None:
+    """The number of a block that a name begins with."""
+    match = re.match(r"block_(\d+)(/|$)", name)
+    return None if match is None else int(match[1])
+
+
+def _pairs(array: jax.Array, packed: MXFP4) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The numbers of both, a slice at a time, in float64."""
+    for index in slices(array.shape, _NUMBERS):
+        yield np.asarray(array[index], np.float64), np.asarray(packed[index].dequantize(), np.float64)
+
+
+def _difference(name: str, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Difference:
+    products = sum(
+        np.array([np.vdot(ours, theirs), np.vdot(ours, ours), np.vdot(theirs, theirs), np.square(theirs - ours).sum()])
+        for ours, theirs in pairs
+    )
+    dot, square, other_square, error = map(float, np.asarray(products))
+    return Difference(name, *_measures(dot, square, other_square, error))
+
+
+def _measures(dot: float, square: float, other_square: float, error: float) -> tuple[float, float]:
+    """Cosine and relative error; of two that are 0, they are 1 and 0."""
+    if not square or not other_square:
+        return float(square == other_square), math.sqrt(error / square) if square else float(bool(error))
+    return dot / math.sqrt(square * other_square), math.sqrt(error / square)
+
+
+def _blocks(lm: LanguageModel, other: LanguageModel, token_ids: Sequence[int]) -> Iterator[Difference]:
+    """Of the hidden states after each block, as means over positions: the norms of some are many times the others'."""
+    tokens_BT = jnp.asarray([list(token_ids)], jnp.int32)
+    with memory.explained(lm.model, batch=1, max_length=tokens_BT.shape[1]):
+        ours, theirs = (_hidden(each.model, each.params, tokens_BT) for each in (lm, other))
+        for layer, (a_TD, b_TD) in enumerate(zip(ours, theirs, strict=True)):
+            a_TD, b_TD = np.asarray(a_TD, np.float64), np.asarray(b_TD, np.float64)
+            rows = [_measures(a @ b, a @ a, b @ b, np.square(b - a).sum()) for a, b in zip(a_TD, b_TD, strict=True)]
+            cosine, error = np.mean(rows, axis=0)
+            yield Difference(f"block_{layer}", float(cosine), float(error))
+
+
+@partial(jax.jit, static_argnames=("model",))
+def _hidden(model: Model, params: Params, tokens_BT: jax.Array) -> list[jax.Array]:
+    """The hidden states [T, D] after each block, of the first row."""
+    positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+    _, recorded = model.apply({"params": params}, tokens_BT, positions_BT, mutable=[COLLECTION])
+    blocks = [recorded[COLLECTION][f"block_{layer}"] for layer in range(model.config.num_layers)]
+    return [next(block[name][0] for name in _RESIDUALS if name in block) for block in blocks]

@@ -1,0 +1,206 @@
+"""Side by side with transformers, stage by stage: where, first, do we differ?"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.checkpoints import weights
+from gptjax.config import GPT2Config, GptOssConfig, ModelConfig
+from gptjax.engine.request import check_prompt
+from gptjax.errors import CheckpointError, GptjaxError
+from gptjax.models.params import Params
+from gptjax.models.registry import Model
+from gptjax.models.stages import activations, stages
+from gptjax.support import installation
+
+# Of a stage's largest magnitude. Sums of D or F float32 products, taken in another order, differ by about
+# sqrt(F)·2^-24 each (3e-6 at F = 3072), and blocks add up.
+TOLERANCE = {"float32": 3e-5, "bfloat16": 6e-2, "float16": 8e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One stage, ours and theirs."""
+
+    stage: str
+    ours: np.ndarray
+    theirs: np.ndarray
+    tolerance: float  # relative to their largest magnitude
+
+    @property
+    def difference(self) -> float:
+        """The largest absolute difference; NaN where either has one, infinite where the shapes differ."""
+        if self.ours.shape != self.theirs.shape:
+            return float("inf")
+        return float(np.abs(self.ours.astype(np.float64) - self.theirs.astype(np.float64)).max())
+
+    @property
+    def magnitude(self) -> float:
+        """Their largest absolute value."""
+        return float(np.abs(self.theirs).max())
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the difference is within the tolerance. A NaN is never."""
+        return self.difference <= self.tolerance * self.magnitude
+
+
+def compare(model: Model, params: Params, directory: Path, token_ids: Sequence[int]) -> list[Row]:
+    """Runs transformers on the same checkpoint and tokens, in the model's dtype, and compares every stage.
+
+    Raises:
+      GptjaxError: torch or transformers is not installed.
+    """
+    check_prompt(token_ids, vocab_size=model.config.vocab_size, max_length=model.config.context_length)
+    theirs = transformers_activations(directory, model.config, token_ids, dtype=np.dtype(model.dtype).name)
+    ours = activations(model, params, token_ids)
+    tolerance = TOLERANCE[np.dtype(model.dtype).name]
+    return [Row(stage, ours[stage], theirs[stage], tolerance) for stage in stages(model.config)]
+
+
+def first_difference(rows: Sequence[Row]) -> Row | None:
+    """The first stage that does not agree; None where all do."""
+    return next((row for row in rows if not row.agrees), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """Where transformers has a stage: a module's input or output, and how to bring it to our shape."""
+
+    stage: str
+    module: str
+    side: str  # "input" or "output"
+    shape: Callable[[np.ndarray], np.ndarray] = lambda array: array
+    batched: bool = True  # whether the first axis is that of rows, of which there is one
+
+
+def _gpt2_taps(config: GPT2Config) -> Iterator[Tap]:
+    heads, width = (config.num_heads, config.head_width), config.width
+
+    def third(index: int) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda x: x[:, index * width : (index + 1) * width].reshape(-1, *heads)
+
+    yield Tap("embedding", "transformer.h.0", "input")
+    for layer in range(config.num_layers):
+        ours, theirs = f"block_{layer}", f"transformer.h.{layer}"
+        yield Tap(f"{ours}/attention_norm", f"{theirs}.ln_1", "output")
+        for index, name in enumerate("qkv"):
+            yield Tap(f"{ours}/attention/{name}", f"{theirs}.attn.c_attn", "output", third(index))
+        yield Tap(f"{ours}/attention/heads", f"{theirs}.attn.c_proj", "input", lambda x: x.reshape(-1, *heads))
+        yield Tap(f"{ours}/attention/out", f"{theirs}.attn.c_proj", "output")
+        yield Tap(f"{ours}/attention_residual", f"{theirs}.ln_2", "input")
+        yield Tap(f"{ours}/mlp_norm", f"{theirs}.ln_2", "output")
+        yield Tap(f"{ours}/mlp/up", f"{theirs}.mlp.c_fc", "output")
+        yield Tap(f"{ours}/mlp/activation", f"{theirs}.mlp.c_proj", "input")
+        yield Tap(f"{ours}/mlp/down", f"{theirs}.mlp.c_proj", "output")
+        yield Tap(f"{ours}/mlp_residual", f"{theirs}", "output")
+    yield Tap("final_norm", "transformer.ln_f", "output")
+    yield Tap("logits", "lm_head", "output")
+
+
+def _gpt_oss_taps(config: GptOssConfig) -> Iterator[Tap]:
+    def heads(x: np.ndarray) -> np.ndarray:
+        return x.reshape(len(x), -1, config.head_width)
+
+    yield Tap("embedding", "model.layers.0", "input")
+    for layer in range(config.num_layers):
+        ours, theirs = f"block_{layer}", f"model.layers.{layer}"
+        yield Tap(f"{ours}/attention_norm", f"{theirs}.input_layernorm", "output")
+        for name in "qkv":
+            yield Tap(f"{ours}/attention/{name}", f"{theirs}.self_attn.{name}_proj", "output", heads)
+        yield Tap(f"{ours}/attention/heads", f"{theirs}.self_attn.o_proj", "input", heads)
+        yield Tap(f"{ours}/attention/out", f"{theirs}.self_attn.o_proj", "output")
+        yield Tap(f"{ours}/attention_residual", f"{theirs}.post_attention_layernorm", "input")
+        yield Tap(f"{ours}/moe_norm", f"{theirs}.post_attention_layernorm", "output")
+        yield Tap(f"{ours}/moe/router", f"{theirs}.mlp.router", "output", batched=False)
+        yield Tap(f"{ours}/moe", f"{theirs}.mlp", "output")
+        yield Tap(f"{ours}/moe_residual", f"{theirs}", "output")
+    yield Tap("final_norm", "model.norm", "output")
+    yield Tap("logits", "lm_head", "output")
+
+
+_TAPS: Mapping[type[ModelConfig], Callable[[Any], Iterator[Tap]]] = {
+    GPT2Config: _gpt2_taps,
+    GptOssConfig: _gpt_oss_taps,
+}
+
+
+def transformers_activations(
+    directory: Path, config: ModelConfig, token_ids: Sequence[int], *, dtype: str = "float32"
+) -> dict[str, np.ndarray]:
+    """Every stage as transformers computes it, on the CPU with eager attention, by our names and in our shapes."""
+    torch, _ = oracle()
+    loaded = load_transformers(directory, getattr(torch, dtype), attn_implementation="eager")
+    taps = list(_TAPS[type(config)](config))
+    with _recording(loaded, taps) as recorded, torch.no_grad():
+        loaded.eval()(input_ids=torch.tensor([list(token_ids)]), use_cache=False)
+    return {tap.stage: tap.shape(recorded[tap.module, tap.side]) for tap in taps}
+
+
+@contextmanager
+def _recording(loaded: Any, taps: Sequence[Tap]) -> Iterator[dict[tuple[str, str], np.ndarray]]:
+    """Records the inputs and outputs of the modules in question, without their batch axis, in float32."""
+    recorded: dict[tuple[str, str], np.ndarray] = {}
+    flat = {tap.module for tap in taps if not tap.batched}
+
+    def keep(name: str, side: str, value: Any) -> None:
+        tensor = value[0] if isinstance(value, tuple) else value
+        recorded[name, side] = (tensor if name in flat else tensor[0]).float().numpy()
+
+    handles = []
+    for name in {tap.module for tap in taps}:
+        module = loaded.get_submodule(name)
+        # The default arguments bind the name of this turn of the loop.
+        handles.append(module.register_forward_pre_hook(lambda _, args, name=name: keep(name, "input", args)))
+        handles.append(module.register_forward_hook(lambda _, __, out, name=name: keep(name, "output", out)))
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def oracle() -> tuple[Any, Any]:
+    """The modules torch and transformers. Raises `GptjaxError`, saying what to install, where one is missing."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise GptjaxError(
+            f"this needs transformers and torch, and {error.name} is not installed: {installation.with_extra('oracle')}"
+        ) from None
+    return torch, transformers
+
+
+def load_transformers(directory: Path, dtype: Any, **options: Any) -> Any:
+    """transformers' model of a Hugging Face directory; `dtype` is torch's.
+
+    Raises:
+      CheckpointError: a directory that gptjax converted, or that transformers cannot load.
+    """
+    import transformers
+
+    if weights.is_converted(directory):
+        raise CheckpointError(
+            f"{directory} was converted by gptjax; name the Hugging Face directory that it was made of"
+        )
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, use_safetensors=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"transformers cannot load {directory}: {error}") from error
+
+
+def random_transformers(config: ModelConfig, dtype: Any) -> Any:
+    """transformers' model of a configuration, with random weights; `dtype` is torch's."""
+    _, transformers = oracle()
+    raw = config.to_json()
+    raw.pop("quantization_config", None)  # they would pack random weights by other code than is to be measured
+    theirs = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
+    return transformers.AutoModelForCausalLM.from_config(theirs).to(dtype)

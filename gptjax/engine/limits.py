@@ -1,0 +1,38 @@
+"""What a caller may ask for: positions of a sequence, rows of a step."""
+
+import numbers
+import os
+
+from gptjax.config import ModelConfig
+from gptjax.errors import CapacityError, RequestError
+from gptjax.support.quoting import quoted
+
+
+def positions(config: ModelConfig, max_length: int | None) -> int:
+    """The positions of a sequence to use: as given, else $GPTJAX_MAX_LENGTH, else all that the model has.
+
+    Raises:
+      CapacityError: more than the model has.
+      RequestError: not a whole number of at least 1.
+    """
+    source: str = "max_length"
+    given: object = max_length
+    if given is None and (text := os.environ.get("GPTJAX_MAX_LENGTH")):
+        source, given = "GPTJAX_MAX_LENGTH", int(text) if text.isascii() and text.isdecimal() else text
+    if given is None:
+        return config.context_length
+    if isinstance(given, bool) or not isinstance(given, numbers.Integral) or given < 1:
+        raise RequestError(f"{source} must be a whole number of at least 1, found {given!r}")
+    given = int(given)
+    if given > config.context_length:
+        raise CapacityError(
+            f"{source} is {given}, but the model has {config.context_length} positions: choose at most that"
+        )
+    return given
+
+
+def rows(name: str, given: object) -> int:
+    """A number of rows, as given. Raises `RequestError`, by the name of the option, for what is none."""
+    if isinstance(given, bool) or not isinstance(given, numbers.Integral) or given < 1:
+        raise RequestError(f"{name} must be a whole number of at least 1, found {quoted(given)}")
+    return int(given)

@@ -1,0 +1,283 @@
+"""How much memory a model needs, by formula from its declared shapes, and what to do where there is too little.
+
+Nothing is allocated to find out.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.errors import JaxRuntimeError  # by name: a generator may be closed when modules are gone already
+
+from gptjax.config import GptOssConfig, ModelConfig
+from gptjax.config.quantization import packs
+from gptjax.engine import steps
+from gptjax.errors import CapacityError
+from gptjax.layers.cache import SLOT_MULTIPLE
+from gptjax.models import registry
+from gptjax.models.params import abstract_params
+from gptjax.models.registry import Model
+from gptjax.support.runtime import DeviceMemory, device_memory
+from gptjax.support.units import readable as readable
+from pallas_kernels.attention.reference import DENSE_SCORES
+from pallas_kernels.moe.reference import TOGETHER, group_sizes
+
+_LEAST_LENGTH = 32  # positions; a shorter `max_length` is no help to anybody
+_FIXED = {"cpu": 1 << 20}  # bytes of constants and small buffers of a program; elsewhere the libraries' workspaces too
+_FIXED_ELSEWHERE = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on the device for a number of rows of a number of positions, and what the device has."""
+
+    weights: int
+    cache: int  # keys and values of all rows, all preallocated
+    logits: int  # float32, of all rows, and the int32 tokens of their positions
+    activations: int  # the most that a step holds in passing: an upper estimate, see `activations`
+    loading: int  # what `load` holds besides the weights, before there is a cache; 0 except on a CPU
+    device: DeviceMemory
+
+    @property
+    def total(self) -> int:
+        """The most that is held at a time."""
+        return self.weights + max(self.loading, self.cache + self.logits + self.activations)
+
+
+def needed(model: Model, *, batch: int, max_length: int, device: DeviceMemory | None = None) -> Memory:
+    """The memory of a model with its state of `batch` rows, while it generates.
+
+    Each generation under way at the same time (an unfinished `stream`) needs its own cache, logits and activations.
+    """
+    device = device_memory() if device is None else device
+    cache, logits = _state(model, batch, max_length)
+    weights, largest, _ = _weights(model)
+    return Memory(
+        weights=weights,
+        cache=cache,
+        logits=logits,
+        activations=activations(model, batch=batch, max_length=max_length, platform=device.platform),
+        # On a CPU the device's memory is the host's, where a weight is cast and then copied (`checkpoint.place`).
+        loading=2 * largest if device.platform == "cpu" else 0,
+        device=device,
+    )
+
+
+def activations(model: Model, *, batch: int, max_length: int, platform: str) -> int:
+    """The most bytes that prefill or decoding hold in passing: what XLA calls temporary buffers.
+
+    With T the largest prompt chunk, in float32 (though XLA may keep some of it narrower or not at all):
+
+        4·T·(q, k, v and residual (N + 2K)·H + the larger of the MLP's 2·F (of experts, see `_moe`)
+             and attention's 5·N·H + 2·D and 2·N·128 scores)
+        or, off the CPU, 2 · 4·B·N·T·S scores of any prompt or decoding step where B·N·T·S is at most 2^26, if more
+        + 2 · one row's cache, which prefill takes out of the others' and puts back
+        + 8 · 4·B·V, the sampler's sorts and copies of all logits
+        + the numbers of the largest packed weight that is unpacked as a whole
+        + 1 MiB (64 MiB off the CPU, for the workspaces of matrix products)
+        + on a CPU in half precision, the larger of weights and cache in float32: XLA converts them, having no products
+          of that precision there
+
+    Held by a test to be at least what XLA reports, and at most four times it (and the workspaces). For its result,
+    `LanguageModel.logits` needs 4·T·V more, and `LanguageModel.activations` all that it returns.
+    """
+    config = model.config
+    longest = min(max_length, steps.chunk_of(model))
+    lengths = (longest, *(1 << power for power in range(longest.bit_length())))
+    buckets = {steps.chunks(length, steps.chunk_of(model))[0][2] for length in lengths}
+    T = max(buckets)
+    projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
+    S = _capacity(max_length)
+    scored = config.num_heads * (2 * SLOT_MULTIPLE + 5 * config.head_width)
+    attention = 4 * T * (scored + 2 * config.width)
+    mlp = _moe(config, T) if isinstance(config, GptOssConfig) else 8 * T * config.mlp_width
+    chunk = 4 * T * projected + max(mlp, attention)
+    row = _cache(model, 1, max_length)
+    if platform != "cpu":
+        at_once = [config.num_heads * rows * S for rows in (*buckets, batch)]
+        chunk = max([chunk, *(8 * scores for scores in at_once if scores <= DENSE_SCORES)])
+    estimate = chunk + 2 * row + 32 * batch * config.vocab_size + _unpacked(config)
+    estimate += _FIXED.get(platform, _FIXED_ELSEWHERE)
+    width = jnp.dtype(model.dtype).itemsize
+    if platform == "cpu" and width < 4:
+        estimate += max(4 * _weights(model)[2], 4 // width * batch * row)
+    return estimate
+
+
+def _moe(config: GptOssConfig, T: int) -> int:
+    """Bytes of the experts' step: four results for each pair of a token and an expert, three of them with places that
+    stay empty, and the numbers and hidden values of the groups that are computed together."""
+    E, pairs = config.num_experts, T * config.experts_per_token
+    group, groups = group_sizes(pairs, E)
+    together = min(TOGETHER, groups)
+    unpacked = 3 * config.width * config.mlp_width * (2 if config.mxfp4 != "none" else 1)
+    return 4 * (
+        (3 * group * groups + pairs) * config.width
+        + together * (unpacked + group * (6 * config.mlp_width + config.width))
+    )
+
+
+def _unpacked(config: ModelConfig) -> int:
+    """Bytes of the largest weight, of those that are packed but not experts, as float32."""
+    sizes = [0]
+    if packs(config.mxfp4, "linear"):
+        projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
+        sizes += [config.width * max(projected, config.mlp_width)]
+    if packs(config.mxfp4, "embedding"):
+        sizes += [config.width * config.vocab_size]
+    return 8 * max(sizes)
+
+
+@contextlib.contextmanager
+def explained(model: Model, *, batch: int, max_length: int, loaded: bool = True) -> Iterator[None]:
+    """Turns the device's out-of-memory, raised in the body, into a `CapacityError` that says what to try.
+
+    A GPU works behind the program's back: what the body does not wait for may fail where its result is read.
+
+    Args:
+      batch, max_length: rows and positions of what the body computes.
+      loaded: the model's weights are on the device already.
+    """
+    before = None if loaded else device_memory()  # when loading fails, some weights are there and some are not
+    try:
+        yield
+    except (JaxRuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        device = device_memory() if before is None else before
+        has = device.available + (_weights(model)[0] if loaded else 0)
+        message = shortfall(model, batch=batch, max_length=max_length, has=has, device=device)
+        if message is None:
+            need = needed(model, batch=batch, max_length=max_length, device=device).total
+            message = (
+                f"the {device.device} ran out of memory, though {_rows(batch, max_length)} should need only "
+                f"{readable(need)}: close other models, unfinished streams and other programs that use it, or try "
+                f"fewer tokens at a time, as with max_length={max(max_length // 2, 1)} (--max-length)"
+            )
+        raise CapacityError(message) from error
+
+
+def check(model: Model, *, batch: int, max_length: int) -> None:
+    """Raises `CapacityError` where the model and its state do not fit the default device. Allocates nothing."""
+    device = device_memory()
+    message = shortfall(model, batch=batch, max_length=max_length, has=device.available, device=device)
+    if message is not None:
+        raise CapacityError(message)
+
+
+def check_state(model: Model, *, batch: int, max_length: int, reuse: bool = False) -> None:
+    """Raises `CapacityError` where a loaded model's state alone, which is known to the byte, does not fit any more.
+
+    Asked before it is allocated: a GPU's allocator tries for ten seconds a layer before it gives up.
+
+    Args:
+      reuse: an engine keeps copies of the sliding layers' rings as well, to go on from prompts.
+    """
+    device, (cache, logits) = device_memory(), _state(model, batch, max_length)
+    if cache + logits + (rings(model, batch=batch, max_length=max_length) if reuse else 0) > device.available:
+        has = device.available + _weights(model)[0]
+        message = shortfall(model, batch=batch, max_length=max_length, has=has, device=device)
+        raise CapacityError(message or f"{_rows(batch, max_length)} do not fit")
+
+
+def rings(model: Model, *, batch: int, max_length: int) -> int:
+    """Bytes of a copy of what the sliding layers hold, for each of `batch` rows."""
+    capacity = _capacity(max_length)
+    windows = [window for window in model.config.windows if window is not None and window < capacity]
+    return batch * _places(model) * sum(windows)
+
+
+def shortfall(model: Model, *, batch: int, max_length: int, has: int, device: DeviceMemory) -> str | None:
+    """What is needed, what there is and what to try; None where it fits.
+
+    Args:
+      has: bytes for the weights and all else. The model may hold some of these already.
+    """
+    need = needed(model, batch=batch, max_length=max_length, device=device)
+    if need.total <= has:
+        return None
+    return (
+        f"the model with {_rows(batch, max_length)} in {jnp.dtype(model.dtype).name} needs {readable(need.total)} "
+        f"(weights {readable(need.weights)}, cache {readable(need.cache)}, activations {readable(need.activations)}), "
+        f"but the {device.device} has {readable(has)} available; "
+        f"try {advice(model, batch=batch, max_length=max_length, has=has, device=device)}"
+    )
+
+
+def advice(model: Model, *, batch: int, max_length: int, has: int, device: DeviceMemory) -> str:
+    """The settings that need at most `has` bytes, with the fewest changes: dtype, then length, then rows, then both."""
+    half = registry.build(model.config, dtype=jnp.bfloat16, implementation=model.implementation)
+    choices = [(half, False, False), (model, True, False), (model, False, True), (half, True, False)]
+    choices += [(half, False, True), (model, True, True), (half, True, True)]
+    if jnp.dtype(model.dtype).itemsize < 4:
+        choices = [choice for choice in choices if choice[0] is model]
+
+    def total(model: Model, rows: int, length: int) -> int:
+        return needed(model, batch=rows, max_length=length, device=device).total
+
+    for candidate, shorter, fewer in choices:
+        rows, length = (1 if fewer and shorter else batch), max_length
+        if shorter:
+            length = _largest(lambda n, m=candidate, b=rows: total(m, b, n) <= has, below=max_length)  # type: ignore[misc]
+            length -= length % SLOT_MULTIPLE if length > SLOT_MULTIPLE else 0  # the cache is no smaller in between
+        elif fewer:
+            rows = _largest(lambda n, m=candidate: total(m, n, max_length) <= has, below=batch)  # type: ignore[misc]
+        if rows < 1 or length < min(_LEAST_LENGTH, max_length) or total(candidate, rows, length) > has:
+            continue
+        changes = ['dtype="bfloat16" (--dtype bfloat16)'] if candidate is half else []
+        changes += [f"max_length={length} (--max-length {length})"] if length < max_length else []
+        changes += [f"max_batch={rows} (--max-batch {rows})"] if rows < batch else []
+        return " with ".join(changes)
+    return f"a device with {readable(total(model, batch, max_length))} free, or a smaller model"
+
+
+def _largest(fits: Callable[[int], bool], *, below: int) -> int:
+    """The largest number from 1 to `below` - 1 that fits, 0 if none does. What fits must fit for smaller ones too."""
+    low, high = 0, below
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _state(model: Model, batch: int, max_length: int) -> tuple[int, int]:
+    """Bytes of the cache, and of the logits and tokens."""
+    return _cache(model, batch, max_length), 4 * batch * (model.config.vocab_size + _capacity(max_length))
+
+
+def _cache(model: Model, batch: int, max_length: int) -> int:
+    """Bytes of `registry.create_cache`, computed rather than traced: tracing a thousand layers takes seconds."""
+    capacity = _capacity(max_length)
+    places = sum(capacity if window is None else min(window, capacity) for window in model.config.windows)
+    return batch * (_places(model) * places + 4)  # and the length
+
+
+def _places(model: Model) -> int:
+    """Bytes of one layer's key and value at one position."""
+    return 2 * model.config.num_kv_heads * model.config.head_width * jnp.dtype(model.dtype).itemsize
+
+
+def _capacity(max_length: int) -> int:
+    return -(-max_length // SLOT_MULTIPLE) * SLOT_MULTIPLE
+
+
+@functools.lru_cache(maxsize=16)
+def _weights(model: Model) -> tuple[int, int, int]:
+    """Bytes of all weights, bytes of the largest as its file may hold it (float32), and how many floating numbers."""
+    leaves = jax.tree.leaves(abstract_params(model))
+    floating = [leaf.size for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    packed = [leaf.size for leaf in leaves if leaf.dtype == jnp.uint8]
+    return tree_bytes(leaves), max(4 * max(floating), max(packed, default=0)), sum(floating)
+
+
+def _rows(batch: int, max_length: int) -> str:
+    return f"{batch} row{'s' if batch > 1 else ''} of {max_length} positions"
+
+
+def tree_bytes(tree: object) -> int:
+    """Bytes of all arrays, real or abstract, of a pytree."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,101 @@
+"""What follows from a model's own declaration of its weights: their shapes, random ones, and the device's layout."""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from gptjax.config import ModelConfig
+from gptjax.layers.weight import random_mxfp4
+from gptjax.models.registry import Model, build
+from pallas_kernels import moe
+from pallas_kernels.fragments import MXFP4Fragments
+from pallas_kernels.mxfp4 import MXFP4
+
+Params = dict[str, Any]  # nested; the leaves are arrays
+
+
+def init_params(model: Model, key: jax.Array) -> Params:
+    """Random weights."""
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    return nn.meta.unbox(model.init(key, tokens_BT, tokens_BT))["params"]
+
+
+def random_params(model: Model, seed: int = 0) -> Params:
+    """Random weights of the real shapes, made on the device a leaf at a time; for measuring, where no checkpoint is.
+
+    The norms' scales are 1, as any model's are about: were they as small as the rest, biases would drown what differs
+    between tokens, and all would go to the same few experts, which costs less time than a real model takes.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(
+        abstract_params(model), is_leaf=lambda node: isinstance(node, MXFP4)
+    )
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        tree, [_random_leaf(key, path[-1].key, leaf) for key, (path, leaf) in zip(keys, leaves, strict=True)]
+    )
+
+
+def _random_leaf(key: jax.Array, name: str, leaf: jax.ShapeDtypeStruct | MXFP4) -> jax.Array | MXFP4:
+    if isinstance(leaf, MXFP4):
+        return random_mxfp4(key, leaf.shape)
+    if name == "scale":
+        return jnp.ones(leaf.shape, leaf.dtype)
+    return _normal(key, leaf.shape, leaf.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return 0.02 * jax.random.normal(key, shape, dtype)
+
+
+def abstract_params(model: Model) -> Params:
+    """Shapes and dtypes of all weights, as `jax.ShapeDtypeStruct`, allocating nothing."""
+
+    def typed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(leaf.shape, model.param_dtype if floating else leaf.dtype)
+
+    return jax.tree.map(typed, _float32_params(model.config))
+
+
+@functools.lru_cache(maxsize=16)
+def _float32_params(config: ModelConfig) -> Params:
+    """Of a single block, which all are alike in: tracing 24 of them takes most of a second."""
+    single = build(config.with_one_layer())
+    params = jax.eval_shape(lambda: init_params(single, jax.random.key(0)))
+    block = params.pop("block_0")
+    return params | {f"block_{layer}": block for layer in range(config.num_layers)}
+
+
+def repacked(model: Model, params: Params) -> Params:
+    """The weights in the layout that the device's kernels want; what is repacked is deleted as it was given.
+
+    Only for models in bfloat16, for others have no kernels of experts.
+    """
+    if jnp.dtype(model.dtype) != jnp.bfloat16:
+        return params
+    leaves, tree = jax.tree.flatten(params, is_leaf=lambda node: isinstance(node, MXFP4))
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, MXFP4) and leaf.ndim == 3:  # experts
+            leaves[i] = moe.repacked(leaf, model.implementation)
+            if leaves[i] is not leaf:
+                jax.block_until_ready(leaves[i])
+                leaf.blocks.delete()
+                leaf.scales.delete()
+    return jax.tree.unflatten(tree, leaves)
+
+
+def weights_by_path(params: Params) -> dict[tuple[str, ...], Any]:
+    """Every weight by its path; one in MXFP4 is one, though it is two arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, MXFP4 | MXFP4Fragments))
+    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def num_params(model: Model) -> int:
+    """How many numbers the model's weights are, packed or not."""
+    return sum(math.prod(leaf.shape) for leaf in weights_by_path(abstract_params(model)).values())

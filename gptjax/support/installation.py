@@ -1,0 +1,76 @@
+"""Commands that install gptjax again, or one of its extras, from where this installation came from.
+
+No package registry has a package of this name, so `pip install gptjax` would fail, or fetch somebody else's.
+"""
+
+import json
+import re
+import shlex
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+_CHECKOUT: Final = Path(__file__).resolve().parent.parent.parent
+
+
+def with_extra(extra: str) -> str:
+    """The command that installs an extra of pyproject.toml, such as "serve", for a shell."""
+    source = _source(f"[{extra}]")
+    if source is None:  # the extra's packages alone will do
+        source = [requirement for requirement, wanted_by in requirements() if wanted_by == extra]
+    return _pip(source)
+
+
+def again() -> str:
+    """How to install gptjax again, for the end of a sentence."""
+    source = _source("")
+    if source is None:
+        return "install gptjax again, the way you installed it"
+    return f"install gptjax again: {_pip(['--force-reinstall', *source])}"
+
+
+def _pip(arguments: list[str]) -> str:
+    return shlex.join(["pip", "install", *arguments])
+
+
+def _source(extra: str) -> list[str] | None:
+    """pip's arguments for where gptjax came from (PEP 610); None if that is unknown or no longer there."""
+    origin = _origin()
+    url, vcs = str(origin.get("url", "")), origin.get("vcs_info")
+    if isinstance(vcs, dict):
+        at = f"@{vcs['requested_revision']}" if vcs.get("requested_revision") else ""
+        return [f"gptjax{extra} @ {vcs.get('vcs', 'git')}+{url}{at}"]
+    if url.startswith(("https:", "http:")):
+        return [f"gptjax{extra} @ {url}"]
+    if url.startswith("file:"):
+        path = Path(unquote(urlsplit(url).path))
+        editable = bool(origin.get("dir_info", {}).get("editable"))
+    else:  # run from a clone without being installed
+        path, editable = _CHECKOUT, True
+    if not path.exists() or (path.is_dir() and not (path / "pyproject.toml").is_file()):
+        return None
+    return [*(["-e"] if editable else []), f"{path}{extra}"]
+
+
+def _origin() -> dict[str, Any]:
+    """What the installer recorded about where the package came from."""
+    try:
+        text = metadata.distribution("gptjax").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        return {}
+    return json.loads(text) if text else {}
+
+
+def requirements() -> list[tuple[str, str]]:
+    """(requirement, the extra that has it or ""): those of pyproject.toml in a checkout, else as installed."""
+    project = _CHECKOUT / "pyproject.toml"
+    if project.is_file():
+        table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        extras = table["optional-dependencies"].items()
+        own = [(line, "") for line in table["dependencies"]]
+        return own + [(line, extra) for extra, lines in extras for line in lines]
+    split = [line.partition(";") for line in metadata.requires("gptjax") or ()]
+    marks = [(line, re.search(r"""extra == ["']([\w-]+)""", marker)) for line, _, marker in split]
+    return [(line.strip(), "" if mark is None else mark[1]) for line, mark in marks]

@@ -1,0 +1,141 @@
+"""What `load` sets up in JAX, and what it asks of the devices. Nothing here happens at import."""
+
+import dataclasses
+import os
+from pathlib import Path, PurePosixPath
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from jax.typing import DTypeLike
+
+from gptjax.errors import ConfigError, RequestError
+from gptjax.support.quoting import quoted
+
+DTYPES = ("float32", "bfloat16", "float16")
+_LEAST_CACHED_COMPILATION = 0.2  # seconds: below it, compiling again is as fast as reading the file
+_process: int | None = None  # which uses JAX: the one that loaded the first model
+_NO_LIMIT = 1 << 60  # version 1 of control groups writes "none" as the largest number of whole pages
+
+
+def compute_dtype(dtype: DTypeLike | None) -> np.dtype:
+    """The dtype to compute in; None is float32 on a CPU (bfloat16 is many times slower there), else bfloat16.
+
+    Raises:
+      ConfigError: not one of DTYPES.
+    """
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise ConfigError(f"dtype {quoted(dtype)} is not supported; choose one of {', '.join(DTYPES)}")
+    return found
+
+
+def check_process() -> None:
+    """Raises `RequestError` in a process that was forked from one that loaded a model.
+
+    JAX's threads do not survive a fork, and a computation in the new process would wait for them forever.
+    """
+    global _process
+    if _process is None:
+        _process = os.getpid()
+    if _process != os.getpid():
+        raise RequestError(
+            f"process {os.getpid()} was forked from process {_process}, which uses JAX, whose threads do not survive a "
+            "fork: load and use models in one process only, or start others without a fork, as with "
+            "multiprocessing.get_context('spawn')"
+        )
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk, unless JAX was told where already or GPTJAX_CACHE_DIR is set to nothing.
+
+    The directory is $GPTJAX_CACHE_DIR/xla, by default ~/.cache/gptjax/xla.
+    """
+    directory = own_cache_directory()
+    if directory is None or jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a home that cannot be written to costs time, not results
+    if os.access(directory, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_CACHED_COMPILATION)
+
+
+def own_cache_directory() -> Path | None:
+    """Where gptjax keeps compiled programs if JAX was told no other place; None where GPTJAX_CACHE_DIR is empty."""
+    given = os.environ.get("GPTJAX_CACHE_DIR")
+    if given == "":
+        return None
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptjax" if given is None else Path(given)
+    return base.expanduser() / "xla"
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of a device; on a CPU those of the machine, or of the container or job that this process runs in."""
+
+    device: str  # kind of device: "cpu", "NVIDIA H200"
+    platform: str  # "cpu", "gpu"
+    limit: int  # the most that may be used
+    in_use: int  # by JAX on a GPU; on a CPU by every process that shares the limit
+    available: int  # what can still be had
+
+
+def device_memory(device: jax.Device | None = None) -> DeviceMemory:
+    """The memory of a device, of the default one if none is given, as it is now."""
+    device = jax.devices()[0] if device is None else device
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        limit, in_use = int(stats["bytes_limit"]), int(stats["bytes_in_use"])
+        return DeviceMemory(device.device_kind, device.platform, limit, in_use, max(limit - in_use, 0))
+    system = psutil.virtual_memory()
+    limits = [(int(system.total), int(system.available)), *cgroup_memory()]
+    limit, available = (min(column) for column in zip(*limits, strict=True))
+    return DeviceMemory(device.device_kind, device.platform, limit, limit - available, available)
+
+
+def cgroup_memory(root: Path = Path("/")) -> list[tuple[int, int]]:
+    """(limit, still available), in bytes, of each Linux control group that limits this process's memory.
+
+    Both versions of control groups are read, and the groups above the process's own, whose limits bind it as well. What
+    cannot be read sets no limit. `root` is where /proc and /sys are looked for.
+    """
+    found = []
+    for line in (_text(root / "proc/self/cgroup") or "").splitlines():
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controllers == "":
+            tops, files = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            tops, files = ["sys/fs/cgroup/memory"], ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        # In a container the path may be the host's, of which only the top is to be seen: it is the container's own.
+        inner = PurePosixPath(path.lstrip("/"))
+        groups = [root / top / each for top in tops for each in (inner, *inner.parents)]
+        found += [pair for group in dict.fromkeys(groups) if (pair := _group_memory(group, *files)) is not None]
+    return found
+
+
+def _group_memory(group: Path, limit_file: str, usage_file: str) -> tuple[int, int] | None:
+    limit, usage = (_text(group / name) or "" for name in (limit_file, usage_file))
+    if not (limit.isdecimal() and usage.isdecimal()) or int(limit) >= _NO_LIMIT:  # or it says "max"
+        return None
+    stat = dict(line.split(" ", 1) for line in (_text(group / "memory.stat") or "").splitlines() if " " in line)
+    # Cached pages of files, such as those of a checkpoint read before, count as usage but go when memory is wanted.
+    cached = sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in ("inactive_file", "active_file"))
+    return int(limit), min(max(int(limit) - int(usage) + cached, 0), int(limit))
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None

@@ -1,0 +1,81 @@
+"""What `gptjax info` tells of weights in MXFP4."""
+
+import json
+import re
+
+import pytest
+
+import convert
+from gptjax.cli import main
+from gptjax.diagnostics.info import describe, describe_published, imagined_gpu
+
+# By hand: in GPT2-tales, V 8192, D 256, L 6, F 1024; in GPT-OSS-tales, L 6, E 8, D 256, F 192.
+GPT2_LINEAR = 6 * 12 * 256**2
+GPT2_ALL = GPT2_LINEAR + 8192 * 256
+GPT2_REST = 512 * 256 + 6 * 13 * 256 + 2 * 256
+GPT_OSS_EXPERTS = 6 * 8 * 3 * 256 * 192
+
+
+def test_a_checkpoint_without(demo):
+    assert not [key for key in describe(demo) if "packed" in key or "float16" in key]
+
+
+def test_experts(capsys):
+    facts = describe("gpt-oss-tales")
+    assert facts["packed_numbers"] == GPT_OSS_EXPERTS
+    assert facts["packed_bytes"] == GPT_OSS_EXPERTS * 17 // 32
+    assert facts["packed_vs_float16"] == round(16 / 4.25, 4) == 3.7647
+    rest = facts["parameters"] - GPT_OSS_EXPERTS  # in bfloat16, of float16's size
+    assert facts["whole_vs_float16"] == round(2 * facts["parameters"] / (2 * rest + facts["packed_bytes"]), 4)
+    assert main(["info", "gpt-oss-tales"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^packed_vs_float16 +3\.7647$", out, re.M)
+    assert re.search(r"^packed +3\.76 MB$", out, re.M)
+
+
+@pytest.mark.parametrize(("targets", "numbers"), [("linear", GPT2_LINEAR), ("all", GPT2_ALL)])
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_converted(demo, tmp_path, targets, numbers, dtype, size):
+    convert.convert(demo, tmp_path / "dst", quantize=targets, dtype=dtype)
+    facts = json.loads(json.dumps(describe(tmp_path / "dst")))
+    parameters = GPT2_ALL + GPT2_REST
+    assert facts["packed_numbers"] == numbers
+    assert facts["packed_vs_float16"] == 3.7647
+    stored = numbers * 17 // 32 + (parameters - numbers) * size
+    assert facts["whole_vs_float16"] == round(2 * parameters / stored, 4)
+    assert facts["mxfp4"] == targets
+
+
+def test_weights_that_cannot_be_used(demo, tmp_path):
+    """The packed part follows from the config; the whole is not known."""
+    convert.convert(demo, tmp_path / "dst", quantize="all")
+    manifest = tmp_path / "dst" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("final_norm/scale", "final_norm/other"))
+    facts = describe(tmp_path / "dst")
+    assert "cannot be used" in facts["weights"]
+    assert facts["packed_numbers"] == GPT2_ALL
+    assert "whole_vs_float16" not in facts
+
+
+@pytest.mark.parametrize(("size", "gigabytes", "length"), [("gpt-oss-120b", 80, 65536), ("gpt-oss-20b", 20, 8192)])
+def test_the_published_sizes_fit_the_cards_they_are_meant_for(size, gigabytes, length):
+    """120b with half of its 131,072 positions on a card of 80 GB; 20b with a prompt of 8,192 in 20 GB."""
+    facts = describe_published(size, max_length=length, device=imagined_gpu(gigabytes * 1e9))
+    assert facts["fits"] == "yes", facts
+    assert facts["needed_bytes"] > 0.75 * gigabytes * 1e9
+    assert describe_published(size, device=imagined_gpu(13e9))["fits"].startswith("no; try ")
+
+
+def test_the_command_tells_of_a_size(capsys):
+    assert main(["info", "--size", "gpt-oss-20b", "--memory", "24", "--max-length", "4096"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^parameters +20914757184$", out, re.MULTILINE)
+    assert re.search(r"^device +GPU of 24.00 GB$", out, re.MULTILINE)
+    for options, says in (
+        (["--size", "gpt-3"], "there is no size 'gpt-3'; there are gpt2"),
+        (["--size", "gpt2", "--tensors"], "--size tells of no checkpoint"),
+        (["--size", "gpt2", "--memory", "-1"], "more than 0 bytes"),
+        (["--size", "gpt2", "--memory", "nan"], "more than 0 bytes"),
+    ):
+        assert main(["info", *options]) == 1
+        assert says in capsys.readouterr().err

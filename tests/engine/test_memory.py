@@ -1,0 +1,467 @@
+"""What is needed, what there is, what to try, and that it all is given back."""
+
+import dataclasses
+import gc
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import psutil
+import pytest
+
+import gptjax
+import gptjax.api
+import gptjax.language_model
+from gptjax import CapacityError, RequestError
+from gptjax.config import PUBLISHED, GPT2Config
+from gptjax.diagnostics.info import describe
+from gptjax.engine import memory, steps
+from gptjax.engine.request import Request, SamplingParams
+from gptjax.engine.settings import Features, settings_of
+from gptjax.models import registry
+from gptjax.models.params import abstract_params, init_params
+from gptjax.support import runtime
+from gptjax.support.runtime import DeviceMemory, cgroup_memory
+
+GIB = 1 << 30
+SMALL = dataclasses.replace(
+    PUBLISHED["gpt2"], vocab_size=101, context_length=70, width=96, num_layers=2, num_heads=6, mlp_width=224
+)
+TALES = dataclasses.replace(
+    PUBLISHED["gpt2"], vocab_size=8192, context_length=512, width=256, num_layers=6, num_heads=4, mlp_width=1024
+)
+MIDDLE = dataclasses.replace(PUBLISHED["gpt2"], num_layers=2)  # a real width, vocabulary and context
+
+OSS_TALES = dataclasses.replace(
+    PUBLISHED["gpt-oss-20b"],
+    vocab_size=8256,
+    width=256,
+    num_layers=6,
+    windows=(128, None) * 3,
+    num_heads=8,
+    num_kv_heads=2,
+    mlp_width=192,
+    num_experts=8,
+)
+# What is held in passing is one layer's; two compile in a third of the time that six take.
+SHALLOW = dataclasses.replace(TALES, num_layers=2)
+OSS_SHALLOW = dataclasses.replace(OSS_TALES, num_layers=2, windows=(128, None))
+OSS_MIDDLE = dataclasses.replace(
+    PUBLISHED["gpt-oss-20b"], num_layers=2, windows=(128, None), vocab_size=5000, num_experts=8
+)
+
+
+def _device(available: int, platform: str = "cpu") -> DeviceMemory:
+    return DeviceMemory("cpu" if platform == "cpu" else "Fake GPU", platform, 2 * available, available, available)
+
+
+def _temporary(model: registry.Model, batch: int, length: int) -> int:
+    """What XLA itself says that generating holds in passing, at most: steps' buffers, and prefill's one row."""
+    params = abstract_params(model)
+    state = jax.eval_shape(lambda: steps.init_state(model, batch=batch, max_length=length))
+    row = jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=length))
+    bucket = max(b for _, _, b in steps.chunks(min(length, steps.CHUNK)))
+    chunk = jax.ShapeDtypeStruct((2 + bucket,), jnp.int32)
+    token_B, active_B = (jax.ShapeDtypeStruct((batch,), dtype) for dtype in (jnp.int32, jnp.bool_))
+    drawn = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.2, logit_bias={1: 1.0}, seed=1)
+    request = Request(prompt_ids=(1,), max_tokens=1, params=drawn)
+    settings = settings_of([request] * batch, model.config.vocab_size, Features.of(drawn))
+    lowered = [
+        steps.prefill_chunk.lower(model, params, row, chunk),
+        steps.advance.lower(model, params, state, token_B, active_B),
+        steps.sample.lower(state, settings),
+    ]
+    sizes = [each.compile().memory_analysis().temp_size_in_bytes for each in lowered]
+    assert min(sizes) > 0  # the compiler tells
+    return max(sizes) + memory.tree_bytes(row)
+
+
+@pytest.mark.parametrize(
+    ("config", "batch", "length", "dtype"),
+    [
+        (SMALL, 1, 70, "float32"),
+        (SMALL, 8, 33, "bfloat16"),
+        (SHALLOW, 1, 512, "float32"),
+        (TALES, 8, 512, "bfloat16"),
+        (SHALLOW, 32, 200, "float32"),
+        (MIDDLE, 1, 1024, "float32"),
+        (MIDDLE, 1, 1024, "float16"),
+        (MIDDLE, 2, 1024, "bfloat16"),
+        (OSS_SHALLOW, 1, 512, "float32"),
+        (OSS_TALES, 8, 2048, "float32"),
+        (OSS_SHALLOW, 2, 512, "bfloat16"),
+        (dataclasses.replace(OSS_SHALLOW, mxfp4="all"), 1, 512, "float32"),
+        (dataclasses.replace(OSS_SHALLOW, mxfp4="none"), 1, 512, "float32"),
+        (OSS_MIDDLE, 1, 256, "float32"),
+        (OSS_MIDDLE, 1, 2048, "bfloat16"),
+    ],
+)
+def test_activations_are_at_least_what_xla_says_and_at_most_four_times_that(config, batch, length, dtype):
+    model = registry.build(config, dtype=dtype)
+    estimate = memory.activations(model, batch=batch, max_length=length, platform=jax.default_backend())
+    actual = _temporary(model, batch, length)
+    workspaces = 0 if jax.default_backend() == "cpu" else 64 << 20
+    assert actual <= estimate <= 4 * actual + workspaces, (estimate / 1e6, actual / 1e6)
+
+
+def test_needs_are_those_of_the_arrays_made():
+    model = registry.build(SMALL, dtype="bfloat16")
+    need = memory.needed(model, batch=3, max_length=70)
+    params = init_params(model, jax.random.key(0))
+    state = steps.init_state(model, batch=3, max_length=70)
+    assert need.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert need.cache == sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
+    assert need.cache + need.logits == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert need.total == need.weights + max(need.loading, need.cache + need.logits + need.activations)
+
+
+def test_loading_counts_where_it_is_the_most():
+    model = registry.build(dataclasses.replace(PUBLISHED["gpt2"], num_layers=1), dtype="float32")
+    need = memory.needed(model, batch=1, max_length=32, device=_device(GIB))
+    assert need.loading == 2 * 4 * 50257 * 768  # the token embedding, as read and as cast
+    assert need.total == need.weights + need.loading
+    assert memory.needed(model, batch=1, max_length=32, device=_device(GIB, "gpu")).loading == 0
+
+
+def test_a_model_tells_its_memory(demo):
+    with gptjax.load(demo, max_length=100, max_batch=3, dtype="float32") as lm:
+        own = lm.memory()
+        assert own.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params))
+        assert (own.cache, own.logits) == (3 * (128 * 6 * 2 * 256 * 4 + 4), 3 * 4 * (8192 + 128))
+        other = lm.memory(batch=1, max_length=512)
+        assert other.cache == 512 * 6 * 2 * 256 * 4 + 4
+        assert own.device.available <= own.device.limit
+        for options in ({"batch": 0}, {"batch": True}, {"max_length": 0}):
+            with pytest.raises(RequestError):
+                lm.memory(**options)
+        with pytest.raises(CapacityError, match="513"):
+            lm.memory(max_length=513)
+    with gptjax.load(demo) as lm:
+        assert lm.memory().cache == lm.memory(batch=1, max_length=512).cache
+
+
+def _total(config: GPT2Config, dtype: str, batch: int, length: int, device: DeviceMemory) -> int:
+    model = registry.build(config, dtype=dtype)
+    return memory.needed(model, batch=batch, max_length=length, device=device).total
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "batch", "at", "says"),
+    [
+        # (what fits exactly, as dtype, batch, length) -> what is said.
+        ("gpu", "float32", 4, ("bfloat16", 4, 1024), r'^dtype="bfloat16" \(--dtype bfloat16\)$'),
+        ("gpu", "bfloat16", 4, ("bfloat16", 4, 640), r"^max_length=640 \(--max-length 640\)$"),
+        ("cpu", "float32", 4, ("float32", 4, 640), r"^max_length=640 \(--max-length 640\)$"),
+        ("cpu", "bfloat16", 4, ("bfloat16", 4, 256), r"^max_length=256 "),
+        ("gpu", "float32", 4, ("bfloat16", 4, 512), r'^dtype="bfloat16" .* with max_length=512 '),
+    ],
+)
+def test_advice_is_the_most_that_fits(platform, dtype, batch, at, says):
+    config, device = PUBLISHED["gpt2"], _device(GIB, platform)
+    has = _total(config, *at, device)
+    model = registry.build(config, dtype=dtype)
+    advice = memory.advice(model, batch=batch, max_length=1024, has=has, device=device)
+    assert re.search(says, advice)
+    assert memory.advice(model, batch=batch, max_length=1024, has=has - 1, device=device) != advice
+
+
+def test_advice_for_fewer_rows_and_for_none_at_all():
+    config, device = PUBLISHED["gpt2"], _device(GIB, "gpu")
+    model = registry.build(config, dtype="bfloat16")
+    # A wide batch, of which not even the shortest rows fit; so few rows do.
+    has = _total(config, "bfloat16", 50, 1024, device)
+    advice = memory.advice(model, batch=1000, max_length=1024, has=has, device=device)
+    assert advice == "max_batch=50 (--max-batch 50)"
+    none = memory.advice(model, batch=1, max_length=1024, has=1000, device=device)
+    assert (
+        none == f"a device with {memory.readable(_total(config, 'bfloat16', 1, 1024, device))} free, or a smaller model"
+    )
+
+
+def test_what_was_advised_fits_and_loads(demo, monkeypatch):
+    has = _total(TALES, "float32", 1, 384, _device(GIB))
+    monkeypatch.setattr(runtime, "device_memory", lambda device=None: _device(has))
+    monkeypatch.setattr(memory, "device_memory", lambda device=None: _device(has))
+    with pytest.raises(CapacityError, match=r"needs .* has .* available; try max_length=384 ") as raised:
+        gptjax.load(demo, dtype="float32")
+    assert memory.readable(has) in str(raised.value)
+    assert describe(demo, dtype="float32")["fits"] == f"no; {str(raised.value).partition('; ')[2]}"
+    assert describe(demo, dtype="float32", max_length=384)["fits"] == "yes"
+    gptjax.load(demo, dtype="float32", max_length=384).close()
+
+
+def test_too_large_is_said_before_any_weight_is_read(demo, tmp_path, monkeypatch):
+    shutil.copytree(demo, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"")  # reading it would be a CheckpointError
+    monkeypatch.setattr(memory, "device_memory", lambda device=None: _device(10**6))
+    with pytest.raises(CapacityError, match=r"has 1\.00 MB available; try a device with \d+\.\d\d MB free"):
+        gptjax.load(tmp_path / "cut", dtype="float32")
+
+
+def _write(root, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+V1 = "sys/fs/cgroup/memory"
+V2 = "sys/fs/cgroup"
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, []),
+        ({"proc/self/cgroup": "nonsense\n\n::\n"}, []),
+        (  # version 2: the group itself has no limit, the one above it has; cached files are not lost to us
+            {
+                "proc/self/cgroup": "0::/user/job\n",
+                f"{V2}/user/job/memory.max": "max\n",
+                f"{V2}/user/job/memory.current": "5000\n",
+                f"{V2}/user/memory.max": "10000\n",
+                f"{V2}/user/memory.current": "7000\n",
+                f"{V2}/user/memory.stat": "anon 4000\ninactive_file 300\nactive_file 200\n",
+            },
+            [(10000, 3500)],
+        ),
+        (  # both limited; the caller takes the least
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                f"{V2}/a/b/memory.max": "500",
+                f"{V2}/a/b/memory.current": "600",
+                f"{V2}/a/memory.max": "1000",
+                f"{V2}/a/memory.current": "600",
+            },
+            [(500, 0), (1000, 400)],
+        ),
+        (  # version 1 in a container: the path is the host's, and not to be seen
+            {
+                "proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/docker/1a2b\n0::/\n",
+                f"{V1}/memory.limit_in_bytes": "8000",
+                f"{V1}/memory.usage_in_bytes": "7000",
+                f"{V1}/memory.stat": "inactive_file 1\ntotal_inactive_file 500\ntotal_active_file 50\n",
+            },
+            [(8000, 1550)],
+        ),
+        (  # version 1 without a limit
+            {
+                "proc/self/cgroup": "4:memory:/\n",
+                f"{V1}/memory.limit_in_bytes": "9223372036854771712",
+                f"{V1}/memory.usage_in_bytes": "7000",
+            },
+            [],
+        ),
+        (  # version 2 beside version 1
+            {
+                "proc/self/cgroup": "4:memory:/m\n0::/u\n",
+                f"{V1}/m/memory.limit_in_bytes": "900",
+                f"{V1}/m/memory.usage_in_bytes": "100",
+                f"{V2}/unified/u/memory.max": "700",
+                f"{V2}/unified/u/memory.current": "100",
+            },
+            [(900, 800), (700, 600)],
+        ),
+    ],
+)
+def test_control_groups(tmp_path, files, found):
+    _write(tmp_path, files)
+    assert cgroup_memory(tmp_path) == found
+
+
+def test_the_least_of_machine_and_groups_counts(monkeypatch):
+    class Cpu:
+        device_kind, platform = "cpu", "cpu"
+
+        def memory_stats(self):
+            return None
+
+    system = psutil.virtual_memory()
+    monkeypatch.setattr(runtime, "cgroup_memory", list)
+    assert runtime.device_memory(Cpu()).limit == system.total
+    monkeypatch.setattr(runtime, "cgroup_memory", lambda: [(5000, 40), (4000, 900)])
+    assert runtime.device_memory(Cpu()) == DeviceMemory("cpu", "cpu", 4000, 3960, 40)
+
+
+def test_a_gpu_tells_for_itself():
+    class Gpu:
+        device_kind, platform = "NVIDIA H200", "gpu"
+
+        def memory_stats(self):
+            return {"bytes_limit": 1000, "bytes_in_use": 300, "peak_bytes_in_use": 600}
+
+    assert runtime.device_memory(Gpu()) == DeviceMemory("NVIDIA H200", "gpu", 1000, 300, 700)
+
+
+EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes."
+CALLS = {
+    "generate": lambda lm: lm.generate([1, 2]),
+    "stream": lambda lm: next(lm.stream([1, 2])),
+    "logits": lambda lm: lm.logits([1, 2]),
+    "activations": lambda lm: lm.activations([1, 2]),
+    "init_state": lambda lm: lm.init_state(),
+    "prefill": lambda lm: lm.prefill(lm.init_state(), [1, 2]),
+    "decode": lambda lm: lm.decode(lm.init_state()),
+}
+STEP = {"logits": "score_chunk", "init_state": "init_state", "decode": "advance"}
+
+
+def _fail(monkeypatch, call: str, error: Exception) -> None:
+    home, name = (gptjax.language_model, call) if call == "activations" else (steps, STEP.get(call, "prefill_chunk"))
+    real = getattr(home, name)
+
+    def step(*arguments, **named):
+        monkeypatch.setattr(home, name, real)  # the state's shapes are asked for again, to say what it needs
+        raise error
+
+    monkeypatch.setattr(home, name, step)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_out_of_memory_at_run_time_says_what_to_try(lm, monkeypatch, call):
+    cause = jax.errors.JaxRuntimeError(EXHAUSTED)
+    need = lm.memory()
+    # Enough for the weights and the state (for `activations`, which has none, for half the weights), and for no more.
+    has = need.cache + need.logits if call != "activations" else -need.weights // 2
+    device = dataclasses.replace(need.device, available=has)
+    monkeypatch.setattr(memory, "device_memory", lambda device_=None: device)
+    _fail(monkeypatch, call, cause)
+    with pytest.raises(CapacityError, match=r"needs .* try ") as raised:
+        CALLS[call](lm)
+    assert raised.value.__cause__ is cause
+    assert f"has {memory.readable(has + need.weights)} available" in str(raised.value)  # what it holds it may use
+
+
+@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("INTERNAL: no"), ValueError("RESOURCE_EXHAUSTED")])
+def test_other_errors_stay_what_they_are(lm, monkeypatch, error):
+    _fail(monkeypatch, "generate", error)
+    with pytest.raises(type(error)) as raised:
+        lm.generate([1, 2])
+    assert raised.value is error
+
+
+def test_out_of_memory_though_it_should_fit(lm, monkeypatch):
+    _fail(monkeypatch, "logits", jax.errors.JaxRuntimeError(EXHAUSTED))
+    monkeypatch.setattr(memory, "device_memory", lambda device=None: _device(GIB))
+    with pytest.raises(CapacityError, match=r"close other models.*max_length=256"):
+        lm.logits([1, 2])
+
+
+def test_out_of_memory_while_loading(demo, monkeypatch):
+    def load_params(*_):
+        # What is there falls while weights are placed: what counts is what there was before.
+        monkeypatch.setattr(memory, "device_memory", lambda device=None: _device(7))
+        raise jax.errors.JaxRuntimeError(EXHAUSTED)
+
+    monkeypatch.setattr("gptjax.api.load_params", load_params)
+    monkeypatch.setattr(memory, "device_memory", lambda device=None: _device(GIB))
+    with pytest.raises(CapacityError, match=r"ran out of memory, though .* close other models"):
+        gptjax.load(demo)
+
+
+def test_a_real_out_of_memory(lm):
+    with pytest.raises(CapacityError, match="close other models") as raised:  # noqa: SIM117
+        with memory.explained(lm.model, batch=1, max_length=512):
+            # 2^48 bytes: more than there are addresses, so no system lends them to be regretted later.
+            jax.block_until_ready(jnp.zeros((1 << 46,), jnp.float32))
+    assert "RESOURCE_EXHAUSTED" in str(raised.value.__cause__)
+    assert lm.generate([1, 2], max_tokens=2).token_ids  # and it goes on
+
+
+def test_a_state_that_cannot_fit_is_refused_before_it_is_allocated(lm, monkeypatch):
+    with pytest.raises(CapacityError, match=r"needs \d+\.\d\d TB .* try max_batch=\d+ "):
+        lm.init_state(batch=10**8)  # 1.3 PB
+    need = lm.memory()
+    exact = dataclasses.replace(_device(need.cache + need.logits), platform=jax.default_backend())
+    monkeypatch.setattr(memory, "device_memory", lambda device=None: exact)
+    assert len(lm.generate([1, 2], max_tokens=2).token_ids) == 2
+    monkeypatch.setattr(
+        memory, "device_memory", lambda device=None: dataclasses.replace(exact, available=exact.available - 1)
+    )
+    monkeypatch.setattr(steps, "init_state", None)  # it is not come to
+    for call in (lambda: lm.generate([1, 2]), lambda: next(lm.stream([1, 2])), lm.init_state):
+        with pytest.raises(CapacityError, match="try "):
+            call()
+
+
+def test_a_closed_model_says_so(demo):
+    lm = gptjax.load(demo)
+    state = lm.init_state(max_length=32)
+    stream = lm.stream([1, 2], max_tokens=9)
+    unbegun = lm.stream([1, 2], max_tokens=9)
+    next(stream)
+    lm.close()
+    lm.close()
+    calls = [
+        *CALLS.values(),
+        lambda lm: lm.generate("text"),
+        lambda lm: lm.stream("text"),  # at the call, not at the first chunk
+        lambda lm: lm.prefill(state, [1, 2]),
+        lambda lm: lm.decode(state),
+        lambda lm: lm.memory(),
+        lambda lm: lm.params,
+        lambda lm: lm.__enter__(),
+        lambda lm: next(stream),
+        lambda lm: next(unbegun),
+    ]
+    for call in calls:
+        with pytest.raises(RequestError, match="this model was closed; load it again"):
+            call(lm)
+    assert lm.config.num_layers == 6  # what needs no weights stays
+    assert lm.tokenizer.encode("text")
+
+
+def test_close_frees_an_unfinished_stream_as_well(demo):
+    gc.collect()
+    before = {id(array) for array in jax.live_arrays()}
+    lm = gptjax.load(demo, max_length=64)
+    stream = lm.stream([1, 2, 3], max_tokens=50)
+    next(stream)
+    lm.close()
+    left = [array for array in jax.live_arrays() if id(array) not in before]
+    assert sum(array.nbytes for array in left) < 10_000, [array.shape for array in left]
+    del stream
+
+
+@pytest.mark.parametrize(
+    ("cycles", "growth"), [(10, 60e6), pytest.param(50, 60e6, marks=pytest.mark.slow)], ids=["ten", "fifty"]
+)
+def test_loading_and_closing_leaks_nothing(demo, cycles, growth):
+    def cycle() -> None:
+        with gptjax.load(demo, max_length=64, dtype="float32") as lm:
+            assert len(lm.generate([1, 2, 3], max_tokens=3).token_ids) == 3
+
+    process = psutil.Process()
+    for _ in range(2):  # compiles, and brings the allocator to its level
+        cycle()
+    gc.collect()
+    arrays, resident = len(jax.live_arrays()), process.memory_info().rss
+    for _ in range(cycles):
+        cycle()
+    grown = process.memory_info().rss - resident  # not collected: closing is to be enough
+    assert len(jax.live_arrays()) <= arrays
+    # Weights are 28 MB: ten that were kept would be 280 MB.
+    assert grown < growth, f"{grown / 1e6:.1f} MB"
+
+
+@pytest.mark.parametrize("config", [TALES, OSS_TALES])
+def test_rings_that_are_kept_are_counted(config, monkeypatch):
+    model = registry.build(config, dtype=jnp.bfloat16)
+    row = jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=300))
+    kept = 3 * memory.tree_bytes(jax.eval_shape(steps.rings, row))
+    assert memory.rings(model, batch=3, max_length=300) == kept
+    assert (kept > 0) == (config is OSS_TALES)
+    state = memory.tree_bytes(jax.eval_shape(lambda: steps.init_state(model, batch=3, max_length=300)))
+    for has, fits, fits_with_rings in (
+        (state, True, not kept),
+        (state + kept, True, True),
+        (state - 9999, False, False),
+    ):
+        monkeypatch.setattr(memory, "device_memory", lambda device=None, has=has: _device(has))
+        for reuse, expected in ((False, fits), (True, fits_with_rings)):
+            if expected:
+                memory.check_state(model, batch=3, max_length=300, reuse=reuse)
+            else:
+                with pytest.raises(CapacityError):
+                    memory.check_state(model, batch=3, max_length=300, reuse=reuse)
