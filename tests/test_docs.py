@@ -40,6 +40,8 @@ DEMO = ROOT / "gptjax" / "demo" / "gpt2-tales"
 GPT_OSS_DEMO = ROOT / "gptjax" / "demo" / "gpt-oss-tales"
 
 NOT_RUN = {
+    ("README.md", "needs a download"),
+    ("README.md", "needs a server"),
     ("README.md", "needs torch"),
     ("README.md", "serves until it is told to end"),
     ("docs/gpt-oss.md", "needs a download"),
