@@ -2,18 +2,30 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from pallas_kernels.append import append, takes
+from pallas_kernels.append import append
 from pallas_kernels.attention import reference
 from pallas_kernels.partial_sum import PartialSum
 
 SLOT_MULTIPLE = reference.BLOCK  # a cache's capacity is a multiple of this, as blocked attention wants
 
-Attended = tuple[jax.Array, jax.Array, jax.Array]  # k [B, K, S, H], v [B, K, S, H], positions [B, S]
+
+class Attended(NamedTuple):
+    """The keys and values that a call's queries attend to, and their positions."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    positions_BS: jax.Array  # negative: not attended to
+
+    @classmethod
+    def of(cls, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "Attended":
+        """A call's own keys and values alone."""
+        return cls(k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3), positions_BT)
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +54,7 @@ class KVCache:
         max_length: int,
         num_kv_heads: int,
         head_width: int,
-        dtype: Any,
+        dtype: DTypeLike,
     ) -> "KVCache":
         """An empty cache of at least `max_length` positions a slot (rounded up to SLOT_MULTIPLE).
 
@@ -74,9 +86,9 @@ class KVCache:
         cache = self.with_layer(layer, k_BKSH, v_BKSH)
         if self.capacity == S or T == 1:
             lengths_B = jnp.maximum(self.lengths_B, last_B1[:, 0] + 1)
-            return (k_BKSH, v_BKSH, _positions(lengths_B, S)), cache
+            return Attended(k_BKSH, v_BKSH, _positions(lengths_B, S)), cache
         new_k_BKTH, new_v_BKTH = (x.transpose(0, 2, 1, 3).astype(k_BKSH.dtype) for x in (k_BTKH, v_BTKH))
-        attended = (
+        attended = Attended(
             jnp.concatenate((old_k_BKSH, new_k_BKTH), axis=2),
             jnp.concatenate((old_v_BKSH, new_v_BKTH), axis=2),
             jnp.concatenate((_positions(self.lengths_B, S), positions_BT), axis=1),
@@ -89,25 +101,23 @@ class KVCache:
         qkv: PartialSum,
         angles: tuple[jax.Array, jax.Array] | None,
         positions_BT: jax.Array,
-        implementation: str,
-    ) -> tuple[jax.Array, Attended, "KVCache"] | None:
-        """As `update`, for one token a row and together with all that comes before, where there is a kernel for that.
+    ) -> tuple[jax.Array, Attended, "KVCache"]:
+        """As `update`, in one kernel with all else between the product and attention, if `append.takes` the cache.
 
         Args:
           qkv: the product that queries, keys and values come from.
           angles: cos and sin [B, 1, 1, H/2] that queries and keys are rotated by; None for none.
+          positions_BT: of one token a row.
 
         Returns:
-          The queries [B, 1, N, H], what they attend to, and the cache; None where there is no kernel.
+          The queries [B, 1, N, H], what they attend to, and the cache.
         """
         k_BKSH, v_BKSH = self.k[layer], self.v[layer]
-        B, T = positions_BT.shape
-        if T != 1 or not takes(k_BKSH, implementation=implementation):
-            return None
+        B = positions_BT.shape[0]
         rotation = None if angles is None else (angles[0].reshape(B, -1), angles[1].reshape(B, -1))
         q_BNH, k_BKSH, v_BKSH = append(qkv, rotation, positions_BT[:, 0], k_BKSH, v_BKSH)
         lengths_B = jnp.maximum(self.lengths_B, positions_BT[:, 0] + 1)
-        attended = (k_BKSH, v_BKSH, _positions(lengths_B, k_BKSH.shape[2]))
+        attended = Attended(k_BKSH, v_BKSH, _positions(lengths_B, k_BKSH.shape[2]))
         return q_BNH[:, None], attended, self.with_layer(layer, k_BKSH, v_BKSH)
 
     def with_layer(self, layer: int, k_BKSH: jax.Array, v_BKSH: jax.Array) -> "KVCache":

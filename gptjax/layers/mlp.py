@@ -36,7 +36,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> PartialSum:
-        """[B, T, D] -> [B · T, D], with the last sums left."""
+        """The update to the residual stream, [B · T, D]."""
         linear = partial(
             Linear,
             dtype=self.dtype,
@@ -47,4 +47,4 @@ class MLP(nn.Module):
         h_BTF = linear(self.mlp_width, (WIDTH, MLP_AXIS), name="up")(x_BTD)
         h_BTF = ACTIVATIONS[self.activation](h_BTF.astype(jnp.float32)).astype(self.dtype)
         observe(self, "activation", h_BTF)
-        return linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down").parts(h_BTF)
+        return linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down").partial_sum(h_BTF)

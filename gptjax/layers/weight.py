@@ -17,6 +17,19 @@ STANDARD_DEVIATION = 0.02
 _SCALE = 120  # 2^-7, which gives random codes a standard deviation of 0.023
 
 
+def array(
+    module: nn.Module,
+    name: str,
+    init: nn.initializers.Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    param_dtype: DTypeLike,
+) -> jax.Array:
+    """Declares an array of the module, with the logical axes that its sharding follows from."""
+    value: jax.Array = module.param(name, nn.with_logical_partitioning(init, axes), shape, param_dtype)
+    return value
+
+
 def weight(
     module: nn.Module,
     name: str,
@@ -27,7 +40,7 @@ def weight(
     mxfp4: bool,
     summed: int = -2,
 ) -> Weight:
-    """Declares a weight of the module.
+    """Declares a matrix of the module, or several.
 
     Args:
       shape, axes: of the numbers: [..., in, out] of a product, [V, D] of an embedding.
@@ -36,9 +49,7 @@ def weight(
         the packed weight has the last two axes the other way round, [..., out, in].
     """
     if not mxfp4:
-        init = nn.with_logical_partitioning(nn.initializers.normal(STANDARD_DEVIATION), axes)
-        dense: jax.Array = module.param(name, init, shape, param_dtype)
-        return dense
+        return array(module, name, nn.initializers.normal(STANDARD_DEVIATION), shape, axes, param_dtype)
     if summed == -2:
         shape, axes = (*shape[:-2], shape[-1], shape[-2]), (*axes[:-2], axes[-1], axes[-2])
     packed: MXFP4
@@ -57,16 +68,16 @@ def numbers(weight: Weight, dtype: DTypeLike) -> jax.Array:
 def product(
     x: jax.Array, kernel: Weight, bias: jax.Array | None, dtype: DTypeLike, implementation: str = "auto"
 ) -> PartialSum:
-    """[..., in] · [in, out], or packed [out, in], plus a bias: [T, out] float32, T tokens in a row.
+    """[..., in] · [in, out], or packed [out, in], plus a bias: [T, out] float32, with all T tokens in one axis.
 
     Operands are of `dtype`.
     """
-    x_TK = x.reshape(-1, x.shape[-1]).astype(dtype)
-    if isinstance(kernel, jax.Array) and x_TK.shape[0] <= FEW:
-        return matvec(x_TK, kernel.astype(dtype), bias, implementation=implementation)
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    if isinstance(kernel, jax.Array) and rows.shape[0] <= FEW:
+        return matvec(rows, kernel.astype(dtype), bias, implementation=implementation)
     contract = (((1,), (1 if isinstance(kernel, MXFP4) else 0,)), ((), ()))
-    y_TN = jax.lax.dot_general(x_TK, numbers(kernel, dtype), contract, preferred_element_type=jnp.float32)
-    return PartialSum(y_TN[None], bias_EN=None if bias is None else bias[None])
+    y = jax.lax.dot_general(rows, numbers(kernel, dtype), contract, preferred_element_type=jnp.float32)
+    return PartialSum(y[None], bias_EN=None if bias is None else bias[None])
 
 
 def embed(embedding_VD: Weight, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
