@@ -1,4 +1,4 @@
-"""Self-attention over the call's own tokens, or over a cache that they are first written to."""
+"""Self-attention over the call's own tokens, or over a cache that their keys and values are first written to."""
 
 from functools import partial
 
@@ -25,16 +25,16 @@ class Attention(nn.Module):
     num_heads: int  # N
     num_kv_heads: int  # K
     head_width: int  # H
-    scale: float  # what scores are multiplied with
+    scale: float  # scores are multiplied by it
     layer: int  # whose cache this is
     mxfp4: bool  # the kernels are packed
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
     use_bias: bool = True
-    rope: Rope | None = None  # None where positions are not rotary
-    window: int | None = None  # positions that a query sees, itself included; None is all
-    use_sinks: bool = False  # a learned logit a head, which takes its share of the softmax and has no value
+    rope: Rope | None = None  # None if positions are not rotary
+    window: int | None = None  # positions that a query sees, its own included; None is all
+    use_sinks: bool = False  # a learned logit per head, which takes a share of the softmax but has no value
 
     @nn.compact
     def __call__(

@@ -33,17 +33,17 @@ class Attended(NamedTuple):
 class KVCache:
     """Keys and values of all layers for `B` slots, each of one sequence.
 
-    A layer has S places a slot: the `capacity`, or the window of a layer that slides, whichever is less. Position p
-    lies at index p mod S, so a sliding layer keeps a ring of the last S positions. What lies beyond a slot's length is
-    undefined and never attended to.
+    A layer has S places per slot: the `capacity`, or the layer's window if that is less. Position p is stored at index
+    p mod S, so a sliding layer keeps a ring of the last S positions. Anything beyond a slot's length is undefined and
+    never attended to.
 
-    Layers are separate arrays, so that each is updated in place where the cache is donated.
+    Layers are separate arrays, so that each is updated in place if the cache is donated.
     """
 
     k: tuple[jax.Array, ...]  # L × [B, K, S, H]
     v: tuple[jax.Array, ...]  # L × [B, K, S, H]
     lengths_B: jax.Array  # int32: positions in use
-    capacity: int = dataclasses.field(metadata={"static": True})  # positions a slot has room for
+    capacity: int = dataclasses.field(metadata={"static": True})  # positions that a slot has room for
 
     @classmethod
     def create(
@@ -56,10 +56,10 @@ class KVCache:
         head_width: int,
         dtype: DTypeLike,
     ) -> "KVCache":
-        """An empty cache of at least `max_length` positions a slot (rounded up to SLOT_MULTIPLE).
+        """An empty cache of at least `max_length` positions per slot (rounded up to SLOT_MULTIPLE).
 
         Args:
-          windows: of each layer; None where it attends to all positions.
+          windows: of each layer; None if it attends to all positions.
         """
         capacity = -(-max_length // SLOT_MULTIPLE) * SLOT_MULTIPLE
         places = [capacity if window is None else min(window, capacity) for window in windows]
@@ -70,13 +70,13 @@ class KVCache:
     def update(
         self, layer: int, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array
     ) -> tuple[Attended, "KVCache"]:
-        """Adds a layer's new keys and values at their positions; padding, at negative ones, is not written.
+        """Adds a layer's new keys and values at their positions; padding, at negative positions, is not written.
 
-        The lengths stay as they are until `extended`, which comes after all layers.
+        The lengths do not change until `extended` is called, after all layers.
 
         Returns:
-          What queries at these positions attend to, and the cache. Several tokens would overwrite places of a ring that
-          the first of them still see: they attend to the ring as it was, and to themselves.
+          What queries at these positions attend to, and the cache. Several tokens at once overwrite places of a ring
+          that the first of them can still see, so they attend to the ring as it was before, and to themselves.
         """
         old_k_BKSH, old_v_BKSH = self.k[layer], self.v[layer]
         S, T = old_k_BKSH.shape[2], positions_BT.shape[1]
@@ -121,7 +121,7 @@ class KVCache:
         return q_BNH[:, None], attended, self.with_layer(layer, k_BKSH, v_BKSH)
 
     def with_layer(self, layer: int, k_BKSH: jax.Array, v_BKSH: jax.Array) -> "KVCache":
-        """The cache with other keys and values of a layer."""
+        """The cache with a layer's keys and values replaced."""
         return dataclasses.replace(
             self,
             k=(*self.k[:layer], k_BKSH, *self.k[layer + 1 :]),
@@ -138,7 +138,7 @@ class KVCache:
 
 
 def _positions(lengths_B: jax.Array, places: int) -> jax.Array:
-    """The position of what lies at each place of a ring [B, S]: the last of its kind in use, -1 for none."""
+    """The position stored at each place of a ring [B, S]: the last one in use that belongs there, -1 for none."""
     last_B1 = lengths_B[:, None] - 1
     position_BS = last_B1 - (last_B1 - jnp.arange(places, dtype=jnp.int32)) % places
     return jnp.where(position_BS < 0, -1, position_BS)
@@ -171,7 +171,7 @@ def _write_row_by_row(array_BKSH: jax.Array, new_B1KH: jax.Array, place_B1: jax.
 
     def write(row: jax.Array, array_BKSH: jax.Array) -> jax.Array:
         place = place_B1[row, 0]
-        start = (row, 0, place, 0)  # clamped, where it is out of bounds
+        start = (row, 0, place, 0)  # clamped if it is out of bounds
         old_1K1H = jax.lax.dynamic_slice(array_BKSH, start, (1, K, 1, H))
         new_1K1H = jax.lax.dynamic_slice_in_dim(new_BK1H, row, 1)
         return jax.lax.dynamic_update_slice(array_BKSH, jnp.where(place >= S, old_1K1H, new_1K1H), start)

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 from jax.typing import DTypeLike
 
-from gptjax.layers.observe import observe_made
+from gptjax.layers.observe import observe_lazy
 from gptjax.layers.weight import array, product, weight
 from pallas_kernels.partial_sum import PartialSum
 
@@ -32,7 +32,7 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = array(self, "bias", nn.initializers.zeros_init(), shape[1:], self.axes[1:], self.param_dtype)
         y = product(x, kernel, bias, self.dtype, self.implementation)
-        observe_made(self, "output", lambda: self._finished(y, x))
+        observe_lazy(self, "output", lambda: self._finished(y, x))
         return y
 
     def __call__(self, x: jax.Array) -> jax.Array:

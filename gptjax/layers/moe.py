@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from gptjax.axes import EXPERTS, MLP, WIDTH
 from gptjax.layers.norm import RMSNorm
-from gptjax.layers.observe import observe, observe_made
+from gptjax.layers.observe import observe, observe_lazy
 from gptjax.layers.residual import Residual
 from gptjax.layers.weight import STANDARD_DEVIATION, array, product, weight
 from pallas_kernels.moe import moe
@@ -58,7 +58,7 @@ class Router(nn.Module):
             logits_TE = product(normed_BTD, kernel_DE, bias_E, self.dtype).total().astype(self.dtype)
             return logits_TE.reshape(*shape[:-1], E)
 
-        observe_made(self, "output", logits)
+        observe_lazy(self, "output", logits)
         return residual, normed_BTD, experts_TX, weights_TX
 
 
@@ -103,5 +103,5 @@ class MoE(nn.Module):
             limit=self.swiglu_limit,
             implementation=self.implementation,
         )
-        observe_made(self, "output", lambda: update.total().reshape(normed_BTD.shape).astype(self.dtype))
+        observe_lazy(self, "output", lambda: update.total().reshape(normed_BTD.shape).astype(self.dtype))
         return residual, update

@@ -45,8 +45,8 @@ def weight(
     Args:
       shape, axes: of the numbers: [..., in, out] of a product, [V, D] of an embedding.
       mxfp4: whether it is packed.
-      summed: the axis that its product sums over, along which MXFP4's blocks must lie: where it is not the last one,
-        the packed weight has the last two axes the other way round, [..., out, in].
+      summed: the axis that its product sums over, along which MXFP4's blocks must lie. If that is not the last axis,
+        the packed weight has its last two axes swapped, [..., out, in].
     """
     if not mxfp4:
         return array(module, name, nn.initializers.normal(STANDARD_DEVIATION), shape, axes, param_dtype)
@@ -56,7 +56,7 @@ def weight(
     if module.is_initializing():
         packed = module.param(name, partial(_boxed_mxfp4, shape=shape, axes=axes))
     else:
-        packed = module.get_variable("params", name)  # not `param`, whose check of shapes would refuse a repacked one
+        packed = module.get_variable("params", name)  # `param` would check the shape, and refuse a repacked one
     return packed
 
 

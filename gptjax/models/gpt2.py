@@ -18,7 +18,7 @@ from gptjax.layers.attention import Attention
 from gptjax.layers.cache import KVCache
 from gptjax.layers.mlp import MLP
 from gptjax.layers.norm import LayerNorm
-from gptjax.layers.observe import is_observed, observe, observe_made
+from gptjax.layers.observe import is_observed, observe, observe_lazy
 from gptjax.layers.residual import Residual
 from gptjax.layers.weight import Weight, embed, unembed, weight
 from pallas_kernels import block as fused_block
@@ -66,7 +66,7 @@ class Block(nn.Module):
         residual, normed_BTD = self.mlp_norm(residual.plus(update))
         observe(self, "attention_residual", residual.x_BTD)
         residual = residual.plus(self.mlp(normed_BTD))
-        observe_made(self, "mlp_residual", residual.total)
+        observe_lazy(self, "mlp_residual", residual.total)
         return residual, cache
 
     def fused(
@@ -117,7 +117,7 @@ class GPT2(nn.Module):
         hidden_BTD, cache = model.apply({"params": params}, tokens_BT, positions_BT, cache)
         logits = model.apply({"params": params}, hidden, method="head")        # on the rows that need logits
 
-    `dtype` is what is computed in; LayerNorm, softmax and logits are float32 inside whatever it is.
+    It computes in `dtype`, except for LayerNorm, softmax and logits, which are always float32 inside.
     """
 
     config: GPT2Config
@@ -149,15 +149,15 @@ class GPT2(nn.Module):
         """Final hidden states, after the last norm.
 
         Args:
-          tokens_BT: int32 token ids; what stands at padding does not matter.
+          tokens_BT: int32 token ids; any at padding.
           positions_BT: int32 position of each token in its sequence, ascending in a row and below the context length
-            (beyond it the last position's embedding would be taken, silently); negative is padding.
-          cache: earlier keys and values, to which these tokens' are added; None to attend to these tokens alone.
+            (beyond it, the last position's embedding is silently used); negative is padding.
+          cache: the keys and values of earlier tokens, which these tokens' are added to; None: attend to these alone.
 
         Returns:
           [B, T, D] of `dtype`, and the cache.
         """
-        # Padding reads row 0, whatever stands there: it is not attended to, and must only be in bounds.
+        # Padding takes row 0 of the embedding: it is never attended to, and only has to be in bounds.
         tokens_BTD = embed(self.token_embedding, jnp.where(positions_BT < 0, 0, tokens_BT), self.dtype)
         positions_BTD = self.position_embedding[jnp.maximum(positions_BT, 0)]
         x_BTD = tokens_BTD + positions_BTD.astype(self.dtype)

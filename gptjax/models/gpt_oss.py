@@ -18,7 +18,7 @@ from gptjax.layers.attention import Attention
 from gptjax.layers.cache import KVCache
 from gptjax.layers.moe import MoE
 from gptjax.layers.norm import RMSNorm
-from gptjax.layers.observe import observe, observe_made
+from gptjax.layers.observe import observe, observe_lazy
 from gptjax.layers.residual import Residual
 from gptjax.layers.weight import Weight, embed, unembed, weight
 
@@ -73,7 +73,7 @@ class Block(nn.Module):
         residual, update = self.moe(residual.plus(update), positions_BT)
         observe(self, "attention_residual", residual.x_BTD)
         residual = residual.plus(update)
-        observe_made(self, "moe_residual", residual.total)
+        observe_lazy(self, "moe_residual", residual.total)
         return residual, cache
 
 
@@ -83,8 +83,8 @@ class GptOss(nn.Module):
         hidden_BTD, cache = model.apply({"params": params}, tokens_BT, positions_BT, cache)
         logits = model.apply({"params": params}, hidden, method="head")        # on the rows that need logits
 
-    `dtype` is what is computed in; norms, rotations, softmax and logits are float32 inside whatever it is. The router's
-    logits are rounded to it, as in the code that the models were published with.
+    It computes in `dtype`, except for norms, rotations, softmax and logits, which are always float32 inside. The
+    router's logits are rounded to `dtype`, as in the published code.
     """
 
     config: GptOssConfig
@@ -110,14 +110,14 @@ class GptOss(nn.Module):
         """Final hidden states, after the last norm.
 
         Args:
-          tokens_BT: int32 token ids; what stands at padding does not matter.
+          tokens_BT: int32 token ids; any at padding.
           positions_BT: int32 position of each token in its sequence, ascending by ones in a row; negative is padding.
-          cache: earlier keys and values, to which these tokens' are added; None to attend to these tokens alone.
+          cache: the keys and values of earlier tokens, which these tokens' are added to; None: attend to these alone.
 
         Returns:
           [B, T, D] of `dtype`, and the cache.
         """
-        # Padding reads row 0, whatever stands there: it is not attended to, and must only be in bounds.
+        # Padding takes row 0 of the embedding: it is never attended to, and only has to be in bounds.
         x_BTD = embed(self.token_embedding, jnp.where(positions_BT < 0, 0, tokens_BT), self.dtype)
         observe(self, "embedding", x_BTD)
         residual = Residual(x_BTD)
