@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx, rows
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
 EXCHANGES = 2  # of `Norm`: the sums for the mean, and for the variance
@@ -24,7 +24,7 @@ _MOST_SUMMANDS = 64  # pieces of a number, which are unrolled
 _FLOATS = (jnp.bfloat16, jnp.float32)
 
 
-def supports(x_TD: jax.Array, terms: Parts | None, scale_D: jax.Array, bias_D: jax.Array | None = None) -> bool:
+def supports(x_TD: jax.Array, terms: PartialSum | None, scale_D: jax.Array, bias_D: jax.Array | None = None) -> bool:
     """Whether `add_norm` takes these operands."""
     T, D = x_TD.shape
     return (
@@ -37,7 +37,7 @@ def supports(x_TD: jax.Array, terms: Parts | None, scale_D: jax.Array, bias_D: j
     )
 
 
-def _supports(terms: Parts, T: int, D: int) -> bool:
+def _supports(terms: PartialSum, T: int, D: int) -> bool:
     S, R, N = terms.parts_SRN.shape
     places = [terms.rows_TX, terms.weights_TX, terms.bias_rows_TX]
     return (
@@ -55,7 +55,7 @@ def _supports(terms: Parts, T: int, D: int) -> bool:
 @partial(jax.jit, static_argnames=("epsilon", "center"))
 def add_norm(
     x_TD: jax.Array,
-    terms: Parts | None,
+    terms: PartialSum | None,
     scale_D: jax.Array,
     bias_D: jax.Array | None = None,
     *,
@@ -78,7 +78,7 @@ def add_norm(
 
 
 def operands(
-    x_TD: jax.Array, terms: Parts | None, scale_D: jax.Array, bias_D: jax.Array | None
+    x_TD: jax.Array, terms: PartialSum | None, scale_D: jax.Array, bias_D: jax.Array | None
 ) -> dict[str, jax.Array]:
     """What `Norm` reads, of that which there is."""
     named = {"x": x_TD, "scale": scale_D, "bias": bias_D}
@@ -93,7 +93,7 @@ def operands(
     return {name: operand for name, operand in named.items() if operand is not None}
 
 
-def results(x_TD: jax.Array, terms: Parts | None) -> dict[str, Any]:
+def results(x_TD: jax.Array, terms: PartialSum | None) -> dict[str, Any]:
     """What `Norm` writes: without terms, the sum is x."""
     names = ("normed",) if terms is None else ("sum", "normed")
     return {name: jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype) for name in names}
@@ -117,7 +117,7 @@ def _padded(spread: rows.Spread) -> int:
 class Norm:
     """What a thread does to add to a row and norm it."""
 
-    terms: Parts | None
+    terms: PartialSum | None
     operands: dict[str, jax.Array]  # see `operands`
     epsilon: float
     center: bool
@@ -191,7 +191,7 @@ class Norm:
         return sums, factor
 
 
-def _load_indices(terms: Parts, refs: Mapping[str, Value], row: Value) -> list[tuple[Value, Value, Value | None]]:
+def _load_indices(terms: PartialSum, refs: Mapping[str, Value], row: Value) -> list[tuple[Value, Value, Value | None]]:
     """Begins to load of each of a token's terms: its row, the bias's row, and the weight."""
     X = terms.num_terms
     always = ptx.const(0)
@@ -207,7 +207,9 @@ def _load_indices(terms: Parts, refs: Mapping[str, Value], row: Value) -> list[t
     ]
 
 
-def _marked(terms: Parts, of_parts: Value, of_bias: Value, weight: Value | None) -> tuple[Value, Value, Value | None]:
+def _marked(
+    terms: PartialSum, of_parts: Value, of_bias: Value, weight: Value | None
+) -> tuple[Value, Value, Value | None]:
     """The same, with a negative row where the term adds nothing."""
     if terms.bias_EN is None or terms.bias_rows_TX is None:
         return of_parts, of_bias, weight
@@ -217,7 +219,7 @@ def _marked(terms: Parts, of_parts: Value, of_bias: Value, weight: Value | None)
 
 
 def _terms(
-    terms: Parts,
+    terms: PartialSum,
     refs: Mapping[str, Value],
     indices: list[tuple[Value, Value, Value | None]],
     four: rows.Four,

@@ -19,7 +19,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import dispatch, ptx, tiles
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
 EIGHT = 8  # rows of x of an instruction
@@ -69,14 +69,14 @@ class _Plan:
         return self.x_copied + 16
 
 
-def product(x_TK: jax.Array, kernel_KN: jax.Array, bias_N: jax.Array | None = None) -> Parts:
+def product(x_TK: jax.Array, kernel_KN: jax.Array, bias_N: jax.Array | None = None) -> PartialSum:
     """See `api.matvec`."""
     shape = {tiles.ROWS: x_TK.shape[0], "in": kernel_KN.shape[0], "out": kernel_KN.shape[1]}
     settings: Any = tiles.lookup(dispatch.device_kind(), "matvec/mosaic", shape)
     if settings is None or settings["splits"] not in _splits(shape):  # as of fewer rows, whose x takes less room
         settings = heuristic(shape)
     parts_STN = _parts(x_TK, kernel_KN, **settings)
-    return Parts(parts_STN, bias_EN=None if bias_N is None else bias_N[None])
+    return PartialSum(parts_STN, bias_EN=None if bias_N is None else bias_N[None])
 
 
 def heuristic(shape: tiles.Shape) -> tiles.Settings:

@@ -17,6 +17,7 @@ from pallas_kernels import block as package
 from pallas_kernels import dispatch
 from pallas_kernels.block import api
 from pallas_kernels.block.stream import moments
+from pallas_kernels.mxfp4 import MXFP4
 from tests.oracles import block_numpy
 from tests.oracles.block_numpy import EPSILON, SCALE, Operands
 
@@ -56,20 +57,56 @@ def test_the_reference_agrees_with_numpy(shape, dtype):
     _check(given, jax.jit(partial(run, implementation="xla"))(*given), dtype, allowed)
 
 
+def _taken(
+    *,
+    rows: int = 1,
+    tokens: int = 1,
+    heads: int = 12,
+    kv_heads: int = 12,
+    head_width: int = 64,
+    width: int = 768,
+    mlp_width: int = 3072,
+    dtype: Any = jnp.bfloat16,
+    cache_dtype: Any = None,
+    packed: bool = False,
+    activation: str = "gelu_tanh",
+    implementation: str = "mosaic",
+) -> bool:
+    def shaped(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def linear(inputs: int, outputs: int) -> package.LinearWeights:
+        return package.LinearWeights(shaped(inputs, outputs), shaped(outputs))
+
+    D, F = width, mlp_width
+    norm, qkv = package.NormWeights(shaped(D), shaped(D)), linear(D, (heads + 2 * kv_heads) * head_width)
+    up = linear(D, F)
+    if packed:
+        blocks, scales = (jax.ShapeDtypeStruct(shape, jnp.uint8) for shape in ((F, D // 32, 16), (F, D // 32)))
+        up = up._replace(kernel=MXFP4(blocks, scales))
+    weights = package.Weights(norm, qkv, linear(heads * head_width, D), norm, up, linear(F, D))
+    cache = jax.ShapeDtypeStruct((rows, kv_heads, 1024, head_width), cache_dtype or dtype)
+    return package.takes(
+        shaped(rows, tokens, D), weights, cache, cache, activation=activation, implementation=implementation
+    )
+
+
 def test_only_what_is_gpt2_in_bfloat16_is_taken():
-    shape = {"heads": 12, "kv_heads": 12, "head_width": 64, "width": 768, "mlp_width": 3072}
-    taken = {"rows": 1, "dtype": jnp.bfloat16, "implementation": "mosaic"} | shape
-    has_mosaic = jax.__version_info__ >= (0, 11)
-    assert api.takes(**taken) == has_mosaic
+    assert _taken() == _taken(rows=8) == (jax.__version_info__ >= (0, 11))
     for other in (
         {"rows": 9},
+        {"tokens": 2},
         {"dtype": jnp.float32},
+        {"cache_dtype": jnp.float32},
         {"kv_heads": 4},
+        {"head_width": 32, "heads": 24, "kv_heads": 24},
         {"mlp_width": 3000},
+        {"packed": True},
+        {"activation": "gelu_erf"},
         {"implementation": "xla"},
         {"heads": 64, "kv_heads": 64, "width": 4096, "mlp_width": 16384},
     ):
-        assert not api.takes(**taken | other), other
+        assert not _taken(**other), other
 
 
 def test_what_does_not_fit_on_the_device_at_once_is_not_taken(monkeypatch):

@@ -1,4 +1,4 @@
-"""What products leave unsummed, so that whoever reads it next sums it in passing."""
+"""A sum that a product leaves unfinished, so that the next operation finishes it while reading it."""
 
 import dataclasses
 
@@ -8,20 +8,20 @@ import jax.numpy as jnp
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Parts:
+class PartialSum:
     """A sum [T, N] that is still in pieces:
 
         total[t] = Σ_x weights[t, x] · (bias[bias_rows[t, x]] + Σ_s parts[s, rows[t, x]])
 
-    A term adds nothing, whatever its weight is, if its row is negative, or if there is no such row of the bias. The row
-    of any other term must be there.
+    A term adds nothing, whatever its weight, if its row is negative or its row of the bias does not exist. Any other
+    term's row must exist.
     """
 
     parts_SRN: jax.Array  # float32: S pieces of each of R rows
     rows_TX: jax.Array | None = None  # int32; None: X = 1 and token t has row t
     weights_TX: jax.Array | None = None  # float32; None: 1
     bias_EN: jax.Array | None = None  # of any floating dtype; None: 0
-    bias_rows_TX: jax.Array | None = None  # int32; None: row 0. Only beside a bias
+    bias_rows_TX: jax.Array | None = None  # int32; None: row 0. Only with a bias
 
     @property
     def num_terms(self) -> int:
