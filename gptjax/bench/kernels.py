@@ -275,7 +275,7 @@ def tune(case: Case, implementation: str, *, repeats: int) -> Iterator[Attempt |
 
 def _tunable(key: tiles.Key) -> list[tiles.Settings]:
     operation, shape = key
-    module = importlib.import_module(f"pallas_kernels.{operation.replace('/', '.')}")
+    module = importlib.import_module(dispatch.module(operation))
     return module.tunable(dict(shape)) if hasattr(module, "tunable") else []
 
 

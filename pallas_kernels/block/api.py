@@ -109,8 +109,8 @@ def block(
     arrays = (stream.x_TD, k_TNSH, v_TNSH, *jax.tree.leaves(weights))
     dtype = stream.x_TD.dtype if len({each.dtype for each in arrays}) == 1 else None
     if takes(**shape, mlp_width=weights.up.bias.shape[0], dtype=dtype, implementation=implementation):
-        from pallas_kernels.block import mosaic
+        from pallas_kernels.block import mosaic_sm90
 
-        available[dispatch.MOSAIC] = partial(mosaic.block, blocks=cluster(N))
+        available[dispatch.MOSAIC] = partial(mosaic_sm90.block, blocks=cluster(N))
     run = dispatch.choose("block", implementation, available)
     return run(stream, weights, positions_T, k_TNSH, v_TNSH, epsilon=epsilon, scale=scale)

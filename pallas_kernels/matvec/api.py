@@ -41,9 +41,9 @@ def matvec(
         wanted = dispatch.XLA
     fits = x_TK.dtype == jnp.bfloat16 and not any(size % 64 for size in kernel_KN.shape)
     if wanted == dispatch.MOSAIC and fits:
-        from pallas_kernels.matvec import mosaic
+        from pallas_kernels.matvec import mosaic_sm90
 
-        available[dispatch.MOSAIC] = mosaic.product
+        available[dispatch.MOSAIC] = mosaic_sm90.product
     if wanted == dispatch.TRITON:
         from pallas_kernels.matvec import triton
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.fragments import TILE, MXFP4Fragments
+from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
+from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.moe import reference
 from pallas_kernels.moe.routing import BY_EXPERT
-from pallas_kernels.mxfp4 import MXFP4
 from pallas_kernels.parts import Parts
 
 LARGEST_SCALE = 192  # that the kernels take, of MXFP4: 2^65
@@ -60,10 +60,10 @@ def moe(
     repacked = isinstance(gate_up, MXFP4Fragments) and isinstance(down, MXFP4Fragments)
     wanted = dispatch.wanted(implementation) if repacked and x_TD.dtype == jnp.bfloat16 else dispatch.XLA
     if wanted == dispatch.MOSAIC:
-        from pallas_kernels.moe import mosaic, mosaic_grouped
+        from pallas_kernels.moe import grouped_sm90, mosaic_sm90
 
         few = x_TD.shape[0] <= BY_EXPERT
-        available[dispatch.MOSAIC] = mosaic.routed if few else mosaic_grouped.routed
+        available[dispatch.MOSAIC] = mosaic_sm90.routed if few else grouped_sm90.routed
     if wanted == dispatch.TRITON and (x_TD.shape[0] <= _FEW or implementation == dispatch.TRITON):
         from pallas_kernels.moe import triton
 

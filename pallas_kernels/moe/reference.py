@@ -6,10 +6,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.fragments import MXFP4Fragments
+from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.moe import routing
 from pallas_kernels.moe.routing import Groups
-from pallas_kernels.mxfp4 import MXFP4
 from pallas_kernels.parts import Parts
 
 LARGEST_GROUP = 128  # tokens of one expert that are computed together, at most

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jax.lax import bitcast_convert_type as bitcast
 
-from pallas_kernels.fragments import TILE, MXFP4Fragments
+from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
 from pallas_kernels.moe.activation import SwiGLU
 from pallas_kernels.moe.routing import BY_EXPERT, Groups, route, sorted_groups
 from pallas_kernels.parts import Parts

@@ -117,7 +117,7 @@ def test_the_kernel_lowers_for_cuda(shape):
 
 @lowers
 def test_shared_memory_is_enough():
-    from pallas_kernels.block.plan import TOGETHER, Plan
+    from pallas_kernels.block.plan_sm90 import TOGETHER, Plan
 
     for strips in range(1, 33):
         for rows in range(1, api.MOST_ROWS + 1):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
-from pallas_kernels.attention.split import FLOOR, LOG2_E
+from pallas_kernels.attention.decode.split import FLOOR, LOG2_E
 from pallas_kernels.ptx import Value
 
 THREADS = 128  # of a block

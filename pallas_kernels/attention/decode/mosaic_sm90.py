@@ -1,8 +1,8 @@
 """Attention of one query token a row over a cache: Pallas Mosaic GPU, for Hopper. RECORD.md beside tells how.
 
-A warp streams its chunks of places of one key/value head from memory to registers (`mosaic_warp`), and nobody waits for
+A warp streams its chunks of places of one key/value head from memory to registers (`warp_sm90`), and nobody waits for
 anybody until the end, when the warps of a block, and the blocks of a cluster, put together what they have
-(`mosaic_combine`).
+(`combine_sm90`).
 """
 
 from functools import partial
@@ -14,9 +14,9 @@ from jax.experimental.pallas import mosaic_gpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
-from pallas_kernels.attention import mosaic_combine, mosaic_warp, split
-from pallas_kernels.attention.mosaic_combine import QUERIES, Block
-from pallas_kernels.attention.mosaic_warp import WARPS, Plan
+from pallas_kernels.attention.decode import combine_sm90, split, warp_sm90
+from pallas_kernels.attention.decode.combine_sm90 import QUERIES, Block
+from pallas_kernels.attention.decode.warp_sm90 import WARPS, Plan
 from pallas_kernels.ptx import Value
 
 plgpu: Any = mosaic_gpu  # whose interface was another in JAX 0.10, where this module can be imported only
@@ -163,7 +163,7 @@ def _decode(
     out_BKJGH, lse_BKJG = kernel(*operands)
     if J == 1:
         return out_BKJGH.reshape(B, N, H)
-    return mosaic_combine.combine(out_BKJGH, lse_BKJG, counts_B, sinks_N, tile=plan.tile)
+    return combine_sm90.combine(out_BKJGH, lse_BKJG, counts_B, sinks_N, tile=plan.tile)
 
 
 def _block(
@@ -188,16 +188,16 @@ def _block(
 
     All first loads are begun before anything waits: where there is one split, not even for the count.
     """
-    block = Block(row, head, ptx.mul(queries, QUERIES), part, mosaic_combine.number(plan))
-    at = mosaic_warp.Place(block, arith.shrui(ptx.thread(), ptx.const(5)), arith.andi(ptx.thread(), ptx.const(31)))
+    block = Block(row, head, ptx.mul(queries, QUERIES), part, combine_sm90.number(plan))
+    at = warp_sm90.Place(block, arith.shrui(ptx.thread(), ptx.const(5)), arith.andi(ptx.thread(), ptx.const(31)))
     k_at, v_at = (ptx.offset(cache, block.pair(plan), plan.places * plan.row) for cache in (k, v))
-    stream = mosaic_warp.Stream(plan, k_at, v_at, at, mosaic_warp.run(plan, counts, at))
-    a = mosaic_warp.load_queries(plan, q, at)
+    stream = warp_sm90.Stream(plan, k_at, v_at, at, warp_sm90.run(plan, counts, at))
+    a = warp_sm90.load_queries(plan, q, at)
     keys, values = stream.keys(0), stream.values(0)
-    fours = mosaic_combine.fours(plan, sinks, block)
-    mosaic_combine.meet(plan, meeting)  # while what has been loaded comes
+    fours = combine_sm90.fours(plan, sinks, block)
+    combine_sm90.meet(plan, meeting)  # while what has been loaded comes
     ptx.asm("bar.warp.sync 0xffffffff;", [], [])  # so that ptxas does not put off these loads
-    softmax = mosaic_warp.attend(stream, a, keys, values)
-    mosaic_combine.keep(plan, ptx.offset32(memory, at.warp, plan.warp_bytes), at.lane, *softmax)
-    for four, each in zip(fours, mosaic_combine.gather(plan, memory, received, meeting, block, fours), strict=True):
-        mosaic_combine.write(plan, out, lse, block, four, *each)
+    softmax = warp_sm90.attend(stream, a, keys, values)
+    combine_sm90.keep(plan, ptx.offset32(memory, at.warp, plan.warp_bytes), at.lane, *softmax)
+    for four, each in zip(fours, combine_sm90.gather(plan, memory, received, meeting, block, fours), strict=True):
+        combine_sm90.write(plan, out, lse, block, four, *each)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.attention import split
+from pallas_kernels.attention.decode import split
 
 ROWS = 16  # the fewest rows of a product
 TILE = 64  # places that are multiplied at a time

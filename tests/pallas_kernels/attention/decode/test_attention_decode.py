@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import mosaic, split, triton
+from pallas_kernels.attention.decode import mosaic_sm90, split, triton
 
 HAS_MOSAIC = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
 needs_mosaic = pytest.mark.skipif(not HAS_MOSAIC, reason="Mosaic GPU kernels need JAX 0.11")
@@ -26,7 +26,7 @@ TRITON = [
     pytest.param(partial(triton.decode, tile=32, interpret=True), dtype, id=f"triton-{jnp.dtype(dtype).name}")
     for dtype in triton.DTYPES
 ]
-KERNELS = [pytest.param(mosaic.decode, jnp.bfloat16, id="mosaic", marks=needs_hopper), *TRITON]
+KERNELS = [pytest.param(mosaic_sm90.decode, jnp.bfloat16, id="mosaic", marks=needs_hopper), *TRITON]
 BFLOAT16 = [kernel for kernel in KERNELS if kernel.values[1] == jnp.bfloat16]
 
 
@@ -215,30 +215,30 @@ def test_what_the_kernels_refuse():
     operands = _operands(shape, jnp.bfloat16, [1] * shape.B)
     for operand in range(3):
         mixed = [x.astype(np.float32) if i == operand else x for i, x in enumerate(operands)]
-        for decode in (mosaic.decode, triton.decode):
+        for decode in (mosaic_sm90.decode, triton.decode):
             with pytest.raises(ValueError, match="float32"):
                 decode(*mixed, scale=1.0)
     with pytest.raises(ValueError, match="float64"), jax.enable_x64(True):
         triton.decode(*(x.astype(np.float64) for x in operands[:3]), operands[3], scale=1.0)
     with pytest.raises(ValueError, match="multiples of 64, found 80"):
-        mosaic.decode(*_operands(ODD_WIDTHS[0], jnp.bfloat16, [1, 1]), scale=1.0)
-    for decode in (mosaic.decode, triton.decode):
+        mosaic_sm90.decode(*_operands(ODD_WIDTHS[0], jnp.bfloat16, [1, 1]), scale=1.0)
+    for decode in (mosaic_sm90.decode, triton.decode):
         with pytest.raises(ValueError, match="16 query heads cannot share 3"):
             decode(*_operands(shape._replace(N=16, K=3), jnp.bfloat16, [1] * 4), scale=1.0)
     with pytest.raises(ValueError, match="found 100"):
         triton.decode(*operands, scale=1.0, tile=100)
     with pytest.raises(ValueError, match="multiple of 16 places, found 100"):
-        mosaic.decode(*operands, scale=1.0, chunk=100)
+        mosaic_sm90.decode(*operands, scale=1.0, chunk=100)
     with pytest.raises(ValueError, match="2, 4 or 8 blocks, found 3"):
-        mosaic.decode(*operands, scale=1.0, blocks=3)
+        mosaic_sm90.decode(*operands, scale=1.0, blocks=3)
     with pytest.raises(ValueError, match="sinks of bfloat16 or float32, found float16"):
-        mosaic.decode(*operands, np.zeros(shape.N, np.float16), scale=1.0)
+        mosaic_sm90.decode(*operands, np.zeros(shape.N, np.float16), scale=1.0)
 
 
 @needs_mosaic
 @pytest.mark.parametrize("name", LARGE)
 def test_mosaic_lowers_for_cuda(name):
-    text = _lowered(mosaic.decode, jnp.bfloat16, LARGE[name])
+    text = _lowered(mosaic_sm90.decode, jnp.bfloat16, LARGE[name])
     # One kernel, and one that combines its parts where a cluster has not all of a row.
     assert len(re.findall(r"custom_call @mosaic_gpu", text)) == (2 if name == "gpt-oss" else 1)
 

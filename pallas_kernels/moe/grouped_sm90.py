@@ -22,8 +22,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels import ptx
-from pallas_kernels.fragments import TILE, MXFP4Fragments
-from pallas_kernels.moe import mosaic
+from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
+from pallas_kernels.moe import mosaic_sm90
 from pallas_kernels.moe.activation import SwiGLU
 from pallas_kernels.moe.routing import Groups, sorted_groups
 from pallas_kernels.parts import Parts
@@ -239,7 +239,7 @@ def _multiply(plan: _Plan, here: _Here, bias_ref: Any, out_ref: Any, shared: _Sh
 
 
 def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
-    """A tile of weights [64, 64] bfloat16, without the factor `mosaic.MISSING`, as operand of `wgmma`."""
+    """A tile of weights [64, 64] bfloat16, without the factor `mosaic_sm90.MISSING`, as operand of `wgmma`."""
     returned = plgpu.ShapeDtypeStruct((TILE, TILE), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=returned)
@@ -248,7 +248,7 @@ def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
         four = ptx.asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", [ptx.i32()] * 4, [at], volatile=True)
         at = ptx.offset32(ptx.shared_address(scales), arith.shrui(ptx.thread(), ptx.const(1)), 2)
         (codes,) = ptx.asm("ld.shared.u16 $0, [$1];", [ptx.i32()], [at], volatile=True)
-        planes = mosaic.decoded(four, codes)
+        planes = mosaic_sm90.decoded(four, codes)
         pair = ir.VectorType.get((2,), ir.BF16Type.get())
         layout = fragmented_array.WGMMA_LAYOUT
         registers = np.empty(layout.registers_shape((TILE, TILE)), dtype=object)
@@ -264,7 +264,7 @@ def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
 def _numbers(sums: Any) -> list[tuple[int, Value, Value]]:
     """Of a thread's sums of a tile: the token, less 2·q, and the even and the odd row's sum."""
     registers = sums.registers
-    missing = ptx.const(mosaic.MISSING, ptx.f32())
+    missing = ptx.const(mosaic_sm90.MISSING, ptx.f32())
 
     def number(column: int, half: int, token: int) -> Value:
         (register,) = registers[0, column, ..., half, :, :, :, :].flat
@@ -348,7 +348,7 @@ def _write_activation(
             column = ptx.add(*(ptx.mul(bit, size) for bit, size in zip(bits, (2, 16, 8, 1), strict=True)))
             at = ptx.add(ordered, ptx.mul(q, 2 * _PITCH), ptx.mul(column, 2))
             for token, even, odd in _numbers(array):
-                value = mosaic.activated(activation, arith.addf(even, biases[0]), arith.addf(odd, biases[1]))
+                value = mosaic_sm90.activated(activation, arith.addf(even, biases[0]), arith.addf(odd, biases[1]))
                 text = f"{{ .reg .b16 t; cvt.rn.bf16.f32 t, $1; st.shared.b16 [$0+{_PITCH * token}], t; }}"
                 ptx.asm(text, [], [at, value])
         utils.warpgroup_barrier()

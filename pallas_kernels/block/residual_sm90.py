@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx, rows
-from pallas_kernels.block.memory import fma, keep, load, load_pair, number, store, where
-from pallas_kernels.block.plan import RESIDUAL_SLOT, THREADS
+from pallas_kernels.block.memory_sm90 import fma, keep, load, load_pair, number, store, where
+from pallas_kernels.block.plan_sm90 import RESIDUAL_SLOT, THREADS
 from pallas_kernels.block.stream import STRIP
-from pallas_kernels.block.strips import Here, inbox_pair
+from pallas_kernels.block.tiles_sm90 import Here, inbox_pair
 from pallas_kernels.ptx import Value
 
 

@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import dispatch
-from pallas_kernels.fragments import TILE, MXFP4Fragments
+from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
+from pallas_kernels.formats.mxfp4 import BLOCK, MIN_SCALE, MXFP4, quantize
 from pallas_kernels.moe import api, moe, triton
 from pallas_kernels.moe.routing import Groups
-from pallas_kernels.mxfp4 import BLOCK, MIN_SCALE, MXFP4, quantize
 from tests.oracles import moe_numpy
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

@@ -18,8 +18,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx, rows
-from pallas_kernels.block.memory import await_all, keep, load_pair, store
-from pallas_kernels.block.plan import BOX, BOX_BYTES, SLOTS, SUMS_BYTES, THREADS, TOGETHER, WARPS, Plan
+from pallas_kernels.block.memory_sm90 import await_all, keep, load_pair, store
+from pallas_kernels.block.plan_sm90 import BOX, BOX_BYTES, SLOTS, SUMS_BYTES, THREADS, TOGETHER, WARPS, Plan
 from pallas_kernels.block.stream import STRIP
 from pallas_kernels.ptx import Value
 

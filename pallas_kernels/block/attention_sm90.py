@@ -11,11 +11,11 @@ from typing import NamedTuple
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx, rows
-from pallas_kernels.block import memory
-from pallas_kernels.block.memory import number
-from pallas_kernels.block.plan import QKV, QKV_BYTES, RECORD, THREADS, WARPS, Plan
+from pallas_kernels.block import memory_sm90
+from pallas_kernels.block.memory_sm90 import number
+from pallas_kernels.block.plan_sm90 import QKV, QKV_BYTES, RECORD, THREADS, WARPS, Plan
 from pallas_kernels.block.stream import STRIP
-from pallas_kernels.block.strips import Here, inbox_pair
+from pallas_kernels.block.tiles_sm90 import Here, inbox_pair
 from pallas_kernels.ptx import Value
 
 _AT_ONCE = 4  # places that a warp loads together, 16 bytes a lane
@@ -38,13 +38,13 @@ class _Softmax(NamedTuple):
             maximum = arith.maximumf(maximum, score)
         for distance in (8, 16):
             maximum = arith.maximumf(maximum, _exchanged(maximum, distance))
-        rescale = memory.power(arith.subf(self.maximum, maximum))
+        rescale = memory_sm90.power(arith.subf(self.maximum, maximum))
         total = arith.mulf(self.total, rescale)
         sums = [arith.mulf(each, rescale) for each in self.sums]
         for score, value in zip(scores, values, strict=True):
-            weight = memory.power(arith.subf(score, maximum))
+            weight = memory_sm90.power(arith.subf(score, maximum))
             total = arith.addf(total, weight)
-            sums = [memory.fma(weight, *both) for both in zip(value, sums, strict=True)]
+            sums = [memory_sm90.fma(weight, *both) for both in zip(value, sums, strict=True)]
         return _Softmax(maximum, total, sums)
 
 
@@ -70,8 +70,8 @@ class _Word:
         row = arith.minsi(row, ptx.const(here.plan.rows - 1))
         part, pair = (op(number_in_row, ptx.const(STRIP // 2)) for op in (arith.divui, arith.remui))
         column = ptx.add(ptx.mul(ptx.add(ptx.mul(part, here.plan.strips), here.strip), STRIP // 2), pair)
-        (bias,) = memory.load(ptx.offset(at["qkv.bias"], column, 4), 1, exists)
-        (position,) = memory.load(ptx.offset(at["positions"], row, 4), 1, exists)
+        (bias,) = memory_sm90.load(ptx.offset(at["qkv.bias"], column, 4), 1, exists)
+        (position,) = memory_sm90.load(ptx.offset(at["positions"], row, 4), 1, exists)
         return cls(exists, row, number_in_row, part, pair, bias, position)
 
 
@@ -94,7 +94,7 @@ class Head:
         row = arith.shrui(here.place.warp, ptx.const(warps.bit_length() - 1))
         is_row = ptx.less(row, here.plan.rows)
         row = arith.minsi(row, ptx.const(here.plan.rows - 1))
-        (position,) = memory.load(ptx.offset(at["positions"], row, 4), 1, is_row)
+        (position,) = memory_sm90.load(ptx.offset(at["positions"], row, 4), 1, is_row)
         # A warp without a row takes one, but nothing of it.
         is_row = arith.cmpi(arith.CmpIPredicate.ne, is_row, ptx.const(0))
         position = arith.select(is_row, position, ptx.const(-1))
@@ -142,7 +142,7 @@ class Head:
             start = ptx.offset(ptx.offset(self.at[name], place, 2 * STRIP), self.inside, 1)
             for i, is_there in enumerate(self._there(turn)):
                 shift = ptx.const(2 * STRIP * self._together * i, ptx.i64())
-                words += memory.load(arith.addi(start, shift), 4, is_there)
+                words += memory_sm90.load(arith.addi(start, shift), 4, is_there)
         rows.issue()
         return words
 
@@ -154,7 +154,7 @@ class Head:
             sums = inbox_pair(here, word.part, word.row, word.pair)
             total = ptx.pack(*(arith.addf(*both) for both in zip(sums, ptx.halves(word.bias), strict=True)))
             row_at = ptx.offset32(here.shared["qkv"], word.row, QKV_BYTES)
-            memory.keep(ptx.add(row_at, ptx.mul(word.number, 4)), [total], word.exists)
+            memory_sm90.keep(ptx.add(row_at, ptx.mul(word.number, 4)), [total], word.exists)
             self._keep(word, total)
         ptx.asm("bar.sync 0;", [], [])
 
@@ -167,7 +167,7 @@ class Head:
         for part, name in ((1, "k"), (2, "v")):
             is_part = arith.andi(ptx.less(word.part, part + 1), ptx.less(part - 1, word.part))
             to = ptx.offset(ptx.offset(self.at[name], place, 2 * STRIP), word.pair, 4)
-            memory.store(to, total, arith.andi(arith.andi(is_mine, has_place), is_part))
+            memory_sm90.store(to, total, arith.andi(arith.andi(is_mine, has_place), is_part))
 
     def attend(self, first: list[Value], exchange: int) -> None:
         """Sends the cluster's first block the block's part of each row. `first`: what the first turn has loaded."""
@@ -201,7 +201,7 @@ class Head:
         """To a power of two, in each of the eight lanes that have the key."""
         product = arith.mulf(query[0], key[0])
         for pair in zip(query[1:], key[1:], strict=True):
-            product = memory.fma(*pair, product)
+            product = memory_sm90.fma(*pair, product)
         for distance in (4, 2, 1):
             product = arith.addf(product, _exchanged(product, distance))
         return arith.mulf(product, number(self.here.plan.scale * math.log2(math.e)))
@@ -220,7 +220,7 @@ class Head:
         fours = [words[4 * each : 4 * each + 4] for each in range(2 * self._loads)]
         keys, values = (list(map(_floats, fours[start : start + self._loads])) for start in (0, self._loads))
         scores = [
-            memory.where(is_there, self._score(query, key), -math.inf)
+            memory_sm90.where(is_there, self._score(query, key), -math.inf)
             for key, is_there in zip(keys, self._there(turn), strict=True)
         ]
         more_scores, more_values = zip(*more, strict=True) if more else ((), ())
@@ -230,7 +230,7 @@ class Head:
         """In eight lanes of one warp of the cluster; for all others it is a place without weight."""
         lane = self.here.place.lane
         is_mine = arith.andi(arith.andi(ptx.less(self.first, 1), ptx.less(lane, 8)), ptx.less(-1, self.position))
-        return memory.where(is_mine, self._score(query, self._part(1)), -math.inf), self._part(2)
+        return memory_sm90.where(is_mine, self._score(query, self._part(1)), -math.inf), self._part(2)
 
     def _keep_record(self, softmax: _Softmax) -> None:
         """Puts the warp's softmax where the block's warps put theirs together."""
@@ -238,9 +238,9 @@ class Head:
         total, *sums = (ptx.warp_sum(each, 8) for each in (softmax.total, *softmax.sums))
         record = ptx.offset32(self.here.shared["sums"], self.here.place.warp, RECORD)
         at = ptx.add(record, ptx.mul(lane, 32))
-        memory.keep(at, sums[:4], ptx.less(lane, 8))
-        memory.keep(ptx.add(at, 16), sums[4:], ptx.less(lane, 8))
-        memory.keep(ptx.add(record, 4 * STRIP), [softmax.maximum, total], ptx.less(lane, 1))
+        memory_sm90.keep(at, sums[:4], ptx.less(lane, 8))
+        memory_sm90.keep(ptx.add(at, 16), sums[4:], ptx.less(lane, 8))
+        memory_sm90.keep(ptx.add(record, 4 * STRIP), [softmax.maximum, total], ptx.less(lane, 1))
 
     def _send_record(self, exchange: int) -> None:
         """Sends what the block's warps have of a row, by one warp a row."""
@@ -263,16 +263,16 @@ class Head:
     def _merged(self, records: Value, shifts: list[int]) -> tuple[Value, Value, list[Value]]:
         """Several softmaxes of a row as one: the maximum, the total and the sums of the lane's two columns."""
         pair = ptx.add(records, ptx.mul(self.here.place.lane, 8))
-        ends = [memory.load_pair(ptx.add(records, shift + 4 * STRIP)) for shift in shifts]
-        all_sums = [memory.load_pair(ptx.add(pair, shift)) for shift in shifts]
+        ends = [memory_sm90.load_pair(ptx.add(records, shift + 4 * STRIP)) for shift in shifts]
+        all_sums = [memory_sm90.load_pair(ptx.add(pair, shift)) for shift in shifts]
         maximum = ends[0][0]
         for each, _ in ends[1:]:
             maximum = arith.maximumf(maximum, each)
         total, sums = number(0.0), [number(0.0)] * 2
         for (own, own_total), own_sums in zip(ends, all_sums, strict=True):
-            weight = memory.power(arith.subf(own, maximum))
-            total = memory.fma(weight, own_total, total)
-            sums = [memory.fma(weight, *both) for both in zip(own_sums, sums, strict=True)]
+            weight = memory_sm90.power(arith.subf(own, maximum))
+            total = memory_sm90.fma(weight, own_total, total)
+            sums = [memory_sm90.fma(weight, *both) for both in zip(own_sums, sums, strict=True)]
         return maximum, total, sums
 
     def finish(self, exchange: int, heads: Value) -> None:
@@ -287,7 +287,7 @@ class Head:
         mean = [ptx.asm("div.full.f32 $0, $1, $2;", [ptx.f32()], [each, total])[0] for each in sums]
         column = ptx.add(ptx.mul(here.strip, STRIP // 2), here.place.lane)
         to = ptx.offset(heads, ptx.add(ptx.mul(row, plan.width // 2), column), 4)
-        memory.store(to, ptx.pack(*mean), is_row)
+        memory_sm90.store(to, ptx.pack(*mean), is_row)
 
 
 def _floats(words: list[Value]) -> list[Value]:

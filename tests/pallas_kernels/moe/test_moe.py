@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.formats.mxfp4 import MXFP4, quantize
 from pallas_kernels.moe import moe
 from pallas_kernels.moe.reference import LARGEST_GROUP, TOGETHER, group_sizes
-from pallas_kernels.mxfp4 import MXFP4, quantize
 from tests.oracles import moe_numpy
 
 SETTINGS = {"alpha": 1.702, "limit": 2.0}  # so low that many values are clamped

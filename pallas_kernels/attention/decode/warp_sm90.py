@@ -18,8 +18,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf
 
 from pallas_kernels import ptx
-from pallas_kernels.attention import split
-from pallas_kernels.attention.mosaic_combine import EIGHT, THREADS, Block, Result, over_quad, power
+from pallas_kernels.attention.decode import split
+from pallas_kernels.attention.decode.combine_sm90 import EIGHT, THREADS, Block, Result, over_quad, power
 from pallas_kernels.ptx import Value
 
 WARPS = THREADS // 32

@@ -1,4 +1,4 @@
-"""`pallas_kernels.mxfp4` against ml_dtypes' decoding, float64 NumPy's rounding and blocks worked out by hand."""
+"""`formats.mxfp4` against ml_dtypes' decoding, float64 NumPy's rounding and blocks worked out by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pallas_kernels.mxfp4 import BLOCK, MXFP4, quantize
+from pallas_kernels.formats.mxfp4 import BLOCK, MXFP4, quantize
 
 VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]  # of codes 0 to 7
 FLUSHES = jax.default_backend() == "cpu"  # subnormal numbers

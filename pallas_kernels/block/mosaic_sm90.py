@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
-from pallas_kernels.block import memory, strips
-from pallas_kernels.block.attention import Head
-from pallas_kernels.block.plan import EXCHANGES, HIDDEN, QKV, RESIDUAL_SLOT, THREADS, Plan
-from pallas_kernels.block.residual import Norm, Residual
+from pallas_kernels.block import memory_sm90, tiles_sm90
+from pallas_kernels.block.attention_sm90 import Head
+from pallas_kernels.block.plan_sm90 import EXCHANGES, HIDDEN, QKV, RESIDUAL_SLOT, THREADS, Plan
+from pallas_kernels.block.residual_sm90 import Norm, Residual
 from pallas_kernels.block.stream import STRIP, Relay, Stream, Weights
-from pallas_kernels.block.strips import Here
+from pallas_kernels.block.tiles_sm90 import Here
 from pallas_kernels.ptx import Value
 
 _OF_QKV, _OF_HEADS, _OF_OUT, _OF_UP, _OF_DOWN = range(EXCHANGES)
@@ -86,42 +86,42 @@ def _run(here: Here, context: Any, arrays: dict[str, Value], shared: dict[str, V
 
     # What is small is begun to be loaded first: behind the weights it would wait for them.
     norm = Norm(here, at["attention_norm.weight"], at["attention_norm.bias"])
-    finish_norm = norm.read(at["x"], at["moments"], memory.load_all)
+    finish_norm = norm.read(at["x"], at["moments"], memory_sm90.load_all)
     head = Head.of(here, at)
     mlp_norm = Norm(here, at["mlp_norm.weight"], at["mlp_norm.bias"])
     biases = _Biases(here, at)
     residual = Residual.of(here, at["x"])
-    ring = strips.Ring(here, context, shared, _jobs(here, arrays))
+    ring = tiles_sm90.Ring(here, context, shared, _jobs(here, arrays))
     ring.begin(min(plan.stages, QKV * share))
     finish_norm()
     first = head.load(ptx.const(0))
     ring.begin(plan.stages)
     here.place.met()
     sums = ring.multiply(0, QKV * share, QKV, here.shared["factor"])
-    for slot, of_strip in enumerate(strips.block_sums(here, sums)):
-        strips.send_sums(here, _OF_QKV, of_strip, slot, range(plan.blocks))
+    for slot, of_strip in enumerate(tiles_sm90.block_sums(here, sums)):
+        tiles_sm90.send_sums(here, _OF_QKV, of_strip, slot, range(plan.blocks))
     head.sum_up(_OF_QKV)
     head.attend(first, _OF_HEADS)
-    strips.block_does(here, 1, lambda: head.finish(_OF_HEADS, heads))
-    strips.clear(here, at["other_relay"], relay.words)
-    strips.gather(here, heads, plan.width, share)
+    tiles_sm90.block_does(here, 1, lambda: head.finish(_OF_HEADS, heads))
+    tiles_sm90.clear(here, at["other_relay"], relay.words)
+    tiles_sm90.gather(here, heads, plan.width, share)
     sums = ring.multiply(QKV * share, share, 1, here.shared["second"])
-    strips.send_sums(here, _OF_OUT, strips.block_sums(here, sums)[0], RESIDUAL_SLOT, [0])
-    strips.block_does(here, 1, lambda: residual.add(_OF_OUT, biases.out, x, moments))
+    tiles_sm90.send_sums(here, _OF_OUT, tiles_sm90.block_sums(here, sums)[0], RESIDUAL_SLOT, [0])
+    tiles_sm90.block_does(here, 1, lambda: residual.add(_OF_OUT, biases.out, x, moments))
 
-    mlp_norm.read(x, moments, memory.await_all)()
+    mlp_norm.read(x, moments, memory_sm90.await_all)()
     sums = ring.multiply((QKV + 1) * share, HIDDEN * share, HIDDEN, here.shared["factor"])
-    for rank, of_strip in enumerate(strips.block_sums(here, sums)):
-        strips.send_sums(here, _OF_UP, of_strip, 0, [rank])
-    strips.block_does(here, HIDDEN, lambda: _activate(here, biases.up, hidden))
-    strips.gather(here, hidden, HIDDEN * plan.width, hidden_share)
+    for rank, of_strip in enumerate(tiles_sm90.block_sums(here, sums)):
+        tiles_sm90.send_sums(here, _OF_UP, of_strip, 0, [rank])
+    tiles_sm90.block_does(here, HIDDEN, lambda: _activate(here, biases.up, hidden))
+    tiles_sm90.gather(here, hidden, HIDDEN * plan.width, hidden_share)
     sums = ring.multiply((QKV + 1 + HIDDEN) * share, hidden_share, 1, here.shared["second"])
-    strips.send_sums(here, _OF_DOWN, strips.block_sums(here, sums)[0], RESIDUAL_SLOT, [0])
+    tiles_sm90.send_sums(here, _OF_DOWN, tiles_sm90.block_sums(here, sums)[0], RESIDUAL_SLOT, [0])
 
     def finish() -> None:
         Residual.of(here, x).add(_OF_DOWN, biases.down, at["out"], at["out_moments"])
 
-    strips.block_does(here, 1, finish)
+    tiles_sm90.block_does(here, 1, finish)
 
 
 def _counts(plan: Plan) -> list[int]:
@@ -151,7 +151,7 @@ class _Biases:
         is_hidden = ptx.less(here.rank, HIDDEN)
         of_up = ptx.add(ptx.mul(ptx.add(ptx.mul(here.strip, HIDDEN), here.rank), STRIP // 2), here.place.lane)
         (self.out,), (self.up,), (self.down,) = (
-            memory.load(ptx.offset(at[f"{name}.bias"], place, 4), 1, where)
+            memory_sm90.load(ptx.offset(at[f"{name}.bias"], place, 4), 1, where)
             for name, place, where in (
                 ("out", column, ptx.const(1)),
                 ("up", of_up, is_hidden),
@@ -165,17 +165,17 @@ def _activate(here: Here, bias: Value, hidden: Value) -> None:
     plan, lane = here.plan, here.place.lane
     row, is_row = here.own_row()
     here.place.receive(_OF_UP)
-    sums = strips.inbox_pair(here, 0, row, lane)
+    sums = tiles_sm90.inbox_pair(here, 0, row, lane)
     added = ptx.pack(*(arith.addf(*pair) for pair in zip(sums, ptx.halves(bias), strict=True)))
     word = ptx.pack(*map(_gelu, ptx.halves(added)))
     column = ptx.add(ptx.mul(ptx.add(ptx.mul(here.strip, HIDDEN), here.rank), STRIP // 2), lane)
     place = ptx.add(ptx.mul(row, HIDDEN * plan.width // 2), column)
-    memory.store(ptx.offset(hidden, place, 4), word, is_row)
+    memory_sm90.store(ptx.offset(hidden, place, 4), word, is_row)
 
 
 def _gelu(x: Value) -> Value:
     """x / (1 + exp(-2 · inner)), which is x / 2 · (1 + tanh(inner)) with inner = sqrt(2 / π) · (x + 0.044715 · x³)."""
-    number = memory.number
-    inner = arith.mulf(x, memory.fma(arith.mulf(x, x), number(0.044715), number(1.0)))
-    share = memory.power(arith.mulf(inner, number(-2 * math.sqrt(2 / math.pi) * math.log2(math.e))))
+    number = memory_sm90.number
+    inner = arith.mulf(x, memory_sm90.fma(arith.mulf(x, x), number(0.044715), number(1.0)))
+    share = memory_sm90.power(arith.mulf(inner, number(-2 * math.sqrt(2 / math.pi) * math.log2(math.e))))
     return ptx.asm("div.full.f32 $0, $1, $2;", [ptx.f32()], [x, arith.addf(share, number(1.0))])[0]

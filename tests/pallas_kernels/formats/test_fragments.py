@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.fragments import MXFP4Fragments
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats.mxfp4 import MXFP4
 
 SHAPES = [(64, 64), (3, 128, 192), (2, 64, 320)]
 # Where the module's text says that a code's bits lie in a half: sign, two of exponent, mantissa.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import mosaic
+from pallas_kernels.attention.decode import mosaic_sm90
 from tests.oracles import attention_numpy
 
 needs_mosaic = pytest.mark.skipif(
@@ -99,7 +99,7 @@ def test_lowers(name, sinks):
     shapes.append(jax.ShapeDtypeStruct((B,), jnp.int32))
     if sinks is not None:
         shapes.append(jax.ShapeDtypeStruct((N,), sinks))
-    run = jax.jit(partial(mosaic.decode, scale=0.125, **settings))
+    run = jax.jit(partial(mosaic_sm90.decode, scale=0.125, **settings))
     text = run.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert "stablehlo.convert" not in text  # which would be another kernel
 
@@ -114,7 +114,7 @@ def test_agrees_with_the_oracle(name, sinks):
         operands = _operands(case, counts)
         if sinks is not None:
             operands.append(_sinks(case.N, sinks))
-        actual = mosaic.decode(*operands, scale=scale, **case.settings)
+        actual = mosaic_sm90.decode(*operands, scale=scale, **case.settings)
         assert actual.dtype == jnp.bfloat16
         _check(actual, operands, scale)
         assert not np.asarray(actual, np.float32)[np.array(counts) == 0].any()
@@ -127,7 +127,7 @@ def test_agrees_with_the_oracle(name, sinks):
 )
 def test_every_edge_of_a_chunk(count, blocks):
     operands = _operands(Case(B=1, N=8, K=1, S=1200, H=64, settings={}), [count])
-    _check(mosaic.decode(*operands, scale=0.125, splits=1, blocks=blocks), operands, 0.125)
+    _check(mosaic_sm90.decode(*operands, scale=0.125, splits=1, blocks=blocks), operands, 0.125)
 
 
 @needs_hopper
@@ -136,7 +136,7 @@ def test_every_edge_of_a_chunk(count, blocks):
 )
 def test_bits_depend_neither_on_other_rows_nor_on_the_capacity(settings):
     case = Case(B=3, N=16, K=2, S=1500, H=64, settings={})
-    run = partial(mosaic.decode, scale=0.125, **settings)
+    run = partial(mosaic_sm90.decode, scale=0.125, **settings)
     ours, others = _operands(case, [700, 1500, 0]), _operands(case, [1500, 1, 129], seed=1)
     for mine, theirs in zip(ours, others, strict=True):
         theirs[0] = mine[0]

@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mxfp4 import BLOCK, MXFP4
+from pallas_kernels.formats.mxfp4 import BLOCK, MXFP4
 
 TILE = 64  # rows and columns
 # Of each plane: how far left its sign, exponent's upper bit and other two bits are from where the code 0bseem has them.

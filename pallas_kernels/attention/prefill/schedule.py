@@ -16,7 +16,7 @@ STAGES = 4  # blocks of keys and of values in shared memory: of two that are mul
 UNUSED = (1 << 31) - 1  # the position of a place that no query of the row sees
 
 
-def plan(
+def schedule(
     q_positions_BT: jax.Array, k_positions_BS: jax.Array, *, window: int, tile: int, places: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """What each tile of queries reads. J are the tiles of a row, I the blocks of `places`.
@@ -100,7 +100,7 @@ class Items(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The blocks of an item, as `plan` has them."""
+    """The blocks of an item, as `schedule` has them."""
 
     done: jax.Array  # blocks of the program's items before
     first: jax.Array

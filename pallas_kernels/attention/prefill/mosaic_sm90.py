@@ -17,8 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.attention import prefill_plan, split
-from pallas_kernels.attention.prefill_plan import QUERIES, STAGES, UNUSED
+from pallas_kernels.attention.decode import split
+from pallas_kernels.attention.prefill import schedule
+from pallas_kernels.attention.prefill.schedule import QUERIES, STAGES, UNUSED
 
 plgpu: Any = mosaic_gpu  # whose interface was another in JAX 0.10, where this module can be imported only
 WIDTHS = (64, 80, 96, 128)
@@ -121,16 +122,16 @@ def _prefill(
     group = N // k_BKSH.shape[1]
     heads = WARPGROUPS if group % WARPGROUPS == 0 else 1
     tile = QUERIES * WARPGROUPS // heads
-    q_positions_BT, k_positions_BS, spans_BJ4, unclean_BI = prefill_plan.plan(
+    q_positions_BT, k_positions_BS, spans_BJ4, unclean_BI = schedule.schedule(
         q_positions_BT, k_positions_BS, window=window, tile=tile, places=P
     )
-    items = prefill_plan.Items(rows=B, tiles=spans_BJ4.shape[1], heads=N, shared=heads, tile=tile)
+    items = schedule.Items(rows=B, tiles=spans_BJ4.shape[1], heads=N, shared=heads, tile=tile)
     operands = _Operands(q_BTNH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, spans_BJ4, unclean_BI, sinks_N)
     return _run(items, group, operands, P, scale=scale, window=window, interpret=interpret)
 
 
 def _run(
-    items: prefill_plan.Items, group: int, operands: _Operands, P: int, *, interpret: bool, **settings: Any
+    items: schedule.Items, group: int, operands: _Operands, P: int, *, interpret: bool, **settings: Any
 ) -> jax.Array:
     q_BTNH = operands.q
     H, dtype = q_BTNH.shape[3], q_BTNH.dtype
@@ -179,12 +180,12 @@ def _run(
     return run(*(x for x in operands if x is not None))
 
 
-def _load(items: prefill_plan.Items, group: int, refs: _Operands, shared: _Shared) -> None:
+def _load(items: schedule.Items, group: int, refs: _Operands, shared: _Shared) -> None:
     P = shared.k.shape[1]
 
     def item(turn: jax.Array, done: jax.Array) -> jax.Array:
         row, tile, head = items.find(turn)
-        span = prefill_plan.Span(done, *(refs.spans[row, tile, i] for i in range(4)))
+        span = schedule.Span(done, *(refs.spans[row, tile, i] for i in range(4)))
         for warpgroup in range(WARPGROUPS):
             start, own_head = items.own(warpgroup, tile, head)
             pl.when(turn > 0)(partial(plgpu.barrier_wait, shared.q_freed.at[warpgroup]))
@@ -212,13 +213,13 @@ def _load(items: prefill_plan.Items, group: int, refs: _Operands, shared: _Share
 
 
 def _compute(
-    items: prefill_plan.Items, warpgroup: jax.Array, refs: _Operands, out_ref: Any, shared: _Shared, **settings: Any
+    items: schedule.Items, warpgroup: jax.Array, refs: _Operands, out_ref: Any, shared: _Shared, **settings: Any
 ) -> None:
     def item(turn: jax.Array, done: jax.Array) -> jax.Array:
         row, tile, head = items.find(turn)
         start, head = items.own(warpgroup, tile, head)
         queries = pl.ds(start, QUERIES)
-        span = prefill_plan.Span(done, *(refs.spans[row, tile, i] for i in range(4)))
+        span = schedule.Span(done, *(refs.spans[row, tile, i] for i in range(4)))
         out_TH = _attend(warpgroup, row, head, queries, span, refs, shared, **settings)
         out_smem = shared.out.at[warpgroup]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the last item
@@ -236,7 +237,7 @@ def _attend(
     row: jax.Array,
     head: jax.Array,
     queries: Any,
-    span: prefill_plan.Span,
+    span: schedule.Span,
     refs: _Operands,
     shared: _Shared,
     *,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import dispatch, ptx, tiles
-from pallas_kernels.fragments import TILE, MXFP4Fragments
+from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
 from pallas_kernels.moe.activation import SwiGLU
 from pallas_kernels.moe.routing import Groups, route
 from pallas_kernels.parts import Parts

@@ -1,6 +1,6 @@
 """A residual's sum and its norm for a few rows in one kernel, on Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
 
-`Norm` is what a kernel's threads do, so that another one can do it too: `route.mosaic` goes on with the norm.
+`Norm` is what a kernel's threads do, so that another one can do it too: `route.mosaic_sm90` goes on with the norm.
 """
 
 import dataclasses

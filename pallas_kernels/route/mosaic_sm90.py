@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx, rows
-from pallas_kernels.add_norm import mosaic as add_norm
+from pallas_kernels.add_norm import mosaic_sm90 as add_norm
 from pallas_kernels.parts import Parts
 from pallas_kernels.ptx import Value
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import mosaic_prefill, prefill_plan, reference
+from pallas_kernels.attention import reference
+from pallas_kernels.attention.prefill import mosaic_sm90, schedule
 from tests.oracles import attention_numpy
 
 needs_mosaic = pytest.mark.skipif(
@@ -145,7 +146,7 @@ def _check(actual: jax.Array, operands: list[Any], case: Case, queries: Any = sl
 def test_agrees_with_the_oracle(name):
     case = CASES[name]
     operands = _operands(case)
-    run = partial(mosaic_prefill.prefill, scale=case.scale, window=case.window, interpret=True)
+    run = partial(mosaic_sm90.prefill, scale=case.scale, window=case.window, interpret=True)
     _check(run(*operands), operands, case)
 
 
@@ -154,7 +155,7 @@ def test_agrees_with_the_oracle(name):
 def test_every_edge_of_a_window(window):
     case = Case(T=72, N=2, K=1, S=320, H=64, starts=[191], counts=[65], window=window, sinks=jnp.bfloat16)
     operands = _operands(case)
-    run = partial(mosaic_prefill.prefill, scale=case.scale, window=window, interpret=True)
+    run = partial(mosaic_sm90.prefill, scale=case.scale, window=window, interpret=True)
     actual = run(*operands)
     _check(actual, operands, case)
     expected = np.asarray(reference.cached(*operands, scale=case.scale, window=window), np.float32)
@@ -166,18 +167,18 @@ def test_any_negative_position_is_padding():
     case = Case(T=72, N=2, K=1, S=128, H=64, starts=[0], counts=[50])
     operands = _operands(case)
     operands[3] = np.where(operands[3] < 0, -1 - np.arange(case.T), operands[3]).astype(np.int32)
-    _check(mosaic_prefill.prefill(*operands, scale=case.scale, interpret=True), operands, case)
+    _check(mosaic_sm90.prefill(*operands, scale=case.scale, interpret=True), operands, case)
 
 
 @interpreted
 @pytest.mark.parametrize("programs", [1, 5])
 def test_programs_take_items_in_turn(programs, monkeypatch):
-    monkeypatch.setattr(prefill_plan, "PROGRAMS", programs)
+    monkeypatch.setattr(schedule, "PROGRAMS", programs)
     case = Case(T=200, N=3, K=1, S=384, H=64, starts=[150, 0], counts=[200, 90], sinks=jnp.float32)
     operands = _operands(case)
     # Another scale for each, since the number is no argument of what is compiled.
     case_scale = case.scale * (1 + programs / 16)
-    actual = mosaic_prefill.prefill(*operands, scale=case_scale, interpret=True)
+    actual = mosaic_sm90.prefill(*operands, scale=case_scale, interpret=True)
     q = np.asarray(operands[0], np.float64) * case_scale / case.scale
     _check(actual, [q, *operands[1:]], case)
 
@@ -188,7 +189,7 @@ def test_large_sinks(sink):
     """A sink that is far below all scores is no sink, and one far above takes all."""
     case = Case(T=24, N=2, K=1, S=128, H=64, starts=[60], counts=[19])
     operands = _operands(case)
-    run = partial(mosaic_prefill.prefill, scale=case.scale, interpret=True)
+    run = partial(mosaic_sm90.prefill, scale=case.scale, interpret=True)
     actual = run(*operands, np.full(2, sink, np.float32))
     if sink < 0:
         _check(actual, operands, case)
@@ -203,7 +204,7 @@ def test_scores_that_grow_and_shrink_by_hundreds():
     operands = _operands(case)
     size_S1 = np.repeat([1.0, 60.0, 8.0], 128)[:, None]
     operands[1] = (operands[1] * np.stack([size_S1, size_S1[::-1]])[:, None]).astype(operands[1].dtype)
-    actual = mosaic_prefill.prefill(*operands, scale=0.5, interpret=True)
+    actual = mosaic_sm90.prefill(*operands, scale=0.5, interpret=True)
     expected = attention_numpy.attention(*operands, scale=0.5)
     # Scores up to about 2000 are off by 2000·eps32·4, and so are the weights, relatively.
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=2 * BF16 + 4e-3)
@@ -213,7 +214,7 @@ def test_scores_that_grow_and_shrink_by_hundreds():
 def test_bits_depend_neither_on_other_rows_nor_on_the_capacity():
     ours = Case(T=72, N=2, K=1, S=256, H=64, starts=[140, 0], counts=[66, 70])
     theirs = ours._replace(starts=[140, 186], counts=[66, 70])
-    run = partial(mosaic_prefill.prefill, scale=ours.scale, interpret=True)
+    run = partial(mosaic_sm90.prefill, scale=ours.scale, interpret=True)
     operands, others = _operands(ours), _operands(theirs, seed=1)
     expected = np.asarray(run(*operands)[0], np.float32)
     for mine, other in zip(operands[:3], others[:3], strict=True):
@@ -236,19 +237,19 @@ def test_plans_cover_what_is_seen(seed, window):
     # A ring, and what is in order; some of it missing.
     k_positions_BS = np.stack([np.roll(np.arange(S), rng.integers(0, S)) for _ in range(B)]) + rng.integers(0, 20)
     k_positions_BS = np.where(rng.random((B, S)) < rng.choice([0, 0.1]), -1, k_positions_BS).astype(np.int32)
-    limit = prefill_plan.UNUSED if window is None else window
+    limit = schedule.UNUSED if window is None else window
     q, k, spans_BJ4, unclean_BS = map(
-        np.asarray, prefill_plan.plan(q_positions_BT, k_positions_BS, window=limit, tile=tile, places=places)
+        np.asarray, schedule.schedule(q_positions_BT, k_positions_BS, window=limit, tile=tile, places=places)
     )
     for row in range(B):
         seen_TS = _seen(q[row].astype(np.int64) - (q[row] == 2**32 - 1) * 2**32, k[row].astype(np.int64), window)
-        seen_TS[:, k[row] == prefill_plan.UNUSED] = False
+        seen_TS[:, k[row] == schedule.UNUSED] = False
         expected_TS = _seen(q_positions_BT[row], k_positions_BS[row], window)
         np.testing.assert_array_equal(seen_TS[:T, :S], expected_TS)
         assert not seen_TS[T:].any() and not seen_TS[:, S:].any()
         # UNUSED is what nobody sees, but for gaps between the first and the last position that somebody does.
-        assert (k[row, :S][seen_TS.any(axis=0)[:S]] != prefill_plan.UNUSED).all()
-        blocks_S = (k[row].reshape(-1, places) == prefill_plan.UNUSED).any(axis=1)
+        assert (k[row, :S][seen_TS.any(axis=0)[:S]] != schedule.UNUSED).all()
+        blocks_S = (k[row].reshape(-1, places) == schedule.UNUSED).any(axis=1)
         np.testing.assert_array_equal(unclean_BS[row], blocks_S)
         for j, (first, plain_first, plain_end, end) in enumerate(spans_BJ4[row]):
             tile_tS = seen_TS[j * tile : (j + 1) * tile]
@@ -261,8 +262,8 @@ def test_plans_cover_what_is_seen(seed, window):
 def test_plans_mask_no_more_than_edges():
     """So that a long prefix costs neither masks nor, behind a window, reading."""
     q_positions_BT, k_positions_BS = _positions(LARGE["gpt-oss, a long prefix"])
-    spans = partial(prefill_plan.plan, tile=64, places=128)
-    _, _, spans_BJ4, _ = spans(q_positions_BT, k_positions_BS, window=prefill_plan.UNUSED)
+    spans = partial(schedule.schedule, tile=64, places=128)
+    _, _, spans_BJ4, _ = spans(q_positions_BT, k_positions_BS, window=schedule.UNUSED)
     diagonal_J = (30720 + 64 * np.arange(32)) // 128
     expected = np.stack((0 * diagonal_J, 0 * diagonal_J, diagonal_J, diagonal_J + 1), axis=1)
     np.testing.assert_array_equal(spans_BJ4[0], expected)
@@ -276,22 +277,22 @@ def test_plans_mask_no_more_than_edges():
 def test_what_the_kernel_refuses():
     case = CASES["a prompt"]
     operands = _operands(case)
-    assert mosaic_prefill.refused(*operands[:3], None, scale=1.0) is None
+    assert mosaic_sm90.refused(*operands[:3], None, scale=1.0) is None
     for operand in range(3):
         mixed = [x.astype(np.float32) if i == operand else x for i, x in enumerate(operands)]
         with pytest.raises(ValueError, match="takes bfloat16, found bfloat16, float32"):
-            mosaic_prefill.prefill(*mixed, scale=1.0)
+            mosaic_sm90.prefill(*mixed, scale=1.0)
     with pytest.raises(ValueError, match="sinks of bfloat16 or float32, found float16"):
-        mosaic_prefill.prefill(*operands, np.zeros(case.N, np.float16), scale=1.0)
+        mosaic_sm90.prefill(*operands, np.zeros(case.N, np.float16), scale=1.0)
     with pytest.raises(ValueError, match="head widths of 64, 80, 96, 128, found 72"):
-        mosaic_prefill.prefill(*_operands(case._replace(H=72)), scale=1.0)
+        mosaic_sm90.prefill(*_operands(case._replace(H=72)), scale=1.0)
     with pytest.raises(ValueError, match="found 3 and 2"):
-        mosaic_prefill.prefill(*_operands(case._replace(N=3)), scale=1.0)
+        mosaic_sm90.prefill(*_operands(case._replace(N=3)), scale=1.0)
     for odd in (case._replace(T=132), case._replace(S=260)):
         with pytest.raises(ValueError, match="multiples of 8, found"):
-            mosaic_prefill.prefill(*_operands(odd), scale=1.0)
+            mosaic_sm90.prefill(*_operands(odd), scale=1.0)
     with pytest.raises(ValueError, match="more than 0, found -1"):
-        mosaic_prefill.prefill(*operands, scale=-1.0)
+        mosaic_sm90.prefill(*operands, scale=-1.0)
 
 
 @needs_mosaic
@@ -304,7 +305,7 @@ def test_lowers(name):
     shapes += [jax.ShapeDtypeStruct(x.shape, jnp.int32) for x in (q_positions_BT, k_positions_BS)]
     if case.sinks is not None:
         shapes.append(jax.ShapeDtypeStruct((N,), case.sinks))
-    run = jax.jit(partial(mosaic_prefill.prefill, scale=case.scale, window=case.window))
+    run = jax.jit(partial(mosaic_sm90.prefill, scale=case.scale, window=case.window))
     text = run.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
 
@@ -314,7 +315,7 @@ def test_lowers(name):
 def test_agrees_with_the_oracle_on_a_gpu(name):
     case = {**CASES, **LARGE}[name]
     operands = _operands(case)
-    run = partial(mosaic_prefill.prefill, scale=case.scale, window=case.window)
+    run = partial(mosaic_sm90.prefill, scale=case.scale, window=case.window)
     some = np.unique([0, 63, 64, *np.random.default_rng(1).integers(0, case.T, 2), case.T - 1])
     _check(run(*operands), operands, case, some[some < case.T])
 
@@ -325,4 +326,4 @@ def test_agrees_with_the_oracle_on_a_gpu(name):
 def test_every_edge_on_a_gpu(window, start):
     case = Case(T=152, N=4, K=2, S=504, H=64, starts=[start], counts=[149], window=window, sinks=jnp.bfloat16)
     operands = _operands(case)
-    _check(mosaic_prefill.prefill(*operands, scale=case.scale, window=window), operands, case)
+    _check(mosaic_sm90.prefill(*operands, scale=case.scale, window=window), operands, case)
