@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import ptx, rows
+from pallas_kernels import ptx
 from pallas_kernels.parts import Parts
-from pallas_kernels.ptx import Value
+from pallas_kernels.ptx import Condition, Value, rows
 
 EXCHANGES = 2  # of `Norm`: the sums for the mean, and for the variance
 _FLIGHT = 24  # loads of 16 bytes of parts that a thread has begun at a time, at most
@@ -64,16 +64,23 @@ def add_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.add_norm`. The operands must be such as `supports` says."""
     T, D = x_TD.shape
-    spread = rows.Spread.of(T, D)
+    layout = rows.RowLayout.of(T, D)
     norm = Norm(terms, operands(x_TD, terms, scale_D, bias_D), epsilon, center)
 
-    def run(refs: Mapping[str, Value], row: Value) -> None:
-        place = rows.Place.here(spread, refs["meetings"])
-        place.prepare(counts(spread))
-        norm.run(place, refs, row)
+    def add_norm(*, row: Value, **at: Value) -> None:
+        thread = rows.RowThread.of(layout, at["mbarriers"])
+        thread.prepare(counts(layout))
+        norm.run(thread, at, row)
 
-    scratch_sizes = rows.scratch(EXCHANGES) | scratch(spread)
-    out = rows.kernel("add_norm", run, spread, T, norm.operands, results(x_TD, terms), scratch_sizes)
+    out = ptx.launch(
+        add_norm,
+        norm.operands,
+        results(x_TD, terms),
+        {"row": T},
+        rows.exchange_memory(EXCHANGES) | shared(layout),
+        cluster=layout.blocks,
+        warpgroups=layout.threads // 128,
+    )
     return out.get("sum", x_TD), out["normed"]
 
 
@@ -99,18 +106,18 @@ def results(x_TD: jax.Array, terms: Parts | None) -> dict[str, Any]:
     return {name: jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype) for name in names}
 
 
-def counts(spread: rows.Spread) -> list[int]:
-    """Numbers that a block gets in each of `Norm`'s exchanges."""
-    return [spread.sums] * EXCHANGES
+def counts(layout: rows.RowLayout) -> list[int]:
+    """Numbers that a block receives in each of `Norm`'s exchanges."""
+    return [layout.sums] * EXCHANGES
 
 
-def scratch(spread: rows.Spread) -> dict[str, Any]:
-    """Shared memory for `Norm`: what a block gets."""
-    return {"sums": rows.shared(EXCHANGES * _padded(spread))}
+def shared(layout: rows.RowLayout) -> dict[str, Any]:
+    """Shared memory for `Norm`: the mailboxes of its exchanges."""
+    return {"sums": rows.shared_floats(EXCHANGES * _padded(layout))}
 
 
-def _padded(spread: rows.Spread) -> int:
-    return -(-spread.sums // 4) * 4
+def _padded(layout: rows.RowLayout) -> int:
+    return -(-layout.sums // 4) * 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,137 +130,136 @@ class Norm:
     center: bool
 
     def run(
-        self, place: rows.Place, refs: Mapping[str, Value], row: Value, *, loaded: int = 0
-    ) -> list[tuple[rows.Four, list[Value]]]:
+        self, thread: rows.RowThread, at: Mapping[str, Value], row: Value, *, loaded: int = 0
+    ) -> list[tuple[rows.Float4, list[Value]]]:
         """Writes the sum and the norm, and returns the norm: the thread's fours, each as two words of bfloat16.
 
-        Its exchanges are the first ones. `place.met` is called.
+        Its exchanges are the first ones. It calls `thread.wait_prepared`.
 
         Args:
-          refs: arrays by the names of `operands`, `results` and `scratch`.
+          at: addresses by the names of `operands`, `results` and `shared`.
           loaded: loads of 16 bytes that the thread has begun before, and whose values it holds.
         """
-        fours = [place.four(row, turn) for turn in range(place.spread.turns)]
+        fours = [thread.float4(row, turn) for turn in range(thread.layout.turns)]
         zero = ptx.const(0)
 
-        def load(name: str, four: rows.Four, row: Value) -> list[Value]:
+        def load(name: str, four: rows.Float4, row: Value) -> list[Value]:
             dtype = self.operands[name].dtype
-            return rows.load_four(four.at(refs[name], dtype.itemsize, row), dtype, four.present)
+            return rows.load_float4(four.at(at[name], dtype.itemsize, row), dtype, four.exists)
 
         # First all loading begins that waits for nothing, then that of terms, which waits for the numbers of rows.
-        indices = None if self.terms is None else _load_indices(self.terms, refs, row)
+        indices = None if self.terms is None else _load_indices(self.terms, at, row)
         x = [load("x", four, row) for four in fours]
         scale = [load("scale", four, zero) for four in fours]
-        bias = [load("bias", four, zero) for four in fours] if "bias" in refs else []
-        rows.issue()
+        bias = [load("bias", four, zero) for four in fours] if "bias" in at else []
+        ptx.sync_warp()
 
-        sums = [rows.four(words) for words in x]
+        sums = [rows.as_floats(words) for words in x]
         if self.terms is not None and indices is not None:
-            indices = [_marked(self.terms, *each) for each in indices]
-            flight = min(_FLIGHT, _LOADS // place.spread.threads - _OTHERS - loaded)
+            loaded_terms = [_Term.of(self.terms, *each) for each in indices]
+            flight = min(_FLIGHT, _LOADS // thread.layout.threads - _OTHERS - loaded)
             for turn, four in enumerate(fours):
-                added = _terms(self.terms, refs, indices, four, flight)
+                added = _total(self.terms, at, loaded_terms, four, flight)
                 summed = [arith.addf(*pair) for pair in zip(sums[turn], added, strict=True)]
                 words = [ptx.pack(*summed[:2]), ptx.pack(*summed[2:])]
-                rows.store_four(four.at(refs["sum"], 2), words, four.present)
-                sums[turn] = rows.four(words)
+                ptx.store(four.at(at["sum"], 2), words, four.exists)
+                sums[turn] = rows.as_floats(words)
 
-        place.met()
-        sums, factor = self._scaling(place, refs, fours, sums)
+        thread.wait_prepared()
+        sums, factor = self._scaling(thread, at["sums"], fours, sums)
         out = []
         for turn, four in enumerate(fours):
             normed = [arith.mulf(number, factor) for number in sums[turn]]
-            normed = [arith.mulf(*pair) for pair in zip(normed, rows.four(scale[turn]), strict=True)]
+            normed = [arith.mulf(*pair) for pair in zip(normed, rows.as_floats(scale[turn]), strict=True)]
             if bias:
-                normed = [arith.addf(*pair) for pair in zip(normed, rows.four(bias[turn]), strict=True)]
+                normed = [arith.addf(*pair) for pair in zip(normed, rows.as_floats(bias[turn]), strict=True)]
             words = [ptx.pack(*normed[:2]), ptx.pack(*normed[2:])]
-            rows.store_four(four.at(refs["normed"], 2), words, four.present)
+            ptx.store(four.at(at["normed"], 2), words, four.exists)
             out.append((four, words))
         return out
 
     def _scaling(
-        self, place: rows.Place, refs: Mapping[str, Value], fours: list[rows.Four], sums: list[list[Value]]
+        self, thread: rows.RowThread, mailbox: Value, fours: list[rows.Float4], sums: list[list[Value]]
     ) -> tuple[list[list[Value]], Value]:
         """The numbers, less their mean where that is wanted, and what they are to be multiplied with."""
-        scratch_at = ptx.shared_address(refs["sums"])
-        share = ptx.const(1 / place.spread.width, ptx.f32())
+        share = ptx.float32(1 / thread.layout.width)
         if self.center:
-            of_thread = ptx.total([number for numbers in sums for number in numbers])
-            mean = arith.mulf(rows.row_sum(place, 0, of_thread, scratch_at), share)
+            of_thread = ptx.tree_sum([number for numbers in sums for number in numbers])
+            mean = arith.mulf(rows.row_sum(thread, 0, of_thread, mailbox), share)
             sums = [
-                [rows.where(four.present, arith.subf(number, mean)) for number in numbers]
+                [ptx.where(four.exists, arith.subf(number, mean)) for number in numbers]
                 for four, numbers in zip(fours, sums, strict=True)
             ]
-        squares = ptx.total([arith.mulf(number, number) for numbers in sums for number in numbers])
-        squares = rows.row_sum(place, 1, squares, ptx.add(scratch_at, 4 * _padded(place.spread)))
-        variance = arith.addf(arith.mulf(squares, share), ptx.const(self.epsilon, ptx.f32()))
+        squares = ptx.tree_sum([arith.mulf(number, number) for numbers in sums for number in numbers])
+        squares = rows.row_sum(thread, 1, squares, ptx.add(mailbox, 4 * _padded(thread.layout)))
+        variance = arith.addf(arith.mulf(squares, share), ptx.float32(self.epsilon))
         (factor,) = ptx.asm("rsqrt.approx.f32 $0, $1;", [ptx.f32()], [variance])
         return sums, factor
 
 
-def _load_indices(terms: Parts, refs: Mapping[str, Value], row: Value) -> list[tuple[Value, Value, Value | None]]:
+def _load_indices(terms: Parts, at: Mapping[str, Value], row: Value) -> list[tuple[Value, Value, Value | None]]:
     """Begins to load of each of a token's terms: its row, the bias's row, and the weight."""
     X = terms.num_terms
-    always = ptx.const(0)
 
     def load(name: str, x: int, missing: Value) -> Value:
-        if name not in refs:
+        if name not in at:
             return missing
-        at = ptx.offset(ptx.address(refs[name]), row, 4 * X)
-        return rows.load_one(at, jnp.float32 if name == "term_weights" else jnp.int32, always, shift=4 * x)
+        dtype = jnp.float32 if name == "term_weights" else jnp.int32
+        return rows.load_number(ptx.offset(at[name], row, 4 * X), dtype, ptx.always(), shift=4 * x)
 
     return [
-        (load("term_rows", x, row), load("term_bias_rows", x, always), load("term_weights", x, None)) for x in range(X)
+        (load("term_rows", x, row), load("term_bias_rows", x, ptx.const(0)), load("term_weights", x, None))
+        for x in range(X)
     ]
 
 
-def _marked(terms: Parts, of_parts: Value, of_bias: Value, weight: Value | None) -> tuple[Value, Value, Value | None]:
-    """The same, with a negative row where the term adds nothing."""
-    if terms.bias_EN is None or terms.bias_rows_TX is None:
-        return of_parts, of_bias, weight
-    left = arith.subi(ptx.const(terms.bias_EN.shape[0] - 1), of_bias)
-    missing = arith.shrsi(arith.ori(of_bias, left), ptx.const(31))  # all bits, where either is negative
-    return arith.ori(of_parts, missing), of_bias, weight
+@dataclasses.dataclass(frozen=True)
+class _Term:
+    """One of a token's terms."""
+
+    row: Value
+    bias_row: Value
+    weight: Value | None
+    exists: Condition  # whether it adds anything
+
+    @classmethod
+    def of(cls, terms: Parts, row: Value, bias_row: Value, weight: Value | None) -> "_Term":
+        """From what `_load_indices` has loaded."""
+        exists = ptx.less(-1, row)
+        if terms.bias_EN is not None and terms.bias_rows_TX is not None:
+            exists = ptx.both(exists, ptx.less(-1, bias_row), ptx.less(bias_row, terms.bias_EN.shape[0]))
+        return cls(row, bias_row, weight, exists)
 
 
-def _terms(
-    terms: Parts,
-    refs: Mapping[str, Value],
-    indices: list[tuple[Value, Value, Value | None]],
-    four: rows.Four,
-    flight: int,
-) -> list[Value]:
+def _total(terms: Parts, at: Mapping[str, Value], loaded: list[_Term], four: rows.Float4, flight: int) -> list[Value]:
     """Four numbers of `terms.total()`, of which `flight` loads are begun at a time."""
     S, R, _ = terms.parts_SRN.shape
 
-    def begin(x: int, piece: int) -> list[Value]:
-        """Loads a piece of a term: its bias, or one of its parts. 0 where the term adds nothing."""
-        of_parts, of_bias, _ = indices[x]
-        # Negative if either is.
-        present = arith.ori(four.present, of_parts)
+    def begin(term: _Term, piece: int) -> list[Value]:
+        """Loads a piece of a term: its bias, or one of its parts. 0 if the term adds nothing."""
+        condition = ptx.both(four.exists, term.exists)
         if piece < S:
-            at = four.at(refs["term_parts"], 4, ptx.add(of_parts, piece * R))
-            return rows.load_four(at, jnp.float32, present)
-        return rows.load_four(four.at(refs["term_bias"], dtype.itemsize, of_bias), dtype, present)
+            piece_at = four.at(at["term_parts"], 4, ptx.add(term.row, piece * R))
+            return rows.load_float4(piece_at, jnp.float32, condition)
+        return rows.load_float4(four.at(at["term_bias"], dtype.itemsize, term.bias_row), dtype, condition)
 
     dtype = jnp.dtype(jnp.float32) if terms.bias_EN is None else terms.bias_EN.dtype
     pieces = S if terms.bias_EN is None else S + 1
-    jobs = [(x, piece) for x in range(terms.num_terms) for piece in range(pieces)]
+    jobs = [(term, piece) for term in loaded for piece in range(pieces)]
     added: list[Value] = []
-    term: list[Value] = []
+    summed: list[Value] = []
     for start in range(0, len(jobs), flight):
         batch = jobs[start : start + flight]
         begun = [begin(*job) for job in batch]
-        rows.issue()
-        for (x, piece), loaded in zip(batch, begun, strict=True):
-            numbers = rows.four(loaded)
-            term = numbers if piece == 0 else [arith.addf(*pair) for pair in zip(term, numbers, strict=True)]
+        ptx.sync_warp()
+        for (term, piece), words in zip(batch, begun, strict=True):
+            numbers = rows.as_floats(words)
+            summed = numbers if piece == 0 else [arith.addf(*pair) for pair in zip(summed, numbers, strict=True)]
             if piece < pieces - 1:
                 continue
-            weight = indices[x][2]
-            if weight is not None:
+            if term.weight is not None:
                 # A term that adds nothing may have any weight, even NaN.
-                weight = rows.where(indices[x][0], weight)
-                term = [arith.mulf(number, weight) for number in term]
-            added = term if not added else [arith.addf(*pair) for pair in zip(added, term, strict=True)]
+                weight = ptx.where(term.exists, term.weight)
+                summed = [arith.mulf(number, weight) for number in summed]
+            added = summed if not added else [arith.addf(*pair) for pair in zip(added, summed, strict=True)]
     return added

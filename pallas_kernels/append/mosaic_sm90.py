@@ -22,8 +22,8 @@ _STORE = "{ .reg .b16 t; cvt.rn.bf16.f32 t, $1; st.global.b16 [$0], t; }"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """All that is known when a kernel is built."""
+class _AppendPlan:
+    """All that is known when the kernel is built."""
 
     rows: int  # B
     splits: int  # S of the parts
@@ -55,23 +55,24 @@ def append(
     B, K, S, H = k_BKSH.shape
     splits, _, columns = qkv.parts_SRN.shape
     N = columns // H - 2 * K
-    plan = _Plan(B, splits, N, K, S, H, has_bias=qkv.bias_EN is not None, rotates=rotation is not None)
+    plan = _AppendPlan(B, splits, N, K, S, H, has_bias=qkv.bias_EN is not None, rotates=rotation is not None)
     # What there is not is not read, but something must stand for it.
     bias = positions_B if qkv.bias_EN is None else qkv.bias_EN.astype(jnp.bfloat16)
     cos, sin = (positions_B, positions_B) if rotation is None else rotation
     k_ref, v_ref = jax.new_ref(k_BKSH), jax.new_ref(v_BKSH)
 
-    q_BNH = ptx.kernel(
+    operands = {"parts": qkv.parts_SRN, "bias": bias, "cos": cos, "sin": sin, "positions": positions_B}
+    results = ptx.launch(
         partial(append_to_cache, plan),
-        (qkv.parts_SRN, bias, cos, sin, positions_B, k_ref, v_ref),
-        jax.ShapeDtypeStruct((B, N, H), jnp.bfloat16),
+        operands | {"k": k_ref, "v": v_ref},
+        {"q": jax.ShapeDtypeStruct((B, N, H), jnp.bfloat16)},
         {"row": B, "part": -(-plan.heads * plan.half // THREADS)},
     )
-    return q_BNH, jax.freeze(k_ref), jax.freeze(v_ref)
+    return results["q"], jax.freeze(k_ref), jax.freeze(v_ref)
 
 
 def append_to_cache(
-    plan: _Plan,
+    plan: _AppendPlan,
     parts: Value,
     bias: Value,
     cos: Value,
@@ -87,13 +88,13 @@ def append_to_cache(
     number = ptx.add(ptx.mul(part, THREADS), ptx.thread())
 
     def pair() -> None:
-        head, i = (op(number, ptx.const(plan.half)) for op in (arith.divui, arith.remui))
+        head, i = ptx.divided(number, plan.half)
         column = ptx.add(ptx.mul(head, plan.width), i)
         (position,) = ptx.asm("ld.global.nc.b32 $0, [$1];", [ptx.i32()], [ptx.offset(positions, row, 4)])
         first, last = (_sum(plan, parts, bias, row, ptx.add(column, shift)) for shift in (0, plan.half))
         if plan.rotates:
             first, last = _rotate(plan, first, last, cos, sin, row, head, i)
-        is_query = arith.cmpi(arith.CmpIPredicate.slt, head, ptx.const(plan.queries))
+        is_query = ptx.less(head, plan.queries)
         ptx.when(is_query, lambda: _store(plan, first, last, i, q, ptx.add(ptx.mul(row, plan.queries), head)))
 
         def write() -> None:
@@ -108,15 +109,13 @@ def append_to_cache(
         is_written = arith.cmpi(arith.CmpIPredicate.sge, head, ptx.const(plan.queries))
         ptx.when(arith.andi(exists, is_written), write)
 
-    ptx.when(arith.cmpi(arith.CmpIPredicate.slt, number, ptx.const(plan.heads * plan.half)), pair)
+    ptx.when(ptx.less(number, plan.heads * plan.half), pair)
 
 
-def _sum(plan: _Plan, parts: Value, bias: Value, row: Value, column: Value) -> Value:
+def _sum(plan: _AppendPlan, parts: Value, bias: Value, row: Value, column: Value) -> Value:
     at = ptx.offset(parts, ptx.add(ptx.mul(row, plan.heads * plan.width), column), 4)
     stride = 4 * plan.rows * plan.heads * plan.width
-    terms = [
-        ptx.asm(_LOAD, [ptx.f32()], [arith.addi(at, ptx.const(stride * s, ptx.i64()))])[0] for s in range(plan.splits)
-    ]
+    terms = [ptx.asm(_LOAD, [ptx.f32()], [ptx.shifted(at, stride * s)])[0] for s in range(plan.splits)]
     if plan.has_bias:
         terms += ptx.asm(_LOAD_BF16, [ptx.f32()], [ptx.offset(bias, column, 2)])
     total = terms[0]
@@ -126,7 +125,7 @@ def _sum(plan: _Plan, parts: Value, bias: Value, row: Value, column: Value) -> V
 
 
 def _rotate(
-    plan: _Plan, first: Value, last: Value, cos: Value, sin: Value, row: Value, head: Value, i: Value
+    plan: _AppendPlan, first: Value, last: Value, cos: Value, sin: Value, row: Value, head: Value, i: Value
 ) -> tuple[Value, Value]:
     """Turned by their angle, except for values."""
     angle = ptx.add(ptx.mul(row, plan.half), i)
@@ -139,8 +138,8 @@ def _rotate(
     return arith.select(is_value, first, turned[0]), arith.select(is_value, last, turned[1])
 
 
-def _store(plan: _Plan, first: Value, last: Value, i: Value, array: Value, row: Value) -> None:
+def _store(plan: _AppendPlan, first: Value, last: Value, i: Value, array: Value, row: Value) -> None:
     """Puts the pair into a row of H numbers."""
     at = ptx.offset(ptx.offset(array, row, 2 * plan.width), i, 2)
     for value, shift in ((first, 0), (last, plan.half)):
-        ptx.asm(_STORE, [], [arith.addi(at, ptx.const(2 * shift, ptx.i64())), value])
+        ptx.asm(_STORE, [], [ptx.shifted(at, 2 * shift), value])

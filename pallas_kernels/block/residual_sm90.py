@@ -5,26 +5,26 @@ from collections.abc import Callable, Sequence
 
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import ptx, rows
-from pallas_kernels.block.memory_sm90 import fma, keep, load, load_pair, number, store, where
+from pallas_kernels import ptx
 from pallas_kernels.block.plan_sm90 import RESIDUAL_SLOT, THREADS
-from pallas_kernels.block.stream import STRIP
-from pallas_kernels.block.tiles_sm90 import Here, inbox_pair
+from pallas_kernels.block.products_sm90 import Thread, mailbox_pair
+from pallas_kernels.block.stream import PANEL
+from pallas_kernels.block.workspace_sm90 import load, store
 from pallas_kernels.ptx import Value
 
 
 class Norm:
     """The block's share of the rows' LayerNorm. All weights are begun to be loaded before they are needed."""
 
-    def __init__(self, here: Here, scale: Value, bias: Value):
-        plan = here.plan
-        self._here, self._pairs = here, STRIP // 2 * plan.share
+    def __init__(self, thread: Thread, scale: Value, bias: Value):
+        plan = thread.plan
+        self._thread, self._pairs = thread, PANEL // 2 * plan.share
         self._turns = []
         for start in range(0, plan.rows * self._pairs, THREADS):
-            each = ptx.add(here.place.thread, start)
-            row, pair = (op(each, ptx.const(self._pairs)) for op in (arith.divui, arith.remui))
+            each = ptx.add(thread.cluster.thread, start)
+            row, pair = ptx.divided(each, self._pairs)
             is_pair = ptx.less(each, plan.rows * self._pairs)
-            column = ptx.add(ptx.mul(here.rank, self._pairs), pair)
+            column = ptx.add(ptx.mul(thread.rank, self._pairs), pair)
             is_there = arith.andi(is_pair, ptx.less(column, plan.width // 2))  # what is beyond counts as 0
             weights = [load(ptx.offset(vector, column, 4), 1, is_there)[0] for vector in (scale, bias)]
             self._turns.append((is_pair, row, pair, column, is_there, weights))
@@ -35,74 +35,74 @@ class Norm:
         Returns:
           What writes the norm to `factor`. All threads meet, so that it can be read.
         """
-        here, plan = self._here, self._here.plan
-        row, is_row = here.own_row()
-        is_strip = ptx.less(here.place.lane, plan.strips)
-        strip_at = ptx.offset(moments, ptx.add(ptx.mul(row, plan.strips), here.place.lane), 8)
-        pieces = [(strip_at, arith.andi(is_row, is_strip), 2)]
+        thread, plan = self._thread, self._thread.plan
+        row, is_row = thread.own_row()
+        is_panel = ptx.less(thread.cluster.lane, plan.panels)
+        panel_at = ptx.offset(moments, ptx.add(ptx.mul(row, plan.panels), thread.cluster.lane), 8)
+        pieces = [(panel_at, arith.andi(is_row, is_panel), 2)]
         for _, x_row, _, column, is_there, _ in self._turns:
             pieces.append((ptx.offset(x, ptx.add(ptx.mul(x_row, plan.width // 2), column), 4), is_there, 1))
-        of_strip, *words = fetch(pieces)
+        of_panel, *words = fetch(pieces)
 
         def finish() -> None:
-            mean, squares = (arith.bitcast(ptx.f32(), each) for each in of_strip)
-            # Relative to the first strip's mean, so that both sums are made at once and nothing is cancelled.
+            mean, squares = (arith.bitcast(ptx.f32(), each) for each in of_panel)
+            # Relative to the first panel's mean, so that both sums are made at once and nothing is cancelled.
             first = ptx.first_lane(mean)
-            away = where(is_strip, arith.subf(mean, first), 0.0)
-            squares = ptx.warp_sum(fma(arith.mulf(away, away), number(STRIP), squares))
-            away = arith.mulf(ptx.warp_sum(away), number(1 / plan.strips))
-            squares = fma(arith.mulf(away, away), number(-plan.width), squares)
-            variance = fma(squares, number(1 / plan.width), number(plan.epsilon))
+            away = ptx.where(is_panel, arith.subf(mean, first))
+            squares = ptx.warp_sum(ptx.fma(arith.mulf(away, away), ptx.float32(PANEL), squares))
+            away = arith.mulf(ptx.warp_sum(away), ptx.float32(1 / plan.panels))
+            squares = ptx.fma(arith.mulf(away, away), ptx.float32(-plan.width), squares)
+            variance = ptx.fma(squares, ptx.float32(1 / plan.width), ptx.float32(plan.epsilon))
             (factor,) = ptx.asm("rsqrt.approx.f32 $0, $1;", [ptx.f32()], [variance])
             mean_of_all = arith.addf(first, away)
-            at = ptx.offset32(here.shared["statistics"], row, 8)
-            keep(at, [mean_of_all, factor], arith.andi(is_row, ptx.less(here.place.lane, 1)))
-            ptx.asm("bar.sync 0;", [], [])
+            at = ptx.shared_offset(thread.shared["statistics"], row, 8)
+            ptx.store(at, [mean_of_all, factor], ptx.both(is_row, ptx.less(thread.cluster.lane, 1)), space="shared")
+            ptx.sync_block()
             self._write([word for (word,) in words])
-            ptx.asm("bar.sync 0;", [], [])
+            ptx.sync_block()
 
         return finish
 
     def _write(self, words: Sequence[Value]) -> None:
-        here, plan = self._here, self._here.plan
+        thread, plan = self._thread, self._thread.plan
         for (is_pair, row, pair, _, _, weights), word in zip(self._turns, words, strict=True):
             row = arith.minsi(row, ptx.const(plan.rows - 1))
-            mean, factor = load_pair(ptx.offset32(here.shared["statistics"], row, 8))
+            mean, factor = ptx.load_shared_pair(ptx.shared_offset(thread.shared["statistics"], row, 8))
             normed = [
-                fma(arith.mulf(arith.subf(each, mean), factor), scale, bias)
+                ptx.fma(arith.mulf(arith.subf(each, mean), factor), scale, bias)
                 for each, scale, bias in zip(*map(ptx.halves, (word, *weights)), strict=True)
             ]
-            at = ptx.add(ptx.offset32(here.shared["factor"], row, plan.row_bytes(plan.share)), ptx.mul(pair, 4))
-            keep(at, [ptx.pack(*normed)], is_pair)
+            at = ptx.add(ptx.shared_offset(thread.shared["factor"], row, plan.row_bytes(plan.share)), ptx.mul(pair, 4))
+            ptx.store(at, [ptx.pack(*normed)], is_pair, space="shared")
 
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """What a warp of a cluster's first block has of its row: two columns a lane of the cluster's strip."""
+    """What a warp of a cluster's first block has of its row: two columns a lane of the cluster's panel."""
 
-    here: Here
+    thread: Thread
     is_row: Value
     word: Value
     place: Value  # number of the word in its array
-    moments: Value  # number of the strip's two moments in their array
+    moments: Value  # number of the panel's two moments in their array
 
     @classmethod
-    def of(cls, here: Here, x: Value) -> "Residual":
+    def of(cls, thread: Thread, x: Value) -> "Residual":
         """Begins to load it."""
-        plan = here.plan
-        row, is_row = here.own_row()
-        column = ptx.add(ptx.mul(here.strip, STRIP // 2), here.place.lane)  # of words
+        plan = thread.plan
+        row, is_row = thread.own_row()
+        column = ptx.add(ptx.mul(thread.panel, PANEL // 2), thread.cluster.lane)  # of words
         place = ptx.add(ptx.mul(row, plan.width // 2), column)
         (word,) = load(ptx.offset(x, place, 4), 1, is_row)
-        rows.issue()
-        return cls(here, is_row, word, place, ptx.add(ptx.mul(row, plan.strips), here.strip))
+        ptx.sync_warp()
+        return cls(thread, is_row, word, place, ptx.add(ptx.mul(row, plan.panels), thread.panel))
 
     def add(self, exchange: int, bias: Value, x: Value, moments: Value) -> None:
         """Adds a product's sums, and writes the result and its moments."""
-        here, lane = self.here, self.here.place.lane
-        row, _ = here.own_row()
-        here.place.receive(exchange)
-        sums = inbox_pair(here, RESIDUAL_SLOT, row, lane)
+        thread, lane = self.thread, self.thread.cluster.lane
+        row, _ = thread.own_row()
+        thread.cluster.receive(exchange)
+        sums = mailbox_pair(thread, RESIDUAL_SLOT, row, lane)
         added = [arith.addf(*pair) for pair in zip(sums, ptx.halves(bias), strict=True)]
         word = ptx.pack(*(arith.addf(*pair) for pair in zip(ptx.halves(self.word), added, strict=True)))
         store(ptx.offset(x, self.place, 4), word, self.is_row)
@@ -110,11 +110,11 @@ class Residual:
         # Relative to the first number, so that both sums are made at once and nothing is cancelled.
         first = ptx.first_lane(values[0])
         away = [arith.subf(each, first) for each in values]
-        squares = ptx.warp_sum(fma(away[0], away[0], arith.mulf(away[1], away[1])))
-        mean = arith.mulf(ptx.warp_sum(arith.addf(*away)), number(1 / STRIP))
-        squares = fma(arith.mulf(mean, mean), number(-STRIP), squares)
+        squares = ptx.warp_sum(ptx.fma(away[0], away[0], arith.mulf(away[1], away[1])))
+        mean = arith.mulf(ptx.warp_sum(arith.addf(*away)), ptx.float32(1 / PANEL))
+        squares = ptx.fma(arith.mulf(mean, mean), ptx.float32(-PANEL), squares)
         mean = arith.addf(first, mean)
         first_lane = arith.andi(self.is_row, ptx.less(lane, 1))
         at = ptx.offset(moments, self.moments, 8)
         for shift, each in ((0, mean), (4, squares)):
-            store(arith.addi(at, ptx.const(shift, ptx.i64())), each, first_lane)
+            store(ptx.shifted(at, shift), each, first_lane)

@@ -40,8 +40,8 @@ _PITCH = 2 * TILE + 16  # bytes from token to token where results are put in ord
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """All that is known when a kernel is built."""
+class _GroupedPlan:
+    """All that is known when the kernel is built."""
 
     tokens: int  # slots of a group
     tiles: int  # of an expert
@@ -59,8 +59,8 @@ class _Plan:
         return [*range(_TOKENS_STEP, self.tokens, _TOKENS_STEP), self.tokens]
 
 
-class _Here(NamedTuple):
-    """Where a warpgroup is."""
+class _Work(NamedTuple):
+    """What a warpgroup works on."""
 
     group: jax.Array
     block: jax.Array  # of the expert's rows
@@ -133,7 +133,7 @@ def product(
     """
     G, R = groups.rows_GR.shape
     E, tiles, steps = weight.words.shape[:3]
-    plan = _Plan(R, tiles, steps, activation)
+    plan = _GroupedPlan(R, tiles, steps, activation)
     words = weight.words.reshape(E, tiles, steps, 2, 256)
     if activation is None:
         bias_EN = groups.experts_G  # there must be something, and it is not read
@@ -165,7 +165,7 @@ def product(
 
 
 def moe_grouped(
-    plan: _Plan,
+    plan: _GroupedPlan,
     x_ref: Any,
     used_ref: Any,
     experts_ref: Any,
@@ -178,7 +178,7 @@ def moe_grouped(
     """One warpgroup of a block. The block of an empty group returns."""
     group, block, warpgroup = (lax.axis_index(name) for name in ("group", "block", "warpgroup"))
     used = used_ref[group]
-    here, shared = _Here(group, block, experts_ref[group], warpgroup), _Shared(**scratch)
+    work, shared = _Work(group, block, experts_ref[group], warpgroup), _Shared(**scratch)
 
     def for_size(body: Callable[[int], None]) -> None:
         """Calls it with the smallest size that the group's tokens fit into."""
@@ -188,33 +188,35 @@ def moe_grouped(
     @pl.when((used > 0) & (warpgroup == _WARPGROUPS))
     def _() -> None:
         plgpu.set_max_registers(_REGISTERS[1], action="decrease")
-        for_size(partial(_copy, plan, here, x_ref, words_ref, scales_ref, shared))
+        for_size(partial(_copy, plan, work, x_ref, words_ref, scales_ref, shared))
 
     @pl.when((used > 0) & (warpgroup < _WARPGROUPS))
     def _() -> None:
         plgpu.set_max_registers(_REGISTERS[0], action="increase")
-        for_size(partial(_multiply, plan, here, bias_ref, out_ref, shared))
+        for_size(partial(_multiply, plan, work, bias_ref, out_ref, shared))
 
 
-def _copy(plan: _Plan, here: _Here, x_ref: Any, words_ref: Any, scales_ref: Any, shared: _Shared, size: int) -> None:
+def _copy(
+    plan: _GroupedPlan, work: _Work, x_ref: Any, words_ref: Any, scales_ref: Any, shared: _Shared, size: int
+) -> None:
     """Brings the weights of all steps, and as many tokens, to shared memory."""
-    tokens, tiles = pl.ds(here.group * plan.tokens, size), pl.ds(here.block * TILES, TILES)  # beyond the last: 0
+    tokens, tiles = pl.ds(work.group * plan.tokens, size), pl.ds(work.block * TILES, TILES)  # beyond the last: 0
 
     def step(index: jax.Array, _: None) -> None:
         slot = lax.rem(index, jnp.int32(_STAGES))
         pl.when(index >= _STAGES)(lambda: plgpu.barrier_wait(shared.empty.at[slot]))
         full = shared.full.at[slot]
         plgpu.copy_gmem_to_smem(x_ref.at[tokens, pl.ds(index * TILE, TILE)], shared.x.at[slot, pl.ds(0, size)], full)
-        plgpu.copy_gmem_to_smem(words_ref.at[here.expert, tiles, index], shared.words.at[slot], full)
-        plgpu.copy_gmem_to_smem(scales_ref.at[here.expert, tiles, index], shared.scales.at[slot], full)
+        plgpu.copy_gmem_to_smem(words_ref.at[work.expert, tiles, index], shared.words.at[slot], full)
+        plgpu.copy_gmem_to_smem(scales_ref.at[work.expert, tiles, index], shared.scales.at[slot], full)
 
     lax.fori_loop(0, plan.steps, step, None)
 
 
-def _multiply(plan: _Plan, here: _Here, bias_ref: Any, out_ref: Any, shared: _Shared, size: int) -> None:
+def _multiply(plan: _GroupedPlan, work: _Work, bias_ref: Any, out_ref: Any, shared: _Shared, size: int) -> None:
     """Multiplies a warpgroup's tiles with as many tokens, and writes what comes of it."""
     own = TILES // _WARPGROUPS
-    first = here.block * TILES + here.warpgroup * own
+    first = work.block * TILES + work.warpgroup * own
 
     def products(*accs: Any) -> list[jax.Array]:
         def step(index: jax.Array, _: None) -> None:
@@ -222,7 +224,7 @@ def _multiply(plan: _Plan, here: _Here, bias_ref: Any, out_ref: Any, shared: _Sh
             plgpu.barrier_wait(shared.full.at[slot])
             x_KR = shared.x.at[slot, pl.ds(0, size)].transpose((1, 0))
             for i, acc in enumerate(accs):
-                tile = here.warpgroup * own + i
+                tile = work.warpgroup * own + i
                 plgpu.wgmma(acc, _unpacked(shared.words.at[slot, tile], shared.scales.at[slot, tile]), x_KR)
                 plgpu.wgmma_wait(1)  # so that one is always under way while the next tile is unpacked
                 if i == 0:  # all of the step before is done
@@ -234,8 +236,8 @@ def _multiply(plan: _Plan, here: _Here, bias_ref: Any, out_ref: Any, shared: _Sh
 
     sums = pl.run_scoped(products, *[plgpu.ACC((TILE, size), jnp.float32)] * own)
     write = _write_activation if plan.activation is not None else _write_sums
-    ordered = shared.ordered.at[here.warpgroup]
-    pl.when(first < plan.tiles)(lambda: write(plan, sums, bias_ref, out_ref, ordered, here.group, here.expert, first))
+    ordered = shared.ordered.at[work.warpgroup]
+    pl.when(first < plan.tiles)(lambda: write(plan, sums, bias_ref, out_ref, ordered, work.group, work.expert, first))
 
 
 def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
@@ -244,9 +246,9 @@ def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=returned)
     def inline(_: object, words: Value, scales: Value) -> Any:
-        at = ptx.offset32(ptx.shared_address(words), ptx.thread(), 16)
+        at = ptx.shared_offset(ptx.shared_address(words), ptx.thread(), 16)
         four = ptx.asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", [ptx.i32()] * 4, [at], volatile=True)
-        at = ptx.offset32(ptx.shared_address(scales), arith.shrui(ptx.thread(), ptx.const(1)), 2)
+        at = ptx.shared_offset(ptx.shared_address(scales), arith.shrui(ptx.thread(), ptx.const(1)), 2)
         (codes,) = ptx.asm("ld.shared.u16 $0, [$1];", [ptx.i32()], [at], volatile=True)
         planes = mosaic_sm90.decoded(four, codes)
         pair = ir.VectorType.get((2,), ir.BF16Type.get())
@@ -264,7 +266,7 @@ def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
 def _numbers(sums: Any) -> list[tuple[int, Value, Value]]:
     """Of a thread's sums of a tile: the token, less 2·q, and the even and the odd row's sum."""
     registers = sums.registers
-    missing = ptx.const(mosaic_sm90.MISSING, ptx.f32())
+    missing = ptx.float32(mosaic_sm90.MISSING)
 
     def number(column: int, half: int, token: int) -> Value:
         (register,) = registers[0, column, ..., half, :, :, :, :].flat
@@ -289,7 +291,7 @@ def _inline(sums: list[jax.Array], refs: list[Any], indices: list[jax.Array], wr
 
 
 def _write_sums(
-    plan: _Plan,
+    plan: _GroupedPlan,
     sums: list[jax.Array],
     bias_ref: Any,
     out_ref: Any,
@@ -302,15 +304,15 @@ def _write_sums(
     del bias_ref, ordered_smem, expert
 
     def write(arrays: Any, out: Value, group: Value, first: Value) -> None:
-        warp, g, q = ptx.lane()
+        warp, g, q = ptx.fragment_lane()
         for i, array in enumerate(arrays):
             tile = ptx.add(first, i)
             row = ptx.add(ptx.mul(tile, TILE), ptx.mul(warp, 16), ptx.mul(g, 2))
             place = ptx.add(ptx.mul(group, plan.tokens), ptx.mul(q, 2))
-            at = ptx.offset(ptx.offset(ptx.address(out), place, 4 * TILE * plan.tiles), row, 4)
+            at = ptx.offset(ptx.offset(ptx.global_address(out), place, 4 * TILE * plan.tiles), row, 4)
             exists = ptx.less(tile, plan.tiles)
             for token, even, odd in _numbers(array):
-                to = arith.addi(at, ptx.const(4 * TILE * plan.tiles * token, ptx.i64()))
+                to = ptx.shifted(at, 4 * TILE * plan.tiles * token)
                 text = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.v2.f32 [$0], {$1, $2}; }"
                 ptx.asm(text, [], [to, even, odd, exists])
 
@@ -318,7 +320,7 @@ def _write_sums(
 
 
 def _write_activation(
-    plan: _Plan,
+    plan: _GroupedPlan,
     sums: list[jax.Array],
     bias_ref: Any,
     out_ref: Any,
@@ -334,9 +336,9 @@ def _write_activation(
 
     def write(arrays: Any, bias: Value, out: Value, ordered: Value, group: Value, expert: Value, first: Value) -> None:
         ordered = ptx.shared_address(ordered)
-        warp, g, q = ptx.lane()
+        warp, g, q = ptx.fragment_lane()
         row = ptx.add(ptx.mul(first, TILE), ptx.mul(warp, 16), ptx.mul(g, 2))
-        bias_at = ptx.offset(ptx.offset(ptx.address(bias), expert, 2 * TILE * plan.tiles), row, 2)
+        bias_at = ptx.offset(ptx.offset(ptx.global_address(bias), expert, 2 * TILE * plan.tiles), row, 2)
         for i, array in enumerate(arrays):
             (pair,) = ptx.asm(f"ld.global.b32 $0, [$1+{2 * TILE * i}];", [ptx.i32()], [bias_at], volatile=True)
             biases = ptx.halves(pair)
@@ -356,7 +358,7 @@ def _write_activation(
         piece, own = arith.andi(ptx.thread(), ptx.const(7)), arith.shrui(ptx.thread(), ptx.const(3))
         width = TILE * plan.tiles  # bytes of a token's units
         place = ptx.add(ptx.mul(group, plan.tokens), own)
-        to = ptx.offset(ptx.offset(ptx.address(out), place, width), ptx.add(ptx.mul(first, 4), piece), 16)
+        to = ptx.offset(ptx.offset(ptx.global_address(out), place, width), ptx.add(ptx.mul(first, 4), piece), 16)
         at = ptx.add(ordered, ptx.mul(own, _PITCH), ptx.mul(piece, 16))
         for begin in range(0, arrays[0].shape[1], 16):
             four = f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{_PITCH * begin}];"

@@ -46,8 +46,8 @@ _STORE_PAIR = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.v2.f32 [$0], {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """All that is known when a kernel is built."""
+class _ExpertsPlan:
+    """All that is known when the kernel is built."""
 
     num_experts: int  # E: the group of one that there is not is empty
     num_groups: int  # G
@@ -148,7 +148,7 @@ def product(
     G, R = groups.rows_GR.shape
     num_tiles, steps = weight.words.shape[1:3]
     splits = math.gcd(splits, steps)
-    plan = _Plan(
+    plan = _ExpertsPlan(
         num_experts=weight.shape[0],
         num_groups=G,
         slots=R,
@@ -166,18 +166,21 @@ def product(
     else:
         out = jax.ShapeDtypeStruct((G, R, N // 2), jnp.bfloat16)
 
-    result: jax.Array = ptx.kernel(
+    operands = {"x": x_PK, "rows": groups.rows_GR, "experts": groups.experts_G}
+    operands |= {"words": weight.words, "scales": weight.scales, "bias": bias}
+    results = ptx.launch(
         partial(moe_product, plan, activation),
-        (x_PK, groups.rows_GR, groups.experts_G, weight.words, weight.scales, bias),
-        out,
+        operands,
+        {"out": out},
         {"tile": num_tiles, "group": G, "share": -(-R // (plan.eights * EIGHT)), "split": splits},
     )
-    return result
+    return results["out"]
 
 
 def moe_product(
-    plan: _Plan,
+    plan: _ExpertsPlan,
     activation: SwiGLU | None,
+    *,
     x: Value,
     rows: Value,
     experts: Value,
@@ -206,12 +209,12 @@ def moe_product(
     ptx.when(arith.andi(exists, arith.cmpi(arith.CmpIPredicate.sge, begins, ptx.const(0))), compute)
 
 
-def _place(plan: _Plan, group: Value, slot: Value) -> Value:
+def _place(plan: _ExpertsPlan, group: Value, slot: Value) -> Value:
     return ptx.add(ptx.mul(group, plan.slots), slot)
 
 
 def _sums(
-    plan: _Plan,
+    plan: _ExpertsPlan,
     x: Value,
     rows: Value,
     words: Value,
@@ -223,7 +226,7 @@ def _sums(
     split: Value,
 ) -> list[Value]:
     """Four sums for each eight tokens: the thread's even and odd row times two tokens, in the order of `ptx.mma`."""
-    _, g, q = ptx.lane()
+    _, g, q = ptx.fragment_lane()
     start = ptx.mul(split, plan.steps)
     x_at, tokens = [], []
     for eight in range(plan.eights):
@@ -251,16 +254,15 @@ def _sums(
     def compute(turn: Value, acc: list[Value], loaded: list[Value]) -> list[Value]:
         from_ = [ptx.offset(at, ptx.mul(turn, plan.unroll), 2 * TILE) for at in x_at]
         for i in range(plan.unroll):
-            step = ptx.const(2 * TILE * i, ptx.i64())
             xs = [
-                ptx.asm(_LOAD_X, [ptx.i32()] * 8, [arith.addi(at, step), token])
+                ptx.asm(_LOAD_X, [ptx.i32()] * 8, [ptx.shifted(at, 2 * TILE * i), token])
                 for at, token in zip(from_, tokens, strict=True)
             ]
             acc = _multiply(acc, loaded[5 * i : 5 * i + 4], loaded[5 * i + 4], xs)
         return acc
 
-    zeros = [ptx.const(0.0, ptx.f32())] * (4 * plan.eights)
-    return ptx.stream(plan.steps // plan.unroll, zeros, load, compute)
+    zeros = [ptx.float32(0.0)] * (4 * plan.eights)
+    return ptx.prefetched_loop(plan.steps // plan.unroll, zeros, load, compute)
 
 
 def _multiply(acc: list[Value], words: list[Value], scales: Value, xs: list[list[Value]]) -> list[Value]:
@@ -284,14 +286,14 @@ def decoded(words: list[Value], scales: Value) -> list[list[Value]]:
 
 def _even_row(tile: Value) -> Value:
     """The number of the thread's even row among its expert's."""
-    warp, g, _ = ptx.lane()
+    warp, g, _ = ptx.fragment_lane()
     return ptx.add(ptx.mul(tile, TILE), ptx.mul(warp, 16), ptx.mul(g, 2))
 
 
-def _tokens(plan: _Plan, acc: list[Value], first: Value) -> list[tuple[Value, Value, Value]]:
+def _tokens(plan: _ExpertsPlan, acc: list[Value], first: Value) -> list[tuple[Value, Value, Value]]:
     """Slot, even row's sum and odd row's sum, of each token that the thread has sums of."""
-    scaled = [arith.mulf(value, ptx.const(MISSING, ptx.f32())) for value in acc]
-    twice_q = ptx.mul(ptx.lane()[2], 2)
+    scaled = [arith.mulf(value, ptx.float32(MISSING)) for value in acc]
+    twice_q = ptx.mul(ptx.fragment_lane()[2], 2)
     return [
         (ptx.add(first, twice_q, EIGHT * eight + column), scaled[4 * eight + column], scaled[4 * eight + 2 + column])
         for eight in range(plan.eights)
@@ -300,7 +302,7 @@ def _tokens(plan: _Plan, acc: list[Value], first: Value) -> list[tuple[Value, Va
 
 
 def _write_parts(
-    plan: _Plan, acc: list[Value], out: Value, tile: Value, group: Value, first: Value, split: Value
+    plan: _ExpertsPlan, acc: list[Value], out: Value, tile: Value, group: Value, first: Value, split: Value
 ) -> None:
     for slot, even, odd in _tokens(plan, acc, first):
         place = ptx.add(ptx.mul(split, plan.num_groups * plan.slots), _place(plan, group, slot))
@@ -309,7 +311,7 @@ def _write_parts(
 
 
 def _write_activation(
-    plan: _Plan,
+    plan: _ExpertsPlan,
     activation: SwiGLU,
     acc: list[Value],
     bias: Value,
@@ -330,10 +332,8 @@ def _write_activation(
 
 def activated(activation: SwiGLU, gate: Value, up: Value) -> Value:
     """min(gate, limit) · sigmoid(alpha · gate) · (clip(up) + 1)."""
-    limit, below, one = (ptx.const(value, ptx.f32()) for value in (activation.limit, -activation.limit, 1.0))
+    limit, below, one = (ptx.float32(value) for value in (activation.limit, -activation.limit, 1.0))
     gate, up = arith.minimumf(gate, limit), arith.maximumf(arith.minimumf(up, limit), below)
-    exponent = ptx.const(-activation.alpha * math.log2(math.e), ptx.f32())
+    exponent = ptx.float32(-activation.alpha * math.log2(math.e))
     (power,) = ptx.asm("ex2.approx.f32 $0, $1;", [ptx.f32()], [arith.mulf(gate, exponent)])
-    fraction = [arith.mulf(gate, arith.addf(up, one)), arith.addf(power, one)]
-    (value,) = ptx.asm("div.full.f32 $0, $1, $2;", [ptx.f32()], fraction)  # good to 2 ulp, and has no slow path
-    return value
+    return ptx.divide(arith.mulf(gate, arith.addf(up, one)), arith.addf(power, one))

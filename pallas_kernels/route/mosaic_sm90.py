@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import ptx, rows
+from pallas_kernels import ptx
 from pallas_kernels.add_norm import mosaic_sm90 as add_norm
 from pallas_kernels.parts import Parts
-from pallas_kernels.ptx import Value
+from pallas_kernels.ptx import Value, rows
 
 MOST_EXPERTS = 128
-_OCTET = 8  # experts whose weights are read at a time
+_VECTOR = 8  # experts whose weights are read at a time, by a load of 16 bytes
 _FLIGHT = 12  # loads of 16 bytes that a thread has begun at a time
 _WANTED = 8  # loads of a thread, if there are threads enough
 
@@ -54,21 +54,21 @@ def supports(
     )
 
 
-def spread_of(num_rows: int, width: int, experts: int) -> rows.Spread:
-    """As `Spread.of`, with threads enough for the router's weights."""
-    blocks = rows.Spread.of(num_rows, width).blocks
-    return rows.Spread.of(num_rows, width, threads=-(-width * experts // (_OCTET * blocks * _WANTED)))
+def layout_of(num_rows: int, width: int, experts: int) -> rows.RowLayout:
+    """As `RowLayout.of`, with threads enough for the router's weights."""
+    blocks = rows.RowLayout.of(num_rows, width).blocks
+    return rows.RowLayout.of(num_rows, width, threads=-(-width * experts // (_VECTOR * blocks * _WANTED)))
 
 
-def scratch(spread: rows.Spread, experts: int) -> dict[str, Any]:
+def shared(layout: rows.RowLayout, experts: int) -> dict[str, Any]:
     """Shared memory for `Router.choose`: the block's part of x, its warps' logits, and in block 0 those of blocks."""
-    sizes = {"x_part": 4 * spread.per, "parts": spread.warps * experts, "logits": sent(spread, experts)}
-    return {name: rows.shared(size) for name, size in sizes.items()}
+    sizes = {"x_part": 4 * layout.per, "parts": layout.warps * experts, "logits": sent(layout, experts)}
+    return {name: rows.shared_floats(size) for name, size in sizes.items()}
 
 
-def sent(spread: rows.Spread, experts: int) -> int:
-    """Numbers that block 0 gets."""
-    return spread.blocks * experts
+def sent(layout: rows.RowLayout, experts: int) -> int:
+    """Numbers that block 0 receives."""
+    return layout.blocks * experts
 
 
 def results(num_rows: int, top: int) -> dict[str, Any]:
@@ -91,57 +91,57 @@ class Loaded(NamedTuple):
 class Router:
     """What a thread does to choose a row's experts, in steps between which it can do other things."""
 
-    refs: Mapping[str, Value]  # "router", "router_bias", "positions", and those of `results` and `scratch`
+    at: Mapping[str, Value]  # addresses of "router", "router_bias", "positions", and those of `results` and `shared`
     row: Value
-    place: rows.Place
+    thread: rows.RowThread
     experts: int  # E
     top: int
     exchange: int  # number of that by which block 0 gets the logits
 
     @property
-    def octets(self) -> int:
+    def vectors(self) -> int:
         """Threads that read a row of the router together."""
-        return self.experts // _OCTET
+        return self.experts // _VECTOR
 
     @property
     def at_once(self) -> int:
         """Rows of the router that a block reads at a time."""
-        return self.place.spread.threads // self.octets
+        return self.thread.layout.threads // self.vectors
 
     @property
     def steps(self) -> int:
         """Rows of the router that a thread reads."""
-        return -(-4 * self.place.spread.per // self.at_once)
+        return -(-4 * self.thread.layout.per // self.at_once)
 
     @property
-    def _octet(self) -> Value:
-        return arith.andi(self.place.thread, ptx.const(self.octets - 1))
+    def _vector(self) -> Value:
+        return arith.andi(self.thread.thread, ptx.const(self.vectors - 1))
 
     @property
     def _row(self) -> Value:
         """The first of the block's numbers that the thread multiplies."""
-        return arith.shrui(self.place.thread, ptx.const(self.octets.bit_length() - 1))
+        return arith.shrui(self.thread.thread, ptx.const(self.vectors.bit_length() - 1))
 
     def begin(self, bias_dtype: jax.typing.DTypeLike) -> Loaded:
         """Begins to load what waits for nothing."""
         size = jnp.dtype(bias_dtype).itemsize
         biases = [
-            rows.load_one(
-                ptx.offset(ptx.address(self.refs["router_bias"]), expert, size),
+            rows.load_number(
+                ptx.offset(self.at["router_bias"], expert, size),
                 bias_dtype,
-                arith.subi(ptx.const(self.experts - 1), expert),
+                ptx.less(expert, self.experts),
             )
             for expert in self._experts()
         ]
-        position_at = ptx.offset(ptx.address(self.refs["positions"]), self.row, 4)
-        return Loaded(self._load(0), biases, rows.load_one(position_at, jnp.int32, ptx.const(0)))
+        position_at = ptx.offset(self.at["positions"], self.row, 4)
+        return Loaded(self._load(0), biases, rows.load_number(position_at, jnp.int32, ptx.always()))
 
-    def keep(self, numbers: Iterable[tuple[rows.Four, list[Value]]]) -> Value:
+    def keep(self, numbers: Iterable[tuple[rows.Float4, list[Value]]]) -> Value:
         """Writes the thread's part of x to shared memory, four bfloat16 numbers at a time: `choose`'s x."""
-        x = ptx.shared_address(self.refs["x_part"])
+        x = self.at["x_part"]
         for four, words in numbers:
-            rows.keep_four(four.inside(x), rows.four(words), four.present)
-        ptx.asm("bar.sync 0;", [], [])
+            ptx.store(four.inside(x), rows.as_floats(words), four.exists, space="shared")
+        ptx.sync_block()
         return x
 
     def choose(self, loaded: Loaded, x: Value) -> None:
@@ -151,34 +151,33 @@ class Router:
           loaded: what `begin` has begun to load.
           x: address of the block's part of x in shared memory, which must be there for all its threads.
         """
-        parts, logits = (ptx.shared_address(self.refs[name]) for name in ("parts", "logits"))
+        parts, logits = self.at["parts"], self.at["logits"]
         self._multiply(loaded.weights, x, parts)
         self._gather(parts, logits)
-        if self.place.spread.blocks == 1:
-            self.place.receive(self.exchange)
+        if self.thread.layout.blocks == 1:
+            self.thread.receive(self.exchange)
         # Block 0's first warp goes on alone.
-        before = arith.ori(self.place.block, self.place.warp)
+        before = arith.ori(self.thread.rank, self.thread.warp)
 
         def finish() -> None:
-            if self.place.spread.blocks > 1:
-                self.place.receive(self.exchange)
+            if self.thread.layout.blocks > 1:
+                self.thread.receive(self.exchange)
             experts, weights = self._choose(logits, loaded.biases)
             padding = arith.shrsi(loaded.position, ptx.const(31))  # all bits, or none
             experts = [arith.ori(expert, padding) for expert in experts]
-            first = ptx.less(self.place.lane, 1)
-            for name, values, letter in (("experts", experts, "b32"), ("weights", weights, "f32")):
-                at = ptx.offset(ptx.address(self.refs[name]), self.row, 4 * self.top)
+            first = ptx.less(self.thread.lane, 1)
+            for name, values in (("experts", experts), ("weights", weights)):
+                at = ptx.offset(self.at[name], self.row, 4 * self.top)
                 for i, value in enumerate(values):
-                    text = f"{{ .reg .pred p; setp.ne.s32 p, $2, 0; @p st.global.{letter} [$0+{4 * i}], $1; }}"
-                    ptx.asm(text, [], [at, value, first])
+                    ptx.store(ptx.shifted(at, 4 * i), [value], first)
 
         ptx.when(arith.cmpi(arith.CmpIPredicate.eq, before, ptx.const(0)), finish)
 
     def _load(self, start: int) -> list[list[Value]]:
         """Begins to load the weights of steps `start` and following; 0 where the block has no row."""
-        at = ptx.offset(ptx.address(self.refs["router"]), ptx.add(self.place.first, self._row), 2 * self.experts)
-        at = ptx.offset(at, self._octet, 2 * _OCTET)
-        left = arith.subi(self.place.count, self._row)
+        at = ptx.offset(self.at["router"], ptx.add(self.thread.first, self._row), 2 * self.experts)
+        at = ptx.offset(at, self._vector, 2 * _VECTOR)
+        left = arith.subi(self.thread.count, self._row)
         return [
             ptx.asm(
                 f"{{ .reg .pred p; setp.gt.s32 p, $5, {self.at_once * step};"
@@ -193,13 +192,13 @@ class Router:
         ]
 
     def _experts(self) -> list[Value]:
-        return [ptx.add(self.place.lane, i) for i in range(0, self.experts, 32)]
+        return [ptx.add(self.thread.lane, i) for i in range(0, self.experts, 32)]
 
     def _multiply(self, loaded: list[list[Value]], x: Value, parts: Value) -> None:
         """The products, summed over each warp's threads."""
-        acc = [ptx.const(0.0, ptx.f32())] * _OCTET
-        x_at = ptx.offset32(x, self._row, 4)
-        left = arith.subi(self.place.count, self._row)
+        acc = [ptx.float32(0.0)] * _VECTOR
+        x_at = ptx.shared_offset(x, self._row, 4)
+        left = arith.subi(self.thread.count, self._row)
         for start in range(0, self.steps, _FLIGHT):
             for i, words in enumerate(loaded if start == 0 else self._load(start)):
                 row = self.at_once * (start + i)
@@ -210,35 +209,26 @@ class Router:
                     volatile=True,
                 )
                 weights = [weight for word in words for weight in ptx.halves(word)]
-                acc = [
-                    ptx.asm("fma.rn.f32 $0, $1, $2, $3;", [ptx.f32()], [number, weight, one])[0]
-                    for weight, one in zip(weights, acc, strict=True)
-                ]
-        acc = [ptx.warp_sum(one, self.octets) for one in acc]
-        at = ptx.offset32(parts, self.place.warp, 4 * self.experts)
-        at = ptx.offset32(at, self._octet, 4 * _OCTET)
-        present = arith.subi(ptx.const(self.octets - 1), self.place.lane)
+                acc = [ptx.fma(number, weight, one) for weight, one in zip(weights, acc, strict=True)]
+        acc = [ptx.warp_sum(one, self.vectors) for one in acc]
+        at = ptx.shared_offset(parts, self.thread.warp, 4 * self.experts)
+        at = ptx.shared_offset(at, self._vector, 4 * _VECTOR)
+        condition = ptx.less(self.thread.lane, self.vectors)
         for i in (0, 4):
-            rows.keep_four(ptx.add(at, 4 * i), acc[i : i + 4], present)
+            ptx.store(ptx.add(at, 4 * i), acc[i : i + 4], condition, space="shared")
 
     def _gather(self, parts: Value, logits: Value) -> None:
         """The warps' sums, each expert's by the thread of its number, added and sent to block 0."""
-        spread, thread = self.place.spread, self.place.thread
-        ptx.asm("bar.sync 0;", [], [])
+        layout, thread = self.thread.layout, self.thread.thread
+        ptx.sync_block()
         inside = ptx.less(thread, self.experts)
-        at = ptx.offset32(parts, thread, 4)
+        at = ptx.shared_offset(parts, thread, 4)
         sums = [
-            ptx.asm(
-                "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0;"
-                f"@p ld.shared.f32 $0, [$1+{4 * self.experts * warp}]; }}",
-                [ptx.f32()],
-                [at, inside],
-                volatile=True,
-            )[0]
-            for warp in range(spread.warps)
+            ptx.load(at, [ptx.f32()], inside, space="shared", shift=4 * self.experts * warp)[0]
+            for warp in range(layout.warps)
         ]
-        mine = ptx.offset32(ptx.offset32(logits, self.place.block, 4 * self.experts), thread, 4)
-        self.place.send(self.exchange, ptx.const(0), mine, ptx.total(sums), inside)
+        mine = ptx.shared_offset(ptx.shared_offset(logits, self.thread.rank, 4 * self.experts), thread, 4)
+        self.thread.send(self.exchange, ptx.const(0), mine, ptx.tree_sum(sums), inside)
 
     def _choose(self, logits: Value, biases: list[Value]) -> tuple[list[Value], list[Value]]:
         experts = self._experts()
@@ -246,21 +236,21 @@ class Router:
         for expert, bias in zip(experts, biases, strict=True):
             inside = ptx.less(expert, self.experts)
             parts = [
-                ptx.asm(
-                    "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0;"
-                    f"@p ld.shared.f32 $0, [$1+{4 * self.experts * block}]; }}",
+                ptx.load(
+                    ptx.shared_offset(logits, expert, 4),
                     [ptx.f32()],
-                    [ptx.offset32(logits, expert, 4), inside],
-                    volatile=True,
+                    inside,
+                    space="shared",
+                    shift=4 * self.experts * block,
                 )[0]
-                for block in range(self.place.spread.blocks)
+                for block in range(self.thread.layout.blocks)
             ]
-            word = ptx.pack(arith.addf(ptx.total(parts), bias), ptx.const(0.0, ptx.f32()))
+            word = ptx.pack(arith.addf(ptx.tree_sum(parts), bias), ptx.float32(0.0))
             # Numbers in the order of integers: all bits of a negative one are turned, of another the sign.
             sign = arith.shrui(word, ptx.const(15))
             order = arith.xori(word, ptx.add(ptx.mul(sign, 0x7FFF), 0x8000))
             key = ptx.add(ptx.mul(order, 0x10000), arith.subi(ptx.const(0xFFFF), expert))
-            keys.append(ptx.mul(key, inside))
+            keys.append(arith.select(inside, key, ptx.const(0)))
 
         chosen, numbers = [], []
         for _ in range(self.top):
@@ -276,10 +266,10 @@ class Router:
             chosen.append(ptx.halves(word)[0])
         powers = []
         for logit in chosen:
-            exponent = arith.mulf(arith.subf(logit, chosen[0]), ptx.const(1.4426950408889634, ptx.f32()))
+            exponent = arith.mulf(arith.subf(logit, chosen[0]), ptx.float32(1.4426950408889634))
             powers += ptx.asm("ex2.approx.f32 $0, $1;", [ptx.f32()], [exponent])
-        total = ptx.total(powers)
-        return numbers, [ptx.asm("div.full.f32 $0, $1, $2;", [ptx.f32()], [power, total])[0] for power in powers]
+        total = ptx.tree_sum(powers)
+        return numbers, [ptx.divide(power, total) for power in powers]
 
 
 @partial(jax.jit, static_argnames=("epsilon", "center", "top"))
@@ -299,26 +289,26 @@ def norm_route(
     """See `api.norm_route`. The operands must be such as `supports` says."""
     T, D = x_TD.shape
     E = router_DE.shape[1]
-    spread = spread_of(T, D, E)
+    layout = layout_of(T, D, E)
     norm = add_norm.Norm(terms, add_norm.operands(x_TD, terms, scale_D, bias_D), epsilon, center)
-    counts = [*add_norm.counts(spread), sent(spread, E)]
+    counts = [*add_norm.counts(layout), sent(layout, E)]
 
-    def run(refs: Mapping[str, Value], row: Value) -> None:
-        place = rows.Place.here(spread, refs["meetings"])
-        place.prepare(counts)
-        router = Router(refs, row, place, E, top, exchange=add_norm.EXCHANGES)
+    def norm_route(*, row: Value, **at: Value) -> None:
+        thread = rows.RowThread.of(layout, at["mbarriers"])
+        thread.prepare(counts)
+        router = Router(at, row, thread, E, top, exchange=add_norm.EXCHANGES)
         # First, for no kernel before has read them: they come from farther away than what the norm waits for.
         loaded = router.begin(router_bias_E.dtype)
-        normed = norm.run(place, refs, row, loaded=len(loaded.weights))
+        normed = norm.run(thread, at, row, loaded=len(loaded.weights))
         router.choose(loaded, router.keep(normed))
 
-    out = rows.kernel(
-        "norm_route",
-        run,
-        spread,
-        T,
+    out = ptx.launch(
+        norm_route,
         norm.operands | {"router": router_DE, "router_bias": router_bias_E, "positions": positions_T},
         add_norm.results(x_TD, terms) | results(T, top),
-        rows.scratch(len(counts)) | add_norm.scratch(spread) | scratch(spread, E),
+        {"row": T},
+        rows.exchange_memory(len(counts)) | add_norm.shared(layout) | shared(layout, E),
+        cluster=layout.blocks,
+        warpgroups=layout.threads // 128,
     )
     return out.get("sum", x_TD), out["normed"], out["experts"], out["weights"]

@@ -1,8 +1,8 @@
 """Attention of one query token a row over a cache: Pallas Mosaic GPU, for Hopper. RECORD.md beside tells how.
 
-A warp streams its chunks of places of one key/value head from memory to registers (`warp_sm90`), and nobody waits for
+A warp streams its tiles of places of one key/value head from memory to registers (`warp_sm90`), and nobody waits for
 anybody until the end, when the warps of a block, and the blocks of a cluster, put together what they have
-(`combine_sm90`).
+(`gather_sm90`).
 """
 
 from functools import partial
@@ -14,16 +14,15 @@ from jax.experimental.pallas import mosaic_gpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
-from pallas_kernels.attention.decode import combine_sm90, split, warp_sm90
-from pallas_kernels.attention.decode.combine_sm90 import QUERIES, Block
-from pallas_kernels.attention.decode.warp_sm90 import WARPS, Plan
+from pallas_kernels.attention.decode import combine_sm90, gather_sm90, split, warp_sm90
+from pallas_kernels.attention.decode.gather_sm90 import QUERIES, Block
+from pallas_kernels.attention.decode.warp_sm90 import WARPS, DecodePlan
 from pallas_kernels.ptx import Value
 
 plgpu: Any = mosaic_gpu  # whose interface was another in JAX 0.10, where this module can be imported only
 WIDTHS = 64  # head widths are multiples of this
-_MOST_BLOCKS = 8  # of a cluster, wherever it runs
-_CHUNKS = {64: 32}  # places of a chunk by width, by default; RECORD.md has others
-_CHUNK = 16
+_WARP_TILES = {64: 32}  # places that a warp computes at a time, by width; RECORD.md has others
+_WARP_TILE = 16
 _MULTIPROCESSORS = 132  # of an H200: in clusters, more blocks only wait for each other
 _IN_CLUSTER = 4096  # places that a cluster shares by default, so that there is nothing to combine after it
 
@@ -38,7 +37,7 @@ def decode(
     scale: float,
     splits: int | None = None,
     blocks: int | None = None,
-    chunk: int | None = None,
+    warp_tile: int | None = None,
 ) -> jax.Array:
     """Softmax attention of each row's one query over the first `counts` places of its cache, in any order.
 
@@ -54,7 +53,7 @@ def decode(
       scale: what scores are multiplied with.
       splits: clusters that share a row's cache; by default from B, K and S.
       blocks: of a cluster: 1, 2, 4 or 8; by default from B, K and S.
-      chunk: places that a warp computes at a time, a multiple of 16; by default from H.
+      warp_tile: places that a warp computes at a time, a multiple of 16; by default from H.
 
     Returns:
       [B, N, H] bfloat16; 0 for a row whose count is 0.
@@ -73,13 +72,13 @@ def decode(
         raise ValueError(f"mosaic decode attention takes head widths that are multiples of {WIDTHS}, found {H}")
     if N % K:
         raise ValueError(f"{N} query heads cannot share {K} key/value heads: not a multiple")
-    chunk = _CHUNKS.get(H, _CHUNK) if chunk is None else chunk
-    if chunk % 16:
-        raise ValueError(f"a chunk is a multiple of 16 places, found {chunk}")
+    warp_tile = _WARP_TILES.get(H, _WARP_TILE) if warp_tile is None else warp_tile
+    if warp_tile % 16:
+        raise ValueError(f"a warp's tile is a multiple of 16 places, found {warp_tile}")
     if blocks not in (None, 1, 2, 4, 8):
         raise ValueError(f"a cluster has 1, 2, 4 or 8 blocks, found {blocks}")
     if splits is None or blocks is None:
-        default_splits, default_blocks = _deal(B * K, S, WARPS * chunk)
+        default_splits, default_blocks = _deal(B * K, S, WARPS * warp_tile)
         splits = default_splits if splits is None else splits
         blocks = default_blocks if blocks is None else blocks
     return _decode(
@@ -88,14 +87,14 @@ def decode(
         v_BKSH,
         counts_B,
         sinks_N,
-        plan=Plan(
+        plan=DecodePlan(
             keys=K,
             group=N // K,
             width=H,
             places=S,
             splits=splits,
             blocks=blocks,
-            chunk=chunk,
+            warp_tile=warp_tile,
             scale=scale,
             sinks=None if sinks_N is None else sinks_N.dtype.name,
         ),
@@ -109,10 +108,10 @@ def _deal(rows: int, places: int, tile: int) -> tuple[int, int]:
     them, it changes no bit.
     """
     wanted = split.choose(rows, places, tile)
-    if wanted > _MOST_BLOCKS and places > _IN_CLUSTER:
+    if wanted > ptx.MOST_BLOCKS and places > _IN_CLUSTER:
         return wanted, 1
     room, needed = max(1, _MULTIPROCESSORS // rows), -(-places // tile)
-    return 1, min(_MOST_BLOCKS, 1 << (room.bit_length() - 1), 1 << (needed - 1).bit_length())
+    return 1, min(ptx.MOST_BLOCKS, 1 << (room.bit_length() - 1), 1 << (needed - 1).bit_length())
 
 
 @partial(jax.jit, static_argnames="plan")
@@ -123,51 +122,36 @@ def _decode(
     counts_B: jax.Array,
     sinks_N: jax.Array | None,
     *,
-    plan: Plan,
+    plan: DecodePlan,
 ) -> jax.Array:
     B, N, H = q_BNH.shape
     K, G, J = plan.keys, plan.group, plan.splits
-    f32 = jnp.float32
-    operands = q_BNH, k_BKSH, v_BKSH, counts_B, counts_B if sinks_N is None else sinks_N
-    grid = {"row": B, "head": K, "queries": -(-G // QUERIES), "part": J}
-
-    def decode_attention(*refs: Any) -> None:
-        indices = [jax.lax.axis_index(name) for name in grid]
-        scalars = [plgpu.Layout.WG_SPLAT(())] * len(indices)
-
-        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * len(refs), *scalars))
-        def inline(_: object, *args: Any) -> tuple[()]:
-            addresses = [*map(ptx.address, args[:7]), *map(ptx.shared_address, args[7:10])]
-            numbers = (index.registers.item() for index in args[10:])
-            _block(plan, *addresses, **dict(zip(grid, numbers, strict=True)))
-            return ()
-
-        inline(*refs, *indices)
-
-    cluster: dict[str, Any] = {"cluster": (plan.blocks,), "cluster_names": ("block",)} if plan.blocks > 1 else {}
-    kernel = plgpu.kernel(
-        decode_attention,
-        out_type=(
-            jax.ShapeDtypeStruct((B, K, J, G, H), q_BNH.dtype if J == 1 else f32),
-            jax.ShapeDtypeStruct((B, K, J, G), f32),
-        ),
-        scratch_types=[
-            plgpu.SMEM((WARPS * plan.warp_bytes // 4,), f32),
-            plgpu.SMEM((6 * plan.fours if plan.blocks > 1 else 4,), f32),
-            plgpu.SMEM((4,), f32),
-        ],
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        **cluster,
+    operands = {"q": q_BNH, "k": k_BKSH, "v": v_BKSH, "counts": counts_B}
+    operands["sinks"] = counts_B if sinks_N is None else sinks_N  # without sinks something must be there, unread
+    results = ptx.launch(
+        partial(decode_attention, plan),
+        operands,
+        {
+            "out": jax.ShapeDtypeStruct((B, K, J, G, H), q_BNH.dtype if J == 1 else jnp.float32),
+            "lse": jax.ShapeDtypeStruct((B, K, J, G), jnp.float32),
+        },
+        {"row": B, "head": K, "queries": -(-G // QUERIES), "part": J},
+        {
+            "memory": plgpu.SMEM((WARPS * plan.warp_bytes // 4,), jnp.float32),
+            "mailbox": plgpu.SMEM((6 * plan.float4s if plan.blocks > 1 else 4,), jnp.float32),
+            "mbarrier": plgpu.SMEM((4,), jnp.float32),
+        },
+        cluster=plan.blocks,
     )
-    out_BKJGH, lse_BKJG = kernel(*operands)
+    out_BKJGH, lse_BKJG = results["out"], results["lse"]
     if J == 1:
         return out_BKJGH.reshape(B, N, H)
     return combine_sm90.combine(out_BKJGH, lse_BKJG, counts_B, sinks_N, tile=plan.tile)
 
 
-def _block(
-    plan: Plan,
+def decode_attention(
+    plan: DecodePlan,
+    *,
     q: Value,
     k: Value,
     v: Value,
@@ -176,9 +160,8 @@ def _block(
     out: Value,
     lse: Value,
     memory: Value,
-    received: Value,
-    meeting: Value,
-    *,
+    mailbox: Value,
+    mbarrier: Value,
     row: Value,
     head: Value,
     queries: Value,
@@ -188,16 +171,16 @@ def _block(
 
     All first loads are begun before anything waits: where there is one split, not even for the count.
     """
-    block = Block(row, head, ptx.mul(queries, QUERIES), part, combine_sm90.number(plan))
-    at = warp_sm90.Place(block, arith.shrui(ptx.thread(), ptx.const(5)), arith.andi(ptx.thread(), ptx.const(31)))
+    block = Block(row, head, ptx.mul(queries, QUERIES), part, ptx.cluster_rank(plan.blocks))
+    at = warp_sm90.Thread(block, arith.shrui(ptx.thread(), ptx.const(5)), arith.andi(ptx.thread(), ptx.const(31)))
     k_at, v_at = (ptx.offset(cache, block.pair(plan), plan.places * plan.row) for cache in (k, v))
-    stream = warp_sm90.Stream(plan, k_at, v_at, at, warp_sm90.run(plan, counts, at))
+    stream = warp_sm90.CacheStream(plan, k_at, v_at, at, warp_sm90.run(plan, counts, at))
     a = warp_sm90.load_queries(plan, q, at)
     keys, values = stream.keys(0), stream.values(0)
-    fours = combine_sm90.fours(plan, sinks, block)
-    combine_sm90.meet(plan, meeting)  # while what has been loaded comes
-    ptx.asm("bar.warp.sync 0xffffffff;", [], [])  # so that ptxas does not put off these loads
+    fours = gather_sm90.float4s(plan, sinks, block)
+    gather_sm90.prepare(plan, mbarrier)  # while what has been loaded comes
+    ptx.sync_warp()  # so that ptxas does not put off these loads
     softmax = warp_sm90.attend(stream, a, keys, values)
-    combine_sm90.keep(plan, ptx.offset32(memory, at.warp, plan.warp_bytes), at.lane, *softmax)
-    for four, each in zip(fours, combine_sm90.gather(plan, memory, received, meeting, block, fours), strict=True):
-        combine_sm90.write(plan, out, lse, block, four, *each)
+    gather_sm90.keep(plan, ptx.shared_offset(memory, at.warp, plan.warp_bytes), at.lane, *softmax)
+    for four, each in zip(fours, gather_sm90.gather(plan, memory, mailbox, mbarrier, block, fours), strict=True):
+        gather_sm90.write(plan, out, lse, block, four, *each)

@@ -1,6 +1,6 @@
-"""What a warp of decode attention does with its chunks of places: streams, multiplies and weighs them. For Hopper.
+"""What a warp of decode attention does with its tiles of places: streams, multiplies and weighs them. For Hopper.
 
-Each thread loads from memory to registers just what it will itself use: 16 bytes a load, all of a chunk's loads one
+Each thread loads from memory to registers just what it will itself use: 16 bytes a load, all of a tile's loads one
 after the other, each as soon as the registers that it goes to have been used. So a warp waits for nobody.
 
 In the products on the tensor cores (`ptx.mma`) the queries are the rows. That a sum may run in any order, if only both
@@ -12,14 +12,12 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from itertools import chain
-from typing import Any
 
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, scf
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
 from pallas_kernels.attention.decode import split
-from pallas_kernels.attention.decode.combine_sm90 import EIGHT, THREADS, Block, Result, over_quad, power
+from pallas_kernels.attention.decode.gather_sm90 import EIGHT, THREADS, Block, SoftmaxPlan
 from pallas_kernels.ptx import Value
 
 WARPS = THREADS // 32
@@ -32,11 +30,11 @@ Words = list[list[Value]]  # of 16 bytes each
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(Result):
-    """All that is known when a kernel is built."""
+class DecodePlan(SoftmaxPlan):
+    """All that is known when the kernel is built."""
 
     places: int  # S
-    chunk: int  # places that a warp computes at a time, a multiple of 16
+    warp_tile: int  # places that a warp computes at a time, a multiple of 16
     scale: float
 
     @property
@@ -47,17 +45,17 @@ class Plan(Result):
     @property
     def tile(self) -> int:
         """Places that a block computes at a time: splits get whole numbers of these."""
-        return self.chunk * WARPS
+        return self.warp_tile * WARPS
 
     @property
     def stride(self) -> int:
-        """From one of a warp's chunks to its next, in places."""
+        """From one of a warp's tiles to its next, in places."""
         return self.tile * self.blocks
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a thread is."""
+class Thread:
+    """A thread's place."""
 
     block: Block
     warp: Value  # in the block
@@ -76,27 +74,27 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A warp's places: a chunk each `plan.stride`, from `first` on, before `end`."""
+    """A warp's places: a tile each `plan.stride`, from `first` on, before `end`."""
 
     first: Value
     end: Value
 
-    def left(self, plan: Plan, turn: Value | int) -> Value:
-        """Places from the first of a turn's chunk to the end; may be negative."""
+    def left(self, plan: DecodePlan, turn: Value | int) -> Value:
+        """Places from the first of a turn's tile to the end; may be negative."""
         return arith.subi(arith.subi(self.end, self.first), ptx.mul(turn, plan.stride))
 
-    def turns(self, plan: Plan) -> Value:
-        """Chunks, and at least 1, for the first is loaded before it is known whether there is one."""
+    def turns(self, plan: DecodePlan) -> Value:
+        """Tiles, and at least 1, for the first is loaded before it is known whether there is one."""
         left = arith.maxsi(self.left(plan, 0), ptx.const(1))
         return arith.divui(ptx.add(left, plan.stride - 1), ptx.const(plan.stride))
 
 
-def run(plan: Plan, counts: Value, at: Place) -> Run:
+def run(plan: DecodePlan, counts: Value, at: Thread) -> Run:
     """Of the split's places (see `split.run`), those of the thread's warp."""
     (count,) = ptx.asm(_LOAD, [ptx.i32()], [ptx.offset(counts, at.block.row, 4)], volatile=True)
     count = arith.maxsi(arith.minsi(count, ptx.const(plan.places)), ptx.const(0))
-    chunk = ptx.add(ptx.mul(at.block.number, WARPS), at.warp)
-    first = ptx.mul(chunk, plan.chunk)
+    tile = ptx.add(ptx.mul(at.block.rank, WARPS), at.warp)
+    first = ptx.mul(tile, plan.warp_tile)
     if plan.splits == 1:  # then `first` does not wait for the count
         return Run(first, count)
     tiles = arith.divui(ptx.add(count, plan.tile - 1), ptx.const(plan.tile))
@@ -105,7 +103,7 @@ def run(plan: Plan, counts: Value, at: Place) -> Run:
     return Run(ptx.add(start, first), arith.minsi(ptx.add(start, length), count))
 
 
-def load_queries(plan: Plan, q: Value, at: Place) -> list[list[Value]]:
+def load_queries(plan: DecodePlan, q: Value, at: Thread) -> list[list[Value]]:
     """Of each 16 columns of a product with keys, the queries' numbers as `ptx.mma` has its first factor.
 
     Rows that there are not may be any: their results are not used.
@@ -129,23 +127,23 @@ def _load(text: str, address: Value, place: int) -> list[Value]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream:
-    """The thread's loads of its warp's chunks. What lies beyond the count is loaded too, but nothing beyond S."""
+class CacheStream:
+    """The thread's loads of its warp's tiles. What lies beyond the count is loaded too, but nothing beyond S."""
 
-    plan: Plan
+    plan: DecodePlan
     k: Value  # address of the row's and head's keys
     v: Value
-    at: Place
+    at: Thread
     run: Run
 
     def keys(self, turn: Value | int) -> Words:
         """Of place g of each eight, 16 bytes of each 64: from 16·q on."""
-        rows = self._rows(ptx.offset(self.k, self.at.q, 16), turn, self.at.g, range(0, self.plan.chunk, EIGHT))
+        rows = self._rows(ptx.offset(self.k, self.at.q, 16), turn, self.at.g, range(0, self.plan.warp_tile, EIGHT))
         return [_load(_STREAM_FOUR, row, begin + 64 * i) for row, begin in rows for i in range(self.plan.width // 32)]
 
     def values(self, turn: Value | int) -> Words:
         """Of places 2·q, 2·q + 1, 2·q + 8 and 2·q + 9 of each 16, for each 128 bytes in turn: from 16·g on."""
-        places = [first + i for first in range(0, self.plan.chunk, 2 * EIGHT) for i in (0, 1, 8, 9)]
+        places = [first + i for first in range(0, self.plan.warp_tile, 2 * EIGHT) for i in (0, 1, 8, 9)]
         rows = self._rows(ptx.offset(self.v, self.at.g, 16), turn, ptx.mul(self.at.q, 2), places)
         return [
             _load(_STREAM_FOUR, row, begin + 128 * j)
@@ -155,10 +153,10 @@ class Stream:
         ]
 
     def _rows(self, cache: Value, turn: Value | int, mine: Value, places: Iterable[int]) -> list[tuple[Value, int]]:
-        """Where the thread reads: addresses, and bytes to add to them. The places count from the chunk's `mine`."""
+        """Where the thread reads: addresses, and bytes to add to them. The places count from the tile's `mine`."""
         plan, first = self.plan, ptx.add(self.run.first, ptx.mul(turn, self.plan.stride))
-        if plan.places % plan.chunk == 0:  # then all of a chunk is within S, or nothing
-            first = arith.minsi(first, ptx.const(plan.places - plan.chunk))
+        if plan.places % plan.warp_tile == 0:  # then all of a tile is within S, or nothing
+            first = arith.minsi(first, ptx.const(plan.places - plan.warp_tile))
             row = ptx.offset(cache, ptx.add(first, mine), plan.row)
             return [(row, plan.row * place) for place in places]
         last = ptx.const(plan.places - 1)
@@ -166,7 +164,7 @@ class Stream:
 
 
 def attend(
-    stream: Stream, a: list[list[Value]], keys: Words, values: Words
+    stream: CacheStream, a: list[list[Value]], keys: Words, values: Words
 ) -> tuple[list[Value], list[Value], list[Value]]:
     """The warp's softmax: for each query of the thread's the maximum and the thread's part of the sum; sums of values.
 
@@ -177,7 +175,7 @@ def attend(
       keys, values: of the stream's first turn.
     """
     plan, eights = stream.plan, stream.plan.eights
-    zero, least = ptx.const(0.0, ptx.f32()), ptx.const(split.FLOOR, ptx.f32())
+    zero, least = ptx.float32(0.0), ptx.float32(split.FLOOR)
     state = [least] * eights + [zero] * (eights + plan.width // 2)
     sizes = len(keys), len(values)
 
@@ -190,25 +188,21 @@ def attend(
         return weights, [*maxima, *totals], sums
 
     turns = stream.run.turns(plan)
-    operations: Any = scf  # whose annotations are of classes that it replaces
-    loop = operations.ForOp(ptx.const(1), turns, ptx.const(1), [*chain(*keys, *values), *state])
-    with ir.InsertionPoint(loop.body):
-        following = loop.induction_variable
-        keys, values, state = _apart(list(loop.inner_iter_args), *sizes)
+
+    def step(following: Value, carry: list[Value]) -> list[Value]:
+        keys, values, state = _apart(carry, *sizes)
         scores = _scores(plan, a, keys)
         keys = stream.keys(following)
         weights, softmax, sums = weigh(scores, state)
         sums = _multiply(plan, sums, weights, values)
         values = stream.values(following)
-        scf.yield_([*chain(*keys, *values), *softmax, *sums])
+        return [*chain(*keys, *values), *softmax, *sums]
 
-    # Only a warp's last chunk may be there in part, or not at all.
-    keys, values, state = _apart(list(loop.results), *sizes)
+    carry = ptx.loop(turns, [*chain(*keys, *values), *state], step, start=1)
+    # Only a warp's last tile may be there in part, or not at all.
+    keys, values, state = _apart(carry, *sizes)
     left = arith.subi(stream.run.left(plan, arith.subi(turns, ptx.const(1))), ptx.mul(stream.at.q, 2))
-    seen = [
-        [arith.cmpi(arith.CmpIPredicate.slt, ptx.const(place + i), left) for i in (0, 1)]
-        for place in range(0, plan.chunk, EIGHT)
-    ]
+    seen = [[ptx.less(place + i, left) for i in (0, 1)] for place in range(0, plan.warp_tile, EIGHT)]
     weights, softmax, sums = weigh(_seen_scores(_scores(plan, a, keys), seen), state)
     sums = _multiply(plan, sums, weights, _seen_values(plan, values, seen))
     return softmax[:eights], softmax[eights:], sums
@@ -219,13 +213,13 @@ def _apart(carry: list[Value], keys: int, values: int) -> tuple[Words, Words, li
     return words[:keys], words[keys:], carry[4 * (keys + values) :]
 
 
-def _scores(plan: Plan, a: list[list[Value]], keys: Words) -> Words:
+def _scores(plan: DecodePlan, a: list[list[Value]], keys: Words) -> Words:
     """Queries times each eight places' keys, in powers of two: for each half of the queries the thread's two places."""
-    zero = ptx.const(0.0, ptx.f32())
-    scale = ptx.const(plan.scale * split.LOG2_E, ptx.f32())
+    zero = ptx.float32(0.0)
+    scale = ptx.float32(plan.scale * split.LOG2_E)
     per = plan.width // 32
     scores = []
-    for number in range(plan.chunk // EIGHT):
+    for number in range(plan.warp_tile // EIGHT):
         acc = [zero] * 4
         for i, words in enumerate(keys[per * number : per * (number + 1)]):
             for half in (0, 1):
@@ -236,14 +230,14 @@ def _scores(plan: Plan, a: list[list[Value]], keys: Words) -> Words:
 
 def _seen_scores(scores: Words, seen: Words) -> Words:
     """Scores, and -infinity where `seen`, of the thread's two of each eight places, does not hold."""
-    least = ptx.const(-math.inf, ptx.f32())
+    least = ptx.float32(-math.inf)
     return [
         [arith.select(ok[i % 2], score, least) for i, score in enumerate(each)]
         for each, ok in zip(scores, seen, strict=True)
     ]
 
 
-def _seen_values(plan: Plan, values: Words, seen: Words) -> Words:
+def _seen_values(plan: DecodePlan, values: Words, seen: Words) -> Words:
     """Values, and 0 where `seen` does not hold: weights are 0 there, but what lies there may be NaN."""
     zero = ptx.const(0)
     across = plan.width // 64
@@ -266,19 +260,19 @@ def _softmax(
         largest = [arith.maximumf(*pair) for pair in mine]
         while len(largest) > 1:
             largest = [*largest[2:], arith.maximumf(*largest[:2])]
-        new = arith.maximumf(maximum, over_quad(arith.maximumf, largest[0]))
-        rescale = power(arith.subf(maximum, new))
-        powers = [[power(arith.subf(score, new)) for score in pair] for pair in mine]
+        new = arith.maximumf(maximum, ptx.quad_reduce(arith.maximumf, largest[0]))
+        rescale = ptx.exp2(arith.subf(maximum, new))
+        powers = [[ptx.exp2(arith.subf(score, new)) for score in pair] for pair in mine]
         for weight, pair in zip(weights, powers, strict=True):
             weight += pair
         rescales.append(rescale)
         new_maxima.append(new)
-        sums = ptx.total([power for pair in powers for power in pair])
+        sums = ptx.tree_sum([each for pair in powers for each in pair])
         new_totals.append(arith.addf(arith.mulf(total, rescale), sums))
     return weights, rescales, new_maxima, new_totals
 
 
-def _multiply(plan: Plan, sums: list[Value], weights: Words, values: Words) -> list[Value]:
+def _multiply(plan: DecodePlan, sums: list[Value], weights: Words, values: Words) -> list[Value]:
     """Adds weights times values.
 
     Of the thread's four rows of each 16 places, the numbers of adjacent rows are paired. Column g of product i of 64
@@ -287,7 +281,7 @@ def _multiply(plan: Plan, sums: list[Value], weights: Words, values: Words) -> l
     sums = list(sums)
     zero = ptx.const(0)
     across = plan.width // 64
-    for sixteen in range(plan.chunk // 16):
+    for sixteen in range(plan.warp_tile // 16):
         packed = [
             [ptx.pack(*pair[2 * half : 2 * half + 2]) if half < plan.eights else zero for half in (0, 1)]
             for pair in weights[2 * sixteen : 2 * sixteen + 2]

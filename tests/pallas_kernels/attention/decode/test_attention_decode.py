@@ -228,7 +228,7 @@ def test_what_the_kernels_refuse():
     with pytest.raises(ValueError, match="found 100"):
         triton.decode(*operands, scale=1.0, tile=100)
     with pytest.raises(ValueError, match="multiple of 16 places, found 100"):
-        mosaic_sm90.decode(*operands, scale=1.0, chunk=100)
+        mosaic_sm90.decode(*operands, scale=1.0, warp_tile=100)
     with pytest.raises(ValueError, match="2, 4 or 8 blocks, found 3"):
         mosaic_sm90.decode(*operands, scale=1.0, blocks=3)
     with pytest.raises(ValueError, match="sinks of bfloat16 or float32, found float16"):

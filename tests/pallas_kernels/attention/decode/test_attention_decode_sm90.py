@@ -43,9 +43,9 @@ CASES = {
     "one query a group": Case(B=2, N=25, K=25, S=300, H=64, settings={"splits": 1, "blocks": 4}),
     "sixteen queries a group": Case(B=2, N=32, K=2, S=130, H=64, settings={"splits": 1, "blocks": 2}),
     "more queries than a block has room for": Case(B=2, N=40, K=2, S=130, H=64, settings={"splits": 2, "blocks": 2}),
-    "short chunks": Case(B=2, N=8, K=1, S=1000, H=64, settings={"splits": 1, "blocks": 2, "chunk": 16}),
-    "chunks of three sixteens": Case(B=2, N=8, K=1, S=1000, H=64, settings={"splits": 2, "chunk": 48}),
-    "long chunks": Case(B=2, N=8, K=1, S=1000, H=64, settings={"splits": 1, "blocks": 1, "chunk": 64}),
+    "short tiles": Case(B=2, N=8, K=1, S=1000, H=64, settings={"splits": 1, "blocks": 2, "warp_tile": 16}),
+    "tiles of three sixteens": Case(B=2, N=8, K=1, S=1000, H=64, settings={"splits": 2, "warp_tile": 48}),
+    "long tiles": Case(B=2, N=8, K=1, S=1000, H=64, settings={"splits": 1, "blocks": 1, "warp_tile": 64}),
     "three times the width": Case(B=2, N=5, K=1, S=200, H=192, settings={"splits": 1, "blocks": 4}),
     "less places than a warp's": Case(B=2, N=22, K=2, S=13, H=64, settings={}),
     "gpt-oss": Case(B=1, N=64, K=8, S=32768, H=64, settings={}),
@@ -125,7 +125,7 @@ def test_agrees_with_the_oracle(name, sinks):
 @pytest.mark.parametrize(
     "count", [1, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 160, 255, 256, 257, 1023, 1024, 1025, 1199]
 )
-def test_every_edge_of_a_chunk(count, blocks):
+def test_every_edge_of_a_tile(count, blocks):
     operands = _operands(Case(B=1, N=8, K=1, S=1200, H=64, settings={}), [count])
     _check(mosaic_sm90.decode(*operands, scale=0.125, splits=1, blocks=blocks), operands, 0.125)
 
