@@ -225,10 +225,11 @@ class _Term:
     @classmethod
     def of(cls, terms: Parts, row: Value, bias_row: Value, weight: Value | None) -> "_Term":
         """From what `_load_indices` has loaded."""
-        exists = ptx.less(-1, row)
         if terms.bias_EN is not None and terms.bias_rows_TX is not None:
-            exists = ptx.both(exists, ptx.less(-1, bias_row), ptx.less(bias_row, terms.bias_EN.shape[0]))
-        return cls(row, bias_row, weight, exists)
+            left = arith.subi(ptx.const(terms.bias_EN.shape[0] - 1), bias_row)
+            # One register for both: all bits of it are set if the bias has no such row.
+            row = arith.ori(row, arith.shrsi(arith.ori(bias_row, left), ptx.const(31)))
+        return cls(row, bias_row, weight, ptx.NotNegative(row))
 
 
 def _total(terms: Parts, at: Mapping[str, Value], loaded: list[_Term], four: rows.Float4, flight: int) -> list[Value]:

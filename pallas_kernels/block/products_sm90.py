@@ -20,7 +20,7 @@ from pallas_kernels import ptx
 from pallas_kernels.block.plan_sm90 import SLOTS, SUMS_BYTES, THREADS, TILE_BYTES, TILE_ROWS, TOGETHER, WARPS, BlockPlan
 from pallas_kernels.block.stream import PANEL
 from pallas_kernels.block.workspace_sm90 import await_all, store
-from pallas_kernels.ptx import Condition, Value
+from pallas_kernels.ptx import Value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Thread:
         first = ptx.mul(self.rank, share * TILE_ROWS)
         return [ptx.add(first, tile * TILE_ROWS) for tile in range(share)]
 
-    def own_row(self) -> tuple[Value, Condition]:
+    def own_row(self) -> tuple[Value, Value]:
         """The row that the thread's warp has, and whether there is such a row."""
         warp = self.cluster.warp
         return arith.minsi(warp, ptx.const(self.plan.rows - 1)), ptx.less(warp, self.plan.rows)

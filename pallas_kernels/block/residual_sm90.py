@@ -25,9 +25,9 @@ class Norm:
             row, pair = ptx.divided(each, self._pairs)
             is_pair = ptx.less(each, plan.rows * self._pairs)
             column = ptx.add(ptx.mul(thread.rank, self._pairs), pair)
-            is_there = arith.andi(is_pair, ptx.less(column, plan.width // 2))  # what is beyond counts as 0
-            weights = [load(ptx.offset(vector, column, 4), 1, is_there)[0] for vector in (scale, bias)]
-            self._turns.append((is_pair, row, pair, column, is_there, weights))
+            is_read = ptx.both(is_pair, ptx.less(column, plan.width // 2))  # what is beyond counts as 0
+            weights = [load(ptx.offset(vector, column, 4), 1, is_read)[0] for vector in (scale, bias)]
+            self._turns.append((is_pair, row, pair, column, is_read, weights))
 
     def read(self, x: Value, moments: Value, fetch: Callable[..., list[list[Value]]]) -> Callable[[], None]:
         """Reads rows and their moments, at these addresses, by `load_all` or `await_all`.
@@ -39,9 +39,9 @@ class Norm:
         row, is_row = thread.own_row()
         is_panel = ptx.less(thread.cluster.lane, plan.panels)
         panel_at = ptx.offset(moments, ptx.add(ptx.mul(row, plan.panels), thread.cluster.lane), 8)
-        pieces = [(panel_at, arith.andi(is_row, is_panel), 2)]
-        for _, x_row, _, column, is_there, _ in self._turns:
-            pieces.append((ptx.offset(x, ptx.add(ptx.mul(x_row, plan.width // 2), column), 4), is_there, 1))
+        pieces = [(panel_at, ptx.both(is_row, is_panel), 2)]
+        for _, x_row, _, column, is_read, _ in self._turns:
+            pieces.append((ptx.offset(x, ptx.add(ptx.mul(x_row, plan.width // 2), column), 4), is_read, 1))
         of_panel, *words = fetch(pieces)
 
         def finish() -> None:
@@ -114,7 +114,7 @@ class Residual:
         mean = arith.mulf(ptx.warp_sum(arith.addf(*away)), ptx.float32(1 / PANEL))
         squares = ptx.fma(arith.mulf(mean, mean), ptx.float32(-PANEL), squares)
         mean = arith.addf(first, mean)
-        first_lane = arith.andi(self.is_row, ptx.less(lane, 1))
+        first_lane = ptx.both(self.is_row, ptx.less(lane, 1))
         at = ptx.offset(moments, self.moments, 8)
         for shift, each in ((0, mean), (4, squares)):
             store(ptx.shifted(at, shift), each, first_lane)

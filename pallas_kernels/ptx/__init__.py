@@ -1,7 +1,8 @@
 """CUDA's words for kernels that are written as one thread's work, inside `plgpu.inline_mgpu`.
 
-One convention throughout: a condition is an i1, as MLIR's comparisons give it. What it governs (a load, a store, a
-copy, a branch) happens in the threads in which it holds; a load gives 0 elsewhere. Inlined PTX gets it as 1 or 0.
+One convention throughout: a condition is an i1, as MLIR's comparisons give it, or the sign of a number
+(`NotNegative`). What it governs (a load, a store, a copy, a branch) happens in the threads in which it holds; a load
+gives 0 elsewhere. Absence is never encoded in a value.
 """
 
 from pallas_kernels.ptx.barriers import MBarriers, TileCopies, bulk_copy, expect_bytes, sync_block
@@ -20,6 +21,7 @@ from pallas_kernels.ptx.memory import (
 )
 from pallas_kernels.ptx.values import (
     Condition,
+    NotNegative,
     Value,
     add,
     always,
@@ -57,6 +59,7 @@ __all__ = [
     "ClusterThread",
     "Condition",
     "MBarriers",
+    "NotNegative",
     "TileCopies",
     "Value",
     "add",

@@ -6,14 +6,14 @@ from typing import Any
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import scf
 
-from pallas_kernels.ptx.values import Condition, Value, add, as_value, const
+from pallas_kernels.ptx.values import Condition, Value, add, as_i1, as_value, const
 
 _operations: Any = scf  # whose annotations are of classes that it replaces
 
 
 def when(condition: Condition, body: Callable[[], None]) -> None:
     """Does what `body` inlines if the condition holds."""
-    branch = _operations.IfOp(condition)
+    branch = _operations.IfOp(as_i1(condition))
     with ir.InsertionPoint(branch.then_block):
         body()
         scf.yield_([])

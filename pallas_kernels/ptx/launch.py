@@ -17,7 +17,7 @@ def launch(
     shared: Mapping[str, Any] | None = None,
     *,
     cluster: int = 1,
-    warpgroups: int = 1,
+    warpgroups: int | None = None,
     needs_refs: bool = False,
 ) -> dict[str, jax.Array]:
     """Runs a kernel that is written as what one of its threads does.
@@ -31,7 +31,7 @@ def launch(
       grid: sizes. The blocks of a cluster share their indices.
       shared: what to allocate in shared memory.
       cluster: blocks of a cluster.
-      warpgroups: of a block.
+      warpgroups: of a block; None for a single one. (Given a number, even 1, Mosaic begins with a barrier.)
       needs_refs: `thread` is also given `context`, Mosaic's, and `refs`, the arrays by name: what `TileCopies` takes.
 
     Returns:
@@ -59,7 +59,7 @@ def launch(
 
     body.__name__ = getattr(thread, "func", thread).__name__.strip("_")
     more: dict[str, Any] = {"cluster": (cluster,), "cluster_names": ("block",)} if cluster > 1 else {}
-    more |= {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}
+    more |= {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups is not None else {}
     launched = plgpu.kernel(
         body,
         out_type=tuple(results.values()),

@@ -6,7 +6,7 @@ from typing import Any
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.ptx.values import Condition, Value, as_value, asm, const, f32, i32, i64
+from pallas_kernels.ptx.values import Condition, Value, as_predicate, as_value, asm, const, f32, i32, i64
 
 
 def global_address(ref: Value) -> Value:
@@ -48,19 +48,22 @@ def load(
     outputs = [f"${i}" for i in range(count)]
     zeros = "".join(f"mov.b32 {each}, 0;" for each in outputs)
     source = f"${count}+{shift}" if shift else f"${count}"
+    comparison, register = as_predicate(condition)
     text = (
-        f"{{ .reg .pred p; setp.ne.s32 p, ${count + 1}, 0; {zeros} "
+        f"{{ .reg .pred p; setp.{comparison}.s32 p, ${count + 1}, 0; {zeros} "
         f"@p ld.{space}{_vector(count)}.b32 {_list(outputs)}, [{source}]; }}"
     )
-    return asm(text, types, [at, condition], volatile=True)
+    return asm(text, types, [at, register], volatile=True)
 
 
-def store(at: Value, values: Sequence[Value], condition: Condition, *, space: str = "global") -> None:
-    """Writes 1, 2 or 4 words if the condition holds. `space`: as PTX has it after "st."."""
+def store(at: Value, values: Sequence[Value], condition: Condition, *, space: str = "global", shift: int = 0) -> None:
+    """Writes 1, 2 or 4 words if the condition holds. See `load`; `space` is what PTX has after "st."."""
     count = len(values)
     what = _list([f"${i + 1}" for i in range(count)])
-    text = f"{{ .reg .pred p; setp.ne.s32 p, ${count + 1}, 0; @p st.{space}{_vector(count)}.b32 [$0], {what}; }}"
-    asm(text, [], [at, *values, condition])
+    to = f"$0+{shift}" if shift else "$0"
+    comparison, register = as_predicate(condition)
+    text = f"{{ .reg .pred p; setp.{comparison}.s32 p, ${count + 1}, 0; @p st.{space}{_vector(count)}.b32 [{to}], {what}; }}"
+    asm(text, [], [at, *values, register])
 
 
 def load_shared_pair(at: Value) -> list[Value]:

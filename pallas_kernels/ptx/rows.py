@@ -21,7 +21,22 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.ptx import memory
 from pallas_kernels.ptx.cluster import MOST_BLOCKS, ClusterThread
-from pallas_kernels.ptx.values import Condition, Value, add, asm, both, const, f32, halves, i32, less, mul, tree_sum
+from pallas_kernels.ptx.values import (
+    Condition,
+    NotNegative,
+    Value,
+    add,
+    as_predicate,
+    asm,
+    both,
+    const,
+    f32,
+    halves,
+    i32,
+    less,
+    mul,
+    tree_sum,
+)
 from pallas_kernels.ptx.warp import warp_sum
 
 LARGEST_WIDTH = 8192  # of a row, whose numbers are held in registers
@@ -123,7 +138,8 @@ class RowThread(ClusterThread):
     def float4(self, row: Value, turn: int) -> Float4:
         """What the thread has in a turn."""
         in_block = mul(add(self.thread, turn * self.layout.threads), 4)
-        return Float4(row, self.layout.width, add(self.first, in_block), in_block, less(in_block, self.count))
+        exists = NotNegative(arith.subi(arith.subi(self.count, const(1)), in_block))
+        return Float4(row, self.layout.width, add(self.first, in_block), in_block, exists)
 
 
 def exchange_memory(exchanges: int) -> dict[str, Any]:
@@ -180,8 +196,9 @@ def load_number(address: Value, dtype: jax.typing.DTypeLike, condition: Conditio
     """
     if dtype != jnp.bfloat16:
         return memory.load(address, [i32() if dtype == jnp.int32 else f32()], condition, shift=shift)[0]
+    comparison, register = as_predicate(condition)
     text = (
-        f"{{ .reg .pred p; .reg .b32 t; setp.ne.s32 p, $2, 0; mov.b32 t, 0; @p ld.global.u16 t, [$1+{shift}];"
+        f"{{ .reg .pred p; .reg .b32 t; setp.{comparison}.s32 p, $2, 0; mov.b32 t, 0; @p ld.global.u16 t, [$1+{shift}];"
         "shl.b32 t, t, 16; mov.b32 $0, t; }"
     )
-    return asm(text, [f32()], [address, condition], volatile=True)[0]
+    return asm(text, [f32()], [address, register], volatile=True)[0]

@@ -1,5 +1,6 @@
 """A thread's registers: constants, inlined PTX, and arithmetic that MLIR has no short word for."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,16 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 Value = Any  # ir.Value: one thread's register
-Condition = Any  # ir.Value of type i1
+
+
+@dataclasses.dataclass(frozen=True)
+class NotNegative:
+    """A condition: whether a 32-bit integer is 0 or more. What it governs tests the sign itself, at no extra cost."""
+
+    number: Value
+
+
+Condition = Value | NotNegative  # an i1, as MLIR's comparisons give it, or a sign
 
 
 def i32() -> Any:
@@ -76,24 +86,38 @@ def divided(a: Value, b: int) -> tuple[Value, Value]:
     return arith.divui(a, const(b)), arith.remui(a, const(b))
 
 
-def less(a: Value | int, b: Value | int) -> Condition:
-    """Whether a < b, as signed 32-bit integers."""
+def less(a: Value | int, b: Value | int) -> Value:
+    """Whether a < b, as signed 32-bit integers: an i1."""
     return arith.cmpi(arith.CmpIPredicate.slt, as_value(a), as_value(b))
 
 
 def always() -> Condition:
     """What holds in every thread."""
-    return const(1, ir.IntegerType.get_signless(1))
+    return NotNegative(const(0))
 
 
 def both(*conditions: Condition) -> Condition:
     """Whether all of them hold."""
-    return functools.reduce(arith.andi, conditions)
+    if all(isinstance(condition, NotNegative) for condition in conditions):
+        return NotNegative(functools.reduce(arith.ori, [condition.number for condition in conditions]))
+    return functools.reduce(arith.andi, map(as_i1, conditions))
+
+
+def as_i1(condition: Condition) -> Value:
+    """A condition for MLIR's own operations."""
+    if isinstance(condition, NotNegative):
+        return arith.cmpi(arith.CmpIPredicate.sge, condition.number, const(0))
+    return condition
+
+
+def as_predicate(condition: Condition) -> tuple[str, Value]:
+    """A condition for inlined PTX: the comparison with 0 that `setp` makes, and the register that it compares."""
+    return ("ge", condition.number) if isinstance(condition, NotNegative) else ("ne", condition)
 
 
 def where(condition: Condition, value: Value, otherwise: float = 0.0) -> Value:
     """A float32 number if the condition holds, else a constant."""
-    return arith.select(condition, value, float32(otherwise))
+    return arith.select(as_i1(condition), value, float32(otherwise))
 
 
 def fma(a: Value, b: Value, c: Value) -> Value:

@@ -129,7 +129,7 @@ class Router:
             rows.load_number(
                 ptx.offset(self.at["router_bias"], expert, size),
                 bias_dtype,
-                ptx.less(expert, self.experts),
+                ptx.NotNegative(arith.subi(ptx.const(self.experts - 1), expert)),
             )
             for expert in self._experts()
         ]
@@ -169,7 +169,7 @@ class Router:
             for name, values in (("experts", experts), ("weights", weights)):
                 at = ptx.offset(self.at[name], self.row, 4 * self.top)
                 for i, value in enumerate(values):
-                    ptx.store(ptx.shifted(at, 4 * i), [value], first)
+                    ptx.store(at, [value], first, shift=4 * i)
 
         ptx.when(arith.cmpi(arith.CmpIPredicate.eq, before, ptx.const(0)), finish)
 
@@ -213,7 +213,7 @@ class Router:
         acc = [ptx.warp_sum(one, self.vectors) for one in acc]
         at = ptx.shared_offset(parts, self.thread.warp, 4 * self.experts)
         at = ptx.shared_offset(at, self._vector, 4 * _VECTOR)
-        condition = ptx.less(self.thread.lane, self.vectors)
+        condition = ptx.NotNegative(arith.subi(ptx.const(self.vectors - 1), self.thread.lane))
         for i in (0, 4):
             ptx.store(ptx.add(at, 4 * i), acc[i : i + 4], condition, space="shared")
 
@@ -302,12 +302,13 @@ def norm_route(
         normed = norm.run(thread, at, row, loaded=len(loaded.weights))
         router.choose(loaded, router.keep(normed))
 
+    memory = rows.exchange_memory(len(counts)) | add_norm.shared(layout) | shared(layout, E)
     out = ptx.launch(
         norm_route,
         norm.operands | {"router": router_DE, "router_bias": router_bias_E, "positions": positions_T},
         add_norm.results(x_TD, terms) | results(T, top),
         {"row": T},
-        rows.exchange_memory(len(counts)) | add_norm.shared(layout) | shared(layout, E),
+        dict(sorted(memory.items())),
         cluster=layout.blocks,
         warpgroups=layout.threads // 128,
     )
