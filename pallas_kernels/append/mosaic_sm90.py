@@ -26,10 +26,10 @@ class _AppendPlan:
     """All that is known when the kernel is built."""
 
     rows: int  # B
-    splits: int  # S of the parts
+    splits: int  # J
     queries: int  # N
     keys: int  # K
-    places: int  # S of the cache
+    places: int  # S
     width: int  # H
     has_bias: bool
     rotates: bool

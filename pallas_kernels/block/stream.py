@@ -1,4 +1,4 @@
-"""What the operation takes and gives. One more axis letter than `gptjax.axes` has: W, the words of a workspace."""
+"""What the operation takes and gives."""
 
 import dataclasses
 from typing import NamedTuple

@@ -37,17 +37,17 @@ _PLACES = ((12, 6, 6), (9, 3, 3), (6, 0, 0), (11, 11, 10))
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class MXFP4Fragments:
-    """An `MXFP4` tensor [..., N, K] repacked for tensor cores; N and K are multiples of 64. See the module."""
+    """An `MXFP4` tensor [..., O, I] repacked for tensor cores; O and I are multiples of 64. See the module."""
 
-    words: jax.Array  # uint32 [..., N / 64, K / 64, 128, 4]
-    scales: jax.Array  # uint16 [..., N / 64, K / 64, 64]
+    words: jax.Array  # uint32 [..., O / 64, I / 64, 128, 4]
+    scales: jax.Array  # uint16 [..., O / 64, I / 64, 64]
 
     @classmethod
     def of(cls, packed: MXFP4) -> "MXFP4Fragments":
         """The same numbers, repacked. Bits are kept: `unpacked` gives back the same tensor.
 
         Raises:
-          ValueError: N or K is no multiple of 64.
+          ValueError: O or I is not a multiple of 64.
         """
         if any(size % TILE for size in packed.shape[-2:]):
             raise ValueError(
@@ -57,7 +57,7 @@ class MXFP4Fragments:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the numbers: [..., N, K]."""
+        """Of the numbers: [..., O, I]."""
         *lead, tiles, steps, _, _ = self.words.shape
         return (*lead, tiles * TILE, steps * TILE)
 
@@ -81,7 +81,7 @@ class MXFP4Fragments:
         return _unpack(self)
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
-        """The numbers [..., N, K]. See `MXFP4.dequantize`."""
+        """The numbers [..., O, I]. See `MXFP4.dequantize`."""
         return self.unpacked().dequantize(dtype)
 
     def __getitem__(self, index: Any) -> "MXFP4Fragments":
@@ -99,9 +99,9 @@ class MXFP4Fragments:
 
 @jax.jit
 def _repack(packed: MXFP4) -> MXFP4Fragments:
-    *lead, N, K = packed.shape
-    codes = jnp.stack([packed.blocks & 15, packed.blocks >> 4], axis=-1).reshape(*lead, N, K)
-    m, k = N // TILE, K // TILE
+    *lead, outputs, inputs = packed.shape
+    codes = jnp.stack([packed.blocks & 15, packed.blocks >> 4], axis=-1).reshape(*lead, outputs, inputs)
+    m, k = outputs // TILE, inputs // TILE
     # [m, w, g, r, k, q, p, c, h] -> [m, k, w, g, q, c, r, p, h]
     codes = codes.reshape(*lead, m, 4, 8, 2, k, 4, 4, 2, 2).transpose(_axes(lead, 0, 4, 1, 2, 5, 7, 3, 6, 8))
     words = jnp.zeros(codes.shape[:-2], jnp.uint32)

@@ -1,4 +1,4 @@
-"""Products of a few rows with a bfloat16 matrix [K, N]: Pallas Mosaic GPU, for Hopper. RECORD.md beside tells how.
+"""Products of a few rows with a bfloat16 matrix [I, O]: Pallas Mosaic GPU, for Hopper. RECORD.md beside tells how.
 
 A block streams its share of a panel of 64 columns through shared memory, in tiles of 64 rows. Each warp transposes 16
 rows of a tile as it loads them, and multiplies them with eight rows of x at a time on the tensor cores. The warps' sums
@@ -37,9 +37,9 @@ class _MatvecPlan:
     """All that is known when the kernel is built."""
 
     rows: int  # T, of x
-    inner: int  # K
-    columns: int  # N
-    splits: int  # blocks that share K
+    inner: int  # I
+    columns: int  # O
+    splits: int  # blocks that share I
 
     @property
     def tiles(self) -> int:
@@ -66,14 +66,14 @@ class _MatvecPlan:
         return self.x_copied + 16
 
 
-def product(x_TK: jax.Array, kernel_KN: jax.Array, bias_N: jax.Array | None = None) -> Parts:
+def product(x_TI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array | None = None) -> Parts:
     """See `api.matvec`."""
-    shape = {tiles.ROWS: x_TK.shape[0], "in": kernel_KN.shape[0], "out": kernel_KN.shape[1]}
+    shape = {tiles.ROWS: x_TI.shape[0], "in": kernel_IO.shape[0], "out": kernel_IO.shape[1]}
     settings: Any = tiles.lookup(dispatch.device_kind(), "matvec/mosaic", shape)
     if settings is None or settings["splits"] not in _splits(shape):  # as of fewer rows, whose x takes less room
         settings = heuristic(shape)
-    parts_STN = _parts(x_TK, kernel_KN, **settings)
-    return Parts(parts_STN, bias_EN=None if bias_N is None else bias_N[None])
+    parts_JTO = _parts(x_TI, kernel_IO, **settings)
+    return Parts(parts_JTO, bias_EN=None if bias_O is None else bias_O[None])
 
 
 def heuristic(shape: tiles.Shape) -> tiles.Settings:
@@ -97,16 +97,16 @@ def _splits(shape: tiles.Shape) -> list[int]:
 
 
 @partial(jax.jit, static_argnames=("splits",))
-def _parts(x_TK: jax.Array, kernel_KN: jax.Array, *, splits: int) -> jax.Array:
-    T, K = x_TK.shape
-    N = kernel_KN.shape[1]
-    plan = _MatvecPlan(rows=T, inner=K, columns=N, splits=splits)
+def _parts(x_TI: jax.Array, kernel_IO: jax.Array, *, splits: int) -> jax.Array:
+    T, inputs = x_TI.shape
+    outputs = kernel_IO.shape[1]
+    plan = _MatvecPlan(rows=T, inner=inputs, columns=outputs, splits=splits)
     ring = max(plan.stages * TILE**2, 2 * WARPS * 16 * plan.eights * 32)  # where in the end the warps' sums are
     results = ptx.launch(
         partial(matvec, plan),
-        {"x": x_TK, "kernel": kernel_KN},
-        {"out": jax.ShapeDtypeStruct((splits, T, N), jnp.float32)},
-        {"panel": N // TILE, "split": splits},
+        {"x": x_TI, "kernel": kernel_IO},
+        {"out": jax.ShapeDtypeStruct((splits, T, outputs), jnp.float32)},
+        {"panel": outputs // TILE, "split": splits},
         {
             "ring": plgpu.SMEM((-(-ring // TILE**2), TILE, TILE), jnp.bfloat16),
             "x_shared": plgpu.SMEM((T * plan.x_row // 2,), jnp.bfloat16),

@@ -73,9 +73,9 @@ def moe(
 
 
 def repacked(weight: MXFP4, implementation: str = dispatch.AUTO) -> MXFP4 | MXFP4Fragments:
-    """Experts' weights [E, N, K] in the layout that this device's kernels want.
+    """Experts' weights [E, O, I] in the layout that this device's kernels want.
 
-    They stay as they are where there is no kernel for them: on other devices, where N or K is no multiple of 64, and
+    They stay as they are where there is no kernel for them: on other devices, where O or I is not a multiple of 64, and
     where a scale is above `LARGEST_SCALE`, which no model has that works.
     """
     has_kernel = dispatch.wanted(implementation) in (dispatch.MOSAIC, dispatch.TRITON)

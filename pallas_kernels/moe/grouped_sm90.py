@@ -94,10 +94,10 @@ def routed(
     """See `api.moe`."""
     E = down_bias_ED.shape[0]
     groups, places_TX = sorted_groups(experts_TX, E, group_size(experts_TX.size, E))
-    x_PD = in_order(x_TD)[jnp.maximum(groups.rows_GR.reshape(-1), 0)]
-    h_PF = product(x_PD, groups, gate_up, gate_up_bias_E2F.astype(jnp.bfloat16), activation=SwiGLU(alpha, limit))
-    y_PD = product(h_PF, groups, down)
-    return Parts(y_PD[None], places_TX, weights_TX, down_bias_ED, experts_TX)
+    x_AD = in_order(x_TD)[jnp.maximum(groups.rows_UM.reshape(-1), 0)]
+    h_AF = product(x_AD, groups, gate_up, gate_up_bias_E2F.astype(jnp.bfloat16), activation=SwiGLU(alpha, limit))
+    y_AD = product(h_AF, groups, down)
+    return Parts(y_AD[None], places_TX, weights_TX, down_bias_ED, experts_TX)
 
 
 def group_size(num_pairs: int, num_experts: int) -> int:
@@ -105,54 +105,54 @@ def group_size(num_pairs: int, num_experts: int) -> int:
     return min(TOKENS, max(16, 1 << (num_pairs // num_experts).bit_length()))
 
 
-def in_order(x_PK: jax.Array) -> jax.Array:
+def in_order(x_AI: jax.Array) -> jax.Array:
     """Columns as fragments have them: 16·q + 4·p + 2·c + h of each 64 becomes 16·p + 8·c + 2·q + h."""
-    P, K = x_PK.shape
-    return x_PK.reshape(P, K // TILE, 4, 4, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(P, K)
+    rows, inputs = x_AI.shape
+    return x_AI.reshape(rows, inputs // TILE, 4, 4, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(rows, inputs)
 
 
 @partial(jax.jit, static_argnames=("activation",))
 def product(
-    x_PK: jax.Array,
+    x_AI: jax.Array,
     groups: Groups,
     weight: MXFP4Fragments,
-    bias_EN: jax.Array | None = None,
+    bias_EO: jax.Array | None = None,
     *,
     activation: SwiGLU | None = None,
 ) -> jax.Array:
     """Each group's tokens times its expert's weight.
 
     Args:
-      x_PK: bfloat16, a row a slot, columns `in_order`.
-      weight: [E, N, K].
-      bias_EN: for the activation.
+      x_AI: bfloat16, a row a slot, columns `in_order`.
+      weight: [E, O, I].
+      bias_EO: for the activation.
 
     Returns:
-      float32 [P, N]; with an activation, bfloat16 [P, N / 2], columns in order for the next product. What belongs to no
+      float32 [A, O]; with an activation, bfloat16 [A, O / 2], columns in order for the next product. What belongs to no
       token may be anything.
     """
-    G, R = groups.rows_GR.shape
+    U, M = groups.rows_UM.shape
     E, tiles, steps = weight.words.shape[:3]
-    plan = _GroupedPlan(R, tiles, steps, activation)
+    plan = _GroupedPlan(M, tiles, steps, activation)
     words = weight.words.reshape(E, tiles, steps, 2, 256)
     if activation is None:
-        bias_EN = groups.experts_G  # there must be something, and it is not read
-        out = jax.ShapeDtypeStruct((G * R, tiles * TILE), jnp.float32)
+        bias_EO = groups.experts_U  # there must be something, and it is not read
+        out = jax.ShapeDtypeStruct((U * M, tiles * TILE), jnp.float32)
     else:
-        out = jax.ShapeDtypeStruct((G * R, tiles * TILE // 2), jnp.bfloat16)
+        out = jax.ShapeDtypeStruct((U * M, tiles * TILE // 2), jnp.bfloat16)
     swizzled = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(2 * TILE))
     result: jax.Array = plgpu.kernel(
         partial(moe_grouped, plan),
         out_type=out,
         scratch_types={
-            "x": plgpu.SMEM((_STAGES, R, TILE), jnp.bfloat16, transforms=swizzled),
+            "x": plgpu.SMEM((_STAGES, M, TILE), jnp.bfloat16, transforms=swizzled),
             "words": plgpu.SMEM((_STAGES, TILES, 2, 256), jnp.uint32),
             "scales": plgpu.SMEM((_STAGES, TILES, TILE), jnp.uint16),
-            "ordered": plgpu.SMEM((_WARPGROUPS, R, _PITCH // 4), jnp.uint32),
+            "ordered": plgpu.SMEM((_WARPGROUPS, M, _PITCH // 4), jnp.uint32),
             "full": plgpu.Barrier(num_arrivals=3, num_barriers=_STAGES),
             "empty": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_STAGES),
         },
-        grid=(G, plan.blocks),
+        grid=(U, plan.blocks),
         grid_names=("group", "block"),
         num_threads=_WARPGROUPS + 1,
         thread_name="warpgroup",
@@ -160,7 +160,7 @@ def product(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         kernel_name="moe_grouped",
-    )(x_PK, jnp.sum(groups.rows_GR >= 0, axis=1, dtype=jnp.int32), groups.experts_G, words, weight.scales, bias_EN)
+    )(x_AI, jnp.sum(groups.rows_UM >= 0, axis=1, dtype=jnp.int32), groups.experts_U, words, weight.scales, bias_EO)
     return result
 
 
@@ -222,10 +222,10 @@ def _multiply(plan: _GroupedPlan, work: _Work, bias_ref: Any, out_ref: Any, shar
         def step(index: jax.Array, _: None) -> None:
             slot = lax.rem(index, jnp.int32(_STAGES))
             plgpu.barrier_wait(shared.full.at[slot])
-            x_KR = shared.x.at[slot, pl.ds(0, size)].transpose((1, 0))
+            x_im = shared.x.at[slot, pl.ds(0, size)].transpose((1, 0))
             for i, acc in enumerate(accs):
                 tile = work.warpgroup * own + i
-                plgpu.wgmma(acc, _unpacked(shared.words.at[slot, tile], shared.scales.at[slot, tile]), x_KR)
+                plgpu.wgmma(acc, _unpacked(shared.words.at[slot, tile], shared.scales.at[slot, tile]), x_im)
                 plgpu.wgmma_wait(1)  # so that one is always under way while the next tile is unpacked
                 if i == 0:  # all of the step before is done
                     done = shared.empty.at[lax.rem(index - 1, jnp.int32(_STAGES))]

@@ -50,8 +50,8 @@ class _ExpertsPlan:
     """All that is known when the kernel is built."""
 
     num_experts: int  # E: the group of one that there is not is empty
-    num_groups: int  # G
-    slots: int  # R: tokens of a group, at most
+    num_groups: int  # U
+    slots: int  # M: tokens of a group, at most
     steps: int  # 64-column tiles that a block sums over
     splits: int  # blocks that share the columns
     tiles: int  # 64-row tiles of an expert
@@ -83,18 +83,18 @@ def routed(
     """See `api.moe`."""
     groups, places_TX = route(experts_TX, down_bias_ED.shape[0])
     bias = gate_up_bias_E2F.astype(jnp.bfloat16)
-    h_GRF = product(
+    h_UMF = product(
         x_TD, groups, gate_up, bias, activation=SwiGLU(alpha, limit), **_settings("up", experts_TX, gate_up)
     )
-    h_PF = h_GRF.reshape(-1, h_GRF.shape[-1])
-    y_SGRD = product(h_PF, groups, down, sorted=True, **_settings("down", experts_TX, down))
-    y_SPD = y_SGRD.reshape(y_SGRD.shape[0], -1, y_SGRD.shape[-1])
-    return Parts(y_SPD, places_TX, weights_TX, down_bias_ED, experts_TX)
+    h_AF = h_UMF.reshape(-1, h_UMF.shape[-1])
+    y_JUMD = product(h_AF, groups, down, sorted=True, **_settings("down", experts_TX, down))
+    y_JAD = y_JUMD.reshape(y_JUMD.shape[0], -1, y_JUMD.shape[-1])
+    return Parts(y_JAD, places_TX, weights_TX, down_bias_ED, experts_TX)
 
 
 def _settings(part: str, experts_TX: jax.Array, weight: MXFP4Fragments) -> Any:
-    (T, X), (E, N, K) = experts_TX.shape, weight.shape
-    shape: tiles.Shape = {tiles.ROWS: T, "part": part, "chosen": X, "experts": E, "in": K, "out": N}
+    (T, X), (E, outputs, inputs) = experts_TX.shape, weight.shape
+    shape: tiles.Shape = {tiles.ROWS: T, "part": part, "chosen": X, "experts": E, "in": inputs, "out": outputs}
     return tiles.lookup(dispatch.device_kind(), "moe/mosaic", shape) or heuristic(shape)
 
 
@@ -122,10 +122,10 @@ def tunable(shape: tiles.Shape) -> list[tiles.Settings]:
 
 @partial(jax.jit, static_argnames=("activation", "unroll", "splits", "eights", "sorted"))
 def product(
-    x_PK: jax.Array,
+    x_AI: jax.Array,
     groups: Groups,
     weight: MXFP4Fragments,
-    bias_EN: jax.Array | None = None,
+    bias_EO: jax.Array | None = None,
     *,
     activation: SwiGLU | None = None,
     unroll: int,
@@ -136,43 +136,43 @@ def product(
     """Each group's tokens times its expert's weight.
 
     Args:
-      x_PK: bfloat16; a row a token, or a row a slot where `sorted`.
-      weight: [E, N, K].
-      bias_EN: for the activation.
+      x_AI: bfloat16; a row a token, or a row a slot where `sorted`.
+      weight: [E, O, I].
+      bias_EO: for the activation.
       unroll, splits, eights: see `_Plan`. Those that do not divide what they cut are lowered to what does.
 
     Returns:
-      float32 [splits, G, R, N], of which the first axis is to be summed; with an activation, bfloat16 [G, R, N / 2].
+      float32 [splits, U, M, O], of which the first axis is to be summed; with an activation, bfloat16 [U, M, O / 2].
       What belongs to no token is not written.
     """
-    G, R = groups.rows_GR.shape
+    U, M = groups.rows_UM.shape
     num_tiles, steps = weight.words.shape[1:3]
     splits = math.gcd(splits, steps)
     plan = _ExpertsPlan(
         num_experts=weight.shape[0],
-        num_groups=G,
-        slots=R,
+        num_groups=U,
+        slots=M,
         steps=steps // splits,
         splits=splits,
         tiles=num_tiles,
         unroll=next(u for u in range(unroll, 0, -1) if steps // splits % u == 0),
-        eights=min(eights, -(-R // EIGHT)),
+        eights=min(eights, -(-M // EIGHT)),
         sorted=sorted,
     )
-    N = weight.shape[1]
-    bias = groups.experts_G if bias_EN is None else bias_EN  # there must be something, and without one it is not read
+    outputs = weight.shape[1]
+    bias = groups.experts_U if bias_EO is None else bias_EO  # there must be something, and without one it is not read
     if activation is None:
-        out = jax.ShapeDtypeStruct((splits, G, R, N), jnp.float32)
+        out = jax.ShapeDtypeStruct((splits, U, M, outputs), jnp.float32)
     else:
-        out = jax.ShapeDtypeStruct((G, R, N // 2), jnp.bfloat16)
+        out = jax.ShapeDtypeStruct((U, M, outputs // 2), jnp.bfloat16)
 
-    operands = {"x": x_PK, "rows": groups.rows_GR, "experts": groups.experts_G}
+    operands = {"x": x_AI, "rows": groups.rows_UM, "experts": groups.experts_U}
     operands |= {"words": weight.words, "scales": weight.scales, "bias": bias}
     results = ptx.launch(
         partial(moe_product, plan, activation),
         operands,
         {"out": out},
-        {"tile": num_tiles, "group": G, "share": -(-R // (plan.eights * EIGHT)), "split": splits},
+        {"tile": num_tiles, "group": U, "share": -(-M // (plan.eights * EIGHT)), "split": splits},
     )
     return results["out"]
 

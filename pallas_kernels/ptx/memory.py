@@ -62,7 +62,8 @@ def store(at: Value, values: Sequence[Value], condition: Condition, *, space: st
     what = _list([f"${i + 1}" for i in range(count)])
     to = f"$0+{shift}" if shift else "$0"
     comparison, register = as_predicate(condition)
-    text = f"{{ .reg .pred p; setp.{comparison}.s32 p, ${count + 1}, 0; @p st.{space}{_vector(count)}.b32 [{to}], {what}; }}"
+    text = f"{{ .reg .pred p; setp.{comparison}.s32 p, ${count + 1}, 0; "
+    text += f"@p st.{space}{_vector(count)}.b32 [{to}], {what}; }}"
     asm(text, [], [at, *values, register])
 
 

@@ -1,6 +1,6 @@
 """What the decode kernels share: how a row's cache is split among programs, and how their results are combined.
 
-One more axis letter: J, the splits. A row's tiles are dealt out in runs of equal length, by the row's own count, so
+A row's tiles are dealt out in runs of equal length, by the row's own count, so
 that a short row in a long cache is read by as many programs as a long one, and so that its bits depend neither on the
 other rows nor, for a given number of splits, on the cache's capacity.
 """

@@ -120,19 +120,19 @@ def _decode(
 
             def step(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 maximum_M, total_M, out_MH = carry
-                place_t = (first + index) * tile + jnp.arange(tile)
-                used_tH = (place_t[:, None] < count) & (column_1H < H)
-                k_tH, v_tH = (
-                    pltriton.load(ref.at[row, head, place_t[:, None], column_1H], mask=used_tH, other=0)
+                place_s = (first + index) * tile + jnp.arange(tile)
+                used_sH = (place_s[:, None] < count) & (column_1H < H)
+                k_sH, v_sH = (
+                    pltriton.load(ref.at[row, head, place_s[:, None], column_1H], mask=used_sH, other=0)
                     for ref in (k_ref, v_ref)
                 )
-                scores_Mt = multiply(q_MH, k_tH, trans_b=True) * (scale * split.LOG2_E)
-                scores_Mt = jnp.where(place_t[None] < count, scores_Mt, -jnp.inf)
-                new_maximum_M = jnp.maximum(maximum_M, scores_Mt.max(axis=1))
+                scores_Ms = multiply(q_MH, k_sH, trans_b=True) * (scale * split.LOG2_E)
+                scores_Ms = jnp.where(place_s[None] < count, scores_Ms, -jnp.inf)
+                new_maximum_M = jnp.maximum(maximum_M, scores_Ms.max(axis=1))
                 rescale_M = jnp.exp2(maximum_M - new_maximum_M)
-                p_Mt = jnp.exp2(scores_Mt - new_maximum_M[:, None])
-                total_M = total_M * rescale_M + p_Mt.sum(axis=1)
-                out_MH = out_MH * rescale_M[:, None] + multiply(p_Mt.astype(dtype), v_tH)
+                p_Ms = jnp.exp2(scores_Ms - new_maximum_M[:, None])
+                total_M = total_M * rescale_M + p_Ms.sum(axis=1)
+                out_MH = out_MH * rescale_M[:, None] + multiply(p_Ms.astype(dtype), v_sH)
                 return new_maximum_M, total_M, out_MH
 
             start = jnp.full((M,), -jnp.inf, f32), jnp.zeros((M,), f32), jnp.zeros((M, width), f32)

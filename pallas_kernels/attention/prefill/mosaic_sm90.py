@@ -1,6 +1,6 @@
 """Attention of many query tokens a row over a cache, on Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
 
-Flash attention. One more axis letter than `gptjax.axes` has: P, the places of a block of the cache. A program has two
+Flash attention. A program has two
 warpgroups that compute, each for 64 queries of a head, and one that loads: what the two share are blocks of keys and
 values. They are two heads of a group, or, where a group has an odd number of heads, the two halves of 128 queries.
 Programs are as many as multiprocessors and take items of such 128 queries in turn, those with most to read first.
@@ -93,7 +93,7 @@ def refused(
 
 
 def _places(H: int, window: int) -> int:
-    """P: places of a block. Of 128 each takes less time, if threads have the registers and no window is as short."""
+    """Places of a block. Of 128 each takes less time, if threads have the registers and no window is as short."""
     return 128 if H <= 80 and window >= 512 else 64
 
 
@@ -118,20 +118,20 @@ def _prefill(
 ) -> jax.Array:
     B, _, N, H = q_BTNH.shape
     window = UNUSED if window is None else window
-    P = _places(H, window)
+    places = _places(H, window)
     group = N // k_BKSH.shape[1]
     heads = WARPGROUPS if group % WARPGROUPS == 0 else 1
     tile = QUERIES * WARPGROUPS // heads
-    q_positions_BT, k_positions_BS, spans_BJ4, unclean_BI = schedule.schedule(
-        q_positions_BT, k_positions_BS, window=window, tile=tile, places=P
+    q_positions_BT, k_positions_BS, spans_BQ4, unclean_BZ = schedule.schedule(
+        q_positions_BT, k_positions_BS, window=window, tile=tile, places=places
     )
-    items = schedule.Items(rows=B, tiles=spans_BJ4.shape[1], heads=N, shared=heads, tile=tile)
-    operands = _Operands(q_BTNH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, spans_BJ4, unclean_BI, sinks_N)
-    return _run(items, group, operands, P, scale=scale, window=window, interpret=interpret)
+    items = schedule.Items(rows=B, tiles=spans_BQ4.shape[1], heads=N, shared=heads, tile=tile)
+    operands = _Operands(q_BTNH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, spans_BQ4, unclean_BZ, sinks_N)
+    return _run(items, group, operands, places, scale=scale, window=window, interpret=interpret)
 
 
 def _run(
-    items: schedule.Items, group: int, operands: _Operands, P: int, *, interpret: bool, **settings: Any
+    items: schedule.Items, group: int, operands: _Operands, places: int, *, interpret: bool, **settings: Any
 ) -> jax.Array:
     q_BTNH = operands.q
     H, dtype = q_BTNH.shape[3], q_BTNH.dtype
@@ -154,9 +154,9 @@ def _run(
     swizzled = (plgpu.TilingTransform((EIGHT, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle))
     scratch = _Shared(
         q=plgpu.SMEM((WARPGROUPS, QUERIES, H), dtype, transforms=swizzled),
-        k=plgpu.SMEM((STAGES, P, H), dtype, transforms=swizzled),
-        v=plgpu.SMEM((STAGES, P, H), dtype, transforms=swizzled),
-        positions=plgpu.SMEM((STAGES, P), jnp.uint32),
+        k=plgpu.SMEM((STAGES, places, H), dtype, transforms=swizzled),
+        v=plgpu.SMEM((STAGES, places, H), dtype, transforms=swizzled),
+        positions=plgpu.SMEM((STAGES, places), jnp.uint32),
         out=plgpu.SMEM((WARPGROUPS, QUERIES, H), dtype, transforms=swizzled),
         q_loaded=plgpu.Barrier(num_barriers=WARPGROUPS),
         q_freed=plgpu.Barrier(num_barriers=WARPGROUPS),
@@ -181,7 +181,7 @@ def _run(
 
 
 def _load(items: schedule.Items, group: int, refs: _Operands, shared: _Shared) -> None:
-    P = shared.k.shape[1]
+    count = shared.k.shape[1]  # places of a block
 
     def item(turn: jax.Array, done: jax.Array) -> jax.Array:
         row, tile, head = items.find(turn)
@@ -193,7 +193,7 @@ def _load(items: schedule.Items, group: int, refs: _Operands, shared: _Shared) -
             plgpu.copy_gmem_to_smem(source, shared.q.at[warpgroup], shared.q_loaded.at[warpgroup])
 
         def load(block: jax.Array, _: None) -> None:
-            slot, places = span.slot(block), pl.ds(pl.multiple_of(block * P, P), P)
+            slot, places = span.slot(block), pl.ds(pl.multiple_of(block * count, count), count)
             kv_head = lax.div(head, jnp.int32(group))
             used_before = done + block - span.first >= STAGES
             pl.when(used_before)(partial(plgpu.barrier_wait, shared.freed.at[slot]))
@@ -220,10 +220,10 @@ def _compute(
         start, head = items.own(warpgroup, tile, head)
         queries = pl.ds(start, QUERIES)
         span = schedule.Span(done, *(refs.spans[row, tile, i] for i in range(4)))
-        out_TH = _attend(warpgroup, row, head, queries, span, refs, shared, **settings)
+        out_tH = _attend(warpgroup, row, head, queries, span, refs, shared, **settings)
         out_smem = shared.out.at[warpgroup]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the last item
-        out_smem[...] = out_TH.astype(out_smem.dtype)
+        out_smem[...] = out_tH.astype(out_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out_ref.at[row, queries, head])  # without what is beyond T
         return span.done_after()
@@ -246,9 +246,9 @@ def _attend(
     interpret: bool,
 ) -> jax.Array:
     """A warpgroup's part of an item: float32 [QUERIES, H]."""
-    q_positions_T = plgpu.load(refs.q_positions.at[row, queries], layout=ROWS, optimized=False)
+    q_positions_t = plgpu.load(refs.q_positions.at[row, queries], layout=ROWS, optimized=False)
     q_smem, k_smem = shared.q.at[warpgroup], shared.k.at[span.slot(span.first)]
-    P, H = k_smem.shape
+    places, H = k_smem.shape
 
     def await_values(block: jax.Array) -> Any:
         slot = span.slot(block)
@@ -260,11 +260,11 @@ def _attend(
 
         return shared.v.at[slot]
 
-    def weigh(block: jax.Array, sums: _Sums, scores_TP: jax.Array) -> _Sums:
+    def weigh(block: jax.Array, sums: _Sums, scores_ts: jax.Array) -> _Sums:
         pl.when(block + 1 == span.end)(partial(plgpu.barrier_arrive, shared.q_freed.at[warpgroup]))
-        mask = partial(_mask, q_positions_T, shared.positions.at[span.slot(block)], window)
-        scores_TP = lax.cond(span.is_plain(block), lambda scores_TP: scores_TP, mask, scores_TP)
-        sums = sums.weigh(scores_TP, scale * split.LOG2_E)
+        mask = partial(_mask, q_positions_t, shared.positions.at[span.slot(block)], window)
+        scores_ts = lax.cond(span.is_plain(block), lambda scores_ts: scores_ts, mask, scores_ts)
+        sums = sums.weigh(scores_ts, scale * split.LOG2_E)
         # Here, and not just before they are used: ptxas moves the wait for a product with values up to the last branch,
         # so that without this one it would not go on while the above is computed.
         k_loaded = shared.k_loaded.at[span.slot(block + 1)]
@@ -274,68 +274,68 @@ def _attend(
     def step(block: jax.Array, sums: _Sums) -> _Sums:
         v_smem, k_smem = await_values(block - 1), shared.k.at[span.slot(block)]
         between = partial(weigh, block, sums)
-        new, product_TH = _products(q_smem, k_smem, sums.weights_TP, v_smem, between, interpret=interpret)
+        new, product_tH = _products(q_smem, k_smem, sums.weights_ts, v_smem, between, interpret=interpret)
         plgpu.barrier_arrive(shared.freed.at[span.slot(block - 1)])
-        return new._replace(out_TH=sums.with_product(product_TH))
+        return new._replace(out_tH=sums.with_product(product_tH))
 
-    sums = _Sums.start(None if refs.sinks is None else refs.sinks[head], P, H)
+    sums = _Sums.start(None if refs.sinks is None else refs.sinks[head], places, H)
     plgpu.barrier_wait(shared.q_loaded.at[warpgroup])
     plgpu.barrier_wait(shared.k_loaded.at[span.slot(span.first)])
-    scores_TP = _product(q_smem, k_smem.transpose((1, 0)), P, interpret=interpret)
-    sums = lax.fori_loop(span.first + 1, span.end, step, weigh(span.first, sums, scores_TP))
-    product_TH = _product(sums.weights_TP, await_values(span.end - 1), H, interpret=interpret)
+    scores_ts = _product(q_smem, k_smem.transpose((1, 0)), places, interpret=interpret)
+    sums = lax.fori_loop(span.first + 1, span.end, step, weigh(span.first, sums, scores_ts))
+    product_tH = _product(sums.weights_ts, await_values(span.end - 1), H, interpret=interpret)
     plgpu.barrier_arrive(shared.freed.at[span.slot(span.end - 1)])
-    return sums._replace(out_TH=sums.with_product(product_TH)).mean()
+    return sums._replace(out_tH=sums.with_product(product_tH)).mean()
 
 
 class _Sums(NamedTuple):
     """A running softmax, to powers of two, and the sums of values that it weighs: all but those of the last block."""
 
-    maximum_T: jax.Array
-    total_T: jax.Array
-    rescale_T: jax.Array  # what earlier sums are multiplied with, for the last block has raised the maximum
-    weights_TP: jax.Array  # of the last block, bfloat16
-    out_TH: jax.Array
+    maximum_t: jax.Array
+    total_t: jax.Array
+    rescale_t: jax.Array  # what earlier sums are multiplied with, for the last block has raised the maximum
+    weights_ts: jax.Array  # of the last block, bfloat16
+    out_tH: jax.Array
 
     @classmethod
-    def start(cls, sink: jax.Array | None, P: int, H: int) -> "_Sums":
+    def start(cls, sink: jax.Array | None, places: int, H: int) -> "_Sums":
         """What has seen no key yet, but the sink where there is one."""
 
         def full(value: jax.Array | float, shape: tuple[int, ...], layout: Any) -> jax.Array:
             return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
-        maximum_T = full(split.FLOOR, (QUERIES,), ROWS)
-        total_T = full(0, (QUERIES,), ROWS)
+        maximum_t = full(split.FLOOR, (QUERIES,), ROWS)
+        total_t = full(0, (QUERIES,), ROWS)
         if sink is not None:
-            sink_T = full(sink.astype(jnp.float32) * split.LOG2_E, (QUERIES,), ROWS)
-            maximum_T = jnp.maximum(maximum_T, sink_T)
-            total_T = jnp.exp2(sink_T - maximum_T)
-        weights_TP = full(0, (QUERIES, P), MATRIX).astype(jnp.bfloat16)
-        return cls(maximum_T, total_T, full(1, (QUERIES,), ROWS), weights_TP, full(0, (QUERIES, H), MATRIX))
+            sink_t = full(sink.astype(jnp.float32) * split.LOG2_E, (QUERIES,), ROWS)
+            maximum_t = jnp.maximum(maximum_t, sink_t)
+            total_t = jnp.exp2(sink_t - maximum_t)
+        weights_ts = full(0, (QUERIES, places), MATRIX).astype(jnp.bfloat16)
+        return cls(maximum_t, total_t, full(1, (QUERIES,), ROWS), weights_ts, full(0, (QUERIES, H), MATRIX))
 
-    def weigh(self, scores_TP: jax.Array, factor: float) -> "_Sums":
+    def weigh(self, scores_ts: jax.Array, factor: float) -> "_Sums":
         """With the weights of another block, whose scores are yet to be multiplied with `factor`."""
-        maximum_T = jnp.maximum(self.maximum_T, scores_TP.max(axis=1) * factor)
-        weights_TP = jnp.exp2(scores_TP * factor - _broadcast(maximum_T, scores_TP.shape, 0))
-        rescale_T = jnp.exp2(self.maximum_T - maximum_T)
-        total_T = self.total_T * rescale_T + weights_TP.sum(axis=1)
-        return _Sums(maximum_T, total_T, rescale_T, weights_TP.astype(self.weights_TP.dtype), self.out_TH)
+        maximum_t = jnp.maximum(self.maximum_t, scores_ts.max(axis=1) * factor)
+        weights_ts = jnp.exp2(scores_ts * factor - _broadcast(maximum_t, scores_ts.shape, 0))
+        rescale_t = jnp.exp2(self.maximum_t - maximum_t)
+        total_t = self.total_t * rescale_t + weights_ts.sum(axis=1)
+        return _Sums(maximum_t, total_t, rescale_t, weights_ts.astype(self.weights_ts.dtype), self.out_tH)
 
-    def with_product(self, product_TH: jax.Array) -> jax.Array:
+    def with_product(self, product_tH: jax.Array) -> jax.Array:
         """The sums of values with those of the last block."""
-        return self.out_TH * _broadcast(self.rescale_T, product_TH.shape, 0) + product_TH
+        return self.out_tH * _broadcast(self.rescale_t, product_tH.shape, 0) + product_tH
 
     def mean(self) -> jax.Array:
         """The sums over the total; 0 where nothing is seen."""
-        share_T = 1 / jnp.where(self.total_T == 0, 1.0, self.total_T)
-        return self.out_TH * _broadcast(share_T, self.out_TH.shape, 0)
+        share_t = 1 / jnp.where(self.total_t == 0, 1.0, self.total_t)
+        return self.out_tH * _broadcast(share_t, self.out_tH.shape, 0)
 
 
-def _mask(q_positions_T: jax.Array, positions_smem: Any, window: int, scores_TP: jax.Array) -> jax.Array:
-    k_positions_P = plgpu.load(positions_smem, layout=COLUMNS, optimized=False)
+def _mask(q_positions_t: jax.Array, positions_smem: Any, window: int, scores_ts: jax.Array) -> jax.Array:
+    k_positions_s = plgpu.load(positions_smem, layout=COLUMNS, optimized=False)
     # Unsigned: of a later key, an unused place or padding the difference is huge.
-    distance_TP = _broadcast(q_positions_T, scores_TP.shape, 0) - _broadcast(k_positions_P, scores_TP.shape, 1)
-    return jnp.where(distance_TP < jnp.uint32(window), scores_TP, -jnp.inf)
+    distance_ts = _broadcast(q_positions_t, scores_ts.shape, 0) - _broadcast(k_positions_s, scores_ts.shape, 1)
+    return jnp.where(distance_ts < jnp.uint32(window), scores_ts, -jnp.inf)
 
 
 def _clean(warpgroup: jax.Array, slot: jax.Array, shared: _Shared) -> None:
@@ -343,13 +343,13 @@ def _clean(warpgroup: jax.Array, slot: jax.Array, shared: _Shared) -> None:
 
     @pl.when(warpgroup == 0)
     def _() -> None:
-        P, H = shared.v.shape[1:]
-        for start in range(0, P, QUERIES):
+        count, H = shared.v.shape[1:]
+        for start in range(0, count, QUERIES):
             places = pl.ds(start, QUERIES)
-            positions_P = plgpu.load(shared.positions.at[slot, places], layout=ROWS, optimized=False)
-            v_PH = plgpu.load(shared.v.at[slot, places], layout=MATRIX)
-            used_PH = _broadcast(positions_P, (QUERIES, H), 0) != jnp.uint32(UNUSED)
-            shared.v[slot, places] = jnp.where(used_PH, v_PH, jnp.zeros_like(v_PH))
+            positions_s = plgpu.load(shared.positions.at[slot, places], layout=ROWS, optimized=False)
+            v_sH = plgpu.load(shared.v.at[slot, places], layout=MATRIX)
+            used_sH = _broadcast(positions_s, (QUERIES, H), 0) != jnp.uint32(UNUSED)
+            shared.v[slot, places] = jnp.where(used_sH, v_sH, jnp.zeros_like(v_sH))
         plgpu.commit_smem()
 
     plgpu.barrier_arrive(shared.cleaned)
@@ -363,7 +363,7 @@ def _broadcast(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
 def _products(
     q_smem: Any,
     k_smem: Any,
-    weights_TP: jax.Array,
+    weights_ts: jax.Array,
     v_smem: Any,
     between: Callable[[jax.Array], Any],
     *,
@@ -371,12 +371,12 @@ def _products(
 ) -> tuple[Any, jax.Array]:
     """between(q · kᵀ) and weights · v, float32; the second product goes on while `between` works."""
     if interpret:
-        scores_TP = _product(q_smem, k_smem.transpose((1, 0)), k_smem.shape[0], interpret=True)
-        return between(scores_TP), _product(weights_TP, v_smem, v_smem.shape[1], interpret=True)
+        scores_ts = _product(q_smem, k_smem.transpose((1, 0)), k_smem.shape[0], interpret=True)
+        return between(scores_ts), _product(weights_ts, v_smem, v_smem.shape[1], interpret=True)
 
     def multiply(scores_ref: Any, out_ref: Any) -> tuple[Any, jax.Array]:
         plgpu.wgmma(scores_ref, q_smem, k_smem.transpose((1, 0)))
-        plgpu.wgmma(out_ref, weights_TP, v_smem)
+        plgpu.wgmma(out_ref, weights_ts, v_smem)
         result = between(plgpu.wgmma_accumulator_load(scores_ref, wait_n=1))
         return result, out_ref[...]
 

@@ -1,7 +1,4 @@
-"""What the programs of prefill attention read, and in which order.
-
-Two more axis letters than `gptjax.axes` has: J, the tiles of a row's queries, and I, the blocks of its places.
-"""
+"""What the programs of prefill attention read, and in which order."""
 
 from typing import NamedTuple
 
@@ -19,41 +16,41 @@ UNUSED = (1 << 31) - 1  # the position of a place that no query of the row sees
 def schedule(
     q_positions_BT: jax.Array, k_positions_BS: jax.Array, *, window: int, tile: int, places: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """What each tile of queries reads. J are the tiles of a row, I the blocks of `places`.
+    """What each tile of queries reads.
 
     Returns:
       The positions, uint32, padded to whole tiles and blocks: those of keys are UNUSED where no query of the row sees
-      them. spans_BJ4, int32: a tile's first block, the first and the end of a run of blocks that all of its queries see
-      all of, and the end of its blocks, of which it has at least one. unclean_BI, int32: 1 for blocks with UNUSED.
+      them. spans_BQ4, int32: a tile's first block, the first and the end of a run of blocks that all of its queries see
+      all of, and the end of its blocks, of which it has at least one. unclean_BZ, int32: 1 for blocks with UNUSED.
     """
     B, T = q_positions_BT.shape
     S = k_positions_BS.shape[1]
     # All padding is -1: of less, the kernel would subtract UNUSED and get a small number.
     q_positions_BT = jnp.maximum(q_positions_BT, -1)
-    q_BJt = jnp.pad(q_positions_BT, ((0, 0), (0, -T % tile)), constant_values=-1).reshape(B, -1, tile)
-    k_BIp = jnp.pad(k_positions_BS, ((0, 0), (0, -S % places)), constant_values=-1).reshape(B, -1, places)
-    least_BJ, last_BJ = q_BJt.min(axis=2), q_BJt.max(axis=2)
-    first_BJ = jnp.where(q_BJt < 0, UNUSED, q_BJt).min(axis=2)  # without padding
-    first_B11, last_B11 = first_BJ.min(axis=1)[:, None, None], last_BJ.max(axis=1)[:, None, None]
-    used_BIp = (k_BIp >= 0) & (k_BIp <= last_B11) & (k_BIp > first_B11 - window)
-    k_BIp = jnp.where(used_BIp, k_BIp, UNUSED)
-    least_B1I, last_B1I = k_BIp.min(axis=2)[:, None], jnp.where(used_BIp, k_BIp, -1).max(axis=2)[:, None]
-    unclean_BI = ~used_BIp.all(axis=2)
-    visited_BJI = (least_B1I <= last_BJ[:, :, None]) & (last_B1I > first_BJ[:, :, None] - window)
-    plain_BJI = (last_B1I <= least_BJ[:, :, None]) & (least_B1I > last_BJ[:, :, None] - window)
-    plain_BJI &= visited_BJI & ~unclean_BI[:, None]
-    block_I = jnp.arange(k_BIp.shape[1], dtype=jnp.int32)
+    q_BQt = jnp.pad(q_positions_BT, ((0, 0), (0, -T % tile)), constant_values=-1).reshape(B, -1, tile)
+    k_BZs = jnp.pad(k_positions_BS, ((0, 0), (0, -S % places)), constant_values=-1).reshape(B, -1, places)
+    least_BQ, last_BQ = q_BQt.min(axis=2), q_BQt.max(axis=2)
+    first_BQ = jnp.where(q_BQt < 0, UNUSED, q_BQt).min(axis=2)  # without padding
+    first_B11, last_B11 = first_BQ.min(axis=1)[:, None, None], last_BQ.max(axis=1)[:, None, None]
+    used_BZs = (k_BZs >= 0) & (k_BZs <= last_B11) & (k_BZs > first_B11 - window)
+    k_BZs = jnp.where(used_BZs, k_BZs, UNUSED)
+    least_B1Z, last_B1Z = k_BZs.min(axis=2)[:, None], jnp.where(used_BZs, k_BZs, -1).max(axis=2)[:, None]
+    unclean_BZ = ~used_BZs.all(axis=2)
+    visited_BQZ = (least_B1Z <= last_BQ[:, :, None]) & (last_B1Z > first_BQ[:, :, None] - window)
+    plain_BQZ = (last_B1Z <= least_BQ[:, :, None]) & (least_B1Z > last_BQ[:, :, None] - window)
+    plain_BQZ &= visited_BQZ & ~unclean_BZ[:, None]
+    block_Z = jnp.arange(k_BZs.shape[1], dtype=jnp.int32)
 
-    def end_of(which_BJI: jax.Array) -> jax.Array:
-        return jnp.where(which_BJI, block_I + 1, 0).max(axis=2)
+    def end_of(which_BQZ: jax.Array) -> jax.Array:
+        return jnp.where(which_BQZ, block_Z + 1, 0).max(axis=2)
 
-    first_block_BJ = jnp.where(visited_BJI, block_I, len(block_I) - 1).min(axis=2)
-    end_BJ = jnp.maximum(end_of(visited_BJI), first_block_BJ + 1)
-    plain_end_BJ = end_of(plain_BJI)
-    plain_first_BJ = end_of(~plain_BJI & (block_I < plain_end_BJ[:, :, None]))
-    spans_BJ4 = jnp.stack((first_block_BJ, plain_first_BJ, plain_end_BJ, end_BJ), axis=2)
-    q_BT, k_BS = (lax.bitcast_convert_type(x.reshape(B, -1), jnp.uint32) for x in (q_BJt, k_BIp))
-    return q_BT, k_BS, spans_BJ4, unclean_BI.astype(jnp.int32)
+    first_block_BQ = jnp.where(visited_BQZ, block_Z, len(block_Z) - 1).min(axis=2)
+    end_BQ = jnp.maximum(end_of(visited_BQZ), first_block_BQ + 1)
+    plain_end_BQ = end_of(plain_BQZ)
+    plain_first_BQ = end_of(~plain_BQZ & (block_Z < plain_end_BQ[:, :, None]))
+    spans_BQ4 = jnp.stack((first_block_BQ, plain_first_BQ, plain_end_BQ, end_BQ), axis=2)
+    q_BT, k_BS = (lax.bitcast_convert_type(x.reshape(B, -1), jnp.uint32) for x in (q_BQt, k_BZs))
+    return q_BT, k_BS, spans_BQ4, unclean_BZ.astype(jnp.int32)
 
 
 class Items(NamedTuple):

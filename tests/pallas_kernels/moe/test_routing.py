@@ -13,9 +13,9 @@ CASES = [(route, T) for T in TOKENS if T <= BY_EXPERT] + [(partial(sorted_groups
 
 def _check(routing, experts_TX: np.ndarray, num_experts: int) -> None:
     """Every pair whose expert exists is in one slot of a group of that expert, and nothing else is in any."""
-    experts_G, rows_GR, places_TX = (np.asarray(x) for x in (*routing.groups, routing.places_TX))
-    R = rows_GR.shape[1]
-    used = (rows_GR >= 0) & ((experts_G >= 0) & (experts_G < num_experts))[:, None]
+    experts_U, rows_UM, places_TX = (np.asarray(x) for x in (*routing.groups, routing.places_TX))
+    R = rows_UM.shape[1]
+    used = (rows_UM >= 0) & ((experts_U >= 0) & (experts_U < num_experts))[:, None]
     assert (np.diff(used.astype(int), axis=1) <= 0).all(), "used slots come first"
     seen = set()
     for t, chosen in enumerate(experts_TX):
@@ -24,8 +24,8 @@ def _check(routing, experts_TX: np.ndarray, num_experts: int) -> None:
             if not 0 <= expert < num_experts:
                 assert place == -1 or not used[place // R].any()
                 continue
-            assert experts_G[place // R] == expert
-            assert rows_GR[place // R, place % R] == t
+            assert experts_U[place // R] == expert
+            assert rows_UM[place // R, place % R] == t
             seen.add(int(place))
     assert used.sum() == len(seen)
 

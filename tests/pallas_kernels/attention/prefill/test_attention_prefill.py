@@ -238,7 +238,7 @@ def test_plans_cover_what_is_seen(seed, window):
     k_positions_BS = np.stack([np.roll(np.arange(S), rng.integers(0, S)) for _ in range(B)]) + rng.integers(0, 20)
     k_positions_BS = np.where(rng.random((B, S)) < rng.choice([0, 0.1]), -1, k_positions_BS).astype(np.int32)
     limit = schedule.UNUSED if window is None else window
-    q, k, spans_BJ4, unclean_BS = map(
+    q, k, spans_BQ4, unclean_BS = map(
         np.asarray, schedule.schedule(q_positions_BT, k_positions_BS, window=limit, tile=tile, places=places)
     )
     for row in range(B):
@@ -251,7 +251,7 @@ def test_plans_cover_what_is_seen(seed, window):
         assert (k[row, :S][seen_TS.any(axis=0)[:S]] != schedule.UNUSED).all()
         blocks_S = (k[row].reshape(-1, places) == schedule.UNUSED).any(axis=1)
         np.testing.assert_array_equal(unclean_BS[row], blocks_S)
-        for j, (first, plain_first, plain_end, end) in enumerate(spans_BJ4[row]):
+        for j, (first, plain_first, plain_end, end) in enumerate(spans_BQ4[row]):
             tile_tS = seen_TS[j * tile : (j + 1) * tile]
             assert 0 <= first < end <= len(blocks_S)
             assert not tile_tS[:, : first * places].any() and not tile_tS[:, end * places :].any()
@@ -263,14 +263,14 @@ def test_plans_mask_no_more_than_edges():
     """So that a long prefix costs neither masks nor, behind a window, reading."""
     q_positions_BT, k_positions_BS = _positions(LARGE["gpt-oss, a long prefix"])
     spans = partial(schedule.schedule, tile=64, places=128)
-    _, _, spans_BJ4, _ = spans(q_positions_BT, k_positions_BS, window=schedule.UNUSED)
+    _, _, spans_BQ4, _ = spans(q_positions_BT, k_positions_BS, window=schedule.UNUSED)
     diagonal_J = (30720 + 64 * np.arange(32)) // 128
     expected = np.stack((0 * diagonal_J, 0 * diagonal_J, diagonal_J, diagonal_J + 1), axis=1)
-    np.testing.assert_array_equal(spans_BJ4[0], expected)
-    _, _, spans_BJ4, unclean_BS = spans(*_positions(LARGE["gpt-oss, its windows"]), window=128)
+    np.testing.assert_array_equal(spans_BQ4[0], expected)
+    _, _, spans_BQ4, unclean_BS = spans(*_positions(LARGE["gpt-oss, its windows"]), window=128)
     end_J = 64 * np.arange(32) // 128 + 2  # a block of the ring, which is empty, and those of the tokens
-    np.testing.assert_array_equal(spans_BJ4[0, :, 0], np.maximum(end_J - 2, 1))
-    np.testing.assert_array_equal(spans_BJ4[0, :, 3], end_J)
+    np.testing.assert_array_equal(spans_BQ4[0, :, 0], np.maximum(end_J - 2, 1))
+    np.testing.assert_array_equal(spans_BQ4[0, :, 3], end_J)
     np.testing.assert_array_equal(unclean_BS[0], [1] + [0] * 16)
 
 
