@@ -2,8 +2,8 @@
 
 A local array carries its axes as a suffix: `q_BTNH` is [batch, query position, query head, head width]. The same
 names are the logical axes that every weight declares (`nn.with_logical_partitioning`), from which shardings follow.
-A suffix that does not tell the truth is a bug; `tests/test_axes.py` parses them. In kernels, a small letter is a tile of
-that axis: `scores_ts` is [queries, places] of one tile each.
+A suffix that does not tell the truth is a bug; `tests/test_axes.py` parses them. In kernels, a small letter is a tile
+of that axis: `scores_ts` is [queries, places] of one tile each.
 """
 
 from typing import Final
