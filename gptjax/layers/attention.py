@@ -14,7 +14,7 @@ from gptjax.layers.linear import Linear
 from gptjax.layers.observe import observe
 from gptjax.layers.rope import rotate, rotation
 from pallas_kernels.attention import attention
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 
 class Attention(nn.Module):
@@ -37,7 +37,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None
-    ) -> tuple[Parts, KVCache | None]:
+    ) -> tuple[PartialSum, KVCache | None]:
         """[B, T, D] -> [B · T, D], last sums left, and the cache with the new keys and values (None stays None)."""
         N, K, H = self.num_heads, self.num_kv_heads, self.head_width
         linear = partial(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.append import append, takes
 from pallas_kernels.attention import reference
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 SLOT_MULTIPLE = reference.BLOCK  # a cache's capacity is a multiple of this, as blocked attention wants
 
@@ -86,7 +86,7 @@ class KVCache:
     def appended(
         self,
         layer: int,
-        qkv: Parts,
+        qkv: PartialSum,
         angles: tuple[jax.Array, jax.Array] | None,
         positions_BT: jax.Array,
         implementation: str,

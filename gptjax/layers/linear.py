@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 
 from gptjax.layers.observe import observe_made
 from gptjax.layers.weight import product, weight
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 
 class Linear(nn.Module):
@@ -24,7 +24,7 @@ class Linear(nn.Module):
     implementation: str = "auto"
 
     @nn.compact
-    def parts(self, x: jax.Array) -> Parts:
+    def parts(self, x: jax.Array) -> PartialSum:
         """[..., in] -> [T, out], T tokens in a row, with the last sums left to whoever reads it."""
         shape = (x.shape[-1], self.features)
         kernel = weight(self, "kernel", shape, self.axes, param_dtype=self.param_dtype, mxfp4=self.mxfp4)
@@ -40,5 +40,5 @@ class Linear(nn.Module):
         """[..., in] -> [..., out]."""
         return self._summed(self.parts(x), x)
 
-    def _summed(self, parts: Parts, x: jax.Array) -> jax.Array:
+    def _summed(self, parts: PartialSum, x: jax.Array) -> jax.Array:
         return parts.total().astype(self.dtype).reshape(*x.shape[:-1], self.features)

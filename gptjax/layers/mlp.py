@@ -13,7 +13,7 @@ from gptjax.axes import MLP as MLP_AXIS
 from gptjax.axes import WIDTH
 from gptjax.layers.linear import Linear
 from gptjax.layers.observe import observe
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 ACTIVATIONS: Final[dict[str, Callable[[jax.Array], jax.Array]]] = {
     "gelu_erf": partial(jax.nn.gelu, approximate=False),
@@ -35,7 +35,7 @@ class MLP(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> Parts:
+    def __call__(self, x_BTD: jax.Array) -> PartialSum:
         """[B, T, D] -> [B · T, D], with the last sums left."""
         linear = partial(
             Linear,

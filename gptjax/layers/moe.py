@@ -11,7 +11,7 @@ from gptjax.layers.norm import RMSNorm
 from gptjax.layers.observe import observe_made
 from gptjax.layers.weight import STANDARD_DEVIATION, product, weight
 from pallas_kernels.moe import moe
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.route import norm_route
 
 
@@ -25,7 +25,7 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, added: Parts | None, positions_BT: jax.Array, norm: RMSNorm
+        self, x_BTD: jax.Array, added: PartialSum | None, positions_BT: jax.Array, norm: RMSNorm
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """`x += added`, and where the norm of that goes.
 
@@ -72,8 +72,8 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, added: Parts | None, positions_BT: jax.Array, norm: RMSNorm
-    ) -> tuple[jax.Array, Parts]:
+        self, x_BTD: jax.Array, added: PartialSum | None, positions_BT: jax.Array, norm: RMSNorm
+    ) -> tuple[jax.Array, PartialSum]:
         """`x += added`, and what the experts make of the norm of that.
 
         Returns:

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from gptjax.axes import WIDTH
 from gptjax.layers.observe import observe
 from pallas_kernels.add_norm import add_norm
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 
 class _Norm(nn.Module):
@@ -30,7 +30,7 @@ class _Norm(nn.Module):
         self,
         operation: Callable[..., tuple[jax.Array, ...]],
         x: jax.Array,
-        added: Parts | None,
+        added: PartialSum | None,
         scale_D: jax.Array,
         bias_D: jax.Array | None,
     ) -> tuple[Any, ...]:
@@ -51,7 +51,7 @@ class LayerNorm(_Norm):
     """`(x - mean) / sqrt(variance + epsilon) * scale + bias`, with the biased variance, over the last axis."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, added: Parts | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, added: PartialSum | None = None) -> tuple[jax.Array, jax.Array]:
         """`x += added`, and the norm of that: both [..., D] of `dtype`."""
         scale_D = self.weight("scale", nn.initializers.ones_init(), x.shape[-1])
         bias_D = self.weight("bias", nn.initializers.zeros_init(), x.shape[-1])
@@ -63,7 +63,7 @@ class RMSNorm(_Norm):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, added: Parts | None = None, operation: Callable[..., tuple[jax.Array, ...]] = add_norm
+        self, x: jax.Array, added: PartialSum | None = None, operation: Callable[..., tuple[jax.Array, ...]] = add_norm
     ) -> tuple[Any, ...]:
         """`x += added`, and the norm of that: both [..., D] of `dtype`.
 
@@ -74,6 +74,6 @@ class RMSNorm(_Norm):
         return self.run(operation, x, added, scale_D, None)
 
 
-def add(x: jax.Array, added: Parts) -> jax.Array:
+def add(x: jax.Array, added: PartialSum) -> jax.Array:
     """`x + added`, as the norms do it."""
     return x + added.total().astype(x.dtype).reshape(x.shape)

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.formats.mxfp4 import BLOCK, MXFP4
 from pallas_kernels.matvec import FEW, matvec
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 Weight = jax.Array | MXFP4
 STANDARD_DEVIATION = 0.02
@@ -56,7 +56,7 @@ def numbers(weight: Weight, dtype: DTypeLike) -> jax.Array:
 
 def product(
     x: jax.Array, kernel: Weight, bias: jax.Array | None, dtype: DTypeLike, implementation: str = "auto"
-) -> Parts:
+) -> PartialSum:
     """[..., in] · [in, out], or packed [out, in], plus a bias: [T, out] float32, T tokens in a row.
 
     Operands are of `dtype`.
@@ -66,7 +66,7 @@ def product(
         return matvec(x_TK, kernel.astype(dtype), bias, implementation=implementation)
     contract = (((1,), (1 if isinstance(kernel, MXFP4) else 0,)), ((), ()))
     y_TN = jax.lax.dot_general(x_TK, numbers(kernel, dtype), contract, preferred_element_type=jnp.float32)
-    return Parts(y_TN[None], bias_EN=None if bias is None else bias[None])
+    return PartialSum(y_TN[None], bias_EN=None if bias is None else bias[None])
 
 
 def embed(embedding_VD: Weight, ids: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -20,7 +20,7 @@ from gptjax.layers.moe import MoE
 from gptjax.layers.norm import RMSNorm, add
 from gptjax.layers.observe import observe, observe_made
 from gptjax.layers.weight import Weight, embed, unembed, weight
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 
 class Block(nn.Module):
@@ -34,8 +34,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, added: Parts | None, positions_BT: jax.Array, cache: KVCache | None
-    ) -> tuple[jax.Array, Parts, KVCache | None]:
+        self, x_BTD: jax.Array, added: PartialSum | None, positions_BT: jax.Array, cache: KVCache | None
+    ) -> tuple[jax.Array, PartialSum, KVCache | None]:
         """[B, T, D] -> [B, T, D], and the cache with this layer's new keys and values.
 
         What a block adds last is passed on as `added`: the next norm reads the stream anyway, and adds it.

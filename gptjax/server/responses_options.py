@@ -11,7 +11,7 @@ _MOST_REPEATED: Final = 1 << 20  # characters of JSON; a stream repeats them thr
 _DEEPEST: Final = 100
 _OF_TOOLS: Final = ("type", "name", "description", "parameters", "strict")
 _ENCRYPTED: Final = "reasoning.encrypted_content"
-# Parts of items that do not occur in the answers here.
+# PartialSum of items that do not occur in the answers here.
 _INCLUDABLE: Final = frozenset(
     """code_interpreter_call.outputs computer_call_output.output.image_url file_search_call.results
     message.input_image.image_url web_search_call.action.sources web_search_call.results""".split()

@@ -4,12 +4,12 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.add_norm import reference
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 
 def add_norm(
     x_TD: jax.Array,
-    terms: Parts | None,
+    terms: PartialSum | None,
     scale_D: jax.Array,
     bias_D: jax.Array | None = None,
     *,

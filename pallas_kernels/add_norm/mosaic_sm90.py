@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Condition, Value, rows
 
 EXCHANGES = 2  # of `Norm`: the sums for the mean, and for the variance
@@ -24,7 +24,7 @@ _MOST_SUMMANDS = 64  # pieces of a number, which are unrolled
 _FLOATS = (jnp.bfloat16, jnp.float32)
 
 
-def supports(x_TD: jax.Array, terms: Parts | None, scale_D: jax.Array, bias_D: jax.Array | None = None) -> bool:
+def supports(x_TD: jax.Array, terms: PartialSum | None, scale_D: jax.Array, bias_D: jax.Array | None = None) -> bool:
     """Whether `add_norm` takes these operands."""
     T, D = x_TD.shape
     return (
@@ -37,7 +37,7 @@ def supports(x_TD: jax.Array, terms: Parts | None, scale_D: jax.Array, bias_D: j
     )
 
 
-def _supports(terms: Parts, T: int, D: int) -> bool:
+def _supports(terms: PartialSum, T: int, D: int) -> bool:
     S, R, N = terms.parts_SRN.shape
     places = [terms.rows_TX, terms.weights_TX, terms.bias_rows_TX]
     return (
@@ -55,7 +55,7 @@ def _supports(terms: Parts, T: int, D: int) -> bool:
 @partial(jax.jit, static_argnames=("epsilon", "center"))
 def add_norm(
     x_TD: jax.Array,
-    terms: Parts | None,
+    terms: PartialSum | None,
     scale_D: jax.Array,
     bias_D: jax.Array | None = None,
     *,
@@ -85,7 +85,7 @@ def add_norm(
 
 
 def operands(
-    x_TD: jax.Array, terms: Parts | None, scale_D: jax.Array, bias_D: jax.Array | None
+    x_TD: jax.Array, terms: PartialSum | None, scale_D: jax.Array, bias_D: jax.Array | None
 ) -> dict[str, jax.Array]:
     """What `Norm` reads, of that which there is."""
     named = {"x": x_TD, "scale": scale_D, "bias": bias_D}
@@ -100,7 +100,7 @@ def operands(
     return {name: operand for name, operand in named.items() if operand is not None}
 
 
-def results(x_TD: jax.Array, terms: Parts | None) -> dict[str, Any]:
+def results(x_TD: jax.Array, terms: PartialSum | None) -> dict[str, Any]:
     """What `Norm` writes: without terms, the sum is x."""
     names = ("normed",) if terms is None else ("sum", "normed")
     return {name: jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype) for name in names}
@@ -124,7 +124,7 @@ def _padded(layout: rows.RowLayout) -> int:
 class Norm:
     """What a thread does to add to a row and norm it."""
 
-    terms: Parts | None
+    terms: PartialSum | None
     operands: dict[str, jax.Array]  # see `operands`
     epsilon: float
     center: bool
@@ -197,7 +197,7 @@ class Norm:
         return sums, factor
 
 
-def _load_indices(terms: Parts, at: Mapping[str, Value], row: Value) -> list[tuple[Value, Value, Value | None]]:
+def _load_indices(terms: PartialSum, at: Mapping[str, Value], row: Value) -> list[tuple[Value, Value, Value | None]]:
     """Begins to load of each of a token's terms: its row, the bias's row, and the weight."""
     X = terms.num_terms
 
@@ -223,7 +223,7 @@ class _Term:
     exists: Condition  # whether it adds anything
 
     @classmethod
-    def of(cls, terms: Parts, row: Value, bias_row: Value, weight: Value | None) -> "_Term":
+    def of(cls, terms: PartialSum, row: Value, bias_row: Value, weight: Value | None) -> "_Term":
         """From what `_load_indices` has loaded."""
         if terms.bias_EN is not None and terms.bias_rows_TX is not None:
             left = arith.subi(ptx.const(terms.bias_EN.shape[0] - 1), bias_row)
@@ -232,7 +232,9 @@ class _Term:
         return cls(row, bias_row, weight, ptx.NotNegative(row))
 
 
-def _total(terms: Parts, at: Mapping[str, Value], loaded: list[_Term], four: rows.Float4, flight: int) -> list[Value]:
+def _total(
+    terms: PartialSum, at: Mapping[str, Value], loaded: list[_Term], four: rows.Float4, flight: int
+) -> list[Value]:
     """Four numbers of `terms.total()`, of which `flight` loads are begun at a time."""
     S, R, _ = terms.parts_SRN.shape
 

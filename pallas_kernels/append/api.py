@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 
 def takes(k_BKSH: jax.Array, *, implementation: str = dispatch.AUTO) -> bool:
@@ -14,7 +14,7 @@ def takes(k_BKSH: jax.Array, *, implementation: str = dispatch.AUTO) -> bool:
 
 
 def append(
-    qkv: Parts,
+    qkv: PartialSum,
     rotation: tuple[jax.Array, jax.Array] | None,
     positions_B: jax.Array,
     k_BKSH: jax.Array,

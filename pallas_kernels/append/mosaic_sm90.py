@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
 THREADS = 128
@@ -45,7 +45,7 @@ class _AppendPlan:
 
 @jax.jit
 def append(
-    qkv: Parts,
+    qkv: PartialSum,
     rotation: tuple[jax.Array, jax.Array] | None,
     positions_B: jax.Array,
     k_BKSH: jax.Array,

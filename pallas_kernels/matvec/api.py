@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.matvec import reference
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 FEW = 64  # rows, at most: beyond, a product is bound by arithmetic, and XLA's is good at that
 # Rows up to which a kernel was seen to be faster than XLA's own product, on an H200 (Triton: at one row).
@@ -14,7 +14,7 @@ _FASTER = {dispatch.MOSAIC: 8, dispatch.TRITON: 4}
 
 def matvec(
     x_TI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array | None = None, *, implementation: str = dispatch.AUTO
-) -> Parts:
+) -> PartialSum:
     """x · kernel + bias, accumulated in float32.
 
     Args:

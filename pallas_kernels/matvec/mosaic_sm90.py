@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import dispatch, ptx, tiles
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
 EIGHT = 8  # rows of x of an instruction
@@ -66,14 +66,14 @@ class _MatvecPlan:
         return self.x_copied + 16
 
 
-def product(x_TI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array | None = None) -> Parts:
+def product(x_TI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array | None = None) -> PartialSum:
     """See `api.matvec`."""
     shape = {tiles.ROWS: x_TI.shape[0], "in": kernel_IO.shape[0], "out": kernel_IO.shape[1]}
     settings: Any = tiles.lookup(dispatch.device_kind(), "matvec/mosaic", shape)
     if settings is None or settings["splits"] not in _splits(shape):  # as of fewer rows, whose x takes less room
         settings = heuristic(shape)
     parts_JTO = _parts(x_TI, kernel_IO, **settings)
-    return Parts(parts_JTO, bias_EN=None if bias_O is None else bias_O[None])
+    return PartialSum(parts_JTO, bias_EN=None if bias_O is None else bias_O[None])
 
 
 def heuristic(shape: tiles.Shape) -> tiles.Settings:

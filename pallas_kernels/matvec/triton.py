@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 ROWS = 16  # the fewest rows of a product
 STRIP = 64  # columns of a program
@@ -33,7 +33,7 @@ def product(
     warps: int = WARPS,
     stages: int = STAGES,
     interpret: bool = False,
-) -> Parts:
+) -> PartialSum:
     """See `api.matvec`.
 
     Args:
@@ -52,7 +52,7 @@ def product(
     parts_JTO = _parts(
         x_TI, kernel_IO, run=run, strip=strip, tile=tile, warps=warps, stages=stages, interpret=interpret
     )
-    return Parts(parts_JTO, bias_EN=None if bias_O is None else bias_O[None])
+    return PartialSum(parts_JTO, bias_EN=None if bias_O is None else bias_O[None])
 
 
 @partial(jax.jit, static_argnames=("run", "strip", "tile", "warps", "stages", "interpret"))

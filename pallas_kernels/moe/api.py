@@ -10,7 +10,7 @@ from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.moe import reference
 from pallas_kernels.moe.routing import BY_EXPERT
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 LARGEST_SCALE = 192  # that the kernels take, of MXFP4: 2^65
 _FEW = 512  # tokens up to which "auto" takes the Triton kernel; more was not measured
@@ -28,7 +28,7 @@ def moe(
     alpha: float,
     limit: float,
     implementation: str = dispatch.AUTO,
-) -> Parts:
+) -> PartialSum:
     """The weighted sum of the chosen experts' clamped SwiGLU networks.
 
     Means, for token t, with e = experts[t, x]:
@@ -56,7 +56,7 @@ def moe(
     Raises:
       ValueError: an unknown implementation, or one that does not take these operands.
     """
-    available: dict[str, Callable[..., Parts]] = {dispatch.XLA: reference.grouped}
+    available: dict[str, Callable[..., PartialSum]] = {dispatch.XLA: reference.grouped}
     repacked = isinstance(gate_up, MXFP4Fragments) and isinstance(down, MXFP4Fragments)
     wanted = dispatch.wanted(implementation) if repacked and x_TD.dtype == jnp.bfloat16 else dispatch.XLA
     if wanted == dispatch.MOSAIC:

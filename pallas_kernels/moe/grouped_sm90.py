@@ -26,7 +26,7 @@ from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
 from pallas_kernels.moe import mosaic_sm90
 from pallas_kernels.moe.activation import SwiGLU
 from pallas_kernels.moe.routing import Groups, sorted_groups
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
 plgpu: Any = mosaic_gpu  # whose interface was another in JAX 0.10, where this module can be imported only
@@ -90,14 +90,14 @@ def routed(
     *,
     alpha: float,
     limit: float,
-) -> Parts:
+) -> PartialSum:
     """See `api.moe`."""
     E = down_bias_ED.shape[0]
     groups, places_TX = sorted_groups(experts_TX, E, group_size(experts_TX.size, E))
     x_AD = in_order(x_TD)[jnp.maximum(groups.rows_UM.reshape(-1), 0)]
     h_AF = product(x_AD, groups, gate_up, gate_up_bias_E2F.astype(jnp.bfloat16), activation=SwiGLU(alpha, limit))
     y_AD = product(h_AF, groups, down)
-    return Parts(y_AD[None], places_TX, weights_TX, down_bias_ED, experts_TX)
+    return PartialSum(y_AD[None], places_TX, weights_TX, down_bias_ED, experts_TX)
 
 
 def group_size(num_pairs: int, num_experts: int) -> int:

@@ -17,7 +17,7 @@ from pallas_kernels import dispatch, ptx, tiles
 from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
 from pallas_kernels.moe.activation import SwiGLU
 from pallas_kernels.moe.routing import Groups, route
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
 EIGHT = 8  # tokens of an instruction
@@ -79,7 +79,7 @@ def routed(
     *,
     alpha: float,
     limit: float,
-) -> Parts:
+) -> PartialSum:
     """See `api.moe`."""
     groups, places_TX = route(experts_TX, down_bias_ED.shape[0])
     bias = gate_up_bias_E2F.astype(jnp.bfloat16)
@@ -89,7 +89,7 @@ def routed(
     h_AF = h_UMF.reshape(-1, h_UMF.shape[-1])
     y_JUMD = product(h_AF, groups, down, sorted=True, **_settings("down", experts_TX, down))
     y_JAD = y_JUMD.reshape(y_JUMD.shape[0], -1, y_JUMD.shape[-1])
-    return Parts(y_JAD, places_TX, weights_TX, down_bias_ED, experts_TX)
+    return PartialSum(y_JAD, places_TX, weights_TX, down_bias_ED, experts_TX)
 
 
 def _settings(part: str, experts_TX: jax.Array, weight: MXFP4Fragments) -> Any:

@@ -10,7 +10,7 @@ from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.moe import routing
 from pallas_kernels.moe.routing import Groups
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 LARGEST_GROUP = 128  # tokens of one expert that are computed together, at most
 # Groups whose weights are unpacked and multiplied at a time. With 1, a token of gpt-oss-tales takes 19 to 21 ms on two
@@ -30,7 +30,7 @@ def grouped(
     *,
     alpha: float,
     limit: float,
-) -> Parts:
+) -> PartialSum:
     """Tokens sorted by expert, in groups of one expert each, whose weights alone are unpacked. See `api.moe`."""
     E = gate_up_bias_E2F.shape[0]
     groups, places_TX = routing.sorted_groups(experts_TX, E, group_sizes(experts_TX.size, E)[0])
@@ -57,7 +57,7 @@ def grouped(
     )
     # Where a pair is not in any group, any place is as good, for its value is not taken.
     y_TXD = y_AD[places_TX]
-    return Parts(jnp.sum(jnp.where((places_TX >= 0)[..., None], y_TXD * weights_TX[..., None], 0), axis=1)[None])
+    return PartialSum(jnp.sum(jnp.where((places_TX >= 0)[..., None], y_TXD * weights_TX[..., None], 0), axis=1)[None])
 
 
 def _num_used(groups: Groups) -> jax.Array:

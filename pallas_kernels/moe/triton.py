@@ -19,7 +19,7 @@ from jax.lax import bitcast_convert_type as bitcast
 from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
 from pallas_kernels.moe.activation import SwiGLU
 from pallas_kernels.moe.routing import BY_EXPERT, Groups, route, sorted_groups
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 SLOTS = 16  # tokens of a program: the fewest columns of a product
 WARPS = 4  # `fragments` is made for so many
@@ -40,7 +40,7 @@ def routed(
     alpha: float,
     limit: float,
     interpret: bool = False,
-) -> Parts:
+) -> PartialSum:
     """See `api.moe`."""
     T, E = x_TD.shape[0], down_bias_ED.shape[0]
     groups, places_TX = route(experts_TX, E) if T <= BY_EXPERT else sorted_groups(experts_TX, E, SLOTS)
@@ -49,7 +49,7 @@ def routed(
     splits = 3 if T <= 8 else 1  # with few tokens, the tiles of down's rows are too few for a GPU
     y_JUMD = run(h_UMF.reshape(-1, h_UMF.shape[-1]), weight=down, sorted=True, splits=splits)
     y_JAD = y_JUMD.reshape(y_JUMD.shape[0], -1, y_JUMD.shape[-1])
-    return Parts(y_JAD, places_TX, weights_TX, down_bias_ED, experts_TX)
+    return PartialSum(y_JAD, places_TX, weights_TX, down_bias_ED, experts_TX)
 
 
 @partial(jax.jit, static_argnames=("activation", "splits", "sorted", "stages", "interpret"))

@@ -3,13 +3,13 @@
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.route import reference
 
 
 def norm_route(
     x_TD: jax.Array,
-    terms: Parts | None,
+    terms: PartialSum | None,
     scale_D: jax.Array,
     bias_D: jax.Array | None = None,
     *,

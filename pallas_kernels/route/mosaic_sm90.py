@@ -22,7 +22,7 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
 from pallas_kernels.add_norm import mosaic_sm90 as add_norm
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value, rows
 
 MOST_EXPERTS = 128
@@ -33,7 +33,7 @@ _WANTED = 8  # loads of a thread, if there are threads enough
 
 def supports(
     x_TD: jax.Array,
-    terms: Parts | None,
+    terms: PartialSum | None,
     scale_D: jax.Array,
     bias_D: jax.Array | None,
     router_DE: jax.Array,
@@ -275,7 +275,7 @@ class Router:
 @partial(jax.jit, static_argnames=("epsilon", "center", "top"))
 def norm_route(
     x_TD: jax.Array,
-    terms: Parts | None,
+    terms: PartialSum | None,
     scale_D: jax.Array,
     bias_D: jax.Array | None,
     router_DE: jax.Array,

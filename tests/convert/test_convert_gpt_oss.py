@@ -208,7 +208,7 @@ def test_misshapen_blocks_and_scales_are_refused(tmp_path, checkpoint, case):
 
 @pytest.mark.parametrize("name", ["q_proj.weight", "k_proj.weight", "k_proj.bias", "v_proj.weight", "o_proj.weight"])
 def test_misshapen_projections_are_refused(tmp_path, checkpoint, name):
-    """Parts of what is stored fused here are checked one by one: a q as small as k, with a larger v, would fit too."""
+    """PartialSum of what is stored fused here are checked one by one: a q as small as k, with a larger v, would fit too."""
     name = f"model.layers.0.self_attn.{name}"
     array = checkpoint.packed[name]
     damaged = np.ascontiguousarray(array.T) if name.endswith("o_proj.weight") else np.concatenate([array, array])

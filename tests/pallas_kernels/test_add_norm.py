@@ -1,4 +1,4 @@
-"""`pallas_kernels.add_norm` and `Parts` against float64 NumPy. The kernel is lowered everywhere, and run on Hopper."""
+"""`pallas_kernels.add_norm` and `PartialSum` against float64 NumPy. The kernel is lowered everywhere, and run on Hopper."""
 
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels.add_norm import add_norm
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 from tests.oracles.add_norm_numpy import Case, norm, operands, total
 
 EPSILON = 1e-5
@@ -35,7 +35,7 @@ def _norm(sum_TD: Any, scale: Any, bias: Any, *, center: bool) -> np.ndarray:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parts_are_summed(case):
     _, terms, *_ = operands(case, jnp.float32)
-    actual = jax.jit(Parts.total)(terms)
+    actual = jax.jit(PartialSum.total)(terms)
     assert actual.dtype == jnp.float32
     np.testing.assert_allclose(actual, total(terms), rtol=0, atol=1e-5)
 
@@ -130,12 +130,12 @@ def test_what_the_kernel_does_not_take():
     from pallas_kernels.add_norm import mosaic_sm90
 
     x, terms, scale, _ = operands(CASES[1], jnp.bfloat16)
-    replace = jax.tree_util.Partial(Parts, terms.parts_SRN)
+    replace = jax.tree_util.Partial(PartialSum, terms.parts_SRN)
     assert mosaic_sm90.supports(x, terms, scale)
     assert not mosaic_sm90.supports(x.astype(jnp.float32), terms, scale)
     assert not mosaic_sm90.supports(x[:, :-4], None, scale[:-4])
     assert not mosaic_sm90.supports(jnp.zeros((129, 96), jnp.bfloat16), None, scale)
-    assert not mosaic_sm90.supports(x, Parts(terms.parts_SRN.astype(jnp.bfloat16), terms.rows_TX), scale)
+    assert not mosaic_sm90.supports(x, PartialSum(terms.parts_SRN.astype(jnp.bfloat16), terms.rows_TX), scale)
     assert not mosaic_sm90.supports(x, replace(), scale)  # 11 rows for 3 tokens
     assert not mosaic_sm90.supports(x, replace(terms.rows_TX.astype(jnp.int16)), scale)
 

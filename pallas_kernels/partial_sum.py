@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Parts:
+class PartialSum:
     """A sum [T, N] that is still in pieces:
 
         total[t] = Σ_x weights[t, x] · (bias[bias_rows[t, x]] + Σ_s parts[s, rows[t, x]])
