@@ -224,9 +224,9 @@ def test_effort_and_system_count_from_the_next_turn():
     ("line", "says"),
     [
         ("/efort low", "did you mean /effort?"),
-        ("/xyz", "/help lists them"),
+        ("/xyz", "/help lists all"),
         ("/effort utmost", "low, medium, high"),
-        ("/reasoning maybe", "show or hide"),
+        ("/reasoning maybe", "takes show, hide, or nothing"),
         ("/raw some", "takes all"),
         ("/reasoning", "no turn yet"),
         ("/raw", "no turn yet"),
@@ -268,7 +268,11 @@ def test_save_writes_a_request_and_never_over_a_file(tmp_path):
     assert saved == {"model": "tales", "reasoning_effort": "medium", "messages": talk.conversation}
     assert "Märchen" in file.read_text(encoding="utf-8")
     list(talk.handle("And then?"))
-    for name, says in ((file, "exists already"), (tmp_path / "none" / "x", "No such file"), ("\0", "null")):
+    for name, says in (
+        (file, "already exists and was not overwritten"),
+        (tmp_path / "none" / "x", "No such file"),
+        ("\0", "null"),
+    ):
         with pytest.raises(RequestError, match=says):
             list(talk.handle(f"/save {name}"))
     assert json.loads(file.read_text(encoding="utf-8")) == saved
@@ -374,7 +378,7 @@ def test_errors_are_told_and_the_chat_goes_on(monkeypatch, capsys):
 def test_a_command_that_takes_nothing_does_nothing_with_more(line):
     talk = session(SAID)
     list(talk.handle("A"))
-    with pytest.raises(RequestError, match="takes nothing after it"):
+    with pytest.raises(RequestError, match="takes no argument"):
         list(talk.handle(line))
     assert talk.messages and not talk.over
 
@@ -454,7 +458,7 @@ def test_json_is_the_whole_result(capsys, scripted):
     assert re.fullmatch("call_[0-9a-f]{24}", call["id"])
     assert (result["text"], result["reasoning"], result["finish_reason"]) == ("", "", "tool_calls")
     assert result["completion"]["usage"]["prompt_tokens"] > 50
-    assert "runs no tools" in err
+    assert "does not run tools" in err
 
 
 def test_control_c_in_a_single_turn_is_130(capsys, scripted):
