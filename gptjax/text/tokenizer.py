@@ -159,5 +159,5 @@ def _checked_id(token_id: SupportsIndex) -> int:
     if number is None or isinstance(token_id, bool):
         raise RequestError(f"a token id is an integer, not {quoted(token_id)} ({type(token_id).__name__})")
     if number < 0:
-        raise RequestError(f"a token id cannot be negative, found {quoted(number)}: drop padding before decoding")
+        raise RequestError(f"a token id is at least 0, found {quoted(number)}: drop padding before decoding")
     return number
