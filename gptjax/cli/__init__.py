@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     if argv is None and args.command == "convert":
-        # In its own process, conversion needs no accelerator and must not take its memory. JAX reads this on import.
+        # Its own process: needs no accelerator, and must not take the memory of one. JAX reads this on import.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         status: int = args.run(args)

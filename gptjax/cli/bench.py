@@ -222,4 +222,7 @@ def _print(title: str, loading: "Loading", speed: "MemorySpeed", results: "Seque
         if mine.engine == "gptjax" and theirs.engine == "transformers":
             decode = mine.decode_tokens_per_second / theirs.decode_tokens_per_second
             prefill = mine.prefill_tokens_per_second / theirs.prefill_tokens_per_second
-            print(f"{mine.batch} rows: {decode:.2f} times the decode rate of {theirs.engine}, {prefill:.2f} of prefill")
+            print(
+                f"{mine.batch} rows: {decode:.2f} times the decode rate of {theirs.engine}, "
+                f"{prefill:.2f} times the prefill rate"
+            )

@@ -58,7 +58,7 @@ def add_command(
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `gptjax.load`."""
     add_dtype(parser)
-    parser.add_argument("--max-length", type=int, metavar="N", help="positions per sequence (default: all)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="positions per sequence (default: the model's)")
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

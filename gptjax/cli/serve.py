@@ -66,7 +66,7 @@ examples:
         "--max-length",
         type=int,
         metavar="N",
-        help=f"tokens of prompt and output (default: $GPTJAX_MAX_LENGTH, else all, at most {_DEFAULT_LENGTH})",
+        help=f"tokens of prompt and output (default: $GPTJAX_MAX_LENGTH, else the model's, up to {_DEFAULT_LENGTH})",
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
     _option(parser, "--tokenizer", metavar="DIRECTORY", help="take the tokenizer from here")

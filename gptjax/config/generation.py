@@ -122,7 +122,7 @@ def read_generation_defaults(directory: Path, override: Mapping[str, Any] | bool
     A setting that the file does not have is off. (transformers fills in top_k 50.)
 
     Args:
-      override: see `read_generation_config`, which also raises.
+      override: see `read_generation_config`, also for errors.
     """
     found = read_generation_config(directory, override)
     raw = {key: value for key, value in found.items() if value is not None}

@@ -141,7 +141,7 @@ class Keys:
         return choices[value]
 
     def section(self, key: str) -> "Keys | None":
-        """A mapping inside this one, to be read by itself; its faults become this one's by `take`. None if absent."""
+        """A mapping inside this one, to be read by itself; `take` collects its faults. None if absent."""
         value = self._get(key, None, {})
         if not isinstance(value, Mapping):
             self.fault(f"{key} is {quoted(value)}; expected an object")

@@ -128,7 +128,7 @@ class Server(uvicorn.Server):
         self._service = service
         self._drain_seconds = drain_seconds
         self._died: float | None = None
-        self._told_ready = False
+        self._announced = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins the shutdown: streams go on for a while, then end with an error. A second SIGINT ends them at once."""
@@ -162,8 +162,8 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Whether to end; called ten times a second."""
         state, served = self._service.worker.state, self._service.served
-        if state.ready and not self._told_ready:
-            self._told_ready = True
+        if state.ready and not self._announced:
+            self._announced = True
             seconds = time.monotonic() - self._service.began
             _log.info(
                 "%s is ready after %.0f s: %d slots of %d tokens", served.name, seconds, state.slots, served.max_length
