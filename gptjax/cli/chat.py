@@ -66,7 +66,7 @@ examples:
         "--max-length",
         type=int,
         metavar="N",
-        help=f"tokens in the whole conversation (default: $GPTJAX_MAX_LENGTH, else the model's, up to {DEFAULT_LENGTH})",
+        help=f"tokens per conversation (default: $GPTJAX_MAX_LENGTH, else the model's, up to {DEFAULT_LENGTH})",
     )
     parser.add_argument("--effort", choices=EFFORTS, default="medium", help="how much to think (default: medium)")
     parser.add_argument("--system", metavar="TEXT", help="instructions for the model")

@@ -104,5 +104,5 @@ def unavailable(message: str, code: str) -> ApiError:
 
 def internal() -> ApiError:
     """500 for a fault of ours; the log has the details."""
-    message = "internal server error; the server's log has the details"
+    message = "internal server error; see the server's log"
     return ApiError(500, message, kind="server_error", code="internal", headers=NO_RETRY)

@@ -16,7 +16,7 @@ _LOOKS: Final = 10  # at an idle connection before it is cut
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, but with a limit: it waits forever for a request's head, and for a client to read an answer's rest.
+    """uvicorn's, with a limit where that waits forever: for a request's head, and for a client to read an answer.
 
     The application can cut the connection too.
     """

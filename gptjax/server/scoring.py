@@ -38,7 +38,7 @@ def score(lm: LanguageModel, token_ids: Sequence[int], num_top: int) -> PromptSc
             return _score(lm, token_ids, num_top)
     except CapacityError as error:
         _log.warning("not enough memory to score a prompt; fewer slots (--max-batch) leave more: %s", error)
-        message = "the server has too little memory to score this prompt; its log has the details"
+        message = "the server has too little memory to score this prompt; see its log"
         raise ApiError(503, message, kind="server_error", code="no_memory", headers=NO_RETRY) from error
 
 

@@ -68,7 +68,7 @@ def _quant_kind(lm: LanguageModel) -> str:
 
 
 def _memory_in_use(lm: LanguageModel) -> Callable[[], int]:
-    """Bytes in use on the device; on a CPU, which has no count of its own, weights and cache by formula."""
+    """Bytes in use on the device; on a CPU, which only counts all processes together, weights and cache by formula."""
     if device_memory().platform != "cpu":
         return lambda: device_memory().in_use
     needed = lm.memory(batch=lm.max_batch or DEFAULT_SLOTS)

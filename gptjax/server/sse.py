@@ -107,7 +107,7 @@ class EventStream(Response):
                 await send(message)
 
         await write({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        # Closed at once if a write fails: the next object is being waited for.
+        # Closed at once if a write fails, though the next object is being waited for.
         async with contextlib.aclosing(self._events()) as events:
             async for data in events:
                 await write({"type": "http.response.body", "body": data, "more_body": True})
