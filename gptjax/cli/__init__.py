@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno != errno.ENOSPC:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"gptjax: cannot write to standard output ({error.strerror})", file=sys.stderr)
+        print(f"gptjax: standard output cannot be written ({error.strerror})", file=sys.stderr)
         return 1
 
 

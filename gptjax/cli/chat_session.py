@@ -230,7 +230,7 @@ class Session:
         except FileExistsError:
             raise RequestError(f"{name} already exists and was not overwritten; choose another name") from None
         except (OSError, RuntimeError, ValueError) as error:  # an unknown user's home, a NUL
-            raise RequestError(f"cannot write {name} ({getattr(error, 'strerror', None) or error})") from None
+            raise RequestError(f"{name} cannot be written ({getattr(error, 'strerror', None) or error})") from None
         return f"Wrote {len(self.conversation)} messages to {path}."
 
     def _do_raw(self, choice: str) -> str:
