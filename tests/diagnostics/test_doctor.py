@@ -39,7 +39,7 @@ def installed(monkeypatch):
 def test_here_all_is_well(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert out.endswith("\n\nall is well\n")
+    assert out.endswith("\n\nno problems found\n")
     for text in (jax.__version__, "gpt2-tales", "GPTJAX_CACHE_DIR", "attention", "available"):
         assert text in out
 
@@ -82,8 +82,8 @@ def test_a_package_out_of_range_stops_work(installed, capsys):
     out = capsys.readouterr().out
     assert '1. jax 0.9.0 is not what gptjax was made for, >=0.10.2,<0.13\n   pip install "jax>=0.10.2,<0.13"' in out
     assert '2. orbax-checkpoint is not installed\n   pip install "orbax-checkpoint>=' in out
-    assert "all is well" not in out
-    assert "works all the same" not in out
+    assert "no problems found" not in out
+    assert "works nevertheless" not in out
 
 
 def test_an_optional_package_out_of_range_does_not(installed, capsys):
@@ -91,7 +91,7 @@ def test_an_optional_package_out_of_range_does_not(installed, capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert '1. transformers 4.1 is not what gptjax\'s extra "oracle" was made for' in out
-    assert out.endswith("gptjax works all the same\n")
+    assert out.endswith("gptjax works nevertheless\n")
 
 
 def test_ranges_of_an_installed_package_come_from_its_metadata(monkeypatch, tmp_path):
