@@ -12,7 +12,8 @@ import gptjax
 from gptjax.engine import steps
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.server import worker as worker_module
-from gptjax.server.worker import Failed, Finished, Unavailable, Worker
+from gptjax.server.events import Failed, Finished, Unavailable
+from gptjax.server.worker import Worker
 
 
 @pytest.fixture
