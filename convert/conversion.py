@@ -29,7 +29,7 @@ from gptjax.models.registry import build
 from gptjax.support.files import parse_json, read_bytes
 from gptjax.support.progress import Progress
 from gptjax.support.quoting import shown
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.mxfp4 import MXFP4
 
 COPIED: Final = (  # what a converted directory takes over, where it is there
     "generation_config.json",

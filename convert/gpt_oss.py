@@ -9,7 +9,7 @@ from collections.abc import Collection
 from convert.heads import other_heads
 from convert.rules import TRANSPOSED, Copy, Rule, Table, Transform, stacked, stacked_transposed
 from gptjax.config import GptOssConfig
-from pallas_kernels.mxfp4 import NAN_SCALE
+from pallas_kernels.formats.mxfp4 import NAN_SCALE
 
 _BLOCKS = Transform("blocks", lambda shape: (shape,), lambda array: array, dtypes=("U8",))
 _SCALES = Transform(

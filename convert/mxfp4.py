@@ -14,7 +14,7 @@ from gptjax.config.quantization import BLOCK, TARGETS, mxfp4_to_json
 from gptjax.errors import ConfigError
 from gptjax.models.params import abstract_params, weights_by_path
 from gptjax.models.registry import build
-from pallas_kernels.mxfp4 import MXFP4, quantize
+from pallas_kernels.formats.mxfp4 import MXFP4, quantize
 
 _SLICE: Final = 1 << 20  # numbers rounded together: memory stays bounded, and one compiled program serves all weights
 

@@ -2,7 +2,8 @@
 
 A local array carries its axes as a suffix: `q_BTNH` is [batch, query position, query head, head width]. The same
 names are the logical axes that every weight declares (`nn.with_logical_partitioning`), from which shardings follow.
-A suffix that does not tell the truth is a bug.
+A suffix that does not tell the truth is a bug; `tests/test_axes.py` parses them. In kernels, a small letter is a tile
+of that axis: `scores_ts` is [queries, places] of one tile each.
 """
 
 from typing import Final
@@ -24,6 +25,16 @@ GLOSSARY: Final = {
     "V": "vocabulary",
     "C": "candidates: the most likely tokens, reported beside the one drawn",
     "L": "layers",
+    # of kernels
+    "I": "inputs of a product: what it sums over",
+    "O": "outputs of a product",
+    "J": "splits: programs that share an axis, whose results are summed after them",
+    "U": "groups of tokens that go to one expert",
+    "M": "slots: rows of a group or tile, of which some may be empty",
+    "A": "rows that row numbers point into: tokens, or the slots of all groups in turn",
+    "Q": "tiles of query positions",
+    "Z": "blocks of cache positions",
+    "W": "words of a workspace",
 }
 
 # Logical axes of weights. A product of axes is one axis of a matrix and is sharded by its first factor.

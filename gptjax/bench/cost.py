@@ -7,7 +7,7 @@ import jax
 from gptjax.config import GptOssConfig
 from gptjax.models.params import abstract_params, weights_by_path
 from gptjax.models.registry import Model
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.mxfp4 import MXFP4
 
 _EXPERTS = ("gate_up_kernel", "down_kernel", "gate_up_bias", "down_bias")
 

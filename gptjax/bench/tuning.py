@@ -13,7 +13,7 @@ import numpy as np
 from gptjax.bench.cases import Case
 from gptjax.bench.figure import Figure
 from gptjax.bench.kernels import NotRun, expected_result, measure
-from pallas_kernels import tiles
+from pallas_kernels import dispatch, tiles
 
 _WRONG: Final = 4  # settings whose error is so many times another's compute something else
 
@@ -57,7 +57,7 @@ def tune(case: Case, implementation: str, *, repeats: int) -> Iterator[Attempt |
 
 def _tunable(key: tiles.Key) -> list[tiles.Settings]:
     operation, shape = key
-    module = importlib.import_module(f"pallas_kernels.{operation.replace('/', '.')}")
+    module = importlib.import_module(dispatch.module(operation))
     return module.tunable(dict(shape)) if hasattr(module, "tunable") else []
 
 

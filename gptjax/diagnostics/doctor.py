@@ -237,7 +237,7 @@ def implementations() -> Found:
     else:
         why = "Pallas kernels are for NVIDIA GPUs, Ampere and newer"
     operations = {
-        module.name: importlib.util.find_spec(f"pallas_kernels.{module.name}.{preferred}") is not None
+        module.name: dispatch.has_kernel(module.name, preferred)
         for module in pkgutil.iter_modules(pallas_kernels.__path__)
         if module.ispkg and importlib.util.find_spec(f"pallas_kernels.{module.name}.api") is not None
     }

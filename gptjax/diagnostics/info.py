@@ -29,7 +29,7 @@ from gptjax.support.files import read_json
 from gptjax.support.quoting import names, quoted
 from gptjax.support.runtime import DeviceMemory
 from gptjax.support.units import readable
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.mxfp4 import MXFP4
 
 
 def describe(

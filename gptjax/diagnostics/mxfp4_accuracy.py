@@ -23,8 +23,8 @@ from gptjax.models.params import Params, weights_by_path
 from gptjax.models.registry import Model
 from gptjax.support.plots import check_plot, save_plot
 from gptjax.text import Tokenizer
-from pallas_kernels.fragments import MXFP4Fragments
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats.mxfp4 import MXFP4
 
 # What the field asks of a rounded model.
 LEAST_COSINE: Final = 0.99

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels.formats.mxfp4 import BLOCK, MXFP4
 from pallas_kernels.matvec import FEW, matvec
-from pallas_kernels.mxfp4 import BLOCK, MXFP4
 from pallas_kernels.partial_sum import PartialSum
 
 Weight = jax.Array | MXFP4

@@ -13,8 +13,8 @@ from gptjax.config import ModelConfig
 from gptjax.layers.weight import random_mxfp4
 from gptjax.models.registry import Model, build
 from pallas_kernels import moe
-from pallas_kernels.fragments import MXFP4Fragments
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats.mxfp4 import MXFP4
 
 Params = dict[str, Any]  # nested; the leaves are arrays
 

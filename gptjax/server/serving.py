@@ -27,8 +27,8 @@ from gptjax.server.service import Limits, Served, Service
 from gptjax.server.worker import DEFAULT_SLOTS, Worker
 from gptjax.support.runtime import device_memory
 from gptjax.text import Tokenizer
-from pallas_kernels.fragments import MXFP4Fragments
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats.mxfp4 import MXFP4
 
 _LAST_WORDS: Final = 3.0  # seconds that a server whose worker died goes on answering, so that /health can be asked
 _TO_END_STREAMS: Final = 5.0  # seconds to send what is left of them, after the worker has drained

@@ -41,9 +41,9 @@ def add_norm(
     """
     available = {dispatch.XLA: reference.add_norm}
     if dispatch.wanted(implementation) == dispatch.MOSAIC:
-        from pallas_kernels.add_norm import mosaic
+        from pallas_kernels.add_norm import mosaic_sm90
 
-        if mosaic.supports(x_TD, terms, scale_D, bias_D):
-            available[dispatch.MOSAIC] = mosaic.add_norm
+        if mosaic_sm90.supports(x_TD, terms, scale_D, bias_D):
+            available[dispatch.MOSAIC] = mosaic_sm90.add_norm
     run = dispatch.choose("add_norm", implementation, available)
     return run(x_TD, terms, scale_D, bias_D, epsilon=epsilon, center=center)

@@ -38,6 +38,6 @@ def append(
     Returns:
       The queries [B, N, H], rotated, and the cache.
     """
-    from pallas_kernels.append import mosaic
+    from pallas_kernels.append import mosaic_sm90
 
-    return mosaic.append(qkv, rotation, positions_B, k_BKSH, v_BKSH)
+    return mosaic_sm90.append(qkv, rotation, positions_B, k_BKSH, v_BKSH)

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.block import reference
-from pallas_kernels.block.stream import STRIP, Relay, Stream, Weights
+from pallas_kernels.block.stream import PANEL, Stream, Weights, Workspace
 
 MOST_ROWS = 8
-_MOST_STRIPS = 32  # whose moments a warp puts together
-_HIDDEN = (
-    4  # hidden units a column, as all sizes of GPT-2 have it; each of a cluster's first blocks has a strip of them
-)
+_MOST_PANELS = 32  # whose moments a warp puts together
+# Hidden units a column, as all sizes of GPT-2 have them: each of a cluster's first blocks has a panel of these.
+_HIDDEN = 4
 _GROUPS = 8  # of multiprocessors, at most: a cluster is all in one of them
 
 
@@ -53,21 +52,21 @@ def _has_kernel(x: jax.Array, weights: Weights, k_TNSH: jax.Array, v_TNSH: jax.A
         and all(each.dtype == jnp.bfloat16 for each in (x, k_TNSH, v_TNSH, *arrays))
         and [each.shape for each in arrays] == shapes
         and math.prod(rows) <= MOST_ROWS
-        and (D, H) == (STRIP * N, STRIP)
-        and N <= _MOST_STRIPS
+        and (D, H) == (PANEL * N, PANEL)
+        and N <= _MOST_PANELS
         and cluster(N) is not None
     )
 
 
-def cluster(strips: int) -> int | None:
-    """C: how many blocks share a product's inner axis, of a row of so many strips; None where they do not fit.
+def cluster(panels: int) -> int | None:
+    """How many blocks share a product's inner axis, given the panels of a row; None if they do not fit on the device.
 
     All clusters wait for each other: so all must be on the device at once, a block to a multiprocessor, and no other
     such kernel with them. (In a stream of blocks, each waits for the one before.) Of the multiprocessors of a group,
     what whole clusters leave over may stay empty.
     """
-    room = [each for each in range(_HIDDEN, 9) if strips * each <= multiprocessors() - _GROUPS * (each - 1)]
-    return min(room, key=lambda each: (-(-strips // each), each), default=None)
+    room = [each for each in range(_HIDDEN, 9) if panels * each <= multiprocessors() - _GROUPS * (each - 1)]
+    return min(room, key=lambda each: (-(-panels // each), each), default=None)
 
 
 def multiprocessors() -> int:
@@ -113,13 +112,13 @@ def block(
       ValueError: an unknown implementation, or one that does not take these operands; or a stream for other sizes.
     """
     T, D = stream.x_TD.shape
-    words = Relay(T, D, weights.up.bias.shape[0]).words
+    words = Workspace(T, D, weights.up.bias.shape[0]).words
     if stream.cleared_W.shape != (words,):
-        raise ValueError(f"a relay of {words} words is needed, found {stream.cleared_W.shape}: use Stream.of(x, F)")
+        raise ValueError(f"a workspace of {words} words is needed, found {stream.cleared_W.shape}: use Stream.of(x, F)")
     available: dict[str, Callable[..., Any]] = {dispatch.XLA: reference.block}
     if _has_kernel(stream.x_TD, weights, k_TNSH, v_TNSH, implementation):
-        from pallas_kernels.block import mosaic
+        from pallas_kernels.block import mosaic_sm90
 
-        available[dispatch.MOSAIC] = partial(mosaic.block, blocks=cluster(k_TNSH.shape[1]))
+        available[dispatch.MOSAIC] = partial(mosaic_sm90.block, blocks=cluster(k_TNSH.shape[1]))
     run = dispatch.choose("block", implementation, available)
     return run(stream, weights, positions_T, k_TNSH, v_TNSH, epsilon=epsilon, scale=scale)

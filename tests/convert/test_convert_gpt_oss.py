@@ -16,7 +16,7 @@ from gptjax.checkpoints.weights import flatten
 from gptjax.config import PUBLISHED, config_from_json, read_config
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.models import registry
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.mxfp4 import MXFP4
 from tests.convert import made
 from tests.oracles import gpt_oss_numpy, gpt_oss_ours, gpt_oss_random
 

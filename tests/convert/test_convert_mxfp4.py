@@ -24,7 +24,7 @@ from gptjax.config import PUBLISHED, GptOssConfig, ModelConfig, read_config
 from gptjax.errors import ConfigError
 from gptjax.models import registry
 from gptjax.models.params import Params, abstract_params, weights_by_path
-from pallas_kernels.mxfp4 import MXFP4, quantize
+from pallas_kernels.formats.mxfp4 import MXFP4, quantize
 from tests.convert import made
 from tests.oracles import gpt2_ours, gpt_oss_ours, gpt_oss_random
 

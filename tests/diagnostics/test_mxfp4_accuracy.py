@@ -22,7 +22,7 @@ from gptjax.diagnostics.mxfp4_accuracy import Difference, Report
 from gptjax.models import registry
 from gptjax.models.params import weights_by_path
 from gptjax.support import installation
-from pallas_kernels.mxfp4 import MXFP4, quantize
+from pallas_kernels.formats.mxfp4 import MXFP4, quantize
 from tests.oracles import gpt_oss_random
 
 TOKENS = 300

@@ -96,13 +96,13 @@ def _cuda(run: Any, *operands: Any) -> str:
     [(2880, 3, 4, False), (2880, 5, 0, False), (768, 2, 0, True), (1600, 4, 0, True), (2880, 0, 0, False)],
 )
 def test_the_kernel_lowers_for_cuda(T, D, S, X, center):
-    from pallas_kernels.add_norm import mosaic
+    from pallas_kernels.add_norm import mosaic_sm90
 
     case = Case(T=T, D=D, S=S, X=X, E=3, weighted=bool(X))
     x, terms, scale, bias = operands(case._replace(S=max(S, 1)), jnp.bfloat16)
     terms, bias = terms if S else None, bias if center else None
-    assert mosaic.supports(x, terms, scale, bias)
-    text = _cuda(partial(mosaic.add_norm, epsilon=EPSILON, center=center), x, terms, scale, bias)
+    assert mosaic_sm90.supports(x, terms, scale, bias)
+    text = _cuda(partial(mosaic_sm90.add_norm, epsilon=EPSILON, center=center), x, terms, scale, bias)
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
@@ -111,12 +111,12 @@ def test_the_kernel_lowers_for_cuda(T, D, S, X, center):
 @pytest.mark.parametrize("D", [64, 768, 2880, 8192])
 @pytest.mark.parametrize(("S", "X", "center"), [(0, 0, False), (5, 0, False), (2, 0, True), (3, 4, False)], ids=str)
 def test_the_kernel_agrees_with_numpy(T, D, S, X, center):
-    from pallas_kernels.add_norm import mosaic
+    from pallas_kernels.add_norm import mosaic_sm90
 
     case = Case(T=T, D=D, S=max(S, 1), X=X, E=5 if X else 1, weighted=bool(X))
     x, terms, scale, bias = operands(case, jnp.bfloat16)
     terms, bias = terms if S else None, bias if center else None
-    sum_TD, normed_TD = mosaic.add_norm(x, terms, scale, bias, epsilon=EPSILON, center=center)
+    sum_TD, normed_TD = mosaic_sm90.add_norm(x, terms, scale, bias, epsilon=EPSILON, center=center)
     assert sum_TD.dtype == normed_TD.dtype == jnp.bfloat16
     # Both are rounded once, to half a unit in the last place; the rest is float32's.
     rounding = float(jnp.finfo(jnp.bfloat16).eps) / 2
@@ -127,17 +127,17 @@ def test_the_kernel_agrees_with_numpy(T, D, S, X, center):
 
 
 def test_what_the_kernel_does_not_take():
-    from pallas_kernels.add_norm import mosaic
+    from pallas_kernels.add_norm import mosaic_sm90
 
     x, terms, scale, _ = operands(CASES[1], jnp.bfloat16)
     replace = jax.tree_util.Partial(PartialSum, terms.parts_SRN)
-    assert mosaic.supports(x, terms, scale)
-    assert not mosaic.supports(x.astype(jnp.float32), terms, scale)
-    assert not mosaic.supports(x[:, :-4], None, scale[:-4])
-    assert not mosaic.supports(jnp.zeros((129, 96), jnp.bfloat16), None, scale)
-    assert not mosaic.supports(x, PartialSum(terms.parts_SRN.astype(jnp.bfloat16), terms.rows_TX), scale)
-    assert not mosaic.supports(x, replace(), scale)  # 11 rows for 3 tokens
-    assert not mosaic.supports(x, replace(terms.rows_TX.astype(jnp.int16)), scale)
+    assert mosaic_sm90.supports(x, terms, scale)
+    assert not mosaic_sm90.supports(x.astype(jnp.float32), terms, scale)
+    assert not mosaic_sm90.supports(x[:, :-4], None, scale[:-4])
+    assert not mosaic_sm90.supports(jnp.zeros((129, 96), jnp.bfloat16), None, scale)
+    assert not mosaic_sm90.supports(x, PartialSum(terms.parts_SRN.astype(jnp.bfloat16), terms.rows_TX), scale)
+    assert not mosaic_sm90.supports(x, replace(), scale)  # 11 rows for 3 tokens
+    assert not mosaic_sm90.supports(x, replace(terms.rows_TX.astype(jnp.int16)), scale)
 
 
 @pytest.mark.parametrize("implementation", ["cuda", "mosaic"])

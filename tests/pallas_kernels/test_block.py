@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pallas_kernels.mxfp4 import MXFP4
 
 from gptjax.config import PUBLISHED
 from gptjax.engine import steps
@@ -17,7 +18,6 @@ from pallas_kernels import block as package
 from pallas_kernels import dispatch
 from pallas_kernels.block import api
 from pallas_kernels.block.stream import moments
-from pallas_kernels.mxfp4 import MXFP4
 from tests.oracles import block_numpy
 from tests.oracles.block_numpy import EPSILON, SCALE, Operands
 
@@ -113,22 +113,22 @@ def test_what_does_not_fit_on_the_device_at_once_is_not_taken(monkeypatch):
     # All clusters wait for each other: too few multiprocessors would wait for ever.
     for count in (0, 16, 60, 78, 114, 132, 144):
         monkeypatch.setattr(api, "multiprocessors", lambda count=count: count)
-        for strips in range(1, 33):
-            blocks = api.cluster(strips)
+        for panels in range(1, 33):
+            blocks = api.cluster(panels)
             if blocks is None:
                 continue
             assert 4 <= blocks <= 8
             # Whatever groups of at least eight they lie in, whole clusters fit.
             groups = [count // 8 + (group < count % 8) for group in range(8)]
-            assert sum(group // blocks for group in groups) >= strips
+            assert sum(group // blocks for group in groups) >= panels
     monkeypatch.setattr(api, "multiprocessors", lambda: 132)
-    assert [api.cluster(strips) for strips in (12, 16, 20, 25)] == [6, 4, 5, 4]
+    assert [api.cluster(panels) for panels in (12, 16, 20, 25)] == [6, 4, 5, 4]
 
 
 def test_a_stream_for_other_sizes_is_refused():
     given = block_numpy.operands(2, 1, 8, jnp.float32)
     stream = given.stream.of(given.stream.x_TD, 64)
-    with pytest.raises(ValueError, match="a relay of 388 words is needed"):
+    with pytest.raises(ValueError, match="a workspace of 388 words is needed"):
         run(stream, *given[1:])
 
 
@@ -154,14 +154,14 @@ def test_the_kernel_lowers_for_cuda(shape):
 
 @lowers
 def test_shared_memory_is_enough():
-    from pallas_kernels.block.plan import TOGETHER, Plan
+    from pallas_kernels.block.plan_sm90 import TOGETHER, BlockPlan
 
-    for strips in range(1, 33):
+    for panels in range(1, 33):
         for rows in range(1, api.MOST_ROWS + 1):
-            if (blocks := api.cluster(strips)) is None:
+            if (blocks := api.cluster(panels)) is None:
                 continue
-            plan = Plan(rows=rows, strips=strips, blocks=blocks, places=1024, scale=SCALE, epsilon=EPSILON)
-            sizes = [np.prod(each.shape) * np.dtype(each.dtype).itemsize for each in plan.scratch().values()]
+            plan = BlockPlan(rows=rows, panels=panels, blocks=blocks, places=1024, scale=SCALE, epsilon=EPSILON)
+            sizes = [np.prod(each.shape) * np.dtype(each.dtype).itemsize for each in plan.shared().values()]
             # Mosaic gives each a multiple of 1 KiB; a block has a multiprocessor to itself, with 227 KiB.
             assert sum(-(-size // 1024) for size in sizes) <= 226
             assert plan.stages >= TOGETHER

@@ -15,7 +15,7 @@ from gptjax.bench.cases.experts import Experts
 from gptjax.bench.cases.product import Product
 from gptjax.config import GPT2Config, GptOssConfig, ModelConfig
 from gptjax.config.quantization import packs
-from pallas_kernels.block.stream import STRIP
+from pallas_kernels.block.stream import PANEL
 
 __all__ = ["OPERATIONS", "Attention", "Block", "Case", "Experts", "Product", "cases", "link"]
 
@@ -91,4 +91,4 @@ def _of(
 
 def _has_block(config: GPT2Config) -> bool:
     """Whether `block` means this model's blocks."""
-    return config.activation == "gelu_tanh" and config.head_width == STRIP and not packs(config.mxfp4, "linear")
+    return config.activation == "gelu_tanh" and config.head_width == PANEL and not packs(config.mxfp4, "linear")

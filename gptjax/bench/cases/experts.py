@@ -11,9 +11,9 @@ import numpy as np
 
 from gptjax.bench.cases.case import Case, float64, normal
 from pallas_kernels import dispatch
-from pallas_kernels.fragments import MXFP4Fragments
+from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats.mxfp4 import BLOCK, MXFP4
 from pallas_kernels.moe import moe
-from pallas_kernels.mxfp4 import BLOCK, MXFP4
 
 # How an implementation wants packed weights; the others take them as checkpoints have them.
 LAYOUTS: Final[Mapping[str, Callable[[MXFP4], Any]]] = dict.fromkeys(
