@@ -77,7 +77,7 @@ def product(
         return matvec(rows, kernel.astype(dtype), bias, implementation=implementation)
     contract = (((1,), (1 if isinstance(kernel, MXFP4) else 0,)), ((), ()))
     y = jax.lax.dot_general(rows, numbers(kernel, dtype), contract, preferred_element_type=jnp.float32)
-    return PartialSum(y[None], bias_EN=None if bias is None else bias[None])
+    return PartialSum(y[None], bias_EO=None if bias is None else bias[None])
 
 
 def embed(embedding_VD: Weight, ids: jax.Array, dtype: DTypeLike) -> jax.Array:

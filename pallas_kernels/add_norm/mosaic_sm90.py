@@ -38,17 +38,17 @@ def supports(x_TD: jax.Array, terms: PartialSum | None, scale_D: jax.Array, bias
 
 
 def _supports(terms: PartialSum, T: int, D: int) -> bool:
-    S, R, N = terms.parts_SRN.shape
+    J, A, width = terms.parts_JAO.shape
     places = [terms.rows_TX, terms.weights_TX, terms.bias_rows_TX]
     return (
-        terms.parts_SRN.dtype == jnp.float32
-        and N == D
-        and 1 <= S * terms.num_terms <= _MOST_SUMMANDS
-        and (terms.rows_TX is not None or R == T)
+        terms.parts_JAO.dtype == jnp.float32
+        and width == D
+        and 1 <= J * terms.num_terms <= _MOST_SUMMANDS
+        and (terms.rows_TX is not None or A == T)
         and all(each is None or each.shape == (T, terms.num_terms) for each in places)
         and all(each is None or each.dtype == jnp.int32 for each in (terms.rows_TX, terms.bias_rows_TX))
         and (terms.weights_TX is None or terms.weights_TX.dtype == jnp.float32)
-        and (terms.bias_EN is None or terms.bias_EN.dtype in _FLOATS)
+        and (terms.bias_EO is None or terms.bias_EO.dtype in _FLOATS)
     )
 
 
@@ -91,10 +91,10 @@ def operands(
     named = {"x": x_TD, "scale": scale_D, "bias": bias_D}
     if terms is not None:
         named |= {
-            "term_parts": terms.parts_SRN,
+            "term_parts": terms.parts_JAO,
             "term_rows": terms.rows_TX,
             "term_weights": terms.weights_TX,
-            "term_bias": terms.bias_EN,
+            "term_bias": terms.bias_EO,
             "term_bias_rows": terms.bias_rows_TX,
         }
     return {name: operand for name, operand in named.items() if operand is not None}
@@ -225,8 +225,8 @@ class _Term:
     @classmethod
     def of(cls, terms: PartialSum, row: Value, bias_row: Value, weight: Value | None) -> "_Term":
         """From what `_load_indices` has loaded."""
-        if terms.bias_EN is not None and terms.bias_rows_TX is not None:
-            left = arith.subi(ptx.const(terms.bias_EN.shape[0] - 1), bias_row)
+        if terms.bias_EO is not None and terms.bias_rows_TX is not None:
+            left = arith.subi(ptx.const(terms.bias_EO.shape[0] - 1), bias_row)
             # One register for both: all bits of it are set if the bias has no such row.
             row = arith.ori(row, arith.shrsi(arith.ori(bias_row, left), ptx.const(31)))
         return cls(row, bias_row, weight, ptx.NotNegative(row))
@@ -236,18 +236,18 @@ def _total(
     terms: PartialSum, at: Mapping[str, Value], loaded: list[_Term], four: rows.Float4, flight: int
 ) -> list[Value]:
     """Four numbers of `terms.total()`, of which `flight` loads are begun at a time."""
-    S, R, _ = terms.parts_SRN.shape
+    J, A, _ = terms.parts_JAO.shape
 
     def begin(term: _Term, piece: int) -> list[Value]:
         """Loads a piece of a term: its bias, or one of its parts. 0 if the term adds nothing."""
         condition = ptx.both(four.exists, term.exists)
-        if piece < S:
-            piece_at = four.at(at["term_parts"], 4, ptx.add(term.row, piece * R))
+        if piece < J:
+            piece_at = four.at(at["term_parts"], 4, ptx.add(term.row, piece * A))
             return rows.load_float4(piece_at, jnp.float32, condition)
         return rows.load_float4(four.at(at["term_bias"], dtype.itemsize, term.bias_row), dtype, condition)
 
-    dtype = jnp.dtype(jnp.float32) if terms.bias_EN is None else terms.bias_EN.dtype
-    pieces = S if terms.bias_EN is None else S + 1
+    dtype = jnp.dtype(jnp.float32) if terms.bias_EO is None else terms.bias_EO.dtype
+    pieces = J if terms.bias_EO is None else J + 1
     jobs = [(term, piece) for term in loaded for piece in range(pieces)]
     added: list[Value] = []
     summed: list[Value] = []

@@ -53,15 +53,15 @@ def append(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `api.append`."""
     B, K, S, H = k_BKSH.shape
-    splits, _, columns = qkv.parts_SRN.shape
+    splits, _, columns = qkv.parts_JAO.shape
     N = columns // H - 2 * K
-    plan = _AppendPlan(B, splits, N, K, S, H, has_bias=qkv.bias_EN is not None, rotates=rotation is not None)
+    plan = _AppendPlan(B, splits, N, K, S, H, has_bias=qkv.bias_EO is not None, rotates=rotation is not None)
     # What there is not is not read, but something must stand for it.
-    bias = positions_B if qkv.bias_EN is None else qkv.bias_EN.astype(jnp.bfloat16)
+    bias = positions_B if qkv.bias_EO is None else qkv.bias_EO.astype(jnp.bfloat16)
     cos, sin = (positions_B, positions_B) if rotation is None else rotation
     k_ref, v_ref = jax.new_ref(k_BKSH), jax.new_ref(v_BKSH)
 
-    operands = {"parts": qkv.parts_SRN, "bias": bias, "cos": cos, "sin": sin, "positions": positions_B}
+    operands = {"parts": qkv.parts_JAO, "bias": bias, "cos": cos, "sin": sin, "positions": positions_B}
     results = ptx.launch(
         partial(append_to_cache, plan),
         operands | {"k": k_ref, "v": v_ref},

@@ -73,7 +73,7 @@ def product(x_TI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array | None = No
     if settings is None or settings["splits"] not in _splits(shape):  # as of fewer rows, whose x takes less room
         settings = heuristic(shape)
     parts_JTO = _parts(x_TI, kernel_IO, **settings)
-    return PartialSum(parts_JTO, bias_EN=None if bias_O is None else bias_O[None])
+    return PartialSum(parts_JTO, bias_EO=None if bias_O is None else bias_O[None])
 
 
 def heuristic(shape: tiles.Shape) -> tiles.Settings:

@@ -9,4 +9,4 @@ from pallas_kernels.partial_sum import PartialSum
 def product(x_TI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array | None = None) -> PartialSum:
     """See `api.matvec`."""
     y_TO = jnp.dot(x_TI, kernel_IO, preferred_element_type=jnp.float32)
-    return PartialSum(y_TO[None], bias_EN=None if bias_O is None else bias_O[None])
+    return PartialSum(y_TO[None], bias_EO=None if bias_O is None else bias_O[None])

@@ -52,7 +52,7 @@ def product(
     parts_JTO = _parts(
         x_TI, kernel_IO, run=run, strip=strip, tile=tile, warps=warps, stages=stages, interpret=interpret
     )
-    return PartialSum(parts_JTO, bias_EN=None if bias_O is None else bias_O[None])
+    return PartialSum(parts_JTO, bias_EO=None if bias_O is None else bias_O[None])
 
 
 @partial(jax.jit, static_argnames=("run", "strip", "tile", "warps", "stages", "interpret"))

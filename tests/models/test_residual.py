@@ -20,7 +20,7 @@ def _update(seed: int) -> tuple[PartialSum, np.ndarray]:
     """An update in four pieces with a bias, and what it comes to, in float64."""
     pieces, bias = _random(seed, 4, B * T, D), _random(seed + 1, 1, D)
     total = pieces.astype(np.float64).sum(axis=0) + bias
-    return PartialSum(jnp.asarray(pieces), bias_EN=jnp.asarray(bias)), total.reshape(B, T, D)
+    return PartialSum(jnp.asarray(pieces), bias_EO=jnp.asarray(bias)), total.reshape(B, T, D)
 
 
 def test_without_an_update_the_total_is_the_stream():

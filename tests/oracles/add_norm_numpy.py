@@ -55,9 +55,9 @@ def _counts(rows_TX: np.ndarray, bias_rows_TX: np.ndarray | None, num_biases: in
 
 def total(terms: PartialSum) -> np.ndarray:
     """`terms.total()`."""
-    parts = np.asarray(terms.parts_SRN, np.float64)
+    parts = np.asarray(terms.parts_JAO, np.float64)
     T = parts.shape[1] if terms.rows_TX is None else terms.rows_TX.shape[0]
-    bias = np.zeros((1, parts.shape[2])) if terms.bias_EN is None else np.asarray(terms.bias_EN, np.float64)
+    bias = np.zeros((1, parts.shape[2])) if terms.bias_EO is None else np.asarray(terms.bias_EO, np.float64)
     out = np.zeros((T, parts.shape[2]))
     for t in range(T):
         for x in range(terms.num_terms):

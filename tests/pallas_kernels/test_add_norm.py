@@ -1,4 +1,4 @@
-"""`pallas_kernels.add_norm` and `PartialSum` against float64 NumPy. The kernel is lowered everywhere, run on Hopper."""
+"""`add_norm` and `PartialSum` against float64 NumPy. The kernel is lowered everywhere, and run on Hopper."""
 
 from functools import partial
 from typing import Any
@@ -130,12 +130,12 @@ def test_what_the_kernel_does_not_take():
     from pallas_kernels.add_norm import mosaic_sm90
 
     x, terms, scale, _ = operands(CASES[1], jnp.bfloat16)
-    replace = jax.tree_util.Partial(PartialSum, terms.parts_SRN)
+    replace = jax.tree_util.Partial(PartialSum, terms.parts_JAO)
     assert mosaic_sm90.supports(x, terms, scale)
     assert not mosaic_sm90.supports(x.astype(jnp.float32), terms, scale)
     assert not mosaic_sm90.supports(x[:, :-4], None, scale[:-4])
     assert not mosaic_sm90.supports(jnp.zeros((129, 96), jnp.bfloat16), None, scale)
-    assert not mosaic_sm90.supports(x, PartialSum(terms.parts_SRN.astype(jnp.bfloat16), terms.rows_TX), scale)
+    assert not mosaic_sm90.supports(x, PartialSum(terms.parts_JAO.astype(jnp.bfloat16), terms.rows_TX), scale)
     assert not mosaic_sm90.supports(x, replace(), scale)  # 11 rows for 3 tokens
     assert not mosaic_sm90.supports(x, replace(terms.rows_TX.astype(jnp.int16)), scale)
 

@@ -142,7 +142,7 @@ def test_settings_of_fewer_rows_do_not_ask_for_too_much_memory():
 def test_appending_lowers_and_updates_the_cache_in_place(B, rotates):
     append = importlib.import_module("pallas_kernels.append.mosaic_sm90").append
     cache = _shape(B, 8, 512, 64)
-    qkv = PartialSum(_shape(3, B, 80 * 64, dtype=jnp.float32), bias_EN=_shape(1, 80 * 64))
+    qkv = PartialSum(_shape(3, B, 80 * 64, dtype=jnp.float32), bias_EO=_shape(1, 80 * 64))
     angles = (_shape(B, 32, dtype=jnp.float32),) * 2 if rotates else None
     text = _lowers(append, qkv, angles, _shape(B, dtype=jnp.int32), cache, cache)
     assert "output_operand_aliases" in text
@@ -215,7 +215,7 @@ def test_appending_agrees_with_numpy(S, rotates):
     positions = np.asarray([0, 3, -1, S - 1, 2 * S + 2], np.int32)
     angle = rng.uniform(-3, 3, (B, H // 2)).astype(np.float32)
     angles = (np.cos(angle), np.sin(angle)) if rotates else None
-    q, *written = jax.jit(append)(PartialSum(jnp.asarray(parts), bias_EN=bias), angles, positions, *cache)
+    q, *written = jax.jit(append)(PartialSum(jnp.asarray(parts), bias_EO=bias), angles, positions, *cache)
 
     total = parts.astype(np.float64).sum(axis=0) + np.asarray(bias, np.float64)
     heads = np.asarray(jnp.asarray(total, jnp.float32).astype(jnp.bfloat16), np.float64).reshape(B, N + 2 * K, H)

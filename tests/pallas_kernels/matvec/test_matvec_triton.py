@@ -31,7 +31,7 @@ def _operands(T: int, K: int, N: int, dtype: Any) -> list[jax.Array]:
 def test_agrees_with_numpy(K, N, T, splits, dtype):
     x, kernel, bias = _operands(T, K, N, dtype)
     parts = triton.product(x, kernel, bias, splits=splits, interpret=INTERPRET)
-    assert parts.parts_SRN.dtype == jnp.float32
+    assert parts.parts_JAO.dtype == jnp.float32
     x, kernel, bias = (np.asarray(each, np.float64) for each in (x, kernel, bias))
     # float32 sums of K products and the bias, each of size 1. Tensor cores cut off what others round: twice as much.
     atol = (4 if INTERPRET else 8) * float(jnp.finfo(jnp.float32).eps) * (math.sqrt(K) + 1) * 4
@@ -41,14 +41,14 @@ def test_agrees_with_numpy(K, N, T, splits, dtype):
 def test_splits_share_the_tiles():
     x, kernel, _ = _operands(1, 320, 64, jnp.bfloat16)
     for splits, expected in ((1, 1), (2, 2), (3, 3), (4, 3), (5, 5), (9, 5), (None, 5)):
-        assert triton.product(x, kernel, splits=splits, interpret=INTERPRET).parts_SRN.shape == (expected, 1, 64)
+        assert triton.product(x, kernel, splits=splits, interpret=INTERPRET).parts_JAO.shape == (expected, 1, 64)
 
 
 def test_a_row_does_not_depend_on_its_company():
     x, kernel, _ = _operands(5, 320, 70, jnp.bfloat16)
-    expected = triton.product(x, kernel, interpret=INTERPRET).parts_SRN
+    expected = triton.product(x, kernel, interpret=INTERPRET).parts_JAO
     others = jnp.full_like(x, jnp.nan).at[3].set(x[3])
-    np.testing.assert_array_equal(triton.product(others, kernel, interpret=INTERPRET).parts_SRN[:, 3], expected[:, 3])
+    np.testing.assert_array_equal(triton.product(others, kernel, interpret=INTERPRET).parts_JAO[:, 3], expected[:, 3])
 
 
 def test_operands_of_two_dtypes_are_not_taken():
