@@ -37,8 +37,8 @@ class MemorySpeed:
 def measure_memory(repeats: int = 7) -> MemorySpeed:
     """Copies and reads a large array.
 
-    A CPU copies with NumPy, one thread per core, because XLA's copies there mostly wait for fresh memory. A bfloat16
-    matrix is read twice over, to sum its rows and to multiply it by a vector, as a decode step does with its weights;
+    A CPU copies with NumPy, one thread per core, because XLA's copies there mostly wait for fresh memory. A
+    matrix is read in two ways, summing its rows and multiplying it by a vector, as a decode step does with its weights;
     which is faster depends on the GPU.
     """
     is_cpu = jax.default_backend() == "cpu"

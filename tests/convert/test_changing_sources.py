@@ -37,16 +37,16 @@ def _replaced(path: Path) -> None:
 
 
 CHANGES = {  # a file, the change made to it half-way, and the error about it
-    "truncated": ("model.safetensors", lambda path: os.truncate(path, 20_000), "has changed"),
-    "emptied": ("model.safetensors", lambda path: os.truncate(path, 0), "has changed"),
+    "truncated": ("model.safetensors", lambda path: os.truncate(path, 20_000), "changed while it was being read"),
+    "emptied": ("model.safetensors", lambda path: os.truncate(path, 0), "changed while it was being read"),
     "gone": ("model.safetensors", os.remove, "does not exist"),
-    "replaced by the same": ("model.safetensors", _replaced, "has changed"),
-    "touched": ("model.safetensors", os.utime, "has changed"),
-    "a byte of the data that was read": ("model.safetensors", lambda path: _flip(path, 20_000), "has changed"),
-    "a byte of the header": ("model.safetensors", lambda path: _flip(path, 40), "has changed"),
-    "the configuration": ("config.json", lambda path: path.write_text(path.read_text() + "\n"), "has changed"),
-    "a byte of the tokenizer": ("tokenizer.json", lambda path: path.write_text("[]"), "has changed"),
-    "a tokenizer that goes": ("tokenizer.json", os.remove, "has changed"),
+    "replaced by the same": ("model.safetensors", _replaced, "changed while it was being read"),
+    "touched": ("model.safetensors", os.utime, "changed while it was being read"),
+    "a byte of the data that was read": ("model.safetensors", lambda path: _flip(path, 20_000), "changed while it was being read"),
+    "a byte of the header": ("model.safetensors", lambda path: _flip(path, 40), "changed while it was being read"),
+    "the configuration": ("config.json", lambda path: path.write_text(path.read_text() + "\n"), "changed while it was being read"),
+    "a byte of the tokenizer": ("tokenizer.json", lambda path: path.write_text("[]"), "changed while it was being read"),
+    "a tokenizer that goes": ("tokenizer.json", os.remove, "changed while it was being read"),
 }
 
 

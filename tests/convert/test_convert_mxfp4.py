@@ -251,7 +251,7 @@ def test_the_width_of_all_heads_counts_for_linear_only(tmp_path):
 
 def test_rounding_is_not_undone():
     config = dataclasses.replace(_two_layers("gpt-oss-20b"), mxfp4="all")
-    with pytest.raises(ConfigError, match=r"'all' in MXFP4 already, which is more than 'linear'.*cannot be undone"):
+    with pytest.raises(ConfigError, match=r"already has 'all' in MXFP4, which is more than 'linear'.*cannot be undone"):
         mxfp4.packed_config(config, "linear")
     assert mxfp4.packed_config(config, "all") == config
 
