@@ -52,7 +52,7 @@ class Hashes:
         large = self._future.result()
         for path, header in self._headers.items():
             read = self._converted.keys() & header.tensors.keys()
-            if any(self._converted[name] != self._hashed[name] for name in read) or not _is_as_it_was(path, header):
+            if any(self._converted[name] != self._hashed[name] for name in read) or not _is_unchanged(path, header):
                 raise changed(path)
         for path, data in self._small.items():
             if read_bytes(path) != data:
@@ -85,7 +85,7 @@ class Hashes:
         return crc
 
 
-def _is_as_it_was(path: Path, header: Header) -> bool:
+def _is_unchanged(path: Path, header: Header) -> bool:
     try:
         return stamp(os.stat(path)) == header.stamp
     except OSError:

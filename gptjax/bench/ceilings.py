@@ -26,7 +26,7 @@ class MemorySpeed:
         return max(self.copy, self.read)
 
     def to_json(self) -> dict[str, float]:
-        """In SI units."""
+        """The speeds for JSON, in SI units."""
         return {
             "ceiling_bytes_per_second": self.bytes_per_second,
             "copy_bytes_per_second": self.copy,

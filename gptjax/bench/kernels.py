@@ -53,7 +53,7 @@ class KernelResult:
         return self.apart < _APART // 4
 
     def to_json(self, ceiling: float) -> dict[str, Any]:
-        """All of it, in SI units."""
+        """Everything for JSON, in SI units."""
         return {
             "operation": self.case.operation,
             "shape": self.case.shape,
@@ -82,7 +82,7 @@ class Ceilings(MemorySpeed):
     link: float  # seconds to make a call's input from the previous result, alone
 
     def to_json(self) -> dict[str, float]:
-        """All of it, in SI units."""
+        """Everything for JSON, in SI units."""
         return super().to_json() | {"flops_per_second": self.flops, "link_seconds": self.link}
 
 
@@ -112,7 +112,7 @@ class NotRun:
         return cls(case, implementation, (str(error).strip() or type(error).__name__).splitlines()[0])
 
     def to_json(self) -> dict[str, Any]:
-        """What failed, and why."""
+        """What failed and why, for JSON."""
         facts = {"operation": self.case.operation, "shape": self.case.shape, "rows": self.case.rows}
         return {**facts, "implementation": self.implementation, "reason": self.reason}
 

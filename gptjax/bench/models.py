@@ -52,7 +52,7 @@ class Result:
         return self.bytes_per_step / self.step.median / ceiling
 
     def to_json(self, ceiling: float) -> dict[str, Any]:
-        """All of it, in SI units."""
+        """Everything for JSON, in SI units."""
         return {
             **dataclasses.asdict(self),
             "prefill_seconds": self.prefill.median,

@@ -146,14 +146,14 @@ def _ask_library(path: Path, beginning: bytes, size: int) -> None:
     import safetensors
 
     try:
-        with _pretended(path, beginning, size) as file, safetensors.safe_open(file, framework="np"):
+        with _stand_in(path, beginning, size) as file, safetensors.safe_open(file, framework="np"):
             pass
     except (safetensors.SafetensorError, OSError) as error:
         raise _damaged(path, f"the safetensors library says: {shown(error)}") from None
 
 
 @contextlib.contextmanager
-def _pretended(path: Path, beginning: bytes, size: int) -> Iterator[str]:
+def _stand_in(path: Path, beginning: bytes, size: int) -> Iterator[str]:
     """The name of a sparse file in memory with the same beginning and size, for the library to read.
 
     The library maps the file it reads; if someone truncated the real one meanwhile, SIGBUS would kill the process.

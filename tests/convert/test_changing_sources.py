@@ -36,17 +36,18 @@ def _replaced(path: Path) -> None:
     os.replace(path.with_name("copy"), path)
 
 
+CHANGED = "changed while it was being read"
 CHANGES = {  # a file, the change made to it half-way, and the error about it
-    "truncated": ("model.safetensors", lambda path: os.truncate(path, 20_000), "changed while it was being read"),
-    "emptied": ("model.safetensors", lambda path: os.truncate(path, 0), "changed while it was being read"),
+    "truncated": ("model.safetensors", lambda path: os.truncate(path, 20_000), CHANGED),
+    "emptied": ("model.safetensors", lambda path: os.truncate(path, 0), CHANGED),
     "gone": ("model.safetensors", os.remove, "does not exist"),
-    "replaced by the same": ("model.safetensors", _replaced, "changed while it was being read"),
-    "touched": ("model.safetensors", os.utime, "changed while it was being read"),
-    "a byte of the data that was read": ("model.safetensors", lambda path: _flip(path, 20_000), "changed while it was being read"),
-    "a byte of the header": ("model.safetensors", lambda path: _flip(path, 40), "changed while it was being read"),
-    "the configuration": ("config.json", lambda path: path.write_text(path.read_text() + "\n"), "changed while it was being read"),
-    "a byte of the tokenizer": ("tokenizer.json", lambda path: path.write_text("[]"), "changed while it was being read"),
-    "a tokenizer that goes": ("tokenizer.json", os.remove, "changed while it was being read"),
+    "replaced by the same": ("model.safetensors", _replaced, CHANGED),
+    "touched": ("model.safetensors", os.utime, CHANGED),
+    "a byte of the data that was read": ("model.safetensors", lambda path: _flip(path, 20_000), CHANGED),
+    "a byte of the header": ("model.safetensors", lambda path: _flip(path, 40), CHANGED),
+    "the configuration": ("config.json", lambda path: path.write_text(path.read_text() + "\n"), CHANGED),
+    "a byte of the tokenizer": ("tokenizer.json", lambda path: path.write_text("[]"), CHANGED),
+    "a tokenizer that goes": ("tokenizer.json", os.remove, CHANGED),
 }
 
 

@@ -164,7 +164,7 @@ BAD = {  # what is done to a directory; the error, and what it says of the fault
     "misshapen": (_tensor("ln_f.bias", 61), CheckpointError, "ln_f.bias is [61], expected [60]", "correct config.json"),
     "integers": (_tensor("ln_f.bias", 60, dtype=np.int32), CheckpointError, "ln_f.bias is I32, expected F32 or F16"),
     "float8": (_tensor("ln_f.bias", 60, dtype=ml_dtypes.float8_e4m3fn), CheckpointError, "F8_E4M3, expected F32 or"),
-    "nan": (_tensor("ln_f.bias", 60, value=np.nan), CheckpointError, "ln_f.bias holds NaN", "download it again"),
+    "nan": (_tensor("ln_f.bias", 60, value=np.nan), CheckpointError, "ln_f.bias contains NaN", "download it again"),
     "tied head differs": (
         *(_tensor("lm_head.weight", 101, 60), CheckpointError),
         *("lm_head.weight differs from wte.weight", "set tie_word_embeddings to false"),
@@ -249,7 +249,7 @@ def test_source_and_destination_must_lie_apart(tmp_path):
 def test_a_converted_source_is_refused(tmp_path):
     made.gpt2(tmp_path / "src")
     convert(tmp_path / "src", tmp_path / "dst")
-    with pytest.raises(CheckpointError, match="converted already"):
+    with pytest.raises(CheckpointError, match="is already converted"):
         convert(tmp_path / "dst", tmp_path / "again")
 
 

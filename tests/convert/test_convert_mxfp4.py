@@ -221,7 +221,7 @@ def test_gpt2_has_no_experts(tmp_path):
 @pytest.mark.parametrize("targets", ["none", "mxfp4=all", ""])
 def test_other_choices_are_refused(tmp_path, targets):
     made.gpt2(tmp_path / "src", **GPT2)
-    with pytest.raises(ConfigError, match=r"choose experts, linear, all"):
+    with pytest.raises(ConfigError, match=r"choose one of experts, linear, all"):
         convert.convert(tmp_path / "src", tmp_path / "dst", quantize=targets)
 
 

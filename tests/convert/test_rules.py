@@ -239,5 +239,5 @@ def test_values_that_are_not_finite_are_refused(tmp_path, monkeypatch, dtype, va
     assert len(list(rules.stream(rules.check(TABLE, source.tensors, _targets()), source))) == 5
     up[2, 4] = value
     source = _source(tmp_path, tensors | {"layers.1.up": up})
-    with pytest.raises(CheckpointError, match=r"layers\.1\.up holds NaN or infinity.*download it again"):
+    with pytest.raises(CheckpointError, match=r"layers\.1\.up contains NaN or infinity.*download it again"):
         list(rules.stream(rules.check(TABLE, source.tensors, _targets()), source))

@@ -10,7 +10,7 @@ import numpy as np
 from gptjax.bench.cases.case import Case, float64, normal
 from pallas_kernels.attention import attention
 
-_ROWS: Final = 4  # of a result, compared
+_ROWS: Final = 4  # rows of a result that are compared
 
 
 @dataclasses.dataclass(frozen=True)

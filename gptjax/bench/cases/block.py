@@ -20,7 +20,7 @@ _SEEDS: Final = 1000  # between the seeds of two copies: more than there are wei
 class Carried:
     """What a call takes from the previous one, as a layer does in a step.
 
-    This includes the caches: they are updated in place, which without donation would first copy them.
+    This includes the caches, which are updated in place; without donation they would be copied first.
     """
 
     stream: Stream

@@ -20,7 +20,7 @@ LAYOUTS: Final[Mapping[str, Callable[[MXFP4], Any]]] = dict.fromkeys(
     (dispatch.MOSAIC, dispatch.TRITON), MXFP4Fragments.of
 )
 
-_TOKENS: Final = 2  # of a result, compared
+_TOKENS: Final = 2  # tokens of a result that are compared
 _SCALES: Final = (118, 123)  # range of random blocks' scales, the end excluded: 2^-9 to 2^-5
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from gptjax.bench.cases.case import Case, float64, normal
 from pallas_kernels import matvec as products
 
-_COLUMNS: Final = 512  # of a result, compared
+_COLUMNS: Final = 512  # columns of a result that are compared
 
 
 def matvec(x_TD: jax.Array, kernel_DN: jax.Array, *, implementation: str) -> jax.Array:
