@@ -227,7 +227,7 @@ def test_pickle_is_refused_and_not_opened(tmp_path, protocol, name):
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.PT", "weights.ckpt"])
 def test_pickle_is_refused_by_name(tmp_path, name):
     (tmp_path / name).write_bytes(b"whatever is in it")
-    _refused(tmp_path, name, "pickle", "judged by its name")
+    _refused(tmp_path, name, "pickle", "judging by its name")
 
 
 def test_a_zip_called_safetensors_is_refused(tmp_path):

@@ -144,7 +144,7 @@ def test_only_floats_are_cast(found, wanted):
     ("leaves", "said"),
     [
         ([("kernel", (2, 3))], "weights are missing: bias"),
-        ([("kernel", (2, 3)), ("bias", (3,)), ("bias", (3,))], "bias is doubled"),
+        ([("kernel", (2, 3)), ("bias", (3,)), ("bias", (3,))], "bias is duplicated"),
         ([("kernel", (2, 3)), ("scale", (3,))], "scale is not in the model"),
         ([("kernel", (3, 2)), ("bias", (3,))], r"kernel is \[3, 2\], expected \[2, 3\]"),
     ],
