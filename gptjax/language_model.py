@@ -347,7 +347,7 @@ class LanguageModel:
             chunks = generate(engine, requests, detokenizer)
             del engine
             self._running.add(chunks)
-            with progress("Compiling and reading the prompt", None):
+            with progress("compiling and reading the prompt", None):
                 chunk = next(chunks, None)
             while chunk is not None:
                 yield chunk
