@@ -275,7 +275,9 @@ def test_without_matplotlib_the_command_to_install_it_is_told_first(capsys, monk
     )
 
 
-@pytest.mark.parametrize(("path", "says"), [("errors.txt", ".png, .pdf or .svg"), ("no/such/errors.png", "make it")])
+@pytest.mark.parametrize(
+    ("path", "says"), [("errors.txt", ".png, .pdf or .svg"), ("no/such/errors.png", "create it first")]
+)
 def test_files_that_cannot_be_plotted_to(monkeypatch, tmp_path, path, says):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(gptjax.RequestError, match=says):
