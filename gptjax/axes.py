@@ -1,9 +1,9 @@
-"""The letters of all axes, once. One letter has one meaning everywhere in gptjax.
+"""The axis letters. Each letter has one meaning everywhere in gptjax.
 
-A local array carries its axes as a suffix: `q_BTNH` is [batch, query position, query head, head width]. The same
-names are the logical axes that every weight declares (`nn.with_logical_partitioning`), from which shardings follow.
-A suffix that does not tell the truth is a bug; `tests/test_axes.py` parses them. In kernels, a small letter is a tile
-of that axis: `scores_ts` is [queries, places] of one tile each.
+An array's name has its axes as a suffix: `q_BTNH` is [batch, query position, query head, head width]. The same letters
+are the logical axes that every weight declares (`nn.with_logical_partitioning`), from which shardings follow. A suffix
+that lies is a bug; `tests/test_axes.py` parses them. In kernels, a small letter is a tile of that axis: `scores_ts` is
+[queries, positions] of one tile each.
 """
 
 from typing import Final
@@ -23,7 +23,7 @@ GLOSSARY: Final = {
     "X": "experts a token is routed to",
     "R": "heads of q, k and v together: N + 2K",
     "V": "vocabulary",
-    "C": "candidates: the most likely tokens, reported beside the one drawn",
+    "C": "candidates: the most likely tokens, reported with the one drawn",
     "L": "layers",
     # of kernels
     "I": "inputs of a product: what it sums over",
