@@ -6,10 +6,10 @@ import time
 
 import httpx2
 import pytest
-from fuzz import TIMES
-from server_material import GPT2, GPT_OSS, USER, ask, fault, make, post, running
 
 from gptjax.text import Tokenizer
+from tests.fuzz import TIMES
+from tests.server.server_material import GPT2, GPT_OSS, USER, ask, fault, make, post, running
 
 SIZE = min(5_000_000, 30_000 * TIMES)  # bytes, about
 MOST = 10_000

@@ -5,7 +5,6 @@ import time
 
 import numpy as np
 import pytest
-from worker_material import CHUNK, MAX_LENGTH, PATIENCE, REQUESTS, SLOTS, Reader, ids_of, request_of, submit, until
 
 import gptjax
 from gptjax.engine import steps
@@ -14,6 +13,18 @@ from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import CapacityError, RequestError
 from gptjax.server.worker import Finished, QueueFull, Ticket, Token, Worker
+from tests.server.worker_material import (
+    CHUNK,
+    MAX_LENGTH,
+    PATIENCE,
+    REQUESTS,
+    SLOTS,
+    Reader,
+    ids_of,
+    request_of,
+    submit,
+    until,
+)
 
 TIMES = 20  # that each cancellation is tried
 

@@ -6,13 +6,13 @@ import time
 import jax
 import numpy as np
 import pytest
-from worker_material import CHUNK, PATIENCE, REQUESTS, Reader, ids_of, request_of
 
 import gptjax
 from gptjax.engine import steps
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.server import worker as worker_module
 from gptjax.server.worker import Failed, Finished, Unavailable, Worker
+from tests.server.worker_material import CHUNK, PATIENCE, REQUESTS, Reader, ids_of, request_of
 
 
 @pytest.fixture

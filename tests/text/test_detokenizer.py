@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import tokenizers
-from text_material import CONTINUATION_BYTE, GPT2
 
 from gptjax.text import Tokenizer
+from tests.text.text_material import CONTINUATION_BYTE, GPT2
 
 LENGTHS = (0, 1, 2, 3, 5, 8, 20)
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from harmony_material import TALES, ids
 
 from gptjax.errors import RequestError
 from gptjax.text.harmony import Event, Message, StreamParser, parse, render_messages
 from tests.fuzz import rounds
 from tests.oracles import harmony_cases as cases
+from tests.text.harmony_material import TALES, ids
 
 JSON = "<|constrain|>json"
 

@@ -14,10 +14,10 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from text_material import DEMO, GPT2, HARMONY, demo_json, with_added, write_json
 
 from gptjax.errors import RequestError
 from gptjax.text import Tokenizer, load_tokenizer
+from tests.text.text_material import DEMO, GPT2, HARMONY, demo_json, with_added, write_json
 
 PAIRS = json.loads((GPT2 / "pairs.json").read_text(encoding="utf-8"))
 SPECIALS = ["<|endoftext|>", *HARMONY]
