@@ -22,11 +22,11 @@ from pallas_kernels.attention import mosaic, split, triton
 HAS_MOSAIC = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
 needs_mosaic = pytest.mark.skipif(not HAS_MOSAIC, reason="Mosaic GPU kernels need JAX 0.11")
 needs_hopper = pytest.mark.skipif(dispatch.preferred() != dispatch.MOSAIC, reason="needs a Hopper GPU")
-# Compiled once for all tests of the same shape.
-_jitted = partial(jax.jit, static_argnames=("scale", "splits"))
-_TRITON = _jitted(partial(triton.decode, tile=32, interpret=True))
-TRITON = [pytest.param(_TRITON, dtype, id=f"triton-{jnp.dtype(dtype).name}") for dtype in triton.DTYPES]
-KERNELS = [pytest.param(_jitted(mosaic.decode), jnp.bfloat16, id="mosaic", marks=needs_hopper), *TRITON]
+TRITON = [
+    pytest.param(partial(triton.decode, tile=32, interpret=True), dtype, id=f"triton-{jnp.dtype(dtype).name}")
+    for dtype in triton.DTYPES
+]
+KERNELS = [pytest.param(mosaic.decode, jnp.bfloat16, id="mosaic", marks=needs_hopper), *TRITON]
 BFLOAT16 = [kernel for kernel in KERNELS if kernel.values[1] == jnp.bfloat16]
 
 
