@@ -95,7 +95,7 @@ def _temporary(model: registry.Model, batch: int, length: int) -> int:
         (OSS_SHALLOW, 1, 512, "float32"),
         thorough(OSS_TALES, 8, 2048, "float32"),
         (OSS_SHALLOW, 2, 512, "bfloat16"),
-        thorough(dataclasses.replace(OSS_SHALLOW, mxfp4="all"), 1, 512, "float32"),
+        (dataclasses.replace(OSS_SHALLOW, mxfp4="all"), 1, 512, "float32"),
         thorough(dataclasses.replace(OSS_SHALLOW, mxfp4="none"), 1, 512, "float32"),
         (OSS_MIDDLE, 1, 256, "float32"),
         thorough(OSS_MIDDLE, 1, 2048, "bfloat16"),
