@@ -221,10 +221,10 @@ def test_text_without_a_header_flows_before_its_end() -> None:
 )
 def test_long_streams_take_linear_time(unit: str) -> None:
     tokens = ids(unit) * 30_000
-    start = time.perf_counter()
+    start = time.thread_time()  # of the processor: others may keep the machine busy
     stream(tokens)
     stream(ids("<|channel|>final") + tokens)
-    assert time.perf_counter() - start < 10
+    assert time.thread_time() - start < 10
 
 
 @pytest.mark.fuzz
