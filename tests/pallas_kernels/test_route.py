@@ -93,8 +93,8 @@ SIZES = [  # D, E, S, X, center
     (64, 8, 3, 4, True),
     (8192, 16, 2, 0, False),
 ]
-# The kernel is another for each number of rows and size. To jnp all rows are alike: each number of them twice at least, and
-# each size with a few and with many.
+# The kernel is another for each number of rows and size. To jnp all rows are alike: each number of them comes at least
+# twice, and each size with a few and with many.
 PAIRS = [(T, sizes, "xla") for n, sizes in enumerate(SIZES) for T in (ROWS[n % 2], ROWS[2 + n % 3])]
 PAIRS += [pytest.param(T, sizes, "mosaic", marks=needs_hopper) for sizes in SIZES for T in ROWS]
 
