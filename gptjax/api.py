@@ -8,14 +8,8 @@ from typing import Any
 from jax.typing import DTypeLike
 
 import convert
-from gptjax.checkpoints import hub, weights
-from gptjax.config import (
-    TOKENIZER_FILES,
-    read_config,
-    read_generation_config,
-    read_generation_defaults,
-    text_directory,
-)
+from gptjax.checkpoints import weights
+from gptjax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gptjax.engine import limits, memory
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
@@ -66,40 +60,60 @@ def load(
       CapacityError: `max_length` is more than the model has positions, or more memory is needed than there is; says
         which settings would fit. The weights are not read before that is known.
     """
+    checkpoint = open_checkpoint(name, ignore_config=ignore_config, generation_config=generation_config)
+    return load_checkpoint(
+        checkpoint,
+        dtype=dtype,
+        max_length=max_length,
+        max_batch=max_batch,
+        implementation=implementation,
+        tokenizer=tokenizer,
+    )
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    dtype: DTypeLike | None = None,
+    max_length: int | None = None,
+    max_batch: int | None = None,
+    implementation: str = "auto",
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> LanguageModel:
+    """As `load`, of a checkpoint that is open already: for those who look at its configuration first."""
     runtime.check_process()
     runtime.enable_compilation_cache()
-    directory = hub.resolve(name)
-    config = read_config(directory, ignore=ignore_config)
-    settings = read_generation_config(text_directory(directory), generation_config)
-    length = limits.positions(config, max_length)
+    defaults = checkpoint.defaults
+    length = limits.positions(checkpoint.config, max_length)
     rows = limits.rows("max_batch", 1 if max_batch is None else max_batch)
     if implementation not in IMPLEMENTATIONS:
         raise RequestError(
             f"unknown implementation {quoted(implementation)}; choose one of {', '.join(IMPLEMENTATIONS)}"
         )
-    model = registry.build(config, dtype=runtime.compute_dtype(dtype), implementation=implementation)
+    model = registry.build(checkpoint.config, dtype=runtime.compute_dtype(dtype), implementation=implementation)
     memory.check(model, batch=rows, max_length=length)
-    text: Tokenizer | GptjaxError
-    try:
-        if tokenizer is None:
-            text = load_tokenizer(text_directory(directory), generation_config=settings)
-        else:
-            text = load_tokenizer(tokenizer)
-    except GptjaxError as error:
-        # None at all, or one of an unsupported kind: the model still works on token ids. A damaged one is a fault.
-        if tokenizer is not None or (isinstance(error, CheckpointError) and _has_tokenizer(text_directory(directory))):
-            raise
-        text = error
+    text = _tokenizer(checkpoint, tokenizer)
     with memory.explained(model, batch=rows, max_length=length, loaded=False):
-        params = repacked(model, load_params(directory, model))
-    return LanguageModel(
-        model,
-        params,
-        tokenizer=text,
-        defaults=read_generation_defaults(text_directory(directory), settings),
-        max_length=length,
-        max_batch=max_batch,
-    )
+        params = repacked(model, load_params(checkpoint.directory, model))
+    return LanguageModel(model, params, tokenizer=text, defaults=defaults, max_length=length, max_batch=max_batch)
+
+
+def _tokenizer(checkpoint: Checkpoint, other: str | os.PathLike[str] | None) -> Tokenizer | GptjaxError:
+    """The checkpoint's own, or another directory's; or why there is none, since the model works on token ids too.
+
+    Raises:
+      GptjaxError: the other one cannot be read, or the checkpoint's own is damaged.
+    """
+    if other is not None:
+        return load_tokenizer(other)
+    try:
+        return checkpoint.tokenizer()
+    except CheckpointError as error:
+        if checkpoint.has_tokenizer:
+            raise
+        return error
+    except GptjaxError as error:  # of an unsupported kind
+        return error
 
 
 def load_params(directory: Path, model: Model) -> Params:
@@ -108,8 +122,3 @@ def load_params(directory: Path, model: Model) -> Params:
     if weights.is_converted(directory):
         return weights.restore(directory, targets, progress=progress)
     return weights.place(convert.open_params(directory, model.config), targets, progress=progress)
-
-
-def _has_tokenizer(directory: Path) -> bool:
-    """Whether there are files of a tokenizer: if they cannot be read, that is a fault and not a lack."""
-    return any(os.path.lexists(directory / name) for name in TOKENIZER_FILES)

@@ -70,10 +70,7 @@ class LanguageModel:
     @property
     def params(self) -> Params:
         """The weights, nested dicts of arrays. Raises `RequestError` if the model was closed, or the process forked."""
-        runtime.check_process()
-        if self._params is None:
-            raise RequestError("this model was closed; load it again")
-        return self._params
+        return self._check_open()
 
     @property
     def config(self) -> ModelConfig:
@@ -287,7 +284,7 @@ class LanguageModel:
 
         Left out, `batch` is `max_batch` (1 where that is not set), and `max_length` the model's. Nothing is allocated.
         """
-        _ = self.params
+        self._check_open()
         length = self.max_length if max_length is None else limits.positions(self.config, max_length)
         rows = limits.rows("batch", (self.max_batch or 1) if batch is None else batch)
         return memory.needed(self.model, batch=rows, max_length=length)
@@ -302,20 +299,26 @@ class LanguageModel:
             leaf.delete()
 
     def __enter__(self) -> "LanguageModel":
-        _ = self.params  # it is not closed
+        self._check_open()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _check_open(self) -> Params:
+        runtime.check_process()
+        if self._params is None:
+            raise RequestError("this model was closed; load it again")
+        return self._params
+
     def _guard(self, *, batch: int = 1, max_length: int | None = None) -> contextlib.AbstractContextManager[None]:
         """For computing: raises where the model was closed, and says what to try where the body runs out of memory."""
-        _ = self.params
+        self._check_open()
         length = self.max_length if max_length is None else max_length
         return memory.explained(self.model, batch=batch, max_length=length)
 
     def _request(self, prompt: Prompt, options: GenerateOptions, eos_ids: Sequence[int] | None = None) -> Request:
-        _ = self.params
+        self._check_open()
         ids = self.tokenizer.prompt(prompt, special=special_of(options)) if isinstance(prompt, str) else as_ids(prompt)
         request = make_request(ids, options, self.defaults, self.eos_ids if eos_ids is None else eos_ids)
         request.check(vocab_size=self.config.vocab_size, max_length=self.max_length)
@@ -324,7 +327,7 @@ class LanguageModel:
         return request
 
     def _checked_ids(self, token_ids: object, max_length: int) -> list[int]:
-        _ = self.params
+        self._check_open()
         ids = as_ids(token_ids)
         check_prompt(ids, vocab_size=self.config.vocab_size, max_length=max_length)
         return ids
@@ -346,5 +349,5 @@ class LanguageModel:
                 chunk = next(chunks, None)
             while chunk is not None:
                 yield chunk
-                _ = self.params
+                self._check_open()
                 chunk = next(chunks, None)

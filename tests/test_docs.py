@@ -25,6 +25,8 @@ import gptjax.api
 from gptjax.axes import GLOSSARY
 from gptjax.bench import cost
 from gptjax.checkpoints import weights
+from gptjax.checkpoints.checkpoint import open_checkpoint
+from gptjax.checkpoints.hub import DEMOS
 from gptjax.checkpoints.safetensors import open_directory
 from gptjax.cli import _parser, main
 from gptjax.config import PUBLISHED, GptOssConfig
@@ -115,7 +117,7 @@ def demos(lm, loaded) -> dict[str, gptjax.LanguageModel]:
 @pytest.fixture
 def shared(monkeypatch, loaded, tmp_path):
     """`gptjax.load` that keeps the demos, and a directory of its own to run in."""
-    real = gptjax.api.load
+    real, real_open = gptjax.api.load, gptjax.api.load_checkpoint
 
     def load(name="gpt2-tales", *, dtype=None, **settings):
         if name not in ("gpt2-tales", "gpt-oss-tales"):
@@ -128,6 +130,14 @@ def shared(monkeypatch, loaded, tmp_path):
 
     monkeypatch.setattr(gptjax, "load", load)
     monkeypatch.setattr(gptjax.api, "load", load)
+
+    def load_checkpoint(checkpoint, **settings):
+        name = checkpoint.directory.name
+        if checkpoint != open_checkpoint(checkpoint.directory) or checkpoint.directory.parent != DEMOS:
+            return real_open(checkpoint, **settings)
+        return load(name, **settings)
+
+    monkeypatch.setattr(gptjax.api, "load_checkpoint", load_checkpoint)
     monkeypatch.chdir(tmp_path)
 
 

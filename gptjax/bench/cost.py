@@ -1,5 +1,7 @@
 """What a forward pass costs, by formula: the bytes that must move and the arithmetic that must be done."""
 
+from fractions import Fraction
+
 import jax
 
 from gptjax.config import GptOssConfig
@@ -11,10 +13,11 @@ _EXPERTS = ("gate_up_kernel", "down_kernel", "gate_up_bias", "down_bias")
 
 
 def weight_bytes_per_step(model: Model, *, batch: int = 1) -> int:
-    """Bytes of weights that a decode step of so many rows reads: all, but of what is only looked up.
+    """Bytes of weights that a decode step of `batch` rows reads: all of them but what is only looked up.
 
-    A tied token embedding is the head's matrix as well, and is read whole; a learned position embedding never is. Of
-    the experts it is those that are chosen, which is at most X for each row.
+    A tied token embedding is also the head's matrix, and is read whole; a learned position embedding never is. Of the
+    experts, those that any row is expected to choose under even routing are counted: E · (1 − (1 − X/E)^rows). A model
+    that prefers some experts reads fewer.
     """
     looked_up = {"position_embedding"} if model.config.tied_head else {"position_embedding", "token_embedding"}
     total = sum(
@@ -56,11 +59,12 @@ def token_flops(model: Model, *, length: int, logits: bool = True) -> int:
     return round(2 * matrices) + attention + head
 
 
-def _share(model: Model, path: tuple[str, ...], rows: int) -> float:
-    """How much of a weight a step of so many rows touches."""
-    if not isinstance(model.config, GptOssConfig) or path[-1] not in _EXPERTS:
-        return 1.0
-    return min(1.0, rows * model.config.experts_per_token / model.config.num_experts)
+def _share(model: Model, path: tuple[str, ...], rows: int) -> Fraction:
+    """The part of a weight that a step of `rows` rows reads."""
+    config = model.config
+    if not isinstance(config, GptOssConfig) or path[-1] not in _EXPERTS:
+        return Fraction(1)
+    return 1 - (1 - Fraction(config.experts_per_token, config.num_experts)) ** rows
 
 
 def _bytes(leaf: jax.ShapeDtypeStruct | MXFP4) -> int:

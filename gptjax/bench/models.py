@@ -1,21 +1,15 @@
 """Honest speed: medians with their spread, never compilation or a first call, against a ceiling of the same run."""
 
-import concurrent.futures
 import dataclasses
-import os
-import statistics
-import threading
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import psutil
 
 from gptjax.bench import cost
+from gptjax.bench.figure import Figure, timed
+from gptjax.bench.loading import peak_memory
 from gptjax.config import ModelConfig
 from gptjax.diagnostics.transformers_comparison import load_transformers, oracle, random_transformers
 from gptjax.engine import memory
@@ -24,30 +18,6 @@ from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import CapacityError
 from gptjax.models.params import Params
 from gptjax.models.registry import Model
-
-NOISE = 0.1  # a spread above this share of the median is called noise
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    """Repeated measurements of one thing, in seconds."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """The one to quote."""
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """From the fastest to the slowest."""
-        return max(self.seconds) - min(self.seconds)
-
-    @property
-    def noisy(self) -> bool:
-        """Whether the spread is too wide for small differences to mean anything."""
-        return self.spread > NOISE * self.median
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,39 +82,6 @@ def needed_length(config: ModelConfig, prompt_length: int, steps: int) -> int:
 Turn = Callable[[], tuple[float, float]]  # one measurement: seconds of prefill, seconds of one step
 
 
-def measure_ceiling(repeats: int = 7) -> float:
-    """Bytes a second that a large copy reads and writes on the default device: the best of several.
-
-    On a CPU by NumPy, in a thread a core: XLA's copies there wait for fresh memory more than for the copying.
-    """
-    copy = _cpu_copy(1 << 28) if jax.default_backend() == "cpu" else _device_copy(1 << 31)
-    copied = copy()
-    return max(copied / _timed(copy) for _ in range(repeats))
-
-
-def _cpu_copy(size: int) -> Callable[[], int]:
-    parts = os.cpu_count() or 1
-    pairs = [(np.ones(size // parts, np.uint8), np.zeros(size // parts, np.uint8)) for _ in range(parts)]
-    pool = concurrent.futures.ThreadPoolExecutor(parts)
-
-    def copy() -> int:
-        list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), pairs))
-        return 2 * size
-
-    return copy
-
-
-def _device_copy(size: int) -> Callable[[], int]:
-    negate = jax.jit(lambda x: -x, donate_argnums=0)  # a plain copy would be optimised away
-    held = [jnp.zeros((size // 4,), jnp.float32)]
-
-    def copy() -> int:
-        held[0] = jax.block_until_ready(negate(held[0]))
-        return 2 * size
-
-    return copy
-
-
 def ours(model: Model, params: Params, *, batch: int, prompt_length: int, steps: int, seed: int = 0) -> Turn:
     """Turns of gptjax: every row is prefilled anew, then `steps` tokens are decoded greedily.
 
@@ -168,12 +105,12 @@ def ours(model: Model, params: Params, *, batch: int, prompt_length: int, steps:
                 engine.step()
             engine.wait()
 
-        prefill = _timed(fill)
+        prefill = timed(fill)
         # After the first step the device has nothing more to do, so all that is timed below is asked for there. (Where
         # `steps` is no multiple of what the engine dispatches at once, up to half as many more, not counted here.)
         engine.step()
         engine.wait()
-        step = _timed(decode) / steps
+        step = timed(decode) / steps
         for slot in range(batch):
             engine.release(slot)
         return prefill, step
@@ -213,7 +150,7 @@ def transformers_turn(
             torch.cuda.synchronize()
 
     def turn() -> tuple[float, float]:
-        short, long = _timed(lambda: generate(1)), _timed(lambda: generate(steps + 1))
+        short, long = timed(lambda: generate(1)), timed(lambda: generate(steps + 1))
         return short, (long - short) / steps
 
     return turn
@@ -244,58 +181,6 @@ def run(
     ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Loading:
-    """How weights came onto the device."""
-
-    seconds: float
-    host_bytes: int  # by which the process's anonymous memory grew at most; on a CPU the weights are part of it
-
-
-def measure_loading(load: Callable[[], Any]) -> tuple[Any, Loading]:
-    """What `load` returns, when the device is done with it, and what that took, once the device is up."""
-    jax.block_until_ready(jnp.zeros(1))
-    done = threading.Event()
-    before = peak = _anonymous()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, _anonymous())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    start = time.perf_counter()
-    try:
-        loaded = load()
-        jax.block_until_ready(getattr(loaded, "params", loaded))
-        seconds = time.perf_counter() - start
-    finally:
-        done.set()
-        watcher.join()
-    return loaded, Loading(seconds, max(peak, _anonymous()) - before)
-
-
-def _anonymous() -> int:
-    """Bytes of the process's memory that no file backs, where the system tells; else of all its memory."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        status = ""
-    told = [1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")]
-    return told[0] if told else int(psutil.Process().memory_info().rss)
-
-
-def peak_memory() -> int:
-    """Bytes: the most that the default device held so far, or on a CPU the process."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _compile_seconds(action: Callable[[], Any]) -> float:
     """Seconds that JAX spends on tracing, lowering and compiling while the action runs."""
     spent = [0.0]
@@ -310,9 +195,3 @@ def _compile_seconds(action: Callable[[], Any]) -> float:
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     return spent[0]
-
-
-def _timed(action: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start

@@ -64,7 +64,7 @@ def check_piece(path: Path, files: Mapping[str, int]) -> None:
     for name, size in files.items():
         if found.get(name) != size:
             state = "is missing" if name not in found else f"has {found[name]:,} bytes, expected {size:,}"
-            raise damaged(path, f"its file {name} {state}")
+            raise damaged_piece(path, f"its file {name} {state}")
 
 
 def read_leaf(path: Path, leaf: Leaf, buffers: Buffers) -> np.ndarray:
@@ -83,20 +83,20 @@ def read_leaf(path: Path, leaf: Leaf, buffers: Buffers) -> np.ndarray:
     try:
         found = None if data is None else parse_json(data.decode())
     except ValueError as error:
-        raise damaged(path, f"its file {name}/.zarray is not valid JSON ({error})") from None
+        raise damaged_piece(path, f"its file {name}/.zarray is not valid JSON ({error})") from None
     if found != _zarray(dtype, leaf.shape):
-        raise damaged(path, f"{name}/.zarray does not describe {dtype} {list(leaf.shape)} as gptjax writes it")
+        raise damaged_piece(path, f"{name}/.zarray does not describe {dtype} {list(leaf.shape)} as gptjax writes it")
     file = f"{name}/{'.'.join('0' for _ in leaf.shape) or '0'}"
     size = math.prod(leaf.shape) * dtype.itemsize
     try:
         there = os.stat(path / file).st_size
     except OSError:
-        raise damaged(path, f"its file {file} is missing") from None
+        raise damaged_piece(path, f"its file {file} is missing") from None
     if there != size:
-        raise damaged(path, f"its file {file} has {there:,} bytes, expected {size:,}")
+        raise damaged_piece(path, f"its file {file} has {there:,} bytes, expected {size:,}")
     array = read_array(path / file, dtype, leaf.shape, buffers=buffers)
     if checksum(array) != leaf.crc32:
-        raise damaged(path, f"the bytes of {'/'.join(leaf.path)} have changed")
+        raise damaged_piece(path, f"the bytes of {'/'.join(leaf.path)} have changed")
     return array
 
 
@@ -114,7 +114,7 @@ def _zarray(dtype: np.dtype, shape: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def damaged(path: Path, what: str) -> CheckpointError:
+def damaged_piece(path: Path, what: str) -> CheckpointError:
     """The error about a piece that is not as it was written."""
     return CheckpointError(f"{path} is damaged: {what}; copy the directory or convert the checkpoint again")
 

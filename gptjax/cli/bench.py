@@ -12,7 +12,9 @@ from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_con
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gptjax.bench.models import Loading, Result
+    from gptjax.bench.ceilings import MemorySpeed
+    from gptjax.bench.loading import Loading
+    from gptjax.bench.models import Result
     from gptjax.config import ModelConfig
     from gptjax.models.params import Params
     from gptjax.models.registry import Model
@@ -28,8 +30,9 @@ def add(commands: Any) -> None:
         run,
         summary="measure the speed of loading, prefill and decode, or of the kernels alone",
         epilog="""Medians over repeats, with the spread from fastest to slowest; compilation and first calls apart.
-The share of the ceiling is of the memory's speed, measured in the same run by a large copy; with --kernels by a large
-sum if that is faster. A kernel's time is that of a call in a chain of calls that wait for each other.
+The share of the ceiling compares the bytes that a step must read with the speed at which this device reads or copies
+memory, measured in the same run. For several rows of a mixture of experts, it counts the experts that even routing is
+expected to choose. A kernel's time is that of a call in a chain of calls that wait for each other.
 
 examples:
   gptjax bench gpt2-tales
@@ -82,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from gptjax.bench import models
+    from gptjax.bench.ceilings import measure_memory
     from gptjax.engine import memory
 
     _check(args)
@@ -102,14 +106,15 @@ def run(args: argparse.Namespace) -> int:
             with memory.explained(model, batch=batch, max_length=length):
                 results += models.run(turns, model, repeats=args.repeats, **sizes)
             del turns  # and the cache with them, before the next ones take theirs
-    ceiling = models.measure_ceiling()
+    memory_speed = measure_memory()
+    ceiling = memory_speed.bytes_per_second
     device, dtype = jax.devices()[0].device_kind, jax.numpy.dtype(model.dtype).name
     if args.json:
         facts = {"model": name, "device": device, "dtype": dtype, "load_seconds": loading.seconds}
-        facts |= {"load_host_bytes": loading.host_bytes, "ceiling_bytes_per_second": ceiling}
+        facts |= {"load_host_bytes": loading.host_bytes, **memory_speed.to_json()}
         print(json.dumps({**facts, "results": [result.to_json(ceiling) for result in results]}))
     else:
-        _print(f"{name}, {dtype}, on {device}", loading, ceiling, results)
+        _print(f"{name}, {dtype}, on {device}", loading, memory_speed, results)
     return 0
 
 
@@ -144,11 +149,10 @@ def _published(name: str) -> "ModelConfig":
 
 def _shapes(args: argparse.Namespace) -> "dict[str, ModelConfig]":
     """The models whose shapes kernels are measured at."""
-    from gptjax.checkpoints import hub
-    from gptjax.config import read_config
+    from gptjax.checkpoints.checkpoint import open_checkpoint
 
     if args.model is not None:
-        return {args.model: read_config(hub.resolve(args.model), ignore=args.ignore_config)}
+        return {args.model: open_checkpoint(args.model, **overrides(args)).config}
     return {name: _published(name) for name in ([args.random] if args.random else _MEASURED)}
 
 
@@ -156,7 +160,7 @@ def _write_random(name: str, directory: str) -> int:
     from pathlib import Path
 
     from convert.random import write_random
-    from gptjax.engine.memory import readable
+    from gptjax.support.units import readable
 
     written = write_random(_published(name), Path(directory))
     print(f"{directory}: random weights of {name}, {readable(written)}")
@@ -165,10 +169,10 @@ def _write_random(name: str, directory: str) -> int:
 
 def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, Loading]":
     """The model and its weights, its name, its directory if it has one, and how loading went."""
-    from gptjax.api import load
+    from gptjax.api import load_checkpoint
     from gptjax.bench import models
-    from gptjax.checkpoints import hub
-    from gptjax.config import read_config
+    from gptjax.bench.loading import measure_loading
+    from gptjax.checkpoints.checkpoint import open_checkpoint
     from gptjax.engine import memory
     from gptjax.models import registry
     from gptjax.models.params import random_params, repacked
@@ -177,30 +181,31 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
     longest = max(args.prompt_length)
     if args.random is None:
         name = model_name(args)
-        ignored = args.ignore_config
-        length = models.needed_length(read_config(hub.resolve(name), ignore=ignored), longest, args.steps)
-        lm, loading = models.measure_loading(lambda: load(name, dtype=args.dtype, max_length=length, **overrides(args)))
-        return lm.model, lm.params, name, hub.resolve(name), loading
+        checkpoint = open_checkpoint(name, **overrides(args))
+        length = models.needed_length(checkpoint.config, longest, args.steps)
+        lm, loading = measure_loading(lambda: load_checkpoint(checkpoint, dtype=args.dtype, max_length=length))
+        return lm.model, lm.params, name, checkpoint.directory, loading
     config = _published(args.random)
     length = models.needed_length(config, longest, args.steps)
     runtime.enable_compilation_cache()
     model = registry.build(config, dtype=runtime.compute_dtype(args.dtype))
     memory.check(model, batch=max(args.batch), max_length=length)
-    params, loading = models.measure_loading(lambda: repacked(model, random_params(model)))
+    params, loading = measure_loading(lambda: repacked(model, random_params(model)))
     return model, params, f"{args.random} (random weights)", None, loading
 
 
-def _print(title: str, loading: "Loading", ceiling: float, results: "Sequence[Result]") -> None:
-    from gptjax.engine.memory import readable
+def _print(title: str, loading: "Loading", speed: "MemorySpeed", results: "Sequence[Result]") -> None:
+    from gptjax.support.units import readable
 
     print(
         f"{title}; loaded in {loading.seconds:.1f} s, for which host memory grew by "
-        f"{readable(loading.host_bytes)}; a large copy moves {readable(int(ceiling))}/s"
+        f"{readable(loading.host_bytes)}; memory is read at {readable(int(speed.read))}/s, copied at "
+        f"{readable(int(speed.copy))}/s"
     )
     heads = ("rows prompt  prefill tok/s  spread", "ms/step  spread  decode tok/s", "of ceiling  compile      peak")
     print(f"engine        {'   '.join(heads)}")
     for result in results:
-        share = result.share(ceiling)
+        share = result.share(speed.bytes_per_second)
         noisy = [part for part, figure in (("prefill", result.prefill), ("decode", result.step)) if figure.noisy]
         print(
             f"{result.engine:12} {result.batch:5} {result.prompt_length:6} {result.prefill_tokens_per_second:14.0f} "

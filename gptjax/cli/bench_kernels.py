@@ -19,9 +19,9 @@ def run(args: argparse.Namespace, models: "dict[str, ModelConfig]") -> int:
     import jax
 
     from gptjax.bench import cases
-    from gptjax.diagnostics.mxfp4_accuracy import check_plot
     from gptjax.errors import RequestError
     from gptjax.support import runtime
+    from gptjax.support.plots import check_plot
 
     operations = args.kernels or cases.OPERATIONS
     for unknown in set(operations) - set(cases.OPERATIONS):
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, models: "dict[str, ModelConfig]") -> int:
 def _measure(cases: "dict[Case, list[str]]", args: argparse.Namespace, device: str, dtype: str) -> int:
     import jax
 
-    from gptjax.bench import kernels
+    from gptjax.bench import kernels, roofline
 
     ceilings = kernels.measure_ceilings(dtype)
     title = f"{dtype} on {device}, JAX {jax.__version__}"
@@ -75,7 +75,7 @@ def _measure(cases: "dict[Case, list[str]]", args: argparse.Namespace, device: s
         facts["not_run"] = [each.to_json() for each in not_run]
         print(json.dumps(facts))
     if args.plot is not None and results:
-        kernels.plot(results, ceilings, args.plot, title=title)
+        roofline.plot(results, ceilings, args.plot, title=title)
     return 0 if results else 1
 
 
@@ -113,7 +113,7 @@ def _print(each: "KernelResult | NotRun", ceilings: "Ceilings") -> None:
 
 
 def _tune(cases: "dict[Case, list[str]]", target: str, device: str, *, repeats: int) -> int:
-    from gptjax.bench import kernels
+    from gptjax.bench import kernels, tuning
     from gptjax.errors import RequestError
     from pallas_kernels import tiles
 
@@ -127,14 +127,14 @@ def _tune(cases: "dict[Case, list[str]]", target: str, device: str, *, repeats: 
     attempts = []
     for case in cases:
         for name in kernels.implementations():
-            for each in kernels.tune(case, name, repeats=repeats):
+            for each in tuning.tune(case, name, repeats=repeats):
                 if isinstance(each, kernels.NotRun):
                     print(f"{_start(case, name)}  not run: {each.reason}", flush=True)
                 else:
                     attempts.append(each)
                     said = f"{1e6 * each.call.median:10.2f} µs  error {each.error:7.1e}  {each.settings}"
                     print(f"{_start(case, name)}  {said}", flush=True)
-    entries = kernels.fastest(attempts)
+    entries = tuning.fastest(attempts)
     if not entries:
         raise RequestError(
             f"no kernel that runs on {device} has settings to try; tune on a GPU that Pallas kernels run on"

@@ -117,17 +117,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> "LanguageModel":
-    from gptjax.api import load
-    from gptjax.checkpoints import hub
-    from gptjax.config import read_config
+    from gptjax.api import load_checkpoint
+    from gptjax.checkpoints.checkpoint import open_checkpoint
     from gptjax.text import harmony
 
+    checkpoint = open_checkpoint(args.model, **overrides(args))
     length = args.max_length
     if length is None and not os.environ.get("GPTJAX_MAX_LENGTH"):
         # GPT-OSS has room for 131072 tokens, whose cache few conversations are worth.
-        config = read_config(hub.resolve(args.model), ignore=args.ignore_config)
-        length = min(config.context_length, DEFAULT_LENGTH)
-    lm = load(args.model, dtype=args.dtype, max_length=length, tokenizer=args.tokenizer, **overrides(args))
+        length = min(checkpoint.config.context_length, DEFAULT_LENGTH)
+    lm = load_checkpoint(checkpoint, dtype=args.dtype, max_length=length, tokenizer=args.tokenizer)
     missing = harmony.missing_tokens(lm.tokenizer)
     if missing:
         raise RequestError(

@@ -45,13 +45,13 @@ examples:
 
 def run_compare(args: argparse.Namespace) -> int:
     """Runs `gptjax compare`."""
-    from gptjax.api import load
-    from gptjax.checkpoints import hub
+    from gptjax.api import load_checkpoint
+    from gptjax.checkpoints.checkpoint import open_checkpoint
     from gptjax.diagnostics.transformers_comparison import compare, first_difference
 
-    name = model_name(args)
-    lm = load(name, dtype=args.dtype or "float32", **overrides(args))
-    rows = compare(lm.model, lm.params, hub.resolve(name), _ids(lm, args))
+    checkpoint = open_checkpoint(model_name(args), **overrides(args))
+    lm = load_checkpoint(checkpoint, dtype=args.dtype or "float32")
+    rows = compare(lm.model, lm.params, checkpoint.directory, _ids(lm, args))
     width = max(len(row.stage) for row in rows)
     for row in rows:
         facts: dict[str, Any] = {"stage": row.stage, "ours": list(row.ours.shape), "theirs": list(row.theirs.shape)}

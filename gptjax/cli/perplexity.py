@@ -39,14 +39,15 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from gptjax.api import load
+    from gptjax.api import load_checkpoint
+    from gptjax.checkpoints.checkpoint import open_checkpoint
     from gptjax.diagnostics.perplexity import HELD_OUT, Perplexity, check_stride, predict, read, window, windows
     from gptjax.support.progress import progress
 
     name, path = model_name(args), args.text or HELD_OUT
     text = read(path)
-    length = window(name, args.max_length, ignore_config=args.ignore_config)
-    lm = load(name, dtype=args.dtype, max_length=length, **overrides(args))
+    checkpoint = open_checkpoint(name, **overrides(args))
+    lm = load_checkpoint(checkpoint, dtype=args.dtype, max_length=window(checkpoint.config, args.max_length))
     ids = lm.tokenizer.prompt(text)
     size = lm.max_length
     stride = check_stride(args.stride, size)

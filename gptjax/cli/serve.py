@@ -169,9 +169,8 @@ def _leave(status: int) -> NoReturn:
 def _run(args: argparse.Namespace) -> int:
     import logging.config
 
-    from gptjax.api import load
-    from gptjax.checkpoints import hub
-    from gptjax.config import read_config
+    from gptjax.api import load_checkpoint
+    from gptjax.checkpoints.checkpoint import open_checkpoint
     from gptjax.errors import RequestError
 
     # argparse does not look at what comes from the environment.
@@ -188,18 +187,13 @@ def _run(args: argparse.Namespace) -> int:
     log_config = logs.config(args.log_format, args.log_level)
     logging.config.dictConfig(log_config)
     model = model_name(args)
+    checkpoint = open_checkpoint(model, **overrides(args))
     length = args.max_length
     if length is None and not os.environ.get("GPTJAX_MAX_LENGTH"):
         # GPT-OSS has room for 131072 tokens, whose cache for every slot few machines have.
-        config = read_config(hub.resolve(model), ignore=args.ignore_config)
-        length = min(config.context_length, _DEFAULT_LENGTH)
-    lm = load(
-        model,
-        dtype=args.dtype,
-        max_length=length,
-        max_batch=args.max_batch,
-        tokenizer=args.tokenizer,
-        **overrides(args),
+        length = min(checkpoint.config.context_length, _DEFAULT_LENGTH)
+    lm = load_checkpoint(
+        checkpoint, dtype=args.dtype, max_length=length, max_batch=args.max_batch, tokenizer=args.tokenizer
     )
     lm.defaults.check()  # now, not at the first request
     limits = Limits(body_bytes=args.max_body, send_seconds=args.send_timeout)

@@ -48,21 +48,23 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from gptjax.api import load
+    from gptjax.api import load, load_checkpoint
+    from gptjax.checkpoints.checkpoint import open_checkpoint
     from gptjax.diagnostics import mxfp4_accuracy
     from gptjax.diagnostics.perplexity import HELD_OUT, read, window
     from gptjax.errors import RequestError
+    from gptjax.support.plots import check_plot
     from gptjax.support.progress import progress
 
     if args.tokens is not None and args.tokens < 2:
         raise RequestError(f"--tokens must be at least 2, found {args.tokens}")
     if args.plot is not None:
-        mxfp4_accuracy.check_plot(args.plot)
+        check_plot(args.plot)
     name, path = model_name(args), args.text or HELD_OUT
     text = read(path)
-    length = window(name, None, ignore_config=args.ignore_config)
-    settings: dict[str, Any] = {"dtype": args.dtype or "float32", "max_length": length}
-    lm = load(name, **settings, **overrides(args))
+    checkpoint = open_checkpoint(name, **overrides(args))
+    settings: dict[str, Any] = {"dtype": args.dtype or "float32", "max_length": window(checkpoint.config, None)}
+    lm = load_checkpoint(checkpoint, **settings)
     if args.against is None:
         other = mxfp4_accuracy.quantized(lm, args.quantize.removeprefix("mxfp4="))
     else:

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,15 +11,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 import convert
-from gptjax.checkpoints import hub, weights
+from gptjax.checkpoints import weights
+from gptjax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gptjax.config import (
     PUBLISHED,
     GenerationDefaults,
     ModelConfig,
-    read_config,
-    read_generation_config,
-    read_generation_defaults,
-    text_directory,
 )
 from gptjax.config.gpt_oss import is_original
 from gptjax.engine import limits, memory
@@ -33,7 +29,6 @@ from gptjax.support.files import read_json
 from gptjax.support.quoting import names, quoted
 from gptjax.support.runtime import DeviceMemory
 from gptjax.support.units import readable
-from gptjax.text import load_tokenizer
 from pallas_kernels.mxfp4 import MXFP4
 
 
@@ -62,23 +57,23 @@ def describe(
     Raises:
       CheckpointError, ConfigError: as `gptjax.load`.
     """
-    directory = hub.resolve(name)
-    model = _model(read_config(directory, ignore=ignore_config), dtype, device)
-    settings = read_generation_config(text_directory(directory), generation_config)
+    checkpoint = open_checkpoint(name, ignore_config=ignore_config, generation_config=generation_config)
+    model = _model(checkpoint.config, dtype, device)
+    defaults = checkpoint.defaults
     try:
-        tokenizer = load_tokenizer(text_directory(directory), generation_config=settings)
+        tokenizer = checkpoint.tokenizer()
         text = f"{tokenizer.kind}, {tokenizer.vocab_size} tokens, ends with {list(tokenizer.eos_ids)}"
     except GptjaxError as error:
         text = f"none: {error}"
-    stored = _stored(directory, model)
+    stored = _stored(checkpoint, model)
     return {
-        "checkpoint": str(directory),
-        "form": _form(directory),
+        "checkpoint": str(checkpoint.directory),
+        "form": _form(checkpoint),
         **_architecture(model),
         "weights": _weights(stored),
         **_packing(model, stored),
         "tokenizer": text,
-        "generation": _generation(read_generation_defaults(text_directory(directory), settings), model.config),
+        "generation": _generation(defaults, model.config),
         **_memory(model, max_length, max_batch, device),
     }
 
@@ -128,10 +123,11 @@ def _model(config: ModelConfig, dtype: DTypeLike | None, device: DeviceMemory | 
     return registry.build(config, dtype=runtime.compute_dtype(dtype))
 
 
-def _form(directory: Path) -> str:
-    if weights.is_converted(directory):
+def _form(checkpoint: Checkpoint) -> str:
+    if checkpoint.is_converted:
         return "converted by gptjax"
-    return "OpenAI's original" if is_original(read_json(directory / "config.json") or {}) else "Hugging Face"
+    raw = read_json(checkpoint.directory / "config.json") or {}
+    return "OpenAI's original" if is_original(raw) else "Hugging Face"
 
 
 def _architecture(model: Model) -> dict[str, Any]:
@@ -168,24 +164,24 @@ def describe_tensors(name: str | os.PathLike[str], *, ignore_config: Sequence[st
     Raises:
       CheckpointError: the weights are missing, damaged or not those of the config, as far as headers tell.
     """
-    directory = hub.resolve(name)
-    model = registry.build(read_config(directory, ignore=ignore_config))
+    checkpoint = open_checkpoint(name, ignore_config=ignore_config)
+    model = registry.build(checkpoint.config)
     shapes = weights.flatten(abstract_params(model))
-    stored = _stored_dtypes(directory, model)
+    stored = _stored_dtypes(checkpoint, model)
     return {"/".join(path): f"{list(leaf.shape)} {stored[path]}" for path, leaf in shapes.items()}
 
 
-def _stored_dtypes(directory: Path, model: Model) -> dict[tuple[str, ...], str]:
-    """The dtype of each weight, told from headers alone. Raises `CheckpointError` where they are not the model's."""
-    if weights.is_converted(directory):
-        manifest = weights.checked_manifest(directory, abstract_params(model))
+def _stored_dtypes(checkpoint: Checkpoint, model: Model) -> dict[tuple[str, ...], str]:
+    """The dtype of each weight, from headers alone. Raises `CheckpointError` if they are not the model's weights."""
+    if checkpoint.is_converted:
+        manifest = weights.checked_manifest(checkpoint.directory, abstract_params(model))
         return {leaf.path: leaf.dtype for leaf in manifest.leaves}
-    return convert.stored_dtypes(directory, model.config)
+    return convert.stored_dtypes(checkpoint.directory, model.config)
 
 
-def _stored(directory: Path, model: Model) -> dict[tuple[str, ...], str] | CheckpointError:
+def _stored(checkpoint: Checkpoint, model: Model) -> dict[tuple[str, ...], str] | CheckpointError:
     try:
-        return _stored_dtypes(directory, model)
+        return _stored_dtypes(checkpoint, model)
     except CheckpointError as error:
         return error
 

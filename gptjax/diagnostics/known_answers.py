@@ -8,8 +8,9 @@ import hashlib
 from collections.abc import Mapping
 from typing import Final
 
-from gptjax.checkpoints.hub import DEMOS, demos
-from gptjax.config import PUBLISHED, ModelConfig, read_config
+from gptjax.checkpoints.checkpoint import open_checkpoint
+from gptjax.checkpoints.hub import demos
+from gptjax.config import PUBLISHED, ModelConfig
 from gptjax.diagnostics.perplexity import HELD_OUT, WINDOW, perplexity
 from gptjax.errors import RequestError
 from gptjax.language_model import LanguageModel
@@ -161,7 +162,7 @@ def _demo(vocabulary: str) -> tuple[str, ModelConfig | None]:
     """A demo's name and configuration, where the vocabulary is one's."""
     if vocabulary not in demos():
         return vocabulary, None
-    return vocabulary, read_config(DEMOS / vocabulary)
+    return vocabulary, open_checkpoint(vocabulary).config
 
 
 def _ids(token_ids: tuple[int, ...]) -> str:

@@ -1,9 +1,7 @@
 """What MXFP4 costs in accuracy: a model beside the same model with weights rounded to it."""
 
 import dataclasses
-import importlib.util
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -23,7 +21,7 @@ from gptjax.layers.observe import COLLECTION
 from gptjax.models import registry
 from gptjax.models.params import Params, weights_by_path
 from gptjax.models.registry import Model
-from gptjax.support.installation import with_extra
+from gptjax.support.plots import check_plot, save_plot
 from gptjax.text import Tokenizer
 from pallas_kernels.fragments import MXFP4Fragments
 from pallas_kernels.mxfp4 import MXFP4
@@ -174,17 +172,6 @@ def validate(
     )
 
 
-def check_plot(path: str | Path) -> None:
-    """Raises `RequestError` where a plot cannot be drawn, so that it is known before the work is done."""
-    path = Path(path)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError(f"a plot needs matplotlib, which is not installed: {with_extra('plot')}")
-    if path.suffix.lower() not in _FORMATS:
-        raise RequestError(f"{path} has no ending of a picture; name it .png, .pdf or .svg")
-    if not os.path.isdir(path.absolute().parent):
-        raise RequestError(f"the directory of {path} does not exist; make it first")
-
-
 def plot(report: Report, path: str | Path) -> None:
     """Draws the relative errors by block: a line for each kind of weight, and one for the hidden states.
 
@@ -210,10 +197,7 @@ def plot(report: Report, path: str | Path) -> None:
     axes.set(xlabel="block", ylabel="relative error", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be written ({error.strerror}); name another file") from None
+    save_plot(figure, path)
 
 
 def _weights(params: Params, other: Params) -> Iterator[Difference]:

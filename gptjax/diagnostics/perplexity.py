@@ -9,8 +9,8 @@ from typing import Final
 
 import numpy as np
 
-from gptjax.checkpoints.hub import DEMOS, resolve
-from gptjax.config import read_config
+from gptjax.checkpoints.hub import DEMOS
+from gptjax.config import ModelConfig
 from gptjax.engine import limits
 from gptjax.errors import CheckpointError, RequestError
 from gptjax.language_model import LanguageModel
@@ -110,16 +110,13 @@ def windows(length: int, size: int, stride: int) -> Iterator[tuple[int, int, int
             return
 
 
-def window(name: str | os.PathLike[str], max_length: int | None, *, ignore_config: Sequence[str] = ()) -> int:
-    """The tokens of a window for a checkpoint: as given, else $GPTJAX_MAX_LENGTH, else all it has but WINDOW at most.
-
-    Args:
-      ignore_config: as for `gptjax.load`.
+def window(config: ModelConfig, max_length: int | None) -> int:
+    """The tokens of a window: as given, else $GPTJAX_MAX_LENGTH, else the model's positions, WINDOW at most.
 
     Raises:
-      CheckpointError, ConfigError, CapacityError, RequestError: as `gptjax.load`.
+      CapacityError, RequestError: as `gptjax.load`.
     """
-    most = limits.positions(read_config(resolve(name), ignore=ignore_config), max_length)
+    most = limits.positions(config, max_length)
     return most if max_length is not None or os.environ.get("GPTJAX_MAX_LENGTH") else min(most, WINDOW)
 
 

@@ -22,7 +22,7 @@ from gptjax.models import registry
 from gptjax.models.params import abstract_params
 from gptjax.models.registry import Model
 from gptjax.support.runtime import DeviceMemory, device_memory
-from gptjax.support.units import readable as readable
+from gptjax.support.units import readable
 from pallas_kernels.attention.reference import DENSE_SCORES
 from pallas_kernels.moe.reference import TOGETHER, group_sizes
 

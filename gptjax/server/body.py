@@ -10,7 +10,7 @@ from typing import Any, Final, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
-from gptjax.server.errors import ApiError, bad_request, kind_of, shown
+from gptjax.server.errors import ApiError, as_json, bad_request, kind_of
 from gptjax.server.service import Limits, Service
 from gptjax.server.sse import ClientGone
 from gptjax.text.vocabulary import is_text
@@ -110,7 +110,7 @@ class Fields:
         """True or false; false if it is not there."""
         value = self.take(name)
         if value is not None and not isinstance(value, bool):
-            raise bad_request(f"{name} must be true or false, found {shown(value)}", name)
+            raise bad_request(f"{name} must be true or false, found {as_json(value)}", name)
         return bool(value)
 
     def text(self, name: str) -> str | None:
@@ -126,7 +126,7 @@ class Fields:
         if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53:
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise bad_request(f"{name} must be a whole number from {low} to {high}, found {shown(value)}", name)
+            raise bad_request(f"{name} must be a whole number from {low} to {high}, found {as_json(value)}", name)
         return value
 
     def number(self, name: str, low: float, high: float) -> float | None:
@@ -139,13 +139,13 @@ class Fields:
         unknown = [name for name in self._values if name not in ignored]
         if unknown:
             name = unknown[0]
-            raise bad_request(f"{shown(name)} is not a field that this server knows", name, "unknown_parameter")
+            raise bad_request(f"{as_json(name)} is not a field that this server knows", name, "unknown_parameter")
 
 
 def check_text(value: object, name: str) -> str:
     """A string that can be written as UTF-8. Raises `ApiError`."""
     if not isinstance(value, str):
-        raise bad_request(f"{name} must be a string, found {shown(value)}", name)
+        raise bad_request(f"{name} must be a string, found {as_json(value)}", name)
     if not is_text(value):
         raise bad_request(f"{name} has a lone surrogate, which is no character", name)
     return value
@@ -156,5 +156,5 @@ def check_number(value: object, low: float, high: float, name: str) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # An integer may be too large for a float; comparing the two is exact.
     if not is_number or value != value or not low <= value <= high:  # type: ignore[operator]
-        raise bad_request(f"{name} must be a number from {low:g} to {high:g}, found {shown(value)}", name)
+        raise bad_request(f"{name} must be a number from {low:g} to {high:g}, found {as_json(value)}", name)
     return float(value)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from gptjax.engine.request import MAX_TOP_LOGPROBS, check_prompt
 from gptjax.errors import GptjaxError
 from gptjax.server.answering import answered
 from gptjax.server.body import Fields
-from gptjax.server.errors import ApiError, bad_request, of_gptjax, shown
+from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 from gptjax.server.generation import Generation, Row, usage_json
 from gptjax.server.logprobs import chat_logprobs
 from gptjax.server.schema import (
@@ -107,12 +107,12 @@ def _check_neutral(fields: Fields) -> None:
     if form is not None:
         kind = form.get("type") if isinstance(form, dict) else form
         if kind != "text":
-            message = f"response_format {shown(kind)} is not supported; only 'text' is"
+            message = f"response_format {as_json(kind)} is not supported; only 'text' is"
             raise bad_request(message, "response_format", "unsupported")
     for name, neutral in _NEUTRAL.items():
         value = fields.take(name)
         if value is not None and value not in neutral:
-            raise bad_request(f"{name} {shown(value)} is not supported", name, "unsupported")
+            raise bad_request(f"{name} {as_json(value)} is not supported", name, "unsupported")
 
 
 def _read_logprobs(fields: Fields) -> int | None:

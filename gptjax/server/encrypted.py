@@ -8,7 +8,7 @@ import binascii
 import zlib
 from typing import Final
 
-from gptjax.server.errors import bad_request, shown
+from gptjax.server.errors import as_json, bad_request
 
 _PREFIX: Final = "gptjax-1-"
 _SUM: Final = 4  # bytes
@@ -30,5 +30,6 @@ def decrypted(value: object, where: str) -> str:
         except (binascii.Error, ValueError):  # ValueError: a character outside of ASCII, or bytes outside of UTF-8
             pass
     raise bad_request(
-        f"{where} ({shown(value)}) is not what this server returned: send it unchanged, or leave the item out", "input"
+        f"{where} ({as_json(value)}) is not what this server returned: send it unchanged or leave the item out",
+        "input",
     )

@@ -45,7 +45,7 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
 
-def shown(value: object) -> str:
+def as_json(value: object) -> str:
     """A JSON value of a request, as an error message repeats it: short, however large the value is."""
     if isinstance(value, list | dict):
         return kind_of(value)

@@ -16,7 +16,7 @@ from gptjax.engine.request import check_prompt
 from gptjax.errors import GptjaxError
 from gptjax.server.answering import answered
 from gptjax.server.body import Fields
-from gptjax.server.errors import ApiError, bad_request, of_gptjax, shown
+from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 from gptjax.server.generation import Generation, Row
 from gptjax.server.items import Items
 from gptjax.server.responses_input import read_input, read_tools
@@ -65,7 +65,7 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     for name, neutral in _NEUTRAL.items():
         value = fields.take(name)
         if value is not None and value not in neutral:
-            raise bad_request(f"{name} {shown(value)} is not supported", name, "unsupported")
+            raise bad_request(f"{name} {as_json(value)} is not supported", name, "unsupported")
     stream, encrypts = fields.flag("stream"), read_include(fields)
     repeated = read_repeated(fields)
     options = read_sampling(fields)

@@ -8,7 +8,7 @@ from typing import Any, Final
 from gptjax.errors import GptjaxError
 from gptjax.server.body import check_text
 from gptjax.server.encrypted import decrypted
-from gptjax.server.errors import ApiError, bad_request, of_gptjax, shown
+from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 
 # For each type of a content's parts, the field that has the text.
 _TEXTS: Final = {kind: "text" for kind in ("input_text", "output_text", "text", "reasoning_text", "summary_text")}
@@ -82,7 +82,7 @@ def _read_tool(tool: object, where: str) -> object:
     if not isinstance(tool, Mapping) or tool.get("type") != "function":
         return tool  # harmony knows it, or says what is wrong
     if (strict := tool.get("strict")) is not None and not isinstance(strict, bool):
-        raise bad_request(f"{where}.strict must be true or false, found {shown(strict)}", "tools")
+        raise bad_request(f"{where}.strict must be true or false, found {as_json(strict)}", "tools")
     return {"type": "function", "function": {name: tool.get(name) for name in ("name", "description", "parameters")}}
 
 
@@ -107,7 +107,7 @@ def _kind(item: object) -> tuple[object, object]:
 def _read_item(item: object, where: str, *, is_preamble: bool, follows_reasoning: bool) -> dict[str, Any] | None:
     """An item as a message; None for an empty one, also if the turn has only reasoning or calls."""
     if not isinstance(item, Mapping):
-        raise bad_request(f"{where} must be an object, found {shown(item)}", "input")
+        raise bad_request(f"{where} must be an object, found {as_json(item)}", "input")
     match item.get("type", "message"):
         case "message":
             message = _read_message(item, where, is_preamble=is_preamble)
@@ -124,13 +124,13 @@ def _read_item(item: object, where: str, *, is_preamble: bool, follows_reasoning
             output = _read_content(item.get("output"), f"{where}.output", _TEXTS)
             return {"role": "tool", "tool_call_id": _text(item, "call_id", where), "content": output}
         case kind:
-            raise bad_request(f"{where} has the type {shown(kind)}, which is not supported", "input", "unsupported")
+            raise bad_request(f"{where} has the type {as_json(kind)}, which is not supported", "input", "unsupported")
 
 
 def _read_message(item: Mapping[str, Any], where: str, *, is_preamble: bool) -> dict[str, Any]:
     role, phase = item.get("role"), item.get("phase")
     if phase is not None and phase not in _PHASES:
-        raise bad_request(f"{where}.phase is {shown(phase)}: write one of {', '.join(_PHASES)}", "input")
+        raise bad_request(f"{where}.phase is {as_json(phase)}: write one of {', '.join(_PHASES)}", "input")
     content = _read_content(item.get("content"), f"{where}.content", _OF_ANSWERS if role == "assistant" else _TEXTS)
     message = {"role": role, "content": content}
     if role == "assistant" and (phase == "commentary" or (phase is None and is_preamble)):
@@ -152,14 +152,14 @@ def _read_content(content: object, where: str, texts: Mapping[str, str]) -> str:
     if isinstance(content, str):
         return _checked(content, where)
     if not isinstance(content, list):
-        raise bad_request(f"{where} must be a string or a list of text parts, found {shown(content)}", "input")
+        raise bad_request(f"{where} must be a string or a list of text parts, found {as_json(content)}", "input")
     return "".join(_read_part(part, f"{where}[{index}]", texts) for index, part in enumerate(content))
 
 
 def _read_part(part: object, where: str, texts: Mapping[str, str]) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(part, Mapping) or not isinstance(kind, str) or kind not in texts:
-        raise bad_request(f"{where} has the type {shown(kind)}: the model reads text only", "input")
+        raise bad_request(f"{where} has the type {as_json(kind)}: the model reads text only", "input")
     return _text(part, texts[kind], where)
 
 

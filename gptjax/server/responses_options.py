@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from gptjax.server.body import Fields, check_text
-from gptjax.server.errors import bad_request, shown
+from gptjax.server.errors import as_json, bad_request
 
 _MOST_REPEATED: Final = 1 << 20  # characters of JSON; a stream repeats them three times
 _DEEPEST: Final = 100
@@ -28,10 +28,10 @@ def read_include(fields: Fields) -> bool:
     if given is None:
         return False
     if not isinstance(given, list):
-        raise bad_request(f"include must be a list, found {shown(given)}", "include")
+        raise bad_request(f"include must be a list, found {as_json(given)}", "include")
     for name in given:
         if not isinstance(name, str) or name not in {_ENCRYPTED, *_INCLUDABLE}:
-            raise bad_request(f"include {shown(name)} is not supported", "include", "unsupported")
+            raise bad_request(f"include {as_json(name)} is not supported", "include", "unsupported")
     return _ENCRYPTED in given
 
 
@@ -42,11 +42,11 @@ def read_text(fields: Fields) -> dict[str, Any]:
     form = options.take("format")
     kind = form.get("type") if isinstance(form, dict) else form
     if kind not in (None, "text"):
-        raise bad_request(f"text.format {shown(kind)} is not supported; only 'text' is", "text", "unsupported")
+        raise bad_request(f"text.format {as_json(kind)} is not supported; only 'text' is", "text", "unsupported")
     verbosity = options.take("verbosity")
     if verbosity is not None:
         if verbosity not in _VERBOSITIES:
-            message = f"text.verbosity is {shown(verbosity)}: write one of {', '.join(_VERBOSITIES)}"
+            message = f"text.verbosity is {as_json(verbosity)}: write one of {', '.join(_VERBOSITIES)}"
             raise bad_request(message, "text.verbosity")
         found["verbosity"] = verbosity
     options.finish(())
@@ -64,7 +64,7 @@ def read_effort(fields: Fields) -> str:
 def _options(fields: Fields, name: str) -> Fields:
     given = fields.take(name)
     if given is not None and not isinstance(given, dict):
-        raise bad_request(f"{name} must be an object, found {shown(given)}", name)
+        raise bad_request(f"{name} must be an object, found {as_json(given)}", name)
     return Fields(given or {})
 
 

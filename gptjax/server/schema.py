@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from gptjax.engine.request import MAX_BIASES, MAX_STOP_IDS, MAX_STOP_LENGTH, MAX_STOPS
 from gptjax.server.body import Fields, check_number, check_text
-from gptjax.server.errors import bad_request, shown
+from gptjax.server.errors import as_json, bad_request
 
 # Fields of OpenAI's API that change nothing about an answer here.
 WITHOUT_EFFECT: Final = frozenset(
@@ -94,7 +94,7 @@ def _logit_bias(fields: Fields) -> dict[int, float] | None:
     found = {}
     for token, bias in value.items():
         if not _TOKEN_KEY.fullmatch(token):  # "01" would be a second "1"
-            raise bad_request(f"{name} has the key {shown(token)}, which is not a token id", name)
+            raise bad_request(f"{name} has the key {as_json(token)}, which is not a token id", name)
         found[int(token)] = check_number(bias, -100, 100, name)
     return found
 

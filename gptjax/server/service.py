@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from gptjax import chat
 from gptjax.config import GenerationDefaults
-from gptjax.server.errors import ApiError, bad_request, shown, unavailable
+from gptjax.server.errors import ApiError, as_json, bad_request, unavailable
 from gptjax.server.events import QueueFull
 from gptjax.server.metrics import Metrics
 from gptjax.server.worker import Worker
@@ -101,7 +101,7 @@ class Served:
         if name is not None and name != self.name:
             raise ApiError(
                 404,
-                f"there is no model {shown(name)}; this server has {self.name!r}",
+                f"there is no model {as_json(name)}; this server has {self.name!r}",
                 param="model",
                 code="model_not_found",
             )

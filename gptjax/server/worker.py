@@ -19,14 +19,7 @@ from gptjax.engine.output import NOT_FINITE
 from gptjax.engine.request import MAX_TOP_LOGPROBS, Request
 from gptjax.engine.settings import Features
 from gptjax.language_model import LanguageModel
-from gptjax.server.events import Event as Event
-from gptjax.server.events import Failed as Failed
-from gptjax.server.events import Finished as Finished
-from gptjax.server.events import QueueFull as QueueFull
-from gptjax.server.events import State as State
-from gptjax.server.events import Ticket as Ticket
-from gptjax.server.events import Token as Token
-from gptjax.server.events import Unavailable as Unavailable
+from gptjax.server.events import Event, Failed, Finished, QueueFull, State, Ticket, Token, Unavailable
 
 DEFAULT_SLOTS = 8  # where the model was loaded without `max_batch`
 _BEAT = 1.0  # seconds between two signs of life of a worker that has nothing to do

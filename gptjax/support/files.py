@@ -127,7 +127,7 @@ def read_text(path: Path) -> str | None:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        damaged(path, f"not valid JSON or text ({error})")
+        raise_damaged(path, f"not valid JSON or text ({error})")
     if text.startswith("version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` there.")
     return text
@@ -141,9 +141,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         value = parse_json(text)
     except ValueError as error:
-        damaged(path, f"not valid JSON ({error})")
+        raise_damaged(path, f"not valid JSON ({error})")
     if not isinstance(value, dict):
-        damaged(path, f"it holds a JSON {type(value).__name__}, not an object")
+        raise_damaged(path, f"it holds a JSON {type(value).__name__}, not an object")
     return value
 
 
@@ -192,6 +192,6 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def damaged(path: Path, what: str) -> NoReturn:
+def raise_damaged(path: Path, what: str) -> NoReturn:
     """Raises the CheckpointError of a damaged file."""
     raise CheckpointError(f"{path} is damaged: {what}. Fetch it again.")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from gptjax.support.files import damaged, read_json
+from gptjax.support.files import raise_damaged, read_json
 
 _NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTED: Final = ("additional_special_tokens", "extra_special_tokens")
@@ -37,7 +37,7 @@ def read_additions(directory: Path, settings: Mapping[str, Any], special: Mappin
     items = []
     for content, number in (read_json(path) or {}).items():
         if type(number) is not int:
-            damaged(path, "a token's id is not an integer")
+            raise_damaged(path, "a token's id is not an integer")
         items.append({"content": content, "id": number, "special": content in purposes})
     return items
 
@@ -58,7 +58,7 @@ def _from_decoder(directory: Path, later: Any) -> list[dict[str, Any]]:
     try:
         return [{**item, "id": int(number)} for number, item in (later or {}).items()]
     except (AttributeError, TypeError, ValueError):
-        damaged(directory / "tokenizer_config.json", "added_tokens_decoder is not an object of ids and tokens")
+        raise_damaged(directory / "tokenizer_config.json", "added_tokens_decoder is not an object of ids and tokens")
 
 
 def _items(value: Any) -> list[Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import CheckpointError, ConfigError
-from gptjax.support.files import damaged, read_json, read_text
+from gptjax.support.files import raise_damaged, read_json, read_text
 from gptjax.support.quoting import quoted, shown
 from gptjax.text.additions import read_additions, special_tokens
 from gptjax.text.vocabulary import AddedToken, Vocabulary, build_vocabulary
@@ -63,7 +63,7 @@ def _from_tokenizer_json(
 ) -> Vocabulary:
     model = found.get("model")
     if not isinstance(model, dict):
-        damaged(path, '"model" is missing or no object')
+        raise_damaged(path, '"model" is missing or no object')
     _require_byte_level(path, found, model)
     cut, prefix = found["pre_tokenizer"], settings.get("add_prefix_space")
     if isinstance(prefix, bool) and cut.get("type") == "ByteLevel":
@@ -119,12 +119,12 @@ def _types(node: Any) -> Iterator[str]:
 def _merges(path: Path, merges: object) -> list[tuple[str, str]]:
     """Pairs, from either spelling: ["a", "b"] or "a b"."""
     if not isinstance(merges, list):
-        damaged(path, "its merges are no list")
+        raise_damaged(path, "its merges are no list")
     pairs = []
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            damaged(path, f"{quoted(merge)} is not a merge of two tokens")
+            raise_damaged(path, f"{quoted(merge)} is not a merge of two tokens")
         pairs.append((pair[0], pair[1]))
     return pairs
 
@@ -132,10 +132,10 @@ def _merges(path: Path, merges: object) -> list[tuple[str, str]]:
 def _added(path: Path, items: object) -> Iterator[AddedToken]:
     """The tokens of "added_tokens"; an empty one is in no text."""
     if not isinstance(items, list | None):
-        damaged(path, "its added tokens are no list")
+        raise_damaged(path, "its added tokens are no list")
     for item in items or []:
         if not isinstance(item, dict) or not isinstance(item.get("content"), str) or type(item.get("id")) is not int:
-            damaged(path, f"the added token {quoted(item)} has no content or no id")
+            raise_damaged(path, f"the added token {quoted(item)} has no content or no id")
         flags = {key: item.get(key) is True for key in ("special", "lstrip", "rstrip", "single_word")}
         normalized = item.get("normalized", not flags["special"]) is True
         if item["content"]:
@@ -151,7 +151,7 @@ def _from_gpt2_files(
     built = {left + right for left, right in pairs}
     unbuilt = sum(len(token) > 1 and token not in built for token in ids)
     if unbuilt > _MOST_UNBUILT:
-        damaged(path, f"it is cut short, as no merge builds {unbuilt} of the tokens in vocab.json")
+        raise_damaged(path, f"it is cut short, as no merge builds {unbuilt} of the tokens in vocab.json")
     added = list(_added(directory / "tokenizer_config.json", _gpt2_added(directory, ids, settings, special)))
     prefix = settings.get("add_prefix_space") is True
     return build_vocabulary(

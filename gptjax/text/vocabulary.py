@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptjax.support.files import damaged
+from gptjax.support.files import raise_damaged
 from gptjax.support.quoting import quoted
 
 
@@ -91,14 +91,16 @@ def build_vocabulary(
 
 def _checked_ids(file: Path, ids: object) -> dict[str, int]:
     if not isinstance(ids, dict) or not ids:
-        damaged(file, "its vocabulary is no object of tokens and ids")
+        raise_damaged(file, "its vocabulary is no object of tokens and ids")
     for token, number in ids.items():
         if type(number) is not int or not 0 <= number < 2**32:
-            damaged(file, f"token {quoted(token)} has the id {quoted(number)}, not an integer from 0 to 2**32 - 1")
+            raise_damaged(
+                file, f"token {quoted(token)} has the id {quoted(number)}, not an integer from 0 to 2**32 - 1"
+            )
         if not is_text(token):
-            damaged(file, f"token {quoted(token)} has half a surrogate pair")
+            raise_damaged(file, f"token {quoted(token)} has half a surrogate pair")
     if len(set(ids.values())) != len(ids):
-        damaged(file, "two tokens have the same id")
+        raise_damaged(file, "two tokens have the same id")
     return ids
 
 
@@ -107,7 +109,9 @@ def _checked_merges(file: Path, ids: Mapping[str, int], merges: list[tuple[str, 
     built = set()
     for left, right in merges:
         if left not in ids or right not in ids or left + right not in ids:
-            damaged(file, f"the merge of {quoted(left)} and {quoted(right)} needs a token that the vocabulary lacks")
+            raise_damaged(
+                file, f"the merge of {quoted(left)} and {quoted(right)} needs a token that the vocabulary lacks"
+            )
         built.add(left + right)
     return built
 
@@ -115,16 +119,16 @@ def _checked_merges(file: Path, ids: Mapping[str, int], merges: list[tuple[str, 
 def _check_added(file: Path, ids: Mapping[str, int], names: Mapping[int, str], added: Sequence[AddedToken]) -> None:
     for token in added:
         if not is_text(token.content) or not 0 <= token.id < 2**32:
-            damaged(
+            raise_damaged(
                 file, f"the added token {quoted(token.content)} has half a surrogate pair or the id {quoted(token.id)}"
             )
         data = token.content.encode()
         other_text = token.id in names and unspell(names[token.id]) != data
         other_id = ids.get(token.content, token.id) != token.id and unspell(token.content) == data
         if other_text or other_id:
-            damaged(file, f"the added token {quoted(token.content)} (id {token.id}) contradicts the vocabulary")
+            raise_damaged(file, f"the added token {quoted(token.content)} (id {token.id}) contradicts the vocabulary")
     if not len(added) == len({token.id for token in added}) == len({token.content for token in added}):
-        damaged(file, "two added tokens have the same content or id")
+        raise_damaged(file, "two added tokens have the same content or id")
 
 
 def _is_ordinary(name: str, built: Set[str]) -> bool:

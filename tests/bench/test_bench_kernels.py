@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax.bench import cases, kernels
+from gptjax.bench import cases, kernels, roofline, tuning
 from gptjax.bench.cases import Attention, Block, Experts, Product, product
 from gptjax.bench.cases.block import Carried
-from gptjax.bench.kernels import Attempt, Ceilings, KernelResult, NotRun
-from gptjax.bench.models import Figure
+from gptjax.bench.figure import Figure
+from gptjax.bench.kernels import Ceilings, KernelResult, NotRun
+from gptjax.bench.tuning import Attempt
 from gptjax.cli import main
 from gptjax.config import PUBLISHED
 from pallas_kernels import tiles
@@ -314,13 +315,13 @@ def tunable(monkeypatch):
 
 
 def test_settings_are_tried_and_the_fastest_that_is_right_is_taken(tunable):
-    tried = list(kernels.tune(PRODUCT, "fake", repeats=3))
+    tried = list(tuning.tune(PRODUCT, "fake", repeats=3))
     attempts = [each for each in tried if isinstance(each, Attempt)]
     (unfit,) = (each for each in tried if isinstance(each, NotRun))
     assert unfit.reason == "{'times': 2000}: out of shared memory"
     assert [each.settings["times"] for each in attempts] == [30, 0, 1, 60]
     assert {each.key for each in attempts} == {tunable}
-    (entry,) = kernels.fastest(attempts)
+    (entry,) = tuning.fastest(attempts)
     assert (entry.key, entry.settings, entry.jax) == (tunable, {"times": 1}, jax.__version__)
     assert entry.microseconds > 0
 
@@ -329,13 +330,13 @@ def test_settings_that_give_nan_are_never_taken():
     key = tiles.key("matvec/fake", {"rows": 1})
     times = Figure((1e-6,)), Figure((2e-6,))
     attempts = [Attempt(key, {"a": 1}, times[0], math.nan), Attempt(key, {"a": 2}, times[1], 1e-3)]
-    assert [entry.settings for entry in kernels.fastest(attempts)] == [{"a": 2}]
-    assert kernels.fastest(attempts[:1]) == []
+    assert [entry.settings for entry in tuning.fastest(attempts)] == [{"a": 2}]
+    assert tuning.fastest(attempts[:1]) == []
 
 
 def test_what_has_no_settings_is_not_tuned():
-    assert list(kernels.tune(PRODUCT, "xla", repeats=1)) == []
-    (missing,) = kernels.tune(PRODUCT, "cuda", repeats=1)
+    assert list(tuning.tune(PRODUCT, "xla", repeats=1)) == []
+    (missing,) = tuning.tune(PRODUCT, "cuda", repeats=1)
     assert isinstance(missing, NotRun)
 
 
@@ -360,12 +361,12 @@ def test_the_command_tunes(tunable, monkeypatch, tmp_path, capsys):
 def test_a_plot(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     results = [_named(case, name) for case in CASES for name in ("xla", "mosaic")]
-    kernels.plot(results, CEILINGS, tmp_path / "roof.png", title="some device")
+    roofline.plot(results, CEILINGS, tmp_path / "roof.png", title="some device")
     assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
-    kernels.plot(results[:1], CEILINGS, tmp_path / "roof.svg", title="some device")
+    roofline.plot(results[:1], CEILINGS, tmp_path / "roof.svg", title="some device")
     (tmp_path / "roof.pdf").mkdir()
     with pytest.raises(gptjax.RequestError, match="cannot be written"):
-        kernels.plot(results, CEILINGS, tmp_path / "roof.pdf", title="some device")
+        roofline.plot(results, CEILINGS, tmp_path / "roof.pdf", title="some device")
 
 
 def test_the_command_prints_a_table_and_json(ceilings, capsys):

@@ -9,7 +9,9 @@ import pytest
 
 import gptjax
 from gptjax.bench import cost, models
-from gptjax.bench.models import Figure
+from gptjax.bench.ceilings import measure_memory
+from gptjax.bench.figure import Figure
+from gptjax.bench.loading import measure_loading
 from gptjax.checkpoints.weights import flatten
 from gptjax.cli import main
 from gptjax.config import PUBLISHED, read_config
@@ -47,10 +49,21 @@ def test_bytes_and_flops_of_gpt_oss_are_those_counted_by_hand():
         assert cost.cache_bytes(model, length=2048) == layers // 2 * (2048 + 128) * position
         assert cost.cache_bytes(model, length=100) == layers * 100 * position
         expert = (2 * 2880 * 2880 + 2880 * 2880) * 17 // 32 + 3 * 2880 * 2  # 17 bytes for 32 values, and the biases
-        one, all_of_them = (cost.weight_bytes_per_step(model, batch=batch) for batch in (1, experts))
-        assert all_of_them - one == layers * (experts - 4) * expert
+        one, most = (cost.weight_bytes_per_step(model, batch=batch) for batch in (1, 10**4))
+        assert most - one == layers * (experts - 4) * expert  # so many rows leave none out
     flops = cost.token_flops(registry.build(PUBLISHED["gpt-oss-20b"]), length=1)
     assert flops / 1e9 == pytest.approx(7.2, rel=0.02)  # as PERFORMANCE.md has it
+
+
+@pytest.mark.parametrize(("name", "experts"), [("gpt-oss-20b", 32), ("gpt-oss-120b", 128)])
+@pytest.mark.parametrize("rows", [1, 2, 8, 32, 128])
+def test_the_experts_that_are_read_are_those_that_random_rows_choose(name, experts, rows):
+    rng = np.random.default_rng(rows)
+    chosen = [len(np.unique(rng.random((rows, experts)).argsort(axis=1)[:, :4])) for _ in range(2000)]
+    model = registry.build(PUBLISHED[name], dtype="bfloat16")
+    one, these, most = (cost.weight_bytes_per_step(model, batch=batch) for batch in (1, rows, 10**4))
+    found = 4 + (these - one) / (most - one) * (experts - 4)
+    assert found == pytest.approx(np.mean(chosen), abs=4 * np.std(chosen) / 2000**0.5 + 1e-3)
 
 
 def test_an_untied_embedding_is_only_looked_up():
@@ -61,7 +74,7 @@ def test_an_untied_embedding_is_only_looked_up():
 
 def test_loading_is_timed_and_its_host_memory_is_told():
     held = []
-    loaded, loading = models.measure_loading(lambda: held.append(bytearray(50 << 20)) or 7)
+    loaded, loading = measure_loading(lambda: held.append(bytearray(50 << 20)) or 7)
     assert loaded == 7
     assert loading.seconds > 0
     assert 45 << 20 < loading.host_bytes < 80 << 20
@@ -147,8 +160,10 @@ def test_random_weights_have_the_declared_shapes_and_dtypes():
     assert all(float(abs(leaf).max()) > 0 for leaf in jax.tree.leaves(params))
 
 
-def test_the_ceiling_is_the_memorys():
-    assert 1e9 < models.measure_ceiling(3) < 1e13
+def test_the_ceiling_is_the_faster_of_copying_and_reading():
+    speed = measure_memory(3)
+    assert 1e9 < speed.read < 1e13 and 1e9 < speed.copy < 1e13
+    assert speed.bytes_per_second == max(speed.read, speed.copy)
 
 
 def test_the_command_prints_a_table_and_json(capsys):
@@ -159,7 +174,8 @@ def test_the_command_prints_a_table_and_json(capsys):
     assert main(["bench", *short, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     (result,) = facts["results"]
-    assert facts["ceiling_bytes_per_second"] > 0
+    assert facts["ceiling_bytes_per_second"] == max(facts["read_bytes_per_second"], facts["copy_bytes_per_second"])
+    assert 0 < result["share_of_ceiling"] < 1
     assert result["peak_memory"] > 10_000_000
     assert result["compile"] >= 0
     assert result["decode_tokens_per_second"] == pytest.approx(1 / result["step_seconds"])

@@ -19,7 +19,7 @@ WORKER = """
 import json, os, random, resource, shutil, signal, sys, time, traceback
 from pathlib import Path
 import convert, convert.conversion
-from gptjax import checkpoint, hub
+from gptjax.checkpoints import hub, weights
 from gptjax.config import read_config
 from gptjax.errors import GptjaxError
 from gptjax.models.registry import build

@@ -208,7 +208,7 @@ def test_params_can_be_donated(tmp_path, kind):
 SHARDED = """
 import sys, jax, numpy as np
 from pathlib import Path
-from gptjax import checkpoint
+from gptjax.checkpoints import weights
 mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 array = np.arange(8 * 64, dtype=np.float32).reshape(8, 64)
 def target(*spec):
@@ -289,7 +289,7 @@ def test_damaged_metadata_is_told(saved):
     path = next((saved / "params").rglob(".zarray"))
     path.write_text(path.read_text().replace('"order":"C"', '"order":"X"'))
     code = (
-        "import sys; from pathlib import Path; from gptjax import checkpoint, errors\n"
+        "import sys; from pathlib import Path; from gptjax import errors; from gptjax.checkpoints import weights\n"
         "path = Path(sys.argv[1])\n"
         "try: list(weights.read_leaves(path, weights.read_manifest(path)))\n"
         "except errors.CheckpointError as error: print(error)\n"
@@ -358,7 +358,8 @@ def test_pieces_that_are_not_as_orbax_wrote_them_are_refused_before_anything_is_
 BOMB = """
 import resource, sys
 from pathlib import Path
-from gptjax import checkpoint, errors, manifest
+from gptjax import errors
+from gptjax.checkpoints import manifest, weights
 path = Path(sys.argv[1])
 read = weights.read_manifest(path)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -590,7 +591,8 @@ LIMITED = """
 import resource, signal, sys
 import numpy as np
 from pathlib import Path
-from gptjax import checkpoint, errors
+from gptjax import errors
+from gptjax.checkpoints import weights
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:

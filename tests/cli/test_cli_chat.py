@@ -409,7 +409,9 @@ def test_control_c_at_the_prompt_twice_ends_the_chat(monkeypatch, capsys):
 def scripted(monkeypatch) -> Callable[..., Scripted]:
     def give(*scripts: str) -> Scripted:
         model = Scripted(*scripts)
-        monkeypatch.setattr("gptjax.api.load", lambda name, **settings: setattr(model, "settings", settings) or model)
+        monkeypatch.setattr(
+            "gptjax.api.load_checkpoint", lambda checkpoint, **settings: setattr(model, "settings", settings) or model
+        )
         return model
 
     return give

@@ -400,7 +400,7 @@ def test_killed_while_deleting_the_old_one_does_not_bring_half_of_it_back(tmp_pa
 
 def test_leftovers_of_a_living_process_are_left_alone(tmp_path):
     made.gpt2(tmp_path / "src")
-    slow = "import time\ngptjax.checkpoint.write_piece = lambda *args: time.sleep(60)"
+    slow = "import time\ngptjax.checkpoints.weights.write_piece = lambda *args: time.sleep(60)"
     process = _start(tmp_path / "src", tmp_path / "dst", before=slow)
     try:
         deadline = time.monotonic() + 20

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gptjax
+from gptjax.checkpoints.checkpoint import open_checkpoint
 from gptjax.cli import main
 from gptjax.diagnostics import perplexity as measuring
 from gptjax.diagnostics.perplexity import Perplexity, perplexity, predict, windows
@@ -113,13 +114,13 @@ def test_logits_that_are_not_finite(short, ids, monkeypatch, value):
 
 
 def test_the_window_of_a_long_context(monkeypatch):
-    assert measuring.window("gpt-oss-tales", None) == 2048
-    assert measuring.window("gpt-oss-tales", 5000) == 5000
-    assert measuring.window("gpt2-tales", None) == 512
+    assert measuring.window(open_checkpoint("gpt-oss-tales").config, None) == 2048
+    assert measuring.window(open_checkpoint("gpt-oss-tales").config, 5000) == 5000
+    assert measuring.window(open_checkpoint("gpt2-tales").config, None) == 512
     monkeypatch.setenv("GPTJAX_MAX_LENGTH", "3000")
-    assert measuring.window("gpt-oss-tales", None) == 3000
+    assert measuring.window(open_checkpoint("gpt-oss-tales").config, None) == 3000
     with pytest.raises(gptjax.CapacityError):
-        measuring.window("gpt2-tales", None)
+        measuring.window(open_checkpoint("gpt2-tales").config, None)
 
 
 # The command

@@ -24,6 +24,7 @@ from gptjax.models import registry
 from gptjax.models.params import abstract_params, init_params
 from gptjax.support import runtime
 from gptjax.support.runtime import DeviceMemory, cgroup_memory
+from gptjax.support.units import readable
 
 GIB = 1 << 30
 SMALL = dataclasses.replace(
@@ -178,9 +179,7 @@ def test_advice_for_fewer_rows_and_for_none_at_all():
     advice = memory.advice(model, batch=1000, max_length=1024, has=has, device=device)
     assert advice == "max_batch=50 (--max-batch 50)"
     none = memory.advice(model, batch=1, max_length=1024, has=1000, device=device)
-    assert (
-        none == f"a device with {memory.readable(_total(config, 'bfloat16', 1, 1024, device))} free, or a smaller model"
-    )
+    assert none == f"a device with {readable(_total(config, 'bfloat16', 1, 1024, device))} free, or a smaller model"
 
 
 def test_what_was_advised_fits_and_loads(demo, monkeypatch):
@@ -189,7 +188,7 @@ def test_what_was_advised_fits_and_loads(demo, monkeypatch):
     monkeypatch.setattr(memory, "device_memory", lambda device=None: _device(has))
     with pytest.raises(CapacityError, match=r"needs .* has .* available; try max_length=384 ") as raised:
         gptjax.load(demo, dtype="float32")
-    assert memory.readable(has) in str(raised.value)
+    assert readable(has) in str(raised.value)
     assert describe(demo, dtype="float32")["fits"] == f"no; {str(raised.value).partition('; ')[2]}"
     assert describe(demo, dtype="float32", max_length=384)["fits"] == "yes"
     gptjax.load(demo, dtype="float32", max_length=384).close()
@@ -334,7 +333,7 @@ def test_out_of_memory_at_run_time_says_what_to_try(lm, monkeypatch, call):
     with pytest.raises(CapacityError, match=r"needs .* try ") as raised:
         CALLS[call](lm)
     assert raised.value.__cause__ is cause
-    assert f"has {memory.readable(has + need.weights)} available" in str(raised.value)  # what it holds it may use
+    assert f"has {readable(has + need.weights)} available" in str(raised.value)  # what it holds it may use
 
 
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("INTERNAL: no"), ValueError("RESOURCE_EXHAUSTED")])

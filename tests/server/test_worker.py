@@ -12,19 +12,8 @@ from gptjax.engine.engine import Engine
 from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import CapacityError, RequestError
-from gptjax.server.worker import Finished, QueueFull, Ticket, Token, Worker
-from tests.server.worker_material import (
-    CHUNK,
-    MAX_LENGTH,
-    PATIENCE,
-    REQUESTS,
-    SLOTS,
-    Reader,
-    ids_of,
-    request_of,
-    submit,
-    until,
-)
+from gptjax.server.events import Finished, QueueFull, Ticket, Token
+from gptjax.server.worker import Worker
 
 TIMES = 20  # that each cancellation is tried
 

@@ -11,8 +11,8 @@ import gptjax
 from gptjax.engine import steps
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.server import worker as worker_module
-from gptjax.server.worker import Failed, Finished, Unavailable, Worker
-from tests.server.worker_material import CHUNK, PATIENCE, REQUESTS, Reader, ids_of, request_of
+from gptjax.server.events import Failed, Finished, Unavailable
+from gptjax.server.worker import Worker
 
 
 @pytest.fixture

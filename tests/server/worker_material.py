@@ -6,7 +6,8 @@ import time
 import numpy as np
 
 from gptjax.engine.request import Request, SamplingParams
-from gptjax.server.worker import Failed, Finished, QueueFull, Token, Worker
+from gptjax.server.events import Failed, Finished, QueueFull, Token
+from gptjax.server.worker import Worker
 
 SLOTS, MAX_LENGTH, CHUNK = 4, 300, 64
 PATIENCE = 120  # seconds until a test gives up

@@ -1,0 +1,64 @@
+"""What loading a model takes: seconds, and host memory."""
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import psutil
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """How weights came onto the device."""
+
+    seconds: float
+    host_bytes: int  # by which the process's anonymous memory grew at most; on a CPU the weights are part of it
+
+
+def measure_loading(load: Callable[[], Any]) -> tuple[Any, Loading]:
+    """What `load` returns, when the device is done with it, and what that took, once the device is up."""
+    jax.block_until_ready(jnp.zeros(1))
+    done = threading.Event()
+    before = peak = _anonymous()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, _anonymous())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    start = time.perf_counter()
+    try:
+        loaded = load()
+        jax.block_until_ready(getattr(loaded, "params", loaded))
+        seconds = time.perf_counter() - start
+    finally:
+        done.set()
+        watcher.join()
+    return loaded, Loading(seconds, max(peak, _anonymous()) - before)
+
+
+def _anonymous() -> int:
+    """Bytes of the process's memory that no file backs, where the system tells; else of all its memory."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        status = ""
+    told = [1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")]
+    return told[0] if told else int(psutil.Process().memory_info().rss)
+
+
+def peak_memory() -> int:
+    """Bytes: the most that the default device held so far, or on a CPU the process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
