@@ -25,10 +25,18 @@ MOST_BYTES = 1 << 30
 # Folders and files of tests/ by what they cost. All others compile nothing large: `make quick`.
 MODELS = {  # compile models, or kernels that XLA compiles: `make test` has them and the quick ones
     "bench",
+    "cli/test_cli.py",
+    "config/test_overrides.py",
+    "convert/test_convert_mxfp4.py",
     "diagnostics",
     "engine",
     "models",
     "pallas_kernels",
+    "server/test_disconnects.py",
+    "server/test_serving.py",
+    "server/test_with_model.py",
+    "server/test_worker.py",
+    "server/test_worker_ends.py",
     "test_api.py",
     "test_docs.py",
     "test_fork.py",
