@@ -38,6 +38,7 @@ MODELS = {  # compile models, or kernels that XLA compiles: `make test` has them
     "server/test_worker.py",
     "server/test_worker_ends.py",
     "test_api.py",
+    "test_chat.py",
     "test_docs.py",
     "test_fork.py",
 }
