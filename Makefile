@@ -40,7 +40,7 @@ full: lint
 affected: $(VENV)/.installed-test
 	@tests="$$($(BIN)/python -m tests.affected $(BASE))" || exit 1; \
 	if test -z "$$tests"; then echo "no test reaches what has changed"; \
-	else FUZZ=0.1 $(PYTEST) $(ARGS) $$tests; fi
+	else FUZZ=0.1 $(PYTEST) --tier affected $(ARGS) $$tests; fi
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

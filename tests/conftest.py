@@ -51,7 +51,8 @@ KERNELS = {  # interpret GPU kernels or lower them for CUDA: `make kernels` has 
     "pallas_kernels/test_mosaic.py",
 }
 OTHERS = {"oracle"}  # need other packages, and a command of their own
-TIERS = {"quick": MODELS | KERNELS | OTHERS, "test": KERNELS | OTHERS, "full": set()}  # what each leaves out
+# What each tier leaves out; all but the last the tests marked `thorough`, too.
+TIERS = {"quick": MODELS | KERNELS | OTHERS, "test": KERNELS | OTHERS, "affected": OTHERS, "full": set()}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
