@@ -1,35 +1,60 @@
-# `make demo` prints a story, `make test` runs the tests; both first set up .venv with the versions of constraints.txt.
+# `make demo` prints a story, `make test` runs the tests; both first set up .venv with the versions of constraints*.txt.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
-CONSTRAINTS ?= constraints.txt
-ARGS ?=  # for pytest
 BIN := $(VENV)/bin
+# The first that can make an environment. The JAX of 3.12 and 3.13 lowers the kernels for Hopper GPUs, 3.11's does not.
+# pyenv's `python3.12` answers only while that version is selected, so its folders are looked into.
+VERSIONS := 3.12 3.13 3.11
+PYENV_ROOT ?= $(HOME)/.pyenv
+PYTHONS := $(foreach version,$(VERSIONS),python$(version) $(wildcard $(PYENV_ROOT)/versions/$(version).*/bin/python))
+PYTHON ?= $(shell for python in $(BIN)/python $(PYTHONS) python3; do \
+    "$$python" -c 'import ensurepip, sys; print(sys.executable)' 2>/dev/null && break; done)
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+CONSTRAINTS ?= $(firstword $(wildcard constraints-$(VERSION).txt) constraints.txt)
+ARGS ?=  # for pytest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+PYTEST := $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test unit lint fuzz oracle slow clients examples figures installs clean
+.PHONY: python demo quick test kernels affected full lint fuzz oracle slow clients examples figures installs clean
+
+python: # which is taken
+	@echo $(PYTHON)
 
 demo: $(VENV)/.installed
 	$(BIN)/gptjax generate "Once upon a time there was" --echo --max-tokens 160 --temperature 0.6 --seed 6
 
-test: lint unit
+# The tiers: what compiles no model; all but kernels that are interpreted or lowered; the kernels; everything in full.
+quick: lint
+	FUZZ=0.1 $(PYTEST) --tier quick $(ARGS)
 
-unit: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+test: lint
+	FUZZ=0.1 $(PYTEST) --tier test $(ARGS)
+
+kernels: $(VENV)/.installed-test
+	$(PYTEST) tests/pallas_kernels $(ARGS)
+
+full: lint
+	$(PYTEST) $(ARGS)
+
+# The tests that a change can reach, the nearest first: what differs from BASE, or from where the branch left main.
+affected: $(VENV)/.installed-test
+	@tests="$$($(BIN)/python -m tests.affected $(BASE))" || exit 1; \
+	if test -z "$$tests"; then echo "no test reaches what has changed"; \
+	else FUZZ=0.1 $(PYTEST) --tier affected $(ARGS) $$tests; fi
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The fuzzers, FUZZ times as long as in `make test`; a few minutes for each 10.
+# The fuzzers, FUZZ times as long as in .ci/run; a few minutes for each 10.
 FUZZ ?= 20
 fuzz: $(VENV)/.installed-test
-	FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 2 -m fuzz $(ARGS)
+	FUZZ=$(FUZZ) $(PYTEST) -m fuzz $(ARGS)
 
 # Compares with transformers, live: brings torch (CPU).
 oracle: $(VENV)/.installed-oracle
-	$(BIN)/python -m pytest -m oracle -n 2
+	$(PYTEST) -m oracle
 
 # Gigabytes of disk: converting a random gpt2-xl within its memory limit. Minutes: servers under load.
 slow: $(VENV)/.installed-test

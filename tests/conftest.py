@@ -1,4 +1,4 @@
-"""Shared by all tests: results must not depend on a machine's settings, and nothing may reach the network."""
+"""Shared by all tests: no machine's settings, no network, compiled programs that are kept, and the tiers."""
 
 import os
 import sys
@@ -17,20 +17,86 @@ if "jax" in sys.modules:  # a plugin of pytest was earlier
     sys.modules["jax"].config.update("jax_default_matmul_precision", "highest")
 
 ROOT = Path(__file__).resolve().parent.parent
+# Compiled programs are kept from run to run: their keys are the program's text, the compiler's version and its flags.
+PROGRAMS = ROOT / "build" / "programs"
+os.environ["GPTJAX_CACHE_DIR"] = str(PROGRAMS)  # for commands and servers that tests start, too
+MOST_BYTES = 1 << 30
+
+# Folders and files of tests/ by what they cost. All others compile nothing large: `make quick`.
+MODELS = {  # compile models, or kernels that XLA compiles: `make test` has them and the quick ones
+    "bench",
+    "cli/test_cli.py",
+    "config/test_overrides.py",
+    "convert/test_convert_mxfp4.py",
+    "diagnostics",
+    "engine",
+    "models",
+    "pallas_kernels",
+    "server/test_disconnects.py",
+    "server/test_serving.py",
+    "server/test_with_model.py",
+    "server/test_worker.py",
+    "server/test_worker_ends.py",
+    "test_api.py",
+    "test_chat.py",
+    "test_docs.py",
+    "test_fork.py",
+}
+KERNELS = {  # interpret GPU kernels or lower them for CUDA: `make kernels` has all of pallas_kernels
+    "pallas_kernels/attention/decode",
+    "pallas_kernels/attention/prefill",
+    "pallas_kernels/matvec/test_matvec_triton.py",
+    "pallas_kernels/moe/test_moe_triton.py",
+    "pallas_kernels/test_mosaic.py",
+}
+OTHERS = {"oracle"}  # need other packages, and a command of their own
+# What each tier leaves out; all but the last the tests marked `thorough`, too.
+TIERS = {"quick": MODELS | KERNELS | OTHERS, "test": KERNELS | OTHERS, "affected": OTHERS, "full": set()}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Compiled programs are this run's own; commands and servers that its tests start find them."""
-    os.environ["GPTJAX_CACHE_DIR"] = str(tmp_path_factory.mktemp("programs"))
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tier", choices=TIERS, default="full", help="which tests: see tests/conftest.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    thorough = "thorough: more of what other tests see as well; for .ci/run, not for `make test`"
+    config.addinivalue_line("markers", thorough)
+    # A program that another process is just writing is compiled again.
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    left_out = TIERS[config.getoption("tier")]
+    return True if collection_path.relative_to(ROOT / "tests").as_posix() in left_out else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if config.getoption("tier") != "full" and item.get_closest_marker("thorough")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _programs_are_forgotten() -> Iterator[None]:
+def _programs_are_kept_on_disk_only() -> Iterator[None]:
     """Linux gives a process 65,530 mappings of memory, a program takes several, and without any JAX crashes."""
+    if "jax" in sys.modules:
+        config = sys.modules["jax"].config
+        config.update("jax_compilation_cache_dir", str(PROGRAMS / "xla"))
+        config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Removes the oldest programs beyond `MOST_BYTES`. Workers of a run leave that to the process that starts them."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    kept = 0
+    for path in sorted((PROGRAMS / "xla").glob("*"), key=lambda path: path.stat().st_mtime, reverse=True):
+        kept += path.stat().st_size
+        if kept > MOST_BYTES:
+            path.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,10 @@ import graphlib
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.import_graph import PACKAGES, ROOT, imports, modules
 
 # Lowest first. A module belongs to the room whose name is the longest package of it.
 ROOMS = [
@@ -45,40 +44,13 @@ def _rank(module: str) -> int:
     return ROOMS.index(name)
 
 
-def _modules() -> dict[str, Path]:
-    files = [path for package in ("gptjax", "convert", "pallas_kernels") for path in (ROOT / package).rglob("*.py")]
-    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
-
-
-def _imports(tree: ast.AST, known: set[str]) -> list[tuple[int, str]]:
-    """The project's modules that a file imports, with the lines. Imports for type checkers only do not count."""
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    found = []
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative import"
-            for alias in node.names:
-                full = f"{node.module}.{alias.name}"
-                found.append((node.lineno, full if full in known else node.module))
-    return [(line, name) for line, name in found if name.partition(".")[0] in {"gptjax", "convert", "pallas_kernels"}]
-
-
-MODULES = _modules()
+MODULES = modules(*PACKAGES)
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_no_import_goes_up(module):
     tree = ast.parse(MODULES[module].read_text())
-    for line, name in _imports(tree, set(MODULES)):
+    for line, name in imports(tree, set(MODULES)):
         assert _rank(name) <= _rank(module), f"{MODULES[module]}:{line} imports {name}, which is above it"
 
 
@@ -93,7 +65,7 @@ def test_the_rooms_are_those_of_the_documentation():
 
 def test_no_module_imports_itself_by_way_of_others():
     arrows = {
-        module: {name for _, name in _imports(ast.parse(path.read_text()), set(MODULES)) if name in MODULES}
+        module: {name for _, name in imports(ast.parse(path.read_text()), set(MODULES)) if name in MODULES}
         for module, path in MODULES.items()
     }
     try:

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import re
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,9 @@ OSS_MIDDLE = dataclasses.replace(
 )
 
 
+thorough = partial(pytest.param, marks=pytest.mark.thorough)
+
+
 def _device(available: int, platform: str = "cpu") -> DeviceMemory:
     return DeviceMemory("cpu" if platform == "cpu" else "Fake GPU", platform, 2 * available, available, available)
 
@@ -84,18 +88,18 @@ def _temporary(model: registry.Model, batch: int, length: int) -> int:
         (SMALL, 1, 70, "float32"),
         (SMALL, 8, 33, "bfloat16"),
         (SHALLOW, 1, 512, "float32"),
-        (TALES, 8, 512, "bfloat16"),
+        thorough(TALES, 8, 512, "bfloat16"),
         (SHALLOW, 32, 200, "float32"),
         (MIDDLE, 1, 1024, "float32"),
-        (MIDDLE, 1, 1024, "float16"),
+        thorough(MIDDLE, 1, 1024, "float16"),
         (MIDDLE, 2, 1024, "bfloat16"),
         (OSS_SHALLOW, 1, 512, "float32"),
-        (OSS_TALES, 8, 2048, "float32"),
+        thorough(OSS_TALES, 8, 2048, "float32"),
         (OSS_SHALLOW, 2, 512, "bfloat16"),
         (dataclasses.replace(OSS_SHALLOW, mxfp4="all"), 1, 512, "float32"),
-        (dataclasses.replace(OSS_SHALLOW, mxfp4="none"), 1, 512, "float32"),
+        thorough(dataclasses.replace(OSS_SHALLOW, mxfp4="none"), 1, 512, "float32"),
         (OSS_MIDDLE, 1, 256, "float32"),
-        (OSS_MIDDLE, 1, 2048, "bfloat16"),
+        thorough(OSS_MIDDLE, 1, 2048, "bfloat16"),
     ],
 )
 def test_activations_are_at_least_what_xla_says_and_at_most_four_times_that(config, batch, length, dtype):

@@ -15,6 +15,7 @@ from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
 from tests.engine import test_engine
+from tests.fuzz import rounds
 from tests.oracles import gpt_oss_ours, gpt_oss_random
 
 SLOTS, MAX_LENGTH, VOCAB = 3, 40, 101
@@ -115,7 +116,7 @@ def test_requests_that_come_and_go_get_the_bits_they_get_alone_one_step_at_a_tim
     assert all((-1,) not in tokens for number, tokens in alone.items() if number not in full)
     assert any(entry[2] for tokens in alone.values() for entry in tokens if len(entry) == 3)
     for steps_per_dispatch in STEPS:
-        for seed in range(12):
+        for seed in range(rounds(12)):
             for request, given in _play(_engine(made, steps_per_dispatch), seed):
                 assert given == alone[id(request)][: len(given)], (steps_per_dispatch, seed, request)
 

@@ -32,7 +32,7 @@ def exact(lm, held_out):
     return _evaluate(lm, held_out)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.thorough)])
 def test_half_precision_agrees_with_float32(dtype, held_out, exact):
     top, perplexity = _evaluate(gptjax.load("gpt2-tales", dtype=dtype), held_out)
     assert (top == exact[0]).mean() >= 0.97

@@ -84,20 +84,24 @@ def test_the_kernel_agrees_with_numpy(T, D, E, top):
     _check(experts, weights, (normed, *operands[1:]), top)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("T", [1, 3, 8, 32, 128])
-@pytest.mark.parametrize(
-    ("D", "E", "S", "X", "center"),
-    [
-        (2880, 32, 5, 0, False),
-        (2880, 128, 5, 0, False),
-        (2880, 32, 3, 4, False),
-        (768, 64, 0, 0, True),
-        (64, 8, 3, 4, True),
-        (8192, 16, 2, 0, False),
-    ],
-)
-def test_the_norm_and_the_choice_agree_with_numpy(T, D, E, S, X, center, implementation):
+ROWS = [1, 3, 8, 32, 128]
+SIZES = [  # D, E, S, X, center
+    (2880, 32, 5, 0, False),
+    (2880, 128, 5, 0, False),
+    (2880, 32, 3, 4, False),
+    (768, 64, 0, 0, True),
+    (64, 8, 3, 4, True),
+    (8192, 16, 2, 0, False),
+]
+# The kernel is another for each number of rows and size. To jnp all rows are alike: each number of them comes at least
+# twice, and each size with a few and with many.
+PAIRS = [(T, sizes, "xla") for n, sizes in enumerate(SIZES) for T in (ROWS[n % 2], ROWS[2 + n % 3])]
+PAIRS += [pytest.param(T, sizes, "mosaic", marks=needs_hopper) for sizes in SIZES for T in ROWS]
+
+
+@pytest.mark.parametrize(("T", "sizes", "implementation"), PAIRS)
+def test_the_norm_and_the_choice_agree_with_numpy(T, sizes, implementation):
+    D, E, S, X, center = sizes
     case = Case(T=T, D=D, S=max(S, 1), X=X, E=5 if X else 1, weighted=bool(X))
     x, terms, scale, bias = add_norm_numpy.operands(case, jnp.bfloat16)
     terms, bias = terms if S else None, bias if center else None

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from fake_worker import FakeWorker, score
 
 from gptjax.config import GenerationDefaults
 from gptjax.engine.request import Request
@@ -20,6 +19,7 @@ from gptjax.server.events import Failed
 from gptjax.server.metrics import Metrics
 from gptjax.server.service import Limits, Served, Service
 from gptjax.text import Tokenizer, load_tokenizer
+from tests.server.fake_worker import FakeWorker, score
 
 DEMO = Path(__file__).resolve().parents[2] / "gptjax" / "demo"
 GPT2, GPT_OSS = "gpt2-tales", "gpt-oss-tales"

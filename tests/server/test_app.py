@@ -4,11 +4,11 @@ import asyncio
 
 import httpx2
 import pytest
-from server_material import GPT2, GPT_OSS, MAX_LENGTH, ask, complete, fault, make, tokenizer, until
 
 from gptjax.server import origins
 from gptjax.server.app import build
 from gptjax.server.serving import make_server
+from tests.server.server_material import GPT2, GPT_OSS, MAX_LENGTH, ask, complete, fault, make, tokenizer, until
 
 
 def test_health_of_a_warm_server():

@@ -6,12 +6,12 @@ import time
 
 import httpx2
 import pytest
-from fuzz import TIMES
-from server_material import GPT2, GPT_OSS, USER, ask, fault, make, post, running
 
 from gptjax.text import Tokenizer
+from tests.fuzz import TIMES, rounds
+from tests.server.server_material import GPT2, GPT_OSS, USER, ask, fault, make, post, running
 
-SIZE = min(5_000_000, 30_000 * TIMES)  # bytes, about
+SIZE = min(5_000_000, rounds(30_000) if TIMES > 1 else 30_000)  # bytes, about
 MOST = 10_000
 
 FIELDS = """model prompt n best_of suffix echo max_tokens temperature top_p top_k min_p repetition_penalty

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from server_material import DEMO, GPT_OSS, USER, served
 
 import gptjax
+from tests.server.server_material import DEMO, GPT_OSS, USER, served
 
 pytestmark = pytest.mark.clients
 

@@ -7,12 +7,25 @@ import threading
 
 import httpx2
 import pytest
-from fake_worker import score
-from server_material import GPT_OSS, all_of, complete, endless, events, fault, ids, make, post, saying, tokenizer, until
 
 from gptjax.server import app
 from gptjax.server.events import Failed
 from gptjax.text import Tokenizer
+from tests.server.fake_worker import score
+from tests.server.server_material import (
+    GPT_OSS,
+    all_of,
+    complete,
+    endless,
+    events,
+    fault,
+    ids,
+    make,
+    post,
+    saying,
+    tokenizer,
+    until,
+)
 
 PROMPT = "Once upon a time"
 

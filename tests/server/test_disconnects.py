@@ -6,12 +6,12 @@ import time
 
 import httpx2
 import pytest
-from load_material import request
-from server_material import GPT2, served, wait_for
 
 import gptjax
 from gptjax.server import worker as worker_module
 from gptjax.server.worker import Worker
+from tests.server.load_material import request
+from tests.server.server_material import GPT2, served, wait_for
 
 TIMES = 100
 SLOTS, CHUNK = 2, 32

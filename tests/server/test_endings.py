@@ -14,14 +14,15 @@ import time
 
 import httpx2
 import pytest
-from fuzz import rounds
-from load_material import request
-from server_material import GPT2, wait_for
+
+from tests.fuzz import rounds
+from tests.server.load_material import request
+from tests.server.server_material import GPT2, wait_for
 
 # The command with a worker that says " a" for ever to every request, as fast as it can.
 FAKE = """
 import itertools, sys
-from server_material import fail_all, ids, make
+from tests.server.server_material import fail_all, ids, make
 from gptjax.cli import main
 from gptjax.server import serving
 

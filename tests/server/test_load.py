@@ -12,7 +12,8 @@ import sys
 import time
 
 import pytest
-from load_material import ask, ask_all, request, serving, wait
+
+from tests.server.load_material import ask, ask_all, request, serving, wait
 
 pytestmark = pytest.mark.slow
 

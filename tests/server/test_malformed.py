@@ -5,12 +5,12 @@ import json
 
 import httpx2
 import pytest
-from fuzz import rounds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from server_material import GPT_OSS, USER, chat, complete, fault, make
 
 from gptjax.server import app
+from tests.fuzz import rounds
+from tests.server.server_material import GPT_OSS, USER, chat, complete, fault, make
 
 HALF = "\ud800"
 HUGE = 10**400

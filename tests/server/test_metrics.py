@@ -8,9 +8,9 @@ import time
 from importlib import resources
 
 from prometheus_client.parser import text_string_to_metric_families
-from server_material import ask, complete, ids, make, saying
 
 from gptjax.server.events import Failed
+from tests.server.server_material import ask, complete, ids, make, saying
 
 
 def samples(service):

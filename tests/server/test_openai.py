@@ -3,9 +3,9 @@
 import contextlib
 
 import pytest
-from server_material import GPT_OSS, USER, endless, make, running, saying
 
 from gptjax.server.events import Failed
+from tests.server.server_material import GPT_OSS, USER, endless, make, running, saying
 
 pytestmark = pytest.mark.clients
 

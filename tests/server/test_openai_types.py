@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from server_material import GPT2, GPT_OSS, USER, ask, make, post, saying
 
 from gptjax.server.events import Failed
+from tests.server.server_material import GPT2, GPT_OSS, USER, ask, make, post, saying
 
 pytestmark = pytest.mark.clients
 

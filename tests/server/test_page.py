@@ -6,9 +6,9 @@ import hashlib
 import re
 
 import pytest
-from server_material import GPT2, GPT_OSS, ask, endless, make, running, saying, wait_for
 
 from gptjax.server.events import Failed
+from tests.server.server_material import GPT2, GPT_OSS, ask, endless, make, running, saying, wait_for
 
 SAID = "The <b>king</b> & <img src=x onerror=\"document.title='run'\">"
 TURN = (

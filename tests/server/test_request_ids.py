@@ -7,9 +7,9 @@ import re
 
 import httpx2
 import pytest
-from server_material import GPT_OSS, ask, chat, make, running
 
 from gptjax.server import generation, health, logs
+from tests.server.server_material import GPT_OSS, ask, chat, make, running
 
 MADE = r"req_[0-9a-f]{24}"
 

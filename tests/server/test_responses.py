@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from server_material import GPT_OSS, fault, ids, make, post, saying, tokenizer
+
+from tests.server.server_material import GPT_OSS, fault, ids, make, post, saying, tokenizer
 
 THOUGHT = "<|channel|>analysis<|message|>The king is old.<|end|><|start|>assistant"
 ANSWER = "<|channel|>final<|message|>It was late.<|return|>"

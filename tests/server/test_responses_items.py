@@ -3,11 +3,11 @@
 import base64
 
 import pytest
-from server_material import GPT_OSS, USER, chat, fault, ids, make, post, saying, tokenizer
 from test_responses import ANSWER, CALL, THOUGHT, WEATHER, events, respond, talking
 
 from gptjax.server.events import Failed
 from gptjax.server.responses_input import read_input
+from tests.server.server_material import GPT_OSS, USER, chat, fault, ids, make, post, saying, tokenizer
 
 PREAMBLE = "<|channel|>commentary<|message|>Let me look.<|end|><|start|>assistant"
 MORE = "<|channel|>commentary<|message|>One more thing.<|end|><|start|>assistant"

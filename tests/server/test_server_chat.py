@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from server_material import GPT_OSS, USER, all_of, chat, events, fault, ids, make, saying, tokenizer
 
 from gptjax import chat as turns
+from tests.server.server_material import GPT_OSS, USER, all_of, chat, events, fault, ids, make, saying, tokenizer
 
 THOUGHT = "<|channel|>analysis<|message|>The king is old.<|end|><|start|>assistant"
 ANSWER = "<|channel|>final<|message|>It was é😀 late.<|return|>"

@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from server_material import GPT_OSS, USER, chat, fault, ids, make, saying, tokenizer
+
+from tests.server.server_material import GPT_OSS, USER, chat, fault, ids, make, saying, tokenizer
 
 TOOL = {"type": "function", "function": {"name": "f"}}
 CALL = "<|channel|>commentary to=functions.f<|message|><|call|>"

@@ -14,12 +14,12 @@ import time
 
 import httpx2
 import pytest
-from load_material import request
-from server_material import GPT2, endless, fail_all, ids, make, running, wait_for
 
 from gptjax.cli import main, serve
 from gptjax.engine import steps
 from gptjax.server import logs, serving
+from tests.server.load_material import request
+from tests.server.server_material import GPT2, endless, fail_all, ids, make, running, wait_for
 
 
 def streamed(address, **fields):

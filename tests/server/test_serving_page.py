@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from server_material import DEMO, GPT_OSS, USER, make, post
 from test_metrics import samples
 
 from gptjax.cli import _parser
+from tests.server.server_material import DEMO, GPT_OSS, USER, make, post
 
 ROOT = DEMO.parents[1]
 PAGE = (ROOT / "docs" / "serving.md").read_text()

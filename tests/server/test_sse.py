@@ -5,12 +5,12 @@ import json
 
 import httpx2
 import pytest
-from server_material import make, until
 
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.server import generation
 from gptjax.server.errors import ApiError
 from gptjax.server.sse import EventStream, encode
+from tests.server.server_material import make, until
 
 
 @pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\u2029", "\x1c"])

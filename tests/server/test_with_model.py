@@ -6,11 +6,11 @@ import json
 import httpx2
 import jax
 import pytest
-from server_material import GPT2, served
 
 import gptjax
 from gptjax.engine import steps
 from gptjax.server import scoring
+from tests.server.server_material import GPT2, served
 
 SLOTS, MAX_LENGTH, CLIENTS = 8, 128, 64
 

@@ -5,7 +5,6 @@ import time
 
 import numpy as np
 import pytest
-from worker_material import CHUNK, MAX_LENGTH, PATIENCE, REQUESTS, SLOTS, Reader, ids_of, request_of, submit, until
 
 import gptjax
 from gptjax.engine import steps
@@ -15,6 +14,18 @@ from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import CapacityError, RequestError
 from gptjax.server.events import Finished, QueueFull, Ticket, Token
 from gptjax.server.worker import Worker
+from tests.server.worker_material import (
+    CHUNK,
+    MAX_LENGTH,
+    PATIENCE,
+    REQUESTS,
+    SLOTS,
+    Reader,
+    ids_of,
+    request_of,
+    submit,
+    until,
+)
 
 TIMES = 20  # that each cancellation is tried
 

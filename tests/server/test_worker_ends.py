@@ -6,7 +6,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from worker_material import CHUNK, PATIENCE, REQUESTS, Reader, ids_of, request_of
 
 import gptjax
 from gptjax.engine import steps
@@ -14,6 +13,7 @@ from gptjax.engine.request import Request, SamplingParams
 from gptjax.server import worker as worker_module
 from gptjax.server.events import Failed, Finished, Unavailable
 from gptjax.server.worker import Worker
+from tests.server.worker_material import CHUNK, PATIENCE, REQUESTS, Reader, ids_of, request_of
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from text_material import DEMO, GPT2, HARMONY, demo_json, with_added, write_json
 
 from gptjax.text import Tokenizer, load_tokenizer
+from tests.text.text_material import DEMO, GPT2, HARMONY, demo_json, with_added, write_json
 
 
 @pytest.fixture(scope="session")

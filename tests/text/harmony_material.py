@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from text_material import TESTS
-
 from gptjax.text import load_tokenizer
+from tests.text.text_material import TESTS
 
 TALES = load_tokenizer(TESTS.parent / "gptjax" / "demo" / "gpt-oss-tales")
 USER = {"role": "user", "content": "Hi."}

@@ -1,6 +1,6 @@
 """Renders random tools of the kinds whose text becomes much larger than they are, and prints what the worst cost.
 
-Run by test_harmony_bounds.py as `python hostile_tools.py COUNT LARGEST SEED`, with little memory.
+Run by test_harmony_bounds.py as `python -m tests.text.hostile_tools COUNT LARGEST SEED`, with little memory.
 """
 
 import json
@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from harmony_material import TALES, USER, function
-
 from gptjax.errors import GptjaxError
 from gptjax.text.harmony import render
+from tests.text.harmony_material import TALES, USER, function
 
 Schema = dict[str, Any]
 _ADDRESSES = 1500 << 20  # bytes; more is a MemoryError or an abort

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import tokenizers
-from text_material import DEMO, GPT2, demo_json, with_added, write_json
 
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.text import load_tokenizer
 from tests.fuzz import rounds
 from tests.oracles.older_tokenizer import ADDED, DIALOGUE, NAMED, SPEAKERS, old_layout
+from tests.text.text_material import DEMO, GPT2, demo_json, with_added, write_json
 
 # White space to some and not to others: Python's includes U+001C to U+001F, Rust's does not.
 SPACES = [*" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0", "\u1680", "\u180e", "\u2003", "\u2028", "\u2029", "\u202f"]

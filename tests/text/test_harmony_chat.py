@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-from harmony_material import TALES, USER, call, function, ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from gptjax.text.harmony import (
 )
 from gptjax.text.harmony.conversation import _KEYS
 from tests.fuzz import rounds
+from tests.text.harmony_material import TALES, USER, call, function, ids
 
 JSON = "<|constrain|>json"
 SYSTEM = Message("system", SystemContent())

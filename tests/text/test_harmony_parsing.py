@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from harmony_material import TALES, ids
 
 from gptjax.errors import RequestError
 from gptjax.text.harmony import Event, Message, StreamParser, parse, render_messages
 from tests.fuzz import rounds
 from tests.oracles import harmony_cases as cases
+from tests.text.harmony_material import TALES, ids
 
 JSON = "<|constrain|>json"
 
@@ -221,10 +221,10 @@ def test_text_without_a_header_flows_before_its_end() -> None:
 )
 def test_long_streams_take_linear_time(unit: str) -> None:
     tokens = ids(unit) * 30_000
-    start = time.perf_counter()
+    start = time.thread_time()  # of the processor: others may keep the machine busy
     stream(tokens)
     stream(ids("<|channel|>final") + tokens)
-    assert time.perf_counter() - start < 10
+    assert time.thread_time() - start < 10
 
 
 @pytest.mark.fuzz

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from harmony_material import TALES, ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from gptjax.text.harmony import (
     render_messages,
 )
 from tests.oracles import harmony_cases as cases
+from tests.text.harmony_material import TALES, ids
 
 FUZZ = settings(max_examples=150, deadline=None, database=None, derandomize=True)
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import tokenizers
-from text_material import DEMO, GPT2, HARMONY, demo_json, with_added, write_json
 from tokenizers import decoders, models, pre_tokenizers
 
 from gptjax.errors import CheckpointError, ConfigError, RequestError
 from gptjax.text import load_tokenizer
+from tests.text.text_material import DEMO, GPT2, HARMONY, demo_json, with_added, write_json
 
 Change = Callable[[dict[str, Any]], Any]
 

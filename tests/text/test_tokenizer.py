@@ -14,10 +14,10 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from text_material import DEMO, GPT2, HARMONY, demo_json, with_added, write_json
 
 from gptjax.errors import RequestError
 from gptjax.text import Tokenizer, load_tokenizer
+from tests.text.text_material import DEMO, GPT2, HARMONY, demo_json, with_added, write_json
 
 PAIRS = json.loads((GPT2 / "pairs.json").read_text(encoding="utf-8"))
 SPECIALS = ["<|endoftext|>", *HARMONY]
@@ -125,16 +125,16 @@ def test_longest_special_wins(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip"])
 def test_white_space_around_specials_takes_linear_time(tmp_path: Path, flag: str) -> None:
-    """Ten times the text: quadratic code takes a hundred times as long."""
+    """Ten times the text: quadratic code takes a hundred times as long, of the processor: others may keep it busy."""
     write_json(tmp_path, "tokenizer.json", with_added(demo_json(), ["<x>"], **{flag: True}))
     tokenizer = load_tokenizer(tmp_path)
 
     def seconds(count: int) -> float:
         text, took = " " * 3 * count + "<x>" * count + " " * 3 * count, []
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.thread_time()
             assert tokenizer.encode(text, special=True).count(8192) == count
-            took.append(time.perf_counter() - start)
+            took.append(time.thread_time() - start)
         return min(took)
 
     assert seconds(100_000) < 25 * seconds(10_000)

@@ -66,6 +66,7 @@ def _operands(shape: Shape, *, packed: bool, dtype: Any = jnp.float32, routing: 
     return [x, experts, weights, kernels[0], jnp.asarray(bias, dtype), kernels[1], jnp.asarray(other, dtype)]
 
 
+@jax.jit
 def _moe(*operands: Any) -> jax.Array:
     return moe(*operands, **SETTINGS).total()
 
@@ -80,7 +81,7 @@ def _expected(operands: list[Any]) -> np.ndarray:
 
 def _check(shape: Shape, **options: Any) -> None:
     operands = _operands(shape, **options)
-    actual = jax.jit(_moe)(*operands)
+    actual = _moe(*operands)
     assert actual.dtype == jnp.float32
     dtype = operands[0].dtype
     # Two sums of D and F products of size 1/sqrt(D) and 1/sqrt(F); in half precision the hidden values, up to 6, and
@@ -128,7 +129,7 @@ def test_what_lies_at_padding_has_no_influence():
     experts[3] = shape.E
     x = x.at[3].set(jnp.nan)
     gate_up, down, bias, other = (each.at[5].set(jnp.nan) for each in (gate_up, down, bias, other))
-    actual = np.asarray(jax.jit(_moe)(x, experts, weights, gate_up, bias, down, other))
+    actual = np.asarray(_moe(x, experts, weights, gate_up, bias, down, other))
     assert np.isfinite(actual).all() and not actual[3].any()
 
 
@@ -136,19 +137,18 @@ def test_what_lies_at_padding_has_no_influence():
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2]], ids=_ids)
 def test_a_token_has_the_same_bits_whatever_its_company(shape, dtype):
     x, experts, weights, *rest = _operands(shape, packed=True, dtype=dtype)
-    run = jax.jit(_moe)
-    expected = np.asarray(run(x, experts, weights, *rest))
+    expected = np.asarray(_moe(x, experts, weights, *rest))
     order = np.random.default_rng(1).permutation(shape.T)
-    np.testing.assert_array_equal(run(x[order], experts[order], weights[order], *rest), expected[order])
+    np.testing.assert_array_equal(_moe(x[order], experts[order], weights[order], *rest), expected[order])
     alone = np.where(np.arange(shape.T)[:, None] == 2, experts, shape.E)
-    np.testing.assert_array_equal(run(x, alone, weights, *rest)[2], expected[2])
+    np.testing.assert_array_equal(_moe(x, alone, weights, *rest)[2], expected[2])
 
 
 def test_a_few_experts_numbers_are_unpacked_at_a_time():
     """Never those of all experts. What XLA holds in passing is known when it is compiled."""
     shape = Shape(T=64, D=256, F=256, E=32, X=2)
     operands = _operands(shape, packed=True)
-    compiled = jax.jit(_moe).lower(*operands).compile()
+    compiled = _moe.lower(*operands).compile()
     numbers = 4 * 3 * shape.D * shape.F
     temporary = compiled.memory_analysis().temp_size_in_bytes
     assert temporary < 4 * TOGETHER * numbers < numbers * shape.E

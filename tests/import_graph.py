@@ -1,0 +1,81 @@
+"""The project's modules and what each imports, read from their text without importing anything."""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("gptjax", "convert", "pallas_kernels")
+_DOTTED = re.compile(rf"\b(?:{'|'.join((*PACKAGES, 'tests'))})(?:\.\w+)+")
+_COMMAND = re.compile(rf"""-m["']?,? ["']?({"|".join((*PACKAGES, "tests"))})\b""")
+
+
+@cache
+def modules(*packages: str) -> dict[str, Path]:
+    """The files of these packages by the names of their modules."""
+    files = [path for package in packages for path in (ROOT / package).rglob("*.py")]
+    return {module_of(path.relative_to(ROOT)): path for path in files}
+
+
+def module_of(path: Path) -> str:
+    """The name of the module in a file, whose path is relative to the project's root."""
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(tree: ast.AST, known: set[str]) -> list[tuple[int, str]]:
+    """The project's modules that a file imports, with the lines. Imports for type checkers only do not count."""
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.append((node.lineno, full if full in known else str(node.module)))
+    return [(line, name) for line, name in found if name.partition(".")[0] in (*PACKAGES, "tests")]
+
+
+def mentioned(text: str, tree: ast.AST, known: set[str]) -> set[str]:
+    """The modules that a test reaches: imports, `gptjax.load` of a package that looks names up, names in strings.
+
+    A test may name a module to patch it, or run code in another process.
+    """
+    found = {name for _, name in imports(tree, known)} | set(_DOTTED.findall(text))
+    found |= {f"{package}.__main__" for package in _COMMAND.findall(text)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):  # `from gptjax import load`
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {module for name in found for module in _reached(name, known)}
+
+
+def _reached(name: str, known: set[str]) -> set[str]:
+    """The modules of a dotted name, which may go on to a name in a module."""
+    module = name
+    while module and module not in known:
+        module = module.rpartition(".")[0]
+    if not module:
+        return set()
+    return {module} | (looked_up(module, known) if module != name else set())
+
+
+def looked_up(module: str, known: set[str]) -> set[str]:
+    """Of a package that looks its names up when they are first used: the modules where it does."""
+    text = source(module) if module in known else ""
+    return set(re.findall(r'"([\w.]+)"', text)) & known if "def __getattr__" in text else set()
+
+
+@cache
+def source(module: str) -> str:
+    """The text of a module, empty if its file is gone."""
+    path = modules(*PACKAGES, "tests").get(module)
+    return path.read_text(encoding="utf-8") if path else ""
