@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     stride = check_stride(args.stride, size)
     total = sum(end - start for start, end, _ in windows(len(ids), size, stride))
     started = time.perf_counter()
-    with progress("Predicting", total, "tokens") as advance:
+    with progress("predicting", total, "tokens") as advance:
         found = Perplexity.of(predict(lm, ids, stride=stride, advance=advance).losses)
     rate = found.num_tokens / (time.perf_counter() - started)
     if args.json:

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         other = load(args.against, **settings)
     ids = lm.tokenizer.prompt(text)[: args.tokens]
-    with progress("Comparing", 2 * len(ids), "tokens") as advance:
+    with progress("comparing", 2 * len(ids), "tokens") as advance:
         report = mxfp4_accuracy.validate(lm, other, ids, advance=advance)
     if args.plot is not None:
         mxfp4_accuracy.plot(report, args.plot)
