@@ -125,7 +125,9 @@ def shared(monkeypatch, loaded, tmp_path):
         given = tuple(sorted((key, value) for key, value in settings.items() if value is not None))
         key = (name, compute_dtype(dtype).name, given)
         if key not in loaded:
-            loaded[key] = real(name, dtype=dtype, **settings)
+            with monkeypatch.context() as patch:
+                patch.setattr(gptjax.api, "load_checkpoint", real_open)
+                loaded[key] = real(name, dtype=dtype, **settings)
         return loaded[key]
 
     monkeypatch.setattr(gptjax, "load", load)
