@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CON
 # A file's tests share their programs, so one process has them all; the files in their order.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: python demo quick test kernels affected full lint fuzz oracle slow clients examples installs clean
+.PHONY: python demo quick test kernels affected full lint fuzz oracle slow clients examples figures installs clean
 
 python: # which is taken
 	@echo $(PYTHON)
@@ -71,8 +71,20 @@ clients: $(VENV)/.installed-clients
 installs: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m installs tests/support/test_installation.py
 
-examples: $(VENV)/.installed
+examples: $(VENV)/.installed-test
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python -W error::DeprecationWarning:gptjax $$script || exit 1; done
+
+# Draws all pictures of docs/images again; the plot of speed from what `gptjax bench --json` wrote to docs/bench.
+MEASURED := $(wildcard docs/bench/*.json)
+figures: $(VENV)/.installed-test
+	$(BIN)/python docs/drawings docs/images
+	$(BIN)/python examples/attention_map.py docs/images/attention-map.png
+	$(BIN)/python examples/logit_lens.py docs/images/logit-lens.png
+ifneq ($(MEASURED),)
+	$(BIN)/python docs/speed.py $(MEASURED) docs/images/speed.svg
+else
+	@echo "no plot of speed: docs/bench has no measurements yet (docs/bench/README.md says how to make them)"
+endif
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "gptjax needs Python 3.11 or newer, found " + sys.version'

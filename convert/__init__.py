@@ -1,9 +1,9 @@
-"""Foreign checkpoints into parameters and into converted directories.
+"""Converts Hugging Face and OpenAI checkpoints to parameters or to a converted directory.
 
     convert.convert("models/gpt2", "models/gpt2-jax")
     python -m convert models/gpt2 models/gpt2-jax
 
-Importing this package imports nothing; names are looked up when first used.
+Importing this package imports nothing else; names are looked up on first use.
 """
 
 import importlib
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DTYPES", "Summary", "convert", "open_params", "stored_dtypes", "stream_params"]
 
-DTYPES: Final = ("float32", "bfloat16", "float16")  # that weights can be converted to
+DTYPES: Final = ("float32", "bfloat16", "float16")  # the dtypes that weights can be converted to
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line of conversion: `python -m convert SOURCE DESTINATION`, which is also `gptjax convert`."""
+"""The converter's command line: `python -m convert SOURCE DESTINATION`, also available as `gptjax convert`."""
 
 import argparse
 import os
@@ -18,37 +18,37 @@ examples:
   python -m convert ~/models/gpt2 ~/models/gpt2-jax --overwrite
 
 The source needs config.json, model.safetensors (or model.safetensors.index.json and its files) and tokenizer.json.
-Pickle files (pytorch_model.bin, *.pt, *.ckpt) are refused: opening one runs the code that is in it.
-exit codes: 0 done, 1 the conversion failed and nothing was written, 2 wrong usage."""
+Pickle files (pytorch_model.bin, *.pt, *.ckpt) are refused: opening one runs the code inside it.
+exit codes: 0 success, 1 the conversion failed and wrote nothing, 2 wrong usage"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of a conversion, for `run`."""
+    """Adds the arguments that `run` takes."""
     parser.add_argument(
         "source", metavar="SOURCE", help="directory with config.json and safetensors files, or a Hub id such as gpt2"
     )
     parser.add_argument("destination", metavar="DESTINATION", help="directory to write; its parent must exist")
-    parser.add_argument("--dtype", choices=DTYPES, help="what floating weights are stored as (default: as they are)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype to store floating-point weights in (default: unchanged)")
     parser.add_argument(
         "--quantize",
         choices=[f"mxfp4={targets}" for targets in TARGETS[1:]],
-        help="round weights to MXFP4, 4.25 bits a number: of the experts; of all products of the blocks (linear); of "
-        "the embeddings and the head as well (all). --dtype is for the rest",
+        help="round weights to MXFP4 (4.25 bits each): the experts; every matrix in the blocks (linear); or also the "
+        "embeddings and the head (all). --dtype applies to the rest",
     )
     parser.add_argument(
         "--ignore-config",
         action="append",
         default=[],
         metavar="KEY",
-        help="leave this key out of config.json, if you know that it changes nothing; may be given again",
+        help="drop this key from config.json, if you know that it has no effect; repeatable",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the destination, if it is a converted checkpoint"
+        "--overwrite", action="store_true", help="replace the destination if it is a converted checkpoint"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Converts as the arguments say and prints a line about it. Returns 0. Raises `GptjaxError`."""
+    """Runs the conversion and prints one line about it. Returns 0. Raises `GptjaxError`."""
     from convert.conversion import convert
     from gptjax.checkpoints import hub
     from gptjax.support.progress import progress
@@ -71,16 +71,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script: returns 0, 1 after one message on stderr, or 130 for Ctrl-C. Wrong usage exits with 2."""
+    """Runs the command. Returns 0, 1 after one message on stderr, or 130 after Ctrl-C; exits with 2 on wrong usage."""
     parser = argparse.ArgumentParser(
         prog="python -m convert",
-        description="Converts a Hugging Face checkpoint to a directory that gptjax loads fast, in bounded memory.",
+        description="Converts a Hugging Face checkpoint, in bounded memory, to a directory that gptjax loads fast.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
     args = parser.parse_args(argv)
-    if argv is None:  # a process of its own: conversion needs no accelerator, and must not take the memory of one
+    if argv is None:  # our own process: conversion needs no accelerator and must not take its memory
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         return run(args)

@@ -1,4 +1,4 @@
-"""A whole conversion: a Hugging Face directory to parameters or to a converted directory."""
+"""Converts a Hugging Face directory to parameters or to a converted directory."""
 
 import dataclasses
 import functools
@@ -29,9 +29,9 @@ from gptjax.models.registry import build
 from gptjax.support.files import parse_json, read_bytes
 from gptjax.support.progress import Progress
 from gptjax.support.quoting import shown
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.mxfp4 import MXFP4
 
-COPIED: Final = (  # what a converted directory takes over, where it is there
+COPIED: Final = (  # copied to the converted directory if present
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -47,9 +47,9 @@ class Summary:
     """What a conversion did."""
 
     destination: Path
-    num_weights: int  # arrays; a weight in MXFP4 is two
-    num_params: int  # numbers, packed or not
-    bytes: int  # of the weights as written
+    num_weights: int  # arrays; a weight in MXFP4 counts as two
+    num_params: int  # packed or not
+    bytes: int  # of weights written
     dtypes: tuple[str, ...]
     seconds: float
 
@@ -64,31 +64,31 @@ def convert(
     ignore_config: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Summary:
-    """Writes a Hugging Face checkpoint directory as a converted directory, in bounded memory.
+    """Converts a Hugging Face checkpoint directory, in bounded memory.
 
-    Everything that headers and configuration can tell is checked before the first byte is written, and the
-    destination appears complete or not at all.
+    Everything that can be checked from headers and configuration is checked before the first byte is written, and
+    the destination appears complete or not at all.
 
     Args:
       source: a directory with `config.json` and safetensors files.
-      destination: the directory to make; its parent must exist.
-      dtype: float32, bfloat16 or float16 for all floating weights; None keeps what each tensor has.
-      quantize: "experts", "linear" or "all": which weights are rounded to MXFP4, from the values they have in the
-        source, see `gptjax.config.quantization`. What is in MXFP4 already stays as it is, bit for bit.
-      overwrite: replace the destination, if it is a converted directory.
-      ignore_config: keys to leave out of config.json, as for `gptjax.load`; the destination has it without them.
-      progress: shows how far it is; see `gptjax.support.progress.progress`.
+      destination: the directory to create; its parent must exist.
+      dtype: float32, bfloat16 or float16 for all floating-point weights; None keeps each tensor's dtype.
+      quantize: "experts", "linear" or "all": which weights to round to MXFP4, from their values in the source; see
+        `gptjax.config.quantization`. Weights already in MXFP4 are kept bit for bit.
+      overwrite: replace the destination if it is a converted directory.
+      ignore_config: keys of config.json to ignore, as for `gptjax.load`; the destination's config.json omits them.
+      progress: reports progress; see `gptjax.support.progress.progress`.
 
     Raises:
-      ConfigError: a model, or a setting of it, that is not supported; weights that cannot be in MXFP4.
-      CheckpointError: a source that is missing, damaged, does not fit its configuration or changes meanwhile; a
-        destination that cannot be written. Nothing is left behind.
+      ConfigError: the model or one of its settings is not supported, or the weights cannot be packed in MXFP4.
+      CheckpointError: the source is missing, damaged, does not match its configuration or changes during the
+        conversion; or the destination cannot be written. Nothing is left behind.
     """
     started = time.monotonic()
     source, destination = Path(source), Path(destination)
     _check_paths(source, destination)
     wanted = None if dtype is None else _dtype(dtype)
-    small = _small_files(source)  # read once: if they change before the end, that is an error
+    small = _small_files(source)  # read once; a change before the end is an error
     config = read_config(source, ignore=ignore_config)
     target = config if quantize is None else mxfp4.packed_config(config, quantize)
     plan, reader = _open(source, config)
@@ -118,10 +118,10 @@ def convert(
 
 
 def stream_params(directory: str | PathLike[str], config: ModelConfig) -> Iterator[tuple[weights.Path, np.ndarray]]:
-    """Path and array of each weight of a Hugging Face directory, lazily, for `gptjax.checkpoints.weights.place`.
+    """Lazily yields path and array of each weight of a Hugging Face directory, for `gptjax.checkpoints.weights.place`.
 
-    The directory is checked by this call already, from headers; data is read as the iterator goes on. Arrays have the
-    files' dtypes.
+    This call already checks the directory's headers; data is read as the iterator advances. Arrays have the files'
+    dtypes.
 
     Raises:
       CheckpointError: the directory's weights are missing, damaged or not those of the configuration's model.
@@ -133,17 +133,17 @@ def stream_params(directory: str | PathLike[str], config: ModelConfig) -> Iterat
 def open_params(
     directory: str | PathLike[str], config: ModelConfig
 ) -> Iterator[tuple[weights.Path, Callable[[], np.ndarray]]]:
-    """As `stream_params`, with what reads the array in its place; several may be read at a time."""
+    """Like `stream_params`, but with a function that reads the array; several may run at a time."""
     plan, reader = _open(Path(directory), config)
     reader.buffers = Buffers()
     return rules.readers(plan, reader)
 
 
 def stored_dtypes(directory: str | PathLike[str], config: ModelConfig) -> dict[weights.Path, str]:
-    """The dtype that each weight has in a Hugging Face directory, which is checked from its headers; no data is read.
+    """The dtype of each weight of a Hugging Face directory. Checks and reads headers only.
 
     Raises:
-      CheckpointError: as `stream_params`.
+      CheckpointError: as for `stream_params`.
     """
     plan, reader = _open(Path(directory), config)
     return {fill.path: NUMPY_DTYPES[reader.tensors[fill.sources[0]].dtype].name for fill in plan.fills}
@@ -177,24 +177,24 @@ def _check_paths(source: Path, destination: Path) -> None:
         raise CheckpointError(f"{shown(path)} cannot be a path ({error}); name another directory") from None
     if os.path.isfile(source):
         foreign.refuse(source)
-        raise CheckpointError(f"{source} is a file; name the directory that it is in: {source.absolute().parent}")
+        raise CheckpointError(f"{source} is a file; name its directory: {source.absolute().parent}")
     if not os.path.isdir(source):
         raise CheckpointError(
             f"{shown(source)} does not exist; name a directory with config.json, *.safetensors and tokenizer.json"
         )
     if weights.is_converted(source):
-        raise CheckpointError(f"{source} is converted already; name the Hugging Face directory that it was made of")
+        raise CheckpointError(f"{source} is already converted; name the Hugging Face directory it was made from")
     foreign.refuse_adapter(source)
     if inside == outside:
         raise CheckpointError(f"source and destination are the same directory, {source}; name another destination")
     if outside in inside.parents or inside in outside.parents:
         raise CheckpointError(
-            f"{shown(destination)} and {source} lie one inside the other; name a destination elsewhere"
+            f"one of {shown(destination)} and {source} is inside the other; name a destination elsewhere"
         )
 
 
 def _small_files(source: Path) -> dict[Path, bytes]:
-    """What is copied, and the index: files that are there, with their bytes."""
+    """The bytes of the files to copy and of the index, for those that exist."""
     text = text_directory(source)
     paths = (source / "config.json", *(text / name for name in COPIED), source / safetensors.INDEX)
     found = {path: read_bytes(path) for path in paths}
@@ -202,7 +202,7 @@ def _small_files(source: Path) -> dict[Path, bytes]:
 
 
 def _rewritten(config_json: bytes, config: ModelConfig, target: ModelConfig, ignored: Sequence[str]) -> bytes:
-    """The target's `config.json`, without the ignored keys and with what is packed."""
+    """The target's `config.json`: ignored keys dropped, packed weights declared."""
     raw = dict(without(parse_json(config_json.decode()), ignored))
     if target != config:
         raw = mxfp4.config_json(raw, target)
@@ -215,7 +215,7 @@ def _parts(
     wanted: np.dtype[Any] | None,
     chosen: Mapping[weights.Path, MXFP4],
 ) -> Iterator[weights.Part]:
-    """Everything to write."""
+    """All weights to write."""
     for fill, (path, read) in zip(plan.fills, rules.readers(plan, reader), strict=True):
         if path in chosen:
             make = functools.partial(_packed, fill, reader, chosen[path].shape)

@@ -1,6 +1,6 @@
-"""GPT-2's tensors, as openai/gpt-2's files and transformers' `GPT2LMHeadModel.save_pretrained` name them.
+"""GPT-2's tensors, named as in openai/gpt-2's files and by transformers' `GPT2LMHeadModel.save_pretrained`.
 
-Conv1D weights are stored [in, out], as kernels are here: nothing is transposed.
+Conv1D weights are stored [in, out], like kernels here, so nothing is transposed.
 """
 
 from collections.abc import Collection
@@ -32,7 +32,7 @@ _ENDS = (
 _HEAD = Rule(
     "lm_head.weight",
     "head_embedding",
-    if_missing="or set tie_word_embeddings to true in config.json, if the model was trained with a tied head",
+    if_missing="or set tie_word_embeddings to true in config.json if the model was trained with a tied head",
 )
 _TIED_HEAD = Copy(
     "lm_head.weight",
@@ -47,9 +47,9 @@ _BUFFERS = (
 
 
 def table(config: GPT2Config, names: Collection[str]) -> Table:
-    """The rows for a model whose head is tied to the embedding, or is not.
+    """The table for a model with or without a tied head.
 
-    The one tensor of a tied model can be stored under either name: transformers keeps the embedding's, safetensors'
+    A tied model's one tensor can be stored under either name: transformers keeps the embedding's, safetensors'
     `save_model` the alphabetically first, lm_head.weight.
     """
     ignored, refused = other_heads(names, "GPT2LMHeadModel")

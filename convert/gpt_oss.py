@@ -1,7 +1,7 @@
-"""GPT-OSS's tensors, as Hugging Face's files and as OpenAI's original ones name them.
+"""GPT-OSS's tensors, named as in Hugging Face's files and in OpenAI's original ones.
 
-Linear weights are stored [out, in], and kernels here are [in, out]. MXFP4's blocks and scales stay as they are; experts
-that were dequantised are stored [in, out] already.
+Linear weights are stored [out, in]; kernels here are [in, out]. MXFP4 blocks and scales are copied unchanged;
+dequantised experts are already stored [in, out].
 """
 
 from collections.abc import Collection
@@ -9,7 +9,7 @@ from collections.abc import Collection
 from convert.heads import other_heads
 from convert.rules import TRANSPOSED, Copy, Rule, Table, Transform, stacked, stacked_transposed
 from gptjax.config import GptOssConfig
-from pallas_kernels.mxfp4 import NAN_SCALE
+from pallas_kernels.formats.mxfp4 import NAN_SCALE
 
 _BLOCKS = Transform("blocks", lambda shape: (shape,), lambda array: array, dtypes=("U8",))
 _SCALES = Transform(
@@ -19,8 +19,8 @@ _SCALES = Transform(
     dtypes=("U8",),
     fault=lambda array: f"the scale {NAN_SCALE}, which is NaN" if array.max(initial=0) == NAN_SCALE else "",
 )
-_NOT_PACKED = "or take quantization_config out of config.json, if the experts are not in MXFP4"
-_PACKED = "or add quantization_config (quant_method mxfp4) to config.json, if the experts are in MXFP4"
+_NOT_PACKED = "or remove quantization_config from config.json if the experts are not in MXFP4"
+_PACKED = "or add quantization_config (quant_method mxfp4) to config.json if the experts are in MXFP4"
 
 _LAYER = "model.layers.{N}"
 _EXPERTS = (
@@ -48,7 +48,7 @@ _HUGGING_FACE = (
 _HEAD = Rule(
     "lm_head.weight",
     "head_embedding",
-    if_missing="or set tie_word_embeddings to true in config.json, if the model was trained with a tied head",
+    if_missing="or set tie_word_embeddings to true in config.json if the model was trained with a tied head",
 )
 _HEAD_AS_EMBEDDING = Rule("lm_head.weight", "token_embedding")  # as safetensors' `save_model` stores a tied one
 _TIED_HEAD = Copy(
@@ -79,7 +79,7 @@ _ORIGINAL = (
 
 
 def table(config: GptOssConfig, names: Collection[str]) -> Table:
-    """The rows of the layout that has such tensors: OpenAI's, or Hugging Face's."""
+    """The table for the layout that these names show: OpenAI's or Hugging Face's."""
     if names and not any(name.startswith("model.") for name in names):
         return Table(_ORIGINAL)
     sizes = [heads * config.head_width for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]

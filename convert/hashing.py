@@ -1,4 +1,4 @@
-"""SHA-256 of the files that a conversion reads, and a check that nothing changed them meanwhile."""
+"""SHA-256 of the files that a conversion reads, and a check that they did not change during it."""
 
 import concurrent.futures
 import hashlib
@@ -19,14 +19,19 @@ _BLOCK: Final = 1 << 20
 
 
 class Hashes:
-    """Hashes safetensors files in a thread while they are converted, and compares what both have read.
+    """Hashes safetensors files in a thread while they are converted, and checks that both read the same bytes.
 
-    A SHA-256 needs a file's bytes in order, and the conversion reads tensors in another. So the files are read once
-    more, taking the CRC-32 of each tensor, which must be the same as when the tensor was converted.
+    SHA-256 needs a file's bytes in order, but the conversion reads tensors in another order. So the files are read a
+    second time, and the CRC-32 of each tensor must match the one taken when it was converted.
     """
 
     def __init__(self, small: Mapping[Path, bytes], source: SafetensorsSource):
-        """Takes the small files with their bytes, and a source, which notes checksums of what it reads from now on."""
+        """Starts hashing.
+
+        Args:
+          small: the small files and their bytes.
+          source: the large files; from now on it records the checksum of each tensor it reads.
+        """
         self._small, self._headers = small, source.headers
         self._converted: dict[str, int] = {}
         self._hashed: dict[str, int] = {}
@@ -43,11 +48,11 @@ class Hashes:
         self._pool.shutdown()
 
     def result(self) -> tuple[SourceFile, ...]:
-        """The files, once they are read to the end. Raises `CheckpointError` if one has changed."""
+        """Waits for the hashes. Raises `CheckpointError` if a file has changed."""
         large = self._future.result()
         for path, header in self._headers.items():
             read = self._converted.keys() & header.tensors.keys()
-            if any(self._converted[name] != self._hashed[name] for name in read) or not _is_as_it_was(path, header):
+            if any(self._converted[name] != self._hashed[name] for name in read) or not _is_unchanged(path, header):
                 raise changed(path)
         for path, data in self._small.items():
             if read_bytes(path) != data:
@@ -71,7 +76,7 @@ class Hashes:
         return SourceFile(path.name, header.stamp.size, digest.hexdigest())
 
     def _crc32(self, descriptor: int, size: int, digest: Any) -> int:
-        """The CRC-32 of the next bytes, or of the fewer that are left; feeds the digest, too."""
+        """The CRC-32 of the next `size` bytes, or of those left; updates the digest too."""
         crc = 0
         while size and not self._cancelled.is_set() and (block := os.read(descriptor, min(size, _BLOCK))):
             digest.update(block)
@@ -80,7 +85,7 @@ class Hashes:
         return crc
 
 
-def _is_as_it_was(path: Path, header: Header) -> bool:
+def _is_unchanged(path: Path, header: Header) -> bool:
     try:
         return stamp(os.stat(path)) == header.stamp
     except OSError:

@@ -1,15 +1,15 @@
-"""Other heads that a checkpoint can have, besides a language model's or instead of it."""
+"""Heads that a checkpoint can have in addition to a language model's, or instead of it."""
 
 from collections.abc import Collection
 from typing import Final
 
 from convert.rules import Ignored, Refused
 
-_BESIDE: Final = {  # saved together with a language model's own head
+_EXTRA: Final = {  # saved together with a language model's own head
     "multiple_choice_head.summary.weight": "of GPT2DoubleHeadsModel",
     "multiple_choice_head.summary.bias": "of GPT2DoubleHeadsModel",
-    "v_head.summary.weight": "the value head that TRL trains together with a language model",
-    "v_head.summary.bias": "the value head that TRL trains together with a language model",
+    "v_head.summary.weight": "the value head that TRL trains with a language model",
+    "v_head.summary.bias": "the value head that TRL trains with a language model",
 }
 _INSTEAD: Final = {
     "score.weight": "classifies texts",
@@ -21,17 +21,17 @@ _INSTEAD: Final = {
 
 
 def other_heads(names: Collection[str], model: str) -> tuple[tuple[Ignored, ...], tuple[Refused, ...]]:
-    """The rows for heads that are not needed, and for those that show that this is not a language model.
+    """The rows for heads to ignore, and for heads that show that this is not a language model.
 
     Args:
-      names: of all tensors. If `lm_head.weight` is among them, this is a language model, whatever else there is.
-      model: transformers' class for a language model of this kind.
+      names: all tensor names. With `lm_head.weight` among them this is a language model, whatever else it has.
+      model: transformers' class for this kind of language model.
     """
-    beside = tuple(Ignored(name, reason) for name, reason in _BESIDE.items())
+    extra = tuple(Ignored(name, reason) for name, reason in _EXTRA.items())
     if "lm_head.weight" in names:
-        return (*beside, *(Ignored(name, f"a head that {does}") for name, does in _INSTEAD.items())), ()
+        return (*extra, *(Ignored(name, f"a head that {does}") for name, does in _INSTEAD.items())), ()
     fix = (
-        "and there is no lm_head.weight: this is not a language model; to use its body as one, save it with "
+        "and lm_head.weight is missing: this is not a language model; to use its body as one, save it with "
         f"transformers: {model}.from_pretrained(directory).save_pretrained(another_directory)"
     )
-    return beside, tuple(Refused(name, f"is a head that {does}, {fix}") for name, does in _INSTEAD.items())
+    return extra, tuple(Refused(name, f"is a head that {does}, {fix}") for name, does in _INSTEAD.items())

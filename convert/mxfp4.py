@@ -1,4 +1,4 @@
-"""Rounding a checkpoint's weights to MXFP4 while it is converted."""
+"""Rounds a checkpoint's weights to MXFP4 during conversion."""
 
 import dataclasses
 import itertools
@@ -14,39 +14,39 @@ from gptjax.config.quantization import BLOCK, TARGETS, mxfp4_to_json
 from gptjax.errors import ConfigError
 from gptjax.models.params import abstract_params, weights_by_path
 from gptjax.models.registry import build
-from pallas_kernels.mxfp4 import MXFP4, quantize
+from pallas_kernels.formats.mxfp4 import MXFP4, quantize
 
-_SLICE: Final = 1 << 20  # numbers rounded together: memory stays bounded, and one compiled program serves all weights
+_SLICE: Final = 1 << 20  # numbers rounded per call: bounds memory, and one compiled program serves all weights
 
 
 def packed_config(config: ModelConfig, targets: str) -> ModelConfig:
-    """The configuration of a checkpoint whose `targets`, one of "experts", "linear" and "all", are rounded to MXFP4.
+    """The configuration with `targets` ("experts", "linear" or "all") rounded to MXFP4.
 
     Raises:
-      ConfigError: the model has no such weights, more of it is packed already, or weights whose products sum over a
-        number that is no multiple of 32; all of them are named.
+      ConfigError: the model has no such weights, it already has more packed, or some weights sum over an axis whose
+        length is not a multiple of 32; names all of these.
     """
     if targets not in TARGETS[1:]:
-        raise ConfigError(f"there are no weights {targets!r} to round to MXFP4; choose {', '.join(TARGETS[1:])}")
+        raise ConfigError(f"cannot round {targets!r} to MXFP4; choose one of {', '.join(TARGETS[1:])}")
     if targets == "experts" and not isinstance(config, GptOssConfig):
-        raise ConfigError("the model has no experts; choose linear (the products of its blocks) or all")
+        raise ConfigError("the model has no experts; choose linear (every matrix in its blocks) or all")
     if TARGETS.index(targets) < TARGETS.index(config.mxfp4):
         raise ConfigError(
-            f"the checkpoint has {config.mxfp4!r} in MXFP4 already, which is more than {targets!r}, and rounding "
-            f"cannot be undone; choose {config.mxfp4}, or start from the checkpoint that it was made of"
+            f"the checkpoint already has {config.mxfp4!r} in MXFP4, which is more than {targets!r}, and rounding "
+            f"cannot be undone; choose {config.mxfp4}, or start from the checkpoint it was made from"
         )
     target = dataclasses.replace(config, mxfp4=targets)
     if faults := _misfits(config, target):
         more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
         raise ConfigError(
-            f"MXFP4 packs blocks of {BLOCK} numbers that a product sums over, which does not go into these weights; "
-            "choose fewer weights, or none:\n  " + "\n  ".join(faults[:5] + more)
+            f"MXFP4 packs blocks of {BLOCK} numbers along the axis that a product sums over, and these weights do not "
+            "divide into such blocks; choose fewer weights, or none:\n  " + "\n  ".join(faults[:5] + more)
         )
     return target
 
 
 def chosen(config: ModelConfig, target: ModelConfig) -> dict[Path, MXFP4]:
-    """The weights that are numbers in the one model and MXFP4 in the other: what they become, as shapes."""
+    """The weights that are plain arrays in `config`'s model and MXFP4 in `target`'s, with their MXFP4 shapes."""
     before, after = (weights_by_path(abstract_params(build(each))) for each in (config, target))
     return {
         path: leaf for path, leaf in after.items() if isinstance(leaf, MXFP4) and not isinstance(before[path], MXFP4)
@@ -54,9 +54,9 @@ def chosen(config: ModelConfig, target: ModelConfig) -> dict[Path, MXFP4]:
 
 
 def summed_last(path: Path, array: Any) -> Any:
-    """A weight with the axis that its products sum over as the last one, which it is in MXFP4; a view.
+    """A view of a weight with the axis that products sum over last, as MXFP4 needs it.
 
-    Kernels are [..., in, out] as numbers; embeddings [V, D] are as they should be.
+    Plain kernels are [..., in, out] and are transposed; embeddings [V, D] are not.
     """
     return array.swapaxes(-1, -2) if _is_kernel(path) else array
 
@@ -65,8 +65,8 @@ def rounded(path: Path, parts: Iterable[np.ndarray], shape: tuple[int, ...]) -> 
     """Blocks and scales of a weight, rounded from its values in float32.
 
     Args:
-      path: of the weight.
-      parts: its values as the models declare them, whole or cut along the first axis (if that is not summed over).
+      path: the weight's path.
+      parts: its values as the model declares them, whole or cut along the first axis (if that is not summed over).
       shape: of the whole weight in MXFP4, the summed axis last.
     """
     count = (*shape[:-1], shape[-1] // BLOCK)
@@ -84,19 +84,19 @@ def rounded(path: Path, parts: Iterable[np.ndarray], shape: tuple[int, ...]) -> 
 
 def _round(numbers: np.ndarray, buffer: np.ndarray, blocks: np.ndarray, scales: np.ndarray) -> None:
     count = numbers.size // BLOCK
-    buffer[:count].reshape(numbers.shape)[...] = numbers  # beyond, it keeps what it had
+    buffer[:count].reshape(numbers.shape)[...] = numbers  # the rest of the buffer keeps its old content
     packed = quantize(buffer)
     for target, values in ((blocks, packed.blocks), (scales, packed.scales)):
-        target[...] = np.asarray(values)[:count].reshape(target.shape)  # waits: the buffer is free again
+        target[...] = np.asarray(values)[:count].reshape(target.shape)  # waits, so the buffer can be reused
 
 
 def is_cut(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a weight of such a shape, as the models declare it, can be rounded in parts of its first axis."""
+    """Whether a weight of this shape, as the model declares it, can be rounded in parts along its first axis."""
     return len(shape) > 2 or not _is_kernel(path)
 
 
 def slices(shape: tuple[int, ...], most: int) -> Iterator[tuple[int | slice, ...]]:
-    """Indices that cut an array into whole rows of its last axis, at most so many numbers together (or one row)."""
+    """Indices that cut an array into groups of whole rows of its last axis, of at most `most` numbers (or one row)."""
     step = max(1, most // max(1, shape[-1]))
     for lead in itertools.product(*map(range, shape[:-2])):
         for start in range(0, shape[-2], step):
@@ -104,9 +104,9 @@ def slices(shape: tuple[int, ...], most: int) -> Iterator[tuple[int | slice, ...
 
 
 def config_json(raw: Mapping[str, Any], target: ModelConfig) -> dict[str, Any]:
-    """A `config.json` that says what is packed in the target, its other keys as they are.
+    """A `config.json` that declares what the target has packed; other keys are kept.
 
-    OpenAI's own config cannot say it, so it becomes Hugging Face's spelling of the same.
+    OpenAI's own format cannot express that, so it is rewritten in Hugging Face's.
     """
     if config_from_json(raw) == target:
         return dict(raw)
@@ -114,8 +114,8 @@ def config_json(raw: Mapping[str, Any], target: ModelConfig) -> dict[str, Any]:
 
 
 def _misfits(config: ModelConfig, target: ModelConfig) -> list[str]:
-    """The weights to be packed whose summed axis is no multiple of the block."""
-    # A model that cannot be packed cannot be declared packed. One of the same layers can, in widths that fit.
+    """The weights to pack whose summed axis is not a multiple of the block."""
+    # A model that cannot be packed cannot be declared packed, but one with the same layers and fitting widths can.
     fitting = dataclasses.replace(target, width=BLOCK * target.num_heads, mlp_width=BLOCK)
     if isinstance(fitting, GptOssConfig):
         fitting = dataclasses.replace(fitting, head_width=BLOCK)

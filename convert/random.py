@@ -1,4 +1,4 @@
-"""Writing a checkpoint of random weights, in Hugging Face's layout: for measuring, where there are no real weights."""
+"""Writes a checkpoint of random weights in Hugging Face's layout, for measuring without real weights."""
 
 import json
 import math
@@ -20,17 +20,17 @@ from gptjax.models.params import abstract_params
 from gptjax.models.registry import build
 
 SHARD_BYTES: Final = 4 << 30
-_POOL_BYTES: Final = 64 << 20  # random bytes that are made once and written again and again
-_SCALE: Final = 120  # of MXFP4: 2^-7
+_POOL_BYTES: Final = 64 << 20  # random bytes, generated once and written repeatedly
+_SCALE: Final = 120  # an MXFP4 scale: 2^-7
 
 
 def write_random(config: ModelConfig, directory: Path, *, seed: int = 0) -> int:
-    """Writes `config.json`, an index and shards, tensor by tensor in bounded memory. Returns their bytes.
+    """Writes `config.json`, an index and shards, tensor by tensor in bounded memory. Returns the bytes of the weights.
 
-    Floating weights are bfloat16, of standard deviation 0.02. There is no tokenizer.
+    Floating-point weights are bfloat16 with standard deviation 0.02. No tokenizer is written.
 
     Raises:
-      CheckpointError: the directory exists, cannot be written or has too little room.
+      CheckpointError: the directory exists or cannot be written, or the disk is too full.
     """
     shapes = source_shapes(table(config), abstract_params(build(config)))
     tensors = {name: (shape, "U8" if dtypes == ("U8",) else "BF16") for name, (shape, dtypes) in shapes.items()}
@@ -41,7 +41,7 @@ def write_random(config: ModelConfig, directory: Path, *, seed: int = 0) -> int:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     with staged(directory, overwrite=False, ours=lambda _: False) as partial:
         if shutil.disk_usage(partial).free < total:
-            raise CheckpointError(f"{directory} needs {total / 1e9:.1f} GB, and its disk has less free")
+            raise CheckpointError(f"{directory} needs {total / 1e9:.1f} GB, more than its disk has free")
         try:
             for file, names in zip(files, shards, strict=True):
                 _write_shard(partial / file, {name: tensors[name] for name in names}, seed)

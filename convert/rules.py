@@ -1,4 +1,4 @@
-"""Conversion as one table, and its executor: every source tensor is used or knowingly ignored, every target is filled.
+"""Conversion tables and their executor: every source tensor is used or explicitly ignored, every target is filled.
 
 The whole table is checked against headers before any data is read, and all faults are raised together.
 """
@@ -21,18 +21,18 @@ from gptjax.support.quoting import shown
 
 Shape = tuple[int, ...]
 FLOATS: Final = ("F32", "F16", "BF16")
-_PIECE: Final = 1 << 22  # elements looked at together, so that checks need little memory
+_PIECE: Final = 1 << 22  # elements checked at a time, to need little memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How a target is made of its sources."""
+    """How a target is made from its sources."""
 
     name: str
     source_shapes: Callable[[Shape], tuple[Shape, ...]]  # the shapes that fill a target of the given shape
-    apply: Callable[..., np.ndarray]  # takes the sources, in order; a view where possible
-    dtypes: tuple[str, ...] = FLOATS  # that the sources may have
-    fault: Callable[[np.ndarray], str] = lambda array: ""  # what is wrong with a source's data; "" for nothing
+    apply: Callable[..., np.ndarray]  # takes the sources in order; returns a view if possible
+    dtypes: tuple[str, ...] = FLOATS  # allowed for the sources
+    fault: Callable[[np.ndarray], str] = lambda array: ""  # what is wrong with a source's data; "" if nothing is
 
 
 IDENTITY: Final = Transform("identity", lambda shape: (shape,), lambda array: array)
@@ -40,7 +40,7 @@ TRANSPOSED: Final = Transform("transposed", lambda shape: (shape[::-1],), np.tra
 
 
 def stacked(sizes: Sequence[int]) -> Transform:
-    """Sources of so many rows each, one after the other along the first axis."""
+    """Concatenates sources with these numbers of rows along the first axis."""
     return Transform(
         "stacked",
         lambda shape: tuple((size, *shape[1:]) for size in sizes),
@@ -49,7 +49,7 @@ def stacked(sizes: Sequence[int]) -> Transform:
 
 
 def stacked_transposed(sizes: Sequence[int]) -> Transform:
-    """Matrices of so many rows each, one after the other, as the columns of the target."""
+    """Concatenates matrices with these numbers of rows, then transposes the result."""
     return Transform(
         "stacked and transposed",
         lambda shape: tuple((size, shape[0]) for size in sizes),
@@ -59,16 +59,16 @@ def stacked_transposed(sizes: Sequence[int]) -> Transform:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A row of a table: the source tensors of this name (or these names) fill the target of that path.
+    """A row of a table: the source tensor (or tensors) that fill a target.
 
-    `{N}` stands for a whole number, the same on both sides; `[transformer.]` for a prefix that a checkpoint has either
-    everywhere or nowhere. A source may have several rules, each filling a target of its own.
+    `{N}` matches a whole number, the same on both sides; `[transformer.]` a prefix that a checkpoint has everywhere or
+    nowhere. A source may have several rules, each filling its own target.
     """
 
     source: str | tuple[str, ...]  # as many as the transform takes
     target: str  # names joined with "/"
     transform: Transform = IDENTITY
-    if_missing: str = ""  # what else to say where no tensor fills the target
+    if_missing: str = ""  # added to the message if no tensor fills the target
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -78,7 +78,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Ignored:
-    """Source tensors that are known and not needed."""
+    """Known source tensors that are not needed."""
 
     source: str
     reason: str
@@ -86,16 +86,16 @@ class Ignored:
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """A source tensor that is optional, and must equal another one (rounded, if one has a smaller dtype)."""
+    """An optional source tensor that must equal another one (after rounding, if one has a smaller dtype)."""
 
     source: str
     of: str
-    otherwise: str  # what to do if it does not
+    otherwise: str  # what to do if they differ
 
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """Source tensors that show that the checkpoint is another kind of model."""
+    """Source tensors that only another kind of model has."""
 
     source: str
     reason: str
@@ -103,7 +103,7 @@ class Refused:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """All that is known of a format's tensors."""
+    """All known tensors of a format."""
 
     rules: Sequence[Rule]
     ignored: Sequence[Ignored] = ()
@@ -122,31 +122,31 @@ class Fill:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A checked conversion: in the order in which the data lies in the files."""
+    """A checked conversion, in the order of the data in the files."""
 
     fills: tuple[Fill, ...]
     copies: tuple[tuple[str, str, str], ...]  # source, of, otherwise
 
 
 def check(table: Table, tensors: Mapping[str, TensorInfo], targets: Mapping[str, Any]) -> Plan:
-    """Matches source tensors with targets, by what their headers say.
+    """Matches source tensors to targets, using their headers only.
 
     Args:
       table: the format's rules.
-      tensors: what the source has.
+      tensors: the source's tensors.
       targets: nested dicts; the leaves have `shape` and `dtype`.
 
     Raises:
-      CheckpointError: tensors that are unknown, doubled, of a wrong shape or dtype, named in two manners, or missing;
-        all of them, grouped.
+      CheckpointError: tensors are unknown, duplicated, missing, of the wrong shape or dtype, or named in two styles;
+        lists all of them, grouped.
     """
     return _Matcher(table, tensors, flatten(targets)).run()
 
 
 def source_shapes(table: Table, targets: Mapping[str, Any]) -> dict[str, tuple[Shape, tuple[str, ...]]]:
-    """The tensors that would fill the targets, by name, without any optional prefix: shape, and dtypes it may have.
+    """Shape and allowed dtypes of the tensors that would fill the targets, by name, without optional prefixes.
 
-    Where several rules fill a target, the first one counts.
+    If several rules fill a target, the first one counts.
     """
     found: dict[str, tuple[Shape, tuple[str, ...]]] = {}
     for path, target in flatten(targets).items():
@@ -162,16 +162,17 @@ def source_shapes(table: Table, targets: Mapping[str, Any]) -> dict[str, tuple[S
 
 
 def stream(plan: Plan, source: SafetensorsSource) -> Iterator[tuple[Path, np.ndarray]]:
-    """Yields path and array of one target after the other.
+    """Yields path and array of each target.
 
     Raises:
-      CheckpointError: a copy that differs from its original (before the first target); NaN or infinity in a tensor.
+      CheckpointError: a copy differs from its original (raised before the first target), or a tensor has NaN or
+        infinity.
     """
     return ((path, read()) for path, read in readers(plan, source))
 
 
 def readers(plan: Plan, source: SafetensorsSource) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
-    """As `stream`, with what reads and checks the array in its place: several can be read at a time, in threads."""
+    """Like `stream`, but with a function that reads and checks the array; several may run at a time, in threads."""
     for name, original, otherwise in plan.copies:
         if not _agree(source, name, original):
             dtypes = dict.fromkeys((source.tensors[name].dtype, source.tensors[original].dtype))
@@ -182,7 +183,7 @@ def readers(plan: Plan, source: SafetensorsSource) -> Iterator[tuple[Path, Calla
 
 
 def parts(fill: Fill, source: SafetensorsSource) -> Iterator[np.ndarray]:
-    """One target in consecutive parts of its first axis, to save memory; whole, if it has to be transformed.
+    """One target in consecutive parts along its first axis, to save memory; whole if it must be transformed.
 
     Raises `CheckpointError`.
     """
@@ -205,18 +206,18 @@ def _checked(name: str, array: np.ndarray, transform: Transform) -> np.ndarray:
     fault = transform.fault(array) if _finite(array) else "NaN or infinity"
     if fault:
         raise CheckpointError(
-            f"{shown(name)} holds {fault}: the checkpoint is damaged or its training diverged; "
+            f"{shown(name)} contains {fault}: the checkpoint is damaged or its training diverged; "
             "download it again or use another one"
         )
     return array
 
 
 class _Matcher:
-    """Collects what is wrong with a source, by the kind of fault."""
+    """Collects a source's faults by kind."""
 
     def __init__(self, table: Table, tensors: Mapping[str, TensorInfo], targets: Mapping[Path, Any]):
         self._table, self._tensors, self._targets = table, tensors, targets
-        self._rules: dict[Path, Rule] = {}  # that fill a target, in the order in which the data lies
+        self._rules: dict[Path, Rule] = {}  # those that fill a target, in the order of the data
         self._parts: dict[Path, dict[int, list[str]]] = {}  # the sources found for each of its parts
         self._copies: list[tuple[str, str, str]] = []
         self._prefixed: dict[bool, str] = {}  # whether a name has the optional prefix -> the first such name
@@ -227,10 +228,10 @@ class _Matcher:
                 "missing",
                 "unknown",
                 "filling the same weight",
-                "of a wrong shape",
-                "of a wrong dtype",
-                "of another dtype than those they are joined with",
-                "mixed up",
+                "of the wrong shape",
+                "of the wrong dtype",
+                "with mixed dtypes in one weight",
+                "with inconsistent prefixes",
             )
         }
 
@@ -239,7 +240,8 @@ class _Matcher:
             self._match(name, info)
         if len(self._prefixed) == 2:
             self._fault(
-                "mixed up", f"{shown(self._prefixed[True])} has a prefix, {shown(self._prefixed[False])} has none"
+                "with inconsistent prefixes",
+                f"{shown(self._prefixed[True])} has a prefix, {shown(self._prefixed[False])} has none",
             )
         for path, parts in self._parts.items():
             for names in parts.values():
@@ -248,7 +250,7 @@ class _Matcher:
             names = [name for part in parts.values() for name in part]
             if len({self._tensors[name].dtype for name in names}) > 1:
                 listed_dtypes = ", ".join(f"{shown(name)} {self._tensors[name].dtype}" for name in names)
-                self._fault("of another dtype than those they are joined with", listed_dtypes)
+                self._fault("with mixed dtypes in one weight", listed_dtypes)
         for path in self._targets:
             self._faults["missing"] += self._missing(path)
         groups = [
@@ -258,7 +260,7 @@ class _Matcher:
         ]
         if groups:
             raise CheckpointError(
-                "the tensors do not fit the model that config.json describes; correct config.json or get the "
+                "the tensors do not match the model that config.json describes; correct config.json or download the "
                 "checkpoint again\n  " + "\n  ".join(groups)
             )
         fills = (
@@ -307,10 +309,10 @@ class _Matcher:
     def _fill(self, path: Path, rule: Rule, part: int, info: TensorInfo) -> None:
         expected = rule.transform.source_shapes(tuple(self._targets[path].shape))[part]
         if info.shape != expected:
-            self._fault("of a wrong shape", f"{shown(info.name)} is {list(info.shape)}, expected {list(expected)}")
+            self._fault("of the wrong shape", f"{shown(info.name)} is {list(info.shape)}, expected {list(expected)}")
         if info.dtype not in rule.transform.dtypes:
             self._fault(
-                "of a wrong dtype",
+                "of the wrong dtype",
                 f"{shown(info.name)} is {info.dtype}, expected {' or '.join(rule.transform.dtypes)}",
             )
         self._rules.setdefault(path, rule)
@@ -322,14 +324,14 @@ class _Matcher:
                 continue
             if info.shape != other.shape:
                 found = f"{list(info.shape)}, but {shown(other.name)} is {list(other.shape)}"
-                self._fault("of a wrong shape", f"{shown(name)} is {found}; {copy.otherwise}")
+                self._fault("of the wrong shape", f"{shown(name)} is {found}; {copy.otherwise}")
             elif info.dtype not in FLOATS:
-                self._fault("of a wrong dtype", f"{shown(name)} is {info.dtype}, expected {' or '.join(FLOATS)}")
+                self._fault("of the wrong dtype", f"{shown(name)} is {info.dtype}, expected {' or '.join(FLOATS)}")
             elif other.dtype in FLOATS:
                 self._copies.append((name, other.name, copy.otherwise))
 
     def _missing(self, path: Path) -> list[str]:
-        """The names of the tensors that would have filled a target, or the parts of it that nothing fills."""
+        """The names of the missing tensors of a target."""
         found = self._parts.get(path, {})
         for rule in (self._rules[path],) if path in self._rules else self._table.rules:
             match = _compiled(rule.target).fullmatch("/".join(path))
@@ -338,7 +340,7 @@ class _Matcher:
                 names = [_filled(re.sub(r"\[(.*?)\]", optional, source), match.groupdict()) for source in rule.sources]
                 lacking = [name for part, name in enumerate(names) if part not in found]
                 return ["; ".join(filter(None, (name, rule.if_missing))) for name in lacking]
-        return [f"none of the rules fills {'/'.join(path)}: a fault of gptjax, please report it"]
+        return [f"no rule fills {'/'.join(path)}: this is a bug in gptjax, please report it"]
 
 
 @functools.cache
@@ -369,7 +371,7 @@ def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _agree(source: SafetensorsSource, name: str, original: str) -> bool:
-    """Whether two tensors of one shape have the same bits, if need be after rounding one to the other's dtype."""
+    """Whether two tensors of one shape have the same bits, after rounding one to the other's dtype if they differ."""
     there = back = True
     for x, y in zip(source.slices(name, _PIECE), source.slices(original, _PIECE), strict=True):
         there = there and _same_bits(_as(x, y.dtype), y)
@@ -394,5 +396,5 @@ def _finite(array: np.ndarray) -> bool:
         return True
     exponent = np.array(np.inf, array.dtype)
     bits = np.dtype(f"u{array.dtype.itemsize}")
-    mask = exponent.view(bits)  # infinity has all bits of the exponent set, as NaN has, and no finite number
+    mask = exponent.view(bits)  # infinity and NaN have all exponent bits set, finite numbers do not
     return not any(((piece.view(bits) & mask) == mask).any() for piece in _pieces(array))

@@ -1,4 +1,4 @@
-"""Which table a configuration's checkpoints are read by."""
+"""The conversion table for each kind of configuration."""
 
 from collections.abc import Callable, Collection
 from typing import Any, Final
@@ -14,5 +14,5 @@ _TABLES: Final[dict[type[ModelConfig], Callable[[Any, Collection[str]], Table]]]
 
 
 def table(config: ModelConfig, names: Collection[str] = ()) -> Table:
-    """All that is known of the tensors of a configuration's checkpoints, in the layout that `names` show."""
+    """The table for a configuration's checkpoints, in the layout that `names` show."""
     return _TABLES[type(config)](config, names)

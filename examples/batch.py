@@ -1,8 +1,8 @@
-"""Several prompts at once, of different lengths, as text or as token ids. Rows do not affect each other."""
+"""Several prompts at once, of different lengths, as text or token ids. Rows do not affect each other."""
 
 import gptjax
 
-# With `max_batch` given, a prompt's tokens and log-probabilities are the same to the bit in any company.
+# With `max_batch`, a prompt's tokens and log-probabilities are bit-identical in any batch.
 lm = gptjax.load("gpt2-tales", max_batch=4)
 
 prompts = ["The old man", "In the middle of the garden there stood a very tall tree, and", "She said:"]

@@ -1,4 +1,4 @@
-"""A conversation with a model that speaks harmony: reasoning and answer apart, streamed, turn after turn."""
+"""A conversation with a model that speaks harmony, turn by turn, with reasoning and answer streamed separately."""
 
 import gptjax
 

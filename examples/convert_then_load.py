@@ -1,4 +1,4 @@
-"""Converts a Hugging Face checkpoint once, and loads the result: faster, and checked against its checksums."""
+"""Converts a Hugging Face checkpoint once and loads the result, which is faster and verifies checksums."""
 
 import tempfile
 from pathlib import Path

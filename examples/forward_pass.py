@@ -12,7 +12,7 @@ positions_BT = jnp.arange(tokens_BT.shape[1])[None]
 
 
 def next_token_loss(params):
-    hidden_BTD, _ = model.apply({"params": params}, tokens_BT, positions_BT)  # no cache: the tokens see each other
+    hidden_BTD, _ = model.apply({"params": params}, tokens_BT, positions_BT)  # without a cache
     logits_BTV = model.apply({"params": params}, hidden_BTD, method="head")
     logprobs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
     return -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1).mean()
@@ -23,7 +23,7 @@ print(f"loss {loss:.4f}")
 norms = jax.tree.map(lambda g: float(jnp.linalg.norm(g)), gradients)
 print(f"gradient of the token embedding {norms['token_embedding']:.4f}, of block 0 {norms['block_0']['mlp']}")
 
-# A level below `generate`: the loop in your own hands.
+# One level below `generate`: your own generation loop.
 state = lm.init_state(batch=1)
 logits_BV, state = lm.prefill(state, tokens_BT[0])
 ids = []

@@ -1,4 +1,4 @@
-"""The shortest way from a name to text, with greedy and with random draws."""
+"""The shortest way from a model's name to text, with greedy and random sampling."""
 
 import gptjax
 
@@ -7,7 +7,7 @@ lm = gptjax.load("gpt2-tales")  # a demo; or a directory, or a Hub id such as "o
 completion = lm.generate("Once upon a time there was a king who had", max_tokens=40)
 print(completion.text)
 
-# Drawn at random: the seed makes it repeatable, whatever else is computed beside it.
+# Random sampling: the seed makes it repeatable, whatever else is in the batch.
 completion = lm.generate("The sea was", max_tokens=40, temperature=0.8, top_p=0.95, seed=1, stop="\n\n")
 print(completion.text)
 print(completion.finish_reason, completion.usage, completion.timings)

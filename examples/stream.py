@@ -1,4 +1,4 @@
-"""Text as it is made. The last chunk has the whole result."""
+"""Streams text as it is generated. The last chunk has the whole result."""
 
 import gptjax
 

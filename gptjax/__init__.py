@@ -5,7 +5,7 @@
     lm = gptjax.load("gpt2-tales")
     print(lm.generate("Once upon a time", max_tokens=64).text)
 
-Importing this package, or a module of it, imports nothing above that module; names are looked up when first used.
+Importing this package or one of its modules imports nothing above that module; names are resolved on first use.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""`load`: from a checkpoint to a `LanguageModel`."""
+"""`load`: makes a `LanguageModel` from a checkpoint."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -39,26 +39,26 @@ def load(
     """Loads a model onto the default device.
 
     Args:
-      name: a demo ("gpt2-tales"), a directory (a Hugging Face checkpoint as it is, or one that `gptjax convert` wrote),
-        or a Hub id, looked up in the local Hub cache first.
-      dtype: what to hold the weights and compute in: "float32", "bfloat16" or "float16". Left out: float32 on a CPU,
-        else bfloat16.
-      max_length: the most positions of a sequence, prompt and output together. Left out: $GPTJAX_MAX_LENGTH, else all
+      name: a demo ("gpt2-tales"), a directory (a Hugging Face checkpoint, or one that `gptjax convert` wrote), or a Hub
+        id, looked up in the local Hub cache first.
+      dtype: the dtype of weights and computation: "float32", "bfloat16" or "float16". Default: float32 on a CPU, else
+        bfloat16.
+      max_length: the most positions in a sequence, prompt and output together. Default: $GPTJAX_MAX_LENGTH, else all
         that the model has.
-      max_batch: rows of the one compiled decode step. At a given `max_batch` a prompt's results are the same to the
-        bit alone or beside others. Left out: each call takes as many rows as it has prompts, rounded up to a power of
-        two, 32 at most.
-      implementation: which kernels to use; "auto" takes the best there is, a named one runs or raises.
-      tokenizer: a directory to take the tokenizer from, if not the checkpoint's own.
-      ignore_config: keys of config.json to ignore, if you know that they do not change the results, as in
+      max_batch: rows of the one compiled decode step. With a given `max_batch`, a prompt's results are bit-identical
+        whether it runs alone or with others. Default: each call uses as many rows as it has prompts, rounded up to a
+        power of two, at most 32.
+      implementation: which kernels to use; "auto" takes the best available, a named one runs or raises.
+      tokenizer: a directory to take the tokenizer from, instead of the checkpoint's own.
+      ignore_config: keys of config.json to ignore, if you know that they do not change the results, such as
         `("rotary_dim", "rope_scaling.mscale")`.
-      generation_config: settings in place of those of the checkpoint's generation_config.json, by the same names, or
-        False for none of them. The tokens that end a text are kept, unless `eos_token_id` is given.
+      generation_config: settings that replace the checkpoint's generation_config.json, by the same names, or False for
+        none. The tokens that end a text are kept, unless `eos_token_id` is given.
 
     Raises:
-      CheckpointError, ConfigError: there is no such checkpoint, or it is damaged or unsupported.
-      CapacityError: `max_length` is more than the model has positions, or more memory is needed than there is; says
-        which settings would fit. The weights are not read before that is known.
+      CheckpointError, ConfigError: the checkpoint does not exist, is damaged or is unsupported.
+      CapacityError: `max_length` is more than the model's positions, or the model does not fit in memory; says which
+        settings would fit. Raised before the weights are read.
     """
     checkpoint = open_checkpoint(name, ignore_config=ignore_config, generation_config=generation_config)
     return load_checkpoint(
@@ -80,7 +80,7 @@ def load_checkpoint(
     implementation: str = "auto",
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> LanguageModel:
-    """As `load`, of a checkpoint that is open already: for those who look at its configuration first."""
+    """Like `load`, for a checkpoint that is already open because its configuration was needed first."""
     runtime.check_process()
     runtime.enable_compilation_cache()
     defaults = checkpoint.defaults
@@ -99,10 +99,10 @@ def load_checkpoint(
 
 
 def _tokenizer(checkpoint: Checkpoint, other: str | os.PathLike[str] | None) -> Tokenizer | GptjaxError:
-    """The checkpoint's own, or another directory's; or why there is none, since the model works on token ids too.
+    """The checkpoint's tokenizer or another directory's; or why it has none, since the model also works on token ids.
 
     Raises:
-      GptjaxError: the other one cannot be read, or the checkpoint's own is damaged.
+      GptjaxError: the other tokenizer cannot be read, or the checkpoint's own is damaged.
     """
     if other is not None:
         return load_tokenizer(other)
@@ -112,12 +112,12 @@ def _tokenizer(checkpoint: Checkpoint, other: str | os.PathLike[str] | None) -> 
         if checkpoint.has_tokenizer:
             raise
         return error
-    except GptjaxError as error:  # of an unsupported kind
+    except GptjaxError as error:  # an unsupported kind
         return error
 
 
 def load_params(directory: Path, model: Model) -> Params:
-    """The weights of a checkpoint directory, on the default device, in the model's dtype, each leaf checked."""
+    """Loads a checkpoint directory's weights onto the default device, in the model's dtype, checking each leaf."""
     targets = abstract_params(model)
     if weights.is_converted(directory):
         return weights.restore(directory, targets, progress=progress)

@@ -1,8 +1,9 @@
-"""The letters of all axes, once. One letter has one meaning everywhere in gptjax.
+"""The axis letters. Each letter has one meaning everywhere in gptjax.
 
-A local array carries its axes as a suffix: `q_BTNH` is [batch, query position, query head, head width]. The same
-names are the logical axes that every weight declares (`nn.with_logical_partitioning`), from which shardings follow.
-A suffix that does not tell the truth is a bug.
+An array's name has its axes as a suffix: `q_BTNH` is [batch, query position, query head, head width]. The same letters
+are the logical axes that every weight declares (`nn.with_logical_partitioning`), from which shardings follow. A suffix
+that lies is a bug; `tests/test_axes.py` parses them. In kernels, a small letter is a tile of that axis: `scores_ts` is
+[queries, positions] of one tile each.
 """
 
 from typing import Final
@@ -22,8 +23,18 @@ GLOSSARY: Final = {
     "X": "experts a token is routed to",
     "R": "heads of q, k and v together: N + 2K",
     "V": "vocabulary",
-    "C": "candidates: the most likely tokens, reported beside the one drawn",
+    "C": "candidates: the most likely tokens, reported with the one drawn",
     "L": "layers",
+    # of kernels
+    "I": "inputs of a product: what it sums over",
+    "O": "outputs of a product",
+    "J": "splits: programs that share an axis, whose results are summed after them",
+    "U": "groups of tokens that go to one expert",
+    "M": "slots: rows of a group or tile, of which some may be empty",
+    "A": "rows that row numbers point into: tokens, or the slots of all groups in turn",
+    "Q": "tiles of query positions",
+    "Z": "blocks of cache positions",
+    "W": "words of a workspace",
 }
 
 # Logical axes of weights. A product of axes is one axis of a matrix and is sharded by its first factor.

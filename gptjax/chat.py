@@ -1,4 +1,4 @@
-"""A turn of a conversation: what a model writes in harmony, as reasoning, answer and tool calls."""
+"""One turn of a harmony conversation, split into reasoning, answer and tool calls."""
 
 import dataclasses
 import datetime
@@ -18,36 +18,36 @@ from gptjax.text.harmony.writer import LONGEST
 
 TODAY: Final = "today"
 _PREFIX: Final = f"{FUNCTIONS}."
-# Models omit the space or mark between a name and these.
+# Models sometimes omit the space or mark between a name and one of these.
 _GLUED: Final = ("json", "code", *CHANNELS)
 
 
 @dataclasses.dataclass(frozen=True)
 class ToolCall:
-    """A tool that the model wants to be called."""
+    """A tool call that the model asks for."""
 
-    id: str  # "call_" and 24 random hexadecimal digits: unlike any other, of other conversations too
-    name: str  # the function's, or "python", "browser.search" and the like for built-in tools
-    arguments: str  # JSON for functions, as the model wrote it: it may be malformed; "{}" if it wrote none
+    id: str  # "call_" and 24 random hexadecimal digits, unique across conversations
+    name: str  # a function's, or "python", "browser.search" and the like for built-in tools
+    arguments: str  # JSON for functions, as the model wrote it, so possibly malformed; "{}" if it wrote none
 
     def to_json(self) -> dict[str, Any]:
-        """As in the messages of OpenAI's chat API."""
+        """The call in the form of OpenAI's chat API."""
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatCompletion:
-    """A whole turn of the assistant."""
+    """A complete assistant turn."""
 
     text: str  # the answer
-    reasoning: str  # what came before it
+    reasoning: str  # what came before the answer
     tool_calls: tuple[ToolCall, ...]
     finish_reason: str  # "stop", "length", "tool_calls" or "error"
-    completion: Completion  # the tokens of all of it, with usage and timings; its text is the answer
+    completion: Completion  # all tokens of the turn, with usage and timings; its text is the answer
 
     @property
     def message(self) -> dict[str, Any]:
-        """The turn as a message that the next call's `messages` can go on with."""
+        """The turn as a message to append to the next call's `messages`."""
         says_more = self.reasoning or self.tool_calls
         message: dict[str, Any] = {"role": "assistant", "content": self.text or (None if says_more else "")}
         if self.reasoning:
@@ -59,63 +59,63 @@ class ChatCompletion:
 
 @dataclasses.dataclass(frozen=True)
 class ChatChunk:
-    """What one token added. Reasoning and answer come apart, and either may be empty."""
+    """What one token added to answer and reasoning; either may be empty."""
 
     text: str
     reasoning: str
     token_id: int
-    completion: ChatCompletion | None  # with the last chunk
+    completion: ChatCompletion | None  # in the last chunk only
     phase: str  # of the text, as in OpenAI's Responses: "commentary" if it precedes calls, else "final_answer"
 
 
 class TurnReader:
-    """Takes the tokens of one turn and tells answer, reasoning and tool calls apart; a detokenizer for the engine.
+    """Splits the tokens of one turn into answer, reasoning and tool calls; a detokenizer for the engine.
 
-    A message to `functions.NAME` or to a tool that was offered is a call, in any channel. Of other messages, whomever
-    they are for, those in the analysis channel are reasoning, and the rest are the answer, which users are to see. An
+    A message to `functions.NAME` or to an offered tool is a call, in any channel. Any other message, whatever its
+    recipient, is reasoning if it is in the analysis channel, and otherwise part of the answer, which users see. An
     empty line separates messages.
 
     Attributes:
-        ended: whether the turn is over, because the model began a message of somebody else.
-        phase: of the answer's text so far: "commentary" if its last message precedes calls, else "final_answer".
+      ended: whether the turn is over because the model began another role's message.
+      phase: of the answer's text so far: "commentary" if its last message precedes calls, else "final_answer".
     """
 
     def __init__(self, tokenizer: Tokenizer, *, offered: frozenset[str] = frozenset()) -> None:
-        """`offered`: the names of tools, from `offered_names`."""
+        """`offered`: the names of the offered tools, from `offered_names`."""
         self.ended = False
         self.phase = "final_answer"
         self._parser = harmony.StreamParser(tokenizer, names=offered)
         self._offered = offered
-        self._ids: list[str] = []  # of calls, in their order
+        self._ids: list[str] = []  # of calls, in order
         self._reasoning: list[str] = []
-        self._fresh = ""  # reasoning that was not yet taken
-        self._sources: dict[bool, int] = {}  # the message that reasoning (True) and answer (False) came from last
+        self._fresh = ""  # reasoning not taken yet
+        self._sources: dict[bool, int] = {}  # the last message of reasoning (True) and answer (False)
 
     def push(self, token_id: int) -> str:
-        """The answer's text that became certain with this token."""
+        """Returns the answer text that this token completes."""
         return self._read(self._parser.push(token_id))
 
     def finish(self) -> str:
-        """The rest of it."""
+        """Returns the rest of the answer text."""
         return self._read(self._parser.finish())
 
     def ended_by(self, token_id: int) -> None:
-        """After `finish`, the token that ended the turn: `<|call|>` makes a call also of a header without a text."""
+        """Call after `finish`, with the token that ended the turn: `<|call|>` makes even a textless header a call."""
         self._parser.ended_by(token_id)
 
     def take_reasoning(self) -> str:
-        """The reasoning since the last call."""
+        """Returns the reasoning added since it was last called."""
         fresh, self._fresh = self._fresh, ""
         return fresh
 
     @property
     def reasoning(self) -> str:
-        """All of it, so far."""
+        """All reasoning so far."""
         return "".join(self._reasoning)
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        """Those that are complete; after `finish` also one that was cut short, and may be malformed."""
+        """The complete calls; after `finish`, also one that was cut short and may be malformed."""
         messages = itertools.takewhile(lambda message: message.role == "assistant", self._parser.messages)
         calls = [
             (name, str(message.content)) for message in messages if (name := self._tool(message.recipient)) is not None
@@ -145,7 +145,7 @@ class TurnReader:
         return answer
 
     def _tool(self, recipient: str | None) -> str | None:
-        """The tool that a recipient calls; None if it is not a tool, or has a name that a prompt cannot repeat."""
+        """The tool that a recipient names; None if it is not a tool, or if a prompt could not repeat the name."""
         if recipient is None:
             return None
         name = recipient.removeprefix(_PREFIX)
@@ -160,7 +160,7 @@ class TurnReader:
 
 
 def offered_names(tools: Iterable[Mapping[str, Any]] | None) -> frozenset[str]:
-    """The names that calls of tools can bear. `tools` are not checked again: `prompt` has accepted them."""
+    """The names that tool calls can have. `tools` are not checked again: `prompt` has accepted them."""
     names: set[str] = set()
     for tool in tools or ():
         kind = tool["type"]
@@ -169,7 +169,7 @@ def offered_names(tools: Iterable[Mapping[str, Any]] | None) -> frozenset[str]:
 
 
 def chat_chunks(chunks: Iterable[Chunk], reader: TurnReader) -> Iterator[ChatChunk]:
-    """The chunks of a generation that `reader` is the detokenizer of, as those of a turn."""
+    """Turns the chunks of a generation, whose detokenizer is `reader`, into those of a chat."""
     for chunk in chunks:
         completion = None
         if chunk.completion is not None:

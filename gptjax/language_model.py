@@ -1,4 +1,4 @@
-"""`LanguageModel`: prompts in, text out, and the parts for those who compose."""
+"""`LanguageModel`: prompts in, text out, plus the parts for custom programs."""
 
 import contextlib
 import weakref
@@ -39,13 +39,13 @@ from gptjax.support import runtime
 from gptjax.support.progress import progress
 from gptjax.text import Tokenizer
 
-_MOST_ROWS = 32  # rows of one call where `max_batch` is not given
+_MOST_ROWS = 32  # rows of one call if `max_batch` is not given
 
 
 class LanguageModel:
     """A model with its weights and tokenizer. Made by `load`.
 
-    `model`, `params`, `config` and `tokenizer` are what everything here is built on, for those who compose.
+    `model`, `params`, `config` and `tokenizer` are the parts that everything here is built on.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class LanguageModel:
         max_length: int,
         max_batch: int | None = None,
     ):
-        """`tokenizer` may be the error that says why there is none; calls that need text raise it."""
+        """`tokenizer` may be an error that says why it is missing; calls that need text raise it."""
         self.model = model
         self._params: Params | None = params
         self._running: weakref.WeakSet[Any] = weakref.WeakSet()  # generators
@@ -69,7 +69,7 @@ class LanguageModel:
 
     @property
     def params(self) -> Params:
-        """The weights, nested dicts of arrays. Raises `RequestError` if the model was closed, or the process forked."""
+        """The weights: nested dicts of arrays. Raises `RequestError` if the model was closed or the process forked."""
         return self._check_open()
 
     @property
@@ -79,14 +79,14 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer. Raises what says why there is none: files are missing, or of an unsupported kind."""
+        """The tokenizer. If it has none, raises the reason: files are missing or of an unsupported kind."""
         if isinstance(self._tokenizer, GptjaxError):
             raise self._tokenizer
         return self._tokenizer
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The token ids that end a text; those outside the vocabulary are left out."""
+        """The token ids that end a text, without those outside the vocabulary."""
         ids = self.defaults.eos_ids
         if not ids and not isinstance(self._tokenizer, GptjaxError):
             ids = self._tokenizer.eos_ids
@@ -104,24 +104,24 @@ class LanguageModel:
         """Continues a prompt, or each of a list of prompts, which are then computed together.
 
         Args:
-          prompt: text, or a list of token ids, or a list of either. Text gets the tokens that the tokenizer adds before
+          prompt: text, a list of token ids, or a list of either. Text gets the tokens that the tokenizer adds before
             and after it, if any (`Tokenizer.prompt`); token ids are used unchanged.
           **options: `max_tokens` (256), `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`,
             `presence_penalty`, `frequency_penalty`, `logit_bias`, `seed` (or a list, one for each prompt),
             `top_logprobs`, `stop`, `stop_ids`, `ignore_eos`, `special`: see `GenerateOptions`. Special
-            tokens written in text are plain text unless `special` is true. Left out, sampling follows the
-            checkpoint's generation_config.json, and is greedy where that says nothing.
+            tokens written in text are plain text unless `special` is true. Sampling defaults to the
+            checkpoint's generation_config.json, and without one to greedy.
 
         Returns:
           A `Completion`, or a list of them in the order of the prompts. A row whose logits are not finite ends with
           `finish_reason` "error" and says so in `error`; the others go on.
 
         Raises:
-          RequestError: options or token ids out of range, an empty prompt or list.
+          RequestError: options or token ids out of range, or an empty prompt or list.
           CapacityError: a prompt longer than `max_length`.
           CheckpointError: text was given, but the checkpoint has no tokenizer.
-          ConfigError: text was given, but the tokenizer is an unsupported one; the checkpoint's generation_config.json
-            has settings that cannot be followed (see `load`).
+          ConfigError: text was given, but the tokenizer is unsupported; or the checkpoint's generation_config.json has
+            unsupported settings (see `load`).
         """
         prompts, single = split_prompts(prompt)
         seeds = split_seeds(options.get("seed"), len(prompts))
@@ -134,9 +134,9 @@ class LanguageModel:
         return completions[0] if single else completions
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Iterator[Chunk]:
-        """`generate` for one prompt, a chunk for each token as it is drawn; the last has the `completion`.
+        """`generate` for one prompt, yielding a chunk for each token as it is drawn; the last has the `completion`.
 
-        Arguments are checked when the call is made, not when the first chunk is asked for.
+        Arguments are checked by the call itself, not when the first chunk is requested.
         """
         prompts, single = split_prompts(prompt)
         if not single:
@@ -157,15 +157,15 @@ class LanguageModel:
 
         Args:
           messages: as in OpenAI's chat API: `{"role": "user", "content": "Hello"}` and so on; special tokens written in
-            them are plain text. `ChatCompletion.message` is the one to go on with.
+            them are plain text. Append `ChatCompletion.message` to continue the conversation.
           tools: functions, as in that API, and `{"type": "browser"}` or `{"type": "python"}`. They are not called here.
           reasoning_effort: "low", "medium" or "high".
-          current_date: what the model is told, as "2025-06-28"; None tells it nothing.
-          **options: as for `generate`. `stop` is looked for in the answer, not in the reasoning.
+          current_date: the date given to the model, such as "2025-06-28"; None leaves it out.
+          **options: as for `generate`. `stop` applies to the answer, not to the reasoning.
 
         Raises:
-          RequestError: messages, tools or options that are not as they should be, or a tokenizer that lacks harmony's
-            special tokens, as all of GPT-2's do.
+          RequestError: invalid messages, tools or options, or a tokenizer that lacks harmony's special tokens, as all
+            of GPT-2's do.
           CapacityError: a conversation longer than `max_length`.
         """
         *_, last = self.stream_chat(
@@ -183,9 +183,10 @@ class LanguageModel:
         current_date: str | None = TODAY,
         **options: Unpack[GenerateOptions],
     ) -> Iterator[ChatChunk]:
-        """`chat`, a chunk for each token as it is drawn, reasoning and answer apart; the last has the `completion`.
+        """`chat`, yielding a chunk for each token as it is drawn, with reasoning and answer separate.
 
-        Arguments are checked when the call is made, not when the first chunk is asked for.
+        The last chunk has the `completion`. Arguments are checked by the call itself, not when the first chunk is
+        requested.
         """
         tokenizer = self.tokenizer
         ids = prompt(
@@ -201,9 +202,9 @@ class LanguageModel:
         return chat_chunks((chunk for _, chunk in self._run([request], lambda: reader)), reader)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Teacher-forced logits: what follows each of the given tokens, [T, V] float32 on the host.
+        """Teacher-forced logits for the token after each of the given tokens, [T, V] float32 on the host.
 
-        Where one position's values are not finite, those of earlier ones in the same chunk may not be either.
+        If one position's values are not finite, those of earlier positions in the same chunk may not be either.
         """
         ids = self._checked_ids(token_ids, self.max_length)
         with self._guard():
@@ -218,19 +219,19 @@ class LanguageModel:
     def activations(self, token_ids: Sequence[int]) -> dict[str, np.ndarray]:
         """Every stage of the forward pass over the given tokens, by name, in the order of computation.
 
-        "embedding", then of each block "block_0/attention_norm", "…/attention/q", "…/k", "…/v", "…/heads" (the weighted
-        values), "…/out", "block_0/attention_residual", the MLP's or the experts' stages, and at last "final_norm" and
-        "logits"; see `gptjax.models.stages` for their names and shapes.
+        "embedding", then for each block "block_0/attention_norm", "…/attention/q", "…/k", "…/v", "…/heads" (the
+        weighted values), "…/out", "block_0/attention_residual", the MLP's or the experts' stages, and finally
+        "final_norm" and "logits"; see `gptjax.models.stages` for their names and shapes.
         """
         ids = self._checked_ids(token_ids, self.config.context_length)
         with self._guard(max_length=len(ids)):
             return activations(self.model, self.params, ids)
 
     def init_state(self, *, batch: int = 1, max_length: int | None = None) -> steps.State:
-        """An empty state for those who drive the loop themselves: a pytree with the cache and the last logits.
+        """An empty state for your own generation loop: a pytree with the cache and the last logits.
 
         Raises:
-          CapacityError: `max_length` is more than the model has positions.
+          CapacityError: `max_length` is more than the model's positions, or memory is short.
         """
         length = self.max_length if max_length is None else limits.positions(self.config, max_length)
         rows = limits.rows("batch", batch)
@@ -241,33 +242,34 @@ class LanguageModel:
     def prefill(
         self, state: steps.State, token_ids: Sequence[int] | Sequence[Sequence[int]]
     ) -> tuple[jax.Array, steps.State]:
-        """Fills every row of a state from its start: one list of ids, or as many as the state has rows.
+        """Fills every row of a state from position 0, with one list of ids, or one for each row.
 
         Returns:
-          logits_BV float32 of what follows each row, and the new state; the old one is donated and must not be used.
+          logits_BV float32 for the token after each row, and the new state; the old one is donated and must not be
+          used.
         """
         prompts, _ = split_prompts(token_ids)
         if len(prompts) != state.batch:
             raise RequestError(f"the state has {state.batch} rows, but {len(prompts)} lists of token ids were given")
-        # All are checked before the state is donated for the first of them.
+        # All are checked before the state is donated for the first one.
         checked = [self._checked_ids(prompt, state.max_length) for prompt in prompts]
         with self._guard(batch=state.batch, max_length=state.max_length):
             row = registry.create_cache(self.model, batch=1, max_length=state.max_length)
             params = FlatParams.of(self.params)
             for slot, ids in enumerate(checked):
                 state, row = prefill(self.model, params, state, slot, np.asarray(ids, np.int32), row)
-            # A copy: the state is donated by the next step, and its logits with it.
+            # A copy, because the next step donates the state with its logits.
             return jax.block_until_ready(jnp.copy(state.logits_BV)), state
 
     def decode(self, state: steps.State, **options: Unpack[SamplingOptions]) -> tuple[jax.Array, steps.State]:
-        """Draws a token for every row from the state's logits and adds it to the row. Works under `jax.jit` as well.
+        """Draws a token for every row from the state's logits and appends it to the row. Also works under `jax.jit`.
 
-        Nothing is hidden: without a `seed` it is 0, and the draw depends on it and the position. All tokens in the
-        state count as output for the presence and frequency penalties.
+        There is no hidden randomness: `seed` defaults to 0, and the draw depends only on it and the position. All
+        tokens in the state count as output for the presence and frequency penalties.
 
         Returns:
-          token_B int32, not waited for, and the new state; the old one is donated. A token is -1 where the logits
-          were not finite, which those of a row that is not filled, or beyond its `max_length`, are.
+          token_B int32, not waited for, and the new state; the old one is donated. A token is -1 if the logits were not
+          finite, as in a row that was not filled or is beyond its `max_length`.
         """
         params = sampling_params({"seed": 0} | options, self.defaults)
         params.check(self.config.vocab_size)
@@ -280,9 +282,9 @@ class LanguageModel:
             return sampled.token_B, steps.advance(self.model, weights, state, sampled.token_B, active_B)
 
     def memory(self, *, batch: int | None = None, max_length: int | None = None) -> Memory:
-        """Bytes on the device: the weights', those of generating so many rows and positions, and what there are.
+        """Bytes that the weights and generating `batch` rows of `max_length` positions need, and those available.
 
-        Left out, `batch` is `max_batch` (1 where that is not set), and `max_length` the model's. Nothing is allocated.
+        Defaults: `batch` is `max_batch` (1 if not set), and `max_length` the model's. Allocates nothing.
         """
         self._check_open()
         length = self.max_length if max_length is None else limits.positions(self.config, max_length)
@@ -290,10 +292,10 @@ class LanguageModel:
         return memory.needed(self.model, batch=rows, max_length=length)
 
     def close(self) -> None:
-        """Frees the weights and what unfinished streams hold. Any later use of the model raises `RequestError`."""
+        """Frees the weights and the memory of unfinished streams. Later use of the model raises `RequestError`."""
         params, self._params = self._params, None
         for chunks in list(self._running):
-            with contextlib.suppress(ValueError):  # another thread is in it, and will find the model closed
+            with contextlib.suppress(ValueError):  # another thread is running it, and will find the model closed
                 chunks.close()
         for leaf in jax.tree.leaves(params):
             leaf.delete()
@@ -312,7 +314,7 @@ class LanguageModel:
         return self._params
 
     def _guard(self, *, batch: int = 1, max_length: int | None = None) -> contextlib.AbstractContextManager[None]:
-        """For computing: raises where the model was closed, and says what to try where the body runs out of memory."""
+        """Guards a computation: raises if the model is closed, and says what to try if the body runs out of memory."""
         self._check_open()
         length = self.max_length if max_length is None else max_length
         return memory.explained(self.model, batch=batch, max_length=length)
@@ -323,7 +325,7 @@ class LanguageModel:
         request = make_request(ids, options, self.defaults, self.eos_ids if eos_ids is None else eos_ids)
         request.check(vocab_size=self.config.vocab_size, max_length=self.max_length)
         if request.stop:
-            _ = self.tokenizer  # stop strings are text: say so now if there can be none
+            _ = self.tokenizer  # stop strings need a tokenizer: raise now if there is none
         return request
 
     def _checked_ids(self, token_ids: object, max_length: int) -> list[int]:
@@ -340,12 +342,12 @@ class LanguageModel:
             detokenizer = self._tokenizer.stream
         with self._guard(batch=batch):
             memory.check_state(self.model, batch=batch, max_length=self.max_length)
-            # Only the generator holds the engine, so that closing the one frees the other.
+            # Only the generator holds the engine, so that closing it frees the engine.
             engine = Engine(self.model, self.params, batch=batch, max_length=self.max_length)
             chunks = generate(engine, requests, detokenizer)
             del engine
             self._running.add(chunks)
-            with progress("Compiling and reading the prompt", None):
+            with progress("compiling and reading the prompt", None):
                 chunk = next(chunks, None)
             while chunk is not None:
                 yield chunk

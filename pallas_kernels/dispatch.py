@@ -6,6 +6,7 @@ for by name is silently replaced by something else.
 
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ TRITON = "triton"  # Pallas Triton: Ampere, Ada, and what else CUDA has
 XLA = "xla"  # jnp, which XLA compiles: everywhere
 IMPLEMENTATIONS = (AUTO, MOSAIC, TRITON, XLA)
 _MOSAIC_SINCE = (0, 11)  # JAX; its interface was another before
+# Kernels for one architecture have its name in their file's.
+_FILES = {MOSAIC: "mosaic_sm90"}
 
 
 def choose(operation: str, implementation: str, available: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -59,3 +62,15 @@ def preferred() -> str:
 def device_kind() -> str:
     """Of this process's devices, as JAX names it: what the tables of `tiles` are for."""
     return jax.devices()[0].device_kind
+
+
+def module(kernel: str) -> str:
+    """The module of a kernel "<operation>/<implementation>", such as "matvec/mosaic"."""
+    operation, implementation = kernel.split("/")
+    return f"pallas_kernels.{operation}.{_FILES.get(implementation, implementation)}"
+
+
+def has_kernel(operation: str, implementation: str) -> bool:
+    """Whether an operation's folder holds a kernel of this implementation."""
+    file = f"{_FILES.get(implementation, implementation)}.py"
+    return any((Path(__file__).parent / operation).rglob(file))

@@ -43,11 +43,10 @@ MODELS = {  # compile models, or kernels that XLA compiles: `make test` has them
     "test_fork.py",
 }
 KERNELS = {  # interpret GPU kernels or lower them for CUDA: `make kernels` has all of pallas_kernels
-    "pallas_kernels/test_attention_decode.py",
-    "pallas_kernels/test_attention_mosaic.py",
-    "pallas_kernels/test_attention_prefill.py",
-    "pallas_kernels/test_matvec_triton.py",
-    "pallas_kernels/test_moe_triton.py",
+    "pallas_kernels/attention/decode",
+    "pallas_kernels/attention/prefill",
+    "pallas_kernels/matvec/test_matvec_triton.py",
+    "pallas_kernels/moe/test_moe_triton.py",
     "pallas_kernels/test_mosaic.py",
 }
 OTHERS = {"oracle"}  # need other packages, and a command of their own

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 
@@ -55,6 +56,11 @@ def test_no_import_goes_up(module):
 
 def test_every_module_has_a_room():
     assert {ROOMS[_rank(module)] for module in MODULES} == set(ROOMS)
+
+
+def test_the_rooms_are_those_of_the_documentation():
+    page = (ROOT / "docs" / "how-it-is-built.md").read_text()
+    assert re.findall(r"^\| `([\w.]+)` \|", page, flags=re.M) == ROOMS
 
 
 def test_no_module_imports_itself_by_way_of_others():

@@ -1,4 +1,4 @@
-"""What the device itself reaches, measured in the run that is compared with it."""
+"""The device's own limits, measured in the same run as what is compared with them."""
 
 import concurrent.futures
 import dataclasses
@@ -15,10 +15,10 @@ from gptjax.bench.figure import timed
 
 @dataclasses.dataclass(frozen=True)
 class MemorySpeed:
-    """Bytes a second between the default device and its memory, each the best of several measurements."""
+    """Bytes a second between the default device and its memory; each is the best of several measurements."""
 
-    copy: float  # read and written
-    read: float  # read alone
+    copy: float  # reads plus writes
+    read: float  # reads alone
 
     @property
     def bytes_per_second(self) -> float:
@@ -26,7 +26,7 @@ class MemorySpeed:
         return max(self.copy, self.read)
 
     def to_json(self) -> dict[str, float]:
-        """In SI units."""
+        """The speeds for JSON, in SI units."""
         return {
             "ceiling_bytes_per_second": self.bytes_per_second,
             "copy_bytes_per_second": self.copy,
@@ -37,9 +37,9 @@ class MemorySpeed:
 def measure_memory(repeats: int = 7) -> MemorySpeed:
     """Copies and reads a large array.
 
-    A CPU copies with NumPy, a thread a core: XLA's copies there wait for fresh memory more than for the copying. What
-    is read is a bfloat16 matrix, summed along its rows and multiplied with a vector, as the weights of a decode step
-    are; on one GPU the one is faster, on another the other.
+    A CPU copies with NumPy, one thread per core, because XLA's copies there mostly wait for fresh memory. A
+    matrix is read in two ways, summing its rows and multiplying it by a vector, as a decode step does with its weights;
+    which is faster depends on the GPU.
     """
     is_cpu = jax.default_backend() == "cpu"
     copy = _cpu_copy(1 << 28) if is_cpu else _device_copy(1 << 31)
@@ -58,14 +58,14 @@ def measure_memory(repeats: int = 7) -> MemorySpeed:
 
 
 def measure_flops(dtype: str) -> float:
-    """Operations a second of a large product in `dtype`."""
+    """Floating-point operations a second of a large matrix product in `dtype`."""
     size = 1 << 10 if jax.default_backend() == "cpu" else 1 << 13
     a = jnp.ones((size, size), dtype)
     return 2 * size**3 / best(partial(jax.jit(jnp.matmul), a, a))
 
 
 def best(work: Callable[[], jax.Array], repeats: int = 7, together: int = 10) -> float:
-    """Seconds of one of several calls that are queued together: the best of several measurements."""
+    """Seconds per call when `together` calls are queued at once: the best of several measurements."""
     jax.block_until_ready(work())
     return min(timed(lambda: [work() for _ in range(together)]) for _ in range(repeats)) / together
 

@@ -1,4 +1,4 @@
-"""What a forward pass costs, by formula: the bytes that must move and the arithmetic that must be done."""
+"""What a forward pass must cost, by formula: the bytes moved and the arithmetic done."""
 
 from fractions import Fraction
 
@@ -7,16 +7,16 @@ import jax
 from gptjax.config import GptOssConfig
 from gptjax.models.params import abstract_params, weights_by_path
 from gptjax.models.registry import Model
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.mxfp4 import MXFP4
 
 _EXPERTS = ("gate_up_kernel", "down_kernel", "gate_up_bias", "down_bias")
 
 
 def weight_bytes_per_step(model: Model, *, batch: int = 1) -> int:
-    """Bytes of weights that a decode step of `batch` rows reads: all of them but what is only looked up.
+    """Bytes of weights that a decode step of `batch` rows reads: all except embeddings that are only looked up.
 
-    A tied token embedding is also the head's matrix, and is read whole; a learned position embedding never is. Of the
-    experts, those that any row is expected to choose under even routing are counted: E · (1 − (1 − X/E)^rows). A model
+    A tied token embedding is also the head's matrix and is read whole; a learned position embedding never is. Experts
+    are counted as the number expected to be chosen by any row under even routing: E · (1 − (1 − X/E)^rows). A model
     that prefers some experts reads fewer.
     """
     looked_up = {"position_embedding"} if model.config.tied_head else {"position_embedding", "token_embedding"}
@@ -29,23 +29,24 @@ def weight_bytes_per_step(model: Model, *, batch: int = 1) -> int:
 
 
 def cache_bytes(model: Model, *, length: int) -> int:
-    """Bytes of keys and values that a query reads at so many positions, itself included, in all layers of one row."""
+    """Bytes of keys and values that one row's query reads in all layers, at `length` positions including its own."""
     config = model.config
     positions = sum(length if window is None else min(length, window) for window in config.windows)
     return 2 * positions * config.num_kv_heads * config.head_width * int(jax.numpy.dtype(model.dtype).itemsize)
 
 
 def decode_bytes(model: Model, *, batch: int, length: int) -> int:
-    """Bytes that a decode step of `batch` rows must move, each attending to `length` positions, itself included."""
+    """Bytes that a decode step of `batch` rows must move, each attending to `length` positions including its own."""
     return weight_bytes_per_step(model, batch=batch) + batch * cache_bytes(model, length=length)
 
 
 def token_flops(model: Model, *, length: int, logits: bool = True) -> int:
-    """Floating-point operations of one token that attends to `length` positions: 2 for each weight that it meets in a
-    matrix product, and 4·N·H for each position and layer (scores, and weighted values).
+    """Floating-point operations for one token that attends to `length` positions.
+
+    These are 2 for each weight it is multiplied by, and 4·N·H for each position and layer (scores and weighted values).
 
     Args:
-      logits: whether the head is computed for this token, as for all in decoding and for the last of a prompt.
+      logits: whether the head is computed for this token, as it is for all decoded tokens and a prompt's last.
     """
     config = model.config
     matrices = sum(
@@ -60,7 +61,7 @@ def token_flops(model: Model, *, length: int, logits: bool = True) -> int:
 
 
 def _share(model: Model, path: tuple[str, ...], rows: int) -> Fraction:
-    """The part of a weight that a step of `rows` rows reads."""
+    """The share of a weight that a step of `rows` rows reads."""
     config = model.config
     if not isinstance(config, GptOssConfig) or path[-1] not in _EXPERTS:
         return Fraction(1)

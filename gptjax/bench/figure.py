@@ -1,4 +1,4 @@
-"""Repeated measurements of one thing, and the clock they are taken with."""
+"""Repeated measurements, and the clock they are taken with."""
 
 import dataclasses
 import statistics
@@ -19,12 +19,12 @@ class Figure:
 
     @property
     def median(self) -> float:
-        """The one to quote."""
+        """The figure to quote."""
         return statistics.median(self.seconds)
 
     @property
     def spread(self) -> float:
-        """From the fastest to the slowest."""
+        """The difference between the slowest and the fastest."""
         return max(self.seconds) - min(self.seconds)
 
     @property

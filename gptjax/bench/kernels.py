@@ -1,4 +1,4 @@
-"""The operations of `pallas_kernels` alone: their time, what part of the memory's speed that is, and their error."""
+"""Measures the operations of `pallas_kernels` alone: their time, their share of the memory's speed, and their error."""
 
 import dataclasses
 import math
@@ -15,36 +15,36 @@ from gptjax.bench.ceilings import MemorySpeed, measure_flops, measure_memory
 from gptjax.bench.figure import Figure, timed
 from pallas_kernels import dispatch
 
-_APART: Final = 256_000_000  # bytes between two uses of a weight, several times any GPU's cache
-_MOST_CALLS: Final = 64  # of a chain: each is compiled
-_CHAIN_SECONDS: Final = 4e-3  # by the time of a lone call, most of which is the host's
-_RUN_SECONDS: Final = 20e-3  # of a measurement, against which starting and waiting are nothing
+_APART: Final = 256_000_000  # bytes read between two uses of a weight, several times any GPU's cache
+_MOST_CALLS: Final = 64  # in a chain, since each is compiled
+_CHAIN_SECONDS: Final = 4e-3  # a chain's length, estimated from a single call, whose time is mostly the host's
+_RUN_SECONDS: Final = 20e-3  # per measurement, so that starting and waiting are negligible
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelResult:
-    """One operation at one shape by one implementation."""
+    """One operation at one shape with one implementation."""
 
     case: Case
     models: tuple[str, ...]
     implementation: str
-    call: Figure  # seconds of one call in a chain, with what makes its input of the last one's result
+    call: Figure  # seconds per call in a chain, including making its input from the previous result
     error: float  # ‖result − expected‖ / ‖expected‖, against float64
-    apart: int  # bytes that are read between two uses of a weight: little of it may be read from a cache
+    apart: int  # bytes read between two uses of a weight; if few, it may be read from a cache
 
     @property
     def bytes_per_second(self) -> float:
-        """Of what must be read."""
+        """The speed of reading what must be read."""
         return self.case.bytes / self.call.median
 
     @property
     def flops_per_second(self) -> float:
-        """Achieved."""
+        """The speed of arithmetic."""
         return self.case.flops / self.call.median
 
     @property
     def intensity(self) -> float:
-        """Operations for each byte that must be read."""
+        """Operations per byte that must be read."""
         return self.case.flops / self.case.bytes
 
     @property
@@ -53,7 +53,7 @@ class KernelResult:
         return self.apart < _APART // 4
 
     def to_json(self, ceiling: float) -> dict[str, Any]:
-        """All of it, in SI units."""
+        """Everything for JSON, in SI units."""
         return {
             "operation": self.case.operation,
             "shape": self.case.shape,
@@ -76,23 +76,23 @@ class KernelResult:
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings(MemorySpeed):
-    """What the device reaches, measured."""
+    """The device's measured limits."""
 
-    flops: float  # a second, of a large product
-    link: float  # seconds of what makes a call's input of the last one's result, alone
+    flops: float  # a second, of a large matrix product
+    link: float  # seconds to make a call's input from the previous result, alone
 
     def to_json(self) -> dict[str, float]:
-        """All of it, in SI units."""
+        """Everything for JSON, in SI units."""
         return super().to_json() | {"flops_per_second": self.flops, "link_seconds": self.link}
 
 
 def implementations() -> tuple[str, ...]:
-    """The names to measure on the default device. On a CPU, Pallas kernels are only interpreted."""
+    """The implementations to measure on the default device. On a CPU, Pallas kernels are only interpreted."""
     return ("xla",) if jax.default_backend() == "cpu" else dispatch.IMPLEMENTATIONS[1:]
 
 
 def measure_ceilings(dtype: str) -> Ceilings:
-    """Measures them on the default device, products in `dtype`."""
+    """Measures the default device's limits, with matrix products in `dtype`."""
     memory = measure_memory()
     links = _chain(lambda x, _: x, link, jnp.ones((1, 2880), dtype), [()] * 512, repeats=5)
     return Ceilings(memory.copy, memory.read, measure_flops(dtype), links.median)
@@ -100,7 +100,7 @@ def measure_ceilings(dtype: str) -> Ceilings:
 
 @dataclasses.dataclass(frozen=True)
 class NotRun:
-    """What could not be measured."""
+    """A measurement that failed."""
 
     case: Case
     implementation: str
@@ -108,17 +108,17 @@ class NotRun:
 
     @classmethod
     def of(cls, case: Case, implementation: str, error: Exception) -> "NotRun":
-        """The error's first line says why."""
+        """From an error, whose first line is the reason."""
         return cls(case, implementation, (str(error).strip() or type(error).__name__).splitlines()[0])
 
     def to_json(self) -> dict[str, Any]:
-        """What, and why not."""
+        """What failed and why, for JSON."""
         facts = {"operation": self.case.operation, "shape": self.case.shape, "rows": self.case.rows}
         return {**facts, "implementation": self.implementation, "reason": self.reason}
 
 
 def run(cases: Mapping[Case, Sequence[str]], names: Sequence[str], *, repeats: int) -> Iterator[KernelResult | NotRun]:
-    """Measures each case, which comes with its models' names, by each of the named implementations."""
+    """Measures each case (with the names of its models) with each of the named implementations."""
     for case, models in cases.items():
         expected = None
         for name in names:
@@ -127,18 +127,18 @@ def run(cases: Mapping[Case, Sequence[str]], names: Sequence[str], *, repeats: i
                     expected = expected_result(case)
                 call, difference, apart = measure(case, name, expected, repeats=repeats)
                 yield KernelResult(case, tuple(models), name, call, difference, apart)
-            except Exception as error:  # of a kernel that is tried out: the others go on
+            except Exception as error:  # whatever a kernel under trial raises: the others go on
                 yield NotRun.of(case, name, error)
 
 
 def expected_result(case: Case) -> np.ndarray:
-    """The result in float64, of which `error` is measured."""
+    """The result in float64, which errors are measured against."""
     (operands,) = case.copies(1, "xla")
     return case.expected(case.x(1), operands)
 
 
 def measure(case: Case, implementation: str, expected: np.ndarray, *, repeats: int) -> tuple[Figure, float, int]:
-    """Times of a call in a chain, its relative error, and the bytes read between two uses of a weight."""
+    """Seconds per call in a chain, the relative error, and the bytes read between two uses of a weight."""
     count = min(_MOST_CALLS, -(-_APART // case.bytes))
     x, copies = case.x(count), case.copies(count, implementation)
 
@@ -157,11 +157,13 @@ def measure(case: Case, implementation: str, expected: np.ndarray, *, repeats: i
 def _program(
     call: Callable[[Any, Any], Any], following: Callable[[Any, Any], Any]
 ) -> Callable[[Any, Sequence[Any]], Any]:
-    """Calls with these operands, one after the other. Each operand is an argument of its own, also where two are the
-    same array: what could be computed from it alone, such as a weight transposed, is not shared between calls.
+    """A program that makes a chain of calls, one after the other.
+
+    Each call's operands are separate arguments, even if two are the same array, so that nothing computed from them
+    alone, such as a transposed weight, is shared between calls.
     """
 
-    # The donated buffer keeps the addresses of each run the same, as recorded launches (CUDA graphs) like them.
+    # Donating the buffer keeps its address the same in all runs, so that recorded launches (CUDA graphs) can be reused.
     @partial(jax.jit, donate_argnums=0)
     def program(x: Any, chain: Sequence[Any]) -> Any:
         for operands in chain:
@@ -179,7 +181,7 @@ def _chain(
     *,
     repeats: int,
 ) -> Figure:
-    """Seconds of a call, in a chain with these operands that is run several times without waiting between."""
+    """Seconds per call, in a chain with these operands that is run several times without waiting in between."""
     program = _program(call, following)
     held = jax.tree.map(jnp.copy, x)
 

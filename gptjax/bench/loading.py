@@ -1,4 +1,4 @@
-"""What loading a model takes: seconds, and host memory."""
+"""Measures what loading a model takes: seconds and host memory."""
 
 import dataclasses
 import threading
@@ -14,14 +14,14 @@ import psutil
 
 @dataclasses.dataclass(frozen=True)
 class Loading:
-    """How weights came onto the device."""
+    """What loading took."""
 
     seconds: float
-    host_bytes: int  # by which the process's anonymous memory grew at most; on a CPU the weights are part of it
+    host_bytes: int  # the most that the process's anonymous memory grew; on a CPU this includes the weights
 
 
 def measure_loading(load: Callable[[], Any]) -> tuple[Any, Loading]:
-    """What `load` returns, when the device is done with it, and what that took, once the device is up."""
+    """Calls `load` and waits for the device. Returns the result and its cost, not counting the device's start-up."""
     jax.block_until_ready(jnp.zeros(1))
     done = threading.Event()
     before = peak = _anonymous()
@@ -45,17 +45,17 @@ def measure_loading(load: Callable[[], Any]) -> tuple[Any, Loading]:
 
 
 def _anonymous() -> int:
-    """Bytes of the process's memory that no file backs, where the system tells; else of all its memory."""
+    """Bytes of the process's memory that no file backs, if the system reports that; else of all its memory."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
         status = ""
-    told = [1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")]
-    return told[0] if told else int(psutil.Process().memory_info().rss)
+    found = [1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")]
+    return found[0] if found else int(psutil.Process().memory_info().rss)
 
 
 def peak_memory() -> int:
-    """Bytes: the most that the default device held so far, or on a CPU the process."""
+    """The most bytes that the default device (on a CPU, the process) has held so far."""
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])

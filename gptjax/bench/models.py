@@ -1,4 +1,4 @@
-"""Honest speed: medians with their spread, never compilation or a first call, against a ceiling of the same run."""
+"""Measures models: medians with their spread, without compilation and first calls, against the same run's ceiling."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -28,11 +28,11 @@ class Result:
     batch: int
     prompt_length: int
     steps: int  # decode steps in each measurement
-    compile: float  # seconds of compiling in the first round, or of reading compiled programs from the cache on disk
-    peak_memory: int  # bytes, the most that the device held by the end of this measurement; of the process on a CPU
-    prefill: Figure  # all rows' prompts
-    step: Figure  # one decode step of all rows, the mean over `steps`
-    bytes_per_step: int  # that must move
+    compile: float  # seconds to compile in the first round, or to read compiled programs from the disk cache
+    peak_memory: int  # the most bytes that the device (on a CPU, the process) held up to the end of this measurement
+    prefill: Figure  # of all rows' prompts
+    step: Figure  # one decode step of all rows: the mean over `steps`
+    bytes_per_step: int  # the bytes that must move
     flops_per_step: int
 
     @property
@@ -46,13 +46,13 @@ class Result:
         return self.batch / self.step.median
 
     def share(self, ceiling: float) -> float | None:
-        """How much of the memory's speed, in bytes a second, decoding reaches; what others read is not known."""
+        """Decoding's share of the memory's speed in bytes a second; None for other engines, whose reads are unknown."""
         if self.engine != "gptjax":
             return None
         return self.bytes_per_step / self.step.median / ceiling
 
     def to_json(self, ceiling: float) -> dict[str, Any]:
-        """All of it, in SI units."""
+        """Everything for JSON, in SI units."""
         return {
             **dataclasses.asdict(self),
             "prefill_seconds": self.prefill.median,
@@ -68,13 +68,13 @@ class Result:
 
 
 def needed_length(config: ModelConfig, prompt_length: int, steps: int) -> int:
-    """The positions that a measurement needs. Raises `CapacityError` where the model does not have them."""
-    # One step more than is measured: the first also waits for the prefill.
+    """The positions that a measurement needs. Raises `CapacityError` if the model does not have them."""
+    # One step more than measured: the first also waits for the prefill.
     length = prompt_length + steps + 1
     if length > config.context_length:
         raise CapacityError(
-            f"{prompt_length} prompt tokens and {steps} steps need {length} positions, the model has "
-            f"{config.context_length}: choose a shorter prompt or fewer steps"
+            f"{prompt_length} prompt tokens and {steps} steps need {length} positions, but the model has only "
+            f"{config.context_length}; choose a shorter prompt or fewer steps"
         )
     return length
 
@@ -83,10 +83,10 @@ Turn = Callable[[], tuple[float, float]]  # one measurement: seconds of prefill,
 
 
 def ours(model: Model, params: Params, *, batch: int, prompt_length: int, steps: int, seed: int = 0) -> Turn:
-    """Turns of gptjax: every row is prefilled anew, then `steps` tokens are decoded greedily.
+    """Measures gptjax: each turn prefills every row again, then decodes `steps` tokens greedily.
 
     Raises:
-      CapacityError: the prompt and the steps are more than the model has positions.
+      CapacityError: the prompt and the steps need more positions than the model has.
     """
     length = needed_length(model.config, prompt_length, steps)
     memory.check_state(model, batch=batch, max_length=length)
@@ -106,8 +106,8 @@ def ours(model: Model, params: Params, *, batch: int, prompt_length: int, steps:
             engine.wait()
 
         prefill = timed(fill)
-        # After the first step the device has nothing more to do, so all that is timed below is asked for there. (Where
-        # `steps` is no multiple of what the engine dispatches at once, up to half as many more, not counted here.)
+        # After the first step the device is idle, so everything timed below is also dispatched there. (If `steps` is
+        # not a multiple of what the engine dispatches at once, up to half that many more steps run uncounted.)
         engine.step()
         engine.wait()
         step = timed(decode) / steps
@@ -121,9 +121,9 @@ def ours(model: Model, params: Params, *, batch: int, prompt_length: int, steps:
 def transformers_turn(
     model: Model, *, directory: Any | None, batch: int, prompt_length: int, steps: int, seed: int = 0
 ) -> Turn:
-    """The same of transformers on the same device, by its default `generate`; random weights where `directory` is None.
+    """Measures transformers' default `generate` on the same device; random weights if `directory` is None.
 
-    A step's time is that of a long generation less that of a short one.
+    A step's time is that of a long generation minus that of a short one, over the number of steps.
 
     Raises:
       GptjaxError: transformers or torch is not installed.
@@ -159,7 +159,7 @@ def transformers_turn(
 def run(
     turns: Sequence[tuple[str, Turn]], model: Model, *, batch: int, prompt_length: int, steps: int, repeats: int
 ) -> list[Result]:
-    """Takes turns, one of each in a round, so that all see the same drift of the machine; the first is not counted."""
+    """Takes turns, one of each per round, so that all see the same drift of the machine; the first is not counted."""
     compiling = [_compile_seconds(turn) for _, turn in turns]
     rounds = [[turn() for _, turn in turns] for _ in range(repeats)]
     # In the middle of the measured steps, each row attends to this many positions.
@@ -182,7 +182,7 @@ def run(
 
 
 def _compile_seconds(action: Callable[[], Any]) -> float:
-    """Seconds that JAX spends on tracing, lowering and compiling while the action runs."""
+    """Seconds that JAX spends tracing, lowering and compiling while the action runs."""
     spent = [0.0]
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:

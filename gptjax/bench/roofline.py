@@ -1,4 +1,4 @@
-"""The roofline of measured kernels."""
+"""The roofline plot of measured kernels."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from gptjax.support.units import readable
 
 
 def plot(results: Sequence[KernelResult], ceilings: Ceilings, path: str | Path, *, title: str) -> None:
-    """Draws the roofline: operations a second against operations a byte, below what the device reaches.
+    """Plots the roofline: operations a second against operations per byte, below the device's limits.
 
     Raises:
       RequestError: matplotlib is not installed, or the file cannot be written.
     """
     check_plot(path)
-    from matplotlib.figure import Figure as Picture  # without pyplot: no window, no state
+    from matplotlib.figure import Figure as Picture  # without pyplot: no window, no global state
 
     picture = Picture(figsize=(9, 6), layout="constrained")
     axes = picture.add_subplot(xscale="log", yscale="log")
@@ -24,8 +24,8 @@ def plot(results: Sequence[KernelResult], ceilings: Ceilings, path: str | Path, 
     left = min([ridge, *(result.intensity for result in results)]) / 2
     right = max([ridge, *(result.intensity for result in results)]) * 4
     roof = [ceilings.bytes_per_second * left, ceilings.flops, ceilings.flops]
-    said = f"{readable(int(ceilings.bytes_per_second))}/s, {ceilings.flops / 1e12:.3g} TFLOP/s, measured"
-    axes.plot([left, ridge, right], roof, color="black", label=said)
+    label = f"{readable(int(ceilings.bytes_per_second))}/s, {ceilings.flops / 1e12:.3g} TFLOP/s, measured"
+    axes.plot([left, ridge, right], roof, color="black", label=label)
     operations, names = (
         sorted(set(each)) for each in zip(*((r.case.operation, r.implementation) for r in results), strict=True)
     )
@@ -40,7 +40,7 @@ def plot(results: Sequence[KernelResult], ceilings: Ceilings, path: str | Path, 
             axes.scatter(
                 *zip(*points, strict=True), marker=marker, color=color, alpha=0.7, label=f"{operation}, {name}"
             )
-    axes.set(xlabel="FLOPs a byte that must be read", ylabel="FLOP/s", title=title)
+    axes.set(xlabel="FLOP per byte that must be read", ylabel="FLOP/s", title=title)
     axes.grid(which="major", alpha=0.3)
     axes.legend()
     save_plot(picture, path)

@@ -1,4 +1,4 @@
-"""Trying the settings of kernels, and keeping the fastest."""
+"""Tries kernels' settings and keeps the fastest."""
 
 import dataclasses
 import datetime
@@ -13,14 +13,14 @@ import numpy as np
 from gptjax.bench.cases import Case
 from gptjax.bench.figure import Figure
 from gptjax.bench.kernels import NotRun, expected_result, measure
-from pallas_kernels import tiles
+from pallas_kernels import dispatch, tiles
 
-_WRONG: Final = 4  # settings whose error is so many times another's compute something else
+_WRONG: Final = 4  # settings with an error this many times another's compute the wrong thing
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """Settings that were tried. The protocol of what can be tuned is that of `pallas_kernels.tiles`."""
+    """Settings that were tried. `pallas_kernels.tiles` defines the protocol for tunable kernels."""
 
     key: tiles.Key
     settings: tiles.Settings
@@ -29,13 +29,13 @@ class Attempt:
 
 
 def tune(case: Case, implementation: str, *, repeats: int) -> Iterator[Attempt | NotRun]:
-    """Tries the settings of every key that the implementation asks `tiles.lookup` about, one key after the other."""
+    """Tries the settings of every key that the implementation asks `tiles.lookup` for, one key after another."""
     taken: dict[tiles.Key, tiles.Settings] = {}
     try:
         x, (operands,) = jax.eval_shape(lambda: (case.x(1), case.copies(1, implementation)))
         with tiles.trial({}) as asked:
             jax.eval_shape(lambda x, operands: case.call(x, operands, implementation), x, operands)
-    except Exception as error:  # of a kernel that is tried out: the others go on
+    except Exception as error:  # whatever a kernel under trial raises: the others go on
         yield NotRun.of(case, implementation, error)
         return
     candidates = {key: _tunable(key) for key in asked}
@@ -57,12 +57,12 @@ def tune(case: Case, implementation: str, *, repeats: int) -> Iterator[Attempt |
 
 def _tunable(key: tiles.Key) -> list[tiles.Settings]:
     operation, shape = key
-    module = importlib.import_module(f"pallas_kernels.{operation.replace('/', '.')}")
+    module = importlib.import_module(dispatch.module(operation))
     return module.tunable(dict(shape)) if hasattr(module, "tunable") else []
 
 
 def fastest(attempts: Iterable[Attempt]) -> list[tiles.Entry]:
-    """The best settings for each key. Whose error is many times that of others are not taken, however fast."""
+    """The fastest settings for each key, except those with an error many times that of others."""
     by_key: dict[tiles.Key, list[Attempt]] = {}
     for attempt in attempts:
         if math.isfinite(attempt.error):

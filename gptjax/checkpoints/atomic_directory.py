@@ -1,15 +1,15 @@
 """A directory that appears whole or not at all.
 
-It is written in a hidden directory next to its destination, and renamed when it is complete and on disk:
+It is written to a hidden directory next to the destination and renamed once it is complete and on disk:
 
-    .NAME.partial-xxxxxxxx/   locked while its process lives; a random name
-      gptjax-staging          marks the directory as one that was made here
-      new/                    what becomes the destination
-      old/                    what the destination was, between the two renames of an exchange
-      discarded/              the same, when the exchange is done
+    .NAME.partial-xxxxxxxx/   random name; locked while its process lives
+      gptjax-staging          marks the directory as ours
+      new/                    becomes the destination
+      old/                    the previous destination, between the two renames of an exchange
+      discarded/              the previous destination, once the exchange is done
 
-The lock distinguishes what a killed process left from the work of a living one. The mark distinguishes both from
-somebody else's directory of such a name, which is never deleted or moved.
+The lock distinguishes the remains of a killed process from the work of a live one. The mark distinguishes both from
+someone else's directory with such a name, which is never deleted or moved.
 """
 
 import contextlib
@@ -33,22 +33,22 @@ _MARKED: Final = b"gptjax writes a checkpoint here. What it leaves when it is ki
 
 @contextlib.contextmanager
 def staged(destination: Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """Yields an empty directory that becomes `destination` when the body ends, and vanishes when it raises.
+    """Yields an empty directory that becomes `destination` when the body ends, and vanishes if it raises.
 
     Args:
-      destination: where the directory is to be; its parent must exist.
-      overwrite: replace what is there, provided that it is `ours`. The old one stays in place until the new one is
-        complete, and is moved back if the exchange fails; killed between two renames, it is put back by the next
-        call.
-      ours: whether a directory is of the kind that may be overwritten.
+      destination: the final directory; its parent must exist.
+      overwrite: replace an existing directory if it is `ours`. The old one stays in place until the new one is
+        complete, and is moved back if the exchange fails; if the process is killed between the two renames, the next
+        call moves it back.
+      ours: whether a directory may be overwritten.
 
     Raises:
-      CheckpointError: the destination exists, has no parent or cannot be written.
+      CheckpointError: the destination exists, has no parent directory or cannot be written.
     """
     destination = _real(destination)
     if not os.path.isdir(destination.parent):
         raise CheckpointError(
-            f"{shown(destination.parent)} does not exist, so {shown(destination.name)} cannot be written into it; "
+            f"{shown(destination.parent)} does not exist, so {shown(destination.name)} cannot be written to it; "
             f"create it first: mkdir -p {shown(destination.parent)}"
         )
     try:
@@ -77,7 +77,7 @@ def _real(destination: Path) -> Path:
 
 
 def unwritable(destination: Path, error: Exception) -> CheckpointError:
-    """What to say where writing failed."""
+    """The error for a failed write."""
     number, text = getattr(error, "errno", None), str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
@@ -103,14 +103,14 @@ def _check_free(destination: Path, overwrite: bool, ours: Callable[[Path], bool]
         )
     if not ours(destination):
         raise CheckpointError(
-            f"{shown(destination)} exists and was not written by gptjax, so it is not overwritten; name another "
-            "directory, or remove it yourself if nothing in it is needed"
+            f"{shown(destination)} exists and was not written by gptjax, so it will not be overwritten; name another "
+            "directory, or remove it yourself if you do not need it"
         )
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[bool]:
-    """Whether the lock of a directory could be had, which is let go of at the end. The system does so for the dead."""
+    """Yields whether the directory could be locked; unlocks it at the end. The system does so for killed processes."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -124,7 +124,7 @@ def _locked(directory: Path) -> Iterator[bool]:
 
 
 def _clean(destination: Path) -> None:
-    """Removes what killed processes left beside a destination, and puts back a directory they had moved aside."""
+    """Removes what killed processes left next to a destination, and restores a directory they had moved aside."""
     pattern = re.compile(rf"\.{re.escape(destination.name)}\.partial-\w{{8}}", re.ASCII)
     for name in os.listdir(destination.parent):
         path = destination.parent / name
@@ -146,9 +146,9 @@ def _is_marked(staging: Path) -> bool:
 
 
 def _remove(staging: Path) -> None:
-    """Deletes a staging directory, except for an old checkpoint that could not be put back.
+    """Deletes a staging directory, except for an old checkpoint that could not be moved back.
 
-    The mark goes last, so that if the process is killed here, what is left is still marked.
+    The mark goes last, so that if the process is killed here, the remains are still marked.
     """
     for name in ("discarded", "new"):
         if (staging / name).exists():
@@ -157,7 +157,7 @@ def _remove(staging: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.remove(staging / _MARK)
         with contextlib.suppress(OSError):
-            os.rmdir(staging)  # fails if somebody else has put something into it
+            os.rmdir(staging)  # fails if someone else has put something in it
 
 
 def _sync(directory: Path) -> None:
@@ -188,4 +188,4 @@ def _publish(staging: Path, destination: Path, overwrite: bool) -> None:
             os.rename(old, destination)
         raise
     _sync_one(destination.parent)
-    os.rename(old, staging / "discarded")  # killed while half of it is deleted, it must not be put back
+    os.rename(old, staging / "discarded")  # so that it is not restored if we are killed with half of it deleted

@@ -1,4 +1,4 @@
-"""A checkpoint as one thing: found by its name, opened once, and asked for what it has."""
+"""A checkpoint: found by name, opened once, and asked for what it has."""
 
 import dataclasses
 import os
@@ -23,39 +23,39 @@ from gptjax.text import Tokenizer, load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A directory whose config.json was read. Everything else is read when it is first asked for."""
+    """A directory whose config.json has been read. Everything else is read on first use."""
 
     directory: Path
     config: ModelConfig
-    override: Mapping[str, Any] | bool | None = None  # of generation_config.json, as for `gptjax.load`
+    override: Mapping[str, Any] | bool | None = None  # replaces generation_config.json, as for `gptjax.load`
 
     @property
     def is_converted(self) -> bool:
-        """Whether `gptjax convert` wrote it; else it is as Hugging Face or OpenAI publish it."""
+        """Whether `gptjax convert` wrote it; otherwise it is in Hugging Face's or OpenAI's format."""
         return is_converted(self.directory)
 
     @cached_property
     def text_directory(self) -> Path:
-        """Where its tokenizer and its generation_config.json are."""
+        """The directory with its tokenizer and its generation_config.json."""
         return text_directory(self.directory)
 
     @cached_property
     def generation_config(self) -> Mapping[str, Any]:
-        """What generation_config.json says, or the override. Raises `CheckpointError` or `RequestError`."""
+        """The contents of generation_config.json, or the override. Raises `CheckpointError` or `RequestError`."""
         return read_generation_config(self.text_directory, self.override)
 
     @property
     def defaults(self) -> GenerationDefaults:
-        """The settings that a request starts from."""
+        """The default settings of a request."""
         return read_generation_defaults(self.text_directory, self.generation_config)
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether it has a tokenizer's files: if they cannot be read, that is a fault, and not the lack of one."""
+        """Whether it has tokenizer files: if so, failing to read them is a fault, not a missing tokenizer."""
         return any(os.path.lexists(self.text_directory / name) for name in TOKENIZER_FILES)
 
     def tokenizer(self) -> Tokenizer:
-        """Its tokenizer. Raises `CheckpointError` if there is none or it is damaged, `ConfigError` if unsupported."""
+        """Its tokenizer. Raises `CheckpointError` if it is missing or damaged, `ConfigError` if unsupported."""
         return load_tokenizer(self.text_directory, generation_config=self.generation_config)
 
 
@@ -72,8 +72,8 @@ def open_checkpoint(
       ignore_config, generation_config: as for `gptjax.load`.
 
     Raises:
-      CheckpointError: there is no such checkpoint, or its config.json is damaged.
-      ConfigError: the model, or a setting of it, is not supported.
+      CheckpointError: the checkpoint does not exist, or its config.json is damaged.
+      ConfigError: the model or one of its settings is not supported.
     """
     directory = hub.resolve(name)
     return Checkpoint(directory, read_config(directory, ignore=ignore_config), generation_config)

@@ -1,4 +1,4 @@
-"""Files that are not read, recognised by name and by their first bytes, so that the error can say what they are."""
+"""Recognises unsupported files by name and first bytes, so that the error can say what they are."""
 
 import os
 from pathlib import Path
@@ -13,31 +13,29 @@ _GGML_MAGICS: Final = frozenset({b"lmgg", b"fmgg", b"tjgg", b"algg", b"ggml", b"
 _ZIP_MAGIC: Final = b"PK\x03\x04"  # what torch.save writes: a zip archive with a pickle in it
 
 GET_SAFETENSORS: Final = (
-    "Get the model's safetensors files instead: nearly every repository on the Hugging Face Hub has them "
-    "(config.json, *.safetensors, tokenizer.json), or load the model once with transformers where you trust the "
-    "file and call model.save_pretrained(directory)"
+    "get the model's safetensors files instead: nearly every repository on the Hugging Face Hub has them "
+    "(config.json, *.safetensors, tokenizer.json); or, if you trust the file, load the model once with transformers "
+    "and call model.save_pretrained(directory)"
 )
 ADAPTER: Final = "adapter_config.json"
 _ADAPTER_WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
 _MERGE: Final = (
-    "With PEFT: model = peft.AutoPeftModelForCausalLM.from_pretrained(directory).merge_and_unload(), then "
+    "with PEFT: model = peft.AutoPeftModelForCausalLM.from_pretrained(directory).merge_and_unload(), then "
     "model.save_pretrained(another_directory)"
 )
-_PICKLE: Final = (
-    "is a PyTorch pickle file; gptjax never opens those, since unpickling runs any code that is in the file"
-)
-_GGML: Final = "is a ggml file of the time before GGUF; gptjax does not read that format"
+_PICKLE: Final = "is a PyTorch pickle file; gptjax never opens those, since unpickling runs any code in the file"
+_GGML: Final = "is a ggml file from before GGUF; gptjax does not read that format"
 _GGUF: Final = "is a GGUF file; gptjax does not read those yet"
 
 
 def refusal(path: Path) -> str | None:
-    """Why a file cannot be read as weights, as a whole sentence; None if it can.
+    """Why a file cannot be read as weights, as a message; None if it can.
 
-    Judged by the magic first and then by the name, so that neither a pickle called `model.safetensors` nor a ggml
-    file called `ggml-model.bin` passes for something else. Reads at most 64 bytes.
+    Judged by its magic bytes first and then by its name, so that neither a pickle called `model.safetensors` nor a
+    ggml file called `ggml-model.bin` is mistaken. Reads at most 64 bytes.
 
     Raises:
-      FileNotFoundError, NotADirectoryError: there is no such file.
+      FileNotFoundError, NotADirectoryError: the file does not exist.
       CheckpointError: it is not a regular file, or cannot be read.
     """
     with opened(path) as descriptor:
@@ -47,17 +45,17 @@ def refusal(path: Path) -> str | None:
 
 
 def refuse(path: Path) -> None:
-    """Raises `CheckpointError` if `refusal` has something to say."""
+    """Raises `CheckpointError` if `refusal` gives a reason."""
     reason = refusal(path)
     if reason is not None:
         raise CheckpointError(reason)
 
 
 def refuse_adapter(directory: Path) -> None:
-    """Raises `CheckpointError` if a directory holds an adapter (such as LoRA), with a model or without.
+    """Raises `CheckpointError` if a directory has an adapter (such as LoRA), with or without a model.
 
-    An adapter is a difference from the weights of another checkpoint. transformers adds it to them when it loads such a
-    directory, even if the directory has a model's weights as well.
+    An adapter is a difference from another checkpoint's weights. When transformers loads such a directory it applies
+    the adapter, even if the directory also has a model's weights.
     """
     weights = [name for name in _ADAPTER_WEIGHTS if os.path.lexists(directory / name)]
     described = os.path.lexists(directory / ADAPTER)
@@ -71,32 +69,32 @@ def refuse_adapter(directory: Path) -> None:
     of = f" of {shown(base)}" if isinstance(base, str) and base else ""
     if has_model:
         raise CheckpointError(
-            f"{shown(directory)} holds a model and an adapter{of} ({', '.join(weights)}), which gptjax does not apply; "
-            f"merge it, or move adapter_* out of the directory to use the model without it. {_MERGE}"
+            f"{shown(directory)} has a model and an adapter{of} ({', '.join(weights)}), which gptjax does not apply; "
+            f"merge it, or move adapter_* out of the directory to use the model without it; {_MERGE}"
         )
     raise CheckpointError(
-        f"{shown(directory)} holds an adapter{of} (such as LoRA), which is not a model but a difference from one; "
-        f"merge it into its base model first. {_MERGE}"
+        f"{shown(directory)} has only an adapter{of} (such as LoRA), which is a difference from a model, not a model; "
+        f"merge it into its base model first; {_MERGE}"
     )
 
 
 def _listed(directory: Path) -> list[str]:
     try:
         return os.listdir(directory)
-    except (OSError, ValueError):  # reading the files will fail, and say why
+    except (OSError, ValueError):  # reading the files will fail and say why
         return []
 
 
 def _by_magic(head: bytes) -> str | None:
     if head[:4] in _GGML_MAGICS:
-        return f"{_GGML}. {GET_SAFETENSORS}"
+        return f"{_GGML}; {GET_SAFETENSORS}"
     if head[:4] == b"GGUF":
-        return f"{_GGUF}. {GET_SAFETENSORS}"
+        return f"{_GGUF}; {GET_SAFETENSORS}"
     if head.startswith(_ZIP_MAGIC):
-        return f"{_PICKLE} (a zip archive, as torch.save writes it). {GET_SAFETENSORS}"
+        return f"{_PICKLE} (a zip archive, as torch.save writes it); {GET_SAFETENSORS}"
     # A safetensors header of 640 bytes also begins with 80 02; its JSON then begins at byte 8.
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and head[8:9] != b"{":
-        return f"{_PICKLE} (pickle protocol {head[1]}). {GET_SAFETENSORS}"
+        return f"{_PICKLE} (pickle protocol {head[1]}); {GET_SAFETENSORS}"
     if head.startswith(b"version https://git-lfs"):
         return (
             "is a Git LFS pointer, not the file itself: run `git lfs pull` in its directory, or download the file again"
@@ -108,7 +106,7 @@ def _by_magic(head: bytes) -> str | None:
 
 def _by_name(path: Path) -> str | None:
     if path.suffix.lower() in _PICKLE_SUFFIXES:
-        return f"{_PICKLE} (judged by its name). {GET_SAFETENSORS}"
+        return f"{_PICKLE} (judging by its name); {GET_SAFETENSORS}"
     if path.suffix.lower() == ".gguf":
-        return f"{_GGUF}. {GET_SAFETENSORS}"
+        return f"{_GGUF}; {GET_SAFETENSORS}"
     return None

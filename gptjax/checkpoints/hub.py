@@ -1,4 +1,4 @@
-"""A name, a directory or a Hub id -> a checkpoint directory."""
+"""Finds the checkpoint directory for a name, a path or a Hub id."""
 
 import difflib
 import os
@@ -17,8 +17,8 @@ from gptjax.support.quoting import shown
 
 DEMOS: Final = Path(__file__).resolve().parent.parent / "demo"
 
-FILES: Final = ("*.json", "*.txt", "*.safetensors", "*.model")  # what a checkpoint needs of a Hub repository
-_REFERENCE_BYTES: Final = 4096  # the limit for a file of the cache that names a commit
+FILES: Final = ("*.json", "*.txt", "*.safetensors", "*.model")  # what a checkpoint needs from a Hub repository
+_REFERENCE_BYTES: Final = 4096  # the size limit for a cache file that names a commit
 _HUB_ID: Final = re.compile(
     r"(?P<repo>(?:\w[\w.-]{0,95}/)?\w[\w.-]{0,95})(?:@(?P<revision>\w[\w./-]{0,99}))?", re.ASCII
 )
@@ -29,15 +29,15 @@ def resolve(name: str | os.PathLike[str]) -> Path:
 
     Args:
       name: tried in this order: a demo that comes with gptjax ("gpt2-tales"); a directory; the id of a repository on
-        the Hugging Face Hub, "gpt2" or "openai/gpt-oss-20b", with "@revision" if not its newest. A repository is
-        looked for in the Hub's local cache (HF_HUB_CACHE, HF_HOME) and then downloaded, if the extra `hub` is
+        the Hugging Face Hub, "gpt2" or "openai/gpt-oss-20b", with "@revision" if not the newest. A repository is
+        looked up in the local Hub cache (HF_HUB_CACHE, HF_HOME) and otherwise downloaded, if the extra `hub` is
         installed and HF_HUB_OFFLINE is not set.
 
     Raises:
-      CheckpointError: there is none of these; says what was tried and what to do.
+      CheckpointError: none of these exists; says what was tried and what to do.
     """
     if not isinstance(name, str | os.PathLike):
-        raise CheckpointError(f"a checkpoint is named by text or a path, found {type(name).__name__}")
+        raise CheckpointError(f"a checkpoint's name must be a string or a path, found {type(name).__name__}")
     text = os.fsdecode(name)
     if not text:
         raise CheckpointError(f"the checkpoint's name is empty; name a directory, or a demo: {', '.join(demos())}")
@@ -48,7 +48,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         is_directory = stat.S_ISDIR(os.stat(path).st_mode)
     except MISSING:
         pass
-    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown user's home, a NUL, a circle of links
+    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown user's home, a NUL, a symlink loop
         fault = (error.strerror if isinstance(error, OSError) else None) or error
         raise CheckpointError(f"{shown(repr(text))} cannot be a path ({fault}); name a directory or a demo") from None
     else:
@@ -72,9 +72,9 @@ def demos() -> list[str]:
 
 
 def cached(repo: str, revision: str = "main") -> Path | None:
-    """The directory of a repository in the Hub's local cache, if it has configuration and weights, or an adapter.
+    """The directory of a repository in the local Hub cache, if it has a config and weights, or an adapter.
 
-    The environment is read when this is called: HF_HUB_CACHE, else HF_HOME/hub, else ~/.cache/huggingface/hub.
+    The environment is read on each call: HF_HUB_CACHE, else HF_HOME/hub, else ~/.cache/huggingface/hub.
     """
     root = _cache() / f"models--{repo.replace('/', '--')}"
     reference = root / "refs" / revision
@@ -113,28 +113,28 @@ def _offline() -> bool:
 
 def _download(text: str, repo: str, revision: str) -> Path:
     if _offline():
-        raise CheckpointError(_not_found(text, is_id=True) + "\nNothing is downloaded, since HF_HUB_OFFLINE is set.")
+        raise CheckpointError(f"{_not_found(text, is_id=True)}\nnothing is downloaded because HF_HUB_OFFLINE is set")
     try:
         import huggingface_hub
     except ImportError:
         raise CheckpointError(
-            f"{_not_found(text, is_id=True)}\nOr let gptjax download it: {with_extra('hub')}"
+            f"{_not_found(text, is_id=True)}\nor let gptjax download it: {with_extra('hub')}"
         ) from None
     try:
-        # "*" in these patterns matches "/" too, so folders such as `original/` and `onnx/` are named.
+        # "*" in these patterns matches "/" too, so "*/*" leaves out folders such as `original/` and `onnx/`.
         snapshot = huggingface_hub.snapshot_download(
             repo, revision=revision, allow_patterns=list(FILES), ignore_patterns=["*/*"], cache_dir=_cache()
         )
-    except Exception as error:  # of the network, the Hub, authorisation, the disk
+    except Exception as error:  # from the network, the Hub, authorisation or the disk
         summary = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{text} could not be downloaded ({type(error).__name__}: {summary}).\n{_not_found(text, is_id=True)}"
+            f"{text} could not be downloaded ({type(error).__name__}: {summary})\n{_not_found(text, is_id=True)}"
         ) from error
     return Path(snapshot)
 
 
 def _about_file(path: Path) -> str:
-    """Why a file is not a checkpoint, and what is."""
+    """Why a file is not a checkpoint, and what to name instead."""
     try:
         reason = foreign.refusal(path)
     except CheckpointError as error:
@@ -142,7 +142,7 @@ def _about_file(path: Path) -> str:
     if reason is not None:
         return reason
     if path.suffix.lower() == ".safetensors":
-        return f"{path} is a file of weights; name the directory that it is in: {path.absolute().parent}"
+        return f"{path} is a weights file; name its directory: {path.absolute().parent}"
     return f"{path} is a file; name a checkpoint's directory (config.json, *.safetensors, tokenizer.json)"
 
 
@@ -151,15 +151,15 @@ def _not_found(text: str, *, is_id: bool) -> str:
     close: Iterable[str] = difflib.get_close_matches(text, demos(), n=3)
     tried += [f"did you mean {name!r}?" for name in close]
     if not is_id:
-        tried.append("it does not have the form of a Hub id either, which is `name` or `owner/name`; check the path")
+        tried.append("it does not look like a Hub id (`name` or `owner/name`) either; check the path")
         return "; ".join(tried)
     repo, _, revision = text.partition("@")
     where = f"{repo} at revision {revision}" if revision else repo
     tried.append(
-        f"and the Hub's cache at {_cache()} has no repository of this id with configuration and weights.\n"
-        f"To use the Hub's {where}, download from https://huggingface.co/{repo} into a directory of its own\n"
+        f"the Hub cache at {_cache()} has no repository with this id that has a config and weights\n"
+        f"to use {where} from the Hub, download these files from https://huggingface.co/{repo} to a new directory\n"
         "  config.json\n  model.safetensors (or model.safetensors.index.json and all files that it names)\n"
-        "  tokenizer.json (or vocab.json and merges.txt)\n  generation_config.json, tokenizer_config.json, if there\n"
-        "and name that directory."
+        "  tokenizer.json (or vocab.json and merges.txt)\n  generation_config.json, tokenizer_config.json, if present\n"
+        "and name that directory"
     )
     return "; ".join(tried)

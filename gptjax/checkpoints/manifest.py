@@ -1,4 +1,4 @@
-"""The manifest of a converted checkpoint: what it was made of, and where each weight lies."""
+"""The manifest of a converted checkpoint: what it was made from, and where each weight is."""
 
 import dataclasses
 import json
@@ -15,12 +15,12 @@ FILE: Final = "manifest.json"
 FORMAT: Final = "gptjax-checkpoint"
 VERSION: Final = 1
 MAX_AXES: Final = 16
-DTYPES: Final = frozenset({"float32", "float16", "bfloat16", "uint8"})  # that weights may have
+DTYPES: Final = frozenset({"float32", "float16", "bfloat16", "uint8"})  # allowed for weights
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """A file that a checkpoint was made of."""
+    """A file that a checkpoint was made from."""
 
     name: str
     bytes: int
@@ -35,12 +35,12 @@ class Leaf:
     shape: tuple[int, ...]
     dtype: str  # NumPy's name, or "bfloat16"
     piece: str  # a key of `Manifest.pieces`
-    crc32: int  # of its bytes in C order, little endian
+    crc32: int  # of its bytes in C order, little-endian
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The content of `manifest.json`."""
+    """The contents of `manifest.json`."""
 
     gptjax_version: str
     source: str  # the name of the directory that was converted
@@ -50,12 +50,12 @@ class Manifest:
 
 
 def is_converted(directory: Path) -> bool:
-    """Whether a directory is a checkpoint that gptjax wrote (and therefore complete: the manifest is written last)."""
+    """Whether gptjax wrote this checkpoint directory (which is then complete: the manifest is written last)."""
     return (read_json(directory / FILE) or {}).get("format") == FORMAT
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Reads `directory/manifest.json`. Raises `CheckpointError` where it is missing, damaged or of another version."""
+    """Reads `directory/manifest.json`. Raises `CheckpointError` if it is missing, damaged or of another version."""
     path = directory / FILE
     again = "convert the checkpoint again: python -m convert SOURCE DESTINATION"
     raw = read_json(path) or {}
@@ -63,7 +63,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path} is not a gptjax manifest; {again}")
     if raw.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has version {shown(repr(raw.get('version')))}, this gptjax reads version {VERSION}; "
+            f"{path} has version {shown(repr(raw.get('version')))}, but this gptjax reads version {VERSION}; "
             f"use the gptjax that wrote it ({shown(raw.get('gptjax_version'))}), or {again}"
         )
     try:
@@ -123,7 +123,7 @@ def _leaf(raw: Any) -> Leaf:
 
 def _path(name: Any) -> tuple[str, ...]:
     if re.fullmatch(r"\w{1,100}(/\w{1,100}){0,15}", _text(name), re.ASCII) is None:  # it becomes part of a file's path
-        raise ValueError(f"the weight {shown(repr(name))} is not names with slashes between them")
+        raise ValueError(f"the weight {shown(repr(name))} is not a path of names joined with slashes")
     return tuple(_text(name).split("/"))
 
 

@@ -1,11 +1,11 @@
-"""One Orbax checkpoint of some weights, as host arrays: what a converted directory has several of.
+"""A piece of a converted directory: one Orbax checkpoint of some weights, as host arrays.
 
-Orbax writes it, in Zarr's second format: a directory a weight, with one chunk, neither compressed nor filtered, and a
-`.zarray` that describes it. It is read here without Orbax and TensorStore, which trust what such a file says: an
-edited shape, compressor or nesting makes them abort, crash or take any amount of memory. Anything that is not exactly
-as this module writes it is an error. Reading directly also saves the two copies that Orbax makes.
+Orbax writes it in Zarr version 2: one directory per weight, with a single chunk, neither compressed nor filtered, and
+a `.zarray` that describes it. It is read here without Orbax and TensorStore, because they trust that file: an edited
+shape, compressor or nesting makes them abort, crash or take any amount of memory. Anything that differs from what this
+module writes is an error. Reading directly also avoids the two copies that Orbax makes.
 
-Measured on 320 MB: Orbax holds a copy of a piece while it saves (0.2 s), and weights do not compress.
+Measured on 320 MB: Orbax holds a copy of a piece while saving it (0.2 s), and weights do not compress.
 """
 
 import contextlib
@@ -25,18 +25,18 @@ from gptjax.checkpoints.raw import Buffers, read_array
 from gptjax.errors import CheckpointError
 from gptjax.support.files import parse_json, read_bytes
 
-_ZARRAY_BYTES: Final = 4096  # the limit for a .zarray; ours have 150
+_ZARRAY_BYTES: Final = 4096  # the size limit for a .zarray; ours have 150
 _TIMES: Final = ("init_timestamp_nsecs", "commit_timestamp_nsecs")
 
 
 def write_piece(path: Path, tree: Mapping[str, Any]) -> dict[str, int]:
-    """Saves nested dicts of host arrays to a new directory. Returns its files, by relative path, with their bytes.
+    """Saves nested dicts of host arrays to a new directory. Returns the sizes of its files by relative path.
 
-    The same arrays make the same files, byte for byte.
+    The same arrays give the same files, byte for byte.
 
-    Raises what Orbax and TensorStore raise: `OSError`, `ValueError` and others.
+    Raises whatever Orbax and TensorStore raise: `OSError`, `ValueError` and others.
     """
-    import orbax.checkpoint as ocp  # a third of a second, which `import gptjax` should not take
+    import orbax.checkpoint as ocp  # takes a third of a second, which `import gptjax` should not pay
 
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
     with _quiet(), ocp.Checkpointer(handler) as checkpointer:
@@ -46,7 +46,7 @@ def write_piece(path: Path, tree: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _forget_time_and_place(path: Path) -> None:
-    """Removes what differs between equal pieces: Orbax records when it saved, and in which directory."""
+    """Removes what differs between equal pieces: Orbax records the time and the directory of each save."""
     metadata, success = path / "_CHECKPOINT_METADATA", path / "commit_success.txt"
     if metadata.exists():
         raw = json.loads(metadata.read_text(encoding="utf-8"))
@@ -56,8 +56,12 @@ def _forget_time_and_place(path: Path) -> None:
 
 
 def check_piece(path: Path, files: Mapping[str, int]) -> None:
-    """Raises `CheckpointError` if a piece's directory, or one of the files that `write_piece` returned, is missing or
-    of another size."""
+    """Raises `CheckpointError` if a piece's directory or one of its files is missing, or a file has the wrong size.
+
+    Args:
+      path: the piece's directory.
+      files: what `write_piece` returned.
+    """
     if not path.is_dir():
         raise CheckpointError(f"{path} is missing; copy the whole directory, or convert the checkpoint again")
     found = _files(path)
@@ -72,11 +76,11 @@ def read_leaf(path: Path, leaf: Leaf, buffers: Buffers) -> np.ndarray:
 
     Args:
       path: the piece's directory.
-      leaf: what the manifest says of the weight.
-      buffers: where its memory comes from.
+      leaf: the weight's entry in the manifest.
+      buffers: provides its memory.
 
     Raises:
-      CheckpointError: its files are missing, or not exactly what `write_piece` makes of such a weight.
+      CheckpointError: its files are missing, or not exactly what `write_piece` writes for such a weight.
     """
     name, dtype = ".".join(leaf.path), np.dtype(leaf.dtype)
     data = read_bytes(path / name / ".zarray", _ZARRAY_BYTES)
@@ -115,17 +119,17 @@ def _zarray(dtype: np.dtype, shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def damaged_piece(path: Path, what: str) -> CheckpointError:
-    """The error about a piece that is not as it was written."""
+    """The error for a piece that is not as it was written."""
     return CheckpointError(f"{path} is damaged: {what}; copy the directory or convert the checkpoint again")
 
 
 def checksum(array: np.ndarray) -> int:
-    """CRC-32 of the bytes of an array in C order. (7 GB/s: worth it on every load, which SHA-256 at 2 GB/s is not.)"""
+    """CRC-32 of an array's bytes in C order. (At 7 GB/s it is worth it on every load; SHA-256 at 2 GB/s is not.)"""
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _files(path: Path) -> dict[str, int]:
-    """The sizes of the files below a directory; broken links are left out."""
+    """The sizes of the files under a directory, without broken links."""
     found = {}
     for file in sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names):
         with contextlib.suppress(OSError):
@@ -135,7 +139,7 @@ def _files(path: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax tells of its work on stderr, through absl's logger; what goes wrong comes as an exception anyway."""
+    """Silences Orbax's chatter on stderr, which goes through absl's logger; failures raise exceptions anyway."""
     logger = logging.getLogger("absl")
     silence: Callable[[logging.LogRecord], bool] = lambda record: record.levelno >= logging.ERROR  # noqa: E731
     logger.addFilter(silence)

@@ -1,6 +1,6 @@
-"""Arrays read from files into memory.
+"""Reads arrays from files into memory.
 
-Nothing is memory-mapped: if somebody truncates a mapped file, reading it ends the process with SIGBUS, which cannot be
+Nothing is memory-mapped: if someone truncates a mapped file, reading it kills the process with SIGBUS, which cannot be
 turned into an error.
 """
 
@@ -21,18 +21,18 @@ _MOST_FREE: Final = 4
 
 
 class Buffers:
-    """Memory for arrays, reused once an array and all views of it are gone.
+    """Memory for arrays, reused once an array and all its views are gone.
 
-    The kernel clears each new page. With fresh memory for every array, loading gpt-oss-20b on an H200 took 4.7 s
-    instead of 4.0.
+    The operating system clears each new page: with fresh memory for every array, loading gpt-oss-20b on an H200 took
+    4.7 s instead of 4.0.
     """
 
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []
-        self._lock = threading.RLock()  # re-entrant: a buffer can be freed, and come back here, while it is held
+        self._lock = threading.RLock()  # re-entrant: a buffer may be freed, and come back here, while we hold it
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """As `np.empty`."""
+        """Like `np.empty`."""
         size = math.prod(shape) * dtype.itemsize
         if size < _SMALL:
             return np.empty(shape, dtype)
@@ -44,13 +44,13 @@ class Buffers:
         return np.asarray(lent).view(dtype).reshape(shape)
 
     def take_back(self, buffer: np.ndarray) -> None:
-        """Keeps a buffer for the next array, and the largest few of all that are free."""
+        """Returns a buffer to the free ones, of which the largest few are kept."""
         with self._lock:
             self._free = sorted([*self._free, buffer], key=lambda free: -free.nbytes)[:_MOST_FREE]
 
 
 class _Lent:
-    """Owns an array's memory, and gives it back when the array is gone."""
+    """Owns an array's memory and returns it when the array is gone."""
 
     def __init__(self, owner: Buffers, buffer: np.ndarray, size: int) -> None:
         self._owner, self._buffer = owner, buffer
@@ -74,17 +74,17 @@ def read_array(
     expected: Stamp | None = None,
     buffers: Buffers | None = None,
 ) -> np.ndarray:
-    """A read-only array of a part of a file, in C order and the machine's byte order.
+    """A read-only array from part of a file, in C order and the machine's byte order.
 
     Args:
       path: the file.
       dtype, shape: of the array.
-      offset: in bytes, where it begins.
-      expected: the stamp that the file had when it was first looked at.
-      buffers: where the array's memory comes from; None for memory of its own.
+      offset: where it begins, in bytes.
+      expected: the file's stamp when it was first read.
+      buffers: provides the array's memory; None allocates new memory.
 
     Raises:
-      CheckpointError: the file is missing, too short or has changed, or there is not enough memory.
+      CheckpointError: the file is missing, too short or has changed, or memory runs out.
     """
     size = math.prod(shape) * dtype.itemsize
     try:
@@ -115,13 +115,13 @@ def read_array(
 def changed(path: Path) -> CheckpointError:
     """The error for a file that was written to, or replaced, while it was being read."""
     return CheckpointError(
-        f"{shown(path)} has changed while it was being read; wait until nothing writes to it, and start again"
+        f"{shown(path)} changed while it was being read; wait until nothing writes to it, then try again"
     )
 
 
 def missing(path: Path) -> CheckpointError:
     """The error for a file of a checkpoint that does not exist."""
-    return CheckpointError(f"{shown(path)} does not exist; download the file, it belongs to the checkpoint")
+    return CheckpointError(f"{shown(path)} does not exist but belongs to the checkpoint; download it")
 
 
 def truncated(path: Path, expected: int, found: int) -> CheckpointError:

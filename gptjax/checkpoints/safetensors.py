@@ -1,6 +1,6 @@
-"""A bounded, streaming reader of the safetensors files of a Hugging Face directory.
+"""A streaming reader, in bounded memory, for the safetensors files of a Hugging Face directory.
 
-Headers are read first (`gptjax.checkpoints.safetensors_header`), then a tensor at a time into memory of its own.
+Headers are read first (`gptjax.checkpoints.safetensors_header`), then one tensor at a time.
 """
 
 import math
@@ -20,16 +20,16 @@ from gptjax.errors import CheckpointError
 from gptjax.support.files import read_bytes
 from gptjax.support.quoting import shown
 
-MAX_FAULTS: Final = 20  # of a kind, before "and N more"
+MAX_FAULTS: Final = 20  # listed of one kind before "and N more"
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 _NUMBERED: Final = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.safetensors")
 
 
 class SafetensorsSource:
-    """The tensors of one or several safetensors files.
+    """The tensors of one or more safetensors files.
 
-    `tensors` lists them by name, in the order in which they lie on disk; `headers` has what their files began with.
+    `tensors` lists them by name, in their order on disk; `headers` has the files' headers.
     """
 
     def __init__(self, headers: Mapping[Path, Header]):
@@ -37,14 +37,14 @@ class SafetensorsSource:
         self.tensors: dict[str, TensorInfo] = {
             name: info for header in headers.values() for name, info in header.tensors.items()
         }
-        self.checksums: dict[str, int] | None = None  # where to note the CRC-32 of each tensor that is read
-        self.buffers: Buffers | None = None  # memory for arrays that are let go of one by one
+        self.checksums: dict[str, int] | None = None  # if set, records the CRC-32 of each tensor read
+        self.buffers: Buffers | None = None  # reused memory, for arrays that are released one by one
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, read-only.
 
         Raises:
-          KeyError: there is no such tensor, or NumPy does not have its dtype.
+          KeyError: unknown name, or NumPy lacks the tensor's dtype.
           CheckpointError: the file cannot be read, or has changed since its header was read.
         """
         shape = self.tensors[name].shape
@@ -52,7 +52,7 @@ class SafetensorsSource:
         return array.reshape(shape)
 
     def slices(self, name: str, most: int) -> Iterator[np.ndarray]:
-        """The elements of a tensor, at most `most` at a time, in at least one array. Raises what `read` raises."""
+        """A tensor's elements, at most `most` at a time, in at least one array. Raises what `read` raises."""
         count, crc = math.prod(self.tensors[name].shape), 0
         for start in range(0, max(1, count), most):
             array = self._part(name, start, min(most, count - start))
@@ -73,12 +73,12 @@ class SafetensorsSource:
 def open_directory(directory: Path) -> SafetensorsSource:
     """Reads the headers of `model.safetensors`, or of the files that `model.safetensors.index.json` names.
 
-    The single file goes first where both exist, as in transformers. Where neither does, files that number themselves
-    (`model--00001-of-00007.safetensors`, as in OpenAI's own directories) are taken, if they are all there.
+    If both exist, the single file is used, as in transformers. If neither does, numbered files
+    (`model--00001-of-00007.safetensors`, as in OpenAI's own directories) are used if the set is complete.
 
     Raises:
-      CheckpointError: no weights; weights of another kind; a file that is truncated, damaged or not what its name
-        says; an index that names files outside the directory or disagrees with its files. All faults together.
+      CheckpointError: weights are missing or of another format; a file is truncated, damaged or not what its name
+        says; or the index names files outside the directory or disagrees with its files. Lists all faults.
     """
     if os.path.lexists(directory / SINGLE):
         names, weight_map = [SINGLE], None
@@ -104,14 +104,14 @@ def open_directory(directory: Path) -> SafetensorsSource:
 
 
 def listed(faults: Iterable[str], indent: str = "  ") -> str:
-    """A line each, no more than MAX_FAULTS of them."""
+    """One fault a line, at most MAX_FAULTS of them."""
     faults = list(faults)
     more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
     return "\n".join(indent + fault for fault in faults[:MAX_FAULTS] + more)
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """An index's map from tensor to file name, names as they stand. Raises `CheckpointError`."""
+    """An index's map from tensor names to file names, unchecked. Raises `CheckpointError`."""
     data = read_bytes(path, MAX_HEADER_BYTES)
     if data is None:
         raise missing(path)
@@ -127,21 +127,21 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def _contained(directory: Path, name: str) -> Path:
-    """The path of a file that an index names. An index is data from elsewhere: it must not reach other files."""
+    """The path of a file that an index names. An index is untrusted: it must not reach other files."""
     path = directory / name
     fault = f"{directory / INDEX} names the file {shown(repr(name))}"
-    fix = "an index may only name files beside it; download the checkpoint again from a source you trust"
+    fix = "an index may only name files in its own directory; download the checkpoint again from a source you trust"
     if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
         raise CheckpointError(f"{fault}, which is not a plain file name; {fix}")
     if not name.endswith(".safetensors"):
-        raise CheckpointError(f"{fault}, which is not a safetensors file. {GET_SAFETENSORS}")
+        raise CheckpointError(f"{fault}, which is not a safetensors file; {GET_SAFETENSORS}")
     root = directory.resolve()
     roots = [root]
     if root.parent.name == "snapshots":  # the Hub's cache: snapshots/<commit>/<file> -> ../../blobs/<hash>
         roots.append(root.parent.parent / "blobs")
     try:
         inside = path.resolve().parent in roots
-    except (OSError, ValueError, RuntimeError) as error:  # too long, half a surrogate pair, a circle of links
+    except (OSError, ValueError, RuntimeError) as error:  # too long, half a surrogate pair, a symlink loop
         raise CheckpointError(f"{fault}, which is not a usable name ({error}); {fix}") from None
     if not inside:
         raise CheckpointError(f"{fault}, a link that leads out of the directory; {fix}")
@@ -149,7 +149,7 @@ def _contained(directory: Path, name: str) -> Path:
 
 
 def _numbered(directory: Path) -> list[str]:
-    """The names of files that number themselves; empty where there are none. Raises `CheckpointError`: some lack."""
+    """The names of numbered files, if any. Raises `CheckpointError` if some are missing."""
     found = {path.name: _NUMBERED.fullmatch(path.name) for path in sorted(directory.glob("*.safetensors"))}
     matches = [match for match in found.values() if match is not None]
     sets = {(match["stem"], int(match["total"])) for match in matches}
@@ -179,11 +179,11 @@ def _doubled(headers: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
 
 
 def _disagreements(weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
-    """Where an index and the files that could be read say different things."""
+    """Disagreements between an index and the readable files."""
     fix = f"correct or download again {INDEX} and the file"
     homes = _homes(headers)
     faults = [
-        f"{shown(name)} should be in {file} as {INDEX} says, but is not; {fix}"
+        f"{INDEX} says that {shown(name)} is in {file}, but it is not; {fix}"
         for name, file in weight_map.items()
         if file in headers and file not in homes.get(name, [])
     ]
@@ -196,19 +196,20 @@ def _disagreements(weight_map: Mapping[str, str], headers: Mapping[str, Mapping[
 
 
 def _no_weights(directory: Path) -> str:
-    """Why there is nothing to read, with the reason for what is there instead."""
+    """Why there is nothing to read, and what the directory has instead."""
     expected = f"{directory} has neither {SINGLE} nor {INDEX}"
     if (directory / "params").is_dir():
         fault = "not a manifest" if (directory / "manifest.json").is_file() else "missing"
         return (
-            f"{expected}; it looks like one that gptjax converted, but its manifest.json is {fault}: convert it again"
+            f"{expected}; it looks like a directory that gptjax converted, but its manifest.json is {fault}: convert "
+            "it again"
         )
     try:
         files = sorted(path for path in directory.iterdir() if os.path.isfile(path))
         others = [path.name for path in files if path.suffix == ".safetensors"]
         if others:
-            return f"{expected}, but {', '.join(others[:5])}; rename a single file to {SINGLE}, or add their index"
+            return f"{expected}, but has {', '.join(others[:5])}; rename a single file to {SINGLE}, or add the index"
         reasons = [reason for path in files if (reason := refusal(path)) is not None]
     except OSError as error:
         return f"{directory} cannot be read ({error.strerror}); check its permissions"
-    return "; ".join([expected, *reasons[:1]]) if reasons else f"{expected}. {GET_SAFETENSORS}"
+    return "; ".join([expected, *reasons[:1]]) if reasons else f"{expected}; {GET_SAFETENSORS}"

@@ -1,7 +1,7 @@
-"""The header of a safetensors file, read with bounds and checked before any data is touched.
+"""The header of a safetensors file, read within limits and checked before any data is read.
 
-The `safetensors` library reads each header too, as a second opinion; checked here besides are duplicate keys, JSON's
-NaN, the number of tensors, and that the file is exactly as long as its header says.
+The `safetensors` library reads each header too, as a second opinion; also checked here are duplicate keys, NaN in the
+JSON, the number of tensors, and that the file is exactly as long as its header says.
 
 Format: https://huggingface.co/docs/safetensors, "Format".
 """
@@ -44,19 +44,19 @@ _BITS: Final = {
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor."""
+    """A tensor's entry in a header."""
 
     name: str
     dtype: str  # safetensors' name: "F32", "BF16", ...
     shape: tuple[int, ...]
     file: Path
-    start: int  # of its bytes in the file
+    start: int  # its bytes in the file
     stop: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """The header of a safetensors file, and the state of the file when it was read."""
+    """The header of a safetensors file, and the file's stamp when it was read."""
 
     tensors: dict[str, TensorInfo]  # in the order of their data
     data_start: int
@@ -75,7 +75,7 @@ def read_header(path: Path) -> Header:
             first = os.pread(descriptor, 8, 0)
             (length,) = struct.unpack("<Q", first.ljust(8, b"\0"))
             if length > MAX_HEADER_BYTES:
-                raise _damaged(path, f"its header claims {length:,} bytes, at most {MAX_HEADER_BYTES:,} are accepted")
+                raise _damaged(path, f"its header claims {length:,} bytes; at most {MAX_HEADER_BYTES:,} are accepted")
             if found.size < max(8 + length, 10):
                 raise truncated(path, max(8 + length, 10), found.size)
             text = os.pread(descriptor, length, 8)
@@ -94,11 +94,11 @@ def read_header(path: Path) -> Header:
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{shown(path)} is not a sound safetensors file: {what}; download the file again")
+    return CheckpointError(f"{shown(path)} is not a valid safetensors file: {what}; download the file again")
 
 
 def parse(text: bytes) -> dict[str, Any]:
-    """A JSON object, strictly: keys once, no NaN. Raises `ValueError`."""
+    """Parses a JSON object strictly: no duplicate keys, no NaN. Raises `ValueError`."""
     raw = parse_json(text.decode("utf-8"), strict=True)
     if not isinstance(raw, dict):
         raise ValueError(f"it is a JSON {type(raw).__name__}, expected an object")
@@ -112,7 +112,7 @@ def _infos(path: Path, text: bytes, data_start: int) -> dict[str, TensorInfo]:
         raise _damaged(path, f"its header is not valid JSON ({error})") from None
     raw.pop("__metadata__", None)
     if len(raw) > MAX_TENSORS:
-        raise _damaged(path, f"it lists {len(raw):,} tensors, at most {MAX_TENSORS:,} are accepted")
+        raise _damaged(path, f"it lists {len(raw):,} tensors; at most {MAX_TENSORS:,} are accepted")
     infos = [_info(path, name, entry, data_start) for name, entry in raw.items()]
     infos.sort(key=lambda info: (info.start, info.stop))
     position = data_start
@@ -130,9 +130,9 @@ def _info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise _damaged(path, f"{shown(repr(name))} has the unknown dtype {shown(repr(dtype))}")
     if not _sizes(shape) or len(shape) > 32:
-        raise _damaged(path, f"{shown(repr(name))} has the shape {shown(repr(shape))}")
+        raise _damaged(path, f"{shown(repr(name))} has the invalid shape {shown(repr(shape))}")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _damaged(path, f"{shown(repr(name))} has the data_offsets {shown(repr(offsets))}")
+        raise _damaged(path, f"{shown(repr(name))} has the invalid data_offsets {shown(repr(offsets))}")
     if math.prod(shape) * _BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise _damaged(path, f"{shown(repr(name))}, {dtype} {shape}, has {offsets[1] - offsets[0]:,} bytes of data")
     return TensorInfo(name, dtype, tuple(shape), path, data_start + offsets[0], data_start + offsets[1])
@@ -146,17 +146,17 @@ def _ask_library(path: Path, beginning: bytes, size: int) -> None:
     import safetensors
 
     try:
-        with _pretended(path, beginning, size) as file, safetensors.safe_open(file, framework="np"):
+        with _stand_in(path, beginning, size) as file, safetensors.safe_open(file, framework="np"):
             pass
     except (safetensors.SafetensorError, OSError) as error:
         raise _damaged(path, f"the safetensors library says: {shown(error)}") from None
 
 
 @contextlib.contextmanager
-def _pretended(path: Path, beginning: bytes, size: int) -> Iterator[str]:
+def _stand_in(path: Path, beginning: bytes, size: int) -> Iterator[str]:
     """The name of a sparse file in memory with the same beginning and size, for the library to read.
 
-    The library maps the file that it reads. If somebody truncated the real one meanwhile, SIGBUS would end the process.
+    The library maps the file it reads; if someone truncated the real one meanwhile, SIGBUS would kill the process.
     """
     if sys.platform != "linux":
         yield str(path)

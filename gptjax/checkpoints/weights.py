@@ -1,7 +1,7 @@
-"""Weights in and out of Orbax, a bounded piece at a time.
+"""Saves weights with Orbax and loads them, a bounded piece at a time.
 
-A converted directory holds the model's JSON files, `manifest.json`, and under `params/` several Orbax checkpoints of
-at most PIECE_BYTES or one larger weight, each of which can be read with Orbax alone.
+A converted directory has the model's JSON files, `manifest.json`, and under `params/` several Orbax checkpoints of at
+most PIECE_BYTES or one larger weight each, all readable with Orbax alone.
 """
 
 import concurrent.futures
@@ -46,25 +46,25 @@ __all__ = [
     "save",
 ]
 
-Path = tuple[str, ...]  # of a weight in the nested dicts of parameters
+Path = tuple[str, ...]  # to a weight in the nested dicts of parameters
 Params = dict[str, Any]
 
 PIECE_BYTES: Final = 128 << 20
 _MAX_FAULTS: Final = 20
 _Result = TypeVar("_Result")
-_WORKERS: Final = 8  # weights on their way to a device at a time
+_WORKERS: Final = 8  # weights moved to a device at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Weights that are made and saved together: their bytes, and a function that makes them."""
+    """Weights that are made and saved together: their size, and a function that makes them."""
 
     nbytes: int
     read: Callable[[], Mapping[Path, np.ndarray]]
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
-    """The leaves of nested dicts, by their paths. A packed weight is two: …/blocks and …/scales."""
+    """The leaves of nested dicts by path. A packed weight gives two: …/blocks and …/scales."""
     return {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -73,7 +73,7 @@ def _names(path: tuple[Any, ...]) -> Path:
 
 
 def nest(flat: Mapping[Path, Any]) -> Params:
-    """Nested dicts of leaves by their paths."""
+    """Nested dicts from leaves by path."""
     tree: Params = {}
     for path, leaf in flat.items():
         node = tree
@@ -84,20 +84,20 @@ def nest(flat: Mapping[Path, Any]) -> Params:
 
 
 def cast(array: np.ndarray, dtype: DTypeLike, name: str) -> np.ndarray:
-    """An array in another floating dtype, rounded to nearest, ties to even; itself where the dtype is the same.
+    """The array in another floating-point dtype, rounded to nearest, ties to even; itself if the dtype is the same.
 
     Raises:
-      CheckpointError: a dtype that is not floating, or values that float16 cannot hold. `name` is for the message.
+      CheckpointError: a dtype is not floating-point, or float16 cannot hold the values. `name` is for the message.
     """
     dtype = np.dtype(dtype)
     if array.dtype == dtype:
         return array
     if not (jnp.issubdtype(array.dtype, jnp.floating) and jnp.issubdtype(dtype, jnp.floating)):
-        raise CheckpointError(f"{name} is {array.dtype} and cannot become {dtype}; only floating weights are cast")
+        raise CheckpointError(f"{name} is {array.dtype} and cannot become {dtype}; only floating-point weights can")
     with np.errstate(over="ignore"):
         result = array.astype(dtype)
     if dtype == np.float16 and not np.isfinite(result).all():
-        raise CheckpointError(f"{name} holds values beyond float16's 65504; use bfloat16 or float32")
+        raise CheckpointError(f"{name} has values beyond float16's 65504; use bfloat16 or float32")
     return result
 
 
@@ -107,22 +107,22 @@ def place(
     *,
     progress: Progress | None = None,
 ) -> Params:
-    """Puts weights on devices, cast to the wanted dtypes, in bounded host memory.
+    """Puts weights on devices, cast to the requested dtypes, in bounded host memory.
 
-    The result owns its memory: it does not change with the file that an array is a view of, and may be donated.
+    The result owns its memory: it does not change with a file that an array is a view of, and may be donated.
 
     Args:
-      leaves: path and host array of each weight, in any order; or what reads the array, which then happens for several
-        at a time if the device is not the CPU. (On an H200, one thread reads 4.3 GB/s out of the file cache, and moves
-        5.2 GB/s to the device.)
-      targets: nested dicts of `jax.ShapeDtypeStruct`: the shape and dtype wanted, and the sharding where it has one.
-      progress: shows how far it is; see `gptjax.support.progress`.
+      leaves: path and host array of each weight, in any order; or a function that reads the array, several of which
+        run at a time if the device is not the CPU. (On an H200, one thread reads 4.3 GB/s from the file cache, and
+        moves 5.2 GB/s to the device.)
+      targets: nested dicts of `jax.ShapeDtypeStruct`: shape, dtype and, if set, sharding.
+      progress: reports progress; see `gptjax.support.progress`.
 
     Returns:
       Nested dicts of `jax.Array`.
 
     Raises:
-      CheckpointError: weights that are missing, unknown, doubled, misshapen or not castable.
+      CheckpointError: weights are missing, unknown, duplicated, of the wrong shape or cannot be cast.
     """
     wanted = flatten(targets)
     seen: set[Path] = set()
@@ -138,7 +138,7 @@ def place(
         for path, leaf in leaves:
             if path not in wanted or path in seen:
                 name = "/".join(path)
-                raise CheckpointError(f"the weight {name} is {'doubled' if path in seen else 'unknown to the model'}")
+                raise CheckpointError(f"the weight {name} is {'duplicated' if path in seen else 'not in the model'}")
             seen.add(path)
             yield functools.partial(put, path, leaf)
             del leaf  # before the next one is read
@@ -156,14 +156,14 @@ def place(
 
 
 def _in_threads(jobs: Iterator[Callable[[], _Result]], workers: int) -> Iterator[_Result]:
-    """Results in the order in which they are ready. A job is taken only when a worker is free.
+    """Yields results as they become ready. A job is taken only when a worker is free.
 
     (In the order of the jobs, one large weight among small ones would leave the other workers idle.)
     """
     if workers == 1:
         for job in jobs:
             result = job()
-            del job  # and what it holds, before the next one is taken
+            del job  # and what it holds, before taking the next one
             yield result
         return
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -183,32 +183,32 @@ def _bytes(leaf: Any) -> int:
 def _put(array: np.ndarray, sharding: Any) -> jax.Array:
     if sharding is None and array.ndim == 2 and array.flags.f_contiguous and not array.flags.c_contiguous:
         return _transpose(_put(array.T, None))  # the device does it faster than the host
-    if sharding is not None and not sharding.is_fully_addressable:  # several hosts, each of which has the whole array
+    if sharding is not None and not sharding.is_fully_addressable:  # several hosts, each with the whole array
         result: jax.Array = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     else:
         result = jax.device_put(array, sharding)
     if any(device.platform == "cpu" for device in result.sharding.device_set):  # type: ignore[attr-defined]
-        # Here an array can be the host's memory itself, a checkpoint's file even, and all devices can share it. (So it
-        # is with may_alias=False too in JAX 0.10.) What XLA has computed it owns.
+        # Here an array may alias host memory, even a checkpoint's file, and all devices may share it (in JAX 0.10 even
+        # with may_alias=False). XLA owns what it has computed.
         result = result.copy()
-    return jax.block_until_ready(result)  # host memory stays bounded: nothing is in flight when the next one is read
+    return jax.block_until_ready(result)  # bounds host memory: nothing is in flight when the next one is read
 
 
 _transpose = jax.jit(jnp.transpose, donate_argnums=0)
 
 
 def restore(directory: FilePath, targets: Mapping[str, Any], *, progress: Progress | None = None) -> Params:
-    """Reads a converted directory onto devices.
+    """Loads a converted directory onto devices.
 
     Args:
-      directory: what `save` wrote.
+      directory: written by `save`.
       targets, progress: as for `place`.
 
     Returns:
-      Nested dicts of `jax.Array`, of the targets' shapes, dtypes and shardings.
+      Nested dicts of `jax.Array` with the targets' shapes, dtypes and shardings.
 
     Raises:
-      CheckpointError: the checkpoint's weights are not the targets' (all differences together), or a piece is missing
+      CheckpointError: the checkpoint's weights do not match the targets (lists all differences), or a piece is missing
         or damaged.
     """
     manifest = checked_manifest(directory, targets)
@@ -216,7 +216,7 @@ def restore(directory: FilePath, targets: Mapping[str, Any], *, progress: Progre
 
 
 def checked_manifest(directory: FilePath, targets: Mapping[str, Any]) -> Manifest:
-    """The manifest of a converted directory. Raises `CheckpointError` where its weights are not the targets'."""
+    """The manifest of a converted directory. Raises `CheckpointError` if its weights do not match the targets."""
     manifest, wanted = read_manifest(directory), flatten(targets)
     found = {leaf.path: leaf for leaf in manifest.leaves}
     faults = [f"{'/'.join(path)} is missing" for path in wanted.keys() - found.keys()]
@@ -236,14 +236,14 @@ def checked_manifest(directory: FilePath, targets: Mapping[str, Any]) -> Manifes
     if faults:
         more = [f"and {len(faults) - _MAX_FAULTS} more"] if len(faults) > _MAX_FAULTS else []
         raise CheckpointError(
-            f"{directory} does not hold the weights of the model that its config.json describes; convert the "
+            f"the weights in {directory} do not match the model that its config.json describes; convert the "
             "checkpoint again:\n  " + "\n  ".join([*sorted(faults)[:_MAX_FAULTS], *more])
         )
     return manifest
 
 
 def readers(directory: FilePath, manifest: Manifest) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
-    """Path of each weight of a converted directory, and a function that reads it. Both raise `CheckpointError`."""
+    """Yields each weight's path and a function that reads it. Both raise `CheckpointError`."""
     buffers = Buffers()
     for piece, files in manifest.pieces.items():
         path = directory / "params" / piece
@@ -272,15 +272,15 @@ def save(
     """Writes a converted directory, which appears complete or not at all.
 
     Args:
-      destination: the directory, which must not exist unless `overwrite`; then it must be a converted one.
+      destination: must not exist, or with `overwrite` may be a converted directory.
       parts: the weights. Only those of one piece are in memory at a time.
-      total_bytes: of all weights, to refuse a disk that is too full before anything is written.
-      source, source_files: what the manifest says of the origin; the latter is called when all weights are written.
+      total_bytes: of all weights, to reject a disk that is too full before anything is written.
+      source, source_files: the origin, for the manifest; the latter is called once all weights are written.
       copies: the directory's other files, by name.
-      progress: shows how far it is.
+      progress: reports progress.
 
     Raises:
-      CheckpointError: the destination exists, cannot be written or has too little room; nothing is left behind.
+      CheckpointError: the destination exists or cannot be written, or the disk is too full; nothing is left behind.
     """
     with staged(destination, overwrite=overwrite, ours=_replaceable) as partial:
         free = shutil.disk_usage(partial).free
@@ -305,14 +305,14 @@ def save(
                     Leaf(path, array.shape, str(array.dtype), name, checksum(array)) for path, array in piece.items()
                 ]
                 advance(sum(array.nbytes for array in piece.values()))
-                piece.clear()  # its memory goes before the next piece is read
+                piece.clear()  # frees its memory before the next piece is read
         manifest = Manifest(__version__, source, source_files(), tuple(written), pieces)
         write_manifest(partial, manifest)
     return manifest
 
 
 def _replaceable(directory: FilePath) -> bool:
-    """Whether a directory is surely ours, a manifest and all that belongs to it: nobody else's files may be deleted."""
+    """Whether a directory is surely ours, with a complete manifest: no one else's files may be deleted."""
     try:
         return is_converted(directory) and bool(read_manifest(directory).leaves)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""The command line, `gptjax COMMAND`: a module a command."""
+"""The command line, `gptjax COMMAND`: one module per command."""
 
 import argparse
 import errno
@@ -18,7 +18,7 @@ _DESCRIPTION = "GPT-2 and GPT-OSS in JAX: from a Hugging Face checkpoint to text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns the exit status: 0, 1 for an error that is told, 2 for wrong usage, 130 for Ctrl-C."""
+    """Runs a command. Returns the exit status: 0, 1 after an error message, 2 for wrong usage, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     if argv is None and args.command == "convert":
-        # A process of its own, which needs no accelerator and must not take the memory of one. Read by JAX's import.
+        # Its own process: needs no accelerator, and must not take the memory of one. JAX reads this on import.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         status: int = args.run(args)
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        if argv is None:  # a process of its own: XLA may still compile, and taking that down at exit crashes
+        if argv is None:  # in its own process: XLA may still be compiling, and tearing that down at exit crashes
             sys.stdout.flush()
             os._exit(130)
         return 130

@@ -29,10 +29,10 @@ def add(commands: Any) -> None:
         "bench",
         run,
         summary="measure the speed of loading, prefill and decode, or of the kernels alone",
-        epilog="""Medians over repeats, with the spread from fastest to slowest; compilation and first calls apart.
-The share of the ceiling compares the bytes that a step must read with the speed at which this device reads or copies
-memory, measured in the same run. For several rows of a mixture of experts, it counts the experts that even routing is
-expected to choose. A kernel's time is that of a call in a chain of calls that wait for each other.
+        epilog="""Medians over repeats, with the spread from fastest to slowest, without compilation and first calls.
+"Of ceiling" is the rate at which a step reads the bytes it must, as a share of this device's memory speed, measured in
+the same run. For several rows of a mixture of experts, it counts the experts that even routing is expected to choose.
+A kernel's time is that of one call in a chain of dependent calls.
 
 examples:
   gptjax bench gpt2-tales
@@ -44,27 +44,31 @@ examples:
   gptjax bench --random gpt-oss-20b --tune""",
     )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
-    parser.add_argument("--random", metavar="NAME", help="random weights of a published size instead, such as gpt2-xl")
+    parser.add_argument("--random", metavar="NAME", help="use random weights of a published size, such as gpt2-xl")
     parser.add_argument(
         "--write-random",
         metavar="DIRECTORY",
-        help="write the --random weights as a Hugging Face checkpoint, and measure nothing",
+        help="write the --random weights as a Hugging Face checkpoint and measure nothing",
     )
     add_dtype(parser)
     add_ignore_config(parser)
-    parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="rows (default: 1; of kernels, several)")
+    parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="rows (default: 1; for kernels, several)")
     parser.add_argument(
-        "--prompt-length", type=int, nargs="+", metavar="T", help="default: 128; of kernels, positions in the cache"
+        "--prompt-length",
+        type=int,
+        nargs="+",
+        metavar="T",
+        help="prompt tokens (default: 128); for kernels, cache positions",
     )
-    parser.add_argument("--steps", type=int, default=64, metavar="N", help="decode steps a measurement (default: 64)")
+    parser.add_argument("--steps", type=int, default=64, metavar="N", help="decode steps per measurement (default: 64)")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="measurements (default: 7)")
-    parser.add_argument("--versus", choices=["transformers"], help="measure this as well, in turns")
+    parser.add_argument("--versus", choices=["transformers"], help="measure this as well, taking turns")
     parser.add_argument(
         "--kernels",
         nargs="*",
         metavar="OPERATION",
-        help="measure the operations of pallas_kernels alone, all or those named (moe, matvec, attention, block), at "
-        "the model's shapes, or at those of GPT-2 and GPT-OSS if no model is named",
+        help="measure only pallas_kernels' operations, all or those named (moe, matvec, attention, block), at the "
+        "model's shapes, or at those of GPT-2 and GPT-OSS if no model is named",
     )
     parser.add_argument(
         "--plot", metavar="FILE", help="draw --kernels as a roofline: PNG, PDF or SVG (needs matplotlib)"
@@ -74,8 +78,8 @@ examples:
         nargs="?",
         const="",
         metavar="FILE",
-        help="instead, try the kernels' settings at these shapes, and write the fastest to the tile table that kernels "
-        "read on this device, or to FILE",
+        help="instead, try the kernels' settings at these shapes and write the fastest to this device's tile table, or "
+        "to FILE",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -105,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             length = models.needed_length(model.config, prompt_length, args.steps)
             with memory.explained(model, batch=batch, max_length=length):
                 results += models.run(turns, model, repeats=args.repeats, **sizes)
-            del turns  # and the cache with them, before the next ones take theirs
+            del turns  # frees their caches before the next ones allocate theirs
     memory_speed = measure_memory()
     ceiling = memory_speed.bytes_per_second
     device, dtype = jax.devices()[0].device_kind, jax.numpy.dtype(model.dtype).name
@@ -133,7 +137,7 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError("--plot draws what --kernels measures: use it with --kernels, and without --tune")
     alone = args.kernels is not None or args.tune is not None
     if alone and (args.versus or args.write_random):
-        raise RequestError("--versus and --write-random are of whole models: leave out --kernels and --tune")
+        raise RequestError("--versus and --write-random are for whole models: leave out --kernels and --tune")
     if args.tune is not None and args.json:
         raise RequestError("--tune writes its result to the table: leave out --json")
 
@@ -143,7 +147,7 @@ def _published(name: str) -> "ModelConfig":
     from gptjax.errors import RequestError
 
     if name not in PUBLISHED:
-        raise RequestError(f"there is no size {name!r}; there are {', '.join(PUBLISHED)}")
+        raise RequestError(f"unknown size {name!r}; choose one of {', '.join(PUBLISHED)}")
     return PUBLISHED[name]
 
 
@@ -198,9 +202,8 @@ def _print(title: str, loading: "Loading", speed: "MemorySpeed", results: "Seque
     from gptjax.support.units import readable
 
     print(
-        f"{title}; loaded in {loading.seconds:.1f} s, for which host memory grew by "
-        f"{readable(loading.host_bytes)}; memory is read at {readable(int(speed.read))}/s, copied at "
-        f"{readable(int(speed.copy))}/s"
+        f"{title}; loaded in {loading.seconds:.1f} s, growing host memory by {readable(loading.host_bytes)}; "
+        f"memory reads at {readable(int(speed.read))}/s and copies at {readable(int(speed.copy))}/s"
     )
     heads = ("rows prompt  prefill tok/s  spread", "ms/step  spread  decode tok/s", "of ceiling  compile      peak")
     print(f"engine        {'   '.join(heads)}")
@@ -219,4 +222,7 @@ def _print(title: str, loading: "Loading", speed: "MemorySpeed", results: "Seque
         if mine.engine == "gptjax" and theirs.engine == "transformers":
             decode = mine.decode_tokens_per_second / theirs.decode_tokens_per_second
             prefill = mine.prefill_tokens_per_second / theirs.prefill_tokens_per_second
-            print(f"{mine.batch} rows: {decode:.2f} times the decode rate of {theirs.engine}, {prefill:.2f} of prefill")
+            print(
+                f"{mine.batch} rows: {decode:.2f} times the decode rate of {theirs.engine}, "
+                f"{prefill:.2f} times the prefill rate"
+            )

@@ -26,9 +26,7 @@ def run(args: argparse.Namespace, models: "dict[str, ModelConfig]") -> int:
     operations = args.kernels or cases.OPERATIONS
     for unknown in set(operations) - set(cases.OPERATIONS):
         there = ", ".join(cases.OPERATIONS)
-        raise RequestError(
-            f"there is no operation {unknown!r}, there are {there}; a model's name goes before --kernels"
-        )
+        raise RequestError(f"unknown operation {unknown!r}; choose from {there}; a model's name goes before --kernels")
     if args.plot is not None:
         check_plot(args.plot)
     runtime.enable_compilation_cache()
@@ -45,7 +43,7 @@ def run(args: argparse.Namespace, models: "dict[str, ModelConfig]") -> int:
     )
     if not chosen:
         raise RequestError(
-            f"{', '.join(models)} has none of {', '.join(operations)}, or not so many positions; name others"
+            f"{', '.join(models)} has none of {', '.join(operations)}, or too few positions; choose others"
         )
     if args.tune is not None:
         return _tune(chosen, args.tune, device, repeats=args.repeats)
@@ -84,10 +82,10 @@ def _print_ceilings(title: str, ceilings: "Ceilings") -> None:
 
     print(
         f"{title}: a large copy moves {readable(int(ceilings.copy))}/s, a large sum reads "
-        f"{readable(int(ceilings.read))}/s, a large product does {ceilings.flops / 1e12:.3g} TFLOP/s"
+        f"{readable(int(ceilings.read))}/s, a large matmul does {ceilings.flops / 1e12:.3g} TFLOP/s"
     )
-    made = f"{1e6 * ceilings.link:.1f} µs for making an input of the last result"
-    print(f"within each time, but attention's and a block's: {made}")
+    made = f"{1e6 * ceilings.link:.1f} µs to make an input from the last result"
+    print(f"each time, except attention's and a block's, includes {made}")
     print(_HEADS, flush=True)
 
 
@@ -119,9 +117,9 @@ def _tune(cases: "dict[Case, list[str]]", target: str, device: str, *, repeats: 
 
     file = Path(target) if target else tiles.path(device)
     if file.suffix != ".json" or not os.access(file if os.path.exists(file) else file.absolute().parent, os.W_OK):
-        raise RequestError(f"{file} is no table that can be written; name one, as in --tune tiles.json")
+        raise RequestError(f"{file} is not a writable .json file; name one, as in --tune tiles.json")
     try:
-        tiles.read(file)  # so that its faults are known before the work is done
+        tiles.read(file)  # to find its faults before the work is done
     except ValueError as error:
         raise RequestError(str(error)) from None
     attempts = []
@@ -136,9 +134,7 @@ def _tune(cases: "dict[Case, list[str]]", target: str, device: str, *, repeats: 
                     print(f"{_start(case, name)}  {said}", flush=True)
     entries = tuning.fastest(attempts)
     if not entries:
-        raise RequestError(
-            f"no kernel that runs on {device} has settings to try; tune on a GPU that Pallas kernels run on"
-        )
+        raise RequestError(f"no kernel that runs on {device} has settings to tune; use a GPU that runs Pallas kernels")
     tiles.update(file, entries)
-    print(f"{file}: {len(entries)} of {len(attempts)} settings that ran")
+    print(f"{file}: wrote {len(entries)} of the {len(attempts)} settings that ran")
     return 0

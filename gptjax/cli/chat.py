@@ -1,4 +1,4 @@
-"""`gptjax chat`: the terminal's side; what a line does is in `chat_session`."""
+"""`gptjax chat`: the terminal side; `chat_session` handles each line."""
 
 import argparse
 import contextlib
@@ -41,10 +41,10 @@ def add(commands: Any) -> None:
         commands,
         "chat",
         run,
-        summary="talk with a model that speaks harmony, such as GPT-OSS",
-        epilog="""With a message, or standard input from a pipe (all of it one message), there is one answer only. In a
-pipe it comes without the reasoning. Control characters that the model writes are shown as signs; --json has
-everything to the letter. In a chat, /help lists the commands.
+        summary="chat with a model that speaks harmony, such as GPT-OSS",
+        epilog="""Given a message, or standard input from a pipe (all of it one message), answers once and exits. Output
+to a pipe omits the reasoning. Control characters that the model writes are shown as visible symbols; --json has
+everything verbatim. In a chat, /help lists the commands.
 
 examples:
   gptjax chat
@@ -52,7 +52,7 @@ examples:
   gptjax chat -m openai/gpt-oss-20b --system "Answer in one sentence."
   gptjax chat --json < question.txt > answer.json""",
     )
-    parser.add_argument("message", nargs="?", help="answer this and end; -, or a pipe, reads it from standard input")
+    parser.add_argument("message", nargs="?", help="answer this and exit; - or a pipe reads it from standard input")
     parser.add_argument(
         "-m",
         "--model",
@@ -66,18 +66,20 @@ examples:
         "--max-length",
         type=int,
         metavar="N",
-        help=f"tokens of the whole conversation (default: $GPTJAX_MAX_LENGTH, else {DEFAULT_LENGTH} or all there are)",
+        help=f"tokens per conversation (default: $GPTJAX_MAX_LENGTH, else the model's, up to {DEFAULT_LENGTH})",
     )
     parser.add_argument("--effort", choices=EFFORTS, default="medium", help="how much to think (default: medium)")
     parser.add_argument("--system", metavar="TEXT", help="instructions for the model")
-    parser.add_argument("--hide-reasoning", action="store_true", help="tell only how long the model thought")
-    parser.add_argument("-n", "--max-tokens", type=int, metavar="N", help="of a turn (default: what there is room for)")
-    parser.add_argument("-t", "--temperature", type=float, metavar="T", help="0 takes the most likely token, always")
+    parser.add_argument("--hide-reasoning", action="store_true", help="show only how long the model thought")
+    parser.add_argument(
+        "-n", "--max-tokens", type=int, metavar="N", help="tokens per turn, at most (default: as many as fit)"
+    )
+    parser.add_argument("-t", "--temperature", type=float, metavar="T", help="0 always takes the most likely token")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
     parser.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the fewest tokens whose probability reaches P"
+        "--top-p", type=float, metavar="P", help="draw from the smallest set of tokens whose probability reaches P"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="repeats a conversation, on the same date")
+    parser.add_argument("--seed", type=int, metavar="N", help="makes a conversation repeatable, on the same date")
     parser.add_argument("--json", action="store_true", help="with a message: print the whole result as one JSON object")
 
 
@@ -124,14 +126,14 @@ def _load(args: argparse.Namespace) -> "LanguageModel":
     checkpoint = open_checkpoint(args.model, **overrides(args))
     length = args.max_length
     if length is None and not os.environ.get("GPTJAX_MAX_LENGTH"):
-        # GPT-OSS has room for 131072 tokens, whose cache few conversations are worth.
+        # GPT-OSS has room for 131072 tokens; few conversations are worth a cache of that size.
         length = min(checkpoint.config.context_length, DEFAULT_LENGTH)
     lm = load_checkpoint(checkpoint, dtype=args.dtype, max_length=length, tokenizer=args.tokenizer)
     missing = harmony.missing_tokens(lm.tokenizer)
     if missing:
         raise RequestError(
-            f"{args.model} cannot chat: its tokenizer lacks harmony's special tokens {', '.join(missing)}. "
-            f'It continues texts instead: gptjax generate "Once upon a time" -m {args.model}'
+            f"{args.model} cannot chat: its tokenizer lacks harmony's special tokens {', '.join(missing)}; "
+            f'to continue a text instead: gptjax generate "Once upon a time" -m {args.model}'
         )
     return lm
 
@@ -141,12 +143,12 @@ def _greeting(lm: "LanguageModel", name: str) -> str:
         f"{name}, with room for {lm.max_length} tokens. /help lists commands; Ctrl-C ends a turn, Ctrl-D the chat."
     ]
     if name == DEFAULT_CHAT_MODEL:
-        lines.append("This small demo only goes on with stories: write the beginning of one. -m names another model.")
+        lines.append("This small demo only continues stories: write the beginning of one. -m chooses another model.")
     return "\n".join(lines)
 
 
 def _answer(session: "Session", message: str, terminal: "Terminal | None") -> "ChatCompletion":
-    """One turn by itself. Notes go to standard error, since standard output is for the answer."""
+    """A single turn. Notes go to standard error: standard output is for the answer."""
     shown = ("answer", "reasoning", "thinking") if terminal is not None and terminal.is_one else ("answer",)
     completion: ChatCompletion | None = None
     try:
@@ -154,7 +156,7 @@ def _answer(session: "Session", message: str, terminal: "Terminal | None") -> "C
             completion = session.last.completion if session.last is not None else None
             if piece.kind == "note":
                 if completion is None:
-                    raise KeyboardInterrupt  # it has ended the turn, and is to end the program
+                    raise KeyboardInterrupt  # it ended the turn, and must end the program
                 if terminal is not None:
                     terminal.end_line()
                 print(f"gptjax: {clean(piece.text)}", file=sys.stderr)
@@ -168,7 +170,7 @@ def _answer(session: "Session", message: str, terminal: "Terminal | None") -> "C
 
 
 def _talk(session: "Session", terminal: "Terminal") -> None:
-    with contextlib.suppress(ImportError):  # not on Windows; without it lines are as the terminal itself edits them
+    with contextlib.suppress(ImportError):  # absent on Windows; without it, the terminal itself edits lines
         import readline  # noqa: F401
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
@@ -182,7 +184,7 @@ def _talk(session: "Session", terminal: "Terminal") -> None:
             terminal.show("note", "")
             return
         except KeyboardInterrupt:
-            terminal.show("note", "")  # the cursor stands behind a draft, or ^C
+            terminal.show("note", "")  # the cursor is after a draft, or ^C
             if warned and not _draft():
                 return
             warned = not _draft()
@@ -201,7 +203,7 @@ def _read_line() -> str:
 
 
 def _draft() -> str:
-    """What stood on the line that Ctrl-C took away."""
+    """The text of the line that Ctrl-C discarded."""
     readline = sys.modules.get("readline")
     return readline.get_line_buffer() if readline is not None else ""
 
@@ -211,21 +213,21 @@ def _show_all(pieces: "Generator[Piece, None, None]", terminal: "Terminal") -> N
         piece = next(pieces, None)
         while piece is not None:
             try:
-                # One that nobody answered with a note was lost on its way.
+                # An interrupt that led to no note was lost on its way.
                 if interrupts and piece.kind != "note":
                     raise KeyboardInterrupt
                 terminal.show(piece.kind, piece.text)
                 piece = next(pieces, None)
-            except KeyboardInterrupt:  # while the piece was shown: the turn is told
+            except KeyboardInterrupt:  # while the piece was shown: hand it to the turn
                 interrupts.clear()
                 piece = pieces.throw(KeyboardInterrupt)
 
 
 @contextlib.contextmanager
 def _remembered_interrupts() -> Iterator[list[int]]:
-    """Ctrl-C, as ever, and a list of those that came.
+    """Lets Ctrl-C work as usual, and yields a list of those that came.
 
-    Where Python ignores exceptions, as it does in JAX's callback of the garbage collector, a KeyboardInterrupt is lost.
+    A KeyboardInterrupt is lost if Python is ignoring exceptions, as in JAX's garbage-collection callback.
     """
     came: list[int] = []
 
@@ -245,17 +247,17 @@ def _remembered_interrupts() -> Iterator[list[int]]:
 
 
 class Terminal:
-    """Shows pieces on a stream. Only where it is a terminal, and NO_COLOR is not set, it is sent escape sequences."""
+    """Shows pieces on a stream. Escape sequences are sent only to a terminal, and only if NO_COLOR is not set."""
 
     def __init__(self, out: TextIO) -> None:
         self.is_one = out.isatty()
         self._escapes = self.is_one and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self._out = out
-        self._kind = "note"  # of what was shown last
-        self._open = False  # whether its line has no end yet
+        self._kind = "note"  # of the last piece
+        self._open = False  # whether its line is unfinished
 
     def show(self, kind: str, text: str) -> None:
-        """Shows a piece, cleaned, or a further part of the last one."""
+        """Shows a piece, or the next part of the last one, cleaned."""
         if kind == "thinking" and not self._escapes:
             return
         whole = kind in ("note", "aside")
@@ -274,7 +276,7 @@ class Terminal:
         self._out.flush()
 
     def end_line(self) -> None:
-        """Ends the line that is open, if one is; one that says "thinking" is taken away."""
+        """Ends the open line, if there is one; a "thinking" line is erased."""
         if self._open:
             self._out.write(_ERASE_LINE if self._kind == "thinking" else "\n")
             self._out.flush()

@@ -1,4 +1,4 @@
-"""What `gptjax chat` does with a line, apart from the terminal: lines in, pieces of text out."""
+"""`gptjax chat` without its terminal: lines in, pieces of text out."""
 
 import dataclasses
 import datetime
@@ -15,13 +15,13 @@ from gptjax.errors import CapacityError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
 
 COMMANDS: Final = {
-    "effort": ("low|medium|high", "how much to think before an answer"),
-    "system": ("TEXT", "instructions, from the next message on; alone, shows them; - takes them back"),
-    "reasoning": ("show|hide", "whether to show what comes before an answer; alone, shows the last of it"),
-    "reset": ("", "begins a new conversation; instructions and effort stay"),
+    "effort": ("low|medium|high", "how much to think before answering"),
+    "system": ("TEXT", "sets instructions from the next message on; alone, shows them; - removes them"),
+    "reasoning": ("show|hide", "shows or hides reasoning from now on; alone, shows the last turn's"),
+    "reset": ("", "starts a new conversation with the same instructions and effort"),
     "save": ("FILE", "writes the conversation as JSON, in the form of OpenAI's chat API"),
-    "raw": ("all", "the last turn as the model read and wrote it, from your message on, or all of it"),
-    "stats": ("", "tokens and speed of the last turn"),
+    "raw": ("all", "shows what the model read and wrote since your last message, or all of it"),
+    "stats": ("", "shows tokens and speed of the last turn"),
     "help": ("", "shows this"),
     "quit": ("", "ends the chat, as Ctrl-D does"),
 }
@@ -30,15 +30,15 @@ _RAW_MESSAGES = 2  # the user's, and the beginning of the assistant's
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Something to show. Answers and reasoning come in parts; of the others each is whole."""
+    """Something to show. Answers and reasoning come in parts; the other kinds come whole."""
 
-    kind: Literal["answer", "reasoning", "thinking", "note", "aside"]  # "thinking" is for as long as nothing follows
+    kind: Literal["answer", "reasoning", "thinking", "note", "aside"]  # "thinking" is shown until something follows
     text: str  # as the model wrote it: control characters and all
 
 
 @dataclasses.dataclass
 class Turn:
-    """What a message led to, up to where it was ended."""
+    """The reply to a message, as far as it came."""
 
     prompt_ids: list[int]
     began: float
@@ -48,7 +48,7 @@ class Turn:
     text: str = ""
     reasoning: str = ""
     reasoning_tokens: int = 0
-    completion: ChatCompletion | None = None  # None where it was ended early
+    completion: ChatCompletion | None = None  # None if it was stopped early
 
     def add(self, chunk: ChatChunk) -> None:
         """Takes the next token."""
@@ -62,7 +62,7 @@ class Turn:
 
     @property
     def message(self) -> dict[str, Any]:
-        """The assistant's message to go on with."""
+        """The assistant's message, for the conversation so far."""
         if self.completion is not None:
             return self.completion.message
         return {"role": "assistant", "content": self.text} | (
@@ -71,7 +71,7 @@ class Turn:
 
     @property
     def positions(self) -> int:
-        """Of the context, that were used; the last token needs none."""
+        """Positions of the context in use; the last token needs none."""
         return len(self.prompt_ids) + max(len(self.token_ids) - 1, 0)
 
     @property
@@ -82,7 +82,7 @@ class Turn:
 
 
 class Session:
-    """A conversation with a model and what was set for it. `over` tells that the user wants to end it."""
+    """A conversation with a model, and its settings. `over` is set once the user wants to end it."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Session:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         """`name` is the model's; `options` are those of `LanguageModel.generate`."""
-        self.messages: list[dict[str, Any]] = []  # the user's and the assistant's, in turns
+        self.messages: list[dict[str, Any]] = []  # the user's and the assistant's, alternating
         self.last: Turn | None = None
         self.system, self.effort, self.show_reasoning = system or None, effort, show_reasoning
         self.over = False
@@ -108,7 +108,7 @@ class Session:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages
 
     def handle(self, line: str) -> Generator[Piece, None, None]:
-        """Runs a command, or asks the model. Raises `GptjaxError` for what failed; then nothing has changed."""
+        """Runs a command, or asks the model. Raises `GptjaxError` on failure, with nothing changed."""
         line = line.strip()
         if line.startswith("/") and not line.startswith("//"):
             note = self._command(line)
@@ -118,9 +118,9 @@ class Session:
             yield from self.ask(line.removeprefix("/") if line.startswith("//") else line)
 
     def ask(self, text: str) -> Generator[Piece, None, None]:
-        """One turn. A KeyboardInterrupt, inside or thrown in, ends it: the answer stays as far as it came.
+        """One turn. A KeyboardInterrupt, raised or thrown in, ends it and keeps the partial answer.
 
-        Where there was none yet, or an error was raised, the message is not kept, so that it may be sent again.
+        If there is no answer yet, or an error was raised, the message is dropped, so that it can be sent again.
         """
         user = {"role": "user", "content": text}
         how: dict[str, Any] = {"reasoning_effort": self.effort, "current_date": datetime.date.today().isoformat()}
@@ -134,7 +134,7 @@ class Session:
                 yield from self._stream(turn, chunk)
         except KeyboardInterrupt:
             self.messages += [user, turn.message] if turn.text else []
-            yield Piece("note", f"Stopped; {'what there is stays' if turn.text else 'your message was taken back'}.")
+            yield Piece("note", f"Stopped; {'the partial answer stays' if turn.text else 'your message was dropped'}.")
             return
         assert turn.completion is not None  # the last chunk has it
         if turn.completion.completion.error is not None:
@@ -157,7 +157,7 @@ class Session:
     def _check_room(self, tokens: int) -> None:
         room, most = self._lm.max_length, self._lm.config.context_length
         if tokens > room:
-            less = "begin a new conversation with /reset" if self.messages else "shorten the message"
+            less = "start a new conversation with /reset" if self.messages else "shorten the message"
             more = f", or start with a larger --max-length (the model has {most} positions)" if most > room else ""
             raise CapacityError(
                 f"with this message the conversation has {tokens} tokens, but there is room for {room}: {less}{more}"
@@ -171,34 +171,32 @@ class Session:
         if not turn.text:
             yield from self._thought(turn)
         for call in completion.tool_calls:
-            yield Piece("note", f"The model calls {call.name} with {call.arguments}; gptjax chat runs no tools.")
+            yield Piece("note", f"The model called {call.name} with {call.arguments}; gptjax chat does not run tools.")
         if completion.finish_reason == "length":
             full = turn.positions >= self._lm.max_length
-            why = "the context is full (/reset, --max-length)" if full else "the limit of --max-tokens is reached"
+            why = "the context is full (/reset, --max-length)" if full else "--max-tokens was reached"
             yield Piece("note", f"Cut off{'' if turn.text else ' before the answer'}: {why}.")
         elif not turn.text and not completion.tool_calls:
             yield Piece("note", "The model ended its turn without an answer.")
         rate = f"{turn.tokens_per_second:.0f} tokens/s"
         yield Piece("aside", f"context {turn.positions} of {self._lm.max_length} tokens, {rate}")
 
-    # Commands: each takes what stands after its name, and returns what to show.
+    # Commands: each takes the text after its name, and returns what to show.
 
     def _command(self, line: str) -> str:
         name, _, argument = line.removeprefix("/").partition(" ")
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f"did you mean /{near[0]}?" if near else "/help lists them."
-            raise RequestError(
-                f"there is no command /{name}; {hint} A message that begins with / is sent by writing //."
-            )
+            hint = f"did you mean /{near[0]}?" if near else "/help lists all"
+            raise RequestError(f"unknown command /{name}; {hint} (to send a message that begins with /, write //)")
         if argument and not COMMANDS[name][0]:
-            raise RequestError(f"/{name} takes nothing after it, found {argument[:40]!r}; nothing was done")
+            raise RequestError(f"/{name} takes no argument, found {argument[:40]!r}; nothing was done")
         answer: str = getattr(self, f"_do_{name}")(argument.strip())
         return answer
 
     def _do_effort(self, effort: str) -> str:
         if effort and effort not in EFFORTS:
-            raise RequestError(f"there is no effort {effort!r}; choose one of {', '.join(EFFORTS)}")
+            raise RequestError(f"unknown effort {effort!r}; choose one of {', '.join(EFFORTS)}")
         self.effort = effort or self.effort
         return f"The effort is {self.effort}."
 
@@ -211,13 +209,13 @@ class Session:
         if not choice:
             return self._last().reasoning or "There was no reasoning."
         if choice not in ("show", "hide"):
-            raise RequestError(f"/reasoning takes show or hide, or nothing to show the last one, found {choice!r}")
+            raise RequestError(f"/reasoning takes show, hide, or nothing to show the last reasoning, found {choice!r}")
         self.show_reasoning = choice == "show"
         return f"Reasoning is {'shown' if self.show_reasoning else 'hidden'}."
 
     def _do_reset(self, _: str) -> str:
         dropped, self.messages, self.last = len(self.messages), [], None
-        return f"A new conversation; {dropped} messages are forgotten."
+        return f"New conversation; {dropped} messages forgotten."
 
     def _do_save(self, name: str) -> str:
         if not name:
@@ -230,14 +228,14 @@ class Session:
             with path.open("x", encoding="utf-8") as file:
                 file.write(json.dumps(conversation, indent=2, ensure_ascii=False) + "\n")
         except FileExistsError:
-            raise RequestError(f"{name} exists already, and is left as it is; choose another name") from None
+            raise RequestError(f"{name} already exists and was not overwritten; choose another name") from None
         except (OSError, RuntimeError, ValueError) as error:  # an unknown user's home, a NUL
             raise RequestError(f"{name} cannot be written ({getattr(error, 'strerror', None) or error})") from None
         return f"Wrote {len(self.conversation)} messages to {path}."
 
     def _do_raw(self, choice: str) -> str:
         if choice not in ("", "all"):
-            raise RequestError(f"/raw takes all, or nothing, found {choice!r}")
+            raise RequestError(f"/raw takes all or nothing, found {choice!r}")
         turn, tokenizer = self._last(), self._lm.tokenizer
         start = tokenizer.special_ids["<|start|>"]
         begins = [index for index, token in enumerate(turn.prompt_ids) if token == start]
@@ -257,8 +255,8 @@ class Session:
     def _do_help(self, _: str) -> str:
         rows = [(f"/{name} {takes}".strip(), about) for name, (takes, about) in COMMANDS.items()]
         rows += [
-            ("Ctrl-C", "ends the turn; the answer stays as far as it came (and twice when nothing runs, the chat)"),
-            ("\\", "at the end of a line: the message goes on in the next"),
+            ("Ctrl-C", "ends the turn and keeps the partial answer; pressed twice when idle, ends the chat"),
+            ("\\", "at the end of a line: continues the message on the next line"),
         ]
         width = max(len(usage) for usage, _ in rows)
         return "\n".join(f"{usage:{width}}  {about}" for usage, about in rows)

@@ -15,26 +15,26 @@ MODEL_HELP = (
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parses what follows a command's name. What it does not know is an error that shows this command's options.
+    """Parses a command's arguments. An unknown one is an error that shows this command's options.
 
-    (argparse leaves it to the parser of all commands, which shows their names.)
+    (argparse leaves that to the main parser, which shows the list of commands.)
     """
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        """As argparse's, but that nothing is left over."""
+        """Like argparse's, but leftovers are an error."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
             near = [near for given in unknown for near in difflib.get_close_matches(given.split("=")[0], known, n=1)]
-            meant = f" (is {' and '.join(near)} meant?)" if near else ""
+            meant = f" (did you mean {' and '.join(near)}?)" if near else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return found, unknown
 
 
 def model_name(args: argparse.Namespace) -> str:
-    """The model that was asked for, or the default one. (An empty name, as of an unset variable, is an error later.)"""
+    """The requested model, or the default. (An empty name, as from an unset variable, is an error later.)"""
     from gptjax.api import DEFAULT_MODEL
 
     return DEFAULT_MODEL if args.model is None else str(args.model)
@@ -56,13 +56,13 @@ def add_command(
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `gptjax.load`."""
+    """Declares the options of `gptjax.load`."""
     add_dtype(parser)
-    parser.add_argument("--max-length", type=int, metavar="N", help="positions of a sequence (default: all there are)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="positions per sequence (default: the model's)")
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """What to hold the weights and compute in."""
+    """Declares --dtype, for weights and computation."""
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
 
 
@@ -72,7 +72,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-generation-config",
         action="store_true",
-        help="take nothing from generation_config.json but the tokens that texts begin and end with",
+        help="ignore generation_config.json, except for its BOS and EOS tokens",
     )
 
 
@@ -83,12 +83,12 @@ def add_ignore_config(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="read config.json without this key, if you know that it changes nothing; may be given again",
+        help="ignore this key of config.json, if you know that it changes nothing; may be repeated",
     )
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `gptjax.load` from the options that `add_overrides` or `add_ignore_config` has declared."""
+    """The arguments of `gptjax.load` from the options that `add_overrides` or `add_ignore_config` declared."""
     given: dict[str, Any] = {}
     if args.ignore_config:
         given["ignore_config"] = tuple(args.ignore_config)
@@ -98,20 +98,20 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    """Where to take the tokenizer from."""
+    """Declares --tokenizer."""
     parser.add_argument(
-        "--tokenizer", metavar="DIRECTORY", help="take the tokenizer from there, if the checkpoint has none of its own"
+        "--tokenizer", metavar="DIRECTORY", help="take the tokenizer from here, if the checkpoint has none"
     )
 
 
 def read_stdin() -> str:
-    """All of standard input. Raises `RequestError` for what is no text."""
+    """All of standard input. Raises `RequestError` if it is not text."""
     from gptjax.errors import RequestError
 
     try:
-        # A file's or echo's last line end is not meant as part of the prompt.
+        # The last newline, of a file or of echo, is not meant as part of the prompt.
         text = sys.stdin.read().removesuffix("\n")
-        text.encode()  # in some locales Python reads bytes that are no UTF-8 as lone surrogates
+        text.encode()  # in some locales Python reads bytes that are not UTF-8 as lone surrogates
         return text
     except UnicodeError as error:
         raise RequestError(f"standard input is not UTF-8 text ({error}); convert it first, as with iconv") from None

@@ -18,8 +18,8 @@ def add(commands: Any) -> None:
         commands,
         "compare",
         run_compare,
-        summary="run transformers beside gptjax and compare every stage",
-        epilog=f"""Exits with 1 if a stage differs by more than the dtype explains, and names the first one.
+        summary="run gptjax and transformers side by side and compare every stage",
+        epilog=f"""Exits with 1 if a stage differs by more than the dtype explains, and names the first.
 Computes in float32 unless --dtype says otherwise. Needs transformers and torch: {with_extra("oracle")}
 
 examples:
@@ -35,10 +35,10 @@ examples:
     )
     for parser in (compare, trace):
         parser.add_argument("model", nargs="?", help=MODEL_HELP)
-        parser.add_argument("--prompt", default=_PROMPT, help="the text to run (default: a fairy tale's beginning)")
+        parser.add_argument("--prompt", default=_PROMPT, help="the text to run (default: the start of a fairy tale)")
         parser.add_argument("--ids", type=int, nargs="+", metavar="ID", help="token ids to run instead")
         parser.add_argument("--values", action="store_true", help="show the first eight values of each stage")
-        parser.add_argument("--json", action="store_true", help="print one JSON object a stage")
+        parser.add_argument("--json", action="store_true", help="print one JSON object per stage")
         add_dtype(parser)
         add_ignore_config(parser)
 
@@ -111,7 +111,7 @@ def _line(values: list[float]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """Makes NaN and infinities, which JSON lacks, null."""
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return value if not isinstance(value, float) or np.isfinite(value) else None

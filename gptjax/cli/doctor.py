@@ -15,9 +15,9 @@ def add(commands: Any) -> None:
         commands,
         "doctor",
         run,
-        summary="tell what this machine and installation are, and what is wrong with them",
+        summary="report on this machine and installation, and on what is wrong with them",
         epilog="examples:\n  gptjax doctor\n  gptjax doctor --json > report.json\n\n"
-        "The exit status is 1 where a problem keeps gptjax from working.",
+        "The exit status is 1 if a problem keeps gptjax from working.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     for number, problem in enumerate(report.problems, 1):
         print(f"{number}. {problem.problem}\n   {problem.fix}")
     if not report.problems:
-        print("all is well")
+        print("no problems found")
     elif report.works:
-        print("gptjax works all the same")
+        print("gptjax works nevertheless")
     return status

@@ -31,29 +31,33 @@ def add(commands: Any) -> None:
   cat prompt.txt | gptjax generate --json > result.json""",
     )
     parser.add_argument(
-        "prompt", nargs="?", help="the text to continue; left out, or -, it is read from standard input"
+        "prompt", nargs="?", help="the text to continue; if omitted or -, it is read from standard input"
     )
     parser.add_argument("-m", "--model", help=MODEL_HELP)
     add_model_options(parser)
     add_tokenizer(parser)
     add_overrides(parser)
     parser.add_argument("-n", "--max-tokens", type=int, metavar="N", help="tokens to generate, at most (default: 256)")
-    parser.add_argument("-t", "--temperature", type=float, metavar="T", help="0 takes the most likely token, always")
+    parser.add_argument("-t", "--temperature", type=float, metavar="T", help="0 always takes the most likely token")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
     parser.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the fewest tokens whose probability reaches P"
+        "--top-p", type=float, metavar="P", help="draw from the smallest set of tokens whose probability reaches P"
     )
     parser.add_argument(
         "--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely as the best"
     )
-    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1 discourages what stands already")
-    parser.add_argument("--presence-penalty", type=float, metavar="A", help="taken off each token that was generated")
-    parser.add_argument("--frequency-penalty", type=float, metavar="A", help="taken off for each time it was")
-    parser.add_argument("--seed", type=int, metavar="N", help="makes a draw repeatable")
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
-    parser.add_argument("--ignore-eos", action="store_true", default=None, help="go on past the end-of-text token")
     parser.add_argument(
-        "--top-logprobs", type=int, metavar="N", help="with --json: the N most likely tokens at each place"
+        "--repetition-penalty", type=float, metavar="R", help="above 1: penalise tokens that are already in the text"
+    )
+    parser.add_argument(
+        "--presence-penalty", type=float, metavar="A", help="subtracted from the logits of tokens already generated"
+    )
+    parser.add_argument("--frequency-penalty", type=float, metavar="A", help="subtracted once per earlier occurrence")
+    parser.add_argument("--seed", type=int, metavar="N", help="makes the output repeatable")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text; may be repeated")
+    parser.add_argument("--ignore-eos", action="store_true", default=None, help="continue past the end-of-text token")
+    parser.add_argument(
+        "--top-logprobs", type=int, metavar="N", help="with --json: the N most likely tokens at each position"
     )
     parser.add_argument(
         "--special",
@@ -63,7 +67,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
     parser.add_argument("--json", action="store_true", help="print the whole result as one JSON object instead")
-    parser.add_argument("--stats", action="store_true", help="tell the speed on standard error afterwards")
+    parser.add_argument("--stats", action="store_true", help="report the speed on standard error")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = args.prompt
     if prompt is None or prompt == "-":
         if prompt is None and sys.stdin.isatty():
-            raise RequestError('there is no prompt; try: gptjax generate "Once upon a time"')
+            raise RequestError('the prompt is missing; try: gptjax generate "Once upon a time"')
         prompt = read_stdin()
     options = {name: getattr(args, name) for name in GenerateOptions.__annotations__ if hasattr(args, name)}
     options = {name: value for name, value in options.items() if value is not None}

@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
         commands,
         "info",
         run,
-        summary="tell what a checkpoint is and what memory it needs",
+        summary="describe a checkpoint and the memory it needs",
         epilog="examples:\n  gptjax info gpt2-tales\n  gptjax info ./my-gpt2 --tensors --dtype bfloat16\n"
         "  gptjax info --size gpt-oss-120b --memory 80",
     )
@@ -23,9 +23,9 @@ def add(commands: Any) -> None:
     add_model_options(parser)
     add_overrides(parser)
     parser.add_argument("--max-batch", type=int, default=1, metavar="N", help="rows computed together (default: 1)")
-    parser.add_argument("--size", metavar="NAME", help="of a published size instead, without a checkpoint")
+    parser.add_argument("--size", metavar="NAME", help="describe a published size instead, without a checkpoint")
     parser.add_argument(
-        "--memory", type=float, metavar="GB", help="whether it fits a GPU of so many gigabytes, instead of this device"
+        "--memory", type=float, metavar="GB", help="check a GPU with this much memory instead of this device"
     )
     parser.add_argument("--tensors", action="store_true", help="list every weight with its shape and stored dtype")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from gptjax.errors import RequestError
 
     if args.size is not None and (args.model is not None or args.tensors):
-        raise RequestError("--size tells of no checkpoint: leave out the model's name and --tensors")
+        raise RequestError("--size describes no checkpoint: leave out the model's name and --tensors")
     device = None if args.memory is None else imagined_gpu(1e9 * args.memory)
     asked = {"dtype": args.dtype, "max_length": args.max_length, "max_batch": args.max_batch, "device": device}
     name = model_name(args)

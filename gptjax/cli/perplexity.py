@@ -14,23 +14,23 @@ def add(commands: Any) -> None:
         commands,
         "perplexity",
         run,
-        summary="tell how well a model predicts a text",
-        epilog="""Prints the perplexity, its standard error (as if the tokens' losses were independent), the tokens that
-were predicted, and how many a second that is, with compilation.
+        summary="measure how well a model predicts a text",
+        epilog="""Prints the perplexity, its standard error (as if the tokens' losses were independent), the number of
+tokens predicted, and how many per second, compilation included.
 
-The text goes through the model in windows. Without --stride they do not see each other, and the first token of each is
-not predicted. With it, a window starts N tokens after the one before and predicts what that did not: each token once,
-with at least MAX_LENGTH - N tokens before it. Slower, and the fairer figure, as in Hugging Face's guide.
+The text goes through the model in windows. Without --stride they are independent, and the first token of each is not
+predicted. With it, each window starts N tokens after the previous one and predicts only what that one did not: each
+token once, with at least MAX_LENGTH - N tokens before it. That is slower but fairer, as in Hugging Face's guide.
 
 examples:
   gptjax perplexity
   gptjax perplexity gpt2-tales --text ./book.txt --max-length 256 --stride 128 --json""",
     )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: 16 kB of tales that the demos never read)")
-    parser.add_argument("--stride", type=int, metavar="N", help="from one window to the next (default: a window)")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: 16 kB of tales held out from the demos)")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows' starts (default: a window)")
     parser.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens of a window (default: all the model has, 2048 at most)"
+        "--max-length", type=int, metavar="N", help="tokens in a window (default: all the model has, at most 2048)"
     )
     add_dtype(parser)
     add_ignore_config(parser)

@@ -22,15 +22,16 @@ _CHUNKS_TEXT: Final = f"a power of two from {_CHUNKS[0]} to {_CHUNKS[-1]}"
 
 
 def add(commands: Any) -> None:
-    """Declares the command. Most options are environment variables as well; an option overrides its variable."""
+    """Declares the command. Most options have an environment variable too, which the option overrides."""
     parser = add_command(
         commands,
         "serve",
         run,
-        summary="serve a model over HTTP, as OpenAI's API does",
-        epilog=f"""Every option is an environment variable as well: --max-queue is {_PREFIX}MAX_QUEUE, and so on
-(but not --ignore-config and --no-generation-config).
-The server listens on this machine only, unless --host says otherwise; then set a key, best by {_PREFIX}API_KEY.
+        summary="serve a model over HTTP with OpenAI's API",
+        epilog=f"""Every option has an environment variable, {_PREFIX}MAX_QUEUE for --max-queue and so on (except
+--ignore-config and --no-generation-config).
+The server listens on this machine only, unless --host says otherwise; if it does, set a key, ideally in
+{_PREFIX}API_KEY.
 
 examples:
   gptjax serve
@@ -38,16 +39,16 @@ examples:
   {_PREFIX}API_KEY=secret gptjax serve -m ./my-gpt2 --host 0.0.0.0""",
     )
     _option(parser, "-m", "--model", help=MODEL_HELP)
-    _option(parser, "--name", metavar="NAME", help="what clients call the model (default: what --model says)")
+    _option(parser, "--name", metavar="NAME", help="what clients call the model (default: the value of --model)")
     _option(parser, "--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
-    _option(parser, "--port", type=_port, default=8000, metavar="N", help="(default: 8000; 0 takes a free one)")
-    _option(parser, "--api-key", metavar="KEY", help="what clients must send (default: any will do)")
+    _option(parser, "--port", type=_port, default=8000, metavar="N", help="(default: 8000; 0 picks a free one)")
+    _option(parser, "--api-key", metavar="KEY", help="what clients must send (default: anything works)")
     _option(
         parser,
         "--cors-origins",
         default="",
         metavar="ORIGINS",
-        help="origins of other machines' web pages that may ask, between commas, or *",
+        help="origins, separated by commas, whose web pages may use the server, or *",
     )
     _option(parser, "--max-batch", type=_size, default=8, metavar="N", help="requests computed together (default: 8)")
     _option(parser, "--max-queue", type=_size, default=64, metavar="N", help="requests that may wait (default: 64)")
@@ -57,21 +58,21 @@ examples:
         type=_chunk,
         default=_CHUNK,
         metavar="N",
-        help=f"tokens of prompts read between two steps: {_CHUNKS_TEXT} (default: {_CHUNK}); "
-        "running streams wait for them, and a conversation goes on from whole ones",
+        help=f"prompt tokens read between two steps: {_CHUNKS_TEXT} (default: {_CHUNK}); running streams wait for "
+        "them, and a conversation reuses the cache in multiples of this",
     )
     _option(
         parser,
         "--max-length",
         type=int,
         metavar="N",
-        help=f"tokens of prompt and output (default: $GPTJAX_MAX_LENGTH, else {_DEFAULT_LENGTH} or all there are)",
+        help=f"tokens of prompt and output (default: $GPTJAX_MAX_LENGTH, else the model's, up to {_DEFAULT_LENGTH})",
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
-    _option(parser, "--tokenizer", metavar="DIRECTORY", help="take the tokenizer from there")
+    _option(parser, "--tokenizer", metavar="DIRECTORY", help="take the tokenizer from here")
     add_overrides(parser)
     _option(
-        parser, "--max-body", type=_size, default=10 << 20, metavar="BYTES", help="of a request (default: 10485760)"
+        parser, "--max-body", type=_size, default=10 << 20, metavar="BYTES", help="largest request (default: 10485760)"
     )
     _option(
         parser,
@@ -79,7 +80,7 @@ examples:
         type=_seconds,
         default=30.0,
         metavar="SECONDS",
-        help="cut a client that for so long neither reads nor asks (default: 30)",
+        help="disconnect a client idle for this long (default: 30)",
     )
     _option(
         parser,
@@ -87,14 +88,14 @@ examples:
         type=_seconds,
         default=30.0,
         metavar="SECONDS",
-        help="for open requests to end on SIGTERM (default: 30)",
+        help="time for open requests to finish on SIGTERM (default: 30)",
     )
     _option(parser, "--log-format", choices=("lines", "json"), default="lines", help="(default: lines)")
     _option(parser, "--log-level", choices=_LEVELS, default="info", help="(default: info)")
 
 
 def _option(parser: argparse.ArgumentParser, *names: str, **settings: Any) -> None:
-    """An option whose default is its environment variable's value, if there is one."""
+    """Declares an option whose default is its environment variable's value, if that is set."""
     variable = _PREFIX + names[-1].removeprefix("--").replace("-", "_").upper()
     given = os.environ.get(variable)
     if given is not None:
@@ -134,7 +135,7 @@ def _number(text: str, kind: type[_Number]) -> _Number:
     try:
         return kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -173,10 +174,12 @@ def _run(args: argparse.Namespace) -> int:
     from gptjax.checkpoints.checkpoint import open_checkpoint
     from gptjax.errors import RequestError
 
-    # argparse does not look at what comes from the environment.
+    # argparse does not check choices that come from the environment.
     for name, known in (("log_format", ("lines", "json")), ("log_level", _LEVELS)):
         if getattr(args, name) not in known:
-            raise RequestError(f"{_PREFIX}{name.upper()} is {getattr(args, name)!r}: write one of {', '.join(known)}")
+            raise RequestError(
+                f"{_PREFIX}{name.upper()} is {getattr(args, name)!r}; expected one of {', '.join(known)}"
+            )
     try:
         from gptjax.server import logs, serving
         from gptjax.server.service import Limits
@@ -190,7 +193,7 @@ def _run(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(model, **overrides(args))
     length = args.max_length
     if length is None and not os.environ.get("GPTJAX_MAX_LENGTH"):
-        # GPT-OSS has room for 131072 tokens, whose cache for every slot few machines have.
+        # GPT-OSS has room for 131072 tokens; few machines have the memory for such a cache in every slot.
         length = min(checkpoint.config.context_length, _DEFAULT_LENGTH)
     lm = load_checkpoint(
         checkpoint, dtype=args.dtype, max_length=length, max_batch=args.max_batch, tokenizer=args.tokenizer

@@ -21,10 +21,10 @@ def add(commands: Any) -> None:
         "validate-quant",
         run,
         summary="compare a float checkpoint with its MXFP4 form",
-        epilog="""Rounds the weights in memory, or takes a directory that `gptjax convert --quantize` wrote. Tells
-cosine and relative error of each weight and of the hidden states after each block, how often both find the same token
-the most likely one, and both perplexities. Exits with 0 only where all thresholds hold: cosines of at least 0.99, the
-same token at 95 percent of the positions at least, a perplexity within 1 percent; with 1 otherwise, and for errors.
+        epilog="""Rounds the weights in memory, or takes a directory that `gptjax convert --quantize` wrote. Reports
+cosine and relative error of each weight and of the hidden states after each block, how often both agree on the most
+likely token, and both perplexities. Exits with 0 only if all thresholds hold: cosines of at least 0.99, the same token
+at 95 percent of the positions or more, a perplexity within 1 percent. Otherwise, and on errors, exits with 1.
 
 Both models are in memory at the same time. Computes in float32 unless --dtype says otherwise.
 
@@ -35,9 +35,9 @@ examples:
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--quantize", choices=_CHOICES, default="mxfp4=linear", help="default: mxfp4=linear")
-    form.add_argument("--against", metavar="DIRECTORY", help="the MXFP4 form, converted before")
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: 16 kB of tales that the demos never read)")
-    parser.add_argument("--tokens", type=int, metavar="N", help="of the text, at most (default: all)")
+    form.add_argument("--against", metavar="DIRECTORY", help="the MXFP4 form, already converted")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: 16 kB of tales held out from the demos)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="use at most N tokens of the text (default: all)")
     parser.add_argument(
         "--plot", metavar="FILE", help="draw the errors by block, as PNG, PDF or SVG (needs matplotlib)"
     )
@@ -89,7 +89,7 @@ def _print(report: "Report") -> None:
         for row in rows:
             print(f"{row.name:{width}}  {row.cosine:7.5f}  {row.error:6.2%}")
         print()
-    for form, figure in (("as it is", report.perplexity), ("in MXFP4", report.quantized_perplexity)):
+    for form, figure in (("as given", report.perplexity), ("in MXFP4", report.quantized_perplexity)):
         print(f"perplexity {form}: {figure.value:.2f} ± {figure.standard_error:.2f} on {figure.num_tokens:,} tokens")
     for verdict in report.verdicts:
         print(f"{'ok  ' if verdict.holds else 'FAIL'}  {verdict.name}: {verdict.found} (threshold: {verdict.wanted})")

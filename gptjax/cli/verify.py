@@ -14,8 +14,8 @@ def add(commands: Any) -> None:
         "verify",
         run,
         summary="check a published checkpoint against known answers",
-        epilog="""Known are the published gpt2 and GPT-OSS (greedy tokens) and the demos. For others: `gptjax compare`.
-Exits with 1 where an answer is wrong, as it is of weights that were trained further, or where nothing is known.
+        epilog="""Answers are known for the published gpt2 and GPT-OSS (greedy tokens) and for the demos. For others:
+`gptjax compare`. Exits with 1 if an answer is wrong, as for fine-tuned weights, or if none is known.
 
 examples:
   gptjax verify
@@ -23,7 +23,7 @@ examples:
     )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
     add_ignore_config(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object a check")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per check")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     checks = verify(load(name, dtype="float32", generation_config=False, **overrides(args)))
     if not checks:
         raise CheckpointError(
-            f"no answers are known for {name}, as its vocabulary and sizes tell; "
+            f"no answers are known for a model with the vocabulary and sizes of {name}; "
             f"compare it with transformers: gptjax compare {name}"
         )
     for check in checks:

@@ -1,8 +1,8 @@
 """Model configurations: frozen dataclasses, read strictly from a checkpoint's `config.json`.
 
-A key that is neither understood nor known to be without effect raises `ConfigError`: a setting that is silently
-ignored is a wrong answer. What transformers does not read in a Hugging Face `config.json` is without effect. Sizes have
-no defaults. What an absent key means is stated next to the code that reads it.
+A key that is neither understood nor known to have no effect raises `ConfigError`: a silently ignored setting is a wrong
+answer. Keys of a Hugging Face `config.json` that transformers does not read have no effect. Sizes have no defaults. The
+code that reads a key says what its absence means.
 """
 
 import os
@@ -57,7 +57,7 @@ def read_config(directory: Path, *, ignore: Iterable[str] = ()) -> ModelConfig:
     """Reads `directory/config.json`.
 
     Args:
-      ignore: keys to leave out, if you know that they change nothing; "rope_scaling.mscale" is one inside another.
+      ignore: keys to leave out, if you know that they change nothing; "rope_scaling.mscale" is a key inside another.
 
     Raises:
       CheckpointError: there is no such file, or it is not a JSON object.
@@ -73,7 +73,7 @@ def read_config(directory: Path, *, ignore: Iterable[str] = ()) -> ModelConfig:
 
 
 def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
-    """The configuration that the mapping of a `config.json` describes. Raises `ConfigError`."""
+    """The configuration that a parsed `config.json` describes. Raises `ConfigError`."""
     if gpt_oss.is_original(raw):
         return GptOssConfig.from_original_json(raw)
     model_type = raw.get("model_type")
@@ -86,7 +86,7 @@ def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
 def text_directory(directory: Path) -> Path:
     """Where a checkpoint's tokenizer and generation_config.json are.
 
-    OpenAI's own directory has none: it comes as the folder `original` of a repository that has them.
+    OpenAI's own directory has neither: it is the folder `original` of a repository that does.
     """
     if any(os.path.lexists(directory / name) for name in TOKENIZER_FILES):
         return directory

@@ -1,7 +1,7 @@
 """The sampling settings in a checkpoint's `generation_config.json`.
 
-No setting keeps a model from being loaded. Those that gptjax cannot honour are refused when something is generated with
-them (`GenerationDefaults.check`). `load(generation_config=...)` replaces them.
+No setting keeps a model from loading. Those that gptjax cannot honour are refused when something is generated with them
+(`GenerationDefaults.check`). `load(generation_config=...)` replaces them.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ _OFF_IF_EMPTY: Final = frozenset(
 )
 # ... or if 1.
 _OFF_IF_ONE: Final = frozenset("encoder_repetition_penalty guidance_scale num_beams num_return_sequences".split())
-# Settings that have an effect only when sampling: those that gptjax has, and others.
+# Settings that matter only when sampling: those that gptjax has, and others.
 _OF_SAMPLING: Final = frozenset(("temperature", "top_k", "top_p", "min_p"))
 _OFF_IF_EMPTY_WHEN_SAMPLING: Final = frozenset(("epsilon_cutoff", "eta_cutoff", "top_h"))
 _OFF_IF_ONE_WHEN_SAMPLING: Final = frozenset(("epsilon_cutoff", "eta_cutoff", "typical_p"))
@@ -79,7 +79,7 @@ class GenerationDefaults:
         """Raises `ConfigError` if generation would need settings that gptjax cannot honour.
 
         Args:
-          given: options that the caller gives; the settings of the same names do not matter.
+          given: options that the caller sets, which override the settings of the same names.
           draws: whether tokens are sampled; otherwise the most likely one is taken.
         """
         faults = [fault for fault in self.faults if fault.key not in given and (draws or not fault.when_sampling)]
@@ -100,8 +100,8 @@ def read_generation_config(directory: Path, override: Mapping[str, Any] | bool |
     """The settings of `directory/generation_config.json` ({} if there is none), or those that override them.
 
     Args:
-      override: settings in place of the file's; False for none at all. In either case the file's first and last tokens
-        are kept, unless the override has others.
+      override: settings in place of the file's; False for none at all. In either case the file's BOS and EOS tokens are
+        kept, unless the override has others.
 
     Raises:
       CheckpointError: the file is damaged.
@@ -111,7 +111,7 @@ def read_generation_config(directory: Path, override: Mapping[str, Any] | bool |
     if override is None:
         return found
     if override is not False and not isinstance(override, Mapping):
-        raise RequestError(f"generation_config is a dict of settings, or False for none, found {quoted(override)}")
+        raise RequestError(f"generation_config must be a dict of settings, or False for none, found {quoted(override)}")
     special = {key: found[key] for key in _SPECIAL_TOKENS if _are_tokens(found.get(key))}
     return {**special, **(override or {})}
 
@@ -122,7 +122,7 @@ def read_generation_defaults(directory: Path, override: Mapping[str, Any] | bool
     A setting that the file does not have is off. (transformers fills in top_k 50.)
 
     Args:
-      override: as for `read_generation_config`, which raises.
+      override: see `read_generation_config`, also for errors.
     """
     found = read_generation_config(directory, override)
     raw = {key: value for key, value in found.items() if value is not None}

@@ -1,4 +1,4 @@
-"""GPT-2's configuration. What an absent key means follows transformers 5, `models/gpt2/configuration_gpt2.py`."""
+"""GPT-2's configuration. Absent keys mean the same as in transformers 5, `models/gpt2/configuration_gpt2.py`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -32,8 +32,8 @@ class GPT2Config:
     activation: str  # one of the values of ACTIVATIONS
     norm_epsilon: float  # inside the square root of LayerNorm
     scale_attention: bool  # scores divided by sqrt(H)
-    scale_attention_by_layer: bool  # scores of layer l divided by l + 1 as well
-    tied_head: bool  # logits from the token embedding; otherwise from a matrix of their own
+    scale_attention_by_layer: bool  # scores of layer l also divided by l + 1
+    tied_head: bool  # logits use the token embedding; otherwise a matrix of their own
     mxfp4: str = "none"  # the weights that are packed: one of `quantization.TARGETS`
 
     @property
@@ -52,14 +52,14 @@ class GPT2Config:
         return (None,) * self.num_layers
 
     def with_one_layer(self) -> "GPT2Config":
-        """The same of a model of its first layer alone."""
+        """The same configuration with only the first layer."""
         return dataclasses.replace(self, num_layers=1)
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "GPT2Config":
-        """Reads the mapping of a Hugging Face `config.json`. Raises `ConfigError`, naming all faults together."""
+        """Reads a parsed Hugging Face `config.json`. Raises `ConfigError`, naming all faults together."""
         keys = Keys(raw)
-        # The aliases are what transformers reads as the same keys (`GPT2Config.attribute_map`).
+        # The aliases are names that transformers reads as the same keys (`GPT2Config.attribute_map`).
         width = keys.size("n_embd", alias="hidden_size")
         mlp_width = keys.size("n_inner", alias=keys.older("n_inner", "intermediate_size"), absent=4 * width)
         activation = keys.choice("activation_function", ACTIVATIONS, absent="gelu_new")
@@ -89,7 +89,7 @@ class GPT2Config:
         return config
 
     def to_json(self) -> dict[str, Any]:
-        """The mapping of a Hugging Face `config.json` that `from_json` reads as this."""
+        """The inverse of `from_json`: the contents of a Hugging Face `config.json`."""
         names = {read: name for name, read in reversed(ACTIVATIONS.items())}
         raw = {
             "model_type": "gpt2",
@@ -110,7 +110,7 @@ class GPT2Config:
 
 
 def _length_alias(keys: Keys) -> str | None:
-    """The other key for the context length: OpenAI's own n_ctx only if transformers would read no other."""
+    """The other key for the context length: OpenAI's own n_ctx, only if there is none that transformers reads."""
     keys.ignore("n_ctx")
     if keys.has("max_position_embeddings"):
         return "max_position_embeddings"

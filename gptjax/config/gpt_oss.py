@@ -1,7 +1,7 @@
-"""GPT-OSS's configuration, as Hugging Face and as OpenAI's original files spell it.
+"""GPT-OSS's configuration, in Hugging Face's spelling and in that of OpenAI's original files.
 
-Sources: transformers `models/gpt_oss/configuration_gpt_oss.py`; openai/gpt-oss `gpt_oss/torch/model.py`. What an absent
-key means follows them.
+Sources: transformers `models/gpt_oss/configuration_gpt_oss.py`; openai/gpt-oss `gpt_oss/torch/model.py`. Absent keys
+mean the same as there.
 """
 
 import dataclasses
@@ -36,28 +36,28 @@ class GptOssConfig:
     mlp_width: int  # F: of each expert
     num_experts: int  # E
     experts_per_token: int  # X
-    windows: tuple[int | None, ...]  # of each layer: the positions that a query sees, itself included; None is all
+    windows: tuple[int | None, ...]  # per layer: positions that a query sees, its own included; None for all
     rope: Rope
     norm_epsilon: float  # inside the square root of RMSNorm
     swiglu_limit: float  # gate and up are clamped to it
     swiglu_alpha: float  # gate · sigmoid(alpha · gate)
     attention_bias: bool  # on q, k, v and the output
-    tied_head: bool  # logits from the token embedding; otherwise from a matrix of their own
+    tied_head: bool  # logits use the token embedding; otherwise a matrix of their own
     mxfp4: str  # the weights that are packed: one of `quantization.TARGETS`
 
     def with_one_layer(self) -> "GptOssConfig":
-        """The same of a model of its first layer alone."""
+        """The same configuration with only the first layer."""
         return dataclasses.replace(self, num_layers=1, windows=self.windows[:1])
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "GptOssConfig":
-        """Reads the mapping of a Hugging Face `config.json`. Raises `ConfigError`, naming all faults together."""
+        """Reads a parsed Hugging Face `config.json`. Raises `ConfigError`, naming all faults together."""
         keys = Keys(raw)
         num_layers = keys.size("num_hidden_layers", most=MOST_LAYERS)
         context_length = keys.size("max_position_embeddings")
         width, mlp_width = keys.size("hidden_size"), keys.size("intermediate_size")
         num_heads, head_width = keys.size("num_attention_heads"), keys.size("head_dim")
-        if keys.has("hidden_act"):  # it says so and means the clamped SwiGLU, which is x·sigmoid(αx) inside
+        if keys.has("hidden_act"):  # "silu" here means the clamped SwiGLU, with x·sigmoid(αx) inside
             keys.choice("hidden_act", {"silu": "silu"}, absent=None)
         keys.ignore("hidden_act", "attention_dropout")
         config = cls(
@@ -88,7 +88,7 @@ class GptOssConfig:
 
     @classmethod
     def from_original_json(cls, raw: Mapping[str, Any]) -> "GptOssConfig":
-        """Reads the mapping of the `config.json` in OpenAI's own directory. Raises `ConfigError`."""
+        """Reads the parsed `config.json` of OpenAI's own directory. Raises `ConfigError`."""
         keys = Keys(raw)
         num_layers = keys.size("num_hidden_layers", most=MOST_LAYERS)
         initial_length = keys.size("initial_context_length")
@@ -128,7 +128,7 @@ class GptOssConfig:
         return config
 
     def to_json(self) -> dict[str, Any]:
-        """The mapping of a Hugging Face `config.json` that `from_json` reads as this."""
+        """The inverse of `from_json`: the contents of a Hugging Face `config.json`."""
         raw: dict[str, Any] = {
             "model_type": "gpt_oss",
             "architectures": ["GptOssForCausalLM"],
@@ -154,7 +154,7 @@ class GptOssConfig:
 
 
 def is_original(raw: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is that of OpenAI's own directory, which names no model type."""
+    """Whether a `config.json` comes from OpenAI's own directory, whose file names no model type."""
     return "model_type" not in raw and all(key in raw for key in _ORIGINAL_KEYS)
 
 
@@ -183,7 +183,7 @@ def published(num_layers: int, num_experts: int) -> GptOssConfig:
 
 
 def _rope(original_length: int) -> Rope:
-    """What the published models have, and transformers takes where a config does not say."""
+    """The published models' setting, which transformers takes as the default."""
     return Rope(_THETA, Yarn(32.0, original_length, beta_fast=32.0, beta_slow=1.0, truncate=False))
 
 
@@ -207,8 +207,8 @@ def _check_sizes(config: GptOssConfig, keys: Keys) -> None:
     if config.num_kv_heads and config.num_heads % config.num_kv_heads:
         keys.fault(f"{config.num_heads} query heads cannot share {config.num_kv_heads} key/value heads")
     if config.head_width % 2:
-        keys.fault(f"head_dim {config.head_width} is odd: rotary positions turn pairs")
+        keys.fault(f"head_dim {config.head_width} is odd: rotary positions rotate pairs")
     if not 1 <= config.context_length <= MOST_SIZE:
         keys.fault(f"the context of {config.context_length} positions is not from 1 to {MOST_SIZE}")
     if config.experts_per_token > config.num_experts:
-        keys.fault(f"{config.experts_per_token} experts a token, but there are {config.num_experts}")
+        keys.fault(f"{config.experts_per_token} experts per token, but there are only {config.num_experts}")

@@ -1,4 +1,4 @@
-"""Reading typed values out of a raw config, so that nothing in it is silently ignored."""
+"""Reads typed values out of a raw config, so that nothing in it is silently ignored."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,7 @@ from typing import Any, Final
 from gptjax.errors import ConfigError, RequestError
 from gptjax.support.quoting import names, quoted, shown
 
-# Keys of published configs that change nothing about inference. Known by name; every other unknown key raises.
+# Keys of published configs that do not affect inference. Any other unknown key is an error.
 WITHOUT_EFFECT: Final = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels add_cross_attention
@@ -43,7 +43,9 @@ def without(raw: Mapping[str, Any], ignored: Iterable[str]) -> Mapping[str, Any]
       ConfigError: there is no such key.
     """
     if isinstance(ignored, str) or not all(isinstance(path, str) for path in ignored):
-        raise RequestError(f'ignore_config is a list of names, as in ignore_config=("key",), found {quoted(ignored)}')
+        raise RequestError(
+            f'ignore_config must be a list of names, as in ignore_config=("key",), found {quoted(ignored)}'
+        )
     for path in ignored:
         raw = _without(raw, path, path.split("."))
     return raw
@@ -52,14 +54,14 @@ def without(raw: Mapping[str, Any], ignored: Iterable[str]) -> Mapping[str, Any]
 def _without(raw: Mapping[str, Any], path: str, parts: list[str]) -> dict[str, Any]:
     first, *rest = parts
     if first not in raw or (rest and not isinstance(raw[first], Mapping)):
-        raise ConfigError(f"config.json has no {shown(path)} to ignore; there is {names(sorted(raw), most=50)}")
+        raise ConfigError(f"config.json has no {shown(path)} to ignore; it has {names(sorted(raw), most=50)}")
     if not rest:
         return {key: value for key, value in raw.items() if key != first}
     return {**raw, first: _without(raw[first], path, rest)}
 
 
 def _how_to_ignore(keys: Iterable[str]) -> str:
-    """What to type to have keys ignored."""
+    """What to type to ignore keys."""
     listed = [shown(key) for key in keys][:10]
     options = " ".join(f"--ignore-config {key}" for key in listed)
     return f"ignore_config=({', '.join(map(repr, listed))},) or {options}"
@@ -68,7 +70,7 @@ def _how_to_ignore(keys: Iterable[str]) -> str:
 class Keys:
     """Reads typed values out of a raw config, collecting every fault so that they can be reported together.
 
-    A key without a value (null) is as good as absent.
+    A key whose value is null counts as absent.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class Keys:
         return values[0] if values else absent
 
     def older(self, key: str, older: str) -> str | None:
-        """An older name of a key, if it counts: transformers ignores it if the key itself is there."""
+        """An older name of a key, if it counts: transformers ignores it if the key itself is present."""
         self.ignore(older)
         return None if self.has(key) else older
 
@@ -129,7 +131,7 @@ class Keys:
         return value
 
     def choice(self, key: str, choices: Mapping[str, str], *, alias: str | None = None, absent: str | None) -> str:
-        """What `choices` has for the name found; "" where it has none."""
+        """The value that `choices` has for the name found; "" if it has none."""
         value = self._get(key, alias, absent)
         if value is None:
             return ""
@@ -139,7 +141,7 @@ class Keys:
         return choices[value]
 
     def section(self, key: str) -> "Keys | None":
-        """A mapping inside this one, to be read by itself; its faults become this one's by `take`. None if absent."""
+        """A mapping inside this one, to be read by itself; `take` collects its faults. None if absent."""
         value = self._get(key, None, {})
         if not isinstance(value, Mapping):
             self.fault(f"{key} is {quoted(value)}; expected an object")
@@ -147,23 +149,23 @@ class Keys:
         return Keys(value, without_effect=frozenset(), inside=f"{self._inside}{key}.") if value else None
 
     def take(self, key: str, section: "Keys") -> None:
-        """Collects what is wrong with a section, its unknown keys included."""
+        """Collects a section's faults, unknown keys included."""
         self._faults += [f"{key}: {fault}" for fault in section.faults()]
 
     def has(self, key: str) -> bool:
-        """Whether a key is there, with a value."""
+        """Whether a key is present, with a value."""
         return self._raw.get(key) is not None
 
     def null(self, key: str) -> bool:
-        """Whether a key is there without a value."""
+        """Whether a key is present without a value."""
         return key in self._raw and self._raw[key] is None
 
     def empty(self, key: str) -> bool:
-        """Whether a key is there with an empty mapping."""
+        """Whether a key is present with an empty mapping."""
         return self._raw.get(key) == {}
 
     def listed(self, key: str) -> list[Any] | None:
-        """A list, or None where there is none."""
+        """A list, or None if there is none."""
         value = self._get(key, None, [])
         if not isinstance(value, list):
             self.fault(f"{key} is {quoted(value)}; expected a list")
@@ -171,7 +173,7 @@ class Keys:
         return value or None
 
     def ignore(self, *keys: str) -> None:
-        """Lets keys pass."""
+        """Accepts keys without reading them."""
         self._read.update(keys)
 
     def unknown(self) -> list[str]:
@@ -179,7 +181,7 @@ class Keys:
         return sorted(key for key in set(self._raw) - self._read if self._raw[key] is not None)
 
     def faults(self) -> list[str]:
-        """All that is wrong, unknown keys included."""
+        """All faults, unknown keys included."""
         unknown = self.unknown()
         if not unknown:
             return self._faults
@@ -193,6 +195,6 @@ class Keys:
         ]
 
     def raise_faults(self, model: str) -> None:
-        """Raises `ConfigError` with all that is wrong."""
+        """Raises `ConfigError` with all faults."""
         if faults := self.faults():
             raise ConfigError(f"config.json cannot be used for {model}:\n  " + "\n  ".join(faults))

@@ -4,25 +4,25 @@ from typing import Any, Final
 
 from gptjax.config.keys import Keys
 
-# What can be packed: each has all of those before it. "linear" are the products of the blocks (attention and MLP, but
-# not the router, whose small errors would choose other experts), "all" the embeddings and the head as well.
+# What can be packed; each includes those before it. "linear" means the blocks' matrices (attention and MLP, but not the
+# router, where small errors would choose other experts), "all" the embeddings and the head as well.
 TARGETS: Final = ("none", "experts", "linear", "all")
 BLOCK: Final = 32  # values that share a scale, along a weight's input axis
 
 
 def packs(mxfp4: str, kind: str) -> bool:
-    """Whether a checkpoint with `mxfp4` packed has weights of a kind ("experts", "linear", "embedding") packed."""
+    """Whether packing `mxfp4` includes weights of this kind: "experts", "linear" or "embedding"."""
     return TARGETS.index(mxfp4) >= {"experts": 1, "linear": 2, "embedding": 3}[kind]
 
 
 def read_mxfp4(keys: Keys, *, experts: tuple[int, ...] = (), linear: tuple[int, ...] = ()) -> str:
-    """The entry of TARGETS that `quantization_config` says: "none" where it is absent.
+    """The entry of TARGETS that `quantization_config` names; "none" if it is absent.
 
-    Published checkpoints pack the experts alone; `targets` is gptjax's own key, for those that it packed further.
+    Published checkpoints pack only the experts; `targets` is gptjax's own key, for those in which it packed more.
 
     Args:
-      keys: of config.json, for the faults as well.
-      experts, linear: the numbers that the products of such weights sum over; a model without experts gives none.
+      keys: those of config.json; faults are noted there.
+      experts, linear: the input widths of such weights; a model without experts gives none.
     """
     section = keys.section("quantization_config")
     if section is None:
@@ -37,14 +37,14 @@ def read_mxfp4(keys: Keys, *, experts: tuple[int, ...] = (), linear: tuple[int, 
 
 
 def check_widths(keys: Keys, widths: tuple[int, ...]) -> None:
-    """Notes as faults the input axes that blocks do not divide."""
+    """Notes a fault for each input width that is not a multiple of the block."""
     for width in widths:
         if width % BLOCK:
             keys.fault(f"the width {width} is not a multiple of MXFP4's block of {BLOCK}")
 
 
 def mxfp4_to_json(mxfp4: str) -> dict[str, Any]:
-    """The keys that `read_mxfp4` reads as this."""
+    """The inverse of `read_mxfp4`: the keys to write."""
     if mxfp4 == "none":
         return {}
     further = {} if mxfp4 == "experts" else {"targets": mxfp4}

@@ -6,22 +6,22 @@ from typing import Any
 
 from gptjax.config.keys import Keys
 
-_MOST = 1e9  # beyond any setting that has a meaning
+_MOST = 1e9  # beyond any meaningful setting
 
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
     """YaRN's stretch of rotary positions (Peng et al., 2023, arXiv:2309.00071)."""
 
-    factor: float  # positions are this many times those that the model was first trained on
-    original_length: int  # which were these
-    beta_fast: float  # turns within the original length above which a frequency is kept
-    beta_slow: float  # turns below which it is divided by `factor`
+    factor: float  # how many times longer the context is than in the first training
+    original_length: int  # positions in the first training
+    beta_fast: float  # frequencies with more turns than this within the original length are kept
+    beta_slow: float  # those with fewer turns than this are divided by `factor`
     truncate: bool  # whether the bounds between the two are rounded outwards to whole indices
 
     @property
     def attention_factor(self) -> float:
-        """What cos and sin are multiplied with, at every position."""
+        """What cos and sin are multiplied by, at every position."""
         return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
 
@@ -34,12 +34,12 @@ class Rope:
 
 
 def read_rope(keys: Keys, context_length: int, *, absent: Rope) -> Rope:
-    """From `rope_parameters`, or `rope_scaling` beside `rope_theta`: the same, in newer and older spelling.
+    """Reads `rope_parameters`, or the older `rope_scaling` and `rope_theta`.
 
     Args:
-      keys: of config.json, for the faults as well.
+      keys: those of config.json; faults are noted there.
       context_length: the original length if YaRN's own `original_max_position_embeddings` is absent.
-      absent: what a config that does not say has.
+      absent: what a config without these keys means.
     """
     keys.ignore("initial_context_length")  # OpenAI's own name: transformers does not read it
     theta = keys.positive_float("rope_theta", absent=absent.theta)
@@ -58,14 +58,14 @@ def read_rope(keys: Keys, context_length: int, *, absent: Rope) -> Rope:
         keys.fault(f"{' and '.join(found)} differ: they mean the same and must agree")
     if "rope_parameters" in found or not keys.empty("rope_parameters"):
         rope = next(iter(found.values()), dataclasses.replace(absent, theta=theta))
-    else:  # which transformers takes for rotation without YaRN
+    else:  # transformers takes an empty one for rotation without YaRN
         rope = Rope(theta)
     check_rope(rope, keys)
     return rope
 
 
 def check_rope(rope: Rope, keys: Keys) -> None:
-    """Notes as faults what no rotation can have."""
+    """Notes a fault for each value that no rotation can have."""
     if not 1 < rope.theta <= _MOST:
         keys.fault(f"rope_theta is {rope.theta}; expected more than 1, and at most {_MOST}")
     if (yarn := rope.yarn) is None:
@@ -74,8 +74,8 @@ def check_rope(rope: Rope, keys: Keys) -> None:
         keys.fault(f"YaRN's factor is {yarn.factor}; expected at least 1: it says how far positions are stretched")
     if not 1 / _MOST <= yarn.beta_slow <= yarn.beta_fast <= _MOST:
         keys.fault(
-            f"YaRN's beta_fast is {yarn.beta_fast} and beta_slow {yarn.beta_slow}; expected the former to be no less, "
-            f"and both from {1 / _MOST} to {_MOST}"
+            f"YaRN's beta_fast is {yarn.beta_fast} and beta_slow {yarn.beta_slow}; expected beta_fast to be at least "
+            f"beta_slow, and both from {1 / _MOST} to {_MOST}"
         )
 
 
@@ -89,12 +89,12 @@ def _yarn(section: Keys, context_length: int) -> Yarn:
     )
     given = section.positive_float("attention_factor", absent=yarn.attention_factor)
     if not math.isclose(given, yarn.attention_factor, rel_tol=1e-6):
-        section.fault(f"attention_factor is {given}; gptjax supports what follows from factor: {yarn.attention_factor}")
+        section.fault(f"attention_factor is {given}; gptjax supports only what factor implies: {yarn.attention_factor}")
     return yarn
 
 
 def rope_to_json(rope: Rope) -> dict[str, Any]:
-    """The keys that `read_rope` reads as this."""
+    """The inverse of `read_rope`: the keys to write."""
     raw: dict[str, Any] = {"rope_theta": rope.theta}
     if (yarn := rope.yarn) is not None:
         raw["rope_scaling"] = {

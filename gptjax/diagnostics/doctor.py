@@ -1,6 +1,6 @@
-"""What this installation and machine are, and what is wrong with them. Examines and changes nothing; never raises.
+"""Examines this installation and machine, and reports what is wrong with them. Changes nothing and never raises.
 
-JAX and all that needs it are imported by the probes, so that a broken installation is found and not died of.
+JAX and everything that needs it are imported inside the probes, so that a broken installation is reported.
 """
 
 import dataclasses
@@ -27,23 +27,23 @@ _SECRET: Final = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Something wrong, and what to do about it."""
+    """A problem, and what to do about it."""
 
     problem: str
     fix: str
-    stops_work: bool  # whether gptjax cannot be used as it is
+    stops_work: bool  # whether gptjax cannot be used until it is fixed
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was found: for each topic, names and values; and the problems."""
+    """The findings: names and values for each topic, and the problems."""
 
-    facts: dict[str, dict[str, Any]]  # values of keys ending in `_bytes` are bytes
+    facts: dict[str, dict[str, Any]]  # keys ending in `_bytes` have values in bytes
     problems: tuple[Problem, ...]
 
     @property
     def works(self) -> bool:
-        """Whether gptjax can be used, be it not at its best."""
+        """Whether gptjax can be used, even if not at its best."""
         return not any(problem.stops_work for problem in self.problems)
 
 
@@ -51,12 +51,12 @@ Found = tuple[dict[str, Any], list[Problem]]
 
 
 def examine() -> Report:
-    """Examines everything. A probe that fails is a problem of its own, and the others go on."""
+    """Runs all probes. A probe that fails is reported as a problem; the others still run."""
     facts, problems = {}, []
     for topic, probe in PROBES.items():
         try:
             facts[topic], found = probe()
-        except Exception as error:  # of what is broken, which is what this is for
+        except Exception as error:  # whatever is broken: finding it is the point
             facts[topic] = {"failed": f"{type(error).__name__}: {error}"}
             found = [_failed(topic, error)]
         problems += found
@@ -68,13 +68,13 @@ def _failed(topic: str, error: Exception) -> Problem:
     if isinstance(error, ImportError):
         return Problem(text, installation.again(), stops_work=True)
     if topic == "devices":
-        fix = "JAX does not start: see that JAX_PLATFORMS names what there is (or unset it), and that nvidia-smi works"
+        fix = "JAX does not start: check that JAX_PLATFORMS, if set, names an available platform and nvidia-smi works"
         return Problem(text, fix, stops_work=True)
-    return Problem(text, f"see what the message says of {topic}; if it is gptjax's fault, report it", stops_work=False)
+    return Problem(text, f"read the message about {topic}; if it is a bug in gptjax, report it", stops_work=False)
 
 
 def versions() -> Found:
-    """Versions of Python and of packages, and those outside of what gptjax declares to need."""
+    """Versions of Python and packages, and which are outside the ranges that gptjax requires."""
     facts: dict[str, Any] = {"python": platform.python_version(), "gptjax": __version__}
     for name in (*PACKAGES, *OPTIONAL):
         found = _version(name)
@@ -87,7 +87,7 @@ def versions() -> Found:
             problems.append(Problem(f"{name} is not installed", f'pip install "{name}{wanted}"', stops_work=True))
         elif found is not None and not in_range(found, wanted):
             user = f'gptjax\'s extra "{extra}"' if extra else "gptjax"
-            text = f"{name} {found} is not what {user} was made for, {wanted}"
+            text = f"{user} needs {name} {wanted}, found {found}"
             problems.append(Problem(text, f'pip install "{name}{wanted}"', stops_work=not extra))
     return facts, problems
 
@@ -100,7 +100,7 @@ def _version(name: str) -> str | None:
 
 
 def _requirements() -> list[tuple[str, str, str]]:
-    """(package, required versions, the extra that requires it or "")."""
+    """(package, required versions, the extra that requires it or "") of each requirement."""
     matches = [
         (re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*(.*)", line), extra) for line, extra in installation.requirements()
     ]
@@ -108,12 +108,12 @@ def _requirements() -> list[tuple[str, str, str]]:
 
 
 def in_range(version: str, wanted: str) -> bool:
-    """Whether a version is among those wanted, as in ">=0.10.2,<0.13". Numbers count; what follows them does not."""
+    """Whether a version is in a range such as ">=0.10.2,<0.13". Suffixes after the numbers are ignored."""
     found = _numbers(version)
     for part in filter(None, wanted.split(",")):
         match = re.fullmatch(r"(>=|<=|==|!=|<|>)([\d.]+)", part)
         if match is None:
-            continue  # a kind of condition that pyproject.toml does not use
+            continue  # an operator that pyproject.toml does not use
         limit = _numbers(match[2])
         width = max(len(found), len(limit))
         a, b = ((*each, *[0] * (width - len(each))) for each in (found, limit))
@@ -129,7 +129,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def devices() -> Found:
-    """What JAX computes on, whether it computes at all, and a graphics card that it does not use."""
+    """The devices JAX uses, whether they compute correctly, and any graphics card that JAX does not use."""
     import jax
     import jax.numpy as jnp
 
@@ -147,8 +147,8 @@ def devices() -> Found:
             facts[f"device {device.id} compute capability"] = str(capability)
     problems = []
     if (result := float((jnp.ones((8, 8)) @ jnp.ones((8, 8)))[0, 0])) != 8.0:
-        text = f"the device computes wrongly: a sum of eight ones is {result}"
-        problems.append(Problem(text, "restart the machine; if that does not help, see to its hardware", True))
+        text = f"the device computes wrong results: a sum of eight ones is {result}"
+        problems.append(Problem(text, "restart the machine; if that does not help, check its hardware", True))
     cards = nvidia_cards()
     facts["NVIDIA cards"] = ", ".join(cards) or "none found"
     if cards and jax.default_backend() == "cpu":
@@ -157,7 +157,7 @@ def devices() -> Found:
 
 
 def nvidia_cards(root: Path = Path("/")) -> list[str]:
-    """The names of the NVIDIA cards of this machine, as its driver tells, whether or not JAX can use them."""
+    """The names of this machine's NVIDIA cards, as reported by the driver, whether or not JAX can use them."""
     if command := shutil.which("nvidia-smi"):
         try:
             result = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=20, check=False)
@@ -174,20 +174,20 @@ def nvidia_cards(root: Path = Path("/")) -> list[str]:
 
 
 def _unused_card(card: str) -> Problem:
-    text = f"this machine has the card {card}, but JAX computes on the CPU"
+    text = f"this machine has a GPU ({card}), but JAX computes on the CPU"
     wanted = os.environ.get("JAX_PLATFORMS", "")
     if wanted.startswith("cpu"):
-        return Problem(f"{text}, since JAX_PLATFORMS is {wanted}", "unset JAX_PLATFORMS", stops_work=False)
+        return Problem(f"{text} because JAX_PLATFORMS is {wanted}", "unset JAX_PLATFORMS", stops_work=False)
     if all(_version(f"jax-cuda{number}-plugin") is None for number in (12, 13)):
         return Problem(
-            f"{text}: its part for CUDA is not installed", installation.with_extra("cuda13"), stops_work=False
+            f"{text}: JAX's CUDA plugin is not installed", installation.with_extra("cuda13"), stops_work=False
         )
-    fix = "run nvidia-smi: JAX for CUDA 13 needs a driver of version 580 or newer; see JAX's warnings when it starts"
+    fix = "run nvidia-smi: JAX for CUDA 13 needs driver version 580 or newer; see JAX's warnings when it starts"
     return Problem(text, fix, stops_work=False)
 
 
 def compiled_programs() -> Found:
-    """Where compiled programs are kept between processes."""
+    """Where compiled programs are cached between processes."""
     import jax
 
     from gptjax.support.runtime import own_cache_directory
@@ -195,7 +195,7 @@ def compiled_programs() -> Found:
     given = jax.config.values["jax_compilation_cache_dir"]
     directory = Path(given) if given else own_cache_directory()
     if directory is None:
-        return {"directory": "none, since GPTJAX_CACHE_DIR is set to nothing"}, []
+        return {"directory": "none, because GPTJAX_CACHE_DIR is empty"}, []
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     writable = there.is_dir() and os.access(there, os.W_OK)
     files = [path for path in directory.glob("**/*") if path.is_file()] if directory.is_dir() else []
@@ -203,13 +203,13 @@ def compiled_programs() -> Found:
     facts = {"directory": str(directory), "writable": writable, "files": len(files), "size_bytes": size}
     if writable:
         return facts, []
-    text = f"compiled programs cannot be kept in {directory}, so each process compiles anew"
-    fix = "set GPTJAX_CACHE_DIR to a directory that you may write to"
+    text = f"compiled programs cannot be saved in {directory}, so each process compiles them again"
+    fix = "set GPTJAX_CACHE_DIR to a directory that you can write to"
     return facts, [Problem(text, fix, stops_work=False)]
 
 
 def environment() -> Found:
-    """The variables that change what gptjax and JAX do. Secrets are not shown."""
+    """The environment variables that change what gptjax and JAX do. Secrets are not shown."""
     facts = {
         name: "set, not shown" if _SECRET.search(name) else value
         for name, value in sorted(os.environ.items())
@@ -223,7 +223,7 @@ def environment() -> Found:
 
 
 def implementations() -> Found:
-    """What each operation runs as here, and why not as something else."""
+    """The implementation each operation runs as here, and why."""
     import jax
 
     import pallas_kernels
@@ -231,17 +231,17 @@ def implementations() -> Found:
 
     preferred = dispatch.preferred()
     if preferred != dispatch.XLA:
-        why = "where it takes the operands, else xla"
+        why = "for operands it supports, else xla"
     elif jax.default_backend() != "gpu":
-        why = f"Pallas kernels are for GPUs, and this is a {jax.default_backend()}"
+        why = f"Pallas kernels need a GPU, and this is a {jax.default_backend()}"
     else:
-        why = "Pallas kernels are for NVIDIA GPUs, Ampere and newer"
+        why = "Pallas kernels need an NVIDIA GPU, Ampere or newer"
     operations = {
-        module.name: importlib.util.find_spec(f"pallas_kernels.{module.name}.{preferred}") is not None
+        module.name: dispatch.has_kernel(module.name, preferred)
         for module in pkgutil.iter_modules(pallas_kernels.__path__)
         if module.ispkg and importlib.util.find_spec(f"pallas_kernels.{module.name}.api") is not None
     }
-    has_none = f"xla (there is no {preferred} kernel)"
+    has_none = f"xla (it has no {preferred} kernel)"
     return {
         name: f"{preferred} ({why})" if has or preferred == dispatch.XLA else has_none
         for name, has in operations.items()
@@ -249,7 +249,7 @@ def implementations() -> Found:
 
 
 def demo() -> Found:
-    """Whether the model that comes with gptjax is there, whole, and fits."""
+    """Whether the model that comes with gptjax is present and complete, and fits in memory."""
     from gptjax.checkpoints import hub
     from gptjax.diagnostics.info import describe
     from gptjax.errors import GptjaxError
@@ -261,13 +261,13 @@ def demo() -> Found:
         facts = describe(directory)
     except GptjaxError as error:
         return {name: "damaged"}, [Problem(f"{name} cannot be read: {_first_line(error)}", installation.again(), True)]
-    told = {key: facts[key] for key in ("checkpoint", "needed_bytes", "available_bytes", "fits")}
+    shown = {key: facts[key] for key in ("checkpoint", "needed_bytes", "available_bytes", "fits")}
     if not weights.is_file() or weights.stat().st_size < facts["parameters"]:  # more than a byte for each number
-        return told, [Problem(f"{weights} is missing or cut", installation.again(), stops_work=True)]
+        return shown, [Problem(f"{weights} is missing or truncated", installation.again(), stops_work=True)]
     if facts["fits"] != "yes":
         text = f"{name}, the smallest model, does not fit: {facts['fits']}"
-        return told, [Problem(text, "close other programs, or give this one more memory", stops_work=True)]
-    return told, []
+        return shown, [Problem(text, "close other programs, or give this one more memory", stops_work=True)]
+    return shown, []
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What a checkpoint is and what memory it needs, told without loading its weights."""
+"""Describes a checkpoint and the memory it needs, without loading its weights."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ from gptjax.support.files import read_json
 from gptjax.support.quoting import names, quoted
 from gptjax.support.runtime import DeviceMemory
 from gptjax.support.units import readable
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.mxfp4 import MXFP4
 
 
 def describe(
@@ -42,20 +42,20 @@ def describe(
     ignore_config: Sequence[str] = (),
     generation_config: Mapping[str, Any] | bool | None = None,
 ) -> dict[str, Any]:
-    """Facts of a checkpoint, in the order to show them. Keys ending in `_bytes` are bytes.
+    """Facts about a checkpoint, in display order. Values of keys ending in `_bytes` are bytes.
 
-    Of a checkpoint with weights in MXFP4, `packed_numbers` are those in it, and `packed_vs_float16` and
-    `whole_vs_float16` say how many times larger they, and all weights as stored, would be in float16.
+    For a checkpoint with weights in MXFP4, `packed_numbers` counts the packed numbers, and `packed_vs_float16` and
+    `whole_vs_float16` say how many times larger these, and all weights as stored, would be in float16.
 
-    "fits" is "yes", or "no; try …" with settings that would. The memory needed is the most at a time, so less than the
-    sum: what loading holds goes before the cache comes.
+    "fits" is "yes", or "no; try …" with settings that would fit. The memory needed is the peak, so less than the sum:
+    what loading holds is freed before the cache is allocated.
 
     Args:
-      device: the memory to fit; that of the default device if not given. See `imagined_gpu`.
+      device: the memory to fit in; by default that of the default device. See `imagined_gpu`.
       ignore_config, generation_config: as for `gptjax.load`.
 
     Raises:
-      CheckpointError, ConfigError: as `gptjax.load`.
+      CheckpointError, ConfigError: as for `gptjax.load`.
     """
     checkpoint = open_checkpoint(name, ignore_config=ignore_config, generation_config=generation_config)
     model = _model(checkpoint.config, dtype, device)
@@ -79,7 +79,7 @@ def describe(
 
 
 def _generation(defaults: GenerationDefaults, config: ModelConfig) -> str:
-    """The settings of generation, and why it is refused if it is."""
+    """The generation settings, and why generation is refused if it is."""
     settings = [field.name for field in dataclasses.fields(defaults) if field.name != "faults"]
     text = ", ".join(f"{name} {getattr(defaults, name)}" for name in settings)
     if beyond := [token for token in defaults.eos_ids if token >= config.vocab_size]:
@@ -99,19 +99,19 @@ def describe_published(
     max_batch: int = 1,
     device: DeviceMemory | None = None,
 ) -> dict[str, Any]:
-    """The same of a published size, a key of `gptjax.config.PUBLISHED`, as far as no checkpoint is needed for it.
+    """Like `describe`, for a published size (a key of `gptjax.config.PUBLISHED`): the facts that need no checkpoint.
 
     Raises:
-      RequestError: there is no such size.
+      RequestError: an unknown size.
     """
     if name not in PUBLISHED:
-        raise RequestError(f"there is no size {quoted(name)}; there are {', '.join(PUBLISHED)}")
+        raise RequestError(f"unknown size {quoted(name)}; choose one of {', '.join(PUBLISHED)}")
     model = _model(PUBLISHED[name], dtype, device)
     return {"size": name, **_architecture(model), **_memory(model, max_length, max_batch, device)}
 
 
 def imagined_gpu(size: float) -> DeviceMemory:
-    """A GPU of so many bytes of which all is free, to see what would fit."""
+    """An imaginary GPU with `size` bytes, all free, to see what would fit."""
     if not 0 < size < float("inf"):
         raise RequestError(f"a device's memory must be more than 0 bytes, found {size}")
     return DeviceMemory(f"GPU of {readable(int(size))}", "gpu", int(size), 0, int(size))
@@ -156,13 +156,13 @@ def _memory(model: Model, max_length: int | None, max_batch: int, device: Device
 
 
 def describe_tensors(name: str | os.PathLike[str], *, ignore_config: Sequence[str] = ()) -> dict[str, str]:
-    """Every weight, by its path: its shape, and its dtype as stored.
+    """Shape and stored dtype of every weight, by path.
 
     Args:
       ignore_config: as for `gptjax.load`.
 
     Raises:
-      CheckpointError: the weights are missing, damaged or not those of the config, as far as headers tell.
+      CheckpointError: the weights are missing, damaged or do not match the config, judging by their headers.
     """
     checkpoint = open_checkpoint(name, ignore_config=ignore_config)
     model = registry.build(checkpoint.config)
@@ -172,7 +172,7 @@ def describe_tensors(name: str | os.PathLike[str], *, ignore_config: Sequence[st
 
 
 def _stored_dtypes(checkpoint: Checkpoint, model: Model) -> dict[tuple[str, ...], str]:
-    """The dtype of each weight, from headers alone. Raises `CheckpointError` if they are not the model's weights."""
+    """The dtype of each weight, from headers only. Raises `CheckpointError` if they are not the model's weights."""
     if checkpoint.is_converted:
         manifest = weights.checked_manifest(checkpoint.directory, abstract_params(model))
         return {leaf.path: leaf.dtype for leaf in manifest.leaves}
@@ -189,11 +189,11 @@ def _stored(checkpoint: Checkpoint, model: Model) -> dict[tuple[str, ...], str] 
 def _weights(stored: dict[tuple[str, ...], str] | CheckpointError) -> str:
     if isinstance(stored, CheckpointError):
         return f"cannot be used: {stored}"
-    return f"{len(stored)} arrays, stored as {' and '.join(sorted(set(stored.values())))}; their headers are sound"
+    return f"{len(stored)} arrays, stored as {' and '.join(sorted(set(stored.values())))}; their headers are valid"
 
 
 def _packing(model: Model, stored: dict[tuple[str, ...], str] | CheckpointError) -> dict[str, Any]:
-    """What is in MXFP4, and what that saves; nothing where nothing is."""
+    """How much is in MXFP4 and what that saves; empty if nothing is."""
     params = abstract_params(model)
     packed = [leaf for leaf in weights_by_path(params).values() if isinstance(leaf, MXFP4)]
     if not packed:

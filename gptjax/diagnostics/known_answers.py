@@ -1,6 +1,6 @@
-"""Known answers: what a published checkpoint is known to say, against what it says here.
+"""Compares what a published checkpoint says here with its known answers.
 
-Every answer was given by other code than ours: openai/gpt-2, or transformers in float32.
+Every answer comes from code other than ours: openai/gpt-2, or transformers in float32.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ _PERPLEXITY_TOLERANCE = 0.005  # relative
 
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """Token ids, and those that follow them where the most likely one is taken each time."""
+    """Token ids, and their greedy continuation."""
 
     prompt_ids: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -29,7 +29,7 @@ class Greedy:
 
 @dataclasses.dataclass(frozen=True)
 class Continued:
-    """A text, and what follows it where the most likely token is taken each time."""
+    """A text, and its greedy continuation."""
 
     prompt: str
     continuation: str
@@ -37,16 +37,16 @@ class Continued:
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """What is known of a checkpoint."""
+    """What is known about a checkpoint."""
 
     greedy: Greedy | None = None
     continued: Continued | None = None
-    perplexity: float | None = None  # of HELD_OUT, in pieces of the model's context length, but of 2048 tokens at most
+    perplexity: float | None = None  # of HELD_OUT, in pieces of the model's context length, at most 2048 tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One answer, as it should be and as it is."""
+    """One answer, expected and found."""
 
     name: str
     expected: str
@@ -54,12 +54,12 @@ class Check:
     agrees: bool
 
 
-# SHA-256 of the tokens' bytes in the order of their ids (see `fingerprint`), of the published files.
+# SHA-256 of the published tokens' bytes in the order of their ids (see `fingerprint`).
 VOCABULARIES: Final[Mapping[str, str]] = {
     "143e6c54f214d46d7988f265b80bedaf9ee3a0c597b3bfe5f840bcc17d7972fc": "gpt2",
     "342c9822c8818bb4bb649486d108a119cc7fc1e1cf62c71c3880a37337105250": "gpt2-tales",
     "778d21dd53317b287f765eda724d8d1ce7a6ec7759eaa5cb44ccfcc66c0e0c58": "gpt-oss-tales",
-    "7f56b9913634a00f94b7d6ed565e45d5e4f59dbb6ff6a872bb20571e6f77dbf4": "gpt-oss-20b",  # and 120b's as well
+    "7f56b9913634a00f94b7d6ed565e45d5e4f59dbb6ff6a872bb20571e6f77dbf4": "gpt-oss-20b",  # and gpt-oss-120b
 }
 
 _GPT_OSS_TALES_CONTINUATION: Final = tuple(
@@ -95,7 +95,7 @@ _KNOWN: Final[Mapping[str, Known]] = {
         greedy=Greedy((5429, 628, 258, 567, 441, 308, 258, 1221, 443, 334), _GPT_OSS_TALES_CONTINUATION),
         perplexity=71.8342,
     ),
-    # As transformers' own integration tests have it of openai/gpt-oss's code, in bfloat16.
+    # From transformers' integration tests, which took it from openai/gpt-oss's code, in bfloat16.
     "gpt-oss-20b": Known(
         continued=Continued("Roses are red, violets", " are blue, I love you, and I love you too."),
     ),
@@ -106,7 +106,7 @@ _KNOWN: Final[Mapping[str, Known]] = {
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """SHA-256 of every token's bytes, each followed by a NUL and a line end, in the order of their ids."""
+    """SHA-256 of every token's bytes in the order of their ids, each followed by a NUL and a newline."""
     digest = hashlib.sha256()
     for token_id in range(tokenizer.vocab_size):
         digest.update(tokenizer.token_bytes(token_id) + b"\0\n")
@@ -114,17 +114,16 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def verify(lm: LanguageModel) -> list[Check]:
-    """Checks all that is known of a checkpoint, which is recognised by its vocabulary and its sizes.
+    """Checks everything known about a checkpoint, which is recognised by its vocabulary and sizes.
 
-    Load it in float32: in half precision a greedy token may differ where two are nearly as likely. Only of GPT-OSS are
-    the answers known in bfloat16.
+    Load it in float32: in half precision a greedy token may differ when two are almost equally likely. Only GPT-OSS's
+    answers are known in bfloat16.
 
     Returns:
-      The checks that could be made; an empty list where nothing is known of a checkpoint with this vocabulary and
-      these sizes.
+      The checks; an empty list if nothing is known about a checkpoint with this vocabulary and these sizes.
 
     Raises:
-      RequestError: the model was loaded for shorter texts than the answers are known of.
+      RequestError: `max_length` is too short for the known texts.
     """
     found = fingerprint(lm.tokenizer)
     vocabulary = VOCABULARIES.get(found)
@@ -137,7 +136,7 @@ def verify(lm: LanguageModel) -> list[Check]:
     window = min(lm.config.context_length, WINDOW)
     if known.perplexity is not None and lm.max_length < window:
         raise RequestError(
-            f"the answers are known for texts of {window} positions, but max_length is {lm.max_length}: load the model "
+            f"the known answers need {window} positions, but max_length is {lm.max_length}: load the model "
             "without max_length, and unset GPTJAX_MAX_LENGTH"
         )
     checks = [Check("vocabulary", f"as published for {vocabulary}", found, True)]
@@ -159,7 +158,7 @@ def verify(lm: LanguageModel) -> list[Check]:
 
 
 def _demo(vocabulary: str) -> tuple[str, ModelConfig | None]:
-    """A demo's name and configuration, where the vocabulary is one's."""
+    """A vocabulary's name, and its configuration if it is a demo's."""
     if vocabulary not in demos():
         return vocabulary, None
     return vocabulary, open_checkpoint(vocabulary).config

@@ -1,4 +1,4 @@
-"""What MXFP4 costs in accuracy: a model beside the same model with weights rounded to it."""
+"""What MXFP4 costs in accuracy: compares a model with the same model rounded to it."""
 
 import dataclasses
 import math
@@ -23,23 +23,23 @@ from gptjax.models.params import Params, weights_by_path
 from gptjax.models.registry import Model
 from gptjax.support.plots import check_plot, save_plot
 from gptjax.text import Tokenizer
-from pallas_kernels.fragments import MXFP4Fragments
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats.mxfp4 import MXFP4
 
-# What the field asks of a rounded model.
+# What is usually expected of a rounded model.
 LEAST_COSINE: Final = 0.99
 LEAST_AGREEMENT: Final = 0.95
 MOST_CHANGE: Final = 0.01  # of the perplexity, relative
 
-_HIDDEN_TOKENS: Final = 512  # whose hidden states are compared, at most: attention over them is not in chunks
-_NUMBERS: Final = 1 << 22  # compared together in float64
+_HIDDEN_TOKENS: Final = 512  # the most whose hidden states are compared, since attention is not chunked here
+_NUMBERS: Final = 1 << 22  # compared at a time in float64
 _FORMATS: Final = (".png", ".pdf", ".svg")
 _RESIDUALS: Final = ("mlp_residual", "moe_residual")  # what a block's last stage is called
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far numbers are from those that they stand for."""
+    """How far rounded numbers are from the originals."""
 
     name: str
     cosine: float  # of the angle between the two; 1 is the same direction
@@ -48,7 +48,7 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A threshold, what was found, and whether it holds."""
+    """A threshold, the value found, and whether it passes."""
 
     name: str
     found: str
@@ -58,17 +58,17 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A model beside its rounded form."""
+    """A model compared with its rounded form."""
 
-    weights: tuple[Difference, ...]  # of each that is rounded
+    weights: tuple[Difference, ...]  # one for each rounded weight
     blocks: tuple[Difference, ...]  # of the hidden states after each block: means over positions
-    agreement: float  # share of positions where both find the same token the most likely one, teacher-forced
+    agreement: float  # share of positions with the same most likely token, teacher-forced
     perplexity: Perplexity
     quantized_perplexity: Perplexity
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
-        """One a threshold."""
+        """One for each threshold."""
         cosines = [
             (what, min(rows, key=lambda row: row.cosine))
             for what, rows in (("weight", self.weights), ("block's hidden states", self.blocks))
@@ -97,23 +97,23 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether all thresholds hold."""
+        """Whether all thresholds are met."""
         return all(verdict.holds for verdict in self.verdicts)
 
 
 def quantized(lm: LanguageModel, targets: str) -> LanguageModel:
-    """The model with "experts", "linear" or "all" rounded to MXFP4; the other weights are shared, not copied.
+    """The model with "experts", "linear" or "all" rounded to MXFP4; other weights are shared, not copied.
 
     Raises:
       ConfigError: the model has no such weights, or they cannot be packed.
-      RequestError: all of them are packed already.
+      RequestError: all of them are already packed.
     """
     config = packed_config(lm.config, targets)
     paths = chosen(lm.config, config)
     if not paths:
         raise RequestError(
-            f"what {targets!r} names is in MXFP4 in this checkpoint already, so there is nothing to compare it with; "
-            "name the float checkpoint that it was made of, and this one with --against"
+            f"this checkpoint already has {targets!r} in MXFP4, so there is nothing to compare it with; name the float "
+            "checkpoint that it was made from, and this one with --against"
         )
 
     def packed(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -131,7 +131,7 @@ def quantized(lm: LanguageModel, targets: str) -> LanguageModel:
     tokenizer: Tokenizer | GptjaxError
     try:
         tokenizer = lm.tokenizer
-    except GptjaxError as error:  # what says why there is none
+    except GptjaxError as error:  # says why it has no tokenizer
         tokenizer = error
     return LanguageModel(model, params, tokenizer=tokenizer, defaults=lm.defaults, max_length=lm.max_length)
 
@@ -143,24 +143,26 @@ def validate(
     *,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Report:
-    """Compares a model with its MXFP4 form, on a text in pieces of `lm.max_length` tokens.
+    """Compares a model with its MXFP4 form on a text, in pieces of `lm.max_length` tokens.
 
     Args:
-      lm: the model with numbers; some of its weights may be packed, and are then not compared.
-      other: the same model with more of it packed. Both are in memory, so this takes both models' memory.
-      advance: told of the tokens of each piece, for each of the models, as they are done.
+      lm: the original model; weights that it already has packed are not compared.
+      other: the same model with more of it packed. Both models are in memory.
+      advance: called with the number of tokens of each piece, for each model, as they are done.
 
     Raises:
-      RequestError: models of different kinds or sizes, nothing more that is packed, or a text of less than two tokens.
+      RequestError: the models differ in kind or size, `other` has no more packed than `lm`, or the text has fewer than
+        two tokens.
     """
     if dataclasses.replace(lm.config, mxfp4=other.config.mxfp4) != other.config:
         raise RequestError(
-            "the two are not forms of one model, as their config.json tell; name what was converted from the first"
+            "the two are not forms of the same model, according to their config.json; name a checkpoint converted from "
+            "the first"
         )
     if not chosen(lm.config, other.config):
         raise RequestError(
-            "the second has nothing in MXFP4 that the first has as numbers; name the float checkpoint first, and one "
-            "that `gptjax convert --quantize` wrote with --against"
+            "everything that the second has in MXFP4 is also packed in the first; name the float checkpoint first, and "
+            "one that `gptjax convert --quantize` wrote with --against"
         )
     before, after = (predict(each, token_ids, advance=advance) for each in (lm, other))
     return Report(
@@ -173,13 +175,13 @@ def validate(
 
 
 def plot(report: Report, path: str | Path) -> None:
-    """Draws the relative errors by block: a line for each kind of weight, and one for the hidden states.
+    """Plots the relative errors by block: a line for each kind of weight, and one for the hidden states.
 
     Raises:
       RequestError: matplotlib is not installed, or the file cannot be written.
     """
     check_plot(path)
-    from matplotlib.figure import Figure  # without pyplot: no window, no state, no backend but the file's own
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state, only the file's backend
     from matplotlib.ticker import MaxNLocator
 
     lines: dict[str, list[tuple[int, float]]] = {}
@@ -201,7 +203,7 @@ def plot(report: Report, path: str | Path) -> None:
 
 
 def _weights(params: Params, other: Params) -> Iterator[Difference]:
-    """Of each weight that is numbers in the one and packed in the other."""
+    """The difference of each weight that is packed only in `other`."""
     numbers, packed = weights_by_path(params), weights_by_path(other)
     for path in sorted(numbers, key=_place):
         leaf, theirs = numbers[path], packed[path]
@@ -212,19 +214,19 @@ def _weights(params: Params, other: Params) -> Iterator[Difference]:
 
 
 def _place(path: tuple[str, ...]) -> tuple[bool, int, tuple[str, ...]]:
-    """For sorting: blocks by their numbers, then what is in none."""
+    """A sort key: blocks by number, then everything else."""
     block = _block(path[0])
     return block is None, block or 0, path
 
 
 def _block(name: str) -> int | None:
-    """The number of a block that a name begins with."""
+    """The number of the block that a name begins with, if any."""
     match = re.match(r"block_(\d+)(/|$)", name)
     return None if match is None else int(match[1])
 
 
 def _pairs(array: jax.Array, packed: MXFP4) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The numbers of both, a slice at a time, in float64."""
+    """The values of both, a slice at a time, in float64."""
     for index in slices(array.shape, _NUMBERS):
         yield np.asarray(array[index], np.float64), np.asarray(packed[index].dequantize(), np.float64)
 
@@ -239,14 +241,14 @@ def _difference(name: str, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Di
 
 
 def _measures(dot: float, square: float, other_square: float, error: float) -> tuple[float, float]:
-    """Cosine and relative error; of two that are 0, they are 1 and 0."""
+    """Cosine and relative error; 1 and 0 if both arrays are 0."""
     if not square or not other_square:
         return float(square == other_square), math.sqrt(error / square) if square else float(bool(error))
     return dot / math.sqrt(square * other_square), math.sqrt(error / square)
 
 
 def _blocks(lm: LanguageModel, other: LanguageModel, token_ids: Sequence[int]) -> Iterator[Difference]:
-    """Of the hidden states after each block, as means over positions: the norms of some are many times the others'."""
+    """The differences of the hidden states after each block, as means over positions, since their norms vary widely."""
     tokens_BT = jnp.asarray([list(token_ids)], jnp.int32)
     with memory.explained(lm.model, batch=1, max_length=tokens_BT.shape[1]):
         ours, theirs = (_hidden(each.model, each.params, tokens_BT) for each in (lm, other))
@@ -259,7 +261,7 @@ def _blocks(lm: LanguageModel, other: LanguageModel, token_ids: Sequence[int]) -
 
 @partial(jax.jit, static_argnames=("model",))
 def _hidden(model: Model, params: Params, tokens_BT: jax.Array) -> list[jax.Array]:
-    """The hidden states [T, D] after each block, of the first row."""
+    """The first row's hidden states [T, D] after each block."""
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
     _, recorded = model.apply({"params": params}, tokens_BT, positions_BT, mutable=[COLLECTION])
     blocks = [recorded[COLLECTION][f"block_{layer}"] for layer in range(model.config.num_layers)]

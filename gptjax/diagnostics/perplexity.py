@@ -17,19 +17,19 @@ from gptjax.language_model import LanguageModel
 from gptjax.support.files import read_bytes
 from gptjax.support.quoting import quoted, shown
 
-HELD_OUT: Final = DEMOS / "held-out.txt"  # 16 kB of books in the public domain, none of which the demos have read
+HELD_OUT: Final = DEMOS / "held-out.txt"  # 16 kB of public-domain books that the demos were not trained on
 _TEXT_BYTES: Final = 256 << 20
-WINDOW: Final = 2048  # tokens, where none is asked for: attention over all 131,072 of GPT-OSS would take hours on a CPU
-_NUMBERS: Final = 1 << 22  # logits looked at together in float64
+WINDOW: Final = 2048  # default in tokens: attention over all of GPT-OSS's 131,072 would take hours on a CPU
+_NUMBERS: Final = 1 << 22  # logits processed at a time in float64
 
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """The exponential of the mean negative log-likelihood of a text's tokens, in float64 from the logits on."""
+    """The exponential of the mean negative log-likelihood of a text's tokens, computed in float64 from the logits."""
 
     value: float
     standard_error: float  # of `value`, as if the tokens' losses were independent
-    num_tokens: int  # that were predicted
+    num_tokens: int  # predicted
 
     @classmethod
     def of(cls, losses: np.ndarray) -> "Perplexity":
@@ -40,14 +40,14 @@ class Perplexity:
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What a model makes of a text, for each token that it predicts."""
+    """A model's predictions for a text, one for each predicted token."""
 
     losses: np.ndarray  # float64: negative log-likelihoods
     best: np.ndarray  # int: the most likely tokens
 
 
 def perplexity(lm: LanguageModel, token_ids: Sequence[int], *, stride: int | None = None) -> Perplexity:
-    """The perplexity of a text, in windows of `lm.max_length` tokens, each `stride` tokens after the one before.
+    """The perplexity of a text, in windows of `lm.max_length` tokens, `stride` tokens apart.
 
     Arguments and errors are those of `predict`.
     """
@@ -61,35 +61,33 @@ def predict(
     stride: int | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Predictions:
-    """Predicts each token of a text once, teacher-forced, as Hugging Face's guide to perplexity has it.
+    """Predicts each token of a text once, teacher-forced, as in Hugging Face's guide to perplexity.
 
     Args:
-      stride: from one window of `lm.max_length` tokens to the next. A window predicts those tokens that the one before
-        did not, so each but the first window's sees at least `lm.max_length - stride` tokens before it. Left out, it is
-        `lm.max_length`: pieces that do not see each other, of each of which the first token is not predicted.
-      advance: told of the tokens of each window, as they are done.
+      stride: from one window of `lm.max_length` tokens to the next. A window predicts the tokens that earlier windows
+        did not, so outside the first window each token has at least `lm.max_length - stride` tokens of context. The
+        default is `lm.max_length`: independent pieces, the first token of which is not predicted.
+      advance: called with the number of tokens of each window as it is done.
 
     Raises:
-      RequestError: a stride that is none, fewer than two tokens, ids that are none, or logits that are not finite.
+      RequestError: an invalid stride, fewer than two tokens, invalid ids, or logits that are not finite.
     """
     size = lm.max_length
     stride = check_stride(stride, size)
     found: list[Predictions] = []
     for start, end, first in windows(len(token_ids), size, stride):
-        first = max(first, start + 1)  # nothing stands before a window's first token
+        first = max(first, start + 1)  # a window's first token has no context
         if first < end:
             logits_TV = lm.logits(token_ids[start:end])[first - start - 1 : -1]
             found.append(_judged(logits_TV, np.asarray(token_ids[first:end])))
         advance(end - start)
     if not found:
-        raise RequestError(
-            "a perplexity needs pieces of two tokens at least: give a longer text or a larger max_length"
-        )
+        raise RequestError("perplexity needs pieces of at least two tokens: give a longer text or a larger max_length")
     return Predictions(*(np.concatenate([getattr(each, name) for each in found]) for name in ("losses", "best")))
 
 
 def check_stride(stride: int | None, size: int) -> int:
-    """A stride for windows of a size, as given or a whole window. Raises `RequestError` for what is none."""
+    """The given stride, checked, or the window size if it is None. Raises `RequestError` if it is invalid."""
     if stride is None:
         return size
     if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= size:
@@ -100,7 +98,7 @@ def check_stride(stride: int | None, size: int) -> int:
 
 
 def windows(length: int, size: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Where each window over a text of so many tokens starts and ends, and the first token that none before it had."""
+    """Yields start and end of each window over `length` tokens, and the first token that no earlier window had."""
     first = 0
     for start in range(0, length, stride):
         end = min(start + size, length)
@@ -111,30 +109,30 @@ def windows(length: int, size: int, stride: int) -> Iterator[tuple[int, int, int
 
 
 def window(config: ModelConfig, max_length: int | None) -> int:
-    """The tokens of a window: as given, else $GPTJAX_MAX_LENGTH, else the model's positions, WINDOW at most.
+    """The window size in tokens: as given, else $GPTJAX_MAX_LENGTH, else the model's positions, at most WINDOW.
 
     Raises:
-      CapacityError, RequestError: as `gptjax.load`.
+      CapacityError, RequestError: as for `gptjax.load`.
     """
     most = limits.positions(config, max_length)
     return most if max_length is not None or os.environ.get("GPTJAX_MAX_LENGTH") else min(most, WINDOW)
 
 
 def read(path: str | Path) -> str:
-    """The text of a file. Raises `RequestError` if it cannot be read, is not text, or is larger than 256 MiB."""
+    """A file's text. Raises `RequestError` if it cannot be read, is not UTF-8, or is larger than 256 MiB."""
     try:
         data = read_bytes(Path(path), _TEXT_BYTES)
         if data is None:
             raise RequestError(f"{shown(path)} cannot be read (No such file or directory); name a text file")
         return data.decode()
     except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 text ({error}); convert it first, as with iconv") from None
+        raise RequestError(f"{path} is not UTF-8 text ({error}); convert it first, for example with iconv") from None
     except CheckpointError as error:
         raise RequestError(str(error)) from None
 
 
 def _judged(logits_TV: np.ndarray, targets_T: np.ndarray) -> Predictions:
-    """Losses of the targets, and the most likely tokens, a few rows at a time: float64 of all would be large."""
+    """Losses of the targets, and the most likely tokens, a few rows at a time to bound the float64 copies."""
     losses = np.empty(len(targets_T))
     rows = max(1, _NUMBERS // logits_TV.shape[-1])
     for start in range(0, len(targets_T), rows):
@@ -142,7 +140,7 @@ def _judged(logits_TV: np.ndarray, targets_T: np.ndarray) -> Predictions:
         if not np.isfinite(some).all():
             raise RequestError(
                 "the model's logits were not finite (NaN or infinity), so nothing can be predicted: the weights may be "
-                "damaged, or overflow in this dtype; try dtype='float32' (--dtype float32)"
+                "damaged, or values may overflow in this dtype; try dtype='float32' (--dtype float32)"
             )
         some -= some.max(axis=-1, keepdims=True)
         log_sums = np.log(np.exp(some).sum(axis=-1))

@@ -1,4 +1,4 @@
-"""Side by side with transformers, stage by stage: where, first, do we differ?"""
+"""Compares us with transformers stage by stage, to find where we first differ."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +17,8 @@ from gptjax.models.registry import Model
 from gptjax.models.stages import activations, stages
 from gptjax.support import installation
 
-# Of a stage's largest magnitude. Sums of D or F float32 products, taken in another order, differ by about
-# sqrt(F)·2^-24 each (3e-6 at F = 3072), and blocks add up.
+# Relative to a stage's largest magnitude. Sums of D or F float32 products in another order differ by about
+# sqrt(F)·2^-24 each (3e-6 at F = 3072), and the errors of blocks add up.
 TOLERANCE = {"float32": 3e-5, "bfloat16": 6e-2, "float16": 8e-3}
 
 
@@ -33,7 +33,7 @@ class Row:
 
     @property
     def difference(self) -> float:
-        """The largest absolute difference; NaN where either has one, infinite where the shapes differ."""
+        """The largest absolute difference; NaN if either has a NaN, infinite if the shapes differ."""
         if self.ours.shape != self.theirs.shape:
             return float("inf")
         return float(np.abs(self.ours.astype(np.float64) - self.theirs.astype(np.float64)).max())
@@ -45,7 +45,7 @@ class Row:
 
     @property
     def agrees(self) -> bool:
-        """Whether the difference is within the tolerance. A NaN is never."""
+        """Whether the difference is within the tolerance. NaN never is."""
         return self.difference <= self.tolerance * self.magnitude
 
 
@@ -63,19 +63,19 @@ def compare(model: Model, params: Params, directory: Path, token_ids: Sequence[i
 
 
 def first_difference(rows: Sequence[Row]) -> Row | None:
-    """The first stage that does not agree; None where all do."""
+    """The first stage that does not agree; None if all do."""
     return next((row for row in rows if not row.agrees), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """Where transformers has a stage: a module's input or output, and how to bring it to our shape."""
+    """Where to find a stage in transformers: a module's input or output, and how to bring it to our shape."""
 
     stage: str
     module: str
     side: str  # "input" or "output"
     shape: Callable[[np.ndarray], np.ndarray] = lambda array: array
-    batched: bool = True  # whether the first axis is that of rows, of which there is one
+    batched: bool = True  # whether the first axis is the batch, of size 1
 
 
 def _gpt2_taps(config: GPT2Config) -> Iterator[Tap]:
@@ -132,7 +132,7 @@ _TAPS: Mapping[type[ModelConfig], Callable[[Any], Iterator[Tap]]] = {
 def transformers_activations(
     directory: Path, config: ModelConfig, token_ids: Sequence[int], *, dtype: str = "float32"
 ) -> dict[str, np.ndarray]:
-    """Every stage as transformers computes it, on the CPU with eager attention, by our names and in our shapes."""
+    """Every stage as transformers computes it on the CPU with eager attention, with our names and shapes."""
     torch, _ = oracle()
     loaded = load_transformers(directory, getattr(torch, dtype), attn_implementation="eager")
     taps = list(_TAPS[type(config)](config))
@@ -143,7 +143,7 @@ def transformers_activations(
 
 @contextmanager
 def _recording(loaded: Any, taps: Sequence[Tap]) -> Iterator[dict[tuple[str, str], np.ndarray]]:
-    """Records the inputs and outputs of the modules in question, without their batch axis, in float32."""
+    """Records the inputs and outputs of the tapped modules, without the batch axis, in float32."""
     recorded: dict[tuple[str, str], np.ndarray] = {}
     flat = {tap.module for tap in taps if not tap.batched}
 
@@ -154,7 +154,7 @@ def _recording(loaded: Any, taps: Sequence[Tap]) -> Iterator[dict[tuple[str, str
     handles = []
     for name in {tap.module for tap in taps}:
         module = loaded.get_submodule(name)
-        # The default arguments bind the name of this turn of the loop.
+        # The default argument binds the current value of the loop variable.
         handles.append(module.register_forward_pre_hook(lambda _, args, name=name: keep(name, "input", args)))
         handles.append(module.register_forward_hook(lambda _, __, out, name=name: keep(name, "output", out)))
     try:
@@ -165,13 +165,13 @@ def _recording(loaded: Any, taps: Sequence[Tap]) -> Iterator[dict[tuple[str, str
 
 
 def oracle() -> tuple[Any, Any]:
-    """The modules torch and transformers. Raises `GptjaxError`, saying what to install, where one is missing."""
+    """The modules torch and transformers. Raises `GptjaxError`, saying what to install, if one is missing."""
     try:
         import torch
         import transformers
     except ImportError as error:
         raise GptjaxError(
-            f"this needs transformers and torch, and {error.name} is not installed: {installation.with_extra('oracle')}"
+            f"this needs transformers and torch, but {error.name} is not installed: {installation.with_extra('oracle')}"
         ) from None
     return torch, transformers
 
@@ -185,9 +185,7 @@ def load_transformers(directory: Path, dtype: Any, **options: Any) -> Any:
     import transformers
 
     if weights.is_converted(directory):
-        raise CheckpointError(
-            f"{directory} was converted by gptjax; name the Hugging Face directory that it was made of"
-        )
+        raise CheckpointError(f"{directory} was converted by gptjax; name the Hugging Face directory it was made from")
     transformers.utils.logging.disable_progress_bar()
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(
@@ -201,6 +199,6 @@ def random_transformers(config: ModelConfig, dtype: Any) -> Any:
     """transformers' model of a configuration, with random weights; `dtype` is torch's."""
     _, transformers = oracle()
     raw = config.to_json()
-    raw.pop("quantization_config", None)  # they would pack random weights by other code than is to be measured
+    raw.pop("quantization_config", None)  # transformers would pack random weights with code other than that measured
     theirs = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
     return transformers.AutoModelForCausalLM.from_config(theirs).to(dtype)

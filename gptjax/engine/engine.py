@@ -1,4 +1,4 @@
-"""Slots on one compiled decode step: requests join and leave at any step, rows do not affect each other."""
+"""Continuous batching on one compiled decode step: requests join and leave at any step, and rows are independent."""
 
 import dataclasses
 from collections import deque
@@ -17,10 +17,10 @@ from gptjax.layers.cache import KVCache
 from gptjax.models import registry
 from gptjax.models.registry import Model
 
-# Beside an H200, asking for one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (hundreds of
-# arrays go with each call), which is more than the device takes to compute it.
+# With an H200, dispatching one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (each call passes
+# hundreds of arrays), which is more than the device needs to compute it.
 _STEPS_PER_DISPATCH = 8
-_MOST_PROMPTS = 8  # short ones that are read between two steps
+_MOST_PROMPTS = 8  # short prompts read between two steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,22 +28,22 @@ class Token:
     """One token that a slot produced."""
 
     slot: int
-    token_id: int  # -1 where the model's logits were not finite
+    token_id: int  # -1 if the model's logits were not finite
     logprob: float
     top: tuple[tuple[int, float], ...]  # (token id, log-probability), most likely first
 
 
 @dataclasses.dataclass
 class _Chunk:
-    """Steps that the device was asked for in one go, and whose tokens `Engine.step` has not all returned."""
+    """Steps dispatched in one call, whose tokens `Engine.step` has not all returned yet."""
 
     num_steps: int
-    sampled: sampling.Sampled  # on the device; of several steps, stacked
-    slots: set[int]  # those that were busy then, less those released since: whose tokens are wanted
-    on_host: deque[sampling.Sampled] | None = None  # of each step that is left; None until they are read
+    sampled: sampling.Sampled  # on the device; stacked if there are several steps
+    slots: set[int]  # those busy at dispatch and not released since: their tokens are wanted
+    on_host: deque[sampling.Sampled] | None = None  # one for each step left; None until read
 
     def read(self) -> deque[sampling.Sampled]:
-        """The steps that are left, waited for."""
+        """Waits for the steps that are left."""
         if self.on_host is None:
             host = jax.device_get(self.sampled)
             self.on_host = deque([host] if self.num_steps == 1 else _unstacked(host))
@@ -52,30 +52,30 @@ class _Chunk:
 
 @dataclasses.dataclass
 class _Filling:
-    """A prompt that is being read into the cache of one row, for a slot."""
+    """A prompt being read for a slot, into the one-row cache."""
 
     slot: int
     request: Request
     tokens: np.ndarray  # int32 [T]
-    cuts: deque[tuple[int, int, int]]  # start, tokens and bucket of the chunks that are left
+    cuts: deque[tuple[int, int, int]]  # start, tokens and bucket of the chunks left
     whole: int  # where the last whole chunk ends
-    rings: steps.Rings | None = None  # as they were there
-    logits_1V: jax.Array | None = None  # of the last chunk that the device was asked for
+    rings: steps.Rings | None = None  # copied at that point
+    logits_1V: jax.Array | None = None  # of the last chunk dispatched
 
 
 class Engine:
     """A batch of `batch` slots. Not thread-safe: one engine belongs to one thread at a time.
 
     `admit` prefills a request into a free slot, `step` gives the busy slots their next tokens, `release` frees a slot.
-    `begin` and `fill` are `admit` in parts, a chunk of the prompt at a time, with steps of the other slots between.
-    A slot that has filled its cache must be released; until then its further tokens are -1.
+    `begin` and `fill` do the work of `admit` one chunk of the prompt at a time, with steps of the other slots between.
+    A slot that has filled its cache must be released; until then its tokens are -1.
 
-    The device is asked for one step at a time, or for a chunk of `steps_per_dispatch`, where asking takes the host
-    longer than a step takes the device. Tokens and their order are the same to the bit. The price of a chunk is that
-    its first token comes with its last, and that what a request no longer wants is computed to the chunk's end. So
-    it is one step where a newcomer waits for its first token, and where fewer than half a chunk is wanted by any
-    request (`max_tokens` and `max_length` tell): no more than half a chunk is computed that is known to be of no use.
-    Where a request ends of itself, it is the rest of its chunk and one chunk more, which the device works on meanwhile.
+    Steps are dispatched one at a time, or in chunks of `steps_per_dispatch` on devices that compute a step faster than
+    the host can dispatch it. Tokens and their order are bit-identical either way. The price of a chunk is that its
+    first token arrives with its last, and that it is computed to the end even if a request ends early. So single steps
+    are dispatched while a newcomer waits for its first token, and when no request wants at least half a chunk (known
+    from `max_tokens` and `max_length`): at most half a chunk is knowingly wasted. A request that ends by itself wastes
+    the rest of its chunk, and one more that the device is already computing.
     """
 
     def __init__(
@@ -90,15 +90,15 @@ class Engine:
         levels: Sequence[Features] = (),
         reuse: bool = False,
     ):
-        """An engine of empty slots.
+        """Creates an engine with empty slots.
 
         Args:
-          steps_per_dispatch: 1 on a CPU if not given, and 8 elsewhere.
-          chunk: prompt tokens in one call, at most: a power of two, `steps.chunk_of` if not given. Results depend on
-            it, by rounding.
-          levels: sets of features to choose from, each with all of the one before: the first that the requests of the
-            moment can do with is computed. Left out, it is what any request so far has used.
-          reuse: go on from what a slot still holds of a prompt's whole chunks, rather than read them again.
+          steps_per_dispatch: by default 1 on a CPU and 8 elsewhere.
+          chunk: the most prompt tokens in one call: a power of two, by default `steps.chunk_of`. It affects the
+            rounding of results.
+          levels: sets of features, each including the one before; the first that covers all current requests is
+            computed. By default, the features that any request so far has used.
+          reuse: continue from whole chunks of a prompt that a slot still holds, rather than read them again.
         """
         if steps_per_dispatch is None:
             steps_per_dispatch = 1 if jax.default_backend() == "cpu" else _STEPS_PER_DISPATCH
@@ -116,14 +116,14 @@ class Engine:
         self._row = registry.create_cache(model, batch=1, max_length=max_length)  # what prefill works on
         self._requests: list[Request | None] = [None] * batch
         self._filling: _Filling | None = None
-        self._read = 0  # prompt tokens, as `_cost` counts them, that were asked for since the last steps were
+        self._read = 0  # prompt tokens dispatched since the last steps, as `_cost` counts them
         self._prefixes = Prefixes(batch) if reuse else None
-        self._wanted = [0] * batch  # steps that a slot's request still wants and the device was not yet asked for
-        self._newcomers: set[int] = set()  # the slots of which the device was asked for no step yet
+        self._wanted = [0] * batch  # steps that a slot's request still wants and that were not dispatched yet
+        self._newcomers: set[int] = set()  # slots with no step dispatched yet
         self._chunks: deque[_Chunk] = deque()  # oldest first; each has slots whose tokens are wanted
         self._levels = levels
         self._features = Features()
-        self._settings: sampling.Sampling | None = None  # of the rows as they are; None where they changed
+        self._settings: sampling.Sampling | None = None  # of the current rows; None after they change
         self._active_B: jax.Array | None = None
 
     @property
@@ -142,14 +142,14 @@ class Engine:
         return all(request is None for request in self._requests)
 
     def warm_up(self) -> None:
-        """Compiles all that requests may need of `levels`, by running it on slots that must be free."""
+        """Compiles everything that requests may need at any of `levels`, by running it. All slots must be free."""
         if len(self.free_slots) < self.batch:
             raise ValueError("warm_up needs all slots to be free")
         longest = min(self.max_length, self.chunk)
         buckets = sorted({steps.chunks(length, self.chunk)[0][2] for length in range(1, longest + 1)})
         slot, active_B = np.int32(0), self._active()
         history_S = np.zeros(self._state.cache.capacity, np.int32)
-        for _ in range(2):  # over again, with the arrays as compiled code returns them
+        for _ in range(2):  # the second time with arrays as compiled code returns them
             for bucket in buckets:
                 chunk = steps.padded(np.zeros(1, np.int32), 0, 1, bucket)
                 logits_1V, self._row = steps.prefill_chunk(self.model, self._params, self._row, chunk)
@@ -163,21 +163,21 @@ class Engine:
         self.wait()
 
     def best_slot(self, request: Request) -> int:
-        """The free slot for a request: with most to go on from, else the one whose content is missed least."""
+        """The free slot for a request: the one with the longest reusable prefix, else the least useful to keep."""
         free = self.free_slots
         return free[0] if self._prefixes is None else self._prefixes.least(free, request.prompt_ids)
 
     def admit(self, slot: int, request: Request) -> None:
-        """Prefills a checked request with a seed into a free slot, in chunks whose cuts depend on its length alone."""
+        """Prefills a checked request with a seed into a free slot, in chunks that depend only on its length."""
         self.begin(slot, request)
         while not self.fill():
             pass
 
     def begin(self, slot: int, request: Request) -> int:
-        """Takes a free slot for a checked request with a seed; `fill` reads its prompt. One at a time.
+        """Reserves a free slot for a checked request with a seed; `fill` reads its prompt. One prompt at a time.
 
         Returns:
-          The tokens of the prompt that need not be read, as a slot still holds them.
+          The number of prompt tokens that need not be read because a slot still holds them.
         """
         if slot not in self.free_slots:
             raise ValueError(f"slot {slot} is busy")
@@ -191,7 +191,7 @@ class Engine:
         if found is not None:
             held, rings = len(found[1].token_ids), found[1].rings
             for array in jax.tree.leaves(self._row):
-                array.delete()  # first, so that there are never two
+                array.delete()  # first, so that two never exist at once
             self._row = steps.extract(self._state, np.int32(found[0]), rings)
         cuts = deque(cut for cut in steps.chunks(len(tokens), self.chunk) if cut[0] >= held)
         self._filling = _Filling(slot, request, tokens, cuts, len(tokens) // self.chunk * self.chunk, rings)
@@ -199,26 +199,25 @@ class Engine:
 
     @property
     def fill_is_due(self) -> bool:
-        """Whether a prompt is being read whose next part may be asked for before more steps are.
+        """Whether a prompt is being read and its next part may be dispatched before more steps.
 
-        Where there are steps to do, they wait for the tokens of one chunk at most: several short prompts, or one part
-        of a long one.
+        Pending steps wait for at most one chunk's tokens: several short prompts, or one part of a long one.
         """
         if self._filling is None:
             return False
         return self._idle or not self._read or self._read + self._cost(self._filling.cuts[0]) <= self.chunk
 
     def _cost(self, cut: tuple[int, int, int]) -> int:
-        """Tokens that a part counts as; the shortest is not for nothing."""
+        """The tokens that a part counts as; even the shortest costs something."""
         return max(cut[2], self.chunk // _MOST_PROMPTS)
 
     def fill(self) -> bool:
-        """Asks the device for the next chunk of the prompt that was begun, which it does after what is under way.
+        """Dispatches the next chunk of the prompt that was begun; the device runs it after the work under way.
 
-        While no slot is busy, it is never more than a chunk ahead of the device, so that `release` has an effect.
+        While no slot is busy, this stays at most one chunk ahead of the device, so that `release` has an effect.
 
         Returns:
-          Whether it was the last one: the next steps are the slot's as well.
+          Whether it was the last chunk: the slot takes part in the next steps.
         """
         filling = self._filling
         if filling is None:
@@ -238,7 +237,7 @@ class Engine:
         return True
 
     def _insert(self, filling: _Filling, logits_1V: jax.Array) -> None:
-        """Puts the prompt that was read into its slot."""
+        """Moves the finished prompt into its slot."""
         slot, request = filling.slot, filling.request
         history_S = steps.history(filling.tokens, self._state.cache.capacity)
         self._state = steps.insert(self._state, np.int32(slot), self._row, history_S, logits_1V)
@@ -252,11 +251,11 @@ class Engine:
         self._settings = self._active_B = None
 
     def wait(self) -> None:
-        """Returns when the device has done all that it was asked for; for those who measure."""
+        """Waits until the device has finished everything dispatched, for measuring."""
         jax.block_until_ready(self._state)
 
     def release(self, slot: int) -> None:
-        """Frees a slot. What it held is overwritten by the next request, and tokens on their way to it are dropped."""
+        """Frees a slot. The next request overwrites its content, and tokens still on their way to it are dropped."""
         if self._filling is not None and self._filling.slot == slot:
             self._filling = None
             return
@@ -269,17 +268,17 @@ class Engine:
         self._chunks = deque(chunk for chunk in self._chunks if chunk.slots)
 
     def step(self) -> list[Token]:
-        """The next token of every busy slot, less those admitted while steps were under way, whose turn comes later.
+        """The next token of every busy slot, except those admitted while steps were under way: their turn comes later.
 
-        Of busy slots there is always one that gets a token. When this returns, the device already works on what is
-        wanted next.
+        If any slot is busy, at least one gets a token. When this returns, the device is already working on the next
+        steps.
         """
         if self._idle:
             return []
         if self._newcomers or not self._chunks:
             self._dispatch()
         chunk = self._chunks[0]
-        # While a chunk's tokens are handed out, the device works on as many steps. (A single step's token is read
+        # While a chunk's tokens are handed out, the device works on as many more steps. (A single step's token is read
         # while its `advance` is under way.)
         while max(self._wanted) > 0 and self._ahead < chunk.num_steps - 1:
             self._dispatch()
@@ -291,11 +290,11 @@ class Engine:
 
     @property
     def _ahead(self) -> int:
-        """Steps that the device was asked for after the oldest chunk."""
+        """Steps dispatched after the oldest chunk."""
         return sum(chunk.num_steps for chunk in self._chunks) - self._chunks[0].num_steps
 
     def _dispatch(self) -> None:
-        """Asks the device for one step, or for a chunk of them."""
+        """Dispatches one step, or a chunk of steps."""
         if self._settings is None or self._active_B is None:
             self._settings = settings_of(self._requests, self.model.config.vocab_size, self._needed_features())
             self._active_B = self._active()
@@ -319,11 +318,11 @@ class Engine:
         return sampled
 
     def _active(self) -> jax.Array:
-        # From NumPy: a list would be converted by a program of its own, to be compiled.
+        # Via NumPy: JAX would compile a program of its own to convert a list.
         return jnp.asarray(np.asarray([request is not None for request in self._requests], np.bool_))
 
     def _needed_features(self) -> Features:
-        """What is computed of sampling for the rows as they are."""
+        """The parts of sampling to compute for the current rows."""
         if not self._levels:
             return self._features
         used = Features()
@@ -335,14 +334,14 @@ class Engine:
 def prefill(
     model: Model, params: AnyParams, state: steps.State, slot: int, tokens: np.ndarray, row: KVCache
 ) -> tuple[steps.State, KVCache]:
-    """Fills a row of a state with a sequence from its start.
+    """Fills a row of a state with a sequence, from position 0.
 
     Args:
       tokens: int32 [T], 1 <= T <= max_length.
-      row: a cache of one row to work on, donated.
+      row: a one-row cache to work on, donated.
 
     Returns:
-      The state, and the cache of one row for the next call.
+      The state, and the one-row cache for the next call.
     """
     if not len(tokens):
         raise ValueError("a sequence needs at least one token")

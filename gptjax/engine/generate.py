@@ -1,4 +1,4 @@
-"""Runs requests to their ends on an engine's slots."""
+"""Runs requests to completion on an engine's slots."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -10,13 +10,13 @@ from gptjax.engine.request import Request
 def generate(
     engine: Engine, requests: Iterable[Request], detokenizer: Callable[[], Decoder] | None
 ) -> Iterator[tuple[int, Chunk]]:
-    """Yields (number of the request, chunk), token by token, until every request has ended.
+    """Yields (request number, chunk), token by token, until every request has ended.
 
     A request joins as soon as a slot is free. Closing the iterator frees the slots.
 
     Args:
-      requests: checked, and with seeds.
-      detokenizer: makes a fresh detokenizer for each request; None for token ids only.
+      requests: checked, with seeds.
+      detokenizer: makes a new detokenizer for each request; None for token ids only.
     """
     waiting = list(enumerate(requests))[::-1]
     running: dict[int, tuple[int, Output]] = {}  # by slot

@@ -1,4 +1,4 @@
-"""What a caller may ask for: positions of a sequence, rows of a step."""
+"""Limits on what a caller may ask for: positions in a sequence, rows in a step."""
 
 import numbers
 import os
@@ -9,7 +9,7 @@ from gptjax.support.quoting import quoted
 
 
 def positions(config: ModelConfig, max_length: int | None) -> int:
-    """The positions of a sequence to use: as given, else $GPTJAX_MAX_LENGTH, else all that the model has.
+    """The positions to allow in a sequence: as given, else $GPTJAX_MAX_LENGTH, else all that the model has.
 
     Raises:
       CapacityError: more than the model has.
@@ -26,13 +26,13 @@ def positions(config: ModelConfig, max_length: int | None) -> int:
     given = int(given)
     if given > config.context_length:
         raise CapacityError(
-            f"{source} is {given}, but the model has {config.context_length} positions: choose at most that"
+            f"{source} is {given}, but the model has only {config.context_length} positions; choose at most that"
         )
     return given
 
 
 def rows(name: str, given: object) -> int:
-    """A number of rows, as given. Raises `RequestError`, by the name of the option, for what is none."""
+    """The given number of rows, checked. Raises `RequestError`, naming the option."""
     if isinstance(given, bool) or not isinstance(given, numbers.Integral) or given < 1:
         raise RequestError(f"{name} must be a whole number of at least 1, found {quoted(given)}")
     return int(given)

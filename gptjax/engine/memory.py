@@ -1,6 +1,6 @@
-"""How much memory a model needs, by formula from its declared shapes, and what to do where there is too little.
+"""How much memory a model needs, computed from its declared shapes, and what to do if that is too much.
 
-Nothing is allocated to find out.
+Finding out allocates nothing.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.errors import JaxRuntimeError  # by name: a generator may be closed when modules are gone already
+from jax.errors import JaxRuntimeError  # by name: a generator may be closed after modules are gone
 
 from gptjax.config import GptOssConfig, ModelConfig
 from gptjax.config.quantization import packs
@@ -26,32 +26,32 @@ from gptjax.support.units import readable
 from pallas_kernels.attention.reference import DENSE_SCORES
 from pallas_kernels.moe.reference import TOGETHER, group_sizes
 
-_LEAST_LENGTH = 32  # positions; a shorter `max_length` is no help to anybody
-_FIXED = {"cpu": 1 << 20}  # bytes of constants and small buffers of a program; elsewhere the libraries' workspaces too
+_LEAST_LENGTH = 32  # positions; a shorter `max_length` helps no one
+_FIXED = {"cpu": 1 << 20}  # bytes of a program's constants and small buffers; elsewhere also the libraries' workspaces
 _FIXED_ELSEWHERE = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on the device for a number of rows of a number of positions, and what the device has."""
+    """Bytes needed on the device for given numbers of rows and positions, and what the device has."""
 
     weights: int
-    cache: int  # keys and values of all rows, all preallocated
-    logits: int  # float32, of all rows, and the int32 tokens of their positions
-    activations: int  # the most that a step holds in passing: an upper estimate, see `activations`
-    loading: int  # what `load` holds besides the weights, before there is a cache; 0 except on a CPU
+    cache: int  # keys and values of all rows, preallocated
+    logits: int  # of all rows, float32, and the int32 tokens at their positions
+    activations: int  # the most temporary memory of a step: an upper estimate, see `activations`
+    loading: int  # what `load` holds in addition to the weights, before the cache exists; 0 except on a CPU
     device: DeviceMemory
 
     @property
     def total(self) -> int:
-        """The most that is held at a time."""
+        """The peak."""
         return self.weights + max(self.loading, self.cache + self.logits + self.activations)
 
 
 def needed(model: Model, *, batch: int, max_length: int, device: DeviceMemory | None = None) -> Memory:
-    """The memory of a model with its state of `batch` rows, while it generates.
+    """The memory of a model with a state of `batch` rows while it generates.
 
-    Each generation under way at the same time (an unfinished `stream`) needs its own cache, logits and activations.
+    Each concurrent generation (an unfinished `stream`) needs its own cache, logits and activations.
     """
     device = device_memory() if device is None else device
     cache, logits = _state(model, batch, max_length)
@@ -61,29 +61,29 @@ def needed(model: Model, *, batch: int, max_length: int, device: DeviceMemory | 
         cache=cache,
         logits=logits,
         activations=activations(model, batch=batch, max_length=max_length, platform=device.platform),
-        # On a CPU the device's memory is the host's, where a weight is cast and then copied (`checkpoint.place`).
+        # On a CPU the device's memory is the host's, in which a weight is cast and then copied (`weights.place`).
         loading=2 * largest if device.platform == "cpu" else 0,
         device=device,
     )
 
 
 def activations(model: Model, *, batch: int, max_length: int, platform: str) -> int:
-    """The most bytes that prefill or decoding hold in passing: what XLA calls temporary buffers.
+    """The most temporary bytes that prefill or decoding needs: what XLA calls temporary buffers.
 
     With T the largest prompt chunk, in float32 (though XLA may keep some of it narrower or not at all):
 
-        4·T·(q, k, v and residual (N + 2K)·H + the larger of the MLP's 2·F (of experts, see `_moe`)
+        4·T·(q, k, v and residual (N + 2K)·H + the larger of the MLP's 2·F (for experts, see `_moe`)
              and attention's 5·N·H + 2·D and 2·N·128 scores)
-        or, off the CPU, 2 · 4·B·N·T·S scores of any prompt or decoding step where B·N·T·S is at most 2^26, if more
-        + 2 · one row's cache, which prefill takes out of the others' and puts back
+        or, off the CPU, 2 · 4·B·N·T·S scores of any prompt or decode step with B·N·T·S at most 2^26, if more
+        + 2 · one row's cache, which prefill takes out of the whole cache and puts back
         + 8 · 4·B·V, the sampler's sorts and copies of all logits
         + the numbers of the largest packed weight that is unpacked as a whole
         + 1 MiB (64 MiB off the CPU, for the workspaces of matrix products)
-        + on a CPU in half precision, the larger of weights and cache in float32: XLA converts them, having no products
-          of that precision there
+        + on a CPU in half precision, the larger of weights and cache in float32: XLA has no half-precision products
+          there and converts them
 
-    Held by a test to be at least what XLA reports, and at most four times it (and the workspaces). For its result,
-    `LanguageModel.logits` needs 4·T·V more, and `LanguageModel.activations` all that it returns.
+    A test checks that it is at least what XLA reports and at most four times that (plus the workspaces). For its
+    result, `LanguageModel.logits` needs another 4·T·V, and `LanguageModel.activations` all that it returns.
     """
     config = model.config
     longest = min(max_length, steps.chunk_of(model))
@@ -109,8 +109,8 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
 
 
 def _moe(config: GptOssConfig, T: int) -> int:
-    """Bytes of the experts' step: four results for each pair of a token and an expert, three of them with places that
-    stay empty, and the numbers and hidden values of the groups that are computed together."""
+    """Temporary bytes of the experts: four results for each pair of a token and an expert, three of them with padding,
+    and the unpacked weights and hidden values of the groups that are computed together."""
     E, pairs = config.num_experts, T * config.experts_per_token
     group, groups = group_sizes(pairs, E)
     together = min(TOGETHER, groups)
@@ -122,7 +122,7 @@ def _moe(config: GptOssConfig, T: int) -> int:
 
 
 def _unpacked(config: ModelConfig) -> int:
-    """Bytes of the largest weight, of those that are packed but not experts, as float32."""
+    """Bytes of the largest packed weight that is not an expert, in float32."""
     sizes = [0]
     if packs(config.mxfp4, "linear"):
         projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
@@ -134,15 +134,15 @@ def _unpacked(config: ModelConfig) -> int:
 
 @contextlib.contextmanager
 def explained(model: Model, *, batch: int, max_length: int, loaded: bool = True) -> Iterator[None]:
-    """Turns the device's out-of-memory, raised in the body, into a `CapacityError` that says what to try.
+    """Turns an out-of-memory error raised in the body into a `CapacityError` that says what to try.
 
-    A GPU works behind the program's back: what the body does not wait for may fail where its result is read.
+    A GPU works asynchronously: what the body does not wait for may fail later, when its result is read.
 
     Args:
-      batch, max_length: rows and positions of what the body computes.
-      loaded: the model's weights are on the device already.
+      batch, max_length: rows and positions that the body computes.
+      loaded: the model's weights are already on the device.
     """
-    before = None if loaded else device_memory()  # when loading fails, some weights are there and some are not
+    before = None if loaded else device_memory()  # if loading fails, only some of the weights are there
     try:
         yield
     except (JaxRuntimeError, MemoryError) as error:
@@ -156,13 +156,13 @@ def explained(model: Model, *, batch: int, max_length: int, loaded: bool = True)
             message = (
                 f"the {device.device} ran out of memory, though {_rows(batch, max_length)} should need only "
                 f"{readable(need)}: close other models, unfinished streams and other programs that use it, or try "
-                f"fewer tokens at a time, as with max_length={max(max_length // 2, 1)} (--max-length)"
+                f"fewer tokens at a time, such as max_length={max(max_length // 2, 1)} (--max-length)"
             )
         raise CapacityError(message) from error
 
 
 def check(model: Model, *, batch: int, max_length: int) -> None:
-    """Raises `CapacityError` where the model and its state do not fit the default device. Allocates nothing."""
+    """Raises `CapacityError` if the model and its state do not fit on the default device. Allocates nothing."""
     device = device_memory()
     message = shortfall(model, batch=batch, max_length=max_length, has=device.available, device=device)
     if message is not None:
@@ -170,12 +170,12 @@ def check(model: Model, *, batch: int, max_length: int) -> None:
 
 
 def check_state(model: Model, *, batch: int, max_length: int, reuse: bool = False) -> None:
-    """Raises `CapacityError` where a loaded model's state alone, which is known to the byte, does not fit any more.
+    """Raises `CapacityError` if a loaded model's state, whose size is known exactly, no longer fits.
 
-    Asked before it is allocated: a GPU's allocator tries for ten seconds a layer before it gives up.
+    Called before allocating it: a GPU's allocator tries for ten seconds a layer before it gives up.
 
     Args:
-      reuse: an engine keeps copies of the sliding layers' rings as well, to go on from prompts.
+      reuse: the engine also keeps copies of the sliding layers' rings, to continue from prompts.
     """
     device, (cache, logits) = device_memory(), _state(model, batch, max_length)
     if cache + logits + (rings(model, batch=batch, max_length=max_length) if reuse else 0) > device.available:
@@ -185,17 +185,17 @@ def check_state(model: Model, *, batch: int, max_length: int, reuse: bool = Fals
 
 
 def rings(model: Model, *, batch: int, max_length: int) -> int:
-    """Bytes of a copy of what the sliding layers hold, for each of `batch` rows."""
+    """Bytes of a copy of the sliding layers' rings for each of `batch` rows."""
     capacity = _capacity(max_length)
     windows = [window for window in model.config.windows if window is not None and window < capacity]
     return batch * _places(model) * sum(windows)
 
 
 def shortfall(model: Model, *, batch: int, max_length: int, has: int, device: DeviceMemory) -> str | None:
-    """What is needed, what there is and what to try; None where it fits.
+    """A message with the memory needed, the memory available and what to try; None if it fits.
 
     Args:
-      has: bytes for the weights and all else. The model may hold some of these already.
+      has: bytes available for the weights and everything else, including any that the model already holds.
     """
     need = needed(model, batch=batch, max_length=max_length, device=device)
     if need.total <= has:
@@ -209,7 +209,7 @@ def shortfall(model: Model, *, batch: int, max_length: int, has: int, device: De
 
 
 def advice(model: Model, *, batch: int, max_length: int, has: int, device: DeviceMemory) -> str:
-    """The settings that need at most `has` bytes, with the fewest changes: dtype, then length, then rows, then both."""
+    """The settings with the fewest changes that need at most `has` bytes: dtype, then length, then rows, then both."""
     half = registry.build(model.config, dtype=jnp.bfloat16, implementation=model.implementation)
     choices = [(half, False, False), (model, True, False), (model, False, True), (half, True, False)]
     choices += [(half, False, True), (model, True, True), (half, True, True)]
@@ -223,7 +223,7 @@ def advice(model: Model, *, batch: int, max_length: int, has: int, device: Devic
         rows, length = (1 if fewer and shorter else batch), max_length
         if shorter:
             length = _largest(lambda n, m=candidate, b=rows: total(m, b, n) <= has, below=max_length)  # type: ignore[misc]
-            length -= length % SLOT_MULTIPLE if length > SLOT_MULTIPLE else 0  # the cache is no smaller in between
+            length -= length % SLOT_MULTIPLE if length > SLOT_MULTIPLE else 0  # the cache grows in such steps
         elif fewer:
             rows = _largest(lambda n, m=candidate: total(m, n, max_length) <= has, below=batch)  # type: ignore[misc]
         if rows < 1 or length < min(_LEAST_LENGTH, max_length) or total(candidate, rows, length) > has:
@@ -236,7 +236,7 @@ def advice(model: Model, *, batch: int, max_length: int, has: int, device: Devic
 
 
 def _largest(fits: Callable[[int], bool], *, below: int) -> int:
-    """The largest number from 1 to `below` - 1 that fits, 0 if none does. What fits must fit for smaller ones too."""
+    """The largest number from 1 to `below` - 1 that fits, or 0. If a number fits, all smaller ones must."""
     low, high = 0, below
     while high - low > 1:
         middle = (low + high) // 2
@@ -250,10 +250,10 @@ def _state(model: Model, batch: int, max_length: int) -> tuple[int, int]:
 
 
 def _cache(model: Model, batch: int, max_length: int) -> int:
-    """Bytes of `registry.create_cache`, computed rather than traced: tracing a thousand layers takes seconds."""
+    """Bytes of `registry.create_cache`, computed rather than traced, since tracing a thousand layers takes seconds."""
     capacity = _capacity(max_length)
     places = sum(capacity if window is None else min(window, capacity) for window in model.config.windows)
-    return batch * (_places(model) * places + 4)  # and the length
+    return batch * (_places(model) * places + 4)  # plus the length
 
 
 def _places(model: Model) -> int:
@@ -267,7 +267,7 @@ def _capacity(max_length: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _weights(model: Model) -> tuple[int, int, int]:
-    """Bytes of all weights, bytes of the largest as its file may hold it (float32), and how many floating numbers."""
+    """Bytes of all weights, bytes of the largest as stored in float32, and the number of floating-point numbers."""
     leaves = jax.tree.leaves(abstract_params(model))
     floating = [leaf.size for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
     packed = [leaf.size for leaf in leaves if leaf.dtype == jnp.uint8]

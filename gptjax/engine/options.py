@@ -1,4 +1,4 @@
-"""The options of a generation call: names, types and meaning, once, for `generate`, `stream` and the command line."""
+"""The options of a generation call: names, types and meaning, shared by `generate`, `stream` and the command line."""
 
 import dataclasses
 import difflib
@@ -15,11 +15,11 @@ from gptjax.support.quoting import quoted
 
 Prompt = str | Sequence[int] | np.ndarray
 DEFAULT_MAX_TOKENS = 256
-_BYTES = (bytes, bytearray, memoryview)  # sequences of integers, but no token ids
+_BYTES = (bytes, bytearray, memoryview)  # sequences of integers, but not token ids
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How tokens are drawn; what is not given follows the checkpoint's `generation_config.json`, else is greedy.
+    """How tokens are drawn. Defaults come from the checkpoint's `generation_config.json`; without it, greedy.
 
     See `gptjax.engine.request.SamplingParams` for the meaning of each.
     """
@@ -36,20 +36,20 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class GenerateOptions(SamplingOptions, total=False):
-    """Sampling, and when to stop."""
+    """Sampling options, and when to stop."""
 
     top_logprobs: int  # alternatives to report with each token
-    max_tokens: int  # 256 if not given
+    max_tokens: int  # 256 by default
     stop: str | Sequence[str]  # text that ends the output and is not part of it
-    stop_ids: int | Sequence[int]  # tokens that end the output, besides the checkpoint's end-of-text ids
+    stop_ids: int | Sequence[int]  # tokens that end the output, in addition to the checkpoint's end-of-text ids
     ignore_eos: bool  # do not end at the checkpoint's end-of-text ids
-    special: bool  # read special tokens written in a text prompt as those tokens; otherwise they are plain text
+    special: bool  # parse special tokens written in a text prompt; otherwise they are plain text
 
 
 def split_prompts(prompts: object) -> tuple[list[Any], bool]:
-    """The prompts as a list, and whether it was one prompt by itself. Raises `RequestError` for an empty list.
+    """The prompts as a list, and whether a single prompt was given. Raises `RequestError` for an empty list.
 
-    Arrays become lists; whether each prompt is one is not looked at here.
+    Arrays become lists; the prompts themselves are not checked here.
     """
     prompts = plain(prompts)
     if isinstance(prompts, str):
@@ -57,7 +57,7 @@ def split_prompts(prompts: object) -> tuple[list[Any], bool]:
     if not isinstance(prompts, Sequence) or isinstance(prompts, _BYTES):
         raise RequestError(f"a prompt is text or a list of token ids, found {type(prompts).__name__}")
     if not prompts:
-        raise RequestError("there is no prompt: give text, a list of token ids, or a list of such prompts")
+        raise RequestError("no prompt was given: pass text, a list of token ids, or a list of such prompts")
     listed = [plain(prompt) for prompt in prompts]
     if isinstance(listed[0], str | Sequence):
         return listed, False
@@ -65,7 +65,7 @@ def split_prompts(prompts: object) -> tuple[list[Any], bool]:
 
 
 def as_ids(token_ids: object) -> list[Any]:
-    """Token ids as a list; whether each is one is not looked at here. Raises `RequestError` for what is no list."""
+    """Token ids as a list; its items are not checked here. Raises `RequestError` for anything that is not a list."""
     ids = plain(token_ids)
     if not isinstance(ids, Sequence) or isinstance(ids, (str, *_BYTES)):
         raise RequestError(f"expected a list of token ids, found {type(token_ids).__name__}")
@@ -73,17 +73,17 @@ def as_ids(token_ids: object) -> list[Any]:
 
 
 def split_seeds(seed: object, rows: int) -> list[Any]:
-    """A seed for each row: the one given for all, or a list of one each. Raises `RequestError` for another number."""
+    """A seed for each row, from one for all or a list of one each. Raises `RequestError` if the numbers differ."""
     seed = plain(seed)
     if not isinstance(seed, Sequence) or isinstance(seed, str):
         return [seed] * rows
     if len(seed) != rows:
-        raise RequestError(f"there are {rows} prompts, but {len(seed)} seeds: give one seed for all, or one for each")
+        raise RequestError(f"{rows} prompts but {len(seed)} seeds: give one seed for all, or one for each")
     return list(seed)
 
 
 def plain(value: Any) -> Any:
-    """Arrays and scalars of NumPy and JAX as Python's own; anything else as it is."""
+    """NumPy and JAX arrays and scalars as Python's own; anything else unchanged."""
     return np.asarray(value).tolist() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
 
 
@@ -92,7 +92,7 @@ def sampling_params(options: Mapping[str, Any], defaults: GenerationDefaults) ->
 
     Raises:
       RequestError: an unknown option.
-      ConfigError: the checkpoint has settings that cannot be followed and that the options do not replace.
+      ConfigError: the checkpoint has unsupported settings that the options do not replace.
     """
     names = {field.name for field in dataclasses.fields(SamplingParams)}
     _refuse_unknown(options, sorted(names))
@@ -107,11 +107,11 @@ def sampling_params(options: Mapping[str, Any], defaults: GenerationDefaults) ->
 def make_request(
     prompt_ids: Sequence[int], options: Mapping[str, Any], defaults: GenerationDefaults, eos_ids: Sequence[int]
 ) -> Request:
-    """The request of one prompt, with a seed, not yet checked.
+    """The request for one prompt, with a seed, not yet checked.
 
     Raises:
       RequestError: an unknown option.
-      ConfigError: as `sampling_params`.
+      ConfigError: as for `sampling_params`.
     """
     _refuse_unknown(options, GenerateOptions.__annotations__)
     names = {field.name for field in dataclasses.fields(SamplingParams)}
@@ -146,7 +146,7 @@ def _flag(options: Mapping[str, Any], name: str) -> bool:
 
 
 def _listed(name: str, value: Any, *, alone: type, of: str) -> list[Any]:
-    """An option that is one thing or a list of them, as a list."""
+    """An option that takes one value or a list of them, as a list."""
     value = plain(value)
     if value is None:
         return []
@@ -161,5 +161,5 @@ def _refuse_unknown(options: Mapping[str, Any], known: Sequence[str] | Mapping[s
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
-            raise RequestError(f"there is no option {quoted(name)}; {hint}")
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(known))}"
+            raise RequestError(f"unknown option {quoted(name)}; {hint}")

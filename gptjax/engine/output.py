@@ -1,4 +1,4 @@
-"""From a request's tokens to its text, its end and its result."""
+"""Turns a request's tokens into text, decides when it ends, and collects its result."""
 
 import dataclasses
 import time
@@ -10,34 +10,34 @@ from gptjax.engine.request import Request
 
 NOT_FINITE = (
     "the model's logits were not finite (NaN or infinity), so no token could be drawn: the weights may be damaged, or "
-    "overflow in this dtype; try dtype='float32', and check the checkpoint with `gptjax info`"
+    "values may overflow in this dtype; try dtype='float32', and check the checkpoint with `gptjax info`"
 )
 
 
 class Decoder(Protocol):
-    """What turns the tokens of one output into its text: a `Detokenizer`, or one that leaves some of it out."""
+    """Turns the tokens of one output into text: a `Detokenizer`, or one that leaves some of the text out."""
 
     @property
     def ended(self) -> bool:
-        """Whether the text is over, so that generation can stop."""
+        """Whether the text is complete, so that generation can stop."""
 
     def push(self, token_id: int, /) -> str:
         """The text that became certain with this token."""
 
     def finish(self) -> str:
-        """The rest."""
+        """The rest of the text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Tokens that were read and written."""
+    """Numbers of tokens read and written."""
 
     prompt_tokens: int
     completion_tokens: int
 
     @property
     def total_tokens(self) -> int:
-        """Both together."""
+        """The sum of both."""
         return self.prompt_tokens + self.completion_tokens
 
 
@@ -49,21 +49,21 @@ class Timings:
     decode: float  # from the first token to the last
 
     def tokens_per_second(self, completion_tokens: int) -> float:
-        """The rate of the tokens after the first; 0 where there are none."""
+        """The rate of the tokens after the first; 0 if there are none."""
         return (completion_tokens - 1) / self.decode if self.decode > 0 else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What came of one prompt."""
+    """The result for one prompt."""
 
-    text: str  # without special tokens and stop strings; "" where the checkpoint has no tokenizer
-    token_ids: tuple[int, ...]  # every token drawn, the one that ended the text included
-    logprobs: tuple[float, ...]  # the model's own log-probability of each
-    top_logprobs: tuple[dict[int, float], ...]  # most likely first; empty unless asked for
+    text: str  # without special tokens and stop strings; "" if the checkpoint has no tokenizer
+    token_ids: tuple[int, ...]  # every token drawn, including the one that ended the text
+    logprobs: tuple[float, ...]  # the model's own log-probability of each token
+    top_logprobs: tuple[dict[int, float], ...]  # most likely first; empty unless requested
     finish_reason: str  # "stop" (end-of-text or a stop), "length", or "error"
-    error: str | None  # what went wrong, where finish_reason is "error"
-    seed: int  # what reproduces it
+    error: str | None  # what went wrong, if finish_reason is "error"
+    seed: int  # reproduces the draws
     usage: Usage
     timings: Timings
 
@@ -73,7 +73,7 @@ class Chunk:
     """One token's worth of a stream. `text` may be empty while characters or a possible stop are incomplete."""
 
     text: str
-    token_id: int  # -1 where no token could be drawn: then the completion's `error` says why
+    token_id: int  # -1 if no token could be drawn; the completion's `error` then says why
     logprob: float
     top_logprobs: dict[int, float]
     completion: Completion | None  # the whole result, on the last chunk only
@@ -85,14 +85,14 @@ class Chunk:
 
 
 class StopFinder:
-    """Cuts a streamed text at the first stop string to be complete, however the text is split into pieces."""
+    """Cuts a streamed text at the first stop string to complete, however the text is split into pieces."""
 
     def __init__(self, stops: Sequence[str]):
         self._stops = stops
         self._held = ""
 
     def push(self, piece: str) -> tuple[str, bool]:
-        """The text that is certain, and whether a stop was found. Holds back what may be a stop's beginning."""
+        """The text that is certain, and whether a stop was found. Holds back what may be the beginning of a stop."""
         text = self._held + piece
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
@@ -104,13 +104,13 @@ class StopFinder:
         return text[:cut], False
 
     def finish(self) -> str:
-        """What was held back, at the end of the text."""
+        """The text held back, at the end of the output."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest proper beginning of `stop` that `text` ends in."""
+    """The length of the longest proper prefix of `stop` that `text` ends with."""
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):
             return length
@@ -118,7 +118,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Output:
-    """Collects a request's tokens, from its admission on, until they end."""
+    """Collects a request's tokens, from its admission to its end."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class Output:
         self._tokens: list[Token] = []
 
     def push(self, token: Token) -> Chunk:
-        """Takes the next token. The chunk's `completion` is set when it was the last one."""
+        """Takes the next token. The chunk's `completion` is set on the last one."""
         if token.token_id < 0:
             return self._chunk(token, self._flush(), "error")
         if not self._tokens:
@@ -157,7 +157,7 @@ class Output:
         return self._chunk(token, text, None)
 
     def _flush(self) -> str:
-        """The rest of the text: bytes that never became a character, and what might have begun a stop."""
+        """The rest of the text: bytes that never became a character, and what might have been the start of a stop."""
         tail, _ = self._stops.push(self._detokenizer.finish() if self._detokenizer is not None else "")
         return tail + self._stops.finish()
 

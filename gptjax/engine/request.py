@@ -1,4 +1,4 @@
-"""What is asked of the engine, checked before anything runs."""
+"""A request to the engine, checked before anything runs."""
 
 import dataclasses
 import secrets
@@ -31,7 +31,7 @@ class SamplingParams:
     presence_penalty: float = 0.0  # over the output, once a token
     frequency_penalty: float = 0.0  # over the output, for each occurrence
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)  # token id -> added to its logit
-    seed: int | None = None  # None draws a fresh one
+    seed: int | None = None  # None draws a new one
     top_logprobs: int = 0  # alternatives reported with each token
 
     def check(self, vocab_size: int) -> None:
@@ -55,7 +55,7 @@ class SamplingParams:
 
     @property
     def truncates(self) -> bool:
-        """Whether top-k, top-p or min-p leave anything out."""
+        """Whether top-k, top-p or min-p exclude any token."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     @property
@@ -66,7 +66,7 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt and what to do with it."""
+    """One prompt, and how to continue it."""
 
     prompt_ids: tuple[int, ...]
     max_tokens: int
@@ -80,28 +80,28 @@ class Request:
         return self.params.seed or 0
 
     def with_seed(self) -> "Request":
-        """The request with a seed drawn where none was given."""
+        """The request, with a seed drawn if none was given."""
         if self.params.seed is not None:
             return self
         return dataclasses.replace(self, params=dataclasses.replace(self.params, seed=secrets.randbelow(_SEEDS)))
 
     def check(self, *, vocab_size: int, max_length: int) -> None:
-        """Raises `RequestError` or `CapacityError` where the request cannot be run as it stands."""
+        """Raises `RequestError` or `CapacityError` if the request cannot be run."""
         check_prompt(self.prompt_ids, vocab_size=vocab_size, max_length=max_length)
         _whole("max_tokens", self.max_tokens, low=1)
         self.params.check(vocab_size)
         if len(self.stop) > MAX_STOPS:
-            raise RequestError(f"{len(self.stop)} stop strings; at most {MAX_STOPS} are allowed")
+            raise RequestError(f"{len(self.stop)} stop strings were given; at most {MAX_STOPS} are allowed")
         for stop in self.stop:
             if not isinstance(stop, str) or not 0 < len(stop) <= MAX_STOP_LENGTH:
                 raise RequestError(f"a stop must be text of 1 to {MAX_STOP_LENGTH} characters, found {quoted(stop)}")
         if len(self.stop_ids) > MAX_STOP_IDS:
-            raise RequestError(f"{len(self.stop_ids)} stop ids; at most {MAX_STOP_IDS} are allowed")
+            raise RequestError(f"{len(self.stop_ids)} stop ids were given; at most {MAX_STOP_IDS} are allowed")
         for token in self.stop_ids:
             _whole("a stop id", token, low=0)
 
     def room(self, max_length: int) -> int:
-        """Tokens that can be generated: the last one needs no place in the cache."""
+        """The most tokens that can be generated: the last one needs no place in the cache."""
         return min(self.max_tokens, max_length - len(self.prompt_ids) + 1)
 
 
@@ -109,7 +109,7 @@ def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_length: int) 
     """Raises `RequestError` or `CapacityError` for token ids that the model cannot take."""
     if not token_ids:
         raise RequestError("the prompt is empty: give at least one token (a text starts with tokenizer.bos_id)")
-    # Of a hundred thousand tokens, one by one takes long.
+    # Checking a hundred thousand tokens one by one takes long.
     fine = set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < vocab_size
     for position, token in enumerate(() if fine else token_ids):
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
@@ -119,7 +119,7 @@ def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_length: int) 
     if len(token_ids) > max_length:
         raise CapacityError(
             f"the prompt has {len(token_ids)} tokens, but max_length is {max_length}: shorten the prompt by "
-            f"{len(token_ids) - max_length}, or load the model with a larger max_length if it has the positions"
+            f"{len(token_ids) - max_length}, or load the model with a larger max_length if its context allows"
         )
 
 

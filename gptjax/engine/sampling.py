@@ -1,8 +1,8 @@
-"""From logits to tokens: pure, jittable, and each row on its own.
+"""Sampling, from logits to tokens: pure, jittable, and independent for each row.
 
-A row's draw depends on its own logits, settings, seed and position only: the key is `fold_in(key(seed), position)`,
-where position is that of the token being drawn. Nothing here sorts the vocabulary: top-k and top-p are thresholds,
-found by bisecting over the ordered bits of float32, so the cost is a fixed number of passes whatever k and p are.
+A row's draw depends only on its own logits, settings, seed and position: the key is `fold_in(key(seed), position)`,
+with the position of the token being drawn. Nothing here sorts the vocabulary: top-k and top-p are thresholds, found by
+bisecting the ordered bits of float32, so the cost is a fixed number of passes whatever k and p are.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Truncation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Penalties:
-    """Penalties on tokens that stand in a row's text so far."""
+    """Penalties on tokens already in a row's text."""
 
     repetition_B: jax.Array  # float32: prompt and output; positive logits divided by it, negative ones multiplied
     presence_B: jax.Array  # float32: output only; subtracted once
@@ -39,7 +39,7 @@ class Penalties:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """The settings of all rows. A field that is None is off for every row and costs nothing."""
+    """The settings of all rows. A field of None is off for every row and costs nothing."""
 
     seed_B: jax.Array  # uint32
     temperature_B: jax.Array | None = None  # float32; 0 is argmax. None: argmax for all
@@ -54,7 +54,7 @@ class Sampling:
 class Sampled:
     """A token a row. Log-probabilities are the model's own: before temperature, penalties, bias and truncation."""
 
-    token_B: jax.Array  # int32; -1 where the row's logits are not finite
+    token_B: jax.Array  # int32; -1 if the row's logits are not finite
     logprob_B: jax.Array  # float32
     top_ids_BC: jax.Array  # int32, most likely first; C = num_top
     top_logprobs_BC: jax.Array  # float32
@@ -70,9 +70,9 @@ def sample(
 
     Args:
       logits_BV: float32.
-      positions_B: int32, the position of the token to draw, which is also the length of the row's history.
+      positions_B: int32, the position of the token to draw, also the length of the row's history.
       sampling: the rows' settings.
-      history_BS: int32, the row's tokens so far; needed for penalties only.
+      history_BS: int32, the row's tokens so far; only needed for penalties.
     """
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     shaped_BV = logits_BV
@@ -104,20 +104,20 @@ def _draw(
     temperature_B: jax.Array,
     truncation: Truncation | None,
 ) -> jax.Array:
-    # The largest logit is taken off first, so that a small temperature cannot overflow.
+    # The largest logit is subtracted first, so that a small temperature cannot overflow.
     logits_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
     logits_BV = logits_BV / jnp.maximum(temperature_B, _LEAST_TEMPERATURE)[:, None]
     if truncation is not None:
         logits_BV = _truncated(logits_BV, truncation)
     keys_B = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seed_B, positions_B)
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:]))(keys_B)
-    return _first_largest(noise_BV + logits_BV)  # as `jax.random.categorical` draws
+    return _first_largest(noise_BV + logits_BV)  # like `jax.random.categorical`
 
 
 def _first_largest(values_BV: jax.Array) -> jax.Array:
-    """The index of each row's largest value, int32, the first of several; of no meaning where a value is NaN.
+    """The index of each row's largest value, int32, the first of several; undefined if a value is NaN.
 
-    On a CPU, XLA's argmax goes through a row one by one. Two passes that it vectorises draw 2.3 times as fast.
+    On a CPU, XLA's argmax is a scalar loop. Two passes that it vectorises draw 2.3 times as fast.
     """
 
     def in_two_passes(values_BV: jax.Array) -> jax.Array:
@@ -132,13 +132,13 @@ def _first_largest(values_BV: jax.Array) -> jax.Array:
 
 
 def _truncated(logits_BV: jax.Array, truncation: Truncation) -> jax.Array:
-    """The logits with all that must not be drawn at -inf: top-k, then top-p and min-p of what is left."""
+    """The logits with excluded tokens at -inf: top-k, then top-p and min-p among the rest."""
     ones_BV = jnp.ones_like(logits_BV)
     k_B = jnp.where(truncation.top_k_B > 0, truncation.top_k_B, logits_BV.shape[-1]).astype(jnp.float32)
     logits_BV = jnp.where(_at_least(logits_BV, ones_BV, k_B), logits_BV, -jnp.inf)
     probabilities_BV = jax.nn.softmax(logits_BV, axis=-1)
-    # top_p = 1 keeps all, even where rounding lets the sum reach 1 early. And a p that float32 rounds to 0 would be
-    # reached by no token at all.
+    # top_p = 1 keeps all, even if rounding lets the sum reach 1 early. A p that float32 rounds to 0 would keep no
+    # token at all.
     p_B = jnp.where(truncation.top_p_B < 1, jnp.maximum(truncation.top_p_B, _LEAST_P), jnp.inf)
     kept_BV = _at_least(logits_BV, probabilities_BV, p_B)
     kept_BV &= probabilities_BV >= truncation.min_p_B[:, None] * probabilities_BV.max(axis=-1, keepdims=True)
@@ -146,7 +146,7 @@ def _truncated(logits_BV: jax.Array, truncation: Truncation) -> jax.Array:
 
 
 def _at_least(values_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array) -> jax.Array:
-    """Marks the largest values, as few as have a total weight of `target_B` (all, where there is not that much)."""
+    """Marks the fewest largest values whose weights total at least `target_B` (or all, if they total less)."""
     bits_BV = jax.lax.bitcast_convert_type(values_BV, jnp.int32)
     ordered_BV = bits_BV ^ ((bits_BV >> 31) & _INT32.max)  # integers in the order of the floats
 

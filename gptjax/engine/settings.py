@@ -1,4 +1,4 @@
-"""From requests to the arrays of settings that the sampler takes, and which parts of it are compiled in."""
+"""Turns requests into the sampler's arrays of settings, and decides which parts of it are compiled."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from gptjax.engine.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Which parts of sampling are compiled in: those that any row so far has used, so that they change rarely."""
+    """Which parts of sampling are compiled: those that any row so far has used, so that they change rarely."""
 
     draws: bool = False
     truncates: bool = False
     penalises: bool = False
     biases: bool = False
-    num_top: int = 0  # rounded up to one of a few
+    num_top: int = 0  # rounded up to one of a few sizes
 
     @classmethod
     def of(cls, params: SamplingParams) -> "Features":
-        """What one request uses."""
+        """The features that one request uses."""
         num_top = next(size for size in (0, 5, MAX_TOP_LOGPROBS) if size >= params.top_logprobs)
         return cls(params.temperature > 0, params.truncates, params.penalises, bool(params.logit_bias), num_top)
 
@@ -32,13 +32,13 @@ class Features:
 
 
 def settings_of(requests: Sequence[Request | None], vocab_size: int, features: Features) -> sampling.Sampling:
-    """The rows' settings as arrays; what `features` does not have is None, so that it is not computed."""
+    """The rows' settings as arrays; those not in `features` are None and are not computed."""
     off = SamplingParams(seed=0)
     rows = [off if request is None else request.params for request in requests]
 
     def column(name: str, dtype: type[np.generic]) -> jax.Array:
         values = [getattr(params, name) for params in rows]
-        # A k beyond the vocabulary keeps all, and may be beyond int32.
+        # A k beyond the vocabulary keeps all tokens, and may not fit in int32.
         return jnp.asarray(
             np.asarray([min(value, vocab_size) for value in values] if name == "top_k" else values, dtype)
         )

@@ -1,9 +1,9 @@
-"""The jitted steps that all generation is made of, and the state they pass along.
+"""The jitted steps that make up all generation, and the state they pass along.
 
-`sample` then `advance` is one decoded token: a token can be read, and sent to its reader, while the device already
-works on the next. `decode` is several of them in one call, for devices that compute a step faster than the host can
-ask for it. Each step takes the model as a static argument, so two models of one configuration share what was compiled.
-Parameters are nested or flat; flat ones cost the host less at each call, and each kind is compiled for itself.
+`sample` then `advance` decodes one token: it can be read, and sent to its reader, while the device already works on the
+next. `decode` does several in one call, for devices that compute a step faster than the host can dispatch it. The model
+is a static argument, so two models of one configuration share compiled code. Parameters are nested or flat; flat ones
+cost the host less per call, and each kind is compiled separately.
 """
 
 import dataclasses
@@ -22,21 +22,21 @@ from gptjax.models import registry
 from gptjax.models.registry import Model
 from pallas_kernels import dispatch
 
-CHUNK, LARGEST_CHUNK = 1024, 2048  # prompt tokens in one call, at most; see `chunk_of`
-SCORED_CHUNK = 512  # tokens whose logits are held together, which for gpt-oss are 0.8 MB each
+CHUNK, LARGEST_CHUNK = 1024, 2048  # the most prompt tokens in one call; see `chunk_of`
+SCORED_CHUNK = 512  # tokens whose logits are held together; for gpt-oss they are 0.8 MB each
 _SMALLEST_BUCKET = 32
 
-Rings = tuple[tuple[jax.Array, jax.Array], ...]  # k and v [1, K, S, H] of each layer that slides
+Rings = tuple[tuple[jax.Array, jax.Array], ...]  # k and v [1, K, S, H] of each sliding layer
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """All that a batch of sequences is. A pytree; the steps donate it, so use what they return."""
+    """The whole state of a batch of sequences. A pytree; the steps donate it, so use what they return."""
 
     cache: KVCache
     history_BS: jax.Array  # int32: the tokens in the cache, by position; undefined beyond a row's length
-    logits_BV: jax.Array  # float32: what follows the last token of each row
+    logits_BV: jax.Array  # float32: for the token after each row's last
     max_length: int = dataclasses.field(metadata={"static": True})  # positions a row may hold
 
     @property
@@ -51,17 +51,17 @@ def init_state(model: Model, *, batch: int, max_length: int) -> State:
     return State(
         cache=cache,
         history_BS=jnp.zeros((batch, cache.capacity), jnp.int32),
-        # A row that was never filled draws -1, not a token.
+        # A row that was never filled draws -1 instead of a token.
         logits_BV=jnp.full((batch, model.config.vocab_size), jnp.nan, jnp.float32),
         max_length=max_length,
     )
 
 
 def chunk_of(model: Model) -> int:
-    """Prompt tokens in one call, at most: more where there are kernels for prompts.
+    """The most prompt tokens in one call: more if there are kernels for prompts.
 
-    Kernels unpack an expert's weights once a call, and compute no scores that are not seen. XLA's attention computes
-    those of every query with all that the last one sees.
+    Kernels unpack an expert's weights once per call and skip masked scores. XLA's attention computes every query's
+    scores with all keys that the last query sees.
     """
     kernels = dispatch.wanted(model.implementation) == dispatch.MOSAIC and model.dtype == jnp.bfloat16
     return LARGEST_CHUNK if kernels else CHUNK
@@ -70,8 +70,8 @@ def chunk_of(model: Model) -> int:
 def chunks(length: int, largest: int = CHUNK) -> list[tuple[int, int, int]]:
     """Cuts a prompt into (start, tokens, bucket): whole chunks of `largest`, then the rest, padded to a power of two.
 
-    Where a quarter or more of a last chunk of `largest` would be padding, half of one comes before the rest. The cuts
-    depend on the length alone, so a prompt is computed the same whatever else is going on.
+    If at least a quarter of a last chunk of `largest` would be padding, a chunk of half that size is cut off first. The
+    cuts depend only on the length, so a prompt is computed the same way whatever else is running.
     """
     cuts = [(start, largest, largest) for start in range(0, length - largest + 1, largest)]
     rest = length - len(cuts) * largest
@@ -86,13 +86,13 @@ def chunks(length: int, largest: int = CHUNK) -> list[tuple[int, int, int]]:
 
 
 def padded_chunks(tokens: np.ndarray, largest: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """A sequence, int32 [T], as (start, tokens that count, the chunk as `prefill_chunk` and `score_chunk` take it)."""
+    """Yields a sequence, int32 [T], as (start, real tokens, a chunk for `prefill_chunk` or `score_chunk`)."""
     for start, count, bucket in chunks(len(tokens), largest):
         yield start, count, padded(tokens, start, count, bucket)
 
 
 def padded(tokens: np.ndarray, start: int, count: int, bucket: int) -> np.ndarray:
-    """One of the `chunks` of a sequence, int32 [T], as `prefill_chunk` and `score_chunk` take it."""
+    """One of the `chunks` of a sequence, int32 [T], for `prefill_chunk` or `score_chunk`."""
     chunk = np.zeros(2 + bucket, np.int32)
     chunk[:2] = start, count
     chunk[2 : 2 + count] = tokens[start : start + count]
@@ -100,7 +100,7 @@ def padded(tokens: np.ndarray, start: int, count: int, bucket: int) -> np.ndarra
 
 
 def history(tokens: np.ndarray, capacity: int) -> np.ndarray:
-    """A sequence, int32 [T], as the history [S] that `insert` takes."""
+    """The history [S] of a sequence, int32 [T], for `insert`."""
     history_S = np.zeros(capacity, np.int32)
     history_S[: len(tokens)] = tokens
     return history_S
@@ -112,7 +112,7 @@ def _apply(model: Model, params: AnyParams, *arguments: jax.Array | KVCache, met
 
 
 def _run_chunk(model: Model, params: AnyParams, row: KVCache, chunk: jax.Array) -> tuple[jax.Array, KVCache]:
-    """Runs a padded chunk over a cache of one row: hidden states [1, T, D] and the cache, `start + count` long."""
+    """Runs a padded chunk on a one-row cache. Returns hidden states [1, T, D] and the cache, `start + count` long."""
     start, count, tokens_T = chunk[0], chunk[1], chunk[2:]
     row = dataclasses.replace(row, lengths_B=jnp.full_like(row.lengths_B, start))
     offset_T = jnp.arange(tokens_T.shape[0], dtype=jnp.int32)
@@ -123,17 +123,17 @@ def _run_chunk(model: Model, params: AnyParams, row: KVCache, chunk: jax.Array) 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("row",))
 def prefill_chunk(model: Model, params: AnyParams, row: KVCache, chunk: jax.Array) -> tuple[jax.Array, KVCache]:
-    """Adds some tokens to a sequence; a chunk that starts at 0 begins a new one.
+    """Adds a chunk of tokens to a sequence; a chunk that starts at 0 begins a new sequence.
 
-    Works on a cache of one row, so it is compiled once a bucket, whatever the number of rows of the state.
+    Works on a one-row cache, so it is compiled once per bucket, whatever the state's number of rows.
 
     Args:
-      row: a cache with one slot, donated.
-      chunk: int32 [2 + T]: the position of its first token, how many of its tokens count, and the tokens with any
-        padding up to a bucket's length. One array, as the host sends each to the device by itself.
+      row: a one-row cache, donated.
+      chunk: int32 [2 + T]: the position of its first token, the number of real tokens, and the tokens, padded to a
+        bucket's length. A single array, because the host sends each array to the device separately.
 
     Returns:
-      The logits [1, V] of what follows the last token, and the cache.
+      The logits [1, V] after the last token, and the cache.
     """
     hidden_1TD, row = _run_chunk(model, params, row, chunk)
     last_1D = jax.lax.dynamic_index_in_dim(hidden_1TD, chunk[1] - 1, axis=1, keepdims=False)
@@ -142,20 +142,20 @@ def prefill_chunk(model: Model, params: AnyParams, row: KVCache, chunk: jax.Arra
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("row",))
 def score_chunk(model: Model, params: AnyParams, row: KVCache, chunk: jax.Array) -> tuple[jax.Array, KVCache]:
-    """As `prefill_chunk`, with the logits [T, V] at every position of the chunk."""
+    """Like `prefill_chunk`, with the logits [T, V] at every position of the chunk."""
     hidden_1TD, row = _run_chunk(model, params, row, chunk)
     return _apply(model, params, hidden_1TD[0], method="head"), row
 
 
 @partial(jax.jit, donate_argnames=("state",))
 def insert(state: State, slot: jax.Array, row: KVCache, history_S: jax.Array, logits_1V: jax.Array) -> State:
-    """The state with a prefilled sequence in one of its rows, in place of what was there.
+    """Replaces one row of the state with a prefilled sequence.
 
     Args:
       slot: int32 scalar.
-      row: a cache with one slot, as `prefill_chunk` gave it.
+      row: the one-row cache that `prefill_chunk` returned.
       history_S: int32, the sequence's tokens, padded to the cache's capacity.
-      logits_1V: what `prefill_chunk` gave with it.
+      logits_1V: the logits that `prefill_chunk` returned.
     """
     return dataclasses.replace(
         state,
@@ -167,21 +167,21 @@ def insert(state: State, slot: jax.Array, row: KVCache, history_S: jax.Array, lo
 
 @jax.jit
 def rings(row: KVCache) -> Rings:
-    """A copy of what the sliding layers of a cache of one row hold, which further tokens overwrite."""
+    """A copy of the sliding layers of a one-row cache, which later tokens overwrite."""
     layers = zip(row.k, row.v, strict=True)
     return tuple((jnp.copy(k), jnp.copy(v)) for k, v in layers if k.shape[2] < row.capacity)
 
 
 @jax.jit
 def extract(state: State, slot: jax.Array, rings: Rings) -> KVCache:
-    """A cache of one row for `prefill_chunk` to go on from: a slot's, with its rings as they were.
+    """A one-row cache for `prefill_chunk` to continue from: a slot's, with the saved rings.
 
     Args:
-      slot: int32 scalar. All layers that do not slide must still hold the positions to go on from.
-      rings: what `rings` gave when the last of these positions had been added.
+      slot: int32 scalar. The full-attention layers must still hold the positions to continue from.
+      rings: what `rings` returned right after the last of these positions was added.
     """
     row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=0), state.cache)
-    copies = iter(jax.tree.map(jnp.copy, rings))  # else the row would be donated, and what is kept with it
+    copies = iter(jax.tree.map(jnp.copy, rings))  # otherwise donating the row would also donate the saved rings
     layers = zip(row.k, row.v, strict=True)
     k, v = zip(*(next(copies) if k.shape[2] < row.capacity else (k, v) for k, v in layers), strict=True)
     return dataclasses.replace(row, k=k, v=v)
@@ -189,7 +189,7 @@ def extract(state: State, slot: jax.Array, rings: Rings) -> KVCache:
 
 @jax.jit
 def sample(state: State, settings: sampling.Sampling) -> sampling.Sampled:
-    """Draws the next token of every row. Rows that are not in use give a token of no meaning."""
+    """Draws the next token of every row. Tokens of unused rows are meaningless."""
     return sampling.sample(state.logits_BV, state.cache.lengths_B, settings, state.history_BS)
 
 
@@ -199,7 +199,7 @@ def advance(model: Model, params: AnyParams, state: State, token_B: jax.Array, a
 
     Args:
       token_B: int32.
-      active_B: bool; the other rows stay as they are, and so do their logits.
+      active_B: bool; other rows and their logits are unchanged.
     """
     lengths_B = state.cache.lengths_B
     fits_B = (lengths_B < state.max_length) & (token_B >= 0)
@@ -221,15 +221,15 @@ def advance(model: Model, params: AnyParams, state: State, token_B: jax.Array, a
 def decode(
     model: Model, params: AnyParams, state: State, settings: sampling.Sampling, active_B: jax.Array, num_steps: int
 ) -> tuple[State, sampling.Sampled]:
-    """`sample` then `advance`, so many times over, in one call; to the bit what they give one by one.
+    """`sample` then `advance`, `num_steps` times in one call; bit-identical to calling them one by one.
 
-    The number of steps is static: the host waits at each turn of a loop whose end only the device knows.
+    The number of steps is static: the host would wait at each turn of a loop whose end only the device knows.
 
     Args:
-      active_B: bool; the other rows stay as they are.
+      active_B: bool; other rows are unchanged.
 
     Returns:
-      The state, and the tokens of all steps: a `Sampled` whose arrays have the steps as an axis before their own.
+      The state, and the tokens of all steps: a `Sampled` whose arrays have the steps as an additional first axis.
     """
 
     def step(state: State, _: None) -> tuple[State, sampling.Sampled]:

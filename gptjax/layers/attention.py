@@ -1,4 +1,4 @@
-"""Self-attention over the call's own tokens, or over a cache that they are first written to."""
+"""Self-attention over the call's own tokens, or over a cache that their keys and values are first written to."""
 
 from functools import partial
 
@@ -9,12 +9,14 @@ from jax.typing import DTypeLike
 
 from gptjax.axes import HEADS, QKV_HEADS, QUERY_HEADS, WIDTH
 from gptjax.config.rope import Rope
-from gptjax.layers.cache import KVCache
+from gptjax.layers.cache import Attended, KVCache
 from gptjax.layers.linear import Linear
 from gptjax.layers.observe import observe
 from gptjax.layers.rope import rotate, rotation
+from gptjax.layers.weight import array
+from pallas_kernels import append
 from pallas_kernels.attention import attention
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 
 class Attention(nn.Module):
@@ -23,22 +25,23 @@ class Attention(nn.Module):
     num_heads: int  # N
     num_kv_heads: int  # K
     head_width: int  # H
-    scale: float  # what scores are multiplied with
+    scale: float  # scores are multiplied by it
     layer: int  # whose cache this is
     mxfp4: bool  # the kernels are packed
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
     use_bias: bool = True
-    rope: Rope | None = None  # None where positions are not rotary
-    window: int | None = None  # positions that a query sees, itself included; None is all
-    use_sinks: bool = False  # a learned logit a head, which takes its share of the softmax and has no value
+    rope: Rope | None = None  # None if positions are not rotary
+    window: int | None = None  # positions that a query sees, its own included; None is all
+    use_sinks: bool = False  # a learned logit per head, which takes a share of the softmax but has no value
 
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None
-    ) -> tuple[Parts, KVCache | None]:
-        """[B, T, D] -> [B · T, D], last sums left, and the cache with the new keys and values (None stays None)."""
+    ) -> tuple[PartialSum, KVCache | None]:
+        """The update to the residual [B · T, D], and the cache with the new keys and values; None stays None."""
+        B, T, D = x_BTD.shape
         N, K, H = self.num_heads, self.num_kv_heads, self.head_width
         linear = partial(
             Linear,
@@ -48,33 +51,25 @@ class Attention(nn.Module):
             param_dtype=self.param_dtype,
             implementation=self.implementation,
         )
-        qkv = linear((N + 2 * K) * H, (WIDTH, QKV_HEADS), name="qkv").parts(x_BTD)
+        qkv = linear((N + 2 * K) * H, (WIDTH, QKV_HEADS), name="qkv").partial_sum(x_BTD)
         angles = None if self.rope is None else rotation(self.rope, H, positions_BT)
-        appended = None if cache is None else cache.appended(self.layer, qkv, angles, positions_BT, self.implementation)
-        if appended is not None:
-            q_BTNH, (k_BKSH, v_BKSH, k_positions_BS), cache = appended
+        if cache is not None and append.takes(T, cache.k[self.layer], implementation=self.implementation):
+            q_BTNH, attended, cache = cache.appended(self.layer, qkv, angles, positions_BT)
         else:
-            heads_BTRH = qkv.total().astype(self.dtype).reshape(*x_BTD.shape[:2], N + 2 * K, H)
-            q_BTNH, k_BTKH, v_BTKH = jnp.split(heads_BTRH, (N, N + K), axis=2)
-            for name, value in (("q", q_BTNH), ("k", k_BTKH), ("v", v_BTKH)):
-                observe(self, name, value)
-            if angles is not None:
-                q_BTNH, k_BTKH = rotate(q_BTNH, *angles), rotate(k_BTKH, *angles)
+            q_BTNH, k_BTKH, v_BTKH = self._heads(qkv, angles, B, T)
             if cache is None:
-                k_BKSH, v_BKSH = (x.transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
-                k_positions_BS = positions_BT
+                attended = Attended.of(k_BTKH, v_BTKH, positions_BT)
             else:
-                (k_BKSH, v_BKSH, k_positions_BS), cache = cache.update(self.layer, k_BTKH, v_BTKH, positions_BT)
+                attended, cache = cache.update(self.layer, k_BTKH, v_BTKH, positions_BT)
         sinks_N = None
         if self.use_sinks:
-            init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (QUERY_HEADS,))
-            sinks_N = self.param("sinks", init, (N,), self.param_dtype)
+            sinks_N = array(self, "sinks", nn.initializers.normal(1.0), (N,), (QUERY_HEADS,), self.param_dtype)
         out_BTNH = attention(
             q_BTNH,
-            k_BKSH,
-            v_BKSH,
+            attended.k_BKSH,
+            attended.v_BKSH,
             positions_BT,
-            k_positions_BS,
+            attended.positions_BS,
             sinks_N,
             scale=self.scale,
             window=self.window,
@@ -82,5 +77,17 @@ class Attention(nn.Module):
             implementation=self.implementation,
         )
         observe(self, "heads", out_BTNH)
-        out = linear(x_BTD.shape[-1], (HEADS, WIDTH), name="out")
-        return out.parts(out_BTNH.reshape(*x_BTD.shape[:2], N * H)), cache
+        return linear(D, (HEADS, WIDTH), name="out").partial_sum(out_BTNH.reshape(B, T, N * H)), cache
+
+    def _heads(
+        self, qkv: PartialSum, angles: tuple[jax.Array, jax.Array] | None, B: int, T: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, rotated: [B, T, N, H] and twice [B, T, K, H]."""
+        N, K, H = self.num_heads, self.num_kv_heads, self.head_width
+        heads_BTRH = qkv.total().astype(self.dtype).reshape(B, T, N + 2 * K, H)
+        q_BTNH, k_BTKH, v_BTKH = jnp.split(heads_BTRH, (N, N + K), axis=2)
+        for name, value in (("q", q_BTNH), ("k", k_BTKH), ("v", v_BTKH)):
+            observe(self, name, value)
+        if angles is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, *angles), rotate(k_BTKH, *angles)
+        return q_BTNH, k_BTKH, v_BTKH

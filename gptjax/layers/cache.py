@@ -2,18 +2,30 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from pallas_kernels.append import append, takes
+from pallas_kernels.append import append
 from pallas_kernels.attention import reference
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 SLOT_MULTIPLE = reference.BLOCK  # a cache's capacity is a multiple of this, as blocked attention wants
 
-Attended = tuple[jax.Array, jax.Array, jax.Array]  # k [B, K, S, H], v [B, K, S, H], positions [B, S]
+
+class Attended(NamedTuple):
+    """The keys and values that a call's queries attend to, and their positions."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    positions_BS: jax.Array  # negative: not attended to
+
+    @classmethod
+    def of(cls, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "Attended":
+        """A call's own keys and values alone."""
+        return cls(k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3), positions_BT)
 
 
 @jax.tree_util.register_dataclass
@@ -21,17 +33,17 @@ Attended = tuple[jax.Array, jax.Array, jax.Array]  # k [B, K, S, H], v [B, K, S,
 class KVCache:
     """Keys and values of all layers for `B` slots, each of one sequence.
 
-    A layer has S places a slot: the `capacity`, or the window of a layer that slides, whichever is less. Position p
-    lies at index p mod S, so a sliding layer keeps a ring of the last S positions. What lies beyond a slot's length is
-    undefined and never attended to.
+    A layer has S places per slot: the `capacity`, or the layer's window if that is less. Position p is stored at index
+    p mod S, so a sliding layer keeps a ring of the last S positions. Anything beyond a slot's length is undefined and
+    never attended to.
 
-    Layers are separate arrays, so that each is updated in place where the cache is donated.
+    Layers are separate arrays, so that each is updated in place if the cache is donated.
     """
 
     k: tuple[jax.Array, ...]  # L × [B, K, S, H]
     v: tuple[jax.Array, ...]  # L × [B, K, S, H]
     lengths_B: jax.Array  # int32: positions in use
-    capacity: int = dataclasses.field(metadata={"static": True})  # positions a slot has room for
+    capacity: int = dataclasses.field(metadata={"static": True})  # positions that a slot has room for
 
     @classmethod
     def create(
@@ -42,12 +54,12 @@ class KVCache:
         max_length: int,
         num_kv_heads: int,
         head_width: int,
-        dtype: Any,
+        dtype: DTypeLike,
     ) -> "KVCache":
-        """An empty cache of at least `max_length` positions a slot (rounded up to SLOT_MULTIPLE).
+        """An empty cache of at least `max_length` positions per slot (rounded up to SLOT_MULTIPLE).
 
         Args:
-          windows: of each layer; None where it attends to all positions.
+          windows: of each layer; None if it attends to all positions.
         """
         capacity = -(-max_length // SLOT_MULTIPLE) * SLOT_MULTIPLE
         places = [capacity if window is None else min(window, capacity) for window in windows]
@@ -58,13 +70,13 @@ class KVCache:
     def update(
         self, layer: int, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array
     ) -> tuple[Attended, "KVCache"]:
-        """Adds a layer's new keys and values at their positions; padding, at negative ones, is not written.
+        """Adds a layer's new keys and values at their positions; padding, at negative positions, is not written.
 
-        The lengths stay as they are until `extended`, which comes after all layers.
+        The lengths do not change until `extended` is called, after all layers.
 
         Returns:
-          What queries at these positions attend to, and the cache. Several tokens would overwrite places of a ring that
-          the first of them still see: they attend to the ring as it was, and to themselves.
+          What queries at these positions attend to, and the cache. Several tokens at once overwrite places of a ring
+          that the first of them can still see, so they attend to the ring as it was before, and to themselves.
         """
         old_k_BKSH, old_v_BKSH = self.k[layer], self.v[layer]
         S, T = old_k_BKSH.shape[2], positions_BT.shape[1]
@@ -74,9 +86,9 @@ class KVCache:
         cache = self.with_layer(layer, k_BKSH, v_BKSH)
         if self.capacity == S or T == 1:
             lengths_B = jnp.maximum(self.lengths_B, last_B1[:, 0] + 1)
-            return (k_BKSH, v_BKSH, _positions(lengths_B, S)), cache
+            return Attended(k_BKSH, v_BKSH, _positions(lengths_B, S)), cache
         new_k_BKTH, new_v_BKTH = (x.transpose(0, 2, 1, 3).astype(k_BKSH.dtype) for x in (k_BTKH, v_BTKH))
-        attended = (
+        attended = Attended(
             jnp.concatenate((old_k_BKSH, new_k_BKTH), axis=2),
             jnp.concatenate((old_v_BKSH, new_v_BKTH), axis=2),
             jnp.concatenate((_positions(self.lengths_B, S), positions_BT), axis=1),
@@ -86,32 +98,30 @@ class KVCache:
     def appended(
         self,
         layer: int,
-        qkv: Parts,
+        qkv: PartialSum,
         angles: tuple[jax.Array, jax.Array] | None,
         positions_BT: jax.Array,
-        implementation: str,
-    ) -> tuple[jax.Array, Attended, "KVCache"] | None:
-        """As `update`, for one token a row and together with all that comes before, where there is a kernel for that.
+    ) -> tuple[jax.Array, Attended, "KVCache"]:
+        """As `update`, in one kernel with all else between the product and attention, if `append.takes` the cache.
 
         Args:
           qkv: the product that queries, keys and values come from.
           angles: cos and sin [B, 1, 1, H/2] that queries and keys are rotated by; None for none.
+          positions_BT: of one token a row.
 
         Returns:
-          The queries [B, 1, N, H], what they attend to, and the cache; None where there is no kernel.
+          The queries [B, 1, N, H], what they attend to, and the cache.
         """
         k_BKSH, v_BKSH = self.k[layer], self.v[layer]
-        B, T = positions_BT.shape
-        if T != 1 or not takes(k_BKSH, implementation=implementation):
-            return None
+        B = positions_BT.shape[0]
         rotation = None if angles is None else (angles[0].reshape(B, -1), angles[1].reshape(B, -1))
         q_BNH, k_BKSH, v_BKSH = append(qkv, rotation, positions_BT[:, 0], k_BKSH, v_BKSH)
         lengths_B = jnp.maximum(self.lengths_B, positions_BT[:, 0] + 1)
-        attended = (k_BKSH, v_BKSH, _positions(lengths_B, k_BKSH.shape[2]))
+        attended = Attended(k_BKSH, v_BKSH, _positions(lengths_B, k_BKSH.shape[2]))
         return q_BNH[:, None], attended, self.with_layer(layer, k_BKSH, v_BKSH)
 
     def with_layer(self, layer: int, k_BKSH: jax.Array, v_BKSH: jax.Array) -> "KVCache":
-        """The cache with other keys and values of a layer."""
+        """The cache with a layer's keys and values replaced."""
         return dataclasses.replace(
             self,
             k=(*self.k[:layer], k_BKSH, *self.k[layer + 1 :]),
@@ -128,7 +138,7 @@ class KVCache:
 
 
 def _positions(lengths_B: jax.Array, places: int) -> jax.Array:
-    """The position of what lies at each place of a ring [B, S]: the last of its kind in use, -1 for none."""
+    """The position stored at each place of a ring [B, S]: the last one in use that belongs there, -1 for none."""
     last_B1 = lengths_B[:, None] - 1
     position_BS = last_B1 - (last_B1 - jnp.arange(places, dtype=jnp.int32)) % places
     return jnp.where(position_BS < 0, -1, position_BS)
@@ -161,7 +171,7 @@ def _write_row_by_row(array_BKSH: jax.Array, new_B1KH: jax.Array, place_B1: jax.
 
     def write(row: jax.Array, array_BKSH: jax.Array) -> jax.Array:
         place = place_B1[row, 0]
-        start = (row, 0, place, 0)  # clamped, where it is out of bounds
+        start = (row, 0, place, 0)  # clamped if it is out of bounds
         old_1K1H = jax.lax.dynamic_slice(array_BKSH, start, (1, K, 1, H))
         new_1K1H = jax.lax.dynamic_slice_in_dim(new_BK1H, row, 1)
         return jax.lax.dynamic_update_slice(array_BKSH, jnp.where(place >= S, old_1K1H, new_1K1H), start)

@@ -4,9 +4,9 @@ import flax.linen as nn
 import jax
 from jax.typing import DTypeLike
 
-from gptjax.layers.observe import observe_made
-from gptjax.layers.weight import product, weight
-from pallas_kernels.parts import Parts
+from gptjax.layers.observe import observe_lazy
+from gptjax.layers.weight import array, product, weight
+from pallas_kernels.partial_sum import PartialSum
 
 
 class Linear(nn.Module):
@@ -24,21 +24,20 @@ class Linear(nn.Module):
     implementation: str = "auto"
 
     @nn.compact
-    def parts(self, x: jax.Array) -> Parts:
-        """[..., in] -> [T, out], T tokens in a row, with the last sums left to whoever reads it."""
+    def partial_sum(self, x: jax.Array) -> PartialSum:
+        """[..., in] -> [T, out] with all T tokens in one axis; whoever reads it finishes the sum."""
         shape = (x.shape[-1], self.features)
         kernel = weight(self, "kernel", shape, self.axes, param_dtype=self.param_dtype, mxfp4=self.mxfp4)
         bias = None
         if self.use_bias:
-            bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
-            bias = self.param("bias", bias_init, (self.features,), self.param_dtype)
-        parts = product(x, kernel, bias, self.dtype, self.implementation)
-        observe_made(self, "output", lambda: self._summed(parts, x))
-        return parts
+            bias = array(self, "bias", nn.initializers.zeros_init(), shape[1:], self.axes[1:], self.param_dtype)
+        y = product(x, kernel, bias, self.dtype, self.implementation)
+        observe_lazy(self, "output", lambda: self._finished(y, x))
+        return y
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]."""
-        return self._summed(self.parts(x), x)
+        return self._finished(self.partial_sum(x), x)
 
-    def _summed(self, parts: Parts, x: jax.Array) -> jax.Array:
-        return parts.total().astype(self.dtype).reshape(*x.shape[:-1], self.features)
+    def _finished(self, y: PartialSum, x: jax.Array) -> jax.Array:
+        return y.total().astype(self.dtype).reshape(*x.shape[:-1], self.features)

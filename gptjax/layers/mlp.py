@@ -13,7 +13,7 @@ from gptjax.axes import MLP as MLP_AXIS
 from gptjax.axes import WIDTH
 from gptjax.layers.linear import Linear
 from gptjax.layers.observe import observe
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 ACTIVATIONS: Final[dict[str, Callable[[jax.Array], jax.Array]]] = {
     "gelu_erf": partial(jax.nn.gelu, approximate=False),
@@ -35,8 +35,8 @@ class MLP(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> Parts:
-        """[B, T, D] -> [B · T, D], with the last sums left."""
+    def __call__(self, x_BTD: jax.Array) -> PartialSum:
+        """The update to the residual stream, [B · T, D]."""
         linear = partial(
             Linear,
             dtype=self.dtype,
@@ -47,4 +47,4 @@ class MLP(nn.Module):
         h_BTF = linear(self.mlp_width, (WIDTH, MLP_AXIS), name="up")(x_BTD)
         h_BTF = ACTIVATIONS[self.activation](h_BTF.astype(jnp.float32)).astype(self.dtype)
         observe(self, "activation", h_BTF)
-        return linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down").parts(h_BTF)
+        return linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down").partial_sum(h_BTF)

@@ -8,58 +8,68 @@ from jax.typing import DTypeLike
 
 from gptjax.axes import EXPERTS, MLP, WIDTH
 from gptjax.layers.norm import RMSNorm
-from gptjax.layers.observe import observe_made
-from gptjax.layers.weight import STANDARD_DEVIATION, product, weight
+from gptjax.layers.observe import observe, observe_lazy
+from gptjax.layers.residual import Residual
+from gptjax.layers.weight import STANDARD_DEVIATION, array, product, weight
 from pallas_kernels.moe import moe
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.route import norm_route
 
 
 class Router(nn.Module):
-    """The experts of each token, and the softmax over their logits, in one operation with the norm before."""
+    """The norm, then the experts with a token's largest logits and the softmax over these, in one operation."""
 
+    norm: RMSNorm
     num_experts: int  # E
     experts_per_token: int  # X
     dtype: DTypeLike
     param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, added: Parts | None, positions_BT: jax.Array, norm: RMSNorm
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """`x += added`, and where the norm of that goes.
+    def __call__(self, residual: Residual, positions_BT: jax.Array) -> tuple[Residual, jax.Array, jax.Array, jax.Array]:
+        """Routes each token.
 
         Returns:
-          x and the norm [B, T, D], int32 experts [B · T, X], -1 at padding, and float32 weights [B · T, X].
+          The residual with its pending update added; the norm of that, [B, T, D]; int32 experts [B · T, X], -1 at
+          padding; and their float32 weights [B · T, X].
         """
-        axes, shape = (WIDTH, EXPERTS), (x_BTD.shape[-1], self.num_experts)
-        kernel_init = nn.with_logical_partitioning(nn.initializers.normal(STANDARD_DEVIATION), axes)
-        kernel_DE = self.param("kernel", kernel_init, shape, self.param_dtype)
-        bias_init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (EXPERTS,))
-        bias_E = self.param("bias", bias_init, (self.num_experts,), self.param_dtype)
-        operation = partial(
-            norm_route,
+        E, shape = self.num_experts, residual.x_BTD.shape
+        D = shape[-1]
+        kernel_init, bias_init = nn.initializers.normal(STANDARD_DEVIATION), nn.initializers.zeros_init()
+        kernel_DE = array(self, "kernel", kernel_init, (D, E), (WIDTH, EXPERTS), self.param_dtype)
+        bias_E = array(self, "bias", bias_init, (E,), (EXPERTS,), self.param_dtype)
+        positions_T = positions_BT.reshape(-1)
+        sum_TD, normed_TD, experts_TX, weights_TX = norm_route(
+            residual.x_BTD.reshape(-1, D).astype(self.dtype),
+            residual.pending,
+            self.norm.scale(D),
+            epsilon=self.norm.epsilon,
+            center=False,
             router_DE=kernel_DE,
             router_bias_E=bias_E,
-            positions_T=positions_BT.reshape(-1),
+            positions_T=positions_T,
             top=self.experts_per_token,
+            implementation=self.norm.implementation,
         )
-        x_BTD, normed_BTD, experts_TX, weights_TX = norm(x_BTD, added, operation)
+        residual = Residual(sum_TD.reshape(shape))
+        normed_BTD = observe(self.norm, "output", normed_TD.reshape(shape))
 
         def logits() -> jax.Array:
             logits_TE = product(normed_BTD, kernel_DE, bias_E, self.dtype).total().astype(self.dtype)
-            return logits_TE.reshape(*x_BTD.shape[:-1], self.num_experts)
+            return logits_TE.reshape(*shape[:-1], E)
 
-        observe_made(self, "output", logits)
-        return x_BTD, normed_BTD, experts_TX, weights_TX
+        observe_lazy(self, "output", logits)
+        return residual, normed_BTD, experts_TX, weights_TX
 
 
 class MoE(nn.Module):
-    """`Σ softmax(top-k of router(y)) · expert(y)` of a norm y, with clamped SwiGLU experts.
+    """`Σ softmax(top-k of router(y)) · expert(y)` with y the norm of the residual, and clamped SwiGLU experts.
 
+    The norm is part of this layer because one kernel computes it and the routing.
     Source: openai/gpt-oss `gpt_oss/torch/model.py`, `MLPBlock`.
     """
 
+    norm: RMSNorm
     num_experts: int  # E
     experts_per_token: int  # X
     mlp_width: int  # F
@@ -71,35 +81,27 @@ class MoE(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, added: Parts | None, positions_BT: jax.Array, norm: RMSNorm
-    ) -> tuple[jax.Array, Parts]:
-        """`x += added`, and what the experts make of the norm of that.
+    def __call__(self, residual: Residual, positions_BT: jax.Array) -> tuple[Residual, PartialSum]:
+        """The residual with its pending update added, and the experts' update to it, [B · T, D].
 
-        Returns:
-          x [B, T, D], and [B · T, D], last sums left. Padding, at negative positions, has no expert and gives 0.
+        Padding, at negative positions, has no expert, and its update is 0.
         """
-        E, F, D = self.num_experts, self.mlp_width, x_BTD.shape[-1]
-        router = Router(E, self.experts_per_token, self.dtype, self.param_dtype, name="router")
-        x_BTD, normed_BTD, experts_TX, weights_TX = router(x_BTD, added, positions_BT, norm)
-
-        def bias(name: str, size: int, axis: str) -> jax.Array:
-            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (EXPERTS, axis))
-            value: jax.Array = self.param(name, init, (E, size), self.param_dtype)
-            return value
-
+        E, F, D = self.num_experts, self.mlp_width, residual.x_BTD.shape[-1]
+        router = Router(self.norm, E, self.experts_per_token, self.dtype, self.param_dtype, name="router")
+        residual, normed_BTD, experts_TX, weights_TX = router(residual, positions_BT)
         kernel = partial(weight, self, param_dtype=self.param_dtype, mxfp4=self.mxfp4)
-        out = moe(
+        bias = partial(array, self, init=nn.initializers.zeros_init(), param_dtype=self.param_dtype)
+        update = moe(
             normed_BTD.reshape(-1, D),
             experts_TX,
             weights_TX,
             kernel("gate_up_kernel", (E, D, 2 * F), (EXPERTS, WIDTH, MLP)),
-            bias("gate_up_bias", 2 * F, MLP),
+            bias("gate_up_bias", shape=(E, 2 * F), axes=(EXPERTS, MLP)),
             kernel("down_kernel", (E, F, D), (EXPERTS, MLP, WIDTH)),
-            bias("down_bias", D, WIDTH),
+            bias("down_bias", shape=(E, D), axes=(EXPERTS, WIDTH)),
             alpha=self.swiglu_alpha,
             limit=self.swiglu_limit,
             implementation=self.implementation,
         )
-        observe_made(self, "output", lambda: out.total().reshape(x_BTD.shape).astype(self.dtype))
-        return x_BTD, out
+        observe_lazy(self, "output", lambda: update.total().reshape(normed_BTD.shape).astype(self.dtype))
+        return residual, update

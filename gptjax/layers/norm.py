@@ -1,7 +1,4 @@
-"""Normalisation, computed in float32, of a residual stream to which something may be added first."""
-
-from collections.abc import Callable
-from typing import Any
+"""Normalisation of the residual stream, computed in float32."""
 
 import flax.linen as nn
 import jax
@@ -9,71 +6,60 @@ from jax.typing import DTypeLike
 
 from gptjax.axes import WIDTH
 from gptjax.layers.observe import observe
+from gptjax.layers.residual import Residual
+from gptjax.layers.weight import array
 from pallas_kernels.add_norm import add_norm
-from pallas_kernels.parts import Parts
 
 
 class _Norm(nn.Module):
-    """What both have in common. The sum is the result's first part, for the residual stream goes on with it."""
+    """What both norms have in common."""
 
     epsilon: float
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str = "auto"
 
-    def weight(self, name: str, init: nn.initializers.Initializer, width: int) -> jax.Array:
-        """Declares a vector."""
-        value: jax.Array = self.param(name, nn.with_logical_partitioning(init, (WIDTH,)), (width,), self.param_dtype)
-        return value
+    def vector(self, name: str, init: nn.initializers.Initializer, width: int) -> jax.Array:
+        """Declares a vector [D]."""
+        return array(self, name, init, (width,), (WIDTH,), self.param_dtype)
 
-    def run(
-        self,
-        operation: Callable[..., tuple[jax.Array, ...]],
-        x: jax.Array,
-        added: Parts | None,
-        scale_D: jax.Array,
-        bias_D: jax.Array | None,
-    ) -> tuple[Any, ...]:
-        """The sum and its norm, of x's shape, and what else the operation returns."""
-        sum_TD, normed_TD, *rest = operation(
-            x.reshape(-1, x.shape[-1]).astype(self.dtype),
-            added,
+    def add_and_norm(
+        self, residual: Residual, scale_D: jax.Array, bias_D: jax.Array | None = None
+    ) -> tuple[Residual, jax.Array]:
+        """Adds the pending update, and norms the sum: LayerNorm with a bias, RMSNorm without."""
+        shape = residual.x_BTD.shape
+        sum_TD, normed_TD = add_norm(
+            residual.x_BTD.reshape(-1, shape[-1]).astype(self.dtype),
+            residual.pending,
             scale_D,
             bias_D,
             epsilon=self.epsilon,
             center=bias_D is not None,
             implementation=self.implementation,
         )
-        return sum_TD.reshape(x.shape), observe(self, "output", normed_TD.reshape(x.shape)), *rest
+        return Residual(sum_TD.reshape(shape)), observe(self, "output", normed_TD.reshape(shape))
 
 
 class LayerNorm(_Norm):
     """`(x - mean) / sqrt(variance + epsilon) * scale + bias`, with the biased variance, over the last axis."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, added: Parts | None = None) -> tuple[jax.Array, jax.Array]:
-        """`x += added`, and the norm of that: both [..., D] of `dtype`."""
-        scale_D = self.weight("scale", nn.initializers.ones_init(), x.shape[-1])
-        bias_D = self.weight("bias", nn.initializers.zeros_init(), x.shape[-1])
-        return self.run(add_norm, x, added, scale_D, bias_D)
+    def __call__(self, residual: Residual) -> tuple[Residual, jax.Array]:
+        """The residual with its pending update added, and the norm of that, [B, T, D] of `dtype`."""
+        width = residual.x_BTD.shape[-1]
+        scale_D = self.vector("scale", nn.initializers.ones_init(), width)
+        bias_D = self.vector("bias", nn.initializers.zeros_init(), width)
+        return self.add_and_norm(residual, scale_D, bias_D)
 
 
 class RMSNorm(_Norm):
     """`x / sqrt(mean(x²) + epsilon) * scale`, over the last axis; multiplied before it is rounded to `dtype`."""
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, added: Parts | None = None, operation: Callable[..., tuple[jax.Array, ...]] = add_norm
-    ) -> tuple[Any, ...]:
-        """`x += added`, and the norm of that: both [..., D] of `dtype`.
+    def scale(self, width: int) -> jax.Array:
+        """The learned scale [D]."""
+        return self.vector("scale", nn.initializers.ones_init(), width)
 
-        Another `operation` is one that does more in passing, and is called as `add_norm` is: what it returns beside
-        these two comes after them.
-        """
-        scale_D = self.weight("scale", nn.initializers.ones_init(), x.shape[-1])
-        return self.run(operation, x, added, scale_D, None)
-
-
-def add(x: jax.Array, added: Parts) -> jax.Array:
-    """`x + added`, as the norms do it."""
-    return x + added.total().astype(x.dtype).reshape(x.shape)
+    def __call__(self, residual: Residual) -> tuple[Residual, jax.Array]:
+        """The residual with its pending update added, and the norm of that, [B, T, D] of `dtype`."""
+        return self.add_and_norm(residual, self.scale(residual.x_BTD.shape[-1]))

@@ -13,10 +13,10 @@ from gptjax.config.rope import Rope
 
 
 def inv_freq(rope: Rope, head_width: int) -> np.ndarray:
-    """The angle that each pair of a head turns by in one position, [H/2] float64.
+    """The angle by which each pair of a head turns per position, [H/2] float64.
 
-    With YaRN, frequencies that turn often within the original length are kept, those that turn seldom are divided by
-    the factor, and between the two bounds they are mixed by a ramp.
+    With YaRN, pairs that turn often within the original length keep their frequency, those that turn rarely have it
+    divided by the factor, and a ramp mixes the two in between.
     """
     pair = np.arange(head_width // 2)
     frequency = rope.theta ** (-2 * pair / head_width)
@@ -25,7 +25,7 @@ def inv_freq(rope: Rope, head_width: int) -> np.ndarray:
     yarn = rope.yarn
 
     def pair_turning(times: float) -> float:
-        """The index of the (fractional) pair that turns so many times within the original length."""
+        """The (fractional) index of the pair that turns this many times within the original length."""
         return head_width / 2 * math.log(yarn.original_length / (2 * math.pi * times)) / math.log(rope.theta)
 
     low, high = pair_turning(yarn.beta_fast), pair_turning(yarn.beta_slow)
@@ -48,7 +48,7 @@ def rotation(rope: Rope, head_width: int, positions_BT: jax.Array) -> tuple[jax.
 
 
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns each head's pairs (i, i + H/2) by their angles, in float32; the result has the operand's dtype."""
+    """Turns each head's pairs (i, i + H/2) by their angles, in float32; the result has x's dtype."""
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
     return turned.astype(x_BTNH.dtype)

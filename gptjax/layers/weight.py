@@ -8,13 +8,26 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels.formats.mxfp4 import BLOCK, MXFP4
 from pallas_kernels.matvec import FEW, matvec
-from pallas_kernels.mxfp4 import BLOCK, MXFP4
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 Weight = jax.Array | MXFP4
 STANDARD_DEVIATION = 0.02
 _SCALE = 120  # 2^-7, which gives random codes a standard deviation of 0.023
+
+
+def array(
+    module: nn.Module,
+    name: str,
+    init: nn.initializers.Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    param_dtype: DTypeLike,
+) -> jax.Array:
+    """Declares an array of the module, with the logical axes that its sharding follows from."""
+    value: jax.Array = module.param(name, nn.with_logical_partitioning(init, axes), shape, param_dtype)
+    return value
 
 
 def weight(
@@ -27,25 +40,23 @@ def weight(
     mxfp4: bool,
     summed: int = -2,
 ) -> Weight:
-    """Declares a weight of the module.
+    """Declares a matrix of the module, or several.
 
     Args:
       shape, axes: of the numbers: [..., in, out] of a product, [V, D] of an embedding.
       mxfp4: whether it is packed.
-      summed: the axis that its product sums over, along which MXFP4's blocks must lie: where it is not the last one,
-        the packed weight has the last two axes the other way round, [..., out, in].
+      summed: the axis that its product sums over, along which MXFP4's blocks must lie. If that is not the last axis,
+        the packed weight has its last two axes swapped, [..., out, in].
     """
     if not mxfp4:
-        init = nn.with_logical_partitioning(nn.initializers.normal(STANDARD_DEVIATION), axes)
-        dense: jax.Array = module.param(name, init, shape, param_dtype)
-        return dense
+        return array(module, name, nn.initializers.normal(STANDARD_DEVIATION), shape, axes, param_dtype)
     if summed == -2:
         shape, axes = (*shape[:-2], shape[-1], shape[-2]), (*axes[:-2], axes[-1], axes[-2])
     packed: MXFP4
     if module.is_initializing():
         packed = module.param(name, partial(_boxed_mxfp4, shape=shape, axes=axes))
     else:
-        packed = module.get_variable("params", name)  # not `param`, whose check of shapes would refuse a repacked one
+        packed = module.get_variable("params", name)  # `param` would check the shape, and refuse a repacked one
     return packed
 
 
@@ -56,17 +67,17 @@ def numbers(weight: Weight, dtype: DTypeLike) -> jax.Array:
 
 def product(
     x: jax.Array, kernel: Weight, bias: jax.Array | None, dtype: DTypeLike, implementation: str = "auto"
-) -> Parts:
-    """[..., in] · [in, out], or packed [out, in], plus a bias: [T, out] float32, T tokens in a row.
+) -> PartialSum:
+    """[..., in] · [in, out], or packed [out, in], plus a bias: [T, out] float32, with all T tokens in one axis.
 
     Operands are of `dtype`.
     """
-    x_TK = x.reshape(-1, x.shape[-1]).astype(dtype)
-    if isinstance(kernel, jax.Array) and x_TK.shape[0] <= FEW:
-        return matvec(x_TK, kernel.astype(dtype), bias, implementation=implementation)
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    if isinstance(kernel, jax.Array) and rows.shape[0] <= FEW:
+        return matvec(rows, kernel.astype(dtype), bias, implementation=implementation)
     contract = (((1,), (1 if isinstance(kernel, MXFP4) else 0,)), ((), ()))
-    y_TN = jax.lax.dot_general(x_TK, numbers(kernel, dtype), contract, preferred_element_type=jnp.float32)
-    return Parts(y_TN[None], bias_EN=None if bias is None else bias[None])
+    y = jax.lax.dot_general(rows, numbers(kernel, dtype), contract, preferred_element_type=jnp.float32)
+    return PartialSum(y[None], bias_EO=None if bias is None else bias[None])
 
 
 def embed(embedding_VD: Weight, ids: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -17,11 +17,11 @@ from gptjax.config.quantization import packs
 from gptjax.layers.attention import Attention
 from gptjax.layers.cache import KVCache
 from gptjax.layers.mlp import MLP
-from gptjax.layers.norm import LayerNorm, add
-from gptjax.layers.observe import is_observed, observe, observe_made
+from gptjax.layers.norm import LayerNorm
+from gptjax.layers.observe import is_observed, observe, observe_lazy
+from gptjax.layers.residual import Residual
 from gptjax.layers.weight import Weight, embed, unembed, weight
-from pallas_kernels import block as fused
-from pallas_kernels.parts import Parts
+from pallas_kernels import block as fused_block
 
 
 class Block(nn.Module):
@@ -33,17 +33,12 @@ class Block(nn.Module):
     param_dtype: DTypeLike
     implementation: str
 
-    @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, added: Parts | None, positions_BT: jax.Array, cache: KVCache | None
-    ) -> tuple[jax.Array, Parts, KVCache | None]:
-        """[B, T, D] -> [B, T, D], and the cache with this layer's new keys and values.
-
-        What a block adds last is passed on as `added`: the next norm reads the stream anyway, and adds it.
-        """
+    def setup(self) -> None:
+        """Declares the layers."""
         config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = partial(LayerNorm, config.norm_epsilon, implementation=self.implementation, **dtypes)
-        attention = Attention(
+        self.attention_norm = norm()
+        self.attention = Attention(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_width=config.head_width,
@@ -51,43 +46,36 @@ class Block(nn.Module):
             layer=self.layer,
             mxfp4=packs(config.mxfp4, "linear"),
             implementation=self.implementation,
-            name="attention",
             **dtypes,
         )
-        mlp = MLP(
+        self.mlp_norm = norm()
+        self.mlp = MLP(
             config.mlp_width,
             config.activation,
             packs(config.mxfp4, "linear"),
             implementation=self.implementation,
-            name="mlp",
             **dtypes,
         )
 
-        x_BTD, normed_BTD = norm(name="attention_norm")(x_BTD, added)
-        added, cache = attention(normed_BTD, positions_BT, cache)
-        x_BTD, normed_BTD = norm(name="mlp_norm")(x_BTD, added)
-        observe(self, "attention_residual", x_BTD)
-        added = mlp(normed_BTD)
-        observe_made(self, "mlp_residual", lambda: add(x_BTD, added))
-        return x_BTD, added, cache
+    def __call__(
+        self, residual: Residual, positions_BT: jax.Array, cache: KVCache | None
+    ) -> tuple[Residual, KVCache | None]:
+        """The residual with both updates, the second pending, and the cache with this layer's keys and values."""
+        residual, normed_BTD = self.attention_norm(residual)
+        update, cache = self.attention(normed_BTD, positions_BT, cache)
+        residual, normed_BTD = self.mlp_norm(residual.plus(update))
+        observe(self, "attention_residual", residual.x_BTD)
+        residual = residual.plus(self.mlp(normed_BTD))
+        observe_lazy(self, "mlp_residual", residual.total)
+        return residual, cache
 
-    @property
-    def scale(self) -> float:
-        """What attention's scores are multiplied with."""
-        scale = 1 / math.sqrt(self.config.head_width) if self.config.scale_attention else 1.0
-        return scale / (self.layer + 1) if self.config.scale_attention_by_layer else scale
-
-    def step(self, stream: fused.Stream, positions_B: jax.Array, cache: KVCache) -> tuple[fused.Stream, KVCache]:
-        """The same for one token a row, in one kernel, where `fused.takes` such a block."""
-        tree = self.variables["params"]
-        attention, mlp = tree["attention"], tree["mlp"]
-        norms = (fused.NormWeights(tree[name]["scale"], tree[name]["bias"]) for name in ("attention_norm", "mlp_norm"))
-        linears = (attention["qkv"], attention["out"], mlp["up"], mlp["down"])
-        qkv, out, up, down = (fused.LinearWeights(each["kernel"], each["bias"]) for each in linears)
-        attention_norm, mlp_norm = norms
-        stream, k_BKSH, v_BKSH = fused.block(
+    def fused(
+        self, stream: fused_block.Stream, positions_B: jax.Array, cache: KVCache
+    ) -> tuple[fused_block.Stream, KVCache]:
+        """The same in one kernel, if `fused_block.takes` such blocks."""
+        stream, k_BKSH, v_BKSH = fused_block.block(
             stream,
-            fused.Weights(attention_norm, qkv, out, mlp_norm, up, down),
+            self.weights(),
             positions_B,
             cache.k[self.layer],
             cache.v[self.layer],
@@ -97,6 +85,31 @@ class Block(nn.Module):
         )
         return stream, cache.with_layer(self.layer, k_BKSH, v_BKSH)
 
+    def weights(self) -> fused_block.Weights:
+        """The block's weights, as the kernel takes them."""
+        tree = self.variables["params"]
+
+        def norm(name: str) -> fused_block.NormWeights:
+            return fused_block.NormWeights(tree[name]["scale"], tree[name]["bias"])
+
+        def linear(layer: str, name: str) -> fused_block.LinearWeights:
+            return fused_block.LinearWeights(tree[layer][name]["kernel"], tree[layer][name]["bias"])
+
+        return fused_block.Weights(
+            attention_norm=norm("attention_norm"),
+            qkv=linear("attention", "qkv"),
+            out=linear("attention", "out"),
+            mlp_norm=norm("mlp_norm"),
+            up=linear("mlp", "up"),
+            down=linear("mlp", "down"),
+        )
+
+    @property
+    def scale(self) -> float:
+        """What attention's scores are multiplied by."""
+        scale = 1 / math.sqrt(self.config.head_width) if self.config.scale_attention else 1.0
+        return scale / (self.layer + 1) if self.config.scale_attention_by_layer else scale
+
 
 class GPT2(nn.Module):
     """A GPT-2 of any size. Used as pure functions:
@@ -104,7 +117,7 @@ class GPT2(nn.Module):
         hidden_BTD, cache = model.apply({"params": params}, tokens_BT, positions_BT, cache)
         logits = model.apply({"params": params}, hidden, method="head")        # on the rows that need logits
 
-    `dtype` is what is computed in; LayerNorm, softmax and logits are float32 inside whatever it is.
+    It computes in `dtype`, except for LayerNorm, softmax and logits, which are always float32 inside.
     """
 
     config: GPT2Config
@@ -136,52 +149,45 @@ class GPT2(nn.Module):
         """Final hidden states, after the last norm.
 
         Args:
-          tokens_BT: int32 token ids; what stands at padding does not matter.
+          tokens_BT: int32 token ids; any at padding.
           positions_BT: int32 position of each token in its sequence, ascending in a row and below the context length
-            (beyond it the last position's embedding would be taken, silently); negative is padding.
-          cache: earlier keys and values, to which these tokens' are added; None to attend to these tokens alone.
+            (beyond it, the last position's embedding is silently used); negative is padding.
+          cache: the keys and values of earlier tokens, which these tokens' are added to; None: attend to these alone.
 
         Returns:
           [B, T, D] of `dtype`, and the cache.
         """
-        # Padding reads row 0, whatever stands there: it is not attended to, and must only be in bounds.
+        # Padding takes row 0 of the embedding: it is never attended to, and only has to be in bounds.
         tokens_BTD = embed(self.token_embedding, jnp.where(positions_BT < 0, 0, tokens_BT), self.dtype)
         positions_BTD = self.position_embedding[jnp.maximum(positions_BT, 0)]
         x_BTD = tokens_BTD + positions_BTD.astype(self.dtype)
         observe(self, "embedding", x_BTD)
-        added = None
-        if cache is not None and self._has_steps(positions_BT, cache):
-            stream = fused.Stream.of(x_BTD[:, 0], self.config.mlp_width)
-            for block in self.blocks:
-                stream, cache = block.step(stream, positions_BT[:, 0], cache)
-            x_BTD = stream.x_TD[:, None]
+        if cache is not None and self._has_kernel(x_BTD, cache):
+            residual, cache = self._fused(x_BTD, positions_BT, cache)
         else:
+            residual = Residual(x_BTD)
             for block in self.blocks:
-                x_BTD, added, cache = block(x_BTD, added, positions_BT, cache)
-        _, hidden_BTD = self.final_norm(x_BTD, added)
+                residual, cache = block(residual, positions_BT, cache)
+        _, hidden_BTD = self.final_norm(residual)
         return hidden_BTD, None if cache is None else cache.extended(positions_BT)
 
-    def _has_steps(self, positions_BT: jax.Array, cache: KVCache) -> bool:
-        """Whether the blocks have a kernel for this call, in which nothing can be observed."""
-        config = self.config
-        dtypes = {jnp.dtype(dtype) for dtype in (self.dtype, self.param_dtype, cache.k[0].dtype)}
-        return (
-            positions_BT.shape[1] == 1
-            and len(dtypes) == 1
-            and config.activation == "gelu_tanh"
-            and not packs(config.mxfp4, "linear")
-            and not is_observed(self)
-            and fused.takes(
-                rows=positions_BT.shape[0],
-                heads=config.num_heads,
-                kv_heads=config.num_kv_heads,
-                head_width=config.head_width,
-                width=config.width,
-                mlp_width=config.mlp_width,
-                dtype=cache.k[0].dtype,
-                implementation=self.implementation,
-            )
+    def _has_kernel(self, x_BTD: jax.Array, cache: KVCache) -> bool:
+        """Whether each block is one kernel in this call. Nothing inside a kernel can be observed."""
+        return not is_observed(self) and fused_block.takes(
+            x_BTD,
+            self.blocks[0].weights(),
+            cache.k[0],
+            cache.v[0],
+            activation=self.config.activation,
+            implementation=self.implementation,
         )
+
+    def _fused(self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache) -> tuple[Residual, KVCache]:
+        """All blocks, each in one kernel."""
+        stream = fused_block.Stream.of(x_BTD[:, 0], self.config.mlp_width)
+        for block in self.blocks:
+            stream, cache = block.fused(stream, positions_BT[:, 0], cache)
+        return Residual(stream.x_TD[:, None]), cache
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits of hidden states, [..., D] -> [..., V] float32."""

@@ -17,10 +17,10 @@ from gptjax.config.quantization import packs
 from gptjax.layers.attention import Attention
 from gptjax.layers.cache import KVCache
 from gptjax.layers.moe import MoE
-from gptjax.layers.norm import RMSNorm, add
-from gptjax.layers.observe import observe, observe_made
+from gptjax.layers.norm import RMSNorm
+from gptjax.layers.observe import observe, observe_lazy
+from gptjax.layers.residual import Residual
 from gptjax.layers.weight import Weight, embed, unembed, weight
-from pallas_kernels.parts import Parts
 
 
 class Block(nn.Module):
@@ -32,17 +32,12 @@ class Block(nn.Module):
     param_dtype: DTypeLike
     implementation: str
 
-    @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, added: Parts | None, positions_BT: jax.Array, cache: KVCache | None
-    ) -> tuple[jax.Array, Parts, KVCache | None]:
-        """[B, T, D] -> [B, T, D], and the cache with this layer's new keys and values.
-
-        What a block adds last is passed on as `added`: the next norm reads the stream anyway, and adds it.
-        """
+    def setup(self) -> None:
+        """Declares the layers."""
         config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = partial(RMSNorm, config.norm_epsilon, implementation=self.implementation, **dtypes)
-        attention = Attention(
+        self.attention_norm = norm()
+        self.attention = Attention(
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_width=config.head_width,
@@ -54,10 +49,11 @@ class Block(nn.Module):
             rope=config.rope,
             window=config.windows[self.layer],
             use_sinks=True,
-            name="attention",
             **dtypes,
         )
-        moe = MoE(
+        self.moe_norm = norm()
+        self.moe = MoE(
+            norm=self.moe_norm,
             num_experts=config.num_experts,
             experts_per_token=config.experts_per_token,
             mlp_width=config.mlp_width,
@@ -65,16 +61,20 @@ class Block(nn.Module):
             swiglu_limit=config.swiglu_limit,
             mxfp4=packs(config.mxfp4, "experts"),
             implementation=self.implementation,
-            name="moe",
             **dtypes,
         )
 
-        x_BTD, normed_BTD = norm(name="attention_norm")(x_BTD, added)
-        added, cache = attention(normed_BTD, positions_BT, cache)
-        x_BTD, added = moe(x_BTD, added, positions_BT, norm(name="moe_norm"))
-        observe(self, "attention_residual", x_BTD)
-        observe_made(self, "moe_residual", lambda: add(x_BTD, added))
-        return x_BTD, added, cache
+    def __call__(
+        self, residual: Residual, positions_BT: jax.Array, cache: KVCache | None
+    ) -> tuple[Residual, KVCache | None]:
+        """The residual with both updates, the second pending, and the cache with this layer's keys and values."""
+        residual, normed_BTD = self.attention_norm(residual)
+        update, cache = self.attention(normed_BTD, positions_BT, cache)
+        residual, update = self.moe(residual.plus(update), positions_BT)
+        observe(self, "attention_residual", residual.x_BTD)
+        residual = residual.plus(update)
+        observe_lazy(self, "moe_residual", residual.total)
+        return residual, cache
 
 
 class GptOss(nn.Module):
@@ -83,8 +83,8 @@ class GptOss(nn.Module):
         hidden_BTD, cache = model.apply({"params": params}, tokens_BT, positions_BT, cache)
         logits = model.apply({"params": params}, hidden, method="head")        # on the rows that need logits
 
-    `dtype` is what is computed in; norms, rotations, softmax and logits are float32 inside whatever it is. The router's
-    logits are rounded to it, as in the code that the models were published with.
+    It computes in `dtype`, except for norms, rotations, softmax and logits, which are always float32 inside. The
+    router's logits are rounded to `dtype`, as in the published code.
     """
 
     config: GptOssConfig
@@ -110,20 +110,20 @@ class GptOss(nn.Module):
         """Final hidden states, after the last norm.
 
         Args:
-          tokens_BT: int32 token ids; what stands at padding does not matter.
+          tokens_BT: int32 token ids; any at padding.
           positions_BT: int32 position of each token in its sequence, ascending by ones in a row; negative is padding.
-          cache: earlier keys and values, to which these tokens' are added; None to attend to these tokens alone.
+          cache: the keys and values of earlier tokens, which these tokens' are added to; None: attend to these alone.
 
         Returns:
           [B, T, D] of `dtype`, and the cache.
         """
-        # Padding reads row 0, whatever stands there: it is not attended to, and must only be in bounds.
+        # Padding takes row 0 of the embedding: it is never attended to, and only has to be in bounds.
         x_BTD = embed(self.token_embedding, jnp.where(positions_BT < 0, 0, tokens_BT), self.dtype)
         observe(self, "embedding", x_BTD)
-        added = None
+        residual = Residual(x_BTD)
         for block in self.blocks:
-            x_BTD, added, cache = block(x_BTD, added, positions_BT, cache)
-        _, hidden_BTD = self.final_norm(x_BTD, added)
+            residual, cache = block(residual, positions_BT, cache)
+        _, hidden_BTD = self.final_norm(residual)
         return hidden_BTD, None if cache is None else cache.extended(positions_BT)
 
     def head(self, hidden: jax.Array) -> jax.Array:

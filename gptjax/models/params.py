@@ -1,4 +1,4 @@
-"""What follows from a model's own declaration of its weights: their shapes, random ones, and the device's layout."""
+"""Weights derived from a model's own declarations: shapes, random values, and the device's layout."""
 
 import functools
 import math
@@ -13,8 +13,8 @@ from gptjax.config import ModelConfig
 from gptjax.layers.weight import random_mxfp4
 from gptjax.models.registry import Model, build
 from pallas_kernels import moe
-from pallas_kernels.fragments import MXFP4Fragments
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats.mxfp4 import MXFP4
 
 Params = dict[str, Any]  # nested; the leaves are arrays
 
@@ -26,10 +26,10 @@ def init_params(model: Model, key: jax.Array) -> Params:
 
 
 def random_params(model: Model, seed: int = 0) -> Params:
-    """Random weights of the real shapes, made on the device a leaf at a time; for measuring, where no checkpoint is.
+    """Random weights of the real shapes, made on the device one leaf at a time, for measuring without a checkpoint.
 
-    The norms' scales are 1, as any model's are about: were they as small as the rest, biases would drown what differs
-    between tokens, and all would go to the same few experts, which costs less time than a real model takes.
+    The norms' scales are 1, as they roughly are in any model: if they were as small as the rest, biases would drown the
+    differences between tokens, and all tokens would choose the same few experts, which is faster than a real model.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(
         abstract_params(model), is_leaf=lambda node: isinstance(node, MXFP4)
@@ -54,7 +54,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Arr
 
 
 def abstract_params(model: Model) -> Params:
-    """Shapes and dtypes of all weights, as `jax.ShapeDtypeStruct`, allocating nothing."""
+    """Shapes and dtypes of all weights, as `jax.ShapeDtypeStruct`. Allocates nothing."""
 
     def typed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -65,7 +65,7 @@ def abstract_params(model: Model) -> Params:
 
 @functools.lru_cache(maxsize=16)
 def _float32_params(config: ModelConfig) -> Params:
-    """Of a single block, which all are alike in: tracing 24 of them takes most of a second."""
+    """Traces a single block, since all are alike and tracing 24 takes most of a second."""
     single = build(config.with_one_layer())
     params = jax.eval_shape(lambda: init_params(single, jax.random.key(0)))
     block = params.pop("block_0")
@@ -73,9 +73,9 @@ def _float32_params(config: ModelConfig) -> Params:
 
 
 def repacked(model: Model, params: Params) -> Params:
-    """The weights in the layout that the device's kernels want; what is repacked is deleted as it was given.
+    """The weights in the layout that the device's kernels want. Deletes the originals of repacked weights.
 
-    Only for models in bfloat16, for others have no kernels of experts.
+    Only affects models in bfloat16, since only they have kernels for experts.
     """
     if jnp.dtype(model.dtype) != jnp.bfloat16:
         return params
@@ -91,11 +91,11 @@ def repacked(model: Model, params: Params) -> Params:
 
 
 def weights_by_path(params: Params) -> dict[tuple[str, ...], Any]:
-    """Every weight by its path; one in MXFP4 is one, though it is two arrays."""
+    """Every weight by path; an MXFP4 weight is a single entry, though it is two arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, MXFP4 | MXFP4Fragments))
     return {tuple(key.key for key in path): leaf for path, leaf in leaves}
 
 
 def num_params(model: Model) -> int:
-    """How many numbers the model's weights are, packed or not."""
+    """The number of the model's parameters, packed or not."""
     return sum(math.prod(leaf.shape) for leaf in weights_by_path(abstract_params(model)).values())

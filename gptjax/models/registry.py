@@ -1,4 +1,4 @@
-"""From a configuration to its model and its cache."""
+"""Builds a configuration's model and cache."""
 
 from collections.abc import Callable
 from typing import Final
@@ -23,7 +23,7 @@ def build(
     param_dtype: DTypeLike | None = None,
     implementation: str = "auto",
 ) -> Model:
-    """The model of a configuration. `param_dtype` is what weights are declared in, `dtype` if not given."""
+    """The model of a configuration. Weights are declared in `param_dtype`, by default `dtype`."""
     return _MODELS[type(config)](
         config, dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype, implementation=implementation
     )

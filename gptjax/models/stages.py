@@ -1,4 +1,4 @@
-"""Every stage of a forward pass by name, in the order of computation."""
+"""The stages of a forward pass, by name, in the order of computation."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -36,14 +36,14 @@ def stages(config: ModelConfig) -> list[str]:
 
 
 def activations(model: Model, params: Params, token_ids: Sequence[int]) -> dict[str, np.ndarray]:
-    """The values of all stages for one sequence, without its batch axis, in the order of computation.
+    """The values of all stages for one sequence, without the batch axis, in the order of computation.
 
     Args:
       token_ids: T ids, at most the model's context; all T positions are computed at once, without a cache.
 
     Returns:
-      Stage name -> array of the model's dtype: [T, D]; [T, N, H] for heads, of queries and keys before they are
-      rotated; [T, F] for an MLP's inside, [T, E] for a router's logits; logits [T, V] float32.
+      Stage name -> array of the model's dtype: [T, D]; [T, N, H] for heads, with queries and keys before their
+      rotation; [T, F] inside an MLP, [T, E] for a router's logits; logits [T, V] float32.
     """
     recorded, logits_TV = _forward(model, params, jnp.asarray([list(token_ids)], jnp.int32))
     found = {}

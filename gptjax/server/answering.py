@@ -1,4 +1,4 @@
-"""From a request to its answer, whole or as events: what the routes that ask the model have in common."""
+"""From a request to its answer, whole or as events: shared by the routes that run the model."""
 
 import asyncio
 from collections.abc import Callable
@@ -15,17 +15,17 @@ Asked = TypeVar("Asked")
 
 
 class Answer(Streamed, Protocol):
-    """What becomes of a request."""
+    """The answer to a request."""
 
     @property
     def streams(self) -> bool:
-        """Whether events were asked for."""
+        """Whether the client asked for a stream of events."""
 
     def start(self) -> None:
         """Submits the prompts. Raises `ApiError`."""
 
     async def whole(self) -> dict[str, Any]:
-        """All of it."""
+        """Returns it in one piece."""
 
 
 async def answered(
@@ -33,10 +33,10 @@ async def answered(
     read: Callable[[dict[str, Any], Service], Asked],
     make: Callable[[Service, Asked], Answer],
 ) -> Response:
-    """Answers a request: `make(service, read(values, service))`, where `values` are its body's."""
+    """Answers a request with `make(service, read(values, service))`; `values` is its parsed body."""
     service: Service = request.app.state.service
     async with reading(request, service) as values:
-        # Encoding a long text takes long, and others are waiting.
+        # Encoding a long text takes time, and others are waiting.
         answer = make(service, await asyncio.to_thread(read, values, service))
         answer.start()
     if answer.streams:

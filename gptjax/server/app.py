@@ -1,4 +1,4 @@
-"""The HTTP application: its routes, its errors, and what stands before them."""
+"""The HTTP application: its routes, errors and middleware."""
 
 import contextlib
 import hmac
@@ -32,9 +32,9 @@ def build(
     """The application.
 
     Args:
-      api_key: what requests under /v1/ must carry as a bearer token; None lets any pass but those of foreign web pages.
-      cors_origins: origins of web pages that may use the server, "*" for all; pages of this machine always may.
-      local: the server listens on this machine only, so no name of the public DNS leads to it.
+      api_key: the bearer token that requests under /v1/ must carry; None admits all but those of foreign web pages.
+      cors_origins: origins whose web pages may use the server, "*" for all; this machine's always may.
+      local: the server listens on this machine only, so no public DNS name leads to it.
     """
 
     @contextlib.asynccontextmanager
@@ -43,7 +43,7 @@ def build(
         yield
         service.worker.stop()
 
-    # Those of Starlette that are functions of a request break the detection of clients that left; these do not.
+    # Not Starlette's BaseHTTPMiddleware, which hides that a client has left.
     middleware = [
         Middleware(RequestIds),
         Middleware(Counting, service=service),
@@ -70,13 +70,13 @@ def build(
     ]
     handlers = dict.fromkeys((ApiError, GptjaxError, HTTPException, ClientGone), _on_error)
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
-    app.router.redirect_slashes = False  # redirects would go to whatever Host the client sent
+    app.router.redirect_slashes = False  # a redirect would go to whatever Host the client sent
     app.state.service = service
     return app
 
 
 class Gate:
-    """Asks for the API key, or else keeps foreign web pages out.
+    """Checks the API key or, if there is none, keeps foreign web pages out.
 
     Also answers OPTIONS, which browsers and some clients send before anything else.
     """
@@ -102,7 +102,7 @@ class Gate:
         if self._key is None:
             return self._pages.refusal(headers)
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-        # In constant time, so that nobody can find the key letter by letter.
+        # In constant time, so that nobody can guess the key letter by letter.
         if hmac.compare_digest(token.strip(), self._key) and scheme.lower() == b"bearer":
             return None
         return ApiError(
@@ -115,7 +115,7 @@ class Gate:
 
 
 class Faults:
-    """Answers where something fails that should not. Starlette would do so outside of what adds CORS headers."""
+    """Answers unexpected failures. Starlette would do so outside the middleware that adds CORS headers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -175,7 +175,7 @@ class Counting:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    """Any exception, as the answer that it is."""
+    """The answer to any exception."""
     match error:
         case ClientGone():
             return Response(status_code=499)  # nobody reads it
@@ -184,7 +184,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
         case GptjaxError():
             found = of_gptjax(error)
         case HTTPException():
-            # Not `request.url`, which contains the Host header, which may be anything.
+            # Not `request.url`: it contains the Host header, which may be anything.
             message = f"{request.method[:20]} {request.scope['path'][:200]}: {error.detail}"
             found = ApiError(error.status_code, message, code="no_such_route", headers=error.headers)
         case _:

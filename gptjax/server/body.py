@@ -15,24 +15,24 @@ from gptjax.server.service import Limits, Service
 from gptjax.server.sse import ClientGone
 from gptjax.text.vocabulary import is_text
 
-_SMALL: Final = 1 << 16  # bytes that are parsed in less than a millisecond
+_SMALL: Final = 1 << 16  # bytes; parsed in less than a millisecond
 
 
 @contextlib.asynccontextmanager
 async def reading(request: Request, service: Service) -> AsyncIterator[dict[str, Any]]:
-    """The object in a request's body, with a place in the queue kept for it until it is submitted, or refused.
+    """The object in a request's body; holds a place in the queue until the request is submitted or refused.
 
     Raises:
-      ApiError: the body is too large (413, or 429 with those of others), too slow (408), or no JSON object (400).
-      ClientGone: it left.
-      QueueFull, Unavailable: there is no place; then nothing is looked at, so that refusals cost little.
+      ApiError: the body is too large (413, or 429 together with others), too slow (408), or not a JSON object (400).
+      ClientGone: the client left.
+      QueueFull, Unavailable: there is no place; the body is not parsed, so refusing costs little.
     """
     with service.body() as grow:
         data = await _read_in_time(request, service.limits, grow)
         with service.place():
             if len(data) <= _SMALL:
                 yield _parse(data)
-            else:  # megabytes take long, and others are waiting
+            else:  # megabytes take time, and others are waiting
                 yield await asyncio.get_running_loop().run_in_executor(service.parser, _parse_large, data)
 
 
@@ -47,7 +47,7 @@ async def _read_in_time(request: Request, limits: Limits, grow: Callable[[int], 
 
 
 def _parse_large(data: bytes) -> dict[str, Any]:
-    """`_parse` without garbage collection, which takes ten times as long if millions of lists are made."""
+    """`_parse` without garbage collection, which takes ten times as long with millions of lists."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -60,7 +60,7 @@ def _parse_large(data: bytes) -> dict[str, Any]:
 def _parse(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers of thousands of digits, a deep nest
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers of thousands of digits, deep nesting
         raise bad_request(f"the body is not valid JSON in UTF-8 ({str(error)[:100]})", code="bad_json") from None
     if not isinstance(value, dict):
         raise bad_request(f"the body must be a JSON object, found {kind_of(value)}", code="bad_json")
@@ -83,7 +83,7 @@ async def _read(request: Request, most: int, grow: Callable[[int], None]) -> byt
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(digits: str) -> float:
@@ -94,7 +94,7 @@ def _finite(digits: str) -> float:
 
 
 class Fields:
-    """The fields of a request; null is the same as none. Each is asked for once, then `finish` refuses the rest."""
+    """The fields of a request; null counts as absent. Each is taken once, then `finish` refuses the rest."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self._values = {name: value for name, value in values.items() if value is not None}
@@ -103,11 +103,11 @@ class Fields:
         return name in self._values
 
     def take(self, name: str) -> Any:
-        """A field as it is, None if it is not there."""
+        """A field, unchecked; None if it is absent."""
         return self._values.pop(name, None)
 
     def flag(self, name: str) -> bool:
-        """True or false; false if it is not there."""
+        """True or false; false if it is absent."""
         value = self.take(name)
         if value is not None and not isinstance(value, bool):
             raise bad_request(f"{name} must be true or false, found {as_json(value)}", name)
@@ -135,7 +135,7 @@ class Fields:
         return None if value is None else check_number(value, low, high, name)
 
     def finish(self, ignored: Collection[str]) -> None:
-        """Raises `ApiError` for fields that nobody asked for and that are not known to have no effect here."""
+        """Raises `ApiError` for fields that were not taken and are not in `ignored`."""
         unknown = [name for name in self._values if name not in ignored]
         if unknown:
             name = unknown[0]
@@ -147,7 +147,7 @@ def check_text(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise bad_request(f"{name} must be a string, found {as_json(value)}", name)
     if not is_text(value):
-        raise bad_request(f"{name} has a lone surrogate, which is no character", name)
+        raise bad_request(f"{name} has a lone surrogate, which is not a character", name)
     return value
 
 

@@ -31,7 +31,7 @@ from gptjax.server.schema import (
 from gptjax.server.service import Served, Service
 from gptjax.server.turn import Delta, Turn
 
-# What a chat may say of its tools and its answer's form beside what is read below, with the values that ask nothing.
+# Further fields about tools and the answer's form, with the values that ask for nothing.
 _NEUTRAL = {
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),  # the models make one call at a time
@@ -48,15 +48,15 @@ class Asked:
     offered: frozenset[str]  # names of tools that may be called
     choices: int
     options: dict[str, Any]
-    logprobs: int | None  # alternatives of each token of the answer; None: no log-probabilities
+    logprobs: int | None  # alternatives for each token of the answer; None: no log-probabilities
     stream: Stream
 
 
 def read(values: dict[str, Any], served: Served) -> Asked:
-    """A request's fields. Raises `ApiError` for the first that is not as it should be."""
+    """Reads a request's fields. Raises `ApiError` for the first invalid one."""
     fields = Fields(values)
     served.check_name(fields.text("model"))
-    served.chat_tokenizer()  # before anything else is found to be wrong
+    served.chat_tokenizer()  # before anything else is checked
     _check_neutral(fields)
     choices = fields.whole("n", 1, MOST_CHOICES) or 1
     logprobs = _read_logprobs(fields)
@@ -70,7 +70,7 @@ def read(values: dict[str, Any], served: Served) -> Asked:
         check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
     except GptjaxError as error:
         raise of_gptjax(error, "messages") from None
-    # Left out, a turn may take all the room there is.
+    # Without a limit, a turn may use all the room there is.
     given = [limit for limit in limits if limit is not None]
     options |= {"max_tokens": min(given, default=served.max_length), "top_logprobs": logprobs or 0}
     return Asked(tuple(prompt_ids), offered, choices, options, logprobs, stream)
@@ -85,7 +85,7 @@ def _render(fields: Fields, messages: object, served: Served) -> tuple[list[int]
     served.check_size([messages, tools], "messages")
     choice = fields.take("tool_choice")
     if choice not in (None, "auto", "none"):
-        raise bad_request("of tool_choice only 'auto' and 'none' are supported", "tool_choice", "unsupported")
+        raise bad_request("tool_choice supports only 'auto' and 'none'", "tool_choice", "unsupported")
     offered = [] if choice == "none" else tools or []
     try:
         ids = chat.prompt(
@@ -102,7 +102,7 @@ def _render(fields: Fields, messages: object, served: Served) -> tuple[list[int]
 
 
 def _check_neutral(fields: Fields) -> None:
-    """Raises `ApiError` for what is asked of a turn and cannot be had."""
+    """Raises `ApiError` for unsupported requests about a turn."""
     form = fields.take("response_format")
     if form is not None:
         kind = form.get("type") if isinstance(form, dict) else form
@@ -119,7 +119,7 @@ def _read_logprobs(fields: Fields) -> int | None:
     wanted = fields.flag("logprobs")
     count = fields.whole("top_logprobs", 0, MAX_TOP_LOGPROBS)
     if count is not None and not wanted:
-        raise bad_request("top_logprobs has a meaning only with logprobs: true", "top_logprobs")
+        raise bad_request("top_logprobs requires logprobs: true", "top_logprobs")
     return (count or 0) if wanted else None
 
 
@@ -129,7 +129,7 @@ async def respond(request: Request) -> Response:
 
 
 class Answer:
-    """What becomes of a request."""
+    """The answer to a request."""
 
     def __init__(self, service: Service, asked: Asked) -> None:
         served = service.served
@@ -163,11 +163,11 @@ class Answer:
         self._generation.start()
 
     def close(self) -> None:
-        """Cancels what is still under way."""
+        """Cancels whatever is still running."""
         self._generation.close()
 
     async def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
+        """Returns the answer in one piece."""
         turns: dict[int, ChatCompletion] = {}
         tokens: list[list[dict[str, Any]]] = [[] for _ in self._turns]
         async for row, delta in self._deltas():
@@ -186,11 +186,11 @@ class Answer:
         return {**self._head, "choices": choices, "usage": self._usage(turns)}
 
     def failure(self, error: ApiError) -> Iterable[object]:
-        """An error within a stream."""
+        """The object that reports an error within a stream."""
         yield error.body()
 
     async def stream(self) -> AsyncGenerator[object, None]:
-        """The answer in pieces."""
+        """Yields the answer in pieces."""
         head = {**self._head, "object": "chat.completion.chunk"}
         without: dict[str, Any] = {"usage": None} if self._asked.stream.usage else {}
         turns: dict[int, ChatCompletion] = {}
@@ -236,7 +236,7 @@ def _choice(
 
 def _delta(delta: Delta) -> dict[str, Any]:
     found = {"content": delta.text} if delta.text else {}
-    # Clients read the one or the other.
+    # Clients read one or the other.
     return found | ({"reasoning": delta.reasoning, "reasoning_content": delta.reasoning} if delta.reasoning else {})
 
 

@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: text, or token ids, continued."""
+"""`POST /v1/completions`: continues text or token ids."""
 
 import dataclasses
 import secrets
@@ -40,7 +40,7 @@ class Prompt:
     """One prompt of a request."""
 
     ids: tuple[int, ...]
-    text: str  # what `echo` repeats
+    text: str  # for `echo` to repeat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Asked:
     max_tokens: int  # 0 only with `echo`: then nothing is generated
     options: dict[str, Any]
     echo: bool
-    logprobs: int | None  # alternatives of each token; None: no log-probabilities
+    logprobs: int | None  # alternatives for each token; None: no log-probabilities
     stream: Stream
 
     def rows(self, served: Served) -> list[Row]:
-        """A row for each choice of each prompt, those of a prompt together. Raises `ApiError`."""
+        """A row for each choice of each prompt, grouped by prompt. Raises `ApiError`."""
         if not self.max_tokens:
             return []
         options = self.options | {"max_tokens": self.max_tokens, "top_logprobs": self.logprobs or 0}
@@ -74,18 +74,20 @@ class Asked:
 
 
 def read(values: dict[str, Any], served: Served, most_rows: int) -> Asked:
-    """A request's fields. Raises `ApiError` for the first that is not as it should be."""
+    """Reads a request's fields. Raises `ApiError` for the first invalid one."""
     fields = Fields(values)
     served.check_name(fields.text("model"))
     choices = fields.whole("n", 1, MOST_CHOICES) or 1
     if (best_of := fields.whole("best_of", 1, MOST_CHOICES)) is not None and best_of != choices:
-        raise bad_request(f"best_of is {best_of} and n is {choices}: choosing among more is not supported", "best_of")
+        raise bad_request(
+            f"best_of is {best_of} and n is {choices}; gptjax supports only best_of equal to n", "best_of"
+        )
     if fields.text("suffix"):
-        raise bad_request("suffix is not supported: the models continue texts, they fill no gaps", "suffix")
+        raise bad_request("suffix is not supported: the models only continue texts", "suffix")
     echo = fields.flag("echo")
     max_tokens = fields.whole("max_tokens", 0, MOST_TOKENS)
     if max_tokens == 0 and not echo:
-        raise bad_request("max_tokens is 0, which has a meaning only with echo: true", "max_tokens")
+        raise bad_request("max_tokens is 0, which requires echo: true", "max_tokens")
     special = "parse_special" not in fields or fields.flag("parse_special")
     asked = Asked(
         prompts=_read_prompts(fields.take("prompt"), served, most_rows // choices, special),
@@ -102,7 +104,7 @@ def read(values: dict[str, Any], served: Served, most_rows: int) -> Asked:
 
 
 def _with_special_stops(options: dict[str, Any], served: Served, special: bool) -> dict[str, Any]:
-    """The options, with stop strings that are special tokens as `stop_ids`, too: these tokens never appear as text."""
+    """The options, with stop strings that are special tokens also in `stop_ids`: these never appear as text."""
     if not special or served.tokenizer is None or "stop" not in options:
         return options
     known = served.tokenizer.special_ids
@@ -125,16 +127,16 @@ def _check_echo(asked: Asked) -> None:
 def _read_prompts(value: object, served: Served, most: int, special: bool) -> tuple[Prompt, ...]:
     """A string, a list of strings, a list of token ids, or a list of such lists."""
     if value is None:
-        raise bad_request("there is no prompt: give a string, a list of token ids, or a list of either", "prompt")
-    if isinstance(value, list) and len(value) > max(most, served.max_length):  # looking at millions takes seconds
+        raise bad_request("prompt is missing: give a string, a list of token ids, or a list of either", "prompt")
+    if isinstance(value, list) and len(value) > max(most, served.max_length):  # checking millions takes seconds
         message = f"prompt has {len(value)} items: at most {most} prompts are allowed with this n, and max_length is "
         raise bad_request(f"{message}{served.max_length} tokens", "prompt", "context_length_exceeded")
     one = isinstance(value, str) or (isinstance(value, list) and bool(value) and all(map(is_token, value)))
     prompts = [value] if one else value
     if not isinstance(prompts, list) or not prompts:
-        raise bad_request("prompt must be a string, a list of token ids, or a list of either, and not empty", "prompt")
+        raise bad_request("prompt must be a string, a list of token ids, or a non-empty list of either", "prompt")
     if len(prompts) > most:
-        raise bad_request(f"there are {len(prompts)} prompts; at most {most} are allowed with this n", "prompt")
+        raise bad_request(f"found {len(prompts)} prompts; at most {most} are allowed with this n", "prompt")
     return tuple(_read_prompt(prompt, served, special) for prompt in prompts)
 
 
@@ -166,7 +168,7 @@ async def respond(request: Request) -> Response:
 
 
 class Answer:
-    """What becomes of a request."""
+    """The answer to a request."""
 
     def __init__(self, service: Service, asked: Asked) -> None:
         self._service = service
@@ -194,12 +196,12 @@ class Answer:
             raise
 
     def close(self) -> None:
-        """Cancels what is still under way."""
+        """Cancels whatever is still running."""
         self._service.leave_scoring(self)
         self._generation.close()
 
     async def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
+        """Returns the answer in one piece."""
         parts: list[list[dict[str, Any]]] = [[] for _ in self._logprobs]
         usages: dict[int, Usage] = {}
         async for choice in self._choices(usages):
@@ -208,11 +210,11 @@ class Answer:
         return {**self._head, "choices": choices, "usage": self._usage(usages)}
 
     def failure(self, error: ApiError) -> Iterable[object]:
-        """An error within a stream."""
+        """The object that reports an error within a stream."""
         yield error.body()
 
     async def stream(self) -> AsyncGenerator[object, None]:
-        """The answer in pieces."""
+        """Yields the answer in pieces."""
         usages: dict[int, Usage] = {}
         without: dict[str, Any] = {"usage": None} if self._asked.stream.usage else {}
         async for choice in self._choices(usages):
@@ -221,7 +223,7 @@ class Answer:
             yield {**self._head, "choices": [], "usage": self._usage(usages)}
 
     async def _choices(self, usages: dict[int, Usage]) -> AsyncGenerator[dict[str, Any], None]:
-        """Choices, a piece at a time; `usages` is filled on the way."""
+        """Yields choices, a piece at a time, and fills `usages` on the way."""
         if self._asked.echo:
             for number, prompt in enumerate(self._asked.prompts):
                 async for piece in self._echo(number, prompt):

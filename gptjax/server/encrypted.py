@@ -1,6 +1,6 @@
 """The `encrypted_content` of reasoning items, which clients send back because the server stores nothing.
 
-It is not secret: the same item has the text in plain. It exists for clients that keep only this field.
+It is not secret: the same item has the plain text. It exists for clients that keep only this field.
 """
 
 import base64
@@ -21,15 +21,15 @@ def encrypted(text: str) -> str:
 
 
 def decrypted(value: object, where: str) -> str:
-    """The reasoning in it. Raises `ApiError` for anything that this server did not write, or that was changed."""
+    """The reasoning in `value`. Raises `ApiError` if this server did not write it, or if it was changed."""
     if isinstance(value, str) and value.startswith(_PREFIX):
         try:
             data = base64.b64decode(value.removeprefix(_PREFIX), altchars="-_", validate=True)
             if zlib.crc32(data[_SUM:]).to_bytes(_SUM) == data[:_SUM]:
                 return data[_SUM:].decode()
-        except (binascii.Error, ValueError):  # ValueError: a character outside of ASCII, or bytes outside of UTF-8
+        except (binascii.Error, ValueError):  # ValueError: characters that are not ASCII, or bytes that are not UTF-8
             pass
     raise bad_request(
-        f"{where} ({as_json(value)}) is not what this server returned: send it unchanged or leave the item out",
+        f"{where} ({as_json(value)}) is not what this server returned: send it unchanged, or leave the item out",
         "input",
     )

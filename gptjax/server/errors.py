@@ -9,11 +9,11 @@ from gptjax.errors import CapacityError, GptjaxError
 from gptjax.server.events import Failed, QueueFull, Unavailable
 from gptjax.support.quoting import quoted
 
-# The first word of a message of the library's that is a field of a request.
+# Fields of a request; the first one in a message of the library's is its `param`.
 _FIELD = re.compile(
     r"\b(?:messages|tools|prompt|reasoning_effort|logit_bias|repetition_penalty|stop|seed|max_tokens|top_k|top_logprobs)\b"
 )
-NO_RETRY = {"x-should-retry": "false"}  # what clients of OpenAI heed
+NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients heed this
 _RETRY_SECONDS = "5"
 _UNAVAILABLE = ("drained", "stopped", "died")
 _LONGEST_MESSAGE: Final = 1000  # characters
@@ -21,7 +21,7 @@ _LONGEST_NAME: Final = 100
 
 
 class ApiError(Exception):
-    """What a client is answered instead of a result."""
+    """The answer to a client instead of a result."""
 
     def __init__(
         self,
@@ -46,20 +46,20 @@ class ApiError(Exception):
 
 
 def as_json(value: object) -> str:
-    """A JSON value of a request, as an error message repeats it: short, however large the value is."""
+    """A JSON value as an error message quotes it: short, however large the value is."""
     if isinstance(value, list | dict):
         return kind_of(value)
     return json.dumps(value) if value is None or isinstance(value, bool) else quoted(value)
 
 
 def kind_of(value: object) -> str:
-    """What kind of JSON a value is, with its article."""
+    """The kind of JSON that a value is, with its article."""
     kinds = {list: "a list", dict: "an object", str: "a string", bool: "true or false", int: "a number"}
     return kinds.get(type(value), "null" if value is None else "a number")
 
 
 def _shortened(message: str) -> str:
-    """A message, which may repeat parts of a request: its beginning names the place, its end the fix."""
+    """A message without its middle, if it is long: the beginning names the place, the end the fix."""
     if len(message) <= _LONGEST_MESSAGE:
         return message
     half = _LONGEST_MESSAGE // 2
@@ -67,12 +67,12 @@ def _shortened(message: str) -> str:
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """400: the request cannot be served as it stands, however often it is sent."""
+    """400: the request is invalid, however often it is sent."""
     return ApiError(400, message, param=param, code=code)
 
 
 def of_gptjax(error: GptjaxError, param: str | None = None) -> ApiError:
-    """400 for what the library says of a request's contents; 429 or 503 where it cannot be run now."""
+    """400 for the library's errors about a request; 429 or 503 if it cannot be run now."""
     if isinstance(error, QueueFull):
         return _of_full_queue(error)
     if isinstance(error, Unavailable):
@@ -90,7 +90,7 @@ def _of_full_queue(error: QueueFull) -> ApiError:
 
 
 def of_failure(failed: Failed) -> ApiError:
-    """503 where another try may succeed, else 500, which clients are told not to send again."""
+    """503 if another try may succeed, else 500, which tells clients not to retry."""
     if failed.kind in _UNAVAILABLE:
         return unavailable(failed.message, failed.kind)
     return ApiError(500, failed.message, kind="server_error", code=failed.kind, headers=NO_RETRY)
@@ -103,6 +103,6 @@ def unavailable(message: str, code: str) -> ApiError:
 
 
 def internal() -> ApiError:
-    """500 for a fault of ours; what it was stands in the log."""
-    message = "an internal error of the server; its log says more"
+    """500 for a fault of ours; the log has the details."""
+    message = "internal server error; see the server's log"
     return ApiError(500, message, kind="server_error", code="internal", headers=NO_RETRY)

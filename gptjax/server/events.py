@@ -1,25 +1,25 @@
-"""What the worker and those who give it requests tell each other."""
+"""The messages between the worker and those who give it requests."""
 
 import dataclasses
 
 from gptjax.errors import GptjaxError
 
 
-class QueueFull(GptjaxError):  # noqa: N818 (what it says is a state, not a fault)
-    """As many requests wait as may. `retry_after` is the seconds after which there may be room."""
+class QueueFull(GptjaxError):  # noqa: N818 (a state, not a fault)
+    """The queue is full. There may be room after `retry_after` seconds."""
 
     def __init__(self, waiting: int, retry_after: int):
-        super().__init__(f"{waiting} requests are waiting already; try again in {retry_after} s")
+        super().__init__(f"{waiting} requests are already waiting; try again in {retry_after} s")
         self.retry_after = retry_after
 
 
 class Unavailable(GptjaxError):  # noqa: N818
-    """The worker takes no requests: it was not started, it is draining, it was stopped, or it died."""
+    """The worker takes no requests: it is not started, is draining, was stopped, or died."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A token that was drawn; one of the request's stop ids as well."""
+    """A token that was drawn, even if it is one of the request's stop ids."""
 
     token_id: int
     logprob: float  # the model's own
@@ -28,17 +28,17 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """The request has ended as it should, and its slot is free."""
+    """The request has ended normally, and its slot is free."""
 
     reason: str  # "stop" (one of its stop ids), "length", or "cancelled"
     prompt_tokens: int
-    cached_tokens: int  # of the prompt, those that were not read again
+    cached_tokens: int  # prompt tokens that were not read again
     completion_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """The request could not be brought to its end."""
+    """The request could not be completed."""
 
     message: str
     kind: str  # "not_finite" (the model's logits), "drained", "stopped", or "died" (the worker)
@@ -49,22 +49,22 @@ Event = Token | Finished | Failed
 
 @dataclasses.dataclass(frozen=True)
 class Ticket:
-    """What `cancel` needs to know."""
+    """Identifies a request to `cancel`."""
 
     number: int
 
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What a worker is doing, for health checks and metrics."""
+    """The state of a worker, for health checks and metrics."""
 
-    ready: bool  # all is compiled, and requests are taken
+    ready: bool  # everything is compiled, and requests are taken
     alive: bool  # the thread runs
-    heartbeat_age: float  # seconds since the thread's last turn; compiling, until it is ready, is one turn
+    heartbeat_age: float  # seconds since the thread's last turn; all compiling before `ready` is one turn
     slots: int
-    busy: int  # slots with a request, one whose prompt is being read included
+    busy: int  # slots with a request, including one whose prompt is being read
     queued: int
-    cache_used: float  # positions in use, as a share of all slots'
-    requests: int  # that were accepted
-    tokens_total: int  # that were delivered
+    cache_used: float  # share of all slots' positions in use
+    requests: int  # accepted
+    tokens_total: int  # delivered
     error: str | None  # what the worker died of

@@ -19,17 +19,17 @@ _MOST_BEHIND = 10_000  # tokens that a client may be behind; with 20 alternative
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One prompt, and what makes text of its tokens."""
+    """One prompt, and the decoder that turns its tokens into text."""
 
     request: Request
     decoder: Decoder | None
 
 
 class Generation:
-    """Rows on their way through the worker. `chunks` gives what comes back; `close` must be called at the end.
+    """Rows on their way through the worker. `chunks` yields the results; `close` must be called at the end.
 
-    Of many rows, those that the queue has no room for wait until it has, so that a large batch is no more than a
-    queue's worth at a time; but where not even the first finds room, the request is refused.
+    Rows for which the queue has no room wait, so that a large batch takes no more than a queue's worth at a time. If
+    there is no room even for the first, the request is refused.
     """
 
     def __init__(self, service: Service, rows: Sequence[Row]) -> None:
@@ -41,10 +41,10 @@ class Generation:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._cached: dict[int, int] = {}
-        self._delivered = self._taken = 0  # tokens; the worker's thread counts the one, the event loop the other
+        self._delivered = self._taken = 0  # tokens; counted by the worker's thread and by the event loop
 
     def start(self) -> None:
-        """Checks all rows and submits what there is room for. Raises `ApiError`."""
+        """Checks all rows and submits as many as there is room for. Raises `ApiError`."""
         served = self._service.served
         for row in self._rows:
             try:
@@ -58,24 +58,24 @@ class Generation:
             raise of_gptjax(error) from None
 
     def cached_tokens(self, choices: int = 1) -> int:
-        """Tokens of the prompts that were not read again, of the first choice of each: the others come after it."""
+        """Prompt tokens that were not read again, counted for the first choice of each prompt only."""
         return sum(tokens for row, tokens in self._cached.items() if row % choices == 0)
 
     async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
-        """(row, what a token added to its text), in the order of the tokens. Raises `ApiError` where a row fails."""
+        """Yields (row, what a token added to its text) in token order. Raises `ApiError` if a row fails."""
         while self._tickets or self._waiting:
             event = await self._next()
             if event is not None and (found := self._read(*event)) is not None:
                 yield found
 
     def close(self) -> None:
-        """Cancels the rows that have not ended. (A generator's own `finally` does not run if it was never begun.)"""
+        """Cancels unfinished rows. (A generator's own `finally` does not run if it was never started.)"""
         self._waiting.clear()
         while self._tickets:
             self._service.worker.cancel(self._tickets.popitem()[1])
 
     async def _next(self) -> tuple[int, Event] | None:
-        """The next event; None where rows wait for the queue and none came for a while."""
+        """The next event; None if rows are waiting for the queue and none came for a while."""
         if not self._waiting:
             return await self._events.get()
         try:
@@ -86,7 +86,7 @@ class Generation:
             return None
 
     def _submit(self) -> None:
-        """Submits waiting rows. Raises `QueueFull` where none of this request is under way, and `Unavailable`."""
+        """Submits waiting rows. Raises `Unavailable`, and `QueueFull` if none of this request is running."""
         while self._waiting:
             row = self._waiting[0]
             request = self._rows[row].request
@@ -102,11 +102,11 @@ class Generation:
             )
 
     def _submit_some(self) -> None:
-        """Submits rows that wait, as far as there is room now."""
+        """Submits as many waiting rows as there is room for."""
         try:
             self._submit()
         except QueueFull:
-            return  # others took the room; it is asked for again
+            return  # others took the room; it is tried again
         except GptjaxError as error:
             raise of_gptjax(error) from None
 
@@ -115,13 +115,13 @@ class Generation:
             if isinstance(event, Token):
                 self._delivered += 1
                 if self._delivered - self._taken > _MOST_BEHIND:
-                    raise OverflowError("the client reads more slowly than tokens come")  # the worker cancels the row
+                    raise OverflowError("the client reads more slowly than tokens arrive")  # the worker cancels the row
             self._loop.call_soon_threadsafe(self._events.put_nowait, (row, event))
 
         return deliver
 
     def _read(self, row: int, event: Event) -> tuple[int, Chunk] | None:
-        ended = row not in self._outputs  # its text is whole; what else comes is on its way since before it was
+        ended = row not in self._outputs  # its text is complete; this was already on its way
         match event:
             case Token():
                 self._taken += 1
@@ -145,7 +145,7 @@ class Generation:
         if chunk.completion is not None:
             del self._outputs[row]
             self._service.metrics.completed(chunk.completion)
-            # Of stop strings the worker does not know. Where it ended the row itself, this does nothing.
+            # The worker does not know stop strings. If it ended the row itself, this does nothing.
             self._service.worker.cancel(self._tickets[row])
         return chunk
 
@@ -153,13 +153,13 @@ class Generation:
 def _of_early_end(finished: Finished) -> ApiError:
     if finished.reason == "cancelled":
         return ApiError(400, f"the client was {_MOST_BEHIND} tokens behind", code="too_slow")
-    return internal()  # the worker sees other ends than we do
+    return internal()  # the worker disagrees about the end
 
 
 def usage_json(
     usages: Sequence[Usage], *, choices: int, cached: int, reasoning: int | None = None
 ) -> dict[str, object]:
-    """The usage of all rows. A prompt counts once, however many choices were made of it."""
+    """The usage of all rows. A prompt counts once, however many choices it has."""
     prompt = sum(usage.prompt_tokens for usage in usages[::choices])
     completion = sum(usage.completion_tokens for usage in usages)
     found: dict[str, object] = {

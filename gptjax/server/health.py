@@ -11,7 +11,7 @@ from gptjax.server.sse import json_response
 
 
 async def health(request: Request) -> Response:
-    """200 where requests are served, else 503: warming up, draining, dead, or without a sign of life for too long."""
+    """200 if requests are served, else 503: starting, draining, dead, or silent for too long."""
     service: Service = request.app.state.service
     state, served = service.worker.state, service.served
     status = status_of(service)
@@ -46,19 +46,19 @@ def status_of(service: Service) -> str:
 
 
 async def metrics(request: Request) -> Response:
-    """For Prometheus."""
+    """The metrics, for Prometheus."""
     service: Service = request.app.state.service
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def models(request: Request) -> Response:
-    """The one model."""
+    """Lists the one model."""
     service: Service = request.app.state.service
     return json_response({"object": "list", "data": [_model(service)]})
 
 
 async def model(request: Request) -> Response:
-    """The one model, by its name, which may have slashes."""
+    """The one model, by its name, which may contain slashes."""
     service: Service = request.app.state.service
     service.served.check_name(request.path_params["name"])
     return json_response(_model(service))

@@ -1,4 +1,4 @@
-"""The items of a response, reasoning, message and function calls, and the events that tell of them as they grow."""
+"""The items of a response (reasoning, messages, function calls), and the events that stream them."""
 
 import secrets
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from gptjax.chat import ChatCompletion, ToolCall
 from gptjax.server.encrypted import encrypted
 
 Event = dict[str, Any]
-# Of an item's kind: the type of its one part, and of the events of its text.
+# By kind of item: the type of its one part, and of the events of its text.
 _PARTS = {
     "reasoning": ("reasoning_text", "response.reasoning_text"),
     "message": ("output_text", "response.output_text"),
@@ -16,10 +16,10 @@ _PARTS = {
 
 
 class Items:
-    """Makes items of what a turn adds: a new one whenever it changes between reasoning, preamble and answer.
+    """Turns a turn's text into items: a new one at every change between reasoning, preamble and answer.
 
     Attributes:
-        done: the items that are complete.
+      done: the complete items.
     """
 
     def __init__(self, *, encrypts: bool) -> None:
@@ -35,12 +35,12 @@ class Items:
         """The events of more text; `phase` is the answer's."""
         for kind, phase_of_it, text in (("reasoning", None, reasoning), ("message", phase, answer)):
             if (self._kind, self._phase) != (kind, phase_of_it):
-                text = text.lstrip("\n")  # the empty line between messages: here they are items
+                text = text.lstrip("\n")  # the empty line between messages, which are separate items here
             if text:
                 yield from self._grow(kind, phase_of_it, text)
 
     def finish(self, turn: ChatCompletion) -> Iterator[Event]:
-        """The events of the turn's end, its calls among them."""
+        """The events of the turn's end, including its calls."""
         yield from self._close("incomplete" if turn.finish_reason == "length" else "completed")
         for call in turn.tool_calls:
             yield from self._call(call, "incomplete" if turn.finish_reason == "length" else "completed")
@@ -96,7 +96,7 @@ class Items:
         return {"id": self._id, "type": self._kind, **own, "status": status, "content": content}
 
     def _event(self, kind: str, *, inside: bool = True, **more: Any) -> Event:
-        """An event of the open item; `inside` it, or of the whole."""
+        """An event of the open item, about its text (`inside`) or the whole."""
         place = {"item_id": self._id, "content_index": 0} if inside else {}
         return {"type": kind, "output_index": len(self.done), **place, **more}
 

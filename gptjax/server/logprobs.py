@@ -8,7 +8,7 @@ from gptjax.text import Tokenizer
 
 
 def token_text(tokenizer: Tokenizer | None, token_id: int) -> str:
-    r"""A token as a string: its text, or, where its bytes are no text, as `bytes:\xe2\x80`."""
+    r"""A token as a string: its text or, if its bytes are not text, a form like `bytes:\xe2\x80`."""
     if tokenizer is None:
         return f"token_id:{token_id}"
     data = tokenizer.token_bytes(token_id)
@@ -19,7 +19,7 @@ def token_text(tokenizer: Tokenizer | None, token_id: int) -> str:
 
 
 class LegacyLogprobs:
-    """The `logprobs` of a completion: parallel lists, a place a token, offsets in characters of the whole text."""
+    """The `logprobs` of a completion: parallel lists, an entry per token, offsets in characters of the whole text."""
 
     def __init__(self, tokenizer: Tokenizer | None, num_top: int) -> None:
         self._tokenizer = tokenizer
@@ -27,7 +27,7 @@ class LegacyLogprobs:
         self._offset = 0
 
     def of_prompt(self, token_ids: Sequence[int], scores: PromptScores) -> dict[str, Any]:
-        """Of a prompt that is echoed. Nothing stands before its first token, so that has none."""
+        """Those of an echoed prompt. Its first token has none, since nothing precedes it."""
         found = self._lists()
         decoder = None if self._tokenizer is None else self._tokenizer.stream(special=True)
         for place, token_id in enumerate(token_ids):
@@ -38,7 +38,7 @@ class LegacyLogprobs:
         return found
 
     def of_tokens(self, tokens: Sequence[tuple[int, str, float, Mapping[int, float]]]) -> dict[str, Any]:
-        """Of generated tokens: (id, text that became certain with it, log-probability, the most likely)."""
+        """Those of generated tokens: (id, text that it completed, log-probability, the most likely)."""
         found = self._lists()
         for token_id, text, logprob, top in tokens:
             self._add(found, token_id, text, logprob, top)
@@ -64,7 +64,7 @@ class LegacyLogprobs:
         self._offset += len(text)
 
     def _top(self, token_id: int, logprob: float, top: Mapping[int, float]) -> dict[str, float]:
-        """The most likely tokens, and the one that is there; of two with the same text, the likelier."""
+        """The most likely tokens, and the actual one; of two with the same text, the likelier."""
         found: dict[str, float] = {}
         for each, value in [*list(top.items())[: self._num_top], (token_id, logprob)]:
             found.setdefault(token_text(self._tokenizer, each), value)
@@ -72,7 +72,7 @@ class LegacyLogprobs:
 
 
 def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Legacy log-probabilities that follow each other, as one."""
+    """Joins consecutive legacy log-probabilities."""
     whole = dict(parts[0])
     for part in parts[1:]:
         whole = {
@@ -85,7 +85,7 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def chat_logprobs(
     tokenizer: Tokenizer, tokens: Sequence[tuple[int, float, Mapping[int, float]]]
 ) -> list[dict[str, Any]]:
-    """The `logprobs.content` of a chat: an object a token, with its bytes and its alternatives."""
+    """The `logprobs.content` of a chat: an object per token, with its bytes and alternatives."""
     return [
         {
             **_entry(tokenizer, token_id, logprob),

@@ -7,14 +7,14 @@ from contextvars import ContextVar
 from typing import Any, Final
 
 request_id: Final[ContextVar[str | None]] = ContextVar("request_id", default=None)
-"""The id of the request that is being answered."""
+"""The id of the request being answered."""
 
 
 class LineFormatter(logging.Formatter):
     """A record as a line, with the id of its request."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """With its time, level, logger, and message."""
+        """The time, level, logger and message."""
         name = request_id.get()
         return super().formatMessage(record) + ("" if name is None else f" [{name}]")
 
@@ -23,7 +23,7 @@ class JsonFormatter(logging.Formatter):
     """A record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """With its time (UTC), level, logger and message, and the request's id and the traceback if it has them."""
+        """The time (UTC), level, logger and message; the request's id and the traceback if there are any."""
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         found: dict[str, Any] = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",
@@ -39,7 +39,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def config(form: str, level: str) -> dict[str, Any]:
-    """For `logging.config.dictConfig`: `form` is "lines" or "json", `level` a level's name in small letters."""
+    """For `logging.config.dictConfig`: `form` is "lines" or "json", `level` a level's name in lower case."""
     lines = {"()": LineFormatter, "fmt": "%(asctime)s %(levelname)s %(name)s: %(message)s"}
     return {
         "version": 1,

@@ -1,4 +1,4 @@
-"""What Prometheus is told."""
+"""The metrics for Prometheus."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ class Metrics:
     """The counters of one server, in a registry of their own."""
 
     def __init__(self, state: Callable[[], State], memory_in_use: Callable[[], int]) -> None:
-        """`state`, the worker's, and `memory_in_use`, bytes on the device, are asked when Prometheus asks."""
+        """`state` is the worker's, `memory_in_use` in bytes on the device; both are read at every scrape."""
         self.registry = own = CollectorRegistry()
         self.requests = Counter("gptjax_http_requests", "HTTP requests answered", ["route", "status"], registry=own)
         self.answer = Histogram(
@@ -27,7 +27,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=own,
         )
-        self.errors = Counter("gptjax_errors", "Errors that clients were told, by their code", ["code"], registry=own)
+        self.errors = Counter("gptjax_errors", "Errors sent to clients, by code", ["code"], registry=own)
         self.duration = Histogram(
             "worker_inference_duration_ms",
             "From a prompt's submission to its last token, in milliseconds",
@@ -47,23 +47,23 @@ class Metrics:
         )
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "worker_vram_bytes": ("Bytes in use on the device", memory_in_use),
-            "gptjax_ready": ("1 when the model is warm", lambda: state().ready and state().alive),
-            "gptjax_queue_length": ("Prompts that wait for a slot", lambda: state().queued),
-            "gptjax_slots": ("Slots there are", lambda: state().slots),
+            "gptjax_ready": ("1 when the model is ready", lambda: state().ready and state().alive),
+            "gptjax_queue_length": ("Prompts waiting for a slot", lambda: state().queued),
+            "gptjax_slots": ("Number of slots", lambda: state().slots),
             "gptjax_slots_busy": ("Slots with a request", lambda: state().busy),
             "gptjax_cache_used_ratio": ("Share of the cache's positions in use", lambda: state().cache_used),
-            "gptjax_heartbeat_age_seconds": ("Since the worker last went round", lambda: state().heartbeat_age),
+            "gptjax_heartbeat_age_seconds": ("Since the worker's last turn", lambda: state().heartbeat_age),
         }
         for name, (meaning, read) in gauges.items():
             Gauge(name, meaning, registry=self.registry).set_function(read)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        """Counts an HTTP answer, begun so long after its request was read."""
+        """Counts an HTTP answer, begun `seconds` after its request was read."""
         self.requests.labels(route, status).inc()
         self.answer.labels(route, status).observe(seconds)
 
     def completed(self, completion: Completion) -> None:
-        """Counts a prompt whose output ended."""
+        """Counts a prompt whose output is complete."""
         timings, count = completion.timings, completion.usage.completion_tokens
         self.prompt_tokens.inc(completion.usage.prompt_tokens)
         self.duration.observe(1000 * (timings.time_to_first_token + timings.decode))
@@ -72,9 +72,9 @@ class Metrics:
             self.per_token.observe(timings.decode / (count - 1))
 
     def failed(self, error: ApiError) -> None:
-        """Counts an error that a client was told."""
+        """Counts an error sent to a client."""
         self.errors.labels(error.code or error.kind).inc()
 
     def text(self) -> bytes:
-        """In Prometheus's text format."""
+        """The metrics in Prometheus's text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""Which web pages may use a server that has no key: any page can send requests to localhost, read or not."""
+"""Which web pages may use a server without a key: any page can send requests to localhost, read or not."""
 
 import ipaddress
 import re
@@ -8,12 +8,12 @@ from typing import Final
 from gptjax.server.errors import ApiError
 
 LOCAL_ORIGIN: Final = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
-# Names that nobody can register, so that none can be made to lead here.
+# Names that nobody can register, and so nobody can point here.
 _PRIVATE: Final = (".localhost", ".local", ".internal")
 
 
 class Pages:
-    """Tells pages that may ask from those that may not."""
+    """Decides which web pages may use the server."""
 
     def __init__(self, allowed: Sequence[str], *, local: bool) -> None:
         """`allowed` and `local` are `cors_origins` and `local` of `app.build`."""
@@ -22,10 +22,10 @@ class Pages:
         self._local = local and "*" not in self._allowed
 
     def refusal(self, headers: Mapping[bytes, bytes]) -> ApiError | None:
-        """The error that a request of a foreign page is answered; None for pages that may, and all that are none."""
+        """The error for a request from a foreign page; None for an allowed page, or if it comes from no page."""
         host = headers.get(b"host", b"").decode("latin-1")
         if self._local and not self._leads_here(_name(host)):
-            # A page whose name was made to lead here is, to the browser, of one origin with this server.
+            # A page whose name was made to lead here has, to the browser, the same origin as this server.
             return _refused(f"this server is not {host[:100]!r}")
         origin = headers.get(b"origin", b"").decode("latin-1")
         own = headers.get(b"sec-fetch-site") == b"same-origin" or origin.partition("://")[1:] == ("://", host)
@@ -38,12 +38,12 @@ class Pages:
 
 
 def _refused(what: str) -> ApiError:
-    message = f"{what}; if that is meant, start it with --cors-origins or with --api-key"
+    message = f"{what}; to allow it, start the server with --cors-origins or --api-key"
     return ApiError(403, message, kind="permission_error", code="foreign_page")
 
 
 def _name(host: str) -> str:
-    """A host without its port, and an address of IPv6 without its brackets."""
+    """A host without its port, and an IPv6 address without its brackets."""
     return re.sub(r":\d*$", "", host).strip("[]").rstrip(".").lower()
 
 

@@ -1,4 +1,4 @@
-"""`GET /`: a page to chat on."""
+"""`GET /`: a chat page."""
 
 import base64
 import hashlib
@@ -30,7 +30,7 @@ def _policy() -> str:
 
 
 async def respond(_: Request) -> Response:
-    """The page. It needs no API key; what it asks for does."""
+    """The page. It needs no API key; its requests do."""
     headers = {
         "Content-Security-Policy": _policy(),
         "X-Content-Type-Options": "nosniff",

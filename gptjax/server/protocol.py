@@ -1,4 +1,4 @@
-"""A connection, which is cut where its client keeps it without using it."""
+"""A connection that is cut if its client keeps it without using it."""
 
 import asyncio
 import functools
@@ -12,31 +12,31 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gptjax.server.sse import ABORT
 
-_LOOKS: Final = 10  # that are taken at a connection before it is cut
+_LOOKS: Final = 10  # at an idle connection before it is cut
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, which waits for ever: for the head of a request, and for a client to take the rest of an answer.
+    """uvicorn's, with a limit where that waits forever: for a request's head, and for a client to read an answer.
 
-    The application may cut the connection as well.
+    The application can cut the connection too.
     """
 
     def __init__(self, *arguments: Any, seconds: float, **named: Any) -> None:
-        """`seconds`: how long a client may neither ask for anything nor take anything of what was sent."""
+        """`seconds`: how long a client may neither send a request nor read any of an answer."""
         super().__init__(*arguments, **named)
         self._between = seconds / _LOOKS
-        self._idle = 0  # looks in a row at which nothing had happened since the one before
+        self._idle = 0  # looks in a row at which nothing had changed
         self._before: tuple[object, int] = None, 0
         self._next: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Begins to watch."""
+        """Starts watching."""
         super().connection_made(transport)
         self.app = _with_abort(self.app, functools.partial(_abort, transport))
         self._next = self.loop.call_later(self._between, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends it."""
+        """Stops watching."""
         if self._next is not None:
             self._next.cancel()
         super().connection_lost(exc)
@@ -58,7 +58,7 @@ class Protocol(H11Protocol):
 
 
 def _abort(transport: Any) -> None:
-    """Ends a connection now; a closed one waits until the client has taken what was written, here or in the kernel."""
+    """Ends a connection now; closing it would wait until the client has read everything written to it."""
     transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()
 

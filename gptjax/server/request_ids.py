@@ -1,4 +1,4 @@
-"""An id for every request, in its answer's header `x-request-id` and in the log's lines about it."""
+"""An id for every request, in its answer's header `x-request-id` and in its log lines."""
 
 import re
 import secrets

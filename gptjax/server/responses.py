@@ -1,4 +1,4 @@
-"""`POST /v1/responses`: a turn of a conversation as items, for models that speak harmony. Nothing is stored."""
+"""`POST /v1/responses`: one turn of a conversation, as items, for models that speak harmony. Nothing is stored."""
 
 import dataclasses
 import secrets
@@ -32,7 +32,7 @@ from gptjax.server.schema import MOST_TOKENS, WITHOUT_EFFECT, read_sampling
 from gptjax.server.service import Served, Service
 from gptjax.server.turn import Turn
 
-# What would have to be stored, or computed otherwise, with the values that ask for nothing.
+# Unsupported fields, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "background": (False,),
     "conversation": (),
@@ -53,12 +53,12 @@ class Asked:
     offered: frozenset[str]  # names of tools that may be called
     options: dict[str, Any]
     stream: bool
-    encrypts: bool  # return the reasoning as `encrypted_content`, too
+    encrypts: bool  # also return the reasoning as `encrypted_content`
     repeated: dict[str, Any]  # fields of the request that its answer repeats
 
 
 def read(values: dict[str, Any], served: Served) -> Asked:
-    """A request's fields. Raises `ApiError` for the first that is not as it should be."""
+    """Reads a request's fields. Raises `ApiError` for the first invalid one."""
     fields = Fields(values)
     served.check_name(fields.text("model"))
     tokenizer = served.chat_tokenizer()
@@ -115,7 +115,7 @@ async def respond(request: Request) -> Response:
 
 
 class Answer:
-    """What becomes of a request."""
+    """The answer to a request."""
 
     def __init__(self, service: Service, asked: Asked) -> None:
         served = service.served
@@ -149,22 +149,22 @@ class Answer:
         self._generation.start()
 
     def close(self) -> None:
-        """Cancels what is still under way."""
+        """Cancels whatever is still running."""
         self._generation.close()
 
     async def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
+        """Returns the answer in one piece."""
         async for _ in self._events():
             pass
         return self._response()
 
     async def stream(self) -> AsyncGenerator[object, None]:
-        """The answer as events, numbered."""
+        """Yields the answer as numbered events."""
         async for event in self._with_ends():
             yield self._numbered(event)
 
     def failure(self, error: ApiError) -> Iterable[object]:
-        """An error within a stream: some clients raise what they find in `error`, others wait for the response."""
+        """An error within a stream: some clients raise the `error` event, others wait for the response."""
         self._error = error
         fields = {"code": error.code or error.kind, "message": str(error), "param": error.param}
         yield self._numbered({"type": "error", **fields, **error.body()})
@@ -194,7 +194,7 @@ class Answer:
                     yield event
 
     def _response(self) -> dict[str, Any]:
-        """The object as it is now."""
+        """The response object in its current state."""
         status, details, usage, error = "in_progress", None, None, None
         if self._error is not None:
             # The only one of OpenAI's codes that fits; its clients retry.

@@ -1,4 +1,4 @@
-"""The input and the tools of `/v1/responses`, in the form of chat completions, which harmony reads."""
+"""The input and tools of `/v1/responses`, in the form of chat completions, which harmony reads."""
 
 import dataclasses
 import re
@@ -10,12 +10,12 @@ from gptjax.server.body import check_text
 from gptjax.server.encrypted import decrypted
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 
-# For each type of a content's parts, the field that has the text.
+# For each type of content part, the field with its text.
 _TEXTS: Final = {kind: "text" for kind in ("input_text", "output_text", "text", "reasoning_text", "summary_text")}
 _OF_ANSWERS: Final = {**_TEXTS, "refusal": "refusal"}
 _PHASES: Final = ("commentary", "final_answer")
 _MESSAGE: Final = re.compile(r"\bmessages(?:\[(\d+)\])?")
-# Fields of messages and tools in chats, as harmony's errors name them, and in this route. The first match is replaced.
+# Fields of messages and tools as harmony's errors name them, and in this route. The first match is replaced.
 _NAMES: Final = {
     ".tool_calls[0].function": "",
     ".tool_calls[0].id": ".call_id",
@@ -32,10 +32,10 @@ class Input:
     """A conversation as chat messages."""
 
     messages: list[dict[str, Any]]
-    places: list[str]  # for each message, the field that it comes from, as "input[2]"
+    places: list[str]  # for each message, the field that it comes from, like "input[2]"
 
     def explained(self, error: GptjaxError) -> ApiError:
-        """An error of harmony's about the messages, with this route's names of fields."""
+        """An error of harmony's about the messages, with this route's field names."""
         found, message, param = of_gptjax(error), str(error), "input"
         if place := _MESSAGE.search(message):
             name = self.places[int(place[1])] if place[1] and int(place[1]) < len(self.places) else "input"
@@ -57,7 +57,7 @@ def read_input(given: object, instructions: str | None) -> Input:
         found.places.append("input")
         return found
     if not isinstance(given, list) or not given:
-        raise bad_request("input must be a string or a list of items, and not empty", "input")
+        raise bad_request("input must be a string or a non-empty list of items", "input")
     preambles = _preambles(given)
     for index, item in enumerate(given):
         where = f"input[{index}]"
@@ -70,7 +70,7 @@ def read_input(given: object, instructions: str | None) -> Input:
 
 
 def read_tools(given: object) -> list[Any]:
-    """`tools`, whose functions are flat here. Raises `ApiError`."""
+    """`tools`; their functions are flat here. Raises `ApiError`."""
     if given is None:
         return []
     if not isinstance(given, list):
@@ -80,7 +80,7 @@ def read_tools(given: object) -> list[Any]:
 
 def _read_tool(tool: object, where: str) -> object:
     if not isinstance(tool, Mapping) or tool.get("type") != "function":
-        return tool  # harmony knows it, or says what is wrong
+        return tool  # harmony reads or refuses it
     if (strict := tool.get("strict")) is not None and not isinstance(strict, bool):
         raise bad_request(f"{where}.strict must be true or false, found {as_json(strict)}", "tools")
     return {"type": "function", "function": {name: tool.get(name) for name in ("name", "description", "parameters")}}
@@ -105,7 +105,7 @@ def _kind(item: object) -> tuple[object, object]:
 
 
 def _read_item(item: object, where: str, *, is_preamble: bool, follows_reasoning: bool) -> dict[str, Any] | None:
-    """An item as a message; None for an empty one, also if the turn has only reasoning or calls."""
+    """An item as a message; None for an empty one, and for an empty text next to reasoning or calls."""
     if not isinstance(item, Mapping):
         raise bad_request(f"{where} must be an object, found {as_json(item)}", "input")
     match item.get("type", "message"):
@@ -130,7 +130,7 @@ def _read_item(item: object, where: str, *, is_preamble: bool, follows_reasoning
 def _read_message(item: Mapping[str, Any], where: str, *, is_preamble: bool) -> dict[str, Any]:
     role, phase = item.get("role"), item.get("phase")
     if phase is not None and phase not in _PHASES:
-        raise bad_request(f"{where}.phase is {as_json(phase)}: write one of {', '.join(_PHASES)}", "input")
+        raise bad_request(f"{where}.phase is {as_json(phase)}; expected one of {', '.join(_PHASES)}", "input")
     content = _read_content(item.get("content"), f"{where}.content", _OF_ANSWERS if role == "assistant" else _TEXTS)
     message = {"role": role, "content": content}
     if role == "assistant" and (phase == "commentary" or (phase is None and is_preamble)):
@@ -139,7 +139,7 @@ def _read_message(item: Mapping[str, Any], where: str, *, is_preamble: bool) -> 
 
 
 def _read_reasoning(item: Mapping[str, Any], where: str) -> str:
-    """The reasoning, from the first field that has any; other servers send a summary instead."""
+    """The reasoning, from the first field that has any; some servers send only a summary."""
     if content := item.get("content"):
         return _read_content(content, f"{where}.content", _TEXTS)
     if encrypted := item.get("encrypted_content"):
@@ -148,7 +148,7 @@ def _read_reasoning(item: Mapping[str, Any], where: str) -> str:
 
 
 def _read_content(content: object, where: str, texts: Mapping[str, str]) -> str:
-    """A text, or the joined parts of one. `texts` has the types of parts that are allowed, and their fields."""
+    """A text, or its joined parts. `texts` has the allowed types of parts, and their fields."""
     if isinstance(content, str):
         return _checked(content, where)
     if not isinstance(content, list):
@@ -159,7 +159,7 @@ def _read_content(content: object, where: str, texts: Mapping[str, str]) -> str:
 def _read_part(part: object, where: str, texts: Mapping[str, str]) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(part, Mapping) or not isinstance(kind, str) or kind not in texts:
-        raise bad_request(f"{where} has the type {as_json(kind)}: the model reads text only", "input")
+        raise bad_request(f"{where} has the type {as_json(kind)}: the model reads only text", "input")
     return _text(part, texts[kind], where)
 
 

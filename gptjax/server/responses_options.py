@@ -1,4 +1,4 @@
-"""The options of `/v1/responses` that the answer repeats, and those for its form."""
+"""The options of `/v1/responses` that the answer repeats, and those about its form."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ _MOST_REPEATED: Final = 1 << 20  # characters of JSON; a stream repeats them thr
 _DEEPEST: Final = 100
 _OF_TOOLS: Final = ("type", "name", "description", "parameters", "strict")
 _ENCRYPTED: Final = "reasoning.encrypted_content"
-# Parts of items that do not occur in the answers here.
+# Parts of items that never occur in answers here.
 _INCLUDABLE: Final = frozenset(
     """code_interpreter_call.outputs computer_call_output.output.image_url file_search_call.results
     message.input_image.image_url web_search_call.action.sources web_search_call.results""".split()
@@ -23,7 +23,7 @@ _LONGEST_VALUE: Final = 512
 
 
 def read_include(fields: Fields) -> bool:
-    """Whether to return reasoning as `encrypted_content`, too. Raises `ApiError` for what cannot be included."""
+    """Whether to also return reasoning as `encrypted_content`. Raises `ApiError` for an unsupported entry."""
     given = fields.take("include")
     if given is None:
         return False
@@ -46,7 +46,7 @@ def read_text(fields: Fields) -> dict[str, Any]:
     verbosity = options.take("verbosity")
     if verbosity is not None:
         if verbosity not in _VERBOSITIES:
-            message = f"text.verbosity is {as_json(verbosity)}: write one of {', '.join(_VERBOSITIES)}"
+            message = f"text.verbosity is {as_json(verbosity)}; expected one of {', '.join(_VERBOSITIES)}"
             raise bad_request(message, "text.verbosity")
         found["verbosity"] = verbosity
     options.finish(())
@@ -69,7 +69,7 @@ def _options(fields: Fields, name: str) -> Fields:
 
 
 def read_repeated(fields: Fields) -> dict[str, Any]:
-    """The fields that have no effect except that the answer repeats them. Raises `ApiError`."""
+    """The fields whose only effect is that the answer repeats them. Raises `ApiError`."""
     found: dict[str, Any] = {"metadata": _read_metadata(fields.take("metadata"))}
     for name in ("user", "safety_identifier", "prompt_cache_key"):
         found[name] = fields.text(name)
@@ -97,7 +97,7 @@ def _read_metadata(given: object) -> dict[str, str]:
 
 
 def repeated_tools(given: object) -> list[dict[str, Any]]:
-    """The tools as the answer repeats them: the keys that are read, and for a function all that clients expect."""
+    """The tools as the answer repeats them: the keys that are read and, for a function, all that clients expect."""
     found = []
     for tool in given if isinstance(given, list) else []:
         known = {name: tool[name] for name in _OF_TOOLS if name in tool} if isinstance(tool, dict) else {}
@@ -107,7 +107,7 @@ def repeated_tools(given: object) -> list[dict[str, Any]]:
 
 
 def check_repeated(repeated: Mapping[str, Any]) -> None:
-    """Raises `ApiError` for a field that is too large or too deep for the answer to repeat it."""
+    """Raises `ApiError` for a field too large or too deep for the answer to repeat."""
     for name, value in repeated.items():
         if _is_deep(value):
             raise bad_request(f"{name} is nested more than {_DEEPEST} levels deep", name, "too_large")

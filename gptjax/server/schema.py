@@ -1,4 +1,4 @@
-"""The fields that completions and chat have in common: sampling, stops, streaming."""
+"""The fields that completions and chat share: sampling, stops, streaming."""
 
 import dataclasses
 import re
@@ -8,7 +8,7 @@ from gptjax.engine.request import MAX_BIASES, MAX_STOP_IDS, MAX_STOP_LENGTH, MAX
 from gptjax.server.body import Fields, check_number, check_text
 from gptjax.server.errors import as_json, bad_request
 
-# Fields of OpenAI's API that change nothing about an answer here.
+# Fields of OpenAI's API that do not change an answer here.
 WITHOUT_EFFECT: Final = frozenset(
     "metadata prompt_cache_key prompt_cache_retention safety_identifier service_tier store user verbosity".split()
 )
@@ -36,7 +36,7 @@ def read_stream(fields: Fields) -> Stream:
     if not isinstance(given, dict):
         raise bad_request("stream_options must be an object", "stream_options")
     if not wanted:
-        raise bad_request("stream_options has a meaning only with stream: true", "stream_options")
+        raise bad_request("stream_options requires stream: true", "stream_options")
     options = Fields(given)
     usage = options.flag("include_usage")
     options.finish({"include_obfuscation"})
@@ -44,7 +44,7 @@ def read_stream(fields: Fields) -> Stream:
 
 
 def read_sampling(fields: Fields) -> dict[str, Any]:
-    """The options of `make_request` that are given; the checkpoint's defaults hold for the others."""
+    """The given options of `make_request`; the checkpoint's defaults apply to the others."""
     options: dict[str, Any] = {
         "temperature": fields.number("temperature", 0, 100),
         "top_p": _above_zero(fields, "top_p", 1),
@@ -63,7 +63,7 @@ def read_sampling(fields: Fields) -> dict[str, Any]:
 
 
 def seed_of_choice(options: dict[str, Any], choice: int) -> dict[str, Any]:
-    """The options for one of `n` choices: with a seed, each has its own, or all would be the same."""
+    """The options for one of `n` choices: each gets its own seed, or all would be the same."""
     return options if "seed" not in options else options | {"seed": (options["seed"] + choice) % _SEEDS}
 
 

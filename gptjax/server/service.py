@@ -1,4 +1,4 @@
-"""What the routes work with: the model's facts, the limits, the worker."""
+"""What the routes share: facts about the model, limits, the worker."""
 
 import asyncio
 import contextlib
@@ -19,28 +19,28 @@ from gptjax.text import Tokenizer, harmony
 from gptjax.text.bounded import Bounds
 
 _RETRY = 5  # seconds
-_LOOK = 0.2  # seconds between two checks whether the server is ending
-_BODIES = 4  # of the largest size; an object that is read may be thirty times its body
+_LOOK = 0.2  # seconds between checks whether the server is shutting down
+_BODIES = 4  # of the largest size; a parsed object may be thirty times its body
 PromptScores = Sequence[tuple[float, tuple[tuple[int, float], ...]]]
-"""Of each token after the first: its log-probability, and the most likely (token id, log-probability) in its place."""
+"""For each token after the first: its log-probability, and the most likely (token id, log-probability) instead."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a client may ask for, and for how long it may keep the server waiting."""
+    """What a client may request, and how long it may keep the server waiting."""
 
     body_bytes: int = 10 << 20
     body_seconds: float = 30.0  # for the whole body to arrive
     send_seconds: float = 30.0  # for a client to take a piece of a stream
-    ping_seconds: float = 15.0  # of silence, before a comment is sent on a stream
-    heartbeat_seconds: float = 60.0  # without one, the worker counts as hung; compiling takes long
+    ping_seconds: float = 15.0  # of silence before a stream gets a comment
+    heartbeat_seconds: float = 60.0  # without one, the worker counts as hung; compiling takes time
     rows: int = 128  # prompts times `n` of one request
     scoring: int = 64  # requests with `echo` and `logprobs` at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """The model that is served."""
+    """The served model."""
 
     name: str
     tokenizer: Tokenizer | None  # None: only token ids can be sent
@@ -49,21 +49,21 @@ class Served:
     vocab_size: int  # of the logits
     max_length: int  # positions of prompt and output
     quant_kind: str  # "none" or "mxfp4"
-    score: Callable[[Sequence[int], int], PromptScores]  # of a prompt, with so many alternatives; blocks
+    score: Callable[[Sequence[int], int], PromptScores]  # (prompt ids, number of alternatives); blocks
     memory_in_use: Callable[[], int]  # bytes on the device
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     def text(self) -> Tokenizer:
-        """The tokenizer. Raises `ApiError` where there is none."""
+        """The tokenizer. Raises `ApiError` if there is none."""
         if self.tokenizer is None:
             raise bad_request(f"the model {self.name!r} has no tokenizer: send a prompt of token ids", "prompt")
         return self.tokenizer
 
     def chat_tokenizer(self) -> Tokenizer:
-        """A tokenizer that has harmony's special tokens. Raises `ApiError` for a model that does not chat."""
+        """A tokenizer with harmony's special tokens. Raises `ApiError` for a model that cannot chat."""
         if self.tokenizer is None or harmony.missing_tokens(self.tokenizer):
             raise bad_request(
-                f"the model {self.name!r} is no chat model (its tokenizer lacks harmony's special tokens): use "
+                f"the model {self.name!r} is not a chat model (its tokenizer lacks harmony's special tokens): use "
                 "/v1/completions",
                 "model",
                 "model_not_chat",
@@ -71,8 +71,8 @@ class Served:
         return self.tokenizer
 
     def check_size(self, texts: object, param: str) -> None:
-        """Raises `ApiError` for strings, in lists and objects, that cannot fit: megabytes take a minute to encode."""
-        assert self.tokenizer is not None  # the caller has asked for it
+        """Raises `ApiError` if strings, in lists and objects, cannot fit: megabytes take a minute to encode."""
+        assert self.tokenizer is not None  # the caller has checked
         characters, left = 0, [texts]
         while left:
             value = left.pop()
@@ -86,7 +86,7 @@ class Served:
             raise bad_request(f"{message}{self.max_length}: shorten it", param, "context_length_exceeded")
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """The ids of a prompt. Raises `ApiError` or `CapacityError` if it cannot fit, without encoding it all."""
+        """The ids of a prompt. Raises `ApiError` or `CapacityError` if it cannot fit, without encoding all of it."""
         tokenizer = self.text()
         self.check_size(text, "prompt")
         encode = functools.partial(tokenizer.encode, special=special)
@@ -97,11 +97,11 @@ class Served:
         return tuple(dict.fromkeys((*self.eos_ids, *chat.stop_ids(tokenizer))))
 
     def check_name(self, name: str | None) -> None:
-        """Raises `ApiError` for the name of another model; none at all means this one."""
+        """Raises `ApiError` for another model's name; None means this one."""
         if name is not None and name != self.name:
             raise ApiError(
                 404,
-                f"there is no model {as_json(name)}; this server has {self.name!r}",
+                f"unknown model {as_json(name)}; this server has {self.name!r}",
                 param="model",
                 code="model_not_found",
             )
@@ -109,7 +109,7 @@ class Served:
 
 @dataclasses.dataclass(frozen=True)
 class Service:
-    """All that a route needs."""
+    """Everything that a route needs."""
 
     worker: Worker
     served: Served
@@ -118,16 +118,18 @@ class Service:
     scorer: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "gptjax-scorer"))
     # One large body at a time: the JSON parser does not let other threads run.
     parser: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "gptjax-parser"))
-    draining: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when the server is to end
+    draining: threading.Event = dataclasses.field(
+        default_factory=threading.Event
+    )  # set when the server begins to shut down
     drained: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when its time is up
     began: float = dataclasses.field(default_factory=time.monotonic)
-    _places: set[object] = dataclasses.field(default_factory=set)  # kept for requests that are being read
-    _bodies: dict[object, int] = dataclasses.field(default_factory=dict)  # sizes of the large ones that are being read
+    _places: set[object] = dataclasses.field(default_factory=set)  # reserved for requests being read
+    _bodies: dict[object, int] = dataclasses.field(default_factory=dict)  # sizes of the large ones being read
     _scoring: set[object] = dataclasses.field(default_factory=set)  # answers that need scores
 
     @contextlib.contextmanager
     def body(self) -> Iterator[Callable[[int], None]]:
-        """Gives what is to be told the size of a body as it grows, which raises `ApiError` where all are too large."""
+        """Yields a function to call with a growing body's size; it raises `ApiError` if all together are too large."""
         key = object()
 
         def grow(size: int) -> None:
@@ -144,7 +146,7 @@ class Service:
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
-        """Keeps a place in the worker's queue while a request is read. Raises `QueueFull` and `Unavailable`."""
+        """Reserves a place in the worker's queue while a request is read. Raises `QueueFull` and `Unavailable`."""
         self.worker.check_room(len(self._places))
         place = object()
         self._places.add(place)
@@ -154,33 +156,33 @@ class Service:
             self._places.remove(place)
 
     def enter_scoring(self, answer: object) -> None:
-        """An answer needs scores of its prompts, until it leaves. Raises `QueueFull` where as many do as may."""
+        """Registers an answer that needs scores of its prompts. Raises `QueueFull` if there are too many."""
         if len(self._scoring) >= self.limits.scoring:
             raise QueueFull(len(self._scoring), _RETRY)
         self._scoring.add(answer)
 
     def leave_scoring(self, answer: object) -> None:
-        """The answer needs no more scores, if it did."""
+        """Unregisters the answer, if it was registered."""
         self._scoring.discard(answer)
 
     async def score(self, prompt_ids: Sequence[int], num_top: int) -> PromptScores:
-        """Scores a prompt, one of all at a time: each takes memory on the device, beside the worker's.
+        """Scores a prompt. Only one is scored at a time, since each takes device memory in addition to the worker's.
 
-        What the thread has begun it brings to its end, though nobody waits for it any more; the next comes after it.
+        A score that has begun is completed, even if nobody waits for it any more, before the next begins.
 
         Raises:
-          ApiError: 503, the server is ending and had no time left for it.
+          ApiError: 503, the server is shutting down and had no time left for it.
         """
         loop = asyncio.get_running_loop()
         scoring = loop.run_in_executor(self.scorer, self.served.score, prompt_ids, num_top)
         while not (await asyncio.wait({scoring}, timeout=_LOOK))[0]:
             if self.drained.is_set():
                 scoring.cancel()
-                raise unavailable("the server is shutting down, and had no time left to score the prompt", "drained")
+                raise unavailable("the server is shutting down and had no time left to score the prompt", "drained")
         return scoring.result()
 
     def drain(self, seconds: float) -> None:
-        """Takes no new requests. Open ones fail if they have not ended after so many seconds."""
+        """Refuses new requests. Open ones fail if they have not finished within `seconds`."""
         until = time.monotonic() + seconds
         self.worker.drain(seconds)
         while self._scoring and time.monotonic() < until:

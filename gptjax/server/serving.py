@@ -1,4 +1,4 @@
-"""Runs the server: from a loaded model to a process that ends when it is told to, or when its worker dies."""
+"""Runs the server, from a loaded model until it is asked to end or its worker dies."""
 
 import asyncio
 import contextlib
@@ -27,11 +27,11 @@ from gptjax.server.service import Limits, Served, Service
 from gptjax.server.worker import DEFAULT_SLOTS, Worker
 from gptjax.support.runtime import device_memory
 from gptjax.text import Tokenizer
-from pallas_kernels.fragments import MXFP4Fragments
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats.mxfp4 import MXFP4
 
-_LAST_WORDS: Final = 3.0  # seconds that a server whose worker died goes on answering, so that /health can be asked
-_TO_END_STREAMS: Final = 5.0  # seconds to send what is left of them, after the worker has drained
+_LAST_WORDS: Final = 3.0  # seconds to keep answering after the worker died, so that /health can report it
+_TO_END_STREAMS: Final = 5.0  # seconds to send the rest of them, after the worker has drained
 _TICK: Final = 0.1  # seconds
 _log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def _quant_kind(lm: LanguageModel) -> str:
 
 
 def _memory_in_use(lm: LanguageModel) -> Callable[[], int]:
-    """Bytes on the device; on a CPU, which counts all processes' together, what weights and cache take by formula."""
+    """Bytes in use on the device; on a CPU, which only counts all processes together, weights and cache by formula."""
     if device_memory().platform != "cpu":
         return lambda: device_memory().in_use
     needed = lm.memory(batch=lm.max_batch or DEFAULT_SLOTS)
@@ -76,12 +76,12 @@ def _memory_in_use(lm: LanguageModel) -> Callable[[], int]:
 
 
 def run(server: "Server") -> int:
-    """Serves until SIGINT or SIGTERM. Returns the exit status: 0, or 1 where the worker died or the port is taken."""
+    """Serves until SIGINT or SIGTERM. Returns the exit status: 0, or 1 if the worker died or the port is taken."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
     try:
         server.run()
-    except SystemExit as error:  # what could not be started; the log says why
+    except SystemExit as error:  # it could not start; the log says why
         return int(error.code or 0)
     return server.status
 
@@ -99,7 +99,7 @@ def make_server(
     """A server that is not running yet."""
     local = host == "localhost" or is_address(host, local=True)
     if not local and api_key is None:
-        _log.warning("whoever reaches %s can use this server: there is no API key", host)
+        _log.warning("anyone who can reach %s can use this server: it has no API key", host)
     config = uvicorn.Config(
         app.build(service, api_key=api_key, cors_origins=cors_origins, local=local),
         host=host,
@@ -108,7 +108,7 @@ def make_server(
         ws="none",
         log_config=log_config,
         server_header=False,
-        proxy_headers=False,  # an address that the client made up is not for the log
+        proxy_headers=False,  # keeps addresses that clients made up out of the log
         # A last resort: `Server` cuts all connections before that.
         timeout_graceful_shutdown=int(drain_seconds + 2 * _TO_END_STREAMS),
     )
@@ -116,10 +116,10 @@ def make_server(
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which drains the worker when it is told to end, and ends when the worker dies.
+    """uvicorn's; it also drains the worker before it ends, and ends when the worker dies.
 
     Attributes:
-        status: the exit status.
+      status: the exit status.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
@@ -128,7 +128,7 @@ class Server(uvicorn.Server):
         self._service = service
         self._drain_seconds = drain_seconds
         self._died: float | None = None
-        self._told_ready = False
+        self._announced = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins the shutdown: streams go on for a while, then end with an error. A second SIGINT ends them at once."""
@@ -147,7 +147,7 @@ class Server(uvicorn.Server):
         cutting = asyncio.ensure_future(self._cut())
         try:
             await super().shutdown(sockets)
-            if self.force_exit:  # then uvicorn omits this, and logs that it was cancelled
+            if self.force_exit:  # uvicorn then skips this, and logs that it was cancelled
                 await self.lifespan.shutdown()
         finally:
             cutting.cancel()
@@ -160,10 +160,10 @@ class Server(uvicorn.Server):
             cast(Protocol, connection).cut()
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to end; asked ten times a second."""
+        """Whether to end; called ten times a second."""
         state, served = self._service.worker.state, self._service.served
-        if state.ready and not self._told_ready:
-            self._told_ready = True
+        if state.ready and not self._announced:
+            self._announced = True
             seconds = time.monotonic() - self._service.began
             _log.info(
                 "%s is ready after %.0f s: %d slots of %d tokens", served.name, seconds, state.slots, served.max_length

@@ -14,11 +14,11 @@ from starlette.types import Message, Receive, Scope, Send
 from gptjax.server.errors import ApiError, internal
 from gptjax.server.service import Service
 
-ABORT = "gptjax.abort"  # in a scope's extensions: cuts the connection without waiting for the client to read
+ABORT = "gptjax.abort"  # in a scope's extensions: cuts the connection without waiting for the client
 _PING = b": ping\n\n"
 _DONE = b"data: [DONE]\n\n"
 _HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-# Where many clients, httpx's `iter_lines` among them, end a line, and so an event's data.
+# Many clients, httpx's `iter_lines` among them, end a line here, and so an event's data.
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class ClientGone(Exception):  # noqa: N818 (a state, not a fault)
 
 
 def encode(value: object) -> bytes:
-    """JSON as bytes; never NaN, and half surrogates (which an error may quote) as question marks."""
+    """JSON as bytes; never NaN, and lone surrogates (which an error may quote) as question marks."""
     text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     return text.translate(_LINE_ENDS).encode(errors="replace")
 
@@ -40,12 +40,12 @@ def json_response(value: object, status: int = 200, headers: dict[str, str] | No
 
 
 def error_response(error: ApiError) -> Response:
-    """The answer that an error is."""
+    """An error as an answer."""
     return json_response(error.body(), error.status, error.headers)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns. Cancels it and raises `ClientGone` when the client leaves; the body must be read before."""
+    """Returns what `work` returns, or raises `ClientGone` if the client leaves first. The body must have been read."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_gone(request.receive))
     try:
@@ -58,23 +58,23 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 class Streamed(Protocol):
-    """An answer that is sent as events."""
+    """An answer sent as events."""
 
     def stream(self) -> AsyncGenerator[object, None]:
-        """Its objects. Raises `ApiError`."""
+        """Yields its objects. Raises `ApiError`."""
 
     def failure(self, error: ApiError) -> Iterable[object]:
         """The objects that report an error to clients within the stream."""
 
     def close(self) -> None:
-        """Cancels what is still running."""
+        """Cancels whatever is still running."""
 
 
 class EventStream(Response):
     """The JSON objects of an answer as events, then `[DONE]`; an error is reported before that.
 
-    The answer is closed at the end, whether all was sent, the client left, or it was cut because it did not read for
-    `send_seconds`.
+    The answer is closed at the end, whether it was sent, the client left, or the client was cut because it did not read
+    for `send_seconds`.
     """
 
     def __init__(self, answer: Streamed, service: Service) -> None:
@@ -107,7 +107,7 @@ class EventStream(Response):
                 await send(message)
 
         await write({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        # Closed at once where a write fails: until then the next object is being waited for.
+        # Closed at once if a write fails, though the next object is being waited for.
         async with contextlib.aclosing(self._events()) as events:
             async for data in events:
                 await write({"type": "http.response.body", "body": data, "more_body": True})
@@ -130,14 +130,14 @@ class EventStream(Response):
 
 
 def _event(value: object) -> bytes:
-    """An object as an event; one that has a type, as those of `/v1/responses` do, is an event by that name."""
+    """An object as an event, named by its type if it has one, as those of `/v1/responses` do."""
     kind = value.get("type") if isinstance(value, dict) else None
     name = b"" if kind is None else b"event: " + kind.encode() + b"\n"
     return name + b"data: " + encode(value) + b"\n\n"
 
 
 async def _with_pings(objects: AsyncGenerator[object, None], seconds: float) -> AsyncGenerator[object | None, None]:
-    """The objects, and None for each so many seconds without one."""
+    """Yields the objects, and None after every `seconds` without one."""
     coming: asyncio.Future[object] | None = None
     try:
         while True:
@@ -163,7 +163,7 @@ async def _gone(receive: Receive) -> None:
 
 
 async def _end(*tasks: asyncio.Future[Any]) -> None:
-    """Cancels tasks and waits until they are over, whatever they raise."""
+    """Cancels tasks and waits for them to end, whatever they raise."""
     for task in tasks:
         task.cancel()
     for task in tasks:

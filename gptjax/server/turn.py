@@ -1,4 +1,4 @@
-"""One turn of a conversation as it is generated: what each token added to reasoning and answer, and which are whose."""
+"""One turn of a conversation as it is generated: what each token adds to reasoning and answer."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from gptjax.engine.output import Chunk
 from gptjax.text import Tokenizer
 
 ScoredToken = tuple[int, float, Mapping[int, float]]
-"""Token id, log-probability, and the most likely with theirs."""
+"""Token id, log-probability, and the most likely tokens with theirs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,15 +18,15 @@ class Delta:
     text: str
     reasoning: str
     phase: str  # of the text, "commentary" or "final_answer"
-    answer_tokens: tuple[ScoredToken, ...]  # those that the answer's text is made of
-    whole: ChatCompletion | None  # with the last one
+    answer_tokens: tuple[ScoredToken, ...]  # the tokens that make up the answer's text
+    whole: ChatCompletion | None  # with the last token
 
 
 class Turn:
-    """Tells which tokens are the answer's and which the reasoning's; `reader` is the decoder of the row.
+    """Assigns tokens to the answer or the reasoning; `reader` is the decoder of the row.
 
-    A token whose bytes are half a character, or that may begin a stop string, goes with the text that it becomes a part
-    of; special tokens, and the words of headers, are nobody's.
+    A token whose bytes are half a character, or that may begin a stop string, belongs to the text that it becomes part
+    of; special tokens, and the words of headers, belong to neither.
     """
 
     def __init__(self, reader: TurnReader, tokenizer: Tokenizer) -> None:

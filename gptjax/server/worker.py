@@ -1,7 +1,7 @@
-"""The thread that owns the engine: requests of many clients, joining and leaving one compiled decode step.
+"""The thread that owns the engine: many clients' requests join and leave one compiled decode step.
 
-Between any two steps the worker takes note of cancellations, lets the oldest waiting requests take free slots, and
-reads no more of their prompts than one chunk, so that running streams never wait for more than that.
+Between two steps the worker handles cancellations, gives free slots to the oldest waiting requests, and reads at most
+one chunk of their prompts, so that running streams never wait for more than that.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from gptjax.engine.settings import Features
 from gptjax.language_model import LanguageModel
 from gptjax.server.events import Event, Failed, Finished, QueueFull, State, Ticket, Token, Unavailable
 
-DEFAULT_SLOTS = 8  # where the model was loaded without `max_batch`
-_BEAT = 1.0  # seconds between two signs of life of a worker that has nothing to do
-_PATIENCE = 10.0  # seconds that the caller of `drain` or `stop` waits for the thread beyond what was asked
+DEFAULT_SLOTS = 8  # if the model was loaded without `max_batch`
+_BEAT = 1.0  # seconds between heartbeats of an idle worker
+_PATIENCE = 10.0  # seconds that `drain` and `stop` wait for the thread beyond what was asked
 _SHORTEST_RETRY, _LONGEST_RETRY = 1, 60  # seconds
 _SMOOTHING = 0.2  # weight of the latest request in the average duration
 _STOPPED = Failed("the server was stopped", "stopped")
-_DRAINED = Failed("the server is shutting down, and had no time left for this request", "drained")
-# What is compiled of sampling, each with all of the one before; a chat at temperature 1 needs the second.
+_DRAINED = Failed("the server is shutting down and had no time left for this request", "drained")
+# The compiled forms of sampling, each including the one before; a chat at temperature 1 needs the second.
 _LEVELS = (
     Features(),
     Features(draws=True),
@@ -46,14 +46,14 @@ class _Job:
     deliver: Callable[[Event], None]
     cancelled: bool = False
     began: float = 0.0  # when it took its slot
-    cached: int = 0  # tokens of the prompt that were not read again
+    cached: int = 0  # prompt tokens that were not read again
     count: int = 0  # tokens drawn
 
 
 class Worker:
     """One thread that owns the engine: continuous batching, a bounded queue, cancellation, prefix reuse.
 
-    Every request that `submit` accepts gets its `Token` events, then `Finished` or `Failed`, once, and nothing after
+    Every request that `submit` accepts gets its `Token` events, then one `Finished` or `Failed`, and nothing after
     that. All methods may be called from any thread.
     """
 
@@ -65,12 +65,12 @@ class Worker:
         chunk: int = steps.CHUNK,
         steps_per_dispatch: int | None = None,
     ):
-        """A worker that is not started yet, with `model.max_batch` slots.
+        """A worker with `model.max_batch` slots, not started yet.
 
         Args:
           max_queue: requests that may wait for a slot.
-          chunk: prompt tokens that are read between two steps, at most: a power of two, not above
-            `steps.LARGEST_CHUNK`. Running streams wait for them.
+          chunk: the most prompt tokens read between two steps: a power of two, at most `steps.LARGEST_CHUNK`. Running
+            streams wait for them.
           steps_per_dispatch: see `Engine`.
         """
         self._model = model
@@ -79,28 +79,28 @@ class Worker:
         self._chunk = chunk
         self._steps_per_dispatch = steps_per_dispatch
         self._thread = threading.Thread(target=self._run, name="gptjax-worker", daemon=True)
-        # All that follows is guarded by this, and changes of it are told. The thread alone moves jobs from place to
-        # place, but for `cancel`, which takes them out of the queue.
+        # Guards all that follows, and is notified of changes. Only the thread moves jobs from place to place, except
+        # that `cancel` removes them from the queue.
         self._changed = threading.Condition()
-        self._open: dict[Ticket, _Job] = {}  # all that have not ended
+        self._open: dict[Ticket, _Job] = {}  # all unfinished ones
         self._queue: deque[_Job] = deque()
-        self._filling: tuple[int, _Job] | None = None  # whose prompt is being read, with its slot
+        self._filling: tuple[int, _Job] | None = None  # the slot and job whose prompt is being read
         self._running: dict[int, _Job] = {}  # by slot
-        self._cancelled: list[_Job] = []  # not yet seen to
+        self._cancelled: list[_Job] = []  # not handled yet
         self._ready = self._started = self._draining = self._stopping = False
-        self._failing: Failed | None = None  # what all open requests are to end with
+        self._failing: Failed | None = None  # what all open requests will end with
         self._error: str | None = None
         self._beat = time.monotonic()
-        self._seconds = 1.0  # that a request has its slot, on average
+        self._seconds = 1.0  # that a request keeps its slot, on average
         self._accepted = self._tokens_total = 0
 
     def start(self) -> None:
-        """Starts the thread, which compiles what it needs; `state.ready`, and `wait_until_ready`, tell when it has.
+        """Starts the thread, which first compiles what it needs; see `state.ready` and `wait_until_ready`.
 
         Requests may be submitted from now on.
 
         Raises:
-          CapacityError: the slots do not fit the memory that is left.
+          CapacityError: the slots do not fit the remaining memory.
         """
         memory.check_state(self._model.model, batch=self._slots, max_length=self._model.max_length, reuse=True)
         with self._changed:
@@ -109,7 +109,7 @@ class Worker:
         self._thread.start()
 
     def wait_until_ready(self) -> None:
-        """Returns when all is compiled. Raises `Unavailable` where the worker came to its end before."""
+        """Returns once everything is compiled. Raises `Unavailable` if the worker ended before that."""
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._refusal())
             if refusal := self._refusal():
@@ -119,12 +119,12 @@ class Worker:
         """Hands a request to the worker; returns at once.
 
         Args:
-          request: gets a seed where it has none. Its `stop` strings are for the caller to look for.
+          request: gets a seed if it has none. The caller must look for its `stop` strings.
           deliver: called with each event from the worker's thread, so it must not block. If it raises, the request is
             cancelled.
 
         Raises:
-          RequestError, CapacityError: the request cannot be run as it stands.
+          RequestError, CapacityError: the request is invalid.
           QueueFull, Unavailable: it cannot be run now.
         """
         request.check(vocab_size=self._model.config.vocab_size, max_length=self._model.max_length)
@@ -138,12 +138,12 @@ class Worker:
         return job.ticket
 
     def check_room(self, ahead: int) -> None:
-        """Raises `QueueFull` or `Unavailable` where a request would not be taken that comes after so many others."""
+        """Raises `QueueFull` or `Unavailable` if a request would be refused after `ahead` others."""
         with self._changed:
             self._check_room(ahead)
 
     def cancel(self, ticket: Ticket) -> None:
-        """Ends a request within a step, as `Finished` for the reason "cancelled"; one that has ended stays as it is."""
+        """Ends a request within a step, as `Finished` with the reason "cancelled"; does nothing if it has ended."""
         with self._changed:
             job = self._open.get(ticket)
             if job is None or job.cancelled:
@@ -155,7 +155,7 @@ class Worker:
             self._changed.notify_all()
 
     def drain(self, seconds: float) -> None:
-        """Takes no new requests and waits for the open ones, at most so long; what is left then fails."""
+        """Refuses new requests and waits up to `seconds` for the open ones; those left then fail."""
         with self._changed:
             self._draining = True
             if self._changed.wait_for(lambda: not self._open, seconds):
@@ -179,7 +179,7 @@ class Worker:
 
     @property
     def state(self) -> State:
-        """What the worker is doing."""
+        """The worker's current state."""
         with self._changed:
             alive = self._thread.is_alive() and self._error is None
             used = sum(len(job.request.prompt_ids) + job.count for job in self._running.values())
@@ -201,11 +201,11 @@ class Worker:
             raise Unavailable(refusal)
         busy = len(self._running) + (self._filling is not None)
         waiting = len(self._queue) + ahead
-        if waiting >= self._max_queue + self._slots - busy:  # a free slot is no wait
+        if waiting >= self._max_queue + self._slots - busy:  # a free slot means no wait
             raise QueueFull(waiting, self._retry_after())
 
     def _refusal(self) -> str | None:
-        """Why no request is taken."""
+        """Why requests are refused; None if they are not."""
         if self._error is not None:
             return f"the worker died: {self._error}"
         if self._stopping:
@@ -215,7 +215,7 @@ class Worker:
         return None if self._started else "the worker was not started"
 
     def _fail_waiting(self, failed: Failed) -> None:
-        """Fails the requests that have no slot yet, without the thread, which may be compiling."""
+        """Fails the requests without a slot; does not need the thread, which may be compiling."""
         with self._changed:
             jobs = list(self._queue)
             self._queue.clear()
@@ -225,11 +225,11 @@ class Worker:
             self._deliver(job, failed)
 
     def _retry_after(self) -> int:
-        """Seconds until the requests that wait have had their turns, reckoned from the average so far."""
+        """Seconds until the waiting requests have had their turn, estimated from the average so far."""
         seconds = math.ceil(len(self._queue) / self._slots * self._seconds)
         return max(_SHORTEST_RETRY, min(seconds, _LONGEST_RETRY))
 
-    # What follows runs in the thread.
+    # The rest runs in the thread.
 
     def _run(self) -> None:
         try:
@@ -241,7 +241,7 @@ class Worker:
                     self._changed.notify_all()
                 while self._turn(engine):
                     pass
-        except BaseException as error:  # whatever it was: nobody else would tell those who wait
+        except BaseException as error:  # whatever it was: nobody else would inform those waiting
             message = f"{type(error).__name__}: {error}"
             with self._changed:
                 self._error = message
@@ -266,7 +266,7 @@ class Worker:
         )
 
     def _turn(self, engine: Engine) -> bool:
-        """What is to be done between two steps, and a step. False where the worker is to end."""
+        """Does the work between two steps, and a step. Returns False if the worker should end."""
         with self._changed:
             while not (self._busy() or self._failing or self._stopping):
                 self._beat = time.monotonic()
@@ -294,11 +294,11 @@ class Worker:
         return bool(self._queue or self._filling or self._running or self._cancelled)
 
     def _leave(self, engine: Engine) -> None:
-        """Frees the slots of what was cancelled."""
+        """Frees the slots of cancelled requests."""
         with self._changed:
             cancelled, self._cancelled = self._cancelled, []
         for job in cancelled:
-            if job.ticket in self._open:  # it may have come to its end meanwhile
+            if job.ticket in self._open:  # it may have ended meanwhile
                 self._end(engine, job, "cancelled")
 
     def _join(self, engine: Engine) -> None:
@@ -313,17 +313,17 @@ class Worker:
         job.cached = engine.begin(slot, job.request)
 
     def _admitted(self) -> None:
-        """The prompt that was being read is, and its slot takes part in steps."""
+        """The prompt has been read, and its slot takes part in steps."""
         with self._changed:
             assert self._filling is not None  # the engine had a prompt to read
             slot, self._running[slot] = self._filling
             self._filling = None
 
     def _push(self, engine: Engine, drawn: Drawn) -> None:
-        """Delivers a token, and ends its request where it was the last."""
+        """Delivers a token, and ends its request if it was the last."""
         job = self._running[drawn.slot]
         if job.cancelled:
-            return  # `_leave` sees to it
+            return  # `_leave` handles it
         request = job.request
         if drawn.token_id < 0:
             self._end(engine, job, Failed(NOT_FINITE, "not_finite"))
@@ -338,7 +338,7 @@ class Worker:
             self._end(engine, job, "length")
 
     def _end(self, engine: Engine, job: _Job, how: Failed | str) -> None:
-        """Frees a job's slot, if it has one, and says so."""
+        """Frees a job's slot, if it has one, and delivers its last event."""
         slot = self._forget(job)
         if slot is not None:
             engine.release(slot)
@@ -347,7 +347,7 @@ class Worker:
         self._close(job)
 
     def _forget(self, job: _Job) -> int | None:
-        """Takes a job from where it is. Returns the slot that it had."""
+        """Removes a job from wherever it is. Returns the slot that it had."""
         with self._changed:
             if job in self._queue:
                 self._queue.remove(job)
@@ -362,13 +362,13 @@ class Worker:
         return None
 
     def _close(self, job: _Job) -> None:
-        """The job's last event is delivered."""
+        """Notes that the job's last event was delivered."""
         with self._changed:
             self._open.pop(job.ticket, None)
             self._changed.notify_all()
 
     def _fail_all(self) -> list[int]:
-        """Ends all open requests with `_failing`. Returns the slots that they had."""
+        """Ends all open requests with `_failing`. Returns their slots."""
         with self._changed:
             jobs = list(self._open.values())
             failed, self._failing = self._failing or _STOPPED, None
@@ -382,5 +382,5 @@ class Worker:
     def _deliver(self, job: _Job, event: Event) -> None:
         try:
             job.deliver(event)
-        except Exception:  # the reader's loop was closed, say: nobody is there to be told
+        except Exception:  # for example, the reader's loop was closed: there is nobody to inform
             self.cancel(job.ticket)

@@ -1,7 +1,7 @@
-"""Files that come from elsewhere: text and JSON in bounded memory, with errors that say what to do.
+"""Reads untrusted files: text and JSON in bounded memory, with errors that say what to do.
 
-A name in a checkpoint's directory may belong to a pipe, a device, a circular link or a sparse terabyte. Everything here
-opens regular files only, never blocks, and reads no more than the limit for the file.
+A name in a checkpoint's directory may be a pipe, a device, a circular link or a sparse terabyte. Everything here opens
+only regular files, never blocks, and reads no more than the file's limit.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ LIMITS: Final[Mapping[str, int]] = {  # bytes; GPT-OSS's tokenizer.json, the lar
     "config.json": 4 << 20,
     "generation_config.json": 1 << 20,
 }
-OTHER_LIMIT: Final = 16 << 20  # of a file that is not listed above
-MAX_DEPTH: Final = 64  # of JSON; Python's parsers differ in how deep they go before they fail
+OTHER_LIMIT: Final = 16 << 20  # for files not listed above
+MAX_DEPTH: Final = 64  # of JSON; Python versions differ in how deep their parser goes before it fails
 MAX_CONTAINERS: Final = 1 << 22  # arrays and objects in a JSON file; GPT-OSS's tokenizer.json has 450,000
-MISSING: Final = (FileNotFoundError, NotADirectoryError)  # what opening a file raises if there is none
+MISSING: Final = (FileNotFoundError, NotADirectoryError)  # what opening a file that does not exist raises
 
 _FIXES: Final = {
-    errno.ELOOP: "its symbolic links lead in a circle: replace them with the file",
+    errno.ELOOP: "its symbolic links form a loop; replace them with the file",
     errno.ENAMETOOLONG: "use a shorter name",
 }
 _NOT_BRACKETS: Final = bytes(set(range(256)) - set(b'"[]{}'))
@@ -41,7 +41,7 @@ _DELTAS: Final = [{ord("["): 1, ord("{"): 1}.get(byte, -1) for byte in range(256
 
 
 class Stamp(NamedTuple):
-    """What changes when a file is rewritten or replaced."""
+    """Identifies a file's version: changes when the file is rewritten or replaced."""
 
     size: int
     modified_ns: int
@@ -56,23 +56,23 @@ def stamp(status: os.stat_result) -> Stamp:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[int]:
-    """A descriptor for reading a regular file; closed at the end.
+    """Yields a descriptor for reading a regular file, and closes it at the end.
 
     Raises:
-      FileNotFoundError, NotADirectoryError (`MISSING`): there is no such file.
-      CheckpointError: anything that is not a regular file, or cannot be opened, or fails while it is read.
+      FileNotFoundError, NotADirectoryError (`MISSING`): the file does not exist.
+      CheckpointError: it is not a regular file, cannot be opened, or fails while being read.
     """
     try:
-        _check_regular(path, os.stat(path))  # opening a device may do something to it
+        _check_regular(path, os.stat(path))  # first, because opening a device may have side effects
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except MISSING:
         if os.path.islink(path):
-            raise CheckpointError(f"{shown(path)} is a link to a file that does not exist: fetch the file.") from None
+            raise CheckpointError(f"{shown(path)} links to a file that does not exist; download the file") from None
         raise
     except OSError as error:
         raise _unreadable(path, error) from error
     except ValueError as error:  # a NUL, or half a surrogate pair
-        raise CheckpointError(f"{shown(path)} cannot be a file ({error}): use another name.") from None
+        raise CheckpointError(f"{shown(path)} cannot be a file ({error}); use another name") from None
     try:
         _check_regular(path, os.fstat(descriptor))  # it may have been replaced in between
         yield descriptor
@@ -86,24 +86,24 @@ def _check_regular(path: str | os.PathLike[str], status: os.stat_result) -> None
     if not stat.S_ISREG(status.st_mode):
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe, a device or the like"
         raise CheckpointError(
-            f"{shown(path)} cannot be read: it is {kind}, not a regular file; put the file itself there."
+            f"{shown(path)} cannot be read: it is {kind}, not a regular file; put the file itself there"
         )
 
 
 def _unreadable(path: str | os.PathLike[str], error: OSError) -> CheckpointError:
-    fix = _FIXES.get(error.errno or 0, "see to its permissions")
-    return CheckpointError(f"{shown(path)} cannot be read ({error.strerror}): {fix}.")
+    fix = _FIXES.get(error.errno or 0, "check its permissions")
+    return CheckpointError(f"{shown(path)} cannot be read ({error.strerror}): {fix}")
 
 
 def read_bytes(path: Path, limit: int | None = None) -> bytes | None:
-    """The bytes of a file, or None if there is no such file.
+    """The bytes of a file, or None if it does not exist.
 
     Args:
       path: the file.
-      limit: the most bytes to read; by default, the limit of its name in `LIMITS`.
+      limit: the most bytes to read; by default, the limit for its name in `LIMITS`.
 
     Raises:
-      CheckpointError: a file that is too large, not regular, or cannot be read.
+      CheckpointError: the file is too large, is not a regular file, or cannot be read.
     """
     limit = LIMITS.get(path.name, OTHER_LIMIT) if limit is None else limit
     try:
@@ -115,12 +115,12 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes | None:
     except MISSING:
         return None
     if not left:
-        raise CheckpointError(f"{shown(path)} is larger than {limit:,} bytes, the most that is read: fetch it again.")
+        raise CheckpointError(f"{shown(path)} is larger than the limit of {limit:,} bytes; download it again")
     return b"".join(parts)
 
 
 def read_text(path: Path) -> str | None:
-    """The text of a UTF-8 file, or None if there is no such file. Raises CheckpointError for an unreadable one."""
+    """The text of a UTF-8 file, or None if it does not exist. Raises `CheckpointError` if it is unreadable."""
     data = read_bytes(path)
     if data is None:
         return None
@@ -129,12 +129,12 @@ def read_text(path: Path) -> str | None:
     except UnicodeDecodeError as error:
         raise_damaged(path, f"not valid JSON or text ({error})")
     if text.startswith("version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` there.")
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` there")
     return text
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, or None if there is no such file. Raises CheckpointError for a damaged one."""
+    """The object in a JSON file, or None if the file does not exist. Raises `CheckpointError` if it is damaged."""
     text = read_text(path)
     if text is None:
         return None
@@ -143,19 +143,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise_damaged(path, f"not valid JSON ({error})")
     if not isinstance(value, dict):
-        raise_damaged(path, f"it holds a JSON {type(value).__name__}, not an object")
+        raise_damaged(path, f"it contains a JSON {type(value).__name__}, not an object")
     return value
 
 
 def parse_json(text: str, *, strict: bool = False) -> Any:
-    """The value of a JSON text of bounded nesting, so that no parser runs out of its stack.
+    """Parses JSON text of bounded nesting, so that the parser does not overflow its stack.
 
     Args:
       text: the JSON.
-      strict: refuse keys that occur twice, and NaN and infinity, which Python accepts and JSON does not have.
+      strict: reject duplicate keys, and NaN and infinity, which Python accepts but JSON does not have.
 
     Raises:
-      ValueError: invalid JSON, more than MAX_DEPTH levels or MAX_CONTAINERS arrays and objects.
+      ValueError: invalid JSON, more than MAX_DEPTH levels, or more than MAX_CONTAINERS arrays and objects.
     """
     _check_nesting(text)
     try:
@@ -167,11 +167,11 @@ def parse_json(text: str, *, strict: bool = False) -> Any:
 
 
 def _check_nesting(text: str) -> None:
-    # Measures correctly whatever is valid JSON up to its first fault; no parser gets beyond that.
+    # Measures correctly up to the first syntax error, and no parser gets beyond that.
     if text.count("[") + text.count("{") <= MAX_DEPTH:
         return
     data = text.replace("\\\\", "").replace('\\"', "").encode("utf-8", "surrogatepass")
-    # Adjacent quotes can go: what is inside a string stays inside, and what is outside stays outside.
+    # Adjacent quotes can be dropped: inside a string stays inside, and outside stays outside.
     data = data.translate(None, delete=_NOT_BRACKETS).replace(b'""', b"")
     data = re.sub(rb'"[^"]*("|$)', b"", data)
     if data.count(b"[") + data.count(b"{") > MAX_CONTAINERS:
@@ -193,5 +193,5 @@ def _no_constant(name: str) -> None:
 
 
 def raise_damaged(path: Path, what: str) -> NoReturn:
-    """Raises the CheckpointError of a damaged file."""
-    raise CheckpointError(f"{path} is damaged: {what}. Fetch it again.")
+    """Raises the `CheckpointError` for a damaged file."""
+    raise CheckpointError(f"{path} is damaged: {what}; download it again")

@@ -1,6 +1,6 @@
-"""Commands that install gptjax again, or one of its extras, from where this installation came from.
+"""Commands that reinstall gptjax, or install one of its extras, from wherever this installation came from.
 
-No package registry has a package of this name, so `pip install gptjax` would fail, or fetch somebody else's.
+gptjax is not in any package registry, so `pip install gptjax` would fail or install something else.
 """
 
 import json
@@ -16,19 +16,19 @@ _CHECKOUT: Final = Path(__file__).resolve().parent.parent.parent
 
 
 def with_extra(extra: str) -> str:
-    """The command that installs an extra of pyproject.toml, such as "serve", for a shell."""
+    """The shell command that installs an extra of pyproject.toml, such as "serve"."""
     source = _source(f"[{extra}]")
-    if source is None:  # the extra's packages alone will do
+    if source is None:  # then just the extra's packages
         source = [requirement for requirement, wanted_by in requirements() if wanted_by == extra]
     return _pip(source)
 
 
 def again() -> str:
-    """How to install gptjax again, for the end of a sentence."""
+    """How to reinstall gptjax, for the end of a message."""
     source = _source("")
     if source is None:
-        return "install gptjax again, the way you installed it"
-    return f"install gptjax again: {_pip(['--force-reinstall', *source])}"
+        return "reinstall gptjax the way you installed it"
+    return f"reinstall gptjax: {_pip(['--force-reinstall', *source])}"
 
 
 def _pip(arguments: list[str]) -> str:
@@ -36,7 +36,7 @@ def _pip(arguments: list[str]) -> str:
 
 
 def _source(extra: str) -> list[str] | None:
-    """pip's arguments for where gptjax came from (PEP 610); None if that is unknown or no longer there."""
+    """pip's arguments for gptjax's origin (PEP 610); None if that is unknown or gone."""
     origin = _origin()
     url, vcs = str(origin.get("url", "")), origin.get("vcs_info")
     if isinstance(vcs, dict):
@@ -55,7 +55,7 @@ def _source(extra: str) -> list[str] | None:
 
 
 def _origin() -> dict[str, Any]:
-    """What the installer recorded about where the package came from."""
+    """The installer's record of where the package came from."""
     try:
         text = metadata.distribution("gptjax").read_text("direct_url.json")
     except metadata.PackageNotFoundError:
@@ -64,7 +64,7 @@ def _origin() -> dict[str, Any]:
 
 
 def requirements() -> list[tuple[str, str]]:
-    """(requirement, the extra that has it or ""): those of pyproject.toml in a checkout, else as installed."""
+    """Pairs of a requirement and its extra or "": from pyproject.toml in a checkout, else from the installation."""
     project = _CHECKOUT / "pyproject.toml"
     if project.is_file():
         table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]

@@ -1,4 +1,4 @@
-"""A progress bar on the terminal for work that takes longer than a second."""
+"""A progress bar in the terminal for work that takes longer than a second."""
 
 import contextlib
 import os
@@ -8,34 +8,34 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
-Advance = Callable[[int], None]  # told how many units (bytes, unless said otherwise) were done since the last call
-Progress = Callable[[str, int | None], AbstractContextManager[Advance]]  # description, total -> the above
+Advance = Callable[[int], None]  # takes the units (bytes by default) done since the last call
+Progress = Callable[[str, int | None], AbstractContextManager[Advance]]  # takes a description and a total
 
 PATIENCE_SECONDS: Final = 1.0  # work shorter than this shows nothing
 
 
 def silent(description: str, total: int | None) -> AbstractContextManager[Advance]:
-    """The `Progress` that shows nothing."""
+    """A `Progress` that shows nothing."""
     return contextlib.nullcontext(lambda count: None)
 
 
 @contextlib.contextmanager
 def progress(description: str, total: int | None, unit: str = "B") -> Iterator[Advance]:
-    """Shows a bar on stderr while the body runs, from one second on, and removes it at the end.
+    """Shows a bar on stderr while the body runs, after the first second, and removes it at the end.
 
-    Nothing is shown where stderr is not a terminal or the environment variable GPTJAX_NO_PROGRESS is set. stdout is
-    never written to.
+    Nothing is shown if stderr is not a terminal or the environment variable GPTJAX_NO_PROGRESS is set. Never writes to
+    stdout.
 
         with progress("loading", total=6_230_000_000) as advance:
             advance(4096)
 
     Args:
-      description: what is being done, a word or two.
-      total: how many units there are; None where that is not known, which shows the time only.
-      unit: "B" for bytes, which are shown as MB and MB/s; else a plural noun.
+      description: what is being done, in a word or two.
+      total: the number of units; if None (unknown), only the time is shown.
+      unit: "B" for bytes, shown as MB and MB/s; otherwise a plural noun.
 
     Yields:
-      A callable that takes the units done since it was called last.
+      A callable that takes the units done since the last call.
     """
     if os.environ.get("GPTJAX_NO_PROGRESS") or not sys.stderr.isatty():
         yield lambda count: None
@@ -48,7 +48,7 @@ def progress(description: str, total: int | None, unit: str = "B") -> Iterator[A
 
 
 class _Bar:
-    """A `rich.progress.Progress` that appears late, so that its import costs quick work nothing."""
+    """A `rich.progress.Progress` that appears late, so that quick work does not pay for its import."""
 
     def __init__(self, description: str, total: int | None, unit: str):
         self._description, self._total, self._unit = description, total, unit
@@ -57,7 +57,7 @@ class _Bar:
         self._rich: Any = None
         self._task: Any = None
         self._closed = False
-        # A timer, not a look at the clock in `advance`: one long step (a compilation) must show too.
+        # A timer rather than a check in `advance`, because a single long step (a compilation) must show too.
         self._timer = threading.Timer(PATIENCE_SECONDS, self._show)
         self._timer.daemon = True
         self._timer.start()

@@ -1,4 +1,4 @@
-"""What `load` sets up in JAX, and what it asks of the devices. Nothing here happens at import."""
+"""Sets up JAX for `load`, and queries the devices. Nothing happens at import."""
 
 import dataclasses
 import os
@@ -14,13 +14,13 @@ from gptjax.errors import ConfigError, RequestError
 from gptjax.support.quoting import quoted
 
 DTYPES = ("float32", "bfloat16", "float16")
-_LEAST_CACHED_COMPILATION = 0.2  # seconds: below it, compiling again is as fast as reading the file
-_process: int | None = None  # which uses JAX: the one that loaded the first model
-_NO_LIMIT = 1 << 60  # version 1 of control groups writes "none" as the largest number of whole pages
+_LEAST_CACHED_COMPILATION = 0.2  # seconds: below that, compiling again is as fast as reading the file
+_process: int | None = None  # the process that uses JAX: the one that loaded the first model
+_NO_LIMIT = 1 << 60  # version 1 of control groups writes "no limit" as the largest number of whole pages
 
 
 def compute_dtype(dtype: DTypeLike | None) -> np.dtype:
-    """The dtype to compute in; None is float32 on a CPU (bfloat16 is many times slower there), else bfloat16.
+    """The dtype to compute in; None means float32 on a CPU (where bfloat16 is many times slower), else bfloat16.
 
     Raises:
       ConfigError: not one of DTYPES.
@@ -46,14 +46,14 @@ def check_process() -> None:
         _process = os.getpid()
     if _process != os.getpid():
         raise RequestError(
-            f"process {os.getpid()} was forked from process {_process}, which uses JAX, whose threads do not survive a "
-            "fork: load and use models in one process only, or start others without a fork, as with "
+            f"process {os.getpid()} was forked from process {_process}, which uses JAX, and JAX's threads do not "
+            "survive a fork; load and use models in one process only, or start processes without forking, such as with "
             "multiprocessing.get_context('spawn')"
         )
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs on disk, unless JAX was told where already or GPTJAX_CACHE_DIR is set to nothing.
+    """Caches compiled programs on disk, unless JAX's cache is already configured or GPTJAX_CACHE_DIR is empty.
 
     The directory is $GPTJAX_CACHE_DIR/xla, by default ~/.cache/gptjax/xla.
     """
@@ -63,14 +63,14 @@ def enable_compilation_cache() -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # a home that cannot be written to costs time, not results
+        return  # an unwritable home costs time, not results
     if os.access(directory, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_CACHED_COMPILATION)
 
 
 def own_cache_directory() -> Path | None:
-    """Where gptjax keeps compiled programs if JAX was told no other place; None where GPTJAX_CACHE_DIR is empty."""
+    """Where gptjax caches compiled programs unless JAX is configured otherwise; None if GPTJAX_CACHE_DIR is empty."""
     given = os.environ.get("GPTJAX_CACHE_DIR")
     if given == "":
         return None
@@ -80,17 +80,17 @@ def own_cache_directory() -> Path | None:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes of a device; on a CPU those of the machine, or of the container or job that this process runs in."""
+    """A device's memory in bytes; on a CPU, that of the machine, or of the container or job of this process."""
 
     device: str  # kind of device: "cpu", "NVIDIA H200"
     platform: str  # "cpu", "gpu"
     limit: int  # the most that may be used
-    in_use: int  # by JAX on a GPU; on a CPU by every process that shares the limit
-    available: int  # what can still be had
+    in_use: int  # on a GPU by JAX; on a CPU by every process that shares the limit
+    available: int  # can still be allocated
 
 
 def device_memory(device: jax.Device | None = None) -> DeviceMemory:
-    """The memory of a device, of the default one if none is given, as it is now."""
+    """The current memory of a device, by default the default device."""
     device = jax.devices()[0] if device is None else device
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
@@ -105,8 +105,8 @@ def device_memory(device: jax.Device | None = None) -> DeviceMemory:
 def cgroup_memory(root: Path = Path("/")) -> list[tuple[int, int]]:
     """(limit, still available), in bytes, of each Linux control group that limits this process's memory.
 
-    Both versions of control groups are read, and the groups above the process's own, whose limits bind it as well. What
-    cannot be read sets no limit. `root` is where /proc and /sys are looked for.
+    Reads both versions of control groups, and the process's own group with its ancestors, whose limits also apply.
+    Files that cannot be read set no limit. `root` is the directory with /proc and /sys.
     """
     found = []
     for line in (_text(root / "proc/self/cgroup") or "").splitlines():
@@ -117,7 +117,7 @@ def cgroup_memory(root: Path = Path("/")) -> list[tuple[int, int]]:
             tops, files = ["sys/fs/cgroup/memory"], ("memory.limit_in_bytes", "memory.usage_in_bytes")
         else:
             continue
-        # In a container the path may be the host's, of which only the top is to be seen: it is the container's own.
+        # In a container the path may be the host's, of which only the top is visible: the container's own group.
         inner = PurePosixPath(path.lstrip("/"))
         groups = [root / top / each for top in tops for each in (inner, *inner.parents)]
         found += [pair for group in dict.fromkeys(groups) if (pair := _group_memory(group, *files)) is not None]
@@ -129,7 +129,7 @@ def _group_memory(group: Path, limit_file: str, usage_file: str) -> tuple[int, i
     if not (limit.isdecimal() and usage.isdecimal()) or int(limit) >= _NO_LIMIT:  # or it says "max"
         return None
     stat = dict(line.split(" ", 1) for line in (_text(group / "memory.stat") or "").splitlines() if " " in line)
-    # Cached pages of files, such as those of a checkpoint read before, count as usage but go when memory is wanted.
+    # Cached pages of files, such as a checkpoint read before, count as usage but are freed on demand.
     cached = sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in ("inactive_file", "active_file"))
     return int(limit), min(max(int(limit) - int(usage) + cached, 0), int(limit))
 

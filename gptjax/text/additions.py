@@ -1,7 +1,7 @@
-"""Tokens that were added to a tokenizer after its training, from the files next to its vocabulary.
+"""Tokens added to a tokenizer after its training, from the files next to its vocabulary.
 
-transformers wrote them in two ways. Since 4.34 `added_tokens_decoder` in tokenizer_config.json has all of them, and
-nothing else is read. Before that, added_tokens.json has their ids, and special_tokens_map.json says what they are for.
+transformers has two forms. Since 4.34, `added_tokens_decoder` in tokenizer_config.json has all of them, and nothing
+else is read. Before that, added_tokens.json has their ids, and special_tokens_map.json their purposes.
 """
 
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ def read_special_tokens(directory: Path, settings: Mapping[str, Any]) -> Mapping
 
 
 def read_additions(directory: Path, settings: Mapping[str, Any], special: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The added tokens in the files next to a vocabulary, in the form that tokenizer.json has them.
+    """The added tokens in the files next to a vocabulary, in tokenizer.json's form.
 
     Args:
-      settings, special: tokenizer_config.json, and what `read_special_tokens` gives.
+      settings, special: tokenizer_config.json, and the result of `read_special_tokens`.
 
     Raises:
       CheckpointError: a file is damaged.

@@ -1,12 +1,12 @@
-"""Limits for the texts of a prompt: one that is far too long is refused before all of it is encoded."""
+"""Limits on the texts of a prompt: one that is far too long is refused before all of it is encoded."""
 
 from collections.abc import Callable, Iterable, Iterator
 
 from gptjax.errors import CapacityError
 
-# Characters. Longer texts are counted in blocks before they are encoded whole: ten million take 20 s, and gigabytes.
+# Characters. Longer texts are counted in blocks before they are encoded whole: ten million take 20 s and gigabytes.
 _BLOCK = 1 << 16
-# A block can have this many more tokens than the same characters inside the text, since it is cut off at both ends.
+# A block can have this many more tokens than the same characters inside the text, since it is cut at both ends.
 _ENDS = 16
 # Characters per token at most: prose has 4 to 5, and deeply indented code or schemas 12.
 _PER_TOKEN = 16
@@ -17,7 +17,7 @@ class Bounds:
     """How long the texts of one prompt may be, in tokens and in characters."""
 
     def __init__(self, encode: Callable[[str], list[int]], max_length: int, *, shorten: str = "it") -> None:
-        """Takes what encodes a text, the most tokens, and what an error asks the user to `shorten`."""
+        """`encode` gives a text's tokens; `shorten` is what an error asks the user to shorten."""
         self._encode = encode
         self._max_length = max_length
         self._shorten = shorten
@@ -25,20 +25,20 @@ class Bounds:
         self._left = self._most
 
     def check(self, tokens: int) -> None:
-        """Raises `CapacityError` if a prompt of so many tokens is too long."""
+        """Raises `CapacityError` if a prompt with this many tokens is too long."""
         if tokens > self._max_length:
             raise self._too_long(f"{self._max_length} tokens")
 
     def joined(self, pieces: Iterable[str], before: int = 0) -> str:
-        """The next text, from its pieces; a string will do.
+        """Joins the pieces of the next text; a string works too.
 
         Args:
-            pieces: no more are taken once the prompt is certain not to fit.
-            before: tokens that the prompt has already.
+          pieces: no more are taken once the prompt is certain not to fit.
+          before: tokens already in the prompt.
 
         Raises:
-            CapacityError: the prompt is certain to have more tokens than `max_length`, or its texts have more than 16
-                characters for each of those, and more than a million.
+          CapacityError: the prompt is certain to have more tokens than `max_length`, or its texts have more than 16
+            characters for each of those, and more than a million.
         """
         blocks, tokens = [], before
         for block in self._blocks(pieces):

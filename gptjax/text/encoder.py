@@ -12,10 +12,10 @@ from gptjax.text.vocabulary import BYTE_OF, AddedToken, Vocabulary
 
 
 class Encoder:
-    """Encodes text with a vocabulary's model and some of its added tokens; others in the text are plain text.
+    """Encodes text with a vocabulary's model and some of its added tokens; it reads the others as plain text.
 
-    The library numbers added tokens itself, from the number of the model's tokens on, whatever their files say. So it
-    works on numbers without gaps, which are turned into the real ids afterwards.
+    The library numbers added tokens itself, right after the model's tokens, whatever the files say. So it gets numbers
+    without gaps, which are mapped to the real ids afterwards.
     """
 
     def __init__(self, vocabulary: Vocabulary, model: models.BPE, added: Sequence[AddedToken]) -> None:
@@ -24,12 +24,12 @@ class Encoder:
         self._engine.add_tokens([_of_library(token) for token in added])
         for token in added:
             number = self._engine.token_to_id(token.content)
-            if number is not None and number >= len(self._ids):  # else it is a token of the model
+            if number is not None and number >= len(self._ids):  # else the model has the token
                 self._ids.append(token.id)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
-        # For a batch, the library lets other threads run. Without offsets it takes half the time.
+        # The batch call lets other threads run. Without offsets it takes half the time.
         (encoding,) = self._engine.encode_batch_fast([text], add_special_tokens=False)
         return [self._ids[number] for number in encoding.ids]
 
@@ -38,13 +38,13 @@ class Encoders:
     """A vocabulary's encoders, which share its model.
 
     Attributes:
-        without_special: reads special tokens in a text as plain text.
-        with_special: finds them.
-        before, after: ids that the post-processor puts around a text.
+      without_special: reads special tokens in a text as plain text.
+      with_special: reads them as special tokens.
+      before, after: ids that the post-processor puts around a text.
 
     Raises:
-        CheckpointError: the library cannot make them.
-        ConfigError: the post-processor does something else.
+      CheckpointError: the library cannot make them.
+      ConfigError: the post-processor does anything else.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -58,7 +58,7 @@ class Encoders:
         except ConfigError:
             raise
         except Exception as error:  # the library raises no narrower type
-            raise CheckpointError(f"{vocabulary.file} is damaged ({error}): fetch it again.") from error
+            raise CheckpointError(f"{vocabulary.file} is damaged ({error}): fetch it again") from error
 
 
 def _around(vocabulary: Vocabulary, model: models.BPE) -> tuple[list[int], list[int]]:
@@ -75,7 +75,7 @@ def _around(vocabulary: Vocabulary, model: models.BPE) -> tuple[list[int], list[
     if added != [1] * start + [0] * len(plain) + [1] * (len(ids) - end):
         raise ConfigError(
             f"{vocabulary.file} has a post_processor that repeats, leaves out or divides the text, which gptjax does "
-            "not do: remove the post_processor from the file, or give token ids instead of text"
+            "not support: remove the post_processor from the file, or give token ids instead of text"
         )
     return ids[:start], ids[end:]
 

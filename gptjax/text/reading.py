@@ -1,4 +1,4 @@
-"""Reading a tokenizer's files: `tokenizer.json`, or GPT-2's `vocab.json` and `merges.txt`."""
+"""Reads a tokenizer's files: `tokenizer.json`, or GPT-2's `vocab.json` and `merges.txt`."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from gptjax.text.additions import read_additions, special_tokens
 from gptjax.text.vocabulary import AddedToken, Vocabulary, build_vocabulary
 
 END_OF_TEXT = "<|endoftext|>"
-# Vocabularies hold a handful of tokens that no merge builds (special ones); a merges.txt cut short leaves thousands.
+# Vocabularies hold a handful of tokens that no merge builds (special ones); a truncated merges.txt leaves thousands.
 _MOST_UNBUILT = 100
 _OTHER_CUTS = ("gpt_oss", "llama", "qwen2")
 _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
@@ -24,8 +24,8 @@ def read_vocabulary(
     """The vocabulary of a directory, given its tokenizer_config.json, special_tokens_map.json and `model_type`.
 
     Raises:
-        CheckpointError: files are missing or damaged.
-        ConfigError: the tokenizer is not a byte-level BPE.
+      CheckpointError: files are missing or damaged.
+      ConfigError: the tokenizer is not a byte-level BPE.
     """
     path = directory / "tokenizer.json"
     found = read_json(path)
@@ -42,19 +42,19 @@ def _missing(directory: Path, *, no_vocab: bool, no_merges: bool) -> str:
     names = ["tokenizer.json"] + ["vocab.json"] * no_vocab + ["merges.txt"] * no_merges
     where = shown(directory) if os.path.isdir(directory) else f"{shown(directory)}, which is not a directory"
     return (
-        f"No tokenizer: {', '.join(names)} not found in {where}. Put tokenizer.json there, or vocab.json with "
-        "merges.txt, or name a directory that has them. Without a tokenizer the model still works on token ids."
+        f"no tokenizer: {', '.join(names)} not found in {where}; put tokenizer.json there, or vocab.json with "
+        "merges.txt, or name a directory that has them; without a tokenizer the model still works on token ids"
     )
 
 
 def _require_gpt2_cut(directory: Path, settings: Mapping[str, Any], model_type: object) -> None:
-    """vocab.json and merges.txt do not say how text is cut into words; another way than GPT-2's gives wrong ids."""
+    """vocab.json and merges.txt do not say how text is cut into words; any way but GPT-2's gives wrong ids."""
     named = settings.get("tokenizer_class")
     if named in _GPT2_CLASSES or (named is None and model_type not in _OTHER_CUTS):
         return
     raise ConfigError(
         f"{directory} has the vocab.json and merges.txt of {shown(str(named or model_type))}, which may cut text into "
-        "words differently from GPT-2: put its tokenizer.json there."
+        "words differently from GPT-2: put its tokenizer.json there"
     )
 
 
@@ -63,7 +63,7 @@ def _from_tokenizer_json(
 ) -> Vocabulary:
     model = found.get("model")
     if not isinstance(model, dict):
-        raise_damaged(path, '"model" is missing or no object')
+        raise_damaged(path, '"model" is missing or not an object')
     _require_byte_level(path, found, model)
     cut, prefix = found["pre_tokenizer"], settings.get("add_prefix_space")
     if isinstance(prefix, bool) and cut.get("type") == "ByteLevel":
@@ -84,7 +84,7 @@ def _from_tokenizer_json(
 
 
 def _require_byte_level(path: Path, found: dict[str, Any], model: dict[str, Any]) -> None:
-    """Older files do not name the model's type, and write an absent affix as ""."""
+    """Raises ConfigError for another kind. Older files omit the model's type, and write an absent affix as ""."""
     kind = model.get("type", "BPE" if "merges" in model else None)
     faults = [] if kind == "BPE" else [f"its model is {shown(str(kind))}"]
     if "ByteLevel" not in _types(found.get("pre_tokenizer")):
@@ -99,7 +99,7 @@ def _require_byte_level(path: Path, found: dict[str, Any], model: dict[str, Any]
     if faults:
         raise ConfigError(
             f"{path} is not a byte-level BPE ({', '.join(faults[:10])}), the only kind that gptjax reads: use a model "
-            "that has one, or give token ids instead of text."
+            "that has one, or give token ids instead of text"
         )
 
 
@@ -119,7 +119,7 @@ def _types(node: Any) -> Iterator[str]:
 def _merges(path: Path, merges: object) -> list[tuple[str, str]]:
     """Pairs, from either spelling: ["a", "b"] or "a b"."""
     if not isinstance(merges, list):
-        raise_damaged(path, "its merges are no list")
+        raise_damaged(path, "its merges are not a list")
     pairs = []
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -130,9 +130,9 @@ def _merges(path: Path, merges: object) -> list[tuple[str, str]]:
 
 
 def _added(path: Path, items: object) -> Iterator[AddedToken]:
-    """The tokens of "added_tokens"; an empty one is in no text."""
+    """The tokens of "added_tokens", without empty ones, which no text contains."""
     if not isinstance(items, list | None):
-        raise_damaged(path, "its added tokens are no list")
+        raise_damaged(path, "its added tokens are not a list")
     for item in items or []:
         if not isinstance(item, dict) or not isinstance(item.get("content"), str) or type(item.get("id")) is not int:
             raise_damaged(path, f"the added token {quoted(item)} has no content or no id")
@@ -167,7 +167,7 @@ def _from_gpt2_files(
 def _gpt2_added(
     directory: Path, ids: dict[str, Any], settings: Mapping[str, Any], special: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The added tokens, then those with a purpose, which get the next ids if vocab.json has none, as in transformers.
+    """The added tokens, then those with a purpose; these get the next ids if vocab.json has none, as in transformers.
 
     <|endoftext|> is special even if no file says so, unless the files name other tokens for all three purposes.
     """
@@ -189,7 +189,7 @@ def _gpt2_added(
 def _gpt2_template(
     settings: Mapping[str, Any], special: Mapping[str, Any], known: Mapping[str, int]
 ) -> dict[str, Any] | None:
-    """The post_processor that tokenizer_config.json's add_bos_token and add_eos_token stand for."""
+    """The post_processor that tokenizer_config.json's add_bos_token and add_eos_token imply."""
     names = {**settings, **special}
 
     def part(which: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""First and last tokens and the longest context, from the configs beside a tokenizer."""
+"""First and last tokens and the longest context, from the configs next to a tokenizer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from gptjax.support.quoting import quoted
 from gptjax.text.additions import read_special_tokens
 from gptjax.text.reading import END_OF_TEXT
 
-# Where no file has the key: what GPT-2 and GPT-OSS begin with and stop at, those of them that the vocabulary has.
+# If no file has the key: what GPT-2 and GPT-OSS begin with and stop at, as far as the vocabulary has it.
 _DEFAULTS = {"bos": ("<|startoftext|>", END_OF_TEXT), "eos": ("<|return|>", END_OF_TEXT, "<|call|>")}
 _LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "model_max_length")
-_UNLIMITED = 2**31  # transformers writes about 10**30 where a tokenizer knows no longest text.
+_UNLIMITED = 2**31  # transformers writes about 10**30 if a tokenizer has no limit
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The configs beside a tokenizer, as read; {} for one that is not there."""
+    """The configs next to a tokenizer, as read; {} for a missing one."""
 
     directory: Path
     generation: Mapping[str, Any]
@@ -28,7 +28,7 @@ class Settings:
     special: Mapping[str, Any]
 
     def ends(self, which: str, known: Mapping[str, int]) -> tuple[int, ...]:
-        """Ids of the "bos" or "eos" tokens; `known` has each token's id. Raises ConfigError for what is no token."""
+        """Ids of the "bos" or "eos" tokens; `known` has each token's id. Raises ConfigError for anything else."""
         key = f"{which}_token_id"
         for name, config in (("generation_config.json", self.generation), ("config.json", self.model)):
             if config.get(key) is not None:
@@ -43,7 +43,7 @@ class Settings:
 
     @property
     def context_length(self) -> int | None:
-        """The most positions, or None where no file says it (whether it fits the model is for the model's config)."""
+        """The most positions, or None if no file says (the model's config checks whether it fits the model)."""
         for config in (self.model, self.tokenizer):
             for key in _LENGTHS:
                 value = config.get(key)
@@ -56,10 +56,10 @@ def read_settings(directory: Path, generation: Mapping[str, Any] | None = None) 
     """Reads the files next to a tokenizer.
 
     Args:
-        generation: replaces generation_config.json.
+      generation: replaces generation_config.json.
 
     Raises:
-        CheckpointError: one is damaged.
+      CheckpointError: one is damaged.
     """
     names = ("config.json", "tokenizer_config.json")
     model, tokenizer = (read_json(directory / name) or {} for name in names)
@@ -71,14 +71,14 @@ def read_settings(directory: Path, generation: Mapping[str, Any] | None = None) 
 def _checked(path: Path, key: str, value: object) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [value]
     if any(type(number) is not int or number < 0 for number in ids):
-        raise ConfigError(f"{path} has {key} = {quoted(value)}: write a token id, or a list of them.")
+        raise ConfigError(f"{path} has {key} = {quoted(value)}; expected a token id or a list of them")
     if key.startswith("bos") and len(ids) != 1:
-        raise ConfigError(f"{path} has {key} = {quoted(value)}: a text begins with one token, write its id.")
+        raise ConfigError(f"{path} has {key} = {quoted(value)}; expected one id, since a text begins with one token")
     return tuple(dict.fromkeys(ids))
 
 
 def _id_of(path: Path, key: str, value: object, known: Mapping[str, int]) -> int:
     content = value.get("content") if isinstance(value, dict) else value
     if not isinstance(content, str) or content not in known:
-        raise ConfigError(f"{path} has {key} = {quoted(value)}, which is not in the vocabulary: write a token that is.")
+        raise ConfigError(f"{path} has {key} = {quoted(value)}, which is not in the vocabulary: use a token that is")
     return known[content]

@@ -18,16 +18,16 @@ from gptjax.text.vocabulary import BYTE_OF, Vocabulary, unspell
 
 
 class Tokenizer:
-    """A byte-level BPE; from `load_tokenizer`. Never changes, so any number of threads may use one.
+    """A byte-level BPE; made by `load_tokenizer`. Immutable, so any number of threads may share one.
 
     Attributes:
-        bos_id: the token before a text, or None.
-        eos_ids: the tokens that generation stops at; empty where unknown.
-        vocab_size: one past the largest id. The model's logits may be wider.
-        context_length: the most positions the model's config allows, or None where no file says it.
-        kind: "byte-level-bpe".
-        special_ids: id of each special token, by its content.
-        longest_token: bytes of the longest token.
+      bos_id: the token before a text, or None.
+      eos_ids: the tokens that generation stops at; empty if unknown.
+      vocab_size: one past the largest id. The model's logits may be wider.
+      context_length: the most positions the model's config allows, or None if no file says.
+      kind: "byte-level-bpe".
+      special_ids: id of each special token, by its content.
+      longest_token: bytes of the longest token.
     """
 
     kind = "byte-level-bpe"
@@ -56,21 +56,21 @@ class Tokenizer:
         """The ids of `text`; none are added before or after it.
 
         Args:
-            text: any string without lone surrogates.
-            special: whether special tokens written in the text, like "<|endoftext|>", become those tokens. Otherwise
-                they are plain text like any other: leave it so for text that a user wrote.
+          text: any string without lone surrogates.
+          special: whether special tokens written in the text, like "<|endoftext|>", become those tokens. Otherwise
+            they are plain text like any other: keep it that way for text that a user wrote.
 
         Raises:
-            RequestError: not a string, a lone surrogate, or a byte that the vocabulary has no token for.
+          RequestError: not a string, a lone surrogate, or a byte that the vocabulary has no token for.
         """
         self._check(text)
         return (self._encoders.with_special if special else self._encoders.without_special).encode(text)
 
     def prompt(self, text: str, *, special: bool = False) -> list[int]:
-        """The ids of `text` with those that tokenizer.json's post_processor adds around it, usually a BOS.
+        """The ids of `text`, with those that tokenizer.json's post_processor adds around it, usually a BOS.
 
-        The same as transformers' `tokenizer(text)`, except that what the text already begins or ends with is not added
-        again. Most tokenizers of GPT-2 and GPT-OSS add nothing. Arguments and errors are those of `encode`.
+        The same as transformers' `tokenizer(text)`, except that tokens already there are not added again. Most
+        tokenizers of GPT-2 and GPT-OSS add nothing. Arguments and errors are those of `encode`.
         """
         ids = self.encode(text, special=special)
         before, after = self._encoders.before, self._encoders.after
@@ -81,28 +81,28 @@ class Tokenizer:
         return [*before, *ids, *after]
 
     def decode(self, ids: Iterable[SupportsIndex], *, special: bool = False) -> str:
-        """The text of `ids`. Bytes that are no character become U+FFFD, and ids that no token has become nothing.
+        """The text of `ids`. Invalid bytes become U+FFFD, and ids that no token has become nothing.
 
         Args:
-            ids: integers of any kind (NumPy's too), not negative.
-            special: whether special tokens are written out; otherwise they are left out.
+          ids: integers of any kind (NumPy's too), not negative.
+          special: whether special tokens are written out; otherwise they are left out.
 
         Raises:
-            RequestError: not a sequence of integers, or a negative one.
+          RequestError: not a sequence of integers, or a negative one.
         """
         if isinstance(ids, str | bytes | bytearray) or not isinstance(ids, Iterable):
-            raise RequestError(f"decode takes a sequence of token ids, not {type(ids).__name__}: encode gives one.")
+            raise RequestError(f"decode takes a sequence of token ids, not {type(ids).__name__}: encode returns one")
         return b"".join([self._shown(token_id, special) for token_id in ids]).decode(errors="replace")
 
     def stream(self, *, special: bool = False) -> Detokenizer:
-        """A decoder that takes one id after the other and gives, piece by piece, the text that `decode` gives."""
+        """A decoder that takes ids one by one and returns, piece by piece, the same text as `decode`."""
         return Detokenizer(partial(self._shown, special=special))
 
     def token_bytes(self, token_id: SupportsIndex) -> bytes:
         """The bytes of one token (a special token's content as UTF-8), b"" for an id that no token has.
 
         Raises:
-            RequestError: not an integer, or negative.
+          RequestError: not an integer, or negative.
         """
         return self._bytes.get(_checked_id(token_id), b"")
 
@@ -112,17 +112,17 @@ class Tokenizer:
 
     def _check(self, text: str) -> None:
         if not isinstance(text, str):
-            raise RequestError(f"The text is {type(text).__name__}, not str: decode bytes first, join lists.")
+            raise RequestError(f"the text is {type(text).__name__}, not str: decode bytes first, join lists")
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"The text has a lone surrogate (U+{ord(text[error.start]):04X}) at position {error.start}, which is "
-                "no character: read it with errors='replace', or join pairs by .encode('utf-16', 'surrogatepass')."
+                f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at position {error.start}, which is "
+                "not a character: read it with errors='replace', or join pairs by .encode('utf-16', 'surrogatepass')"
             ) from error
         unknown = self._unknown and self._unknown.intersection(data)
         if unknown:
-            raise RequestError(f"The vocabulary has no token for the bytes {bytes(sorted(unknown))!r} of the text.")
+            raise RequestError(f"the vocabulary has no token for the bytes {bytes(sorted(unknown))!r} of the text")
 
 
 def load_tokenizer(
@@ -130,16 +130,16 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of a checkpoint's directory.
 
-    Reads tokenizer.json, else vocab.json and merges.txt; then the tokens that were added later, from
-    tokenizer_config.json, or added_tokens.json and special_tokens_map.json; and for the first and last tokens (in this
-    order) generation_config.json, config.json, special_tokens_map.json and tokenizer_config.json.
+    Reads tokenizer.json, else vocab.json and merges.txt; then the tokens added later, from tokenizer_config.json, or
+    added_tokens.json and special_tokens_map.json; and for the first and last tokens (in this order)
+    generation_config.json, config.json, special_tokens_map.json and tokenizer_config.json.
 
     Args:
-        generation_config: replaces generation_config.json.
+      generation_config: replaces generation_config.json.
 
     Raises:
-        CheckpointError: files are missing or damaged.
-        ConfigError: the tokenizer is not a byte-level BPE, or a first or last token is none.
+      CheckpointError: files are missing or damaged.
+      ConfigError: the tokenizer is not a byte-level BPE, or a first or last token is not in the vocabulary.
     """
     settings = read_settings(Path(directory), generation_config)
     model_type = settings.model.get("model_type")
@@ -157,7 +157,7 @@ def _checked_id(token_id: SupportsIndex) -> int:
     except TypeError:
         number = None
     if number is None or isinstance(token_id, bool):
-        raise RequestError(f"A token id is an integer, not {quoted(token_id)} ({type(token_id).__name__}).")
+        raise RequestError(f"a token id is an integer, not {quoted(token_id)} ({type(token_id).__name__})")
     if number < 0:
-        raise RequestError(f"A token id is not negative, but this is {quoted(number)}: drop padding before decoding.")
+        raise RequestError(f"a token id is at least 0, found {quoted(number)}: drop padding before decoding")
     return number

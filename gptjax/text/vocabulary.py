@@ -1,4 +1,4 @@
-"""What a byte-level BPE is made of, checked."""
+"""The parts of a byte-level BPE, checked."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ BYTE_OF = _alphabet()
 
 
 def unspell(token: str) -> bytes:
-    """The bytes of a token of the vocabulary. One not written in the alphabet is text, as the HF decoder has it."""
+    """The bytes of a token of the vocabulary. One not in the alphabet is plain text, as in HF's decoder."""
     try:
         return bytes([BYTE_OF[letter] for letter in token])
     except KeyError:
@@ -29,18 +29,18 @@ def unspell(token: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """A token that is found in the text as a whole, before any merge."""
+    """A token that is matched whole in the text, before any merge."""
 
     content: str
     id: int
     special: bool
     lstrip: bool = False
-    """Swallows the white space before it; `rstrip`, that after it."""
+    """Swallows the white space before it; `rstrip` swallows that after it."""
     rstrip: bool = False
     single_word: bool = False
-    """Is not found inside a word."""
+    """Is not matched inside a word."""
     normalized: bool = False
-    """Whether it is looked for after normalization of the text, and is itself normalized for that."""
+    """Whether it is itself normalized, and matched after normalization of the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Vocabulary:
     """A byte-level BPE. `ids` holds no special token, so ordinary text cannot become one, whatever it says."""
 
     file: Path
-    """Where it comes from, for messages."""
+    """Its source, for messages."""
     ids: dict[str, int]
     """Spelled token to id."""
     merges: list[tuple[str, str]]
@@ -57,11 +57,11 @@ class Vocabulary:
     """As in tokenizer.json, like `pre_tokenizer`."""
     pre_tokenizer: Any
     ignore_merges: bool
-    """A word that is a token is that token, whether or not the merges lead there."""
+    """A word that is a token becomes that token, whether or not the merges lead there."""
     post_processor: Any
     """As in tokenizer.json; it adds tokens around a text."""
     ordinary: tuple[AddedToken, ...]
-    """Special tokens that text is made of anyway, such as "!" if it is the padding. They are found as a whole only if
+    """Special tokens that ordinary text also contains, such as "!" if it is the padding. They are matched whole only if
     special tokens are looked for, and shown like any other text."""
 
 
@@ -91,7 +91,7 @@ def build_vocabulary(
 
 def _checked_ids(file: Path, ids: object) -> dict[str, int]:
     if not isinstance(ids, dict) or not ids:
-        raise_damaged(file, "its vocabulary is no object of tokens and ids")
+        raise_damaged(file, "its vocabulary is not an object of tokens and ids")
     for token, number in ids.items():
         if type(number) is not int or not 0 <= number < 2**32:
             raise_damaged(
@@ -132,7 +132,7 @@ def _check_added(file: Path, ids: Mapping[str, int], names: Mapping[int, str], a
 
 
 def _is_ordinary(name: str, built: Set[str]) -> bool:
-    """Whether text is made of this token anyhow, as when "!" is the padding: hiding it would take it from the text."""
+    """Whether ordinary text contains this token, as when "!" is the padding: hiding it would drop it from text."""
     return len(name) == 1 or name in built
 
 

@@ -4,12 +4,12 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.add_norm import reference
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 
 def add_norm(
     x_TD: jax.Array,
-    terms: Parts | None,
+    terms: PartialSum | None,
     scale_D: jax.Array,
     bias_D: jax.Array | None = None,
     *,
@@ -41,9 +41,9 @@ def add_norm(
     """
     available = {dispatch.XLA: reference.add_norm}
     if dispatch.wanted(implementation) == dispatch.MOSAIC:
-        from pallas_kernels.add_norm import mosaic
+        from pallas_kernels.add_norm import mosaic_sm90
 
-        if mosaic.supports(x_TD, terms, scale_D, bias_D):
-            available[dispatch.MOSAIC] = mosaic.add_norm
+        if mosaic_sm90.supports(x_TD, terms, scale_D, bias_D):
+            available[dispatch.MOSAIC] = mosaic_sm90.add_norm
     run = dispatch.choose("add_norm", implementation, available)
     return run(x_TD, terms, scale_D, bias_D, epsilon=epsilon, center=center)

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 
 def add_norm(
     x_TD: jax.Array,
-    terms: Parts | None,
+    terms: PartialSum | None,
     scale_D: jax.Array,
     bias_D: jax.Array | None = None,
     *,

@@ -4,17 +4,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 
-def takes(k_BKSH: jax.Array, *, implementation: str = dispatch.AUTO) -> bool:
-    """Whether `append` has a kernel for such a cache here: Hopper, bfloat16, heads of an even width."""
-    fits = k_BKSH.dtype == jnp.bfloat16 and k_BKSH.shape[-1] % 2 == 0
+def takes(tokens: int, k_BKSH: jax.Array, *, implementation: str = dispatch.AUTO) -> bool:
+    """Whether `append` has a kernel here: Hopper, one token a row, bfloat16, heads of an even width."""
+    fits = tokens == 1 and k_BKSH.dtype == jnp.bfloat16 and k_BKSH.shape[-1] % 2 == 0
     return dispatch.wanted(implementation) == dispatch.MOSAIC and fits
 
 
 def append(
-    qkv: Parts,
+    qkv: PartialSum,
     rotation: tuple[jax.Array, jax.Array] | None,
     positions_B: jax.Array,
     k_BKSH: jax.Array,
@@ -38,6 +38,6 @@ def append(
     Returns:
       The queries [B, N, H], rotated, and the cache.
     """
-    from pallas_kernels.append import mosaic
+    from pallas_kernels.append import mosaic_sm90
 
-    return mosaic.append(qkv, rotation, positions_B, k_BKSH, v_BKSH)
+    return mosaic_sm90.append(qkv, rotation, positions_B, k_BKSH, v_BKSH)

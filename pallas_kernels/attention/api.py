@@ -58,20 +58,20 @@ def attention(
     wanted = dispatch.wanted(implementation) if cached else dispatch.XLA
     if q_BTNH.shape[1] > 1:
         if wanted == dispatch.MOSAIC:
-            from pallas_kernels.attention import mosaic_prefill
+            from pallas_kernels.attention.prefill import mosaic_sm90 as prefill
 
-            if mosaic_prefill.refused(q_BTNH, k_BKSH, v_BKSH, sinks_N, scale=scale) is None:
-                available[wanted] = mosaic_prefill.prefill
+            if prefill.refused(q_BTNH, k_BKSH, v_BKSH, sinks_N, scale=scale) is None:
+                available[wanted] = prefill.prefill
     elif window is None or window >= k_BKSH.shape[2]:
         if wanted == dispatch.TRITON:
-            from pallas_kernels.attention import triton
+            from pallas_kernels.attention.decode import triton
 
             available[wanted] = partial(_decode, triton.decode)
         elif wanted == dispatch.MOSAIC and q_BTNH.dtype == k_BKSH.dtype == jnp.bfloat16:
-            from pallas_kernels.attention import mosaic
+            from pallas_kernels.attention.decode import mosaic_sm90 as decode
 
-            if q_BTNH.shape[-1] % mosaic.WIDTHS == 0:
-                available[wanted] = partial(_decode, mosaic.decode)
+            if q_BTNH.shape[-1] % decode.WIDTHS == 0:
+                available[wanted] = partial(_decode, decode.decode)
     run = dispatch.choose("attention", implementation, available)
     return run(q_BTNH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, sinks_N, scale=scale, window=window)
 

@@ -1,5 +1,6 @@
 """GPT-2's block in one kernel: for one token of a few rows, where what costs is that kernels begin and end."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,52 +10,63 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.block import reference
-from pallas_kernels.block.stream import STRIP, Relay, Stream, Weights
+from pallas_kernels.block.stream import PANEL, Stream, Weights, Workspace
 
 MOST_ROWS = 8
-_MOST_STRIPS = 32  # whose moments a warp puts together
-_HIDDEN = (
-    4  # hidden units a column, as all sizes of GPT-2 have it; each of a cluster's first blocks has a strip of them
-)
+_MOST_PANELS = 32  # whose moments a warp puts together
+# Hidden units a column, as all sizes of GPT-2 have them: each of a cluster's first blocks has a panel of these.
+_HIDDEN = 4
 _GROUPS = 8  # of multiprocessors, at most: a cluster is all in one of them
 
 
 def takes(
+    x_BTD: jax.Array,
+    weights: Weights,
+    k_BNSH: jax.Array,
+    v_BNSH: jax.Array,
     *,
-    rows: int,
-    heads: int,
-    kv_heads: int,
-    head_width: int,
-    width: int,
-    mlp_width: int,
-    dtype: Any,
+    activation: str,
     implementation: str = dispatch.AUTO,
 ) -> bool:
-    """Whether there is a kernel for such a block here: on Hopper, for the shapes of all sizes of GPT-2, in bfloat16.
+    """Whether there is a kernel for such a block here: on Hopper, in bfloat16, with the sizes that all GPT-2 have.
 
     Args:
-      rows: T, up to `MOST_ROWS`.
-      heads, kv_heads, head_width, width: N, N, 64 and 64 · N, with N up to 32 and as `cluster` has room.
-      mlp_width: 4 · width.
-      dtype: of weights, activations and cache.
+      x_BTD: the residual stream: one token (T = 1) of up to `MOST_ROWS` rows.
+      weights: of the block, all of x's dtype; none may be packed.
+      k_BNSH, v_BNSH: its cache. N is D / 64, up to 32 and as `cluster` has room, and H is 64.
+      activation: of the MLP: "gelu_tanh" is the one that the kernel has.
     """
-    if dispatch.wanted(implementation) != dispatch.MOSAIC or dtype != jnp.bfloat16 or rows > MOST_ROWS:
-        return False
-    shape = (kv_heads, head_width, width, mlp_width)
-    if shape != (heads, STRIP, STRIP * heads, _HIDDEN * STRIP * heads) or heads > _MOST_STRIPS:
-        return False
-    return cluster(heads) is not None
+    one_token = x_BTD.shape[1] == 1
+    return one_token and activation == "gelu_tanh" and _has_kernel(x_BTD, weights, k_BNSH, v_BNSH, implementation)
 
 
-def cluster(strips: int) -> int | None:
-    """C: how many blocks share a product's inner axis, of a row of so many strips; None where they do not fit.
+def _has_kernel(x: jax.Array, weights: Weights, k_TNSH: jax.Array, v_TNSH: jax.Array, implementation: str) -> bool:
+    """Whether the kernel runs here for these operands, x [..., D] with a row a token."""
+    *rows, D = x.shape
+    _, N, _, H = k_TNSH.shape
+    F = _HIDDEN * D
+    shapes = [(D,), (D,), (D, 3 * D), (3 * D,), (D, D), (D,), (D,), (D,), (D, F), (F,), (F, D), (D,)]
+    arrays = jax.tree.leaves(weights)
+    return (
+        dispatch.wanted(implementation) == dispatch.MOSAIC
+        and all(each.dtype == jnp.bfloat16 for each in (x, k_TNSH, v_TNSH, *arrays))
+        and [each.shape for each in arrays] == shapes
+        and math.prod(rows) <= MOST_ROWS
+        and (D, H) == (PANEL * N, PANEL)
+        and N <= _MOST_PANELS
+        and cluster(N) is not None
+    )
+
+
+def cluster(panels: int) -> int | None:
+    """How many blocks share a product's inner axis, given the panels of a row; None if they do not fit on the device.
 
     All clusters wait for each other: so all must be on the device at once, a block to a multiprocessor, and no other
     such kernel with them. (In a stream of blocks, each waits for the one before.) Of the multiprocessors of a group,
     what whole clusters leave over may stay empty.
     """
-    room = [each for each in range(_HIDDEN, 9) if strips * each <= multiprocessors() - _GROUPS * (each - 1)]
-    return min(room, key=lambda each: (-(-strips // each), each), default=None)
+    room = [each for each in range(_HIDDEN, 9) if panels * each <= multiprocessors() - _GROUPS * (each - 1)]
+    return min(room, key=lambda each: (-(-panels // each), each), default=None)
 
 
 def multiprocessors() -> int:
@@ -100,17 +112,13 @@ def block(
       ValueError: an unknown implementation, or one that does not take these operands; or a stream for other sizes.
     """
     T, D = stream.x_TD.shape
-    words = Relay(T, D, weights.up.bias.shape[0]).words
+    words = Workspace(T, D, weights.up.bias.shape[0]).words
     if stream.cleared_W.shape != (words,):
-        raise ValueError(f"a relay of {words} words is needed, found {stream.cleared_W.shape}: use Stream.of(x, F)")
+        raise ValueError(f"a workspace of {words} words is needed, found {stream.cleared_W.shape}: use Stream.of(x, F)")
     available: dict[str, Callable[..., Any]] = {dispatch.XLA: reference.block}
-    _, N, _, H = k_TNSH.shape
-    shape = {"rows": T, "heads": N, "kv_heads": N, "head_width": H, "width": D}
-    arrays = (stream.x_TD, k_TNSH, v_TNSH, *jax.tree.leaves(weights))
-    dtype = stream.x_TD.dtype if len({each.dtype for each in arrays}) == 1 else None
-    if takes(**shape, mlp_width=weights.up.bias.shape[0], dtype=dtype, implementation=implementation):
-        from pallas_kernels.block import mosaic
+    if _has_kernel(stream.x_TD, weights, k_TNSH, v_TNSH, implementation):
+        from pallas_kernels.block import mosaic_sm90
 
-        available[dispatch.MOSAIC] = partial(mosaic.block, blocks=cluster(N))
+        available[dispatch.MOSAIC] = partial(mosaic_sm90.block, blocks=cluster(k_TNSH.shape[1]))
     run = dispatch.choose("block", implementation, available)
     return run(stream, weights, positions_T, k_TNSH, v_TNSH, epsilon=epsilon, scale=scale)

@@ -41,8 +41,8 @@ def block(
     return Stream(x_TD, moments(x_TD), stream.cleared_W, stream.used_W), k_TNSH, v_TNSH
 
 
-def _product(x_TK: jax.Array, linear: LinearWeights) -> jax.Array:
-    return jnp.dot(x_TK, linear.kernel, preferred_element_type=jnp.float32) + linear.bias.astype(jnp.float32)
+def _product(x_TI: jax.Array, linear: LinearWeights) -> jax.Array:
+    return jnp.dot(x_TI, linear.kernel, preferred_element_type=jnp.float32) + linear.bias.astype(jnp.float32)
 
 
 def _added(x_TD: jax.Array, y_TD: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What the operation takes and gives. One more axis letter than `gptjax.axes` has: W, the words of a relay."""
+"""What the operation takes and gives."""
 
 import dataclasses
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-STRIP = 64  # columns of which moments are kept
+PANEL = 64  # columns of which moments are kept
 _UNWRITTEN = 0xFFFFFFFF  # which no number is that was computed: of NaN there is one form
 
 
@@ -50,20 +50,20 @@ class Stream:
     def of(cls, x_TD: jax.Array, mlp_width: int) -> "Stream":
         """A stream that begins."""
         T, D = x_TD.shape
-        words = Relay(T, D, mlp_width).words
+        words = Workspace(T, D, mlp_width).words
         cleared_W, used_W = (jnp.full((words,), _UNWRITTEN, jnp.uint32) for _ in range(2))
         return cls(x_TD, moments(x_TD), cleared_W, used_W)
 
 
 def moments(x_TD: jax.Array) -> jax.Array:
     """See `Stream.moments_TN2`."""
-    x_TNH = x_TD.astype(jnp.float32).reshape(x_TD.shape[0], -1, STRIP)
+    x_TNH = x_TD.astype(jnp.float32).reshape(x_TD.shape[0], -1, PANEL)
     mean_TN1 = x_TNH.mean(axis=-1, keepdims=True)
     return jnp.stack((mean_TN1[..., 0], jnp.square(x_TNH - mean_TN1).sum(axis=-1)), axis=-1)
 
 
-class Relay(NamedTuple):
-    """Where in a relay what is: numbers of its words."""
+class Workspace(NamedTuple):
+    """Where in a workspace what lies: numbers of its words."""
 
     rows: int  # T
     width: int  # D
@@ -87,4 +87,4 @@ class Relay(NamedTuple):
     @property
     def words(self) -> int:
         """Of all."""
-        return self.moments + self.rows * self.width // STRIP * 2
+        return self.moments + self.rows * self.width // PANEL * 2

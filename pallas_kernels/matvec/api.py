@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.matvec import reference
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 FEW = 64  # rows, at most: beyond, a product is bound by arithmetic, and XLA's is good at that
 # Rows up to which a kernel was seen to be faster than XLA's own product, on an H200 (Triton: at one row).
@@ -13,40 +13,40 @@ _FASTER = {dispatch.MOSAIC: 8, dispatch.TRITON: 4}
 
 
 def matvec(
-    x_TK: jax.Array, kernel_KN: jax.Array, bias_N: jax.Array | None = None, *, implementation: str = dispatch.AUTO
-) -> Parts:
+    x_TI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array | None = None, *, implementation: str = dispatch.AUTO
+) -> PartialSum:
     """x · kernel + bias, accumulated in float32.
 
     Args:
-      x_TK: one row a token, up to `FEW`.
-      kernel_KN: of x's dtype.
-      bias_N: of any floating dtype.
-      implementation: "auto", "mosaic" (bfloat16, K and N multiples of 64), "triton" (bfloat16, float16 or float32) or
+      x_TI: one row a token, up to `FEW`.
+      kernel_IO: of x's dtype.
+      bias_O: of any floating dtype.
+      implementation: "auto", "mosaic" (bfloat16, I and O multiples of 64), "triton" (bfloat16, float16 or float32) or
         "xla".
 
     Returns:
-      [T, N] float32, with the sum over parts of K, and the bias, left to whoever reads it. A row's bits do not depend
+      [T, O] float32, with the sum over parts of I, and the bias, left to whoever reads it. A row's bits do not depend
       on the others, for a given T.
 
     Raises:
       ValueError: an unknown implementation, one that does not take these operands, or more rows.
     """
-    if x_TK.shape[0] > FEW:
-        raise ValueError(f"matvec takes up to {FEW} rows, found {x_TK.shape[0]}: use a product of matrices")
+    if x_TI.shape[0] > FEW:
+        raise ValueError(f"matvec takes up to {FEW} rows, found {x_TI.shape[0]}: use a product of matrices")
     available = {dispatch.XLA: reference.product}
-    T, N = x_TK.shape[0], kernel_KN.shape[1]
-    wanted = dispatch.wanted(implementation) if x_TK.dtype == kernel_KN.dtype else dispatch.XLA
+    T, outputs = x_TI.shape[0], kernel_IO.shape[1]
+    wanted = dispatch.wanted(implementation) if x_TI.dtype == kernel_IO.dtype else dispatch.XLA
     # Of rows that are no multiple of 16 bytes, the Triton kernel would load each number by itself.
-    if implementation == dispatch.AUTO and (_FASTER.get(wanted, 0) < T or N % 8):
+    if implementation == dispatch.AUTO and (_FASTER.get(wanted, 0) < T or outputs % 8):
         wanted = dispatch.XLA
-    fits = x_TK.dtype == jnp.bfloat16 and not any(size % 64 for size in kernel_KN.shape)
+    fits = x_TI.dtype == jnp.bfloat16 and not any(size % 64 for size in kernel_IO.shape)
     if wanted == dispatch.MOSAIC and fits:
-        from pallas_kernels.matvec import mosaic
+        from pallas_kernels.matvec import mosaic_sm90
 
-        available[dispatch.MOSAIC] = mosaic.product
+        available[dispatch.MOSAIC] = mosaic_sm90.product
     if wanted == dispatch.TRITON:
         from pallas_kernels.matvec import triton
 
-        if x_TK.dtype in triton.DTYPES:
+        if x_TI.dtype in triton.DTYPES:
             available[dispatch.TRITON] = triton.product
-    return dispatch.choose("matvec", implementation, available)(x_TK, kernel_KN, bias_N)
+    return dispatch.choose("matvec", implementation, available)(x_TI, kernel_IO, bias_O)

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 
-def product(x_TK: jax.Array, kernel_KN: jax.Array, bias_N: jax.Array | None = None) -> Parts:
+def product(x_TI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array | None = None) -> PartialSum:
     """See `api.matvec`."""
-    y_TN = jnp.dot(x_TK, kernel_KN, preferred_element_type=jnp.float32)
-    return Parts(y_TN[None], bias_EN=None if bias_N is None else bias_N[None])
+    y_TO = jnp.dot(x_TI, kernel_IO, preferred_element_type=jnp.float32)
+    return PartialSum(y_TO[None], bias_EO=None if bias_O is None else bias_O[None])

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.fragments import TILE, MXFP4Fragments
+from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
+from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.moe import reference
 from pallas_kernels.moe.routing import BY_EXPERT
-from pallas_kernels.mxfp4 import MXFP4
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 LARGEST_SCALE = 192  # that the kernels take, of MXFP4: 2^65
 _FEW = 512  # tokens up to which "auto" takes the Triton kernel; more was not measured
@@ -28,7 +28,7 @@ def moe(
     alpha: float,
     limit: float,
     implementation: str = dispatch.AUTO,
-) -> Parts:
+) -> PartialSum:
     """The weighted sum of the chosen experts' clamped SwiGLU networks.
 
     Means, for token t, with e = experts[t, x]:
@@ -56,14 +56,14 @@ def moe(
     Raises:
       ValueError: an unknown implementation, or one that does not take these operands.
     """
-    available: dict[str, Callable[..., Parts]] = {dispatch.XLA: reference.grouped}
+    available: dict[str, Callable[..., PartialSum]] = {dispatch.XLA: reference.grouped}
     repacked = isinstance(gate_up, MXFP4Fragments) and isinstance(down, MXFP4Fragments)
     wanted = dispatch.wanted(implementation) if repacked and x_TD.dtype == jnp.bfloat16 else dispatch.XLA
     if wanted == dispatch.MOSAIC:
-        from pallas_kernels.moe import mosaic, mosaic_grouped
+        from pallas_kernels.moe import grouped_sm90, mosaic_sm90
 
         few = x_TD.shape[0] <= BY_EXPERT
-        available[dispatch.MOSAIC] = mosaic.routed if few else mosaic_grouped.routed
+        available[dispatch.MOSAIC] = mosaic_sm90.routed if few else grouped_sm90.routed
     if wanted == dispatch.TRITON and (x_TD.shape[0] <= _FEW or implementation == dispatch.TRITON):
         from pallas_kernels.moe import triton
 
@@ -73,9 +73,9 @@ def moe(
 
 
 def repacked(weight: MXFP4, implementation: str = dispatch.AUTO) -> MXFP4 | MXFP4Fragments:
-    """Experts' weights [E, N, K] in the layout that this device's kernels want.
+    """Experts' weights [E, O, I] in the layout that this device's kernels want.
 
-    They stay as they are where there is no kernel for them: on other devices, where N or K is no multiple of 64, and
+    They stay as they are where there is no kernel for them: on other devices, where O or I is not a multiple of 64, and
     where a scale is above `LARGEST_SCALE`, which no model has that works.
     """
     has_kernel = dispatch.wanted(implementation) in (dispatch.MOSAIC, dispatch.TRITON)

@@ -6,11 +6,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.fragments import MXFP4Fragments
+from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.moe import routing
 from pallas_kernels.moe.routing import Groups
-from pallas_kernels.mxfp4 import MXFP4
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 LARGEST_GROUP = 128  # tokens of one expert that are computed together, at most
 # Groups whose weights are unpacked and multiplied at a time. With 1, a token of gpt-oss-tales takes 19 to 21 ms on two
@@ -30,7 +30,7 @@ def grouped(
     *,
     alpha: float,
     limit: float,
-) -> Parts:
+) -> PartialSum:
     """Tokens sorted by expert, in groups of one expert each, whose weights alone are unpacked. See `api.moe`."""
     E = gate_up_bias_E2F.shape[0]
     groups, places_TX = routing.sorted_groups(experts_TX, E, group_sizes(experts_TX.size, E)[0])
@@ -44,25 +44,25 @@ def grouped(
         limit=limit,
     )
 
-    def run(experts_G: jax.Array, rows_GM: jax.Array) -> jax.Array:
-        rows_GM = jnp.maximum(rows_GM, 0)  # any will do where a place is empty
-        return jax.vmap(lambda expert_id, rows_M: expert(x_TD[rows_M], expert_id))(experts_G, rows_GM)
+    def run(experts_U: jax.Array, rows_UM: jax.Array) -> jax.Array:
+        rows_UM = jnp.maximum(rows_UM, 0)  # any will do where a place is empty
+        return jax.vmap(lambda expert_id, rows_M: expert(x_TD[rows_M], expert_id))(experts_U, rows_UM)
 
     width = x_TD.shape[1]
-    y_PD = jax.lax.platform_dependent(
+    y_AD = jax.lax.platform_dependent(
         groups,
         # A bound that is known at run time only costs nothing on a CPU, and elsewhere a wait of the host in each turn.
         cpu=lambda groups: _in_turn(run, groups, _num_used(groups), width=width),
-        default=lambda groups: _in_turn(run, groups, groups.rows_GR.shape[0], width=width),
+        default=lambda groups: _in_turn(run, groups, groups.rows_UM.shape[0], width=width),
     )
     # Where a pair is not in any group, any place is as good, for its value is not taken.
-    y_TXD = y_PD[places_TX]
-    return Parts(jnp.sum(jnp.where((places_TX >= 0)[..., None], y_TXD * weights_TX[..., None], 0), axis=1)[None])
+    y_TXD = y_AD[places_TX]
+    return PartialSum(jnp.sum(jnp.where((places_TX >= 0)[..., None], y_TXD * weights_TX[..., None], 0), axis=1)[None])
 
 
 def _num_used(groups: Groups) -> jax.Array:
     """Groups that are not empty: these come first."""
-    return jnp.sum(groups.rows_GR[:, 0] >= 0, dtype=jnp.int32)
+    return jnp.sum(groups.rows_UM[:, 0] >= 0, dtype=jnp.int32)
 
 
 def group_sizes(num_pairs: int, num_experts: int) -> tuple[int, int]:
@@ -77,23 +77,23 @@ def group_sizes(num_pairs: int, num_experts: int) -> tuple[int, int]:
 def _in_turn(
     run: Callable[[jax.Array, jax.Array], jax.Array], groups: Groups, num_groups: jax.Array | int, *, width: int
 ) -> jax.Array:
-    """Each place's result [P, D], P = G · M: TOGETHER groups at a time, until `num_groups` have run."""
-    G, M = groups.rows_GR.shape
-    together = min(TOGETHER, G)
-    missing = -G % together
-    experts_G = jnp.pad(groups.experts_G, (0, missing))
-    rows_GM = jnp.pad(groups.rows_GR, ((0, missing), (0, 0)))
+    """Each place's result [A, D], all groups' slots in turn: TOGETHER groups at a time, until `num_groups` have run."""
+    U, M = groups.rows_UM.shape
+    together = min(TOGETHER, U)
+    missing = -U % together
+    experts_U = jnp.pad(groups.experts_U, (0, missing))
+    rows_UM = jnp.pad(groups.rows_UM, ((0, missing), (0, 0)))
 
-    def step(turn: jax.Array, out_GMD: jax.Array) -> jax.Array:
+    def step(turn: jax.Array, out_UMD: jax.Array) -> jax.Array:
         start = turn * together
-        part = run(*(jax.lax.dynamic_slice_in_dim(array, start, together) for array in (experts_G, rows_GM)))
-        return jax.lax.dynamic_update_slice_in_dim(out_GMD, part, start, axis=0)
+        part = run(*(jax.lax.dynamic_slice_in_dim(array, start, together) for array in (experts_U, rows_UM)))
+        return jax.lax.dynamic_update_slice_in_dim(out_UMD, part, start, axis=0)
 
     # Zero, but not to the compiler: of a constant, copies for all layers are made before the first one runs, and held.
-    zero = (groups.experts_G[0] < 0).astype(jnp.float32)
-    out_GMD = jnp.full((G + missing, M, width), zero)
-    out_GMD = jax.lax.fori_loop(0, (num_groups + together - 1) // together, step, out_GMD)
-    return out_GMD.reshape(-1, width)
+    zero = (groups.experts_U[0] < 0).astype(jnp.float32)
+    out_UMD = jnp.full((U + missing, M, width), zero)
+    out_UMD = jax.lax.fori_loop(0, (num_groups + together - 1) // together, step, out_UMD)
+    return out_UMD.reshape(-1, width)
 
 
 def _expert(

@@ -13,8 +13,8 @@ BY_EXPERT = 128  # tokens up to which each expert has one group, with room for a
 class Groups(NamedTuple):
     """Pairs (token, one of its experts) in groups of one expert. In each group the used slots come first."""
 
-    experts_G: jax.Array  # int32; any expert where a group is empty. The group of one that there is not is empty
-    rows_GR: jax.Array  # int32: the token in each slot, -1 in an empty one
+    experts_U: jax.Array  # int32; any expert where a group is empty. The group of one that there is not is empty
+    rows_UM: jax.Array  # int32: the token in each slot, -1 in an empty one
 
 
 class Routing(NamedTuple):
@@ -50,15 +50,15 @@ def _by_expert(experts_TX: jax.Array, num_experts: int) -> Routing:
     T, X = experts_TX.shape
     tokens_T = jnp.arange(T, dtype=jnp.int32)
     # Pairs are compared one choice at a time, so that there is no sum over these.
-    same_TXU = reduce(jnp.logical_or, (experts_TX[..., None] == experts_TX[:, x] for x in range(X)))
-    earlier_TXU = same_TXU & (tokens_T[:, None, None] > tokens_T)
-    rank_TX = jnp.sum(earlier_TXU, axis=-1, dtype=jnp.int32)
+    same_TXT = reduce(jnp.logical_or, (experts_TX[..., None] == experts_TX[:, x] for x in range(X)))
+    earlier_TXT = same_TXT & (tokens_T[:, None, None] > tokens_T)
+    rank_TX = jnp.sum(earlier_TXT, axis=-1, dtype=jnp.int32)
     exists_TX = (experts_TX >= 0) & (experts_TX < num_experts)
     places_TX = jnp.where(exists_TX, experts_TX * T + rank_TX, -1)
-    slots_ER = jnp.arange(num_experts * T, dtype=jnp.int32).reshape(num_experts, T)
-    holds_ERT = reduce(jnp.logical_or, (slots_ER[..., None] == places_TX[:, x] for x in range(X)))
-    rows_ER = jnp.sum(jnp.where(holds_ERT, tokens_T + 1, 0), axis=-1, dtype=jnp.int32) - 1
-    return Routing(Groups(jnp.arange(num_experts, dtype=jnp.int32), rows_ER), places_TX)
+    slots_EM = jnp.arange(num_experts * T, dtype=jnp.int32).reshape(num_experts, T)
+    holds_EMT = reduce(jnp.logical_or, (slots_EM[..., None] == places_TX[:, x] for x in range(X)))
+    rows_EM = jnp.sum(jnp.where(holds_EMT, tokens_T + 1, 0), axis=-1, dtype=jnp.int32) - 1
+    return Routing(Groups(jnp.arange(num_experts, dtype=jnp.int32), rows_EM), places_TX)
 
 
 def sorted_groups(experts_TX: jax.Array, num_experts: int, largest: int) -> Routing:
@@ -68,22 +68,22 @@ def sorted_groups(experts_TX: jax.Array, num_experts: int, largest: int) -> Rout
     """
     experts_TX = _existing(experts_TX, num_experts)
     T, X = experts_TX.shape
-    P, M = T * X, largest
-    G = min(P, P // M + num_experts)
-    experts_P = experts_TX.reshape(P)
-    order_P = jnp.argsort(experts_P, stable=True).astype(jnp.int32)
-    counts_E = jnp.zeros((num_experts,), jnp.int32).at[experts_P].add(1, mode="drop")
+    M, num_pairs = largest, T * X
+    U = min(num_pairs, num_pairs // M + num_experts)
+    pair_experts = experts_TX.reshape(num_pairs)
+    order = jnp.argsort(pair_experts, stable=True).astype(jnp.int32)
+    counts_E = jnp.zeros((num_experts,), jnp.int32).at[pair_experts].add(1, mode="drop")
     groups_E = (counts_E + M - 1) // M
     first_pair_E, first_group_E = (jnp.cumsum(x) - x for x in (counts_E, groups_E))
-    group_G = jnp.arange(G, dtype=jnp.int32)
-    experts_G = jnp.minimum(jnp.searchsorted(jnp.cumsum(groups_E), group_G, side="right"), num_experts - 1)
-    rank_GM = ((group_G - first_group_E[experts_G]) * M)[:, None] + jnp.arange(M, dtype=jnp.int32)
-    filled_GM = (rank_GM < counts_E[experts_G][:, None]) & (group_G < groups_E.sum())[:, None]
-    pairs_GM = order_P[jnp.where(filled_GM, first_pair_E[experts_G][:, None] + rank_GM, 0)]
-    place_P = (
-        jnp.full((P,), -1, jnp.int32)
-        .at[jnp.where(filled_GM, pairs_GM, P)]
-        .set(jnp.arange(G * M, dtype=jnp.int32).reshape(G, M), mode="drop")
+    group_U = jnp.arange(U, dtype=jnp.int32)
+    experts_U = jnp.minimum(jnp.searchsorted(jnp.cumsum(groups_E), group_U, side="right"), num_experts - 1)
+    rank_UM = ((group_U - first_group_E[experts_U]) * M)[:, None] + jnp.arange(M, dtype=jnp.int32)
+    filled_UM = (rank_UM < counts_E[experts_U][:, None]) & (group_U < groups_E.sum())[:, None]
+    pairs_UM = order[jnp.where(filled_UM, first_pair_E[experts_U][:, None] + rank_UM, 0)]
+    places = (
+        jnp.full((num_pairs,), -1, jnp.int32)
+        .at[jnp.where(filled_UM, pairs_UM, num_pairs)]
+        .set(jnp.arange(U * M, dtype=jnp.int32).reshape(U, M), mode="drop")
     )
-    rows_GM = jnp.where(filled_GM, pairs_GM // X, -1)
-    return Routing(Groups(experts_G.astype(jnp.int32), rows_GM), place_P.reshape(T, X))
+    rows_UM = jnp.where(filled_UM, pairs_UM // X, -1)
+    return Routing(Groups(experts_U.astype(jnp.int32), rows_UM), places.reshape(T, X))

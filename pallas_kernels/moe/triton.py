@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jax.lax import bitcast_convert_type as bitcast
 
-from pallas_kernels.fragments import TILE, MXFP4Fragments
+from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
 from pallas_kernels.moe.activation import SwiGLU
 from pallas_kernels.moe.routing import BY_EXPERT, Groups, route, sorted_groups
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 SLOTS = 16  # tokens of a program: the fewest columns of a product
 WARPS = 4  # `fragments` is made for so many
@@ -40,24 +40,24 @@ def routed(
     alpha: float,
     limit: float,
     interpret: bool = False,
-) -> Parts:
+) -> PartialSum:
     """See `api.moe`."""
     T, E = x_TD.shape[0], down_bias_ED.shape[0]
     groups, places_TX = route(experts_TX, E) if T <= BY_EXPERT else sorted_groups(experts_TX, E, SLOTS)
     run = partial(product, groups=groups, interpret=interpret)
-    h_GRF = run(x_TD, weight=gate_up, bias_EN=gate_up_bias_E2F, activation=SwiGLU(alpha, limit))
+    h_UMF = run(x_TD, weight=gate_up, bias_EO=gate_up_bias_E2F, activation=SwiGLU(alpha, limit))
     splits = 3 if T <= 8 else 1  # with few tokens, the tiles of down's rows are too few for a GPU
-    y_SGRD = run(h_GRF.reshape(-1, h_GRF.shape[-1]), weight=down, sorted=True, splits=splits)
-    y_SPD = y_SGRD.reshape(y_SGRD.shape[0], -1, y_SGRD.shape[-1])
-    return Parts(y_SPD, places_TX, weights_TX, down_bias_ED, experts_TX)
+    y_JUMD = run(h_UMF.reshape(-1, h_UMF.shape[-1]), weight=down, sorted=True, splits=splits)
+    y_JAD = y_JUMD.reshape(y_JUMD.shape[0], -1, y_JUMD.shape[-1])
+    return PartialSum(y_JAD, places_TX, weights_TX, down_bias_ED, experts_TX)
 
 
 @partial(jax.jit, static_argnames=("activation", "splits", "sorted", "stages", "interpret"))
 def product(
-    x_PK: jax.Array,
+    x_AI: jax.Array,
     groups: Groups,
     weight: MXFP4Fragments,
-    bias_EN: jax.Array | None = None,
+    bias_EO: jax.Array | None = None,
     *,
     activation: SwiGLU | None = None,
     splits: int = 1,
@@ -68,32 +68,32 @@ def product(
     """Each group's tokens times its expert's weight.
 
     Args:
-      x_PK: bfloat16; a row a token, or a row a slot where `sorted`.
-      weight: [E, N, K].
-      bias_EN: for the activation.
-      splits: programs that share K; lowered to what divides its tiles.
+      x_AI: bfloat16; a row a token, or a row a slot where `sorted`.
+      weight: [E, O, I].
+      bias_EO: for the activation.
+      splits: programs that share I; lowered to what divides its tiles.
       stages: of a program's pipeline.
       interpret: run on a CPU.
 
     Returns:
-      float32 [splits, G, R, N], of which the first axis is to be summed; with an activation, bfloat16 [G, R, N / 2].
+      float32 [splits, U, M, O], of which the first axis is to be summed; with an activation, bfloat16 [U, M, O / 2].
       What belongs to no token is not written.
     """
-    G, R = groups.rows_GR.shape
+    U, M = groups.rows_UM.shape
     tiles, steps = weight.words.shape[1:3]
     splits = math.gcd(splits, steps)
     if activation is None:
-        biases, out = [], jax.ShapeDtypeStruct((splits, G, R, tiles * TILE), jnp.float32)
+        biases, out = [], jax.ShapeDtypeStruct((splits, U, M, tiles * TILE), jnp.float32)
     else:
-        biases, out = [bias_EN], jax.ShapeDtypeStruct((G, R, tiles * TILE // 2), jnp.bfloat16)
+        biases, out = [bias_EO], jax.ShapeDtypeStruct((U, M, tiles * TILE // 2), jnp.bfloat16)
     result: jax.Array = pl.pallas_call(
         partial(_program, activation, steps // splits, sorted),
         out_shape=out,
-        grid=(tiles, G * pl.cdiv(R, SLOTS), splits),
+        grid=(tiles, U * pl.cdiv(M, SLOTS), splits),
         compiler_params=pltriton.CompilerParams(num_warps=WARPS, num_stages=stages),
         name="moe_product",
         interpret=interpret,
-    )(x_PK, groups.rows_GR, groups.experts_G, weight.words, weight.scales, *biases)
+    )(x_AI, groups.rows_UM, groups.experts_U, weight.words, weight.scales, *biases)
     return result
 
 
@@ -111,35 +111,35 @@ def _program(
     """64 rows of an expert, times up to 16 tokens, over `steps` tiles. That of no token ends at once."""
     *bias_ref, out_ref = refs
     tile, share, split = (pl.program_id(axis) for axis in range(3))
-    R = rows_ref.shape[1]
-    shares = pl.cdiv(R, SLOTS)
+    M = rows_ref.shape[1]
+    shares = pl.cdiv(M, SLOTS)
     group, first = share // shares, share % shares * SLOTS
 
     expert = experts_ref[group]
 
     @pl.when((rows_ref[group, first] >= 0) & (expert >= 0) & (expert < words_ref.shape[0]))
     def _() -> None:
-        slot_S = first + jnp.arange(SLOTS)
-        token_S = pltriton.load(rows_ref.at[group, slot_S], mask=slot_S < R, other=-1)
-        used_S = token_S >= 0
-        row_S = group * R + slot_S if sorted else token_S
-        acc_MS = _sums(x_ref, row_S, used_S, words_ref, scales_ref, expert, tile, split * steps, steps)
+        slot_m = first + jnp.arange(SLOTS)
+        token_m = pltriton.load(rows_ref.at[group, slot_m], mask=slot_m < M, other=-1)
+        used_m = token_m >= 0
+        row_m = group * M + slot_m if sorted else token_m
+        acc_om = _sums(x_ref, row_m, used_m, words_ref, scales_ref, expert, tile, split * steps, steps)
         if activation is None:
-            row_M = tile * TILE + jnp.arange(TILE)
-            place = out_ref.at[split, group, slot_S[None], row_M[:, None]]
-            pltriton.store(place, _by_row(acc_MS), mask=used_S[None])
+            row_o = tile * TILE + jnp.arange(TILE)
+            place = out_ref.at[split, group, slot_m[None], row_o[:, None]]
+            pltriton.store(place, _by_row(acc_om), mask=used_m[None])
             return
-        unit_U = tile * (TILE // 2) + jnp.arange(TILE // 2)
-        biases_U = [pltriton.load(bias_ref[0].at[expert, 2 * unit_U + half]) for half in range(2)]
-        value_US = _activate(acc_MS, biases_U, activation)
-        place = out_ref.at[group, slot_S[None], unit_U[:, None]]
-        pltriton.store(place, value_US.astype(out_ref.dtype), mask=used_S[None])
+        unit_f = tile * (TILE // 2) + jnp.arange(TILE // 2)
+        biases_f = [pltriton.load(bias_ref[0].at[expert, 2 * unit_f + half]) for half in range(2)]
+        value_fm = _activate(acc_om, biases_f, activation)
+        place = out_ref.at[group, slot_m[None], unit_f[:, None]]
+        pltriton.store(place, value_fm.astype(out_ref.dtype), mask=used_m[None])
 
 
 def _sums(
     x_ref: Any,
-    row_S: jax.Array,
-    used_S: jax.Array,
+    row_m: jax.Array,
+    used_m: jax.Array,
     words_ref: Any,
     scales_ref: Any,
     expert: jax.Array,
@@ -155,11 +155,11 @@ def _sums(
 
     # Triton's pipeline has no place for loads of two bytes, so scales are loaded a turn ahead here.
     def body(step: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        acc_MS, scales_128 = carry
+        acc_om, scales_128 = carry
         following_128 = scales(step + 1)
         words = pltriton.load(words_ref.at[expert, tile, step, thread[:, None], word_14])
-        x_SK = pltriton.load(x_ref.at[row_S[:, None], step * TILE + column[None]], mask=used_S[:, None], other=0)
-        return acc_MS + pltriton.dot(_operand(words, scales_128), x_SK, trans_b=True), following_128
+        x_mi = pltriton.load(x_ref.at[row_m[:, None], step * TILE + column[None]], mask=used_m[:, None], other=0)
+        return acc_om + pltriton.dot(_operand(words, scales_128), x_mi, trans_b=True), following_128
 
     zeros = jnp.zeros((TILE, SLOTS), jnp.float32)
     return jax.lax.fori_loop(start, start + steps, body, (zeros, scales(start)))[0]
@@ -217,19 +217,19 @@ def _join(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.concatenate([a[..., None], b[..., None]], axis=-1)
 
 
-def _by_row(acc_MS: jax.Array) -> jax.Array:
+def _by_row(acc_om: jax.Array) -> jax.Array:
     """The sums in the order of the tile's rows."""
-    return acc_MS.reshape(4, 2, 8, SLOTS).swapaxes(1, 2).reshape(TILE, SLOTS)
+    return acc_om.reshape(4, 2, 8, SLOTS).swapaxes(1, 2).reshape(TILE, SLOTS)
 
 
-def _activate(acc_MS: jax.Array, biases_U: list[jax.Array], activation: SwiGLU) -> jax.Array:
+def _activate(acc_om: jax.Array, biases_f: list[jax.Array], activation: SwiGLU) -> jax.Array:
     """The 32 units' values."""
     shape = TILE // 2, SLOTS
-    pairs = acc_MS.reshape(4, 2, 8, SLOTS).transpose(0, 2, 3, 1).reshape(*shape, 2)
-    gate_US, up_US = (
-        half.reshape(shape) + bias_U[:, None].astype(jnp.float32)
-        for half, bias_U in zip(jax.lax.split(pairs, (1, 1), 2), biases_U, strict=True)
+    pairs = acc_om.reshape(4, 2, 8, SLOTS).transpose(0, 2, 3, 1).reshape(*shape, 2)
+    gate_fm, up_fm = (
+        half.reshape(shape) + bias_f[:, None].astype(jnp.float32)
+        for half, bias_f in zip(jax.lax.split(pairs, (1, 1), 2), biases_f, strict=True)
     )
-    gate_US = jnp.minimum(gate_US, activation.limit)
-    up_US = jnp.clip(up_US, -activation.limit, activation.limit)
-    return gate_US * (up_US + 1) / (1 + jnp.exp(-activation.alpha * gate_US))
+    gate_fm = jnp.minimum(gate_fm, activation.limit)
+    up_fm = jnp.clip(up_fm, -activation.limit, activation.limit)
+    return gate_fm * (up_fm + 1) / (1 + jnp.exp(-activation.alpha * gate_fm))

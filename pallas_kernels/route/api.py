@@ -3,13 +3,13 @@
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.route import reference
 
 
 def norm_route(
     x_TD: jax.Array,
-    terms: Parts | None,
+    terms: PartialSum | None,
     scale_D: jax.Array,
     bias_D: jax.Array | None = None,
     *,
@@ -46,9 +46,9 @@ def norm_route(
     operands = (x_TD, terms, scale_D, bias_D, router_DE, router_bias_E, positions_T)
     available = {dispatch.XLA: reference.norm_route}
     if dispatch.wanted(implementation) == dispatch.MOSAIC:
-        from pallas_kernels.route import mosaic
+        from pallas_kernels.route import mosaic_sm90
 
-        if mosaic.supports(*operands, top=top):
-            available[dispatch.MOSAIC] = mosaic.norm_route
+        if mosaic_sm90.supports(*operands, top=top):
+            available[dispatch.MOSAIC] = mosaic_sm90.norm_route
     run = dispatch.choose("norm_route", implementation, available)
     return run(*operands, epsilon=epsilon, center=center, top=top)

@@ -7,7 +7,7 @@ A kernel asks when it is traced, and has a heuristic of its own where there is n
 
 It asks outside its own `jax.jit` function, of which settings are static arguments: inside, the first answer would stay.
 
-An operation is named by its kernel's module, "<op>/<implementation>". To be tuned, that module has a function
+A kernel is named "<op>/<implementation>". To be tuned, its module (`dispatch.module`) has a function
 
     def tunable(shape: Shape) -> list[Settings]
 

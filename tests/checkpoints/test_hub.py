@@ -120,7 +120,7 @@ def test_a_file(name, content, parts):
 
 def test_a_safetensors_file_leads_to_its_directory(tmp_path):
     made.write(Path("model.safetensors"), {"a": np.zeros(3, np.float32)})
-    _refused("model.safetensors", f"name the directory that it is in: {tmp_path / 'cwd'}")
+    _refused("model.safetensors", f"name its directory: {tmp_path / 'cwd'}")
 
 
 @pytest.mark.parametrize("offline", ["1", "true", "ON", "yes"])
@@ -131,7 +131,7 @@ def test_an_id_that_is_not_there_offline(library, monkeypatch, name, offline):
     _refused(
         name,
         repr(name),
-        f"https://huggingface.co/{repo} into a directory",
+        f"https://huggingface.co/{repo} to a new directory",
         "config.json",
         "model.safetensors (or model.safetensors.index.json",
         "tokenizer.json",
@@ -211,7 +211,7 @@ def test_an_unfinished_download_is_not_taken(tmp_path, damage):
     assert hub.resolve("gpt2") == snapshot
     made.gpt2(tmp_path / "home" / "hub" / "elsewhere")
     damage(snapshot)
-    _refused("gpt2", "no repository of this id with configuration and weights")
+    _refused("gpt2", "no repository with this id that has a config and weights")
 
 
 def test_downloads_only_what_is_needed(tmp_path, library):
@@ -320,6 +320,6 @@ def test_an_adapter_beside_a_model_is_not_left_out_silently(tmp_path):
     assert hub.resolve(tmp_path / "both") == tmp_path / "both"  # left behind by a merge
     _adapter(tmp_path / "both", "\x1b[2J" + "x" * 1000)
     with pytest.raises(
-        CheckpointError, match=r"holds a model and an adapter of '.{290,300}… \(adapter_model\.safetensors\)"
+        CheckpointError, match=r"has a model and an adapter of '.{290,300}… \(adapter_model\.safetensors\)"
     ):
         hub.resolve(tmp_path / "both")

@@ -104,7 +104,7 @@ def test_a_file_that_changes_after_its_header_was_read(tmp_path, kind):
             os.utime(path, ns=(0, (tmp_path / "before").stat().st_mtime_ns))
         elif kind == "a pipe":
             os.mkfifo(path)
-    said = {"gone": "does not exist", "a pipe": "not a regular file"}.get(kind, "has changed while it was being read")
+    said = {"gone": "does not exist", "a pipe": "not a regular file"}.get(kind, "changed while it was being read")
     with pytest.raises(CheckpointError, match=said) as caught:
         source.read("a")
     assert str(path) in str(caught.value)
@@ -175,17 +175,17 @@ def test_hostile_header_json(tmp_path, header, said):
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"shape": [-2, -2]}, "has the shape [-2, -2]"),
-        ({"shape": [2.0, 2]}, "has the shape"),
-        ({"shape": [True, 4]}, "has the shape"),
-        ({"shape": "22"}, "has the shape"),
+        ({"shape": [-2, -2]}, "has the invalid shape [-2, -2]"),
+        ({"shape": [2.0, 2]}, "has the invalid shape"),
+        ({"shape": [True, 4]}, "has the invalid shape"),
+        ({"shape": "22"}, "has the invalid shape"),
         ({"shape": [2**62, 2**62, 4]}, "has 16 bytes of data"),  # a product that is 0 in 64 bits
         ({"shape": [2, 3]}, "has 16 bytes of data"),
         ({"dtype": "F99"}, "unknown dtype"),
         ({"dtype": ["F32"]}, "unknown dtype"),
-        ({"data_offsets": [16, 0]}, "has the data_offsets"),
-        ({"data_offsets": [0, 16, 32]}, "has the data_offsets"),
-        ({"data_offsets": [-16, 0]}, "has the data_offsets"),
+        ({"data_offsets": [16, 0]}, "has the invalid data_offsets"),
+        ({"data_offsets": [0, 16, 32]}, "has the invalid data_offsets"),
+        ({"data_offsets": [-16, 0]}, "has the invalid data_offsets"),
         ({"data_offsets": [4, 20]}, "leaves a gap"),
     ],
 )
@@ -227,7 +227,7 @@ def test_pickle_is_refused_and_not_opened(tmp_path, protocol, name):
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.PT", "weights.ckpt"])
 def test_pickle_is_refused_by_name(tmp_path, name):
     (tmp_path / name).write_bytes(b"whatever is in it")
-    _refused(tmp_path, name, "pickle", "judged by its name")
+    _refused(tmp_path, name, "pickle", "judging by its name")
 
 
 def test_a_zip_called_safetensors_is_refused(tmp_path):
@@ -239,7 +239,7 @@ def test_a_zip_called_safetensors_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["ggml-model.bin", "model.safetensors"])
 def test_ggml_is_refused(tmp_path, magic, name):
     (tmp_path / name).write_bytes(magic + bytes(100))
-    _refused(tmp_path, name, "ggml file", "Get the model's safetensors files")
+    _refused(tmp_path, name, "ggml file", "get the model's safetensors files")
 
 
 def test_gguf_is_refused(tmp_path):
@@ -272,7 +272,7 @@ def test_a_pipe_does_not_block(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    _refused(tmp_path, "neither model.safetensors nor model.safetensors.index.json", "Get the model's safetensors")
+    _refused(tmp_path, "neither model.safetensors nor model.safetensors.index.json", "get the model's safetensors")
 
 
 def test_weights_under_another_name(tmp_path):
@@ -327,7 +327,7 @@ def test_faults_of_an_index_are_reported_together(tmp_path):
     _refused(
         tmp_path,
         f"{third} does not exist",
-        f"absent should be in {second}",
+        f"says that absent is in {second}, but it is not",
         f"b is in several files: {first}, {second}",
         f"extra is in {first} but not in",
         "'pytorch_model.bin', which is not a safetensors file",

@@ -69,8 +69,11 @@ def test_echo_prints_the_prompt_first(capsys, lm):
     ("argv", "says"),
     [
         (["perplexity", "--file", "x"], "unrecognized arguments: --file\n"),
-        (["generate", "A", "--maxtokens=3"], "unrecognized arguments: --maxtokens=3 (is --max-tokens meant?)\n"),
-        (["serve", "--prefil-chunk", "64"], "unrecognized arguments: --prefil-chunk 64 (is --prefill-chunk meant?)\n"),
+        (["generate", "A", "--maxtokens=3"], "unrecognized arguments: --maxtokens=3 (did you mean --max-tokens?)\n"),
+        (
+            ["serve", "--prefil-chunk", "64"],
+            "unrecognized arguments: --prefil-chunk 64 (did you mean --prefill-chunk?)\n",
+        ),
         (["convert", "a", "b", "c"], "unrecognized arguments: c\n"),
     ],
 )

@@ -139,8 +139,8 @@ def test_an_empty_line_is_nothing(line):
 
 def test_a_turn_that_is_cut_says_why():
     talk = session(THOUGHT + SAID, SAID, options={"max_tokens": 8})
-    assert ("note", "Cut off before the answer: the limit of --max-tokens is reached.") in texts(talk.handle("A"))
-    assert ("note", "Cut off: the limit of --max-tokens is reached.") in texts(talk.handle("A"))
+    assert ("note", "Cut off before the answer: --max-tokens was reached.") in texts(talk.handle("A"))
+    assert ("note", "Cut off: --max-tokens was reached.") in texts(talk.handle("A"))
     assert [message["content"] for message in talk.messages] == ["A", None, "A", talk.last.text]
     talk = session("<|channel|>final<|message|>" + "It was night. " * 100, max_length=200)
     pieces = texts(talk.handle("A"))
@@ -164,7 +164,7 @@ def test_a_turn_without_an_answer_says_so():
 def test_a_tool_call_is_shown_and_the_conversation_goes_on():
     talk = session('<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>', SAID)
     [note, _] = texts(talk.handle("A"))
-    assert note == ("note", 'The model calls f with {"a": 1}; gptjax chat runs no tools.')
+    assert note == ("note", 'The model called f with {"a": 1}; gptjax chat does not run tools.')
     assert talk.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": 1}'}
     assert texts(talk.handle("B"))[0] == ("answer", "It was night.")
 
@@ -183,7 +183,7 @@ def test_an_error_leaves_the_conversation_as_it_was(script):
 def test_control_c_keeps_what_was_said():
     talk = session(THOUGHT + "<|channel|>final<|message|>It was" + CTRL_C + " night.", SAID)
     pieces = texts(talk.handle("A"))
-    assert pieces[-1] == ("note", "Stopped; what there is stays.")
+    assert pieces[-1] == ("note", "Stopped; the partial answer stays.")
     assert talk.messages[1] == {"role": "assistant", "content": "It was", "reasoning_content": "Let me see."}
     assert "tokens" in say(talk, "/stats")
     assert texts(talk.handle("B"))[0] == ("answer", "It was night.")
@@ -192,7 +192,7 @@ def test_control_c_keeps_what_was_said():
 def test_control_c_before_the_answer_takes_the_message_back():
     talk = session(THOUGHT + CTRL_C + SAID, CTRL_C)
     for line in ("A", "B"):
-        assert texts(talk.handle(line))[-1] == ("note", "Stopped; your message was taken back.")
+        assert texts(talk.handle(line))[-1] == ("note", "Stopped; your message was dropped.")
         assert talk.messages == []
 
 
@@ -224,9 +224,9 @@ def test_effort_and_system_count_from_the_next_turn():
     ("line", "says"),
     [
         ("/efort low", "did you mean /effort?"),
-        ("/xyz", "/help lists them"),
+        ("/xyz", "/help lists all"),
         ("/effort utmost", "low, medium, high"),
-        ("/reasoning maybe", "show or hide"),
+        ("/reasoning maybe", "takes show, hide, or nothing"),
         ("/raw some", "takes all"),
         ("/reasoning", "no turn yet"),
         ("/raw", "no turn yet"),
@@ -268,7 +268,11 @@ def test_save_writes_a_request_and_never_over_a_file(tmp_path):
     assert saved == {"model": "tales", "reasoning_effort": "medium", "messages": talk.conversation}
     assert "Märchen" in file.read_text(encoding="utf-8")
     list(talk.handle("And then?"))
-    for name, says in ((file, "exists already"), (tmp_path / "none" / "x", "No such file"), ("\0", "null")):
+    for name, says in (
+        (file, "already exists and was not overwritten"),
+        (tmp_path / "none" / "x", "No such file"),
+        ("\0", "null"),
+    ):
         with pytest.raises(RequestError, match=says):
             list(talk.handle(f"/save {name}"))
     assert json.loads(file.read_text(encoding="utf-8")) == saved
@@ -365,8 +369,8 @@ def test_errors_are_told_and_the_chat_goes_on(monkeypatch, capsys):
     talk = session(CapacityError("no room"), "<|channel|>final<|message|>It was" + CTRL_C, SAID)
     out, err = talk_with(monkeypatch, capsys, talk, "A", "/nonsense", "B", "two \\", "lines", "", EOFError)
     assert err.splitlines()[0] == "gptjax: no room"
-    assert "gptjax: there is no command /nonsense" in err
-    assert "It was\nStopped; what there is stays.\nIt was night.\n" in out
+    assert "gptjax: unknown command /nonsense" in err
+    assert "It was\nStopped; the partial answer stays.\nIt was night.\n" in out
     assert talk.messages[-2]["content"] == "two \nlines"
 
 
@@ -374,7 +378,7 @@ def test_errors_are_told_and_the_chat_goes_on(monkeypatch, capsys):
 def test_a_command_that_takes_nothing_does_nothing_with_more(line):
     talk = session(SAID)
     list(talk.handle("A"))
-    with pytest.raises(RequestError, match="takes nothing after it"):
+    with pytest.raises(RequestError, match="takes no argument"):
         list(talk.handle(line))
     assert talk.messages and not talk.over
 
@@ -388,7 +392,7 @@ def test_control_c_while_the_terminal_writes_ends_the_turn():
 
     talk, out = session(SAID), io.StringIO()
     chat._show_all(talk.handle("A"), Interrupted(out))
-    assert out.getvalue() == "It was\nStopped; what there is stays.\n"
+    assert out.getvalue() == "It was\nStopped; the partial answer stays.\n"
     assert talk.messages[1]["content"] == "It was"
 
 
@@ -454,7 +458,7 @@ def test_json_is_the_whole_result(capsys, scripted):
     assert re.fullmatch("call_[0-9a-f]{24}", call["id"])
     assert (result["text"], result["reasoning"], result["finish_reason"]) == ("", "", "tool_calls")
     assert result["completion"]["usage"]["prompt_tokens"] > 50
-    assert "runs no tools" in err
+    assert "does not run tools" in err
 
 
 def test_control_c_in_a_single_turn_is_130(capsys, scripted):
@@ -590,7 +594,7 @@ def test_the_program_in_a_terminal(interruptible):  # whose children do not igno
         typist.type("In the morning the old king went down to the sea.\n")
         assert "\x1b[2mthinking...\x1b[0m" in typist.until("thought for")
         typist.type("\x03")
-        assert "Stopped; what there is stays." in typist.until("\n> ")
+        assert "Stopped; the partial answer stays." in typist.until("\n> ")
         typist.type("/stats\n")
         assert "tokens/s" in typist.until("\n> ")
         typist.type("\x03")

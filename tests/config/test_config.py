@@ -227,8 +227,8 @@ def test_configs_cannot_be_changed():
         (b"{", "not valid JSON"),
         (b'{"a": "\xff"}', "not valid JSON"),
         (b"", "not valid JSON"),
-        (b"[1]", "holds a JSON list"),
-        (b"null", "holds a JSON NoneType"),
+        (b"[1]", "contains a JSON list"),
+        (b"null", "contains a JSON NoneType"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"n_embd": ' + b"9" * 5000 + b"}", "not valid JSON"),
     ],
@@ -417,7 +417,7 @@ def test_other_settings_in_place_of_the_files(tmp_path, override, expected):
 
 @pytest.mark.parametrize("override", [True, "no", 1, ["temperature"]])
 def test_overrides_that_are_none(tmp_path, override):
-    with pytest.raises(RequestError, match="generation_config is a dict"):
+    with pytest.raises(RequestError, match="generation_config must be a dict"):
         read_generation_defaults(tmp_path, override)
 
 
@@ -428,7 +428,7 @@ def test_keys_that_are_to_be_ignored(tmp_path):
     with pytest.raises(ConfigError, match=r"unknown keys nested, rotary_dim:.*\('nested', 'rotary_dim',\)"):
         read_config(tmp_path, ignore=["activation_function"])
     for path in ("rotary", "rotary_dim.x", "nested.b", ""):
-        with pytest.raises(ConfigError, match=f"has no {path or repr(path)} to ignore; there is a"):
+        with pytest.raises(ConfigError, match=f"has no {path or repr(path)} to ignore; it has a"):
             read_config(tmp_path, ignore=[path])
     for ignored in ("rotary_dim", [5]):
         with pytest.raises(RequestError, match=r'ignore_config=\("key",\)'):

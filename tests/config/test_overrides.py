@@ -76,7 +76,7 @@ def test_a_key_is_ignored_everywhere(copy, tmp_path, capsys):
         capsys.readouterr()
     with pytest.raises(ConfigError, match="has no rotary_dims to ignore"):
         gptjax.load(copy, ignore_config=["rotary_dims"])
-    with pytest.raises(RequestError, match="ignore_config is a list of names"):
+    with pytest.raises(RequestError, match="ignore_config must be a list of names"):
         gptjax.load(copy, ignore_config="rotary_dim")
     # The destination lacks the key, so it need not be ignored again.
     assert "rotary_dim" not in json.loads((tmp_path / "converted" / "config.json").read_text())

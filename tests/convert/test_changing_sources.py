@@ -36,17 +36,18 @@ def _replaced(path: Path) -> None:
     os.replace(path.with_name("copy"), path)
 
 
+CHANGED = "changed while it was being read"
 CHANGES = {  # a file, the change made to it half-way, and the error about it
-    "truncated": ("model.safetensors", lambda path: os.truncate(path, 20_000), "has changed"),
-    "emptied": ("model.safetensors", lambda path: os.truncate(path, 0), "has changed"),
+    "truncated": ("model.safetensors", lambda path: os.truncate(path, 20_000), CHANGED),
+    "emptied": ("model.safetensors", lambda path: os.truncate(path, 0), CHANGED),
     "gone": ("model.safetensors", os.remove, "does not exist"),
-    "replaced by the same": ("model.safetensors", _replaced, "has changed"),
-    "touched": ("model.safetensors", os.utime, "has changed"),
-    "a byte of the data that was read": ("model.safetensors", lambda path: _flip(path, 20_000), "has changed"),
-    "a byte of the header": ("model.safetensors", lambda path: _flip(path, 40), "has changed"),
-    "the configuration": ("config.json", lambda path: path.write_text(path.read_text() + "\n"), "has changed"),
-    "a byte of the tokenizer": ("tokenizer.json", lambda path: path.write_text("[]"), "has changed"),
-    "a tokenizer that goes": ("tokenizer.json", os.remove, "has changed"),
+    "replaced by the same": ("model.safetensors", _replaced, CHANGED),
+    "touched": ("model.safetensors", os.utime, CHANGED),
+    "a byte of the data that was read": ("model.safetensors", lambda path: _flip(path, 20_000), CHANGED),
+    "a byte of the header": ("model.safetensors", lambda path: _flip(path, 40), CHANGED),
+    "the configuration": ("config.json", lambda path: path.write_text(path.read_text() + "\n"), CHANGED),
+    "a byte of the tokenizer": ("tokenizer.json", lambda path: path.write_text("[]"), CHANGED),
+    "a tokenizer that goes": ("tokenizer.json", os.remove, CHANGED),
 }
 
 

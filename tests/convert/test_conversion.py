@@ -107,7 +107,7 @@ def test_values_beyond_float16_are_refused(tmp_path):
     _, tensors = made.gpt2(tmp_path / "src")
     tensors["wpe.weight"][3, 4] = 70_000
     made.write_gpt2(tmp_path / "src", tensors)
-    with pytest.raises(CheckpointError, match=r"position_embedding holds values beyond float16's 65504; use bfloat16"):
+    with pytest.raises(CheckpointError, match=r"position_embedding has values beyond float16's 65504; use bfloat16"):
         convert(tmp_path / "src", tmp_path / "dst", dtype="float16")
     assert os.listdir(tmp_path) == ["src"]
 
@@ -151,20 +151,20 @@ def _tensor(name: str, *shape: int, dtype=np.float32, value: float = 0):
 BAD = {  # what is done to a directory; the error, and what it says of the fault and of the way out
     "no such path": (shutil.rmtree, CheckpointError, "does not exist", "name a directory"),
     "no config": (lambda d: os.remove(d / "config.json"), CheckpointError, "has no config.json", "expected"),
-    "no weights": (lambda d: os.remove(d / "model.safetensors"), CheckpointError, "has neither", "Get the model's"),
+    "no weights": (lambda d: os.remove(d / "model.safetensors"), CheckpointError, "has neither", "get the model's"),
     "truncated": (
         *(lambda d: os.truncate(d / "model.safetensors", 5000), CheckpointError),
         *("model.safetensors is truncated", "found 5,000", "download the file again"),
     ),
     "missing": (
         *(lambda d: _replaced(d, "h.1.ln_2.bias", None), CheckpointError),
-        *("1 tensor missing:\n    h.1.ln_2.bias", "get the checkpoint again"),
+        *("1 tensor missing:\n    h.1.ln_2.bias", "download the checkpoint again"),
     ),
     "extra": (_tensor("h.0.attn.rotary", 3), CheckpointError, "1 tensor unknown:\n    h.0.attn.rotary", "config.json"),
     "misshapen": (_tensor("ln_f.bias", 61), CheckpointError, "ln_f.bias is [61], expected [60]", "correct config.json"),
     "integers": (_tensor("ln_f.bias", 60, dtype=np.int32), CheckpointError, "ln_f.bias is I32, expected F32 or F16"),
     "float8": (_tensor("ln_f.bias", 60, dtype=ml_dtypes.float8_e4m3fn), CheckpointError, "F8_E4M3, expected F32 or"),
-    "nan": (_tensor("ln_f.bias", 60, value=np.nan), CheckpointError, "ln_f.bias holds NaN", "download it again"),
+    "nan": (_tensor("ln_f.bias", 60, value=np.nan), CheckpointError, "ln_f.bias contains NaN", "download it again"),
     "tied head differs": (
         *(_tensor("lm_head.weight", 101, 60), CheckpointError),
         *("lm_head.weight differs from wte.weight", "set tie_word_embeddings to false"),
@@ -191,7 +191,7 @@ BAD = {  # what is done to a directory; the error, and what it says of the fault
     ),
     "ggml": (
         *(lambda d: _instead(d, "ggml-model.bin", b"lmgg" + bytes(50)), CheckpointError),
-        *("ggml-model.bin is a ggml file", "Get the model's safetensors files"),
+        *("ggml-model.bin is a ggml file", "get the model's safetensors files"),
     ),
     "model type": (lambda d: _config(d, model_type="bert"), ConfigError, "'bert'", "supports gpt2"),
     "activation": (lambda d: _config(d, activation_function="swoosh"), ConfigError, "'swoosh'", "supports"),
@@ -218,11 +218,11 @@ def test_bad_input_is_told_and_writes_nothing(tmp_path, kind, overwrite):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("model.safetensors", None, "name the directory that it is in: "),
+        ("model.safetensors", None, "name its directory: "),
         ("model.gguf", b"GGUF" + bytes(50), "GGUF file"),
         ("ggml-model.bin", b"lmgg" + bytes(50), "ggml file"),
         ("pytorch_model.bin", b"\x80\x02}q\0.", "pickle"),
-        ("notes.txt", b"notes", "name the directory that it is in: "),
+        ("notes.txt", b"notes", "name its directory: "),
     ],
 )
 def test_a_file_as_source(tmp_path, name, content, said):
@@ -240,7 +240,7 @@ def test_source_and_destination_must_lie_apart(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "a")
     for destination in ("a/src", "a/src/.", "a/src/dst", "a/src/../src", "a", "link/src/dst"):
         for overwrite in (False, True):
-            with pytest.raises(CheckpointError, match=r"the same directory|one inside the other"):
+            with pytest.raises(CheckpointError, match=r"the same directory|is inside the other"):
                 convert(tmp_path / "a" / "src", tmp_path / destination, overwrite=overwrite)
     os.remove(tmp_path / "link")
     assert made.listing(tmp_path) == before
@@ -249,7 +249,7 @@ def test_source_and_destination_must_lie_apart(tmp_path):
 def test_a_converted_source_is_refused(tmp_path):
     made.gpt2(tmp_path / "src")
     convert(tmp_path / "src", tmp_path / "dst")
-    with pytest.raises(CheckpointError, match="converted already"):
+    with pytest.raises(CheckpointError, match="is already converted"):
         convert(tmp_path / "dst", tmp_path / "again")
 
 

@@ -140,7 +140,7 @@ def test_a_mixture_of_prefixes_is_refused(tmp_path):
     _, tensors = made.gpt2(tmp_path)
     renamed = {("transformer." + name if name.startswith("h.1.") else name): a for name, a in tensors.items()}
     made.write_gpt2(tmp_path, renamed)
-    _refused(tmp_path, "mixed up", "has a prefix")
+    _refused(tmp_path, "1 tensor with inconsistent prefixes", "has a prefix")
 
 
 def test_a_transposed_weight_is_refused(tmp_path):
@@ -148,7 +148,7 @@ def test_a_transposed_weight_is_refused(tmp_path):
     _, tensors = made.gpt2(tmp_path)
     turned = {name: a.T.copy() if a.ndim == 2 and name.startswith("h.") else a for name, a in tensors.items()}
     made.write_gpt2(tmp_path, turned)
-    _refused(tmp_path, "9 tensors of a wrong shape", "h.0.attn.c_attn.weight is [180, 60], expected [60, 180]")
+    _refused(tmp_path, "9 tensors of the wrong shape", "h.0.attn.c_attn.weight is [180, 60], expected [60, 180]")
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float64, ml_dtypes.float8_e4m3fn])
@@ -156,7 +156,7 @@ def test_other_dtypes_are_refused(tmp_path, dtype):
     _, tensors = made.gpt2(tmp_path)
     made.write_gpt2(tmp_path, tensors | {"ln_f.bias": tensors["ln_f.bias"].astype(dtype)})
     _refused(
-        tmp_path, "1 tensor of a wrong dtype", f"ln_f.bias is {made.DTYPE_NAMES[np.dtype(dtype).name]}, expected F32"
+        tmp_path, "1 tensor of the wrong dtype", f"ln_f.bias is {made.DTYPE_NAMES[np.dtype(dtype).name]}, expected F32"
     )
 
 

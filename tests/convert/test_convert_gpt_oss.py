@@ -16,7 +16,7 @@ from gptjax.checkpoints.weights import flatten
 from gptjax.config import PUBLISHED, config_from_json, read_config
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.models import registry
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.mxfp4 import MXFP4
 from tests.convert import made
 from tests.oracles import gpt_oss_numpy, gpt_oss_ours, gpt_oss_random
 
@@ -201,7 +201,7 @@ def test_misshapen_blocks_and_scales_are_refused(tmp_path, checkpoint, case):
     directory = _write(tmp_path, {**checkpoint.packed, EXPERTS + name: damaged})
     _refused(
         directory,
-        "1 tensor of a wrong shape",
+        "1 tensor of the wrong shape",
         f"{EXPERTS}{name} is {list(damaged.shape)}, expected {list(array.shape)}",
     )
 
@@ -213,14 +213,14 @@ def test_misshapen_projections_are_refused(tmp_path, checkpoint, name):
     array = checkpoint.packed[name]
     damaged = np.ascontiguousarray(array.T) if name.endswith("o_proj.weight") else np.concatenate([array, array])
     directory = _write(tmp_path, {**checkpoint.packed, name: damaged})
-    _refused(directory, "1 tensor of a wrong shape", f"{name} is {list(damaged.shape)}, expected {list(array.shape)}")
+    _refused(directory, "1 tensor of the wrong shape", f"{name} is {list(damaged.shape)}, expected {list(array.shape)}")
 
 
 def test_swapped_projections_are_refused(tmp_path, checkpoint):
     tensors = dict(checkpoint.packed)
     q, k = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "qk")
     tensors[q], tensors[k] = tensors[k], tensors[q]
-    _refused(_write(tmp_path, tensors), "2 tensors of a wrong shape", q, k)
+    _refused(_write(tmp_path, tensors), "2 tensors of the wrong shape", q, k)
 
 
 def test_turned_experts_are_refused(tmp_path, checkpoint):
@@ -230,7 +230,7 @@ def test_turned_experts_are_refused(tmp_path, checkpoint):
         for name, value in checkpoint.dense.items()
     }
     directory = _write(tmp_path, tensors, quantization_config=None)
-    _refused(directory, "4 tensors of a wrong shape", f"{EXPERTS}gate_up_proj is [6, 128, 96], expected [6, 96, 128]")
+    _refused(directory, "4 tensors of the wrong shape", f"{EXPERTS}gate_up_proj is [6, 128, 96], expected [6, 96, 128]")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_other_dtypes_are_refused(tmp_path, checkpoint, name, dtype, found, expe
     tensors = {**checkpoint.packed, EXPERTS + name: checkpoint.packed[EXPERTS + name].astype(dtype)}
     config = {**checkpoint.config, "quantization_config": gpt_oss_random.QUANTIZATION}
     gpt_oss_random.write_files(directory, config, tensors)
-    _refused(directory, "1 tensor of a wrong dtype", f"{EXPERTS}{name} is {found}, expected {expected}")
+    _refused(directory, "1 tensor of the wrong dtype", f"{EXPERTS}{name} is {found}, expected {expected}")
 
 
 @pytest.mark.parametrize(
@@ -515,4 +515,4 @@ def test_parts_of_several_dtypes_are_refused(tmp_path, checkpoint):
     tensors = dict(checkpoint.packed)
     name = "model.layers.0.self_attn.k_proj.weight"
     tensors[name] = tensors[name].astype(np.float16)
-    _refused(_write(tmp_path, tensors), "another dtype than those they are joined with", f"{name} F16")
+    _refused(_write(tmp_path, tensors), "with mixed dtypes in one weight", f"{name} F16")

@@ -24,7 +24,7 @@ from gptjax.config import PUBLISHED, GptOssConfig, ModelConfig, read_config
 from gptjax.errors import ConfigError
 from gptjax.models import registry
 from gptjax.models.params import Params, abstract_params, weights_by_path
-from pallas_kernels.mxfp4 import MXFP4, quantize
+from pallas_kernels.formats.mxfp4 import MXFP4, quantize
 from tests.convert import made
 from tests.oracles import gpt2_ours, gpt_oss_ours, gpt_oss_random
 
@@ -221,7 +221,7 @@ def test_gpt2_has_no_experts(tmp_path):
 @pytest.mark.parametrize("targets", ["none", "mxfp4=all", ""])
 def test_other_choices_are_refused(tmp_path, targets):
     made.gpt2(tmp_path / "src", **GPT2)
-    with pytest.raises(ConfigError, match=r"choose experts, linear, all"):
+    with pytest.raises(ConfigError, match=r"choose one of experts, linear, all"):
         convert.convert(tmp_path / "src", tmp_path / "dst", quantize=targets)
 
 
@@ -251,7 +251,7 @@ def test_the_width_of_all_heads_counts_for_linear_only(tmp_path):
 
 def test_rounding_is_not_undone():
     config = dataclasses.replace(_two_layers("gpt-oss-20b"), mxfp4="all")
-    with pytest.raises(ConfigError, match=r"'all' in MXFP4 already, which is more than 'linear'.*cannot be undone"):
+    with pytest.raises(ConfigError, match=r"already has 'all' in MXFP4, which is more than 'linear'.*cannot be undone"):
         mxfp4.packed_config(config, "linear")
     assert mxfp4.packed_config(config, "all") == config
 

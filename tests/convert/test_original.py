@@ -50,7 +50,7 @@ def test_another_can_be_named(repository, demo, capsys):
     alone = str(repository.parent / "alone")
     options = ["-m", alone, "--max-length", "128", "-n", "2"]
     assert main(["generate", "The king", *options]) == 1
-    assert "No tokenizer" in capsys.readouterr().err
+    assert "no tokenizer" in capsys.readouterr().err
     assert main(["generate", "The king", *options, "--tokenizer", str(repository)]) == 0
     assert main(["chat", "The king", *options, "--tokenizer", str(repository)]) == 0
     assert main(["chat", "The king", *options, "--tokenizer", str(demo)]) == 1

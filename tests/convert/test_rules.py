@@ -100,7 +100,7 @@ def test_all_faults_together(tmp_path):
             "strange": np.zeros(1, np.float32),
         }
     )
-    message = _refused(tmp_path, tensors, "correct config.json or get the checkpoint again")
+    message = _refused(tmp_path, tensors, "correct config.json or download the checkpoint again")
     for part in (
         "layers.0.down; or do without",
         "layers.2.up (the model has no block_2/up)",
@@ -116,9 +116,9 @@ def test_all_faults_together(tmp_path):
         "1 tensor missing:",
         "2 tensors unknown:",
         "1 tensor filling the same weight:",
-        "1 tensor of a wrong shape:",
-        "2 tensors of a wrong dtype:",
-        "1 tensor mixed up:",
+        "1 tensor of the wrong shape:",
+        "2 tensors of the wrong dtype:",
+        "1 tensor with inconsistent prefixes:",
     ]
 
 
@@ -134,7 +134,7 @@ def test_missing_tensors_are_named_with_the_prefix_of_the_others(tmp_path):
 
 def test_a_part_of_the_names_with_prefix_is_a_fault(tmp_path):
     tensors = _tensors(top=None, **{"model.top": np.zeros((7, 3), np.float32)})
-    _refused(tmp_path, tensors, "1 tensor mixed up", "model.top has a prefix, layers.0.up has none")
+    _refused(tmp_path, tensors, "1 tensor with inconsistent prefixes", "model.top has a prefix, layers.0.up has none")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_patterns_match_whole_names_and_plain_numbers(tmp_path, name):
 
 def test_a_target_that_no_rule_fills_is_told(tmp_path):
     targets = _targets() | {"new": jax.ShapeDtypeStruct((2,), jnp.float32)}
-    _refused(tmp_path, _tensors(), "none of the rules fills new", targets=targets)
+    _refused(tmp_path, _tensors(), "no rule fills new", targets=targets)
 
 
 def test_a_source_may_fill_several_targets_transformed(tmp_path):
@@ -202,8 +202,8 @@ def test_a_copy_that_differs_in_a_later_piece_is_seen(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("head", "kind", "said"),
     [
-        (np.zeros((3, 7), np.float32), "of a wrong shape", "head is [3, 7], but top is [7, 3]; untie it"),
-        (np.zeros((7, 3), np.int32), "of a wrong dtype", "head is I32, expected F32 or F16 or BF16"),
+        (np.zeros((3, 7), np.float32), "of the wrong shape", "head is [3, 7], but top is [7, 3]; untie it"),
+        (np.zeros((7, 3), np.int32), "of the wrong dtype", "head is I32, expected F32 or F16 or BF16"),
     ],
 )
 def test_a_copy_of_another_shape_or_kind_is_seen_in_the_headers(tmp_path, head, kind, said):
@@ -239,5 +239,5 @@ def test_values_that_are_not_finite_are_refused(tmp_path, monkeypatch, dtype, va
     assert len(list(rules.stream(rules.check(TABLE, source.tensors, _targets()), source))) == 5
     up[2, 4] = value
     source = _source(tmp_path, tensors | {"layers.1.up": up})
-    with pytest.raises(CheckpointError, match=r"layers\.1\.up holds NaN or infinity.*download it again"):
+    with pytest.raises(CheckpointError, match=r"layers\.1\.up contains NaN or infinity.*download it again"):
         list(rules.stream(rules.check(TABLE, source.tensors, _targets()), source))

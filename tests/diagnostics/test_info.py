@@ -72,8 +72,8 @@ def test_the_command_tells_of_a_size(capsys):
     assert re.search(r"^parameters +20914757184$", out, re.MULTILINE)
     assert re.search(r"^device +GPU of 24.00 GB$", out, re.MULTILINE)
     for options, says in (
-        (["--size", "gpt-3"], "there is no size 'gpt-3'; there are gpt2"),
-        (["--size", "gpt2", "--tensors"], "--size tells of no checkpoint"),
+        (["--size", "gpt-3"], "unknown size 'gpt-3'; choose one of gpt2"),
+        (["--size", "gpt2", "--tensors"], "--size describes no checkpoint"),
         (["--size", "gpt2", "--memory", "-1"], "more than 0 bytes"),
         (["--size", "gpt2", "--memory", "nan"], "more than 0 bytes"),
     ):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gptjax
+from gptjax.checkpoints.checkpoint import Checkpoint
 from gptjax.cli import main
 from gptjax.config import PUBLISHED
 from gptjax.diagnostics import known_answers
@@ -86,7 +87,8 @@ def test_a_shortened_context_is_no_wrong_answer(demo):
 
 
 def test_other_sizes_with_a_known_vocabulary_are_unknown(demo, lm, monkeypatch):
-    monkeypatch.setattr(known_answers, "read_config", lambda directory: PUBLISHED["gpt2-xl"])
+    other = Checkpoint(demo, PUBLISHED["gpt2-xl"])
+    monkeypatch.setattr(known_answers, "open_checkpoint", lambda name: other)
     assert known_answers.verify(lm) == []
 
 

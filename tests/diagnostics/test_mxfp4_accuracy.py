@@ -22,7 +22,7 @@ from gptjax.diagnostics.mxfp4_accuracy import Difference, Report
 from gptjax.models import registry
 from gptjax.models.params import weights_by_path
 from gptjax.support import installation
-from pallas_kernels.mxfp4 import MXFP4, quantize
+from pallas_kernels.formats.mxfp4 import MXFP4, quantize
 from tests.oracles import gpt_oss_random
 
 TOKENS = 300
@@ -126,11 +126,11 @@ def test_what_is_packed_on_both_sides_is_not_compared(tmp_path):
 
 def test_nothing_to_compare_is_refused(tmp_path, lm):
     packed = _random_gpt_oss(tmp_path, "packed")
-    with pytest.raises(gptjax.RequestError, match=r"'experts' names is in MXFP4.*name the float checkpoint"):
+    with pytest.raises(gptjax.RequestError, match=r"already has 'experts' in MXFP4.*name the float checkpoint"):
         mxfp4_accuracy.quantized(packed, "experts")
     with pytest.raises(gptjax.ConfigError, match="no experts"):
         mxfp4_accuracy.quantized(lm, "experts")
-    with pytest.raises(gptjax.RequestError, match="not forms of one model"):
+    with pytest.raises(gptjax.RequestError, match="not forms of the same model"):
         mxfp4_accuracy.validate(lm, packed, [1, 2, 3])
     with pytest.raises(gptjax.RequestError, match="name the float checkpoint first"):
         mxfp4_accuracy.validate(lm, lm, [1, 2, 3])
@@ -271,11 +271,13 @@ def test_a_choice_or_a_directory_and_not_both(capsys):
 def test_without_matplotlib_the_command_to_install_it_is_told_first(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert _run(capsys, "--plot", "errors.png")[2] == (
-        f"gptjax: a plot needs matplotlib, which is not installed: {installation.with_extra('plot')}\n"
+        f"gptjax: plotting needs matplotlib, which is not installed: {installation.with_extra('plot')}\n"
     )
 
 
-@pytest.mark.parametrize(("path", "says"), [("errors.txt", ".png, .pdf or .svg"), ("no/such/errors.png", "make it")])
+@pytest.mark.parametrize(
+    ("path", "says"), [("errors.txt", ".png, .pdf or .svg"), ("no/such/errors.png", "create it first")]
+)
 def test_files_that_cannot_be_plotted_to(monkeypatch, tmp_path, path, says):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(gptjax.RequestError, match=says):

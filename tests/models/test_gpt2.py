@@ -17,6 +17,7 @@ from gptjax.config import PUBLISHED, config_from_json
 from gptjax.layers.cache import KVCache
 from gptjax.layers.linear import Linear
 from gptjax.layers.norm import LayerNorm
+from gptjax.layers.residual import Residual
 from gptjax.models import registry
 from gptjax.models.gpt2 import GPT2
 from gptjax.models.params import abstract_params, num_params
@@ -239,10 +240,10 @@ def test_every_operation_rounds_once(dtype):
 
     linear = Linear(3 * config["n_embd"], ("D", "QKV"), **dtypes).apply({"params": block["attention"]["qkv"]}, x_TD)
     product = x64_TD @ exact["h.1.attn.c_attn.weight"] + exact["h.1.attn.c_attn.bias"]
-    _, norm = LayerNorm(1e-5, **dtypes).apply({"params": block["attention_norm"]}, x_TD)
+    _, norm = LayerNorm(1e-5, **dtypes).apply({"params": block["attention_norm"]}, Residual(x_TD[None]))
     normed = (x64_TD - x64_TD.mean(1, keepdims=True)) / np.sqrt(x64_TD.var(1, keepdims=True) + 1e-5)
     normed = normed * exact["h.1.ln_1.weight"] + exact["h.1.ln_1.bias"]
-    for actual, expected in [(linear, product), (norm, normed)]:
+    for actual, expected in [(linear, product), (norm[0], normed)]:
         assert actual.dtype == dtype
         assert (np.asarray(actual) == expected.astype(dtype)).mean() > 0.98
     logits = model.apply({"params": params}, x_TD, method="head")  # not rounded at all

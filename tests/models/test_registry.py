@@ -12,7 +12,7 @@ from gptjax.config import PUBLISHED, read_config
 from gptjax.layers.observe import COLLECTION
 from gptjax.models import registry
 from gptjax.models.params import abstract_params, init_params, num_params, random_params, repacked, weights_by_path
-from pallas_kernels.fragments import MXFP4Fragments
+from pallas_kernels.formats.fragments import MXFP4Fragments
 
 CONFIGS = {
     "gpt2": dataclasses.replace(PUBLISHED["gpt2"], num_layers=3),

@@ -18,8 +18,8 @@ from gptjax.api import load  # noqa: E402
 from gptjax.checkpoints import hub  # noqa
 from gptjax.cli import main  # noqa: E402
 from gptjax.diagnostics import transformers_comparison  # noqa
-from gptjax.layers.norm import add  # noqa: E402
 from gptjax.layers.observe import observe  # noqa: E402
+from gptjax.layers.residual import Residual  # noqa: E402
 from gptjax.models import build  # noqa: E402
 from gptjax.models.stages import stages  # noqa: E402
 
@@ -80,11 +80,11 @@ class NoMean(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x, added=None):
-        x = x if added is None else add(x, added)
+    def __call__(self, residual):
+        x = residual.total()
         scale, bias = (self.param(name, nn.initializers.ones_init(), (x.shape[-1],)) for name in ("scale", "bias"))
         normed = x * jax.lax.rsqrt(x.var(axis=-1, keepdims=True) + self.epsilon)
-        return x, observe(self, "output", normed * scale + bias)
+        return Residual(x), observe(self, "output", normed * scale + bias)
 
 
 def _rotated(q_BTNH, k_BKSH, *arguments, **options):

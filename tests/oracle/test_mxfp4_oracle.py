@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.mxfp4 import MXFP4
 
 torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("transformers.integrations.mxfp4")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 
 
 class Case(NamedTuple):
@@ -21,7 +21,7 @@ class Case(NamedTuple):
     weighted: bool = False
 
 
-def operands(case: Case, dtype: Any) -> tuple[jax.Array, Parts, jax.Array, jax.Array]:
+def operands(case: Case, dtype: Any) -> tuple[jax.Array, PartialSum, jax.Array, jax.Array]:
     """x, terms, scale and bias.
 
     Of token 0 the last term is empty, of the last token all are, and with several biases two terms of token 1 have
@@ -44,7 +44,7 @@ def operands(case: Case, dtype: Any) -> tuple[jax.Array, Parts, jax.Array, jax.A
         bias = jnp.asarray(rng.standard_normal((E, D)), dtype)
     parts = rng.standard_normal((S, R if X else T, D)).astype(np.float32)
     x, scale, norm_bias = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((T, D), D, D))
-    return x, Parts(*jax.tree.map(jnp.asarray, (parts, rows, weights, bias, bias_rows))), scale, norm_bias
+    return x, PartialSum(*jax.tree.map(jnp.asarray, (parts, rows, weights, bias, bias_rows))), scale, norm_bias
 
 
 def _counts(rows_TX: np.ndarray, bias_rows_TX: np.ndarray | None, num_biases: int) -> np.ndarray:
@@ -53,11 +53,11 @@ def _counts(rows_TX: np.ndarray, bias_rows_TX: np.ndarray | None, num_biases: in
     return (rows_TX >= 0) & (bias_rows_TX >= 0) & (bias_rows_TX < num_biases)
 
 
-def total(terms: Parts) -> np.ndarray:
+def total(terms: PartialSum) -> np.ndarray:
     """`terms.total()`."""
-    parts = np.asarray(terms.parts_SRN, np.float64)
+    parts = np.asarray(terms.parts_JAO, np.float64)
     T = parts.shape[1] if terms.rows_TX is None else terms.rows_TX.shape[0]
-    bias = np.zeros((1, parts.shape[2])) if terms.bias_EN is None else np.asarray(terms.bias_EN, np.float64)
+    bias = np.zeros((1, parts.shape[2])) if terms.bias_EO is None else np.asarray(terms.bias_EO, np.float64)
     out = np.zeros((T, parts.shape[2]))
     for t in range(T):
         for x in range(terms.num_terms):

@@ -21,7 +21,7 @@ from gptjax.layers.observe import COLLECTION
 from gptjax.models import registry
 from gptjax.models.params import Params
 from gptjax.models.registry import Model
-from pallas_kernels.mxfp4 import MXFP4
+from pallas_kernels.formats.mxfp4 import MXFP4
 from tests.oracles.gpt2_ours import Outputs
 
 

@@ -1,4 +1,4 @@
-"""`pallas_kernels.add_norm` and `Parts` against float64 NumPy. The kernel is lowered everywhere, and run on Hopper."""
+"""`add_norm` and `PartialSum` against float64 NumPy. The kernel is lowered everywhere, and run on Hopper."""
 
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels.add_norm import add_norm
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 from tests.oracles.add_norm_numpy import Case, norm, operands, total
 
 EPSILON = 1e-5
@@ -35,7 +35,7 @@ def _norm(sum_TD: Any, scale: Any, bias: Any, *, center: bool) -> np.ndarray:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parts_are_summed(case):
     _, terms, *_ = operands(case, jnp.float32)
-    actual = jax.jit(Parts.total)(terms)
+    actual = jax.jit(PartialSum.total)(terms)
     assert actual.dtype == jnp.float32
     np.testing.assert_allclose(actual, total(terms), rtol=0, atol=1e-5)
 
@@ -96,13 +96,13 @@ def _cuda(run: Any, *operands: Any) -> str:
     [(2880, 3, 4, False), (2880, 5, 0, False), (768, 2, 0, True), (1600, 4, 0, True), (2880, 0, 0, False)],
 )
 def test_the_kernel_lowers_for_cuda(T, D, S, X, center):
-    from pallas_kernels.add_norm import mosaic
+    from pallas_kernels.add_norm import mosaic_sm90
 
     case = Case(T=T, D=D, S=S, X=X, E=3, weighted=bool(X))
     x, terms, scale, bias = operands(case._replace(S=max(S, 1)), jnp.bfloat16)
     terms, bias = terms if S else None, bias if center else None
-    assert mosaic.supports(x, terms, scale, bias)
-    text = _cuda(partial(mosaic.add_norm, epsilon=EPSILON, center=center), x, terms, scale, bias)
+    assert mosaic_sm90.supports(x, terms, scale, bias)
+    text = _cuda(partial(mosaic_sm90.add_norm, epsilon=EPSILON, center=center), x, terms, scale, bias)
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
@@ -111,12 +111,12 @@ def test_the_kernel_lowers_for_cuda(T, D, S, X, center):
 @pytest.mark.parametrize("D", [64, 768, 2880, 8192])
 @pytest.mark.parametrize(("S", "X", "center"), [(0, 0, False), (5, 0, False), (2, 0, True), (3, 4, False)], ids=str)
 def test_the_kernel_agrees_with_numpy(T, D, S, X, center):
-    from pallas_kernels.add_norm import mosaic
+    from pallas_kernels.add_norm import mosaic_sm90
 
     case = Case(T=T, D=D, S=max(S, 1), X=X, E=5 if X else 1, weighted=bool(X))
     x, terms, scale, bias = operands(case, jnp.bfloat16)
     terms, bias = terms if S else None, bias if center else None
-    sum_TD, normed_TD = mosaic.add_norm(x, terms, scale, bias, epsilon=EPSILON, center=center)
+    sum_TD, normed_TD = mosaic_sm90.add_norm(x, terms, scale, bias, epsilon=EPSILON, center=center)
     assert sum_TD.dtype == normed_TD.dtype == jnp.bfloat16
     # Both are rounded once, to half a unit in the last place; the rest is float32's.
     rounding = float(jnp.finfo(jnp.bfloat16).eps) / 2
@@ -127,17 +127,17 @@ def test_the_kernel_agrees_with_numpy(T, D, S, X, center):
 
 
 def test_what_the_kernel_does_not_take():
-    from pallas_kernels.add_norm import mosaic
+    from pallas_kernels.add_norm import mosaic_sm90
 
     x, terms, scale, _ = operands(CASES[1], jnp.bfloat16)
-    replace = jax.tree_util.Partial(Parts, terms.parts_SRN)
-    assert mosaic.supports(x, terms, scale)
-    assert not mosaic.supports(x.astype(jnp.float32), terms, scale)
-    assert not mosaic.supports(x[:, :-4], None, scale[:-4])
-    assert not mosaic.supports(jnp.zeros((129, 96), jnp.bfloat16), None, scale)
-    assert not mosaic.supports(x, Parts(terms.parts_SRN.astype(jnp.bfloat16), terms.rows_TX), scale)
-    assert not mosaic.supports(x, replace(), scale)  # 11 rows for 3 tokens
-    assert not mosaic.supports(x, replace(terms.rows_TX.astype(jnp.int16)), scale)
+    replace = jax.tree_util.Partial(PartialSum, terms.parts_JAO)
+    assert mosaic_sm90.supports(x, terms, scale)
+    assert not mosaic_sm90.supports(x.astype(jnp.float32), terms, scale)
+    assert not mosaic_sm90.supports(x[:, :-4], None, scale[:-4])
+    assert not mosaic_sm90.supports(jnp.zeros((129, 96), jnp.bfloat16), None, scale)
+    assert not mosaic_sm90.supports(x, PartialSum(terms.parts_JAO.astype(jnp.bfloat16), terms.rows_TX), scale)
+    assert not mosaic_sm90.supports(x, replace(), scale)  # 11 rows for 3 tokens
+    assert not mosaic_sm90.supports(x, replace(terms.rows_TX.astype(jnp.int16)), scale)
 
 
 @pytest.mark.parametrize("implementation", ["cuda", "mosaic"])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pallas_kernels.mxfp4 import MXFP4
 
 from gptjax.config import PUBLISHED
 from gptjax.engine import steps
@@ -56,42 +57,78 @@ def test_the_reference_agrees_with_numpy(shape, dtype):
     _check(given, jax.jit(partial(run, implementation="xla"))(*given), dtype, allowed)
 
 
+def _taken(
+    *,
+    rows: int = 1,
+    tokens: int = 1,
+    heads: int = 12,
+    kv_heads: int = 12,
+    head_width: int = 64,
+    width: int = 768,
+    mlp_width: int = 3072,
+    dtype: Any = jnp.bfloat16,
+    cache_dtype: Any = None,
+    packed: bool = False,
+    activation: str = "gelu_tanh",
+    implementation: str = "mosaic",
+) -> bool:
+    def shaped(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def linear(inputs: int, outputs: int) -> package.LinearWeights:
+        return package.LinearWeights(shaped(inputs, outputs), shaped(outputs))
+
+    D, F = width, mlp_width
+    norm, qkv = package.NormWeights(shaped(D), shaped(D)), linear(D, (heads + 2 * kv_heads) * head_width)
+    up = linear(D, F)
+    if packed:
+        blocks, scales = (jax.ShapeDtypeStruct(shape, jnp.uint8) for shape in ((F, D // 32, 16), (F, D // 32)))
+        up = up._replace(kernel=MXFP4(blocks, scales))
+    weights = package.Weights(norm, qkv, linear(heads * head_width, D), norm, up, linear(F, D))
+    cache = jax.ShapeDtypeStruct((rows, kv_heads, 1024, head_width), cache_dtype or dtype)
+    return package.takes(
+        shaped(rows, tokens, D), weights, cache, cache, activation=activation, implementation=implementation
+    )
+
+
 def test_only_what_is_gpt2_in_bfloat16_is_taken():
-    shape = {"heads": 12, "kv_heads": 12, "head_width": 64, "width": 768, "mlp_width": 3072}
-    taken = {"rows": 1, "dtype": jnp.bfloat16, "implementation": "mosaic"} | shape
-    has_mosaic = jax.__version_info__ >= (0, 11)
-    assert api.takes(**taken) == has_mosaic
+    assert _taken() == _taken(rows=8) == (jax.__version_info__ >= (0, 11))
     for other in (
         {"rows": 9},
+        {"tokens": 2},
         {"dtype": jnp.float32},
+        {"cache_dtype": jnp.float32},
         {"kv_heads": 4},
+        {"head_width": 32, "heads": 24, "kv_heads": 24},
         {"mlp_width": 3000},
+        {"packed": True},
+        {"activation": "gelu_erf"},
         {"implementation": "xla"},
         {"heads": 64, "kv_heads": 64, "width": 4096, "mlp_width": 16384},
     ):
-        assert not api.takes(**taken | other), other
+        assert not _taken(**other), other
 
 
 def test_what_does_not_fit_on_the_device_at_once_is_not_taken(monkeypatch):
     # All clusters wait for each other: too few multiprocessors would wait for ever.
     for count in (0, 16, 60, 78, 114, 132, 144):
         monkeypatch.setattr(api, "multiprocessors", lambda count=count: count)
-        for strips in range(1, 33):
-            blocks = api.cluster(strips)
+        for panels in range(1, 33):
+            blocks = api.cluster(panels)
             if blocks is None:
                 continue
             assert 4 <= blocks <= 8
             # Whatever groups of at least eight they lie in, whole clusters fit.
             groups = [count // 8 + (group < count % 8) for group in range(8)]
-            assert sum(group // blocks for group in groups) >= strips
+            assert sum(group // blocks for group in groups) >= panels
     monkeypatch.setattr(api, "multiprocessors", lambda: 132)
-    assert [api.cluster(strips) for strips in (12, 16, 20, 25)] == [6, 4, 5, 4]
+    assert [api.cluster(panels) for panels in (12, 16, 20, 25)] == [6, 4, 5, 4]
 
 
 def test_a_stream_for_other_sizes_is_refused():
     given = block_numpy.operands(2, 1, 8, jnp.float32)
     stream = given.stream.of(given.stream.x_TD, 64)
-    with pytest.raises(ValueError, match="a relay of 388 words is needed"):
+    with pytest.raises(ValueError, match="a workspace of 388 words is needed"):
         run(stream, *given[1:])
 
 
@@ -117,14 +154,14 @@ def test_the_kernel_lowers_for_cuda(shape):
 
 @lowers
 def test_shared_memory_is_enough():
-    from pallas_kernels.block.plan import TOGETHER, Plan
+    from pallas_kernels.block.plan_sm90 import TOGETHER, BlockPlan
 
-    for strips in range(1, 33):
+    for panels in range(1, 33):
         for rows in range(1, api.MOST_ROWS + 1):
-            if (blocks := api.cluster(strips)) is None:
+            if (blocks := api.cluster(panels)) is None:
                 continue
-            plan = Plan(rows=rows, strips=strips, blocks=blocks, places=1024, scale=SCALE, epsilon=EPSILON)
-            sizes = [np.prod(each.shape) * np.dtype(each.dtype).itemsize for each in plan.scratch().values()]
+            plan = BlockPlan(rows=rows, panels=panels, blocks=blocks, places=1024, scale=SCALE, epsilon=EPSILON)
+            sizes = [np.prod(each.shape) * np.dtype(each.dtype).itemsize for each in plan.shared().values()]
             # Mosaic gives each a multiple of 1 KiB; a block has a multiprocessor to itself, with 227 KiB.
             assert sum(-(-size // 1024) for size in sizes) <= 226
             assert plan.stages >= TOGETHER

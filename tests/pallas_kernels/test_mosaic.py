@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch, tiles
-from pallas_kernels.attention import attention, split
-from pallas_kernels.fragments import MXFP4Fragments
+from pallas_kernels.attention import attention
+from pallas_kernels.attention.decode import split
+from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats.mxfp4 import quantize
 from pallas_kernels.matvec import matvec
 from pallas_kernels.moe import moe
-from pallas_kernels.mxfp4 import quantize
-from pallas_kernels.parts import Parts
+from pallas_kernels.partial_sum import PartialSum
 from tests.oracles import moe_numpy
 
 needs_mosaic = pytest.mark.skipif(
@@ -66,7 +67,7 @@ def test_experts_lower(T, E):
 @needs_mosaic
 @pytest.mark.parametrize(("T", "K", "N"), [(1, 2880, 5120), (4, 4096, 2880), (8, 768, 2304), (64, 1600, 6400)])
 def test_products_lower(T, K, N):
-    product = importlib.import_module("pallas_kernels.matvec.mosaic").product
+    product = importlib.import_module("pallas_kernels.matvec.mosaic_sm90").product
     _lowers(lambda *operands: product(*operands).total(), _shape(T, K), _shape(K, N), _shape(N))
 
 
@@ -93,7 +94,7 @@ def test_kernels_ask_for_settings_and_lower_with_each_that_can_be_tried(T):
         jax.eval_shape(both, *operands)
     assert [operation for operation, _ in asked] == ["moe/mosaic", "moe/mosaic", "matvec/mosaic"]
     for operation, items in asked:
-        module = importlib.import_module(f"pallas_kernels.{operation.replace('/', '.')}")
+        module = importlib.import_module(dispatch.module(operation))
         shape = dict(items)
         tried = module.tunable(shape)
         assert module.heuristic(shape) in tried and len(tried) > 1
@@ -139,9 +140,9 @@ def test_settings_of_fewer_rows_do_not_ask_for_too_much_memory():
 @pytest.mark.parametrize("B", [1, 8])
 @pytest.mark.parametrize("rotates", [True, False])
 def test_appending_lowers_and_updates_the_cache_in_place(B, rotates):
-    append = importlib.import_module("pallas_kernels.append.mosaic").append
+    append = importlib.import_module("pallas_kernels.append.mosaic_sm90").append
     cache = _shape(B, 8, 512, 64)
-    qkv = Parts(_shape(3, B, 80 * 64, dtype=jnp.float32), bias_EN=_shape(1, 80 * 64))
+    qkv = PartialSum(_shape(3, B, 80 * 64, dtype=jnp.float32), bias_EO=_shape(1, 80 * 64))
     angles = (_shape(B, 32, dtype=jnp.float32),) * 2 if rotates else None
     text = _lowers(append, qkv, angles, _shape(B, dtype=jnp.int32), cache, cache)
     assert "output_operand_aliases" in text
@@ -193,7 +194,7 @@ def _agrees_with_the_oracle(operands):
 @pytest.mark.parametrize("T", [1, 3, 4, 8, 9, 64])
 @pytest.mark.parametrize(("K", "N"), [(64, 64), (320, 192), (2880, 5120), (4096, 2880), (1600, 6400)])
 def test_products_agree_with_numpy(T, K, N):
-    product = importlib.import_module("pallas_kernels.matvec.mosaic").product
+    product = importlib.import_module("pallas_kernels.matvec.mosaic_sm90").product
     rng = np.random.default_rng(T)
     x, kernel, bias = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((T, K), (K, N), (N,)))
     actual = product(x, kernel, bias).total()
@@ -205,7 +206,7 @@ def test_products_agree_with_numpy(T, K, N):
 @pytest.mark.parametrize("S", [7, 128, 512])
 @pytest.mark.parametrize("rotates", [True, False])
 def test_appending_agrees_with_numpy(S, rotates):
-    append = importlib.import_module("pallas_kernels.append.mosaic").append
+    append = importlib.import_module("pallas_kernels.append.mosaic_sm90").append
     B, N, K, H, splits = 5, 6, 3, 64, 3
     rng = np.random.default_rng(S)
     parts = rng.standard_normal((splits, B, (N + 2 * K) * H)).astype(np.float32)
@@ -214,7 +215,7 @@ def test_appending_agrees_with_numpy(S, rotates):
     positions = np.asarray([0, 3, -1, S - 1, 2 * S + 2], np.int32)
     angle = rng.uniform(-3, 3, (B, H // 2)).astype(np.float32)
     angles = (np.cos(angle), np.sin(angle)) if rotates else None
-    q, *written = jax.jit(append)(Parts(jnp.asarray(parts), bias_EN=bias), angles, positions, *cache)
+    q, *written = jax.jit(append)(PartialSum(jnp.asarray(parts), bias_EO=bias), angles, positions, *cache)
 
     total = parts.astype(np.float64).sum(axis=0) + np.asarray(bias, np.float64)
     heads = np.asarray(jnp.asarray(total, jnp.float32).astype(jnp.bfloat16), np.float64).reshape(B, N + 2 * K, H)
@@ -238,7 +239,7 @@ def test_appending_agrees_with_numpy(S, rotates):
 @needs_mosaic
 @pytest.mark.parametrize("sinks", [True, False])
 def test_combining_lowers(sinks):
-    combine = importlib.import_module("pallas_kernels.attention.mosaic_combine").combine
+    combine = importlib.import_module("pallas_kernels.attention.decode.combine_sm90").combine
     operands = _shape(2, 8, 16, 8, 64, dtype=jnp.float32), _shape(2, 8, 16, 8, dtype=jnp.float32)
     sinks_N = _shape(64) if sinks else None
     _lowers(lambda *each: combine(*each, tile=128), *operands, _shape(2, dtype=jnp.int32), sinks_N)
@@ -248,7 +249,7 @@ def test_combining_lowers(sinks):
 @pytest.mark.parametrize("sinks", [True, False])
 @pytest.mark.parametrize(("K", "G", "H", "J"), [(8, 8, 64, 16), (25, 1, 64, 4), (3, 5, 128, 32)])
 def test_combining_agrees_with_jnp(K, G, H, J, sinks):
-    combine = importlib.import_module("pallas_kernels.attention.mosaic_combine").combine
+    combine = importlib.import_module("pallas_kernels.attention.decode.combine_sm90").combine
     rng = np.random.default_rng(J)
     counts = jnp.asarray([0, 1, 128, 700, 128 * J], jnp.int32)
     out = jnp.asarray(rng.standard_normal((5, K, J, G, H)), jnp.float32)

@@ -158,7 +158,7 @@ def _kernels(lowered: Any) -> int:
 @pytest.mark.parametrize("T", [1, 3, 8, 32, 128])
 @pytest.mark.parametrize(("D", "E", "top"), [(2880, 32, 4), (2880, 128, 4), (96, 8, 2)])
 def test_the_kernels_lower_for_cuda(T, D, E, top):
-    mosaic = importlib.import_module("pallas_kernels.route.mosaic")
+    mosaic = importlib.import_module("pallas_kernels.route.mosaic_sm90")
     router = _router(T, D, E, jnp.bfloat16)
     run = jax.jit(partial(mosaic.norm_route, epsilon=EPSILON, center=False, top=top))
     for case in (Case(T=T, D=D, S=5, E=1), Case(T=T, D=D, S=3, X=4, E=3, weighted=True)):
@@ -169,7 +169,7 @@ def test_the_kernels_lower_for_cuda(T, D, E, top):
 
 
 def test_what_the_kernels_do_not_take():
-    mosaic = importlib.import_module("pallas_kernels.route.mosaic")
+    mosaic = importlib.import_module("pallas_kernels.route.mosaic_sm90")
     x, router, bias, positions = _operands(2, 96, 32, jnp.bfloat16)
     scale = jnp.ones(96, jnp.bfloat16)
 

@@ -94,7 +94,7 @@ def test_errors(ask):
     with pytest.raises(openai.BadRequestError, match="temperature must be") as bad:
         client.chat.completions.create(model=GPT_OSS, messages=[USER], temperature=-1)
     assert bad.value.param == "temperature"
-    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-5'"):
+    with pytest.raises(openai.NotFoundError, match="unknown model 'gpt-5'"):
         client.chat.completions.create(model="gpt-5", messages=[USER])
     with pytest.raises(openai.InternalServerError, match="it broke"):
         client.chat.completions.create(model=GPT_OSS, messages=[USER])

@@ -174,7 +174,7 @@ def test_a_refusal_is_what_was_answered():
         ({"tools": [{"type": "function", "name": "f", "parameters": {"type": 3}}]}, "tools", "tools[0]"),
         ({"tools": [WEATHER | {"strict": "yes"}]}, "tools", "tools[0].strict"),
         ({"input": [USER, {"role": "wizard", "content": "a"}]}, "input", "input[1] has the role 'wizard'"),
-        ({"input": [{"role": "system", "content": "a"}]}, "input", "input has no message of the role user"),
+        ({"input": [{"role": "system", "content": "a"}]}, "input", "input has no message with the role user"),
         ({"input": [USER, ASKED | {"name": "a b"}]}, "input", "input[1].name"),
         ({"input": [USER, ASKED | {"name": None}]}, "input", "input[1].name must be a string, found null"),
         ({"input": [USER, ASKED | {"arguments": {}}]}, "input", "input[1].arguments must be a string"),

@@ -260,7 +260,7 @@ def test_a_full_queue_says_when_to_come_again(worker):
     readers += [Reader(worker, request_of(n, 5, 290)) for n in range(3)]
     before = worker.state
     assert before.queued == 3
-    with pytest.raises(QueueFull, match=r"3 requests are waiting already; try again in \d+ s") as raised:
+    with pytest.raises(QueueFull, match=r"3 requests are already waiting; try again in \d+ s") as raised:
         Reader(worker, request_of(9, 5))
     assert 1 <= raised.value.retry_after <= 60
     assert worker.state.requests == before.requests  # it was not taken

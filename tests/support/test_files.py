@@ -74,7 +74,7 @@ def test_limits(tmp_path):
     assert len(files.read_bytes(path)) == files.LIMITS["config.json"]
     with path.open("ab") as file:
         file.write(b" ")
-    with pytest.raises(CheckpointError, match=r"config\.json is larger than 4,194,304 bytes"):
+    with pytest.raises(CheckpointError, match=r"config\.json is larger than the limit of 4,194,304 bytes"):
         files.read_bytes(path)
     os.truncate(path, 1 << 40)
     with pytest.raises(CheckpointError, match="is larger than"):
@@ -91,7 +91,7 @@ def test_a_file_that_grows_while_it_is_read(tmp_path, monkeypatch):
         return real(descriptor, count)
 
     monkeypatch.setattr(files.os, "read", grow)
-    with pytest.raises(CheckpointError, match="larger than 100 bytes"):
+    with pytest.raises(CheckpointError, match="larger than the limit of 100 bytes"):
         files.read_bytes(path, 100)
 
 

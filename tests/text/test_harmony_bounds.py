@@ -96,7 +96,7 @@ def test_values_are_counted() -> None:
     shared: dict = {}
     for _ in range(20):
         shared = {"oneOf": [shared, shared]}
-    with pytest.raises(RequestError, match="The parameters of f hold more than 250,000 values"):
+    with pytest.raises(RequestError, match="the parameters of f hold more than 250,000 values"):
         Function("f", "", shared)
 
 

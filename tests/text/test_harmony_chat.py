@@ -198,22 +198,22 @@ def test_a_finished_turn_goes_back_with_end() -> None:
 @pytest.mark.parametrize(
     ("messages", "says"),
     [
-        ([], "no message of the role user"),
-        ([{"role": "system", "content": "A"}], "no message of the role user"),
-        ("Hi.", "messages is 'Hi.': write a list"),
-        ([USER, "Hi."], r"messages\[1\] is 'Hi.': write an object"),
-        ([USER, {"content": "A"}], r"messages\[1\] has the role None: write one of system, "),
+        ([], "no message with the role user"),
+        ([{"role": "system", "content": "A"}], "no message with the role user"),
+        ("Hi.", "messages is 'Hi.'; expected a list"),
+        ([USER, "Hi."], r"messages\[1\] is 'Hi.'; expected an object"),
+        ([USER, {"content": "A"}], r"messages\[1\] has the role None; expected one of system, "),
         ([{"role": "function", "content": "A"}], r"messages\[0\] has the role 'function'"),
         ([{"role": ["user"], "content": "A"}], r"messages\[0\] has the role \['user'\]"),
         ([{"role": "user"}], r"messages\[0\].content is missing"),
         ([{"role": "system", "content": None}, USER], r"messages\[0\].content is missing"),
-        ([{"role": "user", "content": 3}], r"messages\[0\].content is 3: write a string, or a list of text parts"),
+        ([{"role": "user", "content": 3}], r"messages\[0\].content is 3; expected a string or a list of text parts"),
         ([{"role": "user", "content": {"type": "text", "text": "A"}}], r"messages\[0\].content is {"),
-        ([{"role": "user", "content": ["A"]}], r"messages\[0\].content\[0\] is 'A': write an object"),
+        ([{"role": "user", "content": ["A"]}], r"messages\[0\].content\[0\] is 'A'; expected an object"),
         ([{"role": "user", "content": [{"type": "text"}]}], r"content\[0\].text is missing"),
         (
             [{"role": "user", "content": [*parts("A"), {"type": "image_url", "image_url": {"url": "x"}}]}],
-            r"messages\[0\].content\[1\] is of the type 'image_url': the model reads text only",
+            r"messages\[0\].content\[1\] is of the type 'image_url': the model reads only text",
         ),
         ([{"role": "user", "content": [{"text": "A"}]}], "is of the type missing"),
         ([{"role": "user", "content": "a\ud800"}], r"messages\[0\].content has a lone surrogate"),
@@ -221,7 +221,10 @@ def test_a_finished_turn_goes_back_with_end() -> None:
         ([{"role": "user", "content": "A", "name": "two words"}], r"messages\[0\].name is 'two words'"),
         ([{"role": "user", "content": "A", "name": 3}], r"messages\[0\].name is 3"),
         ([{"role": "user", "content": "A", "name": "<|end|>"}], r"messages\[0\].name is '<\|end\|>'"),
-        ([{**USER, "tool_calls": [1]}], r"messages\[0\] has 'tool_calls', which has no meaning here; write role, con"),
+        (
+            [{**USER, "tool_calls": [1]}],
+            r"messages\[0\] has 'tool_calls', which has no meaning here; expected role, con",
+        ),
         ([{**USER, "tool_calls": "abc"}], r"messages\[0\] has 'tool_calls'"),
         ([{**USER, "tool_calls": 5}], r"messages\[0\] has 'tool_calls'"),
         ([{"role": "system", "content": "A", "tool_calls": [call()]}, USER], r"messages\[0\] has 'tool_calls'"),
@@ -229,20 +232,20 @@ def test_a_finished_turn_goes_back_with_end() -> None:
         ([{**USER, "tool_call_id": "1"}], r"messages\[0\] has 'tool_call_id'"),
         ([{**USER, "refusal": "No."}], r"messages\[0\] has 'refusal'"),
         ([{"role": "user", "content": [{"type": "refusal", "refusal": "No."}]}], "is of the type 'refusal'"),
-        ([USER, {"role": "assistant", "refusal": 3}], r"messages\[1\].refusal is 3: write a string"),
-        ([USER, {"role": "assistant", "content": "A", "refusal": 3}], r"messages\[1\].refusal is 3: write a string"),
+        ([USER, {"role": "assistant", "refusal": 3}], r"messages\[1\].refusal is 3; expected a string"),
+        ([USER, {"role": "assistant", "content": "A", "refusal": 3}], r"messages\[1\].refusal is 3; expected a string"),
         (
             [USER, {"role": "assistant", "content": "A", "phase": "final"}],
-            r"phase is 'final': write one of commentary, ",
+            r"phase is 'final'; expected one of commentary, ",
         ),
         ([USER, {"role": "assistant", "content": "A", "phase": [1]}], r"messages\[1\].phase is \[1\]"),
         ([USER, {"role": "tool", "content": "A", "tool_call_id": "1", "tool_calls": [1]}], "has 'tool_calls'"),
         (
             [USER, {"role": "assistant", "content": "A", "reasoning": 3}],
-            r"messages\[1\].reasoning is 3: write a string",
+            r"messages\[1\].reasoning is 3; expected a string",
         ),
         ([USER, {"role": "assistant", "function_call": {"name": "f"}}], "function_call is no longer part of the API"),
-        ([USER, {"role": "assistant", "tool_calls": {}}], r"messages\[1\].tool_calls is {}: write a list"),
+        ([USER, {"role": "assistant", "tool_calls": {}}], r"messages\[1\].tool_calls is {}; expected a list"),
         ([USER, {"role": "assistant", "tool_calls": ["f"]}], r"messages\[1\].tool_calls\[0\] is 'f'"),
         ([USER, {"role": "assistant", "tool_calls": [call(type="custom")]}], "has the type 'custom'"),
         ([USER, {"role": "assistant", "tool_calls": [call(call_id=None)]}], r"tool_calls\[0\].id is missing"),
@@ -259,7 +262,7 @@ def test_a_finished_turn_goes_back_with_end() -> None:
                 {"role": "tool", "tool_call_id": "1", "content": "A"},
                 {"role": "assistant", "tool_calls": [call()]},
             ],
-            r"messages\[1\].tool_call_id is '1', which no tool call before it has",
+            r"messages\[1\].tool_call_id is '1', which no earlier tool call has",
         ),
         (
             [USER, {"role": "assistant", "tool_calls": [call()]}, {"role": "tool", "tool_call_id": "1"}],
@@ -275,18 +278,18 @@ def test_errors_in_messages(messages: Any, says: str) -> None:
 @pytest.mark.parametrize(
     ("tools", "says"),
     [
-        ({}, "tools is {}: write a list"),
+        ({}, "tools is {}; expected a list"),
         (["f"], r"tools\[0\] is 'f'"),
-        ([{"function": {"name": "f"}}], r"tools\[0\] has the type None: write one of function, browser, python"),
+        ([{"function": {"name": "f"}}], r"tools\[0\] has the type None; expected one of function, browser, python"),
         ([{"type": ["python"]}], r"tools\[0\] has the type"),
-        ([{"type": "function", "name": "f"}], r"tools\[0\].function is missing: write an object"),
+        ([{"type": "function", "name": "f"}], r"tools\[0\].function is missing; expected an object"),
         ([function(None)], r"tools\[0\].function.name is None"),
         ([function("f(x)\n{"), function("a b")], r"tools\[0\].function.name is"),
         ([function("f"), function("f")], r"tools\[1\] is the second function f"),
         ([function("f", description=3)], r"tools\[0\].function.description is 3"),
         ([function("f", description="\ud800")], r"tools\[0\].function.description has a lone surrogate"),
-        ([function("f", parameters=[])], r"tools\[0\].function: The parameters of f are list"),
-        ([function("f", parameters={"type": 3})], r"tools\[0\].function: The parameters of f.type is 3"),
+        ([function("f", parameters=[])], r"tools\[0\].function: the parameters of f are list"),
+        ([function("f", parameters={"type": 3})], r"tools\[0\].function: the parameters of f.type is 3"),
     ],
 )
 def test_errors_in_tools(tools: Any, says: str) -> None:
@@ -296,13 +299,13 @@ def test_errors_in_tools(tools: Any, says: str) -> None:
 
 @pytest.mark.parametrize("effort", ["High", "minimal", "", None, 3, ["low"]])
 def test_an_unknown_effort(effort: Any) -> None:
-    with pytest.raises(RequestError, match=r"reasoning_effort is .* write one of low, medium, high"):
+    with pytest.raises(RequestError, match=r"reasoning_effort is .* expected one of low, medium, high"):
         render([USER], TALES, reasoning_effort=effort)
 
 
 @pytest.mark.parametrize("date", ["", "today", "2025-13-01", "2025-02-30", "20250628", "2025-W01-1", "٢٠٢٥-٠٦-٢٨", 3])
 def test_a_bad_date(date: Any) -> None:
-    with pytest.raises(RequestError, match=r"current_date is .* write a date like 2025-06-28"):
+    with pytest.raises(RequestError, match=r"current_date is .* expected a date like 2025-06-28"):
         render([USER], TALES, current_date=date)
 
 
@@ -383,7 +386,7 @@ def test_what_successive_prompts_share(earlier: Any, thoughts: list[str], shared
 
 
 def test_an_unknown_policy() -> None:
-    with pytest.raises(RequestError, match="earlier_analysis is 'all': write one of dropped, openai-harmony, kept"):
+    with pytest.raises(RequestError, match="earlier_analysis is 'all'; expected one of dropped, openai-harmony, kept"):
         render([USER], TALES, earlier_analysis="all")  # type: ignore[arg-type]
 
 
@@ -417,7 +420,7 @@ def test_no_request_is_another_error(messages: Any, tools: Any, schema: Any) -> 
 def test_unknown_keys_are_refused(key):
     """A key that is silently left out would be a wrong prompt."""
     asked = {"role": "user", "content": "Hi"}
-    says = r"^messages\[1\] has .*which has no meaning here; write role, content"
+    says = r"^messages\[1\] has .*which has no meaning here; expected role, content"
     with pytest.raises(RequestError, match=says) as caught:
         render([asked, {"role": "assistant", "content": "x", key: "final"}], TALES)
     assert len(str(caught.value)) < 300

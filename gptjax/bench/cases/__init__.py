@@ -1,6 +1,6 @@
-"""The operations of `pallas_kernels` at the shapes that decoding has them: operands, bytes, and what is right.
+"""The operations of `pallas_kernels` at decoding's shapes: operands, bytes, and expected results.
 
-Experts can be measured at those of prompts as well, and there also where the routing is badly balanced.
+Experts can be measured at prompts' shapes too, and there with unbalanced routing as well.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from gptjax.bench.cases.experts import Experts
 from gptjax.bench.cases.product import Product
 from gptjax.config import GPT2Config, GptOssConfig, ModelConfig
 from gptjax.config.quantization import packs
-from pallas_kernels.block.stream import STRIP
+from pallas_kernels.block.stream import PANEL
 
 __all__ = ["OPERATIONS", "Attention", "Block", "Case", "Experts", "Product", "cases", "link"]
 
 OPERATIONS: Final = (Experts.operation, Product.operation, Attention.operation, Block.operation)
 _ROW_COUNTS: Final = {"moe": (1, 8, 32, 128), "matvec": (1, 8, 32)}
-_PROMPTS: Final = (512, 2048, 16384)  # rows of prompts: from the first, experts are measured unbalanced, too
+_PROMPTS: Final = (512, 2048, 16384)  # rows of prompts; from the first on, experts are also measured unbalanced
 _CACHES: Final = {  # rows and positions
     "attention": ((1, 512), (1, 2048), (1, 32768), (8, 512), (8, 2048), (32, 512)),
     "block": ((1, 512), (8, 512)),
@@ -38,11 +38,11 @@ def cases(
     positions: Sequence[int] | None = None,
     prompts: bool = False,
 ) -> dict[Case, list[str]]:
-    """What models take of the operations, with the names of those that do, in the order of OPERATIONS.
+    """The cases that models use, each with the names of those models, in the order of OPERATIONS.
 
     Args:
-      rows, positions: others than the usual ones.
-      prompts: with experts for as many rows as prompts have.
+      rows, positions: replace the default ones.
+      prompts: also measure experts at prompts' numbers of rows.
     """
     found: dict[Case, list[str]] = {}
     for operation in (each for each in OPERATIONS if each in operations):
@@ -90,5 +90,5 @@ def _of(
 
 
 def _has_block(config: GPT2Config) -> bool:
-    """Whether `block` means this model's blocks."""
-    return config.activation == "gelu_tanh" and config.head_width == STRIP and not packs(config.mxfp4, "linear")
+    """Whether `block` supports this model's blocks."""
+    return config.activation == "gelu_tanh" and config.head_width == PANEL and not packs(config.mxfp4, "linear")

@@ -1,4 +1,4 @@
-"""Attention of one query a row."""
+"""Attention with one query per row."""
 
 import dataclasses
 from typing import Any, Final
@@ -10,19 +10,19 @@ import numpy as np
 from gptjax.bench.cases.case import Case, float64, normal
 from pallas_kernels.attention import attention
 
-_ROWS: Final = 4  # of a result that are compared
+_ROWS: Final = 4  # rows of a result that are compared
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention(Case):
-    """`attention` of one query a row, over a full cache."""
+    """`attention` with one query per row, over a full cache."""
 
     operation = "attention"
     num_heads: int  # N
     num_kv_heads: int  # K
     head_width: int  # H
     positions: int  # S
-    ring: bool  # a window's, written over and over
+    ring: bool  # a sliding window's, overwritten many times
     sinks: bool
 
     @property
@@ -33,13 +33,13 @@ class Attention(Case):
 
     @property
     def bytes(self) -> int:
-        """Of keys and values."""
+        """Keys and values."""
         numbers = 2 * self.rows * self.num_kv_heads * self.positions * self.head_width
         return numbers * int(jnp.dtype(self.dtype).itemsize)
 
     @property
     def flops(self) -> int:
-        """Of scores and of weighted values."""
+        """Scores and weighted values."""
         return 4 * self.rows * self.num_heads * self.positions * self.head_width
 
     def x(self, count: int) -> jax.Array:
@@ -89,6 +89,6 @@ class Attention(Case):
         return (weights / total @ v).reshape(q.shape)
 
     def following(self, x: jax.Array, out: jax.Array) -> jax.Array:
-        """The result is as good a query as any, and makes no work of its own."""
+        """The result: it serves as the next query at no cost."""
         del x
         return out

@@ -1,4 +1,4 @@
-"""GPT-2's block for one token a row."""
+"""GPT-2's block with one token per row."""
 
 import dataclasses
 import itertools
@@ -12,24 +12,25 @@ import numpy as np
 from gptjax.bench.cases.case import Case, float64, normal
 from pallas_kernels.block import LinearWeights, NormWeights, Stream, Weights, block
 
-_SEEDS: Final = 1000  # between those of two copies' weights: more than there are arrays, and than caches
+_SEEDS: Final = 1000  # between the seeds of two copies: more than there are weights, and caches
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Carried:
-    """What a call takes over from the one before, as a layer does in a step: also caches, for they are updated in
-    place, and of an operand that is not given away the program would have to make a copy first.
+    """What a call takes from the previous one, as a layer does in a step.
+
+    This includes the caches, which are updated in place; without donation they would be copied first.
     """
 
     stream: Stream
-    caches: tuple[tuple[jax.Array, jax.Array], ...]  # of each copy keys and values, [T, N, S, H]
+    caches: tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each copy, [T, N, S, H]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operands:
-    """What a call is given besides."""
+    """A call's other arguments."""
 
     weights: Weights
     positions_T: jax.Array
@@ -40,7 +41,7 @@ class Operands:
 class Block(Case):
     """`block` at the last position of its caches, the same in each call.
 
-    The stream goes from call to call, as it does from layer to layer: what begins it is in no time.
+    The stream passes from call to call, as it does from layer to layer; creating it is not timed.
     """
 
     operation = "block"
@@ -71,17 +72,17 @@ class Block(Case):
 
     @property
     def bytes(self) -> int:
-        """Of the four matrices, and of keys and values."""
+        """The four matrices, and keys and values."""
         numbers = self._weights + 2 * self.rows * self.positions * self.width
         return numbers * int(jnp.dtype(self.dtype).itemsize)
 
     @property
     def flops(self) -> int:
-        """Two a weight and row; of scores and of weighted values."""
+        """Two per weight and row; and scores and weighted values."""
         return 2 * self.rows * self._weights + 4 * self.rows * self.positions * self.width
 
     def x(self, count: int) -> Carried:
-        """The stream [T, D] that begins, and caches for so many copies."""
+        """The initial stream [T, D], and caches for `count` copies."""
         shape = (self.rows, self.num_heads, self.positions, self.head_width)
         caches = (
             (normal(1 + 2 * copy, shape, self.dtype), normal(2 + 2 * copy, shape, self.dtype)) for copy in range(count)
@@ -127,7 +128,7 @@ class Block(Case):
         return out.stream.x_TD
 
     def following(self, x: Carried, out: Carried) -> Carried:
-        """The result, as the next layer has it."""
+        """The result, as the next layer would take it."""
         del x
         return out
 
@@ -148,7 +149,7 @@ class Block(Case):
         return normed_TD
 
     def _attended(self, qkv_TE: np.ndarray, k_TNSH: np.ndarray, v_TNSH: np.ndarray) -> np.ndarray:
-        # The new keys and values stand at the last place.
+        # The new keys and values are in the last place.
         q_TNH, k_TNH, v_TNH = np.moveaxis(qkv_TE.reshape(self.rows, 3, self.num_heads, self.head_width), 1, 0)
         k_TNSH, v_TNSH = (
             np.concatenate((old[:, :, :-1], new[:, :, None]), axis=2) for old, new in ((k_TNSH, k_TNH), (v_TNSH, v_TNH))

@@ -1,4 +1,4 @@
-"""What is measured of an operation, and what cases are made with."""
+"""The base class of cases, and helpers to make them."""
 
 import abc
 import dataclasses
@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_SMALL: Final = 2.0**-30  # so little that what it is added to stays what it was, which the compiler does not know
+_SMALL: Final = 2.0**-30  # so small that adding it changes nothing, which the compiler does not know
 
 
 @dataclasses.dataclass(frozen=True)
 class Case(abc.ABC):
-    """An operation at a shape. Everything random in it is the same each time."""
+    """An operation at a shape. Its random numbers are the same each time."""
 
     operation: ClassVar[str]
     rows: int
@@ -23,29 +23,29 @@ class Case(abc.ABC):
     @property
     @abc.abstractmethod
     def shape(self) -> str:
-        """For people."""
+        """The shape, for people."""
 
     @property
     @abc.abstractmethod
     def bytes(self) -> int:
-        """That must be read: weights, or keys and values. What goes in and out besides is left out."""
+        """Bytes that must be read: weights, or keys and values. Other inputs and outputs are not counted."""
 
     @property
     @abc.abstractmethod
     def flops(self) -> int:
-        """Two for each product of two numbers."""
+        """Floating-point operations: two for each multiplication."""
 
     @abc.abstractmethod
     def x(self, count: int) -> Any:
-        """The input of the first of calls whose operands are so many copies: what is given from call to call."""
+        """The first call's input, which passes from call to call. `count` is the number of copies of the operands."""
 
     @abc.abstractmethod
     def copies(self, count: int, implementation: str) -> list[Any]:
-        """Operands for so many calls, of which none reads what the one before did, where there is so much to read."""
+        """Operands for `count` calls, none of which reads what the one before it did, if there is enough to read."""
 
     @abc.abstractmethod
     def call(self, x: Any, operands: Any, implementation: str) -> Any:
-        """The operation."""
+        """Runs the operation."""
 
     @abc.abstractmethod
     def sample(self, out: Any) -> jax.Array:
@@ -53,16 +53,16 @@ class Case(abc.ABC):
 
     @abc.abstractmethod
     def expected(self, x: Any, operands: Any) -> np.ndarray:
-        """That part in float64, by NumPy; the operands are those of "xla"."""
+        """The same part in float64, computed by NumPy; the operands are those of "xla"."""
 
     def following(self, x: Any, out: Any) -> Any:
-        """The next call's input, which cannot be known before this call has ended; as good as x."""
+        """The next call's input, which depends on this call's result; equivalent to x."""
         return link(x, out)
 
 
 def link(x: jax.Array, out: jax.Array) -> jax.Array:
-    """x [rows, ...] again, not to be known before the result [rows, ...] is."""
-    # Without the barrier, of the result only what is used here would be computed.
+    """Returns x [rows, ...], made to depend on the result [rows, ...]."""
+    # Without the barrier, only the part of the result used here would be computed.
     x, out = jax.lax.optimization_barrier((x, out))
     return x + (out[:, :1] * _SMALL).astype(x.dtype)
 
@@ -74,5 +74,5 @@ def normal(seed: int, shape: tuple[int, ...], dtype: str, deviation: float = 1.0
 
 
 def float64(x: Any) -> np.ndarray:
-    """What an array of the device holds, for NumPy."""
+    """A device's array as a NumPy array."""
     return np.asarray(x).astype(np.float64)

@@ -1,4 +1,4 @@
-"""The chosen experts."""
+"""The products of the chosen experts."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,17 +11,17 @@ import numpy as np
 
 from gptjax.bench.cases.case import Case, float64, normal
 from pallas_kernels import dispatch
-from pallas_kernels.fragments import MXFP4Fragments
+from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats.mxfp4 import BLOCK, MXFP4
 from pallas_kernels.moe import moe
-from pallas_kernels.mxfp4 import BLOCK, MXFP4
 
-# How an implementation wants packed weights; the others take them as checkpoints have them.
+# The layout of packed weights that an implementation wants; others take the checkpoint's.
 LAYOUTS: Final[Mapping[str, Callable[[MXFP4], Any]]] = dict.fromkeys(
     (dispatch.MOSAIC, dispatch.TRITON), MXFP4Fragments.of
 )
 
-_TOKENS: Final = 2  # of a result that are compared
-_SCALES: Final = (118, 123)  # of random blocks, from and below: 2^-9 to 2^-5
+_TOKENS: Final = 2  # tokens of a result that are compared
+_SCALES: Final = (118, 123)  # range of random blocks' scales, the end excluded: 2^-9 to 2^-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Experts(Case):
     packed: bool  # in MXFP4
     alpha: float
     limit: float
-    balanced: bool = True  # all experts are as likely; else each e^(-1/4) times as likely as the one before
+    balanced: bool = True  # all experts equally likely; otherwise each e^(-1/4) times as likely as the one before
 
     @property
     def shape(self) -> str:
@@ -50,21 +50,21 @@ class Experts(Case):
         rng = np.random.default_rng(self.rows)
         if self.balanced:
             order_TE = np.stack([rng.permutation(self.num_experts) for _ in range(self.rows)])
-        else:  # the largest of logarithms with Gumbel's noise are drawn as by the probabilities, without replacement
+        else:  # Gumbel top-k: the largest log-probabilities plus noise are a draw without replacement
             noise_TE = rng.gumbel(size=(self.rows, self.num_experts))
             order_TE = np.argsort(np.arange(self.num_experts) / 4 - noise_TE, axis=1)
         return order_TE[:, : self.chosen].astype(np.int32)
 
     @property
     def bytes(self) -> int:
-        """Of the weights of each expert that is chosen by any row."""
+        """The weights of each expert that any row chooses."""
         numbers = len(np.unique(self._experts_TX)) * 3 * self.width * self.mlp_width
-        # Of MXFP4, 16 bytes of codes and one of scale a block.
+        # An MXFP4 block has 16 bytes of codes and one of scale.
         return numbers * 17 // BLOCK if self.packed else numbers * int(jnp.dtype(self.dtype).itemsize)
 
     @property
     def flops(self) -> int:
-        """Two a weight, row and chosen expert."""
+        """Two per weight, row and chosen expert."""
         return 2 * self.rows * self.chosen * 3 * self.width * self.mlp_width
 
     def x(self, count: int) -> jax.Array:
@@ -73,7 +73,7 @@ class Experts(Case):
         return normal(0, (self.rows, self.width), self.dtype)
 
     def copies(self, count: int, implementation: str) -> list[Any]:
-        """The same weights, and other experts chosen, of which there are as many."""
+        """The same weights, but other chosen experts, equally many."""
         E, D, F = self.num_experts, self.width, self.mlp_width
         if self.packed:
             layout = LAYOUTS.get(implementation, lambda packed: packed)
@@ -113,7 +113,7 @@ class Experts(Case):
         )
 
     def _expert(self, x_D: np.ndarray, up: Any, up_bias: Any, down: Any, down_bias: Any) -> np.ndarray:
-        # What MXFP4 holds is exact in float32.
+        # float32 represents MXFP4 values exactly.
         up, down = (float64(part.dequantize() if self.packed else part.T) for part in (up, down))
         hidden = up @ x_D + float64(up_bias)
         gate, linear = np.minimum(hidden[::2], self.limit), np.clip(hidden[1::2], -self.limit, self.limit)

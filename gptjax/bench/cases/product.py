@@ -1,4 +1,4 @@
-"""Products of few rows."""
+"""Matrix products with few rows."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ import numpy as np
 from gptjax.bench.cases.case import Case, float64, normal
 from pallas_kernels import matvec as products
 
-_COLUMNS: Final = 512  # of a result that are compared
+_COLUMNS: Final = 512  # columns of a result that are compared
 
 
 def matvec(x_TD: jax.Array, kernel_DN: jax.Array, *, implementation: str) -> jax.Array:
@@ -34,12 +34,12 @@ class Product(Case):
 
     @property
     def bytes(self) -> int:
-        """Of the weight."""
+        """The weight."""
         return self.inputs * self.outputs * int(jnp.dtype(self.dtype).itemsize)
 
     @property
     def flops(self) -> int:
-        """Two a weight and row."""
+        """Two per weight and row."""
         return 2 * self.rows * self.inputs * self.outputs
 
     def x(self, count: int) -> jax.Array:

@@ -1,12 +1,12 @@
 """Harmony, the format that GPT-OSS reads and writes: conversations to token ids, and token ids back to messages.
 
-The format is openai/harmony's `docs/format.md`, the exact text and tokens those of openai-harmony 0.0.8.
+The format is that of openai/harmony's `docs/format.md`; the exact text and tokens are those of openai-harmony 0.0.8.
 
-    chat.py       conversations in the form of OpenAI's chat API, as harmony messages (tools.py, fields.py); `render`
-    rendering.py  harmony messages as token ids, in bounded time and memory (writer.py)
-    schema.py     JSON schemas in the TypeScript-like form that tools are described in
-    parsing.py    token ids, one by one, as events and messages; header.py reads the headers, also malformed ones
-    messages.py   the messages that all of them use; special.py, the special tokens; builtin.py, the built-in tools
+    conversation.py  conversations in OpenAI's chat API to harmony messages (tools.py, fields.py); `render`
+    rendering.py     harmony messages to token ids, in bounded time and memory (writer.py)
+    schema.py        JSON schemas to the TypeScript-like form that describes tools
+    parsing.py       token ids, one by one, to events and messages; header.py reads the headers, even malformed ones
+    messages.py      the messages that they all use; special.py: the special tokens; builtin.py: the built-in tools
 """
 
 from gptjax.text.harmony.builtin import BROWSER, PYTHON

@@ -1,6 +1,6 @@
 """The two tools that GPT-OSS was trained with, in the words it was trained with (openai/harmony `chat.rs`, Apache-2.0).
 
-They belong into the system message, are called in the analysis channel, and whoever offers them has to run them.
+They belong in the system message and are called in the analysis channel; whoever offers them has to run them.
 """
 
 from gptjax.text.harmony.messages import Function, Namespace

@@ -1,30 +1,30 @@
 """Conversations in the form of OpenAI's chat API, as harmony messages.
 
-| there | here |
+| OpenAI's chat API | harmony |
 |---|---|
 | (always) | a system message: identity, knowledge cutoff, `current_date`, effort, built-in tools, channels |
-| `system` and `developer` at the beginning, function tools | one developer message, the texts joined by an empty line |
-| `system` and `developer` later on | a developer message in that place |
+| `system` and `developer` at the beginning, function tools | one developer message, texts joined by an empty line |
+| later `system` and `developer` | a developer message in the same place |
 | `user`, with its `name` | a user message, `user:name` |
 | `assistant`: `reasoning_content` or `reasoning` | an assistant message in the analysis channel |
-| `assistant`: `content`, else `refusal` | one in the final channel; with calls a preamble, in the commentary channel |
-| `assistant`: `phase`, "commentary" or "final_answer" | the channel of the content, with calls or without |
+| `assistant`: `content`, else `refusal` | one in the final channel; with calls, a preamble in the commentary channel |
+| `assistant`: `phase`, "commentary" or "final_answer" | the channel of the content, with or without calls |
 | `assistant`: each of `tool_calls` | one to `functions.NAME`, in the commentary channel, `<|constrain|>json` |
 | `tool` | from the tool that `tool_call_id` names, to the assistant, in the channel of the call |
 
 Calls of the built-in tools go to `browser.search` and the like, or `python`, in the analysis channel, as `code`. Text
-parts are joined unchanged. A content of None gives no message, and an empty one does so only if the turn has neither
-reasoning (not even an empty one) nor calls. Keys without a place in harmony (those that only answers have, and names of
-system messages and of tools) are not read. Other keys, and keys of other roles, are refused.
+parts are joined unchanged. A content of None makes no message; an empty one makes one only if the turn has neither
+reasoning (not even empty) nor calls. Keys without a place in harmony (those found only in answers, and the names of
+system messages and of tools) are ignored. Other keys, and keys of other roles, are refused.
 
-GPT-OSS's published chat template differs from the format's documentation and from openai-harmony, which are followed
-here. The template writes ` json` for `<|constrain|>json`; quotes tools' results as JSON strings; takes text beside tool
-calls for analysis, though users see it; and loses the second call of a message and later system messages.
+This follows the format's documentation and openai-harmony, from which GPT-OSS's published chat template differs. The
+template writes ` json` for `<|constrain|>json`; quotes tool results as JSON strings; treats text next to tool calls as
+analysis, though users see it; and loses a message's second call and later system messages.
 
-`render`'s `earlier_analysis` says which analysis is left out. "dropped", the default, leaves out what precedes the last
-final message, as the format's guide, the template and vLLM do. "openai-harmony" does what openai-harmony 0.0.8 does by
-default: it leaves out what precedes the first final message, and nothing while the assistant's last message is a call.
-"kept" leaves out nothing.
+`render`'s `earlier_analysis` says which analysis is dropped. "dropped", the default, drops all before the last final
+message, as the format's guide, the template and vLLM do. "openai-harmony" does what openai-harmony 0.0.8 does by
+default: it drops all before the first final message, and nothing while the assistant's last message is a call. "kept"
+drops nothing.
 """
 
 import datetime
@@ -43,7 +43,7 @@ from gptjax.text.harmony.writer import LONGEST
 from gptjax.text.tokenizer import Tokenizer
 
 EarlierAnalysis = Literal["dropped", "openai-harmony", "kept"]
-"""What `render` does with the analysis of turns that were answered."""
+"""What `render` does with the analysis of earlier turns."""
 
 _EFFORTS = ("low", "medium", "high")
 _KEYS = {
@@ -53,7 +53,7 @@ _KEYS = {
     "assistant": ("role", "content", "name", "tool_calls", "reasoning_content", "reasoning", "refusal", "phase"),
     "tool": ("role", "content", "name", "tool_call_id"),
 }
-# Keys of the messages that OpenAI's API and LiteLLM answer with, which have no place in harmony.
+# Keys of messages in answers of OpenAI's API and LiteLLM that have no place in harmony.
 _OF_ANSWERS = ("function_call", "annotations", "audio", "provider_specific_fields")
 _PHASES = {"commentary": "commentary", "final_answer": "final"}
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
@@ -72,23 +72,23 @@ def render(
     """The prompt for the assistant's next turn, up to `<|start|>assistant`; `StreamParser` reads what follows.
 
     Args:
-        messages: as in OpenAI's chat API; text only. See this module's table.
-        tokenizer: one with harmony's special tokens; whatever the texts say, they become none of them.
-        tools: `{"type": "function", "function": {"name", "description", "parameters"}}`, and `{"type": "browser"}` or
-            `{"type": "python"}` for the built-in ones.
-        reasoning_effort: "low", "medium" or "high".
-        current_date: like "2025-06-28"; None leaves the line out.
-        earlier_analysis: "dropped" or "kept", or dropped the way "openai-harmony" does it. If it is kept, each prompt
-            of a conversation begins with the one before.
-        max_length: the most tokens. A longer prompt is refused before all of it is made.
+      messages: as in OpenAI's chat API; text only. See this module's table.
+      tokenizer: one with harmony's special tokens, which no text can become, whatever it says.
+      tools: `{"type": "function", "function": {"name", "description", "parameters"}}`, and `{"type": "browser"}` or
+        `{"type": "python"}` for the built-in ones.
+      reasoning_effort: "low", "medium" or "high".
+      current_date: like "2025-06-28"; None leaves the line out.
+      earlier_analysis: "dropped" or "kept", or dropped the way "openai-harmony" does it. If it is kept, each prompt
+        of a conversation begins with the previous one.
+      max_length: the most tokens. A longer prompt is refused before it is complete.
 
     Raises:
-        RequestError: says which message or tool is not as it should be, or what the tokenizer lacks.
-        CapacityError: more than `max_length` tokens.
+      RequestError: a message or tool is invalid, or the tokenizer lacks harmony's special tokens.
+      CapacityError: more than `max_length` tokens.
     """
     if earlier_analysis not in get_args(EarlierAnalysis):
         allowed = ", ".join(get_args(EarlierAnalysis))
-        raise RequestError(f"earlier_analysis is {quoted(earlier_analysis)}: write one of {allowed}.")
+        raise RequestError(f"earlier_analysis is {quoted(earlier_analysis)}; expected one of {allowed}")
     talk = conversation(messages, tools, reasoning_effort, current_date)
     if earlier_analysis == "dropped":
         talk = _without_earlier_analysis(talk)
@@ -108,14 +108,14 @@ def conversation(
 ) -> list[Message]:
     """The harmony messages that `render` renders, nothing dropped. Arguments and errors as there."""
     if reasoning_effort not in _EFFORTS:
-        raise RequestError(f"reasoning_effort is {quoted(reasoning_effort)}: write one of {', '.join(_EFFORTS)}.")
+        raise RequestError(f"reasoning_effort is {quoted(reasoning_effort)}; expected one of {', '.join(_EFFORTS)}")
     _check_date(current_date)
     functions, builtin = read_tools(tools)
     chat = _Chat(builtin)
     for index, message in enumerate(read_list(messages, "messages")):
         chat.add(message, f"messages[{index}]")
     if all(message.role != "user" for message in chat.messages):
-        raise RequestError("messages has no message of the role user: add one, for the model to reply to.")
+        raise RequestError("messages has no message with the role user: add one for the model to reply to")
     system = SystemContent(current_date=current_date, reasoning_effort=reasoning_effort, tools=builtin)
     opening = [Message("system", system)]
     instructions = "\n\n".join(chat.instructions) or None
@@ -134,11 +134,11 @@ def _check_date(date: object) -> None:
             return
     except ValueError:
         pass
-    raise RequestError(f"current_date is {quoted(date)}: write a date like 2025-06-28.")
+    raise RequestError(f"current_date is {quoted(date)}; expected a date like 2025-06-28")
 
 
 class _Chat:
-    """Takes messages one after the other. `instructions` are those before any other message."""
+    """Takes messages one by one. `instructions` are those before any other message."""
 
     def __init__(self, builtin: Iterable[Namespace]) -> None:
         self.messages: list[Message] = []
@@ -150,7 +150,7 @@ class _Chat:
         message = read_object(value, where)
         role = message.get("role")
         if not isinstance(role, str) or role not in ROLES:
-            raise RequestError(f"{where} has the role {quoted(role)}: write one of {', '.join(ROLES)}.")
+            raise RequestError(f"{where} has the role {quoted(role)}; expected one of {', '.join(ROLES)}")
         self._check_keys(message, role, where)
         match role:
             case "system" | "developer":
@@ -163,11 +163,11 @@ class _Chat:
                 self._add_result(message, where)
 
     def _check_keys(self, message: Mapping[str, Any], role: str, where: str) -> None:
-        """Refuses keys that are not read, unless they are empty. (Any message may have an id.)"""
+        """Refuses unknown keys, unless they are empty. (Any message may have an id.)"""
         keys = _KEYS[role]
         for key, given in message.items():
             if key not in keys and key != "id" and given and not (role == "assistant" and key in _OF_ANSWERS):
-                raise RequestError(f"{where} has {quoted(key)}, which has no meaning here; write {', '.join(keys)}.")
+                raise RequestError(f"{where} has {quoted(key)}, which has no meaning here; expected {', '.join(keys)}")
 
     def _add_instructions(self, text: str) -> None:
         if text and self.messages:
@@ -177,7 +177,7 @@ class _Chat:
 
     def _add_assistant(self, message: Mapping[str, Any], where: str) -> None:
         if message.get("function_call") is not None:
-            raise RequestError(f"{where}.function_call is no longer part of the API: write tool_calls.")
+            raise RequestError(f"{where}.function_call is no longer part of the API: use tool_calls")
         name = _name(message, where)
         reasoning = _reasoning(message, where)
         content = _answer(message, where)
@@ -189,12 +189,12 @@ class _Chat:
             self.messages.append(Message("assistant", content, name, channel))
         ids = [self._add_call(call, name, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
         if len(set(ids)) < len(ids):
-            raise RequestError(f"{where}.tool_calls has an id twice: give each call its own.")
+            raise RequestError(f"{where}.tool_calls has an id twice: give each call its own")
 
     def _add_call(self, value: object, author: str | None, where: str) -> str:
         call = read_object(value, where)
         if call.get("type") not in (None, "function"):
-            raise RequestError(f"{where} has the type {quoted(call['type'])}: write a call of a function.")
+            raise RequestError(f"{where} has the type {quoted(call['type'])}; expected function")
         call_id = read_string(call.get("id"), f"{where}.id")
         function = read_object(call.get("function"), f"{where}.function")
         name = check_name(function.get("name"), f"{where}.function.name")
@@ -213,14 +213,14 @@ class _Chat:
         call = self._calls.get(call_id)
         if call is None:
             raise RequestError(
-                f"{where}.tool_call_id is {quoted(call_id)}, which no tool call before it has: write the id of the "
-                "call whose result this is, and keep the assistant's message with the call."
+                f"{where}.tool_call_id is {quoted(call_id)}, which no earlier tool call has: use the id of the call "
+                "that this is the result of, and keep the assistant's message with the call"
             )
         self.messages.append(Message("tool", _content(message, where), call.recipient, call.channel, "assistant"))
 
 
 def recipients(tools: Iterable[Namespace]) -> Iterable[str]:
-    """The recipients of calls of built-in tools: "browser.search" and the like, or "python"."""
+    """The recipients of calls to built-in tools: "browser.search" and the like, or "python"."""
     for tool in tools:
         yield from [f"{tool.name}.{function.name}" for function in tool.functions] or [tool.name]
 
@@ -228,7 +228,7 @@ def recipients(tools: Iterable[Namespace]) -> Iterable[str]:
 def _content(message: Mapping[str, Any], where: str) -> str:
     text = read_text(message.get("content"), f"{where}.content")
     if text is None:
-        raise RequestError(f"{where}.content is missing: write a string, or a list of text parts.")
+        raise RequestError(f"{where}.content is missing; expected a string or a list of text parts")
     return text
 
 
@@ -251,7 +251,7 @@ def _channel(message: Mapping[str, Any], where: str) -> str | None:
     if phase is None:
         return None
     if not isinstance(phase, str) or phase not in _PHASES:
-        raise RequestError(f"{where}.phase is {quoted(phase)}: write one of {', '.join(_PHASES)}.")
+        raise RequestError(f"{where}.phase is {quoted(phase)}; expected one of {', '.join(_PHASES)}")
     return _PHASES[phase]
 
 

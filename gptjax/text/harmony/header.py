@@ -3,13 +3,13 @@
 A header is `ROLE[:NAME] [to=RECIPIENT][<|channel|>CHANNEL][ to=RECIPIENT][ CONTENT_TYPE]`. The recipient can be in
 either place, and `<|constrain|>` can precede the content type. An author that is not a role is a tool.
 
-Models also write headers that are malformed. Their recipient is found wherever it is:
+Models also write malformed headers. Their recipient is found wherever it is:
 
     <|channel|>commentaryto=functions.f           glued to the word before it
     <|channel|>commentary To = "functions . f"    with spaces, capitals or quotes
     to=<|channel|>functions.f                     with a mark inside
     <|channel|>commentary functions.f             without `to=`, if it is `functions.NAME`
-    <|channel|>commentary f json                  as a lone word, if a tool of this name was offered
+    <|channel|>commentary f json                  as a lone word, if a tool of that name was offered
     to=functions.f<|channel|><|channel|>final     before a mark that comes twice
 """
 
@@ -24,15 +24,15 @@ from gptjax.text.harmony.special import CONSTRAIN
 NOBODY = frozenset(("all", *ROLES, *CHANNELS))
 """Recipients that are not tools."""
 
-# Stands for a mark in a header's text. It ends words and names; `to=` and its name may be on different sides of it.
+# Represents a mark in a header's text. It ends words and names; `to=` and its name may be on different sides of it.
 _MARK = "\0"
 _GAP = r"[\s\0]*"
-_WORD = r"[^\s\0{\"'`]+"  # of a name; models put arguments directly behind it
+_WORD = r"[^\s\0{\"'`]+"  # of a name; models put arguments directly after it
 # "to=functions.f", "to = functions . f", "TO='browser.search'", "to=<mark>functions.f"; the group is the name.
 _RECIPIENT = re.compile(rf"{_GAP}to{_GAP}=[\s\0\"'`]*((?:{FUNCTIONS}{_GAP}\.{_GAP})?{_WORD})[\"'`]*", re.IGNORECASE)
-# "functions.f" or "functions . f" as words of their own.
+# "functions.f" or "functions . f" as separate words.
 _BARE_FUNCTION = re.compile(rf"(?<!\S){FUNCTIONS}\s*\.\s*{_WORD}", re.IGNORECASE)
-# What precedes a function's name, as in "Functions . f".
+# The part before a function's name, as in "Functions . f".
 _NAMESPACE = re.compile(rf"{FUNCTIONS}{_GAP}\.{_GAP}", re.IGNORECASE)
 # "json" directly before the text, as in `to=functions.f json{"x": 1}`; not the beginning of a longer word.
 _CONTENT_TYPE = re.compile(r"\s*(json|code)(?![a-z])\s*", re.IGNORECASE)
@@ -42,21 +42,21 @@ _GAP_BEFORE_FUNCTION = re.compile(rf"\s*(?={FUNCTIONS}\s*\.\s*{_WORD}\s*(?:json|
 _RECIPIENT_AT_END = re.compile(
     rf"to{_GAP}=[\s\0\"'`]*{FUNCTIONS}\.[^\s\0{{]+{_GAP}(?:json|code)?{_GAP}\Z", re.IGNORECASE
 )
-_PUNCTUATION = "?!,;:."  # that models put behind names and channels
+_PUNCTUATION = "?!,;:."  # that models put after names and channels
 
 
 class Header:
     """Collects the text between the marks of one header.
 
     Attributes:
-        explicit: whether `<|start|>` began it; otherwise the prompt did, and the author is the assistant.
-        author: what precedes other marks.
-        channel: what follows `<|channel|>`; None before that.
-        constrain: what follows `<|constrain|>`; None before that.
+      explicit: whether `<|start|>` began it; otherwise the prompt did, and the author is the assistant.
+      author: the text before other marks.
+      channel: the text after `<|channel|>`; None before that.
+      constrain: the text after `<|constrain|>`; None before that.
     """
 
     def __init__(self, *, explicit: bool, names: Set[str], before: "Header | None" = None) -> None:
-        """`names`: of the tools that were offered. `before`: a header that got no text, which this one goes on from."""
+        """`names`: of the offered tools. `before`: a header without a message text, which this one continues."""
         self.explicit = explicit
         self._names = names
         self.author = ""
@@ -68,7 +68,7 @@ class Header:
 
     @property
     def marked(self) -> bool:
-        """Whether this is certainly a header, and not text whose header is missing."""
+        """Whether this is certainly a header, not text whose header is missing."""
         return self.explicit or self.channel is not None or self.constrain is not None
 
     @property
@@ -77,11 +77,11 @@ class Header:
         return len(self._written())
 
     def add(self, text: str) -> None:
-        """Adds text to the part that was begun last."""
+        """Adds text to the latest part."""
         setattr(self, self._last, (getattr(self, self._last) or "") + text)
 
     def begin(self, part: Literal["channel", "constrain"]) -> None:
-        """Goes on with a part after its mark; a part that occurs twice keeps what it has."""
+        """Begins a part after its mark; a part that occurs twice keeps its text."""
         self._last = part
         self.add("")
 
@@ -92,14 +92,14 @@ class Header:
         return header
 
     def is_broken_off(self) -> bool:
-        """Whether a mark that begins another header leaves this one without a text; otherwise it is a message."""
+        """Whether a mark that begins another header leaves this one without text; otherwise this is a message."""
         if self.channel is not None and _RECIPIENT_AT_END.search(self._written()):
             return True
         message, text = self.salvage()
         return not text or text == "to=" or (message.recipient is not None and text[0] not in "{[")
 
     def _written(self) -> str:
-        """Its text so far, with marks between the parts."""
+        """The text so far, with marks between the parts."""
         parts = (self._earlier_text, self.author, self.channel, self.constrain)
         return _MARK.join(part for part in parts if part)
 
@@ -131,7 +131,7 @@ class Header:
         return self._completed(Message(role, "", name, channel_or_word, recipient, content_type))
 
     def _content_type(self, rest: str, constrain: str) -> str | None:
-        """The word behind `<|constrain|>`, or else the last one that is left of the header."""
+        """The word after `<|constrain|>`, or else the last word left in the header."""
         marked = self.constrain is not None
         words = [word for word in (constrain if marked else rest).split() if word != "to="]
         if not words:
@@ -144,7 +144,7 @@ class Header:
         return alone[0] if len(alone) == 1 and alone[0] in self._names else None
 
     def _completed(self, message: Message) -> Message:
-        """The message, with what only the header before this one says."""
+        """The message, completed from the previous header."""
         before = self._earlier
         if before is None or before.role != "assistant" or message.role != "assistant":
             return message
@@ -156,7 +156,7 @@ class Header:
         )
 
     def salvage(self) -> tuple[Message, str]:
-        """The message and its text, possibly "", if no `<|message|>` comes: what is not part of a header is text."""
+        """The message and its text, possibly "", if no `<|message|>` comes: anything that cannot be header is text."""
         role, name, rest = self._read_author(self.author)
         if role == "tool" and not (_RECIPIENT.match(rest) or _BARE_FUNCTION.match(name or "")):
             role, name, rest = "assistant", None, self.author
@@ -183,7 +183,7 @@ class Header:
         return self._completed(message), text[kind.end() if kind else 0 :].lstrip()
 
     def _read_author(self, author: str) -> tuple[str, str | None, str]:
-        """Role, name, and what follows."""
+        """Role, name, and the rest."""
         word, rest = _first_word(author)
         if not self.explicit:
             return "assistant", None, rest if word.lower() == "assistant" else author
@@ -198,7 +198,7 @@ class Header:
 
 
 def _take_recipient(match: re.Match[str], recipients: list[str]) -> str:
-    """Replaces a recipient by the marks inside it, and collects its name. A name that cannot be one stays."""
+    """Replaces a recipient with the marks inside it, and collects its name. A word that cannot be a name stays."""
     marks = _MARK * match[0].count(_MARK)
     name = _clean_name(match[1])
     if _CONTENT_TYPE.fullmatch(name) or (marks and name in CHANNELS):
@@ -224,7 +224,7 @@ def _without(words: str, taken: str) -> str:
 
 
 def _first_word(text: str) -> tuple[str, str]:
-    """The first word, "" if there is none, and what follows it."""
+    """The first word, "" if there is none, and the rest."""
     words = text.lstrip()
     word = words.split(maxsplit=1)[0] if words else ""
     return word, words[len(word) :]

@@ -1,4 +1,4 @@
-"""What a harmony conversation is made of."""
+"""The parts of a harmony conversation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ FUNCTIONS = "functions"
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """One function of a tool. Raises RequestError for a schema that is none."""
+    """One function of a tool. Raises RequestError for an invalid schema."""
 
     name: str
     description: str = ""
@@ -26,13 +26,13 @@ class Function:
         if self.parameters is not None:
             if not isinstance(self.parameters, dict):
                 kind = type(self.parameters).__name__
-                raise RequestError(f"The parameters of {self.name} are {kind}: write a JSON schema, an object.")
-            check_schema(self.parameters, f"The parameters of {self.name}")
+                raise RequestError(f"the parameters of {self.name} are {kind}; expected a JSON schema (an object)")
+            check_schema(self.parameters, f"the parameters of {self.name}")
 
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """A tool: functions under a common name, or (`python`) none, and then calls bear the tool's name alone."""
+    """A tool: functions under a common name, or (`python`) none; then calls use only the tool's name."""
 
     name: str
     description: str | None = None
@@ -41,23 +41,23 @@ class Namespace:
 
 @dataclass(frozen=True, slots=True)
 class SystemContent:
-    """What a system message says. A part that is None or empty is left out."""
+    """The parts of a system message. One that is None or empty is left out."""
 
     model_identity: str | None = "You are ChatGPT, a large language model trained by OpenAI."
     knowledge_cutoff: str | None = "2024-06"
     current_date: str | None = None
-    """As "2025-06-28"."""
+    """Like "2025-06-28"."""
     reasoning_effort: str | None = "medium"
     """Or "low" or "high"."""
     tools: tuple[Namespace, ...] = ()
-    """Built-in tools; functions belong into the developer message."""
+    """Built-in tools; functions belong in the developer message."""
     channels: tuple[str, ...] = CHANNELS
     """Those the model may use."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeveloperContent:
-    """What a developer message says. A part that is None or empty is left out."""
+    """The parts of a developer message. One that is None or empty is left out."""
 
     instructions: str | None = None
     tools: tuple[Namespace, ...] = ()
@@ -65,14 +65,14 @@ class DeveloperContent:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message, as its header and text stand in the token stream. `StreamParser` gives all text as strings."""
+    """One message, with its header and text as in the token stream. `StreamParser` makes every content a string."""
 
     role: str
     content: str | SystemContent | DeveloperContent
     name: str | None = None
-    """The author's name: a tool's, as "functions.get_weather", or that of one user of several."""
+    """The author's name: a tool's, like "functions.get_weather", or that of one of several users."""
     channel: str | None = None
     recipient: str | None = None
-    """Whom it is for: a tool that the assistant calls, or "assistant"."""
+    """The tool that the assistant calls, or "assistant"."""
     content_type: str | None = None
-    """As "code", or "<|constrain|>json", where the first part is the special token."""
+    """Like "code" or "<|constrain|>json", which begins with the special token."""

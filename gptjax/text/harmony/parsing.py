@@ -10,55 +10,55 @@ from gptjax.text.harmony.special import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, 
 from gptjax.text.tokenizer import Tokenizer
 
 _ENDS = (END, CALL, RETURN, "<|endoftext|>")
-# Characters. Names may have 64 of them, in an author and in a recipient; more is text whose header is missing.
+# Characters. Names may have 64 of them, in an author and in a recipient; anything longer is text without a header.
 _LONGEST_HEADER = 512
 _WORD = re.compile(r"[a-z]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A step of one message. The first has an empty text; it comes after the header, of a call with its first text."""
+    """A step of one message. The first has no text and follows the header; for a call, it waits for the first text."""
 
     index: int
-    """Which message of the stream, from 0."""
+    """Which message of the stream, counted from 0."""
     role: str
     channel: str | None
-    """ "analysis", "commentary" or "final"; or whatever the model wrote instead, or nothing."""
+    """ "analysis", "commentary" or "final"; whatever the model wrote instead; or None."""
     recipient: str | None
-    """As "functions.get_weather" where the text is the arguments of a call."""
+    """Like "functions.get_weather" if the text is the arguments of a call."""
     content_type: str | None
-    """As "<|constrain|>json"."""
+    """Like "<|constrain|>json"."""
     text: str
-    """What follows the text so far; never half a character."""
+    """The next part of the text; never half a character."""
     ended: bool = False
-    """Whether the message is complete with this."""
+    """Whether this completes the message."""
 
 
 class StreamParser:
     """Reads what a model writes after a prompt of `render`, or any other harmony stream.
 
     Malformed streams are never an error:
-    - Text without a header is a message of the assistant without a channel, and so is the text of a header that ends
-      without `<|message|>` (less what can be read as a header).
-    - `<|start|>` and `<|channel|>` end a message that lacks its `<|end|>`; the latter begins one of the assistant.
+    - Text without a header is an assistant message without a channel, and so is the text of a header that ends without
+      `<|message|>` (minus what can be read as a header).
+    - `<|start|>` and `<|channel|>` end a message that lacks its `<|end|>`; the latter begins an assistant message.
     - A mark that comes twice in a header, or before any text, begins the header again. What it said before stays unless
       it now says something else.
-    - Words that have no place in a header are dropped. So are other special tokens, and a header that is cut short by
-      the end of the stream.
+    - Words that have no place in a header are dropped. So are other special tokens, and a header cut short by the end
+      of the stream.
 
     openai-harmony agrees if the stream is well-formed, with one exception: it takes any lone word after the channel for
     a recipient, as in `<|channel|>final <|constrain|>json`, which models write. Here a recipient needs `to=`, unless it
     is `functions.NAME` or one of `names`.
 
     Attributes:
-        messages: those that are complete.
+      messages: the complete ones.
 
     Raises:
-        RequestError: the tokenizer lacks harmony's special tokens.
+      RequestError: the tokenizer lacks harmony's special tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, names: Set[str] = frozenset()) -> None:
-        """`names`: of the tools that were offered."""
+        """`names`: of the offered tools."""
         special = special_ids(tokenizer)
         self._ends = frozenset(special[token] for token in _ENDS if token in special)
         self._start, self._channel = special[START], special[CHANNEL]
@@ -66,15 +66,15 @@ class StreamParser:
         self.messages: list[Message] = []
         self._decoder = tokenizer.stream()
         self._call = special[CALL]
-        self._cut: Header | None = None  # the last header, if it ended without a text
+        self._cut: Header | None = None  # the last header, if it ended without text
         self._names = names
         self._header = self._new_header()
         self._current: Message | None = None  # None while its header is read
         self._pieces: list[str] = []
-        self._begun = False  # whether the message's first event was given
+        self._begun = False  # whether the message's first event was sent
 
     def push(self, token_id: int) -> list[Event]:
-        """The events of one more token, which is any id that is not negative."""
+        """The events of one more token; any id that is not negative."""
         if token_id in self._ends:
             return [*self._end(), *self.ended_by(token_id)]
         if token_id == self._start:
@@ -86,19 +86,19 @@ class StreamParser:
         return self._say(self._decoder.push(token_id))
 
     def finish(self) -> list[Event]:
-        """The events of the end of the stream, where it ends without `<|end|>`."""
+        """The events of a stream that ends without `<|end|>`."""
         if self._current is None:
             half = self._decoder.finish()
             self._header.add("" if self._header.marked else half)
             message, text = self._header.salvage()
-            # The rest of a header that was cut short is a word at most.
+            # The rest of a header cut short is at most a word.
             if _WORD.fullmatch(text) and (self._header.marked or message.recipient):
                 self._cut, self._header = self._header, self._new_header()
                 return []
         return self._end()
 
     def ended_by(self, token_id: int) -> list[Event]:
-        """The events of a call without a text, if `<|call|>` ended its header. After `finish`, of the stream's end."""
+        """The events of a call without text, if `<|call|>` ended its header; after `finish`, if it ended the stream."""
         cut, self._cut = self._cut, None
         message = None if cut is None else cut.read()
         if token_id != self._call or message is None or message.role != "assistant" or message.recipient is None:
@@ -116,7 +116,7 @@ class StreamParser:
     def _start_channel(self) -> list[Event]:
         events: list[Event] = []
         if self._current is not None and self._current.recipient is not None and not self._begun:
-            self._current = None  # the header of a call without text goes on
+            self._current = None  # the header of a call without text continues
         elif self._current is not None:
             events = self._end()
         if self._header.channel is not None:
@@ -130,7 +130,7 @@ class StreamParser:
         return events
 
     def _broken_off(self) -> Header | None:
-        """The header, if a mark that begins another leaves it without a text."""
+        """The header, if a mark that begins another leaves it without text."""
         if self._current is not None:
             return None
         self._header.add(self._decoder.finish())
@@ -162,7 +162,7 @@ class StreamParser:
         return [*self._first(self._current), self._event(self._current, text)]
 
     def _first(self, message: Message) -> list[Event]:
-        """The event of a message's beginning, only once."""
+        """The event that begins a message, once."""
         begun, self._begun = self._begun, True
         return [] if begun else [self._event(message, "")]
 
@@ -196,7 +196,7 @@ class StreamParser:
 
 
 def parse(token_ids: Iterable[int], tokenizer: Tokenizer) -> list[Message]:
-    """The messages of a whole stream; see `StreamParser`, also for the error."""
+    """The messages of a whole stream; see `StreamParser`, also for errors."""
     parser = StreamParser(tokenizer)
     for token_id in token_ids:
         parser.push(token_id)

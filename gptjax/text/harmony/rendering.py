@@ -20,7 +20,7 @@ from gptjax.text.harmony.writer import LONGEST, Writer
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.text.vocabulary import is_text
 
-# Headers are words between spaces and special tokens. OpenAI's API has this rule for the names of users.
+# Headers are words between spaces and special tokens. OpenAI's API has this rule for users' names.
 _NAME = re.compile(r"(?!to=)[^\s<|\\/>]+")
 _CONTENT_TYPE = re.compile(r"(<\|constrain\|> ?)?[^\s<|>]+")
 _LONGEST_NAME = 256
@@ -37,20 +37,20 @@ def render_messages(
     """The ids of a conversation. Text is encoded as plain text: only the format's own marks are special tokens.
 
     Args:
-        messages: in order, the system message first.
-        tokenizer: one with harmony's special tokens.
-        drop_analysis: leave out the analysis before the first message in the final channel, if the assistant's last
-            message is a final one (openai-harmony's `auto_drop_analysis`).
-        completion: end with the beginning of the assistant's next message, for the model to go on.
-        max_length: the most tokens; see `Writer`.
+      messages: in order, the system message first.
+      tokenizer: one with harmony's special tokens.
+      drop_analysis: leave out the analysis before the first message in the final channel, if the assistant's last
+        message is in that channel (openai-harmony's `auto_drop_analysis`).
+      completion: end with the beginning of the assistant's next message, for the model to continue.
+      max_length: the most tokens; see `Writer`.
 
     Raises:
-        RequestError: a tokenizer without harmony, or a message that the format cannot carry.
-        CapacityError: more than `max_length` tokens.
+      RequestError: a tokenizer without harmony, or a message that the format cannot carry.
+      CapacityError: more than `max_length` tokens.
     """
     writer = Writer(tokenizer, max_length)
     for index, message in enumerate(messages):
-        _check(message, f"Message {index}")
+        _check(message, f"message {index}")
     has_functions = any(
         tool.name == FUNCTIONS and tool.functions
         for message in messages
@@ -68,33 +68,33 @@ def render_messages(
 
 
 def check_name(name: object, what: str) -> str:
-    """A name that can stand in a header. Raises RequestError, beginning with `what`, for another."""
+    """A name that a header can have. Raises RequestError, beginning with `what`, for any other."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or not is_text(name):
-        raise RequestError(rf"{what} is {quoted(name)}: write a word without spaces and < | \ / >.")
+        raise RequestError(rf"{what} is {quoted(name)}; expected a word without spaces and < | \ / >")
     if len(name) > _LONGEST_NAME:
-        raise RequestError(f"{what} is {quoted(name)}, of {len(name)} characters: write at most {_LONGEST_NAME}.")
+        raise RequestError(f"{what} is {quoted(name)}, of {len(name)} characters; expected at most {_LONGEST_NAME}")
     return name
 
 
 def _check(message: Message, what: str) -> None:
     if message.role not in ROLES:
-        raise RequestError(f"{what} has the role {quoted(message.role)}: write one of {', '.join(ROLES)}.")
+        raise RequestError(f"{what} has the role {quoted(message.role)}; expected one of {', '.join(ROLES)}")
     fitting = {"system": str | SystemContent, "developer": str | DeveloperContent}.get(message.role, str)
     if not isinstance(message.content, fitting):
         kind = type(message.content).__name__
-        raise RequestError(f"{what} has a {kind} as content, which a {message.role} message cannot carry: write text.")
+        raise RequestError(f"{what} has a {kind} as content, which a {message.role} message cannot have; expected text")
     if message.channel is not None and message.channel not in CHANNELS:
-        raise RequestError(f"{what} has the channel {quoted(message.channel)}: write one of {', '.join(CHANNELS)}.")
+        raise RequestError(f"{what} has the channel {quoted(message.channel)}; expected one of {', '.join(CHANNELS)}")
     if message.role == "tool" and (message.name is None or message.name.partition(":")[0] in ROLES):
         raise RequestError(
-            f"{what} has the name {quoted(message.name)}: write the tool's, as in 'functions.get_weather'."
+            f"{what} has the name {quoted(message.name)}; expected the tool's, as in 'functions.get_weather'"
         )
     for field, name in (("name", message.name), ("recipient", message.recipient)):
         if name is not None:
-            check_name(name, f"The {field} of {what[0].lower()}{what[1:]}")
+            check_name(name, f"the {field} of {what}")
     if message.content_type is not None and not _CONTENT_TYPE.fullmatch(message.content_type):
         raise RequestError(
-            f"{what} has the content type {quoted(message.content_type)}: write one like '{CONSTRAIN}json'."
+            f"{what} has the content type {quoted(message.content_type)}; expected one like '{CONSTRAIN}json'"
         )
 
 
@@ -166,7 +166,7 @@ def _system(content: SystemContent, has_functions: bool) -> Iterator[str]:
 
 
 def _tools(tools: Sequence[Namespace]) -> Iterator[str]:
-    """The sections that describe tools, in the order of their names; nothing for none."""
+    """The sections that describe tools, in order of name; nothing if there are none."""
     if tools:
         yield "# Tools"
     for tool in sorted(tools, key=lambda tool: tool.name):
@@ -193,7 +193,7 @@ def _tool(tool: Namespace) -> Iterator[str]:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """The lines as Rust's `lines` splits them: at "\\n" and "\\r\\n" only (Python's splitlines has ten more)."""
+    """The lines as Rust's `lines` splits them: only at "\\n" and "\\r\\n" (Python's splitlines has ten more)."""
     start = 0
     while (end := text.find("\n", start)) >= 0:
         yield text[start:end].removesuffix("\r")

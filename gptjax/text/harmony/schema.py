@@ -1,8 +1,8 @@
-"""JSON schemas in the TypeScript-like form that harmony describes functions in.
+"""JSON schemas in the TypeScript-like form in which harmony describes functions.
 
-The exact form is `json_schema_to_typescript` of openai-harmony 0.0.8 (`encoding.rs`), quirks included: GPT-OSS was
-trained on that text. So `anyOf`, `allOf`, `$ref` and `const` become "any", and a oneOf that is the schema itself quotes
-a string default that a oneOf of a property leaves bare.
+The exact form is that of `json_schema_to_typescript` in openai-harmony 0.0.8 (`encoding.rs`), quirks included: GPT-OSS
+was trained on that text. So `anyOf`, `allOf`, `$ref` and `const` become "any", and a top-level oneOf quotes a string
+default that a property's oneOf leaves bare.
 """
 
 import json
@@ -17,7 +17,7 @@ from gptjax.support.quoting import quoted
 from gptjax.text.harmony.fields import MOST_VALUES
 from gptjax.text.vocabulary import is_text
 
-# More than schemas of functions have, less than openai-harmony's and Python's own limits.
+# Deeper than functions' schemas, shallower than the limits of openai-harmony and Python.
 _DEEPEST = 64
 _SIMPLE = {"number": "number", "integer": "number", "boolean": "boolean", "array": "Array<any>"}
 
@@ -28,7 +28,7 @@ def _are_strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-# What is read of a schema; the rest may be anything. Null counts as absent: clients write it for an empty field.
+# The keywords that are read; others may hold anything. Null counts as absent: clients write it for an empty field.
 _KEYWORDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "type": (lambda value: isinstance(value, str) or _are_strings(value), "a type's name or a list of them"),
     "properties": (lambda value: isinstance(value, dict), "an object of names and schemas"),
@@ -44,13 +44,13 @@ _KEYWORDS: dict[str, tuple[Callable[[object], bool], str]] = {
 
 
 def check_schema(schema: object, where: str) -> None:
-    """Raises RequestError, beginning with `where`, for what is not JSON or not a schema, or holds too many values."""
+    """Raises RequestError, beginning with `where`, if it is not JSON, not a schema, or holds too many values."""
     _Check(where).schema(schema)
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A place in a schema. It becomes text only for an error: a text for each value would cost more than the check."""
+    """A place in a schema, made text only for an error: text for every value would cost more than the check."""
 
     parent: "_Place | None"
     step: str
@@ -76,28 +76,28 @@ class _Check:
     def _json(self, value: object, at: _Place, depth: int) -> None:
         self._left -= 1
         if self._left < 0:
-            raise RequestError(f"{self._root} hold more than {MOST_VALUES:,} values: write a smaller schema.")
+            raise RequestError(f"{self._root} hold more than {MOST_VALUES:,} values: use a smaller schema")
         if depth > _DEEPEST:
-            raise RequestError(f"{at} ... nest deeper than {_DEEPEST} levels: write a flatter schema.")
+            raise RequestError(f"{at} ... nest deeper than {_DEEPEST} levels: use a flatter schema")
         if isinstance(value, dict):
             for key, item in value.items():
                 if not isinstance(key, str) or not is_text(key):
-                    raise RequestError(f"{at} have the key {quoted(key)}: write one that is text.")
+                    raise RequestError(f"{at} have the key {quoted(key)}; expected text")
                 self._json(item, _Place(at, f".{key}"), depth + 1)
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 self._json(item, _Place(at, f"[{index}]"), depth + 1)
         elif not _is_scalar(value):
-            raise RequestError(f"{at}: {quoted(value)} ({type(value).__name__}) is not JSON: write a JSON schema.")
+            raise RequestError(f"{at}: {quoted(value)} ({type(value).__name__}) is not JSON; expected a JSON schema")
 
     def _keywords(self, schema: object, at: _Place) -> None:
         if isinstance(schema, bool):  # "anything" and "nothing" are schemas
             return
         if not isinstance(schema, dict):
-            raise RequestError(f"{at} is {quoted(schema)}: write a schema, an object.")
+            raise RequestError(f"{at} is {quoted(schema)}; expected a schema (an object)")
         for key, (fits, wanted) in _KEYWORDS.items():
             if schema.get(key) is not None and not fits(schema[key]):
-                raise RequestError(f"{at}.{key} is {quoted(schema[key])}: write {wanted}.")
+                raise RequestError(f"{at}.{key} is {quoted(schema[key])}; expected {wanted}")
         for name, part in (schema.get("properties") or {}).items():
             self._keywords(part, _Place(at, f".properties.{name}"))
         for index, part in enumerate(schema.get("oneOf") or []):
@@ -111,7 +111,7 @@ def _is_scalar(value: object) -> bool:
         return is_text(value)
     try:
         return value is None or (isinstance(value, int | float) and math.isfinite(value))
-    except OverflowError:  # an integer that no float holds
+    except OverflowError:  # an integer too large for a float
         return False
 
 
@@ -186,7 +186,7 @@ def _field(name: str, schema: Schema, indent: str) -> Iterator[str]:
 
 
 def _alternatives(name: str, schema: Schema, indent: str) -> Iterator[str]:
-    """A field with a oneOf. A description is not said twice, and the first variant's gives way to the field's."""
+    """A field with a oneOf. No description is repeated, and the first variant's gives way to the field's."""
     variants = [_without_nulls(each) for each in schema["oneOf"]]
     description = schema.get("description")
     above = "description" in schema and not (variants and variants[0].get("description") == description)
@@ -223,7 +223,7 @@ def _note(text: str, indent: str) -> str:
 
 
 def _or_null(schema: Schema, kind: Iterator[str]) -> Iterator[str]:
-    """A type, with null as an alternative if nullable and not there yet. (No piece ends within a word.)"""
+    """A type, with null added if nullable and not there yet. (No piece ends within a word.)"""
     if not schema.get("nullable"):
         yield from kind
         return
@@ -247,7 +247,7 @@ def _default(schema: Schema, *, quote_enum: bool = False) -> Iterator[str]:
 
 
 def _json(value: object) -> Iterator[str]:
-    """As Rust's serde_json writes it: compact, and with numbers as below."""
+    """JSON as Rust's serde_json writes it: compact, with numbers as below."""
     if isinstance(value, dict):
         for index, (key, item) in enumerate(value.items()):
             yield f"{',' if index else '{'}{json.dumps(key, ensure_ascii=False)}:"
@@ -265,7 +265,7 @@ def _json(value: object) -> Iterator[str]:
 
 
 def _number(value: int | float) -> str:
-    """Integers beyond 64 bits are floats, 0.00001 is written out, and exponents have no plus and no zeros in front."""
+    """Integers beyond 64 bits become floats, 0.00001 is written out, and exponents have no plus or leading zeros."""
     if isinstance(value, int) and -(2**63) <= value < 2**64:
         return str(value)
     text = repr(float(value))

@@ -9,7 +9,7 @@ START = "<|start|>"
 """Begins a message's header."""
 CHANNEL = "<|channel|>"
 CONSTRAIN = "<|constrain|>"
-"""Stands before a content type that sampling is held to."""
+"""Precedes a content type that sampling is constrained to."""
 MESSAGE = "<|message|>"
 """Ends the header; the text follows."""
 END = "<|end|>"
@@ -17,22 +17,22 @@ END = "<|end|>"
 CALL = "<|call|>"
 """Ends a message that calls a tool, and the turn."""
 RETURN = "<|return|>"
-"""Ends the final message, and the turn. In a history it is written as `END`."""
+"""Ends the final message, and the turn. In a prompt's history, `END` takes its place."""
 
 _REQUIRED = (START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN)
 
 
 def missing_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The special tokens of harmony that a tokenizer lacks: none where its model can speak harmony."""
+    """The special tokens of harmony that a tokenizer lacks; empty if its model can speak harmony."""
     return tuple(token for token in _REQUIRED if token not in tokenizer.special_ids)
 
 
 def special_ids(tokenizer: Tokenizer) -> Mapping[str, int]:
-    """The id of each special token. Raises RequestError where one of harmony's is missing."""
+    """The id of each special token. Raises RequestError if one of harmony's is missing."""
     missing = missing_tokens(tokenizer)
     if missing:
         raise RequestError(
-            f"The tokenizer lacks harmony's special tokens {', '.join(missing)}: use a GPT-OSS model, or give this "
-            "one a plain prompt instead of a conversation."
+            f"the tokenizer lacks harmony's special tokens {', '.join(missing)}: use a GPT-OSS model, or give this "
+            "one a plain prompt instead of a conversation"
         )
     return tokenizer.special_ids

@@ -9,7 +9,7 @@ from gptjax.text.harmony.rendering import check_name
 
 
 def read_tools(tools: object) -> tuple[tuple[Function, ...], tuple[Namespace, ...]]:
-    """The functions in their order, and the built-in tools. Raises RequestError, naming the tool and the fault."""
+    """The functions, in order, and the built-in tools. Raises RequestError, naming the tool and the fault."""
     check_amount(tools, "tools")
     functions: dict[str, Function] = {}
     builtin: dict[str, Namespace] = {}
@@ -20,12 +20,12 @@ def read_tools(tools: object) -> tuple[tuple[Function, ...], tuple[Namespace, ..
         if kind == "function":
             function = _read_function(tool.get("function"), f"{where}.function")
             if function.name in functions:
-                raise RequestError(f"{where} is the second function {function.name}: give each its own name.")
+                raise RequestError(f"{where} is the second function {function.name}: give each its own name")
             functions[function.name] = function
         elif isinstance(kind, str) and kind in BUILTIN:
             builtin[kind] = BUILTIN[kind]
         else:
-            raise RequestError(f"{where} has the type {quoted(kind)}: write one of function, {', '.join(BUILTIN)}.")
+            raise RequestError(f"{where} has the type {quoted(kind)}; expected one of function, {', '.join(BUILTIN)}")
     return tuple(functions.values()), tuple(builtin.values())
 
 

@@ -1,4 +1,4 @@
-"""Collects the token ids of a prompt, within the bounds of a context."""
+"""Collects the token ids of a prompt, within a context's bounds."""
 
 from collections.abc import Iterable
 
@@ -11,18 +11,18 @@ LONGEST = 131_072
 
 
 class Writer:
-    """Marks become special tokens, texts never do.
+    """Collects marks, which become special tokens, and texts, which never do.
 
     The cost depends on `max_length`, not on the request: once the prompt is certain not to fit, no more pieces of a
     text are taken.
 
     Attributes:
-        ids: the prompt so far.
+      ids: the prompt so far.
 
     Raises:
-        RequestError: the tokenizer lacks harmony's special tokens.
-        CapacityError: from `mark` and `text`, if the prompt has more than `max_length` tokens, or its texts too many
-            characters (see `Bounds`).
+      RequestError: the tokenizer lacks harmony's special tokens.
+      CapacityError: from `mark` and `text`, if the prompt has more than `max_length` tokens, or its texts too many
+        characters (see `Bounds`).
     """
 
     def __init__(self, tokenizer: Tokenizer, max_length: int = LONGEST) -> None:
@@ -32,11 +32,11 @@ class Writer:
         self._bounds = Bounds(tokenizer.encode, max_length, shorten="messages or tools")
 
     def mark(self, token: str) -> None:
-        """A special token."""
+        """Adds a special token."""
         self.ids.append(self._special[token])
         self._bounds.check(len(self.ids))
 
     def text(self, pieces: Iterable[str]) -> None:
-        """A text in pieces, which are encoded as one; a string will do."""
+        """Adds a text in pieces, which are encoded as one; a string works too."""
         self.ids += self._encode(self._bounds.joined(pieces, len(self.ids)))
         self._bounds.check(len(self.ids))

@@ -1,0 +1,268 @@
+"""A residual's sum and its norm for a few rows in one kernel, on Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
+
+`Norm` is what a kernel's threads do, so that another one can do it too: `route.mosaic_sm90` goes on with the norm.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels import ptx
+from pallas_kernels.partial_sum import PartialSum
+from pallas_kernels.ptx import Condition, Value, rows
+
+EXCHANGES = 2  # of `Norm`: the sums for the mean, and for the variance
+_FLIGHT = 24  # loads of 16 bytes of parts that a thread has begun at a time, at most
+_LOADS = 16384  # loads of 16 bytes that the registers of a block's threads have room for
+_OTHERS = 14  # of these, a thread's for other things
+_MOST_SUMMANDS = 64  # pieces of a number, which are unrolled
+_FLOATS = (jnp.bfloat16, jnp.float32)
+
+
+def supports(x_TD: jax.Array, terms: PartialSum | None, scale_D: jax.Array, bias_D: jax.Array | None = None) -> bool:
+    """Whether `add_norm` takes these operands."""
+    T, D = x_TD.shape
+    return (
+        x_TD.dtype == jnp.bfloat16
+        and 1 <= T <= rows.MOST_ROWS
+        and D % 8 == 0
+        and D <= rows.LARGEST_WIDTH
+        and all(each is None or each.dtype in _FLOATS for each in (scale_D, bias_D))
+        and (terms is None or _supports(terms, T, D))
+    )
+
+
+def _supports(terms: PartialSum, T: int, D: int) -> bool:
+    J, A, width = terms.parts_JAO.shape
+    places = [terms.rows_TX, terms.weights_TX, terms.bias_rows_TX]
+    return (
+        terms.parts_JAO.dtype == jnp.float32
+        and width == D
+        and 1 <= J * terms.num_terms <= _MOST_SUMMANDS
+        and (terms.rows_TX is not None or A == T)
+        and all(each is None or each.shape == (T, terms.num_terms) for each in places)
+        and all(each is None or each.dtype == jnp.int32 for each in (terms.rows_TX, terms.bias_rows_TX))
+        and (terms.weights_TX is None or terms.weights_TX.dtype == jnp.float32)
+        and (terms.bias_EO is None or terms.bias_EO.dtype in _FLOATS)
+    )
+
+
+@partial(jax.jit, static_argnames=("epsilon", "center"))
+def add_norm(
+    x_TD: jax.Array,
+    terms: PartialSum | None,
+    scale_D: jax.Array,
+    bias_D: jax.Array | None = None,
+    *,
+    epsilon: float,
+    center: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.add_norm`. The operands must be such as `supports` says."""
+    T, D = x_TD.shape
+    layout = rows.RowLayout.of(T, D)
+    norm = Norm(terms, operands(x_TD, terms, scale_D, bias_D), epsilon, center)
+
+    def add_norm(*, row: Value, **at: Value) -> None:
+        thread = rows.RowThread.of(layout, at["mbarriers"])
+        thread.prepare(counts(layout))
+        norm.run(thread, at, row)
+
+    out = ptx.launch(
+        add_norm,
+        norm.operands,
+        results(x_TD, terms),
+        {"row": T},
+        rows.exchange_memory(EXCHANGES) | shared(layout),
+        cluster=layout.blocks,
+        warpgroups=layout.threads // 128,
+    )
+    return out.get("sum", x_TD), out["normed"]
+
+
+def operands(
+    x_TD: jax.Array, terms: PartialSum | None, scale_D: jax.Array, bias_D: jax.Array | None
+) -> dict[str, jax.Array]:
+    """What `Norm` reads, of that which there is."""
+    named = {"x": x_TD, "scale": scale_D, "bias": bias_D}
+    if terms is not None:
+        named |= {
+            "term_parts": terms.parts_JAO,
+            "term_rows": terms.rows_TX,
+            "term_weights": terms.weights_TX,
+            "term_bias": terms.bias_EO,
+            "term_bias_rows": terms.bias_rows_TX,
+        }
+    return {name: operand for name, operand in named.items() if operand is not None}
+
+
+def results(x_TD: jax.Array, terms: PartialSum | None) -> dict[str, Any]:
+    """What `Norm` writes: without terms, the sum is x."""
+    names = ("normed",) if terms is None else ("sum", "normed")
+    return {name: jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype) for name in names}
+
+
+def counts(layout: rows.RowLayout) -> list[int]:
+    """Numbers that a block receives in each of `Norm`'s exchanges."""
+    return [layout.sums] * EXCHANGES
+
+
+def shared(layout: rows.RowLayout) -> dict[str, Any]:
+    """Shared memory for `Norm`: the mailboxes of its exchanges."""
+    return {"sums": rows.shared_floats(EXCHANGES * _padded(layout))}
+
+
+def _padded(layout: rows.RowLayout) -> int:
+    return -(-layout.sums // 4) * 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """What a thread does to add to a row and norm it."""
+
+    terms: PartialSum | None
+    operands: dict[str, jax.Array]  # see `operands`
+    epsilon: float
+    center: bool
+
+    def run(
+        self, thread: rows.RowThread, at: Mapping[str, Value], row: Value, *, loaded: int = 0
+    ) -> list[tuple[rows.Float4, list[Value]]]:
+        """Writes the sum and the norm, and returns the norm: the thread's fours, each as two words of bfloat16.
+
+        Its exchanges are the first ones. It calls `thread.wait_prepared`.
+
+        Args:
+          at: addresses by the names of `operands`, `results` and `shared`.
+          loaded: loads of 16 bytes that the thread has begun before, and whose values it holds.
+        """
+        fours = [thread.float4(row, turn) for turn in range(thread.layout.turns)]
+        zero = ptx.const(0)
+
+        def load(name: str, four: rows.Float4, row: Value) -> list[Value]:
+            dtype = self.operands[name].dtype
+            return rows.load_float4(four.at(at[name], dtype.itemsize, row), dtype, four.exists)
+
+        # First all loading begins that waits for nothing, then that of terms, which waits for the numbers of rows.
+        indices = None if self.terms is None else _load_indices(self.terms, at, row)
+        x = [load("x", four, row) for four in fours]
+        scale = [load("scale", four, zero) for four in fours]
+        bias = [load("bias", four, zero) for four in fours] if "bias" in at else []
+        ptx.sync_warp()
+
+        sums = [rows.as_floats(words) for words in x]
+        if self.terms is not None and indices is not None:
+            loaded_terms = [_Term.of(self.terms, *each) for each in indices]
+            flight = min(_FLIGHT, _LOADS // thread.layout.threads - _OTHERS - loaded)
+            for turn, four in enumerate(fours):
+                added = _total(self.terms, at, loaded_terms, four, flight)
+                summed = [arith.addf(*pair) for pair in zip(sums[turn], added, strict=True)]
+                words = [ptx.pack(*summed[:2]), ptx.pack(*summed[2:])]
+                ptx.store(four.at(at["sum"], 2), words, four.exists)
+                sums[turn] = rows.as_floats(words)
+
+        thread.wait_prepared()
+        sums, factor = self._scaling(thread, at["sums"], fours, sums)
+        out = []
+        for turn, four in enumerate(fours):
+            normed = [arith.mulf(number, factor) for number in sums[turn]]
+            normed = [arith.mulf(*pair) for pair in zip(normed, rows.as_floats(scale[turn]), strict=True)]
+            if bias:
+                normed = [arith.addf(*pair) for pair in zip(normed, rows.as_floats(bias[turn]), strict=True)]
+            words = [ptx.pack(*normed[:2]), ptx.pack(*normed[2:])]
+            ptx.store(four.at(at["normed"], 2), words, four.exists)
+            out.append((four, words))
+        return out
+
+    def _scaling(
+        self, thread: rows.RowThread, mailbox: Value, fours: list[rows.Float4], sums: list[list[Value]]
+    ) -> tuple[list[list[Value]], Value]:
+        """The numbers, less their mean where that is wanted, and what they are to be multiplied with."""
+        share = ptx.float32(1 / thread.layout.width)
+        if self.center:
+            of_thread = ptx.tree_sum([number for numbers in sums for number in numbers])
+            mean = arith.mulf(rows.row_sum(thread, 0, of_thread, mailbox), share)
+            sums = [
+                [ptx.where(four.exists, arith.subf(number, mean)) for number in numbers]
+                for four, numbers in zip(fours, sums, strict=True)
+            ]
+        squares = ptx.tree_sum([arith.mulf(number, number) for numbers in sums for number in numbers])
+        squares = rows.row_sum(thread, 1, squares, ptx.add(mailbox, 4 * _padded(thread.layout)))
+        variance = arith.addf(arith.mulf(squares, share), ptx.float32(self.epsilon))
+        (factor,) = ptx.asm("rsqrt.approx.f32 $0, $1;", [ptx.f32()], [variance])
+        return sums, factor
+
+
+def _load_indices(terms: PartialSum, at: Mapping[str, Value], row: Value) -> list[tuple[Value, Value, Value | None]]:
+    """Begins to load of each of a token's terms: its row, the bias's row, and the weight."""
+    X = terms.num_terms
+
+    def load(name: str, x: int, missing: Value) -> Value:
+        if name not in at:
+            return missing
+        dtype = jnp.float32 if name == "term_weights" else jnp.int32
+        return rows.load_number(ptx.offset(at[name], row, 4 * X), dtype, ptx.always(), shift=4 * x)
+
+    return [
+        (load("term_rows", x, row), load("term_bias_rows", x, ptx.const(0)), load("term_weights", x, None))
+        for x in range(X)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Term:
+    """One of a token's terms."""
+
+    row: Value
+    bias_row: Value
+    weight: Value | None
+    exists: Condition  # whether it adds anything
+
+    @classmethod
+    def of(cls, terms: PartialSum, row: Value, bias_row: Value, weight: Value | None) -> "_Term":
+        """From what `_load_indices` has loaded."""
+        if terms.bias_EO is not None and terms.bias_rows_TX is not None:
+            left = arith.subi(ptx.const(terms.bias_EO.shape[0] - 1), bias_row)
+            # One register for both: all bits of it are set if the bias has no such row.
+            row = arith.ori(row, arith.shrsi(arith.ori(bias_row, left), ptx.const(31)))
+        return cls(row, bias_row, weight, ptx.NotNegative(row))
+
+
+def _total(
+    terms: PartialSum, at: Mapping[str, Value], loaded: list[_Term], four: rows.Float4, flight: int
+) -> list[Value]:
+    """Four numbers of `terms.total()`, of which `flight` loads are begun at a time."""
+    J, A, _ = terms.parts_JAO.shape
+
+    def begin(term: _Term, piece: int) -> list[Value]:
+        """Loads a piece of a term: its bias, or one of its parts. 0 if the term adds nothing."""
+        condition = ptx.both(four.exists, term.exists)
+        if piece < J:
+            piece_at = four.at(at["term_parts"], 4, ptx.add(term.row, piece * A))
+            return rows.load_float4(piece_at, jnp.float32, condition)
+        return rows.load_float4(four.at(at["term_bias"], dtype.itemsize, term.bias_row), dtype, condition)
+
+    dtype = jnp.dtype(jnp.float32) if terms.bias_EO is None else terms.bias_EO.dtype
+    pieces = J if terms.bias_EO is None else J + 1
+    jobs = [(term, piece) for term in loaded for piece in range(pieces)]
+    added: list[Value] = []
+    summed: list[Value] = []
+    for start in range(0, len(jobs), flight):
+        batch = jobs[start : start + flight]
+        begun = [begin(*job) for job in batch]
+        ptx.sync_warp()
+        for (term, piece), words in zip(batch, begun, strict=True):
+            numbers = rows.as_floats(words)
+            summed = numbers if piece == 0 else [arith.addf(*pair) for pair in zip(summed, numbers, strict=True)]
+            if piece < pieces - 1:
+                continue
+            if term.weight is not None:
+                # A term that adds nothing may have any weight, even NaN.
+                weight = ptx.where(term.exists, term.weight)
+                summed = [arith.mulf(number, weight) for number in summed]
+            added = summed if not added else [arith.addf(*pair) for pair in zip(added, summed, strict=True)]
+    return added

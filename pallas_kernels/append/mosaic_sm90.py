@@ -1,0 +1,145 @@
+"""Appending a token's keys and values to the cache in one small kernel: Pallas Mosaic GPU, for Hopper."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels import ptx
+from pallas_kernels.partial_sum import PartialSum
+from pallas_kernels.ptx import Value
+
+THREADS = 128
+
+_LOAD = "ld.global.nc.f32 $0, [$1];"
+_LOAD_BF16 = (
+    "{ .reg .b16 z, t; .reg .b32 w; mov.b16 z, 0; ld.global.nc.b16 t, [$1]; mov.b32 w, {z, t}; mov.b32 $0, w; }"
+)
+_ROUND = "{ .reg .b16 z, t; .reg .b32 w; mov.b16 z, 0; cvt.rn.bf16.f32 t, $1; mov.b32 w, {z, t}; mov.b32 $0, w; }"
+_STORE = "{ .reg .b16 t; cvt.rn.bf16.f32 t, $1; st.global.b16 [$0], t; }"
+
+
+@dataclasses.dataclass(frozen=True)
+class _AppendPlan:
+    """All that is known when the kernel is built."""
+
+    rows: int  # B
+    splits: int  # J
+    queries: int  # N
+    keys: int  # K
+    places: int  # S
+    width: int  # H
+    has_bias: bool
+    rotates: bool
+
+    @property
+    def heads(self) -> int:
+        return self.queries + 2 * self.keys
+
+    @property
+    def half(self) -> int:
+        return self.width // 2
+
+
+@jax.jit
+def append(
+    qkv: PartialSum,
+    rotation: tuple[jax.Array, jax.Array] | None,
+    positions_B: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `api.append`."""
+    B, K, S, H = k_BKSH.shape
+    splits, _, columns = qkv.parts_JAO.shape
+    N = columns // H - 2 * K
+    plan = _AppendPlan(B, splits, N, K, S, H, has_bias=qkv.bias_EO is not None, rotates=rotation is not None)
+    # What there is not is not read, but something must stand for it.
+    bias = positions_B if qkv.bias_EO is None else qkv.bias_EO.astype(jnp.bfloat16)
+    cos, sin = (positions_B, positions_B) if rotation is None else rotation
+    k_ref, v_ref = jax.new_ref(k_BKSH), jax.new_ref(v_BKSH)
+
+    operands = {"parts": qkv.parts_JAO, "bias": bias, "cos": cos, "sin": sin, "positions": positions_B}
+    results = ptx.launch(
+        partial(append_to_cache, plan),
+        operands | {"k": k_ref, "v": v_ref},
+        {"q": jax.ShapeDtypeStruct((B, N, H), jnp.bfloat16)},
+        {"row": B, "part": -(-plan.heads * plan.half // THREADS)},
+    )
+    return results["q"], jax.freeze(k_ref), jax.freeze(v_ref)
+
+
+def append_to_cache(
+    plan: _AppendPlan,
+    parts: Value,
+    bias: Value,
+    cos: Value,
+    sin: Value,
+    positions: Value,
+    k: Value,
+    v: Value,
+    q: Value,
+    row: Value,
+    part: Value,
+) -> None:
+    """One thread of a block: numbers i and i + H/2 of one head."""
+    number = ptx.add(ptx.mul(part, THREADS), ptx.thread())
+
+    def pair() -> None:
+        head, i = ptx.divided(number, plan.half)
+        column = ptx.add(ptx.mul(head, plan.width), i)
+        (position,) = ptx.asm("ld.global.nc.b32 $0, [$1];", [ptx.i32()], [ptx.offset(positions, row, 4)])
+        first, last = (_sum(plan, parts, bias, row, ptx.add(column, shift)) for shift in (0, plan.half))
+        if plan.rotates:
+            first, last = _rotate(plan, first, last, cos, sin, row, head, i)
+        is_query = ptx.less(head, plan.queries)
+        ptx.when(is_query, lambda: _store(plan, first, last, i, q, ptx.add(ptx.mul(row, plan.queries), head)))
+
+        def write() -> None:
+            key = ptx.add(head, -plan.queries)
+            is_value = arith.cmpi(arith.CmpIPredicate.sge, key, ptx.const(plan.keys))
+            key = arith.select(is_value, ptx.add(key, -plan.keys), key)
+            place = ptx.add(ptx.mul(ptx.add(ptx.mul(row, plan.keys), key), plan.places), place_in_row)
+            _store(plan, first, last, i, arith.select(is_value, v, k), place)
+
+        place_in_row = arith.remui(position, ptx.const(plan.places))
+        exists = arith.cmpi(arith.CmpIPredicate.sge, position, ptx.const(0))
+        is_written = arith.cmpi(arith.CmpIPredicate.sge, head, ptx.const(plan.queries))
+        ptx.when(arith.andi(exists, is_written), write)
+
+    ptx.when(ptx.less(number, plan.heads * plan.half), pair)
+
+
+def _sum(plan: _AppendPlan, parts: Value, bias: Value, row: Value, column: Value) -> Value:
+    at = ptx.offset(parts, ptx.add(ptx.mul(row, plan.heads * plan.width), column), 4)
+    stride = 4 * plan.rows * plan.heads * plan.width
+    terms = [ptx.asm(_LOAD, [ptx.f32()], [ptx.shifted(at, stride * s)])[0] for s in range(plan.splits)]
+    if plan.has_bias:
+        terms += ptx.asm(_LOAD_BF16, [ptx.f32()], [ptx.offset(bias, column, 2)])
+    total = terms[0]
+    for term in terms[1:]:
+        total = arith.addf(total, term)
+    return ptx.asm(_ROUND, [ptx.f32()], [total])[0]
+
+
+def _rotate(
+    plan: _AppendPlan, first: Value, last: Value, cos: Value, sin: Value, row: Value, head: Value, i: Value
+) -> tuple[Value, Value]:
+    """Turned by their angle, except for values."""
+    angle = ptx.add(ptx.mul(row, plan.half), i)
+    (c,), (s,) = (ptx.asm(_LOAD, [ptx.f32()], [ptx.offset(table, angle, 4)]) for table in (cos, sin))
+    turned = (
+        arith.subf(arith.mulf(first, c), arith.mulf(last, s)),
+        arith.addf(arith.mulf(last, c), arith.mulf(first, s)),
+    )
+    is_value = arith.cmpi(arith.CmpIPredicate.sge, head, ptx.const(plan.queries + plan.keys))
+    return arith.select(is_value, first, turned[0]), arith.select(is_value, last, turned[1])
+
+
+def _store(plan: _AppendPlan, first: Value, last: Value, i: Value, array: Value, row: Value) -> None:
+    """Puts the pair into a row of H numbers."""
+    at = ptx.offset(ptx.offset(array, row, 2 * plan.width), i, 2)
+    for value, shift in ((first, 0), (last, plan.half)):
+        ptx.asm(_STORE, [], [ptx.shifted(at, 2 * shift), value])

@@ -1,0 +1,186 @@
+"""Attention of one query token a row over a cache: Pallas Mosaic GPU, for Hopper. RECORD.md beside tells how.
+
+A warp streams its tiles of places of one key/value head from memory to registers (`warp_sm90`), and nobody waits for
+anybody until the end, when the warps of a block, and the blocks of a cluster, put together what they have
+(`gather_sm90`).
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels import ptx
+from pallas_kernels.attention.decode import combine_sm90, gather_sm90, split, warp_sm90
+from pallas_kernels.attention.decode.gather_sm90 import QUERIES, Block
+from pallas_kernels.attention.decode.warp_sm90 import WARPS, DecodePlan
+from pallas_kernels.ptx import Value
+
+plgpu: Any = mosaic_gpu  # whose interface was another in JAX 0.10, where this module can be imported only
+WIDTHS = 64  # head widths are multiples of this
+_WARP_TILES = {64: 32}  # places that a warp computes at a time, by width; RECORD.md has others
+_WARP_TILE = 16
+_MULTIPROCESSORS = 132  # of an H200: in clusters, more blocks only wait for each other
+_IN_CLUSTER = 4096  # places that a cluster shares by default, so that there is nothing to combine after it
+
+
+def decode(
+    q_BNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    counts_B: jax.Array,
+    sinks_N: jax.Array | None = None,
+    *,
+    scale: float,
+    splits: int | None = None,
+    blocks: int | None = None,
+    warp_tile: int | None = None,
+) -> jax.Array:
+    """Softmax attention of each row's one query over the first `counts` places of its cache, in any order.
+
+    Scores, softmax and sums are float32; the weights are rounded to bfloat16 for their product with the values. What
+    lies beyond a row's count has no influence, not even NaN. The bits of a row depend neither on other rows nor, for
+    given splits and blocks, on the capacity S.
+
+    Args:
+      q_BNH: bfloat16; query n uses key/value head n // (N / K).
+      k_BKSH, v_BKSH: bfloat16, H a multiple of 64.
+      counts_B: int32, 0 to S: places in use.
+      sinks_N: bfloat16 or float32, a logit of each query head that takes its share of the softmax and has no value.
+      scale: what scores are multiplied with.
+      splits: clusters that share a row's cache; by default from B, K and S.
+      blocks: of a cluster: 1, 2, 4 or 8; by default from B, K and S.
+      warp_tile: places that a warp computes at a time, a multiple of 16; by default from H.
+
+    Returns:
+      [B, N, H] bfloat16; 0 for a row whose count is 0.
+
+    Raises:
+      ValueError: dtypes, widths or settings that the kernel does not have.
+    """
+    B, N, H = q_BNH.shape
+    K, S = k_BKSH.shape[1:3]
+    dtypes = {x.dtype for x in (q_BNH, k_BKSH, v_BKSH)}
+    if dtypes != {jnp.dtype(jnp.bfloat16)}:
+        raise ValueError(f"mosaic decode attention takes bfloat16, found {', '.join(sorted(map(str, dtypes)))}")
+    if sinks_N is not None and sinks_N.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"mosaic decode attention takes sinks of bfloat16 or float32, found {sinks_N.dtype}")
+    if H % WIDTHS:
+        raise ValueError(f"mosaic decode attention takes head widths that are multiples of {WIDTHS}, found {H}")
+    if N % K:
+        raise ValueError(f"{N} query heads cannot share {K} key/value heads: not a multiple")
+    warp_tile = _WARP_TILES.get(H, _WARP_TILE) if warp_tile is None else warp_tile
+    if warp_tile % 16:
+        raise ValueError(f"a warp's tile is a multiple of 16 places, found {warp_tile}")
+    if blocks not in (None, 1, 2, 4, 8):
+        raise ValueError(f"a cluster has 1, 2, 4 or 8 blocks, found {blocks}")
+    if splits is None or blocks is None:
+        default_splits, default_blocks = _deal(B * K, S, WARPS * warp_tile)
+        splits = default_splits if splits is None else splits
+        blocks = default_blocks if blocks is None else blocks
+    return _decode(
+        q_BNH,
+        k_BKSH,
+        v_BKSH,
+        counts_B,
+        sinks_N,
+        plan=DecodePlan(
+            keys=K,
+            group=N // K,
+            width=H,
+            places=S,
+            splits=splits,
+            blocks=blocks,
+            warp_tile=warp_tile,
+            scale=scale,
+            sinks=None if sinks_N is None else sinks_N.dtype.name,
+        ),
+    )
+
+
+def _deal(rows: int, places: int, tile: int) -> tuple[int, int]:
+    """Into how many splits, of how many blocks each, to deal the cache of each of `rows` (B · K).
+
+    A small capacity lowers both, but not below what gives a block one tile: so within `_IN_CLUSTER` places, and beyond
+    them, it changes no bit.
+    """
+    wanted = split.choose(rows, places, tile)
+    if wanted > ptx.MOST_BLOCKS and places > _IN_CLUSTER:
+        return wanted, 1
+    room, needed = max(1, _MULTIPROCESSORS // rows), -(-places // tile)
+    return 1, min(ptx.MOST_BLOCKS, 1 << (room.bit_length() - 1), 1 << (needed - 1).bit_length())
+
+
+@partial(jax.jit, static_argnames="plan")
+def _decode(
+    q_BNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    counts_B: jax.Array,
+    sinks_N: jax.Array | None,
+    *,
+    plan: DecodePlan,
+) -> jax.Array:
+    B, N, H = q_BNH.shape
+    K, G, J = plan.keys, plan.group, plan.splits
+    operands = {"q": q_BNH, "k": k_BKSH, "v": v_BKSH, "counts": counts_B}
+    operands["sinks"] = counts_B if sinks_N is None else sinks_N  # without sinks something must be there, unread
+    results = ptx.launch(
+        partial(decode_attention, plan),
+        operands,
+        {
+            "out": jax.ShapeDtypeStruct((B, K, J, G, H), q_BNH.dtype if J == 1 else jnp.float32),
+            "lse": jax.ShapeDtypeStruct((B, K, J, G), jnp.float32),
+        },
+        {"row": B, "head": K, "queries": -(-G // QUERIES), "part": J},
+        {
+            "memory": plgpu.SMEM((WARPS * plan.warp_bytes // 4,), jnp.float32),
+            "mailbox": plgpu.SMEM((6 * plan.float4s if plan.blocks > 1 else 4,), jnp.float32),
+            "mbarrier": plgpu.SMEM((4,), jnp.float32),
+        },
+        cluster=plan.blocks,
+    )
+    out_BKJGH, lse_BKJG = results["out"], results["lse"]
+    if J == 1:
+        return out_BKJGH.reshape(B, N, H)
+    return combine_sm90.combine(out_BKJGH, lse_BKJG, counts_B, sinks_N, tile=plan.tile)
+
+
+def decode_attention(
+    plan: DecodePlan,
+    *,
+    q: Value,
+    k: Value,
+    v: Value,
+    counts: Value,
+    sinks: Value,
+    out: Value,
+    lse: Value,
+    memory: Value,
+    mailbox: Value,
+    mbarrier: Value,
+    row: Value,
+    head: Value,
+    queries: Value,
+    part: Value,
+) -> None:
+    """One thread of a block: up to 16 queries of a group, and the cluster's part of the places.
+
+    All first loads are begun before anything waits: where there is one split, not even for the count.
+    """
+    block = Block(row, head, ptx.mul(queries, QUERIES), part, ptx.cluster_rank(plan.blocks))
+    at = warp_sm90.Thread(block, arith.shrui(ptx.thread(), ptx.const(5)), arith.andi(ptx.thread(), ptx.const(31)))
+    k_at, v_at = (ptx.offset(cache, block.pair(plan), plan.places * plan.row) for cache in (k, v))
+    stream = warp_sm90.CacheStream(plan, k_at, v_at, at, warp_sm90.run(plan, counts, at))
+    a = warp_sm90.load_queries(plan, q, at)
+    keys, values = stream.keys(0), stream.values(0)
+    fours = gather_sm90.float4s(plan, sinks, block)
+    gather_sm90.prepare(plan, mbarrier)  # while what has been loaded comes
+    ptx.sync_warp()  # so that ptxas does not put off these loads
+    softmax = warp_sm90.attend(stream, a, keys, values)
+    gather_sm90.keep(plan, ptx.shared_offset(memory, at.warp, plan.warp_bytes), at.lane, *softmax)
+    for four, each in zip(fours, gather_sm90.gather(plan, memory, mailbox, mbarrier, block, fours), strict=True):
+        gather_sm90.write(plan, out, lse, block, four, *each)

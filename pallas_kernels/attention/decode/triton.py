@@ -1,0 +1,167 @@
+"""Attention of one query token a row over a cache, on Ampere and Ada: Pallas Triton."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from pallas_kernels.attention.decode import split
+
+ROWS = 16  # the fewest rows of a product
+TILE = 64  # places that are multiplied at a time
+WARPS = 4
+STAGES = 3  # of Triton's software pipeline: tiles in flight
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+def decode(
+    q_BNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    counts_B: jax.Array,
+    sinks_N: jax.Array | None = None,
+    *,
+    scale: float,
+    splits: int | None = None,
+    tile: int = TILE,
+    warps: int = WARPS,
+    stages: int = STAGES,
+    interpret: bool = False,
+) -> jax.Array:
+    """Softmax attention of each row's one query over the first `counts` places of its cache, in any order.
+
+    Scores, softmax and sums are float32; the weights are rounded to the values' dtype for their product. Nothing beyond
+    a row's count is read. The bits of a row do not depend on other rows.
+
+    Args:
+      q_BNH: bfloat16, float16 or float32 (whose products are not rounded); query n uses key/value head n // (N / K).
+      k_BKSH, v_BKSH: of the queries' dtype.
+      counts_B: int32, 0 to S: places in use.
+      sinks_N: a logit of each query head that takes its share of the softmax and has no value.
+      scale: what scores are multiplied with.
+      splits: programs that share a row's cache; by default from B, K and S.
+      tile: places multiplied at a time, a power of two from 16.
+      warps, stages: of a program.
+      interpret: run on a CPU.
+
+    Returns:
+      [B, N, H] of the queries' dtype; 0 for a row whose count is 0.
+
+    Raises:
+      ValueError: dtypes, head counts or tiles that the kernel does not have.
+    """
+    B, N, _ = q_BNH.shape
+    K, S = k_BKSH.shape[1:3]
+    if q_BNH.dtype not in DTYPES or not q_BNH.dtype == k_BKSH.dtype == v_BKSH.dtype:
+        raise ValueError(
+            "triton decode attention takes queries, keys and values of one dtype, bfloat16, float16 or float32, found "
+            f"{q_BNH.dtype}, {k_BKSH.dtype} and {v_BKSH.dtype}"
+        )
+    if N % K:
+        raise ValueError(f"{N} query heads cannot share {K} key/value heads: not a multiple")
+    if tile < ROWS or tile & (tile - 1):
+        raise ValueError(f"a tile is a power of two from {ROWS} places, found {tile}")
+    splits = split.choose(B * K, S, tile) if splits is None else splits
+    return _decode(
+        q_BNH,
+        k_BKSH,
+        v_BKSH,
+        counts_B,
+        sinks_N,
+        scale=scale,
+        splits=splits,
+        tile=tile,
+        warps=warps,
+        stages=stages,
+        interpret=interpret,
+    )
+
+
+@partial(jax.jit, static_argnames=("scale", "splits", "tile", "warps", "stages", "interpret"))
+def _decode(
+    q_BNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    counts_B: jax.Array,
+    sinks_N: jax.Array | None,
+    *,
+    scale: float,
+    splits: int,
+    tile: int,
+    warps: int,
+    stages: int,
+    interpret: bool,
+) -> jax.Array:
+    B, N, H = q_BNH.shape
+    K = k_BKSH.shape[1]
+    G = N // K
+    M, width = max(ROWS, pl.next_power_of_2(G)), max(ROWS, pl.next_power_of_2(H))  # sizes in a kernel: powers of two
+    dtype, f32 = q_BNH.dtype, jnp.float32
+    whole = splits == 1  # a program has all of its rows' softmax, with the sinks
+    sinks = (sinks_N,) if whole and sinks_N is not None else ()
+    # By default float32 operands would be rounded to TensorFloat-32.
+    multiply = partial(pltriton.dot, precision=jax.lax.Precision.HIGHEST if dtype == f32 else None)
+
+    def body(q_ref: Any, k_ref: Any, v_ref: Any, counts_ref: Any, *refs: Any) -> None:
+        *sinks_ref, out_ref, lse_ref = refs
+        row, head, part = (pl.program_id(axis) for axis in range(3))
+        count = counts_ref[row]
+        first, tiles = split.run(count, part, tile=tile, splits=splits)
+
+        @pl.when(tiles >= (0 if whole else 1))
+        def _() -> None:
+            query_M, column_1H = jnp.arange(M), jnp.arange(width)[None]
+            queries_M1 = head * G + query_M[:, None]
+            mask_MH = (query_M[:, None] < G) & (column_1H < H)
+            q_MH = pltriton.load(q_ref.at[row, queries_M1, column_1H], mask=mask_MH, other=0)
+
+            def step(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                maximum_M, total_M, out_MH = carry
+                place_s = (first + index) * tile + jnp.arange(tile)
+                used_sH = (place_s[:, None] < count) & (column_1H < H)
+                k_sH, v_sH = (
+                    pltriton.load(ref.at[row, head, place_s[:, None], column_1H], mask=used_sH, other=0)
+                    for ref in (k_ref, v_ref)
+                )
+                scores_Ms = multiply(q_MH, k_sH, trans_b=True) * (scale * split.LOG2_E)
+                scores_Ms = jnp.where(place_s[None] < count, scores_Ms, -jnp.inf)
+                new_maximum_M = jnp.maximum(maximum_M, scores_Ms.max(axis=1))
+                rescale_M = jnp.exp2(maximum_M - new_maximum_M)
+                p_Ms = jnp.exp2(scores_Ms - new_maximum_M[:, None])
+                total_M = total_M * rescale_M + p_Ms.sum(axis=1)
+                out_MH = out_MH * rescale_M[:, None] + multiply(p_Ms.astype(dtype), v_sH)
+                return new_maximum_M, total_M, out_MH
+
+            start = jnp.full((M,), -jnp.inf, f32), jnp.zeros((M,), f32), jnp.zeros((M, width), f32)
+            maximum_M, total_M, out_MH = jax.lax.fori_loop(0, tiles, step, start)
+            if sinks_ref:
+                sinks_M = pltriton.load(sinks_ref[0].at[head * G + query_M], mask=query_M < G, other=0)
+                sinks_M = jnp.maximum(sinks_M.astype(f32) * split.LOG2_E, split.FLOOR)
+                new_maximum_M = jnp.maximum(maximum_M, sinks_M)
+                rescale_M = jnp.exp2(maximum_M - new_maximum_M)
+                total_M = total_M * rescale_M + jnp.exp2(sinks_M - new_maximum_M)
+                out_MH = out_MH * rescale_M[:, None]
+            elif whole:
+                total_M = jnp.where(total_M == 0, 1, total_M)  # a row with nothing in use
+            out_MH = (out_MH / total_M[:, None]).astype(out_ref.dtype)
+            pltriton.store(out_ref.at[row, head, part, query_M[:, None], column_1H], out_MH, mask=mask_MH)
+            if not whole:
+                pltriton.store(lse_ref.at[row, head, part, query_M], maximum_M + jnp.log2(total_M))
+
+    out_BKJGH, lse_BKJM = pl.pallas_call(
+        body,
+        out_shape=(
+            jax.ShapeDtypeStruct((B, K, splits, G, H), dtype if whole else f32),
+            jax.ShapeDtypeStruct((B, K, splits, M), f32),
+        ),
+        grid=(B, K, splits),
+        compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=stages),
+        name="decode_attention",
+        interpret=interpret,
+    )(q_BNH, k_BKSH, v_BKSH, counts_B, *sinks)
+    if whole:
+        return out_BKJGH.reshape(B, N, H)
+    return split.combine(out_BKJGH, lse_BKJM, counts_B, sinks_N, tile=tile, dtype=dtype)

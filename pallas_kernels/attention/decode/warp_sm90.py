@@ -1,0 +1,298 @@
+"""What a warp of decode attention does with its tiles of places: streams, multiplies and weighs them. For Hopper.
+
+Each thread loads from memory to registers just what it will itself use: 16 bytes a load, all of a tile's loads one
+after the other, each as soon as the registers that it goes to have been used. So a warp waits for nobody.
+
+In the products on the tensor cores (`ptx.mma`) the queries are the rows. That a sum may run in any order, if only both
+factors have the same, lets a thread take 16 bytes of a key at a time. Scores come out where the product with the values
+wants its weights.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from itertools import chain
+
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels import ptx
+from pallas_kernels.attention.decode import split
+from pallas_kernels.attention.decode.gather_sm90 import EIGHT, THREADS, Block, SoftmaxPlan
+from pallas_kernels.ptx import Value
+
+WARPS = THREADS // 32
+
+_LOAD = "ld.global.nc.b32 $0, [$1];"
+_LOAD_FOUR = "ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [$4+{}];"
+_STREAM_FOUR = "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {{$0, $1, $2, $3}}, [$4+{}];"
+
+Words = list[list[Value]]  # of 16 bytes each
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodePlan(SoftmaxPlan):
+    """All that is known when the kernel is built."""
+
+    places: int  # S
+    warp_tile: int  # places that a warp computes at a time, a multiple of 16
+    scale: float
+
+    @property
+    def row(self) -> int:
+        """Bytes of a key, or of a value."""
+        return 2 * self.width
+
+    @property
+    def tile(self) -> int:
+        """Places that a block computes at a time: splits get whole numbers of these."""
+        return self.warp_tile * WARPS
+
+    @property
+    def stride(self) -> int:
+        """From one of a warp's tiles to its next, in places."""
+        return self.tile * self.blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Thread:
+    """A thread's place."""
+
+    block: Block
+    warp: Value  # in the block
+    lane: Value  # 4·g + q
+
+    @property
+    def g(self) -> Value:
+        """Lane / 4."""
+        return arith.shrui(self.lane, ptx.const(2))
+
+    @property
+    def q(self) -> Value:
+        """Lane mod 4."""
+        return arith.andi(self.lane, ptx.const(3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A warp's places: a tile each `plan.stride`, from `first` on, before `end`."""
+
+    first: Value
+    end: Value
+
+    def left(self, plan: DecodePlan, turn: Value | int) -> Value:
+        """Places from the first of a turn's tile to the end; may be negative."""
+        return arith.subi(arith.subi(self.end, self.first), ptx.mul(turn, plan.stride))
+
+    def turns(self, plan: DecodePlan) -> Value:
+        """Tiles, and at least 1, for the first is loaded before it is known whether there is one."""
+        left = arith.maxsi(self.left(plan, 0), ptx.const(1))
+        return arith.divui(ptx.add(left, plan.stride - 1), ptx.const(plan.stride))
+
+
+def run(plan: DecodePlan, counts: Value, at: Thread) -> Run:
+    """Of the split's places (see `split.run`), those of the thread's warp."""
+    (count,) = ptx.asm(_LOAD, [ptx.i32()], [ptx.offset(counts, at.block.row, 4)], volatile=True)
+    count = arith.maxsi(arith.minsi(count, ptx.const(plan.places)), ptx.const(0))
+    tile = ptx.add(ptx.mul(at.block.rank, WARPS), at.warp)
+    first = ptx.mul(tile, plan.warp_tile)
+    if plan.splits == 1:  # then `first` does not wait for the count
+        return Run(first, count)
+    tiles = arith.divui(ptx.add(count, plan.tile - 1), ptx.const(plan.tile))
+    length = ptx.mul(arith.divui(ptx.add(tiles, plan.splits - 1), ptx.const(plan.splits)), plan.tile)
+    start = ptx.mul(at.block.part, length)
+    return Run(ptx.add(start, first), arith.minsi(ptx.add(start, length), count))
+
+
+def load_queries(plan: DecodePlan, q: Value, at: Thread) -> list[list[Value]]:
+    """Of each 16 columns of a product with keys, the queries' numbers as `ptx.mma` has its first factor.
+
+    Rows that there are not may be any: their results are not used.
+    """
+    halves = []
+    for half in range(plan.eights):
+        query = arith.minsi(ptx.add(at.block.first, at.g, EIGHT * half), ptx.const(plan.group - 1))
+        row = ptx.offset(ptx.offset(q, ptx.add(ptx.mul(at.block.pair(plan), plan.group), query), plan.row), at.q, 16)
+        words = [_load(_LOAD_FOUR, row, 64 * i) for i in range(plan.width // 32)]
+        halves.append([four[i : i + 2] for four in words for i in (0, 2)])
+    zero = ptx.const(0)
+    others = halves[1] if plan.eights == 2 else [[zero, zero]] * len(halves[0])
+    return [
+        [low, other_low, high, other_high]
+        for (low, high), (other_low, other_high) in zip(halves[0], others, strict=True)
+    ]
+
+
+def _load(text: str, address: Value, place: int) -> list[Value]:
+    return ptx.asm(text.format(place), [ptx.i32()] * 4, [address], volatile=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheStream:
+    """The thread's loads of its warp's tiles. What lies beyond the count is loaded too, but nothing beyond S."""
+
+    plan: DecodePlan
+    k: Value  # address of the row's and head's keys
+    v: Value
+    at: Thread
+    run: Run
+
+    def keys(self, turn: Value | int) -> Words:
+        """Of place g of each eight, 16 bytes of each 64: from 16·q on."""
+        rows = self._rows(ptx.offset(self.k, self.at.q, 16), turn, self.at.g, range(0, self.plan.warp_tile, EIGHT))
+        return [_load(_STREAM_FOUR, row, begin + 64 * i) for row, begin in rows for i in range(self.plan.width // 32)]
+
+    def values(self, turn: Value | int) -> Words:
+        """Of places 2·q, 2·q + 1, 2·q + 8 and 2·q + 9 of each 16, for each 128 bytes in turn: from 16·g on."""
+        places = [first + i for first in range(0, self.plan.warp_tile, 2 * EIGHT) for i in (0, 1, 8, 9)]
+        rows = self._rows(ptx.offset(self.v, self.at.g, 16), turn, ptx.mul(self.at.q, 2), places)
+        return [
+            _load(_STREAM_FOUR, row, begin + 128 * j)
+            for sixteen in range(0, len(rows), 4)
+            for j in range(self.plan.width // 64)
+            for row, begin in rows[sixteen : sixteen + 4]
+        ]
+
+    def _rows(self, cache: Value, turn: Value | int, mine: Value, places: Iterable[int]) -> list[tuple[Value, int]]:
+        """Where the thread reads: addresses, and bytes to add to them. The places count from the tile's `mine`."""
+        plan, first = self.plan, ptx.add(self.run.first, ptx.mul(turn, self.plan.stride))
+        if plan.places % plan.warp_tile == 0:  # then all of a tile is within S, or nothing
+            first = arith.minsi(first, ptx.const(plan.places - plan.warp_tile))
+            row = ptx.offset(cache, ptx.add(first, mine), plan.row)
+            return [(row, plan.row * place) for place in places]
+        last = ptx.const(plan.places - 1)
+        return [(ptx.offset(cache, arith.minsi(ptx.add(first, mine, place), last), plan.row), 0) for place in places]
+
+
+def attend(
+    stream: CacheStream, a: list[list[Value]], keys: Words, values: Words
+) -> tuple[list[Value], list[Value], list[Value]]:
+    """The warp's softmax: for each query of the thread's the maximum and the thread's part of the sum; sums of values.
+
+    Of those, four for each eight columns of `_multiply`.
+
+    Args:
+      a: of `load_queries`.
+      keys, values: of the stream's first turn.
+    """
+    plan, eights = stream.plan, stream.plan.eights
+    zero, least = ptx.float32(0.0), ptx.float32(split.FLOOR)
+    state = [least] * eights + [zero] * (eights + plan.width // 2)
+    sizes = len(keys), len(values)
+
+    def weigh(scores: Words, state: list[Value]) -> tuple[Words, list[Value], list[Value]]:
+        weights, rescales, maxima, totals = _softmax(scores, state[:eights], state[eights : 2 * eights])
+        sums = [
+            arith.mulf(each, rescales[i % 4 // 2]) if i % 4 // 2 < eights else each
+            for i, each in enumerate(state[2 * eights :])
+        ]
+        return weights, [*maxima, *totals], sums
+
+    turns = stream.run.turns(plan)
+
+    def step(following: Value, carry: list[Value]) -> list[Value]:
+        keys, values, state = _apart(carry, *sizes)
+        scores = _scores(plan, a, keys)
+        keys = stream.keys(following)
+        weights, softmax, sums = weigh(scores, state)
+        sums = _multiply(plan, sums, weights, values)
+        values = stream.values(following)
+        return [*chain(*keys, *values), *softmax, *sums]
+
+    carry = ptx.loop(turns, [*chain(*keys, *values), *state], step, start=1)
+    # Only a warp's last tile may be there in part, or not at all.
+    keys, values, state = _apart(carry, *sizes)
+    left = arith.subi(stream.run.left(plan, arith.subi(turns, ptx.const(1))), ptx.mul(stream.at.q, 2))
+    seen = [[ptx.less(place + i, left) for i in (0, 1)] for place in range(0, plan.warp_tile, EIGHT)]
+    weights, softmax, sums = weigh(_seen_scores(_scores(plan, a, keys), seen), state)
+    sums = _multiply(plan, sums, weights, _seen_values(plan, values, seen))
+    return softmax[:eights], softmax[eights:], sums
+
+
+def _apart(carry: list[Value], keys: int, values: int) -> tuple[Words, Words, list[Value]]:
+    words = [carry[4 * i : 4 * i + 4] for i in range(keys + values)]
+    return words[:keys], words[keys:], carry[4 * (keys + values) :]
+
+
+def _scores(plan: DecodePlan, a: list[list[Value]], keys: Words) -> Words:
+    """Queries times each eight places' keys, in powers of two: for each half of the queries the thread's two places."""
+    zero = ptx.float32(0.0)
+    scale = ptx.float32(plan.scale * split.LOG2_E)
+    per = plan.width // 32
+    scores = []
+    for number in range(plan.warp_tile // EIGHT):
+        acc = [zero] * 4
+        for i, words in enumerate(keys[per * number : per * (number + 1)]):
+            for half in (0, 1):
+                acc = ptx.mma(acc, a[2 * i + half], words[2 * half : 2 * half + 2])
+        scores.append([arith.mulf(each, scale) for each in acc[: 2 * plan.eights]])
+    return scores
+
+
+def _seen_scores(scores: Words, seen: Words) -> Words:
+    """Scores, and -infinity where `seen`, of the thread's two of each eight places, does not hold."""
+    least = ptx.float32(-math.inf)
+    return [
+        [arith.select(ok[i % 2], score, least) for i, score in enumerate(each)]
+        for each, ok in zip(scores, seen, strict=True)
+    ]
+
+
+def _seen_values(plan: DecodePlan, values: Words, seen: Words) -> Words:
+    """Values, and 0 where `seen` does not hold: weights are 0 there, but what lies there may be NaN."""
+    zero = ptx.const(0)
+    across = plan.width // 64
+    result = []
+    for number, words in enumerate(values):
+        sixteen, row = number // (4 * across), number % 4
+        ok = seen[2 * sixteen + row // 2][row % 2]
+        result.append([arith.select(ok, word, zero) for word in words])
+    return result
+
+
+def _softmax(
+    scores: Words, maxima: list[Value], totals: list[Value]
+) -> tuple[Words, list[Value], list[Value], list[Value]]:
+    """The weights of what `_scores` gives; by what to multiply older sums; the new maxima and sums of weights."""
+    weights: Words = [[] for _ in scores]
+    rescales, new_maxima, new_totals = [], [], []
+    for half, (maximum, total) in enumerate(zip(maxima, totals, strict=True)):
+        mine = [each[2 * half : 2 * half + 2] for each in scores]
+        largest = [arith.maximumf(*pair) for pair in mine]
+        while len(largest) > 1:
+            largest = [*largest[2:], arith.maximumf(*largest[:2])]
+        new = arith.maximumf(maximum, ptx.quad_reduce(arith.maximumf, largest[0]))
+        rescale = ptx.exp2(arith.subf(maximum, new))
+        powers = [[ptx.exp2(arith.subf(score, new)) for score in pair] for pair in mine]
+        for weight, pair in zip(weights, powers, strict=True):
+            weight += pair
+        rescales.append(rescale)
+        new_maxima.append(new)
+        sums = ptx.tree_sum([each for pair in powers for each in pair])
+        new_totals.append(arith.addf(arith.mulf(total, rescale), sums))
+    return weights, rescales, new_maxima, new_totals
+
+
+def _multiply(plan: DecodePlan, sums: list[Value], weights: Words, values: Words) -> list[Value]:
+    """Adds weights times values.
+
+    Of the thread's four rows of each 16 places, the numbers of adjacent rows are paired. Column g of product i of 64
+    columns is column 8·g + i of those.
+    """
+    sums = list(sums)
+    zero = ptx.const(0)
+    across = plan.width // 64
+    for sixteen in range(plan.warp_tile // 16):
+        packed = [
+            [ptx.pack(*pair[2 * half : 2 * half + 2]) if half < plan.eights else zero for half in (0, 1)]
+            for pair in weights[2 * sixteen : 2 * sixteen + 2]
+        ]
+        a = [*packed[0], *packed[1]]
+        for j in range(across):
+            rows = values[4 * (across * sixteen + j) :][:4]
+            for i in range(8):
+                selector = "0x7632" if i % 2 else "0x5410"
+                text = f"prmt.b32 $0, $1, $2, {selector};"
+                b = [ptx.asm(text, [ptx.i32()], [rows[r][i // 2], rows[r + 1][i // 2]])[0] for r in (0, 2)]
+                place = slice(4 * (8 * j + i), 4 * (8 * j + i) + 4)
+                sums[place] = ptx.mma(sums[place], a, b)
+    return sums

@@ -1,0 +1,291 @@
+"""What a thread does in attention: of the cluster's head, its warp has one row and a share of the places.
+
+The new token's key and value go from the product to the scores without a detour, and to the cache.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels import ptx
+from pallas_kernels.block import workspace_sm90
+from pallas_kernels.block.plan_sm90 import QKV, QKV_BYTES, RECORD, THREADS, WARPS, BlockPlan
+from pallas_kernels.block.products_sm90 import Thread, mailbox_pair
+from pallas_kernels.block.stream import PANEL
+from pallas_kernels.ptx import Condition, Value
+
+_AT_ONCE = 4  # places that a warp loads together, 16 bytes a lane
+_FLOOR = -1e30  # of logits: finite, so that what sees nothing gives 0 and not NaN
+
+_Place = tuple[Value, list[Value]]  # a score, and the lane's eight numbers of the value
+
+
+class _Softmax(NamedTuple):
+    """A running softmax to powers of two, of a row: a lane has eight sums, over the places of its eight lanes."""
+
+    maximum: Value
+    total: Value
+    sums: list[Value]
+
+    def with_places(self, scores: Sequence[Value], values: Sequence[list[Value]]) -> "_Softmax":
+        """With some more places, whose scores the warp's lanes know in groups of eight."""
+        maximum = self.maximum
+        for score in scores:
+            maximum = arith.maximumf(maximum, score)
+        for distance in (8, 16):
+            maximum = arith.maximumf(maximum, ptx.shuffle_xor(maximum, distance))
+        rescale = ptx.exp2(arith.subf(self.maximum, maximum))
+        total = arith.mulf(self.total, rescale)
+        sums = [arith.mulf(each, rescale) for each in self.sums]
+        for score, value in zip(scores, values, strict=True):
+            weight = ptx.exp2(arith.subf(score, maximum))
+            total = arith.addf(total, weight)
+            sums = [ptx.fma(weight, *both) for both in zip(value, sums, strict=True)]
+        return _Softmax(maximum, total, sums)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Word:
+    """Two numbers of a row's queries, keys and values, which a thread sums up."""
+
+    exists: Condition  # not for a thread without a word
+    row: Value
+    number: Value  # in the row
+    part: Value  # 0 of the query, 1 of the key, 2 of the value
+    pair: Value  # number in the part
+    bias: Value
+    position: Value  # of the row's new token
+
+    of_row = QKV * PANEL // 2  # words
+
+    @classmethod
+    def of(cls, thread: Thread, at: dict[str, Value], number_of: Value) -> "_Word":
+        """Begins to load what the sum takes."""
+        exists = ptx.less(number_of, thread.plan.rows * cls.of_row)
+        row, number_in_row = ptx.divided(number_of, cls.of_row)
+        row = arith.minsi(row, ptx.const(thread.plan.rows - 1))
+        part, pair = ptx.divided(number_in_row, PANEL // 2)
+        column = ptx.add(ptx.mul(ptx.add(ptx.mul(part, thread.plan.panels), thread.panel), PANEL // 2), pair)
+        (bias,) = workspace_sm90.load(ptx.offset(at["qkv.bias"], column, 4), 1, exists)
+        (position,) = workspace_sm90.load(ptx.offset(at["positions"], row, 4), 1, exists)
+        return cls(exists, row, number_in_row, part, pair, bias, position)
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A thread's part in the attention of the cluster's head: its warp has one row, and a share of its places."""
+
+    thread: Thread
+    at: dict[str, Value]  # addresses in global memory by name
+    row: Value
+    position: Value  # of the row's new token
+    first: Value  # the warp's first place
+    inside: Value  # bytes to the lane's eighth of a row of 64 numbers
+    words: list[_Word]
+
+    @classmethod
+    def of(cls, thread: Thread, at: dict[str, Value]) -> "Head":
+        """Begins to load what comes before keys and values. `at`: the kernel's arrays in global memory."""
+        warps = cls._warps(thread.plan)
+        row = arith.shrui(thread.cluster.warp, ptx.const(warps.bit_length() - 1))
+        is_row = ptx.less(row, thread.plan.rows)
+        row = arith.minsi(row, ptx.const(thread.plan.rows - 1))
+        (position,) = workspace_sm90.load(ptx.offset(at["positions"], row, 4), 1, is_row)
+        # A warp without a row takes one, but nothing of it.
+        position = arith.select(is_row, position, ptx.const(-1))
+        position = arith.minsi(position, ptx.const(thread.plan.places))  # nothing beyond is read, whatever is asked for
+        of_row = arith.andi(thread.cluster.warp, ptx.const(warps - 1))
+        first = ptx.mul(ptx.add(ptx.mul(thread.rank, warps), of_row), _AT_ONCE)
+        inside = ptx.mul(arith.andi(thread.cluster.lane, ptx.const(7)), 16)
+        starts = range(0, thread.plan.rows * _Word.of_row, THREADS)
+        words = [_Word.of(thread, at, ptx.add(thread.cluster.thread, start)) for start in starts]
+        return cls(thread, at, row, position, first, inside, words)
+
+    @staticmethod
+    def _warps(plan: BlockPlan) -> int:
+        """Of a block, for each row."""
+        return WARPS // (1 << (plan.rows - 1).bit_length())
+
+    @property
+    def _loads(self) -> int:
+        """Of keys, and of values, of a warp in a turn. Few warps have more turns, and need more on the way."""
+        return 4 if self._warps(self.thread.plan) >= 4 else 8
+
+    @property
+    def _together(self) -> int:
+        """Places that all warps of a row load together, next to each other: so each has its share of a short cache."""
+        return _AT_ONCE * self._warps(self.thread.plan) * self.thread.plan.blocks
+
+    @property
+    def step(self) -> int:
+        """Places of a turn."""
+        return self._loads * self._together
+
+    def _seen(self, turn: Value) -> list[Condition]:
+        """Of each load of a turn, whether the lane's place is before the new token's."""
+        first = ptx.add(self.first, ptx.mul(turn, self.step), arith.shrui(self.thread.cluster.lane, ptx.const(3)))
+        return [ptx.less(ptx.add(first, self._together * i), self.position) for i in range(self._loads)]
+
+    def load(self, turn: Value) -> list[Value]:
+        """Begins to load a turn's keys and values, where there are some: of each load four words."""
+        thread = self.thread
+        place = ptx.add(self.first, ptx.mul(turn, self.step), arith.shrui(thread.cluster.lane, ptx.const(3)))
+        pair = ptx.add(ptx.mul(self.row, thread.plan.panels), thread.panel)
+        place = ptx.add(ptx.mul(pair, thread.plan.places), place)
+        words = []
+        for name in "kv":
+            start = ptx.offset(ptx.offset(self.at[name], place, 2 * PANEL), self.inside, 1)
+            for i, is_seen in enumerate(self._seen(turn)):
+                words += workspace_sm90.load(ptx.shifted(start, 2 * PANEL * self._together * i), 4, is_seen)
+        ptx.sync_warp()
+        return words
+
+    def sum_up(self, exchange: int) -> None:
+        """Puts the rows' queries, keys and values together, and the last two into the cache. All threads meet."""
+        thread = self.thread
+        thread.cluster.receive(exchange)
+        for word in self.words:
+            sums = mailbox_pair(thread, word.part, word.row, word.pair)
+            total = ptx.pack(*(arith.addf(*both) for both in zip(sums, ptx.halves(word.bias), strict=True)))
+            row_at = ptx.shared_offset(thread.shared["qkv"], word.row, QKV_BYTES)
+            ptx.store(ptx.add(row_at, ptx.mul(word.number, 4)), [total], word.exists, space="shared")
+            self._keep(word, total)
+        ptx.sync_block()
+
+    def _keep(self, word: _Word, total: Value) -> None:
+        """Writes a word of keys or values to its place in the cache, in the cluster's last block."""
+        thread, plan = self.thread, self.thread.plan
+        is_mine = ptx.both(word.exists, ptx.less(plan.blocks - 2, thread.rank))
+        has_place = ptx.both(ptx.less(-1, word.position), ptx.less(word.position, plan.places))
+        place = ptx.add(ptx.mul(ptx.add(ptx.mul(word.row, plan.panels), thread.panel), plan.places), word.position)
+        for part, name in ((1, "k"), (2, "v")):
+            is_part = ptx.both(ptx.less(word.part, part + 1), ptx.less(part - 1, word.part))
+            to = ptx.offset(ptx.offset(self.at[name], place, 2 * PANEL), word.pair, 4)
+            workspace_sm90.store(to, total, ptx.both(is_mine, has_place, is_part))
+
+    def attend(self, first: list[Value], exchange: int) -> None:
+        """Sends the cluster's first block the block's part of each row. `first`: what the first turn has loaded."""
+        query = self._part(0)
+        more = self.thread.plan.places > self.step
+        following = self.load(ptx.const(1)) if more else []
+        softmax = self._with_turn(
+            _Softmax(ptx.float32(_FLOOR), ptx.float32(0.0), [ptx.float32(0.0)] * 8),
+            query,
+            ptx.const(0),
+            first,
+            [self._new_token(query)],
+        )
+
+        def turn(i: Value, carry: list[Value]) -> list[Value]:
+            following = self.load(ptx.add(i, 2))
+            old = _Softmax(carry[0], carry[1], carry[2:10])
+            softmax = self._with_turn(old, query, ptx.add(i, 1), carry[10:])
+            return [softmax.maximum, softmax.total, *softmax.sums, *following]
+
+        if more:
+            left = arith.maxsi(ptx.add(self.position, -1), ptx.const(0))  # turns after the first
+            carry = [softmax.maximum, softmax.total, *softmax.sums, *following]
+            carry = ptx.loop(arith.divui(left, ptx.const(self.step)), carry, turn)
+            softmax = _Softmax(carry[0], carry[1], carry[2:10])
+        self._keep_record(softmax)
+        ptx.sync_block()
+        self._send_record(exchange)
+
+    def _score(self, query: list[Value], key: list[Value]) -> Value:
+        """To a power of two, in each of the eight lanes that have the key."""
+        product = arith.mulf(query[0], key[0])
+        for pair in zip(query[1:], key[1:], strict=True):
+            product = ptx.fma(*pair, product)
+        for distance in (4, 2, 1):
+            product = arith.addf(product, ptx.shuffle_xor(product, distance))
+        return arith.mulf(product, ptx.float32(self.thread.plan.scale * math.log2(math.e)))
+
+    def _part(self, wide: int) -> list[Value]:
+        """The lane's eight numbers of the row's query, key or value."""
+        row_at = ptx.shared_offset(self.thread.shared["qkv"], self.row, QKV_BYTES)
+        at = ptx.add(row_at, 2 * PANEL * wide, self.inside)
+        text = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
+        return _floats(ptx.asm(text, [ptx.i32()] * 4, [at], volatile=True))
+
+    def _with_turn(
+        self, old: _Softmax, query: list[Value], turn: Value, words: list[Value], more: Sequence[_Place] = ()
+    ) -> _Softmax:
+        """With the places of a turn, and some more."""
+        fours = [words[4 * each : 4 * each + 4] for each in range(2 * self._loads)]
+        keys, values = (list(map(_floats, fours[start : start + self._loads])) for start in (0, self._loads))
+        scores = [
+            ptx.where(is_seen, self._score(query, key), -math.inf)
+            for key, is_seen in zip(keys, self._seen(turn), strict=True)
+        ]
+        more_scores, more_values = zip(*more, strict=True) if more else ((), ())
+        return old.with_places([*scores, *more_scores], [*values, *more_values])
+
+    def _new_token(self, query: list[Value]) -> _Place:
+        """In eight lanes of one warp of the cluster; for all others it is a place without weight."""
+        lane = self.thread.cluster.lane
+        is_mine = ptx.both(ptx.less(self.first, 1), ptx.less(lane, 8), ptx.less(-1, self.position))
+        return ptx.where(is_mine, self._score(query, self._part(1)), -math.inf), self._part(2)
+
+    def _keep_record(self, softmax: _Softmax) -> None:
+        """Puts the warp's softmax where the block's warps put theirs together."""
+        lane = self.thread.cluster.lane
+        total, *sums = (ptx.warp_sum(each, 8) for each in (softmax.total, *softmax.sums))
+        record = ptx.shared_offset(self.thread.shared["sums"], self.thread.cluster.warp, RECORD)
+        at = ptx.add(record, ptx.mul(lane, 32))
+        ptx.store(at, sums[:4], ptx.less(lane, 8), space="shared")
+        ptx.store(ptx.add(at, 16), sums[4:], ptx.less(lane, 8), space="shared")
+        ptx.store(ptx.add(record, 4 * PANEL), [softmax.maximum, total], ptx.less(lane, 1), space="shared")
+
+    def _send_record(self, exchange: int) -> None:
+        """Sends what the block's warps have of a row, by one warp a row."""
+        thread, lane = self.thread, self.thread.cluster.lane
+        row, is_row = thread.own_row()
+        warps = self._warps(thread.plan)
+        records = ptx.shared_offset(thread.shared["sums"], row, warps * RECORD)
+        maximum, total, sums = self._merged(records, [RECORD * warp for warp in range(warps)])
+        to = ptx.shared_offset(thread.shared["records"], ptx.add(ptx.mul(thread.rank, thread.plan.rows), row), RECORD)
+        first_lane = ptx.both(is_row, ptx.less(lane, 1))
+        ends = 4 * PANEL
+        for at, value, condition in (
+            (ptx.add(to, ptx.mul(lane, 8)), sums[0], is_row),
+            (ptx.add(to, ptx.mul(lane, 8), 4), sums[1], is_row),
+            (ptx.add(to, ends), maximum, first_lane),
+            (ptx.add(to, ends + 4), total, first_lane),
+        ):
+            thread.cluster.send(exchange, ptx.const(0), at, value, condition)
+
+    def _merged(self, records: Value, shifts: list[int]) -> tuple[Value, Value, list[Value]]:
+        """Several softmaxes of a row as one: the maximum, the total and the sums of the lane's two columns."""
+        pair = ptx.add(records, ptx.mul(self.thread.cluster.lane, 8))
+        ends = [ptx.load_shared_pair(ptx.add(records, shift + 4 * PANEL)) for shift in shifts]
+        all_sums = [ptx.load_shared_pair(ptx.add(pair, shift)) for shift in shifts]
+        maximum = ends[0][0]
+        for each, _ in ends[1:]:
+            maximum = arith.maximumf(maximum, each)
+        total, sums = ptx.float32(0.0), [ptx.float32(0.0)] * 2
+        for (each_maximum, each_total), each_sums in zip(ends, all_sums, strict=True):
+            weight = ptx.exp2(arith.subf(each_maximum, maximum))
+            total = ptx.fma(weight, each_total, total)
+            sums = [ptx.fma(weight, *both) for both in zip(each_sums, sums, strict=True)]
+        return maximum, total, sums
+
+    def finish(self, exchange: int, heads: Value) -> None:
+        """Writes what has come of the rows to the heads of all, [T, D] bfloat16, in the cluster's first block."""
+        thread, plan = self.thread, self.thread.plan
+        row, is_row = thread.own_row()
+        thread.cluster.receive(exchange)
+        records = ptx.shared_offset(thread.shared["records"], row, RECORD)
+        _, total, sums = self._merged(records, [plan.rows * RECORD * block for block in range(plan.blocks)])
+        # Without keys the sum is 0, and so is the result.
+        total = arith.maximumf(total, ptx.float32(math.ldexp(1.0, -126)))
+        mean = [ptx.divide(each, total) for each in sums]
+        column = ptx.add(ptx.mul(thread.panel, PANEL // 2), thread.cluster.lane)
+        to = ptx.offset(heads, ptx.add(ptx.mul(row, plan.width // 2), column), 4)
+        workspace_sm90.store(to, ptx.pack(*mean), is_row)
+
+
+def _floats(words: list[Value]) -> list[Value]:
+    return [half for word in words for half in ptx.halves(word)]

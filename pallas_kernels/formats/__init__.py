@@ -1,0 +1,1 @@
+"""The packed number formats of weights."""

@@ -1,0 +1,368 @@
+"""Products with experts of many tokens each, from MXFP4 fragments: Pallas Mosaic GPU, for Hopper.
+
+A block multiplies 256 rows of one expert with up to 128 of its tokens, by `wgmma`. One warpgroup brings tiles of
+weights and of x to shared memory. The two others unpack weights to registers, which are operands as they are, each
+while the tensor cores work for the other.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array, utils
+from jax.experimental.pallas import mosaic_gpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+from pallas_kernels import ptx
+from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
+from pallas_kernels.moe import mosaic_sm90
+from pallas_kernels.moe.activation import SwiGLU
+from pallas_kernels.moe.routing import Groups, sorted_groups
+from pallas_kernels.partial_sum import PartialSum
+from pallas_kernels.ptx import Value
+
+plgpu: Any = mosaic_gpu  # whose interface was another in JAX 0.10, where this module can be imported only
+TOKENS = 128  # of a block, at most
+_TOKENS_STEP = 32  # a block multiplies as many tokens as its group has, rounded up to a multiple of this
+TILES = 4  # of 64 rows, of a block
+_STAGES = 6  # steps of 64 columns in flight
+_WARPGROUPS = 2  # that multiply, two tiles each
+_REGISTERS = 232, 40  # of a thread that multiplies, and of one that copies
+_PITCH = 2 * TILE + 16  # bytes from token to token where results are put in order
+
+
+@dataclasses.dataclass(frozen=True)
+class _GroupedPlan:
+    """All that is known when the kernel is built."""
+
+    tokens: int  # slots of a group
+    tiles: int  # of an expert
+    steps: int
+    activation: SwiGLU | None
+
+    @property
+    def blocks(self) -> int:
+        """That share an expert's rows."""
+        return -(-self.tiles // TILES)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of tokens that there is code for, in ascending order."""
+        return [*range(_TOKENS_STEP, self.tokens, _TOKENS_STEP), self.tokens]
+
+
+class _Work(NamedTuple):
+    """What a warpgroup works on."""
+
+    group: jax.Array
+    block: jax.Array  # of the expert's rows
+    expert: jax.Array
+    warpgroup: jax.Array
+
+
+class _Shared(NamedTuple):
+    """Shared memory, and the barriers of its slots, of which each has what a step multiplies."""
+
+    x: Any  # tokens
+    words: Any  # weights
+    scales: Any
+    ordered: Any  # results
+    full: Any
+    empty: Any
+
+
+def routed(
+    x_TD: jax.Array,
+    experts_TX: jax.Array,
+    weights_TX: jax.Array,
+    gate_up: MXFP4Fragments,
+    gate_up_bias_E2F: jax.Array,
+    down: MXFP4Fragments,
+    down_bias_ED: jax.Array,
+    *,
+    alpha: float,
+    limit: float,
+) -> PartialSum:
+    """See `api.moe`."""
+    E = down_bias_ED.shape[0]
+    groups, places_TX = sorted_groups(experts_TX, E, group_size(experts_TX.size, E))
+    x_AD = in_order(x_TD)[jnp.maximum(groups.rows_UM.reshape(-1), 0)]
+    h_AF = product(x_AD, groups, gate_up, gate_up_bias_E2F.astype(jnp.bfloat16), activation=SwiGLU(alpha, limit))
+    y_AD = product(h_AF, groups, down)
+    return PartialSum(y_AD[None], places_TX, weights_TX, down_bias_ED, experts_TX)
+
+
+def group_size(num_pairs: int, num_experts: int) -> int:
+    """Slots of a group: about as many as an expert has tokens, so that few stay empty."""
+    return min(TOKENS, max(16, 1 << (num_pairs // num_experts).bit_length()))
+
+
+def in_order(x_AI: jax.Array) -> jax.Array:
+    """Columns as fragments have them: 16·q + 4·p + 2·c + h of each 64 becomes 16·p + 8·c + 2·q + h."""
+    rows, inputs = x_AI.shape
+    return x_AI.reshape(rows, inputs // TILE, 4, 4, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(rows, inputs)
+
+
+@partial(jax.jit, static_argnames=("activation",))
+def product(
+    x_AI: jax.Array,
+    groups: Groups,
+    weight: MXFP4Fragments,
+    bias_EO: jax.Array | None = None,
+    *,
+    activation: SwiGLU | None = None,
+) -> jax.Array:
+    """Each group's tokens times its expert's weight.
+
+    Args:
+      x_AI: bfloat16, a row a slot, columns `in_order`.
+      weight: [E, O, I].
+      bias_EO: for the activation.
+
+    Returns:
+      float32 [A, O]; with an activation, bfloat16 [A, O / 2], columns in order for the next product. What belongs to no
+      token may be anything.
+    """
+    U, M = groups.rows_UM.shape
+    E, tiles, steps = weight.words.shape[:3]
+    plan = _GroupedPlan(M, tiles, steps, activation)
+    words = weight.words.reshape(E, tiles, steps, 2, 256)
+    if activation is None:
+        bias_EO = groups.experts_U  # there must be something, and it is not read
+        out = jax.ShapeDtypeStruct((U * M, tiles * TILE), jnp.float32)
+    else:
+        out = jax.ShapeDtypeStruct((U * M, tiles * TILE // 2), jnp.bfloat16)
+    swizzled = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(2 * TILE))
+    result: jax.Array = plgpu.kernel(
+        partial(moe_grouped, plan),
+        out_type=out,
+        scratch_types={
+            "x": plgpu.SMEM((_STAGES, M, TILE), jnp.bfloat16, transforms=swizzled),
+            "words": plgpu.SMEM((_STAGES, TILES, 2, 256), jnp.uint32),
+            "scales": plgpu.SMEM((_STAGES, TILES, TILE), jnp.uint16),
+            "ordered": plgpu.SMEM((_WARPGROUPS, M, _PITCH // 4), jnp.uint32),
+            "full": plgpu.Barrier(num_arrivals=3, num_barriers=_STAGES),
+            "empty": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_STAGES),
+        },
+        grid=(U, plan.blocks),
+        grid_names=("group", "block"),
+        num_threads=_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        kernel_name="moe_grouped",
+    )(x_AI, jnp.sum(groups.rows_UM >= 0, axis=1, dtype=jnp.int32), groups.experts_U, words, weight.scales, bias_EO)
+    return result
+
+
+def moe_grouped(
+    plan: _GroupedPlan,
+    x_ref: Any,
+    used_ref: Any,
+    experts_ref: Any,
+    words_ref: Any,
+    scales_ref: Any,
+    bias_ref: Any,
+    out_ref: Any,
+    **scratch: Any,
+) -> None:
+    """One warpgroup of a block. The block of an empty group returns."""
+    group, block, warpgroup = (lax.axis_index(name) for name in ("group", "block", "warpgroup"))
+    used = used_ref[group]
+    work, shared = _Work(group, block, experts_ref[group], warpgroup), _Shared(**scratch)
+
+    def for_size(body: Callable[[int], None]) -> None:
+        """Calls it with the smallest size that the group's tokens fit into."""
+        for below, size in itertools.pairwise([0, *plan.sizes]):
+            pl.when((used > below) & (used <= size))(partial(body, size))
+
+    @pl.when((used > 0) & (warpgroup == _WARPGROUPS))
+    def _() -> None:
+        plgpu.set_max_registers(_REGISTERS[1], action="decrease")
+        for_size(partial(_copy, plan, work, x_ref, words_ref, scales_ref, shared))
+
+    @pl.when((used > 0) & (warpgroup < _WARPGROUPS))
+    def _() -> None:
+        plgpu.set_max_registers(_REGISTERS[0], action="increase")
+        for_size(partial(_multiply, plan, work, bias_ref, out_ref, shared))
+
+
+def _copy(
+    plan: _GroupedPlan, work: _Work, x_ref: Any, words_ref: Any, scales_ref: Any, shared: _Shared, size: int
+) -> None:
+    """Brings the weights of all steps, and as many tokens, to shared memory."""
+    tokens, tiles = pl.ds(work.group * plan.tokens, size), pl.ds(work.block * TILES, TILES)  # beyond the last: 0
+
+    def step(index: jax.Array, _: None) -> None:
+        slot = lax.rem(index, jnp.int32(_STAGES))
+        pl.when(index >= _STAGES)(lambda: plgpu.barrier_wait(shared.empty.at[slot]))
+        full = shared.full.at[slot]
+        plgpu.copy_gmem_to_smem(x_ref.at[tokens, pl.ds(index * TILE, TILE)], shared.x.at[slot, pl.ds(0, size)], full)
+        plgpu.copy_gmem_to_smem(words_ref.at[work.expert, tiles, index], shared.words.at[slot], full)
+        plgpu.copy_gmem_to_smem(scales_ref.at[work.expert, tiles, index], shared.scales.at[slot], full)
+
+    lax.fori_loop(0, plan.steps, step, None)
+
+
+def _multiply(plan: _GroupedPlan, work: _Work, bias_ref: Any, out_ref: Any, shared: _Shared, size: int) -> None:
+    """Multiplies a warpgroup's tiles with as many tokens, and writes what comes of it."""
+    own = TILES // _WARPGROUPS
+    first = work.block * TILES + work.warpgroup * own
+
+    def products(*accs: Any) -> list[jax.Array]:
+        def step(index: jax.Array, _: None) -> None:
+            slot = lax.rem(index, jnp.int32(_STAGES))
+            plgpu.barrier_wait(shared.full.at[slot])
+            x_im = shared.x.at[slot, pl.ds(0, size)].transpose((1, 0))
+            for i, acc in enumerate(accs):
+                tile = work.warpgroup * own + i
+                plgpu.wgmma(acc, _unpacked(shared.words.at[slot, tile], shared.scales.at[slot, tile]), x_im)
+                plgpu.wgmma_wait(1)  # so that one is always under way while the next tile is unpacked
+                if i == 0:  # all of the step before is done
+                    done = shared.empty.at[lax.rem(index - 1, jnp.int32(_STAGES))]
+                    pl.when(index > 0)(partial(plgpu.barrier_arrive, done))
+
+        lax.fori_loop(0, plan.steps, step, None)
+        return [acc[...] for acc in accs]  # which waits for all of them
+
+    sums = pl.run_scoped(products, *[plgpu.ACC((TILE, size), jnp.float32)] * own)
+    write = _write_activation if plan.activation is not None else _write_sums
+    ordered = shared.ordered.at[work.warpgroup]
+    pl.when(first < plan.tiles)(lambda: write(plan, sums, bias_ref, out_ref, ordered, work.group, work.expert, first))
+
+
+def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
+    """A tile of weights [64, 64] bfloat16, without the factor `mosaic_sm90.MISSING`, as operand of `wgmma`."""
+    returned = plgpu.ShapeDtypeStruct((TILE, TILE), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=returned)
+    def inline(_: object, words: Value, scales: Value) -> Any:
+        at = ptx.shared_offset(ptx.shared_address(words), ptx.thread(), 16)
+        four = ptx.asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", [ptx.i32()] * 4, [at], volatile=True)
+        at = ptx.shared_offset(ptx.shared_address(scales), arith.shrui(ptx.thread(), ptx.const(1)), 2)
+        (codes,) = ptx.asm("ld.shared.u16 $0, [$1];", [ptx.i32()], [at], volatile=True)
+        planes = mosaic_sm90.decoded(four, codes)
+        pair = ir.VectorType.get((2,), ir.BF16Type.get())
+        layout = fragmented_array.WGMMA_LAYOUT
+        registers = np.empty(layout.registers_shape((TILE, TILE)), dtype=object)
+        for place in np.ndindex(registers.shape):
+            column, half = place[1], place[4]  # of eight columns, and of eight rows
+            registers[place] = utils.bitcast(planes[2 * (column % 2) + half][column // 2], pair)
+        return fragmented_array.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    result: jax.Array = inline(words_ref, scales_ref)
+    return result
+
+
+def _numbers(sums: Any) -> list[tuple[int, Value, Value]]:
+    """Of a thread's sums of a tile: the token, less 2·q, and the even and the odd row's sum."""
+    registers = sums.registers
+    missing = ptx.float32(mosaic_sm90.MISSING)
+
+    def number(column: int, half: int, token: int) -> Value:
+        (register,) = registers[0, column, ..., half, :, :, :, :].flat
+        return arith.mulf(vector.extract(register, [], [token]), missing)
+
+    return [
+        (8 * column + token, number(column, 0, token), number(column, 1, token))
+        for column in range(registers.shape[1])
+        for token in range(2)
+    ]
+
+
+def _inline(sums: list[jax.Array], refs: list[Any], indices: list[jax.Array], write: Any) -> None:
+    scalars = [plgpu.Layout.WG_SPLAT(())] * len(indices)
+
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.Layout.WGMMA] * len(sums), *[plgpu.RefType()] * len(refs), *scalars))
+    def inline(_: object, *args: Any) -> None:
+        arrays, given = args[: len(sums)], args[len(sums) :]
+        write(arrays, *given[: len(refs)], *(index.registers.item() for index in given[len(refs) :]))
+
+    inline(*sums, *refs, *indices)
+
+
+def _write_sums(
+    plan: _GroupedPlan,
+    sums: list[jax.Array],
+    bias_ref: Any,
+    out_ref: Any,
+    ordered_smem: Any,
+    group: jax.Array,
+    expert: jax.Array,
+    first: jax.Array,
+) -> None:
+    """Adjacent rows of a token lie side by side in the result."""
+    del bias_ref, ordered_smem, expert
+
+    def write(arrays: Any, out: Value, group: Value, first: Value) -> None:
+        warp, g, q = ptx.fragment_lane()
+        for i, array in enumerate(arrays):
+            tile = ptx.add(first, i)
+            row = ptx.add(ptx.mul(tile, TILE), ptx.mul(warp, 16), ptx.mul(g, 2))
+            place = ptx.add(ptx.mul(group, plan.tokens), ptx.mul(q, 2))
+            at = ptx.offset(ptx.offset(ptx.global_address(out), place, 4 * TILE * plan.tiles), row, 4)
+            exists = ptx.less(tile, plan.tiles)
+            for token, even, odd in _numbers(array):
+                to = ptx.shifted(at, 4 * TILE * plan.tiles * token)
+                text = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.v2.f32 [$0], {$1, $2}; }"
+                ptx.asm(text, [], [to, even, odd, exists])
+
+    _inline(sums, [out_ref], [group, first], write)
+
+
+def _write_activation(
+    plan: _GroupedPlan,
+    sums: list[jax.Array],
+    bias_ref: Any,
+    out_ref: Any,
+    ordered_smem: Any,
+    group: jax.Array,
+    expert: jax.Array,
+    first: jax.Array,
+) -> None:
+    """A warpgroup has 64 units of each token, 128 bytes: put in order in shared memory, and written from there."""
+
+    activation = plan.activation
+    assert activation is not None
+
+    def write(arrays: Any, bias: Value, out: Value, ordered: Value, group: Value, expert: Value, first: Value) -> None:
+        ordered = ptx.shared_address(ordered)
+        warp, g, q = ptx.fragment_lane()
+        row = ptx.add(ptx.mul(first, TILE), ptx.mul(warp, 16), ptx.mul(g, 2))
+        bias_at = ptx.offset(ptx.offset(ptx.global_address(bias), expert, 2 * TILE * plan.tiles), row, 2)
+        for i, array in enumerate(arrays):
+            (pair,) = ptx.asm(f"ld.global.b32 $0, [$1+{2 * TILE * i}];", [ptx.i32()], [bias_at], volatile=True)
+            biases = ptx.halves(pair)
+            # Unit 16·q + 4·p + 2·c + h of 64 goes to 16·p + 8·c + 2·q + h.
+            unit = ptx.add(ptx.mul(warp, 8), g, 32 * i)
+            bits = [
+                arith.andi(arith.shrui(unit, ptx.const(n)), ptx.const(m)) for n, m in ((4, 3), (2, 3), (1, 1), (0, 1))
+            ]
+            column = ptx.add(*(ptx.mul(bit, size) for bit, size in zip(bits, (2, 16, 8, 1), strict=True)))
+            at = ptx.add(ordered, ptx.mul(q, 2 * _PITCH), ptx.mul(column, 2))
+            for token, even, odd in _numbers(array):
+                value = mosaic_sm90.activated(activation, arith.addf(even, biases[0]), arith.addf(odd, biases[1]))
+                text = f"{{ .reg .b16 t; cvt.rn.bf16.f32 t, $1; st.shared.b16 [$0+{_PITCH * token}], t; }}"
+                ptx.asm(text, [], [at, value])
+        utils.warpgroup_barrier()
+        # A token's 128 bytes are written by eight threads together.
+        piece, own = arith.andi(ptx.thread(), ptx.const(7)), arith.shrui(ptx.thread(), ptx.const(3))
+        width = TILE * plan.tiles  # bytes of a token's units
+        place = ptx.add(ptx.mul(group, plan.tokens), own)
+        to = ptx.offset(ptx.offset(ptx.global_address(out), place, width), ptx.add(ptx.mul(first, 4), piece), 16)
+        at = ptx.add(ordered, ptx.mul(own, _PITCH), ptx.mul(piece, 16))
+        for begin in range(0, arrays[0].shape[1], 16):
+            four = f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{_PITCH * begin}];"
+            words = ptx.asm(four, [ptx.i32()] * 4, [at], volatile=True)
+            ptx.asm(f"st.global.v4.b32 [$0+{width * begin}], {{$1, $2, $3, $4}};", [], [to, *words])
+
+    _inline(sums, [bias_ref, out_ref, ordered_smem], [group, expert, first], write)

@@ -1,0 +1,339 @@
+"""Products with the chosen experts, from MXFP4 fragments: Pallas Mosaic GPU, for Hopper. RECORD.md beside tells how.
+
+A warp streams 16 rows of one expert from memory to registers, unpacks them there, and multiplies them with eight tokens
+at a time on the tensor cores. No weight is read twice for eight tokens, nor written anywhere.
+"""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels import dispatch, ptx, tiles
+from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
+from pallas_kernels.moe.activation import SwiGLU
+from pallas_kernels.moe.routing import Groups, route
+from pallas_kernels.partial_sum import PartialSum
+from pallas_kernels.ptx import Value
+
+EIGHT = 8  # tokens of an instruction
+# A scale s becomes the bfloat16 number 2^(s + _OFFSET - 127), so s may be up to `api.LARGEST_SCALE`. Planes are 2^-126
+# times their values. What is missing comes last. Where s is below 66, numbers of less than 2^-58 may count as 0.
+_OFFSET = 62
+MISSING = 2.0 ** (126 - _OFFSET)
+
+_FACTOR = "{ .reg .b32 t; prmt.b32 t, $1, 0, %s; mad.lo.u32 $0, t, 128, %d; }"
+_DECODE = """{ .reg .b32 a, b, c;
+and.b32 a, $4, 0x81C081C0; mul.rn.bf16x2 $0, a, $5;
+shl.b32 a, $4, 3; and.b32 a, a, 0x81C081C0; mul.rn.bf16x2 $1, a, $5;
+shl.b32 a, $4, 6; and.b32 a, a, 0x81C081C0; mul.rn.bf16x2 $2, a, $5;
+shl.b32 a, $4, 1; shr.u32 b, $4, 4; shr.u32 c, $4, 5; and.b32 b, b, 0x00C000C0;
+lop3.b32 b, a, 0x80008000, b, 0xEA; lop3.b32 b, c, 0x01000100, b, 0xEA; mul.rn.bf16x2 $3, b, $5; }"""
+_LOAD_X = (
+    "{ .reg .pred p; setp.ge.s32 p, $9, 0; "
+    + " ".join(f"mov.b32 ${i}, 0;" for i in range(8))
+    + "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$8]; @p ld.global.nc.v4.b32 {$4, $5, $6, $7}, [$8+16]; }"
+)
+_LOAD_IF = "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, -1; @p ld.global.nc.b32 $0, [$1]; }"
+_LOAD_PAIR = """{ .reg .b32 t, low; ld.global.nc.b32 t, [$2];
+shl.b32 low, t, 16; and.b32 t, t, 0xFFFF0000; mov.b32 $0, low; mov.b32 $1, t; }"""
+_STORE_BF16 = "{ .reg .pred p; .reg .b16 t; setp.ne.s32 p, $2, 0; cvt.rn.bf16.f32 t, $1; @p st.global.b16 [$0], t; }"
+_STORE_PAIR = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.v2.f32 [$0], {$1, $2}; }"
+
+
+@dataclasses.dataclass(frozen=True)
+class _ExpertsPlan:
+    """All that is known when the kernel is built."""
+
+    num_experts: int  # E: the group of one that there is not is empty
+    num_groups: int  # U
+    slots: int  # M: tokens of a group, at most
+    steps: int  # 64-column tiles that a block sums over
+    splits: int  # blocks that share the columns
+    tiles: int  # 64-row tiles of an expert
+    unroll: int  # tiles whose loads are in flight while as many are computed
+    eights: int  # of tokens, that a block computes
+    sorted: bool  # x has a row a slot; otherwise it has a row a token
+
+    @property
+    def columns(self) -> int:
+        return self.steps * self.splits * TILE
+
+    @property
+    def rows(self) -> int:
+        return self.tiles * TILE
+
+
+def routed(
+    x_TD: jax.Array,
+    experts_TX: jax.Array,
+    weights_TX: jax.Array,
+    gate_up: MXFP4Fragments,
+    gate_up_bias_E2F: jax.Array,
+    down: MXFP4Fragments,
+    down_bias_ED: jax.Array,
+    *,
+    alpha: float,
+    limit: float,
+) -> PartialSum:
+    """See `api.moe`."""
+    groups, places_TX = route(experts_TX, down_bias_ED.shape[0])
+    bias = gate_up_bias_E2F.astype(jnp.bfloat16)
+    h_UMF = product(
+        x_TD, groups, gate_up, bias, activation=SwiGLU(alpha, limit), **_settings("up", experts_TX, gate_up)
+    )
+    h_AF = h_UMF.reshape(-1, h_UMF.shape[-1])
+    y_JUMD = product(h_AF, groups, down, sorted=True, **_settings("down", experts_TX, down))
+    y_JAD = y_JUMD.reshape(y_JUMD.shape[0], -1, y_JUMD.shape[-1])
+    return PartialSum(y_JAD, places_TX, weights_TX, down_bias_ED, experts_TX)
+
+
+def _settings(part: str, experts_TX: jax.Array, weight: MXFP4Fragments) -> Any:
+    (T, X), (E, outputs, inputs) = experts_TX.shape, weight.shape
+    shape: tiles.Shape = {tiles.ROWS: T, "part": part, "chosen": X, "experts": E, "in": inputs, "out": outputs}
+    return tiles.lookup(dispatch.device_kind(), "moe/mosaic", shape) or heuristic(shape)
+
+
+def heuristic(shape: tiles.Shape) -> tiles.Settings:
+    """The settings of a shape that no table has; see RECORD.md for what was measured."""
+    rows = int(shape[tiles.ROWS])
+    return {
+        "unroll": 9 if rows == 1 else 5,
+        "splits": 3 if shape["part"] == "down" and rows <= 8 else 1,  # else too few blocks
+        "eights": 1 if rows <= 64 else 2,
+    }
+
+
+def tunable(shape: tiles.Shape) -> list[tiles.Settings]:
+    """See `tiles`."""
+    rows, usual = int(shape[tiles.ROWS]), heuristic(shape)
+    others: list[tiles.Settings] = [
+        {"unroll": unroll, "splits": splits, "eights": eights}
+        for eights in ([1] if rows <= 8 else [1, 2] if rows <= 32 else [1, 2, 4])
+        for splits in ([1] if shape["part"] == "up" or rows > 32 else [1, 3, 5])
+        for unroll in (3, 5, 9)
+    ]
+    return [usual, *(each for each in others if each != usual)]
+
+
+@partial(jax.jit, static_argnames=("activation", "unroll", "splits", "eights", "sorted"))
+def product(
+    x_AI: jax.Array,
+    groups: Groups,
+    weight: MXFP4Fragments,
+    bias_EO: jax.Array | None = None,
+    *,
+    activation: SwiGLU | None = None,
+    unroll: int,
+    splits: int = 1,
+    eights: int = 1,
+    sorted: bool = False,
+) -> jax.Array:
+    """Each group's tokens times its expert's weight.
+
+    Args:
+      x_AI: bfloat16; a row a token, or a row a slot where `sorted`.
+      weight: [E, O, I].
+      bias_EO: for the activation.
+      unroll, splits, eights: see `_Plan`. Those that do not divide what they cut are lowered to what does.
+
+    Returns:
+      float32 [splits, U, M, O], of which the first axis is to be summed; with an activation, bfloat16 [U, M, O / 2].
+      What belongs to no token is not written.
+    """
+    U, M = groups.rows_UM.shape
+    num_tiles, steps = weight.words.shape[1:3]
+    splits = math.gcd(splits, steps)
+    plan = _ExpertsPlan(
+        num_experts=weight.shape[0],
+        num_groups=U,
+        slots=M,
+        steps=steps // splits,
+        splits=splits,
+        tiles=num_tiles,
+        unroll=next(u for u in range(unroll, 0, -1) if steps // splits % u == 0),
+        eights=min(eights, -(-M // EIGHT)),
+        sorted=sorted,
+    )
+    outputs = weight.shape[1]
+    bias = groups.experts_U if bias_EO is None else bias_EO  # there must be something, and without one it is not read
+    if activation is None:
+        out = jax.ShapeDtypeStruct((splits, U, M, outputs), jnp.float32)
+    else:
+        out = jax.ShapeDtypeStruct((U, M, outputs // 2), jnp.bfloat16)
+
+    operands = {"x": x_AI, "rows": groups.rows_UM, "experts": groups.experts_U}
+    operands |= {"words": weight.words, "scales": weight.scales, "bias": bias}
+    results = ptx.launch(
+        partial(moe_product, plan, activation),
+        operands,
+        {"out": out},
+        {"tile": num_tiles, "group": U, "share": -(-M // (plan.eights * EIGHT)), "split": splits},
+    )
+    return results["out"]
+
+
+def moe_product(
+    plan: _ExpertsPlan,
+    activation: SwiGLU | None,
+    *,
+    x: Value,
+    rows: Value,
+    experts: Value,
+    words: Value,
+    scales: Value,
+    bias: Value,
+    out: Value,
+    tile: Value,
+    group: Value,
+    share: Value,
+    split: Value,
+) -> None:
+    """One thread of a block: 64 rows of an expert, times up to `eights` · 8 tokens. The block of no token returns."""
+    first = ptx.mul(share, plan.eights * EIGHT)  # slot of the group
+    (begins,) = ptx.asm(_LOAD_IF, [ptx.i32()], [ptx.offset(rows, _place(plan, group, first), 4), ptx.const(1)])
+    (expert,) = ptx.asm("ld.global.nc.b32 $0, [$1];", [ptx.i32()], [ptx.offset(experts, group, 4)])
+    exists = arith.cmpi(arith.CmpIPredicate.ult, expert, ptx.const(plan.num_experts))
+
+    def compute() -> None:
+        acc = _sums(plan, x, rows, words, scales, expert, tile, group, first, split)
+        if activation is None:
+            _write_parts(plan, acc, out, tile, group, first, split)
+        else:
+            _write_activation(plan, activation, acc, bias, out, expert, tile, group, first)
+
+    ptx.when(arith.andi(exists, arith.cmpi(arith.CmpIPredicate.sge, begins, ptx.const(0))), compute)
+
+
+def _place(plan: _ExpertsPlan, group: Value, slot: Value) -> Value:
+    return ptx.add(ptx.mul(group, plan.slots), slot)
+
+
+def _sums(
+    plan: _ExpertsPlan,
+    x: Value,
+    rows: Value,
+    words: Value,
+    scales: Value,
+    expert: Value,
+    tile: Value,
+    group: Value,
+    first: Value,
+    split: Value,
+) -> list[Value]:
+    """Four sums for each eight tokens: the thread's even and odd row times two tokens, in the order of `ptx.mma`."""
+    _, g, q = ptx.fragment_lane()
+    start = ptx.mul(split, plan.steps)
+    x_at, tokens = [], []
+    for eight in range(plan.eights):
+        slot = ptx.add(first, g, EIGHT * eight)
+        place = _place(plan, group, slot)
+        (token,) = ptx.asm(_LOAD_IF, [ptx.i32()], [ptx.offset(rows, place, 4), ptx.less(slot, plan.slots)])
+        row_at = ptx.offset(x, place if plan.sorted else token, 2 * plan.columns)
+        x_at.append(ptx.offset(row_at, ptx.add(ptx.mul(start, TILE), ptx.mul(q, 16)), 2))
+        tokens.append(token)
+    number = ptx.add(ptx.mul(ptx.add(ptx.mul(expert, plan.tiles), tile), plan.steps * plan.splits), start)
+    words_at = ptx.offset(ptx.offset(words, number, 2048), ptx.thread(), 16)
+    scales_at = ptx.offset(ptx.offset(scales, number, 128), arith.shrui(ptx.thread(), ptx.const(1)), 2)
+
+    def load(turn: Value) -> list[Value]:
+        words_from, scales_from = (
+            ptx.offset(at, ptx.mul(turn, plan.unroll), size) for at, size in ((words_at, 2048), (scales_at, 128))
+        )
+        loaded: list[Value] = []
+        for i in range(plan.unroll):
+            four = f"ld.global.nc.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$4+{2048 * i}];"
+            loaded += ptx.asm(four, [ptx.i32()] * 4, [words_from], volatile=True)
+            loaded += ptx.asm(f"ld.global.nc.u16 $0, [$1+{128 * i}];", [ptx.i32()], [scales_from], volatile=True)
+        return loaded
+
+    def compute(turn: Value, acc: list[Value], loaded: list[Value]) -> list[Value]:
+        from_ = [ptx.offset(at, ptx.mul(turn, plan.unroll), 2 * TILE) for at in x_at]
+        for i in range(plan.unroll):
+            xs = [
+                ptx.asm(_LOAD_X, [ptx.i32()] * 8, [ptx.shifted(at, 2 * TILE * i), token])
+                for at, token in zip(from_, tokens, strict=True)
+            ]
+            acc = _multiply(acc, loaded[5 * i : 5 * i + 4], loaded[5 * i + 4], xs)
+        return acc
+
+    zeros = [ptx.float32(0.0)] * (4 * plan.eights)
+    return ptx.prefetched_loop(plan.steps // plan.unroll, zeros, load, compute)
+
+
+def _multiply(acc: list[Value], words: list[Value], scales: Value, xs: list[list[Value]]) -> list[Value]:
+    """Adds a tile's products: words and scales as `fragments` has them, xs 16 numbers of a token for each eight."""
+    planes = decoded(words, scales)
+    sums = list(acc)
+    for plane in range(4):
+        a = [word_planes[plane] for word_planes in planes]
+        for eight, x in enumerate(xs):
+            sums[4 * eight : 4 * eight + 4] = ptx.mma(sums[4 * eight : 4 * eight + 4], a, x[2 * plane : 2 * plane + 2])
+    return sums
+
+
+def decoded(words: list[Value], scales: Value) -> list[list[Value]]:
+    """Each word's four planes, pairs of bfloat16 numbers, less the factor `MISSING`."""
+    even, odd = (
+        ptx.asm(_FACTOR % (byte, (_OFFSET << 7) * 0x10001), [ptx.i32()], [scales])[0] for byte in ("0x4040", "0x4141")
+    )
+    return [ptx.asm(_DECODE, [ptx.i32()] * 4, [word, (even, odd)[i % 2]]) for i, word in enumerate(words)]
+
+
+def _even_row(tile: Value) -> Value:
+    """The number of the thread's even row among its expert's."""
+    warp, g, _ = ptx.fragment_lane()
+    return ptx.add(ptx.mul(tile, TILE), ptx.mul(warp, 16), ptx.mul(g, 2))
+
+
+def _tokens(plan: _ExpertsPlan, acc: list[Value], first: Value) -> list[tuple[Value, Value, Value]]:
+    """Slot, even row's sum and odd row's sum, of each token that the thread has sums of."""
+    scaled = [arith.mulf(value, ptx.float32(MISSING)) for value in acc]
+    twice_q = ptx.mul(ptx.fragment_lane()[2], 2)
+    return [
+        (ptx.add(first, twice_q, EIGHT * eight + column), scaled[4 * eight + column], scaled[4 * eight + 2 + column])
+        for eight in range(plan.eights)
+        for column in range(2)
+    ]
+
+
+def _write_parts(
+    plan: _ExpertsPlan, acc: list[Value], out: Value, tile: Value, group: Value, first: Value, split: Value
+) -> None:
+    for slot, even, odd in _tokens(plan, acc, first):
+        place = ptx.add(ptx.mul(split, plan.num_groups * plan.slots), _place(plan, group, slot))
+        at = ptx.offset(ptx.offset(out, place, 4 * plan.rows), _even_row(tile), 4)
+        ptx.asm(_STORE_PAIR, [], [at, even, odd, ptx.less(slot, plan.slots)])
+
+
+def _write_activation(
+    plan: _ExpertsPlan,
+    activation: SwiGLU,
+    acc: list[Value],
+    bias: Value,
+    out: Value,
+    expert: Value,
+    tile: Value,
+    group: Value,
+    first: Value,
+) -> None:
+    bias_at = ptx.offset(ptx.offset(bias, expert, 2 * plan.rows), _even_row(tile), 2)
+    gate_bias, up_bias = ptx.asm(_LOAD_PAIR, [ptx.f32()] * 2, [bias_at])
+    for slot, even, odd in _tokens(plan, acc, first):
+        value = activated(activation, arith.addf(even, gate_bias), arith.addf(odd, up_bias))
+        at = ptx.offset(out, _place(plan, group, slot), plan.rows)
+        at = ptx.offset(at, arith.shrui(_even_row(tile), ptx.const(1)), 2)
+        ptx.asm(_STORE_BF16, [], [at, value, ptx.less(slot, plan.slots)])
+
+
+def activated(activation: SwiGLU, gate: Value, up: Value) -> Value:
+    """min(gate, limit) · sigmoid(alpha · gate) · (clip(up) + 1)."""
+    limit, below, one = (ptx.float32(value) for value in (activation.limit, -activation.limit, 1.0))
+    gate, up = arith.minimumf(gate, limit), arith.maximumf(arith.minimumf(up, limit), below)
+    exponent = ptx.float32(-activation.alpha * math.log2(math.e))
+    (power,) = ptx.asm("ex2.approx.f32 $0, $1;", [ptx.f32()], [arith.mulf(gate, exponent)])
+    return ptx.divide(arith.mulf(gate, arith.addf(up, one)), arith.addf(power, one))

@@ -1,0 +1,46 @@
+"""A sum that a product leaves unfinished, so that the next operation finishes it while reading it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class PartialSum:
+    """A sum [T, O] that is still in pieces:
+
+        total[t] = Σ_x weights[t, x] · (bias[bias_rows[t, x]] + Σ_j parts[j, rows[t, x]])
+
+    A term adds nothing, whatever its weight, if its row is negative or its row of the bias does not exist. Any other
+    term's row must exist.
+    """
+
+    parts_JAO: jax.Array  # float32: J pieces of each of A rows
+    rows_TX: jax.Array | None = None  # int32; None: X = 1 and token t has row t
+    weights_TX: jax.Array | None = None  # float32; None: 1
+    bias_EO: jax.Array | None = None  # of any floating dtype; None: 0
+    bias_rows_TX: jax.Array | None = None  # int32; None: row 0. Only with a bias
+
+    @property
+    def num_terms(self) -> int:
+        """X: terms of a token."""
+        return 1 if self.rows_TX is None else self.rows_TX.shape[1]
+
+    def total(self) -> jax.Array:
+        """The sum [T, O], float32."""
+        if self.rows_TX is None:
+            present_TX, y_TXO = jnp.ones((self.parts_JAO.shape[1], 1), bool), self.parts_JAO.sum(axis=0)[:, None]
+        else:
+            present_TX = self.rows_TX >= 0
+            y_TXO = self.parts_JAO[:, jnp.where(present_TX, self.rows_TX, 0)].sum(axis=0)
+        if self.bias_EO is not None:
+            bias_rows: jax.Array | int = 0
+            if self.bias_rows_TX is not None:
+                present_TX &= (self.bias_rows_TX >= 0) & (self.bias_rows_TX < self.bias_EO.shape[0])
+                bias_rows = jnp.where(present_TX, self.bias_rows_TX, 0)
+            y_TXO += self.bias_EO[bias_rows].astype(jnp.float32)
+        if self.weights_TX is not None:
+            y_TXO *= self.weights_TX[..., None]
+        return jnp.sum(jnp.where(present_TX[..., None], y_TXO, 0), axis=1)

@@ -1,0 +1,108 @@
+"""CUDA's words for kernels that are written as one thread's work, inside `plgpu.inline_mgpu`.
+
+One convention throughout: a condition is an i1, as MLIR's comparisons give it, or the sign of a number
+(`NotNegative`). What it governs (a load, a store, a copy, a branch) happens in the threads in which it holds; a load
+gives 0 elsewhere. Absence is never encoded in a value.
+"""
+
+from pallas_kernels.ptx.barriers import MBarriers, TileCopies, bulk_copy, expect_bytes, sync_block
+from pallas_kernels.ptx.cluster import MOST_BLOCKS, ClusterThread, cluster_rank
+from pallas_kernels.ptx.control import loop, prefetched_loop, when
+from pallas_kernels.ptx.launch import launch
+from pallas_kernels.ptx.memory import (
+    global_address,
+    load,
+    load_shared_pair,
+    offset,
+    shared_address,
+    shared_offset,
+    shifted,
+    store,
+)
+from pallas_kernels.ptx.values import (
+    Condition,
+    NotNegative,
+    Value,
+    add,
+    always,
+    asm,
+    both,
+    const,
+    divide,
+    divided,
+    exp2,
+    f32,
+    float32,
+    fma,
+    halves,
+    i32,
+    i64,
+    less,
+    mul,
+    pack,
+    tree_sum,
+    where,
+)
+from pallas_kernels.ptx.warp import (
+    first_lane,
+    fragment_lane,
+    mma,
+    quad_reduce,
+    shuffle_xor,
+    sync_warp,
+    thread,
+    warp_sum,
+)
+
+__all__ = [
+    "MOST_BLOCKS",
+    "ClusterThread",
+    "Condition",
+    "MBarriers",
+    "NotNegative",
+    "TileCopies",
+    "Value",
+    "add",
+    "always",
+    "asm",
+    "both",
+    "bulk_copy",
+    "cluster_rank",
+    "const",
+    "divide",
+    "divided",
+    "exp2",
+    "expect_bytes",
+    "f32",
+    "first_lane",
+    "float32",
+    "fma",
+    "fragment_lane",
+    "global_address",
+    "halves",
+    "i32",
+    "i64",
+    "launch",
+    "less",
+    "load",
+    "load_shared_pair",
+    "loop",
+    "mma",
+    "mul",
+    "offset",
+    "pack",
+    "prefetched_loop",
+    "quad_reduce",
+    "shared_address",
+    "shared_offset",
+    "shifted",
+    "shuffle_xor",
+    "store",
+    "sync_block",
+    "sync_warp",
+    "thread",
+    "tree_sum",
+    "warp_sum",
+    "when",
+    "where",
+]

@@ -1,0 +1,91 @@
+"""Barriers, and copies to shared memory that announce themselves at an mbarrier."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels.ptx.memory import shared_offset
+from pallas_kernels.ptx.values import Condition, Value, add, asm, const, mul
+
+
+def sync_block() -> None:
+    """Waits for all threads of the block."""
+    asm("bar.sync 0;", [], [])
+
+
+@dataclasses.dataclass(frozen=True)
+class MBarriers:
+    """mbarriers in shared memory, each of which waits for one thread's arrival and the bytes that this announces."""
+
+    address: Value  # in shared memory
+    count: int
+    warps: int = 4  # of the block
+
+    def init(self) -> None:
+        """Initialises them. Before they are used, all threads must have met."""
+        # A warp initialises one after the other: so each has some.
+        warp, number = (op(utils.thread_idx(), const(32)) for op in (arith.divui, arith.remui))
+        number = add(mul(number, self.warps), warp)
+        own = shared_offset(self.address, number, 8)
+        text = "@p mbarrier.init.shared::cta.b64 [$0], 1; @p fence.mbarrier_init.release.cluster; }"
+        asm(f"{{ .reg .pred p; setp.lt.u32 p, $1, {self.count}; " + text, [], [own, number])
+
+    def at(self, number: int) -> Value:
+        """The address of one of them."""
+        return add(self.address, 8 * number)
+
+    def wait(self, number: int, parity: int) -> None:
+        """Waits until all has arrived at one of them for the (2 · n + 1 + parity)-th time."""
+        text = "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra again; }"
+        asm("{ .reg .pred p; again: " + text, [], [self.at(number), const(parity)])
+
+
+def expect_bytes(mbarrier: Value, size: int, condition: Condition) -> None:
+    """Arrives at an mbarrier, and announces bytes, if the condition holds: in one thread a phase."""
+    text = f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size};"
+    asm("{ .reg .pred p; setp.ne.s32 p, $1, 0; " + text + " }", [], [mbarrier, condition])
+
+
+def bulk_copy(to: Value, source: Value, size: int, mbarrier: Value, condition: Condition) -> None:
+    """Begins to copy bytes, a multiple of 16, from global to shared memory, if the condition holds."""
+    text = f"@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], {size}, [$2];"
+    asm("{ .reg .pred p; setp.ne.s32 p, $3, 0; " + text + " }", [], [to, source, mbarrier, condition])
+
+
+@dataclasses.dataclass(frozen=True)
+class TileCopies:
+    """Copies of square tiles of a bfloat16 matrix to shared memory, by the tensor memory accelerator.
+
+    In a tile of 64 columns, a row's 16-byte pieces are exchanged by the row's number modulo 8, so that the same columns
+    of eight rows lie in different banks.
+    """
+
+    context: Any  # Mosaic's, of the launch
+    tiles: Value  # [stages, size, size] in shared memory
+    mbarriers: Value  # in shared memory: one a stage
+    stages: int
+    size: int
+
+    def begin(self, matrix: Value, row: Value, column: Value, stage: int, condition: Condition | None = None) -> None:
+        """Begins a copy; its bytes are announced at the stage's mbarrier.
+
+        Args:
+          matrix: in global memory, as an array.
+          row, column: the tile's first.
+          condition: holds in one thread of the block; without one, Mosaic chooses it.
+        """
+        phases: Any = None  # which we count ourselves
+        barriers = utils.BarrierRef(utils.memref_ptr(self.mbarriers), const(0), phases, self.stages)
+        corner: Sequence[Any] = [arith.index_cast(ir.IndexType.get(), each) for each in (row, column)]
+        self.context.async_copy(
+            src_ref=matrix,
+            dst_ref=utils.memref_slice(self.tiles, stage),
+            gmem_slice=tuple(utils.ds(each, self.size) for each in corner),
+            barrier=barriers[stage],
+            swizzle=2 * self.size,
+            **({} if condition is None else {"predicate": condition}),
+        )

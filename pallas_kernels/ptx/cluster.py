@@ -1,0 +1,102 @@
+"""Blocks of a cluster that send each other numbers, through mailboxes in shared memory.
+
+They send with `st.async`, which tells an mbarrier of the receiver when the numbers have arrived. A barrier of the
+cluster would do, but its release waits until all earlier writes to global memory have arrived there. (As compiled for
+sm_90a, `barrier.cluster.arrive.release` after writing to the other blocks' memory is MEMBAR.ALL.GPU.)
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels.ptx.barriers import sync_block
+from pallas_kernels.ptx.values import Condition, Value, add, asm, const, i32
+
+MOST_BLOCKS = 8  # of a cluster, wherever it runs
+
+
+def cluster_rank(blocks: int) -> Value:
+    """The block's number in its cluster of so many."""
+    return const(0) if blocks == 1 else asm("mov.u32 $0, %cluster_ctarank;", [i32()], [])[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterThread:
+    """A thread of a cluster's block, and the exchanges of numbers between the blocks."""
+
+    blocks: int  # of the cluster
+    rank: Value  # the block's number in the cluster
+    thread: Value  # the thread's number in its block
+    mbarriers: Value  # address in shared memory of an mbarrier for each exchange
+
+    @classmethod
+    def here(cls, blocks: int, mbarriers: Value) -> "ClusterThread":
+        """This thread."""
+        return cls(blocks, cluster_rank(blocks), utils.thread_idx(), mbarriers)
+
+    @property
+    def lane(self) -> Value:
+        """The thread's number in its warp."""
+        return arith.andi(self.thread, const(31))
+
+    @property
+    def warp(self) -> Value:
+        """The warp's number in its block."""
+        return arith.shrui(self.thread, const(5))
+
+    def prepare(self, counts: Sequence[int]) -> None:
+        """Prepares exchanges, given how many numbers a block receives in each.
+
+        Before the first `send` comes `wait_prepared`.
+        """
+        if self.blocks == 1:
+            return
+        begun = "".join(
+            f"@p mbarrier.init.shared::cta.b64 [$0+{8 * i}], 1;"
+            f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0+{8 * i}], {4 * count};"
+            for i, count in enumerate(counts)
+        )
+        asm(
+            f"{{ .reg .pred p; setp.eq.s32 p, $1, 0; {begun} fence.mbarrier_init.release.cluster;"
+            "barrier.cluster.arrive.relaxed.aligned; }",
+            [],
+            [self.mbarriers, self.thread],
+        )
+
+    def wait_prepared(self) -> None:
+        """Waits until all blocks of the cluster can be sent to."""
+        if self.blocks > 1:
+            asm("barrier.cluster.wait.aligned;", [], [])
+
+    def send(self, exchange: int, rank: Value, address: Value, value: Value, condition: Condition) -> None:
+        """Writes a float32 number to the shared memory of the block of that rank, if the condition holds.
+
+        `address` is that of the mailbox in this block's shared memory: all blocks have the same layout.
+        """
+        if self.blocks == 1:
+            text = "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p st.shared.f32 [$0], $1; }"
+            asm(text, [], [address, value, condition])
+            return
+        # The distance to the other block is the same for everything in shared memory.
+        (there,) = asm("mapa.shared::cluster.u32 $0, $1, $2;", [i32()], [self.mbarriers, rank])
+        away = arith.subi(there, self.mbarriers)
+        asm(
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0;"
+            "@p st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [$0], $1, [$2]; }",
+            [],
+            [add(address, away), value, add(there, 8 * exchange), condition],
+        )
+
+    def receive(self, exchange: int) -> None:
+        """Waits until this block has received everything of an exchange."""
+        if self.blocks == 1:
+            sync_block()
+            return
+        asm(
+            "{ .reg .pred p; again:"
+            f"mbarrier.try_wait.parity.shared::cta.b64 p, [$0+{8 * exchange}], 0; @!p bra again; }}",
+            [],
+            [self.mbarriers],
+        )

@@ -1,0 +1,52 @@
+"""Loops and branches of a thread."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import scf
+
+from pallas_kernels.ptx.values import Condition, Value, add, as_i1, as_value, const
+
+_operations: Any = scf  # whose annotations are of classes that it replaces
+
+
+def when(condition: Condition, body: Callable[[], None]) -> None:
+    """Does what `body` inlines if the condition holds."""
+    branch = _operations.IfOp(as_i1(condition))
+    with ir.InsertionPoint(branch.then_block):
+        body()
+        scf.yield_([])
+
+
+def loop(
+    count: Value | int,
+    carry: Sequence[Value],
+    body: Callable[[Value, list[Value]], Sequence[Value]],
+    *,
+    start: int = 0,
+) -> list[Value]:
+    """`carry = body(i, carry)` for i = start … count - 1."""
+    if isinstance(count, int) and count == start:
+        return list(carry)
+    operation = _operations.ForOp(const(start), as_value(count), const(1), list(carry))
+    with ir.InsertionPoint(operation.body):
+        scf.yield_(list(body(operation.induction_variable, list(operation.inner_iter_args))))
+    return list(operation.results)
+
+
+def prefetched_loop(
+    count: int,
+    carry: Sequence[Value],
+    load: Callable[[Value], list[Value]],
+    compute: Callable[[Value, list[Value], list[Value]], list[Value]],
+) -> list[Value]:
+    """`carry = compute(i, carry, load(i))` for i = 0 … count - 1; each load begins a turn ahead."""
+    kept = len(carry)
+
+    def turn(i: Value, values: list[Value]) -> list[Value]:
+        following = load(add(i, 1))
+        return [*compute(i, values[:kept], values[kept:]), *following]
+
+    values = loop(count - 1, [*carry, *load(const(0))], turn)
+    return compute(const(count - 1), values[:kept], values[kept:])

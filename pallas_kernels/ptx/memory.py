@@ -1,0 +1,80 @@
+"""Addresses, loads and stores: 64-bit addresses in global memory, 32-bit ones in shared memory."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels.ptx.values import Condition, Value, as_predicate, as_value, asm, const, f32, i32, i64
+
+
+def global_address(ref: Value) -> Value:
+    """The address of an array in global memory."""
+    return llvm.ptrtoint(i64(), utils.memref_ptr(ref))
+
+
+def shared_address(ref: Value) -> Value:
+    """The address of an array in shared memory."""
+    return arith.trunci(i32(), llvm.ptrtoint(i64(), utils.memref_ptr(ref)))
+
+
+def offset(base: Value, index: Value | int, size: int) -> Value:
+    """The address in global memory of element `index`, of `size` bytes."""
+    (result,) = asm("mad.wide.s32 $0, $1, $2, $3;", [i64()], [as_value(index), const(size), base])
+    return result
+
+
+def shifted(base: Value, size: int) -> Value:
+    """The address in global memory `size` bytes further on."""
+    return arith.addi(base, const(size, i64()))
+
+
+def shared_offset(base: Value, index: Value, size: int) -> Value:
+    """The address in shared memory of element `index`, of `size` bytes."""
+    return arith.addi(base, arith.muli(index, const(size)))
+
+
+def load(
+    at: Value, types: Sequence[Any], condition: Condition, *, space: str = "global", shift: int = 0
+) -> list[Value]:
+    """Begins to load 1, 2 or 4 words, each an i32 or all float32; 0 if the condition does not hold.
+
+    Args:
+      space: as PTX has it after "ld.", with a cache operator, such as "global.cg" or "shared".
+      shift: bytes after the address.
+    """
+    count = len(types)
+    outputs = [f"${i}" for i in range(count)]
+    zeros = "".join(f"mov.b32 {each}, 0;" for each in outputs)
+    source = f"${count}+{shift}" if shift else f"${count}"
+    comparison, register = as_predicate(condition)
+    text = (
+        f"{{ .reg .pred p; setp.{comparison}.s32 p, ${count + 1}, 0; {zeros} "
+        f"@p ld.{space}{_vector(count)}.b32 {_list(outputs)}, [{source}]; }}"
+    )
+    return asm(text, types, [at, register], volatile=True)
+
+
+def store(at: Value, values: Sequence[Value], condition: Condition, *, space: str = "global", shift: int = 0) -> None:
+    """Writes 1, 2 or 4 words if the condition holds. See `load`; `space` is what PTX has after "st."."""
+    count = len(values)
+    what = _list([f"${i + 1}" for i in range(count)])
+    to = f"$0+{shift}" if shift else "$0"
+    comparison, register = as_predicate(condition)
+    text = f"{{ .reg .pred p; setp.{comparison}.s32 p, ${count + 1}, 0; "
+    text += f"@p st.{space}{_vector(count)}.b32 [{to}], {what}; }}"
+    asm(text, [], [at, *values, register])
+
+
+def load_shared_pair(at: Value) -> list[Value]:
+    """Two float32 numbers of shared memory."""
+    return asm("ld.shared.v2.f32 {$0, $1}, [$2];", [f32()] * 2, [at], volatile=True)
+
+
+def _vector(count: int) -> str:
+    return "" if count == 1 else f".v{count}"
+
+
+def _list(operands: list[str]) -> str:
+    return operands[0] if len(operands) == 1 else "{" + ", ".join(operands) + "}"

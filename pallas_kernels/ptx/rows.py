@@ -1,0 +1,204 @@
+"""Rows of numbers, each spread over the threads of a cluster's blocks, for kernels that reduce them.
+
+A row's D numbers are taken in fours, one `Float4` a thread and turn. The block of rank b has the fours b · per …
+(b + 1) · per - 1, thread i of it those numbered i, i + threads, … among them. With one row, the chip waits for these
+few threads: so several blocks share it.
+
+Versions, as compiled for sm_90a:
+  - `ld.global.nc` everywhere: ptxas puts off such loads beyond barriers, until their values are used; so `ld.global`.
+  - `ld.global`, in the right order: ptxas still moves them down to the next barrier; so `sync_warp` after each group of
+    loads, which keeps them in place and waits for none.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels.ptx import memory
+from pallas_kernels.ptx.cluster import MOST_BLOCKS, ClusterThread
+from pallas_kernels.ptx.values import (
+    Condition,
+    NotNegative,
+    Value,
+    add,
+    as_predicate,
+    asm,
+    both,
+    const,
+    f32,
+    halves,
+    i32,
+    less,
+    mul,
+    tree_sum,
+)
+from pallas_kernels.ptx.warp import warp_sum
+
+LARGEST_WIDTH = 8192  # of a row, whose numbers are held in registers
+MOST_ROWS = 128  # for more, what XLA makes of the operations is as good
+_MOST_THREADS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLayout:
+    """How rows are spread over blocks and threads."""
+
+    width: int  # D, a multiple of 4
+    blocks: int  # of a row, up to 8; by `of`, and for `row_sum`, a power of two
+    threads: int  # of a block, a multiple of 128
+
+    @classmethod
+    def of(cls, rows: int, width: int, *, threads: int = 128) -> "RowLayout":
+        """As many blocks a row as the chip has room for and the row has work for.
+
+        `threads` is the least number of threads in a block that is wanted for other reasons.
+        """
+        blocks = MOST_BLOCKS
+        while blocks > 1 and (rows * blocks > 128 or width < 256 * blocks):
+            blocks //= 2
+        per = -(-width // (4 * blocks))
+        turns = -(-per // _MOST_THREADS)
+        needed = 128 * -(-per // (128 * turns))
+        return cls(width, blocks, min(max(needed, 128 * -(-threads // 128)), _MOST_THREADS))
+
+    @property
+    def per(self) -> int:
+        """Fours of a block."""
+        return -(-self.width // (4 * self.blocks))
+
+    @property
+    def turns(self) -> int:
+        """Fours of a thread."""
+        return -(-self.per // self.threads)
+
+    @property
+    def warps(self) -> int:
+        """Of a block."""
+        return self.threads // 32
+
+    @property
+    def senders(self) -> int:
+        """Warps of a block that have numbers."""
+        return -(-min(self.per, self.threads) // 32)
+
+    @property
+    def sums(self) -> int:
+        """Float32 numbers that each block receives in a `row_sum`."""
+        return self.blocks * self.senders
+
+
+@dataclasses.dataclass(frozen=True)
+class Float4:
+    """Four adjacent numbers of a row, of one thread."""
+
+    row: Value
+    width: int
+    first: Value  # the number of the first of them in the row
+    in_block: Value  # and in the block's part of the row
+    exists: Condition  # whether the row has such numbers
+
+    def at(self, array: Value, size: int, row: Value | None = None) -> Value:
+        """Their address in a row of an array [rows, width] in global memory, of numbers of `size` bytes."""
+        row_at = memory.offset(array, self.row if row is None else row, self.width * size)
+        return memory.offset(row_at, self.first, size)
+
+    def inside(self, part: Value) -> Value:
+        """Their address in the block's part of the row, float32 in shared memory."""
+        return memory.shared_offset(part, self.in_block, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowThread(ClusterThread):
+    """A thread of a cluster that has a row."""
+
+    layout: RowLayout
+
+    @classmethod
+    def of(cls, layout: RowLayout, mbarriers: Value) -> "RowThread":
+        """This thread."""
+        thread = ClusterThread.here(layout.blocks, mbarriers)
+        return cls(thread.blocks, thread.rank, thread.thread, mbarriers, layout)
+
+    @property
+    def first(self) -> Value:
+        """The first of the block's numbers in the row."""
+        return mul(self.rank, 4 * self.layout.per)
+
+    @property
+    def count(self) -> Value:
+        """How many numbers of the row the block has: 0 or fewer if the row ended before."""
+        left = arith.subi(const(self.layout.width), self.first)
+        return arith.minsi(left, const(4 * self.layout.per))
+
+    def float4(self, row: Value, turn: int) -> Float4:
+        """What the thread has in a turn."""
+        in_block = mul(add(self.thread, turn * self.layout.threads), 4)
+        exists = NotNegative(arith.subi(arith.subi(self.count, const(1)), in_block))
+        return Float4(row, self.layout.width, add(self.first, in_block), in_block, exists)
+
+
+def exchange_memory(exchanges: int) -> dict[str, Any]:
+    """Shared memory for the mbarriers of a `RowThread`."""
+    return {"mbarriers": shared_floats(2 * exchanges)}
+
+
+def shared_floats(size: int) -> Any:
+    """An array of float32 numbers in shared memory."""
+    return plgpu.SMEM((size,), jnp.float32)
+
+
+def row_sum(thread: RowThread, exchange: int, value: Value, sums: Value) -> Value:
+    """The float32 sum over the row's threads, in a fixed order, in each of them.
+
+    `sums` is the address of the mailbox: `RowLayout.sums` numbers in shared memory, which nothing else uses.
+    """
+    layout = thread.layout
+    value = warp_sum(value)
+    mine = memory.shared_offset(sums, add(mul(thread.rank, layout.senders), thread.warp), 4)
+    # Lane b writes to block b. The others must name a block too.
+    target = arith.andi(thread.lane, const(layout.blocks - 1))
+    thread.send(
+        exchange, target, mine, value, both(less(thread.lane, layout.blocks), less(thread.warp, layout.senders))
+    )
+    thread.receive(exchange)
+    parts: list[Value] = []
+    for i in range(0, layout.sums, 4):
+        if i + 4 <= layout.sums:
+            text = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4+{4 * i}];"
+            parts += asm(text, [f32()] * 4, [sums], volatile=True)
+            continue
+        for j in range(i, layout.sums):
+            parts += asm(f"ld.shared.f32 $0, [$1+{4 * j}];", [f32()], [sums], volatile=True)
+    return tree_sum(parts)
+
+
+def load_float4(address: Value, dtype: jax.typing.DTypeLike, condition: Condition) -> list[Value]:
+    """Begins to load four numbers, bfloat16 or float32, from global memory; 0 if the condition does not hold."""
+    return memory.load(address, [f32()] * 4 if dtype == jnp.float32 else [i32()] * 2, condition)
+
+
+def as_floats(loaded: Sequence[Value]) -> list[Value]:
+    """What `load_float4` has loaded, as float32."""
+    if len(loaded) == 4:
+        return list(loaded)
+    return [number for word in loaded for number in halves(word)]
+
+
+def load_number(address: Value, dtype: jax.typing.DTypeLike, condition: Condition, shift: int = 0) -> Value:
+    """Loads a number from global memory: bfloat16 or float32 as float32, or int32; 0 if the condition does not hold.
+
+    The number lies `shift` bytes after the address.
+    """
+    if dtype != jnp.bfloat16:
+        return memory.load(address, [i32() if dtype == jnp.int32 else f32()], condition, shift=shift)[0]
+    comparison, register = as_predicate(condition)
+    text = (
+        f"{{ .reg .pred p; .reg .b32 t; setp.{comparison}.s32 p, $2, 0; mov.b32 t, 0; @p ld.global.u16 t, [$1+{shift}];"
+        "shl.b32 t, t, 16; mov.b32 $0, t; }"
+    )
+    return asm(text, [f32()], [address, register], volatile=True)[0]

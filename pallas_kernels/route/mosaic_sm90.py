@@ -1,0 +1,315 @@
+"""The choice of experts for a few rows in one kernel, on Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
+
+A row is spread over a cluster of blocks. Each multiplies its part of the row with its part of the router's rows, of
+which a thread reads 16 bytes at a time, eight experts' weights of one input. The blocks' sums meet in block 0, whose
+first warp chooses.
+
+Logits, being rounded to bfloat16, have 16 bits: a logit and the number of its expert fit into one integer, so that a
+maximum of integers finds both, the lower number of equals.
+
+The norm before it can be done by the same kernel: the router's weights do not wait for it, so they are on their way
+while it is computed, and a kernel's start is saved.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxlib.mlir.dialects import arith
+
+from pallas_kernels import ptx
+from pallas_kernels.add_norm import mosaic_sm90 as add_norm
+from pallas_kernels.partial_sum import PartialSum
+from pallas_kernels.ptx import Value, rows
+
+MOST_EXPERTS = 128
+_VECTOR = 8  # experts whose weights are read at a time, by a load of 16 bytes
+_FLIGHT = 12  # loads of 16 bytes that a thread has begun at a time
+_WANTED = 8  # loads of a thread, if there are threads enough
+
+
+def supports(
+    x_TD: jax.Array,
+    terms: PartialSum | None,
+    scale_D: jax.Array,
+    bias_D: jax.Array | None,
+    router_DE: jax.Array,
+    router_bias_E: jax.Array,
+    positions_T: jax.Array,
+    *,
+    top: int,
+) -> bool:
+    """Whether `norm_route` takes these operands."""
+    E = router_DE.shape[1]
+    return (
+        add_norm.supports(x_TD, terms, scale_D, bias_D)
+        and router_DE.dtype == jnp.bfloat16
+        and router_bias_E.dtype in (jnp.bfloat16, jnp.float32)
+        and positions_T.dtype == jnp.int32
+        and E in (8, 16, 32, 64, MOST_EXPERTS)
+        and 1 <= top <= E
+    )
+
+
+def layout_of(num_rows: int, width: int, experts: int) -> rows.RowLayout:
+    """As `RowLayout.of`, with threads enough for the router's weights."""
+    blocks = rows.RowLayout.of(num_rows, width).blocks
+    return rows.RowLayout.of(num_rows, width, threads=-(-width * experts // (_VECTOR * blocks * _WANTED)))
+
+
+def shared(layout: rows.RowLayout, experts: int) -> dict[str, Any]:
+    """Shared memory for `Router.choose`: the block's part of x, its warps' logits, and in block 0 those of blocks."""
+    sizes = {"x_part": 4 * layout.per, "parts": layout.warps * experts, "logits": sent(layout, experts)}
+    return {name: rows.shared_floats(size) for name, size in sizes.items()}
+
+
+def sent(layout: rows.RowLayout, experts: int) -> int:
+    """Numbers that block 0 receives."""
+    return layout.blocks * experts
+
+
+def results(num_rows: int, top: int) -> dict[str, Any]:
+    """What `Router.choose` writes."""
+    return {
+        "experts": jax.ShapeDtypeStruct((num_rows, top), jnp.int32),
+        "weights": jax.ShapeDtypeStruct((num_rows, top), jnp.float32),
+    }
+
+
+class Loaded(NamedTuple):
+    """What a thread has begun to load."""
+
+    weights: list[list[Value]]  # of the first steps
+    biases: list[Value]  # of the experts whose number is the lane's, modulo 32; 0 where there is none
+    position: Value  # of the token; negative is padding
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """What a thread does to choose a row's experts, in steps between which it can do other things."""
+
+    at: Mapping[str, Value]  # addresses of "router", "router_bias", "positions", and those of `results` and `shared`
+    row: Value
+    thread: rows.RowThread
+    experts: int  # E
+    top: int
+    exchange: int  # number of that by which block 0 gets the logits
+
+    @property
+    def vectors(self) -> int:
+        """Threads that read a row of the router together."""
+        return self.experts // _VECTOR
+
+    @property
+    def at_once(self) -> int:
+        """Rows of the router that a block reads at a time."""
+        return self.thread.layout.threads // self.vectors
+
+    @property
+    def steps(self) -> int:
+        """Rows of the router that a thread reads."""
+        return -(-4 * self.thread.layout.per // self.at_once)
+
+    @property
+    def _vector(self) -> Value:
+        return arith.andi(self.thread.thread, ptx.const(self.vectors - 1))
+
+    @property
+    def _row(self) -> Value:
+        """The first of the block's numbers that the thread multiplies."""
+        return arith.shrui(self.thread.thread, ptx.const(self.vectors.bit_length() - 1))
+
+    def begin(self, bias_dtype: jax.typing.DTypeLike) -> Loaded:
+        """Begins to load what waits for nothing."""
+        size = jnp.dtype(bias_dtype).itemsize
+        biases = [
+            rows.load_number(
+                ptx.offset(self.at["router_bias"], expert, size),
+                bias_dtype,
+                ptx.NotNegative(arith.subi(ptx.const(self.experts - 1), expert)),
+            )
+            for expert in self._experts()
+        ]
+        position_at = ptx.offset(self.at["positions"], self.row, 4)
+        return Loaded(self._load(0), biases, rows.load_number(position_at, jnp.int32, ptx.always()))
+
+    def keep(self, numbers: Iterable[tuple[rows.Float4, list[Value]]]) -> Value:
+        """Writes the thread's part of x to shared memory, four bfloat16 numbers at a time: `choose`'s x."""
+        x = self.at["x_part"]
+        for four, words in numbers:
+            ptx.store(four.inside(x), rows.as_floats(words), four.exists, space="shared")
+        ptx.sync_block()
+        return x
+
+    def choose(self, loaded: Loaded, x: Value) -> None:
+        """Chooses, and writes what is chosen.
+
+        Args:
+          loaded: what `begin` has begun to load.
+          x: address of the block's part of x in shared memory, which must be there for all its threads.
+        """
+        parts, logits = self.at["parts"], self.at["logits"]
+        self._multiply(loaded.weights, x, parts)
+        self._gather(parts, logits)
+        if self.thread.layout.blocks == 1:
+            self.thread.receive(self.exchange)
+        # Block 0's first warp goes on alone.
+        before = arith.ori(self.thread.rank, self.thread.warp)
+
+        def finish() -> None:
+            if self.thread.layout.blocks > 1:
+                self.thread.receive(self.exchange)
+            experts, weights = self._choose(logits, loaded.biases)
+            padding = arith.shrsi(loaded.position, ptx.const(31))  # all bits, or none
+            experts = [arith.ori(expert, padding) for expert in experts]
+            first = ptx.less(self.thread.lane, 1)
+            for name, values in (("experts", experts), ("weights", weights)):
+                at = ptx.offset(self.at[name], self.row, 4 * self.top)
+                for i, value in enumerate(values):
+                    ptx.store(at, [value], first, shift=4 * i)
+
+        ptx.when(arith.cmpi(arith.CmpIPredicate.eq, before, ptx.const(0)), finish)
+
+    def _load(self, start: int) -> list[list[Value]]:
+        """Begins to load the weights of steps `start` and following; 0 where the block has no row."""
+        at = ptx.offset(self.at["router"], ptx.add(self.thread.first, self._row), 2 * self.experts)
+        at = ptx.offset(at, self._vector, 2 * _VECTOR)
+        left = arith.subi(self.thread.count, self._row)
+        return [
+            ptx.asm(
+                f"{{ .reg .pred p; setp.gt.s32 p, $5, {self.at_once * step};"
+                "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
+                "@p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, "
+                f"[$4+{2 * self.experts * self.at_once * step}]; }}",
+                [ptx.i32()] * 4,
+                [at, left],
+                volatile=True,
+            )
+            for step in range(start, min(start + _FLIGHT, self.steps))
+        ]
+
+    def _experts(self) -> list[Value]:
+        return [ptx.add(self.thread.lane, i) for i in range(0, self.experts, 32)]
+
+    def _multiply(self, loaded: list[list[Value]], x: Value, parts: Value) -> None:
+        """The products, summed over each warp's threads."""
+        acc = [ptx.float32(0.0)] * _VECTOR
+        x_at = ptx.shared_offset(x, self._row, 4)
+        left = arith.subi(self.thread.count, self._row)
+        for start in range(0, self.steps, _FLIGHT):
+            for i, words in enumerate(loaded if start == 0 else self._load(start)):
+                row = self.at_once * (start + i)
+                (number,) = ptx.asm(
+                    f"{{ .reg .pred p; setp.gt.s32 p, $2, {row}; mov.b32 $0, 0;@p ld.shared.f32 $0, [$1+{4 * row}]; }}",
+                    [ptx.f32()],
+                    [x_at, left],
+                    volatile=True,
+                )
+                weights = [weight for word in words for weight in ptx.halves(word)]
+                acc = [ptx.fma(number, weight, one) for weight, one in zip(weights, acc, strict=True)]
+        acc = [ptx.warp_sum(one, self.vectors) for one in acc]
+        at = ptx.shared_offset(parts, self.thread.warp, 4 * self.experts)
+        at = ptx.shared_offset(at, self._vector, 4 * _VECTOR)
+        condition = ptx.NotNegative(arith.subi(ptx.const(self.vectors - 1), self.thread.lane))
+        for i in (0, 4):
+            ptx.store(ptx.add(at, 4 * i), acc[i : i + 4], condition, space="shared")
+
+    def _gather(self, parts: Value, logits: Value) -> None:
+        """The warps' sums, each expert's by the thread of its number, added and sent to block 0."""
+        layout, thread = self.thread.layout, self.thread.thread
+        ptx.sync_block()
+        inside = ptx.less(thread, self.experts)
+        at = ptx.shared_offset(parts, thread, 4)
+        sums = [
+            ptx.load(at, [ptx.f32()], inside, space="shared", shift=4 * self.experts * warp)[0]
+            for warp in range(layout.warps)
+        ]
+        mine = ptx.shared_offset(ptx.shared_offset(logits, self.thread.rank, 4 * self.experts), thread, 4)
+        self.thread.send(self.exchange, ptx.const(0), mine, ptx.tree_sum(sums), inside)
+
+    def _choose(self, logits: Value, biases: list[Value]) -> tuple[list[Value], list[Value]]:
+        experts = self._experts()
+        keys = []
+        for expert, bias in zip(experts, biases, strict=True):
+            inside = ptx.less(expert, self.experts)
+            parts = [
+                ptx.load(
+                    ptx.shared_offset(logits, expert, 4),
+                    [ptx.f32()],
+                    inside,
+                    space="shared",
+                    shift=4 * self.experts * block,
+                )[0]
+                for block in range(self.thread.layout.blocks)
+            ]
+            word = ptx.pack(arith.addf(ptx.tree_sum(parts), bias), ptx.float32(0.0))
+            # Numbers in the order of integers: all bits of a negative one are turned, of another the sign.
+            sign = arith.shrui(word, ptx.const(15))
+            order = arith.xori(word, ptx.add(ptx.mul(sign, 0x7FFF), 0x8000))
+            key = ptx.add(ptx.mul(order, 0x10000), arith.subi(ptx.const(0xFFFF), expert))
+            keys.append(arith.select(inside, key, ptx.const(0)))
+
+        chosen, numbers = [], []
+        for _ in range(self.top):
+            best = keys[0]
+            for key in keys[1:]:
+                best = arith.maxui(best, key)
+            (best,) = ptx.asm("redux.sync.max.u32 $0, $1, 0xffffffff;", [ptx.i32()], [best], volatile=True)
+            keys = [arith.select(arith.cmpi(arith.CmpIPredicate.eq, key, best), ptx.const(0), key) for key in keys]
+            numbers.append(arith.subi(ptx.const(0xFFFF), arith.andi(best, ptx.const(0xFFFF))))
+            order = arith.shrui(best, ptx.const(16))
+            sign = arith.shrui(order, ptx.const(15))
+            word = arith.xori(order, arith.subi(ptx.const(0xFFFF), ptx.mul(sign, 0x7FFF)))
+            chosen.append(ptx.halves(word)[0])
+        powers = []
+        for logit in chosen:
+            exponent = arith.mulf(arith.subf(logit, chosen[0]), ptx.float32(1.4426950408889634))
+            powers += ptx.asm("ex2.approx.f32 $0, $1;", [ptx.f32()], [exponent])
+        total = ptx.tree_sum(powers)
+        return numbers, [ptx.divide(power, total) for power in powers]
+
+
+@partial(jax.jit, static_argnames=("epsilon", "center", "top"))
+def norm_route(
+    x_TD: jax.Array,
+    terms: PartialSum | None,
+    scale_D: jax.Array,
+    bias_D: jax.Array | None,
+    router_DE: jax.Array,
+    router_bias_E: jax.Array,
+    positions_T: jax.Array,
+    *,
+    epsilon: float,
+    center: bool,
+    top: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """See `api.norm_route`. The operands must be such as `supports` says."""
+    T, D = x_TD.shape
+    E = router_DE.shape[1]
+    layout = layout_of(T, D, E)
+    norm = add_norm.Norm(terms, add_norm.operands(x_TD, terms, scale_D, bias_D), epsilon, center)
+    counts = [*add_norm.counts(layout), sent(layout, E)]
+
+    def norm_route(*, row: Value, **at: Value) -> None:
+        thread = rows.RowThread.of(layout, at["mbarriers"])
+        thread.prepare(counts)
+        router = Router(at, row, thread, E, top, exchange=add_norm.EXCHANGES)
+        # First, for no kernel before has read them: they come from farther away than what the norm waits for.
+        loaded = router.begin(router_bias_E.dtype)
+        normed = norm.run(thread, at, row, loaded=len(loaded.weights))
+        router.choose(loaded, router.keep(normed))
+
+    memory = rows.exchange_memory(len(counts)) | add_norm.shared(layout) | shared(layout, E)
+    out = ptx.launch(
+        norm_route,
+        norm.operands | {"router": router_DE, "router_bias": router_bias_E, "positions": positions_T},
+        add_norm.results(x_TD, terms) | results(T, top),
+        {"row": T},
+        dict(sorted(memory.items())),
+        cluster=layout.blocks,
+        warpgroups=layout.threads // 128,
+    )
+    return out.get("sum", x_TD), out["normed"], out["experts"], out["weights"]
