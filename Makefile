@@ -13,7 +13,8 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 CONSTRAINTS ?= $(firstword $(wildcard constraints-$(VERSION).txt) constraints.txt)
 ARGS ?=  # for pytest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
-PYTEST := $(BIN)/python -m pytest -n 2
+# A file's tests share their programs, so one process has them all; the files in their order.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: python demo quick test kernels affected full lint fuzz oracle slow clients examples figures installs clean
 

@@ -29,20 +29,24 @@ def _reached(module: str) -> set[str]:
     ("changed", "reaches", "spares"),
     [
         ("gptjax/layers/norm.py", ["models.test_gpt2", "engine.test_engine", "test_api"], ["text.test_tokenizer"]),
-        ("gptjax/text/tokenizer.py", ["text.test_tokenizer", "test_chat"], ["pallas_kernels.test_moe"]),
+        ("gptjax/text/tokenizer.py", ["text.test_tokenizer", "test_chat"], ["pallas_kernels.moe.test_moe"]),
         ("gptjax/server/app.py", ["server.test_app"], ["models.test_gpt2", "engine.test_engine", "test_api"]),
         (
-            "pallas_kernels/attention/mosaic.py",
-            ["pallas_kernels.test_attention_decode", "test_api"],
+            "pallas_kernels/attention/decode/mosaic_sm90.py",
+            ["pallas_kernels.attention.decode.test_attention_decode", "test_api"],
             ["text.test_tokenizer"],
         ),
         # The fixture `lm` of tests/conftest.py, whose users need not import a thing; code in a string; `-m gptjax`.
         ("gptjax/language_model.py", ["test_api", "test_docs", "test_fork", "cli.test_cli"], ["models.test_gpt2"]),
         ("gptjax/__main__.py", ["cli.test_cli", "server.test_load"], ["test_api"]),
-        ("convert/mxfp4.py", ["convert.test_convert_mxfp4"], ["pallas_kernels.test_attention", "text.test_tokenizer"]),
+        (
+            "convert/mxfp4.py",
+            ["convert.test_convert_mxfp4"],
+            ["pallas_kernels.attention.test_attention", "text.test_tokenizer"],
+        ),
         # Material of the tests.
         ("tests/fuzz.py", ["server.test_malformed", "text.test_added_tokens"], ["test_api", "server.test_app"]),
-        ("tests/oracles/moe_numpy.py", ["pallas_kernels.test_moe"], ["pallas_kernels.test_attention"]),
+        ("tests/oracles/moe_numpy.py", ["pallas_kernels.moe.test_moe"], ["pallas_kernels.attention.test_attention"]),
         ("tests/text/conftest.py", ["text.test_tokenizer"], ["server.test_app", "test_chat"]),
         ("tests/test_api.py", ["test_api"], ["test_docs"]),
         # What is not Python: data of a package, pages, data of the tests.

@@ -344,7 +344,7 @@ def test_a_shorter_max_length_holds(demo):
     assert lm.generate([1] * 18, max_tokens=50, ignore_eos=True).usage.completion_tokens == 3
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.thorough)])
 def test_other_dtypes(demo, dtype):
     lm = gptjax.load(demo, dtype=dtype)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(lm.params)} == {dtype}

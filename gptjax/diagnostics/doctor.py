@@ -192,7 +192,7 @@ def compiled_programs() -> Found:
 
     from gptjax.support.runtime import own_cache_directory
 
-    given = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    given = jax.config.values["jax_compilation_cache_dir"]
     directory = Path(given) if given else own_cache_directory()
     if directory is None:
         return {"directory": "none, because GPTJAX_CACHE_DIR is empty"}, []

@@ -58,7 +58,7 @@ def enable_compilation_cache() -> None:
     The directory is $GPTJAX_CACHE_DIR/xla, by default ~/.cache/gptjax/xla.
     """
     directory = own_cache_directory()
-    if directory is None or jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+    if directory is None or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -166,7 +166,7 @@ def test_full_forward(golden, ours, prompt):
     assert outputs.logits_BTV[length - 1 :].argmax(axis=-1).tolist() == one.greedy
 
 
-@pytest.mark.parametrize(("chunk", "layout"), [(64, "left"), (100, "right")])
+@pytest.mark.parametrize(("chunk", "layout"), [(64, "left"), pytest.param(100, "right", marks=pytest.mark.thorough)])
 def test_chunked_prefill_and_decoding_together(golden, ours, chunk, layout):
     """All prompts in one padded batch, in chunks that divide the window and chunks that do not; then a token a step.
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pallas_kernels.mxfp4 import MXFP4
 
 from gptjax.config import PUBLISHED
 from gptjax.engine import steps
@@ -18,6 +17,7 @@ from pallas_kernels import block as package
 from pallas_kernels import dispatch
 from pallas_kernels.block import api
 from pallas_kernels.block.stream import moments
+from pallas_kernels.formats.mxfp4 import MXFP4
 from tests.oracles import block_numpy
 from tests.oracles.block_numpy import EPSILON, SCALE, Operands
 

@@ -114,7 +114,7 @@ def test_sinks_agree_with_the_oracle(shape, cached):
 
 
 @pytest.mark.parametrize("cached", PATHS)
-@pytest.mark.parametrize("sinks", [True, False])
+@pytest.mark.parametrize("sinks", [True, pytest.param(False, marks=pytest.mark.thorough)])  # no model has windows alone
 @pytest.mark.parametrize("shape", SHAPES, ids=_ids)
 def test_windows_agree_with_the_oracle(shape, sinks, cached):
     """In one program for all windows: `attention` asks a window how large it is, what it hands it on to does not."""
