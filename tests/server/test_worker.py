@@ -14,6 +14,7 @@ from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import CapacityError, RequestError
 from gptjax.server.events import Finished, QueueFull, Ticket, Token
 from gptjax.server.worker import Worker
+from tests.fuzz import rounds
 from tests.server.worker_material import (
     CHUNK,
     MAX_LENGTH,
@@ -27,7 +28,7 @@ from tests.server.worker_material import (
     until,
 )
 
-TIMES = 20  # that each cancellation is tried
+TIMES = rounds(20)  # that each cancellation is tried
 
 
 @pytest.fixture(scope="module", params=["gpt2-tales", "gpt-oss-tales"])
