@@ -126,11 +126,11 @@ def test_streams_that_nobody_reads_are_cut(start, signals):
 def stands_still(address):
     """Whether all buffers are full, so that no more tokens are taken."""
     counts = []
-    for _ in range(2):
+    for _ in range(4):  # a busy machine may pause for longer than it takes to look twice
         metrics = httpx2.get(f"{address}/metrics").text
         counts.append(float(re.search(r"^worker_tokens_generated_total (.*)", metrics, re.MULTILINE)[1]))
         time.sleep(0.2)
-    return counts[0] == counts[1] > 0
+    return counts[0] == counts[-1] > 0
 
 
 def test_a_stream_that_is_read_ends_in_order(start):

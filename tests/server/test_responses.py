@@ -127,6 +127,7 @@ def test_a_turn_that_is_cut_short():
         {"reasoning": {"depth": 3}},
         {"tools": {}},
         {"tools": [{"type": "web_search"}]},
+        {"tools": ["f"]},
         {"tools": [{"type": "function", "name": 3}]},
         {"tool_choice": "required"},
         {"max_output_tokens": 0},
