@@ -1,7 +1,7 @@
 """Which implementation of an operation runs.
 
-"auto" takes the best one there is for the operands and the device; a named one runs or raises. Nothing that was asked
-for by name is silently replaced by something else.
+"auto" takes the best one for the operands and the device; a named one runs or raises. An implementation that was asked
+for by name is never silently replaced by another.
 """
 
 import functools
@@ -13,11 +13,11 @@ import jax
 
 AUTO = "auto"
 MOSAIC = "mosaic"  # Pallas Mosaic GPU: Hopper
-TRITON = "triton"  # Pallas Triton: Ampere, Ada, and what else CUDA has
+TRITON = "triton"  # Pallas Triton: Ampere, Ada and other CUDA devices
 XLA = "xla"  # jnp, which XLA compiles: everywhere
 IMPLEMENTATIONS = (AUTO, MOSAIC, TRITON, XLA)
-_MOSAIC_SINCE = (0, 11)  # JAX; its interface was another before
-# Kernels for one architecture have its name in their file's.
+_MOSAIC_SINCE = (0, 11)  # JAX: older versions have another interface
+# The file name of a kernel for one architecture says which.
 _FILES = {MOSAIC: "mosaic_sm90"}
 
 
@@ -25,11 +25,11 @@ def choose(operation: str, implementation: str, available: Mapping[str, Callable
     """The function to run.
 
     Args:
-      available: what the operation has for these operands, on whatever device. "auto" takes `preferred()` if it is
+      available: the implementations that take these operands, on any device. "auto" takes `preferred()` if it is
         among them, else "xla".
 
     Raises:
-      ValueError: `implementation` names one that `operation` does not have, or not for these operands.
+      ValueError: `operation` has no such implementation, or not for these operands.
     """
     if implementation == AUTO:
         return available.get(preferred(), available[XLA])
@@ -41,17 +41,20 @@ def choose(operation: str, implementation: str, available: Mapping[str, Callable
 
 
 def wanted(implementation: str) -> str:
-    """What to look for first: kernels are imported where they may run, for that takes long and not every JAX can."""
+    """The implementation to look for first.
+
+    Kernels are imported only if they may run, because importing them is slow and not every JAX can.
+    """
     wanted = preferred() if implementation == AUTO else implementation
     return XLA if wanted == MOSAIC and jax.__version_info__ < _MOSAIC_SINCE else wanted
 
 
 @functools.cache
 def preferred() -> str:
-    """What "auto" takes on this process's devices where it can."""
+    """What "auto" takes on this process's devices if it can."""
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", "")
-    if device.platform != "gpu" or not capability[:1].isdigit():  # of a ROCm device it is a name
+    if device.platform != "gpu" or not capability[:1].isdigit():  # on a ROCm device it is a name
         return XLA
     if capability == "9.0":
         return MOSAIC if jax.__version_info__ >= _MOSAIC_SINCE else TRITON
@@ -60,12 +63,12 @@ def preferred() -> str:
 
 @functools.cache
 def device_kind() -> str:
-    """Of this process's devices, as JAX names it: what the tables of `tiles` are for."""
+    """JAX's name for this process's devices, which the tables of `tiles` go by."""
     return jax.devices()[0].device_kind
 
 
 def module(kernel: str) -> str:
-    """The module of a kernel "<operation>/<implementation>", such as "matvec/mosaic"."""
+    """The module of a kernel "<operation>/<implementation>", for example "matvec/mosaic"."""
     operation, implementation = kernel.split("/")
     return f"pallas_kernels.{operation}.{_FILES.get(implementation, implementation)}"
 

@@ -1,4 +1,4 @@
-"""A sum that a product leaves unfinished, so that the next operation finishes it while reading it."""
+"""A sum that a product leaves unfinished: the next operation finishes it while reading it."""
 
 import dataclasses
 
@@ -13,8 +13,8 @@ class PartialSum:
 
         total[t] = Σ_x weights[t, x] · (bias[bias_rows[t, x]] + Σ_j parts[j, rows[t, x]])
 
-    A term adds nothing, whatever its weight, if its row is negative or its row of the bias does not exist. Any other
-    term's row must exist.
+    A term adds nothing, whatever its weight, if its row is negative or its row of the bias does not exist. The rows of
+    all other terms must exist.
     """
 
     parts_JAO: jax.Array  # float32: J pieces of each of A rows
@@ -25,7 +25,7 @@ class PartialSum:
 
     @property
     def num_terms(self) -> int:
-        """X: terms of a token."""
+        """X: terms per token."""
         return 1 if self.rows_TX is None else self.rows_TX.shape[1]
 
     def total(self) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What a block of a transformer ends with and the next begins with: adding to the residual, and the norm of the sum."""
+"""Where one half of a transformer's block ends and the next begins: adding to the residual, and the norm of the sum."""
 
 import jax
 
@@ -26,18 +26,18 @@ def add_norm(
         normed = (y / sqrt(mean(y²) + epsilon) * scale + bias), rounded to x's dtype
 
     Args:
-      x_TD: one row a token.
-      terms: what is added; None for nothing: then the sum is x itself.
-      scale_D, bias_D: of any floating dtype; no bias adds nothing.
+      x_TD: one row per token.
+      terms: what to add; if None, the sum is x itself.
+      scale_D, bias_D: of any floating dtype; the bias may be missing.
       epsilon: added to the mean of squares.
-      center: LayerNorm, which subtracts the mean; else RMSNorm.
+      center: True for LayerNorm, which subtracts the mean; False for RMSNorm.
       implementation: "auto", "mosaic" (bfloat16, up to 128 rows, on Hopper) or "xla".
 
     Returns:
       The sum and the norm, [T, D] of x's dtype. A token's bits do not depend on the others, for a given T.
 
     Raises:
-      ValueError: an unknown implementation, or one that does not take these operands.
+      ValueError: an unknown implementation, or one that does not support these operands.
     """
     available = {dispatch.XLA: reference.add_norm}
     if dispatch.wanted(implementation) == dispatch.MOSAIC:

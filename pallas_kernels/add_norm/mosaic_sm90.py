@@ -1,6 +1,6 @@
-"""A residual's sum and its norm for a few rows in one kernel, on Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
+"""The residual sum and its norm, for a few rows, in one kernel for Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
 
-`Norm` is what a kernel's threads do, so that another one can do it too: `route.mosaic_sm90` goes on with the norm.
+`Norm` is the work of a thread, which other kernels can include: `route.mosaic_sm90` continues from the norm.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from pallas_kernels import ptx
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Condition, Value, rows
 
-EXCHANGES = 2  # of `Norm`: the sums for the mean, and for the variance
-_FLIGHT = 24  # loads of 16 bytes of parts that a thread has begun at a time, at most
-_LOADS = 16384  # loads of 16 bytes that the registers of a block's threads have room for
-_OTHERS = 14  # of these, a thread's for other things
-_MOST_SUMMANDS = 64  # pieces of a number, which are unrolled
+EXCHANGES = 2  # of `Norm`: one for the mean, one for the variance
+_FLIGHT = 24  # 16-byte loads of parts that a thread has in flight, at most
+_LOADS = 16384  # 16-byte loads that fit in the registers of a block's threads
+_OTHERS = 14  # of these, per thread, for other things
+_MOST_SUMMANDS = 64  # pieces of one number: the sum is unrolled
 _FLOATS = (jnp.bfloat16, jnp.float32)
 
 
@@ -62,7 +62,7 @@ def add_norm(
     epsilon: float,
     center: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.add_norm`. The operands must be such as `supports` says."""
+    """See `api.add_norm`. `supports` must hold for the operands."""
     T, D = x_TD.shape
     layout = rows.RowLayout.of(T, D)
     norm = Norm(terms, operands(x_TD, terms, scale_D, bias_D), epsilon, center)
@@ -87,7 +87,7 @@ def add_norm(
 def operands(
     x_TD: jax.Array, terms: PartialSum | None, scale_D: jax.Array, bias_D: jax.Array | None
 ) -> dict[str, jax.Array]:
-    """What `Norm` reads, of that which there is."""
+    """What `Norm` reads, by name; missing operands are left out."""
     named = {"x": x_TD, "scale": scale_D, "bias": bias_D}
     if terms is not None:
         named |= {
@@ -122,7 +122,7 @@ def _padded(layout: rows.RowLayout) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """What a thread does to add to a row and norm it."""
+    """What a thread does to add to a row and normalise it."""
 
     terms: PartialSum | None
     operands: dict[str, jax.Array]  # see `operands`
@@ -132,13 +132,13 @@ class Norm:
     def run(
         self, thread: rows.RowThread, at: Mapping[str, Value], row: Value, *, loaded: int = 0
     ) -> list[tuple[rows.Float4, list[Value]]]:
-        """Writes the sum and the norm, and returns the norm: the thread's fours, each as two words of bfloat16.
+        """Writes the sum and the norm, and returns the norm: the thread's float4s, each as two words of bfloat16.
 
-        Its exchanges are the first ones. It calls `thread.wait_prepared`.
+        Uses the thread's first exchanges. Calls `thread.wait_prepared`.
 
         Args:
           at: addresses by the names of `operands`, `results` and `shared`.
-          loaded: loads of 16 bytes that the thread has begun before, and whose values it holds.
+          loaded: 16-byte loads that the thread began before and whose values it holds.
         """
         fours = [thread.float4(row, turn) for turn in range(thread.layout.turns)]
         zero = ptx.const(0)
@@ -147,7 +147,7 @@ class Norm:
             dtype = self.operands[name].dtype
             return rows.load_float4(four.at(at[name], dtype.itemsize, row), dtype, four.exists)
 
-        # First all loading begins that waits for nothing, then that of terms, which waits for the numbers of rows.
+        # Loads that depend on nothing begin first; those of terms have to wait for the row numbers.
         indices = None if self.terms is None else _load_indices(self.terms, at, row)
         x = [load("x", four, row) for four in fours]
         scale = [load("scale", four, zero) for four in fours]
@@ -181,7 +181,7 @@ class Norm:
     def _scaling(
         self, thread: rows.RowThread, mailbox: Value, fours: list[rows.Float4], sums: list[list[Value]]
     ) -> tuple[list[list[Value]], Value]:
-        """The numbers, less their mean where that is wanted, and what they are to be multiplied with."""
+        """The numbers, minus their mean if wanted, and the factor that normalises them."""
         share = ptx.float32(1 / thread.layout.width)
         if self.center:
             of_thread = ptx.tree_sum([number for numbers in sums for number in numbers])
@@ -198,7 +198,7 @@ class Norm:
 
 
 def _load_indices(terms: PartialSum, at: Mapping[str, Value], row: Value) -> list[tuple[Value, Value, Value | None]]:
-    """Begins to load of each of a token's terms: its row, the bias's row, and the weight."""
+    """Begins to load, for each of a token's terms, its row, its row of the bias, and its weight."""
     X = terms.num_terms
 
     def load(name: str, x: int, missing: Value) -> Value:
@@ -224,10 +224,10 @@ class _Term:
 
     @classmethod
     def of(cls, terms: PartialSum, row: Value, bias_row: Value, weight: Value | None) -> "_Term":
-        """From what `_load_indices` has loaded."""
+        """From what `_load_indices` loaded."""
         if terms.bias_EO is not None and terms.bias_rows_TX is not None:
             left = arith.subi(ptx.const(terms.bias_EO.shape[0] - 1), bias_row)
-            # One register for both: all bits of it are set if the bias has no such row.
+            # One register for both: all its bits are set if the bias has no such row.
             row = arith.ori(row, arith.shrsi(arith.ori(bias_row, left), ptx.const(31)))
         return cls(row, bias_row, weight, ptx.NotNegative(row))
 
@@ -235,7 +235,7 @@ class _Term:
 def _total(
     terms: PartialSum, at: Mapping[str, Value], loaded: list[_Term], four: rows.Float4, flight: int
 ) -> list[Value]:
-    """Four numbers of `terms.total()`, of which `flight` loads are begun at a time."""
+    """Four numbers of `terms.total()`, with up to `flight` loads in flight."""
     J, A, _ = terms.parts_JAO.shape
 
     def begin(term: _Term, piece: int) -> list[Value]:

@@ -16,7 +16,7 @@ def add_norm(
     center: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.add_norm`."""
-    # In half precision rounded twice, as transformers does: so near-ties of a router fall the same way.
+    # In half precision this rounds twice, as transformers does, so that near-ties of a router fall the same way.
     sum_TD = x_TD if terms is None else x_TD + terms.total().astype(x_TD.dtype)
     y_TD = sum_TD.astype(jnp.float32)
     if center:

@@ -1,4 +1,4 @@
-"""What lies between the product that gives queries, keys and values, and attention over a cache: one token a row."""
+"""From the qkv product to attention over a cache, for one token per row: rotation, and appending to the cache."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from pallas_kernels.partial_sum import PartialSum
 
 
 def takes(tokens: int, k_BKSH: jax.Array, *, implementation: str = dispatch.AUTO) -> bool:
-    """Whether `append` has a kernel here: Hopper, one token a row, bfloat16, heads of an even width."""
+    """Whether `append` has a kernel here: Hopper, one token per row, bfloat16, heads of an even width."""
     fits = tokens == 1 and k_BKSH.dtype == jnp.bfloat16 and k_BKSH.shape[-1] % 2 == 0
     return dispatch.wanted(implementation) == dispatch.MOSAIC and fits
 
@@ -20,9 +20,9 @@ def append(
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sums, rotates, and writes keys and values to their places in the cache, which is updated in place where donated.
+    """Sums, rotates, and writes keys and values to their places in the cache, which is updated in place if donated.
 
-    Means, with each of the three rounded to the cache's dtype before it is rotated, in float32, and after:
+    Means, in float32, with q, k and v rounded to the cache's dtype before the rotation and after it:
 
         q, k, v     = split(qkv.total()) into N, K and K heads
         first, last = halves of each head of q and k
@@ -32,8 +32,8 @@ def append(
     Args:
       qkv: [B, (N + 2·K) · H], without rows or weights of its own.
       rotation: cos and sin, float32 [B, H/2]; None to rotate nothing.
-      positions_B: int32; at negative ones nothing is written.
-      k_BKSH, v_BKSH: a cache that `takes` says yes to.
+      positions_B: int32; nothing is written for negative ones.
+      k_BKSH, v_BKSH: a cache for which `takes` is true.
 
     Returns:
       The queries [B, N, H], rotated, and the cache.

@@ -23,7 +23,7 @@ _STORE = "{ .reg .b16 t; cvt.rn.bf16.f32 t, $1; st.global.b16 [$0], t; }"
 
 @dataclasses.dataclass(frozen=True)
 class _AppendPlan:
-    """All that is known when the kernel is built."""
+    """Everything that is known when the kernel is built."""
 
     rows: int  # B
     splits: int  # J
@@ -56,7 +56,7 @@ def append(
     splits, _, columns = qkv.parts_JAO.shape
     N = columns // H - 2 * K
     plan = _AppendPlan(B, splits, N, K, S, H, has_bias=qkv.bias_EO is not None, rotates=rotation is not None)
-    # What there is not is not read, but something must stand for it.
+    # A missing operand is not read, but something has to be passed for it.
     bias = positions_B if qkv.bias_EO is None else qkv.bias_EO.astype(jnp.bfloat16)
     cos, sin = (positions_B, positions_B) if rotation is None else rotation
     k_ref, v_ref = jax.new_ref(k_BKSH), jax.new_ref(v_BKSH)
@@ -84,7 +84,7 @@ def append_to_cache(
     row: Value,
     part: Value,
 ) -> None:
-    """One thread of a block: numbers i and i + H/2 of one head."""
+    """One thread of a block: numbers i and i + H/2 of a head."""
     number = ptx.add(ptx.mul(part, THREADS), ptx.thread())
 
     def pair() -> None:
@@ -127,7 +127,7 @@ def _sum(plan: _AppendPlan, parts: Value, bias: Value, row: Value, column: Value
 def _rotate(
     plan: _AppendPlan, first: Value, last: Value, cos: Value, sin: Value, row: Value, head: Value, i: Value
 ) -> tuple[Value, Value]:
-    """Turned by their angle, except for values."""
+    """The pair turned by its angle, unless it belongs to a value."""
     angle = ptx.add(ptx.mul(row, plan.half), i)
     (c,), (s,) = (ptx.asm(_LOAD, [ptx.f32()], [ptx.offset(table, angle, 4)]) for table in (cos, sin))
     turned = (

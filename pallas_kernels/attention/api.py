@@ -34,22 +34,22 @@ def attention(
 
     Args:
       q_BTNH: queries.
-      k_BKSH, v_BKSH: keys and values; N is a multiple of K. What lies where no query of the call sees it has no
-        influence, not even NaN.
+      k_BKSH, v_BKSH: keys and values; N is a multiple of K. Those that no query of the call sees have no influence,
+        even if they are NaN.
       q_positions_BT, k_positions_BS: int32 position of each query and key in its sequence; negative is padding, whose
         result is 0.
-      sinks_N: a logit of each query head that takes its share of the softmax and has no value; None for no sinks.
-      scale: what scores are multiplied with.
-      window: the positions that a query sees, itself included; None for all up to its own.
-      cached: the keys lie in a preallocated cache, where position p is at place p mod S: only what is in use is read.
-        Otherwise all scores are computed at once, which can be differentiated.
-      implementation: "auto", "mosaic" (bfloat16), "triton" (for one query a row), both over a cache, or "xla".
+      sinks_N: one logit per query head that takes its share of the softmax and has no value; None for no sinks.
+      scale: scores are multiplied by it.
+      window: how many positions a query sees, its own included; None for all up to its own.
+      cached: whether the keys lie in a preallocated cache, with position p at place p mod S: then only the part in use
+        is read. Otherwise all scores are computed at once, which can be differentiated.
+      implementation: "auto", "xla", or, over a cache, "mosaic" (bfloat16) or "triton" (one query per row).
 
     Returns:
-      [B, T, N, H], of the queries' dtype. Products take operands of the given dtypes and accumulate in float32.
+      [B, T, N, H], of the queries' dtype. Products take operands in the given dtypes and accumulate in float32.
 
     Raises:
-      ValueError: an unknown implementation, or one that does not take these operands; or N not a multiple of K.
+      ValueError: an unknown implementation, or one that does not support these operands; or N is not a multiple of K.
     """
     N, K = q_BTNH.shape[2], k_BKSH.shape[1]
     if N % K:
@@ -88,7 +88,7 @@ def _decode(
     scale: float,
     window: int | None,
 ) -> jax.Array:
-    """One query a row sees all places in use, which come first: of a ring too, where their order does not matter."""
+    """A row's one query sees all places in use, and these come first. (In a ring too: their order does not matter.)"""
     del k_positions_BS, window
     counts_B = jnp.clip(q_positions_B1[:, 0] + 1, 0, k_BKSH.shape[2])
     return kernel(q_B1NH[:, 0], k_BKSH, v_BKSH, counts_B, sinks_N, scale=scale)[:, None]

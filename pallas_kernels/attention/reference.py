@@ -5,13 +5,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-DENSE_SCORES = 1 << 26  # B·N·T·S, a quarter of a gigabyte, up to which an accelerator computes all scores at once
-BLOCK = 128  # cache positions a step of `blocked` reads; part of the results' bits, so not tuned by device
+DENSE_SCORES = 1 << 26  # B·N·T·S, a quarter of a gigabyte: up to this, an accelerator computes all scores at once
+BLOCK = 128  # cache positions per step of `blocked`; it affects the results' bits, so it is not tuned by device
 _MASKED = -1e30  # finite, so that a query that sees no key gives 0 and not NaN
 
 
 def visible(q_positions_BT: jax.Array, k_positions_BS: jax.Array, window: int | None = None) -> jax.Array:
-    """The mask [B, T, S]: a key is seen from its own position on, over `window` positions; negative is padding."""
+    """The mask [B, T, S]: a key is seen from its own position on, for `window` positions; negative is padding."""
     q_BT1, k_B1S = q_positions_BT[:, :, None], k_positions_BS[:, None, :]
     seen_BTS = (k_B1S >= 0) & (k_B1S <= q_BT1)
     return seen_BTS if window is None else seen_BTS & (k_B1S > q_BT1 - window)
@@ -23,16 +23,16 @@ def _scores(q_BTKGH: jax.Array, k_BKSH: jax.Array, scale: float, seen_BTS: jax.A
 
 
 def _weigh(weights_BKGTS: jax.Array, v_BKSH: jax.Array, seen_BTS: jax.Array) -> jax.Array:
-    # A weight of 0 does not silence a NaN in a position that nobody may see: 0 × NaN is NaN. So mask the values too.
+    # A weight of 0 does not silence a NaN at a position that no query sees, as 0 × NaN is NaN. So mask the values too.
     v_BKSH = jnp.where(seen_BTS.any(axis=1)[:, None, :, None], v_BKSH, 0)
     weights_BKGTS = weights_BKGTS.astype(v_BKSH.dtype)
     return jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH, preferred_element_type=jnp.float32)
 
 
 def _start(sinks_N: jax.Array | None, num_kv_heads: int) -> tuple[jax.Array, jax.Array]:
-    """The maximum and the total of a softmax that has seen no key yet, [1, K, G, 1, 1]: the sink's, where there is one.
+    """The maximum and the total of a softmax that has seen no key yet, [1, K, G, 1, 1]: the sink's, if there is one.
 
-    exp(sink - sink) is 1.
+    The sink's total is 1, which is exp(sink - sink).
     """
     if sinks_N is None:
         return jnp.full((1, 1, 1, 1, 1), _MASKED, jnp.float32), jnp.zeros((1, 1, 1, 1, 1), jnp.float32)
@@ -84,11 +84,11 @@ def blocked(
     scale: float,
     window: int | None = None,
 ) -> jax.Array:
-    """`dense` in blocks of the cache with a running softmax, reading no further than the last key in use.
+    """`dense`, block by block with a running softmax, reading no further than the last key in use.
 
     A block that a row does not see changes none of its bits (its weights are exactly 0 and its rescaling exactly 1),
-    so a row's result does not depend on how long its neighbours are. Not differentiable in reverse: the number of
-    blocks is only known at run time.
+    so a row's result does not depend on how long its neighbours are. Not differentiable in reverse, because the number
+    of blocks is only known at run time.
     """
     block = min(BLOCK, k_BKSH.shape[2])
     if missing := -k_BKSH.shape[2] % block:
@@ -115,7 +115,7 @@ def blocked(
 
     row = (B, K, N // K, T)
     maximum, total = (jnp.broadcast_to(x, (*row, 1)) for x in _start(sinks_N, K))
-    # Zero, but not to the compiler: copies of a constant are made for all layers before the first runs, and held.
+    # Zero, but the compiler must not know: it would make copies of a constant for all layers, before the first runs.
     zero = (in_use < 0).astype(jnp.float32)
     start = (maximum, total, jnp.full((*row, H), zero))
     _, total_BKGT1, out_BKGTH = jax.lax.fori_loop(0, (in_use + block - 1) // block, step, start)
@@ -133,11 +133,11 @@ def cached(
     scale: float,
     window: int | None = None,
 ) -> jax.Array:
-    """Over a cache, whichever of `dense` and `blocked` suits: the choice depends on the platform and sizes only.
+    """Over a cache, by `dense` or `blocked`. The choice depends on the platform and sizes only.
 
-    On a CPU reading less is what counts. On an accelerator few kernels are, and a loop of unknown length makes the host
-    wait at each turn: GPT-2 124M in bfloat16, one row of 512 positions, decoded 307 tokens/s on an H200 (JAX 0.11.2)
-    with `blocked`, 824 and 1140 (two runs) with `dense`.
+    On a CPU it is best to read less. On an accelerator it is best to launch few kernels, and a loop of unknown length
+    makes the host wait at each turn: GPT-2 124M in bfloat16, one row of 512 positions, decoded 307 tokens/s on an H200
+    (JAX 0.11.2) with `blocked`, and 824 and 1140 (two runs) with `dense`.
     """
     operands = [q_BTNH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS]
     if sinks_N is not None:

@@ -1,4 +1,4 @@
-"""GPT-2's block in one kernel: for one token of a few rows, where what costs is that kernels begin and end."""
+"""GPT-2's block in one kernel, for one token of each of a few rows, where launching kernels is what costs time."""
 
 import math
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from pallas_kernels.block import reference
 from pallas_kernels.block.stream import PANEL, Stream, Weights, Workspace
 
 MOST_ROWS = 8
-_MOST_PANELS = 32  # whose moments a warp puts together
-# Hidden units a column, as all sizes of GPT-2 have them: each of a cluster's first blocks has a panel of these.
+_MOST_PANELS = 32  # whose moments one warp can merge
+# F / D, the same in all sizes of GPT-2: each of a cluster's first blocks has one panel of hidden units.
 _HIDDEN = 4
-_GROUPS = 8  # of multiprocessors, at most: a cluster is all in one of them
+_GROUPS = 8  # of multiprocessors, at most: a cluster lies within one group
 
 
 def takes(
@@ -28,20 +28,20 @@ def takes(
     activation: str,
     implementation: str = dispatch.AUTO,
 ) -> bool:
-    """Whether there is a kernel for such a block here: on Hopper, in bfloat16, with the sizes that all GPT-2 have.
+    """Whether there is a kernel for such a block here: on Hopper, in bfloat16, with the proportions of GPT-2.
 
     Args:
       x_BTD: the residual stream: one token (T = 1) of up to `MOST_ROWS` rows.
-      weights: of the block, all of x's dtype; none may be packed.
-      k_BNSH, v_BNSH: its cache. N is D / 64, up to 32 and as `cluster` has room, and H is 64.
-      activation: of the MLP: "gelu_tanh" is the one that the kernel has.
+      weights: the block's, all of x's dtype; none may be packed.
+      k_BNSH, v_BNSH: its cache. H is 64, and N is D / 64, up to 32 and to what `cluster` has room for.
+      activation: the MLP's: the kernel has only "gelu_tanh".
     """
     one_token = x_BTD.shape[1] == 1
     return one_token and activation == "gelu_tanh" and _has_kernel(x_BTD, weights, k_BNSH, v_BNSH, implementation)
 
 
 def _has_kernel(x: jax.Array, weights: Weights, k_TNSH: jax.Array, v_TNSH: jax.Array, implementation: str) -> bool:
-    """Whether the kernel runs here for these operands, x [..., D] with a row a token."""
+    """Whether the kernel runs here for these operands, x [..., D] with one row per token."""
     *rows, D = x.shape
     _, N, _, H = k_TNSH.shape
     F = _HIDDEN * D
@@ -61,16 +61,16 @@ def _has_kernel(x: jax.Array, weights: Weights, k_TNSH: jax.Array, v_TNSH: jax.A
 def cluster(panels: int) -> int | None:
     """How many blocks share a product's inner axis, given the panels of a row; None if they do not fit on the device.
 
-    All clusters wait for each other: so all must be on the device at once, a block to a multiprocessor, and no other
-    such kernel with them. (In a stream of blocks, each waits for the one before.) Of the multiprocessors of a group,
-    what whole clusters leave over may stay empty.
+    All clusters wait for each other, so all must be on the device at once, one block per multiprocessor, and no other
+    such kernel with them. (In a stream, each kernel waits for the one before it.) Multiprocessors of a group that are
+    too few for another whole cluster may stay empty.
     """
     room = [each for each in range(_HIDDEN, 9) if panels * each <= multiprocessors() - _GROUPS * (each - 1)]
     return min(room, key=lambda each: (-(-panels // each), each), default=None)
 
 
 def multiprocessors() -> int:
-    """Of the device; an H200's where there is none, as when kernels are only lowered."""
+    """The device's number of multiprocessors; an H200's if there is no GPU, as when kernels are only lowered."""
     return getattr(jax.local_devices()[0], "core_count", None) or 132
 
 
@@ -87,7 +87,7 @@ def block(
 ) -> tuple[Stream, jax.Array, jax.Array]:
     """GPT-2's block over a cache, to which the rows' new keys and values are added.
 
-    Means, with LayerNorm, the tanh form of GELU, and what is rounded to bfloat16 in brackets; all else is float32:
+    Means, with LayerNorm and the tanh form of GELU, with brackets for rounding to bfloat16 and all else in float32:
 
         q, k, v        = heads of [[attention_norm(x)] · qkv.kernel + qkv.bias]
         cache[t, n, p] = k, v at p = positions[t], if that is not negative
@@ -96,20 +96,20 @@ def block(
         x              = [x + [gelu([[mlp_norm(x)] · up.kernel + up.bias])] · down.kernel + down.bias]
 
     Args:
-      stream: one row a token.
+      stream: one row per token.
       weights: of x's dtype.
       positions_T: int32, less than S.
-      k_TNSH, v_TNSH: of x's dtype: position p of a row lies at place p. Updated in place where donated. What lies at
-        other places than those before a row's position has no influence, not even NaN.
+      k_TNSH, v_TNSH: of x's dtype; position p of a row lies at place p. Updated in place if donated. Only places before
+        a row's position have any influence; others may hold NaN.
       epsilon: of the norms.
-      scale: what scores are multiplied with.
-      implementation: "auto", "mosaic" (what `takes` says yes to) or "xla".
+      scale: scores are multiplied by it.
+      implementation: "auto", "mosaic" (if `takes` is true) or "xla".
 
     Returns:
       The stream and the cache. A row's bits do not depend on the other rows, for a given T.
 
     Raises:
-      ValueError: an unknown implementation, or one that does not take these operands; or a stream for other sizes.
+      ValueError: an unknown implementation, or one that does not support these operands; or a stream for other sizes.
     """
     T, D = stream.x_TD.shape
     words = Workspace(T, D, weights.up.bias.shape[0]).words

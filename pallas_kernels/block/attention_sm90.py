@@ -1,6 +1,6 @@
-"""What a thread does in attention: of the cluster's head, its warp has one row and a share of the places.
+"""A thread's work in attention: its warp has one row of the cluster's head, and a share of the places.
 
-The new token's key and value go from the product to the scores without a detour, and to the cache.
+The new token's key and value go straight from the product to the scores, and also to the cache.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ from pallas_kernels.block.stream import PANEL
 from pallas_kernels.ptx import Condition, Value
 
 _AT_ONCE = 4  # places that a warp loads together, 16 bytes a lane
-_FLOOR = -1e30  # of logits: finite, so that what sees nothing gives 0 and not NaN
+_FLOOR = -1e30  # of logits: finite, so that a row that sees nothing gives 0 and not NaN
 
 _Place = tuple[Value, list[Value]]  # a score, and the lane's eight numbers of the value
 
 
 class _Softmax(NamedTuple):
-    """A running softmax to powers of two, of a row: a lane has eight sums, over the places of its eight lanes."""
+    """A row's running softmax, to base 2: a lane has eight sums, over the places of its group of eight lanes."""
 
     maximum: Value
     total: Value
     sums: list[Value]
 
     def with_places(self, scores: Sequence[Value], values: Sequence[list[Value]]) -> "_Softmax":
-        """With some more places, whose scores the warp's lanes know in groups of eight."""
+        """Takes up more places, each known to a group of eight of the warp's lanes."""
         maximum = self.maximum
         for score in scores:
             maximum = arith.maximumf(maximum, score)
@@ -49,21 +49,21 @@ class _Softmax(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Word:
-    """Two numbers of a row's queries, keys and values, which a thread sums up."""
+    """Two numbers of a row's queries, keys and values, which one thread sums up."""
 
-    exists: Condition  # not for a thread without a word
+    exists: Condition  # whether the thread has a word
     row: Value
     number: Value  # in the row
-    part: Value  # 0 of the query, 1 of the key, 2 of the value
+    part: Value  # 0 for the query, 1 for the key, 2 for the value
     pair: Value  # number in the part
     bias: Value
     position: Value  # of the row's new token
 
-    of_row = QKV * PANEL // 2  # words
+    of_row = QKV * PANEL // 2  # words per row
 
     @classmethod
     def of(cls, thread: Thread, at: dict[str, Value], number_of: Value) -> "_Word":
-        """Begins to load what the sum takes."""
+        """Begins to load the bias and the position."""
         exists = ptx.less(number_of, thread.plan.rows * cls.of_row)
         row, number_in_row = ptx.divided(number_of, cls.of_row)
         row = arith.minsi(row, ptx.const(thread.plan.rows - 1))
@@ -76,25 +76,25 @@ class _Word:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A thread's part in the attention of the cluster's head: its warp has one row, and a share of its places."""
+    """A thread's part in the attention of the cluster's head: its warp has one row and a share of its places."""
 
     thread: Thread
     at: dict[str, Value]  # addresses in global memory by name
     row: Value
     position: Value  # of the row's new token
     first: Value  # the warp's first place
-    inside: Value  # bytes to the lane's eighth of a row of 64 numbers
+    inside: Value  # byte offset of the lane's eighth of a row of 64 numbers
     words: list[_Word]
 
     @classmethod
     def of(cls, thread: Thread, at: dict[str, Value]) -> "Head":
-        """Begins to load what comes before keys and values. `at`: the kernel's arrays in global memory."""
+        """Begins the loads that come before keys and values. `at`: the kernel's arrays in global memory."""
         warps = cls._warps(thread.plan)
         row = arith.shrui(thread.cluster.warp, ptx.const(warps.bit_length() - 1))
         is_row = ptx.less(row, thread.plan.rows)
         row = arith.minsi(row, ptx.const(thread.plan.rows - 1))
         (position,) = workspace_sm90.load(ptx.offset(at["positions"], row, 4), 1, is_row)
-        # A warp without a row takes one, but nothing of it.
+        # A warp without a row takes some other, but reads none of its places.
         position = arith.select(is_row, position, ptx.const(-1))
         position = arith.minsi(position, ptx.const(thread.plan.places))  # nothing beyond is read, whatever is asked for
         of_row = arith.andi(thread.cluster.warp, ptx.const(warps - 1))
@@ -106,31 +106,31 @@ class Head:
 
     @staticmethod
     def _warps(plan: BlockPlan) -> int:
-        """Of a block, for each row."""
+        """Warps per block and row."""
         return WARPS // (1 << (plan.rows - 1).bit_length())
 
     @property
     def _loads(self) -> int:
-        """Of keys, and of values, of a warp in a turn. Few warps have more turns, and need more on the way."""
+        """A warp's loads of keys, and of values, per turn: more if few warps share the row's places."""
         return 4 if self._warps(self.thread.plan) >= 4 else 8
 
     @property
     def _together(self) -> int:
-        """Places that all warps of a row load together, next to each other: so each has its share of a short cache."""
+        """Adjacent places that all warps of a row load together, so that each gets its share of a short cache."""
         return _AT_ONCE * self._warps(self.thread.plan) * self.thread.plan.blocks
 
     @property
     def step(self) -> int:
-        """Places of a turn."""
+        """Places per turn."""
         return self._loads * self._together
 
     def _seen(self, turn: Value) -> list[Condition]:
-        """Of each load of a turn, whether the lane's place is before the new token's."""
+        """For each load of a turn, whether the lane's place is before the new token's."""
         first = ptx.add(self.first, ptx.mul(turn, self.step), arith.shrui(self.thread.cluster.lane, ptx.const(3)))
         return [ptx.less(ptx.add(first, self._together * i), self.position) for i in range(self._loads)]
 
     def load(self, turn: Value) -> list[Value]:
-        """Begins to load a turn's keys and values, where there are some: of each load four words."""
+        """Begins to load a turn's keys and values, if there are any: four words per load."""
         thread = self.thread
         place = ptx.add(self.first, ptx.mul(turn, self.step), arith.shrui(thread.cluster.lane, ptx.const(3)))
         pair = ptx.add(ptx.mul(self.row, thread.plan.panels), thread.panel)
@@ -144,7 +144,7 @@ class Head:
         return words
 
     def sum_up(self, exchange: int) -> None:
-        """Puts the rows' queries, keys and values together, and the last two into the cache. All threads meet."""
+        """Sums up the rows' queries, keys and values, and caches the last two. Synchronises the block."""
         thread = self.thread
         thread.cluster.receive(exchange)
         for word in self.words:
@@ -167,7 +167,7 @@ class Head:
             workspace_sm90.store(to, total, ptx.both(is_mine, has_place, is_part))
 
     def attend(self, first: list[Value], exchange: int) -> None:
-        """Sends the cluster's first block the block's part of each row. `first`: what the first turn has loaded."""
+        """Sends this block's part of each row to the cluster's first block. `first`: what the first turn loaded."""
         query = self._part(0)
         more = self.thread.plan.places > self.step
         following = self.load(ptx.const(1)) if more else []
@@ -213,7 +213,7 @@ class Head:
     def _with_turn(
         self, old: _Softmax, query: list[Value], turn: Value, words: list[Value], more: Sequence[_Place] = ()
     ) -> _Softmax:
-        """With the places of a turn, and some more."""
+        """Takes up the places of a turn, and `more`."""
         fours = [words[4 * each : 4 * each + 4] for each in range(2 * self._loads)]
         keys, values = (list(map(_floats, fours[start : start + self._loads])) for start in (0, self._loads))
         scores = [
@@ -224,13 +224,13 @@ class Head:
         return old.with_places([*scores, *more_scores], [*values, *more_values])
 
     def _new_token(self, query: list[Value]) -> _Place:
-        """In eight lanes of one warp of the cluster; for all others it is a place without weight."""
+        """The new token, as a place: in eight lanes of one warp of the cluster; in all others it has no weight."""
         lane = self.thread.cluster.lane
         is_mine = ptx.both(ptx.less(self.first, 1), ptx.less(lane, 8), ptx.less(-1, self.position))
         return ptx.where(is_mine, self._score(query, self._part(1)), -math.inf), self._part(2)
 
     def _keep_record(self, softmax: _Softmax) -> None:
-        """Puts the warp's softmax where the block's warps put theirs together."""
+        """Writes the warp's softmax to shared memory, where the block's are merged."""
         lane = self.thread.cluster.lane
         total, *sums = (ptx.warp_sum(each, 8) for each in (softmax.total, *softmax.sums))
         record = ptx.shared_offset(self.thread.shared["sums"], self.thread.cluster.warp, RECORD)
@@ -240,7 +240,7 @@ class Head:
         ptx.store(ptx.add(record, 4 * PANEL), [softmax.maximum, total], ptx.less(lane, 1), space="shared")
 
     def _send_record(self, exchange: int) -> None:
-        """Sends what the block's warps have of a row, by one warp a row."""
+        """Merges and sends the block's part of each row, one warp per row."""
         thread, lane = self.thread, self.thread.cluster.lane
         row, is_row = thread.own_row()
         warps = self._warps(thread.plan)
@@ -258,7 +258,7 @@ class Head:
             thread.cluster.send(exchange, ptx.const(0), at, value, condition)
 
     def _merged(self, records: Value, shifts: list[int]) -> tuple[Value, Value, list[Value]]:
-        """Several softmaxes of a row as one: the maximum, the total and the sums of the lane's two columns."""
+        """Merges several softmaxes of a row: the maximum, the total and the sums of the lane's two columns."""
         pair = ptx.add(records, ptx.mul(self.thread.cluster.lane, 8))
         ends = [ptx.load_shared_pair(ptx.add(records, shift + 4 * PANEL)) for shift in shifts]
         all_sums = [ptx.load_shared_pair(ptx.add(pair, shift)) for shift in shifts]
@@ -273,7 +273,7 @@ class Head:
         return maximum, total, sums
 
     def finish(self, exchange: int, heads: Value) -> None:
-        """Writes what has come of the rows to the heads of all, [T, D] bfloat16, in the cluster's first block."""
+        """Writes the rows' results to `heads`, [T, D] bfloat16 of all clusters; in the cluster's first block only."""
         thread, plan = self.thread, self.thread.plan
         row, is_row = thread.own_row()
         thread.cluster.receive(exchange)

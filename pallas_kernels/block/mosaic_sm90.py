@@ -1,8 +1,8 @@
-"""GPT-2's block for one token of a few rows in one kernel, on Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
+"""GPT-2's block, for one token of each of a few rows, in one kernel for Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
 
-A cluster has a head, of which queries, keys and values are three panels of the first product, a panel of the residual
-stream, and four panels of the MLP's hidden units. Three times all clusters wait for each other: for the heads, for the
-stream between attention and MLP, and for the hidden units. Meanwhile the weights that come next are on their way.
+A cluster has one head (its queries, keys and values are three panels of the first product), one panel of the residual
+stream, and four panels of the MLP's hidden units. All clusters wait for each other three times: for the heads, for the
+stream between attention and MLP, and for the hidden units. Meanwhile the next weights are being loaded.
 """
 
 import math
@@ -37,7 +37,7 @@ def block(
     scale: float,
     blocks: int,
 ) -> tuple[Stream, jax.Array, jax.Array]:
-    """See `api.block`; `blocks` are of a cluster."""
+    """See `api.block`. `blocks` is the number per cluster."""
     T, D = stream.x_TD.shape
     N, S = k_TNSH.shape[1:3]
     plan = BlockPlan(rows=T, panels=N, blocks=blocks, places=S, scale=scale, epsilon=epsilon)
@@ -78,7 +78,7 @@ def block(
 
 
 def _run(thread: Thread, ring: products_sm90.Ring, at: dict[str, Value]) -> None:
-    """One thread. `at`: addresses by name."""
+    """The work of one thread. `at`: addresses by name."""
     plan, share, hidden_share = thread.plan, thread.plan.share, thread.plan.hidden_share
     workspace = Workspace(plan.rows, plan.width, HIDDEN * plan.width)
     heads, x, hidden, moments = (
@@ -86,7 +86,7 @@ def _run(thread: Thread, ring: products_sm90.Ring, at: dict[str, Value]) -> None
     )
     thread.prepare(_counts(plan))
 
-    # What is small is begun to be loaded first: behind the weights it would wait for them.
+    # Small operands are loaded first: behind the weights, they would have to wait for them.
     norm = Norm(thread, at["attention_norm.weight"], at["attention_norm.bias"])
     finish_norm = norm.read(at["x"], at["moments"], workspace_sm90.load_all)
     head = Head.of(thread, at)
@@ -126,12 +126,12 @@ def _run(thread: Thread, ring: products_sm90.Ring, at: dict[str, Value]) -> None
 
 
 def _counts(plan: BlockPlan) -> list[int]:
-    """Numbers that a block receives in each exchange: of heads, out and down the first, of up the first four."""
+    """Numbers received in each exchange: by the first block for heads, out and down; by the first four for up."""
     return [QKV * plan.mailbox, plan.blocks * plan.rows * (PANEL + 2), *[plan.mailbox] * 3]
 
 
 def _jobs(thread: Thread, matrices: dict[str, Value]) -> list[tuple[Value, Value, Value]]:
-    """Of all tiles, in the order in which they are taken, the matrix, and the first row and column."""
+    """For each tile, in the order of use, its matrix, and its first row and column."""
     plan = thread.plan
     rows, hidden = thread.tile_rows(plan.share), thread.tile_rows(plan.hidden_share)
     panel = ptx.mul(thread.panel, PANEL)
@@ -144,11 +144,11 @@ def _jobs(thread: Thread, matrices: dict[str, Value]) -> list[tuple[Value, Value
 
 
 class _Biases:
-    """Of the two columns that a lane sums in a cluster's block, as words."""
+    """The biases of the two columns that a lane sums, as words."""
 
     def __init__(self, thread: Thread, at: dict[str, Value]):
         column = ptx.add(ptx.mul(thread.panel, PANEL // 2), thread.cluster.lane)
-        # The cluster's i-th panel of hidden units is its i-th block's.
+        # The cluster's i-th panel of hidden units belongs to its i-th block.
         is_hidden = ptx.less(thread.rank, HIDDEN)
         of_up = ptx.add(ptx.mul(ptx.add(ptx.mul(thread.panel, HIDDEN), thread.rank), PANEL // 2), thread.cluster.lane)
         (self.out,), (self.up,), (self.down,) = (
@@ -162,7 +162,7 @@ class _Biases:
 
 
 def _activate(thread: Thread, bias: Value, hidden: Value) -> None:
-    """In the cluster's block i, what comes of its i-th panel."""
+    """Computes the hidden units of the cluster's i-th panel, in its block i."""
     plan, lane = thread.plan, thread.cluster.lane
     row, is_row = thread.own_row()
     thread.cluster.receive(_OF_UP)

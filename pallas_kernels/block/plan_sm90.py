@@ -1,4 +1,4 @@
-"""What is known when the kernel is built, and the shared memory that this takes."""
+"""Everything that is known when the kernel is built, and the shared memory that it takes."""
 
 import dataclasses
 from typing import Any
@@ -8,32 +8,32 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block.stream import PANEL
 
-TILE_ROWS = 64  # of a tile of a matrix, which is copied as one, 16 rows for each of four warps
+TILE_ROWS = 64  # of a tile of a matrix, which one copy brings; 16 rows for each of four warps
 THREADS, WARPS = 256, 8
-QKV = 3  # panels of a cluster in the product that gives queries, keys and values
-HIDDEN = 4  # panels of a cluster of the hidden units
-# Of a mailbox: three for queries, keys and values, the first of which the hidden units' sums use again, and one for
-# what is added to the residual. A block may send this while another still reads the last of the others.
+QKV = 3  # panels per cluster in the product that gives queries, keys and values
+HIDDEN = 4  # panels of hidden units per cluster
+# Of a mailbox: three for queries, keys and values, the first of which the hidden units' sums reuse, and one for what is
+# added to the residual. A block may send the latter while another still reads the last of the others.
 SLOTS = QKV + 1
 RESIDUAL_SLOT = QKV
 MOST_STAGES = 24
-TOGETHER = 4  # tiles whose stages are filled again together
+TOGETHER = 4  # tiles whose stages are refilled together
 EXCHANGES = 5
-QKV_BYTES = 2 * (QKV * PANEL + 8)  # from row to row of queries, keys and values in shared memory
-RECORD = 4 * 68  # bytes of a running softmax: 64 sums, the maximum, the total, and what aligns the next
+QKV_BYTES = 2 * (QKV * PANEL + 8)  # between rows of queries, keys and values in shared memory
+RECORD = 4 * 68  # bytes of a running softmax: 64 sums, the maximum, the total, and padding
 TILE_BYTES = 2 * TILE_ROWS * PANEL
 SUMS_BYTES = 4 * 8 * THREADS
-# Bytes of shared memory of a block, which has a multiprocessor to itself, but for what rounding takes.
+# Bytes of shared memory per block, which has a multiprocessor to itself, less an allowance for rounding.
 _ROOM = 212 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockPlan:
-    """All that is known when the kernel is built."""
+    """Everything that is known when the kernel is built."""
 
     rows: int  # T
-    panels: int  # N: of D, and clusters
-    blocks: int  # of a cluster
+    panels: int  # N: panels of D, and clusters
+    blocks: int  # per cluster
     places: int  # S: of the cache
     scale: float  # of attention's scores
     epsilon: float  # of the norms
@@ -45,37 +45,37 @@ class BlockPlan:
 
     @property
     def share(self) -> int:
-        """Tiles of a block along D. The last blocks may have some that are beyond the matrix."""
+        """Tiles per block along D. Some of the last blocks' may lie beyond the matrix."""
         return -(-self.panels // self.blocks)
 
     @property
     def hidden_share(self) -> int:
-        """Tiles of a block along the hidden units."""
+        """Tiles per block along the hidden units."""
         return -(-HIDDEN * self.panels // self.blocks)
 
     @property
     def tiles(self) -> int:
-        """Of a block: of queries, keys and values, of attention's output, and of the MLP's products."""
+        """Tiles per block: for queries, keys and values, for attention's output, and for the MLP's products."""
         return (QKV + 1 + HIDDEN) * self.share + self.hidden_share
 
     @staticmethod
     def row_bytes(share: int) -> int:
-        """From row to row of a factor in shared memory, so that eight rows lie in different banks."""
+        """Bytes between rows of a factor in shared memory, such that eight rows lie in different banks."""
         return 2 * TILE_ROWS * share + 16
 
     @property
     def mailbox(self) -> int:
-        """Float32 numbers that a block receives of one panel's sums."""
+        """Float32 numbers that a block receives for one panel's sums."""
         return self.blocks * self.rows * PANEL
 
     @property
     def stages(self) -> int:
-        """Tiles of a block in flight."""
+        """Tiles in flight per block."""
         return min(self.tiles, MOST_STAGES, (_ROOM - sum(self._small.values())) // TILE_BYTES)
 
     @property
     def _small(self) -> dict[str, int]:
-        """Bytes of shared memory by name."""
+        """Bytes of shared memory by name, without the ring."""
         return {
             "factor": self.rows * self.row_bytes(self.share),
             "second": self.rows * self.row_bytes(self.hidden_share),

@@ -1,12 +1,12 @@
-"""What the kernel's phases have in common: products of rows with matrices, and what blocks tell each other.
+"""What the kernel's phases share: products of rows with matrices, and the exchange of numbers between blocks.
 
-A row's D numbers are N panels of 64, and a cluster has a panel of each result. Of a product's inner axis each block of
-the cluster has an equal share, so that its sums are part of 64 columns, which the blocks send to each other's
-mailboxes. All the tiles of weights that a block needs, of all products, are one stream through a ring of shared memory:
-it runs on while the blocks wait for each other.
+A row's D numbers are N panels of 64, and a cluster has one panel of each result. Each of its blocks has an equal share
+of a product's inner axis, and so has partial sums of 64 columns, which the blocks send to each other's mailboxes. All
+tiles of weights that a block needs, for all products, are one stream through a ring of shared memory, which keeps
+running while the blocks wait for each other.
 
-Clusters pass numbers on through global memory, the workspace. They write to where all bits are set, and a reader reads
-until it finds something else: numbers that are computed never have all bits set. The next kernel sets them again.
+Clusters exchange numbers through the workspace, in global memory. All its bits are set beforehand, and a reader polls
+until it finds something else: computed numbers never have all bits set. The next kernel sets all bits again.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from pallas_kernels.ptx import Value
 
 @dataclasses.dataclass(frozen=True)
 class Thread:
-    """A thread's place, and what its block shares."""
+    """Which thread this is, and its block's shared memory."""
 
     plan: BlockPlan
     cluster: ptx.ClusterThread
@@ -34,11 +34,11 @@ class Thread:
 
     @classmethod
     def of(cls, plan: BlockPlan, panel: Value, shared: dict[str, Value]) -> "Thread":
-        """This thread's."""
+        """This thread."""
         return cls(plan, ptx.ClusterThread.here(plan.blocks, shared["mbarriers"]), panel, shared)
 
     def prepare(self, counts: Sequence[int]) -> None:
-        """Prepares exchanges, given how many numbers a block receives in each. All threads meet."""
+        """Prepares exchanges, given how many numbers a block receives in each. Synchronises the block."""
         ptx.MBarriers(self.shared["filled"], self.plan.stages, WARPS).init()
         self.cluster.prepare(counts)
         ptx.sync_block()
@@ -54,47 +54,47 @@ class Thread:
         return [ptx.add(first, tile * TILE_ROWS) for tile in range(share)]
 
     def own_row(self) -> tuple[Value, Value]:
-        """The row that the thread's warp has, and whether there is such a row."""
+        """The row of the thread's warp, and whether there is such a row."""
         warp = self.cluster.warp
         return arith.minsi(warp, ptx.const(self.plan.rows - 1)), ptx.less(warp, self.plan.rows)
 
 
 class Ring:
-    """The tiles of weights of a block, in the order in which it takes them."""
+    """A block's tiles of weights, in the order in which it uses them."""
 
     def __init__(self, thread: Thread, copies: ptx.TileCopies, jobs: Sequence[tuple[Value, Value, Value]]):
-        """`jobs`: of each tile the matrix, and the first row and column."""
+        """`jobs`: each tile's matrix, and its first row and column."""
         self._plan, self._copies, self._jobs = thread.plan, copies, jobs
         self._ring, self._half = thread.shared["ring"], arith.shrui(thread.cluster.warp, ptx.const(2))
         self._filled = ptx.MBarriers(thread.shared["filled"], thread.plan.stages, WARPS)
         self._warp, self._begun = thread.cluster.warp, 0
 
     def begin(self, end: int) -> None:
-        """Begins to bring the tiles up to `end`, as far as there are stages that nobody reads."""
+        """Begins to copy the tiles up to `end`, whose stages must be free."""
         for tile in range(self._begun, min(end, self._plan.tiles)):
-            # The warps take turns, for it takes a thread a while.
+            # The warps take turns, because starting a copy takes a thread a while.
             is_turn = arith.cmpi(arith.CmpIPredicate.eq, self._warp, ptx.const(tile % WARPS))
             condition = ptx.both(is_turn, utils.single_thread_predicate(scope=utils.ThreadSubset.WARP))
             self._copies.begin(*self._jobs[tile], tile % self._plan.stages, condition)
         self._begun = max(self._begun, min(end, self._plan.tiles))
 
     def multiply(self, first: int, count: int, wide: int, factor: Value) -> list[list[Value]]:
-        """The warp's sums of `wide` panels: for each 16 of its 32 columns four, in the order of `ptx.mma`.
+        """The warp's sums of `wide` panels: four for every 16 of its 32 columns, in the order of `ptx.mma`.
 
         Args:
-          first, count: tiles, of which those of the panels take turns.
-          factor: rows in shared memory, of as many numbers as `count // wide` tiles have rows.
+          first, count: the tiles, which alternate between the panels.
+          factor: rows in shared memory, with as many numbers as `count // wide` tiles have rows.
         """
         plan = self._plan
         group, g, q = ptx.fragment_lane()
         lane = arith.andi(ptx.thread(), ptx.const(31))
-        # A lane says where a row of 8 numbers of a matrix begins: of matrix m row r.
+        # For ldmatrix, each lane names the address of one row of 8 numbers: row r of matrix m.
         r, m = arith.andi(lane, ptx.const(7)), arith.shrui(lane, ptx.const(3))
         row = ptx.add(ptx.mul(group, 16), ptx.mul(arith.shrui(m, ptx.const(1)), 8), r)
         row_at = ptx.shared_offset(self._ring, row, 2 * PANEL)
         piece = ptx.add(arith.andi(m, ptx.const(1)), ptx.mul(self._half, 4))
         pairs = [ptx.add(row_at, ptx.mul(arith.xori(ptx.add(piece, 2 * pair), r), 16)) for pair in range(2)]
-        # The sums of rows beyond the last are not used, so these may be any row.
+        # The sums of rows beyond the last are not used, so any row will do for them.
         x_row = ptx.shared_offset(factor, arith.minsi(g, ptx.const(plan.rows - 1)), plan.row_bytes(count // wide))
         x_at = ptx.add(x_row, ptx.mul(group, 32), ptx.mul(q, 4))
         sums = [[ptx.float32(0.0)] * 8 for _ in range(wide)]
@@ -118,7 +118,7 @@ class Ring:
 
 
 def block_sums(thread: Thread, sums: Sequence[Sequence[Value]]) -> list[list[Value]]:
-    """Adds up what the warps have of each panel: of columns 8·w + g, of warp w, those of rows 2·q and 2·q + 1."""
+    """Adds up the warps' sums of each panel: warp w gets columns 8·w + g, of rows 2·q and 2·q + 1."""
     warp = thread.cluster.warp
     mine = ptx.shared_offset(ptx.shared_offset(thread.shared["sums"], warp, 4 * 32 * 8), thread.cluster.lane, 4)
     for panel, values in enumerate(sums):
@@ -137,7 +137,7 @@ def block_sums(thread: Thread, sums: Sequence[Sequence[Value]]) -> list[list[Val
 
 
 def send_sums(thread: Thread, exchange: int, sums: Sequence[Value], slot: int, to: Any) -> None:
-    """Sends `block_sums` of a panel to a slot of the mailboxes [blocks, SLOTS, T, 64] of the cluster's blocks `to`."""
+    """Sends a panel's `block_sums` to a slot of the mailboxes [blocks, SLOTS, T, 64] of the cluster's blocks `to`."""
     plan = thread.plan
     _, g, q = ptx.fragment_lane()
     source = ptx.add(ptx.mul(thread.rank, SLOTS), slot)
@@ -156,7 +156,7 @@ def send_sums(thread: Thread, exchange: int, sums: Sequence[Value], slot: int, t
 
 
 def mailbox_pair(thread: Thread, slot: Value | int, row: Value, pair: Value) -> list[Value]:
-    """The sums of two columns of a slot of the mailbox, over the cluster's blocks."""
+    """The sums over the cluster's blocks, for two columns of a slot of the mailbox."""
     plan = thread.plan
     row_at = ptx.add(ptx.mul(slot, plan.rows), row)
     at = ptx.add(ptx.shared_offset(thread.shared["mailbox"], row_at, 4 * PANEL), ptx.mul(pair, 8))
@@ -165,7 +165,7 @@ def mailbox_pair(thread: Thread, slot: Value | int, row: Value, pair: Value) -> 
 
 
 def clear(thread: Thread, workspace: Value, words: int) -> None:
-    """Sets all bits of a workspace, which the next kernel uses."""
+    """Sets all bits of a workspace, for the next kernel."""
     block = ptx.add(ptx.mul(thread.panel, thread.plan.blocks), thread.rank)
     first = ptx.add(ptx.mul(block, THREADS), thread.cluster.thread)
     for start in range(0, words, thread.plan.panels * thread.plan.blocks * THREADS):
@@ -174,12 +174,12 @@ def clear(thread: Thread, workspace: Value, words: int) -> None:
 
 
 def block_does(thread: Thread, most: int, body: Callable[[], None]) -> None:
-    """Has the first `most` blocks of the cluster do something."""
+    """Runs `body` in the first `most` blocks of the cluster."""
     ptx.when(ptx.less(thread.rank, most), body)
 
 
 def gather(thread: Thread, rows: Value, width: int, share: int) -> None:
-    """Brings the block's share of rows [T, width], bfloat16, to `second` once they are written. All threads meet."""
+    """Copies the block's share of rows [T, width], bfloat16, to `second` once written. Synchronises the block."""
     plan = thread.plan
     count = 2 * TILE_ROWS * share // 16
     pieces, targets = [], []

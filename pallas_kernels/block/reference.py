@@ -1,4 +1,4 @@
-"""GPT-2's block in jnp, which XLA compiles: from the references of what it is made of."""
+"""GPT-2's block in jnp, which XLA compiles: composed of other operations' references."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def block(
     epsilon: float,
     scale: float,
 ) -> tuple[Stream, jax.Array, jax.Array]:
-    """See `api.block`. What clusters would tell each other stays as it is."""
+    """See `api.block`. The workspaces stay as they are."""
     T, N, S, H = k_TNSH.shape
 
     def normed(x_TD: jax.Array, norm: NormWeights) -> jax.Array:
@@ -27,7 +27,7 @@ def block(
     x_TD = stream.x_TD
     qkv_TRH = _product(normed(x_TD, weights.attention_norm), weights.qkv).astype(x_TD.dtype).reshape(T, 3 * N, H)
     q_TNH, *new = jnp.split(qkv_TRH, 3, axis=1)
-    place_T = jnp.where(positions_T < 0, S, positions_T)  # beyond the last, such updates are dropped
+    place_T = jnp.where(positions_T < 0, S, positions_T)  # updates beyond the last place are dropped
     k_TNSH, v_TNSH = (
         old.at[jnp.arange(T), :, place_T].set(each, mode="drop")
         for old, each in zip((k_TNSH, v_TNSH), new, strict=True)

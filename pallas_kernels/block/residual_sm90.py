@@ -1,4 +1,4 @@
-"""The residual stream in the kernel: its norm, of which each block has a share, and what is added to it."""
+"""The residual stream in the kernel: its norm, of which each block computes a share, and the additions to it."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from pallas_kernels.ptx import Value
 
 
 class Norm:
-    """The block's share of the rows' LayerNorm. All weights are begun to be loaded before they are needed."""
+    """The block's share of the rows' LayerNorm. The loads of its weights begin before they are needed."""
 
     def __init__(self, thread: Thread, scale: Value, bias: Value):
         plan = thread.plan
@@ -30,10 +30,10 @@ class Norm:
             self._turns.append((is_pair, row, pair, column, is_read, weights))
 
     def read(self, x: Value, moments: Value, fetch: Callable[..., list[list[Value]]]) -> Callable[[], None]:
-        """Reads rows and their moments, at these addresses, by `load_all` or `await_all`.
+        """Reads rows and their moments from these addresses, with `load_all` or `await_all`.
 
         Returns:
-          What writes the norm to `factor`. All threads meet, so that it can be read.
+          A function that writes the norm to `factor` and synchronises the block, so that it can be read.
         """
         thread, plan = self._thread, self._thread.plan
         row, is_row = thread.own_row()
@@ -46,7 +46,7 @@ class Norm:
 
         def finish() -> None:
             mean, squares = (arith.bitcast(ptx.f32(), each) for each in of_panel)
-            # Relative to the first panel's mean, so that both sums are made at once and nothing is cancelled.
+            # Relative to the first panel's mean, so that both sums can be formed at once without cancellation.
             first = ptx.first_lane(mean)
             away = ptx.where(is_panel, arith.subf(mean, first))
             squares = ptx.warp_sum(ptx.fma(arith.mulf(away, away), ptx.float32(PANEL), squares))
@@ -78,7 +78,7 @@ class Norm:
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """What a warp of a cluster's first block has of its row: two columns a lane of the cluster's panel."""
+    """A warp's part of its row, in a cluster's first block: two columns of the cluster's panel per lane."""
 
     thread: Thread
     is_row: Value
@@ -107,7 +107,7 @@ class Residual:
         word = ptx.pack(*(arith.addf(*pair) for pair in zip(ptx.halves(self.word), added, strict=True)))
         store(ptx.offset(x, self.place, 4), word, self.is_row)
         values = ptx.halves(word)
-        # Relative to the first number, so that both sums are made at once and nothing is cancelled.
+        # Relative to the first number, so that both sums can be formed at once without cancellation.
         first = ptx.first_lane(values[0])
         away = [arith.subf(each, first) for each in values]
         squares = ptx.warp_sum(ptx.fma(away[0], away[0], arith.mulf(away[1], away[1])))

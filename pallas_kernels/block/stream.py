@@ -1,4 +1,4 @@
-"""What the operation takes and gives."""
+"""The operation's arguments and results."""
 
 import dataclasses
 from typing import NamedTuple
@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-PANEL = 64  # columns of which moments are kept
-_UNWRITTEN = 0xFFFFFFFF  # which no number is that was computed: of NaN there is one form
+PANEL = 64  # columns that share their moments
+_UNWRITTEN = 0xFFFFFFFF  # never a computed number: arithmetic produces only one form of NaN, and not this one
 
 
 class NormWeights(NamedTuple):
@@ -41,14 +41,15 @@ class Stream:
     """A residual stream of a few rows, on its way through the blocks of a step."""
 
     x_TD: jax.Array
-    moments_TN2: jax.Array  # float32: of each 64 columns the mean, and the sum of squares of what is left without it
-    # What clusters tell each other, uint32. All bits of one are set, the other is as the block before has left it.
+    moments_TN2: jax.Array  # float32: for every 64 columns, their mean and the sum of squared deviations from it
+    # Workspaces, uint32, in which clusters exchange numbers. All bits of the first are set; the previous block left the
+    # second as it is.
     cleared_W: jax.Array
     used_W: jax.Array
 
     @classmethod
     def of(cls, x_TD: jax.Array, mlp_width: int) -> "Stream":
-        """A stream that begins."""
+        """A stream at the start of a step."""
         T, D = x_TD.shape
         words = Workspace(T, D, mlp_width).words
         cleared_W, used_W = (jnp.full((words,), _UNWRITTEN, jnp.uint32) for _ in range(2))
@@ -63,7 +64,7 @@ def moments(x_TD: jax.Array) -> jax.Array:
 
 
 class Workspace(NamedTuple):
-    """Where in a workspace what lies: numbers of its words."""
+    """The layout of a workspace: word offsets of its parts."""
 
     rows: int  # T
     width: int  # D
@@ -81,10 +82,10 @@ class Workspace(NamedTuple):
 
     @property
     def moments(self) -> int:
-        """Of x: float32 [T, N, 2]."""
+        """The moments of `x`, float32 [T, N, 2]."""
         return self.hidden + self.rows * self.mlp_width // 2
 
     @property
     def words(self) -> int:
-        """Of all."""
+        """The size of a workspace."""
         return self.moments + self.rows * self.width // PANEL * 2

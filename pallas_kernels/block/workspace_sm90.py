@@ -1,4 +1,4 @@
-"""Words in global memory that the clusters of this kernel, and kernels before it, write."""
+"""Words in global memory that this kernel's clusters, and earlier kernels, write."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ Piece = tuple[Value, Condition, int]  # an address in global memory, whether it 
 
 
 def load(at: Value, count: int, condition: Condition) -> list[Value]:
-    """Begins to load 1, 2 or 4 words, from L2; 0 if the condition does not hold."""
+    """Begins to load 1, 2 or 4 words from L2; 0 if the condition does not hold."""
     return ptx.load(at, [ptx.i32()] * count, condition, space="global.cg")
 
 
 def store(at: Value, word: Value, condition: Condition) -> None:
-    """Writes a word if the condition holds. Other clusters may read it meanwhile."""
+    """Writes a word if the condition holds. Other clusters may read it at the same time."""
     ptx.store(at, [word], condition, space="relaxed.gpu.global")
 
 
@@ -26,7 +26,7 @@ def load_all(pieces: Sequence[Piece]) -> list[list[Value]]:
 
 
 def await_all(pieces: Sequence[Piece]) -> list[list[Value]]:
-    """Loads words of a workspace until none of them has all bits set; 0 for pieces whose condition does not hold."""
+    """Polls words of a workspace until none has all bits set; 0 for pieces whose condition does not hold."""
     count = sum(size for _, _, size in pieces)
     declared, begun, loads, tests = "", "", "", ""
     first = 0

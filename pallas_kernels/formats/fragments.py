@@ -1,23 +1,23 @@
-"""MXFP4 in the order in which a GPU's tensor cores take it: what weights are repacked to, once, for the kernels.
+"""MXFP4 in the order in which a GPU's tensor cores take it. Weights are repacked to it once, for the kernels.
 
-The format is made for `mma.m16n8k16`: a tile is 64 rows and 64 columns, lies in one piece of 2 KiB, and each of a
-warpgroup's 128 threads reads its part of it with one load of 16 bytes. Let thread i = 32·w + 4·g + q be lane 4·g + q of
+The format is made for `mma.m16n8k16`: a tile is 64 rows and 64 columns in one piece of 2 KiB, and each of a
+warpgroup's 128 threads reads its part of it with one 16-byte load. Let thread i = 32·w + 4·g + q be lane 4·g + q of
 warp w. Its word 2·c + r (c and r are 0 or 1) holds the eight values of
 
     row     16·w + 2·g + r
     columns 16·q + 4·p + 2·c + h        for plane p of 0 to 3 and half h of 0 and 1
 
-so that a plane of its four words is an operand A of the instruction, whose rows 8 + g are the odd ones: a thread gets
-the sums of adjacent rows, such as gate and up of one unit.
+so a plane of its four words is an operand A of the instruction, with the odd rows as its rows 8 + g: a thread gets the
+sums of adjacent rows, such as gate and up of one unit.
 
 Half h of a word has 16 bits. Plane p's code (sign, two bits of exponent, one of mantissa) lies at bits
 
     0: 15, 8, 7, 6      1: 12, 5, 4, 3      2: 9, 2, 1, 0      3: 14, 13, 11, 10
 
 so `word << 3·p & 0x81C081C0` is two bfloat16 numbers, 2^-126 times the values, for the first three planes. (The idea
-is that of `triton_kernels`, openai/triton, `hopper_value.py`.)
+is from `triton_kernels`, openai/triton, `hopper_value.py`.)
 
-A thread's scales of a tile are the two bytes of the halfword i // 2: of the even and of the odd row.
+A thread's scales of a tile are the two bytes of halfword i // 2: the even row's and the odd row's.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from pallas_kernels.formats.mxfp4 import BLOCK, MXFP4
 
 TILE = 64  # rows and columns
-# Of each plane: how far left its sign, exponent's upper bit and other two bits are from where the code 0bseem has them.
+# Per plane: how far to shift the sign, the exponent's upper bit and the other two bits of a code 0bseem to the left.
 _PLACES = ((12, 6, 6), (9, 3, 3), (6, 0, 0), (11, 11, 10))
 
 
@@ -57,23 +57,23 @@ class MXFP4Fragments:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the numbers: [..., O, I]."""
+        """The shape of the numbers: [..., O, I]."""
         *lead, tiles, steps, _, _ = self.words.shape
         return (*lead, tiles * TILE, steps * TILE)
 
     @property
     def ndim(self) -> int:
-        """Axes of `shape`."""
+        """The number of axes."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """How many numbers there are."""
+        """How many numbers it holds."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of words and scales: 4.25 bits a number."""
+        """Bytes of words and scales: 4.25 bits per number."""
         return 4 * math.prod(self.words.shape) + 2 * math.prod(self.scales.shape)
 
     def unpacked(self) -> MXFP4:
@@ -85,7 +85,7 @@ class MXFP4Fragments:
         return self.unpacked().dequantize(dtype)
 
     def __getitem__(self, index: Any) -> "MXFP4Fragments":
-        """Indexes the axes before the last two, as arrays are indexed: experts of `[E, N, K]`.
+        """Indexes the axes before the last two, as arrays are indexed: experts of `[E, O, I]`.
 
         Raises:
           IndexError: it would reach the rows, whose tiles stay whole.

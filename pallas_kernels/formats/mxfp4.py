@@ -27,15 +27,15 @@ _TIES_UP = (0.75, 1.75, 3.5)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class MXFP4:
-    """A tensor in OCP MXFP4, 32 values of the last axis a block, in the layout of checkpoints.
+    """A tensor in OCP MXFP4, with blocks of 32 values along the last axis, in the layout of checkpoints.
 
     Value i of a block is `(0, .5, 1, 1.5, 2, 3, 4, 6, -0, -.5, -1, -1.5, -2, -3, -4, -6)[code i] · 2^(scale − 127)`.
 
-    A pytree, whose fields may be arrays or what JAX and Flax put in their place (tracers, shapes, boxes), so nothing is
-    checked here: `MXFP4.of` does that. Shapes and sizes are those of the numbers, and known for shapes too.
+    A pytree, whose fields may be arrays or what JAX and Flax put in their place (tracers, shapes, boxes). So nothing is
+    checked here: `MXFP4.of` does that. Shapes and sizes are those of the numbers, and work for shapes too.
     """
 
-    blocks: jax.Array  # uint8 [..., n/32, 16], two codes a byte; the low nibble is the even element
+    blocks: jax.Array  # uint8 [..., n/32, 16], two codes per byte; the low nibble is the even element
     scales: jax.Array  # uint8 [..., n/32]; 255 makes its block NaN
 
     @classmethod
@@ -43,8 +43,8 @@ class MXFP4:
         """The tensor of a checkpoint's blocks and scales, arrays or `jax.ShapeDtypeStruct`s.
 
         Raises:
-          ValueError: they are not uint8, their shapes do not fit, or a scale is NaN. That is looked for in NumPy arrays
-            only: what lies on a device would have to be waited for.
+          ValueError: they are not uint8, their shapes do not fit, or a scale is NaN. Only NumPy arrays are searched for
+            NaN: an array on a device would have to be waited for.
         """
         for name, array in (("blocks", blocks), ("scales", scales)):
             if array.dtype != np.uint8:
@@ -66,22 +66,22 @@ class MXFP4:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the numbers: [..., n]."""
+        """The shape of the numbers: [..., n]."""
         return (*self.scales.shape[:-1], self.scales.shape[-1] * BLOCK)
 
     @property
     def ndim(self) -> int:
-        """Axes of `shape`."""
+        """The number of axes."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """How many numbers there are."""
+        """How many numbers it holds."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of blocks and scales: 4.25 bits a number."""
+        """Bytes of blocks and scales: 4.25 bits per number."""
         return math.prod(self.blocks.shape) + math.prod(self.scales.shape)
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
@@ -107,7 +107,7 @@ class MXFP4:
             )
         return MXFP4(self.blocks[index], self.scales[index])
 
-    # Python would else iterate by indexing until an IndexError, which JAX does not raise.
+    # Otherwise Python would iterate by indexing until an IndexError, which JAX does not raise.
     __iter__ = None
 
 
@@ -119,9 +119,9 @@ def _axes_taken(index: Any) -> int:
 
 @partial(jax.jit, static_argnames="dtype")
 def _dequantize(blocks: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
-    """Arithmetic on two nibbles stacked, the fastest of what was tried.
+    """Arithmetic on stacked pairs of nibbles, the fastest of the variants tried.
 
-    [4, 5760, 2880] to float32 / bfloat16, ms on 2 CPU cores (JAX 0.10.2), where writing 265 MB is most of it:
+    [4, 5760, 2880] to float32 / bfloat16, ms on 2 CPU cores (JAX 0.10.2), most of it for writing 265 MB:
 
         stack, integers (this)  76 / 47       byte >> [0, 4], integers  82 / 57
         stack, table of 16      81 / 57       byte >> [0, 4], table     95 / 59
@@ -134,7 +134,7 @@ def _dequantize(blocks: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
     twice = (jnp.uint32(_TWICE_THE_VALUES) >> ((codes & 7) * 4)) & 15
     magnitudes = twice.astype(jnp.int32).astype(jnp.float32) * 0.5
     values = bitcast(bitcast(magnitudes, jnp.uint32) | (codes & 8) << 28, jnp.float32)
-    # exp2 is not exact on CPU. The bits of 255 alone would be infinity, and 0 of it not a NaN.
+    # exp2 is not exact on a CPU. The bits of 255 alone would be infinity and not NaN.
     powers = jnp.where(scales == NAN_SCALE, jnp.nan, _power_of_two(scales))
     return (values * powers[..., None]).reshape(MXFP4(blocks, scales).shape).astype(dtype)
 
@@ -152,14 +152,14 @@ def quantize(x: jax.typing.ArrayLike) -> MXFP4:
     nearest, ties to the even code, and saturate at ±6. Subnormals of float32 count as 0. Signs are kept, of zeros too.
 
     Args:
-      x: [..., n], floating point, n a multiple of 32. What float32 cannot hold is rounded to it first.
+      x: [..., n], floating point, n a multiple of 32. Rounded to float32 first if it has more bits.
 
     Returns:
-      The same bits on every device, inside `jax.jit` and outside. Within a transformation, where values cannot be
-      looked at, a block with a NaN or an infinity has the scale 255: all of it dequantizes to NaN.
+      The same bits on every device, inside `jax.jit` and outside. Inside a transformation, which cannot check values, a
+      block with a NaN or an infinity gets the scale 255, so all of it dequantizes to NaN.
 
     Raises:
-      ValueError: x is no floating-point array, n is no multiple of 32, or x holds NaN or infinity.
+      ValueError: x is not floating point, n is not a multiple of 32, or x holds NaN or infinity.
     """
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -178,7 +178,7 @@ def quantize(x: jax.typing.ArrayLike) -> MXFP4:
 def _quantize(x: jax.Array) -> MXFP4:
     bits = bitcast(x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK), jnp.uint32)
     sign, magnitude = bits >> 31, bits & 0x7FFFFFFF
-    # Of floats without a sign, the bits are ordered as the numbers are; and log2 is not exact.
+    # The bits of nonnegative floats are in the order of the numbers; log2 would not be exact.
     exponent = magnitude.max(axis=-1, keepdims=True) >> _MANTISSA
     scale = jnp.maximum(exponent, MIN_SCALE + 2) - 2  # in this order: unsigned
     normal = jnp.where(magnitude >> _MANTISSA == 0, 0, magnitude)

@@ -1,8 +1,8 @@
-"""Products of a few rows with a bfloat16 matrix [I, O]: Pallas Mosaic GPU, for Hopper. RECORD.md beside tells how.
+"""Products of a few rows with a bfloat16 matrix [I, O], for Hopper: Pallas Mosaic GPU. See RECORD.md.
 
 A block streams its share of a panel of 64 columns through shared memory, in tiles of 64 rows. Each warp transposes 16
-rows of a tile as it loads them, and multiplies them with eight rows of x at a time on the tensor cores. The warps' sums
-meet in the block, and those of the `splits` blocks that share a panel where they are read.
+rows of a tile as it loads them, and multiplies them by eight rows of x at a time on the tensor cores. The block adds up
+its warps' sums; those of the `splits` blocks that share a panel are added up by whoever reads the result.
 """
 
 import dataclasses
@@ -20,21 +20,21 @@ from pallas_kernels import dispatch, ptx, tiles
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
-EIGHT = 8  # rows of x of an instruction
+EIGHT = 8  # rows of x per instruction
 WARPS = 4
-TILE = 64  # rows and columns of the matrix that are copied together, 16 rows for each warp
+TILE = 64  # rows and columns of the matrix per copy, 16 rows for each warp
 _TILE_BYTES = 2 * TILE**2
-_BLOCKS = 320  # that are wanted: 132 multiprocessors hold up to four each
+_BLOCKS = 320  # to aim for: 132 multiprocessors hold up to four each
 _MOST_X = 2**17  # bytes of x in shared memory
-_STAGES = 6  # tiles of a block in flight, at most
-_ROOM = 56 * 1024 - 2048  # bytes of shared memory of a block, of which four fit on a multiprocessor
+_STAGES = 6  # tiles in flight per block, at most
+_ROOM = 56 * 1024 - 2048  # bytes of shared memory per block, of which four fit on a multiprocessor
 
 _STORE = "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p st.global.f32 [$0], $1; }"
 
 
 @dataclasses.dataclass(frozen=True)
 class _MatvecPlan:
-    """All that is known when the kernel is built."""
+    """Everything that is known when the kernel is built."""
 
     rows: int  # T, of x
     inner: int  # I
@@ -43,12 +43,12 @@ class _MatvecPlan:
 
     @property
     def tiles(self) -> int:
-        """Of a block."""
+        """Tiles per block."""
         return self.inner // (TILE * self.splits)
 
     @property
     def stages(self) -> int:
-        """Tiles in shared memory: fewer, if x takes the room."""
+        """Tiles in shared memory: fewer if x takes up the room."""
         return min(self.tiles, _STAGES, max(2, (_ROOM - self.rows * self.x_row) // _TILE_BYTES))
 
     @property
@@ -57,12 +57,12 @@ class _MatvecPlan:
 
     @property
     def x_copied(self) -> int:
-        """Bytes of a row of x that a block needs."""
+        """Bytes of each row of x that a block needs."""
         return 2 * TILE * self.tiles
 
     @property
     def x_row(self) -> int:
-        """Bytes from row to row of x in shared memory, so that eight rows lie in different banks."""
+        """Bytes between rows of x in shared memory, such that eight rows lie in different banks."""
         return self.x_copied + 16
 
 
@@ -70,14 +70,14 @@ def product(x_TI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array | None = No
     """See `api.matvec`."""
     shape = {tiles.ROWS: x_TI.shape[0], "in": kernel_IO.shape[0], "out": kernel_IO.shape[1]}
     settings: Any = tiles.lookup(dispatch.device_kind(), "matvec/mosaic", shape)
-    if settings is None or settings["splits"] not in _splits(shape):  # as of fewer rows, whose x takes less room
+    if settings is None or settings["splits"] not in _splits(shape):  # if x takes too much room
         settings = heuristic(shape)
     parts_JTO = _parts(x_TI, kernel_IO, **settings)
     return PartialSum(parts_JTO, bias_EO=None if bias_O is None else bias_O[None])
 
 
 def heuristic(shape: tiles.Shape) -> tiles.Settings:
-    """The settings of a shape that no table has."""
+    """The settings for a shape that is not in the table."""
     wanted = _BLOCKS * TILE / int(shape["out"])
     return {"splits": min(_splits(shape), key=lambda each: abs(math.log(each / wanted)))}
 
@@ -101,7 +101,7 @@ def _parts(x_TI: jax.Array, kernel_IO: jax.Array, *, splits: int) -> jax.Array:
     T, inputs = x_TI.shape
     outputs = kernel_IO.shape[1]
     plan = _MatvecPlan(rows=T, inner=inputs, columns=outputs, splits=splits)
-    ring = max(plan.stages * TILE**2, 2 * WARPS * 16 * plan.eights * 32)  # where in the end the warps' sums are
+    ring = max(plan.stages * TILE**2, 2 * WARPS * 16 * plan.eights * 32)  # at the end it holds the warps' sums
     results = ptx.launch(
         partial(matvec, plan),
         {"x": x_TI, "kernel": kernel_IO},
@@ -132,7 +132,7 @@ def matvec(
     refs: Mapping[str, Value],
 ) -> None:
     """One thread of a block."""
-    del kernel  # of which `copies` takes the array
+    del kernel  # `copies` takes the array instead of its address
     arrived = ptx.MBarriers(mbarriers, plan.stages + 1)  # one for each stage, and one for x
     arrived.init()
     ptx.sync_block()
@@ -147,12 +147,12 @@ def matvec(
     _copy_x(plan, x, x_shared, arrived.at(plan.stages), begin)
     arrived.wait(plan.stages, 0)
     acc = _multiply(plan, arrived, ring, x_shared, copy)
-    ptx.sync_block()  # the ring is used for something else now
+    ptx.sync_block()  # from here on, the ring has another use
     _write(plan, acc, out, ring, panel, split)
 
 
 def _copy_x(plan: _MatvecPlan, x: Value, x_shared: Value, mbarrier: Value, begin: Value) -> None:
-    """Begins to bring the block's share of all rows of x."""
+    """Begins to copy the block's share of all rows of x."""
 
     def copy() -> None:
         ptx.expect_bytes(mbarrier, plan.rows * plan.x_copied, ptx.less(ptx.thread(), 1))
@@ -168,18 +168,18 @@ def _copy_x(plan: _MatvecPlan, x: Value, x_shared: Value, mbarrier: Value, begin
 def _multiply(
     plan: _MatvecPlan, arrived: ptx.MBarriers, ring: Value, x_shared: Value, copy: Callable[[int], None]
 ) -> list[Value]:
-    """The warp's sums: for each eight rows of x and each 16 columns four, in the order of `ptx.mma`."""
+    """The warp's sums: four for every eight rows of x and 16 columns, in the order of `ptx.mma`."""
     lane = arith.andi(ptx.thread(), ptx.const(31))
     warp = arith.shrui(ptx.thread(), ptx.const(5))
     g, q = arith.shrui(lane, ptx.const(2)), arith.andi(lane, ptx.const(3))
-    # A lane says where a row of 8 numbers of a matrix begins: of matrix m row r, with m and r from the lane's bits.
+    # For ldmatrix, each lane names the address of one row of 8 numbers: row r of matrix m, both from the lane's bits.
     r, m = arith.andi(lane, ptx.const(7)), arith.shrui(lane, ptx.const(3))
     row = ptx.add(ptx.mul(warp, 16), ptx.mul(arith.shrui(m, ptx.const(1)), 8), r)
     row_at = ptx.shared_offset(ring, row, 2 * TILE)
     swizzled = [
         ptx.add(row_at, ptx.mul(arith.xori(ptx.add(arith.andi(m, ptx.const(1)), 2 * pair), r), 16)) for pair in range(4)
     ]
-    # What the product has at the columns of rows that there are not is not used, so these may be any row.
+    # The sums of rows beyond the last are not used, so any row will do for them.
     x_at = [
         ptx.add(
             ptx.shared_offset(x_shared, arith.minsi(ptx.add(g, EIGHT * eight), ptx.const(plan.rows - 1)), plan.x_row),
@@ -212,7 +212,7 @@ def _multiply(
 
 
 def _write(plan: _MatvecPlan, acc: list[Value], out: Value, sums: Value, panel: Value, split: Value) -> None:
-    """Adds up what the warps have: warp w that of the w-th 16 columns."""
+    """Adds up the warps' sums: warp w adds those of the w-th 16 columns."""
     lane = arith.andi(ptx.thread(), ptx.const(31))
     warp = arith.shrui(ptx.thread(), ptx.const(5))
     mine = ptx.shared_offset(ptx.shared_offset(sums, warp, 4 * 32 * len(acc)), lane, 4)

@@ -1,4 +1,4 @@
-"""Products of a few rows with a matrix [I, O]: Pallas Triton, for Ampere and Ada. RECORD.md beside tells how.
+"""Products of a few rows with a matrix [I, O], for Ampere and Ada: Pallas Triton. See RECORD.md.
 
 A program takes a strip of columns and a run of rows, a tile at a time, on the tensor cores.
 """
@@ -13,13 +13,13 @@ from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.partial_sum import PartialSum
 
-ROWS = 16  # the fewest rows of a product
-STRIP = 64  # columns of a program
-_TILE_BYTES = 128  # of a column, that are multiplied at a time
+ROWS = 16  # the fewest rows that a product takes
+STRIP = 64  # columns per program
+_TILE_BYTES = 128  # of a column, multiplied at a time
 WARPS = 4
 STAGES = 5  # of Triton's software pipeline: tiles in flight
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-_PROGRAMS = 320  # that are wanted at least: some hundred multiprocessors hold two or three each
+_PROGRAMS = 320  # to aim for at least: about a hundred multiprocessors hold two or three each
 
 
 def product(
@@ -39,16 +39,16 @@ def product(
     Args:
       x_TI, kernel_IO: of one of DTYPES; products of float32 are not rounded.
       splits: programs that share I, at most; by default from I and O.
-      strip, tile: columns of a program and rows that it multiplies at a time, powers of two from 16; by default 64,
-        and 64 rows of 16 bits or 32 of 32.
-      warps, stages: of a program.
+      strip, tile: columns per program and rows that it multiplies at a time, powers of two, at least 16; by default 64
+        columns, and 64 rows of 16-bit or 32 of 32-bit numbers.
+      warps, stages: per program.
       interpret: run on a CPU.
     """
     inputs, outputs = kernel_IO.shape
     tile = _TILE_BYTES // kernel_IO.dtype.itemsize if tile is None else tile
     tiles = pl.cdiv(inputs, tile)
     wanted = pl.cdiv(_PROGRAMS, pl.cdiv(outputs, strip)) if splits is None else splits
-    run = pl.cdiv(tiles, min(wanted, tiles))  # tiles of a program
+    run = pl.cdiv(tiles, min(wanted, tiles))  # tiles per program
     parts_JTO = _parts(
         x_TI, kernel_IO, run=run, strip=strip, tile=tile, warps=warps, stages=stages, interpret=interpret
     )

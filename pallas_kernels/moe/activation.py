@@ -1,11 +1,11 @@
-"""What experts do between their products, as their kernels are told."""
+"""The activation between experts' products, as a kernel's setting."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class SwiGLU:
-    """The activation between the products: rows of `gate_up` are gate and up of one unit in turn."""
+    """Clamped SwiGLU: the rows of `gate_up` alternate between gate and up, one pair per unit."""
 
     alpha: float
     limit: float

@@ -12,8 +12,8 @@ from pallas_kernels.moe import reference
 from pallas_kernels.moe.routing import BY_EXPERT
 from pallas_kernels.partial_sum import PartialSum
 
-LARGEST_SCALE = 192  # that the kernels take, of MXFP4: 2^65
-_FEW = 512  # tokens up to which "auto" takes the Triton kernel; more was not measured
+LARGEST_SCALE = 192  # of MXFP4, that the kernels take: 2^65
+_FEW = 512  # tokens up to which "auto" takes the Triton kernel; it was not measured with more
 
 
 def moe(
@@ -40,9 +40,9 @@ def moe(
         out[t]  = Σ_x weights[t, x] * y[t, x]
 
     Args:
-      x_TD: one row a token. Its dtype is what the products' operands are rounded to; they accumulate in float32.
-      experts_TX: int32 numbers of the chosen experts. One that there is not, such as E or -1, adds nothing, and costs
-        little: so padding is marked.
+      x_TD: one row per token. The products' operands are rounded to its dtype; they accumulate in float32.
+      experts_TX: int32 numbers of the chosen experts. One that does not exist, such as E or -1, adds nothing and costs
+        little, so it marks padding.
       weights_TX: float32.
       gate_up: [E, D, 2F], gate and up interleaved; or packed, [E, 2F, D].
       down: [E, F, D]; or packed, [E, D, F].
@@ -51,10 +51,10 @@ def moe(
       implementation: "auto", "mosaic" or "triton" (repacked weights and bfloat16), or "xla".
 
     Returns:
-      [T, D] float32, the last sums left to whoever reads it. A token's bits do not depend on the others, for a given T.
+      [T, D] float32. Whoever reads it does the last sums. A token's bits do not depend on the others, for a given T.
 
     Raises:
-      ValueError: an unknown implementation, or one that does not take these operands.
+      ValueError: an unknown implementation, or one that does not support these operands.
     """
     available: dict[str, Callable[..., PartialSum]] = {dispatch.XLA: reference.grouped}
     repacked = isinstance(gate_up, MXFP4Fragments) and isinstance(down, MXFP4Fragments)
@@ -75,8 +75,8 @@ def moe(
 def repacked(weight: MXFP4, implementation: str = dispatch.AUTO) -> MXFP4 | MXFP4Fragments:
     """Experts' weights [E, O, I] in the layout that this device's kernels want.
 
-    They stay as they are where there is no kernel for them: on other devices, where O or I is not a multiple of 64, and
-    where a scale is above `LARGEST_SCALE`, which no model has that works.
+    They are returned unchanged if there is no kernel for them: on other devices, if O or I is not a multiple of 64, or
+    if a scale is above `LARGEST_SCALE`, as in no working model.
     """
     has_kernel = dispatch.wanted(implementation) in (dispatch.MOSAIC, dispatch.TRITON)
     if not has_kernel or any(size % TILE for size in weight.shape[-2:]):
@@ -88,5 +88,5 @@ def repacked(weight: MXFP4, implementation: str = dispatch.AUTO) -> MXFP4 | MXFP
 
 @jax.jit
 def _repack(weight: MXFP4) -> MXFP4Fragments:
-    """An expert at a time: what lies between the two layouts is eight times as large."""
+    """Repacks one expert at a time: the intermediate values are eight times as large."""
     return jax.lax.map(MXFP4Fragments.of, weight)

@@ -1,7 +1,7 @@
-"""Products with experts of many tokens each, from MXFP4 fragments: Pallas Mosaic GPU, for Hopper.
+"""Products with experts that have many tokens each, from MXFP4 fragments, for Hopper: Pallas Mosaic GPU.
 
-A block multiplies 256 rows of one expert with up to 128 of its tokens, by `wgmma`. One warpgroup brings tiles of
-weights and of x to shared memory. The two others unpack weights to registers, which are operands as they are, each
+A block multiplies 256 rows of one expert by up to 128 of its tokens, with `wgmma`. One warpgroup copies tiles of
+weights and of x to shared memory. The two others unpack weights to registers, which serve as operands directly, each
 while the tensor cores work for the other.
 """
 
@@ -29,28 +29,28 @@ from pallas_kernels.moe.routing import Groups, sorted_groups
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
-plgpu: Any = mosaic_gpu  # whose interface was another in JAX 0.10, where this module can be imported only
-TOKENS = 128  # of a block, at most
+plgpu: Any = mosaic_gpu  # JAX 0.10 has another interface: there, this module can only be imported
+TOKENS = 128  # per block, at most
 _TOKENS_STEP = 32  # a block multiplies as many tokens as its group has, rounded up to a multiple of this
-TILES = 4  # of 64 rows, of a block
+TILES = 4  # of 64 rows, per block
 _STAGES = 6  # steps of 64 columns in flight
-_WARPGROUPS = 2  # that multiply, two tiles each
-_REGISTERS = 232, 40  # of a thread that multiplies, and of one that copies
-_PITCH = 2 * TILE + 16  # bytes from token to token where results are put in order
+_WARPGROUPS = 2  # those that multiply, two tiles each
+_REGISTERS = 232, 40  # per thread that multiplies, and per thread that copies
+_PITCH = 2 * TILE + 16  # bytes between tokens in the buffer where results are put in order
 
 
 @dataclasses.dataclass(frozen=True)
 class _GroupedPlan:
-    """All that is known when the kernel is built."""
+    """Everything that is known when the kernel is built."""
 
-    tokens: int  # slots of a group
-    tiles: int  # of an expert
+    tokens: int  # slots per group
+    tiles: int  # per expert
     steps: int
     activation: SwiGLU | None
 
     @property
     def blocks(self) -> int:
-        """That share an expert's rows."""
+        """Blocks that share an expert's rows."""
         return -(-self.tiles // TILES)
 
     @property
@@ -69,7 +69,7 @@ class _Work(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """Shared memory, and the barriers of its slots, of which each has what a step multiplies."""
+    """Shared memory, and the barriers of its slots; a slot holds what one step multiplies."""
 
     x: Any  # tokens
     words: Any  # weights
@@ -101,12 +101,12 @@ def routed(
 
 
 def group_size(num_pairs: int, num_experts: int) -> int:
-    """Slots of a group: about as many as an expert has tokens, so that few stay empty."""
+    """Slots per group: about as many as an expert has tokens, so that few stay empty."""
     return min(TOKENS, max(16, 1 << (num_pairs // num_experts).bit_length()))
 
 
 def in_order(x_AI: jax.Array) -> jax.Array:
-    """Columns as fragments have them: 16·q + 4·p + 2·c + h of each 64 becomes 16·p + 8·c + 2·q + h."""
+    """Columns in the fragments' order: 16·q + 4·p + 2·c + h of every 64 becomes 16·p + 8·c + 2·q + h."""
     rows, inputs = x_AI.shape
     return x_AI.reshape(rows, inputs // TILE, 4, 4, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(rows, inputs)
 
@@ -123,20 +123,20 @@ def product(
     """Each group's tokens times its expert's weight.
 
     Args:
-      x_AI: bfloat16, a row a slot, columns `in_order`.
+      x_AI: bfloat16, one row per slot, columns `in_order`.
       weight: [E, O, I].
       bias_EO: for the activation.
 
     Returns:
-      float32 [A, O]; with an activation, bfloat16 [A, O / 2], columns in order for the next product. What belongs to no
-      token may be anything.
+      float32 [A, O]; with an activation, bfloat16 [A, O / 2], columns in order for the next product. Slots
+      without a token may hold anything.
     """
     U, M = groups.rows_UM.shape
     E, tiles, steps = weight.words.shape[:3]
     plan = _GroupedPlan(M, tiles, steps, activation)
     words = weight.words.reshape(E, tiles, steps, 2, 256)
     if activation is None:
-        bias_EO = groups.experts_U  # there must be something, and it is not read
+        bias_EO = groups.experts_U  # something has to be passed; it is not read
         out = jax.ShapeDtypeStruct((U * M, tiles * TILE), jnp.float32)
     else:
         out = jax.ShapeDtypeStruct((U * M, tiles * TILE // 2), jnp.bfloat16)
@@ -175,13 +175,13 @@ def moe_grouped(
     out_ref: Any,
     **scratch: Any,
 ) -> None:
-    """One warpgroup of a block. The block of an empty group returns."""
+    """One warpgroup of a block. The blocks of an empty group return at once."""
     group, block, warpgroup = (lax.axis_index(name) for name in ("group", "block", "warpgroup"))
     used = used_ref[group]
     work, shared = _Work(group, block, experts_ref[group], warpgroup), _Shared(**scratch)
 
     def for_size(body: Callable[[int], None]) -> None:
-        """Calls it with the smallest size that the group's tokens fit into."""
+        """Calls `body` with the smallest size that the group's tokens fit in."""
         for below, size in itertools.pairwise([0, *plan.sizes]):
             pl.when((used > below) & (used <= size))(partial(body, size))
 
@@ -199,8 +199,8 @@ def moe_grouped(
 def _copy(
     plan: _GroupedPlan, work: _Work, x_ref: Any, words_ref: Any, scales_ref: Any, shared: _Shared, size: int
 ) -> None:
-    """Brings the weights of all steps, and as many tokens, to shared memory."""
-    tokens, tiles = pl.ds(work.group * plan.tokens, size), pl.ds(work.block * TILES, TILES)  # beyond the last: 0
+    """Copies the weights of all steps, and `size` tokens, to shared memory."""
+    tokens, tiles = pl.ds(work.group * plan.tokens, size), pl.ds(work.block * TILES, TILES)  # zeros beyond the last
 
     def step(index: jax.Array, _: None) -> None:
         slot = lax.rem(index, jnp.int32(_STAGES))
@@ -214,7 +214,7 @@ def _copy(
 
 
 def _multiply(plan: _GroupedPlan, work: _Work, bias_ref: Any, out_ref: Any, shared: _Shared, size: int) -> None:
-    """Multiplies a warpgroup's tiles with as many tokens, and writes what comes of it."""
+    """Multiplies a warpgroup's tiles by `size` tokens, and writes the results."""
     own = TILES // _WARPGROUPS
     first = work.block * TILES + work.warpgroup * own
 
@@ -226,13 +226,13 @@ def _multiply(plan: _GroupedPlan, work: _Work, bias_ref: Any, out_ref: Any, shar
             for i, acc in enumerate(accs):
                 tile = work.warpgroup * own + i
                 plgpu.wgmma(acc, _unpacked(shared.words.at[slot, tile], shared.scales.at[slot, tile]), x_im)
-                plgpu.wgmma_wait(1)  # so that one is always under way while the next tile is unpacked
-                if i == 0:  # all of the step before is done
+                plgpu.wgmma_wait(1)  # one product is always under way while the next tile is unpacked
+                if i == 0:  # the previous step is complete
                     done = shared.empty.at[lax.rem(index - 1, jnp.int32(_STAGES))]
                     pl.when(index > 0)(partial(plgpu.barrier_arrive, done))
 
         lax.fori_loop(0, plan.steps, step, None)
-        return [acc[...] for acc in accs]  # which waits for all of them
+        return [acc[...] for acc in accs]  # this waits for all of them
 
     sums = pl.run_scoped(products, *[plgpu.ACC((TILE, size), jnp.float32)] * own)
     write = _write_activation if plan.activation is not None else _write_sums
@@ -241,7 +241,7 @@ def _multiply(plan: _GroupedPlan, work: _Work, bias_ref: Any, out_ref: Any, shar
 
 
 def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
-    """A tile of weights [64, 64] bfloat16, without the factor `mosaic_sm90.MISSING`, as operand of `wgmma`."""
+    """A tile of weights [64, 64] bfloat16, without the factor `mosaic_sm90.MISSING`, as an operand of `wgmma`."""
     returned = plgpu.ShapeDtypeStruct((TILE, TILE), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=returned)
@@ -264,7 +264,7 @@ def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
 
 
 def _numbers(sums: Any) -> list[tuple[int, Value, Value]]:
-    """Of a thread's sums of a tile: the token, less 2·q, and the even and the odd row's sum."""
+    """A thread's sums of a tile: the token, minus 2·q, with the sums of the even and the odd row."""
     registers = sums.registers
     missing = ptx.float32(mosaic_sm90.MISSING)
 
@@ -300,7 +300,7 @@ def _write_sums(
     expert: jax.Array,
     first: jax.Array,
 ) -> None:
-    """Adjacent rows of a token lie side by side in the result."""
+    """Writes the sums: adjacent rows of a token are adjacent in the result."""
     del bias_ref, ordered_smem, expert
 
     def write(arrays: Any, out: Value, group: Value, first: Value) -> None:
@@ -329,7 +329,7 @@ def _write_activation(
     expert: jax.Array,
     first: jax.Array,
 ) -> None:
-    """A warpgroup has 64 units of each token, 128 bytes: put in order in shared memory, and written from there."""
+    """A warpgroup has 64 units, 128 bytes, of each token: it puts them in order in shared memory, then writes them."""
 
     activation = plan.activation
     assert activation is not None

@@ -1,7 +1,7 @@
-"""Products with the chosen experts, from MXFP4 fragments: Pallas Mosaic GPU, for Hopper. RECORD.md beside tells how.
+"""Products with the chosen experts, from MXFP4 fragments, for Hopper: Pallas Mosaic GPU. See RECORD.md.
 
-A warp streams 16 rows of one expert from memory to registers, unpacks them there, and multiplies them with eight tokens
-at a time on the tensor cores. No weight is read twice for eight tokens, nor written anywhere.
+A warp streams 16 rows of one expert from memory to registers, unpacks them there, and multiplies them by eight tokens
+at a time on the tensor cores. For eight tokens, no weight is read twice, and none is written anywhere.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from pallas_kernels.moe.routing import Groups, route
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
-EIGHT = 8  # tokens of an instruction
+EIGHT = 8  # tokens per instruction
 # A scale s becomes the bfloat16 number 2^(s + _OFFSET - 127), so s may be up to `api.LARGEST_SCALE`. Planes are 2^-126
-# times their values. What is missing comes last. Where s is below 66, numbers of less than 2^-58 may count as 0.
+# times their values. The missing factor comes last. If s is below 66, numbers of less than 2^-58 may count as 0.
 _OFFSET = 62
 MISSING = 2.0 ** (126 - _OFFSET)
 
@@ -47,17 +47,17 @@ _STORE_PAIR = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.v2.f32 [$0], {
 
 @dataclasses.dataclass(frozen=True)
 class _ExpertsPlan:
-    """All that is known when the kernel is built."""
+    """Everything that is known when the kernel is built."""
 
-    num_experts: int  # E: the group of one that there is not is empty
+    num_experts: int  # E: expert id E or above, or below 0, marks an empty group
     num_groups: int  # U
-    slots: int  # M: tokens of a group, at most
+    slots: int  # M: tokens per group, at most
     steps: int  # 64-column tiles that a block sums over
     splits: int  # blocks that share the columns
-    tiles: int  # 64-row tiles of an expert
+    tiles: int  # 64-row tiles per expert
     unroll: int  # tiles whose loads are in flight while as many are computed
-    eights: int  # of tokens, that a block computes
-    sorted: bool  # x has a row a slot; otherwise it has a row a token
+    eights: int  # groups of eight tokens that a block computes
+    sorted: bool  # x has one row per slot; otherwise one per token
 
     @property
     def columns(self) -> int:
@@ -99,11 +99,11 @@ def _settings(part: str, experts_TX: jax.Array, weight: MXFP4Fragments) -> Any:
 
 
 def heuristic(shape: tiles.Shape) -> tiles.Settings:
-    """The settings of a shape that no table has; see RECORD.md for what was measured."""
+    """The settings for a shape that is not in the table; RECORD.md has the measurements."""
     rows = int(shape[tiles.ROWS])
     return {
         "unroll": 9 if rows == 1 else 5,
-        "splits": 3 if shape["part"] == "down" and rows <= 8 else 1,  # else too few blocks
+        "splits": 3 if shape["part"] == "down" and rows <= 8 else 1,  # otherwise too few blocks
         "eights": 1 if rows <= 64 else 2,
     }
 
@@ -136,14 +136,14 @@ def product(
     """Each group's tokens times its expert's weight.
 
     Args:
-      x_AI: bfloat16; a row a token, or a row a slot where `sorted`.
+      x_AI: bfloat16; one row per token, or per slot if `sorted`.
       weight: [E, O, I].
       bias_EO: for the activation.
-      unroll, splits, eights: see `_Plan`. Those that do not divide what they cut are lowered to what does.
+      unroll, splits, eights: see `_ExpertsPlan`; lowered to numbers that divide evenly.
 
     Returns:
-      float32 [splits, U, M, O], of which the first axis is to be summed; with an activation, bfloat16 [U, M, O / 2].
-      What belongs to no token is not written.
+      float32 [splits, U, M, O], still to be summed over the first axis; with an activation, bfloat16 [U, M, O / 2].
+      Slots without a token are not written.
     """
     U, M = groups.rows_UM.shape
     num_tiles, steps = weight.words.shape[1:3]
@@ -160,7 +160,7 @@ def product(
         sorted=sorted,
     )
     outputs = weight.shape[1]
-    bias = groups.experts_U if bias_EO is None else bias_EO  # there must be something, and without one it is not read
+    bias = groups.experts_U if bias_EO is None else bias_EO  # something has to be passed, even if unread
     if activation is None:
         out = jax.ShapeDtypeStruct((splits, U, M, outputs), jnp.float32)
     else:
@@ -193,7 +193,7 @@ def moe_product(
     share: Value,
     split: Value,
 ) -> None:
-    """One thread of a block: 64 rows of an expert, times up to `eights` · 8 tokens. The block of no token returns."""
+    """One thread of a block: 64 rows of an expert times up to `eights` · 8 tokens. A block without tokens returns."""
     first = ptx.mul(share, plan.eights * EIGHT)  # slot of the group
     (begins,) = ptx.asm(_LOAD_IF, [ptx.i32()], [ptx.offset(rows, _place(plan, group, first), 4), ptx.const(1)])
     (expert,) = ptx.asm("ld.global.nc.b32 $0, [$1];", [ptx.i32()], [ptx.offset(experts, group, 4)])
@@ -225,7 +225,7 @@ def _sums(
     first: Value,
     split: Value,
 ) -> list[Value]:
-    """Four sums for each eight tokens: the thread's even and odd row times two tokens, in the order of `ptx.mma`."""
+    """Four sums per eight tokens: the thread's even and odd row times two tokens, in the order of `ptx.mma`."""
     _, g, q = ptx.fragment_lane()
     start = ptx.mul(split, plan.steps)
     x_at, tokens = [], []
@@ -266,7 +266,7 @@ def _sums(
 
 
 def _multiply(acc: list[Value], words: list[Value], scales: Value, xs: list[list[Value]]) -> list[Value]:
-    """Adds a tile's products: words and scales as `fragments` has them, xs 16 numbers of a token for each eight."""
+    """Adds a tile's products: words and scales as in `fragments`, xs with 16 numbers of a token per eight tokens."""
     planes = decoded(words, scales)
     sums = list(acc)
     for plane in range(4):
@@ -277,7 +277,7 @@ def _multiply(acc: list[Value], words: list[Value], scales: Value, xs: list[list
 
 
 def decoded(words: list[Value], scales: Value) -> list[list[Value]]:
-    """Each word's four planes, pairs of bfloat16 numbers, less the factor `MISSING`."""
+    """Each word's four planes, pairs of bfloat16 numbers, still without the factor `MISSING`."""
     even, odd = (
         ptx.asm(_FACTOR % (byte, (_OFFSET << 7) * 0x10001), [ptx.i32()], [scales])[0] for byte in ("0x4040", "0x4141")
     )
@@ -285,13 +285,13 @@ def decoded(words: list[Value], scales: Value) -> list[list[Value]]:
 
 
 def _even_row(tile: Value) -> Value:
-    """The number of the thread's even row among its expert's."""
+    """The number of the thread's even row in its expert."""
     warp, g, _ = ptx.fragment_lane()
     return ptx.add(ptx.mul(tile, TILE), ptx.mul(warp, 16), ptx.mul(g, 2))
 
 
 def _tokens(plan: _ExpertsPlan, acc: list[Value], first: Value) -> list[tuple[Value, Value, Value]]:
-    """Slot, even row's sum and odd row's sum, of each token that the thread has sums of."""
+    """For each of the thread's tokens: its slot, the even row's sum and the odd row's sum."""
     scaled = [arith.mulf(value, ptx.float32(MISSING)) for value in acc]
     twice_q = ptx.mul(ptx.fragment_lane()[2], 2)
     return [

@@ -12,10 +12,10 @@ from pallas_kernels.moe import routing
 from pallas_kernels.moe.routing import Groups
 from pallas_kernels.partial_sum import PartialSum
 
-LARGEST_GROUP = 128  # tokens of one expert that are computed together, at most
+LARGEST_GROUP = 128  # tokens of one expert computed together, at most
 # Groups whose weights are unpacked and multiplied at a time. With 1, a token of gpt-oss-tales takes 19 to 21 ms on two
-# busy CPU cores, with 2, 4 and 8 it takes 5 to 9; of gpt-oss-20b on an H200 it is 11.3 ms with 1, 9.8 with 2, 9.0 with
-# 4 and 8.9 with 8.
+# busy CPU cores, and 5 to 9 ms with 2, 4 and 8; a token of gpt-oss-20b on an H200 takes 11.3 ms with 1, 9.8 with 2, 9.0
+# with 4 and 8.9 with 8.
 TOGETHER = 4
 
 
@@ -31,7 +31,7 @@ def grouped(
     alpha: float,
     limit: float,
 ) -> PartialSum:
-    """Tokens sorted by expert, in groups of one expert each, whose weights alone are unpacked. See `api.moe`."""
+    """Sorts tokens into groups of one expert each, and unpacks only the experts of the groups. See `api.moe`."""
     E = gate_up_bias_E2F.shape[0]
     groups, places_TX = routing.sorted_groups(experts_TX, E, group_sizes(experts_TX.size, E)[0])
     expert = partial(
@@ -45,30 +45,30 @@ def grouped(
     )
 
     def run(experts_U: jax.Array, rows_UM: jax.Array) -> jax.Array:
-        rows_UM = jnp.maximum(rows_UM, 0)  # any will do where a place is empty
+        rows_UM = jnp.maximum(rows_UM, 0)  # any row will do for an empty slot
         return jax.vmap(lambda expert_id, rows_M: expert(x_TD[rows_M], expert_id))(experts_U, rows_UM)
 
     width = x_TD.shape[1]
     y_AD = jax.lax.platform_dependent(
         groups,
-        # A bound that is known at run time only costs nothing on a CPU, and elsewhere a wait of the host in each turn.
+        # A bound known only at run time costs nothing on a CPU; elsewhere the host would have to wait in each turn.
         cpu=lambda groups: _in_turn(run, groups, _num_used(groups), width=width),
         default=lambda groups: _in_turn(run, groups, groups.rows_UM.shape[0], width=width),
     )
-    # Where a pair is not in any group, any place is as good, for its value is not taken.
+    # A pair that is in no group may take any place, because its value is not used.
     y_TXD = y_AD[places_TX]
     return PartialSum(jnp.sum(jnp.where((places_TX >= 0)[..., None], y_TXD * weights_TX[..., None], 0), axis=1)[None])
 
 
 def _num_used(groups: Groups) -> jax.Array:
-    """Groups that are not empty: these come first."""
+    """The number of groups that are not empty; these come first."""
     return jnp.sum(groups.rows_UM[:, 0] >= 0, dtype=jnp.int32)
 
 
 def group_sizes(num_pairs: int, num_experts: int) -> tuple[int, int]:
-    """Places of a group, and the number of groups that there can be at most.
+    """Slots per group, and the largest possible number of groups.
 
-    A group has about as many places as an expert has tokens on the average, so that few stay empty.
+    A group has about as many slots as an expert has tokens on average, so that few stay empty.
     """
     places = min(LARGEST_GROUP, 1 << max(num_pairs // num_experts, 1).bit_length() - 1)
     return places, min(num_pairs, num_pairs // places + num_experts)
@@ -77,7 +77,7 @@ def group_sizes(num_pairs: int, num_experts: int) -> tuple[int, int]:
 def _in_turn(
     run: Callable[[jax.Array, jax.Array], jax.Array], groups: Groups, num_groups: jax.Array | int, *, width: int
 ) -> jax.Array:
-    """Each place's result [A, D], all groups' slots in turn: TOGETHER groups at a time, until `num_groups` have run."""
+    """Each slot's result [A, D], for all groups' slots in turn: TOGETHER groups at a time, `num_groups` in all."""
     U, M = groups.rows_UM.shape
     together = min(TOGETHER, U)
     missing = -U % together
@@ -89,7 +89,7 @@ def _in_turn(
         part = run(*(jax.lax.dynamic_slice_in_dim(array, start, together) for array in (experts_U, rows_UM)))
         return jax.lax.dynamic_update_slice_in_dim(out_UMD, part, start, axis=0)
 
-    # Zero, but not to the compiler: of a constant, copies for all layers are made before the first one runs, and held.
+    # Zero, but the compiler must not know: it would make copies of a constant for all layers, before the first runs.
     zero = (groups.experts_U[0] < 0).astype(jnp.float32)
     out_UMD = jnp.full((U + missing, M, width), zero)
     out_UMD = jax.lax.fori_loop(0, (num_groups + together - 1) // together, step, out_UMD)

@@ -1,4 +1,4 @@
-"""Tokens put together by the expert that they go to."""
+"""Tokens grouped by the expert that they go to."""
 
 from functools import reduce
 from typing import NamedTuple
@@ -7,49 +7,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BY_EXPERT = 128  # tokens up to which each expert has one group, with room for all of them
+BY_EXPERT = 128  # up to this many tokens, each expert has one group, with room for all of them
 
 
 class Groups(NamedTuple):
-    """Pairs (token, one of its experts) in groups of one expert. In each group the used slots come first."""
+    """Pairs (token, one of its experts) in groups of one expert. In each group, the used slots come first."""
 
-    experts_U: jax.Array  # int32; any expert where a group is empty. The group of one that there is not is empty
+    experts_U: jax.Array  # int32; any for an empty group. A group whose expert does not exist is empty
     rows_UM: jax.Array  # int32: the token in each slot, -1 in an empty one
 
 
 class Routing(NamedTuple):
-    """The groups, and where in them each pair is."""
+    """The groups, and each pair's place in them."""
 
     groups: Groups
-    places_TX: jax.Array  # int32, in the flattened slots; -1 or in an empty group where the expert does not exist
+    places_TX: jax.Array  # int32, in the flattened slots; -1 or in an empty group if the expert does not exist
 
 
 def route(experts_TX: jax.Array, num_experts: int) -> Routing:
-    """Groups of the chosen experts' tokens, up to `BY_EXPERT` tokens; experts outside [0, num_experts) have none.
+    """Groups of the chosen experts' tokens, for up to `BY_EXPERT` tokens; experts outside [0, num_experts) have none.
 
-    No sorting is needed, which would be many small kernels.
+    It needs no sorting, which would be many small kernels.
     """
     return _one_token(experts_TX) if experts_TX.shape[0] == 1 else _by_expert(experts_TX, num_experts)
 
 
 def _existing(experts_TX: jax.Array, num_experts: int) -> jax.Array:
-    """The same, with one number for all experts that there are not."""
+    """The same experts, with `num_experts` for all that do not exist."""
     return jnp.where((experts_TX >= 0) & (experts_TX < num_experts), experts_TX, num_experts).astype(jnp.int32)
 
 
 def _one_token(experts_1X: jax.Array) -> Routing:
-    """A group a choice: nothing is computed, for that would be a kernel."""
+    """One group per choice. Nothing is computed, because that would be a kernel."""
     X = experts_1X.shape[1]
-    # Arrays of NumPy are constants to XLA.
+    # NumPy arrays are constants to XLA.
     rows_X1, places_1X = np.zeros((X, 1), np.int32), np.arange(X, dtype=np.int32)[None]
     return Routing(Groups(experts_1X.reshape(X), jnp.asarray(rows_X1)), jnp.asarray(places_1X))
 
 
 def _by_expert(experts_TX: jax.Array, num_experts: int) -> Routing:
-    """A group an expert, of T slots, by counting: two sums over the tokens, which is two kernels."""
+    """One group per expert, of T slots, by counting: two sums over the tokens, which are two kernels."""
     T, X = experts_TX.shape
     tokens_T = jnp.arange(T, dtype=jnp.int32)
-    # Pairs are compared one choice at a time, so that there is no sum over these.
+    # Compared one choice at a time, so that there is no sum over the choices.
     same_TXT = reduce(jnp.logical_or, (experts_TX[..., None] == experts_TX[:, x] for x in range(X)))
     earlier_TXT = same_TXT & (tokens_T[:, None, None] > tokens_T)
     rank_TX = jnp.sum(earlier_TXT, axis=-1, dtype=jnp.int32)
@@ -62,7 +62,7 @@ def _by_expert(experts_TX: jax.Array, num_experts: int) -> Routing:
 
 
 def sorted_groups(experts_TX: jax.Array, num_experts: int, largest: int) -> Routing:
-    """Groups of `largest` slots, as many as there can be: the pairs in full ones, and one begun for each expert.
+    """Groups of `largest` slots, as many as could be needed: all pairs in full groups, and a partial one per expert.
 
     Those that are not empty come first.
     """

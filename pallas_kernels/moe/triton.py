@@ -1,8 +1,8 @@
-"""Products with the chosen experts, from MXFP4 fragments: Pallas Triton, for Ampere and Ada. RECORD.md tells how.
+"""Products with the chosen experts, from MXFP4 fragments, for Ampere and Ada: Pallas Triton. See RECORD.md.
 
-A program multiplies 64 rows of one expert with up to 16 of its tokens on the tensor cores. The format is that of their
-operands, and Triton sees it: what a thread unpacks stays in its registers. No weight is read twice for these tokens,
-nor written anywhere.
+A program multiplies 64 rows of one expert by up to 16 of its tokens on the tensor cores. The format is that of their
+operands, and Triton recognises it, so what a thread unpacks stays in its registers. For these tokens, no weight is read
+twice, and none is written anywhere.
 """
 
 import math
@@ -21,11 +21,11 @@ from pallas_kernels.moe.activation import SwiGLU
 from pallas_kernels.moe.routing import BY_EXPERT, Groups, route, sorted_groups
 from pallas_kernels.partial_sum import PartialSum
 
-SLOTS = 16  # tokens of a program: the fewest columns of a product
-WARPS = 4  # `fragments` is made for so many
+SLOTS = 16  # tokens per program: the fewest columns that a product takes
+WARPS = 4  # the number that `fragments` is made for
 STAGES = 5  # of Triton's software pipeline: tiles in flight
 _SIGNS, _CODES = np.uint32(0x80008000), np.uint32(0x0E000E00)  # of two float16 numbers
-_MISSING = 14  # float16's exponents: its 1 is 2^0, but code 0b010, which is 1, lies in it as 2^-14
+_MISSING = 14  # exponents: code 0b010, which stands for 1, is 2^-14 when read as a float16
 
 
 def routed(
@@ -46,7 +46,7 @@ def routed(
     groups, places_TX = route(experts_TX, E) if T <= BY_EXPERT else sorted_groups(experts_TX, E, SLOTS)
     run = partial(product, groups=groups, interpret=interpret)
     h_UMF = run(x_TD, weight=gate_up, bias_EO=gate_up_bias_E2F, activation=SwiGLU(alpha, limit))
-    splits = 3 if T <= 8 else 1  # with few tokens, the tiles of down's rows are too few for a GPU
+    splits = 3 if T <= 8 else 1  # with few tokens, down has too few tiles of rows to fill a GPU
     y_JUMD = run(h_UMF.reshape(-1, h_UMF.shape[-1]), weight=down, sorted=True, splits=splits)
     y_JAD = y_JUMD.reshape(y_JUMD.shape[0], -1, y_JUMD.shape[-1])
     return PartialSum(y_JAD, places_TX, weights_TX, down_bias_ED, experts_TX)
@@ -68,16 +68,16 @@ def product(
     """Each group's tokens times its expert's weight.
 
     Args:
-      x_AI: bfloat16; a row a token, or a row a slot where `sorted`.
+      x_AI: bfloat16; one row per token, or per slot if `sorted`.
       weight: [E, O, I].
       bias_EO: for the activation.
-      splits: programs that share I; lowered to what divides its tiles.
-      stages: of a program's pipeline.
+      splits: programs that share I; lowered to a number that divides its tiles.
+      stages: of each program's pipeline.
       interpret: run on a CPU.
 
     Returns:
-      float32 [splits, U, M, O], of which the first axis is to be summed; with an activation, bfloat16 [U, M, O / 2].
-      What belongs to no token is not written.
+      float32 [splits, U, M, O], still to be summed over the first axis; with an activation, bfloat16 [U, M, O / 2].
+      Slots without a token are not written.
     """
     U, M = groups.rows_UM.shape
     tiles, steps = weight.words.shape[1:3]
@@ -108,7 +108,7 @@ def _program(
     scales_ref: Any,
     *refs: Any,
 ) -> None:
-    """64 rows of an expert, times up to 16 tokens, over `steps` tiles. That of no token ends at once."""
+    """64 rows of an expert times up to 16 tokens, over `steps` tiles. A program without a token ends at once."""
     *bias_ref, out_ref = refs
     tile, share, split = (pl.program_id(axis) for axis in range(3))
     M = rows_ref.shape[1]
@@ -147,13 +147,13 @@ def _sums(
     start: jax.Array,
     steps: int,
 ) -> jax.Array:
-    """The products of 64 rows and 16 rows of x over `steps` tiles from `start`, in the order of `_operand`'s rows."""
+    """Products of 64 rows with 16 rows of x, over `steps` tiles from `start`, in the order of `_operand`'s rows."""
     thread, word_14, column = jnp.arange(128), jnp.arange(4)[None], _columns()
 
     def scales(step: jax.Array) -> jax.Array:
         return pltriton.load(scales_ref.at[expert, tile, jnp.minimum(step, start + steps - 1), thread >> 1])
 
-    # Triton's pipeline has no place for loads of two bytes, so scales are loaded a turn ahead here.
+    # Triton does not pipeline loads of two bytes, so scales are loaded one turn ahead here.
     def body(step: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         acc_om, scales_128 = carry
         following_128 = scales(step + 1)
@@ -166,23 +166,23 @@ def _sums(
 
 
 def _columns() -> jax.Array:
-    """A tile's columns as the kernel takes them: 16·q + 4·p + 2·c + h of `fragments` is number 16·p + 4·q + 2·c + h.
+    """A tile's columns in the kernel's order: 16·q + 4·p + 2·c + h of `fragments` is number 16·p + 4·q + 2·c + h.
 
-    So of 16 in a row a thread has four in a row, which is what Triton wants there on Ampere and Ada (`kWidth`, of
+    So of every 16, a thread has four adjacent ones, which is what Triton wants there on Ampere and Ada (`kWidth`, for
     operands made by joining).
     """
     number = jnp.arange(TILE)
     column = number & 3 | (number & 0x30) >> 2 | (number & 0x0C) << 2
-    return pl.multiple_of(pltriton.max_contiguous(column, 4), 4)  # so that copies are of four: Triton does not see it
+    return pl.multiple_of(pltriton.max_contiguous(column, 4), 4)  # so that copies take four: Triton does not see it
 
 
 def _operand(words: jax.Array, scales_128: jax.Array) -> jax.Array:
-    """A tile's weights, bfloat16 [64, 64], from words [128, 4] and scales, as threads have them.
+    """A tile's weights, bfloat16 [64, 64], from words [128, 4] and scales, in the threads' order.
 
-    Its row 16·w + 8·r + g is row 16·w + 2·g + r of the tile, and its columns are those of `_columns`: so the numbers of
-    thread 32·w + 4·g + q are those that the instruction wants there.
+    Its row 16·w + 8·r + g is row 16·w + 2·g + r of the tile, and its columns are in the order of `_columns`. So thread
+    32·w + 4·g + q has the numbers that the instruction wants there.
     """
-    shift = 8 * (jnp.arange(4)[None] & 1).astype(jnp.uint32)  # of odd rows, the upper byte
+    shift = 8 * (jnp.arange(4)[None] & 1).astype(jnp.uint32)  # the upper byte for odd rows
     scale = scales_128[:, None].astype(jnp.uint32) >> shift & 255
     factor = bitcast((scale + _MISSING) << 23, jnp.float32)
     planes = [_join(*(_float32(half) * factor for half in (plane, plane >> 16))) for plane in _planes(words)]
@@ -193,9 +193,9 @@ def _operand(words: jax.Array, scales_128: jax.Array) -> jax.Array:
 
 
 def _planes(words: jax.Array) -> list[jax.Array]:
-    """Four words for each, of two float16 numbers: 2^-14 times the values.
+    """Four words for each word, of two float16 numbers: 2^-14 times the values.
 
-    In bfloat16, ±0.5 would be subnormal, which a CPU takes for 0 and a GPU might; in float16 all do what is right.
+    In bfloat16, ±0.5 would be subnormal, which a CPU, and perhaps a GPU, treats as 0; in float16 all are right.
     """
     by_3, by_6, by_9 = words << 3, words << 6, words << 9
     last = (words >> 2 & np.uint32(0x08000800)) | (words >> 1 & np.uint32(0x06000600))

@@ -1,8 +1,8 @@
-"""CUDA's words for kernels that are written as one thread's work, inside `plgpu.inline_mgpu`.
+"""CUDA's vocabulary for kernels that are written as one thread's work, inside `plgpu.inline_mgpu`.
 
-One convention throughout: a condition is an i1, as MLIR's comparisons give it, or the sign of a number
-(`NotNegative`). What it governs (a load, a store, a copy, a branch) happens in the threads in which it holds; a load
-gives 0 elsewhere. Absence is never encoded in a value.
+One convention throughout: a condition is an i1, as MLIR's comparisons return it, or the sign of a number
+(`NotNegative`). Whatever it guards (a load, a store, a copy, a branch) happens in the threads for which it holds; a
+load gives 0 in the others. Absence is never encoded in a value.
 """
 
 from pallas_kernels.ptx.barriers import MBarriers, TileCopies, bulk_copy, expect_bytes, sync_block

@@ -1,4 +1,4 @@
-"""Barriers, and copies to shared memory that announce themselves at an mbarrier."""
+"""Barriers, and copies to shared memory that complete on an mbarrier."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ def sync_block() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class MBarriers:
-    """mbarriers in shared memory, each of which waits for one thread's arrival and the bytes that this announces."""
+    """mbarriers in shared memory; each waits for one thread's arrival and for the bytes that this thread announces."""
 
     address: Value  # in shared memory
     count: int
     warps: int = 4  # of the block
 
     def init(self) -> None:
-        """Initialises them. Before they are used, all threads must have met."""
-        # A warp initialises one after the other: so each has some.
+        """Initialises them. All threads must synchronise before they are used."""
+        # A warp initialises one at a time, so each warp takes some.
         warp, number = (op(utils.thread_idx(), const(32)) for op in (arith.divui, arith.remui))
         number = add(mul(number, self.warps), warp)
         own = shared_offset(self.address, number, 8)
@@ -35,17 +35,17 @@ class MBarriers:
         asm(f"{{ .reg .pred p; setp.lt.u32 p, $1, {self.count}; " + text, [], [own, number])
 
     def at(self, number: int) -> Value:
-        """The address of one of them."""
+        """The address of one mbarrier."""
         return add(self.address, 8 * number)
 
     def wait(self, number: int, parity: int) -> None:
-        """Waits until all has arrived at one of them for the (2 · n + 1 + parity)-th time."""
+        """Waits until an mbarrier's phase of this parity is complete: of its phases, the first has parity 0."""
         text = "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra again; }"
         asm("{ .reg .pred p; again: " + text, [], [self.at(number), const(parity)])
 
 
 def expect_bytes(mbarrier: Value, size: int, condition: Condition) -> None:
-    """Arrives at an mbarrier, and announces bytes, if the condition holds: in one thread a phase."""
+    """Arrives at an mbarrier and announces bytes, if the condition holds: in one thread per phase."""
     text = f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size};"
     asm("{ .reg .pred p; setp.ne.s32 p, $1, 0; " + text + " }", [], [mbarrier, condition])
 
@@ -58,27 +58,27 @@ def bulk_copy(to: Value, source: Value, size: int, mbarrier: Value, condition: C
 
 @dataclasses.dataclass(frozen=True)
 class TileCopies:
-    """Copies of square tiles of a bfloat16 matrix to shared memory, by the tensor memory accelerator.
+    """Copies of square tiles of a bfloat16 matrix to shared memory, by the tensor memory accelerator (TMA).
 
-    In a tile of 64 columns, a row's 16-byte pieces are exchanged by the row's number modulo 8, so that the same columns
-    of eight rows lie in different banks.
+    In a tile of 64 columns, a row's 16-byte pieces are permuted (xor with the row number modulo 8), so that the same
+    columns of eight rows lie in different banks.
     """
 
     context: Any  # Mosaic's, of the launch
     tiles: Value  # [stages, size, size] in shared memory
-    mbarriers: Value  # in shared memory: one a stage
+    mbarriers: Value  # in shared memory: one per stage
     stages: int
     size: int
 
     def begin(self, matrix: Value, row: Value, column: Value, stage: int, condition: Condition | None = None) -> None:
-        """Begins a copy; its bytes are announced at the stage's mbarrier.
+        """Begins a copy, which completes on the stage's mbarrier.
 
         Args:
           matrix: in global memory, as an array.
-          row, column: the tile's first.
-          condition: holds in one thread of the block; without one, Mosaic chooses it.
+          row, column: the first of the tile.
+          condition: must hold in exactly one thread of the block; if None, Mosaic chooses the thread.
         """
-        phases: Any = None  # which we count ourselves
+        phases: Any = None  # we count them ourselves
         barriers = utils.BarrierRef(utils.memref_ptr(self.mbarriers), const(0), phases, self.stages)
         corner: Sequence[Any] = [arith.index_cast(ir.IndexType.get(), each) for each in (row, column)]
         self.context.async_copy(

@@ -1,8 +1,8 @@
-"""Blocks of a cluster that send each other numbers, through mailboxes in shared memory.
+"""The blocks of a cluster send each other numbers, through mailboxes in shared memory.
 
-They send with `st.async`, which tells an mbarrier of the receiver when the numbers have arrived. A barrier of the
-cluster would do, but its release waits until all earlier writes to global memory have arrived there. (As compiled for
-sm_90a, `barrier.cluster.arrive.release` after writing to the other blocks' memory is MEMBAR.ALL.GPU.)
+They send with `st.async`, which signals an mbarrier of the receiver when the numbers have arrived. A cluster barrier
+would work too, but its release waits until all earlier writes to global memory have completed. (For sm_90a,
+`barrier.cluster.arrive.release` after writing to other blocks' memory compiles to MEMBAR.ALL.GPU.)
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels.ptx.barriers import sync_block
 from pallas_kernels.ptx.values import Condition, Value, add, asm, const, i32
 
-MOST_BLOCKS = 8  # of a cluster, wherever it runs
+MOST_BLOCKS = 8  # of a cluster on any device
 
 
 def cluster_rank(blocks: int) -> Value:
-    """The block's number in its cluster of so many."""
+    """The block's number in its cluster of `blocks`."""
     return const(0) if blocks == 1 else asm("mov.u32 $0, %cluster_ctarank;", [i32()], [])[0]
 
 
@@ -29,7 +29,7 @@ class ClusterThread:
     blocks: int  # of the cluster
     rank: Value  # the block's number in the cluster
     thread: Value  # the thread's number in its block
-    mbarriers: Value  # address in shared memory of an mbarrier for each exchange
+    mbarriers: Value  # address in shared memory of one mbarrier per exchange
 
     @classmethod
     def here(cls, blocks: int, mbarriers: Value) -> "ClusterThread":
@@ -49,7 +49,7 @@ class ClusterThread:
     def prepare(self, counts: Sequence[int]) -> None:
         """Prepares exchanges, given how many numbers a block receives in each.
 
-        Before the first `send` comes `wait_prepared`.
+        Call `wait_prepared` before the first `send`.
         """
         if self.blocks == 1:
             return
@@ -66,20 +66,20 @@ class ClusterThread:
         )
 
     def wait_prepared(self) -> None:
-        """Waits until all blocks of the cluster can be sent to."""
+        """Waits until all blocks of the cluster are ready to receive."""
         if self.blocks > 1:
             asm("barrier.cluster.wait.aligned;", [], [])
 
     def send(self, exchange: int, rank: Value, address: Value, value: Value, condition: Condition) -> None:
         """Writes a float32 number to the shared memory of the block of that rank, if the condition holds.
 
-        `address` is that of the mailbox in this block's shared memory: all blocks have the same layout.
+        `address` is the mailbox's in this block's own shared memory: all blocks have the same layout.
         """
         if self.blocks == 1:
             text = "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p st.shared.f32 [$0], $1; }"
             asm(text, [], [address, value, condition])
             return
-        # The distance to the other block is the same for everything in shared memory.
+        # The distance to the other block's memory is the same for every address.
         (there,) = asm("mapa.shared::cluster.u32 $0, $1, $2;", [i32()], [self.mbarriers, rank])
         away = arith.subi(there, self.mbarriers)
         asm(

@@ -8,11 +8,11 @@ from jaxlib.mlir.dialects import scf
 
 from pallas_kernels.ptx.values import Condition, Value, add, as_i1, as_value, const
 
-_operations: Any = scf  # whose annotations are of classes that it replaces
+_operations: Any = scf  # its annotations name classes that it has replaced
 
 
 def when(condition: Condition, body: Callable[[], None]) -> None:
-    """Does what `body` inlines if the condition holds."""
+    """Inlines `body` as a branch that is taken if the condition holds."""
     branch = _operations.IfOp(as_i1(condition))
     with ir.InsertionPoint(branch.then_block):
         body()
@@ -41,7 +41,7 @@ def prefetched_loop(
     load: Callable[[Value], list[Value]],
     compute: Callable[[Value, list[Value], list[Value]], list[Value]],
 ) -> list[Value]:
-    """`carry = compute(i, carry, load(i))` for i = 0 … count - 1; each load begins a turn ahead."""
+    """`carry = compute(i, carry, load(i))` for i = 0 … count - 1; each load begins one turn ahead."""
     kept = len(carry)
 
     def turn(i: Value, values: list[Value]) -> list[Value]:

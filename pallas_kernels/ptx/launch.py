@@ -20,19 +20,19 @@ def launch(
     warpgroups: int | None = None,
     needs_refs: bool = False,
 ) -> dict[str, jax.Array]:
-    """Runs a kernel that is written as what one of its threads does.
+    """Runs a kernel that is written as the work of one thread.
 
-    `thread` inlines that. It is called with the addresses of operands, results and shared memory, and with the block's
-    indices in the grid, each by its name. Its own name is the kernel's.
+    `thread` inlines that work. It is called with the addresses of operands, results and shared memory, and with the
+    block's indices in the grid, all by name. The kernel is named after it.
 
     Args:
-      operands: arrays, and references to those that are written to.
+      operands: arrays, or references for those that are written to.
       results: shapes and dtypes.
-      grid: sizes. The blocks of a cluster share their indices.
+      grid: sizes by name. The blocks of a cluster have the same indices.
       shared: what to allocate in shared memory.
-      cluster: blocks of a cluster.
-      warpgroups: of a block; None for a single one. (Given a number, even 1, Mosaic begins with a barrier.)
-      needs_refs: `thread` is also given `context`, Mosaic's, and `refs`, the arrays by name: what `TileCopies` takes.
+      cluster: blocks per cluster.
+      warpgroups: per block; None for a single one. (Given a number, even 1, Mosaic begins with a barrier.)
+      needs_refs: also pass `thread` what `TileCopies` takes: Mosaic's `context`, and `refs`, the arrays by name.
 
     Returns:
       The results by name.

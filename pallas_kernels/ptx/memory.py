@@ -26,7 +26,7 @@ def offset(base: Value, index: Value | int, size: int) -> Value:
 
 
 def shifted(base: Value, size: int) -> Value:
-    """The address in global memory `size` bytes further on."""
+    """The address in global memory that is `size` bytes further on."""
     return arith.addi(base, const(size, i64()))
 
 
@@ -38,11 +38,11 @@ def shared_offset(base: Value, index: Value, size: int) -> Value:
 def load(
     at: Value, types: Sequence[Any], condition: Condition, *, space: str = "global", shift: int = 0
 ) -> list[Value]:
-    """Begins to load 1, 2 or 4 words, each an i32 or all float32; 0 if the condition does not hold.
+    """Begins to load 1, 2 or 4 words, all int32 or all float32; 0 if the condition does not hold.
 
     Args:
-      space: as PTX has it after "ld.", with a cache operator, such as "global.cg" or "shared".
-      shift: bytes after the address.
+      space: what follows "ld." in PTX, with a cache operator if any, such as "global.cg" or "shared".
+      shift: bytes to add to the address.
     """
     count = len(types)
     outputs = [f"${i}" for i in range(count)]
@@ -57,7 +57,7 @@ def load(
 
 
 def store(at: Value, values: Sequence[Value], condition: Condition, *, space: str = "global", shift: int = 0) -> None:
-    """Writes 1, 2 or 4 words if the condition holds. See `load`; `space` is what PTX has after "st."."""
+    """Writes 1, 2 or 4 words if the condition holds. See `load`; `space` follows "st." in PTX."""
     count = len(values)
     what = _list([f"${i + 1}" for i in range(count)])
     to = f"$0+{shift}" if shift else "$0"
@@ -68,7 +68,7 @@ def store(at: Value, values: Sequence[Value], condition: Condition, *, space: st
 
 
 def load_shared_pair(at: Value) -> list[Value]:
-    """Two float32 numbers of shared memory."""
+    """Loads two float32 numbers from shared memory."""
     return asm("ld.shared.v2.f32 {$0, $1}, [$2];", [f32()] * 2, [at], volatile=True)
 
 

@@ -1,13 +1,13 @@
-"""Rows of numbers, each spread over the threads of a cluster's blocks, for kernels that reduce them.
+"""Rows of numbers, each spread over the threads of a cluster's blocks, for kernels that reduce rows.
 
-A row's D numbers are taken in fours, one `Float4` a thread and turn. The block of rank b has the fours b · per …
-(b + 1) · per - 1, thread i of it those numbered i, i + threads, … among them. With one row, the chip waits for these
-few threads: so several blocks share it.
+A row's D numbers are taken four at a time, one `Float4` per thread and turn. The block of rank b has the float4s
+b · per … (b + 1) · per - 1, and its thread i has those numbered i, i + threads, … among them. If there is only one row,
+the whole chip waits for its few threads, so several blocks share it.
 
-Versions, as compiled for sm_90a:
-  - `ld.global.nc` everywhere: ptxas puts off such loads beyond barriers, until their values are used; so `ld.global`.
-  - `ld.global`, in the right order: ptxas still moves them down to the next barrier; so `sync_warp` after each group of
-    loads, which keeps them in place and waits for none.
+Versions tried, as compiled for sm_90a:
+  - `ld.global.nc` everywhere: ptxas delays such loads past barriers, until their values are used. Hence `ld.global`.
+  - `ld.global`, in the right order: ptxas still moves them down to the next barrier. Hence `sync_warp` after each group
+    of loads, which keeps them in place without waiting for them.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ from pallas_kernels.ptx.values import (
 )
 from pallas_kernels.ptx.warp import warp_sum
 
-LARGEST_WIDTH = 8192  # of a row, whose numbers are held in registers
-MOST_ROWS = 128  # for more, what XLA makes of the operations is as good
+LARGEST_WIDTH = 8192  # of a row: its numbers are held in registers
+MOST_ROWS = 128  # beyond, XLA's code is as good
 _MOST_THREADS = 512
 
 
@@ -49,14 +49,14 @@ class RowLayout:
     """How rows are spread over blocks and threads."""
 
     width: int  # D, a multiple of 4
-    blocks: int  # of a row, up to 8; by `of`, and for `row_sum`, a power of two
-    threads: int  # of a block, a multiple of 128
+    blocks: int  # per row, up to 8; from `of`, and for `row_sum`, a power of two
+    threads: int  # per block, a multiple of 128
 
     @classmethod
     def of(cls, rows: int, width: int, *, threads: int = 128) -> "RowLayout":
-        """As many blocks a row as the chip has room for and the row has work for.
+        """As many blocks per row as the chip has room for and the row has work for.
 
-        `threads` is the least number of threads in a block that is wanted for other reasons.
+        `threads` is the least number of threads that a block needs for other reasons.
         """
         blocks = MOST_BLOCKS
         while blocks > 1 and (rows * blocks > 128 or width < 256 * blocks):
@@ -68,22 +68,22 @@ class RowLayout:
 
     @property
     def per(self) -> int:
-        """Fours of a block."""
+        """Float4s per block."""
         return -(-self.width // (4 * self.blocks))
 
     @property
     def turns(self) -> int:
-        """Fours of a thread."""
+        """Float4s per thread."""
         return -(-self.per // self.threads)
 
     @property
     def warps(self) -> int:
-        """Of a block."""
+        """Warps per block."""
         return self.threads // 32
 
     @property
     def senders(self) -> int:
-        """Warps of a block that have numbers."""
+        """Warps per block that have any numbers."""
         return -(-min(self.per, self.threads) // 32)
 
     @property
@@ -94,11 +94,11 @@ class RowLayout:
 
 @dataclasses.dataclass(frozen=True)
 class Float4:
-    """Four adjacent numbers of a row, of one thread."""
+    """Four adjacent numbers of a row, which one thread has."""
 
     row: Value
     width: int
-    first: Value  # the number of the first of them in the row
+    first: Value  # index of the first of them in the row
     in_block: Value  # and in the block's part of the row
     exists: Condition  # whether the row has such numbers
 
@@ -114,7 +114,7 @@ class Float4:
 
 @dataclasses.dataclass(frozen=True)
 class RowThread(ClusterThread):
-    """A thread of a cluster that has a row."""
+    """A thread of a cluster that shares a row."""
 
     layout: RowLayout
 
@@ -136,14 +136,14 @@ class RowThread(ClusterThread):
         return arith.minsi(left, const(4 * self.layout.per))
 
     def float4(self, row: Value, turn: int) -> Float4:
-        """What the thread has in a turn."""
+        """The thread's numbers in a turn."""
         in_block = mul(add(self.thread, turn * self.layout.threads), 4)
         exists = NotNegative(arith.subi(arith.subi(self.count, const(1)), in_block))
         return Float4(row, self.layout.width, add(self.first, in_block), in_block, exists)
 
 
 def exchange_memory(exchanges: int) -> dict[str, Any]:
-    """Shared memory for the mbarriers of a `RowThread`."""
+    """Shared memory for a `RowThread`'s mbarriers."""
     return {"mbarriers": shared_floats(2 * exchanges)}
 
 
@@ -160,7 +160,7 @@ def row_sum(thread: RowThread, exchange: int, value: Value, sums: Value) -> Valu
     layout = thread.layout
     value = warp_sum(value)
     mine = memory.shared_offset(sums, add(mul(thread.rank, layout.senders), thread.warp), 4)
-    # Lane b writes to block b. The others must name a block too.
+    # Lane b writes to block b. The other lanes must name some block too.
     target = arith.andi(thread.lane, const(layout.blocks - 1))
     thread.send(
         exchange, target, mine, value, both(less(thread.lane, layout.blocks), less(thread.warp, layout.senders))
@@ -183,7 +183,7 @@ def load_float4(address: Value, dtype: jax.typing.DTypeLike, condition: Conditio
 
 
 def as_floats(loaded: Sequence[Value]) -> list[Value]:
-    """What `load_float4` has loaded, as float32."""
+    """The result of `load_float4`, as float32."""
     if len(loaded) == 4:
         return list(loaded)
     return [number for word in loaded for number in halves(word)]
@@ -192,7 +192,7 @@ def as_floats(loaded: Sequence[Value]) -> list[Value]:
 def load_number(address: Value, dtype: jax.typing.DTypeLike, condition: Condition, shift: int = 0) -> Value:
     """Loads a number from global memory: bfloat16 or float32 as float32, or int32; 0 if the condition does not hold.
 
-    The number lies `shift` bytes after the address.
+    `shift` is in bytes, added to the address.
     """
     if dtype != jnp.bfloat16:
         return memory.load(address, [i32() if dtype == jnp.int32 else f32()], condition, shift=shift)[0]

@@ -1,4 +1,4 @@
-"""A thread's registers: constants, inlined PTX, and arithmetic that MLIR has no short word for."""
+"""A thread's registers: constants, inlined PTX, and arithmetic for which MLIR has no short form."""
 
 import dataclasses
 import functools
@@ -14,16 +14,16 @@ Value = Any  # ir.Value: one thread's register
 
 @dataclasses.dataclass(frozen=True)
 class NotNegative:
-    """A condition: whether a 32-bit integer is 0 or more. What it governs tests the sign itself, at no extra cost."""
+    """The condition that a 32-bit integer is 0 or more: the guarded instruction tests the sign, at no extra cost."""
 
     number: Value
 
 
-Condition = Value | NotNegative  # an i1, as MLIR's comparisons give it, or a sign
+Condition = Value | NotNegative  # an i1, as MLIR's comparisons return it, or a sign
 
 
 def i32() -> Any:
-    """32-bit integers, and whatever else has 32 bits."""
+    """32-bit integers, and anything else of 32 bits."""
     return ir.IntegerType.get_signless(32)
 
 
@@ -48,10 +48,10 @@ def float32(value: float) -> Value:
 
 
 def asm(text: str, outputs: Sequence[Any], inputs: Sequence[Value], *, volatile: bool = False) -> list[Value]:
-    """Inlines PTX, whose operands are $0, $1, …: the outputs, of the given types, then the inputs.
+    """Inlines PTX whose operands $0, $1, … are the outputs, of the given types, and then the inputs.
 
-    A condition among the inputs arrives as a 32-bit 1 or 0. Volatile instructions stay in their order. Outputs may be
-    written before all inputs have been read.
+    An i1 among the inputs arrives as a 32-bit 1 or 0. Volatile instructions keep their order. Outputs may be written
+    before all inputs have been read.
     """
     letters = {str(i32()): "r", str(i64()): "l", str(f32()): "f"}
     inputs = [arith.extui(i32(), value) if str(value.type) == "i1" else value for value in inputs]
@@ -92,26 +92,26 @@ def less(a: Value | int, b: Value | int) -> Value:
 
 
 def always() -> Condition:
-    """What holds in every thread."""
+    """The condition that holds in every thread."""
     return NotNegative(const(0))
 
 
 def both(*conditions: Condition) -> Condition:
-    """Whether all of them hold."""
+    """The condition that all of them hold."""
     if all(isinstance(condition, NotNegative) for condition in conditions):
         return NotNegative(functools.reduce(arith.ori, [condition.number for condition in conditions]))
     return functools.reduce(arith.andi, map(as_i1, conditions))
 
 
 def as_i1(condition: Condition) -> Value:
-    """A condition for MLIR's own operations."""
+    """The form of a condition that MLIR's operations take."""
     if isinstance(condition, NotNegative):
         return arith.cmpi(arith.CmpIPredicate.sge, condition.number, const(0))
     return condition
 
 
 def as_predicate(condition: Condition) -> tuple[str, Value]:
-    """A condition for inlined PTX: the comparison with 0 that `setp` makes, and the register that it compares."""
+    """The form of a condition for inlined PTX: `setp`'s comparison with 0, and the register to compare."""
     return ("ge", condition.number) if isinstance(condition, NotNegative) else ("ne", condition)
 
 

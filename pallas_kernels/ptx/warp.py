@@ -14,7 +14,7 @@ def thread() -> Value:
 
 
 def fragment_lane() -> tuple[Value, Value, Value]:
-    """The thread's warp in its warpgroup, and g and q of its lane 4·g + q, as tensor cores count."""
+    """The thread's warp in its warpgroup, and g and q of its lane 4·g + q, as in the tensor cores' layouts."""
     number = arith.andi(thread(), const(31))
     return arith.shrui(thread(), const(5)), arith.shrui(number, const(2)), arith.andi(number, const(3))
 
@@ -22,8 +22,10 @@ def fragment_lane() -> tuple[Value, Value, Value]:
 def mma(acc: Sequence[Value], a: Sequence[Value], b: Sequence[Value]) -> list[Value]:
     """acc (16 × 8, float32) + a (16 × 16, bfloat16) · b (16 × 8, bfloat16), by a warp.
 
-    Lane 4·g + q holds of acc rows g, g, g + 8, g + 8 at columns 2·q, 2·q + 1, 2·q, 2·q + 1; of a, in pairs along the
-    inner axis, rows g, g + 8, g, g + 8 at pairs q, q, q + 4, q + 4; of b column g at pairs q, q + 4.
+    Lane 4·g + q holds:
+      acc: rows g, g, g + 8, g + 8 at columns 2·q, 2·q + 1, 2·q, 2·q + 1;
+      a, in pairs along the inner axis: rows g, g + 8, g, g + 8 at pairs q, q, q + 4, q + 4;
+      b, likewise: column g at pairs q, q + 4.
     """
     return asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -34,20 +36,20 @@ def mma(acc: Sequence[Value], a: Sequence[Value], b: Sequence[Value]) -> list[Va
 
 
 def shuffle_xor(value: Value, distance: int) -> Value:
-    """The float32 number of the lane whose number differs in this bit."""
+    """The float32 number of the lane whose number differs in the bit `distance`."""
     text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;"
     return asm(text, [f32()], [value], volatile=True)[0]
 
 
 def quad_reduce(combine: Callable[[Value, Value], Value], value: Value) -> Value:
-    """What `combine` makes of the float32 numbers of lanes 4·g … 4·g + 3, in each of them."""
+    """Reduces the float32 numbers of lanes 4·g … 4·g + 3 with `combine`; each of them gets the result."""
     for distance in (1, 2):
         value = combine(value, shuffle_xor(value, distance))
     return value
 
 
 def warp_sum(value: Value, lanes: int = 1) -> Value:
-    """The float32 sum over a warp's lanes whose numbers are equal modulo `lanes`: the same bits in each of them."""
+    """The float32 sum over the warp's lanes with the same number modulo `lanes`: the same bits in each of them."""
     distance = 16
     while distance >= lanes:
         value = arith.addf(value, shuffle_xor(value, distance))
@@ -56,10 +58,10 @@ def warp_sum(value: Value, lanes: int = 1) -> Value:
 
 
 def first_lane(value: Value) -> Value:
-    """The float32 number of a warp's first lane, in each of them."""
+    """The float32 number of the warp's first lane, in every lane."""
     return asm("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", [f32()], [value], volatile=True)[0]
 
 
 def sync_warp() -> None:
-    """Loads before this begin before this: otherwise ptxas puts them off until their values are used."""
+    """Keeps earlier loads before this point: otherwise ptxas delays them until their values are used."""
     asm("bar.warp.sync 0xffffffff;", [], [])

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with what weights, of the norm of what is still being summed."""
+"""The residual sum, its norm, and the routing of the norm to experts, in one operation."""
 
 import jax
 
@@ -21,27 +21,27 @@ def norm_route(
     top: int,
     implementation: str = dispatch.AUTO,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """`add_norm`, and of its norm the `top` experts of each token and the softmax over their logits.
+    """`add_norm`, then each token's `top` experts by the norm, and the softmax over their logits.
 
-    Means, with the sum and the norm as `add_norm` has them:
+    Means, with the sum and the norm as in `add_norm`:
 
         logits  = (normed · router + router_bias), accumulated in float32, rounded to x's dtype
-        experts = the numbers of the `top` largest logits, falling; of equals, the lower number first
+        experts = the numbers of the `top` largest logits, in descending order; among equals, the lower number first
         weights = softmax(logits[experts]), in float32
         experts = -1 where positions < 0
 
     Args:
       x_TD, terms, scale_D, bias_D, epsilon, center: see `add_norm`.
       router_DE, router_bias_E: of any floating dtype; the router is rounded to x's.
-      positions_T: int32; a token at a negative one is padding, which has no experts, and any weights.
+      positions_T: int32; a token at a negative position is padding: it has no experts, and its weights are undefined.
       top: how many experts, 1 to E.
       implementation: "auto", "mosaic" (bfloat16, up to 128 rows, on Hopper) or "xla".
 
     Returns:
-      The sum and the norm, [T, D] of x's dtype; int32 numbers of experts and their float32 weights, [T, top].
+      The sum and the norm, [T, D] of x's dtype; int32 experts and their float32 weights, [T, top].
 
     Raises:
-      ValueError: an unknown implementation, or one that does not take these operands.
+      ValueError: an unknown implementation, or one that does not support these operands.
     """
     operands = (x_TD, terms, scale_D, bias_D, router_DE, router_bias_E, positions_T)
     available = {dispatch.XLA: reference.norm_route}

@@ -1,14 +1,14 @@
-"""The choice of experts for a few rows in one kernel, on Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
+"""The norm and the choice of experts, for a few rows, in one kernel for Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
 
-A row is spread over a cluster of blocks. Each multiplies its part of the row with its part of the router's rows, of
-which a thread reads 16 bytes at a time, eight experts' weights of one input. The blocks' sums meet in block 0, whose
-first warp chooses.
+A row is spread over a cluster of blocks. Each multiplies its part of the row by its part of the router's rows, of which
+a thread reads 16 bytes at a time: eight experts' weights of one input. The blocks' sums meet in block 0, whose first
+warp chooses.
 
-Logits, being rounded to bfloat16, have 16 bits: a logit and the number of its expert fit into one integer, so that a
-maximum of integers finds both, the lower number of equals.
+Logits are rounded to bfloat16, so a logit and its expert's number fit in one 32-bit integer. The maximum of these
+integers finds both, and the lower number among equals.
 
-The norm before it can be done by the same kernel: the router's weights do not wait for it, so they are on their way
-while it is computed, and a kernel's start is saved.
+The same kernel computes the norm first: the router's weights do not depend on it, so they are loaded meanwhile, and one
+kernel launch is saved.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value, rows
 
 MOST_EXPERTS = 128
-_VECTOR = 8  # experts whose weights are read at a time, by a load of 16 bytes
-_FLIGHT = 12  # loads of 16 bytes that a thread has begun at a time
-_WANTED = 8  # loads of a thread, if there are threads enough
+_VECTOR = 8  # experts whose weights one 16-byte load reads
+_FLIGHT = 12  # 16-byte loads that a thread has in flight
+_WANTED = 8  # loads per thread, if there are enough threads
 
 
 def supports(
@@ -55,13 +55,13 @@ def supports(
 
 
 def layout_of(num_rows: int, width: int, experts: int) -> rows.RowLayout:
-    """As `RowLayout.of`, with threads enough for the router's weights."""
+    """Like `RowLayout.of`, with enough threads for the router's weights."""
     blocks = rows.RowLayout.of(num_rows, width).blocks
     return rows.RowLayout.of(num_rows, width, threads=-(-width * experts // (_VECTOR * blocks * _WANTED)))
 
 
 def shared(layout: rows.RowLayout, experts: int) -> dict[str, Any]:
-    """Shared memory for `Router.choose`: the block's part of x, its warps' logits, and in block 0 those of blocks."""
+    """Shared memory for `Router.choose`: the block's part of x, its warps' logits, and in block 0 all blocks'."""
     sizes = {"x_part": 4 * layout.per, "parts": layout.warps * experts, "logits": sent(layout, experts)}
     return {name: rows.shared_floats(size) for name, size in sizes.items()}
 
@@ -80,23 +80,23 @@ def results(num_rows: int, top: int) -> dict[str, Any]:
 
 
 class Loaded(NamedTuple):
-    """What a thread has begun to load."""
+    """What a thread is loading."""
 
     weights: list[list[Value]]  # of the first steps
-    biases: list[Value]  # of the experts whose number is the lane's, modulo 32; 0 where there is none
+    biases: list[Value]  # of the experts whose number modulo 32 is the lane; 0 if there is none
     position: Value  # of the token; negative is padding
 
 
 @dataclasses.dataclass(frozen=True)
 class Router:
-    """What a thread does to choose a row's experts, in steps between which it can do other things."""
+    """What a thread does to choose a row's experts, in steps, with other work possible between them."""
 
     at: Mapping[str, Value]  # addresses of "router", "router_bias", "positions", and those of `results` and `shared`
     row: Value
     thread: rows.RowThread
     experts: int  # E
     top: int
-    exchange: int  # number of that by which block 0 gets the logits
+    exchange: int  # the number of the one in which block 0 gets the logits
 
     @property
     def vectors(self) -> int:
@@ -123,7 +123,7 @@ class Router:
         return arith.shrui(self.thread.thread, ptx.const(self.vectors.bit_length() - 1))
 
     def begin(self, bias_dtype: jax.typing.DTypeLike) -> Loaded:
-        """Begins to load what waits for nothing."""
+        """Begins the loads that depend on nothing."""
         size = jnp.dtype(bias_dtype).itemsize
         biases = [
             rows.load_number(
@@ -145,11 +145,11 @@ class Router:
         return x
 
     def choose(self, loaded: Loaded, x: Value) -> None:
-        """Chooses, and writes what is chosen.
+        """Chooses, and writes the choice.
 
         Args:
-          loaded: what `begin` has begun to load.
-          x: address of the block's part of x in shared memory, which must be there for all its threads.
+          loaded: what `begin` returned.
+          x: address of the block's part of x in shared memory, visible to all its threads.
         """
         parts, logits = self.at["parts"], self.at["logits"]
         self._multiply(loaded.weights, x, parts)
@@ -174,7 +174,7 @@ class Router:
         ptx.when(arith.cmpi(arith.CmpIPredicate.eq, before, ptx.const(0)), finish)
 
     def _load(self, start: int) -> list[list[Value]]:
-        """Begins to load the weights of steps `start` and following; 0 where the block has no row."""
+        """Begins to load the weights of the steps from `start` on; 0 for rows that the block does not have."""
         at = ptx.offset(self.at["router"], ptx.add(self.thread.first, self._row), 2 * self.experts)
         at = ptx.offset(at, self._vector, 2 * _VECTOR)
         left = arith.subi(self.thread.count, self._row)
@@ -218,7 +218,7 @@ class Router:
             ptx.store(ptx.add(at, 4 * i), acc[i : i + 4], condition, space="shared")
 
     def _gather(self, parts: Value, logits: Value) -> None:
-        """The warps' sums, each expert's by the thread of its number, added and sent to block 0."""
+        """Adds the warps' sums, each expert's by the thread with its number, and sends them to block 0."""
         layout, thread = self.thread.layout, self.thread.thread
         ptx.sync_block()
         inside = ptx.less(thread, self.experts)
@@ -246,7 +246,7 @@ class Router:
                 for block in range(self.thread.layout.blocks)
             ]
             word = ptx.pack(arith.addf(ptx.tree_sum(parts), bias), ptx.float32(0.0))
-            # Numbers in the order of integers: all bits of a negative one are turned, of another the sign.
+            # To compare floats as integers: flip all bits of a negative number, and the sign bit of any other.
             sign = arith.shrui(word, ptx.const(15))
             order = arith.xori(word, ptx.add(ptx.mul(sign, 0x7FFF), 0x8000))
             key = ptx.add(ptx.mul(order, 0x10000), arith.subi(ptx.const(0xFFFF), expert))
@@ -286,7 +286,7 @@ def norm_route(
     center: bool,
     top: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """See `api.norm_route`. The operands must be such as `supports` says."""
+    """See `api.norm_route`. `supports` must hold for the operands."""
     T, D = x_TD.shape
     E = router_DE.shape[1]
     layout = layout_of(T, D, E)
@@ -297,7 +297,7 @@ def norm_route(
         thread = rows.RowThread.of(layout, at["mbarriers"])
         thread.prepare(counts)
         router = Router(at, row, thread, E, top, exchange=add_norm.EXCHANGES)
-        # First, for no kernel before has read them: they come from farther away than what the norm waits for.
+        # First, because no earlier kernel has read them: they come from farther away than what the norm waits for.
         loaded = router.begin(router_bias_E.dtype)
         normed = norm.run(thread, at, row, loaded=len(loaded.weights))
         router.choose(loaded, router.keep(normed))

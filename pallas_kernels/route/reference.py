@@ -10,7 +10,7 @@ from pallas_kernels.partial_sum import PartialSum
 def route(
     x_TD: jax.Array, router_DE: jax.Array, bias_E: jax.Array, positions_T: jax.Array, *, top: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The experts and their weights of rows x: see `api.norm_route`."""
+    """The experts of rows x, and their weights: see `api.norm_route`."""
     contract = (((1,), (0,)), ((), ()))
     logits_TE = jax.lax.dot_general(x_TD, router_DE.astype(x_TD.dtype), contract, preferred_element_type=jnp.float32)
     logits_TE = (logits_TE + bias_E.astype(jnp.float32)).astype(x_TD.dtype)

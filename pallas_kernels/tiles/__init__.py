@@ -1,18 +1,19 @@
-"""Tile sizes as data: the settings that `gptjax bench --tune` found fastest, in `<device>.json` beside this file.
+"""Tile sizes as data: the settings that `gptjax bench --tune` found fastest, in `<device>.json` next to this file.
 
-A kernel asks when it is traced, and has a heuristic of its own where there is no answer:
+A kernel looks its settings up when it is traced, and falls back on a heuristic of its own:
 
-    shape = {"rows": T, "in": D, "out": N, "dtype": x_TD.dtype.name}
+    shape = {"rows": T, "in": I, "out": O, "dtype": x_TI.dtype.name}
     settings = tiles.lookup(device_kind, "matvec/mosaic", shape) or heuristic(shape)
 
-It asks outside its own `jax.jit` function, of which settings are static arguments: inside, the first answer would stay.
+It does so outside its own `jax.jit` function, to which settings are static arguments: inside, the first answer would
+stay.
 
 A kernel is named "<op>/<implementation>". To be tuned, its module (`dispatch.module`) has a function
 
     def tunable(shape: Shape) -> list[Settings]
 
-of the settings worth trying for a shape that it asks about, the heuristic's among them. A kernel of several parts asks
-for each, with {"part": "up", ...}.
+that returns the settings worth trying for such a shape, the heuristic's among them. A kernel of several parts looks up
+each, with {"part": "up", ...}.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ Shape = Mapping[str, int | str]  # names and sizes, all of them positive; also a
 Settings = dict[str, int | str]
 Key = tuple[str, tuple[tuple[str, int | str], ...]]  # an operation, and its shape's items in order
 
-ROWS: Final = "rows"  # of a shape: the size of which the nearest will do
+ROWS: Final = "rows"  # of a shape: for this size, the nearest will do
 
 _KINDS: Final = {
     "operation": "a text such as 'matvec/mosaic'",
@@ -56,7 +57,7 @@ class Entry:
 
     @property
     def key(self) -> Key:
-        """What it answers."""
+        """The question that it answers."""
         return key(self.operation, self.shape)
 
 
@@ -66,14 +67,14 @@ def key(operation: str, shape: Shape) -> Key:
 
 
 def path(device_kind: str) -> Path:
-    """The file of a device by JAX's `device_kind`: of "NVIDIA H200" nvidia-h200.json, beside this one."""
+    """A device's file, by JAX's `device_kind`: for "NVIDIA H200", nvidia-h200.json next to this one."""
     return Path(__file__).parent / (re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json")
 
 
 def lookup(device_kind: str, operation: str, shape: Shape) -> Settings | None:
-    """The settings of a device's table for this shape, or for the nearest rows (by ratio) where all else is equal.
+    """The settings in a device's table for this shape, or for the nearest number of rows (by ratio) of an equal one.
 
-    None where there are none: the kernel's heuristic decides.
+    None if there are none: the kernel's heuristic decides.
 
     Raises:
       ValueError: the device's table is malformed.
@@ -107,7 +108,7 @@ _trial: contextvars.ContextVar[tuple[Mapping[Key, Settings], list[Key]] | None] 
 
 @contextlib.contextmanager
 def trial(given: Mapping[Key, Settings]) -> Iterator[list[Key]]:
-    """Within, `lookup` answers with what is given here before it looks into a table. Yields the keys it is asked."""
+    """Inside it, `lookup` prefers the given settings to a table's. Yields the keys that it is asked for."""
     noted: list[Key] = []
     token = _trial.set((given, noted))
     try:
@@ -118,10 +119,10 @@ def trial(given: Mapping[Key, Settings]) -> Iterator[list[Key]]:
 
 @functools.cache
 def read(file: Path) -> tuple[Entry, ...]:
-    """The entries of a table; none where there is no such file.
+    """The entries of a table; none if there is no such file.
 
     Raises:
-      ValueError: it is malformed, with the file and the entry.
+      ValueError: it is malformed; says in which file and entry.
     """
     if not file.exists():
         return ()
@@ -157,14 +158,14 @@ def _entry(place: str, raw: Any) -> Entry:
 
 
 def _is_mapping(value: Any, least: int | None = None) -> bool:
-    """Whether it has texts and whole numbers, true and false not among them, and none below the least."""
+    """Whether all values are texts or whole numbers (not booleans), none below `least`."""
     return isinstance(value, dict) and all(
         isinstance(each, str) or (type(each) is int and (least is None or each >= least)) for each in value.values()
     )
 
 
 def text(entries: Iterable[Entry]) -> str:
-    """A table as JSON: a line an entry, sorted by operation and shape."""
+    """A table as JSON: one entry per line, sorted by operation and shape."""
     lines = [json.dumps(dataclasses.asdict(entry), ensure_ascii=False) for entry in sorted(entries, key=_order)]
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
@@ -174,10 +175,10 @@ def _order(entry: Entry) -> Any:
 
 
 def update(file: Path, entries: Iterable[Entry]) -> None:
-    """Adds entries to a table, in place of those that it has for the same keys; makes the file where there is none.
+    """Adds entries to a table, replacing those with the same keys. Creates the file if there is none.
 
     Raises:
-      ValueError: what is there is malformed.
+      ValueError: the existing table is malformed.
       OSError: it cannot be written.
     """
     kept = {entry.key: entry for entry in (*read(file), *entries)}

@@ -1,4 +1,4 @@
-"""`split.combine` as one small kernel, of which XLA makes three. For Hopper, in PTX."""
+"""`split.combine` as one small kernel, where XLA would make three. For Hopper, in PTX."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ _STORE = "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $2, $1; st.global.b32 [$0], t; }"
 
 @dataclasses.dataclass(frozen=True)
 class _CombinePlan:
-    """All that is known when the kernel is built."""
+    """Everything that is known when the kernel is built."""
 
     keys: int  # K
     splits: int  # J
@@ -33,7 +33,7 @@ class _CombinePlan:
 
     @property
     def pairs(self) -> int:
-        """Of numbers of a row."""
+        """Pairs of numbers in a row."""
         return self.keys * self.group * self.width // 2
 
 
@@ -43,7 +43,7 @@ def combine(
     """See `split.combine`. H is even, and the result is bfloat16."""
     B, K, J, G, H = out_BKJGH.shape
     plan = _CombinePlan(K, J, G, lse_BKJM.shape[-1], H, tile, sinks=None if sinks_N is None else sinks_N.dtype.name)
-    # Where there are none, they are not read, but something must stand for them.
+    # Missing sinks are not read, but something has to be passed for them.
     sinks = counts_B if sinks_N is None else sinks_N
 
     results = ptx.launch(
@@ -66,7 +66,7 @@ def combine_splits(
     row: Value,
     part: Value,
 ) -> None:
-    """One thread of a block: two numbers of one query's result. Threads beyond the last do what the last one does."""
+    """One thread of a block: two numbers of one query's result. Threads beyond the last one repeat its work."""
     number = arith.minsi(ptx.add(ptx.mul(part, THREADS), ptx.thread()), ptx.const(plan.pairs - 1))
     query, column = ptx.divided(number, plan.width // 2)
     key, place = ptx.divided(query, plan.group)
@@ -84,7 +84,7 @@ def combine_splits(
         ptx.asm(_LOAD_OUT, [ptx.f32()] * 2, [ptx.shifted(at, stride * j)], volatile=True) for j in range(plan.splits)
     ]
 
-    # What a split without work left there does not matter.
+    # The output of a split without work may be anything.
     tiles = arith.divui(ptx.add(count, plan.tile - 1), ptx.const(plan.tile))
     length = arith.divui(ptx.add(tiles, plan.splits - 1), ptx.const(plan.splits))
     used = [ptx.less(ptx.mul(length, j), tiles) for j in range(plan.splits)]

@@ -1,4 +1,4 @@
-"""How warps of a block, and blocks of a cluster, put together what they have of a softmax. For Hopper, in PTX."""
+"""How the warps of a block, and the blocks of a cluster, merge their parts of a softmax. For Hopper, in PTX."""
 
 import dataclasses
 import math
@@ -9,9 +9,9 @@ from pallas_kernels import ptx
 from pallas_kernels.attention.decode.split import FLOOR, LOG2_E
 from pallas_kernels.ptx import Condition, Value
 
-THREADS = 128  # of a block
-EIGHT = 8  # queries of half an instruction
-QUERIES = 2 * EIGHT  # of a block at most
+THREADS = 128  # per block
+EIGHT = 8  # queries in half an instruction
+QUERIES = 2 * EIGHT  # per block, at most
 
 _LOAD = "ld.global.nc.b32 $0, [$1];"
 _FROM_SHARED = "ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4+{}];"
@@ -34,13 +34,13 @@ _STORE_LOG = "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p st.global.f32 [$0], $1; }
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxPlan:
-    """What is known of the kernel's result when it is built."""
+    """What is known about the kernel's result when it is built."""
 
     keys: int  # K
     group: int  # G
     width: int  # H
     splits: int  # J: clusters that share a row's places
-    blocks: int  # of a cluster, a power of two
+    blocks: int  # per cluster, a power of two
     sinks: str | None  # their dtype, bfloat16 or float32
 
     @property
@@ -50,37 +50,37 @@ class SoftmaxPlan:
 
     @property
     def float4s(self) -> int:
-        """Of a block's result: numbers next to each other."""
+        """Float4s in a block's result."""
         return min(self.group, QUERIES) * self.width // 4
 
     @property
     def sums_row(self) -> int:
-        """Bytes of a query's sums in shared memory: 16 columns of each thread, then a gap against bank conflicts."""
+        """Bytes of a query's sums in shared memory: 16 columns per thread, each with a gap against bank conflicts."""
         return 5 * self.width
 
     @property
     def warp_bytes(self) -> int:
-        """Of shared memory for what a warp has: a row of sums a query, then pairs of maximum and sum of weights."""
+        """Bytes of shared memory per warp: a row of sums per query, then each query's maximum and sum of weights."""
         return self.eights * EIGHT * (self.sums_row + 8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Which block a thread is of."""
+    """The block that a thread belongs to."""
 
     row: Value
     head: Value  # of keys and values
-    first: Value  # of its queries, in the group
+    first: Value  # its first query in the group
     part: Value  # which split
     rank: Value  # in its cluster
 
     def pair(self, plan: SoftmaxPlan) -> Value:
-        """The number of the row and head."""
+        """The number of the pair (row, head)."""
         return ptx.add(ptx.mul(self.row, plan.keys), self.head)
 
 
 def prepare(plan: SoftmaxPlan, mbarrier: Value) -> None:
-    """Prepares to receive from the cluster's blocks, and waits until all of them have."""
+    """Prepares to receive from the cluster's blocks, and waits until all of them are ready too."""
     if plan.blocks > 1:
         bytes_to_come = 24 * plan.float4s  # from all blocks, for this block's share of the result
         ptx.asm(_PREPARE.format(bytes_to_come), [], [mbarrier, ptx.thread()])
@@ -90,15 +90,15 @@ def prepare(plan: SoftmaxPlan, mbarrier: Value) -> None:
 class Float4:
     """Four adjacent numbers of the result, which a thread writes."""
 
-    inside: Value  # which of the block's
-    query: Value  # of the group
-    column: Value  # / 4
+    inside: Value  # its number among the block's
+    query: Value  # in the group
+    column: Value  # divided by 4
     exists: Condition
-    sink: Value | None  # the query's, as a logarithm to base 2, where the block writes the whole result
+    sink: Value | None  # the query's, as a logarithm to base 2, if the block writes the whole result
 
 
 def float4s(plan: SoftmaxPlan, sinks: Value, block: Block) -> list[Float4]:
-    """What the thread writes: of the block's fours, or of the block's share of its cluster's."""
+    """The float4s that the thread writes, of the block's or of the block's share of its cluster's."""
     per = plan.float4s // plan.blocks
     found = []
     for number in _numbers(per):
@@ -118,7 +118,7 @@ def float4s(plan: SoftmaxPlan, sinks: Value, block: Block) -> list[Float4]:
 def keep(
     plan: SoftmaxPlan, own: Value, lane: Value, maxima: list[Value], totals: list[Value], sums: list[Value]
 ) -> None:
-    """Writes to the warp's shared memory, a row a query, its sums of values; then maxima and sums of weights."""
+    """Writes to the warp's shared memory: a row of sums of values per query, then the maxima and sums of weights."""
     g, q = arith.shrui(lane, ptx.const(2)), arith.andi(lane, ptx.const(3))
     for half in range(plan.eights):
         query = ptx.add(g, EIGHT * half)
@@ -137,11 +137,11 @@ def keep(
 def gather(
     plan: SoftmaxPlan, memory: Value, mailbox: Value, mbarrier: Value, block: Block, mine: list[Float4]
 ) -> list[list[Value]]:
-    """Of each four the maximum, the sum of weights and the sums of values over all places of the cluster.
+    """For each float4, the maximum, the sum of weights and the sums of values over all places of the cluster.
 
     Args:
-      memory: what the block's warps have written with `keep`.
-      mailbox: shared memory for what comes from the cluster's blocks, 24 bytes a four.
+      memory: what the block's warps wrote with `keep`.
+      mailbox: shared memory to receive from the cluster's blocks, 24 bytes per float4.
       mbarrier: see `prepare`.
     """
     numbers = _numbers(plan.float4s)
@@ -156,17 +156,17 @@ def gather(
 
 
 def _numbers(count: int) -> list[Value]:
-    """The thread's share of the numbers below a count, and perhaps one beyond."""
+    """The thread's share of the numbers below a count; the last may lie beyond it."""
     return [ptx.add(ptx.thread(), begin) for begin in range(0, count, THREADS)]
 
 
 def _column(plan: SoftmaxPlan, number: Value) -> tuple[Value, Value]:
-    """The query and the column / 4 of four of the block's numbers."""
+    """The query of one of the block's float4s, and its column divided by 4."""
     return ptx.divided(number, plan.width // 4)
 
 
 def _of_warps(plan: SoftmaxPlan, memory: Value, number: Value) -> list[Value]:
-    """Of four numbers of the block: the maximum, the sum of weights, and the four sums of values."""
+    """A float4 of the block, over its warps: the maximum, the sum of weights, and the four sums of values."""
     query, four = _column(plan, number)
     inside = ptx.add(ptx.mul(arith.shrui(four, ptx.const(2)), 80), ptx.mul(arith.andi(four, ptx.const(3)), 16))
     row = ptx.add(ptx.shared_offset(memory, query, plan.sums_row), inside)
@@ -181,7 +181,7 @@ def _of_warps(plan: SoftmaxPlan, memory: Value, number: Value) -> list[Value]:
 
 
 def _of_blocks(plan: SoftmaxPlan, mailbox: Value, number: Value) -> list[Value]:
-    """As `_of_warps`, of the cluster, from what has been sent here."""
+    """Like `_of_warps`, over the cluster's blocks, from what they sent here."""
     per = plan.float4s // plan.blocks
     here, pair = ptx.shared_offset(mailbox, number, 16), ptx.shared_offset(mailbox, number, 8)
     parts = []
@@ -194,7 +194,7 @@ def _of_blocks(plan: SoftmaxPlan, mailbox: Value, number: Value) -> list[Value]:
 
 
 def _together(parts: list[list[Value]]) -> list[Value]:
-    """Maximum, sum of weights and sums of values, of several such."""
+    """Merges several results: maximum, sum of weights, and sums of values."""
     maximum = ptx.float32(FLOOR)
     for part in parts:
         maximum = arith.maximumf(maximum, part[0])
@@ -216,7 +216,7 @@ def _send(
     total: Value,
     *sums: Value,
 ) -> None:
-    """Sends four numbers to the block of the cluster that puts them together."""
+    """Sends a float4's result to the block of the cluster that merges it."""
     per = plan.float4s // plan.blocks
     inside = arith.minsi(number, ptx.const(plan.float4s - 1))
     to, there = ptx.divided(inside, per)
@@ -230,7 +230,7 @@ def _send(
 def write(
     plan: SoftmaxPlan, out: Value, lse: Value, block: Block, four: Float4, maximum: Value, total: Value, *sums: Value
 ) -> None:
-    """Writes four numbers of the result, or of the split's."""
+    """Writes a float4 of the result, or of the split's result."""
     if four.sink is not None:
         new = arith.maximumf(maximum, four.sink)
         rescale = ptx.exp2(arith.subf(maximum, new))

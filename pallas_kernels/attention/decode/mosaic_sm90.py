@@ -1,8 +1,7 @@
-"""Attention of one query token a row over a cache: Pallas Mosaic GPU, for Hopper. RECORD.md beside tells how.
+"""Attention over a cache with one query token per row, for Hopper: Pallas Mosaic GPU. See ../RECORD.md.
 
-A warp streams its tiles of places of one key/value head from memory to registers (`warp_sm90`), and nobody waits for
-anybody until the end, when the warps of a block, and the blocks of a cluster, put together what they have
-(`gather_sm90`).
+A warp streams its tiles of one key/value head from memory to registers (`warp_sm90`). Nothing waits until the end, when
+the warps of a block, and then the blocks of a cluster, merge their results (`gather_sm90`).
 """
 
 from functools import partial
@@ -19,12 +18,12 @@ from pallas_kernels.attention.decode.gather_sm90 import QUERIES, Block
 from pallas_kernels.attention.decode.warp_sm90 import WARPS, DecodePlan
 from pallas_kernels.ptx import Value
 
-plgpu: Any = mosaic_gpu  # whose interface was another in JAX 0.10, where this module can be imported only
+plgpu: Any = mosaic_gpu  # JAX 0.10 has another interface: there, this module can only be imported
 WIDTHS = 64  # head widths are multiples of this
 _WARP_TILES = {64: 32}  # places that a warp computes at a time, by width; RECORD.md has others
 _WARP_TILE = 16
-_MULTIPROCESSORS = 132  # of an H200: in clusters, more blocks only wait for each other
-_IN_CLUSTER = 4096  # places that a cluster shares by default, so that there is nothing to combine after it
+_MULTIPROCESSORS = 132  # of an H200: more blocks in clusters would only wait for each other
+_IN_CLUSTER = 4096  # places that one cluster shares by default, so that nothing is left to combine
 
 
 def decode(
@@ -41,25 +40,25 @@ def decode(
 ) -> jax.Array:
     """Softmax attention of each row's one query over the first `counts` places of its cache, in any order.
 
-    Scores, softmax and sums are float32; the weights are rounded to bfloat16 for their product with the values. What
-    lies beyond a row's count has no influence, not even NaN. The bits of a row depend neither on other rows nor, for
-    given splits and blocks, on the capacity S.
+    Scores, softmax and sums are float32; the weights are rounded to bfloat16 for their product with the values. Places
+    beyond a row's count have no influence, even if they hold NaN. The bits of a row depend neither on other rows nor,
+    for given splits and blocks, on the capacity S.
 
     Args:
       q_BNH: bfloat16; query n uses key/value head n // (N / K).
       k_BKSH, v_BKSH: bfloat16, H a multiple of 64.
       counts_B: int32, 0 to S: places in use.
-      sinks_N: bfloat16 or float32, a logit of each query head that takes its share of the softmax and has no value.
-      scale: what scores are multiplied with.
+      sinks_N: bfloat16 or float32, one logit per query head that takes its share of the softmax and has no value.
+      scale: scores are multiplied by it.
       splits: clusters that share a row's cache; by default from B, K and S.
-      blocks: of a cluster: 1, 2, 4 or 8; by default from B, K and S.
+      blocks: per cluster: 1, 2, 4 or 8; by default from B, K and S.
       warp_tile: places that a warp computes at a time, a multiple of 16; by default from H.
 
     Returns:
       [B, N, H] bfloat16; 0 for a row whose count is 0.
 
     Raises:
-      ValueError: dtypes, widths or settings that the kernel does not have.
+      ValueError: dtypes, widths or settings that the kernel does not support.
     """
     B, N, H = q_BNH.shape
     K, S = k_BKSH.shape[1:3]
@@ -102,10 +101,10 @@ def decode(
 
 
 def _deal(rows: int, places: int, tile: int) -> tuple[int, int]:
-    """Into how many splits, of how many blocks each, to deal the cache of each of `rows` (B · K).
+    """How many splits, of how many blocks each, to deal a row's `places` into, if there are `rows` (B · K) of them.
 
-    A small capacity lowers both, but not below what gives a block one tile: so within `_IN_CLUSTER` places, and beyond
-    them, it changes no bit.
+    A small capacity lowers both, but never below one tile per block. So among capacities up to `_IN_CLUSTER`, and among
+    those beyond it, the capacity changes no bit.
     """
     wanted = split.choose(rows, places, tile)
     if wanted > ptx.MOST_BLOCKS and places > _IN_CLUSTER:
@@ -127,7 +126,7 @@ def _decode(
     B, N, H = q_BNH.shape
     K, G, J = plan.keys, plan.group, plan.splits
     operands = {"q": q_BNH, "k": k_BKSH, "v": v_BKSH, "counts": counts_B}
-    operands["sinks"] = counts_B if sinks_N is None else sinks_N  # without sinks something must be there, unread
+    operands["sinks"] = counts_B if sinks_N is None else sinks_N  # something has to be passed, even if unread
     results = ptx.launch(
         partial(decode_attention, plan),
         operands,
@@ -169,7 +168,7 @@ def decode_attention(
 ) -> None:
     """One thread of a block: up to 16 queries of a group, and the cluster's part of the places.
 
-    All first loads are begun before anything waits: where there is one split, not even for the count.
+    All first loads begin before anything waits; with a single split, not even for the count.
     """
     block = Block(row, head, ptx.mul(queries, QUERIES), part, ptx.cluster_rank(plan.blocks))
     at = warp_sm90.Thread(block, arith.shrui(ptx.thread(), ptx.const(5)), arith.andi(ptx.thread(), ptx.const(31)))
@@ -178,8 +177,8 @@ def decode_attention(
     a = warp_sm90.load_queries(plan, q, at)
     keys, values = stream.keys(0), stream.values(0)
     fours = gather_sm90.float4s(plan, sinks, block)
-    gather_sm90.prepare(plan, mbarrier)  # while what has been loaded comes
-    ptx.sync_warp()  # so that ptxas does not put off these loads
+    gather_sm90.prepare(plan, mbarrier)  # while the loads are under way
+    ptx.sync_warp()  # keeps ptxas from delaying these loads
     softmax = warp_sm90.attend(stream, a, keys, values)
     gather_sm90.keep(plan, ptx.shared_offset(memory, at.warp, plan.warp_bytes), at.lane, *softmax)
     for four, each in zip(fours, gather_sm90.gather(plan, memory, mailbox, mbarrier, block, fours), strict=True):

@@ -1,8 +1,8 @@
-"""What the decode kernels share: how a row's cache is split among programs, and how their results are combined.
+"""How the decode kernels split a row's cache among programs, and how the results are combined.
 
-A row's tiles are dealt out in runs of equal length, by the row's own count, so
-that a short row in a long cache is read by as many programs as a long one, and so that its bits depend neither on the
-other rows nor, for a given number of splits, on the cache's capacity.
+A row's tiles are dealt out in runs of equal length that depend on the row's own count. So a short row in a long cache
+is read by as many programs as a long one, and its bits depend neither on the other rows nor, for a given number of
+splits, on the cache's capacity.
 """
 
 import math
@@ -12,25 +12,25 @@ import jax
 import jax.numpy as jnp
 
 LOG2_E = math.log2(math.e)  # the kernels' softmax is of powers of two
-PROGRAMS = 264  # two a multiprocessor of an H200
+PROGRAMS = 264  # two per multiprocessor of an H200
 MAX_SPLITS = 32  # `combine` is unrolled over them
 FLOOR = -1e30  # of logits: finite, so that a row without keys gives 0 and not NaN
 
 
 def choose(rows: int, places: int, tile: int) -> int:
-    """Into how many splits to deal the cache of each of `rows` (B · K) that have `places` each."""
+    """How many splits to deal a row's `places` into, if there are `rows` (B · K) of them."""
     return max(1, min(PROGRAMS // rows, -(-places // tile), MAX_SPLITS))
 
 
 def run(counts: jax.Array, index: jax.Array, *, tile: int, splits: int) -> tuple[jax.Array, jax.Array]:
-    """The first tile of a split's run and how many tiles it has: 0 for a split without work.
+    """The first tile of a split's run, and its number of tiles: 0 for a split without work.
 
     Args:
-      counts: int32 places in use; of any shape.
-      index: int32, of the same shape: which split.
+      counts: int32 places in use, of any shape.
+      index: int32, which split, of the same shape.
     """
 
-    def ceil_div(x: jax.Array, y: int) -> jax.Array:  # of numbers that are not negative; jnp's has more to do
+    def ceil_div(x: jax.Array, y: int) -> jax.Array:  # for nonnegative numbers; jnp's does more
         return jax.lax.div(x + (y - 1), jnp.full_like(x, y))
 
     tiles = ceil_div(counts, tile)
@@ -50,13 +50,13 @@ def combine(
 ) -> jax.Array:
     """The softmax over all splits and the sinks, from those over each split, in float32.
 
-    Sums are unrolled, in order: XLA makes one kernel of it, and splits without work change no bit.
+    Sums are unrolled, in order, so XLA makes one kernel of them, and splits without work change no bit.
 
     Args:
-      out_BKJGH: float32, each split's normalised output. What a split without work left there does not matter.
-      lse_BKJG: float32, the logarithm to base 2 of each split's total; may have more than G columns.
+      out_BKJGH: float32, each split's normalised output; that of a split without work may be anything.
+      lse_BKJG: float32, the logarithm to base 2 of each split's total; it may have more than G columns.
       counts_B: int32 places in use.
-      sinks_N: logits (to base e) that take their share and have no value.
+      sinks_N: logits (to base e) that take their share of the softmax and have no value.
       tile: the kernel's.
       dtype: of the result.
 

@@ -1,4 +1,4 @@
-"""Attention of one query token a row over a cache, on Ampere and Ada: Pallas Triton."""
+"""Attention over a cache with one query token per row, for Ampere and Ada: Pallas Triton."""
 
 from functools import partial
 from typing import Any
@@ -10,8 +10,8 @@ from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.attention.decode import split
 
-ROWS = 16  # the fewest rows of a product
-TILE = 64  # places that are multiplied at a time
+ROWS = 16  # the fewest rows that a product takes
+TILE = 64  # places multiplied at a time
 WARPS = 4
 STAGES = 3  # of Triton's software pipeline: tiles in flight
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -40,18 +40,18 @@ def decode(
       q_BNH: bfloat16, float16 or float32 (whose products are not rounded); query n uses key/value head n // (N / K).
       k_BKSH, v_BKSH: of the queries' dtype.
       counts_B: int32, 0 to S: places in use.
-      sinks_N: a logit of each query head that takes its share of the softmax and has no value.
-      scale: what scores are multiplied with.
+      sinks_N: one logit per query head that takes its share of the softmax and has no value.
+      scale: scores are multiplied by it.
       splits: programs that share a row's cache; by default from B, K and S.
-      tile: places multiplied at a time, a power of two from 16.
-      warps, stages: of a program.
+      tile: places multiplied at a time, a power of two, at least 16.
+      warps, stages: per program.
       interpret: run on a CPU.
 
     Returns:
       [B, N, H] of the queries' dtype; 0 for a row whose count is 0.
 
     Raises:
-      ValueError: dtypes, head counts or tiles that the kernel does not have.
+      ValueError: dtypes, head counts or tiles that the kernel does not support.
     """
     B, N, _ = q_BNH.shape
     K, S = k_BKSH.shape[1:3]
@@ -98,9 +98,9 @@ def _decode(
     B, N, H = q_BNH.shape
     K = k_BKSH.shape[1]
     G = N // K
-    M, width = max(ROWS, pl.next_power_of_2(G)), max(ROWS, pl.next_power_of_2(H))  # sizes in a kernel: powers of two
+    M, width = max(ROWS, pl.next_power_of_2(G)), max(ROWS, pl.next_power_of_2(H))  # sizes in kernels: powers of two
     dtype, f32 = q_BNH.dtype, jnp.float32
-    whole = splits == 1  # a program has all of its rows' softmax, with the sinks
+    whole = splits == 1  # each program computes its rows' whole softmax, with the sinks
     sinks = (sinks_N,) if whole and sinks_N is not None else ()
     # By default float32 operands would be rounded to TensorFloat-32.
     multiply = partial(pltriton.dot, precision=jax.lax.Precision.HIGHEST if dtype == f32 else None)

@@ -1,11 +1,11 @@
-"""What a warp of decode attention does with its tiles of places: streams, multiplies and weighs them. For Hopper.
+"""The work of one warp in decode attention: it streams, multiplies and weighs its tiles of places. For Hopper.
 
-Each thread loads from memory to registers just what it will itself use: 16 bytes a load, all of a tile's loads one
-after the other, each as soon as the registers that it goes to have been used. So a warp waits for nobody.
+Each thread loads, from memory to registers, exactly what it will use itself: 16 bytes per load, each load as soon as
+its registers are free. So a warp waits for no other warp.
 
-In the products on the tensor cores (`ptx.mma`) the queries are the rows. That a sum may run in any order, if only both
-factors have the same, lets a thread take 16 bytes of a key at a time. Scores come out where the product with the values
-wants its weights.
+In the products on the tensor cores (`ptx.mma`) the queries are the rows. A sum may run in any order that is the same
+for both factors, so a thread can take 16 bytes of a key at a time. Scores come out where the product with the values
+expects its weights.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ _LOAD = "ld.global.nc.b32 $0, [$1];"
 _LOAD_FOUR = "ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [$4+{}];"
 _STREAM_FOUR = "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {{$0, $1, $2, $3}}, [$4+{}];"
 
-Words = list[list[Value]]  # of 16 bytes each
+Words = list[list[Value]]  # 16 bytes each
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodePlan(SoftmaxPlan):
-    """All that is known when the kernel is built."""
+    """Everything that is known when the kernel is built."""
 
     places: int  # S
     warp_tile: int  # places that a warp computes at a time, a multiple of 16
@@ -49,13 +49,13 @@ class DecodePlan(SoftmaxPlan):
 
     @property
     def stride(self) -> int:
-        """From one of a warp's tiles to its next, in places."""
+        """Places from one of a warp's tiles to its next."""
         return self.tile * self.blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class Thread:
-    """A thread's place."""
+    """Which thread this is."""
 
     block: Block
     warp: Value  # in the block
@@ -74,28 +74,28 @@ class Thread:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A warp's places: a tile each `plan.stride`, from `first` on, before `end`."""
+    """A warp's places: a tile every `plan.stride` places, from `first` to before `end`."""
 
     first: Value
     end: Value
 
     def left(self, plan: DecodePlan, turn: Value | int) -> Value:
-        """Places from the first of a turn's tile to the end; may be negative."""
+        """Places from the start of a turn's tile to the end; may be negative."""
         return arith.subi(arith.subi(self.end, self.first), ptx.mul(turn, plan.stride))
 
     def turns(self, plan: DecodePlan) -> Value:
-        """Tiles, and at least 1, for the first is loaded before it is known whether there is one."""
+        """The number of tiles, at least 1: the first is loaded before it is known whether there is one."""
         left = arith.maxsi(self.left(plan, 0), ptx.const(1))
         return arith.divui(ptx.add(left, plan.stride - 1), ptx.const(plan.stride))
 
 
 def run(plan: DecodePlan, counts: Value, at: Thread) -> Run:
-    """Of the split's places (see `split.run`), those of the thread's warp."""
+    """The warp's share of its split's places (see `split.run`)."""
     (count,) = ptx.asm(_LOAD, [ptx.i32()], [ptx.offset(counts, at.block.row, 4)], volatile=True)
     count = arith.maxsi(arith.minsi(count, ptx.const(plan.places)), ptx.const(0))
     tile = ptx.add(ptx.mul(at.block.rank, WARPS), at.warp)
     first = ptx.mul(tile, plan.warp_tile)
-    if plan.splits == 1:  # then `first` does not wait for the count
+    if plan.splits == 1:  # `first` need not wait for the count
         return Run(first, count)
     tiles = arith.divui(ptx.add(count, plan.tile - 1), ptx.const(plan.tile))
     length = ptx.mul(arith.divui(ptx.add(tiles, plan.splits - 1), ptx.const(plan.splits)), plan.tile)
@@ -104,9 +104,9 @@ def run(plan: DecodePlan, counts: Value, at: Thread) -> Run:
 
 
 def load_queries(plan: DecodePlan, q: Value, at: Thread) -> list[list[Value]]:
-    """Of each 16 columns of a product with keys, the queries' numbers as `ptx.mma` has its first factor.
+    """The queries as first factors of `ptx.mma`, one for every 16 columns of the product with keys.
 
-    Rows that there are not may be any: their results are not used.
+    Missing rows may hold anything, because their results are not used.
     """
     halves = []
     for half in range(plan.eights):
@@ -128,7 +128,7 @@ def _load(text: str, address: Value, place: int) -> list[Value]:
 
 @dataclasses.dataclass(frozen=True)
 class CacheStream:
-    """The thread's loads of its warp's tiles. What lies beyond the count is loaded too, but nothing beyond S."""
+    """The thread's loads of its warp's tiles. It also loads places beyond the count, but none beyond S."""
 
     plan: DecodePlan
     k: Value  # address of the row's and head's keys
@@ -137,12 +137,12 @@ class CacheStream:
     run: Run
 
     def keys(self, turn: Value | int) -> Words:
-        """Of place g of each eight, 16 bytes of each 64: from 16·q on."""
+        """Of place g in every eight, the 16 bytes from 16·q on in every 64."""
         rows = self._rows(ptx.offset(self.k, self.at.q, 16), turn, self.at.g, range(0, self.plan.warp_tile, EIGHT))
         return [_load(_STREAM_FOUR, row, begin + 64 * i) for row, begin in rows for i in range(self.plan.width // 32)]
 
     def values(self, turn: Value | int) -> Words:
-        """Of places 2·q, 2·q + 1, 2·q + 8 and 2·q + 9 of each 16, for each 128 bytes in turn: from 16·g on."""
+        """Of places 2·q, 2·q + 1, 2·q + 8 and 2·q + 9 in every 16, the 16 bytes from 16·g on in every 128."""
         places = [first + i for first in range(0, self.plan.warp_tile, 2 * EIGHT) for i in (0, 1, 8, 9)]
         rows = self._rows(ptx.offset(self.v, self.at.g, 16), turn, ptx.mul(self.at.q, 2), places)
         return [
@@ -153,9 +153,9 @@ class CacheStream:
         ]
 
     def _rows(self, cache: Value, turn: Value | int, mine: Value, places: Iterable[int]) -> list[tuple[Value, int]]:
-        """Where the thread reads: addresses, and bytes to add to them. The places count from the tile's `mine`."""
+        """Where the thread reads: addresses, and bytes to add to them. `places` count from the tile's place `mine`."""
         plan, first = self.plan, ptx.add(self.run.first, ptx.mul(turn, self.plan.stride))
-        if plan.places % plan.warp_tile == 0:  # then all of a tile is within S, or nothing
+        if plan.places % plan.warp_tile == 0:  # a tile is within S entirely or not at all
             first = arith.minsi(first, ptx.const(plan.places - plan.warp_tile))
             row = ptx.offset(cache, ptx.add(first, mine), plan.row)
             return [(row, plan.row * place) for place in places]
@@ -166,12 +166,12 @@ class CacheStream:
 def attend(
     stream: CacheStream, a: list[list[Value]], keys: Words, values: Words
 ) -> tuple[list[Value], list[Value], list[Value]]:
-    """The warp's softmax: for each query of the thread's the maximum and the thread's part of the sum; sums of values.
+    """The warp's softmax: per query, the maximum and the thread's part of the sum; and the sums of values.
 
-    Of those, four for each eight columns of `_multiply`.
+    Of the sums of values, there are four for every eight columns of `_multiply`.
 
     Args:
-      a: of `load_queries`.
+      a: from `load_queries`.
       keys, values: of the stream's first turn.
     """
     plan, eights = stream.plan, stream.plan.eights
@@ -199,7 +199,7 @@ def attend(
         return [*chain(*keys, *values), *softmax, *sums]
 
     carry = ptx.loop(turns, [*chain(*keys, *values), *state], step, start=1)
-    # Only a warp's last tile may be there in part, or not at all.
+    # Only a warp's last tile may be partly or entirely missing.
     keys, values, state = _apart(carry, *sizes)
     left = arith.subi(stream.run.left(plan, arith.subi(turns, ptx.const(1))), ptx.mul(stream.at.q, 2))
     seen = [[ptx.less(place + i, left) for i in (0, 1)] for place in range(0, plan.warp_tile, EIGHT)]
@@ -214,7 +214,7 @@ def _apart(carry: list[Value], keys: int, values: int) -> tuple[Words, Words, li
 
 
 def _scores(plan: DecodePlan, a: list[list[Value]], keys: Words) -> Words:
-    """Queries times each eight places' keys, in powers of two: for each half of the queries the thread's two places."""
+    """Queries times the keys of every eight places, to base 2: per half of the queries, the thread's two places."""
     zero = ptx.float32(0.0)
     scale = ptx.float32(plan.scale * split.LOG2_E)
     per = plan.width // 32
@@ -229,7 +229,7 @@ def _scores(plan: DecodePlan, a: list[list[Value]], keys: Words) -> Words:
 
 
 def _seen_scores(scores: Words, seen: Words) -> Words:
-    """Scores, and -infinity where `seen`, of the thread's two of each eight places, does not hold."""
+    """Scores, with -infinity where `seen` (of the thread's two places in every eight) does not hold."""
     least = ptx.float32(-math.inf)
     return [
         [arith.select(ok[i % 2], score, least) for i, score in enumerate(each)]
@@ -238,7 +238,7 @@ def _seen_scores(scores: Words, seen: Words) -> Words:
 
 
 def _seen_values(plan: DecodePlan, values: Words, seen: Words) -> Words:
-    """Values, and 0 where `seen` does not hold: weights are 0 there, but what lies there may be NaN."""
+    """Values, with 0 where `seen` does not hold: the weights are 0 there, but the values may be NaN."""
     zero = ptx.const(0)
     across = plan.width // 64
     result = []
@@ -252,7 +252,7 @@ def _seen_values(plan: DecodePlan, values: Words, seen: Words) -> Words:
 def _softmax(
     scores: Words, maxima: list[Value], totals: list[Value]
 ) -> tuple[Words, list[Value], list[Value], list[Value]]:
-    """The weights of what `_scores` gives; by what to multiply older sums; the new maxima and sums of weights."""
+    """The weights of `_scores`' scores; the factors for older sums; the new maxima and sums of weights."""
     weights: Words = [[] for _ in scores]
     rescales, new_maxima, new_totals = [], [], []
     for half, (maximum, total) in enumerate(zip(maxima, totals, strict=True)):
@@ -275,8 +275,8 @@ def _softmax(
 def _multiply(plan: DecodePlan, sums: list[Value], weights: Words, values: Words) -> list[Value]:
     """Adds weights times values.
 
-    Of the thread's four rows of each 16 places, the numbers of adjacent rows are paired. Column g of product i of 64
-    columns is column 8·g + i of those.
+    The thread has four rows of every 16 places; numbers of adjacent rows are paired. Column g of product i is column
+    8·g + i of each 64.
     """
     sums = list(sums)
     zero = ptx.const(0)

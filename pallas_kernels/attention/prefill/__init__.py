@@ -1,1 +1,1 @@
-"""Many queries a row."""
+"""Many queries per row."""

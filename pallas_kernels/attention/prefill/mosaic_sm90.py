@@ -1,9 +1,9 @@
-"""Attention of many query tokens a row over a cache, on Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
+"""Attention over a cache with many query tokens per row, for Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
 
-Flash attention. A program has two
-warpgroups that compute, each for 64 queries of a head, and one that loads: what the two share are blocks of keys and
-values. They are two heads of a group, or, where a group has an odd number of heads, the two halves of 128 queries.
-Programs are as many as multiprocessors and take items of such 128 queries in turn, those with most to read first.
+Flash attention. A program has two warpgroups that compute, each for 64 queries of one head, and one that loads. The two
+share blocks of keys and values: they take two heads of a group or, if a group has an odd number of heads, the two
+halves of 128 queries. There are as many programs as multiprocessors; they take items of two times 64 queries in turn,
+those with the most to read first.
 """
 
 from collections import namedtuple
@@ -21,12 +21,12 @@ from pallas_kernels.attention.decode import split
 from pallas_kernels.attention.prefill import schedule
 from pallas_kernels.attention.prefill.schedule import QUERIES, STAGES, UNUSED
 
-plgpu: Any = mosaic_gpu  # whose interface was another in JAX 0.10, where this module can be imported only
+plgpu: Any = mosaic_gpu  # JAX 0.10 has another interface: there, this module can only be imported
 WIDTHS = (64, 80, 96, 128)
-EIGHT = 8  # T and S are multiples of this, the rows of a tile in shared memory
-WARPGROUPS = 2  # that compute
-REGISTERS, LOADER_REGISTERS = 232, 40  # of a thread
-# What lies on threads: matrices as a wgmma leaves them, and one number of each of their rows or columns.
+EIGHT = 8  # T and S must be multiples of this, the rows of a tile in shared memory
+WARPGROUPS = 2  # those that compute
+REGISTERS, LOADER_REGISTERS = 232, 40  # per thread
+# How values lie on threads: matrices as a wgmma leaves them, and one number for each of their rows or columns.
 MATRIX = plgpu.Layout.WGMMA
 ROWS, COLUMNS = MATRIX.reduce(1), MATRIX.reduce(0)
 
@@ -43,26 +43,26 @@ def prefill(
     window: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`api.attention` over a cache, for any number of queries a row; scores of all places exist nowhere.
+    """`api.attention` over a cache, for any number of queries per row; the full matrix of scores never exists.
 
     Scores, softmax and sums are float32; the weights are rounded to bfloat16 for their product with the values. A tile
-    of queries reads the blocks of the cache from the first to the last that it sees something of, so places may lie in
-    any order, but what is read is least where neighbours in the cache are neighbours in the sequence.
+    of queries reads the blocks of the cache from the first to the last in which it sees anything. Places may lie in any
+    order, but least is read if neighbours in the cache are neighbours in the sequence.
 
     Args:
       q_BTNH: bfloat16.
       k_BKSH, v_BKSH: bfloat16.
       q_positions_BT, k_positions_BS: int32; negative is padding.
       sinks_N: bfloat16 or float32 logits of the query heads.
-      scale: what scores are multiplied with; more than 0.
-      window: the positions that a query sees, itself included; None for all up to its own.
+      scale: scores are multiplied by it; more than 0.
+      window: how many positions a query sees, its own included; None for all up to its own.
       interpret: run on a CPU.
 
     Returns:
-      [B, T, N, H] bfloat16; 0 for padding, and where nothing is seen.
+      [B, T, N, H] bfloat16; 0 for padding, and for queries that see nothing.
 
     Raises:
-      ValueError: what is `refused`: other dtypes, widths or scales, or T or S no multiple of 8.
+      ValueError: what `refused` describes: other dtypes, widths or scales, or T or S that is not a multiple of 8.
     """
     if why := refused(q_BTNH, k_BKSH, v_BKSH, sinks_N, scale=scale):
         raise ValueError(f"mosaic prefill attention takes {why}")
@@ -73,7 +73,7 @@ def prefill(
 def refused(
     q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, sinks_N: jax.Array | None, *, scale: float
 ) -> str | None:
-    """What `prefill` would rather have than operands such as these; None where it takes them."""
+    """What `prefill` takes instead of these operands, for an error message; None if it takes them."""
     T, N, H = q_BTNH.shape[1:]
     K, S = k_BKSH.shape[1:3]
     dtypes = {x.dtype for x in (q_BTNH, k_BKSH, v_BKSH)}
@@ -93,13 +93,13 @@ def refused(
 
 
 def _places(H: int, window: int) -> int:
-    """Places of a block. Of 128 each takes less time, if threads have the registers and no window is as short."""
+    """Places per block. With 128, each place takes less time, if threads have the registers and the window is long."""
     return 128 if H <= 80 and window >= 512 else 64
 
 
-# What the kernel reads, named without the axes; sinks may be missing.
+# What the kernel reads, named without axes; sinks may be missing.
 _Operands = namedtuple("_Operands", "q k v q_positions k_positions spans unclean sinks", defaults=(None,))
-# Shared memory and its barriers: of q and out one for each warpgroup, of what is loaded block by block STAGES.
+# Shared memory and its barriers: one per warpgroup for q and out, STAGES for what is loaded block by block.
 _Shared = namedtuple("_Shared", "q k v positions out q_loaded q_freed k_loaded v_loaded freed cleaned")
 
 
@@ -189,7 +189,7 @@ def _load(items: schedule.Items, group: int, refs: _Operands, shared: _Shared) -
         for warpgroup in range(WARPGROUPS):
             start, own_head = items.own(warpgroup, tile, head)
             pl.when(turn > 0)(partial(plgpu.barrier_wait, shared.q_freed.at[warpgroup]))
-            source = refs.q.at[row, pl.ds(start, QUERIES), own_head]  # beyond T come zeros, as beyond S
+            source = refs.q.at[row, pl.ds(start, QUERIES), own_head]  # zeros beyond T, as beyond S
             plgpu.copy_gmem_to_smem(source, shared.q.at[warpgroup], shared.q_loaded.at[warpgroup])
 
         def load(block: jax.Array, _: None) -> None:
@@ -222,10 +222,10 @@ def _compute(
         span = schedule.Span(done, *(refs.spans[row, tile, i] for i in range(4)))
         out_tH = _attend(warpgroup, row, head, queries, span, refs, shared, **settings)
         out_smem = shared.out.at[warpgroup]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the last item
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous item's copy
         out_smem[...] = out_tH.astype(out_smem.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem, out_ref.at[row, queries, head])  # without what is beyond T
+        plgpu.copy_smem_to_gmem(out_smem, out_ref.at[row, queries, head])  # skips what is beyond T
         return span.done_after()
 
     lax.fori_loop(0, items.turns(), item, jnp.int32(0))
@@ -265,8 +265,8 @@ def _attend(
         mask = partial(_mask, q_positions_t, shared.positions.at[span.slot(block)], window)
         scores_ts = lax.cond(span.is_plain(block), lambda scores_ts: scores_ts, mask, scores_ts)
         sums = sums.weigh(scores_ts, scale * split.LOG2_E)
-        # Here, and not just before they are used: ptxas moves the wait for a product with values up to the last branch,
-        # so that without this one it would not go on while the above is computed.
+        # Wait for the next keys here, and not just before their use: ptxas moves the wait for the product with values
+        # up to the last branch, so without this branch that product would not overlap with the code above.
         k_loaded = shared.k_loaded.at[span.slot(block + 1)]
         pl.when(block + 1 < span.end)(partial(plgpu.barrier_wait, k_loaded))
         return sums
@@ -289,17 +289,17 @@ def _attend(
 
 
 class _Sums(NamedTuple):
-    """A running softmax, to powers of two, and the sums of values that it weighs: all but those of the last block."""
+    """A running softmax, to base 2, and the sums of the values that it weighs, without those of the last block."""
 
     maximum_t: jax.Array
     total_t: jax.Array
-    rescale_t: jax.Array  # what earlier sums are multiplied with, for the last block has raised the maximum
+    rescale_t: jax.Array  # the factor for earlier sums, because the last block may have raised the maximum
     weights_ts: jax.Array  # of the last block, bfloat16
     out_tH: jax.Array
 
     @classmethod
     def start(cls, sink: jax.Array | None, places: int, H: int) -> "_Sums":
-        """What has seen no key yet, but the sink where there is one."""
+        """A softmax that has seen no key yet, only the sink if there is one."""
 
         def full(value: jax.Array | float, shape: tuple[int, ...], layout: Any) -> jax.Array:
             return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
@@ -314,7 +314,7 @@ class _Sums(NamedTuple):
         return cls(maximum_t, total_t, full(1, (QUERIES,), ROWS), weights_ts, full(0, (QUERIES, H), MATRIX))
 
     def weigh(self, scores_ts: jax.Array, factor: float) -> "_Sums":
-        """With the weights of another block, whose scores are yet to be multiplied with `factor`."""
+        """Takes up another block's scores, which are still to be multiplied by `factor`."""
         maximum_t = jnp.maximum(self.maximum_t, scores_ts.max(axis=1) * factor)
         weights_ts = jnp.exp2(scores_ts * factor - _broadcast(maximum_t, scores_ts.shape, 0))
         rescale_t = jnp.exp2(self.maximum_t - maximum_t)
@@ -322,24 +322,24 @@ class _Sums(NamedTuple):
         return _Sums(maximum_t, total_t, rescale_t, weights_ts.astype(self.weights_ts.dtype), self.out_tH)
 
     def with_product(self, product_tH: jax.Array) -> jax.Array:
-        """The sums of values with those of the last block."""
+        """The sums of values, including the last block's."""
         return self.out_tH * _broadcast(self.rescale_t, product_tH.shape, 0) + product_tH
 
     def mean(self) -> jax.Array:
-        """The sums over the total; 0 where nothing is seen."""
+        """The sums divided by the total; 0 for queries that see nothing."""
         share_t = 1 / jnp.where(self.total_t == 0, 1.0, self.total_t)
         return self.out_tH * _broadcast(share_t, self.out_tH.shape, 0)
 
 
 def _mask(q_positions_t: jax.Array, positions_smem: Any, window: int, scores_ts: jax.Array) -> jax.Array:
     k_positions_s = plgpu.load(positions_smem, layout=COLUMNS, optimized=False)
-    # Unsigned: of a later key, an unused place or padding the difference is huge.
+    # Unsigned, so the difference is huge for a later key, an unused place or padding.
     distance_ts = _broadcast(q_positions_t, scores_ts.shape, 0) - _broadcast(k_positions_s, scores_ts.shape, 1)
     return jnp.where(distance_ts < jnp.uint32(window), scores_ts, -jnp.inf)
 
 
 def _clean(warpgroup: jax.Array, slot: jax.Array, shared: _Shared) -> None:
-    """Makes values that nobody sees 0: a weight of 0 does not silence NaN."""
+    """Zeroes the values that no query sees: a weight of 0 does not silence a NaN."""
 
     @pl.when(warpgroup == 0)
     def _() -> None:
@@ -369,7 +369,7 @@ def _products(
     *,
     interpret: bool,
 ) -> tuple[Any, jax.Array]:
-    """between(q · kᵀ) and weights · v, float32; the second product goes on while `between` works."""
+    """between(q · kᵀ) and weights · v, float32; the second product runs while `between` works."""
     if interpret:
         scores_ts = _product(q_smem, k_smem.transpose((1, 0)), k_smem.shape[0], interpret=True)
         return between(scores_ts), _product(weights_ts, v_smem, v_smem.shape[1], interpret=True)
@@ -386,8 +386,8 @@ def _products(
 
 
 def _product(a: Any, b_smem: Any, width: int, *, interpret: bool) -> jax.Array:
-    """a · b, float32, of a matrix in shared memory or registers and one in shared memory."""
-    if interpret:  # which has no products of registers
+    """a · b, float32, with a in shared memory or registers, and b in shared memory."""
+    if interpret:  # the interpreter has no products from registers
         return jnp.dot(a[...], b_smem[...], preferred_element_type=jnp.float32)
 
     def multiply(out_ref: Any) -> jax.Array:

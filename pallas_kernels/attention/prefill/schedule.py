@@ -1,4 +1,4 @@
-"""What the programs of prefill attention read, and in which order."""
+"""What the programs of prefill attention read, and in what order."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-QUERIES = 64  # of a warpgroup: the rows of a wgmma
-PROGRAMS = 132  # one a multiprocessor of an H200
-STAGES = 4  # blocks of keys and of values in shared memory: of two that are multiplied, of the next and of one to come
-UNUSED = (1 << 31) - 1  # the position of a place that no query of the row sees
+QUERIES = 64  # per warpgroup: the rows of a wgmma
+PROGRAMS = 132  # one per multiprocessor of an H200
+STAGES = 4  # blocks of keys and of values in shared memory: two being multiplied, the next, and the one after
+UNUSED = (1 << 31) - 1  # stands for the position of a place that no query of the row sees
 
 
 def schedule(
@@ -19,13 +19,15 @@ def schedule(
     """What each tile of queries reads.
 
     Returns:
-      The positions, uint32, padded to whole tiles and blocks: those of keys are UNUSED where no query of the row sees
-      them. spans_BQ4, int32: a tile's first block, the first and the end of a run of blocks that all of its queries see
-      all of, and the end of its blocks, of which it has at least one. unclean_BZ, int32: 1 for blocks with UNUSED.
+      The positions of queries and keys, uint32, padded to whole tiles and blocks. A key's position is UNUSED if no
+      query of the row sees it.
+      spans_BQ4, int32: a tile's first block; the first and the end of a run of blocks that all of its queries see
+      entirely; and the end of its blocks, of which it has at least one.
+      unclean_BZ, int32: 1 for blocks that contain UNUSED.
     """
     B, T = q_positions_BT.shape
     S = k_positions_BS.shape[1]
-    # All padding is -1: of less, the kernel would subtract UNUSED and get a small number.
+    # All padding becomes -1: from less, the kernel would subtract UNUSED and get a small number.
     q_positions_BT = jnp.maximum(q_positions_BT, -1)
     q_BQt = jnp.pad(q_positions_BT, ((0, 0), (0, -T % tile)), constant_values=-1).reshape(B, -1, tile)
     k_BZs = jnp.pad(k_positions_BS, ((0, 0), (0, -S % places)), constant_values=-1).reshape(B, -1, places)
@@ -54,13 +56,13 @@ def schedule(
 
 
 class Items(NamedTuple):
-    """What the programs do: each item is a tile of queries of a row, of as many heads as its blocks are shared by."""
+    """The programs' work. An item is a tile of queries of one row, in as many heads as share its blocks."""
 
     rows: int
-    tiles: int  # of a row
-    heads: int  # of a row
-    shared: int  # heads of an item
-    tile: int  # queries of an item
+    tiles: int  # per row
+    heads: int  # per row
+    shared: int  # heads per item
+    tile: int  # queries per item
 
     @property
     def programs(self) -> int:
@@ -72,12 +74,12 @@ class Items(NamedTuple):
         return self.rows * self.tiles * self.heads // self.shared
 
     def turns(self) -> jax.Array:
-        """How many items this program has."""
+        """The number of this program's items."""
         whole, left = divmod(self._total, self.programs)
         return whole + (self._of_turn(whole) < left).astype(jnp.int32)
 
     def find(self, turn: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The row, the tile and the first head of this program's item. The last tiles, which see most, come first."""
+        """The row, the tile and the first head of a turn's item. The last tiles, which see the most, come first."""
         pairs = self.heads // self.shared
         item = turn * self.programs + self._of_turn(turn)
         rest = lax.rem(item, jnp.int32(self.rows * pairs))
@@ -91,28 +93,28 @@ class Items(NamedTuple):
         return pl.multiple_of(tile * self.tile, QUERIES), head + warpgroup
 
     def _of_turn(self, turn: jax.Array | int) -> jax.Array:
-        # There and back, so that the items of a program are as much together as those of another.
+        # Back and forth, so that each program's items add up to about the same work.
         program = lax.axis_index("program")
         return jnp.where(turn % 2 == 0, program, self.programs - 1 - program)
 
 
 class Span(NamedTuple):
-    """The blocks of an item, as `schedule` has them."""
+    """The blocks of an item, from `schedule`."""
 
-    done: jax.Array  # blocks of the program's items before
+    done: jax.Array  # blocks of the program's earlier items
     first: jax.Array
     plain_first: jax.Array
     plain_end: jax.Array
     end: jax.Array
 
     def slot(self, block: jax.Array) -> jax.Array:
-        """Where in shared memory a block lies."""
+        """The slot of shared memory in which a block lies."""
         return lax.rem(self.done + block - self.first, jnp.int32(STAGES))
 
     def is_plain(self, block: jax.Array) -> jax.Array:
-        """Whether all queries see all of a block."""
+        """Whether all queries see a whole block."""
         return (block >= self.plain_first) & (block < self.plain_end)
 
     def done_after(self) -> jax.Array:
-        """Blocks of the program's items up to and with this one."""
+        """Blocks of the program's items up to and including this one."""
         return self.done + self.end - self.first
