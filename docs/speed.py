@@ -1,4 +1,4 @@
-"""Draws decoding speed against rows, beside what the memory allows, from files that `gptjax bench --json` wrote.
+"""Draws decoding speed against rows, and what the memory allows, from files that `gptjax bench --json` wrote.
 
 python docs/speed.py docs/bench/*.json docs/images/speed.svg
 """

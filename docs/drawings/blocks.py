@@ -1,4 +1,4 @@
-"""A block of GPT-2 and one of GPT-OSS beside it, with the shape on every arrow."""
+"""A block of GPT-2 and one of GPT-OSS side by side, with the shape on every arrow."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -38,12 +38,12 @@ class Block:
 
     def __init__(self, drawing: Drawing, left: int, config: ModelConfig) -> None:
         self._drawing, self._left, self._sizes = drawing, left, sizes(config)
-        self._y = 110.0  # of the present row
+        self._y = 110.0  # of the current row
         self._stream = 48.0  # down to where the residual stream is drawn
         self.stages: dict[str, str] = {}
 
     def box(self, title: str, name: str, kind: str, *, lane: int = _MIDDLE, row: float = 0) -> None:
-        """A step, so many rows below the present one."""
+        """A step, `row` rows below the current one."""
         width = _WIDE if lane == _MIDDLE else _NARROW
         self._drawing.box(self._left + lane, self._y + row * _PITCH, width, _BOX, [title, name], kind)
 

@@ -81,7 +81,7 @@ class KVCache:
         old_k_BKSH, old_v_BKSH = self.k[layer], self.v[layer]
         S, T = old_k_BKSH.shape[2], positions_BT.shape[1]
         last_B1 = positions_BT.max(axis=1, keepdims=True)
-        kept_BT = jnp.where(positions_BT > last_B1 - S, positions_BT, -1)  # of a ring's places, each is written once
+        kept_BT = jnp.where(positions_BT > last_B1 - S, positions_BT, -1)  # so that each place of a ring is written once
         k_BKSH, v_BKSH = _write(old_k_BKSH, k_BTKH, kept_BT), _write(old_v_BKSH, v_BTKH, kept_BT)
         cache = self.with_layer(layer, k_BKSH, v_BKSH)
         if self.capacity == S or T == 1:
@@ -102,12 +102,12 @@ class KVCache:
         angles: tuple[jax.Array, jax.Array] | None,
         positions_BT: jax.Array,
     ) -> tuple[jax.Array, Attended, "KVCache"]:
-        """As `update`, in one kernel with all else between the product and attention, if `append.takes` the cache.
+        """Like `update`, in one kernel with the other steps from product to attention; needs `append.takes`.
 
         Args:
           qkv: the product that queries, keys and values come from.
-          angles: cos and sin [B, 1, 1, H/2] that queries and keys are rotated by; None for none.
-          positions_BT: of one token a row.
+          angles: cos and sin [B, 1, 1, H/2] to rotate queries and keys by; None to rotate nothing.
+          positions_BT: of one token per row.
 
         Returns:
           The queries [B, 1, N, H], what they attend to, and the cache.
@@ -151,8 +151,8 @@ def _write(array_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) 
     place_BT = jnp.where(positions_BT < 0, places, positions_BT % places)
     if positions_BT.shape[1] > 1:
         return _scatter(array_BKSH, new_BTKH, place_BT)
-    # On a CPU, XLA's scatter converts the whole of a half-precision cache to float32 and back. (What is left in
-    # bfloat16, which XLA has no arithmetic for there, are the conversions of each step.)
+    # On a CPU, XLA's scatter converts the whole of a half-precision cache to float32 and back. (In bfloat16,
+    # for which XLA has no arithmetic there, only the conversions of each step are left.)
     written: jax.Array = jax.lax.platform_dependent(
         array_BKSH, new_BTKH, place_BT, cpu=_write_row_by_row, default=_scatter
     )
@@ -165,7 +165,7 @@ def _scatter(array_BKSH: jax.Array, new_BTKH: jax.Array, place_BT: jax.Array) ->
 
 
 def _write_row_by_row(array_BKSH: jax.Array, new_B1KH: jax.Array, place_B1: jax.Array) -> jax.Array:
-    """`_scatter` for one token a row."""
+    """`_scatter` for one token per row."""
     _, K, S, H = array_BKSH.shape
     new_BK1H = new_B1KH.transpose(0, 2, 1, 3)
 

@@ -36,7 +36,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> PartialSum:
-        """The update to the residual stream, [B · T, D]."""
+        """The update to the residual, [B · T, D]."""
         linear = partial(
             Linear,
             dtype=self.dtype,

@@ -23,6 +23,6 @@ def observe(module: nn.Module, name: str, value: jax.Array) -> jax.Array:
 
 
 def observe_lazy(module: nn.Module, name: str, make: Callable[[], jax.Array]) -> None:
-    """As `observe`, for a value that the model itself does not need: it is computed only if it is observed."""
+    """Like `observe`, for a value that the model itself does not need: it is computed only if it is observed."""
     if is_observed(module):
         observe(module, name, make())

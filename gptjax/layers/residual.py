@@ -12,8 +12,8 @@ from pallas_kernels.partial_sum import PartialSum
 class Residual:
     """A residual stream, and an update that is still to be added to it.
 
-    The next norm reads the stream from memory anyway and adds the update in passing, so no update costs a pass over
-    the stream of its own.
+    The next norm reads the stream from memory anyway and adds the update in passing, so an update costs no extra pass
+    over the stream.
     """
 
     x_BTD: jax.Array

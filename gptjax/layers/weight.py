@@ -1,4 +1,4 @@
-"""Declaring a matrix once, as numbers or packed in MXFP4."""
+"""Declares weights, as numbers or packed in MXFP4, and multiplies by them."""
 
 from functools import partial
 from typing import Any
@@ -61,7 +61,7 @@ def weight(
 
 
 def numbers(weight: Weight, dtype: DTypeLike) -> jax.Array:
-    """The numbers of a weight, in its own order of axes."""
+    """A weight's numbers, unpacked if need be, in its own order of axes."""
     return weight.dequantize(dtype) if isinstance(weight, MXFP4) else weight.astype(dtype)
 
 
@@ -93,7 +93,7 @@ def unembed(hidden: jax.Array, embedding_VD: Weight, dtype: DTypeLike) -> jax.Ar
 
 @partial(jax.jit, static_argnums=1)
 def random_mxfp4(key: jax.Array, shape: tuple[int, ...]) -> MXFP4:
-    """Random codes of one scale."""
+    """Random codes, all with the same scale."""
     scales_shape = (*shape[:-1], shape[-1] // BLOCK)
     blocks = jax.random.bits(key, (*scales_shape, BLOCK // 2), jnp.uint8)
     return MXFP4(blocks, jnp.full(scales_shape, _SCALE, jnp.uint8))

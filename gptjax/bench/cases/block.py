@@ -136,8 +136,8 @@ class Block(Case):
         """[T, D]."""
         weights: Weights = jax.tree.map(float64, operands.weights)
         x_TD = float64(x.stream.x_TD)
-        qkv_TE = _product(self._normed(x_TD, weights.attention_norm), weights.qkv)
-        heads_TD = self._attended(qkv_TE, *map(float64, x.caches[operands.copy]))
+        qkv_TO = _product(self._normed(x_TD, weights.attention_norm), weights.qkv)
+        heads_TD = self._attended(qkv_TO, *map(float64, x.caches[operands.copy]))
         x_TD = x_TD + _product(heads_TD, weights.out)
         hidden_TF = _gelu(_product(self._normed(x_TD, weights.mlp_norm), weights.up))
         return x_TD + _product(hidden_TF, weights.down)
@@ -148,9 +148,9 @@ class Block(Case):
         normed_TD: np.ndarray = centered_TD / np.sqrt(variance_T1 + self.epsilon) * norm.scale_D + norm.bias_D
         return normed_TD
 
-    def _attended(self, qkv_TE: np.ndarray, k_TNSH: np.ndarray, v_TNSH: np.ndarray) -> np.ndarray:
+    def _attended(self, qkv_TO: np.ndarray, k_TNSH: np.ndarray, v_TNSH: np.ndarray) -> np.ndarray:
         # The new keys and values are in the last place.
-        q_TNH, k_TNH, v_TNH = np.moveaxis(qkv_TE.reshape(self.rows, 3, self.num_heads, self.head_width), 1, 0)
+        q_TNH, k_TNH, v_TNH = np.moveaxis(qkv_TO.reshape(self.rows, 3, self.num_heads, self.head_width), 1, 0)
         k_TNSH, v_TNSH = (
             np.concatenate((old[:, :, :-1], new[:, :, None]), axis=2) for old, new in ((k_TNSH, k_TNH), (v_TNSH, v_TNH))
         )

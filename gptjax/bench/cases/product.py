@@ -14,9 +14,9 @@ from pallas_kernels import matvec as products
 _COLUMNS: Final = 512  # columns of a result that are compared
 
 
-def matvec(x_TD: jax.Array, kernel_DN: jax.Array, *, implementation: str) -> jax.Array:
-    """The product, summed: [T, N] float32."""
-    return products.matvec(x_TD, kernel_DN, implementation=implementation).total()
+def matvec(x_TI: jax.Array, kernel_IO: jax.Array, *, implementation: str) -> jax.Array:
+    """The product, summed: [T, O] float32."""
+    return products.matvec(x_TI, kernel_IO, implementation=implementation).total()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Product(Case):
     """`matvec`."""
 
     operation = "matvec"
-    inputs: int  # D
-    outputs: int  # N
+    inputs: int  # I
+    outputs: int  # O
 
     @property
     def shape(self) -> str:
@@ -43,18 +43,18 @@ class Product(Case):
         return 2 * self.rows * self.inputs * self.outputs
 
     def x(self, count: int) -> jax.Array:
-        """[T, D]."""
+        """[T, I]."""
         del count
         return normal(0, (self.rows, self.inputs), self.dtype)
 
     def copies(self, count: int, implementation: str) -> list[Any]:
-        """Weights [D, N]."""
+        """Weights [I, O]."""
         del implementation
         deviation = 1 / math.sqrt(self.inputs)
         return [normal(1 + copy, (self.inputs, self.outputs), self.dtype, deviation) for copy in range(count)]
 
     def call(self, x: jax.Array, operands: Any, implementation: str) -> jax.Array:
-        """[T, N]."""
+        """[T, O]."""
         return matvec(x, operands, implementation=implementation)
 
     @property
