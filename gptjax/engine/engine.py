@@ -34,7 +34,7 @@ class Token:
 
 
 @dataclasses.dataclass
-class _Chunk:
+class _Dispatched:
     """Steps dispatched in one call, whose tokens `Engine.step` has not all returned yet."""
 
     num_steps: int
@@ -70,12 +70,12 @@ class Engine:
     `begin` and `fill` do the work of `admit` one chunk of the prompt at a time, with steps of the other slots between.
     A slot that has filled its cache must be released; until then its tokens are -1.
 
-    Steps are dispatched one at a time, or in chunks of `steps_per_dispatch` on devices that compute a step faster than
-    the host can dispatch it. Tokens and their order are bit-identical either way. The price of a chunk is that its
-    first token arrives with its last, and that it is computed to the end even if a request ends early. So single steps
-    are dispatched while a newcomer waits for its first token, and when no request wants at least half a chunk (known
-    from `max_tokens` and `max_length`): at most half a chunk is knowingly wasted. A request that ends by itself wastes
-    the rest of its chunk, and one more that the device is already computing.
+    Steps are dispatched one at a time, or `steps_per_dispatch` at once on devices that compute a step faster than the
+    host can dispatch it. Tokens and their order are bit-identical either way. The price of several steps at once is
+    that the first token arrives with the last, and that all are computed even if a request ends early. So single steps
+    are dispatched while a newcomer waits for its first token, and when no request wants at least half of them (known
+    from `max_tokens` and `max_length`): at most half are knowingly wasted. A request that ends by itself wastes the
+    rest of its dispatch, and the next one, which the device is already computing.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Engine:
         self._prefixes = Prefixes(batch) if reuse else None
         self._wanted = [0] * batch  # steps that a slot's request still wants and that were not dispatched yet
         self._newcomers: set[int] = set()  # slots with no step dispatched yet
-        self._chunks: deque[_Chunk] = deque()  # oldest first; each has slots whose tokens are wanted
+        self._dispatched: deque[_Dispatched] = deque()  # oldest first; each has slots whose tokens are wanted
         self._levels = levels
         self._features = Features()
         self._settings: sampling.Sampling | None = None  # of the current rows; None after they change
@@ -263,9 +263,9 @@ class Engine:
         self._wanted[slot] = 0
         self._newcomers.discard(slot)
         self._settings = self._active_B = None
-        for chunk in self._chunks:
-            chunk.slots.discard(slot)
-        self._chunks = deque(chunk for chunk in self._chunks if chunk.slots)
+        for dispatched in self._dispatched:
+            dispatched.slots.discard(slot)
+        self._dispatched = deque(each for each in self._dispatched if each.slots)
 
     def step(self) -> list[Token]:
         """The next token of every busy slot, except those admitted while steps were under way: their turn comes later.
@@ -275,26 +275,26 @@ class Engine:
         """
         if self._idle:
             return []
-        if self._newcomers or not self._chunks:
+        if self._newcomers or not self._dispatched:
             self._dispatch()
-        chunk = self._chunks[0]
-        # While a chunk's tokens are handed out, the device works on as many more steps. (A single step's token is read
+        oldest = self._dispatched[0]
+        # While its tokens are handed out, the device works on as many more steps. (A single step's token is read
         # while its `advance` is under way.)
-        while max(self._wanted) > 0 and self._ahead < chunk.num_steps - 1:
+        while max(self._wanted) > 0 and self._ahead < oldest.num_steps - 1:
             self._dispatch()
-        left = chunk.read()
+        left = oldest.read()
         sampled = left.popleft()
         if not left:
-            self._chunks.popleft()
-        return [_token(sampled, slot) for slot in sorted(chunk.slots)]
+            self._dispatched.popleft()
+        return [_token(sampled, slot) for slot in sorted(oldest.slots)]
 
     @property
     def _ahead(self) -> int:
-        """Steps dispatched after the oldest chunk."""
-        return sum(chunk.num_steps for chunk in self._chunks) - self._chunks[0].num_steps
+        """Steps dispatched after the oldest dispatch."""
+        return sum(each.num_steps for each in self._dispatched) - self._dispatched[0].num_steps
 
     def _dispatch(self) -> None:
-        """Dispatches one step, or a chunk of steps."""
+        """Dispatches one step, or several at once."""
         if self._settings is None or self._active_B is None:
             self._settings = settings_of(self._requests, self.model.config.vocab_size, self._needed_features())
             self._active_B = self._active()
@@ -302,7 +302,7 @@ class Engine:
         num_steps = self.steps_per_dispatch if enough else 1
         sampled = self._ask(self._settings, self._active_B, num_steps)
         busy = {slot for slot, request in enumerate(self._requests) if request is not None}
-        self._chunks.append(_Chunk(num_steps, sampled, busy))
+        self._dispatched.append(_Dispatched(num_steps, sampled, busy))
         self._newcomers.clear()
         self._read = 0
         for slot in busy:

@@ -81,7 +81,7 @@ class KVCache:
         old_k_BKSH, old_v_BKSH = self.k[layer], self.v[layer]
         S, T = old_k_BKSH.shape[2], positions_BT.shape[1]
         last_B1 = positions_BT.max(axis=1, keepdims=True)
-        kept_BT = jnp.where(positions_BT > last_B1 - S, positions_BT, -1)  # so that each place of a ring is written once
+        kept_BT = jnp.where(positions_BT > last_B1 - S, positions_BT, -1)  # each place of a ring is written once
         k_BKSH, v_BKSH = _write(old_k_BKSH, k_BTKH, kept_BT), _write(old_v_BKSH, v_BTKH, kept_BT)
         cache = self.with_layer(layer, k_BKSH, v_BKSH)
         if self.capacity == S or T == 1:
