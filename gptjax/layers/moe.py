@@ -44,7 +44,6 @@ class Router(nn.Module):
             residual.pending,
             self.norm.scale(D),
             epsilon=self.norm.epsilon,
-            center=False,
             router_DE=kernel_DE,
             router_bias_E=bias_E,
             positions_T=positions_T,

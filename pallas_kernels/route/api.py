@@ -11,17 +11,15 @@ def norm_route(
     x_TD: jax.Array,
     terms: PartialSum | None,
     scale_D: jax.Array,
-    bias_D: jax.Array | None = None,
     *,
     epsilon: float,
-    center: bool,
     router_DE: jax.Array,
     router_bias_E: jax.Array,
     positions_T: jax.Array,
     top: int,
     implementation: str = dispatch.AUTO,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """`add_norm`, then each token's `top` experts by the norm, and the softmax over their logits.
+    """`add_norm` with RMSNorm, then each token's `top` experts by the norm, and the softmax over their logits.
 
     Means, with the sum and the norm as in `add_norm`:
 
@@ -31,7 +29,7 @@ def norm_route(
         experts = -1 where positions < 0
 
     Args:
-      x_TD, terms, scale_D, bias_D, epsilon, center: see `add_norm`.
+      x_TD, terms, scale_D, epsilon: see `add_norm`.
       router_DE, router_bias_E: of any floating dtype; the router is rounded to x's.
       positions_T: int32; a token at a negative position is padding: it has no experts, and its weights are undefined.
       top: how many experts, 1 to E.
@@ -43,7 +41,7 @@ def norm_route(
     Raises:
       ValueError: an unknown implementation, or one that does not support these operands.
     """
-    operands = (x_TD, terms, scale_D, bias_D, router_DE, router_bias_E, positions_T)
+    operands = (x_TD, terms, scale_D, router_DE, router_bias_E, positions_T)
     available = {dispatch.XLA: reference.norm_route}
     if dispatch.wanted(implementation) == dispatch.MOSAIC:
         from pallas_kernels.route import mosaic_sm90
@@ -51,4 +49,4 @@ def norm_route(
         if mosaic_sm90.supports(*operands, top=top):
             available[dispatch.MOSAIC] = mosaic_sm90.norm_route
     run = dispatch.choose("norm_route", implementation, available)
-    return run(*operands, epsilon=epsilon, center=center, top=top)
+    return run(*operands, epsilon=epsilon, top=top)

@@ -35,7 +35,6 @@ def supports(
     x_TD: jax.Array,
     terms: PartialSum | None,
     scale_D: jax.Array,
-    bias_D: jax.Array | None,
     router_DE: jax.Array,
     router_bias_E: jax.Array,
     positions_T: jax.Array,
@@ -45,7 +44,7 @@ def supports(
     """Whether `norm_route` takes these operands."""
     E = router_DE.shape[1]
     return (
-        add_norm.supports(x_TD, terms, scale_D, bias_D)
+        add_norm.supports(x_TD, terms, scale_D)
         and router_DE.dtype == jnp.bfloat16
         and router_bias_E.dtype in (jnp.bfloat16, jnp.float32)
         and positions_T.dtype == jnp.int32
@@ -272,25 +271,23 @@ class Router:
         return numbers, [ptx.divide(power, total) for power in powers]
 
 
-@partial(jax.jit, static_argnames=("epsilon", "center", "top"))
+@partial(jax.jit, static_argnames=("epsilon", "top"))
 def norm_route(
     x_TD: jax.Array,
     terms: PartialSum | None,
     scale_D: jax.Array,
-    bias_D: jax.Array | None,
     router_DE: jax.Array,
     router_bias_E: jax.Array,
     positions_T: jax.Array,
     *,
     epsilon: float,
-    center: bool,
     top: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """See `api.norm_route`. `supports` must hold for the operands."""
     T, D = x_TD.shape
     E = router_DE.shape[1]
     layout = layout_of(T, D, E)
-    norm = add_norm.Norm(terms, add_norm.operands(x_TD, terms, scale_D, bias_D), epsilon, center)
+    norm = add_norm.Norm(terms, add_norm.operands(x_TD, terms, scale_D, None), epsilon, center=False)
     counts = [*add_norm.counts(layout), sent(layout, E)]
 
     def norm_route(*, row: Value, **at: Value) -> None:

@@ -22,15 +22,13 @@ def norm_route(
     x_TD: jax.Array,
     terms: PartialSum | None,
     scale_D: jax.Array,
-    bias_D: jax.Array | None,
     router_DE: jax.Array,
     router_bias_E: jax.Array,
     positions_T: jax.Array,
     *,
     epsilon: float,
-    center: bool,
     top: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """See `api.norm_route`."""
-    sum_TD, normed_TD = add_norm(x_TD, terms, scale_D, bias_D, epsilon=epsilon, center=center)
+    sum_TD, normed_TD = add_norm(x_TD, terms, scale_D, epsilon=epsilon, center=False)
     return sum_TD, normed_TD, *route(normed_TD, router_DE, router_bias_E, positions_T, top=top)

@@ -40,7 +40,7 @@ def _route(
     """The norm of x alone, and what is chosen of it."""
     choice = {"router_DE": router, "router_bias_E": bias, "positions_T": positions, "top": top}
     scale = jnp.ones(x.shape[1], x.dtype)
-    return norm_route(x, None, scale, epsilon=EPSILON, center=False, implementation=implementation, **choice)[1:]
+    return norm_route(x, None, scale, epsilon=EPSILON, implementation=implementation, **choice)[1:]
 
 
 def _check(experts: jax.Array, weights: jax.Array, operands: tuple[jax.Array, ...], top: int) -> None:
@@ -85,13 +85,13 @@ def test_the_kernel_agrees_with_numpy(T, D, E, top):
 
 
 ROWS = [1, 3, 8, 32, 128]
-SIZES = [  # D, E, S, X, center
-    (2880, 32, 5, 0, False),
-    (2880, 128, 5, 0, False),
-    (2880, 32, 3, 4, False),
-    (768, 64, 0, 0, True),
-    (64, 8, 3, 4, True),
-    (8192, 16, 2, 0, False),
+SIZES = [  # D, E, S, X
+    (2880, 32, 5, 0),
+    (2880, 128, 5, 0),
+    (2880, 32, 3, 4),
+    (768, 64, 0, 0),
+    (64, 8, 3, 4),
+    (8192, 16, 2, 0),
 ]
 # The kernel is another for each number of rows and size. To jnp all rows are alike: each number of them comes at least
 # twice, and each size with a few and with many.
@@ -101,14 +101,14 @@ PAIRS += [pytest.param(T, sizes, "mosaic", marks=needs_hopper) for sizes in SIZE
 
 @pytest.mark.parametrize(("T", "sizes", "implementation"), PAIRS)
 def test_the_norm_and_the_choice_agree_with_numpy(T, sizes, implementation):
-    D, E, S, X, center = sizes
+    D, E, S, X = sizes
     case = Case(T=T, D=D, S=max(S, 1), X=X, E=5 if X else 1, weighted=bool(X))
-    x, terms, scale, bias = add_norm_numpy.operands(case, jnp.bfloat16)
-    terms, bias = terms if S else None, bias if center else None
+    x, terms, scale, _ = add_norm_numpy.operands(case, jnp.bfloat16)
+    terms = terms if S else None
     router, router_bias, positions = _router(T, D, E, jnp.bfloat16)
-    run = partial(norm_route, epsilon=EPSILON, center=center, top=4, implementation=implementation)
+    run = partial(norm_route, epsilon=EPSILON, top=4, implementation=implementation)
     choice = {"router_DE": router, "router_bias_E": router_bias, "positions_T": positions}
-    sum_TD, normed_TD, experts, weights = run(x, terms, scale, bias, **choice)
+    sum_TD, normed_TD, experts, weights = run(x, terms, scale, **choice)
     assert sum_TD.dtype == normed_TD.dtype == jnp.bfloat16
     # Both are rounded once, to half a unit in the last place, and by XLA what is added too; the rest is float32's.
     rounding = float(jnp.finfo(jnp.bfloat16).eps) / 2
@@ -116,7 +116,7 @@ def test_the_norm_and_the_choice_agree_with_numpy(T, sizes, implementation):
     expected = np.asarray(x, np.float64) + added
     rounded = rounding * (1 + rounding) * np.abs(added) if implementation == "xla" else 0
     assert (np.abs(np.asarray(sum_TD, np.float64) - expected) <= rounding * np.abs(expected) + rounded + 1e-5).all()
-    expected = add_norm_numpy.norm(sum_TD, scale, bias, epsilon=EPSILON, center=center)
+    expected = add_norm_numpy.norm(sum_TD, scale, None, epsilon=EPSILON, center=False)
     np.testing.assert_allclose(np.asarray(normed_TD, np.float64), expected, rtol=rounding, atol=2e-5)
     _check(experts, weights, (normed_TD, router, router_bias, positions), 4)
 
@@ -160,12 +160,12 @@ def _kernels(lowered: Any) -> int:
 def test_the_kernels_lower_for_cuda(T, D, E, top):
     mosaic = importlib.import_module("pallas_kernels.route.mosaic_sm90")
     router = _router(T, D, E, jnp.bfloat16)
-    run = jax.jit(partial(mosaic.norm_route, epsilon=EPSILON, center=False, top=top))
+    run = jax.jit(partial(mosaic.norm_route, epsilon=EPSILON, top=top))
     for case in (Case(T=T, D=D, S=5, E=1), Case(T=T, D=D, S=3, X=4, E=3, weighted=True)):
         x, terms, scale, _ = add_norm_numpy.operands(case, jnp.bfloat16)
         for summed in (terms, None):
-            assert mosaic.supports(x, summed, scale, None, *router, top=top)
-            assert _kernels(run.trace(x, summed, scale, None, *router)) == 1
+            assert mosaic.supports(x, summed, scale, *router, top=top)
+            assert _kernels(run.trace(x, summed, scale, *router)) == 1
 
 
 def test_what_the_kernels_do_not_take():
@@ -174,7 +174,7 @@ def test_what_the_kernels_do_not_take():
     scale = jnp.ones(96, jnp.bfloat16)
 
     def supports(x: jax.Array, *choice: jax.Array, top: int, scale: jax.Array = scale) -> bool:
-        return bool(mosaic.supports(x, None, scale, None, *choice, top=top))
+        return bool(mosaic.supports(x, None, scale, *choice, top=top))
 
     assert supports(x, router, bias, positions, top=4)
     assert supports(x, router, bias.astype(jnp.float32), positions, top=32)
