@@ -102,7 +102,7 @@ class KVCache:
         angles: tuple[jax.Array, jax.Array] | None,
         positions_BT: jax.Array,
     ) -> tuple[jax.Array, Attended, "KVCache"]:
-        """Like `update`, in one kernel with the other steps from product to attention; needs `append.takes`.
+        """Like `update`, in one kernel with the other steps from product to attention, if `append.takes` the cache.
 
         Args:
           qkv: the product that queries, keys and values come from.
