@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from convert import DTYPES, mxfp4, rules
+from convert import DTYPES, filling, matching, mxfp4
 from convert.hashing import Hashes
+from convert.rules import FLOATS
 from convert.tables import table
 from gptjax.checkpoints import foreign, safetensors, weights
 from gptjax.checkpoints.raw import Buffers
@@ -127,7 +128,7 @@ def stream_params(directory: str | PathLike[str], config: ModelConfig) -> Iterat
       CheckpointError: the directory's weights are missing, damaged or not those of the configuration's model.
     """
     plan, reader = _open(Path(directory), config)
-    return rules.stream(plan, reader)
+    return filling.stream(plan, reader)
 
 
 def open_params(
@@ -136,7 +137,7 @@ def open_params(
     """Like `stream_params`, but with a function that reads the array; several may run at a time."""
     plan, reader = _open(Path(directory), config)
     reader.buffers = Buffers()
-    return rules.readers(plan, reader)
+    return filling.readers(plan, reader)
 
 
 def stored_dtypes(directory: str | PathLike[str], config: ModelConfig) -> dict[weights.Path, str]:
@@ -149,11 +150,11 @@ def stored_dtypes(directory: str | PathLike[str], config: ModelConfig) -> dict[w
     return {fill.path: NUMPY_DTYPES[reader.tensors[fill.sources[0]].dtype].name for fill in plan.fills}
 
 
-def _open(source: Path, config: ModelConfig) -> tuple[rules.Plan, safetensors.SafetensorsSource]:
+def _open(source: Path, config: ModelConfig) -> tuple[matching.Plan, safetensors.SafetensorsSource]:
     reader = safetensors.open_directory(source)
     targets = abstract_params(build(config))
     try:
-        plan = rules.check(table(config, reader.tensors), reader.tensors, targets)
+        plan = matching.check(table(config, reader.tensors), reader.tensors, targets)
     except CheckpointError as error:
         raise CheckpointError(f"{source} cannot be used: {error}") from None
     return plan, reader
@@ -210,13 +211,13 @@ def _rewritten(config_json: bytes, config: ModelConfig, target: ModelConfig, ign
 
 
 def _parts(
-    plan: rules.Plan,
+    plan: matching.Plan,
     reader: safetensors.SafetensorsSource,
     wanted: np.dtype[Any] | None,
     chosen: Mapping[weights.Path, MXFP4],
 ) -> Iterator[weights.Part]:
     """All weights to write."""
-    for fill, (path, read) in zip(plan.fills, rules.readers(plan, reader), strict=True):
+    for fill, (path, read) in zip(plan.fills, filling.readers(plan, reader), strict=True):
         if path in chosen:
             make = functools.partial(_packed, fill, reader, chosen[path].shape)
         else:
@@ -225,10 +226,10 @@ def _parts(
 
 
 def _packed(
-    fill: rules.Fill, reader: safetensors.SafetensorsSource, shape: tuple[int, ...]
+    fill: matching.Fill, reader: safetensors.SafetensorsSource, shape: tuple[int, ...]
 ) -> dict[weights.Path, np.ndarray]:
     cut = mxfp4.is_cut(fill.path, shape)
-    parts = rules.parts(fill, reader) if cut else iter([rules.read(fill, reader)])
+    parts = filling.parts(fill, reader) if cut else iter([filling.read(fill, reader)])
     blocks, scales = mxfp4.rounded(fill.path, parts, shape)
     return {(*fill.path, "blocks"): blocks, (*fill.path, "scales"): scales}
 
@@ -243,7 +244,7 @@ def _cast(
 
 
 def _written_bytes(
-    fill: rules.Fill,
+    fill: matching.Fill,
     reader: safetensors.SafetensorsSource,
     wanted: np.dtype[Any] | None,
     chosen: Mapping[weights.Path, MXFP4],
@@ -255,4 +256,4 @@ def _written_bytes(
 
 def _bytes(info: TensorInfo, wanted: np.dtype[Any] | None) -> int:
     own = NUMPY_DTYPES[info.dtype]
-    return math.prod(info.shape) * int((own if wanted is None or info.dtype not in rules.FLOATS else wanted).itemsize)
+    return math.prod(info.shape) * int((own if wanted is None or info.dtype not in FLOATS else wanted).itemsize)

@@ -10,7 +10,8 @@ from typing import Any, Final
 import jax.numpy as jnp
 import numpy as np
 
-from convert.rules import Shape, source_shapes
+from convert.matching import source_shapes
+from convert.rules import Shape
 from convert.tables import table
 from gptjax.checkpoints.atomic_directory import staged, unwritable
 from gptjax.checkpoints.safetensors import INDEX

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import rules
+from convert import filling, matching
 from convert.rules import TRANSPOSED, Copy, Ignored, Rule, Table, Transform
 from gptjax.checkpoints.safetensors import open_directory
 from gptjax.errors import CheckpointError
@@ -47,7 +47,7 @@ def _refused(tmp_path, tensors, *parts, table=TABLE, targets=None):
     source = _source(tmp_path, tensors)
     source.read = None  # type: ignore[method-assign, assignment]  # checking touches no data
     with pytest.raises(CheckpointError) as caught:
-        rules.check(table, source.tensors, targets or _targets())
+        matching.check(table, source.tensors, targets or _targets())
     for part in parts:
         assert part in str(caught.value)
     return str(caught.value)
@@ -58,7 +58,8 @@ def test_fills_every_target(tmp_path, prefix):
     tensors = _tensors(**{"layers.0.mask": np.zeros((1, 1), np.int32)})
     source = _source(tmp_path, {prefix + name: array for name, array in tensors.items()})
     found = {
-        "/".join(path): array for path, array in rules.stream(rules.check(TABLE, source.tensors, _targets()), source)
+        "/".join(path): array
+        for path, array in filling.stream(matching.check(TABLE, source.tensors, _targets()), source)
     }
     expected = {
         "top": "top",
@@ -74,7 +75,7 @@ def test_streams_in_the_order_of_the_file(tmp_path):
     names = ["layers.1.down", "top", "layers.0.up", "layers.1.up", "layers.0.down"]
     tensors = _tensors()
     source = _source(tmp_path, {name: tensors[name] for name in names})
-    paths = [path for path, _ in rules.stream(rules.check(TABLE, source.tensors, _targets()), source)]
+    paths = [path for path, _ in filling.stream(matching.check(TABLE, source.tensors, _targets()), source)]
     assert paths == [("block_1", "down"), ("top",), ("block_0", "up"), ("block_1", "up"), ("block_0", "down")]
 
 
@@ -83,7 +84,7 @@ def test_floating_dtypes_stay_as_they_are(tmp_path, dtype):
     tensors = _tensors()
     tensors["layers.0.up"] = tensors["layers.0.up"].astype(dtype)
     source = _source(tmp_path, tensors)
-    found = dict(rules.stream(rules.check(TABLE, source.tensors, _targets()), source))
+    found = dict(filling.stream(matching.check(TABLE, source.tensors, _targets()), source))
     assert found["block_0", "up"].dtype == np.dtype(dtype)
     assert found["top",].dtype == np.float32
 
@@ -157,7 +158,7 @@ def test_a_source_may_fill_several_targets_transformed(tmp_path):
     targets = {name: jax.ShapeDtypeStruct((2, 3), jnp.float32) for name in "abc"}
     both, other = np.arange(12, dtype=np.float32).reshape(4, 3), np.arange(6, dtype=np.float32).reshape(3, 2)
     source = _source(tmp_path, {"both": both, "turned": other})
-    found = dict(rules.stream(rules.check(table, source.tensors, targets), source))
+    found = dict(filling.stream(matching.check(table, source.tensors, targets), source))
     assert np.array_equal(found["a",], both[:2]) and np.array_equal(found["b",], both[2:])
     assert np.array_equal(found["c",], other.T)
     _refused(
@@ -183,20 +184,20 @@ def test_a_copy_must_be_equal_bit_for_bit(tmp_path):
     equal, negative = tensors["top"].copy(), tensors["top"].copy()
     negative[0, 0] = -0.0  # equal as a number, but not the same bits
     source = _source(tmp_path, tensors | {"head": equal})
-    assert len(list(rules.stream(rules.check(TABLE, source.tensors, _targets()), source))) == 5
+    assert len(list(filling.stream(matching.check(TABLE, source.tensors, _targets()), source))) == 5
     source = _source(tmp_path, tensors | {"head": negative})
     with pytest.raises(CheckpointError, match="head differs from top; untie it"):
-        next(rules.stream(rules.check(TABLE, source.tensors, _targets()), source))
+        next(filling.stream(matching.check(TABLE, source.tensors, _targets()), source))
 
 
 def test_a_copy_that_differs_in_a_later_piece_is_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(rules, "_PIECE", 4)
+    monkeypatch.setattr(filling, "_PIECE", 4)
     tensors = _tensors()
     head = tensors["top"].copy()
     head[-1, -1] += 1
     source = _source(tmp_path, tensors | {"head": head})
     with pytest.raises(CheckpointError, match="head differs"):
-        next(rules.stream(rules.check(TABLE, source.tensors, _targets()), source))
+        next(filling.stream(matching.check(TABLE, source.tensors, _targets()), source))
 
 
 @pytest.mark.parametrize(
@@ -213,31 +214,31 @@ def test_a_copy_of_another_shape_or_kind_is_seen_in_the_headers(tmp_path, head, 
 @pytest.mark.parametrize("top", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("head", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_a_copy_of_another_dtype_is_compared_by_value(tmp_path, monkeypatch, top, head):
-    monkeypatch.setattr(rules, "_PIECE", 4)
+    monkeypatch.setattr(filling, "_PIECE", 4)
     tensors = _tensors()
     same = {**tensors, "top": tensors["top"].astype(top), "head": tensors["top"].astype(head)}
     if {top, head} == {np.float16, ml_dtypes.bfloat16}:  # neither holds the other's values
         same["top"] = np.round(tensors["top"]).astype(top)
         same["head"] = same["top"].astype(head)
     source = _source(tmp_path, same)
-    next(rules.stream(rules.check(TABLE, source.tensors, _targets()), source))
+    next(filling.stream(matching.check(TABLE, source.tensors, _targets()), source))
     same["head"] = same["head"].copy()
     same["head"][-1, -1] += 1
     source = _source(tmp_path, same)
     dtypes = "" if top == head else f", {made.DTYPE_NAMES[np.dtype(head).name]} and "
     with pytest.raises(CheckpointError, match=f"head differs from top{dtypes}"):
-        next(rules.stream(rules.check(TABLE, source.tensors, _targets()), source))
+        next(filling.stream(matching.check(TABLE, source.tensors, _targets()), source))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_refused(tmp_path, monkeypatch, dtype, value):
-    monkeypatch.setattr(rules, "_PIECE", 4)
+    monkeypatch.setattr(filling, "_PIECE", 4)
     up = np.full((3, 5), np.finfo(np.float16).max, dtype)  # large is fine
     tensors = _tensors(**{"layers.1.up": up.copy()})
     source = _source(tmp_path, tensors)
-    assert len(list(rules.stream(rules.check(TABLE, source.tensors, _targets()), source))) == 5
+    assert len(list(filling.stream(matching.check(TABLE, source.tensors, _targets()), source))) == 5
     up[2, 4] = value
     source = _source(tmp_path, tensors | {"layers.1.up": up})
     with pytest.raises(CheckpointError, match=r"layers\.1\.up contains NaN or infinity.*download it again"):
-        list(rules.stream(rules.check(TABLE, source.tensors, _targets()), source))
+        list(filling.stream(matching.check(TABLE, source.tensors, _targets()), source))
