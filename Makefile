@@ -102,7 +102,7 @@ $(VENV)/.installed-oracle: $(VENV)/.installed-test
 	$(PIP) -e '.[oracle]'
 	touch $@
 
-# OpenAI's library is installed in its newest version, and in older ones beside.
+# OpenAI's library is installed in its newest version, and older ones next to it.
 $(VENV)/.installed-clients: $(VENV)/.installed-test
 	$(PIP) -e '.[clients]'
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/openai-1 openai==1.109.1
