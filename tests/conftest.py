@@ -37,10 +37,12 @@ MODELS = {  # compile models, or kernels that XLA compiles: `make test` has them
     "server/test_with_model.py",
     "server/test_worker.py",
     "server/test_worker_ends.py",
+    "test_affected.py",  # imports each module anew
     "test_api.py",
     "test_chat.py",
     "test_docs.py",
     "test_fork.py",
+    "test_pictures.py",
 }
 KERNELS = {  # interpret GPU kernels or lower them for CUDA: `make kernels` has all of pallas_kernels
     "pallas_kernels/attention/decode",
