@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.rules import FLOATS, Copy, Rule, Shape, Table, Transform
-from gptjax.checkpoints.safetensors import listed
 from gptjax.checkpoints.safetensors_header import TensorInfo
 from gptjax.checkpoints.weights import Path, flatten
 from gptjax.errors import CheckpointError
-from gptjax.support.quoting import shown
+from gptjax.support.quoting import listed, shown
 
 
 @dataclasses.dataclass(frozen=True)

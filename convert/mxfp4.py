@@ -14,6 +14,7 @@ from gptjax.config.quantization import BLOCK, TARGETS, mxfp4_to_json
 from gptjax.errors import ConfigError
 from gptjax.models.params import abstract_params, weights_by_path
 from gptjax.models.registry import build
+from gptjax.support.quoting import listed
 from pallas_kernels.formats.mxfp4 import MXFP4, quantize
 
 _SLICE: Final = 1 << 20  # numbers rounded per call: bounds memory, and one compiled program serves all weights
@@ -37,10 +38,9 @@ def packed_config(config: ModelConfig, targets: str) -> ModelConfig:
         )
     target = dataclasses.replace(config, mxfp4=targets)
     if faults := _misfits(config, target):
-        more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
         raise ConfigError(
             f"MXFP4 packs blocks of {BLOCK} numbers along the axis that a product sums over, and these weights do not "
-            "divide into such blocks; choose fewer weights, or none:\n  " + "\n  ".join(faults[:5] + more)
+            "divide into such blocks; choose fewer weights, or none:\n" + listed(faults, most=5)
         )
     return target
 

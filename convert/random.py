@@ -42,7 +42,9 @@ def write_random(config: ModelConfig, directory: Path, *, seed: int = 0) -> int:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     with staged(directory, overwrite=False, ours=lambda _: False) as partial:
         if shutil.disk_usage(partial).free < total:
-            raise CheckpointError(f"{directory} needs {total / 1e9:.1f} GB, more than its disk has free")
+            raise CheckpointError(
+                f"{directory} needs {total / 1e9:.1f} GB, more than its disk has free; name one on another disk"
+            )
         try:
             for file, names in zip(files, shards, strict=True):
                 _write_shard(partial / file, {name: tensors[name] for name in names}, seed)

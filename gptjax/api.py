@@ -85,7 +85,7 @@ def load_checkpoint(
     runtime.enable_compilation_cache()
     defaults = checkpoint.defaults
     length = limits.positions(checkpoint.config, max_length)
-    rows = limits.rows("max_batch", 1 if max_batch is None else max_batch)
+    rows = limits.at_least_one("max_batch", 1 if max_batch is None else max_batch)
     if implementation not in IMPLEMENTATIONS:
         raise RequestError(
             f"unknown implementation {quoted(implementation)}; choose one of {', '.join(IMPLEMENTATIONS)}"

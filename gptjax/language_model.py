@@ -134,9 +134,10 @@ class LanguageModel:
         return completions[0] if single else completions
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Iterator[Chunk]:
-        """`generate` for one prompt, yielding a chunk for each token as it is drawn; the last has the `completion`.
+        """`generate` for one prompt, one chunk per token.
 
-        Arguments are checked by the call itself, not when the first chunk is requested.
+        The last chunk has the `completion`. Arguments are checked by the call itself, not when the first chunk is
+        requested.
         """
         prompts, single = split_prompts(prompt)
         if not single:
@@ -183,7 +184,7 @@ class LanguageModel:
         current_date: str | None = TODAY,
         **options: Unpack[GenerateOptions],
     ) -> Iterator[ChatChunk]:
-        """`chat`, yielding a chunk for each token as it is drawn, with reasoning and answer separate.
+        """`chat`, one chunk per token, with reasoning and answer separate.
 
         The last chunk has the `completion`. Arguments are checked by the call itself, not when the first chunk is
         requested.
@@ -234,7 +235,7 @@ class LanguageModel:
           CapacityError: `max_length` is more than the model's positions, or memory is short.
         """
         length = self.max_length if max_length is None else limits.positions(self.config, max_length)
-        rows = limits.rows("batch", batch)
+        rows = limits.at_least_one("batch", batch)
         with self._guard(batch=rows, max_length=length):
             memory.check_state(self.model, batch=rows, max_length=length)
             return jax.block_until_ready(steps.init_state(self.model, batch=rows, max_length=length))
@@ -288,7 +289,7 @@ class LanguageModel:
         """
         self._check_open()
         length = self.max_length if max_length is None else limits.positions(self.config, max_length)
-        rows = limits.rows("batch", (self.max_batch or 1) if batch is None else batch)
+        rows = limits.at_least_one("batch", (self.max_batch or 1) if batch is None else batch)
         return memory.needed(self.model, batch=rows, max_length=length)
 
     def close(self) -> None:

@@ -49,7 +49,12 @@ def draw() -> Drawing:
     panels = [
         (("GPT-2", "itself and all before it"), everything, None, False),
         (("GPT-OSS, blocks 1, 3, 5, …", "itself and all before it,", "and the sink"), everything, None, True),
-        (("GPT-OSS, blocks 0, 2, 4, …", f"the last {WINDOW} (in fact 128),", "and the sink"), everything, WINDOW, True),
+        (
+            ("GPT-OSS, blocks 0, 2, 4, …", f"the last {WINDOW} (128 in GPT-OSS),", "and the sink"),
+            everything,
+            WINDOW,
+            True,
+        ),
         (("Padding", "a chunk of 9 tokens,", f"padded to {T}"), [*range(T - 3), -1, -1, -1], None, False),
     ]
     for column, panel in enumerate(panels):

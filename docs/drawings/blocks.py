@@ -33,7 +33,7 @@ class Block:
     """Draws a block from top to bottom.
 
     Attributes:
-        stages: the axes of each arrow that carries a stage of `lm.activations`, for a test to check.
+      stages: the axes of each arrow that carries a stage of `lm.activations`, checked by `_check`.
     """
 
     def __init__(self, drawing: Drawing, left: int, config: ModelConfig) -> None:

@@ -1,4 +1,4 @@
-"""What lies where in the cache: a full layer by position, a sliding layer as a ring; from the cache itself."""
+"""What is stored where in the cache: a full layer by position, a sliding layer as a ring; from the cache itself."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ _LEGEND = {
 
 
 def _after(length: int) -> KVCache:
-    """A cache that holds as many tokens of one row."""
+    """A one-row cache with this many tokens."""
     cache = KVCache.create(
         windows=(None, WINDOW), batch=1, max_length=_SHOWN, num_kv_heads=1, head_width=1, dtype=jnp.float32
     )
@@ -59,7 +59,7 @@ def _full(drawing: Drawing, top: float) -> None:
 
 def _rings(drawing: Drawing, top: float) -> None:
     drawing.text(_LEFT, top, "A layer with a window", "bold", anchor="start")
-    what = f"[B, K, {WINDOW}, H] here, [B, K, 128, H] in fact: position p is stored at index p mod {WINDOW}"
+    what = f"[B, K, {WINDOW}, H] here, [B, K, 128, H] in GPT-OSS: position p is stored at index p mod {WINDOW}"
     drawing.text(_LEFT + 210, top, what, "faint", anchor="start")
     for row, length in enumerate(LENGTHS):
         x, y, latest = 150 + row * 280, top + 120, length - 1

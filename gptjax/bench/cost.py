@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import jax
 
-from gptjax.config import GptOssConfig
+from gptjax.config import GptOssConfig, ModelConfig
 from gptjax.models.params import abstract_params, weights_by_path
 from gptjax.models.registry import Model
 from pallas_kernels.formats.mxfp4 import MXFP4
@@ -31,7 +31,7 @@ def weight_bytes_per_step(model: Model, *, batch: int = 1) -> int:
 def cache_bytes(model: Model, *, length: int) -> int:
     """Bytes of keys and values that one row's query reads in all layers, at `length` positions including its own."""
     config = model.config
-    positions = sum(length if window is None else min(length, window) for window in config.windows)
+    positions = _attended(config, length)
     return 2 * positions * config.num_kv_heads * config.head_width * int(jax.numpy.dtype(model.dtype).itemsize)
 
 
@@ -46,7 +46,7 @@ def token_flops(model: Model, *, length: int, logits: bool = True) -> int:
     These are 2 for each weight it is multiplied by, and 4·N·H for each position and layer (scores and weighted values).
 
     Args:
-      logits: whether the head is computed for this token, as it is for all decoded tokens and a prompt's last.
+      logits: whether to count the head, which runs for each decoded token and for the last one of a prompt.
     """
     config = model.config
     matrices = sum(
@@ -54,10 +54,14 @@ def token_flops(model: Model, *, length: int, logits: bool = True) -> int:
         for path, leaf in weights_by_path(abstract_params(model)).items()
         if path[-1].endswith("kernel")
     )
-    positions = sum(length if window is None else min(length, window) for window in config.windows)
-    attention = 4 * positions * config.num_heads * config.head_width
+    attention = 4 * _attended(config, length) * config.num_heads * config.head_width
     head = 2 * config.vocab_size * config.width if logits else 0
     return round(2 * matrices) + attention + head
+
+
+def _attended(config: ModelConfig, length: int) -> int:
+    """The positions that one query attends to in all layers together."""
+    return sum(length if window is None else min(length, window) for window in config.windows)
 
 
 def _share(model: Model, path: tuple[str, ...], rows: int) -> Fraction:

@@ -15,7 +15,7 @@ from gptjax.bench.figure import Figure
 from gptjax.bench.kernels import NotRun, expected_result, measure
 from pallas_kernels import dispatch, tiles
 
-_WRONG: Final = 4  # settings with an error this many times another's compute the wrong thing
+_WRONG: Final = 4  # settings whose error is this many times the smallest are wrong
 
 
 @dataclasses.dataclass(frozen=True)

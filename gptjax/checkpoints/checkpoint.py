@@ -13,9 +13,9 @@ from gptjax.config import (
     TOKENIZER_FILES,
     GenerationDefaults,
     ModelConfig,
+    generation_defaults,
     read_config,
     read_generation_config,
-    read_generation_defaults,
     text_directory,
 )
 from gptjax.text import Tokenizer, load_tokenizer
@@ -47,7 +47,7 @@ class Checkpoint:
     @property
     def defaults(self) -> GenerationDefaults:
         """The default settings of a request."""
-        return read_generation_defaults(self.text_directory, self.generation_config)
+        return generation_defaults(self.generation_config, self.text_directory)
 
     @property
     def has_tokenizer(self) -> bool:

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -18,9 +18,8 @@ from gptjax.checkpoints.raw import Buffers, missing, read_array
 from gptjax.checkpoints.safetensors_header import MAX_HEADER_BYTES, NUMPY_DTYPES, Header, TensorInfo, parse, read_header
 from gptjax.errors import CheckpointError
 from gptjax.support.files import read_bytes
-from gptjax.support.quoting import shown
+from gptjax.support.quoting import listed, shown
 
-MAX_FAULTS: Final = 20  # listed of one kind before "and N more"
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 _NUMBERED: Final = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.safetensors")
@@ -101,13 +100,6 @@ def open_directory(directory: Path) -> SafetensorsSource:
     if faults:
         raise CheckpointError(f"{directory} cannot be read:\n" + listed(faults))
     return SafetensorsSource({directory / name: header for name, header in headers.items()})
-
-
-def listed(faults: Iterable[str], indent: str = "  ") -> str:
-    """One fault a line, at most MAX_FAULTS of them."""
-    faults = list(faults)
-    more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
-    return "\n".join(indent + fault for fault in faults[:MAX_FAULTS] + more)
 
 
 def read_index(path: Path) -> dict[str, str]:

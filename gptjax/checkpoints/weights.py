@@ -26,7 +26,7 @@ from gptjax.checkpoints.orbax_piece import check_piece, checksum, read_leaf, wri
 from gptjax.checkpoints.raw import Buffers
 from gptjax.errors import CheckpointError
 from gptjax.support.progress import Progress, silent
-from gptjax.support.quoting import shown
+from gptjax.support.quoting import listed, shown
 
 __all__ = [
     "Leaf",
@@ -50,7 +50,6 @@ Path = tuple[str, ...]  # to a weight in the nested dicts of parameters
 Params = dict[str, Any]
 
 PIECE_BYTES: Final = 128 << 20
-_MAX_FAULTS: Final = 20
 _Result = TypeVar("_Result")
 _WORKERS: Final = 8  # weights moved to a device at a time
 
@@ -150,7 +149,7 @@ def place(
             advance(_bytes(wanted[path]))
     missing = sorted("/".join(path) for path in wanted.keys() - placed.keys())
     if missing:
-        raise CheckpointError(f"weights are missing: {', '.join(missing[:_MAX_FAULTS])}; convert the checkpoint again")
+        raise CheckpointError("weights are missing; convert the checkpoint again:\n" + listed(missing))
     params: Params = jax.tree_util.tree_map_with_path(lambda path, _: placed[_names(path)], targets)
     return params
 
@@ -234,10 +233,9 @@ def checked_manifest(directory: FilePath, targets: Mapping[str, Any]) -> Manifes
     if len(found) != len(manifest.leaves):
         faults.append("a weight is listed twice")
     if faults:
-        more = [f"and {len(faults) - _MAX_FAULTS} more"] if len(faults) > _MAX_FAULTS else []
         raise CheckpointError(
             f"the weights in {directory} do not match the model that its config.json describes; convert the "
-            "checkpoint again:\n  " + "\n  ".join([*sorted(faults)[:_MAX_FAULTS], *more])
+            "checkpoint again:\n" + listed(sorted(faults))
         )
     return manifest
 

@@ -142,31 +142,24 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError("--tune writes its result to the table: leave out --json")
 
 
-def _published(name: str) -> "ModelConfig":
-    from gptjax.config import PUBLISHED
-    from gptjax.errors import RequestError
-
-    if name not in PUBLISHED:
-        raise RequestError(f"unknown size {name!r}; choose one of {', '.join(PUBLISHED)}")
-    return PUBLISHED[name]
-
-
 def _shapes(args: argparse.Namespace) -> "dict[str, ModelConfig]":
     """The models whose shapes kernels are measured at."""
     from gptjax.checkpoints.checkpoint import open_checkpoint
+    from gptjax.config import published
 
     if args.model is not None:
         return {args.model: open_checkpoint(args.model, **overrides(args)).config}
-    return {name: _published(name) for name in ([args.random] if args.random else _MEASURED)}
+    return {name: published(name) for name in ([args.random] if args.random else _MEASURED)}
 
 
 def _write_random(name: str, directory: str) -> int:
     from pathlib import Path
 
     from convert.random import write_random
+    from gptjax.config import published
     from gptjax.support.units import readable
 
-    written = write_random(_published(name), Path(directory))
+    written = write_random(published(name), Path(directory))
     print(f"{directory}: random weights of {name}, {readable(written)}")
     return 0
 
@@ -177,6 +170,7 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
     from gptjax.bench import models
     from gptjax.bench.loading import measure_loading
     from gptjax.checkpoints.checkpoint import open_checkpoint
+    from gptjax.config import published
     from gptjax.engine import memory
     from gptjax.models import registry
     from gptjax.models.params import random_params, repacked
@@ -189,7 +183,7 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
         length = models.needed_length(checkpoint.config, longest, args.steps)
         lm, loading = measure_loading(lambda: load_checkpoint(checkpoint, dtype=args.dtype, max_length=length))
         return lm.model, lm.params, name, checkpoint.directory, loading
-    config = _published(args.random)
+    config = published(args.random)
     length = models.needed_length(config, longest, args.steps)
     runtime.enable_compilation_cache()
     model = registry.build(config, dtype=runtime.compute_dtype(args.dtype))

@@ -81,8 +81,8 @@ def _print_ceilings(title: str, ceilings: "Ceilings") -> None:
     from gptjax.support.units import readable
 
     print(
-        f"{title}: a large copy moves {readable(int(ceilings.copy))}/s, a large sum reads "
-        f"{readable(int(ceilings.read))}/s, a large matmul does {ceilings.flops / 1e12:.3g} TFLOP/s"
+        f"{title}: memory reads at {readable(int(ceilings.read))}/s and copies at {readable(int(ceilings.copy))}/s, "
+        f"a large matmul does {ceilings.flops / 1e12:.3g} TFLOP/s"
     )
     made = f"{1e6 * ceilings.link:.1f} µs to make an input from the last result"
     print(f"each time, except attention's and a block's, includes {made}")

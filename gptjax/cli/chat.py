@@ -121,13 +121,12 @@ def run(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> "LanguageModel":
     from gptjax.api import load_checkpoint
     from gptjax.checkpoints.checkpoint import open_checkpoint
+    from gptjax.engine import limits
     from gptjax.text import harmony
 
     checkpoint = open_checkpoint(args.model, **overrides(args))
-    length = args.max_length
-    if length is None and not os.environ.get("GPTJAX_MAX_LENGTH"):
-        # GPT-OSS has room for 131072 tokens; few conversations are worth a cache of that size.
-        length = min(checkpoint.config.context_length, DEFAULT_LENGTH)
+    # GPT-OSS has room for 131072 tokens; few conversations are worth a cache of that size.
+    length = limits.positions(checkpoint.config, args.max_length, default=DEFAULT_LENGTH)
     lm = load_checkpoint(checkpoint, dtype=args.dtype, max_length=length, tokenizer=args.tokenizer)
     missing = harmony.missing_tokens(lm.tokenizer)
     if missing:

@@ -76,7 +76,7 @@ class Turn:
 
     @property
     def tokens_per_second(self) -> float:
-        """The rate of the tokens after the first."""
+        """Tokens per second after the first token."""
         seconds = self.latest - self.first
         return (len(self.token_ids) - 1) / seconds if seconds > 0 else 0.0
 
@@ -120,7 +120,7 @@ class Session:
     def ask(self, text: str) -> Generator[Piece, None, None]:
         """One turn. A KeyboardInterrupt, raised or thrown in, ends it and keeps the partial answer.
 
-        If there is no answer yet, or an error was raised, the message is dropped, so that it can be sent again.
+        If it ends before the answer begins, or with an error, the message is dropped so that it can be sent again.
         """
         user = {"role": "user", "content": text}
         how: dict[str, Any] = {"reasoning_effort": self.effort, "current_date": datetime.date.today().isoformat()}

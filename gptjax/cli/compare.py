@@ -2,12 +2,14 @@
 
 import argparse
 import json
-from typing import Any
-
-import numpy as np
+import math
+from typing import TYPE_CHECKING, Any
 
 from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, model_name, overrides
 from gptjax.support.installation import with_extra
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _PROMPT = "Once upon a time there was a king who had"
 
@@ -74,6 +76,8 @@ def run_compare(args: argparse.Namespace) -> int:
 
 def run_trace(args: argparse.Namespace) -> int:
     """Runs `gptjax trace`."""
+    import numpy as np
+
     from gptjax.api import load
 
     lm = load(model_name(args), dtype=args.dtype, **overrides(args))
@@ -98,11 +102,11 @@ def _ids(lm: Any, args: argparse.Namespace) -> list[int]:
     return args.ids if args.ids is not None else lm.tokenizer.prompt(args.prompt)
 
 
-def _head(array: np.ndarray) -> list[float]:
+def _head(array: "np.ndarray") -> list[float]:
     return [float(value) for value in array.reshape(-1)[:8]]
 
 
-def _shape(array: np.ndarray) -> str:
+def _shape(array: "np.ndarray") -> str:
     return "x".join(map(str, array.shape))
 
 
@@ -114,4 +118,4 @@ def _finite(value: Any) -> Any:
     """Makes NaN and infinities, which JSON lacks, null."""
     if isinstance(value, list):
         return [_finite(item) for item in value]
-    return value if not isinstance(value, float) or np.isfinite(value) else None
+    return value if not isinstance(value, float) or math.isfinite(value) else None

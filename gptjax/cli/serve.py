@@ -172,6 +172,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from gptjax.api import load_checkpoint
     from gptjax.checkpoints.checkpoint import open_checkpoint
+    from gptjax.engine.limits import positions
     from gptjax.errors import RequestError
 
     # argparse does not check choices that come from the environment.
@@ -191,10 +192,8 @@ def _run(args: argparse.Namespace) -> int:
     logging.config.dictConfig(log_config)
     model = model_name(args)
     checkpoint = open_checkpoint(model, **overrides(args))
-    length = args.max_length
-    if length is None and not os.environ.get("GPTJAX_MAX_LENGTH"):
-        # GPT-OSS has room for 131072 tokens; few machines have the memory for such a cache in every slot.
-        length = min(checkpoint.config.context_length, _DEFAULT_LENGTH)
+    # GPT-OSS has room for 131072 tokens; few machines have the memory for such a cache in every slot.
+    length = positions(checkpoint.config, args.max_length, default=_DEFAULT_LENGTH)
     lm = load_checkpoint(
         checkpoint, dtype=args.dtype, max_length=length, max_batch=args.max_batch, tokenizer=args.tokenizer
     )

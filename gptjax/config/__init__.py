@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from gptjax.config import gpt2, gpt_oss
-from gptjax.config.generation import GenerationDefaults, read_generation_config, read_generation_defaults
+from gptjax.config.generation import GenerationDefaults, generation_defaults, read_generation_config
 from gptjax.config.gpt2 import GPT2Config
 from gptjax.config.gpt_oss import GptOssConfig
 from gptjax.config.keys import WITHOUT_EFFECT, without
-from gptjax.errors import CheckpointError, ConfigError
+from gptjax.errors import CheckpointError, ConfigError, RequestError
 from gptjax.support.files import read_json
 from gptjax.support.quoting import quoted, shown
 
@@ -28,9 +28,10 @@ __all__ = [
     "GptOssConfig",
     "ModelConfig",
     "config_from_json",
+    "generation_defaults",
+    "published",
     "read_config",
     "read_generation_config",
-    "read_generation_defaults",
     "text_directory",
 ]
 
@@ -51,6 +52,13 @@ _READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], ModelConfig]]] = {
     "gpt2": GPT2Config.from_json,
     "gpt_oss": GptOssConfig.from_json,
 }
+
+
+def published(name: str) -> ModelConfig:
+    """The configuration of a published size, such as "gpt2-xl". Raises `RequestError`."""
+    if name not in PUBLISHED:
+        raise RequestError(f"unknown size {quoted(name)}; choose one of {', '.join(PUBLISHED)}")
+    return PUBLISHED[name]
 
 
 def read_config(directory: Path, *, ignore: Iterable[str] = ()) -> ModelConfig:

@@ -116,16 +116,16 @@ def read_generation_config(directory: Path, override: Mapping[str, Any] | bool |
     return {**special, **(override or {})}
 
 
-def read_generation_defaults(directory: Path, override: Mapping[str, Any] | bool | None = None) -> GenerationDefaults:
-    """Reads `generation_config.json`, and `config.json` if that has no end-of-text id; absent files mean greedy.
+def generation_defaults(settings: Mapping[str, Any], directory: Path) -> GenerationDefaults:
+    """What settings of a generation_config.json mean; without any, text is generated greedily.
 
-    A setting that the file does not have is off. (transformers fills in top_k 50.)
+    A setting that is absent is off. (transformers fills in top_k 50.)
 
     Args:
-      override: see `read_generation_config`, also for errors.
+      settings: from `read_generation_config`.
+      directory: whose config.json is read for the end-of-text id if the settings have none.
     """
-    found = read_generation_config(directory, override)
-    raw = {key: value for key, value in found.items() if value is not None}
+    raw = {key: value for key, value in settings.items() if value is not None}
     if "eos_token_id" in raw:
         return _defaults(raw)
     eos = (read_json(directory / "config.json") or {}).get("eos_token_id")

@@ -13,11 +13,7 @@ from jax.typing import DTypeLike
 import convert
 from gptjax.checkpoints import weights
 from gptjax.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from gptjax.config import (
-    PUBLISHED,
-    GenerationDefaults,
-    ModelConfig,
-)
+from gptjax.config import GenerationDefaults, ModelConfig, published
 from gptjax.config.gpt_oss import is_original
 from gptjax.engine import limits, memory
 from gptjax.errors import CheckpointError, ConfigError, GptjaxError, RequestError
@@ -26,7 +22,7 @@ from gptjax.models.params import abstract_params, num_params, weights_by_path
 from gptjax.models.registry import Model
 from gptjax.support import runtime
 from gptjax.support.files import read_json
-from gptjax.support.quoting import names, quoted
+from gptjax.support.quoting import names
 from gptjax.support.runtime import DeviceMemory
 from gptjax.support.units import readable
 from pallas_kernels.formats.mxfp4 import MXFP4
@@ -104,9 +100,7 @@ def describe_published(
     Raises:
       RequestError: an unknown size.
     """
-    if name not in PUBLISHED:
-        raise RequestError(f"unknown size {quoted(name)}; choose one of {', '.join(PUBLISHED)}")
-    model = _model(PUBLISHED[name], dtype, device)
+    model = _model(published(name), dtype, device)
     return {"size": name, **_architecture(model), **_memory(model, max_length, max_batch, device)}
 
 
@@ -136,7 +130,7 @@ def _architecture(model: Model) -> dict[str, Any]:
 
 
 def _memory(model: Model, max_length: int | None, max_batch: int, device: DeviceMemory | None) -> dict[str, Any]:
-    length, max_batch = limits.positions(model.config, max_length), limits.rows("max_batch", max_batch)
+    length, max_batch = limits.positions(model.config, max_length), limits.at_least_one("max_batch", max_batch)
     need = memory.needed(model, batch=max_batch, max_length=length, device=device)
     lack = memory.shortfall(model, batch=max_batch, max_length=length, has=need.device.available, device=need.device)
     return {

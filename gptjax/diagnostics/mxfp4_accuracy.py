@@ -33,7 +33,6 @@ MOST_CHANGE: Final = 0.01  # of the perplexity, relative
 
 _HIDDEN_TOKENS: Final = 512  # the most whose hidden states are compared, since attention is not chunked here
 _NUMBERS: Final = 1 << 22  # compared at a time in float64
-_FORMATS: Final = (".png", ".pdf", ".svg")
 _RESIDUALS: Final = ("mlp_residual", "moe_residual")  # what a block's last stage is called
 
 
@@ -148,7 +147,7 @@ def validate(
     Args:
       lm: the original model; weights that it already has packed are not compared.
       other: the same model with more of it packed. Both models are in memory.
-      advance: called with the number of tokens of each piece, for each model, as they are done.
+      advance: called after each piece of each model with its number of tokens.
 
     Raises:
       RequestError: the models differ in kind or size, `other` has no more packed than `lm`, or the text has fewer than

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -67,7 +66,7 @@ def predict(
       stride: from one window of `lm.max_length` tokens to the next. A window predicts the tokens that earlier windows
         did not, so outside the first window each token has at least `lm.max_length - stride` tokens of context. The
         default is `lm.max_length`: independent pieces, the first token of which is not predicted.
-      advance: called with the number of tokens of each window as it is done.
+      advance: called after each window with its number of tokens.
 
     Raises:
       RequestError: an invalid stride, fewer than two tokens, invalid ids, or logits that are not finite.
@@ -114,8 +113,7 @@ def window(config: ModelConfig, max_length: int | None) -> int:
     Raises:
       CapacityError, RequestError: as for `gptjax.load`.
     """
-    most = limits.positions(config, max_length)
-    return most if max_length is not None or os.environ.get("GPTJAX_MAX_LENGTH") else min(most, WINDOW)
+    return limits.positions(config, max_length, default=WINDOW)
 
 
 def read(path: str | Path) -> str:

@@ -17,7 +17,7 @@ from gptjax.config import GptOssConfig, ModelConfig
 from gptjax.config.quantization import packs
 from gptjax.engine import steps
 from gptjax.errors import CapacityError
-from gptjax.layers.cache import SLOT_MULTIPLE
+from gptjax.layers.cache import SLOT_MULTIPLE, capacity_of, places_of
 from gptjax.models import registry
 from gptjax.models.params import abstract_params
 from gptjax.models.registry import Model
@@ -91,7 +91,7 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     buckets = {steps.chunks(length, steps.chunk_of(model))[0][2] for length in lengths}
     T = max(buckets)
     projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
-    S = _capacity(max_length)
+    S = capacity_of(max_length)
     scored = config.num_heads * (2 * SLOT_MULTIPLE + 5 * config.head_width)
     attention = 4 * T * (scored + 2 * config.width)
     mlp = _moe(config, T) if isinstance(config, GptOssConfig) else 8 * T * config.mlp_width
@@ -186,7 +186,7 @@ def check_state(model: Model, *, batch: int, max_length: int, reuse: bool = Fals
 
 def rings(model: Model, *, batch: int, max_length: int) -> int:
     """Bytes of a copy of the sliding layers' rings for each of `batch` rows."""
-    capacity = _capacity(max_length)
+    capacity = capacity_of(max_length)
     windows = [window for window in model.config.windows if window is not None and window < capacity]
     return batch * _places(model) * sum(windows)
 
@@ -246,23 +246,18 @@ def _largest(fits: Callable[[int], bool], *, below: int) -> int:
 
 def _state(model: Model, batch: int, max_length: int) -> tuple[int, int]:
     """Bytes of the cache, and of the logits and tokens."""
-    return _cache(model, batch, max_length), 4 * batch * (model.config.vocab_size + _capacity(max_length))
+    return _cache(model, batch, max_length), 4 * batch * (model.config.vocab_size + capacity_of(max_length))
 
 
 def _cache(model: Model, batch: int, max_length: int) -> int:
     """Bytes of `registry.create_cache`, computed rather than traced, since tracing a thousand layers takes seconds."""
-    capacity = _capacity(max_length)
-    places = sum(capacity if window is None else min(window, capacity) for window in model.config.windows)
+    places = sum(places_of(model.config.windows, capacity_of(max_length)))
     return batch * (_places(model) * places + 4)  # plus the length
 
 
 def _places(model: Model) -> int:
     """Bytes of one layer's key and value at one position."""
     return 2 * model.config.num_kv_heads * model.config.head_width * jnp.dtype(model.dtype).itemsize
-
-
-def _capacity(max_length: int) -> int:
-    return -(-max_length // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
 
 @functools.lru_cache(maxsize=16)

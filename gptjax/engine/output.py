@@ -49,7 +49,7 @@ class Timings:
     decode: float  # from the first token to the last
 
     def tokens_per_second(self, completion_tokens: int) -> float:
-        """The rate of the tokens after the first; 0 if there are none."""
+        """Tokens per second after the first token; 0 if there are no more."""
         return (completion_tokens - 1) / self.decode if self.decode > 0 else 0.0
 
 

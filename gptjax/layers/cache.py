@@ -15,6 +15,16 @@ from pallas_kernels.partial_sum import PartialSum
 SLOT_MULTIPLE = reference.BLOCK  # a cache's capacity is a multiple of this, as blocked attention wants
 
 
+def capacity_of(max_length: int) -> int:
+    """The positions of a slot that has room for `max_length`."""
+    return -(-max_length // SLOT_MULTIPLE) * SLOT_MULTIPLE
+
+
+def places_of(windows: Sequence[int | None], capacity: int) -> list[int]:
+    """How many positions each layer keeps: all, or a ring if it has a window."""
+    return [capacity if window is None else min(window, capacity) for window in windows]
+
+
 class Attended(NamedTuple):
     """The keys and values that a call's queries attend to, and their positions."""
 
@@ -61,8 +71,8 @@ class KVCache:
         Args:
           windows: of each layer; None if it attends to all positions.
         """
-        capacity = -(-max_length // SLOT_MULTIPLE) * SLOT_MULTIPLE
-        places = [capacity if window is None else min(window, capacity) for window in windows]
+        capacity = capacity_of(max_length)
+        places = places_of(windows, capacity)
         # Zeros, not empty: uninitialised memory may hold NaN.
         k, v = (tuple(jnp.zeros((batch, num_kv_heads, S, head_width), dtype) for S in places) for _ in "kv")
         return cls(k=k, v=v, lengths_B=jnp.zeros((batch,), jnp.int32), capacity=capacity)

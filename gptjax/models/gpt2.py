@@ -20,7 +20,7 @@ from gptjax.layers.mlp import MLP
 from gptjax.layers.norm import LayerNorm
 from gptjax.layers.observe import is_observed, observe, observe_lazy
 from gptjax.layers.residual import Residual
-from gptjax.layers.weight import Weight, embed, unembed, weight
+from gptjax.layers.weight import STANDARD_DEVIATION, Weight, array, embed, unembed, weight
 from pallas_kernels import block as fused_block
 
 
@@ -129,10 +129,12 @@ class GPT2(nn.Module):
         """Declares the weights."""
         config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.token_embedding = self._embedding("token_embedding")
-        self.position_embedding = self.param(
+        self.position_embedding = array(
+            self,
             "position_embedding",
-            nn.with_logical_partitioning(nn.initializers.normal(0.02), (POSITION, WIDTH)),
+            nn.initializers.normal(STANDARD_DEVIATION),
             (config.context_length, config.width),
+            (POSITION, WIDTH),
             self.param_dtype,
         )
         self.blocks = [

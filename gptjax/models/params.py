@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptjax.config import ModelConfig
-from gptjax.layers.weight import random_mxfp4
+from gptjax.layers.weight import STANDARD_DEVIATION, random_mxfp4
 from gptjax.models.registry import Model, build
 from pallas_kernels import moe
 from pallas_kernels.formats.fragments import MXFP4Fragments
@@ -50,7 +50,7 @@ def _random_leaf(key: jax.Array, name: str, leaf: jax.ShapeDtypeStruct | MXFP4) 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    return 0.02 * jax.random.normal(key, shape, dtype)
+    return STANDARD_DEVIATION * jax.random.normal(key, shape, dtype)
 
 
 def abstract_params(model: Model) -> Params:

@@ -118,9 +118,7 @@ class Service:
     scorer: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "gptjax-scorer"))
     # One large body at a time: the JSON parser does not let other threads run.
     parser: ThreadPoolExecutor = dataclasses.field(default_factory=lambda: ThreadPoolExecutor(1, "gptjax-parser"))
-    draining: threading.Event = dataclasses.field(
-        default_factory=threading.Event
-    )  # set when the server begins to shut down
+    draining: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when shutdown begins
     drained: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when its time is up
     began: float = dataclasses.field(default_factory=time.monotonic)
     _places: set[object] = dataclasses.field(default_factory=set)  # reserved for requests being read

@@ -131,7 +131,7 @@ class Server(uvicorn.Server):
         self._announced = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begins the shutdown: streams go on for a while, then end with an error. A second SIGINT ends them at once."""
+        """Begins the shutdown: streams continue a while, then end with an error. A second SIGINT ends them at once."""
         if not self._service.draining.is_set():
             self._service.draining.set()
             threading.Thread(target=self._service.drain, args=(self._drain_seconds,), daemon=True).start()

@@ -1,6 +1,7 @@
 """Makes untrusted strings and values safe for messages: short, and without terminal escapes."""
 
 import reprlib
+from collections.abc import Iterable
 from typing import Final
 
 _MOST: Final = 100  # characters of a value
@@ -49,3 +50,10 @@ def names(texts: list[str], most: int = 10) -> str:
 def clean(text: str) -> str:
     """Text for a terminal: control characters other than tab and newline become visible symbols."""
     return text.translate(_CONTROLS)
+
+
+def listed(faults: Iterable[str], indent: str = "  ", *, most: int = 20) -> str:
+    """One fault per line, at most `most` of them, and how many more there are."""
+    faults = list(faults)
+    more = [f"and {len(faults) - most} more"] if len(faults) > most else []
+    return "\n".join(indent + fault for fault in faults[:most] + more)

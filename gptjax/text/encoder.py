@@ -58,7 +58,7 @@ class Encoders:
         except ConfigError:
             raise
         except Exception as error:  # the library raises no narrower type
-            raise CheckpointError(f"{vocabulary.file} is damaged ({error}): fetch it again") from error
+            raise CheckpointError(f"{vocabulary.file} is damaged: {error}; download it again") from error
 
 
 def _around(vocabulary: Vocabulary, model: models.BPE) -> tuple[list[int], list[int]]:

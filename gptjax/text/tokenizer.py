@@ -81,7 +81,7 @@ class Tokenizer:
         return [*before, *ids, *after]
 
     def decode(self, ids: Iterable[SupportsIndex], *, special: bool = False) -> str:
-        """The text of `ids`. Invalid bytes become U+FFFD, and ids that no token has become nothing.
+        """The text of `ids`. Invalid bytes become U+FFFD, and unknown ids are skipped.
 
         Args:
           ids: integers of any kind (NumPy's too), not negative.
@@ -99,7 +99,7 @@ class Tokenizer:
         return Detokenizer(partial(self._shown, special=special))
 
     def token_bytes(self, token_id: SupportsIndex) -> bytes:
-        """The bytes of one token (a special token's content as UTF-8), b"" for an id that no token has.
+        """The bytes of one token (a special token's content as UTF-8), b"" for an unknown id.
 
         Raises:
           RequestError: not an integer, or negative.

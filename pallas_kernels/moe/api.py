@@ -12,7 +12,7 @@ from pallas_kernels.moe import reference
 from pallas_kernels.moe.routing import BY_EXPERT
 from pallas_kernels.partial_sum import PartialSum
 
-LARGEST_SCALE = 192  # of MXFP4, that the kernels take: 2^65
+LARGEST_SCALE = 192  # the largest MXFP4 scale that the kernels take: 2^65
 _FEW = 512  # tokens up to which "auto" takes the Triton kernel; it was not measured with more
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.moe import routing
-from pallas_kernels.moe.routing import Groups
+from pallas_kernels.moe.routing import Groups, most_groups
 from pallas_kernels.partial_sum import PartialSum
 
 LARGEST_GROUP = 128  # tokens of one expert computed together, at most
@@ -70,8 +70,8 @@ def group_sizes(num_pairs: int, num_experts: int) -> tuple[int, int]:
 
     A group has about as many slots as an expert has tokens on average, so that few stay empty.
     """
-    places = min(LARGEST_GROUP, 1 << max(num_pairs // num_experts, 1).bit_length() - 1)
-    return places, min(num_pairs, num_pairs // places + num_experts)
+    slots = min(LARGEST_GROUP, 1 << max(num_pairs // num_experts, 1).bit_length() - 1)
+    return slots, most_groups(num_pairs, num_experts, slots)
 
 
 def _in_turn(

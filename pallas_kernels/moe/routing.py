@@ -61,15 +61,17 @@ def _by_expert(experts_TX: jax.Array, num_experts: int) -> Routing:
     return Routing(Groups(jnp.arange(num_experts, dtype=jnp.int32), rows_EM), places_TX)
 
 
-def sorted_groups(experts_TX: jax.Array, num_experts: int, largest: int) -> Routing:
-    """Groups of `largest` slots, as many as could be needed: all pairs in full groups, and a partial one per expert.
+def most_groups(num_pairs: int, num_experts: int, slots: int) -> int:
+    """The groups that could be needed: all pairs in full groups, and a partial group per expert."""
+    return min(num_pairs, num_pairs // slots + num_experts)
 
-    Those that are not empty come first.
-    """
+
+def sorted_groups(experts_TX: jax.Array, num_experts: int, largest: int) -> Routing:
+    """Groups of `largest` slots, `most_groups` of them. Those that are not empty come first."""
     experts_TX = _existing(experts_TX, num_experts)
     T, X = experts_TX.shape
     M, num_pairs = largest, T * X
-    U = min(num_pairs, num_pairs // M + num_experts)
+    U = most_groups(num_pairs, num_experts, M)
     pair_experts = experts_TX.reshape(num_pairs)
     order = jnp.argsort(pair_experts, stable=True).astype(jnp.int32)
     counts_E = jnp.zeros((num_experts,), jnp.int32).at[pair_experts].add(1, mode="drop")

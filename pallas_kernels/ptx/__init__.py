@@ -2,7 +2,7 @@
 
 One convention throughout: a condition is an i1, as MLIR's comparisons return it, or the sign of a number
 (`NotNegative`). Whatever it guards (a load, a store, a copy, a branch) happens in the threads for which it holds; a
-load gives 0 in the others. Absence is never encoded in a value.
+load gives 0 in the others.
 """
 
 from pallas_kernels.ptx.barriers import MBarriers, TileCopies, bulk_copy, expect_bytes, sync_block
@@ -36,7 +36,6 @@ from pallas_kernels.ptx.values import (
     fma,
     halves,
     i32,
-    i64,
     less,
     mul,
     pack,
@@ -81,7 +80,6 @@ __all__ = [
     "global_address",
     "halves",
     "i32",
-    "i64",
     "launch",
     "less",
     "load",

@@ -9,7 +9,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.ptx.memory import shared_offset
-from pallas_kernels.ptx.values import Condition, Value, add, asm, const, mul
+from pallas_kernels.ptx.values import Condition, Value, add, as_i1, asm, const, mul
 
 
 def sync_block() -> None:
@@ -47,13 +47,13 @@ class MBarriers:
 def expect_bytes(mbarrier: Value, size: int, condition: Condition) -> None:
     """Arrives at an mbarrier and announces bytes, if the condition holds: in one thread per phase."""
     text = f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size};"
-    asm("{ .reg .pred p; setp.ne.s32 p, $1, 0; " + text + " }", [], [mbarrier, condition])
+    asm("{ .reg .pred p; setp.ne.s32 p, $1, 0; " + text + " }", [], [mbarrier, as_i1(condition)])
 
 
 def bulk_copy(to: Value, source: Value, size: int, mbarrier: Value, condition: Condition) -> None:
     """Begins to copy bytes, a multiple of 16, from global to shared memory, if the condition holds."""
     text = f"@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], {size}, [$2];"
-    asm("{ .reg .pred p; setp.ne.s32 p, $3, 0; " + text + " }", [], [to, source, mbarrier, condition])
+    asm("{ .reg .pred p; setp.ne.s32 p, $3, 0; " + text + " }", [], [to, source, mbarrier, as_i1(condition)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,5 +87,5 @@ class TileCopies:
             gmem_slice=tuple(utils.ds(each, self.size) for each in corner),
             barrier=barriers[stage],
             swizzle=2 * self.size,
-            **({} if condition is None else {"predicate": condition}),
+            **({} if condition is None else {"predicate": as_i1(condition)}),
         )

@@ -12,7 +12,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.ptx.barriers import sync_block
-from pallas_kernels.ptx.values import Condition, Value, add, asm, const, i32
+from pallas_kernels.ptx.values import Condition, Value, add, as_i1, asm, const, i32
 
 MOST_BLOCKS = 8  # of a cluster on any device
 
@@ -77,7 +77,7 @@ class ClusterThread:
         """
         if self.blocks == 1:
             text = "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p st.shared.f32 [$0], $1; }"
-            asm(text, [], [address, value, condition])
+            asm(text, [], [address, value, as_i1(condition)])
             return
         # The distance to the other block's memory is the same for every address.
         (there,) = asm("mapa.shared::cluster.u32 $0, $1, $2;", [i32()], [self.mbarriers, rank])
@@ -86,7 +86,7 @@ class ClusterThread:
             "{ .reg .pred p; setp.ne.s32 p, $3, 0;"
             "@p st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [$0], $1, [$2]; }",
             [],
-            [add(address, away), value, add(there, 8 * exchange), condition],
+            [add(address, away), value, add(there, 8 * exchange), as_i1(condition)],
         )
 
     def receive(self, exchange: int) -> None:

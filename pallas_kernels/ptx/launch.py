@@ -57,7 +57,7 @@ def launch(
 
         inline(*refs, *indices)
 
-    body.__name__ = getattr(thread, "func", thread).__name__.strip("_")
+    body.__name__ = getattr(thread, "func", thread).__name__
     more: dict[str, Any] = {"cluster": (cluster,), "cluster_names": ("block",)} if cluster > 1 else {}
     more |= {"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups is not None else {}
     launched = plgpu.kernel(

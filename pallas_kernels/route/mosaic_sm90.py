@@ -12,6 +12,7 @@ kernel launch is saved.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -265,7 +266,7 @@ class Router:
             chosen.append(ptx.halves(word)[0])
         powers = []
         for logit in chosen:
-            exponent = arith.mulf(arith.subf(logit, chosen[0]), ptx.float32(1.4426950408889634))
+            exponent = arith.mulf(arith.subf(logit, chosen[0]), ptx.float32(math.log2(math.e)))
             powers += ptx.asm("ex2.approx.f32 $0, $1;", [ptx.f32()], [exponent])
         total = ptx.tree_sum(powers)
         return numbers, [ptx.divide(power, total) for power in powers]
@@ -305,7 +306,7 @@ def norm_route(
         norm.operands | {"router": router_DE, "router_bias": router_bias_E, "positions": positions_T},
         add_norm.results(x_TD, terms) | results(T, top),
         {"row": T},
-        dict(sorted(memory.items())),
+        dict(sorted(memory.items())),  # the order of the addresses that were measured
         cluster=layout.blocks,
         warpgroups=layout.threads // 128,
     )

@@ -129,9 +129,9 @@ def read(file: Path) -> tuple[Entry, ...]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no tile table: not valid JSON ({error}); {_FIX}") from None
+        raise ValueError(f"{file} is not a tile table: not valid JSON ({error}); {_FIX}") from None
     if not isinstance(raw, list):
-        raise ValueError(f"{file} is no tile table: it must be a list, found {type(raw).__name__}; {_FIX}")
+        raise ValueError(f"{file} is not a tile table: it must be a list, found {type(raw).__name__}; {_FIX}")
     entries = [_entry(f"{file}, entry {number}", each) for number, each in enumerate(raw, start=1)]
     first: dict[Key, int] = {}
     for number, entry in enumerate(entries, start=1):

@@ -253,7 +253,7 @@ def test_combining_agrees_with_jnp(K, G, H, J, sinks):
     rng = np.random.default_rng(J)
     counts = jnp.asarray([0, 1, 128, 700, 128 * J], jnp.int32)
     out = jnp.asarray(rng.standard_normal((5, K, J, G, H)), jnp.float32)
-    lse = jnp.asarray(rng.normal(0, 3, (5, K, J, 8)), jnp.float32)
+    lse = jnp.asarray(rng.normal(0, 3, (5, K, J, G)), jnp.float32)
     sinks_N = jnp.asarray(rng.normal(0, 3, K * G), jnp.bfloat16) if sinks else None
     # Splits without work leave whatever was there.
     _, tiles_BJ = split.run(counts[:, None], jnp.arange(J, dtype=jnp.int32), tile=128, splits=J)

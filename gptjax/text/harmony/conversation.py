@@ -73,7 +73,7 @@ def render(
 
     Args:
       messages: as in OpenAI's chat API; text only. See this module's table.
-      tokenizer: one with harmony's special tokens, which no text can become, whatever it says.
+      tokenizer: one with harmony's special tokens; text in messages never turns into them.
       tools: `{"type": "function", "function": {"name", "description", "parameters"}}`, and `{"type": "browser"}` or
         `{"type": "python"}` for the built-in ones.
       reasoning_effort: "low", "medium" or "high".

@@ -26,7 +26,6 @@ class _CombinePlan:
     keys: int  # K
     splits: int  # J
     group: int  # G
-    columns: int  # of lse, at least G
     width: int  # H
     tile: int
     sinks: str | None  # their dtype, bfloat16 or float32
@@ -38,17 +37,17 @@ class _CombinePlan:
 
 
 def combine(
-    out_BKJGH: jax.Array, lse_BKJM: jax.Array, counts_B: jax.Array, sinks_N: jax.Array | None, *, tile: int
+    out_BKJGH: jax.Array, lse_BKJG: jax.Array, counts_B: jax.Array, sinks_N: jax.Array | None, *, tile: int
 ) -> jax.Array:
-    """See `split.combine`. H is even, and the result is bfloat16."""
+    """See `split.combine`. M is G, H is even, and the result is bfloat16."""
     B, K, J, G, H = out_BKJGH.shape
-    plan = _CombinePlan(K, J, G, lse_BKJM.shape[-1], H, tile, sinks=None if sinks_N is None else sinks_N.dtype.name)
+    plan = _CombinePlan(K, J, G, H, tile, sinks=None if sinks_N is None else sinks_N.dtype.name)
     # Missing sinks are not read, but something has to be passed for them.
     sinks = counts_B if sinks_N is None else sinks_N
 
     results = ptx.launch(
         partial(combine_splits, plan),
-        {"out": out_BKJGH, "lse": lse_BKJM, "counts": counts_B, "sinks": sinks},
+        {"out": out_BKJGH, "lse": lse_BKJG, "counts": counts_B, "sinks": sinks},
         {"result": jax.ShapeDtypeStruct((B, K * G, H), jnp.bfloat16)},
         {"row": B, "part": -(-plan.pairs // THREADS)},
     )
@@ -73,9 +72,9 @@ def combine_splits(
     first = ptx.mul(ptx.add(ptx.mul(row, plan.keys), key), plan.splits)  # split of this row and head
     (count,) = ptx.asm(_LOAD, [ptx.i32()], [ptx.offset(counts, row, 4)], volatile=True)
     sink = ptx.float32(FLOOR) if plan.sinks is None else load_sink(sinks, plan.sinks, query)
-    lse_at = ptx.offset(lse, ptx.add(ptx.mul(first, plan.columns), place), 4)
+    lse_at = ptx.offset(lse, ptx.add(ptx.mul(first, plan.group), place), 4)
     logs = [
-        ptx.asm(_LOAD_LSE, [ptx.f32()], [ptx.shifted(lse_at, 4 * plan.columns * j)], volatile=True)[0]
+        ptx.asm(_LOAD_LSE, [ptx.f32()], [ptx.shifted(lse_at, 4 * plan.group * j)], volatile=True)[0]
         for j in range(plan.splits)
     ]
     at = ptx.offset(out, ptx.add(ptx.mul(first, plan.group), place), 4 * plan.width)

@@ -41,7 +41,7 @@ def run(counts: jax.Array, index: jax.Array, *, tile: int, splits: int) -> tuple
 
 def combine(
     out_BKJGH: jax.Array,
-    lse_BKJG: jax.Array,
+    lse_BKJM: jax.Array,
     counts_B: jax.Array,
     sinks_N: jax.Array | None,
     *,
@@ -54,7 +54,7 @@ def combine(
 
     Args:
       out_BKJGH: float32, each split's normalised output; that of a split without work may be anything.
-      lse_BKJG: float32, the logarithm to base 2 of each split's total; it may have more than G columns.
+      lse_BKJM: float32, the logarithm to base 2 of each split's total; of M slots per group, the first G are used.
       counts_B: int32 places in use.
       sinks_N: logits (to base e) that take their share of the softmax and have no value.
       tile: the kernel's.
@@ -67,7 +67,7 @@ def combine(
     index_BJ = jnp.broadcast_to(jnp.arange(J, dtype=jnp.int32), (B, J))
     _, tiles_BJ = run(jnp.broadcast_to(counts_B[:, None], (B, J)), index_BJ, tile=tile, splits=J)
     used_B1J1 = (tiles_BJ > 0)[:, None, :, None]
-    lse_BKJG = jnp.where(used_B1J1, lse_BKJG[..., :G], -jnp.inf)
+    lse_BKJG = jnp.where(used_B1J1, lse_BKJM[..., :G], -jnp.inf)
     out_BKJGH = jnp.where(used_B1J1[..., None], out_BKJGH, 0)
     start = jnp.full((1, K, G), FLOOR, jnp.float32)
     if sinks_N is not None:

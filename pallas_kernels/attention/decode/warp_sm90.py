@@ -137,12 +137,12 @@ class CacheStream:
     run: Run
 
     def keys(self, turn: Value | int) -> Words:
-        """Of place g in every eight, the 16 bytes from 16·q on in every 64."""
+        """The 16 bytes from 16·q on in every 64, of place g in every eight."""
         rows = self._rows(ptx.offset(self.k, self.at.q, 16), turn, self.at.g, range(0, self.plan.warp_tile, EIGHT))
         return [_load(_STREAM_FOUR, row, begin + 64 * i) for row, begin in rows for i in range(self.plan.width // 32)]
 
     def values(self, turn: Value | int) -> Words:
-        """Of places 2·q, 2·q + 1, 2·q + 8 and 2·q + 9 in every 16, the 16 bytes from 16·g on in every 128."""
+        """The 16 bytes from 16·g on in every 128, of places 2·q, 2·q + 1, 2·q + 8 and 2·q + 9 in every 16."""
         places = [first + i for first in range(0, self.plan.warp_tile, 2 * EIGHT) for i in (0, 1, 8, 9)]
         rows = self._rows(ptx.offset(self.v, self.at.g, 16), turn, ptx.mul(self.at.q, 2), places)
         return [
@@ -168,7 +168,7 @@ def attend(
 ) -> tuple[list[Value], list[Value], list[Value]]:
     """The warp's softmax: per query, the maximum and the thread's part of the sum; and the sums of values.
 
-    Of the sums of values, there are four for every eight columns of `_multiply`.
+    There are four sums of values for every eight columns of `_multiply`.
 
     Args:
       a: from `load_queries`.
