@@ -26,7 +26,7 @@ from gptjax.checkpoints.orbax_piece import check_piece, checksum, read_leaf, wri
 from gptjax.checkpoints.raw import Buffers
 from gptjax.errors import CheckpointError
 from gptjax.support.progress import Progress, silent
-from gptjax.support.quoting import listed, shown
+from gptjax.support.quoting import listed, names, shown
 
 __all__ = [
     "Leaf",
@@ -149,7 +149,7 @@ def place(
             advance(_bytes(wanted[path]))
     missing = sorted("/".join(path) for path in wanted.keys() - placed.keys())
     if missing:
-        raise CheckpointError("weights are missing; convert the checkpoint again:\n" + listed(missing))
+        raise CheckpointError(f"weights are missing: {names(missing)}; convert the checkpoint again")
     params: Params = jax.tree_util.tree_map_with_path(lambda path, _: placed[_names(path)], targets)
     return params
 
