@@ -27,6 +27,7 @@ MODELS = {  # compile models, or kernels that XLA compiles: `make test` has them
     "bench",
     "cli/test_cli.py",
     "config/test_overrides.py",
+    "convert/test_conversion_memory.py",
     "convert/test_convert_mxfp4.py",
     "diagnostics",
     "engine",
