@@ -1,4 +1,4 @@
-"""GPT-OSS's three layouts, against the tests' own mapping of names; and checkpoints to be refused (configs: tests/config)."""
+"""GPT-OSS's three layouts, against the tests' own mapping of names, and what is refused. Its configs: tests/config."""
 
 from collections.abc import Callable
 from pathlib import Path
