@@ -40,7 +40,7 @@ full: lint
 # The tests that a change can reach, the nearest first: what differs from BASE, or from where the branch left main.
 affected: $(VENV)/.installed-test
 	@tests="$$($(BIN)/python -m tests.affected $(BASE))" || exit 1; \
-	if test -z "$$tests"; then echo "no test reaches what has changed"; \
+	if test -z "$$tests"; then echo "no test of make full reaches what has changed"; \
 	else FUZZ=0.1 $(PYTEST) --tier affected $(ARGS) $$tests; fi
 
 lint: $(VENV)/.installed-test

@@ -7,6 +7,8 @@ modules:
 - data in a package counts as that package's `__init__`;
 - what decides how any test runs (`EVERYTHING`) affects all;
 - another file affects the tests that name it, or a folder that it is in.
+
+Files that only a command of their own runs (`make oracle`, `make slow`, `make clients`) are named on standard error.
 """
 
 import ast
@@ -20,6 +22,8 @@ from pathlib import Path
 from tests import import_graph
 from tests.import_graph import PACKAGES, ROOT
 
+# A file marked as a whole, for a make target of that name. pytest would find no test in it and fail.
+_OWN_TARGET = re.compile(r"^pytestmark = .*\bpytest\.mark\.(oracle|slow|clients|installs)\b", re.M)
 EVERYTHING = ("pyproject.toml", "constraints.txt", "constraints-3.12.txt", "constraints-3.13.txt")
 
 
@@ -124,8 +128,19 @@ def _of_conftests(test: str, text: str, known: set[str]) -> set[str]:
     return found
 
 
-if __name__ == "__main__":
-    files = changed_files(sys.argv[1] if len(sys.argv) > 1 else None)
+def main(base: str | None = None) -> None:
+    """Prints the files that pytest is to run; on standard error, the make targets that reach the change as well."""
+    files = changed_files(base)
     gone = [_module(path) for path in files if path.suffix == ".py" and not (ROOT / path).exists()]
+    targets = set()
     for test in affected(files, graph(filter(None, gone))):
-        print(import_graph.modules(*PACKAGES, "tests")[test].relative_to(ROOT))
+        if (own := _OWN_TARGET.search(import_graph.source(test))) is not None:
+            targets.add(own[1])
+        else:
+            print(import_graph.modules(*PACKAGES, "tests")[test].relative_to(ROOT))
+    for target in sorted(targets):
+        print(f"make {target} reaches this change, too", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

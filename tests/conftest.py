@@ -27,6 +27,7 @@ MODELS = {  # compile models, or kernels that XLA compiles: `make test` has them
     "bench",
     "cli/test_cli.py",
     "config/test_overrides.py",
+    "convert/test_conversion_memory.py",
     "convert/test_convert_mxfp4.py",
     "diagnostics",
     "engine",
@@ -51,9 +52,9 @@ KERNELS = {  # interpret GPU kernels or lower them for CUDA: `make kernels` has 
     "pallas_kernels/moe/test_moe_triton.py",
     "pallas_kernels/test_mosaic.py",
 }
-OTHERS = {"oracle"}  # need other packages, and a command of their own
+OTHERS = {"oracle"}  # need other packages, and a command of their own; tests/affected.py leaves them out itself
 # What each tier leaves out; all but the last the tests marked `thorough`, too.
-TIERS = {"quick": MODELS | KERNELS | OTHERS, "test": KERNELS | OTHERS, "affected": OTHERS, "full": set()}
+TIERS = {"quick": MODELS | KERNELS | OTHERS, "test": KERNELS | OTHERS, "affected": set(), "full": set()}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,8 +62,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    thorough = "thorough: more of what other tests see as well; for .ci/run, not for `make test`"
-    config.addinivalue_line("markers", thorough)
     # A program that another process is just writing is compiled again.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache:UserWarning")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("gptjax", "convert", "pallas_kernels")
 _DOTTED = re.compile(rf"\b(?:{'|'.join((*PACKAGES, 'tests'))})(?:\.\w+)+")
+_FROM = re.compile(rf"\bfrom ((?:{'|'.join((*PACKAGES, 'tests'))})(?:\.\w+)*) import (?:\(([^)]*)\)|([\w, ]+))")
 _COMMAND = re.compile(rf"""-m["']?,? ["']?({"|".join((*PACKAGES, "tests"))})\b""")
 
 
@@ -52,9 +53,8 @@ def mentioned(text: str, tree: ast.AST, known: set[str]) -> set[str]:
     """
     found = {name for _, name in imports(tree, known)} | set(_DOTTED.findall(text))
     found |= {f"{package}.__main__" for package in _COMMAND.findall(text)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):  # `from gptjax import load`
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    for package, *names in _FROM.findall(text):  # `from gptjax import load`, in code or in a string
+        found |= {f"{package}.{name.split()[0]}" for name in "".join(names).split(",") if name.strip()}
     return {module for name in found for module in _reached(name, known)}
 
 

@@ -39,6 +39,8 @@ def _reached(module: str) -> set[str]:
         # The fixture `lm` of tests/conftest.py, whose users need not import a thing; code in a string; `-m gptjax`.
         ("gptjax/language_model.py", ["test_api", "test_docs", "test_fork", "cli.test_cli"], ["models.test_gpt2"]),
         ("gptjax/__main__.py", ["cli.test_cli", "server.test_load"], ["test_api"]),
+        # `from gptjax.diagnostics import info, perplexity` in a string.
+        ("gptjax/diagnostics/info.py", ["checkpoints.test_special_files"], []),
         (
             "convert/mxfp4.py",
             ["convert.test_convert_mxfp4"],
@@ -80,6 +82,27 @@ def test_a_module_that_is_gone_affects_those_that_still_import_it():
     assert tool.affected([Path("gptjax/support/gone.py")], tool.graph(["gptjax.support.gone"])) == [
         "tests.test_affected"
     ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "printed", "targets"),
+    [
+        ("tests/oracle/test_compare.py", [], ["oracle"]),
+        ("tests/server/test_load.py", [], ["slow"]),
+        (
+            "tests/oracles/harmony_cases.py",
+            ["tests/text/test_harmony_parsing.py", "tests/text/test_harmony_rendering.py"],
+            ["oracle"],
+        ),
+    ],
+)
+def test_what_a_target_of_its_own_runs_is_named_apart(monkeypatch, capsys, changed, printed, targets):
+    """pytest would select nothing in it, and fail."""
+    monkeypatch.setattr(tool, "changed_files", lambda base: [Path(changed)])
+    tool.main()
+    out, err = capsys.readouterr()
+    assert out.splitlines() == printed
+    assert err.splitlines() == [f"make {target} reaches this change, too" for target in targets]
 
 
 @pytest.mark.parametrize("test", ["tests.text.test_tokenizer", "tests.server.test_app", "tests.engine.test_engine"])

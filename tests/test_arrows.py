@@ -74,6 +74,19 @@ def test_no_module_imports_itself_by_way_of_others():
         pytest.fail(" -> ".join(reversed(error.args[1])))
 
 
+def test_tests_import_each_other_by_full_names():
+    """pytest would load a file once more under its bare name, and `make affected` would not see the import."""
+    files = list((ROOT / "tests").rglob("*.py"))
+    own = {file.stem for file in files}
+    bare = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
+            bare += [f"{file.name}:{node.lineno}: {name}" for name in names if name.partition(".")[0] in own]
+    assert not bare
+
+
 @pytest.mark.parametrize(
     ("module", "absent"),
     [

@@ -10,7 +10,7 @@ import pytest
 from gptjax.axes import GLOSSARY
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("pallas_kernels", "gptjax/layers", "gptjax/models")
+FOLDERS = ("pallas_kernels", "gptjax", "convert")
 FILES = {str(file.relative_to(ROOT)): file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")}
 # A name in small letters, then its axes. A small letter among these is a tile of that axis, a number a fixed size (a
 # 2 before a letter: twice that axis).

@@ -175,7 +175,8 @@ def test_the_command_prints_a_table_and_json(capsys):
     facts = json.loads(capsys.readouterr().out)
     (result,) = facts["results"]
     assert facts["ceiling_bytes_per_second"] == max(facts["read_bytes_per_second"], facts["copy_bytes_per_second"])
-    assert 0 < result["share_of_ceiling"] < 1
+    speed = result["bytes_per_step"] / result["step_seconds"]
+    assert result["share_of_ceiling"] == pytest.approx(speed / facts["ceiling_bytes_per_second"])
     assert result["peak_memory"] > 10_000_000
     assert result["compile"] >= 0
     assert result["decode_tokens_per_second"] == pytest.approx(1 / result["step_seconds"])

@@ -1,15 +1,10 @@
-"""Whole conversions: what comes out, that bad input writes nothing, and what a process killed half-way leaves."""
+"""Whole conversions: what comes out, that bad input writes nothing, and what is printed."""
 
 import hashlib
 import json
 import logging
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -24,24 +19,8 @@ from gptjax.errors import CheckpointError, ConfigError
 from gptjax.models.params import abstract_params
 from gptjax.models.registry import build
 from tests.convert import made
+from tests.convert.conversion_material import assert_holds, restored, start
 from tests.oracles import gpt2_ours
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def _restored(directory: Path, dtype=np.float32) -> dict[str, np.ndarray]:
-    return made.flat(weights.restore(directory, abstract_params(build(read_config(directory), dtype=dtype))))
-
-
-def _streamed(directory: Path) -> dict[str, np.ndarray]:
-    return {"/".join(path): array for path, array in stream_params(directory, read_config(directory))}
-
-
-def _assert_holds(directory: Path, tensors, dtype=np.float32) -> None:
-    found = _restored(directory, dtype)
-    assert len(found) == len(tensors)
-    for name, array in tensors.items():
-        assert made.same_bits(found[gpt2_ours.target(name)], array.astype(dtype))
 
 
 @pytest.mark.parametrize("shards", [0, 3])
@@ -50,7 +29,7 @@ def test_converts_bit_for_bit(tmp_path, shards):
     summary = convert(tmp_path / "src", tmp_path / "dst")
     assert (summary.num_weights, summary.dtypes) == (len(tensors), ("float32",))
     assert summary.num_params == sum(array.size for array in tensors.values())
-    _assert_holds(tmp_path / "dst", tensors)
+    assert_holds(tmp_path / "dst", tensors)
 
 
 @pytest.mark.parametrize("source", [np.float32, np.float16, made.BFLOAT16])
@@ -61,7 +40,7 @@ def test_casts_all_weights(tmp_path, source, dtype):
     stored = np.dtype(dtype or source)
     assert summary.dtypes == (stored.name,)
     assert summary.bytes == stored.itemsize * summary.num_params
-    _assert_holds(tmp_path / "dst", {name: array.astype(stored) for name, array in tensors.items()}, stored)
+    assert_holds(tmp_path / "dst", {name: array.astype(stored) for name, array in tensors.items()}, stored)
 
 
 def test_what_a_converted_directory_holds(tmp_path):
@@ -271,219 +250,9 @@ def test_progress_is_told_of_every_byte(tmp_path):
     assert told[0] == summary.bytes == sum(told[1:])
 
 
-CONVERT = """
-import os, signal, sys
-import convert.conversion, gptjax.checkpoints.atomic_directory, gptjax.checkpoints.weights, orbax.checkpoint
-{before}
-print("ready", flush=True)
-convert.convert({source!r}, {destination!r}, overwrite={overwrite})
-"""
-
-
-def _start(source: Path, destination: Path, *, before: str = "", overwrite: bool = False) -> subprocess.Popen:
-    code = CONVERT.format(before=before, source=str(source), destination=str(destination), overwrite=overwrite)
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline() == b"ready\n", process.stderr.read().decode()
-    return process
-
-
-def test_killed_at_any_time_leaves_nothing_that_looks_finished(tmp_path):
-    """100 MB, killed at random moments; the last run goes through and is bit-equal."""
-    made.stream_gpt2(tmp_path / "src", vocab_size=9000, n_positions=64, n_embd=640, n_layer=4, n_head=10)
-    seed = random.randrange(1 << 30)
-    rng = random.Random(seed)
-    kills = 0
-    for delay in (0, *(rng.uniform(0, 0.4) for _ in range(4))):
-        process = _start(tmp_path / "src", tmp_path / "dst")
-        time.sleep(delay)
-        process.kill()
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-        if (tmp_path / "dst").exists():  # it was quicker
-            weights.read_manifest(tmp_path / "dst")
-            shutil.rmtree(tmp_path / "dst")
-    assert kills, seed
-    convert(tmp_path / "src", tmp_path / "dst")
-    assert sorted(os.listdir(tmp_path)) == ["dst", "src"], seed
-    found = _restored(tmp_path / "dst")
-    source = _streamed(tmp_path / "src")
-    assert found.keys() == source.keys()
-    assert all(made.same_bits(found[path], array) for path, array in source.items()), seed
-
-
-# A process that kills itself at the given call of a function, or after it.
-KILL = """
-real, calls = {module}.{function}, []
-def kill(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == {call}:
-        {last}
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-{module}.{function} = kill
-gptjax.checkpoints.weights.PIECE_BYTES = 50_000
-"""
-MOMENTS = {  # function, call, whether it is done before the kill
-    "before the first piece": ("gptjax.checkpoints.weights.write_piece", 1, False),
-    "between pieces": ("gptjax.checkpoints.weights.write_piece", 3, True),
-    "before the manifest": ("gptjax.checkpoints.weights.write_manifest", 1, False),
-    "after the manifest": ("gptjax.checkpoints.weights.write_manifest", 1, True),
-    "before publishing": ("gptjax.checkpoints.atomic_directory._publish", 1, False),
-}
-SWAP = {  # call of os.rename; what the destination then holds is None where the next run must put it back
-    "before the old one is moved aside": ("os.rename", 1, False, "old"),
-    "after the old one was moved aside": ("os.rename", 1, True, None),
-    "after the new one was moved in": ("os.rename", 2, True, "new"),
-    "before the old one is deleted": ("shutil.rmtree", 1, False, "new"),
-}
-
-
-def _killed(tmp_path: Path, function: str, call: int, done: bool, *, overwrite: bool) -> None:
-    module, _, name = function.rpartition(".")
-    before = KILL.format(module=module, function=name, call=call, last="real(*args, **kwargs)" if done else "pass")
-    if module in ("os", "shutil"):  # Orbax uses them too: only the conversion's own count
-        place = f"gptjax.checkpoints.atomic_directory.{module}"
-        own = f"import types, {module}\nown = {place} = types.SimpleNamespace(**vars({module}))\n"
-        before = own + before.replace(f"{module}.{name}", f"own.{name}")
-    process = _start(tmp_path / "src", tmp_path / "dst", before=before, overwrite=overwrite)
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors.decode()
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_while_writing(tmp_path, moment):
-    _, tensors = made.gpt2(tmp_path / "src")
-    _killed(tmp_path, *MOMENTS[moment], overwrite=False)
-    assert not (tmp_path / "dst").exists()
-    assert len(os.listdir(tmp_path)) == 2  # the leftover
-    convert(tmp_path / "src", tmp_path / "dst")
-    assert sorted(os.listdir(tmp_path)) == ["dst", "src"]
-    _assert_holds(tmp_path / "dst", tensors)
-
-
-@pytest.mark.parametrize("moment", SWAP)
-def test_killed_while_replacing_never_loses_the_old_one(tmp_path, moment):
-    *when, expected = SWAP[moment]
-    _, old = made.gpt2(tmp_path / "src", seed=1)
-    convert(tmp_path / "src", tmp_path / "dst")
-    _, new = made.gpt2(tmp_path / "src", seed=2)
-    _killed(tmp_path, *when, overwrite=True)
-    if expected is None:
-        assert not (tmp_path / "dst").exists()
-        with pytest.raises(CheckpointError, match="exists"):  # the next run puts it back first
-            convert(tmp_path / "src", tmp_path / "dst")
-    _assert_holds(tmp_path / "dst", new if expected == "new" else old)
-    convert(tmp_path / "src", tmp_path / "dst", overwrite=True)
-    _assert_holds(tmp_path / "dst", new)
-    assert sorted(os.listdir(tmp_path)) == ["dst", "src"]
-
-
-def test_killed_while_deleting_the_old_one_does_not_bring_half_of_it_back(tmp_path):
-    _, tensors = made.gpt2(tmp_path / "src")
-    convert(tmp_path / "src", tmp_path / "dst")
-    half = (
-        "import shutil, types\n"
-        "def kill(path, **_):\n"
-        "    shutil.rmtree(path / 'params')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "gptjax.checkpoints.atomic_directory.shutil = types.SimpleNamespace(rmtree=kill)"
-    )
-    process = _start(tmp_path / "src", tmp_path / "dst", before=half, overwrite=True)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    _assert_holds(tmp_path / "dst", tensors)
-    shutil.rmtree(tmp_path / "dst")
-    convert(tmp_path / "src", tmp_path / "dst")
-    _assert_holds(tmp_path / "dst", tensors)
-    assert sorted(os.listdir(tmp_path)) == ["dst", "src"]
-
-
-def test_leftovers_of_a_living_process_are_left_alone(tmp_path):
-    made.gpt2(tmp_path / "src")
-    slow = "import time\ngptjax.checkpoints.weights.write_piece = lambda *args: time.sleep(60)"
-    process = _start(tmp_path / "src", tmp_path / "dst", before=slow)
-    try:
-        deadline = time.monotonic() + 20
-        while not any("partial" in name for name in os.listdir(tmp_path)) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.2)  # it locks what it has made
-        convert(tmp_path / "src", tmp_path / "dst")
-        assert len([name for name in os.listdir(tmp_path) if "partial" in name]) == 1
-    finally:
-        process.kill()
-        process.communicate()
-    convert(tmp_path / "src", tmp_path / "dst", overwrite=True)
-    assert sorted(os.listdir(tmp_path)) == ["dst", "src"]
-
-
-MEMORY = """
-import sys, threading, time
-import convert.conversion, orbax.checkpoint
-
-def resident():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-peaks, over = [], threading.Event()
-def sample():
-    while not over.is_set():
-        peaks.append(resident())
-        time.sleep(0.002)
-
-baseline = resident()
-thread = threading.Thread(target=sample)
-thread.start()
-convert.convert({source!r}, {destination!r}, dtype={dtype!r})
-over.set()
-thread.join()
-print(max(peaks) - baseline)
-"""
-
-
-def _peak(source: Path, destination: Path, dtype: str | None = None) -> int:
-    """The anonymous memory that a conversion takes at its highest, in bytes, in a process of its own."""
-    if not Path("/proc/self/status").exists():
-        pytest.skip("needs Linux's /proc")
-    code = MEMORY.format(source=str(source), destination=str(destination), dtype=dtype)
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return int(result.stdout)
-
-
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_memory_is_bounded(tmp_path, dtype):
-    """390 MB, of which the largest tensor is 61: a piece and a tensor may be held, the whole may not."""
-    made.stream_gpt2(tmp_path / "src", vocab_size=12000, n_positions=64, n_embd=1280, n_layer=4, n_head=10)
-    total = (tmp_path / "src" / "model.safetensors").stat().st_size
-    limit = weights.PIECE_BYTES + 12000 * 1280 * 4 + 100_000_000
-    assert limit < 0.8 * total
-    assert _peak(tmp_path / "src", tmp_path / "dst", dtype) <= limit
-    shutil.rmtree(tmp_path / "dst")
-    shutil.rmtree(tmp_path / "src")
-
-
-@pytest.mark.slow
-def test_memory_is_bounded_for_gpt2_xl(tmp_path):
-    """6.2 GB, twice: peak within the largest tensor (322 MB) and 500 MB, and the result bit-equal."""
-    count = made.stream_gpt2(tmp_path / "src", vocab_size=50257, n_positions=1024, n_embd=1600, n_layer=48, n_head=25)
-    assert count == 1_557_611_200
-    try:
-        peak = _peak(tmp_path / "src", tmp_path / "dst")
-        print(f"peak over baseline: {peak / 1e6:.0f} MB")
-        assert peak <= 50257 * 1600 * 4 + 500_000_000
-        stored = weights.read_leaves(tmp_path / "dst", weights.read_manifest(tmp_path / "dst"))
-        source = _streamed(tmp_path / "src")
-        for path, array in stored:
-            assert np.array_equal(source.pop("/".join(path)), array)
-        assert not source
-    finally:
-        shutil.rmtree(tmp_path / "src")
-        shutil.rmtree(tmp_path / "dst", ignore_errors=True)
-
-
 def test_conversion_prints_nothing(tmp_path):
     made.gpt2(tmp_path / "src")
-    process = _start(tmp_path / "src", tmp_path / "dst")
+    process = start(tmp_path / "src", tmp_path / "dst")
     assert process.communicate() == (b"", b"")
     assert process.returncode == 0
 
@@ -493,7 +262,7 @@ def test_the_logging_of_others_is_as_it_was(tmp_path):
     logger = logging.getLogger("absl")
     before = (logger.level, list(logger.filters), list(logger.handlers), logger.disabled)
     convert(tmp_path / "src", tmp_path / "dst")
-    _restored(tmp_path / "dst")
+    restored(tmp_path / "dst")
     assert (logger.level, list(logger.filters), list(logger.handlers), logger.disabled) == before
 
 

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -328,40 +326,3 @@ def test_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["a", "b", "--quantize", "int4"])
     assert "mxfp4=experts" in capsys.readouterr().err
-
-
-MEMORY = """
-import sys, threading, time
-import convert.conversion, orbax.checkpoint, numpy
-from convert.mxfp4 import rounded
-rounded(("token_embedding",), [numpy.ones((64, 32), numpy.float32)], (64, 32))  # what JAX takes for itself
-
-def resident():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-peaks, over = [], threading.Event()
-def sample():
-    while not over.is_set():
-        peaks.append(resident())
-        time.sleep(0.002)
-
-baseline = resident()
-thread = threading.Thread(target=sample)
-thread.start()
-convert.convert({source!r}, {destination!r}, quantize="all")
-over.set()
-thread.join()
-print(max(peaks) - baseline)
-"""
-
-
-def test_memory_is_bounded(tmp_path):
-    """400 MB, of which the largest tensor is 164: less than that one, as neither is ever held in float32."""
-    if not Path("/proc/self/status").exists():
-        pytest.skip("needs Linux's /proc")
-    made.stream_gpt2(tmp_path / "src", vocab_size=32000, n_positions=64, n_embd=1280, n_layer=3, n_head=10)
-    code = MEMORY.format(source=str(tmp_path / "src"), destination=str(tmp_path / "dst"))
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) <= 150_000_000

@@ -1,4 +1,4 @@
-"""What is needed, what there is, what to try, and that it all is given back."""
+"""What is needed, what to try, and that it all is given back."""
 
 import dataclasses
 import gc
@@ -23,7 +23,7 @@ from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
 from gptjax.models.params import abstract_params, init_params
 from gptjax.support import runtime
-from gptjax.support.runtime import DeviceMemory, cgroup_memory
+from gptjax.support.runtime import DeviceMemory
 from gptjax.support.units import readable
 
 GIB = 1 << 30
@@ -34,7 +34,6 @@ TALES = dataclasses.replace(
     PUBLISHED["gpt2"], vocab_size=8192, context_length=512, width=256, num_layers=6, num_heads=4, mlp_width=1024
 )
 MIDDLE = dataclasses.replace(PUBLISHED["gpt2"], num_layers=2)  # a real width, vocabulary and context
-
 OSS_TALES = dataclasses.replace(
     PUBLISHED["gpt-oss-20b"],
     vocab_size=8256,
@@ -52,8 +51,6 @@ OSS_SHALLOW = dataclasses.replace(OSS_TALES, num_layers=2, windows=(128, None))
 OSS_MIDDLE = dataclasses.replace(
     PUBLISHED["gpt-oss-20b"], num_layers=2, windows=(128, None), vocab_size=5000, num_experts=8
 )
-
-
 thorough = partial(pytest.param, marks=pytest.mark.thorough)
 
 
@@ -200,101 +197,6 @@ def test_too_large_is_said_before_any_weight_is_read(demo, tmp_path, monkeypatch
     monkeypatch.setattr(memory, "device_memory", lambda device=None: _device(10**6))
     with pytest.raises(CapacityError, match=r"has 1\.00 MB available; try a device with \d+\.\d\d MB free"):
         gptjax.load(tmp_path / "cut", dtype="float32")
-
-
-def _write(root, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
-V1 = "sys/fs/cgroup/memory"
-V2 = "sys/fs/cgroup"
-
-
-@pytest.mark.parametrize(
-    ("files", "found"),
-    [
-        ({}, []),
-        ({"proc/self/cgroup": "nonsense\n\n::\n"}, []),
-        (  # version 2: the group itself has no limit, the one above it has; cached files are not lost to us
-            {
-                "proc/self/cgroup": "0::/user/job\n",
-                f"{V2}/user/job/memory.max": "max\n",
-                f"{V2}/user/job/memory.current": "5000\n",
-                f"{V2}/user/memory.max": "10000\n",
-                f"{V2}/user/memory.current": "7000\n",
-                f"{V2}/user/memory.stat": "anon 4000\ninactive_file 300\nactive_file 200\n",
-            },
-            [(10000, 3500)],
-        ),
-        (  # both limited; the caller takes the least
-            {
-                "proc/self/cgroup": "0::/a/b\n",
-                f"{V2}/a/b/memory.max": "500",
-                f"{V2}/a/b/memory.current": "600",
-                f"{V2}/a/memory.max": "1000",
-                f"{V2}/a/memory.current": "600",
-            },
-            [(500, 0), (1000, 400)],
-        ),
-        (  # version 1 in a container: the path is the host's, and not to be seen
-            {
-                "proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/docker/1a2b\n0::/\n",
-                f"{V1}/memory.limit_in_bytes": "8000",
-                f"{V1}/memory.usage_in_bytes": "7000",
-                f"{V1}/memory.stat": "inactive_file 1\ntotal_inactive_file 500\ntotal_active_file 50\n",
-            },
-            [(8000, 1550)],
-        ),
-        (  # version 1 without a limit
-            {
-                "proc/self/cgroup": "4:memory:/\n",
-                f"{V1}/memory.limit_in_bytes": "9223372036854771712",
-                f"{V1}/memory.usage_in_bytes": "7000",
-            },
-            [],
-        ),
-        (  # version 2 beside version 1
-            {
-                "proc/self/cgroup": "4:memory:/m\n0::/u\n",
-                f"{V1}/m/memory.limit_in_bytes": "900",
-                f"{V1}/m/memory.usage_in_bytes": "100",
-                f"{V2}/unified/u/memory.max": "700",
-                f"{V2}/unified/u/memory.current": "100",
-            },
-            [(900, 800), (700, 600)],
-        ),
-    ],
-)
-def test_control_groups(tmp_path, files, found):
-    _write(tmp_path, files)
-    assert cgroup_memory(tmp_path) == found
-
-
-def test_the_least_of_machine_and_groups_counts(monkeypatch):
-    class Cpu:
-        device_kind, platform = "cpu", "cpu"
-
-        def memory_stats(self):
-            return None
-
-    system = psutil.virtual_memory()
-    monkeypatch.setattr(runtime, "cgroup_memory", list)
-    assert runtime.device_memory(Cpu()).limit == system.total
-    monkeypatch.setattr(runtime, "cgroup_memory", lambda: [(5000, 40), (4000, 900)])
-    assert runtime.device_memory(Cpu()) == DeviceMemory("cpu", "cpu", 4000, 3960, 40)
-
-
-def test_a_gpu_tells_for_itself():
-    class Gpu:
-        device_kind, platform = "NVIDIA H200", "gpu"
-
-        def memory_stats(self):
-            return {"bytes_limit": 1000, "bytes_in_use": 300, "peak_bytes_in_use": 600}
-
-    assert runtime.device_memory(Gpu()) == DeviceMemory("NVIDIA H200", "gpu", 1000, 300, 700)
 
 
 EXHAUSTED = "RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes."

@@ -7,23 +7,21 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config import PUBLISHED, GptOssConfig, config_from_json
+from gptjax.config import config_from_json
 from gptjax.layers.cache import KVCache
-from gptjax.layers.rope import inv_freq
 from gptjax.models import registry
-from gptjax.models.params import Params, abstract_params, num_params
+from gptjax.models.params import Params, num_params
 from gptjax.models.registry import Model
+from tests.models.gpt_oss_material import Case, make_case
 from tests.oracles import gpt2_ours, gpt_oss_numpy, gpt_oss_ours, gpt_oss_random
 from tests.oracles.gpt2_ours import Outputs
-from tests.oracles.gpt_oss_random import Checkpoint
 
 # Largest deviation allowed, as a part of the largest magnitude in the array. A float32 sum of F, D or N·H terms is good
 # to a few eps of that, a softmax to eps times its largest score (some 30 here), an angle to eps times its position, and
@@ -32,28 +30,6 @@ FLOAT32_TOLERANCE = 128 * float(jnp.finfo(jnp.float32).eps)
 LENGTH = 41  # of prompts: more than four windows of 9
 # Calls over a cache have these two shapes, [4, 43] and [4, 1], whatever they hold: each costs seconds to compile.
 SLOTS, WIDTH = 4, 43
-# docs/MODELS.md, to 9 digits
-INV_FREQ = {
-    0: 1.0,
-    1: 0.689044306,
-    8: 0.0508132748,
-    9: 0.0317056962,
-    17: 1.29318701e-4,
-    18: 3.83088124e-5,
-    31: 3.02351143e-7,
-}
-ATTENTION_FACTOR = 1.3465735903
-
-
-class Case(NamedTuple):
-    """A checkpoint, and what it is loaded as."""
-
-    checkpoint: Checkpoint
-    model: Model
-    params: Params
-
-    def oracle(self, ids: Sequence[int]) -> gpt_oss_numpy.Outputs:
-        return gpt_oss_numpy.forward(self.checkpoint.dense, self.checkpoint.config, ids)
 
 
 @pytest.fixture(autouse=True)
@@ -64,14 +40,7 @@ def _highest_precision():
 
 @pytest.fixture(scope="module")
 def tiny() -> Case:
-    return _case()
-
-
-def _case(dtype: Any = jnp.float32, **changes: Any) -> Case:
-    """A checkpoint of weights rounded to `dtype`, with packed experts."""
-    checkpoint = gpt_oss_random.checkpoint(dtype=dtype, **changes)
-    config = config_from_json({**checkpoint.config, "quantization_config": gpt_oss_random.QUANTIZATION})
-    return Case(checkpoint, registry.build(config, dtype=dtype), gpt_oss_ours.params(checkpoint.packed, dtype))
+    return make_case()
 
 
 def _cache(model: Model, fill: float = 0.0, *, slots: int = SLOTS, max_length: int = 128) -> KVCache:
@@ -125,7 +94,7 @@ def _assert_same_bits(ours: Any, expected: Any) -> None:
 @pytest.mark.parametrize("changes", gpt_oss_random.COMBINED.values(), ids=gpt_oss_random.COMBINED.keys())
 def test_every_setting_agrees_with_the_oracle(changes):
     """Each by itself: `tests/oracle/test_gpt_oss_transformers.py`."""
-    case = _case(**changes)
+    case = make_case(**changes)
     ids = gpt_oss_random.tokens(1, LENGTH)
     _assert_close(_run_whole(case.model, case.params, ids), case.oracle(ids))
 
@@ -179,7 +148,7 @@ def test_every_layout_and_spelling_agrees_with_the_oracle(tmp_path, tiny, files)
 
 def test_more_than_a_window_of_128():
     """The published window, across its edge: in chunks of 100, and token by token from 100 on."""
-    case = _case(sliding_window=128, **gpt_oss_random.TWO_LAYERS)
+    case = make_case(sliding_window=128, **gpt_oss_random.TWO_LAYERS)
     ids = gpt_oss_random.tokens(3, 290)
     oracle = case.oracle(ids)
     cache = _cache(case.model, np.nan, slots=1, max_length=384)
@@ -283,7 +252,7 @@ def test_a_row_has_the_same_bits_in_any_company():
     In bfloat16; in float32: `tests/models/test_golden_gpt_oss.py`.
     Which experts its neighbours choose, and how many tokens they have, must not change how a row's own are summed.
     """
-    case = _case(jnp.bfloat16, sliding_window=100, **gpt_oss_random.TWO_LAYERS)
+    case = make_case(jnp.bfloat16, sliding_window=100, **gpt_oss_random.TWO_LAYERS)
     ids = gpt_oss_random.tokens(21, 150)
 
     def bits(slot: int, lengths: list[int], fill: float = 0.0) -> list[Outputs]:
@@ -318,7 +287,7 @@ def test_half_precision_is_as_good_as_its_digits(dtype, cached):
     (Where a few of them are, rounding decides between those that are nearly equal, and then nothing bounds the error.)
     A block rounds the residual stream twice and what it adds to it about eight times, each eps/4 in the mean.
     """
-    case = _case(dtype, num_experts_per_tok=6, **gpt_oss_random.TWO_LAYERS)
+    case = make_case(dtype, num_experts_per_tok=6, **gpt_oss_random.TWO_LAYERS)
     ids = gpt_oss_random.tokens(6, LENGTH)
     tokens, positions = gpt2_ours.pack([ids], LENGTH)
     cache = _cache(case.model, slots=1) if cached else None
@@ -356,105 +325,6 @@ def test_the_oracle_catches(tiny, mutation):
     same = gpt_oss_numpy.Outputs(*(x if np.isscalar(x) else x[..., :9, :] for x in oracle))
     first = Outputs(outputs.blocks_LBTD[:, :9], outputs.final_BTD[:9], outputs.logits_BTV[:9])
     assert (_deviation(first, same) <= 1) == (mutation == "window")
-
-
-def test_inv_freq_is_that_of_the_release():
-    for name in ("gpt-oss-20b", "gpt-oss-120b"):
-        config = PUBLISHED[name]
-        assert isinstance(config, GptOssConfig)
-        frequencies = inv_freq(config.rope, config.head_width)
-        assert frequencies.shape == (32,)
-        for index, expected in INV_FREQ.items():
-            assert frequencies[index] == pytest.approx(expected, rel=1e-8)
-        assert config.rope.yarn is not None
-        assert config.rope.yarn.attention_factor == pytest.approx(ATTENTION_FACTOR, rel=1e-10)
-
-
-@pytest.mark.parametrize("changes", gpt_oss_random.VARIANTS.values(), ids=gpt_oss_random.VARIANTS.keys())
-def test_inv_freq_agrees_with_the_oracle(changes):
-    raw = {**gpt_oss_random.CONFIG, **changes}
-    config = config_from_json(raw)
-    assert isinstance(config, GptOssConfig)
-    assert config.rope.yarn is not None
-    frequencies, factor = gpt_oss_numpy.inv_freq(raw)
-    np.testing.assert_allclose(inv_freq(config.rope, config.head_width), frequencies, rtol=1e-14)
-    assert config.rope.yarn.attention_factor == pytest.approx(factor, rel=1e-14)
-
-
-@pytest.mark.parametrize(
-    ("name", "count", "gigabytes"),
-    [("gpt-oss-20b", 20_914_757_184, 13.76), ("gpt-oss-120b", 116_829_156_672, 65.25)],
-)
-def test_published_sizes(name, count, gigabytes):
-    """The published numbers of parameters and bytes (docs/MODELS.md), of shapes only."""
-    model = registry.build(PUBLISHED[name], dtype=jnp.bfloat16)
-    assert num_params(model) == count
-    params = abstract_params(model)
-    stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    assert stored == pytest.approx(gigabytes * 1e9, rel=1e-3)
-
-
-def test_a_full_size_forward_pass():
-    """Of gpt-oss-20b's first two layers, of shapes only."""
-    published = PUBLISHED["gpt-oss-20b"]
-    assert isinstance(published, GptOssConfig)
-    published = dataclasses.replace(published, num_layers=2, windows=published.windows[:2])
-    model = registry.build(published, dtype=jnp.bfloat16)
-    config, params = model.config, abstract_params(model)
-    tokens_BT = jax.ShapeDtypeStruct((2, 7), jnp.int32)
-    cache = jax.eval_shape(lambda: registry.create_cache(model, batch=2, max_length=1000))
-    outputs, after = jax.eval_shape(lambda *args: gpt_oss_ours.run(model, *args), params, tokens_BT, tokens_BT, cache)
-    assert outputs.blocks_LBTD.shape == (config.num_layers, 2, 7, 2880)
-    assert (outputs.final_BTD.shape, outputs.final_BTD.dtype) == ((2, 7, 2880), jnp.bfloat16)
-    assert (outputs.logits_BTV.shape, outputs.logits_BTV.dtype) == ((2, 7, 201088), jnp.float32)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), cache)
-    assert [x.shape for x in after.k[:2]] == [(2, 8, 128, 64), (2, 8, 1024, 64)]
-
-
-@pytest.mark.parametrize("name", ["gpt-oss-20b", "gpt-oss-120b"])
-def test_a_long_context_costs_the_full_layers_alone(name):
-    """131072 positions: the bytes of half the layers, and a ring of 128 positions for each of the others."""
-    model = registry.build(PUBLISHED[name], dtype=jnp.bfloat16)
-    cache = jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=131072))
-    layers, position = model.config.num_layers, 8 * 64 * 2 * 2  # K·H keys and as many values of 2 bytes
-    used = sum(x.size * x.dtype.itemsize for x in cache.k + cache.v)
-    assert used == position * (layers // 2 * 131072 + layers // 2 * 128)
-    full = position * layers * 131072
-    assert used / full == pytest.approx(0.5, abs=1e-3)
-
-
-def test_a_cache_shorter_than_the_window_has_no_ring():
-    config = config_from_json({**gpt_oss_random.CONFIG, "sliding_window": 500})
-    model = registry.build(config)
-    cache = jax.eval_shape(lambda: registry.create_cache(model, batch=3, max_length=130))
-    assert [x.shape for x in cache.k + cache.v] == [(3, 2, 256, 16)] * 6
-    assert cache.capacity == 256
-
-
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "dequantised"])
-def test_declares_an_axis_name_for_every_dimension(packed):
-    quantization = {"quantization_config": gpt_oss_random.QUANTIZATION} if packed else {}
-    model = registry.build(config_from_json({**gpt_oss_random.CONFIG, **quantization}))
-    tokens_BT = jnp.zeros((1, 1), jnp.int32)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), tokens_BT, tokens_BT)["params"]
-    for leaf in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
-        assert isinstance(leaf, nn.LogicallyPartitioned)
-        assert len(leaf.names) == leaf.value.ndim
-
-
-def _shapes(params: Params) -> dict[str, tuple[Any, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
-
-
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": False}], ids=str)
-def test_declares_the_leaves_of_a_checkpoint(changes):
-    case = _case(jnp.bfloat16, **changes)
-    assert _shapes(abstract_params(case.model)) == _shapes(case.params)
-    raw = case.checkpoint.config
-    dequantised = registry.build(config_from_json(raw), dtype=jnp.float32, param_dtype=jnp.float16)
-    expected = gpt_oss_ours.params(case.checkpoint.dense, jnp.float16)
-    assert _shapes(abstract_params(dequantised)) == _shapes(expected)
 
 
 def test_experts_stay_packed(tiny):

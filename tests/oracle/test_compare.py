@@ -15,9 +15,9 @@ import gptjax.layers.attention  # noqa: E402
 import gptjax.layers.mlp  # noqa: E402
 import gptjax.models.gpt2  # noqa: E402
 from gptjax.api import load  # noqa: E402
-from gptjax.checkpoints import hub  # noqa
+from gptjax.checkpoints import hub  # noqa: E402
 from gptjax.cli import main  # noqa: E402
-from gptjax.diagnostics import transformers_comparison  # noqa
+from gptjax.diagnostics import transformers_comparison  # noqa: E402
 from gptjax.layers.observe import observe  # noqa: E402
 from gptjax.layers.residual import Residual  # noqa: E402
 from gptjax.models import build  # noqa: E402

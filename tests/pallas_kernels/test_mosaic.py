@@ -19,21 +19,14 @@ from pallas_kernels.matvec import matvec
 from pallas_kernels.moe import moe
 from pallas_kernels.partial_sum import PartialSum
 from tests.oracles import moe_numpy
+from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 
-needs_mosaic = pytest.mark.skipif(
-    dispatch.wanted(dispatch.MOSAIC) != dispatch.MOSAIC, reason="this JAX has another Mosaic"
-)
-needs_hopper = pytest.mark.skipif(dispatch.preferred() != dispatch.MOSAIC, reason="needs a Hopper GPU")
 SETTINGS = {"alpha": 1.702, "limit": 7.0}
 BF16 = float(jnp.finfo(jnp.bfloat16).eps)
 
 
 def _shape(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _lowers(function: Any, *operands: Any) -> str:
-    return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def _fragments(E: int, N: int, K: int) -> MXFP4Fragments:
@@ -50,7 +43,7 @@ def _fragments(E: int, N: int, K: int) -> MXFP4Fragments:
 )
 def test_experts_lower(T, E):
     D, F, X = 2880, 2880, 4
-    text = _lowers(
+    text = lowered(
         lambda *operands: moe(*operands, **SETTINGS, implementation="mosaic").total(),
         _shape(T, D),
         _shape(T, X, dtype=jnp.int32),
@@ -68,7 +61,7 @@ def test_experts_lower(T, E):
 @pytest.mark.parametrize(("T", "K", "N"), [(1, 2880, 5120), (4, 4096, 2880), (8, 768, 2304), (64, 1600, 6400)])
 def test_products_lower(T, K, N):
     product = importlib.import_module("pallas_kernels.matvec.mosaic_sm90").product
-    _lowers(lambda *operands: product(*operands).total(), _shape(T, K), _shape(K, N), _shape(N))
+    lowered(lambda *operands: product(*operands).total(), _shape(T, K), _shape(K, N), _shape(N))
 
 
 @needs_mosaic
@@ -100,7 +93,7 @@ def test_kernels_ask_for_settings_and_lower_with_each_that_can_be_tried(T):
         assert module.heuristic(shape) in tried and len(tried) > 1
         for settings in tried:
             with tiles.trial({(operation, items): settings}):
-                _lowers(both, *operands)
+                lowered(both, *operands)
 
 
 @needs_mosaic
@@ -111,15 +104,15 @@ def test_auto_takes_kernels_where_they_pay(monkeypatch):
         E, D, F, X = 4, 320, 192, 2
         operands = _shape(T, D), _shape(T, X, dtype=jnp.int32), _shape(T, X, dtype=jnp.float32)
         weights = _fragments(E, 2 * F, D), _shape(E, 2 * F), _fragments(E, D, F), _shape(E, D)
-        return _lowers(lambda *operands: moe(*operands, **SETTINGS).total(), *operands, *weights)
+        return lowered(lambda *operands: moe(*operands, **SETTINGS).total(), *operands, *weights)
 
     def product(T: int) -> str:
-        return _lowers(lambda *operands: matvec(*operands).total(), _shape(T, 320), _shape(320, 192))
+        return lowered(lambda *operands: matvec(*operands).total(), _shape(T, 320), _shape(320, 192))
 
     def attended(T: int) -> str:
         cache, places = _shape(1, 2, 256, 64), _shape(1, 256, dtype=jnp.int32)
         run = partial(attention, scale=0.125, cached=True)
-        return _lowers(run, _shape(1, T, 4, 64), cache, cache, _shape(1, T, dtype=jnp.int32), places)
+        return lowered(run, _shape(1, T, 4, 64), cache, cache, _shape(1, T, dtype=jnp.int32), places)
 
     assert "moe_product" in experts(128) and "moe_grouped" in experts(129)
     assert "mosaic_gpu" in product(8) and "mosaic_gpu" not in product(9)
@@ -133,7 +126,7 @@ def test_settings_of_fewer_rows_do_not_ask_for_too_much_memory():
     few = tiles.Entry("matvec/mosaic", shape, {"splits": 2}, 1.0, "2026-11-21", "0.11.2")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "read", lambda file: (few,))
-        _lowers(lambda *operands: matvec(*operands, implementation="mosaic").total(), _shape(8, K), _shape(K, N))
+        lowered(lambda *operands: matvec(*operands, implementation="mosaic").total(), _shape(8, K), _shape(K, N))
 
 
 @needs_mosaic
@@ -144,7 +137,7 @@ def test_appending_lowers_and_updates_the_cache_in_place(B, rotates):
     cache = _shape(B, 8, 512, 64)
     qkv = PartialSum(_shape(3, B, 80 * 64, dtype=jnp.float32), bias_EO=_shape(1, 80 * 64))
     angles = (_shape(B, 32, dtype=jnp.float32),) * 2 if rotates else None
-    text = _lowers(append, qkv, angles, _shape(B, dtype=jnp.int32), cache, cache)
+    text = lowered(append, qkv, angles, _shape(B, dtype=jnp.int32), cache, cache)
     assert "output_operand_aliases" in text
 
 
@@ -242,7 +235,7 @@ def test_combining_lowers(sinks):
     combine = importlib.import_module("pallas_kernels.attention.decode.combine_sm90").combine
     operands = _shape(2, 8, 16, 8, 64, dtype=jnp.float32), _shape(2, 8, 16, 8, dtype=jnp.float32)
     sinks_N = _shape(64) if sinks else None
-    _lowers(lambda *each: combine(*each, tile=128), *operands, _shape(2, dtype=jnp.int32), sinks_N)
+    lowered(lambda *each: combine(*each, tile=128), *operands, _shape(2, dtype=jnp.int32), sinks_N)
 
 
 @needs_hopper

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from prometheus_client.parser import text_string_to_metric_families
 
 from gptjax.config import GenerationDefaults
 from gptjax.engine.request import Request
@@ -114,6 +115,17 @@ def fault(response: httpx2.Response, status: int = 400) -> dict[str, Any]:
     assert set(body["error"]) == {"message", "type", "param", "code"}
     assert isinstance(body["error"]["message"], str)
     return body["error"]
+
+
+def samples(service: Service) -> dict[tuple[str, ...], float]:
+    """What `/metrics` says, by names and label values."""
+    response = ask(service, "GET", "/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    found = {}
+    for family in text_string_to_metric_families(response.text):
+        for sample in family.samples:
+            found[sample.name, *sorted(sample.labels.values())] = sample.value
+    return found
 
 
 def until(holds: Callable[[], bool], seconds: float = 5) -> Any:

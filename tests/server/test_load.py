@@ -40,12 +40,12 @@ def engine_gain():
     return many / one
 
 
-def test_32_slots_do_four_times_as_much_a_second_as_one(tmp_path):
-    """Or half as much as the engine alone gains: on some CPUs that is 4.6 times.
+def test_32_slots_gain_at_least_half_of_what_the_engine_gains(tmp_path):
+    """At least twice the tokens of one slot, and four times is enough: the engine alone gains 4.6 times on some CPUs.
 
     That clients at once get what each gets alone is shown in test_with_model.py.
     """
-    wanted = min(4.0, engine_gain() / 2)
+    wanted = min(4.0, max(2.0, engine_gain() / 2))
     bodies = [body(number, max_tokens=64) for number in range(64)]
     options = ["--max-length", "128", "--max-batch"]
     best = [0.0, 0.0]

@@ -7,20 +7,8 @@ import re
 import time
 from importlib import resources
 
-from prometheus_client.parser import text_string_to_metric_families
-
 from gptjax.server.events import Failed
-from tests.server.server_material import ask, complete, ids, make, saying
-
-
-def samples(service):
-    response = ask(service, "GET", "/metrics")
-    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
-    found = {}
-    for family in text_string_to_metric_families(response.text):
-        for sample in family.samples:
-            found[sample.name, *sorted(sample.labels.values())] = sample.value
-    return found
+from tests.server.server_material import ask, complete, ids, make, samples, saying
 
 
 def test_what_was_done_is_counted():

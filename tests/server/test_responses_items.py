@@ -3,10 +3,10 @@
 import base64
 
 import pytest
-from test_responses import ANSWER, CALL, THOUGHT, WEATHER, events, respond, talking
 
 from gptjax.server.events import Failed
 from gptjax.server.responses_input import read_input
+from tests.server.responses_material import ANSWER, CALL, THOUGHT, WEATHER, events, respond, talking
 from tests.server.server_material import GPT_OSS, USER, chat, fault, ids, make, post, saying, tokenizer
 
 PREAMBLE = "<|channel|>commentary<|message|>Let me look.<|end|><|start|>assistant"

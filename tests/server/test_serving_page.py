@@ -3,10 +3,9 @@
 import re
 
 import pytest
-from test_metrics import samples
 
 from gptjax.cli import _parser
-from tests.server.server_material import DEMO, GPT_OSS, USER, make, post
+from tests.server.server_material import DEMO, GPT_OSS, USER, make, post, samples
 
 ROOT = DEMO.parents[1]
 PAGE = (ROOT / "docs" / "serving.md").read_text()

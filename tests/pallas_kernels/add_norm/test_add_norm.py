@@ -8,14 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.partial_sum import PartialSum
 from tests.oracles.add_norm_numpy import Case, norm, operands, total
+from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 
 EPSILON = 1e-5
-lowers = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic kernels are for JAX 0.11 and newer")
-needs_hopper = pytest.mark.skipif(dispatch.preferred() != dispatch.MOSAIC, reason="needs a Hopper GPU")
 
 
 CASES = [
@@ -85,11 +83,7 @@ def test_empty_terms_and_their_weights_have_no_influence():
     np.testing.assert_allclose(sum_TD[-1], x[-1] + total(terms)[-1], rtol=1e-6, atol=1e-6)
 
 
-def _cuda(run: Any, *operands: Any) -> str:
-    return jax.jit(run).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
-
-
-@lowers
+@needs_mosaic
 @pytest.mark.parametrize("T", [1, 3, 8, 32, 128])
 @pytest.mark.parametrize(
     ("D", "S", "X", "center"),
@@ -102,7 +96,7 @@ def test_the_kernel_lowers_for_cuda(T, D, S, X, center):
     x, terms, scale, bias = operands(case._replace(S=max(S, 1)), jnp.bfloat16)
     terms, bias = terms if S else None, bias if center else None
     assert mosaic_sm90.supports(x, terms, scale, bias)
-    text = _cuda(partial(mosaic_sm90.add_norm, epsilon=EPSILON, center=center), x, terms, scale, bias)
+    text = lowered(partial(mosaic_sm90.add_norm, epsilon=EPSILON, center=center), x, terms, scale, bias)
     assert text.count("custom_call @mosaic_gpu") == 1
 
 

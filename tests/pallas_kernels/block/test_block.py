@@ -20,9 +20,7 @@ from pallas_kernels.block.stream import moments
 from pallas_kernels.formats.mxfp4 import MXFP4
 from tests.oracles import block_numpy
 from tests.oracles.block_numpy import EPSILON, SCALE, Operands
-
-lowers = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic kernels are for JAX 0.11 and newer")
-needs_hopper = pytest.mark.skipif(dispatch.preferred() != dispatch.MOSAIC, reason="needs a Hopper GPU")
+from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 
 run = partial(package.block, epsilon=EPSILON, scale=SCALE)
 SHAPES = [(25, 1, 1024), (12, 1, 1024), (12, 8, 1024), (25, 8, 640), (16, 3, 640), (20, 2, 256), (12, 5, 72), (4, 4, 8)]
@@ -138,21 +136,17 @@ def test_a_name_without_a_kernel_is_refused():
         run(*given, implementation="mosaic")
 
 
-def _cuda(function: Any, *operands: Any) -> str:
-    return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
-
-
-@lowers
+@needs_mosaic
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_kernel_lowers_for_cuda(shape):
     N, T, S = shape
     weights = block_numpy.operands(N, T, 8, jnp.bfloat16)
     cache = jax.ShapeDtypeStruct((T, N, S, 64), jnp.bfloat16)
-    text = _cuda(partial(run, implementation="mosaic"), *weights[:3], cache, cache)
+    text = lowered(partial(run, implementation="mosaic"), *weights[:3], cache, cache)
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
-@lowers
+@needs_mosaic
 def test_shared_memory_is_enough():
     from pallas_kernels.block.plan_sm90 import TOGETHER, BlockPlan
 
@@ -167,7 +161,7 @@ def test_shared_memory_is_enough():
             assert plan.stages >= TOGETHER
 
 
-@lowers
+@needs_mosaic
 @pytest.mark.parametrize(("batch", "taken"), [(1, True), (8, True), (9, False)])
 @pytest.mark.parametrize("implementation", ["auto", "mosaic"])
 def test_a_model_decodes_by_it(batch, taken, implementation, monkeypatch):

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import dispatch
 from pallas_kernels.matvec import matvec, triton
+from tests.pallas_kernels.marks import lowered_for_h200
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 INTERPRET = dispatch.preferred() == dispatch.XLA
-HAS_MOSAIC = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
 SIZES = [(320, 192), (100, 70), (7, 1), (129, 65)]
 LARGE = [(2880, 5120), (4096, 2880), (768, 2304), (3072, 768), (1600, 6400), (768, 50257)]
 
@@ -61,11 +60,5 @@ def test_operands_of_two_dtypes_are_not_taken():
 @pytest.mark.parametrize(("K", "N"), LARGE)
 def test_lowers_for_cuda(K, N, T, dtype):
     operands = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((T, K), (K, N), (N,))]
-    run = jax.jit(lambda *operands: matvec(*operands, implementation=dispatch.TRITON).total())
-    if HAS_MOSAIC:  # which names the device that Triton's lowering asks for
-        device = AbstractDevice(platform="gpu", device_kind="NVIDIA H200", num_cores=132)
-        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-            text = run.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
-    else:
-        text = run.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered_for_h200(lambda *each: matvec(*each, implementation=dispatch.TRITON).total(), *operands)
     assert len(re.findall(r"custom_call @\S*triton", text)) == 1

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import dispatch
 from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
@@ -17,12 +16,12 @@ from pallas_kernels.formats.mxfp4 import BLOCK, MIN_SCALE, MXFP4, quantize
 from pallas_kernels.moe import api, moe, triton
 from pallas_kernels.moe.routing import Groups
 from tests.oracles import moe_numpy
+from tests.pallas_kernels.marks import lowered_for_h200
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 INTERPRET = dispatch.preferred() == dispatch.XLA
 SETTINGS = {"alpha": 1.702, "limit": 2.0}  # so low that many values are clamped
 BF16 = float(jnp.finfo(jnp.bfloat16).eps)
-HAS_MOSAIC = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
 
 
 class Shape(NamedTuple):
@@ -174,11 +173,5 @@ def test_lowers_for_cuda(T):
         down,
         shape((E, D), jnp.bfloat16),
     )
-    run = jax.jit(lambda *operands: moe(*operands, **SETTINGS, implementation="triton").total())
-    if HAS_MOSAIC:  # which names the device that Triton's lowering asks for
-        device = AbstractDevice(platform="gpu", device_kind="NVIDIA H200", num_cores=132)
-        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-            text = run.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
-    else:
-        text = run.trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered_for_h200(lambda *each: moe(*each, **SETTINGS, implementation="triton").total(), *operands)
     assert len(re.findall(r"custom_call @\S*triton", text)) == 2

@@ -9,15 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels.route import norm_route
 from tests.oracles import add_norm_numpy
 from tests.oracles.add_norm_numpy import Case
+from tests.pallas_kernels.marks import needs_hopper, needs_mosaic
 
 EPSILON = 1e-5
 SHAPES = [(1, 2880, 32, 4), (3, 96, 128, 4), (7, 88, 6, 3), (5, 64, 8, 8), (2, 96, 5, 1)]  # T, D, E, top
-lowers = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the Mosaic kernels are for JAX 0.11 and newer")
-needs_hopper = pytest.mark.skipif(dispatch.preferred() != dispatch.MOSAIC, reason="needs a Hopper GPU")
 IMPLEMENTATIONS = ["xla", pytest.param("mosaic", marks=needs_hopper)]
 
 
@@ -154,7 +152,7 @@ def _kernels(lowered: Any) -> int:
     return lowered.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu")
 
 
-@lowers
+@needs_mosaic
 @pytest.mark.parametrize("T", [1, 3, 8, 32, 128])
 @pytest.mark.parametrize(("D", "E", "top"), [(2880, 32, 4), (2880, 128, 4), (96, 8, 2)])
 def test_the_kernels_lower_for_cuda(T, D, E, top):

@@ -14,14 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import dispatch
 from pallas_kernels.attention.decode import mosaic_sm90, split, triton
+from tests.pallas_kernels.marks import lowered_for_h200, needs_hopper, needs_mosaic
 
-HAS_MOSAIC = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
-needs_mosaic = pytest.mark.skipif(not HAS_MOSAIC, reason="Mosaic GPU kernels need JAX 0.11")
-needs_hopper = pytest.mark.skipif(dispatch.preferred() != dispatch.MOSAIC, reason="needs a Hopper GPU")
 TRITON = [
     pytest.param(partial(triton.decode, tile=32, interpret=True), dtype, id=f"triton-{jnp.dtype(dtype).name}")
     for dtype in triton.DTYPES
@@ -258,9 +254,4 @@ def _lowered(decode: Any, dtype: Any, shape: Shape) -> str:
         jax.ShapeDtypeStruct((B,), jnp.int32),
         jax.ShapeDtypeStruct((N,), jnp.float32),
     ]
-    run = jax.jit(partial(decode, scale=0.125))
-    if HAS_MOSAIC:  # which names the device that Triton's lowering asks for
-        device = AbstractDevice(platform="gpu", device_kind="NVIDIA H200", num_cores=132)
-        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-            return run.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    return run.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    return lowered_for_h200(partial(decode, scale=0.125), *shapes)

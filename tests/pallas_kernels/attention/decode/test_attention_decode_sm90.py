@@ -12,14 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels.attention.decode import mosaic_sm90
 from tests.oracles import attention_numpy
+from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 
-needs_mosaic = pytest.mark.skipif(
-    dispatch.wanted(dispatch.MOSAIC) != dispatch.MOSAIC, reason="this JAX has another Mosaic"
-)
-needs_hopper = pytest.mark.skipif(dispatch.preferred() != dispatch.MOSAIC, reason="needs a Hopper GPU")
 BF16 = float(jnp.finfo(jnp.bfloat16).eps)
 EPS32 = float(jnp.finfo(jnp.float32).eps)
 
@@ -99,8 +95,7 @@ def test_lowers(name, sinks):
     shapes.append(jax.ShapeDtypeStruct((B,), jnp.int32))
     if sinks is not None:
         shapes.append(jax.ShapeDtypeStruct((N,), sinks))
-    run = jax.jit(partial(mosaic_sm90.decode, scale=0.125, **settings))
-    text = run.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered(partial(mosaic_sm90.decode, scale=0.125, **settings), *shapes)
     assert "stablehlo.convert" not in text  # which would be another kernel
 
 

@@ -12,15 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.prefill import mosaic_sm90, schedule
 from tests.oracles import attention_numpy
+from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 
-needs_mosaic = pytest.mark.skipif(
-    dispatch.wanted(dispatch.MOSAIC) != dispatch.MOSAIC, reason="this JAX has another Mosaic"
-)
-needs_hopper = pytest.mark.skipif(dispatch.preferred() != dispatch.MOSAIC, reason="needs a Hopper GPU")
 BF16 = float(jnp.finfo(jnp.bfloat16).eps)
 EPS32 = float(jnp.finfo(jnp.float32).eps)
 
@@ -305,8 +301,7 @@ def test_lowers(name):
     shapes += [jax.ShapeDtypeStruct(x.shape, jnp.int32) for x in (q_positions_BT, k_positions_BS)]
     if case.sinks is not None:
         shapes.append(jax.ShapeDtypeStruct((N,), case.sinks))
-    run = jax.jit(partial(mosaic_sm90.prefill, scale=case.scale, window=case.window))
-    text = run.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    text = lowered(partial(mosaic_sm90.prefill, scale=case.scale, window=case.window), *shapes)
     assert text.count("custom_call @mosaic_gpu") == 1
 
 

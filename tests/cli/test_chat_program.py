@@ -1,0 +1,219 @@
+"""`gptjax chat` as a program: its arguments, its streams, and Ctrl-C in a terminal of its own."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from gptjax.cli import chat, main
+from gptjax.cli.chat_session import Piece
+from tests.cli.chat_material import CTRL_C, ROOT, SAID, THOUGHT, Scripted, Tty
+
+# The program
+
+
+@pytest.fixture
+def scripted(monkeypatch) -> Callable[..., Scripted]:
+    def give(*scripts: str) -> Scripted:
+        model = Scripted(*scripts)
+        monkeypatch.setattr(
+            "gptjax.api.load_checkpoint", lambda checkpoint, **settings: setattr(model, "settings", settings) or model
+        )
+        return model
+
+    return give
+
+
+def test_a_message_is_answered_and_nothing_else(capsys, scripted):
+    scripted(THOUGHT + SAID)
+    assert main(["chat", "What then?"]) == 0
+    assert capsys.readouterr() == ("It was night.\n", "")
+
+
+@pytest.mark.parametrize("argv", [["chat"], ["chat", "-"]])
+def test_standard_input_is_one_message(capsys, scripted, monkeypatch, argv):
+    model = scripted(SAID)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("One line.\nAnother.\n"))
+    assert (
+        main([*argv, "--system", "S", "--effort", "high", "-n", "5", "-t", "0.5", "--top-k", "4", "--seed", "1"]) == 0
+    )
+    assert [message["content"] for message in model.asked[0]] == ["S", "One line.\nAnother."]
+    assert model.options == {"temperature": 0.5, "top_k": 4, "seed": 1}
+    assert model.effort == "high"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_standard_input_that_is_no_text(capsys, monkeypatch, errors):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A\xff"), "utf-8", errors))
+    assert main(["chat"]) == 1
+    assert "standard input is not UTF-8" in capsys.readouterr().err
+
+
+def test_json_is_the_whole_result(capsys, scripted):
+    scripted('<|channel|>commentary to=functions.f<|message|>{"a": 1}<|call|>')
+    assert main(["chat", "What then?", "--json"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["model"] == "gpt-oss-tales"
+    assert result["messages"][0] == {"role": "user", "content": "What then?"}
+    (call,) = result["tool_calls"]
+    assert call == {"id": call["id"], "name": "f", "arguments": '{"a": 1}'}
+    assert re.fullmatch("call_[0-9a-f]{24}", call["id"])
+    assert (result["text"], result["reasoning"], result["finish_reason"]) == ("", "", "tool_calls")
+    assert result["completion"]["usage"]["prompt_tokens"] > 50
+    assert "does not run tools" in err
+
+
+def test_control_c_in_a_single_turn_is_130(capsys, scripted):
+    scripted("<|channel|>final<|message|>It was" + CTRL_C)
+    assert main(["chat", "A"]) == 130
+    assert capsys.readouterr() == ("It was\n", "\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "environment", "length"), [([], None, 8192), (["--max-length", "9"], None, 9), ([], "7", None)]
+)
+def test_the_length_is_bounded_unless_it_is_given(scripted, monkeypatch, argv, environment, length):
+    if environment is not None:
+        monkeypatch.setenv("GPTJAX_MAX_LENGTH", environment)
+    model = scripted(SAID)
+    assert main(["chat", "A", *argv]) == 0
+    assert model.settings == {"dtype": None, "max_length": length, "tokenizer": None}
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["chat", ""], "the message is empty"),
+        (["chat", "A", "-m", "/no/such/place"], "/no/such/place"),
+        (["chat", "A", "--max-length", "0"], "max_length"),
+        (["chat", "A", "--max-length", "5"], "shorten the message, or start with a larger --max-length"),
+        (["chat", "A", "-m", "gpt2-tales"], 'gptjax generate "Once upon a time" -m gpt2-tales'),
+    ],
+)
+def test_what_is_wrong_is_one_message_and_status_1(capsys, argv, says):
+    assert main(argv) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("gptjax: ")) == ("", 1)
+    assert says in err
+
+
+def test_json_needs_a_message(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Tty())
+    assert main(["chat", "--json"]) == 1
+    assert "--json needs a message" in capsys.readouterr().err
+
+
+def test_an_unknown_effort_is_wrong_usage(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["chat", "A", "--effort", "utmost"])
+
+
+class Typist:
+    """The program in a terminal of its own, where Ctrl-C is a key."""
+
+    def __init__(self, *argv: str) -> None:
+        self._end, terminal = os.openpty()
+        # The session's leader makes the terminal its own. Forking this process, with JAX's threads, is not safe.
+        code = (
+            "import fcntl, runpy, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+            "runpy.run_module('gptjax', run_name='__main__', alter_sys=True)"
+        )
+        environment = {**os.environ, "TERM": "xterm", "GPTJAX_NO_PROGRESS": "1"}
+        environment.pop("NO_COLOR", None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *argv],
+            **dict.fromkeys(("stdin", "stdout", "stderr"), terminal),
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+        )
+        os.close(terminal)
+        self._seen = b""
+
+    def __enter__(self) -> "Typist":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._end)
+
+    def until(self, text: str, seconds: float = 120) -> str:
+        """What is shown, up to and with a text."""
+        end = time.monotonic() + seconds
+        while text.encode() not in self._seen:
+            assert time.monotonic() < end, f"no {text!r} in {self._seen!r}"
+            assert self.process.poll() is None, f"ended: {self._seen!r}"
+            if select.select([self._end], [], [], 0.2)[0]:
+                self._seen += os.read(self._end, 4096)
+        before, found, self._seen = self._seen.partition(text.encode())
+        return (before + found).decode()
+
+    def type(self, keys: str) -> None:
+        time.sleep(0.2)  # a key in the moment before the line editor waits is seen with the next one
+        os.write(self._end, keys.encode())
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where the tests run in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_an_interrupt_ends_the_turn_even_where_its_exception_is_lost(lost, interruptible):
+    """As in JAX's callback of the garbage collector, where Python ignores exceptions."""
+    told = []
+
+    def pieces() -> Iterator[Piece]:
+        try:
+            yield Piece("answer", "one")
+            with contextlib.suppress(KeyboardInterrupt) if lost else contextlib.nullcontext():
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            for word in (" two", " three"):
+                yield Piece("answer", word)
+        except KeyboardInterrupt:
+            told.append(True)
+            yield Piece("note", "Stopped.")
+
+    out = io.StringIO()
+    chat._show_all(pieces(), chat.Terminal(out))
+    assert told == [True]
+    assert out.getvalue().splitlines() == ["one", "Stopped."]
+    with pytest.raises(KeyboardInterrupt):  # outside of a turn all is as it was
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_the_program_in_a_terminal(interruptible):  # whose children do not ignore Ctrl-C either
+    # The most likely tale has no end, so that there is time to stop it.
+    with Typist("chat", "--temperature", "0", "--max-length", "4096", "--hide-reasoning") as typist:
+        assert "gpt-oss-tales, with room for 4096 tokens" in typist.until("\n> ")
+        typist.type("In the morning the old king went down to the sea.\n")
+        assert "\x1b[2mthinking...\x1b[0m" in typist.until("thought for")
+        typist.type("\x03")
+        assert "Stopped; the partial answer stays." in typist.until("\n> ")
+        typist.type("/stats\n")
+        assert "tokens/s" in typist.until("\n> ")
+        typist.type("\x03")
+        typist.until("Ctrl-C again")
+        typist.until("> ")
+        typist.type("/effort low\n")
+        typist.until("The effort is low.")
+        typist.until("> ")
+        typist.type("\x04")
+        assert typist.process.wait(30) == 0

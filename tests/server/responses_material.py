@@ -1,0 +1,35 @@
+"""A model's turns for `/v1/responses`, and ways to ask for them."""
+
+import json
+
+from tests.server.server_material import GPT_OSS, make, post, saying
+
+THOUGHT = "<|channel|>analysis<|message|>The king is old.<|end|><|start|>assistant"
+ANSWER = "<|channel|>final<|message|>It was late.<|return|>"
+CALL = '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Oslo"}<|call|>'
+WEATHER = {"type": "function", "name": "weather", "description": "Of a city.", "parameters": {"type": "object"}}
+
+
+def talking(text):
+    return make(saying(text, name=GPT_OSS), name=GPT_OSS)
+
+
+def respond(service, **fields):
+    return post(service, "/v1/responses", {"input": "Hello"} | fields)
+
+
+def events(response):
+    assert response.headers["content-type"] == "text/event-stream"
+    *blocks, end, nothing = response.text.split("\n\n")
+    assert (end, nothing) == ("data: [DONE]", "")
+    found = []
+    for block in blocks:
+        name, data = block.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {found[-1]['type']}"
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+    return found
+
+
+def without_ids(items):
+    return [{name: value for name, value in item.items() if name != "id"} for item in items]
