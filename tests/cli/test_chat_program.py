@@ -80,7 +80,7 @@ def test_control_c_in_a_single_turn_is_130(capsys, scripted):
 
 
 @pytest.mark.parametrize(
-    ("argv", "environment", "length"), [([], None, 8192), (["--max-length", "9"], None, 9), ([], "7", None)]
+    ("argv", "environment", "length"), [([], None, 8192), (["--max-length", "9"], None, 9), ([], "7", 7)]
 )
 def test_the_length_is_bounded_unless_it_is_given(scripted, monkeypatch, argv, environment, length):
     if environment is not None:

@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gptjax.config import (
-    GenerationDefaults,
-    read_generation_defaults,
-)
+from gptjax.config import GenerationDefaults, generation_defaults, read_generation_config
 from gptjax.errors import ConfigError, GptjaxError, RequestError
 
 GREEDY = GenerationDefaults()
 SAMPLED = GenerationDefaults(temperature=1.0)
+
+
+def defaults_in(directory: Path, override: Mapping[str, Any] | bool | None = None) -> GenerationDefaults:
+    return generation_defaults(read_generation_config(directory, override), directory)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +46,7 @@ def test_generation_defaults(tmp_path, config, generation, expected):
     for name, raw in {"config.json": config, "generation_config.json": generation}.items():
         if raw is not None:
             (tmp_path / name).write_text(json.dumps(raw), encoding="utf-8")
-    assert read_generation_defaults(tmp_path) == expected
+    assert defaults_in(tmp_path) == expected
 
 
 # Settings of `transformers.GenerationConfig` (5.23) and of files on the Hub that change nothing here.
@@ -73,7 +76,7 @@ NEUTRAL: list[dict[str, Any]] = [
 @pytest.mark.parametrize("raw", NEUTRAL)
 def test_neutral_values_are_neutral_in_every_spelling(tmp_path, raw):
     (tmp_path / "generation_config.json").write_text(json.dumps(raw), encoding="utf-8")
-    defaults = read_generation_defaults(tmp_path)
+    defaults = defaults_in(tmp_path)
     defaults.check()
     assert defaults == GREEDY
 
@@ -89,23 +92,23 @@ DRAWN_NEUTRAL: list[dict[str, Any]] = [
 @pytest.mark.parametrize("raw", DRAWN_NEUTRAL)
 def test_neutral_values_where_tokens_are_drawn(tmp_path, raw):
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True, **raw}), encoding="utf-8")
-    defaults = read_generation_defaults(tmp_path)
+    defaults = defaults_in(tmp_path)
     defaults.check()
     assert defaults == SAMPLED
 
 
 def test_an_end_in_config_json_that_is_no_token_is_said_of_that_file(tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
-    defaults = read_generation_defaults(tmp_path)
+    defaults = defaults_in(tmp_path)
     with pytest.raises(ConfigError, match=r"config\.json's eos_token_id is '</s>'"):
         defaults.check()
-    assert read_generation_defaults(tmp_path, {"eos_token_id": 3}) == GenerationDefaults(eos_ids=(3,))
+    assert defaults_in(tmp_path, {"eos_token_id": 3}) == GenerationDefaults(eos_ids=(3,))
 
 
 def test_a_top_p_of_0_is_greedy(tmp_path):
     """transformers keeps the one most likely token."""
     (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_p": 0.0, "temperature": 0.5}')
-    assert read_generation_defaults(tmp_path) == GREEDY
+    assert defaults_in(tmp_path) == GREEDY
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,7 @@ def test_a_top_p_of_0_is_greedy(tmp_path):
 def test_generation_defaults_that_cannot_be_used(tmp_path, raw, message):
     """They are read, so that a model can be loaded, and refused when something is to be generated."""
     (tmp_path / "generation_config.json").write_text(json.dumps(raw), encoding="utf-8")
-    defaults = read_generation_defaults(tmp_path)
+    defaults = defaults_in(tmp_path)
     with pytest.raises(ConfigError) as caught:
         defaults.check()
     text = str(caught.value)
@@ -148,7 +151,7 @@ def test_generation_defaults_that_cannot_be_used(tmp_path, raw, message):
 def test_what_a_caller_gives_or_does_not_need_is_not_refused(tmp_path):
     raw = {"do_sample": True, "top_p": 1.5, "typical_p": 0.5}
     (tmp_path / "generation_config.json").write_text(json.dumps(raw), encoding="utf-8")
-    defaults = read_generation_defaults(tmp_path)
+    defaults = defaults_in(tmp_path)
     defaults.check(draws=False)
     defaults.check(["top_p", "typical_p"])
     with pytest.raises(ConfigError, match="typical_p") as caught:
@@ -169,7 +172,7 @@ def test_what_a_caller_gives_or_does_not_need_is_not_refused(tmp_path):
 def test_other_settings_in_place_of_the_files(tmp_path, override, expected):
     raw = {"eos_token_id": [5, 6], "num_beams": 3, "repetition_penalty": 2.0}
     (tmp_path / "generation_config.json").write_text(json.dumps(raw), encoding="utf-8")
-    found = read_generation_defaults(tmp_path, override)
+    found = defaults_in(tmp_path, override)
     assert dataclasses.replace(found, faults=()) == expected
     assert bool(found.faults) == (override is None)
 
@@ -177,4 +180,4 @@ def test_other_settings_in_place_of_the_files(tmp_path, override, expected):
 @pytest.mark.parametrize("override", [True, "no", 1, ["temperature"]])
 def test_overrides_that_are_none(tmp_path, override):
     with pytest.raises(RequestError, match="generation_config must be a dict"):
-        read_generation_defaults(tmp_path, override)
+        defaults_in(tmp_path, override)

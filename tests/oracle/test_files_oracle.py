@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gptjax.config import GenerationDefaults, config_from_json, read_generation_defaults
+from gptjax.config import GenerationDefaults, config_from_json, generation_defaults, read_generation_config
 from gptjax.text import load_tokenizer
 from tests.oracles.older_tokenizer import ADDED, DIALOGUE, NAMED, SPEAKERS, old_layout
 
@@ -69,7 +69,7 @@ def test_the_defaults_of_a_generation_config_are_neutral(tmp_path):
         transformers.GenerationConfig._get_default_generation_params(),
     ):
         (tmp_path / "generation_config.json").write_text(json.dumps(raw))
-        defaults = read_generation_defaults(tmp_path)
+        defaults = generation_defaults(read_generation_config(tmp_path), tmp_path)
         defaults.check()
         assert defaults == GenerationDefaults()
 
