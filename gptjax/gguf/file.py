@@ -1,4 +1,7 @@
-"""A GGUF file, or the set of files that a large one was split into: opened once, its tensors read in bounded memory."""
+"""A GGUF file, or the set of files that a large one was split into: opened once, its tensors read in bounded memory.
+
+Nothing is memory-mapped, for the reason that `gptjax.support.raw` gives.
+"""
 
 import math
 import zlib

@@ -62,7 +62,7 @@ def read_header(path: Path) -> Header:
             cursor = Cursor(path, descriptor, found.size)
             keys, tensors = _counts(cursor)
             metadata = _metadata(cursor, keys)
-            entries = [_entry(cursor, f"tensor {number} of {tensors}") for number in range(1, tensors + 1)]
+            entries = _entries(cursor, tensors)
             alignment = _alignment(path, metadata)
             padding = -cursor.position % alignment
             cursor.require(padding if entries else min(padding, cursor.left), "the padding before the tensors")
@@ -117,9 +117,18 @@ def _alignment(path: Path, metadata: dict[str, Any]) -> int:
     return alignment
 
 
-def _entry(cursor: Cursor, what: str) -> Tensor:
-    """An entry as it is in the file, with `start` counted from the beginning of the data, checked on its own."""
-    name = cursor.name(f"the name of {what}")
+def _entries(cursor: Cursor, count: int) -> list[Tensor]:
+    """The tensors, each checked on its own, with `start` and `stop` counted from the beginning of the data."""
+    entries: dict[str, Tensor] = {}
+    for number in range(1, count + 1):
+        name = cursor.name(f"the name of tensor {number} of {count}")
+        if name in entries:
+            raise damaged(cursor.path, f"it has two tensors called {shown(repr(name))}")
+        entries[name] = _entry(cursor, name)
+    return list(entries.values())
+
+
+def _entry(cursor: Cursor, name: str) -> Tensor:
     what = f"the entry of {shown(repr(name))}"
     dimensions = cursor.u32(what)
     if not 1 <= dimensions <= MAX_DIMENSIONS:
@@ -146,8 +155,6 @@ def _checked(path: Path, entries: list[Tensor], data_start: int, size: int, alig
     limits = [*(entry.start for entry in entries), size - data_start][1:]
     for entry, limit in zip(entries, limits, strict=True):
         name = shown(repr(entry.name))
-        if entry.name in tensors:
-            raise damaged(path, f"it has two tensors called {name}")
         if entry.start % alignment:
             raise damaged(path, f"the data of {name} begins at {entry.start:,}, not at a multiple of {alignment:,}")
         if max(entry.start + 1, entry.stop) > size - data_start:

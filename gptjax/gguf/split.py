@@ -28,9 +28,11 @@ def read_parts(path: Path) -> tuple[dict[Path, Header], Mapping[str, Any]]:
       CheckpointError: a file is missing, damaged or truncated, or they are not the parts of one set. Lists all faults.
     """
     header = read_header(path)
-    count = _integer(path, header, COUNT, 1, MAX_PARTS)
-    if count <= 1:  # llama.cpp writes 0 when it joins the parts
+    count = _number(path, header, COUNT) or 1  # llama.cpp writes 0 when it joins parts
+    if count == 1:
         return {path: header}, header.metadata
+    if count > MAX_PARTS:
+        raise damaged(path, f"{COUNT} is {count:,}; at most {MAX_PARTS:,} parts are accepted")
     paths = _paths(path, count)
     headers: dict[Path, Header] = {}
     faults = []
@@ -55,7 +57,6 @@ def _paths(path: Path, count: int) -> list[Path]:
             f"NAME-00001-of-{count:05}.gguf and so on"
         )
     wanted = [f"{match['stem']}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
-    wanted[int(match["number"]) - 1] = path.name
     missing = [name for name in wanted if not os.path.lexists(path.parent / name)]
     if missing:
         raise CheckpointError(
@@ -67,15 +68,15 @@ def _paths(path: Path, count: int) -> list[Path]:
 def _disagreements(headers: Mapping[Path, Header]) -> list[str]:
     """What keeps files from being the parts of one set, in their order."""
     fix = "download the parts again, all from one place"
-    first = next(iter(headers.values()))
+    opening, first = next(iter(headers.items()))
+    total = _number(opening, first, TENSORS)
     homes: dict[str, Path] = {}
     faults = []
     for index, (path, header) in enumerate(headers.items()):
-        number = _integer(path, header, NUMBER, -1, MAX_PARTS)
-        if number != index or _integer(path, header, COUNT, 1, MAX_PARTS) != len(headers):
+        found = [_number(path, header, key) for key in (NUMBER, COUNT)]
+        if found != [index, len(headers)]:
             faults.append(
-                f"{shown(path)} says that it is part {number + 1} of {header.metadata.get(COUNT, 1)}, expected "
-                f"{index + 1} of {len(headers)}; {fix}"
+                f"{shown(path)} has {NUMBER} {found[0]} and {COUNT} {found[1]}, expected {index} and {len(headers)}; {fix}"
             )
         for name in header.tensors:
             if name in homes:
@@ -84,14 +85,13 @@ def _disagreements(headers: Mapping[Path, Header]) -> list[str]:
         for key, value in header.metadata.items():
             if not key.startswith("split.") and first.metadata.get(key) != value:
                 faults.append(f"{shown(path)} has another {shown(repr(key))} than the first part; {fix}")
-    found, (path, header) = len(homes), next(iter(headers.items()))
-    if not faults and _integer(path, header, TENSORS, found, 1 << 31) != found:
-        faults.append(f"the parts have {found:,} tensors, but {shown(path)} says {header.metadata[TENSORS]:,}; {fix}")
+    if total not in (None, len(homes)):
+        faults.append(f"the parts have {len(homes):,} tensors, but {TENSORS} of the first is {total}; {fix}")
     return faults
 
 
-def _integer(path: Path, header: Header, key: str, absent: int, most: int) -> int:
-    value = header.metadata.get(key, absent)
-    if value is not absent and (type(value) is not int or not 0 <= value <= most):
-        raise damaged(path, f"{key} is {quoted(value)}, expected a number up to {most:,}")
+def _number(path: Path, header: Header, key: str) -> int | None:
+    value = header.metadata.get(key)
+    if value is not None and (type(value) is not int or value < 0):
+        raise damaged(path, f"{key} is {quoted(value)}, expected a number")
     return value
