@@ -20,7 +20,6 @@ from convert.hashing import Hashes
 from convert.rules import FLOATS
 from convert.tables import table
 from gptjax.checkpoints import foreign, safetensors, weights
-from gptjax.checkpoints.raw import Buffers
 from gptjax.checkpoints.safetensors_header import NUMPY_DTYPES, TensorInfo
 from gptjax.config import ModelConfig, read_config, text_directory
 from gptjax.config.keys import without
@@ -30,6 +29,7 @@ from gptjax.models.registry import build
 from gptjax.support.files import parse_json, read_bytes
 from gptjax.support.progress import Progress
 from gptjax.support.quoting import shown
+from gptjax.support.raw import Buffers
 from pallas_kernels.formats.mxfp4 import MXFP4
 
 COPIED: Final = (  # copied to the converted directory if present

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from gptjax.checkpoints.raw import changed
 from gptjax.checkpoints.safetensors import SafetensorsSource
 from gptjax.checkpoints.safetensors_header import Header
 from gptjax.checkpoints.weights import SourceFile
 from gptjax.support.files import MISSING, opened, read_bytes, stamp
+from gptjax.support.raw import changed
 
 _BLOCK: Final = 1 << 20
 

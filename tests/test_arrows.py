@@ -17,6 +17,7 @@ ROOMS = [
     "gptjax.errors",
     "gptjax.axes",
     "gptjax.support",
+    "gptjax.gguf",
     "gptjax.config",
     "gptjax.text",
     "gptjax.checkpoints",

@@ -23,10 +23,10 @@ from gptjax._version import __version__
 from gptjax.checkpoints.atomic_directory import staged, unwritable
 from gptjax.checkpoints.manifest import Leaf, Manifest, SourceFile, is_converted, read_manifest, write_manifest
 from gptjax.checkpoints.orbax_piece import check_piece, checksum, read_leaf, write_piece
-from gptjax.checkpoints.raw import Buffers
 from gptjax.errors import CheckpointError
 from gptjax.support.progress import Progress, silent
 from gptjax.support.quoting import listed, names, shown
+from gptjax.support.raw import Buffers
 
 __all__ = [
     "Leaf",

@@ -1,0 +1,115 @@
+"""A GGUF file, or the set of files that a large one was split into: opened once, its tensors read in bounded memory.
+
+Nothing is memory-mapped, for the reason that `gptjax.support.raw` gives.
+"""
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from gptjax.errors import CheckpointError
+from gptjax.gguf.header import Header, Tensor
+from gptjax.gguf.split import read_parts
+from gptjax.gguf.types import BLOCKS, FLOATS, READ, expand
+from gptjax.support.quoting import shown
+from gptjax.support.raw import Buffers, read_array
+
+_PIECE: Final = 1 << 20  # values expanded at a time, to need little memory
+
+
+class GGUFFile:
+    """The metadata and tensors of one or more files.
+
+    `metadata` has ints, floats, bools, strings and lists of one of these; `tensors` lists the tensors by name, in their
+    order on disk; `headers` has the files' headers.
+    """
+
+    def __init__(self, headers: Mapping[Path, Header], metadata: Mapping[str, Any]) -> None:
+        self.headers, self.metadata = headers, metadata
+        self.tensors: dict[str, Tensor] = {
+            name: tensor for header in headers.values() for name, tensor in header.tensors.items()
+        }
+        self.checksums: dict[str, int] | None = None  # if set, records the CRC-32 of the data of each tensor read
+        self.buffers: Buffers | None = None  # reused memory, for arrays that are released one by one
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor's numbers, read-only: float32, float16 or bfloat16 as stored; float32 from a packed type.
+
+        Raises:
+          KeyError: unknown name.
+          CheckpointError: gptjax does not read the tensor's type, or the file cannot be read or has changed since its
+            header was read.
+        """
+        tensor = self.tensors[name]
+        count = math.prod(tensor.shape)
+        if tensor.type in FLOATS:
+            (array,) = self.slices(name, count)
+            return array.reshape(tensor.shape)
+        array, done = self._empty(tensor), 0
+        for part in self.slices(name, _PIECE):
+            array[done : done + part.size] = part
+            done += part.size
+        array.flags.writeable = False
+        return array.reshape(tensor.shape)
+
+    def slices(self, name: str, most: int) -> Iterator[np.ndarray]:
+        """A tensor's numbers in order, at most `most` at a time but at least one block. Raises what `read` raises."""
+        size, _ = self._block(name)
+        for blocks in self._blocks(name, max(1, most // size)):
+            yield expand(self.tensors[name].type, blocks)
+
+    def packed(self, name: str) -> np.ndarray:
+        """A tensor as stored: uint8 [..., blocks, bytes of a block], read-only. Raises what `read` raises."""
+        size, width = self._block(name)
+        shape = self.tensors[name].shape
+        (blocks,) = self._blocks(name, math.prod(shape) // size)
+        return blocks.reshape(*shape[:-1], shape[-1] // size, width)
+
+    def _block(self, name: str) -> tuple[int, int]:
+        """Values and bytes of a block."""
+        tensor = self.tensors[name]
+        if tensor.type not in READ:
+            raise CheckpointError(
+                f"{shown(name)} in {shown(tensor.file)} has the type {tensor.type}, which gptjax does not read; use a "
+                f"file with the types {', '.join(READ)}"
+            )
+        return BLOCKS[tensor.type]
+
+    def _blocks(self, name: str, most: int) -> Iterator[np.ndarray]:
+        """A tensor's blocks in order, at most `most` at a time: uint8 [blocks, bytes of a block]."""
+        tensor, (_, width), crc = self.tensors[name], self._block(name), 0
+        count, byte = tensor.nbytes // width, np.dtype(np.uint8)
+        expected = self.headers[tensor.file].stamp
+        for first in range(0, count, most):
+            shape, offset = (min(most, count - first), width), tensor.start + first * width
+            blocks = read_array(tensor.file, byte, shape, offset=offset, expected=expected, buffers=self.buffers)
+            if self.checksums is not None:
+                crc = zlib.crc32(blocks.reshape(-1).data, crc)
+            yield blocks
+        if self.checksums is not None:
+            self.checksums[name] = crc
+
+    def _empty(self, tensor: Tensor) -> np.ndarray:
+        """Memory for all of a tensor's numbers in float32, flat."""
+        shape, dtype = (math.prod(tensor.shape),), np.dtype(np.float32)
+        try:
+            return np.empty(shape, dtype) if self.buffers is None else self.buffers.empty(shape, dtype)
+        except MemoryError:
+            raise CheckpointError(
+                f"not enough memory for {shown(tensor.name)} in {shown(tensor.file)}, {4 * shape[0]:,} bytes when "
+                "expanded; use a larger machine"
+            ) from None
+
+
+def open_gguf(path: str | Path) -> GGUFFile:
+    """Reads the header of a file, and of all others of its set if it is part of one (NAME-00001-of-00003.gguf).
+
+    Raises:
+      CheckpointError: it is missing, damaged, truncated, or not GGUF of version 2 or 3 in little-endian order; or parts
+        of the set are missing or disagree.
+    """
+    return GGUFFile(*read_parts(Path(path)))
