@@ -102,7 +102,8 @@ class _Matcher:
                 if len(names) > 1:
                     self._fault("filling the same weight", f"{'/'.join(path)}: {', '.join(map(shown, names))}")
             names = [name for part in parts.values() for name in part]
-            if len({self._tensors[name].dtype for name in names}) > 1:
+            mixes = self._rules[path].transform.mixes_dtypes
+            if not mixes and len({self._tensors[name].dtype for name in names}) > 1:
                 listed_dtypes = ", ".join(f"{shown(name)} {self._tensors[name].dtype}" for name in names)
                 self._fault("with mixed dtypes in one weight", listed_dtypes)
         for path in self._targets:

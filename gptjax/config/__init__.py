@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gptjax.config import gpt2, gpt_oss
-from gptjax.config.generation import GenerationDefaults, generation_defaults, read_generation_config
+from gptjax.config.generation import GenerationDefaults, generation_defaults, overridden, read_generation_config
 from gptjax.config.gpt2 import GPT2Config
 from gptjax.config.gpt_oss import GptOssConfig
 from gptjax.config.keys import WITHOUT_EFFECT, without
@@ -29,6 +29,7 @@ __all__ = [
     "ModelConfig",
     "config_from_json",
     "generation_defaults",
+    "overridden",
     "published",
     "read_config",
     "read_generation_config",

@@ -180,10 +180,12 @@ def load_transformers(directory: Path, dtype: Any, **options: Any) -> Any:
     """transformers' model of a Hugging Face directory; `dtype` is torch's.
 
     Raises:
-      CheckpointError: a directory that gptjax converted, or that transformers cannot load.
+      CheckpointError: a GGUF file, or a directory that gptjax converted or that transformers cannot load.
     """
     import transformers
 
+    if directory.is_file():
+        raise CheckpointError(f"{directory} is a GGUF file; name the Hugging Face directory it was made from")
     if weights.is_converted(directory):
         raise CheckpointError(f"{directory} was converted by gptjax; name the Hugging Face directory it was made from")
     transformers.utils.logging.disable_progress_bar()

@@ -12,12 +12,13 @@ from typing import Any, Final
 import numpy as np
 
 from gptjax.errors import CheckpointError
-from gptjax.gguf.header import Header, Tensor
+from gptjax.gguf.header import Header, Tensor, read_header
 from gptjax.gguf.split import read_parts
-from gptjax.gguf.types import BLOCKS, FLOATS, READ, expand
+from gptjax.gguf.types import BLOCKS, FLOATS, READ, USE_ANOTHER, expand
 from gptjax.support.quoting import shown
 from gptjax.support.raw import Buffers, read_array
 
+_TENSOR_COUNT: Final = 8  # where a file says how many tensors it has, in 64 bits
 _PIECE: Final = 1 << 20  # values expanded at a time, to need little memory
 
 
@@ -69,13 +70,20 @@ class GGUFFile:
         (blocks,) = self._blocks(name, math.prod(shape) // size)
         return blocks.reshape(*shape[:-1], shape[-1] // size, width)
 
+    def metadata_file(self) -> bytes:
+        """The contents of a GGUF file with the same metadata and no tensors. Raises `CheckpointError`."""
+        path, header = next(iter(self.headers.items()))
+        shape, byte = (header.metadata_stop,), np.dtype(np.uint8)
+        data = read_array(path, byte, shape, offset=0, expected=header.stamp, buffers=None).tobytes()
+        return data[:_TENSOR_COUNT] + bytes(8) + data[_TENSOR_COUNT + 8 :]
+
     def _block(self, name: str) -> tuple[int, int]:
         """Values and bytes of a block."""
         tensor = self.tensors[name]
         if tensor.type not in READ:
             raise CheckpointError(
-                f"{shown(name)} in {shown(tensor.file)} has the type {tensor.type}, which gptjax does not read; use a "
-                f"file with the types {', '.join(READ)}"
+                f"{shown(name)} in {shown(tensor.file)} has the type {tensor.type}, which gptjax does not read; "
+                f"{USE_ANOTHER}"
             )
         return BLOCKS[tensor.type]
 
@@ -113,3 +121,8 @@ def open_gguf(path: str | Path) -> GGUFFile:
         of the set are missing or disagree.
     """
     return GGUFFile(*read_parts(Path(path)))
+
+
+def read_metadata(path: Path) -> Mapping[str, Any]:
+    """The metadata of one file, whether or not it is part of a set. Raises `CheckpointError`."""
+    return read_header(path).metadata

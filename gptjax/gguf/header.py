@@ -49,6 +49,7 @@ class Header:
 
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]  # in the order of their data
+    metadata_stop: int  # where the metadata ends
     data_start: int
     crc32: int  # of the bytes before the data
     stamp: Stamp
@@ -62,6 +63,7 @@ def read_header(path: Path) -> Header:
             cursor = Cursor(path, descriptor, found.size)
             keys, tensors = _counts(cursor)
             metadata = _metadata(cursor, keys)
+            metadata_stop = cursor.position
             entries = _entries(cursor, tensors)
             alignment = _alignment(path, metadata)
             padding = -cursor.position % alignment
@@ -70,7 +72,7 @@ def read_header(path: Path) -> Header:
         raise missing(path) from None
     start = cursor.position
     checked = _checked(path, entries, start, found.size, alignment)
-    return Header(metadata, checked, start, zlib.crc32(cursor.data[:start]), found)
+    return Header(metadata, checked, metadata_stop, start, zlib.crc32(cursor.data[:start]), found)
 
 
 def _counts(cursor: Cursor) -> tuple[int, int]:

@@ -39,6 +39,7 @@ BLOCKS: Final[Mapping[str, tuple[int, int]]] = {  # values and bytes of a block
     **_UNREAD,
 }
 READ: Final = (*FLOATS, *PACKED)
+USE_ANOTHER: Final = f"use a file with the types {', '.join(READ)}"
 
 
 def nbytes(type_name: str, shape: tuple[int, ...]) -> int:
