@@ -14,6 +14,7 @@ from gptjax.text.detokenizer import Detokenizer
 from gptjax.text.encoder import Encoders
 from gptjax.text.reading import read_vocabulary
 from gptjax.text.settings import read_settings
+from gptjax.text.template import read_chat_template
 from gptjax.text.vocabulary import BYTE_OF, Vocabulary, unspell
 
 
@@ -28,16 +29,24 @@ class Tokenizer:
       kind: "byte-level-bpe".
       special_ids: id of each special token, by its content.
       longest_token: bytes of the longest token.
+      chat_template: the checkpoint's own chat template, or None if it has none.
     """
 
     kind = "byte-level-bpe"
 
     def __init__(
-        self, vocabulary: Vocabulary, *, bos_id: int | None, eos_ids: tuple[int, ...], context_length: int | None
+        self,
+        vocabulary: Vocabulary,
+        *,
+        bos_id: int | None,
+        eos_ids: tuple[int, ...],
+        context_length: int | None,
+        chat_template: str | None = None,
     ) -> None:
         self.bos_id = bos_id
         self.eos_ids = eos_ids
         self.context_length = context_length
+        self.chat_template = chat_template
         self.special_ids: Mapping[str, int] = MappingProxyType({t.content: t.id for t in vocabulary.added if t.special})
         self._special = frozenset(self.special_ids.values())
         self._bytes = {number: unspell(token) for token, number in vocabulary.ids.items()}
@@ -132,7 +141,8 @@ def load_tokenizer(
 
     Reads tokenizer.json, else vocab.json and merges.txt; then the tokens added later, from tokenizer_config.json, or
     added_tokens.json and special_tokens_map.json; and for the first and last tokens (in this order)
-    generation_config.json, config.json, special_tokens_map.json and tokenizer_config.json.
+    generation_config.json, config.json, special_tokens_map.json and tokenizer_config.json. The chat template is that of
+    chat_template.jinja, else of tokenizer_config.json.
 
     Args:
       generation_config: replaces generation_config.json.
@@ -146,7 +156,13 @@ def load_tokenizer(
     vocabulary = read_vocabulary(settings.directory, settings.tokenizer, settings.special, model_type)
     known = vocabulary.ids | {token.content: token.id for token in vocabulary.added}
     bos, eos = settings.ends("bos", known), settings.ends("eos", known)
-    return Tokenizer(vocabulary, bos_id=bos[0] if bos else None, eos_ids=eos, context_length=settings.context_length)
+    return Tokenizer(
+        vocabulary,
+        bos_id=bos[0] if bos else None,
+        eos_ids=eos,
+        context_length=settings.context_length,
+        chat_template=read_chat_template(settings.directory, settings.tokenizer),
+    )
 
 
 def _checked_id(token_id: SupportsIndex) -> int:
