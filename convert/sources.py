@@ -68,7 +68,8 @@ def _stored(fill: matching.Fill, source: Source) -> dict[str, None]:
     """The types of a weight's sources, each once."""
     infos = [source.tensors[name] for name in fill.sources]
     return dict.fromkeys(
-        NUMPY_DTYPES[info.dtype].name if getattr(info, "type", info.dtype) == info.dtype else info.type for info in infos
+        NUMPY_DTYPES[info.dtype].name if getattr(info, "type", info.dtype) == info.dtype else info.type
+        for info in infos
     )
 
 

@@ -10,7 +10,14 @@ from typing import Any
 from gptjax.checkpoints import hub, safetensors
 from gptjax.checkpoints.manifest import is_converted
 from gptjax.checkpoints.text_files import GGUFText, TextFiles, text_of
-from gptjax.config import GenerationDefaults, ModelConfig, config_from_json, generation_defaults, overridden, read_config
+from gptjax.config import (
+    GenerationDefaults,
+    ModelConfig,
+    config_from_json,
+    generation_defaults,
+    overridden,
+    read_config,
+)
 from gptjax.config.gguf import ROPE_FREQS, config_json_from_gguf, in_words_of_gguf
 from gptjax.errors import ConfigError
 from gptjax.gguf import GGUFFile, open_gguf
@@ -100,4 +107,6 @@ def _config(path: Path, file: GGUFFile, ignore: Sequence[str]) -> ModelConfig:
         return config_from_json(raw)
     except ConfigError as error:
         words = in_words_of_gguf(str(file.metadata["general.architecture"]), str(error))
-        raise ConfigError(f"{shown(path)}: its metadata, in the words of {error}" + f"\n({words})" * bool(words)) from None
+        raise ConfigError(
+            f"{shown(path)}: its metadata, in the words of {error}" + f"\n({words})" * bool(words)
+        ) from None

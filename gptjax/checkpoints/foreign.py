@@ -29,7 +29,7 @@ _GGUF: Final = "is a GGUF file; name the file itself, not its directory"
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is GGUF, by its first bytes, or an empty or damaged one by its name. Raises what `refusal` does."""
+    """Whether a file is GGUF: by its first bytes, or by its name if it is damaged. Raises what `refusal` does."""
     with opened(path) as descriptor:
         head = os.pread(descriptor, 64, 0)
     return head[:4] == b"GGUF" or (path.suffix.lower() == ".gguf" and _by_magic(head) is None)

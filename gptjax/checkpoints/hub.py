@@ -28,10 +28,10 @@ def resolve(name: str | os.PathLike[str]) -> Path:
     """The directory of a checkpoint, or its GGUF file.
 
     Args:
-      name: tried in this order: a demo that comes with gptjax ("gpt2-tales"); a directory or a GGUF file; "smollm2" (see
-        `gptjax.checkpoints.smollm2`); the id of a repository on the Hugging Face Hub, "gpt2" or "openai/gpt-oss-20b",
-        with "@revision" if not the newest. A repository is looked up in the local Hub cache (HF_HUB_CACHE, HF_HOME)
-        and otherwise downloaded, if the extra `hub` is installed and HF_HUB_OFFLINE is not set.
+      name: tried in this order: a demo that comes with gptjax ("gpt2-tales"); a directory or a GGUF file; "smollm2"
+        (see `gptjax.checkpoints.smollm2`); the id of a repository on the Hugging Face Hub, "gpt2" or
+        "openai/gpt-oss-20b", with "@revision" if not the newest. A repository is looked up in the local Hub cache
+        (HF_HUB_CACHE, HF_HOME) and otherwise downloaded, if the extra `hub` is installed and HF_HUB_OFFLINE is not set.
 
     Raises:
       CheckpointError: none of these exists; says what was tried and what to do.

@@ -1,6 +1,6 @@
 """The types whose four bits are an index into a table of values."""
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -43,7 +43,7 @@ IQ4_XS: Final = Packed(256, {"d": 2, "scales_h": 2, "scales_l": 4, "qs": 128}, _
 MXFP4: Final = Packed(32, {"e": 1, "qs": 16}, _mxfp4)
 
 
-def to_mxfp4(blocks: Array) -> tuple[Array, Array]:
+def to_mxfp4(blocks: Any) -> tuple[Any, Any]:
     """ggml's MXFP4 blocks in the layout of `pallas_kernels.formats.mxfp4.MXFP4`, losslessly.
 
     Args:
