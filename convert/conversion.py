@@ -1,27 +1,26 @@
 """Converts a Hugging Face directory to parameters or to a converted directory."""
 
 import dataclasses
-import functools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from convert import DTYPES, filling, matching, mxfp4
+from convert import DTYPES, filling, matching, mxfp4, parts
 from convert.hashing import Hashes
-from convert.rules import FLOATS
 from convert.tables import table
 from gptjax.checkpoints import foreign, safetensors, weights
+from gptjax.checkpoints.manifest import is_converted
 from gptjax.checkpoints.raw import Buffers
-from gptjax.checkpoints.safetensors_header import NUMPY_DTYPES, TensorInfo
+from gptjax.checkpoints.safetensors_header import NUMPY_DTYPES
+from gptjax.checkpoints.saving import Source, save
 from gptjax.config import ModelConfig, read_config, text_directory
 from gptjax.config.keys import without
 from gptjax.errors import CheckpointError
@@ -30,7 +29,6 @@ from gptjax.models.registry import build
 from gptjax.support.files import parse_json, read_bytes
 from gptjax.support.progress import Progress
 from gptjax.support.quoting import shown
-from pallas_kernels.formats.mxfp4 import MXFP4
 
 COPIED: Final = (  # copied to the converted directory if present
     "generation_config.json",
@@ -68,7 +66,8 @@ def convert(
     """Converts a Hugging Face checkpoint directory, in bounded memory.
 
     Everything that can be checked from headers and configuration is checked before the first byte is written, and
-    the destination appears complete or not at all.
+    the destination appears complete or not at all. If the process is killed, calling this again with the same arguments
+    continues where it was.
 
     Args:
       source: a directory with `config.json` and safetensors files.
@@ -98,12 +97,10 @@ def convert(
     if target != config or ignore_config:
         copies["config.json"] = _rewritten(copies["config.json"], config, target, ignore_config)
     with Hashes(small, reader) as hashes:
-        manifest = weights.save(
+        manifest = save(
             destination,
-            _parts(plan, reader, wanted, chosen),
-            total_bytes=sum(_written_bytes(fill, reader, wanted, chosen) for fill in plan.fills),
-            source=source.resolve().name,
-            source_files=hashes.result,
+            [parts.part(weight, wanted, chosen) for weight in parts.of_plan(plan, reader)],
+            source=Source(source.resolve().name, hashes.result, hashes.state, hashes.converted),
             copies=copies,
             overwrite=overwrite,
             progress=progress,
@@ -183,7 +180,7 @@ def _check_paths(source: Path, destination: Path) -> None:
         raise CheckpointError(
             f"{shown(source)} does not exist; name a directory with config.json, *.safetensors and tokenizer.json"
         )
-    if weights.is_converted(source):
+    if is_converted(source):
         raise CheckpointError(f"{source} is already converted; name the Hugging Face directory it was made from")
     foreign.refuse_adapter(source)
     if inside == outside:
@@ -208,52 +205,3 @@ def _rewritten(config_json: bytes, config: ModelConfig, target: ModelConfig, ign
     if target != config:
         raw = mxfp4.config_json(raw, target)
     return (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _parts(
-    plan: matching.Plan,
-    reader: safetensors.SafetensorsSource,
-    wanted: np.dtype[Any] | None,
-    chosen: Mapping[weights.Path, MXFP4],
-) -> Iterator[weights.Part]:
-    """All weights to write."""
-    for fill, (path, read) in zip(plan.fills, filling.readers(plan, reader), strict=True):
-        if path in chosen:
-            make = functools.partial(_packed, fill, reader, chosen[path].shape)
-        else:
-            make = functools.partial(_cast, path, read, wanted)
-        yield weights.Part(_written_bytes(fill, reader, wanted, chosen), make)
-
-
-def _packed(
-    fill: matching.Fill, reader: safetensors.SafetensorsSource, shape: tuple[int, ...]
-) -> dict[weights.Path, np.ndarray]:
-    cut = mxfp4.is_cut(fill.path, shape)
-    parts = filling.parts(fill, reader) if cut else iter([filling.read(fill, reader)])
-    blocks, scales = mxfp4.rounded(fill.path, parts, shape)
-    return {(*fill.path, "blocks"): blocks, (*fill.path, "scales"): scales}
-
-
-def _cast(
-    path: weights.Path, read: Callable[[], np.ndarray], wanted: np.dtype[Any] | None
-) -> dict[weights.Path, np.ndarray]:
-    array = read()
-    if wanted is not None and jnp.issubdtype(array.dtype, jnp.floating):
-        array = weights.cast(array, wanted, "/".join(path))
-    return {path: array}
-
-
-def _written_bytes(
-    fill: matching.Fill,
-    reader: safetensors.SafetensorsSource,
-    wanted: np.dtype[Any] | None,
-    chosen: Mapping[weights.Path, MXFP4],
-) -> int:
-    if fill.path in chosen:
-        return chosen[fill.path].nbytes
-    return sum(_bytes(reader.tensors[name], wanted) for name in fill.sources)
-
-
-def _bytes(info: TensorInfo, wanted: np.dtype[Any] | None) -> int:
-    own = NUMPY_DTYPES[info.dtype]
-    return math.prod(info.shape) * int((own if wanted is None or info.dtype not in FLOATS else wanted).itemsize)

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from gptjax.checkpoints.manifest import SourceFile
 from gptjax.checkpoints.raw import changed
 from gptjax.checkpoints.safetensors import SafetensorsSource
 from gptjax.checkpoints.safetensors_header import Header
-from gptjax.checkpoints.weights import SourceFile
 from gptjax.support.files import MISSING, opened, read_bytes, stamp
 
 _BLOCK: Final = 1 << 20
@@ -33,9 +33,9 @@ class Hashes:
           source: the large files; from now on it records the checksum of each tensor it reads.
         """
         self._small, self._headers = small, source.headers
-        self._converted: dict[str, int] = {}
+        self.converted: dict[str, int] = {}  # the CRC-32 of each tensor that the source has read
         self._hashed: dict[str, int] = {}
-        source.checksums = self._converted
+        source.checksums = self.converted
         self._cancelled = threading.Event()
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._future = self._pool.submit(lambda: [self._hash(path, header) for path, header in self._headers.items()])
@@ -47,12 +47,22 @@ class Hashes:
         self._cancelled.set()
         self._pool.shutdown()
 
+    @property
+    def state(self) -> str:
+        """Changes when the files are changed or replaced, as far as one can tell without reading them."""
+        large = [
+            (path.name, header.crc32, header.stamp.size, header.stamp.modified_ns)
+            for path, header in self._headers.items()
+        ]
+        small = [(path.name, zlib.crc32(data)) for path, data in self._small.items()]
+        return repr((large, small))
+
     def result(self) -> tuple[SourceFile, ...]:
         """Waits for the hashes. Raises `CheckpointError` if a file has changed."""
         large = self._future.result()
         for path, header in self._headers.items():
-            read = self._converted.keys() & header.tensors.keys()
-            if any(self._converted[name] != self._hashed[name] for name in read) or not _is_unchanged(path, header):
+            read = self.converted.keys() & header.tensors.keys()
+            if any(self.converted[name] != self._hashed[name] for name in read) or not _is_unchanged(path, header):
                 raise changed(path)
         for path, data in self._small.items():
             if read_bytes(path) != data:

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 import convert
 from gptjax.checkpoints import weights
 from gptjax.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from gptjax.checkpoints.manifest import is_converted
 from gptjax.engine import limits, memory
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
@@ -119,6 +120,6 @@ def _tokenizer(checkpoint: Checkpoint, other: str | os.PathLike[str] | None) -> 
 def load_params(directory: Path, model: Model) -> Params:
     """Loads a checkpoint directory's weights onto the default device, in the model's dtype, checking each leaf."""
     targets = abstract_params(model)
-    if weights.is_converted(directory):
+    if is_converted(directory):
         return weights.restore(directory, targets, progress=progress)
     return weights.place(convert.open_params(directory, model.config), targets, progress=progress)
