@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +37,7 @@ COPIED: Final = (  # copied to the converted directory if present
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
 )
 
 
@@ -86,12 +86,16 @@ def convert(
     """
     started = time.monotonic()
     source, destination = Path(source), Path(destination)
-    _check_paths(source, destination)
-    wanted = None if dtype is None else _dtype(dtype)
-    small = _small_files(source)  # read once; a change before the end is an error
+    check_paths(source, destination)
+    if is_converted(source):
+        raise CheckpointError(
+            f"{source} is already converted; name the Hugging Face directory it was made from, or export it: --to hf"
+        )
+    wanted = None if dtype is None else named_dtype(dtype)
+    small = small_files(source)  # read once; a change before the end is an error
     config = read_config(source, ignore=ignore_config)
     target = config if quantize is None else mxfp4.packed_config(config, quantize)
-    plan, reader = _open(source, config)
+    plan, reader = open_source(source, config)
     chosen = mxfp4.chosen(config, target)
     copies = {path.name: data for path, data in small.items() if path.name != safetensors.INDEX}
     if target != config or ignore_config:
@@ -109,7 +113,7 @@ def convert(
         destination=destination,
         num_weights=len(manifest.leaves),
         num_params=num_params(build(target)),
-        bytes=sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in manifest.leaves),
+        bytes=sum(leaf.nbytes for leaf in manifest.leaves),
         dtypes=tuple(sorted({leaf.dtype for leaf in manifest.leaves})),
         seconds=time.monotonic() - started,
     )
@@ -124,7 +128,7 @@ def stream_params(directory: str | PathLike[str], config: ModelConfig) -> Iterat
     Raises:
       CheckpointError: the directory's weights are missing, damaged or not those of the configuration's model.
     """
-    plan, reader = _open(Path(directory), config)
+    plan, reader = open_source(Path(directory), config)
     return filling.stream(plan, reader)
 
 
@@ -132,7 +136,7 @@ def open_params(
     directory: str | PathLike[str], config: ModelConfig
 ) -> Iterator[tuple[weights.Path, Callable[[], np.ndarray]]]:
     """Like `stream_params`, but with a function that reads the array; several may run at a time."""
-    plan, reader = _open(Path(directory), config)
+    plan, reader = open_source(Path(directory), config)
     reader.buffers = Buffers()
     return filling.readers(plan, reader)
 
@@ -143,11 +147,12 @@ def stored_dtypes(directory: str | PathLike[str], config: ModelConfig) -> dict[w
     Raises:
       CheckpointError: as for `stream_params`.
     """
-    plan, reader = _open(Path(directory), config)
+    plan, reader = open_source(Path(directory), config)
     return {fill.path: NUMPY_DTYPES[reader.tensors[fill.sources[0]].dtype].name for fill in plan.fills}
 
 
-def _open(source: Path, config: ModelConfig) -> tuple[matching.Plan, safetensors.SafetensorsSource]:
+def open_source(source: Path, config: ModelConfig) -> tuple[matching.Plan, safetensors.SafetensorsSource]:
+    """A source's tensors, and which of them fill which weight. Reads headers only. Raises `CheckpointError`."""
     reader = safetensors.open_directory(source)
     targets = abstract_params(build(config))
     try:
@@ -157,7 +162,8 @@ def _open(source: Path, config: ModelConfig) -> tuple[matching.Plan, safetensors
     return plan, reader
 
 
-def _dtype(dtype: DTypeLike) -> np.dtype[Any]:
+def named_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """A dtype that weights can be converted to. Raises `CheckpointError`."""
     try:
         found = np.dtype(dtype)
     except TypeError:
@@ -167,7 +173,8 @@ def _dtype(dtype: DTypeLike) -> np.dtype[Any]:
     return found
 
 
-def _check_paths(source: Path, destination: Path) -> None:
+def check_paths(source: Path, destination: Path) -> None:
+    """Raises `CheckpointError` unless the source is a directory, and the destination lies elsewhere."""
     try:
         inside, outside = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
     except (OSError, ValueError) as error:  # a NUL, half a surrogate pair
@@ -180,8 +187,6 @@ def _check_paths(source: Path, destination: Path) -> None:
         raise CheckpointError(
             f"{shown(source)} does not exist; name a directory with config.json, *.safetensors and tokenizer.json"
         )
-    if is_converted(source):
-        raise CheckpointError(f"{source} is already converted; name the Hugging Face directory it was made from")
     foreign.refuse_adapter(source)
     if inside == outside:
         raise CheckpointError(f"source and destination are the same directory, {source}; name another destination")
@@ -191,8 +196,8 @@ def _check_paths(source: Path, destination: Path) -> None:
         )
 
 
-def _small_files(source: Path) -> dict[Path, bytes]:
-    """The bytes of the files to copy and of the index, for those that exist."""
+def small_files(source: Path) -> dict[Path, bytes]:
+    """The bytes of the files to copy and of the index, for those that exist. Raises `CheckpointError`."""
     text = text_directory(source)
     paths = (source / "config.json", *(text / name for name in COPIED), source / safetensors.INDEX)
     found = {path: read_bytes(path) for path in paths}

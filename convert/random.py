@@ -1,7 +1,6 @@
 """Writes a checkpoint of random weights in Hugging Face's layout, for measuring without real weights."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -11,11 +10,10 @@ import numpy as np
 
 from convert.matching import names_of
 from convert.tables import table
-from gptjax.checkpoints.atomic_directory import staged, unwritable
+from gptjax.checkpoints.atomic_directory import check_room, staged
 from gptjax.checkpoints.safetensors_writer import Outline, SafetensorsWriter
 from gptjax.checkpoints.weights import flatten
 from gptjax.config import ModelConfig
-from gptjax.errors import CheckpointError
 from gptjax.models.params import abstract_params
 from gptjax.models.registry import build
 
@@ -38,17 +36,11 @@ def write_random(config: ModelConfig, directory: Path, *, seed: int = 0) -> int:
     floats = (0.02 * rng.standard_normal(_POOL_BYTES // 2, np.float32)).astype(jnp.bfloat16).tobytes()
     codes, scales = rng.bytes(_POOL_BYTES), bytes([_SCALE]) * _POOL_BYTES
     with staged(directory, overwrite=False, ours=lambda _: False) as partial:
-        if shutil.disk_usage(partial).free < total:
-            raise CheckpointError(
-                f"{directory} needs {total / 1e9:.1f} GB, more than its disk has free; name one on another disk"
-            )
-        try:
-            writer = SafetensorsWriter(partial, tensors, most=SHARD_BYTES)
-            for name, tensor in tensors.items():
-                pool = floats if tensor.dtype == jnp.bfloat16 else scales if name.endswith("scales") else codes
-                writer.write_bytes(name, _repeated(pool, tensor.nbytes))
-        except OSError as error:
-            raise unwritable(directory, error) from error
+        check_room(directory, partial, total)
+        writer = SafetensorsWriter(partial, tensors, most=SHARD_BYTES)
+        for name, tensor in tensors.items():
+            pool = floats if tensor.dtype == jnp.bfloat16 else scales if name.endswith("scales") else codes
+            writer.write_bytes(name, _repeated(pool, tensor.nbytes))
         (partial / "config.json").write_text(json.dumps(config.to_json(), indent=1) + "\n", encoding="utf-8")
     return total
 

@@ -17,6 +17,10 @@ FLOATS: Final = ("F32", "F16", "BF16")
 Inverse = Callable[[np.ndarray], tuple[np.ndarray, ...]]  # the sources of a target, in order, as views
 
 
+def _only_read(array: np.ndarray) -> tuple[np.ndarray, ...]:
+    raise NotImplementedError("a transform of a format that is only read has no inverse")
+
+
 @dataclasses.dataclass(frozen=True)
 class Transform:
     """How a target is made from its sources, and the sources from a target."""
@@ -26,7 +30,7 @@ class Transform:
     apply: Callable[..., np.ndarray]  # takes the sources in order; returns a view if possible
     dtypes: tuple[str, ...] = FLOATS  # allowed for the sources
     fault: Callable[[np.ndarray], str] = lambda array: ""  # what is wrong with a source's data; "" if nothing is
-    invert: Inverse | None = None  # None in a format that is only read
+    invert: Inverse = _only_read
 
 
 IDENTITY: Final = Transform("identity", lambda shape: (shape,), lambda array: array, invert=lambda array: (array,))

@@ -93,6 +93,16 @@ def is_plain(path: str | Path, kind: Callable[[int], bool]) -> bool:
         return False
 
 
+def check_room(destination: Path, partial: Path, needed: int) -> None:
+    """Raises `CheckpointError` if a staging directory's disk has fewer bytes free than are needed."""
+    free = shutil.disk_usage(partial).free
+    if free < needed:
+        raise CheckpointError(
+            f"{shown(destination)} needs {needed / 1e6:,.0f} MB, but its disk has {free / 1e6:,.0f} MB free; "
+            "free some space or name a directory on another disk"
+        )
+
+
 def _real(destination: Path) -> Path:
     try:
         return Path(os.path.realpath(destination))

@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
+
+import numpy as np
 
 from gptjax.errors import CheckpointError
 from gptjax.support.files import read_json
@@ -38,6 +41,11 @@ class Leaf:
     piece: str  # a key of `Manifest.pieces`
     crc32: int  # of its bytes in C order, little-endian
 
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
@@ -48,7 +56,7 @@ class Manifest:
     files: tuple[SourceFile, ...]
     leaves: tuple[Leaf, ...]
     pieces: dict[str, dict[str, int]]  # the directory under `params/` -> its files and their bytes
-    others: dict[str, str]  # the path of every other file -> its SHA-256; empty if written before version 0.3
+    others: dict[str, str]  # the path of every other file -> its SHA-256; empty in older directories
 
 
 def is_converted(directory: Path) -> bool:

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -109,7 +108,7 @@ def piece_faults(
                 yield error.fault
             except CheckpointError as error:
                 yield str(error)
-        advance(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize)
+        advance(leaf.nbytes)
     for name, sha256 in others.items():
         if name not in wrong and (fault := file_fault(path / name, sha256)):
             yield fault
@@ -157,10 +156,8 @@ def read_leaf(path: Path, leaf: Leaf, buffers: Buffers) -> np.ndarray:
     if found != _zarray(dtype, leaf.shape):
         what = f"{name}/.zarray does not describe {dtype} {list(leaf.shape)} as gptjax writes it"
         raise DamagedPieceError(path, what)
-            path, f"{name}/.zarray does not describe {dtype} {list(leaf.shape)} as gptjax writes it"
-        )
     file = f"{name}/{'.'.join('0' for _ in leaf.shape) or '0'}"
-    size = math.prod(leaf.shape) * dtype.itemsize
+    size = leaf.nbytes
     try:
         there = os.stat(path / file).st_size
     except OSError:

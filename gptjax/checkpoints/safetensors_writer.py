@@ -8,6 +8,7 @@ Format: https://huggingface.co/docs/safetensors, "Format".
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -15,9 +16,12 @@ from typing import Any, Final
 import numpy as np
 
 from gptjax.checkpoints.safetensors import INDEX, SINGLE
-from gptjax.checkpoints.safetensors_header import NUMPY_DTYPES
+from gptjax.checkpoints.safetensors_header import MAX_HEADER_BYTES, NUMPY_DTYPES, parse
+from gptjax.support.files import opened
 
 _PIECE: Final = 1 << 22  # elements written at a time
+_METADATA: Final = "__metadata__"
+_OURS: Final = {"format": "pt", "written_by": "gptjax"}  # transformers wants to know the framework
 _NAMES: Final = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 
 
@@ -76,7 +80,7 @@ class SafetensorsWriter:
             raise ValueError(f"{name} has {written} bytes, not {self._tensors[name].nbytes} as announced")
 
     def _begin(self, path: Path, names: list[str]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers wants to know the framework
+        header: dict[str, Any] = {_METADATA: _OURS}
         end = 0
         # The widest elements first, so that all are aligned; otherwise in the order given.
         for name in sorted(names, key=lambda name: -self._tensors[name].dtype.itemsize):
@@ -92,6 +96,17 @@ class SafetensorsWriter:
         with path.open("xb") as file:
             file.write(len(encoded).to_bytes(8, "little") + encoded)
             file.truncate(8 + len(encoded) + end)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file was written by this class. Raises `CheckpointError` if it cannot be read."""
+    with opened(path) as descriptor:
+        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+        text = os.pread(descriptor, min(length, MAX_HEADER_BYTES), 8)
+    try:
+        return bool(parse(text).get(_METADATA) == _OURS)
+    except ValueError:
+        return False
 
 
 def _shards(tensors: Mapping[str, Outline], most: int) -> Iterator[list[str]]:

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import shutil
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
@@ -18,14 +17,13 @@ import jax
 import numpy as np
 
 from gptjax._version import __version__
-from gptjax.checkpoints.atomic_directory import staged, unwritable
+from gptjax.checkpoints.atomic_directory import check_room, staged, unwritable
 from gptjax.checkpoints.journal import Complete, Journal, Shapes, piece_name
 from gptjax.checkpoints.manifest import Leaf, Manifest, SourceFile, is_converted, read_manifest, write_manifest
 from gptjax.checkpoints.orbax_piece import checksum, other_files, write_piece
 from gptjax.checkpoints.weights import Path, nest
 from gptjax.errors import CheckpointError
 from gptjax.support.progress import Progress, silent
-from gptjax.support.quoting import shown
 
 PIECE_BYTES: Final = 128 << 20
 
@@ -82,7 +80,7 @@ def save(
     with staged(destination, overwrite=overwrite, ours=_replaceable, resume=True) as partial:
         journal = Journal(partial, _job(source, copies, shapes), shapes)
         sizes = [sum(part.nbytes for part in piece) for piece in pieces]
-        _check_room(destination, partial, sum(sizes[len(journal.complete) :]))
+        check_room(destination, partial, sum(sizes[len(journal.complete) :]))
         for name, data in copies.items():
             (partial / name).write_bytes(data)
         (partial / "params").mkdir(exist_ok=True)
@@ -119,15 +117,6 @@ def _job(source: Source, copies: Mapping[str, bytes], shapes: Sequence[Shapes]) 
     copied = {name: hashlib.sha256(data).hexdigest() for name, data in copies.items()}
     text = json.dumps([__version__, source.name, source.state, copied, weights])
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _check_room(destination: FilePath, partial: FilePath, needed: int) -> None:
-    free = shutil.disk_usage(partial).free
-    if free < needed:
-        raise CheckpointError(
-            f"{shown(destination)} needs {needed / 1e6:,.0f} MB, but its disk has {free / 1e6:,.0f} MB free; "
-            "free some space or name a directory on another disk"
-        )
 
 
 def _written(partial: FilePath, number: int, piece: Sequence[Part], source: Source, destination: FilePath) -> Complete:
