@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from convert.rules import Ignored, Rule, Shape, Table, Transform
+from convert.rules import IDENTITY, Ignored, Rule, Shape, Table, Transform
 from gptjax.config import ModelConfig
 from gptjax.config.gguf import ROPE_FREQS
 from pallas_kernels.formats.ggml.tables import to_mxfp4
@@ -92,7 +92,6 @@ def _nan_scale(array: np.ndarray) -> str:
     return f"the scale {NAN_SCALE}, which is NaN" if array[..., 0].max(initial=0) == NAN_SCALE else ""
 
 
-_VECTOR: Final = _rows((), turned=False)
 _GATE_UP_BIAS: Final = Transform("interleaved", _halves, _interleaved, mixes_dtypes=True)
 _GATE_UP: Final = Transform(
     "interleaved and transposed",
@@ -124,21 +123,21 @@ _DOWN_SCALES: Final = Transform(
 )
 
 _ENDS: Final = (
-    Rule("token_embd.weight", "token_embedding", _VECTOR),
-    Rule("output.weight", "head_embedding", _VECTOR),
-    Rule("position_embd.weight", "position_embedding", _VECTOR),
-    Rule("output_norm.weight", "final_norm/scale", _VECTOR),
-    Rule("output_norm.bias", "final_norm/bias", _VECTOR),
+    Rule("token_embd.weight", "token_embedding", IDENTITY),
+    Rule("output.weight", "head_embedding", IDENTITY),
+    Rule("position_embd.weight", "position_embedding", IDENTITY),
+    Rule("output_norm.weight", "final_norm/scale", IDENTITY),
+    Rule("output_norm.bias", "final_norm/bias", IDENTITY),
 )
 _VECTORS: Final = (
-    _block("attn_norm.weight", "attention_norm/scale", _VECTOR),
-    _block("attn_norm.bias", "attention_norm/bias", _VECTOR),
-    _block("ffn_norm.weight", "mlp_norm/scale", _VECTOR),
-    _block("ffn_norm.bias", "mlp_norm/bias", _VECTOR),
-    _block("attn_q_norm.weight", "attention/q_norm/scale", _VECTOR),
-    _block("attn_k_norm.weight", "attention/k_norm/scale", _VECTOR),
-    _block("attn_sinks.weight", "attention/sinks", _VECTOR),
-    _block("post_attention_norm.weight", "moe_norm/scale", _VECTOR),
+    _block("attn_norm.weight", "attention_norm/scale", IDENTITY),
+    _block("attn_norm.bias", "attention_norm/bias", IDENTITY),
+    _block("ffn_norm.weight", "mlp_norm/scale", IDENTITY),
+    _block("ffn_norm.bias", "mlp_norm/bias", IDENTITY),
+    _block("attn_q_norm.weight", "attention/q_norm/scale", IDENTITY),
+    _block("attn_k_norm.weight", "attention/k_norm/scale", IDENTITY),
+    _block("attn_sinks.weight", "attention/sinks", IDENTITY),
+    _block("post_attention_norm.weight", "moe_norm/scale", IDENTITY),
 )
 _LINEAR: Final = (
     *_linear("attn_qkv", "attention/qkv"),  # GPT-2's
@@ -157,5 +156,5 @@ _EXPERTS: Final = (
     _block("ffn_down_exps.weight", "moe/down_kernel", _DOWN),
     _block("ffn_down_exps.weight", "moe/down_kernel/blocks", _DOWN_BLOCKS),
     _block("ffn_down_exps.weight", "moe/down_kernel/scales", _DOWN_SCALES),
-    _block("ffn_down_exps.bias", "moe/down_bias", _VECTOR),
+    _block("ffn_down_exps.bias", "moe/down_bias", IDENTITY),
 )

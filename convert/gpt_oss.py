@@ -4,20 +4,19 @@ Linear weights are stored [out, in]; kernels here are [in, out]. MXFP4 blocks an
 dequantised experts are already stored [in, out].
 """
 
+import dataclasses
 from collections.abc import Collection
 
 from convert.attention import EMBEDDING, LAYER, attention
 from convert.heads import with_ends
-from convert.rules import TRANSPOSED, Rule, Table, Transform
+from convert.rules import IDENTITY, TRANSPOSED, Rule, Table
 from gptjax.config import GptOssConfig
 from pallas_kernels.formats.mxfp4 import NAN_SCALE
 
-_BLOCKS = Transform("blocks", lambda shape: (shape,), lambda array: array, dtypes=("U8",))
-_SCALES = Transform(
-    "scales",
-    lambda shape: (shape,),
-    lambda array: array,
-    dtypes=("U8",),
+_BLOCKS = dataclasses.replace(IDENTITY, name="blocks", dtypes=("U8",))
+_SCALES = dataclasses.replace(
+    _BLOCKS,
+    name="scales",
     fault=lambda array: f"the scale {NAN_SCALE}, which is NaN" if array.max(initial=0) == NAN_SCALE else "",
 )
 _NOT_PACKED = "or remove quantization_config from config.json if the experts are not in MXFP4"

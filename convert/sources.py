@@ -7,7 +7,7 @@ import numpy as np
 from convert import filling, gguf, matching
 from convert.rules import Table
 from convert.tables import table
-from gptjax.checkpoints.checkpoint import Checkpoint, Source
+from gptjax.checkpoints.checkpoint import Checkpoint, TensorSource
 from gptjax.checkpoints.safetensors_header import NUMPY_DTYPES
 from gptjax.checkpoints.weights import Path
 from gptjax.errors import CheckpointError
@@ -19,7 +19,7 @@ from gptjax.support.quoting import shown
 from gptjax.support.raw import Buffers
 
 
-def open_source(checkpoint: Checkpoint) -> tuple[matching.Plan, Source]:
+def open_source(checkpoint: Checkpoint) -> tuple[matching.Plan, TensorSource]:
     """A checkpoint's tensors, and which of them fill which weight. Reads headers only.
 
     Raises:
@@ -64,14 +64,12 @@ def _check_types(file: GGUFFile) -> None:
         raise CheckpointError(f"{shown(path)} has tensors of types that gptjax does not read: {found}; {USE_ANOTHER}")
 
 
-def _stored(fill: matching.Fill, source: Source) -> dict[str, None]:
+def _stored(fill: matching.Fill, source: TensorSource) -> dict[str, None]:
     """The types of a weight's sources, each once."""
-    infos = [source.tensors[name] for name in fill.sources]
-    return dict.fromkeys(
-        NUMPY_DTYPES[info.dtype].name if getattr(info, "type", info.dtype) == info.dtype else info.type
-        for info in infos
-    )
+    if isinstance(source, GGUFFile):
+        return dict.fromkeys(source.tensors[name].type for name in fill.sources)
+    return dict.fromkeys(NUMPY_DTYPES[source.tensors[name].dtype].name for name in fill.sources)
 
 
-def _table(checkpoint: Checkpoint, source: Source) -> Table:
+def _table(checkpoint: Checkpoint, source: TensorSource) -> Table:
     return table(checkpoint.config, source.tensors) if checkpoint.gguf is None else gguf.table(checkpoint.config)

@@ -24,7 +24,7 @@ from gptjax.gguf import GGUFFile, open_gguf
 from gptjax.support.quoting import shown
 from gptjax.text import Tokenizer
 
-Source = safetensors.SafetensorsSource | GGUFFile
+TensorSource = safetensors.SafetensorsSource | GGUFFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Checkpoint:
         """Its tokenizer. Raises `CheckpointError` if it is missing or damaged, `ConfigError` if unsupported."""
         return self.text.tokenizer(self.generation_config)
 
-    def source(self) -> Source:
+    def source(self) -> TensorSource:
         """Its tensors, if `gptjax convert` did not write it. Raises `CheckpointError` if they cannot be read."""
         return safetensors.open_directory(self.path) if self.gguf is None else self.gguf
 

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from gptjax.config import TOKENIZER_FILES, read_generation_config, text_directory
 from gptjax.gguf import read_metadata
-from gptjax.text import Tokenizer, load_tokenizer, tokenizer_from_gguf
+from gptjax.text import Tokenizer, load_tokenizer
+from gptjax.text.gguf import tokenizer_from_gguf
 
 METADATA: Final = "metadata.gguf"  # in a directory converted from a GGUF file: that file's metadata, without tensors
 # llama.cpp's names for settings of generation_config.json.
@@ -66,7 +67,7 @@ class GGUFText:
 
     def tokenizer(self, generation_config: Mapping[str, Any]) -> Tokenizer:
         """The tokenizer. Raises `CheckpointError` or `ConfigError`."""
-        return tokenizer_from_gguf(self.path, self.metadata)
+        return tokenizer_from_gguf(self.metadata, self.path)
 
 
 def text_of(directory: Path) -> TextFiles | GGUFText:

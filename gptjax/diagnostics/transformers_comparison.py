@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.checkpoints import weights
+from gptjax.checkpoints.manifest import is_converted
 from gptjax.config import GPT2Config, GptOssConfig, LlamaConfig, ModelConfig
 from gptjax.engine.request import check_prompt
 from gptjax.errors import CheckpointError, GptjaxError
@@ -209,7 +209,7 @@ def load_transformers(directory: Path, dtype: Any, **options: Any) -> Any:
 
     if directory.is_file():
         raise CheckpointError(f"{directory} is a GGUF file; name the Hugging Face directory it was made from")
-    if weights.is_converted(directory):
+    if is_converted(directory):
         raise CheckpointError(f"{directory} was converted by gptjax; name the Hugging Face directory it was made from")
     transformers.utils.logging.disable_progress_bar()
     try:

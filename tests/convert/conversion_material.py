@@ -34,7 +34,7 @@ def assert_holds(directory: Path, tensors, dtype=np.float32) -> None:
 
 CONVERT = """
 import os, signal, sys
-import convert.conversion, gptjax.checkpoints.atomic_directory, gptjax.checkpoints.weights, orbax.checkpoint
+import convert.conversion, gptjax.checkpoints.atomic_directory, gptjax.checkpoints.saving, orbax.checkpoint
 {before}
 print("ready", flush=True)
 convert.convert({source!r}, {destination!r}, overwrite={overwrite})

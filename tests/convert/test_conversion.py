@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from convert import convert, stream_params
-from gptjax.checkpoints import weights
+from gptjax.checkpoints import saving, weights
 from gptjax.config import read_config
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.models.params import abstract_params
@@ -63,7 +63,7 @@ def test_what_a_converted_directory_holds(tmp_path):
 
 
 def test_the_manifest_tells_where_all_came_from_and_went(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "PIECE_BYTES", 50_000)
+    monkeypatch.setattr(saving, "PIECE_BYTES", 50_000)
     _, tensors = made.gpt2(tmp_path / "src", shards=2)
     convert(tmp_path / "src", tmp_path / "dst")
     raw = json.loads((tmp_path / "dst" / "manifest.json").read_text())

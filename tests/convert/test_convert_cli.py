@@ -86,7 +86,7 @@ def test_interrupted_conversions_say_so(tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gptjax.checkpoints.weights.write_manifest", interrupt)
+    monkeypatch.setattr("gptjax.checkpoints.saving.write_manifest", interrupt)
     status, out, err = _run(capsys, tmp_path / "src", tmp_path / "dst")
     assert (status, out) == (130, "") and "interrupted" in err
     assert os.listdir(tmp_path) == ["src"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from convert import convert
-from gptjax.checkpoints import weights
+from gptjax.checkpoints import manifest
 from gptjax.errors import CheckpointError
 from tests.convert import made
 from tests.convert.conversion_material import assert_holds, restored, start, streamed
@@ -29,7 +29,7 @@ def test_killed_at_any_time_leaves_nothing_that_looks_finished(tmp_path):
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
         if (tmp_path / "dst").exists():  # it was quicker
-            weights.read_manifest(tmp_path / "dst")
+            manifest.read_manifest(tmp_path / "dst")
             shutil.rmtree(tmp_path / "dst")
     assert kills, seed
     convert(tmp_path / "src", tmp_path / "dst")
@@ -50,13 +50,13 @@ def kill(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
 {module}.{function} = kill
-gptjax.checkpoints.weights.PIECE_BYTES = 50_000
+gptjax.checkpoints.saving.PIECE_BYTES = 50_000
 """
 MOMENTS = {  # function, call, whether it is done before the kill
-    "before the first piece": ("gptjax.checkpoints.weights.write_piece", 1, False),
-    "between pieces": ("gptjax.checkpoints.weights.write_piece", 3, True),
-    "before the manifest": ("gptjax.checkpoints.weights.write_manifest", 1, False),
-    "after the manifest": ("gptjax.checkpoints.weights.write_manifest", 1, True),
+    "before the first piece": ("gptjax.checkpoints.saving.write_piece", 1, False),
+    "between pieces": ("gptjax.checkpoints.saving.write_piece", 3, True),
+    "before the manifest": ("gptjax.checkpoints.saving.write_manifest", 1, False),
+    "after the manifest": ("gptjax.checkpoints.saving.write_manifest", 1, True),
     "before publishing": ("gptjax.checkpoints.atomic_directory._publish", 1, False),
 }
 SWAP = {  # call of os.rename; what the destination then holds is None where the next run must put it back
@@ -129,7 +129,7 @@ def test_killed_while_deleting_the_old_one_does_not_bring_half_of_it_back(tmp_pa
 
 def test_leftovers_of_a_living_process_are_left_alone(tmp_path):
     made.gpt2(tmp_path / "src")
-    slow = "import time\ngptjax.checkpoints.weights.write_piece = lambda *args: time.sleep(60)"
+    slow = "import time\ngptjax.checkpoints.saving.write_piece = lambda *args: time.sleep(60)"
     process = start(tmp_path / "src", tmp_path / "dst", before=slow)
     try:
         deadline = time.monotonic() + 20
