@@ -93,6 +93,7 @@ def test_tests_import_each_other_by_full_names():
     [
         ("gptjax", ["jax", "numpy", "tokenizers", "gptjax.api"]),
         ("gptjax.errors", ["jax", "gptjax.config"]),
+        ("gptjax.gguf", ["jax", "flax", "gptjax.config"]),
         ("gptjax.config", ["jax", "flax", "gptjax.layers"]),
         ("gptjax.text", ["jax", "flax", "gptjax.config"]),
         ("gptjax.cli", ["jax", "gptjax.api"]),

@@ -19,7 +19,7 @@ from gptjax.support.quoting import shown
 from gptjax.support.raw import Buffers, read_array
 
 _TENSOR_COUNT: Final = 8  # where a file says how many tensors it has, in 64 bits
-_PIECE: Final = 1 << 20  # values expanded at a time, to need little memory
+_PIECE: Final = 1 << 20  # values whose blocks are read at a time, to need little memory
 
 
 class GGUFFile:
@@ -46,22 +46,29 @@ class GGUFFile:
             header was read.
         """
         tensor = self.tensors[name]
-        count = math.prod(tensor.shape)
+        count, (size, _) = math.prod(tensor.shape), self._block(name)
         if tensor.type in FLOATS:
             (array,) = self.slices(name, count)
             return array.reshape(tensor.shape)
-        array, done = self._empty(tensor), 0
-        for part in self.slices(name, _PIECE):
-            array[done : done + part.size] = part
-            done += part.size
+        array, done = self._empty(name, count), 0
+        for blocks in self._blocks(name, _PIECE // size):
+            expand(tensor.type, blocks, array[done:])
+            done += len(blocks) * size
         array.flags.writeable = False
         return array.reshape(tensor.shape)
 
     def slices(self, name: str, most: int) -> Iterator[np.ndarray]:
         """A tensor's numbers in order, at most `most` at a time but at least one block. Raises what `read` raises."""
         size, _ = self._block(name)
+        type_name = self.tensors[name].type
         for blocks in self._blocks(name, max(1, most // size)):
-            yield expand(self.tensors[name].type, blocks)
+            if type_name in FLOATS:
+                yield blocks.reshape(-1).view(FLOATS[type_name])
+            else:
+                array = self._empty(name, len(blocks) * size)
+                expand(type_name, blocks, array)
+                array.flags.writeable = False
+                yield array
 
     def packed(self, name: str) -> np.ndarray:
         """A tensor as stored: uint8 [..., blocks, bytes of a block], read-only. Raises what `read` raises."""
@@ -101,15 +108,14 @@ class GGUFFile:
         if self.checksums is not None:
             self.checksums[name] = crc
 
-    def _empty(self, tensor: Tensor) -> np.ndarray:
-        """Memory for all of a tensor's numbers in float32, flat."""
-        shape, dtype = (math.prod(tensor.shape),), np.dtype(np.float32)
+    def _empty(self, name: str, count: int) -> np.ndarray:
+        """Memory for so many of a tensor's numbers in float32."""
+        dtype = np.dtype(np.float32)
         try:
-            return np.empty(shape, dtype) if self.buffers is None else self.buffers.empty(shape, dtype)
+            return np.empty(count, dtype) if self.buffers is None else self.buffers.empty((count,), dtype)
         except MemoryError:
             raise CheckpointError(
-                f"not enough memory for {shown(tensor.name)} in {shown(tensor.file)}, {4 * shape[0]:,} bytes when "
-                "expanded; use a larger machine"
+                f"not enough memory for {shown(name)}, {4 * count:,} bytes when expanded; use a larger machine"
             ) from None
 
 

@@ -22,7 +22,6 @@ MAX_DIMENSIONS: Final = 4  # of ggml's tensors
 _DEFAULT_ALIGNMENT: Final = 32
 _LEAST_OF_A_KEY: Final = 8 + 1 + 4 + 1  # bytes: a length, a name, a type, a value
 _LEAST_OF_A_TENSOR: Final = 8 + 1 + 4 + 8 + 4 + 8
-_CONVERT_AGAIN: Final = "make it again with a current llama.cpp, or get one made after 2023"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +31,14 @@ class Tensor:
     name: str
     type: str  # ggml's name: "F16", "Q4_K", ...; "type 99" if unknown
     shape: tuple[int, ...]  # as NumPy has it: a weight is [out, in], and packed blocks lie along the last axis
-    nbytes: int  # of its data; for an unknown type, up to the next tensor
     file: Path
-    start: int  # its bytes in the file
+    start: int  # its bytes in the file; those of an unknown type end at the next tensor
     stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its data."""
+        return self.stop - self.start
 
     @property
     def dtype(self) -> str:
@@ -86,9 +89,10 @@ def _counts(cursor: Cursor) -> tuple[int, int]:
         )
     version = cursor.u32("the version")
     if version and version & 0xFFFF == 0:
-        raise CheckpointError(f"{shown(path)} is big-endian; gptjax reads little-endian GGUF files: {_CONVERT_AGAIN}")
+        raise CheckpointError(f"{shown(path)} is big-endian; make it again without --bigendian, or get another one")
     if version not in (2, 3):
-        raise CheckpointError(f"{shown(path)} is GGUF version {version}; gptjax reads 2 and 3: {_CONVERT_AGAIN}")
+        fix = "make it again with a current llama.cpp, or get a newer one" if version < 2 else "update gptjax"
+        raise CheckpointError(f"{shown(path)} is GGUF version {version}, and gptjax reads 2 and 3; {fix}")
     tensors, keys = cursor.u64("the number of tensors"), cursor.u64("the number of keys")
     for count, least, what in ((tensors, _LEAST_OF_A_TENSOR, "tensors"), (keys, _LEAST_OF_A_KEY, "keys")):
         if count * least > cursor.left:
@@ -147,7 +151,7 @@ def _entry(cursor: Cursor, name: str) -> Tensor:
             f"{shown(repr(name))}, {type_name} {list(shape)}, has rows that are not whole blocks of {block}",
         )
     size = nbytes(type_name, shape) if type_name in BLOCKS else 0
-    return Tensor(name, type_name, shape, size, cursor.path, start, start + size)
+    return Tensor(name, type_name, shape, cursor.path, start, start + size)
 
 
 def _checked(path: Path, entries: list[Tensor], data_start: int, size: int, alignment: int) -> dict[str, Tensor]:
@@ -165,7 +169,5 @@ def _checked(path: Path, entries: list[Tensor], data_start: int, size: int, alig
         if max(entry.start + 1, entry.stop) > limit:
             raise damaged(path, f"the data of {name} overlaps another tensor's")
         stop = entry.stop if entry.type in BLOCKS else limit
-        tensors[entry.name] = dataclasses.replace(
-            entry, nbytes=stop - entry.start, start=data_start + entry.start, stop=data_start + stop
-        )
+        tensors[entry.name] = dataclasses.replace(entry, start=data_start + entry.start, stop=data_start + stop)
     return tensors

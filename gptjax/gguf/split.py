@@ -73,11 +73,9 @@ def _disagreements(headers: Mapping[Path, Header]) -> list[str]:
     homes: dict[str, Path] = {}
     faults = []
     for index, (path, header) in enumerate(headers.items()):
-        found = [_number(path, header, key) for key in (NUMBER, COUNT)]
-        if found != [index, len(headers)]:
-            faults.append(
-                f"{shown(path)} has {NUMBER} {found[0]} and {COUNT} {found[1]}, expected {index} and {len(headers)}; {fix}"
-            )
+        for key, expected in ((NUMBER, index), (COUNT, len(headers))):
+            if (found := _number(path, header, key)) != expected:
+                faults.append(f"{shown(path)} has {key} {found}, expected {expected}; {fix}")
         for name in header.tensors:
             if name in homes:
                 faults.append(f"{shown(repr(name))} is in {shown(homes[name])} and in {shown(path)}; {fix}")
