@@ -1,11 +1,15 @@
 """GGUF files for tests, sound ones and hostile ones, written by hand from the format's specification."""
 
+import random
 import struct
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 PACKING = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "B", U64: "Q", I64: "q", F64: "d"}
+
+# Sizes, types and lengths at which something might go wrong.
+NUMBERS = [0, 1, 2, 7, 8, 9, 13, 31, 32, 33, 255, 2**16, 2**31, 2**32 - 1, 2**32, 2**61, 2**63 - 1, 2**63, 2**64 - 1]
 
 
 class Entry(NamedTuple):
@@ -71,3 +75,26 @@ def file(metadata=(), entries=(), *, alignment: int = 32, **changes) -> bytes:
 
 def padded(data: bytes, alignment: int = 32) -> bytes:
     return data + bytes(-len(data) % alignment)
+
+
+def bent(rng: random.Random, data: bytes) -> bytes:
+    """A file with random changes: cut, bytes inserted, removed or repeated, bits flipped, numbers replaced."""
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 8))):
+        at, kind = rng.randrange(len(changed) + 1), rng.randrange(8)
+        if kind == 0:
+            del changed[at:]
+        elif kind == 1:
+            changed[at:at] = rng.randbytes(rng.randrange(1, 40))
+        elif kind == 2:
+            del changed[at : at + rng.randrange(1, 40)]
+        elif kind == 3:
+            start = rng.randrange(len(changed) + 1)
+            changed[at:at] = changed[start : start + rng.randrange(1, 200)]
+        elif kind < 6 and changed:
+            at %= len(changed)
+            changed[at] = rng.choice((rng.randrange(256), changed[at] ^ 1 << rng.randrange(8)))
+        else:
+            value, size = rng.choice(NUMBERS) + rng.randrange(-2, 3), rng.choice((1, 2, 4, 8))
+            changed[at : at + size] = value.to_bytes(16, "little", signed=True)[:size]
+    return bytes(changed)

@@ -18,37 +18,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # In a process of its own: a crash, an abort and memory beyond the limit end it, and are failures of the test.
 WORKER = """
-import json, os, random, resource, signal, struct, sys, time, traceback
+import json, os, random, resource, signal, sys, time, traceback
 from pathlib import Path
 import numpy as np
 from gptjax.errors import CheckpointError
 from gptjax.gguf import open_gguf
+from tests.gguf.made import bent
 
 ROOM = 64 << 20  # bytes
 SECONDS = 1
-NUMBERS = [0, 1, 2, 7, 8, 9, 13, 31, 32, 33, 255, 2**16, 2**31, 2**32 - 1, 2**32, 2**61, 2**63 - 1, 2**63, 2**64 - 1]
-
-def bent(rng, data):
-    data = bytearray(data)
-    for _ in range(rng.choice((1, 1, 1, 2, 8))):
-        at, kind = rng.randrange(len(data) + 1), rng.randrange(8)
-        if kind == 0:
-            del data[at:]
-        elif kind == 1:
-            data[at:at] = rng.randbytes(rng.randrange(1, 40))
-        elif kind == 2:
-            del data[at : at + rng.randrange(1, 40)]
-        elif kind == 3:
-            start = rng.randrange(len(data) + 1)
-            data[at:at] = data[start : start + rng.randrange(1, 200)]
-        elif kind < 6 and data:
-            at %= len(data)
-            data[at] = rng.choice((rng.randrange(256), data[at] ^ 1 << rng.randrange(8)))
-        else:
-            number, size = rng.choice(NUMBERS), rng.choice((1, 2, 4, 8))
-            data[at : at + size] = (number + rng.randrange(-2, 3)).to_bytes(16, "little", signed=True)[:size]
-    return bytes(data)
-
 def read(path, rng):
     source = open_gguf(path)
     if not source.tensors:
