@@ -16,11 +16,12 @@ from gptjax.text.chat_formats.interface import ChatFormat
 from gptjax.text.chat_formats.llama2 import BOS, EOS, llama2, mistral, zephyr
 from gptjax.text.chat_formats.llama3 import llama3, llama31
 from gptjax.text.chat_formats.qwen3 import qwen3
-from gptjax.text.chat_formats.readers import read_calls, read_json_calls, read_thoughts_and_calls
+from gptjax.text.chat_formats.readers import read_calls, read_json_calls, read_on, read_thoughts_and_calls
 from gptjax.text.chat_formats.text_format import TextFormat
 from gptjax.text.harmony import missing_tokens
 from gptjax.text.tokenizer import Tokenizer
 
+_TOOLS: Final = frozenset(("tools",))
 _CHATML: Final = partial(TextFormat, marks=(START, END), ends=(END, "<|endoftext|>"), begin=START)
 _LLAMA3: Final = partial(
     TextFormat,
@@ -38,10 +39,12 @@ _ALL: Final[tuple[ChatFormat, ...]] = (
     _CHATML(
         "qwen2.5",
         partial(chatml, default="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
-        options=frozenset(("tools",)),
+        options=_TOOLS,
         read=read_calls,
     ),
     _CHATML("qwen3", qwen3, options=frozenset(("tools", "enable_thinking")), read=read_thoughts_and_calls),
+    _CHATML("qwen3-instruct", partial(qwen3, thinks=False), options=_TOOLS, read=read_calls),
+    _CHATML("qwen3-thinking", partial(qwen3, opening="<think>\n"), options=_TOOLS, read=read_on),
     _LLAMA2("llama-2", llama2),
     _LLAMA3("llama-3", llama3),
     _LLAMA31("llama-3.1", llama31),
@@ -51,7 +54,25 @@ _ALL: Final[tuple[ChatFormat, ...]] = (
     TextFormat("zephyr", zephyr, marks=(EOS,), ends=(EOS,)),
 )
 FORMATS: Final = {known.name: known for known in _ALL}
-TEMPLATES: Final[dict[str, str]] = {}
+TEMPLATES: Final = {
+    "fcf7a096fe99a48fd9ad2b250bf9237e96e8f48bffec1c7ea4d3f225176cd40e": "chatml",
+    "58c1a1f04baa7adaeaba1f90267c3d57d9396f0c1f0129bdde9e76d3c6784af7": "chatml",
+    "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788": "smollm2",
+    "793202280c0910ab26bc6eb57c8212c2417324c6d8c4efd0d10d59092ab3e3eb": "qwen2",
+    "55b2f4a26ac9ee719330a61a0c39d9e538b0e9322212f048326318cff4f8674a": "qwen2.5",
+    "87a2728cb8dc9fe424d624542f6060ec05a1d285ebbec578bb078900e33396b5": "qwen3",
+    "a55ee1b1660128b7098723e0abcd92caa0788061051c62d51cbe87d9cf1974d8": "qwen3",
+    "64f85b198065d0fba2a81f37e10ed68161ce2c19a754c7100e67e0ca2ee9c326": "qwen3-instruct",
+    "3802169b2a02b81e6adb7ab4f64f91ff02db753c8c3a64a01c35192d3a61d8d7": "qwen3-thinking",
+    "e8d5b5a546d3f19df16a5320c614fab05bdc4edd50e850f1afd947b503ea41cf": "llama-2",
+    "b48c47f6443892716176eb200bf4ef108f64e06ca26ed0fa8ebc0a4b3992fcb2": "llama-3",
+    "ba03a121d097859c7b5b9cd03af99aafe95275210d2876f642ad9929a150f122": "llama-3",
+    "93c0e9aa3629bbd77e68dbc0f5621f6e6b23aa8d74b932595cdb8d64684526d7": "llama-3.1",
+    "d82792f95932f1c9cef5c4bd992f171225e3bf8c7b609b4557c9e1ec96be819f": "llama-3.2",
+    "7e995b379ec01747807246483647cd99030abf331653f1119e16d7ac041a3495": "mistral-v0.1",
+    "26a59556925c987317ce5291811ba3b7f32ec4c647c400c6cc7e3a9993007ba7": "mistral-v0.2",
+    "66291cf0045c2425a3a667cf3cbb7af2b11f09e025c02f97245323ab79119362": "zephyr",
+}
 
 
 def fingerprint(template: str) -> str:

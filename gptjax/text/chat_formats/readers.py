@@ -293,6 +293,11 @@ def read_thoughts_and_calls(tokens: Tokens, options: ChatOptions) -> TaggedReade
     return TaggedReader(tokens, thinks=True, calls=bool(options.tools))
 
 
+def read_on(tokens: Tokens, options: ChatOptions) -> TaggedReader:
+    """The reader of a format whose prompt begins the reasoning."""
+    return TaggedReader(tokens, thinks=True, calls=bool(options.tools), thinking=True)
+
+
 def read_json_calls(tokens: Tokens, options: ChatOptions) -> PlainReader:
     """The reader of a format whose calls are the whole turn."""
     offered = frozenset(tool["function"]["name"] for tool in options.tools)
