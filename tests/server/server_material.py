@@ -62,8 +62,9 @@ def endless(_: Request):
         yield 0.05
 
 
-def make(script: Any = None, *, name: str = GPT2, **limits: float) -> Service:
-    text = tokenizer(name)
+def make(script: Any = None, *, name: str = GPT2, text: Tokenizer | None = None, **limits: float) -> Service:
+    """A server of a demo, or of a model with the tokenizer `text`."""
+    text = text or tokenizer(name)
     worker = FakeWorker(script or saying(" there was<|endoftext|>", name=name), max_length=MAX_LENGTH)
     served = Served(
         name=name,

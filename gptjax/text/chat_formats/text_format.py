@@ -64,6 +64,8 @@ class TextFormat:
         """The token ids to generate a turn from; see `ChatFormat`."""
         self.check(tokenizer)
         check_options(self.name, self.options, options)
+        if options.current_date is None and "current_date" in self.options:
+            raise RequestError(f"the chat format {self.name} always has a date: give a current_date, or leave it out")
         talk = read_conversation(messages, options, name=self.name, tools="tools" in self.options)
         writer = Writer(tokenizer, max_length)
         parts = iter(self.parts(talk))
