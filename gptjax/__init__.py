@@ -15,18 +15,19 @@ from gptjax._version import __version__
 
 if TYPE_CHECKING:
     from gptjax.api import load
-    from gptjax.chat import ChatChunk, ChatCompletion, ToolCall
+    from gptjax.chat import ChatChunk, ChatCompletion
     from gptjax.engine.output import Chunk, Completion, Timings, Usage
     from gptjax.errors import CapacityError, CheckpointError, ConfigError, GptjaxError, RequestError
     from gptjax.language_model import LanguageModel
     from gptjax.text import Tokenizer, load_tokenizer
+    from gptjax.text.chat_formats import ToolCall
 
 _HOMES = {
     "LanguageModel": "gptjax.language_model",
     "load": "gptjax.api",
     "ChatChunk": "gptjax.chat",
     "ChatCompletion": "gptjax.chat",
-    "ToolCall": "gptjax.chat",
+    "ToolCall": "gptjax.text.chat_formats",
     "Chunk": "gptjax.engine.output",
     "Completion": "gptjax.engine.output",
     "Timings": "gptjax.engine.output",

@@ -19,6 +19,7 @@ from gptjax.support import runtime
 from gptjax.support.progress import progress
 from gptjax.support.quoting import quoted
 from gptjax.text import Tokenizer, load_tokenizer
+from gptjax.text.chat_formats import choose_format
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 
 DEFAULT_MODEL = "gpt2-tales"
@@ -32,6 +33,7 @@ def load(
     max_batch: int | None = None,
     implementation: str = "auto",
     tokenizer: str | os.PathLike[str] | None = None,
+    chat_format: str | None = None,
     ignore_config: Sequence[str] = (),
     generation_config: Mapping[str, Any] | bool | None = None,
 ) -> LanguageModel:
@@ -49,6 +51,8 @@ def load(
         power of two, at most 32.
       implementation: which kernels to use; "auto" takes the best available, a named one runs or raises.
       tokenizer: a directory to take the tokenizer from, instead of the checkpoint's own.
+      chat_format: how conversations are written, such as "chatml" (the names: `gptjax.text.chat_formats.FORMATS`).
+        Default: recognised by the tokenizer's chat template, or by harmony's special tokens.
       ignore_config: keys of config.json, or of a GGUF file's metadata, to ignore, if you know that they do not change
         the results, such as `("rotary_dim", "rope_scaling.mscale")`.
       generation_config: settings that replace the checkpoint's generation_config.json, by the same names, or False for
@@ -56,6 +60,7 @@ def load(
 
     Raises:
       CheckpointError, ConfigError: the checkpoint does not exist, is damaged or is unsupported.
+      RequestError: `implementation` or `chat_format` is unknown, or the tokenizer lacks special tokens of that format.
       CapacityError: `max_length` is more than the model's positions, or the model does not fit in memory; says which
         settings would fit. Raised before the weights are read.
     """
@@ -67,6 +72,7 @@ def load(
         max_batch=max_batch,
         implementation=implementation,
         tokenizer=tokenizer,
+        chat_format=chat_format,
     )
 
 
@@ -78,6 +84,7 @@ def load_checkpoint(
     max_batch: int | None = None,
     implementation: str = "auto",
     tokenizer: str | os.PathLike[str] | None = None,
+    chat_format: str | None = None,
 ) -> LanguageModel:
     """Like `load`, for a checkpoint that is already open because its configuration was needed first."""
     runtime.check_process()
@@ -92,9 +99,19 @@ def load_checkpoint(
     model = registry.build(checkpoint.config, dtype=runtime.compute_dtype(dtype), implementation=implementation)
     memory.check(model, batch=rows, max_length=length)
     text = _tokenizer(checkpoint, tokenizer)
+    if chat_format is not None and isinstance(text, Tokenizer):
+        choose_format(text, chat_format)  # now, before the weights are read
     with memory.explained(model, batch=rows, max_length=length, loaded=False):
         params = repacked(model, load_params(checkpoint, model))
-    return LanguageModel(model, params, tokenizer=text, defaults=defaults, max_length=length, max_batch=max_batch)
+    return LanguageModel(
+        model,
+        params,
+        tokenizer=text,
+        defaults=defaults,
+        max_length=length,
+        max_batch=max_batch,
+        chat_format=chat_format,
+    )
 
 
 def _tokenizer(checkpoint: Checkpoint, other: str | os.PathLike[str] | None) -> Tokenizer | GptjaxError:

@@ -3,13 +3,14 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.chat import TODAY, ChatChunk, ChatCompletion, TurnReader, chat_chunks, offered_names, prompt, stop_ids
+from gptjax.chat import ChatChunk, ChatCompletion, chat_chunks
 from gptjax.config import GenerationDefaults, ModelConfig
 from gptjax.engine import limits, memory, steps
 from gptjax.engine.engine import Engine, prefill
@@ -38,6 +39,7 @@ from gptjax.models.stages import activations
 from gptjax.support import runtime
 from gptjax.support.progress import progress
 from gptjax.text import Tokenizer
+from gptjax.text.chat_formats import DEFAULT, ChatFormat, ChatOptions, choose_format
 
 _MOST_ROWS = 32  # rows of one call if `max_batch` is not given
 
@@ -57,8 +59,12 @@ class LanguageModel:
         defaults: GenerationDefaults,
         max_length: int,
         max_batch: int | None = None,
+        chat_format: str | None = None,
     ):
-        """`tokenizer` may be an error that says why it is missing; calls that need text raise it."""
+        """`tokenizer` may be an error that says why it is missing; calls that need text raise it.
+
+        `chat_format` names the format of conversations; None recognises it by the tokenizer.
+        """
         self.model = model
         self._params: Params | None = params
         self._running: weakref.WeakSet[Any] = weakref.WeakSet()  # generators
@@ -66,6 +72,7 @@ class LanguageModel:
         self.max_length = max_length
         self.max_batch = max_batch
         self._tokenizer = tokenizer
+        self._chat_format = chat_format
 
     @property
     def params(self) -> Params:
@@ -83,6 +90,11 @@ class LanguageModel:
         if isinstance(self._tokenizer, GptjaxError):
             raise self._tokenizer
         return self._tokenizer
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        """How its conversations are written. Raises `RequestError` if that is not known, or as `tokenizer` does."""
+        return choose_format(self.tokenizer, self._chat_format)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -150,27 +162,36 @@ class LanguageModel:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] = (),
-        reasoning_effort: str = "medium",
-        current_date: str | None = TODAY,
+        reasoning_effort: str | None = None,
+        current_date: str | None = DEFAULT,
+        enable_thinking: bool | None = None,
         **options: Unpack[GenerateOptions],
     ) -> ChatCompletion:
-        """The assistant's next turn of a conversation, for models that speak harmony (GPT-OSS).
+        """The assistant's next turn of a conversation, for models that were trained to chat.
 
         Args:
           messages: as in OpenAI's chat API: `{"role": "user", "content": "Hello"}` and so on; special tokens written in
             them are plain text. Append `ChatCompletion.message` to continue the conversation.
-          tools: functions, as in that API, and `{"type": "browser"}` or `{"type": "python"}`. They are not called here.
-          reasoning_effort: "low", "medium" or "high".
-          current_date: the date given to the model, such as "2025-06-28"; None leaves it out.
+          tools: functions, as in that API, and for GPT-OSS `{"type": "browser"}` or `{"type": "python"}`. They are not
+            called here.
+          reasoning_effort: "low", "medium" or "high", for GPT-OSS, whose default is "medium".
+          current_date: the date given to the model, such as "2025-06-28" or "today"; None leaves it out. Default: what
+            the model's template says, which is today's date for GPT-OSS and Llama 3.2, and a fixed one for Llama 3.1.
+          enable_thinking: false makes Qwen3 answer without thinking first.
           **options: as for `generate`. `stop` applies to the answer, not to the reasoning.
 
         Raises:
-          RequestError: invalid messages, tools or options, or a tokenizer that lacks harmony's special tokens, as all
-            of GPT-2's do.
+          RequestError: invalid messages, tools or options; an option that the model's chat format does not have; or a
+            model whose `chat_format` is not known.
           CapacityError: a conversation longer than `max_length`.
         """
         *_, last = self.stream_chat(
-            messages, tools=tools, reasoning_effort=reasoning_effort, current_date=current_date, **options
+            messages,
+            tools=tools,
+            reasoning_effort=reasoning_effort,
+            current_date=current_date,
+            enable_thinking=enable_thinking,
+            **options,
         )
         assert last.completion is not None  # the last chunk has it
         return last.completion
@@ -180,8 +201,9 @@ class LanguageModel:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] = (),
-        reasoning_effort: str = "medium",
-        current_date: str | None = TODAY,
+        reasoning_effort: str | None = None,
+        current_date: str | None = DEFAULT,
+        enable_thinking: bool | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Iterator[ChatChunk]:
         """`chat`, one chunk per token, with reasoning and answer separate.
@@ -189,17 +211,12 @@ class LanguageModel:
         The last chunk has the `completion`. Arguments are checked by the call itself, not when the first chunk is
         requested.
         """
-        tokenizer = self.tokenizer
-        ids = prompt(
-            messages,
-            tokenizer,
-            tools=tools,
-            reasoning_effort=reasoning_effort,
-            current_date=current_date,
-            max_length=self.max_length,
-        )
-        request = self._request(ids, options, eos_ids=tuple(dict.fromkeys((*self.eos_ids, *stop_ids(tokenizer)))))
-        reader = TurnReader(tokenizer, offered=offered_names(tools))
+        chat_format, tokenizer = self.chat_format, self.tokenizer
+        how = ChatOptions(tools, reasoning_effort, current_date, enable_thinking)
+        ids = chat_format.render(messages, tokenizer, how, max_length=self.max_length)
+        ends = tuple(dict.fromkeys((*self.eos_ids, *chat_format.stop_ids(tokenizer))))
+        request = self._request(ids, options, eos_ids=ends)
+        reader = chat_format.reader(tokenizer, how)
         return chat_chunks((chunk for _, chunk in self._run([request], lambda: reader)), reader)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:

@@ -10,11 +10,13 @@ import pytest
 
 import gptjax
 from gptjax import CapacityError, RequestError
-from gptjax.chat import ChatCompletion, ToolCall, TurnReader, chat_chunks, offered_names, prompt, stop_ids
+from gptjax.chat import ChatCompletion, chat_chunks
 from gptjax.engine.engine import Token
 from gptjax.engine.output import Completion, Output, Timings, Usage
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.text import harmony, load_tokenizer
+from gptjax.text.chat_formats import ChatOptions, ToolCall
+from gptjax.text.chat_formats.harmony import Harmony, HarmonyReader, offered_names
 from tests.fuzz import rounds
 
 PASSAGE = "In the morning the old king went down to the sea."
@@ -33,9 +35,9 @@ def tokenizer(demo):
     return load_tokenizer(demo.parent / "gpt-oss-tales")
 
 
-def read(tokenizer, text: str, *offered: str) -> tuple[TurnReader, str]:
+def read(tokenizer, text: str, *offered: str) -> tuple[HarmonyReader, str]:
     """A reader that has read a text with special tokens written out, and the answer."""
-    reader = TurnReader(tokenizer, offered=frozenset(offered))
+    reader = HarmonyReader(tokenizer, offered=frozenset(offered))
     return reader, "".join(map(reader.push, tokenizer.encode(text, special=True))) + reader.finish()
 
 
@@ -158,8 +160,8 @@ def test_a_tokenizer_without_harmony_cannot_chat_but_generates(lm):
 
 def test_the_model_is_told_the_date(tokenizer):
     def text(date):
-        given = {"tools": (), "reasoning_effort": "low", "current_date": date}
-        return tokenizer.decode(prompt(ASK, tokenizer, **given), special=True)
+        given = ChatOptions(reasoning_effort="low", current_date=date)
+        return tokenizer.decode(Harmony().render(ASK, tokenizer, given), special=True)
 
     assert f"Current date: {today()}" in text("today")
     assert "Current date: 2025-06-28" in text("2025-06-28")
@@ -175,7 +177,7 @@ def test_no_character_is_broken(tokenizer):
     text = (
         f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant<|channel|>final<|message|>{said}<|return|>"
     )
-    reader = TurnReader(tokenizer)
+    reader = HarmonyReader(tokenizer)
     answer, reasoning = [], []
     for token in tokenizer.encode(text, special=True):
         answer.append(reader.push(token))
@@ -187,7 +189,7 @@ def test_no_character_is_broken(tokenizer):
 def test_bytes_that_never_become_a_character_are_marked(tokenizer):
     half = tokenizer.encode("𝔘")[:-1]
     assert len(half) > 0
-    reader = TurnReader(tokenizer)
+    reader = HarmonyReader(tokenizer)
     pieces = [reader.push(token) for token in [*tokenizer.encode("<|channel|>final<|message|>A", special=True), *half]]
     assert "".join(pieces) == "A"
     assert reader.finish() == "\ufffd"
@@ -197,7 +199,7 @@ def call(name: str, arguments: str = "{}", number: int = 0) -> dict:
     return {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def called(reader: TurnReader) -> list[tuple[str, str]]:
+def called(reader: HarmonyReader) -> list[tuple[str, str]]:
     """The calls, after a look at their ids."""
     for found in reader.tool_calls:
         assert re.fullmatch("call_[0-9a-f]{24}", found.id)
@@ -213,7 +215,7 @@ def test_tool_calls_come_back_as_they_are_rendered(tokenizer):
     }
     before = [*ASK, {"role": "assistant", "tool_calls": [call("a"), call("b", number=1)]}]
     ids = harmony.render_messages(harmony.conversation([*before, message]), tokenizer, completion=False)
-    reader = TurnReader(tokenizer)
+    reader = HarmonyReader(tokenizer)
     text = "".join(map(reader.push, ids[len(harmony.render(before, tokenizer)) :])) + reader.finish()
     assert (text, reader.reasoning) == ("I look.", "Hm.")
     assert called(reader) == [("weather", '{"city": "Paris"}'), ("time", "{}")]
@@ -414,8 +416,8 @@ def test_the_word_of_another_ends_the_turn(tokenizer, author):
 
 def test_the_word_of_another_ends_generation(tokenizer):
     ids = tokenizer.encode("<|channel|>final<|message|>A<|end|><|start|>user<|message|>And B?<|end|>", special=True)
-    request = Request((1,), 100, SamplingParams(seed=0), stop_ids(tokenizer))
-    reader = TurnReader(tokenizer)
+    request = Request((1,), 100, SamplingParams(seed=0), Harmony().stop_ids(tokenizer))
+    reader = HarmonyReader(tokenizer)
     output = Output(request, max_length=200, detokenizer=reader)
     chunks = []
     for token in ids:
@@ -428,7 +430,7 @@ def test_the_word_of_another_ends_generation(tokenizer):
 
 
 def test_where_the_answer_comes_from(tokenizer):
-    reader = TurnReader(tokenizer)
+    reader = HarmonyReader(tokenizer)
     phases = []
     for token in tokenizer.encode(
         "<|channel|>commentary<|message|>Now<|end|><|start|>assistant<|channel|>final<|message|>Here<|end|>",
@@ -473,7 +475,7 @@ def test_what_a_model_takes_for_a_result_is_not_shown(tokenizer):
 
 def test_a_call_that_was_cut_is_there_at_the_end(tokenizer):
     ids = tokenizer.encode('<|channel|>commentary to=functions.f<|message|>{"a": ', special=True)
-    reader = TurnReader(tokenizer)
+    reader = HarmonyReader(tokenizer)
     assert "".join(map(reader.push, ids)) == ""
     assert reader.tool_calls == ()
     reader.finish()
@@ -528,7 +530,7 @@ def test_any_turn_can_be_gone_on_with(tokenizer):
         ids: list[int] = []
         for _ in range(pick.randint(0, 8)):
             ids += pick.choice([pick.choice(heads), [pick.choice(marks)], [pick.randrange(8300)]])
-        reader = TurnReader(tokenizer, offered=offered_names(tools))
+        reader = HarmonyReader(tokenizer, offered=offered_names(tools))
         text = "".join(map(reader.push, ids)) + reader.finish()
         message = completed(text, reader.reasoning, reader.tool_calls).message
         results = [{"role": "tool", "tool_call_id": found.id, "content": "1"} for found in reader.tool_calls]
@@ -536,4 +538,4 @@ def test_any_turn_can_be_gone_on_with(tokenizer):
 
 
 def test_what_ends_a_turn(tokenizer):
-    assert tokenizer.decode(stop_ids(tokenizer), special=True) == "<|return|><|call|><|endoftext|>"
+    assert tokenizer.decode(Harmony().stop_ids(tokenizer), special=True) == "<|return|><|call|><|endoftext|>"

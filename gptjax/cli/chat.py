@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 from gptjax.cli.common import (
     DEFAULT_CHAT_MODEL,
     EFFORTS,
+    add_chat_format,
     add_command,
     add_dtype,
     add_overrides,
@@ -41,7 +42,7 @@ def add(commands: Any) -> None:
         commands,
         "chat",
         run,
-        summary="chat with a model that speaks harmony, such as GPT-OSS",
+        summary="chat with a model that was trained to chat, such as GPT-OSS",
         epilog="""Given a message, or standard input from a pipe (all of it one message), answers once and exits. Output
 to a pipe omits the reasoning. Control characters that the model writes are shown as visible symbols; --json has
 everything verbatim. In a chat, /help lists the commands.
@@ -61,6 +62,7 @@ examples:
     )
     add_dtype(parser)
     add_tokenizer(parser)
+    add_chat_format(parser)
     add_overrides(parser)
     parser.add_argument(
         "--max-length",
@@ -68,7 +70,8 @@ examples:
         metavar="N",
         help=f"tokens per conversation (default: $GPTJAX_MAX_LENGTH, else the model's, up to {DEFAULT_LENGTH})",
     )
-    parser.add_argument("--effort", choices=EFFORTS, default="medium", help="how much to think (default: medium)")
+    parser.add_argument("--effort", choices=EFFORTS, help="how much GPT-OSS thinks (default: medium)")
+    parser.add_argument("--no-thinking", action="store_true", help="answer without thinking first (Qwen3)")
     parser.add_argument("--system", metavar="TEXT", help="instructions for the model")
     parser.add_argument("--hide-reasoning", action="store_true", help="show only how long the model thought")
     parser.add_argument(
@@ -103,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         system=args.system,
         effort=args.effort,
+        enable_thinking=False if args.no_thinking else None,
         show_reasoning=not args.hide_reasoning,
         options=options,
     )
@@ -122,18 +126,20 @@ def _load(args: argparse.Namespace) -> "LanguageModel":
     from gptjax.api import load_checkpoint
     from gptjax.checkpoints.checkpoint import open_checkpoint
     from gptjax.engine import limits
-    from gptjax.text import harmony
 
     checkpoint = open_checkpoint(args.model, **overrides(args))
     # GPT-OSS has room for 131072 tokens; few conversations are worth a cache of that size.
     length = limits.positions(checkpoint.config, args.max_length, default=DEFAULT_LENGTH)
-    lm = load_checkpoint(checkpoint, dtype=args.dtype, max_length=length, tokenizer=args.tokenizer)
-    missing = harmony.missing_tokens(lm.tokenizer)
-    if missing:
+    lm = load_checkpoint(
+        checkpoint, dtype=args.dtype, max_length=length, tokenizer=args.tokenizer, chat_format=args.chat_format
+    )
+    try:
+        _ = lm.chat_format
+    except RequestError as error:
         raise RequestError(
-            f"{args.model} cannot chat: its tokenizer lacks harmony's special tokens {', '.join(missing)}; "
-            f'to continue a text instead: gptjax generate "Once upon a time" -m {args.model}'
-        )
+            f'{args.model} cannot chat: {error}; to continue a text instead: gptjax generate "Once upon a time" '
+            f"-m {args.model}"
+        ) from None
     return lm
 
 

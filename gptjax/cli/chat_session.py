@@ -1,7 +1,6 @@
 """`gptjax chat` without its terminal: lines in, pieces of text out."""
 
 import dataclasses
-import datetime
 import difflib
 import json
 import time
@@ -9,10 +8,12 @@ from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from gptjax.chat import ChatChunk, ChatCompletion, prompt
+from gptjax.chat import ChatChunk, ChatCompletion
 from gptjax.cli.common import EFFORTS
 from gptjax.errors import CapacityError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
+from gptjax.text.chat_formats import ChatOptions, check_options
+from gptjax.text.writer import LONGEST
 
 COMMANDS: Final = {
     "effort": ("low|medium|high", "how much to think before answering"),
@@ -90,16 +91,26 @@ class Session:
         name: str,
         *,
         system: str | None = None,
-        effort: str = "medium",
+        effort: str | None = None,
+        enable_thinking: bool | None = None,
         show_reasoning: bool = True,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """`name` is the model's; `options` are those of `LanguageModel.generate`."""
+        """`name` is the model's; `options` are those of `LanguageModel.generate`.
+
+        Raises:
+          RequestError: the model's chat format has no `effort` or `enable_thinking`, and one is given.
+        """
         self.messages: list[dict[str, Any]] = []  # the user's and the assistant's, alternating
         self.last: Turn | None = None
-        self.system, self.effort, self.show_reasoning = system or None, effort, show_reasoning
+        self.system, self.show_reasoning = system or None, show_reasoning
         self.over = False
         self._lm, self._name = lm, name
+        self._format = lm.chat_format
+        self._how = ChatOptions(reasoning_effort=effort, enable_thinking=enable_thinking)
+        check_options(self._format.name, self._format.options, self._how)
+        if effort is None and "reasoning_effort" in self._format.options:
+            self._how = dataclasses.replace(self._how, reasoning_effort="medium")
         self._options: dict[str, Any] = {"max_tokens": lm.max_length} | dict(options or {})
 
     @property
@@ -123,9 +134,9 @@ class Session:
         If it ends before the answer begins, or with an error, the message is dropped so that it can be sent again.
         """
         user = {"role": "user", "content": text}
-        how: dict[str, Any] = {"reasoning_effort": self.effort, "current_date": datetime.date.today().isoformat()}
+        how: dict[str, Any] = {name: getattr(self._how, name) for name in ("reasoning_effort", "enable_thinking")}
         messages = [*self.conversation, user]
-        ids = prompt(messages, self._lm.tokenizer, tools=(), **how)
+        ids = self._format.render(messages, self._lm.tokenizer, self._how, max_length=LONGEST)
         self._check_room(len(ids))
         turn = Turn(ids, began=time.perf_counter())
         try:
@@ -195,10 +206,12 @@ class Session:
         return answer
 
     def _do_effort(self, effort: str) -> str:
+        if "reasoning_effort" not in self._format.options:
+            raise RequestError(f"the model's chat format, {self._format.name}, has no effort to set")
         if effort and effort not in EFFORTS:
             raise RequestError(f"unknown effort {effort!r}; choose one of {', '.join(EFFORTS)}")
-        self.effort = effort or self.effort
-        return f"The effort is {self.effort}."
+        self._how = dataclasses.replace(self._how, reasoning_effort=effort or self._how.reasoning_effort)
+        return f"The effort is {self._how.reasoning_effort}."
 
     def _do_system(self, text: str) -> str:
         if text:
@@ -222,7 +235,8 @@ class Session:
             raise RequestError("name a file: /save story.json")
         if not self.messages:
             raise RequestError("there is nothing to save yet")
-        conversation = {"model": self._name, "reasoning_effort": self.effort, "messages": self.conversation}
+        effort = {"reasoning_effort": self._how.reasoning_effort} if self._how.reasoning_effort else {}
+        conversation = {"model": self._name, **effort, "messages": self.conversation}
         try:
             path = Path(name).expanduser()
             with path.open("x", encoding="utf-8") as file:
@@ -237,9 +251,9 @@ class Session:
         if choice not in ("", "all"):
             raise RequestError(f"/raw takes all or nothing, found {choice!r}")
         turn, tokenizer = self._last(), self._lm.tokenizer
-        start = tokenizer.special_ids["<|start|>"]
-        begins = [index for index, token in enumerate(turn.prompt_ids) if token == start]
-        cut = 0 if choice else begins[-_RAW_MESSAGES]
+        begin = tokenizer.special_ids.get(self._format.begin or "")
+        begins = [index for index, token in enumerate(turn.prompt_ids) if token == begin]
+        cut = begins[-_RAW_MESSAGES] if begins and not choice else 0
         before = f"({cut} tokens before; /raw all shows them)\n" if cut else ""
         return before + tokenizer.decode([*turn.prompt_ids[cut:], *turn.token_ids], special=True)
 

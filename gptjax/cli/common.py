@@ -104,6 +104,16 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_chat_format(parser: argparse.ArgumentParser) -> None:
+    """Declares --chat-format."""
+    parser.add_argument(
+        "--chat-format",
+        metavar="NAME",
+        help="how conversations are written, such as chatml; an unknown name lists all (default: recognised by the "
+        "checkpoint's chat template)",
+    )
+
+
 def read_stdin() -> str:
     """All of standard input. Raises `RequestError` if it is not text."""
     from gptjax.errors import RequestError

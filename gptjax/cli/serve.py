@@ -70,6 +70,12 @@ examples:
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
     _option(parser, "--tokenizer", metavar="DIRECTORY", help="take the tokenizer from here")
+    _option(
+        parser,
+        "--chat-format",
+        metavar="NAME",
+        help="how conversations are written, such as chatml (default: recognised by the checkpoint's chat template)",
+    )
     add_overrides(parser)
     _option(
         parser, "--max-body", type=_size, default=10 << 20, metavar="BYTES", help="largest request (default: 10485760)"
@@ -195,7 +201,12 @@ def _run(args: argparse.Namespace) -> int:
     # GPT-OSS has room for 131072 tokens; few machines have the memory for such a cache in every slot.
     length = positions(checkpoint.config, args.max_length, default=_DEFAULT_LENGTH)
     lm = load_checkpoint(
-        checkpoint, dtype=args.dtype, max_length=length, max_batch=args.max_batch, tokenizer=args.tokenizer
+        checkpoint,
+        dtype=args.dtype,
+        max_length=length,
+        max_batch=args.max_batch,
+        tokenizer=args.tokenizer,
+        chat_format=args.chat_format,
     )
     lm.defaults.check()  # now, not at the first request
     limits = Limits(body_bytes=args.max_body, send_seconds=args.send_timeout)

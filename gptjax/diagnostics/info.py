@@ -27,6 +27,8 @@ from gptjax.support.files import read_json
 from gptjax.support.quoting import names
 from gptjax.support.runtime import DeviceMemory
 from gptjax.support.units import readable
+from gptjax.text import Tokenizer
+from gptjax.text.chat_formats import choose_format
 from pallas_kernels.formats.mxfp4 import MXFP4
 
 
@@ -62,7 +64,9 @@ def describe(
         tokenizer = checkpoint.tokenizer()
         text = f"{tokenizer.kind}, {tokenizer.vocab_size} tokens, ends with {list(tokenizer.eos_ids)}"
     except GptjaxError as error:
-        text = f"none: {error}"
+        text = chat = f"none: {error}"
+    else:
+        chat = _chat_format(tokenizer)
     stored = _stored(checkpoint, model)
     return {
         "checkpoint": str(checkpoint.path),
@@ -71,9 +75,17 @@ def describe(
         "weights": _weights(stored),
         **_packing(model, stored),
         "tokenizer": text,
+        "chat_format": chat,
         "generation": _generation(defaults, model.config),
         **_memory(model, max_length, max_batch, device),
     }
+
+
+def _chat_format(tokenizer: Tokenizer) -> str:
+    try:
+        return choose_format(tokenizer).name
+    except GptjaxError as error:
+        return f"none: {error}"
 
 
 def _generation(defaults: GenerationDefaults, config: ModelConfig) -> str:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from gptjax.engine.engine import Token
 from gptjax.engine.request import Request
+from gptjax.text.overlap import overlap
 
 NOT_FINITE = (
     "the model's logits were not finite (NaN or infinity), so no token could be drawn: the weights may be damaged, or "
@@ -98,7 +99,7 @@ class StopFinder:
         if found:
             self._held = ""
             return text[: min(found)[1]], True
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        held = max((overlap(text, stop) for stop in self._stops), default=0)
         cut = len(text) - held
         self._held = text[cut:]
         return text[:cut], False
@@ -107,14 +108,6 @@ class StopFinder:
         """The text held back, at the end of the output."""
         held, self._held = self._held, ""
         return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest proper prefix of `stop` that `text` ends with."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
 
 
 class Output:

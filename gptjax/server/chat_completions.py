@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: the next turn of a conversation, for models that speak harmony."""
+"""`POST /v1/chat/completions`: the next turn of a conversation, for chat models."""
 
 import dataclasses
 import secrets
@@ -9,8 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gptjax import chat
-from gptjax.chat import TODAY, ChatCompletion, TurnReader
+from gptjax.chat import ChatCompletion
 from gptjax.engine.options import make_request
 from gptjax.engine.request import MAX_TOP_LOGPROBS, check_prompt
 from gptjax.errors import GptjaxError
@@ -26,10 +25,12 @@ from gptjax.server.schema import (
     Stream,
     read_sampling,
     read_stream,
+    read_thinking,
     seed_of_choice,
 )
 from gptjax.server.service import Served, Service
 from gptjax.server.turn import Delta, Turn
+from gptjax.text.chat_formats import ChatOptions
 
 # Further fields about tools and the answer's form, with the values that ask for nothing.
 _NEUTRAL = {
@@ -45,7 +46,7 @@ class Asked:
     """A request, checked."""
 
     prompt_ids: tuple[int, ...]
-    offered: frozenset[str]  # names of tools that may be called
+    how: ChatOptions
     choices: int
     options: dict[str, Any]
     logprobs: int | None  # alternatives for each token of the answer; None: no log-probabilities
@@ -56,7 +57,7 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     """Reads a request's fields. Raises `ApiError` for the first invalid one."""
     fields = Fields(values)
     served.check_name(fields.text("model"))
-    served.chat_tokenizer()  # before anything else is checked
+    served.chat()  # before anything else is checked
     _check_neutral(fields)
     choices = fields.whole("n", 1, MOST_CHOICES) or 1
     logprobs = _read_logprobs(fields)
@@ -64,7 +65,7 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     options = read_sampling(fields)
     limits = [fields.whole(name, 1, MOST_TOKENS) for name in ("max_completion_tokens", "max_tokens")]
     messages = fields.take("messages")
-    prompt_ids, offered = _render(fields, messages, served)
+    prompt_ids, how = _render(fields, messages, served)
     fields.finish(WITHOUT_EFFECT)
     try:
         check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
@@ -73,10 +74,10 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     # Without a limit, a turn may use all the room there is.
     given = [limit for limit in limits if limit is not None]
     options |= {"max_tokens": min(given, default=served.max_length), "top_logprobs": logprobs or 0}
-    return Asked(tuple(prompt_ids), offered, choices, options, logprobs, stream)
+    return Asked(tuple(prompt_ids), how, choices, options, logprobs, stream)
 
 
-def _render(fields: Fields, messages: object, served: Served) -> tuple[list[int], frozenset[str]]:
+def _render(fields: Fields, messages: object, served: Served) -> tuple[list[int], ChatOptions]:
     if not isinstance(messages, list) or not messages:
         raise bad_request("messages must be a list of at least one message", "messages")
     tools = fields.take("tools")
@@ -86,17 +87,13 @@ def _render(fields: Fields, messages: object, served: Served) -> tuple[list[int]
     choice = fields.take("tool_choice")
     if choice not in (None, "auto", "none"):
         raise bad_request("tool_choice supports only 'auto' and 'none'", "tool_choice", "unsupported")
-    offered = [] if choice == "none" else tools or []
+    how = ChatOptions(
+        tools=[] if choice == "none" else tools or [],
+        reasoning_effort=fields.text("reasoning_effort") or None,
+        enable_thinking=read_thinking(fields),
+    )
     try:
-        ids = chat.prompt(
-            messages,
-            served.chat_tokenizer(),
-            tools=offered,
-            reasoning_effort=fields.text("reasoning_effort") or "medium",
-            current_date=TODAY,
-            max_length=served.max_length,
-        )
-        return ids, chat.offered_names(offered)
+        return served.chat().render(messages, served.text(), how, max_length=served.max_length), how
     except GptjaxError as error:
         raise of_gptjax(error) from None
 
@@ -135,11 +132,10 @@ class Answer:
         served = service.served
         self._asked = asked
         self.streams = asked.stream.wanted
-        self._tokenizer = served.chat_tokenizer()
-        self._turns = [
-            Turn(TurnReader(self._tokenizer, offered=asked.offered), self._tokenizer) for _ in range(asked.choices)
-        ]
-        ends = served.turn_ends(self._tokenizer)
+        self._tokenizer = served.text()
+        readers = [served.chat().reader(self._tokenizer, asked.how) for _ in range(asked.choices)]
+        self._turns = [Turn(reader, self._tokenizer) for reader in readers]
+        ends = served.turn_ends()
         try:
             rows = [
                 Row(

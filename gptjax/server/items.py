@@ -4,8 +4,9 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
-from gptjax.chat import ChatCompletion, ToolCall
+from gptjax.chat import ChatCompletion
 from gptjax.server.encrypted import encrypted
+from gptjax.text.chat_formats import ToolCall
 
 Event = dict[str, Any]
 # By kind of item: the type of its one part, and of the events of its text.

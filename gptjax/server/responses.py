@@ -1,4 +1,4 @@
-"""`POST /v1/responses`: one turn of a conversation, as items, for models that speak harmony. Nothing is stored."""
+"""`POST /v1/responses`: one turn of a conversation, as items, for chat models. Nothing is stored."""
 
 import dataclasses
 import secrets
@@ -9,8 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gptjax import chat
-from gptjax.chat import TODAY, ChatCompletion, TurnReader
+from gptjax.chat import ChatCompletion
 from gptjax.engine.options import make_request
 from gptjax.engine.request import check_prompt
 from gptjax.errors import GptjaxError
@@ -19,7 +18,7 @@ from gptjax.server.body import Fields
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 from gptjax.server.generation import Generation, Row
 from gptjax.server.items import Items
-from gptjax.server.responses_input import read_input, read_tools
+from gptjax.server.responses_input import joined, read_input, read_tools
 from gptjax.server.responses_options import (
     check_repeated,
     read_effort,
@@ -28,9 +27,10 @@ from gptjax.server.responses_options import (
     read_text,
     repeated_tools,
 )
-from gptjax.server.schema import MOST_TOKENS, WITHOUT_EFFECT, read_sampling
+from gptjax.server.schema import MOST_TOKENS, WITHOUT_EFFECT, read_sampling, read_thinking
 from gptjax.server.service import Served, Service
 from gptjax.server.turn import Turn
+from gptjax.text.chat_formats import ChatOptions
 
 # Unsupported fields, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -50,7 +50,7 @@ class Asked:
     """A request, checked."""
 
     prompt_ids: tuple[int, ...]
-    offered: frozenset[str]  # names of tools that may be called
+    how: ChatOptions
     options: dict[str, Any]
     stream: bool
     encrypts: bool  # also return the reasoning as `encrypted_content`
@@ -61,7 +61,7 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     """Reads a request's fields. Raises `ApiError` for the first invalid one."""
     fields = Fields(values)
     served.check_name(fields.text("model"))
-    tokenizer = served.chat_tokenizer()
+    chat_format = served.chat()
     for name, neutral in _NEUTRAL.items():
         value = fields.take(name)
         if value is not None and value not in neutral:
@@ -70,10 +70,14 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     repeated = read_repeated(fields)
     options = read_sampling(fields)
     max_tokens = fields.whole("max_output_tokens", 1, MOST_TOKENS)
-    text, effort = read_text(fields), read_effort(fields)
+    text, effort, thinking = read_text(fields), read_effort(fields), read_thinking(fields)
+    if effort is None and "reasoning_effort" in chat_format.options:
+        effort = "medium"
     tools = read_tools(fields.take("tools"))
     instructions = fields.text("instructions")
     given = read_input(fields.take("input"), instructions)
+    if chat_format.one_message_a_turn:
+        given = joined(given)
     messages = given.messages
     fields.finish(_WITHOUT_EFFECT)
     repeated |= {
@@ -90,15 +94,9 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     served.check_size(tools, "tools")
     served.check_size([messages, tools], "input")
     offered = [] if values.get("tool_choice") == "none" else tools
+    how = ChatOptions(tools=offered, reasoning_effort=effort, enable_thinking=thinking)
     try:
-        prompt_ids = chat.prompt(
-            messages,
-            tokenizer,
-            tools=offered,
-            reasoning_effort=effort,
-            current_date=TODAY,
-            max_length=served.max_length,
-        )
+        prompt_ids = chat_format.render(messages, served.text(), how, max_length=served.max_length)
     except GptjaxError as error:
         raise given.explained(error) from None
     try:
@@ -106,7 +104,7 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     except GptjaxError as error:
         raise of_gptjax(error, "input") from None
     options |= {"max_tokens": served.max_length if max_tokens is None else max_tokens}
-    return Asked(tuple(prompt_ids), chat.offered_names(offered), options, stream, encrypts, repeated)
+    return Asked(tuple(prompt_ids), how, options, stream, encrypts, repeated)
 
 
 async def respond(request: Request) -> Response:
@@ -120,10 +118,10 @@ class Answer:
     def __init__(self, service: Service, asked: Asked) -> None:
         served = service.served
         self.streams = asked.stream
-        tokenizer = served.chat_tokenizer()
-        self._turn = Turn(TurnReader(tokenizer, offered=asked.offered), tokenizer)
+        tokenizer = served.text()
+        self._turn = Turn(served.chat().reader(tokenizer, asked.how), tokenizer)
         try:
-            asked_for = make_request(asked.prompt_ids, asked.options, served.defaults, served.turn_ends(tokenizer))
+            asked_for = make_request(asked.prompt_ids, asked.options, served.defaults, served.turn_ends())
         except GptjaxError as error:
             raise of_gptjax(error) from None
         self._generation = Generation(service, [Row(asked_for, self._turn.reader)])

@@ -1,4 +1,4 @@
-"""The input and tools of `/v1/responses`, in the form of chat completions, which harmony reads."""
+"""The input and tools of `/v1/responses`, in the form of chat completions, which chat formats read."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ _TEXTS: Final = {kind: "text" for kind in ("input_text", "output_text", "text", 
 _OF_ANSWERS: Final = {**_TEXTS, "refusal": "refusal"}
 _PHASES: Final = ("commentary", "final_answer")
 _MESSAGE: Final = re.compile(r"\bmessages(?:\[(\d+)\])?")
-# Fields of messages and tools as harmony's errors name them, and in this route. The first match is replaced.
+# Fields of messages and tools as the errors of chat formats name them, and in this route. The first match is replaced.
 _NAMES: Final = {
     ".tool_calls[0].function": "",
     ".tool_calls[0].id": ".call_id",
@@ -35,7 +35,7 @@ class Input:
     places: list[str]  # for each message, the field that it comes from, like "input[2]"
 
     def explained(self, error: GptjaxError) -> ApiError:
-        """An error of harmony's about the messages, with this route's field names."""
+        """A chat format's error about the messages, with this route's field names."""
         found, message, param = of_gptjax(error), str(error), "input"
         if place := _MESSAGE.search(message):
             name = self.places[int(place[1])] if place[1] and int(place[1]) < len(self.places) else "input"
@@ -69,6 +69,29 @@ def read_input(given: object, instructions: str | None) -> Input:
     return found
 
 
+def joined(given: Input) -> Input:
+    """The conversation with every turn of the assistant's as one message: its reasoning, then text, then calls."""
+    found = Input([], [])
+    for message, place in zip(given.messages, given.places, strict=True):
+        last = found.messages[-1] if found.messages else {}
+        if last.get("role") == message["role"] == "assistant" and _follows(message, last):
+            calls = [*last.get("tool_calls", ()), *message.get("tool_calls", ())]
+            more = {name: value for name, value in message.items() if value is not None}
+            found.messages[-1] = {**last, **more, **({"tool_calls": calls} if calls else {})}
+        else:
+            found.messages.append(message)
+            found.places.append(place)
+    return found
+
+
+def _follows(message: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
+    """Whether a message is the next part of the turn: text follows reasoning, and calls follow either and calls."""
+    if message.get("tool_calls"):
+        return True
+    said = last.get("content") is not None or last.get("tool_calls")
+    return not said and message.get("reasoning_content") is None
+
+
 def read_tools(given: object) -> list[Any]:
     """`tools`; their functions are flat here. Raises `ApiError`."""
     if given is None:
@@ -80,7 +103,7 @@ def read_tools(given: object) -> list[Any]:
 
 def _read_tool(tool: object, where: str) -> object:
     if not isinstance(tool, Mapping) or tool.get("type") != "function":
-        return tool  # harmony reads or refuses it
+        return tool  # the chat format reads or refuses it
     if (strict := tool.get("strict")) is not None and not isinstance(strict, bool):
         raise bad_request(f"{where}.strict must be true or false, found {as_json(strict)}", "tools")
     return {"type": "function", "function": {name: tool.get(name) for name in ("name", "description", "parameters")}}

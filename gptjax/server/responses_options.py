@@ -53,12 +53,12 @@ def read_text(fields: Fields) -> dict[str, Any]:
     return found
 
 
-def read_effort(fields: Fields) -> str:
-    """`reasoning.effort`. Raises `ApiError`."""
+def read_effort(fields: Fields) -> str | None:
+    """`reasoning.effort`; None if it is absent. Raises `ApiError`."""
     options = _options(fields, "reasoning")
     effort = options.take("effort")
     options.finish({"summary", "generate_summary"})
-    return "medium" if effort is None else check_text(effort, "reasoning.effort")
+    return None if effort is None else check_text(effort, "reasoning.effort")
 
 
 def _options(fields: Fields, name: str) -> Fields:

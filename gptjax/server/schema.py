@@ -43,6 +43,20 @@ def read_stream(fields: Fields) -> Stream:
     return Stream(wanted, usage)
 
 
+def read_thinking(fields: Fields) -> bool | None:
+    """`enable_thinking` in `chat_template_kwargs`, which vLLM has; None if it is absent."""
+    name = "chat_template_kwargs"
+    given = fields.take(name)
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise bad_request(f"{name} must be an object", name)
+    options = Fields(given)
+    wanted = options.flag("enable_thinking") if "enable_thinking" in options else None
+    options.finish(())
+    return wanted
+
+
 def read_sampling(fields: Fields) -> dict[str, Any]:
     """The given options of `make_request`; the checkpoint's defaults apply to the others."""
     options: dict[str, Any] = {

@@ -9,14 +9,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from gptjax import chat
 from gptjax.config import GenerationDefaults
+from gptjax.errors import GptjaxError
 from gptjax.server.errors import ApiError, as_json, bad_request, unavailable
 from gptjax.server.events import QueueFull
 from gptjax.server.metrics import Metrics
 from gptjax.server.worker import Worker
-from gptjax.text import Tokenizer, harmony
+from gptjax.text import Tokenizer
 from gptjax.text.bounded import Bounds
+from gptjax.text.chat_formats import ChatFormat
 
 _RETRY = 5  # seconds
 _LOOK = 0.2  # seconds between checks whether the server is shutting down
@@ -44,6 +45,7 @@ class Served:
 
     name: str
     tokenizer: Tokenizer | None  # None: only token ids can be sent
+    chat_format: ChatFormat | GptjaxError  # an error says why it cannot chat
     defaults: GenerationDefaults
     eos_ids: tuple[int, ...]
     vocab_size: int  # of the logits
@@ -59,16 +61,12 @@ class Served:
             raise bad_request(f"the model {self.name!r} has no tokenizer: send a prompt of token ids", "prompt")
         return self.tokenizer
 
-    def chat_tokenizer(self) -> Tokenizer:
-        """A tokenizer with harmony's special tokens. Raises `ApiError` for a model that cannot chat."""
-        if self.tokenizer is None or harmony.missing_tokens(self.tokenizer):
-            raise bad_request(
-                f"the model {self.name!r} is not a chat model (its tokenizer lacks harmony's special tokens): use "
-                "/v1/completions",
-                "model",
-                "model_not_chat",
-            )
-        return self.tokenizer
+    def chat(self) -> ChatFormat:
+        """How conversations are written. Raises `ApiError` for a model that cannot chat."""
+        if isinstance(self.chat_format, GptjaxError):
+            message = f"the model {self.name!r} is not a chat model, so use /v1/completions: {self.chat_format}"
+            raise bad_request(message, "model", "model_not_chat")
+        return self.chat_format
 
     def check_size(self, texts: object, param: str) -> None:
         """Raises `ApiError` if strings, in lists and objects, cannot fit: megabytes take a minute to encode."""
@@ -92,9 +90,9 @@ class Served:
         encode = functools.partial(tokenizer.encode, special=special)
         return tokenizer.prompt(Bounds(encode, self.max_length).joined(text), special=special)
 
-    def turn_ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+    def turn_ends(self) -> tuple[int, ...]:
         """The tokens that end a turn of a conversation."""
-        return tuple(dict.fromkeys((*self.eos_ids, *chat.stop_ids(tokenizer))))
+        return tuple(dict.fromkeys((*self.eos_ids, *self.chat().stop_ids(self.text()))))
 
     def check_name(self, name: str | None) -> None:
         """Raises `ApiError` for another model's name; None means this one."""

@@ -27,6 +27,7 @@ from gptjax.server.service import Limits, Served, Service
 from gptjax.server.worker import DEFAULT_SLOTS, Worker
 from gptjax.support.runtime import device_memory
 from gptjax.text import Tokenizer
+from gptjax.text.chat_formats import ChatFormat
 from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import MXFP4
 
@@ -46,10 +47,16 @@ def make_service(
     except GptjaxError as error:
         _log.warning("only token ids can be sent: %s", error)
         tokenizer = None
+    chat_format: ChatFormat | GptjaxError
+    try:
+        chat_format = lm.chat_format
+    except GptjaxError as error:
+        chat_format = error
     worker = Worker(lm, max_queue=max_queue, chunk=prefill_chunk)
     served = Served(
         name=name,
         tokenizer=tokenizer,
+        chat_format=chat_format,
         defaults=lm.defaults,
         eos_ids=lm.eos_ids,
         vocab_size=lm.config.vocab_size,

@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Mapping
 
-from gptjax.chat import ChatCompletion, TurnReader, chat_chunks
+from gptjax.chat import ChatCompletion, chat_chunks
 from gptjax.engine.output import Chunk
 from gptjax.text import Tokenizer
+from gptjax.text.chat_formats import TurnReader
 
 ScoredToken = tuple[int, float, Mapping[int, float]]
 """Token id, log-probability, and the most likely tokens with theirs."""
@@ -26,7 +27,7 @@ class Turn:
     """Assigns tokens to the answer or the reasoning; `reader` is the decoder of the row.
 
     A token whose bytes are half a character, or that may begin a stop string, belongs to the text that it becomes part
-    of; special tokens, and the words of headers, belong to neither.
+    of; special tokens, the words of headers, tags and calls belong to neither.
     """
 
     def __init__(self, reader: TurnReader, tokenizer: Tokenizer) -> None:
@@ -34,6 +35,7 @@ class Turn:
         self.reasoning_tokens = 0
         self._special = frozenset(tokenizer.special_ids.values())
         self._silent: list[ScoredToken] = []  # since the last text
+        self._dropped = 0  # characters that the reader has dropped
 
     def add(self, chunk: Chunk) -> Delta:
         """Takes the next chunk of the row."""
@@ -46,6 +48,7 @@ class Turn:
             mine = tuple(self._silent)
         elif piece.reasoning:
             self.reasoning_tokens += len(self._silent)
-        if piece.text or piece.reasoning or is_special:
+        if piece.text or piece.reasoning or is_special or self.reader.dropped > self._dropped:
             self._silent.clear()
+        self._dropped = self.reader.dropped
         return Delta(piece.text, piece.reasoning, self.reader.phase, mine, piece.completion)

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from gptjax.chat import ChatChunk, TurnReader, chat_chunks, prompt, stop_ids
+from gptjax.chat import ChatChunk, chat_chunks
 from gptjax.cli.chat_session import Piece, Session
 from gptjax.engine.engine import Token
 from gptjax.engine.output import Chunk, Output
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import GptjaxError
 from gptjax.text import load_tokenizer
+from gptjax.text.chat_formats import ChatOptions
+from gptjax.text.chat_formats.harmony import Harmony
 
 ROOT = Path(__file__).resolve().parents[2]
 TALES = load_tokenizer(ROOT / "gptjax" / "demo" / "gpt-oss-tales")
@@ -24,7 +26,7 @@ SAID = "<|channel|>final<|message|>It was night.<|return|>"
 class Scripted:
     """Stands in for a `LanguageModel`: its turns are scripts, and go through the engine's output and the reader."""
 
-    tokenizer = TALES
+    tokenizer, chat_format = TALES, Harmony()
     config = SimpleNamespace(context_length=131072)
 
     def __init__(self, *scripts: str | GptjaxError, max_length: int = 1000) -> None:
@@ -32,15 +34,16 @@ class Scripted:
         self.scripts = list(scripts)
         self.asked: list[list[dict]] = []
 
-    def stream_chat(self, messages, *, reasoning_effort, current_date, max_tokens, **options) -> Iterator[ChatChunk]:
+    def stream_chat(self, messages, *, reasoning_effort, enable_thinking, max_tokens, **options) -> Iterator[ChatChunk]:
         self.asked.append(messages)
         self.effort, self.options = reasoning_effort, options
         script = self.scripts.pop(0)
         if isinstance(script, GptjaxError):
             raise script
-        ids = prompt(messages, TALES, tools=(), reasoning_effort=reasoning_effort, current_date=current_date)
-        request = Request(tuple(ids), max_tokens, SamplingParams(seed=0), stop_ids(TALES))
-        reader = TurnReader(TALES)
+        how = ChatOptions(reasoning_effort=reasoning_effort, enable_thinking=enable_thinking)
+        ids = self.chat_format.render(messages, TALES, how)
+        request = Request(tuple(ids), max_tokens, SamplingParams(seed=0), self.chat_format.stop_ids(TALES))
+        reader = self.chat_format.reader(TALES, how)
         output = Output(request, max_length=self.max_length, detokenizer=reader)
         return chat_chunks(self._chunks(output, script), reader)
 

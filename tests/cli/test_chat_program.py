@@ -87,7 +87,7 @@ def test_the_length_is_bounded_unless_it_is_given(scripted, monkeypatch, argv, e
         monkeypatch.setenv("GPTJAX_MAX_LENGTH", environment)
     model = scripted(SAID)
     assert main(["chat", "A", *argv]) == 0
-    assert model.settings == {"dtype": None, "max_length": length, "tokenizer": None}
+    assert model.settings == {"dtype": None, "max_length": length, "tokenizer": None, "chat_format": None}
 
 
 @pytest.mark.parametrize(

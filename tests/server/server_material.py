@@ -15,11 +15,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gptjax.config import GenerationDefaults
 from gptjax.engine.request import Request
+from gptjax.errors import GptjaxError
 from gptjax.server import app, serving
 from gptjax.server.events import Failed
 from gptjax.server.metrics import Metrics
 from gptjax.server.service import Limits, Served, Service
 from gptjax.text import Tokenizer, load_tokenizer
+from gptjax.text.chat_formats import ChatFormat, choose_format
 from tests.server.fake_worker import FakeWorker, score
 
 DEMO = Path(__file__).resolve().parents[2] / "gptjax" / "demo"
@@ -30,6 +32,13 @@ MAX_LENGTH = 400
 @cache
 def tokenizer(name: str = GPT2) -> Tokenizer:
     return load_tokenizer(DEMO / name)
+
+
+def chat_format(text: Tokenizer) -> ChatFormat | GptjaxError:
+    try:
+        return choose_format(text)
+    except GptjaxError as error:
+        return error
 
 
 def ids(text: str, name: str = GPT2) -> list[int]:
@@ -53,12 +62,14 @@ def endless(_: Request):
         yield 0.05
 
 
-def make(script: Any = None, *, name: str = GPT2, **limits: float) -> Service:
-    text = tokenizer(name)
+def make(script: Any = None, *, name: str = GPT2, text: Tokenizer | None = None, **limits: float) -> Service:
+    """A server of a demo, or of a model with the tokenizer `text`."""
+    text = text or tokenizer(name)
     worker = FakeWorker(script or saying(" there was<|endoftext|>", name=name), max_length=MAX_LENGTH)
     served = Served(
         name=name,
         tokenizer=text,
+        chat_format=chat_format(text),
         defaults=GenerationDefaults(),
         eos_ids=text.eos_ids,
         vocab_size=text.vocab_size,

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from gptjax import chat as turns
+from gptjax.text.chat_formats import ChatOptions
+from gptjax.text.chat_formats.harmony import Harmony
 from tests.server.server_material import GPT_OSS, USER, all_of, chat, events, fault, ids, make, saying, tokenizer
 
 THOUGHT = "<|channel|>analysis<|message|>The king is old.<|end|><|start|>assistant"
@@ -54,7 +55,9 @@ def test_reasoning_and_answer_come_apart():
     usage = body["usage"]
     assert usage["completion_tokens"] == len(ids(THOUGHT + ANSWER, GPT_OSS))
     assert usage["completion_tokens_details"] == {"reasoning_tokens": len(ids("The king is old.", GPT_OSS))}
-    rendered = turns.prompt([USER], tokenizer(GPT_OSS), tools=(), reasoning_effort="medium", current_date="today")
+    rendered = Harmony().render(
+        [USER], tokenizer(GPT_OSS), ChatOptions(reasoning_effort="medium", current_date="today")
+    )
     assert service.worker.requests[0].prompt_ids == tuple(rendered)
     assert service.worker.requests[0].max_tokens == 100
 

@@ -10,7 +10,7 @@ import pytest
 
 from gptjax.errors import CapacityError, RequestError
 from gptjax.text.harmony import Function, render
-from gptjax.text.harmony.writer import Writer
+from gptjax.text.writer import Writer
 from tests.fuzz import TIMES, rounds
 from tests.text.harmony_material import TALES, USER, function
 

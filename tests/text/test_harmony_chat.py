@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.errors import RequestError
+from gptjax.text.fields import _KEYS
 from gptjax.text.harmony import (
     BROWSER,
     PYTHON,
@@ -18,7 +19,6 @@ from gptjax.text.harmony import (
     conversation,
     render,
 )
-from gptjax.text.harmony.conversation import _KEYS
 from tests.fuzz import rounds
 from tests.text.harmony_material import TALES, USER, call, function, ids
 

@@ -27,36 +27,37 @@ default: it drops all before the first final message, and nothing while the assi
 drops nothing.
 """
 
-import datetime
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from gptjax.errors import RequestError
 from gptjax.support.quoting import quoted
-from gptjax.text.harmony.fields import read_list, read_object, read_string, read_text
-from gptjax.text.harmony.messages import FUNCTIONS, ROLES, DeveloperContent, Message, Namespace, SystemContent
-from gptjax.text.harmony.rendering import check_name, render_messages
+from gptjax.text.fields import (
+    check_ids,
+    check_name,
+    check_user,
+    read_answer,
+    read_call,
+    read_call_id,
+    read_content,
+    read_date,
+    read_list,
+    read_object,
+    read_reasoning,
+    read_role,
+)
+from gptjax.text.harmony.messages import FUNCTIONS, DeveloperContent, Message, Namespace, SystemContent
+from gptjax.text.harmony.rendering import render_messages
 from gptjax.text.harmony.special import CONSTRAIN
 from gptjax.text.harmony.tools import read_tools
-from gptjax.text.harmony.writer import LONGEST
 from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.writer import LONGEST
 
 EarlierAnalysis = Literal["dropped", "openai-harmony", "kept"]
 """What `render` does with the analysis of earlier turns."""
 
 _EFFORTS = ("low", "medium", "high")
-_KEYS = {
-    "system": ("role", "content", "name"),
-    "developer": ("role", "content", "name"),
-    "user": ("role", "content", "name"),
-    "assistant": ("role", "content", "name", "tool_calls", "reasoning_content", "reasoning", "refusal", "phase"),
-    "tool": ("role", "content", "name", "tool_call_id"),
-}
-# Keys of messages in answers of OpenAI's API and LiteLLM that have no place in harmony.
-_OF_ANSWERS = ("function_call", "annotations", "audio", "provider_specific_fields")
 _PHASES = {"commentary": "commentary", "final_answer": "final"}
-_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
 def render(
@@ -109,13 +110,13 @@ def conversation(
     """The harmony messages that `render` renders, nothing dropped. Arguments and errors as there."""
     if reasoning_effort not in _EFFORTS:
         raise RequestError(f"reasoning_effort is {quoted(reasoning_effort)}; expected one of {', '.join(_EFFORTS)}")
-    _check_date(current_date)
+    if current_date is not None:
+        read_date(current_date)
     functions, builtin = read_tools(tools)
     chat = _Chat(builtin)
     for index, message in enumerate(read_list(messages, "messages")):
         chat.add(message, f"messages[{index}]")
-    if all(message.role != "user" for message in chat.messages):
-        raise RequestError("messages has no message with the role user: add one for the model to reply to")
+    check_user(message.role for message in chat.messages)
     system = SystemContent(current_date=current_date, reasoning_effort=reasoning_effort, tools=builtin)
     opening = [Message("system", system)]
     instructions = "\n\n".join(chat.instructions) or None
@@ -123,18 +124,6 @@ def conversation(
         offered = (Namespace(FUNCTIONS, functions=functions),) if functions else ()
         opening.append(Message("developer", DeveloperContent(instructions, offered)))
     return opening + chat.messages
-
-
-def _check_date(date: object) -> None:
-    if date is None:
-        return
-    try:
-        if isinstance(date, str) and _DATE.fullmatch(date):
-            datetime.date.fromisoformat(date)
-            return
-    except ValueError:
-        pass
-    raise RequestError(f"current_date is {quoted(date)}; expected a date like 2025-06-28")
 
 
 class _Chat:
@@ -148,26 +137,16 @@ class _Chat:
 
     def add(self, value: object, where: str) -> None:
         message = read_object(value, where)
-        role = message.get("role")
-        if not isinstance(role, str) or role not in ROLES:
-            raise RequestError(f"{where} has the role {quoted(role)}; expected one of {', '.join(ROLES)}")
-        self._check_keys(message, role, where)
+        role = read_role(message, where)
         match role:
             case "system" | "developer":
-                self._add_instructions(_content(message, where))
+                self._add_instructions(read_content(message, where))
             case "user":
-                self.messages.append(Message("user", _content(message, where), _name(message, where)))
+                self.messages.append(Message("user", read_content(message, where), _name(message, where)))
             case "assistant":
                 self._add_assistant(message, where)
             case _:
                 self._add_result(message, where)
-
-    def _check_keys(self, message: Mapping[str, Any], role: str, where: str) -> None:
-        """Refuses unknown keys, unless they are empty. (Any message may have an id.)"""
-        keys = _KEYS[role]
-        for key, given in message.items():
-            if key not in keys and key != "id" and given and not (role == "assistant" and key in _OF_ANSWERS):
-                raise RequestError(f"{where} has {quoted(key)}, which has no meaning here; expected {', '.join(keys)}")
 
     def _add_instructions(self, text: str) -> None:
         if text and self.messages:
@@ -176,11 +155,9 @@ class _Chat:
             self.instructions.append(text)
 
     def _add_assistant(self, message: Mapping[str, Any], where: str) -> None:
-        if message.get("function_call") is not None:
-            raise RequestError(f"{where}.function_call is no longer part of the API: use tool_calls")
         name = _name(message, where)
-        reasoning = _reasoning(message, where)
-        content = _answer(message, where)
+        reasoning = read_reasoning(message, where)
+        content = read_answer(message, where)
         calls = read_list(message.get("tool_calls"), f"{where}.tool_calls")
         channel = _channel(message, where) or ("commentary" if calls else "final")
         if reasoning:
@@ -188,17 +165,10 @@ class _Chat:
         if content or (content is not None and reasoning is None and not calls):
             self.messages.append(Message("assistant", content, name, channel))
         ids = [self._add_call(call, name, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
-        if len(set(ids)) < len(ids):
-            raise RequestError(f"{where}.tool_calls has an id twice: give each call its own")
+        check_ids(ids, where)
 
     def _add_call(self, value: object, author: str | None, where: str) -> str:
-        call = read_object(value, where)
-        if call.get("type") not in (None, "function"):
-            raise RequestError(f"{where} has the type {quoted(call['type'])}; expected function")
-        call_id = read_string(call.get("id"), f"{where}.id")
-        function = read_object(call.get("function"), f"{where}.function")
-        name = check_name(function.get("name"), f"{where}.function.name")
-        arguments = read_string(function.get("arguments"), f"{where}.function.arguments")
+        call_id, name, arguments = read_call(value, where)
         if name in self._builtin:
             message = Message("assistant", arguments, author, "analysis", name, "code")
         else:
@@ -209,14 +179,8 @@ class _Chat:
         return call_id
 
     def _add_result(self, message: Mapping[str, Any], where: str) -> None:
-        call_id = read_string(message.get("tool_call_id"), f"{where}.tool_call_id")
-        call = self._calls.get(call_id)
-        if call is None:
-            raise RequestError(
-                f"{where}.tool_call_id is {quoted(call_id)}, which no earlier tool call has: use the id of the call "
-                "that this is the result of, and keep the assistant's message with the call"
-            )
-        self.messages.append(Message("tool", _content(message, where), call.recipient, call.channel, "assistant"))
+        call = self._calls[read_call_id(message, where, self._calls)]
+        self.messages.append(Message("tool", read_content(message, where), call.recipient, call.channel, "assistant"))
 
 
 def recipients(tools: Iterable[Namespace]) -> Iterable[str]:
@@ -225,25 +189,8 @@ def recipients(tools: Iterable[Namespace]) -> Iterable[str]:
         yield from [f"{tool.name}.{function.name}" for function in tool.functions] or [tool.name]
 
 
-def _content(message: Mapping[str, Any], where: str) -> str:
-    text = read_text(message.get("content"), f"{where}.content")
-    if text is None:
-        raise RequestError(f"{where}.content is missing; expected a string or a list of text parts")
-    return text
-
-
 def _name(message: Mapping[str, Any], where: str) -> str | None:
     return None if message.get("name") is None else check_name(message["name"], f"{where}.name")
-
-
-def _answer(message: Mapping[str, Any], where: str) -> str | None:
-    """The content, or else the refusal."""
-    content = read_text(message.get("content"), f"{where}.content", refusals=True)
-    refusal = message.get("refusal")
-    if refusal is None:
-        return content
-    refused = read_string(refusal, f"{where}.refusal")
-    return content or refused
 
 
 def _channel(message: Mapping[str, Any], where: str) -> str | None:
@@ -253,11 +200,3 @@ def _channel(message: Mapping[str, Any], where: str) -> str | None:
     if not isinstance(phase, str) or phase not in _PHASES:
         raise RequestError(f"{where}.phase is {quoted(phase)}; expected one of {', '.join(_PHASES)}")
     return _PHASES[phase]
-
-
-def _reasoning(message: Mapping[str, Any], where: str) -> str | None:
-    """Clients use either key, and some servers send both."""
-    for key in ("reasoning_content", "reasoning"):
-        if message.get(key) is not None:
-            return read_string(message[key], f"{where}.{key}")
-    return None

@@ -18,7 +18,8 @@ from collections.abc import Set
 from dataclasses import replace
 from typing import Literal
 
-from gptjax.text.harmony.messages import CHANNELS, FUNCTIONS, ROLES, Message
+from gptjax.text.fields import ROLES
+from gptjax.text.harmony.messages import CHANNELS, FUNCTIONS, Message
 from gptjax.text.harmony.special import CONSTRAIN
 
 NOBODY = frozenset(("all", *ROLES, *CHANNELS))

@@ -7,7 +7,6 @@ from typing import Any
 from gptjax.errors import RequestError
 from gptjax.text.harmony.schema import check_schema
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 CHANNELS = ("analysis", "commentary", "final")
 FUNCTIONS = "functions"
 """The namespace of the user's own functions, which are called in the commentary channel."""

@@ -5,25 +5,21 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from gptjax.errors import RequestError
 from gptjax.support.quoting import quoted
+from gptjax.text.fields import ROLES, check_name
 from gptjax.text.harmony.messages import (
     CHANNELS,
     FUNCTIONS,
-    ROLES,
     DeveloperContent,
     Message,
     Namespace,
     SystemContent,
 )
 from gptjax.text.harmony.schema import type_of
-from gptjax.text.harmony.special import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, START
-from gptjax.text.harmony.writer import LONGEST, Writer
+from gptjax.text.harmony.special import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, START, special_ids
 from gptjax.text.tokenizer import Tokenizer
-from gptjax.text.vocabulary import is_text
+from gptjax.text.writer import LONGEST, Writer
 
-# Headers are words between spaces and special tokens. OpenAI's API has this rule for users' names.
-_NAME = re.compile(r"(?!to=)[^\s<|\\/>]+")
 _CONTENT_TYPE = re.compile(r"(<\|constrain\|> ?)?[^\s<|>]+")
-_LONGEST_NAME = 256
 
 
 def render_messages(
@@ -48,6 +44,7 @@ def render_messages(
       RequestError: a tokenizer without harmony, or a message that the format cannot carry.
       CapacityError: more than `max_length` tokens.
     """
+    special_ids(tokenizer)  # raises if one is missing
     writer = Writer(tokenizer, max_length)
     for index, message in enumerate(messages):
         _check(message, f"message {index}")
@@ -65,15 +62,6 @@ def render_messages(
         writer.mark(START)
         writer.text("assistant")
     return writer.ids
-
-
-def check_name(name: object, what: str) -> str:
-    """A name that a header can have. Raises RequestError, beginning with `what`, for any other."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or not is_text(name):
-        raise RequestError(rf"{what} is {quoted(name)}; expected a word without spaces and < | \ / >")
-    if len(name) > _LONGEST_NAME:
-        raise RequestError(f"{what} is {quoted(name)}, of {len(name)} characters; expected at most {_LONGEST_NAME}")
-    return name
 
 
 def _check(message: Message, what: str) -> None:

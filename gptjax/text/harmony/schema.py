@@ -14,7 +14,7 @@ from typing import Any
 
 from gptjax.errors import RequestError
 from gptjax.support.quoting import quoted
-from gptjax.text.harmony.fields import MOST_VALUES
+from gptjax.text.fields import MOST_VALUES
 from gptjax.text.vocabulary import is_text
 
 # Deeper than functions' schemas, shallower than the limits of openai-harmony and Python.

@@ -2,10 +2,9 @@
 
 from gptjax.errors import RequestError
 from gptjax.support.quoting import quoted
+from gptjax.text.fields import check_amount, check_name, read_list, read_object, read_string
 from gptjax.text.harmony.builtin import BUILTIN
-from gptjax.text.harmony.fields import check_amount, read_list, read_object, read_string
 from gptjax.text.harmony.messages import Function, Namespace
-from gptjax.text.harmony.rendering import check_name
 
 
 def read_tools(tools: object) -> tuple[tuple[Function, ...], tuple[Namespace, ...]]:

@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 
 from gptjax.text.bounded import Bounds
-from gptjax.text.harmony.special import special_ids
 from gptjax.text.tokenizer import Tokenizer
 
 LONGEST = 131_072
-"""Positions of GPT-OSS's context."""
+"""Positions of the longest contexts, GPT-OSS's and Llama 3.1's."""
 
 
 class Writer:
@@ -20,19 +19,18 @@ class Writer:
       ids: the prompt so far.
 
     Raises:
-      RequestError: the tokenizer lacks harmony's special tokens.
       CapacityError: from `mark` and `text`, if the prompt has more than `max_length` tokens, or its texts too many
         characters (see `Bounds`).
     """
 
     def __init__(self, tokenizer: Tokenizer, max_length: int = LONGEST) -> None:
         self.ids: list[int] = []
-        self._special = special_ids(tokenizer)
+        self._special = tokenizer.special_ids
         self._encode = tokenizer.encode
         self._bounds = Bounds(tokenizer.encode, max_length, shorten="messages or tools")
 
     def mark(self, token: str) -> None:
-        """Adds a special token."""
+        """Adds a special token, which the tokenizer has."""
         self.ids.append(self._special[token])
         self._bounds.check(len(self.ids))
 
