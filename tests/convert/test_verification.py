@@ -97,17 +97,13 @@ def test_directories_of_older_versions_have_fewer_checksums(converted):
     del manifest["others"]
     (converted / "manifest.json").write_text(json.dumps(manifest))
     assert convert.verify(converted).faults == ()
-    (converted / "config.json").write_text(
-        (converted / "config.json").read_text().replace('"n_layer": 3', '"n_layer": 2')
-    )
+    made.change_config(converted, n_layer=2)
     (fault,) = convert.verify(converted).faults
     assert "do not match the model that its config.json describes" in fault
 
 
 def test_what_has_no_checksums_is_refused(tmp_path, converted):
-    with pytest.raises(
-        CheckpointError, match=r"src has no manifest\.json; only a directory that `gptjax convert` wrote"
-    ):
+    with pytest.raises(CheckpointError, match=r"src has no manifest\.json; only a directory that `gptjax"):
         convert.verify(tmp_path / "src")
     (converted / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
@@ -120,7 +116,7 @@ def test_the_names_in_a_manifest_lead_nowhere(converted, name):
     path.write_text(path.read_text().replace('"tokenizer.json": "', f'{json.dumps(str(name))}: "'))
     if name == 3:
         path.write_text(path.read_text().replace('"others": {', '"others": [').replace("}\n}", "]\n}"))
-    with pytest.raises(CheckpointError, match="is damaged|not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"is damaged|not valid JSON"):
         convert.verify(converted)
 
 
