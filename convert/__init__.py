@@ -12,12 +12,14 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from convert.conversion import Summary, convert, open_params, stored_dtypes, stream_params
+    from convert.conversion import Summary, convert
     from convert.exporting import export
+    from convert.sources import open_params, stored_dtypes
     from convert.verification import Verified, verify
 
 _HOMES: Final = {
-    **dict.fromkeys(("Summary", "convert", "open_params", "stored_dtypes", "stream_params"), "convert.conversion"),
+    **dict.fromkeys(("Summary", "convert"), "convert.conversion"),
+    **dict.fromkeys(("open_params", "stored_dtypes"), "convert.sources"),
     "export": "convert.exporting",
     **dict.fromkeys(("Verified", "verify"), "convert.verification"),
 }
@@ -29,7 +31,6 @@ __all__ = [
     "export",
     "open_params",
     "stored_dtypes",
-    "stream_params",
     "verify",
 ]
 

@@ -16,17 +16,18 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from convert import mxfp4, parts
-from convert.conversion import COPIED, Summary, check_paths, named_dtype, open_source, small_files
+from convert.conversion import COPIED, Summary, check_paths, named_dtype, small_files, to_copy
 from convert.matching import names_of
 from convert.rules import Table
+from convert.sources import open_source
 from convert.tables import table
 from gptjax.checkpoints.atomic_directory import check_room, staged
-from gptjax.checkpoints.manifest import is_converted
+from gptjax.checkpoints.checkpoint import Checkpoint, open_path
 from gptjax.checkpoints.safetensors import INDEX, SINGLE
 from gptjax.checkpoints.safetensors_writer import Outline, SafetensorsWriter, is_ours
 from gptjax.checkpoints.saving import Part
 from gptjax.checkpoints.weights import checked_manifest
-from gptjax.config import GptOssConfig, ModelConfig, read_config
+from gptjax.config import GptOssConfig, ModelConfig
 from gptjax.config.gpt_oss import is_original
 from gptjax.config.keys import without
 from gptjax.config.quantization import mxfp4_to_json
@@ -79,11 +80,12 @@ def export(
         raise RequestError(f"max_shard_bytes is {max_shard_bytes}; a shard has at least 1 byte")
     check_paths(source, destination)
     wanted = None if dtype is None else named_dtype(dtype)
-    copies = {path.name: data for path, data in small_files(source).items() if path.name != INDEX}
-    config = read_config(source, ignore=ignore_config)
+    checkpoint = open_path(source, ignore_config=ignore_config)
+    config = checkpoint.config
+    copies = to_copy(checkpoint, small_files(source))
     target = _target(config, quantize)
     chosen = mxfp4.chosen(config, target)
-    written = [parts.part(weight, wanted, chosen) for weight in _weights(source, config)]
+    written = [parts.part(weight, wanted, chosen) for weight in _weights(checkpoint)]
     rules = table(target)
     tensors = {name: outline for part in written for name, outline in _outlines(part, rules)}
     copies["config.json"] = _config_json(copies["config.json"], config, target, tensors.values(), ignore_config)
@@ -115,10 +117,11 @@ def _target(config: ModelConfig, quantize: str | None) -> ModelConfig:
     raise ConfigError(f"transformers reads MXFP4 in the experts of GPT-OSS and nowhere else; {fix}")
 
 
-def _weights(source: Path, config: ModelConfig) -> Iterator[parts.Weight]:
-    if is_converted(source):
-        return parts.of_manifest(source, checked_manifest(source, abstract_params(build(config))))
-    return parts.of_plan(*open_source(source, config))
+def _weights(checkpoint: Checkpoint) -> Iterator[parts.Weight]:
+    if checkpoint.is_converted:
+        manifest = checked_manifest(checkpoint.path, abstract_params(build(checkpoint.config)))
+        return parts.of_manifest(checkpoint.path, manifest)
+    return parts.of_plan(*open_source(checkpoint))
 
 
 def _outlines(part: Part, rules: Table) -> Iterator[tuple[str, Outline]]:

@@ -9,23 +9,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from gptjax.checkpoints.checkpoint import TensorSource
 from gptjax.checkpoints.manifest import SourceFile
-from gptjax.checkpoints.raw import changed
-from gptjax.checkpoints.safetensors import SafetensorsSource
 from gptjax.checkpoints.safetensors_header import Header
+from gptjax.gguf.header import Header as GGUFHeader
 from gptjax.support.files import MISSING, opened, read_bytes, stamp
+from gptjax.support.raw import changed
 
 _BLOCK: Final = 1 << 20
 
 
 class Hashes:
-    """Hashes safetensors files in a thread while they are converted, and checks that both read the same bytes.
+    """Hashes safetensors or GGUF files in a thread while they are converted, and checks that both read the same bytes.
 
     SHA-256 needs a file's bytes in order, but the conversion reads tensors in another order. So the files are read a
     second time, and the CRC-32 of each tensor must match the one taken when it was converted.
     """
 
-    def __init__(self, small: Mapping[Path, bytes], source: SafetensorsSource):
+    def __init__(self, small: Mapping[Path, bytes], source: TensorSource):
         """Starts hashing.
 
         Args:
@@ -72,13 +73,17 @@ class Hashes:
         ]
         return (*small, *large)
 
-    def _hash(self, path: Path, header: Header) -> SourceFile:
+    def _hash(self, path: Path, header: Header | GGUFHeader) -> SourceFile:
         digest = hashlib.sha256()
         try:
             with opened(path) as descriptor:
                 beginning = self._crc32(descriptor, header.data_start, digest)
+                position = header.data_start
                 for name, info in header.tensors.items():
+                    self._crc32(descriptor, info.start - position, digest)  # padding
                     self._hashed[name] = self._crc32(descriptor, info.stop - info.start, digest)
+                    position = info.stop
+                self._crc32(descriptor, header.stamp.size - position, digest)
         except MISSING:
             raise changed(path) from None
         if beginning != header.crc32 and not self._cancelled.is_set():
@@ -95,7 +100,7 @@ class Hashes:
         return crc
 
 
-def _is_unchanged(path: Path, header: Header) -> bool:
+def _is_unchanged(path: Path, header: Header | GGUFHeader) -> bool:
     try:
         return stamp(os.stat(path)) == header.stamp
     except OSError:

@@ -7,13 +7,28 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from convert.rules import FLOATS, Copy, Rule, Shape, Table, Transform
-from gptjax.checkpoints.safetensors_header import TensorInfo
 from gptjax.checkpoints.weights import Path, flatten
 from gptjax.errors import CheckpointError
 from gptjax.support.quoting import listed, shown
+
+
+class TensorInfo(Protocol):
+    """What a file's header says about a tensor."""
+
+    @property
+    def name(self) -> str:
+        """The name in the file."""
+
+    @property
+    def shape(self) -> Shape:
+        """The shape in NumPy's order."""
+
+    @property
+    def dtype(self) -> str:
+        """By safetensors' name: "F32"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +116,8 @@ class _Matcher:
                 if len(names) > 1:
                     self._fault("filling the same weight", f"{'/'.join(path)}: {', '.join(map(shown, names))}")
             names = [name for part in parts.values() for name in part]
-            if len({self._tensors[name].dtype for name in names}) > 1:
+            mixes = self._rules[path].transform.mixes_dtypes
+            if not mixes and len({self._tensors[name].dtype for name in names}) > 1:
                 listed_dtypes = ", ".join(f"{shown(name)} {self._tensors[name].dtype}" for name in names)
                 self._fault("with mixed dtypes in one weight", listed_dtypes)
         for path in self._targets:

@@ -12,9 +12,8 @@ import numpy as np
 
 from convert import filling, matching, mxfp4
 from gptjax.checkpoints import weights
+from gptjax.checkpoints.checkpoint import TensorSource
 from gptjax.checkpoints.manifest import Manifest
-from gptjax.checkpoints.safetensors import SafetensorsSource
-from gptjax.checkpoints.safetensors_header import NUMPY_DTYPES
 from gptjax.checkpoints.saving import Part
 from pallas_kernels.formats.mxfp4 import MXFP4
 
@@ -30,11 +29,12 @@ class Weight:
     slices: Callable[[], Iterator[np.ndarray]]  # the same, in consecutive parts along its first axis
 
 
-def of_plan(plan: matching.Plan, source: SafetensorsSource) -> Iterator[Weight]:
-    """The weights of a Hugging Face directory. Raises `CheckpointError` if a copy differs from its original."""
+def of_plan(plan: matching.Plan, source: TensorSource) -> Iterator[Weight]:
+    """The weights of a source. Raises `CheckpointError` if a copy differs from its original."""
     for fill, (path, read) in zip(plan.fills, filling.readers(plan, source), strict=True):
-        dtype = NUMPY_DTYPES[source.tensors[fill.sources[0]].dtype]
-        yield Weight(path, fill.shape, dtype, read, functools.partial(filling.parts, fill, source))
+        yield Weight(
+            path, fill.shape, filling.dtype(fill, source), read, functools.partial(filling.parts, fill, source)
+        )
 
 
 def of_manifest(directory: FilePath, manifest: Manifest) -> Iterator[Weight]:

@@ -30,6 +30,8 @@ class Transform:
     apply: Callable[..., np.ndarray]  # takes the sources in order; returns a view if possible
     dtypes: tuple[str, ...] = FLOATS  # allowed for the sources
     fault: Callable[[np.ndarray], str] = lambda array: ""  # what is wrong with a source's data; "" if nothing is
+    mixes_dtypes: bool = False  # whether the sources may have different dtypes
+    packed: bool = False  # whether it takes GGUF's packed blocks as they are stored, not the numbers in them
     invert: Inverse = _only_read
 
 

@@ -21,10 +21,10 @@ from typing import Any, Final
 import numpy as np
 
 from gptjax.checkpoints.manifest import Leaf
-from gptjax.checkpoints.raw import Buffers, read_array
 from gptjax.errors import CheckpointError
 from gptjax.support.files import parse_json, read_bytes
 from gptjax.support.progress import Advance
+from gptjax.support.raw import Buffers, read_array
 
 _ZARRAY_BYTES: Final = 4096  # the size limit for a .zarray; ours have 150
 _TIMES: Final = ("init_timestamp_nsecs", "commit_timestamp_nsecs")

@@ -14,10 +14,10 @@ from jax.typing import DTypeLike
 
 from gptjax.checkpoints.manifest import Manifest, read_manifest
 from gptjax.checkpoints.orbax_piece import check_piece, read_leaf
-from gptjax.checkpoints.raw import Buffers
 from gptjax.errors import CheckpointError
 from gptjax.support.progress import Progress, silent
 from gptjax.support.quoting import listed, names
+from gptjax.support.raw import Buffers
 
 Path = tuple[str, ...]  # to a weight in the nested dicts of parameters
 Params = dict[str, Any]

@@ -9,6 +9,8 @@ from gptjax.errors import CheckpointError, ConfigError
 from gptjax.support.files import raise_damaged, read_json, read_text
 from gptjax.support.quoting import quoted, shown
 from gptjax.text.additions import read_additions, special_tokens
+from gptjax.text.kinds import adds_space, parts, spelling_of, strips_space
+from gptjax.text.spelling import SENTENCEPIECE, Spelling
 from gptjax.text.vocabulary import AddedToken, Vocabulary, build_vocabulary
 
 END_OF_TEXT = "<|endoftext|>"
@@ -25,12 +27,12 @@ def read_vocabulary(
 
     Raises:
       CheckpointError: files are missing or damaged.
-      ConfigError: the tokenizer is not a byte-level BPE.
+      ConfigError: the tokenizer is neither a byte-level nor a SentencePiece BPE.
     """
     path = directory / "tokenizer.json"
     found = read_json(path)
     if found is not None:
-        return _from_tokenizer_json(path, found, settings, read_additions(directory, settings, special))
+        return _from_tokenizer_json(path, found, settings, special, read_additions(directory, settings, special))
     ids, merges = read_json(directory / "vocab.json"), read_text(directory / "merges.txt")
     if ids is None or merges is None:
         raise CheckpointError(_missing(directory, no_vocab=ids is None, no_merges=merges is None))
@@ -59,61 +61,51 @@ def _require_gpt2_cut(directory: Path, settings: Mapping[str, Any], model_type: 
 
 
 def _from_tokenizer_json(
-    path: Path, found: dict[str, Any], settings: Mapping[str, Any], later: list[dict[str, Any]]
+    path: Path,
+    found: dict[str, Any],
+    settings: Mapping[str, Any],
+    special: Mapping[str, Any],
+    later: list[dict[str, Any]],
 ) -> Vocabulary:
     model = found.get("model")
     if not isinstance(model, dict):
         raise_damaged(path, '"model" is missing or not an object')
-    _require_byte_level(path, found, model)
-    cut, prefix = found["pre_tokenizer"], settings.get("add_prefix_space")
-    if isinstance(prefix, bool) and cut.get("type") == "ByteLevel":
-        cut = {**cut, "add_prefix_space": prefix}
+    spelling = spelling_of(path, found, model)
     added = list(_added(path, found.get("added_tokens")))
-    known = {token.content for token in added} | set(model["vocab"] if isinstance(model.get("vocab"), dict) else ())
-    added += _added(path.parent / "tokenizer_config.json", [item for item in later if item.get("content") not in known])
+    vocab = model["vocab"] if isinstance(model.get("vocab"), dict) else {}
+    known = vocab | {token.content: token.id for token in added}
+    more = [item for item in later if not isinstance(item.get("content"), str) or item["content"] not in known]
+    added += _added(path.parent / "tokenizer_config.json", more)
+    post_processor = found.get("post_processor")
+    if "add_bos_token" in settings or "add_eos_token" in settings:
+        post_processor = _template(settings, special, known | {token.content: token.id for token in added}, default="")
     return build_vocabulary(
         path,
         model.get("vocab"),
         _merges(path, model.get("merges")),
         added,
         normalizer=found.get("normalizer"),
-        pre_tokenizer=cut,
+        pre_tokenizer=_cut(path, found, settings.get("add_prefix_space"), spelling),
         ignore_merges=model.get("ignore_merges") is True,
-        post_processor=found.get("post_processor"),
+        post_processor=post_processor,
+        spelling=spelling,
+        strips_space=spelling is SENTENCEPIECE and strips_space(found),
     )
 
 
-def _require_byte_level(path: Path, found: dict[str, Any], model: dict[str, Any]) -> None:
-    """Raises ConfigError for another kind. Older files omit the model's type, and write an absent affix as ""."""
-    kind = model.get("type", "BPE" if "merges" in model else None)
-    faults = [] if kind == "BPE" else [f"its model is {shown(str(kind))}"]
-    if "ByteLevel" not in _types(found.get("pre_tokenizer")):
-        faults.append("its pre_tokenizer is not ByteLevel")
-    affixes = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
-    faults += [f"it has {key} {quoted(model[key])}" for key in affixes if model.get(key)]
-    faults += [
-        f"its decoder is {shown(kind)}"
-        for kind in _types(found.get("decoder"))
-        if kind not in ("ByteLevel", "Sequence")
-    ]
-    if faults:
-        raise ConfigError(
-            f"{path} is not a byte-level BPE ({', '.join(faults[:10])}), the only kind that gptjax reads: use a model "
-            "that has one, or give token ids instead of text"
-        )
-
-
-def _types(node: Any) -> Iterator[str]:
-    """The values of all "type" keys in a part of tokenizer.json."""
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, dict):
-            if isinstance(node.get("type"), str):
-                yield node["type"]
-            stack.extend(node.values())
-        elif isinstance(node, list):
-            stack.extend(node)
+def _cut(path: Path, found: dict[str, Any], prefix: object, spelling: Spelling) -> Any:
+    """The pre_tokenizer, with tokenizer_config.json's add_prefix_space."""
+    cut: Any = found.get("pre_tokenizer")
+    if spelling is SENTENCEPIECE:
+        if isinstance(prefix, bool) and prefix != adds_space(found):
+            raise ConfigError(
+                f"{path.parent / 'tokenizer_config.json'} has add_prefix_space {prefix}, but {path.name} says the "
+                "opposite: make them agree"
+            )
+        return next(iter(parts(cut, "pretokenizers")), None)
+    if isinstance(prefix, bool) and cut.get("type") == "ByteLevel":
+        cut = {**cut, "add_prefix_space": prefix}
+    return cut
 
 
 def _merges(path: Path, merges: object) -> list[tuple[str, str]]:
@@ -160,7 +152,9 @@ def _from_gpt2_files(
         pairs,
         added,
         pre_tokenizer={"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": True},
-        post_processor=_gpt2_template(settings, special, {**ids, **{token.content: token.id for token in added}}),
+        post_processor=_template(
+            settings, special, {**ids, **{token.content: token.id for token in added}}, default=END_OF_TEXT
+        ),
     )
 
 
@@ -186,16 +180,16 @@ def _gpt2_added(
     return items
 
 
-def _gpt2_template(
-    settings: Mapping[str, Any], special: Mapping[str, Any], known: Mapping[str, int]
+def _template(
+    settings: Mapping[str, Any], special: Mapping[str, Any], known: Mapping[str, int], *, default: str
 ) -> dict[str, Any] | None:
-    """The post_processor that tokenizer_config.json's add_bos_token and add_eos_token imply."""
+    """The post_processor that tokenizer_config.json's add_bos_token and add_eos_token imply; they outrank any other."""
     names = {**settings, **special}
 
     def part(which: str) -> list[dict[str, Any]]:
-        value = names.get(f"{which}_token", END_OF_TEXT)
+        value = names.get(f"{which}_token", default)
         content = value.get("content") if isinstance(value, dict) else value
-        if settings.get(f"add_{which}_token") is not True or content not in known:
+        if settings.get(f"add_{which}_token") is not True or not isinstance(content, str) or content not in known:
             return []
         return [{"SpecialToken": {"id": content, "type_id": 0}}]
 
