@@ -9,6 +9,7 @@ from gptjax.errors import CheckpointError, ConfigError
 from gptjax.support.files import raise_damaged, read_json, read_text
 from gptjax.support.quoting import quoted, shown
 from gptjax.text.additions import read_additions, special_tokens
+from gptjax.text.framing import post_processor
 from gptjax.text.kinds import adds_space, parts, spelling_of, strips_space
 from gptjax.text.spelling import SENTENCEPIECE, Spelling
 from gptjax.text.vocabulary import AddedToken, Vocabulary, build_vocabulary
@@ -76,9 +77,9 @@ def _from_tokenizer_json(
     known = vocab | {token.content: token.id for token in added}
     more = [item for item in later if not isinstance(item.get("content"), str) or item["content"] not in known]
     added += _added(path.parent / "tokenizer_config.json", more)
-    post_processor = found.get("post_processor")
+    around = found.get("post_processor")
     if "add_bos_token" in settings or "add_eos_token" in settings:
-        post_processor = _template(settings, special, known | {token.content: token.id for token in added}, default="")
+        around = _template(settings, special, known | {token.content: token.id for token in added}, default="")
     return build_vocabulary(
         path,
         model.get("vocab"),
@@ -87,7 +88,7 @@ def _from_tokenizer_json(
         normalizer=found.get("normalizer"),
         pre_tokenizer=_cut(path, found, settings.get("add_prefix_space"), spelling),
         ignore_merges=model.get("ignore_merges") is True,
-        post_processor=post_processor,
+        post_processor=around,
         spelling=spelling,
         strips_space=spelling is SENTENCEPIECE and strips_space(found),
     )
@@ -186,17 +187,11 @@ def _template(
     """The post_processor that tokenizer_config.json's add_bos_token and add_eos_token imply; they outrank any other."""
     names = {**settings, **special}
 
-    def part(which: str) -> list[dict[str, Any]]:
+    def token_id(which: str) -> int | None:
         value = names.get(f"{which}_token", default)
         content = value.get("content") if isinstance(value, dict) else value
-        if settings.get(f"add_{which}_token") is not True or not isinstance(content, str) or content not in known:
-            return []
-        return [{"SpecialToken": {"id": content, "type_id": 0}}]
+        if settings.get(f"add_{which}_token") is not True or not isinstance(content, str):
+            return None
+        return known.get(content)
 
-    text = [{"Sequence": {"id": "A", "type_id": 0}}]
-    single = [*part("bos"), *text, *part("eos")]
-    if single == text:
-        return None
-    used = {item["SpecialToken"]["id"] for item in single if "SpecialToken" in item}
-    tokens = {content: {"id": content, "ids": [known[content]], "tokens": [content]} for content in used}
-    return {"type": "TemplateProcessing", "single": single, "pair": [*text, *text], "special_tokens": tokens}
+    return post_processor(token_id("bos"), token_id("eos"))
