@@ -152,16 +152,21 @@ _TAPS: Mapping[type[ModelConfig], Callable[[Any], Iterator[Tap]]] = {
 }
 
 
+def taps(config: ModelConfig) -> list[Tap]:
+    """Where transformers has each stage, in the order of `stages`."""
+    return list(_TAPS[type(config)](config))
+
+
 def transformers_activations(
     directory: Path, config: ModelConfig, token_ids: Sequence[int], *, dtype: str = "float32"
 ) -> dict[str, np.ndarray]:
     """Every stage as transformers computes it on the CPU with eager attention, with our names and shapes."""
     torch, _ = oracle()
     loaded = load_transformers(directory, getattr(torch, dtype), attn_implementation="eager")
-    taps = list(_TAPS[type(config)](config))
-    with _recording(loaded, taps) as recorded, torch.no_grad():
+    tapped = taps(config)
+    with _recording(loaded, tapped) as recorded, torch.no_grad():
         loaded.eval()(input_ids=torch.tensor([list(token_ids)]), use_cache=False)
-    return {tap.stage: tap.shape(recorded[tap.module, tap.side]) for tap in taps}
+    return {tap.stage: tap.shape(recorded[tap.module, tap.side]) for tap in tapped}
 
 
 @contextmanager
