@@ -116,9 +116,7 @@ def unwritable(destination: Path, error: Exception) -> CheckpointError:
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
     if number == errno.EEXIST or number == errno.ENOTEMPTY:
-        return CheckpointError(
-            f"{shown(destination)} is being written by another process; wait for it or name another directory"
-        )
+        return _busy(destination)
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "quota" in text:
         fix = "the disk is full: free some space or name a directory on another disk"
     elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -152,7 +150,7 @@ def _taken(destination: Path) -> Iterator[Path]:
             os.mkdir(staging, 0o700)
         except FileExistsError:
             if not _is_ours(staging):
-                raise _in_the_way(staging) from None
+                raise _in_the_way(staging, "gptjax did not make it, so it does not write") from None
         with contextlib.suppress(FileNotFoundError):  # the process before us has just removed it
             descriptor = _locked(staging, destination)
     try:
@@ -173,9 +171,10 @@ def _locked(staging: Path, destination: Path) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if not is_new or error.errno == errno.EWOULDBLOCK:  # else the file system has no locks, and nobody was here
+        is_locked = error.errno == errno.EWOULDBLOCK
+        if is_locked or not is_new:  # if it is new and the file system has no locks, nobody else is here
             os.close(descriptor)
-            raise _busy(destination, staging) from None
+            raise _busy(destination) if is_locked else _in_the_way(staging, "another process may be writing") from None
     if not (os.path.lexists(mark) and os.path.samestat(os.fstat(descriptor), os.lstat(mark))):
         os.close(descriptor)
         return None
@@ -183,10 +182,9 @@ def _locked(staging: Path, destination: Path) -> int | None:
     return descriptor
 
 
-def _busy(destination: Path, staging: Path) -> CheckpointError:
+def _busy(destination: Path) -> CheckpointError:
     return CheckpointError(
-        f"{shown(destination)} is being written by another process; wait for it or name another directory (if there "
-        f"is none, the file system has no locks: delete {shown(staging)})"
+        f"{shown(destination)} is being written by another process; wait for it or name another directory"
     )
 
 
@@ -207,10 +205,9 @@ def _is_marked(mark: Path) -> bool:
         return _MARKED.startswith(file.read(len(_MARKED) + 1))
 
 
-def _in_the_way(staging: Path) -> CheckpointError:
+def _in_the_way(staging: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{shown(staging)} is in the way: gptjax would write there, but it did not make it; move it elsewhere or name "
-        "another destination"
+        f"{shown(staging)} is in the way: {reason} there; move it elsewhere or name another destination"
     )
 
 

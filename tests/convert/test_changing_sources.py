@@ -156,6 +156,7 @@ def test_what_merely_has_the_names_of_staging_is_left_alone(tmp_path, overwrite)
     os.mkfifo(tmp_path / ".dst.partial-pipe1234" / atomic_directory._MARK)
     (tmp_path / ".dst.partial-file1234").write_text("mine")
     (tmp_path / ".dst.partial-link1234").symlink_to(tmp_path / "src")
+    (tmp_path / ".dst.partially").mkdir()
     before = {name: content for name, content in _tree(tmp_path).items() if not name.startswith("dst")}
     convert.convert(tmp_path / "src", tmp_path / "dst", overwrite=overwrite)
     assert {name: content for name, content in _tree(tmp_path).items() if not name.startswith("dst")} == before

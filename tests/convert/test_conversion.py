@@ -97,11 +97,6 @@ def test_other_dtypes_are_refused(tmp_path):
         convert(tmp_path / "src", tmp_path / "dst", dtype="int8")
 
 
-def _config(directory: Path, **changes) -> None:
-    raw = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(raw | changes))
-
-
 def _replaced(directory: Path, name: str, array: np.ndarray | None) -> None:
     _, tensors = made.gpt2(directory)
     tensors = {key: value for key, value in {**tensors, name: array}.items() if value is not None}
@@ -172,9 +167,9 @@ BAD = {  # what is done to a directory; the error, and what it says of the fault
         *(lambda d: _instead(d, "ggml-model.bin", b"lmgg" + bytes(50)), CheckpointError),
         *("ggml-model.bin is a ggml file", "get the model's safetensors files"),
     ),
-    "model type": (lambda d: _config(d, model_type="bert"), ConfigError, "'bert'", "supports gpt2"),
-    "activation": (lambda d: _config(d, activation_function="swoosh"), ConfigError, "'swoosh'", "supports"),
-    "unknown key": (lambda d: _config(d, rotary_dim=8), ConfigError, "unknown key rotary_dim"),
+    "model type": (lambda d: made.change_config(d, model_type="bert"), ConfigError, "'bert'", "supports gpt2"),
+    "activation": (lambda d: made.change_config(d, activation_function="swoosh"), ConfigError, "'swoosh'", "supports"),
+    "unknown key": (lambda d: made.change_config(d, rotary_dim=8), ConfigError, "unknown key rotary_dim"),
 }
 
 
