@@ -121,7 +121,7 @@ def shared(monkeypatch, loaded, tmp_path):
     real = gptjax.api.load_checkpoint
 
     def load_checkpoint(checkpoint, *, dtype=None, **settings):
-        name = checkpoint.directory.name
+        name = checkpoint.path.name
         if name not in ("gpt2-tales", "gpt-oss-tales") or checkpoint != open_checkpoint(name):
             return real(checkpoint, dtype=dtype, **settings)
         given = tuple(sorted((key, value) for key, value in settings.items() if value not in (None, "auto")))

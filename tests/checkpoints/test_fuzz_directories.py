@@ -98,7 +98,7 @@ def read(directory):
         found = weights.readers(directory, weights.checked_manifest(directory, targets))
         leaves = [(path, read()) for path, read in found]
     else:
-        leaves = list(convert.stream_params(directory, config))
+        leaves = [(path, read()) for path, read in convert.open_params(open_path(directory))]
     return {path: array.tobytes() for path, array in leaves}
 
 def stop(*_):

@@ -98,7 +98,7 @@ try:
         convert.convert(source, out)
     else:
         from pathlib import Path
-        gptjax.api.load_params(Path(source), build(read_config(Path(source))))
+        gptjax.api.load_params(open_path(Path(source)), build(read_config(Path(source))))
 except CheckpointError as error:
     print("refused:", error)
 """

@@ -12,8 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import convert, stream_params
+from convert import convert, open_params
 from gptjax.checkpoints import saving, weights
+from gptjax.checkpoints.checkpoint import open_path
 from gptjax.config import read_config
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.models.params import abstract_params
@@ -265,7 +266,7 @@ def test_converted_and_direct_loading_agree(tmp_path, demo):
     convert(demo, tmp_path / "dst")
     config = read_config(demo)
     targets = abstract_params(build(config))
-    direct = weights.place(stream_params(demo, config), targets)
+    direct = weights.place(open_params(open_path(demo)), targets)
     restored = weights.restore(tmp_path / "dst", targets)
     assert jax.tree.structure(direct) == jax.tree.structure(restored) == jax.tree.structure(targets)
     assert all(map(np.array_equal, jax.tree.leaves(direct), jax.tree.leaves(restored)))

@@ -6,9 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import gpt2, stream_params
+from convert import gpt2, open_params
 from convert.rules import Rule
-from gptjax.config import PUBLISHED, GPT2Config, config_from_json, read_config
+from gptjax.checkpoints.checkpoint import open_path
+from gptjax.config import PUBLISHED, GPT2Config, config_from_json
 from gptjax.errors import CheckpointError
 from gptjax.models.params import abstract_params
 from gptjax.models.registry import build
@@ -17,12 +18,12 @@ from tests.oracles import gpt2_ours
 
 
 def _stream(directory):
-    return {"/".join(path): array for path, array in stream_params(directory, read_config(directory))}
+    return {"/".join(path): np.array(read()) for path, read in open_params(open_path(directory))}
 
 
 def _refused(directory, *parts):
     with pytest.raises(CheckpointError) as caught:
-        list(stream_params(directory, read_config(directory)))
+        [read() for _, read in open_params(open_path(directory))]
     for part in parts:
         assert part in str(caught.value)
     return str(caught.value)
@@ -164,7 +165,7 @@ def test_faults_are_raised_before_the_first_weight(tmp_path):
     _, tensors = made.gpt2(tmp_path)
     made.write_gpt2(tmp_path, tensors | {"h.3.ln_1.bias": tensors["ln_f.bias"]})
     with pytest.raises(CheckpointError, match=r"1 tensor unknown:\n    h\.3\.ln_1\.bias \(the model has no block_3"):
-        stream_params(tmp_path, read_config(tmp_path))
+        open_params(open_path(tmp_path))
 
 
 @pytest.mark.parametrize("name", [name for name, config in PUBLISHED.items() if isinstance(config, GPT2Config)])

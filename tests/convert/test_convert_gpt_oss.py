@@ -11,6 +11,7 @@ import pytest
 
 import convert
 from gptjax import api
+from gptjax.checkpoints.checkpoint import open_path
 from gptjax.checkpoints.weights import flatten
 from gptjax.config import read_config
 from gptjax.errors import CheckpointError
@@ -33,7 +34,7 @@ def _flat(params: Any) -> dict[str, np.ndarray]:
 
 
 def _stream(directory: Path) -> dict[str, np.ndarray]:
-    return {"/".join(path): array for path, array in convert.stream_params(directory, read_config(directory))}
+    return {"/".join(path): np.array(read()) for path, read in convert.open_params(open_path(directory))}
 
 
 def _same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -44,7 +45,7 @@ def _same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None
 
 def _refused(directory: Path, *parts: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        list(convert.stream_params(directory, read_config(directory)))
+        [read() for _, read in convert.open_params(open_path(directory))]
     for part in parts:
         assert part in str(caught.value)
 
@@ -108,7 +109,7 @@ def test_a_conversion_to_bfloat16_leaves_packed_weights_alone(tmp_path, checkpoi
     source = gpt_oss_random.write(tmp_path / "source", checkpoint)
     convert.convert(source, tmp_path / "converted", dtype="bfloat16")
     model = registry.build(read_config(source), dtype=made.BFLOAT16)
-    converted, direct = (_flat(api.load_params(tmp_path / name, model)) for name in ("converted", "source"))
+    converted, direct = (_flat(api.load_params(open_path(tmp_path / name), model)) for name in ("converted", "source"))
     _same(converted, direct)
     assert {array.dtype for array in converted.values()} == {np.dtype(np.uint8), made.BFLOAT16}
 

@@ -9,6 +9,7 @@ import pytest
 
 import convert
 from gptjax import api
+from gptjax.checkpoints.checkpoint import open_path
 from gptjax.checkpoints.weights import flatten
 from gptjax.config import read_config
 from gptjax.errors import CheckpointError, ConfigError
@@ -26,7 +27,7 @@ def _flat(params: Any) -> dict[str, np.ndarray]:
 
 
 def _stream(directory: Path) -> dict[str, np.ndarray]:
-    return {"/".join(path): array for path, array in convert.stream_params(directory, read_config(directory))}
+    return {"/".join(path): np.array(read()) for path, read in convert.open_params(open_path(directory))}
 
 
 def _same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -106,7 +107,7 @@ def test_a_packed_model_is_read_back(tmp_path, targets):
         "qwen2",
     )
     model = registry.build(config)
-    params = api.load_params(tmp_path / "packed", model)
+    params = api.load_params(open_path(tmp_path / "packed"), model)
     for layer, name in (("attention", "qkv"), ("attention", "out"), ("mlp", "gate_up"), ("mlp", "down")):
         assert isinstance(params["block_1"][layer][name]["kernel"], MXFP4)
     assert isinstance(params["token_embedding"], MXFP4) == (targets == "all")

@@ -58,8 +58,8 @@ def test_fills_every_target(tmp_path, prefix):
     tensors = _tensors(**{"layers.0.mask": np.zeros((1, 1), np.int32)})
     source = _source(tmp_path, {prefix + name: array for name, array in tensors.items()})
     found = {
-        "/".join(path): array
-        for path, array in filling.stream(matching.check(TABLE, source.tensors, _targets()), source)
+        "/".join(path): read()
+        for path, read in filling.readers(matching.check(TABLE, source.tensors, _targets()), source)
     }
     expected = {
         "top": "top",
