@@ -82,12 +82,12 @@ def config_json_from_gguf(
       ConfigError: an unknown architecture, or keys that are unknown or contradict each other.
     """
     architecture = metadata.get("general.architecture")
-    if architecture not in _WORDS:
+    if not isinstance(architecture, str) or architecture not in _WORDS:
         found = "no general.architecture" if architecture is None else f"the architecture {quoted(architecture)}"
         raise ConfigError(f"it has {found}; gptjax supports {', '.join(sorted(_WORDS))}")
     if missing := [key for key in ignore if key not in metadata]:
         raise ConfigError(f"it has no {names(missing)} to ignore; it has {names(sorted(metadata), most=50)}")
-    return _Reader(str(architecture), metadata, tensors, ignore).config_json(rope_freqs)
+    return _Reader(architecture, metadata, tensors, ignore).config_json(rope_freqs)
 
 
 def in_words_of_gguf(architecture: str, text: str) -> str:
