@@ -4,19 +4,7 @@ SentencePiece has no list of merges. It joins the two neighbours whose joined pi
 first. As merges, that is each way to divide each piece in two, in the order of the scores.
 """
 
-from collections.abc import Mapping
-
-
-def equal_scores(scores: Mapping[str, float]) -> tuple[str, str] | None:
-    """Two pieces with the same score whose order merges cannot express, if there are any.
-
-    They can for runs of one character, as Llama 2 has them of spaces: there, leftmost first is longest first.
-    """
-    found: dict[float, str] = {}
-    for piece, score in scores.items():
-        if len(piece) > 1 and len({*found.setdefault(score, piece), *piece}) > 1 and found[score] != piece:
-            return found[score], piece
-    return None
+from collections.abc import Iterable, Mapping
 
 
 def merges_of(scores: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -36,3 +24,16 @@ def merges_of(scores: Mapping[str, float]) -> list[tuple[str, str]]:
                 merges.append((score, cut, len(right), left, right))
     merges.sort(key=lambda merge: merge[:3], reverse=True)
     return [(left, right) for *_, left, right in merges]
+
+
+def equal_scores(scores: Mapping[str, float], merges: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
+    """Two pieces that merges build and that have the same score, if there are any: the leftmost comes first, not one of
+    the two. Merges express that only for runs of one character, as Llama 2 has them of spaces: longest first.
+    """
+    found: dict[float, str] = {}
+    for left, right in merges:
+        piece = left + right
+        other = found.setdefault(scores[piece], piece)
+        if other != piece and len({*other, *piece}) > 1:
+            return other, piece
+    return None
