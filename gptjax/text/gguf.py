@@ -132,7 +132,10 @@ def _sentencepiece(
         for (token, kind), score in zip(kinds, fields.scores(len(tokens)), strict=True)
         if token and kind == NORMAL and token not in _END_TEXTS
     }
-    merges = merges_of(scores)
+    try:
+        merges = merges_of(scores)
+    except ValueError as error:
+        raise fields.fault("tokens", str(error)) from None
     if equal := equal_scores(scores, merges):
         raise fields.unsupported(
             "scores",

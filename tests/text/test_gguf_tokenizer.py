@@ -231,6 +231,7 @@ HOSTILE: list[tuple[str, dict[str, Any]]] = [
     ("scores", llama(scores=[False] * 267)),
     ("tokens", llama(token_type=[NORMAL] * 267)),
     ("tokens", llama(("<0x0a>", BYTE))),
+    ("tokens", llama(*(("d" * n, NORMAL) for n in range(1, 1_024)))),
 ]
 
 
