@@ -39,7 +39,7 @@ _END_TEXTS: Final = frozenset(
 _HARMONY: Final = frozenset({"<|return|>", "<|call|>"})
 _DEFAULT_BOS, _DEFAULT_EOS = 1, 2  # of SentencePiece
 _EXTRA_SPACES: Final = [
-    {"type": "Replace", "pattern": {"Regex": "^ +| +$"}, "content": ""},
+    {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""},
     {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
 ]
 
@@ -125,14 +125,18 @@ def _sentencepiece(
     path: Path, fields: Fields, tokens: list[str], types: list[int], found: Mapping[str, int | None]
 ) -> Vocabulary:
     kinds = list(zip(tokens, types, strict=True))
-    if missing := SENTENCEPIECE.missing({token for token, kind in kinds if kind == BYTE}):
-        raise fields.fault("tokens", f"has no tokens of type 6 for the bytes {quoted(sorted(missing))}")
+    if sorted(token for token, kind in kinds if kind == BYTE) != sorted(SENTENCEPIECE.byte_tokens):
+        raise fields.fault("tokens", "has other tokens of type 6 than <0x00> to <0xFF>")
     scores = {
         token: score
         for (token, kind), score in zip(kinds, fields.scores(len(tokens)), strict=True)
         if token and kind == NORMAL and token not in _END_TEXTS
     }
-    if equal := equal_scores(scores):
+    try:
+        merges = merges_of(scores)
+    except ValueError as error:
+        raise fields.fault("tokens", str(error)) from None
+    if equal := equal_scores(scores, merges):
         raise fields.unsupported(
             "scores",
             f"that give {quoted(equal[0])} and {quoted(equal[1])} the same score, and so no order in which to build "
@@ -143,7 +147,7 @@ def _sentencepiece(
     return build_vocabulary(
         path,
         {token: n for n, (token, kind) in enumerate(kinds) if token in scores or kind == BYTE},
-        merges_of(scores),
+        merges,
         _added(tokens, types),
         normalizer={
             "type": "Sequence",

@@ -4,19 +4,12 @@ SentencePiece has no list of merges. It joins the two neighbours whose joined pi
 first. As merges, that is each way to divide each piece in two, in the order of the scores.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Final
 
-
-def equal_scores(scores: Mapping[str, float]) -> tuple[str, str] | None:
-    """Two pieces with the same score whose order merges cannot express, if there are any.
-
-    They can for runs of one character, as Llama 2 has them of spaces: there, leftmost first is longest first.
-    """
-    found: dict[float, str] = {}
-    for piece, score in scores.items():
-        if len(piece) > 1 and len({*found.setdefault(score, piece), *piece}) > 1 and found[score] != piece:
-            return found[score], piece
-    return None
+# Merges that a vocabulary may have for each piece. Llama 2's has two; a run of one character of length n has n / 2.
+_PER_PIECE: Final = 4
+_ALWAYS: Final = 4096
 
 
 def merges_of(scores: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -27,12 +20,31 @@ def merges_of(scores: Mapping[str, float]) -> list[tuple[str, str]]:
 
     Args:
       scores: of the pieces that merges may build or join; no control or byte tokens.
+
+    Raises:
+      ValueError: the pieces have far more divisions than those of a trained vocabulary.
     """
-    merges = []
-    for piece, score in scores.items():
+    known = {piece: piece for piece in scores}  # of each piece, one object
+    most, merges = _PER_PIECE * len(scores) + _ALWAYS, []
+    for piece in scores:
         for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in scores and right in scores:
-                merges.append((score, cut, len(right), left, right))
-    merges.sort(key=lambda merge: merge[:3], reverse=True)
-    return [(left, right) for *_, left, right in merges]
+            left, right = known.get(piece[:cut]), known.get(piece[cut:])
+            if left is not None and right is not None:
+                merges.append((left, right))
+        if len(merges) > most:
+            raise ValueError(f"can be divided in more than {most:,} ways")
+    merges.sort(key=lambda pair: (scores[pair[0] + pair[1]], len(pair[0]), len(pair[1])), reverse=True)
+    return merges
+
+
+def equal_scores(scores: Mapping[str, float], merges: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
+    """Two pieces that merges build and that have the same score, if there are any: the leftmost comes first, not one of
+    the two. Merges express that only for runs of one character, as Llama 2 has them of spaces: longest first.
+    """
+    found: dict[float, str] = {}
+    for left, right in merges:
+        piece = left + right
+        other = found.setdefault(scores[piece], piece)
+        if other != piece and len({*other, *piece}) > 1:
+            return other, piece
+    return None

@@ -53,7 +53,7 @@ _DEEPSEEK_CODER: Final = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-�
 
 CUTS: Final[Mapping[str, Cut]] = {
     "gpt-2": Cut(_GPT2),
-    "gpt-4o": Cut(_sequence(_split(_O200K), _BYTES)),
+    "gpt-4o": Cut(_sequence(_split(_O200K), _BYTES), ignore_merges=True),
     "llama-bpe": _LLAMA3_CUT,
     "llama-v3": _LLAMA3_CUT,
     "llama3": _LLAMA3_CUT,

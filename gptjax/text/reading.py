@@ -33,7 +33,7 @@ def read_vocabulary(
     path = directory / "tokenizer.json"
     found = read_json(path)
     if found is not None:
-        return _from_tokenizer_json(path, found, settings, special, read_additions(directory, settings, special))
+        return _from_tokenizer_json(path, found, settings, read_additions(directory, settings, special))
     ids, merges = read_json(directory / "vocab.json"), read_text(directory / "merges.txt")
     if ids is None or merges is None:
         raise CheckpointError(_missing(directory, no_vocab=ids is None, no_merges=merges is None))
@@ -62,11 +62,7 @@ def _require_gpt2_cut(directory: Path, settings: Mapping[str, Any], model_type: 
 
 
 def _from_tokenizer_json(
-    path: Path,
-    found: dict[str, Any],
-    settings: Mapping[str, Any],
-    special: Mapping[str, Any],
-    later: list[dict[str, Any]],
+    path: Path, found: dict[str, Any], settings: Mapping[str, Any], later: list[dict[str, Any]]
 ) -> Vocabulary:
     model = found.get("model")
     if not isinstance(model, dict):
@@ -77,9 +73,6 @@ def _from_tokenizer_json(
     known = vocab | {token.content: token.id for token in added}
     more = [item for item in later if not isinstance(item.get("content"), str) or item["content"] not in known]
     added += _added(path.parent / "tokenizer_config.json", more)
-    around = found.get("post_processor")
-    if "add_bos_token" in settings or "add_eos_token" in settings:
-        around = _template(settings, special, known | {token.content: token.id for token in added}, default="")
     return build_vocabulary(
         path,
         model.get("vocab"),
@@ -88,7 +81,7 @@ def _from_tokenizer_json(
         normalizer=found.get("normalizer"),
         pre_tokenizer=_cut(path, found, settings.get("add_prefix_space"), spelling),
         ignore_merges=model.get("ignore_merges") is True,
-        post_processor=around,
+        post_processor=found.get("post_processor"),
         spelling=spelling,
         strips_space=spelling is SENTENCEPIECE and strips_space(found),
     )
@@ -153,9 +146,7 @@ def _from_gpt2_files(
         pairs,
         added,
         pre_tokenizer={"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": True},
-        post_processor=_template(
-            settings, special, {**ids, **{token.content: token.id for token in added}}, default=END_OF_TEXT
-        ),
+        post_processor=_gpt2_template(settings, special, {**ids, **{token.content: token.id for token in added}}),
     )
 
 
@@ -181,14 +172,14 @@ def _gpt2_added(
     return items
 
 
-def _template(
-    settings: Mapping[str, Any], special: Mapping[str, Any], known: Mapping[str, int], *, default: str
+def _gpt2_template(
+    settings: Mapping[str, Any], special: Mapping[str, Any], known: Mapping[str, int]
 ) -> dict[str, Any] | None:
-    """The post_processor that tokenizer_config.json's add_bos_token and add_eos_token imply; they outrank any other."""
+    """The post_processor that tokenizer_config.json's add_bos_token and add_eos_token imply."""
     names = {**settings, **special}
 
     def token_id(which: str) -> int | None:
-        value = names.get(f"{which}_token", default)
+        value = names.get(f"{which}_token", END_OF_TEXT)
         content = value.get("content") if isinstance(value, dict) else value
         if settings.get(f"add_{which}_token") is not True or not isinstance(content, str):
             return None

@@ -1,5 +1,6 @@
 """Tokenizers of Llama 2's kind, from tokenizer.json, against the tokenizers library."""
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -150,21 +151,12 @@ def test_a_bos_that_is_there_is_not_added(tmp_path: Path) -> None:
     assert ours.prompt("") == [1]
 
 
-@pytest.mark.parametrize(
-    ("settings", "before", "after"),
-    [
-        ({}, [1], []),
-        ({"add_bos_token": True, "add_eos_token": True}, [1], [2]),
-        ({"add_bos_token": False}, [], []),
-        ({"add_eos_token": True}, [], [2]),  # as transformers 5 reads it
-    ],
-)
-def test_flags_of_tokenizer_config(
-    tmp_path: Path, settings: dict[str, Any], before: list[int], after: list[int]
-) -> None:
-    write_json(tmp_path, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", **settings})
+def test_first_and_last_tokens(tmp_path: Path) -> None:
+    """tokenizer.json says what a prompt begins with, whatever flags are beside it, as in transformers 5."""
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False, "add_eos_token": True}
+    write_json(tmp_path, "tokenizer_config.json", settings)
     tokenizer = load_tokenizer(write_json(tmp_path, "tokenizer.json", llama2_json()))
-    assert tokenizer.prompt("once") == [*before, *tokenizer.encode("once"), *after]
+    assert tokenizer.prompt("once") == [1, *tokenizer.encode("once")]
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))
 
 
@@ -233,3 +225,44 @@ def test_damaged_files(tmp_path: Path, damage: dict[str, Any]) -> None:
     file["model"] |= damage
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged"):
         load_tokenizer(write_json(tmp_path, "tokenizer.json", file))
+
+
+@pytest.mark.fuzz
+def test_mutations_raise_only_the_named_errors(tmp_path: Path) -> None:
+    pick = random.Random(6)
+    values = [
+        None,
+        True,
+        0,
+        -1,
+        0.5,
+        "",
+        "▁",
+        "first",
+        "Sequence",
+        [],
+        {},
+        [{}],
+        [[]],
+        {"type": "Sequence"},
+        "\ud800",
+        ["a", "b"],
+    ]
+    for _ in range(rounds(1_000)):
+        file = pick.choice([llama2_json, mistral_json])()
+        for _ in range(pick.randint(1, 2)):
+            node: Any = file
+            while True:
+                place = pick.choice(list(node) if isinstance(node, dict) else range(len(node)))
+                inner = node[place]
+                if isinstance(inner, dict | list) and inner and pick.random() < 0.8:
+                    node = inner
+                    continue
+                node[place] = copy.deepcopy(pick.choice(values))
+                break
+        write_json(tmp_path, "tokenizer.json", file)
+        try:
+            tokenizer = load_tokenizer(tmp_path)
+            tokenizer.decode(tokenizer.prompt("once upon é", special=True))
+        except (CheckpointError, ConfigError) as error:
+            assert "tokenizer.json" in str(error)
