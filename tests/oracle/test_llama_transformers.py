@@ -14,7 +14,9 @@ import pytest
 
 import gptjax
 from gptjax.config import PUBLISHED, LlamaConfig, config_from_json
+from gptjax.config.llama import FAMILIES
 from gptjax.diagnostics.transformers_comparison import compare, first_difference
+from gptjax.errors import ConfigError
 from gptjax.layers.rope import inv_freq
 from gptjax.models import registry
 from gptjax.models.params import Params, num_params
@@ -131,6 +133,50 @@ def test_greedy_tokens_of_a_batch_through_the_engine(case):
 def test_every_stage(case):
     rows = compare(case.model, case.params, case.directory, gpt_oss_random.tokens(1, LENGTH))
     assert first_difference(rows) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_key_value_heads": None, "head_dim": None},
+        {"head_dim": 20, "rms_norm_eps": 1e-3, "rope_theta": 5e5, "tie_word_embeddings": True},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {key: value for key, value in llama_random.LLAMA3.items() if key[:8] != "original"}},
+        {"sliding_window": 9},
+        {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0},
+        {"use_sliding_window": True, "max_window_layers": 1},
+        {"sliding_window": None},
+    ],
+    ids=str,
+)
+def test_configs_mean_what_transformers_says(family, changes):
+    """Whatever is absent or null, if it is not refused."""
+    raw = {key: value for key, value in llama_random.CONFIG.items() if key[:3] in ("voc", "max", "hid", "int", "num")}
+    not_null = {"mistral": "num_key_value_heads", "qwen3": "head_dim"}.get(family)  # to transformers' own classes
+    raw |= {"model_type": family} | {
+        key: value for key, value in changes.items() if value is not None or key != not_null
+    }
+    of_others = {"llama": ("sliding_window", "use_sliding_window"), "mistral": ("use_sliding_window",)}
+    if any(changes.get(key) is not None for key in of_others.get(family, ())):
+        with pytest.raises(ConfigError, match="sliding_window"):
+            config_from_json(raw)
+        return
+    ours = config_from_json(raw)
+    theirs = transformers.AutoConfig.for_model(**raw)
+    types = getattr(theirs, "layer_types", ["sliding_attention"] * 2 if family == "mistral" else ["full_attention"] * 2)
+    assert ours.windows == tuple(theirs.sliding_window if kind == "sliding_attention" else None for kind in types)
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.head_width == (getattr(theirs, "head_dim", None) or 96 // 6)
+    assert (ours.norm_epsilon, ours.tied_head) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
+    assert ours.out_bias == getattr(theirs, "attention_bias", False)
+    rope = theirs.rope_parameters
+    assert ours.rope.theta == rope["rope_theta"]
+    if "factor" in rope:
+        assert ours.rope.scaling.factor == rope["factor"]
+    if rope["rope_type"] == "llama3":
+        assert ours.rope.scaling.original_length == rope["original_max_position_embeddings"]
 
 
 @pytest.mark.parametrize("name", [name for name, config in PUBLISHED.items() if isinstance(config, LlamaConfig)])
