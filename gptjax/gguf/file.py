@@ -81,7 +81,7 @@ class GGUFFile:
         tensor = self.tensors[name]
         if tensor.type not in READ:
             raise CheckpointError(
-                f"{shown(name)} in {shown(tensor.file)} has the type {tensor.type}, which gptjax does not read; use a "
+                f"{shown(name)} in {shown(tensor.file)} is stored as {tensor.type}, which gptjax does not read; use a "
                 f"file with the types {', '.join(READ)}"
             )
         return BLOCKS[tensor.type]
