@@ -89,7 +89,7 @@ class GGUFFile:
         tensor = self.tensors[name]
         if tensor.type not in READ:
             raise CheckpointError(
-                f"{shown(name)} in {shown(tensor.file)} has the type {tensor.type}, which gptjax does not read; "
+                f"{shown(name)} in {shown(tensor.file)} is stored as {tensor.type}, which gptjax does not read; "
                 f"{USE_ANOTHER}"
             )
         return BLOCKS[tensor.type]

@@ -4,6 +4,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama.cpp
 """
 
 import dataclasses
+import math
 import os
 import zlib
 from pathlib import Path
@@ -142,7 +143,7 @@ def _entry(cursor: Cursor, name: str) -> Tensor:
     shape = tuple(cursor.u64(what) for _ in range(dimensions))[::-1]
     number, start = cursor.u32(what), cursor.u64(what)
     type_name = NAMES.get(number, f"type {number}")
-    if not all(0 < size < 2**63 for size in shape):
+    if not 0 < math.prod(shape) < 2**63:
         raise damaged(cursor.path, f"{shown(repr(name))} has the invalid shape {list(shape)}")
     block = BLOCKS[type_name][0] if type_name in BLOCKS else 1
     if shape[-1] % block:

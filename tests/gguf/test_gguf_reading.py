@@ -169,8 +169,15 @@ def test_other_types_are_listed_but_not_read(tmp_path, number, name, nbytes):
     tensor = source.tensors["x"]
     assert (tensor.type, tensor.nbytes) == (name, nbytes)  # of an unknown type: up to the next tensor
     for read in (source.read, source.packed, lambda name: next(source.slices(name, 1))):
-        with pytest.raises(CheckpointError, match=f"x in .*model.gguf has the type {name}, which gptjax does not read"):
+        with pytest.raises(CheckpointError, match=f"x in .*model.gguf is stored as {name}, which gptjax does not read"):
             read("x")
+
+
+def test_an_unknown_type_may_have_any_shape(tmp_path):
+    source = open_gguf(_written(tmp_path / "model.gguf", {}, {"x": Entry(99, [2**31, 2**31], bytes(8))}))
+    assert source.tensors["x"].shape == (2**31, 2**31)
+    with pytest.raises(CheckpointError, match="is stored as type 99"):
+        source.read("x")
 
 
 @pytest.mark.parametrize("kind", ["truncated", "grown", "rewritten", "replaced", "gone", "a pipe"])

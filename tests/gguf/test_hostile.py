@@ -139,9 +139,10 @@ HOSTILE = {
     "a dimension of 2^63": (_tensor(dims=(2, 2**63)), f"'t' has the invalid shape [{2**63}, 2]"),
     "a product that is 0 in 64 bits": (
         _tensor(dims=(2**32, 2**32, 4)),
-        f"the data of 't' ends at byte {2**68 + 96:,}, but the file has 128",
+        f"'t' has the invalid shape [4, {2**32}, {2**32}]",
     ),
-    "a product of 252 bits": (_tensor(dims=(2**63 - 1,) * 4), "the data of 't' ends at byte"),
+    "a product of 252 bits": (_tensor(dims=(2**63 - 1,) * 4), "'t' has the invalid shape [9223372036854775807, "),
+    "a tensor of 2^60 numbers": (_tensor(dims=(2**30, 2**30)), f"the data of 't' ends at byte {2**62 + 96:,}"),
     "rows that are not whole blocks": (
         _tensor(kind=8, dims=(33, 32)),
         "'t', Q8_0 [32, 33], has rows that are not whole blocks of 32",
