@@ -12,12 +12,12 @@ from gptjax.engine.engine import Token
 from gptjax.engine.output import Chunk, Output
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import GptjaxError
-from gptjax.text import load_tokenizer
-from gptjax.text.chat_formats import ChatOptions
-from gptjax.text.chat_formats.harmony import Harmony
+from gptjax.text import Tokenizer, load_tokenizer
+from gptjax.text.chat_formats import FORMATS, ChatFormat, ChatOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 TALES = load_tokenizer(ROOT / "gptjax" / "demo" / "gpt-oss-tales")
+HARMONY = FORMATS["harmony"]
 CTRL_C, NOT_FINITE = "\x03", "\x15"  # in a script: what happens there
 THOUGHT = "<|channel|>analysis<|message|>Let me see.<|end|><|start|>assistant"
 SAID = "<|channel|>final<|message|>It was night.<|return|>"
@@ -26,24 +26,30 @@ SAID = "<|channel|>final<|message|>It was night.<|return|>"
 class Scripted:
     """Stands in for a `LanguageModel`: its turns are scripts, and go through the engine's output and the reader."""
 
-    tokenizer, chat_format = TALES, Harmony()
     config = SimpleNamespace(context_length=131072)
 
-    def __init__(self, *scripts: str | GptjaxError, max_length: int = 1000) -> None:
+    def __init__(
+        self,
+        *scripts: str | GptjaxError,
+        max_length: int = 1000,
+        tokenizer: Tokenizer = TALES,
+        chat_format: ChatFormat = HARMONY,
+    ) -> None:
         self.max_length = max_length
+        self.tokenizer, self.chat_format = tokenizer, chat_format
         self.scripts = list(scripts)
         self.asked: list[list[dict]] = []
 
     def stream_chat(self, messages, *, reasoning_effort, enable_thinking, max_tokens, **options) -> Iterator[ChatChunk]:
         self.asked.append(messages)
-        self.effort, self.options = reasoning_effort, options
+        self.effort, self.thinking, self.options = reasoning_effort, enable_thinking, options
         script = self.scripts.pop(0)
         if isinstance(script, GptjaxError):
             raise script
         how = ChatOptions(reasoning_effort=reasoning_effort, enable_thinking=enable_thinking)
-        ids = self.chat_format.render(messages, TALES, how)
-        request = Request(tuple(ids), max_tokens, SamplingParams(seed=0), self.chat_format.stop_ids(TALES))
-        reader = self.chat_format.reader(TALES, how)
+        ids = self.chat_format.render(messages, self.tokenizer, how, max_length=self.max_length)
+        request = Request(tuple(ids), max_tokens, SamplingParams(seed=0), self.chat_format.stop_ids(self.tokenizer))
+        reader = self.chat_format.reader(self.tokenizer, how)
         output = Output(request, max_length=self.max_length, detokenizer=reader)
         return chat_chunks(self._chunks(output, script), reader)
 
@@ -59,7 +65,7 @@ class Scripted:
         for part in re.split(f"([{CTRL_C}{NOT_FINITE}])", script):
             if part == CTRL_C:
                 raise KeyboardInterrupt
-            for token in [-1] if part == NOT_FINITE else TALES.encode(part, special=True):
+            for token in [-1] if part == NOT_FINITE else self.tokenizer.encode(part, special=True):
                 yield Token(0, token, 0.0, ())
 
 

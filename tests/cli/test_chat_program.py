@@ -97,6 +97,9 @@ def test_the_length_is_bounded_unless_it_is_given(scripted, monkeypatch, argv, e
         (["chat", "A", "-m", "/no/such/place"], "/no/such/place"),
         (["chat", "A", "--max-length", "0"], "max_length"),
         (["chat", "A", "--max-length", "5"], "shorten the message, or start with a larger --max-length"),
+        (["chat", "A", "--chat-format", "chatnl"], "unknown chat format 'chatnl'; choose one of harmony, chatml, "),
+        (["chat", "A", "--chat-format", "chatml"], "lacks special tokens of the chat format chatml: <|im_start|>"),
+        (["chat", "A", "--no-thinking"], "enable_thinking has no meaning in the chat format harmony"),
         (["chat", "A", "-m", "gpt2-tales"], 'gptjax generate "Once upon a time" -m gpt2-tales'),
     ],
 )
@@ -105,6 +108,12 @@ def test_what_is_wrong_is_one_message_and_status_1(capsys, argv, says):
     out, err = capsys.readouterr()
     assert (out, err.count("gptjax: ")) == ("", 1)
     assert says in err
+
+
+def test_the_format_is_the_given_one(scripted):
+    model = scripted(SAID)
+    assert main(["chat", "A", "--chat-format", "harmony"]) == 0
+    assert model.settings["chat_format"] == "harmony"
 
 
 def test_json_needs_a_message(capsys, monkeypatch):
