@@ -20,18 +20,13 @@ from gptjax.support.quoting import shown
 _PIECE: Final = 1 << 22  # elements checked at a time, to need little memory
 
 
-def stream(plan: Plan, source: TensorSource) -> Iterator[tuple[Path, np.ndarray]]:
-    """Yields path and array of each target.
+def readers(plan: Plan, source: TensorSource) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
+    """Yields each target's path and a function that reads and checks it; several may run at a time, in threads.
 
     Raises:
-      CheckpointError: a copy differs from its original (raised before the first target), or a tensor has NaN or
-        infinity.
+      CheckpointError: a copy differs from its original (raised before the first target). The functions raise it too: a
+        file cannot be read, or a tensor has NaN or infinity.
     """
-    return ((path, read()) for path, read in readers(plan, source))
-
-
-def readers(plan: Plan, source: TensorSource) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
-    """Like `stream`, but with a function that reads and checks the array; several may run at a time, in threads."""
     for name, original, otherwise in plan.copies:
         if not _agree(source, name, original):
             dtypes = dict.fromkeys((source.tensors[name].dtype, source.tensors[original].dtype))

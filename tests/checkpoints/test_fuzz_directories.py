@@ -20,6 +20,7 @@ import json, os, random, resource, shutil, signal, sys, time, traceback
 from pathlib import Path
 import convert, convert.conversion
 from gptjax.checkpoints import hub, manifest, weights
+from gptjax.checkpoints.checkpoint import open_path
 from gptjax.config import read_config
 from gptjax.errors import GptjaxError
 from gptjax.models.registry import build
@@ -98,7 +99,7 @@ def read(directory):
         found = weights.readers(directory, weights.checked_manifest(directory, targets))
         leaves = [(path, read()) for path, read in found]
     else:
-        leaves = list(convert.stream_params(directory, config))
+        leaves = [(path, read()) for path, read in convert.open_params(open_path(directory))]
     return {path: array.tobytes() for path, array in leaves}
 
 def stop(*_):

@@ -15,6 +15,7 @@ from convert import tables
 from convert.matching import names_of
 from convert.rules import TRANSPOSED, Transform, stacked, stacked_transposed
 from gptjax import api
+from gptjax.checkpoints.checkpoint import open_path
 from gptjax.checkpoints.safetensors_writer import Outline, SafetensorsWriter
 from gptjax.checkpoints.weights import flatten
 from gptjax.config import PUBLISHED, read_config
@@ -86,7 +87,9 @@ def test_gpt_oss_comes_back(tmp_path, by, layout):
 def test_what_is_exported_loads_as_what_it_came_from(tmp_path):
     source = gpt_oss_random.write(tmp_path / "src", gpt_oss_random.checkpoint())
     dst = _exported(tmp_path, source, "converted")
-    one, other = (flatten(api.load_params(path, registry.build(read_config(path)))) for path in (source, dst))
+    one, other = (
+        flatten(api.load_params(open_path(path), registry.build(read_config(path)))) for path in (source, dst)
+    )
     assert one.keys() == other.keys()
     assert all(made.same_bits(np.asarray(one[path]), np.asarray(other[path])) for path in one)
 
