@@ -88,7 +88,8 @@ def export(
     written = [parts.part(weight, wanted, chosen) for weight in _weights(checkpoint)]
     rules = table(target)
     tensors = {name: outline for part in written for name, outline in _outlines(part, rules)}
-    copies["config.json"] = _config_json(copies["config.json"], config, target, tensors.values(), ignore_config)
+    ignored = ignore_config if checkpoint.gguf is None else ()  # a GGUF file's keys are not those of config.json
+    copies["config.json"] = _config_json(copies["config.json"], config, target, tensors.values(), ignored)
     with staged(destination, overwrite=overwrite, ours=_is_exported) as partial:
         check_room(destination, partial, sum(tensor.nbytes for tensor in tensors.values()))
         _write(partial, written, rules, tensors, max_shard_bytes, progress)

@@ -21,11 +21,11 @@ _PIECE: Final = 1 << 22  # elements checked at a time, to need little memory
 
 
 def readers(plan: Plan, source: TensorSource) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
-    """Yields each target's path, and a function that reads and checks its array; several may run at a time, in threads.
+    """Yields each target's path and a function that reads and checks it; several may run at a time, in threads.
 
     Raises:
-      CheckpointError: a copy differs from its original (raised before the first target). The functions raise it if a
-        tensor has NaN or infinity.
+      CheckpointError: a copy differs from its original (raised before the first target). The functions raise it too: a
+        file cannot be read, or a tensor has NaN or infinity.
     """
     for name, original, otherwise in plan.copies:
         if not _agree(source, name, original):

@@ -17,6 +17,7 @@ from gptjax.checkpoints.manifest import Leaf, Manifest, from_json, to_json
 from gptjax.checkpoints.orbax_piece import piece_faults
 from gptjax.errors import CheckpointError
 from gptjax.support.files import parse_json, read_bytes
+from gptjax.support.progress import Advance
 
 _LIMIT: Final = 64 << 20  # bytes; GPT-OSS 120b's journal has less than 1 million
 Shapes = Mapping[tuple[str, ...], tuple[tuple[int, ...], str]]  # shape and dtype of each weight of a piece, by path
@@ -33,16 +34,20 @@ class Complete:
 class Journal:
     """The journal of an unfinished directory. Opening it deletes everything there that is not a complete piece."""
 
-    def __init__(self, new: Path, job: str, pieces: Sequence[Shapes]):
+    def __init__(self, new: Path, job: str, pieces: Sequence[Shapes], advance: Advance):
         """Reads what an earlier process noted.
 
         Args:
           new: the unfinished directory.
           job: identifies the conversion. Pieces of another one are deleted.
           pieces: what this conversion will write.
+          advance: takes the bytes of each complete piece.
         """
         self._path, self._job = new.parent / JOURNAL, job
-        self.complete = list(self._verified(new, pieces))
+        self.complete: list[Complete] = []
+        for done in self._verified(new, pieces):
+            self.complete.append(done)
+            advance(sum(leaf.nbytes for leaf in done.manifest.leaves))
         keep = [piece for done in self.complete for piece in done.manifest.pieces]
         _clear(new, keep=["params"] if keep else [])
         if keep:

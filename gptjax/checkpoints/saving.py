@@ -77,20 +77,21 @@ def save(
     """
     pieces = list(_pieces(parts))
     shapes = [_shapes(piece) for piece in pieces]
-    with staged(destination, overwrite=overwrite, ours=_replaceable, resume=True) as partial:
-        journal = Journal(partial, _job(source, copies, shapes), shapes)
-        sizes = [sum(part.nbytes for part in piece) for piece in pieces]
+    sizes = [sum(part.nbytes for part in piece) for piece in pieces]
+    with (
+        staged(destination, overwrite=overwrite, ours=_replaceable, resume=True) as partial,
+        (progress or silent)("writing weights", sum(sizes)) as advance,
+    ):
+        journal = Journal(partial, _job(source, copies, shapes), shapes, advance)
         check_room(destination, partial, sum(sizes[len(journal.complete) :]))
+        for done in journal.complete:
+            source.noted.update(done.noted)
         for name, data in copies.items():
             (partial / name).write_bytes(data)
         (partial / "params").mkdir(exist_ok=True)
-        with (progress or silent)("writing weights", sum(sizes)) as advance:
-            for done, size in zip(journal.complete, sizes, strict=False):
-                source.noted.update(done.noted)
-                advance(size)
-            for number in range(len(journal.complete), len(pieces)):
-                journal.add(_written(partial, number, pieces[number], source, destination))
-                advance(sizes[number])
+        for number in range(len(journal.complete), len(pieces)):
+            journal.add(_written(partial, number, pieces[number], source, destination))
+            advance(sizes[number])
         manifest = _merged(source, copies, [done.manifest for done in journal.complete])
         write_manifest(partial, manifest)
     return manifest

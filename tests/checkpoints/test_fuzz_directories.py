@@ -20,6 +20,7 @@ import json, os, random, resource, shutil, signal, sys, time, traceback
 from pathlib import Path
 import convert, convert.conversion
 from gptjax.checkpoints import hub, manifest, weights
+from gptjax.checkpoints.checkpoint import open_path
 from gptjax.config import read_config
 from gptjax.errors import GptjaxError
 from gptjax.models.registry import build

@@ -23,7 +23,6 @@ def restored(directory: Path, dtype=np.float32) -> dict[str, np.ndarray]:
 
 
 def streamed(directory: Path) -> dict[str, np.ndarray]:
-    """The weights that a source directory has. Arrays of its own dtypes."""
     return {"/".join(path): np.array(read()) for path, read in open_params(open_path(directory))}
 
 

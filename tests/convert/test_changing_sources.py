@@ -84,7 +84,7 @@ def test_a_source_that_changes_is_named_and_nothing_is_left(tmp_path, monkeypatc
 TRUNCATING = """
 import os, sys, threading, time
 import convert, gptjax.api
-from gptjax.config import read_config
+from gptjax.checkpoints.checkpoint import open_path
 from gptjax.errors import CheckpointError
 from gptjax.models.registry import build
 source, out, task = sys.argv[1:]
@@ -98,7 +98,8 @@ try:
         convert.convert(source, out)
     else:
         from pathlib import Path
-        gptjax.api.load_params(open_path(Path(source)), build(read_config(Path(source))))
+        checkpoint = open_path(Path(source))
+        gptjax.api.load_params(checkpoint, build(checkpoint.config))
 except CheckpointError as error:
     print("refused:", error)
 """

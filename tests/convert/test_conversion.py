@@ -124,7 +124,7 @@ def _tensor(name: str, *shape: int, dtype=np.float32, value: float = 0):
 
 
 BAD = {  # what is done to a directory; the error, and what it says of the fault and of the way out
-    "no such path": (shutil.rmtree, CheckpointError, "does not exist", "name a directory"),
+    "no such path": (shutil.rmtree, CheckpointError, "does not exist", "name a GGUF file, or a directory"),
     "no config": (lambda d: os.remove(d / "config.json"), CheckpointError, "has no config.json", "expected"),
     "no weights": (lambda d: os.remove(d / "model.safetensors"), CheckpointError, "has neither", "get the model's"),
     "truncated": (
@@ -264,8 +264,7 @@ def test_the_logging_of_others_is_as_it_was(tmp_path):
 
 def test_converted_and_direct_loading_agree(tmp_path, demo):
     convert(demo, tmp_path / "dst")
-    config = read_config(demo)
-    targets = abstract_params(build(config))
+    targets = abstract_params(build(read_config(demo)))
     direct = weights.place(open_params(open_path(demo)), targets)
     restored = weights.restore(tmp_path / "dst", targets)
     assert jax.tree.structure(direct) == jax.tree.structure(restored) == jax.tree.structure(targets)

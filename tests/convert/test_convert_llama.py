@@ -1,7 +1,6 @@
 """The tensors of Llama and its relatives, against the tests' own mapping of names, and what is refused."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from gptjax.errors import CheckpointError, ConfigError
 from gptjax.models import registry
 from pallas_kernels.formats.mxfp4 import MXFP4
 from tests.convert import made
+from tests.convert.conversion_material import streamed
 from tests.oracles import gpt_oss_random, llama_ours, llama_random
 from tests.oracles.llama_random import VARIANTS
 
@@ -24,10 +24,6 @@ BUFFER = "model.layers.1.self_attn.rotary_emb.inv_freq"
 
 def _flat(params: Any) -> dict[str, np.ndarray]:
     return {"/".join(path): np.asarray(leaf) for path, leaf in flatten(params).items()}
-
-
-def _stream(directory: Path) -> dict[str, np.ndarray]:
-    return {"/".join(path): np.array(read()) for path, read in convert.open_params(open_path(directory))}
 
 
 def _same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -40,7 +36,7 @@ def _same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None
 def test_every_weight_is_where_it_belongs(tmp_path, changes):
     checkpoint = llama_random.checkpoint(dtype=made.BFLOAT16, **changes)
     llama_random.write(tmp_path, checkpoint, shards=3)
-    _same(_stream(tmp_path), _flat(llama_ours.params(checkpoint.tensors, made.BFLOAT16)))
+    _same(streamed(tmp_path), _flat(llama_ours.params(checkpoint.tensors, made.BFLOAT16)))
 
 
 def test_a_tied_head_under_either_name_and_a_copy_of_it(tmp_path):
@@ -48,18 +44,18 @@ def test_a_tied_head_under_either_name_and_a_copy_of_it(tmp_path):
     expected = _flat(llama_ours.params(checkpoint.tensors))
     embedding = checkpoint.tensors["model.embed_tokens.weight"]
     both = llama_random.write(tmp_path / "both", checkpoint, **{"lm_head.weight": embedding})
-    _same(_stream(both), expected)
+    _same(streamed(both), expected)
     moved = {("lm_head.weight" if "embed" in name else name): x for name, x in checkpoint.tensors.items()}
-    _same(_stream(llama_random.write(tmp_path / "moved", checkpoint._replace(tensors=moved))), expected)
+    _same(streamed(llama_random.write(tmp_path / "moved", checkpoint._replace(tensors=moved))), expected)
     untied = llama_random.write(tmp_path / "untied", checkpoint, **{"lm_head.weight": embedding + 1})
     with pytest.raises(CheckpointError, match="tie_word_embeddings to false"):
-        _stream(untied)
+        streamed(untied)
 
 
 def test_rotary_buffers_are_ignored(tmp_path):
     checkpoint = llama_random.checkpoint()
     llama_random.write(tmp_path, checkpoint, **{BUFFER: np.ones(8, np.float32)})
-    _same(_stream(tmp_path), _flat(llama_ours.params(checkpoint.tensors)))
+    _same(streamed(tmp_path), _flat(llama_ours.params(checkpoint.tensors)))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +76,7 @@ def test_tensors_that_do_not_match_are_refused(tmp_path, variant, drop, add, par
     tensors |= {add: np.zeros(96, np.float32)} if add else {}
     llama_random.write(tmp_path, checkpoint._replace(tensors=tensors))
     with pytest.raises(CheckpointError) as caught:
-        _stream(tmp_path)
+        streamed(tmp_path)
     for part in parts:
         assert part in str(caught.value)
 
@@ -91,7 +87,7 @@ def test_a_matrix_of_the_wrong_shape_is_named(tmp_path):
     tensors = {**checkpoint.tensors, name: np.zeros((96, 90), np.float32)}
     llama_random.write(tmp_path, checkpoint._replace(tensors=tensors))
     with pytest.raises(CheckpointError, match=r"o_proj\.weight is \[96, 90\], expected \[96, 96\]"):
-        _stream(tmp_path)
+        streamed(tmp_path)
 
 
 @pytest.mark.parametrize("targets", ["linear", "all"])

@@ -23,7 +23,7 @@ from gptjax.errors import CheckpointError, ConfigError, RequestError
 from gptjax.models import registry
 from gptjax.models.params import abstract_params
 from tests.convert import made
-from tests.oracles import gpt_oss_random
+from tests.oracles import gpt_oss_random, llama_random
 
 
 def _tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -82,6 +82,15 @@ def test_gpt_oss_comes_back(tmp_path, by, layout):
     else:
         assert (dst / "config.json").read_bytes() == (source / "config.json").read_bytes()
     assert read_config(dst) == read_config(source)
+
+
+@pytest.mark.parametrize("variant", ["llama3.1", "llama biases", "mistral", "qwen2", "qwen3"])
+def test_llama_and_its_relatives_come_back(tmp_path, variant):
+    model = llama_random.checkpoint(dtype=made.BFLOAT16, **llama_random.VARIANTS[variant])
+    source = llama_random.write(tmp_path / "src", model, shards=2)
+    dst = _exported(tmp_path, source, "converted")
+    _assert_same(_tensors(dst), _tensors(source))
+    assert (dst / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
 def test_what_is_exported_loads_as_what_it_came_from(tmp_path):

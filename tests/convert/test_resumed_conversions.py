@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import stat
@@ -14,6 +15,7 @@ from gptjax.checkpoints import saving
 from gptjax.errors import CheckpointError
 from tests.convert import made
 from tests.convert.conversion_material import start
+from tests.fuzz import rounds
 
 KILL = """
 real, calls = gptjax.checkpoints.saving.write_piece, []
@@ -221,6 +223,25 @@ def test_what_is_damaged_or_forged_is_written_again(left, written, kind):
     assert written == _pieces(left)[first:]
     _assert_as_undisturbed(left, tuple(path.name for path in left.glob("outside*")))
     assert all(path.read_bytes() == data for path, data in outside.items())
+
+
+@pytest.mark.fuzz
+def test_remains_with_random_changes(killed, tmp_path, monkeypatch):
+    """Whatever was done to them, the result is as if they had never been."""
+    monkeypatch.setattr(saving, "PIECE_BYTES", 50_000)
+    for number in range(rounds(60)):
+        rng = random.Random(number)
+        left = tmp_path / str(number)
+        shutil.copytree(killed, left, copy_function=shutil.copy2)
+        files = sorted(path for path in (_partial(left)).rglob("*") if path.is_file() and path.name != "gptjax-staging")
+        for path in [*rng.sample(files, rng.randrange(3)), _lines(left)][rng.randrange(2) :]:
+            data = bytearray(path.read_bytes())
+            for _ in range(rng.choice((1, 1, 4, 40))):
+                data[rng.randrange(len(data))] = rng.choice((rng.randrange(256), *b'0{}[]",:'))
+            path.write_bytes(data[: rng.choice((len(data), rng.randrange(len(data))))])
+        convert(left / "src", left / "dst")
+        _assert_as_undisturbed(left)
+        shutil.rmtree(left)
 
 
 FOREIGN = {  # what may lie at the staging directory's name without being ours

@@ -11,7 +11,7 @@ import convert
 import gptjax
 from gptjax.config import read_config
 from tests.convert import made
-from tests.oracles import gpt_oss_random
+from tests.oracles import gpt_oss_random, llama_random
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -68,6 +68,17 @@ def test_float_gpt_oss_is_as_transformers_saves_it(tmp_path, tied):
     dst = _exported(tmp_path, source)
     model = _loaded(dst, experts_implementation="eager")
     assert np.array_equal(_logits(model), _logits(_loaded(source, experts_implementation="eager")))
+    theirs, ours = _saved(model, tmp_path / "saved"), safetensors_torch.load_file(dst / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("variant", ["llama3.1", "llama biases", "mistral", "qwen2 window", "qwen3"])
+def test_llama_is_as_transformers_saves_it(tmp_path, variant):
+    source = llama_random.write(tmp_path / "src", llama_random.checkpoint(**llama_random.VARIANTS[variant]))
+    dst = _exported(tmp_path, source)
+    model = _loaded(dst)
+    assert np.array_equal(_logits(model), _logits(_loaded(source)))
     theirs, ours = _saved(model, tmp_path / "saved"), safetensors_torch.load_file(dst / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
