@@ -194,7 +194,7 @@ def test_bad_input_is_told_and_writes_nothing(tmp_path, kind, overwrite):
     ("name", "content", "said"),
     [
         ("model.safetensors", None, "name its directory: "),
-        ("model.gguf", b"GGUF" + bytes(50), "GGUF file"),
+        ("model.gguf", b"GGUF" + bytes(50), "GGUF version 0"),
         ("ggml-model.bin", b"lmgg" + bytes(50), "ggml file"),
         ("pytorch_model.bin", b"\x80\x02}q\0.", "pickle"),
         ("notes.txt", b"notes", "name its directory: "),
