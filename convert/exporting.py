@@ -30,7 +30,7 @@ from gptjax.checkpoints.weights import checked_manifest
 from gptjax.config import GptOssConfig, ModelConfig
 from gptjax.config.gpt_oss import is_original
 from gptjax.config.keys import without
-from gptjax.config.quantization import mxfp4_to_json
+from gptjax.config.quantization import packing_to_json
 from gptjax.errors import ConfigError, RequestError
 from gptjax.models.params import abstract_params, num_params
 from gptjax.models.registry import build
@@ -161,7 +161,7 @@ def _config_json(
     if is_original(raw):  # OpenAI's own keys, which transformers does not know
         raw = target.to_json()
     elif target != config:
-        raw |= mxfp4_to_json(target.mxfp4)
+        raw |= packing_to_json(target.mxfp4, target.types)
     floats = {tensor.dtype.name for tensor in tensors if jnp.issubdtype(tensor.dtype, jnp.floating)}
     if len(floats) == 1:  # what transformers loads the weights as
         raw |= dict.fromkeys(raw.keys() & {"dtype", "torch_dtype"}, *floats)
