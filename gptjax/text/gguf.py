@@ -91,7 +91,7 @@ def _byte_level(
 ) -> Vocabulary:
     cut = _cut(fields)
     if BYTE in types:
-        raise fields.unsupported("token_type", "6 for a token, a byte, of which a byte-level BPE has none")
+        raise fields.unsupported("token_type", "6 (byte) for a token, but a byte-level BPE has no such tokens")
     merges = fields.merges(set(tokens))
     merged = {part for pair in merges for part in pair} | {left + right for left, right in merges}
     kinds = zip(tokens, types, strict=True)
@@ -126,7 +126,7 @@ def _sentencepiece(
 ) -> Vocabulary:
     kinds = list(zip(tokens, types, strict=True))
     if sorted(token for token, kind in kinds if kind == BYTE) != sorted(SENTENCEPIECE.byte_tokens):
-        raise fields.fault("tokens", "has other tokens of type 6 than <0x00> to <0xFF>")
+        raise fields.fault("tokens", "must have <0x00> to <0xFF>, and no others, with type 6 (byte)")
     scores = {
         token: score
         for (token, kind), score in zip(kinds, fields.scores(len(tokens)), strict=True)
@@ -193,7 +193,8 @@ def _is_end(token: str, kind: int) -> bool:
 
 def _context_length(metadata: Mapping[str, Any]) -> int | None:
     """Whatever the architecture is; the model's config checks the value."""
-    value = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    architecture = metadata.get("general.architecture")
+    value = metadata.get(f"{architecture}.context_length") if isinstance(architecture, str) else None
     return value if type(value) is int and value > 0 else None
 
 
