@@ -16,8 +16,10 @@ class Detokenizer:
 
     ended = False
 
-    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+    def __init__(self, bytes_of: Callable[[int], bytes], *, strips_space: bool = False) -> None:
+        """`bytes_of` gives a token's bytes; `strips_space` leaves out the space that the text begins with."""
         self._bytes_of = bytes_of
+        self._strips_space = self._at_start = strips_space
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
@@ -26,8 +28,13 @@ class Detokenizer:
         Raises:
           RequestError: the id is not an integer, or it is negative.
         """
-        return self._decoder.decode(self._bytes_of(token_id))
+        data = self._bytes_of(token_id)
+        if self._at_start and data:
+            self._at_start = False
+            data = data.removeprefix(b" ")
+        return self._decoder.decode(data)
 
     def finish(self) -> str:
         """Returns the tail: U+FFFD if a character is incomplete, else nothing. A new text may begin afterwards."""
+        self._at_start = self._strips_space
         return self._decoder.decode(b"", final=True)

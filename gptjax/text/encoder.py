@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import tokenizers
 from tokenizers import models
 
 from gptjax.errors import CheckpointError, ConfigError
-from gptjax.text.vocabulary import BYTE_OF, AddedToken, Vocabulary
+from gptjax.text.spelling import SENTENCEPIECE
+from gptjax.text.vocabulary import AddedToken, Vocabulary
 
 
 class Encoder:
@@ -38,8 +40,6 @@ class Encoders:
     """A vocabulary's encoders, which share its model.
 
     Attributes:
-      without_special: reads special tokens in a text as plain text.
-      with_special: reads them as special tokens.
       before, after: ids that the post-processor puts around a text.
 
     Raises:
@@ -50,23 +50,46 @@ class Encoders:
     def __init__(self, vocabulary: Vocabulary) -> None:
         ordered = sorted(vocabulary.ids, key=vocabulary.ids.__getitem__)
         numbers = {token: number for number, token in enumerate(ordered)}
+        falls_back = vocabulary.spelling is SENTENCEPIECE
+        plain, special = [each for each in vocabulary.added if not each.special], vocabulary.added + vocabulary.ordinary
         try:
-            model = models.BPE(numbers, vocabulary.merges, ignore_merges=vocabulary.ignore_merges)
-            self.without_special = Encoder(vocabulary, model, [each for each in vocabulary.added if not each.special])
-            self.with_special = Encoder(vocabulary, model, [*vocabulary.added, *vocabulary.ordinary])
+            model = models.BPE(
+                numbers, vocabulary.merges, ignore_merges=vocabulary.ignore_merges, byte_fallback=falls_back
+            )
+            first = Encoder(vocabulary, model, plain), Encoder(vocabulary, model, special)
+            later = first
+            if (inner := _not_first(vocabulary)) is not None:
+                later = Encoder(inner, model, plain), Encoder(inner, model, special)
             self.before, self.after = _around(vocabulary, model)
         except ConfigError:
             raise
         except Exception as error:  # the library raises no narrower type
             raise CheckpointError(f"{vocabulary.file} is damaged: {error}; download it again") from error
+        self._encoders = {True: first, False: later}
+
+    def encode(self, text: str, *, special: bool, start: bool) -> list[int]:
+        """The ids of a text.
+
+        Args:
+          special: whether special tokens in it become those tokens; otherwise they are plain text.
+          start: whether a prompt begins with it.
+        """
+        return self._encoders[start][special].encode(text)
+
+
+def _not_first(vocabulary: Vocabulary) -> Vocabulary | None:
+    """The same vocabulary for texts that do not begin a prompt, if it puts a space before the first text only."""
+    cut = vocabulary.pre_tokenizer
+    if not isinstance(cut, dict) or cut.get("prepend_scheme") != "first":
+        return None
+    return replace(vocabulary, pre_tokenizer={**cut, "prepend_scheme": "never"})
 
 
 def _around(vocabulary: Vocabulary, model: models.BPE) -> tuple[list[int], list[int]]:
     """The ids that the post-processor puts before and after a text, tried with a sample."""
     if vocabulary.post_processor is None:
         return [], []
-    letters = (chr(byte) for letter, byte in BYTE_OF.items() if letter in vocabulary.ids and byte < 128)
-    sample = next(filter(str.isalnum, letters), "")
+    sample = next((token for token in vocabulary.ids if len(token) == 1 and token.isascii() and token.isalnum()), "")
     plain = _engine(vocabulary, model).encode(sample, add_special_tokens=False).ids
     encoding = _engine(vocabulary, model, vocabulary.post_processor).encode(sample, add_special_tokens=True)
     ids, added = encoding.ids, encoding.special_tokens_mask

@@ -9,6 +9,9 @@ from gptjax.errors import CheckpointError, ConfigError
 from gptjax.support.files import raise_damaged, read_json, read_text
 from gptjax.support.quoting import quoted, shown
 from gptjax.text.additions import read_additions, special_tokens
+from gptjax.text.framing import post_processor
+from gptjax.text.kinds import adds_space, parts, spelling_of, strips_space
+from gptjax.text.spelling import SENTENCEPIECE, Spelling
 from gptjax.text.vocabulary import AddedToken, Vocabulary, build_vocabulary
 
 END_OF_TEXT = "<|endoftext|>"
@@ -25,7 +28,7 @@ def read_vocabulary(
 
     Raises:
       CheckpointError: files are missing or damaged.
-      ConfigError: the tokenizer is not a byte-level BPE.
+      ConfigError: the tokenizer is neither a byte-level nor a SentencePiece BPE.
     """
     path = directory / "tokenizer.json"
     found = read_json(path)
@@ -41,8 +44,14 @@ def read_vocabulary(
 def _missing(directory: Path, *, no_vocab: bool, no_merges: bool) -> str:
     names = ["tokenizer.json"] + ["vocab.json"] * no_vocab + ["merges.txt"] * no_merges
     where = shown(directory) if os.path.isdir(directory) else f"{shown(directory)}, which is not a directory"
+    unread = os.path.lexists(directory / "tokenizer.model")
+    hint = (
+        " (transformers makes one from tokenizer.model: AutoTokenizer.from_pretrained, then save_pretrained)"
+        if unread
+        else ""
+    )
     return (
-        f"no tokenizer: {', '.join(names)} not found in {where}; put tokenizer.json there, or vocab.json with "
+        f"no tokenizer: {', '.join(names)} not found in {where}; put tokenizer.json there{hint}, or vocab.json with "
         "merges.txt, or name a directory that has them; without a tokenizer the model still works on token ids"
     )
 
@@ -64,56 +73,39 @@ def _from_tokenizer_json(
     model = found.get("model")
     if not isinstance(model, dict):
         raise_damaged(path, '"model" is missing or not an object')
-    _require_byte_level(path, found, model)
-    cut, prefix = found["pre_tokenizer"], settings.get("add_prefix_space")
-    if isinstance(prefix, bool) and cut.get("type") == "ByteLevel":
-        cut = {**cut, "add_prefix_space": prefix}
+    spelling = spelling_of(path, found, model)
     added = list(_added(path, found.get("added_tokens")))
-    known = {token.content for token in added} | set(model["vocab"] if isinstance(model.get("vocab"), dict) else ())
-    added += _added(path.parent / "tokenizer_config.json", [item for item in later if item.get("content") not in known])
+    vocab = model["vocab"] if isinstance(model.get("vocab"), dict) else {}
+    known = vocab | {token.content: token.id for token in added}
+    more = [item for item in later if not isinstance(item.get("content"), str) or item["content"] not in known]
+    added += _added(path.parent / "tokenizer_config.json", more)
     return build_vocabulary(
         path,
         model.get("vocab"),
         _merges(path, model.get("merges")),
         added,
         normalizer=found.get("normalizer"),
-        pre_tokenizer=cut,
+        pre_tokenizer=_cut(path, found, settings.get("add_prefix_space"), spelling),
         ignore_merges=model.get("ignore_merges") is True,
         post_processor=found.get("post_processor"),
+        spelling=spelling,
+        strips_space=spelling is SENTENCEPIECE and strips_space(found),
     )
 
 
-def _require_byte_level(path: Path, found: dict[str, Any], model: dict[str, Any]) -> None:
-    """Raises ConfigError for another kind. Older files omit the model's type, and write an absent affix as ""."""
-    kind = model.get("type", "BPE" if "merges" in model else None)
-    faults = [] if kind == "BPE" else [f"its model is {shown(str(kind))}"]
-    if "ByteLevel" not in _types(found.get("pre_tokenizer")):
-        faults.append("its pre_tokenizer is not ByteLevel")
-    affixes = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
-    faults += [f"it has {key} {quoted(model[key])}" for key in affixes if model.get(key)]
-    faults += [
-        f"its decoder is {shown(kind)}"
-        for kind in _types(found.get("decoder"))
-        if kind not in ("ByteLevel", "Sequence")
-    ]
-    if faults:
-        raise ConfigError(
-            f"{path} is not a byte-level BPE ({', '.join(faults[:10])}), the only kind that gptjax reads: use a model "
-            "that has one, or give token ids instead of text"
-        )
-
-
-def _types(node: Any) -> Iterator[str]:
-    """The values of all "type" keys in a part of tokenizer.json."""
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, dict):
-            if isinstance(node.get("type"), str):
-                yield node["type"]
-            stack.extend(node.values())
-        elif isinstance(node, list):
-            stack.extend(node)
+def _cut(path: Path, found: dict[str, Any], prefix: object, spelling: Spelling) -> Any:
+    """The pre_tokenizer, with tokenizer_config.json's add_prefix_space."""
+    cut: Any = found.get("pre_tokenizer")
+    if spelling is SENTENCEPIECE:
+        if isinstance(prefix, bool) and prefix != adds_space(found):
+            raise ConfigError(
+                f"{path.parent / 'tokenizer_config.json'} has add_prefix_space {prefix}, but {path.name} says the "
+                "opposite: make them agree"
+            )
+        return next(iter(parts(cut, "pretokenizers")), None)
+    if isinstance(prefix, bool) and cut.get("type") == "ByteLevel":
+        cut = {**cut, "add_prefix_space": prefix}
+    return cut
 
 
 def _merges(path: Path, merges: object) -> list[tuple[str, str]]:
@@ -192,17 +184,11 @@ def _gpt2_template(
     """The post_processor that tokenizer_config.json's add_bos_token and add_eos_token imply."""
     names = {**settings, **special}
 
-    def part(which: str) -> list[dict[str, Any]]:
+    def token_id(which: str) -> int | None:
         value = names.get(f"{which}_token", END_OF_TEXT)
         content = value.get("content") if isinstance(value, dict) else value
-        if settings.get(f"add_{which}_token") is not True or content not in known:
-            return []
-        return [{"SpecialToken": {"id": content, "type_id": 0}}]
+        if settings.get(f"add_{which}_token") is not True or not isinstance(content, str):
+            return None
+        return known.get(content)
 
-    text = [{"Sequence": {"id": "A", "type_id": 0}}]
-    single = [*part("bos"), *text, *part("eos")]
-    if single == text:
-        return None
-    used = {item["SpecialToken"]["id"] for item in single if "SpecialToken" in item}
-    tokens = {content: {"id": content, "ids": [known[content]], "tokens": [content]} for content in used}
-    return {"type": "TemplateProcessing", "single": single, "pair": [*text, *text], "special_tokens": tokens}
+    return post_processor(token_id("bos"), token_id("eos"))

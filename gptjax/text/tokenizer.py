@@ -1,4 +1,4 @@
-"""Text to token ids and back, for byte-level BPE tokenizers."""
+"""Text to token ids and back, for byte-level and SentencePiece BPE tokenizers."""
 
 import operator
 import os
@@ -15,24 +15,22 @@ from gptjax.text.encoder import Encoders
 from gptjax.text.reading import read_vocabulary
 from gptjax.text.settings import read_settings
 from gptjax.text.template import read_chat_template
-from gptjax.text.vocabulary import BYTE_OF, Vocabulary, unspell
+from gptjax.text.vocabulary import Vocabulary
 
 
 class Tokenizer:
-    """A byte-level BPE; made by `load_tokenizer`. Immutable, so any number of threads may share one.
+    """A BPE; made by `load_tokenizer` or `tokenizer_from_gguf`. Immutable, so any number of threads may share one.
 
     Attributes:
       bos_id: the token before a text, or None.
       eos_ids: the tokens that generation stops at; empty if unknown.
       vocab_size: one past the largest id. The model's logits may be wider.
       context_length: the most positions the model's config allows, or None if no file says.
-      kind: "byte-level-bpe".
+      kind: "byte-level-bpe", or "sentencepiece-bpe" if unknown characters fall back to tokens for bytes.
       special_ids: id of each special token, by its content.
       longest_token: bytes of the longest token.
       chat_template: the checkpoint's own chat template, or None if it has none.
     """
-
-    kind = "byte-level-bpe"
 
     def __init__(
         self,
@@ -43,17 +41,20 @@ class Tokenizer:
         context_length: int | None,
         chat_template: str | None = None,
     ) -> None:
+        self.kind = vocabulary.spelling.kind
         self.bos_id = bos_id
         self.eos_ids = eos_ids
         self.context_length = context_length
         self.chat_template = chat_template
         self.special_ids: Mapping[str, int] = MappingProxyType({t.content: t.id for t in vocabulary.added if t.special})
         self._special = frozenset(self.special_ids.values())
-        self._bytes = {number: unspell(token) for token, number in vocabulary.ids.items()}
-        self._bytes |= {token.id: token.content.encode() for token in vocabulary.added}
+        spelling = vocabulary.spelling
+        self._bytes = {number: spelling.token_bytes(token) for token, number in vocabulary.ids.items()}
+        self._bytes |= {token.id: spelling.added_bytes(token.content) for token in vocabulary.added}
+        self._strips_space = vocabulary.strips_space
         self.vocab_size = max(self._bytes) + 1
         self.longest_token = max(map(len, self._bytes.values()))
-        self._unknown = frozenset(byte for letter, byte in BYTE_OF.items() if letter not in vocabulary.ids)
+        self._unknown = spelling.missing(vocabulary.ids)
         self._encoders = Encoders(vocabulary)
 
     def __repr__(self) -> str:
@@ -61,19 +62,21 @@ class Tokenizer:
             f"Tokenizer(kind={self.kind!r}, vocab_size={self.vocab_size}, bos_id={self.bos_id}, eos_ids={self.eos_ids})"
         )
 
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
+    def encode(self, text: str, *, special: bool = False, start: bool = True) -> list[int]:
         """The ids of `text`; none are added before or after it.
 
         Args:
           text: any string without lone surrogates.
           special: whether special tokens written in the text, like "<|endoftext|>", become those tokens. Otherwise
             they are plain text like any other: keep it that way for text that a user wrote.
+          start: whether a prompt begins with the text; False for what follows a special token. Some SentencePiece
+            tokenizers put a space before the first text only.
 
         Raises:
           RequestError: not a string, a lone surrogate, or a byte that the vocabulary has no token for.
         """
         self._check(text)
-        return (self._encoders.with_special if special else self._encoders.without_special).encode(text)
+        return self._encoders.encode(text, special=special, start=start)
 
     def prompt(self, text: str, *, special: bool = False) -> list[int]:
         """The ids of `text`, with those that tokenizer.json's post_processor adds around it, usually a BOS.
@@ -89,23 +92,28 @@ class Tokenizer:
             after = []
         return [*before, *ids, *after]
 
-    def decode(self, ids: Iterable[SupportsIndex], *, special: bool = False) -> str:
+    def decode(self, ids: Iterable[SupportsIndex], *, special: bool = False, start: bool = True) -> str:
         """The text of `ids`. Invalid bytes become U+FFFD, and unknown ids are skipped.
 
         Args:
           ids: integers of any kind (NumPy's too), not negative.
           special: whether special tokens are written out; otherwise they are left out.
+          start: whether a text begins here; False if the ids continue one. Most SentencePiece tokenizers put a space
+            before a text, and it is left out at the start.
 
         Raises:
           RequestError: not a sequence of integers, or a negative one.
         """
         if isinstance(ids, str | bytes | bytearray) or not isinstance(ids, Iterable):
             raise RequestError(f"decode takes a sequence of token ids, not {type(ids).__name__}: encode returns one")
-        return b"".join([self._shown(token_id, special) for token_id in ids]).decode(errors="replace")
+        data = b"".join([self._shown(token_id, special) for token_id in ids])
+        if start and self._strips_space:
+            data = data.removeprefix(b" ")
+        return data.decode(errors="replace")
 
-    def stream(self, *, special: bool = False) -> Detokenizer:
+    def stream(self, *, special: bool = False, start: bool = True) -> Detokenizer:
         """A decoder that takes ids one by one and returns, piece by piece, the same text as `decode`."""
-        return Detokenizer(partial(self._shown, special=special))
+        return Detokenizer(partial(self._shown, special=special), strips_space=start and self._strips_space)
 
     def token_bytes(self, token_id: SupportsIndex) -> bytes:
         """The bytes of one token (a special token's content as UTF-8), b"" for an unknown id.
@@ -149,7 +157,7 @@ def load_tokenizer(
 
     Raises:
       CheckpointError: files are missing or damaged.
-      ConfigError: the tokenizer is not a byte-level BPE, or a first or last token is not in the vocabulary.
+      ConfigError: the tokenizer is of another kind than these two, or a first or last token is not in the vocabulary.
     """
     settings = read_settings(Path(directory), generation_config)
     model_type = settings.model.get("model_type")

@@ -1,4 +1,4 @@
-"""The parts of a byte-level BPE, checked."""
+"""The parts of a BPE, checked."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -7,24 +7,7 @@ from typing import Any
 
 from gptjax.support.files import raise_damaged
 from gptjax.support.quoting import quoted
-
-
-def _alphabet() -> dict[str, int]:
-    """GPT-2's letters for bytes (openai/gpt-2 `bytes_to_unicode`): printable ones as themselves, others from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-BYTE_OF = _alphabet()
-
-
-def unspell(token: str) -> bytes:
-    """The bytes of a token of the vocabulary. One not in the alphabet is plain text, as in HF's decoder."""
-    try:
-        return bytes([BYTE_OF[letter] for letter in token])
-    except KeyError:
-        return token.encode()
+from gptjax.text.spelling import BYTE_LEVEL, Spelling
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +28,7 @@ class AddedToken:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A byte-level BPE. `ids` holds no special token, so ordinary text cannot become one, whatever it says."""
+    """A BPE. `ids` holds no special token, so ordinary text cannot become one, whatever it says."""
 
     file: Path
     """Its source, for messages."""
@@ -63,6 +46,9 @@ class Vocabulary:
     ordinary: tuple[AddedToken, ...]
     """Special tokens that ordinary text also contains, such as "!" if it is the padding. They are matched whole only if
     special tokens are looked for, and shown like any other text."""
+    spelling: Spelling
+    strips_space: bool
+    """Whether a decoded text loses the space that it begins with, which encoding put there."""
 
 
 def build_vocabulary(
@@ -75,18 +61,32 @@ def build_vocabulary(
     pre_tokenizer: Any = None,
     ignore_merges: bool = False,
     post_processor: Any = None,
+    spelling: Spelling = BYTE_LEVEL,
+    strips_space: bool = False,
 ) -> Vocabulary:
     """Checks the parts against each other. Raises CheckpointError, naming `file`."""
     known = _checked_ids(file, ids)
     built = _checked_merges(file, known, merges)
     names = {number: token for token, number in known.items()}
     tokens = tuple(added)
-    _check_added(file, known, names, tokens)
+    _check_added(file, known, names, tokens, spelling)
     ordinary = tuple(token for token in tokens if token.special and _is_ordinary(names.get(token.id, ""), built))
     kept = tuple(token for token in tokens if token not in ordinary)
     hidden = {token.id for token in kept if token.special}
     plain = {token: number for token, number in known.items() if number not in hidden}
-    return Vocabulary(file, plain, merges, kept, normalizer, pre_tokenizer, ignore_merges, post_processor, ordinary)
+    return Vocabulary(
+        file,
+        plain,
+        merges,
+        kept,
+        normalizer,
+        pre_tokenizer,
+        ignore_merges,
+        post_processor,
+        ordinary,
+        spelling,
+        strips_space,
+    )
 
 
 def _checked_ids(file: Path, ids: object) -> dict[str, int]:
@@ -116,15 +116,17 @@ def _checked_merges(file: Path, ids: Mapping[str, int], merges: list[tuple[str, 
     return built
 
 
-def _check_added(file: Path, ids: Mapping[str, int], names: Mapping[int, str], added: Sequence[AddedToken]) -> None:
+def _check_added(
+    file: Path, ids: Mapping[str, int], names: Mapping[int, str], added: Sequence[AddedToken], spelling: Spelling
+) -> None:
     for token in added:
         if not is_text(token.content) or not 0 <= token.id < 2**32:
             raise_damaged(
                 file, f"the added token {quoted(token.content)} has half a surrogate pair or the id {quoted(token.id)}"
             )
-        data = token.content.encode()
-        other_text = token.id in names and unspell(names[token.id]) != data
-        other_id = ids.get(token.content, token.id) != token.id and unspell(token.content) == data
+        data = spelling.added_bytes(token.content)
+        other_text = token.id in names and spelling.token_bytes(names[token.id]) != data
+        other_id = ids.get(token.content, token.id) != token.id and spelling.token_bytes(token.content) == data
         if other_text or other_id:
             raise_damaged(file, f"the added token {quoted(token.content)} (id {token.id}) contradicts the vocabulary")
     if not len(added) == len({token.id for token in added}) == len({token.content for token in added}):

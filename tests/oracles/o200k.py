@@ -5,7 +5,7 @@ import json
 import lzma
 from pathlib import Path
 
-from gptjax.text.vocabulary import BYTE_OF
+from gptjax.text.spelling import BYTE_LEVEL
 
 SOURCE = Path(__file__).resolve().parents[1] / "data" / "o200k_harmony" / "o200k_base.tiktoken.xz"
 # openai/harmony `src/tiktoken_ext/public_encodings.rs`, and the reserved ones of GPT-OSS's tokenizer.json.
@@ -41,7 +41,7 @@ def write(directory: Path) -> Path:
     listed = lzma.decompress(SOURCE.read_bytes())
     (directory / "o200k_base.tiktoken").write_bytes(listed)
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, listed.splitlines())}
-    letters = {byte: letter for letter, byte in BYTE_OF.items()}
+    letters = BYTE_LEVEL.byte_tokens
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
     # tiktoken merges any two neighbours that make a token, the lowest rank first.
     merges = [
