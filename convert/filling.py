@@ -10,26 +10,23 @@ import numpy as np
 
 from convert.matching import Fill, Plan
 from convert.rules import IDENTITY, Transform
-from gptjax.checkpoints.safetensors import SafetensorsSource
+from gptjax.checkpoints.checkpoint import TensorSource
+from gptjax.checkpoints.safetensors_header import NUMPY_DTYPES
 from gptjax.checkpoints.weights import Path
 from gptjax.errors import CheckpointError
+from gptjax.gguf import GGUFFile
 from gptjax.support.quoting import shown
 
 _PIECE: Final = 1 << 22  # elements checked at a time, to need little memory
 
 
-def stream(plan: Plan, source: SafetensorsSource) -> Iterator[tuple[Path, np.ndarray]]:
-    """Yields path and array of each target.
+def readers(plan: Plan, source: TensorSource) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
+    """Yields each target's path and a function that reads and checks it; several may run at a time, in threads.
 
     Raises:
-      CheckpointError: a copy differs from its original (raised before the first target), or a tensor has NaN or
-        infinity.
+      CheckpointError: a copy differs from its original (raised before the first target). The functions raise it too: a
+        file cannot be read, or a tensor has NaN or infinity.
     """
-    return ((path, read()) for path, read in readers(plan, source))
-
-
-def readers(plan: Plan, source: SafetensorsSource) -> Iterator[tuple[Path, Callable[[], np.ndarray]]]:
-    """Like `stream`, but with a function that reads and checks the array; several may run at a time, in threads."""
     for name, original, otherwise in plan.copies:
         if not _agree(source, name, original):
             dtypes = dict.fromkeys((source.tensors[name].dtype, source.tensors[original].dtype))
@@ -39,7 +36,7 @@ def readers(plan: Plan, source: SafetensorsSource) -> Iterator[tuple[Path, Calla
         yield fill.path, functools.partial(read, fill, source)
 
 
-def parts(fill: Fill, source: SafetensorsSource) -> Iterator[np.ndarray]:
+def parts(fill: Fill, source: TensorSource) -> Iterator[np.ndarray]:
     """One target in consecutive parts along its first axis, to save memory; whole if it must be transformed.
 
     Raises `CheckpointError`.
@@ -54,9 +51,17 @@ def parts(fill: Fill, source: SafetensorsSource) -> Iterator[np.ndarray]:
         yield _checked(name, part, fill.transform).reshape(-1, *shape[1:])
 
 
-def read(fill: Fill, source: SafetensorsSource) -> np.ndarray:
+def read(fill: Fill, source: TensorSource) -> np.ndarray:
     """One target, checked. Raises `CheckpointError`."""
-    return fill.transform.apply(*(_checked(name, source.read(name), fill.transform) for name in fill.sources))
+    get = source.packed if fill.transform.packed and isinstance(source, GGUFFile) else source.read
+    return fill.transform.apply(*(_checked(name, get(name), fill.transform) for name in fill.sources))
+
+
+def dtype(fill: Fill, source: TensorSource) -> np.dtype[Any]:
+    """The dtype of what `read` returns."""
+    if fill.transform.packed:
+        return np.dtype(np.uint8)
+    return np.result_type(*(NUMPY_DTYPES[source.tensors[name].dtype] for name in fill.sources))
 
 
 def _checked(name: str, array: np.ndarray, transform: Transform) -> np.ndarray:
@@ -74,7 +79,7 @@ def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
     return (flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE))
 
 
-def _agree(source: SafetensorsSource, name: str, original: str) -> bool:
+def _agree(source: TensorSource, name: str, original: str) -> bool:
     """Whether two tensors of one shape have the same bits, after rounding one to the other's dtype if they differ."""
     there = back = True
     for x, y in zip(source.slices(name, _PIECE), source.slices(original, _PIECE), strict=True):

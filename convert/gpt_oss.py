@@ -4,57 +4,39 @@ Linear weights are stored [out, in]; kernels here are [in, out]. MXFP4 blocks an
 dequantised experts are already stored [in, out].
 """
 
+import dataclasses
 from collections.abc import Collection
 
-from convert.heads import other_heads
-from convert.rules import TRANSPOSED, Copy, Rule, Table, Transform, stacked, stacked_transposed
+from convert.attention import EMBEDDING, LAYER, attention
+from convert.heads import with_ends
+from convert.rules import IDENTITY, TRANSPOSED, Rule, Table
 from gptjax.config import GptOssConfig
 from pallas_kernels.formats.mxfp4 import NAN_SCALE
 
-_BLOCKS = Transform("blocks", lambda shape: (shape,), lambda array: array, dtypes=("U8",))
-_SCALES = Transform(
-    "scales",
-    lambda shape: (shape,),
-    lambda array: array,
-    dtypes=("U8",),
+_BLOCKS = dataclasses.replace(IDENTITY, name="blocks", dtypes=("U8",))
+_SCALES = dataclasses.replace(
+    _BLOCKS,
+    name="scales",
     fault=lambda array: f"the scale {NAN_SCALE}, which is NaN" if array.max(initial=0) == NAN_SCALE else "",
 )
 _NOT_PACKED = "or remove quantization_config from config.json if the experts are not in MXFP4"
 _PACKED = "or add quantization_config (quant_method mxfp4) to config.json if the experts are in MXFP4"
 
-_LAYER = "model.layers.{N}"
 _EXPERTS = (
-    Rule(f"{_LAYER}.mlp.experts.gate_up_proj_blocks", "block_{N}/moe/gate_up_kernel/blocks", _BLOCKS, _NOT_PACKED),
-    Rule(f"{_LAYER}.mlp.experts.gate_up_proj_scales", "block_{N}/moe/gate_up_kernel/scales", _SCALES, _NOT_PACKED),
-    Rule(f"{_LAYER}.mlp.experts.gate_up_proj", "block_{N}/moe/gate_up_kernel", if_missing=_PACKED),
-    Rule(f"{_LAYER}.mlp.experts.gate_up_proj_bias", "block_{N}/moe/gate_up_bias"),
-    Rule(f"{_LAYER}.mlp.experts.down_proj_blocks", "block_{N}/moe/down_kernel/blocks", _BLOCKS, _NOT_PACKED),
-    Rule(f"{_LAYER}.mlp.experts.down_proj_scales", "block_{N}/moe/down_kernel/scales", _SCALES, _NOT_PACKED),
-    Rule(f"{_LAYER}.mlp.experts.down_proj", "block_{N}/moe/down_kernel", if_missing=_PACKED),
-    Rule(f"{_LAYER}.mlp.experts.down_proj_bias", "block_{N}/moe/down_bias"),
+    Rule(f"{LAYER}.mlp.experts.gate_up_proj_blocks", "block_{N}/moe/gate_up_kernel/blocks", _BLOCKS, _NOT_PACKED),
+    Rule(f"{LAYER}.mlp.experts.gate_up_proj_scales", "block_{N}/moe/gate_up_kernel/scales", _SCALES, _NOT_PACKED),
+    Rule(f"{LAYER}.mlp.experts.gate_up_proj", "block_{N}/moe/gate_up_kernel", if_missing=_PACKED),
+    Rule(f"{LAYER}.mlp.experts.gate_up_proj_bias", "block_{N}/moe/gate_up_bias"),
+    Rule(f"{LAYER}.mlp.experts.down_proj_blocks", "block_{N}/moe/down_kernel/blocks", _BLOCKS, _NOT_PACKED),
+    Rule(f"{LAYER}.mlp.experts.down_proj_scales", "block_{N}/moe/down_kernel/scales", _SCALES, _NOT_PACKED),
+    Rule(f"{LAYER}.mlp.experts.down_proj", "block_{N}/moe/down_kernel", if_missing=_PACKED),
+    Rule(f"{LAYER}.mlp.experts.down_proj_bias", "block_{N}/moe/down_bias"),
 )
-_EMBEDDING = Rule("model.embed_tokens.weight", "token_embedding")
-_HUGGING_FACE = (
-    Rule("model.norm.weight", "final_norm/scale"),
-    Rule(f"{_LAYER}.input_layernorm.weight", "block_{N}/attention_norm/scale"),
-    Rule(f"{_LAYER}.self_attn.sinks", "block_{N}/attention/sinks"),
-    Rule(f"{_LAYER}.self_attn.o_proj.weight", "block_{N}/attention/out/kernel", TRANSPOSED),
-    Rule(f"{_LAYER}.self_attn.o_proj.bias", "block_{N}/attention/out/bias"),
-    Rule(f"{_LAYER}.post_attention_layernorm.weight", "block_{N}/moe_norm/scale"),
-    Rule(f"{_LAYER}.mlp.router.weight", "block_{N}/moe/router/kernel", TRANSPOSED),
-    Rule(f"{_LAYER}.mlp.router.bias", "block_{N}/moe/router/bias"),
-    *_EXPERTS,
-)
-_HEAD = Rule(
-    "lm_head.weight",
-    "head_embedding",
-    if_missing="or set tie_word_embeddings to true in config.json if the model was trained with a tied head",
-)
-_HEAD_AS_EMBEDDING = Rule("lm_head.weight", "token_embedding")  # as safetensors' `save_model` stores a tied one
-_TIED_HEAD = Copy(
-    "lm_head.weight",
-    "model.embed_tokens.weight",
-    otherwise="the head is not tied to the embedding: set tie_word_embeddings to false in config.json",
+_ROUTER = (
+    Rule(f"{LAYER}.self_attn.sinks", "block_{N}/attention/sinks"),
+    Rule(f"{LAYER}.post_attention_layernorm.weight", "block_{N}/moe_norm/scale"),
+    Rule(f"{LAYER}.mlp.router.weight", "block_{N}/moe/router/kernel", TRANSPOSED),
+    Rule(f"{LAYER}.mlp.router.bias", "block_{N}/moe/router/bias"),
 )
 _ORIGINAL = (
     Rule("embedding.weight", "token_embedding"),
@@ -82,16 +64,10 @@ def table(config: GptOssConfig, names: Collection[str]) -> Table:
     """The table for the layout that these names show: OpenAI's or Hugging Face's."""
     if names and not any(name.startswith("model.") for name in names):
         return Table(_ORIGINAL)
-    sizes = [heads * config.head_width for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-    parts = {kind: tuple(f"{_LAYER}.self_attn.{part}_proj.{kind}" for part in "qkv") for kind in ("weight", "bias")}
-    fused = (
-        Rule(parts["weight"], "block_{N}/attention/qkv/kernel", stacked_transposed(sizes)),
-        Rule(parts["bias"], "block_{N}/attention/qkv/bias", stacked(sizes)),
+    return with_ends(
+        (*attention(config), *_ROUTER, *_EXPERTS),
+        names,
+        embedding=EMBEDDING,
+        tied=config.tied_head,
+        model="GptOssForCausalLM",
     )
-    ignored, refused = other_heads(names, "GptOssForCausalLM")
-    body = (*_HUGGING_FACE, *fused)
-    if not config.tied_head:
-        return Table((_EMBEDDING, *body, _HEAD), ignored, refused=refused)
-    if "lm_head.weight" in names and "model.embed_tokens.weight" not in names:
-        return Table((_HEAD_AS_EMBEDDING, *body), ignored, refused=refused)
-    return Table((_EMBEDDING, *body), ignored, (_TIED_HEAD,), refused)

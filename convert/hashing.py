@@ -9,23 +9,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from gptjax.checkpoints.raw import changed
-from gptjax.checkpoints.safetensors import SafetensorsSource
+from gptjax.checkpoints.checkpoint import TensorSource
+from gptjax.checkpoints.manifest import SourceFile
 from gptjax.checkpoints.safetensors_header import Header
-from gptjax.checkpoints.weights import SourceFile
+from gptjax.gguf.header import Header as GGUFHeader
 from gptjax.support.files import MISSING, opened, read_bytes, stamp
+from gptjax.support.raw import changed
 
 _BLOCK: Final = 1 << 20
 
 
 class Hashes:
-    """Hashes safetensors files in a thread while they are converted, and checks that both read the same bytes.
+    """Hashes safetensors or GGUF files in a thread while they are converted, and checks that both read the same bytes.
 
     SHA-256 needs a file's bytes in order, but the conversion reads tensors in another order. So the files are read a
     second time, and the CRC-32 of each tensor must match the one taken when it was converted.
     """
 
-    def __init__(self, small: Mapping[Path, bytes], source: SafetensorsSource):
+    def __init__(self, small: Mapping[Path, bytes], source: TensorSource):
         """Starts hashing.
 
         Args:
@@ -33,9 +34,9 @@ class Hashes:
           source: the large files; from now on it records the checksum of each tensor it reads.
         """
         self._small, self._headers = small, source.headers
-        self._converted: dict[str, int] = {}
+        self.converted: dict[str, int] = {}  # the CRC-32 of each tensor that the source has read
         self._hashed: dict[str, int] = {}
-        source.checksums = self._converted
+        source.checksums = self.converted
         self._cancelled = threading.Event()
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._future = self._pool.submit(lambda: [self._hash(path, header) for path, header in self._headers.items()])
@@ -47,12 +48,22 @@ class Hashes:
         self._cancelled.set()
         self._pool.shutdown()
 
+    @property
+    def state(self) -> str:
+        """Changes when the files are changed or replaced, as far as one can tell without reading them."""
+        large = [
+            (path.name, header.crc32, header.stamp.size, header.stamp.modified_ns)
+            for path, header in self._headers.items()
+        ]
+        small = [(path.name, zlib.crc32(data)) for path, data in self._small.items()]
+        return repr((large, small))
+
     def result(self) -> tuple[SourceFile, ...]:
         """Waits for the hashes. Raises `CheckpointError` if a file has changed."""
         large = self._future.result()
         for path, header in self._headers.items():
-            read = self._converted.keys() & header.tensors.keys()
-            if any(self._converted[name] != self._hashed[name] for name in read) or not _is_unchanged(path, header):
+            read = self.converted.keys() & header.tensors.keys()
+            if any(self.converted[name] != self._hashed[name] for name in read) or not _is_unchanged(path, header):
                 raise changed(path)
         for path, data in self._small.items():
             if read_bytes(path) != data:
@@ -62,13 +73,17 @@ class Hashes:
         ]
         return (*small, *large)
 
-    def _hash(self, path: Path, header: Header) -> SourceFile:
+    def _hash(self, path: Path, header: Header | GGUFHeader) -> SourceFile:
         digest = hashlib.sha256()
         try:
             with opened(path) as descriptor:
                 beginning = self._crc32(descriptor, header.data_start, digest)
+                position = header.data_start
                 for name, info in header.tensors.items():
+                    self._crc32(descriptor, info.start - position, digest)  # padding
                     self._hashed[name] = self._crc32(descriptor, info.stop - info.start, digest)
+                    position = info.stop
+                self._crc32(descriptor, header.stamp.size - position, digest)
         except MISSING:
             raise changed(path) from None
         if beginning != header.crc32 and not self._cancelled.is_set():
@@ -85,7 +100,7 @@ class Hashes:
         return crc
 
 
-def _is_unchanged(path: Path, header: Header) -> bool:
+def _is_unchanged(path: Path, header: Header | GGUFHeader) -> bool:
     try:
         return stamp(os.stat(path)) == header.stamp
     except OSError:

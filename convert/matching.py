@@ -7,13 +7,28 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from convert.rules import FLOATS, Copy, Rule, Shape, Table, Transform
-from gptjax.checkpoints.safetensors_header import TensorInfo
 from gptjax.checkpoints.weights import Path, flatten
 from gptjax.errors import CheckpointError
 from gptjax.support.quoting import listed, shown
+
+
+class TensorInfo(Protocol):
+    """What a file's header says about a tensor."""
+
+    @property
+    def name(self) -> str:
+        """The name in the file."""
+
+    @property
+    def shape(self) -> Shape:
+        """The shape in NumPy's order."""
+
+    @property
+    def dtype(self) -> str:
+        """By safetensors' name: "F32"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +36,7 @@ class Fill:
     """One step of a checked conversion."""
 
     path: Path
+    shape: Shape
     sources: tuple[str, ...]
     transform: Transform
 
@@ -48,22 +64,20 @@ def check(table: Table, tensors: Mapping[str, TensorInfo], targets: Mapping[str,
     return _Matcher(table, tensors, flatten(targets)).run()
 
 
-def source_shapes(table: Table, targets: Mapping[str, Any]) -> dict[str, tuple[Shape, tuple[str, ...]]]:
-    """Shape and allowed dtypes of the tensors that would fill the targets, by name, without optional prefixes.
+def names_of(table: Table, path: Path) -> tuple[tuple[str, ...], Transform]:
+    """The names of the tensors that fill a target, as transformers saves them (with optional prefixes), and how.
 
     If several rules fill a target, the first one counts.
+
+    Raises:
+      CheckpointError: no rule fills it.
     """
-    found: dict[str, tuple[Shape, tuple[str, ...]]] = {}
-    for path, target in flatten(targets).items():
-        for rule in table.rules:
-            match = _compiled(rule.target).fullmatch("/".join(path))
-            if match is None:
-                continue
-            shapes = rule.transform.source_shapes(tuple(target.shape))
-            for source, shape in zip(rule.sources, shapes, strict=True):
-                found[_filled(re.sub(r"\[.*?\]", "", source), match.groupdict())] = shape, rule.transform.dtypes
-            break
-    return found
+    for rule in table.rules:
+        match = _compiled(rule.target).fullmatch("/".join(path))
+        if match is not None:
+            names = (_filled(re.sub(r"\[(.*?)\]", r"\1", source), match.groupdict()) for source in rule.sources)
+            return tuple(names), rule.transform
+    raise CheckpointError(_no_rule(path))
 
 
 class _Matcher:
@@ -102,7 +116,8 @@ class _Matcher:
                 if len(names) > 1:
                     self._fault("filling the same weight", f"{'/'.join(path)}: {', '.join(map(shown, names))}")
             names = [name for part in parts.values() for name in part]
-            if len({self._tensors[name].dtype for name in names}) > 1:
+            mixes = self._rules[path].transform.mixes_dtypes
+            if not mixes and len({self._tensors[name].dtype for name in names}) > 1:
                 listed_dtypes = ", ".join(f"{shown(name)} {self._tensors[name].dtype}" for name in names)
                 self._fault("with mixed dtypes in one weight", listed_dtypes)
         for path in self._targets:
@@ -117,11 +132,11 @@ class _Matcher:
                 "the tensors do not match the model that config.json describes; correct config.json or download the "
                 "checkpoint again\n  " + "\n  ".join(groups)
             )
-        fills = (
-            Fill(path, tuple(self._parts[path][part][0] for part in range(len(rule.sources))), rule.transform)
-            for path, rule in self._rules.items()
-        )
-        return Plan(tuple(fills), tuple(self._copies))
+        return Plan(tuple(self._fill_of(path, rule) for path, rule in self._rules.items()), tuple(self._copies))
+
+    def _fill_of(self, path: Path, rule: Rule) -> Fill:
+        sources = tuple(self._parts[path][part][0] for part in range(len(rule.sources)))
+        return Fill(path, tuple(self._targets[path].shape), sources, rule.transform)
 
     def _fault(self, kind: str, text: str) -> None:
         self._faults[kind].append(text)
@@ -194,7 +209,11 @@ class _Matcher:
                 names = [_filled(re.sub(r"\[(.*?)\]", optional, source), match.groupdict()) for source in rule.sources]
                 lacking = [name for part, name in enumerate(names) if part not in found]
                 return ["; ".join(filter(None, (name, rule.if_missing))) for name in lacking]
-        return [f"no rule fills {'/'.join(path)}: this is a bug in gptjax, please report it"]
+        return [_no_rule(path)]
+
+
+def _no_rule(path: Path) -> str:
+    return f"no rule fills {'/'.join(path)}: this is a bug in gptjax, please report it"
 
 
 @functools.cache

@@ -8,9 +8,10 @@ from typing import Any, Final
 import numpy as np
 
 from gptjax.checkpoints.weights import Path
-from gptjax.config import GptOssConfig, ModelConfig, config_from_json
+from gptjax.config import GPT2Config, GptOssConfig, ModelConfig, config_from_json
 from gptjax.config.gpt_oss import is_original
 from gptjax.config.quantization import BLOCK, TARGETS, mxfp4_to_json
+from gptjax.config.rope import Rope
 from gptjax.errors import ConfigError
 from gptjax.models.params import abstract_params, weights_by_path
 from gptjax.models.registry import build
@@ -117,8 +118,8 @@ def _misfits(config: ModelConfig, target: ModelConfig) -> list[str]:
     """The weights to pack whose summed axis is not a multiple of the block."""
     # A model that cannot be packed cannot be declared packed, but one with the same layers and fitting widths can.
     fitting = dataclasses.replace(target, width=BLOCK * target.num_heads, mlp_width=BLOCK)
-    if isinstance(fitting, GptOssConfig):
-        fitting = dataclasses.replace(fitting, head_width=BLOCK)
+    if not isinstance(fitting, GPT2Config):  # whose heads follow from its width
+        fitting = dataclasses.replace(fitting, head_width=BLOCK, rope=Rope(fitting.rope.theta))
     leaves = weights_by_path(abstract_params(build(fitting)))
     packed = {path for path, leaf in leaves.items() if isinstance(leaf, MXFP4)}
     return [

@@ -1,6 +1,10 @@
-"""The words of conversion tables: which source tensors fill which target, and how; which are ignored or refused."""
+"""The words of conversion tables: which source tensors fill which target, and how; which are ignored or refused.
+
+A transform knows its inverse, so a table is read in both directions: to convert a checkpoint and to export one.
+"""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -10,19 +14,29 @@ Shape = tuple[int, ...]
 FLOATS: Final = ("F32", "F16", "BF16")
 
 
+Inverse = Callable[[np.ndarray], tuple[np.ndarray, ...]]  # the sources of a target, in order, as views
+
+
+def _only_read(array: np.ndarray) -> tuple[np.ndarray, ...]:
+    raise NotImplementedError("a transform of a format that is only read has no inverse")
+
+
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How a target is made from its sources."""
+    """How a target is made from its sources, and the sources from a target."""
 
     name: str
     source_shapes: Callable[[Shape], tuple[Shape, ...]]  # the shapes that fill a target of the given shape
     apply: Callable[..., np.ndarray]  # takes the sources in order; returns a view if possible
     dtypes: tuple[str, ...] = FLOATS  # allowed for the sources
     fault: Callable[[np.ndarray], str] = lambda array: ""  # what is wrong with a source's data; "" if nothing is
+    mixes_dtypes: bool = False  # whether the sources may have different dtypes
+    packed: bool = False  # whether it takes GGUF's packed blocks as they are stored, not the numbers in them
+    invert: Inverse = _only_read
 
 
-IDENTITY: Final = Transform("identity", lambda shape: (shape,), lambda array: array)
-TRANSPOSED: Final = Transform("transposed", lambda shape: (shape[::-1],), np.transpose)
+IDENTITY: Final = Transform("identity", lambda shape: (shape,), lambda array: array, invert=lambda array: (array,))
+TRANSPOSED: Final = Transform("transposed", lambda shape: (shape[::-1],), np.transpose, invert=lambda array: (array.T,))
 
 
 def stacked(sizes: Sequence[int]) -> Transform:
@@ -31,6 +45,7 @@ def stacked(sizes: Sequence[int]) -> Transform:
         "stacked",
         lambda shape: tuple((size, *shape[1:]) for size in sizes),
         lambda *arrays: np.concatenate(arrays),
+        invert=lambda array: _split(array, sizes),
     )
 
 
@@ -40,7 +55,12 @@ def stacked_transposed(sizes: Sequence[int]) -> Transform:
         "stacked and transposed",
         lambda shape: tuple((size, shape[0]) for size in sizes),
         lambda *arrays: np.concatenate(arrays).T,
+        invert=lambda array: _split(array.T, sizes),
     )
+
+
+def _split(array: np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, ...]:
+    return tuple(np.split(array, list(itertools.accumulate(sizes))[:-1]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -41,8 +40,8 @@ def load(
     """Loads a model onto the default device.
 
     Args:
-      name: a demo ("gpt2-tales"), a directory (a Hugging Face checkpoint, or one that `gptjax convert` wrote), or a Hub
-        id, looked up in the local Hub cache first.
+      name: a demo ("gpt2-tales"), a directory (a Hugging Face checkpoint, or one that `gptjax convert` wrote), a GGUF
+        file, "smollm2" (see README), or a Hub id, looked up in the local Hub cache first.
       dtype: the dtype of weights and computation: "float32", "bfloat16" or "float16". Default: float32 on a CPU, else
         bfloat16.
       max_length: the most positions in a sequence, prompt and output together. Default: $GPTJAX_MAX_LENGTH, else all
@@ -54,8 +53,8 @@ def load(
       tokenizer: a directory to take the tokenizer from, instead of the checkpoint's own.
       chat_format: how conversations are written, such as "chatml" (the names: `gptjax.text.chat_formats.FORMATS`).
         Default: recognised by the tokenizer's chat template, or by harmony's special tokens.
-      ignore_config: keys of config.json to ignore, if you know that they do not change the results, such as
-        `("rotary_dim", "rope_scaling.mscale")`.
+      ignore_config: keys of config.json, or of a GGUF file's metadata, to ignore, if you know that they do not change
+        the results, such as `("rotary_dim", "rope_scaling.mscale")`.
       generation_config: settings that replace the checkpoint's generation_config.json, by the same names, or False for
         none. The tokens that end a text are kept, unless `eos_token_id` is given.
 
@@ -103,7 +102,7 @@ def load_checkpoint(
     if chat_format is not None and isinstance(text, Tokenizer):
         choose_format(text, chat_format)  # now, before the weights are read
     with memory.explained(model, batch=rows, max_length=length, loaded=False):
-        params = repacked(model, load_params(checkpoint.directory, model))
+        params = repacked(model, load_params(checkpoint, model))
     return LanguageModel(
         model,
         params,
@@ -133,9 +132,9 @@ def _tokenizer(checkpoint: Checkpoint, other: str | os.PathLike[str] | None) -> 
         return error
 
 
-def load_params(directory: Path, model: Model) -> Params:
-    """Loads a checkpoint directory's weights onto the default device, in the model's dtype, checking each leaf."""
+def load_params(checkpoint: Checkpoint, model: Model) -> Params:
+    """Loads a checkpoint's weights onto the default device, in the model's dtype, checking each leaf."""
     targets = abstract_params(model)
-    if weights.is_converted(directory):
-        return weights.restore(directory, targets, progress=progress)
-    return weights.place(convert.open_params(directory, model.config), targets, progress=progress)
+    if checkpoint.is_converted:
+        return weights.restore(checkpoint.path, targets, progress=progress)
+    return weights.place(convert.open_params(checkpoint), targets, progress=progress)

@@ -43,6 +43,7 @@ VOCAB: Final = "V"
 POSITION: Final = "P"
 MLP: Final = "F"
 HEADS: Final = "NH"
+HEAD_WIDTH: Final = "H"
 QUERY_HEADS: Final = "N"
 EXPERTS: Final = "E"
 QKV_HEADS: Final = "RH"  # all query heads, then all key heads, then all value heads

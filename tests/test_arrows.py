@@ -17,6 +17,7 @@ ROOMS = [
     "gptjax.errors",
     "gptjax.axes",
     "gptjax.support",
+    "gptjax.gguf",
     "gptjax.config",
     "gptjax.text",
     "gptjax.checkpoints",
@@ -92,6 +93,7 @@ def test_tests_import_each_other_by_full_names():
     [
         ("gptjax", ["jax", "numpy", "tokenizers", "gptjax.api"]),
         ("gptjax.errors", ["jax", "gptjax.config"]),
+        ("gptjax.gguf", ["jax", "flax", "gptjax.config"]),
         ("gptjax.config", ["jax", "flax", "gptjax.layers"]),
         ("gptjax.text", ["jax", "flax", "gptjax.config"]),
         ("gptjax.cli", ["jax", "gptjax.api"]),

@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import convert
 import gptjax
 import gptjax.api
 from gptjax.axes import GLOSSARY
 from gptjax.bench import cost
 from gptjax.checkpoints import weights
+from gptjax.checkpoints.atomic_directory import staged
 from gptjax.checkpoints.checkpoint import open_checkpoint
 from gptjax.checkpoints.safetensors import open_directory
 from gptjax.cli import _parser, main
@@ -121,7 +123,7 @@ def shared(monkeypatch, loaded, tmp_path):
     real = gptjax.api.load_checkpoint
 
     def load_checkpoint(checkpoint, *, dtype=None, **settings):
-        name = checkpoint.directory.name
+        name = checkpoint.path.name
         if name not in ("gpt2-tales", "gpt-oss-tales") or checkpoint != open_checkpoint(name):
             return real(checkpoint, dtype=dtype, **settings)
         given = tuple(sorted((key, value) for key, value in settings.items() if value not in (None, "auto")))
@@ -406,6 +408,11 @@ def _changed(tmp_path: Path) -> None:
     source.read(next(iter(source.tensors)))
 
 
+def _busy(tmp_path: Path) -> str:
+    with staged(tmp_path / "dst", overwrite=False, ours=lambda _: False):
+        return _raised(lambda: convert.convert(DEMO, tmp_path / "dst"))
+
+
 def _adapter(tmp_path: Path) -> Path:
     config = {"base_model_name_or_path": "openai-community/gpt2"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -517,6 +524,7 @@ MESSAGES: dict[str, Callable[..., str]] = {
     "unknown chat template": lambda tmp_path, **_: _raised(lambda: _unknown_template(tmp_path).chat([])),
     "truncated": lambda tmp_path, **_: _raised(lambda: gptjax.load(_truncated(tmp_path))),
     "changed": lambda tmp_path, **_: _raised(lambda: _changed(tmp_path)),
+    "being written": lambda tmp_path, **_: _busy(tmp_path),
     "adapter": lambda tmp_path, **_: _raised(lambda: gptjax.load(_adapter(tmp_path))),
     "not a file": lambda tmp_path, **_: _raised(lambda: gptjax.load(_pipe(tmp_path))),
     "no tokenizer": lambda tmp_path, **_: _raised(

@@ -2,38 +2,38 @@
 
 It is written to a hidden directory next to the destination and renamed once it is complete and on disk:
 
-    .NAME.partial-xxxxxxxx/   random name; locked while its process lives
-      gptjax-staging          marks the directory as ours
+    .NAME.partial/
+      gptjax-staging          marks the directory as ours; locked while the process that writes here lives
       new/                    becomes the destination
+      journal                 what is complete in new/, see `gptjax.checkpoints.journal`
       old/                    the previous destination, between the two renames of an exchange
       discarded/              the previous destination, once the exchange is done
 
-The lock distinguishes the remains of a killed process from the work of a live one. The mark distinguishes both from
-someone else's directory with such a name, which is never deleted or moved.
+The lock distinguishes the remains of a killed process, which the next one takes over, from the work of a live one. The
+mark distinguishes both from someone else's directory with such a name, which is never deleted, moved or written to.
 """
 
 import contextlib
 import errno
 import fcntl
 import os
-import re
 import shutil
-import tempfile
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 from gptjax.errors import CheckpointError
-from gptjax.support.files import read_bytes
 from gptjax.support.quoting import shown
 
+JOURNAL: Final = "journal"
 _MARK: Final = "gptjax-staging"
-_MARKED: Final = b"gptjax writes a checkpoint here. What it leaves when it is killed is removed by its next run.\n"
+_MARKED: Final = b"gptjax writes a checkpoint here. If it is killed, its next run continues or removes this.\n"
 
 
 @contextlib.contextmanager
-def staged(destination: Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """Yields an empty directory that becomes `destination` when the body ends, and vanishes if it raises.
+def staged(destination: Path, *, overwrite: bool, ours: Callable[[Path], bool], resume: bool = False) -> Iterator[Path]:
+    """Yields a directory that becomes `destination` when the body ends, and vanishes if it raises.
 
     Args:
       destination: the final directory; its parent must exist.
@@ -41,9 +41,11 @@ def staged(destination: Path, *, overwrite: bool, ours: Callable[[Path], bool]) 
         complete, and is moved back if the exchange fails; if the process is killed between the two renames, the next
         call moves it back.
       ours: whether a directory may be overwritten.
+      resume: yield what a killed process left as it is, unchecked; otherwise the directory is empty.
 
     Raises:
-      CheckpointError: the destination exists, has no parent directory or cannot be written.
+      CheckpointError: the destination exists, is being written by another process, has no parent directory or cannot
+        be written.
     """
     destination = _real(destination)
     if not os.path.isdir(destination.parent):
@@ -52,14 +54,20 @@ def staged(destination: Path, *, overwrite: bool, ours: Callable[[Path], bool]) 
             f"create it first: mkdir -p {shown(destination.parent)}"
         )
     try:
-        _clean(destination)
-        _check_free(destination, overwrite, ours)
-        staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
-        with _locked(staging):
+        with _taken(destination) as staging:
+            new = staging / "new"
+            _put_back(staging, destination)
             try:
-                (staging / _MARK).write_bytes(_MARKED)
-                new = staging / "new"
-                new.mkdir()
+                _check_free(destination, overwrite, ours)
+            except CheckpointError:
+                if not os.path.lexists(new):  # otherwise a run with other options may continue it
+                    _remove(staging)
+                raise
+            try:
+                if not (resume and is_plain(new, stat.S_ISDIR)):
+                    delete(staging / JOURNAL)
+                    delete(new)
+                    new.mkdir()
                 yield new
                 _sync(new)
                 _publish(staging, destination, overwrite)
@@ -67,6 +75,32 @@ def staged(destination: Path, *, overwrite: bool, ours: Callable[[Path], bool]) 
                 _remove(staging)
     except OSError as error:
         raise unwritable(destination, error) from error
+
+
+def delete(path: Path) -> None:
+    """Deletes a file, a link or a whole directory, if there is one; never follows a link."""
+    if is_plain(path, stat.S_ISDIR):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.remove(path)
+
+
+def is_plain(path: str | Path, kind: Callable[[int], bool]) -> bool:
+    """Whether a path is of this kind (`stat.S_ISDIR` or `stat.S_ISREG`), and not a link to one."""
+    try:
+        return kind(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def check_room(destination: Path, partial: Path, needed: int) -> None:
+    """Raises `CheckpointError` if a staging directory's disk has fewer bytes free than are needed."""
+    free = shutil.disk_usage(partial).free
+    if free < needed:
+        raise CheckpointError(
+            f"{shown(destination)} needs {needed / 1e6:,.0f} MB, but its disk has {free / 1e6:,.0f} MB free; "
+            "free some space or name a directory on another disk"
+        )
 
 
 def _real(destination: Path) -> Path:
@@ -82,9 +116,7 @@ def unwritable(destination: Path, error: Exception) -> CheckpointError:
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
     if number == errno.EEXIST or number == errno.ENOTEMPTY:
-        return CheckpointError(
-            f"{shown(destination)} is being written by another process; wait for it or name another directory"
-        )
+        return _busy(destination)
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "quota" in text:
         fix = "the disk is full: free some space or name a directory on another disk"
     elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -109,40 +141,81 @@ def _check_free(destination: Path, overwrite: bool, ours: Callable[[Path], bool]
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
-    """Yields whether the directory could be locked; unlocks it at the end. The system does so for killed processes."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+def _taken(destination: Path) -> Iterator[Path]:
+    """Yields the destination's staging directory, locked; made if need be. The system unlocks it if we are killed."""
+    staging = destination.parent / f".{destination.name}.partial"
+    descriptor = None
+    while descriptor is None:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
+            os.mkdir(staging, 0o700)
+        except FileExistsError:
+            if not _is_ours(staging):
+                raise _in_the_way(staging, "gptjax did not make it, so it does not write") from None
+        with contextlib.suppress(FileNotFoundError):  # the process before us has just removed it
+            descriptor = _locked(staging, destination)
+    try:
+        yield staging
     finally:
         os.close(descriptor)
 
 
-def _clean(destination: Path) -> None:
-    """Removes what killed processes left next to a destination, and restores a directory they had moved aside."""
-    pattern = re.compile(rf"\.{re.escape(destination.name)}\.partial-\w{{8}}", re.ASCII)
-    for name in os.listdir(destination.parent):
-        path = destination.parent / name
-        if pattern.fullmatch(name) is None or path.is_symlink() or not path.is_dir() or not _is_marked(path):
-            continue
-        with _locked(path) as dead:
-            if not dead:
-                continue
-            if (path / "old").is_dir():
-                os.rename(path / "old", path / "discarded" if os.path.lexists(destination) else destination)
-            _remove(path)
-
-
-def _is_marked(staging: Path) -> bool:
+def _locked(staging: Path, destination: Path) -> int | None:
+    """The descriptor of the mark, locked; None if it was removed meanwhile."""
+    mark = staging / _MARK
     try:
-        return read_bytes(staging / _MARK, len(_MARKED)) == _MARKED
-    except CheckpointError:
+        descriptor = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        is_new = True
+    except FileExistsError:
+        descriptor = os.open(mark, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        is_new = False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        is_locked = error.errno == errno.EWOULDBLOCK
+        if is_locked or not is_new:  # if it is new and the file system has no locks, nobody else is here
+            os.close(descriptor)
+            raise _busy(destination) if is_locked else _in_the_way(staging, "another process may be writing") from None
+    if not (os.path.lexists(mark) and os.path.samestat(os.fstat(descriptor), os.lstat(mark))):
+        os.close(descriptor)
+        return None
+    os.pwrite(descriptor, _MARKED, 0)
+    return descriptor
+
+
+def _busy(destination: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{shown(destination)} is being written by another process; wait for it or name another directory"
+    )
+
+
+def _is_ours(staging: Path) -> bool:
+    """Whether we made a directory: only we may write to it, and it has our mark or is empty."""
+    try:
+        status = os.lstat(staging)
+        private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+        return private and (_is_marked(staging / _MARK) or not os.listdir(staging))
+    except FileNotFoundError:  # just removed
+        return True
+
+
+def _is_marked(mark: Path) -> bool:
+    if not is_plain(mark, stat.S_ISREG):
         return False
+    with mark.open("rb") as file:
+        return _MARKED.startswith(file.read(len(_MARKED) + 1))
+
+
+def _in_the_way(staging: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{shown(staging)} is in the way: {reason} there; move it elsewhere or name another destination"
+    )
+
+
+def _put_back(staging: Path, destination: Path) -> None:
+    """Restores a directory that a killed process had moved aside; removes it if the new one is in place."""
+    if is_plain(staging / "old", stat.S_ISDIR):
+        os.rename(staging / "old", staging / "discarded" if os.path.lexists(destination) else destination)
+    delete(staging / "discarded")
 
 
 def _remove(staging: Path) -> None:
@@ -150,9 +223,9 @@ def _remove(staging: Path) -> None:
 
     The mark goes last, so that if the process is killed here, the remains are still marked.
     """
-    for name in ("discarded", "new"):
-        if (staging / name).exists():
-            shutil.rmtree(staging / name, ignore_errors=True)
+    for name in ("discarded", "new", JOURNAL):
+        with contextlib.suppress(OSError):
+            delete(staging / name)
     if not (staging / "old").exists():
         with contextlib.suppress(FileNotFoundError):
             os.remove(staging / _MARK)

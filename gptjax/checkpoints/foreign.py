@@ -25,7 +25,14 @@ _MERGE: Final = (
 )
 _PICKLE: Final = "is a PyTorch pickle file; gptjax never opens those, since unpickling runs any code in the file"
 _GGML: Final = "is a ggml file from before GGUF; gptjax does not read that format"
-_GGUF: Final = "is a GGUF file; gptjax does not read those yet"
+_GGUF: Final = "is a GGUF file; name the file itself, not its directory"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is GGUF: by its first bytes, or by its name if it is damaged. Raises what `refusal` does."""
+    with opened(path) as descriptor:
+        head = os.pread(descriptor, 64, 0)
+    return head[:4] == b"GGUF" or (path.suffix.lower() == ".gguf" and _by_magic(head) is None)
 
 
 def refusal(path: Path) -> str | None:
@@ -89,7 +96,7 @@ def _by_magic(head: bytes) -> str | None:
     if head[:4] in _GGML_MAGICS:
         return f"{_GGML}; {GET_SAFETENSORS}"
     if head[:4] == b"GGUF":
-        return f"{_GGUF}; {GET_SAFETENSORS}"
+        return _GGUF
     if head.startswith(_ZIP_MAGIC):
         return f"{_PICKLE} (a zip archive, as torch.save writes it); {GET_SAFETENSORS}"
     # A safetensors header of 640 bytes also begins with 80 02; its JSON then begins at byte 8.
@@ -107,6 +114,4 @@ def _by_magic(head: bytes) -> str | None:
 def _by_name(path: Path) -> str | None:
     if path.suffix.lower() in _PICKLE_SUFFIXES:
         return f"{_PICKLE} (judging by its name); {GET_SAFETENSORS}"
-    if path.suffix.lower() == ".gguf":
-        return f"{_GGUF}; {GET_SAFETENSORS}"
     return None

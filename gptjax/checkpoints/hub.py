@@ -1,4 +1,4 @@
-"""Finds the checkpoint directory for a name, a path or a Hub id."""
+"""Finds the checkpoint's directory or file for a name, a path or a Hub id."""
 
 import difflib
 import os
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from gptjax.checkpoints import foreign, safetensors
+from gptjax.checkpoints import foreign, safetensors, smollm2
 from gptjax.checkpoints.manifest import is_converted
 from gptjax.errors import CheckpointError
 from gptjax.support.files import MISSING, read_bytes
@@ -25,13 +25,13 @@ _HUB_ID: Final = re.compile(
 
 
 def resolve(name: str | os.PathLike[str]) -> Path:
-    """The directory of a checkpoint.
+    """The directory of a checkpoint, or its GGUF file.
 
     Args:
-      name: tried in this order: a demo that comes with gptjax ("gpt2-tales"); a directory; the id of a repository on
-        the Hugging Face Hub, "gpt2" or "openai/gpt-oss-20b", with "@revision" if not the newest. A repository is
-        looked up in the local Hub cache (HF_HUB_CACHE, HF_HOME) and otherwise downloaded, if the extra `hub` is
-        installed and HF_HUB_OFFLINE is not set.
+      name: tried in this order: a demo that comes with gptjax ("gpt2-tales"); a directory or a GGUF file; "smollm2"
+        (see `gptjax.checkpoints.smollm2`); the id of a repository on the Hugging Face Hub, "gpt2" or
+        "openai/gpt-oss-20b", with "@revision" if not the newest. A repository is looked up in the local Hub cache
+        (HF_HUB_CACHE, HF_HOME) and otherwise downloaded, if the extra `hub` is installed and HF_HUB_OFFLINE is not set.
 
     Raises:
       CheckpointError: none of these exists; says what was tried and what to do.
@@ -53,9 +53,11 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"{shown(repr(text))} cannot be a path ({fault}); name a directory or a demo") from None
     else:
         if not is_directory:
-            raise CheckpointError(_about_file(path))
+            return _file(path)
         foreign.refuse_adapter(path)
         return path
+    if text == smollm2.NAME:
+        return smollm2.find()
     match = _HUB_ID.fullmatch(text)
     if match is None or ".." in text or isinstance(name, os.PathLike):
         raise CheckpointError(_not_found(text, is_id=False))
@@ -133,17 +135,17 @@ def _download(text: str, repo: str, revision: str) -> Path:
     return Path(snapshot)
 
 
-def _about_file(path: Path) -> str:
-    """Why a file is not a checkpoint, and what to name instead."""
-    try:
-        reason = foreign.refusal(path)
-    except CheckpointError as error:
-        return str(error)
-    if reason is not None:
-        return reason
+def _file(path: Path) -> Path:
+    """The path of a GGUF file. Raises `CheckpointError` for others, and says what to name instead."""
+    if foreign.is_gguf(path):
+        return path
+    foreign.refuse(path)
     if path.suffix.lower() == ".safetensors":
-        return f"{path} is a weights file; name its directory: {path.absolute().parent}"
-    return f"{path} is a file; name a checkpoint's directory (config.json, *.safetensors, tokenizer.json)"
+        raise CheckpointError(f"{path} is a weights file; name its directory: {path.absolute().parent}")
+    raise CheckpointError(
+        f"{path} is a file, but not a GGUF file; name a checkpoint's directory (config.json, *.safetensors, "
+        "tokenizer.json) or a GGUF file"
+    )
 
 
 def _not_found(text: str, *, is_id: bool) -> str:

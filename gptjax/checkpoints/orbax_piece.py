@@ -9,24 +9,33 @@ Measured on 320 MB: Orbax holds a copy of a piece while saving it (0.2 s), and w
 """
 
 import contextlib
+import hashlib
 import json
 import logging
-import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from gptjax.checkpoints.manifest import Leaf
-from gptjax.checkpoints.raw import Buffers, read_array
 from gptjax.errors import CheckpointError
 from gptjax.support.files import parse_json, read_bytes
+from gptjax.support.progress import Advance
+from gptjax.support.raw import Buffers, read_array
 
 _ZARRAY_BYTES: Final = 4096  # the size limit for a .zarray; ours have 150
 _TIMES: Final = ("init_timestamp_nsecs", "commit_timestamp_nsecs")
+
+
+class DamagedPieceError(CheckpointError):
+    """A piece that is not as it was written."""
+
+    def __init__(self, path: Path, what: str):
+        super().__init__(f"{path} is damaged: {what}; copy the directory or convert the checkpoint again")
+        self.fault = f"{path}: {what}"
 
 
 def write_piece(path: Path, tree: Mapping[str, Any]) -> dict[str, int]:
@@ -64,11 +73,67 @@ def check_piece(path: Path, files: Mapping[str, int]) -> None:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is missing; copy the whole directory, or convert the checkpoint again")
+    for _, fault in _missized(path, files):
+        raise DamagedPieceError(path, fault)
+
+
+def _missized(path: Path, files: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """The files that are missing or have another size, and what to say about them."""
     found = _files(path)
     for name, size in files.items():
         if found.get(name) != size:
             state = "is missing" if name not in found else f"has {found[name]:,} bytes, expected {size:,}"
-            raise damaged_piece(path, f"its file {name} {state}")
+            yield name, f"its file {name} {state}"
+
+
+def piece_faults(
+    path: Path, files: Mapping[str, int], leaves: Iterable[Leaf], others: Mapping[str, str], advance: Advance
+) -> Iterator[str]:
+    """Reads a whole piece and yields everything that is wrong with it, one file at a time.
+
+    Args:
+      path, files: as for `check_piece`.
+      leaves: the piece's weights.
+      others: the SHA-256 of its other files, by name, as `other_files` gives them.
+      advance: takes the bytes of each weight that was checked.
+    """
+    wrong = dict(_missized(path, files))
+    yield from (f"{path}: {fault}" for fault in wrong.values())
+    buffers = Buffers()
+    for leaf in leaves:
+        if not any(name.startswith(f"{_folder(leaf)}/") for name in wrong):
+            try:
+                read_leaf(path, leaf, buffers)
+            except DamagedPieceError as error:
+                yield error.fault
+            except CheckpointError as error:
+                yield str(error)
+        advance(leaf.nbytes)
+    for name, sha256 in others.items():
+        if name not in wrong and (fault := file_fault(path / name, sha256)):
+            yield fault
+
+
+def file_fault(path: Path, sha256: str) -> str:
+    """What is wrong with a small file of this SHA-256; "" if nothing is."""
+    try:
+        data = read_bytes(path)
+    except CheckpointError as error:
+        return str(error)
+    if data is None:
+        return f"{path} is missing"
+    return "" if hashlib.sha256(data).hexdigest() == sha256 else f"the bytes of {path} have changed"
+
+
+def other_files(path: Path, files: Mapping[str, int], leaves: Iterable[Leaf]) -> dict[str, str]:
+    """The SHA-256 of each file of a piece that is not part of a weight, by name."""
+    folders = {_folder(leaf) for leaf in leaves}
+    names = [name for name in files if name.rpartition("/")[0] not in folders]
+    return {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}  # which Orbax just wrote
+
+
+def _folder(leaf: Leaf) -> str:
+    return ".".join(leaf.path)
 
 
 def read_leaf(path: Path, leaf: Leaf, buffers: Buffers) -> np.ndarray:
@@ -82,25 +147,26 @@ def read_leaf(path: Path, leaf: Leaf, buffers: Buffers) -> np.ndarray:
     Raises:
       CheckpointError: its files are missing, or not exactly what `write_piece` writes for such a weight.
     """
-    name, dtype = ".".join(leaf.path), np.dtype(leaf.dtype)
+    name, dtype = _folder(leaf), np.dtype(leaf.dtype)
     data = read_bytes(path / name / ".zarray", _ZARRAY_BYTES)
     try:
         found = None if data is None else parse_json(data.decode())
     except ValueError as error:
-        raise damaged_piece(path, f"its file {name}/.zarray is not valid JSON ({error})") from None
+        raise DamagedPieceError(path, f"its file {name}/.zarray is not valid JSON ({error})") from None
     if found != _zarray(dtype, leaf.shape):
-        raise damaged_piece(path, f"{name}/.zarray does not describe {dtype} {list(leaf.shape)} as gptjax writes it")
+        what = f"{name}/.zarray does not describe {dtype} {list(leaf.shape)} as gptjax writes it"
+        raise DamagedPieceError(path, what)
     file = f"{name}/{'.'.join('0' for _ in leaf.shape) or '0'}"
-    size = math.prod(leaf.shape) * dtype.itemsize
+    size = leaf.nbytes
     try:
         there = os.stat(path / file).st_size
     except OSError:
-        raise damaged_piece(path, f"its file {file} is missing") from None
+        raise DamagedPieceError(path, f"its file {file} is missing") from None
     if there != size:
-        raise damaged_piece(path, f"its file {file} has {there:,} bytes, expected {size:,}")
+        raise DamagedPieceError(path, f"its file {file} has {there:,} bytes, expected {size:,}")
     array = read_array(path / file, dtype, leaf.shape, buffers=buffers)
     if checksum(array) != leaf.crc32:
-        raise damaged_piece(path, f"the bytes of {'/'.join(leaf.path)} have changed")
+        raise DamagedPieceError(path, f"the bytes of its file {file} have changed")
     return array
 
 
@@ -116,11 +182,6 @@ def _zarray(dtype: np.dtype, shape: tuple[int, ...]) -> dict[str, Any]:
         "shape": list(shape),
         "zarr_format": 2,
     }
-
-
-def damaged_piece(path: Path, what: str) -> CheckpointError:
-    """The error for a piece that is not as it was written."""
-    return CheckpointError(f"{path} is damaged: {what}; copy the directory or convert the checkpoint again")
 
 
 def checksum(array: np.ndarray) -> int:

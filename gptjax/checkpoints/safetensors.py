@@ -14,11 +14,11 @@ from typing import Final
 import numpy as np
 
 from gptjax.checkpoints.foreign import GET_SAFETENSORS, refusal
-from gptjax.checkpoints.raw import Buffers, missing, read_array
 from gptjax.checkpoints.safetensors_header import MAX_HEADER_BYTES, NUMPY_DTYPES, Header, TensorInfo, parse, read_header
 from gptjax.errors import CheckpointError
 from gptjax.support.files import read_bytes
 from gptjax.support.quoting import listed, shown
+from gptjax.support.raw import Buffers, missing, read_array
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"

@@ -21,10 +21,10 @@ import ml_dtypes
 import numpy as np
 
 from gptjax.checkpoints.foreign import refusal
-from gptjax.checkpoints.raw import missing, truncated
 from gptjax.errors import CheckpointError
 from gptjax.support.files import MISSING, Stamp, opened, parse_json, stamp
 from gptjax.support.quoting import shown
+from gptjax.support.raw import missing, truncated
 
 MAX_HEADER_BYTES: Final = 16 << 20  # GPT-OSS 120b has 543 tensors in headers of 60 kB
 MAX_TENSORS: Final = 1 << 16

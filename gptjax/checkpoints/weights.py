@@ -1,15 +1,8 @@
-"""Saves weights with Orbax and loads them, a bounded piece at a time.
-
-A converted directory has the model's JSON files, `manifest.json`, and under `params/` several Orbax checkpoints of at
-most PIECE_BYTES or one larger weight each, all readable with Orbax alone.
-"""
+"""Weights by their paths in nested dicts, and how they get from a converted directory onto devices."""
 
 import concurrent.futures
-import dataclasses
 import functools
 import math
-import shutil
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any, Final, TypeVar
@@ -19,47 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from gptjax._version import __version__
-from gptjax.checkpoints.atomic_directory import staged, unwritable
-from gptjax.checkpoints.manifest import Leaf, Manifest, SourceFile, is_converted, read_manifest, write_manifest
-from gptjax.checkpoints.orbax_piece import check_piece, checksum, read_leaf, write_piece
-from gptjax.checkpoints.raw import Buffers
+from gptjax.checkpoints.manifest import Manifest, read_manifest
+from gptjax.checkpoints.orbax_piece import check_piece, read_leaf
 from gptjax.errors import CheckpointError
 from gptjax.support.progress import Progress, silent
-from gptjax.support.quoting import listed, names, shown
-
-__all__ = [
-    "Leaf",
-    "Manifest",
-    "Part",
-    "SourceFile",
-    "cast",
-    "checked_manifest",
-    "flatten",
-    "is_converted",
-    "nest",
-    "place",
-    "read_leaves",
-    "read_manifest",
-    "readers",
-    "restore",
-    "save",
-]
+from gptjax.support.quoting import listed, names
+from gptjax.support.raw import Buffers
 
 Path = tuple[str, ...]  # to a weight in the nested dicts of parameters
 Params = dict[str, Any]
 
-PIECE_BYTES: Final = 128 << 20
 _Result = TypeVar("_Result")
 _WORKERS: Final = 8  # weights moved to a device at a time
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Weights that are made and saved together: their size, and a function that makes them."""
-
-    nbytes: int
-    read: Callable[[], Mapping[Path, np.ndarray]]
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
@@ -200,7 +164,7 @@ def restore(directory: FilePath, targets: Mapping[str, Any], *, progress: Progre
     """Loads a converted directory onto devices.
 
     Args:
-      directory: written by `save`.
+      directory: written by `gptjax.checkpoints.saving.save`.
       targets, progress: as for `place`.
 
     Returns:
@@ -249,82 +213,3 @@ def readers(directory: FilePath, manifest: Manifest) -> Iterator[tuple[Path, Cal
         for leaf in manifest.leaves:
             if leaf.piece == piece:
                 yield leaf.path, functools.partial(read_leaf, path, leaf, buffers)
-
-
-def read_leaves(directory: FilePath, manifest: Manifest) -> Iterator[tuple[Path, np.ndarray]]:
-    """Yields the weights of a converted directory, one at a time. Raises `CheckpointError`."""
-    return ((path, read()) for path, read in readers(directory, manifest))
-
-
-def save(
-    destination: FilePath,
-    parts: Iterable[Part],
-    *,
-    total_bytes: int,
-    source: str,
-    source_files: Callable[[], tuple[SourceFile, ...]],
-    copies: Mapping[str, bytes] = types.MappingProxyType({}),
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Manifest:
-    """Writes a converted directory, which appears complete or not at all.
-
-    Args:
-      destination: must not exist, or with `overwrite` may be a converted directory.
-      parts: the weights. Only those of one piece are in memory at a time.
-      total_bytes: of all weights, to reject a disk that is too full before anything is written.
-      source, source_files: the origin, for the manifest; the latter is called once all weights are written.
-      copies: the directory's other files, by name.
-      progress: reports progress.
-
-    Raises:
-      CheckpointError: the destination exists or cannot be written, or the disk is too full; nothing is left behind.
-    """
-    with staged(destination, overwrite=overwrite, ours=_replaceable) as partial:
-        free = shutil.disk_usage(partial).free
-        if free < total_bytes:
-            raise CheckpointError(
-                f"{shown(destination)} needs {total_bytes / 1e6:,.0f} MB, but its disk has {free / 1e6:,.0f} MB free; "
-                "free some space or name a directory on another disk"
-            )
-        for name, data in copies.items():
-            (partial / name).write_bytes(data)
-        (partial / "params").mkdir()
-        written: list[Leaf] = []
-        pieces: dict[str, dict[str, int]] = {}
-        with (progress or silent)("writing weights", total_bytes) as advance:
-            for piece in _pieces(parts):
-                name = f"{len(pieces):04}"
-                try:
-                    pieces[name] = write_piece(partial / "params" / name, nest(piece))
-                except Exception as error:  # Orbax and TensorStore report a full disk in many ways
-                    raise unwritable(destination, error) from error
-                written += [
-                    Leaf(path, array.shape, str(array.dtype), name, checksum(array)) for path, array in piece.items()
-                ]
-                advance(sum(array.nbytes for array in piece.values()))
-                piece.clear()  # frees its memory before the next piece is read
-        manifest = Manifest(__version__, source, source_files(), tuple(written), pieces)
-        write_manifest(partial, manifest)
-    return manifest
-
-
-def _replaceable(directory: FilePath) -> bool:
-    """Whether a directory is surely ours, with a complete manifest: no one else's files may be deleted."""
-    try:
-        return is_converted(directory) and bool(read_manifest(directory).leaves)
-    except CheckpointError:
-        return False
-
-
-def _pieces(parts: Iterable[Part]) -> Iterator[dict[Path, np.ndarray]]:
-    piece: dict[Path, np.ndarray] = {}
-    held = 0
-    for part in parts:
-        if piece and held + part.nbytes > PIECE_BYTES:
-            yield piece  # before more is read
-            piece, held = {}, 0
-        piece |= part.read()
-        held += part.nbytes
-    if piece:
-        yield piece

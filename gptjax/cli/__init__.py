@@ -75,6 +75,8 @@ def _add_convert(commands: Any) -> None:
     examples = """examples:
   gptjax convert ./gpt2 ./gpt2-jax
   gptjax convert gpt2 ./gpt2-bf16 --dtype bfloat16
-  gptjax convert gpt2 ./gpt2-mxfp4 --quantize mxfp4=all"""
-    summary = "turn a Hugging Face checkpoint into one that loads fast"
+  gptjax convert gpt2 ./gpt2-mxfp4 --quantize mxfp4=all
+  gptjax convert --verify ./gpt2-jax
+  gptjax convert ./gpt2-jax ./gpt2-again --to hf"""
+    summary = "turn a Hugging Face checkpoint into one that loads fast, verify that, or export it again"
     add_arguments(add_command(commands, "convert", run, summary=summary, epilog=examples))

@@ -182,7 +182,7 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
         checkpoint = open_checkpoint(name, **overrides(args))
         length = models.needed_length(checkpoint.config, longest, args.steps)
         lm, loading = measure_loading(lambda: load_checkpoint(checkpoint, dtype=args.dtype, max_length=length))
-        return lm.model, lm.params, name, checkpoint.directory, loading
+        return lm.model, lm.params, name, checkpoint.path, loading
     config = published(args.random)
     length = models.needed_length(config, longest, args.steps)
     runtime.enable_compilation_cache()

@@ -53,7 +53,7 @@ def run_compare(args: argparse.Namespace) -> int:
 
     checkpoint = open_checkpoint(model_name(args), **overrides(args))
     lm = load_checkpoint(checkpoint, dtype=args.dtype or "float32")
-    rows = compare(lm.model, lm.params, checkpoint.directory, _ids(lm, args))
+    rows = compare(lm.model, lm.params, checkpoint.path, _ids(lm, args))
     width = max(len(row.stage) for row in rows)
     for row in rows:
         facts: dict[str, Any] = {"stage": row.stage, "ours": list(row.ours.shape), "theirs": list(row.theirs.shape)}

@@ -6,59 +6,47 @@ code that reads a key says what its absence means.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from gptjax.config import gpt2, gpt_oss
-from gptjax.config.generation import GenerationDefaults, generation_defaults, read_generation_config
+from gptjax.config import gpt_oss
+from gptjax.config.generation import GenerationDefaults, generation_defaults, overridden, read_generation_config
 from gptjax.config.gpt2 import GPT2Config
 from gptjax.config.gpt_oss import GptOssConfig
 from gptjax.config.keys import WITHOUT_EFFECT, without
-from gptjax.errors import CheckpointError, ConfigError, RequestError
+from gptjax.config.llama import FAMILIES, LlamaConfig
+from gptjax.config.sizes import PUBLISHED, ModelConfig, published
+from gptjax.errors import CheckpointError, ConfigError
 from gptjax.support.files import read_json
 from gptjax.support.quoting import quoted, shown
 
 __all__ = [
+    "MODEL_TYPES",
     "PUBLISHED",
     "TOKENIZER_FILES",
     "WITHOUT_EFFECT",
     "GPT2Config",
     "GenerationDefaults",
     "GptOssConfig",
+    "LlamaConfig",
     "ModelConfig",
     "config_from_json",
     "generation_defaults",
+    "overridden",
     "published",
     "read_config",
     "read_generation_config",
     "text_directory",
 ]
 
-ModelConfig = GPT2Config | GptOssConfig
-
 TOKENIZER_FILES: Final = ("tokenizer.json", "vocab.json", "merges.txt")
 
-PUBLISHED: Final[Mapping[str, ModelConfig]] = {
-    "gpt2": gpt2.published(num_layers=12, num_heads=12, width=768),
-    "gpt2-medium": gpt2.published(num_layers=24, num_heads=16, width=1024),
-    "gpt2-large": gpt2.published(num_layers=36, num_heads=20, width=1280),
-    "gpt2-xl": gpt2.published(num_layers=48, num_heads=25, width=1600),
-    "gpt-oss-20b": gpt_oss.published(num_layers=24, num_experts=32),
-    "gpt-oss-120b": gpt_oss.published(num_layers=36, num_experts=128),
+MODEL_TYPES: Final[Mapping[str, type[ModelConfig]]] = {
+    "gpt2": GPT2Config,
+    "gpt_oss": GptOssConfig,
+    **dict.fromkeys(FAMILIES, LlamaConfig),
 }
-
-_READERS: Final[Mapping[str, Callable[[Mapping[str, Any]], ModelConfig]]] = {
-    "gpt2": GPT2Config.from_json,
-    "gpt_oss": GptOssConfig.from_json,
-}
-
-
-def published(name: str) -> ModelConfig:
-    """The configuration of a published size, such as "gpt2-xl". Raises `RequestError`."""
-    if name not in PUBLISHED:
-        raise RequestError(f"unknown size {quoted(name)}; choose one of {', '.join(PUBLISHED)}")
-    return PUBLISHED[name]
 
 
 def read_config(directory: Path, *, ignore: Iterable[str] = ()) -> ModelConfig:
@@ -85,10 +73,10 @@ def config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
     if gpt_oss.is_original(raw):
         return GptOssConfig.from_original_json(raw)
     model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _READERS:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         found = "no model_type" if model_type is None else f"model_type {quoted(model_type)}"
-        raise ConfigError(f"config.json has {found}; gptjax supports {', '.join(sorted(_READERS))}")
-    return _READERS[model_type](raw)
+        raise ConfigError(f"config.json has {found}; gptjax supports {', '.join(sorted(MODEL_TYPES))}")
+    return MODEL_TYPES[model_type].from_json(raw)
 
 
 def text_directory(directory: Path) -> Path:

@@ -96,18 +96,21 @@ class GenerationDefaults:
         )
 
 
-def read_generation_config(directory: Path, override: Mapping[str, Any] | bool | None = None) -> Mapping[str, Any]:
-    """The settings of `directory/generation_config.json` ({} if there is none), or those that override them.
+def read_generation_config(directory: Path) -> Mapping[str, Any]:
+    """The settings of `directory/generation_config.json`; {} if there is none. Raises `CheckpointError`."""
+    return read_json(directory / FILE) or {}
+
+
+def overridden(found: Mapping[str, Any], override: Mapping[str, Any] | bool | None) -> Mapping[str, Any]:
+    """The settings of a generation_config.json, or those that override them.
 
     Args:
-      override: settings in place of the file's; False for none at all. In either case the file's BOS and EOS tokens are
-        kept, unless the override has others.
+      override: settings in place of the file's; False for none at all; None for the file's. In any case the file's BOS
+        and EOS tokens are kept, unless the override has others.
 
     Raises:
-      CheckpointError: the file is damaged.
       RequestError: the override is not a dict of settings or False.
     """
-    found = read_json(directory / FILE) or {}
     if override is None:
         return found
     if override is not False and not isinstance(override, Mapping):
@@ -116,17 +119,18 @@ def read_generation_config(directory: Path, override: Mapping[str, Any] | bool |
     return {**special, **(override or {})}
 
 
-def generation_defaults(settings: Mapping[str, Any], directory: Path) -> GenerationDefaults:
+def generation_defaults(settings: Mapping[str, Any], directory: Path | None) -> GenerationDefaults:
     """What settings of a generation_config.json mean; without any, text is generated greedily.
 
     A setting that is absent is off. (transformers fills in top_k 50.)
 
     Args:
       settings: from `read_generation_config`.
-      directory: whose config.json is read for the end-of-text id if the settings have none.
+      directory: whose config.json is read for the end-of-text id if the settings have none; None if there is no such
+        file.
     """
     raw = {key: value for key, value in settings.items() if value is not None}
-    if "eos_token_id" in raw:
+    if "eos_token_id" in raw or directory is None:
         return _defaults(raw)
     eos = (read_json(directory / "config.json") or {}).get("eos_token_id")
     if eos is None or _are_tokens(eos):

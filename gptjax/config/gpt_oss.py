@@ -8,17 +8,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
+from gptjax.config.attention import check_heads, layer_types, read_layer_types
 from gptjax.config.keys import MOST_LAYERS, MOST_SIZE, Keys
 from gptjax.config.quantization import check_widths, mxfp4_to_json, read_mxfp4
 from gptjax.config.rope import Rope, Yarn, check_rope, read_rope, rope_to_json
-from gptjax.support.quoting import quoted
 
 SWIGLU_ALPHA: Final = 1.702
 SWIGLU_LIMIT: Final = 7.0
 _THETA: Final = 150000.0
 _WINDOW: Final = 128
-_SLIDING, _FULL = "sliding_attention", "full_attention"
-_SLIDES: Final = {_SLIDING: True, _FULL: False}
 _ORIGINAL_KEYS: Final = ("num_experts", "experts_per_token", "initial_context_length", "rope_scaling_factor")
 
 
@@ -74,7 +72,7 @@ class GptOssConfig:
                 "num_experts_per_tok", alias=keys.older("num_experts_per_tok", "experts_per_token")
             ),
             windows=_windows(keys, num_layers),
-            rope=read_rope(keys, context_length, absent=_rope(4096)),
+            rope=read_rope(keys, context_length, head_width, absent=_rope(4096)),
             norm_epsilon=keys.positive_float("rms_norm_eps", absent=1e-5),
             swiglu_limit=keys.positive_float("swiglu_limit", absent=SWIGLU_LIMIT),
             swiglu_alpha=keys.positive_float("swiglu_alpha", absent=SWIGLU_ALPHA),
@@ -113,7 +111,7 @@ class GptOssConfig:
             num_experts=keys.size("num_experts"),
             experts_per_token=keys.size("experts_per_token"),
             windows=tuple(None if layer % 2 else window for layer in range(num_layers)),
-            rope=Rope(theta=keys.positive_float("rope_theta", absent=_THETA), yarn=yarn if factor > 1 else None),
+            rope=Rope(theta=keys.positive_float("rope_theta", absent=_THETA), scaling=yarn if factor > 1 else None),
             norm_epsilon=1e-5,
             swiglu_limit=keys.positive_float("swiglu_limit", absent=SWIGLU_LIMIT),
             swiglu_alpha=SWIGLU_ALPHA,
@@ -122,7 +120,7 @@ class GptOssConfig:
             mxfp4="experts",
         )
         check_widths(keys, (config.width, config.mlp_width))
-        check_rope(config.rope, keys)
+        check_rope(config.rope, config.head_width, keys)
         _check_sizes(config, keys)
         keys.raise_faults("GPT-OSS (OpenAI's original files)")
         return config
@@ -142,7 +140,7 @@ class GptOssConfig:
             "intermediate_size": self.mlp_width,
             "num_local_experts": self.num_experts,
             "num_experts_per_tok": self.experts_per_token,
-            "layer_types": [_FULL if window is None else _SLIDING for window in self.windows],
+            "layer_types": layer_types(self.windows),
             "sliding_window": next((window for window in self.windows if window is not None), None),
             "rms_norm_eps": self.norm_epsilon,
             "swiglu_limit": self.swiglu_limit,
@@ -188,26 +186,15 @@ def _rope(original_length: int) -> Rope:
 
 
 def _windows(keys: Keys, num_layers: int) -> tuple[int | None, ...]:
-    alternating = [_FULL if layer % 2 else _SLIDING for layer in range(num_layers)]
-    types = keys.listed("layer_types") or alternating
-    unknown = sorted({quoted(kind) for kind in types if not isinstance(kind, str) or kind not in _SLIDES})
+    slides = read_layer_types(keys, num_layers, absent=[layer % 2 == 0 for layer in range(num_layers)])
     keys.ignore("sliding_window")
-    if unknown:
-        keys.fault(f"layer_types has {', '.join(unknown[:10])}; gptjax supports {', '.join(_SLIDES)}")
-        return ()
-    if len(types) != num_layers:
-        keys.fault(f"layer_types has {len(types)} entries, but num_hidden_layers is {num_layers}")
-    slides = [_SLIDES[kind] for kind in types]
     absent = None if keys.null("sliding_window") else _WINDOW  # null means no window
     window = keys.size("sliding_window", absent=absent) if any(slides) else None
     return tuple(window if slide else None for slide in slides)
 
 
 def _check_sizes(config: GptOssConfig, keys: Keys) -> None:
-    if config.num_kv_heads and config.num_heads % config.num_kv_heads:
-        keys.fault(f"{config.num_heads} query heads cannot share {config.num_kv_heads} key/value heads")
-    if config.head_width % 2:
-        keys.fault(f"head_dim {config.head_width} is odd: rotary positions rotate pairs")
+    check_heads(config.num_heads, config.num_kv_heads, config.head_width, keys)
     if not 1 <= config.context_length <= MOST_SIZE:
         keys.fault(f"the context of {config.context_length} positions is not from 1 to {MOST_SIZE}")
     if config.experts_per_token > config.num_experts:

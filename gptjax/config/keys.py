@@ -67,6 +67,11 @@ def _how_to_ignore(keys: Iterable[str]) -> str:
     return f"ignore_config=({', '.join(map(repr, listed))},) or {options}"
 
 
+def _is_number(value: object) -> bool:
+    """Whether this is a finite number, as JSON has them."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 class Keys:
     """Reads typed values out of a raw config, collecting every fault so that they can be reported together.
 
@@ -102,13 +107,15 @@ class Keys:
         self.ignore(older)
         return None if self.has(key) else older
 
-    def size(self, key: str, *, alias: str | None = None, absent: int | None = None, most: int = MOST_SIZE) -> int:
-        """A whole number of at least 1; `alias` is another name for the same key."""
+    def size(
+        self, key: str, *, alias: str | None = None, absent: int | None = None, least: int = 1, most: int = MOST_SIZE
+    ) -> int:
+        """A whole number; `alias` is another name for the same key."""
         value = self._get(key, alias, absent)
         if value is absent:
             return 0 if absent is None else absent
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            self.fault(f"{key} is {quoted(value)}; expected a whole number from 1 to {most}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            self.fault(f"{key} is {quoted(value)}; expected a whole number from {least} to {most}")
             return 0
         return value
 
@@ -117,7 +124,7 @@ class Keys:
         value = self._get(key, None, absent)
         if value is absent:
             return 1.0 if absent is None else absent
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        if not _is_number(value) or value <= 0:
             self.fault(f"{key} is {quoted(value)}; expected a number above 0")
             return 1.0 if absent is None else absent
         return float(value)
@@ -171,6 +178,16 @@ class Keys:
             self.fault(f"{key} is {quoted(value)}; expected a list")
             return None
         return value or None
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers, which must be there."""
+        value = self._get(key, None, None)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(_is_number(number) for number in value):
+            self.fault(f"{key} is {quoted(value)}; expected a list of numbers")
+            return ()
+        return tuple(map(float, value))
 
     def ignore(self, *keys: str) -> None:
         """Accepts keys without reading them."""

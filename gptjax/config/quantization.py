@@ -7,6 +7,8 @@ from gptjax.config.keys import Keys
 # What can be packed; each includes those before it. "linear" means the blocks' matrices (attention and MLP, but not the
 # router, where small errors would choose other experts), "all" the embeddings and the head as well.
 TARGETS: Final = ("none", "experts", "linear", "all")
+# What OpenAI's checkpoints list for transformers; it packs only GPT-OSS's experts.
+_NOT_CONVERTED: Final = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
 BLOCK: Final = 32  # values that share a scale, along a weight's input axis
 
 
@@ -47,5 +49,5 @@ def mxfp4_to_json(mxfp4: str) -> dict[str, Any]:
     """The inverse of `read_mxfp4`: the keys to write."""
     if mxfp4 == "none":
         return {}
-    further = {} if mxfp4 == "experts" else {"targets": mxfp4}
+    further = {"modules_to_not_convert": [*_NOT_CONVERTED]} if mxfp4 == "experts" else {"targets": mxfp4}
     return {"quantization_config": {"quant_method": "mxfp4", **further}}

@@ -1,5 +1,6 @@
 """Describes a checkpoint and the memory it needs, without loading its weights."""
 
+import collections
 import dataclasses
 import math
 import os
@@ -17,6 +18,7 @@ from gptjax.config import GenerationDefaults, ModelConfig, published
 from gptjax.config.gpt_oss import is_original
 from gptjax.engine import limits, memory
 from gptjax.errors import CheckpointError, ConfigError, GptjaxError, RequestError
+from gptjax.gguf import GGUFFile
 from gptjax.models import registry
 from gptjax.models.params import abstract_params, num_params, weights_by_path
 from gptjax.models.registry import Model
@@ -67,7 +69,7 @@ def describe(
         chat = _chat_format(tokenizer)
     stored = _stored(checkpoint, model)
     return {
-        "checkpoint": str(checkpoint.directory),
+        "checkpoint": str(checkpoint.path),
         "form": _form(checkpoint),
         **_architecture(model),
         "weights": _weights(stored),
@@ -130,10 +132,18 @@ def _model(config: ModelConfig, dtype: DTypeLike | None, device: DeviceMemory | 
 
 
 def _form(checkpoint: Checkpoint) -> str:
+    if checkpoint.gguf is not None:
+        return f"GGUF, {names(_types(checkpoint.gguf))}"
     if checkpoint.is_converted:
         return "converted by gptjax"
-    raw = read_json(checkpoint.directory / "config.json") or {}
+    raw = read_json(checkpoint.path / "config.json") or {}
     return "OpenAI's original" if is_original(raw) else "Hugging Face"
+
+
+def _types(file: GGUFFile) -> list[str]:
+    """The types of a file's tensors, as "210 Q4_1", most first."""
+    counted = collections.Counter(tensor.type for tensor in file.tensors.values())
+    return [f"{count} {kind}" for kind, count in counted.most_common()]
 
 
 def _architecture(model: Model) -> dict[str, Any]:
@@ -180,9 +190,9 @@ def describe_tensors(name: str | os.PathLike[str], *, ignore_config: Sequence[st
 def _stored_dtypes(checkpoint: Checkpoint, model: Model) -> dict[tuple[str, ...], str]:
     """The dtype of each weight, from headers only. Raises `CheckpointError` if they are not the model's weights."""
     if checkpoint.is_converted:
-        manifest = weights.checked_manifest(checkpoint.directory, abstract_params(model))
+        manifest = weights.checked_manifest(checkpoint.path, abstract_params(model))
         return {leaf.path: leaf.dtype for leaf in manifest.leaves}
-    return convert.stored_dtypes(checkpoint.directory, model.config)
+    return convert.stored_dtypes(checkpoint)
 
 
 def _stored(checkpoint: Checkpoint, model: Model) -> dict[tuple[str, ...], str] | CheckpointError:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.checkpoints import weights
-from gptjax.config import GPT2Config, GptOssConfig, ModelConfig
+from gptjax.checkpoints.manifest import is_converted
+from gptjax.config import GPT2Config, GptOssConfig, LlamaConfig, ModelConfig
 from gptjax.engine.request import check_prompt
 from gptjax.errors import CheckpointError, GptjaxError
 from gptjax.models.params import Params
@@ -102,19 +102,26 @@ def _gpt2_taps(config: GPT2Config) -> Iterator[Tap]:
     yield Tap("logits", "lm_head", "output")
 
 
-def _gpt_oss_taps(config: GptOssConfig) -> Iterator[Tap]:
+def _attention_taps(config: GptOssConfig | LlamaConfig, ours: str, theirs: str) -> Iterator[Tap]:
     def heads(x: np.ndarray) -> np.ndarray:
         return x.reshape(len(x), -1, config.head_width)
 
+    yield Tap(f"{ours}/attention_norm", f"{theirs}.input_layernorm", "output")
+    for name in "qkv":
+        yield Tap(f"{ours}/attention/{name}", f"{theirs}.self_attn.{name}_proj", "output", heads)
+    if isinstance(config, LlamaConfig) and config.qk_norm:
+        for name in ("q_norm", "k_norm"):
+            yield Tap(f"{ours}/attention/{name}", f"{theirs}.self_attn.{name}", "output")
+    yield Tap(f"{ours}/attention/heads", f"{theirs}.self_attn.o_proj", "input", heads)
+    yield Tap(f"{ours}/attention/out", f"{theirs}.self_attn.o_proj", "output")
+    yield Tap(f"{ours}/attention_residual", f"{theirs}.post_attention_layernorm", "input")
+
+
+def _gpt_oss_taps(config: GptOssConfig) -> Iterator[Tap]:
     yield Tap("embedding", "model.layers.0", "input")
     for layer in range(config.num_layers):
         ours, theirs = f"block_{layer}", f"model.layers.{layer}"
-        yield Tap(f"{ours}/attention_norm", f"{theirs}.input_layernorm", "output")
-        for name in "qkv":
-            yield Tap(f"{ours}/attention/{name}", f"{theirs}.self_attn.{name}_proj", "output", heads)
-        yield Tap(f"{ours}/attention/heads", f"{theirs}.self_attn.o_proj", "input", heads)
-        yield Tap(f"{ours}/attention/out", f"{theirs}.self_attn.o_proj", "output")
-        yield Tap(f"{ours}/attention_residual", f"{theirs}.post_attention_layernorm", "input")
+        yield from _attention_taps(config, ours, theirs)
         yield Tap(f"{ours}/moe_norm", f"{theirs}.post_attention_layernorm", "output")
         yield Tap(f"{ours}/moe/router", f"{theirs}.mlp.router", "output", batched=False)
         yield Tap(f"{ours}/moe", f"{theirs}.mlp", "output")
@@ -123,10 +130,31 @@ def _gpt_oss_taps(config: GptOssConfig) -> Iterator[Tap]:
     yield Tap("logits", "lm_head", "output")
 
 
+def _llama_taps(config: LlamaConfig) -> Iterator[Tap]:
+    yield Tap("embedding", "model.layers.0", "input")
+    for layer in range(config.num_layers):
+        ours, theirs = f"block_{layer}", f"model.layers.{layer}"
+        yield from _attention_taps(config, ours, theirs)
+        yield Tap(f"{ours}/mlp_norm", f"{theirs}.post_attention_layernorm", "output")
+        yield Tap(f"{ours}/mlp/gate", f"{theirs}.mlp.gate_proj", "output")
+        yield Tap(f"{ours}/mlp/up", f"{theirs}.mlp.up_proj", "output")
+        yield Tap(f"{ours}/mlp/activation", f"{theirs}.mlp.down_proj", "input")
+        yield Tap(f"{ours}/mlp/down", f"{theirs}.mlp.down_proj", "output")
+        yield Tap(f"{ours}/mlp_residual", f"{theirs}", "output")
+    yield Tap("final_norm", "model.norm", "output")
+    yield Tap("logits", "lm_head", "output")
+
+
 _TAPS: Mapping[type[ModelConfig], Callable[[Any], Iterator[Tap]]] = {
     GPT2Config: _gpt2_taps,
     GptOssConfig: _gpt_oss_taps,
+    LlamaConfig: _llama_taps,
 }
+
+
+def taps(config: ModelConfig) -> list[Tap]:
+    """Where transformers has each stage, in the order of `stages`."""
+    return list(_TAPS[type(config)](config))
 
 
 def transformers_activations(
@@ -135,10 +163,10 @@ def transformers_activations(
     """Every stage as transformers computes it on the CPU with eager attention, with our names and shapes."""
     torch, _ = oracle()
     loaded = load_transformers(directory, getattr(torch, dtype), attn_implementation="eager")
-    taps = list(_TAPS[type(config)](config))
-    with _recording(loaded, taps) as recorded, torch.no_grad():
+    tapped = taps(config)
+    with _recording(loaded, tapped) as recorded, torch.no_grad():
         loaded.eval()(input_ids=torch.tensor([list(token_ids)]), use_cache=False)
-    return {tap.stage: tap.shape(recorded[tap.module, tap.side]) for tap in taps}
+    return {tap.stage: tap.shape(recorded[tap.module, tap.side]) for tap in tapped}
 
 
 @contextmanager
@@ -180,11 +208,13 @@ def load_transformers(directory: Path, dtype: Any, **options: Any) -> Any:
     """transformers' model of a Hugging Face directory; `dtype` is torch's.
 
     Raises:
-      CheckpointError: a directory that gptjax converted, or that transformers cannot load.
+      CheckpointError: a GGUF file, or a directory that gptjax converted or that transformers cannot load.
     """
     import transformers
 
-    if weights.is_converted(directory):
+    if directory.is_file():
+        raise CheckpointError(f"{directory} is a GGUF file; name the Hugging Face directory it was made from")
+    if is_converted(directory):
         raise CheckpointError(f"{directory} was converted by gptjax; name the Hugging Face directory it was made from")
     transformers.utils.logging.disable_progress_bar()
     try:

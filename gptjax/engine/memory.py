@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.errors import JaxRuntimeError  # by name: a generator may be closed after modules are gone
 
-from gptjax.config import GptOssConfig, ModelConfig
+from gptjax.config import GptOssConfig, LlamaConfig, ModelConfig
 from gptjax.config.quantization import packs
 from gptjax.engine import steps
 from gptjax.errors import CapacityError
@@ -72,7 +72,7 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
 
     With T the largest prompt chunk, in float32 (though XLA may keep some of it narrower or not at all):
 
-        4·T·(q, k, v and residual (N + 2K)·H + the larger of the MLP's 2·F (for experts, see `_moe`)
+        4·T·(q, k, v and residual (N + 2K)·H + the larger of the MLP's 2·F (3·F if it is gated; for experts, see `_moe`)
              and attention's 5·N·H + 2·D and 2·N·128 scores)
         or, off the CPU, 2 · 4·B·N·T·S scores of any prompt or decode step with B·N·T·S at most 2^26, if more
         + 2 · one row's cache, which prefill takes out of the whole cache and puts back
@@ -94,7 +94,7 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     S = capacity_of(max_length)
     scored = config.num_heads * (2 * SLOT_MULTIPLE + 5 * config.head_width)
     attention = 4 * T * (scored + 2 * config.width)
-    mlp = _moe(config, T) if isinstance(config, GptOssConfig) else 8 * T * config.mlp_width
+    mlp = _moe(config, T) if isinstance(config, GptOssConfig) else 4 * T * (_up(config) + config.mlp_width)
     chunk = 4 * T * projected + max(mlp, attention)
     row = _cache(model, 1, max_length)
     if platform != "cpu":
@@ -121,12 +121,17 @@ def _moe(config: GptOssConfig, T: int) -> int:
     )
 
 
+def _up(config: ModelConfig) -> int:
+    """The outputs of the MLP's first product: F, or gate and up."""
+    return 2 * config.mlp_width if isinstance(config, LlamaConfig) else config.mlp_width
+
+
 def _unpacked(config: ModelConfig) -> int:
     """Bytes of the largest packed weight that is not an expert, in float32."""
     sizes = [0]
     if packs(config.mxfp4, "linear"):
         projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
-        sizes += [config.width * max(projected, config.mlp_width)]
+        sizes += [config.width * max(projected, _up(config))]
     if packs(config.mxfp4, "embedding"):
         sizes += [config.width * config.vocab_size]
     return 8 * max(sizes)

@@ -11,6 +11,7 @@ from gptjax.axes import HEADS, QKV_HEADS, QUERY_HEADS, WIDTH
 from gptjax.config.rope import Rope
 from gptjax.layers.cache import Attended, KVCache
 from gptjax.layers.linear import Linear
+from gptjax.layers.norm import HeadNorm
 from gptjax.layers.observe import observe
 from gptjax.layers.rope import rotate, rotation
 from gptjax.layers.weight import array
@@ -31,7 +32,9 @@ class Attention(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
-    use_bias: bool = True
+    qkv_bias: bool = True
+    out_bias: bool = True
+    qk_norm_epsilon: float | None = None  # of a norm of each query and key head, before the rotation; None is no norm
     rope: Rope | None = None  # None if positions are not rotary
     window: int | None = None  # positions that a query sees, its own included; None is all
     use_sinks: bool = False  # a learned logit per head, which takes a share of the softmax but has no value
@@ -45,15 +48,15 @@ class Attention(nn.Module):
         N, K, H = self.num_heads, self.num_kv_heads, self.head_width
         linear = partial(
             Linear,
-            use_bias=self.use_bias,
             mxfp4=self.mxfp4,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             implementation=self.implementation,
         )
-        qkv = linear((N + 2 * K) * H, (WIDTH, QKV_HEADS), name="qkv").partial_sum(x_BTD)
+        qkv_heads = linear((N + 2 * K) * H, (WIDTH, QKV_HEADS), use_bias=self.qkv_bias, name="qkv")
+        qkv = qkv_heads.partial_sum(x_BTD)
         angles = None if self.rope is None else rotation(self.rope, H, positions_BT)
-        if cache is not None and append.takes(T, cache.k[self.layer], implementation=self.implementation):
+        if cache is not None and self._appends(T, cache):
             q_BTNH, attended, cache = cache.appended(self.layer, qkv, angles, positions_BT)
         else:
             q_BTNH, k_BTKH, v_BTKH = self._heads(qkv, angles, B, T)
@@ -77,17 +80,26 @@ class Attention(nn.Module):
             implementation=self.implementation,
         )
         observe(self, "heads", out_BTNH)
-        return linear(D, (HEADS, WIDTH), name="out").partial_sum(out_BTNH.reshape(B, T, N * H)), cache
+        out = linear(D, (HEADS, WIDTH), use_bias=self.out_bias, name="out")
+        return out.partial_sum(out_BTNH.reshape(B, T, N * H)), cache
+
+    def _appends(self, T: int, cache: KVCache) -> bool:
+        """Whether one kernel goes from the product to the cache. It has no step for a norm of heads."""
+        takes = append.takes(T, cache.k[self.layer], implementation=self.implementation)
+        return takes and self.qk_norm_epsilon is None
 
     def _heads(
         self, qkv: PartialSum, angles: tuple[jax.Array, jax.Array] | None, B: int, T: int
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values, rotated: [B, T, N, H] and twice [B, T, K, H]."""
+        """Queries, keys and values, the first two normed and rotated: [B, T, N, H] and twice [B, T, K, H]."""
         N, K, H = self.num_heads, self.num_kv_heads, self.head_width
         heads_BTRH = qkv.total().astype(self.dtype).reshape(B, T, N + 2 * K, H)
         q_BTNH, k_BTKH, v_BTKH = jnp.split(heads_BTRH, (N, N + K), axis=2)
         for name, value in (("q", q_BTNH), ("k", k_BTKH), ("v", v_BTKH)):
             observe(self, name, value)
+        if self.qk_norm_epsilon is not None:
+            norm = partial(HeadNorm, self.qk_norm_epsilon, self.dtype, self.param_dtype)
+            q_BTNH, k_BTKH = norm(name="q_norm")(q_BTNH), norm(name="k_norm")(k_BTKH)
         if angles is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, *angles), rotate(k_BTKH, *angles)
         return q_BTNH, k_BTKH, v_BTKH

@@ -1,10 +1,11 @@
-"""Normalisation of the residual stream, computed in float32."""
+"""Normalisation of the residual stream, and of single heads, computed in float32."""
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gptjax.axes import WIDTH
+from gptjax.axes import HEAD_WIDTH, WIDTH
 from gptjax.layers.observe import observe
 from gptjax.layers.residual import Residual
 from gptjax.layers.weight import array
@@ -53,7 +54,11 @@ class LayerNorm(_Norm):
 
 
 class RMSNorm(_Norm):
-    """`x / sqrt(mean(x²) + epsilon) * scale`, over the last axis; multiplied before it is rounded to `dtype`."""
+    """`x / sqrt(mean(x²) + epsilon) * scale`, over the last axis; multiplied before it is rounded to `dtype`.
+
+    So does GPT-OSS. Llama's published code rounds before it multiplies, and again after: in half precision it differs
+    from this by at most one rounding.
+    """
 
     @nn.compact
     def scale(self, width: int) -> jax.Array:
@@ -63,3 +68,19 @@ class RMSNorm(_Norm):
     def __call__(self, residual: Residual) -> tuple[Residual, jax.Array]:
         """The residual with its pending update added, and the norm of that, [B, T, D] of `dtype`."""
         return self.add_and_norm(residual, self.scale(residual.x_BTD.shape[-1]))
+
+
+class HeadNorm(nn.Module):
+    """`RMSNorm` of each head by itself, with one scale for all."""
+
+    epsilon: float
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BTNH: jax.Array) -> jax.Array:
+        """[B, T, N, H] -> the same, of `dtype`."""
+        scale_H = array(self, "scale", nn.initializers.ones_init(), x_BTNH.shape[-1:], (HEAD_WIDTH,), self.param_dtype)
+        y_BTNH = x_BTNH.astype(jnp.float32)
+        y_BTNH *= jax.lax.rsqrt(jnp.square(y_BTNH).mean(axis=-1, keepdims=True) + self.epsilon)
+        return observe(self, "output", (y_BTNH * scale_H.astype(jnp.float32)).astype(self.dtype))

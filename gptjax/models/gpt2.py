@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gptjax.axes import POSITION, VOCAB, WIDTH
+from gptjax.axes import POSITION, WIDTH
 from gptjax.config.gpt2 import GPT2Config
 from gptjax.config.quantization import packs
 from gptjax.layers.attention import Attention
@@ -20,7 +20,8 @@ from gptjax.layers.mlp import MLP
 from gptjax.layers.norm import LayerNorm
 from gptjax.layers.observe import is_observed, observe, observe_lazy
 from gptjax.layers.residual import Residual
-from gptjax.layers.weight import STANDARD_DEVIATION, Weight, array, embed, unembed, weight
+from gptjax.layers.weight import STANDARD_DEVIATION, array
+from gptjax.models.decoder import Decoder
 from pallas_kernels import block as fused_block
 
 
@@ -111,67 +112,46 @@ class Block(nn.Module):
         return scale / (self.layer + 1) if self.config.scale_attention_by_layer else scale
 
 
-class GPT2(nn.Module):
-    """A GPT-2 of any size. Used as pure functions:
-
-        hidden_BTD, cache = model.apply({"params": params}, tokens_BT, positions_BT, cache)
-        logits = model.apply({"params": params}, hidden, method="head")        # on the rows that need logits
-
-    It computes in `dtype`, except for LayerNorm, softmax and logits, which are always float32 inside.
-    """
+class GPT2(Decoder):
+    """A GPT-2 of any size. Beyond the context length, the last position's embedding is silently used."""
 
     config: GPT2Config
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
-    implementation: str = "auto"
+
+    def block(self, layer: int) -> Block:
+        """A block."""
+        return Block(self.config, layer, self.dtype, self.param_dtype, self.implementation, name=f"block_{layer}")
+
+    def norm(self) -> LayerNorm:
+        """The final norm."""
+        return LayerNorm(self.config.norm_epsilon, self.dtype, self.param_dtype, self.implementation)
 
     def setup(self) -> None:
         """Declares the weights."""
-        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        self.token_embedding = self._embedding("token_embedding")
+        super().setup()
         self.position_embedding = array(
             self,
             "position_embedding",
             nn.initializers.normal(STANDARD_DEVIATION),
-            (config.context_length, config.width),
+            (self.config.context_length, self.config.width),
             (POSITION, WIDTH),
             self.param_dtype,
         )
-        self.blocks = [
-            Block(config, layer, implementation=self.implementation, name=f"block_{layer}", **dtypes)
-            for layer in range(config.num_layers)
-        ]
-        self.final_norm = LayerNorm(config.norm_epsilon, implementation=self.implementation, **dtypes)
-        if not config.tied_head:
-            self.head_embedding = self._embedding("head_embedding")
 
-    def __call__(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache | None = None
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Final hidden states, after the last norm.
-
-        Args:
-          tokens_BT: int32 token ids; any at padding.
-          positions_BT: int32 position of each token in its sequence, ascending in a row and below the context length
-            (beyond it, the last position's embedding is silently used); negative is padding.
-          cache: the keys and values of earlier tokens, which these tokens' are added to; None: attend to these alone.
-
-        Returns:
-          [B, T, D] of `dtype`, and the cache.
-        """
-        # Padding takes row 0 of the embedding: it is never attended to, and only has to be in bounds.
-        tokens_BTD = embed(self.token_embedding, jnp.where(positions_BT < 0, 0, tokens_BT), self.dtype)
+    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """The sum of the tokens' and the positions' embeddings, [B, T, D] of `dtype`."""
         positions_BTD = self.position_embedding[jnp.maximum(positions_BT, 0)]
-        x_BTD = tokens_BTD + positions_BTD.astype(self.dtype)
-        observe(self, "embedding", x_BTD)
-        if cache is not None and self._has_kernel(x_BTD, cache):
-            residual, cache = self._fused(x_BTD, positions_BT, cache)
-        else:
-            residual = Residual(x_BTD)
-            for block in self.blocks:
-                residual, cache = block(residual, positions_BT, cache)
-        _, hidden_BTD = self.final_norm(residual)
-        return hidden_BTD, None if cache is None else cache.extended(positions_BT)
+        return super().embed(tokens_BT, positions_BT) + positions_BTD.astype(self.dtype)
+
+    def through_blocks(
+        self, residual: Residual, positions_BT: jax.Array, cache: KVCache | None
+    ) -> tuple[Residual, KVCache | None]:
+        """The residual after all blocks, each one kernel if there is one for this call, and the cache."""
+        if cache is None or not self._has_kernel(residual.x_BTD, cache):
+            return super().through_blocks(residual, positions_BT, cache)
+        stream = fused_block.Stream.of(residual.x_BTD[:, 0], self.config.mlp_width)
+        for block in self.blocks:
+            stream, cache = block.fused(stream, positions_BT[:, 0], cache)
+        return Residual(stream.x_TD[:, None]), cache
 
     def _has_kernel(self, x_BTD: jax.Array, cache: KVCache) -> bool:
         """Whether each block is one kernel in this call. Nothing inside a kernel can be observed."""
@@ -182,27 +162,4 @@ class GPT2(nn.Module):
             cache.v[0],
             activation=self.config.activation,
             implementation=self.implementation,
-        )
-
-    def _fused(self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache) -> tuple[Residual, KVCache]:
-        """All blocks, each in one kernel."""
-        stream = fused_block.Stream.of(x_BTD[:, 0], self.config.mlp_width)
-        for block in self.blocks:
-            stream, cache = block.fused(stream, positions_BT[:, 0], cache)
-        return Residual(stream.x_TD[:, None]), cache
-
-    def head(self, hidden: jax.Array) -> jax.Array:
-        """Logits of hidden states, [..., D] -> [..., V] float32."""
-        return unembed(hidden, self.token_embedding if self.config.tied_head else self.head_embedding, self.dtype)
-
-    def _embedding(self, name: str) -> Weight:
-        config = self.config
-        return weight(
-            self,
-            name,
-            (config.vocab_size, config.width),
-            (VOCAB, WIDTH),
-            param_dtype=self.param_dtype,
-            mxfp4=packs(config.mxfp4, "embedding"),
-            summed=-1,
         )

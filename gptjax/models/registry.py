@@ -6,14 +6,19 @@ from typing import Final
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gptjax.config import GPT2Config, GptOssConfig, ModelConfig
+from gptjax.config import GPT2Config, GptOssConfig, LlamaConfig, ModelConfig
 from gptjax.layers.cache import KVCache
 from gptjax.models.gpt2 import GPT2
 from gptjax.models.gpt_oss import GptOss
+from gptjax.models.llama import Llama
 
-Model = GPT2 | GptOss  # the union of all models
+Model = GPT2 | GptOss | Llama  # the union of all models
 
-_MODELS: Final[dict[type[ModelConfig], Callable[..., Model]]] = {GPT2Config: GPT2, GptOssConfig: GptOss}
+_MODELS: Final[dict[type[ModelConfig], Callable[..., Model]]] = {
+    GPT2Config: GPT2,
+    GptOssConfig: GptOss,
+    LlamaConfig: Llama,
+}
 
 
 def build(

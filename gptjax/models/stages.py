@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import GPT2Config, GptOssConfig, ModelConfig
+from gptjax.config import GPT2Config, GptOssConfig, LlamaConfig, ModelConfig
 from gptjax.layers.observe import COLLECTION
 from gptjax.models.params import Params
 from gptjax.models.registry import Model
@@ -25,12 +25,16 @@ _ATTENTION_STAGES = (
 _BLOCK_STAGES: Final[Mapping[type[ModelConfig], Sequence[str]]] = {
     GPT2Config: (*_ATTENTION_STAGES, "mlp_norm", "mlp/up", "mlp/activation", "mlp/down", "mlp_residual"),
     GptOssConfig: (*_ATTENTION_STAGES, "moe_norm", "moe/router", "moe", "moe_residual"),
+    LlamaConfig: (*_ATTENTION_STAGES, "mlp_norm", "mlp/gate", "mlp/up", "mlp/activation", "mlp/down", "mlp_residual"),
 }
 
 
 def stages(config: ModelConfig) -> list[str]:
     """The names of all stages, in order."""
-    block_stages = _BLOCK_STAGES[type(config)]
+    block_stages = list(_BLOCK_STAGES[type(config)])
+    if isinstance(config, LlamaConfig) and config.qk_norm:
+        heads = block_stages.index("attention/heads")
+        block_stages[heads:heads] = ["attention/q_norm", "attention/k_norm"]
     blocks = [f"block_{layer}/{stage}" for layer in range(config.num_layers) for stage in block_stages]
     return ["embedding", *blocks, "final_norm", "logits"]
 

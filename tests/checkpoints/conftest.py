@@ -8,9 +8,9 @@ import pytest
 @pytest.fixture
 def saved(tmp_path, monkeypatch) -> Path:
     """A directory of several pieces."""
-    from gptjax.checkpoints import weights
+    from gptjax.checkpoints import saving
     from tests.checkpoints.weights_material import save
 
-    monkeypatch.setattr(weights, "PIECE_BYTES", 110)
+    monkeypatch.setattr(saving, "PIECE_BYTES", 110)
     save(tmp_path / "dst")
     return tmp_path / "dst"

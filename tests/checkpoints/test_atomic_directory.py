@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import convert
-from gptjax.checkpoints import atomic_directory, weights
+from gptjax.checkpoints import atomic_directory, saving, weights
+from gptjax.checkpoints.manifest import is_converted, read_manifest
 from gptjax.errors import CheckpointError
 from tests.checkpoints.weights_material import LEAVES, ROOT, assert_equal, save, targets_of
 from tests.convert import made
@@ -55,7 +56,7 @@ def test_overwriting_through_a_link_replaces_what_it_points_to(saved):
     link.symlink_to(saved)
     save(link, {("only",): np.zeros(3, np.float32)}, overwrite=True)
     assert link.is_symlink()
-    assert [leaf.path for leaf in weights.read_manifest(saved).leaves] == [("only",)]
+    assert [leaf.path for leaf in read_manifest(saved).leaves] == [("only",)]
 
 
 def test_a_missing_parent_is_told(tmp_path):
@@ -65,10 +66,11 @@ def test_a_missing_parent_is_told(tmp_path):
 
 
 def _failing(error: BaseException, after: int = 0):
-    for number, item in enumerate(LEAVES.items()):
+    def fail(number):
         if number == after:
             raise error
-        yield item
+
+    return fail
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -99,7 +101,7 @@ def test_failing_writes_leave_nothing(saved, monkeypatch, error, said, where, ov
         real = Path.write_bytes
         monkeypatch.setattr(Path, "write_bytes", lambda path, data: fail() if path.name == "copy" else real(path, data))
     else:
-        monkeypatch.setattr(weights, name[where], fail)
+        monkeypatch.setattr(saving, name[where], fail)
     with pytest.raises(CheckpointError) as caught:
         save(saved, overwrite=overwrite, copies={"copy": b"x"})
     assert str(saved) in str(caught.value) and said in str(caught.value)
@@ -110,7 +112,7 @@ def test_failing_writes_leave_nothing(saved, monkeypatch, error, said, where, ov
 def test_failing_sources_leave_nothing(saved, error):
     before = made.listing(saved.parent)
     with pytest.raises(type(error)):
-        save(saved, _failing(error, after=4), overwrite=True)
+        save(saved, fail=_failing(error, after=4), overwrite=True)
     assert made.listing(saved.parent) == before
 
 
@@ -131,19 +133,20 @@ def test_a_failing_exchange_puts_the_old_one_back(saved, monkeypatch):
 
 
 def test_a_destination_that_appears_meanwhile_is_kept(tmp_path):
-    def leaves():
-        yield from LEAVES.items()
-        (tmp_path / "dst").mkdir()
-        (tmp_path / "dst" / "thesis.tex").write_text("mine")
+    def appear(number):
+        if number == len(LEAVES) - 1:
+            (tmp_path / "dst").mkdir()
+            (tmp_path / "dst" / "thesis.tex").write_text("mine")
 
     with pytest.raises(CheckpointError, match="being written by another process"):
-        save(tmp_path / "dst", leaves())
+        save(tmp_path / "dst", fail=appear)
     assert made.listing(tmp_path) == ["dst", "dst/thesis.tex"]
 
 
 def test_a_disk_that_is_too_full_is_refused_before_writing(tmp_path):
+    huge = np.broadcast_to(np.uint8(0), (10**9, 10**9))
     with pytest.raises(CheckpointError, match=r"needs 1,000,000,000,000 MB, but its disk has [\d,]+ MB free"):
-        save(tmp_path / "dst", _failing(AssertionError()), total_bytes=10**18)
+        save(tmp_path / "dst", {("x",): huge}, fail=_failing(AssertionError()))
     assert os.listdir(tmp_path) == []
 
 
@@ -152,12 +155,11 @@ import resource, signal, sys
 import numpy as np
 from pathlib import Path
 from gptjax import errors
-from gptjax.checkpoints import weights
+from tests.checkpoints.weights_material import save
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    part = weights.Part(400_000, lambda: {("x",): np.ones(100_000, np.float32)})
-    weights.save(Path(sys.argv[1]), [part], total_bytes=1, source="", source_files=tuple)
+    save(Path(sys.argv[1]), {("x",): np.ones(100_000, np.float32)})
 except errors.CheckpointError as error:
     print("refused:", error)
 """
@@ -192,8 +194,8 @@ def test_overwriting_never_deletes_what_is_not_ours(demo, tmp_path):
 def test_a_foreign_manifest_beside_a_checkpoint_is_no_matter(demo, tmp_path):
     shutil.copytree(demo, tmp_path / "hf")
     (tmp_path / "hf" / "manifest.json").write_text('{"short_name": "an app"}')
-    assert not weights.is_converted(tmp_path / "hf")
+    assert not is_converted(tmp_path / "hf")
     convert.convert(tmp_path / "hf", tmp_path / "converted")
-    assert weights.is_converted(tmp_path / "converted")
-    names = {file.name for file in weights.read_manifest(tmp_path / "converted").files}
+    assert is_converted(tmp_path / "converted")
+    names = {file.name for file in read_manifest(tmp_path / "converted").files}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= names

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from gptjax.checkpoints import weights
+from gptjax.checkpoints.manifest import read_manifest
 from gptjax.errors import CheckpointError
 from tests.checkpoints.weights_material import ROOT, assert_equal, targets_of
 
@@ -72,8 +73,9 @@ def test_damaged_metadata_is_told(saved):
     path.write_text(path.read_text().replace('"order":"C"', '"order":"X"'))
     code = (
         "import sys; from pathlib import Path; from gptjax import errors; from gptjax.checkpoints import weights\n"
+        "from gptjax.checkpoints.manifest import read_manifest\n"
         "path = Path(sys.argv[1])\n"
-        "try: list(weights.read_leaves(path, weights.read_manifest(path)))\n"
+        "try: [read() for _, read in weights.readers(path, read_manifest(path))]\n"
         "except errors.CheckpointError as error: print(error)\n"
     )
     result = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, cwd=ROOT)
@@ -143,10 +145,11 @@ from pathlib import Path
 from gptjax import errors
 from gptjax.checkpoints import manifest, weights
 path = Path(sys.argv[1])
-read = weights.read_manifest(path)
+read = manifest.read_manifest(path)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    list(weights.read_leaves(path, read))
+    for _, leaf in weights.readers(path, read):
+        leaf()
 except errors.CheckpointError as error:
     print("refused:", error)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
@@ -191,7 +194,7 @@ def test_the_name_of_a_weight_in_a_manifest_leads_nowhere(saved, name):
     path = saved / "manifest.json"
     path.write_text(path.read_text().replace('"block_0/mlp/kernel"', json.dumps(name)))
     with pytest.raises(CheckpointError, match="is damaged"):
-        weights.read_manifest(saved)
+        read_manifest(saved)
 
 
 MANIFESTS = {

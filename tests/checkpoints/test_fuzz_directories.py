@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import convert
-from gptjax.checkpoints import weights
+from gptjax.checkpoints import manifest
 from tests.convert import made
 from tests.fuzz import rounds
 
@@ -19,7 +19,8 @@ WORKER = """
 import json, os, random, resource, shutil, signal, sys, time, traceback
 from pathlib import Path
 import convert, convert.conversion
-from gptjax.checkpoints import hub, weights
+from gptjax.checkpoints import hub, manifest, weights
+from gptjax.checkpoints.checkpoint import open_path
 from gptjax.config import read_config
 from gptjax.errors import GptjaxError
 from gptjax.models.registry import build
@@ -94,10 +95,11 @@ def read(directory):
     hub.resolve(directory)
     config = read_config(directory)
     targets = abstract_params(build(config))
-    if weights.is_converted(directory):
-        leaves = list(weights.read_leaves(directory, weights.checked_manifest(directory, targets)))
+    if manifest.is_converted(directory):
+        found = weights.readers(directory, weights.checked_manifest(directory, targets))
+        leaves = [(path, read()) for path, read in found]
     else:
-        leaves = list(convert.stream_params(directory, config))
+        leaves = [(path, read()) for path, read in convert.open_params(open_path(directory))]
     return {path: array.tobytes() for path, array in leaves}
 
 def stop(*_):
@@ -150,7 +152,7 @@ def directory(request, tmp_path_factory):
     if request.param != "converted":
         return base / "src"
     convert.convert(base / "src", base / "dst")
-    assert weights.is_converted(base / "dst")
+    assert manifest.is_converted(base / "dst")
     return base / "dst"
 
 

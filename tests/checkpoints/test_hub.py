@@ -106,7 +106,6 @@ def test_the_home_directory(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
-        ("model.gguf", b"GGUF" + bytes(50), ["GGUF", "does not read those yet", "safetensors files"]),
         ("ggml-model.bin", b"lmgg" + bytes(50), ["ggml file", "safetensors files"]),
         ("pytorch_model.bin", b"PK\x03\x04" + bytes(50), ["pickle", "never opens", "save_pretrained"]),
         ("model.pt", b"\x80\x02}q\0.", ["pickle", "save_pretrained"]),
@@ -116,6 +115,11 @@ def test_the_home_directory(tmp_path, monkeypatch):
 def test_a_file(name, content, parts):
     Path(name).write_bytes(content)
     _refused(name, name, *parts)
+
+
+def test_a_gguf_file_is_a_checkpoint():
+    Path("model").write_bytes(b"GGUF" + bytes(50))
+    assert hub.resolve("model") == Path("model")
 
 
 def test_a_safetensors_file_leads_to_its_directory(tmp_path):

@@ -242,9 +242,9 @@ def test_ggml_is_refused(tmp_path, magic, name):
     _refused(tmp_path, name, "ggml file", "get the model's safetensors files")
 
 
-def test_gguf_is_refused(tmp_path):
+def test_gguf_in_a_directory_is_named(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
-    _refused(tmp_path, "GGUF", "yet", "safetensors files")
+    _refused(tmp_path, "model.gguf is a GGUF file; name the file itself, not its directory")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ WORKER = """
 import json, os, resource, shutil, signal, socket, sys
 from pathlib import Path
 import convert, convert.conversion, gptjax
-from gptjax.checkpoints import hub, weights
+from gptjax.checkpoints import hub
+from gptjax.checkpoints.manifest import is_converted
 from gptjax.diagnostics import info, perplexity
 from gptjax.config import read_config
 from gptjax.errors import GptjaxError
@@ -86,7 +87,7 @@ for layout, name, kind in json.load(sys.stdin):
         "load": lambda: gptjax.load(directory),
         "info": lambda: info.describe(directory),
         "convert": lambda: convert.convert(directory, out),
-        "is_converted": lambda: weights.is_converted(directory),
+        "is_converted": lambda: is_converted(directory),
     }
     results = {task: attempt(run) for task, run in tasks.items()}
     print(json.dumps([layout, name, kind, results, out.exists()]), flush=True)
@@ -174,7 +175,7 @@ tasks = {
     "load, as a path": lambda name: gptjax.load(Path(name)),
     "tokenizer": lambda name: gptjax.load("gpt2-tales", tokenizer=name),
     "info": info.describe,
-    "is_converted": lambda name: weights.is_converted(Path(name)),
+    "is_converted": lambda name: is_converted(Path(name)),
     "convert from": lambda name: convert.convert(name, base / "out"),
     "convert to": lambda name: convert.convert(hub.DEMOS / "gpt2-tales", name),
     "replace": lambda name: convert.convert(hub.DEMOS / "gpt2-tales", name, overwrite=True),

@@ -13,7 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from gptjax.checkpoints import weights
+from gptjax.checkpoints import saving, weights
+from gptjax.checkpoints.manifest import is_converted
 from gptjax.checkpoints.safetensors import open_directory
 from gptjax.errors import CheckpointError
 from tests.checkpoints.weights_material import LEAVES, ROOT, assert_equal, save, targets_of
@@ -43,9 +44,9 @@ def test_params_keep_the_order_of_the_targets(saved):
 
 
 def test_is_converted(tmp_path, saved):
-    assert weights.is_converted(saved)
-    assert not weights.is_converted(tmp_path)
-    assert not weights.is_converted(tmp_path / "nowhere")
+    assert is_converted(saved)
+    assert not is_converted(tmp_path)
+    assert not is_converted(tmp_path / "nowhere")
 
 
 # Casts: halves between neighbours go to the even one, what lies a bit beyond goes up.
@@ -160,6 +161,7 @@ SHARDED = """
 import sys, jax, numpy as np
 from pathlib import Path
 from gptjax.checkpoints import weights
+from tests.checkpoints.weights_material import save
 mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 array = np.arange(8 * 64, dtype=np.float32).reshape(8, 64)
 def target(*spec):
@@ -167,8 +169,7 @@ def target(*spec):
 targets = {"rows": target("tensor"), "columns": target(None, "tensor"), "all": target()}
 targets["both"] = target("data", "tensor")
 leaves = [((name,), array) for name in targets]
-parts = [weights.Part(array.nbytes, lambda path=path, array=array: {path: array}) for path, array in leaves]
-weights.save(Path(sys.argv[1]), parts, total_bytes=1, source="", source_files=tuple)
+save(Path(sys.argv[1]), dict(leaves))
 for params in (weights.place(leaves, targets), weights.restore(Path(sys.argv[1]), targets)):
     for name, target in targets.items():
         x = params[name]
@@ -197,7 +198,7 @@ def test_orbax_is_silent_and_the_logging_of_others_is_as_it_was(tmp_path, capfd)
 
 
 def test_a_piece_is_of_bounded_size_or_a_single_weight(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "PIECE_BYTES", 100)
+    monkeypatch.setattr(saving, "PIECE_BYTES", 100)
     leaves = {(str(i),): np.zeros(size, np.uint8) for i, size in enumerate([40, 60, 1, 500, 99, 2, 98])}
     manifest = save(tmp_path / "dst", leaves)
     assert [leaf.piece for leaf in manifest.leaves] == ["0000", "0000", "0001", "0002", "0003", "0004", "0004"]

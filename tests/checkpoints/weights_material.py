@@ -1,13 +1,13 @@
 """Weights of several dtypes, and ways to save and compare them."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 
-from gptjax.checkpoints import weights
+from gptjax.checkpoints import saving, weights
+from gptjax.checkpoints.manifest import Manifest
 from tests.convert import made
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,14 +28,19 @@ def targets_of(**dtypes):
     )
 
 
-def save(destination: Path, leaves=LEAVES, **options) -> weights.Manifest:
-    items: Iterable = leaves.items() if isinstance(leaves, dict) else leaves
-    options = {"total_bytes": 1000, "source": "test", "source_files": tuple, **options}
-    return weights.save(destination, _parts(items), **options)
+def save(destination: Path, leaves=LEAVES, *, fail=None, **options) -> Manifest:
+    """Saves leaves; `fail` is called with the number of each before it is read."""
+    parts = [part(path, array, number, fail) for number, (path, array) in enumerate(leaves.items())]
+    return saving.save(destination, parts, source=saving.Source("test", tuple), **options)
 
 
-def _parts(items):
-    return (weights.Part(array.nbytes, lambda path=path, array=array: {path: array}) for path, array in items)
+def part(path, array, number: int = 0, fail=None) -> saving.Part:
+    def read():
+        if fail is not None:
+            fail(number)
+        return {path: array}
+
+    return saving.Part({path: jax.ShapeDtypeStruct(array.shape, array.dtype)}, read)
 
 
 def assert_equal(params, leaves=LEAVES):

@@ -10,7 +10,7 @@ import pytest
 import gptjax
 from gptjax.config import PUBLISHED, config_from_json
 from gptjax.config.keys import without
-from gptjax.config.rope import Rope
+from gptjax.config.rope import Rope, Yarn
 from gptjax.diagnostics.info import describe
 from gptjax.errors import ConfigError
 from tests.oracles import gpt_oss_random
@@ -24,7 +24,7 @@ ORIGINAL = gpt_oss_random.original_config(gpt_oss_random.CONFIG)
         (name, mxfp4)
         for name in PUBLISHED
         for mxfp4 in ("none", "experts", "linear", "all")
-        if (name[:4], mxfp4) != ("gpt2", "experts")  # it has none
+        if mxfp4 != "experts" or name.startswith("gpt-oss")  # others have none
     ],
 )
 def test_what_is_written_is_read_as_the_same(name, mxfp4):
@@ -36,7 +36,7 @@ def test_an_empty_rope_parameters_is_no_yarn():
     """As transformers 5 reads it; absent, it is the published models' YaRN."""
     raw = {key: value for key, value in gpt_oss_random.CONFIG.items() if key != "rope_scaling"}
     assert config_from_json(raw | {"rope_parameters": {}}).rope == Rope(150000.0)
-    assert config_from_json(raw).rope.yarn is not None
+    assert isinstance(config_from_json(raw).rope.scaling, Yarn)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_yarn_without_an_original_length_stretches_what_transformers_says():
     yarn = {key: value for key, value in gpt_oss_random.CONFIG["rope_scaling"].items() if key[:8] != "original"}
     raw = gpt_oss_random.CONFIG | {"rope_scaling": yarn}
     for more in ({}, {"initial_context_length": 16}):
-        found = config_from_json(raw | more).rope.yarn
-        assert found is not None and found.original_length == raw["max_position_embeddings"]
+        found = config_from_json(raw | more).rope.scaling
+        assert isinstance(found, Yarn) and found.original_length == raw["max_position_embeddings"]
 
 
 def test_a_key_inside_another_can_be_ignored():
@@ -209,7 +209,8 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "spellings that differ": ({"rope_parameters": {**PARAMETERS, "factor": 16.0}}, ("rope_parameters", "rope_scaling")),
     "thetas that differ": ({"rope_parameters": {**PARAMETERS, "rope_theta": 1e4}}, ("rope_theta",)),
     "experts that differ": ({"num_experts": 8}, ("num_local_experts", "num_experts")),
-    "another rope": ({"rope_scaling": {**YARN, "rope_type": "linear"}}, ("linear", "yarn")),
+    "another rope": ({"rope_scaling": {**YARN, "rope_type": "dynamic"}}, ("dynamic", "yarn")),
+    "yarn's keys": ({"rope_scaling": {**YARN, "rope_type": "linear"}}, ("rope_scaling", "beta_fast", "beta_slow")),
     "no factor": ({"rope_scaling": {k: v for k, v in YARN.items() if k != "factor"}}, ("factor",)),
     "factor 0": ({"rope_scaling": {**YARN, "factor": 0}}, ("factor",)),
     "another attention factor": ({"rope_scaling": {**YARN, "attention_factor": 1.0}}, ("attention_factor",)),

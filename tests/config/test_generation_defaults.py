@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gptjax.config import GenerationDefaults, generation_defaults, read_generation_config
+from gptjax.config import GenerationDefaults, generation_defaults, overridden, read_generation_config
 from gptjax.errors import ConfigError, GptjaxError, RequestError
 
 GREEDY = GenerationDefaults()
@@ -16,7 +16,7 @@ SAMPLED = GenerationDefaults(temperature=1.0)
 
 
 def defaults_in(directory: Path, override: Mapping[str, Any] | bool | None = None) -> GenerationDefaults:
-    return generation_defaults(read_generation_config(directory, override), directory)
+    return generation_defaults(overridden(read_generation_config(directory), override), directory)
 
 
 @pytest.mark.parametrize(

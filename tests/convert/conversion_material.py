@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import stream_params
+from convert import open_params
 from gptjax.checkpoints import weights
+from gptjax.checkpoints.checkpoint import open_path
 from gptjax.config import read_config
 from gptjax.models.params import abstract_params
 from gptjax.models.registry import build
@@ -22,7 +23,7 @@ def restored(directory: Path, dtype=np.float32) -> dict[str, np.ndarray]:
 
 
 def streamed(directory: Path) -> dict[str, np.ndarray]:
-    return {"/".join(path): array for path, array in stream_params(directory, read_config(directory))}
+    return {"/".join(path): np.array(read()) for path, read in open_params(open_path(directory))}
 
 
 def assert_holds(directory: Path, tensors, dtype=np.float32) -> None:
@@ -34,7 +35,7 @@ def assert_holds(directory: Path, tensors, dtype=np.float32) -> None:
 
 CONVERT = """
 import os, signal, sys
-import convert.conversion, gptjax.checkpoints.atomic_directory, gptjax.checkpoints.weights, orbax.checkpoint
+import convert.conversion, gptjax.checkpoints.atomic_directory, gptjax.checkpoints.saving, orbax.checkpoint
 {before}
 print("ready", flush=True)
 convert.convert({source!r}, {destination!r}, overwrite={overwrite})

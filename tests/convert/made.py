@@ -145,6 +145,16 @@ def listing(directory: Path) -> Iterable[str]:
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*"))
 
 
+def change_config(directory: Path, **changes: Any) -> None:
+    raw = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(raw | changes))
+
+
+def contents(directory: Path) -> dict[str, bytes | bool]:
+    """Everything below a directory, hidden things too: the bytes of files, False for others."""
+    return {name: (directory / name).is_file() and (directory / name).read_bytes() for name in listing(directory)}
+
+
 def flat_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shapes of nested parameters, which may be abstract, by their joined paths."""
     result: dict[str, tuple[int, ...]] = {}

@@ -13,7 +13,7 @@ import pytest
 
 import convert
 from convert import hashing
-from gptjax.checkpoints import atomic_directory, weights
+from gptjax.checkpoints import atomic_directory, saving
 from gptjax.errors import CheckpointError
 from tests.convert import made
 
@@ -57,8 +57,8 @@ def test_a_source_that_changes_is_named_and_nothing_is_left(tmp_path, monkeypatc
     name, change, said = CHANGES[kind]
     made.gpt2(tmp_path / "src")
     real_hash = hashing.Hashes._hash
-    monkeypatch.setattr(weights, "PIECE_BYTES", 50_000)
-    pieces = weights.write_piece
+    monkeypatch.setattr(saving, "PIECE_BYTES", 50_000)
+    pieces = saving.write_piece
     done = []
 
     def write(*arguments):
@@ -72,7 +72,7 @@ def test_a_source_that_changes_is_named_and_nothing_is_left(tmp_path, monkeypatc
             time.sleep(0.001)
         return real_hash(self, path, header)
 
-    monkeypatch.setattr(weights, "write_piece", write)
+    monkeypatch.setattr(saving, "write_piece", write)
     monkeypatch.setattr(hashing.Hashes, "_hash", hash_later)
     with pytest.raises(CheckpointError, match=said) as caught:
         convert.convert(tmp_path / "src", tmp_path / "dst")
@@ -84,7 +84,7 @@ def test_a_source_that_changes_is_named_and_nothing_is_left(tmp_path, monkeypatc
 TRUNCATING = """
 import os, sys, threading, time
 import convert, gptjax.api
-from gptjax.config import read_config
+from gptjax.checkpoints.checkpoint import open_path
 from gptjax.errors import CheckpointError
 from gptjax.models.registry import build
 source, out, task = sys.argv[1:]
@@ -98,7 +98,8 @@ try:
         convert.convert(source, out)
     else:
         from pathlib import Path
-        gptjax.api.load_params(Path(source), build(read_config(Path(source))))
+        checkpoint = open_path(Path(source))
+        gptjax.api.load_params(checkpoint, build(checkpoint.config))
 except CheckpointError as error:
     print("refused:", error)
 """
@@ -122,7 +123,7 @@ def test_a_source_that_is_truncated_does_not_end_the_process(tmp_path, task):
 
 
 def test_two_conversions_are_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "PIECE_BYTES", 50_000)
+    monkeypatch.setattr(saving, "PIECE_BYTES", 50_000)
     made.gpt2(tmp_path / "src")
     convert.convert(tmp_path / "src", tmp_path / "one")
     (tmp_path / "elsewhere").mkdir()
@@ -156,6 +157,7 @@ def test_what_merely_has_the_names_of_staging_is_left_alone(tmp_path, overwrite)
     os.mkfifo(tmp_path / ".dst.partial-pipe1234" / atomic_directory._MARK)
     (tmp_path / ".dst.partial-file1234").write_text("mine")
     (tmp_path / ".dst.partial-link1234").symlink_to(tmp_path / "src")
+    (tmp_path / ".dst.partially").mkdir()
     before = {name: content for name, content in _tree(tmp_path).items() if not name.startswith("dst")}
     convert.convert(tmp_path / "src", tmp_path / "dst", overwrite=overwrite)
     assert {name: content for name, content in _tree(tmp_path).items() if not name.startswith("dst")} == before

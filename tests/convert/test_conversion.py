@@ -12,8 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import convert, stream_params
-from gptjax.checkpoints import weights
+from convert import convert, open_params
+from gptjax.checkpoints import saving, weights
+from gptjax.checkpoints.checkpoint import open_path
 from gptjax.config import read_config
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.models.params import abstract_params
@@ -63,7 +64,7 @@ def test_what_a_converted_directory_holds(tmp_path):
 
 
 def test_the_manifest_tells_where_all_came_from_and_went(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "PIECE_BYTES", 50_000)
+    monkeypatch.setattr(saving, "PIECE_BYTES", 50_000)
     _, tensors = made.gpt2(tmp_path / "src", shards=2)
     convert(tmp_path / "src", tmp_path / "dst")
     raw = json.loads((tmp_path / "dst" / "manifest.json").read_text())
@@ -97,11 +98,6 @@ def test_other_dtypes_are_refused(tmp_path):
         convert(tmp_path / "src", tmp_path / "dst", dtype="int8")
 
 
-def _config(directory: Path, **changes) -> None:
-    raw = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(raw | changes))
-
-
 def _replaced(directory: Path, name: str, array: np.ndarray | None) -> None:
     _, tensors = made.gpt2(directory)
     tensors = {key: value for key, value in {**tensors, name: array}.items() if value is not None}
@@ -128,7 +124,7 @@ def _tensor(name: str, *shape: int, dtype=np.float32, value: float = 0):
 
 
 BAD = {  # what is done to a directory; the error, and what it says of the fault and of the way out
-    "no such path": (shutil.rmtree, CheckpointError, "does not exist", "name a directory"),
+    "no such path": (shutil.rmtree, CheckpointError, "does not exist", "name a GGUF file, or a directory"),
     "no config": (lambda d: os.remove(d / "config.json"), CheckpointError, "has no config.json", "expected"),
     "no weights": (lambda d: os.remove(d / "model.safetensors"), CheckpointError, "has neither", "get the model's"),
     "truncated": (
@@ -172,9 +168,9 @@ BAD = {  # what is done to a directory; the error, and what it says of the fault
         *(lambda d: _instead(d, "ggml-model.bin", b"lmgg" + bytes(50)), CheckpointError),
         *("ggml-model.bin is a ggml file", "get the model's safetensors files"),
     ),
-    "model type": (lambda d: _config(d, model_type="bert"), ConfigError, "'bert'", "supports gpt2"),
-    "activation": (lambda d: _config(d, activation_function="swoosh"), ConfigError, "'swoosh'", "supports"),
-    "unknown key": (lambda d: _config(d, rotary_dim=8), ConfigError, "unknown key rotary_dim"),
+    "model type": (lambda d: made.change_config(d, model_type="bert"), ConfigError, "'bert'", "supports gpt2"),
+    "activation": (lambda d: made.change_config(d, activation_function="swoosh"), ConfigError, "'swoosh'", "supports"),
+    "unknown key": (lambda d: made.change_config(d, rotary_dim=8), ConfigError, "unknown key rotary_dim"),
 }
 
 
@@ -198,7 +194,7 @@ def test_bad_input_is_told_and_writes_nothing(tmp_path, kind, overwrite):
     ("name", "content", "said"),
     [
         ("model.safetensors", None, "name its directory: "),
-        ("model.gguf", b"GGUF" + bytes(50), "GGUF file"),
+        ("model.gguf", b"GGUF" + bytes(50), "GGUF version 0"),
         ("ggml-model.bin", b"lmgg" + bytes(50), "ggml file"),
         ("pytorch_model.bin", b"\x80\x02}q\0.", "pickle"),
         ("notes.txt", b"notes", "name its directory: "),
@@ -268,9 +264,8 @@ def test_the_logging_of_others_is_as_it_was(tmp_path):
 
 def test_converted_and_direct_loading_agree(tmp_path, demo):
     convert(demo, tmp_path / "dst")
-    config = read_config(demo)
-    targets = abstract_params(build(config))
-    direct = weights.place(stream_params(demo, config), targets)
+    targets = abstract_params(build(read_config(demo)))
+    direct = weights.place(open_params(open_path(demo)), targets)
     restored = weights.restore(tmp_path / "dst", targets)
     assert jax.tree.structure(direct) == jax.tree.structure(restored) == jax.tree.structure(targets)
     assert all(map(np.array_equal, jax.tree.leaves(direct), jax.tree.leaves(restored)))

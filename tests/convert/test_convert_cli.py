@@ -1,5 +1,6 @@
 """`python -m convert`, as a person types it."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from convert.__main__ import main
+from gptjax.cli import main as gptjax_main
 from tests.convert import made
+from tests.oracles import gpt_oss_random
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,6 +74,55 @@ def test_wrong_usage_exits_2(capsys, argv):
     assert "usage: python -m convert" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "name a SOURCE and a DESTINATION, or --verify DIRECTORY"),
+        (["a", "--to", "hf"], "name a SOURCE and a DESTINATION"),
+        (["--verify", "a", "b"], "it takes no SOURCE"),
+        (["--verify", "a", "--to", "hf", "--dtype", "float32"], "it takes no --to, --dtype"),
+        (
+            ["--verify", "a", "--quantize", "mxfp4", "--overwrite", "--ignore-config", "x", "--max-shard-size", "1"],
+            "it takes no --quantize, --max-shard-size, --ignore-config, --overwrite",
+        ),
+        (["a", "b", "--max-shard-size", "1GB"], "--max-shard-size is for --to hf"),
+        (["a", "b", "--to", "gguf"], "invalid choice: 'gguf'"),
+        (["a", "b", "--quantize", "int8"], "invalid choice: 'int8'"),
+        (["a", "b", "--to", "hf", "--max-shard-size", "5TB"], "'5TB' is not a size such as 500MB or 5GB"),
+        (["a", "b", "--to", "hf", "--max-shard-size", "0"], "'0' is not a size"),
+        (["a", "b", "--to", "hf", "--max-shard-size", "-1"], "--max-shard-size"),
+        (["a", "b", "--to", "hf", "--max-shard-size", "9" * 5000], "is not a size"),
+    ],
+)
+@pytest.mark.parametrize("command", [main, lambda argv: gptjax_main(["convert", *argv])])
+def test_wrong_combinations_are_named(tmp_path, capsys, monkeypatch, command, argv, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        command(argv)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("size", "files"), [("100KB", 4), ("100000", 4), ("100kb", 4), ("1MB", 1), ("5GB", 1)])
+def test_exports_and_says_so(tmp_path, capsys, size, files):
+    made.gpt2(tmp_path / "src")
+    status, out, err = _run(capsys, tmp_path / "src", tmp_path / "dst", "--to", "hf", "--max-shard-size", size)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{tmp_path / 'dst'}: 72,096 parameters in 40 weights, float32, 0.3 MB, ")
+    assert len(list((tmp_path / "dst").glob("*.safetensors"))) == files
+
+
+@pytest.mark.parametrize("spelling", ["mxfp4", "mxfp4=experts"])
+def test_packs_the_experts_of_a_float_gpt_oss(tmp_path, capsys, spelling):
+    source = gpt_oss_random.write(tmp_path / "src", gpt_oss_random.checkpoint(), layout="dequantised")
+    status, out, _ = _run(capsys, source, tmp_path / "dst", "--to", "hf", "--quantize", spelling)
+    assert status == 0 and "float32, uint8" in out
+    assert json.loads((tmp_path / "dst" / "config.json").read_text())["quantization_config"]["quant_method"] == "mxfp4"
+    status, out, _ = _run(capsys, source, tmp_path / "converted", "--quantize", spelling)
+    assert status == 0 and "float32, uint8" in out
+
+
 def test_help_has_examples(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
@@ -86,7 +138,7 @@ def test_interrupted_conversions_say_so(tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gptjax.checkpoints.weights.write_manifest", interrupt)
+    monkeypatch.setattr("gptjax.checkpoints.saving.write_manifest", interrupt)
     status, out, err = _run(capsys, tmp_path / "src", tmp_path / "dst")
     assert (status, out) == (130, "") and "interrupted" in err
     assert os.listdir(tmp_path) == ["src"]

@@ -6,23 +6,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import gpt2, stream_params
+from convert import gpt2, open_params
 from convert.rules import Rule
-from gptjax.config import PUBLISHED, GPT2Config, config_from_json, read_config
+from gptjax.checkpoints.checkpoint import open_path
+from gptjax.config import PUBLISHED, GPT2Config, config_from_json
 from gptjax.errors import CheckpointError
 from gptjax.models.params import abstract_params
 from gptjax.models.registry import build
 from tests.convert import made
+from tests.convert.conversion_material import streamed
 from tests.oracles import gpt2_ours
-
-
-def _stream(directory):
-    return {"/".join(path): array for path, array in stream_params(directory, read_config(directory))}
 
 
 def _refused(directory, *parts):
     with pytest.raises(CheckpointError) as caught:
-        list(stream_params(directory, read_config(directory)))
+        streamed(directory)
     for part in parts:
         assert part in str(caught.value)
     return str(caught.value)
@@ -34,7 +32,7 @@ def _refused(directory, *parts):
 @pytest.mark.parametrize("dtype", [np.float32, made.BFLOAT16])
 def test_every_weight_is_where_it_belongs(tmp_path, prefix, tied, shards, dtype):
     _, tensors = made.gpt2(tmp_path, prefix=prefix, dtype=dtype, shards=shards, tie_word_embeddings=tied)
-    found = _stream(tmp_path)
+    found = streamed(tmp_path)
     assert found.keys() == {gpt2_ours.target(name) for name in tensors}
     for name, expected in tensors.items():
         assert made.same_bits(found[gpt2_ours.target(name)], expected)
@@ -47,14 +45,14 @@ def test_mask_buffers_are_dropped(tmp_path, prefix):
         tensors[f"h.{layer}.attn.bias"] = np.tri(37, dtype=np.uint8).reshape(1, 1, 37, 37)
         tensors[f"h.{layer}.attn.masked_bias"] = np.array(-1e4, np.float32)
     made.write_gpt2(tmp_path, tensors, prefix=prefix)
-    assert len(_stream(tmp_path)) == len(tensors) - 6
+    assert len(streamed(tmp_path)) == len(tensors) - 6
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, made.BFLOAT16])
 def test_an_equal_head_is_dropped_where_it_is_tied(tmp_path, dtype):
     _, tensors = made.gpt2(tmp_path, dtype=dtype)
     made.write_gpt2(tmp_path, tensors | {"lm_head.weight": tensors["wte.weight"]}, prefix="transformer.")
-    assert "head_embedding" not in _stream(tmp_path)
+    assert "head_embedding" not in streamed(tmp_path)
 
 
 def test_a_head_that_differs_by_a_bit_is_refused_where_it_is_tied(tmp_path):
@@ -71,7 +69,7 @@ def test_a_tied_head_in_another_dtype_is_a_copy_if_it_agrees_when_rounded(tmp_pa
     embedding = tensors["wte.weight"].astype(np.float16 if head == np.float32 else np.float32)
     both = {"wte.weight": embedding, "lm_head.weight": tensors["wte.weight"].astype(head)}
     made.write_gpt2(tmp_path, tensors | both)
-    assert made.same_bits(_stream(tmp_path)["token_embedding"], embedding)
+    assert made.same_bits(streamed(tmp_path)["token_embedding"], embedding)
     both["lm_head.weight"][3, 4] += 1
     made.write_gpt2(tmp_path, tensors | both)
     message = _refused(tmp_path, "lm_head.weight differs from wte.weight, F", "even when rounded")
@@ -82,10 +80,10 @@ def test_a_tied_head_in_another_dtype_is_a_copy_if_it_agrees_when_rounded(tmp_pa
 def test_a_tied_tensor_may_be_stored_as_the_head_only(tmp_path, prefix):
     """What safetensors' own `save_model` does."""
     _, tensors = made.gpt2(tmp_path)
-    expected = _stream(tmp_path)
+    expected = streamed(tmp_path)
     stored = {("lm_head.weight" if name == "wte.weight" else name): array for name, array in tensors.items()}
     made.write_gpt2(tmp_path, stored, prefix=prefix)
-    found = _stream(tmp_path)
+    found = streamed(tmp_path)
     assert found.keys() == expected.keys()
     assert all(made.same_bits(found[name], array) for name, array in expected.items())
 
@@ -109,20 +107,20 @@ HEADS = {  # class, and the shapes of what it has besides the body
 @pytest.mark.parametrize("kind", HEADS)
 def test_heads_beside_a_language_models_own_are_dropped(tmp_path, kind):
     _, tensors = made.gpt2(tmp_path)
-    expected = _stream(tmp_path).keys()
+    expected = streamed(tmp_path).keys()
     more = {name: np.ones(shape, np.float32) for name, shape in HEADS[kind].items()}
     made.write_gpt2(tmp_path, tensors | more | {"lm_head.weight": tensors["wte.weight"]})
-    assert _stream(tmp_path).keys() == expected
+    assert streamed(tmp_path).keys() == expected
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_heads_in_place_of_a_language_models_own(tmp_path, kind):
     """The first two are always trained together with lm_head, which in a tied model is the embedding."""
     _, tensors = made.gpt2(tmp_path)
-    expected = _stream(tmp_path).keys()
+    expected = streamed(tmp_path).keys()
     made.write_gpt2(tmp_path, tensors | {name: np.ones(shape, np.float32) for name, shape in HEADS[kind].items()})
     if "For" not in kind:
-        assert _stream(tmp_path).keys() == expected
+        assert streamed(tmp_path).keys() == expected
         return
     name = next(iter(HEADS[kind]))
     message = _refused(tmp_path, "of another kind of model", f"{name} is a head that", "not a language model")
@@ -164,7 +162,7 @@ def test_faults_are_raised_before_the_first_weight(tmp_path):
     _, tensors = made.gpt2(tmp_path)
     made.write_gpt2(tmp_path, tensors | {"h.3.ln_1.bias": tensors["ln_f.bias"]})
     with pytest.raises(CheckpointError, match=r"1 tensor unknown:\n    h\.3\.ln_1\.bias \(the model has no block_3"):
-        stream_params(tmp_path, read_config(tmp_path))
+        open_params(open_path(tmp_path))
 
 
 @pytest.mark.parametrize("name", [name for name, config in PUBLISHED.items() if isinstance(config, GPT2Config)])
@@ -183,7 +181,7 @@ def _layers(rule: Rule, config):
 
 
 def test_the_demo(demo):
-    found = _stream(demo)
+    found = streamed(demo)
     assert len(found) == 76
     assert json.loads((demo / "config.json").read_text())["dtype"] == "bfloat16"
     assert {array.dtype for array in found.values()} == {made.BFLOAT16}

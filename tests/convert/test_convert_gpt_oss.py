@@ -11,12 +11,14 @@ import pytest
 
 import convert
 from gptjax import api
+from gptjax.checkpoints.checkpoint import open_path
 from gptjax.checkpoints.weights import flatten
 from gptjax.config import read_config
 from gptjax.errors import CheckpointError
 from gptjax.models import registry
 from pallas_kernels.formats.mxfp4 import MXFP4
 from tests.convert import made
+from tests.convert.conversion_material import streamed
 from tests.oracles import gpt_oss_numpy, gpt_oss_ours, gpt_oss_random
 
 Tensors = dict[str, np.ndarray]
@@ -32,10 +34,6 @@ def _flat(params: Any) -> dict[str, np.ndarray]:
     return {"/".join(path): np.asarray(leaf) for path, leaf in flatten(params).items()}
 
 
-def _stream(directory: Path) -> dict[str, np.ndarray]:
-    return {"/".join(path): array for path, array in convert.stream_params(directory, read_config(directory))}
-
-
 def _same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     assert found.keys() == expected.keys()
     for name, array in expected.items():
@@ -44,7 +42,7 @@ def _same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None
 
 def _refused(directory: Path, *parts: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        list(convert.stream_params(directory, read_config(directory)))
+        streamed(directory)
     for part in parts:
         assert part in str(caught.value)
 
@@ -65,7 +63,7 @@ def test_every_weight_is_where_it_belongs(tmp_path, layout, shards, dtype):
     checkpoint = gpt_oss_random.checkpoint(dtype=dtype)
     gpt_oss_random.write(tmp_path, checkpoint, layout=layout, shards=shards)
     tensors = checkpoint.dense if layout == "dequantised" else checkpoint.packed
-    _same(_stream(tmp_path), _flat(gpt_oss_ours.params(tensors, dtype)))
+    _same(streamed(tmp_path), _flat(gpt_oss_ours.params(tensors, dtype)))
 
 
 @pytest.mark.parametrize("changes", [{"attention_bias": False}, {"tie_word_embeddings": True}], ids=str)
@@ -74,7 +72,7 @@ def test_models_with_fewer_weights(tmp_path, layout, changes):
     checkpoint = gpt_oss_random.checkpoint(**changes)
     gpt_oss_random.write(tmp_path, checkpoint, layout=layout)
     tensors = checkpoint.dense if layout == "dequantised" else checkpoint.packed
-    found = _stream(tmp_path)
+    found = streamed(tmp_path)
     _same(found, _flat(gpt_oss_ours.params(tensors)))
     assert ("head_embedding" in found) == (not changes.get("tie_word_embeddings", False))
 
@@ -108,7 +106,7 @@ def test_a_conversion_to_bfloat16_leaves_packed_weights_alone(tmp_path, checkpoi
     source = gpt_oss_random.write(tmp_path / "source", checkpoint)
     convert.convert(source, tmp_path / "converted", dtype="bfloat16")
     model = registry.build(read_config(source), dtype=made.BFLOAT16)
-    converted, direct = (_flat(api.load_params(tmp_path / name, model)) for name in ("converted", "source"))
+    converted, direct = (_flat(api.load_params(open_path(tmp_path / name), model)) for name in ("converted", "source"))
     _same(converted, direct)
     assert {array.dtype for array in converted.values()} == {np.dtype(np.uint8), made.BFLOAT16}
 
@@ -292,7 +290,7 @@ def test_a_tied_head_may_be_stored_if_it_is_equal(tmp_path):
     checkpoint = gpt_oss_random.checkpoint(tie_word_embeddings=True, **gpt_oss_random.TWO_LAYERS)
     head = checkpoint.packed["model.embed_tokens.weight"].copy()
     directory = _write(tmp_path / "a", {**checkpoint.packed, "lm_head.weight": head}, tie_word_embeddings=True)
-    assert "head_embedding" not in _stream(directory)
+    assert "head_embedding" not in streamed(directory)
     head = head.copy()
     head.view(np.uint32)[100, 95] ^= 1
     directory = _write(tmp_path / "b", {**checkpoint.packed, "lm_head.weight": head}, tie_word_embeddings=True)
@@ -301,10 +299,10 @@ def test_a_tied_head_may_be_stored_if_it_is_equal(tmp_path):
 
 def test_a_tied_tensor_may_be_stored_as_the_head_only(tmp_path):
     checkpoint = gpt_oss_random.checkpoint(tie_word_embeddings=True, **gpt_oss_random.TWO_LAYERS)
-    expected = _stream(_write(tmp_path / "a", checkpoint.packed, tie_word_embeddings=True))
+    expected = streamed(_write(tmp_path / "a", checkpoint.packed, tie_word_embeddings=True))
     tensors = dict(checkpoint.packed)
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
-    _same(_stream(_write(tmp_path / "b", tensors, tie_word_embeddings=True)), expected)
+    _same(streamed(_write(tmp_path / "b", tensors, tie_word_embeddings=True)), expected)
 
 
 def test_a_classifier_of_texts_is_named(tmp_path):

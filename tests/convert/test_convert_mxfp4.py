@@ -16,6 +16,7 @@ import gptjax
 from convert import mxfp4
 from convert.__main__ import main
 from gptjax import api
+from gptjax.checkpoints.checkpoint import open_path
 from gptjax.checkpoints.manifest import read_manifest
 from gptjax.checkpoints.weights import flatten
 from gptjax.config import PUBLISHED, GptOssConfig, ModelConfig, read_config
@@ -46,7 +47,7 @@ def _flat(params: Any) -> dict[str, np.ndarray]:
 
 def _load(directory: Path, dtype: Any = np.float32) -> tuple[registry.Model, Params]:
     model = registry.build(read_config(directory), dtype=dtype)
-    return model, api.load_params(directory, model)
+    return model, api.load_params(open_path(directory), model)
 
 
 def _expected(params: Any, targets: str) -> dict[str, np.ndarray]:

@@ -9,33 +9,42 @@ from pathlib import Path
 
 import pytest
 
-from convert import convert
-from gptjax.checkpoints import weights
+from convert import convert, export
+from gptjax.checkpoints import manifest
 from gptjax.errors import CheckpointError
 from tests.convert import made
 from tests.convert.conversion_material import assert_holds, restored, start, streamed
+from tests.oracles import gpt2_ours
+
+SMALL = "gptjax.checkpoints.saving.PIECE_BYTES = 3_000_000"
 
 
-def test_killed_at_any_time_leaves_nothing_that_looks_finished(tmp_path):
-    """100 MB, killed at random moments; the last run goes through and is bit-equal."""
+@pytest.mark.parametrize("count", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_any_time_leaves_nothing_that_looks_finished(tmp_path, count):
+    """100 MB in some 30 pieces, killed at random moments; each run continues where the one before was."""
     made.stream_gpt2(tmp_path / "src", vocab_size=9000, n_positions=64, n_embd=640, n_layer=4, n_head=10)
     seed = random.randrange(1 << 30)
     rng = random.Random(seed)
+    start(tmp_path / "src", tmp_path / "undisturbed", before=SMALL).communicate()
     kills = 0
-    for delay in (0, *(rng.uniform(0, 0.4) for _ in range(4))):
-        process = start(tmp_path / "src", tmp_path / "dst")
+    for delay in (0, *(rng.uniform(0, 0.4) for _ in range(count))):
+        process = start(tmp_path / "src", tmp_path / "dst", before=SMALL)
         time.sleep(delay)
         process.kill()
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
+        assert {*os.listdir(tmp_path)} <= {"src", "undisturbed", "dst", ".dst.partial"}, seed
         if (tmp_path / "dst").exists():  # it was quicker
-            weights.read_manifest(tmp_path / "dst")
+            assert made.contents(tmp_path / "dst") == made.contents(tmp_path / "undisturbed"), seed
             shutil.rmtree(tmp_path / "dst")
+        else:
+            assert not manifest.is_converted(tmp_path / ".dst.partial")
     assert kills, seed
-    convert(tmp_path / "src", tmp_path / "dst")
-    assert sorted(os.listdir(tmp_path)) == ["dst", "src"], seed
-    found = restored(tmp_path / "dst")
-    source = streamed(tmp_path / "src")
+    process = start(tmp_path / "src", tmp_path / "dst", before=SMALL)
+    assert process.communicate() == (b"", b"")
+    assert sorted(os.listdir(tmp_path)) == ["dst", "src", "undisturbed"], seed
+    assert made.contents(tmp_path / "dst") == made.contents(tmp_path / "undisturbed"), seed
+    found, source = restored(tmp_path / "dst"), streamed(tmp_path / "src")
     assert found.keys() == source.keys()
     assert all(made.same_bits(found[path], array) for path, array in source.items()), seed
 
@@ -50,13 +59,13 @@ def kill(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
 {module}.{function} = kill
-gptjax.checkpoints.weights.PIECE_BYTES = 50_000
+gptjax.checkpoints.saving.PIECE_BYTES = 50_000
 """
 MOMENTS = {  # function, call, whether it is done before the kill
-    "before the first piece": ("gptjax.checkpoints.weights.write_piece", 1, False),
-    "between pieces": ("gptjax.checkpoints.weights.write_piece", 3, True),
-    "before the manifest": ("gptjax.checkpoints.weights.write_manifest", 1, False),
-    "after the manifest": ("gptjax.checkpoints.weights.write_manifest", 1, True),
+    "before the first piece": ("gptjax.checkpoints.saving.write_piece", 1, False),
+    "between pieces": ("gptjax.checkpoints.saving.write_piece", 3, True),
+    "before the manifest": ("gptjax.checkpoints.saving.write_manifest", 1, False),
+    "after the manifest": ("gptjax.checkpoints.saving.write_manifest", 1, True),
     "before publishing": ("gptjax.checkpoints.atomic_directory._publish", 1, False),
 }
 SWAP = {  # call of os.rename; what the destination then holds is None where the next run must put it back
@@ -110,13 +119,15 @@ def test_killed_while_replacing_never_loses_the_old_one(tmp_path, moment):
 def test_killed_while_deleting_the_old_one_does_not_bring_half_of_it_back(tmp_path):
     _, tensors = made.gpt2(tmp_path / "src")
     convert(tmp_path / "src", tmp_path / "dst")
-    half = (
-        "import shutil, types\n"
-        "def kill(path, **_):\n"
-        "    shutil.rmtree(path / 'params')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "gptjax.checkpoints.atomic_directory.shutil = types.SimpleNamespace(rmtree=kill)"
-    )
+    half = """
+import shutil, types
+def kill(path, **_):
+    if path.name == "discarded":
+        shutil.rmtree(path / "params")
+        os.kill(os.getpid(), signal.SIGKILL)
+    shutil.rmtree(path)
+gptjax.checkpoints.atomic_directory.shutil = types.SimpleNamespace(**{**vars(shutil), "rmtree": kill})
+"""
     process = start(tmp_path / "src", tmp_path / "dst", before=half, overwrite=True)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -127,19 +138,47 @@ def test_killed_while_deleting_the_old_one_does_not_bring_half_of_it_back(tmp_pa
     assert sorted(os.listdir(tmp_path)) == ["dst", "src"]
 
 
-def test_leftovers_of_a_living_process_are_left_alone(tmp_path):
+def test_two_conversions_to_one_destination(tmp_path):
+    """The second says so, and disturbs neither the first one nor what it has written."""
     made.gpt2(tmp_path / "src")
-    slow = "import time\ngptjax.checkpoints.weights.write_piece = lambda *args: time.sleep(60)"
+    slow = "import time\ngptjax.checkpoints.saving.write_piece = lambda *args: time.sleep(60)"
     process = start(tmp_path / "src", tmp_path / "dst", before=slow)
     try:
         deadline = time.monotonic() + 20
-        while not any("partial" in name for name in os.listdir(tmp_path)) and time.monotonic() < deadline:
+        while not (tmp_path / ".dst.partial" / "new" / "params").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(0.2)  # it locks what it has made
-        convert(tmp_path / "src", tmp_path / "dst")
-        assert len([name for name in os.listdir(tmp_path) if "partial" in name]) == 1
+        before = made.contents(tmp_path)
+        for write in (convert, export):
+            with pytest.raises(CheckpointError, match="dst is being written by another process; wait for it or name"):
+                write(tmp_path / "src", tmp_path / "dst")
+        assert made.contents(tmp_path) == before
+        convert(tmp_path / "src", tmp_path / "dst2")
     finally:
         process.kill()
         process.communicate()
-    convert(tmp_path / "src", tmp_path / "dst", overwrite=True)
+    convert(tmp_path / "src", tmp_path / "dst")
+    assert sorted(os.listdir(tmp_path)) == ["dst", "dst2", "src"]
+
+
+def test_a_killed_export_is_started_anew(tmp_path):
+    _, tensors = made.gpt2(tmp_path / "src")
+    process = start(tmp_path / "src", tmp_path / "dst", before=EXPORT)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert sorted(os.listdir(tmp_path)) == [".dst.partial", "src"]
+    export(tmp_path / "src", tmp_path / "dst")
     assert sorted(os.listdir(tmp_path)) == ["dst", "src"]
+    assert streamed(tmp_path / "dst").keys() == {gpt2_ours.target(name) for name in tensors}
+
+
+EXPORT = """
+import convert.exporting, gptjax.checkpoints.safetensors_writer
+real, calls = gptjax.checkpoints.safetensors_writer.SafetensorsWriter.write, []
+def kill(*args):
+    calls.append(1)
+    real(*args)
+    if len(calls) == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+gptjax.checkpoints.safetensors_writer.SafetensorsWriter.write = kill
+convert.convert = convert.export
+"""

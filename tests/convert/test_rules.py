@@ -43,6 +43,10 @@ def _source(tmp_path, tensors):
     return open_directory(tmp_path)
 
 
+def _stream(plan, source):
+    return ((path, read()) for path, read in filling.readers(plan, source))
+
+
 def _refused(tmp_path, tensors, *parts, table=TABLE, targets=None):
     source = _source(tmp_path, tensors)
     source.read = None  # type: ignore[method-assign, assignment]  # checking touches no data
@@ -58,8 +62,7 @@ def test_fills_every_target(tmp_path, prefix):
     tensors = _tensors(**{"layers.0.mask": np.zeros((1, 1), np.int32)})
     source = _source(tmp_path, {prefix + name: array for name, array in tensors.items()})
     found = {
-        "/".join(path): array
-        for path, array in filling.stream(matching.check(TABLE, source.tensors, _targets()), source)
+        "/".join(path): array for path, array in _stream(matching.check(TABLE, source.tensors, _targets()), source)
     }
     expected = {
         "top": "top",
@@ -75,7 +78,7 @@ def test_streams_in_the_order_of_the_file(tmp_path):
     names = ["layers.1.down", "top", "layers.0.up", "layers.1.up", "layers.0.down"]
     tensors = _tensors()
     source = _source(tmp_path, {name: tensors[name] for name in names})
-    paths = [path for path, _ in filling.stream(matching.check(TABLE, source.tensors, _targets()), source)]
+    paths = [path for path, _ in _stream(matching.check(TABLE, source.tensors, _targets()), source)]
     assert paths == [("block_1", "down"), ("top",), ("block_0", "up"), ("block_1", "up"), ("block_0", "down")]
 
 
@@ -84,7 +87,7 @@ def test_floating_dtypes_stay_as_they_are(tmp_path, dtype):
     tensors = _tensors()
     tensors["layers.0.up"] = tensors["layers.0.up"].astype(dtype)
     source = _source(tmp_path, tensors)
-    found = dict(filling.stream(matching.check(TABLE, source.tensors, _targets()), source))
+    found = dict(_stream(matching.check(TABLE, source.tensors, _targets()), source))
     assert found["block_0", "up"].dtype == np.dtype(dtype)
     assert found["top",].dtype == np.float32
 
@@ -158,7 +161,7 @@ def test_a_source_may_fill_several_targets_transformed(tmp_path):
     targets = {name: jax.ShapeDtypeStruct((2, 3), jnp.float32) for name in "abc"}
     both, other = np.arange(12, dtype=np.float32).reshape(4, 3), np.arange(6, dtype=np.float32).reshape(3, 2)
     source = _source(tmp_path, {"both": both, "turned": other})
-    found = dict(filling.stream(matching.check(table, source.tensors, targets), source))
+    found = dict(_stream(matching.check(table, source.tensors, targets), source))
     assert np.array_equal(found["a",], both[:2]) and np.array_equal(found["b",], both[2:])
     assert np.array_equal(found["c",], other.T)
     _refused(
@@ -184,10 +187,10 @@ def test_a_copy_must_be_equal_bit_for_bit(tmp_path):
     equal, negative = tensors["top"].copy(), tensors["top"].copy()
     negative[0, 0] = -0.0  # equal as a number, but not the same bits
     source = _source(tmp_path, tensors | {"head": equal})
-    assert len(list(filling.stream(matching.check(TABLE, source.tensors, _targets()), source))) == 5
+    assert len(list(_stream(matching.check(TABLE, source.tensors, _targets()), source))) == 5
     source = _source(tmp_path, tensors | {"head": negative})
     with pytest.raises(CheckpointError, match="head differs from top; untie it"):
-        next(filling.stream(matching.check(TABLE, source.tensors, _targets()), source))
+        next(_stream(matching.check(TABLE, source.tensors, _targets()), source))
 
 
 def test_a_copy_that_differs_in_a_later_piece_is_seen(tmp_path, monkeypatch):
@@ -197,7 +200,7 @@ def test_a_copy_that_differs_in_a_later_piece_is_seen(tmp_path, monkeypatch):
     head[-1, -1] += 1
     source = _source(tmp_path, tensors | {"head": head})
     with pytest.raises(CheckpointError, match="head differs"):
-        next(filling.stream(matching.check(TABLE, source.tensors, _targets()), source))
+        next(_stream(matching.check(TABLE, source.tensors, _targets()), source))
 
 
 @pytest.mark.parametrize(
@@ -221,13 +224,13 @@ def test_a_copy_of_another_dtype_is_compared_by_value(tmp_path, monkeypatch, top
         same["top"] = np.round(tensors["top"]).astype(top)
         same["head"] = same["top"].astype(head)
     source = _source(tmp_path, same)
-    next(filling.stream(matching.check(TABLE, source.tensors, _targets()), source))
+    next(_stream(matching.check(TABLE, source.tensors, _targets()), source))
     same["head"] = same["head"].copy()
     same["head"][-1, -1] += 1
     source = _source(tmp_path, same)
     dtypes = "" if top == head else f", {made.DTYPE_NAMES[np.dtype(head).name]} and "
     with pytest.raises(CheckpointError, match=f"head differs from top{dtypes}"):
-        next(filling.stream(matching.check(TABLE, source.tensors, _targets()), source))
+        next(_stream(matching.check(TABLE, source.tensors, _targets()), source))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -237,8 +240,8 @@ def test_values_that_are_not_finite_are_refused(tmp_path, monkeypatch, dtype, va
     up = np.full((3, 5), np.finfo(np.float16).max, dtype)  # large is fine
     tensors = _tensors(**{"layers.1.up": up.copy()})
     source = _source(tmp_path, tensors)
-    assert len(list(filling.stream(matching.check(TABLE, source.tensors, _targets()), source))) == 5
+    assert len(list(_stream(matching.check(TABLE, source.tensors, _targets()), source))) == 5
     up[2, 4] = value
     source = _source(tmp_path, tensors | {"layers.1.up": up})
     with pytest.raises(CheckpointError, match=r"layers\.1\.up contains NaN or infinity.*download it again"):
-        list(filling.stream(matching.check(TABLE, source.tensors, _targets()), source))
+        list(_stream(matching.check(TABLE, source.tensors, _targets()), source))

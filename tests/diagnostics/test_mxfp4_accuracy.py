@@ -15,6 +15,7 @@ import pytest
 import convert
 import gptjax
 from gptjax.api import load_params
+from gptjax.checkpoints.checkpoint import open_path
 from gptjax.cli import main
 from gptjax.config import read_config
 from gptjax.diagnostics import mxfp4_accuracy, perplexity
@@ -61,7 +62,7 @@ def test_what_is_rounded_in_memory_is_what_conversion_writes(lm, converted):
     model = registry.build(read_config(converted))
     found = mxfp4_accuracy.quantized(lm, "all")
     assert found.model == model
-    expected = weights_by_path(load_params(converted, model))
+    expected = weights_by_path(load_params(open_path(converted), model))
     for path, leaf in weights_by_path(found.params).items():
         assert isinstance(leaf, MXFP4) == isinstance(expected[path], MXFP4)
         for one, other in zip(jax.tree.leaves(leaf), jax.tree.leaves(expected[path]), strict=True):

@@ -45,6 +45,19 @@ OSS_TALES = dataclasses.replace(
     mlp_width=192,
     num_experts=8,
 )
+LLAMA_TALES = dataclasses.replace(
+    PUBLISHED["qwen3-0.6b"],
+    vocab_size=8192,
+    context_length=512,
+    width=256,
+    num_layers=2,
+    windows=(128, None),
+    num_heads=8,
+    num_kv_heads=2,
+    head_width=64,
+    mlp_width=704,
+)
+LLAMA_MIDDLE = dataclasses.replace(PUBLISHED["qwen2.5-0.5b"], num_layers=2, windows=(None,) * 2, vocab_size=5000)
 # What is held in passing is one layer's; two compile in a third of the time that six take.
 SHALLOW = dataclasses.replace(TALES, num_layers=2)
 OSS_SHALLOW = dataclasses.replace(OSS_TALES, num_layers=2, windows=(128, None))
@@ -96,6 +109,10 @@ def _temporary(model: registry.Model, batch: int, length: int) -> int:
         (dataclasses.replace(OSS_SHALLOW, mxfp4="all"), 1, 512, "float32"),
         thorough(dataclasses.replace(OSS_SHALLOW, mxfp4="none"), 1, 512, "float32"),
         (OSS_MIDDLE, 1, 256, "float32"),
+        (LLAMA_TALES, 1, 512, "float32"),
+        thorough(dataclasses.replace(LLAMA_TALES, mxfp4="linear"), 2, 512, "bfloat16"),
+        (LLAMA_MIDDLE, 1, 1024, "float32"),
+        thorough(LLAMA_MIDDLE, 2, 1024, "bfloat16"),
         thorough(OSS_MIDDLE, 1, 2048, "bfloat16"),
     ],
 )

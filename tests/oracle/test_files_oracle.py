@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from gptjax.config import GenerationDefaults, config_from_json, generation_defaults, read_generation_config
+from gptjax.config.rope import Yarn
 from gptjax.text import load_tokenizer
 from tests.oracles.older_tokenizer import ADDED, DIALOGUE, NAMED, SPEAKERS, old_layout
 
@@ -55,8 +56,8 @@ def test_gpt_oss_configs(changes):
     }
     theirs = transformers.GptOssConfig.from_dict(json.loads(json.dumps(raw | changes)))
     ours = config_from_json(raw | changes)
-    yarn = ours.rope.yarn
-    assert yarn is not None and yarn.original_length == theirs.rope_parameters["original_max_position_embeddings"]
+    yarn = ours.rope.scaling
+    assert isinstance(yarn, Yarn) and yarn.original_length == theirs.rope_parameters["original_max_position_embeddings"]
     assert yarn.factor == theirs.rope_parameters["factor"]
     assert ours.experts_per_token == theirs.num_experts_per_tok
     assert {window for window in ours.windows if window} == {theirs.sliding_window}

@@ -309,12 +309,12 @@ def test_more_positions_than_yarns_original_context(long, counts):
     assert _deviations(outputs, blocks_LTD, logits_TV) < LONG_TOLERANCE
 
 
-@pytest.mark.parametrize("changes", [{"yarn": None}, {"factor": 16.0}, {"truncate": True}], ids=str)
+@pytest.mark.parametrize("changes", [{"scaling": None}, {"factor": 16.0}, {"truncate": True}], ids=str)
 def test_a_wrong_yarn_is_caught(long, changes):
     case, ids, blocks_LTD, logits_TV = long
     rope = case.model.config.rope
     rope = dataclasses.replace(
-        rope, **(changes if "yarn" in changes else {"yarn": dataclasses.replace(rope.yarn, **changes)})
+        rope, **(changes if "scaling" in changes else {"scaling": dataclasses.replace(rope.scaling, **changes)})
     )
     wrong = registry.build(dataclasses.replace(case.model.config, rope=rope))
     assert _deviations(_run_whole(wrong, case.params, ids), blocks_LTD, logits_TV) > 10 * LONG_TOLERANCE

@@ -15,7 +15,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gptjax import api
-from gptjax.config import GptOssConfig, read_config
+from gptjax.checkpoints.checkpoint import open_path
+from gptjax.config import GptOssConfig
 from gptjax.layers.cache import KVCache
 from gptjax.layers.observe import COLLECTION
 from gptjax.models import registry
@@ -27,8 +28,9 @@ from tests.oracles.gpt2_ours import Outputs
 
 def load(directory: Path, dtype: DTypeLike = jnp.float32) -> tuple[Model, Params]:
     """The model and the weights of a checkpoint directory."""
-    model = registry.build(read_config(directory), dtype=dtype)
-    return model, api.load_params(directory, model)
+    checkpoint = open_path(directory)
+    model = registry.build(checkpoint.config, dtype=dtype)
+    return model, api.load_params(checkpoint, model)
 
 
 def params(tensors: Mapping[str, np.ndarray], dtype: DTypeLike = jnp.float32) -> Params:

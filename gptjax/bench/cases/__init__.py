@@ -13,7 +13,7 @@ from gptjax.bench.cases.block import Block
 from gptjax.bench.cases.case import Case, link
 from gptjax.bench.cases.experts import Experts
 from gptjax.bench.cases.product import Product
-from gptjax.config import GPT2Config, GptOssConfig, ModelConfig
+from gptjax.config import GPT2Config, GptOssConfig, LlamaConfig, ModelConfig
 from gptjax.config.quantization import packs
 from pallas_kernels.block.stream import PANEL
 
@@ -65,7 +65,8 @@ def _of(
     has_experts = isinstance(config, GptOssConfig)
     if operation == "matvec":
         sizes = [(D, (N + 2 * K) * H), (N * H, D)]
-        sizes += [] if has_experts else [(D, config.mlp_width), (config.mlp_width, D)]
+        ups = 2 if isinstance(config, LlamaConfig) else 1  # gate and up
+        sizes += [] if has_experts else [(D, ups * config.mlp_width), (config.mlp_width, D)]
         sizes += [(D, config.vocab_size)]
         return [Product(rows, dtype, *size) for size in sizes for rows in counts]
     fits = [(rows, positions) for rows, positions in caches if positions <= config.context_length]

@@ -5,7 +5,7 @@ import threading
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.checkpoints.raw import Buffers, read_array
+from gptjax.support.raw import Buffers, read_array
 
 MEGABYTES = 1 << 21
 

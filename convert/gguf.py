@@ -1,0 +1,160 @@
+"""The tensors of GGUF files. llama.cpp gives all families the same names, so one table serves them all.
+
+Linear weights are stored [out, in], GPT-2's too; kernels here are [in, out]. Packed tensors are expanded, except for
+GPT-OSS's experts in MXFP4, whose bytes are only put into our order. Source: llama.cpp `conversion/`.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from convert.rules import IDENTITY, Ignored, Rule, Shape, Table, Transform
+from gptjax.config import ModelConfig
+from gptjax.config.gguf import ROPE_FREQS
+from pallas_kernels.formats.ggml.tables import to_mxfp4
+from pallas_kernels.formats.mxfp4 import BLOCK, NAN_SCALE
+
+_PAIRED_FAMILY: Final = "llama"
+
+
+def table(config: ModelConfig) -> Table:
+    """The table for a configuration's tensors."""
+    sizes = [heads * config.head_width for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+    # llama.cpp turns neighbouring values in this family, so its converter interleaves the halves of each head.
+    paired = getattr(config, "family", None) == _PAIRED_FAMILY
+    qkv = _linear("attn_{}", "attention/qkv", parts="qkv", sizes=sizes, paired=config.head_width if paired else 0)
+    gate_up = _linear("ffn_{}", "mlp/gate_up", parts=("gate", "up"), sizes=[config.mlp_width] * 2)
+    rules = (*_ENDS, *_VECTORS, *qkv, *gate_up, *_LINEAR, *_EXPERTS)
+    return Table(rules, (Ignored(ROPE_FREQS, "the rotation's factors, which are part of the configuration"),))
+
+
+def _block(name: str, target: str, transform: Transform) -> Rule:
+    return Rule(f"blk.{{N}}.{name}", f"block_{{N}}/{target}", transform)
+
+
+def _linear(
+    name: str, target: str, *, parts: Sequence[str] = (), sizes: Sequence[int] = (), paired: int = 0
+) -> tuple[Rule, Rule]:
+    """A linear layer's kernel and bias, from one tensor each or from parts of these sizes."""
+    found = []
+    for kind, leaf, turned in (("weight", "kernel", True), ("bias", "bias", False)):
+        sources = [f"blk.{{N}}.{name.format(part)}.{kind}" for part in parts] or [f"blk.{{N}}.{name}.{kind}"]
+        found.append(Rule(tuple(sources), f"block_{{N}}/{target}/{leaf}", _rows(sizes, turned=turned, paired=paired)))
+    return found[0], found[1]
+
+
+def _rows(sizes: Sequence[int], *, turned: bool, paired: int = 0) -> Transform:
+    """The rows of sources, one after the other.
+
+    Args:
+      sizes: how many rows each source has; none for a single source.
+      turned: whether the target is the transpose of that.
+      paired: the width of a head if the first two sources have each head's values in pairs (i, i + H/2); else 0.
+    """
+
+    def shapes(shape: Shape) -> tuple[Shape, ...]:
+        stored = shape[::-1] if turned else shape
+        return tuple((size, *stored[1:]) for size in sizes or stored[:1])
+
+    def apply(*arrays: np.ndarray) -> np.ndarray:
+        if paired:
+            arrays = (*(_unpaired(array, paired) for array in arrays[:2]), *arrays[2:])
+        rows = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+        return rows.T if turned else rows
+
+    return Transform("rows", shapes, apply, mixes_dtypes=True)
+
+
+def _unpaired(array: np.ndarray, head_width: int) -> np.ndarray:
+    """Rows of heads in order, from rows in which each value is followed by the one that it is rotated with."""
+    return array.reshape(-1, head_width // 2, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def _interleaved(*arrays: np.ndarray) -> np.ndarray:
+    """Gate and up [E, F, ...] as GPT-OSS has them, alternating: [E, 2F, ...]."""
+    gate = arrays[0]
+    return np.stack(arrays, axis=2).reshape(gate.shape[0], 2 * gate.shape[1], *gate.shape[2:])
+
+
+def _halves(shape: Shape) -> tuple[Shape, Shape]:
+    """The shapes of gate and up, from that of both."""
+    half = (shape[0], shape[1] // 2, *shape[2:])
+    return half, half
+
+
+def _logical(blocks: Shape) -> Shape:
+    """The shape of the numbers in packed blocks [..., n/32, 16]."""
+    return (*blocks[:-2], blocks[-2] * BLOCK)
+
+
+def _nan_scale(array: np.ndarray) -> str:
+    return f"the scale {NAN_SCALE}, which is NaN" if array[..., 0].max(initial=0) == NAN_SCALE else ""
+
+
+_GATE_UP_BIAS: Final = Transform("interleaved", _halves, _interleaved, mixes_dtypes=True)
+_GATE_UP: Final = Transform(
+    "interleaved and transposed",
+    lambda shape: _halves((shape[0], shape[2], shape[1])),
+    lambda *arrays: _interleaved(*arrays).swapaxes(1, 2),
+    mixes_dtypes=True,
+)
+_DOWN: Final = Transform(
+    "transposed", lambda shape: ((shape[0], shape[2], shape[1]),), lambda array: array.swapaxes(1, 2)
+)
+_GATE_UP_BLOCKS: Final = Transform(
+    "interleaved blocks",
+    lambda shape: _halves(_logical(shape)),
+    lambda *arrays: to_mxfp4(_interleaved(*arrays))[0],
+    packed=True,
+    fault=_nan_scale,
+)
+_GATE_UP_SCALES: Final = Transform(
+    "interleaved scales",
+    lambda shape: _halves(_logical((*shape, 16))),
+    lambda *arrays: to_mxfp4(_interleaved(*arrays))[1],
+    packed=True,
+)
+_DOWN_BLOCKS: Final = Transform(
+    "blocks", lambda shape: (_logical(shape),), lambda array: to_mxfp4(array)[0], packed=True, fault=_nan_scale
+)
+_DOWN_SCALES: Final = Transform(
+    "scales", lambda shape: (_logical((*shape, 16)),), lambda array: to_mxfp4(array)[1], packed=True
+)
+
+_ENDS: Final = (
+    Rule("token_embd.weight", "token_embedding", IDENTITY),
+    Rule("output.weight", "head_embedding", IDENTITY),
+    Rule("position_embd.weight", "position_embedding", IDENTITY),
+    Rule("output_norm.weight", "final_norm/scale", IDENTITY),
+    Rule("output_norm.bias", "final_norm/bias", IDENTITY),
+)
+_VECTORS: Final = (
+    _block("attn_norm.weight", "attention_norm/scale", IDENTITY),
+    _block("attn_norm.bias", "attention_norm/bias", IDENTITY),
+    _block("ffn_norm.weight", "mlp_norm/scale", IDENTITY),
+    _block("ffn_norm.bias", "mlp_norm/bias", IDENTITY),
+    _block("attn_q_norm.weight", "attention/q_norm/scale", IDENTITY),
+    _block("attn_k_norm.weight", "attention/k_norm/scale", IDENTITY),
+    _block("attn_sinks.weight", "attention/sinks", IDENTITY),
+    _block("post_attention_norm.weight", "moe_norm/scale", IDENTITY),
+)
+_LINEAR: Final = (
+    *_linear("attn_qkv", "attention/qkv"),  # GPT-2's
+    *_linear("attn_output", "attention/out"),
+    *_linear("ffn_up", "mlp/up"),
+    *_linear("ffn_down", "mlp/down"),
+    *_linear("ffn_gate_inp", "moe/router"),
+)
+_EXPERT_PARTS: Final = ("blk.{N}.ffn_gate_exps", "blk.{N}.ffn_up_exps")
+_GATE_UP_SOURCES: Final = tuple(f"{part}.weight" for part in _EXPERT_PARTS)
+_EXPERTS: Final = (
+    Rule(_GATE_UP_SOURCES, "block_{N}/moe/gate_up_kernel", _GATE_UP),
+    Rule(_GATE_UP_SOURCES, "block_{N}/moe/gate_up_kernel/blocks", _GATE_UP_BLOCKS),
+    Rule(_GATE_UP_SOURCES, "block_{N}/moe/gate_up_kernel/scales", _GATE_UP_SCALES),
+    Rule(tuple(f"{part}.bias" for part in _EXPERT_PARTS), "block_{N}/moe/gate_up_bias", _GATE_UP_BIAS),
+    _block("ffn_down_exps.weight", "moe/down_kernel", _DOWN),
+    _block("ffn_down_exps.weight", "moe/down_kernel/blocks", _DOWN_BLOCKS),
+    _block("ffn_down_exps.weight", "moe/down_kernel/scales", _DOWN_SCALES),
+    _block("ffn_down_exps.bias", "moe/down_bias", IDENTITY),
+)

@@ -1,0 +1,79 @@
+"""The weights of a source as they will be written: unchanged, cast or rounded to MXFP4."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert import filling, matching, mxfp4
+from gptjax.checkpoints import weights
+from gptjax.checkpoints.checkpoint import TensorSource
+from gptjax.checkpoints.manifest import Manifest
+from gptjax.checkpoints.saving import Part
+from pallas_kernels.formats.mxfp4 import MXFP4
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One of the arrays that a source has for a model, not read yet."""
+
+    path: weights.Path
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], np.ndarray]
+    slices: Callable[[], Iterator[np.ndarray]]  # the same, in consecutive parts along its first axis
+
+
+def of_plan(plan: matching.Plan, source: TensorSource) -> Iterator[Weight]:
+    """The weights of a source. Raises `CheckpointError` if a copy differs from its original."""
+    for fill, (path, read) in zip(plan.fills, filling.readers(plan, source), strict=True):
+        yield Weight(
+            path, fill.shape, filling.dtype(fill, source), read, functools.partial(filling.parts, fill, source)
+        )
+
+
+def of_manifest(directory: FilePath, manifest: Manifest) -> Iterator[Weight]:
+    """The weights of a converted directory. Raises `CheckpointError` if a piece is missing or damaged."""
+    leaves = {leaf.path: leaf for leaf in manifest.leaves}
+    for path, read in weights.readers(directory, manifest):
+        leaf = leaves[path]
+        yield Weight(path, leaf.shape, np.dtype(leaf.dtype), read, functools.partial(_whole, read))
+
+
+def part(weight: Weight, dtype: np.dtype[Any] | None, chosen: Mapping[weights.Path, MXFP4]) -> Part:
+    """A weight to write.
+
+    Args:
+      weight: as the source has it.
+      dtype: what to cast it to if it is floating-point; None leaves it as it is.
+      chosen: the weights to round to MXFP4 instead, with their MXFP4 shapes; see `convert.mxfp4.chosen`.
+    """
+    if weight.path in chosen:
+        packed = chosen[weight.path]
+        arrays = {"blocks": packed.blocks, "scales": packed.scales}
+        shapes = {(*weight.path, name): jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
+        return Part(shapes, functools.partial(_rounded, weight, packed.shape))
+    if dtype is None or not jnp.issubdtype(weight.dtype, jnp.floating):
+        dtype = weight.dtype
+    shapes = {weight.path: jax.ShapeDtypeStruct(weight.shape, dtype)}
+    return Part(shapes, functools.partial(_cast, weight, dtype))
+
+
+def _rounded(weight: Weight, shape: tuple[int, ...]) -> dict[weights.Path, np.ndarray]:
+    slices = weight.slices() if mxfp4.is_cut(weight.path, shape) else iter([weight.read()])
+    blocks, scales = mxfp4.rounded(weight.path, slices, shape)
+    return {(*weight.path, "blocks"): blocks, (*weight.path, "scales"): scales}
+
+
+def _cast(weight: Weight, dtype: np.dtype[Any]) -> dict[weights.Path, np.ndarray]:
+    array = weight.read()
+    return {weight.path: array if array.dtype == dtype else weights.cast(array, dtype, "/".join(weight.path))}
+
+
+def _whole(read: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
+    yield read()

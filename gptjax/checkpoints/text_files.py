@@ -1,0 +1,78 @@
+"""Where a checkpoint's tokenizer and generation settings come from: the files of a directory, or GGUF metadata."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from gptjax.config import TOKENIZER_FILES, read_generation_config, text_directory
+from gptjax.gguf import read_metadata
+from gptjax.text import Tokenizer, load_tokenizer
+from gptjax.text.gguf import tokenizer_from_gguf
+
+METADATA: Final = "metadata.gguf"  # in a directory converted from a GGUF file: that file's metadata, without tensors
+# llama.cpp's names for settings of generation_config.json.
+_SAMPLING: Final = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFiles:
+    """A directory with tokenizer.json, generation_config.json and the like."""
+
+    directory: Path
+
+    @property
+    def config_directory(self) -> Path | None:
+        """The directory whose config.json may name the token that ends a text."""
+        return self.directory
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether any file of a tokenizer is there."""
+        return any(os.path.lexists(self.directory / name) for name in TOKENIZER_FILES)
+
+    def settings(self) -> Mapping[str, Any]:
+        """The settings of generation_config.json. Raises `CheckpointError`."""
+        return read_generation_config(self.directory)
+
+    def tokenizer(self, generation_config: Mapping[str, Any]) -> Tokenizer:
+        """The tokenizer, whose end tokens `generation_config` may name. Raises `CheckpointError` or `ConfigError`."""
+        return load_tokenizer(self.directory, generation_config=generation_config)
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFText:
+    """The metadata of a GGUF file."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    config_directory: Path | None = None  # no config.json: the metadata names the tokens that end a text
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it describes a tokenizer."""
+        return "tokenizer.ggml.model" in self.metadata
+
+    def settings(self) -> Mapping[str, Any]:
+        """Settings by the names of generation_config.json."""
+        found = {ours: self.metadata[theirs] for theirs, ours in _SAMPLING.items() if theirs in self.metadata}
+        return {"do_sample": True, **found} if found else {}
+
+    def tokenizer(self, generation_config: Mapping[str, Any]) -> Tokenizer:
+        """The tokenizer. Raises `CheckpointError` or `ConfigError`."""
+        return tokenizer_from_gguf(self.metadata, self.path)
+
+
+def text_of(directory: Path) -> TextFiles | GGUFText:
+    """The text side of a checkpoint's directory. Raises `CheckpointError`."""
+    metadata = directory / METADATA
+    if os.path.lexists(metadata):
+        return GGUFText(metadata, read_metadata(metadata))
+    return TextFiles(text_directory(directory))

@@ -1,0 +1,95 @@
+"""What GPT-2, GPT-OSS and Llama have in common: an embedding, blocks, a norm, and a head."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from gptjax.axes import VOCAB, WIDTH
+from gptjax.config import ModelConfig
+from gptjax.config.quantization import packs
+from gptjax.layers.cache import KVCache
+from gptjax.layers.observe import observe
+from gptjax.layers.residual import Residual
+from gptjax.layers.weight import Weight, embed, unembed, weight
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer. Used as pure functions:
+
+        hidden_BTD, cache = model.apply({"params": params}, tokens_BT, positions_BT, cache)
+        logits = model.apply({"params": params}, hidden, method="head")        # on the rows that need logits
+
+    It computes in `dtype`, except for norms, rotations, softmax and logits, which are always float32 inside.
+    Subclasses say what a block and the final norm are.
+    """
+
+    config: ModelConfig
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    implementation: str = "auto"
+
+    def block(self, layer: int) -> Any:
+        """The module of a layer: `(residual, positions_BT, cache) -> (residual, cache)`."""
+        raise NotImplementedError
+
+    def norm(self) -> Any:
+        """The module of the final norm: `residual -> (residual, normed_BTD)`."""
+        raise NotImplementedError
+
+    def setup(self) -> None:
+        """Declares the weights."""
+        self.token_embedding = self._embedding("token_embedding")
+        self.blocks = [self.block(layer) for layer in range(self.config.num_layers)]
+        self.final_norm = self.norm()
+        if not self.config.tied_head:
+            self.head_embedding = self._embedding("head_embedding")
+
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Final hidden states, after the last norm.
+
+        Args:
+          tokens_BT: int32 token ids; any at padding.
+          positions_BT: int32 position of each token in its sequence, ascending by ones in a row; negative is padding.
+          cache: the keys and values of earlier tokens, which these tokens' are added to; None: attend to these alone.
+
+        Returns:
+          [B, T, D] of `dtype`, and the cache.
+        """
+        x_BTD = observe(self, "embedding", self.embed(tokens_BT, positions_BT))
+        residual, cache = self.through_blocks(Residual(x_BTD), positions_BT, cache)
+        _, hidden_BTD = self.final_norm(residual)
+        return hidden_BTD, None if cache is None else cache.extended(positions_BT)
+
+    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """The embeddings [B, T, D] of `dtype`."""
+        # Padding takes row 0: it is never attended to, and only has to be in bounds.
+        return embed(self.token_embedding, jnp.where(positions_BT < 0, 0, tokens_BT), self.dtype)
+
+    def through_blocks(
+        self, residual: Residual, positions_BT: jax.Array, cache: KVCache | None
+    ) -> tuple[Residual, KVCache | None]:
+        """The residual after all blocks, and the cache with their keys and values."""
+        for block in self.blocks:
+            residual, cache = block(residual, positions_BT, cache)
+        return residual, cache
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Logits of hidden states, [..., D] -> [..., V] float32."""
+        return unembed(hidden, self.token_embedding if self.config.tied_head else self.head_embedding, self.dtype)
+
+    def _embedding(self, name: str) -> Weight:
+        config = self.config
+        return weight(
+            self,
+            name,
+            (config.vocab_size, config.width),
+            (VOCAB, WIDTH),
+            param_dtype=self.param_dtype,
+            mxfp4=packs(config.mxfp4, "embedding"),
+            summed=-1,
+        )

@@ -1,0 +1,86 @@
+"""Llama and its relatives (Mistral, Qwen2, Qwen3): RMSNorm, rotary positions, grouped queries, SwiGLU.
+
+Source: transformers `models/llama/modeling_llama.py`, and those of the other families.
+"""
+
+import math
+from functools import partial
+
+import flax.linen as nn
+import jax
+from jax.typing import DTypeLike
+
+from gptjax.config.llama import LlamaConfig
+from gptjax.config.quantization import packs
+from gptjax.layers.attention import Attention
+from gptjax.layers.cache import KVCache
+from gptjax.layers.mlp import GatedMLP
+from gptjax.layers.norm import RMSNorm
+from gptjax.layers.observe import observe, observe_lazy
+from gptjax.layers.residual import Residual
+from gptjax.models.decoder import Decoder
+
+
+class Block(nn.Module):
+    """`x += attention(norm(x)); x += mlp(norm(x))`."""
+
+    config: LlamaConfig
+    layer: int
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    implementation: str
+
+    def setup(self) -> None:
+        """Declares the layers."""
+        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = partial(RMSNorm, config.norm_epsilon, implementation=self.implementation, **dtypes)
+        self.attention_norm = norm()
+        self.attention = Attention(
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_width=config.head_width,
+            scale=1 / math.sqrt(config.head_width),
+            layer=self.layer,
+            mxfp4=packs(config.mxfp4, "linear"),
+            implementation=self.implementation,
+            qkv_bias=config.qkv_bias,
+            out_bias=config.out_bias,
+            qk_norm_epsilon=config.norm_epsilon if config.qk_norm else None,
+            rope=config.rope,
+            window=config.windows[self.layer],
+            **dtypes,
+        )
+        self.mlp_norm = norm()
+        self.mlp = GatedMLP(
+            config.mlp_width,
+            config.mlp_bias,
+            packs(config.mxfp4, "linear"),
+            implementation=self.implementation,
+            **dtypes,
+        )
+
+    def __call__(
+        self, residual: Residual, positions_BT: jax.Array, cache: KVCache | None
+    ) -> tuple[Residual, KVCache | None]:
+        """The residual with both updates, the second pending, and the cache with this layer's keys and values."""
+        residual, normed_BTD = self.attention_norm(residual)
+        update, cache = self.attention(normed_BTD, positions_BT, cache)
+        residual, normed_BTD = self.mlp_norm(residual.plus(update))
+        observe(self, "attention_residual", residual.x_BTD)
+        residual = residual.plus(self.mlp(normed_BTD))
+        observe_lazy(self, "mlp_residual", residual.total)
+        return residual, cache
+
+
+class Llama(Decoder):
+    """A Llama, or a relative of any size."""
+
+    config: LlamaConfig
+
+    def block(self, layer: int) -> Block:
+        """A block."""
+        return Block(self.config, layer, self.dtype, self.param_dtype, self.implementation, name=f"block_{layer}")
+
+    def norm(self) -> RMSNorm:
+        """The final norm."""
+        return RMSNorm(self.config.norm_epsilon, self.dtype, self.param_dtype, self.implementation)
