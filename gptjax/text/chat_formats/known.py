@@ -13,10 +13,11 @@ from gptjax.support.quoting import quoted
 from gptjax.text.chat_formats.chatml import END, START, chatml
 from gptjax.text.chat_formats.harmony import Harmony
 from gptjax.text.chat_formats.interface import ChatFormat
+from gptjax.text.chat_formats.json_calls import read_json_calls
 from gptjax.text.chat_formats.llama2 import BOS, EOS, llama2, mistral, zephyr
 from gptjax.text.chat_formats.llama3 import llama3, llama31
 from gptjax.text.chat_formats.qwen3 import qwen3
-from gptjax.text.chat_formats.readers import read_calls, read_json_calls, read_on, read_thoughts_and_calls
+from gptjax.text.chat_formats.tagged import read_calls, read_on, read_thoughts_and_calls
 from gptjax.text.chat_formats.text_format import TextFormat
 from gptjax.text.harmony import missing_tokens
 from gptjax.text.tokenizer import Tokenizer
