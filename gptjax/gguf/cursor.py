@@ -90,7 +90,7 @@ class Cursor:
         if type_number == ARRAY:
             item, count = self.u32(what), self.u64(what)
             if item == ARRAY:
-                raise damaged(self.path, f"{what} is an array of arrays, which no reader of GGUF accepts")
+                raise damaged(self.path, f"{what} is an array of arrays, which llama.cpp refuses, too")
             return self._values(item, count, what)
         return self._values(type_number, 1, what)[0]
 

@@ -109,7 +109,7 @@ class GGUFFile:
             self.checksums[name] = crc
 
     def _empty(self, name: str, count: int) -> np.ndarray:
-        """Memory for so many of a tensor's numbers in float32."""
+        """Memory for `count` numbers of a tensor, in float32."""
         dtype = np.dtype(np.float32)
         try:
             return np.empty(count, dtype) if self.buffers is None else self.buffers.empty((count,), dtype)

@@ -99,7 +99,7 @@ HOSTILE = {
     "a string in an array that is not UTF-8": (_key(made.array(made.STRING, [b"a", b"\xed\xa0\x80"])), "is not UTF-8"),
     "an array of arrays": (
         _key(struct.pack("<IIQ", made.ARRAY, made.ARRAY, 1)),
-        "the value of 'k' is an array of arrays, which no reader of GGUF accepts",
+        "the value of 'k' is an array of arrays, which llama.cpp refuses, too",
     ),
     "arrays in each other, 10,000 deep": (_key(NESTED), "the value of 'k' is an array of arrays"),
     "a truth value of 2": (_key(made.number(made.BOOL, 2)), "has a truth value that is neither 0 nor 1"),

@@ -25,7 +25,7 @@ def halves(block: bytes, *starts: int) -> list[float]:
 
 
 def nibble(codes: bytes, i: int) -> int:
-    """Of 16 bytes: first the low nibbles of all, then the high ones."""
+    """16 bytes hold 32 values: first all low nibbles, then all high ones."""
     return codes[i % 16] >> 4 * (i // 16) & 15
 
 
@@ -59,17 +59,17 @@ def q8_0(block: bytes, i: int) -> float:
 
 
 def two_bits(data: bytes, i: int) -> int:
-    """Of 64 bytes: each half of them has 128 values, by 32 in bits 0 and 1, in bits 2 and 3, ..."""
+    """64 bytes hold 256 values: each half has 128, 32 in bits 0 and 1, 32 in bits 2 and 3, and so on."""
     return data[32 * (i // 128) + i % 32] >> 2 * (i % 128 // 32) & 3
 
 
 def four_bits(data: bytes, i: int) -> int:
-    """Of 128 bytes: each quarter has 64 values, 32 in the low nibbles and 32 in the high ones."""
+    """128 bytes hold 256 values: each quarter has 64, 32 in the low nibbles and 32 in the high ones."""
     return data[32 * (i // 64) + i % 32] >> 4 * (i % 64 // 32) & 15
 
 
 def plane(data: bytes, i: int) -> int:
-    """Of 32 bytes: value i has bit i // 32 of byte i % 32."""
+    """32 bytes hold 256 bits: value i has bit i // 32 of byte i % 32."""
     return data[i % 32] >> i // 32 & 1
 
 
