@@ -3,6 +3,7 @@
 The names and layouts follow from the tables that conversion reads.
 """
 
+import dataclasses
 import json
 import os
 import time
@@ -80,7 +81,7 @@ def export(
         raise RequestError(f"max_shard_bytes is {max_shard_bytes}; a shard has at least 1 byte")
     check_paths(source, destination)
     wanted = None if dtype is None else named_dtype(dtype)
-    checkpoint = open_path(source, ignore_config=ignore_config)
+    checkpoint = _expanded(open_path(source, ignore_config=ignore_config))
     config = checkpoint.config
     copies = to_copy(checkpoint, small_files(source))
     target = _target(config, quantize)
@@ -103,6 +104,18 @@ def export(
         dtypes=tuple(sorted({tensor.dtype.name for tensor in tensors.values()})),
         seconds=time.monotonic() - started,
     )
+
+
+def _expanded(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a GGUF file's packed types as numbers, which is all that transformers' files can have."""
+    if not checkpoint.config.types:
+        return checkpoint
+    if checkpoint.gguf is None:
+        raise ConfigError(
+            f"{checkpoint.path} has weights in a GGUF file's types, which Hugging Face's files cannot have; export the "
+            "GGUF file itself, whose weights are then expanded"
+        )
+    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, types=()))
 
 
 def _target(config: ModelConfig, quantize: str | None) -> ModelConfig:

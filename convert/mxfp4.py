@@ -31,6 +31,11 @@ def packed_config(config: ModelConfig, targets: str) -> ModelConfig:
     """
     if targets not in TARGETS[1:]:
         raise ConfigError(f"cannot round {targets!r} to MXFP4; choose one of {', '.join(TARGETS[1:])}")
+    if config.types:
+        raise ConfigError(
+            "the checkpoint's weights are packed in a GGUF file's types, and packing them again would lose more; start "
+            "from a checkpoint in float16, bfloat16 or float32"
+        )
     if targets == "experts" and not isinstance(config, GptOssConfig):
         raise ConfigError("the model has no experts; choose linear (every matrix in its blocks) or all")
     if TARGETS.index(targets) < TARGETS.index(config.mxfp4):

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,14 @@ from gptjax.models.params import abstract_params, num_params, weights_by_path
 from gptjax.models.registry import Model
 from gptjax.support import runtime
 from gptjax.support.files import read_json
-from gptjax.support.quoting import names
+from gptjax.support.quoting import names, quoted
 from gptjax.support.runtime import DeviceMemory
 from gptjax.support.units import readable
 from gptjax.text import Tokenizer
 from gptjax.text.chat_formats import choose_format
 from pallas_kernels.formats import is_packed
+
+_MOST_VALUES: Final = 8  # of a list that is shown whole
 
 
 def describe(
@@ -43,6 +45,8 @@ def describe(
     generation_config: Mapping[str, Any] | bool | None = None,
 ) -> dict[str, Any]:
     """Facts about a checkpoint, in display order. Values of keys ending in `_bytes` are bytes.
+
+    "metadata" has the keys and values of a GGUF file, with long lists and texts shortened.
 
     For a checkpoint with packed weights, `packed_numbers` counts the packed numbers, and `packed_vs_float16` and
     `whole_vs_float16` say how many times larger these, and all weights as stored, would be in float16.
@@ -78,7 +82,21 @@ def describe(
         "chat_format": chat,
         "generation": _generation(defaults, model.config),
         **_memory(model, max_length, max_batch, device),
+        **_metadata(checkpoint),
     }
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+    """A GGUF file's keys and values."""
+    if checkpoint.gguf is None:
+        return {}
+    return {"metadata": {key: _short(value) for key, value in checkpoint.gguf.metadata.items()}}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} values" if len(value) > _MOST_VALUES else ", ".join(map(_short, value))
+    return quoted(value) if isinstance(value, str) else str(value)
 
 
 def _chat_format(tokenizer: Tokenizer) -> str:
@@ -148,7 +166,9 @@ def _types(file: GGUFFile) -> list[str]:
 
 def _architecture(model: Model) -> dict[str, Any]:
     facts = {"architecture": type(model).__name__, "parameters": num_params(model)}
-    return facts | dataclasses.asdict(model.config)
+    settings = dataclasses.asdict(model.config)
+    del settings["types"]  # hundreds; the form counts them, and `describe_tensors` lists them
+    return facts | settings
 
 
 def _memory(model: Model, max_length: int | None, max_batch: int, device: DeviceMemory | None) -> dict[str, Any]:
