@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.gguf.test_reading import ENTRIES, METADATA, split
 
 from pallas_kernels.formats.ggml import PACKED
 from tests.fuzz import rounds
 from tests.gguf import made
 from tests.gguf.made import Entry
+from tests.gguf.test_gguf_reading import ENTRIES, METADATA, split
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,12 +8,12 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from tests.gguf.test_reading import ENTRIES, METADATA, split
 
 from gptjax.errors import CheckpointError
 from gptjax.gguf import cursor, open_gguf
 from tests.gguf import made
 from tests.gguf.made import Entry
+from tests.gguf.test_gguf_reading import ENTRIES, METADATA, split
 
 ROOM = 64 << 20
 SECONDS = 1
