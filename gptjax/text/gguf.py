@@ -21,12 +21,12 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # gguf's Tok
 
 _ENDS: Final = ("eos_token_id", "eot_token_id", "eom_token_id")
 _OTHER_IDS: Final = (
-    *(f"{name}_token_id" for name in ("bos", "unknown", "seperator", "padding", "mask", "cls")),
+    *(f"{name}_token_id" for name in ("bos", "unknown", "seperator", "separator", "padding", "mask", "cls")),
     *(f"fim_{name}_token_id" for name in ("pre", "suf", "mid", "pad", "rep", "sep")),
     *(f"{name}_token_id" for name in ("prefix", "suffix", "middle")),
 )
-_KNOWN: Final = frozenset(
-    {*_ENDS, *_OTHER_IDS, "model", "pre", "tokens", "token_type", "scores", "merges"}
+_KNOWN: Final = frozenset(  # added_tokens, of GGUF's specification, repeats some of tokens
+    {*_ENDS, *_OTHER_IDS, "model", "pre", "tokens", "token_type", "scores", "merges", "added_tokens"}
     | {"add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces"}
 )
 # What llama.cpp ends a generation at, whatever the file says, and takes for a control token. It adds "</s>", which is
