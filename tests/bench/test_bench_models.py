@@ -85,7 +85,7 @@ def test_random_checkpoints_are_read_as_what_they_are(tmp_path, capsys, monkeypa
     small = dataclasses.replace(
         PUBLISHED["gpt-oss-20b"], width=64, mlp_width=32, num_layers=2, windows=(128, None), vocab_size=300
     )
-    monkeypatch.setattr("gptjax.config.PUBLISHED", {"small": small})
+    monkeypatch.setattr("gptjax.config.sizes.PUBLISHED", {"small": small})
     monkeypatch.setattr("convert.random.SHARD_BYTES", 200_000)
     target = tmp_path / "written"
     assert main(["bench", "--random", "small", "--write-random", str(target)]) == 0
