@@ -3,6 +3,7 @@
 The names and layouts follow from the tables that conversion reads.
 """
 
+import dataclasses
 import json
 import os
 import time
@@ -30,7 +31,7 @@ from gptjax.checkpoints.weights import checked_manifest
 from gptjax.config import GptOssConfig, ModelConfig
 from gptjax.config.gpt_oss import is_original
 from gptjax.config.keys import without
-from gptjax.config.quantization import mxfp4_to_json
+from gptjax.config.quantization import packing_to_json
 from gptjax.errors import ConfigError, RequestError
 from gptjax.models.params import abstract_params, num_params
 from gptjax.models.registry import build
@@ -80,7 +81,7 @@ def export(
         raise RequestError(f"max_shard_bytes is {max_shard_bytes}; a shard has at least 1 byte")
     check_paths(source, destination)
     wanted = None if dtype is None else named_dtype(dtype)
-    checkpoint = open_path(source, ignore_config=ignore_config)
+    checkpoint = _expanded(open_path(source, ignore_config=ignore_config))
     config = checkpoint.config
     copies = to_copy(checkpoint, small_files(source))
     target = _target(config, quantize)
@@ -103,6 +104,18 @@ def export(
         dtypes=tuple(sorted({tensor.dtype.name for tensor in tensors.values()})),
         seconds=time.monotonic() - started,
     )
+
+
+def _expanded(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a GGUF file's packed types as numbers, which is all that transformers' files can have."""
+    if not checkpoint.config.types:
+        return checkpoint
+    if checkpoint.gguf is None:
+        raise ConfigError(
+            f"{checkpoint.path} has weights in a GGUF file's types, which Hugging Face's files cannot have; export the "
+            "GGUF file itself, whose weights are then expanded"
+        )
+    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, types=()))
 
 
 def _target(config: ModelConfig, quantize: str | None) -> ModelConfig:
@@ -161,7 +174,7 @@ def _config_json(
     if is_original(raw):  # OpenAI's own keys, which transformers does not know
         raw = target.to_json()
     elif target != config:
-        raw |= mxfp4_to_json(target.mxfp4)
+        raw |= packing_to_json(target.mxfp4, target.types)
     floats = {tensor.dtype.name for tensor in tensors if jnp.issubdtype(tensor.dtype, jnp.floating)}
     if len(floats) == 1:  # what transformers loads the weights as
         raw |= dict.fromkeys(raw.keys() & {"dtype", "torch_dtype"}, *floats)

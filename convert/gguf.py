@@ -1,7 +1,8 @@
 """The tensors of GGUF files. llama.cpp gives all families the same names, so one table serves them all.
 
-Linear weights are stored [out, in], GPT-2's too; kernels here are [in, out]. Packed tensors are expanded, except for
-GPT-OSS's experts in MXFP4, whose bytes are only put into our order. Source: llama.cpp `conversion/`.
+Linear weights are stored [out, in], GPT-2's too; kernels here are [in, out], unless they stay packed. The configuration
+says which do (`gptjax.config.gguf`); others are expanded. GPT-OSS's experts in MXFP4 only have their bytes put into our
+order. Source: llama.cpp `conversion/`.
 """
 
 from collections.abc import Sequence
@@ -12,10 +13,13 @@ import numpy as np
 from convert.rules import IDENTITY, Ignored, Rule, Shape, Table, Transform
 from gptjax.config import ModelConfig
 from gptjax.config.gguf import ROPE_FREQS
+from gptjax.config.quantization import KEPT
+from pallas_kernels.formats.ggml import PACKED
 from pallas_kernels.formats.ggml.tables import to_mxfp4
 from pallas_kernels.formats.mxfp4 import BLOCK, NAN_SCALE
 
 _PAIRED_FAMILY: Final = "llama"
+_VALUES: Final = {PACKED[name].nbytes: size for name, size in KEPT.items()}  # of a block, by its bytes
 
 
 def table(config: ModelConfig) -> Table:
@@ -35,13 +39,21 @@ def _block(name: str, target: str, transform: Transform) -> Rule:
 
 def _linear(
     name: str, target: str, *, parts: Sequence[str] = (), sizes: Sequence[int] = (), paired: int = 0
-) -> tuple[Rule, Rule]:
-    """A linear layer's kernel and bias, from one tensor each or from parts of these sizes."""
-    found = []
-    for kind, leaf, turned in (("weight", "kernel", True), ("bias", "bias", False)):
-        sources = [f"blk.{{N}}.{name.format(part)}.{kind}" for part in parts] or [f"blk.{{N}}.{name}.{kind}"]
-        found.append(Rule(tuple(sources), f"block_{{N}}/{target}/{leaf}", _rows(sizes, turned=turned, paired=paired)))
-    return found[0], found[1]
+) -> list[Rule]:
+    """A linear layer's kernel and bias, from one tensor each or from parts of these sizes; the kernel packed or not."""
+    names = [f"blk.{{N}}.{name.format(part)}" for part in parts] or [f"blk.{{N}}.{name}"]
+    weights, biases = (tuple(f"{each}.{kind}" for each in names) for kind in ("weight", "bias"))
+    layer = f"block_{{N}}/{target}"
+    each_part = [
+        Rule(weight, f"{layer}/kernel/parts/{index}/blocks", _packed_rows((), paired=paired if index < 2 else 0))
+        for index, weight in enumerate(weights)
+    ]
+    return [
+        Rule(weights, f"{layer}/kernel", _rows(sizes, turned=True, paired=paired)),
+        Rule(weights, f"{layer}/kernel/blocks", _packed_rows(sizes, paired=paired)),
+        *each_part,
+        Rule(biases, f"{layer}/bias", _rows(sizes, turned=False, paired=paired)),
+    ]
 
 
 def _rows(sizes: Sequence[int], *, turned: bool, paired: int = 0) -> Transform:
@@ -58,12 +70,34 @@ def _rows(sizes: Sequence[int], *, turned: bool, paired: int = 0) -> Transform:
         return tuple((size, *stored[1:]) for size in sizes or stored[:1])
 
     def apply(*arrays: np.ndarray) -> np.ndarray:
-        if paired:
-            arrays = (*(_unpaired(array, paired) for array in arrays[:2]), *arrays[2:])
-        rows = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+        rows = _concatenated(arrays, paired)
         return rows.T if turned else rows
 
     return Transform("rows", shapes, apply, mixes_dtypes=True)
+
+
+def _packed_rows(sizes: Sequence[int], *, paired: int = 0) -> Transform:
+    """Like `_rows`, of packed blocks [out, blocks, bytes] that stay as they are."""
+
+    def shapes(shape: Shape) -> tuple[Shape, ...]:
+        rows, blocks, width = shape
+        return tuple((size, blocks * _VALUES[width]) for size in sizes or (rows,))
+
+    return Transform(
+        "packed rows", shapes, lambda *arrays: _concatenated(arrays, paired), packed=True, fault=_not_finite
+    )
+
+
+def _concatenated(arrays: Sequence[np.ndarray], paired: int) -> np.ndarray:
+    if paired:
+        arrays = [*(_unpaired(array, paired) for array in arrays[:2]), *arrays[2:]]
+    return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+
+
+def _not_finite(blocks: np.ndarray) -> str:
+    """What is wrong with packed blocks: a scale that is no finite number."""
+    packed = next(PACKED[name] for name in KEPT if PACKED[name].nbytes == blocks.shape[-1])
+    return "" if packed.is_finite(blocks) else "NaN or infinity"
 
 
 def _unpaired(array: np.ndarray, head_width: int) -> np.ndarray:
@@ -124,7 +158,9 @@ _DOWN_SCALES: Final = Transform(
 
 _ENDS: Final = (
     Rule("token_embd.weight", "token_embedding", IDENTITY),
+    Rule("token_embd.weight", "token_embedding/blocks", _packed_rows(())),
     Rule("output.weight", "head_embedding", IDENTITY),
+    Rule("output.weight", "head_embedding/blocks", _packed_rows(())),
     Rule("position_embd.weight", "position_embedding", IDENTITY),
     Rule("output_norm.weight", "final_norm/scale", IDENTITY),
     Rule("output_norm.bias", "final_norm/bias", IDENTITY),

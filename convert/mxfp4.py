@@ -10,9 +10,10 @@ import numpy as np
 from gptjax.checkpoints.weights import Path
 from gptjax.config import GPT2Config, GptOssConfig, ModelConfig, config_from_json
 from gptjax.config.gpt_oss import is_original
-from gptjax.config.quantization import BLOCK, TARGETS, mxfp4_to_json
+from gptjax.config.quantization import BLOCK, TARGETS, packing_to_json
 from gptjax.config.rope import Rope
 from gptjax.errors import ConfigError
+from gptjax.models.packing import is_kernel, summed_last
 from gptjax.models.params import abstract_params, weights_by_path
 from gptjax.models.registry import build
 from gptjax.support.quoting import listed
@@ -30,6 +31,11 @@ def packed_config(config: ModelConfig, targets: str) -> ModelConfig:
     """
     if targets not in TARGETS[1:]:
         raise ConfigError(f"cannot round {targets!r} to MXFP4; choose one of {', '.join(TARGETS[1:])}")
+    if config.types:
+        raise ConfigError(
+            "the checkpoint's weights are packed in a GGUF file's types, and packing them again would lose more; start "
+            "from a checkpoint in float16, bfloat16 or float32"
+        )
     if targets == "experts" and not isinstance(config, GptOssConfig):
         raise ConfigError("the model has no experts; choose linear (every matrix in its blocks) or all")
     if TARGETS.index(targets) < TARGETS.index(config.mxfp4):
@@ -52,14 +58,6 @@ def chosen(config: ModelConfig, target: ModelConfig) -> dict[Path, MXFP4]:
     return {
         path: leaf for path, leaf in after.items() if isinstance(leaf, MXFP4) and not isinstance(before[path], MXFP4)
     }
-
-
-def summed_last(path: Path, array: Any) -> Any:
-    """A view of a weight with the axis that products sum over last, as MXFP4 needs it.
-
-    Plain kernels are [..., in, out] and are transposed; embeddings [V, D] are not.
-    """
-    return array.swapaxes(-1, -2) if _is_kernel(path) else array
 
 
 def rounded(path: Path, parts: Iterable[np.ndarray], shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +91,7 @@ def _round(numbers: np.ndarray, buffer: np.ndarray, blocks: np.ndarray, scales: 
 
 def is_cut(path: Path, shape: tuple[int, ...]) -> bool:
     """Whether a weight of this shape, as the model declares it, can be rounded in parts along its first axis."""
-    return len(shape) > 2 or not _is_kernel(path)
+    return len(shape) > 2 or not is_kernel(path)
 
 
 def slices(shape: tuple[int, ...], most: int) -> Iterator[tuple[int | slice, ...]]:
@@ -111,7 +109,7 @@ def config_json(raw: Mapping[str, Any], target: ModelConfig) -> dict[str, Any]:
     """
     if config_from_json(raw) == target:
         return dict(raw)
-    return target.to_json() if is_original(raw) else {**raw, **mxfp4_to_json(target.mxfp4)}
+    return target.to_json() if is_original(raw) else {**raw, **packing_to_json(target.mxfp4, target.types)}
 
 
 def _misfits(config: ModelConfig, target: ModelConfig) -> list[str]:
@@ -125,9 +123,5 @@ def _misfits(config: ModelConfig, target: ModelConfig) -> list[str]:
     return [
         f"{'/'.join(path)} is {list(leaf.shape)}, and its products sum over {summed}"
         for path, leaf in weights_by_path(abstract_params(build(config))).items()
-        if path in packed and (summed := leaf.shape[-2 if _is_kernel(path) else -1]) % BLOCK
+        if path in packed and (summed := leaf.shape[-2 if is_kernel(path) else -1]) % BLOCK
     ]
-
-
-def _is_kernel(path: Path) -> bool:
-    return path[-1].endswith("kernel")

@@ -13,7 +13,7 @@ from gptjax.engine import limits, memory
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry
-from gptjax.models.params import Params, abstract_params, repacked
+from gptjax.models.params import Params, abstract_params, expanded, repacked
 from gptjax.models.registry import Model
 from gptjax.support import runtime
 from gptjax.support.progress import progress
@@ -32,6 +32,7 @@ def load(
     max_length: int | None = None,
     max_batch: int | None = None,
     implementation: str = "auto",
+    packed: bool | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     chat_format: str | None = None,
     ignore_config: Sequence[str] = (),
@@ -50,6 +51,8 @@ def load(
         whether it runs alone or with others. Default: each call uses as many rows as it has prompts, rounded up to a
         power of two, at most 32.
       implementation: which kernels to use; "auto" takes the best available, a named one runs or raises.
+      packed: whether weights in the packed types of a GGUF file stay packed in memory. Default: yes, except on a CPU
+        that has room for their numbers, because computing with these is faster there.
       tokenizer: a directory to take the tokenizer from, instead of the checkpoint's own.
       chat_format: how conversations are written, such as "chatml" (the names: `gptjax.text.chat_formats.FORMATS`).
         Default: recognised by the tokenizer's chat template, or by harmony's special tokens.
@@ -71,6 +74,7 @@ def load(
         max_length=max_length,
         max_batch=max_batch,
         implementation=implementation,
+        packed=packed,
         tokenizer=tokenizer,
         chat_format=chat_format,
     )
@@ -83,6 +87,7 @@ def load_checkpoint(
     max_length: int | None = None,
     max_batch: int | None = None,
     implementation: str = "auto",
+    packed: bool | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     chat_format: str | None = None,
 ) -> LanguageModel:
@@ -96,13 +101,16 @@ def load_checkpoint(
         raise RequestError(
             f"unknown implementation {quoted(implementation)}; choose one of {', '.join(IMPLEMENTATIONS)}"
         )
-    model = registry.build(checkpoint.config, dtype=runtime.compute_dtype(dtype), implementation=implementation)
+    stored = registry.build(checkpoint.config, dtype=runtime.compute_dtype(dtype), implementation=implementation)
+    model = memory.as_loaded(stored, batch=rows, max_length=length, packed=packed)
     memory.check(model, batch=rows, max_length=length)
     text = _tokenizer(checkpoint, tokenizer)
     if chat_format is not None and isinstance(text, Tokenizer):
         choose_format(text, chat_format)  # now, before the weights are read
     with memory.explained(model, batch=rows, max_length=length, loaded=False):
-        params = repacked(model, load_params(checkpoint, model))
+        params = repacked(model, load_params(checkpoint, stored))
+        if model is not stored:
+            params = expanded(params, model.param_dtype)
     return LanguageModel(
         model,
         params,

@@ -1,6 +1,7 @@
 """`LanguageModel`: prompts in, text out, plus the parts for custom programs."""
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -357,7 +358,7 @@ class LanguageModel:
     ) -> Iterator[tuple[int, Chunk]]:
         batch = self.max_batch or min(1 << (len(requests) - 1).bit_length(), _MOST_ROWS)
         if detokenizer is None and not isinstance(self._tokenizer, GptjaxError):
-            detokenizer = self._tokenizer.stream
+            detokenizer = functools.partial(self._tokenizer.stream, start=False)  # a completion continues its prompt
         with self._guard(batch=batch):
             memory.check_state(self.model, batch=batch, max_length=self.max_length)
             # Only the generator holds the engine, so that closing it frees the engine.

@@ -41,6 +41,7 @@ MODELS = {  # compile models, or kernels that XLA compiles: `make test` has them
     "test_affected.py",  # imports each module anew
     "test_api.py",
     "test_chat.py",
+    "test_chat_models.py",
     "test_docs.py",
     "test_fork.py",
     "test_pictures.py",

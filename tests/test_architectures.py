@@ -1,20 +1,30 @@
 """Every architecture that a config can name has all that it needs: a model, stages, tables, taps."""
 
+import math
 from typing import Any
 
 import pytest
 
-import convert.tables
+from convert.matching import source_shapes
+from convert.tables import table
 from gptjax.config import MODEL_TYPES, PUBLISHED, config_from_json
 from gptjax.diagnostics.transformers_comparison import taps
 from gptjax.models import registry
+from gptjax.models.params import abstract_params, weights_by_path
 from gptjax.models.stages import stages
+from pallas_kernels.formats.mxfp4 import MXFP4
 
 CONFIGS = {config.to_json()["model_type"]: config for config in PUBLISHED.values()}
 
 
 def test_every_model_type_has_a_published_size():
     assert CONFIGS.keys() == MODEL_TYPES.keys()
+
+
+def _numbers(model: registry.Model) -> int:
+    """The number of parameters that are not packed."""
+    leaves = weights_by_path(abstract_params(model)).values()
+    return sum(leaf.size for leaf in leaves if not isinstance(leaf, MXFP4))
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -24,5 +34,6 @@ def test_an_architecture_is_whole(model_type):
     assert config_from_json(config.to_json()) == config
     model = registry.build(config)
     assert model.config is config
-    assert convert.tables.table(config).rules
+    shapes = source_shapes(table(config), abstract_params(model))
+    assert sum(math.prod(shape) for shape, dtypes in shapes.values() if dtypes != ("U8",)) == _numbers(model)
     assert [tap.stage for tap in taps(config)] == stages(config)

@@ -489,6 +489,12 @@ def _does_not_fit() -> str:
     return str(memory.shortfall(model, batch=32, max_length=1024, has=2_000_000_000, device=device))
 
 
+def _unknown_template(tmp_path: Path) -> gptjax.LanguageModel:
+    copy = _copy(tmp_path)
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    return gptjax.load(copy)
+
+
 def _ran_out(lm: gptjax.LanguageModel) -> None:
     with memory.explained(lm.model, batch=1, max_length=512):
         raise MemoryError
@@ -515,6 +521,7 @@ MESSAGES: dict[str, Callable[..., str]] = {
     "scale 255": lambda tmp_path, **_: _not_a_number(tmp_path),
     "cannot chat": lambda lm, **_: _raised(lambda: lm.chat([{"role": "user", "content": "Hello"}])),
     "cannot chat on the command line": lambda monkeypatch, **_: _chat_command(monkeypatch),
+    "unknown chat template": lambda tmp_path, **_: _raised(lambda: _unknown_template(tmp_path).chat([])),
     "truncated": lambda tmp_path, **_: _raised(lambda: gptjax.load(_truncated(tmp_path))),
     "changed": lambda tmp_path, **_: _raised(lambda: _changed(tmp_path)),
     "being written": lambda tmp_path, **_: _busy(tmp_path),

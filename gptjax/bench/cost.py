@@ -1,13 +1,14 @@
 """What a forward pass must cost, by formula: the bytes moved and the arithmetic done."""
 
 from fractions import Fraction
+from typing import Any
 
 import jax
 
 from gptjax.config import GptOssConfig, ModelConfig
 from gptjax.models.params import abstract_params, weights_by_path
 from gptjax.models.registry import Model
-from pallas_kernels.formats.mxfp4 import MXFP4
+from pallas_kernels.formats import is_packed
 
 _EXPERTS = ("gate_up_kernel", "down_kernel", "gate_up_bias", "down_bias")
 
@@ -72,5 +73,5 @@ def _share(model: Model, path: tuple[str, ...], rows: int) -> Fraction:
     return 1 - (1 - Fraction(config.experts_per_token, config.num_experts)) ** rows
 
 
-def _bytes(leaf: jax.ShapeDtypeStruct | MXFP4) -> int:
-    return leaf.nbytes if isinstance(leaf, MXFP4) else int(leaf.size * leaf.dtype.itemsize)
+def _bytes(leaf: Any) -> int:
+    return int(leaf.nbytes if is_packed(leaf) else leaf.size * leaf.dtype.itemsize)

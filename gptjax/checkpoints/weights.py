@@ -32,7 +32,13 @@ def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
 
 
 def _names(path: tuple[Any, ...]) -> Path:
-    return tuple(str(key.key if isinstance(key, jax.tree_util.DictKey) else key.name) for key in path)
+    return tuple(_name(key) for key in path)
+
+
+def _name(key: Any) -> str:
+    if isinstance(key, jax.tree_util.SequenceKey):
+        return str(key.idx)
+    return str(key.key if isinstance(key, jax.tree_util.DictKey) else key.name)
 
 
 def nest(flat: Mapping[Path, Any]) -> Params:

@@ -49,9 +49,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**facts, **({"tensors": tensors} if args.tensors else {})}, ensure_ascii=False))
         return status
+    metadata = facts.pop("metadata", {})
     width = max(len(key) for key in facts)
     for key, value in facts.items():
         print(clean(f"{key.removesuffix('_bytes'):{width}}  {readable(value) if key.endswith('_bytes') else value}"))
+    for key, value in metadata.items():
+        print(clean(f"{key}  {value}"))
     for path, value in tensors.items():
         print(clean(f"{path}  {value}"))
     return status

@@ -8,6 +8,8 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
+from gptjax.config.keys import MOST_LAYERS
+from gptjax.config.quantization import KEPT
 from gptjax.errors import ConfigError
 from gptjax.support.quoting import names, quoted
 
@@ -49,6 +51,17 @@ _MODEL_TYPES: Final = {"gpt-oss": "gpt_oss"}  # elsewhere the names are the same
 _THETA: Final = 10000.0  # of an absent rope.freq_base
 # What llama.cpp writes and does not compute with.
 _WITHOUT_EFFECT: Final = frozenset({"vocab_size", "rope.scaling.finetuned"})
+
+
+# Matrices that can stay packed, and the tensors that their rows come from; in a block or outside.
+_IN_BLOCKS: Final = {
+    "attention/qkv/kernel": (("attn_q", "attn_k", "attn_v"), ("attn_qkv",)),
+    "attention/out/kernel": (("attn_output",),),
+    "mlp/gate_up/kernel": (("ffn_gate", "ffn_up"),),
+    "mlp/up/kernel": (("ffn_up",),),
+    "mlp/down/kernel": (("ffn_down",),),
+}
+_OUTSIDE: Final = {"token_embedding": "token_embd", "head_embedding": "output"}
 
 
 class Tensor(Protocol):
@@ -126,6 +139,7 @@ class _Reader:
             self._faults.append("it has no tensor token_embd.weight")
         else:
             raw["vocab_size"] = embedding.shape[0]
+        raw |= self._packing(raw.get("num_hidden_layers", raw.get("n_layer")))
         raw["model_type"] = _MODEL_TYPES.get(self._architecture, self._architecture)
         raw["tie_word_embeddings"] = "output.weight" not in self._tensors
         if self._architecture == "gpt2":
@@ -201,10 +215,29 @@ class _Reader:
     def _gpt_oss(self) -> dict[str, Any]:
         self._expect("attention.sliding_window_pattern", 2)
         self._take("feed_forward_length")  # of layers without experts, of which there are none
+        return {"attention_bias": self._has("attn_q.bias", "attn_qkv.bias")}
+
+    def _packing(self, layers: Any) -> dict[str, Any]:
+        """Which weights stay packed, in the words of `gptjax.config.quantization`."""
+        types: dict[str, list[str]] = {}
+        gated = self._has("ffn_gate.weight")
+        for layer in range(layers if isinstance(layers, int) and layers <= MOST_LAYERS else 0):
+            for target, choices in _IN_BLOCKS.items():
+                for sources in choices if target != "mlp/up/kernel" or not gated else ():
+                    self._keep(types, f"block_{layer}/{target}", [f"blk.{layer}.{source}" for source in sources])
+        for target, source in _OUTSIDE.items():
+            self._keep(types, target, [source])
         experts = [tensor.type for name, tensor in self._tensors.items() if name.endswith("_exps.weight")]
-        packed = bool(experts) and set(experts) == {"MXFP4"}
-        found: dict[str, Any] = {"attention_bias": self._has("attn_q.bias", "attn_qkv.bias")}
-        return found | ({"quantization_config": {"quant_method": "mxfp4"}} if packed else {})
+        method = {"quant_method": "mxfp4" if experts and set(experts) == {"MXFP4"} else "ggml"}
+        if method["quant_method"] == "ggml" and not types:
+            return {}
+        return {"quantization_config": {**method, "types": types} if types else method}
+
+    def _keep(self, types: dict[str, list[str]], target: str, sources: list[str]) -> None:
+        """Notes the types of a matrix, if all of it can stay packed."""
+        found = [tensor.type for name in sources if (tensor := self._tensors.get(f"{name}.weight")) is not None]
+        if len(found) == len(sources) and all(kind in KEPT for kind in found):
+            types[target] = found if len(set(found)) > 1 else found[:1]
 
     def _dense(self) -> dict[str, Any]:
         experts = self._take("expert_count")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from gptjax.config.keys import MOST_LAYERS, Keys
-from gptjax.config.quantization import mxfp4_to_json, read_mxfp4
+from gptjax.config.quantization import Types, packing_to_json, read_packing
 
 ACTIVATIONS: Final = {  # config.json's name -> the function's name in `layers.mlp`
     "gelu": "gelu_erf",
@@ -35,6 +35,7 @@ class GPT2Config:
     scale_attention_by_layer: bool  # scores of layer l also divided by l + 1
     tied_head: bool  # logits use the token embedding; otherwise a matrix of their own
     mxfp4: str = "none"  # the weights that are packed: one of `quantization.TARGETS`
+    types: Types = ()  # the weights that stay in a GGUF file's types
 
     @property
     def num_kv_heads(self) -> int:
@@ -79,7 +80,7 @@ class GPT2Config:
             scale_attention=keys.flag("scale_attn_weights", absent=True),
             scale_attention_by_layer=keys.flag("scale_attn_by_inverse_layer_idx", absent=False),
             tied_head=keys.flag("tie_word_embeddings", absent=True),
-            mxfp4=read_mxfp4(keys, linear=(width, mlp_width)),
+            **read_packing(keys, linear=(width, mlp_width)),
         )
         if raw.get("add_cross_attention"):
             keys.fault("add_cross_attention is true: gptjax runs decoder-only GPT-2 without cross-attention")
@@ -106,7 +107,7 @@ class GPT2Config:
             "scale_attn_by_inverse_layer_idx": self.scale_attention_by_layer,
             "tie_word_embeddings": self.tied_head,
         }
-        return raw | mxfp4_to_json(self.mxfp4)
+        return raw | packing_to_json(self.mxfp4, self.types)
 
 
 def _length_alias(keys: Keys) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from gptjax.config.attention import check_heads, layer_types, read_layer_types
 from gptjax.config.keys import MOST_LAYERS, MOST_SIZE, Keys
-from gptjax.config.quantization import check_widths, mxfp4_to_json, read_mxfp4
+from gptjax.config.quantization import Types, check_widths, packing_to_json, read_packing
 from gptjax.config.rope import Rope, Yarn, check_rope, read_rope, rope_to_json
 
 SWIGLU_ALPHA: Final = 1.702
@@ -42,6 +42,7 @@ class GptOssConfig:
     attention_bias: bool  # on q, k, v and the output
     tied_head: bool  # logits use the token embedding; otherwise a matrix of their own
     mxfp4: str  # the weights that are packed: one of `quantization.TARGETS`
+    types: Types = ()  # the weights that stay in a GGUF file's types
 
     def with_one_layer(self) -> "GptOssConfig":
         """The same configuration with only the first layer."""
@@ -78,7 +79,7 @@ class GptOssConfig:
             swiglu_alpha=keys.positive_float("swiglu_alpha", absent=SWIGLU_ALPHA),
             attention_bias=keys.flag("attention_bias", absent=True),
             tied_head=keys.flag("tie_word_embeddings", absent=False),
-            mxfp4=read_mxfp4(keys, experts=(width, mlp_width), linear=(num_heads * head_width,)),
+            **read_packing(keys, experts=(width, mlp_width), linear=(num_heads * head_width,)),
         )
         _check_sizes(config, keys)
         keys.raise_faults("GPT-OSS")
@@ -148,7 +149,7 @@ class GptOssConfig:
             "attention_bias": self.attention_bias,
             "tie_word_embeddings": self.tied_head,
         }
-        return raw | rope_to_json(self.rope) | mxfp4_to_json(self.mxfp4)
+        return raw | rope_to_json(self.rope) | packing_to_json(self.mxfp4, self.types)
 
 
 def is_original(raw: Mapping[str, Any]) -> bool:

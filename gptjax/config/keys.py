@@ -171,6 +171,14 @@ class Keys:
         """Whether a key is present with an empty mapping."""
         return self._raw.get(key) == {}
 
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """An object, as it is; {} if there is none."""
+        value = self._get(key, None, {})
+        if not isinstance(value, Mapping):
+            self.fault(f"{key} is {quoted(value)}; expected an object")
+            return {}
+        return value
+
     def listed(self, key: str) -> list[Any] | None:
         """A list, or None if there is none."""
         value = self._get(key, None, [])

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from gptjax.config.attention import check_heads, layer_types, read_layer_types
 from gptjax.config.keys import MOST_LAYERS, Keys
-from gptjax.config.quantization import mxfp4_to_json, read_mxfp4
+from gptjax.config.quantization import Types, packing_to_json, read_packing
 from gptjax.config.rope import Rope, read_rope, rope_to_json
 from gptjax.support.quoting import quoted
 
@@ -65,6 +65,7 @@ class LlamaConfig:
     qk_norm: bool  # RMSNorm of each query and key head, before the rotation
     tied_head: bool  # logits use the token embedding; otherwise a matrix of their own
     mxfp4: str = "none"  # the weights that are packed: one of `quantization.TARGETS`
+    types: Types = ()  # the weights that stay in a GGUF file's types
 
     def with_one_layer(self) -> "LlamaConfig":
         """The same configuration with only the first layer."""
@@ -103,7 +104,7 @@ class LlamaConfig:
             mlp_bias=family.mlp_bias and keys.flag("mlp_bias", absent=False),
             qk_norm=family.qk_norm,
             tied_head=keys.flag("tie_word_embeddings", absent=False),
-            mxfp4=read_mxfp4(keys, linear=(width, mlp_width, num_heads * head_width)),
+            **read_packing(keys, linear=(width, mlp_width, num_heads * head_width)),
         )
         if num_heads and width % num_heads and not family.head_width and not keys.has("head_dim"):
             keys.fault(f"hidden_size {width} is not a multiple of num_attention_heads {num_heads}: head_dim is missing")
@@ -138,7 +139,7 @@ class LlamaConfig:
             raw["sliding_window"] = window
         if family.use_window:
             raw |= {"use_sliding_window": window is not None, "layer_types": layer_types(self.windows)}
-        return raw | rope_to_json(self.rope) | mxfp4_to_json(self.mxfp4)
+        return raw | rope_to_json(self.rope) | packing_to_json(self.mxfp4, self.types)
 
 
 def _check_effects(keys: Keys, raw: Mapping[str, Any], family: Family) -> None:

@@ -1,14 +1,21 @@
-"""Which weights of a checkpoint are in MXFP4."""
+"""Which weights of a checkpoint are packed, and how."""
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from gptjax.config.keys import Keys
+from gptjax.support.quoting import quoted
 
 # What can be packed; each includes those before it. "linear" means the blocks' matrices (attention and MLP, but not the
 # router, where small errors would choose other experts), "all" the embeddings and the head as well.
 TARGETS: Final = ("none", "experts", "linear", "all")
 # What OpenAI's checkpoints list for transformers; it packs only GPT-OSS's experts.
 _NOT_CONVERTED: Final = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
+# The types of GGUF files that stay packed, with the values of a block. Others are expanded when they are loaded.
+KEPT: Final[Mapping[str, int]] = {"Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
+# By the path of a weight: the type of all its rows, or those of the parts that it is made of (queries, keys and values;
+# gate and up), in order.
+Types = tuple[tuple[str, tuple[str, ...]], ...]
 BLOCK: Final = 32  # values that share a scale, along a weight's input axis
 
 
@@ -17,10 +24,11 @@ def packs(mxfp4: str, kind: str) -> bool:
     return TARGETS.index(mxfp4) >= {"experts": 1, "linear": 2, "embedding": 3}[kind]
 
 
-def read_mxfp4(keys: Keys, *, experts: tuple[int, ...] = (), linear: tuple[int, ...] = ()) -> str:
-    """The entry of TARGETS that `quantization_config` names; "none" if it is absent.
+def read_packing(keys: Keys, *, experts: tuple[int, ...] = (), linear: tuple[int, ...] = ()) -> dict[str, Any]:
+    """What `quantization_config` says, as the fields `mxfp4` (an entry of TARGETS) and `types` of a configuration.
 
-    Published checkpoints pack only the experts; `targets` is gptjax's own key, for those in which it packed more.
+    Published checkpoints pack only the experts; `targets` is gptjax's own key, for those in which it packed more, and
+    `types` the one for those that it made of a GGUF file.
 
     Args:
       keys: those of config.json; faults are noted there.
@@ -28,14 +36,31 @@ def read_mxfp4(keys: Keys, *, experts: tuple[int, ...] = (), linear: tuple[int, 
     """
     section = keys.section("quantization_config")
     if section is None:
-        return "none"
+        return {"mxfp4": "none", "types": ()}
     section.ignore("modules_to_not_convert", "dequantize")
-    section.choice("quant_method", {"mxfp4": "mxfp4"}, absent=None)
+    method = section.choice("quant_method", {"mxfp4": "mxfp4", "ggml": "ggml"}, absent=None)
+    types = _read_types(section)
+    if method == "ggml":
+        keys.take("quantization_config", section)
+        return {"mxfp4": "none", "types": types}
     targets = TARGETS[1:] if experts else TARGETS[2:]
     target = section.choice("targets", {name: name for name in targets}, absent="experts" if experts else None)
     keys.take("quantization_config", section)
     check_widths(keys, experts if target == "experts" else (*experts, *linear))
-    return target or "none"
+    return {"mxfp4": target or "none", "types": types}
+
+
+def _read_types(section: Keys) -> Types:
+    found = section.mapping("types")
+    for path, types in found.items():
+        if (
+            not isinstance(types, list)
+            or not types
+            or not all(isinstance(kind, str) and kind in KEPT for kind in types)
+        ):
+            section.fault(f"types of {quoted(path)} are {quoted(types)}; expected a list of {', '.join(KEPT)}")
+            return ()
+    return tuple((path, tuple(types)) for path, types in sorted(found.items()))
 
 
 def check_widths(keys: Keys, widths: tuple[int, ...]) -> None:
@@ -45,9 +70,12 @@ def check_widths(keys: Keys, widths: tuple[int, ...]) -> None:
             keys.fault(f"the width {width} is not a multiple of MXFP4's block of {BLOCK}")
 
 
-def mxfp4_to_json(mxfp4: str) -> dict[str, Any]:
-    """The inverse of `read_mxfp4`: the keys to write."""
+def packing_to_json(mxfp4: str, types: Types) -> dict[str, Any]:
+    """The inverse of `read_packing`: the keys to write."""
+    listed = {"types": {path: list(kinds) for path, kinds in types}} if types else {}
     if mxfp4 == "none":
-        return {}
-    further = {"modules_to_not_convert": [*_NOT_CONVERTED]} if mxfp4 == "experts" else {"targets": mxfp4}
-    return {"quantization_config": {"quant_method": "mxfp4", **further}}
+        return {"quantization_config": {"quant_method": "ggml", **listed}} if types else {}
+    further: dict[str, Any] = (
+        {"modules_to_not_convert": [*_NOT_CONVERTED]} if mxfp4 == "experts" else {"targets": mxfp4}
+    )
+    return {"quantization_config": {"quant_method": "mxfp4", **further, **listed}}

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,14 @@ from gptjax.models.params import abstract_params, num_params, weights_by_path
 from gptjax.models.registry import Model
 from gptjax.support import runtime
 from gptjax.support.files import read_json
-from gptjax.support.quoting import names
+from gptjax.support.quoting import names, quoted
 from gptjax.support.runtime import DeviceMemory
 from gptjax.support.units import readable
 from gptjax.text import Tokenizer
 from gptjax.text.chat_formats import choose_format
-from pallas_kernels.formats.mxfp4 import MXFP4
+from pallas_kernels.formats import is_packed
+
+_MOST_VALUES: Final = 8  # of a list that is shown whole
 
 
 def describe(
@@ -44,7 +46,9 @@ def describe(
 ) -> dict[str, Any]:
     """Facts about a checkpoint, in display order. Values of keys ending in `_bytes` are bytes.
 
-    For a checkpoint with weights in MXFP4, `packed_numbers` counts the packed numbers, and `packed_vs_float16` and
+    "metadata" has the keys and values of a GGUF file, with long lists and texts shortened.
+
+    For a checkpoint with packed weights, `packed_numbers` counts the packed numbers, and `packed_vs_float16` and
     `whole_vs_float16` say how many times larger these, and all weights as stored, would be in float16.
 
     "fits" is "yes", or "no; try …" with settings that would fit. The memory needed is the peak, so less than the sum:
@@ -73,12 +77,26 @@ def describe(
         "form": _form(checkpoint),
         **_architecture(model),
         "weights": _weights(stored),
-        **_packing(model, stored),
+        **_packing(checkpoint, model, stored),
         "tokenizer": text,
         "chat_format": chat,
         "generation": _generation(defaults, model.config),
         **_memory(model, max_length, max_batch, device),
+        **_metadata(checkpoint),
     }
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+    """A GGUF file's keys and values."""
+    if checkpoint.gguf is None:
+        return {}
+    return {"metadata": {key: _short(value) for key, value in checkpoint.gguf.metadata.items()}}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} values" if len(value) > _MOST_VALUES else ", ".join(map(_short, value))
+    return quoted(value) if isinstance(value, str) else str(value)
 
 
 def _chat_format(tokenizer: Tokenizer) -> str:
@@ -148,11 +166,14 @@ def _types(file: GGUFFile) -> list[str]:
 
 def _architecture(model: Model) -> dict[str, Any]:
     facts = {"architecture": type(model).__name__, "parameters": num_params(model)}
-    return facts | dataclasses.asdict(model.config)
+    settings = dataclasses.asdict(model.config)
+    del settings["types"]  # hundreds; the form counts them, and `describe_tensors` lists them
+    return facts | settings
 
 
 def _memory(model: Model, max_length: int | None, max_batch: int, device: DeviceMemory | None) -> dict[str, Any]:
     length, max_batch = limits.positions(model.config, max_length), limits.at_least_one("max_batch", max_batch)
+    model = memory.as_loaded(model, batch=max_batch, max_length=length, device=device)
     need = memory.needed(model, batch=max_batch, max_length=length, device=device)
     lack = memory.shortfall(model, batch=max_batch, max_length=length, has=need.device.available, device=need.device)
     return {
@@ -208,17 +229,22 @@ def _weights(stored: dict[tuple[str, ...], str] | CheckpointError) -> str:
     return f"{len(stored)} arrays, stored as {' and '.join(sorted(set(stored.values())))}; their headers are valid"
 
 
-def _packing(model: Model, stored: dict[tuple[str, ...], str] | CheckpointError) -> dict[str, Any]:
-    """How much is in MXFP4 and what that saves; empty if nothing is."""
+def _packing(
+    checkpoint: Checkpoint, model: Model, stored: dict[tuple[str, ...], str] | CheckpointError
+) -> dict[str, Any]:
+    """How much is packed and what that saves; empty if nothing is."""
     params = abstract_params(model)
-    packed = [leaf for leaf in weights_by_path(params).values() if isinstance(leaf, MXFP4)]
+    packed = [leaf for leaf in weights_by_path(params).values() if is_packed(leaf)]
     if not packed:
         return {}
     numbers, size = sum(leaf.size for leaf in packed), sum(leaf.nbytes for leaf in packed)
     facts = {"packed_numbers": numbers, "packed_bytes": size, "packed_vs_float16": _times_smaller(numbers, size)}
     if not isinstance(stored, CheckpointError):
-        shapes = weights.flatten(params)
-        whole = sum(math.prod(leaf.shape) * jnp.dtype(stored[path]).itemsize for path, leaf in shapes.items())
+        if checkpoint.gguf is not None:
+            whole = sum(tensor.nbytes for tensor in checkpoint.gguf.tensors.values())
+        else:
+            shapes = weights.flatten(params).items()
+            whole = sum(math.prod(leaf.shape) * jnp.dtype(stored[path]).itemsize for path, leaf in shapes)
         facts["whole_vs_float16"] = _times_smaller(num_params(model), whole)
     return facts
 

@@ -12,17 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.mxfp4 import chosen, packed_config, rounded, slices, summed_last
+from convert.mxfp4 import chosen, packed_config, rounded, slices
 from gptjax.diagnostics.perplexity import Perplexity, predict
 from gptjax.engine import memory
 from gptjax.errors import GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.layers.observe import COLLECTION
 from gptjax.models import registry
+from gptjax.models.packing import summed_last
 from gptjax.models.params import Params, weights_by_path
 from gptjax.models.registry import Model
 from gptjax.support.plots import check_plot, save_plot
 from gptjax.text import Tokenizer
+from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import MXFP4
 
@@ -121,9 +123,7 @@ def quantized(lm: LanguageModel, targets: str) -> LanguageModel:
             return leaf
         return MXFP4(*map(jnp.asarray, rounded(names, [np.asarray(leaf)], paths[names].shape)))
 
-    params = jax.tree_util.tree_map_with_path(
-        packed, lm.params, is_leaf=lambda node: isinstance(node, MXFP4 | MXFP4Fragments)
-    )
+    params = jax.tree_util.tree_map_with_path(packed, lm.params, is_leaf=is_packed)
     model = registry.build(
         config, dtype=lm.model.dtype, param_dtype=lm.model.param_dtype, implementation=lm.model.implementation
     )
@@ -208,7 +208,7 @@ def _weights(params: Params, other: Params) -> Iterator[Difference]:
         leaf, theirs = numbers[path], packed[path]
         if isinstance(theirs, MXFP4Fragments):
             theirs = theirs.unpacked()
-        if isinstance(theirs, MXFP4) and not isinstance(leaf, MXFP4 | MXFP4Fragments):
+        if isinstance(theirs, MXFP4) and not is_packed(leaf):
             yield _difference("/".join(path), _pairs(summed_last(path, leaf), theirs))
 
 

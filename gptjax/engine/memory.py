@@ -67,6 +67,30 @@ def needed(model: Model, *, batch: int, max_length: int, device: DeviceMemory | 
     )
 
 
+def as_loaded(
+    model: Model, *, batch: int, max_length: int, packed: bool | None = None, device: DeviceMemory | None = None
+) -> Model:
+    """The model with its weights as they will be in memory.
+
+    Args:
+      packed: whether those in a GGUF file's types stay packed. None: they do, except on a CPU that has room for all of
+        their numbers, where unpacking them in each step would take many times as long as reading the numbers.
+    """
+    if not model.config.types or packed:
+        return model
+    expanded = registry.build(
+        dataclasses.replace(model.config, types=()),
+        dtype=model.dtype,
+        param_dtype=model.param_dtype,
+        implementation=model.implementation,
+    )
+    if packed is None:
+        device = device_memory() if device is None else device
+        need = needed(expanded, batch=batch, max_length=max_length, device=device).total
+        return expanded if device.platform == "cpu" and need <= device.available else model
+    return expanded
+
+
 def activations(model: Model, *, batch: int, max_length: int, platform: str) -> int:
     """The most temporary bytes that prefill or decoding needs: what XLA calls temporary buffers.
 
@@ -129,10 +153,10 @@ def _up(config: ModelConfig) -> int:
 def _unpacked(config: ModelConfig) -> int:
     """Bytes of the largest packed weight that is not an expert, in float32."""
     sizes = [0]
-    if packs(config.mxfp4, "linear"):
+    if packs(config.mxfp4, "linear") or config.types:
         projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
         sizes += [config.width * max(projected, _up(config))]
-    if packs(config.mxfp4, "embedding"):
+    if packs(config.mxfp4, "embedding") or config.types:
         sizes += [config.width * config.vocab_size]
     return 8 * max(sizes)
 

@@ -90,7 +90,7 @@ def _counts(cursor: Cursor) -> tuple[int, int]:
         )
     version = cursor.u32("the version")
     if version and version & 0xFFFF == 0:
-        raise CheckpointError(f"{shown(path)} is big-endian; make it again without --bigendian, or get another one")
+        raise CheckpointError(f"{shown(path)} is big-endian; make it again in little-endian order, or get another one")
     if version not in (2, 3):
         fix = "make it again with a current llama.cpp, or get a newer one" if version < 2 else "update gptjax"
         raise CheckpointError(f"{shown(path)} is GGUF version {version}, and gptjax reads 2 and 3; {fix}")

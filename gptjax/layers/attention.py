@@ -28,7 +28,6 @@ class Attention(nn.Module):
     head_width: int  # H
     scale: float  # scores are multiplied by it
     layer: int  # whose cache this is
-    mxfp4: bool  # the kernels are packed
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
@@ -48,7 +47,6 @@ class Attention(nn.Module):
         N, K, H = self.num_heads, self.num_kv_heads, self.head_width
         linear = partial(
             Linear,
-            mxfp4=self.mxfp4,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             implementation=self.implementation,

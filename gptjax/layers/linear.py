@@ -12,7 +12,7 @@ from pallas_kernels.partial_sum import PartialSum
 class Linear(nn.Module):
     """`x · kernel + bias`, accumulated in float32 and rounded once, to `dtype`.
 
-    The kernel is [in, out], as Flax and GPT-2's Conv1D have it; packed in MXFP4 it is [out, in].
+    The kernel is [in, out], as Flax and GPT-2's Conv1D have it; packed it is [out, in].
     """
 
     features: int
@@ -20,14 +20,13 @@ class Linear(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     use_bias: bool = True
-    mxfp4: bool = False  # the kernel is packed
     implementation: str = "auto"
 
     @nn.compact
     def partial_sum(self, x: jax.Array) -> PartialSum:
         """[..., in] -> [T, out] with all T tokens in one axis; whoever reads it finishes the sum."""
         shape = (x.shape[-1], self.features)
-        kernel = weight(self, "kernel", shape, self.axes, param_dtype=self.param_dtype, mxfp4=self.mxfp4)
+        kernel = weight(self, "kernel", shape, self.axes, param_dtype=self.param_dtype)
         bias = None
         if self.use_bias:
             bias = array(self, "bias", nn.initializers.zeros_init(), shape[1:], self.axes[1:], self.param_dtype)

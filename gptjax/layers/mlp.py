@@ -29,7 +29,6 @@ class MLP(nn.Module):
 
     mlp_width: int
     activation: str  # a key of ACTIVATIONS
-    mxfp4: bool  # the kernels are packed
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
@@ -41,7 +40,6 @@ class MLP(nn.Module):
             Linear,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            mxfp4=self.mxfp4,
             implementation=self.implementation,
         )
         h_BTF = linear(self.mlp_width, (WIDTH, MLP_AXIS), name="up")(x_BTD)
@@ -58,7 +56,6 @@ class GatedMLP(nn.Module):
 
     mlp_width: int
     use_bias: bool
-    mxfp4: bool  # the kernels are packed
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
@@ -71,7 +68,6 @@ class GatedMLP(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             use_bias=self.use_bias,
-            mxfp4=self.mxfp4,
             implementation=self.implementation,
         )
         gate_up = linear(2 * self.mlp_width, (WIDTH, MLP_AXIS), name="gate_up")(x_BTD)

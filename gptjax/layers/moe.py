@@ -74,7 +74,6 @@ class MoE(nn.Module):
     mlp_width: int  # F
     swiglu_alpha: float
     swiglu_limit: float
-    mxfp4: bool  # the experts' weights are packed
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
@@ -88,7 +87,7 @@ class MoE(nn.Module):
         E, F, D = self.num_experts, self.mlp_width, residual.x_BTD.shape[-1]
         router = Router(self.norm, E, self.experts_per_token, self.dtype, self.param_dtype, name="router")
         residual, normed_BTD, experts_TX, weights_TX = router(residual, positions_BT)
-        kernel = partial(weight, self, param_dtype=self.param_dtype, mxfp4=self.mxfp4)
+        kernel = partial(weight, self, param_dtype=self.param_dtype)
         bias = partial(array, self, init=nn.initializers.zeros_init(), param_dtype=self.param_dtype)
         update = moe(
             normed_BTD.reshape(-1, D),

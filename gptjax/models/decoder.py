@@ -9,11 +9,10 @@ from jax.typing import DTypeLike
 
 from gptjax.axes import VOCAB, WIDTH
 from gptjax.config import ModelConfig
-from gptjax.config.quantization import packs
 from gptjax.layers.cache import KVCache
 from gptjax.layers.observe import observe
 from gptjax.layers.residual import Residual
-from gptjax.layers.weight import Weight, embed, unembed, weight
+from gptjax.layers.weight import embed, unembed, weight
 
 
 class Decoder(nn.Module):
@@ -82,14 +81,6 @@ class Decoder(nn.Module):
         """Logits of hidden states, [..., D] -> [..., V] float32."""
         return unembed(hidden, self.token_embedding if self.config.tied_head else self.head_embedding, self.dtype)
 
-    def _embedding(self, name: str) -> Weight:
-        config = self.config
-        return weight(
-            self,
-            name,
-            (config.vocab_size, config.width),
-            (VOCAB, WIDTH),
-            param_dtype=self.param_dtype,
-            mxfp4=packs(config.mxfp4, "embedding"),
-            summed=-1,
-        )
+    def _embedding(self, name: str) -> Any:
+        shape = (self.config.vocab_size, self.config.width)
+        return weight(self, name, shape, (VOCAB, WIDTH), param_dtype=self.param_dtype)

@@ -13,7 +13,6 @@ from jax.typing import DTypeLike
 
 from gptjax.axes import POSITION, WIDTH
 from gptjax.config.gpt2 import GPT2Config
-from gptjax.config.quantization import packs
 from gptjax.layers.attention import Attention
 from gptjax.layers.cache import KVCache
 from gptjax.layers.mlp import MLP
@@ -45,7 +44,6 @@ class Block(nn.Module):
             head_width=config.head_width,
             scale=self.scale,
             layer=self.layer,
-            mxfp4=packs(config.mxfp4, "linear"),
             implementation=self.implementation,
             **dtypes,
         )
@@ -53,7 +51,6 @@ class Block(nn.Module):
         self.mlp = MLP(
             config.mlp_width,
             config.activation,
-            packs(config.mxfp4, "linear"),
             implementation=self.implementation,
             **dtypes,
         )

@@ -11,7 +11,6 @@ import jax
 from jax.typing import DTypeLike
 
 from gptjax.config.gpt_oss import GptOssConfig
-from gptjax.config.quantization import packs
 from gptjax.layers.attention import Attention
 from gptjax.layers.cache import KVCache
 from gptjax.layers.moe import MoE
@@ -41,7 +40,6 @@ class Block(nn.Module):
             head_width=config.head_width,
             scale=1 / math.sqrt(config.head_width),
             layer=self.layer,
-            mxfp4=packs(config.mxfp4, "linear"),
             implementation=self.implementation,
             qkv_bias=config.attention_bias,
             out_bias=config.attention_bias,
@@ -58,7 +56,6 @@ class Block(nn.Module):
             mlp_width=config.mlp_width,
             swiglu_alpha=config.swiglu_alpha,
             swiglu_limit=config.swiglu_limit,
-            mxfp4=packs(config.mxfp4, "experts"),
             implementation=self.implementation,
             **dtypes,
         )

@@ -11,7 +11,6 @@ import jax
 from jax.typing import DTypeLike
 
 from gptjax.config.llama import LlamaConfig
-from gptjax.config.quantization import packs
 from gptjax.layers.attention import Attention
 from gptjax.layers.cache import KVCache
 from gptjax.layers.mlp import GatedMLP
@@ -41,7 +40,6 @@ class Block(nn.Module):
             head_width=config.head_width,
             scale=1 / math.sqrt(config.head_width),
             layer=self.layer,
-            mxfp4=packs(config.mxfp4, "linear"),
             implementation=self.implementation,
             qkv_bias=config.qkv_bias,
             out_bias=config.out_bias,
@@ -54,7 +52,6 @@ class Block(nn.Module):
         self.mlp = GatedMLP(
             config.mlp_width,
             config.mlp_bias,
-            packs(config.mxfp4, "linear"),
             implementation=self.implementation,
             **dtypes,
         )

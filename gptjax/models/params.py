@@ -10,17 +10,19 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptjax.config import ModelConfig
-from gptjax.layers.weight import STANDARD_DEVIATION, random_mxfp4
+from gptjax.layers.weight import STANDARD_DEVIATION
+from gptjax.models.packing import is_kernel, overlaid, random_packed
 from gptjax.models.registry import Model, build
 from pallas_kernels import moe
-from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats import is_packed
+from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from pallas_kernels.formats.mxfp4 import MXFP4
 
 Params = dict[str, Any]  # nested; the leaves are arrays
 
 
 def init_params(model: Model, key: jax.Array) -> Params:
-    """Random weights."""
+    """Random weights, none of them packed."""
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     return nn.meta.unbox(model.init(key, tokens_BT, tokens_BT))["params"]
 
@@ -31,18 +33,16 @@ def random_params(model: Model, seed: int = 0) -> Params:
     The norms' scales are 1, as they roughly are in any model: if they were as small as the rest, biases would drown the
     differences between tokens, and all tokens would choose the same few experts, which is faster than a real model.
     """
-    leaves, tree = jax.tree_util.tree_flatten_with_path(
-        abstract_params(model), is_leaf=lambda node: isinstance(node, MXFP4)
-    )
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(model), is_leaf=is_packed)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return jax.tree.unflatten(
         tree, [_random_leaf(key, path[-1].key, leaf) for key, (path, leaf) in zip(keys, leaves, strict=True)]
     )
 
 
-def _random_leaf(key: jax.Array, name: str, leaf: jax.ShapeDtypeStruct | MXFP4) -> jax.Array | MXFP4:
-    if isinstance(leaf, MXFP4):
-        return random_mxfp4(key, leaf.shape)
+def _random_leaf(key: jax.Array, name: str, leaf: Any) -> Any:
+    if is_packed(leaf):
+        return random_packed(key, leaf)
     if name == "scale":
         return jnp.ones(leaf.shape, leaf.dtype)
     return _normal(key, leaf.shape, leaf.dtype)
@@ -69,7 +69,7 @@ def _float32_params(config: ModelConfig) -> Params:
     single = build(config.with_one_layer())
     params = jax.eval_shape(lambda: init_params(single, jax.random.key(0)))
     block = params.pop("block_0")
-    return params | {f"block_{layer}": block for layer in range(config.num_layers)}
+    return overlaid(config, params | {f"block_{layer}": block for layer in range(config.num_layers)})
 
 
 def repacked(model: Model, params: Params) -> Params:
@@ -90,9 +90,29 @@ def repacked(model: Model, params: Params) -> Params:
     return jax.tree.unflatten(tree, leaves)
 
 
+def expanded(params: Params, dtype: DTypeLike) -> Params:
+    """The weights with those in a GGUF file's types as numbers. Deletes the originals of these."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)
+    found = []
+    for path, leaf in leaves:
+        if isinstance(leaf, Quantized | Rows):
+            numbers = _expanded(leaf, dtype=jnp.dtype(dtype), turned=is_kernel(tuple(key.key for key in path)))
+            jax.block_until_ready(numbers)
+            jax.tree.map(lambda array: array.delete(), leaf)
+            leaf = numbers
+        found.append(leaf)
+    return jax.tree.unflatten(tree, found)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "turned"))
+def _expanded(weight: Quantized | Rows, *, dtype: jnp.dtype, turned: bool) -> jax.Array:
+    numbers = weight.dequantize(dtype)
+    return numbers.T if turned else numbers
+
+
 def weights_by_path(params: Params) -> dict[tuple[str, ...], Any]:
-    """Every weight by path; an MXFP4 weight is a single entry, though it is two arrays."""
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, MXFP4 | MXFP4Fragments))
+    """Every weight by path; a packed weight is a single entry, though it may be several arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_packed)
     return {tuple(key.key for key in path): leaf for path, leaf in leaves}
 
 

@@ -64,7 +64,7 @@ class Asked:
             return [
                 Row(
                     make_request(prompt.ids, seed_of_choice(options, choice), served.defaults, served.eos_ids),
-                    served.tokenizer.stream() if served.tokenizer is not None else None,
+                    served.tokenizer.stream(start=False) if served.tokenizer is not None else None,
                 )
                 for prompt in self.prompts
                 for choice in range(self.choices)

@@ -50,7 +50,7 @@ class Served:
     eos_ids: tuple[int, ...]
     vocab_size: int  # of the logits
     max_length: int  # positions of prompt and output
-    quant_kind: str  # "none" or "mxfp4"
+    quant_kind: str  # "none", "mxfp4" or "ggml"
     score: Callable[[Sequence[int], int], PromptScores]  # (prompt ids, number of alternatives); blocks
     memory_in_use: Callable[[], int]  # bytes on the device
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))

@@ -28,6 +28,7 @@ from gptjax.server.worker import DEFAULT_SLOTS, Worker
 from gptjax.support.runtime import device_memory
 from gptjax.text import Tokenizer
 from gptjax.text.chat_formats import ChatFormat
+from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import MXFP4
 
@@ -69,9 +70,10 @@ def make_service(
 
 
 def _quant_kind(lm: LanguageModel) -> str:
-    packed = MXFP4 | MXFP4Fragments
-    leaves = jax.tree.leaves(lm.params, is_leaf=lambda node: isinstance(node, packed))
-    return "mxfp4" if any(isinstance(leaf, packed) for leaf in leaves) else "none"
+    leaves = jax.tree.leaves(lm.params, is_leaf=is_packed)
+    if any(isinstance(leaf, MXFP4 | MXFP4Fragments) for leaf in leaves):
+        return "mxfp4"
+    return "ggml" if any(map(is_packed, leaves)) else "none"
 
 
 def _memory_in_use(lm: LanguageModel) -> Callable[[], int]:

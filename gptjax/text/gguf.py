@@ -21,12 +21,12 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # gguf's Tok
 
 _ENDS: Final = ("eos_token_id", "eot_token_id", "eom_token_id")
 _OTHER_IDS: Final = (
-    *(f"{name}_token_id" for name in ("bos", "unknown", "seperator", "padding", "mask", "cls")),
+    *(f"{name}_token_id" for name in ("bos", "unknown", "seperator", "separator", "padding", "mask", "cls")),
     *(f"fim_{name}_token_id" for name in ("pre", "suf", "mid", "pad", "rep", "sep")),
     *(f"{name}_token_id" for name in ("prefix", "suffix", "middle")),
 )
-_KNOWN: Final = frozenset(
-    {*_ENDS, *_OTHER_IDS, "model", "pre", "tokens", "token_type", "scores", "merges"}
+_KNOWN: Final = frozenset(  # added_tokens, of GGUF's specification, repeats some of tokens
+    {*_ENDS, *_OTHER_IDS, "model", "pre", "tokens", "token_type", "scores", "merges", "added_tokens"}
     | {"add_bos_token", "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces"}
 )
 # What llama.cpp ends a generation at, whatever the file says, and takes for a control token. It adds "</s>", which is
@@ -91,7 +91,7 @@ def _byte_level(
 ) -> Vocabulary:
     cut = _cut(fields)
     if BYTE in types:
-        raise fields.unsupported("token_type", "6 for a token, a byte, of which a byte-level BPE has none")
+        raise fields.unsupported("token_type", "6 (byte) for a token, but a byte-level BPE has no such tokens")
     merges = fields.merges(set(tokens))
     merged = {part for pair in merges for part in pair} | {left + right for left, right in merges}
     kinds = zip(tokens, types, strict=True)
@@ -126,7 +126,7 @@ def _sentencepiece(
 ) -> Vocabulary:
     kinds = list(zip(tokens, types, strict=True))
     if sorted(token for token, kind in kinds if kind == BYTE) != sorted(SENTENCEPIECE.byte_tokens):
-        raise fields.fault("tokens", "has other tokens of type 6 than <0x00> to <0xFF>")
+        raise fields.fault("tokens", "must have <0x00> to <0xFF>, and no others, with type 6 (byte)")
     scores = {
         token: score
         for (token, kind), score in zip(kinds, fields.scores(len(tokens)), strict=True)
@@ -193,7 +193,8 @@ def _is_end(token: str, kind: int) -> bool:
 
 def _context_length(metadata: Mapping[str, Any]) -> int | None:
     """Whatever the architecture is; the model's config checks the value."""
-    value = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    architecture = metadata.get("general.architecture")
+    value = metadata.get(f"{architecture}.context_length") if isinstance(architecture, str) else None
     return value if type(value) is int and value > 0 else None
 
 

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.support.quoting import names, quoted
+from gptjax.text.vocabulary import is_text
 
 PREFIX: Final = "tokenizer.ggml."
 _MOST_TOKENS: Final = 1 << 20  # Gemma's vocabulary, the largest published, has 262,144
@@ -120,7 +121,7 @@ class Fields:
 
 
 def _is_token(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= _LONGEST
+    return isinstance(value, str) and len(value) <= _LONGEST and is_text(value)
 
 
 def _is_type(value: Any) -> bool:

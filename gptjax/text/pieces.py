@@ -24,7 +24,7 @@ def merges_of(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     Raises:
       ValueError: the pieces have far more divisions than those of a trained vocabulary.
     """
-    known = {piece: piece for piece in scores}  # of each piece, one object
+    known = {piece: piece for piece in scores}  # one object per piece
     most, merges = _PER_PIECE * len(scores) + _ALWAYS, []
     for piece in scores:
         for cut in range(1, len(piece)):

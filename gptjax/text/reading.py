@@ -44,8 +44,14 @@ def read_vocabulary(
 def _missing(directory: Path, *, no_vocab: bool, no_merges: bool) -> str:
     names = ["tokenizer.json"] + ["vocab.json"] * no_vocab + ["merges.txt"] * no_merges
     where = shown(directory) if os.path.isdir(directory) else f"{shown(directory)}, which is not a directory"
+    unread = os.path.lexists(directory / "tokenizer.model")
+    hint = (
+        " (transformers makes one from tokenizer.model: AutoTokenizer.from_pretrained, then save_pretrained)"
+        if unread
+        else ""
+    )
     return (
-        f"no tokenizer: {', '.join(names)} not found in {where}; put tokenizer.json there, or vocab.json with "
+        f"no tokenizer: {', '.join(names)} not found in {where}; put tokenizer.json there{hint}, or vocab.json with "
         "merges.txt, or name a directory that has them; without a tokenizer the model still works on token ids"
     )
 

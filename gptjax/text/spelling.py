@@ -22,7 +22,7 @@ class Spelling:
     """The token of each byte from 0 to 255."""
 
     def missing(self, tokens: Collection[str]) -> frozenset[int]:
-        """The bytes for which none of the tokens stands."""
+        """The bytes that have no token."""
         return frozenset(byte for byte, token in enumerate(self.byte_tokens) if token not in tokens)
 
 

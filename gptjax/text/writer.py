@@ -36,5 +36,5 @@ class Writer:
 
     def text(self, pieces: Iterable[str]) -> None:
         """Adds a text in pieces, which are encoded as one; a string works too."""
-        self.ids += self._encode(self._bounds.joined(pieces, len(self.ids)))
+        self.ids += self._encode(self._bounds.joined(pieces, len(self.ids)), start=not self.ids)
         self._bounds.check(len(self.ids))

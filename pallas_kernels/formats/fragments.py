@@ -22,7 +22,7 @@ A thread's scales of a tile are the two bytes of halfword i // 2: the even row's
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ _PLACES = ((12, 6, 6), (9, 3, 3), (6, 0, 0), (11, 11, 10))
 @dataclasses.dataclass(frozen=True, eq=False)
 class MXFP4Fragments:
     """An `MXFP4` tensor [..., O, I] repacked for tensor cores; O and I are multiples of 64. See the module."""
+
+    is_packed_weight: ClassVar[bool] = True
 
     words: jax.Array  # uint32 [..., O / 64, I / 64, 128, 4]
     scales: jax.Array  # uint16 [..., O / 64, I / 64, 64]

@@ -6,7 +6,7 @@ Source: Open Compute Project, "Microscaling Formats (MX) Specification", version
 import dataclasses
 import math
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ class MXFP4:
     A pytree, whose fields may be arrays or what JAX and Flax put in their place (tracers, shapes, boxes). So nothing is
     checked here: `MXFP4.of` does that. Shapes and sizes are those of the numbers, and work for shapes too.
     """
+
+    is_packed_weight: ClassVar[bool] = True
 
     blocks: jax.Array  # uint8 [..., n/32, 16], two codes per byte; the low nibble is the even element
     scales: jax.Array  # uint8 [..., n/32]; 255 makes its block NaN

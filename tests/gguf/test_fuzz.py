@@ -12,7 +12,7 @@ from pallas_kernels.formats.ggml import PACKED
 from tests.fuzz import rounds
 from tests.gguf import made
 from tests.gguf.made import Entry
-from tests.gguf.test_reading import ENTRIES, METADATA, split
+from tests.gguf.test_gguf_reading import ENTRIES, METADATA, split
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,12 +8,12 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from tests.gguf.test_reading import ENTRIES, METADATA, split
 
 from gptjax.errors import CheckpointError
 from gptjax.gguf import cursor, open_gguf
 from tests.gguf import made
 from tests.gguf.made import Entry
+from tests.gguf.test_gguf_reading import ENTRIES, METADATA, split
 
 ROOM = 64 << 20
 SECONDS = 1
@@ -51,7 +51,7 @@ HOSTILE = {
     "version 0": (made.header(version=0), "is GGUF version 0, and gptjax reads 2 and 3; make it again"),
     "version 1": (made.header(version=1), "is GGUF version 1, and gptjax reads 2 and 3; make it again"),
     "version 4": (made.header(version=4), "is GGUF version 4, and gptjax reads 2 and 3; update gptjax"),
-    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "is big-endian; make it again without --bigendian"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "is big-endian; make it again in little-endian order"),
     "no counts": (made.header()[:20], "the number of keys would need 8 more bytes, but the file has only 4"),
     # Counts.
     "2^64 tensors": (made.header(tensors=HUGE) + PADDING, f"claims {HUGE:,} tensors, but has only 64 bytes after"),

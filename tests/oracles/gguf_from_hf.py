@@ -14,6 +14,7 @@ import numpy as np
 from tests.gguf import made
 
 MXFP4, F32, F16 = 39, 0, 1
+Q4_0, Q8_0 = 2, 8
 _NAMES = {
     "wte": "token_embd",
     "wpe": "position_embd",
@@ -43,11 +44,20 @@ _NAMES = {
 }
 
 
-def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], **keys: bytes) -> Path:
-    """A file of a checkpoint's config.json and tensors; `keys` (with _ for .) are added to the metadata."""
+def write(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    types: Mapping[str, int] | None = None,
+) -> Path:
+    """A file of a checkpoint's config.json and tensors, those whose names end with a key of `types` packed."""
     metadata = {"general.architecture": made.string(architecture(config)), **_metadata(config)}
-    metadata |= {key.replace("__", "."): value for key, value in keys.items()}
     entries = {name: entry for each in tensors for name, entry in _entries(config, tensors, each)}
+    for name, entry in entries.items():
+        for ending, kind in (types or {}).items():
+            if name.endswith(ending):
+                values = np.frombuffer(entry.data, np.float32).reshape(-1, 32)
+                entries[name] = made.Entry(kind, entry.dims, {Q4_0: q4_0, Q8_0: q8_0}[kind](values))
     if (config.get("rope_scaling") or {}).get("rope_type") == "llama3":
         entries["rope_freqs.weight"] = _float(_llama3_factors(config))
     path.write_bytes(made.file(metadata, entries))
@@ -150,6 +160,20 @@ def _experts(block: str, rest: str, tensors: Mapping[str, np.ndarray], name: str
         dims = (data.shape[2] * 32, data.shape[1], data.shape[0])
         entries.append((f"{block}ffn_{half}_exps.weight", made.Entry(MXFP4, dims, data.tobytes())))
     return entries
+
+
+def q8_0(values: np.ndarray) -> bytes:
+    """Blocks of 32 values rounded to Q8_0: a half-precision scale, and 32 signed bytes."""
+    scales = (np.abs(values).max(axis=1) / 127).astype(np.float16)
+    codes = np.rint(values / np.float32(scales)[:, None]).astype(np.int8)
+    return np.concatenate([scales[:, None].view(np.uint8), codes.view(np.uint8)], axis=1).tobytes()
+
+
+def q4_0(values: np.ndarray) -> bytes:
+    """Blocks of 32 values rounded to Q4_0: a half-precision scale, and 16 bytes of nibbles, the first half low."""
+    scales = (np.abs(values).max(axis=1) / 7).astype(np.float16)
+    codes = np.clip(np.rint(values / np.float32(scales)[:, None]) + 8, 0, 15).astype(np.uint8)
+    return np.concatenate([scales[:, None].view(np.uint8), codes[:, :16] | codes[:, 16:] << 4], axis=1).tobytes()
 
 
 def _float(value: np.ndarray) -> made.Entry:

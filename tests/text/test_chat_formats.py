@@ -3,6 +3,7 @@
 import copy
 import datetime
 import json
+import random
 
 import pytest
 
@@ -10,6 +11,8 @@ from gptjax.errors import CapacityError, RequestError
 from gptjax.text import Tokenizer, load_tokenizer
 from gptjax.text.chat_formats import FORMATS, ChatOptions, choose_format
 from gptjax.text.chat_formats.known import TEMPLATES, fingerprint
+from tests.fuzz import rounds
+from tests.oracles.chat_cases import Cases
 from tests.text.chat_material import SPECIAL, TEMPLATE_FILES, chat_tokenizer, template, tool
 from tests.text.harmony_material import TALES
 from tests.text.text_material import demo_json, with_added, write_json
@@ -307,9 +310,9 @@ def test_llama_describes_tools_in_the_users_first_message(tokenizer):
 def test_a_conversation_too_long_is_refused_before_it_is_encoded(tokenizer, name):
     seen = []
 
-    def encode(text: str) -> list[int]:
+    def encode(text: str, **how: bool) -> list[int]:
         seen.append(len(text))
-        return tokenizer.encode(text)
+        return tokenizer.encode(text, **how)
 
     counting = copy.copy(tokenizer)
     counting.encode = encode
@@ -326,3 +329,37 @@ def test_a_prompt_may_have_exactly_max_length_tokens(tokenizer):
         FORMATS[name].render([USER], tokenizer, ChatOptions(), max_length=count)
         with pytest.raises(CapacityError, match=f"more than {count - 1} tokens"):
             FORMATS[name].render([USER], tokenizer, ChatOptions(), max_length=count - 1)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", TEXT_FORMATS)
+def test_nothing_but_the_named_errors_is_raised(tokenizer, name):
+    chance = random.Random(name)
+    values = [None, True, -1, 1.5, "", "x", "\ud800", [], {}, ["x"], {"type": "text", "text": "x"}, b"x", {1}, 10**5000]
+    keys = ["role", "content", "tool_calls", "tool_call_id", "reasoning_content", "name", "id", "function", "arguments"]
+    keys += ["type", "parameters", "description", "text", "phase", "refusal"]
+
+    def changed(value):
+        if chance.random() < 0.06:
+            return chance.choice(values)
+        if isinstance(value, dict):
+            found = {key: changed(each) for key, each in value.items() if chance.random() > 0.03}
+            return found | ({chance.choice(keys): chance.choice(values)} if chance.random() < 0.05 else {})
+        if isinstance(value, list):
+            found = [changed(each) for each in value if chance.random() > 0.05]
+            return found + (found[:1] if chance.random() < 0.05 else [])
+        return value
+
+    fine = 0
+    for seed in range(rounds(3000)):
+        cases = Cases(seed, tools="tools" in FORMATS[name].options, alternates=name.startswith(("llama-2", "mistral")))
+        messages, tools = cases.conversation(), cases.offered()
+        options = ChatOptions(tools=changed(tools), enable_thinking=changed(None))
+        try:
+            ids = FORMATS[name].render(changed(messages), tokenizer, options, max_length=2000)
+        except (RequestError, CapacityError) as error:
+            assert len(str(error)) < 600
+        else:
+            assert ids
+            fine += 1
+    assert fine

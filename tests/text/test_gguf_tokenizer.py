@@ -193,6 +193,7 @@ HOSTILE: list[tuple[str, dict[str, Any]]] = [
     ("tokens", gpt2(tokens=[1, 2, 3])),
     ("tokens", gpt2(tokens=[b"a"])),
     ("tokens", gpt2(tokens=["x" * 5000])),
+    ("tokens", gpt2(("\ud800", NORMAL))),
     ("tokens", gpt2(("a", NORMAL))),
     ("tokens", gpt2(("<s>", CONTROL))),
     ("tokens", gpt2(tokens=["a"] * 10_000_000)),

@@ -198,6 +198,12 @@ def test_other_models_are_refused(tmp_path: Path, change: dict[str, Any], named:
         load_tokenizer(write_json(tmp_path, "tokenizer.json", file))
 
 
+def test_tokenizer_model_alone(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json there \(transformers makes one from tokenizer\.model"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_missing_byte_is_refused(tmp_path: Path) -> None:
     file = llama2_json()
     del file["model"]["vocab"]["<0x00>"]

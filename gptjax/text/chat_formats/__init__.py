@@ -5,7 +5,7 @@
     harmony.py       GPT-OSS's, on top of `gptjax.text.harmony`
     text_format.py   the others, whose messages are texts between special tokens: `TextFormat`
     conversation.py  OpenAI's chat API to the messages that they write
-    readers.py       their turns, as they stream
+    readers.py       their turns, as they stream (tagged.py, json_calls.py)
     chatml.py, qwen3.py, llama3.py, llama2.py: what they write, as the published templates do
 
 Nothing here executes a template from a file.

@@ -13,10 +13,11 @@ from gptjax.support.quoting import quoted
 from gptjax.text.chat_formats.chatml import END, START, chatml
 from gptjax.text.chat_formats.harmony import Harmony
 from gptjax.text.chat_formats.interface import ChatFormat
+from gptjax.text.chat_formats.json_calls import read_json_calls
 from gptjax.text.chat_formats.llama2 import BOS, EOS, llama2, mistral, zephyr
 from gptjax.text.chat_formats.llama3 import llama3, llama31
 from gptjax.text.chat_formats.qwen3 import qwen3
-from gptjax.text.chat_formats.readers import read_calls, read_json_calls, read_on, read_thoughts_and_calls
+from gptjax.text.chat_formats.tagged import read_calls, read_on, read_thoughts_and_calls
 from gptjax.text.chat_formats.text_format import TextFormat
 from gptjax.text.harmony import missing_tokens
 from gptjax.text.tokenizer import Tokenizer
@@ -42,6 +43,7 @@ _ALL: Final[tuple[ChatFormat, ...]] = (
         options=_TOOLS,
         read=read_calls,
     ),
+    _CHATML("qwen2.5-base", partial(chatml, default="You are a helpful assistant."), options=_TOOLS, read=read_calls),
     _CHATML("qwen3", qwen3, options=frozenset(("tools", "enable_thinking")), read=read_thoughts_and_calls),
     _CHATML("qwen3-instruct", partial(qwen3, thinks=False), options=_TOOLS, read=read_calls),
     _CHATML("qwen3-thinking", partial(qwen3, opening="<think>\n"), options=_TOOLS, read=read_on),
@@ -60,6 +62,7 @@ TEMPLATES: Final = {
     "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788": "smollm2",
     "793202280c0910ab26bc6eb57c8212c2417324c6d8c4efd0d10d59092ab3e3eb": "qwen2",
     "55b2f4a26ac9ee719330a61a0c39d9e538b0e9322212f048326318cff4f8674a": "qwen2.5",
+    "4039eed0f28b7aaa337e70c76cfedba3271ee32505835a095a8c92e536b3c355": "qwen2.5-base",
     "87a2728cb8dc9fe424d624542f6060ec05a1d285ebbec578bb078900e33396b5": "qwen3",
     "a55ee1b1660128b7098723e0abcd92caa0788061051c62d51cbe87d9cf1974d8": "qwen3",
     "64f85b198065d0fba2a81f37e10ed68161ce2c19a754c7100e67e0ca2ee9c326": "qwen3-instruct",

@@ -12,6 +12,9 @@ if TYPE_CHECKING:  # a reader of files needs no JAX
 Array: TypeAlias = "np.ndarray | jax.Array"
 
 
+HALVES = ("d", "dmin", "m")  # the fields that are half-precision numbers, in every type
+
+
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """A packed type."""
@@ -24,6 +27,16 @@ class Packed:
     def nbytes(self) -> int:
         """The bytes of a block."""
         return sum(self.fields.values())
+
+    def is_finite(self, blocks: np.ndarray) -> bool:
+        """Whether all half-precision fields of blocks are finite, so that all numbers are."""
+        start = 0
+        for name, width in self.fields.items():
+            field = blocks[..., start : start + width]
+            if name in HALVES and not np.isfinite(np.ascontiguousarray(field).view(np.float16)).all():
+                return False
+            start += width
+        return True
 
     def dequantize(self, blocks: Any) -> Any:
         """The numbers in packed blocks, as llama.cpp rounds them: in float32.

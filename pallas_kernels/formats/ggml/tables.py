@@ -31,7 +31,10 @@ def _mxfp4(e: Array, qs: Array) -> Array:
 
 
 def _half_of_e8m0(e: Array) -> Array:
-    """2^(e - 128) from its bits, since exp2 is not exact everywhere. Subnormal below 2; NaN for 255."""
+    """2^(e - 128) from its bits, since exp2 is not exact everywhere; NaN for 255.
+
+    Below 2 it is subnormal, and XLA takes it for zero on a CPU.
+    """
     xp = e.__array_namespace__()
     wide = e.astype(np.uint32)
     bits = xp.where(wide < 2, np.uint32(1 << 21) << wide, (wide - 1) << 23)

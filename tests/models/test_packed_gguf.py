@@ -1,0 +1,114 @@
+"""Weights that stay in a GGUF file's packed types: the same numbers as when they are expanded, in the same places."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import convert
+import gptjax
+from gptjax.api import load_params
+from gptjax.checkpoints.checkpoint import open_checkpoint
+from gptjax.config import config_from_json
+from gptjax.errors import ConfigError
+from gptjax.models import registry
+from gptjax.models.params import abstract_params, expanded, num_params, random_params, weights_by_path
+from pallas_kernels.formats.ggml.weight import Quantized, Rows
+from tests.oracles import gguf_from_hf, gpt2_random, gpt_oss_random, llama_random
+from tests.oracles.gguf_from_hf import Q4_0, Q8_0
+
+ALL = {"token_embd.weight": Q8_0, "output.weight": Q4_0, "attn_q.weight": Q8_0, "attn_k.weight": Q8_0}
+ALL |= {"attn_v.weight": Q4_0, "attn_output.weight": Q4_0, "ffn_gate.weight": Q4_0, "ffn_up.weight": Q4_0}
+ALL |= {"ffn_down.weight": Q8_0, "attn_qkv.weight": Q8_0}
+IDS = list(range(3, 20))
+
+
+def llama(tmp_path, **changes):
+    model = llama_random.checkpoint(3, intermediate_size=64, **changes)
+    return gguf_from_hf.write(tmp_path / "model.gguf", *model, types=ALL)
+
+
+def gpt2(tmp_path):
+    return gguf_from_hf.write(
+        tmp_path / "model.gguf",
+        *gpt2_random.checkpoint(4, n_embd=64, n_head=4, n_inner=96, activation_function="gelu_new"),
+        types=ALL,
+    )
+
+
+def gpt_oss(tmp_path):
+    model = gpt_oss_random.checkpoint(5)
+    return gguf_from_hf.write(tmp_path / "model.gguf", model.config, model.packed, types=ALL)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, gpt_oss], ids=["llama", "gpt2", "gpt-oss"])
+def test_packed_weights_have_the_numbers_of_expanded_ones(tmp_path, make):
+    checkpoint = open_checkpoint(make(tmp_path))
+    assert checkpoint.config.types
+    packed = registry.build(checkpoint.config)
+    params = load_params(checkpoint, packed)
+    numbers = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, types=()))
+    plain = registry.build(numbers.config)
+    expected = weights_by_path(load_params(numbers, plain))  # expanded by NumPy, tensor by tensor
+    found = weights_by_path(expanded(jax.tree.map(jnp.copy, params), jnp.float32))
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        if isinstance(array, jax.Array):
+            np.testing.assert_array_equal(found[path], array, err_msg="/".join(path))
+    assert num_params(packed) == num_params(plain)
+
+
+def test_parts_of_a_fused_matrix_may_differ_in_type(tmp_path):
+    leaves = weights_by_path(abstract_params(registry.build(open_checkpoint(llama(tmp_path)).config)))
+    qkv = leaves["block_0", "attention", "qkv", "kernel"]
+    assert isinstance(qkv, Rows)
+    assert [(part.type, part.shape) for part in qkv.parts] == [
+        ("Q8_0", (96, 96)),
+        ("Q8_0", (32, 96)),
+        ("Q4_0", (32, 96)),
+    ]
+    gate_up = leaves["block_0", "mlp", "gate_up", "kernel"]
+    assert isinstance(gate_up, Quantized) and gate_up.type == "Q4_0" and gate_up.shape == (128, 96)
+
+
+@pytest.mark.parametrize("make", [llama, gpt_oss], ids=["llama", "gpt-oss"])
+def test_logits_and_tokens_are_those_of_expanded_weights(tmp_path, make):
+    path = make(tmp_path)
+    with gptjax.load(path, max_length=64, packed=True) as one, gptjax.load(path, max_length=64, packed=False) as other:
+        assert one.config.types and not other.config.types
+        np.testing.assert_allclose(one.logits(IDS), other.logits(IDS), rtol=0, atol=2e-4)
+        tokens = [lm.generate(IDS, max_tokens=12, temperature=0.0).token_ids for lm in (one, other)]
+        assert tokens[0] == tokens[1]
+        assert one.memory().weights < other.memory().weights / 2
+
+
+def test_a_converted_directory_keeps_the_types_and_every_byte(tmp_path):
+    checkpoint = open_checkpoint(gpt_oss(tmp_path))
+    convert.convert(checkpoint.path, tmp_path / "converted")
+    again = open_checkpoint(tmp_path / "converted")
+    assert again.config == checkpoint.config
+    model = registry.build(checkpoint.config)
+    one, other = load_params(checkpoint, model), load_params(again, model)
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_random_weights_are_finite_and_in_the_declared_types(tmp_path):
+    model = registry.build(open_checkpoint(llama(tmp_path)).config)
+    params = random_params(model)
+    assert jax.tree.structure(params) == jax.tree.structure(abstract_params(model))
+    for leaf in weights_by_path(params).values():
+        assert np.isfinite(leaf if isinstance(leaf, jax.Array) else leaf.dequantize()).all()
+
+
+def test_types_of_weights_that_do_not_exist_are_refused():
+    types = {"block_7/mlp/up/kernel": ["Q4_0"]}
+    raw = {**llama_random.CONFIG, "quantization_config": {"quant_method": "ggml", "types": types}}
+    with pytest.raises(ConfigError, match="block_7/mlp/up/kernel"):
+        abstract_params(registry.build(config_from_json(raw)))
+    for wrong in ({"a": "Q4_0"}, {"a": ["Q9"]}, {"a": []}, ["a"]):
+        with pytest.raises(ConfigError, match="types"):
+            config_from_json({**raw, "quantization_config": {"quant_method": "ggml", "types": wrong}})
