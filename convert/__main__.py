@@ -26,7 +26,8 @@ examples:
   python -m convert ~/models/gpt2-jax ~/models/gpt2-again --to hf
   python -m convert ~/models/my-gpt-oss ~/models/my-gpt-oss-mxfp4 --to hf --quantize mxfp4
 
-The source needs config.json, model.safetensors (or model.safetensors.index.json and its files) and tokenizer.json.
+A source directory needs config.json, model.safetensors (or model.safetensors.index.json and its files) and
+tokenizer.json.
 Pickle files (pytorch_model.bin, *.pt, *.ckpt) are refused: opening one runs the code inside it.
 A conversion that was killed continues when it is started again with the same arguments.
 exit codes: 0 success, 1 the conversion failed and wrote nothing, or --verify found damage, 2 wrong usage"""
@@ -40,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         nargs="?",
         metavar="SOURCE",
-        help="directory with config.json and safetensors files, or a Hub id such as gpt2; with --to hf also a "
-        "converted directory",
+        help="directory with config.json and safetensors files, a GGUF file, or a Hub id such as gpt2; with --to hf "
+        "also a converted directory",
     )
     parser.add_argument(
         "destination", nargs="?", metavar="DESTINATION", help="directory to write; its parent must exist"
@@ -162,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0, 1 after one message on stderr, or 130 after Ctrl-C; exits with 2 on wrong usage."""
     parser = argparse.ArgumentParser(
         prog="python -m convert",
-        description="Converts a Hugging Face checkpoint, in bounded memory, to a directory that gptjax loads fast, or "
-        "exports one again.",
+        description="Converts a Hugging Face checkpoint or a GGUF file, in bounded memory, to a directory that gptjax "
+        "loads fast, or exports one again.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

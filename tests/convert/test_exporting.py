@@ -23,7 +23,7 @@ from gptjax.errors import CheckpointError, ConfigError, RequestError
 from gptjax.models import registry
 from gptjax.models.params import abstract_params
 from tests.convert import made
-from tests.oracles import gpt_oss_random, llama_random
+from tests.oracles import gguf_from_hf, gpt2_random, gpt_oss_random, llama_random
 
 
 def _tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -91,6 +91,23 @@ def test_llama_and_its_relatives_come_back(tmp_path, variant):
     dst = _exported(tmp_path, source, "converted")
     _assert_same(_tensors(dst), _tensors(source))
     assert (dst / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+@WAYS
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_oss", "llama3", "qwen3"])
+def test_a_gguf_file_becomes_what_it_was_made_from(tmp_path, by, kind):
+    """Rows back in order, gate and up together, nibbles in pairs: each tensor has its bits again."""
+    if kind == "gpt2":
+        config, tensors = gpt2_random.checkpoint(4)
+    elif kind == "gpt_oss":
+        config, tensors, _ = gpt_oss_random.checkpoint(5)
+    else:
+        config, tensors = llama_random.checkpoint(3, **llama_random.VARIANTS[kind])
+    source = gguf_from_hf.write(tmp_path / "model.gguf", config, tensors)
+    dst = _exported(tmp_path, source, by)
+    prefix = "transformer." if kind == "gpt2" else ""
+    _assert_same(_tensors(dst), {f"{prefix}{name}": array for name, array in tensors.items()})
+    assert read_config(dst) == open_path(source).config
 
 
 def test_what_is_exported_loads_as_what_it_came_from(tmp_path):

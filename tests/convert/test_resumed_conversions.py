@@ -229,7 +229,7 @@ def test_what_is_damaged_or_forged_is_written_again(left, written, kind):
 def test_remains_with_random_changes(killed, tmp_path, monkeypatch):
     """Whatever was done to them, the result is as if they had never been."""
     monkeypatch.setattr(saving, "PIECE_BYTES", 50_000)
-    for number in range(rounds(60)):
+    for number in range(rounds(30)):
         rng = random.Random(number)
         left = tmp_path / str(number)
         shutil.copytree(killed, left, copy_function=shutil.copy2)
