@@ -136,7 +136,11 @@ class _Reader:
         ]
         embedding = self._tensors.get("token_embd.weight")
         if embedding is None:
-            self._faults.append("it has no tensor token_embd.weight")
+            self._faults.append(
+                "it has no tensor token_embd.weight"
+                if self._tensors
+                else "it has no tensors, only a vocabulary; choose a file with weights"
+            )
         else:
             raw["vocab_size"] = embedding.shape[0]
         raw |= self._packing(raw.get("num_hidden_layers", raw.get("n_layer")))

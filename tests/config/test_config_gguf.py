@@ -41,6 +41,11 @@ def test_numbers_are_the_decimals_that_were_meant():
     assert not config.tied_head
 
 
+def test_a_file_with_a_vocabulary_alone():
+    with pytest.raises(ConfigError, match="it has no tensors, only a vocabulary; choose a file with weights"):
+        config_json_from_gguf(METADATA, {})
+
+
 def test_a_value_for_each_layer_is_one_if_they_agree():
     assert (
         config_from_json(read(llama__attention__head_count=[6, 6], llama__feed_forward_length=[80, 80])).num_heads == 6
@@ -91,7 +96,7 @@ def test_what_is_refused_is_named(changes, fault):
 
 def test_a_file_without_an_embedding_is_refused():
     with pytest.raises(ConfigError, match=r"no tensor token_embd\.weight"):
-        config_json_from_gguf(METADATA, {})
+        config_json_from_gguf(METADATA, {"output.weight": TENSORS["output.weight"]})
 
 
 def test_ignored_keys():

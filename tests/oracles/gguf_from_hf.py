@@ -49,9 +49,13 @@ def write(
     config: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
     types: Mapping[str, int] | None = None,
+    metadata: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """A file of a checkpoint's config.json and tensors, those whose names end with a key of `types` packed."""
-    metadata = {"general.architecture": made.string(architecture(config)), **_metadata(config)}
+    """A file of a checkpoint's config.json and tensors, those whose names end with a key of `types` packed.
+
+    `metadata` is more of it, each value with its type, as `made.string` and `made.number` give it.
+    """
+    metadata = {"general.architecture": made.string(architecture(config)), **_metadata(config), **(metadata or {})}
     entries = {name: entry for each in tensors for name, entry in _entries(config, tensors, each)}
     for name, entry in entries.items():
         for ending, kind in (types or {}).items():
