@@ -168,6 +168,6 @@ def _not_found(text: str, *, is_id: bool) -> str:
         f"to use {where} from the Hub, download these files from https://huggingface.co/{repo} to a new directory\n"
         "  config.json\n  model.safetensors (or model.safetensors.index.json and all files that it names)\n"
         "  tokenizer.json (or vocab.json and merges.txt)\n  generation_config.json, tokenizer_config.json, if present\n"
-        "and name that directory"
+        "and name that directory; or download one GGUF file, if it has any, and name that file"
     )
     return "; ".join(tried)
