@@ -5,6 +5,7 @@ What absent keys mean, against transformers' own classes: `tests/oracle/test_lla
 
 import dataclasses
 import json
+import random
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from gptjax.config import MODEL_TYPES, PUBLISHED, LlamaConfig, config_from_json
 from gptjax.config.rope import Factors, Linear, Llama3, Rope, Yarn
 from gptjax.errors import ConfigError
+from tests.fuzz import rounds
 from tests.oracles import llama_random
 from tests.oracles.llama_random import CONFIG, LLAMA3, LONGROPE, VARIANTS, YARN
 
@@ -339,3 +341,38 @@ def test_all_faults_are_reported_together():
 def test_relatives_that_are_not_supported_are_refused_with_the_list_of_those_that_are(model_type):
     with pytest.raises(ConfigError, match=rf"{model_type}.*{', '.join(sorted(MODEL_TYPES))}"):
         config_from_json({**CONFIG, "model_type": model_type})
+
+
+JUNK: list[Any] = [
+    None, True, False, 0, -1, 1, 2, 15, 1 << 24, 1 << 70, -(1 << 2000), 1e308, 1e-320, 0.5, "", "silu", "\x1b[2J",
+    [], [1], [None], ["sliding_attention"] * 2, ["full_attention"] * 2, [1.0] * 8, [1e-300] * 8, [1 << 3000] * 8,
+    {}, {"a": 1}, {"rope_type": ["llama3"]}, {"type": "linear", "factor": 1e-9}, {"rope_type": "yarn", "factor": 1e300},
+    LONGROPE, {"quant_method": "mxfp4", "targets": "all"},
+]  # fmt: skip
+MORE = (
+    "layer_types use_sliding_window sliding_window head_dim attention_bias rope_parameters quantization_config".split()
+)
+
+
+@pytest.mark.fuzz
+def test_whatever_is_in_a_config_it_is_read_or_refused():
+    """And what is read is written as the same."""
+    rng = random.Random(0)
+    read = 0
+    for _ in range(rounds(30_000)):
+        raw: dict[str, Any] = {**CONFIG, **rng.choice(list(VARIANTS.values()))}
+        for _ in range(rng.randint(1, 3)):
+            inside = isinstance(raw.get("rope_scaling"), dict) and rng.random() < 0.4
+            changed = dict(raw["rope_scaling"]) if inside else raw
+            key = rng.choice([*changed, "rope_theta"] if inside else [*CONFIG, "rope_scaling", *MORE])
+            if key != "model_type":
+                changed[key] = rng.choice(JUNK)
+            raw = {**raw, "rope_scaling": changed} if inside else changed
+        try:
+            config = config_from_json(raw)
+        except ConfigError as error:
+            assert len(str(error)) < 10_000 and "\x1b" not in str(error)
+        else:
+            read += 1
+            assert config_from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert read

@@ -13,7 +13,6 @@ Nothing here executes a template from a file.
 
 from gptjax.text.chat_formats.interface import (
     DEFAULT,
-    TODAY,
     ChatFormat,
     ChatOptions,
     ToolCall,
@@ -25,7 +24,6 @@ from gptjax.text.chat_formats.known import FORMATS, choose_format
 __all__ = [
     "DEFAULT",
     "FORMATS",
-    "TODAY",
     "ChatFormat",
     "ChatOptions",
     "ToolCall",
