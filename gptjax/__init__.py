@@ -1,4 +1,4 @@
-"""GPT-2 and GPT-OSS in JAX: from a Hugging Face checkpoint to text.
+"""GPT-2, GPT-OSS, Llama, Mistral and Qwen in JAX: from a checkpoint or a GGUF file to text.
 
     import gptjax
 

@@ -14,7 +14,7 @@ from gptjax.cli.common import CommandParser, add_command
 from gptjax.errors import GptjaxError
 from gptjax.support.quoting import clean
 
-_DESCRIPTION = "GPT-2 and GPT-OSS in JAX: from a Hugging Face checkpoint to text and chat."
+_DESCRIPTION = "GPT-2, GPT-OSS, Llama, Mistral and Qwen in JAX: from a checkpoint or a GGUF file to text and chat."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,8 +9,8 @@ from typing import Any, Final
 DEFAULT_CHAT_MODEL: Final = "gpt-oss-tales"
 EFFORTS: Final = ("low", "medium", "high")
 MODEL_HELP = (
-    "a demo (gpt2-tales, the default), a directory (a Hugging Face checkpoint, or one that `gptjax convert` wrote), or "
-    "a Hub id such as openai-community/gpt2"
+    "a demo (gpt2-tales, the default), a directory (a Hugging Face checkpoint, or one that `gptjax convert` wrote), a "
+    "GGUF file, smollm2, or a Hub id such as openai-community/gpt2"
 )
 
 
