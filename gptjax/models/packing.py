@@ -11,6 +11,7 @@ from gptjax.config import ModelConfig
 from gptjax.config.quantization import packs
 from gptjax.errors import ConfigError
 from gptjax.support.quoting import names
+from pallas_kernels.formats.ggml import PACKED
 from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from pallas_kernels.formats.mxfp4 import BLOCK, MXFP4
 
@@ -51,6 +52,11 @@ def _overlaid(
 
 
 def _quantized(config: ModelConfig, path: Path, shape: tuple[int, ...], kinds: tuple[str, ...]) -> Quantized | Rows:
+    if _kind(path) not in ("linear", "embedding") or any(shape[-1] % PACKED[kind].size for kind in kinds):
+        raise ConfigError(
+            f"quantization_config has types of {'/'.join(path)}, which sums over {shape[-1]} numbers and cannot be "
+            f"packed in {names(kinds)}"
+        )
     if len(kinds) == 1:
         return Quantized.abstract(shape, kinds[0])
     rows = part_rows(config, path)

@@ -112,3 +112,20 @@ def test_types_of_weights_that_do_not_exist_are_refused():
     for wrong in ({"a": "Q4_0"}, {"a": ["Q9"]}, {"a": []}, ["a"]):
         with pytest.raises(ConfigError, match="types"):
             config_from_json({**raw, "quantization_config": {"quant_method": "ggml", "types": wrong}})
+
+
+def test_types_that_a_weight_cannot_have_are_refused():
+    """Those of norms, routers and experts never stay packed, and Q4_K's blocks have more values than this model's D."""
+    cases = [
+        (llama_random.CONFIG, "final_norm/scale", "Q8_0"),
+        (gpt_oss_random.checkpoint(5).config, "block_0/attention/sinks", "Q8_0"),
+        (gpt_oss_random.checkpoint(5).config, "block_0/moe/router/kernel", "Q8_0"),
+        (gpt_oss_random.checkpoint(5).config, "block_0/moe/gate_up_kernel", "Q8_0"),
+        (gpt_oss_random.checkpoint(5).config, "block_0/moe/gate_up_bias", "Q8_0"),
+        (llama_random.CONFIG, "token_embedding", "Q4_K"),
+        (llama_random.CONFIG, "block_1/attention/out/kernel", "Q4_K"),
+    ]
+    for config, path, kind in cases:
+        raw = {**config, "quantization_config": {"quant_method": "ggml", "types": {path: [kind]}}}
+        with pytest.raises(ConfigError, match=f"{path}.*{kind}"):
+            abstract_params(registry.build(config_from_json(raw)))
