@@ -55,7 +55,7 @@ def _quantized(config: ModelConfig, path: Path, shape: tuple[int, ...], kinds: t
     if _kind(path) not in ("linear", "embedding") or any(shape[-1] % PACKED[kind].size for kind in kinds):
         raise ConfigError(
             f"quantization_config has types of {'/'.join(path)}, which sums over {shape[-1]} numbers and cannot be "
-            f"packed in {names(kinds)}"
+            f"packed in {names(list(kinds))}"
         )
     if len(kinds) == 1:
         return Quantized.abstract(shape, kinds[0])
