@@ -52,10 +52,15 @@ def _overlaid(
 
 
 def _quantized(config: ModelConfig, path: Path, shape: tuple[int, ...], kinds: tuple[str, ...]) -> Quantized | Rows:
-    if _kind(path) not in ("linear", "embedding") or any(shape[-1] % PACKED[kind].size for kind in kinds):
+    name = "/".join(path)
+    if _kind(path) not in ("linear", "embedding"):
         raise ConfigError(
-            f"quantization_config has types of {'/'.join(path)}, which sums over {shape[-1]} numbers and cannot be "
-            f"packed in {names(list(kinds))}"
+            f"quantization_config has {name} in {names(list(kinds))}, and such weights are never so packed"
+        )
+    if unfit := [kind for kind in kinds if shape[-1] % PACKED[kind].size]:
+        raise ConfigError(
+            f"the checkpoint has {name} in {names(unfit)}, which does not go with its other sizes: rows of "
+            f"{shape[-1]} numbers are not whole blocks; correct config.json, or download the checkpoint again"
         )
     if len(kinds) == 1:
         return Quantized.abstract(shape, kinds[0])

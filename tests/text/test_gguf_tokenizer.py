@@ -246,9 +246,7 @@ def test_hostile_values(name: str, metadata: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("metadata", [{}, {"general.architecture": "llama", "llama.context_length": 77}])
 def test_a_file_without_a_tokenizer_is_not_damaged(metadata: dict[str, Any]) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"^no tokenizer: model\.gguf has no tokenizer\.ggml\.model; .*token ids$"
-    ):
+    with pytest.raises(CheckpointError, match=r"^no tokenizer: model\.gguf has no tokenizer\.ggml\.model; .*ids$"):
         load(metadata)
 
 
