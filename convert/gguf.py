@@ -19,7 +19,7 @@ from pallas_kernels.formats.ggml.tables import to_mxfp4
 from pallas_kernels.formats.mxfp4 import BLOCK, NAN_SCALE
 
 _PAIRED_FAMILY: Final = "llama"
-_VALUES: Final = {PACKED[name].nbytes: size for name, size in KEPT.items()}  # of a block, by its bytes
+_KEPT: Final = {PACKED[name].nbytes: PACKED[name] for name in KEPT}  # by the bytes of a block
 
 
 class _Pairs(NamedTuple):
@@ -94,7 +94,7 @@ def _packed_rows(sizes: Sequence[int] = (), pairs: _Pairs = _NO_PAIRS) -> Transf
 
     def shapes(shape: Shape) -> tuple[Shape, ...]:
         rows, blocks, width = shape
-        return tuple((size, blocks * _VALUES[width]) for size in sizes or (rows,))
+        return tuple((size, blocks * _KEPT[width].size) for size in sizes or (rows,))
 
     return Transform("packed rows", shapes, lambda *arrays: _in_order(arrays, pairs), packed=True, fault=_not_finite)
 
@@ -109,9 +109,8 @@ def _in_order(arrays: Sequence[np.ndarray], pairs: _Pairs) -> np.ndarray:
 
 
 def _not_finite(blocks: np.ndarray) -> str:
-    """What is wrong with packed blocks: a scale that is no finite number."""
-    packed = next(PACKED[name] for name in KEPT if PACKED[name].nbytes == blocks.shape[-1])
-    return "" if packed.is_finite(blocks) else "NaN or infinity"
+    """What is wrong with packed blocks: a scale that is not finite."""
+    return "" if _KEPT[blocks.shape[-1]].is_finite(blocks) else "NaN or infinity"
 
 
 def _interleaved(*arrays: np.ndarray) -> np.ndarray:
