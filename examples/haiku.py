@@ -67,4 +67,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except gptjax.GptjaxError as error:  # no such model, or one without a chat format
+        sys.exit(f"haiku: {error}")

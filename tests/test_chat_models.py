@@ -63,8 +63,8 @@ def test_a_model_answers_in_its_own_format(tmp_path):
 
 def test_a_wrong_format_is_refused_before_the_weights_are_read(monkeypatch):
     monkeypatch.setattr("gptjax.api.load_params", lambda *_: pytest.fail("they were read"))
-    with pytest.raises(RequestError, match="unknown chat format 'chatnl'; choose one of harmony, chatml"):
-        gptjax.load("gpt2-tales", chat_format="chatnl")
+    with pytest.raises(RequestError, match="unknown chat format 'alpaca'; choose one of harmony, chatml"):
+        gptjax.load("gpt2-tales", chat_format="alpaca")
     with pytest.raises(RequestError, match="lacks special tokens of the chat format chatml"):
         gptjax.load("gpt2-tales", chat_format="chatml")
 

@@ -85,6 +85,16 @@ def refuse_adapter(directory: Path) -> None:
     )
 
 
+def refuse_only_gguf(directory: Path) -> None:
+    """Raises `CheckpointError` if a directory has a GGUF file and no config.json; names the file."""
+    files = sorted(name for name in _listed(directory) if name.lower().endswith(".gguf"))
+    if files and not os.path.lexists(directory / "config.json"):
+        one = ":" if len(files) == 1 else ", such as"
+        raise CheckpointError(
+            f"{shown(directory)} has GGUF but no config.json; name the file itself{one} {shown(directory / files[0])}"
+        )
+
+
 def _listed(directory: Path) -> list[str]:
     try:
         return os.listdir(directory)

@@ -40,21 +40,27 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"a checkpoint's name must be a string or a path, found {type(name).__name__}")
     text = os.fsdecode(name)
     if not text:
-        raise CheckpointError(f"the checkpoint's name is empty; name a directory, or a demo: {', '.join(demos())}")
+        raise CheckpointError(
+            f"the checkpoint's name is empty; name a directory, a GGUF file, or a demo: {', '.join(demos())}"
+        )
     if text in demos():
         return DEMOS / text
     try:
         path = Path(text).expanduser()
         is_directory = stat.S_ISDIR(os.stat(path).st_mode)
     except MISSING:
-        pass
+        if path.suffix.lower() == ".gguf":  # also the form of a Hub id, but never a repository with safetensors
+            raise CheckpointError(f"{shown(path)} does not exist; check the path") from None
     except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown user's home, a NUL, a symlink loop
         fault = (error.strerror if isinstance(error, OSError) else None) or error
-        raise CheckpointError(f"{shown(repr(text))} cannot be a path ({fault}); name a directory or a demo") from None
+        raise CheckpointError(
+            f"{shown(repr(text))} cannot be a path ({fault}); name a directory, a GGUF file or a demo"
+        ) from None
     else:
         if not is_directory:
             return _file(path)
         foreign.refuse_adapter(path)
+        foreign.refuse_only_gguf(path)
         return path
     if text == smollm2.NAME:
         return smollm2.find()
@@ -150,7 +156,7 @@ def _file(path: Path) -> Path:
 
 def _not_found(text: str, *, is_id: bool) -> str:
     tried = [f"{shown(repr(text))} is neither a demo ({', '.join(demos()) or 'none is installed'}) nor a directory"]
-    close: Iterable[str] = difflib.get_close_matches(text, demos(), n=3)
+    close: Iterable[str] = difflib.get_close_matches(text.lower(), [*demos(), smollm2.NAME], n=3)
     tried += [f"did you mean {name!r}?" for name in close]
     if not is_id:
         tried.append("it does not look like a Hub id (`name` or `owner/name`) either; check the path")
@@ -162,6 +168,6 @@ def _not_found(text: str, *, is_id: bool) -> str:
         f"to use {where} from the Hub, download these files from https://huggingface.co/{repo} to a new directory\n"
         "  config.json\n  model.safetensors (or model.safetensors.index.json and all files that it names)\n"
         "  tokenizer.json (or vocab.json and merges.txt)\n  generation_config.json, tokenizer_config.json, if present\n"
-        "and name that directory"
+        "and name that directory; or download one GGUF file, if it has any, and name that file"
     )
     return "; ".join(tried)

@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
         commands,
         "chat",
         run,
-        summary="chat with a model that was trained to chat, such as GPT-OSS",
+        summary="chat with a model that was trained to chat, such as GPT-OSS or SmolLM2",
         epilog="""Given a message, or standard input from a pipe (all of it one message), answers once and exits. Output
 to a pipe omits the reasoning. Control characters that the model writes are shown as visible symbols; --json has
 everything verbatim. In a chat, /help lists the commands.
@@ -50,6 +50,7 @@ everything verbatim. In a chat, /help lists the commands.
 examples:
   gptjax chat
   gptjax chat "The old man opened the door, and" --effort low
+  gptjax chat -m smollm2
   gptjax chat -m openai/gpt-oss-20b --system "Answer in one sentence."
   gptjax chat --json < question.txt > answer.json""",
     )
@@ -58,7 +59,7 @@ examples:
         "-m",
         "--model",
         default=DEFAULT_CHAT_MODEL,
-        help=f"a demo, a directory or a Hub id (default: {DEFAULT_CHAT_MODEL})",
+        help=f"a demo, a directory, a GGUF file, smollm2 or a Hub id (default: {DEFAULT_CHAT_MODEL})",
     )
     add_dtype(parser)
     add_tokenizer(parser)

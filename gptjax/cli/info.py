@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from gptjax.cli.common import MODEL_HELP, add_command, add_model_options, add_overrides, model_name, overrides
-from gptjax.support.quoting import clean
+from gptjax.support.quoting import clean, quoted
 from gptjax.support.units import readable
 
 
@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
         run,
         summary="describe a checkpoint and the memory it needs",
         epilog="examples:\n  gptjax info gpt2-tales\n  gptjax info ./my-gpt2 --tensors --dtype bfloat16\n"
-        "  gptjax info --size gpt-oss-120b --memory 80",
+        "  gptjax info model.gguf\n  gptjax info --size gpt-oss-120b --memory 80",
     )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
     add_model_options(parser)
@@ -52,9 +52,19 @@ def run(args: argparse.Namespace) -> int:
     metadata = facts.pop("metadata", {})
     width = max(len(key) for key in facts)
     for key, value in facts.items():
-        print(clean(f"{key.removesuffix('_bytes'):{width}}  {readable(value) if key.endswith('_bytes') else value}"))
+        print(clean(f"{key.removesuffix('_bytes'):{width}}  {_fact(key, value)}"))
     for key, value in metadata.items():
-        print(clean(f"{key}  {value}"))
+        text = f"{value['length']} values" if isinstance(value, dict) else quoted(value)
+        print(clean(f"{key}  {text}"))
     for path, value in tensors.items():
         print(clean(f"{path}  {value}"))
     return status
+
+
+def _fact(key: str, value: Any) -> str:
+    """A value for people: sizes with units, and once what is the same in all layers."""
+    if key.endswith("_bytes"):
+        return readable(value)
+    if isinstance(value, tuple) and len(value) > 1 and len(set(value)) == 1:
+        return f"{value[0]} in all {len(value)} layers"
+    return str(value)

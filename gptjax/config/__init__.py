@@ -63,7 +63,7 @@ def read_config(directory: Path, *, ignore: Iterable[str] = ()) -> ModelConfig:
     if raw is None:
         raise CheckpointError(
             f"{shown(directory)} has no config.json; expected a Hugging Face checkpoint (config.json, *.safetensors, "
-            "tokenizer.json) or a directory written by `gptjax convert`"
+            "tokenizer.json), a directory written by `gptjax convert`, or a GGUF file, named itself"
         )
     return config_from_json(without(raw, ignore))
 

@@ -24,7 +24,7 @@ from gptjax.models.params import abstract_params, num_params, weights_by_path
 from gptjax.models.registry import Model
 from gptjax.support import runtime
 from gptjax.support.files import read_json
-from gptjax.support.quoting import names, quoted
+from gptjax.support.quoting import names
 from gptjax.support.runtime import DeviceMemory
 from gptjax.support.units import readable
 from gptjax.text import Tokenizer
@@ -46,7 +46,7 @@ def describe(
 ) -> dict[str, Any]:
     """Facts about a checkpoint, in display order. Values of keys ending in `_bytes` are bytes.
 
-    "metadata" has the keys and values of a GGUF file, with long lists and texts shortened.
+    "metadata" has the keys and values of a GGUF file, but of a list of more than 8 values only {"length": how many}.
 
     For a checkpoint with packed weights, `packed_numbers` counts the packed numbers, and `packed_vs_float16` and
     `whole_vs_float16` say how many times larger these, and all weights as stored, would be in float16.
@@ -86,17 +86,17 @@ def describe(
     }
 
 
-def _metadata(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
-    """A GGUF file's keys and values."""
+def _metadata(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A GGUF file's keys and values, as JSON can have them."""
     if checkpoint.gguf is None:
         return {}
     return {"metadata": {key: _short(value) for key, value in checkpoint.gguf.metadata.items()}}
 
 
-def _short(value: Any) -> str:
+def _short(value: Any) -> Any:
     if isinstance(value, list):
-        return f"{len(value)} values" if len(value) > _MOST_VALUES else ", ".join(map(_short, value))
-    return quoted(value) if isinstance(value, str) else str(value)
+        return {"length": len(value)} if len(value) > _MOST_VALUES else [_short(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _chat_format(tokenizer: Tokenizer) -> str:

@@ -84,6 +84,8 @@ def _counts(cursor: Cursor) -> tuple[int, int]:
     path = cursor.path
     cursor.require(min(4, cursor.left), "the first bytes")
     magic = cursor.data[:4]
+    if not magic:
+        raise CheckpointError(f"{shown(path)} is empty; download the file again")
     if magic != b"GGUF":
         raise CheckpointError(
             f"{shown(path)} is not a GGUF file: it begins with {magic!r} and not with b'GGUF'; choose another file"

@@ -272,6 +272,29 @@ def test_a_demo_of_a_close_name_is_offered(name):
     _refused(name, "did you mean 'gpt2-tales'?")
 
 
+@pytest.mark.usefixtures("_without_library")
+@pytest.mark.parametrize("name", ["smolm2", "smollm", "smol-lm2", "SmolLM2"])
+def test_smollm2_is_offered_for_a_close_name(name):
+    _refused(name, "did you mean 'smollm2'?")
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "owner/model.gguf", "/nowhere/MODEL.GGUF", Path("model.gguf")])
+def test_a_missing_gguf_file_is_a_missing_file_and_not_a_repository(library, name):
+    _refused(name, f"{name} does not exist; check the path")
+    assert not library.calls
+
+
+def test_a_directory_of_gguf_files(tmp_path):
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "b.gguf").write_bytes(b"GGUF")
+    _refused(files, f"name the file itself: {files / 'b.gguf'}")
+    (files / "a.GGUF").write_bytes(b"GGUF")
+    _refused(files, f"name the file itself, such as {files / 'a.GGUF'}")
+    (files / "config.json").write_text("{}")  # weights may be next to it, as in some repositories
+    assert hub.resolve(files) == files
+
+
 @pytest.mark.parametrize("name", ["~nosuchuser/x", "a" * 5000, "a/" * 3000, "x\0y", 5, None])
 def test_names_that_no_file_system_takes(name):
     with pytest.raises(CheckpointError):

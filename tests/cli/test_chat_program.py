@@ -97,7 +97,7 @@ def test_the_length_is_bounded_unless_it_is_given(scripted, monkeypatch, argv, e
         (["chat", "A", "-m", "/no/such/place"], "/no/such/place"),
         (["chat", "A", "--max-length", "0"], "max_length"),
         (["chat", "A", "--max-length", "5"], "shorten the message, or start with a larger --max-length"),
-        (["chat", "A", "--chat-format", "chatnl"], "unknown chat format 'chatnl'; choose one of harmony, chatml, "),
+        (["chat", "A", "--chat-format", "alpaca"], "unknown chat format 'alpaca'; choose one of harmony, chatml, "),
         (["chat", "A", "--chat-format", "chatml"], "lacks special tokens of the chat format chatml: <|im_start|>"),
         (["chat", "A", "--no-thinking"], "enable_thinking has no meaning in the chat format harmony"),
         (["chat", "A", "-m", "gpt2-tales"], 'gptjax generate "Once upon a time" -m gpt2-tales'),

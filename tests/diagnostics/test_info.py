@@ -8,6 +8,8 @@ import pytest
 import convert
 from gptjax.cli import main
 from gptjax.diagnostics.info import describe, describe_published, imagined_gpu
+from tests.gguf import made
+from tests.oracles import gguf_from_hf, llama_random
 
 # By hand: in GPT2-tales, V 8192, D 256, L 6, F 1024; in GPT-OSS-tales, L 6, E 8, D 256, F 192.
 GPT2_LINEAR = 6 * 12 * 256**2
@@ -79,3 +81,30 @@ def test_the_command_tells_of_a_size(capsys):
     ):
         assert main(["info", *options]) == 1
         assert says in capsys.readouterr().err
+
+
+def test_the_metadata_of_a_gguf_file(tmp_path, capsys):
+    """JSON keeps numbers, flags and texts as they are; people see texts quoted and lists counted."""
+    model = llama_random.checkpoint(3, **llama_random.VARIANTS["llama2"])
+    more = {
+        "general.name": made.string("Über 5"),
+        "general.tags": made.array(made.STRING, ["a", "b"]),
+        "tokenizer.ggml.scores": made.array(made.F32, [0.5] * 9),
+        "general.odd": made.number(made.F32, float("inf")),
+        "tokenizer.ggml.add_bos_token": made.number(made.BOOL, True),
+    }
+    path = gguf_from_hf.write(tmp_path / "model.gguf", *model, metadata=more)
+    assert main(["info", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["metadata"]
+    assert found["general.architecture"] == "llama"
+    assert found["llama.block_count"] == model.config["num_hidden_layers"]
+    assert found["general.name"] == "Über 5"
+    assert found["general.tags"] == ["a", "b"]
+    assert found["tokenizer.ggml.scores"] == {"length": 9}
+    assert found["general.odd"] == "inf"
+    assert found["tokenizer.ggml.add_bos_token"] is True
+    assert main(["info", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "general.name  'Über 5'\n" in shown
+    assert "tokenizer.ggml.scores  9 values\n" in shown
+    assert re.search(rf"^windows +None in all {model.config['num_hidden_layers']} layers$", shown, re.MULTILINE)

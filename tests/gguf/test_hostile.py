@@ -43,7 +43,7 @@ HUGE = 2**64 - 1
 NESTED = struct.pack("<I", made.ARRAY) + struct.pack("<IQ", made.ARRAY, 1) * 10_000 + struct.pack("<IQ", made.U8, 0)
 HOSTILE = {
     # The beginning.
-    "an empty file": (b"", "is not a GGUF file: it begins with b''"),
+    "an empty file": (b"", "is empty; download the file again"),
     "three bytes": (b"GGU", "is not a GGUF file: it begins with b'GGU'"),
     "another magic": (made.header(magic=b"GGML"), "is not a GGUF file: it begins with b'GGML'"),
     "a swapped magic": (made.header(magic=b"FUGG"), "is not a GGUF file: it begins with b'FUGG'"),

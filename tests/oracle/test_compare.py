@@ -22,6 +22,7 @@ from gptjax.layers.observe import observe  # noqa: E402
 from gptjax.layers.residual import Residual  # noqa: E402
 from gptjax.models import build  # noqa: E402
 from gptjax.models.stages import stages  # noqa: E402
+from tests.oracles import gguf_from_hf, llama_random  # noqa: E402
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]  # torch's and transformers' own warnings
 IDS = list(range(3, 40))
@@ -168,6 +169,16 @@ def test_a_converted_directory_is_no_matter_for_transformers(capsys, tmp_path):
     for command in (["compare"], ["bench", "--versus", "transformers"]):
         assert main([command[0], str(tmp_path / "converted"), *command[1:]]) == 1
         assert "name the Hugging Face directory" in capsys.readouterr().err
+
+
+def test_a_gguf_file_is_compared_as_the_message_says(capsys, tmp_path):
+    file, exported = tmp_path / "model.gguf", tmp_path / "exported"
+    gguf_from_hf.write(file, *llama_random.checkpoint(5, **llama_random.VARIANTS["llama2"]))
+    assert main(["compare", str(file), "--ids", "5", "6"]) == 1
+    assert f"gptjax convert {file} DIRECTORY --to hf" in capsys.readouterr().err
+    assert main(["convert", str(file), str(exported), "--to", "hf"]) == 0
+    assert main(["compare", str(exported), "--ids", "5", "6"]) == 0
+    assert "all stages agree" in capsys.readouterr().out
 
 
 def test_bench_takes_turns_with_transformers(capsys):

@@ -65,8 +65,23 @@ def test_another_template_is_refused_by_name_and_can_be_overridden(tokenizer):
     ):
         choose_format(other)
     assert choose_format(other, "chatml") is FORMATS["chatml"]
-    with pytest.raises(RequestError, match="unknown chat format 'chatnl'; choose one of harmony, chatml, "):
-        choose_format(other, "chatnl")
+    with pytest.raises(RequestError, match="unknown chat format 'alpaca'; choose one of harmony, chatml, "):
+        choose_format(other, "alpaca")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("chatnl", "chatml"),
+        ("ChatML", "chatml"),
+        ("llama3", "llama-3"),
+        ("Llama-3.1", "llama-3.1"),
+        ("smollm", "smollm2"),
+    ],
+)
+def test_a_chat_format_of_a_close_name_is_offered(tokenizer, name, near):
+    with pytest.raises(RequestError, match=rf"unknown chat format '{name}' \(did you mean {near}\?\); choose one of "):
+        choose_format(tokenizer, name)
 
 
 def test_a_tokenizer_without_a_template_has_no_chat_format(tokenizer):

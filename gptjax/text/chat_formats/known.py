@@ -4,6 +4,7 @@ A template is recognised by its exact text, never executed: `TEMPLATES` has the 
 its end, which jinja drops as well. tests/data/chat_templates has the texts and says where they were published.
 """
 
+import difflib
 import hashlib
 from functools import partial
 from typing import Final
@@ -97,7 +98,9 @@ def choose_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
     """
     if name is not None:
         if name not in FORMATS:
-            raise RequestError(f"unknown chat format {quoted(name)}; choose one of {', '.join(FORMATS)}")
+            near = difflib.get_close_matches(str(name).lower(), FORMATS, n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise RequestError(f"unknown chat format {quoted(name)}{meant}; choose one of {', '.join(FORMATS)}")
         FORMATS[name].check(tokenizer)
         return FORMATS[name]
     missing = missing_tokens(tokenizer)
