@@ -47,7 +47,7 @@ def test_numbers_are_the_decimals_that_were_meant():
 
 def test_a_file_with_a_vocabulary_alone():
     with pytest.raises(ConfigError, match="it has no tensors, only a vocabulary; choose a file with weights"):
-        config_json_from_gguf(METADATA, {})
+        raw(METADATA, {})
 
 
 def test_a_value_for_each_layer_is_one_if_they_agree():

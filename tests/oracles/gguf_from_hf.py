@@ -56,8 +56,8 @@ def write(
 ) -> Path:
     """A file of a checkpoint's config.json and tensors, those whose names end with a key of `types` packed.
 
-    `metadata` is more of it, each value with its type, as `made.string` and `made.number` give it. With `fused`, queries,
-    keys and values are one tensor, as the converter's --fuse-qkv makes them.
+    `metadata` is more of it, each value with its type, as `made.string` and `made.number` give it. With `fused`,
+    queries, keys and values are one tensor, as the converter's --fuse-qkv makes them.
     """
     metadata = {"general.architecture": made.string(architecture(config)), **_metadata(config), **(metadata or {})}
     entries = {name: entry for each in tensors for name, entry in _entries(config, tensors, each)}
