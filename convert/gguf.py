@@ -6,7 +6,7 @@ order. Source: llama.cpp `conversion/`.
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,17 @@ from pallas_kernels.formats.ggml.tables import to_mxfp4
 from pallas_kernels.formats.mxfp4 import BLOCK, NAN_SCALE
 
 _PAIRED_FAMILY: Final = "llama"
-_VALUES: Final = {PACKED[name].nbytes: size for name, size in KEPT.items()}  # of a block, by its bytes
+_KEPT: Final = {PACKED[name].nbytes: PACKED[name] for name in KEPT}  # by the bytes of a block
+
+
+class _Pairs(NamedTuple):
+    """Rows that are in the order of another rotation: value i of a head comes right before value i + H/2."""
+
+    head_width: int
+    rows: int  # how many, from the first one on
+
+
+_NO_PAIRS: Final = _Pairs(0, 0)
 
 
 def table(config: ModelConfig) -> Table:
@@ -27,9 +37,11 @@ def table(config: ModelConfig) -> Table:
     sizes = [heads * config.head_width for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
     # llama.cpp turns neighbouring values in this family, so its converter interleaves the halves of each head.
     paired = getattr(config, "family", None) == _PAIRED_FAMILY
-    qkv = _linear("attn_{}", "attention/qkv", parts="qkv", sizes=sizes, paired=config.head_width if paired else 0)
+    pairs = _Pairs(config.head_width, sizes[0] + sizes[1]) if paired else _NO_PAIRS
+    qkv = _linear("attn_{}", "attention/qkv", parts="qkv", sizes=sizes, pairs=pairs)
+    fused = _linear("attn_qkv", "attention/qkv", pairs=pairs)  # GPT-2's; llama.cpp's --fuse-qkv makes it in others
     gate_up = _linear("ffn_{}", "mlp/gate_up", parts=("gate", "up"), sizes=[config.mlp_width] * 2)
-    rules = (*_ENDS, *_VECTORS, *qkv, *gate_up, *_LINEAR, *_EXPERTS)
+    rules = (*_ENDS, *_VECTORS, *qkv, *fused, *gate_up, *_LINEAR, *_EXPERTS)
     return Table(rules, (Ignored(ROPE_FREQS, "the rotation's factors, which are part of the configuration"),))
 
 
@@ -38,31 +50,32 @@ def _block(name: str, target: str, transform: Transform) -> Rule:
 
 
 def _linear(
-    name: str, target: str, *, parts: Sequence[str] = (), sizes: Sequence[int] = (), paired: int = 0
+    name: str, target: str, *, parts: Sequence[str] = (), sizes: Sequence[int] = (), pairs: _Pairs = _NO_PAIRS
 ) -> list[Rule]:
     """A linear layer's kernel and bias, from one tensor each or from parts of these sizes; the kernel packed or not."""
     names = [f"blk.{{N}}.{name.format(part)}" for part in parts] or [f"blk.{{N}}.{name}"]
     weights, biases = (tuple(f"{each}.{kind}" for each in names) for kind in ("weight", "bias"))
     layer = f"block_{{N}}/{target}"
-    each_part = [
-        Rule(weight, f"{layer}/kernel/parts/{index}/blocks", _packed_rows((), paired=paired if index < 2 else 0))
-        for index, weight in enumerate(weights)
-    ]
+    each_part = []
+    for index, size in enumerate(sizes):
+        paired = min(size, max(0, pairs.rows - sum(sizes[:index])))
+        transform = _packed_rows((), pairs._replace(rows=paired))
+        each_part.append(Rule(weights[index], f"{layer}/kernel/parts/{index}/blocks", transform))
     return [
-        Rule(weights, f"{layer}/kernel", _rows(sizes, turned=True, paired=paired)),
-        Rule(weights, f"{layer}/kernel/blocks", _packed_rows(sizes, paired=paired)),
+        Rule(weights, f"{layer}/kernel", _rows(sizes, pairs, turned=True)),
+        Rule(weights, f"{layer}/kernel/blocks", _packed_rows(sizes, pairs)),
         *each_part,
-        Rule(biases, f"{layer}/bias", _rows(sizes, turned=False, paired=paired)),
+        Rule(biases, f"{layer}/bias", _rows(sizes, pairs, turned=False)),
     ]
 
 
-def _rows(sizes: Sequence[int], *, turned: bool, paired: int = 0) -> Transform:
+def _rows(sizes: Sequence[int], pairs: _Pairs, *, turned: bool) -> Transform:
     """The rows of sources, one after the other.
 
     Args:
       sizes: how many rows each source has; none for a single source.
+      pairs: the rows among them to put in order.
       turned: whether the target is the transpose of that.
-      paired: the width of a head if the first two sources have each head's values in pairs (i, i + H/2); else 0.
     """
 
     def shapes(shape: Shape) -> tuple[Shape, ...]:
@@ -70,39 +83,34 @@ def _rows(sizes: Sequence[int], *, turned: bool, paired: int = 0) -> Transform:
         return tuple((size, *stored[1:]) for size in sizes or stored[:1])
 
     def apply(*arrays: np.ndarray) -> np.ndarray:
-        rows = _concatenated(arrays, paired)
+        rows = _in_order(arrays, pairs)
         return rows.T if turned else rows
 
     return Transform("rows", shapes, apply, mixes_dtypes=True)
 
 
-def _packed_rows(sizes: Sequence[int], *, paired: int = 0) -> Transform:
+def _packed_rows(sizes: Sequence[int] = (), pairs: _Pairs = _NO_PAIRS) -> Transform:
     """Like `_rows`, of packed blocks [out, blocks, bytes] that stay as they are."""
 
     def shapes(shape: Shape) -> tuple[Shape, ...]:
         rows, blocks, width = shape
-        return tuple((size, blocks * _VALUES[width]) for size in sizes or (rows,))
+        return tuple((size, blocks * _KEPT[width].size) for size in sizes or (rows,))
 
-    return Transform(
-        "packed rows", shapes, lambda *arrays: _concatenated(arrays, paired), packed=True, fault=_not_finite
-    )
+    return Transform("packed rows", shapes, lambda *arrays: _in_order(arrays, pairs), packed=True, fault=_not_finite)
 
 
-def _concatenated(arrays: Sequence[np.ndarray], paired: int) -> np.ndarray:
-    if paired:
-        arrays = [*(_unpaired(array, paired) for array in arrays[:2]), *arrays[2:]]
-    return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+def _in_order(arrays: Sequence[np.ndarray], pairs: _Pairs) -> np.ndarray:
+    rows = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+    if not pairs.rows:
+        return rows
+    paired = rows[: pairs.rows]
+    halves = paired.reshape(-1, pairs.head_width // 2, 2, *rows.shape[1:]).swapaxes(1, 2)
+    return np.concatenate([halves.reshape(paired.shape), rows[pairs.rows :]])
 
 
 def _not_finite(blocks: np.ndarray) -> str:
-    """What is wrong with packed blocks: a scale that is no finite number."""
-    packed = next(PACKED[name] for name in KEPT if PACKED[name].nbytes == blocks.shape[-1])
-    return "" if packed.is_finite(blocks) else "NaN or infinity"
-
-
-def _unpaired(array: np.ndarray, head_width: int) -> np.ndarray:
-    """Rows of heads in order, from rows in which each value is followed by the one that it is rotated with."""
-    return array.reshape(-1, head_width // 2, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+    """What is wrong with packed blocks: a scale that is not finite."""
+    return "" if _KEPT[blocks.shape[-1]].is_finite(blocks) else "NaN or infinity"
 
 
 def _interleaved(*arrays: np.ndarray) -> np.ndarray:
@@ -158,9 +166,9 @@ _DOWN_SCALES: Final = Transform(
 
 _ENDS: Final = (
     Rule("token_embd.weight", "token_embedding", IDENTITY),
-    Rule("token_embd.weight", "token_embedding/blocks", _packed_rows(())),
+    Rule("token_embd.weight", "token_embedding/blocks", _packed_rows()),
     Rule("output.weight", "head_embedding", IDENTITY),
-    Rule("output.weight", "head_embedding/blocks", _packed_rows(())),
+    Rule("output.weight", "head_embedding/blocks", _packed_rows()),
     Rule("position_embd.weight", "position_embedding", IDENTITY),
     Rule("output_norm.weight", "final_norm/scale", IDENTITY),
     Rule("output_norm.bias", "final_norm/bias", IDENTITY),
@@ -176,7 +184,6 @@ _VECTORS: Final = (
     _block("post_attention_norm.weight", "moe_norm/scale", IDENTITY),
 )
 _LINEAR: Final = (
-    *_linear("attn_qkv", "attention/qkv"),  # GPT-2's
     *_linear("attn_output", "attention/out"),
     *_linear("ffn_up", "mlp/up"),
     *_linear("ffn_down", "mlp/down"),

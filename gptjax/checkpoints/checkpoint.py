@@ -18,7 +18,7 @@ from gptjax.config import (
     overridden,
     read_config,
 )
-from gptjax.config.gguf import ROPE_FREQS, config_json_from_gguf, in_words_of_gguf
+from gptjax.config.gguf import config_json_from_gguf, in_words_of_gguf
 from gptjax.errors import ConfigError
 from gptjax.gguf import GGUFFile, open_gguf
 from gptjax.support.quoting import shown
@@ -98,9 +98,8 @@ def open_path(
 
 
 def _config(path: Path, file: GGUFFile, ignore: Sequence[str]) -> ModelConfig:
-    rope_freqs = file.read(ROPE_FREQS) if ROPE_FREQS in file.tensors else None
     try:
-        raw = config_json_from_gguf(file.metadata, file.tensors, rope_freqs=rope_freqs, ignore=ignore)
+        raw = config_json_from_gguf(file.metadata, file.tensors, read=file.read, ignore=ignore)
     except ConfigError as error:
         raise ConfigError(f"{shown(path)}: {error}") from None
     try:

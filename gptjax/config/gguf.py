@@ -3,7 +3,7 @@
 Source: llama.cpp `conversion/` (what writers of such files write) and `src/models/` (what absent keys mean).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from gptjax.errors import ConfigError
 from gptjax.support.quoting import names, quoted
 
 ROPE_FREQS: Final = "rope_freqs.weight"
+_MOST_PAIRS: Final = 4096  # of a head's values; real models have 32 to 128
 
 # The words for the same things in GGUF, without the architecture in front, and in config.json.
 _COMMON: Final = {
@@ -80,7 +81,7 @@ def config_json_from_gguf(
     metadata: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     *,
-    rope_freqs: np.ndarray | None = None,
+    read: Callable[[str], np.ndarray],
     ignore: Iterable[str] = (),
 ) -> dict[str, Any]:
     """What a GGUF file says about its model, as the contents of a config.json.
@@ -88,7 +89,7 @@ def config_json_from_gguf(
     Args:
       metadata: all of the file's keys and values.
       tensors: the file's tensors by name. Some settings are not among the keys but follow from these.
-      rope_freqs: the values of ROPE_FREQS, if there is such a tensor.
+      read: reads a tensor by name; only called for ROPE_FREQS, once its shape is known to be that of factors.
       ignore: keys to leave out, if you know that they change nothing.
 
     Raises:
@@ -100,7 +101,7 @@ def config_json_from_gguf(
         raise ConfigError(f"it has {found}; gptjax supports {', '.join(sorted(_WORDS))}")
     if missing := [key for key in ignore if key not in metadata]:
         raise ConfigError(f"it has no {names(missing)} to ignore; it has {names(sorted(metadata), most=50)}")
-    return _Reader(architecture, metadata, tensors, ignore).config_json(rope_freqs)
+    return _Reader(architecture, metadata, tensors, ignore).config_json(read)
 
 
 def in_words_of_gguf(architecture: str, text: str) -> str:
@@ -126,7 +127,7 @@ class _Reader:
         self._read = set(_WITHOUT_EFFECT)
         self._faults: list[str] = []
 
-    def config_json(self, rope_freqs: np.ndarray | None) -> dict[str, Any]:
+    def config_json(self, read: Callable[[str], np.ndarray]) -> dict[str, Any]:
         words = _WORDS[self._architecture]
         raw = {ours: value for theirs, ours in words.items() if (value := self._take(theirs)) is not None}
         self._faults += [
@@ -150,7 +151,7 @@ class _Reader:
             self._expect("attention.head_count_kv", raw.get("n_head"))
         else:
             self._check_heads(raw)
-            raw |= self._rope(raw, rope_freqs)
+            raw |= self._rope(raw, read)
             raw |= self._gpt_oss() if self._architecture == "gpt-oss" else self._dense()
         self._expect("attention.causal", True)
         self._raise_faults()
@@ -175,7 +176,7 @@ class _Reader:
         self._expect("attention.value_length", raw.get("head_dim"))
         self._expect("rope.dimension_count", raw.get("head_dim"))
 
-    def _rope(self, raw: Mapping[str, Any], rope_freqs: np.ndarray | None) -> dict[str, Any]:
+    def _rope(self, raw: Mapping[str, Any], read: Callable[[str], np.ndarray]) -> dict[str, Any]:
         theta = self._take("rope.freq_base")
         found: dict[str, Any] = {"rope_theta": _THETA if theta is None else theta}
         kind, factor = self._take("rope.scaling.type"), self._take("rope.scaling.factor")
@@ -192,10 +193,16 @@ class _Reader:
             )
         elif kind != "none" and factor not in (None, 0, 1):
             found["rope_scaling"] = {"rope_type": "linear", "factor": factor}
-        if rope_freqs is not None:
+        if (tensor := self._tensors.get(ROPE_FREQS)) is not None:
             if "rope_scaling" in found:
                 self._faults.append(f"it has both {ROPE_FREQS} and {self._architecture}.rope.scaling.factor")
-            found["rope_scaling"] = _per_pair(rope_freqs)
+            if len(tensor.shape) != 1 or 2 * tensor.shape[0] != raw.get("head_dim") or tensor.shape[0] > _MOST_PAIRS:
+                self._faults.append(
+                    f"{ROPE_FREQS} is {list(tensor.shape)}; expected a factor for each pair of values of a head, and "
+                    f"at most {_MOST_PAIRS:,}"
+                )
+            else:
+                found["rope_scaling"] = _per_pair(read(ROPE_FREQS))
         return found
 
     def _yarn(self, factor: Any, original: Any) -> dict[str, Any]:
@@ -283,7 +290,7 @@ def _settled(value: Any) -> Any:
     return value
 
 
-def _per_pair(rope_freqs: Sequence[float] | np.ndarray) -> dict[str, Any]:
+def _per_pair(rope_freqs: np.ndarray) -> dict[str, Any]:
     """A scaling that divides each pair's frequency by its own factor, in the words that config.json has for it."""
     factors = [float(str(np.float32(factor))) for factor in rope_freqs]
     return {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0}

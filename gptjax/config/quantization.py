@@ -1,6 +1,5 @@
 """Which weights of a checkpoint are packed, and how."""
 
-from collections.abc import Mapping
 from typing import Any, Final
 
 from gptjax.config.keys import Keys
@@ -11,8 +10,8 @@ from gptjax.support.quoting import quoted
 TARGETS: Final = ("none", "experts", "linear", "all")
 # What OpenAI's checkpoints list for transformers; it packs only GPT-OSS's experts.
 _NOT_CONVERTED: Final = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
-# The types of GGUF files that stay packed, with the values of a block. Others are expanded when they are loaded.
-KEPT: Final[Mapping[str, int]] = {"Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
+# The types of GGUF files that stay packed. Others are expanded when they are loaded.
+KEPT: Final = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
 # By the path of a weight: the type of all its rows, or those of the parts that it is made of (queries, keys and values;
 # gate and up), in order.
 Types = tuple[tuple[str, tuple[str, ...]], ...]

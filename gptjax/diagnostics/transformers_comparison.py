@@ -214,8 +214,8 @@ def load_transformers(directory: Path, dtype: Any, **options: Any) -> Any:
 
     if directory.is_file():
         raise CheckpointError(
-            f"{directory} is a GGUF file; name the Hugging Face directory it was made from, or make one with "
-            f"the same weights: gptjax convert {directory} DIRECTORY --to hf"
+            f"{directory} is a GGUF file; name the Hugging Face directory it was made from, or one with the same "
+            f"weights expanded: gptjax convert {directory} DIRECTORY --to hf"
         )
     if is_converted(directory):
         raise CheckpointError(f"{directory} was converted by gptjax; name the Hugging Face directory it was made from")

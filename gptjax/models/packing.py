@@ -11,6 +11,7 @@ from gptjax.config import ModelConfig
 from gptjax.config.quantization import packs
 from gptjax.errors import ConfigError
 from gptjax.support.quoting import names
+from pallas_kernels.formats.ggml import PACKED
 from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from pallas_kernels.formats.mxfp4 import BLOCK, MXFP4
 
@@ -51,6 +52,16 @@ def _overlaid(
 
 
 def _quantized(config: ModelConfig, path: Path, shape: tuple[int, ...], kinds: tuple[str, ...]) -> Quantized | Rows:
+    name = "/".join(path)
+    if _kind(path) not in ("linear", "embedding"):
+        raise ConfigError(
+            f"quantization_config has {name} in {names(list(kinds))}, and such weights are never so packed"
+        )
+    if unfit := [kind for kind in kinds if shape[-1] % PACKED[kind].size]:
+        raise ConfigError(
+            f"the checkpoint has {name} in {names(unfit)}, which does not go with its other sizes: rows of "
+            f"{shape[-1]} numbers are not whole blocks; correct config.json, or download the checkpoint again"
+        )
     if len(kinds) == 1:
         return Quantized.abstract(shape, kinds[0])
     rows = part_rows(config, path)

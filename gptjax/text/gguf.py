@@ -59,6 +59,11 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str | os.PathLike[s
       ConfigError: the tokenizer is of a kind that gptjax does not read.
     """
     fields = Fields(Path(source), metadata)
+    if not fields.has("model"):
+        raise CheckpointError(
+            f"no tokenizer: {source} has no {PREFIX}model; name a directory that has one (tokenizer= in gptjax.load); "
+            "without a tokenizer the model still works on token ids"
+        )
     model = fields.text("model")
     if model not in ("gpt2", "llama"):
         raise fields.unsupported(

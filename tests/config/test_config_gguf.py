@@ -26,11 +26,15 @@ TENSORS = {
 }
 
 
+def raw(metadata, tensors=TENSORS, **options):
+    return config_json_from_gguf(metadata, tensors, read={}.__getitem__, **options)
+
+
 def read(**changes):
     """The config.json of METADATA with changes; None removes a key."""
     changed = {key.replace("__", "."): value for key, value in changes.items()}
     metadata = {key: value for key, value in {**METADATA, **changed}.items() if value is not None}
-    return config_json_from_gguf(metadata, TENSORS)
+    return raw(metadata)
 
 
 def test_numbers_are_the_decimals_that_were_meant():
@@ -43,7 +47,7 @@ def test_numbers_are_the_decimals_that_were_meant():
 
 def test_a_file_with_a_vocabulary_alone():
     with pytest.raises(ConfigError, match="it has no tensors, only a vocabulary; choose a file with weights"):
-        config_json_from_gguf(METADATA, {})
+        raw(METADATA, {})
 
 
 def test_a_value_for_each_layer_is_one_if_they_agree():
@@ -96,18 +100,18 @@ def test_what_is_refused_is_named(changes, fault):
 
 def test_a_file_without_an_embedding_is_refused():
     with pytest.raises(ConfigError, match=r"no tensor token_embd\.weight"):
-        config_json_from_gguf(METADATA, {"output.weight": TENSORS["output.weight"]})
+        raw(METADATA, {"output.weight": TENSORS["output.weight"]})
 
 
 def test_ignored_keys():
     metadata = {**METADATA, "llama.logit_scale": 0.5}
-    assert config_json_from_gguf(metadata, TENSORS, ignore=["llama.logit_scale"])["hidden_size"] == 96
+    assert raw(metadata, ignore=["llama.logit_scale"])["hidden_size"] == 96
     with pytest.raises(ConfigError, match=r"no llama\.nothing to ignore"):
-        config_json_from_gguf(METADATA, TENSORS, ignore=["llama.nothing"])
+        raw(METADATA, ignore=["llama.nothing"])
 
 
 def test_strange_types_are_faults_and_no_crash():
     for key in METADATA:
         for value in ("text", [], [1, 2], ["a"], True, -1, 2**70, float("inf"), float("nan")):
             with contextlib.suppress(ConfigError):
-                config_from_json(config_json_from_gguf({**METADATA, key: value}, TENSORS))
+                config_from_json(raw({**METADATA, key: value}))

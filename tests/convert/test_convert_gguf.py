@@ -1,12 +1,15 @@
 """GGUF files, loaded and converted: the same configuration and the same bits as the checkpoint they were made from."""
 
+import re
+
 import numpy as np
 import pytest
 
 import convert
 from gptjax.checkpoints.checkpoint import open_checkpoint
 from gptjax.config.rope import Factors
-from gptjax.errors import CheckpointError
+from gptjax.errors import CheckpointError, ConfigError
+from gptjax.gguf import GGUFFile
 from tests.oracles import gguf_from_hf, gpt2_random, gpt_oss_random, llama_random
 
 # config.json says more than llama.cpp's files can: these are left out there.
@@ -31,6 +34,31 @@ def test_llama(tmp_path, variant):
     model = llama_random.checkpoint(3, **llama_random.VARIANTS[variant])
     directory = llama_random.write(tmp_path / "hf", model)
     assert_same(gguf_from_hf.write(tmp_path / "model.gguf", *model), directory)
+
+
+@pytest.mark.parametrize("variant", ["llama biases", "qwen2"])
+@pytest.mark.parametrize("types", [{}, {"attn_qkv.weight": gguf_from_hf.Q8_0}], ids=["floats", "packed"])
+def test_queries_keys_and_values_in_one_tensor(tmp_path, variant, types):
+    """llama's queries and keys are in the order of its rotation there too."""
+    model = llama_random.checkpoint(3, **llama_random.VARIANTS[variant])
+    fused = open_checkpoint(gguf_from_hf.write(tmp_path / "fused.gguf", *model, types=types, fused=True))
+    if not types:
+        return assert_same(fused.path, llama_random.write(tmp_path / "hf", model))
+    kinds = {f"attn_{part}.weight": gguf_from_hf.Q8_0 for part in "qkv"}
+    apart = open_checkpoint(gguf_from_hf.write(tmp_path / "apart.gguf", *model, types=kinds))
+    assert fused.config == apart.config and fused.config.types
+    path = "block_1/attention/qkv/kernel/blocks"
+    np.testing.assert_array_equal(params(fused)[path], params(apart)[path], strict=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (3_000_000,)], ids=["two axes", "millions"])
+def test_other_factors_of_the_rotation_are_refused_unread(tmp_path, shape, monkeypatch):
+    path = gguf_from_hf.write(
+        tmp_path / "model.gguf", *llama_random.checkpoint(6), rope_freqs=np.ones(shape, np.float32)
+    )
+    monkeypatch.setattr(GGUFFile, "read", None)
+    with pytest.raises(ConfigError, match=re.escape(f"rope_freqs.weight is {list(shape)}")):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_inner": None}, {"tie_word_embeddings": False}])

@@ -15,6 +15,7 @@ from gptjax.config import config_from_json
 from gptjax.errors import ConfigError
 from gptjax.models import registry
 from gptjax.models.params import abstract_params, expanded, num_params, random_params, weights_by_path
+from pallas_kernels.formats.ggml import PACKED
 from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from tests.oracles import gguf_from_hf, gpt2_random, gpt_oss_random, llama_random
 from tests.oracles.gguf_from_hf import Q4_0, Q8_0
@@ -38,8 +39,8 @@ def gpt2(tmp_path):
     )
 
 
-def gpt_oss(tmp_path):
-    model = gpt_oss_random.checkpoint(5)
+def gpt_oss(tmp_path, **changes):
+    model = gpt_oss_random.checkpoint(5, **changes)
     return gguf_from_hf.write(tmp_path / "model.gguf", model.config, model.packed, types=ALL)
 
 
@@ -73,9 +74,12 @@ def test_parts_of_a_fused_matrix_may_differ_in_type(tmp_path):
     assert isinstance(gate_up, Quantized) and gate_up.type == "Q4_0" and gate_up.shape == (128, 96)
 
 
-@pytest.mark.parametrize("make", [llama, gpt_oss], ids=["llama", "gpt-oss"])
-def test_logits_and_tokens_are_those_of_expanded_weights(tmp_path, make):
-    path = make(tmp_path)
+@pytest.mark.parametrize(
+    ("make", "changes"), [(llama, {}), (gpt_oss, {"layer_types": ["sliding_attention"]})], ids=["llama", "gpt-oss"]
+)
+def test_logits_and_tokens_are_those_of_expanded_weights(tmp_path, make, changes):
+    """With one layer, since each one takes seconds to compile."""
+    path = make(tmp_path, num_hidden_layers=1, **changes)
     with gptjax.load(path, max_length=64, packed=True) as one, gptjax.load(path, max_length=64, packed=False) as other:
         assert one.config.types and not other.config.types
         np.testing.assert_allclose(one.logits(IDS), other.logits(IDS), rtol=0, atol=2e-4)
@@ -101,7 +105,9 @@ def test_random_weights_are_finite_and_in_the_declared_types(tmp_path):
     params = random_params(model)
     assert jax.tree.structure(params) == jax.tree.structure(abstract_params(model))
     for leaf in weights_by_path(params).values():
-        assert np.isfinite(leaf if isinstance(leaf, jax.Array) else leaf.dequantize()).all()
+        for part in leaf.parts if isinstance(leaf, Rows) else [leaf]:
+            packed = isinstance(part, Quantized)  # unpacked by NumPy, which compiles nothing
+            assert np.isfinite(PACKED[part.type].dequantize(np.asarray(part.blocks)) if packed else part).all()
 
 
 def test_types_of_weights_that_do_not_exist_are_refused():
@@ -112,3 +118,20 @@ def test_types_of_weights_that_do_not_exist_are_refused():
     for wrong in ({"a": "Q4_0"}, {"a": ["Q9"]}, {"a": []}, ["a"]):
         with pytest.raises(ConfigError, match="types"):
             config_from_json({**raw, "quantization_config": {"quant_method": "ggml", "types": wrong}})
+
+
+def test_types_that_a_weight_cannot_have_are_refused():
+    """Those of norms, routers and experts never stay packed, and Q4_K's blocks have more values than this model's D."""
+    cases = [
+        (llama_random.CONFIG, "final_norm/scale", "Q8_0"),
+        (gpt_oss_random.checkpoint(5).config, "block_0/attention/sinks", "Q8_0"),
+        (gpt_oss_random.checkpoint(5).config, "block_0/moe/router/kernel", "Q8_0"),
+        (gpt_oss_random.checkpoint(5).config, "block_0/moe/gate_up_kernel", "Q8_0"),
+        (gpt_oss_random.checkpoint(5).config, "block_0/moe/gate_up_bias", "Q8_0"),
+        (llama_random.CONFIG, "token_embedding", "Q4_K"),
+        (llama_random.CONFIG, "block_1/attention/out/kernel", "Q4_K"),
+    ]
+    for config, path, kind in cases:
+        raw = {**config, "quantization_config": {"quant_method": "ggml", "types": {path: [kind]}}}
+        with pytest.raises(ConfigError, match=f"{path}.*{kind}"):
+            abstract_params(registry.build(config_from_json(raw)))

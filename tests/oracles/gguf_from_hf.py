@@ -50,20 +50,27 @@ def write(
     tensors: Mapping[str, np.ndarray],
     types: Mapping[str, int] | None = None,
     metadata: Mapping[str, bytes] | None = None,
+    *,
+    fused: bool = False,
+    rope_freqs: np.ndarray | None = None,
 ) -> Path:
     """A file of a checkpoint's config.json and tensors, those whose names end with a key of `types` packed.
 
-    `metadata` is more of it, each value with its type, as `made.string` and `made.number` give it.
+    `metadata` is more of it, each value with its type, as `made.string` and `made.number` give it. With `fused`,
+    queries, keys and values are one tensor, as the converter's --fuse-qkv makes them.
     """
     metadata = {"general.architecture": made.string(architecture(config)), **_metadata(config), **(metadata or {})}
     entries = {name: entry for each in tensors for name, entry in _entries(config, tensors, each)}
+    entries = _fused(entries) if fused else entries
     for name, entry in entries.items():
         for ending, kind in (types or {}).items():
             if name.endswith(ending):
                 values = np.frombuffer(entry.data, np.float32).reshape(-1, 32)
                 entries[name] = made.Entry(kind, entry.dims, {Q4_0: q4_0, Q8_0: q8_0}[kind](values))
     if (config.get("rope_scaling") or {}).get("rope_type") == "llama3":
-        entries["rope_freqs.weight"] = _float(_llama3_factors(config))
+        rope_freqs = _llama3_factors(config)
+    if rope_freqs is not None:
+        entries["rope_freqs.weight"] = _float(rope_freqs)
     path.write_bytes(made.file(metadata, entries))
     return path
 
@@ -138,6 +145,16 @@ def _entries(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], name:
     if config["model_type"] == "gpt_oss" and stem == "post_attention_layernorm":
         target = "post_attention_norm"
     return [(f"{block}{target}.{kind}", _float(value))]
+
+
+def _fused(entries: Mapping[str, made.Entry]) -> dict[str, made.Entry]:
+    rest = {name: entry for name, entry in entries.items() if not re.search(r"attn_[qkv]\.", name)}
+    for name in entries:
+        if ".attn_q." in name:
+            parts = [entries[name.replace("attn_q", f"attn_{part}")] for part in "qkv"]
+            dims = (*parts[0].dims[:-1], sum(part.dims[-1] for part in parts))
+            rest[name.replace("attn_q", "attn_qkv")] = made.Entry(F32, dims, b"".join(part.data for part in parts))
+    return rest
 
 
 def _experts(block: str, rest: str, tensors: Mapping[str, np.ndarray], name: str) -> list[tuple[str, made.Entry]]:

@@ -186,7 +186,6 @@ def test_runs_of_a_character_may_have_equal_scores() -> None:
 
 HOSTILE: list[tuple[str, dict[str, Any]]] = [
     ("model", gpt2(model=5)),
-    ("model", {}),
     ("pre", gpt2(pre=["gpt-2"])),
     ("tokens", gpt2(tokens="abc")),
     ("tokens", gpt2(tokens=[])),
@@ -243,6 +242,12 @@ def test_hostile_values(name: str, metadata: dict[str, Any]) -> None:
         load(metadata)
     assert time.thread_time() - start < 1
     assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("metadata", [{}, {"general.architecture": "llama", "llama.context_length": 77}])
+def test_a_file_without_a_tokenizer_is_not_damaged(metadata: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"^no tokenizer: model\.gguf has no tokenizer\.ggml\.model; .*ids$"):
+        load(metadata)
 
 
 @pytest.mark.parametrize("wrong", [5, ["a"], b"x"])
