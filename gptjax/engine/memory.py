@@ -18,6 +18,7 @@ from gptjax.config.quantization import packs
 from gptjax.engine import steps
 from gptjax.errors import CapacityError
 from gptjax.layers.cache import SLOT_MULTIPLE, capacity_of, places_of
+from gptjax.layers.weight import AT_ONCE
 from gptjax.models import registry
 from gptjax.models.params import abstract_params
 from gptjax.models.registry import Model
@@ -101,7 +102,7 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
         or, off the CPU, 2 · 4·B·N·T·S scores of any prompt or decode step with B·N·T·S at most 2^26, if more
         + 2 · one row's cache, which prefill takes out of the whole cache and puts back
         + 8 · 4·B·V, the sampler's sorts and copies of all logits
-        + the numbers of the largest packed weight that is unpacked as a whole
+        + the numbers of the largest packed weight that is unpacked as a whole, or on a CPU of 2^18 at a time
         + 1 MiB (64 MiB off the CPU, for the workspaces of matrix products)
         + on a CPU in half precision, the larger of weights and cache in float32: XLA has no half-precision products
           there and converts them
@@ -124,7 +125,7 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     if platform != "cpu":
         at_once = [config.num_heads * rows * S for rows in (*buckets, batch)]
         chunk = max([chunk, *(8 * scores for scores in at_once if scores <= DENSE_SCORES)])
-    estimate = chunk + 2 * row + 32 * batch * config.vocab_size + _unpacked(config)
+    estimate = chunk + 2 * row + 32 * batch * config.vocab_size + _unpacked(config, platform)
     estimate += _FIXED.get(platform, _FIXED_ELSEWHERE)
     width = jnp.dtype(model.dtype).itemsize
     if platform == "cpu" and width < 4:
@@ -150,15 +151,15 @@ def _up(config: ModelConfig) -> int:
     return 2 * config.mlp_width if isinstance(config, LlamaConfig) else config.mlp_width
 
 
-def _unpacked(config: ModelConfig) -> int:
-    """Bytes of the largest packed weight that is not an expert, in float32."""
+def _unpacked(config: ModelConfig, platform: str) -> int:
+    """Bytes of the largest packed weight that is not an expert, in float32 and before that; on a CPU of a part."""
     sizes = [0]
     if packs(config.mxfp4, "linear") or config.types:
         projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
         sizes += [config.width * max(projected, _up(config))]
     if packs(config.mxfp4, "embedding") or config.types:
         sizes += [config.width * config.vocab_size]
-    return 8 * max(sizes)
+    return 8 * (min(max(sizes), AT_ONCE) if platform == "cpu" else max(sizes))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from gptjax.engine import memory, steps
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
-from gptjax.models.params import abstract_params, init_params
+from gptjax.models.params import abstract_params, init_params, weights_by_path
 from gptjax.support import runtime
 from gptjax.support.runtime import DeviceMemory
 from gptjax.support.units import readable
@@ -64,6 +64,15 @@ OSS_SHALLOW = dataclasses.replace(OSS_TALES, num_layers=2, windows=(128, None))
 OSS_MIDDLE = dataclasses.replace(
     PUBLISHED["gpt-oss-20b"], num_layers=2, windows=(128, None), vocab_size=5000, num_experts=8
 )
+
+
+def _typed(config, kind):
+    """Every matrix in a packed type of GGUF."""
+    shapes = weights_by_path(abstract_params(registry.build(config)))
+    paths = [path for path in shapes if path[-1].endswith(("kernel", "_embedding"))]
+    return dataclasses.replace(config, types=tuple(sorted(("/".join(path), (kind,)) for path in paths)))
+
+
 thorough = partial(pytest.param, marks=pytest.mark.thorough)
 
 
@@ -112,6 +121,8 @@ def _temporary(model: registry.Model, batch: int, length: int) -> int:
         (LLAMA_TALES, 1, 512, "float32"),
         thorough(dataclasses.replace(LLAMA_TALES, mxfp4="linear"), 2, 512, "bfloat16"),
         (LLAMA_MIDDLE, 1, 1024, "float32"),
+        (_typed(LLAMA_MIDDLE, "Q4_0"), 1, 128, "float32"),
+        thorough(_typed(LLAMA_MIDDLE, "Q8_0"), 2, 128, "bfloat16"),
         thorough(LLAMA_MIDDLE, 2, 1024, "bfloat16"),
         thorough(OSS_MIDDLE, 1, 2048, "bfloat16"),
     ],

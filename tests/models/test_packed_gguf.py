@@ -13,6 +13,7 @@ from gptjax.api import load_params
 from gptjax.checkpoints.checkpoint import open_checkpoint
 from gptjax.config import config_from_json
 from gptjax.errors import ConfigError
+from gptjax.layers.weight import AT_ONCE, product, unembed
 from gptjax.models import registry
 from gptjax.models.params import abstract_params, expanded, num_params, random_params, weights_by_path
 from pallas_kernels.formats.ggml import PACKED
@@ -135,3 +136,17 @@ def test_types_that_a_weight_cannot_have_are_refused():
         raw = {**config, "quantization_config": {"quant_method": "ggml", "types": {path: [kind]}}}
         with pytest.raises(ConfigError, match=f"{path}.*{kind}"):
             abstract_params(registry.build(config_from_json(raw)))
+
+
+def test_a_product_in_parts_has_every_output():
+    """More numbers than a CPU unpacks at a time, and not a multiple of that."""
+    shape = (1001, 512)
+    assert AT_ONCE < 1001 * 512 and 1001 % (AT_ONCE // 512)
+    packed = Quantized.random(jax.random.key(1), shape, "Q4_K")
+    x = np.random.default_rng(2).standard_normal((3, 512), np.float32)
+    numbers = PACKED["Q4_K"].dequantize(np.asarray(packed.blocks)).astype(np.float64)
+    for found in (
+        product(jnp.asarray(x), packed, None, jnp.float32).total(),
+        unembed(jnp.asarray(x), packed, jnp.float32),
+    ):
+        np.testing.assert_allclose(found, x @ numbers.T, rtol=0, atol=1e-5 * np.abs(x @ numbers.T).max())

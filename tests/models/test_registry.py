@@ -11,6 +11,7 @@ from gptjax.checkpoints.hub import DEMOS
 from gptjax.config import PUBLISHED, read_config
 from gptjax.layers.observe import COLLECTION
 from gptjax.models import registry
+from gptjax.models.packing import overlaid
 from gptjax.models.params import abstract_params, init_params, num_params, random_params, repacked, weights_by_path
 from pallas_kernels.formats.fragments import MXFP4Fragments
 
@@ -24,12 +25,13 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_shapes_are_those_that_initialising_gives(name):
-    """They are told from one block, and all blocks must be like it."""
+    """They are derived from one block, and all blocks must be like it. Packed, they are those of packed numbers."""
     model = registry.build(CONFIGS[name], dtype=jnp.bfloat16)
     made = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     told = abstract_params(model)
-    assert jax.tree.structure(told) == jax.tree.structure(made)
-    assert jax.tree.leaves(told) == jax.tree.leaves(made)
+    expected = overlaid(model.config, made)
+    assert jax.tree.structure(told) == jax.tree.structure(expected)
+    assert jax.tree.leaves(told) == jax.tree.leaves(expected)
 
 
 @pytest.mark.parametrize("mxfp4", ["none", "experts", "linear", "all"])
