@@ -90,7 +90,7 @@ def convert(
     check_paths(source, destination)
     if is_converted(source):
         raise CheckpointError(
-            f"{source} is already converted; name the Hugging Face directory it was made from, or export it: --to hf"
+            f"{source} is already converted; name the directory or GGUF file it was made from, or export it: --to hf"
         )
     wanted = None if dtype is None else named_dtype(dtype)
     small = small_files(source)  # read once; a change before the end is an error

