@@ -1,5 +1,6 @@
 """`gptjax verify`: the demo gives its known answers, and a changed one does not."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax.checkpoints.checkpoint import Checkpoint
+from gptjax.checkpoints.checkpoint import open_checkpoint
 from gptjax.cli import main
 from gptjax.config import PUBLISHED
 from gptjax.diagnostics import known_answers
@@ -87,7 +88,7 @@ def test_a_shortened_context_is_no_wrong_answer(demo):
 
 
 def test_other_sizes_with_a_known_vocabulary_are_unknown(demo, lm, monkeypatch):
-    other = Checkpoint(demo, PUBLISHED["gpt2-xl"])
+    other = dataclasses.replace(open_checkpoint(demo), config=PUBLISHED["gpt2-xl"])
     monkeypatch.setattr(known_answers, "open_checkpoint", lambda name: other)
     assert known_answers.verify(lm) == []
 
