@@ -156,7 +156,10 @@ class Server(uvicorn.Server):
         cutting = asyncio.ensure_future(self._cut())
         try:
             await super().shutdown(sockets)
-            if self.force_exit:  # uvicorn then skips this, and logs that it was cancelled
+            if self.force_exit:  # uvicorn then skips this, and logs each request and this as cancelled
+                self._cut_all()
+                if self.server_state.tasks:
+                    await asyncio.wait(self.server_state.tasks, timeout=_TO_END_STREAMS)
                 await self.lifespan.shutdown()
         finally:
             cutting.cancel()
@@ -165,7 +168,10 @@ class Server(uvicorn.Server):
         until = time.monotonic() + self._drain_seconds + _TO_END_STREAMS
         while not self.force_exit and time.monotonic() < until:
             await asyncio.sleep(_TICK)
-        for connection in self.server_state.connections:
+        self._cut_all()
+
+    def _cut_all(self) -> None:
+        for connection in list(self.server_state.connections):
             cast(Protocol, connection).cut()
 
     async def on_tick(self, counter: int) -> bool:
