@@ -168,7 +168,7 @@ def _write_part(writer: SafetensorsWriter, part: Part, rules: Table) -> None:
 def _config_json(
     data: bytes, config: ModelConfig, target: ModelConfig, tensors: Iterable[Outline], ignored: Sequence[str]
 ) -> bytes:
-    """The `config.json` to write: the source's own, byte for byte, unless something in it is no longer so."""
+    """The `config.json` to write: the source's own bytes, unless one of its values has changed."""
     before = parse_json(data.decode())
     raw: dict[str, Any] = dict(without(before, ignored))
     if is_original(raw):  # OpenAI's own keys, which transformers does not know

@@ -50,7 +50,7 @@ def part(weight: Weight, dtype: np.dtype[Any] | None, chosen: Mapping[weights.Pa
 
     Args:
       weight: as the source has it.
-      dtype: what to cast it to if it is floating-point; None leaves it as it is.
+      dtype: the dtype that floating-point weights are cast to; None keeps their own.
       chosen: the weights to round to MXFP4 instead, with their MXFP4 shapes; see `convert.mxfp4.chosen`.
     """
     if weight.path in chosen:

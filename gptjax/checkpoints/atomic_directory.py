@@ -41,7 +41,7 @@ def staged(destination: Path, *, overwrite: bool, ours: Callable[[Path], bool], 
         complete, and is moved back if the exchange fails; if the process is killed between the two renames, the next
         call moves it back.
       ours: whether a directory may be overwritten.
-      resume: yield what a killed process left as it is, unchecked; otherwise the directory is empty.
+      resume: keep the files of a killed process, unchecked; otherwise the directory is empty.
 
     Raises:
       CheckpointError: the destination exists, is being written by another process, has no parent directory or cannot

@@ -126,8 +126,7 @@ def generation_defaults(settings: Mapping[str, Any], directory: Path | None) -> 
 
     Args:
       settings: from `read_generation_config`.
-      directory: whose config.json is read for the end-of-text id if the settings have none; None if there is no such
-        file.
+      directory: its config.json may name the end-of-text id, if the settings do not; None if there is no config.json.
     """
     raw = {key: value for key, value in settings.items() if value is not None}
     if "eos_token_id" in raw or directory is None:

@@ -105,7 +105,7 @@ def config_json_from_gguf(
 
 
 def in_words_of_gguf(architecture: str, text: str) -> str:
-    """Which keys of GGUF are meant by those of config.json in a message; "" if there are none."""
+    """The GGUF names of the config.json keys in a message; "" if it has none."""
     pairs = [f"{ours} is {architecture}.{theirs}" for theirs, ours in _WORDS[architecture].items() if ours in text]
     return ", ".join(pairs)
 
@@ -225,7 +225,7 @@ class _Reader:
 
     def _gpt_oss(self) -> dict[str, Any]:
         self._expect("attention.sliding_window_pattern", 2)
-        self._take("feed_forward_length")  # of layers without experts, of which there are none
+        self._take("feed_forward_length")  # for layers without experts; GPT-OSS has none
         return {"attention_bias": self._has("attn_q.bias", "attn_qkv.bias")}
 
     def _packing(self, layers: Any) -> dict[str, Any]:

@@ -172,7 +172,7 @@ class Keys:
         return self._raw.get(key) == {}
 
     def mapping(self, key: str) -> Mapping[str, Any]:
-        """An object, as it is; {} if there is none."""
+        """An object, unchanged; {} if the key is absent."""
         value = self._get(key, None, {})
         if not isinstance(value, Mapping):
             self.fault(f"{key} is {quoted(value)}; expected an object")
