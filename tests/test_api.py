@@ -14,6 +14,7 @@ import convert
 import gptjax
 from gptjax import CapacityError, CheckpointError, ConfigError, RequestError
 from gptjax.language_model import LanguageModel
+from tests.thinned import thorough
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "Once upon a time there was a king who had"
@@ -344,7 +345,7 @@ def test_a_shorter_max_length_holds(demo):
     assert lm.generate([1] * 18, max_tokens=50, ignore_eos=True).usage.completion_tokens == 3
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("dtype", ["bfloat16", thorough("float16")])
 def test_other_dtypes(demo, dtype):
     lm = gptjax.load(demo, dtype=dtype)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(lm.params)} == {dtype}

@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import re
 import shutil
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from gptjax.models.params import abstract_params, init_params, weights_by_path
 from gptjax.support import runtime
 from gptjax.support.runtime import DeviceMemory
 from gptjax.support.units import readable
+from tests.thinned import thorough
 
 GIB = 1 << 30
 SMALL = dataclasses.replace(
@@ -71,9 +71,6 @@ def _typed(config, kind):
     shapes = weights_by_path(abstract_params(registry.build(config)))
     paths = [path for path in shapes if path[-1].endswith(("kernel", "_embedding"))]
     return dataclasses.replace(config, types=tuple(sorted(("/".join(path), (kind,)) for path in paths)))
-
-
-thorough = partial(pytest.param, marks=pytest.mark.thorough)
 
 
 def _device(available: int, platform: str = "cpu") -> DeviceMemory:
