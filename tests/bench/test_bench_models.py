@@ -162,7 +162,7 @@ def test_random_weights_have_the_declared_shapes_and_dtypes():
 
 def test_the_ceiling_is_the_faster_of_copying_and_reading():
     speed = measure_memory(3)
-    assert 1e9 < speed.read < 1e13 and 1e9 < speed.copy < 1e13
+    assert 1e8 < speed.read < 1e13 and 1e8 < speed.copy < 1e13
     assert speed.bytes_per_second == max(speed.read, speed.copy)
 
 
