@@ -14,6 +14,7 @@ from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
+from tests.compilations import compilations
 from tests.engine import test_engine
 from tests.fuzz import rounds
 from tests.oracles import gpt_oss_ours, gpt_oss_random
@@ -268,10 +269,7 @@ def test_nothing_is_compiled_after_warm_up(made):
     for slot, request in enumerate(REQUESTS[2:5]):
         engine.admit(slot, request)
     engine.step()
-    compiled = []
-    listener = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
+    with compilations() as compiled:
         for _ in range(20):
             engine.step()
         for slot in range(SLOTS):
@@ -279,8 +277,6 @@ def test_nothing_is_compiled_after_warm_up(made):
         for seed in range(3):
             _play(engine, seed)
         assert compiled == []
-    finally:
-        jax.monitoring.clear_event_listeners()
 
 
 def test_a_dispatch_is_of_one_step_at_least():

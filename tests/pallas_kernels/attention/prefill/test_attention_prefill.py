@@ -138,7 +138,14 @@ def _check(actual: jax.Array, operands: list[Any], case: Case, queries: Any = sl
     assert not actual[q_positions_BT < 0].any()
 
 
-SOME = "a prefix, groups", "rows of different lengths", "wide", "a window in a cache", "a ring that is not full"
+SOME = (
+    "a prefix, groups",
+    "rows of different lengths",
+    "wide",
+    "a width of 80",
+    "a window in a cache",
+    "a ring that is not full",
+)
 
 
 @interpreted
