@@ -18,6 +18,7 @@ from tests.compilations import compilations
 from tests.engine import test_engine
 from tests.fuzz import rounds
 from tests.oracles import gpt_oss_ours, gpt_oss_random
+from tests.thinned import thorough
 
 SLOTS, MAX_LENGTH, VOCAB = 3, 40, 101
 STEPS = [1, 3, 8]  # a dispatch
@@ -41,7 +42,7 @@ def _gpt_oss():
     return registry.build(config), gpt_oss_ours.params(checkpoint.packed)
 
 
-@pytest.fixture(scope="module", params=["gpt2", "gpt-oss"])
+@pytest.fixture(scope="module", params=[thorough("gpt2"), "gpt-oss"])
 def made(request):
     """A model and its weights."""
     return (test_engine.MODEL, test_engine.PARAMS) if request.param == "gpt2" else _gpt_oss()
