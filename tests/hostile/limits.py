@@ -64,13 +64,14 @@ def watch() -> None:
 def in_a_process(module: str, *arguments: object, seconds: float = 3600) -> Any:
     """What `python -m module` prints last, as JSON. One thread only, because each has memory of its own."""
     single = {"MALLOC_ARENA_MAX": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    quiet = {"RUST_BACKTRACE": "0"}  # of panics, which are among the outcomes
     result = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         capture_output=True,
         text=True,
         errors="replace",
         cwd=ROOT,
-        env=os.environ | single,
+        env=os.environ | single | quiet,
         timeout=seconds,
     )
     assert result.returncode == 0, (result.returncode, result.stdout[-2000:], result.stderr[-3000:])
