@@ -1,4 +1,4 @@
-"""A completion continues its prompt: the space that a SentencePiece token begins with stays, even in the first token."""
+"""A completion continues its prompt: the space that a SentencePiece token begins with stays, even at the start."""
 
 import json
 
