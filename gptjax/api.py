@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 import convert
@@ -13,7 +14,7 @@ from gptjax.engine import limits, memory
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry
-from gptjax.models.params import Params, abstract_params, expanded, repacked
+from gptjax.models.params import Params, abstract_params, check_float16, expanded, repacked
 from gptjax.models.registry import Model
 from gptjax.support import runtime
 from gptjax.support.progress import progress
@@ -144,5 +145,9 @@ def load_params(checkpoint: Checkpoint, model: Model) -> Params:
     """Loads a checkpoint's weights onto the default device, in the model's dtype, checking each leaf."""
     targets = abstract_params(model)
     if checkpoint.is_converted:
-        return weights.restore(checkpoint.path, targets, progress=progress)
-    return weights.place(convert.open_params(checkpoint), targets, progress=progress)
+        params = weights.restore(checkpoint.path, targets, progress=progress)
+    else:
+        params = weights.place(convert.open_params(checkpoint), targets, progress=progress)
+    if jnp.dtype(model.dtype) == jnp.float16:
+        check_float16(params)
+    return params

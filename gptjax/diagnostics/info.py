@@ -108,7 +108,7 @@ def _chat_format(tokenizer: Tokenizer) -> str:
 
 def _generation(defaults: GenerationDefaults, config: ModelConfig) -> str:
     """The generation settings, and why generation is refused if it is."""
-    settings = [field.name for field in dataclasses.fields(defaults) if field.name != "faults"]
+    settings = [field.name for field in dataclasses.fields(defaults) if field.name not in ("faults", "source")]
     text = ", ".join(f"{name} {getattr(defaults, name)}" for name in settings)
     if beyond := [token for token in defaults.eos_ids if token >= config.vocab_size]:
         text += f"; the model has no token {names(list(map(str, beyond)))}, so it cannot end a text"

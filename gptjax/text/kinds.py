@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from gptjax.errors import ConfigError
 from gptjax.support.quoting import quoted, shown
+from gptjax.text.growth import MOST_GROWTH, growth
 from gptjax.text.spelling import BYTE_LEVEL, SENTENCEPIECE, SPACE, Spelling
 
 PREPEND: Final = {"type": "Prepend", "prepend": SPACE}
@@ -58,8 +59,13 @@ def adds_space(found: dict[str, Any]) -> bool:
 
 def _byte_level_faults(found: dict[str, Any], model: dict[str, Any]) -> list[str]:
     faults = _model_faults(model)
-    if "ByteLevel" not in _types(found.get("pre_tokenizer")):
+    levels = list(_types(found.get("pre_tokenizer"))).count("ByteLevel")
+    if not levels:
         faults.append("its pre_tokenizer is not ByteLevel")
+    elif levels > 1:
+        faults.append("it has several ByteLevel pre_tokenizers")
+    if growth(found.get("normalizer")) > MOST_GROWTH:
+        faults.append(f"its normalizer can make a text more than {MOST_GROWTH} times as long")
     if model.get("byte_fallback"):
         faults.append(f"it has byte_fallback {quoted(model['byte_fallback'])}")
     return faults + [

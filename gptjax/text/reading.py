@@ -164,9 +164,9 @@ def _gpt2_added(
     <|endoftext|> is special even if no file says so, unless the files name other tokens for all three purposes.
     """
     items = read_additions(directory, settings, special)
-    known = {**ids, **{item["content"]: item["id"] for item in items if "content" in item}}
-    following = 1 + max(number for number in known.values() if type(number) is int)
-    present = {item.get("content") for item in items}
+    present = {item["content"]: item["id"] for item in items if isinstance(item.get("content"), str)}
+    known = {**ids, **present}
+    following = 1 + max((number for number in known.values() if type(number) is int), default=-1)
     unnamed = any(f"{which}_token" not in {**settings, **special} for which in ("bos", "eos", "unk"))
     default: dict[str, Mapping[str, Any]] = {END_OF_TEXT: {}} if END_OF_TEXT in ids and unnamed else {}
     for content, flags in (special_tokens(settings, special) | default).items():
