@@ -9,7 +9,8 @@ from typing import Any, Final
 from gptjax.config import TOKENIZER_FILES, read_generation_config, text_directory
 from gptjax.gguf import read_metadata
 from gptjax.text import Tokenizer, load_tokenizer
-from gptjax.text.gguf import tokenizer_from_gguf
+from gptjax.text.gguf import describe, tokenizer_from_gguf
+from gptjax.text.huggingface import huggingface_files
 
 METADATA: Final = "metadata.gguf"  # in a directory converted from a GGUF file: that file's metadata, without tensors
 # llama.cpp's names for settings of generation_config.json.
@@ -68,6 +69,10 @@ class GGUFText:
     def tokenizer(self, generation_config: Mapping[str, Any]) -> Tokenizer:
         """The tokenizer. Raises `CheckpointError` or `ConfigError`."""
         return tokenizer_from_gguf(self.metadata, self.path)
+
+    def huggingface_files(self) -> dict[str, dict[str, Any]]:
+        """The contents of tokenizer.json and the files next to it. Raises what `tokenizer` raises."""
+        return huggingface_files(describe(self.metadata, self.path), self.settings())
 
 
 def text_of(directory: Path) -> TextFiles | GGUFText:
