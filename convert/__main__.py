@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="dtype to store floating-point weights in (default: unchanged; with --to hf, float32 for what is packed in "
-        "a GGUF file's types)",
+        help="dtype to store floating-point weights in (default: unchanged; with --to hf, float32 for what a GGUF "
+        "file has packed)",
     )
     parser.add_argument(
         "--quantize",

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from gptjax.checkpoints import foreign
 from gptjax.config import TOKENIZER_FILES, read_generation_config, text_directory
-from gptjax.gguf import read_metadata
+from gptjax.errors import CheckpointError
+from gptjax.gguf import open_gguf, read_metadata
+from gptjax.support.quoting import shown
 from gptjax.text import Tokenizer, load_tokenizer
 from gptjax.text.gguf import describe, tokenizer_from_gguf
 from gptjax.text.huggingface import huggingface_files
@@ -73,6 +76,25 @@ class GGUFText:
     def huggingface_files(self) -> dict[str, dict[str, Any]]:
         """The contents of tokenizer.json and the files next to it. Raises what `tokenizer` raises."""
         return huggingface_files(describe(self.metadata, self.path), self.settings())
+
+
+def tokenizer_at(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a directory, converted or not, or of a GGUF file, one of a split set too.
+
+    Raises:
+      CheckpointError: there is none, or it is damaged.
+      ConfigError: it is of a kind that gptjax does not read.
+    """
+    path = Path(path)
+    if os.path.isfile(path):
+        if not foreign.is_gguf(path):
+            raise CheckpointError(
+                f"{shown(path)} has no tokenizer that gptjax reads; name its directory or a GGUF file"
+            )
+        text: TextFiles | GGUFText = GGUFText(path, open_gguf(path).metadata)
+    else:
+        text = text_of(path)
+    return text.tokenizer(text.settings())
 
 
 def text_of(directory: Path) -> TextFiles | GGUFText:

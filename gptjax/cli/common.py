@@ -100,7 +100,7 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     """Declares --tokenizer."""
     parser.add_argument(
-        "--tokenizer", metavar="DIRECTORY", help="take the tokenizer from here, if the checkpoint has none"
+        "--tokenizer", metavar="PATH", help="take the tokenizer from this directory or GGUF file instead"
     )
 
 

@@ -69,7 +69,7 @@ examples:
         help=f"tokens of prompt and output (default: $GPTJAX_MAX_LENGTH, else the model's, up to {_DEFAULT_LENGTH})",
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
-    _option(parser, "--tokenizer", metavar="DIRECTORY", help="take the tokenizer from here")
+    _option(parser, "--tokenizer", metavar="PATH", help="take the tokenizer from this directory or GGUF file instead")
     _option(
         parser,
         "--chat-format",

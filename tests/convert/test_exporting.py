@@ -159,16 +159,7 @@ def test_packed_attention_beside_packed_experts(tmp_path, by):
 
 def _with_tokenizer(path: Path, **changes: bytes) -> Path:
     """A GGUF file with a tokenizer of a few letters."""
-    values = {
-        "model": made_gguf.string("gpt2"),
-        "pre": made_gguf.string("gpt-2"),
-        "tokens": made_gguf.array(made_gguf.STRING, ["a", "b", "ab", "<s>"]),
-        "token_type": made_gguf.array(made_gguf.I32, [1, 1, 1, 3]),
-        "merges": made_gguf.array(made_gguf.STRING, ["a b"]),
-        **changes,
-    }
-    metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-    return gguf_from_hf.write(path, *llama_random.checkpoint(3), metadata=metadata)
+    return gguf_from_hf.write(path, *llama_random.checkpoint(3), metadata=made_gguf.tokenizer(**changes))
 
 
 @WAYS
