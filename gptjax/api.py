@@ -124,7 +124,7 @@ def load_checkpoint(
 
 
 def _tokenizer(checkpoint: Checkpoint, other: str | os.PathLike[str] | None) -> Tokenizer | GptjaxError:
-    """The checkpoint's tokenizer or the one at another path; or why it has none, since the model also works on token ids.
+    """The checkpoint's tokenizer or another one; or why it has none, since the model also works on token ids.
 
     Raises:
       GptjaxError: the other tokenizer cannot be read, or the checkpoint's own is damaged.

@@ -88,9 +88,7 @@ def tokenizer_at(path: str | os.PathLike[str]) -> Tokenizer:
     path = Path(path)
     if os.path.isfile(path):
         if not foreign.is_gguf(path):
-            raise CheckpointError(
-                f"{shown(path)} has no tokenizer that gptjax reads; name its directory or a GGUF file"
-            )
+            raise CheckpointError(f"{shown(path)} is not a GGUF file; name one, or the directory of a tokenizer")
         text: TextFiles | GGUFText = GGUFText(path, open_gguf(path).metadata)
     else:
         text = text_of(path)

@@ -20,8 +20,10 @@ from gptjax.cli.common import (
     add_command,
     add_dtype,
     add_overrides,
+    add_packed,
     add_tokenizer,
     overrides,
+    packed,
     read_stdin,
 )
 from gptjax.errors import GptjaxError, RequestError
@@ -62,6 +64,7 @@ examples:
         help=f"a demo, a directory, a GGUF file, smollm2 or a Hub id (default: {DEFAULT_CHAT_MODEL})",
     )
     add_dtype(parser)
+    add_packed(parser)
     add_tokenizer(parser)
     add_chat_format(parser)
     add_overrides(parser)
@@ -132,7 +135,12 @@ def _load(args: argparse.Namespace) -> "LanguageModel":
     # GPT-OSS has room for 131072 tokens; few conversations are worth a cache of that size.
     length = limits.positions(checkpoint.config, args.max_length, default=DEFAULT_LENGTH)
     lm = load_checkpoint(
-        checkpoint, dtype=args.dtype, max_length=length, tokenizer=args.tokenizer, chat_format=args.chat_format
+        checkpoint,
+        dtype=args.dtype,
+        max_length=length,
+        packed=packed(args),
+        tokenizer=args.tokenizer,
+        chat_format=args.chat_format,
     )
     try:
         _ = lm.chat_format

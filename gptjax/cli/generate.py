@@ -14,6 +14,7 @@ from gptjax.cli.common import (
     add_tokenizer,
     model_name,
     overrides,
+    packed,
     read_stdin,
 )
 
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         model_name(args),
         dtype=args.dtype,
         max_length=args.max_length,
+        packed=packed(args),
         tokenizer=args.tokenizer,
         **overrides(args),
     )

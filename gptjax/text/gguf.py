@@ -81,8 +81,8 @@ def describe(metadata: Mapping[str, Any], source: str | os.PathLike[str]) -> Des
     fields = Fields(Path(source), metadata)
     if not fields.has("model"):
         raise CheckpointError(
-            f"no tokenizer: {source} has no {PREFIX}model; name a directory or another GGUF file that has one (--tokenizer, or tokenizer= in gptjax.load); "
-            "without a tokenizer the model still works on token ids"
+            f"no tokenizer: {source} has no {PREFIX}model; name a directory or another GGUF file that has one "
+            "(--tokenizer, or tokenizer= in gptjax.load); without a tokenizer the model still works on token ids"
         )
     model = fields.text("model")
     if model not in ("gpt2", "llama"):
