@@ -26,6 +26,7 @@ from gptjax.cli.common import (
     packed,
     read_stdin,
 )
+from gptjax.cli.wording import in_options
 from gptjax.errors import GptjaxError, RequestError
 from gptjax.support.quoting import clean
 
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     terminal = Terminal(sys.stdout)
     if message is None:
         terminal.show("note", _greeting(lm, args.model))
-        _talk(session, terminal)
+        _talk(session, terminal, args.parser)
         return 0
     completion = _answer(session, message, None if args.json else terminal)
     if args.json:
@@ -183,7 +184,7 @@ def _answer(session: "Session", message: str, terminal: "Terminal | None") -> "C
     return completion
 
 
-def _talk(session: "Session", terminal: "Terminal") -> None:
+def _talk(session: "Session", terminal: "Terminal", parser: argparse.ArgumentParser) -> None:
     with contextlib.suppress(ImportError):  # absent on Windows; without it, the terminal itself edits lines
         import readline  # noqa: F401
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -206,7 +207,7 @@ def _talk(session: "Session", terminal: "Terminal") -> None:
                 terminal.show("aside", "(Ctrl-C again, Ctrl-D or /quit ends the chat)")
         except GptjaxError as error:
             terminal.end_line()
-            print(f"gptjax: {error}", file=sys.stderr, flush=True)
+            print(f"gptjax: {in_options(str(error), parser)}", file=sys.stderr, flush=True)
 
 
 def _read_line() -> str:

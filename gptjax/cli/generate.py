@@ -17,6 +17,7 @@ from gptjax.cli.common import (
     packed,
     read_stdin,
 )
+from gptjax.cli.wording import in_options
 
 
 def add(commands: Any) -> None:
@@ -110,6 +111,6 @@ def run(args: argparse.Namespace) -> int:
         first = completion.timings.time_to_first_token
         print(f"{completion.usage}, first token after {first:.3f} s, then {rate:.1f} tokens/s", file=sys.stderr)
     if completion.error is not None:
-        print(f"gptjax: {completion.error}", file=sys.stderr)
+        print(f"gptjax: {in_options(completion.error, args.parser)}", file=sys.stderr)
         return 1
     return 0

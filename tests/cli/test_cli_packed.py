@@ -1,5 +1,7 @@
 """--packed: the same words for every command, and what `load` gets of them."""
 
+import logging.config
+
 import pytest
 
 from gptjax import api
@@ -27,6 +29,7 @@ def loaded(monkeypatch):
         raise RequestError("not loaded")
 
     monkeypatch.setattr(api, "load_checkpoint", load_checkpoint)
+    monkeypatch.setattr(logging.config, "dictConfig", lambda config: None)  # it would keep this test's standard error
     return given
 
 
