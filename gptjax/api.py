@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 import convert
 from gptjax.checkpoints import weights
 from gptjax.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from gptjax.checkpoints.text_files import tokenizer_at
 from gptjax.engine import limits, memory
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
@@ -19,7 +20,7 @@ from gptjax.models.registry import Model
 from gptjax.support import runtime
 from gptjax.support.progress import progress
 from gptjax.support.quoting import quoted
-from gptjax.text import Tokenizer, load_tokenizer
+from gptjax.text import Tokenizer
 from gptjax.text.chat_formats import choose_format
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 
@@ -54,7 +55,7 @@ def load(
       implementation: which kernels to use; "auto" takes the best available, a named one runs or raises.
       packed: whether weights in the packed types of a GGUF file stay packed in memory. Default: yes, except on a CPU
         that has room for their numbers, because computing with these is faster there.
-      tokenizer: a directory to take the tokenizer from, instead of the checkpoint's own.
+      tokenizer: a directory or a GGUF file to take the tokenizer from, instead of the checkpoint's own.
       chat_format: how conversations are written, such as "chatml" (the names: `gptjax.text.chat_formats.FORMATS`).
         Default: recognised by the tokenizer's chat template, or by harmony's special tokens.
       ignore_config: keys of config.json, or of a GGUF file's metadata, to ignore, if you know that they do not change
@@ -124,13 +125,13 @@ def load_checkpoint(
 
 
 def _tokenizer(checkpoint: Checkpoint, other: str | os.PathLike[str] | None) -> Tokenizer | GptjaxError:
-    """The checkpoint's tokenizer or another directory's; or why it has none, since the model also works on token ids.
+    """The checkpoint's tokenizer or another one; or why it has none, since the model also works on token ids.
 
     Raises:
       GptjaxError: the other tokenizer cannot be read, or the checkpoint's own is damaged.
     """
     if other is not None:
-        return load_tokenizer(other)
+        return tokenizer_at(other)
     try:
         return checkpoint.tokenizer()
     except CheckpointError as error:

@@ -11,6 +11,7 @@ import pytest
 import convert
 import gptjax
 from gptjax import CapacityError, CheckpointError, ConfigError, RequestError
+from tests.gguf import made
 from tests.thinned import thorough
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,8 @@ def test_without_a_tokenizer_ids_work_and_text_says_what_is_missing(demo, tmp_pa
         with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
             call()
     assert gptjax.load(tmp_path, tokenizer=demo).generate("text", max_tokens=1).token_ids
+    (tmp_path / "model.gguf").write_bytes(made.file(made.tokenizer()))
+    assert gptjax.load(tmp_path, tokenizer=tmp_path / "model.gguf").generate("abba", max_tokens=1).token_ids
 
 
 def test_a_damaged_tokenizer_is_not_a_missing_one(demo, tmp_path):

@@ -8,12 +8,15 @@ from typing import Any, Final
 
 import numpy as np
 
+from gptjax.checkpoints import foreign
 from gptjax.config import TOKENIZER_FILES, read_generation_config, text_directory
 from gptjax.config.generation import FILE
-from gptjax.gguf import read_metadata
+from gptjax.errors import CheckpointError
+from gptjax.gguf import open_gguf, read_metadata
 from gptjax.support.quoting import shown
 from gptjax.text import Tokenizer, load_tokenizer
-from gptjax.text.gguf import tokenizer_from_gguf
+from gptjax.text.gguf import describe, tokenizer_from_gguf
+from gptjax.text.huggingface import huggingface_files
 
 METADATA: Final = "metadata.gguf"  # in a directory converted from a GGUF file: that file's metadata, without tensors
 # llama.cpp's names for settings of generation_config.json, and those that only llama.cpp has. The latter's details
@@ -100,6 +103,27 @@ class GGUFText:
     def tokenizer(self, generation_config: Mapping[str, Any]) -> Tokenizer:
         """The tokenizer. Raises `CheckpointError` or `ConfigError`."""
         return tokenizer_from_gguf(self.metadata, self.path)
+
+    def huggingface_files(self) -> dict[str, dict[str, Any]]:
+        """The contents of tokenizer.json and the files next to it. Raises what `tokenizer` raises."""
+        return huggingface_files(describe(self.metadata, self.path), self.settings())
+
+
+def tokenizer_at(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a directory, converted or not, or of a GGUF file, one of a split set too.
+
+    Raises:
+      CheckpointError: there is none, or it is damaged.
+      ConfigError: it is of a kind that gptjax does not read.
+    """
+    path = Path(path)
+    if os.path.isfile(path):
+        if not foreign.is_gguf(path):
+            raise CheckpointError(f"{shown(path)} is not a GGUF file; name one, or the directory of a tokenizer")
+        text: TextFiles | GGUFText = GGUFText(path, open_gguf(path).metadata)
+    else:
+        text = text_of(path)
+    return text.tokenizer(text.settings())
 
 
 def text_of(directory: Path) -> TextFiles | GGUFText:

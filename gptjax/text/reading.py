@@ -9,7 +9,7 @@ from gptjax.errors import CheckpointError, ConfigError
 from gptjax.support.files import raise_damaged, read_json, read_text
 from gptjax.support.quoting import quoted, shown
 from gptjax.text.additions import read_additions, special_tokens
-from gptjax.text.framing import post_processor
+from gptjax.text.framing import Token, post_processor
 from gptjax.text.kinds import adds_space, parts, spelling_of, strips_space
 from gptjax.text.spelling import SENTENCEPIECE, Spelling
 from gptjax.text.vocabulary import AddedToken, Vocabulary, build_vocabulary
@@ -184,11 +184,11 @@ def _gpt2_template(
     """The post_processor that tokenizer_config.json's add_bos_token and add_eos_token imply."""
     names = {**settings, **special}
 
-    def token_id(which: str) -> int | None:
+    def token(which: str) -> Token | None:
         value = names.get(f"{which}_token", END_OF_TEXT)
         content = value.get("content") if isinstance(value, dict) else value
         if settings.get(f"add_{which}_token") is not True or not isinstance(content, str):
             return None
-        return known.get(content)
+        return (content, known[content]) if content in known else None
 
-    return post_processor(token_id("bos"), token_id("eos"))
+    return post_processor(token("bos"), token("eos"))
