@@ -70,11 +70,11 @@ def adds_space(found: dict[str, Any]) -> bool:
 
 def _byte_level_faults(found: dict[str, Any], model: dict[str, Any]) -> list[str]:
     faults = _model_faults(model)
-    levels = list(_types(found.get("pre_tokenizer"))).count("ByteLevel")
-    if not levels:
+    kinds = list(_types(found.get("pre_tokenizer")))
+    if "ByteLevel" not in kinds:
         faults.append("its pre_tokenizer is not ByteLevel")
-    elif levels > 1:
-        faults.append("it has several ByteLevel pre_tokenizers")
+    # Each may write several characters in place of one.
+    faults += [f"it has several {kind} pre_tokenizers" for kind in ("ByteLevel", "Metaspace") if kinds.count(kind) > 1]
     if growth(found.get("normalizer")) > MOST_GROWTH:
         faults.append(f"its normalizer can make a text more than {MOST_GROWTH} times as long")
     if model.get("byte_fallback"):

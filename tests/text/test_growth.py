@@ -15,6 +15,7 @@ from tests.text.text_material import demo_json, write_json
 A = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
 SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 RUNS = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+BERT = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": False}
 COMMON: list[Any] = [  # of published models
     None,
     {"type": "NFC"},
@@ -60,11 +61,29 @@ def test_no_text_grows_more_than_that(normalizer: Any, text: str) -> None:
         {"type": "Replace", "pattern": {"Regex": ""}, "content": "x" * 64},
         {"type": "Prepend", "prepend": "x" * 64},
         {"type": "Precompiled", "precompiled_charsmap": ""},
+        # Keys that are another type's.
+        {"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 100, "normalizers": []},
+        {"type": "Prepend", "prepend": "x" * 64, "content": ""},
+        {"type": "Precompiled", "precompiled_charsmap": "", "content": ""},
+        {"type": "Sequence", "normalizers": [{"type": "NFKD", "content": ""}] * 2},
+        # No type, or an unknown one.
+        {"normalizers": [A] * 7},
+        {"type": "Nonsense", "prepend": "x" * 64},
+        {"type": "Sequence", "normalizers": [BERT] * 4},
     ],
 )
 def test_normalizers_that_could_take_all_memory_are_refused(tmp_path: Path, normalizer: Any) -> None:
     with pytest.raises(ConfigError, match=r"tokenizer\.json .*normalizer can make a text more than 64 times as long"):
         load_tokenizer(write_json(tmp_path, "tokenizer.json", demo_json() | {"normalizer": normalizer}))
+
+
+def test_pre_tokenizers_that_could_take_all_memory_are_refused(tmp_path: Path) -> None:
+    """Each of them doubles the words of one letter."""
+    file = demo_json()
+    marks = [{"type": "Metaspace", "replacement": mark, "prepend_scheme": "always", "split": True} for mark in "xyz"]
+    file["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*marks * 20, file["pre_tokenizer"]]}
+    with pytest.raises(ConfigError, match=r"tokenizer\.json .*it has several Metaspace pre_tokenizers"):
+        load_tokenizer(write_json(tmp_path, "tokenizer.json", file))
 
 
 def test_a_pattern_that_gives_up_on_a_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
