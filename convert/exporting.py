@@ -30,6 +30,7 @@ from gptjax.checkpoints.saving import Part
 from gptjax.checkpoints.text_files import METADATA, GGUFText
 from gptjax.checkpoints.weights import checked_manifest
 from gptjax.config import GptOssConfig, ModelConfig
+from gptjax.config.generation import FILE as GENERATION
 from gptjax.config.gpt_oss import is_original
 from gptjax.config.keys import without
 from gptjax.config.quantization import packing_to_json
@@ -135,7 +136,12 @@ def _small_files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], tuple[str, .
             raise
         return copies, (f"there is no tokenizer.json: {error}",)
     del copies[METADATA]
-    return copies | {name: _json(value) for name, value in files.items()}, ()
+    # Without these, transformers takes the first and last token of the family's first model.
+    ends = {key: files[GENERATION][key] for key in ("bos_token_id", "eos_token_id")}
+    config = {**parse_json(copies["config.json"].decode()), **ends}
+    faults = [fault.text or f"gptjax has no {fault.key}" for fault in checkpoint.text.faults()]
+    notes = (f"{GENERATION} lacks settings that cannot be followed: {', '.join(faults)}",) if faults else ()
+    return copies | {name: _json(value) for name, value in {**files, "config.json": config}.items()}, notes
 
 
 def _json(value: Any) -> bytes:

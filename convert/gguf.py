@@ -44,7 +44,8 @@ def table(config: ModelConfig) -> Table:
     qkv = [*fused, *qkv] if isinstance(config, GPT2Config) else [*qkv, *fused]
     gate_up = _linear("ffn_{}", "mlp/gate_up", parts=("gate", "up"), sizes=[config.mlp_width] * 2)
     rules = (*_ENDS, *_VECTORS, *qkv, *gate_up, *_LINEAR, *_EXPERTS)
-    return Table(rules, (Ignored(ROPE_FREQS, "the rotation's factors, which are part of the configuration"),))
+    factors = Ignored(ROPE_FREQS, "the rotation's factors, which are part of the configuration")
+    return Table(rules, (factors,), described="its metadata describes; download the file again, or use another one")
 
 
 def _block(name: str, target: str, transform: Transform) -> Rule:

@@ -129,8 +129,7 @@ class _Matcher:
         ]
         if groups:
             raise CheckpointError(
-                "the tensors do not match the model that config.json describes; correct config.json or download the "
-                "checkpoint again\n  " + "\n  ".join(groups)
+                f"the tensors do not match the model that {self._table.described}\n  " + "\n  ".join(groups)
             )
         return Plan(tuple(self._fill_of(path, rule) for path, rule in self._rules.items()), tuple(self._copies))
 

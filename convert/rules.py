@@ -117,3 +117,4 @@ class Table:
     ignored: Sequence[Ignored] = ()
     copies: Sequence[Copy] = ()
     refused: Sequence[Refused] = ()
+    described: str = "config.json describes; correct config.json or download the checkpoint again"  # the model, by what

@@ -9,8 +9,8 @@ from typing import Any, Final
 import numpy as np
 
 from gptjax.checkpoints import foreign
-from gptjax.config import TOKENIZER_FILES, read_generation_config, text_directory
-from gptjax.config.generation import FILE
+from gptjax.config import TOKENIZER_FILES, generation_defaults, read_generation_config, text_directory
+from gptjax.config.generation import FILE, Fault
 from gptjax.errors import CheckpointError
 from gptjax.gguf import open_gguf, read_metadata
 from gptjax.support.quoting import shown
@@ -104,9 +104,18 @@ class GGUFText:
         """The tokenizer. Raises `CheckpointError` or `ConfigError`."""
         return tokenizer_from_gguf(self.metadata, self.path)
 
+    def faults(self) -> tuple[Fault, ...]:
+        """The sampling settings that cannot be followed."""
+        return generation_defaults(self.settings(), None, words=self.words).faults
+
     def huggingface_files(self) -> dict[str, dict[str, Any]]:
-        """The contents of tokenizer.json and the files next to it. Raises what `tokenizer` raises."""
-        return huggingface_files(describe(self.metadata, self.path), self.settings())
+        """The contents of tokenizer.json and the files next to it, without settings that Hugging Face does not have.
+
+        `faults` is about those left out. Raises what `tokenizer` raises.
+        """
+        left_out = {fault.key for fault in self.faults()} | {_LAST_N, *_OTHERS}
+        settings = {key: value for key, value in self.settings().items() if key not in left_out}
+        return huggingface_files(describe(self.metadata, self.path), settings)
 
 
 def tokenizer_at(path: str | os.PathLike[str]) -> Tokenizer:
@@ -117,12 +126,16 @@ def tokenizer_at(path: str | os.PathLike[str]) -> Tokenizer:
       ConfigError: it is of a kind that gptjax does not read.
     """
     path = Path(path)
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{shown(path)} does not exist; name the directory of a tokenizer, or a GGUF file")
     if os.path.isfile(path):
         if not foreign.is_gguf(path):
             raise CheckpointError(f"{shown(path)} is not a GGUF file; name one, or the directory of a tokenizer")
         text: TextFiles | GGUFText = GGUFText(path, open_gguf(path).metadata)
     else:
         text = text_of(path)
+        if not text.has_tokenizer:
+            foreign.refuse_only_gguf(path)
     return text.tokenizer(text.settings())
 
 

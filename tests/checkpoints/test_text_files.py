@@ -48,5 +48,12 @@ def test_others_are_errors(tmp_path):
     (tmp_path / "y.gguf").write_bytes(made.file(made.tokenizer(pre=made.string("dbrx"))))
     with pytest.raises(ConfigError, match="'dbrx'"):
         tokenizer_at(tmp_path / "y.gguf")
-    with pytest.raises(CheckpointError, match=r"not found in .*absent, which is not a directory"):
-        tokenizer_at(tmp_path / "absent")
+    for absent in (tmp_path / "absent.gguf", "a\0b"):
+        with pytest.raises(CheckpointError, match="does not exist; name the directory of a tokenizer, or a GGUF file"):
+            tokenizer_at(absent)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has GGUF but no config.json; name the file itself, such as .*x\.gguf"):
+        tokenizer_at(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"no tokenizer: .* not found in .*empty; put tokenizer.json there"):
+        tokenizer_at(tmp_path / "empty")

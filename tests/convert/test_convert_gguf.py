@@ -149,6 +149,7 @@ def test_packed_tensors_that_do_not_go_with_the_metadata_are_named(tmp_path, cha
         with pytest.raises(CheckpointError, match=re.escape(said)) as caught:
             use(path)
         assert str(path) in str(caught.value)
+        assert "do not match the model that its metadata describes; download the file again" in str(caught.value)
 
 
 def test_what_gpt2_lacks_is_named_as_its_files_have_it(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -24,36 +23,8 @@ from gptjax.errors import CheckpointError, ConfigError, RequestError
 from gptjax.models import registry
 from gptjax.models.params import abstract_params
 from tests.convert import made
-from tests.gguf import made as made_gguf
-from tests.oracles import gguf_from_hf, gpt2_random, gpt_oss_random, llama_random
-
-
-def _tensors(directory: Path) -> dict[str, np.ndarray]:
-    """All tensors of a directory, as the safetensors library reads them."""
-    found: dict[str, np.ndarray] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        tensors = safetensors.numpy.load_file(path)
-        assert not found.keys() & tensors.keys()
-        found |= tensors
-    return found
-
-
-def _assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert made.same_bits(found[name], array), name
-
-
-def _exported(base: Path, source: Path, by: str, **arguments) -> Path:
-    """The export of a Hugging Face directory as it is, or by way of a converted one."""
-    if by == "converted":
-        convert.convert(source, base / "converted")
-        source = base / "converted"
-    convert.export(source, base / "dst", **arguments)
-    return base / "dst"
-
-
-WAYS = pytest.mark.parametrize("by", ["directly", "converted"])
+from tests.convert.exporting_material import WAYS, assert_same, exported, tensors_of
+from tests.oracles import gpt_oss_random, llama_random
 
 
 @WAYS
@@ -61,9 +32,9 @@ WAYS = pytest.mark.parametrize("by", ["directly", "converted"])
 @pytest.mark.parametrize(("dtype", "tied", "shards"), [(np.float32, True, 0), (made.BFLOAT16, False, 3)])
 def test_gpt2_comes_back(tmp_path, by, prefix, dtype, tied, shards):
     config, tensors = made.gpt2(tmp_path / "src", prefix=prefix, dtype=dtype, shards=shards, tie_word_embeddings=tied)
-    dst = _exported(tmp_path, tmp_path / "src", by)
+    dst = exported(tmp_path, tmp_path / "src", by)
     named = {name if name == "lm_head.weight" else f"transformer.{name}": array for name, array in tensors.items()}
-    _assert_same(_tensors(dst), named)
+    assert_same(tensors_of(dst), named)
     assert json.loads((dst / "config.json").read_text()) == config
     assert sorted(os.listdir(dst)) == ["config.json", "model.safetensors", "tokenizer.json"]
 
@@ -73,10 +44,10 @@ def test_gpt2_comes_back(tmp_path, by, prefix, dtype, tied, shards):
 def test_gpt_oss_comes_back(tmp_path, by, layout):
     model = gpt_oss_random.checkpoint(dtype=made.BFLOAT16)
     source = gpt_oss_random.write(tmp_path / "src", model, layout=layout, shards=2)
-    dst = _exported(tmp_path, source, by)
+    dst = exported(tmp_path, source, by)
     tensors = model.dense if layout == "dequantised" else model.packed
     expected = {name: x if x.dtype == np.uint8 else x.astype(made.BFLOAT16) for name, x in tensors.items()}
-    _assert_same(_tensors(dst), expected)
+    assert_same(tensors_of(dst), expected)
     raw = json.loads((dst / "config.json").read_text())
     if layout == "original":
         assert raw["model_type"] == "gpt_oss"
@@ -90,113 +61,14 @@ def test_gpt_oss_comes_back(tmp_path, by, layout):
 def test_llama_and_its_relatives_come_back(tmp_path, variant):
     model = llama_random.checkpoint(dtype=made.BFLOAT16, **llama_random.VARIANTS[variant])
     source = llama_random.write(tmp_path / "src", model, shards=2)
-    dst = _exported(tmp_path, source, "converted")
-    _assert_same(_tensors(dst), _tensors(source))
+    dst = exported(tmp_path, source, "converted")
+    assert_same(tensors_of(dst), tensors_of(source))
     assert (dst / "config.json").read_bytes() == (source / "config.json").read_bytes()
-
-
-@WAYS
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_oss", "llama3", "qwen3"])
-def test_a_gguf_file_becomes_what_it_was_made_from(tmp_path, by, kind):
-    """Rows back in order, gate and up together, nibbles in pairs: each tensor has its bits again."""
-    if kind == "gpt2":
-        config, tensors = gpt2_random.checkpoint(4)
-    elif kind == "gpt_oss":
-        config, tensors, _ = gpt_oss_random.checkpoint(5)
-    else:
-        config, tensors = llama_random.checkpoint(3, **llama_random.VARIANTS[kind])
-    source = gguf_from_hf.write(tmp_path / "model.gguf", config, tensors)
-    dst = _exported(tmp_path, source, by)
-    prefix = "transformer." if kind == "gpt2" else ""
-    _assert_same(_tensors(dst), {f"{prefix}{name}": array for name, array in tensors.items()})
-    assert read_config(dst) == open_path(source).config
-
-
-Q4_0, Q8_0 = gguf_from_hf.Q4_0, gguf_from_hf.Q8_0
-PACKED = {  # which of a file's tensors are packed, and what is said about it
-    "one type": ({"attn_output.weight": Q8_0, "ffn_down.weight": Q8_0, "token_embd.weight": Q8_0}, "Q8_0"),
-    "parts of one type": ({f"attn_{part}.weight": Q4_0 for part in "qkv"} | {"ffn_gate.weight": Q4_0}, "Q4_0"),
-    "parts of two": ({"attn_q.weight": Q4_0, "attn_k.weight": Q4_0, "attn_v.weight": Q8_0}, "Q4_0, Q8_0"),
-}
-
-
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-@pytest.mark.parametrize("kind", PACKED)
-def test_packed_types_are_expanded(tmp_path, kind, dtype):
-    """By way of a converted directory, where they stay packed, and directly, where the file's reader expands them."""
-    types, named = PACKED[kind]
-    config, tensors = llama_random.checkpoint(3, **llama_random.VARIANTS["llama3"] | {"intermediate_size": 160})
-    source = gguf_from_hf.write(tmp_path / "model.gguf", config, tensors, types)
-    convert.convert(source, tmp_path / "converted")
-    assert open_path(tmp_path / "converted").config.types
-    notes = []
-    for name, path in (("direct", source), ("dst", tmp_path / "converted")):
-        notes.append(convert.export(path, tmp_path / name, dtype=dtype).notes[0])
-    assert notes == [f"weights in {named} were expanded to {dtype or 'float32'}"] * 2
-    found = _tensors(tmp_path / "dst")
-    _assert_same(found, _tensors(tmp_path / "direct"))
-    assert {x.dtype for x in found.values()} == {np.dtype(dtype or "float32")}
-    assert found.keys() == tensors.keys()
-    for x, original in ((found[name].astype(np.float32), tensors[name]) for name in tensors):
-        assert np.abs(x - original).max() <= 0.1 * np.abs(original).max()
-    raw = json.loads((tmp_path / "dst" / "config.json").read_text())
-    assert "quantization_config" not in raw
-    assert raw == json.loads((tmp_path / "direct" / "config.json").read_text())
-
-
-@WAYS
-def test_packed_attention_beside_packed_experts(tmp_path, by):
-    """Experts keep their MXFP4, which transformers reads."""
-    config, tensors, _ = gpt_oss_random.checkpoint(5)
-    source = gguf_from_hf.write(tmp_path / "model.gguf", config, tensors, {"attn_output.weight": Q8_0})
-    dst = _exported(tmp_path, source, by)
-    found = _tensors(dst)
-    packed = {name for name, x in found.items() if x.dtype == np.uint8}
-    assert packed and packed == {name for name, x in tensors.items() if x.dtype == np.uint8}
-    assert all(made.same_bits(found[name], tensors[name]) for name in packed)
-    assert read_config(dst).mxfp4 == "experts" and read_config(dst).types == ()
-
-
-def _with_tokenizer(path: Path, **changes: bytes) -> Path:
-    """A GGUF file with a tokenizer of a few letters."""
-    return gguf_from_hf.write(path, *llama_random.checkpoint(3), metadata=made_gguf.tokenizer(**changes))
-
-
-@WAYS
-def test_a_gguf_files_tokenizer(tmp_path, by):
-    source = _with_tokenizer(tmp_path / "model.gguf")
-    dst = _exported(tmp_path, source, by)
-    files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
-    assert set(os.listdir(dst)) == files
-    for path in (source, dst):
-        tokenizer = open_path(path).tokenizer()
-        assert tokenizer.encode("abba") == [2, 1, 0]
-        assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.context_length) == (None, (), 512)
-    convert.export(source, dst, overwrite=True)
-
-
-@WAYS
-def test_a_tokenizer_of_an_unknown_kind_stays_in_metadata(tmp_path, by):
-    source = _with_tokenizer(tmp_path / "model.gguf", pre=made_gguf.string("dbrx"))
-    if by == "converted":
-        convert.convert(source, tmp_path / "converted")
-        source = tmp_path / "converted"
-    (note,) = convert.export(source, tmp_path / "dst").notes
-    assert re.match(r"there is no tokenizer.json: .* has tokenizer.ggml.pre 'dbrx'", note)
-    assert set(os.listdir(tmp_path / "dst")) == {"config.json", "model.safetensors", "metadata.gguf"}
-
-
-@WAYS
-def test_a_damaged_tokenizer_is_an_error(tmp_path, by):
-    source = _with_tokenizer(tmp_path / "model.gguf", merges=made_gguf.array(made_gguf.STRING, ["b z"]))
-    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.merges has 'b z'"):
-        _exported(tmp_path, source, by)
-    assert not (tmp_path / "dst").exists()
 
 
 def test_what_is_exported_loads_as_what_it_came_from(tmp_path):
     source = gpt_oss_random.write(tmp_path / "src", gpt_oss_random.checkpoint())
-    dst = _exported(tmp_path, source, "converted")
+    dst = exported(tmp_path, source, "converted")
     one, other = (
         flatten(api.load_params(open_path(path), registry.build(read_config(path)))) for path in (source, dst)
     )
@@ -205,11 +77,11 @@ def test_what_is_exported_loads_as_what_it_came_from(tmp_path):
 
 
 def test_a_demo_comes_back_byte_for_byte(tmp_path, demo):
-    dst = _exported(tmp_path, demo, "converted")
+    dst = exported(tmp_path, demo, "converted")
     copied = {path.name for path in demo.iterdir()} - {"model.safetensors", "README.md"}
     assert {path.name for path in dst.iterdir()} == copied | {"model.safetensors"}
     assert all((dst / name).read_bytes() == (demo / name).read_bytes() for name in copied)
-    _assert_same(_tensors(dst), _tensors(demo))
+    assert_same(tensors_of(dst), tensors_of(demo))
 
 
 @pytest.mark.parametrize("most", [1, 20_000, 100_000])
@@ -248,7 +120,7 @@ def test_every_tensor_is_aligned(tmp_path):
     size = int.from_bytes(data[:8], "little")
     for name, entry in json.loads(data[8 : 8 + size]).items():
         assert name == "__metadata__" or (8 + size + entry["data_offsets"][0]) % tensors[name].dtype.itemsize == 0
-    _assert_same(_tensors(tmp_path), arrays)
+    assert_same(tensors_of(tmp_path), arrays)
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((2, 3), np.float32), np.zeros((3, 2), np.float64), np.zeros(6, np.float32)])
@@ -300,20 +172,20 @@ def test_every_weight_of_published_models_has_a_name_and_an_inverse(name):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_casts_and_says_so_in_the_config(tmp_path, by, dtype):
     config, tensors = made.gpt2(tmp_path / "src", torch_dtype="float16", dtype=np.float16)
-    dst = _exported(tmp_path, tmp_path / "src", by, dtype=dtype)
+    dst = exported(tmp_path, tmp_path / "src", by, dtype=dtype)
     expected = {f"transformer.{name}": array.astype(np.dtype(dtype)) for name, array in tensors.items()}
-    _assert_same(_tensors(dst), expected)
+    assert_same(tensors_of(dst), expected)
     assert json.loads((dst / "config.json").read_text()) == config | {"torch_dtype": dtype}
 
 
 @WAYS
 def test_experts_are_rounded_as_by_a_conversion(tmp_path, by):
     source = gpt_oss_random.write(tmp_path / "src", gpt_oss_random.checkpoint(), layout="dequantised", shards=2)
-    dst = _exported(tmp_path, source, by, quantize="experts")
+    dst = exported(tmp_path, source, by, quantize="experts")
     convert.convert(source, tmp_path / "rounded", quantize="experts")
     convert.export(tmp_path / "rounded", tmp_path / "another")
-    found = _tensors(dst)
-    _assert_same(found, _tensors(tmp_path / "another"))
+    found = tensors_of(dst)
+    assert_same(found, tensors_of(tmp_path / "another"))
     assert {name.rsplit("_", 1)[1] for name, array in found.items() if array.dtype == np.uint8} == {"blocks", "scales"}
     raw = json.loads((dst / "config.json").read_text())
     assert raw["quantization_config"] == {
@@ -386,7 +258,7 @@ def test_overwriting_replaces_only_what_was_exported(tmp_path):
     _, tensors = made.gpt2(tmp_path / "src2", seed=2)
     convert.export(tmp_path / "src2", tmp_path / "dst", overwrite=True)
     assert sorted(os.listdir(tmp_path / "dst")) == ["config.json", "model.safetensors", "tokenizer.json"]
-    _assert_same(_tensors(tmp_path / "dst"), {f"transformer.{name}": array for name, array in tensors.items()})
+    assert_same(tensors_of(tmp_path / "dst"), {f"transformer.{name}": array for name, array in tensors.items()})
     convert.convert(tmp_path / "src", tmp_path / "converted")
     (tmp_path / "dst" / "thesis.tex").write_text("mine")
     for theirs in ("src", "converted", "dst"):  # a download, the other format, and more than was written
