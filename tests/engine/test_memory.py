@@ -103,9 +103,9 @@ def _temporary(model: registry.Model, batch: int, length: int) -> int:
     [
         (SMALL, 1, 70, "float32"),
         thorough(SMALL, 8, 33, "bfloat16"),
-        (SHALLOW, 1, 512, "float32"),
+        thorough(SHALLOW, 1, 512, "float32"),
         thorough(TALES, 8, 512, "bfloat16"),
-        thorough(SHALLOW, 32, 200, "float32"),
+        (SHALLOW, 32, 200, "float32"),  # where the logits are the most
         thorough(MIDDLE, 1, 1024, "float32"),
         thorough(MIDDLE, 1, 1024, "float16"),
         (MIDDLE, 2, 1024, "bfloat16"),
