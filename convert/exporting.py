@@ -34,13 +34,13 @@ from gptjax.config.generation import FILE as GENERATION
 from gptjax.config.gpt_oss import is_original
 from gptjax.config.keys import without
 from gptjax.config.quantization import packing_to_json
-from gptjax.errors import CheckpointError, ConfigError, GptjaxError, RequestError
+from gptjax.errors import ConfigError, RequestError
 from gptjax.gguf.types import FLOATS
 from gptjax.models.params import abstract_params
 from gptjax.models.registry import build
 from gptjax.support.files import parse_json
 from gptjax.support.progress import Progress, silent
-from gptjax.support.quoting import names
+from gptjax.support.quoting import names, shown
 
 SHARD_BYTES: Final = 5 * 10**9
 _READABLE: Final = ("none", "experts")  # of `gptjax.config.quantization.TARGETS`, by transformers
@@ -129,11 +129,11 @@ def _small_files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], tuple[str, .
     copies = to_copy(checkpoint, small_files(checkpoint.path))
     if not isinstance(checkpoint.text, GGUFText):
         return copies, ()
+    if not checkpoint.has_tokenizer:
+        return copies, (f"there is no tokenizer.json: {shown(checkpoint.text.path)} describes no tokenizer",)
     try:
         files = checkpoint.text.huggingface_files()
-    except GptjaxError as error:
-        if checkpoint.has_tokenizer and isinstance(error, CheckpointError):
-            raise
+    except ConfigError as error:
         return copies, (f"there is no tokenizer.json: {error}",)
     del copies[METADATA]
     # Without these, transformers takes the first and last token of the family's first model.

@@ -73,6 +73,12 @@ examples:
     parser.add_argument("--steps", type=int, default=64, metavar="N", help="decode steps per measurement (default: 64)")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="measurements (default: 7)")
     parser.add_argument("--versus", choices=["transformers"], help="measure this as well, taking turns")
+    _add_kernels(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_kernels(parser: argparse.ArgumentParser) -> None:
+    """Declares what measures kernels instead of whole models."""
     parser.add_argument(
         "--kernels",
         nargs="*",
@@ -91,7 +97,6 @@ examples:
         help="instead, try the kernels' settings at these shapes and write the fastest to this device's tile table, or "
         "to FILE",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -136,6 +136,16 @@ def test_a_tokenizer_of_an_unknown_kind_stays_in_metadata(tmp_path, by):
 
 
 @WAYS
+def test_a_file_without_a_tokenizer(tmp_path, by):
+    source = gguf_from_hf.write(tmp_path / "model.gguf", *llama_random.checkpoint(3))
+    if by == "converted":
+        convert.convert(source, tmp_path / "converted")
+        source = tmp_path / "converted"
+    (note,) = convert.export(source, tmp_path / "dst").notes
+    assert re.fullmatch(r"there is no tokenizer.json: .*\.gguf describes no tokenizer", note)
+
+
+@WAYS
 def test_a_damaged_tokenizer_is_an_error(tmp_path, by):
     source = _with_tokenizer(tmp_path / "model.gguf", merges=made_gguf.array(made_gguf.STRING, ["b z"]))
     with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.merges has 'b z'"):
