@@ -244,6 +244,19 @@ def test_plans_cover_what_is_seen(seed, window):
     # A ring, and what is in order; some of it missing.
     k_positions_BS = np.stack([np.roll(np.arange(S), rng.integers(0, S)) for _ in range(B)]) + rng.integers(0, 20)
     k_positions_BS = np.where(rng.random((B, S)) < rng.choice([0, 0.1]), -1, k_positions_BS).astype(np.int32)
+    _check_plan(q_positions_BT, k_positions_BS, window, tile=tile, places=places)
+
+
+@pytest.mark.parametrize("window", thinned(range(24, 48), *range(28, 34)))
+def test_plans_at_every_edge_of_a_window(window):
+    """Of 8 queries behind whole blocks of keys: which of these all queries see changes with each window."""
+    _check_plan(np.arange(40, 48)[None], np.arange(64)[None], window, tile=8, places=16)
+
+
+def _check_plan(
+    q_positions_BT: np.ndarray, k_positions_BS: np.ndarray, window: int | None, *, tile: int, places: int
+) -> None:
+    (B, T), S = q_positions_BT.shape, k_positions_BS.shape[1]
     limit = schedule.UNUSED if window is None else window
     q, k, spans_BQ4, unclean_BS = map(
         np.asarray, schedule.schedule(q_positions_BT, k_positions_BS, window=limit, tile=tile, places=places)
