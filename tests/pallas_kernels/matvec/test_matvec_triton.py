@@ -26,7 +26,7 @@ def _operands(T: int, K: int, N: int, dtype: Any) -> list[jax.Array]:
 
 @pytest.mark.parametrize("dtype", thinned(triton.DTYPES, jnp.float32, jnp.bfloat16))
 @pytest.mark.parametrize(("T", "splits"), [(1, None), (3, 1), (17, 2)])
-@pytest.mark.parametrize(("K", "N"), [(320, 192), (7, 1), thorough(100, 70), thorough(129, 65)])
+@pytest.mark.parametrize(("K", "N"), [(129, 65), (7, 1), thorough(320, 192), thorough(100, 70)])
 def test_agrees_with_numpy(K, N, T, splits, dtype):
     x, kernel, bias = _operands(T, K, N, dtype)
     parts = triton.product(x, kernel, bias, splits=splits, interpret=INTERPRET)
