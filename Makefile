@@ -13,8 +13,9 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 CONSTRAINTS ?= $(firstword $(wildcard constraints-$(VERSION).txt) constraints.txt)
 ARGS ?=  # for pytest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+WORKERS ?= 2  # processes; 0 for this one alone
 # A file's tests share their programs, so one process has them all; the files in their order.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: python demo chat real quick test kernels affected full lint fuzz oracle slow clients examples figures installs clean
 
@@ -74,7 +75,7 @@ real: $(VENV)/.installed-oracle
 
 # Gigabytes of disk: converting a random gpt2-xl within its memory limit. Minutes: servers under load.
 slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # The server's real clients; needs curl, and Chromium (apt install chromium). A picture of the chat page is left in build/.
 clients: $(VENV)/.installed-clients

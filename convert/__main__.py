@@ -54,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to write: a directory that gptjax loads fast (the default), or Hugging Face safetensors that "
         "transformers loads",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype to store floating-point weights in (default: unchanged)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="dtype to store floating-point weights in (default: unchanged; with --to hf, float32 for what a GGUF "
+        "file has packed)",
+    )
     parser.add_argument(
         "--quantize",
         choices=["mxfp4", *(f"mxfp4={targets}" for targets in TARGETS[1:])],
@@ -144,6 +149,8 @@ def _convert(args: argparse.Namespace) -> int:
         f"{summary.destination}: {summary.num_params:,} parameters in {summary.num_weights} weights, "
         f"{', '.join(summary.dtypes)}, {summary.bytes / 1e6:,.1f} MB, {summary.seconds:.1f} s"
     )
+    for note in summary.notes:
+        print(clean(note))
     return 0
 
 

@@ -52,6 +52,28 @@ class Summary:
     bytes: int  # of weights written
     dtypes: tuple[str, ...]
     seconds: float
+    notes: tuple[str, ...] = ()  # what the destination has differently from the source, or lacks
+
+    @classmethod
+    def of(
+        cls,
+        destination: Path,
+        config: ModelConfig,
+        arrays: Sequence[tuple[str, int]],
+        *,
+        started: float,
+        notes: tuple[str, ...] = (),
+    ) -> "Summary":
+        """The summary of what was written: each array's dtype and bytes. `started` is from `time.monotonic`."""
+        return cls(
+            destination=destination,
+            num_weights=len(arrays),
+            num_params=num_params(build(config)),
+            bytes=sum(nbytes for _, nbytes in arrays),
+            dtypes=tuple(sorted({dtype for dtype, _ in arrays})),
+            seconds=time.monotonic() - started,
+            notes=notes,
+        )
 
 
 def convert(
@@ -111,14 +133,7 @@ def convert(
             overwrite=overwrite,
             progress=progress,
         )
-    return Summary(
-        destination=destination,
-        num_weights=len(manifest.leaves),
-        num_params=num_params(build(target)),
-        bytes=sum(leaf.nbytes for leaf in manifest.leaves),
-        dtypes=tuple(sorted({leaf.dtype for leaf in manifest.leaves})),
-        seconds=time.monotonic() - started,
-    )
+    return Summary.of(destination, target, [(leaf.dtype, leaf.nbytes) for leaf in manifest.leaves], started=started)
 
 
 def named_dtype(dtype: DTypeLike) -> np.dtype[Any]:

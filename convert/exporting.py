@@ -27,16 +27,19 @@ from gptjax.checkpoints.checkpoint import Checkpoint, open_path
 from gptjax.checkpoints.safetensors import INDEX, SINGLE
 from gptjax.checkpoints.safetensors_writer import Outline, SafetensorsWriter, is_ours
 from gptjax.checkpoints.saving import Part
+from gptjax.checkpoints.text_files import METADATA, GGUFText
 from gptjax.checkpoints.weights import checked_manifest
 from gptjax.config import GptOssConfig, ModelConfig
 from gptjax.config.gpt_oss import is_original
 from gptjax.config.keys import without
 from gptjax.config.quantization import packing_to_json
-from gptjax.errors import ConfigError, RequestError
-from gptjax.models.params import abstract_params, num_params
+from gptjax.errors import CheckpointError, ConfigError, GptjaxError, RequestError
+from gptjax.gguf.types import FLOATS
+from gptjax.models.params import abstract_params
 from gptjax.models.registry import build
 from gptjax.support.files import parse_json
 from gptjax.support.progress import Progress, silent
+from gptjax.support.quoting import names
 
 SHARD_BYTES: Final = 5 * 10**9
 _READABLE: Final = ("none", "experts")  # of `gptjax.config.quantization.TARGETS`, by transformers
@@ -62,7 +65,8 @@ def export(
     Args:
       source: a converted directory, or what `convert.convert` takes.
       destination: the directory to create; its parent must exist.
-      dtype: float32, bfloat16 or float16 for all floating-point weights; None keeps each tensor's dtype.
+      dtype: float32, bfloat16 or float16 for all floating-point weights; None keeps each tensor's dtype. The numbers of
+        a GGUF file's packed types are float32, which loses nothing.
       quantize: "experts" rounds GPT-OSS's experts to MXFP4, as in OpenAI's checkpoints. (transformers has no other
         weights in MXFP4.)
       max_shard_bytes: the most bytes of tensors in a file; a larger tensor is in a file of its own.
@@ -81,41 +85,61 @@ def export(
         raise RequestError(f"max_shard_bytes is {max_shard_bytes}; a shard has at least 1 byte")
     check_paths(source, destination)
     wanted = None if dtype is None else named_dtype(dtype)
-    checkpoint = _expanded(open_path(source, ignore_config=ignore_config))
-    config = checkpoint.config
-    copies = to_copy(checkpoint, small_files(source))
-    target = _target(config, quantize)
-    chosen = mxfp4.chosen(config, target)
+    checkpoint = open_path(source, ignore_config=ignore_config)
+    copies, notes = _small_files(checkpoint)
+    target = _target(_expanded(checkpoint.config), quantize)
+    chosen = mxfp4.chosen(_expanded(checkpoint.config), target)
     written = [parts.part(weight, wanted, chosen) for weight in _weights(checkpoint)]
     rules = table(target)
     tensors = {name: outline for part in written for name, outline in _outlines(part, rules)}
     ignored = ignore_config if checkpoint.gguf is None else ()  # a GGUF file's keys are not those of config.json
-    copies["config.json"] = _config_json(copies["config.json"], config, target, tensors.values(), ignored)
+    copies["config.json"] = _config_json(copies["config.json"], checkpoint.config, target, tensors.values(), ignored)
     with staged(destination, overwrite=overwrite, ours=_is_exported) as partial:
         check_room(destination, partial, sum(tensor.nbytes for tensor in tensors.values()))
         _write(partial, written, rules, tensors, max_shard_bytes, progress)
         for name, data in copies.items():
             (partial / name).write_bytes(data)
-    return Summary(
-        destination=destination,
-        num_weights=len(tensors),
-        num_params=num_params(build(target)),
-        bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        dtypes=tuple(sorted({tensor.dtype.name for tensor in tensors.values()})),
-        seconds=time.monotonic() - started,
-    )
+    arrays = [(tensor.dtype.name, tensor.nbytes) for tensor in tensors.values()]
+    notes = (*_expansions(checkpoint, wanted), *notes)
+    return Summary.of(destination, target, arrays, started=started, notes=notes)
 
 
-def _expanded(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with a GGUF file's packed types as numbers, which is all that transformers' files can have."""
-    if not checkpoint.config.types:
-        return checkpoint
+def _expanded(config: ModelConfig) -> ModelConfig:
+    """The configuration with a GGUF file's packed types as numbers, which is all that transformers' files can have."""
+    return dataclasses.replace(config, types=()) if config.types else config
+
+
+def _expansions(checkpoint: Checkpoint, dtype: np.dtype[Any] | None) -> list[str]:
+    """Says which packed types become numbers, if any do."""
     if checkpoint.gguf is None:
-        raise ConfigError(
-            f"{checkpoint.path} has weights in a GGUF file's types, which Hugging Face's files cannot have; export the "
-            "GGUF file itself, whose weights are then expanded"
-        )
-    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, types=()))
+        types = {kind for _, kinds in checkpoint.config.types for kind in kinds}
+    else:
+        types = {tensor.type for tensor in checkpoint.gguf.tensors.values()} - FLOATS.keys()
+        types -= {"MXFP4"} if checkpoint.config.mxfp4 != "none" else set()
+    return [f"weights in {names(sorted(types))} were expanded to {dtype or 'float32'}"] if types else []
+
+
+def _small_files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The contents of the files next to the weights, and what to say about them.
+
+    Raises:
+      CheckpointError: a file is damaged.
+    """
+    copies = to_copy(checkpoint, small_files(checkpoint.path))
+    if not isinstance(checkpoint.text, GGUFText):
+        return copies, ()
+    try:
+        files = checkpoint.text.huggingface_files()
+    except GptjaxError as error:
+        if checkpoint.has_tokenizer and isinstance(error, CheckpointError):
+            raise
+        return copies, (f"there is no tokenizer.json: {error}",)
+    del copies[METADATA]
+    return copies | {name: _json(value) for name, value in files.items()}, ()
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _target(config: ModelConfig, quantize: str | None) -> ModelConfig:
@@ -132,10 +156,12 @@ def _target(config: ModelConfig, quantize: str | None) -> ModelConfig:
 
 
 def _weights(checkpoint: Checkpoint) -> Iterator[parts.Weight]:
+    """All weights, none of them in a GGUF file's packed types."""
+    config = checkpoint.config
     if checkpoint.is_converted:
-        manifest = checked_manifest(checkpoint.path, abstract_params(build(checkpoint.config)))
-        return parts.of_manifest(checkpoint.path, manifest)
-    return parts.of_plan(*open_source(checkpoint))
+        manifest = checked_manifest(checkpoint.path, abstract_params(build(config)))
+        return parts.expanded(parts.of_manifest(checkpoint.path, manifest), config.types)
+    return parts.of_plan(*open_source(dataclasses.replace(checkpoint, config=_expanded(config))))
 
 
 def _outlines(part: Part, rules: Table) -> Iterator[tuple[str, Outline]]:
@@ -174,11 +200,12 @@ def _config_json(
     if is_original(raw):  # OpenAI's own keys, which transformers does not know
         raw = target.to_json()
     elif target != config:
+        raw.pop("quantization_config", None)
         raw |= packing_to_json(target.mxfp4, target.types)
     floats = {tensor.dtype.name for tensor in tensors if jnp.issubdtype(tensor.dtype, jnp.floating)}
     if len(floats) == 1:  # what transformers loads the weights as
         raw |= dict.fromkeys(raw.keys() & {"dtype", "torch_dtype"}, *floats)
-    return data if raw == before else (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode()
+    return data if raw == before else _json(raw)
 
 
 def _is_exported(directory: Path) -> bool:

@@ -1,7 +1,9 @@
 """Filling the targets of a matched table: tensors are read, checked and transformed, one target at a time."""
 
 import functools
+import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -32,8 +34,27 @@ def readers(plan: Plan, source: TensorSource) -> Iterator[tuple[Path, Callable[[
             dtypes = dict.fromkeys((source.tensors[name].dtype, source.tensors[original].dtype))
             rounded = f", {' and '.join(dtypes)}, even when rounded" if len(dtypes) > 1 else ""
             raise CheckpointError(f"{name} differs from {original}{rounded}; {otherwise}")
-    for fill in plan.fills:
-        yield fill.path, functools.partial(read, fill, source)
+    for (_, together), group in itertools.groupby(plan.fills, key=lambda fill: (fill.sources, fill.transform.together)):
+        fills = list(group)
+        shared = None if together is None else _Shared(fills[0], source, together)
+        for index, fill in enumerate(fills):
+            take = functools.partial(read, fill, source) if shared is None else functools.partial(shared.take, index)
+            yield fill.path, take
+
+
+class _Shared:
+    """Several targets of the same sources, which are read when the first is taken; the others are kept until then."""
+
+    def __init__(self, fill: Fill, source: TensorSource, together: Callable[..., tuple[np.ndarray, ...]]) -> None:
+        self._fill, self._source, self._together = fill, source, together
+        self._left: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def take(self, index: int) -> np.ndarray:
+        with self._lock:
+            if index not in self._left:
+                self._left = dict(enumerate(self._together(*_arrays(self._fill, self._source))))
+            return self._left.pop(index)
 
 
 def parts(fill: Fill, source: TensorSource) -> Iterator[np.ndarray]:
@@ -53,8 +74,13 @@ def parts(fill: Fill, source: TensorSource) -> Iterator[np.ndarray]:
 
 def read(fill: Fill, source: TensorSource) -> np.ndarray:
     """One target, checked. Raises `CheckpointError`."""
+    return fill.transform.apply(*_arrays(fill, source))
+
+
+def _arrays(fill: Fill, source: TensorSource) -> Iterator[np.ndarray]:
+    """A target's sources, checked."""
     get = source.packed if fill.transform.packed and isinstance(source, GGUFFile) else source.read
-    return fill.transform.apply(*(_checked(name, get(name), fill.transform) for name in fill.sources))
+    return (_checked(name, get(name), fill.transform) for name in fill.sources)
 
 
 def dtype(fill: Fill, source: TensorSource) -> np.dtype[Any]:

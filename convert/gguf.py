@@ -5,13 +5,13 @@ says which do (`gptjax.config.gguf`); others are expanded. GPT-OSS's experts in 
 order. Source: llama.cpp `conversion/`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
 
 from convert.rules import IDENTITY, Ignored, Rule, Shape, Table, Transform
-from gptjax.config import ModelConfig
+from gptjax.config import GPT2Config, ModelConfig
 from gptjax.config.gguf import ROPE_FREQS
 from gptjax.config.quantization import KEPT
 from pallas_kernels.formats.ggml import PACKED
@@ -40,8 +40,10 @@ def table(config: ModelConfig) -> Table:
     pairs = _Pairs(config.head_width, sizes[0] + sizes[1]) if paired else _NO_PAIRS
     qkv = _linear("attn_{}", "attention/qkv", parts="qkv", sizes=sizes, pairs=pairs)
     fused = _linear("attn_qkv", "attention/qkv", pairs=pairs)  # GPT-2's; llama.cpp's --fuse-qkv makes it in others
+    # The first is what a file that has neither is said to lack.
+    qkv = [*fused, *qkv] if isinstance(config, GPT2Config) else [*qkv, *fused]
     gate_up = _linear("ffn_{}", "mlp/gate_up", parts=("gate", "up"), sizes=[config.mlp_width] * 2)
-    rules = (*_ENDS, *_VECTORS, *qkv, *fused, *gate_up, *_LINEAR, *_EXPERTS)
+    rules = (*_ENDS, *_VECTORS, *qkv, *gate_up, *_LINEAR, *_EXPERTS)
     return Table(rules, (Ignored(ROPE_FREQS, "the rotation's factors, which are part of the configuration"),))
 
 
@@ -130,6 +132,33 @@ def _logical(blocks: Shape) -> Shape:
     return (*blocks[:-2], blocks[-2] * BLOCK)
 
 
+def _blocks_and_scales(
+    shapes: Callable[[Shape], tuple[Shape, ...]], apply: Callable[..., np.ndarray]
+) -> tuple[Transform, Transform]:
+    """The two weights that experts in MXFP4 are.
+
+    Args:
+      shapes: the shapes of the sources, from that of their numbers together.
+      apply: puts the sources together.
+    """
+
+    def together(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        blocks, scales = to_mxfp4(apply(*arrays))
+        return blocks, np.ascontiguousarray(scales)  # not a view, which would keep all of the memory
+
+    def one(name: str, index: int, logical: Callable[[Shape], Shape]) -> Transform:
+        return Transform(
+            name,
+            lambda shape: shapes(logical(shape)),
+            lambda *arrays: together(*arrays)[index],
+            packed=True,
+            fault=_nan_scale,
+            together=together,
+        )
+
+    return one("blocks", 0, _logical), one("scales", 1, lambda shape: _logical((*shape, BLOCK // 2)))
+
+
 def _nan_scale(array: np.ndarray) -> str:
     return f"the scale {NAN_SCALE}, which is NaN" if array[..., 0].max(initial=0) == NAN_SCALE else ""
 
@@ -144,25 +173,8 @@ _GATE_UP: Final = Transform(
 _DOWN: Final = Transform(
     "transposed", lambda shape: ((shape[0], shape[2], shape[1]),), lambda array: array.swapaxes(1, 2)
 )
-_GATE_UP_BLOCKS: Final = Transform(
-    "interleaved blocks",
-    lambda shape: _halves(_logical(shape)),
-    lambda *arrays: to_mxfp4(_interleaved(*arrays))[0],
-    packed=True,
-    fault=_nan_scale,
-)
-_GATE_UP_SCALES: Final = Transform(
-    "interleaved scales",
-    lambda shape: _halves(_logical((*shape, 16))),
-    lambda *arrays: to_mxfp4(_interleaved(*arrays))[1],
-    packed=True,
-)
-_DOWN_BLOCKS: Final = Transform(
-    "blocks", lambda shape: (_logical(shape),), lambda array: to_mxfp4(array)[0], packed=True, fault=_nan_scale
-)
-_DOWN_SCALES: Final = Transform(
-    "scales", lambda shape: (_logical((*shape, 16)),), lambda array: to_mxfp4(array)[1], packed=True
-)
+_GATE_UP_BLOCKS, _GATE_UP_SCALES = _blocks_and_scales(_halves, _interleaved)
+_DOWN_BLOCKS, _DOWN_SCALES = _blocks_and_scales(lambda shape: (shape,), lambda array: array)
 
 _ENDS: Final = (
     Rule("token_embd.weight", "token_embedding", IDENTITY),

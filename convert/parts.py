@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -15,6 +15,10 @@ from gptjax.checkpoints import weights
 from gptjax.checkpoints.checkpoint import TensorSource
 from gptjax.checkpoints.manifest import Manifest
 from gptjax.checkpoints.saving import Part
+from gptjax.config.quantization import Types
+from gptjax.gguf.types import expand
+from gptjax.models.packing import is_kernel
+from pallas_kernels.formats.ggml import PACKED
 from pallas_kernels.formats.mxfp4 import MXFP4
 
 
@@ -43,6 +47,38 @@ def of_manifest(directory: FilePath, manifest: Manifest) -> Iterator[Weight]:
     for path, read in weights.readers(directory, manifest):
         leaf = leaves[path]
         yield Weight(path, leaf.shape, np.dtype(leaf.dtype), read, functools.partial(_whole, read))
+
+
+def expanded(weights: Iterable[Weight], types: Types) -> Iterator[Weight]:
+    """The weights with those in a GGUF file's types as float32 numbers, exactly those that the blocks mean.
+
+    Args:
+      types: the configuration's; see `gptjax.config.quantization`.
+    """
+    found = {weight.path: weight for weight in weights}
+    for name, kinds in types:
+        path = tuple(name.split("/"))
+        ends = [("blocks",)] if len(kinds) == 1 else [("parts", str(index), "blocks") for index in range(len(kinds))]
+        blocks = [found.pop((*path, *end)) for end in ends]
+        yield _numbers(path, blocks, kinds)
+    yield from found.values()
+
+
+def _numbers(path: weights.Path, blocks: Sequence[Weight], kinds: Sequence[str]) -> Weight:
+    rows = sum(each.shape[0] for each in blocks)
+    shape = (rows, blocks[0].shape[1] * PACKED[kinds[0]].size)
+    turned = is_kernel(path)
+    read = functools.partial(_expand, blocks, kinds, shape, turned)
+    return Weight(path, shape[::-1] if turned else shape, np.dtype(np.float32), read, functools.partial(_whole, read))
+
+
+def _expand(blocks: Sequence[Weight], kinds: Sequence[str], shape: tuple[int, int], turned: bool) -> np.ndarray:
+    numbers, done = np.empty(shape, np.float32), 0
+    for each, kind in zip(blocks, kinds, strict=True):
+        rows = each.shape[0]
+        expand(kind, each.read().reshape(-1, PACKED[kind].nbytes), numbers[done : done + rows].reshape(-1))
+        done += rows
+    return numbers.T if turned else numbers
 
 
 def part(weight: Weight, dtype: np.dtype[Any] | None, chosen: Mapping[weights.Path, MXFP4]) -> Part:

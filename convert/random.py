@@ -14,12 +14,12 @@ from gptjax.checkpoints.atomic_directory import check_room, staged
 from gptjax.checkpoints.safetensors_writer import Outline, SafetensorsWriter
 from gptjax.checkpoints.weights import flatten
 from gptjax.config import ModelConfig
+from gptjax.models.packing import RANDOM_SCALE
 from gptjax.models.params import abstract_params
 from gptjax.models.registry import build
 
 SHARD_BYTES: Final = 4 << 30
 _POOL_BYTES: Final = 64 << 20  # random bytes, generated once and written repeatedly
-_SCALE: Final = 120  # an MXFP4 scale: 2^-7
 
 
 def write_random(config: ModelConfig, directory: Path, *, seed: int = 0) -> int:
@@ -34,7 +34,7 @@ def write_random(config: ModelConfig, directory: Path, *, seed: int = 0) -> int:
     total = sum(tensor.nbytes for tensor in tensors.values())
     rng = np.random.default_rng(seed)
     floats = (0.02 * rng.standard_normal(_POOL_BYTES // 2, np.float32)).astype(jnp.bfloat16).tobytes()
-    codes, scales = rng.bytes(_POOL_BYTES), bytes([_SCALE]) * _POOL_BYTES
+    codes, scales = rng.bytes(_POOL_BYTES), bytes([RANDOM_SCALE]) * _POOL_BYTES
     with staged(directory, overwrite=False, ours=lambda _: False) as partial:
         check_room(directory, partial, total)
         writer = SafetensorsWriter(partial, tensors, most=SHARD_BYTES)

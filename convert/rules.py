@@ -32,6 +32,8 @@ class Transform:
     fault: Callable[[np.ndarray], str] = lambda array: ""  # what is wrong with a source's data; "" if nothing is
     mixes_dtypes: bool = False  # whether the sources may have different dtypes
     packed: bool = False  # whether it takes GGUF's packed blocks as they are stored, not the numbers in them
+    # If the sources fill several targets: makes all of these, in the order of the table, so that they are read once.
+    together: Callable[..., tuple[np.ndarray, ...]] | None = None
     invert: Inverse = _only_read
 
 

@@ -4,21 +4,23 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 import convert
 from gptjax.checkpoints import weights
 from gptjax.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from gptjax.checkpoints.text_files import tokenizer_at
 from gptjax.engine import limits, memory
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry
-from gptjax.models.params import Params, abstract_params, expanded, repacked
+from gptjax.models.params import Params, abstract_params, check_float16, expanded, repacked
 from gptjax.models.registry import Model
 from gptjax.support import runtime
 from gptjax.support.progress import progress
 from gptjax.support.quoting import quoted
-from gptjax.text import Tokenizer, load_tokenizer
+from gptjax.text import Tokenizer
 from gptjax.text.chat_formats import choose_format
 from pallas_kernels.dispatch import IMPLEMENTATIONS
 
@@ -53,7 +55,7 @@ def load(
       implementation: which kernels to use; "auto" takes the best available, a named one runs or raises.
       packed: whether weights in the packed types of a GGUF file stay packed in memory. Default: yes, except on a CPU
         that has room for their numbers, because computing with these is faster there.
-      tokenizer: a directory to take the tokenizer from, instead of the checkpoint's own.
+      tokenizer: a directory or a GGUF file to take the tokenizer from, instead of the checkpoint's own.
       chat_format: how conversations are written, such as "chatml" (the names: `gptjax.text.chat_formats.FORMATS`).
         Default: recognised by the tokenizer's chat template, or by harmony's special tokens.
       ignore_config: keys of config.json, or of a GGUF file's metadata, to ignore, if you know that they do not change
@@ -123,13 +125,13 @@ def load_checkpoint(
 
 
 def _tokenizer(checkpoint: Checkpoint, other: str | os.PathLike[str] | None) -> Tokenizer | GptjaxError:
-    """The checkpoint's tokenizer or another directory's; or why it has none, since the model also works on token ids.
+    """The checkpoint's tokenizer or another one; or why it has none, since the model also works on token ids.
 
     Raises:
       GptjaxError: the other tokenizer cannot be read, or the checkpoint's own is damaged.
     """
     if other is not None:
-        return load_tokenizer(other)
+        return tokenizer_at(other)
     try:
         return checkpoint.tokenizer()
     except CheckpointError as error:
@@ -144,5 +146,9 @@ def load_params(checkpoint: Checkpoint, model: Model) -> Params:
     """Loads a checkpoint's weights onto the default device, in the model's dtype, checking each leaf."""
     targets = abstract_params(model)
     if checkpoint.is_converted:
-        return weights.restore(checkpoint.path, targets, progress=progress)
-    return weights.place(convert.open_params(checkpoint), targets, progress=progress)
+        params = weights.restore(checkpoint.path, targets, progress=progress)
+    else:
+        params = weights.place(convert.open_params(checkpoint), targets, progress=progress)
+    if jnp.dtype(model.dtype) == jnp.float16:
+        check_float16(params)
+    return params

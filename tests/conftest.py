@@ -44,7 +44,9 @@ MODELS = {  # compile models, or kernels that XLA compiles: `make test` has them
     "test_chat_models.py",
     "test_docs.py",
     "test_fork.py",
+    "test_loading.py",
     "test_pictures.py",
+    "test_quoted_messages.py",
 }
 KERNELS = {  # interpret GPU kernels or lower them for CUDA: `make kernels` has all of pallas_kernels
     "pallas_kernels/attention/decode",

@@ -50,7 +50,10 @@ class Checkpoint:
     @property
     def defaults(self) -> GenerationDefaults:
         """The default settings of a request."""
-        return generation_defaults(self.generation_config, self.text.config_directory)
+        words = self.text.words if self.override is None else {}
+        return generation_defaults(
+            self.generation_config, self.text.config_directory, source=self.text.source, words=words
+        )
 
     @property
     def has_tokenizer(self) -> bool:

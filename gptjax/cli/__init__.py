@@ -11,6 +11,7 @@ from typing import Any
 from gptjax._version import __version__
 from gptjax.cli import bench, chat, compare, doctor, generate, info, perplexity, serve, validate_quant, verify
 from gptjax.cli.common import CommandParser, add_command
+from gptjax.cli.wording import in_options
 from gptjax.errors import GptjaxError
 from gptjax.support.quoting import clean
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except GptjaxError as error:
-        print(f"gptjax: {clean(str(error))}", file=sys.stderr)
+        print(f"gptjax: {clean(in_options(str(error), args.parser))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptjax.cli import bench_kernels
-from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, model_name, overrides
+from gptjax.cli.common import (
+    MODEL_HELP,
+    add_command,
+    add_dtype,
+    add_ignore_config,
+    add_packed,
+    model_name,
+    overrides,
+    packed,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,6 +60,7 @@ examples:
         help="write the --random weights as a Hugging Face checkpoint and measure nothing",
     )
     add_dtype(parser)
+    add_packed(parser)
     add_ignore_config(parser)
     parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="rows (default: 1; for kernels, several)")
     parser.add_argument(
@@ -138,6 +148,8 @@ def _check(args: argparse.Namespace) -> None:
     alone = args.kernels is not None or args.tune is not None
     if alone and (args.versus or args.write_random):
         raise RequestError("--versus and --write-random are for whole models: leave out --kernels and --tune")
+    if args.packed is not None and (args.random is not None or alone):
+        raise RequestError("--packed is for a checkpoint's weights: leave out --random, --kernels and --tune")
     if args.tune is not None and args.json:
         raise RequestError("--tune writes its result to the table: leave out --json")
 
@@ -181,7 +193,8 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
         name = model_name(args)
         checkpoint = open_checkpoint(name, **overrides(args))
         length = models.needed_length(checkpoint.config, longest, args.steps)
-        lm, loading = measure_loading(lambda: load_checkpoint(checkpoint, dtype=args.dtype, max_length=length))
+        settings = {"dtype": args.dtype, "max_length": length, "packed": packed(args)}
+        lm, loading = measure_loading(lambda: load_checkpoint(checkpoint, **settings))
         return lm.model, lm.params, name, checkpoint.path, loading
     config = published(args.random)
     length = models.needed_length(config, longest, args.steps)

@@ -20,10 +20,13 @@ from gptjax.cli.common import (
     add_command,
     add_dtype,
     add_overrides,
+    add_packed,
     add_tokenizer,
     overrides,
+    packed,
     read_stdin,
 )
+from gptjax.cli.wording import in_options
 from gptjax.errors import GptjaxError, RequestError
 from gptjax.support.quoting import clean
 
@@ -62,6 +65,7 @@ examples:
         help=f"a demo, a directory, a GGUF file, smollm2 or a Hub id (default: {DEFAULT_CHAT_MODEL})",
     )
     add_dtype(parser)
+    add_packed(parser)
     add_tokenizer(parser)
     add_chat_format(parser)
     add_overrides(parser)
@@ -114,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     terminal = Terminal(sys.stdout)
     if message is None:
         terminal.show("note", _greeting(lm, args.model))
-        _talk(session, terminal)
+        _talk(session, terminal, args.parser)
         return 0
     completion = _answer(session, message, None if args.json else terminal)
     if args.json:
@@ -132,7 +136,12 @@ def _load(args: argparse.Namespace) -> "LanguageModel":
     # GPT-OSS has room for 131072 tokens; few conversations are worth a cache of that size.
     length = limits.positions(checkpoint.config, args.max_length, default=DEFAULT_LENGTH)
     lm = load_checkpoint(
-        checkpoint, dtype=args.dtype, max_length=length, tokenizer=args.tokenizer, chat_format=args.chat_format
+        checkpoint,
+        dtype=args.dtype,
+        max_length=length,
+        packed=packed(args),
+        tokenizer=args.tokenizer,
+        chat_format=args.chat_format,
     )
     try:
         _ = lm.chat_format
@@ -175,7 +184,7 @@ def _answer(session: "Session", message: str, terminal: "Terminal | None") -> "C
     return completion
 
 
-def _talk(session: "Session", terminal: "Terminal") -> None:
+def _talk(session: "Session", terminal: "Terminal", parser: argparse.ArgumentParser) -> None:
     with contextlib.suppress(ImportError):  # absent on Windows; without it, the terminal itself edits lines
         import readline  # noqa: F401
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -198,7 +207,7 @@ def _talk(session: "Session", terminal: "Terminal") -> None:
                 terminal.show("aside", "(Ctrl-C again, Ctrl-D or /quit ends the chat)")
         except GptjaxError as error:
             terminal.end_line()
-            print(f"gptjax: {error}", file=sys.stderr, flush=True)
+            print(f"gptjax: {in_options(str(error), parser)}", file=sys.stderr, flush=True)
 
 
 def _read_line() -> str:

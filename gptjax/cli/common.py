@@ -51,19 +51,37 @@ def add_command(
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `gptjax.load`."""
     add_dtype(parser)
+    add_packed(parser)
     parser.add_argument("--max-length", type=int, metavar="N", help="positions per sequence (default: the model's)")
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """Declares --dtype, for weights and computation."""
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
+
+
+PACKED: Final = {"keep": True, "expand": False}  # what `load(packed=)` takes
+PACKED_HELP: Final = (
+    "whether a GGUF file's packed weights stay packed in memory (default: keep; on a CPU, expand if there is room, "
+    "which is faster)"
+)
+
+
+def add_packed(parser: argparse.ArgumentParser) -> None:
+    """Declares --packed."""
+    parser.add_argument("--packed", choices=tuple(PACKED), help=PACKED_HELP)
+
+
+def packed(args: argparse.Namespace) -> bool | None:
+    """The argument of `gptjax.load` from --packed."""
+    return None if args.packed is None else PACKED[args.packed]
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +118,7 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     """Declares --tokenizer."""
     parser.add_argument(
-        "--tokenizer", metavar="DIRECTORY", help="take the tokenizer from here, if the checkpoint has none"
+        "--tokenizer", metavar="PATH", help="take the tokenizer from this directory or GGUF file instead"
     )
 
 

@@ -5,7 +5,16 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, model_name, overrides
+from gptjax.cli.common import (
+    MODEL_HELP,
+    add_command,
+    add_dtype,
+    add_ignore_config,
+    add_packed,
+    model_name,
+    overrides,
+    packed,
+)
 from gptjax.support.installation import with_extra
 
 if TYPE_CHECKING:
@@ -42,6 +51,7 @@ examples:
         parser.add_argument("--values", action="store_true", help="show the first eight values of each stage")
         parser.add_argument("--json", action="store_true", help="print one JSON object per stage")
         add_dtype(parser)
+        add_packed(parser)
         add_ignore_config(parser)
 
 
@@ -52,7 +62,7 @@ def run_compare(args: argparse.Namespace) -> int:
     from gptjax.diagnostics.transformers_comparison import compare, first_difference
 
     checkpoint = open_checkpoint(model_name(args), **overrides(args))
-    lm = load_checkpoint(checkpoint, dtype=args.dtype or "float32")
+    lm = load_checkpoint(checkpoint, dtype=args.dtype or "float32", packed=packed(args))
     rows = compare(lm.model, lm.params, checkpoint.path, _ids(lm, args))
     width = max(len(row.stage) for row in rows)
     for row in rows:
@@ -80,7 +90,7 @@ def run_trace(args: argparse.Namespace) -> int:
 
     from gptjax.api import load
 
-    lm = load(model_name(args), dtype=args.dtype, **overrides(args))
+    lm = load(model_name(args), dtype=args.dtype, packed=packed(args), **overrides(args))
     stages = lm.activations(_ids(lm, args))
     width = max(map(len, stages))
     for stage, array in stages.items():

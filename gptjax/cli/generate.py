@@ -14,8 +14,10 @@ from gptjax.cli.common import (
     add_tokenizer,
     model_name,
     overrides,
+    packed,
     read_stdin,
 )
+from gptjax.cli.wording import in_options
 
 
 def add(commands: Any) -> None:
@@ -87,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         model_name(args),
         dtype=args.dtype,
         max_length=args.max_length,
+        packed=packed(args),
         tokenizer=args.tokenizer,
         **overrides(args),
     )
@@ -108,6 +111,6 @@ def run(args: argparse.Namespace) -> int:
         first = completion.timings.time_to_first_token
         print(f"{completion.usage}, first token after {first:.3f} s, then {rate:.1f} tokens/s", file=sys.stderr)
     if completion.error is not None:
-        print(f"gptjax: {completion.error}", file=sys.stderr)
+        print(f"gptjax: {in_options(completion.error, args.parser)}", file=sys.stderr)
         return 1
     return 0

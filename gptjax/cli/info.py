@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_model_options, add_overrides, model_name, overrides
+from gptjax.cli.common import MODEL_HELP, add_command, add_model_options, add_overrides, model_name, overrides, packed
 from gptjax.support.quoting import clean, quoted
 from gptjax.support.units import readable
 
@@ -36,13 +36,15 @@ def run(args: argparse.Namespace) -> int:
     from gptjax.diagnostics.info import describe, describe_published, describe_tensors, imagined_gpu
     from gptjax.errors import RequestError
 
-    if args.size is not None and (args.model is not None or args.tensors):
-        raise RequestError("--size describes no checkpoint: leave out the model's name and --tensors")
+    if args.size is not None and (args.model is not None or args.tensors or args.packed is not None):
+        raise RequestError("--size describes no checkpoint: leave out the model's name, --tensors and --packed")
     device = None if args.memory is None else imagined_gpu(1e9 * args.memory)
     asked = {"dtype": args.dtype, "max_length": args.max_length, "max_batch": args.max_batch, "device": device}
     name = model_name(args)
     facts = (
-        describe_published(args.size, **asked) if args.size is not None else describe(name, **asked, **overrides(args))
+        describe_published(args.size, **asked)
+        if args.size is not None
+        else describe(name, **asked, packed=packed(args), **overrides(args))
     )
     tensors = describe_tensors(name, ignore_config=args.ignore_config) if args.tensors else {}
     status = 1 if str(facts.get("weights", "")).startswith("cannot be used") else 0

@@ -5,7 +5,16 @@ import json
 import time
 from typing import Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, model_name, overrides
+from gptjax.cli.common import (
+    MODEL_HELP,
+    add_command,
+    add_dtype,
+    add_ignore_config,
+    add_packed,
+    model_name,
+    overrides,
+    packed,
+)
 
 
 def add(commands: Any) -> None:
@@ -33,6 +42,7 @@ examples:
         "--max-length", type=int, metavar="N", help="tokens in a window (default: all the model has, at most 2048)"
     )
     add_dtype(parser)
+    add_packed(parser)
     add_ignore_config(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -47,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     name, path = model_name(args), args.text or HELD_OUT
     text = read(path)
     checkpoint = open_checkpoint(name, **overrides(args))
-    lm = load_checkpoint(checkpoint, dtype=args.dtype, max_length=window(checkpoint.config, args.max_length))
+    length = window(checkpoint.config, args.max_length)
+    lm = load_checkpoint(checkpoint, dtype=args.dtype, max_length=length, packed=packed(args))
     ids = lm.tokenizer.prompt(text)
     size = lm.max_length
     stride = check_stride(args.stride, size)

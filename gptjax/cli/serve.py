@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Final, NoReturn, TypeVar
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_overrides, model_name, overrides
+from gptjax.cli.common import MODEL_HELP, PACKED, PACKED_HELP, add_command, add_overrides, model_name, overrides, packed
 from gptjax.support.installation import with_extra
 
 _Number = TypeVar("_Number", int, float)
@@ -69,7 +69,8 @@ examples:
         help=f"tokens of prompt and output (default: $GPTJAX_MAX_LENGTH, else the model's, up to {_DEFAULT_LENGTH})",
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
-    _option(parser, "--tokenizer", metavar="DIRECTORY", help="take the tokenizer from here")
+    _option(parser, "--packed", choices=tuple(PACKED), help=PACKED_HELP)
+    _option(parser, "--tokenizer", metavar="PATH", help="take the tokenizer from this directory or GGUF file instead")
     _option(
         parser,
         "--chat-format",
@@ -182,8 +183,8 @@ def _run(args: argparse.Namespace) -> int:
     from gptjax.errors import RequestError
 
     # argparse does not check choices that come from the environment.
-    for name, known in (("log_format", ("lines", "json")), ("log_level", _LEVELS)):
-        if getattr(args, name) not in known:
+    for name, known in (("log_format", ("lines", "json")), ("log_level", _LEVELS), ("packed", tuple(PACKED))):
+        if getattr(args, name) not in (None, *known):
             raise RequestError(
                 f"{_PREFIX}{name.upper()} is {getattr(args, name)!r}; expected one of {', '.join(known)}"
             )
@@ -205,6 +206,7 @@ def _run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         max_length=length,
         max_batch=args.max_batch,
+        packed=packed(args),
         tokenizer=args.tokenizer,
         chat_format=args.chat_format,
     )

@@ -7,6 +7,7 @@ No setting keeps a model from loading. Those that gptjax cannot honour are refus
 import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from gptjax.config.keys import MOST_SIZE
@@ -42,14 +43,19 @@ _OFF_IF_EMPTY: Final = frozenset(
     bad_words_ids begin_suppress_tokens constraints dola_layers encoder_no_repeat_ngram_size
     exponential_decay_length_penalty force_words_ids generation_kwargs max_time min_length min_new_tokens
     no_repeat_ngram_size penalty_alpha sequence_bias stop_strings stop_words_ids suppress_tokens token_healing
-    watermarking_config
+    watermarking_config general.sampling.penalty_last_n
     """.split()
 )
 # ... or if 1.
 _OFF_IF_ONE: Final = frozenset("encoder_repetition_penalty guidance_scale num_beams num_return_sequences".split())
 # Settings that matter only when sampling: those that gptjax has, and others.
 _OF_SAMPLING: Final = frozenset(("temperature", "top_k", "top_p", "min_p"))
-_OFF_IF_EMPTY_WHEN_SAMPLING: Final = frozenset(("epsilon_cutoff", "eta_cutoff", "top_h"))
+# Those of GGUF files have the names that they have there (`gptjax.checkpoints.text_files`).
+_OFF_IF_EMPTY_WHEN_SAMPLING: Final = frozenset(
+    """
+    epsilon_cutoff eta_cutoff top_h general.sampling.mirostat general.sampling.sequence general.sampling.xtc_probability
+    """.split()
+)
 _OFF_IF_ONE_WHEN_SAMPLING: Final = frozenset(("epsilon_cutoff", "eta_cutoff", "typical_p"))
 _UNSUPPORTED_WHEN_SAMPLING: Final = _OFF_IF_EMPTY_WHEN_SAMPLING | _OFF_IF_ONE_WHEN_SAMPLING
 
@@ -74,6 +80,7 @@ class GenerationDefaults:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     faults: tuple[Fault, ...] = ()  # what cannot be honoured
+    source: str = FILE  # where the settings are from
 
     def check(self, given: Collection[str] = (), *, draws: bool = True) -> None:
         """Raises `ConfigError` if generation would need settings that gptjax cannot honour.
@@ -90,7 +97,9 @@ class GenerationDefaults:
         if unsupported:
             lines.append(f"{names(unsupported)}: gptjax has no such setting{'s' * (len(unsupported) > 1)}")
         raise ConfigError(
-            f"{FILE} has settings that cannot be followed:\n  " + "\n  ".join(lines) + "\nTo generate without them, "
+            f"{self.source} has settings that cannot be followed:\n  "
+            + "\n  ".join(lines)
+            + "\nTo generate without them, "
             "load the model with generation_config=False (--no-generation-config), or with your own settings in place "
             "of the file's, as in generation_config={'do_sample': True, 'temperature': 0.7}"
         )
@@ -119,7 +128,13 @@ def overridden(found: Mapping[str, Any], override: Mapping[str, Any] | bool | No
     return {**special, **(override or {})}
 
 
-def generation_defaults(settings: Mapping[str, Any], directory: Path | None) -> GenerationDefaults:
+def generation_defaults(
+    settings: Mapping[str, Any],
+    directory: Path | None,
+    *,
+    source: str = FILE,
+    words: Mapping[str, str] = MappingProxyType({}),
+) -> GenerationDefaults:
     """What settings of a generation_config.json mean; without any, text is generated greedily.
 
     A setting that is absent is off. (transformers fills in top_k 50.)
@@ -127,22 +142,28 @@ def generation_defaults(settings: Mapping[str, Any], directory: Path | None) -> 
     Args:
       settings: from `read_generation_config`.
       directory: its config.json may name the end-of-text id, if the settings do not; None if there is no config.json.
+      source: where the settings are from, for messages.
+      words: what that calls them, if not as generation_config.json does.
     """
+    return dataclasses.replace(_with_ends(settings, directory, words), source=source)
+
+
+def _with_ends(settings: Mapping[str, Any], directory: Path | None, words: Mapping[str, str]) -> GenerationDefaults:
     raw = {key: value for key, value in settings.items() if value is not None}
     if "eos_token_id" in raw or directory is None:
-        return _defaults(raw)
+        return _defaults(raw, words)
     eos = (read_json(directory / "config.json") or {}).get("eos_token_id")
     if eos is None or _are_tokens(eos):
-        return _defaults(raw | {"eos_token_id": eos})
-    defaults = _defaults(raw)
+        return _defaults(raw | {"eos_token_id": eos}, words)
+    defaults = _defaults(raw, words)
     fault = Fault(
         "eos_token_id", f"config.json's eos_token_id is {quoted(eos)}; expected token ids", when_sampling=False
     )
     return dataclasses.replace(defaults, faults=(*defaults.faults, fault))
 
 
-def _defaults(raw: Mapping[str, Any]) -> GenerationDefaults:
-    reader = _Reader(raw)
+def _defaults(raw: Mapping[str, Any], words: Mapping[str, str]) -> GenerationDefaults:
+    reader = _Reader(raw, words)
     sampled = reader.flag("do_sample")
     penalty = reader.number("repetition_penalty", 1.0, LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY)
     eos_ids = reader.tokens("eos_token_id")
@@ -167,12 +188,14 @@ def _defaults(raw: Mapping[str, Any]) -> GenerationDefaults:
 class _Reader:
     """Reads settings. One that cannot be honoured becomes a fault, and its neutral value is returned."""
 
-    def __init__(self, raw: Mapping[str, Any]):
+    def __init__(self, raw: Mapping[str, Any], words: Mapping[str, str]):
         self._raw = raw  # without nulls
+        self._words = words
         self.faults: list[Fault] = []
 
     def _fault(self, key: str, wanted: str, when_sampling: bool) -> None:
-        self.faults.append(Fault(key, f"{key} is {quoted(self._raw[key])}; expected {wanted}", when_sampling))
+        text = f"{self._words.get(key, key)} is {quoted(self._raw[key])}; expected {wanted}"
+        self.faults.append(Fault(key, text, when_sampling))
 
     def flag(self, key: str) -> bool:
         value = self._raw.get(key, False)

@@ -144,7 +144,6 @@ class _Reader:
             )
         else:
             raw["vocab_size"] = embedding.shape[0]
-        raw |= self._packing(raw.get("num_hidden_layers", raw.get("n_layer")))
         raw["model_type"] = _MODEL_TYPES.get(self._architecture, self._architecture)
         raw["tie_word_embeddings"] = "output.weight" not in self._tensors
         if self._architecture == "gpt2":
@@ -155,6 +154,7 @@ class _Reader:
             raw |= self._gpt_oss() if self._architecture == "gpt-oss" else self._dense()
         self._expect("attention.causal", True)
         self._raise_faults()
+        raw |= self._packing(raw)
         return raw
 
     def _take(self, key: str) -> Any:
@@ -228,26 +228,32 @@ class _Reader:
         self._take("feed_forward_length")  # for layers without experts; GPT-OSS has none
         return {"attention_bias": self._has("attn_q.bias", "attn_qkv.bias")}
 
-    def _packing(self, layers: Any) -> dict[str, Any]:
+    def _packing(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Which weights stay packed, in the words of `gptjax.config.quantization`."""
         types: dict[str, list[str]] = {}
+        layers = raw.get("num_hidden_layers", raw.get("n_layer"))
         gated = self._has("ffn_gate.weight")
         for layer in range(layers if isinstance(layers, int) and layers <= MOST_LAYERS else 0):
             for target, choices in _IN_BLOCKS.items():
                 for sources in choices if target != "mlp/up/kernel" or not gated else ():
-                    self._keep(types, f"block_{layer}/{target}", [f"blk.{layer}.{source}" for source in sources])
+                    parts = [f"blk.{layer}.{source}" for source in sources]
+                    self._keep(types, f"block_{layer}/{target}", parts, _row_length(raw, target))
         for target, source in _OUTSIDE.items():
-            self._keep(types, target, [source])
+            self._keep(types, target, [source], _row_length(raw, target))
         experts = [tensor.type for name, tensor in self._tensors.items() if name.endswith("_exps.weight")]
         method = {"quant_method": "mxfp4" if experts and set(experts) == {"MXFP4"} else "ggml"}
         if method["quant_method"] == "ggml" and not types:
             return {}
         return {"quantization_config": {**method, "types": types} if types else method}
 
-    def _keep(self, types: dict[str, list[str]], target: str, sources: list[str]) -> None:
-        """Notes the types of a matrix, if all of it can stay packed."""
-        found = [tensor.type for name in sources if (tensor := self._tensors.get(f"{name}.weight")) is not None]
-        if len(found) == len(sources) and all(kind in KEPT for kind in found):
+    def _keep(self, types: dict[str, list[str]], target: str, sources: list[str], row_length: Any) -> None:
+        """Notes the types of a matrix, if all of it can stay packed.
+
+        Rows of another length do not go with the metadata. `convert` says so when it finds no place for their tensor.
+        """
+        tensors = [tensor for name in sources if (tensor := self._tensors.get(f"{name}.weight")) is not None]
+        found = [tensor.type for tensor in tensors if tensor.type in KEPT and tensor.shape[-1] == row_length]
+        if len(found) == len(sources):
             types[target] = found if len(set(found)) > 1 else found[:1]
 
     def _dense(self) -> dict[str, Any]:
@@ -279,6 +285,16 @@ class _Reader:
             )
         if self._faults:
             raise ConfigError(f"its metadata cannot be used for {self._architecture}:\n  " + "\n  ".join(self._faults))
+
+
+def _row_length(raw: Mapping[str, Any], target: str) -> Any:
+    """The length of a matrix's rows, which products sum over."""
+    if target == "mlp/down/kernel":
+        return raw.get("n_inner", raw.get("intermediate_size"))
+    heads, head_width = raw.get("num_attention_heads"), raw.get("head_dim")
+    if target == "attention/out/kernel" and isinstance(heads, int) and isinstance(head_width, int):
+        return heads * head_width
+    return raw.get("hidden_size", raw.get("n_embd"))
 
 
 def _settled(value: Any) -> Any:

@@ -40,6 +40,7 @@ def describe(
     dtype: DTypeLike | None = None,
     max_length: int | None = None,
     max_batch: int = 1,
+    packed: bool | None = None,
     device: DeviceMemory | None = None,
     ignore_config: Sequence[str] = (),
     generation_config: Mapping[str, Any] | bool | None = None,
@@ -54,9 +55,12 @@ def describe(
     "fits" is "yes", or "no; try …" with settings that would fit. The memory needed is the peak, so less than the sum:
     what loading holds is freed before the cache is allocated.
 
+    If some are in a GGUF file's packed types, `weights_kept_bytes` and `weights_expanded_bytes` are the memory of all
+    weights if these stay packed or become numbers; `weights_bytes` is the one of the two that `gptjax.load` chooses.
+
     Args:
       device: the memory to fit in; by default that of the default device. See `imagined_gpu`.
-      ignore_config, generation_config: as for `gptjax.load`.
+      packed, ignore_config, generation_config: as for `gptjax.load`.
 
     Raises:
       CheckpointError, ConfigError: as for `gptjax.load`.
@@ -81,7 +85,7 @@ def describe(
         "tokenizer": text,
         "chat_format": chat,
         "generation": _generation(defaults, model.config),
-        **_memory(model, max_length, max_batch, device),
+        **_memory(model, max_length, max_batch, device, packed),
         **_metadata(checkpoint),
     }
 
@@ -108,7 +112,7 @@ def _chat_format(tokenizer: Tokenizer) -> str:
 
 def _generation(defaults: GenerationDefaults, config: ModelConfig) -> str:
     """The generation settings, and why generation is refused if it is."""
-    settings = [field.name for field in dataclasses.fields(defaults) if field.name != "faults"]
+    settings = [field.name for field in dataclasses.fields(defaults) if field.name not in ("faults", "source")]
     text = ", ".join(f"{name} {getattr(defaults, name)}" for name in settings)
     if beyond := [token for token in defaults.eos_ids if token >= config.vocab_size]:
         text += f"; the model has no token {names(list(map(str, beyond)))}, so it cannot end a text"
@@ -171,16 +175,25 @@ def _architecture(model: Model) -> dict[str, Any]:
     return facts | settings
 
 
-def _memory(model: Model, max_length: int | None, max_batch: int, device: DeviceMemory | None) -> dict[str, Any]:
-    length, max_batch = limits.positions(model.config, max_length), limits.at_least_one("max_batch", max_batch)
-    model = memory.as_loaded(model, batch=max_batch, max_length=length, device=device)
-    need = memory.needed(model, batch=max_batch, max_length=length, device=device)
-    lack = memory.shortfall(model, batch=max_batch, max_length=length, has=need.device.available, device=need.device)
+def _memory(
+    stored: Model, max_length: int | None, max_batch: int, device: DeviceMemory | None, packed: bool | None = None
+) -> dict[str, Any]:
+    length, max_batch = limits.positions(stored.config, max_length), limits.at_least_one("max_batch", max_batch)
+    sizes: dict[str, Any] = {"batch": max_batch, "max_length": length}
+    model = memory.as_loaded(stored, **sizes, packed=packed, device=device)
+    need = memory.needed(model, **sizes, device=device)
+    lack = memory.shortfall(model, **sizes, has=need.device.available, device=need.device)
+    forms = {"kept": True, "expanded": False} if stored.config.types else {}
+    both = {
+        f"weights_{name}_bytes": memory.needed(memory.as_loaded(stored, **sizes, packed=form), **sizes).weights
+        for name, form in forms.items()
+    }
     return {
         "dtype": jax.numpy.dtype(model.dtype).name,
         "max_length": length,
         "max_batch": max_batch,
         "weights_bytes": need.weights,
+        **both,
         "cache_bytes": need.cache,
         "logits_bytes": need.logits,
         "activations_bytes": need.activations,

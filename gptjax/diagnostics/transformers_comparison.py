@@ -1,6 +1,7 @@
 """Compares us with transformers stage by stage, to find where we first differ."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,38 +118,37 @@ def _attention_taps(config: GptOssConfig | LlamaConfig, ours: str, theirs: str) 
     yield Tap(f"{ours}/attention_residual", f"{theirs}.post_attention_layernorm", "input")
 
 
-def _gpt_oss_taps(config: GptOssConfig) -> Iterator[Tap]:
+def _decoder_taps(config: GptOssConfig | LlamaConfig, *, rest: Callable[[str, str], Iterator[Tap]]) -> Iterator[Tap]:
+    """The stages of a model; `rest` has those of a block that follow its attention."""
     yield Tap("embedding", "model.layers.0", "input")
     for layer in range(config.num_layers):
         ours, theirs = f"block_{layer}", f"model.layers.{layer}"
         yield from _attention_taps(config, ours, theirs)
-        yield Tap(f"{ours}/moe_norm", f"{theirs}.post_attention_layernorm", "output")
-        yield Tap(f"{ours}/moe/router", f"{theirs}.mlp.router", "output", batched=False)
-        yield Tap(f"{ours}/moe", f"{theirs}.mlp", "output")
-        yield Tap(f"{ours}/moe_residual", f"{theirs}", "output")
+        yield from rest(ours, theirs)
     yield Tap("final_norm", "model.norm", "output")
     yield Tap("logits", "lm_head", "output")
 
 
-def _llama_taps(config: LlamaConfig) -> Iterator[Tap]:
-    yield Tap("embedding", "model.layers.0", "input")
-    for layer in range(config.num_layers):
-        ours, theirs = f"block_{layer}", f"model.layers.{layer}"
-        yield from _attention_taps(config, ours, theirs)
-        yield Tap(f"{ours}/mlp_norm", f"{theirs}.post_attention_layernorm", "output")
-        yield Tap(f"{ours}/mlp/gate", f"{theirs}.mlp.gate_proj", "output")
-        yield Tap(f"{ours}/mlp/up", f"{theirs}.mlp.up_proj", "output")
-        yield Tap(f"{ours}/mlp/activation", f"{theirs}.mlp.down_proj", "input")
-        yield Tap(f"{ours}/mlp/down", f"{theirs}.mlp.down_proj", "output")
-        yield Tap(f"{ours}/mlp_residual", f"{theirs}", "output")
-    yield Tap("final_norm", "model.norm", "output")
-    yield Tap("logits", "lm_head", "output")
+def _moe_taps(ours: str, theirs: str) -> Iterator[Tap]:
+    yield Tap(f"{ours}/moe_norm", f"{theirs}.post_attention_layernorm", "output")
+    yield Tap(f"{ours}/moe/router", f"{theirs}.mlp.router", "output", batched=False)
+    yield Tap(f"{ours}/moe", f"{theirs}.mlp", "output")
+    yield Tap(f"{ours}/moe_residual", f"{theirs}", "output")
+
+
+def _gated_mlp_taps(ours: str, theirs: str) -> Iterator[Tap]:
+    yield Tap(f"{ours}/mlp_norm", f"{theirs}.post_attention_layernorm", "output")
+    yield Tap(f"{ours}/mlp/gate", f"{theirs}.mlp.gate_proj", "output")
+    yield Tap(f"{ours}/mlp/up", f"{theirs}.mlp.up_proj", "output")
+    yield Tap(f"{ours}/mlp/activation", f"{theirs}.mlp.down_proj", "input")
+    yield Tap(f"{ours}/mlp/down", f"{theirs}.mlp.down_proj", "output")
+    yield Tap(f"{ours}/mlp_residual", f"{theirs}", "output")
 
 
 _TAPS: Mapping[type[ModelConfig], Callable[[Any], Iterator[Tap]]] = {
     GPT2Config: _gpt2_taps,
-    GptOssConfig: _gpt_oss_taps,
-    LlamaConfig: _llama_taps,
+    GptOssConfig: functools.partial(_decoder_taps, rest=_moe_taps),
+    LlamaConfig: functools.partial(_decoder_taps, rest=_gated_mlp_taps),
 }
 
 

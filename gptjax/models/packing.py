@@ -17,7 +17,7 @@ from pallas_kernels.formats.mxfp4 import BLOCK, MXFP4
 
 Path = tuple[str, ...]
 Packed = MXFP4 | Quantized | Rows
-_SCALE = 120  # 2^-7, which gives random codes a standard deviation of 0.023
+RANDOM_SCALE = 120  # of MXFP4: 2^-7, which gives random codes a standard deviation of 0.023
 
 
 def overlaid(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,4 +123,4 @@ _random_quantized = jax.jit(Quantized.random, static_argnames=("shape", "type_na
 def _random_mxfp4(key: jax.Array, *, shape: tuple[int, ...]) -> MXFP4:
     scales_shape = (*shape[:-1], shape[-1] // BLOCK)
     blocks = jax.random.bits(key, (*scales_shape, BLOCK // 2), jnp.uint8)
-    return MXFP4(blocks, jnp.full(scales_shape, _SCALE, jnp.uint8))
+    return MXFP4(blocks, jnp.full(scales_shape, RANDOM_SCALE, jnp.uint8))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptjax.config import ModelConfig
+from gptjax.errors import CheckpointError
 from gptjax.layers.weight import STANDARD_DEVIATION
 from gptjax.models.packing import is_kernel, overlaid, random_packed
 from gptjax.models.registry import Model, build
@@ -19,6 +20,7 @@ from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from pallas_kernels.formats.mxfp4 import MXFP4
 
 Params = dict[str, Any]  # nested; the leaves are arrays
+_CHECKED = 1 << 22  # numbers at a time, to need little memory
 
 
 def init_params(model: Model, key: jax.Array) -> Params:
@@ -108,6 +110,26 @@ def expanded(params: Params, dtype: DTypeLike) -> Params:
 def _expanded(weight: Quantized | Rows, *, dtype: jnp.dtype, turned: bool) -> jax.Array:
     numbers = weight.dequantize(dtype)
     return numbers.T if turned else numbers
+
+
+def check_float16(params: Params) -> None:
+    """Raises `CheckpointError` if a packed weight has a number that float16 cannot hold.
+
+    Its scales may all be finite: they are multiplied with codes, in float32. Other weights: `checkpoints.weights.cast`.
+    """
+    for path, leaf in weights_by_path(params).items():
+        for part in leaf.parts if isinstance(leaf, Rows) else [leaf] if is_packed(leaf) else []:
+            step = max(1, _CHECKED * part.shape[0] // part.size)
+            for start in range(0, part.shape[0], step):
+                if not _is_finite_in_float16(part[start : start + step]):
+                    raise CheckpointError(
+                        f"{'/'.join(path)} has values beyond float16's 65504; use bfloat16 or float32"
+                    )
+
+
+@jax.jit
+def _is_finite_in_float16(packed: MXFP4 | Quantized) -> jax.Array:
+    return jnp.isfinite(packed.dequantize(jnp.float16)).all()
 
 
 def weights_by_path(params: Params) -> dict[tuple[str, ...], Any]:

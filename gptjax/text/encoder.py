@@ -8,7 +8,8 @@ from typing import Any
 import tokenizers
 from tokenizers import models
 
-from gptjax.errors import CheckpointError, ConfigError
+from gptjax.errors import CheckpointError, ConfigError, RequestError
+from gptjax.support.quoting import shown
 from gptjax.text.spelling import SENTENCEPIECE
 from gptjax.text.vocabulary import AddedToken, Vocabulary
 
@@ -21,6 +22,7 @@ class Encoder:
     """
 
     def __init__(self, vocabulary: Vocabulary, model: models.BPE, added: Sequence[AddedToken]) -> None:
+        self._file = vocabulary.file
         self._ids = sorted(vocabulary.ids.values())
         self._engine = _engine(vocabulary, model)
         self._engine.add_tokens([_of_library(token) for token in added])
@@ -32,7 +34,14 @@ class Encoder:
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
         # The batch call lets other threads run. Without offsets it takes half the time.
-        (encoding,) = self._engine.encode_batch_fast([text], add_special_tokens=False)
+        try:
+            (encoding,) = self._engine.encode_batch_fast([text], add_special_tokens=False)
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise RequestError(
+                f"{self._file} cannot cut this text into words ({shown(error)}): give token ids, or another text"
+            ) from None
         return [self._ids[number] for number in encoding.ids]
 
 
@@ -63,8 +72,10 @@ class Encoders:
             self.before, self.after = _around(vocabulary, model)
         except ConfigError:
             raise
-        except Exception as error:  # the library raises no narrower type
-            raise CheckpointError(f"{vocabulary.file} is damaged: {error}; download it again") from error
+        except BaseException as error:
+            if not isinstance(error, Exception) and not _is_panic(error):  # the library raises no narrower type
+                raise
+            raise CheckpointError(f"{vocabulary.file} is damaged: {shown(error)}; download it again") from error
         self._encoders = {True: first, False: later}
 
     def encode(self, text: str, *, special: bool, start: bool) -> list[int]:
@@ -115,6 +126,11 @@ def _engine(vocabulary: Vocabulary, model: models.BPE, post_processor: Any = Non
     engine = tokenizers.Tokenizer.from_str(json.dumps(frame))
     engine.model = model
     return engine
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether the library gave up, as its regular expressions do after ten million steps. It is not an `Exception`."""
+    return type(error).__name__ == "PanicException"
 
 
 def _of_library(token: AddedToken) -> tokenizers.AddedToken:

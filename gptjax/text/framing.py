@@ -1,21 +1,20 @@
-"""The ids around a text, as a part of tokenizer.json."""
+"""The tokens around a text, as a part of tokenizer.json."""
 
-from typing import Any
+from typing import Any, Final
+
+Token = tuple[str, int]  # its content and its id
+_TEXT: Final = {"Sequence": {"id": "A", "type_id": 0}}
 
 
-def post_processor(before: int | None, after: int | None) -> dict[str, Any] | None:
-    """The post_processor that puts one id before a text and one after it; None for neither."""
-    names = {"before": before, "after": after}
-    tokens = {
-        name: {"id": name, "ids": [number], "tokens": [name]} for name, number in names.items() if number is not None
-    }
-    text = [{"Sequence": {"id": "A", "type_id": 0}}]
-    first, last = ([{"SpecialToken": {"id": name, "type_id": 0}}] if name in tokens else [] for name in names)
-    if not tokens:
+def post_processor(before: Token | None, after: Token | None) -> dict[str, Any] | None:
+    """The post_processor that puts one token before a text and one after it; None for neither."""
+    around = dict(token for token in (before, after) if token is not None)
+    first, last = ([] if t is None else [{"SpecialToken": {"id": t[0], "type_id": 0}}] for t in (before, after))
+    if not around:
         return None
     return {
         "type": "TemplateProcessing",
-        "single": first + text + last,
-        "pair": text + text,
-        "special_tokens": tokens,
+        "single": [*first, _TEXT, *last],
+        "pair": [_TEXT, _TEXT],
+        "special_tokens": {text: {"id": text, "ids": [number], "tokens": [text]} for text, number in around.items()},
     }

@@ -2,15 +2,15 @@
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from gptjax.errors import CheckpointError
 from gptjax.support.quoting import names, quoted
-from gptjax.text.framing import post_processor
+from gptjax.text.framing import Token, post_processor
 from gptjax.text.gguf_fields import PREFIX, Fields
-from gptjax.text.kinds import PREPEND, REPLACE
+from gptjax.text.kinds import EXTRA_SPACES, PREPEND, REPLACE
 from gptjax.text.pieces import equal_scores, merges_of
 from gptjax.text.pretokenizers import CUTS, Cut
 from gptjax.text.spelling import SENTENCEPIECE
@@ -38,14 +38,34 @@ _END_TEXTS: Final = frozenset(
 # In gpt-oss, <|end|> ends a message, after which another begins.
 _HARMONY: Final = frozenset({"<|return|>", "<|call|>"})
 _DEFAULT_BOS, _DEFAULT_EOS = 1, 2  # of SentencePiece
-_EXTRA_SPACES: Final = [
-    {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""},
-    {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
-]
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a GGUF file says about its tokenizer."""
+
+    vocabulary: Vocabulary
+    ids: Mapping[str, int | None]
+    """Of tokens with a purpose, by their keys, such as "bos_token_id"."""
+    eos_ids: tuple[int, ...]
+    context_length: int | None
+    chat_template: str | None
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str | os.PathLike[str] = "the GGUF file") -> Tokenizer:
-    """The tokenizer of a GGUF file.
+    """The tokenizer of a GGUF file. Arguments and errors are those of `describe`."""
+    found = describe(metadata, source)
+    return Tokenizer(
+        found.vocabulary,
+        bos_id=found.ids["bos_token_id"],
+        eos_ids=found.eos_ids,
+        context_length=found.context_length,
+        chat_template=found.chat_template,
+    )
+
+
+def describe(metadata: Mapping[str, Any], source: str | os.PathLike[str]) -> Description:
+    """Reads what a GGUF file says about its tokenizer.
 
     Generation stops at eos, eot, eom and any other token that llama.cpp knows as an end by its text (but not at those
     for filling in the middle), except gpt-oss's <|end|>.
@@ -61,8 +81,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str | os.PathLike[s
     fields = Fields(Path(source), metadata)
     if not fields.has("model"):
         raise CheckpointError(
-            f"no tokenizer: {source} has no {PREFIX}model; name a directory that has one (tokenizer= in gptjax.load); "
-            "without a tokenizer the model still works on token ids"
+            f"no tokenizer: {source} has no {PREFIX}model; name a directory or another GGUF file that has one "
+            "(--tokenizer, or tokenizer= in gptjax.load); without a tokenizer the model still works on token ids"
         )
     model = fields.text("model")
     if model not in ("gpt2", "llama"):
@@ -82,12 +102,12 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str | os.PathLike[s
                 found[key] = default
     build = _sentencepiece if is_llama else _byte_level
     vocabulary = build(Path(source), fields, tokens, types, found)
-    return Tokenizer(
+    return Description(
         vocabulary,
-        bos_id=found["bos_token_id"],
-        eos_ids=_ends(tokens, types, [found[key] for key in _ENDS]),
-        context_length=_context_length(metadata),
-        chat_template=_chat_template(Path(source), metadata),
+        found,
+        _ends(tokens, types, [found[key] for key in _ENDS]),
+        _context_length(metadata),
+        _chat_template(Path(source), metadata),
     )
 
 
@@ -108,7 +128,7 @@ def _byte_level(
         normalizer=cut.normalizer,
         pre_tokenizer=cut.pre_tokenizer,
         ignore_merges=cut.ignore_merges,
-        post_processor=_frame(fields, found, add_bos=cut.add_bos),
+        post_processor=_frame(fields, found, tokens, add_bos=cut.add_bos),
     )
 
 
@@ -156,9 +176,9 @@ def _sentencepiece(
         _added(tokens, types),
         normalizer={
             "type": "Sequence",
-            "normalizers": [*(_EXTRA_SPACES if trims else []), *([PREPEND] if prefix else []), REPLACE],
+            "normalizers": [*(EXTRA_SPACES if trims else []), *([PREPEND] if prefix else []), REPLACE],
         },
-        post_processor=_frame(fields, found, add_bos=True),
+        post_processor=_frame(fields, found, tokens, add_bos=True),
         spelling=SENTENCEPIECE,
         strips_space=prefix,
     )
@@ -173,15 +193,17 @@ def _added(tokens: list[str], types: list[int]) -> list[AddedToken]:
     return added
 
 
-def _frame(fields: Fields, found: Mapping[str, int | None], *, add_bos: bool) -> dict[str, Any] | None:
+def _frame(
+    fields: Fields, found: Mapping[str, int | None], tokens: list[str], *, add_bos: bool
+) -> dict[str, Any] | None:
     """The post_processor for add_bos_token and add_eos_token."""
-    around = []
+    around: list[Token | None] = []
     for which, default in (("bos", add_bos), ("eos", False)):
         flag, number = f"add_{which}_token", found[f"{which}_token_id"]
         adds = fields.flag(flag, default)
         if adds and number is None and fields.has(flag):
             raise fields.fault(f"{which}_token_id", f"is missing, but {PREFIX}{flag} is true")
-        around.append(number if adds else None)
+        around.append((tokens[number], number) if adds and number is not None else None)
     return post_processor(*around)
 
 

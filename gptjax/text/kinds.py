@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from gptjax.errors import ConfigError
 from gptjax.support.quoting import quoted, shown
+from gptjax.text.growth import MOST_GROWTH, growth
 from gptjax.text.spelling import BYTE_LEVEL, SENTENCEPIECE, SPACE, Spelling
 
 PREPEND: Final = {"type": "Prepend", "prepend": SPACE}
@@ -16,6 +17,12 @@ _DECODER: Final = [
     {"type": "Fuse"},
 ]
 _STRIP: Final = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+BYTE_LEVEL_DECODER: Final = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+# What SentencePiece's remove_extra_whitespaces does: no spaces at either end, and one in place of several.
+EXTRA_SPACES: Final = (
+    {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""},
+    {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+)
 _AFFIXES: Final = ("continuing_subword_prefix", "end_of_word_suffix")
 
 
@@ -49,6 +56,11 @@ def strips_space(found: dict[str, Any]) -> bool:
     return _STRIP in parts(found.get("decoder"), "decoders")
 
 
+def sentencepiece_decoder(*, strips_space: bool) -> dict[str, Any]:
+    """The decoder of a SentencePiece tokenizer."""
+    return {"type": "Sequence", "decoders": [*_DECODER, _STRIP] if strips_space else _DECODER}
+
+
 def adds_space(found: dict[str, Any]) -> bool:
     """Whether a SentencePiece tokenizer puts a space before a text."""
     cuts = parts(found.get("pre_tokenizer"), "pretokenizers")
@@ -58,8 +70,13 @@ def adds_space(found: dict[str, Any]) -> bool:
 
 def _byte_level_faults(found: dict[str, Any], model: dict[str, Any]) -> list[str]:
     faults = _model_faults(model)
-    if "ByteLevel" not in _types(found.get("pre_tokenizer")):
+    levels = list(_types(found.get("pre_tokenizer"))).count("ByteLevel")
+    if not levels:
         faults.append("its pre_tokenizer is not ByteLevel")
+    elif levels > 1:
+        faults.append("it has several ByteLevel pre_tokenizers")
+    if growth(found.get("normalizer")) > MOST_GROWTH:
+        faults.append(f"its normalizer can make a text more than {MOST_GROWTH} times as long")
     if model.get("byte_fallback"):
         faults.append(f"it has byte_fallback {quoted(model['byte_fallback'])}")
     return faults + [
@@ -74,7 +91,9 @@ def _sentencepiece_faults(found: dict[str, Any], model: dict[str, Any]) -> list[
     if model.get("ignore_merges"):
         faults.append(f"it has ignore_merges {quoted(model['ignore_merges'])}")
     normalizers = parts(found.get("normalizer"), "normalizers")
-    faults += [f"its normalizer is {quoted(each)}" for each in normalizers if each not in (PREPEND, REPLACE)]
+    faults += [
+        f"its normalizer is {quoted(each)}" for each in normalizers if each not in (PREPEND, REPLACE, *EXTRA_SPACES)
+    ]
     cuts = parts(found.get("pre_tokenizer"), "pretokenizers")
     faults += [f"its pre_tokenizer is {quoted(each)}" for each in cuts if not _is_metaspace(each)]
     if REPLACE not in normalizers and not cuts:

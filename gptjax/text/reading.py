@@ -9,7 +9,7 @@ from gptjax.errors import CheckpointError, ConfigError
 from gptjax.support.files import raise_damaged, read_json, read_text
 from gptjax.support.quoting import quoted, shown
 from gptjax.text.additions import read_additions, special_tokens
-from gptjax.text.framing import post_processor
+from gptjax.text.framing import Token, post_processor
 from gptjax.text.kinds import adds_space, parts, spelling_of, strips_space
 from gptjax.text.spelling import SENTENCEPIECE, Spelling
 from gptjax.text.vocabulary import AddedToken, Vocabulary, build_vocabulary
@@ -164,9 +164,9 @@ def _gpt2_added(
     <|endoftext|> is special even if no file says so, unless the files name other tokens for all three purposes.
     """
     items = read_additions(directory, settings, special)
-    known = {**ids, **{item["content"]: item["id"] for item in items if "content" in item}}
-    following = 1 + max(number for number in known.values() if type(number) is int)
-    present = {item.get("content") for item in items}
+    present = {item["content"]: item["id"] for item in items if isinstance(item.get("content"), str)}
+    known = {**ids, **present}
+    following = 1 + max((number for number in known.values() if type(number) is int), default=-1)
     unnamed = any(f"{which}_token" not in {**settings, **special} for which in ("bos", "eos", "unk"))
     default: dict[str, Mapping[str, Any]] = {END_OF_TEXT: {}} if END_OF_TEXT in ids and unnamed else {}
     for content, flags in (special_tokens(settings, special) | default).items():
@@ -184,11 +184,11 @@ def _gpt2_template(
     """The post_processor that tokenizer_config.json's add_bos_token and add_eos_token imply."""
     names = {**settings, **special}
 
-    def token_id(which: str) -> int | None:
+    def token(which: str) -> Token | None:
         value = names.get(f"{which}_token", END_OF_TEXT)
         content = value.get("content") if isinstance(value, dict) else value
         if settings.get(f"add_{which}_token") is not True or not isinstance(content, str):
             return None
-        return known.get(content)
+        return (content, known[content]) if content in known else None
 
-    return post_processor(token_id("bos"), token_id("eos"))
+    return post_processor(token("bos"), token("eos"))

@@ -163,11 +163,12 @@ def _oracle(case: Any, x: Any, operands: Any) -> Any:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operation} {case.shape}")
 def test_what_is_expected_is_what_the_oracle_says(case):
     x, copies = case.x(2), case.copies(2, "xla")
+    call = jax.jit(lambda x, operands: case.sample(case.call(x, operands, "xla")))
     for operands in copies:
         oracle = np.asarray(case.sample(_oracle(case, x, operands)))
         np.testing.assert_allclose(case.expected(x, operands), oracle, rtol=0, atol=1e-12)
         with jax.default_matmul_precision("highest"):
-            out = np.asarray(case.sample(case.call(x, operands, "xla")))
+            out = np.asarray(call(x, operands))
         np.testing.assert_allclose(out, oracle, rtol=0, atol=1e-4 * np.abs(oracle).max())
     assert not np.array_equal(*(case.expected(x, operands) for operands in copies))
 
@@ -270,8 +271,8 @@ def test_wrong_results_have_an_error(monkeypatch):
 
 def test_the_ceilings_are_the_devices():
     ceilings = kernels.measure_ceilings("float32")
-    assert 1e9 < ceilings.read < 1e13 and 1e9 < ceilings.copy < 1e13
-    assert 1e9 < ceilings.flops < 1e16
+    assert 1e8 < ceilings.read < 1e13 and 1e8 < ceilings.copy < 1e13
+    assert 1e8 < ceilings.flops < 1e16
     assert 0 < ceilings.link < 1e-3
     assert ceilings.bytes_per_second == max(ceilings.read, ceilings.copy)
 

@@ -17,6 +17,7 @@ from gptjax.cli import main
 from gptjax.config import PUBLISHED, read_config
 from gptjax.models import registry
 from gptjax.models.params import abstract_params, random_params
+from tests.compilations import compilations
 
 
 @pytest.mark.parametrize(
@@ -131,17 +132,8 @@ def test_compilation_is_told_from_running():
 def test_nothing_is_compiled_in_a_measured_turn(lm):
     turn = models.ours(lm.model, lm.params, batch=2, prompt_length=20, steps=3)
     turn()
-    compiled = []
-
-    def listen(name, seconds, **_):
-        if "backend_compile" in name:
-            compiled.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compilations() as compiled:
         prefill, step = turn()
-    finally:
-        jax.monitoring.clear_event_listeners()
     assert compiled == []
     assert prefill > 0
     assert step > 0
@@ -162,7 +154,7 @@ def test_random_weights_have_the_declared_shapes_and_dtypes():
 
 def test_the_ceiling_is_the_faster_of_copying_and_reading():
     speed = measure_memory(3)
-    assert 1e9 < speed.read < 1e13 and 1e9 < speed.copy < 1e13
+    assert 1e8 < speed.read < 1e13 and 1e8 < speed.copy < 1e13
     assert speed.bytes_per_second == max(speed.read, speed.copy)
 
 

@@ -26,7 +26,7 @@ from gptjax.errors import GptjaxError
 from gptjax.models.registry import build
 from gptjax.models.params import abstract_params
 
-ROOM = 512 << 20  # bytes
+ROOM = 64 << 20  # bytes
 VALUES = [0, -1, 1, 7, 1 << 31, 1 << 62, 1 << 63, 10 ** 400, 0.5, 1e308, float("nan"), True, None, "", "x",
           "x" * 100_000, "0000", "../../x", "\\0", "F32", "float32", [], {}, [[]], [0], [1 << 40, 1 << 40], [-1],
           {"a": 1}]

@@ -87,7 +87,8 @@ def test_the_length_is_bounded_unless_it_is_given(scripted, monkeypatch, argv, e
         monkeypatch.setenv("GPTJAX_MAX_LENGTH", environment)
     model = scripted(SAID)
     assert main(["chat", "A", *argv]) == 0
-    assert model.settings == {"dtype": None, "max_length": length, "tokenizer": None, "chat_format": None}
+    others = dict.fromkeys(("dtype", "packed", "tokenizer", "chat_format"))
+    assert model.settings == {"max_length": length, **others}
 
 
 @pytest.mark.parametrize(
@@ -95,11 +96,11 @@ def test_the_length_is_bounded_unless_it_is_given(scripted, monkeypatch, argv, e
     [
         (["chat", ""], "the message is empty"),
         (["chat", "A", "-m", "/no/such/place"], "/no/such/place"),
-        (["chat", "A", "--max-length", "0"], "max_length"),
+        (["chat", "A", "--max-length", "0"], "--max-length must be a whole number"),
         (["chat", "A", "--max-length", "5"], "shorten the message, or start with a larger --max-length"),
         (["chat", "A", "--chat-format", "alpaca"], "unknown chat format 'alpaca'; choose one of harmony, chatml, "),
         (["chat", "A", "--chat-format", "chatml"], "lacks special tokens of the chat format chatml: <|im_start|>"),
-        (["chat", "A", "--no-thinking"], "enable_thinking has no meaning in the chat format harmony"),
+        (["chat", "A", "--no-thinking"], "--no-thinking has no meaning in the chat format harmony"),
         (["chat", "A", "-m", "gpt2-tales"], 'gptjax generate "Once upon a time" -m gpt2-tales'),
     ],
 )

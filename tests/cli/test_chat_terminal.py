@@ -1,5 +1,6 @@
 """`gptjax chat` at a terminal: colours, control characters, and what is typed."""
 
+import argparse
 import io
 import sys
 from types import SimpleNamespace
@@ -78,15 +79,17 @@ def talk_with(monkeypatch, capsys, talk: Session, *lines: str | type[BaseExcepti
 
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setitem(sys.modules, "readline", SimpleNamespace(get_line_buffer=lambda: drafts[0]))
-    chat._talk(talk, chat.Terminal(sys.stdout))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--max-length")
+    chat._talk(talk, chat.Terminal(sys.stdout), parser)
     assert list(typed) == []
     return capsys.readouterr()
 
 
 def test_errors_are_told_and_the_chat_goes_on(monkeypatch, capsys):
-    talk = session(CapacityError("no room"), "<|channel|>final<|message|>It was" + CTRL_C, SAID)
+    talk = session(CapacityError("no room: max_length is 9"), "<|channel|>final<|message|>It was" + CTRL_C, SAID)
     out, err = talk_with(monkeypatch, capsys, talk, "A", "/nonsense", "B", "two \\", "lines", "", EOFError)
-    assert err.splitlines()[0] == "gptjax: no room"
+    assert err.splitlines()[0] == "gptjax: no room: --max-length is 9"
     assert "gptjax: unknown command /nonsense" in err
     assert "It was\nStopped; the partial answer stays.\nIt was night.\n" in out
     assert talk.messages[-2]["content"] == "two \nlines"

@@ -97,14 +97,14 @@ def test_stats_go_to_standard_error(capsys):
     ("argv", "says"),
     [
         (["generate", "A", "--model", "/no/such/place"], "/no/such/place"),
-        (["generate", "A", "--temperature", "-1"], "temperature must be"),
+        (["generate", "A", "--temperature", "-1"], "--temperature must be"),
         (["generate", "A", "--max-length", "513"], "512 positions"),
         (["generate", "A", "--dtype", "int4"], "bfloat16"),
         (["generate", ""], "empty"),
         (["generate", "word " * 600], "512"),
         (["info", "gpt2-tails"], "gpt2-tales"),
-        (["info", "--max-batch", "0"], "max_batch"),
-        (["info", "--max-batch", "-5"], "max_batch"),
+        (["info", "--max-batch", "0"], "--max-batch must be"),
+        (["info", "--max-batch", "-5"], "--max-batch must be"),
     ],
 )
 def test_an_error_is_one_message_and_status_1(capsys, argv, says):

@@ -1,15 +1,18 @@
 """GGUF files, loaded and converted: the same configuration and the same bits as the checkpoint they were made from."""
 
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
 
 import convert
+import gptjax
 from gptjax.checkpoints.checkpoint import open_checkpoint
 from gptjax.config.rope import Factors
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.gguf import GGUFFile
+from tests.gguf import made
 from tests.oracles import gguf_from_hf, gpt2_random, gpt_oss_random, llama_random
 
 # config.json says more than llama.cpp's files can: these are left out there.
@@ -116,3 +119,58 @@ def test_missing_and_unknown_tensors_are_named(tmp_path):
     gguf = gguf_from_hf.write(tmp_path / "model.gguf", model.config, tensors)
     with pytest.raises(CheckpointError, match=r"blk\.1\.ffn_up\.weight"):
         convert.open_params(open_checkpoint(gguf))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"embedding_length": 64, "attention.head_count": 4}, r"blk.1.attn_q.weight is [96, 96], expected [64, 64]"),
+        ({"feed_forward_length": 96}, "blk.1.ffn_down.weight is [96, 64], expected [96, 96]"),
+        ({"attention.head_count": 12}, "blk.1.attn_q.weight is [96, 96], expected [192, 96]"),
+        ({"attention.head_count_kv": 3}, "blk.1.attn_k.weight is [32, 96], expected [48, 96]"),
+        (
+            {"embedding_length": 80, "attention.head_count": 5, "attention.head_count_kv": 1},
+            "blk.1.attn_q.weight is [96, 96], expected [80, 80]",
+        ),
+    ],
+)
+def test_packed_tensors_that_do_not_go_with_the_metadata_are_named(tmp_path, changes, said):
+    """Also those of whose blocks the other sizes are no multiples, as 80 is not of 32."""
+    model = llama_random.checkpoint(3, intermediate_size=64)
+    types = dict.fromkeys(
+        ("attn_q.weight", "attn_k.weight", "attn_output.weight", "token_embd.weight"), gguf_from_hf.Q8_0
+    )
+    types |= dict.fromkeys(("attn_v.weight", "ffn_up.weight", "ffn_gate.weight", "ffn_down.weight"), gguf_from_hf.Q4_0)
+    sizes = {f"llama.{key}": made.number(made.U32, value) for key, value in changes.items()}
+    if "attention.head_count" in changes:
+        sizes |= {f"llama.{key}": made.number(made.U32, 16) for key in ("attention.key_length", "rope.dimension_count")}
+    path = gguf_from_hf.write(tmp_path / "model.gguf", *model, types=types, metadata=sizes)
+    for use in (gptjax.load, lambda path: convert.convert(path, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=re.escape(said)) as caught:
+            use(path)
+        assert str(path) in str(caught.value)
+
+
+def test_what_gpt2_lacks_is_named_as_its_files_have_it(tmp_path):
+    """Not as queries, keys and values apart, which other families' files have."""
+    config, tensors = gpt2_random.checkpoint(4, activation_function="gelu_new")
+    del tensors["h.1.attn.c_attn.weight"]
+    gguf = gguf_from_hf.write(tmp_path / "model.gguf", config, tensors)
+    with pytest.raises(CheckpointError, match=r"1 tensor missing:\n +blk\.1\.attn_qkv\.weight$"):
+        convert.open_params(open_checkpoint(gguf))
+
+
+@pytest.mark.parametrize("use", ["loaded", "converted"])
+def test_packed_experts_are_read_once(tmp_path, monkeypatch, use):
+    """Though their blocks and scales are two weights."""
+    read = Counter()
+    once = GGUFFile.packed
+    monkeypatch.setattr(GGUFFile, "packed", lambda self, name: read.update([name]) or once(self, name))
+    model = gpt_oss_random.checkpoint(8)
+    gguf = gguf_from_hf.write(tmp_path / "model.gguf", model.config, model.packed)
+    if use == "loaded":
+        params(open_checkpoint(gguf))
+    else:
+        convert.convert(gguf, tmp_path / "converted")
+    experts = {f"blk.{layer}.ffn_{part}_exps.weight" for layer in range(3) for part in ("gate", "up", "down")}
+    assert read == dict.fromkeys(experts, 1)

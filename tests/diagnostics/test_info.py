@@ -48,6 +48,24 @@ def test_converted(demo, tmp_path, targets, numbers, dtype, size):
     assert facts["mxfp4"] == targets
 
 
+def test_packed_types_of_a_gguf_file(tmp_path, capsys):
+    """By hand: the queries' and keys' rows of 96 numbers in blocks of 32 and 34 bytes, all others as they are."""
+    model = llama_random.checkpoint(3, **llama_random.VARIANTS["llama2"])  # D 96, six heads of 16 and as many of keys
+    types = {f"attn_{part}.weight": gguf_from_hf.Q8_0 for part in "qkv"}
+    path = gguf_from_hf.write(tmp_path / "model.gguf", *model, types)
+    numbers, layers = 3 * 96 * 96, model.config["num_hidden_layers"]
+    rest = sum(x.size for x in model.tensors.values()) - layers * numbers
+    kept, expanded = layers * numbers // 32 * 34, layers * numbers * 4
+    facts = describe(path, dtype="float32")
+    assert facts["weights_kept_bytes"] == 4 * rest + kept
+    assert facts["weights_expanded_bytes"] == 4 * rest + expanded == facts["weights_bytes"]  # on a CPU, with room
+    for name, size in (("keep", facts["weights_kept_bytes"]), ("expand", facts["weights_expanded_bytes"])):
+        assert main(["info", str(path), "--dtype", "float32", "--packed", name, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["weights_bytes"] == size
+    gpu = imagined_gpu(1e9)
+    assert describe(path, dtype="float32", device=gpu)["weights_bytes"] == facts["weights_kept_bytes"]
+
+
 def test_weights_that_cannot_be_used(demo, tmp_path):
     """The packed part follows from the config; the whole is not known."""
     convert.convert(demo, tmp_path / "dst", quantize="all")

@@ -1,9 +1,7 @@
 """The engine on a small random model: slots, chunks, rows that do not affect each other."""
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
 from gptjax.models.params import init_params
+from tests.compilations import compilations
 
 CONFIG = GPT2Config(
     vocab_size=101,
@@ -53,18 +52,6 @@ def _run(engine: Engine, requests: list[Request]) -> list:
         if chunk.completion is not None:
             done[number] = chunk.completion
     return [(c.token_ids, c.logprobs, c.finish_reason) for _, c in sorted(done.items())]
-
-
-@contextlib.contextmanager
-def _compilations() -> Iterator[list[str]]:
-    """What is compiled in the body."""
-    compiled: list[str] = []
-    listener = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        yield compiled
-    finally:
-        jax.monitoring.clear_event_listeners()
 
 
 MIXED = [  # all kinds of sampling, and of prompt lengths
@@ -175,7 +162,7 @@ def test_another_model_of_the_same_configuration_compiles_nothing():
     _run(_engine(), MIXED[:1])
     other = jax.tree.map(lambda leaf: leaf * 2, PARAMS)
     engine = Engine(registry.build(CONFIG), other, batch=3, max_length=300)
-    with _compilations() as compiled:
+    with compilations() as compiled:
         _run(engine, MIXED[:1])
         assert compiled == []
 
@@ -183,7 +170,7 @@ def test_another_model_of_the_same_configuration_compiles_nothing():
 def test_nothing_is_compiled_after_warm_up():
     engine = _engine()
     _run(engine, MIXED)  # every bucket and every kind of sampling
-    with _compilations() as compiled:
+    with compilations() as compiled:
         # Other lengths of the same buckets, one request at a time and together.
         lengths, ids = [7, 140, 2, 290, 40, 50, 257], MIXED[-1].prompt_ids
         others = [dataclasses.replace(r, prompt_ids=ids[:n]) for r, n in zip(MIXED, lengths, strict=True)]

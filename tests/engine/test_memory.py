@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import re
 import shutil
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from gptjax.models.params import abstract_params, init_params, weights_by_path
 from gptjax.support import runtime
 from gptjax.support.runtime import DeviceMemory
 from gptjax.support.units import readable
+from tests.thinned import thorough
 
 GIB = 1 << 30
 SMALL = dataclasses.replace(
@@ -73,9 +73,6 @@ def _typed(config, kind):
     return dataclasses.replace(config, types=tuple(sorted(("/".join(path), (kind,)) for path in paths)))
 
 
-thorough = partial(pytest.param, marks=pytest.mark.thorough)
-
-
 def _device(available: int, platform: str = "cpu") -> DeviceMemory:
     return DeviceMemory("cpu" if platform == "cpu" else "Fake GPU", platform, 2 * available, available, available)
 
@@ -105,22 +102,22 @@ def _temporary(model: registry.Model, batch: int, length: int) -> int:
     ("config", "batch", "length", "dtype"),
     [
         (SMALL, 1, 70, "float32"),
-        (SMALL, 8, 33, "bfloat16"),
+        thorough(SMALL, 8, 33, "bfloat16"),
         (SHALLOW, 1, 512, "float32"),
         thorough(TALES, 8, 512, "bfloat16"),
-        (SHALLOW, 32, 200, "float32"),
-        (MIDDLE, 1, 1024, "float32"),
+        thorough(SHALLOW, 32, 200, "float32"),
+        thorough(MIDDLE, 1, 1024, "float32"),
         thorough(MIDDLE, 1, 1024, "float16"),
         (MIDDLE, 2, 1024, "bfloat16"),
         (OSS_SHALLOW, 1, 512, "float32"),
         thorough(OSS_TALES, 8, 2048, "float32"),
-        (OSS_SHALLOW, 2, 512, "bfloat16"),
+        thorough(OSS_SHALLOW, 2, 512, "bfloat16"),
         (dataclasses.replace(OSS_SHALLOW, mxfp4="all"), 1, 512, "float32"),
         thorough(dataclasses.replace(OSS_SHALLOW, mxfp4="none"), 1, 512, "float32"),
         (OSS_MIDDLE, 1, 256, "float32"),
         (LLAMA_TALES, 1, 512, "float32"),
         thorough(dataclasses.replace(LLAMA_TALES, mxfp4="linear"), 2, 512, "bfloat16"),
-        (LLAMA_MIDDLE, 1, 1024, "float32"),
+        thorough(LLAMA_MIDDLE, 1, 1024, "float32"),
         (_typed(LLAMA_MIDDLE, "Q4_0"), 1, 128, "float32"),
         thorough(_typed(LLAMA_MIDDLE, "Q8_0"), 2, 128, "bfloat16"),
         thorough(LLAMA_MIDDLE, 2, 1024, "bfloat16"),

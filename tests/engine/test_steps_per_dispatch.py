@@ -14,9 +14,11 @@ from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
+from tests.compilations import compilations
 from tests.engine import test_engine
 from tests.fuzz import rounds
 from tests.oracles import gpt_oss_ours, gpt_oss_random
+from tests.thinned import thorough
 
 SLOTS, MAX_LENGTH, VOCAB = 3, 40, 101
 STEPS = [1, 3, 8]  # a dispatch
@@ -40,7 +42,7 @@ def _gpt_oss():
     return registry.build(config), gpt_oss_ours.params(checkpoint.packed)
 
 
-@pytest.fixture(scope="module", params=["gpt2", "gpt-oss"])
+@pytest.fixture(scope="module", params=[thorough("gpt2"), "gpt-oss"])
 def made(request):
     """A model and its weights."""
     return (test_engine.MODEL, test_engine.PARAMS) if request.param == "gpt2" else _gpt_oss()
@@ -268,10 +270,7 @@ def test_nothing_is_compiled_after_warm_up(made):
     for slot, request in enumerate(REQUESTS[2:5]):
         engine.admit(slot, request)
     engine.step()
-    compiled = []
-    listener = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
+    with compilations() as compiled:
         for _ in range(20):
             engine.step()
         for slot in range(SLOTS):
@@ -279,8 +278,6 @@ def test_nothing_is_compiled_after_warm_up(made):
         for seed in range(3):
             _play(engine, seed)
         assert compiled == []
-    finally:
-        jax.monitoring.clear_event_listeners()
 
 
 def test_a_dispatch_is_of_one_step_at_least():

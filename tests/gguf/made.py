@@ -40,6 +40,19 @@ def array(kind: int, values: Sequence, count: int | None = None) -> bytes:
     return struct.pack("<IIQ", ARRAY, kind, len(values) if count is None else count) + payload
 
 
+def tokenizer(**changes: bytes) -> dict[str, bytes]:
+    """The metadata of a tokenizer of a few letters."""
+    values = {
+        "model": string("gpt2"),
+        "pre": string("gpt-2"),
+        "tokens": array(STRING, ["a", "b", "ab", "<s>"]),
+        "token_type": array(I32, [1, 1, 1, 3]),
+        "merges": array(STRING, ["a b"]),
+        **changes,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+
+
 def header(
     metadata: Mapping[str | bytes, bytes] | Sequence[tuple[str | bytes, bytes]] = (),
     entries: Mapping[str | bytes, Entry] | Sequence[tuple[str | bytes, Entry]] = (),

@@ -25,6 +25,7 @@ from gptjax.models.params import Params
 from gptjax.models.registry import Model
 from tests.oracles import gpt2_ours, gpt_oss_numpy, gpt_oss_ours
 from tests.oracles.gpt2_ours import Outputs
+from tests.thinned import thorough
 
 DEMO = Path(gptjax.__file__).parent / "demo" / "gpt-oss-tales"
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "gpt-oss-tales.npz"
@@ -166,7 +167,7 @@ def test_full_forward(golden, ours, prompt):
     assert outputs.logits_BTV[length - 1 :].argmax(axis=-1).tolist() == one.greedy
 
 
-@pytest.mark.parametrize(("chunk", "layout"), [(64, "left"), pytest.param(100, "right", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(("chunk", "layout"), [(64, "left"), thorough(100, "right")])
 def test_chunked_prefill_and_decoding_together(golden, ours, chunk, layout):
     """All prompts in one padded batch, in chunks that divide the window and chunks that do not; then a token a step.
 

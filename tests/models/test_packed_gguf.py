@@ -12,7 +12,7 @@ import gptjax
 from gptjax.api import load_params
 from gptjax.checkpoints.checkpoint import open_checkpoint
 from gptjax.config import config_from_json
-from gptjax.errors import ConfigError
+from gptjax.errors import CheckpointError, ConfigError
 from gptjax.layers.weight import AT_ONCE, product, unembed
 from gptjax.models import registry
 from gptjax.models.params import abstract_params, expanded, num_params, random_params, weights_by_path
@@ -150,3 +150,41 @@ def test_a_product_in_parts_has_every_output():
         unembed(jnp.asarray(x), packed, jnp.float32),
     ):
         np.testing.assert_allclose(found, x @ numbers.T, rtol=0, atol=1e-5 * np.abs(x @ numbers.T).max())
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("converted", [False, True], ids=["gguf", "converted"])
+def test_packed_numbers_that_float16_cannot_hold_are_refused(tmp_path, packed, converted):
+    """A scale in half precision is finite, and its product with a code is not: 65504 · 7."""
+    config, tensors = llama_random.checkpoint(3, intermediate_size=64, num_hidden_layers=1)
+    large = "model.layers.0.self_attn.o_proj.weight"
+    tensors[large] = tensors[large].copy()
+    tensors[large][3, 40] = 70_000.0  # the scale of its block becomes 10,000, and the number 7 times that
+    path = gguf_from_hf.write(tmp_path / "model.gguf", config, tensors, types=ALL)
+    if converted:
+        convert.convert(path, tmp_path / "converted")
+        path = tmp_path / "converted"
+    with pytest.raises(CheckpointError, match=r"block_0/attention/out/kernel has values beyond float16's 65504; use"):
+        gptjax.load(path, dtype="float16", max_length=64, packed=packed)
+    with gptjax.load(path, dtype="bfloat16", max_length=64, packed=packed) as lm:
+        assert np.isfinite(lm.logits(IDS)).all()
+
+
+def test_experts_in_mxfp4_that_float16_cannot_hold_are_refused(tmp_path):
+    model = gpt_oss_random.checkpoint(5, num_hidden_layers=1, layer_types=["full_attention"])
+    scales = model.packed["model.layers.0.mlp.experts.down_proj_scales"]
+    scales[2, 5, 1] = 127 + 15  # 2^15 · 2 is too much
+    directory = gpt_oss_random.write(tmp_path / "hf", model, layout="packed")
+    with pytest.raises(CheckpointError, match=r"block_0/moe/down_kernel has values beyond float16's 65504"):
+        gptjax.load(directory, dtype="float16", max_length=64)
+
+
+def test_packed_numbers_that_float16_can_hold(tmp_path):
+    """The same as in float32, as closely as float16 can."""
+    path = llama(tmp_path, num_hidden_layers=1)
+    with (
+        gptjax.load(path, max_length=64, packed=True) as one,
+        gptjax.load(path, dtype="float16", max_length=64) as other,
+    ):
+        expected = one.logits(IDS)
+        np.testing.assert_allclose(other.logits(IDS), expected, rtol=0, atol=0.02 * np.abs(expected).max())

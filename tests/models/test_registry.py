@@ -1,6 +1,7 @@
 """What follows from a model's own declaration of its weights."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,8 @@ def test_random_weights_tell_tokens_apart():
     model = registry.build(read_config(DEMOS / "gpt-oss-tales"))
     params = random_params(model)
     tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, model.config.vocab_size, (64, 1)), jnp.int32)
-    _, state = model.apply({"params": params}, tokens_BT, jnp.zeros_like(tokens_BT), mutable=[COLLECTION])
+    run = jax.jit(partial(model.apply, mutable=[COLLECTION]))
+    _, state = run({"params": params}, tokens_BT, jnp.zeros_like(tokens_BT))
     logits_TE = state[COLLECTION]["block_5"]["moe"]["router"]["output"][:, 0]
     experts, counts = np.unique(jax.lax.top_k(logits_TE, 4)[1], return_counts=True)
     assert len(experts) == 8 and counts.max() < 3 * counts.min()

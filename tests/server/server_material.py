@@ -88,7 +88,7 @@ def ask(service: Service, method: str, path: str, *, options: dict[str, Any] | N
     async def run() -> httpx2.Response:
         transport = httpx2.ASGITransport(app.build(service, **(options or {})), raise_app_exceptions=False)
         async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await asyncio.wait_for(client.request(method, path, **more), 20)
+            return await asyncio.wait_for(client.request(method, path, **more), 60)
 
     return asyncio.run(run())
 
@@ -139,7 +139,7 @@ def samples(service: Service) -> dict[tuple[str, ...], float]:
     return found
 
 
-def until(holds: Callable[[], bool], seconds: float = 5) -> Any:
+def until(holds: Callable[[], bool], seconds: float = 60) -> Any:
     """Waits, in a coroutine, for what another thread does."""
 
     async def wait() -> None:
@@ -167,7 +167,7 @@ def running(service, drain_seconds=5.0):
         yield server, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -177,7 +177,7 @@ def fail_all(worker):
         worker.fail(ticket, Failed("the server is shutting down", "drained"))
 
 
-def wait_for(holds, seconds=10):
+def wait_for(holds, seconds=60):
     until = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < until, "it did not come"

@@ -201,6 +201,19 @@ def test_health_is_answered_while_the_largest_body_is_read(kind):
     assert max(waits) < 3
 
 
+@pytest.mark.parametrize("kind", ["ids", "lists", "objects", "nested", "numbers"])
+def test_no_more_values_are_parsed_than_a_request_can_need(monkeypatch, kind):
+    """Three million lists of 9 MB would be 200 MB, made while no other thread runs."""
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("it was parsed"))
+    response = ask(make(), "POST", "/v1/completions", content=HUGE[kind])
+    assert response.status_code == 400 and '"too_large"' in response.text
+
+
+def test_as_many_ids_as_fit_a_request_are_parsed():
+    body = '{"prompt": [' + ",".join(f"[{'1,' * 4095}1]" for _ in range(128)) + "]}"
+    assert '"too_large"' not in ask(make(), "POST", "/v1/completions", content=body).text
+
+
 @pytest.mark.parametrize("text", ["the king ", " ", "x", "<|endoftext|>", "é", "\u3042"])
 def test_no_more_is_encoded_than_could_fit(monkeypatch, text):
     """Encoding ten million characters takes a tokenizer gigabytes, and 20 s."""

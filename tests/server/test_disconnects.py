@@ -94,18 +94,19 @@ def test_a_client_that_leaves_frees_its_slot(warm, model, phase):
     assert answer.json()["choices"][0]["text"] == model.generate("The king", max_tokens=9, temperature=0).text
 
 
-def test_a_killed_worker_thread_is_seen_within_two_seconds(lm, monkeypatch):
+def test_a_killed_worker_thread_is_seen_at_once(lm, monkeypatch):
+    """It dies when it wakes, as it does every second; the first who asks for /health after that is told."""
+    assert worker_module._BEAT <= 1
     monkeypatch.setattr(worker_module, "_LEVELS", worker_module._LEVELS[-1:])  # one program for all kinds of sampling
     small = gptjax.LanguageModel(
         lm.model, lm.params, tokenizer=lm.tokenizer, defaults=lm.defaults, max_length=96, max_batch=1
     )
     with served(small, GPT2, prefill_chunk=CHUNK) as (server, address):
         thread = server.config.app.state.service.worker._thread
-        began = time.monotonic()
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-        wait_for(lambda: httpx2.get(f"{address}/health").status_code == 503)
-        assert time.monotonic() - began < 2
-        assert httpx2.get(f"{address}/health").json()["status"] == "dead"
+        wait_for(lambda: not thread.is_alive())
+        response = httpx2.get(f"{address}/health")
+        assert (response.status_code, response.json()["status"]) == (503, "dead")
         assert httpx2.post(f"{address}/v1/completions", json={"prompt": "A"}).status_code == 503
         wait_for(lambda: server.should_exit or not server.servers[0].is_serving())
     assert server.status == 1

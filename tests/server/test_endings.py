@@ -50,7 +50,7 @@ class Served:
 
     def listening(self):
         """Its address, as soon as it listens."""
-        wait_for(lambda: "running on" in self.log, 60)
+        wait_for(lambda: "running on" in self.log)
         return re.search(r"running on (http://\S+)", self.log)[1]
 
     def end(self, *signals, within=3.0):
@@ -86,12 +86,15 @@ def start(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_that_compiles_ends_at_once(start, number):
+    began = time.monotonic()
     server = start()
     server.listening()
+    starting = time.monotonic() - began
     time.sleep(0.5)
     began = time.monotonic()
     server.end(number)
-    assert time.monotonic() - began < 3
+    # To start takes a fraction of what compiling takes, on a slow machine as on a fast one.
+    assert time.monotonic() - began < max(3, starting)
 
 
 def test_a_request_that_waits_for_the_compiler_is_answered(start):

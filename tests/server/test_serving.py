@@ -34,7 +34,7 @@ def test_streams_end_in_order_when_the_server_is_told_to_end():
         yield from ids(" b<|endoftext|>")
 
     service = make(script)
-    with running(service, drain_seconds=0.5) as (server, address):
+    with running(service, drain_seconds=2) as (server, address):
         with streamed(address, max_tokens=100) as short, streamed(address) as long:
             wait_for(lambda: len(service.worker.open) == 2)
             service.worker.stop = lambda: fail_all(service.worker)
@@ -54,9 +54,9 @@ def test_a_client_that_hangs_up_frees_its_slot(at):
             if at == "mid-stream":
                 next(response.iter_lines())
         wait_for(lambda: not service.worker.open)
-        body = {"prompt": "a", "max_tokens": 390}
-        with pytest.raises(httpx2.ReadTimeout):
-            httpx2.post(f"{address}/v1/completions", json=body, timeout=0.2)
+        with contextlib.ExitStack() as stack:
+            connected(stack, address).sendall(request(1, {"prompt": "a", "max_tokens": 390}))
+            wait_for(lambda: service.worker.open)
         wait_for(lambda: not service.worker.open)
     assert len(service.worker.cancelled) == 2
 
@@ -69,7 +69,7 @@ def test_a_client_that_never_reads_is_cut():
         client = connected(stack, address)
         client.sendall(request(1, {"prompt": "a", "stream": True, "max_tokens": 1 << 30, "logprobs": 20}, last=False))
         wait_for(lambda: len(service.worker.requests) == 1)
-        wait_for(lambda: not service.worker.open, 30)
+        wait_for(lambda: not service.worker.open)
         with pytest.raises(ConnectionError):
             while client.recv(1 << 20):
                 pass
@@ -113,9 +113,13 @@ def test_a_connection_that_is_used_is_not_cut():
     with running(make(send_seconds=0.5)) as (server, address), httpx2.Client(base_url=address) as client:
         assert client.get("/health").status_code == 200
         (connection,) = server.server_state.connections
-        for _ in range(20):
+        used = began = time.monotonic()
+        while used < began + 1:
             time.sleep(0.05)
             assert client.get("/health").status_code == 200
+            if time.monotonic() > used + 0.25:  # a busy machine paused: it may have been cut, and others count
+                began, (connection,) = time.monotonic(), server.server_state.connections
+            used = time.monotonic()
         assert server.server_state.connections == {connection}
 
 
@@ -127,7 +131,7 @@ def test_a_worker_that_dies_takes_the_server_with_it(monkeypatch):
         service.worker.error = "RuntimeError: gone"
         response = httpx2.get(f"{address}/health")
         assert (response.status_code, response.json()["status"]) == (503, "dead")
-        wait_for(lambda: server.should_exit or not server.servers[0].is_serving(), 5)
+        wait_for(lambda: server.should_exit or not server.servers[0].is_serving())
     assert server.status == 1
 
 
@@ -197,7 +201,7 @@ def test_the_command_serves_and_ends(tmp_path):
         subprocess.Popen([*argv, "--log-format", "json", "--max-batch", "2"], stderr=log) as process,
     ):
         try:
-            wait_for(lambda: "running on" in (tmp_path / "log").read_text(), 60)
+            wait_for(lambda: "running on" in (tmp_path / "log").read_text())
             lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
             address = lines[-1]["message"].split()[3]
             response = httpx2.get(f"{address}/health", timeout=20)

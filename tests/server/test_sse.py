@@ -48,7 +48,7 @@ def test_a_stream_is_closed_though_a_client_takes_no_ping(leaves):
 
     service = make(send_seconds=0.3, ping_seconds=0.05)
     stream = EventStream(Answer(), service)
-    asyncio.run(asyncio.wait_for(stream({}, receive, send), 20))
+    asyncio.run(asyncio.wait_for(stream({}, receive, send), 60))
     assert sorted(happened) == ["objects are closed", "requests are cancelled"]
 
 

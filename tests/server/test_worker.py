@@ -27,11 +27,12 @@ from tests.server.worker_material import (
     submit,
     until,
 )
+from tests.thinned import thorough
 
 TIMES = rounds(20)  # that each cancellation is tried
 
 
-@pytest.fixture(scope="module", params=["gpt2-tales", "gpt-oss-tales"])
+@pytest.fixture(scope="module", params=[thorough("gpt2-tales"), "gpt-oss-tales"])
 def model(request):
     """A demo; the second has rings of 128 places."""
     return gptjax.load(request.param, dtype="float32", max_length=MAX_LENGTH, max_batch=SLOTS)

@@ -13,6 +13,7 @@ from gptjax.engine.request import Request, SamplingParams
 from gptjax.server import worker as worker_module
 from gptjax.server.events import Failed, Finished, Unavailable
 from gptjax.server.worker import Worker
+from tests.compilations import compilations
 from tests.server.worker_material import CHUNK, PATIENCE, REQUESTS, Reader, ids_of, request_of
 
 
@@ -45,21 +46,18 @@ def test_nothing_is_compiled_after_warm_up():
     worker = Worker(gptjax.load("gpt-oss-tales", dtype="float32", max_length=280, max_batch=3), chunk=CHUNK)
     worker.start()
     worker.wait_until_ready()
-    compiled = []
-    listener = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listener)
     try:
-        readers = [Reader(worker, request) for request in REQUESTS if len(request.prompt_ids) <= 280]
-        readers += [Reader(worker, request_of(2, 270, 3))]
-        worker.cancel(readers[3].ticket)
-        assert all(isinstance(reader.end, Finished) for reader in readers)
-        cached = [Reader(worker, Request(ids_of(1, n), 3, SamplingParams())).end.cached_tokens for n in (70, 200)]
-        assert cached == [0, 64]
-        assert compiled == []
-        jax.jit(lambda x: x * 3.5)(np.ones(3))  # the listener does hear a compilation
-        assert compiled != []
+        with compilations() as compiled:
+            readers = [Reader(worker, request) for request in REQUESTS if len(request.prompt_ids) <= 280]
+            readers += [Reader(worker, request_of(2, 270, 3))]
+            worker.cancel(readers[3].ticket)
+            assert all(isinstance(reader.end, Finished) for reader in readers)
+            cached = [Reader(worker, Request(ids_of(1, n), 3, SamplingParams())).end.cached_tokens for n in (70, 200)]
+            assert cached == [0, 64]
+            assert compiled == []
+            jax.jit(lambda x: x * 3.5)(np.ones(3))  # the listener does hear a compilation
+            assert compiled != []
     finally:
-        jax.monitoring.clear_event_listeners()
         worker.stop()
 
 

@@ -20,3 +20,7 @@ def call(name: str = "f", arguments: Any = "{}", call_id: Any = "1", **more: Any
 
 def function(name: Any = "f", **fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, **fields}}
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]

@@ -12,6 +12,7 @@ from pallas_kernels.formats.mxfp4 import MXFP4, quantize
 from pallas_kernels.moe import moe
 from pallas_kernels.moe.reference import LARGEST_GROUP, TOGETHER, group_sizes
 from tests.oracles import moe_numpy
+from tests.thinned import thinned
 
 SETTINGS = {"alpha": 1.702, "limit": 2.0}  # so low that many values are clamped
 
@@ -93,14 +94,14 @@ def _check(shape: Shape, **options: Any) -> None:
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
 @pytest.mark.parametrize("routing", ["random", "same", "padded"])
-@pytest.mark.parametrize("shape", SHAPES, ids=_ids)
+@pytest.mark.parametrize("shape", thinned(SHAPES, SHAPES[1], SHAPES[4], SHAPES[5]), ids=_ids)
 def test_agrees_with_the_oracle(shape, routing, packed):
     _check(shape, packed=packed, routing=routing)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("shape", SHAPES[:3], ids=_ids)
+@pytest.mark.parametrize("shape", thinned(SHAPES[:3], SHAPES[1]), ids=_ids)
 def test_half_precision_agrees_with_the_oracle(shape, dtype, packed):
     _check(shape, packed=packed, dtype=dtype)
 

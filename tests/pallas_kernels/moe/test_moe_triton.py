@@ -17,6 +17,7 @@ from pallas_kernels.moe import api, moe, triton
 from pallas_kernels.moe.routing import Groups
 from tests.oracles import moe_numpy
 from tests.pallas_kernels.marks import lowered_for_h200
+from tests.thinned import thinned
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 INTERPRET = dispatch.preferred() == dispatch.XLA
@@ -76,7 +77,7 @@ def _float64(operand: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("routing", ["random", "same", "padded"])
-@pytest.mark.parametrize("shape", SHAPES, ids=_ids)
+@pytest.mark.parametrize("shape", thinned(SHAPES, SHAPES[1], SHAPES[2], SHAPES[4]), ids=_ids)
 def test_agrees_with_the_oracle(shape, routing):
     operands = _operands(shape, routing)
     actual = _routed(*operands)

@@ -1,0 +1,48 @@
+"""The pages of docs/ and the README, and what they are made of."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name if page.parent != ROOT else "root" for page in PAGES])
+
+
+@dataclasses.dataclass(frozen=True)
+class Fence:
+    """A fenced part of a page."""
+
+    language: str
+    comment: str  # of the HTML comment right above it
+    line: int  # where its text begins, from 1
+    text: str
+
+    @property
+    def skipped(self) -> str | None:
+        return self.comment.removeprefix("not run: ") if self.comment.startswith("not run: ") else None
+
+
+def fences(page: Path) -> Iterator[Fence]:
+    lines = page.read_text().splitlines()
+    start: int | None = None
+    for number, line in enumerate(lines):
+        if line.startswith("```") and start is None:
+            start = number
+        elif line == "```" and start is not None:
+            above = re.fullmatch(r"<!-- (.*) -->", lines[start - 1])
+            text = "\n".join(lines[start + 1 : number])
+            yield Fence(lines[start][3:], above[1] if above else "", start + 2, text)
+            start = None
+    assert start is None, f"{page} has a fence without an end"
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+
+
+def squeezed(text: str) -> str:
+    return " ".join(text.split())
