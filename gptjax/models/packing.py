@@ -1,6 +1,7 @@
 """Which of a model's weights are packed, and how, by their paths."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,18 @@ from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from pallas_kernels.formats.mxfp4 import BLOCK, MXFP4
 
 Path = tuple[str, ...]
-Packed = MXFP4 | Quantized | Rows
+Packed = MXFP4 | Quantized | Rows[Quantized]
 RANDOM_SCALE = 120  # of MXFP4: 2^-7, which gives random codes a standard deviation of 0.023
+
+
+def quantized(config: ModelConfig, paths: Iterable[Path], type_name: str) -> ModelConfig:
+    """The configuration with every matrix that a GGUF file may pack in one type, but experts.
+
+    Args:
+      paths: of all weights.
+    """
+    packable = [path for path in paths if _kind(path) in ("linear", "embedding")]
+    return dataclasses.replace(config, mxfp4="none", types=tuple(("/".join(path), (type_name,)) for path in packable))
 
 
 def overlaid(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,7 +62,9 @@ def _overlaid(
     return found
 
 
-def _quantized(config: ModelConfig, path: Path, shape: tuple[int, ...], kinds: tuple[str, ...]) -> Quantized | Rows:
+def _quantized(
+    config: ModelConfig, path: Path, shape: tuple[int, ...], kinds: tuple[str, ...]
+) -> Quantized | Rows[Quantized]:
     name = "/".join(path)
     if _kind(path) not in ("linear", "embedding"):
         raise ConfigError(

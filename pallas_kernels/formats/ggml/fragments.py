@@ -127,7 +127,7 @@ class QuantizedFragments:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays: those of the blocks, but that of Q4_K and Q5_K a number takes an eighth of a bit more."""
+        """Bytes of all arrays: as many as the blocks have, but an eighth of a bit more a number in Q4_K and Q5_K."""
         return 4 * sum(math.prod(array.shape) for array in jax.tree.leaves(self))
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -239,8 +239,9 @@ def _codes(parts: Parts, words: jax.Array, high: jax.Array | None, row: jax.Arra
             codes |= (high[(..., 0, *[None] * 4)] >> (first + 4 * _J + 2 * _M + _U + 16 * _H) & 1) << 4
         else:
             codes |= (high[..., None, None, None] >> (first + 4 * _M + 2 * _U + 16 * _H) & 3) << 4
-    ordered = jnp.moveaxis(codes, -5, -4 if parts.run == 32 else -3)  # [..., k, j, q, m, u, h] or [..., k, j, m, q, u, h]
-    return floats(ordered).reshape(*ordered.shape[:-6], -1)
+    # [..., k, j, q, m, u, h] or [..., k, j, m, q, u, h]
+    ordered = jnp.moveaxis(codes, -5, -4 if parts.run == 32 else -3)
+    return jnp.asarray(floats(ordered)).reshape(*ordered.shape[:-6], -1)
 
 
 def _factors(parts: Parts, scales: jax.Array, blocks: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
