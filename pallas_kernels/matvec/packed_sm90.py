@@ -1,8 +1,8 @@
 """Products of a few rows with a packed matrix [O, I], for Hopper: Pallas Mosaic GPU. See RECORD.md.
 
-A warp streams 16 rows of the matrix from memory to registers, unpacks them there, and multiplies them by eight rows of
-x at a time on the tensor cores, as the experts' kernel does (`moe.mosaic_sm90`). Blocks that share rows of the matrix
-each have some of its columns; whoever reads the result adds up their sums.
+A block streams its share of 64 rows of the matrix, and the same columns of x, through shared memory. Each warp unpacks
+16 of the rows in registers, and multiplies them by eight rows of x at a time on the tensor cores. Blocks that share
+rows of the matrix each have some of its columns; whoever reads the result adds up their sums.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Final
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
@@ -27,7 +28,9 @@ from pallas_kernels.ptx import Value
 EIGHT: Final = 8  # rows of x per instruction
 _EIGHTS: Final = 4  # of them per block, at most: the matrix is read once for every 32 rows
 _BLOCKS: Final = 528  # to aim for: 132 multiprocessors hold four each
-_UNROLL: Final = 4  # tiles whose loads are in flight while as many are computed; 256 columns
+_TURN: Final = 4  # tiles of 64 columns that are copied together: as many as share a block of 256 values
+_STAGES: Final = 6  # turns in flight per block, at most
+_ROOM: Final = 54 * 1024  # bytes of shared memory per block, of which four fit on a multiprocessor
 
 _STORE_PAIR = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.v2.f32 [$0], {$1, $2}; }"
 
@@ -37,46 +40,36 @@ Tile = Mapping[str, list[Value]]  # what a thread has of a tile, by array
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """What a thread loads of an array, for each tile of 64 columns."""
+    """What a thread reads of an array, for each tile of 64 columns."""
 
     array: str
     tile: int  # bytes of a tile in the array
     size: int  # bytes per thread: 2, 4, 8 or 16
     shift: int = 0  # 2^shift threads in turn share them
-    place: int = 0  # bytes before them, of the tile's
+    places: tuple[int, ...] = (0,)  # where they are in the tile, but for the thread's own distance
     every: int = 1  # tiles that share them
 
-    def begin(self, array: Value, tile: Value) -> Value:
-        """The address of what the thread has of a tile."""
-        at = ptx.offset(array, tile if self.every == 1 else ptx.divided(tile, self.every)[0], self.tile)
-        return ptx.shifted(ptx.offset(at, arith.shrui(ptx.thread(), ptx.const(self.shift)), self.size), self.place)
-
-    def moved(self, at: Value, turn: Value, unroll: int) -> Value:
-        """The address `turn` turns further on."""
-        return ptx.offset(at, turn, unroll // self.every * self.tile)
-
-    def count(self, tile: int) -> int:
-        """How many words a thread loads for the tile of that number in a turn."""
-        return max(1, self.size // 4) if tile % self.every == 0 else 0
+    def copied(self, tiles: int) -> int:
+        """Bytes of so many tiles."""
+        return tiles // self.every * self.tile
 
     def load(self, at: Value, tile: int) -> list[Value]:
-        """Begins to load them."""
-        count, where = self.count(tile), tile // self.every * self.tile
-        if not count:
-            return []
+        """The words of a tile, in shared memory."""
+        starts = [place + tile // self.every * self.tile for place in self.places]
         if self.size == 2:
-            return ptx.asm(f"ld.global.nc.u16 $0, [$1+{where}];", [ptx.i32()], [at], volatile=True)
-        words = ", ".join(f"${i}" for i in range(count))
-        vector = f"v{count}.b32 {{{words}}}" if count > 1 else "b32 $0"
-        text = f"ld.global.nc.L1::no_allocate.{vector}, [${count}+{where}];"
-        return ptx.asm(text, [ptx.i32()] * count, [at], volatile=True)
+            texts = [f"ld.shared.u16 $0, [$1+{start}];" for start in starts]
+            return [ptx.asm(text, [ptx.i32()], [at], volatile=True)[0] for text in texts]
+        words = [ptx.i32()] * (self.size // 4)
+        return [word for start in starts for word in ptx.load_shared(at, words, shift=start)]
 
 
 class _MXFP4Tiles:
     """Tiles of `MXFP4Fragments`."""
 
     pieces = (_Piece("words", 2048, 16), _Piece("scales", 128, 2, shift=1))
-    x_lane, x_loads = 32, ((0, 4), (16, 4))  # bytes between a token's lanes; places and words of the loads for a tile
+    x_lane = 32  # bytes of x between lanes
+    x_loads = ((0, 4), (16, 4))  # places and words of a lane's loads for a tile
+    x_gap = 16  # bytes after a row of x, such that lanes read different banks
     factor = MISSING  # of all sums
 
     def multiply(self, acc: list[Value], tile: Tile, xs: Sequence[list[Value]]) -> list[Value]:
@@ -94,16 +87,17 @@ class _GgmlTiles:
 
     def __init__(self, weight: QuantizedFragments):
         self._parts = PARTS[weight.type]
-        per_byte, per_scale = weight.words.shape[2], 4 * weight.scales.shape[-1]
-        pieces = [_Piece("words", 2048 * per_byte, 16, place=2048 * i) for i in range(per_byte)]
+        count, per_scale = weight.words.shape[2], 4 * weight.scales.shape[-1]
+        pieces = [_Piece("words", 2048 * count, 16, places=tuple(2048 * i for i in range(count)))]
         if weight.high is not None:
             pieces.append(_Piece("high", 512 * weight.high.shape[-1], 4 * weight.high.shape[-1]))
         pieces.append(_Piece("scales", 32 * per_scale, per_scale, shift=2))
         if weight.blocks is not None:
             size = 4 * weight.blocks.shape[-1]
-            pieces.append(_Piece("blocks", 32 * size, size, shift=2, every=_UNROLL))
+            pieces.append(_Piece("blocks", 32 * size, size, shift=2, every=_TURN))
         self.pieces = tuple(pieces)
         self.x_lane = self._parts.run // 2
+        self.x_gap = 4 * self.x_lane
         self.x_loads = ((0, 4), (64, 4)) if self._parts.run == 32 else ((0, 2), (32, 2), (64, 2), (96, 2))
 
     def multiply(self, acc: list[Value], tile: Tile, xs: Sequence[list[Value]]) -> list[Value]:
@@ -133,13 +127,45 @@ class _PackedPlan:
     inner: int  # I
     outputs: int  # O
     splits: int  # blocks that share I
-    unroll: int  # tiles whose loads are in flight while as many are computed
     tiles: _MXFP4Tiles | _GgmlTiles
 
     @property
     def steps(self) -> int:
         """Tiles that a block sums over."""
         return self.inner // (TILE * self.splits)
+
+    @property
+    def turn(self) -> int:
+        """Tiles that are copied together."""
+        return next(turn for turn in (_TURN, 5, 3, 2, 1) if self.steps % turn == 0)
+
+    @property
+    def turns(self) -> int:
+        return self.steps // self.turn
+
+    @property
+    def x_rows(self) -> int:
+        """Rows of x that a block copies."""
+        return min(self.rows, self.eights * EIGHT)
+
+    @property
+    def x_row(self) -> int:
+        """Bytes between rows of x in shared memory."""
+        return 2 * TILE * self.turn + self.tiles.x_gap
+
+    @property
+    def places(self) -> list[int]:
+        """Where the pieces are in a stage, and after them x."""
+        return list(itertools.accumulate((piece.copied(self.turn) for piece in self.tiles.pieces), initial=0))
+
+    @property
+    def stage(self) -> int:
+        """Bytes of a turn in shared memory."""
+        return self.places[-1] + self.x_rows * self.x_row
+
+    @property
+    def stages(self) -> int:
+        return min(self.turns, _STAGES, max(2, _ROOM // self.stage))
 
     @property
     def eights(self) -> int:
@@ -159,7 +185,7 @@ def product(x_TI: jax.Array, parts: Sequence[Fragments], bias_O: jax.Array | Non
 def splits_of(outputs: int, inputs: int) -> int:
     """Blocks that share the columns: they do not depend on the number of rows, and so a row's bits don't either."""
     steps = inputs // TILE
-    turns = steps // _UNROLL if steps % _UNROLL == 0 else steps
+    turns = steps // _TURN if steps % _TURN == 0 else steps
     wanted = _BLOCKS * TILE / outputs
     return min(
         (each for each in range(1, turns + 1) if turns % each == 0), key=lambda each: abs(math.log(each / wanted))
@@ -170,13 +196,11 @@ def splits_of(outputs: int, inputs: int) -> int:
 def _parts(x_TI: jax.Array, weight: Fragments, *, splits: int) -> jax.Array:
     """[splits, T, O] float32."""
     T, inputs = x_TI.shape
-    steps = inputs // (TILE * splits)
     plan = _PackedPlan(
         rows=T,
         inner=inputs,
         outputs=weight.shape[0],
         splits=splits,
-        unroll=next(unroll for unroll in (_UNROLL, 5, 3, 2, 1) if steps % unroll == 0),
         tiles=_MXFP4Tiles() if isinstance(weight, MXFP4Fragments) else _GgmlTiles(weight),
     )
     arrays = {piece.array: getattr(weight, piece.array) for piece in plan.tiles.pieces}
@@ -185,16 +209,30 @@ def _parts(x_TI: jax.Array, weight: Fragments, *, splits: int) -> jax.Array:
         {"x": x_TI, **arrays},
         {"out": jax.ShapeDtypeStruct((splits, T, plan.outputs), jnp.float32)},
         {"panel": plan.outputs // TILE, "share": -(-T // (plan.eights * EIGHT)), "split": splits},
+        {
+            "ring": plgpu.SMEM((plan.stages, plan.stage // 4), jnp.uint32),
+            "mbarriers": plgpu.SMEM((2 * plan.stages,), jnp.uint32),
+        },
     )
     return results["out"]
 
 
 def packed_matvec(
-    plan: _PackedPlan, *, x: Value, out: Value, panel: Value, share: Value, split: Value, **arrays: Value
+    plan: _PackedPlan,
+    *,
+    x: Value,
+    out: Value,
+    ring: Value,
+    mbarriers: Value,
+    panel: Value,
+    share: Value,
+    split: Value,
+    **arrays: Value,
 ) -> None:
     """One thread of a block: 64 rows of the matrix times up to `eights` · 8 rows of x."""
     first = ptx.mul(share, plan.eights * EIGHT)
-    acc = _sums(plan, x, arrays, panel, first, split)
+    copies = _Copies(plan, x, arrays, ring, ptx.MBarriers(mbarriers, plan.stages), panel, first, split)
+    acc = _sums(plan, copies, ring)
     _, _, q = ptx.fragment_lane()
     for eight in range(plan.eights):
         for column in range(2):
@@ -210,50 +248,93 @@ def _even_row(panel: Value) -> Value:
     return ptx.add(ptx.mul(panel, TILE), ptx.mul(warp, 16), ptx.mul(g, 2))
 
 
-def _sums(
-    plan: _PackedPlan, x: Value, arrays: Mapping[str, Value], panel: Value, first: Value, split: Value
-) -> list[Value]:
+class _Copies:
+    """Copies of turns to the stages of the ring. The first warp begins them."""
+
+    def __init__(
+        self,
+        plan: _PackedPlan,
+        x: Value,
+        arrays: Mapping[str, Value],
+        ring: Value,
+        arrived: ptx.MBarriers,
+        panel: Value,
+        first: Value,
+        split: Value,
+    ):
+        self._plan, self._ring, self.arrived = plan, ring, arrived
+        start = ptx.mul(split, plan.turns)
+        turn = ptx.add(ptx.mul(panel, plan.turns * plan.splits), start)
+        self._from = [ptx.offset(arrays[piece.array], turn, piece.copied(plan.turn)) for piece in plan.tiles.pieces]
+        # The sums of rows beyond the last are not used, so any row will do for them.
+        row = arith.minsi(ptx.add(first, ptx.thread()), ptx.const(plan.rows - 1))
+        self._x_from = ptx.offset(ptx.offset(x, row, 2 * plan.inner), start, 2 * TILE * plan.turn)
+
+    def begin(self, turn: Value | int, stage: Value | int) -> None:
+        """Begins to copy a turn. All threads of the first warp call it."""
+        plan, one = self._plan, ptx.less(ptx.thread(), 1)
+        mbarrier, to = self.arrived.at(stage), ptx.shared_offset(self._ring, ptx.as_value(stage), plan.stage)
+        x_size = 2 * TILE * plan.turn
+        ptx.expect_bytes(mbarrier, plan.places[-1] + plan.x_rows * x_size, one)
+        for piece, place, source in zip(plan.tiles.pieces, plan.places[:-1], self._from, strict=True):
+            size = piece.copied(plan.turn)
+            ptx.bulk_copy(ptx.add(to, place), ptx.offset(source, turn, size), size, mbarrier, one)
+        x_to = ptx.add(to, plan.places[-1], ptx.mul(ptx.thread(), plan.x_row))
+        of_row = ptx.less(ptx.thread(), plan.x_rows)
+        ptx.bulk_copy(x_to, ptx.offset(self._x_from, turn, x_size), x_size, mbarrier, of_row)
+
+
+def _sums(plan: _PackedPlan, copies: _Copies, ring: Value) -> list[Value]:
     """Four sums per eight rows of x: the thread's even and odd row times two of them, in the order of `ptx.mma`."""
+    copies.arrived.init()
+    ptx.sync_block()
+    copying = ptx.less(ptx.thread(), 32)
+
+    def begin_all() -> None:
+        for stage in range(plan.stages):
+            copies.begin(stage, stage)
+
+    ptx.when(copying, begin_all)
     _, g, q = ptx.fragment_lane()
-    start = ptx.mul(split, plan.steps)
-    number = ptx.add(ptx.mul(panel, plan.steps * plan.splits), start)
-    pieces = plan.tiles.pieces
-    ats = [piece.begin(arrays[piece.array], number) for piece in pieces]
-    x_at, present = [], []
-    for eight in range(plan.eights):
-        row = ptx.add(first, g, EIGHT * eight)
-        row_at = ptx.offset(ptx.offset(x, row, 2 * plan.inner), ptx.mul(start, TILE), 2)
-        x_at.append(ptx.offset(row_at, q, plan.tiles.x_lane))
-        present.append(ptx.less(row, plan.rows))
+    own = [
+        ptx.add(ptx.mul(arith.shrui(ptx.thread(), ptx.const(piece.shift)), piece.size), place)
+        for piece, place in zip(plan.tiles.pieces, plan.places[:-1], strict=True)
+    ]
+    own_x = [
+        ptx.add(
+            ptx.mul(arith.minsi(ptx.add(g, EIGHT * eight), ptx.const(plan.x_rows - 1)), plan.x_row),
+            ptx.mul(q, plan.tiles.x_lane),
+            plan.places[-1],
+        )
+        for eight in range(plan.eights)
+    ]
 
-    def load(turn: Value) -> list[Value]:
-        here = [piece.moved(at, turn, plan.unroll) for piece, at in zip(pieces, ats, strict=True)]
-        loads = [piece.load(at, i) for i in range(plan.unroll) for piece, at in zip(pieces, here, strict=True)]
-        return [value for values in loads for value in values]
-
-    def compute(turn: Value, acc: list[Value], loaded: list[Value]) -> list[Value]:
-        x_from = [ptx.offset(at, ptx.mul(turn, plan.unroll), 2 * TILE) for at in x_at]
-        values = iter(loaded)
-        shared: dict[str, list[Value]] = {}
-        for i in range(plan.unroll):
-            tile: dict[str, list[Value]] = {}
-            for piece in pieces:
-                new = list(itertools.islice(values, piece.count(i)))
-                tile.setdefault(piece.array, []).extend(new or shared[piece.array])
-            shared = tile
-            xs = [_x(plan, at, condition, i) for at, condition in zip(x_from, present, strict=True)]
-            acc = plan.tiles.multiply(acc, tile, xs)
-        return acc
+    def turn(number: Value, carry: list[Value]) -> list[Value]:
+        *acc, stage, parity = carry
+        copies.arrived.wait(stage, parity)
+        begin = ptx.shared_offset(ring, stage, plan.stage)
+        at, x_at = ([ptx.add(begin, each) for each in places] for places in (own, own_x))
+        for i in range(plan.turn):
+            tile = {piece.array: piece.load(each, i) for piece, each in zip(plan.tiles.pieces, at, strict=True)}
+            acc = plan.tiles.multiply(acc, tile, [_x(plan, each, i) for each in x_at])
+        ptx.sync_block()
+        following = ptx.add(number, plan.stages)
+        ptx.when(arith.andi(copying, ptx.less(following, plan.turns)), lambda: copies.begin(following, stage))
+        last = arith.cmpi(arith.CmpIPredicate.eq, stage, ptx.const(plan.stages - 1))
+        return [
+            *acc,
+            arith.select(last, ptx.const(0), ptx.add(stage, 1)),
+            arith.select(last, arith.xori(parity, ptx.const(1)), parity),
+        ]
 
     zeros = [ptx.float32(0.0)] * (4 * plan.eights)
-    return ptx.prefetched_loop(plan.steps // plan.unroll, zeros, load, compute)
+    return ptx.loop(plan.turns, [*zeros, ptx.const(0), ptx.const(0)], turn)[:-2]
 
 
-def _x(plan: _PackedPlan, at: Value, present: Value, tile: int) -> list[Value]:
-    """16 numbers of a token, of a tile's columns."""
+def _x(plan: _PackedPlan, at: Value, tile: int) -> list[Value]:
+    """16 numbers of a row of x, of a tile's columns."""
     loads = [
-        ptx.load(at, [ptx.i32()] * count, present, space="global.nc", shift=2 * TILE * tile + place)
-        for place, count in plan.tiles.x_loads
+        ptx.load_shared(at, [ptx.i32()] * count, shift=2 * TILE * tile + place) for place, count in plan.tiles.x_loads
     ]
     return [value for values in loads for value in values]
 
