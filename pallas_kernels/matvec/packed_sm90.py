@@ -106,13 +106,15 @@ class _GgmlTiles:
         for j in range(2):
             runs = ggml.runs(self._parts, tile["scales"], shared, j)
             for number, run in enumerate(runs):
-                zeros = [ptx.float32(0.0)] * len(acc)
-                dots, sums = zeros, zeros
-                for m in (0, 1) if len(runs) == 1 else (number,):
+                columns = (0, 1) if len(runs) == 1 else (number,)
+                sums = [ptx.float32(0.0)] * len(acc)
+                if run.offsets is not None:
+                    for m in columns:
+                        sums = _multiplied(sums, ggml.minus_128(), xs, 2 * j + m)
+                dots = sums
+                for m in columns:
                     a = ggml.operand(self._parts, tile["words"], tile.get("high", []), j, m)
                     dots = _multiplied(dots, a, xs, 2 * j + m)
-                    if run.offsets is not None:
-                        sums = _multiplied(sums, ggml.ones(), xs, 2 * j + m)
                 acc = _plus(acc, run.factors, dots)
                 if run.offsets is not None:
                     acc = _plus(acc, run.offsets, sums)

@@ -1,8 +1,8 @@
 """ggml's fragments become operands of the tensor cores, in a thread's registers: for kernels for Hopper.
 
 A code c of four to six bits is put into the mantissa of 128, which makes the bfloat16 number 128 + c. Types without
-offsets subtract 128 and the code of zero. In those with offsets, 128 times the factor is taken from the offset instead,
-by which each run of columns multiplies the sum of x over it.
+offsets subtract 128 and the code of zero. Those with offsets need the sum of x over each run of columns in any case: the
+tensor cores multiply it by -128, which the products with codes begin with.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from pallas_kernels import ptx
 from pallas_kernels.formats.ggml.fragments import Parts
 from pallas_kernels.ptx import Value
 
-_ONES: Final = 0x3F803F80  # two bfloat16 numbers
+_MINUS_128: Final = 0xC300C300 - 2**32  # two bfloat16 numbers
 _OR: Final = "{ .reg .b32 t; %s.b32 t, $1, %d; lop3.b32 $0, t, 0x%08X, $2, 0xEA; }"  # $2 | bits of $1
 _SIGNED: Final = """{ .reg .b32 t, low, sign; shr.u32 t, $1, %d;
 lop3.b32 low, t, 0x007F007F, 0x43004300, 0xEA; lop3.b32 sign, t, 0x00800080, 0xC300C300, 0xEA;
@@ -28,7 +28,7 @@ class Run:
     """What 32 columns share, or 16: for both of a thread's rows."""
 
     factors: list[Value]
-    offsets: list[Value] | None
+    offsets: list[Value] | None  # divided by -128
 
 
 def halves(word: Value) -> list[Value]:
@@ -77,18 +77,14 @@ def runs(parts: Parts, scales: list[Value], shared: list[list[Value]], j: int) -
     if not parts.shared:
         per = len(scales) // 2
         factors, *offsets = [halves(word) for word in scales[per * j : per * (j + 1)]]
-        return [Run(factors, [_less_128(*pair) for pair in zip(offsets[0], factors, strict=True)] if offsets else None)]
+        return [Run(factors, [arith.mulf(each, ptx.float32(-1 / 128)) for each in offsets[0]] if offsets else None)]
     word, d = scales[j], shared[0]
     if parts.run == 16:
         word = arith.xori(word, ptx.const(0x80808080 - 2**32))  # signed bytes, plus 128
         return [Run([arith.mulf(d[r], _byte(word, 2 * r + m, 128)) for r in range(2)], None) for m in range(2)]
     factors = [arith.mulf(d[r], _byte(word, 2 * r)) for r in range(2)]
-    minima = [arith.mulf(shared[1][r], _byte(word, 2 * r + 1)) for r in range(2)]
-    return [Run(factors, [_less_128(arith.negf(each), factor) for each, factor in zip(minima, factors, strict=True)])]
-
-
-def _less_128(offset: Value, factor: Value) -> Value:
-    return ptx.fma(factor, ptx.float32(-128.0), offset)
+    minima = [arith.mulf(shared[1][r], ptx.float32(1 / 128)) for r in range(2)]  # -minimum / -128
+    return [Run(factors, [arith.mulf(minima[r], _byte(word, 2 * r + 1)) for r in range(2)])]
 
 
 def _byte(word: Value, place: int, zero: int = 0) -> Value:
@@ -97,6 +93,6 @@ def _byte(word: Value, place: int, zero: int = 0) -> Value:
     return arith.subf(number, ptx.float32(2**23 + zero))
 
 
-def ones() -> list[Value]:
-    """Operand A of ones, whose product is the sum of x over 16 columns."""
-    return [ptx.const(_ONES)] * 4
+def minus_128() -> list[Value]:
+    """Operand A of -128, whose product is that times the sum of x over 16 columns."""
+    return [ptx.const(_MINUS_128)] * 4
