@@ -1,8 +1,8 @@
 """ggml's fragments become operands of the tensor cores, in a thread's registers: for kernels for Hopper.
 
 A code c of four to six bits is put into the mantissa of 128, which makes the bfloat16 number 128 + c. Types without
-offsets subtract 128 and the code of zero. Those with offsets need the sum of x over each run of columns in any case: the
-tensor cores multiply it by -128, which the products with codes begin with.
+offsets subtract 128 and the code of zero. Those with offsets need the sum of x over each run of columns in any case:
+the tensor cores multiply it by -128, and products with codes begin with that.
 """
 
 import dataclasses
