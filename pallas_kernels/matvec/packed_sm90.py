@@ -27,10 +27,12 @@ from pallas_kernels.ptx import Value
 
 EIGHT: Final = 8  # rows of x per instruction
 _EIGHTS: Final = 4  # of them per block, at most: the matrix is read once for every 32 rows
-_BLOCKS: Final = 528  # to aim for: 132 multiprocessors hold four each
+_BLOCKS: Final = 924  # at most: 132 multiprocessors hold seven each
+_SPLITS: Final = 8  # blocks that share I, at most: someone has to add up their sums
 _TURN: Final = 4  # tiles of 64 columns that are copied together: as many as share a block of 256 values
+_UNROLL: Final = 2
 _STAGES: Final = 6  # turns in flight per block, at most
-_ROOM: Final = 54 * 1024  # bytes of shared memory per block, of which four fit on a multiprocessor
+_ROOM: Final = 31 * 1024  # bytes of shared memory per block, of which seven fit on a multiprocessor
 
 _STORE_PAIR = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.v2.f32 [$0], {$1, $2}; }"
 
@@ -52,6 +54,10 @@ class _Piece:
     def copied(self, tiles: int) -> int:
         """Bytes of so many tiles."""
         return tiles // self.every * self.tile
+
+    def moved(self, at: Value, index: Value, unroll: int) -> Value:
+        """The address in shared memory `index` times `unroll` tiles further on."""
+        return at if self.every > 1 else ptx.add(at, ptx.mul(index, unroll * self.tile))
 
     def load(self, at: Value, tile: int) -> list[Value]:
         """The words of a tile, in shared memory."""
@@ -142,6 +148,11 @@ class _PackedPlan:
         return next(turn for turn in (_TURN, 5, 3, 2, 1) if self.steps % turn == 0)
 
     @property
+    def unroll(self) -> int:
+        """Tiles that are computed at a time: with more, fewer blocks would have enough registers."""
+        return math.gcd(self.turn, _UNROLL)
+
+    @property
     def turns(self) -> int:
         return self.steps // self.turn
 
@@ -188,10 +199,8 @@ def splits_of(outputs: int, inputs: int) -> int:
     """Blocks that share the columns: they do not depend on the number of rows, and so a row's bits don't either."""
     steps = inputs // TILE
     turns = steps // _TURN if steps % _TURN == 0 else steps
-    wanted = _BLOCKS * TILE / outputs
-    return min(
-        (each for each in range(1, turns + 1) if turns % each == 0), key=lambda each: abs(math.log(each / wanted))
-    )
+    most = max(1, min(_SPLITS, _BLOCKS * TILE // outputs))
+    return max(each for each in range(1, most + 1) if turns % each == 0)
 
 
 @partial(jax.jit, static_argnames=("splits",))
@@ -316,9 +325,16 @@ def _sums(plan: _PackedPlan, copies: _Copies, ring: Value) -> list[Value]:
         copies.arrived.wait(stage, parity)
         begin = ptx.shared_offset(ring, stage, plan.stage)
         at, x_at = ([ptx.add(begin, each) for each in places] for places in (own, own_x))
-        for i in range(plan.turn):
-            tile = {piece.array: piece.load(each, i) for piece, each in zip(plan.tiles.pieces, at, strict=True)}
-            acc = plan.tiles.multiply(acc, tile, [_x(plan, each, i) for each in x_at])
+
+        def tiles(index: Value, acc: list[Value]) -> list[Value]:
+            here = [piece.moved(each, index, plan.unroll) for piece, each in zip(plan.tiles.pieces, at, strict=True)]
+            x_here = [ptx.add(each, ptx.mul(index, 2 * TILE * plan.unroll)) for each in x_at]
+            for i in range(plan.unroll):
+                tile = {piece.array: piece.load(each, i) for piece, each in zip(plan.tiles.pieces, here, strict=True)}
+                acc = plan.tiles.multiply(acc, tile, [_x(plan, each, i) for each in x_here])
+            return acc
+
+        acc = ptx.loop(plan.turn // plan.unroll, acc, tiles)
         ptx.sync_block()
         following = ptx.add(number, plan.stages)
         ptx.when(arith.andi(copying, ptx.less(following, plan.turns)), lambda: copies.begin(following, stage))
