@@ -1,6 +1,7 @@
 """`gptjax bench`."""
 
 import argparse
+import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from gptjax.cli.common import (
     overrides,
     packed,
 )
+from gptjax.config.quantization import KEPT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +56,9 @@ examples:
     )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
     parser.add_argument("--random", metavar="NAME", help="use random weights of a published size, such as gpt2-xl")
+    parser.add_argument(
+        "--quantize", metavar="TYPE", choices=("mxfp4", *KEPT), help="the type of the --random weights: mxfp4, Q4_K, …"
+    )
     parser.add_argument(
         "--write-random",
         metavar="DIRECTORY",
@@ -141,6 +146,8 @@ def _check(args: argparse.Namespace) -> None:
             raise RequestError(f"--{name.replace('_', '-')} must be at least 1, found {values}")
     if args.random is not None and args.model is not None:
         raise RequestError("name a checkpoint or --random, not both")
+    if args.quantize is not None and (args.random is None or args.write_random is not None):
+        raise RequestError("--quantize is the type of --random weights that are measured: name a size with --random")
     if args.write_random is not None and args.random is None:
         raise RequestError("--write-random needs a size to write: name it with --random, as in --random gpt-oss-20b")
     if args.plot is not None and (args.kernels is None or args.tune is not None):
@@ -185,7 +192,8 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
     from gptjax.config import published
     from gptjax.engine import memory
     from gptjax.models import registry
-    from gptjax.models.params import random_params, repacked
+    from gptjax.models.packing import quantized
+    from gptjax.models.params import abstract_params, random_params, repacked, weights_by_path
     from gptjax.support import runtime
 
     longest = max(args.prompt_length)
@@ -197,12 +205,17 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
         lm, loading = measure_loading(lambda: load_checkpoint(checkpoint, **settings))
         return lm.model, lm.params, name, checkpoint.path, loading
     config = published(args.random)
+    if args.quantize == "mxfp4":
+        config = dataclasses.replace(config, mxfp4="all")
+    elif args.quantize is not None:
+        config = quantized(config, weights_by_path(abstract_params(registry.build(config))), args.quantize)
     length = models.needed_length(config, longest, args.steps)
     runtime.enable_compilation_cache()
     model = registry.build(config, dtype=runtime.compute_dtype(args.dtype))
     memory.check(model, batch=max(args.batch), max_length=length)
     params, loading = measure_loading(lambda: repacked(model, random_params(model)))
-    return model, params, f"{args.random} (random weights)", None, loading
+    title = f"{args.random} (random weights{f' in {args.quantize}' if args.quantize else ''})"
+    return model, params, title, None, loading
 
 
 def _print(title: str, loading: "Loading", speed: "MemorySpeed", results: "Sequence[Result]") -> None:

@@ -1,7 +1,8 @@
 """Declares weights, and multiplies by them, as numbers or packed."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import flax.linen as nn
 import jax
@@ -9,13 +10,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.formats import is_packed
+from pallas_kernels.formats.ggml.fragments import QuantizedFragments
 from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from pallas_kernels.formats.mxfp4 import MXFP4
-from pallas_kernels.matvec import FEW, matvec
+from pallas_kernels.matvec import FEW, Fragments, matvec, packed_matvec
 from pallas_kernels.partial_sum import PartialSum
 
-Embedding = jax.Array | MXFP4 | Quantized
-Weight = Embedding | Rows  # experts may also be MXFP4Fragments
+Matrix = MXFP4 | Quantized | Fragments  # packed
+Embedding = jax.Array | MXFP4 | Quantized | QuantizedFragments  # or MXFP4Fragments, of a head alone
+Weight = jax.Array | Matrix | Rows[Quantized] | Rows[QuantizedFragments]
 STANDARD_DEVIATION = 0.02
 AT_ONCE = 1 << 18  # numbers of a packed weight that a CPU unpacks at a time
 
@@ -67,20 +70,28 @@ def product(
     if isinstance(kernel, jax.Array):
         y = jax.lax.dot(rows, kernel.astype(dtype), preferred_element_type=jnp.float32)
     else:
-        parts = kernel.parts if isinstance(kernel, Rows) else (kernel,)
+        parts: Sequence[Matrix] = kernel.parts if isinstance(kernel, Rows) else (kernel,)
+        if _is_fragments(parts) and rows.shape[0] <= FEW:
+            return packed_matvec(rows, parts, bias, implementation=implementation)
         products = [_packed_product(rows, part, dtype) for part in parts]
         y = products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
     return PartialSum(y[None], bias_EO=None if bias is None else bias[None])
 
 
-def _packed_product(rows: jax.Array, packed: MXFP4 | Quantized, dtype: DTypeLike) -> jax.Array:
+def _is_fragments(parts: Sequence[Matrix]) -> TypeGuard[Sequence[Fragments]]:
+    return all(isinstance(part, Fragments) for part in parts)
+
+
+def _packed_product(rows: jax.Array, packed: Matrix, dtype: DTypeLike) -> jax.Array:
     """[T, in] · packed [out, in]: [T, out] float32."""
+    if isinstance(packed, Fragments):
+        return _as_a_whole(rows, packed, dtype=dtype)
     how = partial(_in_parts, dtype=dtype), partial(_as_a_whole, dtype=dtype)
     y: jax.Array = jax.lax.platform_dependent(rows, packed, cpu=how[0], default=how[1])
     return y
 
 
-def _as_a_whole(rows: jax.Array, packed: MXFP4 | Quantized, *, dtype: DTypeLike) -> jax.Array:
+def _as_a_whole(rows: jax.Array, packed: Matrix, *, dtype: DTypeLike) -> jax.Array:
     contract = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(rows, packed.dequantize(dtype), contract, preferred_element_type=jnp.float32)
 
@@ -108,6 +119,8 @@ def _in_parts(rows: jax.Array, packed: MXFP4 | Quantized, *, dtype: DTypeLike) -
 
 def embed(embedding_VD: Embedding, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Rows of an embedding, [...] -> [..., D]."""
+    if isinstance(embedding_VD, QuantizedFragments):
+        return embedding_VD.rows(ids, dtype)
     return numbers(embedding_VD[ids], dtype)
 
 
@@ -117,4 +130,7 @@ def unembed(hidden: jax.Array, embedding_VD: Embedding, dtype: DTypeLike) -> jax
         embedding = embedding_VD.astype(dtype)
         return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
     rows = hidden.reshape(-1, hidden.shape[-1])
+    if isinstance(embedding_VD, Fragments) and rows.shape[0] <= FEW:
+        logits = packed_matvec(rows.astype(dtype), [embedding_VD]).total()
+        return logits.reshape(*hidden.shape[:-1], -1)
     return _packed_product(rows, embedding_VD, dtype).reshape(*hidden.shape[:-1], -1)

@@ -1,5 +1,6 @@
 """Which of a model's weights are packed, and how, by their paths."""
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -9,15 +10,35 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.config.quantization import packs
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, RequestError
 from gptjax.support.quoting import names
 from pallas_kernels.formats.ggml import PACKED
 from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from pallas_kernels.formats.mxfp4 import BLOCK, MXFP4
 
 Path = tuple[str, ...]
-Packed = MXFP4 | Quantized | Rows
+Packed = MXFP4 | Quantized | Rows[Quantized]
 RANDOM_SCALE = 120  # of MXFP4: 2^-7, which gives random codes a standard deviation of 0.023
+
+
+def quantized(config: ModelConfig, weights: Mapping[Path, Any], type_name: str) -> ModelConfig:
+    """The configuration with every matrix that a GGUF file may pack in one type, but experts.
+
+    Args:
+      weights: all shapes, by path.
+
+    Raises:
+      RequestError: rows are not whole blocks of the type.
+    """
+    packable = [path for path in weights if _kind(path) in ("linear", "embedding")]
+    for path in packable:
+        width, size = _summed_last(path, weights[path].shape)[-1], PACKED[type_name].size
+        if width % size:
+            raise RequestError(
+                f"{type_name} packs {size} numbers at a time, and {'/'.join(path)} has rows of {width}; choose a type "
+                "with smaller blocks, such as Q8_0"
+            )
+    return dataclasses.replace(config, mxfp4="none", types=tuple(("/".join(path), (type_name,)) for path in packable))
 
 
 def overlaid(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,7 +72,9 @@ def _overlaid(
     return found
 
 
-def _quantized(config: ModelConfig, path: Path, shape: tuple[int, ...], kinds: tuple[str, ...]) -> Quantized | Rows:
+def _quantized(
+    config: ModelConfig, path: Path, shape: tuple[int, ...], kinds: tuple[str, ...]
+) -> Quantized | Rows[Quantized]:
     name = "/".join(path)
     if _kind(path) not in ("linear", "embedding"):
         raise ConfigError(

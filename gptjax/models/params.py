@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from gptjax.errors import CheckpointError
 from gptjax.layers.weight import STANDARD_DEVIATION
 from gptjax.models.packing import is_kernel, overlaid, random_packed
 from gptjax.models.registry import Model, build
-from pallas_kernels import moe
+from pallas_kernels import matvec, moe
 from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from pallas_kernels.formats.mxfp4 import MXFP4
@@ -77,19 +78,30 @@ def _float32_params(config: ModelConfig) -> Params:
 def repacked(model: Model, params: Params) -> Params:
     """The weights in the layout that the device's kernels want. Deletes the originals of repacked weights.
 
-    Only affects models in bfloat16, since only they have kernels for experts.
+    Only affects models in bfloat16, since only they have kernels for packed weights.
     """
     if jnp.dtype(model.dtype) != jnp.bfloat16:
         return params
-    leaves, tree = jax.tree.flatten(params, is_leaf=lambda node: isinstance(node, MXFP4))
-    for i, leaf in enumerate(leaves):
-        if isinstance(leaf, MXFP4) and leaf.ndim == 3:  # experts
-            leaves[i] = moe.repacked(leaf, model.implementation)
-            if leaves[i] is not leaf:
-                jax.block_until_ready(leaves[i])
-                leaf.blocks.delete()
-                leaf.scales.delete()
-    return jax.tree.unflatten(tree, leaves)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)
+    found = []
+    for path, leaf in leaves:
+        # Rows of an embedding that is not the head's matrix too are only looked up.
+        looked_up = path[-1].key == "token_embedding" and (isinstance(leaf, MXFP4) or not model.config.tied_head)
+        fitting = _repacked(leaf, model.implementation) if is_packed(leaf) and not looked_up else leaf
+        if fitting is not leaf:
+            jax.block_until_ready(fitting)
+            jax.tree.map(lambda array: array.delete(), leaf)
+        found.append(fitting)
+    return jax.tree.unflatten(tree, found)
+
+
+def _repacked(leaf: Any, implementation: str) -> Any:
+    if isinstance(leaf, MXFP4) and leaf.ndim == 3:
+        return moe.repacked(leaf, implementation)
+    if not isinstance(leaf, Rows):
+        return matvec.repacked(leaf, implementation)
+    parts = [matvec.repacked(part, implementation) for part in leaf.parts]
+    return leaf if any(map(operator.is_, parts, leaf.parts)) else Rows(tuple(parts))
 
 
 def expanded(params: Params, dtype: DTypeLike) -> Params:
@@ -107,7 +119,7 @@ def expanded(params: Params, dtype: DTypeLike) -> Params:
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "turned"))
-def _expanded(weight: Quantized | Rows, *, dtype: jnp.dtype, turned: bool) -> jax.Array:
+def _expanded(weight: Quantized | Rows[Quantized], *, dtype: jnp.dtype, turned: bool) -> jax.Array:
     numbers = weight.dequantize(dtype)
     return numbers.T if turned else numbers
 

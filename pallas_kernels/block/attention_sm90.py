@@ -260,8 +260,8 @@ class Head:
     def _merged(self, records: Value, shifts: list[int]) -> tuple[Value, Value, list[Value]]:
         """Merges several softmaxes of a row: the maximum, the total and the sums of the lane's two columns."""
         pair = ptx.add(records, ptx.mul(self.thread.cluster.lane, 8))
-        ends = [ptx.load_shared_pair(ptx.add(records, shift + 4 * PANEL)) for shift in shifts]
-        all_sums = [ptx.load_shared_pair(ptx.add(pair, shift)) for shift in shifts]
+        ends = [ptx.load_shared(ptx.add(records, shift + 4 * PANEL), [ptx.f32()] * 2) for shift in shifts]
+        all_sums = [ptx.load_shared(ptx.add(pair, shift), [ptx.f32()] * 2) for shift in shifts]
         maximum = ends[0][0]
         for each, _ in ends[1:]:
             maximum = arith.maximumf(maximum, each)

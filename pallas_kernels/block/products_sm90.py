@@ -160,7 +160,10 @@ def mailbox_pair(thread: Thread, slot: Value | int, row: Value, pair: Value) -> 
     plan = thread.plan
     row_at = ptx.add(ptx.mul(slot, plan.rows), row)
     at = ptx.add(ptx.shared_offset(thread.shared["mailbox"], row_at, 4 * PANEL), ptx.mul(pair, 8))
-    parts = [ptx.load_shared_pair(ptx.add(at, 4 * PANEL * plan.rows * SLOTS * source)) for source in range(plan.blocks)]
+    types = [ptx.f32()] * 2
+    parts = [
+        ptx.load_shared(ptx.add(at, 4 * PANEL * plan.rows * SLOTS * source), types) for source in range(plan.blocks)
+    ]
     return [ptx.tree_sum([part[i] for part in parts]) for i in range(2)]
 
 

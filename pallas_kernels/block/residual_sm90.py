@@ -67,7 +67,7 @@ class Norm:
         thread, plan = self._thread, self._thread.plan
         for (is_pair, row, pair, _, _, weights), word in zip(self._turns, words, strict=True):
             row = arith.minsi(row, ptx.const(plan.rows - 1))
-            mean, factor = ptx.load_shared_pair(ptx.shared_offset(thread.shared["statistics"], row, 8))
+            mean, factor = ptx.load_shared(ptx.shared_offset(thread.shared["statistics"], row, 8), [ptx.f32()] * 2)
             normed = [
                 ptx.fma(arith.mulf(arith.subf(each, mean), factor), scale, bias)
                 for each, scale, bias in zip(*map(ptx.halves, (word, *weights)), strict=True)

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from pallas_kernels.formats.mxfp4 import BLOCK, MXFP4
 
 TILE = 64  # rows and columns
+LARGEST_SCALE = 192  # that the kernels take: 2^65
 # Per plane: how far to shift the sign, the exponent's upper bit and the other two bits of a code 0bseem to the left.
 _PLACES = ((12, 6, 6), (9, 3, 3), (6, 0, 0), (11, 11, 10))
 
@@ -97,6 +98,12 @@ class MXFP4Fragments:
         return MXFP4Fragments(self.words[index], self.scales[index])
 
     __iter__ = None
+
+
+def fits(packed: MXFP4) -> bool:
+    """Whether the kernels can take a tensor's fragments: its last two axes are multiples of 64, and no scale is above
+    `LARGEST_SCALE`, as in no working model."""
+    return not any(size % TILE for size in packed.shape[-2:]) and int(packed.scales.max()) <= LARGEST_SCALE
 
 
 @jax.jit

@@ -1,3 +1,3 @@
-from pallas_kernels.matvec.api import FEW, matvec
+from pallas_kernels.matvec.api import FEW, Fragments, matvec, packed_matvec, repacked
 
-__all__ = ["FEW", "matvec"]
+__all__ = ["FEW", "Fragments", "matvec", "packed_matvec", "repacked"]

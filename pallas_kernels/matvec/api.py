@@ -1,15 +1,26 @@
 """A few rows times a matrix: most of decoding's work, bound by reading the matrix."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.formats import fragments
+from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
+from pallas_kernels.formats.ggml import fragments as ggml_fragments
+from pallas_kernels.formats.ggml.fragments import QuantizedFragments
+from pallas_kernels.formats.ggml.weight import Quantized
+from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.matvec import reference
 from pallas_kernels.partial_sum import PartialSum
 
 FEW = 64  # rows at most: larger products are bound by arithmetic, where XLA's own are good
 # Rows up to which a kernel was measured faster than XLA's own product, on an H200 (Triton: at one row).
 _FASTER = {dispatch.MOSAIC: 8, dispatch.TRITON: 4}
+_AT_ONCE = 1 << 24  # numbers that are repacked at a time: the intermediate values are eight times as large
+
+Fragments = MXFP4Fragments | QuantizedFragments
 
 
 def matvec(
@@ -50,3 +61,59 @@ def matvec(
         if x_TI.dtype in triton.DTYPES:
             available[dispatch.TRITON] = triton.product
     return dispatch.choose("matvec", implementation, available)(x_TI, kernel_IO, bias_O)
+
+
+def packed_matvec(
+    x_TI: jax.Array,
+    parts: Sequence[Fragments],
+    bias_O: jax.Array | None = None,
+    *,
+    implementation: str = dispatch.AUTO,
+) -> PartialSum:
+    """x · matrixᵀ + bias, of a packed matrix [O, I], accumulated in float32.
+
+    Args:
+      x_TI: one row per token, up to `FEW` rows.
+      parts: the matrix's rows, repacked; several if they are of different types.
+      bias_O: of any floating dtype.
+      implementation: "auto", "mosaic" (bfloat16) or "xla".
+
+    Returns:
+      [T, O] float32. Whoever reads it adds up the parts of I, and the bias. A row's bits depend neither on the others
+      nor on T.
+
+    Raises:
+      ValueError: an unknown implementation, one that does not support these operands, or too many rows.
+    """
+    if x_TI.shape[0] > FEW:
+        raise ValueError(f"packed_matvec takes up to {FEW} rows, found {x_TI.shape[0]}: use a product of matrices")
+    available = {dispatch.XLA: reference.packed_product}
+    if dispatch.wanted(implementation) == dispatch.MOSAIC and x_TI.dtype == jnp.bfloat16:
+        from pallas_kernels.matvec import packed_sm90
+
+        available[dispatch.MOSAIC] = packed_sm90.product
+    return dispatch.choose("packed_matvec", implementation, available)(x_TI, parts, bias_O)
+
+
+def repacked(weight: MXFP4 | Quantized, implementation: str = dispatch.AUTO) -> MXFP4 | Quantized | Fragments:
+    """A matrix [O, I] in the layout that this device's kernel wants.
+
+    It is returned unchanged if there is no kernel for it: on other devices, or if it doesn't fit (`fits` of
+    `formats.fragments` and `formats.ggml.fragments`).
+    """
+    if dispatch.wanted(implementation) != dispatch.MOSAIC:
+        return weight
+    fits = fragments.fits(weight) if isinstance(weight, MXFP4) else ggml_fragments.fits(weight)
+    return _repack(weight) if fits else weight
+
+
+@jax.jit
+def _repack(weight: MXFP4 | Quantized) -> Fragments:
+    """Repacks some rows at a time."""
+    panels = weight.shape[0] // TILE
+    most = max(1, _AT_ONCE // (TILE * weight.shape[1]))
+    step = next(step for step in range(min(panels, most), 0, -1) if panels % step == 0)
+    groups = jax.tree.map(lambda array: array.reshape(panels // step, -1, *array.shape[1:]), weight)
+    make = MXFP4Fragments.of if isinstance(weight, MXFP4) else QuantizedFragments.of
+    repacked = jax.lax.map(make, groups)
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), repacked)

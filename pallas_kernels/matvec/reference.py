@@ -1,8 +1,12 @@
-"""The product in jnp."""
+"""The products in jnp."""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats.ggml.fragments import QuantizedFragments
 from pallas_kernels.partial_sum import PartialSum
 
 
@@ -10,3 +14,11 @@ def product(x_TI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array | None = No
     """See `api.matvec`."""
     y_TO = jnp.dot(x_TI, kernel_IO, preferred_element_type=jnp.float32)
     return PartialSum(y_TO[None], bias_EO=None if bias_O is None else bias_O[None])
+
+
+def packed_product(
+    x_TI: jax.Array, parts: Sequence[MXFP4Fragments | QuantizedFragments], bias_O: jax.Array | None = None
+) -> PartialSum:
+    """See `api.packed_matvec`."""
+    kernel_OI = jnp.concatenate([part.dequantize(x_TI.dtype) for part in parts])
+    return product(x_TI, kernel_OI.T, bias_O)

@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
+from pallas_kernels.formats.fragments import MXFP4Fragments, fits
 from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.moe import reference
 from pallas_kernels.moe.routing import BY_EXPERT
 from pallas_kernels.partial_sum import PartialSum
 
-LARGEST_SCALE = 192  # the largest MXFP4 scale that the kernels take: 2^65
 _FEW = 512  # tokens up to which "auto" takes the Triton kernel; it was not measured with more
 
 
@@ -75,13 +74,11 @@ def moe(
 def repacked(weight: MXFP4, implementation: str = dispatch.AUTO) -> MXFP4 | MXFP4Fragments:
     """Experts' weights [E, O, I] in the layout that this device's kernels want.
 
-    They are returned unchanged if there is no kernel for them: on other devices, if O or I is not a multiple of 64, or
-    if a scale is above `LARGEST_SCALE`, as in no working model.
+    They are returned unchanged if there is no kernel for them: on other devices, or if they don't fit
+    (`formats.fragments.fits`).
     """
     has_kernel = dispatch.wanted(implementation) in (dispatch.MOSAIC, dispatch.TRITON)
-    if not has_kernel or any(size % TILE for size in weight.shape[-2:]):
-        return weight
-    if int(weight.scales.max()) > LARGEST_SCALE:
+    if not has_kernel or not fits(weight):
         return weight
     return _repack(weight)
 

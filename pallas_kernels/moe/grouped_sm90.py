@@ -23,6 +23,7 @@ from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels import ptx
 from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
+from pallas_kernels.formats.mxfp4_sm90 import MISSING, decoded
 from pallas_kernels.moe import mosaic_sm90
 from pallas_kernels.moe.activation import SwiGLU
 from pallas_kernels.moe.routing import Groups, sorted_groups
@@ -241,7 +242,7 @@ def _multiply(plan: _GroupedPlan, work: _Work, bias_ref: Any, out_ref: Any, shar
 
 
 def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
-    """A tile of weights [64, 64] bfloat16, without the factor `mosaic_sm90.MISSING`, as an operand of `wgmma`."""
+    """A tile of weights [64, 64] bfloat16, without the factor `MISSING`, as an operand of `wgmma`."""
     returned = plgpu.ShapeDtypeStruct((TILE, TILE), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=returned)
@@ -250,7 +251,7 @@ def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
         four = ptx.asm("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", [ptx.i32()] * 4, [at], volatile=True)
         at = ptx.shared_offset(ptx.shared_address(scales), arith.shrui(ptx.thread(), ptx.const(1)), 2)
         (codes,) = ptx.asm("ld.shared.u16 $0, [$1];", [ptx.i32()], [at], volatile=True)
-        planes = mosaic_sm90.decoded(four, codes)
+        planes = decoded(four, codes)
         pair = ir.VectorType.get((2,), ir.BF16Type.get())
         layout = fragmented_array.WGMMA_LAYOUT
         registers = np.empty(layout.registers_shape((TILE, TILE)), dtype=object)
@@ -266,7 +267,7 @@ def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
 def _numbers(sums: Any) -> list[tuple[int, Value, Value]]:
     """A thread's sums of a tile: the token, minus 2·q, with the sums of the even and the odd row."""
     registers = sums.registers
-    missing = ptx.float32(mosaic_sm90.MISSING)
+    missing = ptx.float32(MISSING)
 
     def number(column: int, half: int, token: int) -> Value:
         (register,) = registers[0, column, ..., half, :, :, :, :].flat

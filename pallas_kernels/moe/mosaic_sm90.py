@@ -15,24 +15,13 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import dispatch, ptx, tiles
 from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
+from pallas_kernels.formats.mxfp4_sm90 import MISSING, decoded
 from pallas_kernels.moe.activation import SwiGLU
 from pallas_kernels.moe.routing import Groups, route
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
 EIGHT = 8  # tokens per instruction
-# A scale s becomes the bfloat16 number 2^(s + _OFFSET - 127), so s may be up to `api.LARGEST_SCALE`. Planes are 2^-126
-# times their values. The missing factor comes last. If s is below 66, numbers of less than 2^-58 may count as 0.
-_OFFSET = 62
-MISSING = 2.0 ** (126 - _OFFSET)
-
-_FACTOR = "{ .reg .b32 t; prmt.b32 t, $1, 0, %s; mad.lo.u32 $0, t, 128, %d; }"
-_DECODE = """{ .reg .b32 a, b, c;
-and.b32 a, $4, 0x81C081C0; mul.rn.bf16x2 $0, a, $5;
-shl.b32 a, $4, 3; and.b32 a, a, 0x81C081C0; mul.rn.bf16x2 $1, a, $5;
-shl.b32 a, $4, 6; and.b32 a, a, 0x81C081C0; mul.rn.bf16x2 $2, a, $5;
-shl.b32 a, $4, 1; shr.u32 b, $4, 4; shr.u32 c, $4, 5; and.b32 b, b, 0x00C000C0;
-lop3.b32 b, a, 0x80008000, b, 0xEA; lop3.b32 b, c, 0x01000100, b, 0xEA; mul.rn.bf16x2 $3, b, $5; }"""
 _LOAD_X = (
     "{ .reg .pred p; setp.ge.s32 p, $9, 0; "
     + " ".join(f"mov.b32 ${i}, 0;" for i in range(8))
@@ -274,14 +263,6 @@ def _multiply(acc: list[Value], words: list[Value], scales: Value, xs: list[list
         for eight, x in enumerate(xs):
             sums[4 * eight : 4 * eight + 4] = ptx.mma(sums[4 * eight : 4 * eight + 4], a, x[2 * plane : 2 * plane + 2])
     return sums
-
-
-def decoded(words: list[Value], scales: Value) -> list[list[Value]]:
-    """Each word's four planes, pairs of bfloat16 numbers, still without the factor `MISSING`."""
-    even, odd = (
-        ptx.asm(_FACTOR % (byte, (_OFFSET << 7) * 0x10001), [ptx.i32()], [scales])[0] for byte in ("0x4040", "0x4141")
-    )
-    return [ptx.asm(_DECODE, [ptx.i32()] * 4, [word, (even, odd)[i % 2]]) for i, word in enumerate(words)]
 
 
 def _even_row(tile: Value) -> Value:

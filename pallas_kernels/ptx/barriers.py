@@ -9,7 +9,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.ptx.memory import shared_offset
-from pallas_kernels.ptx.values import Condition, Value, add, as_i1, asm, const, mul
+from pallas_kernels.ptx.values import Condition, Value, add, as_i1, as_value, asm, const, mul
 
 
 def sync_block() -> None:
@@ -34,14 +34,14 @@ class MBarriers:
         text = "@p mbarrier.init.shared::cta.b64 [$0], 1; @p fence.mbarrier_init.release.cluster; }"
         asm(f"{{ .reg .pred p; setp.lt.u32 p, $1, {self.count}; " + text, [], [own, number])
 
-    def at(self, number: int) -> Value:
+    def at(self, number: int | Value) -> Value:
         """The address of one mbarrier."""
-        return add(self.address, 8 * number)
+        return add(self.address, 8 * number if isinstance(number, int) else mul(number, 8))
 
-    def wait(self, number: int, parity: int) -> None:
+    def wait(self, number: int | Value, parity: int | Value) -> None:
         """Waits until an mbarrier's phase of this parity is complete: of its phases, the first has parity 0."""
         text = "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1; @!p bra again; }"
-        asm("{ .reg .pred p; again: " + text, [], [self.at(number), const(parity)])
+        asm("{ .reg .pred p; again: " + text, [], [self.at(number), as_value(parity)])
 
 
 def expect_bytes(mbarrier: Value, size: int, condition: Condition) -> None:

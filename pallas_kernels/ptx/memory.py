@@ -6,7 +6,7 @@ from typing import Any
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.ptx.values import Condition, Value, as_predicate, as_value, asm, const, f32, i32, i64
+from pallas_kernels.ptx.values import Condition, Value, as_predicate, as_value, asm, const, i32, i64
 
 
 def global_address(ref: Value) -> Value:
@@ -67,9 +67,11 @@ def store(at: Value, values: Sequence[Value], condition: Condition, *, space: st
     asm(text, [], [at, *values, register])
 
 
-def load_shared_pair(at: Value) -> list[Value]:
-    """Loads two float32 numbers from shared memory."""
-    return asm("ld.shared.v2.f32 {$0, $1}, [$2];", [f32()] * 2, [at], volatile=True)
+def load_shared(at: Value, types: Sequence[Any], *, shift: int = 0) -> list[Value]:
+    """Loads 1, 2 or 4 words from shared memory, all int32 or all float32, in every thread. See `load`."""
+    count = len(types)
+    what = _list([f"${i}" for i in range(count)])
+    return asm(f"ld.shared{_vector(count)}.b32 {what}, [${count}+{shift}];", types, [at], volatile=True)
 
 
 def _vector(count: int) -> str:

@@ -15,16 +15,17 @@ def _q4_1(d: Array, m: Array, qs: Array) -> Array:
     return half(d) * floats(planes(qs, 4, 16)) + half(m)
 
 
-def _five_bits(qh: Array, qs: Array) -> Array:
-    return floats(planes(qs, 4, 16) | planes(qh, 1, 1) << 4)
+def five_bits(qh: Array, qs: Array) -> Array:
+    """The codes of Q5_0 and Q5_1: uint8 [..., 32]."""
+    return planes(qs, 4, 16) | planes(qh, 1, 1) << 4
 
 
 def _q5_0(d: Array, qh: Array, qs: Array) -> Array:
-    return half(d) * (_five_bits(qh, qs) - 16)
+    return half(d) * (floats(five_bits(qh, qs)) - 16)
 
 
 def _q5_1(d: Array, m: Array, qh: Array, qs: Array) -> Array:
-    return half(d) * _five_bits(qh, qs) + half(m)
+    return half(d) * floats(five_bits(qh, qs)) + half(m)
 
 
 def _q8_0(d: Array, qs: Array) -> Array:

@@ -26,33 +26,43 @@ def _q3_k(hmask: Array, qs: Array, scales: Array, d: Array) -> Array:
     return _flat(scaled(half(d) * (floats(six_bits) - 32), values))
 
 
-def _scales_and_offsets(scales: Array) -> tuple[Array, Array]:
-    """Six bits each, 2 x [..., 8], of 12 bytes: the first four of both, then the low bits of the last four.
+def scales_and_offsets(scales: Array) -> tuple[Array, Array]:
+    """The small integers of Q4_K and Q5_K: six bits each, 2 x uint8 [..., 8], of 12 bytes.
 
-    The high bits of the last four fill up the bytes of the first.
+    These hold the first four of both, then the low bits of the last four, whose high bits fill up the first bytes.
     """
     xp = scales.__array_namespace__()
     first = scales[..., :8]
     last = planes(scales[..., 8:], 4, 4) | first >> 6 << 4
     halves = [part.reshape(*part.shape[:-1], 2, 4) for part in (first & 63, last)]
-    both = floats(xp.concatenate(halves, axis=-1))
+    both = xp.concatenate(halves, axis=-1)
     return both[..., 0, :], both[..., 1, :]
 
 
+def q5_k_codes(qh: Array, qs: Array) -> Array:
+    """uint8 [..., 256], up to 31."""
+    return planes(qs, 4, 32) | planes(qh, 1, 32) << 4
+
+
+def q6_k_codes(ql: Array, qh: Array) -> Array:
+    """uint8 [..., 256], up to 63."""
+    return planes(ql, 4, 64) | planes(qh, 2, 32) << 4
+
+
 def _q4_k(d: Array, dmin: Array, scales: Array, qs: Array) -> Array:
-    factors, offsets = _scales_and_offsets(scales)
-    values = scaled(half(d) * factors, floats(planes(qs, 4, 32)))
-    return _flat(values - (half(dmin) * offsets)[..., None])
+    factors, offsets = scales_and_offsets(scales)
+    values = scaled(half(d) * floats(factors), floats(planes(qs, 4, 32)))
+    return _flat(values - (half(dmin) * floats(offsets))[..., None])
 
 
 def _q5_k(d: Array, dmin: Array, scales: Array, qh: Array, qs: Array) -> Array:
-    factors, offsets = _scales_and_offsets(scales)
-    values = scaled(half(d) * factors, floats(planes(qs, 4, 32) | planes(qh, 1, 32) << 4))
-    return _flat(values - (half(dmin) * offsets)[..., None])
+    factors, offsets = scales_and_offsets(scales)
+    values = scaled(half(d) * floats(factors), floats(q5_k_codes(qh, qs)))
+    return _flat(values - (half(dmin) * floats(offsets))[..., None])
 
 
 def _q6_k(ql: Array, qh: Array, scales: Array, d: Array) -> Array:
-    values = floats(planes(ql, 4, 64) | planes(qh, 2, 32) << 4) - 32
+    values = floats(q6_k_codes(ql, qh)) - 32
     return _flat(scaled(half(d) * floats(scales.view(np.int8)), values))
 
 

@@ -30,13 +30,8 @@ class Packed:
 
     def is_finite(self, blocks: np.ndarray) -> bool:
         """Whether all half-precision fields of blocks are finite, so that all numbers are."""
-        start = 0
-        for name, width in self.fields.items():
-            field = blocks[..., start : start + width]
-            if name in HALVES and not np.isfinite(np.ascontiguousarray(field).view(np.float16)).all():
-                return False
-            start += width
-        return True
+        halves = [np.ascontiguousarray(field) for name, field in self.split(blocks).items() if name in HALVES]
+        return all(np.isfinite(field.view(np.float16)).all() for field in halves)
 
     def dequantize(self, blocks: Any) -> Any:
         """The numbers in packed blocks, as llama.cpp rounds them: in float32.
@@ -47,11 +42,15 @@ class Packed:
         Returns:
           float32 [..., blocks * size], of the same library.
         """
+        return self.decode(**self.split(blocks)).reshape(*blocks.shape[:-2], blocks.shape[-2] * self.size)
+
+    def split(self, blocks: Any) -> dict[str, Any]:
+        """The fields of blocks by name, uint8 [..., nbytes] to uint8 [..., bytes of the field]."""
         parts, start = {}, 0
         for name, width in self.fields.items():
             parts[name] = blocks[..., start : start + width]
             start += width
-        return self.decode(**parts).reshape(*blocks.shape[:-2], blocks.shape[-2] * self.size)
+        return parts
 
 
 def half(field: Array) -> Array:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -78,14 +78,40 @@ class Quantized:
         return numbers.astype(dtype)
 
 
+class Matrix(Protocol):
+    """A packed matrix: `Quantized`, or repacked for a device's kernels."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the numbers."""
+
+    @property
+    def ndim(self) -> int:
+        """Axes of the numbers."""
+
+    @property
+    def size(self) -> int:
+        """How many numbers there are."""
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+
+    def dequantize(self, dtype: DTypeLike = ...) -> jax.Array:
+        """The numbers."""
+
+
+Part = TypeVar("Part", bound=Matrix)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rows:
+class Rows(Generic[Part]):
     """A matrix whose rows are those of several packed ones, in order: queries, keys and values may differ in type."""
 
     is_packed_weight: ClassVar[bool] = True
 
-    parts: tuple[Quantized, ...]
+    parts: tuple[Part, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
-from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
+from pallas_kernels.formats.fragments import LARGEST_SCALE, TILE, MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import BLOCK, MIN_SCALE, MXFP4, quantize
 from pallas_kernels.moe import api, moe, triton
 from pallas_kernels.moe.routing import Groups
@@ -126,8 +126,8 @@ def test_every_code_at_every_scale(splits):
     """All that a byte of blocks and a scale that `repacked` lets pass can be, in each place of a tile."""
     N, K = 64, 192
     rng = np.random.default_rng(splits)
-    scales = rng.integers(MIN_SCALE, api.LARGEST_SCALE + 1, (2, N, K // BLOCK)).astype(np.uint8)
-    scales[0, :2] = [[MIN_SCALE], [api.LARGEST_SCALE]]
+    scales = rng.integers(MIN_SCALE, LARGEST_SCALE + 1, (2, N, K // BLOCK)).astype(np.uint8)
+    scales[0, :2] = [[MIN_SCALE], [LARGEST_SCALE]]
     blocks = rng.integers(0, 256, (2, N, K // BLOCK, BLOCK // 2)).astype(np.uint8)
     packed = MXFP4(jnp.asarray(blocks), jnp.asarray(scales))
     x = jnp.asarray(rng.standard_normal((3, K)), jnp.bfloat16)
