@@ -30,7 +30,8 @@ from gptjax.support.quoting import names
 from gptjax.text import Tokenizer
 from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.fragments import MXFP4Fragments
-from pallas_kernels.formats.ggml.weight import Quantized, Rows
+from pallas_kernels.formats.ggml.fragments import QuantizedFragments
+from pallas_kernels.formats.ggml.weight import Rows
 from pallas_kernels.formats.mxfp4 import MXFP4
 
 # What is usually expected of a rounded model.
@@ -238,8 +239,6 @@ def _weights(params: Params, other: Params) -> Iterator[WeightDifference]:
     numbers, rounded_ones = weights_by_path(params), weights_by_path(other)
     for path in sorted(numbers, key=_place):
         leaf, theirs = numbers[path], rounded_ones[path]
-        if isinstance(theirs, MXFP4Fragments):
-            theirs = theirs.unpacked()
         if theirs is leaf or is_packed(leaf):
             continue
         if not is_packed(theirs):
@@ -251,9 +250,13 @@ def _weights(params: Params, other: Params) -> Iterator[WeightDifference]:
 
 def _types(weight: Any) -> tuple[str, ...]:
     """What a weight's numbers are in."""
-    if isinstance(weight, Rows | Quantized):
-        return tuple(dict.fromkeys(part.type for part in getattr(weight, "parts", [weight])))
-    return ("MXFP4" if is_packed(weight) else weight.dtype.name,)
+    return tuple(dict.fromkeys(_type(part) for part in (weight.parts if isinstance(weight, Rows) else (weight,))))
+
+
+def _type(part: Any) -> str:
+    if isinstance(part, MXFP4 | MXFP4Fragments):
+        return "MXFP4"
+    return str(part.type if is_packed(part) else part.dtype.name)
 
 
 def _place(path: tuple[str, ...]) -> tuple[bool, int, tuple[str, ...]]:
@@ -276,6 +279,10 @@ def _pairs(array: jax.Array, other: Any) -> Iterator[tuple[np.ndarray, np.ndarra
             yield from _pairs(array[start : start + part.shape[0]], part)
             start += part.shape[0]
         return
+    if isinstance(other, MXFP4Fragments):
+        other = other.unpacked()
+    elif isinstance(other, QuantizedFragments):  # which has no slices
+        other = other.dequantize()
     if array.ndim == 1:
         array, other = array[None], other[None]
     for index in slices(array.shape, _NUMBERS):

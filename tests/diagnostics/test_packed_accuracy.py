@@ -25,6 +25,9 @@ from gptjax.gguf import open_gguf
 from gptjax.models import registry
 from gptjax.models.params import weights_by_path
 from gptjax.support import installation
+from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats.ggml.fragments import QuantizedFragments
+from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from pallas_kernels.formats.mxfp4 import MXFP4, quantize
 from tests.oracles import gguf_from_hf, gpt_oss_random, llama_random
 from tests.oracles.gguf_from_hf import Q4_0, Q8_0
@@ -154,6 +157,20 @@ def test_a_gguf_file_written_out(tmp_path):
         theirs = file.read(f"{sources[row.name]}.weight") if row.name in sources else np.concatenate(parts)
         leaf = leaf.swapaxes(-1, -2) if row.name.endswith("kernel") else leaf
         assert row.error == pytest.approx(np.linalg.norm(theirs - leaf) / np.linalg.norm(leaf), rel=1e-9)
+
+
+def test_weights_repacked_for_tensor_cores():
+    """As on a Hopper GPU in bfloat16: the numbers and the types are the same."""
+    packed = {name: Quantized.random(jax.random.key(1), (64, 256), name) for name in ("Q4_K", "Q8_0")}
+    fragments = {name: QuantizedFragments.of(weight) for name, weight in packed.items()}
+    rounded = quantize(jax.random.normal(jax.random.key(2), (64, 128)))
+    for weight, numbers, types in (
+        (MXFP4Fragments.of(rounded), rounded.dequantize(), ("MXFP4",)),
+        (fragments["Q4_K"], packed["Q4_K"].dequantize(), ("Q4_K",)),
+        (Rows(tuple(fragments.values())), Rows(tuple(packed.values())).dequantize(), ("Q4_K", "Q8_0")),
+    ):
+        (row,) = packed_accuracy._weights({"head_embedding": numbers}, {"head_embedding": weight})
+        assert (row.error, row.types) == (0, types)
 
 
 def test_two_ways_to_write_a_rotation_are_the_same_model(tmp_path):
