@@ -27,10 +27,12 @@ from pallas_kernels.ptx import Value
 
 EIGHT: Final = 8  # rows of x per instruction
 _EIGHTS: Final = 4  # of them per block, at most: the matrix is read once for every 32 rows
-_BLOCKS: Final = 528  # to aim for: 132 multiprocessors hold four each
+_BLOCKS: Final = 924  # at most: 132 multiprocessors hold seven each
+_SPLITS: Final = 8  # blocks that share I, at most: someone has to add up their sums
 _TURN: Final = 4  # tiles of 64 columns that are copied together: as many as share a block of 256 values
+_UNROLL: Final = 2
 _STAGES: Final = 6  # turns in flight per block, at most
-_ROOM: Final = 54 * 1024  # bytes of shared memory per block, of which four fit on a multiprocessor
+_ROOM: Final = 31 * 1024  # bytes of shared memory per block, of which seven fit on a multiprocessor
 
 _STORE_PAIR = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.v2.f32 [$0], {$1, $2}; }"
 
@@ -53,9 +55,13 @@ class _Piece:
         """Bytes of so many tiles."""
         return tiles // self.every * self.tile
 
+    def moved(self, at: Value, index: Value, unroll: int) -> Value:
+        """The address in shared memory `index` times `unroll` tiles further on."""
+        return ptx.add(at, ptx.mul(index, unroll * self.tile))
+
     def load(self, at: Value, tile: int) -> list[Value]:
         """The words of a tile, in shared memory."""
-        starts = [place + tile // self.every * self.tile for place in self.places]
+        starts = [place + tile * self.tile for place in self.places]
         if self.size == 2:
             texts = [f"ld.shared.u16 $0, [$1+{start}];" for start in starts]
             return [ptx.asm(text, [ptx.i32()], [at], volatile=True)[0] for text in texts]
@@ -72,8 +78,16 @@ class _MXFP4Tiles:
     x_gap = 16  # bytes after a row of x, such that lanes read different banks
     factor = MISSING  # of all sums
 
-    def multiply(self, acc: list[Value], tile: Tile, xs: Sequence[list[Value]]) -> list[Value]:
+    def common(self, loaded: Tile) -> list[ggml.Shared]:
+        """What the tiles of a turn share, of pieces that several tiles share."""
+        del loaded
+        return []
+
+    def multiply(
+        self, acc: list[Value], common: list[ggml.Shared], tile: Tile, xs: Sequence[list[Value]]
+    ) -> list[Value]:
         """`acc` and a tile's products: four sums for each of xs, which hold 16 numbers of a token each."""
+        del common
         planes = decoded(tile["words"], tile["scales"][0])
         for plane in range(4):
             acc = _multiplied(acc, [of_word[plane] for of_word in planes], xs, plane)
@@ -85,7 +99,8 @@ class _GgmlTiles:
 
     factor = 1.0
 
-    def __init__(self, weight: QuantizedFragments):
+    def __init__(self, weight: QuantizedFragments, rows: int):
+        self._columns = min(rows, 2)  # of the thread's two columns of sums, those that x has
         self._parts = PARTS[weight.type]
         count, per_scale = weight.words.shape[2], 4 * weight.scales.shape[-1]
         pieces = [_Piece("words", 2048 * count, 16, places=tuple(2048 * i for i in range(count)))]
@@ -100,11 +115,16 @@ class _GgmlTiles:
         self.x_gap = 4 * self.x_lane
         self.x_loads = ((0, 4), (64, 4)) if self._parts.run == 32 else ((0, 2), (32, 2), (64, 2), (96, 2))
 
-    def multiply(self, acc: list[Value], tile: Tile, xs: Sequence[list[Value]]) -> list[Value]:
+    def common(self, loaded: Tile) -> list[ggml.Shared]:
+        """See `_MXFP4Tiles.common`."""
+        return ggml.shared(self._parts, loaded.get("blocks", []))
+
+    def multiply(
+        self, acc: list[Value], common: list[ggml.Shared], tile: Tile, xs: Sequence[list[Value]]
+    ) -> list[Value]:
         """See `_MXFP4Tiles.multiply`."""
-        shared = ggml.shared_numbers(self._parts, tile.get("blocks", []))
         for j in range(2):
-            runs = ggml.runs(self._parts, tile["scales"], shared, j)
+            runs = ggml.runs(self._parts, tile["scales"], common, j)
             for number, run in enumerate(runs):
                 columns = (0, 1) if len(runs) == 1 else (number,)
                 sums = [ptx.float32(0.0)] * len(acc)
@@ -115,10 +135,16 @@ class _GgmlTiles:
                 for m in columns:
                     a = ggml.operand(self._parts, tile["words"], tile.get("high", []), j, m)
                     dots = _multiplied(dots, a, xs, 2 * j + m)
-                acc = _plus(acc, run.factors, dots)
+                acc = self._plus(acc, run.factors, dots)
                 if run.offsets is not None:
-                    acc = _plus(acc, run.offsets, sums)
+                    acc = self._plus(acc, run.offsets, sums)
         return acc
+
+    def _plus(self, acc: list[Value], of_rows: list[Value], sums: list[Value]) -> list[Value]:
+        """`acc` and sums times a number of the thread's even or odd row."""
+        return [
+            ptx.fma(of_rows[i % 4 // 2], sums[i], each) if i % 2 < self._columns else each for i, each in enumerate(acc)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +166,11 @@ class _PackedPlan:
     def turn(self) -> int:
         """Tiles that are copied together."""
         return next(turn for turn in (_TURN, 5, 3, 2, 1) if self.steps % turn == 0)
+
+    @property
+    def unroll(self) -> int:
+        """Tiles that are computed at a time: with more, fewer blocks would have enough registers."""
+        return math.gcd(self.turn, _UNROLL)
 
     @property
     def turns(self) -> int:
@@ -188,10 +219,8 @@ def splits_of(outputs: int, inputs: int) -> int:
     """Blocks that share the columns: they do not depend on the number of rows, and so a row's bits don't either."""
     steps = inputs // TILE
     turns = steps // _TURN if steps % _TURN == 0 else steps
-    wanted = _BLOCKS * TILE / outputs
-    return min(
-        (each for each in range(1, turns + 1) if turns % each == 0), key=lambda each: abs(math.log(each / wanted))
-    )
+    most = max(1, min(_SPLITS, _BLOCKS * TILE // outputs))
+    return max(each for each in range(1, most + 1) if turns % each == 0)
 
 
 @partial(jax.jit, static_argnames=("splits",))
@@ -203,7 +232,7 @@ def _parts(x_TI: jax.Array, weight: Fragments, *, splits: int) -> jax.Array:
         inner=inputs,
         outputs=weight.shape[0],
         splits=splits,
-        tiles=_MXFP4Tiles() if isinstance(weight, MXFP4Fragments) else _GgmlTiles(weight),
+        tiles=_MXFP4Tiles() if isinstance(weight, MXFP4Fragments) else _GgmlTiles(weight, T),
     )
     arrays = {piece.array: getattr(weight, piece.array) for piece in plan.tiles.pieces}
     results = ptx.launch(
@@ -316,9 +345,19 @@ def _sums(plan: _PackedPlan, copies: _Copies, ring: Value) -> list[Value]:
         copies.arrived.wait(stage, parity)
         begin = ptx.shared_offset(ring, stage, plan.stage)
         at, x_at = ([ptx.add(begin, each) for each in places] for places in (own, own_x))
-        for i in range(plan.turn):
-            tile = {piece.array: piece.load(each, i) for piece, each in zip(plan.tiles.pieces, at, strict=True)}
-            acc = plan.tiles.multiply(acc, tile, [_x(plan, each, i) for each in x_at])
+
+        pieces = list(zip(plan.tiles.pieces, at, strict=True))
+        common = plan.tiles.common({piece.array: piece.load(each, 0) for piece, each in pieces if piece.every > 1})
+
+        def tiles(index: Value, acc: list[Value]) -> list[Value]:
+            here = [(piece, piece.moved(each, index, plan.unroll)) for piece, each in pieces if piece.every == 1]
+            x_here = [ptx.add(each, ptx.mul(index, 2 * TILE * plan.unroll)) for each in x_at]
+            for i in range(plan.unroll):
+                tile = {piece.array: piece.load(each, i) for piece, each in here}
+                acc = plan.tiles.multiply(acc, common, tile, [_x(plan, each, i) for each in x_here])
+            return acc
+
+        acc = ptx.loop(plan.turn // plan.unroll, acc, tiles)
         ptx.sync_block()
         following = ptx.add(number, plan.stages)
         ptx.when(arith.andi(copying, ptx.less(following, plan.turns)), lambda: copies.begin(following, stage))
@@ -348,8 +387,3 @@ def _multiplied(acc: list[Value], a: list[Value], xs: Sequence[list[Value]], ins
         for eight, x in enumerate(xs)
     ]
     return [value for values in products for value in values]
-
-
-def _plus(acc: list[Value], of_rows: list[Value], sums: list[Value]) -> list[Value]:
-    """`acc` and sums times a number of the thread's even or odd row."""
-    return [ptx.fma(of_rows[i % 4 // 2], sums[i], acc[i]) for i in range(len(acc))]

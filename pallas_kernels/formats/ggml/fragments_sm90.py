@@ -67,30 +67,43 @@ def has_offsets(parts: Parts) -> bool:
     return parts.zero == 0 and parts.bits < 8
 
 
-def shared_numbers(parts: Parts, blocks: list[Value]) -> list[list[Value]]:
-    """What 256 columns share, as float32, by field and r."""
-    return [halves(word) for word in blocks[: len(parts.shared)]]
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What 256 columns share: by r, what integers of their runs are multiplied by, and that times -2^23."""
+
+    numbers: list[Value]
+    less: list[Value]
+
+    def times(self, word: Value, place: int, r: int) -> Value:
+        """A byte of a register times the number of row r: exactly, as it becomes the last byte of 2^23."""
+        (number,) = ptx.asm(_BYTE % place, [ptx.f32()], [word])
+        return ptx.fma(self.numbers[r], number, self.less[r])
 
 
-def runs(parts: Parts, scales: list[Value], shared: list[list[Value]], j: int) -> list[Run]:
+def shared(parts: Parts, blocks: list[Value]) -> list[Shared]:
+    """By field: factors, and minima divided by 128 (offsets are -minima)."""
+    found = []
+    for word, scale in zip(blocks[: len(parts.shared)], (1.0, 1 / 128), strict=False):
+        numbers = [arith.mulf(each, ptx.float32(scale)) for each in halves(word)]
+        found.append(Shared(numbers, [arith.mulf(each, ptx.float32(-(2.0**23))) for each in numbers]))
+    return found
+
+
+def runs(parts: Parts, scales: list[Value], of_256: list[Shared], j: int) -> list[Run]:
     """What the runs of a tile's j-th 32 columns share: one, or two of 16 columns."""
     if not parts.shared:
         per = len(scales) // 2
-        factors, *offsets = [halves(word) for word in scales[per * j : per * (j + 1)]]
-        return [Run(factors, [arith.mulf(each, ptx.float32(-1 / 128)) for each in offsets[0]] if offsets else None)]
-    word, d = scales[j], shared[0]
+        numbers, *offsets = [halves(word) for word in scales[per * j : per * (j + 1)]]
+        return [Run(numbers, [arith.mulf(each, ptx.float32(-1 / 128)) for each in offsets[0]] if offsets else None)]
+    factors = of_256[0]
     if parts.run == 16:
-        word = arith.xori(word, ptx.const(0x80808080 - 2**32))  # signed bytes, plus 128
-        return [Run([arith.mulf(d[r], _byte(word, 2 * r + m, 128)) for r in range(2)], None) for m in range(2)]
-    factors = [arith.mulf(d[r], _byte(word, 2 * r)) for r in range(2)]
-    minima = [arith.mulf(shared[1][r], ptx.float32(1 / 128)) for r in range(2)]  # -minimum / -128
-    return [Run(factors, [arith.mulf(minima[r], _byte(word, 2 * r + 1)) for r in range(2)])]
-
-
-def _byte(word: Value, place: int, zero: int = 0) -> Value:
-    """A byte of a register minus `zero`, as float32: it becomes the last byte of 2^23, which is then subtracted."""
-    number = ptx.asm(_BYTE % place, [ptx.f32()], [word])[0]
-    return arith.subf(number, ptx.float32(2**23 + zero))
+        word = arith.xori(scales[j], ptx.const(0x80808080 - 2**32))  # signed bytes, plus 128
+        below = [arith.mulf(each, ptx.float32(128.0)) for each in factors.numbers]
+        return [
+            Run([arith.subf(factors.times(word, 2 * r + m, r), below[r]) for r in range(2)], None) for m in range(2)
+        ]
+    offsets = [of_256[1].times(scales[j], 2 * r + 1, r) for r in range(2)]
+    return [Run([factors.times(scales[j], 2 * r, r) for r in range(2)], offsets)]
 
 
 def minus_128() -> list[Value]:
