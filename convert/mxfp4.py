@@ -99,7 +99,7 @@ def slices(shape: tuple[int, ...], most: int) -> Iterator[tuple[int | slice, ...
     step = max(1, most // max(1, shape[-1]))
     for lead in itertools.product(*map(range, shape[:-2])):
         for start in range(0, shape[-2], step):
-            yield (*lead, slice(start, start + step))
+            yield (*lead, slice(start, min(start + step, shape[-2])))
 
 
 def config_json(raw: Mapping[str, Any], target: ModelConfig) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from gptjax.cli.common import MODEL_HELP, add_command, add_dtype, add_ignore_config, model_name, overrides
 from gptjax.config.quantization import TARGETS
+from gptjax.support.quoting import names
 
 if TYPE_CHECKING:
-    from gptjax.diagnostics.mxfp4_accuracy import Report
+    from gptjax.diagnostics.packed_accuracy import Report
 
 _CHOICES = [f"mxfp4={targets}" for targets in TARGETS[1:]]
 
@@ -20,22 +21,27 @@ def add(commands: Any) -> None:
         commands,
         "validate-quant",
         run,
-        summary="compare a float checkpoint with its MXFP4 form",
-        epilog="""Rounds the weights in memory, or takes a directory that `gptjax convert --quantize` wrote. Reports
-cosine and relative error of each weight and of the hidden states after each block, how often both agree on the most
-likely token, and both perplexities. Exits with 0 only if all thresholds hold: cosines of at least 0.99, the same token
-at 95 percent of the positions or more, a perplexity within 1 percent. Otherwise, and on errors, exits with 1.
+        summary="compare a float checkpoint with its packed form",
+        epilog="""Rounds the weights to MXFP4 in memory, or takes the same model from a GGUF file (such as a Q4_K_M)
+or from a directory that `gptjax convert --quantize` wrote. Reports cosine and relative error of each rounded weight and
+of the hidden states after each block, how often both agree on the most likely token, and both perplexities. Exits with
+0 only if all thresholds hold: cosines of at least 0.99, the same token at 95 percent of the positions or more, a
+perplexity within 1 percent. Otherwise, and on errors, exits with 1.
 
-Both models are in memory at the same time. Computes in float32 unless --dtype says otherwise.
+If the first model is a GGUF file, its packed weights count as the numbers that they stand for. Both models are in
+memory at the same time. Computes in float32 unless --dtype says otherwise.
 
 examples:
   gptjax validate-quant gpt2-tales --quantize mxfp4=all
-  gptjax validate-quant ./my-gpt2 --against ./my-gpt2-mxfp4 --text ./book.txt --plot ./errors.png""",
+  gptjax validate-quant ./my-gpt2 --against ./my-gpt2-mxfp4 --text ./book.txt --plot ./errors.png
+  gptjax validate-quant ./my-gpt2 --against ./my-gpt2-Q4_K_M.gguf""",
     )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--quantize", choices=_CHOICES, default="mxfp4=linear", help="default: mxfp4=linear")
-    form.add_argument("--against", metavar="DIRECTORY", help="the MXFP4 form, already converted")
+    form.add_argument(
+        "--against", metavar="PATH", help="the packed form: a GGUF file, or a directory already converted"
+    )
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: 16 kB of tales held out from the demos)")
     parser.add_argument("--tokens", type=int, metavar="N", help="use at most N tokens of the text (default: all)")
     parser.add_argument(
@@ -50,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from gptjax.api import load, load_checkpoint
     from gptjax.checkpoints.checkpoint import open_checkpoint
-    from gptjax.diagnostics import mxfp4_accuracy
+    from gptjax.diagnostics import packed_accuracy
     from gptjax.diagnostics.perplexity import HELD_OUT, read, window
     from gptjax.errors import RequestError
     from gptjax.support.plots import check_plot
@@ -64,16 +70,16 @@ def run(args: argparse.Namespace) -> int:
     text = read(path)
     checkpoint = open_checkpoint(name, **overrides(args))
     settings: dict[str, Any] = {"dtype": args.dtype or "float32", "max_length": window(checkpoint.config, None)}
-    lm = load_checkpoint(checkpoint, **settings)
+    lm = load_checkpoint(checkpoint, packed=False, **settings)
     if args.against is None:
-        other = mxfp4_accuracy.quantized(lm, args.quantize.removeprefix("mxfp4="))
+        other = packed_accuracy.quantized(lm, args.quantize.removeprefix("mxfp4="))
     else:
-        other = load(args.against, **settings)
+        other = load(args.against, packed=True, **settings)
     ids = lm.tokenizer.prompt(text)[: args.tokens]
     with progress("comparing", 2 * len(ids), "tokens") as advance:
-        report = mxfp4_accuracy.validate(lm, other, ids, advance=advance)
+        report = packed_accuracy.validate(lm, other, ids, advance=advance)
     if args.plot is not None:
-        mxfp4_accuracy.plot(report, args.plot)
+        packed_accuracy.plot(report, args.plot)
     if args.json:
         verdicts = {"verdicts": [dataclasses.asdict(verdict) for verdict in report.verdicts], "passed": report.passed}
         print(json.dumps({"model": str(name), "text": str(path)} | dataclasses.asdict(report) | verdicts))
@@ -83,13 +89,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(report: "Report") -> None:
-    width = max(len(row.name) for row in report.weights)
-    for title, rows in (("weight", report.weights), ("hidden states after", report.blocks)):
+    width = max(len(row.name) for row in (*report.weights, *report.blocks))
+    for title, rows in (
+        ("weight", [(row, names(list(row.types))) for row in report.weights]),
+        ("hidden states after", [(row, "") for row in report.blocks]),
+    ):
         print(f"{title:{width}}   cosine    error")
-        for row in rows:
-            print(f"{row.name:{width}}  {row.cosine:7.5f}  {row.error:6.2%}")
+        for row, types in rows:
+            print(f"{row.name:{width}}  {row.cosine:7.5f}  {row.error:6.2%}  {types}".rstrip())
         print()
-    for form, figure in (("as given", report.perplexity), ("in MXFP4", report.quantized_perplexity)):
+    packed = f"in {names(list(report.types))}"
+    for form, figure in (("as given", report.perplexity), (packed, report.quantized_perplexity)):
         print(f"perplexity {form}: {figure.value:.2f} ± {figure.standard_error:.2f} on {figure.num_tokens:,} tokens")
     for verdict in report.verdicts:
         print(f"{'ok  ' if verdict.holds else 'FAIL'}  {verdict.name}: {verdict.found} (threshold: {verdict.wanted})")

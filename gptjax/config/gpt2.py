@@ -97,6 +97,7 @@ class GPT2Config:
             "architectures": ["GPT2LMHeadModel"],
             "vocab_size": self.vocab_size,
             "n_positions": self.context_length,
+            "n_ctx": self.context_length,  # as OpenAI has it: llama.cpp's converter knows no other name
             "n_embd": self.width,
             "n_layer": self.num_layers,
             "n_head": self.num_heads,

@@ -149,6 +149,12 @@ def test_n_ctx_alone_is_the_context_length():
     assert config_from_json({**_without("n_positions"), "n_ctx": 37}) == TINY_READ
 
 
+def test_both_names_of_the_context_length_are_written():
+    """transformers reads the one, llama.cpp's converter the other (conversion/gpt2.py)."""
+    written = TINY_READ.to_json()
+    assert (written["n_positions"], written["n_ctx"]) == (37, 37)
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [

@@ -1,4 +1,4 @@
-"""`validate-quant`: a model beside its MXFP4 form, its figures against sums written out, its thresholds and command."""
+"""`validate-quant`: a model and its packed form, its figures against sums written out, its thresholds and command."""
 
 import dataclasses
 import importlib.util
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import convert
 import gptjax
@@ -18,13 +19,18 @@ from gptjax.api import load_params
 from gptjax.checkpoints.checkpoint import open_path
 from gptjax.cli import main
 from gptjax.config import read_config
-from gptjax.diagnostics import mxfp4_accuracy, perplexity
-from gptjax.diagnostics.mxfp4_accuracy import Difference, Report
+from gptjax.diagnostics import packed_accuracy, perplexity
+from gptjax.diagnostics.packed_accuracy import Difference, Report, WeightDifference
+from gptjax.gguf import open_gguf
 from gptjax.models import registry
 from gptjax.models.params import weights_by_path
 from gptjax.support import installation
+from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats.ggml.fragments import QuantizedFragments
+from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from pallas_kernels.formats.mxfp4 import MXFP4, quantize
-from tests.oracles import gpt_oss_random
+from tests.oracles import gguf_from_hf, gpt_oss_random, llama_random
+from tests.oracles.gguf_from_hf import Q4_0, Q8_0
 
 TOKENS = 300
 
@@ -36,12 +42,12 @@ def ids(lm):
 
 @pytest.fixture(scope="module")
 def rounded(lm):
-    return mxfp4_accuracy.quantized(lm, "linear")
+    return packed_accuracy.quantized(lm, "linear")
 
 
 @pytest.fixture(scope="module")
 def report(lm, rounded, ids):
-    return mxfp4_accuracy.validate(lm, rounded, ids)
+    return packed_accuracy.validate(lm, rounded, ids)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def _random_gpt_oss(directory: Path, layout: str) -> gptjax.LanguageModel:
 
 def test_what_is_rounded_in_memory_is_what_conversion_writes(lm, converted):
     model = registry.build(read_config(converted))
-    found = mxfp4_accuracy.quantized(lm, "all")
+    found = packed_accuracy.quantized(lm, "all")
     assert found.model == model
     expected = weights_by_path(load_params(open_path(converted), model))
     for path, leaf in weights_by_path(found.params).items():
@@ -106,8 +112,8 @@ def test_predictions_written_out(lm, rounded, report, ids):
 def test_numbers_that_mxfp4_has_are_the_same_model(tmp_path):
     """Experts that were dequantised: nothing changes, and every threshold holds."""
     lm = _random_gpt_oss(tmp_path, "dequantised")
-    other = mxfp4_accuracy.quantized(lm, "experts")
-    report = mxfp4_accuracy.validate(lm, other, gpt_oss_random.tokens(0, 60))
+    other = packed_accuracy.quantized(lm, "experts")
+    report = packed_accuracy.validate(lm, other, gpt_oss_random.tokens(0, 60))
     assert {row.name.partition("/")[2] for row in report.weights} == {"moe/gate_up_kernel", "moe/down_kernel"}
     assert all(row.error == 0 and row.cosine == pytest.approx(1, abs=1e-15) for row in report.weights)
     assert [row.name for row in report.blocks] == ["block_0", "block_1", "block_2"]
@@ -119,24 +125,78 @@ def test_numbers_that_mxfp4_has_are_the_same_model(tmp_path):
 
 def test_what_is_packed_on_both_sides_is_not_compared(tmp_path):
     lm = _random_gpt_oss(tmp_path, "packed")
-    report = mxfp4_accuracy.validate(lm, mxfp4_accuracy.quantized(lm, "all"), gpt_oss_random.tokens(0, 60))
+    report = packed_accuracy.validate(lm, packed_accuracy.quantized(lm, "all"), gpt_oss_random.tokens(0, 60))
     names = {re.sub(r"block_\d", "block", row.name) for row in report.weights}
     assert names == {"block/attention/qkv/kernel", "block/attention/out/kernel", "token_embedding", "head_embedding"}
     assert [row.name for row in report.weights][-2:] == ["head_embedding", "token_embedding"]
 
 
+def test_a_gguf_file_written_out(tmp_path):
+    """Packed weights, one of them of parts in several types, and experts, which are expanded when they are loaded."""
+    model = gpt_oss_random.checkpoint(5, num_hidden_layers=1, layer_types=["sliding_attention"])
+    types = {"attn_q.weight": Q8_0, "attn_k.weight": Q8_0, "attn_v.weight": Q4_0, "output.weight": Q4_0}
+    tensors = {name: np.float32(array) for name, array in model.dense.items()}
+    path = gguf_from_hf.write(
+        tmp_path / "model.gguf", model.config, tensors, types=types | {"ffn_down_exps.weight": Q8_0}
+    )
+    directory = gpt_oss_random.write(tmp_path / "hf", model, layout="dense")
+    lm, other = (gptjax.load(each, dtype="float32", max_length=64, packed=True) for each in (directory, path))
+    report = packed_accuracy.validate(lm, other, gpt_oss_random.tokens(0, 60))
+    assert {row.name: row.types for row in report.weights} == {
+        "block_0/attention/qkv/kernel": ("Q8_0", "Q4_0"),
+        "block_0/moe/down_kernel": ("float32",),
+        "block_0/attention/out/kernel": ("Q4_0",),
+        "head_embedding": ("Q4_0",),
+    }
+    assert report.types == ("Q4_0", "Q8_0", "float32")
+    file, sources = open_gguf(path), {"head_embedding": "output", "block_0/moe/down_kernel": "blk.0.ffn_down_exps"}
+    sources["block_0/attention/out/kernel"] = "blk.0.attn_output"
+    parts = [file.read(f"blk.0.attn_{part}.weight") for part in "qkv"]
+    for row in report.weights:
+        leaf = np.asarray(weights_by_path(lm.params)[tuple(row.name.split("/"))], np.float64)
+        theirs = file.read(f"{sources[row.name]}.weight") if row.name in sources else np.concatenate(parts)
+        leaf = leaf.swapaxes(-1, -2) if row.name.endswith("kernel") else leaf
+        assert row.error == pytest.approx(np.linalg.norm(theirs - leaf) / np.linalg.norm(leaf), rel=1e-9)
+
+
+def test_weights_repacked_for_tensor_cores():
+    """As on a Hopper GPU in bfloat16: the numbers and the types are the same."""
+    packed = {name: Quantized.random(jax.random.key(1), (64, 256), name) for name in ("Q4_K", "Q8_0")}
+    fragments = {name: QuantizedFragments.of(weight) for name, weight in packed.items()}
+    rounded = quantize(jax.random.normal(jax.random.key(2), (64, 128)))
+    for weight, numbers, types in (
+        (MXFP4Fragments.of(rounded), rounded.dequantize(), ("MXFP4",)),
+        (fragments["Q4_K"], packed["Q4_K"].dequantize(), ("Q4_K",)),
+        (Rows(tuple(fragments.values())), Rows(tuple(packed.values())).dequantize(), ("Q4_K", "Q8_0")),
+    ):
+        (row,) = packed_accuracy._weights({"head_embedding": numbers}, {"head_embedding": weight})
+        assert (row.error, row.types) == (0, types)
+
+
+def test_two_ways_to_write_a_rotation_are_the_same_model(tmp_path):
+    """Llama 3's GGUF files have the divisors, its config.json their formula."""
+    model = llama_random.checkpoint(6, **llama_random.VARIANTS["llama3.1"])
+    path = gguf_from_hf.write(tmp_path / "model.gguf", *model)
+    ours, theirs = (open_path(each).config for each in (llama_random.write(tmp_path / "hf", model), path))
+    assert ours != theirs
+    assert packed_accuracy._unlike(ours, theirs) == []
+    other = dataclasses.replace(theirs, rope=dataclasses.replace(theirs.rope, theta=theirs.rope.theta + 1))
+    assert packed_accuracy._unlike(ours, other) == ["rope"]
+    assert packed_accuracy._unlike(ours, dataclasses.replace(theirs, norm_epsilon=0.5)) == ["rope", "norm_epsilon"]
+
+
 def test_nothing_to_compare_is_refused(tmp_path, lm):
     packed = _random_gpt_oss(tmp_path, "packed")
     with pytest.raises(gptjax.RequestError, match=r"already has 'experts' in MXFP4.*name the float checkpoint"):
-        mxfp4_accuracy.quantized(packed, "experts")
+        packed_accuracy.quantized(packed, "experts")
     with pytest.raises(gptjax.ConfigError, match="no experts"):
-        mxfp4_accuracy.quantized(lm, "experts")
-    with pytest.raises(gptjax.RequestError, match="not forms of the same model"):
-        mxfp4_accuracy.validate(lm, packed, [1, 2, 3])
+        packed_accuracy.quantized(lm, "experts")
+    with pytest.raises(gptjax.RequestError, match=r"not forms of the same model.*differ in architecture"):
+        packed_accuracy.validate(lm, packed, [1, 2, 3])
     with pytest.raises(gptjax.RequestError, match="name the float checkpoint first"):
-        mxfp4_accuracy.validate(lm, lm, [1, 2, 3])
+        packed_accuracy.validate(lm, lm, [1, 2, 3])
     with pytest.raises(gptjax.RequestError, match="name the float checkpoint first"):
-        mxfp4_accuracy.validate(mxfp4_accuracy.quantized(lm, "linear"), lm, [1, 2, 3])
+        packed_accuracy.validate(packed_accuracy.quantized(lm, "linear"), lm, [1, 2, 3])
 
 
 @pytest.mark.parametrize(
@@ -152,7 +212,7 @@ def test_nothing_to_compare_is_refused(tmp_path, lm):
 )
 def test_cosine_and_error(numbers, others, cosine, error):
     """Also of zeros, which have no direction."""
-    found = mxfp4_accuracy._difference(
+    found = packed_accuracy._difference(
         "x", [(np.array([[a]]), np.array([[b]])) for a, b in zip(numbers, others, strict=True)]
     )
     assert (found.cosine, found.error) == (pytest.approx(cosine), pytest.approx(error))
@@ -161,13 +221,16 @@ def test_cosine_and_error(numbers, others, cosine, error):
 def test_blocks_are_in_the_order_of_their_numbers():
     paths = [("token_embedding",), ("block_10", "b"), ("block_2", "b"), ("block_2", "a"), ("head_embedding",)]
     expected = [("block_2", "a"), ("block_2", "b"), ("block_10", "b"), ("head_embedding",), ("token_embedding",)]
-    assert sorted(paths, key=mxfp4_accuracy._place) == expected
+    assert sorted(paths, key=packed_accuracy._place) == expected
 
 
 def _report(*, weight=0.99, block=0.99, agreement=0.95, change=0.0099) -> Report:
     base = perplexity.Perplexity(100.0, 1.0, 10)
     return Report(
-        weights=(Difference("block_0/a", weight, 0.1), Difference("block_1/a", 0.999, 0.01)),
+        weights=(
+            WeightDifference("block_0/a", weight, 0.1, ("MXFP4",)),
+            WeightDifference("block_1/a", 0.999, 0.01, ("MXFP4",)),
+        ),
         blocks=(Difference("block_0", 0.999, 0.01), Difference("block_1", block, 0.1)),
         agreement=agreement,
         perplexity=base,
@@ -206,8 +269,9 @@ def _run(capsys, *argv: str) -> tuple[int, str, str]:
 def test_the_command_tells_and_judges(capsys, report):
     status, out, err = _run(capsys, "gpt2-tales", "--tokens", str(TOKENS))
     assert (status, err) == (0 if report.passed else 1, "")
-    for row in (*report.weights, *report.blocks):
-        assert re.search(rf"^{row.name} +{row.cosine:.5f} +{row.error:.2%}$", out, re.M)
+    for row, types in [(row, " +MXFP4") for row in report.weights] + [(row, "") for row in report.blocks]:
+        assert re.search(rf"^{row.name} +{row.cosine:.5f} +{row.error:.2%}{types}$", out, re.M)
+    assert "perplexity in MXFP4: " in out
     for verdict in report.verdicts:
         line = f"{verdict.name}: {verdict.found} (threshold: {verdict.wanted})"
         assert f"{'ok  ' if verdict.holds else 'FAIL'}  {line}" in out.splitlines()
@@ -217,11 +281,22 @@ def test_a_converted_directory_and_json(capsys, lm, converted, ids, tmp_path):
     argv = ["--against", str(converted), "--tokens", "40", "--json"]
     status, out, _ = _run(capsys, *argv)
     facts = json.loads(out)
-    expected = mxfp4_accuracy.validate(lm, mxfp4_accuracy.quantized(lm, "all"), ids[:40])
-    assert facts["weights"] == [dataclasses.asdict(row) for row in expected.weights]
+    expected = packed_accuracy.validate(lm, packed_accuracy.quantized(lm, "all"), ids[:40])
+    assert facts["weights"] == [json.loads(json.dumps(dataclasses.asdict(row))) for row in expected.weights]
     assert len(facts["weights"]) == 6 * 4 + 1
     assert facts["agreement"] == expected.agreement
     assert facts["passed"] == all(verdict["holds"] for verdict in facts["verdicts"]) == (status == 0)
+
+
+def test_a_gguf_file_of_the_demo(capsys, demo, tmp_path):
+    """All products and the embedding, in Q8_0, which keeps every threshold."""
+    types = dict.fromkeys(("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "token_embd.weight"), Q8_0)
+    tensors = {name: np.float32(array) for name, array in load_file(demo / "model.safetensors").items()}
+    config = json.loads((demo / "config.json").read_text())
+    path = gguf_from_hf.write(tmp_path / "model.gguf", config, tensors, types)
+    status, out, _ = _run(capsys, "--against", str(path), "--tokens", "100")
+    assert (status, len(re.findall(r"%  Q8_0$", out, re.M)), out.count("ok  ")) == (0, 3 * 6 + 1, 4)
+    assert "perplexity in Q8_0: " in out
 
 
 def test_all_thresholds_held_is_status_0(capsys, tmp_path, demo):
@@ -233,8 +308,6 @@ def test_all_thresholds_held_is_status_0(capsys, tmp_path, demo):
 
 
 def _write_exact(demo: Path, directory: Path) -> None:
-    from safetensors.numpy import load_file, save_file
-
     tensors = load_file(demo / "model.safetensors")
     for name, array in tensors.items():
         if array.ndim == 2 and ".h." in f".{name}":
@@ -282,15 +355,15 @@ def test_without_matplotlib_the_command_to_install_it_is_told_first(capsys, monk
 def test_files_that_cannot_be_plotted_to(monkeypatch, tmp_path, path, says):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(gptjax.RequestError, match=says):
-        mxfp4_accuracy.check_plot(tmp_path / path)
+        packed_accuracy.check_plot(tmp_path / path)
 
 
 @pytest.mark.parametrize("name", ["errors.png", "errors.SVG"])
 def test_a_plot(report, tmp_path, name):
     pytest.importorskip("matplotlib")
-    mxfp4_accuracy.plot(report, tmp_path / name)
+    packed_accuracy.plot(report, tmp_path / name)
     content = (tmp_path / name).read_bytes()
     assert content.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml")
     (tmp_path / "errors.pdf").mkdir()
     with pytest.raises(gptjax.RequestError, match="cannot be written"):
-        mxfp4_accuracy.plot(report, tmp_path / "errors.pdf")
+        packed_accuracy.plot(report, tmp_path / "errors.pdf")

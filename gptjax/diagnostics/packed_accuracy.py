@@ -1,5 +1,6 @@
-"""What MXFP4 costs in accuracy: compares a model with the same model rounded to it."""
+"""What packed weights cost in accuracy: compares a model with a packed form of it."""
 
+import collections
 import dataclasses
 import math
 import re
@@ -13,19 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.mxfp4 import chosen, packed_config, rounded, slices
+from gptjax.config import ModelConfig
 from gptjax.diagnostics.perplexity import Perplexity, predict
 from gptjax.engine import memory
 from gptjax.errors import GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.layers.observe import COLLECTION
+from gptjax.layers.rope import inv_freq
 from gptjax.models import registry
 from gptjax.models.packing import summed_last
 from gptjax.models.params import Params, weights_by_path
 from gptjax.models.registry import Model
 from gptjax.support.plots import check_plot, save_plot
+from gptjax.support.quoting import names
 from gptjax.text import Tokenizer
 from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.fragments import MXFP4Fragments
+from pallas_kernels.formats.ggml.fragments import QuantizedFragments
+from pallas_kernels.formats.ggml.weight import Rows
 from pallas_kernels.formats.mxfp4 import MXFP4
 
 # What is usually expected of a rounded model.
@@ -35,6 +41,7 @@ MOST_CHANGE: Final = 0.01  # of the perplexity, relative
 
 _HIDDEN_TOKENS: Final = 512  # the most whose hidden states are compared, since attention is not chunked here
 _NUMBERS: Final = 1 << 22  # compared at a time in float64
+_PACKING: Final = ("mxfp4", "types")  # the settings of a configuration that may differ
 _RESIDUALS: Final = ("mlp_residual", "moe_residual")  # what a block's last stage is called
 
 
@@ -45,6 +52,13 @@ class Difference:
     name: str
     cosine: float  # of the angle between the two; 1 is the same direction
     error: float  # relative: the norm of the difference over that of the original
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightDifference(Difference):
+    """The same for a weight, and what its rounded numbers are in."""
+
+    types: tuple[str, ...]  # packed ones, several if its parts differ; or a dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +75,17 @@ class Verdict:
 class Report:
     """A model compared with its rounded form."""
 
-    weights: tuple[Difference, ...]  # one for each rounded weight
+    weights: tuple[WeightDifference, ...]  # one for each rounded weight
     blocks: tuple[Difference, ...]  # of the hidden states after each block: means over positions
     agreement: float  # share of positions with the same most likely token, teacher-forced
     perplexity: Perplexity
     quantized_perplexity: Perplexity
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """What the rounded weights are in, most weights first."""
+        counted = collections.Counter(kind for row in self.weights for kind in row.types)
+        return tuple(kind for kind, _ in counted.most_common())
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
@@ -142,30 +162,31 @@ def validate(
     *,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Report:
-    """Compares a model with its MXFP4 form on a text, in pieces of `lm.max_length` tokens.
+    """Compares a model with its packed form on a text, in pieces of `lm.max_length` tokens.
 
     Args:
       lm: the original model; weights that it already has packed are not compared.
-      other: the same model with more of it packed. Both models are in memory.
+      other: the same model with more of it packed, or with numbers that were. Both models are in memory.
       advance: called after each piece of each model with its number of tokens.
 
     Raises:
-      RequestError: the models differ in kind or size, `other` has no more packed than `lm`, or the text has fewer than
-        two tokens.
+      RequestError: the models differ in kind or size, `other` has nothing rounded that `lm` has as numbers, or the text
+        has fewer than two tokens.
     """
-    if dataclasses.replace(lm.config, mxfp4=other.config.mxfp4) != other.config:
+    if unlike := _unlike(lm.config, other.config):
         raise RequestError(
-            "the two are not forms of the same model, according to their config.json; name a checkpoint converted from "
-            "the first"
+            f"the two are not forms of the same model: their configurations differ in {names(unlike)}; name a "
+            "checkpoint that was made from the first"
         )
-    if not chosen(lm.config, other.config):
+    weights = tuple(_weights(lm.params, other.params))
+    if not weights:
         raise RequestError(
-            "everything that the second has in MXFP4 is also packed in the first; name the float checkpoint first, and "
-            "one that `gptjax convert --quantize` wrote with --against"
+            "the second has the same numbers as the first, or the first has them packed; name the float checkpoint "
+            "first, and its packed form (a GGUF file, or what `gptjax convert --quantize` wrote) with --against"
         )
     before, after = (predict(each, token_ids, advance=advance) for each in (lm, other))
     return Report(
-        weights=tuple(_weights(lm.params, other.params)),
+        weights=weights,
         blocks=tuple(_blocks(lm, other, token_ids[: min(_HIDDEN_TOKENS, lm.max_length)])),
         agreement=float((before.best == after.best).mean()),
         perplexity=Perplexity.of(before.losses),
@@ -201,15 +222,41 @@ def plot(report: Report, path: str | Path) -> None:
     save_plot(figure, path)
 
 
-def _weights(params: Params, other: Params) -> Iterator[Difference]:
-    """The difference of each weight that is packed only in `other`."""
-    numbers, packed = weights_by_path(params), weights_by_path(other)
+def _unlike(config: ModelConfig, other: ModelConfig) -> list[str]:
+    """The settings in which two configurations are not of the same model, however its weights are stored."""
+    if type(config) is not type(other):
+        return ["architecture"]
+    settings = [field.name for field in dataclasses.fields(config) if field.name not in _PACKING]
+    unlike = [name for name in settings if getattr(config, name) != getattr(other, name)]
+    if unlike == ["rope"]:  # a GGUF file may have the divisors that config.json has a formula for
+        ours, theirs = (inv_freq(each.rope, each.head_width) for each in (config, other) if hasattr(each, "rope"))
+        return [] if np.allclose(ours, theirs, rtol=1e-6, atol=0) else unlike
+    return unlike
+
+
+def _weights(params: Params, other: Params) -> Iterator[WeightDifference]:
+    """The difference of each weight that is packed only in `other`, or has other numbers there."""
+    numbers, rounded_ones = weights_by_path(params), weights_by_path(other)
     for path in sorted(numbers, key=_place):
-        leaf, theirs = numbers[path], packed[path]
-        if isinstance(theirs, MXFP4Fragments):
-            theirs = theirs.unpacked()
-        if isinstance(theirs, MXFP4) and not is_packed(leaf):
-            yield _difference("/".join(path), _pairs(summed_last(path, leaf), theirs))
+        leaf, theirs = numbers[path], rounded_ones[path]
+        if theirs is leaf or is_packed(leaf):
+            continue
+        if not is_packed(theirs):
+            theirs = summed_last(path, theirs)
+        found = _difference("/".join(path), _pairs(summed_last(path, leaf), theirs))
+        if is_packed(theirs) or found.error:
+            yield WeightDifference(**dataclasses.asdict(found), types=_types(theirs))
+
+
+def _types(weight: Any) -> tuple[str, ...]:
+    """What a weight's numbers are in."""
+    return tuple(dict.fromkeys(_type(part) for part in (weight.parts if isinstance(weight, Rows) else (weight,))))
+
+
+def _type(part: Any) -> str:
+    if isinstance(part, MXFP4 | MXFP4Fragments):
+        return "MXFP4"
+    return str(part.type if is_packed(part) else part.dtype.name)
 
 
 def _place(path: tuple[str, ...]) -> tuple[bool, int, tuple[str, ...]]:
@@ -224,10 +271,23 @@ def _block(name: str) -> int | None:
     return None if match is None else int(match[1])
 
 
-def _pairs(array: jax.Array, packed: MXFP4) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The values of both, a slice at a time, in float64."""
+def _pairs(array: jax.Array, other: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The values of both, packed or not in `other`, a slice at a time, in float64."""
+    if isinstance(other, Rows):
+        start = 0
+        for part in other.parts:
+            yield from _pairs(array[start : start + part.shape[0]], part)
+            start += part.shape[0]
+        return
+    if isinstance(other, MXFP4Fragments):
+        other = other.unpacked()
+    elif isinstance(other, QuantizedFragments):  # which has no slices
+        other = other.dequantize()
+    if array.ndim == 1:
+        array, other = array[None], other[None]
     for index in slices(array.shape, _NUMBERS):
-        yield np.asarray(array[index], np.float64), np.asarray(packed[index].dequantize(), np.float64)
+        theirs = other[index].dequantize() if is_packed(other) else other[index]
+        yield np.asarray(array[index], np.float64), np.asarray(theirs, np.float64)
 
 
 def _difference(name: str, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Difference:
