@@ -49,7 +49,7 @@ def draw(points: Sequence[Point], picture: Path) -> None:
     """One panel for each device; a point is the median, a bar the spread, a dashed line the ceiling."""
     matplotlib.rcParams["svg.hashsalt"] = "gptjax"  # the same file from the same measurements
     devices = sorted({point["device"] for point in points})
-    figure = Figure(figsize=(8 * len(devices), 6), layout="constrained")
+    figure = Figure(figsize=(8 * len(devices), 8), layout="constrained")
     for axes, device in zip(figure.subplots(1, len(devices), squeeze=False).flat, devices, strict=True):
         axes.set(xscale="log", yscale="log", xlabel="rows", ylabel="tokens/s, all rows together", title=device)
         drawn = lines(point for point in points if point["device"] == device)
@@ -61,7 +61,7 @@ def draw(points: Sequence[Point], picture: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.plot([], [], "--", color="gray", label="what the memory allows, measured in the same run")
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.09))  # below, where no line is
     figure.savefig(picture, metadata={"Date": None} if picture.suffix == ".svg" else None)
 
 
