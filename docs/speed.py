@@ -48,6 +48,7 @@ def ceiling(point: Point) -> float | None:
 def draw(points: Sequence[Point], picture: Path) -> None:
     """One panel for each device; a point is the median, a bar the spread, a dashed line the ceiling."""
     matplotlib.rcParams["svg.hashsalt"] = "gptjax"  # the same file from the same measurements
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, in half the bytes
     devices = sorted({point["device"] for point in points})
     figure = Figure(figsize=(8 * len(devices), 8), layout="constrained")
     for axes, device in zip(figure.subplots(1, len(devices), squeeze=False).flat, devices, strict=True):
