@@ -130,11 +130,11 @@ def _small_files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], tuple[str, .
     if not isinstance(checkpoint.text, GGUFText):
         return copies, ()
     if not checkpoint.has_tokenizer:
-        return copies, (f"there is no tokenizer.json: {shown(checkpoint.text.path)} describes no tokenizer",)
+        return copies, (f"tokenizer.json is missing: {shown(checkpoint.text.path)} does not describe a tokenizer",)
     try:
         files = checkpoint.text.huggingface_files()
     except ConfigError as error:
-        return copies, (f"there is no tokenizer.json: {error}",)
+        return copies, (f"tokenizer.json is missing: {error}",)
     del copies[METADATA]
     # Without these, transformers takes the first and last token of the family's first model.
     ends = {key: files[GENERATION][key] for key in ("bos_token_id", "eos_token_id")}

@@ -151,8 +151,6 @@ def _check(args: argparse.Namespace) -> None:
             raise RequestError(f"--{name.replace('_', '-')} must be at least 1, found {values}")
     if args.random is not None and args.model is not None:
         raise RequestError("name a checkpoint or --random, not both")
-    if args.quantize is not None and (args.random is None or args.write_random is not None):
-        raise RequestError("--quantize is the type of --random weights that are measured: name a size with --random")
     if args.write_random is not None and args.random is None:
         raise RequestError("--write-random needs a size to write: name it with --random, as in --random gpt-oss-20b")
     if args.plot is not None and (args.kernels is None or args.tune is not None):
@@ -160,6 +158,11 @@ def _check(args: argparse.Namespace) -> None:
     alone = args.kernels is not None or args.tune is not None
     if alone and (args.versus or args.write_random):
         raise RequestError("--versus and --write-random are for whole models: leave out --kernels and --tune")
+    if args.quantize is not None and (args.random is None or args.write_random is not None or args.versus or alone):
+        raise RequestError(
+            "--quantize packs the weights that --random makes, of a whole model: name a size with --random, and leave "
+            "out --write-random, --versus, --kernels and --tune"
+        )
     if args.packed is not None and (args.random is not None or alone):
         raise RequestError("--packed is for a checkpoint's weights: leave out --random, --kernels and --tune")
     if args.tune is not None and args.json:

@@ -38,7 +38,7 @@ def quantized(config: ModelConfig, weights: Mapping[Path, Any], type_name: str) 
                 f"{type_name} packs {size} numbers at a time, and {'/'.join(path)} has rows of {width}; choose a type "
                 "with smaller blocks, such as Q8_0"
             )
-    return dataclasses.replace(config, mxfp4="none", types=tuple(("/".join(path), (type_name,)) for path in packable))
+    return dataclasses.replace(config, types=tuple(("/".join(path), (type_name,)) for path in packable))
 
 
 def overlaid(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:

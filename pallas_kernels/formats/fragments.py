@@ -22,11 +22,12 @@ A thread's scales of a tile are the two bytes of halfword i // 2: the even row's
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.formats import PackedWeight
 from pallas_kernels.formats.mxfp4 import BLOCK, MXFP4
 
 TILE = 64  # rows and columns
@@ -37,10 +38,8 @@ _PLACES = ((12, 6, 6), (9, 3, 3), (6, 0, 0), (11, 11, 10))
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class MXFP4Fragments:
+class MXFP4Fragments(PackedWeight):
     """An `MXFP4` tensor [..., O, I] repacked for tensor cores; O and I are multiples of 64. See the module."""
-
-    is_packed_weight: ClassVar[bool] = True
 
     words: jax.Array  # uint32 [..., O / 64, I / 64, 128, 4]
     scales: jax.Array  # uint16 [..., O / 64, I / 64, 64]
@@ -63,16 +62,6 @@ class MXFP4Fragments:
         """The shape of the numbers: [..., O, I]."""
         *lead, tiles, steps, _, _ = self.words.shape
         return (*lead, tiles * TILE, steps * TILE)
-
-    @property
-    def ndim(self) -> int:
-        """The number of axes."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """How many numbers it holds."""
-        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:

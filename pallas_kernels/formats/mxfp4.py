@@ -6,12 +6,14 @@ Source: Open Compute Project, "Microscaling Formats (MX) Specification", version
 import dataclasses
 import math
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import bitcast_convert_type as bitcast
+
+from pallas_kernels.formats import PackedWeight
 
 BLOCK = 32  # values that share a scale
 MIN_SCALE = 2  # from here to 252 every value times its power of two is a normal, finite float32
@@ -26,7 +28,7 @@ _TIES_UP = (0.75, 1.75, 3.5)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class MXFP4:
+class MXFP4(PackedWeight):
     """A tensor in OCP MXFP4, with blocks of 32 values along the last axis, in the layout of checkpoints.
 
     Value i of a block is `(0, .5, 1, 1.5, 2, 3, 4, 6, -0, -.5, -1, -1.5, -2, -3, -4, -6)[code i] · 2^(scale − 127)`.
@@ -34,8 +36,6 @@ class MXFP4:
     A pytree, whose fields may be arrays or what JAX and Flax put in their place (tracers, shapes, boxes). So nothing is
     checked here: `MXFP4.of` does that. Shapes and sizes are those of the numbers, and work for shapes too.
     """
-
-    is_packed_weight: ClassVar[bool] = True
 
     blocks: jax.Array  # uint8 [..., n/32, 16], two codes per byte; the low nibble is the even element
     scales: jax.Array  # uint8 [..., n/32]; 255 makes its block NaN
@@ -70,16 +70,6 @@ class MXFP4:
     def shape(self) -> tuple[int, ...]:
         """The shape of the numbers: [..., n]."""
         return (*self.scales.shape[:-1], self.scales.shape[-1] * BLOCK)
-
-    @property
-    def ndim(self) -> int:
-        """The number of axes."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """How many numbers it holds."""
-        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:

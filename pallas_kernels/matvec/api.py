@@ -98,8 +98,8 @@ def packed_matvec(
 def repacked(weight: MXFP4 | Quantized, implementation: str = dispatch.AUTO) -> MXFP4 | Quantized | Fragments:
     """A matrix [O, I] in the layout that this device's kernel wants.
 
-    It is returned unchanged if there is no kernel for it: on other devices, or if it doesn't fit (`fits` of
-    `formats.fragments` and `formats.ggml.fragments`).
+    Other devices, which have no such kernel, get it unchanged, and so does a matrix that does not fit: see `fits` in
+    `formats.fragments` and `formats.ggml.fragments`.
     """
     if dispatch.wanted(implementation) != dispatch.MOSAIC:
         return weight

@@ -52,7 +52,7 @@ class _Piece:
     every: int = 1  # tiles that share them
 
     def copied(self, tiles: int) -> int:
-        """Bytes of so many tiles."""
+        """The size of that many tiles, in bytes."""
         return tiles // self.every * self.tile
 
     def moved(self, at: Value, index: Value, unroll: int) -> Value:

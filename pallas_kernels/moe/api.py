@@ -74,8 +74,8 @@ def moe(
 def repacked(weight: MXFP4, implementation: str = dispatch.AUTO) -> MXFP4 | MXFP4Fragments:
     """Experts' weights [E, O, I] in the layout that this device's kernels want.
 
-    They are returned unchanged if there is no kernel for them: on other devices, or if they don't fit
-    (`formats.fragments.fits`).
+    Other devices, which have no such kernel, get them unchanged, and so do weights that do not fit: see
+    `formats.fragments.fits`.
     """
     has_kernel = dispatch.wanted(implementation) in (dispatch.MOSAIC, dispatch.TRITON)
     if not has_kernel or not fits(weight):

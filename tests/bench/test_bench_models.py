@@ -16,7 +16,11 @@ from gptjax.checkpoints.weights import flatten
 from gptjax.cli import main
 from gptjax.config import PUBLISHED, read_config
 from gptjax.models import registry
-from gptjax.models.params import abstract_params, random_params
+from gptjax.models.packing import quantized
+from gptjax.models.params import abstract_params, random_params, weights_by_path
+from pallas_kernels.formats import is_packed
+from pallas_kernels.formats.ggml.weight import Quantized
+from pallas_kernels.formats.mxfp4 import MXFP4
 from tests.compilations import compilations
 
 
@@ -156,6 +160,28 @@ def test_the_ceiling_is_the_faster_of_copying_and_reading():
     speed = measure_memory(3)
     assert 1e8 < speed.read < 1e13 and 1e8 < speed.copy < 1e13
     assert speed.bytes_per_second == max(speed.read, speed.copy)
+
+
+def test_random_weights_in_a_type(capsys, monkeypatch):
+    """All matrices but experts are packed; a step reads fewer bytes, and experts stay in MXFP4."""
+    small = dataclasses.replace(
+        PUBLISHED["gpt-oss-20b"], width=64, mlp_width=32, num_layers=1, windows=(None,), vocab_size=300
+    )
+    monkeypatch.setattr("gptjax.config.sizes.PUBLISHED", {"small": small})
+    read = {}
+    for kind in (None, "Q8_0", "mxfp4"):
+        more = [] if kind is None else ["--quantize", kind]
+        argv = ["--random", "small", *more, "--prompt-length", "4", "--steps", "1", "--repeats", "1", "--json"]
+        assert main(["bench", *argv]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["model"] == f"small (random weights{f' in {kind}' if kind else ''})"
+        read[kind] = facts["results"][0]["bytes_per_step"]
+    assert read[None] > read["Q8_0"] > read["mxfp4"]
+    config = quantized(small, weights_by_path(abstract_params(registry.build(small))), "Q8_0")
+    leaves = weights_by_path(abstract_params(registry.build(config)))
+    types = {path[-2:]: type(leaf) for path, leaf in leaves.items() if is_packed(leaf)}
+    assert types.pop(("moe", "gate_up_kernel")) is types.pop(("moe", "down_kernel")) is MXFP4
+    assert set(types.values()) == {Quantized} and len(types) == 4
 
 
 def test_the_command_prints_a_table_and_json(capsys):

@@ -131,7 +131,7 @@ def test_a_tokenizer_of_an_unknown_kind_stays_in_metadata(tmp_path, by):
         convert.convert(source, tmp_path / "converted")
         source = tmp_path / "converted"
     (note,) = convert.export(source, tmp_path / "dst").notes
-    assert re.match(r"there is no tokenizer.json: .* has tokenizer.ggml.pre 'dbrx'", note)
+    assert re.match(r"tokenizer.json is missing: .* has tokenizer.ggml.pre 'dbrx'", note)
     assert set(os.listdir(tmp_path / "dst")) == {"config.json", "model.safetensors", "metadata.gguf"}
 
 
@@ -142,7 +142,7 @@ def test_a_file_without_a_tokenizer(tmp_path, by):
         convert.convert(source, tmp_path / "converted")
         source = tmp_path / "converted"
     (note,) = convert.export(source, tmp_path / "dst").notes
-    assert re.fullmatch(r"there is no tokenizer.json: .*\.gguf describes no tokenizer", note)
+    assert re.fullmatch(r"tokenizer.json is missing: .*\.gguf does not describe a tokenizer", note)
 
 
 @WAYS

@@ -11,13 +11,20 @@ import convert
 import gptjax
 from gptjax.api import load_params
 from gptjax.checkpoints.checkpoint import open_checkpoint
-from gptjax.config import config_from_json
+from gptjax.config import ModelConfig, config_from_json
+from gptjax.config.sizes import PUBLISHED
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.layers.weight import AT_ONCE, product, unembed
 from gptjax.models import registry
-from gptjax.models.params import abstract_params, expanded, num_params, random_params, weights_by_path
+from gptjax.models.packing import quantized
+from gptjax.models.params import abstract_params, expanded, num_params, random_params, repacked, weights_by_path
+from pallas_kernels import dispatch
+from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.ggml import PACKED
+from pallas_kernels.formats.ggml.fragments import QuantizedFragments
 from pallas_kernels.formats.ggml.weight import Quantized, Rows
+from pallas_kernels.formats.mxfp4 import MXFP4
+from pallas_kernels.matvec import Fragments
 from tests.oracles import gguf_from_hf, gpt2_random, gpt_oss_random, llama_random
 from tests.oracles.gguf_from_hf import Q4_0, Q8_0
 
@@ -188,3 +195,54 @@ def test_packed_numbers_that_float16_can_hold(tmp_path):
     ):
         expected = one.logits(IDS)
         np.testing.assert_allclose(other.logits(IDS), expected, rtol=0, atol=0.02 * np.abs(expected).max())
+
+
+def _small(name: str, **changes):
+    """A published size's configuration, with sizes that the kernels' layouts take."""
+    sizes = {"width": 128, "num_layers": 1, "windows": (None,), "num_heads": 2, "num_kv_heads": 1, "head_width": 64}
+    return dataclasses.replace(PUBLISHED[name], **sizes, mlp_width=192, vocab_size=320, **changes)
+
+
+def _in_types(config: ModelConfig, kind: str) -> ModelConfig:
+    """The configuration with its matrices in `kind`; the values of attention in Q4_0."""
+    made = quantized(config, weights_by_path(abstract_params(registry.build(config))), kind)
+    types = dict(made.types)
+    types["block_0/attention/qkv/kernel"] = (kind, kind, "Q4_0")
+    return dataclasses.replace(made, types=tuple(types.items()))
+
+
+@pytest.mark.parametrize(
+    ("config", "embedding"),
+    [
+        (_in_types(_small("llama-3.2-1b"), "Q8_0"), QuantizedFragments),  # tied: the head's matrix too
+        (_in_types(_small("llama-3.1-8b"), "Q8_0"), Quantized),  # only looked up
+        (_small("llama-3.1-8b", mxfp4="all"), MXFP4),
+    ],
+    ids=["tied", "untied", "MXFP4"],
+)
+def test_repacked_matrices_compute_the_same(monkeypatch, config, embedding):
+    """As on Hopper, but with jnp's products: of few tokens, and of more than the kernel takes."""
+    model = registry.build(config, dtype="bfloat16")
+    original = random_params(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "wanted", lambda implementation: dispatch.MOSAIC)
+        copied = jax.tree.map(jnp.copy, original)
+        params = repacked(model, copied)
+    leaves = weights_by_path(params)
+    assert isinstance(leaves["token_embedding",], embedding)
+    for path, leaf in leaves.items():
+        if is_packed(leaf) and path != ("token_embedding",):
+            assert all(isinstance(part, Fragments) for part in (leaf.parts if isinstance(leaf, Rows) else [leaf])), path
+    freed = [leaf.is_deleted() for leaf in jax.tree.leaves(copied["block_0"]["mlp"])]
+    assert all(freed) and len(freed) >= 2
+
+    @jax.jit
+    def run(params, ids):
+        hidden, _ = model.apply({"params": params}, ids, jnp.arange(ids.shape[1])[None])
+        return hidden, model.apply({"params": params}, hidden, method="head")
+
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, 320, (1, 70)))
+    for given in (ids, ids[:, :5]):
+        for found, expected in zip(run(params, given), run(original, given), strict=True):
+            of_numbers = np.asarray(expected, np.float32)
+            np.testing.assert_allclose(np.asarray(found, np.float32), of_numbers, rtol=0, atol=0.02 * of_numbers.max())

@@ -22,13 +22,14 @@ and two numbers of 16 bits, of rows r = 0 and 1, share each word of `scales` and
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels.formats import PackedWeight
 from pallas_kernels.formats.fragments import TILE
 from pallas_kernels.formats.ggml import PACKED
 from pallas_kernels.formats.ggml.blocks_of_32 import five_bits
@@ -85,10 +86,8 @@ PARTS: Final[Mapping[str, Parts]] = {
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class QuantizedFragments:
+class QuantizedFragments(PackedWeight):
     """A `Quantized` matrix [O, I] repacked for tensor cores. See the module."""
-
-    is_packed_weight: ClassVar[bool] = True
 
     words: jax.Array  # uint32 [O / 64, I / 64, 1, 128, 4]; of 8 bits [O / 64, I / 64, 2, 128, 4]
     high: jax.Array | None  # uint32 [O / 64, I / 64, 128, 1 or 2]: the fifth bit, or the fifth and sixth
@@ -101,7 +100,7 @@ class QuantizedFragments:
         """The same numbers, repacked.
 
         Raises:
-          ValueError: there is no such layout for the type or the shape.
+          ValueError: the type or the shape does not fit.
         """
         if not fits(weight):
             raise ValueError(
@@ -114,16 +113,6 @@ class QuantizedFragments:
     def shape(self) -> tuple[int, int]:
         """The shape of the numbers: [O, I]."""
         return self.words.shape[0] * TILE, self.words.shape[1] * TILE
-
-    @property
-    def ndim(self) -> int:
-        """The number of axes."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """How many numbers it holds."""
-        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:

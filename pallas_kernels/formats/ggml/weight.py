@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels.formats import PackedWeight
 from pallas_kernels.formats.ggml import PACKED
 from pallas_kernels.formats.ggml.packed import HALVES
 
@@ -17,14 +18,12 @@ _SCALE = 2.0**-10  # gives random codes about the size of a model's weights
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Quantized:
+class Quantized(PackedWeight):
     """A matrix in one packed type, with blocks along the last axis, as GGUF files have it.
 
     A pytree, whose field may be an array or what JAX puts in its place (a tracer, a shape). Shapes and sizes are those
     of the numbers.
     """
-
-    is_packed_weight: ClassVar[bool] = True
 
     blocks: jax.Array  # uint8 [..., n / values of a block, bytes of a block]
     type: str = dataclasses.field(metadata={"static": True})  # a key of PACKED
@@ -54,16 +53,6 @@ class Quantized:
         return (*lead, count * PACKED[self.type].size)
 
     @property
-    def ndim(self) -> int:
-        """Axes of the numbers."""
-        return self.blocks.ndim - 1
-
-    @property
-    def size(self) -> int:
-        """How many numbers there are."""
-        return math.prod(self.shape)
-
-    @property
     def nbytes(self) -> int:
         """The memory that the blocks take."""
         return math.prod(self.blocks.shape)
@@ -78,38 +67,13 @@ class Quantized:
         return numbers.astype(dtype)
 
 
-class Matrix(Protocol):
-    """A packed matrix: `Quantized`, or repacked for a device's kernels."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the numbers."""
-
-    @property
-    def ndim(self) -> int:
-        """Axes of the numbers."""
-
-    @property
-    def size(self) -> int:
-        """How many numbers there are."""
-
-    @property
-    def nbytes(self) -> int:
-        """The memory that it takes."""
-
-    def dequantize(self, dtype: DTypeLike = ...) -> jax.Array:
-        """The numbers."""
-
-
-Part = TypeVar("Part", bound=Matrix)
+Part = TypeVar("Part", bound=PackedWeight)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rows(Generic[Part]):
+class Rows(PackedWeight, Generic[Part]):
     """A matrix whose rows are those of several packed ones, in order: queries, keys and values may differ in type."""
-
-    is_packed_weight: ClassVar[bool] = True
 
     parts: tuple[Part, ...]
 
@@ -117,16 +81,6 @@ class Rows(Generic[Part]):
     def shape(self) -> tuple[int, ...]:
         """Of the numbers."""
         return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
-
-    @property
-    def ndim(self) -> int:
-        """Axes of the numbers."""
-        return self.parts[0].ndim
-
-    @property
-    def size(self) -> int:
-        """How many numbers there are."""
-        return sum(part.size for part in self.parts)
 
     @property
     def nbytes(self) -> int:
