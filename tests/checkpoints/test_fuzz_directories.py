@@ -1,6 +1,7 @@
 """Small valid checkpoints with random changes: the model comes out, or a named error, soon and in little memory."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import convert
 from gptjax.checkpoints import manifest
 from tests.convert import made
 from tests.fuzz import rounds
+from tests.hostile.limits import ONE_THREAD
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -163,7 +165,12 @@ def test_changed_directories(directory, tmp_path):
     count = rounds(250)
     arguments = [directory, tmp_path / "scratch", 15, count, *files]
     result = subprocess.run(
-        [sys.executable, "-c", WORKER, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=3600
+        [sys.executable, "-c", WORKER, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | ONE_THREAD,
+        timeout=3600,
     )
     assert result.returncode == 0, (result.returncode, result.stdout[-2000:], result.stderr[-2000:])
     assert "FAILED" not in result.stdout, result.stdout[:5000]

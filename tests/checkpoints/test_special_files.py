@@ -1,6 +1,7 @@
 """Whatever takes the place of a file, and whatever a checkpoint's name is: a named error, at once, in little memory."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import convert
 from gptjax.checkpoints.safetensors import open_directory
 from tests.convert import made
+from tests.hostile.limits import ONE_THREAD
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -120,6 +122,7 @@ def _run(code: str, arguments: list[Path], given: object) -> list:
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env=os.environ | ONE_THREAD,
         timeout=300,
     )
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]

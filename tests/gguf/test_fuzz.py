@@ -1,6 +1,7 @@
 """Small valid GGUF files with random changes: tensors come out, or a named error, soon and in little memory."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.fuzz import rounds
 from tests.gguf import made
 from tests.gguf.made import Entry
 from tests.gguf.test_gguf_reading import ENTRIES, METADATA, split
+from tests.hostile.limits import ONE_THREAD
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,6 +104,7 @@ def test_changed_files(tmp_path):
         capture_output=True,
         text=True,
         cwd=ROOT,
+        env=os.environ | ONE_THREAD,
         timeout=3600,
     )
     assert result.returncode == 0, (result.returncode, result.stdout[-2000:], result.stderr[-2000:])

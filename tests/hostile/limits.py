@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOM = 64 << 20  # bytes of memory beyond what the process has
 SECONDS = 1  # of computing
 HANGS = 10  # seconds, on a machine that is busy with something else
+# A limit on addresses counts what a thread's malloc reserves (64 MB each) as if it were used.
+ONE_THREAD = {"MALLOC_ARENA_MAX": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class Outcome(NamedTuple):
@@ -62,8 +64,7 @@ def watch() -> None:
 
 
 def in_a_process(module: str, *arguments: object, seconds: float = 3600) -> Any:
-    """What `python -m module` prints last, as JSON. One thread only, because each has memory of its own."""
-    single = {"MALLOC_ARENA_MAX": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    """What `python -m module` prints last, as JSON."""
     quiet = {"RUST_BACKTRACE": "0"}  # of panics, which are among the outcomes
     result = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
@@ -71,7 +72,7 @@ def in_a_process(module: str, *arguments: object, seconds: float = 3600) -> Any:
         text=True,
         errors="replace",
         cwd=ROOT,
-        env=os.environ | single | quiet,
+        env=os.environ | ONE_THREAD | quiet,
         timeout=seconds,
     )
     assert result.returncode == 0, (result.returncode, result.stdout[-2000:], result.stderr[-3000:])

@@ -12,6 +12,7 @@ from gptjax.errors import CapacityError, RequestError
 from gptjax.text.harmony import Function, render
 from gptjax.text.writer import Writer
 from tests.fuzz import TIMES, rounds
+from tests.hostile.limits import ONE_THREAD
 from tests.text.harmony_material import TALES, USER, function
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +22,7 @@ def _cost(count: int, largest: int, seed: int) -> dict[str, float]:
     """Of random tools, in a process with 1.5 GB of addresses."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.text.hostile_tools", str(count), str(largest), str(seed)],
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        env=os.environ | ONE_THREAD,
         cwd=ROOT,
         capture_output=True,
         text=True,
