@@ -208,7 +208,7 @@ def test_a_slow_weight_holds_up_none_of_the_others():
     others, taken = threading.Semaphore(0), []
 
     def slow():
-        assert all(others.acquire(timeout=20) for _ in range(5))
+        assert all(others.acquire(timeout=60) for _ in range(5))
         return "slow"
 
     def quick():

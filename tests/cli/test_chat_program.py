@@ -226,4 +226,4 @@ def test_the_program_in_a_terminal(interruptible):  # whose children do not igno
         typist.until("The effort is low.")
         typist.until("> ")
         typist.type("\x04")
-        assert typist.process.wait(30) == 0
+        assert typist.process.wait(60) == 0

@@ -61,7 +61,7 @@ def serving(folder: Path, *options: str) -> Iterator[Process]:
 
 def _port(process: subprocess.Popen) -> int:
     """That on which a process listens."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         for connection in psutil.Process(process.pid).net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN:

@@ -177,7 +177,7 @@ def fail_all(worker):
         worker.fail(ticket, Failed("the server is shutting down", "drained"))
 
 
-def wait_for(holds, seconds=60):
+def wait_for(holds, seconds=120):
     until = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < until, "it did not come"

@@ -35,7 +35,7 @@ def leave(address: str, holds, *, prompt, stream: bool, max_tokens: int) -> None
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
         client.sendall(request(int(port), body))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not holds():
             assert time.monotonic() < deadline, "it did not come"
 

@@ -53,12 +53,12 @@ class Served:
         wait_for(lambda: "running on" in self.log)
         return re.search(r"running on (http://\S+)", self.log)[1]
 
-    def end(self, *signals, within=3.0):
+    def end(self, *signals):
         """Sends signals, and checks how it ends."""
         for number in signals:
             self.process.send_signal(number)
             time.sleep(0.2)
-        assert self.process.wait(within + 10) == 0, self.log
+        assert self.process.wait(60) == 0, self.log
         assert "Traceback" not in self.log
         assert "FATAL" not in self.log
         assert "Exception" not in self.log
@@ -114,7 +114,7 @@ def test_a_request_that_waits_for_the_compiler_is_answered(start):
 @pytest.mark.parametrize("signals", [[signal.SIGTERM] * 2, [signal.SIGINT] * 2])
 def test_streams_that_nobody_reads_are_cut(start, signals):
     # A second Ctrl-C does not wait for --drain.
-    server = start(FAKE, "--drain", "0" if signals[0] == signal.SIGTERM else "60")
+    server = start(FAKE, "--drain", "0" if signals[0] == signal.SIGTERM else "600")
     address = server.listening()
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(socket.socket())
@@ -123,7 +123,7 @@ def test_streams_that_nobody_reads_are_cut(start, signals):
         fields = {"prompt": "a", "stream": True, "max_tokens": 1 << 30, "logprobs": 20}
         client.sendall(request(1, fields, last=False))
         wait_for(lambda: stands_still(address))
-        server.end(*signals, within=8)
+        server.end(*signals)
 
 
 def stands_still(address):
@@ -139,7 +139,7 @@ def stands_still(address):
 def test_a_stream_that_is_read_ends_in_order(start):
     server = start(FAKE, "--drain", "0.3")
     body = {"prompt": "a", "stream": True, "max_tokens": 1 << 30}
-    with httpx2.stream("POST", f"{server.listening()}/v1/completions", json=body, timeout=10) as response:
+    with httpx2.stream("POST", f"{server.listening()}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)

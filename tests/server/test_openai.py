@@ -28,7 +28,7 @@ def ask():
         def start(script, name=GPT_OSS):
             service = make(script, name=name)
             _, address = stack.enter_context(running(service))
-            client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0, timeout=10)
+            client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0, timeout=60)
             return service, stack.enter_context(client)
 
         yield start

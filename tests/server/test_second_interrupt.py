@@ -28,8 +28,8 @@ def test_requests_that_are_cut_are_waited_for(monkeypatch, caplog):
     monkeypatch.setattr(completions.Answer, "stream", stream)
     service = make(endless)
     body = {"prompt": "a", "stream": True, "max_tokens": 390}
-    with caplog.at_level(logging.ERROR), running(service, drain_seconds=60) as (server, address):
-        with httpx2.stream("POST", f"{address}/v1/completions", json=body, timeout=10) as response:
+    with caplog.at_level(logging.ERROR), running(service, drain_seconds=600) as (server, address):
+        with httpx2.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as response:
             next(lines := response.iter_lines())
             began = time.monotonic()
             for _ in range(2):
@@ -37,6 +37,6 @@ def test_requests_that_are_cut_are_waited_for(monkeypatch, caplog):
             with pytest.raises(httpx2.TransportError):
                 list(lines)
         wait_for(lambda: ended)
-    assert time.monotonic() - began < 10  # not --drain's 60
+    assert time.monotonic() - began < 60  # not --drain's 600
     assert len(ended) == 1 and service.worker.cancelled
     assert not caplog.records

@@ -24,7 +24,7 @@ from tests.server.server_material import GPT2, endless, fail_all, ids, make, run
 
 def streamed(address, **fields):
     body = {"prompt": "a", "stream": True, "max_tokens": 390} | fields
-    return httpx2.stream("POST", f"{address}/v1/completions", json=body, timeout=10)
+    return httpx2.stream("POST", f"{address}/v1/completions", json=body, timeout=60)
 
 
 def test_streams_end_in_order_when_the_server_is_told_to_end():
@@ -204,13 +204,13 @@ def test_the_command_serves_and_ends(tmp_path):
             wait_for(lambda: "running on" in (tmp_path / "log").read_text())
             lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
             address = lines[-1]["message"].split()[3]
-            response = httpx2.get(f"{address}/health", timeout=20)
+            response = httpx2.get(f"{address}/health", timeout=60)
             assert (response.status_code, response.json()["status"]) == (503, "starting")
             body = {"prompt": "The king", "max_tokens": 3, "temperature": 0, "echo": True, "logprobs": 1}
             answer = httpx2.post(f"{address}/v1/completions", json=body, timeout=120).json()
             assert len(answer["choices"][0]["logprobs"]["tokens"]) == 5
             assert httpx2.get(f"{address}/health").status_code == 200
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
