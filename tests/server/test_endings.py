@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -47,6 +48,11 @@ class Served:
     @property
     def log(self):
         return self._log.read_text()
+
+    def catches_signals(self):
+        """Whether SIGTERM has its handler."""
+        caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{self.process.pid}/status").read_text(), re.MULTILINE)
+        return bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
 
     def listening(self):
         """Its address, as soon as it listens."""
@@ -155,5 +161,6 @@ def test_any_moment_is_a_good_one(start, seed):
     """Once the handlers are there, which Python's own start and `gptjax.cli` come before."""
     chance = random.Random(seed)
     server = start()
-    time.sleep(chance.uniform(1.0, 5.0))
+    wait_for(server.catches_signals)
+    time.sleep(chance.uniform(0.0, 4.0))
     server.end(chance.choice([signal.SIGTERM, signal.SIGINT]))

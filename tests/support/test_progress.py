@@ -3,7 +3,9 @@
 import io
 import re
 import sys
+import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -35,12 +37,17 @@ def terminal(monkeypatch):
     return put
 
 
-def _work(seconds: float, total: int | None = 100, unit: str = "B") -> None:
-    with progress.progress("loading", total, unit) as advance:
-        advance(30)
+def _until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.01)
+
+
+def _work(seconds: float = 0.0) -> None:
+    with progress.progress("loading", 100) as advance:
+        advance(100)
         time.sleep(seconds)
-        advance(70)
-        time.sleep(seconds and 0.15)
 
 
 @pytest.mark.parametrize(
@@ -48,17 +55,23 @@ def _work(seconds: float, total: int | None = 100, unit: str = "B") -> None:
 )
 def test_long_work_on_a_terminal_shows(terminal, capsys, total, unit, shown):
     stderr = terminal()
-    _work(0.25, total, unit)
-    text = re.sub(r"\x1b\[[0-9;]*m", "", stderr.getvalue())  # without colours
-    assert "loading" in text and shown in text
+
+    def text() -> str:
+        return re.sub(r"\x1b\[[0-9;]*m", "", stderr.getvalue())  # without colours
+
+    with progress.progress("loading", total, unit) as advance:
+        advance(30)
+        _until(lambda: "loading" in text())
+        advance(70)
+        _until(lambda: shown in text())
     assert capsys.readouterr().out == ""
 
 
 def test_short_work_shows_nothing(terminal, monkeypatch):
     stderr = terminal()
-    monkeypatch.setattr(progress, "PATIENCE_SECONDS", 0.5)
-    _work(0)
-    time.sleep(0.7)
+    monkeypatch.setattr(progress, "PATIENCE_SECONDS", 600)
+    _work()
+    _until(lambda: not any(isinstance(thread, threading.Timer) for thread in threading.enumerate()))
     assert stderr.getvalue() == ""
 
 
@@ -80,7 +93,7 @@ def test_the_bar_ends_with_an_error(terminal):
     stderr = terminal()
     with pytest.raises(ZeroDivisionError), progress.progress("loading", 5) as advance:
         advance(1)
-        time.sleep(0.15)
+        _until(stderr.getvalue)
         raise ZeroDivisionError
     shown = stderr.getvalue()
     time.sleep(0.3)
