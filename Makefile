@@ -37,7 +37,7 @@ chat: $(VENV)/.installed
 
 # The tiers: what compiles no model; all but kernels that are interpreted or lowered; the kernels; everything in full.
 quick: lint
-	FUZZ=0.1 $(PYTEST) --tier quick $(ARGS)
+	FUZZ=0.02 $(PYTEST) --tier quick $(ARGS)
 
 test: lint
 	FUZZ=0.1 $(PYTEST) --tier test $(ARGS)

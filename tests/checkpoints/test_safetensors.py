@@ -201,6 +201,7 @@ def test_overlapping_tensors(tmp_path):
     _refused(tmp_path, "'b' overlaps")
 
 
+@pytest.mark.thorough
 def test_200_000_empty_tensors(tmp_path):
     header = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(200_000)}
     made.write_raw(tmp_path / "model.safetensors", json.dumps(header).encode(), b"")

@@ -149,6 +149,7 @@ def layouts(demo, tmp_path_factory):
     return base
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's files")
 def test_special_files_are_named_at_once(layouts, tmp_path):
     cases = [(layout, name, kind) for layout, names in NAMES.items() for name in names for kind in KINDS]

@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import shutil
 from typing import Any
 
 import pytest
 
-import gptjax
 from gptjax.config import PUBLISHED, config_from_json
 from gptjax.config.keys import without
 from gptjax.config.rope import Rope, Yarn
-from gptjax.diagnostics.info import describe
 from gptjax.errors import ConfigError
 from tests.oracles import gpt_oss_random
 
@@ -116,16 +113,6 @@ def test_gpt2_has_no_experts_to_be_packed():
     raw = PUBLISHED["gpt2"].to_json() | {"quantization_config": {"quant_method": "mxfp4"}}
     with pytest.raises(ConfigError, match="targets is missing"):
         config_from_json(raw)
-
-
-def test_an_end_of_text_that_the_model_does_not_have_ends_nothing(tmp_path, demo):
-    """As every GPT-2 has that was trained from scratch with transformers' default ids and a small vocabulary."""
-    shutil.copytree(demo, tmp_path / "demo")
-    (tmp_path / "demo" / "generation_config.json").write_text('{"eos_token_id": [99999999, 8191]}')
-    with gptjax.load(tmp_path / "demo") as lm:
-        assert lm.eos_ids == (8191,)
-        assert len(lm.generate([5], max_tokens=2).token_ids) == 2
-    assert "the model has no token 99999999" in describe(tmp_path / "demo")["generation"]
 
 
 @pytest.mark.parametrize("name", ["gpt-oss-20b", "gpt-oss-120b"])

@@ -116,3 +116,12 @@ def test_a_prompt_gets_what_the_tokenizer_puts_around_texts(copy):
         assert lm.generate("Once", max_tokens=4).token_ids == wanted
         twice = lm.generate("<|endoftext|>Once", special=True, max_tokens=4)
         assert twice.usage.prompt_tokens == 1 + len(plain) and twice.token_ids == wanted
+
+
+def test_an_end_of_text_that_the_model_does_not_have_ends_nothing(copy):
+    """As every GPT-2 has that was trained from scratch with transformers' default ids and a small vocabulary."""
+    change(copy, "generation_config.json", eos_token_id=[99999999, 8191])
+    with gptjax.load(copy) as lm:
+        assert lm.eos_ids == (8191,)
+        assert len(lm.generate([5], max_tokens=2).token_ids) == 2
+    assert "the model has no token 99999999" in describe(copy)["generation"]

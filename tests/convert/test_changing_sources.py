@@ -16,6 +16,7 @@ from convert import hashing
 from gptjax.checkpoints import atomic_directory, saving
 from gptjax.errors import CheckpointError
 from tests.convert import made
+from tests.thinned import thorough
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -105,7 +106,7 @@ except CheckpointError as error:
 """
 
 
-@pytest.mark.parametrize("task", ["convert", "load"])
+@pytest.mark.parametrize("task", ["convert", thorough("load")])
 def test_a_source_that_is_truncated_does_not_end_the_process(tmp_path, task):
     """With a map of the file in memory it was SIGBUS."""
     made.stream_gpt2(tmp_path / "src", vocab_size=5000, n_positions=64, n_embd=640, n_layer=2, n_head=10)

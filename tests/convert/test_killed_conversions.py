@@ -15,11 +15,12 @@ from gptjax.errors import CheckpointError
 from tests.convert import made
 from tests.convert.conversion_material import assert_holds, restored, start, streamed
 from tests.oracles import gpt2_ours
+from tests.thinned import thorough
 
 SMALL = "gptjax.checkpoints.saving.PIECE_BYTES = 3_000_000"
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [thorough(4), pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_any_time_leaves_nothing_that_looks_finished(tmp_path, count):
     """100 MB in some 30 pieces, killed at random moments; each run continues where the one before was."""
     made.stream_gpt2(tmp_path / "src", vocab_size=9000, n_positions=64, n_embd=640, n_layer=4, n_head=10)
