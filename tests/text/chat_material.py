@@ -14,8 +14,10 @@ SPECIAL = [
     *("<|im_start|>", "<|im_end|>", "<s>", "</s>"),
     *("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
     *("<|eot_id|>", "<|eom_id|>", "<|python_tag|>"),
+    *("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
 ]
 PLAIN = ["<tool_call>", "</tool_call>", "<think>", "</think>"]  # added tokens that are not special, as Qwen has them
+BEGIN_THE_THOUGHT = ("qwen3-thinking", "qwq", "qwq-first", "deepseek-r1-thinking")  # formats whose prompts do
 
 
 def template(file: str) -> str:

@@ -13,7 +13,14 @@ from gptjax.text.chat_formats import FORMATS, ChatOptions, choose_format
 from gptjax.text.chat_formats.known import TEMPLATES, fingerprint
 from tests.fuzz import rounds
 from tests.oracles.chat_cases import Cases
-from tests.text.chat_material import SPECIAL, TEMPLATE_FILES, chat_tokenizer, template, tool
+from tests.text.chat_material import (
+    BEGIN_THE_THOUGHT,
+    SPECIAL,
+    TEMPLATE_FILES,
+    chat_tokenizer,
+    template,
+    tool,
+)
 from tests.text.harmony_material import TALES
 from tests.text.text_material import demo_json, with_added, write_json
 
@@ -110,6 +117,7 @@ def test_stops_are_the_formats_own(tokenizer):
     assert stops("qwen3") == {"<|im_end|>", "<|endoftext|>"}
     assert stops("llama-3.1") == {"<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"}
     assert stops("llama-2") == stops("zephyr") == {"</s>"}
+    assert stops("deepseek-r1") == {"<｜end▁of▁sentence｜>"}
 
 
 # Prompts
@@ -133,12 +141,14 @@ def test_texts_never_become_special_tokens(tokenizer, name):
     assert counts[0] == counts[1]
 
 
-OWN_BOS = dict.fromkeys(["llama-2", "mistral-v0.1", "mistral-v0.2"], "<s>") | dict.fromkeys(
-    ["llama-3", "llama-3.1", "llama-3.2"], "<|begin_of_text|>"
-)
+OWN_BOS = {
+    **dict.fromkeys(["llama-2", "mistral-v0.1", "mistral-v0.2"], "<s>"),
+    **dict.fromkeys(["llama-3", "llama-3.1", "llama-3.2"], "<|begin_of_text|>"),
+    **dict.fromkeys(["deepseek-r1", "deepseek-r1-thinking", "deepseek-r1-0528"], "<｜begin▁of▁sentence｜>"),
+}
 
 
-@pytest.mark.parametrize("adds", ["<s>", "<|begin_of_text|>", None])
+@pytest.mark.parametrize("adds", ["<s>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>", None])
 def test_there_is_one_bos_if_the_format_or_the_tokenizer_has_one(tmp_path, adds):
     """llama.cpp does so, too."""
     file = with_added(demo_json(), SPECIAL)
@@ -160,8 +170,40 @@ def test_there_is_one_bos_if_the_format_or_the_tokenizer_has_one(tmp_path, adds)
         if adds in (None, bos):  # no tokenizer of the format adds another one
             ids = FORMATS[name].render([USER], tokenizer, ChatOptions(), max_length=500)
             marks = [tokenizer.decode([token], special=True) for token in ids]
-            assert marks.count("<s>") + marks.count("<|begin_of_text|>") == (bos is not None)
+            assert sum(mark in ("<s>", *OWN_BOS.values()) for mark in marks) == (bos is not None)
             assert bos is None or marks[0] == bos
+
+
+def test_a_template_with_the_tokenizers_bos_has_it_even_where_texts_do_not(tmp_path):
+    tokenizer = chat_tokenizer(tmp_path, bos_token="<s>")
+    start = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt(tokenizer, "chatml", [USER]) == start
+    assert prompt(tokenizer, "hermes-2", [USER]) == f"<s>{start}"
+    assert prompt(tokenizer, "hermes-3", [USER]) == (
+        f"<s><|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{start}"
+    )
+
+
+def test_earlier_turns_lose_their_reasoning(tokenizer):
+    said = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes.", "reasoning_content": "Hm."}
+    for name in ("deepseek-r1", "deepseek-r1-thinking", "deepseek-r1-0528", "qwq", "qwq-first"):
+        text = prompt(tokenizer, name, [USER, said, USER])
+        assert ("Hm." in text, "Yes." in text) == (False, True)
+        assert text.endswith("<think>\n") == (name in BEGIN_THE_THOUGHT)
+    assert "Hm." in prompt(tokenizer, "qwq", [USER, said])
+    assert "Hm." not in prompt(tokenizer, "qwq-first", [USER, said])
+
+
+def test_system_messages_of_deepseek_come_first(tokenizer):
+    system = [{"role": "system", "content": text} for text in ("Be brief.", "Be kind.")]
+    messages = [system[0], USER, {"role": "assistant", "content": "Yes."}, system[1], USER]
+    begin, user, assistant, end = SPECIAL[-4:]
+    for name, ending in (("deepseek-r1", ""), ("deepseek-r1-thinking", "<think>\n")):
+        assert prompt(tokenizer, name, messages) == (
+            f"{begin}Be kind.{user}Hi{assistant}Yes.{end}{user}Hi{assistant}{ending}"
+        )
+    later = prompt(tokenizer, "deepseek-r1-0528", messages)
+    assert later == f"{begin}Be brief.\n\nBe kind.{user}Hi{assistant}Yes.{end}{user}Hi{assistant}"
 
 
 def test_default_system_messages_are_the_templates(tokenizer):
