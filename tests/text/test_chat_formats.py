@@ -8,7 +8,7 @@ import random
 import pytest
 
 from gptjax.errors import CapacityError, RequestError
-from gptjax.text import Tokenizer, load_tokenizer
+from gptjax.text import Tokenizer, load_tokenizer, tokenizer_from_gguf
 from gptjax.text.chat_formats import FORMATS, ChatOptions, choose_format
 from gptjax.text.chat_formats.known import TEMPLATES, fingerprint
 from tests.fuzz import rounds
@@ -21,6 +21,7 @@ from tests.text.chat_material import (
     template,
     tool,
 )
+from tests.text.family_material import gguf_metadata
 from tests.text.harmony_material import TALES
 from tests.text.text_material import demo_json, with_added, write_json
 
@@ -61,6 +62,19 @@ def test_a_template_is_recognised_in_a_checkpoints_files(tmp_path):
     assert choose_format(chat_tokenizer(tmp_path, chat_template=template("qwen3"))).name == "qwen3"
     (tmp_path / "chat_template.jinja").write_text(template("llama-3.2"))
     assert choose_format(load_tokenizer(tmp_path)).name == "llama-3.2"
+
+
+def test_a_template_is_recognised_in_a_gguf_file():
+    file = with_added(demo_json(), SPECIAL)
+    metadata = gguf_metadata(file, "deepseek-r1-qwen")
+    bos = metadata["tokenizer.ggml.tokens"].index("<｜begin▁of▁sentence｜>")
+    more = {"bos_token_id": bos, "add_bos_token": True}
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in more.items()}
+    tokenizer = tokenizer_from_gguf(metadata | {"tokenizer.chat_template": template("deepseek-r1-thinking")})
+    assert choose_format(tokenizer).name == "deepseek-r1-thinking"
+    text = "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><think>\n"
+    assert prompt(tokenizer, "deepseek-r1-thinking", [USER]) == text
+    assert prompt(tokenizer, "hermes-2", [USER]).count("<｜begin▁of▁sentence｜>") == 1
 
 
 def test_another_template_is_refused_by_name_and_can_be_overridden(tokenizer):
