@@ -39,6 +39,12 @@ def tool(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
 
 
+def prompt(tokenizer: Tokenizer, name: str, messages: list[dict[str, Any]], **options: Any) -> str:
+    """A prompt, with its special tokens."""
+    ids = FORMATS[name].render(messages, tokenizer, ChatOptions(**options), max_length=10_000)
+    return tokenizer.decode(ids, special=True)
+
+
 def read(tokenizer: Tokenizer, name: str, ids: list[int], *offered: str) -> tuple[TurnReader, str]:
     """A reader that has read a whole turn, and the answer."""
     reader = FORMATS[name].reader(tokenizer, ChatOptions(tools=[tool(each) for each in offered]))
