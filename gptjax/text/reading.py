@@ -1,6 +1,7 @@
 """Reads a tokenizer's files: `tokenizer.json`, or GPT-2's `vocab.json` and `merges.txt`."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ END_OF_TEXT = "<|endoftext|>"
 _MOST_UNBUILT = 100
 _OTHER_CUTS = ("gpt_oss", "llama", "qwen2")
 _GPT2_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
+# Such a token begins a message, though DeepSeek's files say it is not special: any text could then begin one. GGUF's
+# converter makes the same exception.
+_DEEPSEEK = re.compile("<｜.+｜>")
 
 
 def read_vocabulary(
@@ -130,6 +134,7 @@ def _added(path: Path, items: object) -> Iterator[AddedToken]:
             raise_damaged(path, f"the added token {quoted(item)} has no content or no id")
         flags = {key: item.get(key) is True for key in ("special", "lstrip", "rstrip", "single_word")}
         normalized = item.get("normalized", not flags["special"]) is True
+        flags["special"] = flags["special"] or _DEEPSEEK.fullmatch(item["content"]) is not None
         if item["content"]:
             yield AddedToken(item["content"], item["id"], normalized=normalized, **flags)
 

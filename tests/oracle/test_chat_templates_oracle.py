@@ -29,15 +29,16 @@ KINDS = {
 }
 ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
 LLAMA3 = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+DEEPSEEK = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return chat_tokenizer(tmp_path_factory.mktemp("chat"))
+    return chat_tokenizer(tmp_path_factory.mktemp("chat"), bos_token="<s>")
 
 
 def rendered(file: str, messages, tools=None, **options) -> str:
-    ends = LLAMA3 if file.startswith("llama-3") else ENDS
+    ends = LLAMA3 if file.startswith("llama-3") else DEEPSEEK if file.startswith("deepseek") else ENDS
     [text], _ = utils.render_jinja_template(
         conversations=[for_template(messages)],
         tools=tools or None,

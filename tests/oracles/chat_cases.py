@@ -29,6 +29,7 @@ PIECES = [
     "\r\n",
 ]
 SPECIAL = ["<|im_end|>", "<|im_start|>", "<|eot_id|>", "<s>", "</s>", "<|start_header_id|>", "<|endoftext|>"]
+SPECIAL += ["<｜User｜>", "<｜end▁of▁sentence｜>"]
 NAMES = ["weather", "get_time", "a.b", "f-1"]
 
 

@@ -20,6 +20,9 @@ FAMILIES = {
         "<think>\nHm, so.\n</think>\n\nIt is é😀 late.<|im_end|>",
         f"<think>\nHm, so.\n</think>\n\n{CALL}<|im_end|>",
     ),
+    "hermes-3": ("It is é😀 late.<|im_end|>", None),
+    "deepseek-r1": ("<think>\nHm, so.\n</think>\n\nIt is é😀 late.<｜end▁of▁sentence｜>", None),
+    "deepseek-r1-thinking": ("Hm, so.\n</think>\n\nIt is é😀 late.<｜end▁of▁sentence｜>", None),
     "llama-2": ("It is é😀 late.</s>", None),
     "llama-3": ("It is é😀 late.<|eot_id|>", None),
     "llama-3.1": ("It is é😀 late.<|eot_id|>", f"{LLAMA_CALL}<|eom_id|>"),
@@ -43,7 +46,7 @@ def saying(tokenizer, text, **more):
 
 
 def thought(file: str) -> str:
-    return "Hm, so." if file == "qwen3" else ""
+    return "Hm, so." if "Hm, so." in FAMILIES[file][0] else ""
 
 
 @pytest.mark.parametrize("file", FAMILIES)

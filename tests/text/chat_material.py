@@ -14,8 +14,10 @@ SPECIAL = [
     *("<|im_start|>", "<|im_end|>", "<s>", "</s>"),
     *("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
     *("<|eot_id|>", "<|eom_id|>", "<|python_tag|>"),
+    *("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
 ]
 PLAIN = ["<tool_call>", "</tool_call>", "<think>", "</think>"]  # added tokens that are not special, as Qwen has them
+BEGIN_THE_THOUGHT = ("qwen3-thinking", "qwq", "qwq-first", "deepseek-r1-thinking")  # formats whose prompts do
 
 
 def template(file: str) -> str:
@@ -35,6 +37,12 @@ def chat_tokenizer(directory: Path, *, tags: bool = True, **config: Any) -> Toke
 
 def tool(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
+
+
+def prompt(tokenizer: Tokenizer, name: str, messages: list[dict[str, Any]], **options: Any) -> str:
+    """A prompt, with its special tokens."""
+    ids = FORMATS[name].render(messages, tokenizer, ChatOptions(**options), max_length=10_000)
+    return tokenizer.decode(ids, special=True)
 
 
 def read(tokenizer: Tokenizer, name: str, ids: list[int], *offered: str) -> tuple[TurnReader, str]:

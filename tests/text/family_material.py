@@ -25,6 +25,16 @@ EXPRESSIONS = {
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+# deepseek-ai/deepseek-llm-7b-base
+DEEPSEEK_LLM = [
+    r"[\r\n]",
+    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ"
+    r"-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-"
+    r"ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    r"\s+$",
+    r"[一-龥ࠀ-一가-퟿]+",
+]
 TEXTS = [
     *(
         "",
@@ -59,9 +69,15 @@ def _file(pre_tokenizer: dict[str, Any], special: list[str], **more: Any) -> dic
     return {**file, "pre_tokenizer": pre_tokenizer, **more}
 
 
+def _cut(*expressions: str, more: list[dict[str, Any]]) -> dict[str, Any]:
+    splits = [
+        {"type": "Split", "pattern": {"Regex": each}, "behavior": "Isolated", "invert": False} for each in expressions
+    ]
+    return {"type": "Sequence", "pretokenizers": [*splits, *more]}
+
+
 def _split(name: str) -> dict[str, Any]:
-    split = {"type": "Split", "pattern": {"Regex": EXPRESSIONS[name]}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, BYTES]}
+    return _cut(EXPRESSIONS[name], more=[BYTES])
 
 
 def _begins_with(token: str, number: int) -> dict[str, Any]:
@@ -95,6 +111,7 @@ def family() -> dict[str, dict[str, Any]]:
         "smollm": _file(digits, ["<|im_start|>", "<|im_end|>"]),
         "gpt-4o": _file(_split("gpt-4o"), ["<|start|>"]),
         "tekken": tekken,
+        "deepseek-llm": _file(_cut(*DEEPSEEK_LLM, more=[{"type": "Digits", "individual_digits": True}, BYTES]), []),
     }
 
 

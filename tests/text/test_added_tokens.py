@@ -140,6 +140,23 @@ def test_files_of_older_versions(tmp_path: Path, files: dict[str, Any], ends: tu
         assert ADDED[content] not in tokenizer.encode(DIALOGUE), "special tokens in plain text stay text"
 
 
+def test_deepseeks_tokens_are_special_whatever_the_file_says(tmp_path: Path) -> None:
+    """Flagged as in the tokenizer.json of DeepSeek-R1-Distill-Qwen-1.5B. GGUF's converter makes them control tokens."""
+    file = with_added(demo_json(), ["<｜begin▁of▁sentence｜>"])
+    file = with_added(file, ["<｜User｜>", "<｜Assistant｜>", "<｜｜>", "<think>"], special=False)
+    tokenizer = load_tokenizer(write_json(tmp_path, "tokenizer.json", file))
+    assert set(tokenizer.special_ids) == {
+        *("<|endoftext|>", "<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),
+    }
+    text = "<｜User｜>Hi<｜Assistant｜><think>\n"
+    written = tokenizers.Tokenizer.from_str(json.dumps(file)).encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text, special=True) == written
+    user, assistant, _, think = range(written[0], written[0] + 4)
+    plain = tokenizer.encode(text)
+    assert think in plain and not {user, assistant} & set(plain)
+    assert tokenizer.decode(written) == "Hi<think>\n"
+
+
 def test_a_token_of_the_vocabulary_with_a_purpose_is_special(tmp_path: Path) -> None:
     """As a vocabulary that was trained with "<s>" in it has it."""
     vocab = json.loads((GPT2 / "vocab.json").read_text(encoding="utf-8")) | {"<s>": 50257}

@@ -13,9 +13,8 @@ from gptjax.text.chat_formats import FORMATS, ChatOptions, choose_format
 from gptjax.text.chat_formats.known import TEMPLATES, fingerprint
 from tests.fuzz import rounds
 from tests.oracles.chat_cases import Cases
-from tests.text.chat_material import SPECIAL, TEMPLATE_FILES, chat_tokenizer, template, tool
+from tests.text.chat_material import SPECIAL, TEMPLATE_FILES, chat_tokenizer, prompt, template, tool
 from tests.text.harmony_material import TALES
-from tests.text.text_material import demo_json, with_added, write_json
 
 USER = {"role": "user", "content": "Hi"}
 TEXT_FORMATS = sorted(set(FORMATS) - {"harmony"})
@@ -26,11 +25,6 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     return chat_tokenizer(tmp_path_factory.mktemp("chat"))
-
-
-def prompt(tokenizer, name, messages, **options) -> str:
-    ids = FORMATS[name].render(messages, tokenizer, ChatOptions(**options), max_length=10_000)
-    return tokenizer.decode(ids, special=True)
 
 
 # The choice
@@ -110,6 +104,7 @@ def test_stops_are_the_formats_own(tokenizer):
     assert stops("qwen3") == {"<|im_end|>", "<|endoftext|>"}
     assert stops("llama-3.1") == {"<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"}
     assert stops("llama-2") == stops("zephyr") == {"</s>"}
+    assert stops("deepseek-r1") == {"<｜end▁of▁sentence｜>"}
 
 
 # Prompts
@@ -131,37 +126,6 @@ def test_texts_never_become_special_tokens(tokenizer, name):
         ids = FORMATS[name].render(messages, tokenizer, ChatOptions(tools=tools), max_length=10_000)
         counts.append([token for token in ids if token in special])
     assert counts[0] == counts[1]
-
-
-OWN_BOS = dict.fromkeys(["llama-2", "mistral-v0.1", "mistral-v0.2"], "<s>") | dict.fromkeys(
-    ["llama-3", "llama-3.1", "llama-3.2"], "<|begin_of_text|>"
-)
-
-
-@pytest.mark.parametrize("adds", ["<s>", "<|begin_of_text|>", None])
-def test_there_is_one_bos_if_the_format_or_the_tokenizer_has_one(tmp_path, adds):
-    """llama.cpp does so, too."""
-    file = with_added(demo_json(), SPECIAL)
-    ids = {token["content"]: token["id"] for token in file["added_tokens"]}
-    if adds:
-        special = {adds: {"id": adds, "ids": [ids[adds]], "tokens": [adds]}}
-        single = [{"SpecialToken": {"id": adds, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        file["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": single,
-            "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
-            "special_tokens": special,
-        }
-    write_json(tmp_path, "tokenizer.json", file)
-    write_json(tmp_path, "tokenizer_config.json", {"bos_token": adds} if adds else {})
-    tokenizer = load_tokenizer(tmp_path)
-    for name in TEXT_FORMATS:
-        bos = OWN_BOS.get(name, adds)
-        if adds in (None, bos):  # no tokenizer of the format adds another one
-            ids = FORMATS[name].render([USER], tokenizer, ChatOptions(), max_length=500)
-            marks = [tokenizer.decode([token], special=True) for token in ids]
-            assert marks.count("<s>") + marks.count("<|begin_of_text|>") == (bos is not None)
-            assert bos is None or marks[0] == bos
 
 
 def test_default_system_messages_are_the_templates(tokenizer):

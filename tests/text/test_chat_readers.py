@@ -9,7 +9,7 @@ import pytest
 from gptjax.text import Tokenizer
 from gptjax.text.chat_formats import FORMATS, ChatOptions
 from tests.fuzz import rounds
-from tests.text.chat_material import chat_tokenizer, read, tool
+from tests.text.chat_material import BEGIN_THE_THOUGHT, chat_tokenizer, read, tool
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
 CALLED = [("weather", '{"city": "Zürich"}')]
@@ -34,7 +34,7 @@ def result(tokenizer, name, text, *offered):
     return answer, reader.reasoning, [(call.name, call.arguments) for call in reader.tool_calls]
 
 
-@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"harmony", "qwen3-thinking"}))
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"harmony", *BEGIN_THE_THOUGHT}))
 def test_text_is_the_answer(tokenizer, name):
     text = "\n It's 1 < 2, naïve 👩‍👩‍👧!\n\n"
     assert result(tokenizer, name, text) == (text, "", [])
@@ -68,6 +68,12 @@ def test_text_is_the_answer(tokenizer, name):
         ("qwen3", " <thin", " <thin", "", []),
         ("qwen3", "\n\nYes.</think>", "\n\nYes.</think>", "", []),
         ("qwen3-thinking", "Hm.\n</think>\n\nYes.", "Yes.", "Hm.", []),
+        ("qwq", f"Hm.\n</think>\n\nI look.\n{CALL}", "I look.", "Hm.", CALLED),
+        ("qwq-preview", f"Hm.\n{CALL}", "Hm.", "", CALLED),
+        ("deepseek-r1", "<think>\nHm.\n</think>\n\nYes.", "Yes.", "Hm.", []),
+        ("deepseek-r1", "Yes.", "Yes.", "", []),
+        ("deepseek-r1-thinking", "Hm.\n</think>\n\nYes.", "Yes.", "Hm.", []),
+        ("deepseek-r1-0528", "<think>\nHm.\n</think>\nYes.", "Yes.", "Hm.", []),
         ("qwen3-instruct", f"<think>{CALL}", "<think>", "", CALLED),
         ("llama-3.1", '{"name": "weather", "parameters": {"city": "Zürich"}}', "", "", CALLED),
         ("llama-3.1", '\n<|python_tag|>{"name": "weather", "arguments": {"city": "Zürich"}} ', "", "", CALLED),
@@ -127,6 +133,8 @@ def test_a_turn_ends_where_another_message_begins(tokenizer):
     assert (answer, reader.ended) == ("Yes.", True)
     reader, _ = read(tokenizer, "qwen3", tokenizer.encode("Yes."))
     assert not reader.ended
+    reader, answer = read(tokenizer, "deepseek-r1", tokenizer.encode("Yes.<｜User｜>No.", special=True))
+    assert (answer, reader.ended) == ("Yes.", True)
 
 
 PIECES = [
@@ -147,7 +155,9 @@ PIECES = [
 PIECES += ['{"name": "weather", ', '"arguments": {}}', '{"name": "weather"}', "{", "<|python_tag|>", "_call>", "}"]
 
 
-@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "qwen3-thinking", "llama-3.1"])
+@pytest.mark.parametrize(
+    "name", ["qwen2.5", "qwen3", "qwen3-thinking", "llama-3.1", "deepseek-r1", "deepseek-r1-thinking"]
+)
 def test_nothing_depends_on_how_the_text_is_split(tokenizer, tagless, name):
     chance = random.Random(name)
     for _ in range(rounds(2000)):

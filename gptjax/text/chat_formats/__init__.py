@@ -6,7 +6,7 @@
     text_format.py   the others, whose messages are texts between special tokens: `TextFormat`
     conversation.py  OpenAI's chat API to the messages that they write
     readers.py       their turns, as they stream (tagged.py, json_calls.py)
-    chatml.py, qwen3.py, llama3.py, llama2.py: what they write, as the published templates do
+    chatml.py, qwen3.py, qwq.py, deepseek.py, llama3.py, llama2.py: what they write, as the published templates do
 
 Nothing here executes a template from a file.
 """

@@ -8,7 +8,8 @@ in the system message, and called as Hermes models do: JSON in `<tool_call>`, re
 `<tool_response>`. The texts are those of the published templates of Qwen2.5 and Qwen3, which write tools alike.
 """
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from gptjax.text.chat_formats.conversation import Call, Conversation, Message, as_json
@@ -27,20 +28,30 @@ _CALLING: Final = (
 )
 
 
-def chatml(talk: Conversation, default: str | None = None) -> Iterator[str]:
-    """A prompt in ChatML; `default` is the default system message."""
+def chatml(
+    talk: Conversation,
+    default: str | None = None,
+    *,
+    content: Callable[[Message], str] = operator.attrgetter("content"),
+) -> Iterator[str]:
+    """A prompt in ChatML.
+
+    Args:
+      default: the default system message.
+      content: what is written of a message's content.
+    """
     yield from system(talk, default)
     for index, message in enumerate(talk.messages):
         if message.role == "tool":
             yield from result(talk, index)
         elif message.calls:
             yield from (START, message.role)
-            yield f"\n{message.content}" if message.content else ""
+            yield f"\n{content(message)}" if message.content else ""
             for call in message.calls:
                 yield from ("\n", *written(call))
             yield from (END, "\n")
         elif index or message.role != "system":
-            yield from plain(message)
+            yield from plain(message.role, content(message))
     yield from (START, "assistant\n")
 
 
@@ -60,9 +71,9 @@ def system(talk: Conversation, default: str | None = None) -> Iterator[str]:
     yield from (END, "\n")
 
 
-def plain(message: Message) -> Iterator[str]:
+def plain(role: str, content: str) -> Iterator[str]:
     """A message that is only text."""
-    yield from (START, message.role, "\n", message.content, END, "\n")
+    yield from (START, role, "\n", content, END, "\n")
 
 
 def written(call: Call) -> Iterator[str]:

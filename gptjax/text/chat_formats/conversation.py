@@ -57,6 +57,11 @@ class Message:
     reasoning: str | None = None
     calls: tuple[Call, ...] = ()
 
+    @property
+    def answer(self) -> str:
+        """The content after its last `</think>`, or all of it."""
+        return self.content.split("</think>")[-1]
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:

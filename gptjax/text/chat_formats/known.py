@@ -11,6 +11,7 @@ from typing import Final
 
 from gptjax.errors import RequestError
 from gptjax.support.quoting import quoted
+from gptjax.text.chat_formats import deepseek
 from gptjax.text.chat_formats.chatml import END, START, chatml
 from gptjax.text.chat_formats.harmony import Harmony
 from gptjax.text.chat_formats.interface import ChatFormat
@@ -18,6 +19,7 @@ from gptjax.text.chat_formats.json_calls import read_json_calls
 from gptjax.text.chat_formats.llama2 import BOS, EOS, llama2, mistral, zephyr
 from gptjax.text.chat_formats.llama3 import llama3, llama31
 from gptjax.text.chat_formats.qwen3 import qwen3
+from gptjax.text.chat_formats.qwq import qwq
 from gptjax.text.chat_formats.tagged import read_calls, read_on, read_thoughts_and_calls
 from gptjax.text.chat_formats.text_format import TextFormat
 from gptjax.text.harmony import missing_tokens
@@ -33,21 +35,40 @@ _LLAMA3: Final = partial(
 )
 _LLAMA31: Final = partial(_LLAMA3, options=frozenset(("tools", "current_date")), read=read_json_calls)
 _LLAMA2: Final = partial(TextFormat, marks=(BOS, EOS), ends=(EOS,))
+_DEEPSEEK: Final = partial(
+    TextFormat,
+    marks=(deepseek.BOS, deepseek.USER, deepseek.ASSISTANT, deepseek.END),
+    ends=(deepseek.END,),
+    begin=deepseek.USER,
+    read=read_thoughts_and_calls,
+)
+_HELPFUL: Final = "You are a helpful assistant."
+_QWQ_PREVIEW: Final = (
+    "You are a helpful and harmless assistant. You are Qwen developed by Alibaba. You should think step-by-step."
+)
 _ALL: Final[tuple[ChatFormat, ...]] = (
     Harmony(),
     _CHATML("chatml", chatml),
     _CHATML("smollm2", partial(chatml, default="You are a helpful AI assistant named SmolLM, trained by Hugging Face")),
-    _CHATML("qwen2", partial(chatml, default="You are a helpful assistant.")),
+    _CHATML("qwen2", partial(chatml, default=_HELPFUL)),
     _CHATML(
         "qwen2.5",
         partial(chatml, default="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
         options=_TOOLS,
         read=read_calls,
     ),
-    _CHATML("qwen2.5-base", partial(chatml, default="You are a helpful assistant."), options=_TOOLS, read=read_calls),
+    _CHATML("qwen2.5-base", partial(chatml, default=_HELPFUL), options=_TOOLS, read=read_calls),
     _CHATML("qwen3", qwen3, options=frozenset(("tools", "enable_thinking")), read=read_thoughts_and_calls),
     _CHATML("qwen3-instruct", partial(qwen3, thinks=False), options=_TOOLS, read=read_calls),
     _CHATML("qwen3-thinking", partial(qwen3, opening="<think>\n"), options=_TOOLS, read=read_on),
+    _CHATML("qwq", qwq, options=_TOOLS, read=read_on),
+    _CHATML("qwq-first", partial(qwq, keeps_last=False), options=_TOOLS, read=read_on),
+    _CHATML("qwq-preview", partial(chatml, default=_QWQ_PREVIEW), options=_TOOLS, read=read_calls),
+    _CHATML("hermes-2", chatml, has_bos=True),
+    _CHATML("hermes-3", partial(chatml, default=_HELPFUL), has_bos=True),
+    _DEEPSEEK("deepseek-r1", deepseek.r1),
+    _DEEPSEEK("deepseek-r1-thinking", partial(deepseek.r1, opening="<think>\n"), read=read_on),
+    _DEEPSEEK("deepseek-r1-0528", deepseek.r1_0528),
     _LLAMA2("llama-2", llama2),
     _LLAMA3("llama-3", llama3),
     _LLAMA31("llama-3.1", llama31),
@@ -68,6 +89,14 @@ TEMPLATES: Final = {
     "a55ee1b1660128b7098723e0abcd92caa0788061051c62d51cbe87d9cf1974d8": "qwen3",
     "64f85b198065d0fba2a81f37e10ed68161ce2c19a754c7100e67e0ca2ee9c326": "qwen3-instruct",
     "3802169b2a02b81e6adb7ab4f64f91ff02db753c8c3a64a01c35192d3a61d8d7": "qwen3-thinking",
+    "0ea596a118301cd1017adceb54953b67baaa8f2cc6403f5944a33db9195d1691": "qwq-preview",
+    "3487c45e3264dacd700300db2d9c63f97dc7fb68057c8cb805fb5dd5c6366811": "qwq-first",
+    "cb2d7aa140bed098f4ac8ab1a403980e6768d58ec95ef701668fc7dd017e0762": "qwq",
+    "a805e50fed68938a076b07e2e602639611b50b1ced0e50f11eb92f1ba25be4dc": "hermes-2",
+    "9ff2eb30a1d3e937a88108d74b1ab940891be58aa742be4e8c0ce1c1ad90588e": "hermes-3",
+    "b6835114b7303ddd78919a82e4d9f7d8c26ed0d7dfc36beeb12d524f6144eab1": "deepseek-r1",
+    "56a1447ad31926fdc21fb07e56e5642bd9c850c4f52d8c8af7bbe5f079a84f5f": "deepseek-r1-thinking",
+    "53671bac29bcb3e1f95f51b8c77d85a6011b66dc38bd23dce64eef04384a976b": "deepseek-r1-0528",
     "e8d5b5a546d3f19df16a5320c614fab05bdc4edd50e850f1afd947b503ea41cf": "llama-2",
     "b48c47f6443892716176eb200bf4ef108f64e06ca26ed0fa8ebc0a4b3992fcb2": "llama-3",
     "ba03a121d097859c7b5b9cd03af99aafe95275210d2876f642ad9929a150f122": "llama-3",

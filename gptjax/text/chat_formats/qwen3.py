@@ -24,7 +24,7 @@ def qwen3(talk: Conversation, *, thinks: bool = True, opening: str = "") -> Iter
         elif message.role == "tool":
             yield from result(talk, index)
         elif index or message.role != "system":
-            yield from plain(message)
+            yield from plain(message.role, message.content)
     yield from (START, "assistant\n", "<think>\n\n</think>\n\n" if talk.thinking is False else opening)
 
 
@@ -43,8 +43,8 @@ def _parts(message: Message) -> tuple[str, str]:
     content = message.content
     if message.reasoning is not None or "</think>" not in content:
         return message.reasoning or "", content
-    before, after = content.split("</think>")[0], content.split("</think>")[-1]
-    return before.rstrip("\n").split("<think>")[-1].lstrip("\n"), after.lstrip("\n")
+    before = content.split("</think>")[0]
+    return before.rstrip("\n").split("<think>")[-1].lstrip("\n"), message.answer.lstrip("\n")
 
 
 def _turn(message: Message, content: str, reasoning: str, *, always: bool) -> Iterator[str]:

@@ -34,6 +34,9 @@ class TextFormat:
     ends: tuple[str, ...]
     """The special tokens that end a turn."""
     begin: str | None = None
+    has_bos: bool = False
+    """Whether a prompt begins with the tokenizer's BOS, if there is one, even where other texts do not. (A format that
+    names its BOS has it in `parts`.)"""
     options: frozenset[str] = frozenset()
     read: Callable[[Tokens, ChatOptions], TurnReader] = read_plain
     """Makes the reader of a turn."""
@@ -70,7 +73,7 @@ class TextFormat:
         writer = Writer(tokenizer, max_length)
         parts = iter(self.parts(talk))
         first = next(parts)
-        if (bos := _own_bos(tokenizer)) is not None and first != bos:
+        if (bos := _own_bos(tokenizer, always=self.has_bos)) is not None and first != bos:
             writer.mark(bos)
         for is_mark, pieces in itertools.groupby(itertools.chain([first], parts), lambda part: isinstance(part, Mark)):
             if is_mark:
@@ -85,8 +88,8 @@ class TextFormat:
         return self.read(Tokens(tokenizer, self.begin), options)
 
 
-def _own_bos(tokenizer: Tokenizer) -> str | None:
-    """The special token that the tokenizer puts before every text, if it does."""
-    if tokenizer.bos_id is None or tokenizer.prompt("a")[0] != tokenizer.bos_id:
+def _own_bos(tokenizer: Tokenizer, *, always: bool) -> str | None:
+    """The tokenizer's BOS; None if it has none, or, unless `always`, if it does not put that before every text."""
+    if tokenizer.bos_id is None or not (always or tokenizer.prompt("a")[0] == tokenizer.bos_id):
         return None
     return next((token for token, number in tokenizer.special_ids.items() if number == tokenizer.bos_id), None)
