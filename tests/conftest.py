@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "build" / "programs"
 os.environ["GPTJAX_CACHE_DIR"] = str(PROGRAMS)  # for commands and servers that tests start, too
 MOST_BYTES = 1 << 30
+MOST_MAPPINGS = 20_000  # of the 65,530 that Linux gives a process: a program takes several
 
 # Folders and files of tests/ by what they cost. All others compile nothing large: `make quick`.
 MODELS = {  # compile models, or kernels that XLA compiles: `make test` has them and the quick ones
@@ -84,15 +85,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _programs_are_kept_on_disk_only() -> Iterator[None]:
-    """Linux gives a process 65,530 mappings of memory, a program takes several, and without any JAX crashes."""
+def _programs_are_kept() -> Iterator[None]:
+    """On disk, and in memory while there is room: without mappings of memory, JAX crashes."""
     if "jax" in sys.modules:
         config = sys.modules["jax"].config
         config.update("jax_compilation_cache_dir", str(PROGRAMS / "xla"))
         config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
     yield
-    if "jax" in sys.modules:
+    if "jax" in sys.modules and _mappings() > MOST_MAPPINGS:
         sys.modules["jax"].clear_caches()
+
+
+def _mappings() -> int:
+    """The mappings of memory that this process has; 0 if the system does not say."""
+    try:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from tests import affected as tool
 from tests.import_graph import PACKAGES, ROOT, modules
+from tests.thinned import thorough
 
 ARROWS = tool.graph()
 
@@ -105,7 +106,9 @@ def test_what_a_target_of_its_own_runs_is_named_apart(monkeypatch, capsys, chang
     assert err.splitlines() == [f"make {target} reaches this change, too" for target in targets]
 
 
-@pytest.mark.parametrize("test", ["tests.text.test_tokenizer", "tests.server.test_app", "tests.engine.test_engine"])
+@pytest.mark.parametrize(
+    "test", ["tests.text.test_tokenizer", "tests.server.test_app", thorough("tests.engine.test_engine")]
+)
 def test_all_that_python_imports_is_in_the_graph(test):
     code = f"import sys, {test}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

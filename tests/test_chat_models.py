@@ -15,7 +15,7 @@ from tests.text.chat_material import chat_tokenizer, template
 
 ASK = [{"role": "user", "content": "Well?"}]
 CONFIG = GPT2Config(
-    vocab_size=8207,
+    vocab_size=8211,
     context_length=160,
     width=12,
     num_layers=1,

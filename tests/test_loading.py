@@ -105,7 +105,7 @@ GOLDEN = ROOT / "tests" / "data" / "golden"
 
 
 @pytest.mark.parametrize("form", ["Hugging Face", "converted"])
-@pytest.mark.parametrize("max_batch", [None, 1, 4])
+@pytest.mark.parametrize("max_batch", [None, thorough(1), 4])
 def test_the_recorded_greedy_tokens_end_to_end(demo, tmp_path, form, max_batch):
     """Text in, transformers' tokens out: through the tokenizer, the loader, the engine and the sampler."""
     directory = demo

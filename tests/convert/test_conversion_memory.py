@@ -10,9 +10,10 @@ from gptjax.checkpoints.manifest import read_manifest
 from tests.convert import made
 from tests.convert.conversion_material import streamed
 from tests.convert.peak import peak
+from tests.thinned import thorough
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("dtype", [None, thorough("bfloat16")])
 def test_memory_is_bounded(tmp_path, dtype):
     """390 MB, of which the largest tensor is 61: a piece and a tensor may be held, the whole may not."""
     made.stream_gpt2(tmp_path / "src", vocab_size=12000, n_positions=64, n_embd=1280, n_layer=4, n_head=10)
@@ -47,6 +48,7 @@ def test_memory_is_bounded_for_gpt2_xl(tmp_path):
         shutil.rmtree(tmp_path / "dst", ignore_errors=True)
 
 
+@pytest.mark.thorough
 def test_memory_is_bounded_when_weights_are_rounded(tmp_path):
     """400 MB, of which the largest tensor is 164: less than that one, as neither is ever held in float32."""
     made.stream_gpt2(tmp_path / "src", vocab_size=32000, n_positions=64, n_embd=1280, n_layer=3, n_head=10)

@@ -46,6 +46,7 @@ def test_the_published_vocabulary_is_recognised(request):
     assert set(known_answers.VOCABULARIES.values()) <= set(PUBLISHED) | {"gpt2-tales", "gpt-oss-tales"}
 
 
+@pytest.mark.thorough
 def test_the_published_vocabulary_of_gpt_oss_is_recognised(tmp_path):
     assert (
         known_answers.VOCABULARIES[known_answers.fingerprint(gptjax.load_tokenizer(o200k.write(tmp_path)))]

@@ -277,6 +277,7 @@ def test_the_command_tells_and_judges(capsys, report):
         assert f"{'ok  ' if verdict.holds else 'FAIL'}  {line}" in out.splitlines()
 
 
+@pytest.mark.thorough
 def test_a_converted_directory_and_json(capsys, lm, converted, ids, tmp_path):
     argv = ["--against", str(converted), "--tokens", "40", "--json"]
     status, out, _ = _run(capsys, *argv)

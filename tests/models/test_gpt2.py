@@ -22,6 +22,7 @@ from gptjax.models import registry
 from gptjax.models.gpt2 import GPT2
 from gptjax.models.params import abstract_params, num_params
 from tests.oracles import gpt2_numpy, gpt2_ours, gpt2_random
+from tests.thinned import thorough
 
 # Largest deviation allowed, as a part of the largest magnitude in the array. A float32 sum of F or D terms is good to a
 # few eps of that, a softmax to eps times its largest score (up to 30 here where scores are not scaled), and three
@@ -274,7 +275,12 @@ def test_declares_an_axis_name_for_every_dimension():
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}.items(),
+    [
+        ("gpt2", 124_439_808),
+        thorough("gpt2-medium", 354_823_168),
+        thorough("gpt2-large", 774_030_080),
+        thorough("gpt2-xl", 1_557_611_200),
+    ],
 )
 def test_published_sizes(name, count):
     """The published numbers of parameters (docs/MODELS.md), and a full-size forward pass, allocating nothing."""

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 import gptjax
-from tests.thinned import thorough
 
 CHUNKS, LENGTH = 24, 512
 
@@ -33,7 +32,8 @@ def exact(lm, held_out):
     return _evaluate(lm, held_out)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", thorough("float16")])
+@pytest.mark.thorough
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_agrees_with_float32(dtype, held_out, exact):
     top, perplexity = _evaluate(gptjax.load("gpt2-tales", dtype=dtype), held_out)
     assert (top == exact[0]).mean() >= 0.97

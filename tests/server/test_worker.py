@@ -70,6 +70,7 @@ def alone(model):
     return [_alone(model, request) for request in REQUESTS]
 
 
+@pytest.mark.thorough
 def test_requests_that_come_and_go_get_the_bits_they_get_alone(worker, model, alone):
     for order in (range(len(REQUESTS)), np.random.default_rng(0).permutation(len(REQUESTS)).tolist()):
         readers = {number: submit(worker, REQUESTS[number]) for number in order}
@@ -366,6 +367,7 @@ def test_a_conversation_outlives_as_many_others_as_there_are_free_slots(worker, 
     assert Reader(worker, Request(second, 3, SamplingParams(seed=1))).end.cached_tokens == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("model", ["gpt2-tales"], indirect=True)  # the engine's own tests have both
 def test_several_steps_a_dispatch_give_the_same_bits(model, alone):
     """As on a GPU, where the device is asked for eight steps at a time, and works ahead of what was cancelled."""

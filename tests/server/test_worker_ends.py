@@ -41,6 +41,7 @@ def fresh(small):
         worker.stop()
 
 
+@pytest.mark.thorough
 def test_nothing_is_compiled_after_warm_up():
     # The model with rings. Another number of slots and another length, so that nothing is there from before.
     worker = Worker(gptjax.load("gpt-oss-tales", dtype="float32", max_length=280, max_batch=3), chunk=CHUNK)
