@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "build" / "programs"
 os.environ["GPTJAX_CACHE_DIR"] = str(PROGRAMS)  # for commands and servers that tests start, too
 MOST_BYTES = 1 << 30
-MOST_MAPPINGS = 20_000  # of the 65,530 that Linux gives a process: a program takes several
+MOST_MAPPINGS = 8_000  # of the 65,530 that Linux gives a process; so many programs take about 2 GB
 
 # Folders and files of tests/ by what they cost. All others compile nothing large: `make quick`.
 MODELS = {  # compile models, or kernels that XLA compiles: `make test` has them and the quick ones
