@@ -24,18 +24,22 @@ MOST_BYTES = 1 << 30
 MOST_MAPPINGS = 8_000  # of the 65,530 that Linux gives a process; so many programs take about 2 GB
 
 # Folders and files of tests/ by what they cost. All others compile nothing large: `make quick`.
-MODELS = {  # compile models, or kernels that XLA compiles: `make test` has them and the quick ones
+MODELS = {  # compile models, or kernels that XLA compiles, or take long: `make test` has them and the quick ones
     "bench",
     "cli/test_cli.py",
     "cli/test_chat_interrupts.py",
     "config/test_overrides.py",
     "convert/test_conversion_memory.py",
     "convert/test_convert_mxfp4.py",
+    "convert/test_killed_conversions.py",
     "convert/test_original.py",
+    "convert/test_resumed_conversions.py",
     "diagnostics",
     "engine",
+    "hostile/test_fuzz_formats.py",
     "models",
     "pallas_kernels",
+    "server/test_bounds.py",
     "server/test_disconnects.py",
     "server/test_endings.py",
     "server/test_serving.py",
