@@ -27,7 +27,7 @@ from tests.server.server_material import fail_all, ids, make
 from gptjax.cli import main
 from gptjax.server import serving
 
-service = make(lambda request: itertools.cycle([ids(" a")[0], 0.0001]), send_seconds=60)
+service = make(lambda request: itertools.cycle([ids(" a")[0], 0.0001]), send_seconds=600)
 service.worker.max_length = 1 << 30
 object.__setattr__(service.served, "max_length", 1 << 30)
 service.worker.stop = lambda: fail_all(service.worker)

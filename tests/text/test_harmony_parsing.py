@@ -12,6 +12,7 @@ from gptjax.text.harmony import Event, Message, StreamParser, parse, render_mess
 from tests.fuzz import rounds
 from tests.oracles import harmony_cases as cases
 from tests.text.harmony_material import TALES, ids
+from tests.thinned import thinned
 
 JSON = "<|constrain|>json"
 
@@ -217,7 +218,8 @@ def test_text_without_a_header_flows_before_its_end() -> None:
 
 
 @pytest.mark.parametrize(
-    "unit", ["<|channel|>", "<|start|>", "<|constrain|>", "<|message|>", "<|end|>", " ", "x", " to=x"]
+    "unit",
+    thinned(["<|channel|>", "<|start|>", "<|constrain|>", "<|message|>", "<|end|>", " ", "x", " to=x"], "x", " "),
 )
 def test_long_streams_take_linear_time(unit: str) -> None:
     """Ten times the tokens: quadratic code takes a hundred times as long."""
@@ -231,7 +233,7 @@ def test_long_streams_take_linear_time(unit: str) -> None:
             took.append(time.thread_time() - start)
         return min(took)
 
-    assert seconds(10_000) < 30 * seconds(1_000)
+    assert seconds(30_000) < 30 * seconds(3_000)
 
 
 @pytest.mark.fuzz
