@@ -135,7 +135,7 @@ def test_activations_are_at_least_what_xla_says_and_at_most_four_times_that(conf
 def test_needs_are_those_of_the_arrays_made():
     model = registry.build(SMALL, dtype="bfloat16")
     need = memory.needed(model, batch=3, max_length=70)
-    params = init_params(model, jax.random.key(0))
+    params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
     state = steps.init_state(model, batch=3, max_length=70)
     assert need.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert need.cache == sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
