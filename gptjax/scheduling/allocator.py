@@ -1,6 +1,5 @@
 """Gives sequences the pages that they need, shares those that the tree has, and takes back what they leave."""
 
-from collections.abc import Iterable
 from collections.abc import Sequence as AnySequence
 
 from gptjax.scheduling.plan import Copy
@@ -36,13 +35,12 @@ class Allocator:
                 )
         return None
 
-    def has_room(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
+    def has_room(self, sequence: Sequence, running: AnySequence[Sequence]) -> bool:
         """Whether a sequence could join and read its prompt, if those running soon take what they need, too."""
-        running = list(running)
         for number, pool in enumerate(self.pools):
             promised = sum(max(0, self._soon(pool, each) - _held(each, number)) for each in running)
             if pool.free + pool.idle - promised < self._soon(pool, sequence) - self._shared(sequence, number):
-                return not running
+                return False
         return True
 
     def begin(self, sequence: Sequence) -> list[Copy]:

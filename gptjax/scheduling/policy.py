@@ -19,6 +19,7 @@ class Policy:
     page: int = PAGE
     chunk_multiple: int = 1  # prompts are cut, and beginnings reused, only at multiples of this
     packed: bool = True  # pieces of several prompts share a call
+    pieces: int = 32  # the most of a call
     rows: Literal["all", "needed"] = "needed"  # how many a decode call computes
     share_decoded: bool = False  # see `PrefixTree`
     reuse: bool = True  # keep what requests leave behind in the tree
@@ -32,7 +33,7 @@ class Policy:
         return cls(slots, chunk, steps, page, chunk_multiple=chunk, packed=False, rows="all")
 
     def __post_init__(self) -> None:
-        for name in ("slots", "chunk", "steps", "page", "chunk_multiple"):
+        for name in ("slots", "chunk", "steps", "page", "chunk_multiple", "pieces"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.chunk & (self.chunk - 1):

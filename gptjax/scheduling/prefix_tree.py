@@ -125,9 +125,10 @@ class PrefixTree:
 
     def prune(self, node: Node) -> None:
         """Removes a node, and those before it, if they have neither pages nor others after them."""
-        while node.parent is not None and not node.children and not any(node.pages):
-            del node.parent.children[node.key]
-            node.parent, node = None, node.parent
+        while (parent := node.parent) is not None and not node.children and not any(node.pages):
+            del parent.children[node.key]
+            node.parent = None
+            node = parent
 
     def has(self, node: Node) -> bool:
         """Whether a node is still in the tree."""
@@ -154,9 +155,7 @@ class PrefixTree:
                 return Match(length, tuple(path[:count]))
         return Match(0, ())
 
-    def _with_tail(
-        self, node: Node, path: list[Node], tokens: np.ndarray, prompt: int, multiple: int
-    ) -> Match | None:
+    def _with_tail(self, node: Node, path: list[Node], tokens: np.ndarray, prompt: int, multiple: int) -> Match | None:
         """The match that ends inside the page after a path, if one is worth copying."""
         start = len(path) * self._page
         wanted = tokens[start : start + self._page]

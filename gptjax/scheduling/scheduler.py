@@ -149,6 +149,9 @@ class Scheduler:
         for sequence in self._running:
             self._allocator.settle(sequence)
         self._join()
+        for sequence in self._running:
+            if not sequence.begun:
+                self._look_for_readers(sequence)
         draft, steps = _Draft(self.policy.chunk), self._steps()
         for sequence in list(self._running):
             if sequence.slot is not None:  # it was not set aside for the sake of an older one
@@ -178,7 +181,7 @@ class Scheduler:
     def _advance(self, sequence: Sequence, draft: _Draft, steps: int) -> None:
         """Plans what a running request does next."""
         if not sequence.begun:
-            if self._awaits(sequence):
+            if sequence.awaited is not None:
                 return
             draft.copies += self._allocator.begin(sequence)
         if sequence.is_reading:
@@ -186,33 +189,33 @@ class Scheduler:
         if not sequence.is_reading and not sequence.is_drawn:
             self._decode(sequence, draft, steps)
 
-    def _awaits(self, sequence: Sequence) -> bool:
-        """Whether an older request is just reading whole pages that this one begins with, too."""
-        if not self.policy.reuse:
-            return False
-        if sequence.awaited is not None and self._is_awaited(*sequence.awaited):
-            return True
+    def _look_for_readers(self, sequence: Sequence) -> None:
+        """Lets a request wait if an older one reads whole pages that it begins with, too."""
+        if not self.policy.reuse or (sequence.awaited is not None and self._is_awaited(*sequence.awaited)):
+            return
         sequence.awaited = None
         unit = max(self.policy.page, self.policy.chunk_multiple)
         found = self._allocator.match(sequence).length
-        for older in self._running:
-            if older is sequence:
-                break
-            if not (older.begun and older.is_reading):
+        next_T = sequence.prompt_T[found : found + unit]
+        if len(next_T) < unit:
+            return
+        wanted = next_T.tobytes()
+        for older in self._running[: self._running.index(sequence)]:
+            if not older.is_reading or older.prompt_T[found : found + unit].tobytes() != wanted:
                 continue
             shared = min(common(older.prompt_T, sequence.prompt_T), sequence.known - 1)
             shared = self.policy.reused(older.prompt, shared) // unit * unit
             if shared >= found + unit and self._is_awaited(older, shared):
                 sequence.awaited = older, shared
-                return True
-        return False
+                return
 
     def _is_awaited(self, older: Sequence, shared: int) -> bool:
-        reading = older.slot is not None and older.begun and older.is_reading
-        return reading and older.in_tree * self.policy.page < shared
+        return older.slot is not None and older.is_reading and older.in_tree * self.policy.page < shared
 
     def _read(self, sequence: Sequence, draft: _Draft) -> None:
         """Plans the next piece of a prompt."""
+        if self.policy.packed and len(draft.pieces) == self.policy.pieces:
+            return
         left = sequence.prompt - sequence.position
         count = self.policy.piece(left, self._share(sequence, draft))
         if not count:

@@ -60,6 +60,7 @@ class Harness:
         if plan is not None:
             plan = Plan.from_json(plan.to_json())
             self._check_writes(plan)
+            self._check_cuts(plan)
             tokens = self.device.run(plan)
             if plan.draws:
                 self.under_way.append((plan.number, tokens))
@@ -133,6 +134,15 @@ class Harness:
         assert sorted(slots) == list(range(self.policy.slots))
         ages = [sequence.number for sequence in scheduler._running], [each.number for each in scheduler._waiting]
         assert all(list(each) == sorted(each) for each in ages)
+
+    def _check_cuts(self, plan: Plan) -> None:
+        """Prompts are cut at the policy's multiples; the last chunk of one in calls of its own may be halved."""
+        assert sum(len(call.tokens) for call in plan.prefill) <= self.policy.chunk
+        for call in plan.prefill:
+            assert len(call.pieces) <= (self.policy.pieces if self.policy.packed else 1)
+            for piece in call.pieces:
+                multiple = self.policy.chunk_multiple if self.policy.packed else max(1, self.policy.chunk // 2)
+                assert piece.ends or (piece.position + piece.count) % multiple == 0
 
     def _check_writes(self, plan: Plan) -> None:
         """No page that is written to has another holder, and none of a plan's pages has two uses."""

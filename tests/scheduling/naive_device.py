@@ -65,9 +65,7 @@ class Alone:
         return model.logits(position, [tuple(self.values[model.first(pool, position) :]) for pool in pools])
 
 
-def alone(
-    model: Model, prompt: Sequence[int], count: int, pieces: Sequence[tuple[int, int]], rows: int
-) -> list[int]:
+def alone(model: Model, prompt: Sequence[int], count: int, pieces: Sequence[tuple[int, int]], rows: int) -> list[int]:
     """The tokens of a request that runs alone.
 
     Args:

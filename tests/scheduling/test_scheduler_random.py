@@ -25,11 +25,12 @@ class Case:
 CASES = {
     "full": Case(Policy(4, 8, page=PAGE), (None,), naive_device.by_path),
     "sliding": Case(Policy(4, 8, steps=3, page=PAGE), (5,), naive_device.by_path),
-    "both": Case(Policy(5, 16, steps=4, page=PAGE), (None, 6), naive_device.by_path),
+    "both": Case(Policy(5, 16, steps=4, page=PAGE, pieces=2), (None, 6), naive_device.by_path),
     "window of a page": Case(Policy(3, 4, steps=2, page=PAGE), (None, 4), naive_device.by_path),
     "window of one": Case(Policy(3, 8, page=PAGE), (None, 1), naive_device.by_path),
     "decoded are shared": Case(Policy(4, 8, steps=4, page=PAGE, share_decoded=True), (None, 9), naive_device.exact),
     "cut at pages": Case(Policy(4, 16, page=PAGE, chunk_multiple=PAGE), (None, 6), naive_device.by_path),
+    "cut at two pages": Case(Policy(4, 16, page=PAGE, chunk_multiple=2 * PAGE), (None, 6), naive_device.by_path),
     "today's bits": Case(Policy.same_bits(slots=4, chunk=8, steps=2, page=PAGE), (None, 6), naive_device.by_size),
     "today's bits, small chunks": Case(Policy.same_bits(slots=4, chunk=2, page=PAGE), (None, 6), naive_device.by_size),
     "nothing is reused": Case(Policy(4, 8, page=PAGE, reuse=False), (None, 6), naive_device.by_path),
@@ -78,8 +79,12 @@ def _load(dice: random.Random, harness: Harness, count: int, longest: int) -> No
     ages: dict[int, int] = {}
     while count or harness.open:
         while count and dice.random() < 0.4:
-            harness.add(*_request(dice, harness, longest))
-            count -= 1
+            prompt, most = _request(dice, harness, longest)
+            # Sometimes several at once that begin alike.
+            for _ in range(min(count, dice.choice((1, 1, 1, 4)))):
+                harness.add(prompt, most)
+                prompt = [*prompt, dice.randrange(3)][: longest - most + 1]
+                count -= 1
         if harness.open and dice.random() < 0.05:
             harness.end(dice.choice(list(harness.open)))
         if dice.random() < 0.002:
