@@ -119,6 +119,7 @@ def test_chunks_cover_a_prompt_once_in_order(length, largest):
     assert sum(count for _, count, _ in cuts) == length
     assert [start for start, _, _ in cuts] == list(np.cumsum([0] + [count for _, count, _ in cuts])[:-1])
     assert all(count <= bucket <= largest and bucket & (bucket - 1) == 0 for _, count, bucket in cuts)
+    assert all(bucket < 2 * max(count, 32) for _, count, bucket in cuts)  # the smallest that will do
     assert (
         len({bucket for n in range(1, 5000) for _, _, bucket in steps.chunks(n, largest)}) <= largest.bit_length() - 5
     )

@@ -140,6 +140,19 @@ def test_a_longer_prompt_goes_on_from_a_slot_as_often_as_wanted(made):  # noqa: 
         engine.release(slot)
 
 
+@pytest.mark.parametrize("place", [1, 15])
+def test_a_prompt_that_is_another_within_what_a_slot_holds_is_read_from_its_beginning(made, place):  # noqa: F811
+    engine = _engine(made, reuse=True)
+    first = _request(1, 20)  # of which 16 are held
+    engine.admit(0, first)
+    other = [*first.prompt_ids]
+    other[place] = (other[place] + 1) % VOCAB
+    request = _request(2, 0, prompt=other)
+    assert engine.begin(1, request) == 0
+    _read(engine)
+    assert _tokens(engine, 1) == _alone(made, request)
+
+
 def test_the_slot_to_take_is_that_of_the_conversation_else_the_one_missed_least(made):  # noqa: F811
     engine = _engine(made, reuse=True)
     first, second, third = (_request(seed, 20) for seed in (1, 2, 3))

@@ -16,6 +16,7 @@ from flax import traverse_util
 from gptjax.config import PUBLISHED, config_from_json
 from gptjax.layers.cache import KVCache
 from gptjax.layers.linear import Linear
+from gptjax.layers.mlp import ACTIVATIONS
 from gptjax.layers.norm import LayerNorm
 from gptjax.layers.residual import Residual
 from gptjax.models import registry
@@ -91,6 +92,13 @@ def test_every_variant_agrees_with_the_oracle(name):
     outputs, cache = gpt2_ours.run(model, params, *gpt2_ours.pack([ids], 29))
     assert cache is None
     _assert_close(_row(outputs, 0, np.zeros((1, 29))), gpt2_numpy.forward(tensors, config, ids))
+
+
+@pytest.mark.parametrize("name", gpt2_numpy.ACTIVATIONS)
+def test_activations_are_those_of_the_oracle(name):
+    ours = ACTIVATIONS[config_from_json({**gpt2_random.CONFIG, "activation_function": name}).activation]
+    x = np.linspace(-9, 9, 1001, dtype=np.float32)
+    np.testing.assert_allclose(ours(jnp.asarray(x)), gpt2_numpy.ACTIVATIONS[name](x.astype(np.float64)), atol=2e-6)
 
 
 def test_variants_differ():
