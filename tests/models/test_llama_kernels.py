@@ -9,6 +9,7 @@ from gptjax.models import registry
 from gptjax.models.params import abstract_params
 from pallas_kernels import dispatch
 from tests.pallas_kernels.marks import lowered_for_h200, needs_mosaic
+from tests.thinned import thorough
 
 
 def _kernels(name: str, rows: int, tokens: int) -> int:
@@ -24,7 +25,7 @@ def _kernels(name: str, rows: int, tokens: int) -> int:
 
 
 @needs_mosaic
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b", "smollm2-135m", "mistral-7b"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b", thorough("smollm2-135m"), thorough("mistral-7b")])
 def test_decoding_takes_every_kernel(name, monkeypatch):
     """Three norms, four products, attention, and the step from product to cache."""
     monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
