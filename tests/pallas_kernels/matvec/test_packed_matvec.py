@@ -12,7 +12,7 @@ from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.ggml.fragments import PARTS, QuantizedFragments
 from pallas_kernels.formats.ggml.weight import Quantized
 from pallas_kernels.formats.mxfp4 import MXFP4
-from pallas_kernels.matvec import Fragments, packed_matvec, repacked
+from pallas_kernels.matvec import Fragments, packed_gated, packed_matvec, repacked, takes_gated
 from tests.pallas_kernels.formats.ggml_blocks import random_blocks
 from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 
@@ -103,11 +103,33 @@ def test_splits_fill_the_device_and_divide_turns():
 
 @needs_hopper
 @pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize(("T", "inputs", "outputs"), [(1, 4096, 1024), (8, 768, 64), (13, 2816, 192), (64, 1280, 4096)])
+@pytest.mark.parametrize(
+    ("T", "inputs", "outputs"),
+    [(1, 4096, 1024), (1, 2816, 192), (1, 256, 68608), (2, 768, 64), (13, 2816, 192), (64, 1280, 4096)],
+)
 def test_products_agree_with_float64(name, T, inputs, outputs):
     parts, bias = [_fragments(name, outputs, inputs), _fragments("Q8_0", 64, inputs, seed=1)], jnp.ones(outputs + 64)
     x = _x(T, inputs)
     actual = packed_matvec(x, parts, bias, implementation="mosaic")
     _agrees(actual.total(), x, parts, bias, rounded=False)
-    alone = packed_matvec(x[:1], parts, bias, implementation="mosaic")
-    np.testing.assert_array_equal(actual.parts_JAO[:, :1], alone.parts_JAO)
+    others = packed_matvec(jnp.full_like(x, jnp.nan).at[0].set(x[0]), parts, bias, implementation="mosaic")
+    np.testing.assert_array_equal(actual.parts_JAO[:, :1], others.parts_JAO[:, :1])
+
+
+@needs_hopper
+@pytest.mark.parametrize("name", ["MXFP4", "Q4_0", "Q4_K", "Q5_K", "Q8_0"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_gate_and_up_agree_with_float64(name, apart):
+    F, inputs = 960, 1280
+    x = _x(1, inputs)
+    parts = [_fragments(name, F, inputs), _fragments(name, F, inputs, seed=1)]
+    gate, up = (np.asarray(x, np.float64) @ np.asarray(part.dequantize(), np.float64).T for part in parts)
+    if not apart:
+        packed = [_packed(name, F, inputs, seed) for seed in range(2)]
+        whole = jax.tree.map(lambda *halves: jnp.concatenate(halves), *packed)
+        parts = [MXFP4Fragments.of(whole) if isinstance(whole, MXFP4) else QuantizedFragments.of(whole)]
+    assert takes_gated(x, parts)
+    assert not takes_gated(_x(2, inputs), parts)
+    # Gate, up and the result are rounded to bfloat16; |silu'| is at most 1.1.
+    tolerance = BF16 / 2 * 1.01 * (np.abs(gate * up) * 1.1 + 2 * np.abs(gate / (1 + np.exp(-gate)) * up)) + 1e-5
+    assert np.all(np.abs(np.asarray(packed_gated(x, parts), np.float64) - gate / (1 + np.exp(-gate)) * up) <= tolerance)
