@@ -240,7 +240,7 @@ def _takes(part: Fragments) -> bool:
 def settings_of(outputs: int, inputs: int) -> Settings:
     """How to spread a product of a matrix [O, I]."""
     turns = inputs // _COLUMNS
-    if outputs >= 132 * 8 * TILE:  # enough blocks, if no strip is shared
+    if outputs >= 132 * 8 * TILE or turns < 4:  # enough blocks, if no strip is shared; or too few columns
         return Settings(share=1, strips=4, early=False)
     share = 8 if turns >= 8 else 4
     return Settings(share=share, ahead=3 if turns > 2 * share else 0)
