@@ -26,13 +26,15 @@ from pallas_kernels.ptx import Value
 STRIP: Final = 16  # rows of a matrix that a warp takes
 TURN: Final = 4  # tiles of 64 columns that it takes at a time
 _COLUMNS: Final = TURN * TILE
+_PROCESSORS: Final = 132
+_WARPS: Final = 24  # of a block, at most: with more, they would not have enough registers
 _LOG2_E: Final = 1.4426950408889634
 _SHIFT: Final = 48  # x is multiplied by 2^48 for MXFP4, so that products with 2^-126 times its values are not subnormal
 
 Fragments = MXFP4Fragments | QuantizedFragments
 
 _TIMES_2_48: Final = "mul.rn.bf16x2 $0, $1, $2;"
-_STORE_BF16: Final = "{ .reg .b16 t; .reg .pred p; setp.ne.s32 p, $2, 0; cvt.rn.bf16.f32 t, $1; @p st.global.b16 [$0], t; }"
+_STORE_BF16: Final = "{ .reg .b16 t; cvt.rn.bf16.f32 t, $1; st.global.b16 [$0], t; }"
 _ROUND: Final = "{ .reg .b16 z, t; .reg .b32 w; mov.b16 z, 0; cvt.rn.bf16.f32 t, $1; mov.b32 w, {z, t}; mov.b32 $0, w; }"
 _PREFETCH: Final = "{ .reg .pred p; setp.ne.s32 p, $1, 0; @p prefetch.global.L2 [$0]; }"
 
@@ -202,6 +204,7 @@ class _RowPlan:
     """Everything that is known when the kernel is built."""
 
     inner: int  # I
+    outputs: int  # O, of a matrix
     matrices: int  # 1, or 2: gate and up
     second: int  # the first strip of up, if both are of one array; else 0
     settings: Settings
@@ -237,16 +240,17 @@ def _takes(part: Fragments) -> bool:
     return isinstance(part, MXFP4Fragments) or PARTS[part.type].run == 32
 
 
-def settings_of(outputs: int, inputs: int) -> Settings:
-    """How to spread a product of a matrix [O, I]."""
+def settings_of(outputs: int, inputs: int, matrices: int = 1) -> Settings:
+    """How to spread a product of `matrices` matrices [O, I]: one block a multiprocessor, as long as that is enough."""
     turns = inputs // _COLUMNS
-    if outputs >= 132 * 8 * TILE or turns < 4:  # enough blocks, if no strip is shared; or too few columns
-        return Settings(share=1, strips=4, early=False)
-    share = 8 if turns >= 8 else 4
-    return Settings(share=share, ahead=3 if turns > 2 * share else 0)
-
-
-GATED: Settings = Settings(share=2, early=False)
+    strips = -(-outputs // (STRIP * _PROCESSORS))
+    while strips * matrices <= _WARPS:
+        shares = [n for n in range(1, turns + 1) if n * strips * matrices in range(4, _WARPS + 1, 4)]
+        if shares:
+            # As few turns one after the other as possible, and then as few warps.
+            return Settings(share=min(shares, key=lambda share: (-(-turns // share), share)), strips=strips)
+        strips += 1
+    return Settings(share=1, strips=4 // matrices)
 
 
 def product(x_1I: jax.Array, parts: Sequence[Fragments], settings: Settings | None = None) -> jax.Array:
@@ -257,8 +261,10 @@ def product(x_1I: jax.Array, parts: Sequence[Fragments], settings: Settings | No
     return sums[0] if len(sums) == 1 else jnp.concatenate(sums, axis=-1)
 
 
-def gated(x_1I: jax.Array, parts: Sequence[Fragments], settings: Settings = GATED) -> jax.Array:
+def gated(x_1I: jax.Array, parts: Sequence[Fragments], settings: Settings | None = None) -> jax.Array:
     """[1, F] bfloat16: silu(x · gateᵀ) · (x · upᵀ). Gate and up are two parts, or the halves of one."""
+    outputs = sum(part.shape[0] for part in parts) // 2
+    settings = settings or settings_of(outputs, x_1I.shape[1], matrices=2)
     return _row(x_1I, tuple(parts), gated=True, settings=settings)
 
 
@@ -267,6 +273,7 @@ def _row(x_1I: jax.Array, parts: tuple[Fragments, ...], *, settings: Settings, g
     outputs = sum(part.shape[0] for part in parts) // (2 if gated else 1)
     plan = _RowPlan(
         inner=x_1I.shape[1],
+        outputs=outputs,
         matrices=2 if gated else 1,
         second=outputs // STRIP if gated and len(parts) == 1 else 0,
         settings=settings,
@@ -278,7 +285,7 @@ def _row(x_1I: jax.Array, parts: tuple[Fragments, ...], *, settings: Settings, g
         partial(packed_row, plan),
         {"x": x_1I, **arrays},
         {"out": shape},
-        {"group": outputs // (STRIP * settings.strips)},
+        {"group": -(-outputs // (STRIP * settings.strips))},
         {
             "staged": plgpu.SMEM((plan.inner // 2 + _COLUMNS // 2,), jnp.uint32),  # x, and zeros after it
             "of_runs": plgpu.SMEM((plan.inner // 32,), jnp.float32),
@@ -305,7 +312,8 @@ def packed_row(
     warp = arith.shrui(utils.thread_idx(), ptx.const(5))
     rest, strip = ptx.divided(warp, settings.strips)
     share, matrix = ptx.divided(rest, plan.matrices)
-    strip = ptx.add(strip, ptx.mul(group, settings.strips))
+    # The last block may have warps beyond the last strip, which do its work again.
+    strip = arith.minsi(ptx.add(strip, ptx.mul(group, settings.strips)), ptx.const(plan.outputs // STRIP - 1))
     strip = ptx.add(strip, ptx.mul(matrix, plan.second))
     at = {piece.array: _chosen(plan, arrays, piece.array, matrix) for piece in plan.kind.pieces}
     # Loads of x come first: they would wait behind those of weights.
@@ -421,6 +429,7 @@ def _finish(plan: _RowPlan, acc: list[Value], out: Value, of_warps: Value, group
     ptx.store(to, acc, _equal(q, ptx.const(0)), space="shared")
     ptx.sync_block()
     rows = STRIP * settings.strips
+    row = ptx.add(ptx.mul(group, rows), thread)
 
     def write() -> None:
         totals = []
@@ -431,16 +440,15 @@ def _finish(plan: _RowPlan, acc: list[Value], out: Value, of_warps: Value, group
                 (number,) = ptx.load_shared(ptx.add(of_warps, ptx.mul(thread, 4)), [ptx.f32()], shift=first)
                 total = number if total is None else arith.addf(total, number)
             totals.append(total)
-        row = ptx.add(ptx.mul(group, rows), thread)
         if plan.matrices == 1:
             ptx.store(ptx.offset(out, row, 4), totals, ptx.always())
             return
         gate, up = (ptx.asm(_ROUND, [ptx.f32()], [total])[0] for total in totals)
         less = ptx.exp2(arith.mulf(gate, ptx.float32(-_LOG2_E)))
         silu = ptx.divide(gate, arith.addf(ptx.float32(1.0), less))
-        ptx.asm(_STORE_BF16, [], [ptx.offset(out, row, 2), arith.mulf(silu, up), ptx.less(thread, rows)])
+        ptx.asm(_STORE_BF16, [], [ptx.offset(out, row, 2), arith.mulf(silu, up)])
 
-    ptx.when(ptx.less(thread, rows), write)
+    ptx.when(arith.andi(ptx.less(thread, rows), ptx.less(row, plan.outputs)), write)
 
 
 def _kept(own: list[Value], sums: Sequence[Value], q: Value, tile: int) -> list[Value]:
