@@ -38,7 +38,8 @@ class Linear(nn.Module):
 
     def partial_sum(self, x: jax.Array) -> PartialSum:
         """[..., in] -> [T, out] with all T tokens in one axis; whoever reads it finishes the sum."""
-        y = product(x, *self.weights(x.shape[-1]), self.dtype, self.implementation)
+        kernel, bias = self.weights(x.shape[-1])
+        y = product(x, kernel, bias, self.dtype, self.implementation)
         observe_lazy(self, "output", lambda: self._finished(y, x))
         return y
 

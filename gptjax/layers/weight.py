@@ -79,9 +79,9 @@ def product(
 
 
 def gated_product(x: jax.Array, kernel: Weight, dtype: DTypeLike, implementation: str = "auto") -> jax.Array | None:
-    """silu(x · gate) · (x · up) of `dtype`, [..., in] · [out, in] of gate and then up; None if no kernel does it at once.
+    """silu(x · gate) · (x · up), [..., out / 2] of `dtype`, for a kernel of gate and then up, packed and without bias.
 
-    Like `product` without a bias, with both products rounded to `dtype` before.
+    Both products are rounded to `dtype` first. None if no kernel does it at once.
     """
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
     parts = (kernel,) if isinstance(kernel, Fragments) else getattr(kernel, "parts", ())

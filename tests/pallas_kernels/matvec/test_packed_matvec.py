@@ -128,9 +128,7 @@ def test_gate_and_up_agree_with_float64(name, apart):
     row, kernels = np.asarray(x, np.float64), [np.asarray(part.dequantize(), np.float64).T for part in parts]
     # Gate and up are off by a product's error, and rounded to bfloat16; so is the result. |silu'| is at most 1.1.
     gate, up = (row @ kernel for kernel in kernels)
-    gate_off, up_off = (
-        2e-6 * np.abs(row) @ np.abs(kernel) + BF16 / 2 * np.abs(row @ kernel) for kernel in kernels
-    )
+    gate_off, up_off = (2e-6 * np.abs(row) @ np.abs(kernel) + BF16 / 2 * np.abs(row @ kernel) for kernel in kernels)
     if not apart:
         packed = [_packed(name, F, inputs, seed) for seed in range(2)]
         whole = jax.tree.map(lambda *halves: jnp.concatenate(halves), *packed)
