@@ -22,7 +22,10 @@ from pallas_kernels.matvec.strips_sm90 import COLUMNS, STRIP, Fragments, GgmlStr
 from pallas_kernels.ptx import Value
 
 _PROCESSORS: Final = 132
-_WARPS: Final = 24  # of a block, at most: with more, they would not have enough registers
+_WARPS: Final = 16  # of a block: with more, they would not have enough registers
+_MOST_WARPS: Final = 20  # if rows cannot be spread otherwise
+_AHEAD: Final = 2
+_LONG: Final = 12  # turns of a warp, from which on prefetching pays
 _LOG2_E: Final = 1.4426950408889634
 
 _STORE_BF16: Final = "{ .reg .b16 t; cvt.rn.bf16.f32 t, $1; st.global.b16 [$0], t; }"
@@ -39,7 +42,6 @@ class Settings:
     share: int  # warps that share the columns of a strip
     strips: int = 1  # per block
     ahead: int = 0  # turns that are prefetched to the second-level cache before they are loaded
-    early: bool = True  # whether a turn is loaded while the one before is multiplied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +83,18 @@ def takes_gated(x_TI: jax.Array, parts: Sequence[Fragments]) -> bool:
 
 def settings_of(outputs: int, inputs: int, matrices: int = 1) -> Settings:
     """How to spread a product of `matrices` matrices [O, I]: one block a multiprocessor, as long as that is enough."""
-    turns = inputs // COLUMNS
-    strips = -(-outputs // (STRIP * _PROCESSORS))
-    while strips * matrices <= _WARPS:
-        shares = [n for n in range(1, turns + 1) if n * strips * matrices in range(4, _WARPS + 1, 4)]
+    turns, total = inputs // COLUMNS, outputs // STRIP
+    if matrices == 1 and _PROCESSORS < total <= 2 * _PROCESSORS and _WARPS // 2 <= turns <= _WARPS:
+        return Settings(
+            share=_WARPS // 2, strips=1
+        )  # two smaller blocks start sooner, and a warp has two turns at most
+    for strips in range(-(-total // _PROCESSORS), _MOST_WARPS // matrices + 1):
+        most = min(turns, max(1, _WARPS // (strips * matrices)))
+        shares = [share for share in range(1, most + 1) if share * strips * matrices % 4 == 0]
         if shares:
             # As few turns one after the other as possible, and then as few warps.
-            return Settings(share=min(shares, key=lambda share: (-(-turns // share), share)), strips=strips)
-        strips += 1
+            share = min(shares, key=lambda share: (-(-turns // share), share))
+            return Settings(share, strips, ahead=_AHEAD if turns >= _LONG * share else 0)
     return Settings(share=1, strips=4 // matrices)
 
 
@@ -163,7 +169,7 @@ def packed_row(
         return [word for piece, base in zip(plan.kind.pieces, bases, strict=True) for word in piece.load(base, turn)]
 
     count = arith.divui(arith.subi(ptx.const(plan.turns + settings.share - 1), share), ptx.const(settings.share))
-    first = load(share) if settings.early else []
+    first = load(share)
     prefetch = _prefetch(plan, at, strip)
     for number in range(1, settings.ahead):
         prefetch(ptx.add(share, number * settings.share))
@@ -181,18 +187,12 @@ def packed_row(
         turn = ptx.add(share, ptx.mul(number, settings.share))
         if settings.ahead:
             prefetch(ptx.add(turn, settings.ahead * settings.share))
-        if not settings.early:
-            return multiply(values, load(turn), turn)
         following = load(ptx.add(turn, settings.share))
         return [*multiply(values[:2], values[2:], turn), *following]
 
-    acc = [ptx.float32(0.0)] * 2
-    if settings.early:
-        acc = ptx.loop(arith.subi(count, ptx.const(1)), [*acc, *first], one)
-        last = ptx.add(share, ptx.mul(arith.subi(count, ptx.const(1)), settings.share))
-        acc = multiply(acc[:2], acc[2:], last)
-    else:
-        acc = ptx.loop(count, acc, one)
+    last = arith.subi(count, ptx.const(1))
+    values = ptx.loop(last, [*[ptx.float32(0.0)] * 2, *first], one)
+    acc = multiply(values[:2], values[2:], ptx.add(share, ptx.mul(last, settings.share)))
     _finish(plan, acc, out, of_warps, group)
 
 
