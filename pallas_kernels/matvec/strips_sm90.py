@@ -205,6 +205,7 @@ def lane_of() -> tuple[Value, Value, Value]:
 
 
 def equal(a: Value, b: Value) -> Value:
+    """Whether two 32-bit integers are equal: an i1."""
     return arith.cmpi(arith.CmpIPredicate.eq, a, b)
 
 
