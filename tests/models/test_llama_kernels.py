@@ -57,7 +57,7 @@ def test_the_activation_of_one_row_is_in_a_product(name, monkeypatch):
     monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
     one, two = (_lowered(name, rows=rows, tokens=1, packed="Q4_K") for rows in (1, 2))
     assert one.count("custom_call") == two.count("custom_call") == 3 + 4 + 1 + 1
-    assert "logistic" in two and "logistic" not in one  # XLA's sigmoid
+    assert "@silu" in two and "@silu" not in one  # XLA's activation
 
 
 @needs_mosaic
