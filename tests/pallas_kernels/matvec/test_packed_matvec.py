@@ -51,6 +51,20 @@ def _agrees(actual, x, parts, bias, *, rounded: bool):
     assert np.all(np.abs(np.asarray(actual) - exact) <= (BF16 if rounded else 2e-6) * size + 1e-30)
 
 
+def assert_gated(actual, row, kernels):
+    """That `actual` is silu(gate) · up, of a row and float64 kernels [F, I].
+
+    Gate and up are off by a product's error, and rounded to bfloat16; so is the result. |silu'| is at most 1.1.
+    """
+    gate, up = (kernel @ row for kernel in kernels)
+    gate_off, up_off = (2e-6 * np.abs(kernel) @ np.abs(row) + BF16 / 2 * np.abs(kernel @ row) for kernel in kernels)
+    with np.errstate(over="ignore"):
+        silu = gate / (1 + np.exp(-gate))
+    off = 1.1 * gate_off * (np.abs(up) + up_off) + np.abs(silu) * up_off
+    off += BF16 / 2 * (np.abs(silu * up) + off) + 1e-30
+    assert np.all(np.abs(np.asarray(actual, np.float64) - silu * up) <= off)
+
+
 @pytest.mark.parametrize("name", ["MXFP4", "Q4_K", "Q6_K"])
 def test_jnp_agrees_with_float64(name):
     parts, bias = [_fragments(name, 128, 256), _fragments("Q8_0", 64, 256, seed=1)], jnp.arange(192.0)
@@ -126,21 +140,14 @@ def test_gate_and_up_agree_with_float64(name, apart):
     F, inputs = 960, 1280
     x = _x(1, inputs)
     parts = [_fragments(name, F, inputs), _fragments(name, F, inputs, seed=1)]
-    row, kernels = np.asarray(x, np.float64), [np.asarray(part.dequantize(), np.float64).T for part in parts]
-    # Gate and up are off by a product's error, and rounded to bfloat16; so is the result. |silu'| is at most 1.1.
-    gate, up = (row @ kernel for kernel in kernels)
-    gate_off, up_off = (2e-6 * np.abs(row) @ np.abs(kernel) + BF16 / 2 * np.abs(row @ kernel) for kernel in kernels)
+    kernels = [np.asarray(part.dequantize(), np.float64) for part in parts]
     if not apart:
         packed = [_packed(name, F, inputs, seed) for seed in range(2)]
         whole = jax.tree.map(lambda *halves: jnp.concatenate(halves), *packed)
         parts = [MXFP4Fragments.of(whole) if isinstance(whole, MXFP4) else QuantizedFragments.of(whole)]
     assert takes_gated(x, parts)
     assert not takes_gated(_x(2, inputs), parts)
-    with np.errstate(over="ignore"):
-        silu = gate / (1 + np.exp(-gate))
-    off = 1.1 * gate_off * (np.abs(up) + up_off) + np.abs(silu) * up_off
-    off += BF16 / 2 * (np.abs(silu * up) + off) + 1e-30
-    assert np.all(np.abs(np.asarray(packed_gated(x, parts), np.float64) - silu * up) <= off)
+    assert_gated(packed_gated(x, parts)[0], np.asarray(x, np.float64)[0], kernels)
 
 
 @needs_mosaic
