@@ -26,7 +26,7 @@ from gptjax.models.params import Params, abstract_params, weights_by_path
 from pallas_kernels.formats.mxfp4 import MXFP4, quantize
 from tests.convert import made
 from tests.oracles import gpt2_ours, gpt_oss_ours, gpt_oss_random
-from tests.thinned import thorough
+from tests.thinned import thinned
 
 ROOT = Path(__file__).resolve().parents[2]
 GPT2 = {"n_embd": 64, "n_head": 4, "n_inner": 96}  # what MXFP4 can pack: multiples of 32
@@ -203,7 +203,7 @@ def test_logits_are_those_of_the_rounded_numbers(tmp_path, gpt_oss, kind):
     assert np.abs(one - before).max() > 100 * atol  # and rounding does change them
 
 
-@pytest.mark.parametrize("name", [thorough("gpt2-tales"), "gpt-oss-tales"])
+@pytest.mark.parametrize("name", thinned(["gpt2-tales", "gpt-oss-tales"]))
 def test_a_rounded_demo_tells_a_story(tmp_path, name):
     convert.convert(ROOT / "gptjax" / "demo" / name, tmp_path / "dst", quantize="all")
     with gptjax.load(tmp_path / "dst", dtype="float32", max_length=128) as lm:

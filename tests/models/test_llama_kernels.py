@@ -15,6 +15,7 @@ from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.ggml.fragments import QuantizedFragments
 from pallas_kernels.formats.ggml.weight import Quantized
 from tests.pallas_kernels.marks import lowered_for_h200, needs_mosaic
+from tests.thinned import thorough
 
 
 def _lowered(name: str, rows: int, tokens: int, packed: str | None = None) -> str:
@@ -43,7 +44,7 @@ def _fragments(weight: Any) -> Any:
 
 
 @needs_mosaic
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b", "smollm2-135m", "mistral-7b"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b", thorough("smollm2-135m"), thorough("mistral-7b")])
 def test_decoding_takes_every_kernel(name, monkeypatch):
     """Three norms, four products, attention, and the step from product to cache."""
     monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
