@@ -18,7 +18,7 @@ if "jax" in sys.modules:  # a plugin of pytest was earlier
 
 ROOT = Path(__file__).resolve().parent.parent
 # Compiled programs are kept from run to run: their keys are the program's text, the compiler's version and its flags.
-PROGRAMS = Path(os.environ.get("GPTJAX_TEST_PROGRAMS") or ROOT / "build" / "programs")
+PROGRAMS = ROOT / "build" / "programs"
 os.environ["GPTJAX_CACHE_DIR"] = str(PROGRAMS)  # for commands and servers that tests start, too
 MOST_BYTES = 1 << 30
 MOST_MAPPINGS = 8_000  # of the 65,530 that Linux gives a process; so many programs take about 2 GB
