@@ -148,3 +148,66 @@ def cached(
         cpu=partial(blocked, scale=scale, window=window),
         default=partial(dense if few else blocked, scale=scale, window=window),
     )
+
+
+def paged(
+    q_BTNH: jax.Array,
+    k_YKSH: jax.Array,
+    v_YKSH: jax.Array,
+    table_BZ: jax.Array,
+    q_positions_BT: jax.Array,
+    sinks_N: jax.Array | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    operands = [q_BTNH, k_YKSH, v_YKSH, table_BZ, q_positions_BT]
+    if sinks_N is not None:
+        operands.append(sinks_N)
+    few = q_BTNH.shape[0] * q_BTNH.shape[1] * q_BTNH.shape[2] * table_BZ.shape[1] * BLOCK <= DENSE_SCORES
+    return jax.lax.platform_dependent(
+        *operands,
+        cpu=partial(_blocked_pages, scale=scale, window=window),
+        default=partial(_dense_pages if few else _blocked_pages, scale=scale, window=window),
+    )
+
+
+def _dense_pages(q_BTNH, k_YKSH, v_YKSH, table_BZ, q_positions_BT, sinks_N=None, *, scale, window):
+    B, Z = table_BZ.shape
+    _, K, S, H = k_YKSH.shape
+    k_BKSH, v_BKSH = (x[table_BZ].transpose(0, 2, 1, 3, 4).reshape(B, K, Z * S, H) for x in (k_YKSH, v_YKSH))
+    k_positions_BS = jnp.broadcast_to(jnp.arange(Z * S, dtype=jnp.int32), (B, Z * S))
+    return dense(q_BTNH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, sinks_N, scale=scale, window=window)
+
+
+def _blocked_pages(q_BTNH, k_YKSH, v_YKSH, table_BZ, q_positions_BT, sinks_N=None, *, scale, window):
+    B, T, N, H = q_BTNH.shape
+    K, S = k_YKSH.shape[1:3]
+    Z = table_BZ.shape[1]
+    q_BTKGH = _grouped(q_BTNH, K)
+    last_B = q_positions_BT.max(axis=1)
+    earliest_B = jnp.where(q_positions_BT < 0, Z * S, q_positions_BT).min(axis=1)
+    first_B = jnp.zeros_like(last_B) if window is None else jnp.maximum(earliest_B - window + 1, 0) // S
+    count = jnp.max(jnp.where(last_B < 0, 0, last_B // S + 1 - first_B))
+
+    def step(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        maximum_BKGT1, total_BKGT1, out_BKGTH = carry
+        block_B = first_B + index
+        page_B = jnp.take_along_axis(table_BZ, jnp.minimum(block_B, Z - 1)[:, None], axis=1)[:, 0]
+        k_block_BKSH, v_block_BKSH = k_YKSH[page_B], v_YKSH[page_B]
+        seen_BTS = visible(q_positions_BT, block_B[:, None] * S + jnp.arange(S, dtype=jnp.int32), window)
+        scores_BKGTS = _scores(q_BTKGH, k_block_BKSH, scale, seen_BTS)
+        new_maximum_BKGT1 = jnp.maximum(maximum_BKGT1, scores_BKGTS.max(axis=-1, keepdims=True))
+        weights_BKGTS = jnp.where(seen_BTS[:, None, None], jnp.exp(scores_BKGTS - new_maximum_BKGT1), 0)
+        rescale_BKGT1 = jnp.exp(maximum_BKGT1 - new_maximum_BKGT1)
+        total_BKGT1 = total_BKGT1 * rescale_BKGT1 + weights_BKGTS.sum(axis=-1, keepdims=True)
+        out_BKGTH = out_BKGTH * rescale_BKGT1 + _weigh(weights_BKGTS, v_block_BKSH, seen_BTS)
+        return new_maximum_BKGT1, total_BKGT1, out_BKGTH
+
+    row = (B, K, N // K, T)
+    maximum, total = (jnp.broadcast_to(x, (*row, 1)) for x in _start(sinks_N, K))
+    zero = (count < 0).astype(jnp.float32)
+    start = (maximum, total, jnp.full((*row, H), zero))
+    _, total_BKGT1, out_BKGTH = jax.lax.fori_loop(0, count, step, start)
+    return _ungrouped(out_BKGTH / jnp.where(total_BKGT1 == 0, 1, total_BKGT1), q_BTNH)
