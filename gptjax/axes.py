@@ -25,7 +25,6 @@ GLOSSARY: Final = {
     "V": "vocabulary",
     "C": "candidates: the most likely tokens, reported with the one drawn",
     "L": "layers",
-    "Y": "pages of a pool",
     # of kernels
     "I": "inputs of a product: what it sums over",
     "O": "outputs of a product",
