@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import append, attention
-from pallas_kernels.attention import reference
+from pallas_kernels.append import append, write_rows, write_tiles
+from pallas_kernels.attention import attention_over_pages
+from pallas_kernels.pages import PAGE, Tiles
 from pallas_kernels.partial_sum import PartialSum
-
-PAGE = reference.BLOCK  # positions of a page
 
 
 def pages_of(window: int | None, *, max_length: int, chunk: int | None) -> int:
@@ -125,7 +124,7 @@ class KVCache:
         implementation: str,
     ) -> jax.Array:
         """What queries at these positions get from a layer, [B, T, N, H]; its own keys and values must be there."""
-        return attention.paged(
+        return attention_over_pages(
             q_BTNH,
             self.k[layer],
             self.v[layer],
@@ -150,8 +149,15 @@ class KVCache:
                 f"a call of {positions_BT.shape[1]} tokens a row, but the cache was created for calls of at most "
                 f"{self.chunk}: create it with a larger chunk"
             )
-        k, v = append.write(self.k[layer], self.v[layer], k_BTKH, v_BTKH, self.table(layer), positions_BT)
-        return self.with_layer(layer, k, v)
+        B, T, K, H = k_BTKH.shape
+        table_BZ = self.table(layer)
+
+        def written(pool_YKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+            if T == 1:
+                return write_rows(pool_YKSH, new_BTKH[:, 0], table_BZ, positions_BT[:, 0])
+            return write_tiles(pool_YKSH, new_BTKH.reshape(B * T, K, H), table_BZ, Tiles.of(positions_BT))
+
+        return self.with_layer(layer, written(self.k[layer], k_BTKH), written(self.v[layer], v_BTKH))
 
     def appended(
         self,
@@ -172,9 +178,7 @@ class KVCache:
         """
         B = positions_BT.shape[0]
         rotation = None if angles is None else (angles[0].reshape(B, -1), angles[1].reshape(B, -1))
-        q_BNH, k, v = append.append(
-            qkv, rotation, positions_BT[:, 0], self.k[layer], self.v[layer], self.table(layer)
-        )
+        q_BNH, k, v = append(qkv, rotation, positions_BT[:, 0], self.k[layer], self.v[layer], self.table(layer))
         return q_BNH[:, None], self.with_layer(layer, k, v)
 
     def with_layer(self, layer: int, k_YKSH: jax.Array, v_YKSH: jax.Array) -> "KVCache":
