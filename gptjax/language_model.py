@@ -227,9 +227,7 @@ class LanguageModel:
         """
         ids = self._checked_ids(token_ids, self.max_length)
         with self._guard():
-            cache = registry.create_cache(
-                self.model, batch=1, max_length=self.max_length, chunk=steps.SCORED_CHUNK
-            )
+            cache = registry.create_cache(self.model, batch=1, max_length=self.max_length, chunk=steps.SCORED_CHUNK)
             logits_TV = np.empty((len(ids), self.config.vocab_size), np.float32)
             params = FlatParams.of(self.params)
             for start, count, chunk in steps.padded_chunks(np.asarray(ids, np.int32), steps.SCORED_CHUNK):

@@ -283,7 +283,5 @@ def _copied(pool_YKSH: jax.Array, to_Z: jax.Array, from_Z: jax.Array, count: jax
         to_Z = jnp.where(jnp.arange(len(to_Z)) < count, to_Z, 0)  # the others to the page that is nobody's
         return pool_YKSH.at[to_Z].set(pool_YKSH[from_Z])
 
-    copied: jax.Array = jax.lax.platform_dependent(
-        pool_YKSH, to_Z, from_Z, count, cpu=one_by_one, default=at_once
-    )
+    copied: jax.Array = jax.lax.platform_dependent(pool_YKSH, to_Z, from_Z, count, cpu=one_by_one, default=at_once)
     return copied
