@@ -1,4 +1,4 @@
-"""The cache against keys and values kept in lists: pages, tables that take turns, windows, rows that go on from others."""
+"""The cache against lists of keys and values: pages used in turns, windows, rows that go on from others."""
 
 import dataclasses
 from functools import partial
@@ -59,7 +59,7 @@ class Rows:
                 some = sorted({0, count // 2, count - 1})  # of the queries, since the oracle is slow
                 k_SKH, v_SKH = (np.stack([each[kv][layer] for each in self.held[row]]) for kv in (0, 1))
                 expected = attention_numpy.attention(
-                    q_LBTNH[layer, b : b + 1, some],
+                    q_LBTNH[layer][b : b + 1, some],
                     k_SKH.transpose(1, 0, 2)[None],
                     v_SKH.transpose(1, 0, 2)[None],
                     positions_BT[b : b + 1, some],
