@@ -13,8 +13,7 @@ from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.engine.prefixes import Prefixes
 from gptjax.engine.request import Request
 from gptjax.engine.settings import Features, settings_of
-from gptjax.layers.cache import KVCache
-from gptjax.models import registry
+from gptjax.layers.cache import Tail
 from gptjax.models.registry import Model
 
 # With an H200, dispatching one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (each call passes
@@ -52,14 +51,14 @@ class _Dispatched:
 
 @dataclasses.dataclass
 class _Filling:
-    """A prompt being read for a slot, into the one-row cache."""
+    """A prompt being read into its slot."""
 
     slot: int
     request: Request
     tokens: np.ndarray  # int32 [T]
     cuts: deque[tuple[int, int, int]]  # start, tokens and bucket of the chunks left
     whole: int  # where the last whole chunk ends
-    rings: steps.Rings | None = None  # copied at that point
+    tail: Tail | None = None  # copied at that point
     logits_1V: jax.Array | None = None  # of the last chunk dispatched
 
 
@@ -112,8 +111,7 @@ class Engine:
         self.max_length = max_length
         self.steps_per_dispatch = steps_per_dispatch
         self.chunk = chunk
-        self._state = steps.init_state(model, batch=batch, max_length=max_length)
-        self._row = registry.create_cache(model, batch=1, max_length=max_length)  # what prefill works on
+        self._state = steps.init_state(model, batch=batch, max_length=max_length, chunk=chunk)
         self._requests: list[Request | None] = [None] * batch
         self._filling: _Filling | None = None
         self._read = 0  # prompt tokens dispatched since the last steps, as `_cost` counts them
@@ -124,7 +122,7 @@ class Engine:
         self._levels = levels
         self._features = Features()
         self._settings: sampling.Sampling | None = None  # of the current rows; None after they change
-        self._active_B: jax.Array | None = None
+        self._rows_B: jax.Array | None = None
 
     @property
     def batch(self) -> int:
@@ -147,19 +145,18 @@ class Engine:
             raise ValueError("warm_up needs all slots to be free")
         longest = min(self.max_length, self.chunk)
         buckets = sorted({steps.chunks(length, self.chunk)[0][2] for length in range(1, longest + 1)})
-        slot, active_B = np.int32(0), self._active()
-        history_S = np.zeros(self._state.cache.capacity, np.int32)
+        rows_B = self._rows()
         for _ in range(2):  # the second time with arrays as compiled code returns them
             for bucket in buckets:
-                chunk = steps.padded(np.zeros(1, np.int32), 0, 1, bucket)
-                logits_1V, self._row = steps.prefill_chunk(self.model, self._params, self._row, chunk)
-                self._state = steps.insert(self._state, slot, self._row, history_S, logits_1V)
+                chunk = steps.padded(np.zeros(1, np.int32), 0, 0, 1, bucket)
+                _, self._state = steps.prefill_chunk(self.model, self._params, self._state, chunk)
             if self._prefixes is not None:
-                self._row = steps.extract(self._state, slot, steps.rings(self._row))
+                tail = steps.tail(self._state, np.asarray([0, 1], np.int32))
+                self._state = steps.resume(self._state, np.asarray([0, 0, 1], np.int32), tail)
             for level in self._levels or [self._features]:
                 settings = settings_of(self._requests, self.model.config.vocab_size, level)
                 for num_steps in (1, self.steps_per_dispatch):
-                    self._ask(settings, active_B, num_steps)
+                    self._ask(settings, rows_B, num_steps)
         self.wait()
 
     def best_slot(self, request: Request) -> int:
@@ -187,14 +184,14 @@ class Engine:
         if not len(tokens):
             raise ValueError("a sequence needs at least one token")
         found = None if self._prefixes is None else self._prefixes.find(request.prompt_ids)
-        held, rings = 0, None
+        held, tail = 0, None
         if found is not None:
-            held, rings = len(found[1].token_ids), found[1].rings
-            for array in jax.tree.leaves(self._row):
-                array.delete()  # first, so that two never exist at once
-            self._row = steps.extract(self._state, np.int32(found[0]), rings)
+            source, held, tail = found[0], len(found[1].token_ids), found[1].tail
+            self._state = steps.resume(self._state, np.asarray([slot, source, held], np.int32), tail)
+        if self._prefixes is not None:
+            self._prefixes.put(slot, (), None)  # what it held is overwritten
         cuts = deque(cut for cut in steps.chunks(len(tokens), self.chunk) if cut[0] >= held)
-        self._filling = _Filling(slot, request, tokens, cuts, len(tokens) // self.chunk * self.chunk, rings)
+        self._filling = _Filling(slot, request, tokens, cuts, len(tokens) // self.chunk * self.chunk, tail)
         return held
 
     @property
@@ -224,31 +221,29 @@ class Engine:
             raise ValueError("no prompt is being read")
         self._read += self._cost(filling.cuts[0])
         start, count, bucket = filling.cuts.popleft()
-        chunk = steps.padded(filling.tokens, start, count, bucket)
+        chunk = steps.padded(filling.tokens, filling.slot, start, count, bucket)
         before = filling.logits_1V
-        filling.logits_1V, self._row = steps.prefill_chunk(self.model, self._params, self._row, chunk)
+        filling.logits_1V, self._state = steps.prefill_chunk(self.model, self._params, self._state, chunk)
         if self._prefixes is not None and start + count == filling.whole:
-            filling.rings = steps.rings(self._row)
+            filling.tail = steps.tail(self._state, np.asarray([filling.slot, filling.whole], np.int32))
         if before is not None and self._idle:
             jax.block_until_ready(before)
         if filling.cuts:
             return False
-        self._insert(filling, filling.logits_1V)
+        self._join(filling)
         return True
 
-    def _insert(self, filling: _Filling, logits_1V: jax.Array) -> None:
-        """Moves the finished prompt into its slot."""
+    def _join(self, filling: _Filling) -> None:
+        """Lets the slot whose prompt was read take part in the next steps."""
         slot, request = filling.slot, filling.request
-        history_S = steps.history(filling.tokens, self._state.cache.capacity)
-        self._state = steps.insert(self._state, np.int32(slot), self._row, history_S, logits_1V)
         if self._prefixes is not None:
-            self._prefixes.put(slot, request.prompt_ids[: filling.whole], filling.rings)
+            self._prefixes.put(slot, request.prompt_ids[: filling.whole], filling.tail)
         self._filling = None
         self._requests[slot] = request
         self._wanted[slot] = request.room(self.max_length)
         self._newcomers.add(slot)
         self._features |= Features.of(request.params)
-        self._settings = self._active_B = None
+        self._settings = self._rows_B = None
 
     def wait(self) -> None:
         """Waits until the device has finished everything dispatched, for measuring."""
@@ -262,7 +257,7 @@ class Engine:
         self._requests[slot] = None
         self._wanted[slot] = 0
         self._newcomers.discard(slot)
-        self._settings = self._active_B = None
+        self._settings = self._rows_B = None
         for dispatched in self._dispatched:
             dispatched.slots.discard(slot)
         self._dispatched = deque(each for each in self._dispatched if each.slots)
@@ -295,12 +290,12 @@ class Engine:
 
     def _dispatch(self) -> None:
         """Dispatches one step, or several at once."""
-        if self._settings is None or self._active_B is None:
+        if self._settings is None or self._rows_B is None:
             self._settings = settings_of(self._requests, self.model.config.vocab_size, self._needed_features())
-            self._active_B = self._active()
+            self._rows_B = self._rows()
         enough = 2 * max(self._wanted) >= self.steps_per_dispatch and not self._newcomers
         num_steps = self.steps_per_dispatch if enough else 1
-        sampled = self._ask(self._settings, self._active_B, num_steps)
+        sampled = self._ask(self._settings, self._rows_B, num_steps)
         busy = {slot for slot, request in enumerate(self._requests) if request is not None}
         self._dispatched.append(_Dispatched(num_steps, sampled, busy))
         self._newcomers.clear()
@@ -308,18 +303,20 @@ class Engine:
         for slot in busy:
             self._wanted[slot] -= num_steps
 
-    def _ask(self, settings: sampling.Sampling, active_B: jax.Array, num_steps: int) -> sampling.Sampled:
+    def _ask(self, settings: sampling.Sampling, rows_B: jax.Array, num_steps: int) -> sampling.Sampled:
         if num_steps == 1:
             # Two calls, so that the token can be read before the step is done.
-            sampled = steps.sample(self._state, settings)
-            self._state = steps.advance(self.model, self._params, self._state, sampled.token_B, active_B)
+            sampled = steps.sample(self._state, rows_B, settings)
+            self._state = steps.advance(self.model, self._params, self._state, sampled.token_B, rows_B)
         else:
-            self._state, sampled = steps.decode(self.model, self._params, self._state, settings, active_B, num_steps)
+            self._state, sampled = steps.decode(self.model, self._params, self._state, rows_B, settings, num_steps)
         return sampled
 
-    def _active(self) -> jax.Array:
+    def _rows(self) -> jax.Array:
+        """The rows of a step: every slot's, -1 for those that are free."""
+        rows = [-1 if request is None else slot for slot, request in enumerate(self._requests)]
         # Via NumPy: JAX would compile a program of its own to convert a list.
-        return jnp.asarray(np.asarray([request is not None for request in self._requests], np.bool_))
+        return jnp.asarray(np.asarray(rows, np.int32))
 
     def _needed_features(self) -> Features:
         """The parts of sampling to compute for the current rows."""
@@ -331,24 +328,18 @@ class Engine:
         return next(level for level in self._levels if level | used == level)
 
 
-def prefill(
-    model: Model, params: AnyParams, state: steps.State, slot: int, tokens: np.ndarray, row: KVCache
-) -> tuple[steps.State, KVCache]:
+def prefill(model: Model, params: AnyParams, state: steps.State, slot: int, tokens: np.ndarray) -> steps.State:
     """Fills a row of a state with a sequence, from position 0.
 
     Args:
+      state: donated; it must be for chunks of `steps.chunk_of(model)`.
       tokens: int32 [T], 1 <= T <= max_length.
-      row: a one-row cache to work on, donated.
-
-    Returns:
-      The state, and the one-row cache for the next call.
     """
     if not len(tokens):
         raise ValueError("a sequence needs at least one token")
-    for _, _, chunk in steps.padded_chunks(tokens, steps.chunk_of(model)):
-        logits_1V, row = steps.prefill_chunk(model, params, row, chunk)
-    history_S = steps.history(tokens, state.cache.capacity)
-    return steps.insert(state, np.int32(slot), row, history_S, logits_1V), row
+    for _, _, chunk in steps.padded_chunks(tokens, steps.chunk_of(model), slot):
+        _, state = steps.prefill_chunk(model, params, state, chunk)
+    return state
 
 
 def _unstacked(stacked: sampling.Sampled) -> list[sampling.Sampled]:

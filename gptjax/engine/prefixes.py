@@ -3,19 +3,19 @@
 import dataclasses
 from collections.abc import Sequence
 
-from gptjax.engine.steps import Rings
+from gptjax.layers.cache import Tail
 
 
 @dataclasses.dataclass(frozen=True)
 class Held:
     """A prompt's beginning, up to its last whole chunk, whose keys and values a slot's cache holds.
 
-    Full-attention layers keep them until another prompt is put in the slot, since decoding writes after them. A sliding
-    layer's ring has moved on meanwhile, so it was copied right after the chunk was read.
+    Full-attention layers keep them until another prompt is begun in the slot, since decoding writes after them. Sliding
+    layers have used their pages again meanwhile, so the last ones were copied right after the chunk was read.
     """
 
     token_ids: tuple[int, ...]
-    rings: Rings
+    tail: Tail
     since: int  # a counter: the larger, the later it was put there
 
 
@@ -26,10 +26,10 @@ class Prefixes:
         self._held: list[Held | None] = [None] * slots
         self._clock = 0
 
-    def put(self, slot: int, token_ids: Sequence[int], rings: Rings | None) -> None:
-        """Records the prompt's beginning that replaced a slot's content; without rings it is of no use."""
+    def put(self, slot: int, token_ids: Sequence[int], tail: Tail | None) -> None:
+        """Records the prompt's beginning that replaced a slot's content; without its tail it is of no use."""
         self._clock += 1
-        self._held[slot] = None if rings is None else Held(tuple(token_ids), rings, self._clock)
+        self._held[slot] = None if tail is None else Held(tuple(token_ids), tail, self._clock)
 
     def find(self, prompt_ids: Sequence[int]) -> tuple[int, Held] | None:
         """The slot that holds most of a prompt, but not all: at least one token must be read to continue."""

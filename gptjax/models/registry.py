@@ -34,13 +34,14 @@ def build(
     )
 
 
-def create_cache(model: Model, *, batch: int, max_length: int) -> KVCache:
-    """An empty cache for the model."""
+def create_cache(model: Model, *, batch: int, max_length: int, chunk: int | None = None) -> KVCache:
+    """An empty cache for the model, for calls of at most `chunk` tokens a row: see `KVCache.create`."""
     config = model.config
     return KVCache.create(
         windows=config.windows,
         batch=batch,
         max_length=max_length,
+        chunk=chunk,
         num_kv_heads=config.num_kv_heads,
         head_width=config.head_width,
         dtype=model.dtype,

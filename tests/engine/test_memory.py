@@ -78,24 +78,23 @@ def _device(available: int, platform: str = "cpu") -> DeviceMemory:
 
 
 def _temporary(model: registry.Model, batch: int, length: int) -> int:
-    """What XLA itself says that generating holds in passing, at most: steps' buffers, and prefill's one row."""
+    """What XLA itself says that generating holds in passing, at most: the steps' buffers."""
     params = abstract_params(model)
     state = jax.eval_shape(lambda: steps.init_state(model, batch=batch, max_length=length))
-    row = jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=length))
     bucket = max(b for _, _, b in steps.chunks(min(length, steps.CHUNK)))
-    chunk = jax.ShapeDtypeStruct((2 + bucket,), jnp.int32)
-    token_B, active_B = (jax.ShapeDtypeStruct((batch,), dtype) for dtype in (jnp.int32, jnp.bool_))
+    chunk = jax.ShapeDtypeStruct((3 + bucket,), jnp.int32)
+    token_B = rows_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
     drawn = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.2, logit_bias={1: 1.0}, seed=1)
     request = Request(prompt_ids=(1,), max_tokens=1, params=drawn)
     settings = settings_of([request] * batch, model.config.vocab_size, Features.of(drawn))
     lowered = [
-        steps.prefill_chunk.lower(model, params, row, chunk),
-        steps.advance.lower(model, params, state, token_B, active_B),
-        steps.sample.lower(state, settings),
+        steps.prefill_chunk.lower(model, params, state, chunk),
+        steps.advance.lower(model, params, state, token_B, rows_B),
+        steps.sample.lower(state, rows_B, settings),
     ]
     sizes = [each.compile().memory_analysis().temp_size_in_bytes for each in lowered]
     assert min(sizes) > 0  # the compiler tells
-    return max(sizes) + memory.tree_bytes(row)
+    return max(sizes)
 
 
 @pytest.mark.parametrize(
@@ -155,9 +154,9 @@ def test_a_model_tells_its_memory(demo):
     with gptjax.load(demo, max_length=100, max_batch=3, dtype="float32") as lm:
         own = lm.memory()
         assert own.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params))
-        assert (own.cache, own.logits) == (3 * (128 * 6 * 2 * 256 * 4 + 4), 3 * 4 * (8192 + 128))
+        assert (own.cache, own.logits) == ((1 + 3) * 128 * 6 * 2 * 256 * 4 + 3 * 2 * 4, 3 * 4 * (8192 + 128))
         other = lm.memory(batch=1, max_length=512)
-        assert other.cache == 512 * 6 * 2 * 256 * 4 + 4
+        assert other.cache == (1 + 4) * 128 * 6 * 2 * 256 * 4 + 5 * 4  # in pages, of which the first is no row's
         assert own.device.available <= own.device.limit
         for options in ({"batch": 0}, {"batch": True}, {"max_length": 0}):
             with pytest.raises(RequestError):
@@ -376,20 +375,20 @@ def test_loading_and_closing_leaks_nothing(demo, cycles, growth):
 
 
 @pytest.mark.parametrize("config", [TALES, OSS_TALES])
-def test_rings_that_are_kept_are_counted(config, monkeypatch):
+def test_tails_that_are_kept_are_counted(config, monkeypatch):
     model = registry.build(config, dtype=jnp.bfloat16)
-    row = jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=300))
-    kept = 3 * memory.tree_bytes(jax.eval_shape(steps.rings, row))
-    assert memory.rings(model, batch=3, max_length=300) == kept
+    shapes = jax.eval_shape(lambda: steps.init_state(model, batch=3, max_length=300))
+    state = memory.tree_bytes(shapes)
+    kept = 3 * memory.tree_bytes(jax.eval_shape(steps.tail, shapes, jax.ShapeDtypeStruct((2,), jnp.int32)))
+    assert memory.tails(model, batch=3, max_length=300) == kept
     assert (kept > 0) == (config is OSS_TALES)
-    state = memory.tree_bytes(jax.eval_shape(lambda: steps.init_state(model, batch=3, max_length=300)))
-    for has, fits, fits_with_rings in (
+    for has, fits, fits_with_tails in (
         (state, True, not kept),
         (state + kept, True, True),
         (state - 9999, False, False),
     ):
         monkeypatch.setattr(memory, "device_memory", lambda device=None, has=has: _device(has))
-        for reuse, expected in ((False, fits), (True, fits_with_rings)):
+        for reuse, expected in ((False, fits), (True, fits_with_tails)):
             if expected:
                 memory.check_state(model, batch=3, max_length=300, reuse=reuse)
             else:

@@ -127,21 +127,20 @@ def test_requests_that_come_and_go_get_the_bits_they_get_alone_one_step_at_a_tim
 def test_several_steps_leave_what_single_ones_leave(made, num_steps):
     model, params = made
     settings = settings_of(REQUESTS[2:5], VOCAB, Features.of(REQUESTS[3].params))
-    active_B = np.asarray([True, True, False])
+    rows_B = np.asarray([0, 1, -1], np.int32)
 
     def filled() -> steps.State:
         state = steps.init_state(model, batch=SLOTS, max_length=MAX_LENGTH)
-        row = registry.create_cache(model, batch=1, max_length=MAX_LENGTH)
         for slot in range(SLOTS):  # the first row has room for two tokens more
             tokens = np.arange(MAX_LENGTH - 2 if slot == 0 else 9, dtype=np.int32)
-            state, row = prefill(model, params, state, slot, tokens, row)
+            state = prefill(model, params, state, slot, tokens)
         return state
 
     single, expected = filled(), []
     for _ in range(num_steps):
-        expected.append(jax.device_get(steps.sample(single, settings)))
-        single = steps.advance(model, params, single, expected[-1].token_B, active_B)
-    state, stacked = steps.decode(model, params, filled(), settings, active_B, num_steps)
+        expected.append(jax.device_get(steps.sample(single, rows_B, settings)))
+        single = steps.advance(model, params, single, expected[-1].token_B, rows_B)
+    state, stacked = steps.decode(model, params, filled(), rows_B, settings, num_steps)
     jax.tree.map(lambda given, *each: np.testing.assert_array_equal(given, np.stack(each)), stacked, *expected)
     jax.tree.map(np.testing.assert_array_equal, state, single)
 
