@@ -14,7 +14,7 @@ import numpy as np
 from gptjax.chat import ChatChunk, ChatCompletion, chat_chunks
 from gptjax.config import GenerationDefaults, ModelConfig
 from gptjax.engine import limits, memory, steps
-from gptjax.engine.engine import Engine, prefill
+from gptjax.engine.engine import Engine
 from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.generate import generate
 from gptjax.engine.memory import Memory
@@ -275,7 +275,7 @@ class LanguageModel:
         with self._guard(batch=state.batch, max_length=state.max_length):
             params = FlatParams.of(self.params)
             for slot, ids in enumerate(checked):
-                state = prefill(self.model, params, state, slot, np.asarray(ids, np.int32))
+                state = steps.prefill(self.model, params, state, slot, np.asarray(ids, np.int32))
             # A copy, because the next step donates the state with its logits.
             return jax.block_until_ready(jnp.copy(state.logits_BV)), state
 

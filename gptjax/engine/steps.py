@@ -229,3 +229,17 @@ def decode(
         return advance(model, params, state, sampled.token_B, rows_B), sampled
 
     return jax.lax.scan(step, state, length=num_steps)
+
+
+def prefill(model: Model, params: AnyParams, state: State, slot: int, tokens: np.ndarray) -> State:
+    """Fills a row of a state with a sequence, from position 0.
+
+    Args:
+      state: donated; it must be for chunks of `chunk_of(model)`.
+      tokens: int32 [T], 1 <= T <= max_length.
+    """
+    if not len(tokens):
+        raise ValueError("a sequence needs at least one token")
+    for _, _, chunk in padded_chunks(tokens, chunk_of(model), slot):
+        _, state = prefill_chunk(model, params, state, chunk)
+    return state

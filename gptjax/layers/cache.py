@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.append import append, write_rows, write_tiles
-from pallas_kernels.attention import attention_over_pages
+from pallas_kernels.attention import attention_over_pages, packed_attention_over_pages
 from pallas_kernels.pages import PAGE, Tiles
 from pallas_kernels.partial_sum import PartialSum
 
@@ -44,6 +44,11 @@ def reach(windows: Sequence[int | None], max_length: int) -> tuple[int | None, .
     return tuple(None if window is None or window >= capacity else window for window in windows)
 
 
+def kinds(windows: Sequence[int | None], max_length: int) -> tuple[int | None, ...]:
+    """The kinds of layers that there are: their windows, each once."""
+    return tuple(dict.fromkeys(reach(windows, max_length)))
+
+
 def capacity_of(max_length: int) -> int:
     """The positions of a row that has room for `max_length`."""
     return -(-max_length // PAGE) * PAGE
@@ -68,9 +73,10 @@ class KVCache:
     k: tuple[jax.Array, ...]  # L × [Y, K, PAGE, H]
     v: tuple[jax.Array, ...]  # L × [Y, K, PAGE, H]
     tables: tuple[jax.Array, ...]  # int32 [B, Z], of each kind of layers: the page of each block of PAGE positions
-    lengths_B: jax.Array  # int32: positions in use
+    lengths_B: jax.Array  # int32: positions in use; of no use in a packed call
     windows: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})  # of each layer; None: sees all
     chunk: int | None = dataclasses.field(metadata={"static": True})  # the most tokens of a row in a call; None: any
+    tiles: Tiles | None = None  # of a packed call, [1, T], whose tokens are of several rows
 
     @classmethod
     def create(
@@ -104,6 +110,34 @@ class KVCache:
         tables = {window: 1 + first_B1 * count + block_Z % count for window, count in zip(seen, counts, strict=True)}
         return cls(k, v, tuple(tables.values()), jnp.zeros((batch,), jnp.int32), seen, chunk)
 
+    @classmethod
+    def pooled(
+        cls,
+        *,
+        windows: Sequence[int | None],
+        pages: Sequence[int],
+        rows: int,
+        max_length: int,
+        num_kv_heads: int,
+        head_width: int,
+        dtype: DTypeLike,
+    ) -> "KVCache":
+        """A cache whose pages are given to rows as needed: all tables are 0.
+
+        Args:
+          windows: of each layer; None if it attends to all positions.
+          pages: of the pools of each kind of layers, in the order of `kinds`, with page 0.
+          rows: B.
+          max_length: positions of a row, rounded up to whole pages.
+        """
+        seen = reach(windows, max_length)
+        counts = dict(zip(kinds(windows, max_length), pages, strict=True))
+        k, v = (
+            tuple(jnp.zeros((counts[window], num_kv_heads, PAGE, head_width), dtype) for window in seen) for _ in "kv"
+        )
+        tables = tuple(jnp.zeros((rows, capacity_of(max_length) // PAGE), jnp.int32) for _ in counts)
+        return cls(k, v, tables, jnp.zeros((rows,), jnp.int32), seen, None)
+
     @property
     def capacity(self) -> int:
         """S: the positions that a row has room for."""
@@ -124,17 +158,11 @@ class KVCache:
         implementation: str,
     ) -> jax.Array:
         """What queries at these positions get from a layer, [B, T, N, H]; its own keys and values must be there."""
-        return attention_over_pages(
-            q_BTNH,
-            self.k[layer],
-            self.v[layer],
-            self.table(layer),
-            positions_BT,
-            sinks_N,
-            scale=scale,
-            window=self.windows[layer],
-            implementation=implementation,
-        )
+        how = {"scale": scale, "window": self.windows[layer], "implementation": implementation}
+        operands = q_BTNH, self.k[layer], self.v[layer], self.table(layer)
+        if self.tiles is not None:
+            return packed_attention_over_pages(*operands, self.tiles, sinks_N, **how)
+        return attention_over_pages(*operands, positions_BT, sinks_N, **how)
 
     def update(self, layer: int, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "KVCache":
         """Adds a layer's new keys and values at their positions; padding, at negative positions, is not written.
@@ -153,9 +181,10 @@ class KVCache:
         table_BZ = self.table(layer)
 
         def written(pool_YKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-            if T == 1:
+            if T == 1 and self.tiles is None:
                 return write_rows(pool_YKSH, new_BTKH[:, 0], table_BZ, positions_BT[:, 0])
-            return write_tiles(pool_YKSH, new_BTKH.reshape(B * T, K, H), table_BZ, Tiles.of(positions_BT))
+            tiles = Tiles.of(positions_BT) if self.tiles is None else self.tiles
+            return write_tiles(pool_YKSH, new_BTKH.reshape(B * T, K, H), table_BZ, tiles)
 
         return self.with_layer(layer, written(self.k[layer], k_BTKH), written(self.v[layer], v_BTKH))
 
@@ -191,7 +220,26 @@ class KVCache:
 
     def extended(self, positions_BT: jax.Array) -> "KVCache":
         """The cache with its lengths grown to hold the given positions (negative ones are padding)."""
+        if self.tiles is not None:
+            return self
         return dataclasses.replace(self, lengths_B=jnp.maximum(self.lengths_B, positions_BT.max(axis=1) + 1))
+
+    def packed(self, tiles: Tiles) -> "KVCache":
+        """The cache for a packed call [1, T], whose tiles have rows of this cache and say which positions they hold."""
+        return dataclasses.replace(self, tiles=tiles)
+
+    def unpacked(self) -> "KVCache":
+        """The cache after a packed call."""
+        return dataclasses.replace(self, tiles=None)
+
+    def copied(self, kind: int, source_Z: jax.Array, target_Z: jax.Array, count: jax.Array) -> "KVCache":
+        """The cache with the first `count` of some pages copied to others, in all layers of a kind."""
+        cache, window = self, list(dict.fromkeys(self.windows))[kind]
+        for layer, each in enumerate(self.windows):
+            if each == window:
+                k, v = (_copied(x[layer], target_Z, source_Z, count) for x in (self.k, self.v))
+                cache = cache.with_layer(layer, k, v)
+        return cache
 
     def rows(self, rows_B: jax.Array) -> "KVCache":
         """The same pools with the tables and lengths of some rows; -1 gives a row without pages or length."""

@@ -74,6 +74,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def has_newcomers(self) -> bool:
+        """Whether a request with a slot waits for its first token."""
+        return any(sequence.is_reading or not sequence.planned for sequence in self._running)
+
+    @property
     def in_flight(self) -> int:
         """Plans whose tokens have not been received."""
         return len(self._in_flight)
@@ -117,6 +122,7 @@ class Scheduler:
         Args:
           plan: its number.
           tokens: of each row of its decode call, those drawn; -1 if none could be. A request that draws one must end.
+            Those of requests that have ended may be left out, as if they had drawn none.
 
         Returns:
           Those of requests that have not ended, in the order of the rows.
@@ -125,7 +131,7 @@ class Scheduler:
             raise ValueError(f"plan {plan} is not the oldest in flight")
         wanted = []
         for (sequence, draws), drawn in zip(self._in_flight.popleft()[1], tokens, strict=True):
-            if len(drawn) != draws:
+            if len(drawn) != draws and not sequence.ended:
                 raise ValueError(f"plan {plan} draws {draws} tokens for request {sequence.number}, found {len(drawn)}")
             sequence.in_flight -= draws > 0
             if not sequence.ended and draws:
@@ -174,9 +180,8 @@ class Scheduler:
 
     def _steps(self) -> int:
         """One, or several if nobody waits for a first token and at least half of them are wanted."""
-        newcomers = any(sequence.is_reading or not sequence.planned for sequence in self._running)
         most = max((sequence.steps_left for sequence in self._running), default=0)
-        return self.policy.steps if not newcomers and 2 * most >= self.policy.steps else 1
+        return self.policy.steps if not self.has_newcomers and 2 * most >= self.policy.steps else 1
 
     def _advance(self, sequence: Sequence, draft: _Draft, steps: int) -> None:
         """Plans what a running request does next."""

@@ -10,7 +10,8 @@ import pytest
 
 from gptjax.config import GPT2Config
 from gptjax.engine import steps
-from gptjax.engine.engine import Engine, prefill
+from gptjax.engine.engine import Engine
+from gptjax.engine.steps import prefill
 from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
