@@ -106,9 +106,7 @@ class Engine:
         self.policy = policy
         windows = kinds(model.config.windows, max_length)
         self._pages = tuple(pages or pages_of_pools(windows, max_length=max_length, policy=policy))
-        self._executor = Executor(
-            model, params, policy=policy, pages=self._pages, max_length=max_length, levels=levels
-        )
+        self._executor = Executor(model, params, policy=policy, pages=self._pages, max_length=max_length, levels=levels)
         pools = [Pool(count, window) for count, window in zip(self._pages, windows, strict=True)]
         self._scheduler = Scheduler(policy, pools)
         self._requests: dict[int, Request] = {}  # by number
@@ -175,6 +173,11 @@ class Engine:
             self._dispatched.popleft()
         return [token for token in tokens if token.request in self._requests]
 
+    def read(self) -> None:
+        """Reads the prompts of all requests that have room to run, without steps between, for measuring."""
+        while self._dispatch(decode=False):
+            pass
+
     def wait(self) -> None:
         """Waits until the device has finished everything dispatched, for measuring."""
         self._executor.wait()
@@ -184,10 +187,10 @@ class Engine:
         """Steps dispatched after the oldest dispatch."""
         return sum(each.num_steps for each in self._dispatched) - self._dispatched[0].num_steps
 
-    def _dispatch(self) -> bool:
+    def _dispatch(self, *, decode: bool = True) -> bool:
         """Dispatches the next plan. Returns whether there was one."""
         self._has_new = False
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(decode=decode)
         if plan is None:
             return False
         sampled = self._executor.run(plan, self._requests)

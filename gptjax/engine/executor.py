@@ -11,7 +11,6 @@ from gptjax.engine import programs, sampling
 from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.engine.request import Request
 from gptjax.engine.settings import Features, settings_of
-from gptjax.layers.cache import KVCache
 from gptjax.models import registry
 from gptjax.models.registry import Model
 from gptjax.scheduling.plan import Copy, DecodeCall, Plan, PrefillCall

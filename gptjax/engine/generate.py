@@ -35,5 +35,5 @@ def generate(
                     del running[token.request]
                 yield number, chunk
     finally:
-        for request in running:
-            engine.end(request)
+        for each in running:
+            engine.end(each)

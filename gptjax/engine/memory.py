@@ -17,7 +17,7 @@ from gptjax.config import GptOssConfig, LlamaConfig, ModelConfig
 from gptjax.config.quantization import packs
 from gptjax.engine import steps
 from gptjax.errors import CapacityError
-from gptjax.layers.cache import PAGE, capacity_of, pages_of, reach, tail_pages
+from gptjax.layers.cache import capacity_of, pages_of, reach, tail_pages
 from gptjax.layers.weight import AT_ONCE
 from gptjax.models import registry
 from gptjax.models.params import abstract_params
@@ -26,6 +26,7 @@ from gptjax.support.runtime import DeviceMemory, device_memory
 from gptjax.support.units import readable
 from pallas_kernels.attention.reference import DENSE_SCORES
 from pallas_kernels.moe.reference import TOGETHER, group_sizes
+from pallas_kernels.pages import PAGE
 
 _LEAST_LENGTH = 32  # positions; a shorter `max_length` helps no one
 _FIXED = {"cpu": 1 << 20}  # bytes of a program's constants and small buffers; elsewhere also the libraries' workspaces

@@ -22,7 +22,7 @@ def pages_of_pools(windows: Sequence[int | None], *, max_length: int, policy: Po
     for window in windows:
         count = policy.pages(max_length)
         if window is not None:
-            count = min(count, policy.pages_across(window - 1 + policy.chunk + policy.steps))
+            count = min(count, policy.pages_across(window - 1 + max(policy.chunk + 1, policy.steps)))
             count += tail_pages(window) if policy.reuse else 0
         counts.append(1 + policy.slots * count)
     return tuple(counts)

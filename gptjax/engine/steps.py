@@ -17,7 +17,7 @@ import numpy as np
 
 from gptjax.engine import sampling
 from gptjax.engine.flat_params import AnyParams, FlatParams
-from gptjax.layers.cache import KVCache, Tail
+from gptjax.layers.cache import KVCache
 from gptjax.models import registry
 from gptjax.models.registry import Model
 from pallas_kernels import dispatch
@@ -145,31 +145,6 @@ def score_chunk(model: Model, params: AnyParams, cache: KVCache, chunk: jax.Arra
     """Like `prefill_chunk` for a cache alone, with the logits [T, V] at every position of the chunk."""
     hidden_1TD, cache = _run_chunk(model, params, cache, chunk)
     return _apply(model, params, hidden_1TD[0], method="head"), cache
-
-
-@jax.jit
-def tail(state: State, at: jax.Array) -> Tail:
-    """What `resume` needs of a row beyond what the row keeps: see `KVCache.tail`.
-
-    Args:
-      at: int32 [2]: the row, and the position to go on from, which the row must just have reached.
-    """
-    return state.cache.tail(at[0], at[1])
-
-
-@partial(jax.jit, donate_argnames=("state",))
-def resume(state: State, at: jax.Array, tail: Tail) -> State:
-    """Gives a row the beginning of another's sequence, or of its own, for `prefill_chunk` to go on from.
-
-    Args:
-      state: donated. The other row's layers without a window must still hold the positions before this one.
-      at: int32 [3]: the row, the other row, and the position to go on from.
-      tail: the other row's at this position.
-    """
-    cache = state.cache.resumed(at[0], at[1], at[2], tail)
-    in_text_S = jnp.arange(cache.capacity) < at[2]
-    row_S = jnp.where(in_text_S, state.history_BS[at[1]], state.history_BS[at[0]])
-    return dataclasses.replace(state, cache=cache, history_BS=state.history_BS.at[at[0]].set(row_S))
 
 
 @jax.jit

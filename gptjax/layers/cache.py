@@ -10,6 +10,8 @@ that each is updated in place if the cache is donated.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,11 +160,15 @@ class KVCache:
         implementation: str,
     ) -> jax.Array:
         """What queries at these positions get from a layer, [B, T, N, H]; its own keys and values must be there."""
-        how = {"scale": scale, "window": self.windows[layer], "implementation": implementation}
-        operands = q_BTNH, self.k[layer], self.v[layer], self.table(layer)
-        if self.tiles is not None:
-            return packed_attention_over_pages(*operands, self.tiles, sinks_N, **how)
-        return attention_over_pages(*operands, positions_BT, sinks_N, **how)
+        how = partial(
+            attention_over_pages if self.tiles is None else packed_attention_over_pages,
+            scale=scale,
+            window=self.windows[layer],
+            implementation=implementation,
+        )
+        where: Any = positions_BT if self.tiles is None else self.tiles
+        out_BTNH: jax.Array = how(q_BTNH, self.k[layer], self.v[layer], self.table(layer), where, sinks_N)
+        return out_BTNH
 
     def update(self, layer: int, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "KVCache":
         """Adds a layer's new keys and values at their positions; padding, at negative positions, is not written.
@@ -255,66 +261,6 @@ class KVCache:
         row_B = jnp.where(rows_B < 0, self.lengths_B.shape[0], rows_B)  # updates out of bounds are dropped
         lengths_B = self.lengths_B.at[row_B].set(called.lengths_B, mode="drop")
         return dataclasses.replace(self, k=called.k, v=called.v, lengths_B=lengths_B)
-
-    def tail(self, row: jax.Array, end: jax.Array) -> "Tail":
-        """A copy of what layers with a window need of a row to go on from position `end`: their last pages before it.
-
-        The row's later tokens may take these pages, while layers without a window keep all of theirs.
-        """
-        copies = []
-        for layer, window in enumerate(self.windows):
-            if window is not None:
-                page_Z = self._last_pages(layer, row, end)
-                copies.append((self.k[layer][page_Z], self.v[layer][page_Z]))
-        return tuple(copies)
-
-    def resumed(self, row: jax.Array, source: jax.Array, end: jax.Array, tail: "Tail") -> "KVCache":
-        """The cache with a row that holds the first `end` positions of another, or of itself.
-
-        Args:
-          row, source: int32 scalars; both have pages for these positions. If they are the same, layers without a
-            window stay as they are.
-          tail: the source's at `end`.
-        """
-        cache, left = self, iter(tail)
-        for layer, window in enumerate(self.windows):
-            if window is None:
-                count = jnp.where(row == source, 0, (end + PAGE - 1) // PAGE)
-                table_BZ = self.table(layer)
-                k, v = (_copied(x[layer], table_BZ[row], table_BZ[source], count) for x in (self.k, self.v))
-            else:
-                page_Z = self._last_pages(layer, row, end)
-                k, v = (_put(x[layer], page_Z, kept) for x, kept in zip((self.k, self.v), next(left), strict=True))
-            cache = cache.with_layer(layer, k, v)
-        return dataclasses.replace(cache, lengths_B=cache.lengths_B.at[row].set(end))
-
-    def _last_pages(self, layer: int, row: jax.Array, end: jax.Array) -> jax.Array:
-        """The pages that a layer's window reaches back to from position `end`; 0 for those before the beginning."""
-        window = self.windows[layer]
-        assert window is not None
-        count = tail_pages(window)
-        block_Z = (end - 1) // PAGE - count + 1 + jnp.arange(count)
-        return jnp.where(block_Z < 0, 0, self.table(layer)[row, jnp.maximum(block_Z, 0)])
-
-
-Tail = tuple[tuple[jax.Array, jax.Array], ...]  # k and v [pages, K, PAGE, H] of each layer with a window
-
-
-def _put(pool_YKSH: jax.Array, page_Z: jax.Array, new_ZKSH: jax.Array) -> jax.Array:
-    """The pool with some pages replaced. On a CPU, a scatter would convert all of a half-precision pool."""
-
-    def one_by_one(pool_YKSH: jax.Array, page_Z: jax.Array, new_ZKSH: jax.Array) -> jax.Array:
-        def put(index: jax.Array, pool_YKSH: jax.Array) -> jax.Array:
-            new_1KSH = jax.lax.dynamic_slice_in_dim(new_ZKSH, index, 1)
-            return jax.lax.dynamic_update_slice_in_dim(pool_YKSH, new_1KSH, page_Z[index], axis=0)
-
-        return jax.lax.fori_loop(0, len(page_Z), put, pool_YKSH)
-
-    def at_once(pool_YKSH: jax.Array, page_Z: jax.Array, new_ZKSH: jax.Array) -> jax.Array:
-        return pool_YKSH.at[page_Z].set(new_ZKSH)
-
-    put: jax.Array = jax.lax.platform_dependent(pool_YKSH, page_Z, new_ZKSH, cpu=one_by_one, default=at_once)
-    return put
 
 
 def _copied(pool_YKSH: jax.Array, to_Z: jax.Array, from_Z: jax.Array, count: jax.Array) -> jax.Array:

@@ -150,8 +150,12 @@ class Scheduler:
                 bisect.insort(self._waiting, sequence, key=_age)
         self._allocator.forget()
 
-    def plan(self) -> Plan | None:
-        """What to dispatch next; None if nothing can be done before tokens are received or requests added."""
+    def plan(self, *, decode: bool = True) -> Plan | None:
+        """What to dispatch next; None if nothing can be done before tokens are received or requests added.
+
+        Args:
+          decode: whether requests decode; if not, prompts are read only.
+        """
         for sequence in self._running:
             self._allocator.settle(sequence)
         self._join()
@@ -161,7 +165,7 @@ class Scheduler:
         draft, steps = _Draft(self.policy.chunk), self._steps()
         for sequence in list(self._running):
             if sequence.slot is not None:  # it was not set aside for the sake of an older one
-                self._advance(sequence, draft, steps)
+                self._advance(sequence, draft, steps if decode else 0)
         if not (draft.copies or draft.pieces or draft.rows):
             return None
         return self._finished(draft, steps)
@@ -184,14 +188,14 @@ class Scheduler:
         return self.policy.steps if not self.has_newcomers and 2 * most >= self.policy.steps else 1
 
     def _advance(self, sequence: Sequence, draft: _Draft, steps: int) -> None:
-        """Plans what a running request does next."""
+        """Plans what a running request does next; with 0 steps, it does not decode."""
         if not sequence.begun:
             if sequence.awaited is not None:
                 return
             draft.copies += self._allocator.begin(sequence)
         if sequence.is_reading:
             self._read(sequence, draft)
-        if not sequence.is_reading and not sequence.is_drawn:
+        if steps and not sequence.is_reading and not sequence.is_drawn:
             self._decode(sequence, draft, steps)
 
     def _look_for_readers(self, sequence: Sequence) -> None:

@@ -11,11 +11,11 @@ import pytest
 from gptjax.config import GPT2Config
 from gptjax.engine import steps
 from gptjax.engine.engine import Engine
-from gptjax.engine.steps import prefill
 from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features, settings_of
+from gptjax.engine.steps import prefill
 from gptjax.models import registry
 from gptjax.models.params import init_params
 from tests.compilations import compilations
