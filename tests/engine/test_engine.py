@@ -220,18 +220,18 @@ def test_several_steps_update_the_state_in_place(dtype):
     assert layer.is_deleted()
 
 
-def test_closing_the_iterator_frees_the_slots():
+def test_closing_the_iterator_ends_its_requests():
     engine = _engine()
     chunks = generate(engine, MIXED, None)
     next(chunks)
-    assert engine.free_slots == []
+    assert engine.room == 0
     chunks.close()
-    assert engine.free_slots == [0, 1, 2]
+    assert engine.room == 3
 
 
-def test_an_empty_prompt_is_not_admitted():
+def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="at least one token"):
-        _engine().admit(0, _request(1, 0))
+        _engine().add(_request(1, 0))
 
 
 def test_rows_that_are_not_active_stay_as_they_are():
