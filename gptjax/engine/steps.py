@@ -1,9 +1,8 @@
-"""The jitted steps that make up all generation, and the state they pass along.
+"""The jitted steps for generation loops of one's own, and the state they pass along.
 
 `sample` then `advance` decodes one token: it can be read, and sent to its reader, while the device already works on the
-next. `decode` does several in one call, for devices that compute a step faster than the host can dispatch it. The model
-is a static argument, so two models of one configuration share compiled code. Parameters are nested or flat; flat ones
-cost the host less per call, and each kind is compiled separately.
+next. The model is a static argument, so two models of one configuration share compiled code. Parameters are nested or
+flat; flat ones cost the host less per call, and each kind is compiled separately. The engine has programs of its own.
 """
 
 import dataclasses
@@ -181,29 +180,6 @@ def advance(model: Model, params: AnyParams, state: State, token_B: jax.Array, r
         history_BS=state.history_BS.at[row_B, place_B].set(token_B, mode="drop"),
         logits_BV=state.logits_BV.at[row_B].set(logits_BV, mode="drop"),
     )
-
-
-@partial(jax.jit, static_argnames=("model", "num_steps"), donate_argnames=("state",))
-def decode(
-    model: Model, params: AnyParams, state: State, rows_B: jax.Array, settings: sampling.Sampling, num_steps: int
-) -> tuple[State, sampling.Sampled]:
-    """`sample` then `advance`, `num_steps` times in one call; bit-identical to calling them one by one.
-
-    The number of steps is static: the host would wait at each turn of a loop whose end only the device knows.
-
-    Args:
-      rows_B: int32, of the state, each at most once; -1 for none. Other rows are unchanged.
-      settings: of these rows, in their order.
-
-    Returns:
-      The state, and the tokens of all steps: a `Sampled` whose arrays have the steps as an additional first axis.
-    """
-
-    def step(state: State, _: None) -> tuple[State, sampling.Sampled]:
-        sampled = sample(state, rows_B, settings)
-        return advance(model, params, state, sampled.token_B, rows_B), sampled
-
-    return jax.lax.scan(step, state, length=num_steps)
 
 
 def prefill(model: Model, params: AnyParams, state: State, slot: int, tokens: np.ndarray) -> State:

@@ -16,7 +16,8 @@ import gptjax.language_model
 from gptjax import CapacityError, RequestError
 from gptjax.config import PUBLISHED, GPT2Config
 from gptjax.diagnostics.info import describe
-from gptjax.engine import memory, steps
+from gptjax.engine import memory, programs, steps
+from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
@@ -24,6 +25,7 @@ from gptjax.models.params import abstract_params, init_params, weights_by_path
 from gptjax.support import runtime
 from gptjax.support.runtime import DeviceMemory
 from gptjax.support.units import readable
+from pallas_kernels.pages import TILE
 from tests.thinned import thorough
 
 GIB = 1 << 30
@@ -87,10 +89,16 @@ def _temporary(model: registry.Model, batch: int, length: int) -> int:
     drawn = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.2, logit_bias={1: 1.0}, seed=1)
     request = Request(prompt_ids=(1,), max_tokens=1, params=drawn)
     settings = settings_of([request] * batch, model.config.vocab_size, Features.of(drawn))
+    flat, slots = FlatParams.of(params), programs.Slots(state.cache, state.history_BS, state.logits_BV)
+    call = jax.ShapeDtypeStruct((bucket + 4 * -(-bucket // TILE),), jnp.int32)
+    rows = jax.ShapeDtypeStruct((batch, programs.ROW_FIELDS + 1), jnp.int32)
     lowered = [
         steps.prefill_chunk.lower(model, params, state, chunk),
         steps.advance.lower(model, params, state, token_B, rows_B),
         steps.sample.lower(state, rows_B, settings),
+        programs.prefill.lower(model, flat, slots, call, bucket),
+        programs.advance.lower(model, flat, slots, token_B, rows),
+        programs.sample.lower(slots, rows, settings),
     ]
     sizes = [each.compile().memory_analysis().temp_size_in_bytes for each in lowered]
     assert min(sizes) > 0  # the compiler tells
@@ -233,11 +241,19 @@ CALLS = {
     "prefill": lambda lm: lm.prefill(lm.init_state(), [1, 2]),
     "decode": lambda lm: lm.decode(lm.init_state()),
 }
-STEP = {"logits": "score_chunk", "init_state": "init_state", "decode": "advance"}
+STEP = {
+    "generate": (programs, "prefill"),
+    "stream": (programs, "prefill"),
+    "logits": (steps, "score_chunk"),
+    "activations": (gptjax.language_model, "activations"),
+    "init_state": (steps, "init_state"),
+    "prefill": (steps, "prefill_chunk"),
+    "decode": (steps, "advance"),
+}
 
 
 def _fail(monkeypatch, call: str, error: Exception) -> None:
-    home, name = (gptjax.language_model, call) if call == "activations" else (steps, STEP.get(call, "prefill_chunk"))
+    home, name = STEP[call]
     real = getattr(home, name)
 
     def step(*arguments, **named):

@@ -10,6 +10,7 @@ import pytest
 from gptjax.config import config_from_json
 from gptjax.engine import programs, steps
 from gptjax.engine.engine import Engine, Token
+from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features, settings_of
@@ -129,24 +130,33 @@ def test_requests_that_come_and_go_get_the_bits_they_get_alone_one_step_at_a_tim
 
 @pytest.mark.parametrize("num_steps", STEPS)
 def test_several_steps_leave_what_single_ones_leave(made, num_steps):
-    model, params = made
+    model, params = made[0], FlatParams.of(made[1])
     settings = settings_of(REQUESTS[2:5], VOCAB, Features.of(REQUESTS[3].params))
-    rows_B = np.asarray([0, 1, -1], np.int32)
+    # The first row has two steps fewer than the call, the second is given two tokens, the third is padding.
+    rows = np.zeros((SLOTS, programs.ROW_FIELDS + num_steps), np.int32)
+    rows[0, : programs.ROW_FIELDS] = 0, 38, 0, num_steps, num_steps - 2
+    rows[1, : programs.ROW_FIELDS] = 1, 9, min(2, num_steps), num_steps, num_steps
+    rows[1, programs.ROW_FIELDS :][:2] = (7, 3)[:num_steps]
+    rows[2, 0] = -1
 
-    def filled() -> steps.State:
+    def filled() -> programs.Slots:
         state = steps.init_state(model, batch=SLOTS, max_length=MAX_LENGTH)
-        for slot in range(SLOTS):  # the first row has room for two tokens more
+        for slot in range(SLOTS):
             tokens = np.arange(MAX_LENGTH - 2 if slot == 0 else 9, dtype=np.int32)
             state = steps.prefill(model, params, state, slot, tokens)
-        return state
+        return programs.Slots(state.cache, state.history_BS, state.logits_BV)
 
     single, expected = filled(), []
-    for _ in range(num_steps):
-        expected.append(jax.device_get(steps.sample(single, rows_B, settings)))
-        single = steps.advance(model, params, single, expected[-1].token_B, rows_B)
-    state, stacked = steps.decode(model, params, filled(), rows_B, settings, num_steps)
+    for step in range(num_steps):
+        of_step = rows[:, : programs.ROW_FIELDS + 1].copy()
+        of_step[:, 1] += step
+        of_step[:, 2:5] = np.clip(of_step[:, 2:5] - step, 0, 1)
+        of_step[:, -1] = rows[:, programs.ROW_FIELDS + step]
+        expected.append(jax.device_get(programs.sample(single, of_step, settings)))
+        single = programs.advance(model, params, single, expected[-1].token_B, of_step)
+    slots, stacked = programs.decode(model, params, filled(), rows, settings, num_steps)
     jax.tree.map(lambda given, *each: np.testing.assert_array_equal(given, np.stack(each)), stacked, *expected)
-    jax.tree.map(np.testing.assert_array_equal, state, single)
+    jax.tree.map(np.testing.assert_array_equal, slots, single)
 
 
 class Asked:
