@@ -1,6 +1,7 @@
 """Continuous batching on one compiled decode step: requests join and leave at any step, and rows are independent."""
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Sequence
 
@@ -38,7 +39,7 @@ class _Dispatched:
 
     num_steps: int
     sampled: sampling.Sampled  # on the device; stacked if there are several steps
-    slots: set[int]  # those busy at dispatch and not released since: their tokens are wanted
+    rows: dict[int, int]  # by slot: those busy at dispatch and not released since, whose tokens are wanted
     on_host: deque[sampling.Sampled] | None = None  # one for each step left; None until read
 
     def read(self) -> deque[sampling.Sampled]:
@@ -47,6 +48,15 @@ class _Dispatched:
             host = jax.device_get(self.sampled)
             self.on_host = deque([host] if self.num_steps == 1 else _unstacked(host))
         return self.on_host
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The rows of a step: one for each busy slot, and empty ones up to a size that is compiled."""
+
+    slots: list[int]
+    slots_B: jax.Array  # int32: the same, then -1
+    settings: sampling.Sampling
 
 
 @dataclasses.dataclass
@@ -86,6 +96,7 @@ class Engine:
         max_length: int,
         steps_per_dispatch: int | None = None,
         chunk: int | None = None,
+        row_sizes: Sequence[int] = (),
         levels: Sequence[Features] = (),
         reuse: bool = False,
     ):
@@ -95,6 +106,10 @@ class Engine:
           steps_per_dispatch: by default 1 on a CPU and 8 elsewhere.
           chunk: the most prompt tokens in one call: a power of two, by default `steps.chunk_of`. It affects the
             rounding of results.
+          row_sizes: the numbers of rows that steps are compiled for; a step takes the smallest that holds the busy
+            slots. They affect the rounding of results: those of a request that runs with few others may differ in
+            their last bits from those of the same request among many. By default `batch` alone: every step computes
+            all slots, and a request's bits do not depend on its company.
           levels: sets of features, each including the one before; the first that covers all current requests is
             computed. By default, the features that any request so far has used.
           reuse: continue from whole chunks of a prompt that a slot still holds, rather than read them again.
@@ -106,12 +121,16 @@ class Engine:
         chunk = steps.chunk_of(model) if chunk is None else chunk
         if chunk < 1 or chunk & (chunk - 1):
             raise ValueError(f"chunk must be a power of two, found {chunk}")
+        sizes = sorted({batch, *row_sizes})
+        if sizes[0] < 1 or sizes[-1] > batch:
+            raise ValueError(f"row_sizes must be from 1 to the {batch} slots, found {', '.join(map(str, row_sizes))}")
         self.model = model
         self._params = FlatParams.of(params)
         self.max_length = max_length
         self.steps_per_dispatch = steps_per_dispatch
         self.chunk = chunk
         self._state = steps.init_state(model, batch=batch, max_length=max_length, chunk=chunk)
+        self._row_sizes = sizes
         self._requests: list[Request | None] = [None] * batch
         self._filling: _Filling | None = None
         self._read = 0  # prompt tokens dispatched since the last steps, as `_cost` counts them
@@ -121,8 +140,7 @@ class Engine:
         self._dispatched: deque[_Dispatched] = deque()  # oldest first; each has slots whose tokens are wanted
         self._levels = levels
         self._features = Features()
-        self._settings: sampling.Sampling | None = None  # of the current rows; None after they change
-        self._rows_B: jax.Array | None = None
+        self._rows: _Rows | None = None  # of the next step; None after requests change
 
     @property
     def batch(self) -> int:
@@ -145,7 +163,6 @@ class Engine:
             raise ValueError("warm_up needs all slots to be free")
         longest = min(self.max_length, self.chunk)
         buckets = sorted({steps.chunks(length, self.chunk)[0][2] for length in range(1, longest + 1)})
-        rows_B = self._rows()
         for _ in range(2):  # the second time with arrays as compiled code returns them
             for bucket in buckets:
                 chunk = steps.padded(np.zeros(1, np.int32), 0, 0, 1, bucket)
@@ -153,10 +170,10 @@ class Engine:
             if self._prefixes is not None:
                 tail = steps.tail(self._state, np.asarray([0, 1], np.int32))
                 self._state = steps.resume(self._state, np.asarray([0, 0, 1], np.int32), tail)
-            for level in self._levels or [self._features]:
-                settings = settings_of(self._requests, self.model.config.vocab_size, level)
+            for size, level in itertools.product(self._row_sizes, self._levels or [self._features]):
+                rows = self._rows_of([], size, level)
                 for num_steps in (1, self.steps_per_dispatch):
-                    self._ask(settings, rows_B, num_steps)
+                    self._ask(rows, num_steps)
         self.wait()
 
     def best_slot(self, request: Request) -> int:
@@ -243,7 +260,7 @@ class Engine:
         self._wanted[slot] = request.room(self.max_length)
         self._newcomers.add(slot)
         self._features |= Features.of(request.params)
-        self._settings = self._rows_B = None
+        self._rows = None
 
     def wait(self) -> None:
         """Waits until the device has finished everything dispatched, for measuring."""
@@ -257,10 +274,10 @@ class Engine:
         self._requests[slot] = None
         self._wanted[slot] = 0
         self._newcomers.discard(slot)
-        self._settings = self._rows_B = None
+        self._rows = None
         for dispatched in self._dispatched:
-            dispatched.slots.discard(slot)
-        self._dispatched = deque(each for each in self._dispatched if each.slots)
+            dispatched.rows.pop(slot, None)
+        self._dispatched = deque(each for each in self._dispatched if each.rows)
 
     def step(self) -> list[Token]:
         """The next token of every busy slot, except those admitted while steps were under way: their turn comes later.
@@ -281,7 +298,7 @@ class Engine:
         sampled = left.popleft()
         if not left:
             self._dispatched.popleft()
-        return [_token(sampled, slot) for slot in sorted(oldest.slots)]
+        return [_token(sampled, row, slot) for slot, row in sorted(oldest.rows.items())]
 
     @property
     def _ahead(self) -> int:
@@ -290,33 +307,37 @@ class Engine:
 
     def _dispatch(self) -> None:
         """Dispatches one step, or several at once."""
-        if self._settings is None or self._rows_B is None:
-            self._settings = settings_of(self._requests, self.model.config.vocab_size, self._needed_features())
-            self._rows_B = self._rows()
+        if self._rows is None:
+            busy = [slot for slot, request in enumerate(self._requests) if request is not None]
+            size = next(size for size in self._row_sizes if size >= len(busy))
+            self._rows = self._rows_of(busy, size, self._needed_features())
+        rows = self._rows
         enough = 2 * max(self._wanted) >= self.steps_per_dispatch and not self._newcomers
         num_steps = self.steps_per_dispatch if enough else 1
-        sampled = self._ask(self._settings, self._rows_B, num_steps)
-        busy = {slot for slot, request in enumerate(self._requests) if request is not None}
-        self._dispatched.append(_Dispatched(num_steps, sampled, busy))
+        sampled = self._ask(rows, num_steps)
+        self._dispatched.append(_Dispatched(num_steps, sampled, {slot: row for row, slot in enumerate(rows.slots)}))
         self._newcomers.clear()
         self._read = 0
-        for slot in busy:
+        for slot in rows.slots:
             self._wanted[slot] -= num_steps
 
-    def _ask(self, settings: sampling.Sampling, rows_B: jax.Array, num_steps: int) -> sampling.Sampled:
+    def _rows_of(self, slots: list[int], size: int, features: Features) -> _Rows:
+        """A step's rows for these busy slots."""
+        empty = size - len(slots)
+        requests = [*(self._requests[slot] for slot in slots), *[None] * empty]
+        settings = settings_of(requests, self.model.config.vocab_size, features)
+        # Via NumPy: JAX would compile a program of its own to convert a list.
+        return _Rows(slots, jnp.asarray(np.asarray([*slots, *[-1] * empty], np.int32)), settings)
+
+    def _ask(self, rows: _Rows, num_steps: int) -> sampling.Sampled:
+        model, params = self.model, self._params
         if num_steps == 1:
             # Two calls, so that the token can be read before the step is done.
-            sampled = steps.sample(self._state, rows_B, settings)
-            self._state = steps.advance(self.model, self._params, self._state, sampled.token_B, rows_B)
+            sampled = steps.sample(self._state, rows.slots_B, rows.settings)
+            self._state = steps.advance(model, params, self._state, sampled.token_B, rows.slots_B)
         else:
-            self._state, sampled = steps.decode(self.model, self._params, self._state, rows_B, settings, num_steps)
+            self._state, sampled = steps.decode(model, params, self._state, rows.slots_B, rows.settings, num_steps)
         return sampled
-
-    def _rows(self) -> jax.Array:
-        """The rows of a step: every slot's, -1 for those that are free."""
-        rows = [-1 if request is None else slot for slot, request in enumerate(self._requests)]
-        # Via NumPy: JAX would compile a program of its own to convert a list.
-        return jnp.asarray(np.asarray(rows, np.int32))
 
     def _needed_features(self) -> Features:
         """The parts of sampling to compute for the current rows."""
@@ -347,6 +368,6 @@ def _unstacked(stacked: sampling.Sampled) -> list[sampling.Sampled]:
     return [jax.tree.unflatten(tree, of_step) for of_step in zip(*leaves, strict=True)]
 
 
-def _token(sampled: sampling.Sampled, slot: int) -> Token:
-    top = zip(sampled.top_ids_BC[slot].tolist(), sampled.top_logprobs_BC[slot].tolist(), strict=True)
-    return Token(slot, int(sampled.token_B[slot]), float(sampled.logprob_B[slot]), tuple(top))
+def _token(sampled: sampling.Sampled, row: int, slot: int) -> Token:
+    top = zip(sampled.top_ids_BC[row].tolist(), sampled.top_logprobs_BC[row].tolist(), strict=True)
+    return Token(slot, int(sampled.token_B[row]), float(sampled.logprob_B[row]), tuple(top))

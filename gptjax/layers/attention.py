@@ -65,8 +65,9 @@ class Attention(nn.Module):
             else:
                 q_BTNH, k_BTKH, v_BTKH = self._heads(qkv, angles, B, T)
                 cache = cache.update(self.layer, k_BTKH, v_BTKH, positions_BT)
-            how = {"scale": self.scale, "implementation": self.implementation}
-            out_BTNH = cache.attend(self.layer, q_BTNH, positions_BT, sinks_N, **how)
+            out_BTNH = cache.attend(
+                self.layer, q_BTNH, positions_BT, sinks_N, scale=self.scale, implementation=self.implementation
+            )
         observe(self, "heads", out_BTNH)
         out = linear(D, (HEADS, WIDTH), use_bias=self.out_bias, name="out")
         return out.partial_sum(out_BTNH.reshape(B, T, N * H)), cache

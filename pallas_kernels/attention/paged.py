@@ -66,9 +66,7 @@ def row_by_row(
         q_1TNH, table_1Z, positions_1T = (
             jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (q_BTNH, table_BZ, q_positions_BT)
         )
-        out_1TNH = by_page(
-            q_1TNH, k_YKSH, v_YKSH, table_1Z, positions_1T, sinks_N, scale=scale, window=window
-        )
+        out_1TNH = by_page(q_1TNH, k_YKSH, v_YKSH, table_1Z, positions_1T, sinks_N, scale=scale, window=window)
         return jax.lax.dynamic_update_slice_in_dim(out_BTNH, out_1TNH, row, axis=0)
 
     return jax.lax.fori_loop(0, q_BTNH.shape[0], step, jnp.zeros_like(q_BTNH))

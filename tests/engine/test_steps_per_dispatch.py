@@ -282,3 +282,39 @@ def test_nothing_is_compiled_after_warm_up(made):
 def test_a_dispatch_is_of_one_step_at_least():
     with pytest.raises(ValueError, match="at least 1, found 0"):
         _engine(GPT2, 0)
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (4,)])
+def test_row_sizes_are_numbers_of_slots(sizes):
+    with pytest.raises(ValueError, match="row_sizes must be from 1 to the 3 slots, found"):
+        Engine(*GPT2, batch=SLOTS, max_length=MAX_LENGTH, row_sizes=sizes)
+
+
+@pytest.mark.parametrize("steps_per_dispatch", [1, 8])
+def test_a_step_has_as_many_rows_as_are_busy(monkeypatch, steps_per_dispatch):
+    """Whoever comes and goes, each request gets the tokens it gets alone; its log-probabilities may be rounded apart."""
+    sizes = []
+    for name in ("advance", "decode"):
+        original = getattr(steps, name)
+
+        def counted(*arguments, original=original, name=name):
+            if not isinstance(arguments[2].logits_BV, jax.core.Tracer):
+                rows_B = arguments[4 if name == "advance" else 3]
+                sizes.append((len(rows_B), int((rows_B >= 0).sum())))
+            return original(*arguments)
+
+        monkeypatch.setattr(steps, name, counted)
+    engine = Engine(
+        *GPT2,
+        batch=SLOTS,
+        max_length=MAX_LENGTH,
+        steps_per_dispatch=steps_per_dispatch,
+        row_sizes=(1, 2),
+    )
+    for seed in range(4):
+        for request, given in _play(engine, seed):
+            for one, alone in zip(given, _alone(GPT2, request)[: len(given)], strict=True):
+                assert one[0] == alone[0]
+                np.testing.assert_allclose(one[1:2], alone[1:2], atol=1e-4)
+    assert {rows for rows, _ in sizes} == {1, 2, 3}
+    assert all(rows == busy for rows, busy in sizes)
