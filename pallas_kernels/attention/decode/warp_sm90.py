@@ -18,13 +18,18 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels import ptx
 from pallas_kernels.attention.decode import split
 from pallas_kernels.attention.decode.gather_sm90 import EIGHT, THREADS, Block, SoftmaxPlan
+from pallas_kernels.pages import PAGE
 from pallas_kernels.ptx import Value
 
 WARPS = THREADS // 32
+_BITS = PAGE.bit_length() - 1  # of a place in a page
 
 _LOAD = "ld.global.nc.b32 $0, [$1];"
 _LOAD_FOUR = "ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [$4+{}];"
 _STREAM_FOUR = "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {{$0, $1, $2, $3}}, [$4+{}];"
+_STREAM_FOUR_IF = (
+    "{{{{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; @p {} }}}}"
+).format(_STREAM_FOUR)
 
 Words = list[list[Value]]  # 16 bytes each
 
@@ -33,9 +38,11 @@ Words = list[list[Value]]  # 16 bytes each
 class DecodePlan(SoftmaxPlan):
     """Everything that is known when the kernel is built."""
 
-    places: int  # S
+    places: int  # S; with a table, of all its pages
     warp_tile: int  # places that a warp computes at a time, a multiple of 16
     scale: float
+    pages: int | None = None  # of a row's table, each of PAGE places; None: a row's places lie together
+    windowed: bool = False  # whether a row sees its places from `starts` on, and not from the first on
 
     @property
     def row(self) -> int:
@@ -51,6 +58,12 @@ class DecodePlan(SoftmaxPlan):
     def stride(self) -> int:
         """Places from one of a warp's tiles to its next."""
         return self.tile * self.blocks
+
+    @property
+    def at_once(self) -> int:
+        """How many tiles each warp loads before it computes; 1 if the number is only known at run time."""
+        turns = -(-self.places // self.stride)
+        return turns if self.windowed and self.splits == 1 and turns <= 2 else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +91,7 @@ class Run:
 
     first: Value
     end: Value
+    start: Value | None  # places before it are not seen; None: all are
 
     def left(self, plan: DecodePlan, turn: Value | int) -> Value:
         """Places from the start of a turn's tile to the end; may be negative."""
@@ -88,19 +102,44 @@ class Run:
         left = arith.maxsi(self.left(plan, 0), ptx.const(1))
         return arith.divui(ptx.add(left, plan.stride - 1), ptx.const(plan.stride))
 
+    def seen(self, plan: DecodePlan, turn: Value | int, q: Value) -> Words:
+        """Whether the thread's two places in every eight of a turn's tile are seen."""
+        mine = ptx.mul(q, 2)
+        left = arith.subi(self.left(plan, turn), mine)
+        seen = [[ptx.less(place + i, left) for i in (0, 1)] for place in range(0, plan.warp_tile, EIGHT)]
+        if self.start is None:
+            return seen
+        before = arith.subi(arith.subi(self.start, self.first), ptx.mul(turn, plan.stride))
+        before = arith.subi(arith.subi(before, mine), ptx.const(1))
+        return [
+            [ptx.both(ok, ptx.less(before, EIGHT * number + i)) for i, ok in enumerate(pair)]
+            for number, pair in enumerate(seen)
+        ]
 
-def run(plan: DecodePlan, counts: Value, at: Thread) -> Run:
+    def sees(self, plan: DecodePlan, turn: int) -> Value:
+        """Whether any place of a turn's tile may be seen."""
+        left = self.left(plan, turn)
+        if self.start is None:
+            return ptx.less(0, left)
+        after = arith.subi(arith.subi(self.end, left), self.start)
+        return ptx.both(ptx.less(0, left), ptx.less(-plan.warp_tile, after))
+
+
+def run(plan: DecodePlan, counts: Value, starts: Value, at: Thread) -> Run:
     """The warp's share of its split's places (see `split.run`)."""
     (count,) = ptx.asm(_LOAD, [ptx.i32()], [ptx.offset(counts, at.block.row, 4)], volatile=True)
+    start = None
+    if plan.windowed:
+        (start,) = ptx.asm(_LOAD, [ptx.i32()], [ptx.offset(starts, at.block.row, 4)], volatile=True)
     count = arith.maxsi(arith.minsi(count, ptx.const(plan.places)), ptx.const(0))
     tile = ptx.add(ptx.mul(at.block.rank, WARPS), at.warp)
     first = ptx.mul(tile, plan.warp_tile)
     if plan.splits == 1:  # `first` need not wait for the count
-        return Run(first, count)
+        return Run(first, count, start)
     tiles = arith.divui(ptx.add(count, plan.tile - 1), ptx.const(plan.tile))
     length = ptx.mul(arith.divui(ptx.add(tiles, plan.splits - 1), ptx.const(plan.splits)), plan.tile)
-    start = ptx.mul(at.block.part, length)
-    return Run(ptx.add(start, first), arith.minsi(ptx.add(start, length), count))
+    begin = ptx.mul(at.block.part, length)
+    return Run(ptx.add(begin, first), arith.minsi(ptx.add(begin, length), count), start)
 
 
 def load_queries(plan: DecodePlan, q: Value, at: Thread) -> list[list[Value]]:
@@ -122,8 +161,8 @@ def load_queries(plan: DecodePlan, q: Value, at: Thread) -> list[list[Value]]:
     ]
 
 
-def _load(text: str, address: Value, place: int) -> list[Value]:
-    return ptx.asm(text.format(place), [ptx.i32()] * 4, [address], volatile=True)
+def _load(text: str, address: Value, place: int, *condition: Value) -> list[Value]:
+    return ptx.asm(text.format(place), [ptx.i32()] * 4, [address, *condition], volatile=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,40 +170,86 @@ class CacheStream:
     """The thread's loads of its warp's tiles. It also loads places beyond the count, but none beyond S."""
 
     plan: DecodePlan
-    k: Value  # address of the row's and head's keys
+    k: Value  # address of the row's and head's keys; with a table, of all keys
     v: Value
+    table: Value
     at: Thread
     run: Run
 
-    def keys(self, turn: Value | int) -> Words:
-        """The 16 bytes from 16·q on in every 64, of place g in every eight."""
-        rows = self._rows(ptx.offset(self.k, self.at.q, 16), turn, self.at.g, range(0, self.plan.warp_tile, EIGHT))
-        return [_load(_STREAM_FOUR, row, begin + 64 * i) for row, begin in rows for i in range(self.plan.width // 32)]
+    def page(self, turn: Value | int) -> Value | None:
+        """Begins to load the page of a turn's tile; None without a table."""
+        if self.plan.pages is None:
+            return None
+        entry = ptx.add(ptx.mul(self.at.block.row, self.plan.pages), arith.shrui(self._first(turn), ptx.const(_BITS)))
+        return ptx.asm(_LOAD, [ptx.i32()], [ptx.offset(self.table, entry, 4)], volatile=True)[0]
 
-    def values(self, turn: Value | int) -> Words:
+    def keys(self, turn: Value | int, page: Value | None, condition: Value | None = None) -> Words:
+        """The 16 bytes from 16·q on in every 64, of place g in every eight. Only if the condition holds, else 0."""
+        places = range(0, self.plan.warp_tile, EIGHT)
+        rows = self._rows(ptx.offset(self.k, self.at.q, 16), turn, page, self.at.g, places)
+        return [
+            self._stream(row, begin + 64 * i, condition) for row, begin in rows for i in range(self.plan.width // 32)
+        ]
+
+    def values(self, turn: Value | int, page: Value | None, condition: Value | None = None) -> Words:
         """The 16 bytes from 16·g on in every 128, of places 2·q, 2·q + 1, 2·q + 8 and 2·q + 9 in every 16."""
         places = [first + i for first in range(0, self.plan.warp_tile, 2 * EIGHT) for i in (0, 1, 8, 9)]
-        rows = self._rows(ptx.offset(self.v, self.at.g, 16), turn, ptx.mul(self.at.q, 2), places)
+        rows = self._rows(ptx.offset(self.v, self.at.g, 16), turn, page, ptx.mul(self.at.q, 2), places)
         return [
-            _load(_STREAM_FOUR, row, begin + 128 * j)
+            self._stream(row, begin + 128 * j, condition)
             for sixteen in range(0, len(rows), 4)
             for j in range(self.plan.width // 64)
             for row, begin in rows[sixteen : sixteen + 4]
         ]
 
-    def _rows(self, cache: Value, turn: Value | int, mine: Value, places: Iterable[int]) -> list[tuple[Value, int]]:
+    @staticmethod
+    def _stream(row: Value, begin: int, condition: Value | None) -> list[Value]:
+        if condition is None:
+            return _load(_STREAM_FOUR, row, begin)
+        return _load(_STREAM_FOUR_IF, row, begin, condition)
+
+    def _first(self, turn: Value | int) -> Value:
+        """The first place of a turn's tile, or of the last tile within S, which is a multiple of it."""
+        first = ptx.add(self.run.first, ptx.mul(turn, self.plan.stride))
+        return arith.minsi(first, ptx.const(self.plan.places - self.plan.warp_tile))
+
+    def _rows(
+        self, cache: Value, turn: Value | int, page: Value | None, mine: Value, places: Iterable[int]
+    ) -> list[tuple[Value, int]]:
         """Where the thread reads: addresses, and bytes to add to them. `places` count from the tile's place `mine`."""
-        plan, first = self.plan, ptx.add(self.run.first, ptx.mul(turn, self.plan.stride))
+        plan = self.plan
         if plan.places % plan.warp_tile == 0:  # a tile is within S entirely or not at all
-            first = arith.minsi(first, ptx.const(plan.places - plan.warp_tile))
+            first = self._first(turn)
+            if page is not None:  # and within a page
+                pair = ptx.add(ptx.mul(page, plan.keys), self.at.block.head)
+                first = ptx.add(ptx.mul(pair, PAGE), arith.andi(first, ptx.const(PAGE - 1)))
             row = ptx.offset(cache, ptx.add(first, mine), plan.row)
             return [(row, plan.row * place) for place in places]
-        last = ptx.const(plan.places - 1)
+        first, last = ptx.add(self.run.first, ptx.mul(turn, plan.stride)), ptx.const(plan.places - 1)
         return [(ptx.offset(cache, arith.minsi(ptx.add(first, mine, place), last), plan.row), 0) for place in places]
 
 
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """The tiles that a warp loads before it computes, and the page of the one after them."""
+
+    keys: list[Words]
+    values: list[Words]
+    following: Value | None
+
+    @classmethod
+    def of(cls, stream: CacheStream) -> "Loaded":
+        """Begins to load them."""
+        plan = stream.plan
+        pages = [stream.page(turn) for turn in range(plan.at_once)]
+        following = stream.page(plan.at_once) if plan.at_once == 1 else None
+        conditions = [stream.run.sees(plan, turn) if plan.windowed else None for turn in range(plan.at_once)]
+        tiles = list(zip(range(plan.at_once), pages, conditions, strict=True))
+        return cls([stream.keys(*each) for each in tiles], [stream.values(*each) for each in tiles], following)
+
+
 def attend(
-    stream: CacheStream, a: list[list[Value]], keys: Words, values: Words
+    stream: CacheStream, a: list[list[Value]], loaded: Loaded
 ) -> tuple[list[Value], list[Value], list[Value]]:
     """The warp's softmax: per query, the maximum and the thread's part of the sum; and the sums of values.
 
@@ -172,12 +257,11 @@ def attend(
 
     Args:
       a: from `load_queries`.
-      keys, values: of the stream's first turn.
     """
     plan, eights = stream.plan, stream.plan.eights
     zero, least = ptx.float32(0.0), ptx.float32(split.FLOOR)
     state = [least] * eights + [zero] * (eights + plan.width // 2)
-    sizes = len(keys), len(values)
+    sizes = len(loaded.keys[0]), len(loaded.values[0])
 
     def weigh(scores: Words, state: list[Value]) -> tuple[Words, list[Value], list[Value]]:
         weights, rescales, maxima, totals = _softmax(scores, state[:eights], state[eights : 2 * eights])
@@ -187,25 +271,39 @@ def attend(
         ]
         return weights, [*maxima, *totals], sums
 
+    def masked(turn: Value | int, keys: Words, values: Words, state: list[Value]) -> list[Value]:
+        seen = stream.run.seen(plan, turn, stream.at.q)
+        weights, softmax, sums = weigh(_seen_scores(_scores(plan, a, keys), seen), state)
+        return [*softmax, *_multiply(plan, sums, weights, _seen_values(plan, values, seen))]
+
+    if plan.at_once > 1:
+        for turn, words in enumerate(zip(loaded.keys, loaded.values, strict=True)):
+            state = masked(turn, *words, state)
+        return state[:eights], state[eights : 2 * eights], state[2 * eights :]
+
     turns = stream.run.turns(plan)
+    pages = [] if loaded.following is None else [loaded.following]
 
     def step(following: Value, carry: list[Value]) -> list[Value]:
+        page, carry = (carry[0], carry[1:]) if pages else (None, carry)
+        later = [stream.page(ptx.add(following, 1))] if pages else []
         keys, values, state = _apart(carry, *sizes)
-        scores = _scores(plan, a, keys)
-        keys = stream.keys(following)
+        if plan.windowed:
+            seen = stream.run.seen(plan, ptx.add(following, -1), stream.at.q)
+            scores, values = _seen_scores(_scores(plan, a, keys), seen), _seen_values(plan, values, seen)
+        else:
+            scores = _scores(plan, a, keys)
+        keys = stream.keys(following, page)
         weights, softmax, sums = weigh(scores, state)
         sums = _multiply(plan, sums, weights, values)
-        values = stream.values(following)
-        return [*chain(*keys, *values), *softmax, *sums]
+        values = stream.values(following, page)
+        return [*later, *chain(*keys, *values), *softmax, *sums]
 
-    carry = ptx.loop(turns, [*chain(*keys, *values), *state], step, start=1)
-    # Only a warp's last tile may be partly or entirely missing.
-    keys, values, state = _apart(carry, *sizes)
-    left = arith.subi(stream.run.left(plan, arith.subi(turns, ptx.const(1))), ptx.mul(stream.at.q, 2))
-    seen = [[ptx.less(place + i, left) for i in (0, 1)] for place in range(0, plan.warp_tile, EIGHT)]
-    weights, softmax, sums = weigh(_seen_scores(_scores(plan, a, keys), seen), state)
-    sums = _multiply(plan, sums, weights, _seen_values(plan, values, seen))
-    return softmax[:eights], softmax[eights:], sums
+    carry = ptx.loop(turns, [*pages, *chain(*loaded.keys[0], *loaded.values[0]), *state], step, start=1)
+    # Without a window, only a warp's last tile may be partly or entirely missing.
+    keys, values, state = _apart(carry[len(pages) :], *sizes)
+    state = masked(arith.subi(turns, ptx.const(1)), keys, values, state)
+    return state[:eights], state[eights : 2 * eights], state[2 * eights :]
 
 
 def _apart(carry: list[Value], keys: int, values: int) -> tuple[Words, Words, list[Value]]:
