@@ -27,9 +27,9 @@ _BITS = PAGE.bit_length() - 1  # of a place in a page
 _LOAD = "ld.global.nc.b32 $0, [$1];"
 _LOAD_FOUR = "ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [$4+{}];"
 _STREAM_FOUR = "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {{$0, $1, $2, $3}}, [$4+{}];"
-_STREAM_FOUR_IF = (
-    "{{{{ .reg .pred p; setp.ne.s32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; @p {} }}}}"
-).format(_STREAM_FOUR)
+_STREAM_FOUR_IF = "".join(
+    ("{{ .reg .pred p; setp.ne.s32 p, $5, 0; ", *(f"mov.b32 ${i}, 0; " for i in range(4)), "@p ", _STREAM_FOUR, " }}")
+)
 
 Words = list[list[Value]]  # 16 bytes each
 
@@ -248,9 +248,7 @@ class Loaded:
         return cls([stream.keys(*each) for each in tiles], [stream.values(*each) for each in tiles], following)
 
 
-def attend(
-    stream: CacheStream, a: list[list[Value]], loaded: Loaded
-) -> tuple[list[Value], list[Value], list[Value]]:
+def attend(stream: CacheStream, a: list[list[Value]], loaded: Loaded) -> tuple[list[Value], list[Value], list[Value]]:
     """The warp's softmax: per query, the maximum and the thread's part of the sum; and the sums of values.
 
     There are four sums of values for every eight columns of `_multiply`.
