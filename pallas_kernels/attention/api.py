@@ -202,6 +202,11 @@ def packed_attention_over_pages(
     """
     _check_pages(q_1TNH, k_YKSH)
     available: dict[str, Callable[..., jax.Array]] = {dispatch.XLA: paged.packed}
+    if dispatch.wanted(implementation) == dispatch.MOSAIC:
+        from pallas_kernels.attention.prefill import tiles_sm90 as prefill
+
+        if prefill.refused(q_1TNH[0], k_YKSH, v_YKSH, sinks_N, scale=scale) is None:
+            available[dispatch.MOSAIC] = prefill.prefill
     run = dispatch.choose("attention", implementation, available)
     return run(q_1TNH[0], k_YKSH, v_YKSH, table_BZ, tiles, sinks_N, scale=scale, window=window)[None]
 
