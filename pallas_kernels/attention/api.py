@@ -166,10 +166,10 @@ def _decode_pages(
     """What comes before the kernel is the same in all layers of a kind, so XLA computes it once a step."""
     positions_B, places = q_positions_B1[:, 0], table_BZ.shape[1] * pages.PAGE
     if window is None or window >= places:
-        counts_B, starts_B = jnp.clip(positions_B + 1, 0, places), None
+        counts_B, starts_B, window = jnp.clip(positions_B + 1, 0, places), None, None
     else:
         table_BZ, starts_B, counts_B = pages.window(table_BZ, positions_B, window)
-    more = {"table_BZ": table_BZ, "starts_B": starts_B}
+    more = {"table_BZ": table_BZ, "starts_B": starts_B, "window": window}
     return kernel(q_B1NH[:, 0], k_YKSH, v_YKSH, counts_B, sinks_N, scale=scale, **more)[:, None]
 
 

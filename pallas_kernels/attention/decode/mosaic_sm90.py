@@ -36,6 +36,7 @@ def decode(
     scale: float,
     table_BZ: jax.Array | None = None,
     starts_B: jax.Array | None = None,
+    window: int | None = None,
     splits: int | None = None,
     blocks: int | None = None,
     warp_tile: int | None = None,
@@ -54,6 +55,7 @@ def decode(
       scale: scores are multiplied by it.
       table_BZ: int32, each row's pages, of S = `pages.PAGE` places. None: row b has the page b alone, of any size.
       starts_B: int32, each row's first place that is seen, less than a page; None for 0. Only with a table.
+      window: how many places a row sees at most, with `starts_B`.
       splits: clusters that share a row's cache; by default from B, K and S.
       blocks: per cluster: 1, 2, 4 or 8; by default from B, K and S.
       warp_tile: places that a warp computes at a time, a multiple of 16; by default from H.
@@ -67,7 +69,8 @@ def decode(
     B, N, H = q_BNH.shape
     K, S = k_YKSH.shape[1:3]
     pages = None if table_BZ is None else table_BZ.shape[1]
-    places = S if pages is None else S * pages
+    is_folded = starts_B is not None and window is not None and window <= S
+    places = S if pages is None or is_folded else S * pages
     dtypes = {x.dtype for x in (q_BNH, k_YKSH, v_YKSH)}
     if dtypes != {jnp.dtype(jnp.bfloat16)}:
         raise ValueError(f"mosaic decode attention takes bfloat16, found {', '.join(sorted(map(str, dtypes)))}")
@@ -84,8 +87,6 @@ def decode(
         raise ValueError(f"a cluster has 1, 2, 4 or 8 blocks, found {blocks}")
     if splits is None or blocks is None:
         default_splits, default_blocks = _deal(B * K, places, WARPS * warp_tile)
-        if starts_B is not None and places <= 2 * WARPS * warp_tile:
-            default_splits, default_blocks = 1, 1  # of two tiles a warp often sees one: a cluster would not pay
         splits = default_splits if splits is None else splits
         blocks = default_blocks if blocks is None else blocks
     return _decode(
@@ -108,6 +109,7 @@ def decode(
             sinks=None if sinks_N is None else sinks_N.dtype.name,
             pages=pages,
             windowed=starts_B is not None,
+            folded=is_folded,
         ),
     )
 
@@ -160,6 +162,8 @@ def _decode(
     out_BKJGH, lse_BKJG = results["out"], results["lse"]
     if J == 1:
         return out_BKJGH.reshape(B, N, H)
+    if plan.folded:
+        counts_B = jnp.minimum(counts_B, plan.places)
     return combine_sm90.combine(out_BKJGH, lse_BKJG, counts_B, sinks_N, tile=plan.tile)
 
 

@@ -27,6 +27,7 @@ def decode(
     scale: float,
     table_BZ: jax.Array | None = None,
     starts_B: jax.Array | None = None,
+    window: int | None = None,
     splits: int | None = None,
     tile: int = TILE,
     warps: int = WARPS,
@@ -46,6 +47,7 @@ def decode(
       scale: scores are multiplied by it.
       table_BZ: int32, each row's pages, of S = `pages.PAGE` places. None: row b has the page b alone, of any size.
       starts_B: int32, each row's first place that is seen, less than a page; None for 0. Only with a table.
+      window: how many places a row sees at most, with `starts_B`; it changes nothing here.
       splits: programs that share a row's cache; by default from B, K and S.
       tile: places multiplied at a time, a power of two, at least 16; with a table, no more than a page.
       warps, stages: per program.
@@ -57,6 +59,7 @@ def decode(
     Raises:
       ValueError: dtypes, head counts or tiles that the kernel does not support.
     """
+    del window
     B, N, _ = q_BNH.shape
     K, S = k_YKSH.shape[1:3]
     if q_BNH.dtype not in DTYPES or not q_BNH.dtype == k_YKSH.dtype == v_YKSH.dtype:

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from itertools import chain
+from typing import NamedTuple
 
 from jaxlib.mlir.dialects import arith
 
@@ -27,10 +28,6 @@ _BITS = PAGE.bit_length() - 1  # of a place in a page
 _LOAD = "ld.global.nc.b32 $0, [$1];"
 _LOAD_FOUR = "ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [$4+{}];"
 _STREAM_FOUR = "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {{$0, $1, $2, $3}}, [$4+{}];"
-_STREAM_FOUR_IF = "".join(
-    ("{{ .reg .pred p; setp.ne.s32 p, $5, 0; ", *(f"mov.b32 ${i}, 0; " for i in range(4)), "@p ", _STREAM_FOUR, " }}")
-)
-
 Words = list[list[Value]]  # 16 bytes each
 
 
@@ -43,6 +40,9 @@ class DecodePlan(SoftmaxPlan):
     scale: float
     pages: int | None = None  # of a row's table, each of PAGE places; None: a row's places lie together
     windowed: bool = False  # whether a row sees its places from `starts` on, and not from the first on
+    # Whether it sees no more than a page's places, in up to two pages. Then the pages lie one on the other: of place x
+    # of a page, the second's is taken before the start, and the first's from there on.
+    folded: bool = False
 
     @property
     def row(self) -> int:
@@ -58,12 +58,6 @@ class DecodePlan(SoftmaxPlan):
     def stride(self) -> int:
         """Places from one of a warp's tiles to its next."""
         return self.tile * self.blocks
-
-    @property
-    def at_once(self) -> int:
-        """How many tiles each warp loads before it computes; 1 if the number is only known at run time."""
-        turns = -(-self.places // self.stride)
-        return turns if self.windowed and self.splits == 1 and turns <= 2 else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +85,8 @@ class Run:
 
     first: Value
     end: Value
-    start: Value | None  # places before it are not seen; None: all are
+    start: Value | None  # with a window, the first place that is seen
+    count: Value  # and behind the last one
 
     def left(self, plan: DecodePlan, turn: Value | int) -> Value:
         """Places from the start of a turn's tile to the end; may be negative."""
@@ -104,25 +99,18 @@ class Run:
 
     def seen(self, plan: DecodePlan, turn: Value | int, q: Value) -> Words:
         """Whether the thread's two places in every eight of a turn's tile are seen."""
-        mine = ptx.mul(q, 2)
-        left = arith.subi(self.left(plan, turn), mine)
-        seen = [[ptx.less(place + i, left) for i in (0, 1)] for place in range(0, plan.warp_tile, EIGHT)]
+        mine, places = ptx.mul(q, 2), range(0, plan.warp_tile, EIGHT)
         if self.start is None:
-            return seen
-        before = arith.subi(arith.subi(self.start, self.first), ptx.mul(turn, plan.stride))
-        before = arith.subi(arith.subi(before, mine), ptx.const(1))
-        return [
-            [ptx.both(ok, ptx.less(before, EIGHT * number + i)) for i, ok in enumerate(pair)]
-            for number, pair in enumerate(seen)
-        ]
+            left = arith.subi(self.left(plan, turn), mine)
+            return [[ptx.less(place + i, left) for i in (0, 1)] for place in places]
+        first = ptx.add(self.first, ptx.mul(turn, plan.stride), mine)
+        return [[self._sees(plan, ptx.add(first, place + i)) for i in (0, 1)] for place in places]
 
-    def sees(self, plan: DecodePlan, turn: int) -> Value:
-        """Whether any place of a turn's tile may be seen."""
-        left = self.left(plan, turn)
-        if self.start is None:
-            return ptx.less(0, left)
-        after = arith.subi(arith.subi(self.end, left), self.start)
-        return ptx.both(ptx.less(0, left), ptx.less(-plan.warp_tile, after))
+    def _sees(self, plan: DecodePlan, place: Value) -> Value:
+        is_before = ptx.less(place, self.start)
+        if plan.folded:
+            return ptx.less(arith.select(is_before, ptx.add(place, PAGE), place), self.count)
+        return ptx.both(ptx.less(self.start, ptx.add(place, 1)), ptx.less(place, self.end))
 
 
 def run(plan: DecodePlan, counts: Value, starts: Value, at: Thread) -> Run:
@@ -131,15 +119,15 @@ def run(plan: DecodePlan, counts: Value, starts: Value, at: Thread) -> Run:
     start = None
     if plan.windowed:
         (start,) = ptx.asm(_LOAD, [ptx.i32()], [ptx.offset(starts, at.block.row, 4)], volatile=True)
-    count = arith.maxsi(arith.minsi(count, ptx.const(plan.places)), ptx.const(0))
+    end = arith.maxsi(arith.minsi(count, ptx.const(plan.places)), ptx.const(0))
     tile = ptx.add(ptx.mul(at.block.rank, WARPS), at.warp)
     first = ptx.mul(tile, plan.warp_tile)
     if plan.splits == 1:  # `first` need not wait for the count
-        return Run(first, count, start)
-    tiles = arith.divui(ptx.add(count, plan.tile - 1), ptx.const(plan.tile))
+        return Run(first, end, start, count)
+    tiles = arith.divui(ptx.add(end, plan.tile - 1), ptx.const(plan.tile))
     length = ptx.mul(arith.divui(ptx.add(tiles, plan.splits - 1), ptx.const(plan.splits)), plan.tile)
     begin = ptx.mul(at.block.part, length)
-    return Run(ptx.add(begin, first), arith.minsi(ptx.add(begin, length), count), start)
+    return Run(ptx.add(begin, first), arith.minsi(ptx.add(begin, length), end), start, count)
 
 
 def load_queries(plan: DecodePlan, q: Value, at: Thread) -> list[list[Value]]:
@@ -161,8 +149,8 @@ def load_queries(plan: DecodePlan, q: Value, at: Thread) -> list[list[Value]]:
     ]
 
 
-def _load(text: str, address: Value, place: int, *condition: Value) -> list[Value]:
-    return ptx.asm(text.format(place), [ptx.i32()] * 4, [address, *condition], volatile=True)
+def _load(text: str, address: Value, place: int) -> list[Value]:
+    return ptx.asm(text.format(place), [ptx.i32()] * 4, [address], volatile=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,37 +164,32 @@ class CacheStream:
     at: Thread
     run: Run
 
-    def page(self, turn: Value | int) -> Value | None:
-        """Begins to load the page of a turn's tile; None without a table."""
-        if self.plan.pages is None:
-            return None
-        entry = ptx.add(ptx.mul(self.at.block.row, self.plan.pages), arith.shrui(self._first(turn), ptx.const(_BITS)))
-        return ptx.asm(_LOAD, [ptx.i32()], [ptx.offset(self.table, entry, 4)], volatile=True)[0]
+    def pages(self, turn: Value | int) -> list[Value]:
+        """Begins to load the page of a turn's tile, or the two pages of all tiles; nothing without a table."""
+        plan = self.plan
+        if plan.pages is None:
+            return []
+        block = ptx.const(0) if plan.folded else arith.shrui(self._first(turn), ptx.const(_BITS))
+        entry = ptx.offset(self.table, ptx.add(ptx.mul(self.at.block.row, plan.pages), block), 4)
+        entries = [ptx.shifted(entry, 4 * i) for i in range(plan.pages if plan.folded else 1)]
+        return [ptx.asm(_LOAD, [ptx.i32()], [each], volatile=True)[0] for each in entries]
 
-    def keys(self, turn: Value | int, page: Value | None, condition: Value | None = None) -> Words:
-        """The 16 bytes from 16·q on in every 64, of place g in every eight. Only if the condition holds, else 0."""
+    def keys(self, turn: Value | int, pages: list[Value]) -> Words:
+        """The 16 bytes from 16·q on in every 64, of place g in every eight."""
         places = range(0, self.plan.warp_tile, EIGHT)
-        rows = self._rows(ptx.offset(self.k, self.at.q, 16), turn, page, self.at.g, places)
-        return [
-            self._stream(row, begin + 64 * i, condition) for row, begin in rows for i in range(self.plan.width // 32)
-        ]
+        rows = self._rows(ptx.offset(self.k, self.at.q, 16), turn, pages, self.at.g, places)
+        return [_load(_STREAM_FOUR, row, begin + 64 * i) for row, begin in rows for i in range(self.plan.width // 32)]
 
-    def values(self, turn: Value | int, page: Value | None, condition: Value | None = None) -> Words:
+    def values(self, turn: Value | int, pages: list[Value]) -> Words:
         """The 16 bytes from 16·g on in every 128, of places 2·q, 2·q + 1, 2·q + 8 and 2·q + 9 in every 16."""
         places = [first + i for first in range(0, self.plan.warp_tile, 2 * EIGHT) for i in (0, 1, 8, 9)]
-        rows = self._rows(ptx.offset(self.v, self.at.g, 16), turn, page, ptx.mul(self.at.q, 2), places)
+        rows = self._rows(ptx.offset(self.v, self.at.g, 16), turn, pages, ptx.mul(self.at.q, 2), places)
         return [
-            self._stream(row, begin + 128 * j, condition)
+            _load(_STREAM_FOUR, row, begin + 128 * j)
             for sixteen in range(0, len(rows), 4)
             for j in range(self.plan.width // 64)
             for row, begin in rows[sixteen : sixteen + 4]
         ]
-
-    @staticmethod
-    def _stream(row: Value, begin: int, condition: Value | None) -> list[Value]:
-        if condition is None:
-            return _load(_STREAM_FOUR, row, begin)
-        return _load(_STREAM_FOUR_IF, row, begin, condition)
 
     def _first(self, turn: Value | int) -> Value:
         """The first place of a turn's tile, or of the last tile within S, which is a multiple of it."""
@@ -214,38 +197,41 @@ class CacheStream:
         return arith.minsi(first, ptx.const(self.plan.places - self.plan.warp_tile))
 
     def _rows(
-        self, cache: Value, turn: Value | int, page: Value | None, mine: Value, places: Iterable[int]
+        self, cache: Value, turn: Value | int, pages: list[Value], mine: Value, places: Iterable[int]
     ) -> list[tuple[Value, int]]:
         """Where the thread reads: addresses, and bytes to add to them. `places` count from the tile's place `mine`."""
         plan = self.plan
+        pairs = [ptx.mul(ptx.add(ptx.mul(page, plan.keys), self.at.block.head), PAGE) for page in pages]
+        if len(pairs) == 2:  # a page for each place
+            first, found = ptx.add(self._first(turn), mine), []
+            for place in places:
+                inside = ptx.add(first, place)
+                pair = arith.select(ptx.less(inside, self.run.start), pairs[1], pairs[0])
+                found.append((ptx.offset(cache, ptx.add(pair, inside), plan.row), 0))
+            return found
         if plan.places % plan.warp_tile == 0:  # a tile is within S entirely or not at all
             first = self._first(turn)
-            if page is not None:  # and within a page
-                pair = ptx.add(ptx.mul(page, plan.keys), self.at.block.head)
-                first = ptx.add(ptx.mul(pair, PAGE), arith.andi(first, ptx.const(PAGE - 1)))
+            if pairs:  # and within a page
+                first = ptx.add(pairs[0], arith.andi(first, ptx.const(PAGE - 1)))
             row = ptx.offset(cache, ptx.add(first, mine), plan.row)
             return [(row, plan.row * place) for place in places]
         first, last = ptx.add(self.run.first, ptx.mul(turn, plan.stride)), ptx.const(plan.places - 1)
         return [(ptx.offset(cache, arith.minsi(ptx.add(first, mine, place), last), plan.row), 0) for place in places]
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """The tiles that a warp loads before it computes, and the page of the one after them."""
+class Loaded(NamedTuple):
+    """What a warp loads before it computes: its first tile, and the pages of its second."""
 
-    keys: list[Words]
-    values: list[Words]
-    following: Value | None
+    keys: Words
+    values: Words
+    pages: list[Value]
 
     @classmethod
     def of(cls, stream: CacheStream) -> "Loaded":
         """Begins to load them."""
-        plan = stream.plan
-        pages = [stream.page(turn) for turn in range(plan.at_once)]
-        following = stream.page(plan.at_once) if plan.at_once == 1 else None
-        conditions = [stream.run.sees(plan, turn) if plan.windowed else None for turn in range(plan.at_once)]
-        tiles = list(zip(range(plan.at_once), pages, conditions, strict=True))
-        return cls([stream.keys(*each) for each in tiles], [stream.values(*each) for each in tiles], following)
+        pages = stream.pages(0)
+        following = pages if stream.plan.folded else stream.pages(1)
+        return cls(stream.keys(0, pages), stream.values(0, pages), following)
 
 
 def attend(stream: CacheStream, a: list[list[Value]], loaded: Loaded) -> tuple[list[Value], list[Value], list[Value]]:
@@ -259,7 +245,7 @@ def attend(stream: CacheStream, a: list[list[Value]], loaded: Loaded) -> tuple[l
     plan, eights = stream.plan, stream.plan.eights
     zero, least = ptx.float32(0.0), ptx.float32(split.FLOOR)
     state = [least] * eights + [zero] * (eights + plan.width // 2)
-    sizes = len(loaded.keys[0]), len(loaded.values[0])
+    sizes = len(loaded.keys), len(loaded.values)
 
     def weigh(scores: Words, state: list[Value]) -> tuple[Words, list[Value], list[Value]]:
         weights, rescales, maxima, totals = _softmax(scores, state[:eights], state[eights : 2 * eights])
@@ -269,39 +255,29 @@ def attend(stream: CacheStream, a: list[list[Value]], loaded: Loaded) -> tuple[l
         ]
         return weights, [*maxima, *totals], sums
 
-    def masked(turn: Value | int, keys: Words, values: Words, state: list[Value]) -> list[Value]:
-        seen = stream.run.seen(plan, turn, stream.at.q)
-        weights, softmax, sums = weigh(_seen_scores(_scores(plan, a, keys), seen), state)
-        return [*softmax, *_multiply(plan, sums, weights, _seen_values(plan, values, seen))]
-
-    if plan.at_once > 1:
-        for turn, words in enumerate(zip(loaded.keys, loaded.values, strict=True)):
-            state = masked(turn, *words, state)
-        return state[:eights], state[eights : 2 * eights], state[2 * eights :]
-
-    turns = stream.run.turns(plan)
-    pages = [] if loaded.following is None else [loaded.following]
+    turns, many = stream.run.turns(plan), len(loaded.pages)
 
     def step(following: Value, carry: list[Value]) -> list[Value]:
-        page, carry = (carry[0], carry[1:]) if pages else (None, carry)
-        later = [stream.page(ptx.add(following, 1))] if pages else []
+        pages, carry = carry[:many], carry[many:]
+        later = pages if plan.folded else stream.pages(ptx.add(following, 1))
         keys, values, state = _apart(carry, *sizes)
+        scores = _scores(plan, a, keys)
         if plan.windowed:
             seen = stream.run.seen(plan, ptx.add(following, -1), stream.at.q)
-            scores, values = _seen_scores(_scores(plan, a, keys), seen), _seen_values(plan, values, seen)
-        else:
-            scores = _scores(plan, a, keys)
-        keys = stream.keys(following, page)
+            scores, values = _seen_scores(scores, seen), _seen_values(plan, values, seen)
+        keys = stream.keys(following, pages)
         weights, softmax, sums = weigh(scores, state)
         sums = _multiply(plan, sums, weights, values)
-        values = stream.values(following, page)
+        values = stream.values(following, pages)
         return [*later, *chain(*keys, *values), *softmax, *sums]
 
-    carry = ptx.loop(turns, [*pages, *chain(*loaded.keys[0], *loaded.values[0]), *state], step, start=1)
+    carry = ptx.loop(turns, [*loaded.pages, *chain(*loaded.keys, *loaded.values), *state], step, start=1)
     # Without a window, only a warp's last tile may be partly or entirely missing.
-    keys, values, state = _apart(carry[len(pages) :], *sizes)
-    state = masked(arith.subi(turns, ptx.const(1)), keys, values, state)
-    return state[:eights], state[eights : 2 * eights], state[2 * eights :]
+    keys, values, state = _apart(carry[many:], *sizes)
+    seen = stream.run.seen(plan, arith.subi(turns, ptx.const(1)), stream.at.q)
+    weights, softmax, sums = weigh(_seen_scores(_scores(plan, a, keys), seen), state)
+    sums = _multiply(plan, sums, weights, _seen_values(plan, values, seen))
+    return softmax[:eights], softmax[eights:], sums
 
 
 def _apart(carry: list[Value], keys: int, values: int) -> tuple[Words, Words, list[Value]]:

@@ -159,13 +159,28 @@ def test_bits_do_not_depend_on_where_pages_lie(name, kernel, dtype):
 @pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
 @pytest.mark.parametrize("name", thinned(["all positions", "splits"], "splits"))
 def test_bits_are_those_of_places_that_lie_together(name, kernel, dtype):
-    """With a window they need not be: a ring's places are in another order."""
+    """With a window that is not a page they need not be: a ring's places are in another order."""
     case = CASES[name]
     given, operands = _operands(case, dtype, True)
     q, *_, positions, sinks_N = operands
     counts = np.maximum(positions[:, 0] + 1, 0)
     together = kernel(q[:, 0], given.k_BKSH, given.v_BKSH, counts, sinks_N, scale=case.scale, **case.settings)
     np.testing.assert_array_equal(_bits(_run(kernel, case)(*operands)[:, 0]), _bits(together))
+
+
+@needs_hopper
+def test_bits_of_a_window_of_a_page_are_those_of_a_ring():
+    case = SM90["gpt-oss, its windows"]
+    given, operands = _operands(case, jnp.bfloat16, True)
+    q, *_, positions, sinks_N = operands
+    rings = [np.full((len(q), case.K, 128, case.H), np.nan, q.dtype) for _ in "kv"]
+    for row, position in enumerate(positions[:, 0]):
+        seen = np.arange(max(0, position - 127), position + 1)
+        for ring, cache in zip(rings, (given.k_BKSH, given.v_BKSH), strict=True):
+            ring[row, :, seen % 128] = cache[row, :, seen]
+    counts = np.clip(positions[:, 0] + 1, 0, 128)
+    expected = mosaic_sm90.decode(q[:, 0], *rings, counts, sinks_N, scale=case.scale)
+    np.testing.assert_array_equal(_bits(_run(mosaic_sm90.decode, case)(*operands)[:, 0]), _bits(expected))
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
