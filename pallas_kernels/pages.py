@@ -74,3 +74,17 @@ def slots_of_tiles(table_BZ: jax.Array, tiles: Tiles, tokens: int) -> jax.Array:
     rows_T, positions_T = tiles.tokens(tokens)
     pages_T = table_BZ[jnp.maximum(rows_T, 0), jnp.clip(positions_T // PAGE, 0, table_BZ.shape[1] - 1)]
     return jnp.where(positions_T < 0, -1, pages_T * PAGE + positions_T % PAGE)
+
+
+def window(table_BZ: jax.Array, positions_B: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What rows see that are at these positions and look back over `size` positions, their own included.
+
+    Returns:
+      A table of the pages in which these positions lie; and where they begin and end, counted from the first place of
+      these pages, int32 [B]. They begin within the first page. Nothing is seen from a negative position.
+    """
+    first_B = jnp.maximum(positions_B - size + 1, 0)
+    base_B = first_B // PAGE
+    blocks_BZ = base_B[:, None] + jnp.arange(-(-(size - 1) // PAGE) + 1, dtype=jnp.int32)
+    window_BZ = jnp.take_along_axis(table_BZ, blocks_BZ, axis=1, mode="clip")
+    return window_BZ, first_B - base_B * PAGE, jnp.maximum(positions_B + 1 - base_B * PAGE, 0)

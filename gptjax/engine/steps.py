@@ -20,6 +20,7 @@ from gptjax.layers.cache import KVCache
 from gptjax.models import registry
 from gptjax.models.registry import Model
 from pallas_kernels import dispatch
+from pallas_kernels.pages import Tiles
 
 CHUNK, LARGEST_CHUNK = 1024, 2048  # the most prompt tokens in one call; see `chunk_of`
 SCORED_CHUNK = 512  # tokens whose logits are held together; for gpt-oss they are 0.8 MB each
@@ -106,7 +107,8 @@ def _run_chunk(model: Model, params: AnyParams, cache: KVCache, chunk: jax.Array
     slot_1, start, count, tokens_T = chunk[:1], chunk[1], chunk[2], chunk[3:]
     offset_T = jnp.arange(tokens_T.shape[0], dtype=jnp.int32)
     positions_1T = jnp.where(offset_T < count, start + offset_T, -1)[None]
-    row = dataclasses.replace(cache.rows(slot_1), lengths_B=chunk[1:2])
+    tiles = Tiles.of(positions_1T) if len(tokens_T) > 1 else None
+    row = dataclasses.replace(cache.rows(slot_1), lengths_B=chunk[1:2], tiles=tiles)
     hidden_1TD, row = _apply(model, params, tokens_T[None], positions_1T, row)
     return hidden_1TD, cache.joined(slot_1, row)
 

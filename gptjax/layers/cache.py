@@ -10,7 +10,6 @@ that each is updated in place if the cache is donated.
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +18,8 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.append import append, write_rows, write_tiles
 from pallas_kernels.attention import attention_over_pages, packed_attention_over_pages
-from pallas_kernels.pages import PAGE, Tiles
+from pallas_kernels.pages import PAGE as PAGE  # positions of a page
+from pallas_kernels.pages import Tiles
 from pallas_kernels.partial_sum import PartialSum
 
 
@@ -78,7 +78,8 @@ class KVCache:
     lengths_B: jax.Array  # int32: positions in use; of no use in a packed call
     windows: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})  # of each layer; None: sees all
     chunk: int | None = dataclasses.field(metadata={"static": True})  # the most tokens of a row in a call; None: any
-    tiles: Tiles | None = None  # of a packed call, [1, T], whose tokens are of several rows
+    # Of a call whose tokens, [1, T], are of several rows or end in padding. None: token [b, t] is row b's.
+    tiles: Tiles | None = None
 
     @classmethod
     def create(
@@ -160,15 +161,15 @@ class KVCache:
         implementation: str,
     ) -> jax.Array:
         """What queries at these positions get from a layer, [B, T, N, H]; its own keys and values must be there."""
-        how = partial(
-            attention_over_pages if self.tiles is None else packed_attention_over_pages,
-            scale=scale,
-            window=self.windows[layer],
-            implementation=implementation,
-        )
-        where: Any = positions_BT if self.tiles is None else self.tiles
-        out_BTNH: jax.Array = how(q_BTNH, self.k[layer], self.v[layer], self.table(layer), where, sinks_N)
-        return out_BTNH
+        pools = self.k[layer], self.v[layer], self.table(layer)
+        how: dict[str, Any] = {"scale": scale, "window": self.windows[layer], "implementation": implementation}
+        if self.tiles is not None:
+            return packed_attention_over_pages(q_BTNH, *pools, self.tiles, sinks_N, **how)
+        if positions_BT.shape[1] == 1:
+            return attention_over_pages(q_BTNH, *pools, positions_BT, sinks_N, **how)
+        order_BT, positions_BT = _padding_last(positions_BT)
+        out_BTNH = attention_over_pages(_taken(q_BTNH, order_BT), *pools, positions_BT, sinks_N, **how)
+        return _taken(out_BTNH, order_BT.argsort(axis=1))
 
     def update(self, layer: int, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "KVCache":
         """Adds a layer's new keys and values at their positions; padding, at negative positions, is not written.
@@ -184,12 +185,15 @@ class KVCache:
                 f"{self.chunk}: create it with a larger chunk"
             )
         B, T, K, H = k_BTKH.shape
-        table_BZ = self.table(layer)
+        table_BZ, tiles = self.table(layer), self.tiles
+        if tiles is None and T > 1:
+            order_BT, positions_BT = _padding_last(positions_BT)
+            k_BTKH, v_BTKH = _taken(k_BTKH, order_BT), _taken(v_BTKH, order_BT)
+            tiles = Tiles.of(positions_BT)
 
         def written(pool_YKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-            if T == 1 and self.tiles is None:
+            if tiles is None:
                 return write_rows(pool_YKSH, new_BTKH[:, 0], table_BZ, positions_BT[:, 0])
-            tiles = Tiles.of(positions_BT) if self.tiles is None else self.tiles
             return write_tiles(pool_YKSH, new_BTKH.reshape(B * T, K, H), table_BZ, tiles)
 
         return self.with_layer(layer, written(self.k[layer], k_BTKH), written(self.v[layer], v_BTKH))
@@ -226,9 +230,10 @@ class KVCache:
 
     def extended(self, positions_BT: jax.Array) -> "KVCache":
         """The cache with its lengths grown to hold the given positions (negative ones are padding)."""
-        if self.tiles is not None:
-            return self
-        return dataclasses.replace(self, lengths_B=jnp.maximum(self.lengths_B, positions_BT.max(axis=1) + 1))
+        if self.tiles is None:
+            return dataclasses.replace(self, lengths_B=jnp.maximum(self.lengths_B, positions_BT.max(axis=1) + 1))
+        end_Q = jnp.where(self.tiles.count_Q > 0, self.tiles.position_Q + self.tiles.count_Q, 0)
+        return dataclasses.replace(self, lengths_B=self.lengths_B.at[self.tiles.row_Q].max(end_Q))
 
     def packed(self, tiles: Tiles) -> "KVCache":
         """The cache for a packed call [1, T], whose tiles have rows of this cache and say which positions they hold."""
@@ -261,6 +266,16 @@ class KVCache:
         row_B = jnp.where(rows_B < 0, self.lengths_B.shape[0], rows_B)  # updates out of bounds are dropped
         lengths_B = self.lengths_B.at[row_B].set(called.lengths_B, mode="drop")
         return dataclasses.replace(self, k=called.k, v=called.v, lengths_B=lengths_B)
+
+
+def _padding_last(positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The order that brings a row's tokens together before its padding, and the positions in this order."""
+    order_BT = (positions_BT < 0).argsort(axis=1)  # stable
+    return order_BT, jnp.take_along_axis(positions_BT, order_BT, axis=1)
+
+
+def _taken(x_BTNH: jax.Array, order_BT: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_BTNH, order_BT[:, :, None, None], axis=1)
 
 
 def _copied(pool_YKSH: jax.Array, to_Z: jax.Array, from_Z: jax.Array, count: jax.Array) -> jax.Array:

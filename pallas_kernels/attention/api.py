@@ -137,8 +137,40 @@ def attention_over_pages(
         out_1TNH = packed_attention_over_pages(*operands, scale=scale, window=window, implementation=implementation)
         return out_1TNH.reshape(B, T, N, H)
     available: dict[str, Callable[..., jax.Array]] = {dispatch.XLA: paged.rows}
+    wanted = dispatch.wanted(implementation)
+    if wanted == dispatch.TRITON:
+        from pallas_kernels.attention.decode import triton
+
+        available[wanted] = partial(_decode_pages, triton.decode)
+    elif wanted == dispatch.MOSAIC and q_BTNH.dtype == k_YKSH.dtype == jnp.bfloat16:
+        from pallas_kernels.attention.decode import mosaic_sm90 as decode
+
+        if H % decode.WIDTHS == 0:
+            available[wanted] = partial(_decode_pages, decode.decode)
     run = dispatch.choose("attention", implementation, available)
     return run(q_BTNH, k_YKSH, v_YKSH, table_BZ, q_positions_BT, sinks_N, scale=scale, window=window)
+
+
+def _decode_pages(
+    kernel: Callable[..., jax.Array],
+    q_B1NH: jax.Array,
+    k_YKSH: jax.Array,
+    v_YKSH: jax.Array,
+    table_BZ: jax.Array,
+    q_positions_B1: jax.Array,
+    sinks_N: jax.Array | None,
+    *,
+    scale: float,
+    window: int | None,
+) -> jax.Array:
+    """What comes before the kernel is the same in all layers of a kind, so XLA computes it once a step."""
+    positions_B, places = q_positions_B1[:, 0], table_BZ.shape[1] * pages.PAGE
+    if window is None or window >= places:
+        counts_B, starts_B, window = jnp.clip(positions_B + 1, 0, places), None, None
+    else:
+        table_BZ, starts_B, counts_B = pages.window(table_BZ, positions_B, window)
+    more = {"table_BZ": table_BZ, "starts_B": starts_B, "window": window}
+    return kernel(q_B1NH[:, 0], k_YKSH, v_YKSH, counts_B, sinks_N, scale=scale, **more)[:, None]
 
 
 def packed_attention_over_pages(
@@ -170,6 +202,11 @@ def packed_attention_over_pages(
     """
     _check_pages(q_1TNH, k_YKSH)
     available: dict[str, Callable[..., jax.Array]] = {dispatch.XLA: paged.packed}
+    if dispatch.wanted(implementation) == dispatch.MOSAIC:
+        from pallas_kernels.attention.prefill import tiles_sm90 as prefill
+
+        if prefill.refused(q_1TNH[0], k_YKSH, v_YKSH, sinks_N, scale=scale) is None:
+            available[dispatch.MOSAIC] = prefill.prefill
     run = dispatch.choose("attention", implementation, available)
     return run(q_1TNH[0], k_YKSH, v_YKSH, table_BZ, tiles, sinks_N, scale=scale, window=window)[None]
 

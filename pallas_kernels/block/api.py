@@ -102,8 +102,8 @@ def block(
       positions_T: int32, less than S, or than Z · S with a table.
       k_YNSH, v_YNSH: of x's dtype. Updated in place if donated. Only places before a row's position have any influence;
         others may hold NaN.
-      table_TZ: int32, each row's pages (see `pallas_kernels.pages`), where `cache[t]` lies. None: row t has one page, t,
-        of S positions.
+      table_TZ: int32, each row's pages (see `pallas_kernels.pages`), where `cache[t]` lies. None: row t has the page t
+        alone, of S positions.
       epsilon: of the norms.
       scale: scores are multiplied by it.
       implementation: "auto", "mosaic" (if `takes` is true) or "xla".

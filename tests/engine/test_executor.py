@@ -13,15 +13,15 @@ from gptjax.models import registry
 from gptjax.scheduling.plan import Copy, DecodeCall, Join, Piece, Plan, PrefillCall, Row, TableEntry
 from gptjax.scheduling.policy import Policy
 from tests.compilations import compilations
-from tests.engine.test_engine import CONFIG, MODEL, PARAMS
+from tests.engine.test_engine import CONFIG, MODEL, made_params
 
 POLICY = Policy(slots=5, chunk=64, steps=3, pieces=3)
 IDS = tuple(np.random.default_rng(0).integers(0, CONFIG.vocab_size, 40).tolist())
 REQUESTS = {number: Request((), 9, SamplingParams(seed=number)) for number in range(5)}
 
 
-def _executor(model=MODEL, params=PARAMS, policy=POLICY) -> Executor:
-    return Executor(model, params, policy=policy, pages=[9], max_length=300)
+def _executor(policy=POLICY) -> Executor:
+    return Executor(MODEL, made_params(), policy=policy, pages=[9], max_length=300)
 
 
 def _logits(executor: Executor) -> np.ndarray:
@@ -31,8 +31,8 @@ def _logits(executor: Executor) -> np.ndarray:
 def _expected(ids: tuple[int, ...]) -> np.ndarray:
     """The logits after a text, from the model without a cache."""
     positions_BT = np.arange(len(ids), dtype=np.int32)[None]
-    hidden_BTD, _ = MODEL.apply({"params": PARAMS}, np.asarray([ids], np.int32), positions_BT)
-    return np.asarray(MODEL.apply({"params": PARAMS}, hidden_BTD[0, -1], method="head"))
+    hidden_BTD, _ = MODEL.apply({"params": made_params()}, np.asarray([ids], np.int32), positions_BT)
+    return np.asarray(MODEL.apply({"params": made_params()}, hidden_BTD[0, -1], method="head"))
 
 
 def _plan(number: int, *, joins=(), tables=(), copies=(), prefill=(), decode=None) -> Plan:
@@ -107,7 +107,7 @@ def test_nothing_is_compiled_after_warm_up():
 def test_pages_are_updated_in_place(dtype, program):
     """Nothing of the size of a layer's pool is copied or converted in passing."""
     model = registry.build(CONFIG, dtype=dtype)
-    params = FlatParams.of(jax.tree.map(lambda x: x.astype(dtype), PARAMS))
+    params = FlatParams.of(jax.tree.map(lambda x: x.astype(dtype), made_params()))
     executor = Executor(model, params, policy=POLICY, pages=[200], max_length=300)
     slots = executor._slots
     rows = np.zeros((4, programs.ROW_FIELDS + 2), np.int32)

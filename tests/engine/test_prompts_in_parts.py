@@ -1,5 +1,7 @@
 """Prompts that are read chunk by chunk between steps, and from what pages still hold: the bits are the same."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from gptjax.engine.settings import Features
 from gptjax.errors import CapacityError
 from gptjax.scheduling.policy import Policy
 from tests.engine.test_steps_per_dispatch import made  # noqa: F401 (a fixture)
+from tests.thinned import thinned
 
 SLOTS, MAX_LENGTH, CHUNK, VOCAB = 3, 300, 8, 101  # the second model has a window of 9 positions
 
@@ -29,13 +32,26 @@ BESIDE = Request((1, 2, 3), 290, SamplingParams(seed=1))
 def _tokens(engine: Engine, *numbers: int, count: int = 12) -> list[list[tuple]]:
     """The next tokens of some requests, while the others get theirs. Ends them."""
     given: dict[int, list[tuple]] = {number: [] for number in numbers}
-    while any(len(tokens) < count for tokens in given.values()):
+    for _ in range(5000):
         for token in engine.step():
             if token.request in given:
                 given[token.request].append((token.token_id, token.logprob))
                 if len(given[token.request]) == count:
                     engine.end(token.request)
-    return list(given.values())
+        if all(len(tokens) == count for tokens in given.values()):
+            return list(given.values())
+    raise AssertionError("no more tokens come")
+
+
+def _tokens_and_cached(engine: Engine, request: Request) -> tuple[list[tuple], int]:
+    """All tokens of a request but the last, and how much of its prompt was not read."""
+    number = engine.add(dataclasses.replace(request, max_tokens=request.max_tokens + 1))
+    given, cached = [], 0
+    while len(given) < request.max_tokens:
+        given += [(token.token_id, token.logprob) for token in engine.step() if token.request == number]
+        cached = engine.cached_tokens(number)
+    engine.end(number)
+    return given, cached
 
 
 def _alone(made, request: Request, **options) -> list[tuple]:  # noqa: F811
@@ -55,7 +71,7 @@ def happened(monkeypatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("steps_per_dispatch", [1, 8])
+@pytest.mark.parametrize("steps_per_dispatch", thinned([1, 8], 8))
 def test_a_prompt_that_is_read_between_steps_gives_the_bits_it_gives_alone(made, steps_per_dispatch):  # noqa: F811
     engine = _engine(made, steps_per_dispatch=steps_per_dispatch)
     engine.add(BESIDE)
@@ -105,6 +121,7 @@ def test_a_prompt_may_be_given_up_after_any_chunk(made, chunks):  # noqa: F811
     assert _tokens(engine, number) == [_alone(made, request)]
 
 
+@pytest.mark.thorough
 def test_a_prompt_whose_rest_is_cut_in_two_gives_the_bits_it_gives_alone(made):  # noqa: F811
     sizes = {"chunk": 64, "max_length": 260}
     engine = _engine(made, reuse=True, **sizes)
@@ -113,10 +130,7 @@ def test_a_prompt_whose_rest_is_cut_in_two_gives_the_bits_it_gives_alone(made): 
     (drawn,) = _tokens(engine, engine.add(first))
     assert drawn == _alone(made, first, **sizes)
     request = _request(2, 0, prompt=[*first.prompt_ids, *(token for token, _ in drawn), *range(60)])  # 176: 128, 48
-    number = engine.add(request)
-    engine.step()
-    assert engine.cached_tokens(number) == 64
-    assert _tokens(engine, number) == [_alone(made, request, **sizes)]
+    assert _tokens_and_cached(engine, request) == (_alone(made, request, **sizes), 64)
 
 
 def test_a_chunk_is_a_power_of_two(made):  # noqa: F811
@@ -130,10 +144,19 @@ def test_a_longer_prompt_goes_on_from_what_pages_hold_as_often_as_wanted(made): 
     (drawn,) = _tokens(engine, engine.add(first))  # beyond the window's size
     for length, held in ((30, 16), (18, 16), (25, 24)):
         request = _request(2, 0, prompt=[*first.prompt_ids, *(token for token, _ in drawn)][:length])
-        number = engine.add(request)
-        engine.step()
-        assert engine.cached_tokens(number) == held
-        assert _tokens(engine, number) == [_alone(made, request)]
+        assert _tokens_and_cached(engine, request) == (_alone(made, request), held)
+
+
+@pytest.mark.parametrize("place", [1, 15])
+def test_a_prompt_that_is_another_within_what_pages_hold_is_read_from_its_beginning(made, place):  # noqa: F811
+    engine = _engine(made, reuse=True)
+    first = _request(1, 20)  # of which 16 are held
+    _tokens(engine, engine.add(first))
+    other = [*first.prompt_ids]
+    other[place] = (other[place] + 1) % VOCAB
+    request = _request(2, 0, prompt=other)
+    held = 0 if place == 1 else 8
+    assert _tokens_and_cached(engine, request) == (_alone(made, request), held)
 
 
 def test_a_system_prompt_is_read_once(made, happened):  # noqa: F811

@@ -15,6 +15,7 @@ from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
+from gptjax.scheduling.policy import Policy
 from tests.compilations import compilations
 from tests.engine import test_engine
 from tests.fuzz import rounds
@@ -46,7 +47,7 @@ def _gpt_oss():
 @pytest.fixture(scope="module", params=[thorough("gpt2"), "gpt-oss"])
 def made(request):
     """A model and its weights."""
-    return (test_engine.MODEL, test_engine.PARAMS) if request.param == "gpt2" else _gpt_oss()
+    return _gpt2() if request.param == "gpt2" else _gpt_oss()
 
 
 def _request(seed: int, length: int, max_tokens: int, **params) -> Request:
@@ -184,27 +185,28 @@ def asked(monkeypatch):
     return Asked(monkeypatch)
 
 
-GPT2 = test_engine.MODEL, test_engine.PARAMS
+def _gpt2():
+    return test_engine.MODEL, test_engine.made_params()
 
 
 def test_what_is_known_to_be_of_no_use_is_at_most_half_a_chunk(asked):
     expected = {1: [1], 3: [1, 1, 1], 4: [1, 1, 1, 1], 5: [1, 8], 9: [1, 8], 12: [1, 8, 1, 1, 1], 17: [1, 8, 8]}
     for max_tokens in range(1, 32):
         asked.chunks.clear()
-        (*_, (_, last)) = generate(_engine(GPT2, 8), [_request(1, 5, max_tokens)], None)
+        (*_, (_, last)) = generate(_engine(_gpt2(), 8), [_request(1, 5, max_tokens)], None)
         assert len(last.completion.token_ids) == max_tokens
         assert asked.chunks == expected.get(max_tokens, asked.chunks)
         assert max_tokens <= sum(asked.chunks) <= max_tokens + 4
     asked.chunks.clear()
-    list(generate(_engine(GPT2, 8), [_request(1, 36, 1000)], None))  # the context holds five tokens more
+    list(generate(_engine(_gpt2(), 8), [_request(1, 36, 1000)], None))  # the context holds five tokens more
     assert asked.chunks == [1, 8]
 
 
 def test_one_step_a_dispatch_is_one_step_a_token(asked):
-    engine = Engine(*GPT2, batch=SLOTS, max_length=MAX_LENGTH)
+    engine = Engine(*_gpt2(), batch=SLOTS, max_length=MAX_LENGTH)
     if jax.default_backend() == "cpu":  # the default
         assert engine.policy.steps == 1
-    engine = _engine(GPT2, 1)
+    engine = _engine(_gpt2(), 1)
     engine.add(REQUESTS[0])
     for number in range(1, 15):
         engine.step()
@@ -212,7 +214,7 @@ def test_one_step_a_dispatch_is_one_step_a_token(asked):
 
 
 def test_the_device_is_a_chunk_ahead_and_no_more(asked):
-    engine = _engine(GPT2, 8)
+    engine = _engine(_gpt2(), 8)
     engine.add(_request(1, 1, 1000))
     engine.step()
     assert asked.chunks == [1]  # the first token does not wait for others
@@ -225,7 +227,7 @@ def test_the_device_is_a_chunk_ahead_and_no_more(asked):
 
 
 def test_a_newcomer_gets_its_first_token_by_itself_after_what_was_under_way(asked):
-    engine = _engine(GPT2, 8)
+    engine = _engine(_gpt2(), 8)
     first = engine.add(_request(1, 1, 1000))
     for _ in range(4):
         engine.step()
@@ -242,8 +244,8 @@ def test_a_newcomer_gets_its_first_token_by_itself_after_what_was_under_way(aske
 
 
 def test_nothing_is_left_of_the_request_before_even_if_it_is_the_same(asked):
-    engine = _engine(GPT2, 8)
-    expected = _alone(GPT2, REQUESTS[0])
+    engine = _engine(_gpt2(), 8)
+    expected = _alone(_gpt2(), REQUESTS[0])
     for returned in (3, 1, 9, 12):  # left within chunks and at their ends
         number = engine.add(REQUESTS[0])
         assert _given(engine, number, REQUESTS[0], returned) == expected[:returned]
@@ -254,19 +256,19 @@ def test_nothing_is_left_of_the_request_before_even_if_it_is_the_same(asked):
 
 
 def test_closing_the_iterator_leaves_nothing_behind():
-    engine = _engine(GPT2, 8)
+    engine = _engine(_gpt2(), 8)
     chunks = generate(engine, REQUESTS[:3], None)
     for _ in range(7):
         next(chunks)
     chunks.close()
     assert engine.room == 3
     ((_, first), *_) = generate(engine, [REQUESTS[0]], None)
-    assert first.token_id == _alone(GPT2, REQUESTS[0])[0][0]
+    assert first.token_id == _alone(_gpt2(), REQUESTS[0])[0][0]
 
 
 def test_logits_that_are_not_finite_end_a_row_in_mid_chunk_only(asked):
     """As they do one step at a time: the tokens before them are sound, the other rows go on, the slot recovers."""
-    poisoned = {**test_engine.PARAMS}
+    poisoned = {**test_engine.made_params()}
     poisoned["position_embedding"] = poisoned["position_embedding"].at[25].set(np.nan)
     results = []
     for steps_per_dispatch in (1, 8):
@@ -296,4 +298,29 @@ def test_nothing_is_compiled_after_warm_up(made):
 
 def test_a_dispatch_is_of_one_step_at_least():
     with pytest.raises(ValueError, match="at least 1, found 0"):
-        _engine(GPT2, 0)
+        _engine(_gpt2(), 0)
+
+
+@pytest.mark.parametrize("steps_per_dispatch", [thorough(1), 8])
+def test_a_step_has_as_many_rows_as_are_busy(monkeypatch, steps_per_dispatch):
+    """Whoever comes and goes, a request gets the tokens that it gets alone; only the rounding may be another."""
+    alone = {id(request): _alone(_gpt2(), request) for request in REQUESTS}
+    sizes = []
+    for name in ("advance", "decode"):
+        original = getattr(programs, name)
+
+        def counted(*arguments, original=original, name=name):
+            rows = arguments[4 if name == "advance" else 3]
+            sizes.append((len(rows), int((np.asarray(rows)[:, 0] >= 0).sum())))
+            return original(*arguments)
+
+        monkeypatch.setattr(programs, name, counted)
+    policy = Policy(slots=SLOTS, chunk=64, steps=steps_per_dispatch, reuse=False)
+    engine = Engine(*_gpt2(), batch=SLOTS, max_length=MAX_LENGTH, policy=policy)
+    for seed in range(4):
+        for request, given in _play(engine, seed):
+            for token, expected in zip(given, alone[id(request)][: len(given)], strict=True):
+                assert token[0] == expected[0]
+                np.testing.assert_allclose(token[1], expected[1], atol=1e-4)
+    assert {rows for rows, _ in sizes} == {1, 2, 3}
+    assert all(rows == busy for rows, busy in sizes)

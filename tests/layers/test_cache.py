@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.layers.cache import PAGE, KVCache, pages_of, tail_pages
+from pallas_kernels.pages import Tiles
 from tests.oracles import attention_numpy
 
 WINDOWS = (None, 130, 9, None)
@@ -166,3 +167,57 @@ def test_a_row_goes_on_from_another_that_has_gone_on(end):
         again = [rows.call({target: 1}, 1), rows.call({target: CHUNK}, CHUNK), rows.call({target: CHUNK}, CHUNK)]
         for one, other in zip(again, expected, strict=True):
             np.testing.assert_array_equal(one[target], other[0])
+
+
+def test_padding_may_lie_between_tokens():
+    positions_BT = np.full((ROWS, 40), -1, np.int32)
+    rng = np.random.default_rng(3)
+    for b, count in enumerate((40, 23, 1)):
+        positions_BT[b, np.sort(rng.permutation(40)[:count])] = np.arange(count)
+    made = [rng.standard_normal((1, ROWS, 40, heads, H)).astype(np.float32) for heads in (N, K, K)]
+    out_LBTNH, cache = _call(_cache(windows=(9,)), np.arange(ROWS, dtype=np.int32), positions_BT, *made)
+    (q_BTNH,), (k_BTKH,), (v_BTKH,) = made
+    swapped = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+    expected = attention_numpy.attention(q_BTNH, *swapped, positions_BT, positions_BT, scale=SCALE, window=9)
+    np.testing.assert_allclose(out_LBTNH[0], np.where(positions_BT[..., None, None] < 0, 0, expected), atol=2e-5)
+    assert cache.lengths_B.tolist() == [40, 23, 1]
+
+
+def test_a_call_may_have_tokens_of_several_rows_one_after_another():
+    """The bits are those of a call for each, also for a row's tokens in two tiles."""
+    rng = np.random.default_rng(4)
+    counts, T = (130, 3, 0), 160
+    made = [rng.standard_normal((len(WINDOWS), 1, T, heads, H)).astype(np.float32) for heads in (N, K, K)]
+    start = [Rows(_cache()) for _ in range(2)]
+    for rows in start:
+        rows.call({0: 100, 1: PAGE, 2: 7}, CHUNK)
+    tiles = Tiles(
+        *(jnp.asarray(x, jnp.int32) for x in ([0, 0, 1, 0], [0, 128, 130, 0], [128, 2, 3, 0], [100, 228, 128, 0]))
+    )
+    positions_1T = jnp.asarray([[*range(100, 230), *range(128, 131), *[-1] * 27]], jnp.int32)
+
+    @jax.jit
+    def packed(cache: KVCache):
+        cache, found = dataclasses.replace(cache, tiles=tiles), []
+        for layer in range(len(WINDOWS)):
+            q_1TNH, k_1TKH, v_1TKH = (x[layer] for x in made)
+            cache = cache.update(layer, k_1TKH, v_1TKH, positions_1T)
+            found.append(cache.attend(layer, q_1TNH, positions_1T, None, scale=SCALE, implementation="xla"))
+        return jnp.stack(found), cache.extended(positions_1T)
+
+    out_L1TNH, cache = packed(dataclasses.replace(start[0].cache, chunk=T))
+    assert cache.lengths_B.tolist() == [230, 131, 7]
+    assert not out_L1TNH[:, :, sum(counts) :].any()
+    first = 0
+    for row, count in enumerate(counts[:2]):
+        positions_BT = np.full((1, CHUNK), -1, np.int32)
+        positions_BT[0, :count] = positions_1T[0, first : first + count]
+        own = [
+            np.pad(x[:, :, first : first + count], ((0, 0), (0, 0), (0, CHUNK - count), (0, 0), (0, 0))) for x in made
+        ]
+        out_LBTNH, start[1].cache = _call(start[1].cache, np.asarray([row], np.int32), positions_BT, *own)
+        np.testing.assert_array_equal(out_L1TNH[:, 0, first : first + count], out_LBTNH[:, 0, :count])
+        first += count
+    for layer in range(len(WINDOWS)):
+        np.testing.assert_array_equal(cache.k[layer], start[1].cache.k[layer])
+        np.testing.assert_array_equal(cache.v[layer], start[1].cache.v[layer])

@@ -62,3 +62,23 @@ def renumbered(given: Paged, seed: int) -> Paged:
     k_YKSH, v_YKSH = np.empty_like(given.k_YKSH), np.empty_like(given.v_YKSH)
     k_YKSH[order], v_YKSH[order] = given.k_YKSH, given.v_YKSH
     return given._replace(k_YKSH=k_YKSH, v_YKSH=v_YKSH, table_BZ=order[given.table_BZ].astype(np.int32))
+
+
+def in_pages(
+    cache_BKSH: np.ndarray, positions_B: np.ndarray, seed: int, spare: int = 2
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that have no more than `positions` written, in pages in any order: a pool and its table.
+
+    There are pages for the position itself too. Everything else is NaN.
+    """
+    B, K, S, H = cache_BKSH.shape
+    Z = -(-S // PAGE)
+    cache_BKSH = np.pad(cache_BKSH, ((0, 0), (0, 0), (0, Z * PAGE - S), (0, 0)), constant_values=np.nan)
+    pool_YKSH = np.full((1 + B * Z + spare, K, PAGE, H), np.nan, cache_BKSH.dtype)
+    free = iter((1 + np.random.default_rng(seed).permutation(len(pool_YKSH) - 1)).tolist())
+    table_BZ = np.zeros((B, Z), np.int32)
+    for row, position in enumerate(positions_B):
+        for block in range(position // PAGE + 1):
+            page = table_BZ[row, block] = next(free)
+            pool_YKSH[page] = cache_BKSH[row, :, block * PAGE : (block + 1) * PAGE]
+    return pool_YKSH, table_BZ

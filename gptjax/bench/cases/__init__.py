@@ -4,9 +4,9 @@ Experts can be measured at prompts' shapes too, and there with unbalanced routin
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from gptjax.bench.cases.attention import Attention
 from gptjax.bench.cases.block import Block
@@ -73,21 +73,28 @@ def _of(
     if operation == "attention":
         full = partial(Attention, dtype=dtype, num_heads=N, num_kv_heads=K, head_width=H, sinks=has_experts)
         windows = sorted({window for window in config.windows if window is not None})
+        forms = partial(_forms, full)
         return [
-            *(full(rows=rows, positions=positions, ring=False) for rows, positions in fits),
-            *(full(rows=rows, positions=window, ring=True) for window in windows for rows in counts),
+            *(case for rows, positions in fits for case in forms(rows=rows, positions=positions, ring=False)),
+            *(case for size in windows for rows in counts for case in forms(rows=rows, positions=size, ring=True)),
         ]
     if operation == "block":
         if not isinstance(config, GPT2Config) or not _has_block(config):
             return []
-        block = partial(Block, num_heads=N, head_width=H, mlp_width=config.mlp_width, epsilon=config.norm_epsilon)
-        return [block(rows=rows, dtype=dtype, positions=positions) for rows, positions in fits]
+        sizes = {"num_heads": N, "head_width": H, "mlp_width": config.mlp_width, "epsilon": config.norm_epsilon}
+        block = partial(Block, dtype=dtype, **sizes)
+        return [case for rows, positions in fits for case in _forms(block, rows=rows, positions=positions)]
     if not isinstance(config, GptOssConfig):
         return []
     settings = config.num_experts, config.experts_per_token, packs(config.mxfp4, "experts")
     activation = config.swiglu_alpha, config.swiglu_limit
     experts = [Experts(rows, dtype, D, config.mlp_width, *settings, *activation) for rows in counts]
     return [*experts, *(dataclasses.replace(each, balanced=False) for each in experts if each.rows >= _PROMPTS[0])]
+
+
+def _forms(case: Callable[..., Case], **sizes: Any) -> list[Case]:
+    """Over places that lie together, and over pages: one after the other, to be compared."""
+    return [case(**sizes, paged=paged) for paged in (False, True)]
 
 
 def _has_block(config: GPT2Config) -> bool:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.bench.cases.case import Case, float64, normal
-from pallas_kernels.attention import attention
+from gptjax.bench.cases.case import Case, float64, normal, shuffled_table
+from pallas_kernels.attention import attention, attention_over_pages
+from pallas_kernels.pages import PAGE
 
 _ROWS: Final = 4  # rows of a result that are compared
 
@@ -24,12 +25,13 @@ class Attention(Case):
     positions: int  # S
     ring: bool  # a sliding window's, overwritten many times
     sinks: bool
+    paged: bool = False  # in pages, which lie in any order; with `ring`, those that the window sees
 
     @property
     def shape(self) -> str:
         """Heads and positions."""
-        ring = " in a ring" if self.ring else ""
-        return f"{self.num_heads} heads on {self.num_kv_heads}·{self.head_width}, {self.positions}{ring}"
+        where = (" of a window" if self.ring else "") + " in pages" if self.paged else " in a ring" if self.ring else ""
+        return f"{self.num_heads} heads on {self.num_kv_heads}·{self.head_width}, {self.positions}{where}"
 
     @property
     def bytes(self) -> int:
@@ -50,35 +52,38 @@ class Attention(Case):
     def copies(self, count: int, implementation: str) -> list[Any]:
         """Caches, positions and sinks."""
         del implementation
-        shape = (self.rows, self.num_kv_heads, self.positions, self.head_width)
         last = self.positions - 1 if not self.ring else 10 * self.positions + self.positions // 3
-        places_S = np.arange(self.positions)
-        k_positions = np.broadcast_to(last - (last - places_S) % self.positions, (self.rows, self.positions))
-        q_positions_B1, k_positions_BS = jnp.full((self.rows, 1), last, jnp.int32), jnp.asarray(k_positions, jnp.int32)
+        q_positions_B1 = jnp.full((self.rows, 1), last, jnp.int32)
         sinks_N = normal(1, (self.num_heads,), self.dtype) if self.sinks else None
+        if self.paged:
+            where = shuffled_table(self.rows, last + 1)
+            shape = (1 + where.size, self.num_kv_heads, PAGE, self.head_width)
+        else:
+            places_S = np.arange(self.positions)
+            k_positions = np.broadcast_to(last - (last - places_S) % self.positions, (self.rows, self.positions))
+            where = jnp.asarray(k_positions, jnp.int32)
+            shape = (self.rows, self.num_kv_heads, self.positions, self.head_width)
         return [
-            (
-                *(normal(2 + 2 * copy + which, shape, self.dtype) for which in (0, 1)),
-                q_positions_B1,
-                k_positions_BS,
-                sinks_N,
-            )
+            (*(normal(2 + 2 * copy + which, shape, self.dtype) for which in (0, 1)), q_positions_B1, where, sinks_N)
             for copy in range(count)
         ]
 
     def call(self, x: jax.Array, operands: Any, implementation: str) -> jax.Array:
         """[B, 1, N, H]."""
         window = self.positions if self.ring else None
-        scale = self.head_width**-0.5
-        return attention(x, *operands, scale=scale, window=window, cached=True, implementation=implementation)
+        settings: dict[str, Any] = {"scale": self.head_width**-0.5, "window": window, "implementation": implementation}
+        if not self.paged:
+            return attention(x, *operands, cached=True, **settings)
+        k_YKSH, v_YKSH, q_positions_B1, table_BZ, sinks_N = operands
+        return attention_over_pages(x, k_YKSH, v_YKSH, table_BZ, q_positions_B1, sinks_N, **settings)
 
     def sample(self, out: jax.Array) -> jax.Array:
         """The first rows."""
         return out[:_ROWS]
 
     def expected(self, x: jax.Array, operands: Any) -> np.ndarray:
-        """[rows, 1, N, H]. Every key is seen."""
-        q, k, v = (float64(part[:_ROWS]) for part in (x, *operands[:2]))
+        """[rows, 1, N, H]."""
+        q, (k, v) = float64(x[:_ROWS]), self._seen(operands)
         q_BKGH = q.reshape(len(q), self.num_kv_heads, -1, self.head_width)
         scores = q_BKGH @ k.swapaxes(2, 3) * self.head_width**-0.5
         sinks = np.full(self.num_heads, -np.inf) if operands[4] is None else float64(operands[4])
@@ -87,6 +92,15 @@ class Attention(Case):
         weights = np.exp(scores - largest)
         total = weights.sum(axis=-1, keepdims=True) + np.exp(sinks_KG1 - largest)
         return (weights / total @ v).reshape(q.shape)
+
+    def _seen(self, operands: Any) -> list[np.ndarray]:
+        """The keys and the values that the first rows see, [rows, K, S, H]."""
+        if not self.paged:  # all
+            return [float64(cache[:_ROWS]) for cache in operands[:2]]
+        end = int(operands[2][0, 0]) + 1
+        together = (float64(jnp.moveaxis(pool[operands[3][:_ROWS]], 2, 1)) for pool in operands[:2])
+        flat = (each.reshape(*each.shape[:2], -1, self.head_width) for each in together)
+        return [each[:, :, end - self.positions : end] for each in flat]
 
     def following(self, x: jax.Array, out: jax.Array) -> jax.Array:
         """The result: it serves as the next query at no cost."""

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.bench.cases.case import Case, float64, normal
+from gptjax.bench.cases.case import Case, float64, normal, shuffled_table
 from pallas_kernels.block import LinearWeights, NormWeights, Stream, Weights, block
+from pallas_kernels.pages import PAGE
 
 _SEEDS: Final = 1000  # between the seeds of two copies: more than there are weights, and caches
 
@@ -24,7 +25,7 @@ class Carried:
     """
 
     stream: Stream
-    caches: tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each copy, [T, N, S, H]
+    caches: tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each copy, [T or Y, N, S, H]
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +35,7 @@ class Operands:
 
     weights: Weights
     positions_T: jax.Array
+    table_TZ: jax.Array | None
     copy: int = dataclasses.field(metadata={"static": True})  # whose caches
 
 
@@ -50,12 +52,14 @@ class Block(Case):
     mlp_width: int  # F
     positions: int  # S
     epsilon: float
+    paged: bool = False  # caches in pages, which lie in any order
 
     @property
     def shape(self) -> str:
         """Heads, sizes and positions."""
         sizes = f"{self.width}→{self.mlp_width}→{self.width}"
-        return f"{self.num_heads} heads of {self.head_width}, {sizes}, {self.positions}"
+        where = " in pages" if self.paged else ""
+        return f"{self.num_heads} heads of {self.head_width}, {sizes}, {self.positions}{where}"
 
     @property
     def width(self) -> int:
@@ -84,6 +88,8 @@ class Block(Case):
     def x(self, count: int) -> Carried:
         """The initial stream [T, D], and caches for `count` copies."""
         shape = (self.rows, self.num_heads, self.positions, self.head_width)
+        if self.paged:
+            shape = (1 + self._table.size, self.num_heads, PAGE, self.head_width)
         caches = (
             (normal(1 + 2 * copy, shape, self.dtype), normal(2 + 2 * copy, shape, self.dtype)) for copy in range(count)
         )
@@ -94,7 +100,12 @@ class Block(Case):
         """Weights and positions."""
         del implementation
         positions_T = jnp.full((self.rows,), self.positions - 1, jnp.int32)
-        return [Operands(self._random(_SEEDS * (1 + copy)), positions_T, copy) for copy in range(count)]
+        where = positions_T, self._table if self.paged else None
+        return [Operands(self._random(_SEEDS * (1 + copy)), *where, copy) for copy in range(count)]
+
+    @property
+    def _table(self) -> jax.Array:
+        return shuffled_table(self.rows, self.positions)
 
     def _random(self, seed: int) -> Weights:
         seeds, D, F = itertools.count(seed), self.width, self.mlp_width
@@ -116,6 +127,7 @@ class Block(Case):
             operands.weights,
             operands.positions_T,
             *caches[operands.copy],
+            operands.table_TZ,
             epsilon=self.epsilon,
             scale=self._scale,
             implementation=implementation,
@@ -137,7 +149,7 @@ class Block(Case):
         weights: Weights = jax.tree.map(float64, operands.weights)
         x_TD = float64(x.stream.x_TD)
         qkv_TO = _product(self._normed(x_TD, weights.attention_norm), weights.qkv)
-        heads_TD = self._attended(qkv_TO, *map(float64, x.caches[operands.copy]))
+        heads_TD = self._attended(qkv_TO, *map(self._together, x.caches[operands.copy]))
         x_TD = x_TD + _product(heads_TD, weights.out)
         hidden_TF = _gelu(_product(self._normed(x_TD, weights.mlp_norm), weights.up))
         return x_TD + _product(hidden_TF, weights.down)
@@ -147,6 +159,13 @@ class Block(Case):
         variance_T1 = np.square(centered_TD).mean(axis=-1, keepdims=True)
         normed_TD: np.ndarray = centered_TD / np.sqrt(variance_T1 + self.epsilon) * norm.scale_D + norm.bias_D
         return normed_TD
+
+    def _together(self, cache: jax.Array) -> np.ndarray:
+        """A cache as [T, N, S, H]."""
+        if not self.paged:
+            return float64(cache)
+        k_TNZSH = float64(jnp.moveaxis(cache[self._table], 2, 1))
+        return k_TNZSH.reshape(self.rows, self.num_heads, -1, self.head_width)[:, :, : self.positions]
 
     def _attended(self, qkv_TO: np.ndarray, k_TNSH: np.ndarray, v_TNSH: np.ndarray) -> np.ndarray:
         # The new keys and values are in the last place.

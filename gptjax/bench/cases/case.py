@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.pages import PAGE
+
 _SMALL: Final = 2.0**-30  # so small that adding it changes nothing, which the compiler does not know
 
 
@@ -76,3 +78,10 @@ def normal(seed: int, shape: tuple[int, ...], dtype: str, deviation: float = 1.0
 def float64(x: Any) -> np.ndarray:
     """A device's array as a NumPy array."""
     return np.asarray(x).astype(np.float64)
+
+
+def shuffled_table(rows: int, positions: int) -> jax.Array:
+    """A table of pages for so many positions a row, in any order; as many pages as the pool has, without page 0."""
+    pages = -(-positions // PAGE)
+    order = 1 + np.random.default_rng(0).permutation(rows * pages)
+    return jnp.asarray(order.reshape(rows, pages), jnp.int32)
