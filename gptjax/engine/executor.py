@@ -124,7 +124,8 @@ class Executor:
         self.wait()
 
     def _send_tables(self) -> None:
-        tables = tuple(jnp.asarray(table) for table in self._tables)
+        # Copies: on a CPU, JAX may use NumPy's memory, and programs that read it may run later than the next change.
+        tables = tuple(jnp.asarray(table.copy()) for table in self._tables)
         self._slots = dataclasses.replace(self._slots, cache=dataclasses.replace(self._slots.cache, tables=tables))
 
     def _copy(self, kind: int, copies: Sequence[Copy]) -> None:
