@@ -14,6 +14,8 @@ CONSTRAINTS ?= $(firstword $(wildcard constraints-$(VERSION).txt) constraints.tx
 ARGS ?=  # for pytest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 WORKERS ?= 2  # processes; 0 for this one alone
+# Without bytecode, every process of the tests would compile and rewrite all files anew: ten seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 # A file's tests share their programs, so one process has them all; the files in their order.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 

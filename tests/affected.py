@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 from tests import import_graph
@@ -27,10 +28,11 @@ _OWN_TARGET = re.compile(r"^pytestmark = .*\bpytest\.mark\.(oracle|slow|clients|
 EVERYTHING = ("pyproject.toml", "constraints.txt", "constraints-3.12.txt", "constraints-3.13.txt")
 
 
-def graph(gone: Iterable[str] = ()) -> dict[str, set[str]]:
+@cache
+def graph(gone: frozenset[str] = frozenset()) -> dict[str, set[str]]:
     """What each module imports, tests and the conftest.py of their folders included. `gone` are modules deleted."""
     files = import_graph.modules(*PACKAGES, "tests")
-    known = {*files, *gone}
+    known = frozenset({*files, *gone})
     arrows = {}
     for module in files:
         text = import_graph.source(module)
@@ -111,21 +113,32 @@ def _names(test: str, path: Path) -> bool:
     return any(re.search(rf"""["'/]{re.escape(part)}["'/]""", import_graph.source(test)) for part in parts)
 
 
-def _of_conftests(test: str, text: str, known: set[str]) -> set[str]:
+def _of_conftests(test: str, text: str, known: frozenset[str]) -> set[str]:
     """What the conftest.py of a test's folders bring it: of their fixtures, those that it names count."""
     found = set()
     parts = test.split(".")
     for depth in range(1, len(parts)):
         conftest = ".".join([*parts[:depth], "conftest"])
-        whole = import_graph.source(conftest)
-        if not whole:
+        if not import_graph.source(conftest):
             continue
         found.add(conftest)
-        for node in ast.parse(whole).body:
-            used = not isinstance(node, ast.FunctionDef) or re.search(rf"\b{node.name}\b", text)
-            if used:
-                found |= import_graph.mentioned(ast.get_source_segment(whole, node) or "", node, known)
+        for fixture, mentioned in _statements(conftest, known):
+            if fixture is None or re.search(rf"\b{fixture}\b", text):
+                found |= mentioned
     return found
+
+
+@cache
+def _statements(conftest: str, known: frozenset[str]) -> list[tuple[str | None, set[str]]]:
+    """The names of functions, None of other statements, and the modules that each reaches."""
+    whole = import_graph.source(conftest)
+    return [
+        (
+            node.name if isinstance(node, ast.FunctionDef) else None,
+            import_graph.mentioned(ast.get_source_segment(whole, node) or "", node, known),
+        )
+        for node in ast.parse(whole).body
+    ]
 
 
 def main(base: str | None = None) -> None:
@@ -133,7 +146,7 @@ def main(base: str | None = None) -> None:
     files = changed_files(base)
     gone = [_module(path) for path in files if path.suffix == ".py" and not (ROOT / path).exists()]
     targets = set()
-    for test in affected(files, graph(filter(None, gone))):
+    for test in affected(files, graph(frozenset(filter(None, gone)))):
         if (own := _OWN_TARGET.search(import_graph.source(test))) is not None:
             targets.add(own[1])
         else:

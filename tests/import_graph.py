@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Set
 from functools import cache
 from pathlib import Path
 
@@ -24,17 +25,12 @@ def module_of(path: Path) -> str:
     return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(tree: ast.AST, known: set[str]) -> list[tuple[int, str]]:
+def imports(tree: ast.AST, known: Set[str]) -> list[tuple[int, str]]:
     """The project's modules that a file imports, with the lines. Imports for type checkers only do not count."""
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    found = []
-    for node in ast.walk(tree):
-        if id(node) in skipped:
+    found, waiting = [], [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             continue
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
@@ -43,10 +39,12 @@ def imports(tree: ast.AST, known: set[str]) -> list[tuple[int, str]]:
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 found.append((node.lineno, full if full in known else str(node.module)))
+        elif not isinstance(node, ast.expr):  # which holds no statement
+            waiting += ast.iter_child_nodes(node)
     return [(line, name) for line, name in found if name.partition(".")[0] in (*PACKAGES, "tests")]
 
 
-def mentioned(text: str, tree: ast.AST, known: set[str]) -> set[str]:
+def mentioned(text: str, tree: ast.AST, known: Set[str]) -> set[str]:
     """The modules that a test reaches: imports, `gptjax.load` of a package that looks names up, names in strings.
 
     A test may name a module to patch it, or run code in another process.
@@ -58,7 +56,7 @@ def mentioned(text: str, tree: ast.AST, known: set[str]) -> set[str]:
     return {module for name in found for module in _reached(name, known)}
 
 
-def _reached(name: str, known: set[str]) -> set[str]:
+def _reached(name: str, known: Set[str]) -> set[str]:
     """The modules of a dotted name, which may go on to a name in a module."""
     module = name
     while module and module not in known:
@@ -68,7 +66,7 @@ def _reached(name: str, known: set[str]) -> set[str]:
     return {module} | (looked_up(module, known) if module != name else set())
 
 
-def looked_up(module: str, known: set[str]) -> set[str]:
+def looked_up(module: str, known: Set[str]) -> set[str]:
     """Of a package that looks its names up when they are first used: the modules where it does."""
     text = source(module) if module in known else ""
     return set(re.findall(r'"([\w.]+)"', text)) & known if "def __getattr__" in text else set()

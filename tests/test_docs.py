@@ -24,7 +24,8 @@ from gptjax.config import PUBLISHED, GptOssConfig
 from gptjax.models import registry
 from gptjax.models.stages import stages
 from gptjax.support.runtime import compute_dtype
-from tests.pages import PAGES, ROOT, each_page, fences, prose, squeezed
+from tests.pages import PAGES, ROOT, each_page, each_page_to_run, fences, prose, squeezed
+from tests.thinned import thinned
 
 NOT_RUN = {
     ("README.md", "needs a download"),
@@ -87,7 +88,7 @@ def shared(monkeypatch, loaded, tmp_path):
 # Python
 
 
-@each_page
+@each_page_to_run
 def test_python_blocks_run(page, shared, capsys):
     namespace: dict[str, Any] = {"__name__": page.stem}
     for fence in fences(page):
@@ -132,7 +133,7 @@ def _known() -> dict[str, Any]:
     return actions.choices
 
 
-@each_page
+@each_page_to_run
 def test_commands_are_understood_and_the_cheap_ones_run(page, shared, monkeypatch, capsys):
     for fence in fences(page):
         for argv, piped in _commands(fence.text) if fence.language == "sh" else ():
@@ -270,7 +271,7 @@ def _sizes(lm: gptjax.LanguageModel) -> dict[str, int]:
     return sizes
 
 
-@pytest.mark.parametrize("page", ["forward-pass.md", "gpt-oss.md"])
+@pytest.mark.parametrize("page", thinned(["forward-pass.md", "gpt-oss.md"], "forward-pass.md"))
 def test_the_table_of_stages_has_every_stage_and_its_shape(page, demos):
     text, lm = (ROOT / "docs" / page).read_text(), demos[page]
     rows = re.findall(r"^\| `([\w/]+)` \| \[([^]]*)\] \| \[([^]]*)\] \|", text, flags=re.M)

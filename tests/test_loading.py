@@ -104,8 +104,17 @@ def test_generation_config_sets_the_defaults(demo, tmp_path):
 GOLDEN = ROOT / "tests" / "data" / "golden"
 
 
-@pytest.mark.parametrize("form", ["Hugging Face", "converted"])
-@pytest.mark.parametrize("max_batch", [None, thorough(1), 4])
+@pytest.mark.parametrize(
+    ("form", "max_batch"),
+    [
+        ("Hugging Face", None),
+        ("converted", 4),
+        thorough("Hugging Face", 1),
+        thorough("Hugging Face", 4),
+        thorough("converted", None),
+        thorough("converted", 1),
+    ],
+)
 def test_the_recorded_greedy_tokens_end_to_end(demo, tmp_path, form, max_batch):
     """Text in, transformers' tokens out: through the tokenizer, the loader, the engine and the sampler."""
     directory = demo

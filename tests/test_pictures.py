@@ -77,6 +77,7 @@ def speed() -> ModuleType:
     return module
 
 
+@pytest.mark.thorough
 def test_the_plot_is_made_from_what_bench_prints(speed, tmp_path, capsys):
     asked = ["gpt2-tales", "--batch", "1", "2", "--prompt-length", "8", "--steps", "2", "--repeats", "2"]
     assert main(["bench", *asked, "--json"]) == 0

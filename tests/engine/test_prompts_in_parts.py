@@ -7,6 +7,7 @@ from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features
 from tests.engine.test_steps_per_dispatch import made  # noqa: F401 (a fixture)
+from tests.thinned import thinned
 
 SLOTS, MAX_LENGTH, CHUNK, VOCAB = 3, 60, 8, 101  # the second model's rings have 9 places
 
@@ -45,7 +46,7 @@ def _read(engine: Engine) -> int:
     return chunks
 
 
-@pytest.mark.parametrize("steps_per_dispatch", [1, 8])
+@pytest.mark.parametrize("steps_per_dispatch", thinned([1, 8], 8))
 def test_a_prompt_that_is_read_between_steps_gives_the_bits_it_gives_alone(made, steps_per_dispatch):  # noqa: F811
     engine = _engine(made, steps_per_dispatch=steps_per_dispatch)
     beside = Request((1, 2, 3), 1000, SamplingParams(seed=1))
@@ -105,6 +106,7 @@ def test_a_prompt_may_be_given_up_after_any_chunk(made, chunks):  # noqa: F811
     assert _tokens(engine, 1) == _alone(made, request)
 
 
+@pytest.mark.thorough
 def test_a_prompt_whose_rest_is_cut_in_two_gives_the_bits_it_gives_alone(made):  # noqa: F811
     sizes = {"chunk": 64, "max_length": 240}
     engine = _engine(made, reuse=True, **sizes)
@@ -136,6 +138,19 @@ def test_a_longer_prompt_goes_on_from_a_slot_as_often_as_wanted(made):  # noqa: 
         _read(engine)
         assert _tokens(engine, slot) == _alone(made, request)
         engine.release(slot)
+
+
+@pytest.mark.parametrize("place", [1, 15])
+def test_a_prompt_that_is_another_within_what_a_slot_holds_is_read_from_its_beginning(made, place):  # noqa: F811
+    engine = _engine(made, reuse=True)
+    first = _request(1, 20)  # of which 16 are held
+    engine.admit(0, first)
+    other = [*first.prompt_ids]
+    other[place] = (other[place] + 1) % VOCAB
+    request = _request(2, 0, prompt=other)
+    assert engine.begin(1, request) == 0
+    _read(engine)
+    assert _tokens(engine, 1) == _alone(made, request)
 
 
 def test_the_slot_to_take_is_that_of_the_conversation_else_the_one_missed_least(made):  # noqa: F811

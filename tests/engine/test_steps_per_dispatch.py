@@ -45,7 +45,7 @@ def _gpt_oss():
 @pytest.fixture(scope="module", params=[thorough("gpt2"), "gpt-oss"])
 def made(request):
     """A model and its weights."""
-    return (test_engine.MODEL, test_engine.PARAMS) if request.param == "gpt2" else _gpt_oss()
+    return _gpt2() if request.param == "gpt2" else _gpt_oss()
 
 
 def _request(seed: int, length: int, max_tokens: int, **params) -> Request:
@@ -171,27 +171,28 @@ def asked(monkeypatch):
     return Asked(monkeypatch)
 
 
-GPT2 = test_engine.MODEL, test_engine.PARAMS
+def _gpt2():
+    return test_engine.MODEL, test_engine.made_params()
 
 
 def test_what_is_known_to_be_of_no_use_is_at_most_half_a_chunk(asked):
     expected = {1: [1], 3: [1, 1, 1], 4: [1, 1, 1, 1], 5: [1, 8], 9: [1, 8], 12: [1, 8, 1, 1, 1], 17: [1, 8, 8]}
     for max_tokens in range(1, 32):
         asked.chunks.clear()
-        (*_, (_, last)) = generate(_engine(GPT2, 8), [_request(1, 5, max_tokens)], None)
+        (*_, (_, last)) = generate(_engine(_gpt2(), 8), [_request(1, 5, max_tokens)], None)
         assert len(last.completion.token_ids) == max_tokens
         assert asked.chunks == expected.get(max_tokens, asked.chunks)
         assert max_tokens <= sum(asked.chunks) <= max_tokens + 4
     asked.chunks.clear()
-    list(generate(_engine(GPT2, 8), [_request(1, 36, 1000)], None))  # the context holds five tokens more
+    list(generate(_engine(_gpt2(), 8), [_request(1, 36, 1000)], None))  # the context holds five tokens more
     assert asked.chunks == [1, 8]
 
 
 def test_one_step_a_dispatch_is_one_step_a_token(asked):
-    engine = Engine(*GPT2, batch=SLOTS, max_length=MAX_LENGTH)
+    engine = Engine(*_gpt2(), batch=SLOTS, max_length=MAX_LENGTH)
     if jax.default_backend() == "cpu":  # the default
         assert engine.steps_per_dispatch == 1
-    engine = _engine(GPT2, 1)
+    engine = _engine(_gpt2(), 1)
     engine.admit(1, REQUESTS[0])
     for number in range(1, 15):
         engine.step()
@@ -199,7 +200,7 @@ def test_one_step_a_dispatch_is_one_step_a_token(asked):
 
 
 def test_the_device_is_a_chunk_ahead_and_no_more(asked):
-    engine = _engine(GPT2, 8)
+    engine = _engine(_gpt2(), 8)
     engine.admit(0, _request(1, 1, 1000))
     engine.step()
     assert asked.chunks == [1]  # the first token does not wait for others
@@ -211,7 +212,7 @@ def test_the_device_is_a_chunk_ahead_and_no_more(asked):
 
 
 def test_a_newcomer_gets_its_first_token_by_itself_after_what_was_under_way(asked):
-    engine = _engine(GPT2, 8)
+    engine = _engine(_gpt2(), 8)
     engine.admit(0, _request(1, 1, 1000))
     for _ in range(4):
         engine.step()
@@ -227,8 +228,8 @@ def test_a_newcomer_gets_its_first_token_by_itself_after_what_was_under_way(aske
 
 
 def test_a_slot_has_nothing_of_the_request_before_even_if_it_is_the_same(asked):
-    engine = _engine(GPT2, 8)
-    expected = _alone(GPT2, REQUESTS[0])
+    engine = _engine(_gpt2(), 8)
+    expected = _alone(_gpt2(), REQUESTS[0])
     for returned in (3, 1, 9, 12):  # left within chunks and at their ends
         engine.admit(1, REQUESTS[0])
         assert [_kept(*engine.step(), REQUESTS[0]) for _ in range(returned)] == expected[:returned]
@@ -239,19 +240,19 @@ def test_a_slot_has_nothing_of_the_request_before_even_if_it_is_the_same(asked):
 
 
 def test_closing_the_iterator_leaves_nothing_behind():
-    engine = _engine(GPT2, 8)
+    engine = _engine(_gpt2(), 8)
     chunks = generate(engine, REQUESTS[:3], None)
     for _ in range(7):
         next(chunks)
     chunks.close()
     assert engine.free_slots == [0, 1, 2]
     ((_, first), *_) = generate(engine, [REQUESTS[0]], None)
-    assert first.token_id == _alone(GPT2, REQUESTS[0])[0][0]
+    assert first.token_id == _alone(_gpt2(), REQUESTS[0])[0][0]
 
 
 def test_logits_that_are_not_finite_end_a_row_in_mid_chunk_only(asked):
     """As they do one step at a time: the tokens before them are sound, the other rows go on, the slot recovers."""
-    poisoned = {**test_engine.PARAMS}
+    poisoned = {**test_engine.made_params()}
     poisoned["position_embedding"] = poisoned["position_embedding"].at[25].set(np.nan)
     results = []
     for steps_per_dispatch in (1, 8):
@@ -282,4 +283,4 @@ def test_nothing_is_compiled_after_warm_up(made):
 
 def test_a_dispatch_is_of_one_step_at_least():
     with pytest.raises(ValueError, match="at least 1, found 0"):
-        _engine(GPT2, 0)
+        _engine(_gpt2(), 0)

@@ -16,13 +16,14 @@ from flax import traverse_util
 from gptjax.config import PUBLISHED, config_from_json
 from gptjax.layers.cache import KVCache
 from gptjax.layers.linear import Linear
+from gptjax.layers.mlp import ACTIVATIONS
 from gptjax.layers.norm import LayerNorm
 from gptjax.layers.residual import Residual
 from gptjax.models import registry
 from gptjax.models.gpt2 import GPT2
 from gptjax.models.params import abstract_params, num_params
 from tests.oracles import gpt2_numpy, gpt2_ours, gpt2_random
-from tests.thinned import thorough
+from tests.thinned import thinned, thorough
 
 # Largest deviation allowed, as a part of the largest magnitude in the array. A float32 sum of F or D terms is good to a
 # few eps of that, a softmax to eps times its largest score (up to 30 here where scores are not scaled), and three
@@ -82,13 +83,22 @@ def _assert_same_bits(ours: Any, expected: Any) -> None:
         assert not np.isnan(np.asarray(a, np.float32)).any()
 
 
-@pytest.mark.parametrize("changes", gpt2_random.VARIANTS.values(), ids=gpt2_random.VARIANTS.keys())
-def test_every_variant_agrees_with_the_oracle(changes):
-    config, tensors, model, params = _load(**changes)
+@pytest.mark.parametrize(
+    "name", thinned(gpt2_random.VARIANTS, "gelu_erf", "unscaled_but_by_layer", "large_epsilon", "untied")
+)
+def test_every_variant_agrees_with_the_oracle(name):
+    config, tensors, model, params = _load(**gpt2_random.VARIANTS[name])
     ids = gpt2_random.tokens(1, 29)
     outputs, cache = gpt2_ours.run(model, params, *gpt2_ours.pack([ids], 29))
     assert cache is None
     _assert_close(_row(outputs, 0, np.zeros((1, 29))), gpt2_numpy.forward(tensors, config, ids))
+
+
+@pytest.mark.parametrize("name", gpt2_numpy.ACTIVATIONS)
+def test_activations_are_those_of_the_oracle(name):
+    ours = ACTIVATIONS[config_from_json({**gpt2_random.CONFIG, "activation_function": name}).activation]
+    x = np.linspace(-9, 9, 1001, dtype=np.float32)
+    np.testing.assert_allclose(ours(jnp.asarray(x)), gpt2_numpy.ACTIVATIONS[name](x.astype(np.float64)), atol=2e-6)
 
 
 def test_variants_differ():
@@ -171,7 +181,7 @@ def test_what_lies_beyond_a_rows_length_has_no_influence(tiny):
         _assert_same_bits(result, results[0])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", thinned([jnp.float32, jnp.bfloat16], jnp.bfloat16))
 def test_a_row_has_the_same_bits_in_any_company(dtype):
     """Prefill in chunks of 64 and three steps of decoding in a batch of 5: alone, beside short and long rows."""
     _, _, model, params = _load(dtype, n_positions=389, n_layer=2)
@@ -204,8 +214,15 @@ def test_a_row_has_the_same_bits_in_any_company(dtype):
     _assert_same_bits(bits(0, [0, 0, 0, 0, 385], np.nan), alone)
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["uncached", "cached"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("dtype", "cached"),
+    [
+        (jnp.bfloat16, True),
+        thorough(jnp.bfloat16, False),
+        thorough(jnp.float16, True),
+        thorough(jnp.float16, False),
+    ],
+)
 def test_half_precision_is_as_good_as_its_digits(dtype, cached):
     """Against the oracle on the same rounded weights.
 

@@ -22,6 +22,7 @@ from gptjax.models.registry import Model
 from tests.models.gpt_oss_material import Case, make_case
 from tests.oracles import gpt2_ours, gpt_oss_numpy, gpt_oss_ours, gpt_oss_random
 from tests.oracles.gpt2_ours import Outputs
+from tests.thinned import thinned, thorough
 
 # Largest deviation allowed, as a part of the largest magnitude in the array. A float32 sum of F, D or N·H terms is good
 # to a few eps of that, a softmax to eps times its largest score (some 30 here), an angle to eps times its position, and
@@ -125,7 +126,7 @@ def test_settings_differ():
     [
         {"layout": "packed", "spelling": "rope_scaling"},
         {"layout": "packed", "spelling": "rope_parameters", "shards": 3},
-        {"layout": "dequantised", "spelling": "rope_scaling", "shards": 3},
+        thorough({"layout": "dequantised", "spelling": "rope_scaling", "shards": 3}),
         {"layout": "dequantised", "spelling": "rope_parameters"},
         {"layout": "original", "shards": 2},
     ],
@@ -146,6 +147,7 @@ def test_every_layout_and_spelling_agrees_with_the_oracle(tmp_path, tiny, files)
     assert model.config == dataclasses.replace(tiny.model.config, mxfp4=packed)
 
 
+@pytest.mark.thorough
 def test_more_than_a_window_of_128():
     """The published window, across its edge: in chunks of 100, and token by token from 100 on."""
     case = make_case(sliding_window=128, **gpt_oss_random.TWO_LAYERS)
@@ -246,6 +248,7 @@ def test_what_lies_beyond_a_rows_length_has_no_influence(tiny):
         _assert_same_bits(result, results[0])
 
 
+@pytest.mark.thorough
 def test_a_row_has_the_same_bits_in_any_company():
     """Prefill in chunks of 64 and three steps of decoding in a batch of 5: alone, beside short and long rows.
 
@@ -280,7 +283,7 @@ def test_a_row_has_the_same_bits_in_any_company():
     _assert_same_bits(bits(4, [370, 300, 129, 0, 0]), alone)
 
 
-@pytest.mark.parametrize(("dtype", "cached"), [(jnp.bfloat16, True), (jnp.float16, False)])
+@pytest.mark.parametrize(("dtype", "cached"), [(jnp.bfloat16, True), thorough(jnp.float16, False)])
 def test_half_precision_is_as_good_as_its_digits(dtype, cached):
     """Against the oracle on the same rounded weights, with every expert chosen.
 
@@ -304,7 +307,7 @@ def test_half_precision_is_as_good_as_its_digits(dtype, cached):
         assert np.sqrt(error) < 4 * float(jnp.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("mutation", ["window", "sinks"])
+@pytest.mark.parametrize("mutation", thinned(["window", "sinks"], "sinks"))
 def test_the_oracle_catches(tiny, mutation):
     """A window that is one position too wide, and sinks that take no part, in chunks over the cache.
 

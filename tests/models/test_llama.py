@@ -105,6 +105,7 @@ def test_rotary_frequencies(changes):
     assert config.rope.attention_factor == pytest.approx(factor, rel=1e-14)
 
 
+@pytest.mark.thorough
 def test_a_row_has_the_same_bits_in_any_company():
     """In bfloat16, prefilled and decoded in a batch of 3: alone, and beside rows of other lengths."""
     case = make_case(jnp.bfloat16, **COMBINED["qwen3"])

@@ -27,6 +27,7 @@ from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.matvec import Fragments
 from tests.oracles import gguf_from_hf, gpt2_random, gpt_oss_random, llama_random
 from tests.oracles.gguf_from_hf import Q4_0, Q8_0
+from tests.thinned import thinned, thorough
 
 ALL = {"token_embd.weight": Q8_0, "output.weight": Q4_0, "attn_q.weight": Q8_0, "attn_k.weight": Q8_0}
 ALL |= {"attn_v.weight": Q4_0, "attn_output.weight": Q4_0, "ffn_gate.weight": Q4_0, "ffn_up.weight": Q4_0}
@@ -83,7 +84,9 @@ def test_parts_of_a_fused_matrix_may_differ_in_type(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "changes"), [(llama, {}), (gpt_oss, {"layer_types": ["sliding_attention"]})], ids=["llama", "gpt-oss"]
+    ("make", "changes"),
+    [(llama, {}), thorough(gpt_oss, {"layer_types": ["sliding_attention"]})],
+    ids=["llama", "gpt-oss"],
 )
 def test_logits_and_tokens_are_those_of_expanded_weights(tmp_path, make, changes):
     """With one layer, since each one takes seconds to compile."""
@@ -160,7 +163,7 @@ def test_a_product_in_parts_has_every_output():
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("converted", [False, True], ids=["gguf", "converted"])
+@pytest.mark.parametrize("converted", thinned([False, True], False), ids=["gguf", "converted"])
 def test_packed_numbers_that_float16_cannot_hold_are_refused(tmp_path, packed, converted):
     """A scale in half precision is finite, and its product with a code is not: 65504 · 7."""
     config, tensors = llama_random.checkpoint(3, intermediate_size=64, num_hidden_layers=1)
@@ -215,8 +218,8 @@ def _in_types(config: ModelConfig, kind: str) -> ModelConfig:
     ("config", "embedding"),
     [
         (_in_types(_small("llama-3.2-1b"), "Q8_0"), QuantizedFragments),  # tied: the head's matrix too
-        (_in_types(_small("llama-3.1-8b"), "Q8_0"), Quantized),  # only looked up
-        (_small("llama-3.1-8b", mxfp4="all"), MXFP4),
+        thorough(_in_types(_small("llama-3.1-8b"), "Q8_0"), Quantized),  # only looked up
+        thorough(_small("llama-3.1-8b", mxfp4="all"), MXFP4),
     ],
     ids=["tied", "untied", "MXFP4"],
 )

@@ -82,15 +82,18 @@ def make(script: Any = None, *, name: str = GPT2, text: Tokenizer | None = None,
     return Service(worker, served, Limits(**limits), Metrics(lambda: worker.state, served.memory_in_use))
 
 
-def ask(service: Service, method: str, path: str, *, options: dict[str, Any] | None = None, **more: Any):
+async def answer(
+    service: Service, method: str, path: str, *, options: dict[str, Any] | None = None, **more: Any
+) -> httpx2.Response:
     """One request to a server of its own; an exception there is the 500 that clients see."""
+    transport = httpx2.ASGITransport(app.build(service, **(options or {})), raise_app_exceptions=False)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
+        return await asyncio.wait_for(client.request(method, path, **more), 60)
 
-    async def run() -> httpx2.Response:
-        transport = httpx2.ASGITransport(app.build(service, **(options or {})), raise_app_exceptions=False)
-        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await asyncio.wait_for(client.request(method, path, **more), 60)
 
-    return asyncio.run(run())
+def ask(service: Service, method: str, path: str, **more: Any) -> httpx2.Response:
+    """`answer` in an event loop of its own, where most of the time goes into that and its threads."""
+    return asyncio.run(answer(service, method, path, **more))
 
 
 def complete(service: Service, **fields: Any) -> httpx2.Response:

@@ -19,6 +19,7 @@ import pytest
 from tests.fuzz import rounds
 from tests.server.load_material import request
 from tests.server.server_material import GPT2, wait_for
+from tests.thinned import thinned, thorough
 
 # The command with a worker that says " a" for ever to every request, as fast as it can.
 FAKE = """
@@ -90,7 +91,7 @@ def start(tmp_path):
         yield begin
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", thinned([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_a_server_that_compiles_ends_at_once(start, number):
     began = time.monotonic()
     server = start()
@@ -117,7 +118,7 @@ def test_a_request_that_waits_for_the_compiler_is_answered(start):
     assert answers[0].json()["error"]["code"] == "drained"
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGTERM] * 2, [signal.SIGINT] * 2])
+@pytest.mark.parametrize("signals", [thorough([signal.SIGTERM] * 2), [signal.SIGINT] * 2])
 def test_streams_that_nobody_reads_are_cut(start, signals):
     # A second Ctrl-C does not wait for --drain.
     server = start(FAKE, "--drain", "0" if signals[0] == signal.SIGTERM else "600")

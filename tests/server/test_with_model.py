@@ -11,6 +11,7 @@ import gptjax
 from gptjax.engine import steps
 from gptjax.server import scoring
 from tests.server.server_material import GPT2, served
+from tests.thinned import thinned
 
 SLOTS, MAX_LENGTH, CLIENTS = 8, 128, 64
 
@@ -79,7 +80,8 @@ def test_where_there_is_no_memory_for_scoring_the_client_is_told_and_the_log(com
     assert complete(prompt="The old king", max_tokens=1).status_code == 200
 
 
-def test_every_client_gets_what_it_gets_alone(complete):
+@pytest.mark.parametrize("clients", thinned([16, CLIENTS], 16))
+def test_every_client_gets_what_it_gets_alone(complete, clients):
     asked = [
         {
             "prompt": "The old king went down to the sea. " * (number % 5 + 1) + str(number),
@@ -88,9 +90,9 @@ def test_every_client_gets_what_it_gets_alone(complete):
             "seed": number,
             "logprobs": number % 3,
         }
-        for number in range(CLIENTS)
+        for number in range(clients)
     ]
     alone = [complete(**fields).json()["choices"] for fields in asked]
-    with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
         together = list(pool.map(lambda fields: complete(**fields).json()["choices"], asked))
     assert together == alone

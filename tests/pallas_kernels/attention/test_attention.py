@@ -108,7 +108,7 @@ WINDOWS = [1, 2, 127, 128, 129]
 
 
 @pytest.mark.parametrize("cached", PATHS)
-@pytest.mark.parametrize("shape", thinned(SHAPES, SHAPES[0], SHAPES[3], SHAPES[5], SHAPES[7]), ids=_ids)
+@pytest.mark.parametrize("shape", thinned(SHAPES, SHAPES[0], SHAPES[7]), ids=_ids)
 def test_sinks_agree_with_the_oracle(shape, cached):
     _check(shape, jnp.float32, "xla", cached, sinks=True)
     _check(shape, jnp.float32, "xla", cached, sinks=True, window=WINDOWS[sum(shape) % len(WINDOWS)])
@@ -116,7 +116,7 @@ def test_sinks_agree_with_the_oracle(shape, cached):
 
 @pytest.mark.parametrize("cached", PATHS)
 @pytest.mark.parametrize("sinks", [True, thorough(False)])  # no model has windows alone
-@pytest.mark.parametrize("shape", thinned(SHAPES, SHAPES[0], SHAPES[4], SHAPES[6]), ids=_ids)
+@pytest.mark.parametrize("shape", thinned(SHAPES, SHAPES[0], SHAPES[6]), ids=_ids)
 def test_windows_agree_with_the_oracle(shape, sinks, cached):
     """In one program for all windows: `attention` asks a window how large it is, what it hands it on to does not."""
     run = jax.jit(partial(reference.cached if cached else reference.dense, scale=1 / math.sqrt(shape.H)))
@@ -132,7 +132,7 @@ def test_windows_and_sinks_in_half_precision(dtype, cached):
 
 
 @pytest.mark.parametrize("cached", PATHS)
-@pytest.mark.parametrize("sink", [-1e9, 1e9, 1e4])
+@pytest.mark.parametrize("sink", thinned([-1e9, 1e9, 1e4], 1e9))
 def test_large_sinks(sink, cached):
     """A sink that is far below all scores is no sink, and one far above takes all."""
     shape = SHAPES[5]
@@ -194,7 +194,7 @@ def test_half_precision_rounds_weights_and_result_only(dtype, cached):
 
 
 @pytest.mark.parametrize("cached", PATHS)
-@pytest.mark.parametrize("magnitude", [1e4, -1e4])
+@pytest.mark.parametrize("magnitude", thinned([1e4, -1e4], 1e4))
 def test_large_scores(magnitude, cached):
     """Scores far beyond what exp can hold: the softmax must subtract its maximum, in every block."""
     shape = Shape(B=2, T=1, N=2, K=1, S=384, H=3)
@@ -206,7 +206,7 @@ def test_large_scores(magnitude, cached):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize("dtype", thinned(DTYPES, jnp.float32, jnp.bfloat16))
+@pytest.mark.parametrize("dtype", thinned(DTYPES, jnp.bfloat16))
 @pytest.mark.parametrize("T", [1, 5])
 def test_blocks_that_a_row_does_not_see_change_no_bit(T, dtype):
     """The same row in a longer cache, and beside rows that are longer, shorter and empty."""

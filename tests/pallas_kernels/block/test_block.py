@@ -174,7 +174,7 @@ def test_a_name_without_a_kernel_is_refused():
 
 
 @needs_mosaic
-@pytest.mark.parametrize("shape", thinned(SHAPES, *SHAPES[::3]), ids=str)
+@pytest.mark.parametrize("shape", thinned(SHAPES, SHAPES[0], SHAPES[-2]), ids=str)
 def test_the_kernel_lowers_for_cuda(shape):
     N, T, S = shape
     weights = block_numpy.operands(N, T, 8, jnp.bfloat16)

@@ -15,6 +15,7 @@ from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.matvec import Fragments, packed_matvec, repacked
 from tests.pallas_kernels.formats.ggml_blocks import random_blocks
 from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
+from tests.thinned import thorough
 
 TYPES = ["MXFP4", *PARTS]
 BF16 = float(jnp.finfo(jnp.bfloat16).eps)
@@ -83,7 +84,7 @@ def test_too_many_rows_are_refused():
 
 @needs_mosaic
 @pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize(("T", "inputs", "outputs"), [(1, 256, 64), (9, 1280, 192), (64, 512, 128)])
+@pytest.mark.parametrize(("T", "inputs", "outputs"), [(1, 256, 64), thorough(9, 1280, 192), thorough(64, 512, 128)])
 def test_products_lower(name, T, inputs, outputs):
     product = importlib.import_module("pallas_kernels.matvec.packed_sm90").product
     weight = jax.eval_shape(lambda: _fragments(name, outputs, inputs))

@@ -13,6 +13,7 @@ from pallas_kernels.route import norm_route
 from tests.oracles import add_norm_numpy
 from tests.oracles.add_norm_numpy import Case
 from tests.pallas_kernels.marks import needs_hopper, needs_mosaic
+from tests.thinned import thinned, thorough
 
 EPSILON = 1e-5
 SHAPES = [(1, 2880, 32, 4), (3, 96, 128, 4), (7, 88, 6, 3), (5, 64, 8, 8), (2, 96, 5, 1)]  # T, D, E, top
@@ -93,7 +94,11 @@ SIZES = [  # D, E, S, X
 ]
 # The kernel is another for each number of rows and size. To jnp all rows are alike: each number of them comes at least
 # twice, and each size with a few and with many.
-PAIRS = [(T, sizes, "xla") for n, sizes in enumerate(SIZES) for T in (ROWS[n % 2], ROWS[2 + n % 3])]
+PAIRS = [
+    (T, sizes, "xla") if sizes in SIZES[2:5] else thorough(T, sizes, "xla")
+    for n, sizes in enumerate(SIZES)
+    for T in (ROWS[n % 2], ROWS[2 + n % 3])
+]
 PAIRS += [pytest.param(T, sizes, "mosaic", marks=needs_hopper) for sizes in SIZES for T in ROWS]
 
 
@@ -153,7 +158,7 @@ def _kernels(lowered: Any) -> int:
 
 
 @needs_mosaic
-@pytest.mark.parametrize("T", [1, 3, 8, 32, 128])
+@pytest.mark.parametrize("T", thinned([1, 3, 8, 32, 128], 1, 32))
 @pytest.mark.parametrize(("D", "E", "top"), [(2880, 32, 4), (2880, 128, 4), (96, 8, 2)])
 def test_the_kernels_lower_for_cuda(T, D, E, top):
     mosaic = importlib.import_module("pallas_kernels.route.mosaic_sm90")

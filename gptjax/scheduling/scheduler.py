@@ -1,0 +1,318 @@
+"""Who runs in the next step: requests join, are read, decode, wait, are set aside and resumed, and leave."""
+
+import bisect
+import dataclasses
+from collections import deque
+from collections.abc import Sequence as AnySequence
+
+import numpy as np
+
+from gptjax.errors import CapacityError
+from gptjax.scheduling.allocator import Allocator
+from gptjax.scheduling.plan import Copy, DecodeCall, Join, Piece, Plan, PrefillCall, Row, TableEntry
+from gptjax.scheduling.policy import Policy, smallest
+from gptjax.scheduling.pool import Pool
+from gptjax.scheduling.sequence import Sequence, common
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Tokens of a request, in order."""
+
+    request: int
+    tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class _Draft:
+    """A plan being made."""
+
+    room: int  # prompt tokens that it still takes
+    copies: list[Copy] = dataclasses.field(default_factory=list)
+    pieces: list[tuple[Piece, tuple[int, ...]]] = dataclasses.field(default_factory=list)
+    rows: list[tuple[Sequence, Row]] = dataclasses.field(default_factory=list)
+
+
+class Scheduler:
+    """Makes plans for a device that runs them in order, and knows of it only what it drew.
+
+    `plan` may be called again before the tokens of earlier plans have been received: the device has them, and which
+    positions they take is known. Its pages are reserved when it is made. What a request still gets after its end is
+    dropped; its pages can be used by later plans at once, since these run later.
+
+    The oldest request always goes on: it can take the pages of all others. Newer ones wait, or are set aside, the
+    newest first: they lose slot and pages, and later join again. Then their prompt is read again, and the tokens that
+    they had drawn are given to decode again, as far as the tree has not kept the pages. So their results do not change.
+
+    Not thread-safe.
+    """
+
+    def __init__(self, policy: Policy, pools: AnySequence[Pool]):
+        """A scheduler without requests.
+
+        Args:
+          pools: at least one, all of whose pages are free: of the layers that see everything, and of those with a
+            window.
+        """
+        self.policy = policy
+        self._allocator = Allocator(pools, policy)
+        self._requests: dict[int, Sequence] = {}  # those that have not ended
+        self._waiting: list[Sequence] = []  # without a slot; oldest first
+        self._running: list[Sequence] = []  # with a slot; oldest first
+        self._free_slots = list(range(policy.slots - 1, -1, -1))  # taken from the end
+        self._in_flight: deque[tuple[int, list[tuple[Sequence, int]]]] = deque()  # plans that draw, and what for whom
+        self._added = self._plans = 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests with a slot."""
+        return len(self._running)
+
+    @property
+    def in_flight(self) -> int:
+        """Plans whose tokens have not been received."""
+        return len(self._in_flight)
+
+    def add(self, prompt_ids: AnySequence[int], max_tokens: int) -> int:
+        """Takes a request. Returns its number; numbers ascend.
+
+        Args:
+          prompt_ids: at least one token.
+          max_tokens: to draw at most: at least 1. The last one needs no place.
+
+        Raises:
+          CapacityError: the pools are too small for it, even if it ran alone.
+        """
+        if not prompt_ids or max_tokens < 1:
+            raise ValueError(f"a request has at least one token to read and one to draw, found {max_tokens} to draw")
+        if refusal := self._allocator.refusal(len(prompt_ids), max_tokens):
+            raise CapacityError(refusal)
+        self._added += 1
+        sequence = Sequence(self._added, np.asarray(prompt_ids, np.int32), max_tokens)
+        self._requests[sequence.number] = sequence
+        self._waiting.append(sequence)
+        return sequence.number
+
+    def cached_tokens(self, request: int) -> int:
+        """How many tokens of an open request's prompt were found in pages; 0 before it was looked up."""
+        return self._requests[request].cached or 0
+
+    def end(self, request: int) -> None:
+        """Forgets a request: it has all its tokens, or nobody wants them any more."""
+        sequence = self._requests.pop(request)
+        sequence.ended = True
+        if sequence.slot is not None:
+            self._leave(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+
+    def receive(self, plan: int, tokens: AnySequence[AnySequence[int]]) -> list[Drawn]:
+        """Takes what the oldest plan in flight drew.
+
+        Args:
+          plan: its number.
+          tokens: of each row of its decode call, those drawn; -1 if none could be. A request that draws one must end.
+
+        Returns:
+          Those of requests that have not ended, in the order of the rows.
+        """
+        if not self._in_flight or self._in_flight[0][0] != plan:
+            raise ValueError(f"plan {plan} is not the oldest in flight")
+        wanted = []
+        for (sequence, draws), drawn in zip(self._in_flight.popleft()[1], tokens, strict=True):
+            if len(drawn) != draws:
+                raise ValueError(f"plan {plan} draws {draws} tokens for request {sequence.number}, found {len(drawn)}")
+            sequence.in_flight -= draws > 0
+            if not sequence.ended and draws:
+                sequence.generated.extend(map(int, drawn))
+                wanted.append(Drawn(sequence.number, tuple(map(int, drawn))))
+        return wanted
+
+    def lost(self) -> None:
+        """Starts anew after the device lost its pages: running requests will be resumed, plans in flight are void."""
+        for sequence in reversed(list(self._running)):
+            self._set_aside(sequence)
+        self._in_flight.clear()
+        for sequence in self._requests.values():
+            sequence.planned, sequence.in_flight = len(sequence.generated), 0
+            if not sequence.is_drawn and sequence not in self._waiting:
+                bisect.insort(self._waiting, sequence, key=_age)
+        self._allocator.forget()
+
+    def plan(self) -> Plan | None:
+        """What to dispatch next; None if nothing can be done before tokens are received or requests added."""
+        for sequence in self._running:
+            self._allocator.settle(sequence)
+        self._join()
+        for sequence in self._running:
+            if not sequence.begun:
+                self._look_for_readers(sequence)
+        draft, steps = _Draft(self.policy.chunk), self._steps()
+        for sequence in list(self._running):
+            if sequence.slot is not None:  # it was not set aside for the sake of an older one
+                self._advance(sequence, draft, steps)
+        if not (draft.copies or draft.pieces or draft.rows):
+            return None
+        return self._finished(draft, steps)
+
+    def _join(self) -> None:
+        """Gives free slots to those that wait, the oldest first. None passes an older one."""
+        while self._waiting and self._free_slots:
+            sequence = self._waiting[0]
+            # To be resumed, all its tokens must be known.
+            if sequence.in_flight or not self._allocator.has_room(sequence, self._running):
+                return
+            del self._waiting[0]
+            sequence.slot = self._free_slots.pop()
+            self._allocator.join(sequence)
+            bisect.insort(self._running, sequence, key=_age)
+
+    def _steps(self) -> int:
+        """One, or several if nobody waits for a first token and at least half of them are wanted."""
+        newcomers = any(sequence.is_reading or not sequence.planned for sequence in self._running)
+        most = max((sequence.steps_left for sequence in self._running), default=0)
+        return self.policy.steps if not newcomers and 2 * most >= self.policy.steps else 1
+
+    def _advance(self, sequence: Sequence, draft: _Draft, steps: int) -> None:
+        """Plans what a running request does next."""
+        if not sequence.begun:
+            if sequence.awaited is not None:
+                return
+            draft.copies += self._allocator.begin(sequence)
+        if sequence.is_reading:
+            self._read(sequence, draft)
+        if not sequence.is_reading and not sequence.is_drawn:
+            self._decode(sequence, draft, steps)
+
+    def _look_for_readers(self, sequence: Sequence) -> None:
+        """Lets a request wait if an older one reads whole pages that it begins with, too."""
+        if not self.policy.reuse or (sequence.awaited is not None and self._is_awaited(*sequence.awaited)):
+            return
+        sequence.awaited = None
+        unit = max(self.policy.page, self.policy.chunk_multiple)
+        found = self._allocator.match(sequence).length
+        next_T = sequence.prompt_T[found : found + unit]
+        if len(next_T) < unit:
+            return
+        wanted = next_T.tobytes()
+        for older in self._running[: self._running.index(sequence)]:
+            if not older.is_reading or older.prompt_T[found : found + unit].tobytes() != wanted:
+                continue
+            shared = min(common(older.prompt_T, sequence.prompt_T), sequence.known - 1)
+            shared = self.policy.reused(older.prompt, shared) // unit * unit
+            if shared >= found + unit and self._is_awaited(older, shared):
+                sequence.awaited = older, shared
+                return
+
+    def _is_awaited(self, older: Sequence, shared: int) -> bool:
+        return older.slot is not None and older.is_reading and older.in_tree * self.policy.page < shared
+
+    def _read(self, sequence: Sequence, draft: _Draft) -> None:
+        """Plans the next piece of a prompt."""
+        if self.policy.packed and len(draft.pieces) == self.policy.pieces:
+            return
+        left = sequence.prompt - sequence.position
+        count = self.policy.piece(left, self._share(sequence, draft))
+        if not count:
+            return
+        room = self._reserve(sequence, sequence.position + count) - sequence.position
+        if room < count:
+            count = room - room % self.policy.chunk_multiple if self.policy.packed else 0
+        if count <= 0:
+            return
+        ids = tuple(sequence.prompt_T[sequence.position : sequence.position + count].tolist())
+        start = sum(len(tokens) for _, tokens in draft.pieces)
+        assert sequence.slot is not None
+        draft.pieces.append((Piece(sequence.slot, start, count, sequence.position, count == left), ids))
+        draft.room -= count if self.policy.packed else self.policy.cost(count)
+        sequence.position += count
+
+    def _share(self, sequence: Sequence, draft: _Draft) -> int:
+        """The prompt tokens of a plan that a request may use: what newer ones leave, but at least half a chunk."""
+        if not self.policy.packed:
+            return draft.room if draft.pieces else 2 * self.policy.chunk  # the first piece has any cost
+        newer = self._running[bisect.bisect_right(self._running, sequence.number, key=_age) :]
+        wanted = sum(max(0, each.prompt - each.position) for each in newer if each.awaited is None)
+        return min(draft.room, max(self.policy.chunk // 2, draft.room - wanted))
+
+    def _decode(self, sequence: Sequence, draft: _Draft, steps: int) -> None:
+        """Plans the next row of a request: fewer steps if there are not pages for all."""
+        given, draws, feeds = sequence.row(steps)
+        room = self._reserve(sequence, sequence.position + feeds) - sequence.position
+        if room < feeds:
+            given, draws, feeds = sequence.row(room)
+        if not given and not draws:
+            return
+        assert sequence.slot is not None
+        draft.rows.append((sequence, Row(sequence.slot, sequence.position, given, draws, feeds)))
+        sequence.position += feeds
+        sequence.planned += draws
+
+    def _reserve(self, sequence: Sequence, positions: int) -> int:
+        """Takes pages up to a number of positions, from newer requests if need be. Returns the room there is."""
+        while (room := self._allocator.extend(sequence, positions)) < positions:
+            if self._running[-1] is sequence:
+                break
+            self._set_aside(self._running[-1])
+        return room
+
+    def _set_aside(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        if not sequence.is_drawn:
+            bisect.insort(self._waiting, sequence, key=_age)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Takes slot and pages."""
+        assert sequence.slot is not None
+        self._allocator.release(sequence)
+        self._running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        sequence.slot, sequence.joined, sequence.awaited = None, False, None
+
+    def _finished(self, draft: _Draft, steps: int) -> Plan:
+        joins, tables = self._changes()
+        rows = [row for _, row in draft.rows]
+        decode = DecodeCall(smallest(self.policy.row_sizes, len(rows)), steps, tuple(rows)) if rows else None
+        self._plans += 1
+        plan = Plan(self._plans, joins, tables, tuple(draft.copies), self._calls(draft), decode)
+        if plan.draws:
+            self._in_flight.append((plan.number, [(sequence, row.draws) for sequence, row in draft.rows]))
+            for sequence, row in draft.rows:
+                sequence.in_flight += row.draws > 0
+        return plan
+
+    def _changes(self) -> tuple[tuple[Join, ...], tuple[TableEntry, ...]]:
+        """What the device does not know yet of slots and tables."""
+        joins, tables = [], []
+        for sequence in self._running:
+            assert sequence.slot is not None
+            if not sequence.joined:
+                joins.append(Join(sequence.slot, sequence.number))
+                sequence.joined = True
+            for pool, index in sorted(sequence.changed):
+                tables.append(TableEntry(pool, sequence.slot, index, sequence.pages[pool][index]))
+            sequence.changed.clear()
+        return tuple(joins), tuple(tables)
+
+    def _calls(self, draft: _Draft) -> tuple[PrefillCall, ...]:
+        """All pieces in one call, or each in its own."""
+        if not draft.pieces:
+            return ()
+        groups = [draft.pieces] if self.policy.packed else [[each] for each in draft.pieces]
+        return tuple(_call(group, self.policy) for group in groups)
+
+
+def _call(pieces: list[tuple[Piece, tuple[int, ...]]], policy: Policy) -> PrefillCall:
+    tokens = tuple(token for _, ids in pieces for token in ids)
+    first = pieces[0][0].start
+    moved = tuple(dataclasses.replace(piece, start=piece.start - first) for piece, _ in pieces)
+    return PrefillCall(smallest(policy.call_sizes, len(tokens)), tokens, moved)
+
+
+def _age(sequence: Sequence) -> int:
+    return sequence.number

@@ -1,0 +1,163 @@
+"""A scheduler and a naive device together, checked at every step."""
+
+import dataclasses
+from collections import Counter, deque
+from collections.abc import Sequence
+
+from gptjax.scheduling.plan import Plan
+from gptjax.scheduling.policy import Policy, smallest
+from gptjax.scheduling.pool import Pool
+from gptjax.scheduling.scheduler import Scheduler
+from tests.scheduling import naive_device
+from tests.scheduling.naive_device import Device, Model, Written
+
+
+@dataclasses.dataclass
+class Asked:
+    """A request, and what it got so far."""
+
+    prompt: list[int]
+    count: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    cached: int = 0
+
+
+class Harness:
+    """Runs plans as soon as they are made, and hands out their tokens later."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        pages: Sequence[int],
+        windows: Sequence[int | None],
+        *,
+        written: Written = naive_device.exact,
+        vocabulary: int = 3,
+    ):
+        self.policy = policy
+        self.pools = [Pool(count, window) for count, window in zip(pages, windows, strict=True)]
+        self.scheduler = Scheduler(policy, self.pools)
+        self.model = Model(windows, vocabulary, written)
+        self.pages = pages
+        self.device = self._new_device()
+        self.under_way: deque[tuple[int, list[list[int]]]] = deque()
+        self.open: dict[int, Asked] = {}
+        self.done: dict[int, Asked] = {}
+        self.plans: list[Plan] = []
+
+    def _new_device(self) -> Device:
+        return Device(self.model, self.pages, self.policy.page, self.policy.slots, self.policy.row_sizes)
+
+    def add(self, prompt: Sequence[int], count: int) -> int:
+        number = self.scheduler.add(prompt, count)
+        self.open[number] = Asked(list(prompt), count)
+        return number
+
+    def plan(self) -> Plan | None:
+        """Makes a plan and runs it."""
+        plan = self.scheduler.plan()
+        self.check()
+        if plan is not None:
+            plan = Plan.from_json(plan.to_json())
+            self._check_writes(plan)
+            self._check_cuts(plan)
+            tokens = self.device.run(plan)
+            if plan.draws:
+                self.under_way.append((plan.number, tokens))
+            self.plans.append(plan)
+        return plan
+
+    def receive(self) -> None:
+        """Hands out the tokens of the oldest plan."""
+        number, tokens = self.under_way.popleft()
+        for drawn in self.scheduler.receive(number, tokens):
+            asked = self.open[drawn.request]
+            asked.tokens += drawn.tokens
+            if len(asked.tokens) == asked.count:
+                self.end(drawn.request)
+
+    def end(self, request: int) -> None:
+        asked = self.open.pop(request)
+        asked.cached = self.scheduler.cached_tokens(request)
+        self.done[request] = asked
+        self.scheduler.end(request)
+        self.check()
+
+    def lose(self) -> None:
+        """The device loses everything."""
+        self.scheduler.lost()
+        last = self.device.last_plan
+        self.device = self._new_device()
+        self.device.last_plan = last
+        self.under_way.clear()
+        self.check()
+
+    def finish(self, ahead: int = 1) -> None:
+        """Runs until no request is open."""
+        while self.open:
+            plan = self.plan()
+            assert plan is not None or self.under_way, "nothing is planned, and nothing is under way"
+            while len(self.under_way) > (0 if plan is None else ahead):
+                self.receive()
+        while self.under_way:
+            self.receive()
+
+    def expected(self, asked: Asked) -> list[int]:
+        """The tokens it would have got alone."""
+        policy, pieces, left = self.policy, [], len(asked.prompt)
+        while left:
+            count = policy.piece(left, policy.chunk)
+            pieces.append((count, smallest(policy.call_sizes, count)))
+            left -= count
+        return naive_device.alone(self.model, asked.prompt, asked.count, pieces, policy.row_sizes[0])
+
+    def check_tokens(self) -> None:
+        """All that was received is as if each request had run alone."""
+        for asked in (*self.done.values(), *self.open.values()):
+            assert asked.tokens == self.expected(asked)[: len(asked.tokens)]
+
+    def check(self) -> None:
+        """Every page is held as often as tables and the tree name it; nothing was lost."""
+        scheduler, allocator = self.scheduler, self.scheduler._allocator
+        for number, pool in enumerate(self.pools):
+            pool.check()
+            held: Counter[int] = Counter()
+            for sequence in scheduler._running:
+                held.update(page for page in sequence.pages[number] if page)
+                held.update(page for at, page in sequence.sources if at == number)
+            held.update(node.pages[number] for node in allocator.tree.nodes() if node.pages[number])
+            assert {page: pool.holders(page) for page in range(pool.size + 1) if pool.holders(page)} == held
+        for node in allocator.tree.nodes():
+            assert any(node.pages) or node.children, "a node without pages"
+            assert all(node.pages[n] for n, pool in enumerate(self.pools) if pool.window is None)
+        slots = [sequence.slot for sequence in scheduler._running] + scheduler._free_slots
+        assert sorted(slots) == list(range(self.policy.slots))
+        ages = [sequence.number for sequence in scheduler._running], [each.number for each in scheduler._waiting]
+        assert all(list(each) == sorted(each) for each in ages)
+
+    def _check_cuts(self, plan: Plan) -> None:
+        """Prompts are cut at the policy's multiples; the last chunk of one in calls of its own may be halved."""
+        assert sum(len(call.tokens) for call in plan.prefill) <= self.policy.chunk
+        for call in plan.prefill:
+            assert len(call.pieces) <= (self.policy.pieces if self.policy.packed else 1)
+            for piece in call.pieces:
+                multiple = self.policy.chunk_multiple if self.policy.packed else max(1, self.policy.chunk // 2)
+                assert piece.ends or (piece.position + piece.count) % multiple == 0
+
+    def _check_writes(self, plan: Plan) -> None:
+        """No page that is written to has another holder, and none of a plan's pages has two uses."""
+        slots = {sequence.slot: sequence for sequence in self.scheduler._running}
+        page = self.policy.page
+        spans = [(piece.slot, piece.position, piece.count) for call in plan.prefill for piece in call.pieces]
+        spans += [(row.slot, row.position, row.feeds) for row in plan.decode.rows] if plan.decode else []
+        written = Counter()
+        for number, pool in enumerate(self.pools):
+            of_slot: dict[int, set[int]] = {}
+            for slot, position, count in spans:
+                for index in range(position // page, -(-(position + count) // page)) if count else ():
+                    of_slot.setdefault(slot, set()).add(slots[slot].pages[number][index])
+            written.update((number, each) for pages in of_slot.values() for each in pages)
+            assert all(pool.holders(each) == 1 for pages in of_slot.values() for each in pages)
+        targets = [(copy.pool, copy.target) for copy in plan.copies]
+        assert max(written.values(), default=1) == 1 and len(set(targets)) == len(targets)
+        assert not {(copy.pool, copy.source) for copy in plan.copies} & ({*written} | {*targets})
