@@ -13,7 +13,7 @@ import pytest
 
 import gptjax
 from gptjax.bench import cases, kernels, roofline
-from gptjax.bench.cases import Attention, Block, Experts, Product, product
+from gptjax.bench.cases import Attention, Block, Experts, Prefill, Product, product
 from gptjax.bench.cases.block import Carried
 from gptjax.bench.figure import Figure
 from gptjax.bench.kernels import Ceilings, KernelResult, NotRun
@@ -27,9 +27,10 @@ EXPERTS = Experts(3, "float32", 96, 64, 7, 2, packed=True, alpha=1.702, limit=7.
 FULL = Attention(5, "float32", 6, 2, 16, 24, ring=False, sinks=False)
 RING = Attention(2, "float32", 6, 2, 16, 24, ring=True, sinks=True)
 BLOCK = Block(5, "float32", 3, 64, 320, 24, block_numpy.EPSILON)
+PROMPT = Prefill(2, "float32", 6, 2, 16, tokens=9, prior=130, window=20, sinks=True)
 PAGED = [dataclasses.replace(case, paged=True, positions=150) for case in (FULL, RING, BLOCK)]
 UNBALANCED = dataclasses.replace(EXPERTS, rows=40, balanced=False)
-CASES = [PRODUCT, EXPERTS, UNBALANCED, FULL, RING, BLOCK, *PAGED]
+CASES = [PRODUCT, EXPERTS, UNBALANCED, FULL, RING, BLOCK, *PAGED, PROMPT, dataclasses.replace(PROMPT, paged=True)]
 CEILINGS = Ceilings(copy=4e9, read=5e9, flops=1e12, link=1e-6)
 
 
@@ -158,10 +159,12 @@ def _oracle(case: Any, x: Any, operands: Any) -> Any:
     if isinstance(case, Block):
         caches = x.caches[operands.copy]
         if case.paged:
-            caches = [_together(pool, operands.table_TZ) for pool in caches]
-        given = block_numpy.Operands(x.stream, operands.weights, operands.positions_T, *caches)
+            caches = [_together(pool, x.table_TZ) for pool in caches]
+        given = block_numpy.Operands(x.stream, operands.weights, x.positions_T, *caches)
         x_TD, _, _ = block_numpy.block(given, jnp.float32)
         return dataclasses.replace(x, stream=dataclasses.replace(x.stream, x_TD=x_TD))
+    if isinstance(case, Attention | Prefill):
+        return _attended(case, x, operands)
     x = np.asarray(x, np.float64)
     if case is PRODUCT:
         return x @ np.asarray(operands, np.float64)
@@ -171,12 +174,18 @@ def _oracle(case: Any, x: Any, operands: Any) -> Any:
         return moe_numpy.moe(
             x, np.asarray(experts), weights, _numbers(up), up_bias, _numbers(down), down_bias, **settings
         )
-    k, v, q_positions, k_positions, sinks = (None if each is None else np.asarray(each) for each in operands)
+    raise AssertionError(case)
+
+
+def _attended(case: Any, x: Any, operands: Any) -> np.ndarray:
+    k, v, sinks = (None if each is None else np.asarray(each) for each in operands)
+    k_positions = np.asarray(x.where)
     if case.paged:
         k, v = (_together(pool, k_positions) for pool in (k, v))
         k_positions = np.broadcast_to(np.arange(k.shape[2]), (len(k), k.shape[2]))
-    window = case.positions if case.ring else None
-    return attention_numpy.attention(x, k, v, q_positions, k_positions, sinks, scale=0.25, window=window)
+    window = case.window if isinstance(case, Prefill) else case.positions if case.ring else None
+    given = np.asarray(x.q_BTNH, np.float64), k, v, np.asarray(x.q_positions_BT), k_positions, sinks
+    return attention_numpy.attention(*given, scale=0.25, window=window)
 
 
 def _together(pool: Any, table_BZ: Any) -> np.ndarray:
@@ -237,7 +246,7 @@ def test_each_call_of_a_chain_waits_for_the_one_before(case):
 
 def _rows(x: Any) -> jax.Array:
     """Of what a call gives the next, without the caches, of which each copy has its own."""
-    return BLOCK.sample(x) if isinstance(x, Carried) else x
+    return BLOCK.sample(x) if isinstance(x, Carried) else getattr(x, "q_BTNH", x)
 
 
 def _poisoned(leaf: jax.Array) -> jax.Array:
@@ -348,7 +357,7 @@ def test_the_command_plots(ceilings, tmp_path, capsys):
         (["gpt2-tales", "--quantize", "mxfp4"], "name a size with --random"),
         (["--random", "smollm2-135m", "--quantize", "Q4_K"], "rows of 576; choose a type with smaller blocks"),
         (["--tune", "--json"], "leave out --json"),
-        (["--kernels", "gpt2"], "unknown operation 'gpt2'; choose from moe, matvec, attention, block"),
+        (["--kernels", "gpt2"], "unknown operation 'gpt2'; choose from moe, matvec, attention, block, prefill"),
         (["gpt2-tales", "--kernels", "moe"], "gpt2-tales has none of moe"),
         (["gpt-oss-tales", "--kernels", "block"], "gpt-oss-tales has none of block"),
         (["--random", "gpt5", "--kernels"], "gpt2-xl"),

@@ -7,11 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.bench.cases.case import Case, float64, normal, shuffled_table
+from gptjax.bench.cases.case import Case, float64, normal, shuffled_table, together
 from pallas_kernels.attention import attention, attention_over_pages
 from pallas_kernels.pages import PAGE
 
 _ROWS: Final = 4  # rows of a result that are compared
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Carried:
+    """What passes from call to call, as in a step: what is computed from the positions is shared by all layers."""
+
+    q_BTNH: jax.Array
+    q_positions_BT: jax.Array
+    where: jax.Array  # the positions of keys [B, S], or a table of pages [B, Z]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,65 +54,63 @@ class Attention(Case):
         """Scores and weighted values."""
         return 4 * self.rows * self.num_heads * self.positions * self.head_width
 
-    def x(self, count: int) -> jax.Array:
-        """[B, 1, N, H]."""
+    def x(self, count: int) -> Carried:
+        """Queries [B, 1, N, H], and the positions of one step."""
         del count
-        return normal(0, (self.rows, 1, self.num_heads, self.head_width), self.dtype)
-
-    def copies(self, count: int, implementation: str) -> list[Any]:
-        """Caches, positions and sinks."""
-        del implementation
         last = self.positions - 1 if not self.ring else 10 * self.positions + self.positions // 3
-        q_positions_B1 = jnp.full((self.rows, 1), last, jnp.int32)
-        sinks_N = normal(1, (self.num_heads,), self.dtype) if self.sinks else None
         if self.paged:
             where = shuffled_table(self.rows, last + 1)
-            shape = (1 + where.size, self.num_kv_heads, PAGE, self.head_width)
         else:
             places_S = np.arange(self.positions)
             k_positions = np.broadcast_to(last - (last - places_S) % self.positions, (self.rows, self.positions))
             where = jnp.asarray(k_positions, jnp.int32)
-            shape = (self.rows, self.num_kv_heads, self.positions, self.head_width)
+        q_B1NH = normal(0, (self.rows, 1, self.num_heads, self.head_width), self.dtype)
+        return Carried(q_B1NH, jnp.full((self.rows, 1), last, jnp.int32), where)
+
+    def copies(self, count: int, implementation: str) -> list[Any]:
+        """Caches and sinks."""
+        del implementation
+        sinks_N = normal(1, (self.num_heads,), self.dtype) if self.sinks else None
+        lead = (self.rows, self.num_kv_heads, self.positions)
+        if self.paged:
+            lead = (1 + self.x(1).where.size, self.num_kv_heads, PAGE)
+        shape = (*lead, self.head_width)
         return [
-            (*(normal(2 + 2 * copy + which, shape, self.dtype) for which in (0, 1)), q_positions_B1, where, sinks_N)
-            for copy in range(count)
+            (*(normal(2 + 2 * copy + which, shape, self.dtype) for which in (0, 1)), sinks_N) for copy in range(count)
         ]
 
-    def call(self, x: jax.Array, operands: Any, implementation: str) -> jax.Array:
+    def call(self, x: Carried, operands: Any, implementation: str) -> jax.Array:
         """[B, 1, N, H]."""
+        k, v, sinks_N = operands
         window = self.positions if self.ring else None
         settings: dict[str, Any] = {"scale": self.head_width**-0.5, "window": window, "implementation": implementation}
-        if not self.paged:
-            return attention(x, *operands, cached=True, **settings)
-        k_YKSH, v_YKSH, q_positions_B1, table_BZ, sinks_N = operands
-        return attention_over_pages(x, k_YKSH, v_YKSH, table_BZ, q_positions_B1, sinks_N, **settings)
+        if self.paged:
+            return attention_over_pages(x.q_BTNH, k, v, x.where, x.q_positions_BT, sinks_N, **settings)
+        return attention(x.q_BTNH, k, v, x.q_positions_BT, x.where, sinks_N, cached=True, **settings)
 
     def sample(self, out: jax.Array) -> jax.Array:
         """The first rows."""
         return out[:_ROWS]
 
-    def expected(self, x: jax.Array, operands: Any) -> np.ndarray:
+    def expected(self, x: Carried, operands: Any) -> np.ndarray:
         """[rows, 1, N, H]."""
-        q, (k, v) = float64(x[:_ROWS]), self._seen(operands)
+        q, (k, v) = float64(x.q_BTNH[:_ROWS]), self._seen(x, operands)
         q_BKGH = q.reshape(len(q), self.num_kv_heads, -1, self.head_width)
         scores = q_BKGH @ k.swapaxes(2, 3) * self.head_width**-0.5
-        sinks = np.full(self.num_heads, -np.inf) if operands[4] is None else float64(operands[4])
+        sinks = np.full(self.num_heads, -np.inf) if operands[2] is None else float64(operands[2])
         sinks_KG1 = sinks.reshape(self.num_kv_heads, -1, 1)
         largest = np.maximum(scores.max(axis=-1, keepdims=True), sinks_KG1)
         weights = np.exp(scores - largest)
         total = weights.sum(axis=-1, keepdims=True) + np.exp(sinks_KG1 - largest)
         return (weights / total @ v).reshape(q.shape)
 
-    def _seen(self, operands: Any) -> list[np.ndarray]:
+    def _seen(self, x: Carried, operands: Any) -> list[np.ndarray]:
         """The keys and the values that the first rows see, [rows, K, S, H]."""
         if not self.paged:  # all
             return [float64(cache[:_ROWS]) for cache in operands[:2]]
-        end = int(operands[2][0, 0]) + 1
-        together = (float64(jnp.moveaxis(pool[operands[3][:_ROWS]], 2, 1)) for pool in operands[:2])
-        flat = (each.reshape(*each.shape[:2], -1, self.head_width) for each in together)
-        return [each[:, :, end - self.positions : end] for each in flat]
+        end = int(x.q_positions_BT[0, 0]) + 1
+        return [together(pool, x.where[:_ROWS])[:, :, end - self.positions : end] for pool in operands[:2]]
 
-    def following(self, x: jax.Array, out: jax.Array) -> jax.Array:
+    def following(self, x: Carried, out: jax.Array) -> Carried:
         """The result: it serves as the next query at no cost."""
-        del x
-        return out
+        return dataclasses.replace(x, q_BTNH=out)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.bench.cases.case import Case, float64, normal, shuffled_table
+from gptjax.bench.cases.case import Case, float64, normal, shuffled_table, together
 from pallas_kernels.block import LinearWeights, NormWeights, Stream, Weights, block
 from pallas_kernels.pages import PAGE
 
@@ -21,11 +21,14 @@ _SEEDS: Final = 1000  # between the seeds of two copies: more than there are wei
 class Carried:
     """What a call takes from the previous one, as a layer does in a step.
 
-    This includes the caches, which are updated in place; without donation they would be copied first.
+    This includes the caches, which are updated in place; without donation they would be copied first. And the positions
+    and the table, so that what is computed from them is shared by all calls.
     """
 
     stream: Stream
     caches: tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each copy, [T or Y, N, S, H]
+    positions_T: jax.Array
+    table_TZ: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -34,8 +37,6 @@ class Operands:
     """A call's other arguments."""
 
     weights: Weights
-    positions_T: jax.Array
-    table_TZ: jax.Array | None
     copy: int = dataclasses.field(metadata={"static": True})  # whose caches
 
 
@@ -88,24 +89,19 @@ class Block(Case):
     def x(self, count: int) -> Carried:
         """The initial stream [T, D], and caches for `count` copies."""
         shape = (self.rows, self.num_heads, self.positions, self.head_width)
-        if self.paged:
-            shape = (1 + self._table.size, self.num_heads, PAGE, self.head_width)
+        table_TZ = shuffled_table(self.rows, self.positions) if self.paged else None
+        if table_TZ is not None:
+            shape = (1 + table_TZ.size, self.num_heads, PAGE, self.head_width)
         caches = (
             (normal(1 + 2 * copy, shape, self.dtype), normal(2 + 2 * copy, shape, self.dtype)) for copy in range(count)
         )
         stream = Stream.of(normal(0, (self.rows, self.width), self.dtype), self.mlp_width)
-        return Carried(stream, tuple(caches))
+        return Carried(stream, tuple(caches), jnp.full((self.rows,), self.positions - 1, jnp.int32), table_TZ)
 
     def copies(self, count: int, implementation: str) -> list[Any]:
-        """Weights and positions."""
+        """Weights."""
         del implementation
-        positions_T = jnp.full((self.rows,), self.positions - 1, jnp.int32)
-        where = positions_T, self._table if self.paged else None
-        return [Operands(self._random(_SEEDS * (1 + copy)), *where, copy) for copy in range(count)]
-
-    @property
-    def _table(self) -> jax.Array:
-        return shuffled_table(self.rows, self.positions)
+        return [Operands(self._random(_SEEDS * (1 + copy)), copy) for copy in range(count)]
 
     def _random(self, seed: int) -> Weights:
         seeds, D, F = itertools.count(seed), self.width, self.mlp_width
@@ -125,15 +121,15 @@ class Block(Case):
         stream, k_TNSH, v_TNSH = block(
             x.stream,
             operands.weights,
-            operands.positions_T,
+            x.positions_T,
             *caches[operands.copy],
-            operands.table_TZ,
+            x.table_TZ,
             epsilon=self.epsilon,
             scale=self._scale,
             implementation=implementation,
         )
         caches[operands.copy] = (k_TNSH, v_TNSH)
-        return Carried(stream, tuple(caches))
+        return dataclasses.replace(x, stream=stream, caches=tuple(caches))
 
     def sample(self, out: Carried) -> jax.Array:
         """The rows, [T, D]."""
@@ -149,7 +145,11 @@ class Block(Case):
         weights: Weights = jax.tree.map(float64, operands.weights)
         x_TD = float64(x.stream.x_TD)
         qkv_TO = _product(self._normed(x_TD, weights.attention_norm), weights.qkv)
-        heads_TD = self._attended(qkv_TO, *map(self._together, x.caches[operands.copy]))
+        caches = x.caches[operands.copy]
+        if x.table_TZ is None:
+            heads_TD = self._attended(qkv_TO, *map(float64, caches))
+        else:
+            heads_TD = self._attended(qkv_TO, *(together(each, x.table_TZ)[:, :, : self.positions] for each in caches))
         x_TD = x_TD + _product(heads_TD, weights.out)
         hidden_TF = _gelu(_product(self._normed(x_TD, weights.mlp_norm), weights.up))
         return x_TD + _product(hidden_TF, weights.down)
@@ -159,13 +159,6 @@ class Block(Case):
         variance_T1 = np.square(centered_TD).mean(axis=-1, keepdims=True)
         normed_TD: np.ndarray = centered_TD / np.sqrt(variance_T1 + self.epsilon) * norm.scale_D + norm.bias_D
         return normed_TD
-
-    def _together(self, cache: jax.Array) -> np.ndarray:
-        """A cache as [T, N, S, H]."""
-        if not self.paged:
-            return float64(cache)
-        k_TNZSH = float64(jnp.moveaxis(cache[self._table], 2, 1))
-        return k_TNZSH.reshape(self.rows, self.num_heads, -1, self.head_width)[:, :, : self.positions]
 
     def _attended(self, qkv_TO: np.ndarray, k_TNSH: np.ndarray, v_TNSH: np.ndarray) -> np.ndarray:
         # The new keys and values are in the last place.

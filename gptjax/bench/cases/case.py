@@ -85,3 +85,9 @@ def shuffled_table(rows: int, positions: int) -> jax.Array:
     pages = -(-positions // PAGE)
     order = 1 + np.random.default_rng(0).permutation(rows * pages)
     return jnp.asarray(order.reshape(rows, pages), jnp.int32)
+
+
+def together(pool_YKSH: jax.Array, table_BZ: jax.Array) -> np.ndarray:
+    """The keys or values of rows' pages one after the other, float64 [B, K, Z · S, H]."""
+    k_BKZSH = float64(jnp.moveaxis(pool_YKSH[table_BZ], 2, 1))
+    return k_BKZSH.reshape(*k_BKZSH.shape[:2], -1, pool_YKSH.shape[3])
