@@ -20,6 +20,7 @@ from pallas_kernels.block.plan_sm90 import EXCHANGES, HIDDEN, QKV, RESIDUAL_SLOT
 from pallas_kernels.block.products_sm90 import Thread
 from pallas_kernels.block.residual_sm90 import Norm, Residual
 from pallas_kernels.block.stream import PANEL, Stream, Weights, Workspace
+from pallas_kernels.pages import slots as page_slots
 from pallas_kernels.ptx import Value
 
 _OF_QKV, _OF_HEADS, _OF_OUT, _OF_UP, _OF_DOWN = range(EXCHANGES)
@@ -30,8 +31,9 @@ def block(
     stream: Stream,
     weights: Weights,
     positions_T: jax.Array,
-    k_TNSH: jax.Array,
-    v_TNSH: jax.Array,
+    k_YNSH: jax.Array,
+    v_YNSH: jax.Array,
+    table_TZ: jax.Array | None = None,
     *,
     epsilon: float,
     scale: float,
@@ -39,13 +41,23 @@ def block(
 ) -> tuple[Stream, jax.Array, jax.Array]:
     """See `api.block`. `blocks` is the number per cluster."""
     T, D = stream.x_TD.shape
-    N, S = k_TNSH.shape[1:3]
-    plan = BlockPlan(rows=T, panels=N, blocks=blocks, places=S, scale=scale, epsilon=epsilon)
-    cleared_ref, used_ref, k_ref, v_ref = map(jax.new_ref, (stream.cleared_W, stream.used_W, k_TNSH, v_TNSH))
+    N, S = k_YNSH.shape[1:3]
+    pages = None if table_TZ is None else table_TZ.shape[1]
+    places = S * (pages or 1)
+    plan = BlockPlan(rows=T, panels=N, blocks=blocks, places=places, scale=scale, epsilon=epsilon, pages=pages)
+    cleared_ref, used_ref, k_ref, v_ref = map(jax.new_ref, (stream.cleared_W, stream.used_W, k_YNSH, v_YNSH))
+    # Where the new keys and values go. XLA computes it once a step.
+    has_place_T = (positions_T >= 0) & (positions_T < places)
+    if table_TZ is None:
+        slots_T = jnp.where(has_place_T, jnp.arange(T, dtype=jnp.int32) * S + positions_T, -1)
+    else:
+        slots_T = jnp.where(has_place_T, page_slots(table_TZ, positions_T[:, None])[:, 0], -1)
     operands = {
         "x": stream.x_TD,
         "moments": stream.moments_TN2,
         "positions": positions_T,
+        "slots": slots_T,
+        "table": positions_T if table_TZ is None else table_TZ,  # something has to be passed, even if unread
         "k": k_ref,
         "v": v_ref,
         "workspace": cleared_ref,
@@ -95,7 +107,7 @@ def _run(thread: Thread, ring: products_sm90.Ring, at: dict[str, Value]) -> None
     residual = Residual.of(thread, at["x"])
     ring.begin(min(plan.stages, QKV * share))
     finish_norm()
-    first = head.load(ptx.const(0))
+    first = head.load_first()
     ring.begin(plan.stages)
     thread.cluster.wait_prepared()
     sums = ring.multiply(0, QKV * share, QKV, thread.shared["factor"])

@@ -165,7 +165,7 @@ def test_page_and_window_edges_together():
 def test_pools_of_barely_one_request(prompt, most, window):
     """It fits, one page fewer does not; a second one waits for it, or is set aside for it."""
     policy = Policy(slots=3, chunk=8, page=PAGE, steps=2)
-    across = policy.pages_across((window or 1) - 1 + min(8, prompt) + 2)
+    across = policy.pages_across((window or 1) - 1 + max(min(8, prompt) + 1, 2))
     harness = _harness(6, window=window, sliding=1 + min(5, across), slots=3, chunk=8, steps=2)
     for _ in range(3):
         harness.add(_prompt(prompt), most)
