@@ -53,7 +53,8 @@ def append(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `api.append`. `slots_B`, int32: where to write, as page · S + place; nothing is written if negative."""
     K, S, H = k_YKSH.shape[1:]
-    splits, B, columns = qkv.parts_JAO.shape
+    splits, _, columns = qkv.parts_JAO.shape
+    B = slots_B.shape[0]
     N = columns // H - 2 * K
     plan = _AppendPlan(B, splits, N, K, S, H, has_bias=qkv.bias_EO is not None, rotates=rotation is not None)
     # A missing operand is not read, but something has to be passed for it.

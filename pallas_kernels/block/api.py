@@ -14,6 +14,7 @@ from pallas_kernels.block.stream import PANEL, Stream, Weights, Workspace
 
 MOST_ROWS = 8
 _MOST_PANELS = 32  # whose moments one warp can merge
+_MOST_PAGES = 32  # of a row, whose numbers one warp holds
 # F / D, the same in all sizes of GPT-2: each of a cluster's first blocks has one panel of hidden units.
 _HIDDEN = 4
 _GROUPS = 8  # of multiprocessors, at most: a cluster lies within one group
@@ -103,7 +104,7 @@ def block(
       k_YNSH, v_YNSH: of x's dtype. Updated in place if donated. Only places before a row's position have any influence;
         others may hold NaN.
       table_TZ: int32, each row's pages (see `pallas_kernels.pages`), where `cache[t]` lies. None: row t has the page t
-        alone, of S positions.
+        alone, of S positions. The kernel takes up to 32 pages; GPT-2 has 8.
       epsilon: of the norms.
       scale: scores are multiplied by it.
       implementation: "auto", "mosaic" (if `takes` is true) or "xla".
@@ -119,7 +120,8 @@ def block(
     if stream.cleared_W.shape != (words,):
         raise ValueError(f"a workspace of {words} words is needed, found {stream.cleared_W.shape}: use Stream.of(x, F)")
     available: dict[str, Callable[..., Any]] = {dispatch.XLA: reference.block}
-    if _has_kernel(stream.x_TD, weights, k_YNSH, v_YNSH, implementation):
+    fits = table_TZ is None or table_TZ.shape[1] <= _MOST_PAGES
+    if fits and _has_kernel(stream.x_TD, weights, k_YNSH, v_YNSH, implementation):
         from pallas_kernels.block import mosaic_sm90
 
         available[dispatch.MOSAIC] = partial(mosaic_sm90.block, blocks=cluster(k_YNSH.shape[1]))

@@ -53,7 +53,7 @@ class _First(NamedTuple):
     """What is loaded before a row's queries are known."""
 
     words: list[Value]  # of the first turn's keys and values
-    pages: list[Value]  # of the second turn's
+    pages: list[Value]  # where the new keys and values go, one for each `_Word`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,21 +66,21 @@ class _Word:
     part: Value  # 0 for the query, 1 for the key, 2 for the value
     pair: Value  # number in the part
     bias: Value
-    slot: Value  # where the row's new key and value go: page · S + place; negative for nowhere
+    position: Value  # of the row's new token
 
     of_row = QKV * PANEL // 2  # words per row
 
     @classmethod
     def of(cls, thread: Thread, at: dict[str, Value], number_of: Value) -> "_Word":
-        """Begins to load the bias and the slot."""
+        """Begins to load the bias and the position."""
         exists = ptx.less(number_of, thread.plan.rows * cls.of_row)
         row, number_in_row = ptx.divided(number_of, cls.of_row)
         row = arith.minsi(row, ptx.const(thread.plan.rows - 1))
         part, pair = ptx.divided(number_in_row, PANEL // 2)
         column = ptx.add(ptx.mul(ptx.add(ptx.mul(part, thread.plan.panels), thread.panel), PANEL // 2), pair)
         (bias,) = workspace_sm90.load(ptx.offset(at["qkv.bias"], column, 4), 1, exists)
-        (slot,) = workspace_sm90.load(ptx.offset(at["slots"], row, 4), 1, exists)
-        return cls(exists, row, number_in_row, part, pair, bias, slot)
+        (position,) = workspace_sm90.load(ptx.offset(at["positions"], row, 4), 1, exists)
+        return cls(exists, row, number_in_row, part, pair, bias, position)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Head:
     first: Value  # the warp's first place
     inside: Value  # byte offset of the lane's eighth of a row of 64 numbers
     words: list[_Word]
-    pages: list[Value]  # of the first turn's loads, if there is a table
+    page: Value | None  # with a table, the row's page of the lane's number
 
     @classmethod
     def of(cls, thread: Thread, at: dict[str, Value]) -> "Head":
@@ -112,8 +112,12 @@ class Head:
         inside = ptx.mul(arith.andi(thread.cluster.lane, ptx.const(7)), 16)
         starts = range(0, thread.plan.rows * _Word.of_row, THREADS)
         words = [_Word.of(thread, at, ptx.add(thread.cluster.thread, start)) for start in starts]
-        head = cls(thread, at, row, position, first, inside, words, [])
-        return dataclasses.replace(head, pages=head.load_pages(ptx.const(0)))
+        page = None
+        if thread.plan.pages is not None:
+            block = arith.minsi(thread.cluster.lane, ptx.const(thread.plan.pages - 1))
+            entry = ptx.add(ptx.mul(row, thread.plan.pages), block)
+            (page,) = workspace_sm90.load(ptx.offset(at["table"], entry, 4), 1, ptx.always())
+        return cls(thread, at, row, position, first, inside, words, page)
 
     @staticmethod
     def _warps(plan: BlockPlan) -> int:
@@ -140,86 +144,75 @@ class Head:
         first = ptx.add(self.first, ptx.mul(turn, self.step), arith.shrui(self.thread.cluster.lane, ptx.const(3)))
         return [ptx.less(ptx.add(first, self._together * i), self.position) for i in range(self._loads)]
 
-    def load_pages(self, turn: Value) -> list[Value]:
-        """Begins to load the pages in which a turn's places lie, one for each load; nothing without a table."""
-        plan = self.thread.plan
-        if plan.pages is None:
-            return []
-        found = []
-        for i in range(self._loads):  # four adjacent places are in one page
-            place = ptx.add(self.first, ptx.mul(turn, self.step), self._together * i)
-            block = arith.minsi(arith.shrui(place, ptx.const(_BITS)), ptx.const(plan.pages - 1))
-            entry = ptx.offset(self.at["table"], ptx.add(ptx.mul(self.row, plan.pages), block), 4)
-            found += workspace_sm90.load(entry, 1, ptx.always())
-        return found
-
-    def load(self, turn: Value, pages: list[Value]) -> list[Value]:
+    def load(self, turn: Value) -> list[Value]:
         """Begins to load a turn's keys and values, if there are any: four words per load."""
+        numbers = self._numbers(turn)
         words = []
         for name in "kv":
-            places = self._places_at(self.at[name], turn, pages)
+            lane_at = ptx.offset(self.at[name], self.inside, 1)
+            starts = [(ptx.offset(lane_at, number, 2 * PANEL), further) for number, further in numbers]
+            places = [ptx.shifted(start, 2 * PANEL * place) for start, further in starts for place in further]
             for at, is_seen in zip(places, self._seen(turn), strict=True):
                 words += workspace_sm90.load(at, 4, is_seen)
         ptx.sync_warp()
         return words
 
-    def _places_at(self, cache: Value, turn: Value, pages: list[Value]) -> list[Value]:
-        """Where the lane reads in a turn: an address for each load."""
+    def _numbers(self, turn: Value) -> list[tuple[Value, list[int]]]:
+        """Where the lane reads in a turn: numbers of places in the cache, and for each load from there what to add."""
         thread, plan, of_lane = self.thread, self.thread.plan, arith.shrui(self.thread.cluster.lane, ptx.const(3))
         place = ptx.add(self.first, ptx.mul(turn, self.step))
-        if plan.pages is None:
+        if self.page is None:
             pair = ptx.add(ptx.mul(self.row, plan.panels), thread.panel)
             number = ptx.add(ptx.mul(pair, plan.places), place, of_lane)
-            start = ptx.offset(ptx.offset(cache, number, 2 * PANEL), self.inside, 1)
-            return [ptx.shifted(start, 2 * PANEL * self._together * i) for i in range(self._loads)]
+            return [(number, [self._together * i for i in range(self._loads)])]
+        in_pool = ptx.add(ptx.mul(thread.panel, PAGE), of_lane)
         found = []
-        for i, page in enumerate(pages):
-            in_page = arith.andi(ptx.add(place, self._together * i), ptx.const(PAGE - 1))
-            pair = ptx.add(ptx.mul(page, plan.panels), thread.panel)
-            number = ptx.add(ptx.mul(pair, PAGE), in_page, of_lane)
-            found.append(ptx.offset(ptx.offset(cache, number, 2 * PANEL), self.inside, 1))
+        for i in range(self._loads):  # four adjacent places are in one page
+            here = ptx.add(place, self._together * i)
+            page = ptx.from_lane(self.page, arith.minsi(arith.shrui(here, ptx.const(_BITS)), ptx.const(31)))
+            in_page = arith.andi(here, ptx.const(PAGE - 1))
+            found.append((ptx.add(ptx.mul(page, plan.panels * PAGE), in_pool, in_page), [0]))
         return found
 
-    def sum_up(self, exchange: int) -> None:
+    def sum_up(self, first: _First, exchange: int) -> None:
         """Sums up the rows' queries, keys and values, and caches the last two. Synchronises the block."""
         thread = self.thread
         thread.cluster.receive(exchange)
-        for word in self.words:
+        for word, page in zip(self.words, first.pages, strict=True):
             sums = mailbox_pair(thread, word.part, word.row, word.pair)
             total = ptx.pack(*(arith.addf(*both) for both in zip(sums, ptx.halves(word.bias), strict=True)))
             row_at = ptx.shared_offset(thread.shared["qkv"], word.row, QKV_BYTES)
             ptx.store(ptx.add(row_at, ptx.mul(word.number, 4)), [total], word.exists, space="shared")
-            self._keep(word, total)
+            self._keep(word, page, total)
         ptx.sync_block()
 
-    def _keep(self, word: _Word, total: Value) -> None:
+    def _keep(self, word: _Word, page: Value, total: Value) -> None:
         """Writes a word of keys or values to its place in the cache, in the cluster's last block."""
         thread, plan = self.thread, self.thread.plan
         is_mine = ptx.both(word.exists, ptx.less(plan.blocks - 2, thread.rank))
-        page, place = ptx.divided(word.slot, plan.page)
+        has_place = ptx.both(ptx.less(-1, word.position), ptx.less(word.position, plan.places))
+        place = word.position if plan.pages is None else arith.andi(word.position, ptx.const(PAGE - 1))
         place = ptx.add(ptx.mul(ptx.add(ptx.mul(page, plan.panels), thread.panel), plan.page), place)
         for part, name in ((1, "k"), (2, "v")):
             is_part = ptx.both(ptx.less(word.part, part + 1), ptx.less(part - 1, word.part))
             to = ptx.offset(ptx.offset(self.at[name], place, 2 * PANEL), word.pair, 4)
-            workspace_sm90.store(to, total, ptx.both(is_mine, ptx.less(-1, word.slot), is_part))
+            workspace_sm90.store(to, total, ptx.both(is_mine, has_place, is_part))
 
-    def load_first(self) -> "_First":
-        """Begins to load the first turn's keys and values, and the pages of the second's."""
-        words = self.load(ptx.const(0), self.pages)
-        return _First(words, self.load_pages(ptx.const(1)) if self._has_more else [])
+    def load_first(self) -> _First:
+        """Begins to load the first turn's keys and values, and the pages that new ones go to."""
+        plan, pages = self.thread.plan, [word.row for word in self.words]
+        if plan.pages is not None:
+            for i, word in enumerate(self.words):
+                block = arith.minsi(arith.shrui(word.position, ptx.const(_BITS)), ptx.const(plan.pages - 1))
+                entry = ptx.add(ptx.mul(word.row, plan.pages), arith.maxsi(block, ptx.const(0)))
+                (pages[i],) = workspace_sm90.load(ptx.offset(self.at["table"], entry, 4), 1, word.exists)
+        return _First(self.load(ptx.const(0)), pages)
 
-    @property
-    def _has_more(self) -> bool:
-        """Whether there may be a second turn."""
-        return self.thread.plan.places > self.step
-
-    def attend(self, first: "_First", exchange: int) -> None:
+    def attend(self, first: _First, exchange: int) -> None:
         """Sends this block's part of each row to the cluster's first block."""
         query = self._part(0)
-        following: list[Value] = []
-        pages: list[Value] = []
-        if self._has_more:
-            following, pages = self.load(ptx.const(1), first.pages), self.load_pages(ptx.const(2))
+        more = self.thread.plan.places > self.step
+        following = self.load(ptx.const(1)) if more else []
         softmax = self._with_turn(
             _Softmax(ptx.float32(_FLOOR), ptx.float32(0.0), [ptx.float32(0.0)] * 8),
             query,
@@ -229,16 +222,14 @@ class Head:
         )
 
         def turn(i: Value, carry: list[Value]) -> list[Value]:
-            pages, words = carry[10 : 10 + paged], carry[10 + paged :]
-            following, pages = self.load(ptx.add(i, 2), pages), self.load_pages(ptx.add(i, 3))
+            following = self.load(ptx.add(i, 2))
             old = _Softmax(carry[0], carry[1], carry[2:10])
-            softmax = self._with_turn(old, query, ptx.add(i, 1), words)
-            return [softmax.maximum, softmax.total, *softmax.sums, *pages, *following]
+            softmax = self._with_turn(old, query, ptx.add(i, 1), carry[10:])
+            return [softmax.maximum, softmax.total, *softmax.sums, *following]
 
-        if self._has_more:
-            paged = len(pages)
+        if more:
             left = arith.maxsi(ptx.add(self.position, -1), ptx.const(0))  # turns after the first
-            carry = [softmax.maximum, softmax.total, *softmax.sums, *pages, *following]
+            carry = [softmax.maximum, softmax.total, *softmax.sums, *following]
             carry = ptx.loop(arith.divui(left, ptx.const(self.step)), carry, turn)
             softmax = _Softmax(carry[0], carry[1], carry[2:10])
         self._keep_record(softmax)

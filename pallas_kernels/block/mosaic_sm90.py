@@ -20,7 +20,6 @@ from pallas_kernels.block.plan_sm90 import EXCHANGES, HIDDEN, QKV, RESIDUAL_SLOT
 from pallas_kernels.block.products_sm90 import Thread
 from pallas_kernels.block.residual_sm90 import Norm, Residual
 from pallas_kernels.block.stream import PANEL, Stream, Weights, Workspace
-from pallas_kernels.pages import slots as page_slots
 from pallas_kernels.ptx import Value
 
 _OF_QKV, _OF_HEADS, _OF_OUT, _OF_UP, _OF_DOWN = range(EXCHANGES)
@@ -46,17 +45,10 @@ def block(
     places = S * (pages or 1)
     plan = BlockPlan(rows=T, panels=N, blocks=blocks, places=places, scale=scale, epsilon=epsilon, pages=pages)
     cleared_ref, used_ref, k_ref, v_ref = map(jax.new_ref, (stream.cleared_W, stream.used_W, k_YNSH, v_YNSH))
-    # Where the new keys and values go. XLA computes it once a step.
-    has_place_T = (positions_T >= 0) & (positions_T < places)
-    if table_TZ is None:
-        slots_T = jnp.where(has_place_T, jnp.arange(T, dtype=jnp.int32) * S + positions_T, -1)
-    else:
-        slots_T = jnp.where(has_place_T, page_slots(table_TZ, positions_T[:, None])[:, 0], -1)
     operands = {
         "x": stream.x_TD,
         "moments": stream.moments_TN2,
         "positions": positions_T,
-        "slots": slots_T,
         "table": positions_T if table_TZ is None else table_TZ,  # something has to be passed, even if unread
         "k": k_ref,
         "v": v_ref,
@@ -113,7 +105,7 @@ def _run(thread: Thread, ring: products_sm90.Ring, at: dict[str, Value]) -> None
     sums = ring.multiply(0, QKV * share, QKV, thread.shared["factor"])
     for slot, of_panel in enumerate(products_sm90.block_sums(thread, sums)):
         products_sm90.send_sums(thread, _OF_QKV, of_panel, slot, range(plan.blocks))
-    head.sum_up(_OF_QKV)
+    head.sum_up(first, _OF_QKV)
     head.attend(first, _OF_HEADS)
     products_sm90.block_does(thread, 1, lambda: head.finish(_OF_HEADS, heads))
     products_sm90.clear(thread, at["other_workspace"], workspace.words)

@@ -87,8 +87,9 @@ def _of(
     if operation == "block":
         if not isinstance(config, GPT2Config) or not _has_block(config):
             return []
-        sizes = {"num_heads": N, "head_width": H, "mlp_width": config.mlp_width, "epsilon": config.norm_epsilon}
-        block = partial(Block, dtype=dtype, **sizes)
+        block = partial(
+            Block, dtype=dtype, num_heads=N, head_width=H, mlp_width=config.mlp_width, epsilon=config.norm_epsilon
+        )
         return [case for rows, positions in fits for case in _forms(block, rows=rows, positions=positions)]
     if not isinstance(config, GptOssConfig):
         return []
@@ -102,8 +103,14 @@ def _prefill(
     config: ModelConfig, dtype: str, rows: Sequence[int] | None, positions: Sequence[int] | None
 ) -> list[Case]:
     """Prompts; given any, of so many rows of so many positions."""
-    sizes = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "head_width": config.head_width}
-    prefill = partial(Prefill, dtype=dtype, sinks=isinstance(config, GptOssConfig), **sizes)
+    prefill = partial(
+        Prefill,
+        dtype=dtype,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_width=config.head_width,
+        sinks=isinstance(config, GptOssConfig),
+    )
     read = [(B, T, 0) for B in rows or [1] for T in positions or [512]] if rows or positions else _READ
     windows = sorted(set(config.windows), key=lambda window: window or config.context_length)
     return [

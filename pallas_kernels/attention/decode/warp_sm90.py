@@ -109,7 +109,8 @@ class Run:
     def _sees(self, plan: DecodePlan, place: Value) -> Value:
         is_before = ptx.less(place, self.start)
         if plan.folded:
-            return ptx.less(arith.select(is_before, ptx.add(place, PAGE), place), self.count)
+            in_pages = arith.select(is_before, ptx.add(place, PAGE), place)
+            return ptx.both(ptx.less(in_pages, self.count), ptx.less(place, self.end))
         return ptx.both(ptx.less(self.start, ptx.add(place, 1)), ptx.less(place, self.end))
 
 

@@ -170,7 +170,7 @@ class TileItem(NamedTuple):
 
     row: jax.Array
     start: jax.Array  # number of its first token in the call
-    count: jax.Array
+    tokens: jax.Array  # how many
     position: jax.Array  # of the first token
     first: jax.Array  # blocks, as in `Span`
     plain_first: jax.Array

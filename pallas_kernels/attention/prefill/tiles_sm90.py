@@ -278,10 +278,10 @@ def _compute(
         ahead = start - tile.start  # tokens of the tile before the warpgroup's
         span = tile.span(done)
         out_tH = _attend(warpgroup, head, ahead, tile, span, refs, shared, interpret=interpret, **settings)
-        count = jnp.clip(tile.count - ahead, 0, QUERIES)
+        count = jnp.clip(tile.tokens - ahead, 0, QUERIES)
         _store(shared, warpgroup, out_tH.astype(out_ref.dtype), out_ref, start, head, count, interpret=interpret)
         is_first = True if items.shared > 1 else warpgroup == 0
-        _zero(out_ref, tile.start + tile.count, head, jnp.where(is_first, tile.gap, 0), interpret=interpret)
+        _zero(out_ref, tile.start + tile.tokens, head, jnp.where(is_first, tile.gap, 0), interpret=interpret)
         return span.done_after()
 
     lax.fori_loop(0, items.turns(total), item, jnp.int32(0))

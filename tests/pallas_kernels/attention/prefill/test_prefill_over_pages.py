@@ -259,11 +259,11 @@ def test_items_cover_what_is_seen(window, places, tile):
     work = []
     for number in range(int(total[0])):
         item = schedule.TileItem(*(int(each) for each in items[number]))
-        tokens = slice(item.start, item.start + item.count)
-        assert 0 < item.count <= tile and (seen_by[tokens] == -1).all()
+        tokens = slice(item.start, item.start + item.tokens)
+        assert 0 < item.tokens <= tile and (seen_by[tokens] == -1).all()
         seen_by[tokens] = item.row
-        np.testing.assert_array_equal(positions_T[tokens], item.position + np.arange(item.count))
-        zeroed[(item.start + item.count + np.arange(item.gap)) % case.T] += 1
+        np.testing.assert_array_equal(positions_T[tokens], item.position + np.arange(item.tokens))
+        zeroed[(item.start + item.tokens + np.arange(item.gap)) % case.T] += 1
         work.append(item.end - item.first)
         q_T1 = positions_T[tokens][:, None]
         last = item.end * places + 3 * places
