@@ -151,24 +151,6 @@ def test_more_tokens_than_the_cache_was_created_for_are_refused():
         cache.update(0, new_BTKH, new_BTKH, jnp.zeros((ROWS, CHUNK + 1), jnp.int32))
 
 
-@pytest.mark.parametrize("end", [1, 5, PAGE - 1, PAGE, PAGE + 1, 400])
-def test_a_row_goes_on_from_another_that_has_gone_on(end):
-    """The bits are those that the other row got, though its layers with windows have used their pages again."""
-    rows = Rows(_cache())
-    while len(rows.held[0]) < end:
-        rows.call({0: min(CHUNK, end - len(rows.held[0]))}, CHUNK)
-    tail = jax.jit(KVCache.tail)(rows.cache, 0, end)
-    state = rows.rng.bit_generator.state
-    expected = [rows.call({0: 1}, 1), rows.call({0: CHUNK}, CHUNK), rows.call({0: CHUNK}, CHUNK)]
-    for target in (2, 0):
-        rows.cache = jax.jit(KVCache.resumed, donate_argnums=0)(rows.cache, target, 0, end, tail)
-        rows.held[target] = rows.held[0][:end]
-        rows.rng.bit_generator.state = state
-        again = [rows.call({target: 1}, 1), rows.call({target: CHUNK}, CHUNK), rows.call({target: CHUNK}, CHUNK)]
-        for one, other in zip(again, expected, strict=True):
-            np.testing.assert_array_equal(one[target], other[0])
-
-
 def test_padding_may_lie_between_tokens():
     positions_BT = np.full((ROWS, 40), -1, np.int32)
     rng = np.random.default_rng(3)
