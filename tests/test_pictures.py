@@ -19,6 +19,7 @@ PAGE = (ROOT / "docs" / "pictures.md").read_text()
 DIAGRAMS = re.findall(r"^```mermaid\n(.*?)^```$", PAGE, flags=re.M | re.S)
 
 
+@pytest.mark.thorough
 def test_the_drawings_are_those_of_the_code(tmp_path):
     """They are drawn by running it: masks, what lies where in the cache, and the shapes of every stage of a block."""
     subprocess.run([sys.executable, ROOT / "docs" / "drawings", tmp_path], check=True, cwd=ROOT)

@@ -5,7 +5,7 @@ import jax
 from jax.typing import DTypeLike
 
 from gptjax.layers.observe import observe_lazy
-from gptjax.layers.weight import array, product, weight
+from gptjax.layers.weight import Weight, array, gated_product, product, weight
 from pallas_kernels.partial_sum import PartialSum
 
 
@@ -23,13 +23,22 @@ class Linear(nn.Module):
     implementation: str = "auto"
 
     @nn.compact
+    def weights(self, inputs: int) -> tuple[Weight, jax.Array | None]:
+        """The kernel and the bias, for that many inputs."""
+        shape = (inputs, self.features)
+        kernel = weight(self, "kernel", shape, self.axes, param_dtype=self.param_dtype)
+        if not self.use_bias:
+            return kernel, None
+        return kernel, array(self, "bias", nn.initializers.zeros_init(), shape[1:], self.axes[1:], self.param_dtype)
+
+    def gated(self, x: jax.Array) -> jax.Array | None:
+        """silu(gate) · up, [..., out / 2], of an output that is gate and then up; None if no kernel does it at once."""
+        kernel, bias = self.weights(x.shape[-1])
+        return gated_product(x, kernel, self.dtype, self.implementation) if bias is None else None
+
     def partial_sum(self, x: jax.Array) -> PartialSum:
         """[..., in] -> [T, out] with all T tokens in one axis; whoever reads it finishes the sum."""
-        shape = (x.shape[-1], self.features)
-        kernel = weight(self, "kernel", shape, self.axes, param_dtype=self.param_dtype)
-        bias = None
-        if self.use_bias:
-            bias = array(self, "bias", nn.initializers.zeros_init(), shape[1:], self.axes[1:], self.param_dtype)
+        kernel, bias = self.weights(x.shape[-1])
         y = product(x, kernel, bias, self.dtype, self.implementation)
         observe_lazy(self, "output", lambda: self._finished(y, x))
         return y

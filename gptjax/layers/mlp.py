@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from gptjax.axes import MLP as MLP_AXIS
 from gptjax.axes import WIDTH
 from gptjax.layers.linear import Linear
-from gptjax.layers.observe import observe
+from gptjax.layers.observe import is_observed, observe
 from pallas_kernels.partial_sum import PartialSum
 
 ACTIVATIONS: Final[dict[str, Callable[[jax.Array], jax.Array]]] = {
@@ -70,10 +70,12 @@ class GatedMLP(nn.Module):
             use_bias=self.use_bias,
             implementation=self.implementation,
         )
-        gate_up = linear(2 * self.mlp_width, (WIDTH, MLP_AXIS), name="gate_up")(x_BTD)
-        gate_BTF, up_BTF = jnp.split(gate_up, 2, axis=-1)
-        observe(self, "gate", gate_BTF)
-        observe(self, "up", up_BTF)
-        h_BTF = (jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF.astype(jnp.float32)).astype(self.dtype)
+        gate_up = linear(2 * self.mlp_width, (WIDTH, MLP_AXIS), name="gate_up")
+        h_BTF = None if is_observed(self) else gate_up.gated(x_BTD)
+        if h_BTF is None:
+            gate_BTF, up_BTF = jnp.split(gate_up(x_BTD), 2, axis=-1)
+            observe(self, "gate", gate_BTF)
+            observe(self, "up", up_BTF)
+            h_BTF = (jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF.astype(jnp.float32)).astype(self.dtype)
         observe(self, "activation", h_BTF)
         return linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down").partial_sum(h_BTF)

@@ -13,7 +13,7 @@ from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.ggml.fragments import QuantizedFragments
 from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from pallas_kernels.formats.mxfp4 import MXFP4
-from pallas_kernels.matvec import FEW, Fragments, matvec, packed_matvec
+from pallas_kernels.matvec import FEW, Fragments, matvec, packed_gated, packed_matvec, takes_gated
 from pallas_kernels.partial_sum import PartialSum
 
 Matrix = MXFP4 | Quantized | Fragments  # packed
@@ -76,6 +76,18 @@ def product(
         products = [_packed_product(rows, part, dtype) for part in parts]
         y = products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
     return PartialSum(y[None], bias_EO=None if bias is None else bias[None])
+
+
+def gated_product(x: jax.Array, kernel: Weight, dtype: DTypeLike, implementation: str = "auto") -> jax.Array | None:
+    """silu(x · gate) · (x · up), [..., out / 2] of `dtype`, for a kernel of gate and then up, packed and without bias.
+
+    Both products are rounded to `dtype` first. None if no kernel does it at once.
+    """
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    parts = (kernel,) if isinstance(kernel, Fragments) else getattr(kernel, "parts", ())
+    if not parts or not _is_fragments(parts) or not takes_gated(rows, parts, implementation=implementation):
+        return None
+    return packed_gated(rows, parts).reshape(*x.shape[:-1], -1)
 
 
 def _is_fragments(parts: Sequence[Matrix]) -> TypeGuard[Sequence[Fragments]]:

@@ -79,8 +79,8 @@ def packed_matvec(
       implementation: "auto", "mosaic" (bfloat16) or "xla".
 
     Returns:
-      [T, O] float32. Whoever reads it adds up the parts of I, and the bias. A row's bits depend neither on the others
-      nor on T.
+      [T, O] float32. Whoever reads it adds up the parts of I, and the bias. A row's bits do not depend on the others,
+      nor on T unless that is 1.
 
     Raises:
       ValueError: an unknown implementation, one that does not support these operands, or too many rows.
@@ -93,6 +93,32 @@ def packed_matvec(
 
         available[dispatch.MOSAIC] = packed_sm90.product
     return dispatch.choose("packed_matvec", implementation, available)(x_TI, parts, bias_O)
+
+
+def takes_gated(x_TI: jax.Array, parts: Sequence[Fragments], *, implementation: str = dispatch.AUTO) -> bool:
+    """Whether `packed_gated` has a kernel for these operands: Hopper, a single row of bfloat16."""
+    if dispatch.wanted(implementation) != dispatch.MOSAIC or x_TI.dtype != jnp.bfloat16:
+        return False
+    from pallas_kernels.matvec import row_sm90
+
+    return row_sm90.takes_gated(x_TI, parts)
+
+
+def packed_gated(x_TI: jax.Array, parts: Sequence[Fragments]) -> jax.Array:
+    """silu(x · gateᵀ) · (x · upᵀ), of packed matrices [F, I], if `takes_gated` them.
+
+    Both products are rounded to bfloat16 first, as `packed_matvec`'s users do.
+
+    Args:
+      x_TI: one row.
+      parts: gate and up; or one matrix whose rows are those of gate and then those of up.
+
+    Returns:
+      [T, F] bfloat16.
+    """
+    from pallas_kernels.matvec import row_sm90
+
+    return row_sm90.gated(x_TI, parts)
 
 
 def repacked(weight: MXFP4 | Quantized, implementation: str = dispatch.AUTO) -> MXFP4 | Quantized | Fragments:

@@ -22,6 +22,7 @@ from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
 from pallas_kernels.formats.ggml import fragments_sm90 as ggml
 from pallas_kernels.formats.ggml.fragments import PARTS, QuantizedFragments
 from pallas_kernels.formats.mxfp4_sm90 import MISSING, decoded
+from pallas_kernels.matvec import row_sm90
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
@@ -208,6 +209,9 @@ class _PackedPlan:
 
 def product(x_TI: jax.Array, parts: Sequence[Fragments], bias_O: jax.Array | None = None) -> PartialSum:
     """See `api.packed_matvec`."""
+    if row_sm90.takes(x_TI, parts):
+        parts_1TO = row_sm90.product(x_TI, parts)
+        return PartialSum(parts_1TO, bias_EO=None if bias_O is None else bias_O[None])
     outputs = sum(part.shape[0] for part in parts)
     splits = splits_of(outputs, x_TI.shape[1])
     sums = [_parts(x_TI, part, splits=splits) for part in parts]

@@ -1,6 +1,7 @@
 """`convert(..., quantize=)`: which weights are rounded, to what bits, and that the rest is as it was."""
 
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
@@ -26,7 +27,7 @@ from gptjax.models.params import Params, abstract_params, weights_by_path
 from pallas_kernels.formats.mxfp4 import MXFP4, quantize
 from tests.convert import made
 from tests.oracles import gpt2_ours, gpt_oss_ours, gpt_oss_random
-from tests.thinned import thorough
+from tests.thinned import thinned, thorough
 
 ROOT = Path(__file__).resolve().parents[2]
 GPT2 = {"n_embd": 64, "n_head": 4, "n_inner": 96}  # what MXFP4 can pack: multiples of 32
@@ -74,7 +75,7 @@ def gpt_oss() -> gpt_oss_random.Checkpoint:
     return gpt_oss_random.checkpoint()
 
 
-@pytest.mark.parametrize(("source", "tied"), [(np.float32, True), (made.BFLOAT16, False), (np.float16, True)])
+@pytest.mark.parametrize(("source", "tied"), [(np.float32, True), (made.BFLOAT16, False), thorough(np.float16, True)])
 @pytest.mark.parametrize("targets", ["linear", "all"])
 def test_gpt2_has_the_chosen_weights_rounded(tmp_path, targets, tied, source):
     raw, tensors = made.gpt2(tmp_path / "src", dtype=source, tie_word_embeddings=tied, **GPT2)
@@ -92,8 +93,15 @@ def test_gpt2_has_the_chosen_weights_rounded(tmp_path, targets, tied, source):
     assert summary.bytes == sum(array.nbytes for array in expected.values())
 
 
-@pytest.mark.parametrize("layout", gpt_oss_random.LAYOUTS)
-@pytest.mark.parametrize("targets", CHOICES)
+# Each layout and each choice once; all pairs in make full.
+PAIRS = list(itertools.product(CHOICES, gpt_oss_random.LAYOUTS))
+assert len(CHOICES) == len(gpt_oss_random.LAYOUTS)
+
+
+@pytest.mark.parametrize(
+    ("targets", "layout"),
+    [pair if pair in zip(CHOICES, gpt_oss_random.LAYOUTS, strict=True) else thorough(*pair) for pair in PAIRS],
+)
 def test_gpt_oss_has_the_chosen_weights_rounded(tmp_path, gpt_oss, targets, layout):
     source = gpt_oss_random.write(tmp_path / "src", gpt_oss, layout=layout, shards=2)
     convert.convert(source, tmp_path / "dst", quantize=targets)
@@ -203,7 +211,7 @@ def test_logits_are_those_of_the_rounded_numbers(tmp_path, gpt_oss, kind):
     assert np.abs(one - before).max() > 100 * atol  # and rounding does change them
 
 
-@pytest.mark.parametrize("name", [thorough("gpt2-tales"), "gpt-oss-tales"])
+@pytest.mark.parametrize("name", thinned(["gpt2-tales", "gpt-oss-tales"]))
 def test_a_rounded_demo_tells_a_story(tmp_path, name):
     convert.convert(ROOT / "gptjax" / "demo" / name, tmp_path / "dst", quantize="all")
     with gptjax.load(tmp_path / "dst", dtype="float32", max_length=128) as lm:

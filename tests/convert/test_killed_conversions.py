@@ -15,7 +15,7 @@ from gptjax.errors import CheckpointError
 from tests.convert import made
 from tests.convert.conversion_material import assert_holds, restored, start, streamed
 from tests.oracles import gpt2_ours
-from tests.thinned import thorough
+from tests.thinned import thinned, thorough
 
 SMALL = "gptjax.checkpoints.saving.PIECE_BYTES = 3_000_000"
 
@@ -89,7 +89,7 @@ def _killed(tmp_path: Path, function: str, call: int, done: bool, *, overwrite: 
     assert process.returncode == -signal.SIGKILL, errors.decode()
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", thinned(MOMENTS, "before publishing"))
 def test_killed_while_writing(tmp_path, moment):
     _, tensors = made.gpt2(tmp_path / "src")
     _killed(tmp_path, *MOMENTS[moment], overwrite=False)
@@ -100,7 +100,7 @@ def test_killed_while_writing(tmp_path, moment):
     assert_holds(tmp_path / "dst", tensors)
 
 
-@pytest.mark.parametrize("moment", SWAP)
+@pytest.mark.parametrize("moment", thinned(SWAP, "after the old one was moved aside"))
 def test_killed_while_replacing_never_loses_the_old_one(tmp_path, moment):
     *when, expected = SWAP[moment]
     _, old = made.gpt2(tmp_path / "src", seed=1)

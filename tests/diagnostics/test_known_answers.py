@@ -54,6 +54,7 @@ def test_the_published_vocabulary_of_gpt_oss_is_recognised(tmp_path):
     )
 
 
+@pytest.mark.thorough
 def test_the_gpt_oss_demo_gives_its_known_answers(request):
     lm = gptjax.load("gpt-oss-tales", dtype="float32", max_length=2048)
     assert [(check.name, check.agrees) for check in known_answers.verify(lm)] == [

@@ -109,6 +109,7 @@ def test_predictions_written_out(lm, rounded, report, ids):
     assert report.quantized_perplexity == perplexity.perplexity(rounded, ids)
 
 
+@pytest.mark.thorough
 def test_numbers_that_mxfp4_has_are_the_same_model(tmp_path):
     """Experts that were dequantised: nothing changes, and every threshold holds."""
     lm = _random_gpt_oss(tmp_path, "dequantised")
@@ -123,6 +124,7 @@ def test_numbers_that_mxfp4_has_are_the_same_model(tmp_path):
     assert report.passed
 
 
+@pytest.mark.thorough
 def test_what_is_packed_on_both_sides_is_not_compared(tmp_path):
     lm = _random_gpt_oss(tmp_path, "packed")
     report = packed_accuracy.validate(lm, packed_accuracy.quantized(lm, "all"), gpt_oss_random.tokens(0, 60))
@@ -159,6 +161,7 @@ def test_a_gguf_file_written_out(tmp_path):
         assert row.error == pytest.approx(np.linalg.norm(theirs - leaf) / np.linalg.norm(leaf), rel=1e-9)
 
 
+@pytest.mark.thorough
 def test_weights_repacked_for_tensor_cores():
     """As on a Hopper GPU in bfloat16: the numbers and the types are the same."""
     packed = {name: Quantized.random(jax.random.key(1), (64, 256), name) for name in ("Q4_K", "Q8_0")}
@@ -289,6 +292,7 @@ def test_a_converted_directory_and_json(capsys, lm, converted, ids, tmp_path):
     assert facts["passed"] == all(verdict["holds"] for verdict in facts["verdicts"]) == (status == 0)
 
 
+@pytest.mark.thorough
 def test_a_gguf_file_of_the_demo(capsys, demo, tmp_path):
     """All products and the embedding, in Q8_0, which keeps every threshold."""
     types = dict.fromkeys(("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "token_embd.weight"), Q8_0)
@@ -300,6 +304,7 @@ def test_a_gguf_file_of_the_demo(capsys, demo, tmp_path):
     assert "perplexity in Q8_0: " in out
 
 
+@pytest.mark.thorough
 def test_all_thresholds_held_is_status_0(capsys, tmp_path, demo):
     """The demo with products that MXFP4 has."""
     shutil.copytree(demo, tmp_path / "exact", ignore=shutil.ignore_patterns("*.safetensors"))

@@ -1,35 +1,64 @@
 """Llama's steps as they are compiled for a Hopper GPU: which kernels they take; nothing runs."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from gptjax.config import PUBLISHED
 from gptjax.models import registry
-from gptjax.models.params import abstract_params
+from gptjax.models.packing import quantized
+from gptjax.models.params import abstract_params, weights_by_path
 from pallas_kernels import dispatch
+from pallas_kernels.formats import is_packed
+from pallas_kernels.formats.ggml.fragments import QuantizedFragments
+from pallas_kernels.formats.ggml.weight import Quantized
 from tests.pallas_kernels.marks import lowered_for_h200, needs_mosaic
+from tests.thinned import thorough
 
 
-def _kernels(name: str, rows: int, tokens: int) -> int:
-    """How many kernels of ours the first layer of a published size takes in a call of `rows` x `tokens`."""
-    model = registry.build(PUBLISHED[name].with_one_layer(), dtype=jnp.bfloat16)
+def _lowered(name: str, rows: int, tokens: int, packed: str | None = None) -> str:
+    """A call of `rows` x `tokens` of a published size with one layer, whose weights may be `packed` in a GGUF type."""
+    config = PUBLISHED[name].with_one_layer()
+    if packed is not None:
+        config = quantized(config, weights_by_path(abstract_params(registry.build(config))), packed)
+    model = registry.build(config, dtype=jnp.bfloat16)
+    params = jax.tree.map(_fragments, abstract_params(model), is_leaf=is_packed)
     ids_BT = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
     cache = jax.eval_shape(lambda: registry.create_cache(model, batch=rows, max_length=2048))
 
     def step(params, ids_BT, positions_BT, cache):
         return model.apply({"params": params}, ids_BT, positions_BT, cache)
 
-    return lowered_for_h200(step, abstract_params(model), ids_BT, ids_BT, cache).count("custom_call")
+    return lowered_for_h200(step, params, ids_BT, ids_BT, cache)
+
+
+def _kernels(name: str, rows: int, tokens: int) -> int:
+    """How many kernels of ours that is."""
+    return _lowered(name, rows, tokens).count("custom_call")
+
+
+def _fragments(weight: Any) -> Any:
+    return jax.eval_shape(QuantizedFragments.of, weight) if isinstance(weight, Quantized) else weight
 
 
 @needs_mosaic
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b", "smollm2-135m", "mistral-7b"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b", thorough("smollm2-135m"), thorough("mistral-7b")])
 def test_decoding_takes_every_kernel(name, monkeypatch):
     """Three norms, four products, attention, and the step from product to cache."""
     monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
     assert _kernels(name, rows=8, tokens=1) == 3 + 4 + 1 + 1
     assert _kernels(name, rows=1, tokens=512) == 1  # attention; XLA has the rest
+
+
+@needs_mosaic
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b"])
+def test_the_activation_of_one_row_is_in_a_product(name, monkeypatch):
+    monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
+    one, two = (_lowered(name, rows=rows, tokens=1, packed="Q4_K") for rows in (1, 2))
+    assert one.count("custom_call") == two.count("custom_call") == 3 + 4 + 1 + 1
+    assert "@silu" in two and "@silu" not in one  # XLA's activation
 
 
 @needs_mosaic

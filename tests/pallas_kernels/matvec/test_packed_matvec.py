@@ -12,7 +12,7 @@ from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.ggml.fragments import PARTS, QuantizedFragments
 from pallas_kernels.formats.ggml.weight import Quantized
 from pallas_kernels.formats.mxfp4 import MXFP4
-from pallas_kernels.matvec import Fragments, packed_matvec, repacked
+from pallas_kernels.matvec import Fragments, packed_gated, packed_matvec, repacked, takes_gated
 from tests.pallas_kernels.formats.ggml_blocks import random_blocks
 from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 from tests.thinned import thorough
@@ -47,8 +47,22 @@ def _agrees(actual, x, parts, bias, *, rounded: bool):
     """With float64. If numbers are `rounded`, each product may be off by bfloat16's precision."""
     kernel = np.concatenate([np.asarray(part.dequantize(), np.float64) for part in parts])
     exact = np.asarray(x, np.float64) @ kernel.T + np.asarray(bias, np.float64)
-    size = np.abs(np.asarray(x, np.float64)) @ np.abs(kernel).T
+    size = np.abs(np.asarray(x, np.float64)) @ np.abs(kernel).T + np.abs(np.asarray(bias, np.float64))
     assert np.all(np.abs(np.asarray(actual) - exact) <= (BF16 if rounded else 2e-6) * size + 1e-30)
+
+
+def assert_gated(actual, row, kernels):
+    """That `actual` is silu(gate) · up, of a row and float64 kernels [F, I].
+
+    Gate and up are off by a product's error, and rounded to bfloat16; so is the result. |silu'| is at most 1.1.
+    """
+    gate, up = (kernel @ row for kernel in kernels)
+    gate_off, up_off = (2e-6 * np.abs(kernel) @ np.abs(row) + BF16 / 2 * np.abs(kernel @ row) for kernel in kernels)
+    with np.errstate(over="ignore"):
+        silu = gate / (1 + np.exp(-gate))
+    off = 1.1 * gate_off * (np.abs(up) + up_off) + np.abs(silu) * up_off
+    off += BF16 / 2 * (np.abs(silu * up) + off) + 1e-30
+    assert np.all(np.abs(np.asarray(actual, np.float64) - silu * up) <= off)
 
 
 @pytest.mark.parametrize("name", ["MXFP4", "Q4_K", "Q6_K"])
@@ -89,7 +103,9 @@ def test_products_lower(name, T, inputs, outputs):
     product = importlib.import_module("pallas_kernels.matvec.packed_sm90").product
     weight = jax.eval_shape(lambda: _fragments(name, outputs, inputs))
     text = lowered(lambda x, *parts: product(x, parts).total(), jax.eval_shape(lambda: _x(T, inputs)), weight, weight)
-    assert text.count("call @_parts") == 2 and "packed_matvec" in text
+    alone = T == 1 and PARTS[name].run == 32 if name in PARTS else T == 1
+    assert text.count("call @_row" if alone else "call @_parts") == 2
+    assert ("packed_row" if alone else "packed_matvec") in text
 
 
 @needs_mosaic
@@ -104,11 +120,51 @@ def test_splits_fill_the_device_and_divide_turns():
 
 @needs_hopper
 @pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize(("T", "inputs", "outputs"), [(1, 4096, 1024), (8, 768, 64), (13, 2816, 192), (64, 1280, 4096)])
+@pytest.mark.parametrize(
+    ("T", "inputs", "outputs"),
+    [(1, 4096, 1024), (1, 2816, 192), (1, 256, 68608), (2, 768, 64), (13, 2816, 192), (64, 1280, 4096)],
+)
 def test_products_agree_with_float64(name, T, inputs, outputs):
     parts, bias = [_fragments(name, outputs, inputs), _fragments("Q8_0", 64, inputs, seed=1)], jnp.ones(outputs + 64)
     x = _x(T, inputs)
     actual = packed_matvec(x, parts, bias, implementation="mosaic")
     _agrees(actual.total(), x, parts, bias, rounded=False)
-    alone = packed_matvec(x[:1], parts, bias, implementation="mosaic")
-    np.testing.assert_array_equal(actual.parts_JAO[:, :1], alone.parts_JAO)
+    others = packed_matvec(jnp.full_like(x, jnp.nan).at[0].set(x[0]), parts, bias, implementation="mosaic")
+    np.testing.assert_array_equal(actual.parts_JAO[:, :1], others.parts_JAO[:, :1])
+
+
+@needs_hopper
+@pytest.mark.parametrize("name", ["MXFP4", "Q4_0", "Q4_K", "Q5_K", "Q8_0"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_gate_and_up_agree_with_float64(name, apart):
+    F, inputs = 960, 1280
+    x = _x(1, inputs)
+    parts = [_fragments(name, F, inputs), _fragments(name, F, inputs, seed=1)]
+    kernels = [np.asarray(part.dequantize(), np.float64) for part in parts]
+    if not apart:
+        packed = [_packed(name, F, inputs, seed) for seed in range(2)]
+        whole = jax.tree.map(lambda *halves: jnp.concatenate(halves), *packed)
+        parts = [MXFP4Fragments.of(whole) if isinstance(whole, MXFP4) else QuantizedFragments.of(whole)]
+    assert takes_gated(x, parts)
+    assert not takes_gated(_x(2, inputs), parts)
+    assert_gated(packed_gated(x, parts)[0], np.asarray(x, np.float64)[0], kernels)
+
+
+@needs_mosaic
+def test_rows_are_spread_over_one_block_a_multiprocessor():
+    settings_of = importlib.import_module("pallas_kernels.matvec.row_sm90").settings_of
+    for outputs, inputs, matrices in [
+        (4096, 4096, 1),
+        (6144, 4096, 1),
+        (14336, 4096, 2),
+        (4096, 14336, 1),
+        (3584, 18944, 1),
+        (18944, 3584, 2),
+        (64, 256, 1),
+    ]:
+        settings = settings_of(outputs, inputs, matrices)
+        warps = settings.share * settings.strips * matrices
+        assert warps in range(4, 21, 4)
+        assert 1 <= settings.share <= inputs // 256
+        assert settings.strips * 16 * 132 * (2 if warps <= 8 else 1) >= outputs
+    assert settings_of(128256, 4096).strips == 4
