@@ -394,5 +394,34 @@ def test_pages_after_a_token_that_could_not_be_drawn_are_not_shared():
     assert sum(map(len, held)) == 4 * 8  # the prompt and two tokens
 
 
+def test_prompts_can_be_read_without_steps_between():
+    harness = _harness()
+    for length in (20, 4):
+        harness.add(_prompt(length, length), 3)
+    assert not harness.scheduler.has_newcomers
+    for read in ({0: 12, 1: 4}, {0: 8}):
+        plan = harness.scheduler.plan(decode=False)
+        assert _read(plan) == read and plan.decode is None
+        harness.device.run(plan)
+        assert harness.scheduler.has_newcomers
+    assert harness.scheduler.plan(decode=False) is None
+    assert _rows(harness.plan()) == [0, 1]
+    assert not harness.scheduler.has_newcomers
+    harness.finish()
+    harness.check_tokens()
+
+
+def test_tokens_of_requests_that_have_ended_may_be_left_out():
+    harness = _harness()
+    first, second = harness.add(_prompt(3), 5), harness.add(_prompt(3, 1), 5)
+    plan = harness.plan()
+    harness.scheduler.end(first)
+    with pytest.raises(ValueError, match="draws 1 tokens for request 2, found 0"):
+        harness.scheduler.receive(plan.number, [(), ()])
+    harness.scheduler.end(second)
+    plan = harness.scheduler.plan()
+    assert plan is None
+
+
 def test_an_idle_scheduler_plans_nothing():
     assert _harness().plan() is None
