@@ -112,7 +112,7 @@ class Executor:
             self._send_tables()
             for kind in range(len(self._tables)):
                 self._copy(kind, [Copy(kind, 0, 0, 1)])
-            for size in policy.call_sizes:
+            for size in self._used_sizes():
                 hidden_TD = self._run_prefill(PrefillCall(size, (), ()))
                 for count in self._end_sizes(size):
                     self._keep_logits(hidden_TD, np.full((2, count), policy.slots, np.int32))
@@ -189,6 +189,12 @@ class Executor:
         for request in requests:
             used |= Features() if request is None else Features.of(request.params)
         return next(level for level in self._levels if level | used == level)
+
+    def _used_sizes(self) -> tuple[int, ...]:
+        """The sizes of prefill calls that there can be: several prompts may fill a chunk, one has its own length."""
+        sizes = self._policy.call_sizes
+        longest = self._policy.chunk if self._policy.packed else min(self._policy.chunk, self._max_length)
+        return sizes[: sizes.index(smallest(sizes, longest)) + 1]
 
     def _most_pieces(self, size: int) -> int:
         return min(self._policy.pieces, self._policy.slots, size) if self._policy.packed else 1

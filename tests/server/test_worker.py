@@ -128,7 +128,7 @@ def test_running_streams_wait_for_one_chunk_at_most(worker, monkeypatch):
     assert not running.ended.is_set()
     worker.cancel(running.ticket)
     between = "".join(name[0] for name in happened)
-    assert between.count("p") == 2 * 5  # four whole chunks and the rest
+    assert between.count("p") == 2 * 6  # four whole chunks, 32 of the rest, and 2
     assert "pp" not in between
 
 
