@@ -140,7 +140,8 @@ def test_every_case_of_full_size_has_operands_that_fit(implementation):
             leaves = jax.tree.leaves((operands, x.caches) if isinstance(case, Block) else operands)
             read = [leaf for leaf in leaves if leaf.dtype == jnp.bfloat16 and leaf.ndim > 1]
             held = 2 * sum(leaf.size for leaf in read)
-            assert held == case.bytes if not getattr(case, "paged", False) else held > case.bytes
+            has_more = getattr(case, "paged", False) or isinstance(case, Prefill)  # than is read
+            assert held >= case.bytes if has_more else held == case.bytes
         if implementation == "xla":
             out = jax.eval_shape(lambda x, operands, case=case: case.call(x, operands, "xla"), x, operands)
             following = jax.eval_shape(case.following, x, out)

@@ -26,6 +26,7 @@ WARPS = THREADS // 32
 _BITS = PAGE.bit_length() - 1  # of a place in a page
 
 _LOAD = "ld.global.nc.b32 $0, [$1];"
+_LOAD_ANEW = "{ .reg .pred p; setp.eq.s32 p, $3, 0; mov.b32 $0, $2; @p ld.global.nc.b32 $0, [$1]; }"  # if $3 is 0
 _LOAD_FOUR = "ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [$4+{}];"
 _STREAM_FOUR = "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {{$0, $1, $2, $3}}, [$4+{}];"
 Words = list[list[Value]]  # 16 bytes each
@@ -165,15 +166,27 @@ class CacheStream:
     at: Thread
     run: Run
 
-    def pages(self, turn: Value | int) -> list[Value]:
-        """Begins to load the page of a turn's tile, or the two pages of all tiles; nothing without a table."""
-        plan = self.plan
-        if plan.pages is None:
-            return []
-        block = ptx.const(0) if plan.folded else arith.shrui(self._first(turn), ptx.const(_BITS))
-        entry = ptx.offset(self.table, ptx.add(ptx.mul(self.at.block.row, plan.pages), block), 4)
-        entries = [ptx.shifted(entry, 4 * i) for i in range(plan.pages if plan.folded else 1)]
+    def two_pages(self) -> list[Value]:
+        """Begins to load the pages of a folded window, or its only one."""
+        entry = ptx.offset(self.table, ptx.mul(self.at.block.row, self.plan.pages), 4)
+        entries = [ptx.shifted(entry, 4 * i) for i in range(self.plan.pages or 0)]
         return [ptx.asm(_LOAD, [ptx.i32()], [each], volatile=True)[0] for each in entries]
+
+    def hold(self, turn: Value | int, held: Value | None = None) -> Value:
+        """Begins to load, a lane each, the pages of the tiles of 32 turns from `turn` on.
+
+        If there are some `held` already, only for a turn that is a multiple of 32. (Loaded one by one a turn ahead,
+        each would cost a trip to memory, because ptxas moves such loads to where they are used.)
+        """
+        block = arith.shrui(self._first(ptx.add(turn, self.at.lane)), ptx.const(_BITS))
+        entry = ptx.offset(self.table, ptx.add(ptx.mul(self.at.block.row, self.plan.pages), block), 4)
+        if held is None:
+            return ptx.asm(_LOAD, [ptx.i32()], [entry], volatile=True)[0]
+        return ptx.asm(_LOAD_ANEW, [ptx.i32()], [entry, held, arith.andi(turn, ptx.const(31))], volatile=True)[0]
+
+    def page(self, turn: Value | int, held: Value) -> list[Value]:
+        """The page of a turn's tile, of those that are held."""
+        return [ptx.from_lane(held, arith.andi(ptx.as_value(turn), ptx.const(31)))]
 
     def keys(self, turn: Value | int, pages: list[Value]) -> Words:
         """The 16 bytes from 16·q on in every 64, of place g in every eight."""
@@ -221,18 +234,22 @@ class CacheStream:
 
 
 class Loaded(NamedTuple):
-    """What a warp loads before it computes: its first tile, and the pages of its second."""
+    """What a warp loads before it computes: its first tile, and the pages of it and others."""
 
     keys: Words
     values: Words
-    pages: list[Value]
+    pages: list[Value]  # of a folded window; else what `hold` has loaded; nothing without a table
 
     @classmethod
     def of(cls, stream: CacheStream) -> "Loaded":
         """Begins to load them."""
-        pages = stream.pages(0)
-        following = pages if stream.plan.folded else stream.pages(1)
-        return cls(stream.keys(0, pages), stream.values(0, pages), following)
+        plan, pages = stream.plan, []
+        if plan.folded:
+            pages = stream.two_pages()
+        elif plan.pages is not None:
+            pages = [stream.hold(0)]
+        first = pages if plan.folded or not pages else stream.page(0, *pages)
+        return cls(stream.keys(0, first), stream.values(0, first), pages)
 
 
 def attend(stream: CacheStream, a: list[list[Value]], loaded: Loaded) -> tuple[list[Value], list[Value], list[Value]]:
@@ -259,8 +276,11 @@ def attend(stream: CacheStream, a: list[list[Value]], loaded: Loaded) -> tuple[l
     turns, many = stream.run.turns(plan), len(loaded.pages)
 
     def step(following: Value, carry: list[Value]) -> list[Value]:
-        pages, carry = carry[:many], carry[many:]
-        later = pages if plan.folded else stream.pages(ptx.add(following, 1))
+        held, carry = carry[:many], carry[many:]
+        pages = held
+        if held and not plan.folded:
+            held = [stream.hold(following, *held)]
+            pages = stream.page(following, *held)
         keys, values, state = _apart(carry, *sizes)
         scores = _scores(plan, a, keys)
         if plan.windowed:
@@ -270,7 +290,7 @@ def attend(stream: CacheStream, a: list[list[Value]], loaded: Loaded) -> tuple[l
         weights, softmax, sums = weigh(scores, state)
         sums = _multiply(plan, sums, weights, values)
         values = stream.values(following, pages)
-        return [*later, *chain(*keys, *values), *softmax, *sums]
+        return [*held, *chain(*keys, *values), *softmax, *sums]
 
     carry = ptx.loop(turns, [*loaded.pages, *chain(*loaded.keys, *loaded.values), *state], step, start=1)
     # Without a window, only a warp's last tile may be partly or entirely missing.

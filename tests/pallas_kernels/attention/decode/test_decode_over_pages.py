@@ -73,6 +73,9 @@ SM90 = {
     "a window of three pages": Case(N=8, K=1, H=64, positions=[383, 384, 256, 200, -1], window=200),
     "one query a group": Case(N=25, K=25, H=64, positions=[511, 128, -1]),
     "more queries than a block has room for": Case(N=40, K=2, H=64, positions=[130, 600], window=128),
+    "more turns than a warp holds pages for": Case(
+        N=8, K=1, H=128, positions=[4500, 2100, 2047, 2048, -1], settings={"splits": 1, "blocks": 1}
+    ),
     "gpt-oss": Case(N=64, K=8, H=64, positions=[32767]),
     "gpt-oss, a short row in a long table": Case(N=64, K=8, H=64, positions=[100], pages=1024),
     "gpt-oss, eight rows": Case(N=64, K=8, H=64, positions=[2047, 0, 1000, 127, 128, -1, 1500, 2046]),
