@@ -29,7 +29,7 @@ EVERYTHING = ("pyproject.toml", "constraints.txt", "constraints-3.12.txt", "cons
 
 
 @cache
-def graph(gone: frozenset[str] = frozenset()) -> dict[str, set[str]]:
+def graph(gone: frozenset[str]) -> dict[str, set[str]]:
     """What each module imports, tests and the conftest.py of their folders included. `gone` are modules deleted."""
     files = import_graph.modules(*PACKAGES, "tests")
     known = frozenset({*files, *gone})

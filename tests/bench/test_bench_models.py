@@ -162,6 +162,7 @@ def test_the_ceiling_is_the_faster_of_copying_and_reading():
     assert speed.bytes_per_second == max(speed.read, speed.copy)
 
 
+@pytest.mark.thorough
 def test_random_weights_in_a_type(capsys, monkeypatch):
     """All matrices but experts are packed; a step reads fewer bytes, and experts stay in MXFP4."""
     small = dataclasses.replace(
