@@ -52,7 +52,7 @@ class Allocator:
         if self._policy.reuse:
             match = self.match(sequence)
             copies = self._share(sequence, match)
-            if copies is None:  # there is no room for a copy
+            if copies is None:  # no room for a copy
                 whole = len(match.path) * self._policy.page
                 match = tree.match(sequence.tokens(0, whole), sequence.prompt, whole, multiple)
                 copies = self._share(sequence, match)
@@ -160,7 +160,7 @@ class Allocator:
         sequence.node, sequence.in_tree = node, index + 1
 
     def _share(self, sequence: Sequence, match: Match) -> list[Copy] | None:
-        """Puts the pages of a match in a sequence's tables; None, and nothing, if there is no room for copies."""
+        """Puts a match's pages in a sequence's tables. Changes nothing and returns None if copies have no room."""
         size = self._policy.page
         sequence.sources = [] if match.tail is None else list(enumerate(match.tail.pages))
         for number, page in sequence.sources:
@@ -200,7 +200,7 @@ class Allocator:
         sequence.sources = []
 
     def _take(self, number: int) -> int:
-        """A page, from the tree if no other is free; 0 if there are none."""
+        """Takes a free page, or evicts one from the tree. Returns 0 if neither is possible."""
         pool = self.pools[number]
         while not (page := pool.take()):
             if not self.tree.evict(number):

@@ -61,7 +61,7 @@ class Pool:
         return page in self._idle
 
     def take(self) -> int:
-        """A free page, now held once; 0 if there are none."""
+        """Takes a free page, which is then held once. Returns 0 if no page is free."""
         if not self._free:
             return 0
         page = self._free.pop()
@@ -99,7 +99,7 @@ class Pool:
         self.drop(page)
 
     def longest_idle(self) -> int:
-        """The idle page whose last use is longest ago; 0 if there are none."""
+        """The least recently used idle page; 0 if no page is idle."""
         return next(iter(self._idle), 0)
 
     def check(self) -> None:

@@ -241,7 +241,7 @@ class Scheduler:
         return min(draft.room, max(self.policy.chunk // 2, draft.room - wanted))
 
     def _decode(self, sequence: Sequence, draft: _Draft, steps: int) -> None:
-        """Plans the next row of a request: fewer steps if there are not pages for all."""
+        """Plans the next row of a request, with fewer steps if pages run out."""
         given, draws, feeds = sequence.row(steps)
         room = self._reserve(sequence, sequence.position + feeds) - sequence.position
         if room < feeds:
