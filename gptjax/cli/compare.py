@@ -68,6 +68,7 @@ def run_compare(args: argparse.Namespace) -> int:
     for row in rows:
         facts: dict[str, Any] = {"stage": row.stage, "ours": list(row.ours.shape), "theirs": list(row.theirs.shape)}
         facts |= {"difference": row.difference, "magnitude": row.magnitude, "agrees": row.agrees}
+        facts["left_out"] = list(row.left_out)
         values = {"our_values": _head(row.ours), "their_values": _head(row.theirs)} if args.values else {}
         if args.json:
             print(json.dumps({key: _finite(value) for key, value in (facts | values).items()}))
@@ -80,6 +81,9 @@ def run_compare(args: argparse.Namespace) -> int:
                 print(f"    {label:6} {_line(head)}")
     first = first_difference(rows)
     if not args.json:
+        for position in rows[-1].left_out:
+            stage = next(row.stage for row in rows if position in row.left_out)
+            print(f"token {position} is left out from {stage} on: its experts are nearly tied, and rounding decides")
         print("all stages agree" if first is None else f"the first stage that differs: {first.stage}")
     return 0 if first is None else 1
 

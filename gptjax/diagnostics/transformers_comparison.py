@@ -31,13 +31,15 @@ class Row:
     ours: np.ndarray
     theirs: np.ndarray
     tolerance: float  # relative to their largest magnitude
+    left_out: tuple[int, ...] = ()  # positions of tokens that are not compared; see `compare`
 
     @property
     def difference(self) -> float:
         """The largest absolute difference; NaN if either has a NaN, infinite if the shapes differ."""
         if self.ours.shape != self.theirs.shape:
             return float("inf")
-        return float(np.abs(self.ours.astype(np.float64) - self.theirs.astype(np.float64)).max())
+        differences = np.abs(self.ours.astype(np.float64) - self.theirs.astype(np.float64))
+        return float(np.delete(differences, self.left_out, axis=0).max(initial=0.0))
 
     @property
     def magnitude(self) -> float:
@@ -53,6 +55,9 @@ class Row:
 def compare(model: Model, params: Params, directory: Path, token_ids: Sequence[int]) -> list[Row]:
     """Runs transformers on the same checkpoint and tokens, in the model's dtype, and compares every stage.
 
+    When experts are nearly tied, rounding decides which of them a token gets. A token whose router logits agree but
+    whose experts do not is left out of the experts' output and of every later stage.
+
     Raises:
       GptjaxError: torch or transformers is not installed.
     """
@@ -60,7 +65,21 @@ def compare(model: Model, params: Params, directory: Path, token_ids: Sequence[i
     theirs = transformers_activations(directory, model.config, token_ids, dtype=np.dtype(model.dtype).name)
     ours = activations(model, params, token_ids)
     tolerance = TOLERANCE[np.dtype(model.dtype).name]
-    return [Row(stage, ours[stage], theirs[stage], tolerance) for stage in stages(model.config)]
+    rows: list[Row] = []
+    left_out: tuple[int, ...] = ()
+    for stage in stages(model.config):
+        rows.append(Row(stage, ours[stage], theirs[stage], tolerance, left_out))
+        if isinstance(model.config, GptOssConfig) and stage.endswith("/router"):
+            left_out = tuple(sorted({*left_out, *other_experts(rows[-1], top=model.config.experts_per_token)}))
+    return rows
+
+
+def other_experts(router: Row, *, top: int) -> list[int]:
+    """The positions of tokens that get other experts from us than from transformers, if the router's logits agree."""
+    if not router.agrees:
+        return []
+    ours, theirs = (np.sort(np.argsort(-logits)[:, :top]) for logits in (router.ours, router.theirs))
+    return [int(position) for position in np.flatnonzero((ours != theirs).any(axis=1))]
 
 
 def first_difference(rows: Sequence[Row]) -> Row | None:

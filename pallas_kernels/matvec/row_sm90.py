@@ -237,17 +237,12 @@ def _prefetch(plan: _RowPlan, at: Mapping[str, Value], strip: Value) -> Callable
     lines = [(piece, line) for piece in plan.kind.pieces for line in piece.lines()]
     if not plan.settings.ahead or len(lines) > 32:
         return lambda turn: None
-    base, stride, number = None, None, 0
-    for piece in plan.kind.pieces:
-        start = piece.start(at[piece.array], strip, plan.turns)
-        for line in piece.lines():
-            here, size = ptx.shifted(start, line), ptx.const(piece.turn)
-            if base is None:
-                base, stride = here, size
-            else:
-                mine = equal(lane, ptx.const(number))
-                base, stride = arith.select(mine, here, base), arith.select(mine, size, stride)
-            number += 1
+    starts = {piece: piece.start(at[piece.array], strip, plan.turns) for piece in plan.kind.pieces}
+    addresses = [(ptx.shifted(starts[piece], line), ptx.const(piece.turn)) for piece, line in lines]
+    base, stride = addresses[0]
+    for number, (address, step) in enumerate(addresses[1:], 1):
+        mine = equal(lane, ptx.const(number))
+        base, stride = arith.select(mine, address, base), arith.select(mine, step, stride)
 
     def run(turn: Value) -> None:
         exists = arith.andi(ptx.less(lane, len(lines)), ptx.less(turn, plan.turns))
