@@ -14,7 +14,7 @@ import numpy as np
 from gptjax.chat import ChatChunk, ChatCompletion, chat_chunks
 from gptjax.config import GenerationDefaults, ModelConfig
 from gptjax.engine import limits, memory, steps
-from gptjax.engine.engine import Engine, prefill
+from gptjax.engine.engine import Engine
 from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.generate import generate
 from gptjax.engine.memory import Memory
@@ -227,7 +227,7 @@ class LanguageModel:
         """
         ids = self._checked_ids(token_ids, self.max_length)
         with self._guard():
-            cache = registry.create_cache(self.model, batch=1, max_length=self.max_length)
+            cache = registry.create_cache(self.model, batch=1, max_length=self.max_length, chunk=steps.SCORED_CHUNK)
             logits_TV = np.empty((len(ids), self.config.vocab_size), np.float32)
             params = FlatParams.of(self.params)
             for start, count, chunk in steps.padded_chunks(np.asarray(ids, np.int32), steps.SCORED_CHUNK):
@@ -273,10 +273,9 @@ class LanguageModel:
         # All are checked before the state is donated for the first one.
         checked = [self._checked_ids(prompt, state.max_length) for prompt in prompts]
         with self._guard(batch=state.batch, max_length=state.max_length):
-            row = registry.create_cache(self.model, batch=1, max_length=state.max_length)
             params = FlatParams.of(self.params)
             for slot, ids in enumerate(checked):
-                state, row = prefill(self.model, params, state, slot, np.asarray(ids, np.int32), row)
+                state = steps.prefill(self.model, params, state, slot, np.asarray(ids, np.int32))
             # A copy, because the next step donates the state with its logits.
             return jax.block_until_ready(jnp.copy(state.logits_BV)), state
 
@@ -295,10 +294,10 @@ class LanguageModel:
         request = Request(prompt_ids=(), max_tokens=1, params=params)
         settings = settings_of([request] * state.batch, self.config.vocab_size, Features.of(params))
         with self._guard(batch=state.batch, max_length=state.max_length):
-            sampled = steps.sample(state, settings)
-            active_B = np.ones((state.batch,), np.bool_)
+            rows_B = np.arange(state.batch, dtype=np.int32)
+            sampled = steps.sample(state, rows_B, settings)
             weights = FlatParams.of(self.params)
-            return sampled.token_B, steps.advance(self.model, weights, state, sampled.token_B, active_B)
+            return sampled.token_B, steps.advance(self.model, weights, state, sampled.token_B, rows_B)
 
     def memory(self, *, batch: int | None = None, max_length: int | None = None) -> Memory:
         """Bytes that the weights and generating `batch` rows of `max_length` positions need, and those available.

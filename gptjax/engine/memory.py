@@ -17,7 +17,7 @@ from gptjax.config import GptOssConfig, LlamaConfig, ModelConfig
 from gptjax.config.quantization import packs
 from gptjax.engine import steps
 from gptjax.errors import CapacityError
-from gptjax.layers.cache import SLOT_MULTIPLE, capacity_of, places_of
+from gptjax.layers.cache import capacity_of, pages_of, reach, tail_pages
 from gptjax.layers.weight import AT_ONCE
 from gptjax.models import registry
 from gptjax.models.params import abstract_params
@@ -26,6 +26,7 @@ from gptjax.support.runtime import DeviceMemory, device_memory
 from gptjax.support.units import readable
 from pallas_kernels.attention.reference import DENSE_SCORES
 from pallas_kernels.moe.reference import TOGETHER, group_sizes
+from pallas_kernels.pages import PAGE
 
 _LEAST_LENGTH = 32  # positions; a shorter `max_length` helps no one
 _FIXED = {"cpu": 1 << 20}  # bytes of a program's constants and small buffers; elsewhere also the libraries' workspaces
@@ -100,12 +101,11 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
         4·T·(q, k, v and residual (N + 2K)·H + the larger of the MLP's 2·F (3·F if it is gated; for experts, see `_moe`)
              and attention's 5·N·H + 2·D and 2·N·128 scores)
         or, off the CPU, 2 · 4·B·N·T·S scores of any prompt or decode step with B·N·T·S at most 2^26, if more
-        + 2 · one row's cache, which prefill takes out of the whole cache and puts back
         + 8 · 4·B·V, the sampler's sorts and copies of all logits
         + the numbers of the largest packed weight that is unpacked as a whole, or on a CPU of 2^18 at a time
         + 1 MiB (64 MiB off the CPU, for the workspaces of matrix products)
-        + on a CPU in half precision, the larger of weights and cache in float32: XLA has no half-precision products
-          there and converts them
+        + on a CPU in half precision, the weights in float32: XLA has no half-precision products there and converts
+          them
 
     A test checks that it is at least what XLA reports and at most four times that (plus the workspaces). For its
     result, `LanguageModel.logits` needs another 4·T·V, and `LanguageModel.activations` all that it returns.
@@ -117,19 +117,17 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     T = max(buckets)
     projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
     S = capacity_of(max_length)
-    scored = config.num_heads * (2 * SLOT_MULTIPLE + 5 * config.head_width)
+    scored = config.num_heads * (2 * PAGE + 5 * config.head_width)
     attention = 4 * T * (scored + 2 * config.width)
     mlp = _moe(config, T) if isinstance(config, GptOssConfig) else 4 * T * (_up(config) + config.mlp_width)
     chunk = 4 * T * projected + max(mlp, attention)
-    row = _cache(model, 1, max_length)
     if platform != "cpu":
         at_once = [config.num_heads * rows * S for rows in (*buckets, batch)]
         chunk = max([chunk, *(8 * scores for scores in at_once if scores <= DENSE_SCORES)])
-    estimate = chunk + 2 * row + 32 * batch * config.vocab_size + _unpacked(config, platform)
+    estimate = chunk + 32 * batch * config.vocab_size + _unpacked(config, platform)
     estimate += _FIXED.get(platform, _FIXED_ELSEWHERE)
-    width = jnp.dtype(model.dtype).itemsize
-    if platform == "cpu" and width < 4:
-        estimate += max(4 * _weights(model)[2], 4 // width * batch * row)
+    if platform == "cpu" and jnp.dtype(model.dtype).itemsize < 4:
+        estimate += 4 * _weights(model)[2]
     return estimate
 
 
@@ -205,20 +203,19 @@ def check_state(model: Model, *, batch: int, max_length: int, reuse: bool = Fals
     Called before allocating it: a GPU's allocator tries for ten seconds a layer before it gives up.
 
     Args:
-      reuse: the engine also keeps copies of the sliding layers' rings, to continue from prompts.
+      reuse: the engine also keeps copies of the sliding layers' last pages, to continue from prompts.
     """
     device, (cache, logits) = device_memory(), _state(model, batch, max_length)
-    if cache + logits + (rings(model, batch=batch, max_length=max_length) if reuse else 0) > device.available:
+    if cache + logits + (tails(model, batch=batch, max_length=max_length) if reuse else 0) > device.available:
         has = device.available + _weights(model)[0]
         message = shortfall(model, batch=batch, max_length=max_length, has=has, device=device)
         raise CapacityError(message or f"{_rows(batch, max_length)} do not fit")
 
 
-def rings(model: Model, *, batch: int, max_length: int) -> int:
-    """Bytes of a copy of the sliding layers' rings for each of `batch` rows."""
-    capacity = capacity_of(max_length)
-    windows = [window for window in model.config.windows if window is not None and window < capacity]
-    return batch * _places(model) * sum(windows)
+def tails(model: Model, *, batch: int, max_length: int) -> int:
+    """Bytes of a copy of the sliding layers' last pages for each of `batch` rows."""
+    windows = [window for window in reach(model.config.windows, max_length) if window is not None]
+    return batch * _page(model) * sum(map(tail_pages, windows))
 
 
 def shortfall(model: Model, *, batch: int, max_length: int, has: int, device: DeviceMemory) -> str | None:
@@ -253,7 +250,7 @@ def advice(model: Model, *, batch: int, max_length: int, has: int, device: Devic
         rows, length = (1 if fewer and shorter else batch), max_length
         if shorter:
             length = _largest(lambda n, m=candidate, b=rows: total(m, b, n) <= has, below=max_length)  # type: ignore[misc]
-            length -= length % SLOT_MULTIPLE if length > SLOT_MULTIPLE else 0  # the cache grows in such steps
+            length -= length % PAGE if length > PAGE else 0  # the cache grows in such steps
         elif fewer:
             rows = _largest(lambda n, m=candidate: total(m, n, max_length) <= has, below=batch)  # type: ignore[misc]
         if rows < 1 or length < min(_LEAST_LENGTH, max_length) or total(candidate, rows, length) > has:
@@ -280,14 +277,17 @@ def _state(model: Model, batch: int, max_length: int) -> tuple[int, int]:
 
 
 def _cache(model: Model, batch: int, max_length: int) -> int:
-    """Bytes of `registry.create_cache`, computed rather than traced, since tracing a thousand layers takes seconds."""
-    places = sum(places_of(model.config.windows, capacity_of(max_length)))
-    return batch * (_places(model) * places + 4)  # plus the length
+    """Bytes of a state's cache, computed rather than traced, since tracing a thousand layers takes seconds."""
+    windows = reach(model.config.windows, max_length)
+    chunk = steps.chunk_of(model)
+    pages = sum(1 + batch * pages_of(window, max_length=max_length, chunk=chunk) for window in windows)
+    tables = len(set(windows)) * capacity_of(max_length) // PAGE
+    return _page(model) * pages + 4 * batch * (tables + 1)  # plus the lengths
 
 
-def _places(model: Model) -> int:
-    """Bytes of one layer's key and value at one position."""
-    return 2 * model.config.num_kv_heads * model.config.head_width * jnp.dtype(model.dtype).itemsize
+def _page(model: Model) -> int:
+    """Bytes of one layer's keys and values in one page."""
+    return 2 * PAGE * model.config.num_kv_heads * model.config.head_width * jnp.dtype(model.dtype).itemsize
 
 
 @functools.lru_cache(maxsize=16)

@@ -44,12 +44,12 @@ class Policy:
     @property
     def call_sizes(self) -> tuple[int, ...]:
         """The sizes of prefill calls, in tokens: powers of two up to the chunk."""
-        return _powers(min(_SMALLEST_CALL, self.chunk), self.chunk)
+        return powers(min(_SMALLEST_CALL, self.chunk), self.chunk)
 
     @property
     def row_sizes(self) -> tuple[int, ...]:
         """The sizes of decode calls, in rows: powers of two up to the slots, or the slots alone."""
-        return (self.slots,) if self.rows == "all" else _powers(1, self.slots)
+        return (self.slots,) if self.rows == "all" else powers(1, self.slots)
 
     def pages(self, positions: int) -> int:
         """How many pages hold this many positions from 0."""
@@ -96,7 +96,8 @@ def smallest(sizes: tuple[int, ...], count: int) -> int:
     return next(size for size in sizes if size >= count)
 
 
-def _powers(first: int, last: int) -> tuple[int, ...]:
+def powers(first: int, last: int) -> tuple[int, ...]:
+    """The first size and its doubles that are less than the last, and this."""
     sizes = [first]
     while sizes[-1] * 2 < last:
         sizes.append(sizes[-1] * 2)

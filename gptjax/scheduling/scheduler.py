@@ -74,6 +74,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def has_newcomers(self) -> bool:
+        """Whether a request with a slot waits for its first token."""
+        return any(sequence.is_reading or not sequence.planned for sequence in self._running)
+
+    @property
     def in_flight(self) -> int:
         """Plans whose tokens have not been received."""
         return len(self._in_flight)
@@ -117,6 +122,7 @@ class Scheduler:
         Args:
           plan: its number.
           tokens: of each row of its decode call, those drawn; -1 if none could be. A request that draws one must end.
+            Those of requests that have ended may be left out, as if they had drawn none.
 
         Returns:
           Those of requests that have not ended, in the order of the rows.
@@ -125,7 +131,7 @@ class Scheduler:
             raise ValueError(f"plan {plan} is not the oldest in flight")
         wanted = []
         for (sequence, draws), drawn in zip(self._in_flight.popleft()[1], tokens, strict=True):
-            if len(drawn) != draws:
+            if len(drawn) != draws and not sequence.ended:
                 raise ValueError(f"plan {plan} draws {draws} tokens for request {sequence.number}, found {len(drawn)}")
             sequence.in_flight -= draws > 0
             if not sequence.ended and draws:
@@ -144,8 +150,12 @@ class Scheduler:
                 bisect.insort(self._waiting, sequence, key=_age)
         self._allocator.forget()
 
-    def plan(self) -> Plan | None:
-        """What to dispatch next; None if nothing can be done before tokens are received or requests added."""
+    def plan(self, *, decode: bool = True) -> Plan | None:
+        """What to dispatch next; None if nothing can be done before tokens are received or requests added.
+
+        Args:
+          decode: whether requests decode; if not, prompts are read only.
+        """
         for sequence in self._running:
             self._allocator.settle(sequence)
         self._join()
@@ -155,7 +165,7 @@ class Scheduler:
         draft, steps = _Draft(self.policy.chunk), self._steps()
         for sequence in list(self._running):
             if sequence.slot is not None:  # it was not set aside for the sake of an older one
-                self._advance(sequence, draft, steps)
+                self._advance(sequence, draft, steps if decode else 0)
         if not (draft.copies or draft.pieces or draft.rows):
             return None
         return self._finished(draft, steps)
@@ -174,19 +184,18 @@ class Scheduler:
 
     def _steps(self) -> int:
         """One, or several if nobody waits for a first token and at least half of them are wanted."""
-        newcomers = any(sequence.is_reading or not sequence.planned for sequence in self._running)
         most = max((sequence.steps_left for sequence in self._running), default=0)
-        return self.policy.steps if not newcomers and 2 * most >= self.policy.steps else 1
+        return self.policy.steps if not self.has_newcomers and 2 * most >= self.policy.steps else 1
 
     def _advance(self, sequence: Sequence, draft: _Draft, steps: int) -> None:
-        """Plans what a running request does next."""
+        """Plans what a running request does next; with 0 steps, it does not decode."""
         if not sequence.begun:
             if sequence.awaited is not None:
                 return
             draft.copies += self._allocator.begin(sequence)
         if sequence.is_reading:
             self._read(sequence, draft)
-        if not sequence.is_reading and not sequence.is_drawn:
+        if steps and not sequence.is_reading and not sequence.is_drawn:
             self._decode(sequence, draft, steps)
 
     def _look_for_readers(self, sequence: Sequence) -> None:

@@ -1,7 +1,7 @@
 """The thread that owns the engine: many clients' requests join and leave one compiled decode step.
 
-Between two steps the worker handles cancellations, gives free slots to the oldest waiting requests, and reads at most
-one chunk of their prompts, so that running streams never wait for more than that.
+Between two steps the worker handles cancellations and hands the oldest waiting requests to the engine, which reads at
+most one chunk of their prompts a step, so that running streams never wait for more than that.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class _Job:
     request: Request
     deliver: Callable[[Event], None]
     cancelled: bool = False
-    began: float = 0.0  # when it took its slot
+    began: float = 0.0  # when the engine took it
     cached: int = 0  # prompt tokens that were not read again
     count: int = 0  # tokens drawn
 
@@ -84,8 +84,7 @@ class Worker:
         self._changed = threading.Condition()
         self._open: dict[Ticket, _Job] = {}  # all unfinished ones
         self._queue: deque[_Job] = deque()
-        self._filling: tuple[int, _Job] | None = None  # the slot and job whose prompt is being read
-        self._running: dict[int, _Job] = {}  # by slot
+        self._running: dict[int, _Job] = {}  # those that the engine has, by its numbers
         self._cancelled: list[_Job] = []  # not handled yet
         self._ready = self._started = self._draining = self._stopping = False
         self._failing: Failed | None = None  # what all open requests will end with
@@ -188,7 +187,7 @@ class Worker:
                 alive=alive,
                 heartbeat_age=time.monotonic() - self._beat,
                 slots=self._slots,
-                busy=len(self._running) + (self._filling is not None),
+                busy=len(self._running),
                 queued=len(self._queue),
                 cache_used=min(1.0, used / (self._slots * self._model.max_length)),
                 requests=self._accepted,
@@ -199,9 +198,8 @@ class Worker:
     def _check_room(self, ahead: int = 0) -> None:
         if refusal := self._refusal():
             raise Unavailable(refusal)
-        busy = len(self._running) + (self._filling is not None)
         waiting = len(self._queue) + ahead
-        if waiting >= self._max_queue + self._slots - busy:  # a free slot means no wait
+        if waiting >= self._max_queue + self._slots - len(self._running):  # a free slot means no wait
             raise QueueFull(waiting, self._retry_after())
 
     def _refusal(self) -> str | None:
@@ -276,25 +274,20 @@ class Worker:
             if self._stopping:
                 return False
         if failing:
-            for slot in self._fail_all():
-                engine.release(slot)
+            for request in self._fail_all():
+                engine.end(request)
             return True
         self._leave(engine)
         self._join(engine)
-        while engine.fill_is_due:
-            if not engine.fill():
-                break  # it may have been cancelled before its next chunk
-            self._admitted()
-            self._join(engine)
         for drawn in engine.step():
             self._push(engine, drawn)
         return True
 
     def _busy(self) -> bool:
-        return bool(self._queue or self._filling or self._running or self._cancelled)
+        return bool(self._queue or self._running or self._cancelled)
 
     def _leave(self, engine: Engine) -> None:
-        """Frees the slots of cancelled requests."""
+        """Ends cancelled requests."""
         with self._changed:
             cancelled, self._cancelled = self._cancelled, []
         for job in cancelled:
@@ -302,26 +295,16 @@ class Worker:
                 self._end(engine, job, "cancelled")
 
     def _join(self, engine: Engine) -> None:
-        """Lets the oldest waiting request take a slot, one prompt at a time."""
+        """Hands the oldest waiting requests to the engine, as many as it has room for."""
         with self._changed:
-            if self._filling is not None or not self._queue or not engine.free_slots:
-                return
-            job = self._queue.popleft()
-            slot = engine.best_slot(job.request)
-            self._filling = slot, job
-        job.began = time.monotonic()
-        job.cached = engine.begin(slot, job.request)
-
-    def _admitted(self) -> None:
-        """The prompt has been read, and its slot takes part in steps."""
-        with self._changed:
-            assert self._filling is not None  # the engine had a prompt to read
-            slot, self._running[slot] = self._filling
-            self._filling = None
+            while self._queue and engine.room:
+                job = self._queue.popleft()
+                job.began = time.monotonic()
+                self._running[engine.add(job.request)] = job
 
     def _push(self, engine: Engine, drawn: Drawn) -> None:
         """Delivers a token, and ends its request if it was the last."""
-        job = self._running[drawn.slot]
+        job = self._running[drawn.request]
         if job.cancelled:
             return  # `_leave` handles it
         request = job.request
@@ -338,27 +321,25 @@ class Worker:
             self._end(engine, job, "length")
 
     def _end(self, engine: Engine, job: _Job, how: Failed | str) -> None:
-        """Frees a job's slot, if it has one, and delivers its last event."""
-        slot = self._forget(job)
-        if slot is not None:
-            engine.release(slot)
+        """Ends a job in the engine, if it is there, and delivers its last event."""
+        number = self._forget(job)
+        if number is not None:
+            job.cached = engine.cached_tokens(number)
+            engine.end(number)
         prompt_tokens = len(job.request.prompt_ids)
         self._deliver(job, Finished(how, prompt_tokens, job.cached, job.count) if isinstance(how, str) else how)
         self._close(job)
 
     def _forget(self, job: _Job) -> int | None:
-        """Removes a job from wherever it is. Returns the slot that it had."""
+        """Removes a job from wherever it is. Returns the number that the engine has for it."""
         with self._changed:
             if job in self._queue:
                 self._queue.remove(job)
-            if self._filling is not None and self._filling[1] is job:
-                slot, self._filling = self._filling[0], None
-                return slot
-            for slot, running in self._running.items():
+            for number, running in self._running.items():
                 if running is job:
-                    del self._running[slot]
+                    del self._running[number]
                     self._seconds += _SMOOTHING * (time.monotonic() - job.began - self._seconds)
-                    return slot
+                    return number
         return None
 
     def _close(self, job: _Job) -> None:
@@ -368,16 +349,16 @@ class Worker:
             self._changed.notify_all()
 
     def _fail_all(self) -> list[int]:
-        """Ends all open requests with `_failing`. Returns their slots."""
+        """Ends all open requests with `_failing`. Returns the engine's numbers of those that it has."""
         with self._changed:
             jobs = list(self._open.values())
             failed, self._failing = self._failing or _STOPPED, None
             self._cancelled.clear()
-        slots = [self._forget(job) for job in jobs]
+        numbers = [self._forget(job) for job in jobs]
         for job in jobs:
             self._deliver(job, failed)
             self._close(job)
-        return [slot for slot in slots if slot is not None]
+        return [number for number in numbers if number is not None]
 
     def _deliver(self, job: _Job, event: Event) -> None:
         try:

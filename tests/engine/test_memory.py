@@ -16,7 +16,8 @@ import gptjax.language_model
 from gptjax import CapacityError, RequestError
 from gptjax.config import PUBLISHED, GPT2Config
 from gptjax.diagnostics.info import describe
-from gptjax.engine import memory, steps
+from gptjax.engine import memory, programs, steps
+from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
@@ -24,6 +25,7 @@ from gptjax.models.params import abstract_params, init_params, weights_by_path
 from gptjax.support import runtime
 from gptjax.support.runtime import DeviceMemory
 from gptjax.support.units import readable
+from pallas_kernels.pages import TILE
 from tests.thinned import thorough
 
 GIB = 1 << 30
@@ -78,24 +80,29 @@ def _device(available: int, platform: str = "cpu") -> DeviceMemory:
 
 
 def _temporary(model: registry.Model, batch: int, length: int) -> int:
-    """What XLA itself says that generating holds in passing, at most: steps' buffers, and prefill's one row."""
+    """What XLA itself says that generating holds in passing, at most: the steps' buffers."""
     params = abstract_params(model)
     state = jax.eval_shape(lambda: steps.init_state(model, batch=batch, max_length=length))
-    row = jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=length))
     bucket = max(b for _, _, b in steps.chunks(min(length, steps.CHUNK)))
-    chunk = jax.ShapeDtypeStruct((2 + bucket,), jnp.int32)
-    token_B, active_B = (jax.ShapeDtypeStruct((batch,), dtype) for dtype in (jnp.int32, jnp.bool_))
+    chunk = jax.ShapeDtypeStruct((3 + bucket,), jnp.int32)
+    token_B = rows_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
     drawn = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.2, logit_bias={1: 1.0}, seed=1)
     request = Request(prompt_ids=(1,), max_tokens=1, params=drawn)
     settings = settings_of([request] * batch, model.config.vocab_size, Features.of(drawn))
+    flat, slots = FlatParams.of(params), programs.Slots(state.cache, state.history_BS, state.logits_BV)
+    call = jax.ShapeDtypeStruct((bucket + 4 * -(-bucket // TILE),), jnp.int32)
+    rows = jax.ShapeDtypeStruct((batch, programs.ROW_FIELDS + 1), jnp.int32)
     lowered = [
-        steps.prefill_chunk.lower(model, params, row, chunk),
-        steps.advance.lower(model, params, state, token_B, active_B),
-        steps.sample.lower(state, settings),
+        steps.prefill_chunk.lower(model, params, state, chunk),
+        steps.advance.lower(model, params, state, token_B, rows_B),
+        steps.sample.lower(state, rows_B, settings),
+        programs.prefill.lower(model, flat, slots, call, bucket),
+        programs.advance.lower(model, flat, slots, token_B, rows),
+        programs.sample.lower(slots, rows, settings),
     ]
     sizes = [each.compile().memory_analysis().temp_size_in_bytes for each in lowered]
     assert min(sizes) > 0  # the compiler tells
-    return max(sizes) + memory.tree_bytes(row)
+    return max(sizes)
 
 
 @pytest.mark.parametrize(
@@ -155,9 +162,9 @@ def test_a_model_tells_its_memory(demo):
     with gptjax.load(demo, max_length=100, max_batch=3, dtype="float32") as lm:
         own = lm.memory()
         assert own.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params))
-        assert (own.cache, own.logits) == (3 * (128 * 6 * 2 * 256 * 4 + 4), 3 * 4 * (8192 + 128))
+        assert (own.cache, own.logits) == ((1 + 3) * 128 * 6 * 2 * 256 * 4 + 3 * 2 * 4, 3 * 4 * (8192 + 128))
         other = lm.memory(batch=1, max_length=512)
-        assert other.cache == 512 * 6 * 2 * 256 * 4 + 4
+        assert other.cache == (1 + 4) * 128 * 6 * 2 * 256 * 4 + 5 * 4  # in pages, of which the first is no row's
         assert own.device.available <= own.device.limit
         for options in ({"batch": 0}, {"batch": True}, {"max_length": 0}):
             with pytest.raises(RequestError):
@@ -234,11 +241,19 @@ CALLS = {
     "prefill": lambda lm: lm.prefill(lm.init_state(), [1, 2]),
     "decode": lambda lm: lm.decode(lm.init_state()),
 }
-STEP = {"logits": "score_chunk", "init_state": "init_state", "decode": "advance"}
+STEP = {
+    "generate": (programs, "prefill"),
+    "stream": (programs, "prefill"),
+    "logits": (steps, "score_chunk"),
+    "activations": (gptjax.language_model, "activations"),
+    "init_state": (steps, "init_state"),
+    "prefill": (steps, "prefill_chunk"),
+    "decode": (steps, "advance"),
+}
 
 
 def _fail(monkeypatch, call: str, error: Exception) -> None:
-    home, name = (gptjax.language_model, call) if call == "activations" else (steps, STEP.get(call, "prefill_chunk"))
+    home, name = STEP[call]
     real = getattr(home, name)
 
     def step(*arguments, **named):
@@ -376,20 +391,20 @@ def test_loading_and_closing_leaks_nothing(demo, cycles, growth):
 
 
 @pytest.mark.parametrize("config", [TALES, OSS_TALES])
-def test_rings_that_are_kept_are_counted(config, monkeypatch):
+def test_tails_that_are_kept_are_counted(config, monkeypatch):
     model = registry.build(config, dtype=jnp.bfloat16)
-    row = jax.eval_shape(lambda: registry.create_cache(model, batch=1, max_length=300))
-    kept = 3 * memory.tree_bytes(jax.eval_shape(steps.rings, row))
-    assert memory.rings(model, batch=3, max_length=300) == kept
+    shapes = jax.eval_shape(lambda: steps.init_state(model, batch=3, max_length=300))
+    state = memory.tree_bytes(shapes)
+    kept = 3 * memory.tree_bytes(jax.eval_shape(steps.tail, shapes, jax.ShapeDtypeStruct((2,), jnp.int32)))
+    assert memory.tails(model, batch=3, max_length=300) == kept
     assert (kept > 0) == (config is OSS_TALES)
-    state = memory.tree_bytes(jax.eval_shape(lambda: steps.init_state(model, batch=3, max_length=300)))
-    for has, fits, fits_with_rings in (
+    for has, fits, fits_with_tails in (
         (state, True, not kept),
         (state + kept, True, True),
         (state - 9999, False, False),
     ):
         monkeypatch.setattr(memory, "device_memory", lambda device=None, has=has: _device(has))
-        for reuse, expected in ((False, fits), (True, fits_with_rings)):
+        for reuse, expected in ((False, fits), (True, fits_with_tails)):
             if expected:
                 memory.check_state(model, batch=3, max_length=300, reuse=reuse)
             else:

@@ -165,7 +165,7 @@ def test_page_and_window_edges_together():
 def test_pools_of_barely_one_request(prompt, most, window):
     """It fits, one page fewer does not; a second one waits for it, or is set aside for it."""
     policy = Policy(slots=3, chunk=8, page=PAGE, steps=2)
-    across = policy.pages_across((window or 1) - 1 + min(8, prompt) + 2)
+    across = policy.pages_across((window or 1) - 1 + max(min(8, prompt) + 1, 2))
     harness = _harness(6, window=window, sliding=1 + min(5, across), slots=3, chunk=8, steps=2)
     for _ in range(3):
         harness.add(_prompt(prompt), most)
@@ -392,6 +392,35 @@ def test_pages_after_a_token_that_could_not_be_drawn_are_not_shared():
     harness.scheduler.end(number)
     held = [node.tokens for node in harness.scheduler._allocator.tree.nodes()]
     assert sum(map(len, held)) == 4 * 8  # the prompt and two tokens
+
+
+def test_prompts_can_be_read_without_steps_between():
+    harness = _harness()
+    for length in (20, 4):
+        harness.add(_prompt(length, length), 3)
+    assert not harness.scheduler.has_newcomers
+    for read in ({0: 12, 1: 4}, {0: 8}):
+        plan = harness.scheduler.plan(decode=False)
+        assert _read(plan) == read and plan.decode is None
+        harness.device.run(plan)
+        assert harness.scheduler.has_newcomers
+    assert harness.scheduler.plan(decode=False) is None
+    assert _rows(harness.plan()) == [0, 1]
+    assert not harness.scheduler.has_newcomers
+    harness.finish()
+    harness.check_tokens()
+
+
+def test_tokens_of_requests_that_have_ended_may_be_left_out():
+    harness = _harness()
+    first, second = harness.add(_prompt(3), 5), harness.add(_prompt(3, 1), 5)
+    plan = harness.plan()
+    harness.scheduler.end(first)
+    with pytest.raises(ValueError, match="draws 1 tokens for request 2, found 0"):
+        harness.scheduler.receive(plan.number, [(), ()])
+    harness.scheduler.end(second)
+    plan = harness.scheduler.plan()
+    assert plan is None
 
 
 def test_an_idle_scheduler_plans_nothing():

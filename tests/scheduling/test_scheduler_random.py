@@ -42,7 +42,7 @@ def _harness(case: Case, roomy: int) -> Harness:
     policy, most = case.policy, []
     for window in case.windows:
         whole = policy.pages(case.longest)
-        across = whole if window is None else policy.pages_across(window - 1 + policy.chunk + policy.steps)
+        across = whole if window is None else policy.pages_across(window - 1 + max(policy.chunk + 1, policy.steps))
         most.append(1 + min(whole, across) + roomy)
     return Harness(policy, most, case.windows, written=case.written)
 

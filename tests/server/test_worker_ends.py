@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax.engine import steps
+from gptjax.engine import programs
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.server import worker as worker_module
 from gptjax.server.events import Failed, Finished, Unavailable
@@ -119,7 +119,7 @@ def test_a_worker_that_dies_fails_all_and_shows_it(fresh, monkeypatch):
     def broken(*_):
         raise FloatingPointError("a planted fault")
 
-    monkeypatch.setattr(steps, "sample", broken)
+    monkeypatch.setattr(programs, "sample", broken)
     for reader in (*running, *waiting):
         assert reader.end.kind == "died"
         assert "FloatingPointError: a planted fault" in reader.end.message
@@ -137,7 +137,7 @@ def test_a_worker_that_dies_while_it_compiles_says_so(fresh, monkeypatch):
     def broken(*_):
         raise MemoryError("planted")
 
-    monkeypatch.setattr(steps, "prefill_chunk", broken)
+    monkeypatch.setattr(programs, "prefill", broken)
     worker = fresh()
     with pytest.raises(Unavailable, match=r"CapacityError: .*memory"):
         worker.wait_until_ready()

@@ -1,0 +1,219 @@
+"""Runs plans on the device."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.engine import programs, sampling
+from gptjax.engine.flat_params import AnyParams, FlatParams
+from gptjax.engine.request import Request
+from gptjax.engine.settings import Features, settings_of
+from gptjax.models import registry
+from gptjax.models.registry import Model
+from gptjax.scheduling.plan import Copy, DecodeCall, Plan, PrefillCall
+from gptjax.scheduling.policy import Policy, powers, smallest
+from pallas_kernels.pages import TILE
+
+_COPIES = 8  # pages of one call
+
+
+class Executor:
+    """The device's side of an engine: pools, tables, and what each slot holds. Plans alone change them.
+
+    Programs are dispatched, not waited for. Each has a few sizes; `warm_up` compiles them all.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: AnyParams,
+        *,
+        policy: Policy,
+        pages: Sequence[int],
+        max_length: int,
+        levels: Sequence[Features] = (),
+    ):
+        """Allocates the pools.
+
+        Args:
+          pages: of the pool of each kind of layers, in the order of `layers.cache.kinds`.
+          levels: sets of features, each including the one before; the first that covers a call's requests is computed.
+            By default, the features that any request so far has used.
+        """
+        self._model = model
+        self._params = FlatParams.of(params)
+        self._policy = policy
+        self._pages, self._max_length = tuple(pages), max_length
+        self._levels = levels
+        self._features = Features()
+        self._requests: list[Request | None] = [None] * policy.slots
+        self._numbers = [0] * policy.slots
+        self._settings: tuple[object, sampling.Sampling] | None = None  # of the last rows, and what these were
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty pools and slots, such as after an error that a program was lost in."""
+        cache = registry.create_pools(
+            self._model, pages=self._pages, rows=self._policy.slots, max_length=self._max_length
+        )
+        self._tables = [np.zeros(table.shape, np.int32) for table in cache.tables]  # what the device has, too
+        self._slots = programs.Slots(
+            cache=cache,
+            history_BS=jnp.zeros((self._policy.slots, cache.capacity), jnp.int32),
+            # A slot that was never filled draws -1 instead of a token.
+            logits_BV=jnp.full((self._policy.slots, self._model.config.vocab_size), jnp.nan, jnp.float32),
+        )
+
+    def run(self, plan: Plan, requests: Mapping[int, Request]) -> sampling.Sampled | None:
+        """Dispatches a plan.
+
+        Args:
+          requests: those that join, by their numbers.
+
+        Returns:
+          What its decode call draws, a row of the call each, on the device; stacked if it has several steps.
+        """
+        for join in plan.joins:
+            self._requests[join.slot] = request = requests[join.request]
+            self._numbers[join.slot] = join.request
+            self._features |= Features.of(request.params)
+            for table in self._tables:
+                table[join.slot] = 0
+        for entry in plan.tables:
+            self._tables[entry.pool][entry.slot, entry.index] = entry.page
+        if plan.joins or plan.tables:
+            self._send_tables()
+        for kind in range(len(self._tables)):
+            self._copy(kind, [copy for copy in plan.copies if copy.pool == kind])
+        for call in plan.prefill:
+            self._prefill(call)
+        return None if plan.decode is None else self._decode(plan.decode)
+
+    def number(self, slot: int) -> int:
+        """The request that took a slot last."""
+        return self._numbers[slot]
+
+    @property
+    def result(self) -> jax.Array:
+        """An array that is there when all plans so far have run, and that the next one does not use up."""
+        return programs.marker(self._slots)
+
+    def wait(self) -> None:
+        """Waits until everything dispatched has run."""
+        jax.block_until_ready(self._slots)
+
+    def warm_up(self) -> None:
+        """Compiles all programs, by running them without any rows."""
+        policy = self._policy
+        for _ in range(2):  # the second time with arrays as compiled code returns them
+            self._send_tables()
+            for kind in range(len(self._tables)):
+                self._copy(kind, [Copy(kind, 0, 0, 1)])
+            for size in self._used_sizes():
+                hidden_TD = self._run_prefill(PrefillCall(size, (), ()))
+                for count in self._end_sizes(size):
+                    self._keep_logits(hidden_TD, np.full((2, count), policy.slots, np.int32))
+            for size in policy.row_sizes:
+                for level in self._levels or [self._features]:
+                    settings = settings_of([None] * size, self._model.config.vocab_size, level)
+                    for num_steps in {1, policy.steps}:
+                        self._run_decode(_rows(DecodeCall(size, num_steps, ())), settings, num_steps)
+        self.wait()
+
+    def _send_tables(self) -> None:
+        # Copies: on a CPU, JAX may use NumPy's memory, and programs that read it may run later than the next change.
+        tables = tuple(jnp.asarray(table.copy()) for table in self._tables)
+        self._slots = dataclasses.replace(self._slots, cache=dataclasses.replace(self._slots.cache, tables=tables))
+
+    def _copy(self, kind: int, copies: Sequence[Copy]) -> None:
+        for first in range(0, len(copies), _COPIES):
+            some = copies[first : first + _COPIES]
+            call = np.zeros(1 + 2 * _COPIES, np.int32)
+            call[0] = len(some)
+            call[1 : 1 + len(some)] = [copy.source for copy in some]
+            call[1 + _COPIES : 1 + _COPIES + len(some)] = [copy.target for copy in some]
+            self._slots = programs.copy_pages(self._slots, call, kind)
+
+    def _prefill(self, call: PrefillCall) -> None:
+        hidden_TD = self._run_prefill(call)
+        ends = [(piece.start + piece.count - 1, piece.slot) for piece in call.pieces if piece.ends]
+        if ends:
+            padded = np.full((2, smallest(self._end_sizes(call.size), len(ends))), self._policy.slots, np.int32)
+            padded[0] = 0
+            padded[:, : len(ends)] = np.asarray(ends, np.int32).T
+            self._keep_logits(hidden_TD, padded)
+
+    def _run_prefill(self, call: PrefillCall) -> jax.Array:
+        tiles = np.zeros((4, self._most_tiles(call.size)), np.int32)
+        found = [
+            (piece.slot, piece.start + ahead, min(TILE, piece.count - ahead), piece.position + ahead)
+            for piece in call.pieces
+            for ahead in range(0, piece.count, TILE)
+        ]
+        tiles[:, : len(found)] = np.asarray(found, np.int32).reshape(-1, 4).T
+        tokens_T = np.zeros(call.size, np.int32)
+        tokens_T[: len(call.tokens)] = call.tokens
+        numbers = np.concatenate((tokens_T, tiles.reshape(-1)))
+        hidden_TD, self._slots = programs.prefill(self._model, self._params, self._slots, numbers, call.size)
+        return hidden_TD
+
+    def _keep_logits(self, hidden_TD: jax.Array, ends_2M: np.ndarray) -> None:
+        self._slots = programs.keep_logits(self._model, self._params, self._slots, hidden_TD, ends_2M)
+
+    def _decode(self, call: DecodeCall) -> sampling.Sampled:
+        requests = [self._requests[row.slot] for row in call.rows]
+        requests += [None] * (call.size - len(requests))
+        key = tuple(requests), self._needed(requests)
+        if self._settings is None or self._settings[0] != key:
+            self._settings = key, settings_of(requests, self._model.config.vocab_size, key[1])
+        return self._run_decode(_rows(call), self._settings[1], call.steps)
+
+    def _run_decode(self, rows: np.ndarray, settings: sampling.Sampling, num_steps: int) -> sampling.Sampled:
+        sent = jnp.asarray(rows)
+        if num_steps == 1:
+            # Two calls, so that the token can be read before the step is done.
+            sampled = programs.sample(self._slots, sent, settings)
+            self._slots = programs.advance(self._model, self._params, self._slots, sampled.token_B, sent)
+        else:
+            self._slots, sampled = programs.decode(self._model, self._params, self._slots, sent, settings, num_steps)
+        return sampled
+
+    def _needed(self, requests: Sequence[Request | None]) -> Features:
+        """The parts of sampling to compute for some rows."""
+        if not self._levels:
+            return self._features
+        used = Features()
+        for request in requests:
+            used |= Features() if request is None else Features.of(request.params)
+        return next(level for level in self._levels if level | used == level)
+
+    def _used_sizes(self) -> tuple[int, ...]:
+        """The sizes of prefill calls that there can be: several prompts may fill a chunk, one has its own length."""
+        sizes = self._policy.call_sizes
+        longest = self._policy.chunk if self._policy.packed else min(self._policy.chunk, self._max_length)
+        return sizes[: sizes.index(smallest(sizes, longest)) + 1]
+
+    def _most_pieces(self, size: int) -> int:
+        return min(self._policy.pieces, self._policy.slots, size) if self._policy.packed else 1
+
+    def _most_tiles(self, size: int) -> int:
+        """The tiles of a call: each piece may end with one that is not full."""
+        return -(-size // TILE) + self._most_pieces(size) - 1
+
+    def _end_sizes(self, size: int) -> tuple[int, ...]:
+        """How many prompts may end in a call: the sizes of `keep_logits`."""
+        return powers(1, self._most_pieces(size))
+
+
+def _rows(call: DecodeCall) -> np.ndarray:
+    """The numbers of a decode call, for the programs."""
+    rows = np.zeros((call.size, programs.ROW_FIELDS + call.steps), np.int32)
+    rows[:, 0] = -1
+    for index, row in enumerate(call.rows):
+        given = len(row.given)
+        rows[index, : programs.ROW_FIELDS] = row.slot, row.position, given, given + row.draws, row.feeds
+        rows[index, programs.ROW_FIELDS : programs.ROW_FIELDS + given] = row.given
+    return rows

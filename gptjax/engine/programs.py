@@ -1,0 +1,156 @@
+"""The jitted programs that plans are made of, and the state that they pass along.
+
+A plan's numbers reach a program as one int32 array, because the host sends each array to the device separately. The
+model is a static argument, so two models of one configuration share compiled code.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.engine import sampling
+from gptjax.engine.flat_params import FlatParams
+from gptjax.layers.cache import KVCache
+from gptjax.models.registry import Model
+from pallas_kernels.pages import Tiles
+
+ROW_FIELDS = 5  # of a row's numbers before the given tokens: slot, position, given, steps, feeds
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """What the device has of B requests. A pytree; the programs donate it, so use what they return."""
+
+    cache: KVCache
+    history_BS: jax.Array  # int32: each slot's tokens by position; undefined beyond its length
+    logits_BV: jax.Array  # float32: for the token after each slot's last
+
+
+@partial(jax.jit, static_argnames=("model", "size"), donate_argnames=("slots",))
+def prefill(model: Model, params: FlatParams, slots: Slots, call: jax.Array, size: int) -> tuple[jax.Array, Slots]:
+    """Adds pieces of prompts to their slots.
+
+    Args:
+      slots: donated.
+      call: int32: `size` tokens, then the four fields of the call's `Tiles`, whose rows are slots.
+
+    Returns:
+      The hidden states [T, D] of all tokens, and the slots.
+    """
+    tokens_T, tiles = call[:size], Tiles(*call[size:].reshape(4, -1))
+    slot_T, positions_T = tiles.tokens(size)
+    cache = slots.cache.packed(tiles)
+    hidden_1TD, cache = _apply(model, params, tokens_T[None], positions_T[None], cache)
+    slot_T = jnp.where(slot_T < 0, slots.history_BS.shape[0], slot_T)  # updates out of bounds are dropped
+    history_BS = slots.history_BS.at[slot_T, positions_T].set(tokens_T, mode="drop")
+    return hidden_1TD[0], dataclasses.replace(slots, cache=cache.unpacked(), history_BS=history_BS)
+
+
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
+def keep_logits(model: Model, params: FlatParams, slots: Slots, hidden_TD: jax.Array, ends_2M: jax.Array) -> Slots:
+    """Gives slots the logits after the last tokens of their prompts.
+
+    Args:
+      slots: donated.
+      hidden_TD: what `prefill` returned.
+      ends_2M: int32: the tokens, and the slots; a slot of B is padding.
+    """
+    token_M, slot_M = ends_2M
+    logits_MV = _apply(model, params, hidden_TD[token_M], method="head")
+    return dataclasses.replace(slots, logits_BV=slots.logits_BV.at[slot_M].set(logits_MV, mode="drop"))
+
+
+@partial(jax.jit, static_argnames=("kind",), donate_argnames=("slots",))
+def copy_pages(slots: Slots, copies: jax.Array, kind: int) -> Slots:
+    """Copies pages to others, in the layers of one kind.
+
+    Args:
+      slots: donated.
+      copies: int32: how many, then their sources, then their targets.
+    """
+    source_Z, target_Z = copies[1:].reshape(2, -1)
+    return dataclasses.replace(slots, cache=slots.cache.copied(kind, source_Z, target_Z, copies[0]))
+
+
+@jax.jit
+def marker(slots: Slots) -> jax.Array:
+    """A number that is there when all programs dispatched so far have run."""
+    return slots.logits_BV[0, 0]
+
+
+@jax.jit
+def sample(slots: Slots, rows: jax.Array, settings: sampling.Sampling) -> sampling.Sampled:
+    """Draws the next token of some slots.
+
+    Args:
+      rows: int32 [B, ROW_FIELDS + steps], of each row: its slot (-1 for none), the position of its first token, how
+        many tokens are given, in how many steps it takes part and in how many it is fed, and the tokens given.
+      settings: of the rows.
+    """
+    return _sampled(slots, rows, jnp.int32(0), settings)
+
+
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
+def advance(model: Model, params: FlatParams, slots: Slots, token_B: jax.Array, rows: jax.Array) -> Slots:
+    """Feeds the given or drawn token of each row to its slot. A token of -1 makes the slot's logits NaN.
+
+    Args:
+      slots: donated. Other slots are unchanged.
+      token_B: int32, what `sample` drew.
+      rows: as for `sample`.
+    """
+    return _advanced(model, params, slots, token_B, rows, jnp.int32(0))
+
+
+@partial(jax.jit, static_argnames=("model", "num_steps"), donate_argnames=("slots",))
+def decode(
+    model: Model, params: FlatParams, slots: Slots, rows: jax.Array, settings: sampling.Sampling, num_steps: int
+) -> tuple[Slots, sampling.Sampled]:
+    """`sample` then `advance`, `num_steps` times in one call; bit-identical to calling them one by one.
+
+    The number of steps is static: the host would wait at each turn of a loop whose end only the device knows.
+
+    Returns:
+      The slots, and the tokens of all steps: a `Sampled` whose arrays have the steps as an additional first axis.
+    """
+
+    def step(slots: Slots, number: jax.Array) -> tuple[Slots, sampling.Sampled]:
+        sampled = _sampled(slots, rows, number, settings)
+        return _advanced(model, params, slots, sampled.token_B, rows, number), sampled
+
+    return jax.lax.scan(step, slots, jnp.arange(num_steps, dtype=jnp.int32))
+
+
+def _sampled(slots: Slots, rows: jax.Array, step: jax.Array, settings: sampling.Sampling) -> sampling.Sampled:
+    slot_B, position_B = rows[:, 0], rows[:, 1]
+    history_BS = None if settings.penalties is None else slots.history_BS[slot_B]
+    return sampling.sample(slots.logits_BV[slot_B], position_B + step, settings, history_BS)
+
+
+def _advanced(
+    model: Model, params: FlatParams, slots: Slots, token_B: jax.Array, rows: jax.Array, step: jax.Array
+) -> Slots:
+    slot_B, position_B, given_B, _, feeds_B = rows[:, :ROW_FIELDS].T
+    given = rows[:, ROW_FIELDS:]
+    token_B = jnp.where(step < given_B, given[:, jnp.minimum(step, given.shape[1] - 1)], token_B)
+    fed_B = (slot_B >= 0) & (step < feeds_B)
+    sound_B = token_B >= 0
+    positions_B = jnp.where(fed_B & sound_B, position_B + step, -1)
+    hidden_B1D, called = _apply(model, params, token_B[:, None], positions_B[:, None], slots.cache.rows(slot_B))
+    logits_BV = jnp.where(sound_B[:, None], _apply(model, params, hidden_B1D[:, 0], method="head"), jnp.nan)
+    target_B = jnp.where(fed_B, slot_B, slots.logits_BV.shape[0])  # updates out of bounds are dropped
+    place_B = jnp.where(positions_B < 0, slots.cache.capacity, positions_B)
+    return dataclasses.replace(
+        slots,
+        cache=slots.cache.joined(slot_B, called),
+        history_BS=slots.history_BS.at[target_B, place_B].set(token_B, mode="drop"),
+        logits_BV=slots.logits_BV.at[target_B].set(logits_BV, mode="drop"),
+    )
+
+
+def _apply(model: Model, params: FlatParams, *arguments: Any, method: str | None = None) -> Any:
+    return model.apply({"params": params.nested()}, *arguments, method=method)
