@@ -20,7 +20,7 @@ class Policy:
     chunk_multiple: int = 1  # prompts are cut, and beginnings reused, only at multiples of this
     packed: bool = True  # pieces of several prompts share a call
     pieces: int = 32  # the most of a call
-    # How many a decode call computes: "asked" is what its requests ask for, so each call has those that ask for the same.
+    # How many a decode call computes: "asked" is as many as its requests ask for, all of them the same number.
     rows: Literal["all", "needed", "asked"] = "needed"
     share_decoded: bool = False  # see `PrefixTree`
     reuse: bool = True  # keep what requests leave behind in the tree

@@ -1,4 +1,4 @@
-"""Random joins, leaves, cancels, set-asides, holds, losses and evictions, against a naive device: 10,000 requests in a full run."""
+"""Random joins, leaves, cancels, holds, losses and evictions, against a naive device: 10,000 requests in a full run."""
 
 import dataclasses
 import random
