@@ -123,6 +123,7 @@ class Executor:
                     settings = settings_of([None] * size, self._model.config.vocab_size, level)
                     for num_steps in {1, policy.steps}:
                         self._run_decode(_rows(DecodeCall(size, num_steps, ())), settings, num_steps)
+            jax.block_until_ready(self.result)
         self.wait()
 
     def _send_tables(self) -> None:
