@@ -158,7 +158,7 @@ class Engine:
         return self._scheduler.cached_tokens(request)
 
     def hold(self, request: int, held: bool) -> None:
-        """Sets whether an open request is held: then it gets no tokens but those under way, and keeps nobody waiting."""
+        """Sets whether an open request is held: then it gets no tokens but those under way, and nobody waits for it."""
         self._scheduler.hold(request, held)
         self._has_new |= not held
 
@@ -222,7 +222,7 @@ class Engine:
             if self._losses_in_a_row > _MOST_LOSSES:
                 failure.add_note(f"the device failed {self._losses_in_a_row} times in a row")
                 raise failure
-            _drop_locals(failure)
+            free_locals(failure)
             self._undrawn = None
             self._dispatched = deque(each for each in self._dispatched if each.on_host)
             self._scheduler.lost()
@@ -288,7 +288,7 @@ def usual_steps() -> int:
     return 1 if jax.default_backend() == "cpu" else _STEPS_PER_DISPATCH
 
 
-def _drop_locals(error: BaseException | None) -> None:
+def free_locals(error: BaseException | None) -> None:
     """Frees what the frames of an error's traceback hold, such as the arrays of calls that failed."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)

@@ -26,7 +26,7 @@ def _request(seed: int, length: int, max_tokens: int = 14, *, shared: int = 0, *
     return Request(tuple(ids), max_tokens, SamplingParams(**{"seed": seed, "temperature": 1.0} | params))
 
 
-# More than there are slots. The third shares a page with the first, the last two also a part of the next, by copying it.
+# More than there are slots. The third shares a page with the first, the last two also copy a part of the next.
 REQUESTS = [
     _request(1, 185, shared=180),
     _request(2, 20, 25, **ALL),
