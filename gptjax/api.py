@@ -33,6 +33,7 @@ def load(
     dtype: DTypeLike | None = None,
     max_length: int | None = None,
     max_batch: int | None = None,
+    exact: bool = True,
     implementation: str = "auto",
     packed: bool | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
@@ -52,6 +53,9 @@ def load(
       max_batch: rows of the one compiled decode step. With a given `max_batch`, a prompt's results are bit-identical
         whether it runs alone or with others. Default: each call uses as many rows as it has prompts, rounded up to a
         power of two, at most 32.
+      exact: whether results must have the same bits whatever was computed before. Then a prompt that begins like an
+        earlier one reuses what was read of it in whole chunks only (of 1024 tokens; 2048 where there are kernels for
+        prompts). False reuses all of it, and what was generated: a conversation's next turn reads only what is new.
       implementation: which kernels to use; "auto" takes the best available, a named one runs or raises.
       packed: whether weights in the packed types of a GGUF file stay packed in memory. Default: yes, except on a CPU
         that has room for their numbers, because computing with these is faster there.
@@ -75,6 +79,7 @@ def load(
         dtype=dtype,
         max_length=max_length,
         max_batch=max_batch,
+        exact=exact,
         implementation=implementation,
         packed=packed,
         tokenizer=tokenizer,
@@ -88,6 +93,7 @@ def load_checkpoint(
     dtype: DTypeLike | None = None,
     max_length: int | None = None,
     max_batch: int | None = None,
+    exact: bool = True,
     implementation: str = "auto",
     packed: bool | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
@@ -120,6 +126,7 @@ def load_checkpoint(
         defaults=defaults,
         max_length=length,
         max_batch=max_batch,
+        exact=exact,
         chat_format=chat_format,
     )
 

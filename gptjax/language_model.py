@@ -44,6 +44,10 @@ from gptjax.text.chat_formats import DEFAULT, ChatFormat, ChatOptions, choose_fo
 class LanguageModel:
     """A model with its weights and tokenizer. Made by `load`.
 
+    `generate`, `stream`, `chat` and `stream_chat` may be called from several threads, and while streams are unfinished.
+    They share one engine, which the first call makes. It is kept, with the keys and values of earlier prompts, until
+    the model is closed or another call needs the memory.
+
     `model`, `params`, `config` and `tokenizer` are the parts that everything here is built on.
     """
 
@@ -56,15 +60,16 @@ class LanguageModel:
         defaults: GenerationDefaults,
         max_length: int,
         max_batch: int | None = None,
+        exact: bool = True,
         chat_format: str | None = None,
     ):
         """`tokenizer` may be an error that says why it is missing; calls that need text raise it.
 
-        `chat_format` names the format of conversations; None recognises it by the tokenizer.
+        `chat_format` names the format of conversations; None recognises it by the tokenizer. See `load` for the rest.
         """
         self.model = model
         self._params: Params | None = params
-        self._engine = SharedEngine(model, max_length=max_length, max_batch=max_batch)
+        self._engine = SharedEngine(model, max_length=max_length, max_batch=max_batch, exact=exact)
         self.defaults = defaults
         self.max_length = max_length
         self.max_batch = max_batch
@@ -307,7 +312,7 @@ class LanguageModel:
         return memory.needed(self.model, batch=rows, max_length=length)
 
     def close(self) -> None:
-        """Frees the weights and the memory of unfinished streams. Later use of the model raises `RequestError`."""
+        """Frees weights and engine, also that of unfinished streams. Later use of the model raises `RequestError`."""
         params, self._params = self._params, None
         self._engine.close()
         for leaf in jax.tree.leaves(params):

@@ -53,7 +53,7 @@ class Memory:
 def needed(model: Model, *, batch: int, max_length: int, device: DeviceMemory | None = None) -> Memory:
     """The memory of a model with a state of `batch` rows while it generates.
 
-    Each concurrent generation (an unfinished `stream`) needs its own cache, logits and activations.
+    All generations that are open at a time, such as unfinished streams, share one state: their rows add up.
     """
     device = device_memory() if device is None else device
     cache, logits = _state(model, batch, max_length)

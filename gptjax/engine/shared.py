@@ -88,11 +88,12 @@ class SharedEngine:
     are read again, and tokens drawn so far are decoded again.
     """
 
-    def __init__(self, model: Model, *, max_length: int, max_batch: int | None):
-        """Allocates nothing yet."""
+    def __init__(self, model: Model, *, max_length: int, max_batch: int | None, exact: bool = True):
+        """Allocates nothing yet. For `exact` see `load`."""
         self._model = model
         self._max_length = max_length
         self._max_batch = max_batch
+        self._exact = exact
         self._changed = threading.Condition()  # guards the next two, and is notified of tokens
         self._leader: Generation | None = None  # whose thread makes the engine step
         self._closed = False
@@ -173,10 +174,13 @@ class SharedEngine:
 
     def _update(self, params: Callable[[], Params]) -> None:
         """Brings the engine up to date with what is asked for."""
+        for number, asked in list(self._numbers.items()):
+            # One with all its tokens would keep a slot from others until somebody takes them.
+            if self._engine is not None and (asked.ended or asked.is_complete(self._max_length)):
+                del self._numbers[number]
+                self._engine.end(number)
+                asked.number = None
         for asked in [each for each in self._open if each.ended]:
-            if self._engine is not None and asked.number is not None:
-                del self._numbers[asked.number]
-                self._engine.end(asked.number)
             self._open.remove(asked)
         still_open = list(self._open)
         if self._engine is None or not all(asked.fits for asked in still_open):
@@ -238,6 +242,8 @@ class SharedEngine:
             steps=usual_steps(),
             rows="all" if self._max_batch else "asked",
         )
+        if not self._exact:
+            policy = dataclasses.replace(policy, chunk_multiple=1, share_decoded=True)
         return Engine(self._model, params, batch=batch, max_length=self._max_length, policy=policy)
 
     def _drop(self) -> None:
