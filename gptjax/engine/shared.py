@@ -7,8 +7,10 @@ from collections.abc import Callable, Generator, Sequence
 from gptjax.engine import memory, steps
 from gptjax.engine.engine import Engine, Token, free_locals, usual_steps
 from gptjax.engine.output import Chunk, Decoder, Output
+from gptjax.engine.pools import pages_of_pools
 from gptjax.engine.request import Request
 from gptjax.errors import CapacityError
+from gptjax.layers.cache import kinds
 from gptjax.models.params import Params
 from gptjax.models.registry import Model
 from gptjax.scheduling.policy import Policy
@@ -242,9 +244,13 @@ class SharedEngine:
             steps=usual_steps(),
             rows="all" if self._max_batch else "asked",
         )
+        pages = None
         if not self._exact:
             policy = dataclasses.replace(policy, chunk_multiple=1, share_decoded=True)
-        return Engine(self._model, params, batch=batch, max_length=self._max_length, policy=policy)
+            # One page more: a part of a page is shared by copying it, even if a row of `max_length` fills the others.
+            windows = kinds(self._model.config.windows, self._max_length)
+            pages = [1 + count for count in pages_of_pools(windows, max_length=self._max_length, policy=policy)]
+        return Engine(self._model, params, batch=batch, max_length=self._max_length, policy=policy, pages=pages)
 
     def _drop(self) -> None:
         """Frees the engine."""
