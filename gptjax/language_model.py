@@ -296,10 +296,8 @@ class LanguageModel:
         request = Request(prompt_ids=(), max_tokens=1, params=params)
         settings = settings_of([request] * state.batch, self.config.vocab_size, Features.of(params))
         with self._guard(batch=state.batch, max_length=state.max_length):
-            rows_B = np.arange(state.batch, dtype=np.int32)
-            sampled = steps.sample(state, rows_B, settings)
-            weights = FlatParams.of(self.params)
-            return sampled.token_B, steps.advance(self.model, weights, state, sampled.token_B, rows_B)
+            sampled = steps.sample(state, settings)
+            return sampled.token_B, steps.advance(self.model, FlatParams.of(self.params), state, sampled.token_B)
 
     def memory(self, *, batch: int | None = None, max_length: int | None = None) -> Memory:
         """Bytes that the weights and generating `batch` rows of `max_length` positions need, and those available.

@@ -261,6 +261,7 @@ class Engine:
         """Waits for the tokens of a dispatch. Returns those of each step that drew any."""
         host, plan = jax.device_get(dispatched.sampled), dispatched.plan
         assert plan.decode is not None
+        places = self._executor.places(plan.decode)
         of_steps = [host] if plan.decode.steps == 1 else _unstacked(host)
         drawn: list[list[int]] = [[] for _ in plan.decode.rows]
         tokens: deque[list[Token]] = deque()
@@ -268,7 +269,7 @@ class Engine:
             of_step = []
             for index, row in enumerate(plan.decode.rows):
                 if len(row.given) <= step < len(row.given) + row.draws:
-                    of_step.append(_token(sampled, index, dispatched.requests[index]))
+                    of_step.append(_token(sampled, places[index], dispatched.requests[index]))
                     drawn[index].append(of_step[-1].token_id)
             if of_step:
                 tokens.append(of_step)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import GPT2Config
-from gptjax.engine import steps
+from gptjax.engine import programs, steps
 from gptjax.engine.engine import Engine
 from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.request import Request, SamplingParams
@@ -194,7 +194,7 @@ def test_the_state_is_updated_in_place(dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), made_params())
     state = steps.init_state(model, batch=8, max_length=300)
     before = [x.unsafe_buffer_pointer() for x in state.cache.k]
-    arguments = model, params, state, np.zeros(8, np.int32), np.arange(8, dtype=np.int32)
+    arguments = model, params, state, np.zeros(8, np.int32)
     # Nothing of the size of a layer's cache is copied or converted in passing.
     temporary = steps.advance.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
     others = 0 if jax.default_backend() == "cpu" else 1 << 20  # all scores, and what products work in
@@ -223,7 +223,9 @@ def test_rows_that_are_not_active_stay_as_they_are():
     for slot in range(2):
         state = prefill(MODEL, made_params(), state, slot, np.arange(1, 9, dtype=np.int32))
     before = jax.tree.map(np.array, state)
-    after = steps.advance(MODEL, made_params(), state, np.asarray([5, 6], np.int32), np.asarray([0, -1], np.int32))
+    slots = programs.Slots(state.cache, state.history_BS, state.logits_BV)
+    rows = np.asarray([[0, 8, 0, 1, 1, 0], [-1, 0, 0, 0, 0, 0]], np.int32)
+    after = programs.advance(MODEL, FlatParams.of(made_params()), slots, np.asarray([5, 6], np.int32), rows)
     assert after.cache.lengths_B.tolist() == [9, 8]
     np.testing.assert_array_equal(after.logits_BV[1], before.logits_BV[1])
     np.testing.assert_array_equal(after.history_BS[1], before.history_BS[1])

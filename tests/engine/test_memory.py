@@ -85,7 +85,7 @@ def _temporary(model: registry.Model, batch: int, length: int) -> int:
     state = jax.eval_shape(lambda: steps.init_state(model, batch=batch, max_length=length))
     bucket = max(b for _, _, b in steps.chunks(min(length, steps.CHUNK)))
     chunk = jax.ShapeDtypeStruct((3 + bucket,), jnp.int32)
-    token_B = rows_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    token_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
     drawn = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.2, logit_bias={1: 1.0}, seed=1)
     request = Request(prompt_ids=(1,), max_tokens=1, params=drawn)
     settings = settings_of([request] * batch, model.config.vocab_size, Features.of(drawn))
@@ -94,8 +94,8 @@ def _temporary(model: registry.Model, batch: int, length: int) -> int:
     rows = jax.ShapeDtypeStruct((batch, programs.ROW_FIELDS + 1), jnp.int32)
     lowered = [
         steps.prefill_chunk.lower(model, params, state, chunk),
-        steps.advance.lower(model, params, state, token_B, rows_B),
-        steps.sample.lower(state, rows_B, settings),
+        steps.advance.lower(model, params, state, token_B),
+        steps.sample.lower(state, settings),
         programs.prefill.lower(model, flat, slots, call, bucket),
         programs.advance.lower(model, flat, slots, token_B, rows),
         programs.sample.lower(slots, rows, settings),
