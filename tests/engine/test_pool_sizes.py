@@ -219,10 +219,10 @@ def test_many_long_rows_take_turns_in_a_small_cache():
         Request(tuple(rng.integers(0, 101, length).tolist()), 40, SamplingParams(seed=length, temperature=1.0))
         for length in (250, 300, 5, 340, 140, 260)
     ]
-    each = pool_kinds(MIXED, max_length=380, policy=default_policy(MIXED, slots=4, chunk=128))
+    each = pool_kinds(MIXED, max_length=380, policy=default_policy(MIXED, slots=4, chunk=32))
     results = []
     for pages in (least_pages(each), most_pages(each)):
-        engine = Engine(MIXED, params, batch=4, max_length=380, chunk=128, pages=pages)
+        engine = Engine(MIXED, params, batch=4, max_length=380, chunk=32, pages=pages)
         done = {n: c.completion for n, c in generate(engine, requests, None) if c.completion is not None}
         results.append([(done[n].token_ids, done[n].logprobs) for n in range(6)])
     assert results[0] == results[1]
