@@ -206,7 +206,9 @@ class Engine:
             of_step = []
             for index, row in enumerate(plan.decode.rows):
                 if len(row.given) <= step < len(row.given) + row.draws:
-                    of_step.append(_token(sampled, index, dispatched.requests[index]))
+                    number = dispatched.requests[index]
+                    request = self._requests.get(number)  # None if it has ended
+                    of_step.append(_token(sampled, index, number, request.params.top_logprobs if request else 0))
                     drawn[index].append(of_step[-1].token_id)
             if of_step:
                 tokens.append(of_step)
@@ -226,6 +228,7 @@ def _unstacked(stacked: sampling.Sampled) -> list[sampling.Sampled]:
     return [jax.tree.unflatten(tree, of_step) for of_step in zip(*leaves, strict=True)]
 
 
-def _token(sampled: sampling.Sampled, row: int, request: int) -> Token:
-    top = zip(sampled.top_ids_BC[row].tolist(), sampled.top_logprobs_BC[row].tolist(), strict=True)
+def _token(sampled: sampling.Sampled, row: int, request: int, num_top: int) -> Token:
+    ids, logprobs = sampled.top_ids_BC[row, :num_top], sampled.top_logprobs_BC[row, :num_top]
+    top = zip(ids.tolist(), logprobs.tolist(), strict=True)
     return Token(request, int(sampled.token_B[row]), float(sampled.logprob_B[row]), tuple(top))

@@ -44,7 +44,7 @@ class Memory:
     weights: int
     cache: int  # keys and values with room for all rows at `max_length`, preallocated
     least_cache: int  # the same with room for one: an engine takes what fits, at least this
-    logits: int  # of all rows, float32, and the int32 tokens at their positions
+    logits: int  # of all rows, float32, and as many int32 counts for penalties; for a `State`, its tokens instead
     activations: int  # the most temporary memory of a step: an upper estimate, see `activations`
     loading: int  # what `load` holds in addition to the weights, before the cache exists; 0 except on a CPU
     device: DeviceMemory
@@ -329,11 +329,11 @@ def _state(model: Model, batch: int, max_length: int, _: Policy | None = None) -
 
 
 def _slots(model: Model, batch: int, max_length: int, policy: Policy | None) -> tuple[int, int, int]:
-    """Bytes of an engine's cache with room for all rows and for one, and of its logits and tokens."""
+    """Bytes of an engine's cache with room for all rows and for one, and of its logits and counts of tokens."""
     each = pool_kinds(model, max_length=max_length, policy=policy or default_policy(model, slots=batch))
     tables = _tables(model, batch, max_length)
     cache, least = (pool_bytes(each, pages) + tables for pages in (most_pages(each), least_pages(each)))
-    return cache, least, 4 * batch * (model.config.vocab_size + capacity_of(max_length))
+    return cache, least, 8 * batch * model.config.vocab_size
 
 
 def _tables(model: Model, batch: int, max_length: int) -> int:

@@ -26,42 +26,49 @@ class Slots:
     """What the device has of B requests. A pytree; the programs donate it, so use what they return."""
 
     cache: KVCache
-    history_BS: jax.Array  # int32: each slot's tokens by position; undefined beyond its length
     logits_BV: jax.Array  # float32: for the token after each slot's last
+    # int32: what `sampling.sample` counts. Undefined for a slot whose request has no penalties.
+    counts_BV: jax.Array
 
 
-@partial(jax.jit, static_argnames=("model", "size"), donate_argnames=("slots",))
-def prefill(model: Model, params: FlatParams, slots: Slots, call: jax.Array, size: int) -> tuple[jax.Array, Slots]:
+@partial(jax.jit, static_argnames=("model", "size", "ends"), donate_argnames=("slots",))
+def prefill(
+    model: Model, params: FlatParams, slots: Slots, call: jax.Array, size: int, ends: int
+) -> tuple[jax.Array, Slots]:
     """Adds pieces of prompts to their slots.
 
     Args:
       slots: donated.
-      call: int32: `size` tokens, then the four fields of the call's `Tiles`, whose rows are slots.
+      call: int32: `size` tokens, the indices of the tokens that end prompts, of which there are at most `ends`, then
+        the four fields of the call's `Tiles`, whose rows are slots.
 
     Returns:
-      The hidden states [T, D] of all tokens, and the slots.
+      The hidden states [`ends`, D] of the tokens that end prompts, and the slots.
     """
-    tokens_T, tiles = call[:size], Tiles(*call[size:].reshape(4, -1))
-    slot_T, positions_T = tiles.tokens(size)
+    tokens_T, end_M, tiles = call[:size], call[size : size + ends], Tiles(*call[size + ends :].reshape(4, -1))
+    _, positions_T = tiles.tokens(size)
     cache = slots.cache.packed(tiles)
     hidden_1TD, cache = _apply(model, params, tokens_T[None], positions_T[None], cache)
-    slot_T = jnp.where(slot_T < 0, slots.history_BS.shape[0], slot_T)  # updates out of bounds are dropped
-    history_BS = slots.history_BS.at[slot_T, positions_T].set(tokens_T, mode="drop")
-    return hidden_1TD[0], dataclasses.replace(slots, cache=cache.unpacked(), history_BS=history_BS)
+    return hidden_1TD[0, end_M], dataclasses.replace(slots, cache=cache.unpacked())
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
-def keep_logits(model: Model, params: FlatParams, slots: Slots, hidden_TD: jax.Array, ends_2M: jax.Array) -> Slots:
+def keep_logits(model: Model, params: FlatParams, slots: Slots, hidden_MD: jax.Array, slot_M: jax.Array) -> Slots:
     """Gives slots the logits after the last tokens of their prompts.
 
     Args:
       slots: donated.
-      hidden_TD: what `prefill` returned.
-      ends_2M: int32: the tokens, and the slots; a slot of B is padding.
+      hidden_MD: what `prefill` returned: of at least as many tokens as there are slots.
+      slot_M: int32: the slots; B is padding.
     """
-    token_M, slot_M = ends_2M
-    logits_MV = _apply(model, params, hidden_TD[token_M], method="head")
+    logits_MV = _apply(model, params, hidden_MD[: len(slot_M)], method="head")
     return dataclasses.replace(slots, logits_BV=slots.logits_BV.at[slot_M].set(logits_MV, mode="drop"))
+
+
+@partial(jax.jit, donate_argnames=("slots",))
+def set_counts(slots: Slots, slot: jax.Array, counts_V: jax.Array) -> Slots:
+    """Sets what is counted of a slot's tokens. `slots` is donated."""
+    return dataclasses.replace(slots, counts_BV=slots.counts_BV.at[slot].set(counts_V))
 
 
 @partial(jax.jit, static_argnames=("kind",), donate_argnames=("slots",))
@@ -96,14 +103,14 @@ def sample(slots: Slots, rows: jax.Array, settings: sampling.Sampling) -> sampli
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
 def advance(model: Model, params: FlatParams, slots: Slots, token_B: jax.Array, rows: jax.Array) -> Slots:
-    """Feeds the given or drawn token of each row to its slot. A token of -1 makes the slot's logits NaN.
+    """Feeds the given or drawn token of each row to its slot, and counts those drawn. -1 makes a slot's logits NaN.
 
     Args:
       slots: donated. Other slots are unchanged.
       token_B: int32, what `sample` drew.
       rows: as for `sample`.
     """
-    return _advanced(model, params, slots, token_B, rows, jnp.int32(0))
+    return _advanced(model, params, _counted(slots, token_B, rows, jnp.int32(0)), token_B, rows, jnp.int32(0))
 
 
 @partial(jax.jit, static_argnames=("model", "num_steps"), donate_argnames=("slots",))
@@ -120,15 +127,24 @@ def decode(
 
     def step(slots: Slots, number: jax.Array) -> tuple[Slots, sampling.Sampled]:
         sampled = _sampled(slots, rows, number, settings)
-        return _advanced(model, params, slots, sampled.token_B, rows, number), sampled
+        counted = _counted(slots, sampled.token_B, rows, number)
+        return _advanced(model, params, counted, sampled.token_B, rows, number), sampled
 
     return jax.lax.scan(step, slots, jnp.arange(num_steps, dtype=jnp.int32))
 
 
 def _sampled(slots: Slots, rows: jax.Array, step: jax.Array, settings: sampling.Sampling) -> sampling.Sampled:
     slot_B, position_B = rows[:, 0], rows[:, 1]
-    history_BS = None if settings.penalties is None else slots.history_BS[slot_B]
-    return sampling.sample(slots.logits_BV[slot_B], position_B + step, settings, history_BS)
+    counts_BV = None if settings.penalties is None else slots.counts_BV[slot_B]
+    return sampling.sample(slots.logits_BV[slot_B], position_B + step, settings, counts_BV)
+
+
+def _counted(slots: Slots, token_B: jax.Array, rows: jax.Array, step: jax.Array) -> Slots:
+    """The slots with drawn tokens counted. Those given were counted when the request joined."""
+    slot_B, _, given_B, steps_B, _ = rows[:, :ROW_FIELDS].T
+    drawn_B = (slot_B >= 0) & (step >= given_B) & (step < steps_B) & (token_B >= 0)
+    target_B = jnp.where(drawn_B, slot_B, slots.counts_BV.shape[0])  # updates out of bounds are dropped
+    return dataclasses.replace(slots, counts_BV=slots.counts_BV.at[target_B, token_B].add(2, mode="drop"))
 
 
 def _advanced(
@@ -143,11 +159,9 @@ def _advanced(
     hidden_B1D, called = _apply(model, params, token_B[:, None], positions_B[:, None], slots.cache.rows(slot_B))
     logits_BV = jnp.where(sound_B[:, None], _apply(model, params, hidden_B1D[:, 0], method="head"), jnp.nan)
     target_B = jnp.where(fed_B, slot_B, slots.logits_BV.shape[0])  # updates out of bounds are dropped
-    place_B = jnp.where(positions_B < 0, slots.cache.capacity, positions_B)
     return dataclasses.replace(
         slots,
         cache=slots.cache.joined(slot_B, called),
-        history_BS=slots.history_BS.at[target_B, place_B].set(token_B, mode="drop"),
         logits_BV=slots.logits_BV.at[target_B].set(logits_BV, mode="drop"),
     )
 

@@ -18,7 +18,7 @@ from gptjax.engine.engine import Token as Drawn
 from gptjax.engine.output import NOT_FINITE
 from gptjax.engine.pool_sizes import pools
 from gptjax.engine.pools import default_policy, pool_kinds, pool_tokens
-from gptjax.engine.request import MAX_TOP_LOGPROBS, Request
+from gptjax.engine.request import Request
 from gptjax.engine.settings import Features
 from gptjax.language_model import LanguageModel
 from gptjax.server.events import Event, Failed, Finished, QueueFull, State, Ticket, Token, Unavailable
@@ -30,13 +30,8 @@ _SHORTEST_RETRY, _LONGEST_RETRY = 1, 60  # seconds
 _SMOOTHING = 0.2  # weight of the latest request in the average duration
 _STOPPED = Failed("the server was stopped", "stopped")
 _DRAINED = Failed("the server is shutting down and had no time left for this request", "drained")
-# The compiled forms of sampling, each including the one before; a chat at temperature 1 needs the second.
-_LEVELS = (
-    Features(),
-    Features(draws=True),
-    Features(draws=True, truncates=True),
-    Features(draws=True, truncates=True, penalises=True, biases=True, num_top=MAX_TOP_LOGPROBS),
-)
+# The compiled forms of sampling, each including the one before; a chat at temperature 1 needs the first.
+_LEVELS = (Features(draws=True), Features(draws=True, truncates=True), Features.everything())
 
 
 @dataclasses.dataclass(eq=False)

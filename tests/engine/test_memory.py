@@ -96,16 +96,18 @@ def _temporary(model: registry.Model, batch: int, length: int) -> int:
     drawn = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.2, logit_bias={1: 1.0}, seed=1)
     request = Request(prompt_ids=(1,), max_tokens=1, params=drawn)
     settings = settings_of([request] * batch, model.config.vocab_size, Features.of(drawn))
-    flat, slots = FlatParams.of(params), programs.Slots(state.cache, state.history_BS, state.logits_BV)
-    call = jax.ShapeDtypeStruct((bucket + 4 * -(-bucket // TILE),), jnp.int32)
+    counts_BV = jax.ShapeDtypeStruct(state.logits_BV.shape, jnp.int32)
+    flat, slots = FlatParams.of(params), programs.Slots(state.cache, state.logits_BV, counts_BV)
+    call = jax.ShapeDtypeStruct((bucket + 1 + 4 * -(-bucket // TILE),), jnp.int32)
     rows = jax.ShapeDtypeStruct((batch, programs.ROW_FIELDS + 1), jnp.int32)
     lowered = [
         steps.prefill_chunk.lower(model, params, state, chunk),
         steps.advance.lower(model, params, state, token_B, rows_B),
         steps.sample.lower(state, rows_B, settings),
-        programs.prefill.lower(model, flat, slots, call, bucket),
+        programs.prefill.lower(model, flat, slots, call, bucket, 1),
         programs.advance.lower(model, flat, slots, token_B, rows),
         programs.sample.lower(slots, rows, settings),
+        programs.sample.lower(slots, rows, dataclasses.replace(settings, branches=True)),
     ]
     sizes = [each.compile().memory_analysis().temp_size_in_bytes for each in lowered]
     assert min(sizes) > 0  # the compiler tells
@@ -169,7 +171,7 @@ def test_a_model_tells_its_memory(demo):
     with gptjax.load(demo, max_length=100, max_batch=3, dtype="float32") as lm:
         own = lm.memory()
         assert own.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params))
-        assert (own.cache, own.logits) == ((1 + 3) * 128 * 6 * 2 * 256 * 4 + 3 * 2 * 4, 3 * 4 * (8192 + 128))
+        assert (own.cache, own.logits) == ((1 + 3) * 128 * 6 * 2 * 256 * 4 + 3 * 2 * 4, 3 * 8 * 8192)
         other = lm.memory(batch=1, max_length=512)
         assert other.cache == (1 + 4) * 128 * 6 * 2 * 256 * 4 + 5 * 4  # in pages, of which the first is no row's
         assert own.device.available <= own.device.limit

@@ -211,18 +211,40 @@ def test_one_row_always_fits_if_it_can_and_is_refused_with_numbers_if_not(monkey
         pool_sizes.pools(MIXED, max_length=1000, policy=policy)
 
 
+PENALTIES = {"repetition_penalty": 1.5, "presence_penalty": 0.4, "frequency_penalty": 0.3}
+
+
 def test_many_long_rows_take_turns_in_a_small_cache():
-    """Six requests whose texts need the whole cache each: the same bits as with room for all."""
+    """Six requests whose texts need the whole cache each: the same bits as with room for all.
+
+    What penalties count survives being set aside.
+    """
     params = jax.jit(lambda key: jax.tree.map(lambda x: x * 10, init_params(MIXED, key)))(jax.random.key(0))
     rng = np.random.default_rng(1)
     requests = [
-        Request(tuple(rng.integers(0, 101, length).tolist()), 40, SamplingParams(seed=length, temperature=1.0))
-        for length in (250, 300, 5, 340, 140, 260)
+        Request(tuple(rng.integers(0, 101, length).tolist()), 40, SamplingParams(seed=length, **options))
+        for length, options in (
+            (250, PENALTIES),
+            (300, {"temperature": 1.0, "top_p": 0.9}),
+            (5, PENALTIES | {"temperature": 1.3}),
+            (340, PENALTIES | {"min_p": 0.1, "temperature": 0.8}),
+            (140, {"frequency_penalty": 1.0, "logit_bias": {7: 3.0}}),
+            (260, {}),
+        )
     ]
     each = pool_kinds(MIXED, max_length=380, policy=default_policy(MIXED, slots=4, chunk=32))
-    results = []
+    results, resumed = [], 0
     for pages in (least_pages(each), most_pages(each)):
         engine = Engine(MIXED, params, batch=4, max_length=380, chunk=32, pages=pages)
+        run = engine._executor.run
+
+        def counted(plan, requests, run=run):
+            nonlocal resumed
+            resumed += sum(bool(join.drawn) for join in plan.joins)
+            return run(plan, requests)
+
+        engine._executor.run = counted
         done = {n: c.completion for n, c in generate(engine, requests, None) if c.completion is not None}
         results.append([(done[n].token_ids, done[n].logprobs) for n in range(6)])
+        assert resumed > 2  # all with the first pools
     assert results[0] == results[1]
