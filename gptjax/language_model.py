@@ -30,6 +30,8 @@ from gptjax.engine.options import (
     split_seeds,
 )
 from gptjax.engine.output import Chunk, Completion, Decoder
+from gptjax.engine.pool_sizes import pools
+from gptjax.engine.pools import default_policy
 from gptjax.engine.request import Request, check_prompt
 from gptjax.engine.settings import Features, settings_of
 from gptjax.errors import GptjaxError, RequestError
@@ -61,6 +63,7 @@ class LanguageModel:
         max_length: int,
         max_batch: int | None = None,
         chat_format: str | None = None,
+        memory_limit: limits.MemoryLimit | None = None,
     ):
         """`tokenizer` may be an error that says why it is missing; calls that need text raise it.
 
@@ -72,6 +75,7 @@ class LanguageModel:
         self.defaults = defaults
         self.max_length = max_length
         self.max_batch = max_batch
+        self.memory_limit = memory_limit
         self._tokenizer = tokenizer
         self._chat_format = chat_format
 
@@ -254,7 +258,7 @@ class LanguageModel:
         """
         length = self.max_length if max_length is None else limits.positions(self.config, max_length)
         rows = limits.at_least_one("batch", batch)
-        with self._guard(batch=rows, max_length=length):
+        with self._guard(batch=rows, max_length=length, state=True):
             memory.check_state(self.model, batch=rows, max_length=length)
             return jax.block_until_ready(steps.init_state(self.model, batch=rows, max_length=length))
 
@@ -272,7 +276,7 @@ class LanguageModel:
             raise RequestError(f"the state has {state.batch} rows, but {len(prompts)} lists of token ids were given")
         # All are checked before the state is donated for the first one.
         checked = [self._checked_ids(prompt, state.max_length) for prompt in prompts]
-        with self._guard(batch=state.batch, max_length=state.max_length):
+        with self._guard(batch=state.batch, max_length=state.max_length, state=True):
             params = FlatParams.of(self.params)
             for slot, ids in enumerate(checked):
                 state = steps.prefill(self.model, params, state, slot, np.asarray(ids, np.int32))
@@ -293,14 +297,15 @@ class LanguageModel:
         params.check(self.config.vocab_size)
         request = Request(prompt_ids=(), max_tokens=1, params=params)
         settings = settings_of([request] * state.batch, self.config.vocab_size, Features.of(params))
-        with self._guard(batch=state.batch, max_length=state.max_length):
+        with self._guard(batch=state.batch, max_length=state.max_length, state=True):
             sampled = steps.sample(state, settings)
             return sampled.token_B, steps.advance(self.model, FlatParams.of(self.params), state, sampled.token_B)
 
     def memory(self, *, batch: int | None = None, max_length: int | None = None) -> Memory:
         """Bytes that the weights and generating `batch` rows of `max_length` positions need, and those available.
 
-        Defaults: `batch` is `max_batch` (1 if not set), and `max_length` the model's. Allocates nothing.
+        With less, down to `least`, longer rows wait for each other: see `Memory`. Defaults: `batch` is `max_batch` (1
+        if not set), and `max_length` the model's. Allocates nothing.
         """
         self._check_open()
         length = self.max_length if max_length is None else limits.positions(self.config, max_length)
@@ -329,11 +334,13 @@ class LanguageModel:
             raise RequestError("this model was closed; load it again")
         return self._params
 
-    def _guard(self, *, batch: int = 1, max_length: int | None = None) -> contextlib.AbstractContextManager[None]:
+    def _guard(
+        self, *, batch: int = 1, max_length: int | None = None, state: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
         """Guards a computation: raises if the model is closed, and says what to try if the body runs out of memory."""
         self._check_open()
         length = self.max_length if max_length is None else max_length
-        return memory.explained(self.model, batch=batch, max_length=length)
+        return memory.explained(self.model, batch=batch, max_length=length, state=state)
 
     def _request(self, prompt: Prompt, options: GenerateOptions, eos_ids: Sequence[int] | None = None) -> Request:
         self._check_open()
@@ -357,9 +364,12 @@ class LanguageModel:
         if detokenizer is None and not isinstance(self._tokenizer, GptjaxError):
             detokenizer = functools.partial(self._tokenizer.stream, start=False)  # a completion continues its prompt
         with self._guard(batch=batch):
-            memory.check_state(self.model, batch=batch, max_length=self.max_length)
+            policy = default_policy(self.model, slots=batch)
+            pages = pools(self.model, max_length=self.max_length, policy=policy, limit=self.memory_limit)
             # Only the generator holds the engine, so that closing it frees the engine.
-            engine = Engine(self.model, self.params, batch=batch, max_length=self.max_length)
+            engine = Engine(
+                self.model, self.params, batch=batch, max_length=self.max_length, policy=policy, pages=pages
+            )
             chunks = generate(engine, requests, detokenizer)
             del engine
             self._running.add(chunks)
