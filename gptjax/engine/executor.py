@@ -53,11 +53,13 @@ class Executor:
         self._features = Features()
         self._requests: list[Request | None] = [None] * policy.slots
         self._numbers = [0] * policy.slots
-        self._settings: tuple[object, sampling.Sampling] | None = None  # of the last rows, and what these were
+        self._settings: tuple[object, sampling.Sampling] | None  # of the last rows, and what these were
         self.reset()
 
     def reset(self) -> None:
-        """Empty pools and slots, such as after an error that a program was lost in."""
+        """Empty pools and slots, such as after a program failed. Those before are freed first."""
+        self.__dict__.pop("_slots", None)
+        self._settings = None
         cache = registry.create_pools(
             self._model, pages=self._pages, rows=self._policy.slots, max_length=self._max_length
         )
@@ -126,6 +128,7 @@ class Executor:
                     settings = self._settings_of([None] * size, level)
                     for num_steps in {1, policy.steps}:
                         self._run_decode(self._rows(DecodeCall(size, num_steps, ())), settings, num_steps)
+            jax.block_until_ready(self.result)
         self.wait()
 
     def _send_tables(self) -> None:

@@ -12,12 +12,12 @@ from gptjax.config import GPT2Config
 from gptjax.engine import programs, steps
 from gptjax.engine.engine import Engine
 from gptjax.engine.flat_params import FlatParams
-from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.steps import prefill
 from gptjax.models import registry
 from gptjax.models.params import Params, init_params
 from tests.compilations import compilations
+from tests.engine.generated import generate
 from tests.thinned import thinned
 
 CONFIG = GPT2Config(
