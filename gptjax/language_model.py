@@ -62,6 +62,7 @@ class LanguageModel:
         max_batch: int | None = None,
         exact: bool = True,
         chat_format: str | None = None,
+        memory_limit: limits.MemoryLimit | None = None,
     ):
         """`tokenizer` may be an error that says why it is missing; calls that need text raise it.
 
@@ -69,10 +70,13 @@ class LanguageModel:
         """
         self.model = model
         self._params: Params | None = params
-        self._shared = SharedEngine(model, max_length=max_length, max_batch=max_batch, exact=exact)
+        self._shared = SharedEngine(
+            model, max_length=max_length, max_batch=max_batch, exact=exact, memory_limit=memory_limit
+        )
         self.defaults = defaults
         self.max_length = max_length
         self.max_batch = max_batch
+        self.memory_limit = memory_limit
         self._tokenizer = tokenizer
         self._chat_format = chat_format
 
@@ -256,7 +260,7 @@ class LanguageModel:
         """
         length = self.max_length if max_length is None else limits.positions(self.config, max_length)
         rows = limits.at_least_one("batch", batch)
-        with self._guard(batch=rows, max_length=length):
+        with self._guard(batch=rows, max_length=length, state=True):
             self._check_state(batch=rows, max_length=length)
             return jax.block_until_ready(steps.init_state(self.model, batch=rows, max_length=length))
 
@@ -274,7 +278,7 @@ class LanguageModel:
             raise RequestError(f"the state has {state.batch} rows, but {len(prompts)} lists of token ids were given")
         # All are checked before the state is donated for the first one.
         checked = [self._checked_ids(prompt, state.max_length) for prompt in prompts]
-        with self._guard(batch=state.batch, max_length=state.max_length):
+        with self._guard(batch=state.batch, max_length=state.max_length, state=True):
             params = FlatParams.of(self.params)
             for slot, ids in enumerate(checked):
                 state = steps.prefill(self.model, params, state, slot, np.asarray(ids, np.int32))
@@ -295,14 +299,15 @@ class LanguageModel:
         params.check(self.config.vocab_size)
         request = Request(prompt_ids=(), max_tokens=1, params=params)
         settings = settings_of([request] * state.batch, self.config.vocab_size, Features.of(params))
-        with self._guard(batch=state.batch, max_length=state.max_length):
+        with self._guard(batch=state.batch, max_length=state.max_length, state=True):
             sampled = steps.sample(state, settings)
             return sampled.token_B, steps.advance(self.model, FlatParams.of(self.params), state, sampled.token_B)
 
     def memory(self, *, batch: int | None = None, max_length: int | None = None) -> Memory:
         """Bytes that the weights and generating `batch` rows of `max_length` positions need, and those available.
 
-        Defaults: `batch` is `max_batch` (1 if not set), and `max_length` the model's. Allocates nothing.
+        With less, down to `least`, longer rows wait for each other: see `Memory`. Defaults: `batch` is `max_batch` (1
+        if not set), and `max_length` the model's. Allocates nothing.
         """
         self._check_open()
         length = self.max_length if max_length is None else limits.positions(self.config, max_length)
@@ -329,11 +334,13 @@ class LanguageModel:
             raise RequestError("this model was closed; load it again")
         return self._params
 
-    def _guard(self, *, batch: int = 1, max_length: int | None = None) -> contextlib.AbstractContextManager[None]:
+    def _guard(
+        self, *, batch: int = 1, max_length: int | None = None, state: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
         """Guards a computation: raises if the model is closed, and says what to try if the body runs out of memory."""
         self._check_open()
         length = self.max_length if max_length is None else max_length
-        return memory.explained(self.model, batch=batch, max_length=length)
+        return memory.explained(self.model, batch=batch, max_length=length, state=state)
 
     def _check_state(self, *, batch: int, max_length: int) -> None:
         """Raises `CapacityError` if a state does not fit. If it is in the way, gives up what earlier prompts left."""

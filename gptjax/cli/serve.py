@@ -35,7 +35,7 @@ The server listens on this machine only, unless --host says otherwise; if it doe
 
 examples:
   gptjax serve
-  gptjax serve -m openai/gpt-oss-20b --max-batch 16 --max-length 32768
+  gptjax serve -m openai/gpt-oss-20b --max-batch 16 --max-length 32768 --memory 0.9
   {_PREFIX}API_KEY=secret gptjax serve -m ./my-gpt2 --host 0.0.0.0""",
     )
     _option(parser, "-m", "--model", help=MODEL_HELP)
@@ -67,6 +67,13 @@ examples:
         type=int,
         metavar="N",
         help=f"tokens of prompt and output (default: $GPTJAX_MAX_LENGTH, else the model's, up to {_DEFAULT_LENGTH})",
+    )
+    _option(
+        parser,
+        "--memory",
+        metavar="SHARE",
+        help="how much of the device's memory to use, such as 0.9; or the tokens that the cache has room for, such as "
+        "262144tokens (default: on a GPU, what JAX takes, 0.75; on a CPU, up to half of what is free, for the cache)",
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
     _option(parser, "--packed", choices=tuple(PACKED), help=PACKED_HELP)
@@ -199,13 +206,14 @@ def _run(args: argparse.Namespace) -> int:
     logging.config.dictConfig(log_config)
     model = model_name(args)
     checkpoint = open_checkpoint(model, **overrides(args))
-    # GPT-OSS has room for 131072 tokens; few machines have the memory for such a cache in every slot.
+    # The cache has room for at least one request of this length: 3 GB for the 131072 tokens of gpt-oss-20b.
     length = positions(checkpoint.config, args.max_length, default=_DEFAULT_LENGTH)
     lm = load_checkpoint(
         checkpoint,
         dtype=args.dtype,
         max_length=length,
         max_batch=args.max_batch,
+        memory=args.memory,
         packed=packed(args),
         tokenizer=args.tokenizer,
         chat_format=args.chat_format,

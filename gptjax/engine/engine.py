@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import jax
 from jax.errors import JaxRuntimeError
 
-from gptjax.engine import sampling, steps
+from gptjax.engine import sampling
 from gptjax.engine.executor import Executor
 from gptjax.engine.flat_params import AnyParams
-from gptjax.engine.pools import pages_of_pools
+from gptjax.engine.pools import default_policy, most_pages, pool_kinds
 from gptjax.engine.request import Request
 from gptjax.engine.settings import Features
 from gptjax.layers.cache import kinds
@@ -21,9 +21,6 @@ from gptjax.scheduling.policy import Policy
 from gptjax.scheduling.pool import Pool
 from gptjax.scheduling.scheduler import Scheduler
 
-# With an H200, dispatching one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (each call passes
-# hundreds of arrays), which is more than the device needs to compute it.
-_STEPS_PER_DISPATCH = 8
 _MOST_LOSSES = 2  # of the pools, one after another without a token between
 
 
@@ -97,21 +94,16 @@ class Engine:
           reuse: share the beginnings of prompts, in whole chunks, that pages still hold.
           policy: instead of `batch`, `steps_per_dispatch`, `chunk` and `reuse`. By default, the sizes of a request's
             programs depend on its own length alone, so that it gets the same bits in any company.
-          pages: of the pool of each kind of layers, with page 0; by default enough for `batch` requests of
-            `max_length`.
+          pages: of the pool of each kind of layers, with page 0, such as `pool_sizes.pools` finds to fit; by default
+            enough for `batch` requests of `max_length`.
         """
-        steps_per_dispatch = usual_steps() if steps_per_dispatch is None else steps_per_dispatch
-        if steps_per_dispatch < 1:
-            raise ValueError(f"steps_per_dispatch must be at least 1, found {steps_per_dispatch}")
         if policy is None:
-            chunk = steps.chunk_of(model) if chunk is None else chunk
-            policy = Policy.same_bits(slots=batch, chunk=chunk, steps=steps_per_dispatch)
-            policy = dataclasses.replace(policy, reuse=reuse)
+            policy = default_policy(model, slots=batch, steps_per_dispatch=steps_per_dispatch, chunk=chunk, reuse=reuse)
         self.model = model
         self.max_length = max_length
         self.policy = policy
         windows = kinds(model.config.windows, max_length)
-        self._pages = tuple(pages or pages_of_pools(windows, max_length=max_length, policy=policy))
+        self._pages = tuple(pages or most_pages(pool_kinds(model, max_length=max_length, policy=policy)))
         self._executor = Executor(model, params, policy=policy, pages=self._pages, max_length=max_length, levels=levels)
         pools = [Pool(count, window) for count, window in zip(self._pages, windows, strict=True)]
         self._scheduler = Scheduler(policy, pools)
@@ -269,7 +261,10 @@ class Engine:
             of_step = []
             for index, row in enumerate(plan.decode.rows):
                 if len(row.given) <= step < len(row.given) + row.draws:
-                    of_step.append(_token(sampled, places[index], dispatched.requests[index]))
+                    number = dispatched.requests[index]
+                    request = self._requests.get(number)  # None if it has ended
+                    top = request.params.top_logprobs if request else 0
+                    of_step.append(_token(sampled, places[index], number, top))
                     drawn[index].append(of_step[-1].token_id)
             if of_step:
                 tokens.append(of_step)
@@ -284,11 +279,6 @@ class Engine:
                 self._scheduler.receive(dropped.plan.number, [()] * len(dropped.requests))
 
 
-def usual_steps() -> int:
-    """The decode steps of one dispatch, unless told otherwise."""
-    return 1 if jax.default_backend() == "cpu" else _STEPS_PER_DISPATCH
-
-
 def free_locals(error: BaseException | None) -> None:
     """Frees what the frames of an error's traceback hold, such as the arrays of calls that failed."""
     while error is not None:
@@ -301,6 +291,7 @@ def _unstacked(stacked: sampling.Sampled) -> list[sampling.Sampled]:
     return [jax.tree.unflatten(tree, of_step) for of_step in zip(*leaves, strict=True)]
 
 
-def _token(sampled: sampling.Sampled, row: int, request: int) -> Token:
-    top = zip(sampled.top_ids_BC[row].tolist(), sampled.top_logprobs_BC[row].tolist(), strict=True)
+def _token(sampled: sampling.Sampled, row: int, request: int, num_top: int) -> Token:
+    ids, logprobs = sampled.top_ids_BC[row, :num_top], sampled.top_logprobs_BC[row, :num_top]
+    top = zip(ids.tolist(), logprobs.tolist(), strict=True)
     return Token(request, int(sampled.token_B[row]), float(sampled.logprob_B[row]), tuple(top))

@@ -41,13 +41,15 @@ class Executor:
         Args:
           pages: of the pool of each kind of layers, in the order of `layers.cache.kinds`.
           levels: sets of features, each including the one before; the first that covers a call's requests is computed.
-            By default, the features that any request so far has used.
+            By default, the features that any request so far has used. On a CPU, they are not needed: one program has
+            all features, and skips what no row uses. On a GPU, the host would wait for the device at each branch.
         """
         self._model = model
         self._params = FlatParams.of(params)
         self._policy = policy
         self._pages, self._max_length = tuple(pages), max_length
-        self._levels = levels
+        self._branches = jax.default_backend() == "cpu"
+        self._levels = (Features.everything(),) if self._branches else levels
         self._features = Features()
         self._requests: list[Request | None] = [None] * policy.slots
         self._numbers = [0] * policy.slots
@@ -64,9 +66,9 @@ class Executor:
         self._tables = [np.zeros(table.shape, np.int32) for table in cache.tables]  # what the device has, too
         self._slots = programs.Slots(
             cache=cache,
-            history_BS=jnp.zeros((self._policy.slots, cache.capacity), jnp.int32),
             # A slot that was never filled draws -1 instead of a token.
             logits_BV=jnp.full((self._policy.slots, self._model.config.vocab_size), jnp.nan, jnp.float32),
+            counts_BV=jnp.zeros((self._policy.slots, self._model.config.vocab_size), jnp.int32),
         )
 
     def run(self, plan: Plan, requests: Mapping[int, Request]) -> sampling.Sampled | None:
@@ -84,6 +86,8 @@ class Executor:
             self._features |= Features.of(request.params)
             for table in self._tables:
                 table[join.slot] = 0
+            if request.params.penalises:
+                self._count(join.slot, request.prompt_ids, join.drawn)
         for entry in plan.tables:
             self._tables[entry.pool][entry.slot, entry.index] = entry.page
         if plan.joins or plan.tables:
@@ -114,13 +118,14 @@ class Executor:
             self._send_tables()
             for kind in range(len(self._tables)):
                 self._copy(kind, [Copy(kind, 0, 0, 1)])
+            self._count(policy.slots, (), ())  # which is no slot
             for size in self._used_sizes():
-                hidden_TD = self._run_prefill(PrefillCall(size, (), ()))
-                for count in self._end_sizes(size):
-                    self._keep_logits(hidden_TD, np.full((2, count), policy.slots, np.int32))
+                hidden_MD = self._run_prefill(PrefillCall(size, (), ()))
+            for count in powers(1, self._most_ends):
+                self._keep_logits(hidden_MD, [policy.slots] * count)
             for size in policy.row_sizes:
                 for level in self._levels or [self._features]:
-                    settings = settings_of([None] * size, self._model.config.vocab_size, level)
+                    settings = self._settings_of([None] * size, level)
                     for num_steps in {1, policy.steps}:
                         self._run_decode(self._rows(DecodeCall(size, num_steps, ())), settings, num_steps)
             jax.block_until_ready(self.result)
@@ -140,14 +145,18 @@ class Executor:
             call[1 + _COPIES : 1 + _COPIES + len(some)] = [copy.target for copy in some]
             self._slots = programs.copy_pages(self._slots, call, kind)
 
+    def _count(self, slot: int, prompt_ids: Sequence[int], drawn: Sequence[int]) -> None:
+        """Sets the counts that penalties need. The programs add the tokens that are drawn from now on."""
+        counts_V = np.zeros(self._model.config.vocab_size, np.int32)
+        counts_V[list(prompt_ids)] = 1
+        np.add.at(counts_V, list(drawn), 2)
+        self._slots = programs.set_counts(self._slots, np.int32(slot), counts_V)
+
     def _prefill(self, call: PrefillCall) -> None:
-        hidden_TD = self._run_prefill(call)
-        ends = [(piece.start + piece.count - 1, piece.slot) for piece in call.pieces if piece.ends]
-        if ends:
-            padded = np.full((2, smallest(self._end_sizes(call.size), len(ends))), self._policy.slots, np.int32)
-            padded[0] = 0
-            padded[:, : len(ends)] = np.asarray(ends, np.int32).T
-            self._keep_logits(hidden_TD, padded)
+        hidden_MD = self._run_prefill(call)
+        if slots := [piece.slot for piece in call.pieces if piece.ends]:
+            size = smallest(powers(1, self._most_ends), len(slots))
+            self._keep_logits(hidden_MD, slots + [self._policy.slots] * (size - len(slots)))
 
     def _run_prefill(self, call: PrefillCall) -> jax.Array:
         tiles = np.zeros((4, self._most_tiles(call.size)), np.int32)
@@ -159,12 +168,18 @@ class Executor:
         tiles[:, : len(found)] = np.asarray(found, np.int32).reshape(-1, 4).T
         tokens_T = np.zeros(call.size, np.int32)
         tokens_T[: len(call.tokens)] = call.tokens
-        numbers = np.concatenate((tokens_T, tiles.reshape(-1)))
-        hidden_TD, self._slots = programs.prefill(self._model, self._params, self._slots, numbers, call.size)
-        return hidden_TD
+        end_M = np.zeros(self._most_ends, np.int32)
+        ends = [piece.start + piece.count - 1 for piece in call.pieces if piece.ends]
+        end_M[: len(ends)] = ends
+        numbers = np.concatenate((tokens_T, end_M, tiles.reshape(-1)))
+        hidden_MD, self._slots = programs.prefill(
+            self._model, self._params, self._slots, numbers, call.size, self._most_ends
+        )
+        return hidden_MD
 
-    def _keep_logits(self, hidden_TD: jax.Array, ends_2M: np.ndarray) -> None:
-        self._slots = programs.keep_logits(self._model, self._params, self._slots, hidden_TD, ends_2M)
+    def _keep_logits(self, hidden_MD: jax.Array, slots: Sequence[int]) -> None:
+        slot_M = np.asarray(slots, np.int32)
+        self._slots = programs.keep_logits(self._model, self._params, self._slots, hidden_MD, slot_M)
 
     def _decode(self, call: DecodeCall) -> sampling.Sampled:
         requests: list[Request | None] = [None] * call.size
@@ -172,7 +187,7 @@ class Executor:
             requests[place] = self._requests[row.slot]
         key = tuple(requests), self._needed(requests)
         if self._settings is None or self._settings[0] != key:
-            self._settings = key, settings_of(requests, self._model.config.vocab_size, key[1])
+            self._settings = key, self._settings_of(requests, key[1])
         return self._run_decode(self._rows(call), self._settings[1], call.steps)
 
     def places(self, call: DecodeCall) -> list[int]:
@@ -201,6 +216,9 @@ class Executor:
             self._slots, sampled = programs.decode(self._model, self._params, self._slots, sent, settings, num_steps)
         return sampled
 
+    def _settings_of(self, requests: Sequence[Request | None], features: Features) -> sampling.Sampling:
+        return settings_of(requests, self._model.config.vocab_size, features, branches=self._branches)
+
     def _needed(self, requests: Sequence[Request | None]) -> Features:
         """The parts of sampling to compute for some rows."""
         if not self._levels:
@@ -223,6 +241,7 @@ class Executor:
         """The tiles of a call: each piece may end with one that is not full."""
         return -(-size // TILE) + self._most_pieces(size) - 1
 
-    def _end_sizes(self, size: int) -> tuple[int, ...]:
-        """How many prompts may end in a call: the sizes of `keep_logits`."""
-        return powers(1, self._most_pieces(size))
+    @property
+    def _most_ends(self) -> int:
+        """The most prompts that end in a call, of any size, so that what follows it has the same shape."""
+        return self._most_pieces(self._policy.chunk)

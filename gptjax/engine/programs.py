@@ -26,42 +26,49 @@ class Slots:
     """What the device has of B requests. A pytree; the programs donate it, so use what they return."""
 
     cache: KVCache
-    history_BS: jax.Array  # int32: each slot's tokens by position; undefined beyond its length
     logits_BV: jax.Array  # float32: for the token after each slot's last
+    # int32: what `sampling.sample` counts. Undefined for a slot whose request has no penalties.
+    counts_BV: jax.Array
 
 
-@partial(jax.jit, static_argnames=("model", "size"), donate_argnames=("slots",))
-def prefill(model: Model, params: FlatParams, slots: Slots, call: jax.Array, size: int) -> tuple[jax.Array, Slots]:
+@partial(jax.jit, static_argnames=("model", "size", "ends"), donate_argnames=("slots",))
+def prefill(
+    model: Model, params: FlatParams, slots: Slots, call: jax.Array, size: int, ends: int
+) -> tuple[jax.Array, Slots]:
     """Adds pieces of prompts to their slots.
 
     Args:
       slots: donated.
-      call: int32: `size` tokens, then the four fields of the call's `Tiles`, whose rows are slots.
+      call: int32: `size` tokens, the indices of the tokens that end prompts, of which there are at most `ends`, then
+        the four fields of the call's `Tiles`, whose rows are slots.
 
     Returns:
-      The hidden states [T, D] of all tokens, and the slots.
+      The hidden states [`ends`, D] of the tokens that end prompts, and the slots.
     """
-    tokens_T, tiles = call[:size], Tiles(*call[size:].reshape(4, -1))
-    slot_T, positions_T = tiles.tokens(size)
+    tokens_T, end_M, tiles = call[:size], call[size : size + ends], Tiles(*call[size + ends :].reshape(4, -1))
+    _, positions_T = tiles.tokens(size)
     cache = slots.cache.packed(tiles)
     hidden_1TD, cache = _apply(model, params, tokens_T[None], positions_T[None], cache)
-    slot_T = jnp.where(slot_T < 0, slots.history_BS.shape[0], slot_T)  # updates out of bounds are dropped
-    history_BS = slots.history_BS.at[slot_T, positions_T].set(tokens_T, mode="drop")
-    return hidden_1TD[0], dataclasses.replace(slots, cache=cache.unpacked(), history_BS=history_BS)
+    return hidden_1TD[0, end_M], dataclasses.replace(slots, cache=cache.unpacked())
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
-def keep_logits(model: Model, params: FlatParams, slots: Slots, hidden_TD: jax.Array, ends_2M: jax.Array) -> Slots:
+def keep_logits(model: Model, params: FlatParams, slots: Slots, hidden_MD: jax.Array, slot_M: jax.Array) -> Slots:
     """Gives slots the logits after the last tokens of their prompts.
 
     Args:
       slots: donated.
-      hidden_TD: what `prefill` returned.
-      ends_2M: int32: the tokens, and the slots; a slot of B is padding.
+      hidden_MD: what `prefill` returned: of at least as many tokens as there are slots.
+      slot_M: int32: the slots; B is padding.
     """
-    token_M, slot_M = ends_2M
-    logits_MV = _apply(model, params, hidden_TD[token_M], method="head")
+    logits_MV = _apply(model, params, hidden_MD[: len(slot_M)], method="head")
     return dataclasses.replace(slots, logits_BV=slots.logits_BV.at[slot_M].set(logits_MV, mode="drop"))
+
+
+@partial(jax.jit, donate_argnames=("slots",))
+def set_counts(slots: Slots, slot: jax.Array, counts_V: jax.Array) -> Slots:
+    """Sets what is counted of a slot's tokens. `slots` is donated."""
+    return dataclasses.replace(slots, counts_BV=slots.counts_BV.at[slot].set(counts_V))
 
 
 @partial(jax.jit, static_argnames=("kind",), donate_argnames=("slots",))
@@ -97,14 +104,16 @@ def sample(slots: Slots, rows: jax.Array, settings: sampling.Sampling) -> sampli
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
 def advance(model: Model, params: FlatParams, slots: Slots, token_B: jax.Array, rows: jax.Array) -> Slots:
-    """Feeds the given or drawn token of each row to its slot. A token of -1 makes the slot's logits NaN.
+    """Feeds the given or drawn token of each row to its slot, and counts those drawn. -1 makes a slot's logits NaN.
 
     Args:
       slots: donated. Other slots are unchanged.
       token_B: int32, what `sample` drew.
       rows: as for `sample`.
     """
-    return _with_rows(slots, rows, _advanced(model, params, _of_rows(slots, rows), token_B, rows, jnp.int32(0)))
+    step = jnp.int32(0)
+    of_rows = _counted(_of_rows(slots, rows), token_B, rows, step)
+    return _with_rows(slots, rows, _advanced(model, params, of_rows, token_B, rows, step))
 
 
 @partial(jax.jit, static_argnames=("model", "num_steps"), donate_argnames=("slots",))
@@ -121,7 +130,8 @@ def decode(
 
     def step(of_rows: Slots, number: jax.Array) -> tuple[Slots, sampling.Sampled]:
         sampled = _sampled(of_rows, rows, number, settings)
-        return _advanced(model, params, of_rows, sampled.token_B, rows, number), sampled
+        counted = _counted(of_rows, sampled.token_B, rows, number)
+        return _advanced(model, params, counted, sampled.token_B, rows, number), sampled
 
     of_rows, sampled = jax.lax.scan(step, _of_rows(slots, rows), jnp.arange(num_steps, dtype=jnp.int32))
     return _with_rows(slots, rows, of_rows), sampled
@@ -149,8 +159,16 @@ def _with_rows(slots: Slots, rows: jax.Array, of_rows: Slots) -> Slots:
 
 def _sampled(of_rows: Slots, rows: jax.Array, step: jax.Array, settings: sampling.Sampling) -> sampling.Sampled:
     slot_B, position_B = rows[:, 0], rows[:, 1]
-    history_BS = None if settings.penalties is None else of_rows.history_BS[slot_B]
-    return sampling.sample(of_rows.logits_BV, position_B + step, settings, history_BS)
+    counts_BV = None if settings.penalties is None else of_rows.counts_BV[slot_B]
+    return sampling.sample(of_rows.logits_BV, position_B + step, settings, counts_BV)
+
+
+def _counted(of_rows: Slots, token_B: jax.Array, rows: jax.Array, step: jax.Array) -> Slots:
+    """The slots with drawn tokens counted. Those given were counted when the request joined."""
+    slot_B, _, given_B, steps_B, _ = rows[:, :ROW_FIELDS].T
+    drawn_B = (slot_B >= 0) & (step >= given_B) & (step < steps_B) & (token_B >= 0)
+    target_B = jnp.where(drawn_B, slot_B, of_rows.counts_BV.shape[0])  # updates out of bounds are dropped
+    return dataclasses.replace(of_rows, counts_BV=of_rows.counts_BV.at[target_B, token_B].add(2, mode="drop"))
 
 
 def _advanced(
@@ -164,12 +182,7 @@ def _advanced(
     positions_B = jnp.where(fed_B & sound_B, position_B + step, -1)
     hidden_B1D, cache = _apply(model, params, token_B[:, None], positions_B[:, None], of_rows.cache)
     logits_BV = jnp.where(sound_B[:, None], _apply(model, params, hidden_B1D[:, 0], method="head"), jnp.nan)
-    place_B = jnp.where(positions_B < 0, cache.capacity, positions_B)  # updates out of bounds are dropped
-    return Slots(
-        cache=cache,
-        history_BS=of_rows.history_BS.at[slot_B, place_B].set(token_B, mode="drop"),
-        logits_BV=jnp.where(fed_B[:, None], logits_BV, of_rows.logits_BV),
-    )
+    return dataclasses.replace(of_rows, cache=cache, logits_BV=jnp.where(fed_B[:, None], logits_BV, of_rows.logits_BV))
 
 
 def _apply(model: Model, params: FlatParams, *arguments: Any, method: str | None = None) -> Any:

@@ -4,16 +4,15 @@ import dataclasses
 import threading
 from collections.abc import Callable, Generator, Sequence
 
-from gptjax.engine import memory, steps
-from gptjax.engine.engine import Engine, Token, free_locals, usual_steps
+from gptjax.engine.engine import Engine, Token, free_locals
+from gptjax.engine.limits import MemoryLimit
 from gptjax.engine.output import Chunk, Decoder, Output
-from gptjax.engine.pools import pages_of_pools
+from gptjax.engine.pool_sizes import pools
+from gptjax.engine.pools import default_policy
 from gptjax.engine.request import Request
 from gptjax.errors import CapacityError
-from gptjax.layers.cache import kinds
 from gptjax.models.params import Params
 from gptjax.models.registry import Model
-from gptjax.scheduling.policy import Policy
 
 _MOST_ROWS = 32  # of one generation, and of all together, if `max_batch` is not given
 _AHEAD = 4  # tokens that a request gets before anybody waits for them
@@ -90,12 +89,21 @@ class SharedEngine:
     are read again, and tokens drawn so far are decoded again.
     """
 
-    def __init__(self, model: Model, *, max_length: int, max_batch: int | None, exact: bool = True):
-        """Allocates nothing yet. For `exact` see `load`."""
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_length: int,
+        max_batch: int | None,
+        exact: bool = True,
+        memory_limit: MemoryLimit | None = None,
+    ):
+        """Allocates nothing yet. For `exact` and `memory_limit` see `load`."""
         self._model = model
         self._max_length = max_length
         self._max_batch = max_batch
         self._exact = exact
+        self._memory_limit = memory_limit
         self._changed = threading.Condition()  # guards the next two, and is notified of tokens
         self._leader: Generation | None = None  # whose thread makes the engine step
         self._closed = False
@@ -239,19 +247,14 @@ class SharedEngine:
             self._engine = self._made(least, params())
 
     def _made(self, batch: int, params: Params) -> Engine:
-        memory.check_state(self._model, batch=batch, max_length=self._max_length, reuse=True)
-        policy = Policy.same_bits(
-            slots=batch,
-            chunk=steps.chunk_of(self._model),
-            steps=usual_steps(),
-            rows="all" if self._max_batch else "asked",
-        )
-        pages = None
+        policy = default_policy(self._model, slots=batch, reuse=True)
+        policy = dataclasses.replace(policy, rows="all" if self._max_batch else "asked")
         if not self._exact:
             policy = dataclasses.replace(policy, chunk_multiple=1, share_decoded=True)
-            # One page more: a part of a page is shared by copying it, even if a row of `max_length` fills the others.
-            windows = kinds(self._model.config.windows, self._max_length)
-            pages = [1 + count for count in pages_of_pools(windows, max_length=self._max_length, policy=policy)]
+        pages = pools(self._model, max_length=self._max_length, policy=policy, limit=self._memory_limit)
+        if not self._exact:
+            # A part of a page is shared by copying it, even if a row of `max_length` fills the other pages.
+            pages = tuple(count + 1 for count in pages)
         return Engine(self._model, params, batch=batch, max_length=self._max_length, policy=policy, pages=pages)
 
     def _drop(self) -> None:

@@ -345,7 +345,7 @@ class Scheduler:
         for sequence in self._running:
             assert sequence.slot is not None
             if not sequence.joined:
-                joins.append(Join(sequence.slot, sequence.number))
+                joins.append(Join(sequence.slot, sequence.number, tuple(sequence.generated)))
                 sequence.joined = True
             for pool, index in sorted(sequence.changed):
                 tables.append(TableEntry(pool, sequence.slot, index, sequence.pages[pool][index]))

@@ -17,7 +17,9 @@ from gptjax.engine import memory, steps
 from gptjax.engine.engine import Engine
 from gptjax.engine.engine import Token as Drawn
 from gptjax.engine.output import NOT_FINITE
-from gptjax.engine.request import MAX_TOP_LOGPROBS, Request
+from gptjax.engine.pool_sizes import pools
+from gptjax.engine.pools import default_policy, pool_kinds, pool_tokens
+from gptjax.engine.request import Request
 from gptjax.engine.settings import Features
 from gptjax.language_model import LanguageModel
 from gptjax.server.events import Event, Failed, Finished, QueueFull, State, Ticket, Token, Unavailable
@@ -30,13 +32,8 @@ _log = logging.getLogger(__name__)
 _SMOOTHING = 0.2  # weight of the latest request in the average duration
 _STOPPED = Failed("the server was stopped", "stopped")
 _DRAINED = Failed("the server is shutting down and had no time left for this request", "drained")
-# The compiled forms of sampling, each including the one before; a chat at temperature 1 needs the second.
-_LEVELS = (
-    Features(),
-    Features(draws=True),
-    Features(draws=True, truncates=True),
-    Features(draws=True, truncates=True, penalises=True, biases=True, num_top=MAX_TOP_LOGPROBS),
-)
+# The compiled forms of sampling, each including the one before; a chat at temperature 1 needs the first.
+_LEVELS = (Features(draws=True), Features(draws=True, truncates=True), Features.everything())
 
 
 @dataclasses.dataclass(eq=False)
@@ -78,8 +75,10 @@ class Worker:
         self._model = model
         self._slots = model.max_batch or DEFAULT_SLOTS
         self._max_queue = max_queue
-        self._chunk = chunk
-        self._steps_per_dispatch = steps_per_dispatch
+        self._policy = default_policy(
+            model.model, slots=self._slots, steps_per_dispatch=steps_per_dispatch, chunk=chunk, reuse=True
+        )
+        self._pages: tuple[int, ...] = ()  # of the engine's pools; known once it is started
         self._thread = threading.Thread(target=self._run, name="gptjax-worker", daemon=True)
         # Guards all that follows, and is notified of changes. Only the thread moves jobs from place to place, except
         # that `cancel` removes them from the queue.
@@ -101,9 +100,14 @@ class Worker:
         Requests may be submitted from now on.
 
         Raises:
-          CapacityError: the slots do not fit the remaining memory.
+          CapacityError: the cache does not fit the remaining memory; see `pools`.
         """
-        memory.check_state(self._model.model, batch=self._slots, max_length=self._model.max_length, reuse=True)
+        self._pages = pools(
+            self._model.model,
+            max_length=self._model.max_length,
+            policy=self._policy,
+            limit=self._model.memory_limit,
+        )
         with self._changed:
             self._started = True
             self._beat = time.monotonic()
@@ -191,12 +195,20 @@ class Worker:
                 slots=self._slots,
                 busy=len(self._running),
                 queued=len(self._queue),
-                cache_used=min(1.0, used / (self._slots * self._model.max_length)),
+                cache_used=min(1.0, used / self._tokens),
                 requests=self._accepted,
                 tokens_total=self._tokens_total,
                 error=self._error,
                 losses=self._losses,
             )
+
+    @property
+    def _tokens(self) -> int:
+        """The positions that the cache has room for."""
+        if not self._pages:
+            return self._slots * self._model.max_length
+        each = pool_kinds(self._model.model, max_length=self._model.max_length, policy=self._policy)
+        return pool_tokens(each, self._pages, page=self._policy.page)
 
     def _check_room(self, ahead: int = 0) -> None:
         if refusal := self._refusal():
@@ -260,10 +272,9 @@ class Worker:
             self._model.params,
             batch=self._slots,
             max_length=self._model.max_length,
-            steps_per_dispatch=self._steps_per_dispatch,
-            chunk=self._chunk,
             levels=_LEVELS,
-            reuse=True,
+            policy=self._policy,
+            pages=self._pages,
         )
 
     def _turn(self, engine: Engine) -> bool:

@@ -222,13 +222,13 @@ def test_rows_that_are_not_active_stay_as_they_are():
     state = steps.init_state(MODEL, batch=2, max_length=300)
     for slot in range(2):
         state = prefill(MODEL, made_params(), state, slot, np.arange(1, 9, dtype=np.int32))
-    before = jax.tree.map(np.array, state)
-    slots = programs.Slots(state.cache, state.history_BS, state.logits_BV)
+    slots = programs.Slots(state.cache, state.logits_BV, jnp.zeros(state.logits_BV.shape, jnp.int32))
+    before = jax.tree.map(np.array, slots)
     rows = np.asarray([[0, 8, 0, 1, 1, 0], [-1, 0, 0, 0, 0, 0]], np.int32)
     after = programs.advance(MODEL, FlatParams.of(made_params()), slots, np.asarray([5, 6], np.int32), rows)
     assert after.cache.lengths_B.tolist() == [9, 8]
     np.testing.assert_array_equal(after.logits_BV[1], before.logits_BV[1])
-    np.testing.assert_array_equal(after.history_BS[1], before.history_BS[1])
+    np.testing.assert_array_equal(after.counts_BV[1], before.counts_BV[1])
     for layer in range(2):
         own = before.cache.table(layer)[1]
         np.testing.assert_array_equal(after.cache.k[layer][own], before.cache.k[layer][own])

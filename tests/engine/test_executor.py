@@ -69,7 +69,28 @@ def test_plans_do_what_the_model_does():
         assert token == _expected(text).argmax()
         text = (*text, token)
     np.testing.assert_allclose(_logits(executor)[0], _expected(text), atol=1e-4)
-    np.testing.assert_array_equal(executor._slots.history_BS[0, 25:30], text[25:])
+
+
+def test_tokens_are_counted_when_a_request_joins_and_when_they_are_drawn():
+    """Prompts that need not be read count as well; tokens that are given again, and padding, are not counted twice."""
+    penalised = SamplingParams(seed=0, repetition_penalty=1.1)
+    requests = {0: Request((3, 5, 3), 9, penalised), 1: Request((4,), 9, penalised), 2: Request((6,), 9, penalised)}
+    executor = _executor()
+    joins = [Join(4, 0, (7, 5, 7)), Join(2, 1), Join(0, 2)]
+    tables = [TableEntry(0, slot, 0, slot + 1) for slot in (4, 2, 0)]
+    call = PrefillCall(32, (4, 6), (Piece(2, 0, 1, 0, True), Piece(0, 1, 1, 0, True)))
+    # Slot 4 goes on after its prompt, of which it reads nothing here, with three tokens that it had drawn.
+    rows = (Row(4, 3, (7, 5, 7), 1, 3), Row(2, 1, (), 4, 3), Row(0, 1, (), 2, 1))
+    plan = _plan(1, joins=joins, tables=tables, prefill=[call], decode=DecodeCall(4, 4, rows))
+    token_BT = np.asarray(executor.run(plan, requests).token_B).T
+    counts_BV = np.asarray(executor._slots.counts_BV)
+    for slot, prompt, output in (
+        (4, {3, 5}, [7, 5, 7, *token_BT[0, 3:4]]),
+        (2, {4}, token_BT[1]),
+        (0, {6}, token_BT[2, :2]),
+    ):
+        for token in range(CONFIG.vocab_size):
+            assert counts_BV[slot, token] == 2 * list(output).count(token) + (token in prompt)
 
 
 def test_a_slot_that_another_request_takes_has_none_of_its_pages():
@@ -113,7 +134,7 @@ def test_pages_are_updated_in_place(dtype, program):
     rows = np.zeros((4, programs.ROW_FIELDS + 2), np.int32)
     settings = settings_of([None] * 4, CONFIG.vocab_size, Features())
     arguments = {
-        "prefill": (model, params, slots, np.zeros(32 + 4 * 3, np.int32), 32),
+        "prefill": (model, params, slots, np.zeros(32 + 3 + 4 * 3, np.int32), 32, 3),
         "advance": (model, params, slots, np.zeros(4, np.int32), rows),
         "decode": (model, params, slots, rows, settings, 2),
         "copy_pages": (slots, np.zeros(17, np.int32), 0),

@@ -11,6 +11,7 @@ from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features
 from gptjax.errors import CapacityError
 from gptjax.scheduling.policy import Policy
+from tests.compilations import compilations
 from tests.engine.test_steps_per_dispatch import made  # noqa: F401 (a fixture)
 from tests.thinned import thinned
 
@@ -203,21 +204,24 @@ def test_warm_up_needs_all_requests_to_have_ended(made):  # noqa: F811
         engine.warm_up()
 
 
-def test_levels_compute_what_the_requests_of_the_moment_need(made, monkeypatch):  # noqa: F811
-    levels = (Features(), Features(draws=True), Features(True, True, True, True, 20))
-    engine = _engine(made, levels=levels)
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_what_no_row_uses_is_skipped_or_is_another_program(made, monkeypatch, on_cpu):  # noqa: F811
+    """On a CPU by branches of the one program, elsewhere by the level that the requests of the moment need."""
+    levels = (Features(draws=True), Features.everything())
+    monkeypatch.setattr("gptjax.engine.executor.jax.default_backend", lambda: "cpu" if on_cpu else "gpu")
+    engine = _engine(made, levels=levels, steps_per_dispatch=1)
     engine.warm_up()
     used, original = [], programs.sample
     monkeypatch.setattr(programs, "sample", lambda *a: (used.append(a[2]), original(*a))[1])
     greedy = Request((1, 2), 12, SamplingParams(seed=1))
-    full = Request((1, 2), 12, SamplingParams(seed=1, temperature=1.0, top_p=0.9))
-    for request, draws, biases in (
-        (greedy, False, False),
-        (_request(1, 5), True, False),
-        (full, True, True),
-        (greedy, False, False),
-    ):
-        used.clear()
-        number = engine.add(request)
-        assert _tokens(engine, number) == [_alone(made, request)]
-        assert {(each.temperature_B is not None, each.bias_BV is not None) for each in used[:12]} == {(draws, biases)}
+    full = Request((1, 2), 12, SamplingParams(seed=1, temperature=1.0, top_p=0.9, frequency_penalty=0.5))
+    expected = [_alone(made, request) for request in (greedy, _request(1, 5), full)]
+    with compilations() as compiled:
+        for index in (0, 1, 2, 0):
+            request = (greedy, _request(1, 5), full)[index]
+            used.clear()
+            number = engine.add(request)
+            assert _tokens(engine, number) == [expected[index]]
+            forms = {(each.branches, each.bias is not None) for each in used[:12]}
+            assert forms == {(True, True) if on_cpu else (False, index == 2)}
+        assert compiled == []

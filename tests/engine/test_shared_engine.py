@@ -129,9 +129,9 @@ def _reading(monkeypatch) -> list[int]:
     read: list[int] = []
     prefill, advance = programs.prefill, programs.advance
 
-    def counted(model, params, slots, call, size):
-        read.append(int(call[size:].reshape(4, -1)[2].sum()))
-        return prefill(model, params, slots, call, size)
+    def counted(model, params, slots, call, size, ends):
+        read.append(int(call[size + ends :].reshape(4, -1)[2].sum()))
+        return prefill(model, params, slots, call, size, ends)
 
     def advanced(model, params, slots, token_B, rows):
         read.append(int((jax.device_get(rows)[:, 2] > 0).sum()))
@@ -243,14 +243,14 @@ def test_the_engine_grows_with_what_is_open_and_two_pools_are_never_there_at_onc
 
 def _has(monkeypatch, rows: int) -> None:
     """Lets the device have room for an engine of so many rows."""
-    real = memory.check_state
+    real = shared.pools
 
-    def check_state(model, *, batch, max_length, reuse=False):
-        if batch > rows:
-            raise CapacityError(f"{batch} rows do not fit")
-        real(model, batch=batch, max_length=max_length, reuse=reuse)
+    def pools(model, *, max_length, policy, limit):
+        if policy.slots > rows:
+            raise CapacityError(f"{policy.slots} rows do not fit")
+        return real(model, max_length=max_length, policy=policy, limit=limit)
 
-    monkeypatch.setattr(memory, "check_state", check_state)
+    monkeypatch.setattr(shared, "pools", pools)
 
 
 def test_what_does_not_fit_together_takes_turns_and_what_never_fits_is_refused(load, monkeypatch):

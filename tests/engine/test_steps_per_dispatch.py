@@ -145,7 +145,7 @@ def test_several_steps_leave_what_single_ones_leave(made, num_steps):
         for slot in range(SLOTS):
             tokens = np.arange(MAX_LENGTH - 2 if slot == 0 else 9, dtype=np.int32)
             state = steps.prefill(model, params, state, slot, tokens)
-        return programs.Slots(state.cache, state.history_BS, state.logits_BV)
+        return programs.Slots(state.cache, state.logits_BV, np.zeros((SLOTS, VOCAB), np.int32))
 
     single, expected = filled(), []
     for step in range(num_steps):

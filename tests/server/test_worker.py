@@ -163,11 +163,11 @@ def _cancel_in_prefill(worker: Worker) -> None:
     go_on = threading.Event()
     original = programs.prefill
 
-    def held(model, params, slots, call, size):
+    def held(model, params, slots, call, *sizes):
         if int(call[-1]) == CHUNK:  # the position of the call's one tile: its second chunk
             reading.set()
             assert go_on.wait(PATIENCE)
-        return original(model, params, slots, call, size)
+        return original(model, params, slots, call, *sizes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(programs, "prefill", held)
