@@ -333,7 +333,7 @@ def test_a_model_may_be_closed_while_another_thread_generates(load):
 def test_an_idle_engine_makes_room_for_a_state_and_a_busy_one_does_not(load, monkeypatch):
     lm = load()
     lm.generate([1, 2], max_tokens=2)
-    need = memory.needed(lm.model, batch=1, max_length=MAX_LENGTH)
+    need = memory.needed(lm.model, batch=1, max_length=MAX_LENGTH, state=True)
 
     def device_memory(device=None):
         idle = lm._shared._engine is None
