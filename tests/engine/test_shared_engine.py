@@ -17,7 +17,8 @@ from gptjax.engine.output import Chunk
 from gptjax.errors import CapacityError, CheckpointError, RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry
-from tests.engine.test_steps_per_dispatch import made  # noqa: F401 (a fixture)
+from tests.engine.test_steps_per_dispatch import _gpt2, _gpt_oss
+from tests.thinned import thorough
 
 MAX_LENGTH, CHUNK, VOCAB = 200, 64, 101
 PATIENCE = 120  # seconds
@@ -29,8 +30,14 @@ def _short_chunks(monkeypatch):
     monkeypatch.setattr(steps, "chunk_of", lambda model: CHUNK)
 
 
+@pytest.fixture(scope="module", params=["gpt2", thorough("gpt-oss")])
+def made(request):
+    """A model and its weights. The second, which has a window, takes minutes to compile for all sizes."""
+    return _gpt2() if request.param == "gpt2" else _gpt_oss()
+
+
 @pytest.fixture
-def load(made):  # noqa: F811
+def load(made):
     def load(max_batch=None, *, exact=True) -> LanguageModel:
         model, params = made
         tokenizer = CheckpointError("there is no tokenizer")
