@@ -135,8 +135,7 @@ def decode(
 
 def _sampled(slots: Slots, rows: jax.Array, step: jax.Array, settings: sampling.Sampling) -> sampling.Sampled:
     slot_B, position_B = rows[:, 0], rows[:, 1]
-    counts_BV = None if settings.penalties is None else slots.counts_BV[slot_B]
-    return sampling.sample(slots.logits_BV[slot_B], position_B + step, settings, counts_BV)
+    return sampling.sample(slots.logits_BV[slot_B], position_B + step, settings, lambda: slots.counts_BV[slot_B])
 
 
 def _counted(slots: Slots, token_B: jax.Array, rows: jax.Array, step: jax.Array) -> Slots:

@@ -157,10 +157,11 @@ def sample(state: State, rows_B: jax.Array, settings: sampling.Sampling) -> samp
       settings: of these rows, in their order.
     """
     lengths_B = state.cache.rows(rows_B).lengths_B
-    counts_BV = None
-    if settings.penalties is not None:
-        counts_BV = sampling.output_counts(state.history_BS[rows_B], lengths_B, state.logits_BV.shape[1])
-    return sampling.sample(state.logits_BV[rows_B], lengths_B, settings, counts_BV)
+
+    def counts() -> jax.Array:
+        return sampling.output_counts(state.history_BS[rows_B], lengths_B, state.logits_BV.shape[1])
+
+    return sampling.sample(state.logits_BV[rows_B], lengths_B, settings, counts)
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
