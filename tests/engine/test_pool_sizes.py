@@ -11,7 +11,7 @@ from gptjax.config import PUBLISHED
 from gptjax.engine import memory, pool_sizes
 from gptjax.engine.engine import Engine
 from gptjax.engine.executor import Executor
-from gptjax.engine.generate import generate
+from tests.engine.generated import generate
 from gptjax.engine.limits import MemoryLimit, memory_limit
 from gptjax.engine.pools import Kind, default_policy, least_pages, most_pages, pages_in, pool_bytes, pool_kinds
 from gptjax.engine.request import Request, SamplingParams
