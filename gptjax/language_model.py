@@ -70,7 +70,7 @@ class LanguageModel:
         """
         self.model = model
         self._params: Params | None = params
-        self._engine = SharedEngine(
+        self._shared = SharedEngine(
             model, max_length=max_length, max_batch=max_batch, exact=exact, memory_limit=memory_limit
         )
         self.defaults = defaults
@@ -317,7 +317,7 @@ class LanguageModel:
     def close(self) -> None:
         """Frees weights and engine, also that of unfinished streams. Later use of the model raises `RequestError`."""
         params, self._params = self._params, None
-        self._engine.close()
+        self._shared.close()
         for leaf in jax.tree.leaves(params):
             leaf.delete()
 
@@ -347,7 +347,7 @@ class LanguageModel:
         try:
             memory.check_state(self.model, batch=batch, max_length=max_length)
         except CapacityError:
-            if not self._engine.release():
+            if not self._shared.release():
                 raise
             memory.check_state(self.model, batch=batch, max_length=max_length)
 
@@ -371,8 +371,8 @@ class LanguageModel:
     ) -> Iterator[tuple[int, Chunk]]:
         if detokenizer is None and not isinstance(self._tokenizer, GptjaxError):
             detokenizer = functools.partial(self._tokenizer.stream, start=False)  # a completion continues its prompt
-        chunks = generate(self._engine, requests, detokenizer, max_length=self.max_length, params=self._check_open)
-        with self._guard(batch=self._engine.begin(len(requests)).rows), contextlib.closing(chunks):
+        chunks = generate(self._shared, requests, detokenizer, max_length=self.max_length, params=self._check_open)
+        with self._guard(batch=self._shared.begin(len(requests)).rows), contextlib.closing(chunks):
             with progress("compiling and reading the prompt", None):
                 chunk = next(chunks, None)
             while chunk is not None:

@@ -235,6 +235,8 @@ class SharedEngine:
         wanted = self._max_batch or min(_power(sum(rows)), _MOST_ROWS)
         if batch >= wanted:
             return
+        if self._engine is not None:
+            self._engine.wait()  # a GPU frees an array once the steps that use it are done
         self._drop()
         least = max(batch, *rows)
         try:

@@ -205,15 +205,15 @@ def test_a_stream_that_is_left_is_held_and_one_that_is_dropped_ends(load):
     left = lm.stream(_prompt(1, 20), **_options(1, 100))
     next(left)
     list(lm.stream(_prompt(2, 20), **_options(2, 60)))
-    (asked,) = [each for each in lm._engine._open if not each.ended]
+    (asked,) = [each for each in lm._shared._open if not each.ended]
     assert asked.held and 1 < len(asked.tokens) < 10
     del left
     gc.collect()
     assert asked.ended
     list(lm.stream(_prompt(3, 20), **_options(3, 2)))
     list(lm.stream(_prompt(3, 20), **_options(3, 2)))
-    scheduler = lm._engine._engine._scheduler
-    assert asked not in lm._engine._open and len(scheduler._requests) <= 1
+    scheduler = lm._shared._engine._scheduler
+    assert asked not in lm._shared._open and len(scheduler._requests) <= 1
 
 
 def test_the_engine_grows_with_what_is_open_and_two_pools_are_never_there_at_once(load, monkeypatch):
@@ -237,7 +237,7 @@ def test_the_engine_grows_with_what_is_open_and_two_pools_are_never_there_at_onc
     list(first), list(second)
     lm.generate([[1], [2], [3]], max_tokens=2)
     assert sizes == [1, 2, 8]  # it is kept
-    pool = sum(leaf.nbytes for leaf in jax.tree.leaves(lm._engine._engine._executor._slots.cache))
+    pool = sum(leaf.nbytes for leaf in jax.tree.leaves(lm._shared._engine._executor._slots.cache))
     assert max(live) < pool / 16  # less than the smallest of the three
 
 
@@ -336,7 +336,7 @@ def test_an_idle_engine_makes_room_for_a_state_and_a_busy_one_does_not(load, mon
     need = memory.needed(lm.model, batch=1, max_length=MAX_LENGTH)
 
     def device_memory(device=None):
-        idle = lm._engine._engine is None
+        idle = lm._shared._engine is None
         return dataclasses.replace(need.device, available=need.cache + need.logits if idle else 0)
 
     monkeypatch.setattr(memory, "device_memory", device_memory)
@@ -347,7 +347,7 @@ def test_an_idle_engine_makes_room_for_a_state_and_a_busy_one_does_not(load, mon
             call()
     stream.close()
     lm.init_state()
-    assert lm._engine._engine is None
+    assert lm._shared._engine is None
 
 
 def test_a_model_that_is_dropped_frees_its_engine(load):
