@@ -81,8 +81,8 @@ examples:
         "--exact",
         choices=_YES_OR_NO,
         default="no",
-        help="whether a request gets the same bits in any company on a GPU, too, as it does on a CPU; this computes all "
-        "--max-batch rows in each step, and each prompt in calls of its own (default: no)",
+        help="whether a request gets the same bits in any company on a GPU, too, as it does on a CPU; this computes "
+        "all --max-batch rows in each step, and each prompt in calls of its own (default: no)",
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
     _option(parser, "--packed", choices=tuple(PACKED), help=PACKED_HELP)
@@ -199,12 +199,8 @@ def _run(args: argparse.Namespace) -> int:
     from gptjax.errors import RequestError
 
     # argparse does not check choices that come from the environment.
-    for name, known in (
-        ("log_format", ("lines", "json")),
-        ("log_level", _LEVELS),
-        ("packed", tuple(PACKED)),
-        ("exact", _YES_OR_NO),
-    ):
+    choices = {"log_format": ("lines", "json"), "log_level": _LEVELS, "packed": tuple(PACKED), "exact": _YES_OR_NO}
+    for name, known in choices.items():
         if getattr(args, name) not in (None, *known):
             raise RequestError(
                 f"{_PREFIX}{name.upper()} is {getattr(args, name)!r}; expected one of {', '.join(known)}"
