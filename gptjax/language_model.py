@@ -76,6 +76,7 @@ class LanguageModel:
         self.defaults = defaults
         self.max_length = max_length
         self.max_batch = max_batch
+        self.exact = exact
         self.memory_limit = memory_limit
         self._tokenizer = tokenizer
         self._chat_format = chat_format

@@ -133,7 +133,7 @@ class Executor:
 
     def _send_tables(self) -> None:
         # Copies: on a CPU, JAX may use NumPy's memory, and programs that read it may run later than the next change.
-        tables = tuple(jnp.asarray(table.copy()) for table in self._tables)
+        tables = tuple(jax.device_put(table.copy()) for table in self._tables)
         self._slots = dataclasses.replace(self._slots, cache=dataclasses.replace(self._slots.cache, tables=tables))
 
     def _copy(self, kind: int, copies: Sequence[Copy]) -> None:
@@ -207,7 +207,7 @@ class Executor:
         return rows
 
     def _run_decode(self, rows: np.ndarray, settings: sampling.Sampling, num_steps: int) -> sampling.Sampled:
-        sent = jnp.asarray(rows)
+        sent = jax.device_put(rows)
         if num_steps == 1:
             # Two calls, so that the token can be read before the step is done.
             sampled = programs.sample(self._slots, sent, settings)

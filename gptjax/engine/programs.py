@@ -159,8 +159,11 @@ def _with_rows(slots: Slots, rows: jax.Array, of_rows: Slots) -> Slots:
 
 def _sampled(of_rows: Slots, rows: jax.Array, step: jax.Array, settings: sampling.Sampling) -> sampling.Sampled:
     slot_B, position_B = rows[:, 0], rows[:, 1]
-    counts_BV = None if settings.penalties is None else of_rows.counts_BV[slot_B]
-    return sampling.sample(of_rows.logits_BV, position_B + step, settings, counts_BV)
+
+    def counts() -> jax.Array:
+        return of_rows.counts_BV if len(rows) == len(of_rows.counts_BV) else of_rows.counts_BV[slot_B]
+
+    return sampling.sample(of_rows.logits_BV, position_B + step, settings, counts)
 
 
 def _counted(of_rows: Slots, token_B: jax.Array, rows: jax.Array, step: jax.Array) -> Slots:

@@ -6,6 +6,7 @@ bisecting the ordered bits of float32, so the cost is a fixed number of passes w
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def sample(
     logits_BV: jax.Array,
     positions_B: jax.Array,
     sampling: Sampling,
-    counts_BV: jax.Array | None = None,
+    counts: Callable[[], jax.Array] | None = None,
 ) -> Sampled:
     """Draws a token for every row.
 
@@ -83,13 +84,13 @@ def sample(
       logits_BV: float32.
       positions_B: int32, the position of the token to draw.
       sampling: the rows' settings.
-      counts_BV: int32, of each token: twice the times that it is in the row's output, plus 1 if it is in its prompt;
-        only needed for penalties.
+      counts: makes counts_BV, int32, of each token: twice the times that it is in the row's output, plus 1 if it is in
+        its prompt. Only needed for penalties, and only called for these.
     """
-    if sampling.penalties is not None and counts_BV is None:
+    if sampling.penalties is not None and counts is None:
         raise ValueError("penalties need the counts of each row's tokens")
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-    token_B = (_by_branch if sampling.branches else _token)(logits_BV, positions_B, sampling, counts_BV)
+    token_B = (_by_branch if sampling.branches else _token)(logits_BV, positions_B, sampling, counts)
     finite_B = jnp.isfinite(jax.nn.logsumexp(logits_BV, axis=-1))
     logprob_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=-1)[:, 0]
     top_logprobs_BC, top_ids_BC = _top(logits_BV, sampling)
@@ -115,29 +116,35 @@ def output_counts(history_BS: jax.Array, lengths_B: jax.Array, vocab_size: int) 
 
 
 def _by_branch(
-    logits_BV: jax.Array, positions_B: jax.Array, sampling: Sampling, counts_BV: jax.Array | None
+    logits_BV: jax.Array, positions_B: jax.Array, sampling: Sampling, counts: Callable[[], jax.Array] | None
 ) -> jax.Array:
-    """`_token`, but computes only argmax or a plain draw if no row uses more."""
-    plain = dataclasses.replace(sampling, truncation=None, penalties=None, bias=None)
-    forms = [dataclasses.replace(plain, temperature_B=None), plain, sampling]
-    draws = jnp.array(False) if sampling.temperature_B is None else (sampling.temperature_B > 0).any()
-    shapes = jnp.array(False)
-    if (truncation := sampling.truncation) is not None:
-        shapes |= ((truncation.top_k_B > 0) | (truncation.top_p_B < 1) | (truncation.min_p_B > 0)).any()
-    if (penalties := sampling.penalties) is not None:
+    """`_token`, without drawing, shaping the logits or cutting off tokens if no row uses that."""
+    no, (truncation, penalties, bias) = jnp.array(False), (sampling.truncation, sampling.penalties, sampling.bias)
+    draws = no if sampling.temperature_B is None else (sampling.temperature_B > 0).any()
+    cuts = shapes = no
+    if truncation is not None:
+        cuts = ((truncation.top_k_B > 0) | (truncation.top_p_B < 1) | (truncation.min_p_B > 0)).any()
+    if penalties is not None:
         shapes |= ((penalties.repetition_B != 1) | (penalties.presence_B != 0) | (penalties.frequency_B != 0)).any()
-    if sampling.bias is not None:
-        shapes |= (sampling.bias.ids_BM < logits_BV.shape[-1]).any()
-    branches = [lambda form=form: _token(logits_BV, positions_B, form, counts_BV) for form in forms]
-    token_B: jax.Array = jax.lax.switch(jnp.where(shapes, 2, draws.astype(jnp.int32)), branches)
+    if bias is not None:
+        shapes |= (bias.ids_BM < logits_BV.shape[-1]).any()
+    whole = dataclasses.replace(sampling, truncation=None)
+    plain = dataclasses.replace(whole, penalties=None, bias=None)
+    greedy = [dataclasses.replace(each, temperature_B=None) for each in (plain, whole)]
+    forms = [greedy[0], plain, greedy[1], whole, sampling]
+    index = jnp.where(draws & cuts, 4, 2 * shapes.astype(jnp.int32) + draws)
+    branches = [lambda form=form: _token(logits_BV, positions_B, form, counts) for form in forms]
+    token_B: jax.Array = jax.lax.switch(index, branches)
     return token_B
 
 
-def _token(logits_BV: jax.Array, positions_B: jax.Array, sampling: Sampling, counts_BV: jax.Array | None) -> jax.Array:
+def _token(
+    logits_BV: jax.Array, positions_B: jax.Array, sampling: Sampling, counts: Callable[[], jax.Array] | None
+) -> jax.Array:
     """A token for every row, int32; anything if its logits are not finite."""
     if sampling.penalties is not None:
-        assert counts_BV is not None
-        logits_BV = _penalised(logits_BV, sampling.penalties, counts_BV)
+        assert counts is not None
+        logits_BV = _penalised(logits_BV, sampling.penalties, counts())
     if sampling.bias is not None:
         row_B1 = jnp.arange(logits_BV.shape[0])[:, None]
         logits_BV = logits_BV.at[row_B1, sampling.bias.ids_BM].add(sampling.bias.values_BM, mode="drop")

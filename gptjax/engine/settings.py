@@ -1,11 +1,9 @@
 """Turns requests into the sampler's arrays of settings, and decides which parts of it are compiled."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptjax.engine import sampling
@@ -51,7 +49,7 @@ def settings_of(
     def column(name: str, dtype: type[np.generic]) -> jax.Array:
         values = [getattr(params, name) for params in rows]
         # A k beyond the vocabulary keeps all tokens, and may not fit in int32.
-        return jnp.asarray(
+        return _on_device(
             np.asarray([min(value, vocab_size) for value in values] if name == "top_k" else values, dtype)
         )
 
@@ -80,20 +78,16 @@ def settings_of(
 
 
 def _bias(rows: Sequence[SamplingParams], vocab_size: int) -> sampling.Bias:
-    if not any(params.logit_bias for params in rows):
-        return _no_bias(len(rows), vocab_size)
     ids_BM = np.full((len(rows), MAX_BIASES), vocab_size, np.int32)
     values_BM = np.zeros((len(rows), MAX_BIASES), np.float32)
     for row, params in enumerate(rows):
         count = len(params.logit_bias)
         ids_BM[row, :count] = list(params.logit_bias)
         values_BM[row, :count] = list(params.logit_bias.values())
-    return sampling.Bias(jnp.asarray(ids_BM), jnp.asarray(values_BM))
+    return sampling.Bias(_on_device(ids_BM), _on_device(values_BM))
 
 
-@functools.lru_cache(maxsize=16)
-def _no_bias(rows: int, vocab_size: int) -> sampling.Bias:
-    """Kept on the device, as it is what nearly all calls need."""
-    return sampling.Bias(
-        jnp.full((rows, MAX_BIASES), vocab_size, jnp.int32), jnp.zeros((rows, MAX_BIASES), jnp.float32)
-    )
+def _on_device(array: np.ndarray) -> jax.Array:
+    """(`jnp.asarray` compiles something for each new shape.)"""
+    placed: jax.Array = jax.device_put(array)
+    return placed

@@ -247,10 +247,9 @@ class SharedEngine:
             self._engine = self._made(least, params())
 
     def _made(self, batch: int, params: Params) -> Engine:
-        policy = default_policy(self._model, slots=batch, reuse=True)
-        policy = dataclasses.replace(policy, rows="all" if self._max_batch else "asked")
-        if not self._exact:
-            policy = dataclasses.replace(policy, chunk_multiple=1, share_decoded=True)
+        policy = default_policy(self._model, slots=batch, reuse=True, exact=self._exact)
+        if self._exact and not self._max_batch:
+            policy = dataclasses.replace(policy, rows="asked")
         pages = pools(self._model, max_length=self._max_length, policy=policy, limit=self._memory_limit)
         if not self._exact:
             # A part of a page is shared by copying it, even if a row of `max_length` fills the other pages.

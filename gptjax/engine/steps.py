@@ -151,10 +151,11 @@ def score_chunk(model: Model, params: AnyParams, cache: KVCache, chunk: jax.Arra
 @jax.jit
 def sample(state: State, settings: sampling.Sampling) -> sampling.Sampled:
     """Draws the next token of every row."""
-    lengths_B, counts_BV = state.cache.lengths_B, None
-    if settings.penalties is not None:
-        counts_BV = sampling.output_counts(state.history_BS, lengths_B, state.logits_BV.shape[1])
-    return sampling.sample(state.logits_BV, lengths_B, settings, counts_BV)
+
+    def counts() -> jax.Array:
+        return sampling.output_counts(state.history_BS, state.cache.lengths_B, state.logits_BV.shape[1])
+
+    return sampling.sample(state.logits_BV, state.cache.lengths_B, settings, counts)
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))

@@ -76,7 +76,12 @@ class Worker:
         self._slots = model.max_batch or DEFAULT_SLOTS
         self._max_queue = max_queue
         self._policy = default_policy(
-            model.model, slots=self._slots, steps_per_dispatch=steps_per_dispatch, chunk=chunk, reuse=True
+            model.model,
+            slots=self._slots,
+            steps_per_dispatch=steps_per_dispatch,
+            chunk=chunk,
+            reuse=True,
+            exact=model.exact,
         )
         self._pages: tuple[int, ...] = ()  # of the engine's pools; known once it is started
         self._thread = threading.Thread(target=self._run, name="gptjax-worker", daemon=True)

@@ -214,7 +214,8 @@ def test_what_no_row_uses_is_skipped_or_is_another_program(made, monkeypatch, on
     used, original = [], programs.sample
     monkeypatch.setattr(programs, "sample", lambda *a: (used.append(a[2]), original(*a))[1])
     greedy = Request((1, 2), 12, SamplingParams(seed=1))
-    full = Request((1, 2), 12, SamplingParams(seed=1, temperature=1.0, top_p=0.9, frequency_penalty=0.5))
+    every = SamplingParams(1.0, 40, 0.9, 0.01, 1.1, 0.2, 0.3, {5: 2.0}, seed=1, top_logprobs=3)
+    full = Request((1, 2), 12, every)
     expected = [_alone(made, request) for request in (greedy, _request(1, 5), full)]
     with compilations() as compiled:
         for index in (0, 1, 2, 0):

@@ -11,7 +11,11 @@ import pytest
 from gptjax.engine.sampling import Bias, Penalties, Sampling, Truncation, output_counts, sample
 
 V = 37
-_sample = jax.jit(sample)
+
+
+@jax.jit
+def _sample(logits_BV, positions_B, settings, counts_BV=None):
+    return sample(logits_BV, positions_B, settings, None if counts_BV is None else lambda: counts_BV)
 
 
 def _logits(seed: int, rows: int, spread: float = 2.0) -> np.ndarray:
