@@ -126,6 +126,7 @@ class Executor:
                     settings = self._settings_of([None] * size, level)
                     for num_steps in {1, policy.steps}:
                         self._run_decode(_rows(DecodeCall(size, num_steps, ())), settings, num_steps)
+            jax.block_until_ready(self.result)
         self.wait()
 
     def _send_tables(self) -> None:
