@@ -35,6 +35,7 @@ def load(
     max_length: int | None = None,
     max_batch: int | None = None,
     memory: float | str | None = None,
+    exact: bool = True,
     implementation: str = "auto",
     packed: bool | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
@@ -59,6 +60,9 @@ def load(
         `max_length`, and at most for `max_batch` of these. If it is full, newer requests wait. On a GPU, a share above
         JAX's usual 0.75 must be given before anything else uses JAX. Default: on a GPU, all that JAX has taken; on a
         CPU, up to half of the free memory.
+      exact: whether results must have the same bits whatever was computed before. Then a prompt that begins like an
+        earlier one reuses what was read of it in whole chunks only (of 1024 tokens; 2048 where there are kernels for
+        prompts). False reuses all of it, and what was generated: a conversation's next turn reads only what is new.
       implementation: which kernels to use; "auto" takes the best available, a named one runs or raises.
       packed: whether weights in the packed types of a GGUF file stay packed in memory. Default: yes, except on a CPU
         that has room for their numbers, because computing with these is faster there.
@@ -84,6 +88,7 @@ def load(
         max_length=max_length,
         max_batch=max_batch,
         memory=memory,
+        exact=exact,
         implementation=implementation,
         packed=packed,
         tokenizer=tokenizer,
@@ -98,6 +103,7 @@ def load_checkpoint(
     max_length: int | None = None,
     max_batch: int | None = None,
     memory: float | str | None = None,
+    exact: bool = True,
     implementation: str = "auto",
     packed: bool | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
@@ -133,6 +139,7 @@ def load_checkpoint(
         defaults=defaults,
         max_length=length,
         max_batch=max_batch,
+        exact=exact,
         chat_format=chat_format,
         memory_limit=limit,
     )

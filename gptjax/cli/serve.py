@@ -19,6 +19,7 @@ _LEVELS: Final = ("debug", "info", "warning", "error")
 _CHUNK: Final = 1024
 _CHUNKS: Final = tuple(1 << power for power in range(5, 12))
 _CHUNKS_TEXT: Final = f"a power of two from {_CHUNKS[0]} to {_CHUNKS[-1]}"
+_YES_OR_NO: Final = ("yes", "no")
 
 
 def add(commands: Any) -> None:
@@ -74,6 +75,14 @@ examples:
         metavar="SHARE",
         help="how much of the device's memory to use, such as 0.9; or the tokens that the cache has room for, such as "
         "262144tokens (default: on a GPU, what JAX takes, 0.75; on a CPU, up to half of what is free, for the cache)",
+    )
+    _option(
+        parser,
+        "--exact",
+        choices=_YES_OR_NO,
+        default="no",
+        help="whether a request gets the same bits in any company on a GPU, too, as it does on a CPU; this computes "
+        "all --max-batch rows in each step, and each prompt in calls of its own (default: no)",
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
     _option(parser, "--packed", choices=tuple(PACKED), help=PACKED_HELP)
@@ -190,7 +199,8 @@ def _run(args: argparse.Namespace) -> int:
     from gptjax.errors import RequestError
 
     # argparse does not check choices that come from the environment.
-    for name, known in (("log_format", ("lines", "json")), ("log_level", _LEVELS), ("packed", tuple(PACKED))):
+    choices = {"log_format": ("lines", "json"), "log_level": _LEVELS, "packed": tuple(PACKED), "exact": _YES_OR_NO}
+    for name, known in choices.items():
         if getattr(args, name) not in (None, *known):
             raise RequestError(
                 f"{_PREFIX}{name.upper()} is {getattr(args, name)!r}; expected one of {', '.join(known)}"
@@ -214,6 +224,7 @@ def _run(args: argparse.Namespace) -> int:
         max_length=length,
         max_batch=args.max_batch,
         memory=args.memory,
+        exact=args.exact == "yes",
         packed=packed(args),
         tokenizer=args.tokenizer,
         chat_format=args.chat_format,

@@ -1,10 +1,12 @@
 """Continuous batching: requests join and leave at any step, and none has an effect on another's tokens."""
 
 import dataclasses
+import traceback
 from collections import deque
 from collections.abc import Sequence
 
 import jax
+from jax.errors import JaxRuntimeError
 
 from gptjax.engine import sampling
 from gptjax.engine.executor import Executor
@@ -18,6 +20,8 @@ from gptjax.scheduling.plan import Plan
 from gptjax.scheduling.policy import Policy
 from gptjax.scheduling.pool import Pool
 from gptjax.scheduling.scheduler import Scheduler
+
+_MOST_LOSSES = 2  # of the pools, one after another without a token between
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,10 @@ class Engine:
     are dispatched while a newcomer waits for its first token, and when no request wants at least half of them (known
     from `max_tokens` and `max_length`): at most half are knowingly wasted. A request that ends by itself wastes the
     rest of its dispatch, and the next one, which the device is already computing.
+
+    A program that fails on the device takes the pools with it, as they were donated to it. Then new ones are allocated,
+    all open requests are read again, and they get the tokens that they would have got without the failure. If it fails
+    again and again before any token is drawn, `step` raises the error.
     """
 
     def __init__(
@@ -103,6 +111,8 @@ class Engine:
         self._dispatched: deque[_Dispatched] = deque()  # oldest first
         self._has_new = False  # whether a request was added since the last plan
         self._undrawn: jax.Array | None = None  # a result of the last plan that drew nothing
+        self.losses = 0  # how often the pools were lost
+        self._losses_in_a_row = 0
 
     @property
     def batch(self) -> int:
@@ -120,13 +130,17 @@ class Engine:
             raise ValueError("warm_up needs all requests to have ended")
         self._executor.warm_up()
 
-    def add(self, request: Request) -> int:
+    def add(self, request: Request, *, rows: int = 0, drawn: Sequence[int] = ()) -> int:
         """Takes a checked request with a seed. Returns its number; numbers ascend.
+
+        Args:
+          rows: see `Scheduler.add`.
+          drawn: tokens that it drew in another engine. The next one is the one after these.
 
         Raises:
           CapacityError: it does not fit the pools even alone.
         """
-        number = self._scheduler.add(request.prompt_ids, request.room(self.max_length))
+        number = self._scheduler.add(request.prompt_ids, request.room(self.max_length), rows=rows, drawn=drawn)
         self._requests[number] = request
         self._has_new = True
         return number
@@ -134,6 +148,11 @@ class Engine:
     def cached_tokens(self, request: int) -> int:
         """How many tokens of an open request's prompt need not be read, as pages hold them; 0 before that is known."""
         return self._scheduler.cached_tokens(request)
+
+    def hold(self, request: int, held: bool) -> None:
+        """Sets whether an open request is held: then it gets no tokens but those under way, and nobody waits for it."""
+        self._scheduler.hold(request, held)
+        self._has_new |= not held
 
     def end(self, request: int) -> None:
         """Forgets an open request. Tokens still on their way to it are dropped."""
@@ -145,7 +164,31 @@ class Engine:
 
         Returns nothing if prompts have to be read first, of which a part was dispatched then. When this returns tokens,
         the device is already working on what follows.
+
+        Raises:
+          JaxRuntimeError: the device failed, and failed again when what it lost was computed anew. The engine cannot be
+            used any more.
         """
+        while True:
+            try:
+                tokens = self._step()
+            except JaxRuntimeError as error:
+                failure = error
+            else:
+                self._losses_in_a_row = 0 if tokens else self._losses_in_a_row
+                return tokens
+            self._start_again(failure)
+
+    def read(self) -> None:
+        """Reads the prompts of all requests that have room to run, without steps between, for measuring."""
+        while self._dispatch(decode=False):
+            pass
+
+    def wait(self) -> None:
+        """Waits until the device has finished everything dispatched, for measuring."""
+        self._executor.wait()
+
+    def _step(self) -> list[Token]:
         self._drop_unwanted()
         if self._has_new or not self._dispatched:
             self._dispatch()
@@ -163,14 +206,25 @@ class Engine:
             self._dispatched.popleft()
         return [token for token in tokens if token.request in self._requests]
 
-    def read(self) -> None:
-        """Reads the prompts of all requests that have room to run, without steps between, for measuring."""
-        while self._dispatch(decode=False):
-            pass
-
-    def wait(self) -> None:
-        """Waits until the device has finished everything dispatched, for measuring."""
-        self._executor.wait()
+    def _start_again(self, failure: JaxRuntimeError) -> None:
+        """Allocates new pools after a failure. Only tokens that were read before it are still handed out."""
+        while True:
+            self.losses += 1
+            self._losses_in_a_row += 1
+            if self._losses_in_a_row > _MOST_LOSSES:
+                failure.add_note(f"the device failed {self._losses_in_a_row} times in a row")
+                raise failure
+            free_locals(failure)
+            self._undrawn = None
+            self._dispatched = deque(each for each in self._dispatched if each.on_host)
+            self._scheduler.lost()
+            self._has_new = True
+            try:
+                self._executor.reset()
+            except JaxRuntimeError as error:
+                failure = error
+            else:
+                return
 
     @property
     def _ahead(self) -> int:
@@ -199,6 +253,7 @@ class Engine:
         """Waits for the tokens of a dispatch. Returns those of each step that drew any."""
         host, plan = jax.device_get(dispatched.sampled), dispatched.plan
         assert plan.decode is not None
+        places = self._executor.places(plan.decode)
         of_steps = [host] if plan.decode.steps == 1 else _unstacked(host)
         drawn: list[list[int]] = [[] for _ in plan.decode.rows]
         tokens: deque[list[Token]] = deque()
@@ -208,7 +263,8 @@ class Engine:
                 if len(row.given) <= step < len(row.given) + row.draws:
                     number = dispatched.requests[index]
                     request = self._requests.get(number)  # None if it has ended
-                    of_step.append(_token(sampled, index, number, request.params.top_logprobs if request else 0))
+                    top = request.params.top_logprobs if request else 0
+                    of_step.append(_token(sampled, places[index], number, top))
                     drawn[index].append(of_step[-1].token_id)
             if of_step:
                 tokens.append(of_step)
@@ -221,6 +277,13 @@ class Engine:
             dropped = self._dispatched.popleft()
             if dropped.on_host is None:
                 self._scheduler.receive(dropped.plan.number, [()] * len(dropped.requests))
+
+
+def free_locals(error: BaseException | None) -> None:
+    """Frees what the frames of an error's traceback hold, such as the arrays of calls that failed."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _unstacked(stacked: sampling.Sampled) -> list[sampling.Sampled]:

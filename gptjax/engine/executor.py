@@ -53,11 +53,13 @@ class Executor:
         self._features = Features()
         self._requests: list[Request | None] = [None] * policy.slots
         self._numbers = [0] * policy.slots
-        self._settings: tuple[object, sampling.Sampling] | None = None  # of the last rows, and what these were
+        self._settings: tuple[object, sampling.Sampling] | None  # of the last rows, and what these were
         self.reset()
 
     def reset(self) -> None:
-        """Empty pools and slots, such as after an error that a program was lost in."""
+        """Empty pools and slots, such as after a program failed. Those before are freed first."""
+        self.__dict__.pop("_slots", None)
+        self._settings = None
         cache = registry.create_pools(
             self._model, pages=self._pages, rows=self._policy.slots, max_length=self._max_length
         )
@@ -125,7 +127,7 @@ class Executor:
                 for level in self._levels or [self._features]:
                     settings = self._settings_of([None] * size, level)
                     for num_steps in {1, policy.steps}:
-                        self._run_decode(_rows(DecodeCall(size, num_steps, ())), settings, num_steps)
+                        self._run_decode(self._rows(DecodeCall(size, num_steps, ())), settings, num_steps)
             jax.block_until_ready(self.result)
         self.wait()
 
@@ -180,12 +182,29 @@ class Executor:
         self._slots = programs.keep_logits(self._model, self._params, self._slots, hidden_MD, slot_M)
 
     def _decode(self, call: DecodeCall) -> sampling.Sampled:
-        requests = [self._requests[row.slot] for row in call.rows]
-        requests += [None] * (call.size - len(requests))
+        requests: list[Request | None] = [None] * call.size
+        for place, row in zip(self.places(call), call.rows, strict=True):
+            requests[place] = self._requests[row.slot]
         key = tuple(requests), self._needed(requests)
         if self._settings is None or self._settings[0] != key:
             self._settings = key, self._settings_of(requests, key[1])
-        return self._run_decode(_rows(call), self._settings[1], call.steps)
+        return self._run_decode(self._rows(call), self._settings[1], call.steps)
+
+    def places(self, call: DecodeCall) -> list[int]:
+        """Where the programs compute each row of a call: if they compute all slots, where its slot is."""
+        if call.size == self._policy.slots:
+            return [row.slot for row in call.rows]
+        return list(range(len(call.rows)))
+
+    def _rows(self, call: DecodeCall) -> np.ndarray:
+        """The numbers of a decode call, for the programs."""
+        rows = np.zeros((call.size, programs.ROW_FIELDS + call.steps), np.int32)
+        rows[:, 0] = -1
+        for place, row in zip(self.places(call), call.rows, strict=True):
+            given = len(row.given)
+            rows[place, : programs.ROW_FIELDS] = row.slot, row.position, given, given + row.draws, row.feeds
+            rows[place, programs.ROW_FIELDS : programs.ROW_FIELDS + given] = row.given
+        return rows
 
     def _run_decode(self, rows: np.ndarray, settings: sampling.Sampling, num_steps: int) -> sampling.Sampled:
         sent = jax.device_put(rows)
@@ -226,14 +245,3 @@ class Executor:
     def _most_ends(self) -> int:
         """The most prompts that end in a call, of any size, so that what follows it has the same shape."""
         return self._most_pieces(self._policy.chunk)
-
-
-def _rows(call: DecodeCall) -> np.ndarray:
-    """The numbers of a decode call, for the programs."""
-    rows = np.zeros((call.size, programs.ROW_FIELDS + call.steps), np.int32)
-    rows[:, 0] = -1
-    for index, row in enumerate(call.rows):
-        given = len(row.given)
-        rows[index, : programs.ROW_FIELDS] = row.slot, row.position, given, given + row.draws, row.feeds
-        rows[index, programs.ROW_FIELDS : programs.ROW_FIELDS + given] = row.given
-    return rows

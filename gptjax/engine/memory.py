@@ -75,6 +75,8 @@ def needed(
 ) -> Memory:
     """The memory of a model with an engine of `batch` rows while it generates.
 
+    All generations that are open at a time, such as unfinished streams, share one engine: their rows add up.
+
     Args:
       policy: the engine's; by default that of a `LanguageModel`.
       state: the memory with a `steps.State` instead, in which each row has its own pages.

@@ -24,13 +24,21 @@ def default_policy(
     steps_per_dispatch: int | None = None,
     chunk: int | None = None,
     reuse: bool = False,
+    exact: bool = True,
 ) -> Policy:
-    """The policy of an engine for which none is given: see `Engine`."""
+    """The policy of an engine for which none is given: see `Engine`.
+
+    Args:
+      exact: a request gets the same bits in any company. Otherwise decode computes the rows that are needed, prompts
+        share calls, and all that is alike is shared.
+    """
     if steps_per_dispatch is None:
         steps_per_dispatch = 1 if jax.default_backend() == "cpu" else _STEPS_PER_DISPATCH
     if steps_per_dispatch < 1:
         raise ValueError(f"steps_per_dispatch must be at least 1, found {steps_per_dispatch}")
     chunk = steps.chunk_of(model) if chunk is None else chunk
+    if not exact:
+        return Policy(slots, chunk, steps_per_dispatch, share_decoded=True, reuse=reuse)
     return dataclasses.replace(Policy.same_bits(slots=slots, chunk=chunk, steps=steps_per_dispatch), reuse=reuse)
 
 

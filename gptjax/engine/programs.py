@@ -95,10 +95,11 @@ def sample(slots: Slots, rows: jax.Array, settings: sampling.Sampling) -> sampli
 
     Args:
       rows: int32 [B, ROW_FIELDS + steps], of each row: its slot (-1 for none), the position of its first token, how
-        many tokens are given, in how many steps it takes part and in how many it is fed, and the tokens given.
+        many tokens are given, in how many steps it takes part and in how many it is fed, and the tokens given. If there
+        are as many rows as slots, row i is slot i or none: then nothing is gathered or scattered.
       settings: of the rows.
     """
-    return _sampled(slots, rows, jnp.int32(0), settings)
+    return _sampled(_of_rows(slots, rows), rows, jnp.int32(0), settings)
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
@@ -110,7 +111,9 @@ def advance(model: Model, params: FlatParams, slots: Slots, token_B: jax.Array, 
       token_B: int32, what `sample` drew.
       rows: as for `sample`.
     """
-    return _advanced(model, params, _counted(slots, token_B, rows, jnp.int32(0)), token_B, rows, jnp.int32(0))
+    step = jnp.int32(0)
+    of_rows = _counted(_of_rows(slots, rows), token_B, rows, step)
+    return _with_rows(slots, rows, _advanced(model, params, of_rows, token_B, rows, step))
 
 
 @partial(jax.jit, static_argnames=("model", "num_steps"), donate_argnames=("slots",))
@@ -125,29 +128,54 @@ def decode(
       The slots, and the tokens of all steps: a `Sampled` whose arrays have the steps as an additional first axis.
     """
 
-    def step(slots: Slots, number: jax.Array) -> tuple[Slots, sampling.Sampled]:
-        sampled = _sampled(slots, rows, number, settings)
-        counted = _counted(slots, sampled.token_B, rows, number)
+    def step(of_rows: Slots, number: jax.Array) -> tuple[Slots, sampling.Sampled]:
+        sampled = _sampled(of_rows, rows, number, settings)
+        counted = _counted(of_rows, sampled.token_B, rows, number)
         return _advanced(model, params, counted, sampled.token_B, rows, number), sampled
 
-    return jax.lax.scan(step, slots, jnp.arange(num_steps, dtype=jnp.int32))
+    of_rows, sampled = jax.lax.scan(step, _of_rows(slots, rows), jnp.arange(num_steps, dtype=jnp.int32))
+    return _with_rows(slots, rows, of_rows), sampled
 
 
-def _sampled(slots: Slots, rows: jax.Array, step: jax.Array, settings: sampling.Sampling) -> sampling.Sampled:
+def _of_rows(slots: Slots, rows: jax.Array) -> Slots:
+    """The tables, lengths and logits of some rows, by row; pools and history are those of all slots."""
+    if len(rows) == len(slots.logits_BV):
+        return slots
+    slot_B = rows[:, 0]
+    return dataclasses.replace(slots, cache=slots.cache.rows(slot_B), logits_BV=slots.logits_BV[slot_B])
+
+
+def _with_rows(slots: Slots, rows: jax.Array, of_rows: Slots) -> Slots:
+    """The slots after what was done to `_of_rows`."""
+    if len(rows) == len(slots.logits_BV):
+        return of_rows
+    target_B = jnp.where(rows[:, 0] < 0, len(slots.logits_BV), rows[:, 0])  # updates out of bounds are dropped
+    return dataclasses.replace(
+        of_rows,
+        cache=slots.cache.joined(rows[:, 0], of_rows.cache),
+        logits_BV=slots.logits_BV.at[target_B].set(of_rows.logits_BV, mode="drop"),
+    )
+
+
+def _sampled(of_rows: Slots, rows: jax.Array, step: jax.Array, settings: sampling.Sampling) -> sampling.Sampled:
     slot_B, position_B = rows[:, 0], rows[:, 1]
-    return sampling.sample(slots.logits_BV[slot_B], position_B + step, settings, lambda: slots.counts_BV[slot_B])
+
+    def counts() -> jax.Array:
+        return of_rows.counts_BV if len(rows) == len(of_rows.counts_BV) else of_rows.counts_BV[slot_B]
+
+    return sampling.sample(of_rows.logits_BV, position_B + step, settings, counts)
 
 
-def _counted(slots: Slots, token_B: jax.Array, rows: jax.Array, step: jax.Array) -> Slots:
+def _counted(of_rows: Slots, token_B: jax.Array, rows: jax.Array, step: jax.Array) -> Slots:
     """The slots with drawn tokens counted. Those given were counted when the request joined."""
     slot_B, _, given_B, steps_B, _ = rows[:, :ROW_FIELDS].T
     drawn_B = (slot_B >= 0) & (step >= given_B) & (step < steps_B) & (token_B >= 0)
-    target_B = jnp.where(drawn_B, slot_B, slots.counts_BV.shape[0])  # updates out of bounds are dropped
-    return dataclasses.replace(slots, counts_BV=slots.counts_BV.at[target_B, token_B].add(2, mode="drop"))
+    target_B = jnp.where(drawn_B, slot_B, of_rows.counts_BV.shape[0])  # updates out of bounds are dropped
+    return dataclasses.replace(of_rows, counts_BV=of_rows.counts_BV.at[target_B, token_B].add(2, mode="drop"))
 
 
 def _advanced(
-    model: Model, params: FlatParams, slots: Slots, token_B: jax.Array, rows: jax.Array, step: jax.Array
+    model: Model, params: FlatParams, of_rows: Slots, token_B: jax.Array, rows: jax.Array, step: jax.Array
 ) -> Slots:
     slot_B, position_B, given_B, _, feeds_B = rows[:, :ROW_FIELDS].T
     given = rows[:, ROW_FIELDS:]
@@ -155,14 +183,9 @@ def _advanced(
     fed_B = (slot_B >= 0) & (step < feeds_B)
     sound_B = token_B >= 0
     positions_B = jnp.where(fed_B & sound_B, position_B + step, -1)
-    hidden_B1D, called = _apply(model, params, token_B[:, None], positions_B[:, None], slots.cache.rows(slot_B))
+    hidden_B1D, cache = _apply(model, params, token_B[:, None], positions_B[:, None], of_rows.cache)
     logits_BV = jnp.where(sound_B[:, None], _apply(model, params, hidden_B1D[:, 0], method="head"), jnp.nan)
-    target_B = jnp.where(fed_B, slot_B, slots.logits_BV.shape[0])  # updates out of bounds are dropped
-    return dataclasses.replace(
-        slots,
-        cache=slots.cache.joined(slot_B, called),
-        logits_BV=slots.logits_BV.at[target_B].set(logits_BV, mode="drop"),
-    )
+    return dataclasses.replace(of_rows, cache=cache, logits_BV=jnp.where(fed_B[:, None], logits_BV, of_rows.logits_BV))
 
 
 def _apply(model: Model, params: FlatParams, *arguments: Any, method: str | None = None) -> Any:

@@ -149,42 +149,31 @@ def score_chunk(model: Model, params: AnyParams, cache: KVCache, chunk: jax.Arra
 
 
 @jax.jit
-def sample(state: State, rows_B: jax.Array, settings: sampling.Sampling) -> sampling.Sampled:
-    """Draws the next token of some rows.
-
-    Args:
-      rows_B: int32, of the state; -1 for none, whose token is meaningless.
-      settings: of these rows, in their order.
-    """
-    lengths_B = state.cache.rows(rows_B).lengths_B
+def sample(state: State, settings: sampling.Sampling) -> sampling.Sampled:
+    """Draws the next token of every row."""
 
     def counts() -> jax.Array:
-        return sampling.output_counts(state.history_BS[rows_B], lengths_B, state.logits_BV.shape[1])
+        return sampling.output_counts(state.history_BS, state.cache.lengths_B, state.logits_BV.shape[1])
 
-    return sampling.sample(state.logits_BV[rows_B], lengths_B, settings, counts)
+    return sampling.sample(state.logits_BV, state.cache.lengths_B, settings, counts)
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
-def advance(model: Model, params: AnyParams, state: State, token_B: jax.Array, rows_B: jax.Array) -> State:
-    """Adds a token to each of some rows. A row that is full, or a token of -1, makes the row's logits NaN.
+def advance(model: Model, params: AnyParams, state: State, token_B: jax.Array) -> State:
+    """Adds a token to every row. A row that is full, or a token of -1, makes the row's logits NaN.
 
     Args:
+      state: donated.
       token_B: int32.
-      rows_B: int32, of the state, each at most once; -1 for none. Other rows and their logits are unchanged.
     """
-    called = state.cache.rows(rows_B)
-    fits_B = (called.lengths_B < state.max_length) & (token_B >= 0)
-    positions_B = jnp.where((rows_B >= 0) & fits_B, called.lengths_B, -1)
-    hidden_B1D, called = _apply(model, params, token_B[:, None], positions_B[:, None], called)
+    lengths_B = state.cache.lengths_B
+    fits_B = (lengths_B < state.max_length) & (token_B >= 0)
+    positions_B = jnp.where(fits_B, lengths_B, -1)
+    hidden_B1D, cache = _apply(model, params, token_B[:, None], positions_B[:, None], state.cache)
     logits_BV = jnp.where(fits_B[:, None], _apply(model, params, hidden_B1D[:, 0], method="head"), jnp.nan)
-    row_B = jnp.where(rows_B < 0, state.batch, rows_B)  # updates out of bounds are dropped
-    place_B = jnp.where(positions_B < 0, called.capacity, positions_B)
-    return dataclasses.replace(
-        state,
-        cache=state.cache.joined(rows_B, called),
-        history_BS=state.history_BS.at[row_B, place_B].set(token_B, mode="drop"),
-        logits_BV=state.logits_BV.at[row_B].set(logits_BV, mode="drop"),
-    )
+    place_B = jnp.where(fits_B, lengths_B, cache.capacity)  # updates out of bounds are dropped
+    history_BS = state.history_BS.at[jnp.arange(state.batch), place_B].set(token_B, mode="drop")
+    return dataclasses.replace(state, cache=cache, history_BS=history_BS, logits_BV=logits_BV)
 
 
 def prefill(model: Model, params: AnyParams, state: State, slot: int, tokens: np.ndarray) -> State:

@@ -68,3 +68,4 @@ class State:
     requests: int  # accepted
     tokens_total: int  # delivered
     error: str | None  # what the worker died of
+    losses: int = 0  # how often the device failed, and all open requests were computed again

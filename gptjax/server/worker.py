@@ -6,6 +6,7 @@ most one chunk of their prompts a step, so that running streams never wait for m
 
 import contextlib
 import dataclasses
+import logging
 import math
 import threading
 import time
@@ -27,6 +28,7 @@ DEFAULT_SLOTS = 8  # if the model was loaded without `max_batch`
 _BEAT = 1.0  # seconds between heartbeats of an idle worker
 _PATIENCE = 10.0  # seconds that `drain` and `stop` wait for the thread beyond what was asked
 _SHORTEST_RETRY, _LONGEST_RETRY = 1, 60  # seconds
+_log = logging.getLogger(__name__)
 _SMOOTHING = 0.2  # weight of the latest request in the average duration
 _STOPPED = Failed("the server was stopped", "stopped")
 _DRAINED = Failed("the server is shutting down and had no time left for this request", "drained")
@@ -74,7 +76,12 @@ class Worker:
         self._slots = model.max_batch or DEFAULT_SLOTS
         self._max_queue = max_queue
         self._policy = default_policy(
-            model.model, slots=self._slots, steps_per_dispatch=steps_per_dispatch, chunk=chunk, reuse=True
+            model.model,
+            slots=self._slots,
+            steps_per_dispatch=steps_per_dispatch,
+            chunk=chunk,
+            reuse=True,
+            exact=model.exact,
         )
         self._pages: tuple[int, ...] = ()  # of the engine's pools; known once it is started
         self._thread = threading.Thread(target=self._run, name="gptjax-worker", daemon=True)
@@ -90,7 +97,7 @@ class Worker:
         self._error: str | None = None
         self._beat = time.monotonic()
         self._seconds = 1.0  # that a request keeps its slot, on average
-        self._accepted = self._tokens_total = 0
+        self._accepted = self._tokens_total = self._losses = 0
 
     def start(self) -> None:
         """Starts the thread, which first compiles what it needs; see `state.ready` and `wait_until_ready`.
@@ -197,6 +204,7 @@ class Worker:
                 requests=self._accepted,
                 tokens_total=self._tokens_total,
                 error=self._error,
+                losses=self._losses,
             )
 
     @property
@@ -252,7 +260,7 @@ class Worker:
                 while self._turn(engine):
                     pass
         except BaseException as error:  # whatever it was: nobody else would inform those waiting
-            message = f"{type(error).__name__}: {error}"
+            message = "; ".join((f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())))
             with self._changed:
                 self._error = message
                 self._failing = Failed(f"the worker died: {message}", "died")
@@ -292,6 +300,10 @@ class Worker:
         self._join(engine)
         for drawn in engine.step():
             self._push(engine, drawn)
+        if engine.losses > self._losses:
+            _log.warning("the device failed; open requests go on where they were")
+            with self._changed:
+                self._losses = engine.losses
         return True
 
     def _busy(self) -> bool:

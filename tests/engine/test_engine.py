@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from gptjax.config import GPT2Config
-from gptjax.engine import steps
+from gptjax.engine import programs, steps
 from gptjax.engine.engine import Engine
 from gptjax.engine.flat_params import FlatParams
-from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.steps import prefill
 from gptjax.models import registry
 from gptjax.models.params import Params, init_params
 from tests.compilations import compilations
+from tests.engine.generated import generate
 from tests.thinned import thinned
 
 CONFIG = GPT2Config(
@@ -194,7 +194,7 @@ def test_the_state_is_updated_in_place(dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), made_params())
     state = steps.init_state(model, batch=8, max_length=300)
     before = [x.unsafe_buffer_pointer() for x in state.cache.k]
-    arguments = model, params, state, np.zeros(8, np.int32), np.arange(8, dtype=np.int32)
+    arguments = model, params, state, np.zeros(8, np.int32)
     # Nothing of the size of a layer's cache is copied or converted in passing.
     temporary = steps.advance.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
     others = 0 if jax.default_backend() == "cpu" else 1 << 20  # all scores, and what products work in
@@ -222,11 +222,13 @@ def test_rows_that_are_not_active_stay_as_they_are():
     state = steps.init_state(MODEL, batch=2, max_length=300)
     for slot in range(2):
         state = prefill(MODEL, made_params(), state, slot, np.arange(1, 9, dtype=np.int32))
-    before = jax.tree.map(np.array, state)
-    after = steps.advance(MODEL, made_params(), state, np.asarray([5, 6], np.int32), np.asarray([0, -1], np.int32))
+    slots = programs.Slots(state.cache, state.logits_BV, jnp.zeros(state.logits_BV.shape, jnp.int32))
+    before = jax.tree.map(np.array, slots)
+    rows = np.asarray([[0, 8, 0, 1, 1, 0], [-1, 0, 0, 0, 0, 0]], np.int32)
+    after = programs.advance(MODEL, FlatParams.of(made_params()), slots, np.asarray([5, 6], np.int32), rows)
     assert after.cache.lengths_B.tolist() == [9, 8]
     np.testing.assert_array_equal(after.logits_BV[1], before.logits_BV[1])
-    np.testing.assert_array_equal(after.history_BS[1], before.history_BS[1])
+    np.testing.assert_array_equal(after.counts_BV[1], before.counts_BV[1])
     for layer in range(2):
         own = before.cache.table(layer)[1]
         np.testing.assert_array_equal(after.cache.k[layer][own], before.cache.k[layer][own])

@@ -11,7 +11,6 @@ from gptjax.config import PUBLISHED
 from gptjax.engine import memory, pool_sizes
 from gptjax.engine.engine import Engine
 from gptjax.engine.executor import Executor
-from gptjax.engine.generate import generate
 from gptjax.engine.limits import MemoryLimit, memory_limit
 from gptjax.engine.pools import Kind, default_policy, least_pages, most_pages, pages_in, pool_bytes, pool_kinds
 from gptjax.engine.request import Request, SamplingParams
@@ -21,6 +20,7 @@ from gptjax.scheduling.policy import Policy
 from gptjax.scheduling.pool import Pool
 from gptjax.scheduling.scheduler import Scheduler
 from gptjax.support.runtime import DeviceMemory
+from tests.engine.generated import generate
 
 OSS = registry.build(PUBLISHED["gpt-oss-20b"], dtype="bfloat16")
 # Every second layer sees 8 positions.

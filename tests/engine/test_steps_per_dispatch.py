@@ -11,13 +11,13 @@ from gptjax.config import config_from_json
 from gptjax.engine import programs, steps
 from gptjax.engine.engine import Engine, Token
 from gptjax.engine.flat_params import FlatParams
-from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
 from gptjax.scheduling.policy import Policy
 from tests.compilations import compilations
 from tests.engine import test_engine
+from tests.engine.generated import generate
 from tests.fuzz import rounds
 from tests.oracles import gpt_oss_ours, gpt_oss_random
 from tests.thinned import thorough

@@ -9,11 +9,11 @@ import pytest
 import gptjax
 from gptjax.engine import programs
 from gptjax.engine.engine import Engine
-from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import CapacityError, RequestError
 from gptjax.server.events import Finished, QueueFull, Ticket, Token
 from gptjax.server.worker import Worker
+from tests.engine.generated import generate
 from tests.fuzz import rounds
 from tests.server.worker_material import (
     CHUNK,

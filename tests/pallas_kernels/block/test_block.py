@@ -211,7 +211,7 @@ def test_a_model_decodes_by_it(batch, taken, implementation, monkeypatch):
     model = registry.build(config, dtype=jnp.bfloat16, implementation=implementation)
     params = random_params(model)
     state = steps.init_state(model, batch=batch, max_length=64)
-    operands = params, state, np.zeros(batch, np.int32), np.ones(batch, bool)
+    operands = params, state, np.zeros(batch, np.int32)
     text = steps.advance.trace(model, *operands).lower(lowering_platforms=("cuda",)).as_text()
     assert ("gpt2_block" in text) == taken
     assert ("append_to_cache" in text) != taken
@@ -277,6 +277,6 @@ def test_a_model_agrees_with_xla(batch):
         model = registry.build(config, dtype=jnp.bfloat16, implementation=implementation)
         params, state = random_params(model), steps.init_state(model, batch=batch, max_length=64)
         for token_B in tokens:
-            state = steps.advance(model, params, state, token_B, np.ones(batch, bool))
+            state = steps.advance(model, params, state, token_B)
         logits.append(np.asarray(state.logits_BV))
     assert np.linalg.norm(logits[0] - logits[1]) <= 3e-2 * np.linalg.norm(logits[1])
