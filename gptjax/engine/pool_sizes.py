@@ -75,7 +75,7 @@ def foreseen(
 ) -> tuple[int, int]:
     """The cache of an engine on a device on which the model is not loaded yet: its bytes, and the positions that it has
     room for. If it does not fit, they are those of one row."""
-    policy = policy or default_policy(model, slots=batch)
+    policy = policy or default_policy(model, slots=batch, reuse=True)
     need = memory.needed(model, batch=batch, max_length=max_length, device=device, policy=policy)
     each = pool_kinds(model, max_length=max_length, policy=policy)
     pages = _pages_in(each, need, need.device.available - need.weights, None)

@@ -59,11 +59,13 @@ def pool_kinds(model: Model, *, max_length: int, policy: Policy) -> tuple[Kind, 
     A layer without a window needs a page for each `policy.page` positions of each request. A layer with a window W
     needs those that W positions and one call touch: many while a prompt is read in chunks, few while tokens are drawn.
     A call reads one chunk, so few requests are in the middle of their prompts at a time: enough is what all slots need
-    to draw, and 4 of them to read. To go on from earlier prompts, as many more windows are kept as there are slots.
+    to draw, and 4 of them to read. To go on from earlier prompts, as many more windows are kept as there are slots; and
+    if these may end inside a page, which is then copied, there is one more page, even if one request fills the others.
     """
     config = model.config
     layer_bytes = 2 * policy.page * config.num_kv_heads * config.head_width * jnp.dtype(model.dtype).itemsize
     layers, slots, whole = reach(config.windows, max_length), policy.slots, policy.pages(max_length)
+    copied = 1 if policy.reuse and policy.chunk_multiple % policy.page else 0
     found = []
     for window in kinds(config.windows, max_length):
         least, enough, most = whole, slots * whole, slots * whole
@@ -73,7 +75,8 @@ def pool_kinds(model: Model, *, max_length: int, policy: Policy) -> tuple[Kind, 
             kept = tail_pages(window) if policy.reuse else 0
             most = slots * (least + kept)
             enough = min(most, slots * (drawing + kept) + _READERS * (least - drawing))
-        found.append(Kind(window, layers.count(window) * layer_bytes, least, enough, most))
+        counts = (each + copied for each in (least, enough, most))
+        found.append(Kind(window, layers.count(window) * layer_bytes, *counts))
     return tuple(found)
 
 

@@ -49,8 +49,8 @@ def test_no_request_waits_for_a_compilation():
         for name, value in EVERY.items()
     ]
     every = [dataclasses.replace(each, params=dataclasses.replace(each.params, **EVERY)) for each in MIXED]
-    long = dataclasses.replace(MIXED[1], max_tokens=150)
+    long = [dataclasses.replace(MIXED[1], max_tokens=150)] * 4
     with compilations() as compiled:
-        for requests in ([alone[0]], alone[::-1], MIXED, every, [*alone, *every, *MIXED], [long] * 4, MIXED[::-1]):
+        for requests in ([alone[0]], alone[::-1], MIXED, every, [*alone, *every, *MIXED], long, MIXED[::-1]):
             _run(engine, requests)
         assert compiled == []
