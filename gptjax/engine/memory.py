@@ -220,6 +220,8 @@ def explained(model: Model, *, batch: int, max_length: int, loaded: bool = True,
 
 def check(model: Model, *, batch: int, max_length: int, limit: MemoryLimit | None = None) -> None:
     """Raises `CapacityError` if the model and an engine do not fit on the default device. Allocates nothing."""
+    if limit is not None:
+        limit.check(max_length)
     device = device_memory()
     message = shortfall(model, batch=batch, max_length=max_length, has=device.available, device=device, limit=limit)
     if message is not None:

@@ -51,6 +51,7 @@ class Kind:
     least: int  # one request of `max_length`, alone
     enough: int  # as long as the other kinds have pages, nothing waits for one of these
     most: int  # all slots with `max_length` positions each
+    spare: int = 0  # of all of these: to copy into
 
 
 def pool_kinds(model: Model, *, max_length: int, policy: Policy) -> tuple[Kind, ...]:
@@ -75,8 +76,8 @@ def pool_kinds(model: Model, *, max_length: int, policy: Policy) -> tuple[Kind, 
             kept = tail_pages(window) if policy.reuse else 0
             most = slots * (least + kept)
             enough = min(most, slots * (drawing + kept) + _READERS * (least - drawing))
-        counts = (each + copied for each in (least, enough, most))
-        found.append(Kind(window, layers.count(window) * layer_bytes, *counts))
+        page_bytes = layers.count(window) * layer_bytes
+        found.append(Kind(window, page_bytes, least + copied, enough + copied, most + copied, copied))
     return tuple(found)
 
 
@@ -94,8 +95,8 @@ def pool_tokens(each: Sequence[Kind], pages: Sequence[int], *, page: int) -> int
 
     Without such layers, that is any number. Then these are the positions that those with windows hold.
     """
-    whole = [count - 1 for kind, count in zip(each, pages, strict=True) if kind.window is None]
-    return page * min(whole or [count - 1 for count in pages])
+    used = [count - 1 - kind.spare for kind, count in zip(each, pages, strict=True)]
+    return page * min([count for kind, count in zip(each, used, strict=True) if kind.window is None] or used)
 
 
 def least_pages(each: Sequence[Kind]) -> tuple[int, ...]:
@@ -140,8 +141,11 @@ def pages_in(each: Sequence[Kind], room: int) -> tuple[int, ...]:
 def pages_for(each: Sequence[Kind], tokens: int, *, page: int) -> tuple[int, ...]:
     """The pages, with page 0, for a number of positions in layers without a window, and for as many in the others, up
     to what these can use."""
-    pages = -(-tokens // page)
-    return tuple(1 + (pages if kind.window is None else max(kind.least, min(pages, kind.most))) for kind in each)
+    pages = [-(-tokens // page) + kind.spare for kind in each]
+    return tuple(
+        1 + (count if kind.window is None else max(kind.least, min(count, kind.most)))
+        for kind, count in zip(each, pages, strict=True)
+    )
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:

@@ -222,6 +222,15 @@ def test_tokens_are_exact_and_more_than_all_slots_use_is_allowed(monkeypatch):
     policy = default_policy(MIXED, slots=2, chunk=64)
     _has(monkeypatch, _device(10**9))
     for tokens, whole in ((1000, 8), (1024, 8), (1025, 9), (100_000, 782)):
+        assert (
+            pool_sizes.pools(
+                MIXED,
+                max_length=1000,
+                policy=default_policy(MIXED, slots=2, chunk=64, reuse=True, exact=False),
+                limit=MemoryLimit(tokens=tokens),
+            )[1]
+            == 1 + whole + 1
+        )
         sliding, pages = pool_sizes.pools(MIXED, max_length=1000, policy=policy, limit=MemoryLimit(tokens=tokens))
         assert pages == 1 + whole and sliding <= 1 + 2 * 3
     with pytest.raises(CapacityError, match=r"896 tokens has no room .*max_length=1000.*1000tokens.*--max-length 896"):

@@ -41,8 +41,8 @@ def test_no_request_waits_for_a_compilation():
     engine = Engine(MODEL, made_params(), batch=3, max_length=300, policy=policy, pages=(5,))
     with compilations() as compiled:
         engine.warm_up()
-    # Two sizes of calls; one or two prompts that end in one; steps and draws of 1, 2 and 3 rows; copies, counts, and the
-    # marker that says how far the device is.
+    # Two sizes of calls; one or two prompts that end in one; steps and draws of 1, 2 and 3 rows; copies; counts; and
+    # the marker that says how far the device is.
     assert len(compiled) == 2 + 2 + 2 * 3 + 3
     alone = [
         dataclasses.replace(MIXED[0], params=dataclasses.replace(MIXED[0].params, **{name: value}))
