@@ -314,7 +314,7 @@ class LanguageModel:
         self._check_open()
         length = self.max_length if max_length is None else limits.positions(self.config, max_length)
         rows = limits.at_least_one("batch", (self.max_batch or 1) if batch is None else batch)
-        return memory.needed(self.model, batch=rows, max_length=length)
+        return memory.needed(self.model, batch=rows, max_length=length, policy=self._shared.policy(rows))
 
     def close(self) -> None:
         """Frees weights and engine, also that of unfinished streams. Later use of the model raises `RequestError`."""

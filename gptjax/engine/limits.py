@@ -17,6 +17,14 @@ class MemoryLimit:
     share: float | None = None  # of the device's memory, above 0 and at most 1: for the weights and all else
     tokens: int | None = None  # positions of the cache
 
+    def check(self, max_length: int) -> None:
+        """Raises `CapacityError` if there are fewer tokens than one request may have."""
+        if self.tokens is not None and self.tokens < max_length:
+            raise CapacityError(
+                f"a cache of {self.tokens} tokens has no room for one request of max_length={max_length}: give at "
+                f"least that many (--memory {max_length}tokens), or a smaller max_length (--max-length {self.tokens})"
+            )
+
 
 def memory_limit(given: object) -> MemoryLimit | None:
     """Reads a share of the device, such as 0.9 or "0.9", or a number of tokens, such as "262144tokens".

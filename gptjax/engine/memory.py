@@ -220,6 +220,8 @@ def explained(model: Model, *, batch: int, max_length: int, loaded: bool = True,
 
 def check(model: Model, *, batch: int, max_length: int, limit: MemoryLimit | None = None) -> None:
     """Raises `CapacityError` if the model and an engine do not fit on the default device. Allocates nothing."""
+    if limit is not None:
+        limit.check(max_length)
     device = device_memory()
     message = shortfall(model, batch=batch, max_length=max_length, has=device.available, device=device, limit=limit)
     if message is not None:
@@ -332,7 +334,7 @@ def _state(model: Model, batch: int, max_length: int, _: Policy | None = None) -
 
 def _slots(model: Model, batch: int, max_length: int, policy: Policy | None) -> tuple[int, int, int]:
     """Bytes of an engine's cache with room for all rows and for one, and of its logits and counts of tokens."""
-    each = pool_kinds(model, max_length=max_length, policy=policy or default_policy(model, slots=batch))
+    each = pool_kinds(model, max_length=max_length, policy=policy or default_policy(model, slots=batch, reuse=True))
     tables = _tables(model, batch, max_length)
     cache, least = (pool_bytes(each, pages) + tables for pages in (most_pages(each), least_pages(each)))
     return cache, least, 8 * batch * model.config.vocab_size

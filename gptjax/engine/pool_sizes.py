@@ -55,12 +55,8 @@ def pools(model: Model, *, max_length: int, policy: Policy, limit: MemoryLimit |
     each = pool_kinds(model, max_length=max_length, policy=policy)
     if limit is None or limit.tokens is None:
         return _pages_in(each, need, device.available, limit)
+    limit.check(max_length)
     pages = pages_for(each, limit.tokens, page=policy.page)
-    if any(count <= kind.least for kind, count in zip(each, pages, strict=True)):
-        raise CapacityError(
-            f"a cache of {limit.tokens} tokens has no room for one request of max_length={max_length}: give at least "
-            f"that many (--memory {max_length}tokens), or a smaller max_length (--max-length {limit.tokens})"
-        )
     if pool_bytes(each, pages) + need.logits > device.available:
         fits = pool_tokens(each, _pages_in(each, need, device.available, None), page=policy.page)
         raise CapacityError(
@@ -75,7 +71,7 @@ def foreseen(
 ) -> tuple[int, int]:
     """The cache of an engine on a device on which the model is not loaded yet: its bytes, and the positions that it has
     room for. If it does not fit, they are those of one row."""
-    policy = policy or default_policy(model, slots=batch)
+    policy = policy or default_policy(model, slots=batch, reuse=True)
     need = memory.needed(model, batch=batch, max_length=max_length, device=device, policy=policy)
     each = pool_kinds(model, max_length=max_length, policy=policy)
     pages = _pages_in(each, need, need.device.available - need.weights, None)

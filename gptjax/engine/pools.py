@@ -51,6 +51,7 @@ class Kind:
     least: int  # one request of `max_length`, alone
     enough: int  # as long as the other kinds have pages, nothing waits for one of these
     most: int  # all slots with `max_length` positions each
+    spare: int = 0  # of all of these: to copy into
 
 
 def pool_kinds(model: Model, *, max_length: int, policy: Policy) -> tuple[Kind, ...]:
@@ -59,11 +60,13 @@ def pool_kinds(model: Model, *, max_length: int, policy: Policy) -> tuple[Kind, 
     A layer without a window needs a page for each `policy.page` positions of each request. A layer with a window W
     needs those that W positions and one call touch: many while a prompt is read in chunks, few while tokens are drawn.
     A call reads one chunk, so few requests are in the middle of their prompts at a time: enough is what all slots need
-    to draw, and 4 of them to read. To go on from earlier prompts, as many more windows are kept as there are slots.
+    to draw, and 4 of them to read. To go on from earlier prompts, as many more windows are kept as there are slots; and
+    if these may end inside a page, which is then copied, there is one more page, even if one request fills the others.
     """
     config = model.config
     layer_bytes = 2 * policy.page * config.num_kv_heads * config.head_width * jnp.dtype(model.dtype).itemsize
     layers, slots, whole = reach(config.windows, max_length), policy.slots, policy.pages(max_length)
+    copied = 1 if policy.reuse and policy.chunk_multiple % policy.page else 0
     found = []
     for window in kinds(config.windows, max_length):
         least, enough, most = whole, slots * whole, slots * whole
@@ -73,7 +76,8 @@ def pool_kinds(model: Model, *, max_length: int, policy: Policy) -> tuple[Kind, 
             kept = tail_pages(window) if policy.reuse else 0
             most = slots * (least + kept)
             enough = min(most, slots * (drawing + kept) + _READERS * (least - drawing))
-        found.append(Kind(window, layers.count(window) * layer_bytes, least, enough, most))
+        page_bytes = layers.count(window) * layer_bytes
+        found.append(Kind(window, page_bytes, least + copied, enough + copied, most + copied, copied))
     return tuple(found)
 
 
@@ -91,8 +95,8 @@ def pool_tokens(each: Sequence[Kind], pages: Sequence[int], *, page: int) -> int
 
     Without such layers, that is any number. Then these are the positions that those with windows hold.
     """
-    whole = [count - 1 for kind, count in zip(each, pages, strict=True) if kind.window is None]
-    return page * min(whole or [count - 1 for count in pages])
+    used = [count - 1 - kind.spare for kind, count in zip(each, pages, strict=True)]
+    return page * min([count for kind, count in zip(each, used, strict=True) if kind.window is None] or used)
 
 
 def least_pages(each: Sequence[Kind]) -> tuple[int, ...]:
@@ -137,8 +141,11 @@ def pages_in(each: Sequence[Kind], room: int) -> tuple[int, ...]:
 def pages_for(each: Sequence[Kind], tokens: int, *, page: int) -> tuple[int, ...]:
     """The pages, with page 0, for a number of positions in layers without a window, and for as many in the others, up
     to what these can use."""
-    pages = -(-tokens // page)
-    return tuple(1 + (pages if kind.window is None else max(kind.least, min(pages, kind.most))) for kind in each)
+    pages = [-(-tokens // page) + kind.spare for kind in each]
+    return tuple(
+        1 + (count if kind.window is None else max(kind.least, min(count, kind.most)))
+        for kind, count in zip(each, pages, strict=True)
+    )
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:

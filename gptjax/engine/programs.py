@@ -138,7 +138,7 @@ def decode(
 
 
 def _of_rows(slots: Slots, rows: jax.Array) -> Slots:
-    """The tables, lengths and logits of some rows, by row; pools and history are those of all slots."""
+    """The tables, lengths and logits of some rows, by row; pools and counts are those of all slots."""
     if len(rows) == len(slots.logits_BV):
         return slots
     slot_B = rows[:, 0]

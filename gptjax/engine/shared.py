@@ -13,6 +13,7 @@ from gptjax.engine.request import Request
 from gptjax.errors import CapacityError
 from gptjax.models.params import Params
 from gptjax.models.registry import Model
+from gptjax.scheduling.policy import Policy
 
 _MOST_ROWS = 32  # of one generation, and of all together, if `max_batch` is not given
 _AHEAD = 4  # tokens that a request gets before anybody waits for them
@@ -246,14 +247,14 @@ class SharedEngine:
                 raise
             self._engine = self._made(least, params())
 
-    def _made(self, batch: int, params: Params) -> Engine:
+    def policy(self, batch: int) -> Policy:
+        """That of an engine of a number of rows."""
         policy = default_policy(self._model, slots=batch, reuse=True, exact=self._exact)
-        if self._exact and not self._max_batch:
-            policy = dataclasses.replace(policy, rows="asked")
+        return dataclasses.replace(policy, rows="asked") if self._exact and not self._max_batch else policy
+
+    def _made(self, batch: int, params: Params) -> Engine:
+        policy = self.policy(batch)
         pages = pools(self._model, max_length=self._max_length, policy=policy, limit=self._memory_limit)
-        if not self._exact:
-            # A part of a page is shared by copying it, even if a row of `max_length` fills the other pages.
-            pages = tuple(count + 1 for count in pages)
         return Engine(self._model, params, batch=batch, max_length=self._max_length, policy=policy, pages=pages)
 
     def _drop(self) -> None:

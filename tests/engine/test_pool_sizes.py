@@ -6,14 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import CapacityError, RequestError
-from gptjax.config import PUBLISHED
+from gptjax import CapacityError, CheckpointError, RequestError
+from gptjax.config import PUBLISHED, GenerationDefaults
 from gptjax.engine import memory, pool_sizes
 from gptjax.engine.engine import Engine
 from gptjax.engine.executor import Executor
 from gptjax.engine.limits import MemoryLimit, memory_limit
 from gptjax.engine.pools import Kind, default_policy, least_pages, most_pages, pages_in, pool_bytes, pool_kinds
 from gptjax.engine.request import Request, SamplingParams
+from gptjax.language_model import LanguageModel
 from gptjax.models import registry
 from gptjax.models.params import abstract_params, init_params
 from gptjax.scheduling.policy import Policy
@@ -188,10 +189,48 @@ def test_a_gpus_pools_leave_room_for_the_compiler(monkeypatch):
     assert room - 50e6 < share < room
 
 
+def test_a_page_to_copy_into_if_beginnings_may_end_inside_one():
+    exact, other = (
+        pool_kinds(MIXED, max_length=1000, policy=default_policy(MIXED, slots=3, chunk=256, reuse=True, exact=exact))
+        for exact in (True, False)
+    )
+    assert [kind.least for kind in other] == [kind.least + 1 for kind in exact]
+    assert [kind.most for kind in other] == [kind.most + 1 for kind in exact]
+
+
+def test_a_model_says_what_its_own_engine_takes():
+    """Its engine keeps what it read, with the windows of earlier prompts."""
+    params = init_params(MIXED, jax.random.key(0))
+    for exact in (True, False):
+        lm = LanguageModel(
+            MIXED,
+            params,
+            tokenizer=CheckpointError("none"),
+            defaults=GenerationDefaults(),
+            max_length=300,
+            max_batch=2,
+            exact=exact,
+        )
+        assert lm.generate([1, 2, 3], max_tokens=1).token_ids
+        slots = lm._shared._engine._executor._slots
+        need = lm.memory()
+        assert need.cache == sum(leaf.nbytes for leaf in jax.tree.leaves(slots.cache))
+        assert need.cache + need.logits == sum(leaf.nbytes for leaf in jax.tree.leaves(slots))
+
+
 def test_tokens_are_exact_and_more_than_all_slots_use_is_allowed(monkeypatch):
     policy = default_policy(MIXED, slots=2, chunk=64)
     _has(monkeypatch, _device(10**9))
     for tokens, whole in ((1000, 8), (1024, 8), (1025, 9), (100_000, 782)):
+        assert (
+            pool_sizes.pools(
+                MIXED,
+                max_length=1000,
+                policy=default_policy(MIXED, slots=2, chunk=64, reuse=True, exact=False),
+                limit=MemoryLimit(tokens=tokens),
+            )[1]
+            == 1 + whole + 1
+        )
         sliding, pages = pool_sizes.pools(MIXED, max_length=1000, policy=policy, limit=MemoryLimit(tokens=tokens))
         assert pages == 1 + whole and sliding <= 1 + 2 * 3
     with pytest.raises(CapacityError, match=r"896 tokens has no room .*max_length=1000.*1000tokens.*--max-length 896"):
