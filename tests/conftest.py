@@ -78,8 +78,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    left_out = TIERS[config.getoption("tier")]
-    return True if collection_path.relative_to(ROOT / "tests").as_posix() in left_out else None
+    """Files of higher tiers; and for `-m MARK`, those without that mark, as importing all takes long."""
+    if collection_path.relative_to(ROOT / "tests").as_posix() in TIERS[config.getoption("tier")]:
+        return True
+    mark = config.getoption("markexpr")
+    if mark.isidentifier() and collection_path.suffix == ".py" and f"mark.{mark}" not in collection_path.read_text():
+        return True
+    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
