@@ -68,7 +68,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The fuzzers, FUZZ times as long as in .ci/run; a few minutes for each 10.
+# The fuzzers, FUZZ times as long as in `make full`; a few minutes for each 10.
 FUZZ ?= 20
 fuzz: $(VENV)/.installed-test
 	FUZZ=$(FUZZ) $(PYTEST) -m fuzz $(ARGS)
