@@ -48,9 +48,9 @@ test: lint
 kernels: $(VENV)/.installed-test
 	$(PYTEST) tests/pallas_kernels $(ARGS)
 
-# What of the kernels differs by JAX: tests.pallas_kernels.marks sees to the names.
+# What of the kernels differs by JAX's version; tests/pallas_kernels/marks.py sees to the names.
 lowering: $(VENV)/.installed-test
-	$(PYTEST) --tier affected -k lower tests/pallas_kernels $(ARGS)
+	$(PYTEST) --tier affected -k "lower or taken" tests/pallas_kernels $(ARGS)
 
 full: lint tests
 
