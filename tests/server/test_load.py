@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from gptjax.cli import main
 from tests.server.load_material import ask, ask_all, request, serving, wait
 
 pytestmark = pytest.mark.slow
@@ -96,6 +97,16 @@ def test_memory_stays_flat_over_two_thousand_requests(server):
         sizes.append(server.memory())
     print("resident after 400 and 2400 requests:", *(f"{size / 1e6:.1f} MB" for size in sizes))
     assert sizes[1] <= 1.02 * sizes[0]
+
+
+def test_bench_server_counts_what_the_server_counts(server, capsys):
+    tokens = server.metrics()["worker_tokens_generated_total",]
+    argv = ["bench-server", f"http://127.0.0.1:{server.port}/v1", "--clients", "4", "--requests", "12", "--json"]
+    assert main([*argv, "--prompt-length", "24", "--output-length", "20"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert (result["errors"], result["prompt_tokens"], result["output_tokens"]) == ({}, 12 * 24, 12 * 20)
+    assert server.metrics()["worker_tokens_generated_total",] - tokens == 13 * 20  # one request was not counted
+    assert 0 < result["first_token_seconds"]["p50"] < result["whole_seconds"]["p50"] < result["seconds"]
 
 
 def silent_client(server, **fields):
