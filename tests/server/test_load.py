@@ -8,21 +8,38 @@ import time
 
 import pytest
 
+from gptjax.cli import main
 from tests.server.load_material import ask, ask_all, body, serving
 
 pytestmark = pytest.mark.slow
 
 
-def test_memory_stays_flat_over_two_thousand_requests(tmp_path):
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    options = ["--max-batch", "8", "--max-queue", "64", "--max-length", "128"]
+    with serving(tmp_path_factory.mktemp("server"), *options) as server:
+        yield server
+
+
+def test_memory_stays_flat_over_two_thousand_requests(server):
     bodies = [body(number, max_tokens=1 + number % 4, stream=number % 2 == 0) for number in range(2000)]
     sizes = []
-    with serving(tmp_path, "--max-batch", "8", "--max-queue", "64", "--max-length", "128") as server:
-        for part in (bodies[:400], bodies):
-            answers = asyncio.run(ask_all(server.port, part, at_once=32))
-            assert {status for status, _ in answers} == {200}
-            sizes.append(server.memory())
+    for part in (bodies[:400], bodies):
+        answers = asyncio.run(ask_all(server.port, part, at_once=32))
+        assert {status for status, _ in answers} == {200}
+        sizes.append(server.memory())
     print("resident after 400 and 2400 requests:", *(f"{size / 1e6:.1f} MB" for size in sizes))
     assert sizes[1] <= 1.02 * sizes[0]
+
+
+def test_bench_server_counts_what_the_server_counts(server, capsys):
+    tokens = server.metrics()["worker_tokens_generated_total",]
+    argv = ["bench-server", f"http://127.0.0.1:{server.port}/v1", "--clients", "4", "--requests", "12", "--json"]
+    assert main([*argv, "--prompt-length", "24", "--output-length", "20"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert (result["errors"], result["prompt_tokens"], result["output_tokens"]) == ({}, 12 * 24, 12 * 20)
+    assert server.metrics()["worker_tokens_generated_total",] - tokens == 13 * 20  # one request was not counted
+    assert 0 < result["first_token_seconds"]["p50"] < result["whole_seconds"]["p50"] < result["seconds"]
 
 
 def test_on_sigterm_every_stream_ends_in_order_within_the_limit(tmp_path):
