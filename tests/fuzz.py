@@ -1,4 +1,4 @@
-"""How long fuzzers run: `$FUZZ` times what `make full` tries; .ci/run tries 0.3 of it, `make test` a tenth."""
+"""How long fuzzers run: `$FUZZ` times what `make full` tries; `make test` tries a tenth."""
 
 import os
 from typing import Final
