@@ -1,0 +1,112 @@
+"""Products and sums on a CPU that give a row the same bits among any number of rows.
+
+On a CPU, XLA computes an output of a float32 product as a chain of fused multiply-adds in ascending order of what it
+sums over. Three things depend on the number of rows, and are avoided here (seen with JAX 0.10.2, 0.11.2 and 0.12 on
+AVX2; `tests/pallas_kernels/test_same_bits.py` compares with such chains):
+
+- Chains are cut. So what is summed is divided into runs of at most `RUN`, which XLA never cuts, and the runs are added
+  in order. A kernel [in, out] is also cut, at shorter lengths, if there are 2 to 60 rows. So up to `FEW` rows are
+  products of one row each, which is no slower: XLA's product of 8 rows takes as long as 8 of one. More rows are padded
+  to `MANY`.
+- One row times a matrix [out, in] has eight chains, where more rows have one. So one row is padded to two; except for
+  the head, whose matrix is so large that this would double a token's time: there, all rows are computed one by one.
+- A product whose outputs are not a multiple of 16 may have two chains. So outputs are padded to that.
+
+Sums of a row's numbers have another order if there are fewer than `SUMMED` numbers in all.
+
+Other dtypes are multiplied as usual.
+"""
+
+from functools import reduce
+from operator import add
+
+import jax
+import jax.numpy as jnp
+
+RUN = 1024  # numbers of a chain, at most
+FEW = 8  # rows that are products of their own
+MANY = 64  # rows of other products, at least
+LANES = 16  # outputs are a multiple of this
+SUMMED = 4096  # numbers from which on XLA sums them in one way
+IN_CACHE = 1 << 17  # numbers of a head's matrix that all rows are multiplied by before the next are read
+
+
+def product(x_TI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """x · kernel, [T, O] float32."""
+    if not _has_chains(x_TI, kernel_IO):
+        return jnp.dot(x_TI, kernel_IO, preferred_element_type=jnp.float32)
+    T, O = x_TI.shape[0], kernel_IO.shape[1]
+    x_JTR = _in_runs(x_TI)
+    kernel_IO = _at_least(_padded(kernel_IO, 1, LANES), 0, x_JTR.shape[0] * x_JTR.shape[2])
+    kernel_JRO = kernel_IO.reshape(x_JTR.shape[0], x_JTR.shape[2], -1)
+    if T <= FEW:
+        y_JTO = jnp.concatenate([_batched(x_JTR[:, t : t + 1], kernel_JRO, 1) for t in range(T)], axis=1)
+    else:
+        y_JTO = _batched(_at_least(x_JTR, 1, MANY), kernel_JRO, 1)
+    return reduce(add, list(y_JTO))[:T, :O]
+
+
+def product_of_rows(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    """x · kernelᵀ, [T, O] float32."""
+    if not _has_chains(x_TI, kernel_OI):
+        return _times_rows(x_TI, kernel_OI)
+    T, O = x_TI.shape[0], kernel_OI.shape[0]
+    x_JTR, kernel_JOR = _in_runs(_at_least(x_TI, 0, 2)), _in_runs(_padded(kernel_OI, 0, LANES))
+    return reduce(add, list(_batched(x_JTR, kernel_JOR, 2)))[:T, :O]
+
+
+def head(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    """x · kernelᵀ, [T, O] float32, of a large matrix and usually few rows.
+
+    Beyond 128 rows, which no decode step has, it is a usual product, with other bits.
+    """
+    T, (O, I) = x_TI.shape[0], kernel_OI.shape
+    if not _has_chains(x_TI, kernel_OI) or T == 1 or T > 2 * MANY:
+        return _times_rows(x_TI, kernel_OI)
+    step = min(O, max(1, IN_CACHE // I))
+
+    def multiply(index: jax.Array, y_TO: jax.Array) -> jax.Array:
+        start = jnp.minimum(index * step, O - step)  # the last outputs may be computed twice
+        part_OI = jax.lax.dynamic_slice_in_dim(kernel_OI, start, step)
+        part_TO = jax.lax.map(lambda x_I: _times_rows(x_I[None], part_OI)[0], x_TI)
+        return jax.lax.dynamic_update_slice_in_dim(y_TO, part_TO, start, axis=1)
+
+    return jax.lax.fori_loop(0, -(-O // step), multiply, jnp.zeros((T, O), jnp.float32))
+
+
+def enough_rows(x_TD: jax.Array) -> jax.Array:
+    """The rows, and as many more as the sums of each row need."""
+    return _at_least(x_TD, 0, -(-SUMMED // x_TD.shape[1]))
+
+
+def _has_chains(x: jax.Array, kernel: jax.Array) -> bool:
+    return x.dtype == jnp.float32 and kernel.dtype == jnp.float32
+
+
+def _in_runs(x_TI: jax.Array) -> jax.Array:
+    """[J, T, R] of a matrix whose last axis is summed over."""
+    T, I = x_TI.shape
+    least = -(-I // RUN)
+    J = next((J for J in range(least, 4 * least) if I % J == 0), None)
+    if J is None:  # zeros add nothing
+        return _in_runs(_padded(x_TI, 1, RUN))
+    return x_TI.reshape(T, J, I // J).swapaxes(0, 1)
+
+
+def _batched(x_JTR: jax.Array, kernel: jax.Array, summed: int) -> jax.Array:
+    """The products of J pairs of matrices, [J, T, O]."""
+    return jax.lax.dot_general(x_JTR, kernel, (((2,), (summed,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+
+
+def _times_rows(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x_TI, kernel_OI, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _padded(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    return _at_least(x, axis, -(-x.shape[axis] // multiple) * multiple)
+
+
+def _at_least(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """The array with zeros after it, if it is smaller."""
+    missing = max(0, size - x.shape[axis])
+    return jnp.pad(x, [(0, missing if each == axis else 0) for each in range(x.ndim)]) if missing else x
