@@ -14,9 +14,10 @@ AVX2; `tests/pallas_kernels/test_same_bits.py` compares with such chains):
 
 Sums of a row's numbers have another order if there are fewer than `SUMMED` numbers in all.
 
-Other dtypes are multiplied as usual.
+Only float32 is multiplied so.
 """
 
+from collections.abc import Callable
 from functools import reduce
 from operator import add
 
@@ -32,9 +33,27 @@ IN_CACHE = 1 << 17  # numbers of a head's matrix that all rows are multiplied by
 
 
 def product(x_TI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """x · kernel, [T, O] float32, on any device."""
+    return _anywhere(product_on_cpu, _times, x_TI, kernel_IO)
+
+
+def head(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    """x · kernelᵀ, [T, O] float32, of a large matrix and usually few rows, on any device."""
+    return _anywhere(head_on_cpu, _times_rows, x_TI, kernel_OI)
+
+
+def mean(x: jax.Array) -> jax.Array:
+    """The mean of the last axis, [..., 1], on any device."""
+    if x.size >= SUMMED:
+        return _mean(x)
+    y: jax.Array = jax.lax.platform_dependent(x, cpu=_mean_of_few, default=_mean)
+    return y
+
+
+def product_on_cpu(x_TI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     """x · kernel, [T, O] float32."""
-    if not _has_chains(x_TI, kernel_IO):
-        return jnp.dot(x_TI, kernel_IO, preferred_element_type=jnp.float32)
+    if not takes(x_TI, kernel_IO):
+        return _times(x_TI, kernel_IO)
     T, O = x_TI.shape[0], kernel_IO.shape[1]
     x_JTR = _in_runs(x_TI)
     kernel_IO = _at_least(_padded(kernel_IO, 1, LANES), 0, x_JTR.shape[0] * x_JTR.shape[2])
@@ -43,25 +62,25 @@ def product(x_TI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
         y_JTO = jnp.concatenate([_batched(x_JTR[:, t : t + 1], kernel_JRO, 1) for t in range(T)], axis=1)
     else:
         y_JTO = _batched(_at_least(x_JTR, 1, MANY), kernel_JRO, 1)
-    return reduce(add, list(y_JTO))[:T, :O]
+    return total_on_cpu(y_JTO, 0)[:T, :O]
 
 
-def product_of_rows(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
-    """x · kernelᵀ, [T, O] float32."""
-    if not _has_chains(x_TI, kernel_OI):
+def product_of_rows_on_cpu(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    """x · kernelᵀ, [T, O] float32, of a matrix that need not be read from memory."""
+    if not takes(x_TI, kernel_OI):
         return _times_rows(x_TI, kernel_OI)
     T, O = x_TI.shape[0], kernel_OI.shape[0]
     x_JTR, kernel_JOR = _in_runs(_at_least(x_TI, 0, 2)), _in_runs(_padded(kernel_OI, 0, LANES))
-    return reduce(add, list(_batched(x_JTR, kernel_JOR, 2)))[:T, :O]
+    return total_on_cpu(_batched(x_JTR, kernel_JOR, 2), 0)[:T, :O]
 
 
-def head(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
-    """x · kernelᵀ, [T, O] float32, of a large matrix and usually few rows.
+def head_on_cpu(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    """`head`.
 
     Beyond 128 rows, which no decode step has, it is a usual product, with other bits.
     """
     T, (O, I) = x_TI.shape[0], kernel_OI.shape
-    if not _has_chains(x_TI, kernel_OI) or T == 1 or T > 2 * MANY:
+    if not takes(x_TI, kernel_OI) or T == 1 or T > 2 * MANY:
         return _times_rows(x_TI, kernel_OI)
     step = min(O, max(1, IN_CACHE // I))
 
@@ -74,13 +93,37 @@ def head(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, -(-O // step), multiply, jnp.zeros((T, O), jnp.float32))
 
 
-def enough_rows(x_TD: jax.Array) -> jax.Array:
-    """The rows, and as many more as the sums of each row need."""
-    return _at_least(x_TD, 0, -(-SUMMED // x_TD.shape[1]))
-
-
-def _has_chains(x: jax.Array, kernel: jax.Array) -> bool:
+def takes(x: jax.Array, kernel: jax.Array) -> bool:
+    """Whether there is more than the usual product for these operands."""
     return x.dtype == jnp.float32 and kernel.dtype == jnp.float32
+
+
+def total_on_cpu(terms: jax.Array, axis: int) -> jax.Array:
+    """The sum over an axis, in ascending order."""
+    return reduce(add, [jax.lax.index_in_dim(terms, each, axis, keepdims=False) for each in range(terms.shape[axis])])
+
+
+def _anywhere(
+    on_cpu: Callable[[jax.Array, jax.Array], jax.Array],
+    usual: Callable[[jax.Array, jax.Array], jax.Array],
+    x_TI: jax.Array,
+    kernel: jax.Array,
+) -> jax.Array:
+    if not takes(x_TI, kernel):
+        return usual(x_TI, kernel)
+    y: jax.Array = jax.lax.platform_dependent(x_TI, kernel, cpu=on_cpu, default=usual)
+    return y
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    return x.mean(axis=-1, keepdims=True)
+
+
+def _mean_of_few(x: jax.Array) -> jax.Array:
+    D = x.shape[-1]
+    x_TD = x.reshape(-1, D)
+    mean_T1 = _mean(_at_least(x_TD, 0, -(-SUMMED // D)))[: len(x_TD)]
+    return mean_T1.reshape(*x.shape[:-1], 1)
 
 
 def _in_runs(x_TI: jax.Array) -> jax.Array:
@@ -96,6 +139,10 @@ def _in_runs(x_TI: jax.Array) -> jax.Array:
 def _batched(x_JTR: jax.Array, kernel: jax.Array, summed: int) -> jax.Array:
     """The products of J pairs of matrices, [J, T, O]."""
     return jax.lax.dot_general(x_JTR, kernel, (((2,), (summed,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+
+
+def _times(x_TI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x_TI, kernel_IO, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _times_rows(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
