@@ -54,7 +54,7 @@ def product_on_cpu(x_TI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     """x · kernel, [T, O] float32."""
     if not takes(x_TI, kernel_IO):
         return _times(x_TI, kernel_IO)
-    T, O = x_TI.shape[0], kernel_IO.shape[1]
+    T, outputs = x_TI.shape[0], kernel_IO.shape[1]
     x_JTR = _in_runs(x_TI)
     kernel_IO = _at_least(_padded(kernel_IO, 1, LANES), 0, x_JTR.shape[0] * x_JTR.shape[2])
     kernel_JRO = kernel_IO.reshape(x_JTR.shape[0], x_JTR.shape[2], -1)
@@ -62,16 +62,16 @@ def product_on_cpu(x_TI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
         y_JTO = jnp.concatenate([_batched(x_JTR[:, t : t + 1], kernel_JRO, 1) for t in range(T)], axis=1)
     else:
         y_JTO = _batched(_at_least(x_JTR, 1, MANY), kernel_JRO, 1)
-    return total_on_cpu(y_JTO, 0)[:T, :O]
+    return total_on_cpu(y_JTO, 0)[:T, :outputs]
 
 
 def product_of_rows_on_cpu(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
     """x · kernelᵀ, [T, O] float32, of a matrix that need not be read from memory."""
     if not takes(x_TI, kernel_OI):
         return _times_rows(x_TI, kernel_OI)
-    T, O = x_TI.shape[0], kernel_OI.shape[0]
+    T, outputs = x_TI.shape[0], kernel_OI.shape[0]
     x_JTR, kernel_JOR = _in_runs(_at_least(x_TI, 0, 2)), _in_runs(_padded(kernel_OI, 0, LANES))
-    return total_on_cpu(_batched(x_JTR, kernel_JOR, 2), 0)[:T, :O]
+    return total_on_cpu(_batched(x_JTR, kernel_JOR, 2), 0)[:T, :outputs]
 
 
 def head_on_cpu(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
@@ -79,18 +79,18 @@ def head_on_cpu(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
 
     Beyond 128 rows, which no decode step has, it is a usual product, with other bits.
     """
-    T, (O, I) = x_TI.shape[0], kernel_OI.shape
+    T, (outputs, inputs) = x_TI.shape[0], kernel_OI.shape
     if not takes(x_TI, kernel_OI) or T == 1 or T > 2 * MANY:
         return _times_rows(x_TI, kernel_OI)
-    step = min(O, max(1, IN_CACHE // I))
+    step = min(outputs, max(1, IN_CACHE // inputs))
 
     def multiply(index: jax.Array, y_TO: jax.Array) -> jax.Array:
-        start = jnp.minimum(index * step, O - step)  # the last outputs may be computed twice
+        start = jnp.minimum(index * step, outputs - step)  # the last outputs may be computed twice
         part_OI = jax.lax.dynamic_slice_in_dim(kernel_OI, start, step)
         part_TO = jax.lax.map(lambda x_I: _times_rows(x_I[None], part_OI)[0], x_TI)
         return jax.lax.dynamic_update_slice_in_dim(y_TO, part_TO, start, axis=1)
 
-    return jax.lax.fori_loop(0, -(-O // step), multiply, jnp.zeros((T, O), jnp.float32))
+    return jax.lax.fori_loop(0, -(-outputs // step), multiply, jnp.zeros((T, outputs), jnp.float32))
 
 
 def takes(x: jax.Array, kernel: jax.Array) -> bool:
@@ -128,12 +128,12 @@ def _mean_of_few(x: jax.Array) -> jax.Array:
 
 def _in_runs(x_TI: jax.Array) -> jax.Array:
     """[J, T, R] of a matrix whose last axis is summed over."""
-    T, I = x_TI.shape
-    least = -(-I // RUN)
-    J = next((J for J in range(least, 4 * least) if I % J == 0), None)
+    T, inputs = x_TI.shape
+    least = -(-inputs // RUN)
+    J = next((J for J in range(least, 4 * least) if inputs % J == 0), None)
     if J is None:  # zeros add nothing
         return _in_runs(_padded(x_TI, 1, RUN))
-    return x_TI.reshape(T, J, I // J).swapaxes(0, 1)
+    return x_TI.reshape(T, J, inputs // J).swapaxes(0, 1)
 
 
 def _batched(x_JTR: jax.Array, kernel: jax.Array, summed: int) -> jax.Array:

@@ -32,15 +32,17 @@ def chains(x_I: np.ndarray, kernel_IO: np.ndarray, run: int = same_bits.RUN) -> 
     return result
 
 
-def operands(I: int, O: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(I * O)
-    x_TI, kernel_IO = rng.standard_normal((max(ROWS), I)), rng.standard_normal((I, O))
+def operands(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(inputs * outputs)
+    x_TI, kernel_IO = rng.standard_normal((max(ROWS), inputs)), rng.standard_normal((inputs, outputs))
     return x_TI.astype(np.float32), kernel_IO.astype(np.float32)
 
 
-@pytest.mark.parametrize(("I", "O"), [(48, 8), (96, 33), (64, 40), (256, 96), (1024, 72), (1152, 48), (768, 320)])
-def test_products_are_chains(I: int, O: int) -> None:
-    x_TI, kernel_IO = operands(I, O)
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(48, 8), (96, 33), (64, 40), (256, 96), (1024, 72), (1152, 48), (768, 320)]
+)
+def test_products_are_chains(inputs: int, outputs: int) -> None:
+    x_TI, kernel_IO = operands(inputs, outputs)
     of_rows = jnp.asarray(np.ascontiguousarray(kernel_IO.T))
     expected_O = chains(x_TI[-1], kernel_IO)
     for rows in ROWS:
@@ -50,9 +52,9 @@ def test_products_are_chains(I: int, O: int) -> None:
             np.testing.assert_array_equal(found_TO[-1], expected_O, err_msg=f"{product.__name__}, {rows} rows")
 
 
-@pytest.mark.parametrize(("I", "O"), [(96, 101), (256, 3001)])
-def test_a_head_is_the_same_up_to_128_rows(I: int, O: int) -> None:
-    x_TI, kernel_IO = operands(I, O)
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 101), (256, 3001)])
+def test_a_head_is_the_same_up_to_128_rows(inputs: int, outputs: int) -> None:
+    x_TI, kernel_IO = operands(inputs, outputs)
     kernel_OI = jnp.asarray(np.ascontiguousarray(kernel_IO.T))
     found = [np.asarray(jax.jit(same_bits.head)(jnp.asarray(x_TI[-rows:]), kernel_OI))[-1] for rows in (1, 2, 8, 128)]
     np.testing.assert_allclose(found[0], x_TI[-1].astype(np.float64) @ kernel_IO.astype(np.float64), atol=1e-4)
