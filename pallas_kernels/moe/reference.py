@@ -128,7 +128,7 @@ def _product(x: jax.Array, weight: jax.Array | MXFP4 | MXFP4Fragments, expert: j
     one = weight[expert]
     if on_cpu and isinstance(one, MXFP4):
         return same_bits.product_of_rows_on_cpu(x, one.dequantize(x.dtype))
-    if on_cpu and not isinstance(one, MXFP4Fragments):
+    if on_cpu and isinstance(one, jax.Array):
         return same_bits.product_on_cpu(x, one.astype(x.dtype))
     numbers, axis = (
         (one.dequantize(x.dtype), 1) if isinstance(one, MXFP4 | MXFP4Fragments) else (one.astype(x.dtype), 0)

@@ -47,7 +47,9 @@ def _requests() -> list[Request]:
     rng = np.random.default_rng(0)
     beginning = rng.integers(0, VOCAB, 150).tolist()
     requests = []
-    for number, (shared, own) in enumerate([(0, 1), (0, 31), (0, 64), (0, 280), (150, 5), (150, 60), (130, 1), (7, 90)]):
+    for number, (shared, own) in enumerate(
+        [(0, 1), (0, 31), (0, 64), (0, 280), (150, 5), (150, 60), (130, 1), (7, 90)]
+    ):
         ids = beginning[:shared] + rng.integers(0, VOCAB, own).tolist()
         params = SamplingParams(seed=number, temperature=number % 3 / 2, top_p=0.9 if number % 2 else 1.0)
         requests.append(Request(tuple(ids), 12, params))
