@@ -486,6 +486,19 @@ def test_nobody_waits_for_a_prefix_that_a_held_request_reads():
     harness.check_tokens()
 
 
+def test_who_waits_for_a_prefix_goes_on_if_its_reader_is_held():
+    harness = _harness()
+    first = harness.add(_prompt(60), 2)
+    second = harness.add(_prompt(60), 2)
+    assert _read(harness.plan()) == {0: 16}  # the second waits
+    harness.hold(first, True)
+    assert _read(harness.plan()) == {1: 16}
+    harness.hold(first, False)
+    assert second in harness.open
+    harness.finish()
+    harness.check_tokens()
+
+
 def _asked(**policy) -> Harness:
     same = Policy.same_bits(slots=4, chunk=16, page=PAGE, rows="asked", **policy)
     return Harness(same, [40], [None], written=naive_device.by_size)
