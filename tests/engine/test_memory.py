@@ -337,7 +337,12 @@ def test_a_state_that_cannot_fit_is_refused_before_it_is_allocated(demo, monkeyp
     assert len(lm.generate([1, 2], max_tokens=2).token_ids) == 2
     _has(monkeypatch, dataclasses.replace(exact, available=exact.available - 1))
     monkeypatch.setattr(steps, "init_state", None)  # it is not come to
-    for call in (lambda: other.generate([1, 2]), lambda: next(other.stream([1, 2])), other.init_state, lm.init_state):
+    for call in (lambda: other.generate([1, 2]), lambda: next(other.stream([1, 2]))):
+        with pytest.raises(CapacityError, match="try "):
+            call()
+    state = memory.needed(lm.model, batch=1, max_length=512, state=True)
+    _has(monkeypatch, dataclasses.replace(exact, available=state.cache + state.logits - 1))
+    for call in (other.init_state, lm.init_state):
         with pytest.raises(CapacityError, match="try "):
             call()
 
