@@ -19,7 +19,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # A file's tests share their programs, so one process has them all; the files in their order.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: python demo chat real quick test kernels affected full lint fuzz oracle slow clients examples figures installs clean
+.PHONY: python demo chat real quick test kernels lowering affected full tests lint fuzz oracle slow quiet clients examples \
+    figures installs clean
 
 python: # which is taken
 	@echo $(PYTHON)
@@ -47,7 +48,13 @@ test: lint
 kernels: $(VENV)/.installed-test
 	$(PYTEST) tests/pallas_kernels $(ARGS)
 
-full: lint
+# What of the kernels differs by JAX's version; tests/pallas_kernels/marks.py sees to the names.
+lowering: $(VENV)/.installed-test
+	$(PYTEST) --tier affected -k "lower or taken" tests/pallas_kernels $(ARGS)
+
+full: lint tests
+
+tests: $(VENV)/.installed-test
 	$(PYTEST) $(ARGS)
 
 # The tests that a change can reach, the nearest first: what differs from BASE, or from where the branch left main.
@@ -61,7 +68,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The fuzzers, FUZZ times as long as in .ci/run; a few minutes for each 10.
+# The fuzzers, FUZZ times as long as in `make full`; a few minutes for each 10.
 FUZZ ?= 20
 fuzz: $(VENV)/.installed-test
 	FUZZ=$(FUZZ) $(PYTEST) -m fuzz $(ARGS)
@@ -78,6 +85,10 @@ real: $(VENV)/.installed-oracle
 # Gigabytes of disk: converting a random gpt2-xl within its memory limit. Minutes: servers under load.
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Compare speeds of servers, and need the machine for themselves.
+quiet: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m quiet $(ARGS)
 
 # The server's real clients; needs curl, and Chromium (apt install chromium). A picture of the chat page is left in build/.
 clients: $(VENV)/.installed-clients

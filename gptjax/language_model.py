@@ -250,6 +250,7 @@ class LanguageModel:
         "final_norm" and "logits"; see `gptjax.models.stages` for their names and shapes.
         """
         ids = self._checked_ids(token_ids, self.config.context_length)
+        self._shared.release()  # all stages together may need more memory than a cache
         with self._guard(max_length=len(ids)):
             return activations(self.model, self.params, ids)
 

@@ -8,7 +8,8 @@ modules:
 - what decides how any test runs (`EVERYTHING`) affects all;
 - another file affects the tests that name it, or a folder that it is in.
 
-Files that only a command of their own runs (`make oracle`, `make slow`, `make clients`) are named on standard error.
+Files that only a command of their own runs (`make oracle`, `make slow`, `make quiet`, `make clients`) are named on
+standard error.
 """
 
 import ast
@@ -24,7 +25,7 @@ from tests import import_graph
 from tests.import_graph import PACKAGES, ROOT
 
 # A file marked as a whole, for a make target of that name. pytest would find no test in it and fail.
-_OWN_TARGET = re.compile(r"^pytestmark = .*\bpytest\.mark\.(oracle|slow|clients|installs)\b", re.M)
+_OWN_TARGET = re.compile(r"^pytestmark = .*\bpytest\.mark\.(oracle|slow|quiet|clients|installs)\b", re.M)
 EVERYTHING = ("pyproject.toml", "constraints.txt", "constraints-3.12.txt", "constraints-3.13.txt")
 
 

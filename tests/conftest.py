@@ -1,5 +1,6 @@
 """Shared by all tests: no machine's settings, no network, compiled programs that are kept, and the tiers."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -65,6 +66,9 @@ KERNELS = {  # interpret GPU kernels or lower them for CUDA: `make kernels` has 
     "pallas_kernels/test_mosaic.py",
 }
 OTHERS = {"oracle"}  # need other packages, and a command of their own; tests/affected.py leaves them out itself
+# XLA compiles these on a CPU with little optimisation, which takes a third less. What is interpreted runs on GPUs only;
+# what agrees with transformers is compared with float64 in tests/models, as users' programs are compiled.
+UNOPTIMIZED = KERNELS | OTHERS
 # What each tier leaves out; all but the last the tests marked `thorough`, too.
 TIERS = {"quick": MODELS | KERNELS | OTHERS, "test": KERNELS | OTHERS, "affected": set(), "full": set()}
 
@@ -79,8 +83,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    left_out = TIERS[config.getoption("tier")]
-    return True if collection_path.relative_to(ROOT / "tests").as_posix() in left_out else None
+    """Files of higher tiers; and for `-m MARK`, those without that mark, as importing all takes long."""
+    if collection_path.relative_to(ROOT / "tests").as_posix() in TIERS[config.getoption("tier")]:
+        return True
+    mark = config.getoption("markexpr")
+    if mark.isidentifier() and collection_path.suffix == ".py" and f"mark.{mark}" not in collection_path.read_text():
+        return True
+    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -89,13 +98,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
 
 
+def pytest_collection_finish() -> None:
+    """Looking for garbage among a million objects that stay was a sixth of all time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _programs_are_kept() -> Iterator[None]:
+def _programs_are_kept(request: pytest.FixtureRequest) -> Iterator[None]:
     """On disk, and in memory while there is room: without mappings of memory, JAX crashes."""
     if "jax" in sys.modules:
-        config = sys.modules["jax"].config
-        config.update("jax_compilation_cache_dir", str(PROGRAMS / "xla"))
-        config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+        jax = sys.modules["jax"]
+        jax.config.update("jax_compilation_cache_dir", str(PROGRAMS / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+        unoptimized = any(request.path.is_relative_to(ROOT / "tests" / name) for name in UNOPTIMIZED)
+        unoptimized = unoptimized and jax.default_backend() == "cpu"
+        if unoptimized != jax.config.read("jax_disable_most_optimizations"):
+            jax.config.update("jax_disable_most_optimizations", unoptimized)
+            jax.clear_caches()
     yield
     if "jax" in sys.modules and _mappings() > MOST_MAPPINGS:
         sys.modules["jax"].clear_caches()

@@ -1,4 +1,4 @@
-"""How long fuzzers run: `$FUZZ` times what .ci/run tries; `make quick` and `make test` try a tenth."""
+"""How long fuzzers run: `$FUZZ` times what `make full` tries; `make test` tries a tenth."""
 
 import os
 from typing import Final
@@ -7,5 +7,5 @@ TIMES: Final = float(os.environ.get("FUZZ", "1"))
 
 
 def rounds(count: int) -> int:
-    """How many random inputs to try, if a full run tries `count`."""
+    """How many random inputs to try, if `make full` tries `count`."""
     return max(1, round(count * TIMES))

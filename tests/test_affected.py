@@ -92,6 +92,7 @@ def test_a_module_that_is_gone_affects_those_that_still_import_it():
     [
         ("tests/oracle/test_compare.py", [], ["oracle"]),
         ("tests/server/test_load.py", [], ["slow"]),
+        ("tests/server/test_load_speeds.py", [], ["quiet"]),
         (
             "tests/oracles/harmony_cases.py",
             ["tests/text/test_harmony_parsing.py", "tests/text/test_harmony_rendering.py"],

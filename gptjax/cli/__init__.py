@@ -9,7 +9,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptjax._version import __version__
-from gptjax.cli import bench, chat, compare, doctor, generate, info, perplexity, serve, validate_quant, verify
+from gptjax.cli import (
+    bench,
+    bench_server,
+    chat,
+    compare,
+    doctor,
+    generate,
+    info,
+    perplexity,
+    serve,
+    validate_quant,
+    verify,
+)
 from gptjax.cli.common import CommandParser, add_command
 from gptjax.cli.wording import in_options
 from gptjax.errors import GptjaxError
@@ -64,7 +76,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gptjax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=CommandParser)
-    for command in (generate, chat, serve, info, doctor, compare, bench, verify, perplexity, validate_quant):
+    for command in (
+        generate,
+        chat,
+        serve,
+        info,
+        doctor,
+        compare,
+        bench,
+        bench_server,
+        verify,
+        perplexity,
+        validate_quant,
+    ):
         command.add(commands)
     _add_convert(commands)
     return parser

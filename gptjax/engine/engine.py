@@ -283,7 +283,7 @@ def free_locals(error: BaseException | None) -> None:
     """Frees what the frames of an error's traceback hold, such as the arrays of calls that failed."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+        error = error.__cause__  # JAX's own frames; a context would be of callers that handle another error
 
 
 def _unstacked(stacked: sampling.Sampled) -> list[sampling.Sampled]:

@@ -29,17 +29,22 @@ def default_policy(
     """The policy of an engine for which none is given: see `Engine`.
 
     Args:
-      exact: a request gets the same bits in any company. Otherwise decode computes the rows that are needed, prompts
-        share calls, and all that is alike is shared.
+      exact: a request gets the same bits in any company. Otherwise what is alike is shared even if a request would have
+        computed it with other rounding.
     """
     if steps_per_dispatch is None:
         steps_per_dispatch = 1 if jax.default_backend() == "cpu" else _STEPS_PER_DISPATCH
     if steps_per_dispatch < 1:
         raise ValueError(f"steps_per_dispatch must be at least 1, found {steps_per_dispatch}")
     chunk = steps.chunk_of(model) if chunk is None else chunk
-    if not exact:
-        return Policy(slots, chunk, steps_per_dispatch, share_decoded=True, reuse=reuse)
+    if not exact or is_free_of_load(model):
+        return Policy(slots, chunk, steps_per_dispatch, share_decoded=not exact, reuse=reuse)
     return dataclasses.replace(Policy.same_bits(slots=slots, chunk=chunk, steps=steps_per_dispatch), reuse=reuse)
+
+
+def is_free_of_load(model: Model) -> bool:
+    """Whether the bits of a row do not depend on how many rows and tokens are computed together."""
+    return jax.default_backend() == "cpu" and model.dtype == jnp.float32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -250,7 +250,7 @@ class SharedEngine:
     def policy(self, batch: int) -> Policy:
         """That of an engine of a number of rows."""
         policy = default_policy(self._model, slots=batch, reuse=True, exact=self._exact)
-        return dataclasses.replace(policy, rows="asked") if self._exact and not self._max_batch else policy
+        return policy if policy.packed or self._max_batch else dataclasses.replace(policy, rows="asked")
 
     def _made(self, batch: int, params: Params) -> Engine:
         policy = self.policy(batch)

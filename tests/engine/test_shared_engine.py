@@ -17,7 +17,8 @@ from gptjax.engine.output import Chunk
 from gptjax.errors import CapacityError, CheckpointError, RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry
-from tests.engine.test_steps_per_dispatch import made  # noqa: F401 (a fixture)
+from tests.engine.test_steps_per_dispatch import _gpt2, _gpt_oss
+from tests.thinned import thorough
 
 MAX_LENGTH, CHUNK, VOCAB = 200, 64, 101
 PATIENCE = 120  # seconds
@@ -29,8 +30,14 @@ def _short_chunks(monkeypatch):
     monkeypatch.setattr(steps, "chunk_of", lambda model: CHUNK)
 
 
+@pytest.fixture(scope="module", params=["gpt2", thorough("gpt-oss")])
+def made(request):
+    """A model and its weights. The second, which has a window, takes minutes to compile for all sizes."""
+    return _gpt2() if request.param == "gpt2" else _gpt_oss()
+
+
 @pytest.fixture
-def load(made):  # noqa: F811
+def load(made):
     def load(max_batch=None, *, exact=True) -> LanguageModel:
         model, params = made
         tokenizer = CheckpointError("there is no tokenizer")
@@ -129,9 +136,9 @@ def _reading(monkeypatch) -> list[int]:
     read: list[int] = []
     prefill, advance = programs.prefill, programs.advance
 
-    def counted(model, params, slots, call, size):
-        read.append(int(call[size:].reshape(4, -1)[2].sum()))
-        return prefill(model, params, slots, call, size)
+    def counted(model, params, slots, call, size, ends):
+        read.append(int(call[size + ends :].reshape(4, -1)[2].sum()))
+        return prefill(model, params, slots, call, size, ends)
 
     def advanced(model, params, slots, token_B, rows):
         read.append(int((jax.device_get(rows)[:, 2] > 0).sum()))
@@ -206,7 +213,7 @@ def test_a_stream_that_is_left_is_held_and_one_that_is_dropped_ends(load):
     next(left)
     list(lm.stream(_prompt(2, 20), **_options(2, 60)))
     (asked,) = [each for each in lm._shared._open if not each.ended]
-    assert asked.held and 1 < len(asked.tokens) < 10
+    assert asked.held and 1 < len(asked.tokens) < 6 + 4 * lm._shared._engine.policy.steps
     del left
     gc.collect()
     assert asked.ended
@@ -243,14 +250,14 @@ def test_the_engine_grows_with_what_is_open_and_two_pools_are_never_there_at_onc
 
 def _has(monkeypatch, rows: int) -> None:
     """Lets the device have room for an engine of so many rows."""
-    real = memory.check_state
+    real = shared.pools
 
-    def check_state(model, *, batch, max_length, reuse=False):
-        if batch > rows:
-            raise CapacityError(f"{batch} rows do not fit")
-        real(model, batch=batch, max_length=max_length, reuse=reuse)
+    def pools(model, *, max_length, policy, limit):
+        if policy.slots > rows:
+            raise CapacityError(f"{policy.slots} rows do not fit")
+        return real(model, max_length=max_length, policy=policy, limit=limit)
 
-    monkeypatch.setattr(memory, "check_state", check_state)
+    monkeypatch.setattr(shared, "pools", pools)
 
 
 def test_what_does_not_fit_together_takes_turns_and_what_never_fits_is_refused(load, monkeypatch):
@@ -333,7 +340,7 @@ def test_a_model_may_be_closed_while_another_thread_generates(load):
 def test_an_idle_engine_makes_room_for_a_state_and_a_busy_one_does_not(load, monkeypatch):
     lm = load()
     lm.generate([1, 2], max_tokens=2)
-    need = memory.needed(lm.model, batch=1, max_length=MAX_LENGTH)
+    need = memory.needed(lm.model, batch=1, max_length=MAX_LENGTH, state=True)
 
     def device_memory(device=None):
         idle = lm._shared._engine is None

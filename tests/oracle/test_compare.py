@@ -21,7 +21,7 @@ from gptjax.diagnostics import transformers_comparison  # noqa: E402
 from gptjax.layers.observe import observe  # noqa: E402
 from gptjax.layers.residual import Residual  # noqa: E402
 from gptjax.models import build  # noqa: E402
-from gptjax.models.stages import stages  # noqa: E402
+from gptjax.models.stages import _forward, stages  # noqa: E402
 from tests.oracles import gguf_from_hf, llama_random  # noqa: E402
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]  # torch's and transformers' own warnings
@@ -31,9 +31,9 @@ IDS = list(range(3, 40))
 @pytest.fixture
 def fresh():
     """Compiled programs are kept by model, and a planted bug does not change the model's name."""
-    jax.clear_caches()
+    _forward.clear_cache()
     yield
-    jax.clear_caches()
+    _forward.clear_cache()
 
 
 def _first_difference(directory, dtype="float32"):
@@ -144,7 +144,7 @@ def test_the_command(capsys, monkeypatch, fresh):
     assert main(["compare", "--ids", "5", "6", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == rows[0] | {"stage": "embedding", "ours": [2, 256], "theirs": [2, 256], "agrees": True}
-    jax.clear_caches()
+    _forward.clear_cache()
     monkeypatch.setitem(gptjax.layers.mlp.ACTIVATIONS, "gelu_tanh", jax.nn.silu)
     assert main(["compare"]) == 1
     assert "the first stage that differs: block_0/mlp/activation" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """What tests of kernels need, and how kernels are lowered for CUDA where there is no GPU."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ needs_hopper = pytest.mark.skipif(dispatch.preferred() != dispatch.MOSAIC, reaso
 
 def lowered(function: Callable[..., Any], *operands: Any) -> str:
     """The text of a function's program for CUDA."""
+    test = os.environ["PYTEST_CURRENT_TEST"]
+    assert "/pallas_kernels/" not in test or "lower" in test.rpartition("::")[2], "`make lowering` goes by names"
     return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
 
 

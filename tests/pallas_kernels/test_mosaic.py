@@ -98,7 +98,7 @@ def test_kernels_ask_for_settings_and_lower_with_each_that_can_be_tried(T):
 
 
 @needs_mosaic
-def test_auto_takes_kernels_where_they_pay(monkeypatch):
+def test_auto_lowers_to_kernels_where_they_pay(monkeypatch):
     monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
 
     def experts(T: int) -> str:
@@ -121,7 +121,7 @@ def test_auto_takes_kernels_where_they_pay(monkeypatch):
 
 
 @needs_mosaic
-def test_settings_of_fewer_rows_do_not_ask_for_too_much_memory():
+def test_settings_of_fewer_rows_lower_within_memory():
     K, N = 28672, 8192
     shape = {"rows": 1, "in": K, "out": N}
     few = tiles.Entry("matvec/mosaic", shape, {"splits": 2}, 1.0, "2026-11-21", "0.11.2")

@@ -77,6 +77,12 @@ def wait(holds, seconds: float) -> None:
         time.sleep(0.05)
 
 
+def body(number: int, **fields: Any) -> dict[str, Any]:
+    """A request by its number: they differ in length, temperature and seed."""
+    prompt = "The old king went down to the sea. " * (number % 4) + f"And {number}"
+    return {"prompt": prompt, "temperature": (number % 3) / 2, "seed": number, "ignore_eos": True} | fields
+
+
 def request(port: int, body: dict[str, Any], *, path: str = "/v1/completions", last: bool = True) -> bytes:
     """A request as bytes; after the last one of a connection, it is closed."""
     data = json.dumps(body).encode()
