@@ -171,9 +171,12 @@ def test_a_model_tells_its_memory(demo):
     with gptjax.load(demo, max_length=100, max_batch=3, dtype="float32") as lm:
         own = lm.memory()
         assert own.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params))
-        assert (own.cache, own.logits) == ((1 + 3) * 128 * 6 * 2 * 256 * 4 + 3 * 2 * 4, 3 * 8 * 8192)
+        spare = 1 if jax.default_backend() == "cpu" else 0  # prompts may end inside a page that is copied
+        assert (own.cache, own.logits) == ((1 + 3 + spare) * 128 * 6 * 2 * 256 * 4 + 3 * 2 * 4, 3 * 8 * 8192)
         other = lm.memory(batch=1, max_length=512)
-        assert other.cache == (1 + 4) * 128 * 6 * 2 * 256 * 4 + 5 * 4  # in pages, of which the first is no row's
+        assert (
+            other.cache == (1 + 4 + spare) * 128 * 6 * 2 * 256 * 4 + 5 * 4
+        )  # in pages, of which the first is no row's
         assert own.device.available <= own.device.limit
         for options in ({"batch": 0}, {"batch": True}, {"max_length": 0}):
             with pytest.raises(RequestError):
@@ -337,7 +340,12 @@ def test_a_state_that_cannot_fit_is_refused_before_it_is_allocated(demo, monkeyp
     assert len(lm.generate([1, 2], max_tokens=2).token_ids) == 2
     _has(monkeypatch, dataclasses.replace(exact, available=exact.available - 1))
     monkeypatch.setattr(steps, "init_state", None)  # it is not come to
-    for call in (lambda: other.generate([1, 2]), lambda: next(other.stream([1, 2])), other.init_state, lm.init_state):
+    for call in (lambda: other.generate([1, 2]), lambda: next(other.stream([1, 2]))):
+        with pytest.raises(CapacityError, match="try "):
+            call()
+    state = memory.needed(lm.model, batch=1, max_length=512, state=True)
+    _has(monkeypatch, dataclasses.replace(exact, available=state.cache + state.logits - 1))
+    for call in (other.init_state, lm.init_state):
         with pytest.raises(CapacityError, match="try "):
             call()
 

@@ -166,11 +166,12 @@ def test_what_is_foreseen_is_what_is_made(monkeypatch, reuse, fits):
     cache, tokens = pool_sizes.foreseen(MIXED, batch=5, max_length=1000, policy=policy)
     _has(monkeypatch, _device(free))
     pages = pool_sizes.pools(MIXED, max_length=1000, policy=policy)
+    each = pool_kinds(MIXED, max_length=1000, policy=policy)
     executor = Executor(MIXED, abstract_params(MIXED), policy=policy, pages=pages, max_length=1000)
     slots = executor._slots
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(slots.cache)) == cache
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(slots)) == cache + need.logits
-    assert tokens == 128 * (pages[1] - 1)
+    assert tokens == 128 * (pages[1] - 1 - each[1].spare)
     assert (cache == most, tokens == 5 * 1024) == (fits, fits)
     assert 0.9 * (least + most) / 2 < cache or fits
 
@@ -191,7 +192,7 @@ def test_a_gpus_pools_leave_room_for_the_compiler(monkeypatch):
 
 def test_a_page_to_copy_into_if_beginnings_may_end_inside_one():
     exact, other = (
-        pool_kinds(MIXED, max_length=1000, policy=default_policy(MIXED, slots=3, chunk=256, reuse=True, exact=exact))
+        pool_kinds(OSS, max_length=1000, policy=default_policy(OSS, slots=3, chunk=256, reuse=True, exact=exact))
         for exact in (True, False)
     )
     assert [kind.least for kind in other] == [kind.least + 1 for kind in exact]
@@ -271,10 +272,11 @@ def test_many_long_rows_take_turns_in_a_small_cache():
             (260, {}),
         )
     ]
-    each = pool_kinds(MIXED, max_length=380, policy=default_policy(MIXED, slots=4, chunk=32))
+    policy = dataclasses.replace(Policy.same_bits(slots=4, chunk=32), reuse=False)
+    each = pool_kinds(MIXED, max_length=380, policy=policy)
     results, resumed = [], 0
     for pages in ((5, 4), most_pages(each)):  # three pages for layers that see everything
-        engine = Engine(MIXED, params, batch=4, max_length=380, chunk=32, pages=pages)
+        engine = Engine(MIXED, params, batch=4, max_length=380, policy=policy, pages=pages)
         run = engine._executor.run
 
         def counted(plan, requests, run=run):
