@@ -55,7 +55,7 @@ def softmax(x_TX: jax.Array) -> jax.Array:
 
     def in_pieces(x_TX: jax.Array) -> jax.Array:
         rows = max(1, (SUMMED - 1) // x_TX.shape[1])  # with more, XLA's exponential is another one
-        pieces = jnp.split(x_TX, range(rows, len(x_TX), rows))
+        pieces = jnp.split(x_TX, list(range(rows, len(x_TX), rows)))
         return jnp.concatenate([jax.nn.softmax(piece, axis=-1) for piece in pieces])
 
     if x_TX.size < SUMMED:
