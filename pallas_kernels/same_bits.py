@@ -50,6 +50,20 @@ def mean(x: jax.Array) -> jax.Array:
     return y
 
 
+def softmax(x_TX: jax.Array) -> jax.Array:
+    """The softmax over a few choices of each row, on any device."""
+
+    def in_pieces(x_TX: jax.Array) -> jax.Array:
+        rows = max(1, (SUMMED - 1) // x_TX.shape[1])  # with more, XLA's exponential is another one
+        pieces = jnp.split(x_TX, list(range(rows, len(x_TX), rows)))
+        return jnp.concatenate([jax.nn.softmax(piece, axis=-1) for piece in pieces])
+
+    if x_TX.size < SUMMED:
+        return jax.nn.softmax(x_TX, axis=-1)
+    y: jax.Array = jax.lax.platform_dependent(x_TX, cpu=in_pieces, default=lambda x_TX: jax.nn.softmax(x_TX, axis=-1))
+    return y
+
+
 def product_on_cpu(x_TI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     """x · kernel, [T, O] float32."""
     if not takes(x_TI, kernel_IO):

@@ -14,6 +14,7 @@ from gptjax.scheduling.policy import Policy
 # With an H200, dispatching one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (each call passes
 # hundreds of arrays), which is more than the device needs to compute it.
 _STEPS_PER_DISPATCH = 8
+_LEAST_CHUNK = 32  # tokens of the smallest call whose bits do not depend on its size
 _READERS = 4  # requests in the middle of their prompts
 
 
@@ -37,7 +38,7 @@ def default_policy(
     if steps_per_dispatch < 1:
         raise ValueError(f"steps_per_dispatch must be at least 1, found {steps_per_dispatch}")
     chunk = steps.chunk_of(model) if chunk is None else chunk
-    if not exact or is_free_of_load(model):
+    if not exact or (is_free_of_load(model) and chunk >= _LEAST_CHUNK):
         return Policy(slots, chunk, steps_per_dispatch, share_decoded=not exact, reuse=reuse)
     return dataclasses.replace(Policy.same_bits(slots=slots, chunk=chunk, steps=steps_per_dispatch), reuse=reuse)
 

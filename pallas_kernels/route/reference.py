@@ -15,7 +15,7 @@ def route(
     logits_TE = same_bits.product(x_TD, router_DE.astype(x_TD.dtype))
     logits_TE = (logits_TE + bias_E.astype(jnp.float32)).astype(x_TD.dtype)
     chosen_TX, experts_TX = jax.lax.top_k(logits_TE.astype(jnp.float32), top)
-    return jnp.where(positions_T[:, None] < 0, -1, experts_TX), jax.nn.softmax(chosen_TX, axis=-1)
+    return jnp.where(positions_T[:, None] < 0, -1, experts_TX), same_bits.softmax(chosen_TX)
 
 
 def norm_route(

@@ -36,7 +36,7 @@ def _llama():
     return case.model, case.params
 
 
-@pytest.fixture(scope="module", params=["gpt2", "gpt-oss", thorough("llama")])
+@pytest.fixture(scope="module", params=["gpt2", thorough("gpt-oss"), thorough("llama")])
 def made(request):
     """A model and its weights."""
     return {"gpt2": _gpt2, "gpt-oss": _gpt_oss, "llama": _llama}[request.param]()

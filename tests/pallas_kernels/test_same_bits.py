@@ -73,3 +73,12 @@ def test_means_of_rows(D: int) -> None:
     found = [np.asarray(means(jnp.asarray(x_TD[-rows:])))[-1] for rows in ROWS]
     np.testing.assert_allclose(found[0], np.square(x_TD[-1].astype(np.float64)).mean(), rtol=1e-5)
     assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("choices", [4, 8])
+def test_softmax_over_choices(choices: int) -> None:
+    x_TX = jnp.asarray(operands(choices, 1)[0])
+    few_TX = np.asarray(jax.jit(same_bits.softmax)(x_TX[:100]))
+    for copies in (1, 2, 4):
+        found_TX = np.asarray(jax.jit(same_bits.softmax)(jnp.concatenate([x_TX] * copies)))
+        np.testing.assert_array_equal(found_TX[:100], few_TX)
