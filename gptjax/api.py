@@ -13,6 +13,7 @@ from gptjax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gptjax.checkpoints.text_files import tokenizer_at
 from gptjax.engine import limits
 from gptjax.engine.memory import as_loaded, check, explained
+from gptjax.engine.pools import is_free_of_load
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry
@@ -35,7 +36,7 @@ def load(
     max_length: int | None = None,
     max_batch: int | None = None,
     memory: float | str | None = None,
-    exact: bool = True,
+    exact: bool | None = True,
     implementation: str = "auto",
     packed: bool | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
@@ -60,9 +61,11 @@ def load(
         `max_length`, and at most for `max_batch` of these. If it is full, newer requests wait. On a GPU, a share above
         JAX's usual 0.75 must be given before anything else uses JAX. Default: on a GPU, all that JAX has taken; on a
         CPU, up to half of the free memory.
-      exact: whether results must have the same bits whatever was computed before. Then a prompt that begins like an
-        earlier one reuses what was read of it in whole chunks only (of 1024 tokens; 2048 where there are kernels for
-        prompts). False reuses all of it, and what was generated: a conversation's next turn reads only what is new.
+      exact: whether results must have the same bits whatever else is computed, and was before. On a CPU in float32 this
+        costs nothing, but that what was generated is not reused in the prompts of later turns. Elsewhere steps then
+        compute all `max_batch` rows, each prompt has calls of its own, and a prompt that begins like an earlier one
+        reuses whole chunks of it only (of 1024 tokens; 2048 where there are kernels for prompts). None: only on a CPU
+        in float32.
       implementation: which kernels to use; "auto" takes the best available, a named one runs or raises.
       packed: whether weights in the packed types of a GGUF file stay packed in memory. Default: yes, except on a CPU
         that has room for their numbers, because computing with these is faster there.
@@ -103,7 +106,7 @@ def load_checkpoint(
     max_length: int | None = None,
     max_batch: int | None = None,
     memory: float | str | None = None,
-    exact: bool = True,
+    exact: bool | None = True,
     implementation: str = "auto",
     packed: bool | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
@@ -139,7 +142,7 @@ def load_checkpoint(
         defaults=defaults,
         max_length=length,
         max_batch=max_batch,
-        exact=exact,
+        exact=is_free_of_load(model) if exact is None else exact,
         chat_format=chat_format,
         memory_limit=limit,
     )

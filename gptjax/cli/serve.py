@@ -80,9 +80,8 @@ examples:
         parser,
         "--exact",
         choices=_YES_OR_NO,
-        default="no",
-        help="whether a request gets the same bits in any company on a GPU, too, as it does on a CPU; this computes "
-        "all --max-batch rows in each step, and each prompt in calls of its own (default: no)",
+        help="whether a request gets the same bits whatever else runs, and ran before; on a GPU, each step then computes "
+        "all --max-batch rows, and each prompt has calls of its own (default: yes on a CPU in float32, else no)",
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
     _option(parser, "--packed", choices=tuple(PACKED), help=PACKED_HELP)
@@ -224,7 +223,7 @@ def _run(args: argparse.Namespace) -> int:
         max_length=length,
         max_batch=args.max_batch,
         memory=args.memory,
-        exact=args.exact == "yes",
+        exact=None if args.exact is None else args.exact == "yes",
         packed=packed(args),
         tokenizer=args.tokenizer,
         chat_format=args.chat_format,
