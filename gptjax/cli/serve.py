@@ -81,7 +81,8 @@ examples:
         "--exact",
         choices=_YES_OR_NO,
         help="whether a request gets the same bits whatever else runs, and ran before; on a GPU, each step then "
-        "computes all --max-batch rows, and each prompt has calls of its own (default: yes on a CPU in float32, else no)",
+        "computes all --max-batch rows, and each prompt has calls of its own (default: yes on a CPU in float32, else "
+        "no)",
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
     _option(parser, "--packed", choices=tuple(PACKED), help=PACKED_HELP)
