@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,10 @@ def add(commands: Any) -> None:
         "bench-server",
         run,
         summary="measure a server under load: throughput, and the latencies that clients see",
-        epilog="""Works with every server that has OpenAI's POST /v1/completions and takes `ignore_eos`: gptjax's own,
-llama.cpp's, vLLM's. Each number of clients, or each rate, is measured for itself, after a request that is not counted.
-A client sends its next request when it has the answer to the last one. "Gap" is the time between two events of a
-stream; a server may send several tokens in one.
+        epilog="""For any server that has OpenAI's POST /v1/completions with token ids as prompts, and knows
+`ignore_eos`; only gptjax's own was tried. Each number of clients, or each rate, is measured by itself, after a request
+that is not counted. A client sends its next request when it has the answer to the last one. "Gap" is the time between
+two events of a stream; a server may send several tokens in one.
 
 examples:
   gptjax bench-server --clients 1 8 32 --prompt-length 512 --output-length 256
@@ -91,8 +92,9 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             _print(results[-1])
     if args.json:
-        facts = {"url": url, "model": model, "prompt_length": args.prompt_length, "output_length": args.output_length}
-        facts |= {"shared_prefix": args.shared_prefix, "prompts": args.prompts}
+        facts = {"url": url, "model": model, "prompts": args.prompts, "output_length": args.output_length}
+        if args.prompts is None:
+            facts |= {"prompt_length": args.prompt_length, "shared_prefix": args.shared_prefix}
         print(json.dumps({**facts, "results": [result.to_json() for result in results]}))
     if args.plot is not None:
         plot(results, args.plot, title=f"{model}, {_asked(args)}")
@@ -136,8 +138,8 @@ def _checked(args: argparse.Namespace) -> str:
     for name in ("clients", "rate", "requests", "prompt_length", "output_length", "processes", "timeout"):
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:
-            if value is not None and not (value >= 1 or (name in ("rate", "timeout") and value > 0)):
-                least = "more than 0" if name in ("rate", "timeout") else "at least 1"
+            if value is not None and not (1 <= value < math.inf or (name in ("rate", "timeout") and 0 < value < 1)):
+                least = "a number above 0" if name in ("rate", "timeout") else "at least 1"
                 raise RequestError(f"--{name.replace('_', '-')} must be {least}, found {value:g}")
     if args.clients is not None and args.rate is not None:
         raise RequestError("--clients send when they have an answer, --rate does not wait: leave one of them out")
@@ -213,8 +215,8 @@ def _try(url: str, key: str | None, load: "Load", number: int) -> None:
     from gptjax.bench.serving.stream import Endpoint, completion
     from gptjax.errors import GptjaxError
 
-    body = dataclasses.replace(load, seed=-1 - number).body(0)
-    record = asyncio.run(completion(Endpoint(urlsplit(url), key), body, timeout=load.timeout))
+    endpoint, other = Endpoint(urlsplit(url), key), dataclasses.replace(load, seed=-1 - number)
+    record = asyncio.run(completion(endpoint, endpoint.completion(other.body(0)), timeout=load.timeout))
     if record.error is not None:
         raise GptjaxError(f"{url}/completions fails: {record.error}")
 

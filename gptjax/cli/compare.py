@@ -84,7 +84,8 @@ def run_compare(args: argparse.Namespace) -> int:
         for position in rows[-1].left_out:
             stage = next(row.stage for row in rows if position in row.left_out)
             print(f"token {position} is left out from {stage} on: its experts are nearly tied, and rounding decides")
-        print("all stages agree" if first is None else f"the first stage that differs: {first.stage}")
+        others = " for the other tokens" if rows[-1].left_out else ""
+        print(f"all stages agree{others}" if first is None else f"the first stage that differs: {first.stage}")
     return 0 if first is None else 1
 
 

@@ -35,11 +35,12 @@ class Row:
 
     @property
     def difference(self) -> float:
-        """The largest absolute difference; NaN if either has a NaN, infinite if the shapes differ."""
+        """The largest absolute difference; NaN if either has one or all is left out, infinite if the shapes differ."""
         if self.ours.shape != self.theirs.shape:
             return float("inf")
         differences = np.abs(self.ours.astype(np.float64) - self.theirs.astype(np.float64))
-        return float(np.delete(differences, self.left_out, axis=0).max(initial=0.0))
+        compared = np.delete(differences, self.left_out, axis=0)
+        return float(compared.max()) if compared.size else float("nan")
 
     @property
     def magnitude(self) -> float:

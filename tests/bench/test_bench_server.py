@@ -6,12 +6,13 @@ import threading
 import time
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 
 from gptjax.bench.serving.clients import Measured, run
 from gptjax.bench.serving.load import Load
 from gptjax.bench.serving.result import Result, percentile
-from gptjax.bench.serving.stream import Endpoint, Record, completion
+from gptjax.bench.serving.stream import Endpoint, Events, Record, Response, completion
 from gptjax.cli import main
 
 FIRST, GAP = 0.15, 0.02  # seconds
@@ -85,7 +86,8 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 
 def ask(server, **options):
     endpoint = Endpoint(urlsplit(server.url), None)
-    return asyncio.run(completion(endpoint, {"prompt": [1, 2], "max_tokens": 2}, **{"timeout": 5.0} | options))
+    request = endpoint.completion({"prompt": [1, 2], "max_tokens": 2})
+    return asyncio.run(completion(endpoint, request, **{"timeout": 5.0} | options))
 
 
 def answers(*parts, pause=0.0):
@@ -124,26 +126,48 @@ def test_latencies_and_throughput_are_those_of_the_server(capsys):
 
 def test_requests_at_a_rate_do_not_wait_for_each_other():
     with Server() as server:
-        load = Load("fake", requests=20, clients=None, rate=100.0, prompt_length=4, output_length=2, seed=1)
+        load = Load("fake", requests=20, clients=None, rate=10.0, prompt_length=4, output_length=26, seed=1)
         result = Result(load, run(server.url, None, load, 2))
     assert not result.errors
     began = sorted(record.began for record in result.measured.records)
-    wanted = load.arrivals()
-    assert wanted[-1] == pytest.approx(0.2, rel=0.7)  # 20 requests at 100 a second
+    wanted = [after for after, _ in load.queues()]
     for at, arrival in zip(began, wanted, strict=True):
         assert at - began[0] == pytest.approx(arrival, abs=0.5)
-    assert result.seconds < 10 * FIRST  # in turns they would take 20 times as long
+    assert wanted[-1] > 1
+    assert result.seconds < 10 * (FIRST + 25 * GAP)  # in turns they would take twice as long
+
+
+def test_requests_come_at_random_times():
+    """The gaps of a Poisson process are as wide as they are long on average, unlike even ones."""
+    times = [after for after, _ in Load("fake", requests=4000, clients=None, rate=5.0).queues()]
+    gaps = np.diff(times)
+    assert times[0] == 0
+    assert gaps.mean() == pytest.approx(0.2, rel=0.1)
+    assert gaps.std() == pytest.approx(0.2, rel=0.1)
+
+
+def test_each_load_has_prompts_of_its_own():
+    one, other = (Load("fake", 4, 1, None, prompt_length=30, seed=seed) for seed in (0, 1))
+    assert len({tuple(load.body(number)["prompt"]) for load in (one, other) for number in range(4)}) == 8
+    assert one.body(2) == one.body(2)
+
+
+def test_figures_of_known_records():
+    records = (
+        Record(began=10.0, events=[10.5, 10.75, 11.5], ended=12.0, prompt_tokens=6, output_tokens=4),
+        Record(began=10.25, events=[12.25], ended=14.0, prompt_tokens=2, output_tokens=1),
+        Record(began=9.0, events=[9.5], ended=11.0, error="lost"),
+    )
+    result = Result(Load("fake", 3, 2, None), Measured(records, 0.1))
+    assert (result.first, result.gaps, result.whole) == ([0.5, 2.0], [0.25, 0.75], [2.0, 3.75])
+    assert (result.seconds, result.output_rate, result.total_rate) == (5.0, 1.0, 2.6)
+    assert result.errors == {"lost": 1}
 
 
 @pytest.mark.parametrize(
     "parts",
     [
         pytest.param([HEAD + b"Transfer-Encoding: chunked\r\n\r\n", chunk(TOKENS + USAGE) + chunk(b"")], id="at once"),
-        pytest.param(
-            [bytes([byte]) for byte in HEAD + b"Transfer-Encoding: chunked\r\n\r\n"]
-            + [bytes([byte]) for byte in chunk(TOKENS) + chunk(USAGE) + chunk(b"data: [DONE]\n\n") + chunk(b"")],
-            id="byte by byte",
-        ),
         pytest.param(
             [HEAD + b"Transfer-Encoding: chunked\r\n\r\n"]
             + [chunk((TOKENS + USAGE)[at : at + 7]) for at in range(0, len(TOKENS + USAGE), 7)]
@@ -159,6 +183,25 @@ def test_every_form_of_a_stream_is_read(parts):
     with Server(answers(*parts)) as server:
         record = ask(server)
     assert record.error is None
+    assert (len(record.events), record.prompt_tokens, record.output_tokens) == (2, 2, 2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_a_stream_may_be_cut_anywhere(size):
+    stream = (
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(TOKENS + USAGE) + chunk(b"data: [DONE]\n\n") + chunk(b"")
+    )
+
+    async def read():
+        record = Record(0.0)
+        response = Response(Events(record).take)
+        for at in range(0, len(stream), size):
+            assert not response.finished.done()
+            response.data_received(stream[at : at + size])
+        await response.finished
+        return record
+
+    record = asyncio.run(read())
     assert (len(record.events), record.prompt_tokens, record.output_tokens) == (2, 2, 2)
 
 
@@ -223,7 +266,8 @@ def test_errors_are_counted_and_end_with_1(capsys):
         (["localhost:8000"], "is not the URL of an API"),
         (["http://localhost:99999/v1"], "is not a URL"),
         (["--clients", "0"], "--clients must be at least 1, found 0"),
-        (["--rate", "0"], "--rate must be more than 0, found 0"),
+        (["--rate", "0"], "--rate must be a number above 0, found 0"),
+        (["--rate", "inf"], "--rate must be a number above 0, found inf"),
         (["--clients", "1", "--rate", "2"], "leave one of them out"),
         (["--prompt-length", "8", "--shared-prefix", "8"], "less than --prompt-length (8), found 8"),
         (["--prompts", "no-such-file", "--model", "fake"], "no-such-file cannot be read"),

@@ -65,37 +65,30 @@ def _processes(load: Load) -> int:
 
 
 def _process(connection: Connection, url: str, api_key: str | None, load: Load, index: int, count: int) -> None:
-    """One process: every `count`-th client, or request."""
+    """One process: every `count`-th client, or request at a rate."""
     endpoint = Endpoint(urlsplit(url), api_key)
+    # Made beforehand: random prompts take milliseconds, in which no event would be read.
+    queues = [
+        (after, [endpoint.completion(load.body(number)) for number in numbers])
+        for after, numbers in load.queues()[index::count]
+    ]
     connection.send("ready")
     start = connection.recv()
     time.sleep(max(0.0, start - time.monotonic()))
     computed = time.process_time()
-    mine = range(index, load.requests, count)
-    work = _at_rate(endpoint, load, mine, start) if load.clients is None else _closed(endpoint, load, index, count)
-    records = asyncio.run(work)
+    records = asyncio.run(_clients(endpoint, queues, start, load.timeout))
     busy = (time.process_time() - computed) / max(time.monotonic() - start, 1e-9)
     connection.send((records, busy))
 
 
-async def _closed(endpoint: Endpoint, load: Load, index: int, count: int) -> list[Record]:
-    """Clients that send a request when they have the answer to the last one."""
-    assert load.clients is not None
+async def _clients(
+    endpoint: Endpoint, queues: Sequence[tuple[float, Sequence[bytes]]], start: float, timeout: float
+) -> list[Record]:
+    """Sends each queue's requests one after another, beginning so many seconds after the start."""
 
-    async def client(number: int) -> list[Record]:
-        mine = range(number, load.requests, load.clients or 1)
-        return [await completion(endpoint, load.body(request), timeout=load.timeout) for request in mine]
+    async def client(after: float, requests: Sequence[bytes]) -> list[Record]:
+        await asyncio.sleep(max(0.0, start + after - time.monotonic()))
+        return [await completion(endpoint, request, timeout=timeout) for request in requests]
 
-    found = await asyncio.gather(*(client(number) for number in range(index, load.clients, count)))
+    found = await asyncio.gather(*(client(*queue) for queue in queues))
     return [record for records in found for record in records]
-
-
-async def _at_rate(endpoint: Endpoint, load: Load, mine: Sequence[int], start: float) -> list[Record]:
-    """Requests that come when they come, however many are still open."""
-    arrivals = load.arrivals()
-
-    async def later(number: int) -> Record:
-        await asyncio.sleep(max(0.0, start + arrivals[number] - time.monotonic()))
-        return await completion(endpoint, load.body(number), timeout=load.timeout)
-
-    return list(await asyncio.gather(*(later(number) for number in mine)))

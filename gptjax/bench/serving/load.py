@@ -42,11 +42,16 @@ class Load:
         ids = [_FIRST_ID + shared.randrange(_IDS) for _ in range(self.shared_prefix)]
         return ids + [_FIRST_ID + own.randrange(_IDS) for _ in range(self.prompt_length - self.shared_prefix)]
 
-    def arrivals(self) -> list[float]:
-        """When each request begins, in seconds from the start, at `rate`."""
+    def queues(self) -> list[tuple[float, range]]:
+        """When each client begins, in seconds from the start, and the numbers of its requests, sent one after another.
+
+        At a rate, each request has a client of its own.
+        """
+        if self.clients is not None:
+            return [(0.0, range(client, self.requests, self.clients)) for client in range(self.clients)]
         assert self.rate is not None
-        rng, now, times = random.Random(f"{self.seed} arrivals"), 0.0, []
-        for _ in range(self.requests):
-            times.append(now)
+        rng, now, queues = random.Random(f"{self.seed} arrivals"), 0.0, []
+        for number in range(self.requests):
+            queues.append((now, range(number, number + 1)))
             now += rng.expovariate(self.rate)
-        return times
+        return queues

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, Final
 
+import numpy as np
+
 from gptjax.bench.serving.clients import Measured
 from gptjax.bench.serving.load import Load
 from gptjax.bench.serving.stream import Record
@@ -93,10 +95,8 @@ class Result:
 
 
 def percentile(values: Sequence[float], share: int) -> float:
-    """The smallest value that at least `share` percent of the values do not exceed; NaN if there are none."""
-    if not values:
-        return math.nan
-    return sorted(values)[max(0, math.ceil(len(values) * share / 100) - 1)]
+    """One of the values: the p90 of ten is the ninth smallest. NaN if there are none."""
+    return float(np.percentile(values, share, method="inverted_cdf")) if values else math.nan
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float | None]:

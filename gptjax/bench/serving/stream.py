@@ -48,13 +48,17 @@ class Endpoint:
         head = f"{method} {self._path}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(content)}\r\n"
         return (head + ("Content-Type: application/json\r\n" if content else "") + "\r\n").encode() + content
 
+    def completion(self, body: dict[str, Any]) -> bytes:
+        """The bytes of a request for a completion."""
+        return self.request("POST", "/completions", body)
 
-async def completion(endpoint: Endpoint, body: dict[str, Any], *, timeout: float) -> Record:
-    """Asks for a streamed completion and reads it to its end. Errors are part of the record."""
+
+async def completion(endpoint: Endpoint, request: bytes, *, timeout: float) -> Record:
+    """Sends `Endpoint.completion`'s request and reads the stream to its end. Errors are part of the record."""
     record = Record(time.monotonic())
     try:
         async with asyncio.timeout(timeout):
-            await _read(endpoint, endpoint.request("POST", "/completions", body), record)
+            await _read(endpoint, request, record)
     except TimeoutError:
         record.error = f"no end after {timeout:.0f} s"
     except (OSError, ValueError) as error:
@@ -78,7 +82,7 @@ async def _read(endpoint: Endpoint, request: bytes, record: Record) -> None:
         record.began = time.monotonic()  # a connection's time is not the server's
         return request
 
-    response = await _exchanged(endpoint, Response(_Events(record).take), begun)
+    response = await _exchanged(endpoint, Response(Events(record).take), begun)
     if response.status != 200:
         record.error = f"HTTP {response.status}: {_message(bytes(response.kept))}"
 
@@ -108,10 +112,11 @@ def _message(body: bytes) -> str:
     return " ".join(text.split())[:_LONGEST_MESSAGE]
 
 
-class _Events:
+class Events:
     """Server-sent events, cut out of a body that arrives in parts."""
 
     def __init__(self, record: Record):
+        """Events that are added to a record."""
         self._record = record
         self._rest = b""
 
@@ -125,14 +130,14 @@ class _Events:
 
     def _event(self, data: bytes, now: float) -> None:
         if b'"usage":{' in data or b'"usage": {' in data or b'"error"' in data:
-            self._special(json.loads(data))
+            self._special(data)
         if b'"choices":[]' not in data and b'"choices": []' not in data:
             self._record.events.append(now)
 
-    def _special(self, event: Any) -> None:
-        record = self._record
+    def _special(self, data: bytes) -> None:
+        record, event = self._record, json.loads(data)
         if event.get("error"):
-            record.error = _message(json.dumps(event).encode())
+            record.error = _message(data)
         if usage := event.get("usage"):
             record.prompt_tokens, record.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
             record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
