@@ -11,7 +11,9 @@ import convert
 from gptjax.checkpoints import weights
 from gptjax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gptjax.checkpoints.text_files import tokenizer_at
-from gptjax.engine import limits, memory
+from gptjax.engine import limits
+from gptjax.engine.memory import as_loaded, check, explained
+from gptjax.engine.pools import is_free_of_load
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry
@@ -33,6 +35,8 @@ def load(
     dtype: DTypeLike | None = None,
     max_length: int | None = None,
     max_batch: int | None = None,
+    memory: float | str | None = None,
+    exact: bool | None = True,
     implementation: str = "auto",
     packed: bool | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
@@ -52,6 +56,16 @@ def load(
       max_batch: rows of the one compiled decode step. With a given `max_batch`, a prompt's results are bit-identical
         whether it runs alone or with others. Default: each call uses as many rows as it has prompts, rounded up to a
         power of two, at most 32.
+      memory: how much memory to use: a share of the device's, such as 0.9, for the weights, the cache and all else; or
+        the tokens that the cache has room for, such as "262144tokens". All rows share the cache: it has room for one of
+        `max_length`, and at most for `max_batch` of these. If it is full, newer requests wait. On a GPU, a share above
+        JAX's usual 0.75 must be given before anything else uses JAX. Default: on a GPU, all that JAX has taken; on a
+        CPU, up to half of the free memory.
+      exact: whether results must have the same bits whatever else is computed, and was before. On a CPU in float32 this
+        costs nothing, but that what was generated is not reused in the prompts of later turns. Elsewhere steps then
+        compute all `max_batch` rows, each prompt has calls of its own, and a prompt that begins like an earlier one
+        reuses whole chunks of it only (of 1024 tokens; 2048 where there are kernels for prompts). None: only on a CPU
+        in float32.
       implementation: which kernels to use; "auto" takes the best available, a named one runs or raises.
       packed: whether weights in the packed types of a GGUF file stay packed in memory. Default: yes, except on a CPU
         that has room for their numbers, because computing with these is faster there.
@@ -65,7 +79,8 @@ def load(
 
     Raises:
       CheckpointError, ConfigError: the checkpoint does not exist, is damaged or is unsupported.
-      RequestError: `implementation` or `chat_format` is unknown, or the tokenizer lacks special tokens of that format.
+      RequestError: `memory`, `implementation` or `chat_format` is unknown, JAX has started with less than that share of
+        memory, or the tokenizer lacks special tokens of that format.
       CapacityError: `max_length` is more than the model's positions, or the model does not fit in memory; says which
         settings would fit. Raised before the weights are read.
     """
@@ -75,6 +90,8 @@ def load(
         dtype=dtype,
         max_length=max_length,
         max_batch=max_batch,
+        memory=memory,
+        exact=exact,
         implementation=implementation,
         packed=packed,
         tokenizer=tokenizer,
@@ -88,6 +105,8 @@ def load_checkpoint(
     dtype: DTypeLike | None = None,
     max_length: int | None = None,
     max_batch: int | None = None,
+    memory: float | str | None = None,
+    exact: bool | None = True,
     implementation: str = "auto",
     packed: bool | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
@@ -99,17 +118,20 @@ def load_checkpoint(
     defaults = checkpoint.defaults
     length = limits.positions(checkpoint.config, max_length)
     rows = limits.at_least_one("max_batch", 1 if max_batch is None else max_batch)
+    limit = limits.memory_limit(memory)
+    if limit is not None and limit.share is not None:
+        runtime.reserve(limit.share)  # before anything uses JAX
     if implementation not in IMPLEMENTATIONS:
         raise RequestError(
             f"unknown implementation {quoted(implementation)}; choose one of {', '.join(IMPLEMENTATIONS)}"
         )
     stored = registry.build(checkpoint.config, dtype=runtime.compute_dtype(dtype), implementation=implementation)
-    model = memory.as_loaded(stored, batch=rows, max_length=length, packed=packed)
-    memory.check(model, batch=rows, max_length=length)
+    model = as_loaded(stored, batch=rows, max_length=length, packed=packed)
+    check(model, batch=rows, max_length=length, limit=limit)
     text = _tokenizer(checkpoint, tokenizer)
     if chat_format is not None and isinstance(text, Tokenizer):
         choose_format(text, chat_format)  # now, before the weights are read
-    with memory.explained(model, batch=rows, max_length=length, loaded=False):
+    with explained(model, batch=rows, max_length=length, loaded=False):
         params = repacked(model, load_params(checkpoint, stored))
         if model is not stored:
             params = expanded(params, model.param_dtype)
@@ -120,7 +142,9 @@ def load_checkpoint(
         defaults=defaults,
         max_length=length,
         max_batch=max_batch,
+        exact=is_free_of_load(model) if exact is None else exact,
         chat_format=chat_format,
+        memory_limit=limit,
     )
 
 

@@ -33,7 +33,8 @@ GLOSSARY: Final = {
     "M": "slots: rows of a group or tile, of which some may be empty",
     "A": "rows that row numbers point into: tokens, or the slots of all groups in turn",
     "Q": "tiles of query positions",
-    "Z": "blocks of cache positions",
+    "Y": "pages of a pool of keys and values",
+    "Z": "blocks of cache positions: pages of a row",
     "W": "words of a workspace",
 }
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Unpack, overload
@@ -14,9 +13,7 @@ import numpy as np
 from gptjax.chat import ChatChunk, ChatCompletion, chat_chunks
 from gptjax.config import GenerationDefaults, ModelConfig
 from gptjax.engine import limits, memory, steps
-from gptjax.engine.engine import Engine, prefill
 from gptjax.engine.flat_params import FlatParams
-from gptjax.engine.generate import generate
 from gptjax.engine.memory import Memory
 from gptjax.engine.options import (
     GenerateOptions,
@@ -32,7 +29,8 @@ from gptjax.engine.options import (
 from gptjax.engine.output import Chunk, Completion, Decoder
 from gptjax.engine.request import Request, check_prompt
 from gptjax.engine.settings import Features, settings_of
-from gptjax.errors import GptjaxError, RequestError
+from gptjax.engine.shared import SharedEngine, generate
+from gptjax.errors import CapacityError, GptjaxError, RequestError
 from gptjax.models import registry
 from gptjax.models.params import Params
 from gptjax.models.registry import Model
@@ -42,11 +40,13 @@ from gptjax.support.progress import progress
 from gptjax.text import Tokenizer
 from gptjax.text.chat_formats import DEFAULT, ChatFormat, ChatOptions, choose_format
 
-_MOST_ROWS = 32  # rows of one call if `max_batch` is not given
-
 
 class LanguageModel:
     """A model with its weights and tokenizer. Made by `load`.
+
+    `generate`, `stream`, `chat` and `stream_chat` may be called from several threads, and while streams are unfinished.
+    They share one engine, which the first call makes. It is kept, with the keys and values of earlier prompts, until
+    the model is closed or another call needs the memory.
 
     `model`, `params`, `config` and `tokenizer` are the parts that everything here is built on.
     """
@@ -60,18 +60,24 @@ class LanguageModel:
         defaults: GenerationDefaults,
         max_length: int,
         max_batch: int | None = None,
+        exact: bool = True,
         chat_format: str | None = None,
+        memory_limit: limits.MemoryLimit | None = None,
     ):
         """`tokenizer` may be an error that says why it is missing; calls that need text raise it.
 
-        `chat_format` names the format of conversations; None recognises it by the tokenizer.
+        `chat_format` names the format of conversations; None recognises it by the tokenizer. See `load` for the rest.
         """
         self.model = model
         self._params: Params | None = params
-        self._running: weakref.WeakSet[Any] = weakref.WeakSet()  # generators
+        self._shared = SharedEngine(
+            model, max_length=max_length, max_batch=max_batch, exact=exact, memory_limit=memory_limit
+        )
         self.defaults = defaults
         self.max_length = max_length
         self.max_batch = max_batch
+        self.exact = exact
+        self.memory_limit = memory_limit
         self._tokenizer = tokenizer
         self._chat_format = chat_format
 
@@ -227,7 +233,8 @@ class LanguageModel:
         """
         ids = self._checked_ids(token_ids, self.max_length)
         with self._guard():
-            cache = registry.create_cache(self.model, batch=1, max_length=self.max_length)
+            self._check_state(batch=1, max_length=self.max_length)
+            cache = registry.create_cache(self.model, batch=1, max_length=self.max_length, chunk=steps.SCORED_CHUNK)
             logits_TV = np.empty((len(ids), self.config.vocab_size), np.float32)
             params = FlatParams.of(self.params)
             for start, count, chunk in steps.padded_chunks(np.asarray(ids, np.int32), steps.SCORED_CHUNK):
@@ -243,6 +250,7 @@ class LanguageModel:
         "final_norm" and "logits"; see `gptjax.models.stages` for their names and shapes.
         """
         ids = self._checked_ids(token_ids, self.config.context_length)
+        self._shared.release()  # all stages together may need more memory than a cache
         with self._guard(max_length=len(ids)):
             return activations(self.model, self.params, ids)
 
@@ -254,8 +262,8 @@ class LanguageModel:
         """
         length = self.max_length if max_length is None else limits.positions(self.config, max_length)
         rows = limits.at_least_one("batch", batch)
-        with self._guard(batch=rows, max_length=length):
-            memory.check_state(self.model, batch=rows, max_length=length)
+        with self._guard(batch=rows, max_length=length, state=True):
+            self._check_state(batch=rows, max_length=length)
             return jax.block_until_ready(steps.init_state(self.model, batch=rows, max_length=length))
 
     def prefill(
@@ -272,11 +280,10 @@ class LanguageModel:
             raise RequestError(f"the state has {state.batch} rows, but {len(prompts)} lists of token ids were given")
         # All are checked before the state is donated for the first one.
         checked = [self._checked_ids(prompt, state.max_length) for prompt in prompts]
-        with self._guard(batch=state.batch, max_length=state.max_length):
-            row = registry.create_cache(self.model, batch=1, max_length=state.max_length)
+        with self._guard(batch=state.batch, max_length=state.max_length, state=True):
             params = FlatParams.of(self.params)
             for slot, ids in enumerate(checked):
-                state, row = prefill(self.model, params, state, slot, np.asarray(ids, np.int32), row)
+                state = steps.prefill(self.model, params, state, slot, np.asarray(ids, np.int32))
             # A copy, because the next step donates the state with its logits.
             return jax.block_until_ready(jnp.copy(state.logits_BV)), state
 
@@ -294,28 +301,25 @@ class LanguageModel:
         params.check(self.config.vocab_size)
         request = Request(prompt_ids=(), max_tokens=1, params=params)
         settings = settings_of([request] * state.batch, self.config.vocab_size, Features.of(params))
-        with self._guard(batch=state.batch, max_length=state.max_length):
+        with self._guard(batch=state.batch, max_length=state.max_length, state=True):
             sampled = steps.sample(state, settings)
-            active_B = np.ones((state.batch,), np.bool_)
-            weights = FlatParams.of(self.params)
-            return sampled.token_B, steps.advance(self.model, weights, state, sampled.token_B, active_B)
+            return sampled.token_B, steps.advance(self.model, FlatParams.of(self.params), state, sampled.token_B)
 
     def memory(self, *, batch: int | None = None, max_length: int | None = None) -> Memory:
         """Bytes that the weights and generating `batch` rows of `max_length` positions need, and those available.
 
-        Defaults: `batch` is `max_batch` (1 if not set), and `max_length` the model's. Allocates nothing.
+        With less, down to `least`, longer rows wait for each other: see `Memory`. Defaults: `batch` is `max_batch` (1
+        if not set), and `max_length` the model's. Allocates nothing.
         """
         self._check_open()
         length = self.max_length if max_length is None else limits.positions(self.config, max_length)
         rows = limits.at_least_one("batch", (self.max_batch or 1) if batch is None else batch)
-        return memory.needed(self.model, batch=rows, max_length=length)
+        return memory.needed(self.model, batch=rows, max_length=length, policy=self._shared.policy(rows))
 
     def close(self) -> None:
-        """Frees the weights and the memory of unfinished streams. Later use of the model raises `RequestError`."""
+        """Frees weights and engine, also that of unfinished streams. Later use of the model raises `RequestError`."""
         params, self._params = self._params, None
-        for chunks in list(self._running):
-            with contextlib.suppress(ValueError):  # another thread is running it, and will find the model closed
-                chunks.close()
+        self._shared.close()
         for leaf in jax.tree.leaves(params):
             leaf.delete()
 
@@ -332,11 +336,22 @@ class LanguageModel:
             raise RequestError("this model was closed; load it again")
         return self._params
 
-    def _guard(self, *, batch: int = 1, max_length: int | None = None) -> contextlib.AbstractContextManager[None]:
+    def _guard(
+        self, *, batch: int = 1, max_length: int | None = None, state: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
         """Guards a computation: raises if the model is closed, and says what to try if the body runs out of memory."""
         self._check_open()
         length = self.max_length if max_length is None else max_length
-        return memory.explained(self.model, batch=batch, max_length=length)
+        return memory.explained(self.model, batch=batch, max_length=length, state=state)
+
+    def _check_state(self, *, batch: int, max_length: int) -> None:
+        """Raises `CapacityError` if a state does not fit. If it is in the way, gives up what earlier prompts left."""
+        try:
+            memory.check_state(self.model, batch=batch, max_length=max_length)
+        except CapacityError:
+            if not self._shared.release():
+                raise
+            memory.check_state(self.model, batch=batch, max_length=max_length)
 
     def _request(self, prompt: Prompt, options: GenerateOptions, eos_ids: Sequence[int] | None = None) -> Request:
         self._check_open()
@@ -356,16 +371,10 @@ class LanguageModel:
     def _run(
         self, requests: list[Request], detokenizer: Callable[[], Decoder] | None = None
     ) -> Iterator[tuple[int, Chunk]]:
-        batch = self.max_batch or min(1 << (len(requests) - 1).bit_length(), _MOST_ROWS)
         if detokenizer is None and not isinstance(self._tokenizer, GptjaxError):
             detokenizer = functools.partial(self._tokenizer.stream, start=False)  # a completion continues its prompt
-        with self._guard(batch=batch):
-            memory.check_state(self.model, batch=batch, max_length=self.max_length)
-            # Only the generator holds the engine, so that closing it frees the engine.
-            engine = Engine(self.model, self.params, batch=batch, max_length=self.max_length)
-            chunks = generate(engine, requests, detokenizer)
-            del engine
-            self._running.add(chunks)
+        chunks = generate(self._shared, requests, detokenizer, max_length=self.max_length, params=self._check_open)
+        with self._guard(batch=self._shared.begin(len(requests)).rows), contextlib.closing(chunks):
             with progress("compiling and reading the prompt", None):
                 chunk = next(chunks, None)
             while chunk is not None:

@@ -38,6 +38,7 @@ MODELS = {  # compile models, or kernels that XLA compiles, or take long: `make 
     "diagnostics",
     "engine",
     "hostile/test_fuzz_formats.py",
+    "layers",
     "models",
     "pallas_kernels",
     "server/test_bounds.py",

@@ -147,7 +147,7 @@ def _not_finite(lm: gptjax.LanguageModel) -> str:
 def _does_not_fit() -> str:
     model = registry.build(PUBLISHED["gpt2"])
     device = memory.device_memory()
-    return str(memory.shortfall(model, batch=32, max_length=1024, has=2_000_000_000, device=device))
+    return str(memory.shortfall(model, batch=32, max_length=1024, has=500_000_000, device=device))
 
 
 def _unknown_template(tmp_path: Path) -> gptjax.LanguageModel:
@@ -159,6 +159,12 @@ def _unknown_template(tmp_path: Path) -> gptjax.LanguageModel:
 def _ran_out(lm: gptjax.LanguageModel) -> None:
     with memory.explained(lm.model, batch=1, max_length=512):
         raise MemoryError
+
+
+def _started(monkeypatch: pytest.MonkeyPatch) -> str:
+    jax.devices()  # starts it
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    return _raised(lambda: gptjax.load("gpt2-tales", memory=0.9))
 
 
 def _hub_without_client(monkeypatch: pytest.MonkeyPatch) -> str:
@@ -201,6 +207,7 @@ MESSAGES: dict[str, Callable[..., str]] = {
     "does not fit": lambda **_: _does_not_fit(),
     "out of memory while running": lambda lm, **_: _raised(lambda: _ran_out(lm)),
     "out of memory in JAX": lambda **_: _raised(lambda: jax.block_until_ready(jnp.zeros((1 << 50,), jnp.uint8))),
+    "JAX has started": lambda monkeypatch, **_: _started(monkeypatch),
     "no GPU": lambda **_: _raised(lambda: jax.devices("gpu")),
     "forked": lambda monkeypatch, **_: _forked(monkeypatch),
     "donated": lambda lm, **_: _raised(lambda: _used_state(lm)),

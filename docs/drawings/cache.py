@@ -1,115 +1,89 @@
-"""What is stored where in the cache: a full layer by position, a sliding layer as a ring; from the cache itself."""
+"""Which page of the pool each block of a row's positions lies in, with and without a window; from the cache itself."""
 
 import jax.numpy as jnp
 import numpy as np
-from attention import legend, mask
+from attention import legend
 from svg import Drawing
 
-from gptjax.layers.cache import KVCache
-from pallas_kernels.attention.reference import visible
+from gptjax.layers.cache import PAGE, KVCache
 
-WINDOW, LENGTHS, CHUNK = 8, (5, 13, 22), 4  # GPT-OSS's window of 128, scaled down; rows; tokens of a chunk
+WINDOW, CHUNK, LENGTHS, MOST = 128, 256, (100, 600, 1200), 1280  # the tokens of each row, and those it has room for
 _FULL, _SLIDING = 0, 1  # layers
-_LEFT, _CELL, _SHOWN = 20, 28, 24  # pixels; places that are drawn of a full layer
+_LEFT, _FIRST, _CELL = 20, 150, 36  # pixels
 _LEGEND = {
-    "new": "the latest token, or the query itself",
-    "attention": "earlier tokens",
+    "new": "the latest token is here",
+    "attention": "its query sees this",
     "empty": "empty, or not visible",
 }
 
 
-def _after(length: int) -> KVCache:
-    """A one-row cache with this many tokens."""
-    cache = KVCache.create(
-        windows=(None, WINDOW), batch=1, max_length=_SHOWN, num_kv_heads=1, head_width=1, dtype=jnp.float32
+def _cache() -> KVCache:
+    return KVCache.create(
+        windows=(None, WINDOW),
+        batch=len(LENGTHS),
+        max_length=MOST,
+        num_kv_heads=1,
+        head_width=1,
+        dtype=jnp.float32,
+        chunk=CHUNK,
     )
-    positions_BT = jnp.arange(length)[None]
-    new_BTKH = jnp.zeros((1, length, 1, 1))
-    for layer in (_FULL, _SLIDING):
-        _, cache = cache.update(layer, new_BTKH, new_BTKH, positions_BT)
-    return cache.extended(positions_BT)
 
 
-def attended(cache: KVCache, layer: int, positions: range) -> np.ndarray:
-    """The position of each place [S] that queries at these positions attend to; -1 for none."""
-    new_BTKH = jnp.zeros((1, len(positions), 1, 1))
-    (_, _, positions_BS), _ = cache.update(layer, new_BTKH, new_BTKH, jnp.asarray([positions]))
-    return np.asarray(positions_BS[0])
+def _kinds(length: int, window: int | None) -> list[str]:
+    """What the query of the latest token finds in each block of positions."""
+    kinds = []
+    first = 0 if window is None else max(length - window, 0)
+    for block in range(MOST // PAGE):
+        positions = range(block * PAGE, (block + 1) * PAGE)
+        seen = positions.start < length and positions.stop > first
+        kinds.append("new" if length - 1 in positions else "attention" if seen else "empty")
+    return kinds
 
 
-def _kind(position: int, latest: int) -> str:
-    return "empty" if position < 0 else "new" if position == latest else "attention"
-
-
-def _full(drawing: Drawing, top: float) -> None:
-    drawing.text(_LEFT, top, "A layer without a window", "bold", anchor="start")
-    drawing.text(_LEFT + 210, top, "[B, K, S, H]: position p is stored at index p", "faint", anchor="start")
-    for row, length in enumerate(LENGTHS):
-        y = top + 20 + row * (_CELL + 4)
-        drawing.text(_LEFT, y + _CELL / 2, f"row {row}, {length} tokens", "small", anchor="start")
-        latest = length - 1
-        places = attended(_after(latest), _FULL, range(latest, length))
-        for place, position in enumerate(places[:_SHOWN]):
-            x = _LEFT + 110 + place * _CELL
-            drawing.cell(x, y, _CELL, _kind(position, latest))
-            if position >= 0:
-                drawing.text(x + _CELL / 2, y + _CELL / 2, str(position), "small")
-        drawing.text(_LEFT + 118 + _SHOWN * _CELL, y + _CELL / 2, "… S − 1", "small faint", anchor="start")
-
-
-def _rings(drawing: Drawing, top: float) -> None:
-    drawing.text(_LEFT, top, "A layer with a window", "bold", anchor="start")
-    what = f"[B, K, {WINDOW}, H] here, [B, K, 128, H] in GPT-OSS: position p is stored at index p mod {WINDOW}"
+def _tables(drawing: Drawing, top: float, layer: int, title: str, what: str) -> None:
+    cache = _cache()
+    drawing.text(_LEFT, top, title, "bold", anchor="start")
     drawing.text(_LEFT + 210, top, what, "faint", anchor="start")
+    for block in range(MOST // PAGE):
+        drawing.text(_FIRST + (block + 0.5) * _CELL, top + 24, str(block * PAGE), "small faint")
+    drawing.text(_LEFT, top + 24, "from position", "small faint", anchor="start")
     for row, length in enumerate(LENGTHS):
-        x, y, latest = 150 + row * 280, top + 120, length - 1
-        for place, position in enumerate(attended(_after(latest), _SLIDING, range(latest, length))):
-            turns = (place / WINDOW, (place + 1) / WINDOW)
-            drawing.sector(x, y, (42, 80), turns, _kind(position, latest))
-            if position >= 0:
-                drawing.text(*_around(x, y, 61, sum(turns) / 2), str(position))
-            drawing.text(*_around(x, y, 92, sum(turns) / 2), str(place), "small faint")
-        drawing.text(x, y - 8, f"row {row}", "small")
-        drawing.text(x, y + 8, f"{length} tokens", "small")
+        y = top + 36 + row * (_CELL + 4)
+        drawing.text(_LEFT, y + _CELL / 2, f"row {row}, {length} tokens", "small", anchor="start")
+        table_Z = np.asarray(cache.table(layer))[row]
+        for block, kind in enumerate(_kinds(length, cache.windows[layer])):
+            x = _FIRST + block * _CELL
+            drawing.cell(x, y, _CELL, kind)
+            drawing.text(x + _CELL / 2, y + _CELL / 2, str(table_Z[block]), "small faint" if kind == "empty" else "")
 
 
-def _around(x: float, y: float, radius: float, turn: float) -> tuple[float, float]:
-    angle = 2 * np.pi * turn
-    return round(x + radius * np.sin(angle), 1), round(y - radius * np.cos(angle), 1)
-
-
-def _chunk(drawing: Drawing, top: float) -> None:
-    length = LENGTHS[-1]
-    positions = range(length, length + CHUNK)
-    drawing.text(_LEFT, top, f"A chunk of {CHUNK} tokens and a window", "bold", anchor="start")
-    what = "the chunk attends to the ring as it was and to itself, and is then written"
-    drawing.text(_LEFT + 290, top, what, "faint", anchor="start")
-    places = attended(_after(length), _SLIDING, positions)
-    seen_TS = np.asarray(visible(jnp.asarray([positions]), jnp.asarray(places[None]), WINDOW)[0])
-    itself_TS = np.asarray(positions)[:, None] == places
-    left = _LEFT + 110
-    drawing.text(left + WINDOW * _CELL / 2, top + 24, "ring, by index", "small faint")
-    drawing.text(left + (WINDOW + CHUNK / 2) * _CELL, top + 24, "chunk", "small faint")
-    for s, position in enumerate(places):
-        drawing.text(left + (s + 0.5) * _CELL, top + 42, str(position), "small")
-    for t, position in enumerate(positions):
-        drawing.text(left - 8, top + 55 + (t + 0.5) * _CELL, f"query {position}", "small", anchor="end")
-    mask(drawing, left, top + 55, seen_TS, itself_TS, _CELL)
-    oldest = length - WINDOW + 1
-    said = [
-        f"Query {length} sees {WINDOW} positions, {oldest} to {length}.",
-        f"Had the chunk been written first, {oldest + WINDOW} would have",
-        f"replaced {oldest}, which query {length} still needs.",
-    ]
-    for line, words in enumerate(said):
-        drawing.text(left + (WINDOW + CHUNK) * _CELL + 24, top + 80 + 20 * line, words, "faint", anchor="start")
+def _pool(drawing: Drawing, top: float) -> None:
+    """The pages of the layer with a window: whose they are, and what the rows' latest queries find in them."""
+    cache = _cache()
+    drawing.text(_LEFT, top, "Its pool of pages", "bold", anchor="start")
+    what = f"[Y, K, {PAGE}, H], Y = {len(cache.k[_SLIDING])}: page 0 belongs to no row"
+    drawing.text(_LEFT + 210, top, what, "faint", anchor="start")
+    found = {}
+    for row, length in enumerate(LENGTHS):
+        table_Z = np.asarray(cache.table(_SLIDING))[row].tolist()
+        found |= dict.fromkeys(table_Z, (row, "empty"))
+        kinds = zip(table_Z, _kinds(length, WINDOW), strict=True)
+        found |= {page: (row, kind) for page, kind in kinds if kind != "empty"}
+    for page in range(len(cache.k[_SLIDING])):
+        row, kind = found.get(page, (None, "empty"))
+        x = _FIRST + page * _CELL
+        drawing.cell(x, top + 16, _CELL, kind)
+        drawing.text(x + _CELL / 2, top + 16 + _CELL / 2, str(page), "small faint" if kind == "empty" else "")
+        if row is not None:
+            drawing.text(x + _CELL / 2, top + 64, f"row {row}", "small faint")
 
 
 def draw() -> Drawing:
-    """Both kinds of layers, and a chunk that meets a ring."""
-    drawing = Drawing(900, 624, "The cache: layers without a window by position, layers with one as rings")
-    _full(drawing, 24)
-    _rings(drawing, 172)
-    _chunk(drawing, 412)
-    legend(drawing, _LEFT, 602, _LEGEND, 14)
+    """Both kinds of layers, and the pool of one."""
+    drawing = Drawing(700, 500, "The cache: the page of each block of positions, in layers without and with a window")
+    what = "the page of each block of 128 positions"
+    _tables(drawing, 24, _FULL, "A layer without a window", what)
+    _tables(drawing, 206, _SLIDING, f"A layer with a window of {WINDOW}", "pages behind the window are used again")
+    _pool(drawing, 388)
+    legend(drawing, _LEFT, 482, _LEGEND, 14)
     return drawing

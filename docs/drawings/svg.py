@@ -74,16 +74,5 @@ class Drawing:
         self.line([(x - 5, y), (x + 5, y)], head=False)
         self.line([(x, y - 5), (x, y + 5)], head=False)
 
-    def sector(self, x: float, y: float, radii: tuple[float, float], turns: tuple[float, float], kind: str) -> None:
-        """A part of a ring around (x, y), from one turn (0 to 1, clockwise from the top) to another."""
-        inner, outer = radii
-        corners = [
-            (x + radius * math.sin(2 * math.pi * turn), y - radius * math.cos(2 * math.pi * turn))
-            for radius, turn in ((inner, turns[0]), (outer, turns[0]), (outer, turns[1]), (inner, turns[1]))
-        ]
-        a, b, c, d = (f"{px:.2f} {py:.2f}" for px, py in corners)
-        path = f"M{a}L{b}A{outer:g} {outer:g} 0 0 1 {c}L{d}A{inner:g} {inner:g} 0 0 0 {a}Z"
-        self._parts.append(f'<path class="{kind} edge" d="{path}"/>')
-
     def __str__(self) -> str:
         return "\n".join([*self._parts, "</svg>", ""])

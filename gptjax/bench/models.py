@@ -95,9 +95,10 @@ def ours(model: Model, params: Params, *, batch: int, prompt_length: int, steps:
     requests = [Request(tuple(row), steps + 1, SamplingParams(seed=0)) for row in prompts_BT.tolist()]
 
     def turn() -> tuple[float, float]:
+        numbers = [engine.add(request) for request in requests]
+
         def fill() -> None:
-            for slot, request in enumerate(requests):
-                engine.admit(slot, request)
+            engine.read()
             engine.wait()
 
         def decode() -> None:
@@ -111,8 +112,8 @@ def ours(model: Model, params: Params, *, batch: int, prompt_length: int, steps:
         engine.step()
         engine.wait()
         step = timed(decode) / steps
-        for slot in range(batch):
-            engine.release(slot)
+        for number in numbers:
+            engine.end(number)
         return prefill, step
 
     return turn

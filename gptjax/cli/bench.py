@@ -88,8 +88,8 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         nargs="*",
         metavar="OPERATION",
-        help="measure only pallas_kernels' operations, all or those named (moe, matvec, attention, block), at the "
-        "model's shapes, or at those of GPT-2 and GPT-OSS if no model is named",
+        help="measure only pallas_kernels' operations, all or those named (moe, matvec, attention, block, prefill), at "
+        "the model's shapes, or at those of GPT-2 and GPT-OSS if no model is named",
     )
     parser.add_argument(
         "--plot", metavar="FILE", help="draw --kernels as a roofline: PNG, PDF or SVG (needs matplotlib)"

@@ -139,6 +139,7 @@ def _load(args: argparse.Namespace) -> "LanguageModel":
         checkpoint,
         dtype=args.dtype,
         max_length=length,
+        exact=False,  # a turn should begin soon, and a conversation repeats all the same
         packed=packed(args),
         tokenizer=args.tokenizer,
         chat_format=args.chat_format,

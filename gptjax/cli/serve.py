@@ -19,6 +19,7 @@ _LEVELS: Final = ("debug", "info", "warning", "error")
 _CHUNK: Final = 1024
 _CHUNKS: Final = tuple(1 << power for power in range(5, 12))
 _CHUNKS_TEXT: Final = f"a power of two from {_CHUNKS[0]} to {_CHUNKS[-1]}"
+_YES_OR_NO: Final = ("yes", "no")
 
 
 def add(commands: Any) -> None:
@@ -35,7 +36,7 @@ The server listens on this machine only, unless --host says otherwise; if it doe
 
 examples:
   gptjax serve
-  gptjax serve -m openai/gpt-oss-20b --max-batch 16 --max-length 32768
+  gptjax serve -m openai/gpt-oss-20b --max-batch 16 --max-length 32768 --memory 0.9
   {_PREFIX}API_KEY=secret gptjax serve -m ./my-gpt2 --host 0.0.0.0""",
     )
     _option(parser, "-m", "--model", help=MODEL_HELP)
@@ -67,6 +68,21 @@ examples:
         type=int,
         metavar="N",
         help=f"tokens of prompt and output (default: $GPTJAX_MAX_LENGTH, else the model's, up to {_DEFAULT_LENGTH})",
+    )
+    _option(
+        parser,
+        "--memory",
+        metavar="SHARE",
+        help="how much of the device's memory to use, such as 0.9; or the tokens that the cache has room for, such as "
+        "262144tokens (default: on a GPU, what JAX takes, 0.75; on a CPU, up to half of what is free, for the cache)",
+    )
+    _option(
+        parser,
+        "--exact",
+        choices=_YES_OR_NO,
+        help="whether a request gets the same bits whatever else runs, and ran before; on a GPU, each step then "
+        "computes all --max-batch rows, and each prompt has calls of its own (default: yes on a CPU in float32, else "
+        "no)",
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
     _option(parser, "--packed", choices=tuple(PACKED), help=PACKED_HELP)
@@ -183,7 +199,8 @@ def _run(args: argparse.Namespace) -> int:
     from gptjax.errors import RequestError
 
     # argparse does not check choices that come from the environment.
-    for name, known in (("log_format", ("lines", "json")), ("log_level", _LEVELS), ("packed", tuple(PACKED))):
+    choices = {"log_format": ("lines", "json"), "log_level": _LEVELS, "packed": tuple(PACKED), "exact": _YES_OR_NO}
+    for name, known in choices.items():
         if getattr(args, name) not in (None, *known):
             raise RequestError(
                 f"{_PREFIX}{name.upper()} is {getattr(args, name)!r}; expected one of {', '.join(known)}"
@@ -199,13 +216,15 @@ def _run(args: argparse.Namespace) -> int:
     logging.config.dictConfig(log_config)
     model = model_name(args)
     checkpoint = open_checkpoint(model, **overrides(args))
-    # GPT-OSS has room for 131072 tokens; few machines have the memory for such a cache in every slot.
+    # The cache has room for at least one request of this length: 3 GB for the 131072 tokens of gpt-oss-20b.
     length = positions(checkpoint.config, args.max_length, default=_DEFAULT_LENGTH)
     lm = load_checkpoint(
         checkpoint,
         dtype=args.dtype,
         max_length=length,
         max_batch=args.max_batch,
+        memory=args.memory,
+        exact=None if args.exact is None else args.exact == "yes",
         packed=packed(args),
         tokenizer=args.tokenizer,
         chat_format=args.chat_format,

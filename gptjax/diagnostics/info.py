@@ -17,8 +17,10 @@ from gptjax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gptjax.config import GenerationDefaults, ModelConfig, published
 from gptjax.config.gpt_oss import is_original
 from gptjax.engine import limits, memory
+from gptjax.engine.pool_sizes import foreseen
 from gptjax.errors import CheckpointError, ConfigError, GptjaxError, RequestError
 from gptjax.gguf import GGUFFile
+from gptjax.layers.cache import capacity_of
 from gptjax.models import registry
 from gptjax.models.params import abstract_params, num_params, weights_by_path
 from gptjax.models.registry import Model
@@ -183,6 +185,9 @@ def _memory(
     model = memory.as_loaded(stored, **sizes, packed=packed, device=device)
     need = memory.needed(model, **sizes, device=device)
     lack = memory.shortfall(model, **sizes, has=need.device.available, device=need.device)
+    cache, tokens = foreseen(model, **sizes, device=need.device)
+    all_tokens = max_batch * capacity_of(length)
+    room = "" if tokens >= all_tokens else f", with room for {tokens} tokens in the cache instead of {all_tokens}"
     forms = {"kept": True, "expanded": False} if stored.config.types else {}
     both = {
         f"weights_{name}_bytes": memory.needed(memory.as_loaded(stored, **sizes, packed=form), **sizes).weights
@@ -194,14 +199,15 @@ def _memory(
         "max_batch": max_batch,
         "weights_bytes": need.weights,
         **both,
-        "cache_bytes": need.cache,
+        "cache_bytes": cache,
+        "cache_tokens": tokens,
         "logits_bytes": need.logits,
         "activations_bytes": need.activations,
         "loading_bytes": need.loading,
-        "needed_bytes": need.total,
+        "needed_bytes": need.peak(cache),
         "available_bytes": need.device.available,
         "device": need.device.device,
-        "fits": "yes" if lack is None else f"no; {lack.partition('; ')[2]}",
+        "fits": f"yes{room}" if lack is None else f"no; {lack.partition('; ')[2]}",
     }
 
 

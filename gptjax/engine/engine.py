@@ -1,33 +1,34 @@
-"""Continuous batching on one compiled decode step: requests join and leave at any step, and rows are independent."""
+"""Continuous batching: requests join and leave at any step, and none has an effect on another's tokens."""
 
 import dataclasses
+import traceback
 from collections import deque
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from jax.errors import JaxRuntimeError
 
-from gptjax.engine import sampling, steps
-from gptjax.engine.flat_params import AnyParams, FlatParams
-from gptjax.engine.prefixes import Prefixes
+from gptjax.engine import sampling
+from gptjax.engine.executor import Executor
+from gptjax.engine.flat_params import AnyParams
+from gptjax.engine.pools import default_policy, most_pages, pool_kinds
 from gptjax.engine.request import Request
-from gptjax.engine.settings import Features, settings_of
-from gptjax.layers.cache import KVCache
-from gptjax.models import registry
+from gptjax.engine.settings import Features
+from gptjax.layers.cache import kinds
 from gptjax.models.registry import Model
+from gptjax.scheduling.plan import Plan
+from gptjax.scheduling.policy import Policy
+from gptjax.scheduling.pool import Pool
+from gptjax.scheduling.scheduler import Scheduler
 
-# With an H200, dispatching one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (each call passes
-# hundreds of arrays), which is more than the device needs to compute it.
-_STEPS_PER_DISPATCH = 8
-_MOST_PROMPTS = 8  # short prompts read between two steps
+_MOST_LOSSES = 2  # of the pools, one after another without a token between
 
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """One token that a slot produced."""
+    """One token that a request was given."""
 
-    slot: int
+    request: int  # its number
     token_id: int  # -1 if the model's logits were not finite
     logprob: float
     top: tuple[tuple[int, float], ...]  # (token id, log-probability), most likely first
@@ -37,38 +38,24 @@ class Token:
 class _Dispatched:
     """Steps dispatched in one call, whose tokens `Engine.step` has not all returned yet."""
 
-    num_steps: int
+    plan: Plan
+    requests: tuple[int, ...]  # of its rows
     sampled: sampling.Sampled  # on the device; stacked if there are several steps
-    slots: set[int]  # those busy at dispatch and not released since: their tokens are wanted
-    on_host: deque[sampling.Sampled] | None = None  # one for each step left; None until read
+    on_host: deque[list[Token]] | None = None  # of each step left; None until read
 
-    def read(self) -> deque[sampling.Sampled]:
-        """Waits for the steps that are left."""
-        if self.on_host is None:
-            host = jax.device_get(self.sampled)
-            self.on_host = deque([host] if self.num_steps == 1 else _unstacked(host))
-        return self.on_host
-
-
-@dataclasses.dataclass
-class _Filling:
-    """A prompt being read for a slot, into the one-row cache."""
-
-    slot: int
-    request: Request
-    tokens: np.ndarray  # int32 [T]
-    cuts: deque[tuple[int, int, int]]  # start, tokens and bucket of the chunks left
-    whole: int  # where the last whole chunk ends
-    rings: steps.Rings | None = None  # copied at that point
-    logits_1V: jax.Array | None = None  # of the last chunk dispatched
+    @property
+    def num_steps(self) -> int:
+        """The steps of the call."""
+        assert self.plan.decode is not None
+        return self.plan.decode.steps
 
 
 class Engine:
-    """A batch of `batch` slots. Not thread-safe: one engine belongs to one thread at a time.
+    """Runs up to `batch` requests at once. Not thread-safe: one engine belongs to one thread at a time.
 
-    `admit` prefills a request into a free slot, `step` gives the busy slots their next tokens, `release` frees a slot.
-    `begin` and `fill` do the work of `admit` one chunk of the prompt at a time, with steps of the other slots between.
-    A slot that has filled its cache must be released; until then its tokens are -1.
+    `add` takes a request, `step` returns the next tokens of those that run, `end` forgets one. The scheduler decides
+    what a step does, and the executor runs it: prompts are read in chunks between steps, in the order in which they
+    came, and running requests wait for at most one chunk.
 
     Steps are dispatched one at a time, or `steps_per_dispatch` at once on devices that compute a step faster than the
     host can dispatch it. Tokens and their order are bit-identical either way. The price of several steps at once is
@@ -76,6 +63,10 @@ class Engine:
     are dispatched while a newcomer waits for its first token, and when no request wants at least half of them (known
     from `max_tokens` and `max_length`): at most half are knowingly wasted. A request that ends by itself wastes the
     rest of its dispatch, and the next one, which the device is already computing.
+
+    A program that fails on the device takes the pools with it, as they were donated to it. Then new ones are allocated,
+    all open requests are read again, and they get the tokens that they would have got without the failure. If it fails
+    again and again before any token is drawn, `step` raises the error.
     """
 
     def __init__(
@@ -89,266 +80,210 @@ class Engine:
         chunk: int | None = None,
         levels: Sequence[Features] = (),
         reuse: bool = False,
+        policy: Policy | None = None,
+        pages: Sequence[int] | None = None,
     ):
-        """Creates an engine with empty slots.
+        """Creates an engine without requests.
 
         Args:
+          batch: the most requests that run at once.
           steps_per_dispatch: by default 1 on a CPU and 8 elsewhere.
           chunk: the most prompt tokens in one call: a power of two, by default `steps.chunk_of`. It affects the
             rounding of results.
-          levels: sets of features, each including the one before; the first that covers all current requests is
-            computed. By default, the features that any request so far has used.
-          reuse: continue from whole chunks of a prompt that a slot still holds, rather than read them again.
+          levels: see `Executor`.
+          reuse: share the beginnings of prompts, in whole chunks, that pages still hold.
+          policy: instead of `batch`, `steps_per_dispatch`, `chunk` and `reuse`. By default, the sizes of a request's
+            programs depend on its own length alone, so that it gets the same bits in any company.
+          pages: of the pool of each kind of layers, with page 0, such as `pool_sizes.pools` finds to fit; by default
+            enough for `batch` requests of `max_length`.
         """
-        if steps_per_dispatch is None:
-            steps_per_dispatch = 1 if jax.default_backend() == "cpu" else _STEPS_PER_DISPATCH
-        if steps_per_dispatch < 1:
-            raise ValueError(f"steps_per_dispatch must be at least 1, found {steps_per_dispatch}")
-        chunk = steps.chunk_of(model) if chunk is None else chunk
-        if chunk < 1 or chunk & (chunk - 1):
-            raise ValueError(f"chunk must be a power of two, found {chunk}")
+        if policy is None:
+            policy = default_policy(model, slots=batch, steps_per_dispatch=steps_per_dispatch, chunk=chunk, reuse=reuse)
         self.model = model
-        self._params = FlatParams.of(params)
         self.max_length = max_length
-        self.steps_per_dispatch = steps_per_dispatch
-        self.chunk = chunk
-        self._state = steps.init_state(model, batch=batch, max_length=max_length)
-        self._row = registry.create_cache(model, batch=1, max_length=max_length)  # what prefill works on
-        self._requests: list[Request | None] = [None] * batch
-        self._filling: _Filling | None = None
-        self._read = 0  # prompt tokens dispatched since the last steps, as `_cost` counts them
-        self._prefixes = Prefixes(batch) if reuse else None
-        self._wanted = [0] * batch  # steps that a slot's request still wants and that were not dispatched yet
-        self._newcomers: set[int] = set()  # slots with no step dispatched yet
-        self._dispatched: deque[_Dispatched] = deque()  # oldest first; each has slots whose tokens are wanted
-        self._levels = levels
-        self._features = Features()
-        self._settings: sampling.Sampling | None = None  # of the current rows; None after they change
-        self._active_B: jax.Array | None = None
+        self.policy = policy
+        windows = kinds(model.config.windows, max_length)
+        self._pages = tuple(pages or most_pages(pool_kinds(model, max_length=max_length, policy=policy)))
+        self._executor = Executor(model, params, policy=policy, pages=self._pages, max_length=max_length, levels=levels)
+        pools = [Pool(count, window) for count, window in zip(self._pages, windows, strict=True)]
+        self._scheduler = Scheduler(policy, pools)
+        self._requests: dict[int, Request] = {}  # by number
+        self._dispatched: deque[_Dispatched] = deque()  # oldest first
+        self._has_new = False  # whether a request was added since the last plan
+        self._undrawn: jax.Array | None = None  # a result of the last plan that drew nothing
+        self.losses = 0  # how often the pools were lost
+        self._losses_in_a_row = 0
 
     @property
     def batch(self) -> int:
-        """B: the number of slots."""
-        return len(self._requests)
+        """B: the most requests that run at once."""
+        return self.policy.slots
 
     @property
-    def free_slots(self) -> list[int]:
-        """The slots without a request."""
-        filling = None if self._filling is None else self._filling.slot
-        return [slot for slot, request in enumerate(self._requests) if request is None and slot != filling]
-
-    @property
-    def _idle(self) -> bool:
-        return all(request is None for request in self._requests)
+    def room(self) -> int:
+        """How many more requests can be added before one has to wait."""
+        return max(0, self.batch - len(self._requests))
 
     def warm_up(self) -> None:
-        """Compiles everything that requests may need at any of `levels`, by running it. All slots must be free."""
-        if len(self.free_slots) < self.batch:
-            raise ValueError("warm_up needs all slots to be free")
-        longest = min(self.max_length, self.chunk)
-        buckets = sorted({steps.chunks(length, self.chunk)[0][2] for length in range(1, longest + 1)})
-        slot, active_B = np.int32(0), self._active()
-        history_S = np.zeros(self._state.cache.capacity, np.int32)
-        for _ in range(2):  # the second time with arrays as compiled code returns them
-            for bucket in buckets:
-                chunk = steps.padded(np.zeros(1, np.int32), 0, 1, bucket)
-                logits_1V, self._row = steps.prefill_chunk(self.model, self._params, self._row, chunk)
-                self._state = steps.insert(self._state, slot, self._row, history_S, logits_1V)
-            if self._prefixes is not None:
-                self._row = steps.extract(self._state, slot, steps.rings(self._row))
-            for level in self._levels or [self._features]:
-                settings = settings_of(self._requests, self.model.config.vocab_size, level)
-                for num_steps in (1, self.steps_per_dispatch):
-                    self._ask(settings, active_B, num_steps)
-        self.wait()
+        """Compiles everything that requests may need, by running it. No request may be open."""
+        if self._requests:
+            raise ValueError("warm_up needs all requests to have ended")
+        self._executor.warm_up()
 
-    def best_slot(self, request: Request) -> int:
-        """The free slot for a request: the one with the longest reusable prefix, else the least useful to keep."""
-        free = self.free_slots
-        return free[0] if self._prefixes is None else self._prefixes.least(free, request.prompt_ids)
+    def add(self, request: Request, *, rows: int = 0, drawn: Sequence[int] = ()) -> int:
+        """Takes a checked request with a seed. Returns its number; numbers ascend.
 
-    def admit(self, slot: int, request: Request) -> None:
-        """Prefills a checked request with a seed into a free slot, in chunks that depend only on its length."""
-        self.begin(slot, request)
-        while not self.fill():
+        Args:
+          rows: see `Scheduler.add`.
+          drawn: tokens that it drew in another engine. The next one is the one after these.
+
+        Raises:
+          CapacityError: it does not fit the pools even alone.
+        """
+        number = self._scheduler.add(request.prompt_ids, request.room(self.max_length), rows=rows, drawn=drawn)
+        self._requests[number] = request
+        self._has_new = True
+        return number
+
+    def cached_tokens(self, request: int) -> int:
+        """How many tokens of an open request's prompt need not be read, as pages hold them; 0 before that is known."""
+        return self._scheduler.cached_tokens(request)
+
+    def hold(self, request: int, held: bool) -> None:
+        """Sets whether an open request is held: then it gets no tokens but those under way, and nobody waits for it."""
+        self._scheduler.hold(request, held)
+        self._has_new |= not held
+
+    def end(self, request: int) -> None:
+        """Forgets an open request. Tokens still on their way to it are dropped."""
+        del self._requests[request]
+        self._scheduler.end(request)
+
+    def step(self) -> list[Token]:
+        """The next tokens of running requests, at most one each, in the order in which the requests came.
+
+        Returns nothing if prompts have to be read first, of which a part was dispatched then. When this returns tokens,
+        the device is already working on what follows.
+
+        Raises:
+          JaxRuntimeError: the device failed, and failed again when what it lost was computed anew. The engine cannot be
+            used any more.
+        """
+        while True:
+            try:
+                tokens = self._step()
+            except JaxRuntimeError as error:
+                failure = error
+            else:
+                self._losses_in_a_row = 0 if tokens else self._losses_in_a_row
+                return tokens
+            self._start_again(failure)
+
+    def read(self) -> None:
+        """Reads the prompts of all requests that have room to run, without steps between, for measuring."""
+        while self._dispatch(decode=False):
             pass
-
-    def begin(self, slot: int, request: Request) -> int:
-        """Reserves a free slot for a checked request with a seed; `fill` reads its prompt. One prompt at a time.
-
-        Returns:
-          The number of prompt tokens that need not be read because a slot still holds them.
-        """
-        if slot not in self.free_slots:
-            raise ValueError(f"slot {slot} is busy")
-        if self._filling is not None:
-            raise ValueError(f"the prompt of slot {self._filling.slot} is still being read")
-        tokens = np.asarray(request.prompt_ids, np.int32)
-        if not len(tokens):
-            raise ValueError("a sequence needs at least one token")
-        found = None if self._prefixes is None else self._prefixes.find(request.prompt_ids)
-        held, rings = 0, None
-        if found is not None:
-            held, rings = len(found[1].token_ids), found[1].rings
-            for array in jax.tree.leaves(self._row):
-                array.delete()  # first, so that two never exist at once
-            self._row = steps.extract(self._state, np.int32(found[0]), rings)
-        cuts = deque(cut for cut in steps.chunks(len(tokens), self.chunk) if cut[0] >= held)
-        self._filling = _Filling(slot, request, tokens, cuts, len(tokens) // self.chunk * self.chunk, rings)
-        return held
-
-    @property
-    def fill_is_due(self) -> bool:
-        """Whether a prompt is being read and its next part may be dispatched before more steps.
-
-        Pending steps wait for at most one chunk's tokens: several short prompts, or one part of a long one.
-        """
-        if self._filling is None:
-            return False
-        return self._idle or not self._read or self._read + self._cost(self._filling.cuts[0]) <= self.chunk
-
-    def _cost(self, cut: tuple[int, int, int]) -> int:
-        """The tokens that a part counts as; even the shortest costs something."""
-        return max(cut[2], self.chunk // _MOST_PROMPTS)
-
-    def fill(self) -> bool:
-        """Dispatches the next chunk of the prompt that was begun; the device runs it after the work under way.
-
-        While no slot is busy, this stays at most one chunk ahead of the device, so that `release` has an effect.
-
-        Returns:
-          Whether it was the last chunk: the slot takes part in the next steps.
-        """
-        filling = self._filling
-        if filling is None:
-            raise ValueError("no prompt is being read")
-        self._read += self._cost(filling.cuts[0])
-        start, count, bucket = filling.cuts.popleft()
-        chunk = steps.padded(filling.tokens, start, count, bucket)
-        before = filling.logits_1V
-        filling.logits_1V, self._row = steps.prefill_chunk(self.model, self._params, self._row, chunk)
-        if self._prefixes is not None and start + count == filling.whole:
-            filling.rings = steps.rings(self._row)
-        if before is not None and self._idle:
-            jax.block_until_ready(before)
-        if filling.cuts:
-            return False
-        self._insert(filling, filling.logits_1V)
-        return True
-
-    def _insert(self, filling: _Filling, logits_1V: jax.Array) -> None:
-        """Moves the finished prompt into its slot."""
-        slot, request = filling.slot, filling.request
-        history_S = steps.history(filling.tokens, self._state.cache.capacity)
-        self._state = steps.insert(self._state, np.int32(slot), self._row, history_S, logits_1V)
-        if self._prefixes is not None:
-            self._prefixes.put(slot, request.prompt_ids[: filling.whole], filling.rings)
-        self._filling = None
-        self._requests[slot] = request
-        self._wanted[slot] = request.room(self.max_length)
-        self._newcomers.add(slot)
-        self._features |= Features.of(request.params)
-        self._settings = self._active_B = None
 
     def wait(self) -> None:
         """Waits until the device has finished everything dispatched, for measuring."""
-        jax.block_until_ready(self._state)
+        self._executor.wait()
 
-    def release(self, slot: int) -> None:
-        """Frees a slot. The next request overwrites its content, and tokens still on their way to it are dropped."""
-        if self._filling is not None and self._filling.slot == slot:
-            self._filling = None
-            return
-        self._requests[slot] = None
-        self._wanted[slot] = 0
-        self._newcomers.discard(slot)
-        self._settings = self._active_B = None
-        for dispatched in self._dispatched:
-            dispatched.slots.discard(slot)
-        self._dispatched = deque(each for each in self._dispatched if each.slots)
-
-    def step(self) -> list[Token]:
-        """The next token of every busy slot, except those admitted while steps were under way: their turn comes later.
-
-        If any slot is busy, at least one gets a token. When this returns, the device is already working on the next
-        steps.
-        """
-        if self._idle:
+    def _step(self) -> list[Token]:
+        self._drop_unwanted()
+        if self._has_new or not self._dispatched:
+            self._dispatch()
+        # While the tokens of several steps are handed out, the device works on as many more. (A single step's token is
+        # read while its `advance` is under way.)
+        while self._dispatched and self._ahead < self._dispatched[0].num_steps - 1 and self._dispatch():
+            pass
+        if not self._dispatched:
             return []
-        if self._newcomers or not self._dispatched:
-            self._dispatch()
         oldest = self._dispatched[0]
-        # While its tokens are handed out, the device works on as many more steps. (A single step's token is read
-        # while its `advance` is under way.)
-        while max(self._wanted) > 0 and self._ahead < oldest.num_steps - 1:
-            self._dispatch()
-        left = oldest.read()
-        sampled = left.popleft()
-        if not left:
+        if oldest.on_host is None:
+            oldest.on_host = self._read(oldest)
+        tokens = oldest.on_host.popleft()
+        if not oldest.on_host:
             self._dispatched.popleft()
-        return [_token(sampled, slot) for slot in sorted(oldest.slots)]
+        return [token for token in tokens if token.request in self._requests]
+
+    def _start_again(self, failure: JaxRuntimeError) -> None:
+        """Allocates new pools after a failure. Only tokens that were read before it are still handed out."""
+        while True:
+            self.losses += 1
+            self._losses_in_a_row += 1
+            if self._losses_in_a_row > _MOST_LOSSES:
+                failure.add_note(f"the device failed {self._losses_in_a_row} times in a row")
+                raise failure
+            free_locals(failure)
+            self._undrawn = None
+            self._dispatched = deque(each for each in self._dispatched if each.on_host)
+            self._scheduler.lost()
+            self._has_new = True
+            try:
+                self._executor.reset()
+            except JaxRuntimeError as error:
+                failure = error
+            else:
+                return
 
     @property
     def _ahead(self) -> int:
         """Steps dispatched after the oldest dispatch."""
         return sum(each.num_steps for each in self._dispatched) - self._dispatched[0].num_steps
 
-    def _dispatch(self) -> None:
-        """Dispatches one step, or several at once."""
-        if self._settings is None or self._active_B is None:
-            self._settings = settings_of(self._requests, self.model.config.vocab_size, self._needed_features())
-            self._active_B = self._active()
-        enough = 2 * max(self._wanted) >= self.steps_per_dispatch and not self._newcomers
-        num_steps = self.steps_per_dispatch if enough else 1
-        sampled = self._ask(self._settings, self._active_B, num_steps)
-        busy = {slot for slot, request in enumerate(self._requests) if request is not None}
-        self._dispatched.append(_Dispatched(num_steps, sampled, busy))
-        self._newcomers.clear()
-        self._read = 0
-        for slot in busy:
-            self._wanted[slot] -= num_steps
+    def _dispatch(self, *, decode: bool = True) -> bool:
+        """Dispatches the next plan. Returns whether there was one."""
+        self._has_new = False
+        plan = self._scheduler.plan(decode=decode)
+        if plan is None:
+            return False
+        sampled = self._executor.run(plan, self._requests)
+        if plan.draws:
+            assert sampled is not None and plan.decode is not None
+            requests = tuple(self._executor.number(row.slot) for row in plan.decode.rows)
+            self._dispatched.append(_Dispatched(plan, requests, sampled))
+        elif not self._dispatched:
+            # Nobody waits for tokens: stay at most one such plan ahead of the device, so that `end` has an effect.
+            before, self._undrawn = self._undrawn, self._executor.result
+            if before is not None:
+                jax.block_until_ready(before)
+        return True
 
-    def _ask(self, settings: sampling.Sampling, active_B: jax.Array, num_steps: int) -> sampling.Sampled:
-        if num_steps == 1:
-            # Two calls, so that the token can be read before the step is done.
-            sampled = steps.sample(self._state, settings)
-            self._state = steps.advance(self.model, self._params, self._state, sampled.token_B, active_B)
-        else:
-            self._state, sampled = steps.decode(self.model, self._params, self._state, settings, active_B, num_steps)
-        return sampled
+    def _read(self, dispatched: _Dispatched) -> deque[list[Token]]:
+        """Waits for the tokens of a dispatch. Returns those of each step that drew any."""
+        host, plan = jax.device_get(dispatched.sampled), dispatched.plan
+        assert plan.decode is not None
+        places = self._executor.places(plan.decode)
+        of_steps = [host] if plan.decode.steps == 1 else _unstacked(host)
+        drawn: list[list[int]] = [[] for _ in plan.decode.rows]
+        tokens: deque[list[Token]] = deque()
+        for step, sampled in enumerate(of_steps):
+            of_step = []
+            for index, row in enumerate(plan.decode.rows):
+                if len(row.given) <= step < len(row.given) + row.draws:
+                    number = dispatched.requests[index]
+                    request = self._requests.get(number)  # None if it has ended
+                    top = request.params.top_logprobs if request else 0
+                    of_step.append(_token(sampled, places[index], number, top))
+                    drawn[index].append(of_step[-1].token_id)
+            if of_step:
+                tokens.append(of_step)
+        self._scheduler.receive(plan.number, drawn)
+        return tokens
 
-    def _active(self) -> jax.Array:
-        # Via NumPy: JAX would compile a program of its own to convert a list.
-        return jnp.asarray(np.asarray([request is not None for request in self._requests], np.bool_))
-
-    def _needed_features(self) -> Features:
-        """The parts of sampling to compute for the current rows."""
-        if not self._levels:
-            return self._features
-        used = Features()
-        for request in self._requests:
-            used |= Features() if request is None else Features.of(request.params)
-        return next(level for level in self._levels if level | used == level)
+    def _drop_unwanted(self) -> None:
+        """Forgets the oldest dispatches if all of their requests have ended, without waiting for them."""
+        while self._dispatched and not any(each in self._requests for each in self._dispatched[0].requests):
+            dropped = self._dispatched.popleft()
+            if dropped.on_host is None:
+                self._scheduler.receive(dropped.plan.number, [()] * len(dropped.requests))
 
 
-def prefill(
-    model: Model, params: AnyParams, state: steps.State, slot: int, tokens: np.ndarray, row: KVCache
-) -> tuple[steps.State, KVCache]:
-    """Fills a row of a state with a sequence, from position 0.
-
-    Args:
-      tokens: int32 [T], 1 <= T <= max_length.
-      row: a one-row cache to work on, donated.
-
-    Returns:
-      The state, and the one-row cache for the next call.
-    """
-    if not len(tokens):
-        raise ValueError("a sequence needs at least one token")
-    for _, _, chunk in steps.padded_chunks(tokens, steps.chunk_of(model)):
-        logits_1V, row = steps.prefill_chunk(model, params, row, chunk)
-    history_S = steps.history(tokens, state.cache.capacity)
-    return steps.insert(state, np.int32(slot), row, history_S, logits_1V), row
+def free_locals(error: BaseException | None) -> None:
+    """Frees what the frames of an error's traceback hold, such as the arrays of calls that failed."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__  # JAX's own frames; a context would be of callers that handle another error
 
 
 def _unstacked(stacked: sampling.Sampled) -> list[sampling.Sampled]:
@@ -356,6 +291,7 @@ def _unstacked(stacked: sampling.Sampled) -> list[sampling.Sampled]:
     return [jax.tree.unflatten(tree, of_step) for of_step in zip(*leaves, strict=True)]
 
 
-def _token(sampled: sampling.Sampled, slot: int) -> Token:
-    top = zip(sampled.top_ids_BC[slot].tolist(), sampled.top_logprobs_BC[slot].tolist(), strict=True)
-    return Token(slot, int(sampled.token_B[slot]), float(sampled.logprob_B[slot]), tuple(top))
+def _token(sampled: sampling.Sampled, row: int, request: int, num_top: int) -> Token:
+    ids, logprobs = sampled.top_ids_BC[row, :num_top], sampled.top_logprobs_BC[row, :num_top]
+    top = zip(ids.tolist(), logprobs.tolist(), strict=True)
+    return Token(request, int(sampled.token_B[row]), float(sampled.logprob_B[row]), tuple(top))

@@ -1,11 +1,48 @@
 """Limits on what a caller may ask for: positions in a sequence, rows in a step."""
 
+import dataclasses
 import numbers
 import os
+import re
 
 from gptjax.config import ModelConfig
 from gptjax.errors import CapacityError, RequestError
 from gptjax.support.quoting import quoted
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryLimit:
+    """How much memory an engine may take. One of both is given."""
+
+    share: float | None = None  # of the device's memory, above 0 and at most 1: for the weights and all else
+    tokens: int | None = None  # positions of the cache
+
+    def check(self, max_length: int) -> None:
+        """Raises `CapacityError` if there are fewer tokens than one request may have."""
+        if self.tokens is not None and self.tokens < max_length:
+            raise CapacityError(
+                f"a cache of {self.tokens} tokens has no room for one request of max_length={max_length}: give at "
+                f"least that many (--memory {max_length}tokens), or a smaller max_length (--max-length {self.tokens})"
+            )
+
+
+def memory_limit(given: object) -> MemoryLimit | None:
+    """Reads a share of the device, such as 0.9 or "0.9", or a number of tokens, such as "262144tokens".
+
+    Raises:
+      RequestError: neither of these.
+    """
+    if given is None:
+        return None
+    text = str(given).strip() if isinstance(given, str | int | float) and not isinstance(given, bool) else ""
+    if re.fullmatch(r"0*[1-9][0-9]{0,14} ?tokens", text):
+        return MemoryLimit(tokens=int(text.removesuffix("tokens")))
+    if re.fullmatch(r"[0-9]*\.?[0-9]+(e-[0-9]+)?", text) and 0 < float(text) <= 1:
+        return MemoryLimit(share=float(text))
+    raise RequestError(
+        f"memory is a share of the device's memory, above 0 and at most 1, such as 0.9, or a number of tokens, such as "
+        f"262144tokens; found {quoted(given)}"
+    )
 
 
 def positions(config: ModelConfig, max_length: int | None, *, default: int | None = None) -> int:

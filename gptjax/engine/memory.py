@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +17,20 @@ from jax.errors import JaxRuntimeError  # by name: a generator may be closed aft
 from gptjax.config import GptOssConfig, LlamaConfig, ModelConfig
 from gptjax.config.quantization import packs
 from gptjax.engine import steps
+from gptjax.engine.limits import MemoryLimit
+from gptjax.engine.pools import default_policy, least_pages, most_pages, pool_bytes, pool_kinds
 from gptjax.errors import CapacityError
-from gptjax.layers.cache import SLOT_MULTIPLE, capacity_of, places_of
+from gptjax.layers.cache import capacity_of, kinds, pages_of, reach
 from gptjax.layers.weight import AT_ONCE
 from gptjax.models import registry
 from gptjax.models.params import abstract_params
 from gptjax.models.registry import Model
-from gptjax.support.runtime import DeviceMemory, device_memory
+from gptjax.scheduling.policy import Policy
+from gptjax.support.runtime import DeviceMemory, device_memory, whole_memory
 from gptjax.support.units import readable
 from pallas_kernels.attention.reference import DENSE_SCORES
 from pallas_kernels.moe.reference import TOGETHER, group_sizes
+from pallas_kernels.pages import PAGE
 
 _LEAST_LENGTH = 32  # positions; a shorter `max_length` helps no one
 _FIXED = {"cpu": 1 << 20}  # bytes of a program's constants and small buffers; elsewhere also the libraries' workspaces
@@ -37,29 +42,52 @@ class Memory:
     """Bytes needed on the device for given numbers of rows and positions, and what the device has."""
 
     weights: int
-    cache: int  # keys and values of all rows, preallocated
-    logits: int  # of all rows, float32, and the int32 tokens at their positions
+    cache: int  # keys and values with room for all rows at `max_length`, preallocated
+    least_cache: int  # the same with room for one: an engine takes what fits, at least this
+    logits: int  # of all rows, float32, and as many int32 counts for penalties; for a `State`, its tokens instead
     activations: int  # the most temporary memory of a step: an upper estimate, see `activations`
     loading: int  # what `load` holds in addition to the weights, before the cache exists; 0 except on a CPU
     device: DeviceMemory
 
     @property
     def total(self) -> int:
-        """The peak."""
-        return self.weights + max(self.loading, self.cache + self.logits + self.activations)
+        """The peak, with room for all rows."""
+        return self.peak(self.cache)
+
+    @property
+    def least(self) -> int:
+        """The peak, with the smallest cache."""
+        return self.peak(self.least_cache)
+
+    def peak(self, cache: int) -> int:
+        """The peak, with a cache of this many bytes."""
+        return self.weights + max(self.loading, cache + self.logits + self.activations)
 
 
-def needed(model: Model, *, batch: int, max_length: int, device: DeviceMemory | None = None) -> Memory:
-    """The memory of a model with a state of `batch` rows while it generates.
+def needed(
+    model: Model,
+    *,
+    batch: int,
+    max_length: int,
+    device: DeviceMemory | None = None,
+    policy: Policy | None = None,
+    state: bool = False,
+) -> Memory:
+    """The memory of a model with an engine of `batch` rows while it generates.
 
-    Each concurrent generation (an unfinished `stream`) needs its own cache, logits and activations.
+    All generations that are open at a time, such as unfinished streams, share one engine: their rows add up.
+
+    Args:
+      policy: the engine's; by default that of a `LanguageModel`.
+      state: the memory with a `steps.State` instead, in which each row has its own pages.
     """
     device = device_memory() if device is None else device
-    cache, logits = _state(model, batch, max_length)
+    cache, least, logits = (_state if state else _slots)(model, batch, max_length, policy)
     weights, largest, _ = _weights(model)
     return Memory(
         weights=weights,
         cache=cache,
+        least_cache=least,
         logits=logits,
         activations=activations(model, batch=batch, max_length=max_length, platform=device.platform),
         # On a CPU the device's memory is the host's, in which a weight is cast and then copied (`weights.place`).
@@ -100,12 +128,11 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
         4·T·(q, k, v and residual (N + 2K)·H + the larger of the MLP's 2·F (3·F if it is gated; for experts, see `_moe`)
              and attention's 5·N·H + 2·D and 2·N·128 scores)
         or, off the CPU, 2 · 4·B·N·T·S scores of any prompt or decode step with B·N·T·S at most 2^26, if more
-        + 2 · one row's cache, which prefill takes out of the whole cache and puts back
         + 8 · 4·B·V, the sampler's sorts and copies of all logits
         + the numbers of the largest packed weight that is unpacked as a whole, or on a CPU of 2^18 at a time
         + 1 MiB (64 MiB off the CPU, for the workspaces of matrix products)
-        + on a CPU in half precision, the larger of weights and cache in float32: XLA has no half-precision products
-          there and converts them
+        + on a CPU in half precision, the weights in float32: XLA has no half-precision products there and converts
+          them
 
     A test checks that it is at least what XLA reports and at most four times that (plus the workspaces). For its
     result, `LanguageModel.logits` needs another 4·T·V, and `LanguageModel.activations` all that it returns.
@@ -117,19 +144,17 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     T = max(buckets)
     projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
     S = capacity_of(max_length)
-    scored = config.num_heads * (2 * SLOT_MULTIPLE + 5 * config.head_width)
+    scored = config.num_heads * (2 * PAGE + 5 * config.head_width)
     attention = 4 * T * (scored + 2 * config.width)
     mlp = _moe(config, T) if isinstance(config, GptOssConfig) else 4 * T * (_up(config) + config.mlp_width)
     chunk = 4 * T * projected + max(mlp, attention)
-    row = _cache(model, 1, max_length)
     if platform != "cpu":
         at_once = [config.num_heads * rows * S for rows in (*buckets, batch)]
         chunk = max([chunk, *(8 * scores for scores in at_once if scores <= DENSE_SCORES)])
-    estimate = chunk + 2 * row + 32 * batch * config.vocab_size + _unpacked(config, platform)
+    estimate = chunk + 32 * batch * config.vocab_size + _unpacked(config, platform)
     estimate += _FIXED.get(platform, _FIXED_ELSEWHERE)
-    width = jnp.dtype(model.dtype).itemsize
-    if platform == "cpu" and width < 4:
-        estimate += max(4 * _weights(model)[2], 4 // width * batch * row)
+    if platform == "cpu" and jnp.dtype(model.dtype).itemsize < 4:
+        estimate += 4 * _weights(model)[2]
     return estimate
 
 
@@ -163,7 +188,7 @@ def _unpacked(config: ModelConfig, platform: str) -> int:
 
 
 @contextlib.contextmanager
-def explained(model: Model, *, batch: int, max_length: int, loaded: bool = True) -> Iterator[None]:
+def explained(model: Model, *, batch: int, max_length: int, loaded: bool = True, state: bool = False) -> Iterator[None]:
     """Turns an out-of-memory error raised in the body into a `CapacityError` that says what to try.
 
     A GPU works asynchronously: what the body does not wait for may fail later, when its result is read.
@@ -171,6 +196,7 @@ def explained(model: Model, *, batch: int, max_length: int, loaded: bool = True)
     Args:
       batch, max_length: rows and positions that the body computes.
       loaded: the model's weights are already on the device.
+      state: see `needed`.
     """
     before = None if loaded else device_memory()  # if loading fails, only some of the weights are there
     try:
@@ -180,9 +206,10 @@ def explained(model: Model, *, batch: int, max_length: int, loaded: bool = True)
             raise
         device = device_memory() if before is None else before
         has = device.available + (_weights(model)[0] if loaded else 0)
-        message = shortfall(model, batch=batch, max_length=max_length, has=has, device=device)
+        sizes: dict[str, Any] = {"batch": batch, "max_length": max_length, "device": device, "state": state}
+        message = shortfall(model, has=has, **sizes)
         if message is None:
-            need = needed(model, batch=batch, max_length=max_length, device=device).total
+            need = needed(model, **sizes).least
             message = (
                 f"the {device.device} ran out of memory, though {_rows(batch, max_length)} should need only "
                 f"{readable(need)}: close other models, unfinished streams and other programs that use it, or try "
@@ -191,54 +218,72 @@ def explained(model: Model, *, batch: int, max_length: int, loaded: bool = True)
         raise CapacityError(message) from error
 
 
-def check(model: Model, *, batch: int, max_length: int) -> None:
-    """Raises `CapacityError` if the model and its state do not fit on the default device. Allocates nothing."""
+def check(model: Model, *, batch: int, max_length: int, limit: MemoryLimit | None = None) -> None:
+    """Raises `CapacityError` if the model and an engine do not fit on the default device. Allocates nothing."""
+    if limit is not None:
+        limit.check(max_length)
     device = device_memory()
-    message = shortfall(model, batch=batch, max_length=max_length, has=device.available, device=device)
+    message = shortfall(model, batch=batch, max_length=max_length, has=device.available, device=device, limit=limit)
     if message is not None:
         raise CapacityError(message)
 
 
-def check_state(model: Model, *, batch: int, max_length: int, reuse: bool = False) -> None:
-    """Raises `CapacityError` if a loaded model's state, whose size is known exactly, no longer fits.
+def check_state(model: Model, *, batch: int, max_length: int) -> None:
+    """Raises `CapacityError` if a loaded model's `steps.State`, whose size is known exactly, no longer fits.
 
     Called before allocating it: a GPU's allocator tries for ten seconds a layer before it gives up.
-
-    Args:
-      reuse: the engine also keeps copies of the sliding layers' rings, to continue from prompts.
     """
-    device, (cache, logits) = device_memory(), _state(model, batch, max_length)
-    if cache + logits + (rings(model, batch=batch, max_length=max_length) if reuse else 0) > device.available:
+    device, (cache, _, logits) = device_memory(), _state(model, batch, max_length)
+    if cache + logits > device.available:
         has = device.available + _weights(model)[0]
-        message = shortfall(model, batch=batch, max_length=max_length, has=has, device=device)
+        message = shortfall(model, batch=batch, max_length=max_length, has=has, device=device, state=True)
         raise CapacityError(message or f"{_rows(batch, max_length)} do not fit")
 
 
-def rings(model: Model, *, batch: int, max_length: int) -> int:
-    """Bytes of a copy of the sliding layers' rings for each of `batch` rows."""
-    capacity = capacity_of(max_length)
-    windows = [window for window in model.config.windows if window is not None and window < capacity]
-    return batch * _places(model) * sum(windows)
-
-
-def shortfall(model: Model, *, batch: int, max_length: int, has: int, device: DeviceMemory) -> str | None:
+def shortfall(
+    model: Model,
+    *,
+    batch: int,
+    max_length: int,
+    has: int,
+    device: DeviceMemory,
+    policy: Policy | None = None,
+    state: bool = False,
+    limit: MemoryLimit | None = None,
+) -> str | None:
     """A message with the memory needed, the memory available and what to try; None if it fits.
 
     Args:
       has: bytes available for the weights and everything else, including any that the model already holds.
+      policy, state: see `needed`. An engine fits if it has room for one row of `max_length` at a time.
+      limit: its share of the device is all that may be used.
     """
-    need = needed(model, batch=batch, max_length=max_length, device=device)
-    if need.total <= has:
+    need = needed(model, batch=batch, max_length=max_length, device=device, policy=policy, state=state)
+    where = f"the {device.device}"
+    if limit is not None and limit.share is not None:
+        has, where = min(has, int(limit.share * whole_memory(device))), f"{limit.share:g} of {where}"
+    if need.least <= has:
         return None
+    one = "" if state or batch == 1 else " of 1 row"
     return (
-        f"the model with {_rows(batch, max_length)} in {jnp.dtype(model.dtype).name} needs {readable(need.total)} "
-        f"(weights {readable(need.weights)}, cache {readable(need.cache)}, activations {readable(need.activations)}), "
-        f"but the {device.device} has {readable(has)} available; "
-        f"try {advice(model, batch=batch, max_length=max_length, has=has, device=device)}"
+        f"the model with {_rows(batch, max_length)} in {jnp.dtype(model.dtype).name} needs "
+        f"{'at least ' if one else ''}{readable(need.least)} (weights {readable(need.weights)}, cache{one} "
+        f"{readable(need.least_cache)}, activations {readable(need.activations)}), "
+        f"but {where} has {readable(has)} available; "
+        f"try {advice(model, batch=batch, max_length=max_length, has=has, device=device, policy=policy, state=state)}"
     )
 
 
-def advice(model: Model, *, batch: int, max_length: int, has: int, device: DeviceMemory) -> str:
+def advice(
+    model: Model,
+    *,
+    batch: int,
+    max_length: int,
+    has: int,
+    device: DeviceMemory,
+    policy: Policy | None = None,
+    state: bool = False,
+) -> str:
     """The settings with the fewest changes that need at most `has` bytes: dtype, then length, then rows, then both."""
     half = registry.build(model.config, dtype=jnp.bfloat16, implementation=model.implementation)
     choices = [(half, False, False), (model, True, False), (model, False, True), (half, True, False)]
@@ -247,13 +292,14 @@ def advice(model: Model, *, batch: int, max_length: int, has: int, device: Devic
         choices = [choice for choice in choices if choice[0] is model]
 
     def total(model: Model, rows: int, length: int) -> int:
-        return needed(model, batch=rows, max_length=length, device=device).total
+        how = None if policy is None else dataclasses.replace(policy, slots=rows)
+        return needed(model, batch=rows, max_length=length, device=device, policy=how, state=state).least
 
     for candidate, shorter, fewer in choices:
         rows, length = (1 if fewer and shorter else batch), max_length
         if shorter:
             length = _largest(lambda n, m=candidate, b=rows: total(m, b, n) <= has, below=max_length)  # type: ignore[misc]
-            length -= length % SLOT_MULTIPLE if length > SLOT_MULTIPLE else 0  # the cache grows in such steps
+            length -= length % PAGE if length > PAGE else 0  # the cache grows in such steps
         elif fewer:
             rows = _largest(lambda n, m=candidate: total(m, n, max_length) <= has, below=batch)  # type: ignore[misc]
         if rows < 1 or length < min(_LEAST_LENGTH, max_length) or total(candidate, rows, length) > has:
@@ -274,20 +320,34 @@ def _largest(fits: Callable[[int], bool], *, below: int) -> int:
     return low
 
 
-def _state(model: Model, batch: int, max_length: int) -> tuple[int, int]:
-    """Bytes of the cache, and of the logits and tokens."""
-    return _cache(model, batch, max_length), 4 * batch * (model.config.vocab_size + capacity_of(max_length))
+def _state(model: Model, batch: int, max_length: int, _: Policy | None = None) -> tuple[int, int, int]:
+    """Bytes of a `steps.State`'s cache, twice, and of its logits and tokens.
+
+    They are computed rather than traced, since tracing a thousand layers takes seconds.
+    """
+    windows = reach(model.config.windows, max_length)
+    chunk = steps.chunk_of(model)
+    pages = sum(1 + batch * pages_of(window, max_length=max_length, chunk=chunk) for window in windows)
+    cache = _page(model) * pages + _tables(model, batch, max_length)
+    return cache, cache, 4 * batch * (model.config.vocab_size + capacity_of(max_length))
 
 
-def _cache(model: Model, batch: int, max_length: int) -> int:
-    """Bytes of `registry.create_cache`, computed rather than traced, since tracing a thousand layers takes seconds."""
-    places = sum(places_of(model.config.windows, capacity_of(max_length)))
-    return batch * (_places(model) * places + 4)  # plus the length
+def _slots(model: Model, batch: int, max_length: int, policy: Policy | None) -> tuple[int, int, int]:
+    """Bytes of an engine's cache with room for all rows and for one, and of its logits and counts of tokens."""
+    each = pool_kinds(model, max_length=max_length, policy=policy or default_policy(model, slots=batch, reuse=True))
+    tables = _tables(model, batch, max_length)
+    cache, least = (pool_bytes(each, pages) + tables for pages in (most_pages(each), least_pages(each)))
+    return cache, least, 8 * batch * model.config.vocab_size
 
 
-def _places(model: Model) -> int:
-    """Bytes of one layer's key and value at one position."""
-    return 2 * model.config.num_kv_heads * model.config.head_width * jnp.dtype(model.dtype).itemsize
+def _tables(model: Model, batch: int, max_length: int) -> int:
+    """Bytes of the tables of pages, and of the lengths."""
+    return 4 * batch * (len(kinds(model.config.windows, max_length)) * capacity_of(max_length) // PAGE + 1)
+
+
+def _page(model: Model) -> int:
+    """Bytes of one layer's keys and values in one page."""
+    return 2 * PAGE * model.config.num_kv_heads * model.config.head_width * jnp.dtype(model.dtype).itemsize
 
 
 @functools.lru_cache(maxsize=16)

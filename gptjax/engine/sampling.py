@@ -6,6 +6,7 @@ bisecting the ordered bits of float32, so the cost is a fixed number of passes w
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,15 @@ class Penalties:
     repetition_B: jax.Array  # float32: prompt and output; positive logits divided by it, negative ones multiplied
     presence_B: jax.Array  # float32: output only; subtracted once
     frequency_B: jax.Array  # float32: output only; subtracted for each occurrence
-    prompt_lengths_B: jax.Array  # int32: where the output begins in the row's history
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bias:
+    """What is added to the logits of some tokens."""
+
+    ids_BM: jax.Array  # int32, each at most once a row; V for none
+    values_BM: jax.Array  # float32
 
 
 @jax.tree_util.register_dataclass
@@ -45,8 +54,11 @@ class Sampling:
     temperature_B: jax.Array | None = None  # float32; 0 is argmax. None: argmax for all
     truncation: Truncation | None = None
     penalties: Penalties | None = None
-    bias_BV: jax.Array | None = None  # float32, added to the logits
+    bias: Bias | None = None
+    top_B: jax.Array | None = None  # int32: how many top log-probabilities each row wants; at most `num_top`
     num_top: int = dataclasses.field(default=0, metadata={"static": True})  # how many top log-probabilities to report
+    # Whether to skip, at run time, what no row uses. The tokens are the same.
+    branches: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -64,37 +76,97 @@ def sample(
     logits_BV: jax.Array,
     positions_B: jax.Array,
     sampling: Sampling,
-    history_BS: jax.Array | None = None,
+    counts: Callable[[], jax.Array] | None = None,
 ) -> Sampled:
     """Draws a token for every row.
 
     Args:
       logits_BV: float32.
-      positions_B: int32, the position of the token to draw, also the length of the row's history.
+      positions_B: int32, the position of the token to draw.
       sampling: the rows' settings.
-      history_BS: int32, the row's tokens so far; only needed for penalties.
+      counts: makes counts_BV, int32, of each token: twice the times that it is in the row's output, plus 1 if it is in
+        its prompt. Only needed for penalties, and only called for these.
     """
+    if sampling.penalties is not None and counts is None:
+        raise ValueError("penalties need the counts of each row's tokens")
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-    shaped_BV = logits_BV
-    if sampling.penalties is not None:
-        if history_BS is None:
-            raise ValueError("penalties need the history of each row")
-        shaped_BV = _penalised(shaped_BV, positions_B, sampling.penalties, history_BS)
-    if sampling.bias_BV is not None:
-        shaped_BV = shaped_BV + sampling.bias_BV
-    token_B = _first_largest(shaped_BV)
-    if sampling.temperature_B is not None:
-        drawn_B = _draw(shaped_BV, positions_B, sampling.seed_B, sampling.temperature_B, sampling.truncation)
-        token_B = jnp.where(sampling.temperature_B > 0, drawn_B, token_B)
+    token_B = (_by_branch if sampling.branches else _token)(logits_BV, positions_B, sampling, counts)
     finite_B = jnp.isfinite(jax.nn.logsumexp(logits_BV, axis=-1))
     logprob_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=-1)[:, 0]
-    top_logprobs_BC, top_ids_BC = jax.lax.top_k(logprobs_BV, sampling.num_top)
+    top_logprobs_BC, top_ids_BC = _top(logits_BV, sampling)
     return Sampled(
         token_B=jnp.where(finite_B, token_B, -1).astype(jnp.int32),
         logprob_B=logprob_B,
         top_ids_BC=top_ids_BC.astype(jnp.int32),
         top_logprobs_BC=top_logprobs_BC,
     )
+
+
+def output_counts(history_BS: jax.Array, lengths_B: jax.Array, vocab_size: int) -> jax.Array:
+    """The counts for `sample` of rows whose tokens are all output, int32 [B, V].
+
+    Args:
+      history_BS: int32, their tokens by position.
+      lengths_B: int32: how many they have.
+    """
+    in_text_BS = jnp.arange(history_BS.shape[1]) < lengths_B[:, None]
+    row_B1 = jnp.arange(history_BS.shape[0])[:, None]
+    counts_BV = jnp.zeros((history_BS.shape[0], vocab_size), jnp.int32)
+    return counts_BV.at[row_B1, history_BS].add(2 * in_text_BS.astype(jnp.int32), mode="drop")
+
+
+def _by_branch(
+    logits_BV: jax.Array, positions_B: jax.Array, sampling: Sampling, counts: Callable[[], jax.Array] | None
+) -> jax.Array:
+    """`_token`, without drawing, shaping the logits or cutting off tokens if no row uses that."""
+    no, (truncation, penalties, bias) = jnp.array(False), (sampling.truncation, sampling.penalties, sampling.bias)
+    draws = no if sampling.temperature_B is None else (sampling.temperature_B > 0).any()
+    cuts = shapes = no
+    if truncation is not None:
+        cuts = ((truncation.top_k_B > 0) | (truncation.top_p_B < 1) | (truncation.min_p_B > 0)).any()
+    if penalties is not None:
+        shapes |= ((penalties.repetition_B != 1) | (penalties.presence_B != 0) | (penalties.frequency_B != 0)).any()
+    if bias is not None:
+        shapes |= (bias.ids_BM < logits_BV.shape[-1]).any()
+    whole = dataclasses.replace(sampling, truncation=None)
+    plain = dataclasses.replace(whole, penalties=None, bias=None)
+    greedy = [dataclasses.replace(each, temperature_B=None) for each in (plain, whole)]
+    forms = [greedy[0], plain, greedy[1], whole, sampling]
+    index = jnp.where(draws & cuts, 4, 2 * shapes.astype(jnp.int32) + draws)
+    branches = [lambda form=form: _token(logits_BV, positions_B, form, counts) for form in forms]
+    token_B: jax.Array = jax.lax.switch(index, branches)
+    return token_B
+
+
+def _token(
+    logits_BV: jax.Array, positions_B: jax.Array, sampling: Sampling, counts: Callable[[], jax.Array] | None
+) -> jax.Array:
+    """A token for every row, int32; anything if its logits are not finite."""
+    if sampling.penalties is not None:
+        assert counts is not None
+        logits_BV = _penalised(logits_BV, sampling.penalties, counts())
+    if sampling.bias is not None:
+        row_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+        logits_BV = logits_BV.at[row_B1, sampling.bias.ids_BM].add(sampling.bias.values_BM, mode="drop")
+    token_B = _first_largest(logits_BV)
+    if sampling.temperature_B is not None:
+        drawn_B = _draw(logits_BV, positions_B, sampling.seed_B, sampling.temperature_B, sampling.truncation)
+        token_B = jnp.where(sampling.temperature_B > 0, drawn_B, token_B)
+    return token_B
+
+
+def _top(logits_BV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """The largest log-probabilities [B, C] and their tokens; zeros if no row wants any."""
+
+    def found() -> tuple[jax.Array, jax.Array]:
+        values_BC, ids_BC = jax.lax.top_k(jax.nn.log_softmax(logits_BV, axis=-1), sampling.num_top)
+        return values_BC, ids_BC
+
+    if not sampling.branches or sampling.top_B is None:
+        return found()
+    nothing = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), jax.eval_shape(found))
+    top: tuple[jax.Array, jax.Array] = jax.lax.cond((sampling.top_B > 0).any(), found, lambda: nothing)
+    return top
 
 
 def _draw(
@@ -162,18 +234,10 @@ def _at_least(values_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array) 
     return ordered_BV >= threshold_B[:, None]
 
 
-def _penalised(logits_BV: jax.Array, positions_B: jax.Array, penalties: Penalties, history_BS: jax.Array) -> jax.Array:
-    index_S = jnp.arange(history_BS.shape[1])
-    in_text_BS = index_S < positions_B[:, None]
-    in_output_BS = in_text_BS & (index_S >= penalties.prompt_lengths_B[:, None])
-    row_B1 = jnp.arange(logits_BV.shape[0])[:, None]
-
-    def count(marked_BS: jax.Array) -> jax.Array:
-        return jnp.zeros_like(logits_BV).at[row_B1, history_BS].add(marked_BS.astype(logits_BV.dtype), mode="drop")
-
+def _penalised(logits_BV: jax.Array, penalties: Penalties, counts_BV: jax.Array) -> jax.Array:
     repetition_B1 = penalties.repetition_B[:, None]
     repeated_BV = jnp.where(logits_BV > 0, logits_BV / repetition_B1, logits_BV * repetition_B1)
-    logits_BV = jnp.where(count(in_text_BS) > 0, repeated_BV, logits_BV)
-    output_count_BV = count(in_output_BS)
+    logits_BV = jnp.where(counts_BV > 0, repeated_BV, logits_BV)
+    output_count_BV = counts_BV >> 1
     logits_BV = logits_BV - penalties.presence_B[:, None] * (output_count_BV > 0)
     return logits_BV - penalties.frequency_B[:, None] * output_count_BV

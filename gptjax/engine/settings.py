@@ -4,16 +4,15 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptjax.engine import sampling
-from gptjax.engine.request import MAX_TOP_LOGPROBS, Request, SamplingParams
+from gptjax.engine.request import MAX_BIASES, MAX_TOP_LOGPROBS, Request, SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Which parts of sampling are compiled: those that any row so far has used, so that they change rarely."""
+    """Which parts of sampling are compiled."""
 
     draws: bool = False
     truncates: bool = False
@@ -27,29 +26,33 @@ class Features:
         num_top = next(size for size in (0, 5, MAX_TOP_LOGPROBS) if size >= params.top_logprobs)
         return cls(params.temperature > 0, params.truncates, params.penalises, bool(params.logit_bias), num_top)
 
+    @classmethod
+    def everything(cls) -> "Features":
+        """All that there are."""
+        return cls(draws=True, truncates=True, penalises=True, biases=True, num_top=MAX_TOP_LOGPROBS)
+
     def __or__(self, other: "Features") -> "Features":
         return Features(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
 
 
-def settings_of(requests: Sequence[Request | None], vocab_size: int, features: Features) -> sampling.Sampling:
-    """The rows' settings as arrays; those not in `features` are None and are not computed."""
+def settings_of(
+    requests: Sequence[Request | None], vocab_size: int, features: Features, *, branches: bool = False
+) -> sampling.Sampling:
+    """The rows' settings as arrays; those not in `features` are None and are not computed.
+
+    Args:
+      branches: whether to skip at run time what no row uses: see `Sampling`.
+    """
     off = SamplingParams(seed=0)
     rows = [off if request is None else request.params for request in requests]
 
     def column(name: str, dtype: type[np.generic]) -> jax.Array:
         values = [getattr(params, name) for params in rows]
         # A k beyond the vocabulary keeps all tokens, and may not fit in int32.
-        return jnp.asarray(
+        return _on_device(
             np.asarray([min(value, vocab_size) for value in values] if name == "top_k" else values, dtype)
         )
 
-    bias_BV = None
-    if features.biases:
-        bias_BV = np.zeros((len(rows), vocab_size), np.float32)
-        for row, params in enumerate(rows):
-            for token, bias in params.logit_bias.items():
-                bias_BV[row, token] = bias
-    prompt_lengths = [0 if request is None else len(request.prompt_ids) for request in requests]
     return sampling.Sampling(
         seed_B=column("seed", np.uint32),
         temperature_B=column("temperature", np.float32) if features.draws else None,
@@ -64,10 +67,27 @@ def settings_of(requests: Sequence[Request | None], vocab_size: int, features: F
             repetition_B=column("repetition_penalty", np.float32),
             presence_B=column("presence_penalty", np.float32),
             frequency_B=column("frequency_penalty", np.float32),
-            prompt_lengths_B=jnp.asarray(prompt_lengths, jnp.int32),
         )
         if features.penalises
         else None,
-        bias_BV=None if bias_BV is None else jnp.asarray(bias_BV),
+        bias=_bias(rows, vocab_size) if features.biases else None,
+        top_B=column("top_logprobs", np.int32) if branches else None,
         num_top=min(features.num_top, vocab_size),
+        branches=branches,
     )
+
+
+def _bias(rows: Sequence[SamplingParams], vocab_size: int) -> sampling.Bias:
+    ids_BM = np.full((len(rows), MAX_BIASES), vocab_size, np.int32)
+    values_BM = np.zeros((len(rows), MAX_BIASES), np.float32)
+    for row, params in enumerate(rows):
+        count = len(params.logit_bias)
+        ids_BM[row, :count] = list(params.logit_bias)
+        values_BM[row, :count] = list(params.logit_bias.values())
+    return sampling.Bias(_on_device(ids_BM), _on_device(values_BM))
+
+
+def _on_device(array: np.ndarray) -> jax.Array:
+    """(`jnp.asarray` compiles something for each new shape.)"""
+    placed: jax.Array = jax.device_put(array)
+    return placed

@@ -1,9 +1,8 @@
-"""The jitted steps that make up all generation, and the state they pass along.
+"""The jitted steps for generation loops of one's own, and the state they pass along.
 
 `sample` then `advance` decodes one token: it can be read, and sent to its reader, while the device already works on the
-next. `decode` does several in one call, for devices that compute a step faster than the host can dispatch it. The model
-is a static argument, so two models of one configuration share compiled code. Parameters are nested or flat; flat ones
-cost the host less per call, and each kind is compiled separately.
+next. The model is a static argument, so two models of one configuration share compiled code. Parameters are nested or
+flat; flat ones cost the host less per call, and each kind is compiled separately. The engine has programs of its own.
 """
 
 import dataclasses
@@ -21,12 +20,11 @@ from gptjax.layers.cache import KVCache
 from gptjax.models import registry
 from gptjax.models.registry import Model
 from pallas_kernels import dispatch
+from pallas_kernels.pages import Tiles
 
 CHUNK, LARGEST_CHUNK = 1024, 2048  # the most prompt tokens in one call; see `chunk_of`
 SCORED_CHUNK = 512  # tokens whose logits are held together; for gpt-oss they are 0.8 MB each
 _SMALLEST_BUCKET = 32
-
-Rings = tuple[tuple[jax.Array, jax.Array], ...]  # k and v [1, K, S, H] of each sliding layer
 
 
 @jax.tree_util.register_dataclass
@@ -45,9 +43,9 @@ class State:
         return self.logits_BV.shape[0]
 
 
-def init_state(model: Model, *, batch: int, max_length: int) -> State:
-    """A state of `batch` empty rows."""
-    cache = registry.create_cache(model, batch=batch, max_length=max_length)
+def init_state(model: Model, *, batch: int, max_length: int, chunk: int | None = None) -> State:
+    """A state of `batch` empty rows, for prompts in chunks of at most `chunk` tokens, by default `chunk_of(model)`."""
+    cache = registry.create_cache(model, batch=batch, max_length=max_length, chunk=chunk or chunk_of(model))
     return State(
         cache=cache,
         history_BS=jnp.zeros((batch, cache.capacity), jnp.int32),
@@ -85,25 +83,18 @@ def chunks(length: int, largest: int = CHUNK) -> list[tuple[int, int, int]]:
     return cuts
 
 
-def padded_chunks(tokens: np.ndarray, largest: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yields a sequence, int32 [T], as (start, real tokens, a chunk for `prefill_chunk` or `score_chunk`)."""
+def padded_chunks(tokens: np.ndarray, largest: int, slot: int = 0) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yields a slot's sequence, int32 [T], as (start, real tokens, a chunk for `prefill_chunk` or `score_chunk`)."""
     for start, count, bucket in chunks(len(tokens), largest):
-        yield start, count, padded(tokens, start, count, bucket)
+        yield start, count, padded(tokens, slot, start, count, bucket)
 
 
-def padded(tokens: np.ndarray, start: int, count: int, bucket: int) -> np.ndarray:
-    """One of the `chunks` of a sequence, int32 [T], for `prefill_chunk` or `score_chunk`."""
-    chunk = np.zeros(2 + bucket, np.int32)
-    chunk[:2] = start, count
-    chunk[2 : 2 + count] = tokens[start : start + count]
+def padded(tokens: np.ndarray, slot: int, start: int, count: int, bucket: int) -> np.ndarray:
+    """One of the `chunks` of a slot's sequence, int32 [T], for `prefill_chunk` or `score_chunk`."""
+    chunk = np.zeros(3 + bucket, np.int32)
+    chunk[:3] = slot, start, count
+    chunk[3 : 3 + count] = tokens[start : start + count]
     return chunk
-
-
-def history(tokens: np.ndarray, capacity: int) -> np.ndarray:
-    """The history [S] of a sequence, int32 [T], for `insert`."""
-    history_S = np.zeros(capacity, np.int32)
-    history_S[: len(tokens)] = tokens
-    return history_S
 
 
 def _apply(model: Model, params: AnyParams, *arguments: jax.Array | KVCache, method: str | None = None) -> Any:
@@ -111,129 +102,89 @@ def _apply(model: Model, params: AnyParams, *arguments: jax.Array | KVCache, met
     return model.apply({"params": nested}, *arguments, method=method)
 
 
-def _run_chunk(model: Model, params: AnyParams, row: KVCache, chunk: jax.Array) -> tuple[jax.Array, KVCache]:
-    """Runs a padded chunk on a one-row cache. Returns hidden states [1, T, D] and the cache, `start + count` long."""
-    start, count, tokens_T = chunk[0], chunk[1], chunk[2:]
-    row = dataclasses.replace(row, lengths_B=jnp.full_like(row.lengths_B, start))
+def _run_chunk(model: Model, params: AnyParams, cache: KVCache, chunk: jax.Array) -> tuple[jax.Array, KVCache]:
+    """Adds a padded chunk to a row. Returns its hidden states [1, T, D], and the cache with the row's new length."""
+    slot_1, start, count, tokens_T = chunk[:1], chunk[1], chunk[2], chunk[3:]
     offset_T = jnp.arange(tokens_T.shape[0], dtype=jnp.int32)
     positions_1T = jnp.where(offset_T < count, start + offset_T, -1)[None]
-    hidden_1TD, new_row = _apply(model, params, tokens_T[None], positions_1T, row)
-    return hidden_1TD, new_row
+    tiles = Tiles.of(positions_1T) if len(tokens_T) > 1 else None
+    row = dataclasses.replace(cache.rows(slot_1), lengths_B=chunk[1:2], tiles=tiles)
+    hidden_1TD, row = _apply(model, params, tokens_T[None], positions_1T, row)
+    return hidden_1TD, cache.joined(slot_1, row)
 
 
-@partial(jax.jit, static_argnames=("model",), donate_argnames=("row",))
-def prefill_chunk(model: Model, params: AnyParams, row: KVCache, chunk: jax.Array) -> tuple[jax.Array, KVCache]:
-    """Adds a chunk of tokens to a sequence; a chunk that starts at 0 begins a new sequence.
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
+def prefill_chunk(model: Model, params: AnyParams, state: State, chunk: jax.Array) -> tuple[jax.Array, State]:
+    """Adds a chunk of tokens to a row's sequence; a chunk that starts at 0 begins a new sequence.
 
-    Works on a one-row cache, so it is compiled once per bucket, whatever the state's number of rows.
+    Compiled once per bucket for each number of the state's rows.
 
     Args:
-      row: a one-row cache, donated.
-      chunk: int32 [2 + T]: the position of its first token, the number of real tokens, and the tokens, padded to a
-        bucket's length. A single array, because the host sends each array to the device separately.
+      state: donated.
+      chunk: int32 [3 + T]: the row, the position of its first token, the number of real tokens, and the tokens, padded
+        to a bucket's length. A single array, because the host sends each array to the device separately.
 
     Returns:
-      The logits [1, V] after the last token, and the cache.
+      The logits [1, V] after the last token, and the state, of which these are the row's.
     """
-    hidden_1TD, row = _run_chunk(model, params, row, chunk)
-    last_1D = jax.lax.dynamic_index_in_dim(hidden_1TD, chunk[1] - 1, axis=1, keepdims=False)
-    return _apply(model, params, last_1D, method="head"), row
-
-
-@partial(jax.jit, static_argnames=("model",), donate_argnames=("row",))
-def score_chunk(model: Model, params: AnyParams, row: KVCache, chunk: jax.Array) -> tuple[jax.Array, KVCache]:
-    """Like `prefill_chunk`, with the logits [T, V] at every position of the chunk."""
-    hidden_1TD, row = _run_chunk(model, params, row, chunk)
-    return _apply(model, params, hidden_1TD[0], method="head"), row
-
-
-@partial(jax.jit, donate_argnames=("state",))
-def insert(state: State, slot: jax.Array, row: KVCache, history_S: jax.Array, logits_1V: jax.Array) -> State:
-    """Replaces one row of the state with a prefilled sequence.
-
-    Args:
-      slot: int32 scalar.
-      row: the one-row cache that `prefill_chunk` returned.
-      history_S: int32, the sequence's tokens, padded to the cache's capacity.
-      logits_1V: the logits that `prefill_chunk` returned.
-    """
-    return dataclasses.replace(
+    slot, start, count, tokens_T = chunk[0], chunk[1], chunk[2], chunk[3:]
+    hidden_1TD, cache = _run_chunk(model, params, state.cache, chunk)
+    last_1D = jax.lax.dynamic_index_in_dim(hidden_1TD, count - 1, axis=1, keepdims=False)
+    logits_1V = _apply(model, params, last_1D, method="head")
+    offset_T = jnp.arange(tokens_T.shape[0])
+    place_T = jnp.where(offset_T < count, start + offset_T, cache.capacity)  # updates out of bounds are dropped
+    return logits_1V, dataclasses.replace(
         state,
-        cache=state.cache.with_row(slot, row),
-        history_BS=state.history_BS.at[slot].set(history_S),
+        cache=cache,
+        history_BS=state.history_BS.at[slot, place_T].set(tokens_T, mode="drop"),
         logits_BV=state.logits_BV.at[slot].set(logits_1V[0]),
     )
 
 
-@jax.jit
-def rings(row: KVCache) -> Rings:
-    """A copy of the sliding layers of a one-row cache, which later tokens overwrite."""
-    layers = zip(row.k, row.v, strict=True)
-    return tuple((jnp.copy(k), jnp.copy(v)) for k, v in layers if k.shape[2] < row.capacity)
-
-
-@jax.jit
-def extract(state: State, slot: jax.Array, rings: Rings) -> KVCache:
-    """A one-row cache for `prefill_chunk` to continue from: a slot's, with the saved rings.
-
-    Args:
-      slot: int32 scalar. The full-attention layers must still hold the positions to continue from.
-      rings: what `rings` returned right after the last of these positions was added.
-    """
-    row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=0), state.cache)
-    copies = iter(jax.tree.map(jnp.copy, rings))  # otherwise donating the row would also donate the saved rings
-    layers = zip(row.k, row.v, strict=True)
-    k, v = zip(*(next(copies) if k.shape[2] < row.capacity else (k, v) for k, v in layers), strict=True)
-    return dataclasses.replace(row, k=k, v=v)
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
+def score_chunk(model: Model, params: AnyParams, cache: KVCache, chunk: jax.Array) -> tuple[jax.Array, KVCache]:
+    """Like `prefill_chunk` for a cache alone, with the logits [T, V] at every position of the chunk."""
+    hidden_1TD, cache = _run_chunk(model, params, cache, chunk)
+    return _apply(model, params, hidden_1TD[0], method="head"), cache
 
 
 @jax.jit
 def sample(state: State, settings: sampling.Sampling) -> sampling.Sampled:
-    """Draws the next token of every row. Tokens of unused rows are meaningless."""
-    return sampling.sample(state.logits_BV, state.cache.lengths_B, settings, state.history_BS)
+    """Draws the next token of every row."""
+
+    def counts() -> jax.Array:
+        return sampling.output_counts(state.history_BS, state.cache.lengths_B, state.logits_BV.shape[1])
+
+    return sampling.sample(state.logits_BV, state.cache.lengths_B, settings, counts)
 
 
 @partial(jax.jit, static_argnames=("model",), donate_argnames=("state",))
-def advance(model: Model, params: AnyParams, state: State, token_B: jax.Array, active_B: jax.Array) -> State:
-    """Adds a token to every active row. A row that is full, or a token of -1, makes the row's logits NaN.
+def advance(model: Model, params: AnyParams, state: State, token_B: jax.Array) -> State:
+    """Adds a token to every row. A row that is full, or a token of -1, makes the row's logits NaN.
 
     Args:
+      state: donated.
       token_B: int32.
-      active_B: bool; other rows and their logits are unchanged.
     """
     lengths_B = state.cache.lengths_B
     fits_B = (lengths_B < state.max_length) & (token_B >= 0)
-    positions_B1 = jnp.where(active_B & fits_B, lengths_B, -1)[:, None]
-    hidden_B1D, cache = _apply(model, params, token_B[:, None], positions_B1, state.cache)
-    logits_BV = _apply(model, params, hidden_B1D[:, 0], method="head")
-    logits_BV = jnp.where(fits_B[:, None], logits_BV, jnp.nan)
-    slot_B1 = jnp.where(positions_B1 < 0, state.history_BS.shape[1], positions_B1)
-    row_B1 = jnp.arange(token_B.shape[0])[:, None]
-    return dataclasses.replace(
-        state,
-        cache=cache,
-        history_BS=state.history_BS.at[row_B1, slot_B1].set(token_B[:, None], mode="drop"),
-        logits_BV=jnp.where(active_B[:, None], logits_BV, state.logits_BV),
-    )
+    positions_B = jnp.where(fits_B, lengths_B, -1)
+    hidden_B1D, cache = _apply(model, params, token_B[:, None], positions_B[:, None], state.cache)
+    logits_BV = jnp.where(fits_B[:, None], _apply(model, params, hidden_B1D[:, 0], method="head"), jnp.nan)
+    place_B = jnp.where(fits_B, lengths_B, cache.capacity)  # updates out of bounds are dropped
+    history_BS = state.history_BS.at[jnp.arange(state.batch), place_B].set(token_B, mode="drop")
+    return dataclasses.replace(state, cache=cache, history_BS=history_BS, logits_BV=logits_BV)
 
 
-@partial(jax.jit, static_argnames=("model", "num_steps"), donate_argnames=("state",))
-def decode(
-    model: Model, params: AnyParams, state: State, settings: sampling.Sampling, active_B: jax.Array, num_steps: int
-) -> tuple[State, sampling.Sampled]:
-    """`sample` then `advance`, `num_steps` times in one call; bit-identical to calling them one by one.
-
-    The number of steps is static: the host would wait at each turn of a loop whose end only the device knows.
+def prefill(model: Model, params: AnyParams, state: State, slot: int, tokens: np.ndarray) -> State:
+    """Fills a row of a state with a sequence, from position 0.
 
     Args:
-      active_B: bool; other rows are unchanged.
-
-    Returns:
-      The state, and the tokens of all steps: a `Sampled` whose arrays have the steps as an additional first axis.
+      state: donated; it must be for chunks of `chunk_of(model)`.
+      tokens: int32 [T], 1 <= T <= max_length.
     """
-
-    def step(state: State, _: None) -> tuple[State, sampling.Sampled]:
-        sampled = sample(state, settings)
-        return advance(model, params, state, sampled.token_B, active_B), sampled
-
-    return jax.lax.scan(step, state, length=num_steps)
+    if not len(tokens):
+        raise ValueError("a sequence needs at least one token")
+    for _, _, chunk in padded_chunks(tokens, chunk_of(model), slot):
+        _, state = prefill_chunk(model, params, state, chunk)
+    return state

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from gptjax.axes import HEADS, QKV_HEADS, QUERY_HEADS, WIDTH
 from gptjax.config.rope import Rope
-from gptjax.layers.cache import Attended, KVCache
+from gptjax.layers.cache import KVCache
 from gptjax.layers.linear import Linear
 from gptjax.layers.norm import HeadNorm
 from gptjax.layers.observe import observe
@@ -54,32 +54,45 @@ class Attention(nn.Module):
         qkv_heads = linear((N + 2 * K) * H, (WIDTH, QKV_HEADS), use_bias=self.qkv_bias, name="qkv")
         qkv = qkv_heads.partial_sum(x_BTD)
         angles = None if self.rope is None else rotation(self.rope, H, positions_BT)
-        if cache is not None and self._appends(T, cache):
-            q_BTNH, attended, cache = cache.appended(self.layer, qkv, angles, positions_BT)
-        else:
-            q_BTNH, k_BTKH, v_BTKH = self._heads(qkv, angles, B, T)
-            if cache is None:
-                attended = Attended.of(k_BTKH, v_BTKH, positions_BT)
-            else:
-                attended, cache = cache.update(self.layer, k_BTKH, v_BTKH, positions_BT)
         sinks_N = None
         if self.use_sinks:
             sinks_N = array(self, "sinks", nn.initializers.normal(1.0), (N,), (QUERY_HEADS,), self.param_dtype)
-        out_BTNH = attention(
-            q_BTNH,
-            attended.k_BKSH,
-            attended.v_BKSH,
-            positions_BT,
-            attended.positions_BS,
-            sinks_N,
-            scale=self.scale,
-            window=self.window,
-            cached=cache is not None,
-            implementation=self.implementation,
-        )
+        if cache is None:
+            out_BTNH = self._among_themselves(*self._heads(qkv, angles, B, T), positions_BT, sinks_N)
+        else:
+            if self._appends(T, cache):
+                q_BTNH, cache = cache.appended(self.layer, qkv, angles, positions_BT)
+            else:
+                q_BTNH, k_BTKH, v_BTKH = self._heads(qkv, angles, B, T)
+                cache = cache.update(self.layer, k_BTKH, v_BTKH, positions_BT)
+            out_BTNH = cache.attend(
+                self.layer, q_BTNH, positions_BT, sinks_N, scale=self.scale, implementation=self.implementation
+            )
         observe(self, "heads", out_BTNH)
         out = linear(D, (HEADS, WIDTH), use_bias=self.out_bias, name="out")
         return out.partial_sum(out_BTNH.reshape(B, T, N * H)), cache
+
+    def _among_themselves(
+        self,
+        q_BTNH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        positions_BT: jax.Array,
+        sinks_N: jax.Array | None,
+    ) -> jax.Array:
+        """What a call's queries get from its own keys and values alone, [B, T, N, H]."""
+        return attention(
+            q_BTNH,
+            k_BTKH.transpose(0, 2, 1, 3),
+            v_BTKH.transpose(0, 2, 1, 3),
+            positions_BT,
+            positions_BT,
+            sinks_N,
+            scale=self.scale,
+            window=self.window,
+            cached=False,
+            implementation=self.implementation,
+        )
 
     def _appends(self, T: int, cache: KVCache) -> bool:
         """Whether one kernel goes from the product to the cache. It has no step for a norm of heads."""

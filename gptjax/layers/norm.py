@@ -9,6 +9,7 @@ from gptjax.axes import HEAD_WIDTH, WIDTH
 from gptjax.layers.observe import observe
 from gptjax.layers.residual import Residual
 from gptjax.layers.weight import array
+from pallas_kernels import same_bits
 from pallas_kernels.add_norm import add_norm
 
 
@@ -82,5 +83,5 @@ class HeadNorm(nn.Module):
         """[B, T, N, H] -> the same, of `dtype`."""
         scale_H = array(self, "scale", nn.initializers.ones_init(), x_BTNH.shape[-1:], (HEAD_WIDTH,), self.param_dtype)
         y_BTNH = x_BTNH.astype(jnp.float32)
-        y_BTNH *= jax.lax.rsqrt(jnp.square(y_BTNH).mean(axis=-1, keepdims=True) + self.epsilon)
+        y_BTNH *= jax.lax.rsqrt(same_bits.mean(jnp.square(y_BTNH)) + self.epsilon)
         return observe(self, "output", (y_BTNH * scale_H.astype(jnp.float32)).astype(self.dtype))

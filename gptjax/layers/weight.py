@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels import same_bits
 from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.ggml.fragments import QuantizedFragments
 from pallas_kernels.formats.ggml.weight import Quantized, Rows
@@ -68,7 +69,7 @@ def product(
     if isinstance(kernel, jax.Array) and rows.shape[0] <= FEW:
         return matvec(rows, kernel.astype(dtype), bias, implementation=implementation)
     if isinstance(kernel, jax.Array):
-        y = jax.lax.dot(rows, kernel.astype(dtype), preferred_element_type=jnp.float32)
+        y = same_bits.product(rows, kernel.astype(dtype))
     else:
         parts: Sequence[Matrix] = kernel.parts if isinstance(kernel, Rows) else (kernel,)
         if _is_fragments(parts) and rows.shape[0] <= FEW:
@@ -121,7 +122,8 @@ def _in_parts(rows: jax.Array, packed: MXFP4 | Quantized, *, dtype: DTypeLike) -
     def multiply(index: jax.Array, y: jax.Array) -> jax.Array:
         start = jnp.minimum(index * step, count - step)
         part = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, start, step), packed)
-        return jax.lax.dynamic_update_slice_in_dim(y, _as_a_whole(rows, part, dtype=dtype), start, axis=1)
+        part_TO = same_bits.product_of_rows_on_cpu(rows, part.dequantize(dtype))
+        return jax.lax.dynamic_update_slice_in_dim(y, part_TO, start, axis=1)
 
     # All of it is overwritten; zeros would depend on nothing, and be there for all layers at once, too.
     y = jnp.broadcast_to(rows[:, :1].astype(jnp.float32), (len(rows), count))
@@ -140,6 +142,9 @@ def unembed(hidden: jax.Array, embedding_VD: Embedding, dtype: DTypeLike) -> jax
     """Logits, [..., D] -> [..., V] float32."""
     if isinstance(embedding_VD, jax.Array):
         embedding = embedding_VD.astype(dtype)
+        if same_bits.takes(hidden, embedding):
+            logits = same_bits.head(hidden.reshape(-1, hidden.shape[-1]), embedding)
+            return logits.reshape(*hidden.shape[:-1], -1)
         return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
     rows = hidden.reshape(-1, hidden.shape[-1])
     if isinstance(embedding_VD, Fragments) and rows.shape[0] <= FEW:

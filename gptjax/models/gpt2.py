@@ -71,17 +71,18 @@ class Block(nn.Module):
         self, stream: fused_block.Stream, positions_B: jax.Array, cache: KVCache
     ) -> tuple[fused_block.Stream, KVCache]:
         """The same in one kernel, if `fused_block.takes` such blocks."""
-        stream, k_BKSH, v_BKSH = fused_block.block(
+        stream, k_YKSH, v_YKSH = fused_block.block(
             stream,
             self.weights(),
             positions_B,
             cache.k[self.layer],
             cache.v[self.layer],
+            cache.table(self.layer),
             epsilon=self.config.norm_epsilon,
             scale=self.scale,
             implementation=self.implementation,
         )
-        return stream, cache.with_layer(self.layer, k_BKSH, v_BKSH)
+        return stream, cache.with_layer(self.layer, k_YKSH, v_YKSH)
 
     def weights(self) -> fused_block.Weights:
         """The block's weights, as the kernel takes them."""

@@ -1,6 +1,6 @@
 """Builds a configuration's model and cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import jax.numpy as jnp
@@ -34,12 +34,27 @@ def build(
     )
 
 
-def create_cache(model: Model, *, batch: int, max_length: int) -> KVCache:
-    """An empty cache for the model."""
+def create_cache(model: Model, *, batch: int, max_length: int, chunk: int | None = None) -> KVCache:
+    """An empty cache for the model, for calls of at most `chunk` tokens a row: see `KVCache.create`."""
     config = model.config
     return KVCache.create(
         windows=config.windows,
         batch=batch,
+        max_length=max_length,
+        chunk=chunk,
+        num_kv_heads=config.num_kv_heads,
+        head_width=config.head_width,
+        dtype=model.dtype,
+    )
+
+
+def create_pools(model: Model, *, pages: Sequence[int], rows: int, max_length: int) -> KVCache:
+    """An empty cache for the model, whose pages are given to rows as needed: see `KVCache.pooled`."""
+    config = model.config
+    return KVCache.pooled(
+        windows=config.windows,
+        pages=pages,
+        rows=rows,
         max_length=max_length,
         num_kv_heads=config.num_kv_heads,
         head_width=config.head_width,

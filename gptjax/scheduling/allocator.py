@@ -212,7 +212,8 @@ class Allocator:
         policy = self._policy
         if pool.window is None:
             return policy.pages(length)
-        across = pool.window - 1 + min(policy.chunk, prompt) + policy.steps
+        # A plan that ends a prompt has one step.
+        across = pool.window - 1 + max(min(policy.chunk, prompt) + 1, policy.steps)
         return min(policy.pages(length), policy.pages_across(across))
 
     def _soon(self, pool: Pool, sequence: Sequence) -> int:

@@ -11,6 +11,7 @@ class Join:
 
     slot: int
     request: int
+    drawn: tuple[int, ...] = ()  # its tokens so far, if it was set aside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Plan:
         number, joins, tables, copies, prefill, decode = json.loads(text)
         return cls(
             number=number,
-            joins=tuple(Join(*each) for each in joins),
+            joins=tuple(Join(slot, request, tuple(drawn)) for slot, request, drawn in joins),
             tables=tuple(TableEntry(*each) for each in tables),
             copies=tuple(Copy(*each) for each in copies),
             prefill=tuple(

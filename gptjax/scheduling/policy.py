@@ -20,17 +20,21 @@ class Policy:
     chunk_multiple: int = 1  # prompts are cut, and beginnings reused, only at multiples of this
     packed: bool = True  # pieces of several prompts share a call
     pieces: int = 32  # the most of a call
-    rows: Literal["all", "needed"] = "needed"  # how many a decode call computes
+    # How many a decode call computes: "asked" is as many as its requests ask for, all of them the same number.
+    rows: Literal["all", "needed", "asked"] = "needed"
     share_decoded: bool = False  # see `PrefixTree`
     reuse: bool = True  # keep what requests leave behind in the tree
 
     @classmethod
-    def same_bits(cls, *, slots: int, chunk: int, steps: int = 1, page: int = PAGE) -> Self:
-        """For programs whose rounding depends on their sizes: a request's sizes depend on its own length alone.
+    def same_bits(
+        cls, *, slots: int, chunk: int, steps: int = 1, page: int = PAGE, rows: Literal["all", "asked"] = "all"
+    ) -> Self:
+        """For programs whose rounding depends on their sizes: a request's sizes do not depend on other requests.
 
-        Each piece of a prompt has a call of its own, only whole chunks are reused, and decode computes all rows.
+        Each piece of a prompt has a call of its own, only whole chunks are reused, and decode computes all rows, or as
+        many as a request asks for.
         """
-        return cls(slots, chunk, steps, page, chunk_multiple=chunk, packed=False, rows="all")
+        return cls(slots, chunk, steps, page, chunk_multiple=chunk, packed=False, rows=rows)
 
     def __post_init__(self) -> None:
         for name in ("slots", "chunk", "steps", "page", "chunk_multiple", "pieces"):
@@ -44,12 +48,12 @@ class Policy:
     @property
     def call_sizes(self) -> tuple[int, ...]:
         """The sizes of prefill calls, in tokens: powers of two up to the chunk."""
-        return _powers(min(_SMALLEST_CALL, self.chunk), self.chunk)
+        return powers(min(_SMALLEST_CALL, self.chunk), self.chunk)
 
     @property
     def row_sizes(self) -> tuple[int, ...]:
         """The sizes of decode calls, in rows: powers of two up to the slots, or the slots alone."""
-        return (self.slots,) if self.rows == "all" else _powers(1, self.slots)
+        return (self.slots,) if self.rows == "all" else powers(1, self.slots)
 
     def pages(self, positions: int) -> int:
         """How many pages hold this many positions from 0."""
@@ -96,7 +100,8 @@ def smallest(sizes: tuple[int, ...], count: int) -> int:
     return next(size for size in sizes if size >= count)
 
 
-def _powers(first: int, last: int) -> tuple[int, ...]:
+def powers(first: int, last: int) -> tuple[int, ...]:
+    """The first size and its doubles that are less than the last, and this."""
     sizes = [first]
     while sizes[-1] * 2 < last:
         sizes.append(sizes[-1] * 2)

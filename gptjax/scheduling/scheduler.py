@@ -3,13 +3,15 @@
 import bisect
 import dataclasses
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as AnySequence
 
 import numpy as np
 
 from gptjax.errors import CapacityError
 from gptjax.scheduling.allocator import Allocator
-from gptjax.scheduling.plan import Copy, DecodeCall, Join, Piece, Plan, PrefillCall, Row, TableEntry
+from gptjax.scheduling.draft import Draft, Turn
+from gptjax.scheduling.plan import DecodeCall, Join, Piece, Plan, Row, TableEntry
 from gptjax.scheduling.policy import Policy, smallest
 from gptjax.scheduling.pool import Pool
 from gptjax.scheduling.sequence import Sequence, common
@@ -23,16 +25,6 @@ class Drawn:
     tokens: tuple[int, ...]
 
 
-@dataclasses.dataclass
-class _Draft:
-    """A plan being made."""
-
-    room: int  # prompt tokens that it still takes
-    copies: list[Copy] = dataclasses.field(default_factory=list)
-    pieces: list[tuple[Piece, tuple[int, ...]]] = dataclasses.field(default_factory=list)
-    rows: list[tuple[Sequence, Row]] = dataclasses.field(default_factory=list)
-
-
 class Scheduler:
     """Makes plans for a device that runs them in order, and knows of it only what it drew.
 
@@ -43,6 +35,9 @@ class Scheduler:
     The oldest request always goes on: it can take the pages of all others. Newer ones wait, or are set aside, the
     newest first: they lose slot and pages, and later join again. Then their prompt is read again, and the tokens that
     they had drawn are given to decode again, as far as the tree has not kept the pages. So their results do not change.
+
+    A request can be held: nothing is planned for it, and the others may take its slot and pages. "Oldest" and "newest"
+    are then said of the others.
 
     Not thread-safe.
     """
@@ -74,26 +69,43 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def has_newcomers(self) -> bool:
+        """Whether a request with a slot waits for its first token."""
+        return any(sequence.is_reading or not sequence.planned for sequence in self._active)
+
+    @property
     def in_flight(self) -> int:
         """Plans whose tokens have not been received."""
         return len(self._in_flight)
 
-    def add(self, prompt_ids: AnySequence[int], max_tokens: int) -> int:
+    @property
+    def _active(self) -> list[Sequence]:
+        """Requests with a slot for which something may be planned; oldest first."""
+        return [sequence for sequence in self._running if not sequence.held]
+
+    def add(self, prompt_ids: AnySequence[int], max_tokens: int, *, rows: int = 0, drawn: AnySequence[int] = ()) -> int:
         """Takes a request. Returns its number; numbers ascend.
 
         Args:
           prompt_ids: at least one token.
           max_tokens: to draw at most: at least 1. The last one needs no place.
+          rows: of its decode calls, if the policy lets requests ask for them: one of `Policy.row_sizes`.
+          drawn: the first of these tokens, if another scheduler's device drew them.
 
         Raises:
           CapacityError: the pools are too small for it, even if it ran alone.
         """
-        if not prompt_ids or max_tokens < 1:
-            raise ValueError(f"a request has at least one token to read and one to draw, found {max_tokens} to draw")
+        left = max_tokens - len(drawn)
+        if not prompt_ids or left < 1:
+            raise ValueError(f"a request has at least one token to read and one to draw, found {left} to draw")
+        if self.policy.rows == "asked" and rows not in self.policy.row_sizes:
+            raise ValueError(f"a decode call can have {self.policy.row_sizes} rows, but {rows} were asked for")
         if refusal := self._allocator.refusal(len(prompt_ids), max_tokens):
             raise CapacityError(refusal)
         self._added += 1
-        sequence = Sequence(self._added, np.asarray(prompt_ids, np.int32), max_tokens)
+        sequence = Sequence(self._added, np.asarray(prompt_ids, np.int32), max_tokens, rows)
+        sequence.generated.extend(drawn)
+        sequence.planned = len(drawn)
         self._requests[sequence.number] = sequence
         self._waiting.append(sequence)
         return sequence.number
@@ -111,12 +123,17 @@ class Scheduler:
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
 
+    def hold(self, request: int, held: bool) -> None:
+        """Sets whether an open request is held. What is under way for it goes on."""
+        self._requests[request].held = held
+
     def receive(self, plan: int, tokens: AnySequence[AnySequence[int]]) -> list[Drawn]:
         """Takes what the oldest plan in flight drew.
 
         Args:
           plan: its number.
           tokens: of each row of its decode call, those drawn; -1 if none could be. A request that draws one must end.
+            Those of requests that have ended may be left out, as if they had drawn none.
 
         Returns:
           Those of requests that have not ended, in the order of the rows.
@@ -125,7 +142,7 @@ class Scheduler:
             raise ValueError(f"plan {plan} is not the oldest in flight")
         wanted = []
         for (sequence, draws), drawn in zip(self._in_flight.popleft()[1], tokens, strict=True):
-            if len(drawn) != draws:
+            if len(drawn) != draws and not sequence.ended:
                 raise ValueError(f"plan {plan} draws {draws} tokens for request {sequence.number}, found {len(drawn)}")
             sequence.in_flight -= draws > 0
             if not sequence.ended and draws:
@@ -144,49 +161,79 @@ class Scheduler:
                 bisect.insort(self._waiting, sequence, key=_age)
         self._allocator.forget()
 
-    def plan(self) -> Plan | None:
-        """What to dispatch next; None if nothing can be done before tokens are received or requests added."""
+    def plan(self, *, decode: bool = True) -> Plan | None:
+        """What to dispatch next; None if nothing can be done before tokens are received or requests added.
+
+        Args:
+          decode: whether requests decode; if not, prompts are read only.
+        """
         for sequence in self._running:
             self._allocator.settle(sequence)
         self._join()
-        for sequence in self._running:
+        for sequence in self._active:
             if not sequence.begun:
                 self._look_for_readers(sequence)
-        draft, steps = _Draft(self.policy.chunk), self._steps()
-        for sequence in list(self._running):
-            if sequence.slot is not None:  # it was not set aside for the sake of an older one
-                self._advance(sequence, draft, steps)
-        if not (draft.copies or draft.pieces or draft.rows):
-            return None
-        return self._finished(draft, steps)
+        steps = self._steps()
+        for turn in self._turns():
+            draft = Draft(self.policy.chunk, turn)
+            for sequence in self._active:
+                if sequence.slot is not None:  # it was not set aside for the sake of an older one
+                    self._advance(sequence, draft, steps if decode else 0)
+            if not draft.is_empty:
+                return self._finished(draft, steps)
+        return None
 
     def _join(self) -> None:
         """Gives free slots to those that wait, the oldest first. None passes an older one."""
-        while self._waiting and self._free_slots:
-            sequence = self._waiting[0]
+        for sequence in [each for each in self._waiting if not each.held]:
             # To be resumed, all its tokens must be known.
-            if sequence.in_flight or not self._allocator.has_room(sequence, self._running):
+            if sequence.in_flight or not self._make_room(sequence):
                 return
-            del self._waiting[0]
+            self._waiting.remove(sequence)
             sequence.slot = self._free_slots.pop()
             self._allocator.join(sequence)
             bisect.insort(self._running, sequence, key=_age)
 
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Whether a request can join, if need be after held ones have been set aside."""
+        while not (self._free_slots and self._allocator.has_room(sequence, self._active)):
+            if (victim := self._held) is None:
+                return False
+            self._set_aside(victim)
+        return True
+
+    @property
+    def _held(self) -> Sequence | None:
+        """The newest held request that has a slot."""
+        return next((sequence for sequence in reversed(self._running) if sequence.held), None)
+
+    def _turns(self) -> Iterator[Turn]:
+        """Whose turn it is to decode: those who ask for as many rows as who has waited for longest.
+
+        If these need pages that older requests have, it is the turn of the next.
+        """
+        if self.policy.rows != "asked":
+            yield Turn(None, [])
+            return
+        ready = [each for each in self._active if not each.is_reading and not each.is_drawn]
+        ready.sort(key=lambda sequence: (sequence.decoded, sequence.number))
+        for size in dict.fromkeys(sequence.rows for sequence in ready) or [0]:
+            yield Turn(size, [each for each in ready if each.rows == size and each.slot is not None][:size])
+
     def _steps(self) -> int:
         """One, or several if nobody waits for a first token and at least half of them are wanted."""
-        newcomers = any(sequence.is_reading or not sequence.planned for sequence in self._running)
-        most = max((sequence.steps_left for sequence in self._running), default=0)
-        return self.policy.steps if not newcomers and 2 * most >= self.policy.steps else 1
+        most = max((sequence.steps_left for sequence in self._active), default=0)
+        return self.policy.steps if not self.has_newcomers and 2 * most >= self.policy.steps else 1
 
-    def _advance(self, sequence: Sequence, draft: _Draft, steps: int) -> None:
-        """Plans what a running request does next."""
+    def _advance(self, sequence: Sequence, draft: Draft, steps: int) -> None:
+        """Plans what a running request does next; with 0 steps, it does not decode."""
         if not sequence.begun:
             if sequence.awaited is not None:
                 return
             draft.copies += self._allocator.begin(sequence)
         if sequence.is_reading:
             self._read(sequence, draft)
-        if not sequence.is_reading and not sequence.is_drawn:
+        if steps and not sequence.is_reading and not sequence.is_drawn and draft.turn.admits(sequence):
             self._decode(sequence, draft, steps)
 
     def _look_for_readers(self, sequence: Sequence) -> None:
@@ -200,7 +247,7 @@ class Scheduler:
         if len(next_T) < unit:
             return
         wanted = next_T.tobytes()
-        for older in self._running[: self._running.index(sequence)]:
+        for older in self._active[: self._active.index(sequence)]:
             if not older.is_reading or older.prompt_T[found : found + unit].tobytes() != wanted:
                 continue
             shared = min(common(older.prompt_T, sequence.prompt_T), sequence.known - 1)
@@ -210,9 +257,10 @@ class Scheduler:
                 return
 
     def _is_awaited(self, older: Sequence, shared: int) -> bool:
-        return older.slot is not None and older.is_reading and older.in_tree * self.policy.page < shared
+        progresses = older.slot is not None and older.is_reading and not older.held
+        return progresses and older.in_tree * self.policy.page < shared
 
-    def _read(self, sequence: Sequence, draft: _Draft) -> None:
+    def _read(self, sequence: Sequence, draft: Draft) -> None:
         """Plans the next piece of a prompt."""
         if self.policy.packed and len(draft.pieces) == self.policy.pieces:
             return
@@ -232,15 +280,16 @@ class Scheduler:
         draft.room -= count if self.policy.packed else self.policy.cost(count)
         sequence.position += count
 
-    def _share(self, sequence: Sequence, draft: _Draft) -> int:
+    def _share(self, sequence: Sequence, draft: Draft) -> int:
         """The prompt tokens of a plan that a request may use: what newer ones leave, but at least half a chunk."""
         if not self.policy.packed:
             return draft.room if draft.pieces else 2 * self.policy.chunk  # the first piece has any cost
         newer = self._running[bisect.bisect_right(self._running, sequence.number, key=_age) :]
-        wanted = sum(max(0, each.prompt - each.position) for each in newer if each.awaited is None)
+        reading = [each for each in newer if each.awaited is None and not each.held]
+        wanted = sum(max(0, each.prompt - each.position) for each in reading)
         return min(draft.room, max(self.policy.chunk // 2, draft.room - wanted))
 
-    def _decode(self, sequence: Sequence, draft: _Draft, steps: int) -> None:
+    def _decode(self, sequence: Sequence, draft: Draft, steps: int) -> None:
         """Plans the next row of a request, with fewer steps if pages run out."""
         given, draws, feeds = sequence.row(steps)
         room = self._reserve(sequence, sequence.position + feeds) - sequence.position
@@ -254,11 +303,12 @@ class Scheduler:
         sequence.planned += draws
 
     def _reserve(self, sequence: Sequence, positions: int) -> int:
-        """Takes pages up to a number of positions, from newer requests if need be. Returns the room there is."""
+        """Takes pages up to a number of positions, if need be from held requests, then newer ones. Returns the room."""
         while (room := self._allocator.extend(sequence, positions)) < positions:
-            if self._running[-1] is sequence:
+            victim = self._held or self._running[-1]
+            if victim is sequence:
                 break
-            self._set_aside(self._running[-1])
+            self._set_aside(victim)
         return room
 
     def _set_aside(self, sequence: Sequence) -> None:
@@ -274,12 +324,15 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         sequence.slot, sequence.joined, sequence.awaited = None, False, None
 
-    def _finished(self, draft: _Draft, steps: int) -> Plan:
+    def _finished(self, draft: Draft, steps: int) -> Plan:
         joins, tables = self._changes()
         rows = [row for _, row in draft.rows]
-        decode = DecodeCall(smallest(self.policy.row_sizes, len(rows)), steps, tuple(rows)) if rows else None
+        size = draft.turn.size or smallest(self.policy.row_sizes, max(1, len(rows)))
+        decode = DecodeCall(size, steps, tuple(rows)) if rows else None
         self._plans += 1
-        plan = Plan(self._plans, joins, tables, tuple(draft.copies), self._calls(draft), decode)
+        plan = Plan(self._plans, joins, tables, tuple(draft.copies), draft.calls(self.policy), decode)
+        for sequence, _ in draft.rows:
+            sequence.decoded = plan.number
         if plan.draws:
             self._in_flight.append((plan.number, [(sequence, row.draws) for sequence, row in draft.rows]))
             for sequence, row in draft.rows:
@@ -292,26 +345,12 @@ class Scheduler:
         for sequence in self._running:
             assert sequence.slot is not None
             if not sequence.joined:
-                joins.append(Join(sequence.slot, sequence.number))
+                joins.append(Join(sequence.slot, sequence.number, tuple(sequence.generated)))
                 sequence.joined = True
             for pool, index in sorted(sequence.changed):
                 tables.append(TableEntry(pool, sequence.slot, index, sequence.pages[pool][index]))
             sequence.changed.clear()
         return tuple(joins), tuple(tables)
-
-    def _calls(self, draft: _Draft) -> tuple[PrefillCall, ...]:
-        """All pieces in one call, or each in its own."""
-        if not draft.pieces:
-            return ()
-        groups = [draft.pieces] if self.policy.packed else [[each] for each in draft.pieces]
-        return tuple(_call(group, self.policy) for group in groups)
-
-
-def _call(pieces: list[tuple[Piece, tuple[int, ...]]], policy: Policy) -> PrefillCall:
-    tokens = tuple(token for _, ids in pieces for token in ids)
-    first = pieces[0][0].start
-    moved = tuple(dataclasses.replace(piece, start=piece.start - first) for piece, _ in pieces)
-    return PrefillCall(smallest(policy.call_sizes, len(tokens)), tokens, moved)
 
 
 def _age(sequence: Sequence) -> int:

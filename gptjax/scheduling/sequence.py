@@ -18,9 +18,12 @@ class Sequence:
     number: int
     prompt_T: np.ndarray  # int32
     most: int  # tokens to generate at most; the last one is not fed
+    rows: int = 0  # of the decode calls that it is in, if the policy lets requests ask for them
     generated: list[int] = dataclasses.field(default_factory=list)
     planned: int = 0
     in_flight: int = 0  # plans that draw for it, of which nothing was received yet
+    held: bool = False  # nothing is planned for it
+    decoded: int = 0  # the last plan with a row of it
     ended: bool = False
     cached: int | None = None  # prompt tokens that it did not need to read; None before that is known
 

@@ -64,7 +64,8 @@ class State:
     slots: int
     busy: int  # slots with a request, including one whose prompt is being read
     queued: int
-    cache_used: float  # share of all slots' positions in use
+    cache_used: float  # share of the cache's positions in use
     requests: int  # accepted
     tokens_total: int  # delivered
     error: str | None  # what the worker died of
+    losses: int = 0  # how often the device failed, and all open requests were computed again

@@ -53,6 +53,7 @@ class Metrics:
             "gptjax_slots_busy": ("Slots with a request", lambda: state().busy),
             "gptjax_cache_used_ratio": ("Share of the cache's positions in use", lambda: state().cache_used),
             "gptjax_heartbeat_age_seconds": ("Since the worker's last turn", lambda: state().heartbeat_age),
+            "gptjax_device_failures": ("Failures after which open requests were resumed", lambda: state().losses),
         }
         for name, (meaning, read) in gauges.items():
             Gauge(name, meaning, registry=self.registry).set_function(read)

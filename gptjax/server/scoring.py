@@ -45,7 +45,7 @@ def score(lm: LanguageModel, token_ids: Sequence[int], num_top: int) -> PromptSc
 def _score(lm: LanguageModel, token_ids: Sequence[int], num_top: int) -> PromptScores:
     ids = np.asarray(token_ids, np.int32)
     top = min(next(size for size in _TOPS if size >= num_top), lm.config.vocab_size)
-    cache = registry.create_cache(lm.model, batch=1, max_length=lm.max_length)
+    cache = registry.create_cache(lm.model, batch=1, max_length=lm.max_length, chunk=steps.SCORED_CHUNK)
     found: list[tuple[float, tuple[tuple[int, float], ...]]] = []
     params = FlatParams.of(lm.params)
     for start, count, chunk in steps.padded_chunks(ids, steps.SCORED_CHUNK):

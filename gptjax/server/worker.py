@@ -1,11 +1,12 @@
 """The thread that owns the engine: many clients' requests join and leave one compiled decode step.
 
-Between two steps the worker handles cancellations, gives free slots to the oldest waiting requests, and reads at most
-one chunk of their prompts, so that running streams never wait for more than that.
+Between two steps the worker handles cancellations and hands the oldest waiting requests to the engine, which reads at
+most one chunk of their prompts a step, so that running streams never wait for more than that.
 """
 
 import contextlib
 import dataclasses
+import logging
 import math
 import threading
 import time
@@ -16,7 +17,9 @@ from gptjax.engine import memory, steps
 from gptjax.engine.engine import Engine
 from gptjax.engine.engine import Token as Drawn
 from gptjax.engine.output import NOT_FINITE
-from gptjax.engine.request import MAX_TOP_LOGPROBS, Request
+from gptjax.engine.pool_sizes import pools
+from gptjax.engine.pools import default_policy, pool_kinds, pool_tokens
+from gptjax.engine.request import Request
 from gptjax.engine.settings import Features
 from gptjax.language_model import LanguageModel
 from gptjax.server.events import Event, Failed, Finished, QueueFull, State, Ticket, Token, Unavailable
@@ -25,16 +28,12 @@ DEFAULT_SLOTS = 8  # if the model was loaded without `max_batch`
 _BEAT = 1.0  # seconds between heartbeats of an idle worker
 _PATIENCE = 10.0  # seconds that `drain` and `stop` wait for the thread beyond what was asked
 _SHORTEST_RETRY, _LONGEST_RETRY = 1, 60  # seconds
+_log = logging.getLogger(__name__)
 _SMOOTHING = 0.2  # weight of the latest request in the average duration
 _STOPPED = Failed("the server was stopped", "stopped")
 _DRAINED = Failed("the server is shutting down and had no time left for this request", "drained")
-# The compiled forms of sampling, each including the one before; a chat at temperature 1 needs the second.
-_LEVELS = (
-    Features(),
-    Features(draws=True),
-    Features(draws=True, truncates=True),
-    Features(draws=True, truncates=True, penalises=True, biases=True, num_top=MAX_TOP_LOGPROBS),
-)
+# The compiled forms of sampling, each including the one before; a chat at temperature 1 needs the first.
+_LEVELS = (Features(draws=True), Features(draws=True, truncates=True), Features.everything())
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,7 +44,7 @@ class _Job:
     request: Request
     deliver: Callable[[Event], None]
     cancelled: bool = False
-    began: float = 0.0  # when it took its slot
+    began: float = 0.0  # when the engine took it
     cached: int = 0  # prompt tokens that were not read again
     count: int = 0  # tokens drawn
 
@@ -76,23 +75,29 @@ class Worker:
         self._model = model
         self._slots = model.max_batch or DEFAULT_SLOTS
         self._max_queue = max_queue
-        self._chunk = chunk
-        self._steps_per_dispatch = steps_per_dispatch
+        self._policy = default_policy(
+            model.model,
+            slots=self._slots,
+            steps_per_dispatch=steps_per_dispatch,
+            chunk=chunk,
+            reuse=True,
+            exact=model.exact,
+        )
+        self._pages: tuple[int, ...] = ()  # of the engine's pools; known once it is started
         self._thread = threading.Thread(target=self._run, name="gptjax-worker", daemon=True)
         # Guards all that follows, and is notified of changes. Only the thread moves jobs from place to place, except
         # that `cancel` removes them from the queue.
         self._changed = threading.Condition()
         self._open: dict[Ticket, _Job] = {}  # all unfinished ones
         self._queue: deque[_Job] = deque()
-        self._filling: tuple[int, _Job] | None = None  # the slot and job whose prompt is being read
-        self._running: dict[int, _Job] = {}  # by slot
+        self._running: dict[int, _Job] = {}  # those that the engine has, by its numbers
         self._cancelled: list[_Job] = []  # not handled yet
         self._ready = self._started = self._draining = self._stopping = False
         self._failing: Failed | None = None  # what all open requests will end with
         self._error: str | None = None
         self._beat = time.monotonic()
         self._seconds = 1.0  # that a request keeps its slot, on average
-        self._accepted = self._tokens_total = 0
+        self._accepted = self._tokens_total = self._losses = 0
 
     def start(self) -> None:
         """Starts the thread, which first compiles what it needs; see `state.ready` and `wait_until_ready`.
@@ -100,9 +105,14 @@ class Worker:
         Requests may be submitted from now on.
 
         Raises:
-          CapacityError: the slots do not fit the remaining memory.
+          CapacityError: the cache does not fit the remaining memory; see `pools`.
         """
-        memory.check_state(self._model.model, batch=self._slots, max_length=self._model.max_length, reuse=True)
+        self._pages = pools(
+            self._model.model,
+            max_length=self._model.max_length,
+            policy=self._policy,
+            limit=self._model.memory_limit,
+        )
         with self._changed:
             self._started = True
             self._beat = time.monotonic()
@@ -188,20 +198,28 @@ class Worker:
                 alive=alive,
                 heartbeat_age=time.monotonic() - self._beat,
                 slots=self._slots,
-                busy=len(self._running) + (self._filling is not None),
+                busy=len(self._running),
                 queued=len(self._queue),
-                cache_used=min(1.0, used / (self._slots * self._model.max_length)),
+                cache_used=min(1.0, used / self._tokens),
                 requests=self._accepted,
                 tokens_total=self._tokens_total,
                 error=self._error,
+                losses=self._losses,
             )
+
+    @property
+    def _tokens(self) -> int:
+        """The positions that the cache has room for."""
+        if not self._pages:
+            return self._slots * self._model.max_length
+        each = pool_kinds(self._model.model, max_length=self._model.max_length, policy=self._policy)
+        return pool_tokens(each, self._pages, page=self._policy.page)
 
     def _check_room(self, ahead: int = 0) -> None:
         if refusal := self._refusal():
             raise Unavailable(refusal)
-        busy = len(self._running) + (self._filling is not None)
         waiting = len(self._queue) + ahead
-        if waiting >= self._max_queue + self._slots - busy:  # a free slot means no wait
+        if waiting >= self._max_queue + self._slots - len(self._running):  # a free slot means no wait
             raise QueueFull(waiting, self._retry_after())
 
     def _refusal(self) -> str | None:
@@ -242,7 +260,7 @@ class Worker:
                 while self._turn(engine):
                     pass
         except BaseException as error:  # whatever it was: nobody else would inform those waiting
-            message = f"{type(error).__name__}: {error}"
+            message = "; ".join((f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())))
             with self._changed:
                 self._error = message
                 self._failing = Failed(f"the worker died: {message}", "died")
@@ -259,10 +277,9 @@ class Worker:
             self._model.params,
             batch=self._slots,
             max_length=self._model.max_length,
-            steps_per_dispatch=self._steps_per_dispatch,
-            chunk=self._chunk,
             levels=_LEVELS,
-            reuse=True,
+            policy=self._policy,
+            pages=self._pages,
         )
 
     def _turn(self, engine: Engine) -> bool:
@@ -276,25 +293,24 @@ class Worker:
             if self._stopping:
                 return False
         if failing:
-            for slot in self._fail_all():
-                engine.release(slot)
+            for request in self._fail_all():
+                engine.end(request)
             return True
         self._leave(engine)
         self._join(engine)
-        while engine.fill_is_due:
-            if not engine.fill():
-                break  # it may have been cancelled before its next chunk
-            self._admitted()
-            self._join(engine)
         for drawn in engine.step():
             self._push(engine, drawn)
+        if engine.losses > self._losses:
+            _log.warning("the device failed; open requests go on where they were")
+            with self._changed:
+                self._losses = engine.losses
         return True
 
     def _busy(self) -> bool:
-        return bool(self._queue or self._filling or self._running or self._cancelled)
+        return bool(self._queue or self._running or self._cancelled)
 
     def _leave(self, engine: Engine) -> None:
-        """Frees the slots of cancelled requests."""
+        """Ends cancelled requests."""
         with self._changed:
             cancelled, self._cancelled = self._cancelled, []
         for job in cancelled:
@@ -302,26 +318,16 @@ class Worker:
                 self._end(engine, job, "cancelled")
 
     def _join(self, engine: Engine) -> None:
-        """Lets the oldest waiting request take a slot, one prompt at a time."""
+        """Hands the oldest waiting requests to the engine, as many as it has room for."""
         with self._changed:
-            if self._filling is not None or not self._queue or not engine.free_slots:
-                return
-            job = self._queue.popleft()
-            slot = engine.best_slot(job.request)
-            self._filling = slot, job
-        job.began = time.monotonic()
-        job.cached = engine.begin(slot, job.request)
-
-    def _admitted(self) -> None:
-        """The prompt has been read, and its slot takes part in steps."""
-        with self._changed:
-            assert self._filling is not None  # the engine had a prompt to read
-            slot, self._running[slot] = self._filling
-            self._filling = None
+            while self._queue and engine.room:
+                job = self._queue.popleft()
+                job.began = time.monotonic()
+                self._running[engine.add(job.request)] = job
 
     def _push(self, engine: Engine, drawn: Drawn) -> None:
         """Delivers a token, and ends its request if it was the last."""
-        job = self._running[drawn.slot]
+        job = self._running[drawn.request]
         if job.cancelled:
             return  # `_leave` handles it
         request = job.request
@@ -338,27 +344,25 @@ class Worker:
             self._end(engine, job, "length")
 
     def _end(self, engine: Engine, job: _Job, how: Failed | str) -> None:
-        """Frees a job's slot, if it has one, and delivers its last event."""
-        slot = self._forget(job)
-        if slot is not None:
-            engine.release(slot)
+        """Ends a job in the engine, if it is there, and delivers its last event."""
+        number = self._forget(job)
+        if number is not None:
+            job.cached = engine.cached_tokens(number)
+            engine.end(number)
         prompt_tokens = len(job.request.prompt_ids)
         self._deliver(job, Finished(how, prompt_tokens, job.cached, job.count) if isinstance(how, str) else how)
         self._close(job)
 
     def _forget(self, job: _Job) -> int | None:
-        """Removes a job from wherever it is. Returns the slot that it had."""
+        """Removes a job from wherever it is. Returns the number that the engine has for it."""
         with self._changed:
             if job in self._queue:
                 self._queue.remove(job)
-            if self._filling is not None and self._filling[1] is job:
-                slot, self._filling = self._filling[0], None
-                return slot
-            for slot, running in self._running.items():
+            for number, running in self._running.items():
                 if running is job:
-                    del self._running[slot]
+                    del self._running[number]
                     self._seconds += _SMOOTHING * (time.monotonic() - job.began - self._seconds)
-                    return slot
+                    return number
         return None
 
     def _close(self, job: _Job) -> None:
@@ -368,16 +372,16 @@ class Worker:
             self._changed.notify_all()
 
     def _fail_all(self) -> list[int]:
-        """Ends all open requests with `_failing`. Returns their slots."""
+        """Ends all open requests with `_failing`. Returns the engine's numbers of those that it has."""
         with self._changed:
             jobs = list(self._open.values())
             failed, self._failing = self._failing or _STOPPED, None
             self._cancelled.clear()
-        slots = [self._forget(job) for job in jobs]
+        numbers = [self._forget(job) for job in jobs]
         for job in jobs:
             self._deliver(job, failed)
             self._close(job)
-        return [slot for slot in slots if slot is not None]
+        return [number for number in numbers if number is not None]
 
     def _deliver(self, job: _Job, event: Event) -> None:
         try:

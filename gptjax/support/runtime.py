@@ -15,6 +15,8 @@ from gptjax.support.quoting import quoted
 
 DTYPES = ("float32", "bfloat16", "float16")
 _LEAST_CACHED_COMPILATION = 0.2  # seconds: below that, compiling again is as fast as reading the file
+_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the older name
+_USUAL_FRACTION = 0.75  # of a GPU's memory, which JAX takes when it starts
 _process: int | None = None  # the process that uses JAX: the one that loaded the first model
 _NO_LIMIT = 1 << 60  # version 1 of control groups writes "no limit" as the largest number of whole pages
 
@@ -87,6 +89,39 @@ class DeviceMemory:
     limit: int  # the most that may be used
     in_use: int  # on a GPU by JAX; on a CPU by every process that shares the limit
     available: int  # can still be allocated
+
+
+def fraction() -> float:
+    """The share of a GPU's memory that JAX takes when it starts, or at most takes without preallocation."""
+    return float(next((given for name in _FRACTIONS if (given := os.environ.get(name))), _USUAL_FRACTION))
+
+
+def reserve(share: float) -> None:
+    """Lets JAX take at least this share of a GPU's memory. It reads the share once, when it starts.
+
+    Raises:
+      RequestError: JAX has started with less, or the environment says less.
+    """
+    from jax._src.xla_bridge import backends_are_initialized  # nothing public says so without starting JAX
+
+    if share <= fraction():
+        return
+    if given := [name for name in _FRACTIONS if os.environ.get(name)]:
+        raise RequestError(
+            f"memory is {share}, but ${given[0]} gives JAX only {fraction()} of the GPU: set it to {share}, or unset it"
+        )
+    if not backends_are_initialized():
+        os.environ[_FRACTIONS[1]] = str(share)
+    elif jax.default_backend() != "cpu":
+        raise RequestError(
+            f"memory is {share}, but JAX has started and taken {fraction()} of the GPU: load the model before anything "
+            f"else uses JAX, or set {_FRACTIONS[1]}={share} before Python starts"
+        )
+
+
+def whole_memory(device: DeviceMemory) -> int:
+    """All bytes of a device, with those of a GPU that JAX does not take."""
+    return device.limit if device.platform == "cpu" else int(device.limit / fraction())
 
 
 def device_memory(device: jax.Device | None = None) -> DeviceMemory:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import same_bits
 from pallas_kernels.partial_sum import PartialSum
 
 
@@ -20,8 +21,8 @@ def add_norm(
     sum_TD = x_TD if terms is None else x_TD + terms.total().astype(x_TD.dtype)
     y_TD = sum_TD.astype(jnp.float32)
     if center:
-        y_TD -= y_TD.mean(axis=-1, keepdims=True)
-    normed_TD = y_TD * jax.lax.rsqrt(jnp.square(y_TD).mean(axis=-1, keepdims=True) + epsilon)
+        y_TD -= same_bits.mean(y_TD)
+    normed_TD = y_TD * jax.lax.rsqrt(same_bits.mean(jnp.square(y_TD)) + epsilon)
     normed_TD *= scale_D.astype(jnp.float32)
     if bias_D is not None:
         normed_TD += bias_D.astype(jnp.float32)

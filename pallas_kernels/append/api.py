@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, pages
 from pallas_kernels.partial_sum import PartialSum
 
 
-def takes(tokens: int, k_BKSH: jax.Array, *, implementation: str = dispatch.AUTO) -> bool:
+def takes(tokens: int, k_YKSH: jax.Array, *, implementation: str = dispatch.AUTO) -> bool:
     """Whether `append` has a kernel here: Hopper, one token per row, bfloat16, heads of an even width."""
-    fits = tokens == 1 and k_BKSH.dtype == jnp.bfloat16 and k_BKSH.shape[-1] % 2 == 0
+    fits = tokens == 1 and k_YKSH.dtype == jnp.bfloat16 and k_YKSH.shape[-1] % 2 == 0
     return dispatch.wanted(implementation) == dispatch.MOSAIC and fits
 
 
@@ -17,8 +17,9 @@ def append(
     qkv: PartialSum,
     rotation: tuple[jax.Array, jax.Array] | None,
     positions_B: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
+    k_YKSH: jax.Array,
+    v_YKSH: jax.Array,
+    table_BZ: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums, rotates, and writes keys and values to their places in the cache, which is updated in place if donated.
 
@@ -27,17 +28,24 @@ def append(
         q, k, v     = split(qkv.total()) into N, K and K heads
         first, last = halves of each head of q and k
         rotated     = (first * cos - last * sin, last * cos + first * sin)
-        cache[b, :, positions[b] mod S] = rotated k, v
+        cache[table[b, positions[b] // S], :, positions[b] mod S] = rotated k, v
 
     Args:
       qkv: [B, (N + 2·K) · H], without rows or weights of its own.
       rotation: cos and sin, float32 [B, H/2]; None to rotate nothing.
       positions_B: int32; nothing is written for negative ones.
-      k_BKSH, v_BKSH: a cache for which `takes` is true.
+      k_YKSH, v_YKSH: a cache for which `takes` is true.
+      table_BZ: int32, each row's pages (see `pallas_kernels.pages`). None: row b has the page b, and position p lies at
+        its place p mod S.
 
     Returns:
       The queries [B, N, H], rotated, and the cache.
     """
     from pallas_kernels.append import mosaic_sm90
 
-    return mosaic_sm90.append(qkv, rotation, positions_B, k_BKSH, v_BKSH)
+    if table_BZ is None:
+        rows_B = jnp.arange(len(positions_B), dtype=jnp.int32)
+        slots_B = jnp.where(positions_B < 0, -1, rows_B * k_YKSH.shape[2] + positions_B % k_YKSH.shape[2])
+    else:
+        slots_B = pages.slots(table_BZ, positions_B[:, None])[:, 0]
+    return mosaic_sm90.append(qkv, rotation, slots_B, k_YKSH, v_YKSH)

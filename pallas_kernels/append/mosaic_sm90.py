@@ -29,7 +29,7 @@ class _AppendPlan:
     splits: int  # J
     queries: int  # N
     keys: int  # K
-    places: int  # S
+    places: int  # S: of a page
     width: int  # H
     has_bias: bool
     rotates: bool
@@ -47,21 +47,22 @@ class _AppendPlan:
 def append(
     qkv: PartialSum,
     rotation: tuple[jax.Array, jax.Array] | None,
-    positions_B: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
+    slots_B: jax.Array,
+    k_YKSH: jax.Array,
+    v_YKSH: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `api.append`."""
-    B, K, S, H = k_BKSH.shape
+    """See `api.append`. `slots_B`, int32: where to write, as page · S + place; nothing is written if negative."""
+    K, S, H = k_YKSH.shape[1:]
     splits, _, columns = qkv.parts_JAO.shape
+    B = slots_B.shape[0]
     N = columns // H - 2 * K
     plan = _AppendPlan(B, splits, N, K, S, H, has_bias=qkv.bias_EO is not None, rotates=rotation is not None)
     # A missing operand is not read, but something has to be passed for it.
-    bias = positions_B if qkv.bias_EO is None else qkv.bias_EO.astype(jnp.bfloat16)
-    cos, sin = (positions_B, positions_B) if rotation is None else rotation
-    k_ref, v_ref = jax.new_ref(k_BKSH), jax.new_ref(v_BKSH)
+    bias = slots_B if qkv.bias_EO is None else qkv.bias_EO.astype(jnp.bfloat16)
+    cos, sin = (slots_B, slots_B) if rotation is None else rotation
+    k_ref, v_ref = jax.new_ref(k_YKSH), jax.new_ref(v_YKSH)
 
-    operands = {"parts": qkv.parts_JAO, "bias": bias, "cos": cos, "sin": sin, "positions": positions_B}
+    operands = {"parts": qkv.parts_JAO, "bias": bias, "cos": cos, "sin": sin, "slots": slots_B}
     results = ptx.launch(
         partial(append_to_cache, plan),
         operands | {"k": k_ref, "v": v_ref},
@@ -77,7 +78,7 @@ def append_to_cache(
     bias: Value,
     cos: Value,
     sin: Value,
-    positions: Value,
+    slots: Value,
     k: Value,
     v: Value,
     q: Value,
@@ -90,7 +91,7 @@ def append_to_cache(
     def pair() -> None:
         head, i = ptx.divided(number, plan.half)
         column = ptx.add(ptx.mul(head, plan.width), i)
-        (position,) = ptx.asm("ld.global.nc.b32 $0, [$1];", [ptx.i32()], [ptx.offset(positions, row, 4)])
+        (slot,) = ptx.asm("ld.global.nc.b32 $0, [$1];", [ptx.i32()], [ptx.offset(slots, row, 4)])
         first, last = (_sum(plan, parts, bias, row, ptx.add(column, shift)) for shift in (0, plan.half))
         if plan.rotates:
             first, last = _rotate(plan, first, last, cos, sin, row, head, i)
@@ -101,11 +102,11 @@ def append_to_cache(
             key = ptx.add(head, -plan.queries)
             is_value = arith.cmpi(arith.CmpIPredicate.sge, key, ptx.const(plan.keys))
             key = arith.select(is_value, ptx.add(key, -plan.keys), key)
-            place = ptx.add(ptx.mul(ptx.add(ptx.mul(row, plan.keys), key), plan.places), place_in_row)
+            page, place = ptx.divided(slot, plan.places)
+            place = ptx.add(ptx.mul(ptx.add(ptx.mul(page, plan.keys), key), plan.places), place)
             _store(plan, first, last, i, arith.select(is_value, v, k), place)
 
-        place_in_row = arith.remui(position, ptx.const(plan.places))
-        exists = arith.cmpi(arith.CmpIPredicate.sge, position, ptx.const(0))
+        exists = arith.cmpi(arith.CmpIPredicate.sge, slot, ptx.const(0))
         is_written = arith.cmpi(arith.CmpIPredicate.sge, head, ptx.const(plan.queries))
         ptx.when(arith.andi(exists, is_written), write)
 

@@ -1,3 +1,3 @@
-from pallas_kernels.attention.api import attention
+from pallas_kernels.attention.api import attention, attention_over_pages, packed_attention_over_pages
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_over_pages", "packed_attention_over_pages"]

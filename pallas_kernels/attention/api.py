@@ -6,8 +6,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
-from pallas_kernels.attention import reference
+from pallas_kernels import dispatch, pages
+from pallas_kernels.attention import paged, reference
 
 
 def attention(
@@ -92,3 +92,128 @@ def _decode(
     del k_positions_BS, window
     counts_B = jnp.clip(q_positions_B1[:, 0] + 1, 0, k_BKSH.shape[2])
     return kernel(q_B1NH[:, 0], k_BKSH, v_BKSH, counts_B, sinks_N, scale=scale)[:, None]
+
+
+def attention_over_pages(
+    q_BTNH: jax.Array,
+    k_YKSH: jax.Array,
+    v_YKSH: jax.Array,
+    table_BZ: jax.Array,
+    q_positions_BT: jax.Array,
+    sinks_N: jax.Array | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    implementation: str = dispatch.AUTO,
+) -> jax.Array:
+    """`attention` over keys and values in pages, which those of the call's own tokens have been written to before.
+
+    Means `attention` over all positions of each row, of which position p lies in page `table[b, p // PAGE]`, at place
+    `p % PAGE`. A query sees positions max(0, p - window + 1) … p. Neither places that no query of the call sees nor
+    page 0 have any influence, even if they hold NaN.
+
+    Args:
+      q_BTNH: queries.
+      k_YKSH, v_YKSH: pools of pages, S = `pages.PAGE`; N is a multiple of K.
+      table_BZ: int32, each row's pages. Entries that hold nothing that is seen may be any page, such as 0.
+      q_positions_BT: int32, less than Z · PAGE; negative is padding, whose result is 0. With T > 1, a row's positions
+        are adjacent, with padding before and after them.
+      sinks_N, scale, window: as in `attention`.
+      implementation: "auto", "xla", "mosaic" (bfloat16), or "triton" (T = 1).
+
+    Returns:
+      [B, T, N, H], of the queries' dtype. A row's bits depend on its own queries, positions and the sizes of the call
+      only, and not on which pages it has.
+
+    Raises:
+      ValueError: an unknown implementation, or one that does not support these operands; N is not a multiple of K; or
+        pages of another size.
+    """
+    _check_pages(q_BTNH, k_YKSH)
+    B, T, N, H = q_BTNH.shape
+    if T > 1:
+        tiles = pages.Tiles.of(q_positions_BT)
+        operands = q_BTNH.reshape(1, B * T, N, H), k_YKSH, v_YKSH, table_BZ, tiles, sinks_N
+        out_1TNH = packed_attention_over_pages(*operands, scale=scale, window=window, implementation=implementation)
+        return out_1TNH.reshape(B, T, N, H)
+    available: dict[str, Callable[..., jax.Array]] = {dispatch.XLA: paged.rows}
+    wanted = dispatch.wanted(implementation)
+    if wanted == dispatch.TRITON:
+        from pallas_kernels.attention.decode import triton
+
+        available[wanted] = partial(_decode_pages, triton.decode)
+    elif wanted == dispatch.MOSAIC and q_BTNH.dtype == k_YKSH.dtype == jnp.bfloat16:
+        from pallas_kernels.attention.decode import mosaic_sm90 as decode
+
+        if H % decode.WIDTHS == 0:
+            available[wanted] = partial(_decode_pages, decode.decode)
+    run = dispatch.choose("attention", implementation, available)
+    return run(q_BTNH, k_YKSH, v_YKSH, table_BZ, q_positions_BT, sinks_N, scale=scale, window=window)
+
+
+def _decode_pages(
+    kernel: Callable[..., jax.Array],
+    q_B1NH: jax.Array,
+    k_YKSH: jax.Array,
+    v_YKSH: jax.Array,
+    table_BZ: jax.Array,
+    q_positions_B1: jax.Array,
+    sinks_N: jax.Array | None,
+    *,
+    scale: float,
+    window: int | None,
+) -> jax.Array:
+    """What comes before the kernel is the same in all layers of a kind, so XLA computes it once a step."""
+    positions_B, places = q_positions_B1[:, 0], table_BZ.shape[1] * pages.PAGE
+    if window is None or window >= places:
+        counts_B, starts_B, window = jnp.clip(positions_B + 1, 0, places), None, None
+    else:
+        table_BZ, starts_B, counts_B = pages.window(table_BZ, positions_B, window)
+    more = {"table_BZ": table_BZ, "starts_B": starts_B, "window": window}
+    return kernel(q_B1NH[:, 0], k_YKSH, v_YKSH, counts_B, sinks_N, scale=scale, **more)[:, None]
+
+
+def packed_attention_over_pages(
+    q_1TNH: jax.Array,
+    k_YKSH: jax.Array,
+    v_YKSH: jax.Array,
+    table_BZ: jax.Array,
+    tiles: pages.Tiles,
+    sinks_N: jax.Array | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    implementation: str = dispatch.AUTO,
+) -> jax.Array:
+    """`attention_over_pages` for a call whose tokens are of several rows, one after the other.
+
+    Args:
+      q_1TNH: queries.
+      k_YKSH, v_YKSH, table_BZ: as in `attention_over_pages`.
+      tiles: which rows the tokens are of, and their positions.
+      sinks_N, scale, window: as in `attention`.
+      implementation: "auto", "xla" or "mosaic" (bfloat16).
+
+    Returns:
+      [1, T, N, H], of the queries' dtype; 0 for tokens in no tile.
+
+    Raises:
+      ValueError: as `attention_over_pages`.
+    """
+    _check_pages(q_1TNH, k_YKSH)
+    available: dict[str, Callable[..., jax.Array]] = {dispatch.XLA: paged.packed}
+    if dispatch.wanted(implementation) == dispatch.MOSAIC:
+        from pallas_kernels.attention.prefill import tiles_sm90 as prefill
+
+        if prefill.refused(q_1TNH[0], k_YKSH, v_YKSH, sinks_N, scale=scale) is None:
+            available[dispatch.MOSAIC] = prefill.prefill
+    run = dispatch.choose("attention", implementation, available)
+    return run(q_1TNH[0], k_YKSH, v_YKSH, table_BZ, tiles, sinks_N, scale=scale, window=window)[None]
+
+
+def _check_pages(q_BTNH: jax.Array, k_YKSH: jax.Array) -> None:
+    N, (K, S) = q_BTNH.shape[2], k_YKSH.shape[1:3]
+    if N % K:
+        raise ValueError(f"{N} query heads cannot share {K} key/value heads: not a multiple")
+    if S != pages.PAGE:
+        raise ValueError(f"a page has {pages.PAGE} positions, found {S}")

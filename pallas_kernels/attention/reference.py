@@ -1,6 +1,8 @@
 """Attention in jnp: the meaning (`dense`) and the XLA path over a long cache (`blocked`)."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,31 +96,58 @@ def blocked(
     if missing := -k_BKSH.shape[2] % block:
         k_BKSH, v_BKSH = (jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))) for x in (k_BKSH, v_BKSH))
         k_positions_BS = jnp.pad(k_positions_BS, ((0, 0), (0, missing)), constant_values=-1)
-    B, K, S, H = k_BKSH.shape
-    T, N = q_BTNH.shape[1:3]
-    q_BTKGH = _grouped(q_BTNH, K)
+    S = k_BKSH.shape[2]
     places_S = jnp.arange(1, S + 1, dtype=jnp.int32)
     in_use = jnp.max(jnp.where((k_positions_BS >= 0) & (k_positions_BS <= q_positions_BT.max()), places_S, 0))
 
-    def step(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        maximum_BKGT1, total_BKGT1, out_BKGTH = carry
+    def read(index: jax.Array) -> Block:
         start = index * block
         k_block_BKSH, v_block_BKSH = (jax.lax.dynamic_slice_in_dim(x, start, block, axis=2) for x in (k_BKSH, v_BKSH))
         seen_BTS = visible(q_positions_BT, jax.lax.dynamic_slice_in_dim(k_positions_BS, start, block, axis=1), window)
-        scores_BKGTS = _scores(q_BTKGH, k_block_BKSH, scale, seen_BTS)
+        return Block(k_block_BKSH, v_block_BKSH, seen_BTS)
+
+    blocks = (in_use + block - 1) // block
+    return running(q_BTNH, read, blocks, sinks_N, num_kv_heads=k_BKSH.shape[1], scale=scale)
+
+
+class Block(NamedTuple):
+    """Keys and values that are read together, and which of them each query sees."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    seen_BTS: jax.Array
+
+
+def running(
+    q_BTNH: jax.Array,
+    read: Callable[[jax.Array], Block],
+    blocks: jax.Array,
+    sinks_N: jax.Array | None,
+    *,
+    num_kv_heads: int,
+    scale: float,
+) -> jax.Array:
+    """Attention with a running softmax over read(0), …, read(blocks - 1)."""
+    B, T, N, H = q_BTNH.shape
+    q_BTKGH = _grouped(q_BTNH, num_kv_heads)
+
+    def step(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        maximum_BKGT1, total_BKGT1, out_BKGTH = carry
+        k_BKSH, v_BKSH, seen_BTS = read(index)
+        scores_BKGTS = _scores(q_BTKGH, k_BKSH, scale, seen_BTS)
         new_maximum_BKGT1 = jnp.maximum(maximum_BKGT1, scores_BKGTS.max(axis=-1, keepdims=True))
         weights_BKGTS = jnp.where(seen_BTS[:, None, None], jnp.exp(scores_BKGTS - new_maximum_BKGT1), 0)
         rescale_BKGT1 = jnp.exp(maximum_BKGT1 - new_maximum_BKGT1)
         total_BKGT1 = total_BKGT1 * rescale_BKGT1 + weights_BKGTS.sum(axis=-1, keepdims=True)
-        out_BKGTH = out_BKGTH * rescale_BKGT1 + _weigh(weights_BKGTS, v_block_BKSH, seen_BTS)
+        out_BKGTH = out_BKGTH * rescale_BKGT1 + _weigh(weights_BKGTS, v_BKSH, seen_BTS)
         return new_maximum_BKGT1, total_BKGT1, out_BKGTH
 
-    row = (B, K, N // K, T)
-    maximum, total = (jnp.broadcast_to(x, (*row, 1)) for x in _start(sinks_N, K))
+    row = (B, num_kv_heads, N // num_kv_heads, T)
+    maximum, total = (jnp.broadcast_to(x, (*row, 1)) for x in _start(sinks_N, num_kv_heads))
     # Zero, but the compiler must not know: it would make copies of a constant for all layers, before the first runs.
-    zero = (in_use < 0).astype(jnp.float32)
+    zero = (blocks < 0).astype(jnp.float32)
     start = (maximum, total, jnp.full((*row, H), zero))
-    _, total_BKGT1, out_BKGTH = jax.lax.fori_loop(0, (in_use + block - 1) // block, step, start)
+    _, total_BKGT1, out_BKGTH = jax.lax.fori_loop(0, blocks, step, start)
     return _ungrouped(out_BKGTH / jnp.where(total_BKGT1 == 0, 1, total_BKGT1), q_BTNH)
 
 

@@ -14,6 +14,7 @@ from pallas_kernels.block.stream import PANEL, Stream, Weights, Workspace
 
 MOST_ROWS = 8
 _MOST_PANELS = 32  # whose moments one warp can merge
+_MOST_PAGES = 32  # of a row, whose numbers one warp holds
 # F / D, the same in all sizes of GPT-2: each of a cluster's first blocks has one panel of hidden units.
 _HIDDEN = 4
 _GROUPS = 8  # of multiprocessors, at most: a cluster lies within one group
@@ -22,8 +23,8 @@ _GROUPS = 8  # of multiprocessors, at most: a cluster lies within one group
 def takes(
     x_BTD: jax.Array,
     weights: Weights,
-    k_BNSH: jax.Array,
-    v_BNSH: jax.Array,
+    k_YNSH: jax.Array,
+    v_YNSH: jax.Array,
     *,
     activation: str,
     implementation: str = dispatch.AUTO,
@@ -33,23 +34,23 @@ def takes(
     Args:
       x_BTD: the residual stream: one token (T = 1) of up to `MOST_ROWS` rows.
       weights: the block's, all of x's dtype; none may be packed.
-      k_BNSH, v_BNSH: its cache. H is 64, and N is D / 64, up to 32 and to what `cluster` has room for.
+      k_YNSH, v_YNSH: its cache, in pages or not. H is 64, and N is D / 64, up to 32 and to what `cluster` has room for.
       activation: the MLP's: the kernel has only "gelu_tanh".
     """
     one_token = x_BTD.shape[1] == 1
-    return one_token and activation == "gelu_tanh" and _has_kernel(x_BTD, weights, k_BNSH, v_BNSH, implementation)
+    return one_token and activation == "gelu_tanh" and _has_kernel(x_BTD, weights, k_YNSH, v_YNSH, implementation)
 
 
-def _has_kernel(x: jax.Array, weights: Weights, k_TNSH: jax.Array, v_TNSH: jax.Array, implementation: str) -> bool:
+def _has_kernel(x: jax.Array, weights: Weights, k_YNSH: jax.Array, v_YNSH: jax.Array, implementation: str) -> bool:
     """Whether the kernel runs here for these operands, x [..., D] with one row per token."""
     *rows, D = x.shape
-    _, N, _, H = k_TNSH.shape
+    N, _, H = k_YNSH.shape[1:]
     F = _HIDDEN * D
     shapes = [(D,), (D,), (D, 3 * D), (3 * D,), (D, D), (D,), (D,), (D,), (D, F), (F,), (F, D), (D,)]
     arrays = jax.tree.leaves(weights)
     return (
         dispatch.wanted(implementation) == dispatch.MOSAIC
-        and all(each.dtype == jnp.bfloat16 for each in (x, k_TNSH, v_TNSH, *arrays))
+        and all(each.dtype == jnp.bfloat16 for each in (x, k_YNSH, v_YNSH, *arrays))
         and [each.shape for each in arrays] == shapes
         and math.prod(rows) <= MOST_ROWS
         and (D, H) == (PANEL * N, PANEL)
@@ -78,8 +79,9 @@ def block(
     stream: Stream,
     weights: Weights,
     positions_T: jax.Array,
-    k_TNSH: jax.Array,
-    v_TNSH: jax.Array,
+    k_YNSH: jax.Array,
+    v_YNSH: jax.Array,
+    table_TZ: jax.Array | None = None,
     *,
     epsilon: float,
     scale: float,
@@ -91,16 +93,18 @@ def block(
 
         q, k, v        = heads of [[attention_norm(x)] · qkv.kernel + qkv.bias]
         cache[t, n, p] = k, v at p = positions[t], if that is not negative
-        y              = softmax(q · cached k · scale) · cached v, over places 0 … p; 0 for a negative position
+        y              = softmax(q · cached k · scale) · cached v, over positions 0 … p; 0 for a negative p
         x              = [x + [y] · out.kernel + out.bias]
         x              = [x + [gelu([[mlp_norm(x)] · up.kernel + up.bias])] · down.kernel + down.bias]
 
     Args:
       stream: one row per token.
       weights: of x's dtype.
-      positions_T: int32, less than S.
-      k_TNSH, v_TNSH: of x's dtype; position p of a row lies at place p. Updated in place if donated. Only places before
-        a row's position have any influence; others may hold NaN.
+      positions_T: int32, less than S, or than Z · S with a table.
+      k_YNSH, v_YNSH: of x's dtype. Updated in place if donated. Only places before a row's position have any influence;
+        others may hold NaN.
+      table_TZ: int32, each row's pages (see `pallas_kernels.pages`), where `cache[t]` lies. None: row t has the page t
+        alone, of S positions. The kernel takes up to 32 pages; GPT-2 has 8.
       epsilon: of the norms.
       scale: scores are multiplied by it.
       implementation: "auto", "mosaic" (if `takes` is true) or "xla".
@@ -116,9 +120,10 @@ def block(
     if stream.cleared_W.shape != (words,):
         raise ValueError(f"a workspace of {words} words is needed, found {stream.cleared_W.shape}: use Stream.of(x, F)")
     available: dict[str, Callable[..., Any]] = {dispatch.XLA: reference.block}
-    if _has_kernel(stream.x_TD, weights, k_TNSH, v_TNSH, implementation):
+    fits = table_TZ is None or table_TZ.shape[1] <= _MOST_PAGES
+    if fits and _has_kernel(stream.x_TD, weights, k_YNSH, v_YNSH, implementation):
         from pallas_kernels.block import mosaic_sm90
 
-        available[dispatch.MOSAIC] = partial(mosaic_sm90.block, blocks=cluster(k_TNSH.shape[1]))
+        available[dispatch.MOSAIC] = partial(mosaic_sm90.block, blocks=cluster(k_YNSH.shape[1]))
     run = dispatch.choose("block", implementation, available)
-    return run(stream, weights, positions_T, k_TNSH, v_TNSH, epsilon=epsilon, scale=scale)
+    return run(stream, weights, positions_T, k_YNSH, v_YNSH, table_TZ, epsilon=epsilon, scale=scale)

@@ -15,8 +15,10 @@ from pallas_kernels.block import workspace_sm90
 from pallas_kernels.block.plan_sm90 import QKV, QKV_BYTES, RECORD, THREADS, WARPS, BlockPlan
 from pallas_kernels.block.products_sm90 import Thread, mailbox_pair
 from pallas_kernels.block.stream import PANEL
+from pallas_kernels.pages import PAGE
 from pallas_kernels.ptx import Condition, Value
 
+_BITS = PAGE.bit_length() - 1  # of a place in a page
 _AT_ONCE = 4  # places that a warp loads together, 16 bytes a lane
 _FLOOR = -1e30  # of logits: finite, so that a row that sees nothing gives 0 and not NaN
 
@@ -45,6 +47,13 @@ class _Softmax(NamedTuple):
             total = arith.addf(total, weight)
             sums = [ptx.fma(weight, *both) for both in zip(value, sums, strict=True)]
         return _Softmax(maximum, total, sums)
+
+
+class _First(NamedTuple):
+    """What is loaded before a row's queries are known."""
+
+    words: list[Value]  # of the first turn's keys and values
+    pages: list[Value]  # where the new keys and values go, one for each `_Word`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +94,7 @@ class Head:
     first: Value  # the warp's first place
     inside: Value  # byte offset of the lane's eighth of a row of 64 numbers
     words: list[_Word]
+    page: Value | None  # with a table, the row's page of the lane's number
 
     @classmethod
     def of(cls, thread: Thread, at: dict[str, Value]) -> "Head":
@@ -102,7 +112,12 @@ class Head:
         inside = ptx.mul(arith.andi(thread.cluster.lane, ptx.const(7)), 16)
         starts = range(0, thread.plan.rows * _Word.of_row, THREADS)
         words = [_Word.of(thread, at, ptx.add(thread.cluster.thread, start)) for start in starts]
-        return cls(thread, at, row, position, first, inside, words)
+        page = None
+        if thread.plan.pages is not None:
+            block = arith.minsi(thread.cluster.lane, ptx.const(thread.plan.pages - 1))
+            entry = ptx.add(ptx.mul(row, thread.plan.pages), block)
+            (page,) = workspace_sm90.load(ptx.offset(at["table"], entry, 4), 1, ptx.always())
+        return cls(thread, at, row, position, first, inside, words, page)
 
     @staticmethod
     def _warps(plan: BlockPlan) -> int:
@@ -131,43 +146,70 @@ class Head:
 
     def load(self, turn: Value) -> list[Value]:
         """Begins to load a turn's keys and values, if there are any: four words per load."""
-        thread = self.thread
-        place = ptx.add(self.first, ptx.mul(turn, self.step), arith.shrui(thread.cluster.lane, ptx.const(3)))
-        pair = ptx.add(ptx.mul(self.row, thread.plan.panels), thread.panel)
-        place = ptx.add(ptx.mul(pair, thread.plan.places), place)
+        numbers = self._numbers(turn)
         words = []
         for name in "kv":
-            start = ptx.offset(ptx.offset(self.at[name], place, 2 * PANEL), self.inside, 1)
-            for i, is_seen in enumerate(self._seen(turn)):
-                words += workspace_sm90.load(ptx.shifted(start, 2 * PANEL * self._together * i), 4, is_seen)
+            lane_at = ptx.offset(self.at[name], self.inside, 1)
+            starts = [(ptx.offset(lane_at, number, 2 * PANEL), further) for number, further in numbers]
+            places = [ptx.shifted(start, 2 * PANEL * place) for start, further in starts for place in further]
+            for at, is_seen in zip(places, self._seen(turn), strict=True):
+                words += workspace_sm90.load(at, 4, is_seen)
         ptx.sync_warp()
         return words
 
-    def sum_up(self, exchange: int) -> None:
+    def _numbers(self, turn: Value) -> list[tuple[Value, list[int]]]:
+        """Where the lane reads in a turn: numbers of places in the cache, and for each load from there what to add."""
+        thread, plan, of_lane = self.thread, self.thread.plan, arith.shrui(self.thread.cluster.lane, ptx.const(3))
+        place = ptx.add(self.first, ptx.mul(turn, self.step))
+        if self.page is None:
+            pair = ptx.add(ptx.mul(self.row, plan.panels), thread.panel)
+            number = ptx.add(ptx.mul(pair, plan.places), place, of_lane)
+            return [(number, [self._together * i for i in range(self._loads)])]
+        in_pool = ptx.add(ptx.mul(thread.panel, PAGE), of_lane)
+        found = []
+        for i in range(self._loads):  # four adjacent places are in one page
+            here = ptx.add(place, self._together * i)
+            page = ptx.from_lane(self.page, arith.minsi(arith.shrui(here, ptx.const(_BITS)), ptx.const(31)))
+            in_page = arith.andi(here, ptx.const(PAGE - 1))
+            found.append((ptx.add(ptx.mul(page, plan.panels * PAGE), in_pool, in_page), [0]))
+        return found
+
+    def sum_up(self, first: _First, exchange: int) -> None:
         """Sums up the rows' queries, keys and values, and caches the last two. Synchronises the block."""
         thread = self.thread
         thread.cluster.receive(exchange)
-        for word in self.words:
+        for word, page in zip(self.words, first.pages, strict=True):
             sums = mailbox_pair(thread, word.part, word.row, word.pair)
             total = ptx.pack(*(arith.addf(*both) for both in zip(sums, ptx.halves(word.bias), strict=True)))
             row_at = ptx.shared_offset(thread.shared["qkv"], word.row, QKV_BYTES)
             ptx.store(ptx.add(row_at, ptx.mul(word.number, 4)), [total], word.exists, space="shared")
-            self._keep(word, total)
+            self._keep(word, page, total)
         ptx.sync_block()
 
-    def _keep(self, word: _Word, total: Value) -> None:
+    def _keep(self, word: _Word, page: Value, total: Value) -> None:
         """Writes a word of keys or values to its place in the cache, in the cluster's last block."""
         thread, plan = self.thread, self.thread.plan
         is_mine = ptx.both(word.exists, ptx.less(plan.blocks - 2, thread.rank))
         has_place = ptx.both(ptx.less(-1, word.position), ptx.less(word.position, plan.places))
-        place = ptx.add(ptx.mul(ptx.add(ptx.mul(word.row, plan.panels), thread.panel), plan.places), word.position)
+        place = word.position if plan.pages is None else arith.andi(word.position, ptx.const(PAGE - 1))
+        place = ptx.add(ptx.mul(ptx.add(ptx.mul(page, plan.panels), thread.panel), plan.page), place)
         for part, name in ((1, "k"), (2, "v")):
             is_part = ptx.both(ptx.less(word.part, part + 1), ptx.less(part - 1, word.part))
             to = ptx.offset(ptx.offset(self.at[name], place, 2 * PANEL), word.pair, 4)
             workspace_sm90.store(to, total, ptx.both(is_mine, has_place, is_part))
 
-    def attend(self, first: list[Value], exchange: int) -> None:
-        """Sends this block's part of each row to the cluster's first block. `first`: what the first turn loaded."""
+    def load_first(self) -> _First:
+        """Begins to load the first turn's keys and values, and the pages that new ones go to."""
+        plan, pages = self.thread.plan, [word.row for word in self.words]
+        if plan.pages is not None:
+            for i, word in enumerate(self.words):
+                block = arith.minsi(arith.shrui(word.position, ptx.const(_BITS)), ptx.const(plan.pages - 1))
+                entry = ptx.add(ptx.mul(word.row, plan.pages), arith.maxsi(block, ptx.const(0)))
+                (pages[i],) = workspace_sm90.load(ptx.offset(self.at["table"], entry, 4), 1, word.exists)
+        return _First(self.load(ptx.const(0)), pages)
+
+    def attend(self, first: _First, exchange: int) -> None:
+        """Sends this block's part of each row to the cluster's first block."""
         query = self._part(0)
         more = self.thread.plan.places > self.step
         following = self.load(ptx.const(1)) if more else []
@@ -175,7 +217,7 @@ class Head:
             _Softmax(ptx.float32(_FLOOR), ptx.float32(0.0), [ptx.float32(0.0)] * 8),
             query,
             ptx.const(0),
-            first,
+            first.words,
             [self._new_token(query)],
         )
 

@@ -30,8 +30,9 @@ def block(
     stream: Stream,
     weights: Weights,
     positions_T: jax.Array,
-    k_TNSH: jax.Array,
-    v_TNSH: jax.Array,
+    k_YNSH: jax.Array,
+    v_YNSH: jax.Array,
+    table_TZ: jax.Array | None = None,
     *,
     epsilon: float,
     scale: float,
@@ -39,13 +40,16 @@ def block(
 ) -> tuple[Stream, jax.Array, jax.Array]:
     """See `api.block`. `blocks` is the number per cluster."""
     T, D = stream.x_TD.shape
-    N, S = k_TNSH.shape[1:3]
-    plan = BlockPlan(rows=T, panels=N, blocks=blocks, places=S, scale=scale, epsilon=epsilon)
-    cleared_ref, used_ref, k_ref, v_ref = map(jax.new_ref, (stream.cleared_W, stream.used_W, k_TNSH, v_TNSH))
+    N, S = k_YNSH.shape[1:3]
+    pages = None if table_TZ is None else table_TZ.shape[1]
+    places = S * (pages or 1)
+    plan = BlockPlan(rows=T, panels=N, blocks=blocks, places=places, scale=scale, epsilon=epsilon, pages=pages)
+    cleared_ref, used_ref, k_ref, v_ref = map(jax.new_ref, (stream.cleared_W, stream.used_W, k_YNSH, v_YNSH))
     operands = {
         "x": stream.x_TD,
         "moments": stream.moments_TN2,
         "positions": positions_T,
+        "table": positions_T if table_TZ is None else table_TZ,  # something has to be passed, even if unread
         "k": k_ref,
         "v": v_ref,
         "workspace": cleared_ref,
@@ -95,13 +99,13 @@ def _run(thread: Thread, ring: products_sm90.Ring, at: dict[str, Value]) -> None
     residual = Residual.of(thread, at["x"])
     ring.begin(min(plan.stages, QKV * share))
     finish_norm()
-    first = head.load(ptx.const(0))
+    first = head.load_first()
     ring.begin(plan.stages)
     thread.cluster.wait_prepared()
     sums = ring.multiply(0, QKV * share, QKV, thread.shared["factor"])
     for slot, of_panel in enumerate(products_sm90.block_sums(thread, sums)):
         products_sm90.send_sums(thread, _OF_QKV, of_panel, slot, range(plan.blocks))
-    head.sum_up(_OF_QKV)
+    head.sum_up(first, _OF_QKV)
     head.attend(first, _OF_HEADS)
     products_sm90.block_does(thread, 1, lambda: head.finish(_OF_HEADS, heads))
     products_sm90.clear(thread, at["other_workspace"], workspace.words)

@@ -34,9 +34,15 @@ class BlockPlan:
     rows: int  # T
     panels: int  # N: panels of D, and clusters
     blocks: int  # per cluster
-    places: int  # S: of the cache
+    places: int  # of a row in the cache
     scale: float  # of attention's scores
     epsilon: float  # of the norms
+    pages: int | None = None  # of a row's table; None: a row's places are one page
+
+    @property
+    def page(self) -> int:
+        """S: places of a page."""
+        return self.places // (self.pages or 1)
 
     @property
     def width(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import same_bits
 from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.ggml.fragments import QuantizedFragments
 from pallas_kernels.partial_sum import PartialSum
@@ -12,7 +13,7 @@ from pallas_kernels.partial_sum import PartialSum
 
 def product(x_TI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array | None = None) -> PartialSum:
     """See `api.matvec`."""
-    y_TO = jnp.dot(x_TI, kernel_IO, preferred_element_type=jnp.float32)
+    y_TO = same_bits.product(x_TI, kernel_IO)
     return PartialSum(y_TO[None], bias_EO=None if bias_O is None else bias_O[None])
 
 

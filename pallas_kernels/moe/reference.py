@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import same_bits
 from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.moe import routing
@@ -44,20 +45,28 @@ def grouped(
         limit=limit,
     )
 
-    def run(experts_U: jax.Array, rows_UM: jax.Array) -> jax.Array:
+    def run(experts_U: jax.Array, rows_UM: jax.Array, on_cpu: bool) -> jax.Array:
         rows_UM = jnp.maximum(rows_UM, 0)  # any row will do for an empty slot
-        return jax.vmap(lambda expert_id, rows_M: expert(x_TD[rows_M], expert_id))(experts_U, rows_UM)
+        one = partial(expert, on_cpu=on_cpu)
+        return jax.vmap(lambda expert_id, rows_M: one(x_TD[rows_M], expert_id))(experts_U, rows_UM)
 
     width = x_TD.shape[1]
     y_AD = jax.lax.platform_dependent(
         groups,
         # A bound known only at run time costs nothing on a CPU; elsewhere the host would have to wait in each turn.
-        cpu=lambda groups: _in_turn(run, groups, _num_used(groups), width=width),
-        default=lambda groups: _in_turn(run, groups, groups.rows_UM.shape[0], width=width),
+        cpu=lambda groups: _in_turn(partial(run, on_cpu=True), groups, _num_used(groups), width=width),
+        default=lambda groups: _in_turn(partial(run, on_cpu=False), groups, groups.rows_UM.shape[0], width=width),
     )
     # A pair that is in no group may take any place, because its value is not used.
     y_TXD = y_AD[places_TX]
-    return PartialSum(jnp.sum(jnp.where((places_TX >= 0)[..., None], y_TXD * weights_TX[..., None], 0), axis=1)[None])
+    terms_TXD = jnp.where((places_TX >= 0)[..., None], y_TXD * weights_TX[..., None], 0)
+    return PartialSum(
+        jax.lax.platform_dependent(
+            terms_TXD,
+            cpu=lambda terms_TXD: same_bits.total_on_cpu(terms_TXD, 1),
+            default=lambda terms_TXD: jnp.sum(terms_TXD, axis=1),
+        )[None]
+    )
 
 
 def _num_used(groups: Groups) -> jax.Array:
@@ -106,16 +115,21 @@ def _expert(
     down_bias_ED: jax.Array,
     alpha: float,
     limit: float,
+    on_cpu: bool,
 ) -> jax.Array:
     """One expert's network, [M, D] -> [M, D] float32."""
-    h_M2F = _product(x_MD, gate_up, expert) + gate_up_bias_E2F[expert].astype(jnp.float32)
+    h_M2F = _product(x_MD, gate_up, expert, on_cpu) + gate_up_bias_E2F[expert].astype(jnp.float32)
     gate_MF, up_MF = jnp.minimum(h_M2F[:, 0::2], limit), jnp.clip(h_M2F[:, 1::2], -limit, limit)
     activation_MF = gate_MF * jax.nn.sigmoid(alpha * gate_MF) * (up_MF + 1)
-    return _product(activation_MF.astype(x_MD.dtype), down, expert) + down_bias_ED[expert].astype(jnp.float32)
+    return _product(activation_MF.astype(x_MD.dtype), down, expert, on_cpu) + down_bias_ED[expert].astype(jnp.float32)
 
 
-def _product(x: jax.Array, weight: jax.Array | MXFP4 | MXFP4Fragments, expert: jax.Array) -> jax.Array:
+def _product(x: jax.Array, weight: jax.Array | MXFP4 | MXFP4Fragments, expert: jax.Array, on_cpu: bool) -> jax.Array:
     one = weight[expert]
+    if on_cpu and isinstance(one, MXFP4):
+        return same_bits.product_of_rows_on_cpu(x, one.dequantize(x.dtype))
+    if on_cpu and isinstance(one, jax.Array):
+        return same_bits.product_on_cpu(x, one.astype(x.dtype))
     numbers, axis = (
         (one.dequantize(x.dtype), 1) if isinstance(one, MXFP4 | MXFP4Fragments) else (one.astype(x.dtype), 0)
     )

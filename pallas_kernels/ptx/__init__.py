@@ -46,6 +46,7 @@ from pallas_kernels.ptx.values import (
 from pallas_kernels.ptx.warp import (
     first_lane,
     fragment_lane,
+    from_lane,
     mma,
     quad_reduce,
     shuffle_xor,
@@ -79,6 +80,7 @@ __all__ = [
     "float32",
     "fma",
     "fragment_lane",
+    "from_lane",
     "global_address",
     "halves",
     "i32",

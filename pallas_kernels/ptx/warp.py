@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.ptx.values import Value, asm, const, f32
+from pallas_kernels.ptx.values import Value, asm, const, f32, i32
 
 
 def thread() -> Value:
@@ -60,6 +60,12 @@ def warp_sum(value: Value, lanes: int = 1) -> Value:
 def first_lane(value: Value) -> Value:
     """The float32 number of the warp's first lane, in every lane."""
     return asm("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", [f32()], [value], volatile=True)[0]
+
+
+def from_lane(value: Value, lane: Value) -> Value:
+    """The 32-bit integer of another lane, whose number may be another in each."""
+    text = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
+    return asm(text, [i32()], [value, lane], volatile=True)[0]
 
 
 def sync_warp() -> None:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import same_bits
 from pallas_kernels.add_norm.reference import add_norm
 from pallas_kernels.partial_sum import PartialSum
 
@@ -11,11 +12,10 @@ def route(
     x_TD: jax.Array, router_DE: jax.Array, bias_E: jax.Array, positions_T: jax.Array, *, top: int
 ) -> tuple[jax.Array, jax.Array]:
     """The experts of rows x, and their weights: see `api.norm_route`."""
-    contract = (((1,), (0,)), ((), ()))
-    logits_TE = jax.lax.dot_general(x_TD, router_DE.astype(x_TD.dtype), contract, preferred_element_type=jnp.float32)
+    logits_TE = same_bits.product(x_TD, router_DE.astype(x_TD.dtype))
     logits_TE = (logits_TE + bias_E.astype(jnp.float32)).astype(x_TD.dtype)
     chosen_TX, experts_TX = jax.lax.top_k(logits_TE.astype(jnp.float32), top)
-    return jnp.where(positions_T[:, None] < 0, -1, experts_TX), jax.nn.softmax(chosen_TX, axis=-1)
+    return jnp.where(positions_T[:, None] < 0, -1, experts_TX), same_bits.softmax(chosen_TX)
 
 
 def norm_route(

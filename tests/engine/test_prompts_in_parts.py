@@ -1,125 +1,137 @@
-"""Prompts that are read chunk by chunk between steps, and from what a slot still holds: the bits are the same."""
+"""Prompts that are read chunk by chunk between steps, and from what pages still hold: the bits are the same."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 
+from gptjax.engine import programs
 from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features
+from gptjax.errors import CapacityError
+from gptjax.scheduling.policy import Policy
+from tests.compilations import compilations
 from tests.engine.test_steps_per_dispatch import made  # noqa: F401 (a fixture)
 from tests.thinned import thinned
 
-SLOTS, MAX_LENGTH, CHUNK, VOCAB = 3, 60, 8, 101  # the second model's rings have 9 places
+SLOTS, MAX_LENGTH, CHUNK, VOCAB = 3, 300, 8, 101  # the second model has a window of 9 positions
 
 
 def _engine(made, *, chunk: int = CHUNK, max_length: int = MAX_LENGTH, **options) -> Engine:  # noqa: F811
-    return Engine(*made, batch=SLOTS, max_length=max_length, chunk=chunk, **options)
+    return Engine(*made, **{"batch": SLOTS, "max_length": max_length, "chunk": chunk} | options)
 
 
-def _request(seed: int, length: int, *, prompt=None) -> Request:
+def _request(seed: int, length: int, max_tokens: int = 12, *, prompt=None) -> Request:
     ids = np.random.default_rng(seed).integers(0, VOCAB, length).tolist() if prompt is None else prompt
-    return Request(tuple(ids), 12, SamplingParams(seed=seed, temperature=1.0))
+    return Request(tuple(ids), max_tokens, SamplingParams(seed=seed, temperature=1.0))
 
 
-def _tokens(engine: Engine, slot: int, count: int = 12) -> list[tuple]:
-    """The next tokens of a slot, while the others get theirs."""
-    given = []
-    while len(given) < count:
-        given += [(token.token_id, token.logprob) for token in engine.step() if token.slot == slot]
-    return given
+BESIDE = Request((1, 2, 3), 290, SamplingParams(seed=1))
+
+
+def _tokens(engine: Engine, *numbers: int, count: int = 12) -> list[list[tuple]]:
+    """The next tokens of some requests, while the others get theirs. Ends them."""
+    given: dict[int, list[tuple]] = {number: [] for number in numbers}
+    for _ in range(5000):
+        for token in engine.step():
+            if token.request in given:
+                given[token.request].append((token.token_id, token.logprob))
+                if len(given[token.request]) == count:
+                    engine.end(token.request)
+        if all(len(tokens) == count for tokens in given.values()):
+            return list(given.values())
+    raise AssertionError("no more tokens come")
+
+
+def _tokens_and_cached(engine: Engine, request: Request) -> tuple[list[tuple], int]:
+    """All tokens of a request but the last, and how much of its prompt was not read."""
+    number = engine.add(dataclasses.replace(request, max_tokens=request.max_tokens + 1))
+    given, cached = [], 0
+    while len(given) < request.max_tokens:
+        given += [(token.token_id, token.logprob) for token in engine.step() if token.request == number]
+        cached = engine.cached_tokens(number)
+    engine.end(number)
+    return given, cached
 
 
 def _alone(made, request: Request, **options) -> list[tuple]:  # noqa: F811
     engine = _engine(made, **options)
-    engine.admit(0, request)
-    return _tokens(engine, 0)
+    return _tokens(engine, engine.add(request), count=request.max_tokens)[0]
 
 
-def _read(engine: Engine) -> int:
-    """Reads the prompt that was begun, between steps. Returns the number of its chunks."""
-    chunks = 0
-    while engine.fill_is_due or engine.step():
-        if engine.fill_is_due:
-            chunks += 1
-            if engine.fill():
-                break
-    return chunks
+@pytest.fixture
+def happened(monkeypatch) -> list[str]:
+    """The programs that run, by their first letters: prefill, advance, decode."""
+    names: list[str] = []
+    for name in ("prefill", "advance", "decode"):
+        original = getattr(programs, name)
+        monkeypatch.setattr(
+            programs, name, lambda *a, name=name, f=original: (names.append(name[0]), f(*a))[1]
+        )  # fmt: skip
+    return names
 
 
 @pytest.mark.parametrize("steps_per_dispatch", thinned([1, 8], 8))
 def test_a_prompt_that_is_read_between_steps_gives_the_bits_it_gives_alone(made, steps_per_dispatch):  # noqa: F811
     engine = _engine(made, steps_per_dispatch=steps_per_dispatch)
-    beside = Request((1, 2, 3), 1000, SamplingParams(seed=1))
-    engine.admit(0, beside)
+    engine.add(BESIDE)
     engine.step()
     for request in (_request(1, 37), _request(2, 8), _request(3, 9)):
-        assert engine.begin(1, request) == 0
-        assert engine.free_slots == [2]
-        assert _read(engine) == -(-len(request.prompt_ids) // CHUNK)
-        assert _tokens(engine, 1) == _alone(made, request)
-        engine.release(1)
+        number = engine.add(request)
+        assert engine.room == 1
+        assert _tokens(engine, number) == [_alone(made, request)]
+        assert engine.cached_tokens(1) == 0
 
 
-def test_two_chunks_of_a_prompt_never_follow_each_other_while_a_slot_is_busy(made):  # noqa: F811
+def test_between_two_chunks_of_a_prompt_there_is_a_step_of_those_that_run(made, happened):  # noqa: F811
     engine = _engine(made, steps_per_dispatch=8)
-    engine.begin(0, _request(1, 30))
-    while engine.fill_is_due and not engine.fill():
-        pass  # nobody is kept waiting
-    assert engine.free_slots == [1, 2]
-    engine.begin(1, _request(2, 30))
-    due = []
-    for _ in range(4):
-        while not engine.fill_is_due:
-            engine.step()
-        engine.fill()
-        due.append(engine.fill_is_due)
-    assert due == [False] * 4
+    number = engine.add(_request(1, 30))
+    while not engine.step():
+        pass
+    assert "".join(happened) == "ppppa"  # nobody is kept waiting
+    happened.clear()
+    second = engine.add(_request(2, 30))
+    _tokens(engine, second)
+    assert "".join(happened).count("p") == 4 and "pp" not in "".join(happened)
+    engine.end(number)
 
 
-def test_short_prompts_are_read_together_up_to_a_chunk(made):  # noqa: F811
-    engine = Engine(*made, batch=SLOTS, max_length=MAX_LENGTH, chunk=64)
-    engine.admit(0, _request(1, 5))
+def test_short_prompts_are_read_together_up_to_a_chunk(made, happened):  # noqa: F811
+    engine = _engine(made, chunk=64)
+    engine.add(BESIDE)
     engine.step()
-    for slot in (1, 2):  # each counts as its bucket, 32
-        engine.begin(slot, _request(slot, 5))
-        assert engine.fill_is_due and engine.fill()
-    engine.release(2)
-    engine.begin(2, _request(3, 5))
-    assert not engine.fill_is_due
-    while not engine.fill_is_due:
-        engine.step()
-    assert engine.fill()
+    happened.clear()
+    for number in (1, 2):
+        engine.add(_request(number, 5))  # each counts as its call, of 32 tokens
+    engine.step()
+    assert "".join(happened) == "ppa"
 
 
 @pytest.mark.parametrize("chunks", range(4))
 def test_a_prompt_may_be_given_up_after_any_chunk(made, chunks):  # noqa: F811
     engine = _engine(made, reuse=True)
-    engine.begin(1, _request(1, 30))
+    given_up = engine.add(_request(1, 30))
     for _ in range(chunks):
-        assert not engine.fill()
-    engine.release(1)
-    assert engine.free_slots == [0, 1, 2]
+        assert engine.step() == []
+    engine.end(given_up)
+    assert engine.room == 3
     assert engine.step() == []
     request = _request(1, 31)
-    assert engine.begin(1, request) == 0  # what was given up is held by no slot
-    _read(engine)
-    assert _tokens(engine, 1) == _alone(made, request)
+    number = engine.add(request)
+    assert _tokens(engine, number) == [_alone(made, request)]
 
 
 @pytest.mark.thorough
 def test_a_prompt_whose_rest_is_cut_in_two_gives_the_bits_it_gives_alone(made):  # noqa: F811
-    sizes = {"chunk": 64, "max_length": 240}
+    sizes = {"chunk": 64, "max_length": 260}
     engine = _engine(made, reuse=True, **sizes)
-    engine.admit(0, Request((1, 2, 3), 1000, SamplingParams(seed=1)))
+    engine.add(BESIDE)
     first = _request(1, 104)  # 64, 32 and 8
-    assert engine.begin(1, first) == 0
-    assert _read(engine) == 3
-    drawn = _tokens(engine, 1)
+    (drawn,) = _tokens(engine, engine.add(first))
     assert drawn == _alone(made, first, **sizes)
     request = _request(2, 0, prompt=[*first.prompt_ids, *(token for token, _ in drawn), *range(60)])  # 176: 128, 48
-    assert engine.begin(2, request) == 64
-    assert _read(engine) == 3
-    assert _tokens(engine, 2) == _alone(made, request, **sizes)
+    assert _tokens_and_cached(engine, request) == (_alone(made, request, **sizes), 64)
 
 
 def test_a_chunk_is_a_power_of_two(made):  # noqa: F811
@@ -127,73 +139,90 @@ def test_a_chunk_is_a_power_of_two(made):  # noqa: F811
         _engine(made, chunk=48)
 
 
-def test_a_longer_prompt_goes_on_from_a_slot_as_often_as_wanted(made):  # noqa: F811
+def test_a_longer_prompt_goes_on_from_what_pages_hold_as_often_as_wanted(made):  # noqa: F811
     engine = _engine(made, reuse=True)
     first = _request(1, 20)
-    engine.admit(0, first)
-    drawn = _tokens(engine, 0)  # beyond the ring's size
-    for slot, length, held in ((1, 30, 16), (2, 18, 16), (2, 25, 24)):  # the last from slot 1
-        request = _request(slot, 0, prompt=[*first.prompt_ids, *(token for token, _ in drawn)][:length])
-        assert engine.begin(slot, request) == held
-        _read(engine)
-        assert _tokens(engine, slot) == _alone(made, request)
-        engine.release(slot)
+    (drawn,) = _tokens(engine, engine.add(first))  # beyond the window's size
+    for length, held in ((30, 16), (18, 16), (25, 24)):
+        request = _request(2, 0, prompt=[*first.prompt_ids, *(token for token, _ in drawn)][:length])
+        assert _tokens_and_cached(engine, request) == (_alone(made, request), held)
 
 
 @pytest.mark.parametrize("place", [1, 15])
-def test_a_prompt_that_is_another_within_what_a_slot_holds_is_read_from_its_beginning(made, place):  # noqa: F811
+def test_a_prompt_that_is_another_within_what_pages_hold_is_read_from_its_beginning(made, place):  # noqa: F811
     engine = _engine(made, reuse=True)
     first = _request(1, 20)  # of which 16 are held
-    engine.admit(0, first)
+    _tokens(engine, engine.add(first))
     other = [*first.prompt_ids]
     other[place] = (other[place] + 1) % VOCAB
     request = _request(2, 0, prompt=other)
-    assert engine.begin(1, request) == 0
-    _read(engine)
-    assert _tokens(engine, 1) == _alone(made, request)
+    assert _tokens_and_cached(engine, request) == (_alone(made, request), 0)  # a copy is not worth 8 tokens
 
 
-def test_the_slot_to_take_is_that_of_the_conversation_else_the_one_missed_least(made):  # noqa: F811
-    engine = _engine(made, reuse=True)
-    first, second, third = (_request(seed, 20) for seed in (1, 2, 3))
-    assert engine.best_slot(first) == 0
-    engine.admit(0, first)
-    engine.release(0)
-    assert engine.best_slot(_request(1, 30)) == 0
-    assert engine.best_slot(second) == 1
-    for slot, request in ((1, second), (2, third)):
-        engine.admit(slot, request)
-        engine.release(slot)
-    assert engine.best_slot(_request(4, 20)) == 0  # the oldest
-    assert engine.best_slot(_request(3, 21)) == 2
-    engine.admit(2, _request(5, 4))  # it holds no whole chunk
-    engine.release(2)
-    assert engine.best_slot(_request(4, 20)) == 2
-    assert _engine(made).best_slot(first) == 0
+def test_a_system_prompt_is_read_once(made, happened):  # noqa: F811
+    """Whole pages of 128 positions, in one chunk; the others wait for it."""
+    engine = _engine(made, reuse=True, chunk=128)
+    system = _request(9, 256).prompt_ids
+    requests = [_request(n, 0, prompt=[*system, n, n]) for n in range(3)]
+    numbers = [engine.add(request) for request in requests]
+    given = _tokens(engine, *numbers)
+    assert happened.count("p") == 2 + 3
+    for request, tokens in zip(requests, given, strict=True):
+        assert tokens == _alone(made, request, chunk=128)
 
 
-def test_one_prompt_is_read_at_a_time_into_a_free_slot(made):  # noqa: F811
+def test_a_pool_that_is_too_small_for_all_sets_the_newest_aside(made):  # noqa: F811
+    """Three requests of three pages each, where there are pages for four: the bits are as alone."""
+    pages = [5] * (2 if made[0].config.windows[0] != made[0].config.windows[1] else 1)
+    requests = [_request(n, 120, 160) for n in range(3)]
+    engine = _engine(made, reuse=True, chunk=64, pages=pages)
+    numbers = [engine.add(request) for request in requests]
+    given = _tokens(engine, *numbers, count=160)
+    for request, tokens in zip(requests, given, strict=True):
+        assert tokens == _alone(made, request, chunk=64)
+    with pytest.raises(CapacityError, match=r"needs 3 pages of 128 positions .* but the cache has 2"):
+        _engine(made, pages=[3] * len(pages)).add(requests[0])
+
+
+def test_packed_prompts_and_rows_by_need_give_the_same_tokens(made):  # noqa: F811
+    """Their sizes change with the load, so log-probabilities may differ by rounding."""
+    policy = Policy(slots=8, chunk=64, steps=4)
+    engine = _engine(made, policy=policy)
+    requests = [_request(n, length, 20) for n, length in enumerate((5, 150, 1, 33, 90, 64, 7, 200))]
+    numbers = [engine.add(request) for request in requests]
+    given = _tokens(engine, *numbers, count=20)
+    for request, tokens in zip(requests, given, strict=True):
+        expected = _alone(made, request, chunk=64)
+        assert [token for token, _ in tokens] == [token for token, _ in expected]
+        np.testing.assert_allclose([logprob for _, logprob in tokens], [logprob for _, logprob in expected], atol=1e-4)
+
+
+def test_warm_up_needs_all_requests_to_have_ended(made):  # noqa: F811
     engine = _engine(made)
-    with pytest.raises(ValueError, match="no prompt is being read"):
-        engine.fill()
-    engine.begin(0, _request(1, 20))
-    with pytest.raises(ValueError, match="slot 0 is busy"):
-        engine.begin(0, _request(2, 20))
-    with pytest.raises(ValueError, match="the prompt of slot 0 is still being read"):
-        engine.begin(1, _request(2, 20))
-    with pytest.raises(ValueError, match="all slots to be free"):
+    engine.add(BESIDE)
+    with pytest.raises(ValueError, match="all requests to have ended"):
         engine.warm_up()
 
 
-def test_levels_compute_what_the_requests_of_the_moment_need(made):  # noqa: F811
-    levels = (Features(), Features(draws=True), Features(True, True, True, True, 20))
-    engine = _engine(made, levels=levels)
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_what_no_row_uses_is_skipped_or_is_another_program(made, monkeypatch, on_cpu):  # noqa: F811
+    """On a CPU by branches of the one program, elsewhere by the level that the requests of the moment need."""
+    levels = (Features(draws=True), Features.everything())
+    monkeypatch.setattr("gptjax.engine.executor.jax.default_backend", lambda: "cpu" if on_cpu else "gpu")
+    engine = _engine(made, levels=levels, steps_per_dispatch=1)
     engine.warm_up()
+    used, original = [], programs.sample
+    monkeypatch.setattr(programs, "sample", lambda *a: (used.append(a[2]), original(*a))[1])
     greedy = Request((1, 2), 12, SamplingParams(seed=1))
-    full = Request((1, 2), 12, SamplingParams(seed=1, temperature=1.0, top_p=0.9))
-    expected = [(greedy, levels[0]), (_request(1, 5), levels[1]), (full, levels[2]), (greedy, levels[0])]
-    for request, level in expected:
-        engine.admit(0, request)
-        assert engine._needed_features() == level
-        assert _tokens(engine, 0) == _alone(made, request)
-        engine.release(0)
+    every = SamplingParams(1.0, 40, 0.9, 0.01, 1.1, 0.2, 0.3, {5: 2.0}, seed=1, top_logprobs=3)
+    full = Request((1, 2), 12, every)
+    expected = [_alone(made, request) for request in (greedy, _request(1, 5), full)]
+    with compilations() as compiled:
+        for index in (0, 1, 2, 0):
+            request = (greedy, _request(1, 5), full)[index]
+            used.clear()
+            number = engine.add(request)
+            assert _tokens(engine, number) == [expected[index]]
+            forms = {(each.branches, each.bias is not None) for each in used[:12]}
+            assert forms == {(True, True) if on_cpu else (False, index == 2)}
+        assert compiled == []

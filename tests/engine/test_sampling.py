@@ -8,10 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.engine.sampling import Penalties, Sampling, Truncation, sample
+from gptjax.engine.sampling import Bias, Penalties, Sampling, Truncation, output_counts, sample
 
 V = 37
-_sample = jax.jit(sample)
+
+
+@jax.jit
+def _sample(logits_BV, positions_B, settings, counts_BV=None):
+    return sample(logits_BV, positions_B, settings, None if counts_BV is None else lambda: counts_BV)
 
 
 def _logits(seed: int, rows: int, spread: float = 2.0) -> np.ndarray:
@@ -142,7 +146,14 @@ def test_a_draw_depends_on_its_own_row_seed_and_position_only():
     assert together[3] == jax.random.categorical(key, jnp.asarray(logits_BV[3]) - logits_BV[3].max())
 
 
-def test_penalties_and_bias_against_float64():
+def _bias(bias_BV: np.ndarray) -> Bias:
+    ids_BM = np.tile(np.arange(bias_BV.shape[1] + 2, dtype=np.int32), (len(bias_BV), 1))  # two more are none
+    values_BM = np.pad(bias_BV, ((0, 0), (0, 2)), constant_values=9.0)
+    return Bias(jnp.asarray(ids_BM), jnp.asarray(values_BM))
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_penalties_and_bias_against_float64(branches):
     logits_BV, history_BS = _logits(9, 3), np.random.default_rng(9).integers(0, V, (3, 16)).astype(np.int32)
     lengths, prompts = np.asarray([16, 9, 1]), np.asarray([5, 9, 0])
     repetition, presence, frequency = (
@@ -166,20 +177,25 @@ def test_penalties_and_bias_against_float64():
             jnp.asarray(repetition, jnp.float32),
             jnp.asarray(presence, jnp.float32),
             jnp.asarray(frequency, jnp.float32),
-            jnp.asarray(prompts, jnp.int32),
         ),
-        bias_BV=jnp.asarray(bias_BV),
+        bias=_bias(bias_BV),
+        branches=branches,
     )
-    sampled = _sample(jnp.asarray(logits_BV), jnp.asarray(lengths, jnp.int32), settings, jnp.asarray(history_BS))
+    counts_BV = np.zeros((3, V), np.int32)
+    for row in range(3):
+        counts_BV[row, history_BS[row, : prompts[row]]] = 1
+        for token in history_BS[row, prompts[row] : lengths[row]]:
+            counts_BV[row, token] += 2
+    sampled = _sample(jnp.asarray(logits_BV), jnp.asarray(lengths, jnp.int32), settings, jnp.asarray(counts_BV))
     np.testing.assert_array_equal(sampled.token_B, expected_BV.argmax(-1))
     # The whole distribution, not only its top: ban each winner in turn by bias and compare the order.
     order = np.argsort(-expected_BV, axis=-1)
     for place in range(1, V):
         banned_BV = bias_BV.copy()
         np.put_along_axis(banned_BV, order[:, :place], -1e9, axis=-1)
-        again = dataclasses.replace(settings, bias_BV=jnp.asarray(banned_BV))
+        again = dataclasses.replace(settings, bias=_bias(banned_BV))
         token_B = _sample(
-            jnp.asarray(logits_BV), jnp.asarray(lengths, jnp.int32), again, jnp.asarray(history_BS)
+            jnp.asarray(logits_BV), jnp.asarray(lengths, jnp.int32), again, jnp.asarray(counts_BV)
         ).token_B
         np.testing.assert_array_equal(token_B, order[:, place])
 
@@ -187,7 +203,7 @@ def test_penalties_and_bias_against_float64():
 def test_logprobs_are_the_models_own():
     logits_BV = _logits(11, 4)
     settings = Sampling(
-        seed_B=jnp.zeros(4, jnp.uint32), temperature_B=jnp.full(4, 0.3), bias_BV=jnp.asarray(_logits(12, 4)), num_top=5
+        seed_B=jnp.zeros(4, jnp.uint32), temperature_B=jnp.full(4, 0.3), bias=_bias(_logits(12, 4)), num_top=5
     )
     sampled = _sample(jnp.asarray(logits_BV), jnp.arange(4), settings)
     wide_BV = logits_BV.astype(np.float64)
@@ -229,8 +245,71 @@ def test_draws_are_those_of_jax():
     assert _draws(logits_V, count, temperature).tolist() == expected_B
 
 
-def test_penalties_without_history_say_so():
+def test_penalties_without_counts_say_so():
     ones = jnp.ones(1)
-    settings = Sampling(seed_B=jnp.zeros(1, jnp.uint32), penalties=Penalties(ones, ones, ones, ones))
-    with pytest.raises(ValueError, match="history"):
+    settings = Sampling(seed_B=jnp.zeros(1, jnp.uint32), penalties=Penalties(ones, ones, ones))
+    with pytest.raises(ValueError, match="counts"):
         sample(jnp.zeros((1, V)), jnp.zeros(1, jnp.int32), settings)
+
+
+def test_counts_of_a_history_are_those_of_its_tokens():
+    history_BS = np.random.default_rng(3).integers(0, V, (3, 50)).astype(np.int32)
+    lengths = [50, 0, 17]
+    counts_BV = np.asarray(output_counts(jnp.asarray(history_BS), jnp.asarray(lengths), V))
+    for row, length in enumerate(lengths):
+        np.testing.assert_array_equal(counts_BV[row], 2 * np.bincount(history_BS[row, :length], minlength=V))
+
+
+def _mixed(rows: list[str], branches: bool) -> Sampling:
+    """Rows that use the named features."""
+    uses = [set(row.split()) for row in rows]
+
+    def column(name: str, value: float, off: float, dtype: str) -> jax.Array:
+        return jnp.asarray([value if name in row else off for row in uses], dtype)
+
+    return Sampling(
+        seed_B=jnp.arange(len(rows), dtype=jnp.uint32),
+        temperature_B=column("draws", 0.9, 0, "float32"),
+        truncation=Truncation(
+            column("k", 5, 0, "int32"), column("p", 0.7, 1, "float32"), column("least", 0.2, 0, "float32")
+        ),
+        penalties=Penalties(
+            column("repeats", 1.7, 1, "float32"),
+            column("present", 2.0, 0, "float32"),
+            column("often", 0.8, 0, "float32"),
+        ),
+        bias=Bias(column("bias", 3, V, "int32")[:, None], jnp.full((len(rows), 1), 4.0)),
+        top_B=column("top", 4, 0, "int32"),
+        num_top=5,
+        branches=branches,
+    )
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ["", "", ""],
+        ["draws", "", ""],
+        ["", "draws k", "draws"],
+        ["draws p", "", "draws least"],
+        ["repeats", "draws", ""],
+        ["", "present", "draws top"],
+        ["often draws", "bias", "draws k p least repeats present often bias top"],
+    ],
+)
+def test_branches_skip_only_what_no_row_uses(rows):
+    """The same tokens and log-probabilities; and each row's are those that it has alone."""
+    logits_BV, counts_BV = _logits(20, 3), np.random.default_rng(20).integers(0, 5, (3, V)).astype(np.int32)
+    positions_B = np.asarray([3, 9, 4], np.int32)
+    whole, skipped = (_sample(logits_BV, positions_B, _mixed(rows, each), counts_BV) for each in (False, True))
+    np.testing.assert_array_equal(whole.token_B, skipped.token_B)
+    np.testing.assert_array_equal(whole.logprob_B, skipped.logprob_B)
+    if any("top" in row for row in rows):
+        np.testing.assert_array_equal(whole.top_ids_BC, skipped.top_ids_BC)
+        np.testing.assert_array_equal(whole.top_logprobs_BC, skipped.top_logprobs_BC)
+    else:
+        assert not np.asarray(skipped.top_ids_BC).any()
+    for row in range(3):
+        alone = ["" if other != row else rows[row] for other in range(3)]
+        drawn = _sample(logits_BV, positions_B, _mixed(alone, True), counts_BV)
+        assert (drawn.token_B[row], drawn.logprob_B[row]) == (skipped.token_B[row], skipped.logprob_B[row])

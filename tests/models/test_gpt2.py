@@ -22,7 +22,7 @@ from gptjax.layers.residual import Residual
 from gptjax.models import registry
 from gptjax.models.gpt2 import GPT2
 from gptjax.models.params import abstract_params, num_params
-from tests.oracles import gpt2_numpy, gpt2_ours, gpt2_random
+from tests.oracles import gpt2_numpy, gpt2_ours, gpt2_random, gpt_oss_ours
 from tests.thinned import thinned, thorough
 
 # Largest deviation allowed, as a part of the largest magnitude in the array. A float32 sum of F or D terms is good to a
@@ -141,10 +141,10 @@ def test_padding_has_no_influence(tiny, layout, cached):
     assert np.isfinite(np.asarray(outputs.final_BTD)).all()  # at padding too: NaN there would spread in an optimiser
     if cached:
         assert cache.lengths_B.tolist() == [31, 1, 12, 0]
-        for array_BKSH in cache.k + cache.v:
-            for b, row in enumerate(rows):
-                assert np.isfinite(array_BKSH[b, :, : len(row)]).all()
-                assert np.isnan(array_BKSH[b, :, len(row) :]).all(), "padding was written"
+        for b, row in enumerate(rows):
+            for array_KSH in gpt_oss_ours.contents(cache, b):
+                assert np.isfinite(array_KSH[:, : len(row)]).all()
+                assert np.isnan(array_KSH[:, len(row) :]).all(), "padding was written"
 
 
 def test_decode_beside_other_rows_agrees_with_the_oracle(tiny):
@@ -312,7 +312,7 @@ def test_published_sizes(name, count):
     assert (outputs.final_BTD.shape, outputs.final_BTD.dtype) == ((2, 7, config.width), jnp.bfloat16)
     assert (outputs.logits_BTV.shape, outputs.logits_BTV.dtype) == ((2, 7, 50257), jnp.float32)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), cache)
-    assert after.k[0].shape == (2, config.num_heads, 1024, 64)
+    assert after.k[0].shape == (1 + 2 * 8, config.num_heads, 128, 64)
 
 
 def test_an_unknown_implementation_raises(tiny):

@@ -44,8 +44,11 @@ def tiny() -> Case:
     return make_case()
 
 
-def _cache(model: Model, fill: float = 0.0, *, slots: int = SLOTS, max_length: int = 128) -> KVCache:
-    return gpt_oss_ours.filled(registry.create_cache(model, batch=slots, max_length=max_length), fill)
+def _cache(
+    model: Model, fill: float = 0.0, *, slots: int = SLOTS, max_length: int = 128, chunk: int | None = None
+) -> KVCache:
+    cache = registry.create_cache(model, batch=slots, max_length=max_length, chunk=chunk)
+    return gpt_oss_ours.filled(cache, fill)
 
 
 def _run_whole(model: Model, params: Params, ids: Sequence[int]) -> Outputs:
@@ -153,13 +156,13 @@ def test_more_than_a_window_of_128():
     case = make_case(sliding_window=128, **gpt_oss_random.TWO_LAYERS)
     ids = gpt_oss_random.tokens(3, 290)
     oracle = case.oracle(ids)
-    cache = _cache(case.model, np.nan, slots=1, max_length=384)
+    cache = _cache(case.model, np.nan, slots=1, max_length=500, chunk=100)
     _assert_close(_run_chunks(case.model, case.params, ids, [100, 100, 90], cache, 100)[0], oracle)
-    cache = _cache(case.model, np.nan, slots=1, max_length=384)
+    cache = _cache(case.model, np.nan, slots=1, max_length=500, chunk=100)
     outputs, cache = _run_chunks(case.model, case.params, ids[:140], [100, *[1] * 40], cache, 100)
     _assert_close(outputs, case.oracle(ids[:140]))
-    assert cache.k[0].shape == (1, 2, 128, 16)
-    assert cache.k[1].shape == (1, 2, 384, 16)
+    assert cache.k[0].shape == (1 + 3, 2, 128, 16)  # what 100 tokens and the window before them touch
+    assert cache.k[1].shape == (1 + 4, 2, 128, 16)
 
 
 @pytest.mark.parametrize(
@@ -169,27 +172,25 @@ def test_more_than_a_window_of_128():
 )
 def test_cached_in_any_chunks_agrees_with_the_oracle(tiny, counts):
     ids = gpt_oss_random.tokens(4, LENGTH)
-    outputs, cache = _run_chunks(tiny.model, tiny.params, ids, counts, _cache(tiny.model, np.nan))
+    outputs, _ = _run_chunks(tiny.model, tiny.params, ids, counts, _cache(tiny.model, np.nan))
     _assert_close(outputs, tiny.oracle(ids))
-    assert [x.shape[2] for x in cache.k] == [x.shape[2] for x in cache.v] == [9, 128, 9]
 
 
-def test_a_ring_holds_the_last_positions(tiny):
-    """Position p lies at p mod S, whatever the chunks: the full layer below, rotated, tells which is which."""
+def test_the_cache_holds_each_position_at_its_place(tiny):
+    """Whatever the chunks, also in layers with a window; the other rows hold nothing."""
     ids = gpt_oss_random.tokens(4, LENGTH)
     whole, token_by_token = (
         _run_chunks(tiny.model, tiny.params, ids, counts, _cache(tiny.model, np.nan))[1] for counts in ([41], [1] * 41)
     )
-    for a, b in zip(whole.k + whole.v, token_by_token.k + token_by_token.v, strict=True):
-        used = slice(min(a.shape[2], LENGTH))
-        atol = FLOAT32_TOLERANCE * float(jnp.abs(a[0, :, used]).max())
-        np.testing.assert_allclose(a[0, :, used], b[0, :, used], rtol=0, atol=atol)
-        assert np.isnan(a[0, :, LENGTH:]).all()
-        assert np.isnan(a[1:]).all()
-    changed = [*ids[:-9], (ids[-9] + 1) % 101, *ids[-8:]]  # position 32, at place 5 of a ring of 9
+    for a_KSH, b_KSH in zip(*(gpt_oss_ours.contents(cache, 0) for cache in (whole, token_by_token)), strict=True):
+        atol = FLOAT32_TOLERANCE * float(np.abs(a_KSH[:, :LENGTH]).max())
+        np.testing.assert_allclose(a_KSH[:, :LENGTH], b_KSH[:, :LENGTH], rtol=0, atol=atol)
+        assert np.isnan(a_KSH[:, LENGTH:]).all()
+    assert all(np.isnan(x_KSH).all() for row in range(1, SLOTS) for x_KSH in gpt_oss_ours.contents(whole, row))
+    changed = [*ids[:32], (ids[32] + 1) % 101, *ids[33:]]
     other = _run_chunks(tiny.model, tiny.params, changed, [41], _cache(tiny.model, np.nan))[1]
-    differs_S = (np.asarray(whole.k[0][0]) != np.asarray(other.k[0][0])).any(axis=(0, 2))
-    assert np.flatnonzero(differs_S).tolist() == [32 % 9]
+    first, second = (gpt_oss_ours.contents(cache, 0)[0][:, :LENGTH] for cache in (whole, other))
+    assert np.flatnonzero((first != second).any(axis=(0, 2))).tolist() == [32]
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["uncached", "cached"])
@@ -205,10 +206,10 @@ def test_padding_has_no_influence(tiny, layout, cached):
     assert np.isfinite(np.asarray(outputs.final_BTD)).all()  # at padding too: NaN there would spread in an optimiser
     if cached:
         assert cache.lengths_B.tolist() == [LENGTH, 1, 12, 0]
-        for array_BKSH in cache.k + cache.v:
-            for b, row in enumerate(rows):
-                assert np.isfinite(array_BKSH[b, :, : len(row)]).all()
-                assert np.isnan(array_BKSH[b, :, len(row) :]).all(), "padding was written"
+        for b, row in enumerate(rows):
+            for array_KSH in gpt_oss_ours.contents(cache, b):
+                assert np.isfinite(array_KSH[:, : len(row)]).all()
+                assert np.isnan(array_KSH[:, len(row) :]).all(), "padding was written"
 
 
 def test_decode_beside_other_rows_agrees_with_the_oracle(tiny):
@@ -230,7 +231,7 @@ def test_decode_beside_other_rows_agrees_with_the_oracle(tiny):
 
 
 def test_what_lies_beyond_a_rows_length_has_no_influence(tiny):
-    """A slot used before, a slot full of NaN and a fresh one give the same bits: rings of which a part is in use."""
+    """A slot used before, a slot full of NaN and a fresh one give the same bits, also with windows."""
     rows = [gpt_oss_random.tokens(3, 13), gpt_oss_random.tokens(4, 5), [], []]
     first, second = gpt2_ours.pack(rows, WIDTH), gpt2_ours.pack([[9], [8], [], []], 1, starts=[13, 5, 0, 0])
     third = gpt2_ours.pack([[4, 5], [6, 7, 8], [], []], WIDTH, starts=[14, 6, 0, 0])

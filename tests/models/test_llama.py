@@ -189,12 +189,12 @@ def test_a_full_size_forward_pass():
     assert isinstance(published, LlamaConfig)
     model = registry.build(dataclasses.replace(published, num_layers=2, windows=(None, 64)), dtype=jnp.bfloat16)
     tokens_BT = jax.ShapeDtypeStruct((2, 7), jnp.int32)
-    cache = jax.eval_shape(lambda: registry.create_cache(model, batch=2, max_length=1000))
+    cache = jax.eval_shape(lambda: registry.create_cache(model, batch=2, max_length=1000, chunk=256))
     params = abstract_params(model)
     outputs, after = jax.eval_shape(lambda *args: gpt2_ours.run(model, *args), params, tokens_BT, tokens_BT, cache)
     assert (outputs.final_BTD.shape, outputs.final_BTD.dtype) == ((2, 7, 4096), jnp.bfloat16)
     assert (outputs.logits_BTV.shape, outputs.logits_BTV.dtype) == ((2, 7, 151936), jnp.float32)
-    assert [x.shape for x in after.k] == [(2, 8, 1024, 128), (2, 8, 64, 128)]
+    assert [x.shape for x in after.k] == [(1 + 2 * 8, 8, 128, 128), (1 + 2 * 4, 8, 128, 128)]
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32))
     for leaf in jax.tree.leaves(boxed["params"], is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
         assert isinstance(leaf, nn.LogicallyPartitioned)

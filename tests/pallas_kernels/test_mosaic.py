@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, tiles
+from pallas_kernels import append, dispatch, tiles
 from pallas_kernels.attention import attention
 from pallas_kernels.attention.decode import split
 from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import quantize
 from pallas_kernels.matvec import matvec
 from pallas_kernels.moe import moe
+from pallas_kernels.pages import PAGE
 from pallas_kernels.partial_sum import PartialSum
 from tests.oracles import moe_numpy
 from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
@@ -132,12 +133,13 @@ def test_settings_of_fewer_rows_lower_within_memory():
 @needs_mosaic
 @pytest.mark.parametrize("B", [1, 8])
 @pytest.mark.parametrize("rotates", [True, False])
-def test_appending_lowers_and_updates_the_cache_in_place(B, rotates):
-    append = importlib.import_module("pallas_kernels.append.mosaic_sm90").append
-    cache = _shape(B, 8, 512, 64)
+@pytest.mark.parametrize("pages", [None, 4])
+def test_appending_lowers_and_updates_the_cache_in_place(B, rotates, pages):
+    cache = _shape(B, 8, 512, 64) if pages is None else _shape(1 + B * pages, 8, PAGE, 64)
+    table = [] if pages is None else [_shape(B, pages, dtype=jnp.int32)]
     qkv = PartialSum(_shape(3, B, 80 * 64, dtype=jnp.float32), bias_EO=_shape(1, 80 * 64))
     angles = (_shape(B, 32, dtype=jnp.float32),) * 2 if rotates else None
-    text = lowered(append, qkv, angles, _shape(B, dtype=jnp.int32), cache, cache)
+    text = lowered(append.append, qkv, angles, _shape(B, dtype=jnp.int32), cache, cache, *table)
     assert "output_operand_aliases" in text
 
 
@@ -199,16 +201,32 @@ def test_products_agree_with_numpy(T, K, N):
 @pytest.mark.parametrize("S", [7, 128, 512])
 @pytest.mark.parametrize("rotates", [True, False])
 def test_appending_agrees_with_numpy(S, rotates):
-    append = importlib.import_module("pallas_kernels.append.mosaic_sm90").append
-    B, N, K, H, splits = 5, 6, 3, 64, 3
     rng = np.random.default_rng(S)
+    positions = np.asarray([0, 3, -1, S - 1, 2 * S + 2], np.int32)
+    where = [(row, p % S) for row, p in enumerate(positions)]
+    _appending_agrees_with_numpy(positions, (5, S), None, where, rotates, rng)
+
+
+@needs_hopper
+@pytest.mark.parametrize("rotates", [True, False])
+def test_appending_to_pages_agrees_with_numpy(rotates):
+    rng = np.random.default_rng(0)
+    positions = np.asarray([0, 127, -1, 128, 511, 300, 5], np.int32)
+    table = (1 + rng.permutation(40)[:28]).reshape(7, 4).astype(np.int32)
+    table[6] = 0  # a row whose page is not there writes to page 0, which belongs to nobody
+    where = [(table[row, p // PAGE], p % PAGE) for row, p in enumerate(positions)]
+    _appending_agrees_with_numpy(positions, (41, PAGE), table, where, rotates, rng)
+
+
+def _appending_agrees_with_numpy(positions, pages, table, where, rotates, rng):
+    (Y, S), B, N, K, H, splits = pages, len(positions), 6, 3, 64, 3
     parts = rng.standard_normal((splits, B, (N + 2 * K) * H)).astype(np.float32)
     bias = jnp.asarray(rng.standard_normal((1, parts.shape[2])), jnp.bfloat16)
-    cache = [jnp.asarray(rng.standard_normal((B, K, S, H)), jnp.bfloat16) for _ in "kv"]
-    positions = np.asarray([0, 3, -1, S - 1, 2 * S + 2], np.int32)
+    cache = [jnp.asarray(rng.standard_normal((Y, K, S, H)), jnp.bfloat16) for _ in "kv"]
     angle = rng.uniform(-3, 3, (B, H // 2)).astype(np.float32)
     angles = (np.cos(angle), np.sin(angle)) if rotates else None
-    q, *written = jax.jit(append)(PartialSum(jnp.asarray(parts), bias_EO=bias), angles, positions, *cache)
+    qkv = PartialSum(jnp.asarray(parts), bias_EO=bias)
+    q, *written = jax.jit(append.append)(qkv, angles, positions, *cache, table)
 
     total = parts.astype(np.float64).sum(axis=0) + np.asarray(bias, np.float64)
     heads = np.asarray(jnp.asarray(total, jnp.float32).astype(jnp.bfloat16), np.float64).reshape(B, N + 2 * K, H)
@@ -222,10 +240,10 @@ def test_appending_agrees_with_numpy(S, rotates):
     np.testing.assert_allclose(np.asarray(q, np.float64), heads[:, :N], **near)
     for before, after, new in zip(cache, written, (heads[:, N : N + K], heads[:, N + K :]), strict=True):
         expected = np.array(before, np.float64)
-        for row, position in enumerate(positions):
-            if position >= 0:
-                np.testing.assert_allclose(np.asarray(after[row, :, position % S], np.float64), new[row], **near)
-                expected[row, :, position % S] = np.asarray(after[row, :, position % S], np.float64)
+        for row, (page, place) in enumerate(where):
+            if positions[row] >= 0:
+                np.testing.assert_allclose(np.asarray(after[page, :, place], np.float64), new[row], **near)
+                expected[page, :, place] = np.asarray(after[page, :, place], np.float64)
         np.testing.assert_array_equal(np.asarray(after, np.float64), expected)
 
 

@@ -20,6 +20,8 @@ class Asked:
     count: int
     tokens: list[int] = dataclasses.field(default_factory=list)
     cached: int = 0
+    rows: int = 0
+    held: bool = False
 
 
 class Harness:
@@ -35,23 +37,44 @@ class Harness:
         vocabulary: int = 3,
     ):
         self.policy = policy
-        self.pools = [Pool(count, window) for count, window in zip(pages, windows, strict=True)]
-        self.scheduler = Scheduler(policy, self.pools)
+        self.windows = windows
         self.model = Model(windows, vocabulary, written)
         self.pages = pages
-        self.device = self._new_device()
-        self.under_way: deque[tuple[int, list[list[int]]]] = deque()
         self.open: dict[int, Asked] = {}
         self.done: dict[int, Asked] = {}
+        self.ended: list[Asked] = []  # by schedulers that were replaced
         self.plans: list[Plan] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self.pools = [Pool(count, window) for count, window in zip(self.pages, self.windows, strict=True)]
+        self.scheduler = Scheduler(self.policy, self.pools)
+        self.device = self._new_device()
+        self.under_way: deque[tuple[int, list[list[int]]]] = deque()
 
     def _new_device(self) -> Device:
         return Device(self.model, self.pages, self.policy.page, self.policy.slots, self.policy.row_sizes)
 
-    def add(self, prompt: Sequence[int], count: int) -> int:
-        number = self.scheduler.add(prompt, count)
-        self.open[number] = Asked(list(prompt), count)
+    def add(self, prompt: Sequence[int], count: int, rows: int = 0) -> int:
+        number = self.scheduler.add(prompt, count, rows=rows)
+        self.open[number] = Asked(list(prompt), count, rows=rows)
         return number
+
+    def hold(self, request: int, held: bool) -> None:
+        self.open[request].held = held
+        self.scheduler.hold(request, held)
+
+    def replace(self) -> None:
+        """Another scheduler and device go on with what is open."""
+        left = list(self.open.values())
+        self.ended += self.done.values()
+        self.open, self.done = {}, {}
+        self._begin()
+        for asked in left:
+            number = self.scheduler.add(asked.prompt, asked.count, rows=asked.rows, drawn=asked.tokens)
+            self.open[number] = asked
+            self.scheduler.hold(number, asked.held)
+        self.check()
 
     def plan(self) -> Plan | None:
         """Makes a plan and runs it."""
@@ -109,11 +132,11 @@ class Harness:
             count = policy.piece(left, policy.chunk)
             pieces.append((count, smallest(policy.call_sizes, count)))
             left -= count
-        return naive_device.alone(self.model, asked.prompt, asked.count, pieces, policy.row_sizes[0])
+        return naive_device.alone(self.model, asked.prompt, asked.count, pieces, asked.rows or policy.row_sizes[0])
 
     def check_tokens(self) -> None:
         """All that was received is as if each request had run alone."""
-        for asked in (*self.done.values(), *self.open.values()):
+        for asked in (*self.ended, *self.done.values(), *self.open.values()):
             assert asked.tokens == self.expected(asked)[: len(asked.tokens)]
 
     def check(self) -> None:
@@ -142,7 +165,8 @@ class Harness:
             assert len(call.pieces) <= (self.policy.pieces if self.policy.packed else 1)
             for piece in call.pieces:
                 multiple = self.policy.chunk_multiple if self.policy.packed else max(1, self.policy.chunk // 2)
-                assert piece.ends or (piece.position + piece.count) % multiple == 0
+                start = piece.position if self.policy.packed or self.policy.chunk_multiple > 1 else 0
+                assert piece.ends or (start + piece.count) % multiple == 0
 
     def _check_writes(self, plan: Plan) -> None:
         """No page that is written to has another holder, and none of a plan's pages has two uses."""

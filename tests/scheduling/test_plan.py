@@ -8,7 +8,7 @@ from gptjax.scheduling.plan import Copy, DecodeCall, Join, Piece, Plan, PrefillC
 
 PLAN = Plan(
     number=7,
-    joins=(Join(2, 31),),
+    joins=(Join(2, 31), Join(0, 4, (8, 9))),
     tables=(TableEntry(0, 2, 0, 5), TableEntry(1, 2, 0, 0)),
     copies=(Copy(0, 5, 6, 3),),
     prefill=(PrefillCall(32, (9, 8, 7), (Piece(2, 0, 1, 12, True), Piece(1, 1, 2, 0, False))),),
@@ -24,7 +24,7 @@ def test_json_round_trip(plan):
 
 def test_json_is_a_list_of_the_fields():
     assert PLAN.to_json() == (
-        "[7,[[2,31]],[[0,2,0,5],[1,2,0,0]],[[0,5,6,3]],[[32,[9,8,7],[[2,0,1,12,true],[1,1,2,0,false]]]],"
+        "[7,[[2,31,[]],[0,4,[8,9]]],[[0,2,0,5],[1,2,0,0]],[[0,5,6,3]],[[32,[9,8,7],[[2,0,1,12,true],[1,1,2,0,false]]]],"
         "[4,2,[[2,13,[],2,1],[0,3,[4,5],0,2]]]]"
     )
 

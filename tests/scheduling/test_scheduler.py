@@ -165,7 +165,7 @@ def test_page_and_window_edges_together():
 def test_pools_of_barely_one_request(prompt, most, window):
     """It fits, one page fewer does not; a second one waits for it, or is set aside for it."""
     policy = Policy(slots=3, chunk=8, page=PAGE, steps=2)
-    across = policy.pages_across((window or 1) - 1 + min(8, prompt) + 2)
+    across = policy.pages_across((window or 1) - 1 + max(min(8, prompt) + 1, 2))
     harness = _harness(6, window=window, sliding=1 + min(5, across), slots=3, chunk=8, steps=2)
     for _ in range(3):
         harness.add(_prompt(prompt), most)
@@ -394,5 +394,141 @@ def test_pages_after_a_token_that_could_not_be_drawn_are_not_shared():
     assert sum(map(len, held)) == 4 * 8  # the prompt and two tokens
 
 
+def test_prompts_can_be_read_without_steps_between():
+    harness = _harness()
+    for length in (20, 4):
+        harness.add(_prompt(length, length), 3)
+    assert not harness.scheduler.has_newcomers
+    for read in ({0: 12, 1: 4}, {0: 8}):
+        plan = harness.scheduler.plan(decode=False)
+        assert _read(plan) == read and plan.decode is None
+        harness.device.run(plan)
+        assert harness.scheduler.has_newcomers
+    assert harness.scheduler.plan(decode=False) is None
+    assert _rows(harness.plan()) == [0, 1]
+    assert not harness.scheduler.has_newcomers
+    harness.finish()
+    harness.check_tokens()
+
+
+def test_tokens_of_requests_that_have_ended_may_be_left_out():
+    harness = _harness()
+    first, second = harness.add(_prompt(3), 5), harness.add(_prompt(3, 1), 5)
+    plan = harness.plan()
+    harness.scheduler.end(first)
+    with pytest.raises(ValueError, match="draws 1 tokens for request 2, found 0"):
+        harness.scheduler.receive(plan.number, [(), ()])
+    harness.scheduler.end(second)
+    plan = harness.scheduler.plan()
+    assert plan is None
+
+
 def test_an_idle_scheduler_plans_nothing():
     assert _harness().plan() is None
+
+
+def test_nothing_is_planned_for_a_held_request_and_what_is_under_way_is_received():
+    harness = _harness()
+    request = harness.add(_prompt(6), 5)
+    harness.plan()
+    harness.hold(request, True)
+    assert harness.plan() is None
+    harness.receive()
+    assert len(harness.open[request].tokens) == 1
+    harness.hold(request, False)
+    assert _rows(harness.plan()) == [0]
+    harness.finish()
+    harness.check_tokens()
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_held_request_gives_its_slot_to_others_and_is_resumed_with_the_same_tokens(after):
+    harness = _harness(slots=1)
+    first = harness.add(_prompt(30), 6)
+    for _ in range(after):
+        harness.plan()
+    harness.hold(first, True)
+    second = harness.add(_prompt(9, 1), 4)
+    while second in harness.open:
+        plan = harness.plan()
+        while harness.under_way and (plan is None or len(harness.under_way) > 1):
+            harness.receive()
+    assert harness.scheduler.running == 0 and harness.scheduler.waiting == 1
+    harness.hold(first, False)
+    harness.finish()
+    harness.check_tokens()
+
+
+def test_pages_are_taken_from_a_held_request_before_a_newer_one():
+    harness = _harness(pages=1 + 7)
+    held, older, newer = (harness.add(_prompt(6, n), 9) for n in range(3))
+    harness.plan()
+    harness.hold(held, True)
+    while {older, newer} & harness.open.keys():
+        plan = harness.plan()
+        assert newer not in harness.open or newer in {each.number for each in harness.scheduler._running}
+        while harness.under_way and (plan is None or len(harness.under_way) > 1):
+            harness.receive()
+    harness.hold(held, False)
+    harness.finish()
+    harness.check_tokens()
+
+
+def test_nobody_waits_for_a_prefix_that_a_held_request_reads():
+    harness = _harness()
+    first = harness.add(_prompt(40), 2)
+    harness.plan()
+    harness.hold(first, True)
+    harness.add(_prompt(40), 2)
+    assert _read(harness.plan()) == {1: 16}
+    harness.hold(first, False)
+    harness.finish()
+    harness.check_tokens()
+
+
+def test_who_waits_for_a_prefix_goes_on_if_its_reader_is_held():
+    harness = _harness()
+    first = harness.add(_prompt(60), 2)
+    second = harness.add(_prompt(60), 2)
+    assert _read(harness.plan()) == {0: 16}  # the second waits
+    harness.hold(first, True)
+    assert _read(harness.plan()) == {1: 16}
+    harness.hold(first, False)
+    assert second in harness.open
+    harness.finish()
+    harness.check_tokens()
+
+
+def _asked(**policy) -> Harness:
+    same = Policy.same_bits(slots=4, chunk=16, page=PAGE, rows="asked", **policy)
+    return Harness(same, [40], [None], written=naive_device.by_size)
+
+
+def test_decode_calls_have_the_rows_that_requests_ask_for():
+    harness = _asked()
+    for number, rows in enumerate((4, 1, 4, 1)):
+        harness.add(_prompt(3, number), 9, rows)
+    plans = []
+    while (plan := harness.plan()) is not None:
+        plans.append((plan.decode.size, _rows(plan)))
+        harness.receive()
+    # Who has waited for longest, and all that share its call. At first, one prompt is read in each plan.
+    for start in range(4, 10):
+        assert sorted(plans[start : start + 3]) == [(1, [1]), (1, [3]), (4, [0, 2])]
+    harness.check_tokens()
+    with pytest.raises(ValueError, match="3 were asked for"):
+        harness.add([1], 1, 3)
+
+
+def test_another_scheduler_goes_on_after_the_tokens_that_were_drawn():
+    harness = _asked()
+    request = harness.add(_prompt(10), 6, 2)
+    for _ in range(3):
+        harness.plan()
+        harness.receive()
+    assert len(harness.open[request].tokens) == 3
+    harness.replace()
+    harness.finish()
+    harness.check_tokens()
+    with pytest.raises(ValueError, match="one to draw"):
+        harness.scheduler.add([1], 2, rows=1, drawn=[1, 2])

@@ -1,4 +1,4 @@
-"""Random joins, leaves, cancels, set-asides and evictions, against a naive device: 10,000 requests in a full run."""
+"""Random joins, leaves, cancels, holds, losses and evictions, against a naive device: 10,000 requests in a full run."""
 
 import dataclasses
 import random
@@ -33,6 +33,12 @@ CASES = {
     "cut at two pages": Case(Policy(4, 16, page=PAGE, chunk_multiple=2 * PAGE), (None, 6), naive_device.by_path),
     "today's bits": Case(Policy.same_bits(slots=4, chunk=8, steps=2, page=PAGE), (None, 6), naive_device.by_size),
     "today's bits, small chunks": Case(Policy.same_bits(slots=4, chunk=2, page=PAGE), (None, 6), naive_device.by_size),
+    "rows as asked": Case(
+        Policy.same_bits(slots=4, chunk=8, steps=3, page=PAGE, rows="asked"), (None, 6), naive_device.by_size
+    ),
+    "rows as asked, all is reused": Case(
+        Policy(5, 8, steps=2, page=PAGE, packed=False, rows="asked", share_decoded=True), (None, 6), naive_device.exact
+    ),
     "nothing is reused": Case(Policy(4, 8, page=PAGE, reuse=False), (None, 6), naive_device.by_path),
     "one slot": Case(Policy(1, 8, steps=2, page=PAGE), (None, 6), naive_device.by_path),
 }
@@ -42,7 +48,7 @@ def _harness(case: Case, roomy: int) -> Harness:
     policy, most = case.policy, []
     for window in case.windows:
         whole = policy.pages(case.longest)
-        across = whole if window is None else policy.pages_across(window - 1 + policy.chunk + policy.steps)
+        across = whole if window is None else policy.pages_across(window - 1 + max(policy.chunk + 1, policy.steps))
         most.append(1 + min(whole, across) + roomy)
     return Harness(policy, most, case.windows, written=case.written)
 
@@ -75,24 +81,32 @@ def test_any_load(name):
 
 
 def _load(dice: random.Random, harness: Harness, count: int, longest: int) -> None:
-    ahead = dice.randint(0, 3)
+    ahead, risk = dice.randint(0, 3), dice.choice((0.002, 0.02))
+    sizes = harness.policy.row_sizes if harness.policy.rows == "asked" else (0,)
     ages: dict[int, int] = {}
     while count or harness.open:
         while count and dice.random() < 0.4:
             prompt, most = _request(dice, harness, longest)
             # Sometimes several at once that begin alike.
             for _ in range(min(count, dice.choice((1, 1, 1, 4)))):
-                harness.add(prompt, most)
+                harness.add(prompt, most, dice.choice(sizes))
                 prompt = [*prompt, dice.randrange(3)][: longest - most + 1]
                 count -= 1
         if harness.open and dice.random() < 0.05:
             harness.end(dice.choice(list(harness.open)))
-        if dice.random() < 0.002:
+        if harness.open and dice.random() < 0.1:
+            request = dice.choice(list(harness.open))
+            harness.hold(request, not harness.open[request].held and dice.random() < 0.4)
+        if dice.random() < risk:
             harness.lose()
-        oldest = min(harness.open, default=0)
+        if dice.random() < 0.002:
+            harness.replace()
+            ages.clear()
+        active = [number for number, asked in harness.open.items() if not asked.held]
+        oldest = min(active, default=0)
         plan = harness.plan()
-        assert plan is not None or harness.under_way or not harness.open
-        ages[oldest] = ages.get(oldest, 0) + 1
+        assert plan is not None or harness.under_way or not active
+        ages[oldest] = ages.get(oldest, 0) + bool(active)
         # A read of 40 tokens, as many steps, and as many again after each loss of the device.
         assert ages[oldest] < 1000, f"request {oldest} starves"
         while len(harness.under_way) > (0 if plan is None else ahead):

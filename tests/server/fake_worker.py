@@ -74,7 +74,9 @@ class FakeWorker:
 
     @property
     def state(self) -> State:
-        return State(self.ready, self.error is None, self.heartbeat_age, 4, len(self.open), 0, 0.25, 1, 2, self.error)
+        return State(
+            self.ready, self.error is None, self.heartbeat_age, 4, len(self.open), 0, 0.25, 1, 2, self.error, 3
+        )
 
     def _run(
         self,

@@ -38,6 +38,7 @@ def test_the_worker_is_watched():
     assert found["gptjax_queue_length",] == state.queued
     assert found["gptjax_cache_used_ratio",] == state.cache_used
     assert found["gptjax_heartbeat_age_seconds",] == state.heartbeat_age
+    assert found["gptjax_device_failures",] == state.losses == 3
 
 
 def test_a_fault_of_ours_is_counted_as_an_answer():

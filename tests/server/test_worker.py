@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax.engine import steps
+from gptjax.engine import programs
 from gptjax.engine.engine import Engine
-from gptjax.engine.generate import generate
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import CapacityError, RequestError
 from gptjax.server.events import Finished, QueueFull, Ticket, Token
 from gptjax.server.worker import Worker
+from tests.engine.generated import generate
 from tests.fuzz import rounds
 from tests.server.worker_material import (
     CHUNK,
@@ -116,9 +116,9 @@ def test_a_request_without_a_seed_gets_one(worker):
 def test_running_streams_wait_for_one_chunk_at_most(worker, monkeypatch):
     """Between two chunks of a prompt there is always a step of those that run."""
     happened = []
-    for name in ("prefill_chunk", "advance"):
-        original = getattr(steps, name)
-        monkeypatch.setattr(steps, name, lambda *a, name=name, f=original: (happened.append(name), f(*a))[1])
+    for name in ("prefill", "advance"):
+        original = getattr(programs, name)
+        monkeypatch.setattr(programs, name, lambda *a, name=name, f=original: (happened.append(name), f(*a))[1])
     running = Reader(worker, request_of(1, 5, 200))
     assert running.begun.wait(PATIENCE)
     happened.clear()
@@ -128,7 +128,7 @@ def test_running_streams_wait_for_one_chunk_at_most(worker, monkeypatch):
     assert not running.ended.is_set()
     worker.cancel(running.ticket)
     between = "".join(name[0] for name in happened)
-    assert between.count("p") == 2 * len(steps.chunks(290, CHUNK))
+    assert between.count("p") == 2 * 6  # four whole chunks, 32 of the rest, and 2
     assert "pp" not in between
 
 
@@ -161,16 +161,16 @@ def _cancel_queued(worker: Worker) -> None:
 def _cancel_in_prefill(worker: Worker) -> None:
     reading = threading.Event()
     go_on = threading.Event()
-    original = steps.prefill_chunk
+    original = programs.prefill
 
-    def held(*arguments):
-        if int(arguments[3][0]) == CHUNK:  # its second chunk
+    def held(model, params, slots, call, *sizes):
+        if int(call[-1]) == CHUNK:  # the position of the call's one tile: its second chunk
             reading.set()
             assert go_on.wait(PATIENCE)
-        return original(*arguments)
+        return original(model, params, slots, call, *sizes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "prefill_chunk", held)
+        patch.setattr(programs, "prefill", held)
         reader = Reader(worker, request_of(int(time.monotonic_ns() % 1000) + 100, 290))
         assert reading.wait(PATIENCE)
         worker.cancel(reader.ticket)
@@ -321,7 +321,7 @@ def _shared(seed: int, *lengths: int) -> list[tuple[int, ...]]:
 
 
 def test_the_next_turn_goes_on_where_the_prompt_was_read_to(worker, model):
-    """Bits as alone, though the sliding layers' rings have gone on meanwhile."""
+    """Bits as alone, though the sliding layers have gone on meanwhile."""
     first, second, third = _shared(41, 140, 230, 280)
     for prompt, cached in ((first, 0), (second, 128), (third, 192)):
         request = Request(prompt, 20, SamplingParams(seed=3, temperature=1.0))
@@ -356,14 +356,14 @@ def test_a_prefix_is_reused_in_whole_chunks_and_never_for_all_of_a_prompt(worker
         assert reader.tokens == _alone(model, request)
 
 
-def test_a_conversation_outlives_as_many_others_as_there_are_free_slots(worker, model):
+def test_a_conversation_outlives_others_as_long_as_there_are_pages(worker, model):
     first, second = _shared(71, 70, 140)
     Reader(worker, Request(first, 3, SamplingParams(seed=1))).wait()
-    for n in range(SLOTS - 1):
+    for n in range(SLOTS):  # a page each, of three for every slot
         Reader(worker, request_of(710 + n, 70, 3)).wait()
     assert Reader(worker, Request(second, 3, SamplingParams(seed=1))).end.cached_tokens == 64
-    for n in range(SLOTS):
-        Reader(worker, request_of(720 + n, 70, 3)).wait()
+    for n in range(3 * SLOTS):  # three pages each
+        Reader(worker, request_of(720 + n, 290, 3)).wait()
     assert Reader(worker, Request(second, 3, SamplingParams(seed=1))).end.cached_tokens == 0
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax.engine import steps
+from gptjax.engine import programs
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.server import worker as worker_module
 from gptjax.server.events import Failed, Finished, Unavailable
@@ -119,7 +119,7 @@ def test_a_worker_that_dies_fails_all_and_shows_it(fresh, monkeypatch):
     def broken(*_):
         raise FloatingPointError("a planted fault")
 
-    monkeypatch.setattr(steps, "sample", broken)
+    monkeypatch.setattr(programs, "sample", broken)
     for reader in (*running, *waiting):
         assert reader.end.kind == "died"
         assert "FloatingPointError: a planted fault" in reader.end.message
@@ -133,11 +133,54 @@ def test_a_worker_that_dies_fails_all_and_shows_it(fresh, monkeypatch):
         call()  # nothing hangs
 
 
+def test_a_failure_of_the_device_disturbs_no_request(fresh, monkeypatch, caplog):
+    requests = [request_of(1, 5, 30), request_of(2, 70, 25, temperature=1.0), request_of(3, 40, 20)]
+    worker = fresh()
+    expected = []
+    for request in requests:
+        reader = Reader(worker, request)
+        reader.wait()
+        expected.append(reader.tokens)
+    calls, original = 0, programs.advance
+
+    def failing(model, params, slots, *others):
+        nonlocal calls
+        calls += 1
+        if calls in (5, 40):
+            jax.tree.map(lambda leaf: leaf.delete(), slots)
+            raise jax.errors.JaxRuntimeError("INTERNAL: planted")
+        return original(model, params, slots, *others)
+
+    monkeypatch.setattr(programs, "advance", failing)
+    readers = [Reader(worker, request) for request in requests]
+    assert all(isinstance(reader.end, Finished) for reader in readers)
+    assert [reader.tokens for reader in readers] == expected
+    state = worker.state
+    assert (state.alive, state.ready, state.error, state.losses) == (True, True, None, 2)
+    assert caplog.messages == ["the device failed; open requests go on where they were"] * 2
+
+
+def test_a_device_that_fails_again_and_again_ends_all_requests(fresh, monkeypatch):
+    worker = fresh()
+    worker.wait_until_ready()
+
+    def failing(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: planted")
+
+    monkeypatch.setattr(programs, "sample", failing)
+    readers = [Reader(worker, request_of(n, 5, 80)) for n in range(4)]
+    ends = {reader.end for reader in readers}
+    assert {end.kind for end in ends} == {"died"}
+    assert all("INTERNAL: planted; the device failed 3 times in a row" in end.message for end in ends)
+    assert not worker.state.alive
+    assert worker.state.error == "JaxRuntimeError: INTERNAL: planted; the device failed 3 times in a row"
+
+
 def test_a_worker_that_dies_while_it_compiles_says_so(fresh, monkeypatch):
     def broken(*_):
         raise MemoryError("planted")
 
-    monkeypatch.setattr(steps, "prefill_chunk", broken)
+    monkeypatch.setattr(programs, "prefill", broken)
     worker = fresh()
     with pytest.raises(Unavailable, match=r"CapacityError: .*memory"):
         worker.wait_until_ready()

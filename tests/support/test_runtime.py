@@ -1,8 +1,12 @@
 """What a device or a machine has: control groups, and what a GPU says."""
 
+import os
+
+import jax
 import psutil
 import pytest
 
+from gptjax.errors import RequestError
 from gptjax.support import runtime
 from gptjax.support.runtime import DeviceMemory, cgroup_memory
 
@@ -100,3 +104,36 @@ def test_a_gpu_tells_for_itself():
             return {"bytes_limit": 1000, "bytes_in_use": 300, "peak_bytes_in_use": 600}
 
     assert runtime.device_memory(Gpu()) == DeviceMemory("NVIDIA H200", "gpu", 1000, 300, 700)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_jax_is_given_a_larger_share_before_it_starts(environment):
+    environment.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    runtime.reserve(0.5)
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ  # JAX's 0.75 is more
+    runtime.reserve(0.9)
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.9" and runtime.fraction() == 0.9
+    runtime.reserve(0.8)
+    assert runtime.fraction() == 0.9
+    assert runtime.whole_memory(DeviceMemory("NVIDIA H200", "gpu", 900, 0, 900)) == 1000
+    assert runtime.whole_memory(DeviceMemory("cpu", "cpu", 900, 0, 900)) == 900
+
+
+def test_a_share_that_jax_will_not_take_is_refused(environment):
+    environment.setattr(jax, "default_backend", lambda: "gpu")
+    environment.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: True)
+    with pytest.raises(RequestError, match=r"JAX has started and taken 0\.75"):
+        runtime.reserve(0.9)
+    environment.setattr(jax, "default_backend", lambda: "cpu")
+    runtime.reserve(0.9)  # there is nothing to take
+    environment.setenv("XLA_CLIENT_MEM_FRACTION", "0.4")
+    with pytest.raises(RequestError, match=r"\$XLA_CLIENT_MEM_FRACTION gives JAX only 0.4 .* set it to 0.9"):
+        runtime.reserve(0.9)
+    runtime.reserve(0.4)

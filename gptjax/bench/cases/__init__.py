@@ -1,25 +1,26 @@
 """The operations of `pallas_kernels` at decoding's shapes: operands, bytes, and expected results.
 
-Experts can be measured at prompts' shapes too, and there with unbalanced routing as well.
+Experts can be measured at prompts' shapes too, and there with unbalanced routing as well; so can attention.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from gptjax.bench.cases.attention import Attention
 from gptjax.bench.cases.block import Block
 from gptjax.bench.cases.case import Case, link
 from gptjax.bench.cases.experts import Experts
+from gptjax.bench.cases.prefill import Prefill
 from gptjax.bench.cases.product import Product
 from gptjax.config import GPT2Config, GptOssConfig, LlamaConfig, ModelConfig
 from gptjax.config.quantization import packs
 from pallas_kernels.block.stream import PANEL
 
-__all__ = ["OPERATIONS", "Attention", "Block", "Case", "Experts", "Product", "cases", "link"]
+__all__ = ["OPERATIONS", "Attention", "Block", "Case", "Experts", "Prefill", "Product", "cases", "link"]
 
-OPERATIONS: Final = (Experts.operation, Product.operation, Attention.operation, Block.operation)
+OPERATIONS: Final = tuple(case.operation for case in (Experts, Product, Attention, Block, Prefill))
 _ROW_COUNTS: Final = {"moe": (1, 8, 32, 128), "matvec": (1, 8, 32)}
 _PROMPTS: Final = (512, 2048, 16384)  # rows of prompts; from the first on, experts are also measured unbalanced
 _CACHES: Final = {  # rows and positions
@@ -27,6 +28,7 @@ _CACHES: Final = {  # rows and positions
     "block": ((1, 512), (8, 512)),
 }
 _RINGS: Final = (1, 8, 32)  # rows
+_READ: Final = ((1, 512, 0), (1, 2048, 0), (4, 512, 0), (1, 2048, 30720))  # rows, tokens of each, positions before them
 
 
 def cases(
@@ -42,11 +44,15 @@ def cases(
 
     Args:
       rows, positions: replace the default ones.
-      prompts: also measure experts at prompts' numbers of rows.
+      prompts: also measure experts at prompts' numbers of rows, and attention of prompts.
     """
     found: dict[Case, list[str]] = {}
     for operation in (each for each in OPERATIONS if each in operations):
         for name, config in models.items():
+            if operation == Prefill.operation:
+                for case in _prefill(config, dtype, rows, positions) if prompts else ():
+                    found.setdefault(case, []).append(name)
+                continue
             counts = rows or _ROW_COUNTS.get(operation, _RINGS)
             if prompts and rows is None and operation == Experts.operation:
                 counts = (*counts, *_PROMPTS)
@@ -73,21 +79,52 @@ def _of(
     if operation == "attention":
         full = partial(Attention, dtype=dtype, num_heads=N, num_kv_heads=K, head_width=H, sinks=has_experts)
         windows = sorted({window for window in config.windows if window is not None})
+        forms = partial(_forms, full)
         return [
-            *(full(rows=rows, positions=positions, ring=False) for rows, positions in fits),
-            *(full(rows=rows, positions=window, ring=True) for window in windows for rows in counts),
+            *(case for rows, positions in fits for case in forms(rows=rows, positions=positions, ring=False)),
+            *(case for size in windows for rows in counts for case in forms(rows=rows, positions=size, ring=True)),
         ]
     if operation == "block":
         if not isinstance(config, GPT2Config) or not _has_block(config):
             return []
-        block = partial(Block, num_heads=N, head_width=H, mlp_width=config.mlp_width, epsilon=config.norm_epsilon)
-        return [block(rows=rows, dtype=dtype, positions=positions) for rows, positions in fits]
+        block = partial(
+            Block, dtype=dtype, num_heads=N, head_width=H, mlp_width=config.mlp_width, epsilon=config.norm_epsilon
+        )
+        return [case for rows, positions in fits for case in _forms(block, rows=rows, positions=positions)]
     if not isinstance(config, GptOssConfig):
         return []
     settings = config.num_experts, config.experts_per_token, packs(config.mxfp4, "experts")
     activation = config.swiglu_alpha, config.swiglu_limit
     experts = [Experts(rows, dtype, D, config.mlp_width, *settings, *activation) for rows in counts]
     return [*experts, *(dataclasses.replace(each, balanced=False) for each in experts if each.rows >= _PROMPTS[0])]
+
+
+def _prefill(
+    config: ModelConfig, dtype: str, rows: Sequence[int] | None, positions: Sequence[int] | None
+) -> list[Case]:
+    """Prompts; given any, of so many rows of so many positions."""
+    prefill = partial(
+        Prefill,
+        dtype=dtype,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_width=config.head_width,
+        sinks=isinstance(config, GptOssConfig),
+    )
+    read = [(B, T, 0) for B in rows or [1] for T in positions or [512]] if rows or positions else _READ
+    windows = sorted(set(config.windows), key=lambda window: window or config.context_length)
+    return [
+        case
+        for B, T, prior in read
+        if prior + T <= config.context_length
+        for window in windows
+        for case in _forms(prefill, rows=B, tokens=T, prior=prior, window=window)
+    ]
+
+
+def _forms(case: Callable[..., Case], **sizes: Any) -> list[Case]:
+    """Over places that lie together, and over pages: one after the other, to be compared."""
+    return [case(**sizes, paged=paged) for paged in (False, True)]
 
 
 def _has_block(config: GPT2Config) -> bool:

@@ -7,10 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.bench.cases.case import Case, float64, normal
-from pallas_kernels.attention import attention
+from gptjax.bench.cases.case import Case, float64, normal, shuffled_table, together
+from pallas_kernels.attention import attention, attention_over_pages
+from pallas_kernels.pages import PAGE
 
 _ROWS: Final = 4  # rows of a result that are compared
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Carried:
+    """What passes from call to call, as in a step: what is computed from the positions is shared by all layers."""
+
+    q_BTNH: jax.Array
+    q_positions_BT: jax.Array
+    where: jax.Array  # the positions of keys [B, S], or a table of pages [B, Z]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +35,13 @@ class Attention(Case):
     positions: int  # S
     ring: bool  # a sliding window's, overwritten many times
     sinks: bool
+    paged: bool = False  # in pages, which lie in any order; with `ring`, those that the window sees
 
     @property
     def shape(self) -> str:
         """Heads and positions."""
-        ring = " in a ring" if self.ring else ""
-        return f"{self.num_heads} heads on {self.num_kv_heads}·{self.head_width}, {self.positions}{ring}"
+        where = (" of a window" if self.ring else "") + " in pages" if self.paged else " in a ring" if self.ring else ""
+        return f"{self.num_heads} heads on {self.num_kv_heads}·{self.head_width}, {self.positions}{where}"
 
     @property
     def bytes(self) -> int:
@@ -42,53 +54,63 @@ class Attention(Case):
         """Scores and weighted values."""
         return 4 * self.rows * self.num_heads * self.positions * self.head_width
 
-    def x(self, count: int) -> jax.Array:
-        """[B, 1, N, H]."""
+    def x(self, count: int) -> Carried:
+        """Queries [B, 1, N, H], and the positions of one step."""
         del count
-        return normal(0, (self.rows, 1, self.num_heads, self.head_width), self.dtype)
+        last = self.positions - 1 if not self.ring else 10 * self.positions + self.positions // 3
+        if self.paged:
+            where = shuffled_table(self.rows, last + 1)
+        else:
+            places_S = np.arange(self.positions)
+            k_positions = np.broadcast_to(last - (last - places_S) % self.positions, (self.rows, self.positions))
+            where = jnp.asarray(k_positions, jnp.int32)
+        q_B1NH = normal(0, (self.rows, 1, self.num_heads, self.head_width), self.dtype)
+        return Carried(q_B1NH, jnp.full((self.rows, 1), last, jnp.int32), where)
 
     def copies(self, count: int, implementation: str) -> list[Any]:
-        """Caches, positions and sinks."""
+        """Caches and sinks."""
         del implementation
-        shape = (self.rows, self.num_kv_heads, self.positions, self.head_width)
-        last = self.positions - 1 if not self.ring else 10 * self.positions + self.positions // 3
-        places_S = np.arange(self.positions)
-        k_positions = np.broadcast_to(last - (last - places_S) % self.positions, (self.rows, self.positions))
-        q_positions_B1, k_positions_BS = jnp.full((self.rows, 1), last, jnp.int32), jnp.asarray(k_positions, jnp.int32)
         sinks_N = normal(1, (self.num_heads,), self.dtype) if self.sinks else None
+        lead = (self.rows, self.num_kv_heads, self.positions)
+        if self.paged:
+            lead = (1 + self.x(1).where.size, self.num_kv_heads, PAGE)
+        shape = (*lead, self.head_width)
         return [
-            (
-                *(normal(2 + 2 * copy + which, shape, self.dtype) for which in (0, 1)),
-                q_positions_B1,
-                k_positions_BS,
-                sinks_N,
-            )
-            for copy in range(count)
+            (*(normal(2 + 2 * copy + which, shape, self.dtype) for which in (0, 1)), sinks_N) for copy in range(count)
         ]
 
-    def call(self, x: jax.Array, operands: Any, implementation: str) -> jax.Array:
+    def call(self, x: Carried, operands: Any, implementation: str) -> jax.Array:
         """[B, 1, N, H]."""
+        k, v, sinks_N = operands
         window = self.positions if self.ring else None
-        scale = self.head_width**-0.5
-        return attention(x, *operands, scale=scale, window=window, cached=True, implementation=implementation)
+        settings: dict[str, Any] = {"scale": self.head_width**-0.5, "window": window, "implementation": implementation}
+        if self.paged:
+            return attention_over_pages(x.q_BTNH, k, v, x.where, x.q_positions_BT, sinks_N, **settings)
+        return attention(x.q_BTNH, k, v, x.q_positions_BT, x.where, sinks_N, cached=True, **settings)
 
     def sample(self, out: jax.Array) -> jax.Array:
         """The first rows."""
         return out[:_ROWS]
 
-    def expected(self, x: jax.Array, operands: Any) -> np.ndarray:
-        """[rows, 1, N, H]. Every key is seen."""
-        q, k, v = (float64(part[:_ROWS]) for part in (x, *operands[:2]))
+    def expected(self, x: Carried, operands: Any) -> np.ndarray:
+        """[rows, 1, N, H]."""
+        q, (k, v) = float64(x.q_BTNH[:_ROWS]), self._seen(x, operands)
         q_BKGH = q.reshape(len(q), self.num_kv_heads, -1, self.head_width)
         scores = q_BKGH @ k.swapaxes(2, 3) * self.head_width**-0.5
-        sinks = np.full(self.num_heads, -np.inf) if operands[4] is None else float64(operands[4])
+        sinks = np.full(self.num_heads, -np.inf) if operands[2] is None else float64(operands[2])
         sinks_KG1 = sinks.reshape(self.num_kv_heads, -1, 1)
         largest = np.maximum(scores.max(axis=-1, keepdims=True), sinks_KG1)
         weights = np.exp(scores - largest)
         total = weights.sum(axis=-1, keepdims=True) + np.exp(sinks_KG1 - largest)
         return (weights / total @ v).reshape(q.shape)
 
-    def following(self, x: jax.Array, out: jax.Array) -> jax.Array:
+    def _seen(self, x: Carried, operands: Any) -> list[np.ndarray]:
+        """The keys and the values that the first rows see, [rows, K, S, H]."""
+        if not self.paged:  # all
+            return [float64(cache[:_ROWS]) for cache in operands[:2]]
+        end = int(x.q_positions_BT[0, 0]) + 1
+        return [together(pool, x.where[:_ROWS])[:, :, end - self.positions : end] for pool in operands[:2]]
+
+    def following(self, x: Carried, out: jax.Array) -> Carried:
         """The result: it serves as the next query at no cost."""
-        del x
-        return out
+        return dataclasses.replace(x, q_BTNH=out)

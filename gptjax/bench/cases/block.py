@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.bench.cases.case import Case, float64, normal
+from gptjax.bench.cases.case import Case, float64, normal, shuffled_table, together
 from pallas_kernels.block import LinearWeights, NormWeights, Stream, Weights, block
+from pallas_kernels.pages import PAGE
 
 _SEEDS: Final = 1000  # between the seeds of two copies: more than there are weights, and caches
 
@@ -20,11 +21,14 @@ _SEEDS: Final = 1000  # between the seeds of two copies: more than there are wei
 class Carried:
     """What a call takes from the previous one, as a layer does in a step.
 
-    This includes the caches, which are updated in place; without donation they would be copied first.
+    This includes the caches, which are updated in place; without donation they would be copied first. And the positions
+    and the table, so that what is computed from them is shared by all calls.
     """
 
     stream: Stream
-    caches: tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each copy, [T, N, S, H]
+    caches: tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each copy, [T or Y, N, S, H]
+    positions_T: jax.Array
+    table_TZ: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +37,6 @@ class Operands:
     """A call's other arguments."""
 
     weights: Weights
-    positions_T: jax.Array
     copy: int = dataclasses.field(metadata={"static": True})  # whose caches
 
 
@@ -50,12 +53,14 @@ class Block(Case):
     mlp_width: int  # F
     positions: int  # S
     epsilon: float
+    paged: bool = False  # caches in pages, which lie in any order
 
     @property
     def shape(self) -> str:
         """Heads, sizes and positions."""
         sizes = f"{self.width}→{self.mlp_width}→{self.width}"
-        return f"{self.num_heads} heads of {self.head_width}, {sizes}, {self.positions}"
+        where = " in pages" if self.paged else ""
+        return f"{self.num_heads} heads of {self.head_width}, {sizes}, {self.positions}{where}"
 
     @property
     def width(self) -> int:
@@ -84,17 +89,19 @@ class Block(Case):
     def x(self, count: int) -> Carried:
         """The initial stream [T, D], and caches for `count` copies."""
         shape = (self.rows, self.num_heads, self.positions, self.head_width)
+        table_TZ = shuffled_table(self.rows, self.positions) if self.paged else None
+        if table_TZ is not None:
+            shape = (1 + table_TZ.size, self.num_heads, PAGE, self.head_width)
         caches = (
             (normal(1 + 2 * copy, shape, self.dtype), normal(2 + 2 * copy, shape, self.dtype)) for copy in range(count)
         )
         stream = Stream.of(normal(0, (self.rows, self.width), self.dtype), self.mlp_width)
-        return Carried(stream, tuple(caches))
+        return Carried(stream, tuple(caches), jnp.full((self.rows,), self.positions - 1, jnp.int32), table_TZ)
 
     def copies(self, count: int, implementation: str) -> list[Any]:
-        """Weights and positions."""
+        """Weights."""
         del implementation
-        positions_T = jnp.full((self.rows,), self.positions - 1, jnp.int32)
-        return [Operands(self._random(_SEEDS * (1 + copy)), positions_T, copy) for copy in range(count)]
+        return [Operands(self._random(_SEEDS * (1 + copy)), copy) for copy in range(count)]
 
     def _random(self, seed: int) -> Weights:
         seeds, D, F = itertools.count(seed), self.width, self.mlp_width
@@ -114,14 +121,15 @@ class Block(Case):
         stream, k_TNSH, v_TNSH = block(
             x.stream,
             operands.weights,
-            operands.positions_T,
+            x.positions_T,
             *caches[operands.copy],
+            x.table_TZ,
             epsilon=self.epsilon,
             scale=self._scale,
             implementation=implementation,
         )
         caches[operands.copy] = (k_TNSH, v_TNSH)
-        return Carried(stream, tuple(caches))
+        return dataclasses.replace(x, stream=stream, caches=tuple(caches))
 
     def sample(self, out: Carried) -> jax.Array:
         """The rows, [T, D]."""
@@ -137,7 +145,11 @@ class Block(Case):
         weights: Weights = jax.tree.map(float64, operands.weights)
         x_TD = float64(x.stream.x_TD)
         qkv_TO = _product(self._normed(x_TD, weights.attention_norm), weights.qkv)
-        heads_TD = self._attended(qkv_TO, *map(float64, x.caches[operands.copy]))
+        caches = x.caches[operands.copy]
+        if x.table_TZ is None:
+            heads_TD = self._attended(qkv_TO, *map(float64, caches))
+        else:
+            heads_TD = self._attended(qkv_TO, *(together(each, x.table_TZ)[:, :, : self.positions] for each in caches))
         x_TD = x_TD + _product(heads_TD, weights.out)
         hidden_TF = _gelu(_product(self._normed(x_TD, weights.mlp_norm), weights.up))
         return x_TD + _product(hidden_TF, weights.down)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.pages import PAGE
+
 _SMALL: Final = 2.0**-30  # so small that adding it changes nothing, which the compiler does not know
 
 
@@ -76,3 +78,16 @@ def normal(seed: int, shape: tuple[int, ...], dtype: str, deviation: float = 1.0
 def float64(x: Any) -> np.ndarray:
     """A device's array as a NumPy array."""
     return np.asarray(x).astype(np.float64)
+
+
+def shuffled_table(rows: int, positions: int) -> jax.Array:
+    """A table of pages for so many positions a row, in any order; as many pages as the pool has, without page 0."""
+    pages = -(-positions // PAGE)
+    order = 1 + np.random.default_rng(0).permutation(rows * pages)
+    return jnp.asarray(order.reshape(rows, pages), jnp.int32)
+
+
+def together(pool_YKSH: jax.Array, table_BZ: jax.Array) -> np.ndarray:
+    """The keys or values of rows' pages one after the other, float64 [B, K, Z · S, H]."""
+    k_BKZSH = float64(jnp.moveaxis(pool_YKSH[table_BZ], 2, 1))
+    return k_BKZSH.reshape(*k_BKZSH.shape[:2], -1, pool_YKSH.shape[3])

@@ -28,12 +28,15 @@ _IN_CLUSTER = 4096  # places that one cluster shares by default, so that nothing
 
 def decode(
     q_BNH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
+    k_YKSH: jax.Array,
+    v_YKSH: jax.Array,
     counts_B: jax.Array,
     sinks_N: jax.Array | None = None,
     *,
     scale: float,
+    table_BZ: jax.Array | None = None,
+    starts_B: jax.Array | None = None,
+    window: int | None = None,
     splits: int | None = None,
     blocks: int | None = None,
     warp_tile: int | None = None,
@@ -42,14 +45,17 @@ def decode(
 
     Scores, softmax and sums are float32; the weights are rounded to bfloat16 for their product with the values. Places
     beyond a row's count have no influence, even if they hold NaN. The bits of a row depend neither on other rows nor,
-    for given splits and blocks, on the capacity S.
+    for given splits and blocks, on the capacity S, nor on where its pages lie.
 
     Args:
       q_BNH: bfloat16; query n uses key/value head n // (N / K).
-      k_BKSH, v_BKSH: bfloat16, H a multiple of 64.
-      counts_B: int32, 0 to S: places in use.
+      k_YKSH, v_YKSH: bfloat16, H a multiple of 64.
+      counts_B: int32, 0 to S (with a table, to Z · S): places in use.
       sinks_N: bfloat16 or float32, one logit per query head that takes its share of the softmax and has no value.
       scale: scores are multiplied by it.
+      table_BZ: int32, each row's pages, of S = `pages.PAGE` places. None: row b has the page b alone, of any size.
+      starts_B: int32, each row's first place that is seen, less than a page; None for 0. Only with a table.
+      window: how many places a row sees at most, with `starts_B`.
       splits: clusters that share a row's cache; by default from B, K and S.
       blocks: per cluster: 1, 2, 4 or 8; by default from B, K and S.
       warp_tile: places that a warp computes at a time, a multiple of 16; by default from H.
@@ -61,8 +67,11 @@ def decode(
       ValueError: dtypes, widths or settings that the kernel does not support.
     """
     B, N, H = q_BNH.shape
-    K, S = k_BKSH.shape[1:3]
-    dtypes = {x.dtype for x in (q_BNH, k_BKSH, v_BKSH)}
+    K, S = k_YKSH.shape[1:3]
+    pages = None if table_BZ is None else table_BZ.shape[1]
+    is_folded = starts_B is not None and window is not None and window <= S
+    places = S if pages is None or is_folded else S * pages
+    dtypes = {x.dtype for x in (q_BNH, k_YKSH, v_YKSH)}
     if dtypes != {jnp.dtype(jnp.bfloat16)}:
         raise ValueError(f"mosaic decode attention takes bfloat16, found {', '.join(sorted(map(str, dtypes)))}")
     if sinks_N is not None and sinks_N.dtype not in (jnp.bfloat16, jnp.float32):
@@ -77,25 +86,30 @@ def decode(
     if blocks not in (None, 1, 2, 4, 8):
         raise ValueError(f"a cluster has 1, 2, 4 or 8 blocks, found {blocks}")
     if splits is None or blocks is None:
-        default_splits, default_blocks = _deal(B * K, S, WARPS * warp_tile)
+        default_splits, default_blocks = _deal(B * K, places, WARPS * warp_tile)
         splits = default_splits if splits is None else splits
         blocks = default_blocks if blocks is None else blocks
     return _decode(
         q_BNH,
-        k_BKSH,
-        v_BKSH,
+        k_YKSH,
+        v_YKSH,
         counts_B,
         sinks_N,
+        table_BZ,
+        starts_B,
         plan=DecodePlan(
             keys=K,
             group=N // K,
             width=H,
-            places=S,
+            places=places,
             splits=splits,
             blocks=blocks,
             warp_tile=warp_tile,
             scale=scale,
             sinks=None if sinks_N is None else sinks_N.dtype.name,
+            pages=pages,
+            windowed=starts_B is not None,
+            folded=is_folded,
         ),
     )
 
@@ -116,17 +130,20 @@ def _deal(rows: int, places: int, tile: int) -> tuple[int, int]:
 @partial(jax.jit, static_argnames="plan")
 def _decode(
     q_BNH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
+    k_YKSH: jax.Array,
+    v_YKSH: jax.Array,
     counts_B: jax.Array,
     sinks_N: jax.Array | None,
+    table_BZ: jax.Array | None,
+    starts_B: jax.Array | None,
     *,
     plan: DecodePlan,
 ) -> jax.Array:
     B, N, H = q_BNH.shape
     K, G, J = plan.keys, plan.group, plan.splits
-    operands = {"q": q_BNH, "k": k_BKSH, "v": v_BKSH, "counts": counts_B}
-    operands["sinks"] = counts_B if sinks_N is None else sinks_N  # something has to be passed, even if unread
+    operands = {"q": q_BNH, "k": k_YKSH, "v": v_YKSH, "counts": counts_B}
+    for name, array in (("sinks", sinks_N), ("table", table_BZ), ("starts", starts_B)):
+        operands[name] = counts_B if array is None else array  # something has to be passed, even if unread
     results = ptx.launch(
         partial(decode_attention, plan),
         operands,
@@ -145,6 +162,8 @@ def _decode(
     out_BKJGH, lse_BKJG = results["out"], results["lse"]
     if J == 1:
         return out_BKJGH.reshape(B, N, H)
+    if plan.folded:
+        counts_B = jnp.minimum(counts_B, plan.places)
     return combine_sm90.combine(out_BKJGH, lse_BKJG, counts_B, sinks_N, tile=plan.tile)
 
 
@@ -156,6 +175,8 @@ def decode_attention(
     v: Value,
     counts: Value,
     sinks: Value,
+    table: Value,
+    starts: Value,
     out: Value,
     lse: Value,
     memory: Value,
@@ -168,18 +189,20 @@ def decode_attention(
 ) -> None:
     """One thread of a block: up to 16 queries of a group, and the cluster's part of the places.
 
-    All first loads begin before anything waits; with a single split, not even for the count.
+    All first loads begin before anything waits; with a single split, not even for the count. With a table, they wait
+    for its first entries.
     """
     block = Block(row, head, ptx.mul(queries, QUERIES), part, ptx.cluster_rank(plan.blocks))
     at = warp_sm90.Thread(block, arith.shrui(ptx.thread(), ptx.const(5)), arith.andi(ptx.thread(), ptx.const(31)))
-    k_at, v_at = (ptx.offset(cache, block.pair(plan), plan.places * plan.row) for cache in (k, v))
-    stream = warp_sm90.CacheStream(plan, k_at, v_at, at, warp_sm90.run(plan, counts, at))
+    if plan.pages is None:
+        k, v = (ptx.offset(cache, block.pair(plan), plan.places * plan.row) for cache in (k, v))
+    stream = warp_sm90.CacheStream(plan, k, v, table, at, warp_sm90.run(plan, counts, starts, at))
     a = warp_sm90.load_queries(plan, q, at)
-    keys, values = stream.keys(0), stream.values(0)
+    loaded = warp_sm90.Loaded.of(stream)
     fours = gather_sm90.float4s(plan, sinks, block)
     gather_sm90.prepare(plan, mbarrier)  # while the loads are under way
     ptx.sync_warp()  # keeps ptxas from delaying these loads
-    softmax = warp_sm90.attend(stream, a, keys, values)
+    softmax = warp_sm90.attend(stream, a, loaded)
     gather_sm90.keep(plan, ptx.shared_offset(memory, at.warp, plan.warp_bytes), at.lane, *softmax)
     for four, each in zip(fours, gather_sm90.gather(plan, memory, mailbox, mbarrier, block, fours), strict=True):
         gather_sm90.write(plan, out, lse, block, four, *each)

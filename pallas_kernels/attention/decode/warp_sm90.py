@@ -12,20 +12,23 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from itertools import chain
+from typing import NamedTuple
 
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
 from pallas_kernels.attention.decode import split
 from pallas_kernels.attention.decode.gather_sm90 import EIGHT, THREADS, Block, SoftmaxPlan
+from pallas_kernels.pages import PAGE
 from pallas_kernels.ptx import Value
 
 WARPS = THREADS // 32
+_BITS = PAGE.bit_length() - 1  # of a place in a page
 
 _LOAD = "ld.global.nc.b32 $0, [$1];"
+_LOAD_ANEW = "{ .reg .pred p; setp.eq.s32 p, $3, 0; mov.b32 $0, $2; @p ld.global.nc.b32 $0, [$1]; }"  # if $3 is 0
 _LOAD_FOUR = "ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [$4+{}];"
 _STREAM_FOUR = "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {{$0, $1, $2, $3}}, [$4+{}];"
-
 Words = list[list[Value]]  # 16 bytes each
 
 
@@ -33,9 +36,14 @@ Words = list[list[Value]]  # 16 bytes each
 class DecodePlan(SoftmaxPlan):
     """Everything that is known when the kernel is built."""
 
-    places: int  # S
+    places: int  # S; with a table, of all its pages
     warp_tile: int  # places that a warp computes at a time, a multiple of 16
     scale: float
+    pages: int | None = None  # of a row's table, each of PAGE places; None: a row's places lie together
+    windowed: bool = False  # whether a row sees its places from `starts` on, and not from the first on
+    # Whether it sees no more than a page's places, in up to two pages. Then the pages lie one on the other: of place x
+    # of a page, the second's is taken before the start, and the first's from there on.
+    folded: bool = False
 
     @property
     def row(self) -> int:
@@ -78,6 +86,8 @@ class Run:
 
     first: Value
     end: Value
+    start: Value | None  # with a window, the first place that is seen
+    count: Value  # and behind the last one
 
     def left(self, plan: DecodePlan, turn: Value | int) -> Value:
         """Places from the start of a turn's tile to the end; may be negative."""
@@ -88,19 +98,38 @@ class Run:
         left = arith.maxsi(self.left(plan, 0), ptx.const(1))
         return arith.divui(ptx.add(left, plan.stride - 1), ptx.const(plan.stride))
 
+    def seen(self, plan: DecodePlan, turn: Value | int, q: Value) -> Words:
+        """Whether the thread's two places in every eight of a turn's tile are seen."""
+        mine, places = ptx.mul(q, 2), range(0, plan.warp_tile, EIGHT)
+        if self.start is None:
+            left = arith.subi(self.left(plan, turn), mine)
+            return [[ptx.less(place + i, left) for i in (0, 1)] for place in places]
+        first = ptx.add(self.first, ptx.mul(turn, plan.stride), mine)
+        return [[self._sees(plan, ptx.add(first, place + i)) for i in (0, 1)] for place in places]
 
-def run(plan: DecodePlan, counts: Value, at: Thread) -> Run:
+    def _sees(self, plan: DecodePlan, place: Value) -> Value:
+        is_before = ptx.less(place, self.start)
+        if plan.folded:
+            in_pages = arith.select(is_before, ptx.add(place, PAGE), place)
+            return ptx.both(ptx.less(in_pages, self.count), ptx.less(place, self.end))
+        return ptx.both(ptx.less(self.start, ptx.add(place, 1)), ptx.less(place, self.end))
+
+
+def run(plan: DecodePlan, counts: Value, starts: Value, at: Thread) -> Run:
     """The warp's share of its split's places (see `split.run`)."""
     (count,) = ptx.asm(_LOAD, [ptx.i32()], [ptx.offset(counts, at.block.row, 4)], volatile=True)
-    count = arith.maxsi(arith.minsi(count, ptx.const(plan.places)), ptx.const(0))
+    start = None
+    if plan.windowed:
+        (start,) = ptx.asm(_LOAD, [ptx.i32()], [ptx.offset(starts, at.block.row, 4)], volatile=True)
+    end = arith.maxsi(arith.minsi(count, ptx.const(plan.places)), ptx.const(0))
     tile = ptx.add(ptx.mul(at.block.rank, WARPS), at.warp)
     first = ptx.mul(tile, plan.warp_tile)
     if plan.splits == 1:  # `first` need not wait for the count
-        return Run(first, count)
-    tiles = arith.divui(ptx.add(count, plan.tile - 1), ptx.const(plan.tile))
+        return Run(first, end, start, count)
+    tiles = arith.divui(ptx.add(end, plan.tile - 1), ptx.const(plan.tile))
     length = ptx.mul(arith.divui(ptx.add(tiles, plan.splits - 1), ptx.const(plan.splits)), plan.tile)
-    start = ptx.mul(at.block.part, length)
-    return Run(ptx.add(start, first), arith.minsi(ptx.add(start, length), count))
+    begin = ptx.mul(at.block.part, length)
+    return Run(ptx.add(begin, first), arith.minsi(ptx.add(begin, length), end), start, count)
 
 
 def load_queries(plan: DecodePlan, q: Value, at: Thread) -> list[list[Value]]:
@@ -131,20 +160,44 @@ class CacheStream:
     """The thread's loads of its warp's tiles. It also loads places beyond the count, but none beyond S."""
 
     plan: DecodePlan
-    k: Value  # address of the row's and head's keys
+    k: Value  # address of the row's and head's keys; with a table, of all keys
     v: Value
+    table: Value
     at: Thread
     run: Run
 
-    def keys(self, turn: Value | int) -> Words:
+    def two_pages(self) -> list[Value]:
+        """Begins to load the pages of a folded window, or its only one."""
+        entry = ptx.offset(self.table, ptx.mul(self.at.block.row, self.plan.pages), 4)
+        entries = [ptx.shifted(entry, 4 * i) for i in range(self.plan.pages or 0)]
+        return [ptx.asm(_LOAD, [ptx.i32()], [each], volatile=True)[0] for each in entries]
+
+    def hold(self, turn: Value | int, held: Value | None = None) -> Value:
+        """Begins to load, a lane each, the pages of the tiles of 32 turns from `turn` on.
+
+        If there are some `held` already, only for a turn that is a multiple of 32. (Loaded one by one a turn ahead,
+        each would cost a trip to memory, because ptxas moves such loads to where they are used.)
+        """
+        block = arith.shrui(self._first(ptx.add(turn, self.at.lane)), ptx.const(_BITS))
+        entry = ptx.offset(self.table, ptx.add(ptx.mul(self.at.block.row, self.plan.pages), block), 4)
+        if held is None:
+            return ptx.asm(_LOAD, [ptx.i32()], [entry], volatile=True)[0]
+        return ptx.asm(_LOAD_ANEW, [ptx.i32()], [entry, held, arith.andi(turn, ptx.const(31))], volatile=True)[0]
+
+    def page(self, turn: Value | int, held: Value) -> list[Value]:
+        """The page of a turn's tile, of those that are held."""
+        return [ptx.from_lane(held, arith.andi(ptx.as_value(turn), ptx.const(31)))]
+
+    def keys(self, turn: Value | int, pages: list[Value]) -> Words:
         """The 16 bytes from 16·q on in every 64, of place g in every eight."""
-        rows = self._rows(ptx.offset(self.k, self.at.q, 16), turn, self.at.g, range(0, self.plan.warp_tile, EIGHT))
+        places = range(0, self.plan.warp_tile, EIGHT)
+        rows = self._rows(ptx.offset(self.k, self.at.q, 16), turn, pages, self.at.g, places)
         return [_load(_STREAM_FOUR, row, begin + 64 * i) for row, begin in rows for i in range(self.plan.width // 32)]
 
-    def values(self, turn: Value | int) -> Words:
+    def values(self, turn: Value | int, pages: list[Value]) -> Words:
         """The 16 bytes from 16·g on in every 128, of places 2·q, 2·q + 1, 2·q + 8 and 2·q + 9 in every 16."""
         places = [first + i for first in range(0, self.plan.warp_tile, 2 * EIGHT) for i in (0, 1, 8, 9)]
-        rows = self._rows(ptx.offset(self.v, self.at.g, 16), turn, ptx.mul(self.at.q, 2), places)
+        rows = self._rows(ptx.offset(self.v, self.at.g, 16), turn, pages, ptx.mul(self.at.q, 2), places)
         return [
             _load(_STREAM_FOUR, row, begin + 128 * j)
             for sixteen in range(0, len(rows), 4)
@@ -152,32 +205,65 @@ class CacheStream:
             for row, begin in rows[sixteen : sixteen + 4]
         ]
 
-    def _rows(self, cache: Value, turn: Value | int, mine: Value, places: Iterable[int]) -> list[tuple[Value, int]]:
+    def _first(self, turn: Value | int) -> Value:
+        """The first place of a turn's tile, or of the last tile within S, which is a multiple of it."""
+        first = ptx.add(self.run.first, ptx.mul(turn, self.plan.stride))
+        return arith.minsi(first, ptx.const(self.plan.places - self.plan.warp_tile))
+
+    def _rows(
+        self, cache: Value, turn: Value | int, pages: list[Value], mine: Value, places: Iterable[int]
+    ) -> list[tuple[Value, int]]:
         """Where the thread reads: addresses, and bytes to add to them. `places` count from the tile's place `mine`."""
-        plan, first = self.plan, ptx.add(self.run.first, ptx.mul(turn, self.plan.stride))
+        plan = self.plan
+        pairs = [ptx.mul(ptx.add(ptx.mul(page, plan.keys), self.at.block.head), PAGE) for page in pages]
+        if len(pairs) == 2:  # a page for each place
+            first, found = ptx.add(self._first(turn), mine), []
+            for place in places:
+                inside = ptx.add(first, place)
+                pair = arith.select(ptx.less(inside, self.run.start), pairs[1], pairs[0])
+                found.append((ptx.offset(cache, ptx.add(pair, inside), plan.row), 0))
+            return found
         if plan.places % plan.warp_tile == 0:  # a tile is within S entirely or not at all
-            first = arith.minsi(first, ptx.const(plan.places - plan.warp_tile))
+            first = self._first(turn)
+            if pairs:  # and within a page
+                first = ptx.add(pairs[0], arith.andi(first, ptx.const(PAGE - 1)))
             row = ptx.offset(cache, ptx.add(first, mine), plan.row)
             return [(row, plan.row * place) for place in places]
-        last = ptx.const(plan.places - 1)
+        first, last = ptx.add(self.run.first, ptx.mul(turn, plan.stride)), ptx.const(plan.places - 1)
         return [(ptx.offset(cache, arith.minsi(ptx.add(first, mine, place), last), plan.row), 0) for place in places]
 
 
-def attend(
-    stream: CacheStream, a: list[list[Value]], keys: Words, values: Words
-) -> tuple[list[Value], list[Value], list[Value]]:
+class Loaded(NamedTuple):
+    """What a warp loads before it computes: its first tile, and the pages of it and others."""
+
+    keys: Words
+    values: Words
+    pages: list[Value]  # of a folded window; else what `hold` has loaded; nothing without a table
+
+    @classmethod
+    def of(cls, stream: CacheStream) -> "Loaded":
+        """Begins to load them."""
+        plan, pages = stream.plan, []
+        if plan.folded:
+            pages = stream.two_pages()
+        elif plan.pages is not None:
+            pages = [stream.hold(0)]
+        first = pages if plan.folded or not pages else stream.page(0, *pages)
+        return cls(stream.keys(0, first), stream.values(0, first), pages)
+
+
+def attend(stream: CacheStream, a: list[list[Value]], loaded: Loaded) -> tuple[list[Value], list[Value], list[Value]]:
     """The warp's softmax: per query, the maximum and the thread's part of the sum; and the sums of values.
 
     There are four sums of values for every eight columns of `_multiply`.
 
     Args:
       a: from `load_queries`.
-      keys, values: of the stream's first turn.
     """
     plan, eights = stream.plan, stream.plan.eights
     zero, least = ptx.float32(0.0), ptx.float32(split.FLOOR)
     state = [least] * eights + [zero] * (eights + plan.width // 2)
-    sizes = len(keys), len(values)
+    sizes = len(loaded.keys), len(loaded.values)
 
     def weigh(scores: Words, state: list[Value]) -> tuple[Words, list[Value], list[Value]]:
         weights, rescales, maxima, totals = _softmax(scores, state[:eights], state[eights : 2 * eights])
@@ -187,22 +273,29 @@ def attend(
         ]
         return weights, [*maxima, *totals], sums
 
-    turns = stream.run.turns(plan)
+    turns, many = stream.run.turns(plan), len(loaded.pages)
 
     def step(following: Value, carry: list[Value]) -> list[Value]:
+        held, carry = carry[:many], carry[many:]
+        pages = held
+        if held and not plan.folded:
+            held = [stream.hold(following, *held)]
+            pages = stream.page(following, *held)
         keys, values, state = _apart(carry, *sizes)
         scores = _scores(plan, a, keys)
-        keys = stream.keys(following)
+        if plan.windowed:
+            seen = stream.run.seen(plan, ptx.add(following, -1), stream.at.q)
+            scores, values = _seen_scores(scores, seen), _seen_values(plan, values, seen)
+        keys = stream.keys(following, pages)
         weights, softmax, sums = weigh(scores, state)
         sums = _multiply(plan, sums, weights, values)
-        values = stream.values(following)
-        return [*chain(*keys, *values), *softmax, *sums]
+        values = stream.values(following, pages)
+        return [*held, *chain(*keys, *values), *softmax, *sums]
 
-    carry = ptx.loop(turns, [*chain(*keys, *values), *state], step, start=1)
-    # Only a warp's last tile may be partly or entirely missing.
-    keys, values, state = _apart(carry, *sizes)
-    left = arith.subi(stream.run.left(plan, arith.subi(turns, ptx.const(1))), ptx.mul(stream.at.q, 2))
-    seen = [[ptx.less(place + i, left) for i in (0, 1)] for place in range(0, plan.warp_tile, EIGHT)]
+    carry = ptx.loop(turns, [*loaded.pages, *chain(*loaded.keys, *loaded.values), *state], step, start=1)
+    # Without a window, only a warp's last tile may be partly or entirely missing.
+    keys, values, state = _apart(carry[many:], *sizes)
+    seen = stream.run.seen(plan, arith.subi(turns, ptx.const(1)), stream.at.q)
     weights, softmax, sums = weigh(_seen_scores(_scores(plan, a, keys), seen), state)
     sums = _multiply(plan, sums, weights, _seen_values(plan, values, seen))
     return softmax[:eights], softmax[eights:], sums

@@ -20,12 +20,40 @@ from pallas_kernels.block.stream import moments
 from pallas_kernels.formats.mxfp4 import MXFP4
 from tests.oracles import block_numpy
 from tests.oracles.block_numpy import EPSILON, SCALE, Operands
+from tests.oracles.paged import in_pages
 from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 from tests.thinned import thinned, thorough
 
 run = partial(package.block, epsilon=EPSILON, scale=SCALE)
 SHAPES = [(25, 1, 1024), (12, 1, 1024), (12, 8, 1024), (25, 8, 640), (16, 3, 640), (20, 2, 256), (12, 5, 72), (4, 4, 8)]
 SHAPES += [(13, 6, 72), (8, 7, 16), (1, 1, 8)]
+
+
+def _in_pages(given: Operands, seed: int = 0) -> tuple[Any, ...]:
+    """The operands with pages: the caches' NaN stay NaN, and so does every page that is nobody's."""
+    positions = np.asarray(given.positions_T)
+    pools = []
+    for cache in (given.k_TNSH, given.v_TNSH):
+        pool, table = in_pages(np.asarray(cache.astype(jnp.float32)), positions, seed)
+        pools.append(jnp.asarray(pool).astype(cache.dtype))
+    return (*given[:3], *pools, jnp.asarray(table))
+
+
+def _together(given: Operands, operands: tuple[Any, ...], result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A result with pages as one without; other pages than the rows' must be as they were."""
+    *_, k, v, table = operands
+    table, S, caches = np.asarray(table), given.k_TNSH.shape[2], []
+    for before, after, like in zip((k, v), result[1:], (given.k_TNSH, given.v_TNSH), strict=True):
+        before, after = (np.asarray(each.astype(jnp.float32)) for each in (before, after))
+        nobodys = np.setdiff1d(np.arange(len(before)), table[table > 0])
+        np.testing.assert_array_equal(after[nobodys], before[nobodys])
+        cache = np.array(like.astype(jnp.float32))
+        for row, pages in enumerate(table):
+            for block, page in enumerate(pages[pages > 0]):
+                places = slice(128 * block, min(128 * (block + 1), S))
+                cache[row, :, places] = after[page][:, : places.stop - places.start]
+        caches.append(jnp.asarray(cache).astype(like.dtype))
+    return result[0], *caches
 
 
 def _check(given: Operands, result: tuple[Any, ...], dtype: Any, allowed: float) -> None:
@@ -54,6 +82,14 @@ def test_the_reference_agrees_with_numpy(shape, dtype):
     given = block_numpy.operands(*shape, dtype)
     allowed = 1e-5 if dtype == jnp.float32 else 2e-2
     _check(given, jax.jit(partial(run, implementation="xla"))(*given), dtype, allowed)
+
+
+@pytest.mark.parametrize("dtype", thinned([jnp.float32, jnp.bfloat16], jnp.float32))
+def test_the_reference_agrees_with_numpy_over_pages(dtype):
+    given = block_numpy.operands(2, 6, 300, dtype)
+    operands = _in_pages(given)
+    result = jax.jit(partial(run, implementation="xla"))(*operands)
+    _check(given, _together(given, operands, result), dtype, 1e-5 if dtype == jnp.float32 else 2e-2)
 
 
 def _taken(
@@ -145,6 +181,10 @@ def test_the_kernel_lowers_for_cuda(shape):
     cache = jax.ShapeDtypeStruct((T, N, S, 64), jnp.bfloat16)
     text = lowered(partial(run, implementation="mosaic"), *weights[:3], cache, cache)
     assert text.count("custom_call @mosaic_gpu") == 1
+    pool = jax.ShapeDtypeStruct((1 + 5 * T, N, 128, 64), jnp.bfloat16)
+    table = jax.ShapeDtypeStruct((T, 5), jnp.int32)
+    text = lowered(partial(run, implementation="mosaic"), *weights[:3], pool, pool, table)
+    assert text.count("custom_call @mosaic_gpu") == 1 and "output_operand_aliases" in text
 
 
 @needs_mosaic
@@ -171,7 +211,7 @@ def test_a_model_decodes_by_it(batch, taken, implementation, monkeypatch):
     model = registry.build(config, dtype=jnp.bfloat16, implementation=implementation)
     params = random_params(model)
     state = steps.init_state(model, batch=batch, max_length=64)
-    operands = params, state, np.zeros(batch, np.int32), np.ones(batch, bool)
+    operands = params, state, np.zeros(batch, np.int32)
     text = steps.advance.trace(model, *operands).lower(lowering_platforms=("cuda",)).as_text()
     assert ("gpt2_block" in text) == taken
     assert ("append_to_cache" in text) != taken
@@ -191,6 +231,27 @@ def test_the_kernel_agrees_with_numpy(shape):
     assert (np.asarray(stream.cleared_W) == 0xFFFFFFFF).all()
     following = kernel(stream, given.weights, given.positions_T, k_TNSH, v_TNSH)
     _check(given._replace(stream=stream), following, jnp.bfloat16, 2e-2)
+
+
+@needs_hopper
+@pytest.mark.parametrize("shape", [*SHAPES, (12, 8, 300), (25, 1, 257), (12, 1, 128)], ids=str)
+def test_the_kernel_agrees_with_numpy_over_pages(shape):
+    """And its bits depend on nothing but the order of positions: not on where pages lie, nor on there being any."""
+    given = block_numpy.operands(*shape, jnp.bfloat16)
+    kernel = jax.jit(partial(run, implementation="mosaic"))
+    results = []
+    for seed in range(2):
+        operands = _in_pages(given, seed)
+        results.append(_together(given, operands, kernel(*operands)))
+        _check(given, results[-1], jnp.bfloat16, 2e-2)
+    S = shape[2]
+    whole = [jnp.pad(each, ((0, 0), (0, 0), (0, -S % 128), (0, 0))) for each in (given.k_TNSH, given.v_TNSH)]
+    stream, *caches = kernel(*given[:3], *whole)
+    results.append((stream, *(each[:, :, :S] for each in caches)))
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            one, two = (np.asarray(getattr(each, "x_TD", each).astype(jnp.float32)) for each in (one, two))
+            np.testing.assert_array_equal(two, one)
 
 
 @needs_hopper
@@ -216,6 +277,6 @@ def test_a_model_agrees_with_xla(batch):
         model = registry.build(config, dtype=jnp.bfloat16, implementation=implementation)
         params, state = random_params(model), steps.init_state(model, batch=batch, max_length=64)
         for token_B in tokens:
-            state = steps.advance(model, params, state, token_B, np.ones(batch, bool))
+            state = steps.advance(model, params, state, token_B)
         logits.append(np.asarray(state.logits_BV))
     assert np.linalg.norm(logits[0] - logits[1]) <= 3e-2 * np.linalg.norm(logits[1])

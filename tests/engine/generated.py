@@ -1,4 +1,4 @@
-"""Runs requests to completion on an engine's slots."""
+"""Runs requests to completion on an engine."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -12,28 +12,28 @@ def generate(
 ) -> Iterator[tuple[int, Chunk]]:
     """Yields (request number, chunk), token by token, until every request has ended.
 
-    A request joins as soon as a slot is free. Closing the iterator frees the slots.
+    A request joins as soon as there is room. Closing the iterator ends those that are left.
 
     Args:
       requests: checked, with seeds.
       detokenizer: makes a new detokenizer for each request; None for token ids only.
     """
     waiting = list(enumerate(requests))[::-1]
-    running: dict[int, tuple[int, Output]] = {}  # by slot
+    running: dict[int, tuple[int, Output]] = {}  # by the engine's number
     try:
         while waiting or running:
-            for slot in engine.free_slots[: len(waiting)]:
+            for _ in range(min(engine.room, len(waiting))):
                 number, request = waiting.pop()
                 fresh = detokenizer() if detokenizer is not None else None
-                running[slot] = number, Output(request, max_length=engine.max_length, detokenizer=fresh)
-                engine.admit(slot, request)
+                output = Output(request, max_length=engine.max_length, detokenizer=fresh)
+                running[engine.add(request)] = number, output
             for token in engine.step():
-                number, output = running[token.slot]
+                number, output = running[token.request]
                 chunk = output.push(token)
                 if chunk.completion is not None:
-                    engine.release(token.slot)
-                    del running[token.slot]
+                    engine.end(token.request)
+                    del running[token.request]
                 yield number, chunk
     finally:
-        for slot in running:
-            engine.release(slot)
+        for each in running:
+            engine.end(each)

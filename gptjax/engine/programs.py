@@ -1,0 +1,192 @@
+"""The jitted programs that plans are made of, and the state that they pass along.
+
+A plan's numbers reach a program as one int32 array, because the host sends each array to the device separately. The
+model is a static argument, so two models of one configuration share compiled code.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.engine import sampling
+from gptjax.engine.flat_params import FlatParams
+from gptjax.layers.cache import KVCache
+from gptjax.models.registry import Model
+from pallas_kernels.pages import Tiles
+
+ROW_FIELDS = 5  # of a row's numbers before the given tokens: slot, position, given, steps, feeds
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """What the device has of B requests. A pytree; the programs donate it, so use what they return."""
+
+    cache: KVCache
+    logits_BV: jax.Array  # float32: for the token after each slot's last
+    # int32: what `sampling.sample` counts. Undefined for a slot whose request has no penalties.
+    counts_BV: jax.Array
+
+
+@partial(jax.jit, static_argnames=("model", "size", "ends"), donate_argnames=("slots",))
+def prefill(
+    model: Model, params: FlatParams, slots: Slots, call: jax.Array, size: int, ends: int
+) -> tuple[jax.Array, Slots]:
+    """Adds pieces of prompts to their slots.
+
+    Args:
+      slots: donated.
+      call: int32: `size` tokens, the indices of the tokens that end prompts, of which there are at most `ends`, then
+        the four fields of the call's `Tiles`, whose rows are slots.
+
+    Returns:
+      The hidden states [`ends`, D] of the tokens that end prompts, and the slots.
+    """
+    tokens_T, end_M, tiles = call[:size], call[size : size + ends], Tiles(*call[size + ends :].reshape(4, -1))
+    _, positions_T = tiles.tokens(size)
+    cache = slots.cache.packed(tiles)
+    hidden_1TD, cache = _apply(model, params, tokens_T[None], positions_T[None], cache)
+    return hidden_1TD[0, end_M], dataclasses.replace(slots, cache=cache.unpacked())
+
+
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
+def keep_logits(model: Model, params: FlatParams, slots: Slots, hidden_MD: jax.Array, slot_M: jax.Array) -> Slots:
+    """Gives slots the logits after the last tokens of their prompts.
+
+    Args:
+      slots: donated.
+      hidden_MD: what `prefill` returned: of at least as many tokens as there are slots.
+      slot_M: int32: the slots; B is padding.
+    """
+    logits_MV = _apply(model, params, hidden_MD[: len(slot_M)], method="head")
+    return dataclasses.replace(slots, logits_BV=slots.logits_BV.at[slot_M].set(logits_MV, mode="drop"))
+
+
+@partial(jax.jit, donate_argnames=("slots",))
+def set_counts(slots: Slots, slot: jax.Array, counts_V: jax.Array) -> Slots:
+    """Sets what is counted of a slot's tokens. `slots` is donated."""
+    return dataclasses.replace(slots, counts_BV=slots.counts_BV.at[slot].set(counts_V))
+
+
+@partial(jax.jit, static_argnames=("kind",), donate_argnames=("slots",))
+def copy_pages(slots: Slots, copies: jax.Array, kind: int) -> Slots:
+    """Copies pages to others, in the layers of one kind.
+
+    Args:
+      slots: donated.
+      copies: int32: how many, then their sources, then their targets.
+    """
+    source_Z, target_Z = copies[1:].reshape(2, -1)
+    return dataclasses.replace(slots, cache=slots.cache.copied(kind, source_Z, target_Z, copies[0]))
+
+
+@jax.jit
+def marker(slots: Slots) -> jax.Array:
+    """A number that is there when all programs dispatched so far have run."""
+    return slots.logits_BV[0, 0]
+
+
+@jax.jit
+def sample(slots: Slots, rows: jax.Array, settings: sampling.Sampling) -> sampling.Sampled:
+    """Draws the next token of some slots.
+
+    Args:
+      rows: int32 [B, ROW_FIELDS + steps], of each row: its slot (-1 for none), the position of its first token, how
+        many tokens are given, in how many steps it takes part and in how many it is fed, and the tokens given. If there
+        are as many rows as slots, row i is slot i or none: then nothing is gathered or scattered.
+      settings: of the rows.
+    """
+    return _sampled(_of_rows(slots, rows), rows, jnp.int32(0), settings)
+
+
+@partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
+def advance(model: Model, params: FlatParams, slots: Slots, token_B: jax.Array, rows: jax.Array) -> Slots:
+    """Feeds the given or drawn token of each row to its slot, and counts those drawn. -1 makes a slot's logits NaN.
+
+    Args:
+      slots: donated. Other slots are unchanged.
+      token_B: int32, what `sample` drew.
+      rows: as for `sample`.
+    """
+    step = jnp.int32(0)
+    of_rows = _counted(_of_rows(slots, rows), token_B, rows, step)
+    return _with_rows(slots, rows, _advanced(model, params, of_rows, token_B, rows, step))
+
+
+@partial(jax.jit, static_argnames=("model", "num_steps"), donate_argnames=("slots",))
+def decode(
+    model: Model, params: FlatParams, slots: Slots, rows: jax.Array, settings: sampling.Sampling, num_steps: int
+) -> tuple[Slots, sampling.Sampled]:
+    """`sample` then `advance`, `num_steps` times in one call; bit-identical to calling them one by one.
+
+    The number of steps is static: the host would wait at each turn of a loop whose end only the device knows.
+
+    Returns:
+      The slots, and the tokens of all steps: a `Sampled` whose arrays have the steps as an additional first axis.
+    """
+
+    def step(of_rows: Slots, number: jax.Array) -> tuple[Slots, sampling.Sampled]:
+        sampled = _sampled(of_rows, rows, number, settings)
+        counted = _counted(of_rows, sampled.token_B, rows, number)
+        return _advanced(model, params, counted, sampled.token_B, rows, number), sampled
+
+    of_rows, sampled = jax.lax.scan(step, _of_rows(slots, rows), jnp.arange(num_steps, dtype=jnp.int32))
+    return _with_rows(slots, rows, of_rows), sampled
+
+
+def _of_rows(slots: Slots, rows: jax.Array) -> Slots:
+    """The tables, lengths and logits of some rows, by row; pools and counts are those of all slots."""
+    if len(rows) == len(slots.logits_BV):
+        return slots
+    slot_B = rows[:, 0]
+    return dataclasses.replace(slots, cache=slots.cache.rows(slot_B), logits_BV=slots.logits_BV[slot_B])
+
+
+def _with_rows(slots: Slots, rows: jax.Array, of_rows: Slots) -> Slots:
+    """The slots after what was done to `_of_rows`."""
+    if len(rows) == len(slots.logits_BV):
+        return of_rows
+    target_B = jnp.where(rows[:, 0] < 0, len(slots.logits_BV), rows[:, 0])  # updates out of bounds are dropped
+    return dataclasses.replace(
+        of_rows,
+        cache=slots.cache.joined(rows[:, 0], of_rows.cache),
+        logits_BV=slots.logits_BV.at[target_B].set(of_rows.logits_BV, mode="drop"),
+    )
+
+
+def _sampled(of_rows: Slots, rows: jax.Array, step: jax.Array, settings: sampling.Sampling) -> sampling.Sampled:
+    slot_B, position_B = rows[:, 0], rows[:, 1]
+
+    def counts() -> jax.Array:
+        return of_rows.counts_BV if len(rows) == len(of_rows.counts_BV) else of_rows.counts_BV[slot_B]
+
+    return sampling.sample(of_rows.logits_BV, position_B + step, settings, counts)
+
+
+def _counted(of_rows: Slots, token_B: jax.Array, rows: jax.Array, step: jax.Array) -> Slots:
+    """The slots with drawn tokens counted. Those given were counted when the request joined."""
+    slot_B, _, given_B, steps_B, _ = rows[:, :ROW_FIELDS].T
+    drawn_B = (slot_B >= 0) & (step >= given_B) & (step < steps_B) & (token_B >= 0)
+    target_B = jnp.where(drawn_B, slot_B, of_rows.counts_BV.shape[0])  # updates out of bounds are dropped
+    return dataclasses.replace(of_rows, counts_BV=of_rows.counts_BV.at[target_B, token_B].add(2, mode="drop"))
+
+
+def _advanced(
+    model: Model, params: FlatParams, of_rows: Slots, token_B: jax.Array, rows: jax.Array, step: jax.Array
+) -> Slots:
+    slot_B, position_B, given_B, _, feeds_B = rows[:, :ROW_FIELDS].T
+    given = rows[:, ROW_FIELDS:]
+    token_B = jnp.where(step < given_B, given[:, jnp.minimum(step, given.shape[1] - 1)], token_B)
+    fed_B = (slot_B >= 0) & (step < feeds_B)
+    sound_B = token_B >= 0
+    positions_B = jnp.where(fed_B & sound_B, position_B + step, -1)
+    hidden_B1D, cache = _apply(model, params, token_B[:, None], positions_B[:, None], of_rows.cache)
+    logits_BV = jnp.where(sound_B[:, None], _apply(model, params, hidden_B1D[:, 0], method="head"), jnp.nan)
+    return dataclasses.replace(of_rows, cache=cache, logits_BV=jnp.where(fed_B[:, None], logits_BV, of_rows.logits_BV))
+
+
+def _apply(model: Model, params: FlatParams, *arguments: Any, method: str | None = None) -> Any:
+    return model.apply({"params": params.nested()}, *arguments, method=method)

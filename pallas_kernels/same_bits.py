@@ -1,0 +1,173 @@
+"""Products and sums on a CPU that give a row the same bits among any number of rows.
+
+On a CPU, XLA computes an output of a float32 product as a chain of fused multiply-adds in ascending order of what it
+sums over. Three things depend on the number of rows, and are avoided here (seen with JAX 0.10.2, 0.11.2 and 0.12 on
+AVX2; `tests/pallas_kernels/test_same_bits.py` compares with such chains):
+
+- Chains are cut. So what is summed is divided into runs of at most `RUN`, which XLA never cuts, and the runs are added
+  in order. A kernel [in, out] is also cut, at shorter lengths, if there are 2 to 60 rows. So up to `FEW` rows are
+  products of one row each, which is no slower: XLA's product of 8 rows takes as long as 8 of one. More rows are padded
+  to `MANY`.
+- One row times a matrix [out, in] has eight chains, where more rows have one. So one row is padded to two; except for
+  the head, whose matrix is so large that this would double a token's time: there, all rows are computed one by one.
+- A product whose outputs are not a multiple of 16 may have two chains. So outputs are padded to that.
+
+Sums of a row's numbers have another order if there are fewer than `SUMMED` numbers in all.
+
+Only float32 is multiplied so.
+"""
+
+from collections.abc import Callable
+from functools import reduce
+from operator import add
+
+import jax
+import jax.numpy as jnp
+
+RUN = 1024  # numbers of a chain, at most
+FEW = 8  # rows that are products of their own
+MANY = 64  # rows of other products, at least
+LANES = 16  # outputs are a multiple of this
+SUMMED = 4096  # numbers from which on XLA sums them in one way
+IN_CACHE = 1 << 17  # numbers of a head's matrix that all rows are multiplied by before the next are read
+
+
+def product(x_TI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """x · kernel, [T, O] float32, on any device."""
+    return _anywhere(product_on_cpu, _times, x_TI, kernel_IO)
+
+
+def head(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    """x · kernelᵀ, [T, O] float32, of a large matrix and usually few rows, on any device."""
+    return _anywhere(head_on_cpu, _times_rows, x_TI, kernel_OI)
+
+
+def mean(x: jax.Array) -> jax.Array:
+    """The mean of the last axis, [..., 1], on any device."""
+    if x.size >= SUMMED:
+        return _mean(x)
+    y: jax.Array = jax.lax.platform_dependent(x, cpu=_mean_of_few, default=_mean)
+    return y
+
+
+def softmax(x_TX: jax.Array) -> jax.Array:
+    """The softmax over a few choices of each row, on any device."""
+
+    def in_pieces(x_TX: jax.Array) -> jax.Array:
+        rows = max(1, (SUMMED - 1) // x_TX.shape[1])  # with more, XLA's exponential is another one
+        pieces = jnp.split(x_TX, list(range(rows, len(x_TX), rows)))
+        return jnp.concatenate([jax.nn.softmax(piece, axis=-1) for piece in pieces])
+
+    if x_TX.size < SUMMED:
+        return jax.nn.softmax(x_TX, axis=-1)
+    y: jax.Array = jax.lax.platform_dependent(x_TX, cpu=in_pieces, default=lambda x_TX: jax.nn.softmax(x_TX, axis=-1))
+    return y
+
+
+def product_on_cpu(x_TI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    """x · kernel, [T, O] float32."""
+    if not takes(x_TI, kernel_IO):
+        return _times(x_TI, kernel_IO)
+    T, outputs = x_TI.shape[0], kernel_IO.shape[1]
+    x_JTR = _in_runs(x_TI)
+    kernel_IO = _at_least(_padded(kernel_IO, 1, LANES), 0, x_JTR.shape[0] * x_JTR.shape[2])
+    kernel_JRO = kernel_IO.reshape(x_JTR.shape[0], x_JTR.shape[2], -1)
+    if T <= FEW:
+        y_JTO = jnp.concatenate([_batched(x_JTR[:, t : t + 1], kernel_JRO, 1) for t in range(T)], axis=1)
+    else:
+        y_JTO = _batched(_at_least(x_JTR, 1, MANY), kernel_JRO, 1)
+    return total_on_cpu(y_JTO, 0)[:T, :outputs]
+
+
+def product_of_rows_on_cpu(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    """x · kernelᵀ, [T, O] float32, of a matrix that need not be read from memory."""
+    if not takes(x_TI, kernel_OI):
+        return _times_rows(x_TI, kernel_OI)
+    T, outputs = x_TI.shape[0], kernel_OI.shape[0]
+    x_JTR, kernel_JOR = _in_runs(_at_least(x_TI, 0, 2)), _in_runs(_padded(kernel_OI, 0, LANES))
+    return total_on_cpu(_batched(x_JTR, kernel_JOR, 2), 0)[:T, :outputs]
+
+
+def head_on_cpu(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    """`head`.
+
+    Beyond 128 rows, which no decode step has, it is a usual product, with other bits.
+    """
+    T, (outputs, inputs) = x_TI.shape[0], kernel_OI.shape
+    if not takes(x_TI, kernel_OI) or T == 1 or T > 2 * MANY:
+        return _times_rows(x_TI, kernel_OI)
+    step = min(outputs, max(1, IN_CACHE // inputs))
+
+    def multiply(index: jax.Array, y_TO: jax.Array) -> jax.Array:
+        start = jnp.minimum(index * step, outputs - step)  # the last outputs may be computed twice
+        part_OI = jax.lax.dynamic_slice_in_dim(kernel_OI, start, step)
+        part_TO = jax.lax.map(lambda x_I: _times_rows(x_I[None], part_OI)[0], x_TI)
+        return jax.lax.dynamic_update_slice_in_dim(y_TO, part_TO, start, axis=1)
+
+    return jax.lax.fori_loop(0, -(-outputs // step), multiply, jnp.zeros((T, outputs), jnp.float32))
+
+
+def takes(x: jax.Array, kernel: jax.Array) -> bool:
+    """Whether there is more than the usual product for these operands."""
+    return x.dtype == jnp.float32 and kernel.dtype == jnp.float32
+
+
+def total_on_cpu(terms: jax.Array, axis: int) -> jax.Array:
+    """The sum over an axis, in ascending order."""
+    return reduce(add, [jax.lax.index_in_dim(terms, each, axis, keepdims=False) for each in range(terms.shape[axis])])
+
+
+def _anywhere(
+    on_cpu: Callable[[jax.Array, jax.Array], jax.Array],
+    usual: Callable[[jax.Array, jax.Array], jax.Array],
+    x_TI: jax.Array,
+    kernel: jax.Array,
+) -> jax.Array:
+    if not takes(x_TI, kernel):
+        return usual(x_TI, kernel)
+    y: jax.Array = jax.lax.platform_dependent(x_TI, kernel, cpu=on_cpu, default=usual)
+    return y
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    return x.mean(axis=-1, keepdims=True)
+
+
+def _mean_of_few(x: jax.Array) -> jax.Array:
+    D = x.shape[-1]
+    x_TD = x.reshape(-1, D)
+    mean_T1 = _mean(_at_least(x_TD, 0, -(-SUMMED // D)))[: len(x_TD)]
+    return mean_T1.reshape(*x.shape[:-1], 1)
+
+
+def _in_runs(x_TI: jax.Array) -> jax.Array:
+    """[J, T, R] of a matrix whose last axis is summed over."""
+    T, inputs = x_TI.shape
+    least = -(-inputs // RUN)
+    J = next((J for J in range(least, 4 * least) if inputs % J == 0), None)
+    if J is None:  # zeros add nothing
+        return _in_runs(_padded(x_TI, 1, RUN))
+    return x_TI.reshape(T, J, inputs // J).swapaxes(0, 1)
+
+
+def _batched(x_JTR: jax.Array, kernel: jax.Array, summed: int) -> jax.Array:
+    """The products of J pairs of matrices, [J, T, O]."""
+    return jax.lax.dot_general(x_JTR, kernel, (((2,), (summed,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+
+
+def _times(x_TI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x_TI, kernel_IO, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _times_rows(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x_TI, kernel_OI, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _padded(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    return _at_least(x, axis, -(-x.shape[axis] // multiple) * multiple)
+
+
+def _at_least(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """The array with zeros after it, if it is smaller."""
+    missing = max(0, size - x.shape[axis])
+    return jnp.pad(x, [(0, missing if each == axis else 0) for each in range(x.ndim)]) if missing else x

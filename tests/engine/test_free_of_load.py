@@ -1,0 +1,97 @@
+"""On a CPU, what a request gets depends on itself alone: not on the rows of a step, the most requests, what its prompt
+is packed with and where it is cut, nor on whether its beginning was already there."""
+
+import random
+
+import numpy as np
+import pytest
+
+from gptjax.config import config_from_json
+from gptjax.engine.engine import Engine
+from gptjax.engine.request import Request, SamplingParams
+from gptjax.models import registry
+from gptjax.scheduling.policy import Policy
+from tests.engine import test_engine
+from tests.fuzz import rounds
+from tests.oracles import gpt_oss_ours, gpt_oss_random, llama_ours
+from tests.thinned import thorough
+
+MAX_LENGTH, VOCAB = 290, 101
+POLICIES = [Policy(slots=9, chunk=64), Policy(slots=3, chunk=256, pieces=2)]
+ALONE = Policy(slots=1, chunk=512, reuse=False)
+
+
+def _gpt2():
+    return test_engine.MODEL, test_engine.made_params()
+
+
+def _gpt_oss():
+    checkpoint = gpt_oss_random.checkpoint(**gpt_oss_random.TWO_LAYERS)
+    config = config_from_json({**checkpoint.config, "quantization_config": gpt_oss_random.QUANTIZATION})
+    return registry.build(config), gpt_oss_ours.params(checkpoint.packed)
+
+
+def _llama():
+    case = llama_ours.make_case()
+    return case.model, case.params
+
+
+@pytest.fixture(scope="module", params=["gpt2", thorough("gpt-oss"), thorough("llama")])
+def made(request):
+    """A model and its weights."""
+    return {"gpt2": _gpt2, "gpt-oss": _gpt_oss, "llama": _llama}[request.param]()
+
+
+def _requests() -> list[Request]:
+    """Prompts of 1 to 280 tokens, some with a beginning in common, greedy and not."""
+    rng = np.random.default_rng(0)
+    beginning = rng.integers(0, VOCAB, 150).tolist()
+    requests = []
+    for number, (shared, own) in enumerate(
+        [(0, 1), (0, 31), (0, 64), (0, 280), (150, 5), (150, 60), (130, 1), (7, 90)]
+    ):
+        ids = beginning[:shared] + rng.integers(0, VOCAB, own).tolist()
+        params = SamplingParams(seed=number, temperature=number % 3 / 2, top_p=0.9 if number % 2 else 1.0)
+        requests.append(Request(tuple(ids), 12, params))
+    return requests
+
+
+REQUESTS = _requests()
+
+
+def _play(engine: Engine, rng: random.Random, count: int) -> list[tuple[int, list[tuple[int, float]]]]:
+    """Requests that join at random, and leave at their end or before, with what each was given."""
+    waiting = rng.choices(range(len(REQUESTS)), k=count)
+    running: dict[int, tuple[int, list[tuple[int, float]], int]] = {}
+    results = []
+    while waiting or running:
+        while waiting and engine.room and (not running or rng.random() < 0.6):
+            which = waiting.pop()
+            end = REQUESTS[which].room(MAX_LENGTH)
+            running[engine.add(REQUESTS[which])] = which, [], rng.choice([end, rng.randint(1, end)])
+        for token in engine.step():
+            which, given, end = running[token.request]
+            given.append((token.token_id, token.logprob))
+            if len(given) == end:
+                engine.end(token.request)
+                results.append((which, given))
+                del running[token.request]
+    return results
+
+
+def test_a_request_gets_the_same_bits_under_any_load(made):
+    engine = Engine(*made, batch=1, max_length=MAX_LENGTH, policy=ALONE)
+    alone = []
+    for request in REQUESTS:
+        number = engine.add(request)
+        given = []
+        while len(given) < request.room(MAX_LENGTH):
+            given += [(token.token_id, token.logprob) for token in engine.step()]
+        engine.end(number)
+        alone.append(given)
+    assert all(token >= 0 for tokens in alone for token, _ in tokens)
+    for policy in POLICIES:
+        engine = Engine(*made, batch=policy.slots, max_length=MAX_LENGTH, policy=policy)
+        for seed in range(rounds(2)):
+            for which, given in _play(engine, random.Random(seed), 2 * policy.slots):
+                assert given == alone[which][: len(given)], (policy, seed, which)

@@ -1,0 +1,84 @@
+"""A row's bits on a CPU do not depend on the number of rows: compared with chains of fused multiply-adds in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import same_bits
+
+ROWS = (1, 2, 3, 8, 9, 31, 64, 65, 512)
+
+
+def rounded_sum(product: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """product + total, both float64 or wider and exact, rounded once to float32."""
+    return (product.astype(np.longdouble) + total.astype(np.longdouble)).astype(np.float32)
+
+
+def chains(x_I: np.ndarray, kernel_IO: np.ndarray, run: int = same_bits.RUN) -> np.ndarray:
+    """x · kernel by fused multiply-adds in ascending order, in equal runs of at most `run`, added in order."""
+    count = -(-len(x_I) // run)
+    while len(x_I) % count:
+        count += 1
+    totals = []
+    for x_R, kernel_RO in zip(np.split(x_I, count), np.split(kernel_IO, count), strict=True):
+        total_O = np.zeros(kernel_IO.shape[1], np.float32)
+        for x, kernel_O in zip(x_R, kernel_RO, strict=True):
+            total_O = rounded_sum(x.astype(np.float64) * kernel_O.astype(np.float64), total_O)
+        totals.append(total_O)
+    result = totals[0]
+    for total_O in totals[1:]:
+        result = result + total_O
+    return result
+
+
+def operands(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(inputs * outputs)
+    x_TI, kernel_IO = rng.standard_normal((max(ROWS), inputs)), rng.standard_normal((inputs, outputs))
+    return x_TI.astype(np.float32), kernel_IO.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(48, 8), (96, 33), (64, 40), (256, 96), (1024, 72), (1152, 48), (768, 320)]
+)
+def test_products_are_chains(inputs: int, outputs: int) -> None:
+    x_TI, kernel_IO = operands(inputs, outputs)
+    of_rows = jnp.asarray(np.ascontiguousarray(kernel_IO.T))
+    expected_O = chains(x_TI[-1], kernel_IO)
+    for rows in ROWS:
+        some = jnp.asarray(x_TI[-rows:])  # the row that is compared is the last
+        for product, kernel in ((same_bits.product, kernel_IO), (same_bits.product_of_rows_on_cpu, of_rows)):
+            found_TO = np.asarray(jax.jit(product)(some, kernel))
+            np.testing.assert_array_equal(found_TO[-1], expected_O, err_msg=f"{product.__name__}, {rows} rows")
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 101), (256, 3001)])
+def test_a_head_is_the_same_up_to_128_rows(inputs: int, outputs: int) -> None:
+    x_TI, kernel_IO = operands(inputs, outputs)
+    kernel_OI = jnp.asarray(np.ascontiguousarray(kernel_IO.T))
+    found = [np.asarray(jax.jit(same_bits.head)(jnp.asarray(x_TI[-rows:]), kernel_OI))[-1] for rows in (1, 2, 8, 128)]
+    np.testing.assert_allclose(found[0], x_TI[-1].astype(np.float64) @ kernel_IO.astype(np.float64), atol=1e-4)
+    for each in found[1:]:
+        np.testing.assert_array_equal(each, found[0])
+
+
+@pytest.mark.parametrize("D", [32, 96, 256, 768, 2880])
+def test_means_of_rows(D: int) -> None:
+    x_TD = operands(D, 1)[0]
+
+    @jax.jit
+    def means(x_TD: jax.Array) -> jax.Array:
+        return same_bits.mean(jnp.square(x_TD))[:, 0]
+
+    found = [np.asarray(means(jnp.asarray(x_TD[-rows:])))[-1] for rows in ROWS]
+    np.testing.assert_allclose(found[0], np.square(x_TD[-1].astype(np.float64)).mean(), rtol=1e-5)
+    assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("choices", [4, 8])
+def test_softmax_over_choices(choices: int) -> None:
+    x_TX = jnp.asarray(operands(choices, 1)[0])
+    few_TX = np.asarray(jax.jit(same_bits.softmax)(x_TX[:100]))
+    for copies in (1, 2, 4):
+        found_TX = np.asarray(jax.jit(same_bits.softmax)(jnp.concatenate([x_TX] * copies)))
+        np.testing.assert_array_equal(found_TX[:100], few_TX)
