@@ -14,17 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu
-from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import ptx
-from pallas_kernels.attention.prefill import schedule
+from pallas_kernels.attention.prefill import rows_sm90, schedule
 from pallas_kernels.attention.prefill.core_sm90 import (
     COLUMNS,
     EIGHT,
     LOADER_REGISTERS,
-    MATRIX,
     REGISTERS,
     ROWS,
     WARPGROUPS,
@@ -281,7 +277,7 @@ def _compute(
         count = jnp.clip(tile.tokens - ahead, 0, QUERIES)
         _store(shared, warpgroup, out_tH.astype(out_ref.dtype), out_ref, start, head, count, interpret=interpret)
         is_first = True if items.shared > 1 else warpgroup == 0
-        _zero(out_ref, tile.start + tile.tokens, head, jnp.where(is_first, tile.gap, 0), interpret=interpret)
+        rows_sm90.zero(out_ref, tile.start + tile.tokens, head, jnp.where(is_first, tile.gap, 0), interpret=interpret)
         return span.done_after()
 
     lax.fori_loop(0, items.turns(total), item, jnp.int32(0))
@@ -357,56 +353,4 @@ def _store(
 
     @pl.when(count < QUERIES)
     def _() -> None:  # other tiles' rows follow: each thread writes its numbers of those that exist
-        scalars = [plgpu.Layout.WG_SPLAT(())] * 3
-
-        @plgpu.inline_mgpu(arg_types=(MATRIX, plgpu.RefType(), *scalars))
-        def write(_: Any, tile: Any, array: Any, *numbers: Any) -> None:
-            first, of_head, rows = (each.registers.item() for each in numbers)
-            _write_rows(tile, ptx.global_address(array), out_ref.shape, first, of_head, rows)
-
-        write(out_tH, out_ref, start, head, count)
-
-
-def _write_rows(
-    tile: Any, address: ptx.Value, shape: tuple[int, ...], first: ptx.Value, head: ptx.Value, count: ptx.Value
-) -> None:
-    """Writes the first `count` rows of a tile [QUERIES, H] to a head of an array [T, N, H], from row `first` on."""
-    _, N, H = shape
-    for (row, column), words in zip(tile.layout.thread_idxs(tile.shape), tile.registers.flat, strict=True):
-        row, column = (arith.index_cast(ptx.i32(), each) for each in (row, column))
-        at = ptx.add(ptx.mul(ptx.add(ptx.mul(ptx.add(first, row), N), head), H), column)
-        word = utils.bitcast(words, ptx.i32())
-        ptx.store(ptx.offset(address, at, 2), [word], ptx.less(row, count))
-
-
-def _zero(out_ref: Any, first: jax.Array, head: jax.Array, count: jax.Array, *, interpret: bool) -> None:
-    """Zeroes `count` rows of a head, from `first` on and, after the last, from 0 on."""
-    T, N, H = out_ref.shape
-    if interpret:
-
-        def row(i: jax.Array, _: None) -> None:
-            out_ref[lax.rem(first + i, jnp.int32(T)), head] = jnp.zeros((H,), out_ref.dtype)
-
-        lax.fori_loop(0, count, row, None)
-        return
-
-    @pl.when(count > 0)
-    def _() -> None:
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[plgpu.Layout.WG_SPLAT(())] * 3))
-        def write(_: Any, array: Any, *numbers: Any) -> None:
-            address = ptx.global_address(array)
-            first, head, count = (each.registers.item() for each in numbers)
-            pieces, at_once = H // 8, 128  # of 16 bytes: per row, and per turn
-            turns = arith.divui(ptx.add(ptx.mul(count, pieces), at_once - 1), ptx.const(at_once))
-
-            def turn(i: ptx.Value, carry: list[ptx.Value]) -> list[ptx.Value]:
-                row, piece = ptx.divided(ptx.add(ptx.mul(i, at_once), ptx.thread()), pieces)
-                place = ptx.add(first, row)
-                place = arith.select(ptx.less(place, T), place, ptx.add(place, -T))
-                at = ptx.offset(address, ptx.add(ptx.mul(ptx.add(ptx.mul(place, N), head), pieces), piece), 16)
-                ptx.store(at, [ptx.const(0)] * 4, ptx.less(row, count))
-                return carry
-
-            ptx.loop(turns, [], turn)
-
-        write(out_ref, first, head, count)
+        rows_sm90.write(out_tH, out_ref, start, head, count)

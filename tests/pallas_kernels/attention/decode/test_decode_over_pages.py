@@ -237,7 +237,7 @@ def test_mosaic_lowers_for_cuda(name):
 
 
 @needs_mosaic
-def test_auto_takes_the_kernel(monkeypatch):
+def test_auto_lowers_the_kernel(monkeypatch):
     monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
     for case in (CASES["all positions"], CASES["a window"]):
         run = partial(attention_over_pages, scale=case.scale, window=case.window)

@@ -318,7 +318,7 @@ def test_lowers(name):
 
 
 @needs_mosaic
-def test_auto_takes_the_kernel(monkeypatch):
+def test_auto_lowers_the_kernel(monkeypatch):
     monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
     q, *rest = _shapes(CASES["a window"])
     run = partial(packed_attention_over_pages, scale=0.125, window=100)
