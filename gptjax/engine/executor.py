@@ -1,7 +1,10 @@
 """Runs plans on the device."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +57,7 @@ class Executor:
         self._requests: list[Request | None] = [None] * policy.slots
         self._numbers = [0] * policy.slots
         self._settings: tuple[object, sampling.Sampling] | None  # of the last rows, and what these were
+        self._call: Callable[..., Any] = _call
         self.reset()
 
     def reset(self) -> None:
@@ -112,24 +116,32 @@ class Executor:
         jax.block_until_ready(self._slots)
 
     def warm_up(self) -> None:
-        """Compiles all programs, by running them without any rows."""
-        policy = self._policy
+        """Compiles all programs, several at a time, and runs them without any rows."""
+        slots, self._call = self._slots, _Compilation()
+        self._run_all()
+        self._slots, compilation, self._call = slots, self._call, _call
+        compilation.wait()
         for _ in range(2):  # the second time with arrays as compiled code returns them
-            self._send_tables()
-            for kind in range(len(self._tables)):
-                self._copy(kind, [Copy(kind, 0, 0, 1)])
-            self._count(policy.slots, (), ())  # which is no slot
-            for size in self._used_sizes():
-                hidden_MD = self._run_prefill(PrefillCall(size, (), ()))
-            for count in powers(1, self._most_ends):
-                self._keep_logits(hidden_MD, [policy.slots] * count)
-            for size in policy.row_sizes:
-                for level in self._levels or [self._features]:
-                    settings = self._settings_of([None] * size, level)
-                    for num_steps in {1, policy.steps}:
-                        self._run_decode(self._rows(DecodeCall(size, num_steps, ())), settings, num_steps)
+            self._run_all()
             jax.block_until_ready(self.result)
         self.wait()
+
+    def _run_all(self) -> None:
+        """Runs a program of each size, without any rows."""
+        policy = self._policy
+        self._send_tables()
+        for kind in range(len(self._tables)):
+            self._copy(kind, [Copy(kind, 0, 0, 1)])
+        self._count(policy.slots, (), ())  # which is no slot
+        for size in self._used_sizes():
+            hidden_MD = self._run_prefill(PrefillCall(size, (), ()))
+        for count in powers(1, self._most_ends):
+            self._keep_logits(hidden_MD, [policy.slots] * count)
+        for size in policy.row_sizes:
+            for level in self._levels or [self._features]:
+                settings = self._settings_of([None] * size, level)
+                for num_steps in {1, policy.steps}:
+                    self._run_decode(self._rows(DecodeCall(size, num_steps, ())), settings, num_steps)
 
     def _send_tables(self) -> None:
         # Copies: on a CPU, JAX may use NumPy's memory, and programs that read it may run later than the next change.
@@ -143,14 +155,14 @@ class Executor:
             call[0] = len(some)
             call[1 : 1 + len(some)] = [copy.source for copy in some]
             call[1 + _COPIES : 1 + _COPIES + len(some)] = [copy.target for copy in some]
-            self._slots = programs.copy_pages(self._slots, call, kind)
+            self._slots = self._call(programs.copy_pages, self._slots, call, kind)
 
     def _count(self, slot: int, prompt_ids: Sequence[int], drawn: Sequence[int]) -> None:
         """Sets the counts that penalties need. The programs add the tokens that are drawn from now on."""
         counts_V = np.zeros(self._model.config.vocab_size, np.int32)
         counts_V[list(prompt_ids)] = 1
         np.add.at(counts_V, list(drawn), 2)
-        self._slots = programs.set_counts(self._slots, np.int32(slot), counts_V)
+        self._slots = self._call(programs.set_counts, self._slots, np.int32(slot), counts_V)
 
     def _prefill(self, call: PrefillCall) -> None:
         hidden_MD = self._run_prefill(call)
@@ -172,14 +184,13 @@ class Executor:
         ends = [piece.start + piece.count - 1 for piece in call.pieces if piece.ends]
         end_M[: len(ends)] = ends
         numbers = np.concatenate((tokens_T, end_M, tiles.reshape(-1)))
-        hidden_MD, self._slots = programs.prefill(
-            self._model, self._params, self._slots, numbers, call.size, self._most_ends
-        )
+        sizes = call.size, self._most_ends
+        hidden_MD, self._slots = self._call(programs.prefill, self._model, self._params, self._slots, numbers, *sizes)
         return hidden_MD
 
     def _keep_logits(self, hidden_MD: jax.Array, slots: Sequence[int]) -> None:
         slot_M = np.asarray(slots, np.int32)
-        self._slots = programs.keep_logits(self._model, self._params, self._slots, hidden_MD, slot_M)
+        self._slots = self._call(programs.keep_logits, self._model, self._params, self._slots, hidden_MD, slot_M)
 
     def _decode(self, call: DecodeCall) -> sampling.Sampled:
         requests: list[Request | None] = [None] * call.size
@@ -210,10 +221,12 @@ class Executor:
         sent = jax.device_put(rows)
         if num_steps == 1:
             # Two calls, so that the token can be read before the step is done.
-            sampled = programs.sample(self._slots, sent, settings)
-            self._slots = programs.advance(self._model, self._params, self._slots, sampled.token_B, sent)
+            sampled = self._call(programs.sample, self._slots, sent, settings)
+            drawn = sampled.token_B
+            self._slots = self._call(programs.advance, self._model, self._params, self._slots, drawn, sent)
         else:
-            self._slots, sampled = programs.decode(self._model, self._params, self._slots, sent, settings, num_steps)
+            steps = sent, settings, num_steps
+            self._slots, sampled = self._call(programs.decode, self._model, self._params, self._slots, *steps)
         return sampled
 
     def _settings_of(self, requests: Sequence[Request | None], features: Features) -> sampling.Sampling:
@@ -245,3 +258,31 @@ class Executor:
     def _most_ends(self) -> int:
         """The most prompts that end in a call, of any size, so that what follows it has the same shape."""
         return self._most_pieces(self._policy.chunk)
+
+
+def _call(program: Callable[..., Any], *arguments: Any) -> Any:
+    return program(*arguments)
+
+
+class _Compilation:
+    """Compiles programs instead of calling them, in threads, as XLA works without Python's lock."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(os.cpu_count())
+        self._compiled: list[Future[Any]] = []
+
+    def __call__(self, program: Any, *arguments: Any) -> Any:
+        """The shapes and dtypes of what the call would return. A later call finds the program compiled."""
+        lowered = program.lower(*arguments)
+        self._compiled.append(self._threads.submit(lowered.compile))
+        return lowered.out_info
+
+    def wait(self) -> None:
+        """Waits for all programs.
+
+        Raises:
+          JaxRuntimeError: one did not compile.
+        """
+        with self._threads:
+            for compiled in self._compiled:
+                compiled.result()
