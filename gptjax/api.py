@@ -13,7 +13,7 @@ from gptjax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gptjax.checkpoints.text_files import tokenizer_at
 from gptjax.engine import limits
 from gptjax.engine.memory import as_loaded, check, explained
-from gptjax.engine.pools import is_free_of_load
+from gptjax.engine.pools import is_exact_by_default
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry
@@ -61,8 +61,8 @@ def load(
         `max_length`, and at most for `max_batch` of these. If it is full, newer requests wait. On a GPU, a share above
         JAX's usual 0.75 must be given before anything else uses JAX. Default: on a GPU, all that JAX has taken; on a
         CPU, up to half of the free memory.
-      exact: whether results must have the same bits whatever else is computed, and was before. On a CPU in float32 this
-        costs nothing, but that what was generated is not reused in the prompts of later turns. Elsewhere steps then
+      exact: whether results must have the same bits whatever else is computed, and was before. For models without
+        experts on a CPU in float32, the only cost is that later turns do not reuse what was generated. Otherwise, steps
         compute all `max_batch` rows, each prompt has calls of its own, and a prompt that begins like an earlier one
         reuses whole chunks of it only (of 1024 tokens; 2048 where there are kernels for prompts). None: only on a CPU
         in float32.
@@ -142,7 +142,7 @@ def load_checkpoint(
         defaults=defaults,
         max_length=length,
         max_batch=max_batch,
-        exact=is_free_of_load(model) if exact is None else exact,
+        exact=is_exact_by_default(model) if exact is None else exact,
         chat_format=chat_format,
         memory_limit=limit,
     )

@@ -1,19 +1,17 @@
-"""On a CPU, what a request gets depends on itself alone: not on the rows of a step, the most requests, what its prompt
-is packed with and where it is cut, nor on whether its beginning was already there."""
+"""On a CPU, what a request to a model without experts gets depends on itself alone: not on the rows of a step, the most
+requests, what its prompt is packed with and where it is cut, nor on whether its beginning was already there."""
 
 import random
 
 import numpy as np
 import pytest
 
-from gptjax.config import config_from_json
 from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams
-from gptjax.models import registry
 from gptjax.scheduling.policy import Policy
 from tests.engine import test_engine
 from tests.fuzz import rounds
-from tests.oracles import gpt_oss_ours, gpt_oss_random, llama_ours
+from tests.oracles import llama_ours
 from tests.thinned import thorough
 
 MAX_LENGTH, VOCAB = 290, 101
@@ -25,21 +23,15 @@ def _gpt2():
     return test_engine.MODEL, test_engine.made_params()
 
 
-def _gpt_oss():
-    checkpoint = gpt_oss_random.checkpoint(**gpt_oss_random.TWO_LAYERS)
-    config = config_from_json({**checkpoint.config, "quantization_config": gpt_oss_random.QUANTIZATION})
-    return registry.build(config), gpt_oss_ours.params(checkpoint.packed)
-
-
 def _llama():
     case = llama_ours.make_case()
     return case.model, case.params
 
 
-@pytest.fixture(scope="module", params=["gpt2", thorough("gpt-oss"), thorough("llama")])
+@pytest.fixture(scope="module", params=["gpt2", thorough("llama")])
 def made(request):
     """A model and its weights."""
-    return {"gpt2": _gpt2, "gpt-oss": _gpt_oss, "llama": _llama}[request.param]()
+    return {"gpt2": _gpt2, "llama": _llama}[request.param]()
 
 
 def _requests() -> list[Request]:

@@ -344,7 +344,7 @@ def test_an_idle_engine_makes_room_for_a_state_and_a_busy_one_does_not(load, mon
 
     def device_memory(device=None):
         idle = lm._shared._engine is None
-        return dataclasses.replace(need.device, available=need.cache + need.logits if idle else 0)
+        return dataclasses.replace(need.device, available=need.total - need.weights if idle else 0)
 
     monkeypatch.setattr(memory, "device_memory", device_memory)
     stream = lm.stream([3, 4], max_tokens=9)

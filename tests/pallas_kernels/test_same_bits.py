@@ -7,6 +7,8 @@ import pytest
 
 from pallas_kernels import same_bits
 
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the rule is for CPUs")
+
 ROWS = (1, 2, 3, 8, 9, 31, 64, 65, 512)
 
 
