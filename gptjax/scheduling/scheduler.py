@@ -208,17 +208,22 @@ class Scheduler:
         return next((sequence for sequence in reversed(self._running) if sequence.held), None)
 
     def _turns(self) -> Iterator[Turn]:
-        """Whose turn it is to decode: those who ask for as many rows as who has waited for longest.
+        """Whose turn it is to decode: who has waited for longest, and others who ask for as many rows.
 
-        If these need pages that older requests have, it is the turn of the next.
+        If they all need pages that older requests have, it is the turn of the next.
         """
         if self.policy.rows != "asked":
             yield Turn(None, [])
             return
         ready = [each for each in self._active if not each.is_reading and not each.is_drawn]
         ready.sort(key=lambda sequence: (sequence.decoded, sequence.number))
-        for size in dict.fromkeys(sequence.rows for sequence in ready) or [0]:
-            yield Turn(size, [each for each in ready if each.rows == size and each.slot is not None][:size])
+        if not ready:
+            yield Turn(0, [])
+        while ready:
+            size = ready[0].rows
+            chosen = [each for each in ready if each.rows == size][:size]
+            yield Turn(size, chosen)
+            ready = [each for each in ready if each not in chosen and each.slot is not None]
 
     def _steps(self) -> int:
         """One, or several if nobody waits for a first token and at least half of them are wanted."""
