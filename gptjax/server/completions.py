@@ -40,7 +40,7 @@ class Prompt:
     """One prompt of a request."""
 
     ids: tuple[int, ...]
-    text: str  # for `echo` to repeat
+    text: str  # for `echo` to repeat; "" for token ids that are not echoed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def read(values: dict[str, Any], served: Served, most_rows: int) -> Asked:
         raise bad_request("max_tokens is 0, which requires echo: true", "max_tokens")
     special = "parse_special" not in fields or fields.flag("parse_special")
     asked = Asked(
-        prompts=_read_prompts(fields.take("prompt"), served, most_rows // choices, special),
+        prompts=_read_prompts(fields.take("prompt"), served, most_rows // choices, special=special, echo=echo),
         choices=choices,
         max_tokens=_DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
         options=_with_special_stops(read_sampling(fields), served, special),
@@ -124,7 +124,7 @@ def _check_echo(asked: Asked) -> None:
         raise bad_request(f"{message}: send fewer prompts at once, or lower n or logprobs", "echo", "too_large")
 
 
-def _read_prompts(value: object, served: Served, most: int, special: bool) -> tuple[Prompt, ...]:
+def _read_prompts(value: object, served: Served, most: int, *, special: bool, echo: bool) -> tuple[Prompt, ...]:
     """A string, a list of strings, a list of token ids, or a list of such lists."""
     if value is None:
         raise bad_request("prompt is missing: give a string, a list of token ids, or a list of either", "prompt")
@@ -137,10 +137,10 @@ def _read_prompts(value: object, served: Served, most: int, special: bool) -> tu
         raise bad_request("prompt must be a string, a list of token ids, or a non-empty list of either", "prompt")
     if len(prompts) > most:
         raise bad_request(f"found {len(prompts)} prompts; at most {most} are allowed with this n", "prompt")
-    return tuple(_read_prompt(prompt, served, special) for prompt in prompts)
+    return tuple(_read_prompt(prompt, served, special=special, echo=echo) for prompt in prompts)
 
 
-def _read_prompt(value: object, served: Served, special: bool) -> Prompt:
+def _read_prompt(value: object, served: Served, *, special: bool, echo: bool) -> Prompt:
     if isinstance(value, str):
         text = check_text(value, "prompt")
         try:
@@ -151,7 +151,7 @@ def _read_prompt(value: object, served: Served, special: bool) -> Prompt:
     if not isinstance(value, list) or not all(map(is_token, value)):
         raise bad_request("a prompt must be a string or a list of token ids (whole numbers of at least 0)", "prompt")
     checked = _checked_ids(value, served)
-    return Prompt(checked, "" if served.tokenizer is None else served.tokenizer.decode(checked, special=True))
+    return Prompt(checked, served.tokenizer.decode(checked, special=True) if echo and served.tokenizer else "")
 
 
 def _checked_ids(ids: list[int], served: Served) -> tuple[int, ...]:

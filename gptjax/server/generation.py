@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 
 from gptjax.engine import engine
 from gptjax.engine.output import Chunk, Decoder, Output, Usage
@@ -39,7 +40,7 @@ class Generation:
         self._tickets: dict[int, Ticket] = {}
         self._outputs: dict[int, Output] = {}
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        self._mailbox = service.mailbox()
         self._cached: dict[int, int] = {}
         self._delivered = self._taken = 0  # tokens; counted by the worker's thread and by the event loop
 
@@ -116,7 +117,7 @@ class Generation:
                 self._delivered += 1
                 if self._delivered - self._taken > _MOST_BEHIND:
                     raise OverflowError("the client reads more slowly than tokens arrive")  # the worker cancels the row
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (row, event))
+            self._mailbox.call(partial(self._events.put_nowait, (row, event)))
 
         return deliver
 

@@ -13,6 +13,7 @@ from gptjax.config import GenerationDefaults
 from gptjax.errors import GptjaxError
 from gptjax.server.errors import ApiError, as_json, bad_request, unavailable
 from gptjax.server.events import QueueFull
+from gptjax.server.mailbox import Mailbox
 from gptjax.server.metrics import Metrics
 from gptjax.server.worker import Worker
 from gptjax.text import Tokenizer
@@ -122,6 +123,7 @@ class Service:
     _places: set[object] = dataclasses.field(default_factory=set)  # reserved for requests being read
     _bodies: dict[object, int] = dataclasses.field(default_factory=dict)  # sizes of the large ones being read
     _scoring: set[object] = dataclasses.field(default_factory=set)  # answers that need scores
+    _mailboxes: list[Mailbox] = dataclasses.field(default_factory=list)  # of the loop that runs, if any
 
     @contextlib.contextmanager
     def body(self) -> Iterator[Callable[[int], None]]:
@@ -150,6 +152,12 @@ class Service:
             yield
         finally:
             self._places.remove(place)
+
+    def mailbox(self) -> Mailbox:
+        """What wakes the running event loop."""
+        if not self._mailboxes or self._mailboxes[0].loop is not asyncio.get_running_loop():
+            self._mailboxes[:] = [Mailbox()]
+        return self._mailboxes[0]
 
     def enter_scoring(self, answer: object) -> None:
         """Registers an answer that needs scores of its prompts. Raises `QueueFull` if there are too many."""

@@ -17,9 +17,11 @@ from gptjax.server.service import Service
 ABORT = "gptjax.abort"  # in a scope's extensions: cuts the connection without waiting for the client
 _PING = b": ping\n\n"
 _DONE = b"data: [DONE]\n\n"
+_MOST_PENDING = 1 << 16  # bytes that wait for a client to take them
 _HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 # Many clients, httpx's `iter_lines` among them, end a line here, and so an event's data.
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+_encoder = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -30,7 +32,7 @@ class ClientGone(Exception):  # noqa: N818 (a state, not a fault)
 
 def encode(value: object) -> bytes:
     """JSON as bytes; never NaN, and lone surrogates (which an error may quote) as question marks."""
-    text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    text = _encoder.encode(value)
     return text.translate(_LINE_ENDS).encode(errors="replace")
 
 
@@ -107,22 +109,26 @@ class EventStream(Response):
                 await send(message)
 
         await write({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        # Closed at once if a write fails, though the next object is being waited for.
-        async with contextlib.aclosing(self._events()) as events:
-            async for data in events:
-                await write({"type": "http.response.body", "body": data, "more_body": True})
+        pending = _Pending()
+        filling = asyncio.ensure_future(self._fill(pending))
+        try:
+            while (data := await pending.take(self._limits.ping_seconds)) is not None:
+                await write({"type": "http.response.body", "body": data or _PING, "more_body": True})
+        finally:  # at once if a write fails, though the next object is being waited for
+            await _end(filling)
         await write({"type": "http.response.body", "body": _DONE, "more_body": False})
 
-    async def _events(self) -> AsyncGenerator[bytes, None]:
+    async def _fill(self, pending: "_Pending") -> None:
         try:
-            async with contextlib.aclosing(_with_pings(self._objects, self._limits.ping_seconds)) as values:
-                async for value in values:
-                    yield _PING if value is None else _event(value)
+            async for value in self._objects:
+                await pending.put(_event(value))
         except ApiError as error:
-            yield self._failure(error)
+            await pending.put(self._failure(error))
         except Exception:
             _log.exception("a stream failed")
-            yield self._failure(internal())
+            await pending.put(self._failure(internal()))
+        finally:
+            pending.end()
 
     def _failure(self, error: ApiError) -> bytes:
         self._metrics.failed(error)
@@ -136,25 +142,44 @@ def _event(value: object) -> bytes:
     return name + b"data: " + encode(value) + b"\n\n"
 
 
-async def _with_pings(objects: AsyncGenerator[object, None], seconds: float) -> AsyncGenerator[object | None, None]:
-    """Yields the objects, and None after every `seconds` without one."""
-    coming: asyncio.Future[object] | None = None
-    try:
-        while True:
-            coming = coming or asyncio.ensure_future(anext(objects))
-            done, _ = await asyncio.wait({coming}, timeout=seconds)
-            if not done:
-                yield None
-                continue
+class _Pending:
+    """Events that were not sent yet. Those that come together are sent together, as each write costs a system call."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._ended = False
+        self._filled, self._taken = asyncio.Event(), asyncio.Event()
+
+    async def put(self, data: bytes) -> None:
+        """Adds events, and waits if the client is far behind."""
+        self._parts.append(data)
+        self._size += len(data)
+        self._filled.set()
+        while self._size > _MOST_PENDING:
+            self._taken.clear()
+            await self._taken.wait()
+
+    def end(self) -> None:
+        """Notes that no more will come."""
+        self._ended = True
+        self._filled.set()
+
+    async def take(self, seconds: float) -> bytes | None:
+        """All that is pending, once there is anything; b"" if nothing came for so long; None at the end."""
+        if not self._filled.is_set():
             try:
-                value = coming.result()
-            except StopAsyncIteration:
-                return
-            coming = None
-            yield value
-    finally:
-        if coming is not None:
-            await _end(coming)
+                async with asyncio.timeout(seconds):
+                    await self._filled.wait()
+            except TimeoutError:
+                return b""
+        data = b"".join(self._parts)
+        self._parts.clear()
+        self._size = 0
+        self._taken.set()
+        if not self._ended:
+            self._filled.clear()
+        return data or None
 
 
 async def _gone(receive: Receive) -> None:
