@@ -23,7 +23,7 @@ from gptjax.server.schema import (
     MOST_TOKENS,
     WITHOUT_EFFECT,
     Stream,
-    is_token,
+    are_tokens,
     read_sampling,
     read_stream,
     seed_of_choice,
@@ -131,7 +131,7 @@ def _read_prompts(value: object, served: Served, most: int, *, special: bool, ec
     if isinstance(value, list) and len(value) > max(most, served.max_length):  # checking millions takes seconds
         message = f"prompt has {len(value)} items: at most {most} prompts are allowed with this n, and max_length is "
         raise bad_request(f"{message}{served.max_length} tokens", "prompt", "context_length_exceeded")
-    one = isinstance(value, str) or (isinstance(value, list) and bool(value) and all(map(is_token, value)))
+    one = isinstance(value, str) or (isinstance(value, list) and bool(value) and are_tokens(value))
     prompts = [value] if one else value
     if not isinstance(prompts, list) or not prompts:
         raise bad_request("prompt must be a string, a list of token ids, or a non-empty list of either", "prompt")
@@ -148,7 +148,7 @@ def _read_prompt(value: object, served: Served, *, special: bool, echo: bool) ->
         except GptjaxError as error:
             raise of_gptjax(error, "prompt") from None
         return Prompt(_checked_ids(ids, served), text)
-    if not isinstance(value, list) or not all(map(is_token, value)):
+    if not isinstance(value, list) or not are_tokens(value):
         raise bad_request("a prompt must be a string or a list of token ids (whole numbers of at least 0)", "prompt")
     checked = _checked_ids(value, served)
     return Prompt(checked, served.tokenizer.decode(checked, special=True) if echo and served.tokenizer else "")
