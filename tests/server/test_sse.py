@@ -52,6 +52,64 @@ def test_a_stream_is_closed_though_a_client_takes_no_ping(leaves):
     assert sorted(happened) == ["objects are closed", "requests are cancelled"]
 
 
+async def _never():
+    await asyncio.Event().wait()
+
+
+def test_events_that_come_together_are_sent_together():
+    sent = []
+
+    class Answer:
+        async def stream(self):
+            for number in range(5):
+                yield {"n": number}
+            await asyncio.sleep(0.05)
+            yield {"n": 5}
+
+        def close(self):
+            pass
+
+    async def send(message):
+        sent.append(message.get("body"))
+
+    asyncio.run(asyncio.wait_for(EventStream(Answer(), make())({}, _never, send), 60))
+    together = b"".join(b'data: {"n":%d}\n\n' % number for number in range(5))
+    assert sent == [None, together, b'data: {"n":5}\n\n', b"data: [DONE]\n\n"]
+
+
+def test_a_client_that_takes_nothing_has_little_made_for_it():
+    """No more than 64 KiB of events, whatever there is to send; and all of it once the client takes some."""
+    made, sent, takes = [], [], asyncio.Event()
+
+    class Answer:
+        async def stream(self):
+            for number in range(100):
+                made.append(number)
+                yield {"text": "x" * 10_000, "n": number}
+
+        def close(self):
+            pass
+
+    async def send(message):
+        if message.get("body"):
+            await takes.wait()
+        sent.append(message.get("body") or b"")
+
+    async def run():
+        streaming = asyncio.ensure_future(EventStream(Answer(), make())({}, _never, send))
+        for _ in range(200):
+            await asyncio.sleep(0)
+        assert 0 < len(made) < 20
+        takes.set()
+        await streaming
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert [line for line in b"".join(sent).splitlines() if line] == [
+        *(encode({"text": "x" * 10_000, "n": number}).join([b"data: ", b""]) for number in range(100)),
+        b"data: [DONE]",
+    ]
+
+
 def test_a_client_that_stays_behind_is_given_up(monkeypatch):
     """Tokens that nobody takes would fill the memory: a client may take just enough not to be cut."""
     monkeypatch.setattr(generation, "_MOST_BEHIND", 10)
