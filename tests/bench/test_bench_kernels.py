@@ -259,11 +259,11 @@ def _poisoned(leaf: jax.Array) -> jax.Array:
 
 def test_no_call_of_a_chain_is_left_out_or_made_smaller():
     """XLA would merge products of the same weight, and of a result of which a column is used compute that column."""
-    case = Product(3, "float32", 40, 700)
+    case = Product(64, "float32", 40, 704)
     (kernel,) = case.copies(1, "xla")
     program = kernels._program(lambda x, each: case.call(x, each, "xla"), case.following)
     text = program.lower(case.x(1), [kernel] * 5).compile().as_text()
-    products = [line for line in text.splitlines() if "f32[3,700]" in line and (" dot(" in line or "gemm" in line)]
+    products = [line for line in text.splitlines() if re.search(r"f32\[(1,)?64,704\]", line) and (" dot(" in line or "gemm" in line)]
     assert len(products) == 5
 
 
@@ -295,7 +295,8 @@ def test_right_results_have_no_error_to_speak_of_and_what_cannot_run_is_told(cas
     assert result.models == ("one", "other")
     assert len(result.call.seconds) == 5
     assert result.error < 1e-6
-    assert f"{case.operation} has no implementation 'cuda'" in missing.reason
+    operation = "attention" if case.operation == "prefill" else case.operation
+    assert f"{operation} has no implementation 'cuda'" in missing.reason
     assert json.loads(json.dumps(missing.to_json()))["implementation"] == "cuda"
 
 

@@ -56,7 +56,7 @@ def test_scoring_holds_the_logits_of_few_tokens(model, monkeypatch):
     asked, original = [], steps.score_chunk
 
     def score_chunk(model, params, cache, chunk):
-        asked.append(len(chunk) - 2)
+        asked.append(len(chunk) - 3)  # slot, start, count
         return original(model, params, cache, chunk)
 
     monkeypatch.setattr(steps, "score_chunk", score_chunk)
