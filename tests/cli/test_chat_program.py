@@ -81,7 +81,7 @@ def test_the_length_is_bounded_unless_it_is_given(scripted, monkeypatch, argv, e
     model = scripted(SAID)
     assert main(["chat", "A", *argv]) == 0
     others = dict.fromkeys(("dtype", "packed", "tokenizer", "chat_format"))
-    assert model.settings == {"max_length": length, **others}
+    assert model.settings == {"max_length": length, "exact": False, **others}
 
 
 @pytest.mark.parametrize(
