@@ -53,19 +53,19 @@ def load(
         bfloat16.
       max_length: the most positions in a sequence, prompt and output together. Default: $GPTJAX_MAX_LENGTH, else all
         that the model has.
-      max_batch: rows of the one compiled decode step. With a given `max_batch`, a prompt's results are bit-identical
-        whether it runs alone or with others. Default: each call uses as many rows as it has prompts, rounded up to a
-        power of two, at most 32.
+      max_batch: the most rows of a decode step. With a given `max_batch`, a prompt's results are bit-identical whether
+        it runs alone or with others, unless `exact` is false. Default: each call uses as many rows as it has prompts,
+        rounded up to a power of two, at most 32.
       memory: how much memory to use: a share of the device's, such as 0.9, for the weights, the cache and all else; or
-        the tokens that the cache has room for, such as "262144tokens". All rows share the cache: it has room for one of
-        `max_length`, and at most for `max_batch` of these. If it is full, newer requests wait. On a GPU, a share above
-        JAX's usual 0.75 must be given before anything else uses JAX. Default: on a GPU, all that JAX has taken; on a
-        CPU, up to half of the free memory.
-      exact: whether results must have the same bits whatever else is computed, and was before. For models without
-        experts on a CPU in float32, the only cost is that later turns do not reuse what was generated. Otherwise, steps
-        compute all `max_batch` rows, each prompt has calls of its own, and a prompt that begins like an earlier one
-        reuses whole chunks of it only (of 1024 tokens; 2048 where there are kernels for prompts). None: only on a CPU
-        in float32.
+        the number of tokens that the cache has room for, such as "262144tokens". All rows share the cache. It has room
+        for at least one row of `max_length`, and, unless a number is given, at most for `max_batch` of them. If it is
+        full, newer requests wait. On a GPU, a share above JAX's usual 0.75 must be given before anything else uses JAX.
+        Default: on a GPU, nearly all that JAX has taken; on a CPU, up to half of the free memory for the cache.
+      exact: whether results must have the same bits whatever else is or was computed. For models without experts on a
+        CPU in float32, the only cost is that later turns do not reuse generated tokens. Elsewhere, each step computes
+        all `max_batch` rows (without `max_batch`, as many as the call uses), each prompt is read by itself, and a
+        prompt that begins like an earlier one reuses only whole chunks of it (of 1024 tokens; 2048 where there are
+        kernels for prompts). None: true on a CPU in float32, else false.
       implementation: which kernels to use; "auto" takes the best available, a named one runs or raises.
       packed: whether weights in the packed types of a GGUF file stay packed in memory. Default: yes, except on a CPU
         that has room for their numbers, because computing with these is faster there.
@@ -79,8 +79,8 @@ def load(
 
     Raises:
       CheckpointError, ConfigError: the checkpoint does not exist, is damaged or is unsupported.
-      RequestError: `memory`, `implementation` or `chat_format` is unknown, JAX has started with less than that share of
-        memory, or the tokenizer lacks special tokens of that format.
+      RequestError: `memory`, `implementation` or `chat_format` is not one that is understood, JAX has started with less
+        than that share of a GPU or the environment gives it less, or the tokenizer lacks special tokens of the format.
       CapacityError: `max_length` is more than the model's positions, or the model does not fit in memory; says which
         settings would fit. Raised before the weights are read.
     """

@@ -73,16 +73,17 @@ examples:
         parser,
         "--memory",
         metavar="SHARE",
-        help="how much of the device's memory to use, such as 0.9; or the tokens that the cache has room for, such as "
-        "262144tokens (default: on a GPU, what JAX takes, 0.75; on a CPU, up to half of what is free, for the cache)",
+        help="the share of the device's memory to use, such as 0.9; or the number of tokens that the cache has room "
+        "for, such as 262144tokens (default: 0.75 of a GPU, which is what JAX takes; on a CPU, up to half of the free "
+        "memory for the cache)",
     )
     _option(
         parser,
         "--exact",
         choices=_YES_OR_NO,
-        help="whether a request gets the same bits whatever else runs, and ran before; on a GPU, and for GPT-OSS, each "
-        "step then computes all --max-batch rows, and each prompt has calls of its own (default: yes on a CPU in "
-        "float32, else no)",
+        help="whether a request gets the same bits whatever else runs or ran before; on a GPU, in half precision and "
+        "for GPT-OSS, each step then computes all --max-batch rows, and each prompt is read by itself (default: yes on "
+        "a CPU in float32, else no)",
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
     _option(parser, "--packed", choices=tuple(PACKED), help=PACKED_HELP)
