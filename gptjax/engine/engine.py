@@ -193,9 +193,11 @@ class Engine:
         if self._has_new or not self._dispatched:
             self._dispatch()
         # While the tokens of several steps are handed out, the device works on as many more. (A single step's token is
-        # read while its `advance` is under way.)
-        while self._dispatched and self._ahead < self._dispatched[0].num_steps - 1 and self._dispatch():
-            pass
+        # read while its `advance` is under way.) A plan that draws nothing is the last: a long prompt would have many.
+        while self._dispatched and self._ahead < self._dispatched[0].num_steps - 1:
+            before = len(self._dispatched)
+            if not self._dispatch() or len(self._dispatched) == before:
+                break
         if not self._dispatched:
             return []
         oldest = self._dispatched[0]

@@ -3,8 +3,8 @@
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from gptjax.scheduling.policy import Policy, powers, smallest
 from pallas_kernels.pages import TILE
 
 _COPIES = 8  # pages of one call
+_MOST_COMPILED = 16  # programs at a time; on a GPU, XLA tries out products for each
 
 
 class Executor:
@@ -117,10 +118,12 @@ class Executor:
 
     def warm_up(self) -> None:
         """Compiles all programs, several at a time, and runs them without any rows."""
-        slots, self._call = self._slots, _Compilation()
-        self._run_all()
-        self._slots, compilation, self._call = slots, self._call, _call
-        compilation.wait()
+        slots = self._slots
+        with _Compilation() as self._call:
+            try:
+                self._run_all()
+            finally:
+                self._slots, self._call = slots, _call
         for _ in range(2):  # the second time with arrays as compiled code returns them
             self._run_all()
             jax.block_until_ready(self.result)
@@ -268,21 +271,20 @@ class _Compilation:
     """Compiles programs instead of calling them, in threads, as XLA works without Python's lock."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(os.cpu_count())
+        self._threads = ThreadPoolExecutor(min(_MOST_COMPILED, os.cpu_count() or 1))
         self._compiled: list[Future[Any]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        """Waits for all programs. One that failed is left to the call, which compiles it alone, with all the memory."""
+        if failed is None:
+            wait(self._compiled)
+        self._threads.shutdown(cancel_futures=True)
 
     def __call__(self, program: Any, *arguments: Any) -> Any:
         """The shapes and dtypes of what the call would return. A later call finds the program compiled."""
         lowered = program.lower(*arguments)
         self._compiled.append(self._threads.submit(lowered.compile))
         return lowered.out_info
-
-    def wait(self) -> None:
-        """Waits for all programs.
-
-        Raises:
-          JaxRuntimeError: one did not compile.
-        """
-        with self._threads:
-            for compiled in self._compiled:
-                compiled.result()

@@ -336,7 +336,8 @@ class Scheduler:
         decode = DecodeCall(size, steps, tuple(rows)) if rows else None
         self._plans += 1
         plan = Plan(self._plans, joins, tables, tuple(draft.copies), draft.calls(self.policy), decode)
-        for sequence, _ in draft.rows:
+        # Who could not take its turn, for want of pages, lets others have theirs.
+        for sequence in (*draft.turn.chosen, *(each for each, _ in draft.rows)):
             sequence.decoded = plan.number
         if plan.draws:
             self._in_flight.append((plan.number, [(sequence, row.draws) for sequence, row in draft.rows]))

@@ -23,7 +23,7 @@ class Sequence:
     planned: int = 0
     in_flight: int = 0  # plans that draw for it, of which nothing was received yet
     held: bool = False  # nothing is planned for it
-    decoded: int = 0  # the last plan with a row of it
+    decoded: int = 0  # the last plan with a row of it, or in which it was its turn
     ended: bool = False
     cached: int | None = None  # prompt tokens that it did not need to read; None before that is known
 

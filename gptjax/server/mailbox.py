@@ -21,14 +21,10 @@ class Mailbox:
           RuntimeError: the loop was closed.
         """
         self._calls.append(function)
-        if self._woken:  # `_empty` has not begun, so it will find this call
+        if self._woken and not self.loop.is_closed():  # `_empty` has not begun, so it will find this call
             return
         self._woken = True
-        try:
-            self.loop.call_soon_threadsafe(self._empty)
-        except RuntimeError:
-            self._woken = False
-            raise
+        self.loop.call_soon_threadsafe(self._empty)
 
     def _empty(self) -> None:
         self._woken = False

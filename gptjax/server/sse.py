@@ -114,6 +114,7 @@ class EventStream(Response):
         try:
             while (data := await pending.take(self._limits.ping_seconds)) is not None:
                 await write({"type": "http.response.body", "body": data or _PING, "more_body": True})
+            await filling  # raises what is no event
         finally:  # at once if a write fails, though the next object is being waited for
             await _end(filling)
         await write({"type": "http.response.body", "body": _DONE, "more_body": False})

@@ -296,6 +296,26 @@ def test_nothing_is_compiled_after_warm_up(made):
         assert compiled == []
 
 
+def test_tokens_that_are_there_do_not_wait_until_a_long_prompt_is_dispatched(monkeypatch):
+    """Nor does who shares its beginning, and it can still be cancelled."""
+    engine = Engine(*_gpt2(), batch=2, max_length=MAX_LENGTH, policy=Policy(slots=2, chunk=4, steps=8))
+    running = engine.add(_request(1, 3, 9))
+    given = 0
+    while given < 2:  # the second comes with all that follow
+        given += len(engine.step())
+    dispatched, original = [], programs.prefill
+    monkeypatch.setattr(programs, "prefill", lambda *a: (dispatched.append(1), original(*a))[1])
+    engine.add(_request(2, 36, 1))
+    for step in range(1, 8):
+        tokens = engine.step()
+        assert [token.request for token in tokens] == [running]
+        assert len(dispatched) <= step + 1
+    engine.end(running)
+    while not engine.step():
+        pass
+    assert len(dispatched) == 9
+
+
 def test_a_dispatch_is_of_one_step_at_least():
     with pytest.raises(ValueError, match="at least 1, found 0"):
         _engine(_gpt2(), 0)

@@ -532,3 +532,22 @@ def test_another_scheduler_goes_on_after_the_tokens_that_were_drawn():
     harness.check_tokens()
     with pytest.raises(ValueError, match="one to draw"):
         harness.scheduler.add([1], 2, rows=1, drawn=[1, 2])
+
+
+@pytest.mark.parametrize("pages", range(4, 10))
+def test_who_cannot_take_its_turn_does_not_keep_others_from_theirs(pages):
+    """The newest of four that share calls often waits for a page; the oldest, which has calls of its own, goes on."""
+    policy = Policy.same_bits(slots=5, chunk=16, page=32, rows="asked")
+    harness = Harness(policy, [1 + pages], [None], written=naive_device.by_size)
+    oldest = harness.add(_prompt(1), 100, 1)
+    for number, length in enumerate((1, 3, 5, 16)):
+        harness.add(_prompt(length, number), 80, 4)
+    waits = 0
+    while oldest in harness.open:
+        plan = harness.plan()
+        waits = 0 if plan.decode is not None and plan.decode.size == 1 else waits + 1
+        assert waits <= 4
+        if harness.under_way:
+            harness.receive()
+    harness.finish()
+    harness.check_tokens()
