@@ -182,14 +182,14 @@ def test_the_cache_holds_each_position_at_its_place(tiny):
     whole, token_by_token = (
         _run_chunks(tiny.model, tiny.params, ids, counts, _cache(tiny.model, np.nan))[1] for counts in ([41], [1] * 41)
     )
-    for a_KSH, b_KSH in zip(*(gpt_oss_ours.contents(cache, 0) for cache in (whole, token_by_token)), strict=True):
+    for a_KSH, b_KSH in zip(*(gpt2_ours.contents(cache, 0) for cache in (whole, token_by_token)), strict=True):
         atol = FLOAT32_TOLERANCE * float(np.abs(a_KSH[:, :LENGTH]).max())
         np.testing.assert_allclose(a_KSH[:, :LENGTH], b_KSH[:, :LENGTH], rtol=0, atol=atol)
         assert np.isnan(a_KSH[:, LENGTH:]).all()
-    assert all(np.isnan(x_KSH).all() for row in range(1, SLOTS) for x_KSH in gpt_oss_ours.contents(whole, row))
+    assert all(np.isnan(x_KSH).all() for row in range(1, SLOTS) for x_KSH in gpt2_ours.contents(whole, row))
     changed = [*ids[:32], (ids[32] + 1) % 101, *ids[33:]]
     other = _run_chunks(tiny.model, tiny.params, changed, [41], _cache(tiny.model, np.nan))[1]
-    first, second = (gpt_oss_ours.contents(cache, 0)[0][:, :LENGTH] for cache in (whole, other))
+    first, second = (gpt2_ours.contents(cache, 0)[0][:, :LENGTH] for cache in (whole, other))
     assert np.flatnonzero((first != second).any(axis=(0, 2))).tolist() == [32]
 
 
@@ -207,7 +207,7 @@ def test_padding_has_no_influence(tiny, layout, cached):
     if cached:
         assert cache.lengths_B.tolist() == [LENGTH, 1, 12, 0]
         for b, row in enumerate(rows):
-            for array_KSH in gpt_oss_ours.contents(cache, b):
+            for array_KSH in gpt2_ours.contents(cache, b):
                 assert np.isfinite(array_KSH[:, : len(row)]).all()
                 assert np.isnan(array_KSH[:, len(row) :]).all(), "padding was written"
 

@@ -103,3 +103,11 @@ def pack(
         tokens_BT[b, where] = row
         positions_BT[b, where] = np.arange(len(row)) + (starts[b] if starts else 0)
     return tokens_BT, positions_BT
+
+
+def contents(cache: KVCache, row: int) -> list[np.ndarray]:
+    """What the cache has of a row by position, [K, S, H]: the keys of each layer, then the values of each."""
+    tables = [np.asarray(cache.table(layer))[row] for layer in range(len(cache.k))]
+    return [
+        np.concatenate(np.asarray(x)[table_Z], axis=1) for x, table_Z in zip(cache.k + cache.v, tables * 2, strict=True)
+    ]

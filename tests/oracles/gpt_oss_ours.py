@@ -116,14 +116,6 @@ def filled(cache: KVCache, value: float) -> KVCache:
     return dataclasses.replace(cache, **{kv: tuple(jnp.full_like(x, value) for x in getattr(cache, kv)) for kv in "kv"})
 
 
-def contents(cache: KVCache, row: int) -> list[np.ndarray]:
-    """What the cache has of a row by position, [K, S, H]: the keys of each layer, then the values of each."""
-    tables = [np.asarray(cache.table(layer))[row] for layer in range(len(cache.k))]
-    return [
-        np.concatenate(np.asarray(x)[table_Z], axis=1) for x, table_Z in zip(cache.k + cache.v, tables * 2, strict=True)
-    ]
-
-
 def row(outputs: Outputs, index: int, positions_BT: np.ndarray) -> Outputs:
     """The real positions of one row."""
     real_T = np.asarray(positions_BT[index]) >= 0
