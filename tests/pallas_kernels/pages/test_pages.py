@@ -111,7 +111,7 @@ def test_nothing_copies_or_converts_the_pool():
         (append.write_rows, pool, new((4, 2, 8)), table, jax.ShapeDtypeStruct((4,), jnp.int32)),
         (append.write_tiles, pool, new((12, 2, 8)), table, tiles),
         (append.write_tiles, pool, new((256, 2, 8)), table, tiles),
-        (lambda pool, q, *rest: attend(q, pool, pool, *rest), pool, new((1, 256, 4, 8)), table, tiles),
+        (lambda pool, q, *rest: (pool, attend(q, pool, pool, *rest)), pool, new((1, 256, 4, 8)), table, tiles),
     ):
         compiled = jax.jit(function, donate_argnums=0).lower(*operands).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < math.prod(pool.shape)
