@@ -173,9 +173,9 @@ def test_another_model_of_the_same_configuration_compiles_nothing():
 
 def test_nothing_is_compiled_after_warm_up():
     engine = _engine()
-    _run(engine, MIXED)  # every bucket and every kind of sampling
+    engine.warm_up()
     with compilations() as compiled:
-        # Other lengths of the same buckets, one request at a time and together.
+        # Several lengths of each bucket, one request at a time and together.
         lengths, ids = [7, 140, 2, 290, 40, 50, 257], MIXED[-1].prompt_ids
         others = [dataclasses.replace(r, prompt_ids=ids[:n]) for r, n in zip(MIXED, lengths, strict=True)]
         _run(engine, others)
