@@ -46,7 +46,7 @@ def default_policy(
 
 def is_exact_by_default(model: Model) -> bool:
     """Whether results have the same bits in any company unless speed is asked for."""
-    return jax.default_backend() == "cpu" and model.dtype == jnp.float32
+    return jax.default_backend() == "cpu" and jnp.dtype(model.dtype) == jnp.float32
 
 
 def is_free_of_load(model: Model) -> bool:
