@@ -98,7 +98,7 @@ def test_between_two_chunks_of_a_prompt_there_is_a_step_of_those_that_run(made, 
 
 
 def test_short_prompts_are_read_together_up_to_a_chunk(made, happened):  # noqa: F811
-    engine = _engine(made, chunk=64)
+    engine = _engine(made, policy=Policy.same_bits(slots=3, chunk=64))
     engine.add(BESIDE)
     engine.step()
     happened.clear()
@@ -124,8 +124,8 @@ def test_a_prompt_may_be_given_up_after_any_chunk(made, chunks):  # noqa: F811
 
 @pytest.mark.thorough
 def test_a_prompt_whose_rest_is_cut_in_two_gives_the_bits_it_gives_alone(made):  # noqa: F811
-    sizes = {"chunk": 64, "max_length": 260}
-    engine = _engine(made, reuse=True, **sizes)
+    sizes = {"policy": Policy.same_bits(slots=3, chunk=64), "max_length": 260}
+    engine = _engine(made, **sizes)
     engine.add(BESIDE)
     first = _request(1, 104)  # 64, 32 and 8
     (drawn,) = _tokens(engine, engine.add(first))
@@ -161,14 +161,15 @@ def test_a_prompt_that_is_another_within_what_pages_hold_is_read_from_its_beginn
 
 def test_a_system_prompt_is_read_once(made, happened):  # noqa: F811
     """Whole pages of 128 positions, in one chunk; the others wait for it."""
-    engine = _engine(made, reuse=True, chunk=128)
+    policy = Policy.same_bits(slots=3, chunk=128)
+    engine = _engine(made, policy=policy)
     system = _request(9, 256).prompt_ids
     requests = [_request(n, 0, prompt=[*system, n, n]) for n in range(3)]
     numbers = [engine.add(request) for request in requests]
     given = _tokens(engine, *numbers)
     assert happened.count("p") == 2 + 3
     for request, tokens in zip(requests, given, strict=True):
-        assert tokens == _alone(made, request, chunk=128)
+        assert tokens == _alone(made, request, policy=policy)
 
 
 def test_a_pool_that_is_too_small_for_all_sets_the_newest_aside(made):  # noqa: F811
