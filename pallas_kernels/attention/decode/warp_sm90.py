@@ -182,7 +182,9 @@ class CacheStream:
         entry = ptx.offset(self.table, ptx.add(ptx.mul(self.at.block.row, self.plan.pages), block), 4)
         if held is None:
             return ptx.asm(_LOAD, [ptx.i32()], [entry], volatile=True)[0]
-        return ptx.asm(_LOAD_ANEW, [ptx.i32()], [entry, held, arith.andi(turn, ptx.const(31))], volatile=True)[0]
+        return ptx.asm(
+            _LOAD_ANEW, [ptx.i32()], [entry, held, arith.andi(ptx.as_value(turn), ptx.const(31))], volatile=True
+        )[0]
 
     def page(self, turn: Value | int, held: Value) -> list[Value]:
         """The page of a turn's tile, of those that are held."""
