@@ -58,7 +58,7 @@ def in_the_queue(worker: Worker, address: str, ask) -> bool:
 
 def in_prefill(worker: Worker, address: str, ask) -> bool:
     before = worker.state.tokens_total
-    ask(lambda: worker._filling is not None, length=480, max_tokens=1)
+    ask(lambda: worker.state.busy == 1, length=480, max_tokens=1)
     wait_for(lambda: worker.state.busy == 0)
     return worker.state.tokens_total == before
 
