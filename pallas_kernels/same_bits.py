@@ -2,7 +2,7 @@
 
 On a CPU, XLA computes an output of a float32 product as a chain of fused multiply-adds in ascending order of what it
 sums over. Three things depend on the number of rows, and are avoided here (seen with JAX 0.10.2, 0.11.2 and 0.12 on
-AVX2; `tests/pallas_kernels/test_same_bits.py` compares with such chains):
+AVX2; `tests/pallas_kernels/test_same_bits.py` compares with such chains). Elsewhere there are more: see `holds`.
 
 - Chains are cut. So what is summed is divided into runs of at most `RUN`, which XLA never cuts, and the runs are added
   in order. A kernel [in, out] is also cut, at shorter lengths, if there are 2 to 60 rows. So up to `FEW` rows are
@@ -17,9 +17,11 @@ Sums of a row's numbers have another order if there are fewer than `SUMMED` numb
 Only float32 is multiplied so.
 """
 
+import re
 from collections.abc import Callable
-from functools import reduce
+from functools import cache, reduce
 from operator import add
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,20 @@ MANY = 64  # rows of other products, at least
 LANES = 16  # outputs are a multiple of this
 SUMMED = 4096  # numbers from which on XLA sums them in one way
 IN_CACHE = 1 << 17  # numbers of a head's matrix that all rows are multiplied by before the next are read
+
+
+@cache
+def holds() -> bool:
+    """Whether this machine's CPU is of the kind on which a row's bits were seen not to depend on the number of rows.
+
+    That is x86-64 with AVX2, FMA and no AVX-512 (so far only where Linux tells). With AVX-512, XLA's libraries divide a
+    chain into two or four where there are few outputs, and cut it at 512 (JAX 0.10.2 and 0.12 on AMD EPYC, Zen 5).
+    """
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return flags is not None and {"avx2", "fma"} <= set(flags[1].split()) and "avx512f" not in flags[1].split()
 
 
 def product(x_TI: jax.Array, kernel_IO: jax.Array) -> jax.Array:

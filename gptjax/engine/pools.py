@@ -11,6 +11,7 @@ from gptjax.engine import steps
 from gptjax.layers.cache import kinds, reach, tail_pages
 from gptjax.models.registry import Model
 from gptjax.scheduling.policy import Policy
+from pallas_kernels import same_bits
 
 # With an H200, dispatching one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (each call passes
 # hundreds of arrays), which is more than the device needs to compute it.
@@ -54,7 +55,7 @@ def is_free_of_load(model: Model) -> bool:
 
     Experts' bits do: how many tokens share a product depends on what they choose, and XLA's rounding on that number.
     """
-    return is_exact_by_default(model) and not isinstance(model.config, GptOssConfig)
+    return is_exact_by_default(model) and same_bits.holds() and not isinstance(model.config, GptOssConfig)
 
 
 @dataclasses.dataclass(frozen=True)

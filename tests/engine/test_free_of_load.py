@@ -9,6 +9,7 @@ import pytest
 from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.scheduling.policy import Policy
+from pallas_kernels import same_bits
 from tests.engine import test_engine
 from tests.fuzz import rounds
 from tests.oracles import llama_ours
@@ -71,6 +72,7 @@ def _play(engine: Engine, rng: random.Random, count: int) -> list[tuple[int, lis
     return results
 
 
+@pytest.mark.skipif(not same_bits.holds(), reason="on this CPU, bits depend on the number of rows")
 def test_a_request_gets_the_same_bits_under_any_load(made):
     engine = Engine(*made, batch=1, max_length=MAX_LENGTH, policy=ALONE)
     alone = []

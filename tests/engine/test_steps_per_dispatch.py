@@ -11,6 +11,7 @@ from gptjax.config import config_from_json
 from gptjax.engine import programs, steps
 from gptjax.engine.engine import Engine, Token
 from gptjax.engine.flat_params import FlatParams
+from gptjax.engine.pools import is_free_of_load
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
@@ -325,6 +326,8 @@ def test_a_dispatch_is_of_one_step_at_least():
 def test_a_step_has_as_many_rows_as_are_busy(monkeypatch, steps_per_dispatch):
     """Whoever comes and goes, a request gets the tokens that it gets alone; only the rounding may be another."""
     alone = {id(request): _alone(_gpt2(), request) for request in REQUESTS}
+    # With these weights, changing each by half a unit in its last place changes log-probabilities by up to 0.006.
+    tolerance = 0 if is_free_of_load(_gpt2()[0]) else 0.02
     sizes = []
     for name in ("advance", "decode"):
         original = getattr(programs, name)
@@ -341,6 +344,6 @@ def test_a_step_has_as_many_rows_as_are_busy(monkeypatch, steps_per_dispatch):
         for request, given in _play(engine, seed):
             for token, expected in zip(given, alone[id(request)][: len(given)], strict=True):
                 assert token[0] == expected[0]
-                np.testing.assert_allclose(token[1], expected[1], atol=1e-4)
+                np.testing.assert_allclose(token[1], expected[1], rtol=0, atol=tolerance)
     assert {rows for rows, _ in sizes} == {1, 2, 3}
     assert all(rows == busy for rows, busy in sizes)

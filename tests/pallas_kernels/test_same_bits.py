@@ -9,6 +9,8 @@ from pallas_kernels import same_bits
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the rule is for CPUs")
 
+chained = pytest.mark.skipif(not same_bits.holds(), reason="this CPU's products are other chains")
+
 ROWS = (1, 2, 3, 8, 9, 31, 64, 65, 512)
 
 
@@ -40,6 +42,7 @@ def operands(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
     return x_TI.astype(np.float32), kernel_IO.astype(np.float32)
 
 
+@chained
 @pytest.mark.parametrize(
     ("inputs", "outputs"), [(48, 8), (96, 33), (64, 40), (256, 96), (1024, 72), (1152, 48), (768, 320)]
 )
@@ -54,6 +57,7 @@ def test_products_are_chains(inputs: int, outputs: int) -> None:
             np.testing.assert_array_equal(found_TO[-1], expected_O, err_msg=f"{product.__name__}, {rows} rows")
 
 
+@chained
 @pytest.mark.parametrize(("inputs", "outputs"), [(96, 101), (256, 3001)])
 def test_a_head_is_the_same_up_to_128_rows(inputs: int, outputs: int) -> None:
     x_TI, kernel_IO = operands(inputs, outputs)
