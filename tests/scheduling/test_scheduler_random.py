@@ -67,6 +67,19 @@ def _request(dice: random.Random, harness: Harness, longest: int) -> tuple[list[
     return prompt, dice.randint(1, longest - len(prompt) + 1)
 
 
+@pytest.mark.parametrize(
+    ("written", "drawn"),
+    [
+        (naive_device.exact, [336, 993, 248, 604]),
+        (naive_device.by_path, [336, 948, 102, 561]),
+        (naive_device.by_size, [462, 150, 314, 156]),
+    ],
+)
+def test_the_device_draws_the_same_in_each_run_of_python(written, drawn):
+    model = naive_device.Model((None, 2), 1000, written)
+    assert naive_device.alone(model, [5, 6, 7], 4, [(2, 2), (1, 1)], 1) == drawn
+
+
 @pytest.mark.fuzz
 @pytest.mark.parametrize("name", CASES)
 def test_any_load(name):
