@@ -26,6 +26,7 @@ from gptjax.models.params import abstract_params, init_params, weights_by_path
 from gptjax.support import runtime
 from gptjax.support.runtime import DeviceMemory
 from gptjax.support.units import readable
+from pallas_kernels import same_bits
 from pallas_kernels.pages import TILE
 from tests.thinned import thorough
 
@@ -146,6 +147,24 @@ def test_activations_are_at_least_what_xla_says_and_at_most_four_times_that(conf
     actual = _temporary(model, batch, length)
     workspaces = 0 if jax.default_backend() == "cpu" else 64 << 20
     assert actual <= estimate <= 4 * actual + workspaces, (estimate / 1e6, actual / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "platform", "runs"),
+    [
+        (LLAMA_MIDDLE, "float32", "cpu", 8),  # 4864 inputs in runs of 608
+        (LLAMA_MIDDLE, "bfloat16", "cpu", 0),
+        (LLAMA_MIDDLE, "float32", "gpu", 0),
+        (LLAMA_TALES, "float32", "cpu", 0),  # one run is not added to others
+        (OSS_MIDDLE, "float32", "cpu", 0),  # of 2880 inputs, but a group of tokens at a time
+    ],
+)
+def test_runs_of_a_product_count_where_they_are_added_up(config, dtype, platform, runs, monkeypatch):
+    model = registry.build(config, dtype=dtype)
+    sizes = {"batch": 1, "max_length": 512, "platform": platform}
+    estimate = memory.activations(model, **sizes)
+    monkeypatch.setattr(same_bits, "RUN", 1 << 20)
+    assert estimate - memory.activations(model, **sizes) == 4 * 512 * config.width * runs
 
 
 def test_needs_are_those_of_the_arrays_made():
