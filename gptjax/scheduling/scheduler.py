@@ -58,31 +58,6 @@ class Scheduler:
         self._in_flight: deque[tuple[int, list[tuple[Sequence, int]]]] = deque()  # plans that draw, and what for whom
         self._added = self._plans = 0
 
-    @property
-    def waiting(self) -> int:
-        """Requests without a slot."""
-        return len(self._waiting)
-
-    @property
-    def running(self) -> int:
-        """Requests with a slot."""
-        return len(self._running)
-
-    @property
-    def has_newcomers(self) -> bool:
-        """Whether a request with a slot waits for its first token."""
-        return any(sequence.is_reading or not sequence.planned for sequence in self._active)
-
-    @property
-    def in_flight(self) -> int:
-        """Plans whose tokens have not been received."""
-        return len(self._in_flight)
-
-    @property
-    def _active(self) -> list[Sequence]:
-        """Requests with a slot for which something may be planned; oldest first."""
-        return [sequence for sequence in self._running if not sequence.held]
-
     def add(self, prompt_ids: AnySequence[int], max_tokens: int, *, rows: int = 0, drawn: AnySequence[int] = ()) -> int:
         """Takes a request. Returns its number; numbers ascend.
 
@@ -184,6 +159,16 @@ class Scheduler:
                 return self._finished(draft, steps)
         return None
 
+    @property
+    def _has_newcomers(self) -> bool:
+        """Whether a request with a slot waits for its first token."""
+        return any(sequence.is_reading or not sequence.planned for sequence in self._active)
+
+    @property
+    def _active(self) -> list[Sequence]:
+        """Requests with a slot for which something may be planned; oldest first."""
+        return [sequence for sequence in self._running if not sequence.held]
+
     def _join(self) -> None:
         """Gives free slots to those that wait, the oldest first. None passes an older one."""
         waiting = [each for each in self._waiting if not each.held]
@@ -234,7 +219,7 @@ class Scheduler:
     def _steps(self) -> int:
         """One, or several if nobody waits for a first token and at least half of them are wanted."""
         most = max((sequence.steps_left for sequence in self._active), default=0)
-        return self.policy.steps if not self.has_newcomers and 2 * most >= self.policy.steps else 1
+        return self.policy.steps if not self._has_newcomers and 2 * most >= self.policy.steps else 1
 
     def _advance(self, sequence: Sequence, draft: Draft, steps: int) -> None:
         """Plans what a running request does next; with 0 steps, it does not decode."""

@@ -8,10 +8,8 @@ import pytest
 from gptjax.scheduling.policy import Policy
 from tests.fuzz import rounds
 from tests.scheduling import naive_device
-from tests.scheduling.harness import Harness
+from tests.scheduling.harness import PAGE, Harness
 from tests.scheduling.naive_device import Written
-
-PAGE = 4
 
 
 @dataclasses.dataclass(frozen=True)
