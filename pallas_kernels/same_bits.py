@@ -123,6 +123,12 @@ def head_on_cpu(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, -(-outputs // step), multiply, jnp.zeros((T, outputs), jnp.float32))
 
 
+def runs(inputs: int) -> int:
+    """How many runs of one length this many numbers, or these and zeros after them, are divided into."""
+    least = -(-inputs // RUN)
+    return next((J for J in range(least, 4 * least) if inputs % J == 0), least)
+
+
 def takes(x: jax.Array, kernel: jax.Array) -> bool:
     """Whether there is more than the usual product for these operands."""
     return x.dtype == jnp.float32 and kernel.dtype == jnp.float32
@@ -158,12 +164,9 @@ def _mean_of_few(x: jax.Array) -> jax.Array:
 
 def _in_runs(x_TI: jax.Array) -> jax.Array:
     """[J, T, R] of a matrix whose last axis is summed over."""
-    T, inputs = x_TI.shape
-    least = -(-inputs // RUN)
-    J = next((J for J in range(least, 4 * least) if inputs % J == 0), None)
-    if J is None:  # zeros add nothing
-        return _in_runs(_padded(x_TI, 1, RUN))
-    return x_TI.reshape(T, J, inputs // J).swapaxes(0, 1)
+    J = runs(x_TI.shape[1])
+    x_TI = _padded(x_TI, 1, J if x_TI.shape[1] % J == 0 else RUN)  # zeros add nothing
+    return x_TI.reshape(x_TI.shape[0], J, -1).swapaxes(0, 1)
 
 
 def _batched(x_JTR: jax.Array, kernel: jax.Array, summed: int) -> jax.Array:

@@ -135,7 +135,7 @@ class Executor:
         self._send_tables()
         for kind in range(len(self._tables)):
             self._copy(kind, [Copy(kind, 0, 0, 1)])
-        self._count(policy.slots, (), ())  # which is no slot
+        self._count(policy.slots, (), ())  # the number after the last slot's: changes nothing
         for size in self._used_sizes():
             hidden_MD = self._run_prefill(PrefillCall(size, (), ()))
         for count in powers(1, self._most_ends):

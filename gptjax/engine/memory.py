@@ -128,7 +128,8 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
 
         4·T·(q, k, v and residual (N + 2K)·H + the larger of the MLP's 2·F (3·F if it is gated; for experts, see `_moe`)
              and attention's 5·N·H + 2·D and 2·N·128 scores)
-             (on a CPU, the MLP also has a D for each run of 1,024 that its second product adds up: see `same_bits`)
+             (on a CPU in float32, an MLP without experts also has a D for each run that its second product adds up, if
+             there are several: see `same_bits`)
         or, off the CPU, 2 · 4·B·N·T·S scores of any prompt or decode step with B·N·T·S at most 2^26, if more
         + 8 · 4·B·V, the sampler's sorts and copies of all logits
         + the numbers of the largest packed weight that is unpacked as a whole, or on a CPU of 2^18 at a time
@@ -148,10 +149,7 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     S = capacity_of(max_length)
     scored = config.num_heads * (2 * PAGE + 5 * config.head_width)
     attention = 4 * T * (scored + 2 * config.width)
-    mlp = _moe(config, T) if isinstance(config, GptOssConfig) else 4 * T * (_up(config) + config.mlp_width)
-    runs = -(-config.mlp_width // same_bits.RUN)
-    if platform == "cpu" and jnp.dtype(model.dtype) == jnp.float32 and runs > 1:
-        mlp += 4 * T * config.width * runs
+    mlp = _moe(config, T) if isinstance(config, GptOssConfig) else 4 * T * _mlp(model, platform)
     chunk = 4 * T * projected + max(mlp, attention)
     if platform != "cpu":
         at_once = [config.num_heads * rows * S for rows in (*buckets, batch)]
@@ -161,6 +159,15 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     if platform == "cpu" and jnp.dtype(model.dtype).itemsize < 4:
         estimate += 4 * _weights(model)[2]
     return estimate
+
+
+def _mlp(model: Model, platform: str) -> int:
+    """Temporary numbers of an MLP without experts for each token: the results of both products."""
+    config = model.config
+    numbers = _up(config) + config.mlp_width
+    runs = same_bits.runs(config.mlp_width)
+    in_runs = platform == "cpu" and jnp.dtype(model.dtype) == jnp.float32 and runs > 1
+    return numbers + config.width * runs if in_runs else numbers
 
 
 def _moe(config: GptOssConfig, T: int) -> int:

@@ -79,7 +79,7 @@ def foreseen(
 
 
 def _pages_in(each: Sequence[Kind], need: Memory, available: int, limit: MemoryLimit | None) -> tuple[int, ...]:
-    """The pages that there is room for, and at least those of one row."""
+    """As many pages as fit into the memory that is left, but no fewer than one row of `max_length` needs."""
     others = _tables(each, need) + need.logits + need.activations
     room = available - others
     if limit is not None and limit.share is not None:

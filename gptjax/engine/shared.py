@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 
 from gptjax.engine.engine import Engine, Token, free_locals
 from gptjax.engine.limits import MemoryLimit
+from gptjax.engine.memory import explained
 from gptjax.engine.output import Chunk, Decoder, Output
 from gptjax.engine.pool_sizes import pools
 from gptjax.engine.pools import default_policy
@@ -84,7 +85,7 @@ class SharedEngine:
     With `max_batch`, each decode call computes as many rows. Otherwise a generation's decode calls have as many rows as
     it has prompts, rounded up to a power of two, whatever else runs. So results do not depend on other generations. The
     engine then has slots and pages for all open generations. If they need more than it has, it is freed, and replaced
-    by a larger one; if that does not fit, they take turns.
+    by a larger one. If that does not fit, they take turns, and no larger one is tried until `release`.
 
     An engine that failed, was interrupted or replaced loses its pages. What is open goes on in the next one: prompts
     are read again, and tokens drawn so far are decoded again.
@@ -111,7 +112,13 @@ class SharedEngine:
         self._open: list[_Asked] = []  # oldest first; any thread may append to it
         # Only the leader uses these, or who has the condition while there is none.
         self._engine: Engine | None = None
+        self._most_rows = self._all_rows  # so far, an engine of more did not fit
         self._numbers: dict[int, _Asked] = {}
+
+    @property
+    def _all_rows(self) -> int:
+        """The most rows of an engine, if memory allows them."""
+        return self._max_batch or _MOST_ROWS
 
     def begin(self, prompts: int) -> Generation:
         """A generation of a number of prompts."""
@@ -153,6 +160,7 @@ class SharedEngine:
             released = idle and self._engine is not None
             if idle:
                 self._drop()
+                self._most_rows = self._all_rows
         return released
 
     def close(self) -> None:
@@ -228,24 +236,27 @@ class SharedEngine:
         return asked
 
     def _fit(self, asked: list[_Asked], params: Callable[[], Params]) -> None:
-        """Makes an engine that is large enough for all, or at least for each generation by itself."""
+        """Makes the engine large enough for all, or as large as there is memory for, at least for each generation by
+        itself. One that is there is kept if no larger one would fit."""
         rows = [generation.rows for generation in {each.generation for each in asked}]
         if not rows:
             return
-        batch = 0 if self._engine is None else self._engine.batch
-        wanted = self._max_batch or min(_power(sum(rows)), _MOST_ROWS)
-        if batch >= wanted:
-            return
+        least = max(rows)
+        size = max(least, min(self._max_batch or _power(sum(rows)), self._most_rows))
         if self._engine is not None:
+            if self._engine.batch >= size:
+                return
             self._engine.wait()  # a GPU frees an array once the steps that use it are done
         self._drop()
-        least = max(batch, *rows)
-        try:
-            self._engine = self._made(wanted, params())
-        except CapacityError:
-            if least == wanted:
-                raise
-            self._engine = self._made(least, params())
+        while self._engine is None:
+            try:
+                self._engine = self._made(size, params())
+            except CapacityError as error:
+                free_locals(error)
+                self._most_rows = size // 2
+                if size == least:
+                    raise
+                size = max(least, self._most_rows)
 
     def policy(self, batch: int) -> Policy:
         """That of an engine of a number of rows."""
@@ -253,9 +264,11 @@ class SharedEngine:
         return policy if policy.packed or self._max_batch else dataclasses.replace(policy, rows="asked")
 
     def _made(self, batch: int, params: Params) -> Engine:
+        """An engine of a number of rows. Raises `CapacityError` if there is no memory for it."""
         policy = self.policy(batch)
         pages = pools(self._model, max_length=self._max_length, policy=policy, limit=self._memory_limit)
-        return Engine(self._model, params, batch=batch, max_length=self._max_length, policy=policy, pages=pages)
+        with explained(self._model, batch=batch, max_length=self._max_length):
+            return Engine(self._model, params, batch=batch, max_length=self._max_length, policy=policy, pages=pages)
 
     def _drop(self) -> None:
         """Frees the engine."""

@@ -35,11 +35,17 @@ class Allocator:
                 )
         return None
 
-    def has_room(self, sequence: Sequence, running: AnySequence[Sequence]) -> bool:
-        """Whether a sequence could join and read its prompt, if those running soon take what they need, too."""
-        for number, pool in enumerate(self.pools):
-            promised = sum(max(0, self._soon(pool, each) - _held(each, number)) for each in running)
-            if pool.free + pool.idle - promised < self._soon(pool, sequence) - self._shared(sequence, number):
+    def promised(self, running: AnySequence[Sequence]) -> list[int]:
+        """The pages of each pool that running sequences soon take in addition to those that they hold."""
+        return [
+            sum(max(0, self._soon(pool, each) - _held(each, number)) for each in running)
+            for number, pool in enumerate(self.pools)
+        ]
+
+    def has_room(self, sequence: Sequence, promised: AnySequence[int]) -> bool:
+        """Whether a sequence could join and read its prompt, if so many pages of each pool are promised to others."""
+        for number, (pool, others) in enumerate(zip(self.pools, promised, strict=True)):
+            if pool.free + pool.idle - others < self._soon(pool, sequence) - self._shared(sequence, number):
                 return False
         return True
 

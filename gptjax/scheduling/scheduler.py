@@ -58,31 +58,6 @@ class Scheduler:
         self._in_flight: deque[tuple[int, list[tuple[Sequence, int]]]] = deque()  # plans that draw, and what for whom
         self._added = self._plans = 0
 
-    @property
-    def waiting(self) -> int:
-        """Requests without a slot."""
-        return len(self._waiting)
-
-    @property
-    def running(self) -> int:
-        """Requests with a slot."""
-        return len(self._running)
-
-    @property
-    def has_newcomers(self) -> bool:
-        """Whether a request with a slot waits for its first token."""
-        return any(sequence.is_reading or not sequence.planned for sequence in self._active)
-
-    @property
-    def in_flight(self) -> int:
-        """Plans whose tokens have not been received."""
-        return len(self._in_flight)
-
-    @property
-    def _active(self) -> list[Sequence]:
-        """Requests with a slot for which something may be planned; oldest first."""
-        return [sequence for sequence in self._running if not sequence.held]
-
     def add(self, prompt_ids: AnySequence[int], max_tokens: int, *, rows: int = 0, drawn: AnySequence[int] = ()) -> int:
         """Takes a request. Returns its number; numbers ascend.
 
@@ -170,9 +145,10 @@ class Scheduler:
         for sequence in self._running:
             self._allocator.settle(sequence)
         self._join()
-        for sequence in self._active:
+        active = self._active
+        for index, sequence in enumerate(active):
             if not sequence.begun:
-                self._look_for_readers(sequence)
+                self._look_for_readers(sequence, active[:index])
         steps = self._steps()
         for turn in self._turns():
             draft = Draft(self.policy.chunk, turn)
@@ -183,20 +159,35 @@ class Scheduler:
                 return self._finished(draft, steps)
         return None
 
+    @property
+    def _has_newcomers(self) -> bool:
+        """Whether a request with a slot waits for its first token."""
+        return any(sequence.is_reading or not sequence.planned for sequence in self._active)
+
+    @property
+    def _active(self) -> list[Sequence]:
+        """Requests with a slot for which something may be planned; oldest first."""
+        return [sequence for sequence in self._running if not sequence.held]
+
     def _join(self) -> None:
         """Gives free slots to those that wait, the oldest first. None passes an older one."""
-        for sequence in [each for each in self._waiting if not each.held]:
+        waiting = [each for each in self._waiting if not each.held]
+        if not waiting or not (self._free_slots or self._held):
+            return
+        promised = self._allocator.promised(self._active)
+        for sequence in waiting:
             # To be resumed, all its tokens must be known.
-            if sequence.in_flight or not self._make_room(sequence):
+            if sequence.in_flight or not self._make_room(sequence, promised):
                 return
             self._waiting.remove(sequence)
             sequence.slot = self._free_slots.pop()
             self._allocator.join(sequence)
             bisect.insort(self._running, sequence, key=_age)
+            promised = [sum(pages) for pages in zip(promised, self._allocator.promised([sequence]), strict=True)]
 
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Whether a request can join, if need be after held ones have been set aside."""
-        while not (self._free_slots and self._allocator.has_room(sequence, self._active)):
+    def _make_room(self, sequence: Sequence, promised: AnySequence[int]) -> bool:
+        """Whether a request can join, if need be after held ones, which are promised no pages, have been set aside."""
+        while not (self._free_slots and self._allocator.has_room(sequence, promised)):
             if (victim := self._held) is None:
                 return False
             self._set_aside(victim)
@@ -228,7 +219,7 @@ class Scheduler:
     def _steps(self) -> int:
         """One, or several if nobody waits for a first token and at least half of them are wanted."""
         most = max((sequence.steps_left for sequence in self._active), default=0)
-        return self.policy.steps if not self.has_newcomers and 2 * most >= self.policy.steps else 1
+        return self.policy.steps if not self._has_newcomers and 2 * most >= self.policy.steps else 1
 
     def _advance(self, sequence: Sequence, draft: Draft, steps: int) -> None:
         """Plans what a running request does next; with 0 steps, it does not decode."""
@@ -241,7 +232,7 @@ class Scheduler:
         if steps and not sequence.is_reading and not sequence.is_drawn and draft.turn.admits(sequence):
             self._decode(sequence, draft, steps)
 
-    def _look_for_readers(self, sequence: Sequence) -> None:
+    def _look_for_readers(self, sequence: Sequence, older_ones: AnySequence[Sequence]) -> None:
         """Lets a request wait if an older one reads whole pages that it begins with, too."""
         if not self.policy.reuse or (sequence.awaited is not None and self._is_awaited(*sequence.awaited)):
             return
@@ -252,7 +243,7 @@ class Scheduler:
         if len(next_T) < unit:
             return
         wanted = next_T.tobytes()
-        for older in self._active[: self._active.index(sequence)]:
+        for older in older_ones:
             if not older.is_reading or older.prompt_T[found : found + unit].tobytes() != wanted:
                 continue
             shared = min(common(older.prompt_T, sequence.prompt_T), sequence.known - 1)

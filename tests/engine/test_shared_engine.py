@@ -275,6 +275,35 @@ def test_what_does_not_fit_together_takes_turns_and_what_never_fits_is_refused(l
         assert given[number] + _numbers(list(streams[number])) == expected[name][0]
 
 
+@pytest.mark.parametrize("is_foreseen", [True, False])
+def test_an_engine_that_cannot_grow_is_kept(load, is_foreseen, monkeypatch):
+    lm, made, original = load(), [], registry.create_pools
+
+    def create_pools(model, *, pages, rows, max_length):
+        made.append(rows)
+        if rows > most:
+            raise JaxRuntimeError("RESOURCE_EXHAUSTED: planted")
+        return original(model, pages=pages, rows=rows, max_length=max_length)
+
+    monkeypatch.setattr(registry, "create_pools", create_pools)
+    most = 2
+    if is_foreseen:
+        _has(monkeypatch, most)
+    streams = [lm.stream(_prompt(number, 30), **_options(number, 9)) for number in range(6)]
+    for stream in streams[:3]:
+        next(stream)
+    assert made == ([1, 2, 2] if is_foreseen else [1, 2, 4, 2])
+    engine = lm._shared._engine
+    for stream in streams[3:]:
+        next(stream)
+    assert [len(list(stream)) for stream in streams] == [8] * 6
+    assert lm._shared._engine is engine
+    monkeypatch.undo()  # there is memory now
+    assert lm._shared.release()
+    lm.generate([[1], [2], [3]], max_tokens=2)
+    assert lm._shared._engine.batch == 4
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("planted"), JaxRuntimeError("INTERNAL: planted")])
 @pytest.mark.parametrize("name", ["prefill", "sample", "advance"])
 def test_an_error_ends_the_one_that_it_came_to_and_the_others_go_on(load, error, name, monkeypatch):

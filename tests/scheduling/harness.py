@@ -11,6 +11,8 @@ from gptjax.scheduling.scheduler import Scheduler
 from tests.scheduling import naive_device
 from tests.scheduling.naive_device import Device, Model, Written
 
+PAGE = 4
+
 
 @dataclasses.dataclass
 class Asked:
@@ -54,6 +56,21 @@ class Harness:
 
     def _new_device(self) -> Device:
         return Device(self.model, self.pages, self.policy.page, self.policy.slots, self.policy.row_sizes)
+
+    @property
+    def running(self) -> int:
+        """Requests with a slot."""
+        return len(self.scheduler._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self.scheduler._waiting)
+
+    @property
+    def in_flight(self) -> int:
+        """Plans whose tokens have not been received."""
+        return len(self.scheduler._in_flight)
 
     def add(self, prompt: Sequence[int], count: int, rows: int = 0) -> int:
         number = self.scheduler.add(prompt, count, rows=rows)
@@ -185,3 +202,32 @@ class Harness:
         targets = [(copy.pool, copy.target) for copy in plan.copies]
         assert max(written.values(), default=1) == 1 and len(set(targets)) == len(targets)
         assert not {(copy.pool, copy.source) for copy in plan.copies} & ({*written} | {*targets})
+
+
+def small(pages=40, *, window=None, sliding=40, written=naive_device.by_path, **policy) -> Harness:
+    """One of 4 slots, chunks of 16 tokens and 39 pages, if nothing else is said."""
+    policy = Policy(**{"slots": 4, "chunk": 16, "page": PAGE, **policy})
+    pools = ([pages, sliding], [None, window]) if window else ([pages], [None])
+    return Harness(policy, *pools, written=written)
+
+
+def small_asked(**policy) -> Harness:
+    """One whose requests ask for rows."""
+    same = Policy.same_bits(slots=4, chunk=16, page=PAGE, rows="asked", **policy)
+    return Harness(same, [40], [None], written=naive_device.by_size)
+
+
+def prompt_of(length: int, first: int = 0) -> list[int]:
+    return [(first + index * index) % 3 for index in range(length)]
+
+
+def read_by(plan: Plan | None) -> dict[int, int]:
+    """Prompt tokens that a plan reads, by slot."""
+    assert plan is not None
+    return {piece.slot: piece.count for call in plan.prefill for piece in call.pieces}
+
+
+def rows_of(plan: Plan | None) -> list[int]:
+    """The slots of a plan's decode call."""
+    assert plan is not None and plan.decode is not None
+    return [row.slot for row in plan.decode.rows]

@@ -10,20 +10,24 @@ from collections.abc import Callable, Sequence
 
 from gptjax.scheduling.plan import DecodeCall, Plan, PrefillCall
 
-Written = Callable[[str, int, int, int], object]  # how a token was computed, from kind, position, count and size
+# Numbers only are hashed: strings have other hashes in each run of Python, so that no failure could be repeated.
+PREFILL, DECODE, LOGITS = range(3)
+
+How = int | tuple[int, ...]
+Written = Callable[[int, int, int, int], How]  # how a token was computed, from kind, position, count and size
 
 
-def exact(kind: str, start: int, count: int, size: int) -> object:
+def exact(kind: int, start: int, count: int, size: int) -> How:
     """Computations that round alike whatever the path and the sizes."""
-    return None
+    return 0
 
 
-def by_path(kind: str, start: int, count: int, size: int) -> object:
+def by_path(kind: int, start: int, count: int, size: int) -> How:
     """Decode rounds differently from prefill."""
     return kind
 
 
-def by_size(kind: str, start: int, count: int, size: int) -> object:
+def by_size(kind: int, start: int, count: int, size: int) -> How:
     """Everything rounds differently at other sizes, as the programs of today do."""
     return kind, start, count, size
 
@@ -36,11 +40,11 @@ class Model:
         self.vocabulary = vocabulary
         self.written = written
 
-    def value(self, token: int, position: int, how: object, seen: Sequence[tuple[int, ...]]) -> int:
+    def value(self, token: int, position: int, how: How, seen: Sequence[tuple[int, ...]]) -> int:
         return hash((token, position, how, *seen))
 
     def logits(self, position: int, seen: Sequence[tuple[int, ...]]) -> int:
-        return hash(("logits", position, *seen))
+        return hash((LOGITS, position, *seen))
 
     def draw(self, logits: int) -> int:
         return logits % self.vocabulary
@@ -57,7 +61,7 @@ class Alone:
     model: Model
     values: list[int] = dataclasses.field(default_factory=list)
 
-    def feed(self, token: int, how: object) -> int:
+    def feed(self, token: int, how: How) -> int:
         model, position = self.model, len(self.values)
         pools = range(len(model.windows))
         before = [tuple(self.values[model.first(pool, position) :]) for pool in pools]
@@ -76,13 +80,13 @@ def alone(model: Model, prompt: Sequence[int], count: int, pieces: Sequence[tupl
     for tokens, size in pieces:
         start = len(run.values)
         for token in prompt[start : start + tokens]:
-            logits = run.feed(token, model.written("prefill", start, tokens, size))
+            logits = run.feed(token, model.written(PREFILL, start, tokens, size))
     drawn = []
     while True:
         drawn.append(model.draw(logits))
         if len(drawn) == count:
             return drawn
-        logits = run.feed(drawn[-1], model.written("decode", len(run.values), 1, rows))
+        logits = run.feed(drawn[-1], model.written(DECODE, len(run.values), 1, rows))
 
 
 class Device:
@@ -127,7 +131,7 @@ class Device:
         for piece in call.pieces:
             assert piece.start == at and piece.count > 0
             at += piece.count
-            how = self.model.written("prefill", piece.position, piece.count, call.size)
+            how = self.model.written(PREFILL, piece.position, piece.count, call.size)
             logits = None
             for index in range(piece.count):
                 logits = self._feed(piece.slot, piece.position + index, call.tokens[piece.start + index], how)
@@ -153,12 +157,12 @@ class Device:
                     drawn[number].append(token)
                 if step < row.feeds:
                     position = row.position + step
-                    how = self.model.written("decode", position, 1, call.size)
+                    how = self.model.written(DECODE, position, 1, call.size)
                     self.logits[row.slot] = self._feed(row.slot, position, token, how)
         assert all(len(row.given) + row.draws <= call.steps for row in call.rows)
         return drawn
 
-    def _feed(self, slot: int, position: int, token: int, how: object) -> int:
+    def _feed(self, slot: int, position: int, token: int, how: How) -> int:
         pools = range(len(self.pools))
         before = [self._seen(pool, slot, position, position) for pool in pools]
         value = self.model.value(token, position, how, before)

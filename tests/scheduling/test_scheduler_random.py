@@ -8,10 +8,8 @@ import pytest
 from gptjax.scheduling.policy import Policy
 from tests.fuzz import rounds
 from tests.scheduling import naive_device
-from tests.scheduling.harness import Harness
+from tests.scheduling.harness import PAGE, Harness
 from tests.scheduling.naive_device import Written
-
-PAGE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +63,19 @@ def _request(dice: random.Random, harness: Harness, longest: int) -> tuple[list[
     more = dice.choice((0, 1, PAGE, dice.randint(0, longest)))
     prompt = (prompt + dice.choices(range(3), k=more))[:longest] or [0]
     return prompt, dice.randint(1, longest - len(prompt) + 1)
+
+
+@pytest.mark.parametrize(
+    ("written", "drawn"),
+    [
+        (naive_device.exact, [336, 993, 248, 604]),
+        (naive_device.by_path, [336, 948, 102, 561]),
+        (naive_device.by_size, [462, 150, 314, 156]),
+    ],
+)
+def test_the_device_draws_the_same_in_each_run_of_python(written, drawn):
+    model = naive_device.Model((None, 2), 1000, written)
+    assert naive_device.alone(model, [5, 6, 7], 4, [(2, 2), (1, 1)], 1) == drawn
 
 
 @pytest.mark.fuzz

@@ -81,7 +81,7 @@ def float64(x: Any) -> np.ndarray:
 
 
 def shuffled_table(rows: int, positions: int) -> jax.Array:
-    """A table of pages for so many positions a row, in any order; as many pages as the pool has, without page 0."""
+    """A table for rows of this many positions, which uses all pages of a pool except page 0, in random order."""
     pages = -(-positions // PAGE)
     order = 1 + np.random.default_rng(0).permutation(rows * pages)
     return jnp.asarray(order.reshape(rows, pages), jnp.int32)
