@@ -13,6 +13,7 @@ import pytest
 
 import gptjax
 from gptjax.cli import main
+from pallas_kernels import same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -156,9 +157,10 @@ def test_info_tells_parameters_and_memory(capsys):
     parameters = 8192 * 256 + 512 * 256 + 6 * (12 * 256**2 + 13 * 256) + 2 * 256
     assert facts["parameters"] == parameters
     assert facts["weights_bytes"] == 4 * parameters
-    # Keys and values: 2 rows × 512 positions, a page of nobody and (on a CPU) one to copy into × 6 layers × 2 × 256
+    # Keys and values: 2 rows × 512 positions, a page of nobody and perhaps one to copy into × 6 layers × 2 × 256
     # float32; for each row, the numbers of 4 pages, and a length.
-    pages = 2 * 4 + (2 if jax.default_backend() == "cpu" else 1)
+    copies = jax.default_backend() == "cpu" and same_bits.holds()  # prompts may end inside a page that is copied
+    pages = 2 * 4 + (2 if copies else 1)
     assert facts["cache_bytes"] == pages * 128 * 6 * 2 * 256 * 4 + 2 * (4 + 1) * 4
     assert facts["cache_tokens"] == 2 * 512
     running = facts["cache_bytes"] + facts["logits_bytes"] + facts["activations_bytes"]
