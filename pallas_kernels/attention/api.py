@@ -43,7 +43,7 @@ def attention(
       window: how many positions a query sees, its own included; None for all up to its own.
       cached: whether the keys lie in a preallocated cache, with position p at place p mod S: then only the part in use
         is read. Otherwise all scores are computed at once, which can be differentiated.
-      implementation: "auto", "xla", or, over a cache, "mosaic" (bfloat16) or "triton" (one query per row).
+      implementation: "auto", "xla", or, over a cache with one query per row, "mosaic" (bfloat16) or "triton".
 
     Returns:
       [B, T, N, H], of the queries' dtype. Products take operands in the given dtypes and accumulate in float32.
@@ -56,13 +56,7 @@ def attention(
         raise ValueError(f"{N} query heads cannot share {K} key/value heads: not a multiple")
     available: dict[str, Callable[..., jax.Array]] = {dispatch.XLA: reference.cached if cached else reference.dense}
     wanted = dispatch.wanted(implementation) if cached else dispatch.XLA
-    if q_BTNH.shape[1] > 1:
-        if wanted == dispatch.MOSAIC:
-            from pallas_kernels.attention.prefill import mosaic_sm90 as prefill
-
-            if prefill.refused(q_BTNH, k_BKSH, v_BKSH, sinks_N, scale=scale) is None:
-                available[wanted] = prefill.prefill
-    elif window is None or window >= k_BKSH.shape[2]:
+    if q_BTNH.shape[1] == 1 and (window is None or window >= k_BKSH.shape[2]):
         if wanted == dispatch.TRITON:
             from pallas_kernels.attention.decode import triton
 
@@ -203,7 +197,7 @@ def packed_attention_over_pages(
     _check_pages(q_1TNH, k_YKSH)
     available: dict[str, Callable[..., jax.Array]] = {dispatch.XLA: paged.packed}
     if dispatch.wanted(implementation) == dispatch.MOSAIC:
-        from pallas_kernels.attention.prefill import tiles_sm90 as prefill
+        from pallas_kernels.attention.prefill import mosaic_sm90 as prefill
 
         if prefill.refused(q_1TNH[0], k_YKSH, v_YKSH, sinks_N, scale=scale) is None:
             available[dispatch.MOSAIC] = prefill.prefill

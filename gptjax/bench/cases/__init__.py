@@ -114,11 +114,10 @@ def _prefill(
     read = [(B, T, 0) for B in rows or [1] for T in positions or [512]] if rows or positions else _READ
     windows = sorted(set(config.windows), key=lambda window: window or config.context_length)
     return [
-        case
+        prefill(rows=B, tokens=T, prior=prior, window=window)
         for B, T, prior in read
         if prior + T <= config.context_length
         for window in windows
-        for case in _forms(prefill, rows=B, tokens=T, prior=prior, window=window)
     ]
 
 
