@@ -57,8 +57,8 @@ class Prefill(Case):
         del count
         shape = (self.rows, self.tokens, self.num_heads, self.head_width)
         positions_BT = np.broadcast_to(np.arange(self.prior, self.positions), (self.rows, self.tokens))
-        table_BZ = shuffled_table(self.rows, self.positions)
-        return Carried(normal(0, shape, self.dtype), jnp.asarray(positions_BT, jnp.int32), table_BZ)
+        q_BTNH, table_BZ = normal(0, shape, self.dtype), shuffled_table(self.rows, self.positions)
+        return Carried(q_BTNH, jnp.asarray(positions_BT, jnp.int32), table_BZ)
 
     def copies(self, count: int, implementation: str) -> list[Any]:
         """Caches and sinks."""
@@ -72,14 +72,17 @@ class Prefill(Case):
     def call(self, x: Carried, operands: Any, implementation: str) -> jax.Array:
         """[B, T, N, H]."""
         k, v, sinks_N = operands
-        settings: dict[str, Any] = {
-            "scale": self.head_width**-0.5,
-            "window": self.window,
-            "implementation": implementation,
-        }
-        q_1TNH = x.q_BTNH.reshape(1, -1, self.num_heads, self.head_width)
-        tiles = Tiles.of(x.q_positions_BT)
-        out_1TNH = packed_attention_over_pages(q_1TNH, k, v, x.where, tiles, sinks_N, **settings)
+        out_1TNH = packed_attention_over_pages(
+            x.q_BTNH.reshape(1, -1, self.num_heads, self.head_width),
+            k,
+            v,
+            x.table_BZ,
+            Tiles.of(x.q_positions_BT),
+            sinks_N,
+            scale=self.head_width**-0.5,
+            window=self.window,
+            implementation=implementation,
+        )
         return out_1TNH.reshape(x.q_BTNH.shape)
 
     def sample(self, out: jax.Array) -> jax.Array:
@@ -88,7 +91,7 @@ class Prefill(Case):
 
     def expected(self, x: Carried, operands: Any) -> np.ndarray:
         """The same."""
-        k_KSH, v_KSH = (together(pool, x.where[:1])[0, :, : self.positions] for pool in operands[:2])
+        k_KSH, v_KSH = (together(pool, x.table_BZ[:1])[0, :, : self.positions] for pool in operands[:2])
         q_TKGH = float64(self.sample(x.q_BTNH)).reshape(_TOKENS, self.num_kv_heads, -1, self.head_width)
         scores = np.einsum("tkgh,ksh->tkgs", q_TKGH, k_KSH) * self.head_width**-0.5
         ahead_TS = np.arange(self.positions - _TOKENS, self.positions)[:, None] - np.arange(self.positions)
