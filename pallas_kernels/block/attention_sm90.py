@@ -148,15 +148,14 @@ class Head:
         words = []
         for name in "kv":
             lane_at = ptx.offset(self.at[name], self.inside, 1)
-            starts = [(ptx.offset(lane_at, number, 2 * PANEL), further) for number, further in numbers]
-            places = [ptx.shifted(start, 2 * PANEL * place) for start, further in starts for place in further]
+            places = [ptx.offset(lane_at, number, 2 * PANEL) for number in numbers]
             for at, is_seen in zip(places, self._seen(turn), strict=True):
                 words += workspace_sm90.load(at, 4, is_seen)
         ptx.sync_warp()
         return words
 
-    def _numbers(self, turn: Value) -> list[tuple[Value, list[int]]]:
-        """Where the lane reads in a turn: numbers of places in the cache, and for each load from there what to add."""
+    def _numbers(self, turn: Value) -> list[Value]:
+        """The number in the pool of the place that each load of a turn reads."""
         thread, plan, of_lane = self.thread, self.thread.plan, arith.shrui(self.thread.cluster.lane, ptx.const(3))
         place = ptx.add(self.first, ptx.mul(turn, self.step))
         in_pool = ptx.add(ptx.mul(thread.panel, PAGE), of_lane)
@@ -165,7 +164,7 @@ class Head:
             here = ptx.add(place, self._together * i)
             page = ptx.from_lane(self.page, arith.minsi(arith.shrui(here, ptx.const(_BITS)), ptx.const(31)))
             in_page = arith.andi(here, ptx.const(PAGE - 1))
-            found.append((ptx.add(ptx.mul(page, plan.panels * PAGE), in_pool, in_page), [0]))
+            found.append(ptx.add(ptx.mul(page, plan.panels * PAGE), in_pool, in_page))
         return found
 
     def sum_up(self, first: _First, exchange: int) -> None:
