@@ -2,7 +2,6 @@
 
 import importlib
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels import append, dispatch, tiles
-from pallas_kernels.attention import attention
 from pallas_kernels.attention.decode import split
 from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import quantize
@@ -110,14 +108,8 @@ def test_auto_lowers_to_kernels_where_they_pay(monkeypatch):
     def product(T: int) -> str:
         return lowered(lambda *operands: matvec(*operands).total(), _shape(T, 320), _shape(320, 192))
 
-    def attended() -> str:
-        cache, places = _shape(1, 2, 256, 64), _shape(1, 256, dtype=jnp.int32)
-        run = partial(attention, scale=0.125, cached=True)
-        return lowered(run, _shape(1, 1, 4, 64), cache, cache, _shape(1, 1, dtype=jnp.int32), places)
-
     assert "moe_product" in experts(128) and "moe_grouped" in experts(129)
     assert "mosaic_gpu" in product(8) and "mosaic_gpu" not in product(9)
-    assert "mosaic_gpu" in attended()
 
 
 @needs_mosaic

@@ -147,7 +147,7 @@ def _check(
 ) -> None:
     """Compares up to `most` tokens of a row; `more` is added to the tolerance."""
     assert actual.dtype == jnp.bfloat16
-    # As in `test_attention_decode.py`: roundings of weights and results, and float32 sums over H and S.
+    # As in `test_decode_over_pages.py`: roundings of weights and results, and float32 sums over H and S.
     tolerance = 2 * BF16 + 4 * EPS32 * (math.sqrt(case.H) + math.sqrt(given.k_BKSH.shape[2]) + 2) + more
     q, _, _, _, tiles, *sinks = operands
     actual = np.asarray(actual, np.float64)
