@@ -21,8 +21,8 @@ from pallas_kernels.ptx import Value
 
 plgpu: Any = mosaic_gpu  # JAX 0.10 has another interface: there, this module can only be imported
 WIDTHS = 64  # head widths are multiples of this
-_TILES_OF_WARPS = (16, 32, 64, 128)  # parts of a page
-_WARP_TILES = {64: 32}  # places that a warp computes at a time, by width; RECORD.md has others
+_TILES = (16, 32, 64, 128)  # places that a warp computes at a time: parts of a page
+_WARP_TILES = {64: 32}  # by width; RECORD.md has others
 _WARP_TILE = 16
 _MULTIPROCESSORS = 132  # of an H200: more blocks in clusters would only wait for each other
 _IN_CLUSTER = 4096  # places that one cluster shares by default, so that nothing is left to combine
@@ -82,7 +82,7 @@ def decode(
     if N % K:
         raise ValueError(f"{N} query heads cannot share {K} key/value heads: not a multiple")
     warp_tile = _WARP_TILES.get(H, _WARP_TILE) if warp_tile is None else warp_tile
-    if warp_tile not in _TILES_OF_WARPS:
+    if warp_tile not in _TILES:
         raise ValueError(f"a warp's tile has 16, 32, 64 or 128 places, found {warp_tile}")
     if blocks not in (None, 1, 2, 4, 8):
         raise ValueError(f"a cluster has 1, 2, 4 or 8 blocks, found {blocks}")
