@@ -55,11 +55,6 @@ class Tiles(NamedTuple):
         return of_its_tile(self.row_Q[:, None]), of_its_tile(self.position_Q[:, None] + ahead_QT)
 
 
-def counting_up(rows: int, pages: int) -> jax.Array:
-    """A table of rows that have `pages` each, one after the other in a pool of 1 + rows · pages: int32 [B, Z]."""
-    return 1 + jnp.arange(rows * pages, dtype=jnp.int32).reshape(rows, pages)
-
-
 def slots(table_BZ: jax.Array, positions_BT: jax.Array) -> jax.Array:
     """Where positions lie in a pool, as page · PAGE + place: int32 [B, T]; -1 for negative positions.
 

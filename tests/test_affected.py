@@ -36,7 +36,7 @@ def _reached(module: str) -> set[str]:
         ("gptjax/server/app.py", ["server.test_app"], ["models.test_gpt2", "engine.test_engine", "test_api"]),
         (
             "pallas_kernels/attention/decode/mosaic_sm90.py",
-            ["pallas_kernels.attention.decode.test_attention_decode", "test_api"],
+            ["pallas_kernels.attention.decode.test_decode_over_pages", "test_api"],
             ["text.test_tokenizer"],
         ),
         # The fixture `lm` of tests/conftest.py, whose users need not import a thing; code in a string; `-m gptjax`.

@@ -90,7 +90,6 @@ class Attention(nn.Module):
             sinks_N,
             scale=self.scale,
             window=self.window,
-            cached=False,
             implementation=self.implementation,
         )
 

@@ -19,7 +19,7 @@ def append(
     positions_B: jax.Array,
     k_YKSH: jax.Array,
     v_YKSH: jax.Array,
-    table_BZ: jax.Array | None = None,
+    table_BZ: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums, rotates, and writes keys and values to their places in the cache, which is updated in place if donated.
 
@@ -28,24 +28,19 @@ def append(
         q, k, v     = split(qkv.total()) into N, K and K heads
         first, last = halves of each head of q and k
         rotated     = (first * cos - last * sin, last * cos + first * sin)
-        cache[table[b, positions[b] // S], :, positions[b] mod S] = rotated k, v
+        cache[table[b, positions[b] // PAGE], :, positions[b] % PAGE] = rotated k, v
 
     Args:
       qkv: [B, (N + 2·K) · H], without rows or weights of its own.
       rotation: cos and sin, float32 [B, H/2]; None to rotate nothing.
       positions_B: int32; nothing is written for negative ones.
-      k_YKSH, v_YKSH: a cache for which `takes` is true.
-      table_BZ: int32, each row's pages (see `pallas_kernels.pages`). None: row b has the page b, and position p lies at
-        its place p mod S.
+      k_YKSH, v_YKSH: a cache in pages (see `pallas_kernels.pages`) for which `takes` is true.
+      table_BZ: int32, each row's pages.
 
     Returns:
       The queries [B, N, H], rotated, and the cache.
     """
     from pallas_kernels.append import mosaic_sm90
 
-    if table_BZ is None:
-        rows_B = jnp.arange(len(positions_B), dtype=jnp.int32)
-        slots_B = jnp.where(positions_B < 0, -1, rows_B * k_YKSH.shape[2] + positions_B % k_YKSH.shape[2])
-    else:
-        slots_B = pages.slots(table_BZ, positions_B[:, None])[:, 0]
+    slots_B = pages.slots(table_BZ, positions_B[:, None])[:, 0]
     return mosaic_sm90.append(qkv, rotation, slots_B, k_YKSH, v_YKSH)

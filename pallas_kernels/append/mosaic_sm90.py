@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
+from pallas_kernels.pages import PAGE
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
@@ -29,7 +30,6 @@ class _AppendPlan:
     splits: int  # J
     queries: int  # N
     keys: int  # K
-    places: int  # S: of a page
     width: int  # H
     has_bias: bool
     rotates: bool
@@ -51,12 +51,12 @@ def append(
     k_YKSH: jax.Array,
     v_YKSH: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `api.append`. `slots_B`, int32: where to write, as page · S + place; nothing is written if negative."""
-    K, S, H = k_YKSH.shape[1:]
+    """See `api.append`. `slots_B`: see `pages.slots`; nothing is written if negative."""
+    _, K, _, H = k_YKSH.shape
     splits, _, columns = qkv.parts_JAO.shape
     B = slots_B.shape[0]
     N = columns // H - 2 * K
-    plan = _AppendPlan(B, splits, N, K, S, H, has_bias=qkv.bias_EO is not None, rotates=rotation is not None)
+    plan = _AppendPlan(B, splits, N, K, H, has_bias=qkv.bias_EO is not None, rotates=rotation is not None)
     # A missing operand is not read, but something has to be passed for it.
     bias = slots_B if qkv.bias_EO is None else qkv.bias_EO.astype(jnp.bfloat16)
     cos, sin = (slots_B, slots_B) if rotation is None else rotation
@@ -102,8 +102,8 @@ def append_to_cache(
             key = ptx.add(head, -plan.queries)
             is_value = arith.cmpi(arith.CmpIPredicate.sge, key, ptx.const(plan.keys))
             key = arith.select(is_value, ptx.add(key, -plan.keys), key)
-            page, place = ptx.divided(slot, plan.places)
-            place = ptx.add(ptx.mul(ptx.add(ptx.mul(page, plan.keys), key), plan.places), place)
+            page, place = ptx.divided(slot, PAGE)
+            place = ptx.add(ptx.mul(ptx.add(ptx.mul(page, plan.keys), key), PAGE), place)
             _store(plan, first, last, i, arith.select(is_value, v, k), place)
 
         exists = arith.cmpi(arith.CmpIPredicate.sge, slot, ptx.const(0))

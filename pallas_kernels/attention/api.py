@@ -1,4 +1,4 @@
-"""Scaled dot-product attention over keys and values that may lie in a cache."""
+"""Scaled dot-product attention, over keys and values of the same call or in pages."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,10 +20,9 @@ def attention(
     *,
     scale: float,
     window: int | None = None,
-    cached: bool,
     implementation: str = dispatch.AUTO,
 ) -> jax.Array:
-    """Causal attention with grouped queries, sinks and sliding windows.
+    """Causal attention with grouped queries, sinks and sliding windows, which can be differentiated.
 
     Means, for a query head n that uses key/value head k = n // (N / K), float32 inside:
 
@@ -41,57 +40,19 @@ def attention(
       sinks_N: one logit per query head that takes its share of the softmax and has no value; None for no sinks.
       scale: scores are multiplied by it.
       window: how many positions a query sees, its own included; None for all up to its own.
-      cached: whether the keys lie in a preallocated cache, with position p at place p mod S: then only the part in use
-        is read. Otherwise all scores are computed at once, which can be differentiated.
-      implementation: "auto", "xla", or, over a cache, "mosaic" (bfloat16) or "triton" (one query per row).
+      implementation: "auto" or "xla".
 
     Returns:
       [B, T, N, H], of the queries' dtype. Products take operands in the given dtypes and accumulate in float32.
 
     Raises:
-      ValueError: an unknown implementation, or one that does not support these operands; or N is not a multiple of K.
+      ValueError: another implementation; or N is not a multiple of K.
     """
     N, K = q_BTNH.shape[2], k_BKSH.shape[1]
     if N % K:
         raise ValueError(f"{N} query heads cannot share {K} key/value heads: not a multiple")
-    available: dict[str, Callable[..., jax.Array]] = {dispatch.XLA: reference.cached if cached else reference.dense}
-    wanted = dispatch.wanted(implementation) if cached else dispatch.XLA
-    if q_BTNH.shape[1] > 1:
-        if wanted == dispatch.MOSAIC:
-            from pallas_kernels.attention.prefill import mosaic_sm90 as prefill
-
-            if prefill.refused(q_BTNH, k_BKSH, v_BKSH, sinks_N, scale=scale) is None:
-                available[wanted] = prefill.prefill
-    elif window is None or window >= k_BKSH.shape[2]:
-        if wanted == dispatch.TRITON:
-            from pallas_kernels.attention.decode import triton
-
-            available[wanted] = partial(_decode, triton.decode)
-        elif wanted == dispatch.MOSAIC and q_BTNH.dtype == k_BKSH.dtype == jnp.bfloat16:
-            from pallas_kernels.attention.decode import mosaic_sm90 as decode
-
-            if q_BTNH.shape[-1] % decode.WIDTHS == 0:
-                available[wanted] = partial(_decode, decode.decode)
-    run = dispatch.choose("attention", implementation, available)
+    run = dispatch.choose("attention", implementation, {dispatch.XLA: reference.dense})
     return run(q_BTNH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, sinks_N, scale=scale, window=window)
-
-
-def _decode(
-    kernel: Callable[..., jax.Array],
-    q_B1NH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    q_positions_B1: jax.Array,
-    k_positions_BS: jax.Array,
-    sinks_N: jax.Array | None,
-    *,
-    scale: float,
-    window: int | None,
-) -> jax.Array:
-    """A row's one query sees all places in use, and these come first. (In a ring too: their order does not matter.)"""
-    del k_positions_BS, window
-    counts_B = jnp.clip(q_positions_B1[:, 0] + 1, 0, k_BKSH.shape[2])
-    return kernel(q_B1NH[:, 0], k_BKSH, v_BKSH, counts_B, sinks_N, scale=scale)[:, None]
 
 
 def attention_over_pages(
@@ -203,7 +164,7 @@ def packed_attention_over_pages(
     _check_pages(q_1TNH, k_YKSH)
     available: dict[str, Callable[..., jax.Array]] = {dispatch.XLA: paged.packed}
     if dispatch.wanted(implementation) == dispatch.MOSAIC:
-        from pallas_kernels.attention.prefill import tiles_sm90 as prefill
+        from pallas_kernels.attention.prefill import mosaic_sm90 as prefill
 
         if prefill.refused(q_1TNH[0], k_YKSH, v_YKSH, sinks_N, scale=scale) is None:
             available[dispatch.MOSAIC] = prefill.prefill

@@ -20,7 +20,7 @@ def by_page(
     scale: float,
     window: int | None = None,
 ) -> jax.Array:
-    """`reference.blocked`, with a page of each row as a block. See `api.attention_over_pages` for the arguments.
+    """A running softmax, with a page of each row as a block. See `api.attention_over_pages` for the arguments.
 
     Reads from the first page that a row's queries see to the last. The order of a query's sum is that of positions.
     """
@@ -107,9 +107,12 @@ def rows(
     scale: float,
     window: int | None = None,
 ) -> jax.Array:
-    """`row_by_row`, `by_page` or `at_once`, chosen as `reference.cached` does.
+    """`row_by_row`, `by_page` or `at_once`. The choice depends on the platform and sizes only.
 
-    On a CPU, a row's bits depend on neither the other rows nor their number.
+    On a CPU it is best to read less, and a row's bits depend on neither the other rows nor their number. On an
+    accelerator it is best to launch few kernels, and a loop of unknown length makes the host wait at each turn: GPT-2
+    124M in bfloat16, one row of 512 positions, without pages, decoded 307 tokens/s on an H200 (JAX 0.11.2) block by
+    block, and 824 and 1140 (two runs) with `reference.dense`.
     """
     (B, T, N), Z = q_BTNH.shape[:3], table_BZ.shape[1]
     operands = [q_BTNH, k_YKSH, v_YKSH, table_BZ, q_positions_BT, *([] if sinks_N is None else [sinks_N])]

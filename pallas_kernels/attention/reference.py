@@ -1,14 +1,12 @@
-"""Attention in jnp: the meaning (`dense`) and the XLA path over a long cache (`blocked`)."""
+"""Attention in jnp: the meaning (`dense`), and a running softmax over blocks of keys and values (`running`)."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 DENSE_SCORES = 1 << 26  # B·N·T·S, a quarter of a gigabyte: up to this, an accelerator computes all scores at once
-BLOCK = 128  # cache positions per step of `blocked`; it affects the results' bits, so it is not tuned by device
 _MASKED = -1e30  # finite, so that a query that sees no key gives 0 and not NaN
 
 
@@ -75,41 +73,6 @@ def dense(
     return _ungrouped(_weigh(weights_BKGTS, v_BKSH, seen_BTS), q_BTNH)
 
 
-def blocked(
-    q_BTNH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    q_positions_BT: jax.Array,
-    k_positions_BS: jax.Array,
-    sinks_N: jax.Array | None = None,
-    *,
-    scale: float,
-    window: int | None = None,
-) -> jax.Array:
-    """`dense`, block by block with a running softmax, reading no further than the last key in use.
-
-    A block that a row does not see changes none of its bits (its weights are exactly 0 and its rescaling exactly 1),
-    so a row's result does not depend on how long its neighbours are. Not differentiable in reverse, because the number
-    of blocks is only known at run time.
-    """
-    block = min(BLOCK, k_BKSH.shape[2])
-    if missing := -k_BKSH.shape[2] % block:
-        k_BKSH, v_BKSH = (jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))) for x in (k_BKSH, v_BKSH))
-        k_positions_BS = jnp.pad(k_positions_BS, ((0, 0), (0, missing)), constant_values=-1)
-    S = k_BKSH.shape[2]
-    places_S = jnp.arange(1, S + 1, dtype=jnp.int32)
-    in_use = jnp.max(jnp.where((k_positions_BS >= 0) & (k_positions_BS <= q_positions_BT.max()), places_S, 0))
-
-    def read(index: jax.Array) -> Block:
-        start = index * block
-        k_block_BKSH, v_block_BKSH = (jax.lax.dynamic_slice_in_dim(x, start, block, axis=2) for x in (k_BKSH, v_BKSH))
-        seen_BTS = visible(q_positions_BT, jax.lax.dynamic_slice_in_dim(k_positions_BS, start, block, axis=1), window)
-        return Block(k_block_BKSH, v_block_BKSH, seen_BTS)
-
-    blocks = (in_use + block - 1) // block
-    return running(q_BTNH, read, blocks, sinks_N, num_kv_heads=k_BKSH.shape[1], scale=scale)
-
-
 class Block(NamedTuple):
     """Keys and values that are read together, and which of them each query sees."""
 
@@ -127,7 +90,11 @@ def running(
     num_kv_heads: int,
     scale: float,
 ) -> jax.Array:
-    """Attention with a running softmax over read(0), …, read(blocks - 1)."""
+    """`dense` with a running softmax over read(0), …, read(blocks - 1).
+
+    A block that a row does not see changes none of its bits: its weights are exactly 0 and its rescaling exactly 1. Not
+    differentiable in reverse, because the number of blocks is only known at run time.
+    """
     B, T, N, H = q_BTNH.shape
     q_BTKGH = _grouped(q_BTNH, num_kv_heads)
 
@@ -149,31 +116,3 @@ def running(
     start = (maximum, total, jnp.full((*row, H), zero))
     _, total_BKGT1, out_BKGTH = jax.lax.fori_loop(0, blocks, step, start)
     return _ungrouped(out_BKGTH / jnp.where(total_BKGT1 == 0, 1, total_BKGT1), q_BTNH)
-
-
-def cached(
-    q_BTNH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    q_positions_BT: jax.Array,
-    k_positions_BS: jax.Array,
-    sinks_N: jax.Array | None = None,
-    *,
-    scale: float,
-    window: int | None = None,
-) -> jax.Array:
-    """Over a cache, by `dense` or `blocked`. The choice depends on the platform and sizes only.
-
-    On a CPU it is best to read less. On an accelerator it is best to launch few kernels, and a loop of unknown length
-    makes the host wait at each turn: GPT-2 124M in bfloat16, one row of 512 positions, decoded 307 tokens/s on an H200
-    (JAX 0.11.2) with `blocked`, and 824 and 1140 (two runs) with `dense`.
-    """
-    operands = [q_BTNH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS]
-    if sinks_N is not None:
-        operands.append(sinks_N)
-    few = q_BTNH.shape[0] * q_BTNH.shape[1] * q_BTNH.shape[2] * k_BKSH.shape[2] <= DENSE_SCORES
-    return jax.lax.platform_dependent(
-        *operands,
-        cpu=partial(blocked, scale=scale, window=window),
-        default=partial(dense if few else blocked, scale=scale, window=window),
-    )

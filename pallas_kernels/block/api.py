@@ -34,7 +34,7 @@ def takes(
     Args:
       x_BTD: the residual stream: one token (T = 1) of up to `MOST_ROWS` rows.
       weights: the block's, all of x's dtype; none may be packed.
-      k_YNSH, v_YNSH: its cache, in pages or not. H is 64, and N is D / 64, up to 32 and to what `cluster` has room for.
+      k_YNSH, v_YNSH: its cache. H is 64, and N is D / 64, up to 32 and to what `cluster` has room for.
       activation: the MLP's: the kernel has only "gelu_tanh".
     """
     one_token = x_BTD.shape[1] == 1
@@ -81,15 +81,16 @@ def block(
     positions_T: jax.Array,
     k_YNSH: jax.Array,
     v_YNSH: jax.Array,
-    table_TZ: jax.Array | None = None,
+    table_TZ: jax.Array,
     *,
     epsilon: float,
     scale: float,
     implementation: str = dispatch.AUTO,
 ) -> tuple[Stream, jax.Array, jax.Array]:
-    """GPT-2's block over a cache, to which the rows' new keys and values are added.
+    """GPT-2's block over a cache in pages, to which the rows' new keys and values are added.
 
-    Means, with LayerNorm and the tanh form of GELU, with brackets for rounding to bfloat16 and all else in float32:
+    Means, with LayerNorm and the tanh form of GELU, with brackets for rounding to bfloat16 and all else in float32, and
+    with `cache[t]` for what lies in row t's pages (see `pallas_kernels.pages`):
 
         q, k, v        = heads of [[attention_norm(x)] · qkv.kernel + qkv.bias]
         cache[t, n, p] = k, v at p = positions[t], if that is not negative
@@ -100,11 +101,10 @@ def block(
     Args:
       stream: one row per token.
       weights: of x's dtype.
-      positions_T: int32, less than S, or than Z · S with a table.
+      positions_T: int32, less than Z · S.
       k_YNSH, v_YNSH: of x's dtype. Updated in place if donated. Only places before a row's position have any influence;
         others may hold NaN.
-      table_TZ: int32, each row's pages (see `pallas_kernels.pages`), where `cache[t]` lies. None: row t has the page t
-        alone, of S positions. The kernel takes up to 32 pages; GPT-2 has 8.
+      table_TZ: int32, each row's pages. The kernel takes up to 32; GPT-2 has 8.
       epsilon: of the norms.
       scale: scores are multiplied by it.
       implementation: "auto", "mosaic" (if `takes` is true) or "xla".
@@ -120,8 +120,7 @@ def block(
     if stream.cleared_W.shape != (words,):
         raise ValueError(f"a workspace of {words} words is needed, found {stream.cleared_W.shape}: use Stream.of(x, F)")
     available: dict[str, Callable[..., Any]] = {dispatch.XLA: reference.block}
-    fits = table_TZ is None or table_TZ.shape[1] <= _MOST_PAGES
-    if fits and _has_kernel(stream.x_TD, weights, k_YNSH, v_YNSH, implementation):
+    if table_TZ.shape[1] <= _MOST_PAGES and _has_kernel(stream.x_TD, weights, k_YNSH, v_YNSH, implementation):
         from pallas_kernels.block import mosaic_sm90
 
         available[dispatch.MOSAIC] = partial(mosaic_sm90.block, blocks=cluster(k_YNSH.shape[1]))

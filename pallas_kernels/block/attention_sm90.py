@@ -94,7 +94,7 @@ class Head:
     first: Value  # the warp's first place
     inside: Value  # byte offset of the lane's eighth of a row of 64 numbers
     words: list[_Word]
-    page: Value | None  # with a table, the row's page of the lane's number
+    page: Value  # the row's, of the lane's number
 
     @classmethod
     def of(cls, thread: Thread, at: dict[str, Value]) -> "Head":
@@ -112,11 +112,9 @@ class Head:
         inside = ptx.mul(arith.andi(thread.cluster.lane, ptx.const(7)), 16)
         starts = range(0, thread.plan.rows * _Word.of_row, THREADS)
         words = [_Word.of(thread, at, ptx.add(thread.cluster.thread, start)) for start in starts]
-        page = None
-        if thread.plan.pages is not None:
-            block = arith.minsi(thread.cluster.lane, ptx.const(thread.plan.pages - 1))
-            entry = ptx.add(ptx.mul(row, thread.plan.pages), block)
-            (page,) = workspace_sm90.load(ptx.offset(at["table"], entry, 4), 1, ptx.always())
+        block = arith.minsi(thread.cluster.lane, ptx.const(thread.plan.pages - 1))
+        entry = ptx.add(ptx.mul(row, thread.plan.pages), block)
+        (page,) = workspace_sm90.load(ptx.offset(at["table"], entry, 4), 1, ptx.always())
         return cls(thread, at, row, position, first, inside, words, page)
 
     @staticmethod
@@ -150,28 +148,23 @@ class Head:
         words = []
         for name in "kv":
             lane_at = ptx.offset(self.at[name], self.inside, 1)
-            starts = [(ptx.offset(lane_at, number, 2 * PANEL), further) for number, further in numbers]
-            places = [ptx.shifted(start, 2 * PANEL * place) for start, further in starts for place in further]
+            places = [ptx.offset(lane_at, number, 2 * PANEL) for number in numbers]
             for at, is_seen in zip(places, self._seen(turn), strict=True):
                 words += workspace_sm90.load(at, 4, is_seen)
         ptx.sync_warp()
         return words
 
-    def _numbers(self, turn: Value) -> list[tuple[Value, list[int]]]:
-        """Where the lane reads in a turn: numbers of places in the cache, and for each load from there what to add."""
+    def _numbers(self, turn: Value) -> list[Value]:
+        """The number in the pool of the place that each load of a turn reads."""
         thread, plan, of_lane = self.thread, self.thread.plan, arith.shrui(self.thread.cluster.lane, ptx.const(3))
         place = ptx.add(self.first, ptx.mul(turn, self.step))
-        if self.page is None:
-            pair = ptx.add(ptx.mul(self.row, plan.panels), thread.panel)
-            number = ptx.add(ptx.mul(pair, plan.places), place, of_lane)
-            return [(number, [self._together * i for i in range(self._loads)])]
         in_pool = ptx.add(ptx.mul(thread.panel, PAGE), of_lane)
         found = []
         for i in range(self._loads):  # four adjacent places are in one page
             here = ptx.add(place, self._together * i)
             page = ptx.from_lane(self.page, arith.minsi(arith.shrui(here, ptx.const(_BITS)), ptx.const(31)))
             in_page = arith.andi(here, ptx.const(PAGE - 1))
-            found.append((ptx.add(ptx.mul(page, plan.panels * PAGE), in_pool, in_page), [0]))
+            found.append(ptx.add(ptx.mul(page, plan.panels * PAGE), in_pool, in_page))
         return found
 
     def sum_up(self, first: _First, exchange: int) -> None:
@@ -191,8 +184,8 @@ class Head:
         thread, plan = self.thread, self.thread.plan
         is_mine = ptx.both(word.exists, ptx.less(plan.blocks - 2, thread.rank))
         has_place = ptx.both(ptx.less(-1, word.position), ptx.less(word.position, plan.places))
-        place = word.position if plan.pages is None else arith.andi(word.position, ptx.const(PAGE - 1))
-        place = ptx.add(ptx.mul(ptx.add(ptx.mul(page, plan.panels), thread.panel), plan.page), place)
+        place = arith.andi(word.position, ptx.const(PAGE - 1))
+        place = ptx.add(ptx.mul(ptx.add(ptx.mul(page, plan.panels), thread.panel), PAGE), place)
         for part, name in ((1, "k"), (2, "v")):
             is_part = ptx.both(ptx.less(word.part, part + 1), ptx.less(part - 1, word.part))
             to = ptx.offset(ptx.offset(self.at[name], place, 2 * PANEL), word.pair, 4)
@@ -200,12 +193,11 @@ class Head:
 
     def load_first(self) -> _First:
         """Begins to load the first turn's keys and values, and the pages that new ones go to."""
-        plan, pages = self.thread.plan, [word.row for word in self.words]
-        if plan.pages is not None:
-            for i, word in enumerate(self.words):
-                block = arith.minsi(arith.shrui(word.position, ptx.const(_BITS)), ptx.const(plan.pages - 1))
-                entry = ptx.add(ptx.mul(word.row, plan.pages), arith.maxsi(block, ptx.const(0)))
-                (pages[i],) = workspace_sm90.load(ptx.offset(self.at["table"], entry, 4), 1, word.exists)
+        plan, pages = self.thread.plan, []
+        for word in self.words:
+            block = arith.minsi(arith.shrui(word.position, ptx.const(_BITS)), ptx.const(plan.pages - 1))
+            entry = ptx.add(ptx.mul(word.row, plan.pages), arith.maxsi(block, ptx.const(0)))
+            pages += workspace_sm90.load(ptx.offset(self.at["table"], entry, 4), 1, word.exists)
         return _First(self.load(ptx.const(0)), pages)
 
     def attend(self, first: _First, exchange: int) -> None:

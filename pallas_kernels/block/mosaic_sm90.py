@@ -32,7 +32,7 @@ def block(
     positions_T: jax.Array,
     k_YNSH: jax.Array,
     v_YNSH: jax.Array,
-    table_TZ: jax.Array | None = None,
+    table_TZ: jax.Array,
     *,
     epsilon: float,
     scale: float,
@@ -40,16 +40,14 @@ def block(
 ) -> tuple[Stream, jax.Array, jax.Array]:
     """See `api.block`. `blocks` is the number per cluster."""
     T, D = stream.x_TD.shape
-    N, S = k_YNSH.shape[1:3]
-    pages = None if table_TZ is None else table_TZ.shape[1]
-    places = S * (pages or 1)
-    plan = BlockPlan(rows=T, panels=N, blocks=blocks, places=places, scale=scale, epsilon=epsilon, pages=pages)
+    N, Z = k_YNSH.shape[1], table_TZ.shape[1]
+    plan = BlockPlan(rows=T, panels=N, blocks=blocks, pages=Z, scale=scale, epsilon=epsilon)
     cleared_ref, used_ref, k_ref, v_ref = map(jax.new_ref, (stream.cleared_W, stream.used_W, k_YNSH, v_YNSH))
     operands = {
         "x": stream.x_TD,
         "moments": stream.moments_TN2,
         "positions": positions_T,
-        "table": positions_T if table_TZ is None else table_TZ,  # something has to be passed, even if unread
+        "table": table_TZ,
         "k": k_ref,
         "v": v_ref,
         "workspace": cleared_ref,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block.stream import PANEL
+from pallas_kernels.pages import PAGE
 
 TILE_ROWS = 64  # of a tile of a matrix, which one copy brings; 16 rows for each of four warps
 THREADS, WARPS = 256, 8
@@ -34,15 +35,14 @@ class BlockPlan:
     rows: int  # T
     panels: int  # N: panels of D, and clusters
     blocks: int  # per cluster
-    places: int  # of a row in the cache
+    pages: int  # Z: of a row's table
     scale: float  # of attention's scores
     epsilon: float  # of the norms
-    pages: int | None = None  # of a row's table; None: a row's places are one page
 
     @property
-    def page(self) -> int:
-        """S: places of a page."""
-        return self.places // (self.pages or 1)
+    def places(self) -> int:
+        """Places of a row's pages."""
+        return PAGE * self.pages
 
     @property
     def width(self) -> int:

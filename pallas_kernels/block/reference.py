@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from pallas_kernels.add_norm.reference import add_norm
 from pallas_kernels.append import write_rows
 from pallas_kernels.attention import paged
-from pallas_kernels.attention.reference import dense
 from pallas_kernels.block.stream import LinearWeights, NormWeights, Stream, Weights, moments
 
 
@@ -16,13 +15,13 @@ def block(
     positions_T: jax.Array,
     k_YNSH: jax.Array,
     v_YNSH: jax.Array,
-    table_TZ: jax.Array | None = None,
+    table_TZ: jax.Array,
     *,
     epsilon: float,
     scale: float,
 ) -> tuple[Stream, jax.Array, jax.Array]:
     """See `api.block`. The workspaces stay as they are."""
-    T, (N, S, H) = len(positions_T), k_YNSH.shape[1:]
+    T, (N, _, H) = len(positions_T), k_YNSH.shape[1:]
 
     def normed(x_TD: jax.Array, norm: NormWeights) -> jax.Array:
         return add_norm(x_TD, None, *norm, epsilon=epsilon, center=True)[1]
@@ -30,19 +29,10 @@ def block(
     x_TD = stream.x_TD
     qkv_TRH = _product(normed(x_TD, weights.attention_norm), weights.qkv).astype(x_TD.dtype).reshape(T, 3 * N, H)
     q_TNH, *new = jnp.split(qkv_TRH, 3, axis=1)
-    if table_TZ is None:
-        place_T = jnp.where(positions_T < 0, S, positions_T)  # updates beyond the last place are dropped
-        k_YNSH, v_YNSH = (
-            old.at[jnp.arange(T), :, place_T].set(each, mode="drop")
-            for old, each in zip((k_YNSH, v_YNSH), new, strict=True)
-        )
-        places_TS = jnp.where(jnp.arange(S) <= positions_T[:, None], jnp.arange(S, dtype=jnp.int32), -1)
-        heads_T1NH = dense(q_TNH[:, None], k_YNSH, v_YNSH, positions_T[:, None], places_TS, scale=scale)
-    else:
-        k_YNSH, v_YNSH = (
-            write_rows(old, each, table_TZ, positions_T) for old, each in zip((k_YNSH, v_YNSH), new, strict=True)
-        )
-        heads_T1NH = paged.rows(q_TNH[:, None], k_YNSH, v_YNSH, table_TZ, positions_T[:, None], scale=scale)
+    k_YNSH, v_YNSH = (
+        write_rows(old, each, table_TZ, positions_T) for old, each in zip((k_YNSH, v_YNSH), new, strict=True)
+    )
+    heads_T1NH = paged.rows(q_TNH[:, None], k_YNSH, v_YNSH, table_TZ, positions_T[:, None], scale=scale)
     x_TD = _added(x_TD, _product(heads_T1NH.reshape(T, N * H), weights.out))
     hidden_TF = _product(normed(x_TD, weights.mlp_norm), weights.up).astype(x_TD.dtype)
     hidden_TF = jax.nn.gelu(hidden_TF.astype(jnp.float32), approximate=True).astype(x_TD.dtype)

@@ -19,19 +19,19 @@ from gptjax.bench.figure import Figure
 from gptjax.bench.kernels import Ceilings, KernelResult, NotRun
 from gptjax.cli import main
 from gptjax.config import PUBLISHED
+from pallas_kernels.pages import PAGE
 from tests.oracles import attention_numpy, block_numpy, moe_numpy
 from tests.thinned import thinned
 
 pytestmark = pytest.mark.usefixtures("short")
 PRODUCT = Product(3, "float32", 40, 700)
 EXPERTS = Experts(3, "float32", 96, 64, 7, 2, packed=True, alpha=1.702, limit=7.0)
-FULL = Attention(5, "float32", 6, 2, 16, 24, ring=False, sinks=False)
-RING = Attention(2, "float32", 6, 2, 16, 24, ring=True, sinks=True)
-BLOCK = Block(5, "float32", 3, 64, 320, 24, block_numpy.EPSILON)
+FULL = Attention(5, "float32", 6, 2, 16, 150, windowed=False, sinks=False)
+WINDOW = Attention(2, "float32", 6, 2, 16, 150, windowed=True, sinks=True)
+BLOCK = Block(5, "float32", 3, 64, 320, 150, block_numpy.EPSILON)
 PROMPT = Prefill(2, "float32", 6, 2, 16, tokens=9, prior=130, window=20, sinks=True)
-PAGED = [dataclasses.replace(case, paged=True, positions=150) for case in (FULL, RING, BLOCK)]
 UNBALANCED = dataclasses.replace(EXPERTS, rows=40, balanced=False)
-CASES = [PRODUCT, EXPERTS, UNBALANCED, FULL, RING, BLOCK, *PAGED, PROMPT, dataclasses.replace(PROMPT, paged=True)]
+CASES = [PRODUCT, EXPERTS, UNBALANCED, FULL, WINDOW, BLOCK, PROMPT]
 CEILINGS = Ceilings(copy=4e9, read=5e9, flops=1e12, link=1e-6)
 
 
@@ -62,25 +62,14 @@ def test_the_cases_are_the_shapes_of_the_models():
         *(("4 of 128: 2880→2·2880→2880, MXFP4, unbalanced", rows) for rows in (512, 2048, 16384)),
     ]
     attention = _shapes("attention", "gpt-oss-20b", "gpt-oss-120b")
-    for rows, positions in (
-        (1, "2048"),
-        (1, "32768"),
-        (8, "2048"),
-        (32, "512"),
-        (1, "128 in a ring"),
-        (8, "128 of a window in pages"),
-    ):
+    for rows, positions in ((1, "2048"), (1, "32768"), (8, "2048"), (32, "512"), (8, "128 of a window")):
         assert (f"64 heads on 8·64, {positions}", rows) in attention
     assert len(set(attention)) == len(attention)
-    forms = ("", " in pages")
-    assert _shapes("attention", "gpt2") == [
-        (f"12 heads on 12·64, 512{form}", rows) for rows in (1, 8, 32) for form in forms
-    ]
+    assert _shapes("attention", "gpt2") == [("12 heads on 12·64, 512", rows) for rows in (1, 8, 32)]
     assert _shapes("block", "gpt2", "gpt-oss-20b", "gpt2-xl") == [
-        (shape + form, rows)
+        (shape, rows)
         for shape in ("12 heads of 64, 768→3072→768, 512", "25 heads of 64, 1600→6400→1600, 512")
         for rows in (1, 8)
-        for form in forms
     ]
 
 
@@ -90,10 +79,10 @@ def test_models_share_cases_and_other_sizes_can_be_asked_for():
     assert set(map(tuple, found.values())) == {("gpt-oss-20b", "gpt-oss-120b")}
     assert {case.rows for case in found} == {5}
     assert _shapes("attention", "gpt2", rows=[2], positions=[64, 1000, 2000]) == [
-        (f"12 heads on 12·64, {positions}{form}", 2) for positions in (64, 1000) for form in ("", " in pages")
+        (f"12 heads on 12·64, {positions}", 2) for positions in (64, 1000)
     ]
     block = "12 heads of 64, 768→3072→768, 64"
-    assert _shapes("block", "gpt2", rows=[2], positions=[64, 2000]) == [(block, 2), (f"{block} in pages", 2)]
+    assert _shapes("block", "gpt2", rows=[2], positions=[64, 2000]) == [(block, 2)]
     assert _shapes("moe", "gpt2") == []
 
 
@@ -110,7 +99,7 @@ def test_bytes_and_flops_are_those_counted_by_hand():
     for rows, touched in ((1, 4), (128, 32)):
         case = Experts(rows, "bfloat16", 2880, 2880, 32, 4, packed=True, alpha=1.702, limit=7.0)
         assert (case.bytes, case.flops) == (touched * expert * 17 // 32, 2 * 4 * rows * expert)
-    cache = Attention(8, "bfloat16", 64, 8, 64, 2048, ring=False, sinks=True)
+    cache = Attention(8, "bfloat16", 64, 8, 64, 2048, windowed=False, sinks=True)
     assert cache.bytes == 8 * 2 * 8 * 2048 * 64 * 2
     assert cache.flops == 8 * 2 * 2 * 64 * 2048 * 64
     block = Block(8, "bfloat16", 12, 64, 3072, 512, 1e-5)
@@ -141,7 +130,7 @@ def test_every_case_of_full_size_has_operands_that_fit(implementation):
             leaves = jax.tree.leaves((operands, x.caches) if isinstance(case, Block) else operands)
             read = [leaf for leaf in leaves if leaf.dtype == jnp.bfloat16 and leaf.ndim > 1]
             held = 2 * sum(leaf.size for leaf in read)
-            has_more = getattr(case, "paged", False) or isinstance(case, Prefill)  # than is read
+            has_more = isinstance(case, Attention | Block | Prefill)  # than is read
             assert held >= case.bytes if has_more else held == case.bytes
         if implementation == "xla":
             out = jax.eval_shape(lambda x, operands, case=case: case.call(x, operands, "xla"), x, operands)
@@ -159,9 +148,7 @@ def _numbers(packed: Any) -> np.ndarray:
 
 def _oracle(case: Any, x: Any, operands: Any) -> Any:
     if isinstance(case, Block):
-        caches = x.caches[operands.copy]
-        if case.paged:
-            caches = [_together(pool, x.table_TZ) for pool in caches]
+        caches = [_together(pool, x.table_TZ) for pool in x.caches[operands.copy]]
         given = block_numpy.Operands(x.stream, operands.weights, x.positions_T, *caches)
         x_TD, _, _ = block_numpy.block(given, jnp.float32)
         return dataclasses.replace(x, stream=dataclasses.replace(x.stream, x_TD=x_TD))
@@ -181,11 +168,9 @@ def _oracle(case: Any, x: Any, operands: Any) -> Any:
 
 def _attended(case: Any, x: Any, operands: Any) -> np.ndarray:
     k, v, sinks = (None if each is None else np.asarray(each) for each in operands)
-    k_positions = np.asarray(x.where)
-    if case.paged:
-        k, v = (_together(pool, k_positions) for pool in (k, v))
-        k_positions = np.broadcast_to(np.arange(k.shape[2]), (len(k), k.shape[2]))
-    window = case.window if isinstance(case, Prefill) else case.positions if case.ring else None
+    k, v = (_together(pool, x.table_BZ) for pool in (k, v))
+    k_positions = np.broadcast_to(np.arange(k.shape[2]), (len(k), k.shape[2]))
+    window = case.window if isinstance(case, Prefill) else case.positions if case.windowed else None
     given = np.asarray(x.q_BTNH, np.float64), k, v, np.asarray(x.q_positions_BT), k_positions, sinks
     return attention_numpy.attention(*given, scale=0.25, window=window)
 
@@ -196,7 +181,7 @@ def _together(pool: Any, table_BZ: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "case", thinned(CASES, PRODUCT, EXPERTS, RING), ids=lambda case: f"{case.operation} {case.shape}"
+    "case", thinned(CASES, PRODUCT, EXPERTS, WINDOW), ids=lambda case: f"{case.operation} {case.shape}"
 )
 def test_what_is_expected_is_what_the_oracle_says(case):
     x, copies = case.x(2), case.copies(2, "xla")
@@ -278,9 +263,9 @@ def test_a_chain_of_blocks_updates_caches_in_place():
     shape = f"f32[{','.join(map(str, cache.shape))}]"
     assert not re.findall(rf"= {re.escape(shape)}\S* copy\(", compiled.as_text())
     old = [np.asarray(leaf) for leaf in jax.tree.leaves(x.caches)]
+    written = [(page, BLOCK.positions - 1 - PAGE) for page in sorted(np.asarray(x.table_TZ)[:, 1])]
     for before, after in zip(old, jax.tree.leaves(program(x, copies).caches), strict=True):
-        np.testing.assert_array_equal(after[:, :, :-1], before[:, :, :-1])
-        assert not np.array_equal(after[:, :, -1], before[:, :, -1])
+        np.testing.assert_array_equal(np.argwhere((after != before).any(axis=(1, 3))), written)  # pages and places
 
 
 def test_a_following_input_is_the_one_before():
@@ -335,10 +320,10 @@ def test_the_command_prints_a_table_and_json(ceilings, capsys):
     assert main(["bench", *short]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "4.00 GB/s" in lines[0] and "5.00 GB/s" in lines[0] and "1.0 µs" in lines[1]
-    assert [line.split()[0] for line in lines[3:]] == ["matvec"] * 3 + ["attention"] * 4
+    assert [line.split()[0] for line in lines[3:]] == ["matvec"] * 3 + ["attention"] * 2
     assert main(["bench", *short, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert [result["operation"] for result in facts["results"]] == ["matvec"] * 3 + ["attention"] * 4
+    assert [result["operation"] for result in facts["results"]] == ["matvec"] * 3 + ["attention"] * 2
     assert facts["ceiling_bytes_per_second"] == 5e9
     assert facts["not_run"] == []
     assert len(facts["results"][0]["runs"]) == 2

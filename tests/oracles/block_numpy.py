@@ -12,7 +12,7 @@ EPSILON, SCALE = 1e-5, 0.125
 
 
 class Operands(NamedTuple):
-    """What `pallas_kernels.block.block` takes."""
+    """What `pallas_kernels.block.block` takes, with each row's keys and values together instead of in pages."""
 
     stream: Stream
     weights: Weights

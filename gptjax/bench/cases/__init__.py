@@ -4,9 +4,9 @@ Experts can be measured at prompts' shapes too, and there with unbalanced routin
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from gptjax.bench.cases.attention import Attention
 from gptjax.bench.cases.block import Block
@@ -27,7 +27,7 @@ _CACHES: Final = {  # rows and positions
     "attention": ((1, 512), (1, 2048), (1, 32768), (8, 512), (8, 2048), (32, 512)),
     "block": ((1, 512), (8, 512)),
 }
-_RINGS: Final = (1, 8, 32)  # rows
+_WINDOWS: Final = (1, 8, 32)  # rows
 _READ: Final = ((1, 512, 0), (1, 2048, 0), (4, 512, 0), (1, 2048, 30720))  # rows, tokens of each, positions before them
 
 
@@ -53,7 +53,7 @@ def cases(
                 for case in _prefill(config, dtype, rows, positions) if prompts else ():
                     found.setdefault(case, []).append(name)
                 continue
-            counts = rows or _ROW_COUNTS.get(operation, _RINGS)
+            counts = rows or _ROW_COUNTS.get(operation, _WINDOWS)
             if prompts and rows is None and operation == Experts.operation:
                 counts = (*counts, *_PROMPTS)
             caches = _CACHES.get(operation, ())
@@ -79,10 +79,9 @@ def _of(
     if operation == "attention":
         full = partial(Attention, dtype=dtype, num_heads=N, num_kv_heads=K, head_width=H, sinks=has_experts)
         windows = sorted({window for window in config.windows if window is not None})
-        forms = partial(_forms, full)
         return [
-            *(case for rows, positions in fits for case in forms(rows=rows, positions=positions, ring=False)),
-            *(case for size in windows for rows in counts for case in forms(rows=rows, positions=size, ring=True)),
+            *(full(rows=rows, positions=positions, windowed=False) for rows, positions in fits),
+            *(full(rows=rows, positions=size, windowed=True) for size in windows for rows in counts),
         ]
     if operation == "block":
         if not isinstance(config, GPT2Config) or not _has_block(config):
@@ -90,7 +89,7 @@ def _of(
         block = partial(
             Block, dtype=dtype, num_heads=N, head_width=H, mlp_width=config.mlp_width, epsilon=config.norm_epsilon
         )
-        return [case for rows, positions in fits for case in _forms(block, rows=rows, positions=positions)]
+        return [block(rows=rows, positions=positions) for rows, positions in fits]
     if not isinstance(config, GptOssConfig):
         return []
     settings = config.num_experts, config.experts_per_token, packs(config.mxfp4, "experts")
@@ -114,17 +113,11 @@ def _prefill(
     read = [(B, T, 0) for B in rows or [1] for T in positions or [512]] if rows or positions else _READ
     windows = sorted(set(config.windows), key=lambda window: window or config.context_length)
     return [
-        case
+        prefill(rows=B, tokens=T, prior=prior, window=window)
         for B, T, prior in read
         if prior + T <= config.context_length
         for window in windows
-        for case in _forms(prefill, rows=B, tokens=T, prior=prior, window=window)
     ]
-
-
-def _forms(case: Callable[..., Case], **sizes: Any) -> list[Case]:
-    """Over places that lie together, and over pages: one after the other, to be compared."""
-    return [case(**sizes, paged=paged) for paged in (False, True)]
 
 
 def _has_block(config: GPT2Config) -> bool:

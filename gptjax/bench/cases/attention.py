@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.bench.cases.case import Case, float64, normal, shuffled_table, together
-from pallas_kernels.attention import attention, attention_over_pages
+from pallas_kernels.attention import attention_over_pages
 from pallas_kernels.pages import PAGE
 
 _ROWS: Final = 4  # rows of a result that are compared
@@ -21,27 +21,26 @@ class Carried:
 
     q_BTNH: jax.Array
     q_positions_BT: jax.Array
-    where: jax.Array  # the positions of keys [B, S], or a table of pages [B, Z]
+    table_BZ: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention(Case):
-    """`attention` with one query per row, over a full cache."""
+    """`attention_over_pages` with one query per row. The pages lie in any order."""
 
     operation = "attention"
     num_heads: int  # N
     num_kv_heads: int  # K
     head_width: int  # H
-    positions: int  # S
-    ring: bool  # a sliding window's, overwritten many times
+    positions: int  # that are seen: S
+    windowed: bool  # whether they are a window, behind many others
     sinks: bool
-    paged: bool = False  # in pages, which lie in any order; with `ring`, those that the window sees
 
     @property
     def shape(self) -> str:
         """Heads and positions."""
-        where = (" of a window" if self.ring else "") + " in pages" if self.paged else " in a ring" if self.ring else ""
-        return f"{self.num_heads} heads on {self.num_kv_heads}·{self.head_width}, {self.positions}{where}"
+        more = " of a window" if self.windowed else ""
+        return f"{self.num_heads} heads on {self.num_kv_heads}·{self.head_width}, {self.positions}{more}"
 
     @property
     def bytes(self) -> int:
@@ -57,24 +56,15 @@ class Attention(Case):
     def x(self, count: int) -> Carried:
         """Queries [B, 1, N, H], and the positions of one step."""
         del count
-        last = self.positions - 1 if not self.ring else 10 * self.positions + self.positions // 3
-        if self.paged:
-            where = shuffled_table(self.rows, last + 1)
-        else:
-            places_S = np.arange(self.positions)
-            k_positions = np.broadcast_to(last - (last - places_S) % self.positions, (self.rows, self.positions))
-            where = jnp.asarray(k_positions, jnp.int32)
+        last = 10 * self.positions + self.positions // 3 if self.windowed else self.positions - 1
         q_B1NH = normal(0, (self.rows, 1, self.num_heads, self.head_width), self.dtype)
-        return Carried(q_B1NH, jnp.full((self.rows, 1), last, jnp.int32), where)
+        return Carried(q_B1NH, jnp.full((self.rows, 1), last, jnp.int32), shuffled_table(self.rows, last + 1))
 
     def copies(self, count: int, implementation: str) -> list[Any]:
         """Caches and sinks."""
         del implementation
         sinks_N = normal(1, (self.num_heads,), self.dtype) if self.sinks else None
-        lead = (self.rows, self.num_kv_heads, self.positions)
-        if self.paged:
-            lead = (1 + self.x(1).where.size, self.num_kv_heads, PAGE)
-        shape = (*lead, self.head_width)
+        shape = (1 + self.x(1).table_BZ.size, self.num_kv_heads, PAGE, self.head_width)
         return [
             (*(normal(2 + 2 * copy + which, shape, self.dtype) for which in (0, 1)), sinks_N) for copy in range(count)
         ]
@@ -82,11 +72,17 @@ class Attention(Case):
     def call(self, x: Carried, operands: Any, implementation: str) -> jax.Array:
         """[B, 1, N, H]."""
         k, v, sinks_N = operands
-        window = self.positions if self.ring else None
-        settings: dict[str, Any] = {"scale": self.head_width**-0.5, "window": window, "implementation": implementation}
-        if self.paged:
-            return attention_over_pages(x.q_BTNH, k, v, x.where, x.q_positions_BT, sinks_N, **settings)
-        return attention(x.q_BTNH, k, v, x.q_positions_BT, x.where, sinks_N, cached=True, **settings)
+        return attention_over_pages(
+            x.q_BTNH,
+            k,
+            v,
+            x.table_BZ,
+            x.q_positions_BT,
+            sinks_N,
+            scale=self.head_width**-0.5,
+            window=self.positions if self.windowed else None,
+            implementation=implementation,
+        )
 
     def sample(self, out: jax.Array) -> jax.Array:
         """The first rows."""
@@ -94,7 +90,9 @@ class Attention(Case):
 
     def expected(self, x: Carried, operands: Any) -> np.ndarray:
         """[rows, 1, N, H]."""
-        q, (k, v) = float64(x.q_BTNH[:_ROWS]), self._seen(x, operands)
+        end = int(x.q_positions_BT[0, 0]) + 1
+        k, v = (together(pool, x.table_BZ[:_ROWS])[:, :, end - self.positions : end] for pool in operands[:2])
+        q = float64(x.q_BTNH[:_ROWS])
         q_BKGH = q.reshape(len(q), self.num_kv_heads, -1, self.head_width)
         scores = q_BKGH @ k.swapaxes(2, 3) * self.head_width**-0.5
         sinks = np.full(self.num_heads, -np.inf) if operands[2] is None else float64(operands[2])
@@ -103,13 +101,6 @@ class Attention(Case):
         weights = np.exp(scores - largest)
         total = weights.sum(axis=-1, keepdims=True) + np.exp(sinks_KG1 - largest)
         return (weights / total @ v).reshape(q.shape)
-
-    def _seen(self, x: Carried, operands: Any) -> list[np.ndarray]:
-        """The keys and the values that the first rows see, [rows, K, S, H]."""
-        if not self.paged:  # all
-            return [float64(cache[:_ROWS]) for cache in operands[:2]]
-        end = int(x.q_positions_BT[0, 0]) + 1
-        return [together(pool, x.where[:_ROWS])[:, :, end - self.positions : end] for pool in operands[:2]]
 
     def following(self, x: Carried, out: jax.Array) -> Carried:
         """The result: it serves as the next query at no cost."""

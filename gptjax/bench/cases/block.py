@@ -26,9 +26,9 @@ class Carried:
     """
 
     stream: Stream
-    caches: tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each copy, [T or Y, N, S, H]
+    caches: tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each copy, [Y, N, S, H]
     positions_T: jax.Array
-    table_TZ: jax.Array | None
+    table_TZ: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +42,7 @@ class Operands:
 
 @dataclasses.dataclass(frozen=True)
 class Block(Case):
-    """`block` at the last position of its caches, the same in each call.
+    """`block` at the last of some positions, the same in each call. The pages of the caches lie in any order.
 
     The stream passes from call to call, as it does from layer to layer; creating it is not timed.
     """
@@ -51,16 +51,14 @@ class Block(Case):
     num_heads: int  # N
     head_width: int  # H
     mlp_width: int  # F
-    positions: int  # S
+    positions: int
     epsilon: float
-    paged: bool = False  # caches in pages, which lie in any order
 
     @property
     def shape(self) -> str:
         """Heads, sizes and positions."""
         sizes = f"{self.width}→{self.mlp_width}→{self.width}"
-        where = " in pages" if self.paged else ""
-        return f"{self.num_heads} heads of {self.head_width}, {sizes}, {self.positions}{where}"
+        return f"{self.num_heads} heads of {self.head_width}, {sizes}, {self.positions}"
 
     @property
     def width(self) -> int:
@@ -88,10 +86,8 @@ class Block(Case):
 
     def x(self, count: int) -> Carried:
         """The initial stream [T, D], and caches for `count` copies."""
-        shape = (self.rows, self.num_heads, self.positions, self.head_width)
-        table_TZ = shuffled_table(self.rows, self.positions) if self.paged else None
-        if table_TZ is not None:
-            shape = (1 + table_TZ.size, self.num_heads, PAGE, self.head_width)
+        table_TZ = shuffled_table(self.rows, self.positions)
+        shape = (1 + table_TZ.size, self.num_heads, PAGE, self.head_width)
         caches = (
             (normal(1 + 2 * copy, shape, self.dtype), normal(2 + 2 * copy, shape, self.dtype)) for copy in range(count)
         )
@@ -118,7 +114,7 @@ class Block(Case):
     def call(self, x: Carried, operands: Operands, implementation: str) -> Carried:
         """The stream after the block, and the caches."""
         caches = list(x.caches)
-        stream, k_TNSH, v_TNSH = block(
+        stream, k_YNSH, v_YNSH = block(
             x.stream,
             operands.weights,
             x.positions_T,
@@ -128,7 +124,7 @@ class Block(Case):
             scale=self._scale,
             implementation=implementation,
         )
-        caches[operands.copy] = (k_TNSH, v_TNSH)
+        caches[operands.copy] = (k_YNSH, v_YNSH)
         return dataclasses.replace(x, stream=stream, caches=tuple(caches))
 
     def sample(self, out: Carried) -> jax.Array:
@@ -145,11 +141,8 @@ class Block(Case):
         weights: Weights = jax.tree.map(float64, operands.weights)
         x_TD = float64(x.stream.x_TD)
         qkv_TO = _product(self._normed(x_TD, weights.attention_norm), weights.qkv)
-        caches = x.caches[operands.copy]
-        if x.table_TZ is None:
-            heads_TD = self._attended(qkv_TO, *map(float64, caches))
-        else:
-            heads_TD = self._attended(qkv_TO, *(together(each, x.table_TZ)[:, :, : self.positions] for each in caches))
+        caches = (together(pool, x.table_TZ)[:, :, : self.positions] for pool in x.caches[operands.copy])
+        heads_TD = self._attended(qkv_TO, *caches)
         x_TD = x_TD + _product(heads_TD, weights.out)
         hidden_TF = _gelu(_product(self._normed(x_TD, weights.mlp_norm), weights.up))
         return x_TD + _product(hidden_TF, weights.down)

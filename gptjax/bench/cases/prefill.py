@@ -9,7 +9,7 @@ import numpy as np
 
 from gptjax.bench.cases.attention import Carried
 from gptjax.bench.cases.case import Case, float64, normal, shuffled_table, together
-from pallas_kernels.attention import attention, packed_attention_over_pages
+from pallas_kernels.attention import packed_attention_over_pages
 from pallas_kernels.pages import PAGE, Tiles
 
 _TOKENS: Final = 3  # of the first prompt, its last ones, that are compared
@@ -17,7 +17,7 @@ _TOKENS: Final = 3  # of the first prompt, its last ones, that are compared
 
 @dataclasses.dataclass(frozen=True)
 class Prefill(Case):
-    """`attention` of prompts of one length, whose keys and values are in the cache, behind `prior` other positions."""
+    """`attention` of packed prompts of one length, their keys and values in pages behind `prior` other positions."""
 
     operation = "prefill"
     num_heads: int  # N
@@ -27,14 +27,12 @@ class Prefill(Case):
     prior: int
     window: int | None
     sinks: bool
-    paged: bool = False  # in pages, which lie in any order, and the prompts packed
 
     @property
     def shape(self) -> str:
         """Heads and positions."""
         more = f" after {self.prior}" if self.prior else ""
         more += f", window {self.window}" if self.window is not None else ""
-        more += " in pages" if self.paged else ""
         return f"{self.num_heads} heads on {self.num_kv_heads}·{self.head_width}, {self.tokens}{more}"
 
     @property
@@ -59,20 +57,14 @@ class Prefill(Case):
         del count
         shape = (self.rows, self.tokens, self.num_heads, self.head_width)
         positions_BT = np.broadcast_to(np.arange(self.prior, self.positions), (self.rows, self.tokens))
-        if self.paged:
-            where = shuffled_table(self.rows, self.positions)
-        else:
-            where = jnp.asarray(np.broadcast_to(np.arange(self.positions), (self.rows, self.positions)), jnp.int32)
-        return Carried(normal(0, shape, self.dtype), jnp.asarray(positions_BT, jnp.int32), where)
+        q_BTNH, table_BZ = normal(0, shape, self.dtype), shuffled_table(self.rows, self.positions)
+        return Carried(q_BTNH, jnp.asarray(positions_BT, jnp.int32), table_BZ)
 
     def copies(self, count: int, implementation: str) -> list[Any]:
         """Caches and sinks."""
         del implementation
         sinks_N = normal(1, (self.num_heads,), self.dtype) if self.sinks else None
-        lead = (self.rows, self.num_kv_heads, self.positions)
-        if self.paged:
-            lead = (1 + self.rows * -(-self.positions // PAGE), self.num_kv_heads, PAGE)
-        shape = (*lead, self.head_width)
+        shape = (1 + self.rows * -(-self.positions // PAGE), self.num_kv_heads, PAGE, self.head_width)
         return [
             (*(normal(2 + 2 * copy + which, shape, self.dtype) for which in (0, 1)), sinks_N) for copy in range(count)
         ]
@@ -80,16 +72,17 @@ class Prefill(Case):
     def call(self, x: Carried, operands: Any, implementation: str) -> jax.Array:
         """[B, T, N, H]."""
         k, v, sinks_N = operands
-        settings: dict[str, Any] = {
-            "scale": self.head_width**-0.5,
-            "window": self.window,
-            "implementation": implementation,
-        }
-        if not self.paged:
-            return attention(x.q_BTNH, k, v, x.q_positions_BT, x.where, sinks_N, cached=True, **settings)
-        q_1TNH = x.q_BTNH.reshape(1, -1, self.num_heads, self.head_width)
-        tiles = Tiles.of(x.q_positions_BT)
-        out_1TNH = packed_attention_over_pages(q_1TNH, k, v, x.where, tiles, sinks_N, **settings)
+        out_1TNH = packed_attention_over_pages(
+            x.q_BTNH.reshape(1, -1, self.num_heads, self.head_width),
+            k,
+            v,
+            x.table_BZ,
+            Tiles.of(x.q_positions_BT),
+            sinks_N,
+            scale=self.head_width**-0.5,
+            window=self.window,
+            implementation=implementation,
+        )
         return out_1TNH.reshape(x.q_BTNH.shape)
 
     def sample(self, out: jax.Array) -> jax.Array:
@@ -98,10 +91,7 @@ class Prefill(Case):
 
     def expected(self, x: Carried, operands: Any) -> np.ndarray:
         """The same."""
-        k_KSH, v_KSH = (
-            together(each, x.where[:1])[0, :, : self.positions] if self.paged else float64(each[0])
-            for each in operands[:2]
-        )
+        k_KSH, v_KSH = (together(pool, x.table_BZ[:1])[0, :, : self.positions] for pool in operands[:2])
         q_TKGH = float64(self.sample(x.q_BTNH)).reshape(_TOKENS, self.num_kv_heads, -1, self.head_width)
         scores = np.einsum("tkgh,ksh->tkgs", q_TKGH, k_KSH) * self.head_width**-0.5
         ahead_TS = np.arange(self.positions - _TOKENS, self.positions)[:, None] - np.arange(self.positions)

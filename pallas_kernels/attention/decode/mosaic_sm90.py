@@ -1,4 +1,4 @@
-"""Attention over a cache with one query token per row, for Hopper: Pallas Mosaic GPU. See ../RECORD.md.
+"""Attention over pages with one query token per row, for Hopper: Pallas Mosaic GPU. See ../RECORD.md.
 
 A warp streams its tiles of one key/value head from memory to registers (`warp_sm90`). Nothing waits until the end, when
 the warps of a block, and then the blocks of a cluster, merge their results (`gather_sm90`).
@@ -16,11 +16,13 @@ from pallas_kernels import ptx
 from pallas_kernels.attention.decode import combine_sm90, gather_sm90, split, warp_sm90
 from pallas_kernels.attention.decode.gather_sm90 import QUERIES, Block
 from pallas_kernels.attention.decode.warp_sm90 import WARPS, DecodePlan
+from pallas_kernels.pages import PAGE
 from pallas_kernels.ptx import Value
 
 plgpu: Any = mosaic_gpu  # JAX 0.10 has another interface: there, this module can only be imported
 WIDTHS = 64  # head widths are multiples of this
-_WARP_TILES = {64: 32}  # places that a warp computes at a time, by width; RECORD.md has others
+_TILES = (16, 32, 64, 128)  # places that a warp computes at a time: parts of a page
+_WARP_TILES = {64: 32}  # by width; RECORD.md has others
 _WARP_TILE = 16
 _MULTIPROCESSORS = 132  # of an H200: more blocks in clusters would only wait for each other
 _IN_CLUSTER = 4096  # places that one cluster shares by default, so that nothing is left to combine
@@ -34,31 +36,31 @@ def decode(
     sinks_N: jax.Array | None = None,
     *,
     scale: float,
-    table_BZ: jax.Array | None = None,
+    table_BZ: jax.Array,
     starts_B: jax.Array | None = None,
     window: int | None = None,
     splits: int | None = None,
     blocks: int | None = None,
     warp_tile: int | None = None,
 ) -> jax.Array:
-    """Softmax attention of each row's one query over the first `counts` places of its cache, in any order.
+    """Softmax attention of each row's one query over the first `counts` places of its pages.
 
     Scores, softmax and sums are float32; the weights are rounded to bfloat16 for their product with the values. Places
     beyond a row's count have no influence, even if they hold NaN. The bits of a row depend neither on other rows nor,
-    for given splits and blocks, on the capacity S, nor on where its pages lie.
+    for given splits and blocks, on the number of pages, nor on where these lie.
 
     Args:
       q_BNH: bfloat16; query n uses key/value head n // (N / K).
-      k_YKSH, v_YKSH: bfloat16, H a multiple of 64.
-      counts_B: int32, 0 to S (with a table, to Z · S): places in use.
+      k_YKSH, v_YKSH: bfloat16, in pages, S = `pages.PAGE`; H a multiple of 64.
+      counts_B: int32, 0 to Z · S: places in use.
       sinks_N: bfloat16 or float32, one logit per query head that takes its share of the softmax and has no value.
       scale: scores are multiplied by it.
-      table_BZ: int32, each row's pages, of S = `pages.PAGE` places. None: row b has the page b alone, of any size.
-      starts_B: int32, each row's first place that is seen, less than a page; None for 0. Only with a table.
+      table_BZ: int32, each row's pages.
+      starts_B: int32, each row's first place that is seen, less than a page; None for 0.
       window: how many places a row sees at most, with `starts_B`.
-      splits: clusters that share a row's cache; by default from B, K and S.
-      blocks: per cluster: 1, 2, 4 or 8; by default from B, K and S.
-      warp_tile: places that a warp computes at a time, a multiple of 16; by default from H.
+      splits: clusters that share a row's pages; by default from B, K and Z.
+      blocks: per cluster: 1, 2, 4 or 8; by default from B, K and Z.
+      warp_tile: places that a warp computes at a time: 16, 32, 64 or 128; by default from H.
 
     Returns:
       [B, N, H] bfloat16; 0 for a row whose count is 0.
@@ -67,10 +69,9 @@ def decode(
       ValueError: dtypes, widths or settings that the kernel does not support.
     """
     B, N, H = q_BNH.shape
-    K, S = k_YKSH.shape[1:3]
-    pages = None if table_BZ is None else table_BZ.shape[1]
-    is_folded = starts_B is not None and window is not None and window <= S
-    places = S if pages is None or is_folded else S * pages
+    K, Z = k_YKSH.shape[1], table_BZ.shape[1]
+    is_folded = starts_B is not None and window is not None and window <= PAGE
+    places = PAGE if is_folded else PAGE * Z
     dtypes = {x.dtype for x in (q_BNH, k_YKSH, v_YKSH)}
     if dtypes != {jnp.dtype(jnp.bfloat16)}:
         raise ValueError(f"mosaic decode attention takes bfloat16, found {', '.join(sorted(map(str, dtypes)))}")
@@ -81,8 +82,8 @@ def decode(
     if N % K:
         raise ValueError(f"{N} query heads cannot share {K} key/value heads: not a multiple")
     warp_tile = _WARP_TILES.get(H, _WARP_TILE) if warp_tile is None else warp_tile
-    if warp_tile % 16:
-        raise ValueError(f"a warp's tile is a multiple of 16 places, found {warp_tile}")
+    if warp_tile not in _TILES:
+        raise ValueError(f"a warp's tile has 16, 32, 64 or 128 places, found {warp_tile}")
     if blocks not in (None, 1, 2, 4, 8):
         raise ValueError(f"a cluster has 1, 2, 4 or 8 blocks, found {blocks}")
     if splits is None or blocks is None:
@@ -107,7 +108,7 @@ def decode(
             warp_tile=warp_tile,
             scale=scale,
             sinks=None if sinks_N is None else sinks_N.dtype.name,
-            pages=pages,
+            pages=Z,
             windowed=starts_B is not None,
             folded=is_folded,
         ),
@@ -117,8 +118,8 @@ def decode(
 def _deal(rows: int, places: int, tile: int) -> tuple[int, int]:
     """How many splits, of how many blocks each, to deal a row's `places` into, if there are `rows` (B · K) of them.
 
-    A small capacity lowers both, but never below one tile per block. So among capacities up to `_IN_CLUSTER`, and among
-    those beyond it, the capacity changes no bit.
+    Few places lower both, but never below one tile per block. So among numbers of places up to `_IN_CLUSTER`, and among
+    those beyond it, the number changes no bit.
     """
     wanted = split.choose(rows, places, tile)
     if wanted > ptx.MOST_BLOCKS and places > _IN_CLUSTER:
@@ -134,19 +135,26 @@ def _decode(
     v_YKSH: jax.Array,
     counts_B: jax.Array,
     sinks_N: jax.Array | None,
-    table_BZ: jax.Array | None,
+    table_BZ: jax.Array,
     starts_B: jax.Array | None,
     *,
     plan: DecodePlan,
 ) -> jax.Array:
     B, N, H = q_BNH.shape
     K, G, J = plan.keys, plan.group, plan.splits
-    operands = {"q": q_BNH, "k": k_YKSH, "v": v_YKSH, "counts": counts_B}
-    for name, array in (("sinks", sinks_N), ("table", table_BZ), ("starts", starts_B)):
-        operands[name] = counts_B if array is None else array  # something has to be passed, even if unread
+    # What is missing is not read, but something has to be passed for it.
+    sinks, starts = (counts_B if array is None else array for array in (sinks_N, starts_B))
     results = ptx.launch(
         partial(decode_attention, plan),
-        operands,
+        {
+            "q": q_BNH,
+            "k": k_YKSH,
+            "v": v_YKSH,
+            "counts": counts_B,
+            "sinks": sinks,
+            "table": table_BZ,
+            "starts": starts,
+        },
         {
             "out": jax.ShapeDtypeStruct((B, K, J, G, H), q_BNH.dtype if J == 1 else jnp.float32),
             "lse": jax.ShapeDtypeStruct((B, K, J, G), jnp.float32),
@@ -189,13 +197,11 @@ def decode_attention(
 ) -> None:
     """One thread of a block: up to 16 queries of a group, and the cluster's part of the places.
 
-    All first loads begin before anything waits; with a single split, not even for the count. With a table, they wait
-    for its first entries.
+    All first loads begin before anything waits but for the table's first entries; with a single split, they do not even
+    wait for the count.
     """
     block = Block(row, head, ptx.mul(queries, QUERIES), part, ptx.cluster_rank(plan.blocks))
     at = warp_sm90.Thread(block, arith.shrui(ptx.thread(), ptx.const(5)), arith.andi(ptx.thread(), ptx.const(31)))
-    if plan.pages is None:
-        k, v = (ptx.offset(cache, block.pair(plan), plan.places * plan.row) for cache in (k, v))
     stream = warp_sm90.CacheStream(plan, k, v, table, at, warp_sm90.run(plan, counts, starts, at))
     a = warp_sm90.load_queries(plan, q, at)
     loaded = warp_sm90.Loaded.of(stream)

@@ -1,8 +1,8 @@
-"""How the decode kernels split a row's cache among programs, and how the results are combined.
+"""How the decode kernels split a row's places among programs, and how the results are combined.
 
-A row's tiles are dealt out in runs of equal length that depend on the row's own count. So a short row in a long cache
+A row's tiles are dealt out in runs of equal length that depend on the row's own count. So a short row in a wide table
 is read by as many programs as a long one, and its bits depend neither on the other rows nor, for a given number of
-splits, on the cache's capacity.
+splits, on the table's width.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Attention over a cache with one query token per row, for Ampere and Ada: Pallas Triton."""
+"""Attention over pages with one query token per row, for Ampere and Ada: Pallas Triton."""
 
 from functools import partial
 from typing import Any
@@ -9,9 +9,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.attention.decode import split
+from pallas_kernels.pages import PAGE
 
 ROWS = 16  # the fewest rows that a product takes
-TILE = 64  # places multiplied at a time
+TILES = (16, 32, 64, 128)  # places multiplied at a time: parts of a page
+TILE = 64
 WARPS = 4
 STAGES = 3  # of Triton's software pipeline: tiles in flight
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -25,7 +27,7 @@ def decode(
     sinks_N: jax.Array | None = None,
     *,
     scale: float,
-    table_BZ: jax.Array | None = None,
+    table_BZ: jax.Array,
     starts_B: jax.Array | None = None,
     window: int | None = None,
     splits: int | None = None,
@@ -34,22 +36,23 @@ def decode(
     stages: int = STAGES,
     interpret: bool = False,
 ) -> jax.Array:
-    """Softmax attention of each row's one query over the first `counts` places of its cache, in any order.
+    """Softmax attention of each row's one query over the first `counts` places of its pages.
 
     Scores, softmax and sums are float32; the weights are rounded to the values' dtype for their product. Nothing beyond
-    a row's count is read. The bits of a row do not depend on other rows, nor on where its pages lie.
+    a row's count is read. The bits of a row depend neither on other rows nor, for given splits, on the number of pages,
+    nor on where these lie.
 
     Args:
       q_BNH: bfloat16, float16 or float32 (whose products are not rounded); query n uses key/value head n // (N / K).
-      k_YKSH, v_YKSH: of the queries' dtype.
-      counts_B: int32, 0 to S (with a table, to Z · S): places in use.
+      k_YKSH, v_YKSH: of the queries' dtype, in pages, S = `pages.PAGE`.
+      counts_B: int32, 0 to Z · S: places in use.
       sinks_N: one logit per query head that takes its share of the softmax and has no value.
       scale: scores are multiplied by it.
-      table_BZ: int32, each row's pages, of S = `pages.PAGE` places. None: row b has the page b alone, of any size.
-      starts_B: int32, each row's first place that is seen, less than a page; None for 0. Only with a table.
+      table_BZ: int32, each row's pages.
+      starts_B: int32, each row's first place that is seen, less than a page; None for 0.
       window: how many places a row sees at most, with `starts_B`; it changes nothing here.
-      splits: programs that share a row's cache; by default from B, K and S.
-      tile: places multiplied at a time, a power of two, at least 16; with a table, no more than a page.
+      splits: programs that share a row's pages; by default from B, K and Z.
+      tile: places multiplied at a time: 16, 32, 64 or 128.
       warps, stages: per program.
       interpret: run on a CPU.
 
@@ -61,7 +64,7 @@ def decode(
     """
     del window
     B, N, _ = q_BNH.shape
-    K, S = k_YKSH.shape[1:3]
+    K = k_YKSH.shape[1]
     if q_BNH.dtype not in DTYPES or not q_BNH.dtype == k_YKSH.dtype == v_YKSH.dtype:
         raise ValueError(
             "triton decode attention takes queries, keys and values of one dtype, bfloat16, float16 or float32, found "
@@ -69,12 +72,9 @@ def decode(
         )
     if N % K:
         raise ValueError(f"{N} query heads cannot share {K} key/value heads: not a multiple")
-    if tile < ROWS or tile & (tile - 1):
-        raise ValueError(f"a tile is a power of two from {ROWS} places, found {tile}")
-    if table_BZ is not None:
-        tile = min(tile, S)
-    places = S if table_BZ is None else S * table_BZ.shape[1]
-    splits = split.choose(B * K, places, tile) if splits is None else splits
+    if tile not in TILES:
+        raise ValueError(f"a tile has 16, 32, 64 or 128 places, found {tile}")
+    splits = split.choose(B * K, PAGE * table_BZ.shape[1], tile) if splits is None else splits
     return _decode(
         q_BNH,
         k_YKSH,
@@ -99,7 +99,7 @@ def _decode(
     v_YKSH: jax.Array,
     counts_B: jax.Array,
     sinks_N: jax.Array | None,
-    table_BZ: jax.Array | None,
+    table_BZ: jax.Array,
     starts_B: jax.Array | None,
     *,
     scale: float,
@@ -110,7 +110,7 @@ def _decode(
     interpret: bool,
 ) -> jax.Array:
     B, N, H = q_BNH.shape
-    K, S = k_YKSH.shape[1:3]
+    K = k_YKSH.shape[1]
     G = N // K
     M, width = max(ROWS, pl.next_power_of_2(G)), max(ROWS, pl.next_power_of_2(H))  # sizes in kernels: powers of two
     dtype, f32 = q_BNH.dtype, jnp.float32
@@ -142,10 +142,8 @@ def _decode(
                 if "starts" in ref_of:
                     used_s &= place_s >= least
                 used_sH = used_s[:, None] & (column_1H < H)
-                page, inside_s = row, place_s
-                if "table" in ref_of:  # a tile lies within a page
-                    page = ref_of["table"][row, jax.lax.div((first + index) * tile, jnp.int32(S))]
-                    inside_s = jax.lax.rem(place_s, jnp.full_like(place_s, S))
+                page = ref_of["table"][row, jax.lax.div((first + index) * tile, jnp.int32(PAGE))]
+                inside_s = jax.lax.rem(place_s, jnp.full_like(place_s, PAGE))  # a tile lies within a page
                 k_sH, v_sH = (
                     pltriton.load(ref.at[page, head, inside_s[:, None], column_1H], mask=used_sH, other=0)
                     for ref in (k_ref, v_ref)

@@ -36,10 +36,10 @@ Words = list[list[Value]]  # 16 bytes each
 class DecodePlan(SoftmaxPlan):
     """Everything that is known when the kernel is built."""
 
-    places: int  # S; with a table, of all its pages
-    warp_tile: int  # places that a warp computes at a time, a multiple of 16
+    places: int  # that a row sees at most: those of all its pages or, if folded, of one
+    warp_tile: int  # places that a warp computes at a time: a multiple of 16 that divides PAGE
     scale: float
-    pages: int | None = None  # of a row's table, each of PAGE places; None: a row's places lie together
+    pages: int  # Z: of a row's table
     windowed: bool = False  # whether a row sees its places from `starts` on, and not from the first on
     # Whether it sees no more than a page's places, in up to two pages. Then the pages lie one on the other: of place x
     # of a page, the second's is taken before the start, and the first's from there on.
@@ -157,10 +157,10 @@ def _load(text: str, address: Value, place: int) -> list[Value]:
 
 @dataclasses.dataclass(frozen=True)
 class CacheStream:
-    """The thread's loads of its warp's tiles. It also loads places beyond the count, but none beyond S."""
+    """The thread's loads of its warp's tiles. It also loads places beyond the count, but none beyond the last page."""
 
     plan: DecodePlan
-    k: Value  # address of the row's and head's keys; with a table, of all keys
+    k: Value  # address of all keys
     v: Value
     table: Value
     at: Thread
@@ -169,7 +169,7 @@ class CacheStream:
     def two_pages(self) -> list[Value]:
         """Begins to load the pages of a folded window, or its only one."""
         entry = ptx.offset(self.table, ptx.mul(self.at.block.row, self.plan.pages), 4)
-        entries = [ptx.shifted(entry, 4 * i) for i in range(self.plan.pages or 0)]
+        entries = [ptx.shifted(entry, 4 * i) for i in range(self.plan.pages)]
         return [ptx.asm(_LOAD, [ptx.i32()], [each], volatile=True)[0] for each in entries]
 
     def hold(self, turn: Value | int, held: Value | None = None) -> Value:
@@ -208,7 +208,7 @@ class CacheStream:
         ]
 
     def _first(self, turn: Value | int) -> Value:
-        """The first place of a turn's tile, or of the last tile within S, which is a multiple of it."""
+        """The first place of a turn's tile, or of the last tile that there is."""
         first = ptx.add(self.run.first, ptx.mul(turn, self.plan.stride))
         return arith.minsi(first, ptx.const(self.plan.places - self.plan.warp_tile))
 
@@ -225,14 +225,10 @@ class CacheStream:
                 pair = arith.select(ptx.less(inside, self.run.start), pairs[1], pairs[0])
                 found.append((ptx.offset(cache, ptx.add(pair, inside), plan.row), 0))
             return found
-        if plan.places % plan.warp_tile == 0:  # a tile is within S entirely or not at all
-            first = self._first(turn)
-            if pairs:  # and within a page
-                first = ptx.add(pairs[0], arith.andi(first, ptx.const(PAGE - 1)))
-            row = ptx.offset(cache, ptx.add(first, mine), plan.row)
-            return [(row, plan.row * place) for place in places]
-        first, last = ptx.add(self.run.first, ptx.mul(turn, plan.stride)), ptx.const(plan.places - 1)
-        return [(ptx.offset(cache, arith.minsi(ptx.add(first, mine, place), last), plan.row), 0) for place in places]
+        # A tile lies within a page.
+        first = ptx.add(pairs[0], arith.andi(self._first(turn), ptx.const(PAGE - 1)))
+        row = ptx.offset(cache, ptx.add(first, mine), plan.row)
+        return [(row, plan.row * place) for place in places]
 
 
 class Loaded(NamedTuple):
@@ -240,17 +236,16 @@ class Loaded(NamedTuple):
 
     keys: Words
     values: Words
-    pages: list[Value]  # of a folded window; else what `hold` has loaded; nothing without a table
+    pages: list[Value]  # of a folded window; else what `hold` has loaded
 
     @classmethod
     def of(cls, stream: CacheStream) -> "Loaded":
         """Begins to load them."""
-        plan, pages = stream.plan, []
-        if plan.folded:
-            pages = stream.two_pages()
-        elif plan.pages is not None:
+        if stream.plan.folded:
+            first = pages = stream.two_pages()
+        else:
             pages = [stream.hold(0)]
-        first = pages if plan.folded or not pages else stream.page(0, *pages)
+            first = stream.page(0, *pages)
         return cls(stream.keys(0, first), stream.values(0, first), pages)
 
 
@@ -280,7 +275,7 @@ def attend(stream: CacheStream, a: list[list[Value]], loaded: Loaded) -> tuple[l
     def step(following: Value, carry: list[Value]) -> list[Value]:
         held, carry = carry[:many], carry[many:]
         pages = held
-        if held and not plan.folded:
+        if not plan.folded:
             held = [stream.hold(following, *held)]
             pages = stream.page(following, *held)
         keys, values, state = _apart(carry, *sizes)

@@ -1,4 +1,4 @@
-"""What all forms of prefill attention for Hopper share: a warpgroup's softmax over blocks that arrive one by one."""
+"""Prefill attention for Hopper: a warpgroup's softmax over blocks of keys and values that arrive one by one."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,17 +33,15 @@ def swizzled(H: int, dtype: Any) -> tuple[Any, ...]:
     return plgpu.TilingTransform((EIGHT, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
-def barriers(*, of_queries: int, of_keys: int) -> dict[str, Any]:
+def barriers(*, of_queries: int) -> dict[str, Any]:
     """The barriers of a program, one per warpgroup for queries, and STAGES for what is loaded block by block.
 
-    Args:
-      of_queries: copies that bring a warpgroup's queries.
-      of_keys: copies that bring a block's keys and what else comes with them.
+    `of_queries` is the number of copies that bring a warpgroup's queries.
     """
     return {
         "q_loaded": plgpu.Barrier(num_arrivals=of_queries, num_barriers=WARPGROUPS),
         "q_freed": plgpu.Barrier(num_barriers=WARPGROUPS),
-        "k_loaded": plgpu.Barrier(num_arrivals=of_keys, num_barriers=STAGES),
+        "k_loaded": plgpu.Barrier(num_barriers=STAGES),
         "v_loaded": plgpu.Barrier(num_barriers=STAGES),
         "freed": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
         "cleaned": plgpu.Barrier(num_arrivals=WARPGROUPS),

@@ -1,6 +1,6 @@
-"""`pallas_kernels.attention` against float64 NumPy (`tests/oracles/attention_numpy.py`), cached and not.
+"""`pallas_kernels.attention` against float64 NumPy (`tests/oracles/attention_numpy.py`).
 
-The same cases run every implementation. Each marks keys and values that nobody may see with NaN.
+Keys and values that nobody may see are NaN. `pages/test_pages.py` has attention over pages.
 """
 
 import math
@@ -16,7 +16,6 @@ from pallas_kernels.attention import attention, reference
 from tests.oracles import attention_numpy
 from tests.thinned import thinned, thorough
 
-PATHS = [pytest.param(True, id="cached"), pytest.param(False, id="uncached")]
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 
@@ -90,54 +89,47 @@ def _tolerance(dtype: Any, shape: Shape) -> float:
     return accumulated + rounded
 
 
-@pytest.mark.parametrize("cached", PATHS)
-@pytest.mark.parametrize("implementation", ["auto", thorough("xla")])  # the same on a CPU
 @pytest.mark.parametrize("shape", SHAPES, ids=_ids)
-def test_agrees_with_the_oracle(shape, implementation, cached):
-    _check(shape, jnp.float32, implementation, cached)
+def test_agrees_with_the_oracle(shape):
+    _check(shape, jnp.float32, "auto")
 
 
-@pytest.mark.parametrize("cached", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("shape", thinned(SHAPES[::3], SHAPES[0]), ids=_ids)
-def test_half_precision_agrees_with_the_oracle(shape, dtype, cached):
-    _check(shape, dtype, "xla", cached)
+def test_half_precision_agrees_with_the_oracle(shape, dtype):
+    _check(shape, dtype, "xla")
 
 
 WINDOWS = [1, 2, 127, 128, 129]
 
 
-@pytest.mark.parametrize("cached", PATHS)
 @pytest.mark.parametrize("shape", thinned(SHAPES, SHAPES[0], SHAPES[7]), ids=_ids)
-def test_sinks_agree_with_the_oracle(shape, cached):
-    _check(shape, jnp.float32, "xla", cached, sinks=True)
-    _check(shape, jnp.float32, "xla", cached, sinks=True, window=WINDOWS[sum(shape) % len(WINDOWS)])
+def test_sinks_agree_with_the_oracle(shape):
+    _check(shape, jnp.float32, "xla", sinks=True)
+    _check(shape, jnp.float32, "xla", sinks=True, window=WINDOWS[sum(shape) % len(WINDOWS)])
 
 
-@pytest.mark.parametrize("cached", PATHS)
 @pytest.mark.parametrize("sinks", [True, thorough(False)])  # no model has windows alone
 @pytest.mark.parametrize("shape", thinned(SHAPES, SHAPES[0], SHAPES[6]), ids=_ids)
-def test_windows_agree_with_the_oracle(shape, sinks, cached):
+def test_windows_agree_with_the_oracle(shape, sinks):
     """In one program for all windows: `attention` asks a window how large it is, what it hands it on to does not."""
-    run = jax.jit(partial(reference.cached if cached else reference.dense, scale=1 / math.sqrt(shape.H)))
+    run = jax.jit(partial(reference.dense, scale=1 / math.sqrt(shape.H)))
     for window in WINDOWS:
         operands = _operands_and_sinks(shape, jnp.float32, window, sinks)
         _compare(run(*operands, window=window), operands, shape, window)
 
 
-@pytest.mark.parametrize("cached", PATHS)
 @pytest.mark.parametrize("dtype", thinned(DTYPES[1:], jnp.bfloat16))
-def test_windows_and_sinks_in_half_precision(dtype, cached):
-    _check(SHAPES[6], dtype, "xla", cached, window=9, sinks=True)
+def test_windows_and_sinks_in_half_precision(dtype):
+    _check(SHAPES[6], dtype, "xla", window=9, sinks=True)
 
 
-@pytest.mark.parametrize("cached", PATHS)
 @pytest.mark.parametrize("sink", thinned([-1e9, 1e9, 1e4], 1e9))
-def test_large_sinks(sink, cached):
+def test_large_sinks(sink):
     """A sink that is far below all scores is no sink, and one far above takes all."""
     shape = SHAPES[5]
     operands, sinks_N = _operands(shape), np.full(shape.N, sink, np.float32)
-    actual = attention(*operands, sinks_N, scale=0.2, cached=cached)
+    actual = attention(*operands, sinks_N, scale=0.2)
     expected = attention_numpy.attention(*operands, None if sink < 0 else sinks_N, scale=0.2)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=_tolerance(jnp.float32, shape))
 
@@ -146,13 +138,12 @@ def _check(
     shape: Shape,
     dtype: Any,
     implementation: str,
-    cached: bool,
     *,
     window: int | None = None,
     sinks: bool = False,
 ) -> None:
     operands, scale = _operands_and_sinks(shape, dtype, window, sinks), 1 / math.sqrt(shape.H)
-    run = jax.jit(partial(attention, scale=scale, window=window, cached=cached, implementation=implementation))
+    run = jax.jit(partial(attention, scale=scale, window=window, implementation=implementation))
     _compare(run(*operands), operands, shape, window)
 
 
@@ -174,76 +165,36 @@ def _compare(actual: jax.Array, operands: list[np.ndarray], shape: Shape, window
     assert not np.asarray(actual, np.float32)[nothing_BT].any(), "a query that sees nothing must give exactly 0"
 
 
-@pytest.mark.parametrize("cached", PATHS)
 @pytest.mark.parametrize("dtype", thinned(DTYPES[1:], jnp.bfloat16))
-def test_half_precision_rounds_weights_and_result_only(dtype, cached):
+def test_half_precision_rounds_weights_and_result_only(dtype):
     """Scores and sums are float32.
 
     Rounding to `dtype` is off by 0.21 eps (root mean square). The result is rounded once, and weights once, which
-    passes on undiminished to a sum of values of mean 0: together 0.30 eps. Partial sums of 8 blocks that were rounded
-    would make it 0.35 or more, rounded scores 0.55.
+    passes on undiminished to a sum of values of mean 0: together 0.30 eps. Rounded scores would make it 0.55.
     """
     B, T, N, K, S, H = Shape(B=2, T=3, N=4, K=2, S=1024, H=40)
     rng = np.random.default_rng(4)
     q, k, v = (jnp.asarray(rng.standard_normal(size), dtype) for size in ((B, T, N, H), (B, K, S, H), (B, K, S, H)))
     operands = (q, k, v, np.tile(np.arange(S - T, S), (B, 1)), np.tile(np.arange(S), (B, 1)))
-    actual = np.asarray(attention(*operands, scale=1 / math.sqrt(H), cached=cached), np.float64)
+    actual = np.asarray(attention(*operands, scale=1 / math.sqrt(H)), np.float64)
     expected = attention_numpy.attention(*map(np.asarray, operands), scale=1 / math.sqrt(H))
     error = np.sqrt(np.square(actual - expected).mean() / np.square(expected).mean())
     assert error < 0.33 * float(jnp.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("cached", PATHS)
 @pytest.mark.parametrize("magnitude", thinned([1e4, -1e4], 1e4))
-def test_large_scores(magnitude, cached):
-    """Scores far beyond what exp can hold: the softmax must subtract its maximum, in every block."""
+def test_large_scores(magnitude):
+    """Scores far beyond what exp can hold: the softmax must subtract its maximum."""
     shape = Shape(B=2, T=1, N=2, K=1, S=384, H=3)
     q, k, v, q_positions, k_positions = _operands(shape)
     q, k = np.full_like(q, magnitude), np.where(np.isnan(k), k, 1 + 0.001 * k)
-    actual = attention(q, k, v, q_positions, k_positions, scale=1.0, cached=cached)
+    actual = attention(q, k, v, q_positions, k_positions, scale=1.0)
     expected = attention_numpy.attention(q, k, v, q_positions, k_positions, scale=1.0)
     # Scores of 3e4 are good to eps/2 of that, 2e-3, and so are the weights, relatively; values go up to 4.
     np.testing.assert_allclose(actual, expected, rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize("dtype", thinned(DTYPES, jnp.bfloat16))
-@pytest.mark.parametrize("T", [1, 5])
-def test_blocks_that_a_row_does_not_see_change_no_bit(T, dtype):
-    """The same row in a longer cache, and beside rows that are longer, shorter and empty."""
-    rng = np.random.default_rng(3)
-    q, k, v = (
-        jnp.asarray(rng.standard_normal(size), dtype) for size in ((3, T, 4, 16), (3, 2, 512, 16), (3, 2, 512, 16))
-    )
-    run = jax.jit(partial(attention, scale=0.25, cached=True))
-
-    def row(lengths: list[int], capacity: int = 512) -> np.ndarray:
-        k_positions = np.where(np.arange(512) < np.array(lengths)[:, None], np.arange(512), -1)[:, :capacity]
-        q_positions = np.array(lengths)[:, None] - np.arange(T, 0, -1)
-        k_BKSH, v_BKSH = k[:, :, :capacity], v[:, :, :capacity]
-        return np.asarray(run(q, k_BKSH, v_BKSH, q_positions, k_positions), np.float32)[1]
-
-    expected = {capacity: row([0, 150, 0], capacity) for capacity in (256, 512)}
-    assert expected[256].any()
-    if jax.default_backend() == "cpu":  # in blocks; elsewhere all of a short cache at once, in another order
-        np.testing.assert_array_equal(expected[512], expected[256])
-    for lengths, capacity in [([512, 150, 9], 512), ([129, 150, 385], 512), ([256, 150, 1], 256)]:
-        np.testing.assert_array_equal(row(lengths, capacity), expected[capacity])
-
-
-def test_the_last_key_in_use_counts_wherever_it_lies_in_a_block():
-    """The number of blocks to read follows from the positions of keys and queries."""
-    shape = Shape(B=1, T=1, N=2, K=1, S=256, H=4)
-    q, k, v, _, _ = _operands(shape)
-    k_positions = np.full((1, 256), -1, np.int32)
-    k_positions[0, [3, 127, 128, 255]] = [0, 1, 2, 3]
-    for last in range(4):
-        q_positions = np.full((1, 1), last, np.int32)
-        actual = attention(q, k, v, q_positions, k_positions, scale=0.5, cached=True)
-        expected = attention_numpy.attention(q, k, v, q_positions, k_positions, scale=0.5)
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=_tolerance(jnp.float32, shape))
-
-
-def test_uncached_can_be_differentiated():
+def test_it_can_be_differentiated():
     """A derivative in a random direction, against central differences of the float64 oracle."""
     shape = Shape(B=2, T=6, N=4, K=2, S=6, H=5)
     q, k, v, q_positions, k_positions = _operands(shape, seed=5)
@@ -252,10 +203,10 @@ def test_uncached_can_be_differentiated():
     directions = [rng.standard_normal(x.shape) for x in (q, k, v)]
     weights = rng.standard_normal(q.shape)
 
-    def loss(run: Any, *operands: Any, **options: Any) -> Any:
-        return (run(*operands, q_positions, k_positions, scale=0.4, **options) * weights).sum()
+    def loss(run: Any, *operands: Any) -> Any:
+        return (run(*operands, q_positions, k_positions, scale=0.4) * weights).sum()
 
-    gradients = jax.grad(lambda *operands: loss(attention, *operands, cached=False), argnums=(0, 1, 2))(q, k, v)
+    gradients = jax.grad(partial(loss, attention), argnums=(0, 1, 2))(q, k, v)
     actual = sum(np.vdot(gradient, direction) for gradient, direction in zip(gradients, directions, strict=True))
     step = 1e-5
     ends = [
@@ -265,17 +216,10 @@ def test_uncached_can_be_differentiated():
     np.testing.assert_allclose(actual, (ends[0] - ends[1]) / (2 * step), rtol=1e-4)
 
 
-@pytest.mark.parametrize("cached", PATHS)
-def test_what_cannot_be_run_raises(cached):
+def test_what_cannot_be_run_raises():
     operands = _operands(Shape(B=1, T=1, N=5, K=2, S=8, H=4))
     with pytest.raises(ValueError, match="5 query heads cannot share 2 key/value heads"):
-        attention(*operands, scale=1.0, cached=cached)
+        attention(*operands, scale=1.0)
     operands = _operands(Shape(B=1, T=1, N=4, K=2, S=8, H=4))
     with pytest.raises(ValueError, match=r"attention has no implementation 'triton9' for these operands; it has .*xla"):
-        attention(*operands, scale=1.0, cached=cached, implementation="triton9")
-
-
-@pytest.mark.parametrize("S", thinned([129, 130, 255, 300], 129, 300))
-def test_a_cache_of_partial_blocks(S):
-    """Clamped slices of a last, partial block would count keys twice."""
-    _check(Shape(B=3, T=2, N=4, K=2, S=S, H=4), jnp.float32, "xla", cached=True, sinks=True)
+        attention(*operands, scale=1.0, implementation="triton9")

@@ -5,6 +5,7 @@ included.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
@@ -24,11 +25,14 @@ from tests.pallas_kernels.marks import lowered, lowered_for_h200, needs_hopper, 
 from tests.thinned import thinned, thorough
 
 EPS32 = float(jnp.finfo(jnp.float32).eps)
-KERNELS = [
+BFLOAT16 = [
     pytest.param(mosaic_sm90.decode, jnp.bfloat16, id="mosaic", marks=needs_hopper),
     pytest.param(partial(triton.decode, tile=32, interpret=True), jnp.bfloat16, id="triton-bfloat16"),
-    pytest.param(partial(triton.decode, interpret=True), jnp.float32, id="triton-float32", marks=pytest.mark.thorough),
 ]
+FLOAT32 = pytest.param(
+    partial(triton.decode, interpret=True), jnp.float32, id="triton-float32", marks=pytest.mark.thorough
+)
+KERNELS = [*BFLOAT16, FLOAT32]
 
 
 class Case(NamedTuple):
@@ -47,9 +51,14 @@ class Case(NamedTuple):
         return 1 / math.sqrt(self.H)
 
 
+TILE_EDGES = [0, 31, 32, 62, 63, 64, 127, 128, 190]
 EDGES = [0, 1, 31, 32, 127, 128, 129, 255, 256, 300, -1]
 CASES = {
     "all positions": Case(N=8, K=1, H=64, positions=[300, -1, 0, 127, 128]),
+    "edges of tiles": Case(N=8, K=1, H=64, positions=TILE_EDGES, settings={"splits": 1}),
+    "edges of tiles, splits": Case(N=8, K=1, H=64, positions=TILE_EDGES, settings={"splits": 2}),
+    "one query a group": Case(N=3, K=3, H=64, positions=[127, 0], settings={"splits": 1}),
+    "eleven queries a group": Case(N=22, K=2, H=64, positions=[12, -1], settings={"splits": 3}),
     "splits": Case(N=8, K=2, H=64, positions=[511, 3, -1], settings={"splits": 3}),
     "pages that are not in use": Case(N=4, K=2, H=64, positions=[130, 5], pages=7, settings={"splits": 2}),
     "a window": Case(N=8, K=1, H=64, positions=EDGES, window=128),
@@ -60,8 +69,15 @@ CASES = {
     "wide": Case(N=14, K=2, H=128, positions=[200, 64, -1]),
     "a wide window": Case(N=14, K=2, H=128, positions=[400, 64, -1, 127], window=128),
 }
+SM90_TILE_EDGES = [
+    count + more
+    for count in (0, 7, 15, 31, 63, 127, 159, 255, 1023, 1198)
+    for more in (-1, 0, 1)
+    if count + more < 1199
+]
 SM90 = {
     "one block": Case(N=8, K=1, H=64, positions=[700, -1, 33], settings={"splits": 1, "blocks": 1}),
+    "splits of blocks": Case(N=16, K=2, H=64, positions=[699, -1, 0, 500], settings={"splits": 3, "blocks": 1}),
     "a cluster": Case(N=64, K=8, H=64, positions=[700, 5, 128, -1, 255], settings={"splits": 1, "blocks": 8}),
     "splits of clusters": Case(N=14, K=2, H=128, positions=[1100], settings={"splits": 3, "blocks": 2}),
     "short tiles": Case(N=8, K=1, H=64, positions=[900, 99], settings={"splits": 1, "blocks": 2, "warp_tile": 16}),
@@ -71,12 +87,21 @@ SM90 = {
         N=8, K=1, H=64, positions=[900, 511, 400, 7, -1], window=400, settings={"splits": 1, "blocks": 1}
     ),
     "a window of three pages": Case(N=8, K=1, H=64, positions=[383, 384, 256, 200, -1], window=200),
-    "one query a group": Case(N=25, K=25, H=64, positions=[511, 128, -1]),
+    "edges of tiles, one block": Case(N=8, K=1, H=64, positions=SM90_TILE_EDGES, settings={"splits": 1, "blocks": 1}),
+    "edges of tiles, a cluster": Case(N=8, K=1, H=64, positions=SM90_TILE_EDGES, settings={"splits": 1, "blocks": 8}),
+    "gpt2-xl": Case(N=25, K=25, H=64, positions=[1023]),
+    "one query a group, a cluster": Case(
+        N=25, K=25, H=64, positions=[511, 128, -1], settings={"splits": 1, "blocks": 4}
+    ),
+    "sixteen queries a group": Case(N=32, K=2, H=64, positions=[129, -1], settings={"splits": 1, "blocks": 2}),
     "more queries than a block has room for": Case(N=40, K=2, H=64, positions=[130, 600], window=128),
+    "… in splits of clusters": Case(N=40, K=2, H=64, positions=[129, -1], settings={"splits": 2, "blocks": 2}),
+    "three times the width": Case(N=5, K=1, H=192, positions=[199, -1], settings={"splits": 1, "blocks": 4}),
     "more turns than a warp holds pages for": Case(
         N=8, K=1, H=128, positions=[4500, 2100, 2047, 2048, -1], settings={"splits": 1, "blocks": 1}
     ),
     "gpt-oss": Case(N=64, K=8, H=64, positions=[32767]),
+    "gpt-oss, half of a cluster's": Case(N=64, K=8, H=64, positions=[2047]),
     "gpt-oss, a short row in a long table": Case(N=64, K=8, H=64, positions=[100], pages=1024),
     "gpt-oss, eight rows": Case(N=64, K=8, H=64, positions=[2047, 0, 1000, 127, 128, -1, 1500, 2046]),
     "gpt-oss, its windows": Case(N=64, K=8, H=64, positions=[*range(2000, 2030), -1, 5], window=128, pages=16),
@@ -91,13 +116,13 @@ def _given(case: Case, dtype: Any, **more: Any) -> Paged:
     return paged(spans, K=case.K, H=case.H, dtype=dtype, pages=case.pages, **more)
 
 
-def _operands(case: Case, dtype: Any, sinks: bool, **more: Any) -> tuple[Paged, list[Any]]:
+def _operands(case: Case, dtype: Any, sinks: Any = jnp.float32, **more: Any) -> tuple[Paged, list[Any]]:
     rng = np.random.default_rng(7)
     shape = len(case.positions), 1, case.N, case.H
     q = np.asarray(jnp.asarray(rng.standard_normal(shape, np.float32), dtype))
     given = _given(case, dtype, **more)
     positions = np.array(case.positions, np.int32)[:, None]
-    sinks_N = (rng.standard_normal(case.N) * 2).astype(np.float32) if sinks else None
+    sinks_N = None if sinks is None else np.asarray(jnp.asarray(rng.standard_normal(case.N) * 2, sinks))
     return given, [q, given.k_YKSH, given.v_YKSH, given.table_BZ, positions, sinks_N]
 
 
@@ -106,29 +131,80 @@ def _run(kernel: Any, case: Case) -> Any:
     return jax.jit(partial(api._decode_pages, kernel, scale=case.scale, window=case.window))
 
 
-def _check(kernel: Any, dtype: Any, case: Case, sinks: bool) -> None:
+def _check(kernel: Any, dtype: Any, case: Case, sinks: Any = jnp.float32) -> None:
     given, operands = _operands(case, dtype, sinks)
     actual = _run(kernel, case)(*operands)
-    q, *_, positions, sinks_N = operands
     assert actual.dtype == dtype
-    # As in `test_attention_decode.py`.
-    tolerance = 4 * EPS32 * (math.sqrt(case.H) + math.sqrt(given.k_BKSH.shape[2]) + 2)
-    tolerance += 2 * float(jnp.finfo(dtype).eps) if dtype != jnp.float32 else 0.0
+    _compare(actual, given, operands, case)
+    assert not np.asarray(actual, np.float32)[operands[4][:, 0] < 0].any()
+
+
+def _compare(actual: jax.Array, given: Paged, operands: list[Any], case: Case, more: float = 0.0) -> None:
+    """As in `test_attention.py`: rounding of weights and results, and float32 sums over H and S.
+
+    exp2 of scores times log2(e), a float32 of size up to 8, adds 8·eps32; `more` is added too.
+    """
+    q, *_, positions, sinks_N = operands
+    tolerance = 4 * EPS32 * (math.sqrt(case.H) + math.sqrt(given.k_BKSH.shape[2]) + 2) + more
+    tolerance += 2 * float(jnp.finfo(q.dtype).eps) if q.dtype != jnp.float32 else 0.0
     contiguous = q, given.k_BKSH, given.v_BKSH, positions, given.positions_BS, sinks_N
     expected = attention_numpy.attention(*contiguous, scale=case.scale, window=case.window)
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=tolerance)
-    assert not np.asarray(actual, np.float32)[positions[:, 0] < 0].any()
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
-@pytest.mark.parametrize("sinks", [True, thorough(False)])
-@pytest.mark.parametrize("name", thinned(CASES, "all positions", "a window", "a window and splits"))
-def test_agrees_with_the_oracle(name, sinks, kernel, dtype):
-    _check(kernel, dtype, CASES[name], sinks)
+@pytest.mark.parametrize("name", thinned(CASES, "all positions", "edges of tiles", "a window", "a window and splits"))
+def test_agrees_with_the_oracle(name, kernel, dtype):
+    _check(kernel, dtype, CASES[name])
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
+@pytest.mark.parametrize(
+    "name", thinned(["edges of tiles", "edges of tiles, splits", "a window", "a window and splits"], "edges of tiles")
+)
+def test_agrees_with_the_oracle_without_sinks(name, kernel, dtype):
+    _check(kernel, dtype, CASES[name], sinks=None)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("dtype", thinned(triton.DTYPES, jnp.bfloat16, jnp.float32))
+@pytest.mark.parametrize(("N", "K", "H"), [(6, 2, 80), thorough(2, 2, 96), (10, 5, 12)])
+def test_odd_widths(N, K, H, dtype, splits):
+    case = Case(N=N, K=K, H=H, positions=[69, -1, 16], settings={"splits": splits, "tile": 32})
+    _check(partial(triton.decode, interpret=True), dtype, case)
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), BFLOAT16)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_large_sinks(splits, kernel, dtype):
+    """A sink that is far below all scores is no sink, and one far above takes all."""
+    case = CASES["all positions"]._replace(settings={"splits": splits})
+    given, operands = _operands(case, dtype)
+    operands[-1] = np.repeat([-1e9, -np.inf, 1e4, 1e9], 2).astype(np.float32)
+    actual = _run(kernel, case)(*operands)
+    _compare(actual, given, operands, case)
+    assert not np.asarray(actual, np.float32)[:, 0, 4:].any()
+    operands[-1] = None
+    _compare(actual[:, :, :4], given, [operands[0][:, :, :4], *operands[1:]], case)
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), BFLOAT16)
+def test_scores_that_grow_and_shrink_by_hundreds(kernel, dtype):
+    """Pages whose maxima are far apart, in both orders: the running maximum carries them."""
+    case = Case(N=4, K=1, H=64, positions=[383, 383], settings={"splits": 1})
+    given, (q, *rest) = _operands(case, dtype, sinks=None)
+    for row, sizes in enumerate([(1, 60, 8), (8, 60, 1)]):
+        for block, size in enumerate(sizes):
+            places = slice(128 * block, 128 * (block + 1))
+            for keys in (given.k_YKSH[given.table_BZ[row, block]], given.k_BKSH[row, :, places]):
+                keys *= keys.dtype.type(size)
+    operands = [q * q.dtype.type(4), *rest]
+    # Scores up to about 2000 are off by 2000·eps32·4, and so are the weights, relatively.
+    _compare(_run(kernel, case)(*operands), given, operands, case, more=4e-3)
 
 
 @needs_hopper
-@pytest.mark.parametrize("sinks", [True, False])
+@pytest.mark.parametrize("sinks", [None, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("name", SM90)
 def test_agrees_with_the_oracle_on_a_gpu(name, sinks):
     _check(mosaic_sm90.decode, jnp.bfloat16, SM90[name], sinks)
@@ -138,8 +214,8 @@ def test_agrees_with_the_oracle_on_a_gpu(name, sinks):
 @pytest.mark.parametrize("window", [1, 31, 32, 33, 96, 127, 128, 129, 130, 257])
 def test_every_edge_of_a_window_on_a_gpu(window):
     case = Case(N=8, K=1, H=64, positions=[*range(120, 136), *range(250, 262), 31, 32, 33, 1, 0, -1], window=window)
-    _check(mosaic_sm90.decode, jnp.bfloat16, case, True)
-    _check(mosaic_sm90.decode, jnp.bfloat16, case._replace(settings={"splits": 1, "blocks": 1}), False)
+    _check(mosaic_sm90.decode, jnp.bfloat16, case)
+    _check(mosaic_sm90.decode, jnp.bfloat16, case._replace(settings={"splits": 1, "blocks": 1}), sinks=None)
 
 
 def _bits(x: jax.Array) -> np.ndarray:
@@ -150,7 +226,7 @@ def _bits(x: jax.Array) -> np.ndarray:
 @pytest.mark.parametrize("name", thinned(["all positions", "splits", "a window"], "a window"))
 def test_bits_do_not_depend_on_where_pages_lie(name, kernel, dtype):
     case = CASES[name]
-    given, (q, *_, positions, sinks_N) = _operands(case, dtype, True, shuffled=False)
+    given, (q, *_, positions, sinks_N) = _operands(case, dtype, shuffled=False)
     run = _run(kernel, case)
     expected = _bits(run(q, given.k_YKSH, given.v_YKSH, given.table_BZ, positions, sinks_N))
     for seed in (1, 2):
@@ -160,44 +236,44 @@ def test_bits_do_not_depend_on_where_pages_lie(name, kernel, dtype):
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
-@pytest.mark.parametrize("name", thinned(["all positions", "splits"], "splits"))
-def test_bits_are_those_of_places_that_lie_together(name, kernel, dtype):
-    """With a window that is not a page they need not be: a ring's places are in another order."""
-    case = CASES[name]
-    given, operands = _operands(case, dtype, True)
-    q, *_, positions, sinks_N = operands
-    counts = np.maximum(positions[:, 0] + 1, 0)
-    together = kernel(q[:, 0], given.k_BKSH, given.v_BKSH, counts, sinks_N, scale=case.scale, **case.settings)
-    np.testing.assert_array_equal(_bits(_run(kernel, case)(*operands)[:, 0]), _bits(together))
+@pytest.mark.parametrize(("window", "splits"), [(None, 1), (None, 3), (128, 2)])
+def test_bits_do_not_depend_on_other_rows(window, splits, kernel, dtype):
+    _bits_do_not_depend_on_other_rows(window, {"splits": splits}, kernel, dtype)
 
 
-@needs_hopper
-def test_bits_of_a_window_of_a_page_are_those_of_a_ring():
-    case = SM90["gpt-oss, its windows"]
-    given, operands = _operands(case, jnp.bfloat16, True)
-    q, *_, positions, sinks_N = operands
-    rings = [np.full((len(q), case.K, 128, case.H), np.nan, q.dtype) for _ in "kv"]
-    for row, position in enumerate(positions[:, 0]):
-        seen = np.arange(max(0, position - 127), position + 1)
-        for ring, cache in zip(rings, (given.k_BKSH, given.v_BKSH), strict=True):
-            ring[row, :, seen % 128] = cache[row, :, seen]
-    counts = np.clip(positions[:, 0] + 1, 0, 128)
-    expected = mosaic_sm90.decode(q[:, 0], *rings, counts, sinks_N, scale=case.scale)
-    np.testing.assert_array_equal(_bits(_run(mosaic_sm90.decode, case)(*operands)[:, 0]), _bits(expected))
-
-
-@pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
-@pytest.mark.parametrize("window", [None, 128])
-def test_bits_do_not_depend_on_other_rows(window, kernel, dtype):
-    ours = Case(N=8, K=1, H=64, positions=[300, 17, -1], window=window, pages=4, settings={"splits": 2})
+def _bits_do_not_depend_on_other_rows(window: int | None, settings: dict[str, int], kernel: Any, dtype: Any) -> None:
+    ours = Case(N=8, K=1, H=64, positions=[300, 17, -1], window=window, pages=4, settings=settings)
     theirs = ours._replace(positions=[300, 511, 130])
-    first, operands = _operands(ours, dtype, True)
+    first, operands = _operands(ours, dtype)
     expected = _bits(_run(kernel, ours)(*operands))[0]
-    other, (q, k, v, table, positions, sinks_N) = _operands(theirs, dtype, True, seed=3)
+    other, (q, k, v, table, positions, sinks_N) = _operands(theirs, dtype, seed=3)
     for block, page in enumerate(table[0]):  # the first row has the same keys and values, in other pages
         k[page], v[page] = (pool[first.table_BZ[0, block]] for pool in (first.k_YKSH, first.v_YKSH))
     actual = _bits(_run(kernel, theirs)(q, k, v, other.table_BZ, positions, sinks_N))[0]
     np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), BFLOAT16)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_bits_do_not_depend_on_the_width_of_the_table(splits, kernel, dtype):
+    _bits_do_not_depend_on_the_width_of_the_table({"splits": splits}, kernel, dtype)
+
+
+def _bits_do_not_depend_on_the_width_of_the_table(settings: dict[str, int], kernel: Any, dtype: Any) -> None:
+    case = Case(N=8, K=1, H=64, positions=[255, 70, -1], settings=settings)
+    _, (q, k, v, table, *rest) = _operands(case, dtype)
+    wide = np.pad(table, ((0, 0), (0, 5)))
+    run = _run(kernel, case)
+    np.testing.assert_array_equal(_bits(run(q, k, v, wide, *rest)), _bits(run(q, k, v, table, *rest)))
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    "settings", [{"splits": 1, "blocks": 1}, {"splits": 1, "blocks": 8}, {"splits": 3, "blocks": 2}]
+)
+def test_bits_depend_neither_on_other_rows_nor_on_the_table_on_a_gpu(settings):
+    _bits_do_not_depend_on_other_rows(None, settings, mosaic_sm90.decode, jnp.bfloat16)
+    _bits_do_not_depend_on_the_width_of_the_table(settings, mosaic_sm90.decode, jnp.bfloat16)
 
 
 @pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 130, 300])
@@ -215,7 +291,40 @@ def test_windows_of_tables(size):
             assert place % pages.PAGE == wanted % pages.PAGE
 
 
-def _shapes(case: Case, dtype: Any) -> list[Any]:
+def test_what_the_kernels_refuse():
+    case = Case(N=8, K=1, H=64, positions=[0, 0])
+
+    def operands(case: Case, dtype: Any = jnp.bfloat16) -> tuple[list[Any], dict[str, Any]]:
+        _, (q, k, v, table, positions, _) = _operands(case, dtype)
+        return [q[:, 0], k, v, positions[:, 0] + 1], {"table_BZ": table, "scale": 1.0}
+
+    (q, k, v, counts), more = operands(case)
+    for operand in range(3):
+        mixed = [x.astype(np.float32) if i == operand else x for i, x in enumerate((q, k, v))]
+        for decode in (mosaic_sm90.decode, triton.decode):
+            with pytest.raises(ValueError, match="float32"):
+                decode(*mixed, counts, **more)
+    with pytest.raises(ValueError, match="float64"), jax.enable_x64(True):
+        triton.decode(*(x.astype(np.float64) for x in (q, k, v)), counts, **more)
+    given, its = operands(case._replace(H=80))
+    with pytest.raises(ValueError, match="multiples of 64, found 80"):
+        mosaic_sm90.decode(*given, **its)
+    given, its = operands(case._replace(N=16, K=3))
+    for decode in (mosaic_sm90.decode, triton.decode):
+        with pytest.raises(ValueError, match="16 query heads cannot share 3"):
+            decode(*given, **its)
+    for tile in (8, 48, 100, 256):
+        with pytest.raises(ValueError, match=f"16, 32, 64 or 128 places, found {tile}"):
+            triton.decode(q, k, v, counts, **more, tile=tile)
+        with pytest.raises(ValueError, match=f"16, 32, 64 or 128 places, found {tile}"):
+            mosaic_sm90.decode(q, k, v, counts, **more, warp_tile=tile)
+    with pytest.raises(ValueError, match="2, 4 or 8 blocks, found 3"):
+        mosaic_sm90.decode(q, k, v, counts, **more, blocks=3)
+    with pytest.raises(ValueError, match="sinks of bfloat16 or float32, found float16"):
+        mosaic_sm90.decode(q, k, v, counts, np.zeros(case.N, np.float16), **more)
+
+
+def _shapes(case: Case, dtype: Any, sinks: Any = jnp.float32) -> list[Any]:
     B, Z = len(case.positions), case.pages or max(max(case.positions) // pages.PAGE + 1, 1)
     pool = jax.ShapeDtypeStruct((1 + B * Z, case.K, pages.PAGE, case.H), dtype)
     return [
@@ -224,16 +333,21 @@ def _shapes(case: Case, dtype: Any) -> list[Any]:
         pool,
         jax.ShapeDtypeStruct((B, Z), jnp.int32),
         jax.ShapeDtypeStruct((B, 1), jnp.int32),
-        jax.ShapeDtypeStruct((case.N,), jnp.float32),
+        None if sinks is None else jax.ShapeDtypeStruct((case.N,), sinks),
     ]
 
 
 @needs_mosaic
+@pytest.mark.parametrize("sinks", [None, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("name", [*CASES, *SM90])
-def test_mosaic_lowers_for_cuda(name):
+def test_mosaic_lowers_for_cuda(name, sinks):
     case = {**CASES, **SM90}[name]
-    text = lowered(_run(mosaic_sm90.decode, case), *_shapes(case, jnp.bfloat16))
+    text = lowered(_run(mosaic_sm90.decode, case), *_shapes(case, jnp.bfloat16, sinks))
     assert "decode_attention" in text
+    # One kernel, and one that combines its parts if a cluster has not all of a row; and none that converts arrays.
+    is_split = case.settings.get("splits", 1) > 1 or name in ("gpt-oss", "gpt-oss, a short row in a long table")
+    assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 1 + is_split
+    assert not re.search(r"stablehlo\.convert .*(bf16|f32)", text)
 
 
 @needs_mosaic
@@ -246,8 +360,16 @@ def test_auto_lowers_the_kernel(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", ["all positions", "a window", "a window and splits", "wide"])
-def test_triton_lowers_for_cuda(name):
-    case = CASES[name]
-    text = lowered_for_h200(_run(triton.decode, case), *_shapes(case, jnp.bfloat16))
-    assert "triton" in text
+@pytest.mark.parametrize("dtype", triton.DTYPES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(CASES[name] for name in ("all positions", "a window", "a window and splits", "wide")),
+        *(SM90[name] for name in ("gpt-oss", "gpt-oss, its windows", "gpt2-xl")),
+        *(Case(N=N, K=K, H=H, positions=[69, 3]) for N, K, H in ((6, 2, 80), (2, 2, 96), (10, 5, 12))),
+    ],
+    ids=lambda case: f"{case.N} on {case.K}·{case.H}",
+)
+def test_triton_lowers_for_cuda(case, dtype):
+    text = lowered_for_h200(_run(triton.decode, case), *_shapes(case, dtype))
+    assert len(re.findall(r"custom_call @\S*triton", text)) == 1

@@ -14,7 +14,7 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import attention_over_pages, packed_attention_over_pages
-from pallas_kernels.attention.prefill import schedule, tiles_sm90
+from pallas_kernels.attention.prefill import mosaic_sm90, schedule
 from pallas_kernels.pages import PAGE, TILE, Tiles
 from tests.oracles import attention_numpy
 from tests.oracles.paged import Paged, paged, renumbered
@@ -27,7 +27,8 @@ EPS32 = float(jnp.finfo(jnp.float32).eps)
 
 @pytest.fixture
 def on_the_cpu():
-    """As in `test_attention_prefill.py`."""
+    """The default device of every thread: the interpreter calls JAX from inside a running program, and a GPU that runs
+    that program would wait for itself."""
     before = jax.config.jax_default_device
     jax.config.update("jax_default_device", jax.devices("cpu")[0])
     yield
@@ -141,10 +142,13 @@ def _operands(case: Case, **more: Any) -> tuple[Paged, list[Any]]:
     return given, [q, given.k_YKSH, given.v_YKSH, given.table_BZ, tiles, *sinks]
 
 
-def _check(actual: jax.Array, given: Paged, operands: list[Any], case: Case, most: int = 1 << 30) -> None:
+def _check(
+    actual: jax.Array, given: Paged, operands: list[Any], case: Case, most: int = 1 << 30, more: float = 0.0
+) -> None:
+    """Compares up to `most` tokens of a row; `more` is added to the tolerance."""
     assert actual.dtype == jnp.bfloat16
-    # As in `test_attention_prefill.py`.
-    tolerance = 2 * BF16 + 4 * EPS32 * (math.sqrt(case.H) + math.sqrt(given.k_BKSH.shape[2]) + 2)
+    # As in `test_decode_over_pages.py`: roundings of weights and results, and float32 sums over H and S.
+    tolerance = 2 * BF16 + 4 * EPS32 * (math.sqrt(case.H) + math.sqrt(given.k_BKSH.shape[2]) + 2) + more
     q, _, _, _, tiles, *sinks = operands
     actual = np.asarray(actual, np.float64)
     rows_T, positions_T = map(np.asarray, tiles.tokens(case.T))
@@ -167,7 +171,7 @@ def _check(actual: jax.Array, given: Paged, operands: list[Any], case: Case, mos
 
 
 def _run(case: Case, *, interpret: bool) -> Any:
-    return partial(tiles_sm90.prefill, scale=case.scale, window=case.window, interpret=interpret)
+    return partial(mosaic_sm90.prefill, scale=case.scale, window=case.window, interpret=interpret)
 
 
 SOME = ("groups and a prefix", "rows of different lengths", "wide", "a window of a page")
@@ -200,6 +204,33 @@ def test_programs_take_items_in_turn(programs, monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("sink", [thorough(-1e9), -np.inf, 1e9])
+def test_large_sinks(sink):
+    """A sink that is far below all scores is no sink, and one far above takes all."""
+    case = Case(T=24, N=2, K=1, H=64, parts=[Part(0, 60, 19)])
+    given, operands = _operands(case)
+    actual = _run(case, interpret=True)(*operands, np.full(2, sink, np.float32))
+    if sink < 0:
+        _check(actual, given, operands, case)
+    else:
+        assert not np.asarray(actual, np.float32).any()
+
+
+@interpreted
+def test_scores_that_grow_and_shrink_by_hundreds():
+    """Pages whose maxima are far apart, in both orders: the running maximum carries them."""
+    case = Case(T=128, N=2, K=1, H=64, parts=[Part(0, 320, 64), Part(1, 320, 64)])
+    given, (q, *_, tiles) = _operands(case)
+    for row, sizes in enumerate([(1, 60, 8), (8, 60, 1)]):
+        for block, size in enumerate(sizes):
+            for keys in (given.k_YKSH[given.table_BZ[row, block]], given.k_BKSH[row, :, PAGE * block :][:, :PAGE]):
+                keys *= keys.dtype.type(size)
+    operands = [(q * q.dtype.type(4)), given.k_YKSH, given.v_YKSH, given.table_BZ, tiles]
+    # Scores up to about 2000 are off by 2000·eps32·4, and so are the weights, relatively.
+    _check(_run(case, interpret=True)(*operands), given, operands, case, more=4e-3)
+
+
+@interpreted
 def test_no_tile_at_all():
     case = Case(T=64, N=2, K=1, H=64, parts=[Part(0, 0, 0)], spare=2)
     _, operands = _operands(case)
@@ -211,7 +242,7 @@ def _bits(x: jax.Array) -> np.ndarray:
 
 
 def _bits_do_not_depend(interpret: bool) -> None:
-    """… on where pages lie, on what else is in the call, on where tiles are cut, or on where a chunk was."""
+    """… on where pages lie, on what else is in the call, where tiles or chunks are cut, or on how wide the table is."""
     window, more = 100, {"N": 2, "K": 1, "H": 64, "window": 100}
     alone = Case(T=150, parts=[Part(0, 60, 150)], **more)
     given, (q, k, v, table, tiles) = _operands(alone)
@@ -219,13 +250,13 @@ def _bits_do_not_depend(interpret: bool) -> None:
     other = renumbered(given, 3)
     actual = _run(alone, interpret=interpret)(q, other.k_YKSH, other.v_YKSH, other.table_BZ, tiles)
     np.testing.assert_array_equal(_bits(actual), expected)
-    # Behind another row's tokens, in tiles of other sizes.
+    # Behind another row's tokens, in tiles of other sizes, with a wider table.
     company = Case(T=300, parts=[Part(1, 0, 77, gap=3), Part(0, 60, 150, gap=1)], **more)
     sizes = tiles_of(company, 90)
     rng = np.random.default_rng(9)
     queries = np.array(jnp.asarray(rng.standard_normal((300, 2, 64), np.float32), jnp.bfloat16))
     queries[81:231] = q
-    both = np.concatenate((table, np.full_like(table, 0)))
+    both = np.pad(table, ((0, 1), (0, 2)))
     actual = _run(company, interpret=interpret)(queries, k, v, both, sizes)
     np.testing.assert_array_equal(_bits(actual)[81:231], expected)
     # The second part of it alone: as the next chunk of a prompt.
@@ -252,7 +283,7 @@ def test_items_cover_what_is_seen(window, places, tile):
     """Each part of a tile once, those with the most blocks first, with the blocks that it sees; and all padding."""
     parts = [Part(2, 130, 300, gap=3), Part(0, 0, 1), Part(1, 127, 128, gap=9), Part(3, 5000, 65)]
     case = Case(T=600, N=1, K=1, H=64, parts=parts, spare=4)
-    limit = schedule.UNUSED if window is None else window
+    limit = schedule.UNLIMITED if window is None else window
     items, total = schedule.tile_items(tiles_of(case), tokens=case.T, window=limit, tile=tile, places=places)
     rows_T, positions_T = (np.asarray(each) for each in tiles_of(case).tokens(case.T))
     seen_by, zeroed = np.full(case.T, -1), np.zeros(case.T, int)
@@ -285,19 +316,19 @@ def test_items_cover_what_is_seen(window, places, tile):
 def test_what_the_kernel_refuses():
     case = CASES["a prompt"]
     _, operands = _operands(case)
-    assert tiles_sm90.refused(*operands[:3], None, scale=1.0) is None
+    assert mosaic_sm90.refused(*operands[:3], None, scale=1.0) is None
     for operand in range(3):
         mixed = [x.astype(np.float32) if i == operand else x for i, x in enumerate(operands)]
         with pytest.raises(ValueError, match="takes bfloat16, found bfloat16, float32"):
-            tiles_sm90.prefill(*mixed, scale=1.0)
+            mosaic_sm90.prefill(*mixed, scale=1.0)
     with pytest.raises(ValueError, match="sinks of bfloat16 or float32, found float16"):
-        tiles_sm90.prefill(*operands, np.zeros(case.N, np.float16), scale=1.0)
+        mosaic_sm90.prefill(*operands, np.zeros(case.N, np.float16), scale=1.0)
     with pytest.raises(ValueError, match="head widths of 64, 80, 96, 128, found 72"):
-        tiles_sm90.prefill(*_operands(case._replace(H=72))[1], scale=1.0)
+        mosaic_sm90.prefill(*_operands(case._replace(H=72))[1], scale=1.0)
     with pytest.raises(ValueError, match="found 3 and 2"):
-        tiles_sm90.prefill(*_operands(case._replace(N=3))[1], scale=1.0)
+        mosaic_sm90.prefill(*_operands(case._replace(N=3))[1], scale=1.0)
     with pytest.raises(ValueError, match="more than 0, found -1"):
-        tiles_sm90.prefill(*operands, scale=-1.0)
+        mosaic_sm90.prefill(*operands, scale=-1.0)
 
 
 def _shapes(case: Case) -> list[Any]:
