@@ -10,7 +10,8 @@ AVX2; `tests/pallas_kernels/test_same_bits.py` compares with such chains). Elsew
   to `MANY`.
 - One row times a matrix [out, in] has eight chains, where more rows have one. So one row is padded to two; except for
   the head, whose matrix is so large that this would double a token's time: there, all rows are computed one by one.
-- A product whose outputs are not a multiple of 16 may have two chains. So outputs are padded to that.
+- A product whose outputs are not a multiple of 16 may have other chains for the last ones. So outputs are padded to
+  that; and of a head's large matrix, the last 16 outputs are a product of their own.
 
 Sums of a row's numbers have another order if there are fewer than `SUMMED` numbers in all.
 
@@ -110,9 +111,25 @@ def head_on_cpu(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
     Beyond 128 rows, which no decode step has, it is a usual product, with other bits.
     """
     T, (outputs, inputs) = x_TI.shape[0], kernel_OI.shape
-    if not takes(x_TI, kernel_OI) or T == 1 or T > 2 * MANY:
+    if not takes(x_TI, kernel_OI) or T > 2 * MANY:
         return _times_rows(x_TI, kernel_OI)
-    step = min(outputs, max(1, IN_CACHE // inputs))
+    if outputs * inputs <= IN_CACHE:
+        kernel_OI = _padded(kernel_OI, 0, LANES)
+    y_TO = _head_of_one(x_TI, kernel_OI) if T == 1 else _head_in_parts(x_TI, kernel_OI)
+    return y_TO[:, :outputs]
+
+
+def _head_of_one(x_1I: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    y_1O = _times_rows(x_1I, kernel_OI)
+    if kernel_OI.shape[0] % LANES == 0:
+        return y_1O
+    return y_1O.at[:, -LANES:].set(_times_rows(x_1I, kernel_OI[-LANES:]))
+
+
+def _head_in_parts(x_TI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    """Part by part of the matrix, each times one row after the other."""
+    T, (outputs, inputs) = x_TI.shape[0], kernel_OI.shape
+    step = min(outputs, max(1, IN_CACHE // inputs // LANES) * LANES)
 
     def multiply(index: jax.Array, y_TO: jax.Array) -> jax.Array:
         start = jnp.minimum(index * step, outputs - step)  # the last outputs may be computed twice

@@ -58,7 +58,7 @@ def test_products_are_chains(inputs: int, outputs: int) -> None:
 
 
 @chained
-@pytest.mark.parametrize(("inputs", "outputs"), [(96, 101), (256, 3001)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 101), (256, 3001), (192, 999), (768, 2003), (40, 7)])
 def test_a_head_is_the_same_up_to_128_rows(inputs: int, outputs: int) -> None:
     x_TI, kernel_IO = operands(inputs, outputs)
     kernel_OI = jnp.asarray(np.ascontiguousarray(kernel_IO.T))
