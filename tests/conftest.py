@@ -67,8 +67,8 @@ KERNELS = {  # interpret GPU kernels or lower them for CUDA: `make kernels` has 
 }
 OTHERS = {"oracle"}  # need other packages, and a command of their own; tests/affected.py leaves them out itself
 # XLA compiles these on a CPU with little optimisation, which takes a third to a half less. What is interpreted runs on
-# GPUs only; what agrees with transformers is compared with float64 in tests/models, as users' programs are compiled; and
-# how much memory a program needs does not depend on it. (Which bits a row gets does: products without fused additions.)
+# GPUs only; what agrees with transformers is compared with float64 in tests/models, as users' programs are compiled;
+# what a program needs of memory does not depend on it. (A row's bits do: additions are not fused with products.)
 UNOPTIMIZED = KERNELS | OTHERS | {"engine/test_memory.py"}
 # What each tier leaves out; all but the last the tests marked `thorough`, too.
 TIERS = {"quick": MODELS | KERNELS | OTHERS, "test": KERNELS | OTHERS, "affected": set(), "full": set()}

@@ -7,11 +7,11 @@ import time
 import httpx2
 import pytest
 
-import gptjax
 from gptjax.server import worker as worker_module
 from gptjax.server.worker import Worker
 from tests.server.load_material import request
 from tests.server.server_material import GPT2, served, wait_for
+from tests.shallow import shallow
 
 TIMES = 100
 SLOTS, CHUNK = 2, 32
@@ -19,7 +19,7 @@ SLOTS, CHUNK = 2, 32
 
 @pytest.fixture(scope="module")
 def model():
-    return gptjax.load(GPT2, dtype="float32", max_length=512, max_batch=SLOTS)
+    return shallow(GPT2, max_length=512, max_batch=SLOTS)
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +94,11 @@ def test_a_client_that_leaves_frees_its_slot(warm, model, phase):
     assert answer.json()["choices"][0]["text"] == model.generate("The king", max_tokens=9, temperature=0).text
 
 
-def test_a_killed_worker_thread_is_seen_at_once(lm, monkeypatch):
+def test_a_killed_worker_thread_is_seen_at_once(monkeypatch):
     """It dies when it wakes, as it does every second; the first who asks for /health after that is told."""
     assert worker_module._BEAT <= 1
     monkeypatch.setattr(worker_module, "_LEVELS", worker_module._LEVELS[-1:])  # one program for all kinds of sampling
-    small = gptjax.LanguageModel(
-        lm.model, lm.params, tokenizer=lm.tokenizer, defaults=lm.defaults, max_length=96, max_batch=1
-    )
+    small = shallow(GPT2, max_length=96, max_batch=1)
     with served(small, GPT2, prefill_chunk=CHUNK) as (server, address):
         thread = server.config.app.state.service.worker._thread
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))

@@ -7,25 +7,26 @@ import httpx2
 import jax
 import pytest
 
-import gptjax
 from gptjax.engine import steps
 from gptjax.server import scoring
 from tests.server.server_material import GPT2, served
+from tests.server.worker_material import CHUNK, MAX_LENGTH, SLOTS
+from tests.shallow import shallow
 from tests.thinned import thinned
 
-SLOTS, MAX_LENGTH, CLIENTS = 8, 128, 64
+CLIENTS = 64
 
 
 @pytest.fixture(scope="module")
 def model():
-    return gptjax.load(GPT2, dtype="float32", max_length=MAX_LENGTH, max_batch=SLOTS)
+    return shallow(GPT2, max_length=MAX_LENGTH, max_batch=SLOTS)
 
 
 @pytest.fixture(scope="module")
 def complete(model):
     limits = httpx2.Limits(max_connections=CLIENTS)
     with (
-        served(model, GPT2, max_queue=CLIENTS) as (_, address),
+        served(model, GPT2, max_queue=CLIENTS, prefill_chunk=CHUNK) as (_, address),
         httpx2.Client(base_url=address, timeout=300, limits=limits) as client,
     ):
         yield lambda **fields: client.post("/v1/completions", json=fields)

@@ -6,7 +6,6 @@ import time
 import numpy as np
 import pytest
 
-import gptjax
 from gptjax.engine import programs
 from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams
@@ -27,6 +26,7 @@ from tests.server.worker_material import (
     submit,
     until,
 )
+from tests.shallow import shallow
 from tests.thinned import thorough
 
 TIMES = rounds(20)  # that each cancellation is tried
@@ -34,8 +34,8 @@ TIMES = rounds(20)  # that each cancellation is tried
 
 @pytest.fixture(scope="module", params=[thorough("gpt2-tales"), "gpt-oss-tales"])
 def model(request):
-    """A demo; the second has rings of 128 places."""
-    return gptjax.load(request.param, dtype="float32", max_length=MAX_LENGTH, max_batch=SLOTS)
+    """The second has a layer with a window of 128 positions."""
+    return shallow(request.param, max_length=MAX_LENGTH, max_batch=SLOTS)
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +89,12 @@ def test_requests_that_come_and_go_get_the_bits_they_get_alone(worker, model, al
             assert reader.threads == {"gptjax-worker"}
 
 
-def test_chunks_of_the_usual_size_give_what_the_model_itself_gives(lm):
-    small = gptjax.LanguageModel(
-        lm.model, lm.params, tokenizer=lm.tokenizer, defaults=lm.defaults, max_length=128, max_batch=SLOTS
-    )
+def test_chunks_of_the_usual_size_give_what_the_model_itself_gives():
+    small = shallow("gpt2-tales", max_length=128, max_batch=SLOTS)
     expected = small.generate("Once upon a time", max_tokens=20)
     worker = Worker(small)
     worker.start()
-    request = Request(tuple(lm.tokenizer.encode("Once upon a time")), 20, SamplingParams(seed=0), lm.eos_ids)
+    request = Request(tuple(small.tokenizer.encode("Once upon a time")), 20, SamplingParams(seed=0), small.eos_ids)
     readers = [submit(worker, each) for each in (request, request_of(1, 100), request)]
     for reader in (readers[0], readers[2]):
         reader.wait()

@@ -15,15 +15,14 @@ from gptjax.server.events import Failed, Finished, Unavailable
 from gptjax.server.worker import Worker
 from tests.compilations import compilations
 from tests.server.worker_material import CHUNK, PATIENCE, REQUESTS, Reader, ids_of, request_of
+from tests.shallow import shallow
 
 
 @pytest.fixture
-def small(lm, monkeypatch):
+def small(monkeypatch):
     """Two slots, and one program for all kinds of sampling, to be compiled soon."""
     monkeypatch.setattr(worker_module, "_LEVELS", worker_module._LEVELS[-1:])
-    return gptjax.LanguageModel(
-        lm.model, lm.params, tokenizer=lm.tokenizer, defaults=lm.defaults, max_length=96, max_batch=2
-    )
+    return shallow("gpt2-tales", max_length=96, max_batch=2)
 
 
 @pytest.fixture
@@ -43,8 +42,8 @@ def fresh(small):
 
 @pytest.mark.thorough
 def test_nothing_is_compiled_after_warm_up():
-    # The model with rings. Another number of slots and another length, so that nothing is there from before.
-    worker = Worker(gptjax.load("gpt-oss-tales", dtype="float32", max_length=280, max_batch=3), chunk=CHUNK)
+    # A model with a window. Another number of slots and another length, so that nothing is there from before.
+    worker = Worker(shallow("gpt-oss-tales", max_length=280, max_batch=3), chunk=CHUNK)
     worker.start()
     worker.wait_until_ready()
     try:
@@ -203,11 +202,11 @@ def test_a_worker_that_was_not_started_takes_nothing(small):
     worker.stop()
 
 
-def test_logits_that_are_not_finite_end_their_request_only(lm):
-    poisoned = {**lm.params}
+def test_logits_that_are_not_finite_end_their_request_only(small):
+    poisoned = {**small.params}
     poisoned["position_embedding"] = poisoned["position_embedding"].at[45].set(np.nan)
     broken = gptjax.LanguageModel(
-        lm.model, poisoned, tokenizer=lm.tokenizer, defaults=lm.defaults, max_length=96, max_batch=2
+        small.model, poisoned, tokenizer=small.tokenizer, defaults=small.defaults, max_length=96, max_batch=2
     )
     worker = Worker(broken, chunk=32)
     worker.start()
