@@ -1,19 +1,23 @@
 """Products and sums on a CPU that give a row the same bits among any number of rows.
 
 On a CPU, XLA computes an output of a float32 product as a chain of fused multiply-adds in ascending order of what it
-sums over. Three things depend on the number of rows, and are avoided here (seen with JAX 0.10.2, 0.11.2 and 0.12 on
-AVX2; `tests/pallas_kernels/test_same_bits.py` compares with such chains). Elsewhere there are more: see `holds`.
+sums over. Some things depend on the number of rows, and are avoided here (seen with JAX 0.10.2, 0.11.2 and 0.12 on
+AVX2, and with 0.10.2 and 0.12 on AVX-512; `tests/pallas_kernels/test_same_bits.py` compares with such chains):
 
-- Chains are cut. So what is summed is divided into runs of at most `RUN`, which XLA never cuts, and the runs are added
-  in order. A kernel [in, out] is also cut, at shorter lengths, if there are 2 to 60 rows. So up to `FEW` rows are
-  products of one row each, which is no slower: XLA's product of 8 rows takes as long as 8 of one. More rows are padded
-  to `MANY`.
-- One row times a matrix [out, in] has eight chains, where more rows have one. So one row is padded to two; except for
-  the head, whose matrix is so large that this would double a token's time: there, all rows are computed one by one.
-- A product whose outputs are not a multiple of 16 may have other chains for the last ones. So outputs are padded to
-  that; and of a head's large matrix, the last 16 outputs are a product of their own.
+- Chains are cut: at 1024, with AVX-512 at 512. So what is summed is divided into runs of at most `RUN`, and the runs
+  are added in order. A kernel [in, out] is also cut, at shorter lengths, if there are 2 to 60 rows. So up to `FEW` rows
+  are products of one row each, which is no slower: XLA's product of 8 rows takes as long as 8 of one. More rows are
+  padded to `MANY`.
+- One row times a matrix [out, in] has eight chains or sixteen, where more rows have one. So one row is padded to two;
+  except for the head, whose matrix is so large that this would double a token's time: there, all rows are computed one
+  by one. With AVX-512, a loop over rows has sixteen chains where code outside of loops has eight, unless the program is
+  compiled with `COMPILER`.
+- A product whose outputs are not a multiple of `LANES` may have two or four chains, at least for the last outputs. So
+  outputs are padded; and of a head's large matrix, the last `LANES` outputs are a product of their own.
+- With AVX-512, 1 / sqrt(x) is approximated where 16 numbers are computed together. So `rsqrt` divides.
 
-Sums of a row's numbers have another order if there are fewer than `SUMMED` numbers in all.
+Sums of a row's numbers have another order if there are fewer than `SUMMED` numbers in all. And in attention, the shapes
+of products must not depend on the number of rows or tokens: see `attention.paged`.
 
 Only float32 is multiplied so.
 """
@@ -27,26 +31,26 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-RUN = 1024  # numbers of a chain, at most
+RUN = 512  # numbers of a chain, at most
 FEW = 8  # rows that are products of their own
 MANY = 64  # rows of other products, at least
-LANES = 16  # outputs are a multiple of this
+LANES = 64  # outputs are a multiple of this
 SUMMED = 4096  # numbers from which on XLA sums them in one way
+COMPILER = {"xla_cpu_prefer_vector_width": 512}  # for `jax.jit` of whole programs
 IN_CACHE = 1 << 17  # numbers of a head's matrix that all rows are multiplied by before the next are read
 
 
 @cache
 def holds() -> bool:
-    """Whether this machine's CPU is of the kind on which a row's bits were seen not to depend on the number of rows.
+    """Whether this machine's CPU is of a kind on which a row's bits were seen not to depend on the number of rows.
 
-    That is x86-64 with AVX2, FMA and no AVX-512 (so far only where Linux tells). With AVX-512, XLA's libraries divide a
-    chain into two or four where there are few outputs, and cut it at 512 (JAX 0.10.2 and 0.12 on AMD EPYC, Zen 5).
+    That is x86-64 with AVX2 and FMA, with AVX-512 or without, where Linux tells.
     """
     try:
         flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         return False
-    return flags is not None and {"avx2", "fma"} <= set(flags[1].split()) and "avx512f" not in flags[1].split()
+    return flags is not None and {"avx2", "fma"} <= set(flags[1].split())
 
 
 def product(x_TI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
@@ -64,6 +68,17 @@ def mean(x: jax.Array) -> jax.Array:
     if x.size >= SUMMED:
         return _mean(x)
     y: jax.Array = jax.lax.platform_dependent(x, cpu=_mean_of_few, default=_mean)
+    return y
+
+
+def rsqrt(x: jax.Array) -> jax.Array:
+    """1 / sqrt(x), on any device."""
+
+    def divided(x: jax.Array) -> jax.Array:
+        root: jax.Array = jax.lax.optimization_barrier(jnp.sqrt(x))  # XLA would approximate a quotient by a root
+        return 1 / root
+
+    y: jax.Array = jax.lax.platform_dependent(x, cpu=divided, default=jax.lax.rsqrt)
     return y
 
 

@@ -81,7 +81,7 @@ examples:
         parser,
         "--exact",
         choices=_YES_OR_NO,
-        help="whether a request gets the same bits whatever else runs or ran before; on a GPU, on a CPU with AVX-512, "
+        help="whether a request gets the same bits whatever else runs or ran before; on a GPU, on a CPU without AVX2, "
         "in half precision and for GPT-OSS, each step then computes all --max-batch rows, and each prompt is read by "
         "itself (default: yes on a CPU in float32, else no)",
     )

@@ -15,9 +15,12 @@ from gptjax.engine import sampling
 from gptjax.engine.flat_params import FlatParams
 from gptjax.layers.cache import KVCache
 from gptjax.models.registry import Model
+from pallas_kernels import same_bits
 from pallas_kernels.pages import Tiles
 
 ROW_FIELDS = 5  # of a row's numbers before the given tokens: slot, position, given, steps, feeds
+
+_jit = partial(jax.jit, compiler_options=same_bits.COMPILER)
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +34,7 @@ class Slots:
     counts_BV: jax.Array
 
 
-@partial(jax.jit, static_argnames=("model", "size", "ends"), donate_argnames=("slots",))
+@partial(_jit, static_argnames=("model", "size", "ends"), donate_argnames=("slots",))
 def prefill(
     model: Model, params: FlatParams, slots: Slots, call: jax.Array, size: int, ends: int
 ) -> tuple[jax.Array, Slots]:
@@ -52,7 +55,7 @@ def prefill(
     return hidden_1TD[0, end_M], dataclasses.replace(slots, cache=cache.unpacked())
 
 
-@partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
+@partial(_jit, static_argnames=("model",), donate_argnames=("slots",))
 def keep_logits(model: Model, params: FlatParams, slots: Slots, hidden_MD: jax.Array, slot_M: jax.Array) -> Slots:
     """Gives slots the logits after the last tokens of their prompts.
 
@@ -65,13 +68,13 @@ def keep_logits(model: Model, params: FlatParams, slots: Slots, hidden_MD: jax.A
     return dataclasses.replace(slots, logits_BV=slots.logits_BV.at[slot_M].set(logits_MV, mode="drop"))
 
 
-@partial(jax.jit, donate_argnames=("slots",))
+@partial(_jit, donate_argnames=("slots",))
 def set_counts(slots: Slots, slot: jax.Array, counts_V: jax.Array) -> Slots:
     """Sets what is counted of a slot's tokens. `slots` is donated."""
     return dataclasses.replace(slots, counts_BV=slots.counts_BV.at[slot].set(counts_V))
 
 
-@partial(jax.jit, static_argnames=("kind",), donate_argnames=("slots",))
+@partial(_jit, static_argnames=("kind",), donate_argnames=("slots",))
 def copy_pages(slots: Slots, copies: jax.Array, kind: int) -> Slots:
     """Copies pages to others, in the layers of one kind.
 
@@ -83,13 +86,13 @@ def copy_pages(slots: Slots, copies: jax.Array, kind: int) -> Slots:
     return dataclasses.replace(slots, cache=slots.cache.copied(kind, source_Z, target_Z, copies[0]))
 
 
-@jax.jit
+@_jit
 def marker(slots: Slots) -> jax.Array:
     """A number that is there when all programs dispatched so far have run."""
     return slots.logits_BV[0, 0]
 
 
-@jax.jit
+@_jit
 def sample(slots: Slots, rows: jax.Array, settings: sampling.Sampling) -> sampling.Sampled:
     """Draws the next token of some slots.
 
@@ -102,7 +105,7 @@ def sample(slots: Slots, rows: jax.Array, settings: sampling.Sampling) -> sampli
     return _sampled(_of_rows(slots, rows), rows, jnp.int32(0), settings)
 
 
-@partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
+@partial(_jit, static_argnames=("model",), donate_argnames=("slots",))
 def advance(model: Model, params: FlatParams, slots: Slots, token_B: jax.Array, rows: jax.Array) -> Slots:
     """Feeds the given or drawn token of each row to its slot, and counts those drawn. -1 makes a slot's logits NaN.
 
@@ -116,7 +119,7 @@ def advance(model: Model, params: FlatParams, slots: Slots, token_B: jax.Array, 
     return _with_rows(slots, rows, _advanced(model, params, of_rows, token_B, rows, step))
 
 
-@partial(jax.jit, static_argnames=("model", "num_steps"), donate_argnames=("slots",))
+@partial(_jit, static_argnames=("model", "num_steps"), donate_argnames=("slots",))
 def decode(
     model: Model, params: FlatParams, slots: Slots, rows: jax.Array, settings: sampling.Sampling, num_steps: int
 ) -> tuple[Slots, sampling.Sampled]:

@@ -83,5 +83,5 @@ class HeadNorm(nn.Module):
         """[B, T, N, H] -> the same, of `dtype`."""
         scale_H = array(self, "scale", nn.initializers.ones_init(), x_BTNH.shape[-1:], (HEAD_WIDTH,), self.param_dtype)
         y_BTNH = x_BTNH.astype(jnp.float32)
-        y_BTNH *= jax.lax.rsqrt(same_bits.mean(jnp.square(y_BTNH)) + self.epsilon)
+        y_BTNH *= same_bits.rsqrt(same_bits.mean(jnp.square(y_BTNH)) + self.epsilon)
         return observe(self, "output", (y_BTNH * scale_H.astype(jnp.float32)).astype(self.dtype))

@@ -22,7 +22,7 @@ def add_norm(
     y_TD = sum_TD.astype(jnp.float32)
     if center:
         y_TD -= same_bits.mean(y_TD)
-    normed_TD = y_TD * jax.lax.rsqrt(same_bits.mean(jnp.square(y_TD)) + epsilon)
+    normed_TD = y_TD * same_bits.rsqrt(same_bits.mean(jnp.square(y_TD)) + epsilon)
     normed_TD *= scale_D.astype(jnp.float32)
     if bias_D is not None:
         normed_TD += bias_D.astype(jnp.float32)

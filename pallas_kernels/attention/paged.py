@@ -137,8 +137,9 @@ def packed(
 ) -> jax.Array:
     """Many queries per row. See `api.packed_attention_over_pages`.
 
-    On a CPU, one tile after the other, so that each reads no more pages than it sees. On an accelerator, all tiles as
-    rows of one call.
+    On a CPU, one tile after the other, so that each reads no more pages than it sees; a tile that is not full is
+    computed as if it were, so that the bits of its queries do not depend on their number. On an accelerator, all tiles
+    as rows of one call.
     """
     operands = [q_TNH, k_YKSH, v_YKSH, table_BZ, tiles, *([] if sinks_N is None else [sinks_N])]
     return jax.lax.platform_dependent(
@@ -160,19 +161,18 @@ def _tile_by_tile(
     window: int | None,
 ) -> jax.Array:
     T = q_TNH.shape[0]
-    size = min(T, TILE)
-    # Tiles may begin less than `size` before the end.
-    q_TNH = jnp.pad(q_TNH, ((0, size), (0, 0), (0, 0)))
-    ahead_t = jnp.arange(size, dtype=jnp.int32)
+    # Tiles may begin less than `TILE` before the end.
+    q_TNH = jnp.pad(q_TNH, ((0, TILE), (0, 0), (0, 0)))
+    ahead_t = jnp.arange(TILE, dtype=jnp.int32)
 
     def tile(index: jax.Array, out_TNH: jax.Array) -> jax.Array:
         row, start, count, position = (each[index] for each in tiles)
-        q_1tNH = jax.lax.dynamic_slice_in_dim(q_TNH, start, size)[None]
+        q_1tNH = jax.lax.dynamic_slice_in_dim(q_TNH, start, TILE)[None]
         positions_1t = jnp.where(ahead_t < count, position + ahead_t, -1)[None]
         table_1Z = jax.lax.dynamic_slice_in_dim(table_BZ, row, 1)
         operands = q_1tNH, k_YKSH, v_YKSH, table_1Z, positions_1t, sinks_N
         new_tNH = by_page(*operands, scale=scale, window=window)[0]
-        old_tNH = jax.lax.dynamic_slice_in_dim(out_TNH, start, size)
+        old_tNH = jax.lax.dynamic_slice_in_dim(out_TNH, start, TILE)
         new_tNH = jnp.where((ahead_t < count)[:, None, None], new_tNH, old_tNH)
         return jax.lax.dynamic_update_slice_in_dim(out_TNH, new_tNH, start, axis=0)
 

@@ -72,7 +72,7 @@ def _play(engine: Engine, rng: random.Random, count: int) -> list[tuple[int, lis
     return results
 
 
-@pytest.mark.skipif(not same_bits.holds(), reason="on this CPU, bits depend on the number of rows")
+@pytest.mark.skipif(not same_bits.holds(), reason="products on this CPU were not looked at")
 def test_a_request_gets_the_same_bits_under_any_load(made):
     engine = Engine(*made, batch=1, max_length=MAX_LENGTH, policy=ALONE)
     alone = []

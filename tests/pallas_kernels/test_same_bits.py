@@ -9,7 +9,7 @@ from pallas_kernels import same_bits
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the rule is for CPUs")
 
-chained = pytest.mark.skipif(not same_bits.holds(), reason="this CPU's products are other chains")
+chained = pytest.mark.skipif(not same_bits.holds(), reason="products on this CPU were not looked at")
 
 ROWS = (1, 2, 3, 8, 9, 31, 64, 65, 512)
 
@@ -62,7 +62,8 @@ def test_products_are_chains(inputs: int, outputs: int) -> None:
 def test_a_head_is_the_same_up_to_128_rows(inputs: int, outputs: int) -> None:
     x_TI, kernel_IO = operands(inputs, outputs)
     kernel_OI = jnp.asarray(np.ascontiguousarray(kernel_IO.T))
-    found = [np.asarray(jax.jit(same_bits.head)(jnp.asarray(x_TI[-rows:]), kernel_OI))[-1] for rows in (1, 2, 8, 128)]
+    head = jax.jit(same_bits.head, compiler_options=same_bits.COMPILER)
+    found = [np.asarray(head(jnp.asarray(x_TI[-rows:]), kernel_OI))[-1] for rows in (1, 2, 8, 128)]
     np.testing.assert_allclose(found[0], x_TI[-1].astype(np.float64) @ kernel_IO.astype(np.float64), atol=1e-4)
     for each in found[1:]:
         np.testing.assert_array_equal(each, found[0])
@@ -88,3 +89,10 @@ def test_softmax_over_choices(choices: int) -> None:
     for copies in (1, 2, 4):
         found_TX = np.asarray(jax.jit(same_bits.softmax)(jnp.concatenate([x_TX] * copies)))
         np.testing.assert_array_equal(found_TX[:100], few_TX)
+
+
+def test_reciprocal_roots() -> None:
+    x_T = np.random.default_rng(0).uniform(0.1, 10, 100).astype(np.float32)
+    rsqrt = jax.jit(same_bits.rsqrt, compiler_options=same_bits.COMPILER)
+    for count in (1, 15, 16, 17, 100):
+        np.testing.assert_array_equal(rsqrt(jnp.asarray(x_T[:count])), 1 / np.sqrt(x_T[:count]))

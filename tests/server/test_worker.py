@@ -1,5 +1,6 @@
 """The worker: many requests on one engine, each with the bits that it gets alone, and an end for each of them."""
 
+import itertools
 import threading
 import time
 
@@ -30,6 +31,7 @@ from tests.shallow import shallow
 from tests.thinned import thorough
 
 TIMES = rounds(20)  # that each cancellation is tried
+UNREAD = itertools.count(100)  # for prompts that no page holds
 
 
 @pytest.fixture(scope="module", params=[thorough("gpt2-tales"), "gpt-oss-tales"])
@@ -176,7 +178,7 @@ def _cancel_in_prefill(worker: Worker) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(programs, "prefill", held)
-        reader = Reader(worker, request_of(int(time.monotonic_ns() % 1000) + 100, 290))
+        reader = Reader(worker, request_of(next(UNREAD), 290))
         assert reading.wait(PATIENCE)
         worker.cancel(reader.ticket)
         go_on.set()
