@@ -86,7 +86,7 @@ real: $(VENV)/.installed-oracle
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-# Compare speeds of servers, and need the machine for themselves.
+# Compare speeds of engines and servers, and need the machine for themselves.
 quiet: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m quiet $(ARGS)
 
