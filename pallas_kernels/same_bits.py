@@ -37,6 +37,7 @@ MANY = 64  # rows of other products, at least
 LANES = 64  # outputs are a multiple of this
 SUMMED = 4096  # numbers from which on XLA sums them in one way
 COMPILER = {"xla_cpu_prefer_vector_width": 512}  # for `jax.jit` of whole programs
+PIECE = 256  # rows of choices: their number decides which of them XLA's exponential approximates in which way
 IN_CACHE = 1 << 17  # numbers of a head's matrix that all rows are multiplied by before the next are read
 
 
@@ -86,12 +87,9 @@ def softmax(x_TX: jax.Array) -> jax.Array:
     """The softmax over a few choices of each row, on any device."""
 
     def in_pieces(x_TX: jax.Array) -> jax.Array:
-        rows = max(1, (SUMMED - 1) // x_TX.shape[1])  # with more, XLA's exponential is another one
-        pieces = jnp.split(x_TX, list(range(rows, len(x_TX), rows)))
-        return jnp.concatenate([jax.nn.softmax(piece, axis=-1) for piece in pieces])
+        pieces = jnp.split(_padded(x_TX, 0, PIECE), list(range(PIECE, x_TX.shape[0], PIECE)))
+        return jnp.concatenate([jax.nn.softmax(piece, axis=-1) for piece in pieces])[: x_TX.shape[0]]
 
-    if x_TX.size < SUMMED:
-        return jax.nn.softmax(x_TX, axis=-1)
     y: jax.Array = jax.lax.platform_dependent(x_TX, cpu=in_pieces, default=lambda x_TX: jax.nn.softmax(x_TX, axis=-1))
     return y
 

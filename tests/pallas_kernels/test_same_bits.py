@@ -84,11 +84,15 @@ def test_means_of_rows(D: int) -> None:
 
 @pytest.mark.parametrize("choices", [4, 8])
 def test_softmax_over_choices(choices: int) -> None:
-    x_TX = jnp.asarray(operands(choices, 1)[0])
-    few_TX = np.asarray(jax.jit(same_bits.softmax)(x_TX[:100]))
-    for copies in (1, 2, 4):
-        found_TX = np.asarray(jax.jit(same_bits.softmax)(jnp.concatenate([x_TX] * copies)))
-        np.testing.assert_array_equal(found_TX[:100], few_TX)
+    x_TX = operands(choices, 1)[0]
+    softmax = jax.jit(same_bits.softmax, compiler_options=same_bits.COMPILER)
+    found_TX = np.asarray(softmax(jnp.asarray(x_TX)))
+    expected_TX = np.exp(x_TX.astype(np.float64))
+    np.testing.assert_allclose(found_TX, expected_TX / expected_TX.sum(axis=1, keepdims=True), rtol=1e-6)
+    for rows in (1, 3, 8, 31, 64, 257):
+        for first in (0, 5, 200):
+            some_TX = softmax(jnp.asarray(x_TX[first : first + rows]))
+            np.testing.assert_array_equal(some_TX, found_TX[first : first + rows])
 
 
 def test_reciprocal_roots() -> None:
