@@ -31,7 +31,7 @@ from gptjax.support.units import readable
 from pallas_kernels import same_bits
 from pallas_kernels.attention.reference import DENSE_SCORES
 from pallas_kernels.moe.reference import TOGETHER, group_sizes
-from pallas_kernels.pages import PAGE
+from pallas_kernels.pages import PAGE, TILE
 
 _LEAST_LENGTH = 32  # positions; a shorter `max_length` helps no one
 _FIXED = {"cpu": 1 << 20}  # bytes of a program's constants and small buffers; elsewhere also the libraries' workspaces
@@ -127,7 +127,7 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     With T the largest prompt chunk, in float32 (though XLA may keep some of it narrower or not at all):
 
         4·T·(q, k, v and residual (N + 2K)·H + the larger of the MLP's 2·F (3·F if it is gated; for experts, see `_moe`)
-             and attention's 5·N·H + 2·D and 2·N·128 scores)
+             and attention's 5·N·H + 2·D and 2·N·128 scores, on a CPU for at least 128 queries)
              (on a CPU in float32, an MLP without experts also has a D for each run that its second product adds up, if
              there are several: see `same_bits`)
         or, off the CPU, 2 · 4·B·N·T·S scores of any prompt or decode step with B·N·T·S at most 2^26, if more
@@ -135,7 +135,7 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
         + the numbers of the largest packed weight that is unpacked as a whole, or on a CPU of 2^18 at a time
         + 1 MiB (64 MiB off the CPU, for the workspaces of matrix products)
         + on a CPU in half precision, the weights in float32: XLA has no half-precision products there and converts
-          them
+          them; in float32, the matrices whose outputs are padded: see `same_bits`
 
     A test checks that it is at least what XLA reports and at most four times that (plus the workspaces). For its
     result, `LanguageModel.logits` needs another 4·T·V, and `LanguageModel.activations` all that it returns.
@@ -148,7 +148,8 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
     S = capacity_of(max_length)
     scored = config.num_heads * (2 * PAGE + 5 * config.head_width)
-    attention = 4 * T * (scored + 2 * config.width)
+    queries = max(T, TILE) if platform == "cpu" else T
+    attention = 4 * queries * (scored + 2 * config.width)
     mlp = _moe(config, T) if isinstance(config, GptOssConfig) else 4 * T * _mlp(model, platform)
     chunk = 4 * T * projected + max(mlp, attention)
     if platform != "cpu":
@@ -156,9 +157,21 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
         chunk = max([chunk, *(8 * scores for scores in at_once if scores <= DENSE_SCORES)])
     estimate = chunk + 32 * batch * config.vocab_size + _unpacked(config, platform)
     estimate += _FIXED.get(platform, _FIXED_ELSEWHERE)
-    if platform == "cpu" and jnp.dtype(model.dtype).itemsize < 4:
-        estimate += 4 * _weights(model)[2]
+    if platform == "cpu":
+        half = jnp.dtype(model.dtype).itemsize < 4
+        estimate += 4 * (_weights(model)[2] if half else config.num_layers * _padded(config))
     return estimate
+
+
+def _padded(config: ModelConfig) -> int:
+    """The numbers of a layer's matrices that a CPU pads, as their outputs are no multiple of `same_bits.LANES`."""
+    D, F = config.width, config.mlp_width
+    heads = config.num_heads * config.head_width
+    sizes = [(D, heads + 2 * config.num_kv_heads * config.head_width), (heads, D)]
+    if not isinstance(config, GptOssConfig):
+        sizes += [(D, _up(config)), (F, D)]
+    lanes = same_bits.LANES
+    return sum(inputs * -(-outputs // lanes) * lanes for inputs, outputs in sizes if outputs % lanes)
 
 
 def _mlp(model: Model, platform: str) -> int:
