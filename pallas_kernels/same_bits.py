@@ -2,11 +2,11 @@
 
 On a CPU, XLA computes an output of a float32 product as a chain of fused multiply-adds in ascending order of what it
 sums over. Some things depend on the number of rows, and are avoided here (seen with JAX 0.10.2, 0.11.2 and 0.12 on
-AVX2, and with 0.10.2 and 0.12 on AVX-512; `tests/pallas_kernels/test_same_bits.py` compares with such chains):
+AVX2 and AVX-512; `tests/pallas_kernels/test_same_bits.py` compares with such chains):
 
 - Chains are cut: at 1024, with AVX-512 at 512. So what is summed is divided into runs of at most `RUN`, and the runs
   are added in order. A kernel [in, out] is also cut, at shorter lengths, if there are 2 to 60 rows. So up to `FEW` rows
-  are products of one row each, which is no slower: XLA's product of 8 rows takes as long as 8 of one. More rows are
+  are products of one row each, which is no slower: XLA multiplies 8 rows in the time of 8 single rows. More rows are
   padded to `MANY`.
 - One row times a matrix [out, in] has eight chains or sixteen, where more rows have one. So one row is padded to two;
   except for the head, whose matrix is so large that this would double a token's time: there, all rows are computed one
@@ -16,10 +16,10 @@ AVX2, and with 0.10.2 and 0.12 on AVX-512; `tests/pallas_kernels/test_same_bits.
   outputs are padded; and of a head's large matrix, the last `LANES` outputs are a product of their own.
 - With AVX-512, 1 / sqrt(x) is approximated where 16 numbers are computed together. So `rsqrt` divides.
 
-Sums of a row's numbers have another order if there are fewer than `SUMMED` numbers in all. And in attention, the shapes
-of products must not depend on the number of rows or tokens: see `attention.paged`.
+XLA sums a row's numbers in another order if there are fewer than `SUMMED` numbers in all. In attention, the shapes of
+products must not depend on the number of rows or tokens: see `attention.paged`.
 
-Only float32 is multiplied so.
+Only float32 products are computed this way.
 """
 
 import re
@@ -37,15 +37,15 @@ MANY = 64  # rows of other products, at least
 LANES = 64  # outputs are a multiple of this
 SUMMED = 4096  # numbers from which on XLA sums them in one way
 COMPILER = {"xla_cpu_prefer_vector_width": 512}  # for `jax.jit` of whole programs
-PIECE = 256  # rows of choices: their number decides which of them XLA's exponential approximates in which way
+PIECE = 256  # rows of a softmax: how XLA approximates an exponential depends on how many there are
 IN_CACHE = 1 << 17  # numbers of a head's matrix that all rows are multiplied by before the next are read
 
 
 @cache
 def holds() -> bool:
-    """Whether this machine's CPU is of a kind on which a row's bits were seen not to depend on the number of rows.
+    """Whether all this was seen to work on CPUs like this machine's: x86-64 with AVX2 and FMA, with or without AVX-512.
 
-    That is x86-64 with AVX2 and FMA, with AVX-512 or without, where Linux tells.
+    Read from Linux's /proc/cpuinfo, so false on other systems.
     """
     try:
         flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -76,7 +76,7 @@ def rsqrt(x: jax.Array) -> jax.Array:
     """1 / sqrt(x), on any device."""
 
     def divided(x: jax.Array) -> jax.Array:
-        root: jax.Array = jax.lax.optimization_barrier(jnp.sqrt(x))  # XLA would approximate a quotient by a root
+        root: jax.Array = jax.lax.optimization_barrier(jnp.sqrt(x))  # without it, XLA rewrites 1 / sqrt
         return 1 / root
 
     y: jax.Array = jax.lax.platform_dependent(x, cpu=divided, default=jax.lax.rsqrt)

@@ -135,7 +135,7 @@ class SharedEngine:
           params: gives the weights, or raises an error if the model was closed.
 
         Raises:
-          CapacityError: there is no memory for it.
+          CapacityError: it does not fit into memory.
         """
         generation.waits = True
         try:
@@ -236,8 +236,8 @@ class SharedEngine:
         return asked
 
     def _fit(self, asked: list[_Asked], params: Callable[[], Params]) -> None:
-        """Makes the engine large enough for all, or as large as there is memory for, at least for each generation by
-        itself. One that is there is kept if no larger one would fit."""
+        """Makes the engine large enough for all generations, or as large as fits into memory, but at least for each by
+        itself. An engine that exists is kept if no larger one fits."""
         rows = [generation.rows for generation in {each.generation for each in asked}]
         if not rows:
             return
@@ -264,7 +264,7 @@ class SharedEngine:
         return policy if policy.packed or self._max_batch else dataclasses.replace(policy, rows="asked")
 
     def _made(self, batch: int, params: Params) -> Engine:
-        """An engine of a number of rows. Raises `CapacityError` if there is no memory for it."""
+        """Makes an engine of `batch` rows. Raises `CapacityError` if it does not fit into memory."""
         policy = self.policy(batch)
         pages = pools(self._model, max_length=self._max_length, policy=policy, limit=self._memory_limit)
         with explained(self._model, batch=batch, max_length=self._max_length):

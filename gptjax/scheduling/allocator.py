@@ -43,7 +43,7 @@ class Allocator:
         ]
 
     def has_room(self, sequence: Sequence, promised: AnySequence[int]) -> bool:
-        """Whether a sequence could join and read its prompt, if so many pages of each pool are promised to others."""
+        """Whether a sequence can join and read its prompt. Others will take the `promised` pages of each pool."""
         for number, (pool, others) in enumerate(zip(self.pools, promised, strict=True)):
             if pool.free + pool.idle - others < self._soon(pool, sequence) - self._shared(sequence, number):
                 return False

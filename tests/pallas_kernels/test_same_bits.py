@@ -1,11 +1,15 @@
 """A row's bits on a CPU do not depend on the number of rows: compared with chains of fused multiply-adds in NumPy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import same_bits
+from pallas_kernels.attention import paged
+from pallas_kernels.pages import PAGE, Tiles
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the rule is for CPUs")
 
@@ -100,3 +104,22 @@ def test_reciprocal_roots() -> None:
     rsqrt = jax.jit(same_bits.rsqrt, compiler_options=same_bits.COMPILER)
     for count in (1, 15, 16, 17, 100):
         np.testing.assert_array_equal(rsqrt(jnp.asarray(x_T[:count])), 1 / np.sqrt(x_T[:count]))
+
+
+@chained
+@pytest.mark.parametrize("H", [16, 64])
+def test_attention_of_few_and_of_many_queries(H: int) -> None:
+    """A query's bits do not depend on how many of its prompt are in the call."""
+    rng = np.random.default_rng(H)
+    q_TNH = rng.standard_normal((200, 4, H)).astype(np.float32)
+    k_YKSH, v_YKSH = (jnp.asarray(rng.standard_normal((3, 2, PAGE, H)).astype(np.float32)) for _ in range(2))
+    table_1Z = jnp.asarray([[2, 1]], jnp.int32)
+
+    @partial(jax.jit, compiler_options=same_bits.COMPILER)
+    def attended(q_TNH: jax.Array) -> jax.Array:
+        tiles = Tiles.of(jnp.arange(len(q_TNH), dtype=jnp.int32)[None])
+        return paged.packed(q_TNH, k_YKSH, v_YKSH, table_1Z, tiles, scale=H**-0.5)
+
+    all_TNH = np.asarray(attended(jnp.asarray(q_TNH)))
+    for T in (16, 22, 32, 64, 75, 128):
+        np.testing.assert_array_equal(attended(jnp.asarray(q_TNH[:T])), all_TNH[:T], err_msg=f"{T} queries")

@@ -208,7 +208,7 @@ class CacheStream:
         ]
 
     def _first(self, turn: Value | int) -> Value:
-        """The first place of a turn's tile, or of the last tile that there is."""
+        """The first place of a turn's tile, or of the last tile if the turn is beyond it."""
         first = ptx.add(self.run.first, ptx.mul(turn, self.plan.stride))
         return arith.minsi(first, ptx.const(self.plan.places - self.plan.warp_tile))
 
