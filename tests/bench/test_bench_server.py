@@ -25,6 +25,7 @@ class Server:
         self.bodies, self.headers = [], []
         self._answer = answer or self._tokens
         self._listening = threading.Event()
+        self._writers = []
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
     def __enter__(self):
@@ -43,8 +44,12 @@ class Server:
         self._listening.set()
         await self._stop.wait()
         server.close()
+        for writer in self._writers:  # some are still answered
+            writer.transport.abort()
+        await asyncio.sleep(0.01)  # transports close in the loop's next turn
 
     async def _serve(self, reader, writer):
+        self._writers.append(writer)
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         method, path, _ = head.split("\r\n")[0].split()
         fields = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if line)
