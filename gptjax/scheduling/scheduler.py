@@ -102,6 +102,11 @@ class Scheduler:
         """Sets whether an open request is held. What is under way for it goes on."""
         self._requests[request].held = held
 
+    @property
+    def reads(self) -> bool:
+        """Whether there is more to read of prompts whose requests have a slot."""
+        return any(sequence.is_reading and sequence.awaited is None for sequence in self._active)
+
     def receive(self, plan: int, tokens: AnySequence[AnySequence[int]]) -> list[Drawn]:
         """Takes what the oldest plan in flight drew.
 

@@ -317,6 +317,22 @@ def test_tokens_that_are_there_do_not_wait_until_a_long_prompt_is_dispatched(mon
     assert len(dispatched) == 9
 
 
+def test_while_prompts_are_read_the_device_has_the_next_plan_before_its_tokens_are_waited_for(asked, monkeypatch):
+    """Or it would be idle while the host hands out tokens, makes a plan and dispatches it."""
+    engine = Engine(*_gpt2(), batch=3, max_length=MAX_LENGTH, policy=Policy(slots=3, chunk=8, steps=8))
+    numbers = [engine.add(_request(seed, 8, 6)) for seed in range(3)]
+    ahead, original = [], Engine._read
+
+    def read(engine, dispatched):
+        ahead.append(sum(asked.chunks) - len(ahead) - 1)
+        return original(engine, dispatched)
+
+    monkeypatch.setattr(Engine, "_read", read)
+    got = [[token.request for token in engine.step()] for _ in range(3)]
+    assert got == [[], numbers[:2], numbers]
+    assert ahead == [1, 0]  # after the last prompt there are only steps, whose tokens are read early enough
+
+
 def test_a_dispatch_is_of_one_step_at_least():
     with pytest.raises(ValueError, match="at least 1, found 0"):
         _engine(_gpt2(), 0)
