@@ -193,9 +193,9 @@ class Engine:
         if self._has_new or not self._dispatched:
             self._dispatch()
         # While the tokens of several steps are handed out, the device works on as many more. A single step's token is
-        # read while its `advance` is under way, which is too short for the host to prepare a call that reads prompts: so
-        # if there is more to read, that is dispatched first. A plan that draws nothing is the last: a long prompt would
-        # have many.
+        # read while its `advance` is under way, which is too short for the host to prepare a call that reads prompts.
+        # So if there is more to read, that is dispatched first. A plan that draws nothing is the last: a long prompt
+        # would have many.
         while self._dispatched and self._ahead < max(self._dispatched[0].num_steps - 1, self._scheduler.reads):
             before = len(self._dispatched)
             if not self._dispatch() or len(self._dispatched) == before:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import logging
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import httpx2
@@ -73,6 +75,24 @@ def test_a_client_that_never_reads_is_cut():
         with pytest.raises(ConnectionError):
             while client.recv(1 << 20):
                 pass
+
+
+@pytest.mark.parametrize("refusal", [None, "the worker died"])
+def test_what_compiling_leaves_is_kept_from_the_garbage_collector_once_there_is_no_more_of_it(monkeypatch, refusal):
+    """A collection of everything would take a second, in the middle of streams."""
+    called = []
+    monkeypatch.setattr(gc, "collect", lambda: called.append("collect"))
+    monkeypatch.setattr(gc, "freeze", lambda: called.append("freeze"))
+    service = make(endless)
+    service.worker.ready = False
+    server = serving.make_server(service, host="127.0.0.1", port=0, drain_seconds=1)
+    waiting = threading.Thread(target=server.freeze_when_ready)
+    waiting.start()
+    time.sleep(0.1)
+    assert called == []
+    service.worker.ready, service.worker.refusal = True, refusal
+    waiting.join(60)
+    assert called == ([] if refusal else ["collect", "freeze"])
 
 
 def connected(stack, address):
