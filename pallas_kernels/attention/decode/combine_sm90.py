@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
-from pallas_kernels.attention.decode.gather_sm90 import THREADS, load_sink
+from pallas_kernels.attention.decode.gather_sm90 import load_sink
 from pallas_kernels.attention.decode.split import FLOOR
 from pallas_kernels.ptx import Value
 
+THREADS = 128  # per block
 _LOAD = "ld.global.nc.b32 $0, [$1];"
 _LOAD_LSE = "ld.global.nc.f32 $0, [$1];"
 _LOAD_OUT = "ld.global.nc.v2.f32 {$0, $1}, [$2];"

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 
+from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
 from pallas_kernels.attention.decode.split import FLOOR, LOG2_E
 from pallas_kernels.ptx import Condition, Value
 
-THREADS = 128  # per block
 EIGHT = 8  # queries in half an instruction
 QUERIES = 2 * EIGHT  # per block, at most
 
@@ -41,7 +41,13 @@ class SoftmaxPlan:
     width: int  # H
     splits: int  # J: clusters that share a row's places
     blocks: int  # per cluster, a power of two
+    warps: int  # per block, a multiple of 4
     sinks: str | None  # their dtype, bfloat16 or float32
+
+    @property
+    def threads(self) -> int:
+        """Per block."""
+        return 32 * self.warps
 
     @property
     def eights(self) -> int:
@@ -83,7 +89,7 @@ def prepare(plan: SoftmaxPlan, mbarrier: Value) -> None:
     """Prepares to receive from the cluster's blocks, and waits until all of them are ready too."""
     if plan.blocks > 1:
         bytes_to_come = 24 * plan.float4s  # from all blocks, for this block's share of the result
-        ptx.asm(_PREPARE.format(bytes_to_come), [], [mbarrier, ptx.thread()])
+        ptx.asm(_PREPARE.format(bytes_to_come), [], [mbarrier, utils.thread_idx()])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +107,7 @@ def float4s(plan: SoftmaxPlan, sinks: Value, block: Block) -> list[Float4]:
     """The float4s that the thread writes, of the block's or of the block's share of its cluster's."""
     per = plan.float4s // plan.blocks
     found = []
-    for number in _numbers(per):
+    for number in _numbers(plan, per):
         inside = arith.minsi(number, ptx.const(per - 1))
         query, column = _column(plan, ptx.add(ptx.mul(block.rank, per), inside))
         query = ptx.add(block.first, query)
@@ -144,7 +150,7 @@ def gather(
       mailbox: shared memory to receive from the cluster's blocks, 24 bytes per float4.
       mbarrier: see `prepare`.
     """
-    numbers = _numbers(plan.float4s)
+    numbers = _numbers(plan, plan.float4s)
     ptx.sync_block()
     sums = [_of_warps(plan, memory, number) for number in numbers]
     if plan.blocks == 1:
@@ -155,9 +161,9 @@ def gather(
     return [_of_blocks(plan, mailbox, four.inside) for four in mine]
 
 
-def _numbers(count: int) -> list[Value]:
+def _numbers(plan: SoftmaxPlan, count: int) -> list[Value]:
     """The thread's share of the numbers below a count; the last may lie beyond it."""
-    return [ptx.add(ptx.thread(), begin) for begin in range(0, count, THREADS)]
+    return [ptx.add(utils.thread_idx(), begin) for begin in range(0, count, plan.threads)]
 
 
 def _column(plan: SoftmaxPlan, number: Value) -> tuple[Value, Value]:
@@ -167,12 +173,12 @@ def _column(plan: SoftmaxPlan, number: Value) -> tuple[Value, Value]:
 
 def _of_warps(plan: SoftmaxPlan, memory: Value, number: Value) -> list[Value]:
     """A float4 of the block, over its warps: the maximum, the sum of weights, and the four sums of values."""
-    query, four = _column(plan, number)
+    query, four = _column(plan, arith.minsi(number, ptx.const(plan.float4s - 1)))
     inside = ptx.add(ptx.mul(arith.shrui(four, ptx.const(2)), 80), ptx.mul(arith.andi(four, ptx.const(3)), 16))
     row = ptx.add(ptx.shared_offset(memory, query, plan.sums_row), inside)
     pair = ptx.shared_offset(memory, query, 8)
     parts = []
-    for warp in range(THREADS // 32):
+    for warp in range(plan.warps):
         place = plan.warp_bytes * warp + plan.eights * EIGHT * plan.sums_row
         pair_of_warp = ptx.asm(_PAIR_FROM_SHARED.format(place), [ptx.f32()] * 2, [pair], volatile=True)
         text = _FROM_SHARED.format(plan.warp_bytes * warp)

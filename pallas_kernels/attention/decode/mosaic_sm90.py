@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
 from pallas_kernels.attention.decode import combine_sm90, gather_sm90, split, warp_sm90
 from pallas_kernels.attention.decode.gather_sm90 import QUERIES, Block
-from pallas_kernels.attention.decode.warp_sm90 import WARPS, DecodePlan
+from pallas_kernels.attention.decode.warp_sm90 import DecodePlan
 from pallas_kernels.pages import PAGE
 from pallas_kernels.ptx import Value
 
@@ -25,6 +26,7 @@ _TILES = (16, 32, 64, 128)  # places that a warp computes at a time: parts of a 
 _WARP_TILES = {64: 32}  # by width; RECORD.md has others
 _WARP_TILE = 16
 _MULTIPROCESSORS = 132  # of an H200: more blocks in clusters would only wait for each other
+_FEW_WARPS, _MANY_WARPS = 4, 8  # of a block
 _IN_CLUSTER = 4096  # places that one cluster shares by default, so that nothing is left to combine
 
 
@@ -41,13 +43,14 @@ def decode(
     window: int | None = None,
     splits: int | None = None,
     blocks: int | None = None,
+    warps: int | None = None,
     warp_tile: int | None = None,
 ) -> jax.Array:
     """Softmax attention of each row's one query over the first `counts` places of its pages.
 
     Scores, softmax and sums are float32; the weights are rounded to bfloat16 for their product with the values. Places
     beyond a row's count have no influence, even if they hold NaN. The bits of a row depend neither on other rows nor,
-    for given splits and blocks, on the number of pages, nor on where these lie.
+    for given splits, blocks and warps, on the number of pages, nor on where these lie.
 
     Args:
       q_BNH: bfloat16; query n uses key/value head n // (N / K).
@@ -60,6 +63,7 @@ def decode(
       window: how many places a row sees at most, with `starts_B`.
       splits: clusters that share a row's pages; by default from B, K and Z.
       blocks: per cluster: 1, 2, 4 or 8; by default from B, K and Z.
+      warps: per block: 4 or 8; by default from B, K and the window.
       warp_tile: places that a warp computes at a time: 16, 32, 64 or 128; by default from H.
 
     Returns:
@@ -86,10 +90,14 @@ def decode(
         raise ValueError(f"a warp's tile has 16, 32, 64 or 128 places, found {warp_tile}")
     if blocks not in (None, 1, 2, 4, 8):
         raise ValueError(f"a cluster has 1, 2, 4 or 8 blocks, found {blocks}")
+    if warps not in (None, _FEW_WARPS, _MANY_WARPS):
+        raise ValueError(f"a block has {_FEW_WARPS} or {_MANY_WARPS} warps, found {warps}")
     if splits is None or blocks is None:
-        default_splits, default_blocks = _deal(B * K, places, WARPS * warp_tile)
+        default_splits, default_blocks, default_warps = _deal(B * K, places, warp_tile, is_folded)
         splits = default_splits if splits is None else splits
         blocks = default_blocks if blocks is None else blocks
+        warps = default_warps if warps is None else warps
+    warps = _FEW_WARPS if warps is None else warps
     return _decode(
         q_BNH,
         k_YKSH,
@@ -105,6 +113,7 @@ def decode(
             places=places,
             splits=splits,
             blocks=blocks,
+            warps=warps,
             warp_tile=warp_tile,
             scale=scale,
             sinks=None if sinks_N is None else sinks_N.dtype.name,
@@ -115,17 +124,20 @@ def decode(
     )
 
 
-def _deal(rows: int, places: int, tile: int) -> tuple[int, int]:
-    """How many splits, of how many blocks each, to deal a row's `places` into, if there are `rows` (B · K) of them.
+def _deal(rows: int, places: int, warp_tile: int, is_folded: bool) -> tuple[int, int, int]:
+    """How to deal a row's `places`, if there are `rows` (B · K) of them: splits, their blocks, and a block's warps.
 
-    Few places lower both, but never below one tile per block. So among numbers of places up to `_IN_CLUSTER`, and among
-    those beyond it, the number changes no bit.
+    Few places lower the first two, but never below one tile per block. So among numbers of places up to `_IN_CLUSTER`,
+    and among those beyond it, the number changes no bit.
     """
-    wanted = split.choose(rows, places, tile)
+    wanted = split.choose(rows, places, _FEW_WARPS * warp_tile)
     if wanted > ptx.MOST_BLOCKS and places > _IN_CLUSTER:
-        return wanted, 1
-    room, needed = max(1, _MULTIPROCESSORS // rows), -(-places // tile)
-    return 1, min(ptx.MOST_BLOCKS, 1 << (room.bit_length() - 1), 1 << (needed - 1).bit_length())
+        return wanted, 1, _FEW_WARPS
+    room = max(1, _MULTIPROCESSORS // rows)
+    # If no multiprocessor has a second block, more warps have more loads in flight, and take fewer turns.
+    warps = _MANY_WARPS if rows <= _MULTIPROCESSORS and not is_folded else _FEW_WARPS
+    needed = -(-places // (warps * warp_tile))
+    return 1, min(ptx.MOST_BLOCKS, 1 << (room.bit_length() - 1), 1 << (needed - 1).bit_length()), warps
 
 
 @partial(jax.jit, static_argnames="plan")
@@ -161,11 +173,12 @@ def _decode(
         },
         {"row": B, "head": K, "queries": -(-G // QUERIES), "part": J},
         {
-            "memory": plgpu.SMEM((WARPS * plan.warp_bytes // 4,), jnp.float32),
+            "memory": plgpu.SMEM((plan.warps * plan.warp_bytes // 4,), jnp.float32),
             "mailbox": plgpu.SMEM((6 * plan.float4s if plan.blocks > 1 else 4,), jnp.float32),
             "mbarrier": plgpu.SMEM((4,), jnp.float32),
         },
         cluster=plan.blocks,
+        warpgroups=None if plan.warps == _FEW_WARPS else plan.warps // 4,
     )
     out_BKJGH, lse_BKJG = results["out"], results["lse"]
     if J == 1:
@@ -201,7 +214,8 @@ def decode_attention(
     wait for the count.
     """
     block = Block(row, head, ptx.mul(queries, QUERIES), part, ptx.cluster_rank(plan.blocks))
-    at = warp_sm90.Thread(block, arith.shrui(ptx.thread(), ptx.const(5)), arith.andi(ptx.thread(), ptx.const(31)))
+    thread = utils.thread_idx()
+    at = warp_sm90.Thread(block, arith.shrui(thread, ptx.const(5)), arith.andi(thread, ptx.const(31)))
     stream = warp_sm90.CacheStream(plan, k, v, table, at, warp_sm90.run(plan, counts, starts, at))
     a = warp_sm90.load_queries(plan, q, at)
     loaded = warp_sm90.Loaded.of(stream)

@@ -18,11 +18,10 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
 from pallas_kernels.attention.decode import split
-from pallas_kernels.attention.decode.gather_sm90 import EIGHT, THREADS, Block, SoftmaxPlan
+from pallas_kernels.attention.decode.gather_sm90 import EIGHT, Block, SoftmaxPlan
 from pallas_kernels.pages import PAGE
 from pallas_kernels.ptx import Value
 
-WARPS = THREADS // 32
 _BITS = PAGE.bit_length() - 1  # of a place in a page
 
 _LOAD = "ld.global.nc.b32 $0, [$1];"
@@ -53,7 +52,7 @@ class DecodePlan(SoftmaxPlan):
     @property
     def tile(self) -> int:
         """Places that a block computes at a time: splits get whole numbers of these."""
-        return self.warp_tile * WARPS
+        return self.warp_tile * self.warps
 
     @property
     def stride(self) -> int:
@@ -122,7 +121,7 @@ def run(plan: DecodePlan, counts: Value, starts: Value, at: Thread) -> Run:
     if plan.windowed:
         (start,) = ptx.asm(_LOAD, [ptx.i32()], [ptx.offset(starts, at.block.row, 4)], volatile=True)
     end = arith.maxsi(arith.minsi(count, ptx.const(plan.places)), ptx.const(0))
-    tile = ptx.add(ptx.mul(at.block.rank, WARPS), at.warp)
+    tile = ptx.add(ptx.mul(at.block.rank, plan.warps), at.warp)
     first = ptx.mul(tile, plan.warp_tile)
     if plan.splits == 1:  # `first` need not wait for the count
         return Run(first, end, start, count)

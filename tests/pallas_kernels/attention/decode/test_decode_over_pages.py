@@ -89,6 +89,22 @@ SM90 = {
     "a window of three pages": Case(N=8, K=1, H=64, positions=[383, 384, 256, 200, -1], window=200),
     "edges of tiles, one block": Case(N=8, K=1, H=64, positions=SM90_TILE_EDGES, settings={"splits": 1, "blocks": 1}),
     "edges of tiles, a cluster": Case(N=8, K=1, H=64, positions=SM90_TILE_EDGES, settings={"splits": 1, "blocks": 8}),
+    "eight warps": Case(N=8, K=1, H=64, positions=SM90_TILE_EDGES, settings={"splits": 1, "blocks": 1, "warps": 8}),
+    "eight warps, a cluster": Case(
+        N=64, K=8, H=64, positions=[700, 5, 128, -1, 255, 2047], settings={"splits": 1, "blocks": 4, "warps": 8}
+    ),
+    "eight warps, one query a group": Case(
+        N=5, K=5, H=64, positions=[511, 128, -1], settings={"splits": 1, "blocks": 2, "warps": 8}
+    ),
+    "eight warps, splits": Case(
+        N=14, K=2, H=128, positions=[1100, 3, 600, -1], settings={"splits": 3, "blocks": 2, "warps": 8}
+    ),
+    "eight warps, sixteen queries a group": Case(
+        N=32, K=2, H=64, positions=[129, -1, 900], settings={"splits": 1, "blocks": 2, "warps": 8}
+    ),
+    "eight warps, wide tiles": Case(
+        N=32, K=8, H=128, positions=[2047, 100, -1], settings={"splits": 1, "blocks": 8, "warps": 8, "warp_tile": 32}
+    ),
     "gpt2-xl": Case(N=25, K=25, H=64, positions=[1023]),
     "one query a group, a cluster": Case(
         N=25, K=25, H=64, positions=[511, 128, -1], settings={"splits": 1, "blocks": 4}
