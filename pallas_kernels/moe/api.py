@@ -12,6 +12,7 @@ from pallas_kernels.moe import reference
 from pallas_kernels.moe.routing import BY_EXPERT
 from pallas_kernels.partial_sum import PartialSum
 
+_MANY = 16  # tokens of an expert, on average, from which on the Hopper kernel for many tokens is faster
 _FEW = 512  # tokens up to which "auto" takes the Triton kernel; it was not measured with more
 
 
@@ -61,7 +62,7 @@ def moe(
     if wanted == dispatch.MOSAIC:
         from pallas_kernels.moe import grouped_sm90, mosaic_sm90
 
-        few = x_TD.shape[0] <= BY_EXPERT
+        few = x_TD.shape[0] <= BY_EXPERT and experts_TX.size < _MANY * gate_up.shape[0]
         available[dispatch.MOSAIC] = mosaic_sm90.routed if few else grouped_sm90.routed
     if wanted == dispatch.TRITON and (x_TD.shape[0] <= _FEW or implementation == dispatch.TRITON):
         from pallas_kernels.moe import triton

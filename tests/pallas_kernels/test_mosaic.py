@@ -38,7 +38,7 @@ def _fragments(E: int, N: int, K: int) -> MXFP4Fragments:
 
 @needs_mosaic
 @pytest.mark.parametrize(
-    ("T", "E"), [(1, 32), (2, 32), (8, 32), (33, 32), (128, 32), (200, 32), (2048, 32), (256, 128)]
+    ("T", "E"), [(1, 32), (2, 32), (8, 32), (64, 32), (128, 32), (128, 128), (200, 32), (2048, 32), (256, 128)]
 )
 def test_experts_lower(T, E):
     D, F, X = 2880, 2880, 4
@@ -53,7 +53,7 @@ def test_experts_lower(T, E):
         _shape(E, D),
     )
     assert text.count("call @product") == 2
-    assert ("moe_product" if T <= 128 else "moe_grouped") in text
+    assert ("moe_product" if T <= 128 and T * X < 16 * E else "moe_grouped") in text
 
 
 @needs_mosaic
@@ -66,7 +66,7 @@ def test_products_lower(T, K, N):
 @needs_mosaic
 @pytest.mark.parametrize("T", [1, 32])
 def test_kernels_ask_for_settings_and_lower_with_each_that_can_be_tried(T):
-    E, D, F, X = 4, 320, 192, 2
+    E, D, F, X = 8, 320, 192, 2
 
     def both(x, experts, weights, gate_up, bias, down, other, kernel):
         chosen = moe(x, experts, weights, gate_up, bias, down, other, **SETTINGS, implementation="mosaic").total()
@@ -99,8 +99,8 @@ def test_kernels_ask_for_settings_and_lower_with_each_that_can_be_tried(T):
 def test_auto_lowers_to_kernels_where_they_pay(monkeypatch):
     monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
 
-    def experts(T: int) -> str:
-        E, D, F, X = 4, 320, 192, 2
+    def experts(T: int, E: int) -> str:
+        D, F, X = 320, 192, 2
         operands = _shape(T, D), _shape(T, X, dtype=jnp.int32), _shape(T, X, dtype=jnp.float32)
         weights = _fragments(E, 2 * F, D), _shape(E, 2 * F), _fragments(E, D, F), _shape(E, D)
         return lowered(lambda *operands: moe(*operands, **SETTINGS).total(), *operands, *weights)
@@ -108,7 +108,8 @@ def test_auto_lowers_to_kernels_where_they_pay(monkeypatch):
     def product(T: int) -> str:
         return lowered(lambda *operands: matvec(*operands).total(), _shape(T, 320), _shape(320, 192))
 
-    assert "moe_product" in experts(128) and "moe_grouped" in experts(129)
+    assert "moe_product" in experts(128, 32) and "moe_grouped" in experts(129, 32)
+    assert "moe_product" in experts(31, 4) and "moe_grouped" in experts(32, 4)
     assert "mosaic_gpu" in product(8) and "mosaic_gpu" not in product(9)
 
 
