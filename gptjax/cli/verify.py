@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from gptjax.cli.common import MODEL_HELP, add_command, add_ignore_config, model_name, overrides
+from gptjax.errors import RequestError
 
 
 def add(commands: Any) -> None:
@@ -13,21 +14,69 @@ def add(commands: Any) -> None:
         commands,
         "verify",
         run,
-        summary="check a published checkpoint against known answers",
+        summary="check a published checkpoint against known answers, or whether results depend on the load",
         epilog="""Answers are known for the published gpt2 and GPT-OSS (greedy tokens) and for the demos. For others:
 `gptjax compare`. Exits with 1 if an answer is wrong, as for fine-tuned weights, or if none is known.
 
+With --invariance, random requests are computed one at a time, then in each other's company: coming and going, with
+beginnings in common, in a cache that is too small for all. Exits with 1 if one was given other bits.
+
 examples:
   gptjax verify
-  gptjax verify openai-community/gpt2""",
+  gptjax verify openai-community/gpt2
+  gptjax verify --invariance --max-batch 1 8 --requests 50""",
     )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
     add_ignore_config(parser)
+    parser.add_argument(
+        "--invariance", action="store_true", help="instead, check whether a request's bits depend on other requests"
+    )
+    parser.add_argument(
+        "--max-batch", type=int, nargs="+", metavar="N", help="numbers of requests computed together (default: 1 8)"
+    )
+    parser.add_argument("--requests", type=int, metavar="N", help="random requests (default: 20)")
+    parser.add_argument("--dtype", help="of --invariance (default: float32 on a CPU, else bfloat16)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per check")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    if args.invariance:
+        return _invariance(args)
+    if args.max_batch is not None or args.requests is not None or args.dtype is not None:
+        raise RequestError("--max-batch, --requests and --dtype are for --invariance")
+    return _answers(args)
+
+
+def _invariance(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from gptjax.api import load
+    from gptjax.diagnostics.invariance import trials
+
+    lm = load(model_name(args), dtype=args.dtype, generation_config=False, **overrides(args))
+    max_batches = [1, 8] if args.max_batch is None else args.max_batch
+    requests = 20 if args.requests is None else args.requests
+    holds = True
+    for trial in trials(lm.model, lm.params, requests=requests, max_batches=max_batches, exact=True):
+        holds &= not trial.different
+        if args.json:
+            print(json.dumps(dataclasses.asdict(trial)), flush=True)
+            continue
+        compared = "in company and alone" if trial.in_company else "alone and at max_batch 1"
+        what = f"max_batch {trial.max_batch}, {compared}: {trial.requests} requests, {trial.tokens} tokens"
+        if not trial.different:
+            print(f"same   {what}", flush=True)
+        else:
+            print(
+                f"OTHER  {what}: {trial.different} requests differ, from token {trial.first} on; log-probabilities of "
+                f"the same token by up to {trial.largest:.1e}",
+                flush=True,
+            )
+    return 0 if holds else 1
+
+
+def _answers(args: argparse.Namespace) -> int:
     import dataclasses
 
     from gptjax.api import load
