@@ -233,7 +233,13 @@ def _run(args: argparse.Namespace) -> int:
     lm.defaults.check()  # now, not at the first request
     limits = Limits(body_bytes=args.max_body, send_seconds=args.send_timeout)
     service = serving.make_service(
-        lm, args.name or model, max_queue=args.max_queue, limits=limits, prefill_chunk=args.prefill_chunk
+        lm,
+        args.name or model,
+        max_queue=args.max_queue,
+        limits=limits,
+        prefill_chunk=args.prefill_chunk,
+        checkpoint=checkpoint,
+        tokenizer_from=args.tokenizer,
     )
     server = serving.make_server(
         service,

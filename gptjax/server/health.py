@@ -1,13 +1,15 @@
 """`GET /health`, `/metrics` and `/v1/models`."""
 
 import time
-from typing import Any
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gptjax.server.service import Service
 from gptjax.server.sse import json_response
+
+HEALTHY: Final = "healthy"
 
 
 async def health(request: Request) -> Response:
@@ -18,10 +20,11 @@ async def health(request: Request) -> Response:
     body = {
         "status": status,
         "model": served.name,
-        "resident": status == "ok",  # the weights are on the device, and answer
+        "resident": status == HEALTHY,  # the weights are on the device, and answer
         "quant_kind": served.quant_kind,
         "vram_bytes_used": served.memory_in_use(),
-        "tokenizer_kind": None if served.tokenizer is None else served.tokenizer.kind,
+        "tokenizer_kind": served.tokenizer_kind,
+        "tokenizer_model": None if served.tokenizer is None else served.tokenizer.kind,
         "vocab_size": served.vocab_size,
         "context_length": served.max_length,
         "uptime_seconds": round(time.monotonic() - service.began, 3),
@@ -30,11 +33,11 @@ async def health(request: Request) -> Response:
         "queued": state.queued,
         "error": state.error,
     }
-    return json_response(body, 200 if status == "ok" else 503)
+    return json_response(body, 200 if status == HEALTHY else 503)
 
 
 def status_of(service: Service) -> str:
-    """ "ok", "starting", "draining", "hung" or "dead"."""
+    """ "healthy", "starting", "draining", "hung" or "dead"."""
     state = service.worker.state
     if state.error is not None:
         return "dead"
@@ -42,7 +45,7 @@ def status_of(service: Service) -> str:
         return "draining" if service.draining.is_set() else "starting"
     if not state.alive:
         return "dead"
-    return "hung" if state.heartbeat_age > service.limits.heartbeat_seconds else "ok"
+    return "hung" if state.heartbeat_age > service.limits.heartbeat_seconds else HEALTHY
 
 
 async def metrics(request: Request) -> Response:

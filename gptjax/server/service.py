@@ -51,7 +51,8 @@ class Served:
     eos_ids: tuple[int, ...]
     vocab_size: int  # of the logits
     max_length: int  # positions of prompt and output
-    quant_kind: str  # "none", "mxfp4" or "ggml"
+    quant_kind: str  # of the weights: "MXFP4", "Q4_K_M", "BF16", …
+    tokenizer_kind: str | None  # "hf-json" or "gguf-bpe"; None: no tokenizer, or not known
     score: Callable[[Sequence[int], int], PromptScores]  # (prompt ids, number of alternatives); blocks
     memory_in_use: Callable[[], int]  # bytes on the device
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))

@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, Final, cast
 
-import jax
 import uvicorn
 
+from gptjax.checkpoints.checkpoint import Checkpoint
 from gptjax.engine import steps
 from gptjax.errors import GptjaxError
 from gptjax.language_model import LanguageModel
 from gptjax.server import app
 from gptjax.server.events import Unavailable
+from gptjax.server.facts import quant_kind, tokenizer_kind
 from gptjax.server.metrics import Metrics
 from gptjax.server.origins import is_address
 from gptjax.server.protocol import Protocol
@@ -31,9 +32,6 @@ from gptjax.server.worker import DEFAULT_SLOTS, Worker
 from gptjax.support.runtime import device_memory
 from gptjax.text import Tokenizer
 from gptjax.text.chat_formats import ChatFormat
-from pallas_kernels.formats import is_packed
-from pallas_kernels.formats.fragments import MXFP4Fragments
-from pallas_kernels.formats.mxfp4 import MXFP4
 
 _LAST_WORDS: Final = 3.0  # seconds to keep answering after the worker died, so that /health can report it
 _TO_END_STREAMS: Final = 5.0  # seconds to send the rest of them, after the worker has drained
@@ -43,9 +41,21 @@ _log = logging.getLogger(__name__)
 
 
 def make_service(
-    lm: LanguageModel, name: str, *, max_queue: int, limits: Limits, prefill_chunk: int = steps.CHUNK
+    lm: LanguageModel,
+    name: str,
+    *,
+    max_queue: int,
+    limits: Limits,
+    prefill_chunk: int = steps.CHUNK,
+    checkpoint: Checkpoint | None = None,
+    tokenizer_from: str | None = None,
 ) -> Service:
-    """The service of a model, its worker not yet started."""
+    """The service of a model, its worker not yet started.
+
+    Args:
+      checkpoint: what the model was loaded from, for `/health`.
+      tokenizer_from: where its tokenizer was read from, if not from there.
+    """
     tokenizer: Tokenizer | None
     try:
         tokenizer = lm.tokenizer
@@ -66,18 +76,12 @@ def make_service(
         eos_ids=lm.eos_ids,
         vocab_size=lm.config.vocab_size,
         max_length=lm.max_length,
-        quant_kind=_quant_kind(lm),
+        quant_kind=quant_kind(lm, checkpoint),
+        tokenizer_kind=None if tokenizer is None or checkpoint is None else tokenizer_kind(checkpoint, tokenizer_from),
         score=functools.partial(score, lm),
         memory_in_use=_memory_in_use(lm),
     )
     return Service(worker, served, limits, Metrics(lambda: worker.state, served.memory_in_use))
-
-
-def _quant_kind(lm: LanguageModel) -> str:
-    leaves = jax.tree.leaves(lm.params, is_leaf=is_packed)
-    if any(isinstance(leaf, MXFP4 | MXFP4Fragments) for leaf in leaves):
-        return "mxfp4"
-    return "ggml" if any(map(is_packed, leaves)) else "none"
 
 
 def _memory_in_use(lm: LanguageModel) -> Callable[[], int]:

@@ -17,12 +17,13 @@ def test_health_of_a_warm_server():
     assert response.status_code == 200
     assert body.pop("uptime_seconds") >= 0
     assert body == {
-        "status": "ok",
+        "status": "healthy",
         "model": GPT2,
         "resident": True,
-        "quant_kind": "none",
+        "quant_kind": "F32",
         "vram_bytes_used": 1234,
-        "tokenizer_kind": "byte-level-bpe",
+        "tokenizer_kind": "hf-json",
+        "tokenizer_model": "byte-level-bpe",
         "vocab_size": tokenizer().vocab_size,
         "context_length": MAX_LENGTH,
         "slots": 4,
