@@ -29,7 +29,7 @@ from gptjax.server.schema import (
     seed_of_choice,
 )
 from gptjax.server.service import Served, Service
-from gptjax.server.turn import Delta, Turn
+from gptjax.server.turn import Delta, Turn, joined
 from gptjax.text.chat_formats import ChatOptions
 
 # Further fields about tools and the answer's form, with the values that ask for nothing.
@@ -141,6 +141,7 @@ class Answer:
                 Row(
                     make_request(asked.prompt_ids, seed_of_choice(asked.options, choice), served.defaults, ends),
                     turn.reader,
+                    turn.add,
                 )
                 for choice, turn in enumerate(self._turns)
             ]
@@ -206,8 +207,9 @@ class Answer:
             yield {**head, "choices": [], "usage": self._usage(turns)}
 
     async def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        async for row, chunk in self._generation.chunks():
-            yield row, self._turns[row].add(chunk)
+        async for row, deltas in self._generation.results():
+            for delta in joined(deltas):
+                yield row, delta
 
     def _entries(self, delta: Delta) -> list[dict[str, Any]]:
         return [] if self._asked.logprobs is None else chat_logprobs(self._tokenizer, delta.answer_tokens)

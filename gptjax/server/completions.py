@@ -3,7 +3,7 @@
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -55,7 +55,7 @@ class Asked:
     logprobs: int | None  # alternatives for each token; None: no log-probabilities
     stream: Stream
 
-    def rows(self, served: Served) -> list[Row]:
+    def rows(self, served: Served) -> list[Row[Chunk]]:
         """A row for each choice of each prompt, grouped by prompt. Raises `ApiError`."""
         if not self.max_tokens:
             return []
@@ -65,6 +65,7 @@ class Asked:
                 Row(
                     make_request(prompt.ids, seed_of_choice(options, choice), served.defaults, served.eos_ids),
                     served.tokenizer.stream(start=False) if served.tokenizer is not None else None,
+                    _as_it_is,
                 )
                 for prompt in self.prompts
                 for choice in range(self.choices)
@@ -228,11 +229,12 @@ class Answer:
             for number, prompt in enumerate(self._asked.prompts):
                 async for piece in self._echo(number, prompt):
                     yield piece
-        async for row, chunk in self._generation.chunks():
-            if chunk.completion is not None:
-                usages[row] = chunk.completion.usage
-            if chunk.text or chunk.completion is not None or self._asked.logprobs is not None:
-                yield self._piece(row, chunk)
+        async for row, chunks in self._generation.results():
+            if (completion := chunks[-1].completion) is not None:
+                usages[row] = completion.usage
+            piece = self._piece(row, chunks)
+            if piece["text"] or piece["finish_reason"] is not None or piece["logprobs"] is not None:
+                yield piece
 
     async def _echo(self, number: int, prompt: Prompt) -> AsyncGenerator[dict[str, Any], None]:
         scores = None
@@ -247,12 +249,13 @@ class Answer:
             ended = None if self._asked.max_tokens else "length"
             yield {"index": index, "text": prompt.text, "logprobs": logprobs, "finish_reason": ended}
 
-    def _piece(self, row: int, chunk: Chunk) -> dict[str, Any]:
+    def _piece(self, row: int, chunks: Sequence[Chunk]) -> dict[str, Any]:
         logprobs = None
         if self._asked.logprobs is not None:
-            token = (chunk.token_id, chunk.text, chunk.logprob, chunk.top_logprobs)
-            logprobs = self._logprobs[row].of_tokens([token])
-        return {"index": row, "text": chunk.text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
+            tokens = [(chunk.token_id, chunk.text, chunk.logprob, chunk.top_logprobs) for chunk in chunks]
+            logprobs = self._logprobs[row].of_tokens(tokens)
+        text = "".join([chunk.text for chunk in chunks])
+        return {"index": row, "text": text, "logprobs": logprobs, "finish_reason": chunks[-1].finish_reason}
 
     def _usage(self, usages: dict[int, Usage]) -> dict[str, Any]:
         if usages:
@@ -260,6 +263,10 @@ class Answer:
         else:  # nothing was generated
             rows = [Usage(len(prompt.ids), 0) for prompt in self._asked.prompts for _ in range(self._asked.choices)]
         return usage_json(rows, choices=self._asked.choices, cached=self._generation.cached_tokens(self._asked.choices))
+
+
+def _as_it_is(chunk: Chunk) -> Chunk:
+    return chunk
 
 
 def _whole(index: int, parts: list[dict[str, Any]]) -> dict[str, Any]:
