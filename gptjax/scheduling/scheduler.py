@@ -258,7 +258,7 @@ class Scheduler:
 
     def _read(self, sequence: Sequence, draft: Draft) -> None:
         """Plans the next piece of a prompt."""
-        if self.policy.packed and len(draft.pieces) == self.policy.pieces:
+        if self.policy.packed and (draft.room <= 0 or len(draft.pieces) == self.policy.pieces):
             return
         left = sequence.prompt - sequence.position
         count = self.policy.piece(left, self._share(sequence, draft))

@@ -32,6 +32,8 @@ from gptjax.server.service import Served, Service
 
 _DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
 _MOST_ECHOED: Final = 32 << 20  # characters of prompts, and of their log-probabilities, in one answer
+_FEW_IDS: Final = 10_000  # checked in half a millisecond
+_NO_PROMPT: Final = "a prompt must be a string or a list of token ids (whole numbers of at least 0)"
 _ENTRY: Final = 40  # characters of a token and its log-probability, roughly
 
 
@@ -132,7 +134,7 @@ def _read_prompts(value: object, served: Served, most: int, *, special: bool, ec
     if isinstance(value, list) and len(value) > max(most, served.max_length):  # checking millions takes seconds
         message = f"prompt has {len(value)} items: at most {most} prompts are allowed with this n, and max_length is "
         raise bad_request(f"{message}{served.max_length} tokens", "prompt", "context_length_exceeded")
-    one = isinstance(value, str) or (isinstance(value, list) and bool(value) and are_tokens(value))
+    one = isinstance(value, str) or (isinstance(value, list) and bool(value) and type(value[0]) is int)
     prompts = [value] if one else value
     if not isinstance(prompts, list) or not prompts:
         raise bad_request("prompt must be a string, a list of token ids, or a non-empty list of either", "prompt")
@@ -149,23 +151,34 @@ def _read_prompt(value: object, served: Served, *, special: bool, echo: bool) ->
         except GptjaxError as error:
             raise of_gptjax(error, "prompt") from None
         return Prompt(_checked_ids(ids, served), text)
-    if not isinstance(value, list) or not are_tokens(value):
-        raise bad_request("a prompt must be a string or a list of token ids (whole numbers of at least 0)", "prompt")
+    if not isinstance(value, list):
+        raise bad_request(_NO_PROMPT, "prompt")
     checked = _checked_ids(value, served)
     return Prompt(checked, served.tokenizer.decode(checked, special=True) if echo and served.tokenizer else "")
 
 
-def _checked_ids(ids: list[int], served: Served) -> tuple[int, ...]:
+def _checked_ids(ids: list[Any], served: Served) -> tuple[int, ...]:
     try:
         check_prompt(ids, vocab_size=served.vocab_size, max_length=served.max_length)
     except GptjaxError as error:
-        raise of_gptjax(error, "prompt") from None
+        raise of_gptjax(error, "prompt") if are_tokens(ids) else bad_request(_NO_PROMPT, "prompt") from None
     return tuple(ids)
 
 
 async def respond(request: Request) -> Response:
     """Answers a request."""
-    return await answered(request, lambda values, service: read(values, service.served, service.limits.rows), Answer)
+
+    def read_with_limits(values: dict[str, Any], service: Service) -> Asked:
+        return read(values, service.served, service.limits.rows)
+
+    return await answered(request, read_with_limits, Answer, is_quick=_is_quick)
+
+
+def _is_quick(values: dict[str, Any]) -> bool:
+    """Whether the prompt consists of a few thousand token ids, which need not be encoded, nor decoded for an echo."""
+    prompt = values.get("prompt")
+    ids = isinstance(prompt, list) and 0 < len(prompt) <= _FEW_IDS and type(prompt[0]) is int
+    return ids and not values.get("echo")
 
 
 class Answer:
