@@ -68,13 +68,13 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     prompt_ids, how = _render(fields, messages, served)
     fields.finish(WITHOUT_EFFECT)
     try:
-        check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
+        checked = check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
     except GptjaxError as error:
         raise of_gptjax(error, "messages") from None
     # Without a limit, a turn may use all the room there is.
     given = [limit for limit in limits if limit is not None]
     options |= {"max_tokens": min(given, default=served.max_length), "top_logprobs": logprobs or 0}
-    return Asked(tuple(prompt_ids), how, choices, options, logprobs, stream)
+    return Asked(checked, how, choices, options, logprobs, stream)
 
 
 def _render(fields: Fields, messages: object, served: Served) -> tuple[list[int], ChatOptions]:

@@ -159,10 +159,9 @@ def _read_prompt(value: object, served: Served, *, special: bool, echo: bool) ->
 
 def _checked_ids(ids: list[Any], served: Served) -> tuple[int, ...]:
     try:
-        check_prompt(ids, vocab_size=served.vocab_size, max_length=served.max_length)
+        return check_prompt(ids, vocab_size=served.vocab_size, max_length=served.max_length)
     except GptjaxError as error:
         raise of_gptjax(error, "prompt") if are_tokens(ids) else bad_request(_NO_PROMPT, "prompt") from None
-    return tuple(ids)
 
 
 async def respond(request: Request) -> Response:

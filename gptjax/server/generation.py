@@ -51,7 +51,7 @@ class Generation(Generic[Read]):
     def start(self) -> None:
         """Checks all rows and submits as many as there is room for. Raises `ApiError`."""
         served = self._service.served
-        for row in self._rows[1:]:  # the worker checks each, but none may run if a later one cannot
+        for row in self._rows:
             try:
                 row.request.check(vocab_size=served.vocab_size, max_length=served.max_length)
             except GptjaxError as error:

@@ -101,11 +101,11 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     except GptjaxError as error:
         raise given.explained(error) from None
     try:
-        check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
+        checked = check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
     except GptjaxError as error:
         raise of_gptjax(error, "input") from None
     options |= {"max_tokens": served.max_length if max_tokens is None else max_tokens}
-    return Asked(tuple(prompt_ids), how, options, stream, encrypts, repeated)
+    return Asked(checked, how, options, stream, encrypts, repeated)
 
 
 async def respond(request: Request) -> Response:

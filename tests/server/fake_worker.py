@@ -19,9 +19,8 @@ class FakeWorker:
     come together.
     """
 
-    def __init__(self, script: Callable[[Request], Any], *, vocab_size: int, max_length: int, room: int = 64):
+    def __init__(self, script: Callable[[Request], Any], *, max_length: int, room: int = 64):
         self.script = script
-        self.vocab_size = vocab_size
         self.max_length = max_length
         self.room = room  # requests that may be open
         self.requests: list[Request] = []
@@ -51,7 +50,6 @@ class FakeWorker:
 
     def submit(self, request: Request, deliver: Deliver) -> Ticket:
         with self._lock:
-            request.check(vocab_size=self.vocab_size, max_length=self.max_length)
             self.check_room(0)
             request = request.with_seed()
             ticket, stopped = Ticket(next(self._numbers)), threading.Event()

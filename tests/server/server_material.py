@@ -65,8 +65,7 @@ def endless(_: Request):
 def make(script: Any = None, *, name: str = GPT2, text: Tokenizer | None = None, **limits: float) -> Service:
     """A server of a demo, or of a model with the tokenizer `text`."""
     text = text or tokenizer(name)
-    script = script or saying(" there was<|endoftext|>", name=name)
-    worker = FakeWorker(script, vocab_size=text.vocab_size, max_length=MAX_LENGTH)
+    worker = FakeWorker(script or saying(" there was<|endoftext|>", name=name), max_length=MAX_LENGTH)
     served = Served(
         name=name,
         tokenizer=text,
