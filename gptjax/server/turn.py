@@ -14,7 +14,7 @@ ScoredToken = tuple[int, float, Mapping[int, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """What tokens added: their reasoning precedes their text."""
+    """What one token added, or several of which all add reasoning or all add to the answer."""
 
     text: str
     reasoning: str
@@ -23,8 +23,10 @@ class Delta:
     whole: ChatCompletion | None  # with the last token
 
     def goes_on_with(self, later: "Delta") -> bool:
-        """Whether both can be joined: reasoning after text cannot, nor text of another phase."""
-        return not self.text or not (later.reasoning or (later.text and later.phase != self.phase))
+        """Whether both can be joined. (Some clients take a delta with reasoning for one without an answer.)"""
+        if self.text and later.text:
+            return self.phase == later.phase and not later.reasoning
+        return not (self.reasoning and later.text) and not (self.text and later.reasoning)
 
 
 class Turn:
@@ -59,7 +61,7 @@ class Turn:
 
 
 def joined(deltas: Iterable[Delta]) -> list[Delta]:
-    """Joins consecutive deltas, as far as that keeps the order of reasoning and text."""
+    """Joins consecutive deltas, except where reasoning, preamble and answer follow each other."""
     groups: list[list[Delta]] = []
     for delta in deltas:
         if groups and all(before.goes_on_with(delta) for before in groups[-1]):

@@ -91,7 +91,7 @@ def without_ids(value):
 
 @pytest.mark.parametrize("turn", TURNS)
 def test_a_turn_says_the_same_however_its_tokens_come(turn):
-    """In one piece and in a stream, which has no text of reasoning after text of the answer in an event."""
+    """In one piece and in a stream, where no event has both reasoning and answer."""
     tokens = ids(turn, GPT_OSS)
     tool = {"type": "function", "function": {name: WEATHER[name] for name in ("name", "description", "parameters")}}
     asked = {"tools": [tool], "max_tokens": len(tokens), "logprobs": True, "top_logprobs": 1}
@@ -126,6 +126,7 @@ def test_a_turn_says_the_same_however_its_tokens_come(turn):
         groups = cut(tokens, seed)
         found = said(lambda _, groups=groups: groups)
         assert runs(found) == runs(expected)
+        assert not any({"reasoning", "content"} <= choice["delta"].keys() for choice in found)
         assert without_ids(list(filter(textless, found))) == without_ids(list(filter(textless, expected)))
         together = chat(make(lambda _, groups=groups: groups, name=GPT_OSS), **asked).json()
         assert without_ids(together["choices"]) == without_ids(whole["choices"])
