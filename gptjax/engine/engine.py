@@ -4,8 +4,10 @@ import dataclasses
 import traceback
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.errors import JaxRuntimeError
 
 from gptjax.engine import sampling
@@ -24,9 +26,8 @@ from gptjax.scheduling.scheduler import Scheduler
 _MOST_LOSSES = 2  # of the pools, one after another without a token between
 
 
-@dataclasses.dataclass(frozen=True)
-class Token:
-    """One token that a request was given."""
+class Token(NamedTuple):
+    """One token that a request was given. (A tuple, as there are thousands a second.)"""
 
     request: int  # its number
     token_id: int  # -1 if the model's logits were not finite
@@ -120,6 +121,11 @@ class Engine:
         return self.policy.slots
 
     @property
+    def has_tokens(self) -> bool:
+        """Whether `step` will return tokens that came with those before, so without waiting for the device."""
+        return bool(self._dispatched and self._dispatched[0].on_host)
+
+    @property
     def room(self) -> int:
         """How many more requests can be added before one has to wait."""
         return max(0, self.batch - len(self._requests))
@@ -205,7 +211,7 @@ class Engine:
         oldest = self._dispatched[0]
         if oldest.on_host is None:
             oldest.on_host = self._read(oldest)
-        tokens = oldest.on_host.popleft()
+        tokens = oldest.on_host.popleft() if oldest.on_host else []  # there are none for requests that have ended
         if not oldest.on_host:
             self._dispatched.popleft()
         return [token for token in tokens if token.request in self._requests]
@@ -257,23 +263,22 @@ class Engine:
         """Waits for the tokens of a dispatch. Returns those of each step that drew any."""
         host, plan = jax.device_get(dispatched.sampled), dispatched.plan
         assert plan.decode is not None
-        places = self._executor.places(plan.decode)
-        of_steps = [host] if plan.decode.steps == 1 else _unstacked(host)
-        drawn: list[list[int]] = [[] for _ in plan.decode.rows]
-        tokens: deque[list[Token]] = deque()
-        for step, sampled in enumerate(of_steps):
-            of_step = []
-            for index, row in enumerate(plan.decode.rows):
-                if len(row.given) <= step < len(row.given) + row.draws:
-                    number = dispatched.requests[index]
-                    request = self._requests.get(number)  # None if it has ended
-                    top = request.params.top_logprobs if request else 0
-                    of_step.append(_token(sampled, places[index], number, top))
-                    drawn[index].append(of_step[-1].token_id)
-            if of_step:
-                tokens.append(of_step)
+        # A column for each row, as lists: taking numbers out of arrays one by one costs more than all that follows.
+        ids, logprobs = (np.atleast_2d(each).T.tolist() for each in (host.token_B, host.logprob_B))
+        drawn: list[list[int]] = []
+        of_steps: list[list[Token]] = [[] for _ in range(plan.decode.steps)]
+        rows = zip(plan.decode.rows, self._executor.places(plan.decode), dispatched.requests, strict=True)
+        for row, place, number in rows:
+            steps = slice(len(row.given), len(row.given) + row.draws)
+            drawn.append(ids[place][steps])
+            request = self._requests.get(number)
+            if request is None:  # it has ended
+                continue
+            tops = _tops(host, place, request.params.top_logprobs)[steps]
+            for of_step, *token in zip(of_steps[steps], drawn[-1], logprobs[place][steps], tops, strict=True):
+                of_step.append(Token(number, *token))
         self._scheduler.receive(plan.number, drawn)
-        return tokens
+        return deque(filter(None, of_steps))
 
     def _drop_unwanted(self) -> None:
         """Forgets the oldest dispatches if all of their requests have ended, without waiting for them."""
@@ -290,12 +295,13 @@ def free_locals(error: BaseException | None) -> None:
         error = error.__cause__  # JAX's own frames; a context would be of callers that handle another error
 
 
-def _unstacked(stacked: sampling.Sampled) -> list[sampling.Sampled]:
-    leaves, tree = jax.tree.flatten(stacked)
-    return [jax.tree.unflatten(tree, of_step) for of_step in zip(*leaves, strict=True)]
-
-
-def _token(sampled: sampling.Sampled, row: int, request: int, num_top: int) -> Token:
-    ids, logprobs = sampled.top_ids_BC[row, :num_top], sampled.top_logprobs_BC[row, :num_top]
-    top = zip(ids.tolist(), logprobs.tolist(), strict=True)
-    return Token(request, int(sampled.token_B[row]), float(sampled.logprob_B[row]), tuple(top))
+def _tops(sampled: sampling.Sampled, place: int, count: int) -> list[tuple[tuple[int, float], ...]]:
+    """The most likely tokens of a row in each step."""
+    num_steps = np.atleast_2d(sampled.token_B).shape[0]
+    if not count:
+        return [()] * num_steps
+    ids_SC, logprobs_SC = (
+        each.reshape(num_steps, -1, each.shape[-1])[:, place, :count].tolist()
+        for each in (sampled.top_ids_BC, sampled.top_logprobs_BC)
+    )
+    return [tuple(zip(*each, strict=True)) for each in zip(ids_SC, logprobs_SC, strict=True)]

@@ -1,6 +1,8 @@
 """Runs plans on the device."""
 
 import dataclasses
+import functools
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -199,9 +201,9 @@ class Executor:
         requests: list[Request | None] = [None] * call.size
         for place, row in zip(self.places(call), call.rows, strict=True):
             requests[place] = self._requests[row.slot]
-        key = tuple(requests), self._needed(requests)
-        if self._settings is None or self._settings[0] != key:
-            self._settings = key, self._settings_of(requests, key[1])
+        key = tuple(requests), self._features
+        if self._settings is None or self._settings[0] != key:  # mostly the same rows as before
+            self._settings = key, self._settings_of(requests, self._needed(requests))
         return self._run_decode(self._rows(call), self._settings[1], call.steps)
 
     def places(self, call: DecodeCall) -> list[int]:
@@ -239,9 +241,8 @@ class Executor:
         """The parts of sampling to compute for some rows."""
         if not self._levels:
             return self._features
-        used = Features()
-        for request in requests:
-            used |= Features() if request is None else Features.of(request.params)
+        each = {Features.of(request.params) for request in requests if request is not None}
+        used = functools.reduce(operator.or_, each, Features())
         return next(level for level in self._levels if level | used == level)
 
     def _used_sizes(self) -> tuple[int, ...]:

@@ -122,7 +122,7 @@ def make_request(
     if not _flag(options, "ignore_eos"):
         stop_ids += eos_ids
     request = Request(
-        prompt_ids=tuple(prompt_ids),
+        prompt_ids=prompt_ids if isinstance(prompt_ids, tuple) else tuple(prompt_ids),
         max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
         params=sampling,
         stop_ids=tuple(stop_ids),

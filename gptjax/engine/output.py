@@ -94,6 +94,8 @@ class StopFinder:
 
     def push(self, piece: str) -> tuple[str, bool]:
         """The text that is certain, and whether a stop was found. Holds back what may be the beginning of a stop."""
+        if not self._stops:
+            return piece, False
         text = self._held + piece
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
@@ -162,7 +164,7 @@ class Output:
         return Chunk(text, token.token_id, token.logprob, self._top(token), completion)
 
     def _top(self, token: Token) -> dict[int, float]:
-        return dict(token.top[: self._request.params.top_logprobs])
+        return dict(token.top[: self._request.params.top_logprobs]) if token.top else {}
 
     def _completion(self, finish_reason: str) -> Completion:
         asked = self._request.params.top_logprobs > 0

@@ -3,6 +3,9 @@
 import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from gptjax.config.generation import LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY, MOST_TEMPERATURE
 from gptjax.errors import CapacityError, RequestError
@@ -105,12 +108,26 @@ class Request:
         return min(self.max_tokens, max_length - len(self.prompt_ids) + 1)
 
 
-def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_length: int) -> None:
-    """Raises `RequestError` or `CapacityError` for token ids that the model cannot take."""
+class CheckedIds(tuple[int, ...]):
+    """A prompt's ids that `check_prompt` found in order, so that nobody has to look at each of thousands again."""
+
+    limits: tuple[int, int]  # vocab_size and max_length
+    array_T: np.ndarray  # int32, read-only
+
+    def __array__(self, dtype: np.dtype[Any] | None = None, copy: bool | None = None) -> np.ndarray:
+        """For NumPy, which needs 50 times as long for a tuple."""
+        return np.array(self.array_T, dtype, copy=copy)
+
+
+def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_length: int) -> CheckedIds:
+    """Returns a prompt's ids. Raises `RequestError` or `CapacityError` for those that the model cannot take."""
+    if isinstance(token_ids, CheckedIds) and token_ids.limits == (vocab_size, max_length):
+        return token_ids
     if not token_ids:
         raise RequestError("the prompt is empty: give at least one token (a text starts with tokenizer.bos_id)")
-    # Checking a hundred thousand tokens one by one takes long.
-    fine = set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < vocab_size
+    # Looking at a hundred thousand tokens one by one takes long.
+    array_T = np.array(token_ids) if set(map(type, token_ids)) == {int} else None
+    fine = array_T is not None and array_T.dtype == np.int64 and array_T.min() >= 0 and array_T.max() < vocab_size
     for position, token in enumerate(() if fine else token_ids):
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise RequestError(
@@ -121,6 +138,11 @@ def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_length: int) 
             f"the prompt has {len(token_ids)} tokens, but max_length is {max_length}: shorten the prompt by "
             f"{len(token_ids) - max_length}, or load the model with a larger max_length if its context allows"
         )
+    checked = CheckedIds(token_ids)
+    checked.limits = vocab_size, max_length
+    checked.array_T = np.array(token_ids if array_T is None else array_T, np.int32)
+    checked.array_T.flags.writeable = False
+    return checked
 
 
 def _whole(name: str, value: object, *, low: int, high: int | None = None) -> None:

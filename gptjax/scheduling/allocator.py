@@ -44,8 +44,9 @@ class Allocator:
 
     def has_room(self, sequence: Sequence, promised: AnySequence[int]) -> bool:
         """Whether a sequence can join and read its prompt. Others will take the `promised` pages of each pool."""
-        for number, (pool, others) in enumerate(zip(self.pools, promised, strict=True)):
-            if pool.free + pool.idle - others < self._soon(pool, sequence) - self._shared(sequence, number):
+        shared = self._shared(sequence)
+        for pool, others, has in zip(self.pools, promised, shared, strict=True):
+            if pool.free + pool.idle - others < self._soon(pool, sequence) - has:
                 return False
         return True
 
@@ -155,7 +156,7 @@ class Allocator:
             return
         index = sequence.in_tree
         start = index * self._policy.page
-        key = self.tree.key(sequence.tokens(start, end), start, sequence.prompt)
+        key = self.tree.key(sequence.tokens(start, end).tobytes(), start, sequence.prompt)
         node = self.tree.insert(sequence.node, key, [pages[index] for pages in sequence.pages])
         for number, (pool, pages) in enumerate(zip(self.pools, sequence.pages, strict=True)):
             if pages[index] and pages[index] != node.pages[number]:
@@ -229,13 +230,16 @@ class Allocator:
             return self._most_pages(pool, sequence.prompt, length)
         return min(self._policy.pages(length), self._policy.pages_across(pool.window - 1 + self._policy.steps))
 
-    def _shared(self, sequence: Sequence, number: int) -> int:
-        """How many of these it would share with other sequences. Idle pages count as room."""
+    def _shared(self, sequence: Sequence) -> list[int]:
+        """How many of these it would share with other sequences, of each pool. Idle pages count as room."""
         if not self._policy.reuse:
-            return 0
-        pool, match = self.pools[number], self.match(sequence)
-        shared = [node.pages[number] for node in match.path[self._first(pool, match.length) :]]
-        return sum(not pool.is_idle(page) for page in shared)
+            return [0] * len(self.pools)
+        match = self.match(sequence)
+        shared = []
+        for number, pool in enumerate(self.pools):
+            pages = [node.pages[number] for node in match.path[self._first(pool, match.length) :]]
+            shared.append(sum(not pool.is_idle(page) for page in pages))
+        return shared
 
     def _first(self, pool: Pool, position: int) -> int:
         """The index of the first page that a position sees."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from gptjax.scheduling.pool import Pool
 
+_ID = 4  # bytes of a token id
 _LEAST_COPIED = 8  # a page is copied for the sake of at least 1/8 of its places
 
 
@@ -18,7 +19,12 @@ class Node:
     tokens: bytes  # int32 ids
     prefilled: int  # how many of these prefill wrote; decode wrote the others
     pages: list[int]  # one of each pool; 0: not held any more
-    children: "dict[tuple[bytes, int], Node]" = dataclasses.field(default_factory=dict)
+    # By their first token, as a prefix that many prompts share has thousands of children; then by their keys.
+    children: "dict[bytes, dict[tuple[bytes, int], Node]]" = dataclasses.field(default_factory=dict)
+
+    def child(self, key: tuple[bytes, int]) -> "Node | None":
+        """The child of a key, if there is one."""
+        return self.children.get(key[0][:_ID], {}).get(key)
 
     @property
     def key(self) -> tuple[bytes, int]:
@@ -69,24 +75,24 @@ class PrefixTree:
           multiple: the length is a multiple of this.
         """
         path: list[Node] = []
-        node = self.root
+        node, tokens = self.root, tokens_T[:limit].tobytes()
         while (end := (start := len(path) * self._page) + self._page) <= limit:
-            found = node.children.get(self.key(tokens_T[start:end], start, prompt))
+            found = node.child(self.key(tokens[start * _ID : end * _ID], start, prompt))
             if found is None:
                 break
             path.append(node := found)
         return self._with_tail(node, path, tokens_T[:limit], prompt, multiple) or self._whole(path, multiple)
 
-    def key(self, ids: np.ndarray, start: int, prompt: int) -> tuple[bytes, int]:
+    def key(self, tokens: bytes, start: int, prompt: int) -> tuple[bytes, int]:
         """The key of a sequence's page.
 
         Args:
-          ids: its tokens, int32.
+          tokens: its int32 ids.
           start: the position of the first.
           prompt: tokens of the sequence's prompt.
         """
-        prefilled = len(ids) if self._share_decoded else min(max(prompt - start, 0), len(ids))
-        return ids.tobytes(), prefilled
+        count = len(tokens) // _ID
+        return tokens, count if self._share_decoded else min(max(prompt - start, 0), count)
 
     def insert(self, parent: Node, key: tuple[bytes, int], pages: Sequence[int]) -> Node:
         """Adds a page of a sequence, or finds it there.
@@ -97,9 +103,10 @@ class PrefixTree:
         Returns:
           The node. Its pages may be others than the given ones, of the same content.
         """
-        node = parent.children.get(key)
+        node = parent.child(key)
         if node is None:
-            node = parent.children[key] = Node(parent, *key, [0] * len(self._pools))
+            node = Node(parent, *key, [0] * len(self._pools))
+            parent.children.setdefault(key[0][:_ID], {})[key] = node
         for pool, (pages_of_pool, page) in enumerate(zip(self._nodes, pages, strict=True)):
             if page and not node.pages[pool]:
                 self._pools[pool].keep(page)
@@ -126,7 +133,10 @@ class PrefixTree:
     def prune(self, node: Node) -> None:
         """Removes a node, and those before it, if they have neither pages nor others after them."""
         while (parent := node.parent) is not None and not node.children and not any(node.pages):
-            del parent.children[node.key]
+            alike = parent.children[node.tokens[:_ID]]
+            del alike[node.key]
+            if not alike:
+                del parent.children[node.tokens[:_ID]]
             node.parent = None
             node = parent
 
@@ -136,11 +146,13 @@ class PrefixTree:
 
     def nodes(self) -> Iterator[Node]:
         """All nodes except the root, parents first."""
-        left = list(self.root.children.values())
+        left = [self.root]
         while left:
             node = left.pop()
-            yield node
-            left.extend(node.children.values())
+            if node is not self.root:
+                yield node
+            for alike in node.children.values():
+                left.extend(alike.values())
 
     def _give_up(self, node: Node, pool: int) -> None:
         if page := node.pages[pool]:
@@ -160,10 +172,8 @@ class PrefixTree:
         start = len(path) * self._page
         wanted = tokens[start : start + self._page]
         best, most = None, max(1, self._page // _LEAST_COPIED) - 1
-        first = wanted[:1].tobytes()
-        for child in node.children.values() if len(wanted) > most else ():
-            if not child.tokens.startswith(first):
-                continue
+        alike = node.children.get(wanted[:1].tobytes(), {}) if len(wanted) > most else {}
+        for child in alike.values():
             common = self._common(child, wanted, prompt - start)
             common -= (start + common) % multiple
             if common > most and self._resumes([*path, child], start + common):
@@ -178,7 +188,7 @@ class PrefixTree:
         if self._share_decoded:
             return common
         prompt = max(prompt, 0)
-        same = node.prefilled == min(prompt, len(node.tokens) // 4)
+        same = node.prefilled == min(prompt, len(node.tokens) // _ID)
         return common if same else min(common, node.prefilled, prompt)
 
     def _resumes(self, path: Sequence[Node], length: int) -> bool:

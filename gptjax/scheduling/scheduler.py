@@ -263,7 +263,7 @@ class Scheduler:
 
     def _read(self, sequence: Sequence, draft: Draft) -> None:
         """Plans the next piece of a prompt."""
-        if self.policy.packed and len(draft.pieces) == self.policy.pieces:
+        if self.policy.packed and (draft.room <= 0 or len(draft.pieces) == self.policy.pieces):
             return
         left = sequence.prompt - sequence.position
         count = self.policy.piece(left, self._share(sequence, draft))
@@ -285,10 +285,14 @@ class Scheduler:
         """The prompt tokens of a plan that a request may use: what newer ones leave, but at least half a chunk."""
         if not self.policy.packed:
             return draft.room if draft.pieces else 2 * self.policy.chunk  # the first piece has any cost
-        newer = self._running[bisect.bisect_right(self._running, sequence.number, key=_age) :]
-        reading = [each for each in newer if each.awaited is None and not each.held]
-        wanted = sum(max(0, each.prompt - each.position) for each in reading)
-        return min(draft.room, max(self.policy.chunk // 2, draft.room - wanted))
+        least = self.policy.chunk // 2
+        left = draft.room
+        for each in self._running[bisect.bisect_right(self._running, sequence.number, key=_age) :]:
+            if left <= least:
+                break  # with hundreds of prompts, looking at all of them for each would take long
+            if each.awaited is None and not each.held:
+                left -= max(0, each.prompt - each.position)
+        return min(draft.room, max(least, left))
 
     def _decode(self, sequence: Sequence, draft: Draft, steps: int) -> None:
         """Plans the next row of a request, with fewer steps if pages run out."""

@@ -32,12 +32,18 @@ async def answered(
     request: Request,
     read: Callable[[dict[str, Any], Service], Asked],
     make: Callable[[Service, Asked], Answer],
+    *,
+    is_quick: Callable[[dict[str, Any]], bool] = lambda values: False,
 ) -> Response:
-    """Answers a request with `make(service, read(values, service))`; `values` is its parsed body."""
+    """Answers a request with `make(service, read(values, service))`; `values` is its parsed body.
+
+    A body that `is_quick` is read at once: a thread would take as long, and make others wait as well. Otherwise others
+    go on meanwhile, as encoding a long text takes time.
+    """
     service: Service = request.app.state.service
     async with reading(request, service) as values:
-        # Encoding a long text takes time, and others are waiting.
-        answer = make(service, await asyncio.to_thread(read, values, service))
+        asked = read(values, service) if is_quick(values) else await asyncio.to_thread(read, values, service)
+        answer = make(service, asked)
         answer.start()
     if answer.streams:
         return EventStream(answer, service)

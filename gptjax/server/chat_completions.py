@@ -29,7 +29,7 @@ from gptjax.server.schema import (
     seed_of_choice,
 )
 from gptjax.server.service import Served, Service
-from gptjax.server.turn import Delta, Turn
+from gptjax.server.turn import Delta, Turn, joined
 from gptjax.text.chat_formats import ChatOptions
 
 # Further fields about tools and the answer's form, with the values that ask for nothing.
@@ -68,13 +68,13 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     prompt_ids, how = _render(fields, messages, served)
     fields.finish(WITHOUT_EFFECT)
     try:
-        check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
+        checked = check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
     except GptjaxError as error:
         raise of_gptjax(error, "messages") from None
     # Without a limit, a turn may use all the room there is.
     given = [limit for limit in limits if limit is not None]
     options |= {"max_tokens": min(given, default=served.max_length), "top_logprobs": logprobs or 0}
-    return Asked(tuple(prompt_ids), how, choices, options, logprobs, stream)
+    return Asked(checked, how, choices, options, logprobs, stream)
 
 
 def _render(fields: Fields, messages: object, served: Served) -> tuple[list[int], ChatOptions]:
@@ -141,6 +141,7 @@ class Answer:
                 Row(
                     make_request(asked.prompt_ids, seed_of_choice(asked.options, choice), served.defaults, ends),
                     turn.reader,
+                    turn.add,
                 )
                 for choice, turn in enumerate(self._turns)
             ]
@@ -206,8 +207,9 @@ class Answer:
             yield {**head, "choices": [], "usage": self._usage(turns)}
 
     async def _deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        async for row, chunk in self._generation.chunks():
-            yield row, self._turns[row].add(chunk)
+        async for row, deltas in self._generation.results():
+            for delta in joined(deltas):
+                yield row, delta
 
     def _entries(self, delta: Delta) -> list[dict[str, Any]]:
         return [] if self._asked.logprobs is None else chat_logprobs(self._tokenizer, delta.answer_tokens)

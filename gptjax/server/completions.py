@@ -3,7 +3,7 @@
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -32,6 +32,8 @@ from gptjax.server.service import Served, Service
 
 _DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
 _MOST_ECHOED: Final = 32 << 20  # characters of prompts, and of their log-probabilities, in one answer
+_FEW_IDS: Final = 10_000  # checked in half a millisecond
+_NO_PROMPT: Final = "a prompt must be a string or a list of token ids (whole numbers of at least 0)"
 _ENTRY: Final = 40  # characters of a token and its log-probability, roughly
 
 
@@ -55,7 +57,7 @@ class Asked:
     logprobs: int | None  # alternatives for each token; None: no log-probabilities
     stream: Stream
 
-    def rows(self, served: Served) -> list[Row]:
+    def rows(self, served: Served) -> list[Row[Chunk]]:
         """A row for each choice of each prompt, grouped by prompt. Raises `ApiError`."""
         if not self.max_tokens:
             return []
@@ -65,6 +67,7 @@ class Asked:
                 Row(
                     make_request(prompt.ids, seed_of_choice(options, choice), served.defaults, served.eos_ids),
                     served.tokenizer.stream(start=False) if served.tokenizer is not None else None,
+                    _as_it_is,
                 )
                 for prompt in self.prompts
                 for choice in range(self.choices)
@@ -131,7 +134,7 @@ def _read_prompts(value: object, served: Served, most: int, *, special: bool, ec
     if isinstance(value, list) and len(value) > max(most, served.max_length):  # checking millions takes seconds
         message = f"prompt has {len(value)} items: at most {most} prompts are allowed with this n, and max_length is "
         raise bad_request(f"{message}{served.max_length} tokens", "prompt", "context_length_exceeded")
-    one = isinstance(value, str) or (isinstance(value, list) and bool(value) and are_tokens(value))
+    one = isinstance(value, str) or (isinstance(value, list) and bool(value) and type(value[0]) is int)
     prompts = [value] if one else value
     if not isinstance(prompts, list) or not prompts:
         raise bad_request("prompt must be a string, a list of token ids, or a non-empty list of either", "prompt")
@@ -148,23 +151,33 @@ def _read_prompt(value: object, served: Served, *, special: bool, echo: bool) ->
         except GptjaxError as error:
             raise of_gptjax(error, "prompt") from None
         return Prompt(_checked_ids(ids, served), text)
-    if not isinstance(value, list) or not are_tokens(value):
-        raise bad_request("a prompt must be a string or a list of token ids (whole numbers of at least 0)", "prompt")
+    if not isinstance(value, list):
+        raise bad_request(_NO_PROMPT, "prompt")
     checked = _checked_ids(value, served)
     return Prompt(checked, served.tokenizer.decode(checked, special=True) if echo and served.tokenizer else "")
 
 
-def _checked_ids(ids: list[int], served: Served) -> tuple[int, ...]:
+def _checked_ids(ids: list[Any], served: Served) -> tuple[int, ...]:
     try:
-        check_prompt(ids, vocab_size=served.vocab_size, max_length=served.max_length)
+        return check_prompt(ids, vocab_size=served.vocab_size, max_length=served.max_length)
     except GptjaxError as error:
-        raise of_gptjax(error, "prompt") from None
-    return tuple(ids)
+        raise of_gptjax(error, "prompt") if are_tokens(ids) else bad_request(_NO_PROMPT, "prompt") from None
 
 
 async def respond(request: Request) -> Response:
     """Answers a request."""
-    return await answered(request, lambda values, service: read(values, service.served, service.limits.rows), Answer)
+
+    def read_with_limits(values: dict[str, Any], service: Service) -> Asked:
+        return read(values, service.served, service.limits.rows)
+
+    return await answered(request, read_with_limits, Answer, is_quick=_is_quick)
+
+
+def _is_quick(values: dict[str, Any]) -> bool:
+    """Whether the prompt consists of a few thousand token ids, which need not be encoded, nor decoded for an echo."""
+    prompt = values.get("prompt")
+    ids = isinstance(prompt, list) and 0 < len(prompt) <= _FEW_IDS and type(prompt[0]) is int
+    return ids and not values.get("echo")
 
 
 class Answer:
@@ -228,11 +241,12 @@ class Answer:
             for number, prompt in enumerate(self._asked.prompts):
                 async for piece in self._echo(number, prompt):
                     yield piece
-        async for row, chunk in self._generation.chunks():
-            if chunk.completion is not None:
-                usages[row] = chunk.completion.usage
-            if chunk.text or chunk.completion is not None or self._asked.logprobs is not None:
-                yield self._piece(row, chunk)
+        async for row, chunks in self._generation.results():
+            if (completion := chunks[-1].completion) is not None:
+                usages[row] = completion.usage
+            piece = self._piece(row, chunks)
+            if piece["text"] or piece["finish_reason"] is not None or piece["logprobs"] is not None:
+                yield piece
 
     async def _echo(self, number: int, prompt: Prompt) -> AsyncGenerator[dict[str, Any], None]:
         scores = None
@@ -247,12 +261,13 @@ class Answer:
             ended = None if self._asked.max_tokens else "length"
             yield {"index": index, "text": prompt.text, "logprobs": logprobs, "finish_reason": ended}
 
-    def _piece(self, row: int, chunk: Chunk) -> dict[str, Any]:
+    def _piece(self, row: int, chunks: Sequence[Chunk]) -> dict[str, Any]:
         logprobs = None
         if self._asked.logprobs is not None:
-            token = (chunk.token_id, chunk.text, chunk.logprob, chunk.top_logprobs)
-            logprobs = self._logprobs[row].of_tokens([token])
-        return {"index": row, "text": chunk.text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
+            tokens = [(chunk.token_id, chunk.text, chunk.logprob, chunk.top_logprobs) for chunk in chunks]
+            logprobs = self._logprobs[row].of_tokens(tokens)
+        text = "".join([chunk.text for chunk in chunks])
+        return {"index": row, "text": text, "logprobs": logprobs, "finish_reason": chunks[-1].finish_reason}
 
     def _usage(self, usages: dict[int, Usage]) -> dict[str, Any]:
         if usages:
@@ -260,6 +275,10 @@ class Answer:
         else:  # nothing was generated
             rows = [Usage(len(prompt.ids), 0) for prompt in self._asked.prompts for _ in range(self._asked.choices)]
         return usage_json(rows, choices=self._asked.choices, cached=self._generation.cached_tokens(self._asked.choices))
+
+
+def _as_it_is(chunk: Chunk) -> Chunk:
+    return chunk
 
 
 def _whole(index: int, parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The messages between the worker and those who give it requests."""
 
 import dataclasses
+from collections.abc import Callable
 
+from gptjax.engine.engine import Token
 from gptjax.errors import GptjaxError
 
 
@@ -18,12 +20,10 @@ class Unavailable(GptjaxError):  # noqa: N818
 
 
 @dataclasses.dataclass(frozen=True)
-class Token:
-    """A token that was drawn, even if it is one of the request's stop ids."""
+class Tokens:
+    """Consecutive tokens of a request that were drawn together; the last may be one of its stop ids."""
 
-    token_id: int
-    logprob: float  # the model's own
-    top: tuple[tuple[int, float], ...]  # (token id, log-probability), most likely first; as many as asked for
+    tokens: tuple[Token, ...]  # at least one; the alternatives are as many as asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,10 @@ class Failed:
     kind: str  # "not_finite" (the model's logits), "drained", "stopped", or "died" (the worker)
 
 
-Event = Token | Finished | Failed
+Event = Tokens | Finished | Failed
+Deliver = Callable[[Event], Callable[[], None] | None]
+"""Takes an event; called in the worker's thread, so it must not block. May return what wakes the reader of the event:
+the worker calls it once for all events that it delivers together."""
 
 
 @dataclasses.dataclass(frozen=True)

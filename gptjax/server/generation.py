@@ -5,35 +5,39 @@ import dataclasses
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
+from typing import Generic, TypeVar
 
-from gptjax.engine import engine
 from gptjax.engine.output import Chunk, Decoder, Output, Usage
 from gptjax.engine.request import Request
 from gptjax.errors import GptjaxError
 from gptjax.server.errors import ApiError, internal, of_failure, of_gptjax
-from gptjax.server.events import Event, Failed, Finished, QueueFull, Ticket, Token
+from gptjax.server.events import Deliver, Event, Failed, Finished, QueueFull, Ticket, Tokens
 from gptjax.server.service import Service
 
 _RETRY_SECONDS = 0.2
 _MOST_BEHIND = 10_000  # tokens that a client may be behind; with 20 alternatives each, some 30 MB
 
 
+Read = TypeVar("Read")
+
+
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One prompt, and the decoder that turns its tokens into text."""
+class Row(Generic[Read]):
+    """One prompt, and how its tokens are read."""
 
     request: Request
-    decoder: Decoder | None
+    decoder: Decoder | None  # turns them into text
+    read: Callable[[Chunk], Read]  # called with what each token added, before the decoder gets the next
 
 
-class Generation:
-    """Rows on their way through the worker. `chunks` yields the results; `close` must be called at the end.
+class Generation(Generic[Read]):
+    """Rows on their way through the worker. `results` yields what is read; `close` must be called at the end.
 
     Rows for which the queue has no room wait, so that a large batch takes no more than a queue's worth at a time. If
     there is no room even for the first, the request is refused.
     """
 
-    def __init__(self, service: Service, rows: Sequence[Row]) -> None:
+    def __init__(self, service: Service, rows: Sequence[Row[Read]]) -> None:
         self._service = service
         self._rows = rows
         self._waiting = deque(range(len(rows)))
@@ -62,8 +66,8 @@ class Generation:
         """Prompt tokens that were not read again, counted for the first choice of each prompt only."""
         return sum(tokens for row, tokens in self._cached.items() if row % choices == 0)
 
-    async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
-        """Yields (row, what a token added to its text) in token order. Raises `ApiError` if a row fails."""
+    async def results(self) -> AsyncGenerator[tuple[int, list[Read]], None]:
+        """Yields (row, what was read of each of its tokens that came together). Raises `ApiError` if a row fails."""
         while self._tickets or self._waiting:
             event = await self._next()
             if event is not None and (found := self._read(*event)) is not None:
@@ -111,21 +115,22 @@ class Generation:
         except GptjaxError as error:
             raise of_gptjax(error) from None
 
-    def _deliver(self, row: int) -> Callable[[Event], None]:
-        def deliver(event: Event) -> None:
-            if isinstance(event, Token):
-                self._delivered += 1
+    def _deliver(self, row: int) -> Deliver:
+        def deliver(event: Event) -> Callable[[], None]:
+            if isinstance(event, Tokens):
+                self._delivered += len(event.tokens)
                 if self._delivered - self._taken > _MOST_BEHIND:
                     raise OverflowError("the client reads more slowly than tokens arrive")  # the worker cancels the row
-            self._mailbox.call(partial(self._events.put_nowait, (row, event)))
+            self._mailbox.put(partial(self._events.put_nowait, (row, event)))
+            return self._mailbox.wake
 
         return deliver
 
-    def _read(self, row: int, event: Event) -> tuple[int, Chunk] | None:
+    def _read(self, row: int, event: Event) -> tuple[int, list[Read]] | None:
         ended = row not in self._outputs  # its text is complete; this was already on its way
         match event:
-            case Token():
-                self._taken += 1
+            case Tokens():
+                self._taken += len(event.tokens)
                 return None if ended else (row, self._push(row, event))
             case Failed():
                 del self._tickets[row]
@@ -140,15 +145,19 @@ class Generation:
                 self._submit_some()
         return None
 
-    def _push(self, row: int, token: Token) -> Chunk:
-        chunk = self._outputs[row].push(engine.Token(row, token.token_id, token.logprob, token.top))
-        self._service.metrics.tokens.inc()
-        if chunk.completion is not None:
-            del self._outputs[row]
-            self._service.metrics.completed(chunk.completion)
-            # The worker does not know stop strings. If it ended the row itself, this does nothing.
-            self._service.worker.cancel(self._tickets[row])
-        return chunk
+    def _push(self, row: int, event: Tokens) -> list[Read]:
+        """Reads tokens up to the one that completes the text: the worker does not know stop strings."""
+        output, read, found = self._outputs[row], self._rows[row].read, []
+        for token in event.tokens:
+            chunk = output.push(token)
+            found.append(read(chunk))
+            if chunk.completion is not None:
+                del self._outputs[row]
+                self._service.metrics.completed(chunk.completion)
+                self._service.worker.cancel(self._tickets[row])  # does nothing if the worker ended the row itself
+                break
+        self._service.metrics.tokens.inc(len(found))
+        return found
 
 
 def _of_early_end(finished: Finished) -> ApiError:

@@ -7,21 +7,24 @@ from typing import Any
 
 
 class Mailbox:
-    """Calls functions in the running event loop for other threads. Calls that come together wake the loop once."""
+    """Calls functions in the running event loop for other threads."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._calls: deque[Callable[[], Any]] = deque()
         self._woken = False
 
-    def call(self, function: Callable[[], Any]) -> None:
-        """Calls a function soon; returns at once. Calls keep their order.
+    def put(self, function: Callable[[], Any]) -> None:
+        """Has a function called once the loop was woken; calls keep their order."""
+        self._calls.append(function)
+
+    def wake(self) -> None:
+        """Wakes the loop, unless it is about to look; returns at once.
 
         Raises:
           RuntimeError: the loop was closed.
         """
-        self._calls.append(function)
-        if self._woken and not self.loop.is_closed():  # `_empty` has not begun, so it will find this call
+        if self._woken and not self.loop.is_closed():  # `_empty` has not begun, so it will find all calls
             return
         self._woken = True
         self.loop.call_soon_threadsafe(self._empty)

@@ -30,6 +30,7 @@ from gptjax.server.responses_options import (
 from gptjax.server.schema import MOST_TOKENS, WITHOUT_EFFECT, read_sampling, read_thinking
 from gptjax.server.service import Served, Service
 from gptjax.server.turn import Turn
+from gptjax.server.turn import joined as joined_deltas
 from gptjax.text.chat_formats import ChatOptions
 
 # Unsupported fields, with the values that ask for nothing.
@@ -100,11 +101,11 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     except GptjaxError as error:
         raise given.explained(error) from None
     try:
-        check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
+        checked = check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
     except GptjaxError as error:
         raise of_gptjax(error, "input") from None
     options |= {"max_tokens": served.max_length if max_tokens is None else max_tokens}
-    return Asked(tuple(prompt_ids), how, options, stream, encrypts, repeated)
+    return Asked(checked, how, options, stream, encrypts, repeated)
 
 
 async def respond(request: Request) -> Response:
@@ -124,7 +125,7 @@ class Answer:
             asked_for = make_request(asked.prompt_ids, asked.options, served.defaults, served.turn_ends())
         except GptjaxError as error:
             raise of_gptjax(error) from None
-        self._generation = Generation(service, [Row(asked_for, self._turn.reader)])
+        self._generation = Generation(service, [Row(asked_for, self._turn.reader, self._turn.add)])
         self._items = Items(encrypts=asked.encrypts)
         self._result: ChatCompletion | None = None
         self._error: ApiError | None = None
@@ -182,14 +183,14 @@ class Answer:
 
     async def _events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The events of the items."""
-        async for _, chunk in self._generation.chunks():
-            delta = self._turn.add(chunk)
-            for event in self._items.add(delta.reasoning, delta.text, delta.phase):
-                yield event
-            if delta.whole is not None:
-                self._result = delta.whole
-                for event in self._items.finish(delta.whole):
+        async for _, deltas in self._generation.results():
+            for delta in joined_deltas(deltas):
+                for event in self._items.add(delta.reasoning, delta.text, delta.phase):
                     yield event
+                if delta.whole is not None:
+                    self._result = delta.whole
+                    for event in self._items.finish(delta.whole):
+                        yield event
 
     def _response(self) -> dict[str, Any]:
         """The response object in its current state."""

@@ -20,7 +20,7 @@ _DONE = b"data: [DONE]\n\n"
 _MOST_PENDING = 1 << 16  # bytes that wait for a client to take them
 _HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 # Many clients, httpx's `iter_lines` among them, end a line here, and so an event's data.
-_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+_LINE_ENDS = {end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 _encoder = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -33,7 +33,10 @@ class ClientGone(Exception):  # noqa: N818 (a state, not a fault)
 def encode(value: object) -> bytes:
     """JSON as bytes; never NaN, and lone surrogates (which an error may quote) as question marks."""
     text = _encoder.encode(value)
-    return text.translate(_LINE_ENDS).encode(errors="replace")
+    if not text.isascii():
+        for end, escaped in _LINE_ENDS.items():
+            text = text.replace(end, escaped)  # `str.translate` takes ten times as long
+    return text.encode(errors="replace")
 
 
 def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:

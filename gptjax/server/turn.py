@@ -1,7 +1,7 @@
 """One turn of a conversation as it is generated: what each token adds to reasoning and answer."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from gptjax.chat import ChatCompletion, chat_chunks
 from gptjax.engine.output import Chunk
@@ -14,13 +14,19 @@ ScoredToken = tuple[int, float, Mapping[int, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """What one token added."""
+    """What one token added, or several of which all add reasoning or all add to the answer."""
 
     text: str
     reasoning: str
     phase: str  # of the text, "commentary" or "final_answer"
     answer_tokens: tuple[ScoredToken, ...]  # the tokens that make up the answer's text
     whole: ChatCompletion | None  # with the last token
+
+    def goes_on_with(self, later: "Delta") -> bool:
+        """Whether both can be joined. (Some clients take a delta with reasoning for one without an answer.)"""
+        if self.text and later.text:
+            return self.phase == later.phase and not later.reasoning
+        return not (self.reasoning and later.text) and not (self.text and later.reasoning)
 
 
 class Turn:
@@ -52,3 +58,24 @@ class Turn:
             self._silent.clear()
         self._dropped = self.reader.dropped
         return Delta(piece.text, piece.reasoning, self.reader.phase, mine, piece.completion)
+
+
+def joined(deltas: Iterable[Delta]) -> list[Delta]:
+    """Joins consecutive deltas, except where reasoning, preamble and answer follow each other."""
+    groups: list[list[Delta]] = []
+    for delta in deltas:
+        if groups and all(before.goes_on_with(delta) for before in groups[-1]):
+            groups[-1].append(delta)
+        else:
+            groups.append([delta])
+    return [group[0] if len(group) == 1 else _one(group) for group in groups]
+
+
+def _one(deltas: Sequence[Delta]) -> Delta:
+    return Delta(
+        text="".join([delta.text for delta in deltas]),
+        reasoning="".join([delta.reasoning for delta in deltas]),
+        phase=next((delta.phase for delta in deltas if delta.text), deltas[-1].phase),
+        answer_tokens=tuple(token for delta in deltas for token in delta.answer_tokens),
+        whole=deltas[-1].whole,
+    )

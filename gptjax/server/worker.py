@@ -5,24 +5,23 @@ most one chunk of their prompts a step, so that running streams never wait for m
 """
 
 import contextlib
-import dataclasses
 import logging
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from gptjax.engine import memory, steps
-from gptjax.engine.engine import Engine
-from gptjax.engine.engine import Token as Drawn
+from gptjax.engine.engine import Engine, Token
 from gptjax.engine.output import NOT_FINITE
 from gptjax.engine.pool_sizes import pools
 from gptjax.engine.pools import default_policy, pool_kinds, pool_tokens
 from gptjax.engine.request import Request
 from gptjax.engine.settings import Features
 from gptjax.language_model import LanguageModel
-from gptjax.server.events import Event, Failed, Finished, QueueFull, State, Ticket, Token, Unavailable
+from gptjax.server.events import Deliver, Event, Failed, QueueFull, State, Ticket, Tokens, Unavailable
+from gptjax.server.jobs import Job, deliver
 
 DEFAULT_SLOTS = 8  # if the model was loaded without `max_batch`
 _BEAT = 1.0  # seconds between heartbeats of an idle worker
@@ -36,24 +35,11 @@ _DRAINED = Failed("the server is shutting down and had no time left for this req
 _LEVELS = (Features(draws=True), Features(draws=True, truncates=True), Features.everything())
 
 
-@dataclasses.dataclass(eq=False)
-class _Job:
-    """A request on its way through the worker."""
-
-    ticket: Ticket
-    request: Request
-    deliver: Callable[[Event], None]
-    cancelled: bool = False
-    began: float = 0.0  # when the engine took it
-    cached: int = 0  # prompt tokens that were not read again
-    count: int = 0  # tokens drawn
-
-
 class Worker:
     """One thread that owns the engine: continuous batching, a bounded queue, cancellation, prefix reuse.
 
-    Every request that `submit` accepts gets its `Token` events, then one `Finished` or `Failed`, and nothing after
-    that. All methods may be called from any thread.
+    Every request that `submit` accepts gets its `Tokens`, those of a dispatch together, then one `Finished` or
+    `Failed`, and nothing after that. All methods may be called from any thread.
     """
 
     def __init__(
@@ -88,16 +74,19 @@ class Worker:
         # Guards all that follows, and is notified of changes. Only the thread moves jobs from place to place, except
         # that `cancel` removes them from the queue.
         self._changed = threading.Condition()
-        self._open: dict[Ticket, _Job] = {}  # all unfinished ones
-        self._queue: deque[_Job] = deque()
-        self._running: dict[int, _Job] = {}  # those that the engine has, by its numbers
-        self._cancelled: list[_Job] = []  # not handled yet
+        self._open: dict[Ticket, Job] = {}  # all unfinished ones
+        self._queue: deque[Job] = deque()
+        self._running: dict[int, Job] = {}  # those that the engine has, by its numbers
+        self._cancelled: list[Job] = []  # not handled yet
         self._ready = self._started = self._draining = self._stopping = False
         self._failing: Failed | None = None  # what all open requests will end with
         self._error: str | None = None
         self._beat = time.monotonic()
         self._seconds = 1.0  # that a request keeps its slot, on average
         self._accepted = self._tokens_total = self._losses = 0
+        # The thread's own: what `_send` delivers next.
+        self._given: list[Job] = []  # those with fresh tokens
+        self._ended: list[tuple[Job, Failed | str]] = []
 
     def start(self) -> None:
         """Starts the thread, which first compiles what it needs; see `state.ready` and `wait_until_ready`.
@@ -125,13 +114,12 @@ class Worker:
             if refusal := self._refusal():
                 raise Unavailable(refusal)
 
-    def submit(self, request: Request, deliver: Callable[[Event], None]) -> Ticket:
+    def submit(self, request: Request, deliver: Deliver) -> Ticket:
         """Hands a request to the worker; returns at once.
 
         Args:
           request: gets a seed if it has none. The caller must look for its `stop` strings.
-          deliver: called with each event from the worker's thread, so it must not block. If it raises, the request is
-            cancelled.
+          deliver: called with each event. If it raises, or what it returns does, the request is cancelled.
 
         Raises:
           RequestError, CapacityError: the request is invalid.
@@ -141,7 +129,7 @@ class Worker:
         with self._changed:
             self._check_room()
             self._accepted += 1
-            job = _Job(Ticket(self._accepted), request.with_seed(), deliver)
+            job = Job(Ticket(self._accepted), request.with_seed(), deliver, request.room(self._model.max_length))
             self._open[job.ticket] = job
             self._queue.append(job)
             self._changed.notify_all()
@@ -239,8 +227,7 @@ class Worker:
             self._queue.clear()
             for job in jobs:
                 del self._open[job.ticket]
-        for job in jobs:
-            self._deliver(job, failed)
+        self._deliver([(job, failed) for job in jobs])
 
     def _retry_after(self) -> int:
         """Seconds until the waiting requests have had their turn, estimated from the average so far."""
@@ -298,8 +285,10 @@ class Worker:
             return True
         self._leave(engine)
         self._join(engine)
-        for drawn in engine.step():
-            self._push(engine, drawn)
+        self._push(engine, engine.step())
+        while engine.has_tokens:
+            self._push(engine, engine.step())
+        self._send()
         if engine.losses > self._losses:
             _log.warning("the device failed; open requests go on where they were")
             with self._changed:
@@ -316,6 +305,7 @@ class Worker:
         for job in cancelled:
             if job.ticket in self._open:  # it may have ended meanwhile
                 self._end(engine, job, "cancelled")
+        self._send()
 
     def _join(self, engine: Engine) -> None:
         """Hands the oldest waiting requests to the engine, as many as it has room for."""
@@ -323,68 +313,70 @@ class Worker:
             while self._queue and engine.room:
                 job = self._queue.popleft()
                 job.began = time.monotonic()
-                self._running[engine.add(job.request)] = job
+                job.number = engine.add(job.request)
+                self._running[job.number] = job
 
-    def _push(self, engine: Engine, drawn: Drawn) -> None:
-        """Delivers a token, and ends its request if it was the last."""
-        job = self._running[drawn.request]
-        if job.cancelled:
-            return  # `_leave` handles it
-        request = job.request
-        if drawn.token_id < 0:
-            self._end(engine, job, Failed(NOT_FINITE, "not_finite"))
-            return
-        with self._changed:
-            job.count += 1
-            self._tokens_total += 1
-        self._deliver(job, Token(drawn.token_id, drawn.logprob, drawn.top[: request.params.top_logprobs]))
-        if drawn.token_id in request.stop_ids:
-            self._end(engine, job, "stop")
-        elif job.count == request.room(engine.max_length):
-            self._end(engine, job, "length")
+    def _push(self, engine: Engine, drawn: Sequence[Token]) -> None:
+        """Takes the tokens of a step, and ends the requests that these were the last of."""
+        for token in drawn:
+            job = self._running[token.request]
+            if job.cancelled:
+                continue  # `_leave` handles it
+            if token.token_id < 0:
+                self._end(engine, job, Failed(NOT_FINITE, "not_finite"))
+                continue
+            if not job.fresh:
+                self._given.append(job)
+            if (reason := job.add(token)) is not None:
+                self._end(engine, job, reason)
 
-    def _end(self, engine: Engine, job: _Job, how: Failed | str) -> None:
-        """Ends a job in the engine, if it is there, and delivers its last event."""
+    def _end(self, engine: Engine, job: Job, how: Failed | str) -> None:
+        """Ends a job in the engine, if it is there. Its last event goes out with the next ones."""
         number = self._forget(job)
         if number is not None:
             job.cached = engine.cached_tokens(number)
             engine.end(number)
-        prompt_tokens = len(job.request.prompt_ids)
-        self._deliver(job, Finished(how, prompt_tokens, job.cached, job.count) if isinstance(how, str) else how)
-        self._close(job)
+        self._ended.append((job, how))
 
-    def _forget(self, job: _Job) -> int | None:
+    def _send(self) -> None:
+        """Delivers what came since the last time: tokens, then ends."""
+        given, self._given = self._given, []
+        ended, self._ended = self._ended, []
+        if not (given or ended):
+            return
+        with self._changed:
+            events: list[tuple[Job, Event]] = [(job, job.take()) for job in given]
+            self._tokens_total += sum(len(event.tokens) for _, event in events if isinstance(event, Tokens))
+        self._deliver([*events, *((job, job.end(how)) for job, how in ended)])
+
+    def _forget(self, job: Job) -> int | None:
         """Removes a job from wherever it is. Returns the number that the engine has for it."""
         with self._changed:
-            if job in self._queue:
+            number, job.number = job.number, None
+            if number is not None:
+                del self._running[number]
+                self._seconds += _SMOOTHING * (time.monotonic() - job.began - self._seconds)
+            elif job in self._queue:
                 self._queue.remove(job)
-            for number, running in self._running.items():
-                if running is job:
-                    del self._running[number]
-                    self._seconds += _SMOOTHING * (time.monotonic() - job.began - self._seconds)
-                    return number
-        return None
-
-    def _close(self, job: _Job) -> None:
-        """Notes that the job's last event was delivered."""
-        with self._changed:
-            self._open.pop(job.ticket, None)
-            self._changed.notify_all()
+        return number
 
     def _fail_all(self) -> list[int]:
         """Ends all open requests with `_failing`. Returns the engine's numbers of those that it has."""
+        self._send()
         with self._changed:
             jobs = list(self._open.values())
             failed, self._failing = self._failing or _STOPPED, None
             self._cancelled.clear()
         numbers = [self._forget(job) for job in jobs]
-        for job in jobs:
-            self._deliver(job, failed)
-            self._close(job)
+        self._deliver([(job, failed) for job in jobs])
         return [number for number in numbers if number is not None]
 
-    def _deliver(self, job: _Job, event: Event) -> None:
-        try:
-            job.deliver(event)
-        except Exception:  # for example, the reader's loop was closed: there is nobody to inform
+    def _deliver(self, events: Sequence[tuple[Job, Event]]) -> None:
+        """Delivers events, and closes the jobs whose last they are."""
+        for job in deliver(events):  # for example, the reader's loop was closed: there is nobody to inform
             self.cancel(job.ticket)
+        with self._changed:
+            for job, event in events:
+                if not isinstance(event, Tokens):
+                    self._open.pop(job.ticket, None)
+                    self._changed.notify_all()

@@ -227,6 +227,21 @@ def test_the_device_is_a_chunk_ahead_and_no_more(asked):
         assert min(40, left + 8) <= sum(asked.chunks) - returned <= left + 8
 
 
+def test_it_is_known_which_tokens_are_there_without_waiting(monkeypatch):
+    engine, reads = _engine(_gpt2(), 8), []
+    read = Engine._read
+    monkeypatch.setattr(Engine, "_read", lambda *a: (reads.append(1), read(*a))[1])
+    assert not engine.has_tokens
+    first = engine.add(_request(1, 1, 30))
+    for returned in range(1, 26):
+        waits, before = not engine.has_tokens, len(reads)
+        assert [token.request for token in engine.step()] == [first]
+        assert len(reads) - before == waits
+        assert engine.has_tokens == (returned % 8 != 1)
+    engine.end(first)
+    assert engine.step() == [] and not engine.has_tokens
+
+
 def test_a_newcomer_gets_its_first_token_by_itself_after_what_was_under_way(asked):
     engine = _engine(_gpt2(), 8)
     first = engine.add(_request(1, 1, 1000))

@@ -15,7 +15,7 @@ def _tree(windows: tuple[int | None, ...] = (None,), pages: int = 40, *, share_d
 
 
 def _ids(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    return np.frombuffer(text.encode("latin-1"), np.uint8).astype(np.int32)
 
 
 def _put(tree: PrefixTree, text: str, prompt: int | None = None) -> list[Node]:
@@ -25,7 +25,7 @@ def _put(tree: PrefixTree, text: str, prompt: int | None = None) -> list[Node]:
     for start in range(0, len(ids), PAGE):
         pages = [pool.take() for pool in tree._pools]
         assert all(pages)
-        node = tree.insert(node, tree.key(ids[start : start + PAGE], start, prompt), pages)
+        node = tree.insert(node, tree.key(ids[start : start + PAGE].tobytes(), start, prompt), pages)
         for pool, page, kept in zip(tree._pools, pages, node.pages, strict=True):
             pool.hold(kept)
             pool.drop(page)
@@ -62,10 +62,23 @@ def test_a_tail_is_copied_from_the_child_with_most_in_common():
     assert (match.length, match.path, match.tail) == (6, (nodes[0],), nodes[1])
 
 
+def test_of_thousands_with_the_same_prefix_only_those_that_go_on_alike_are_compared(monkeypatch):
+    tree, compared, common = _tree(pages=2000), [], PrefixTree._common
+    for number in range(900):
+        _put(tree, "abcd" + chr(200 + number % 50) + f"{number:3}")
+    monkeypatch.setattr(
+        PrefixTree, "_common", lambda self, node, *a: (compared.append(node), common(self, node, *a))[1]
+    )
+    assert _length(tree, "abcd" + chr(207) + "  7X") == 8
+    assert _length(tree, "abcd" + chr(207) + " XXX") == 6
+    assert _length(tree, "abcdefgh") == 4
+    assert len(compared) <= 2 * 900 // 50
+
+
 def test_few_places_are_not_worth_a_copy():
     tree = PrefixTree([Pool(9)], 128)
     ids = np.arange(128, dtype=np.int32)
-    tree.insert(tree.root, tree.key(ids, 0, 128), [tree._pools[0].take()])
+    tree.insert(tree.root, tree.key(ids.tobytes(), 0, 128), [tree._pools[0].take()])
     for common, length in [(15, 0), (16, 16), (127, 127)]:
         other = np.where(np.arange(128) < common, ids, -5).astype(np.int32)
         assert tree.match(other, 128, 128).length == length

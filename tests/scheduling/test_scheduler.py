@@ -1,5 +1,6 @@
 """Who is read and decodes in which plan, and how pages are taken; the naive device checks what that leads to."""
 
+import numpy as np
 import pytest
 
 from gptjax.errors import CapacityError
@@ -36,6 +37,29 @@ def test_prompts_share_a_call_and_a_long_one_leaves_half_of_it():
     assert read_by(harness.plan()) == {0: 8, 3: 8}
     harness.finish()
     harness.check_tokens()
+
+
+def test_a_share_is_what_newer_prompts_leave_however_many_there_are(monkeypatch):
+    """By its definition: the sum over all of them, at most half a chunk."""
+    share, seen = Scheduler._share, []
+
+    def checked(self, sequence, draft):
+        newer = [each for each in self._running if each.number > sequence.number and not each.held]
+        wanted = sum(max(0, each.prompt - each.position) for each in newer if each.awaited is None)
+        expected = min(draft.room, max(self.policy.chunk // 2, draft.room - wanted))
+        seen.append(share(self, sequence, draft))
+        assert seen[-1] == expected
+        return seen[-1]
+
+    monkeypatch.setattr(Scheduler, "_share", checked)
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        scheduler = Scheduler(Policy(slots=12, chunk=64), [Pool(200)])
+        for _ in range(12):
+            scheduler.add(random.integers(0, 3, int(random.choice([3, 20, 40, 200]))).tolist(), 2)
+        while (plan := scheduler.plan(decode=False)) is not None:
+            assert plan.prefill
+    assert len(set(seen)) > 20
 
 
 def test_a_call_takes_a_limited_number_of_pieces():

@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from gptjax.engine.engine import Token
 from gptjax.engine.request import Request
-from gptjax.server.events import Event, Failed, Finished, QueueFull, State, Ticket, Token, Unavailable
+from gptjax.server.events import Deliver, Event, Failed, Finished, QueueFull, State, Ticket, Tokens, Unavailable
 
 
 class FakeWorker:
     """Answers each request with `script(request)`'s tokens: a finite list, or endless; then it runs to max_tokens.
 
-    An item that is a `Failed` ends the request with it, and a number that is a float is slept for.
+    An item that is a `Failed` ends the request with it, a number that is a float is slept for, and the tokens of a list
+    come together.
     """
 
     def __init__(self, script: Callable[[Request], Any], *, max_length: int, room: int = 64):
@@ -52,7 +54,7 @@ class FakeWorker:
             time.sleep(0.01)
         self.stop()
 
-    def submit(self, request: Request, deliver: Callable[[Event], None]) -> Ticket:
+    def submit(self, request: Request, deliver: Deliver) -> Ticket:
         with self._lock:
             self.check_room(0)
             request = request.with_seed()
@@ -90,16 +92,14 @@ class FakeWorker:
         stopped: threading.Event,
         request: Request,
         items: Iterable[Any],
-        deliver: Callable[[Event], None],
+        deliver: Deliver,
     ) -> None:
         last = self._replay(stopped, request, items, deliver)
         self.open.pop(ticket)
         with contextlib.suppress(Exception):  # as the real one: a reader that has left may have closed its loop
-            deliver(self.failed.get(ticket, last))
+            _deliver(deliver, self.failed.get(ticket, last))
 
-    def _replay(
-        self, stopped: threading.Event, request: Request, items: Iterable[Any], deliver: Callable[[Event], None]
-    ) -> Event:
+    def _replay(self, stopped: threading.Event, request: Request, items: Iterable[Any], deliver: Deliver) -> Event:
         count, prompt = 0, len(request.prompt_ids)
         for item in items:
             if stopped.is_set():
@@ -109,16 +109,31 @@ class FakeWorker:
             if isinstance(item, float):
                 stopped.wait(item)
                 continue
-            count += 1
+            tokens, end = self._cut(request, [item] if isinstance(item, int) else item, count)
+            count += len(tokens)
             try:
-                deliver(Token(item, *scored(item, request.params.top_logprobs)))
+                _deliver(deliver, Tokens(tokens))
             except Exception:
                 return Finished("cancelled", prompt, 2, count)
-            if item in request.stop_ids:
-                return Finished("stop", prompt, 2, count)
-            if count == request.room(self.max_length):
-                return Finished("length", prompt, 2, count)
+            if end is not None:
+                return Finished(end, prompt, 2, count)
         return Finished("cancelled", prompt, 2, count)
+
+    def _cut(self, request: Request, ids: Sequence[int], count: int) -> tuple[tuple[Token, ...], str | None]:
+        """Tokens up to the one that ends the request, and why it does."""
+        tokens: list[Token] = []
+        for token_id in ids:
+            tokens.append(Token(0, token_id, *scored(token_id, request.params.top_logprobs)))
+            if token_id in request.stop_ids:
+                return tuple(tokens), "stop"
+            if count + len(tokens) == request.room(self.max_length):
+                return tuple(tokens), "length"
+        return tuple(tokens), None
+
+
+def _deliver(deliver: Deliver, event: Event) -> None:
+    if (wake := deliver(event)) is not None:
+        wake()
 
 
 def scored(token_id: int, num_top: int) -> tuple[float, tuple[tuple[int, float], ...]]:

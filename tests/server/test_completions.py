@@ -97,6 +97,22 @@ def test_kinds_of_prompts(prompt, texts):
     assert len(service.worker.requests) == texts
 
 
+def test_a_text_is_encoded_in_a_thread_and_ids_are_read_at_once(monkeypatch):
+    """Handing a few thousand ids to a thread takes as long as checking them."""
+    threads, to_thread = [], asyncio.to_thread
+
+    async def counted(function, *arguments):
+        threads.append(arguments[0]["prompt"])
+        return await to_thread(function, *arguments)
+
+    monkeypatch.setattr(asyncio, "to_thread", counted)
+    prompts = ["a", [1, 2, 3], ["a", "b"], [[1], [2]], [5] * 300]
+    for prompt in prompts:
+        assert complete(make(), prompt=prompt).status_code == 200
+    assert complete(make(), prompt=[1, 2], echo=True, max_tokens=1).status_code == 200
+    assert threads == ["a", ["a", "b"], [[1], [2]], [1, 2]]
+
+
 def test_choices_have_seeds_of_their_own():
     service = make(saying(" a<|endoftext|>", " b<|endoftext|>", " c<|endoftext|>", " d<|endoftext|>"))
     body = complete(service, prompt=["x", "y"], n=2, seed=41).json()

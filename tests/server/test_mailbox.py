@@ -16,7 +16,8 @@ def test_calls_of_many_threads_keep_each_thread_s_order():
 
         def send(thread: int) -> None:
             for number in range(each):
-                mailbox.call(lambda number=number: got.append((thread, number)))
+                mailbox.put(lambda number=number: got.append((thread, number)))
+                mailbox.wake()
 
         senders = [threading.Thread(target=send, args=(thread,)) for thread in range(threads)]
         for sender in senders:
@@ -38,10 +39,14 @@ def test_calls_that_come_together_wake_the_loop_once(monkeypatch):
         original = mailbox.loop.call_soon_threadsafe
         monkeypatch.setattr(mailbox.loop, "call_soon_threadsafe", lambda *a: (woken.append(1), original(*a)))
         for number in range(100):
-            mailbox.call(lambda number=number: got.append(number))
+            mailbox.put(lambda number=number: got.append(number))
+            mailbox.wake()
         await asyncio.sleep(0)
         assert got == list(range(100))
-        mailbox.call(lambda: got.append(100))
+        mailbox.put(lambda: got.append(100))
+        await asyncio.sleep(0)
+        assert got == list(range(100))
+        mailbox.wake()
         await asyncio.sleep(0)
 
     asyncio.run(run())
@@ -58,9 +63,11 @@ def test_what_is_called_meanwhile_does_not_keep_the_loop_from_other_work():
         def again() -> None:
             turns.append("mail")
             if len(turns) < 20:
-                mailbox.call(again)
+                mailbox.put(again)
+                mailbox.wake()
 
-        mailbox.call(again)
+        mailbox.put(again)
+        mailbox.wake()
         while len(turns) < 20:
             turns.append("other")
             await asyncio.sleep(0)
@@ -76,4 +83,5 @@ def test_a_closed_loop_is_told_each_time():
     mailbox = asyncio.run(made())
     for _ in range(2):
         with pytest.raises(RuntimeError, match="closed"):
-            mailbox.call(lambda: None)
+            mailbox.put(lambda: None)
+            mailbox.wake()

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from gptjax.server.events import Failed
-from tests.server.server_material import GPT_OSS, USER, endless, make, running, saying
+from tests.server.server_material import GPT_OSS, USER, endless, ids, make, running, saying
 
 pytestmark = pytest.mark.clients
 
@@ -59,6 +59,21 @@ def test_chat(ask):
     assert turn.choices[0].message.reasoning_content == turn.choices[0].message.reasoning == "The king is old."
     assert "".join(entry.token for entry in turn.choices[0].logprobs.content) == "It was late."
     assert turn.usage.completion_tokens_details.reasoning_tokens > 0
+
+
+def test_tokens_that_come_eight_at_a_time(ask):
+    tokens = ids(TURN, GPT_OSS)
+    _, client = ask(lambda _: [tokens[start : start + 8] for start in range(0, len(tokens), 8)])
+    asked = {"model": GPT_OSS, "messages": [USER], "stream": True, "logprobs": True}
+    choices = [chunk.choices[0] for chunk in client.chat.completions.create(**asked)]
+    assert "".join(choice.delta.content or "" for choice in choices) == "It was late."
+    assert "".join(getattr(choice.delta, "reasoning", None) or "" for choice in choices) == "The king is old."
+    entries = [entry.token for choice in choices if choice.logprobs for entry in choice.logprobs.content]
+    assert "".join(entries) == "It was late." and len(entries) == len(ids("It was late.", GPT_OSS))
+    assert choices[-1].finish_reason == "stop"
+    (*_, last) = client.responses.create(model=GPT_OSS, input="Hello", stream=True)
+    assert last.response.output_text == "It was late."
+    assert last.response.usage.output_tokens == len(tokens)
 
 
 def test_a_chat_is_streamed(ask):

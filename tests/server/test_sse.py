@@ -118,10 +118,10 @@ def test_a_client_that_stays_behind_is_given_up(monkeypatch):
 
     async def run():
         request = Request((5,), 390, SamplingParams())
-        rows = generation.Generation(service, [generation.Row(request, None)])
+        rows = generation.Generation(service, [generation.Row(request, None, lambda chunk: chunk.token_id)])
         rows.start()
-        async for _, chunk in rows.chunks():
-            found.append(chunk.token_id)
+        async for _, tokens in rows.results():
+            found.extend(tokens)
             await until(lambda: not service.worker.open)
 
     with pytest.raises(ApiError, match="behind") as error:

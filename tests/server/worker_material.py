@@ -5,8 +5,9 @@ import time
 
 import numpy as np
 
+from gptjax.engine.engine import Token
 from gptjax.engine.request import Request, SamplingParams
-from gptjax.server.events import Failed, Finished, QueueFull, Token
+from gptjax.server.events import Failed, Finished, QueueFull, Tokens
 from gptjax.server.worker import Worker
 
 SLOTS, MAX_LENGTH, CHUNK = 4, 300, 64
@@ -14,10 +15,11 @@ PATIENCE = 120  # seconds until a test gives up
 
 
 class Reader:
-    """What a client sees of one request."""
+    """What a client sees of one request: its tokens, one by one, and its end."""
 
     def __init__(self, worker: Worker, request: Request, on_token=None):
         self.events = []
+        self.together = []  # how many tokens came with each event
         self.ended = threading.Event()
         self.begun = threading.Event()  # the first token is there
         self._on_token = on_token
@@ -27,12 +29,14 @@ class Reader:
 
     def _deliver(self, event) -> None:
         self.threads.add(threading.current_thread().name)
-        self.events.append(event)
-        if isinstance(event, Token):
+        if isinstance(event, Tokens):
+            self.events += event.tokens
+            self.together.append(len(event.tokens))
             self.begun.set()
             if self._on_token is not None:
                 self._on_token(self)
         else:
+            self.events.append(event)
             self.ended.set()
 
     def wait(self) -> list:
