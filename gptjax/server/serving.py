@@ -182,7 +182,6 @@ class Server(uvicorn.Server):
                 await self.lifespan.shutdown()
         finally:
             cutting.cancel()
-            gc.unfreeze()
 
     async def _cut(self) -> None:
         until = time.monotonic() + self._drain_seconds + _TO_END_STREAMS
@@ -199,9 +198,6 @@ class Server(uvicorn.Server):
         state, served = self._service.worker.state, self._service.served
         if state.ready and not self._announced:
             self._announced = True
-            # What is there now stays: to look at it for garbage would now and then stop all streams for 0.1 s.
-            gc.collect()
-            gc.freeze()
             seconds = time.monotonic() - self._service.began
             _log.info(
                 "%s is ready after %.0f s: %d slots of %d tokens", served.name, seconds, state.slots, served.max_length

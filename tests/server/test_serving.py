@@ -169,14 +169,6 @@ def test_the_log_tells_once_that_the_server_is_ready(caplog):
     assert re.fullmatch(r"gpt2-tales is ready after \d+ s: 4 slots of 400 tokens", record.getMessage())
 
 
-def test_garbage_is_not_looked_for_in_what_a_ready_server_keeps():
-    """That takes a tenth of a second, in which nobody gets a token."""
-    before = gc.get_freeze_count()
-    with running(make()):
-        wait_for(lambda: gc.get_freeze_count() > before)
-    assert gc.get_freeze_count() == 0
-
-
 def test_logs_as_json():
     record = logging.LogRecord("gptjax", logging.WARNING, __file__, 1, "cut %s", ("it",), None)
     line = json.loads(logs.JsonFormatter().format(record))
