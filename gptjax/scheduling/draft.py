@@ -1,6 +1,7 @@
 """A plan while it is being made."""
 
 import dataclasses
+import itertools
 
 from gptjax.scheduling.plan import Copy, Piece, PrefillCall, Row
 from gptjax.scheduling.policy import Policy, smallest
@@ -50,7 +51,7 @@ class Draft:
 
 
 def _call(pieces: list[tuple[Piece, tuple[int, ...]]], policy: Policy) -> PrefillCall:
-    tokens = tuple(token for _, ids in pieces for token in ids)
+    tokens = tuple(itertools.chain.from_iterable(ids for _, ids in pieces))
     first = pieces[0][0].start
     moved = tuple(dataclasses.replace(piece, start=piece.start - first) for piece, _ in pieces)
     return PrefillCall(smallest(policy.call_sizes, len(tokens)), tokens, moved)
