@@ -32,6 +32,12 @@ class CommandParser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return found, unknown
 
+    def format_help(self) -> str:
+        """Like argparse's. An epilog that takes time to write is a function, which is called only now."""
+        if callable(self.epilog):
+            self.epilog = self.epilog()
+        return super().format_help()
+
 
 def model_name(args: argparse.Namespace) -> str:
     """The requested model, or the default. (An empty name, as from an unset variable, is an error later.)"""
@@ -41,7 +47,12 @@ def model_name(args: argparse.Namespace) -> str:
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, summary: str, epilog: str
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    summary: str,
+    epilog: str | Callable[[], str],
 ) -> argparse.ArgumentParser:
     """A subcommand: `run` gets its arguments and returns the exit status."""
     parser: argparse.ArgumentParser = commands.add_parser(

@@ -15,7 +15,6 @@ from gptjax.cli.common import (
     overrides,
     packed,
 )
-from gptjax.support.installation import with_extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,12 +29,7 @@ def add(commands: Any) -> None:
         "compare",
         run_compare,
         summary="run gptjax and transformers side by side and compare every stage",
-        epilog=f"""Exits with 1 if a stage differs by more than the dtype explains, and names the first.
-Computes in float32 unless --dtype says otherwise. Needs transformers and torch: {with_extra("oracle")}
-
-examples:
-  gptjax compare gpt2-tales
-  gptjax compare ./my-gpt2 --prompt "The sea" --values --dtype float32""",
+        epilog=_of_compare,
     )
     trace = add_command(
         commands,
@@ -53,6 +47,17 @@ examples:
         add_dtype(parser)
         add_packed(parser)
         add_ignore_config(parser)
+
+
+def _of_compare() -> str:
+    from gptjax.support.installation import with_extra  # slow to import, and reads what is installed
+
+    return f"""Exits with 1 if a stage differs by more than the dtype explains, and names the first.
+Computes in float32 unless --dtype says otherwise. Needs transformers and torch: {with_extra("oracle")}
+
+examples:
+  gptjax compare gpt2-tales
+  gptjax compare ./my-gpt2 --prompt "The sea" --values --dtype float32"""
 
 
 def run_compare(args: argparse.Namespace) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any, Final, NoReturn, TypeVar
 
 from gptjax.cli.common import MODEL_HELP, PACKED, PACKED_HELP, add_command, add_overrides, model_name, overrides, packed
-from gptjax.support.installation import with_extra
 
 _Number = TypeVar("_Number", int, float)
 _PREFIX: Final = "GPTJAX_SERVE_"
@@ -212,6 +211,8 @@ def _run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn", "prometheus_client"):
             raise
+        from gptjax.support.installation import with_extra
+
         raise RequestError(f"serving needs {error.name}, which is not installed: {with_extra('serve')}") from None
     log_config = logs.config(args.log_format, args.log_level)
     logging.config.dictConfig(log_config)

@@ -9,13 +9,12 @@ from jax.typing import DTypeLike
 
 from gptjax.axes import HEADS, QKV_HEADS, QUERY_HEADS, WIDTH
 from gptjax.config.rope import Rope
-from gptjax.layers.cache import KVCache
+from gptjax.layers.layer_cache import LayerCache
 from gptjax.layers.linear import Linear
 from gptjax.layers.norm import HeadNorm
 from gptjax.layers.observe import observe
 from gptjax.layers.rope import rotate, rotation
 from gptjax.layers.weight import array
-from pallas_kernels import append
 from pallas_kernels.attention import attention
 from pallas_kernels.partial_sum import PartialSum
 
@@ -27,7 +26,6 @@ class Attention(nn.Module):
     num_kv_heads: int  # K
     head_width: int  # H
     scale: float  # scores are multiplied by it
-    layer: int  # whose cache this is
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
@@ -40,8 +38,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None
-    ) -> tuple[PartialSum, KVCache | None]:
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache | None
+    ) -> tuple[PartialSum, LayerCache | None]:
         """The update to the residual [B · T, D], and the cache with the new keys and values; None stays None."""
         B, T, D = x_BTD.shape
         N, K, H = self.num_heads, self.num_kv_heads, self.head_width
@@ -61,13 +59,11 @@ class Attention(nn.Module):
             out_BTNH = self._among_themselves(*self._heads(qkv, angles, B, T), positions_BT, sinks_N)
         else:
             if self._appends(T, cache):
-                q_BTNH, cache = cache.appended(self.layer, qkv, angles, positions_BT)
+                q_BTNH, cache = cache.appended(qkv, angles, positions_BT)
             else:
                 q_BTNH, k_BTKH, v_BTKH = self._heads(qkv, angles, B, T)
-                cache = cache.update(self.layer, k_BTKH, v_BTKH, positions_BT)
-            out_BTNH = cache.attend(
-                self.layer, q_BTNH, positions_BT, sinks_N, scale=self.scale, implementation=self.implementation
-            )
+                cache = cache.update(k_BTKH, v_BTKH, positions_BT)
+            out_BTNH = cache.attend(q_BTNH, positions_BT, sinks_N, scale=self.scale, implementation=self.implementation)
         observe(self, "heads", out_BTNH)
         out = linear(D, (HEADS, WIDTH), use_bias=self.out_bias, name="out")
         return out.partial_sum(out_BTNH.reshape(B, T, N * H)), cache
@@ -93,10 +89,9 @@ class Attention(nn.Module):
             implementation=self.implementation,
         )
 
-    def _appends(self, T: int, cache: KVCache) -> bool:
+    def _appends(self, T: int, cache: LayerCache) -> bool:
         """Whether one kernel goes from the product to the cache. It has no step for a norm of heads."""
-        takes = append.takes(T, cache.k[self.layer], implementation=self.implementation)
-        return takes and self.qk_norm_epsilon is None
+        return self.qk_norm_epsilon is None and cache.appends(T, implementation=self.implementation)
 
     def _heads(
         self, qkv: PartialSum, angles: tuple[jax.Array, jax.Array] | None, B: int, T: int

@@ -10,17 +10,14 @@ that each is updated in place if the cache is donated.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.append import append, write_rows, write_tiles
-from pallas_kernels.attention import attention_over_pages, packed_attention_over_pages
+from gptjax.layers.layer_cache import LayerCache
 from pallas_kernels.pages import PAGE as PAGE  # positions of a page
 from pallas_kernels.pages import Tiles
-from pallas_kernels.partial_sum import PartialSum
 
 
 def pages_of(window: int | None, *, max_length: int, chunk: int | None) -> int:
@@ -150,82 +147,17 @@ class KVCache:
         """The pages of a layer, int32 [B, Z]."""
         return self.tables[list(dict.fromkeys(self.windows)).index(self.windows[layer])]
 
-    def attend(
-        self,
-        layer: int,
-        q_BTNH: jax.Array,
-        positions_BT: jax.Array,
-        sinks_N: jax.Array | None,
-        *,
-        scale: float,
-        implementation: str,
-    ) -> jax.Array:
-        """What queries at these positions get from a layer, [B, T, N, H]; its own keys and values must be there."""
-        pools = self.k[layer], self.v[layer], self.table(layer)
-        how: dict[str, Any] = {"scale": scale, "window": self.windows[layer], "implementation": implementation}
-        if self.tiles is not None:
-            return packed_attention_over_pages(q_BTNH, *pools, self.tiles, sinks_N, **how)
-        if positions_BT.shape[1] == 1:
-            return attention_over_pages(q_BTNH, *pools, positions_BT, sinks_N, **how)
-        order_BT, positions_BT = _padding_last(positions_BT)
-        out_BTNH = attention_over_pages(_taken(q_BTNH, order_BT), *pools, positions_BT, sinks_N, **how)
-        return _taken(out_BTNH, order_BT.argsort(axis=1))
+    def layer(self, layer: int) -> LayerCache:
+        """What a layer's attention reads and writes."""
+        pools, how = (self.k[layer], self.v[layer]), (self.windows[layer], self.chunk)
+        return LayerCache(*pools, self.table(layer), self.tiles, *how)
 
-    def update(self, layer: int, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array) -> "KVCache":
-        """Adds a layer's new keys and values at their positions; padding, at negative positions, is not written.
-
-        The lengths do not change until `extended` is called, after all layers.
-
-        Raises:
-          ValueError: more tokens than the cache was created for.
-        """
-        if self.chunk is not None and positions_BT.shape[1] > self.chunk:
-            raise ValueError(
-                f"a call of {positions_BT.shape[1]} tokens a row, but the cache was created for calls of at most "
-                f"{self.chunk}: create it with a larger chunk"
-            )
-        B, T, K, H = k_BTKH.shape
-        table_BZ, tiles = self.table(layer), self.tiles
-        if tiles is None and T > 1:
-            order_BT, positions_BT = _padding_last(positions_BT)
-            k_BTKH, v_BTKH = _taken(k_BTKH, order_BT), _taken(v_BTKH, order_BT)
-            tiles = Tiles.of(positions_BT)
-
-        def written(pool_YKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-            if tiles is None:
-                return write_rows(pool_YKSH, new_BTKH[:, 0], table_BZ, positions_BT[:, 0])
-            return write_tiles(pool_YKSH, new_BTKH.reshape(B * T, K, H), table_BZ, tiles)
-
-        return self.with_layer(layer, written(self.k[layer], k_BTKH), written(self.v[layer], v_BTKH))
-
-    def appended(
-        self,
-        layer: int,
-        qkv: PartialSum,
-        angles: tuple[jax.Array, jax.Array] | None,
-        positions_BT: jax.Array,
-    ) -> tuple[jax.Array, "KVCache"]:
-        """Like `update`, in one kernel with the other steps from product to attention, if `append.takes` the cache.
-
-        Args:
-          qkv: the product that queries, keys and values come from.
-          angles: cos and sin [B, 1, 1, H/2] to rotate queries and keys by; None to rotate nothing.
-          positions_BT: of one token per row.
-
-        Returns:
-          The queries [B, 1, N, H], and the cache.
-        """
-        B = positions_BT.shape[0]
-        rotation = None if angles is None else (angles[0].reshape(B, -1), angles[1].reshape(B, -1))
-        q_BNH, k, v = append(qkv, rotation, positions_BT[:, 0], self.k[layer], self.v[layer], self.table(layer))
-        return q_BNH[:, None], self.with_layer(layer, k, v)
-
-    def with_layer(self, layer: int, k_YKSH: jax.Array, v_YKSH: jax.Array) -> "KVCache":
-        """The cache with a layer's pages of keys and values replaced."""
+    def with_layer(self, layer: int, written: LayerCache) -> "KVCache":
+        """The cache with a layer's pages of keys and values replaced by those of `written`."""
         return dataclasses.replace(
             self,
-            k=(*self.k[:layer], k_YKSH, *self.k[layer + 1 :]),
-            v=(*self.v[:layer], v_YKSH, *self.v[layer + 1 :]),
+            k=(*self.k[:layer], written.k_YKSH, *self.k[layer + 1 :]),
+            v=(*self.v[:layer], written.v_YKSH, *self.v[layer + 1 :]),
         )
 
     def extended(self, positions_BT: jax.Array) -> "KVCache":
@@ -249,7 +181,7 @@ class KVCache:
         for layer, each in enumerate(self.windows):
             if each == window:
                 k, v = (_copied(x[layer], target_Z, source_Z, count) for x in (self.k, self.v))
-                cache = cache.with_layer(layer, k, v)
+                cache = cache.with_layer(layer, cache.layer(layer).with_pages(k, v))
         return cache
 
     def rows(self, rows_B: jax.Array) -> "KVCache":
@@ -266,16 +198,6 @@ class KVCache:
         row_B = jnp.where(rows_B < 0, self.lengths_B.shape[0], rows_B)  # updates out of bounds are dropped
         lengths_B = self.lengths_B.at[row_B].set(called.lengths_B, mode="drop")
         return dataclasses.replace(self, k=called.k, v=called.v, lengths_B=lengths_B)
-
-
-def _padding_last(positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The order that brings a row's tokens together before its padding, and the positions in this order."""
-    order_BT = (positions_BT < 0).argsort(axis=1)  # stable
-    return order_BT, jnp.take_along_axis(positions_BT, order_BT, axis=1)
-
-
-def _taken(x_BTNH: jax.Array, order_BT: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(x_BTNH, order_BT[:, :, None, None], axis=1)
 
 
 def _copied(pool_YKSH: jax.Array, to_Z: jax.Array, from_Z: jax.Array, count: jax.Array) -> jax.Array:

@@ -33,6 +33,10 @@ def array(
     param_dtype: DTypeLike,
 ) -> jax.Array:
     """Declares an array of the module, with the logical axes that its sharding follows from."""
+    if not module.is_initializing():
+        found: Any = module.get_variable("params", name)
+        if getattr(found, "shape", None) == shape:
+            return found  # Flax would trace the initialiser, only to compare the shapes
     value: jax.Array = module.param(name, nn.with_logical_partitioning(init, axes), shape, param_dtype)
     return value
 

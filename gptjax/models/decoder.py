@@ -1,5 +1,6 @@
 """What GPT-2, GPT-OSS and Llama have in common: an embedding, blocks, a norm, and a head."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,8 @@ from jax.typing import DTypeLike
 from gptjax.axes import VOCAB, WIDTH
 from gptjax.config import ModelConfig
 from gptjax.layers.cache import KVCache
-from gptjax.layers.observe import observe
+from gptjax.layers.layer_cache import LayerCache
+from gptjax.layers.observe import is_observed, observe
 from gptjax.layers.residual import Residual
 from gptjax.layers.weight import embed, unembed, weight
 
@@ -31,7 +33,7 @@ class Decoder(nn.Module):
     implementation: str = "auto"
 
     def block(self, layer: int) -> Any:
-        """The module of a layer: `(residual, positions_BT, cache) -> (residual, cache)`."""
+        """The module of a layer: `(residual, positions_BT, layer_cache) -> (residual, layer_cache)`."""
         raise NotImplementedError
 
     def norm(self) -> Any:
@@ -73,9 +75,26 @@ class Decoder(nn.Module):
         self, residual: Residual, positions_BT: jax.Array, cache: KVCache | None
     ) -> tuple[Residual, KVCache | None]:
         """The residual after all blocks, and the cache with their keys and values."""
-        for block in self.blocks:
-            residual, cache = block(residual, positions_BT, cache)
-        return residual, cache
+        return self.each_block(residual, positions_BT, cache)
+
+    def each_block(
+        self, stream: Any, positions: jax.Array, cache: KVCache | None, method: str = "__call__"
+    ) -> tuple[Any, KVCache | None]:
+        """What goes through all blocks, by one of their methods, and the cache with their keys and values.
+
+        JAX traces and lowers each kind of block once: to it, blocks that differ only in their names are the same.
+        """
+        in_place = self.is_initializing() or is_observed(self)  # then blocks change collections of the model's own
+        for layer, block in enumerate(self.blocks):
+            written = None if cache is None else cache.layer(layer)
+            if in_place:
+                stream, written = getattr(block, method)(stream, positions, written)
+            else:
+                nameless = block.clone(parent=None, name=None)
+                with jax.named_scope(block.name):
+                    stream, written = _traced_once(nameless, block.variables, stream, positions, written, method)
+            cache = None if cache is None else cache.with_layer(layer, written)
+        return stream, cache
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits of hidden states, [..., D] -> [..., V] float32."""
@@ -84,3 +103,11 @@ class Decoder(nn.Module):
     def _embedding(self, name: str) -> Any:
         shape = (self.config.vocab_size, self.config.width)
         return weight(self, name, shape, (VOCAB, WIDTH), param_dtype=self.param_dtype)
+
+
+@partial(jax.jit, static_argnames=("block", "method"))
+def _traced_once(
+    block: nn.Module, variables: Any, stream: Any, positions: jax.Array, cache: LayerCache | None, method: str
+) -> Any:
+    """A block's result. XLA inlines this where it is called, so the compiled code is the same as without it."""
+    return block.apply(variables, stream, positions, cache, method=method)

@@ -15,6 +15,7 @@ from gptjax.axes import POSITION, WIDTH
 from gptjax.config.gpt2 import GPT2Config
 from gptjax.layers.attention import Attention
 from gptjax.layers.cache import KVCache
+from gptjax.layers.layer_cache import LayerCache
 from gptjax.layers.mlp import MLP
 from gptjax.layers.norm import LayerNorm
 from gptjax.layers.observe import is_observed, observe, observe_lazy
@@ -28,7 +29,7 @@ class Block(nn.Module):
     """`x += attention(norm(x)); x += mlp(norm(x))`."""
 
     config: GPT2Config
-    layer: int
+    scale: float  # attention's scores are multiplied by it
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
@@ -43,7 +44,6 @@ class Block(nn.Module):
             num_kv_heads=config.num_kv_heads,
             head_width=config.head_width,
             scale=self.scale,
-            layer=self.layer,
             implementation=self.implementation,
             **dtypes,
         )
@@ -56,8 +56,8 @@ class Block(nn.Module):
         )
 
     def __call__(
-        self, residual: Residual, positions_BT: jax.Array, cache: KVCache | None
-    ) -> tuple[Residual, KVCache | None]:
+        self, residual: Residual, positions_BT: jax.Array, cache: LayerCache | None
+    ) -> tuple[Residual, LayerCache | None]:
         """The residual with both updates, the second pending, and the cache with this layer's keys and values."""
         residual, normed_BTD = self.attention_norm(residual)
         update, cache = self.attention(normed_BTD, positions_BT, cache)
@@ -68,21 +68,21 @@ class Block(nn.Module):
         return residual, cache
 
     def fused(
-        self, stream: fused_block.Stream, positions_B: jax.Array, cache: KVCache
-    ) -> tuple[fused_block.Stream, KVCache]:
+        self, stream: fused_block.Stream, positions_B: jax.Array, cache: LayerCache
+    ) -> tuple[fused_block.Stream, LayerCache]:
         """The same in one kernel, if `fused_block.takes` such blocks."""
         stream, k_YKSH, v_YKSH = fused_block.block(
             stream,
             self.weights(),
             positions_B,
-            cache.k[self.layer],
-            cache.v[self.layer],
-            cache.table(self.layer),
+            cache.k_YKSH,
+            cache.v_YKSH,
+            cache.table_BZ,
             epsilon=self.config.norm_epsilon,
             scale=self.scale,
             implementation=self.implementation,
         )
-        return stream, cache.with_layer(self.layer, k_YKSH, v_YKSH)
+        return stream, cache.with_pages(k_YKSH, v_YKSH)
 
     def weights(self) -> fused_block.Weights:
         """The block's weights, as the kernel takes them."""
@@ -103,12 +103,6 @@ class Block(nn.Module):
             down=linear("mlp", "down"),
         )
 
-    @property
-    def scale(self) -> float:
-        """What attention's scores are multiplied by."""
-        scale = 1 / math.sqrt(self.config.head_width) if self.config.scale_attention else 1.0
-        return scale / (self.layer + 1) if self.config.scale_attention_by_layer else scale
-
 
 class GPT2(Decoder):
     """A GPT-2 of any size. Beyond the context length, the last position's embedding is silently used."""
@@ -117,7 +111,12 @@ class GPT2(Decoder):
 
     def block(self, layer: int) -> Block:
         """A block."""
-        return Block(self.config, layer, self.dtype, self.param_dtype, self.implementation, name=f"block_{layer}")
+        config = self.config
+        scale = 1 / math.sqrt(config.head_width) if config.scale_attention else 1.0
+        if config.scale_attention_by_layer:
+            scale /= layer + 1
+        dtypes = self.dtype, self.param_dtype
+        return Block(config, scale, *dtypes, self.implementation, name=f"block_{layer}")
 
     def norm(self) -> LayerNorm:
         """The final norm."""
@@ -147,8 +146,7 @@ class GPT2(Decoder):
         if cache is None or not self._has_kernel(residual.x_BTD, cache):
             return super().through_blocks(residual, positions_BT, cache)
         stream = fused_block.Stream.of(residual.x_BTD[:, 0], self.config.mlp_width)
-        for block in self.blocks:
-            stream, cache = block.fused(stream, positions_BT[:, 0], cache)
+        stream, cache = self.each_block(stream, positions_BT[:, 0], cache, method="fused")
         return Residual(stream.x_TD[:, None]), cache
 
     def _has_kernel(self, x_BTD: jax.Array, cache: KVCache) -> bool:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from gptjax.config.llama import LlamaConfig
 from gptjax.layers.attention import Attention
-from gptjax.layers.cache import KVCache
+from gptjax.layers.layer_cache import LayerCache
 from gptjax.layers.mlp import GatedMLP
 from gptjax.layers.norm import RMSNorm
 from gptjax.layers.observe import observe, observe_lazy
@@ -24,7 +24,7 @@ class Block(nn.Module):
     """`x += attention(norm(x)); x += mlp(norm(x))`."""
 
     config: LlamaConfig
-    layer: int
+    window: int | None
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
@@ -39,13 +39,12 @@ class Block(nn.Module):
             num_kv_heads=config.num_kv_heads,
             head_width=config.head_width,
             scale=1 / math.sqrt(config.head_width),
-            layer=self.layer,
             implementation=self.implementation,
             qkv_bias=config.qkv_bias,
             out_bias=config.out_bias,
             qk_norm_epsilon=config.norm_epsilon if config.qk_norm else None,
             rope=config.rope,
-            window=config.windows[self.layer],
+            window=self.window,
             **dtypes,
         )
         self.mlp_norm = norm()
@@ -57,8 +56,8 @@ class Block(nn.Module):
         )
 
     def __call__(
-        self, residual: Residual, positions_BT: jax.Array, cache: KVCache | None
-    ) -> tuple[Residual, KVCache | None]:
+        self, residual: Residual, positions_BT: jax.Array, cache: LayerCache | None
+    ) -> tuple[Residual, LayerCache | None]:
         """The residual with both updates, the second pending, and the cache with this layer's keys and values."""
         residual, normed_BTD = self.attention_norm(residual)
         update, cache = self.attention(normed_BTD, positions_BT, cache)
@@ -76,7 +75,8 @@ class Llama(Decoder):
 
     def block(self, layer: int) -> Block:
         """A block."""
-        return Block(self.config, layer, self.dtype, self.param_dtype, self.implementation, name=f"block_{layer}")
+        window, dtypes = self.config.windows[layer], (self.dtype, self.param_dtype)
+        return Block(self.config, window, *dtypes, self.implementation, name=f"block_{layer}")
 
     def norm(self) -> RMSNorm:
         """The final norm."""

@@ -14,7 +14,7 @@ from gptjax.errors import ConfigError, RequestError
 from gptjax.support.quoting import quoted
 
 DTYPES = ("float32", "bfloat16", "float16")
-_LEAST_CACHED_COMPILATION = 0.2  # seconds: below that, compiling again is as fast as reading the file
+_LEAST_CACHED_COMPILATION = 0.01  # seconds: below that, compiling again is nearly as fast as reading the file
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the older name
 _USUAL_FRACTION = 0.75  # of a GPU's memory, which JAX takes when it starts
 _process: int | None = None  # the process that uses JAX: the one that loaded the first model

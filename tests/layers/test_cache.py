@@ -28,8 +28,9 @@ def _call(cache: KVCache, rows_B, positions_BT, q_LBTNH, k_LBTKH, v_LBTKH):
     """Adds keys and values of all layers to some rows, and attends to them."""
     called, found = cache.rows(rows_B), []
     for layer in range(len(cache.k)):
-        called = called.update(layer, k_LBTKH[layer], v_LBTKH[layer], positions_BT)
-        found.append(called.attend(layer, q_LBTNH[layer], positions_BT, None, scale=SCALE, implementation="xla"))
+        written = called.layer(layer).update(k_LBTKH[layer], v_LBTKH[layer], positions_BT)
+        found.append(written.attend(q_LBTNH[layer], positions_BT, None, scale=SCALE, implementation="xla"))
+        called = called.with_layer(layer, written)
     return jnp.stack(found), cache.joined(rows_B, called.extended(positions_BT))
 
 
@@ -148,7 +149,7 @@ def test_layers_see_all_where_their_window_is_no_shorter_than_a_row():
 def test_more_tokens_than_the_cache_was_created_for_are_refused():
     cache, new_BTKH = _cache(), jnp.zeros((ROWS, CHUNK + 1, K, H))
     with pytest.raises(ValueError, match=r"a call of 151 tokens a row, .* at most 150: create it with a larger chunk"):
-        cache.update(0, new_BTKH, new_BTKH, jnp.zeros((ROWS, CHUNK + 1), jnp.int32))
+        cache.layer(0).update(new_BTKH, new_BTKH, jnp.zeros((ROWS, CHUNK + 1), jnp.int32))
 
 
 def test_padding_may_lie_between_tokens():
@@ -183,8 +184,9 @@ def test_a_call_may_have_tokens_of_several_rows_one_after_another():
         cache, found = dataclasses.replace(cache, tiles=tiles), []
         for layer in range(len(WINDOWS)):
             q_1TNH, k_1TKH, v_1TKH = (x[layer] for x in made)
-            cache = cache.update(layer, k_1TKH, v_1TKH, positions_1T)
-            found.append(cache.attend(layer, q_1TNH, positions_1T, None, scale=SCALE, implementation="xla"))
+            written = cache.layer(layer).update(k_1TKH, v_1TKH, positions_1T)
+            found.append(written.attend(q_1TNH, positions_1T, None, scale=SCALE, implementation="xla"))
+            cache = cache.with_layer(layer, written)
         return jnp.stack(found), cache.extended(positions_1T)
 
     out_L1TNH, cache = packed(dataclasses.replace(start[0].cache, chunk=T))
