@@ -21,7 +21,6 @@ from gptjax.engine import steps
 from gptjax.errors import GptjaxError
 from gptjax.language_model import LanguageModel
 from gptjax.server import app
-from gptjax.server.events import Unavailable
 from gptjax.server.facts import quant_kind, tokenizer_kind
 from gptjax.server.metrics import Metrics
 from gptjax.server.origins import is_address
@@ -99,7 +98,7 @@ def run(server: "Server") -> int:
     # The worker's thread gives the lock away several times a step. With Python's 5 ms, 64 requests that arrive together
     # would delay a step by 40 ms.
     sys.setswitchinterval(_SWITCH)
-    threading.Thread(target=server.freeze_when_ready, daemon=True).start()
+    server.has_process = True
     try:
         server.run()
     except SystemExit as error:  # it could not start; the log says why
@@ -141,11 +140,13 @@ class Server(uvicorn.Server):
 
     Attributes:
       status: the exit status.
+      has_process: whether nothing else is done in this process, so that its settings can be the server's.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
         super().__init__(config)
         self.status = 0
+        self.has_process = False
         self._service = service
         self._drain_seconds = drain_seconds
         self._died: float | None = None
@@ -157,13 +158,6 @@ class Server(uvicorn.Server):
             self._service.draining.set()
             threading.Thread(target=self._service.drain, args=(self._drain_seconds,), daemon=True).start()
         super().handle_exit(sig, frame)
-
-    def freeze_when_ready(self) -> None:
-        """Keeps the garbage collector from going through what compiling leaves: a second, in which all streams wait."""
-        with contextlib.suppress(Unavailable):
-            self._service.worker.wait_until_ready()
-            gc.collect()
-            gc.freeze()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -198,6 +192,10 @@ class Server(uvicorn.Server):
         state, served = self._service.worker.state, self._service.served
         if state.ready and not self._announced:
             self._announced = True
+            if self.has_process:
+                # Or the garbage collector would go through what compiling left, with all streams waiting for a second.
+                gc.collect()
+                gc.freeze()
             seconds = time.monotonic() - self._service.began
             _log.info(
                 "%s is ready after %.0f s: %d slots of %d tokens", served.name, seconds, state.slots, served.max_length

@@ -37,12 +37,6 @@ class FakeWorker:
     def start(self) -> None:
         pass
 
-    def wait_until_ready(self) -> None:
-        while not self.ready and self.refusal is None:
-            time.sleep(0.01)
-        if self.refusal is not None:
-            raise Unavailable(self.refusal)
-
     def stop(self) -> None:
         for stopped in list(self.open.values()):
             stopped.set()

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import httpx2
@@ -77,22 +76,32 @@ def test_a_client_that_never_reads_is_cut():
                 pass
 
 
-@pytest.mark.parametrize("refusal", [None, "the worker died"])
-def test_what_compiling_leaves_is_kept_from_the_garbage_collector_once_there_is_no_more_of_it(monkeypatch, refusal):
+@pytest.mark.parametrize("has_process", [False, True])
+def test_what_compiling_leaves_is_kept_from_the_garbage_collector_once_there_is_no_more_of_it(monkeypatch, has_process):
     """A collection of everything would take a second, in the middle of streams."""
     called = []
     monkeypatch.setattr(gc, "collect", lambda: called.append("collect"))
     monkeypatch.setattr(gc, "freeze", lambda: called.append("freeze"))
     service = make(endless)
     service.worker.ready = False
-    server = serving.make_server(service, host="127.0.0.1", port=0, drain_seconds=1)
-    waiting = threading.Thread(target=server.freeze_when_ready)
-    waiting.start()
-    time.sleep(0.1)
-    assert called == []
-    service.worker.ready, service.worker.refusal = True, refusal
-    waiting.join(60)
-    assert called == ([] if refusal else ["collect", "freeze"])
+    with running(service) as (server, _):
+        server.has_process = has_process
+        time.sleep(0.3)
+        assert called == []
+        service.worker.ready = True
+        wait_for(lambda: server._announced)
+    assert called == (["collect", "freeze"] if has_process else [])
+
+
+def test_a_command_has_the_process_for_itself(monkeypatch):
+    switches = []
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "setswitchinterval", switches.append)
+    server = serving.make_server(make(), host="127.0.0.1", port=0, drain_seconds=1)
+    monkeypatch.setattr(server, "run", lambda: None)
+    assert not server.has_process
+    assert serving.run(server) == 0
+    assert server.has_process and switches == [0.0005]
 
 
 def connected(stack, address):
