@@ -75,8 +75,7 @@ UNOPTIMIZED = (
     | OTHERS
     | {
         "bench",
-        "cli",
-        "diagnostics",
+        "diagnostics/test_packed_accuracy.py",
         "engine/test_executor.py",
         "engine/test_memory.py",
         "engine/test_memory_advice.py",
@@ -93,7 +92,6 @@ UNOPTIMIZED = (
         "test_chat.py",
         "test_chat_models.py",
         "test_docs.py",
-        "test_loading.py",
     }
 )
 # What each tier leaves out; all but the last the tests marked `thorough`, too.

@@ -1,20 +1,14 @@
-"""The executor runs plans in place, and compiles nothing once it is warm."""
+"""The executor does what plans say, and compiles nothing once it is warm."""
 
 import jax
 import numpy as np
-import pytest
 
-from gptjax.engine import programs
 from gptjax.engine.executor import Executor
-from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.request import Request, SamplingParams
-from gptjax.engine.settings import Features, settings_of
-from gptjax.models import registry
 from gptjax.scheduling.plan import Copy, DecodeCall, Join, Piece, Plan, PrefillCall, Row, TableEntry
 from gptjax.scheduling.policy import Policy
 from tests.compilations import compilations
 from tests.engine.test_engine import CONFIG, MODEL, made_params
-from tests.thinned import thinned
 
 POLICY = Policy(slots=5, chunk=64, steps=3, pieces=3)
 IDS = tuple(np.random.default_rng(0).integers(0, CONFIG.vocab_size, 40).tolist())
@@ -127,30 +121,3 @@ def test_nothing_is_compiled_after_warm_up():
                 number += 1
         executor.wait()
         assert compiled == []
-
-
-@pytest.mark.parametrize("dtype", thinned(["float32", "bfloat16"], "bfloat16"))
-@pytest.mark.parametrize("program", ["prefill", "advance", "decode", "copy_pages"])
-def test_pages_are_updated_in_place(dtype, program):
-    """Nothing of the size of a layer's pool is copied or converted in passing."""
-    model = registry.build(CONFIG, dtype=dtype)
-    params = FlatParams.of(jax.tree.map(lambda x: x.astype(dtype), made_params()))
-    executor = Executor(model, params, policy=POLICY, pages=[200], max_length=300)
-    slots = executor._slots
-    rows = np.zeros((4, programs.ROW_FIELDS + 2), np.int32)
-    settings = settings_of([None] * 4, CONFIG.vocab_size, Features())
-    arguments = {
-        "prefill": (model, params, slots, np.zeros(32 + 3 + 4 * 3, np.int32), 32, 3),
-        "advance": (model, params, slots, np.zeros(4, np.int32), rows),
-        "decode": (model, params, slots, rows, settings, 2),
-        "copy_pages": (slots, np.zeros(17, np.int32), 0),
-    }[program]
-    pool = slots.cache.k[0]
-    compiled = getattr(programs, program).lower(*arguments).compile()
-    others = 0 if jax.default_backend() == "cpu" else 1 << 20  # all scores, and what products work in
-    assert compiled.memory_analysis().temp_size_in_bytes < pool.size * pool.dtype.itemsize + others
-    before = [x.unsafe_buffer_pointer() for x in slots.cache.k]
-    after = getattr(programs, program)(*arguments)
-    (kept,) = (each for each in (after if isinstance(after, tuple) else (after,)) if isinstance(each, programs.Slots))
-    assert [x.unsafe_buffer_pointer() for x in kept.cache.k] == before
-    assert pool.is_deleted()
