@@ -89,7 +89,6 @@ UNOPTIMIZED = (
         "server/test_with_model.py",
         "server/test_worker_ends.py",
         "test_api.py",
-        "test_chat.py",
         "test_chat_models.py",
         "test_docs.py",
     }
