@@ -12,7 +12,9 @@ PYTHON ?= $(shell for python in $(BIN)/python $(PYTHONS) python3; do \
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 CONSTRAINTS ?= $(firstword $(wildcard constraints-$(VERSION).txt) constraints.txt)
 ARGS ?=  # for pytest
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+# Bytecode is written when a module is first imported: of torch and transformers that is a small part.
+PIP_NEWEST := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(PIP_NEWEST) -c $(CONSTRAINTS)
 WORKERS ?= 2  # processes; 0 for this one alone
 # Without bytecode, every process of the tests would compile and rewrite all files anew: ten seconds each.
 unexport PYTHONDONTWRITEBYTECODE
@@ -134,8 +136,8 @@ $(VENV)/.installed-oracle: $(VENV)/.installed-test
 # OpenAI's library is installed in its newest version, and older ones next to it.
 $(VENV)/.installed-clients: $(VENV)/.installed-test
 	$(PIP) -e '.[clients]'
-	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/openai-1 openai==1.109.1
-	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/openai-2 openai==2.6.1
+	$(PIP_NEWEST) --no-deps --target $(VENV)/openai-1 openai==1.109.1
+	$(PIP_NEWEST) --no-deps --target $(VENV)/openai-2 openai==2.6.1
 	touch $@
 
 clean:

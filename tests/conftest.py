@@ -68,8 +68,31 @@ KERNELS = {  # interpret GPU kernels or lower them for CUDA: `make kernels` has 
 OTHERS = {"oracle"}  # need other packages, and a command of their own; tests/affected.py leaves them out itself
 # XLA compiles these on a CPU with little optimisation, which takes a third to a half less. What is interpreted runs on
 # GPUs only; what agrees with transformers is compared with float64 in tests/models, as users' programs are compiled;
-# what a program needs of memory does not depend on it. (A row's bits do: additions are not fused with products.)
-UNOPTIMIZED = KERNELS | OTHERS | {"engine/test_memory.py"}
+# what a program needs of memory does not depend on it. The others are about who gets what and when, of programs that
+# are run a few times. (A row's bits do depend on it: additions are not fused with products.)
+UNOPTIMIZED = (
+    KERNELS
+    | OTHERS
+    | {
+        "bench",
+        "diagnostics/test_packed_accuracy.py",
+        "engine/test_executor.py",
+        "engine/test_memory.py",
+        "engine/test_memory_advice.py",
+        "engine/test_out_of_memory.py",
+        "engine/test_pool_sizes.py",
+        "engine/test_prompts_in_parts.py",
+        "engine/test_shared_engine.py",
+        "engine/test_warm_up.py",
+        "layers/test_cache.py",
+        "server/test_disconnects.py",
+        "server/test_with_model.py",
+        "server/test_worker_ends.py",
+        "test_api.py",
+        "test_chat_models.py",
+        "test_docs.py",
+    }
+)
 # What each tier leaves out; all but the last the tests marked `thorough`, too.
 TIERS = {"quick": MODELS | KERNELS | OTHERS, "test": KERNELS | OTHERS, "affected": set(), "full": set()}
 

@@ -31,8 +31,19 @@ from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from pallas_kernels.formats.mxfp4 import MXFP4, quantize
 from tests.oracles import gguf_from_hf, gpt_oss_random, llama_random
 from tests.oracles.gguf_from_hf import Q4_0, Q8_0
+from tests.shallow import LAYERS, shallow_directory
 
 TOKENS = 300
+
+
+@pytest.fixture(scope="module")
+def demo(demo, tmp_path_factory) -> Path:
+    return shallow_directory(demo, tmp_path_factory.mktemp("shallow") / "demo")
+
+
+@pytest.fixture(scope="module")
+def lm(demo):
+    return gptjax.load(demo, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +88,14 @@ def test_what_is_rounded_in_memory_is_what_conversion_writes(lm, converted):
 
 def test_what_is_not_rounded_is_shared(lm, rounded):
     assert rounded.params["token_embedding"] is lm.params["token_embedding"]
-    assert rounded.params["block_3"]["mlp"]["up"]["bias"] is lm.params["block_3"]["mlp"]["up"]["bias"]
+    assert rounded.params["block_1"]["mlp"]["up"]["bias"] is lm.params["block_1"]["mlp"]["up"]["bias"]
 
 
 def test_weights_written_out(lm, report):
     """All products of the blocks, in their order; here [in, out] both, in the other axes' order than packed."""
     names = [f"{part}/kernel" for part in ("attention/out", "attention/qkv", "mlp/down", "mlp/up")]
-    assert [row.name for row in report.weights] == [f"block_{layer}/{name}" for layer in range(6) for name in names]
+    blocks = [f"block_{layer}" for layer in range(LAYERS)]
+    assert [row.name for row in report.weights] == [f"{block}/{name}" for block in blocks for name in names]
     for row in report.weights:
         leaf = np.asarray(weights_by_path(lm.params)[tuple(row.name.split("/"))], np.float64)
         other = np.asarray(quantize(jnp.asarray(leaf.T, jnp.float32)).dequantize().T, np.float64)
@@ -94,7 +106,7 @@ def test_weights_written_out(lm, report):
 
 def test_hidden_states_written_out(lm, rounded, report, ids):
     ours, theirs = lm.activations(ids), rounded.activations(ids)
-    assert [row.name for row in report.blocks] == [f"block_{layer}" for layer in range(6)]
+    assert [row.name for row in report.blocks] == [f"block_{layer}" for layer in range(LAYERS)]
     for row in report.blocks:
         a, b = (each[f"{row.name}/mlp_residual"].astype(np.float64) for each in (ours, theirs))
         norms = [np.linalg.norm(x, axis=-1) for x in (a, b, b - a)]
@@ -269,8 +281,8 @@ def _run(capsys, *argv: str) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
-def test_the_command_tells_and_judges(capsys, report):
-    status, out, err = _run(capsys, "gpt2-tales", "--tokens", str(TOKENS))
+def test_the_command_tells_and_judges(capsys, report, demo):
+    status, out, err = _run(capsys, str(demo), "--tokens", str(TOKENS))
     assert (status, err) == (0 if report.passed else 1, "")
     for row, types in [(row, " +MXFP4") for row in report.weights] + [(row, "") for row in report.blocks]:
         assert re.search(rf"^{row.name} +{row.cosine:.5f} +{row.error:.2%}{types}$", out, re.M)
@@ -281,13 +293,13 @@ def test_the_command_tells_and_judges(capsys, report):
 
 
 @pytest.mark.thorough
-def test_a_converted_directory_and_json(capsys, lm, converted, ids, tmp_path):
-    argv = ["--against", str(converted), "--tokens", "40", "--json"]
+def test_a_converted_directory_and_json(capsys, lm, demo, converted, ids):
+    argv = [str(demo), "--against", str(converted), "--tokens", "40", "--json"]
     status, out, _ = _run(capsys, *argv)
     facts = json.loads(out)
     expected = packed_accuracy.validate(lm, packed_accuracy.quantized(lm, "all"), ids[:40])
     assert facts["weights"] == [json.loads(json.dumps(dataclasses.asdict(row))) for row in expected.weights]
-    assert len(facts["weights"]) == 6 * 4 + 1
+    assert len(facts["weights"]) == LAYERS * 4 + 1
     assert facts["agreement"] == expected.agreement
     assert facts["passed"] == all(verdict["holds"] for verdict in facts["verdicts"]) == (status == 0)
 
@@ -299,8 +311,8 @@ def test_a_gguf_file_of_the_demo(capsys, demo, tmp_path):
     tensors = {name: np.float32(array) for name, array in load_file(demo / "model.safetensors").items()}
     config = json.loads((demo / "config.json").read_text())
     path = gguf_from_hf.write(tmp_path / "model.gguf", config, tensors, types)
-    status, out, _ = _run(capsys, "--against", str(path), "--tokens", "100")
-    assert (status, len(re.findall(r"%  Q8_0$", out, re.M)), out.count("ok  ")) == (0, 3 * 6 + 1, 4)
+    status, out, _ = _run(capsys, str(demo), "--against", str(path), "--tokens", "100")
+    assert (status, len(re.findall(r"%  Q8_0$", out, re.M)), out.count("ok  ")) == (0, 3 * LAYERS + 1, 4)
     assert "perplexity in Q8_0: " in out
 
 

@@ -16,7 +16,8 @@ from tests.oracles import llama_ours
 from tests.thinned import thorough
 
 MAX_LENGTH, VOCAB = 290, 101
-POLICIES = [Policy(slots=9, chunk=64), Policy(slots=3, chunk=256, pieces=2)]
+POLICIES = [(Policy(slots=9, chunk=64), 18), (Policy(slots=9, chunk=256, pieces=2), 12)]  # and how many requests play
+PAGES = [29]  # of both, so that they share the programs of their steps
 ALONE = Policy(slots=1, chunk=512, reuse=False)
 
 
@@ -72,8 +73,9 @@ def _play(engine: Engine, rng: random.Random, count: int) -> list[tuple[int, lis
     return results
 
 
-@pytest.mark.skipif(not same_bits.holds(), reason="products on this CPU were not looked at")
-def test_a_request_gets_the_same_bits_under_any_load(made):
+@pytest.fixture(scope="module")
+def alone(made) -> list[list[tuple[int, float]]]:
+    """What each of REQUESTS gives with an engine for itself."""
     engine = Engine(*made, batch=1, max_length=MAX_LENGTH, policy=ALONE)
     alone = []
     for request in REQUESTS:
@@ -83,9 +85,14 @@ def test_a_request_gets_the_same_bits_under_any_load(made):
             given += [(token.token_id, token.logprob) for token in engine.step()]
         engine.end(number)
         alone.append(given)
+    return alone
+
+
+@pytest.mark.skipif(not same_bits.holds(), reason="products on this CPU were not looked at")
+@pytest.mark.parametrize(("policy", "count"), [thorough(*POLICIES[0]), POLICIES[1]])
+def test_a_request_gets_the_same_bits_under_any_load(made, alone, policy, count):
     assert all(token >= 0 for tokens in alone for token, _ in tokens)
-    for policy in POLICIES:
-        engine = Engine(*made, batch=policy.slots, max_length=MAX_LENGTH, policy=policy)
-        for seed in range(rounds(2)):
-            for which, given in _play(engine, random.Random(seed), 2 * policy.slots):
-                assert given == alone[which][: len(given)], (policy, seed, which)
+    engine = Engine(*made, batch=policy.slots, max_length=MAX_LENGTH, policy=policy, pages=PAGES)
+    for seed in range(rounds(2)):
+        for which, given in _play(engine, random.Random(seed), count):
+            assert given == alone[which][: len(given)], (policy, seed, which)

@@ -224,10 +224,10 @@ def test_the_commands_chunk_is_the_workers(monkeypatch):
 
 
 def test_the_command_serves_and_ends(tmp_path):
-    argv = [sys.executable, "-m", "gptjax", "serve", "-m", GPT2, "--max-length", "128", "--port", "0"]
+    argv = [sys.executable, "-m", "gptjax", "serve", "-m", GPT2, "--max-length", "128", "--prefill-chunk", "64"]
     with (
         open(tmp_path / "log", "w+") as log,
-        subprocess.Popen([*argv, "--log-format", "json", "--max-batch", "2"], stderr=log) as process,
+        subprocess.Popen([*argv, "--port", "0", "--log-format", "json", "--max-batch", "2"], stderr=log) as process,
     ):
         try:
             wait_for(lambda: "running on" in (tmp_path / "log").read_text())

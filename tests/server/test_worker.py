@@ -92,7 +92,7 @@ def test_requests_that_come_and_go_get_the_bits_they_get_alone(worker, model, al
 
 
 def test_chunks_of_the_usual_size_give_what_the_model_itself_gives():
-    small = shallow("gpt2-tales", max_length=128, max_batch=SLOTS)
+    small = shallow("gpt2-tales", max_length=128, max_batch=2)
     expected = small.generate("Once upon a time", max_tokens=20)
     worker = Worker(small)
     worker.start()
