@@ -18,6 +18,8 @@ from tests.thinned import thinned
 @pytest.mark.parametrize("program", ["prefill", "advance", "decode", "copy_pages"])
 def test_pages_are_updated_in_place(dtype, program):
     """Nothing of the size of a layer's pool is copied or converted in passing."""
+    if dtype == "bfloat16" and jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11):
+        pytest.skip("before JAX 0.11, a CPU computes with a converted pool")
     model = registry.build(CONFIG, dtype=dtype)
     params = FlatParams.of(jax.tree.map(lambda x: x.astype(dtype), made_params()))
     executor = Executor(model, params, policy=POLICY, pages=[200], max_length=300)
