@@ -1,6 +1,5 @@
 """`gptjax verify --invariance`: it finds bits that depend on other requests, and none where there are none."""
 
-import dataclasses
 import json
 
 import pytest
@@ -44,7 +43,7 @@ def test_other_bits_are_found(monkeypatch, at_least, wrong):
         running = engine.batch if at_least == 3 else len(engine._requests)
         if running < at_least:
             return tokens
-        return [dataclasses.replace(token, logprob=token.logprob * (1 + 1e-6)) for token in tokens]
+        return [token._replace(logprob=token.logprob * (1 + 1e-6)) for token in tokens]
 
     monkeypatch.setattr(Engine, "step", step)
     found = _trials()
@@ -57,7 +56,7 @@ def test_other_bits_are_found(monkeypatch, at_least, wrong):
 
 def test_logits_that_are_not_finite_are_no_equal_bits(monkeypatch):
     original = Engine.step
-    monkeypatch.setattr(Engine, "step", lambda e: [dataclasses.replace(t, token_id=-1) for t in original(e)])
+    monkeypatch.setattr(Engine, "step", lambda e: [t._replace(token_id=-1) for t in original(e)])
     with pytest.raises(GptjaxError, match="finite"):
         _trials()
 
@@ -90,7 +89,7 @@ def test_the_command_fails_where_bits_differ(monkeypatch, capsys):
     original = Engine.step
 
     def step(engine):
-        return [dataclasses.replace(token, logprob=token.logprob * engine.batch) for token in original(engine)]
+        return [token._replace(logprob=token.logprob * engine.batch) for token in original(engine)]
 
     monkeypatch.setattr(Engine, "step", step)
     status, out = _command(monkeypatch, capsys)
