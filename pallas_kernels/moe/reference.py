@@ -45,11 +45,15 @@ def grouped(
         limit=limit,
     )
 
+    width = x_TD.shape[1]
+
     def run(experts_U: jax.Array, rows_UM: jax.Array, weights_UM: jax.Array | None = None) -> jax.Array:
         rows_UM = jnp.maximum(rows_UM, 0)  # any row will do for an empty slot
         one = partial(expert, on_cpu=weights_UM is not None)
         y_UMD = jax.vmap(lambda expert_id, rows_M: one(x_TD[rows_M], expert_id))(experts_U, rows_UM)
         return y_UMD if weights_UM is None else y_UMD * weights_UM[..., None]
+
+    # Below, a pair that is in no group may take any place, because its value is not used.
 
     def on_cpu(groups: Groups, places_TX: jax.Array, weights_TX: jax.Array) -> jax.Array:
         # What a loop returns is stored, so all weighted rows are rounded before they are added. If the weighting were
@@ -63,8 +67,6 @@ def grouped(
         y_TXD = _in_turn(run, groups, groups.rows_UM.shape[0], width=width)[places_TX]
         return jnp.sum(jnp.where((places_TX >= 0)[..., None], y_TXD * weights_TX[..., None], 0), axis=1)
 
-    # A pair that is in no group may take any place, because its value is not used.
-    width = x_TD.shape[1]
     total_TD = jax.lax.platform_dependent(groups, places_TX, weights_TX, cpu=on_cpu, default=elsewhere)
     return PartialSum(total_TD[None])
 
