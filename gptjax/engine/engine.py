@@ -93,8 +93,8 @@ class Engine:
             rounding of results.
           levels: see `Executor`.
           reuse: share the beginnings of prompts, in whole chunks, that pages still hold.
-          policy: instead of `batch`, `steps_per_dispatch`, `chunk` and `reuse`. By default, the sizes of a request's
-            programs depend on its own length alone, so that it gets the same bits in any company.
+          policy: instead of `batch`, `steps_per_dispatch`, `chunk` and `reuse`. By default, a request gets the
+            same bits in any company: see `default_policy`.
           pages: of the pool of each kind of layers, with page 0, such as `pool_sizes.pools` finds to fit; by default
             enough for `batch` requests of `max_length`.
         """

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from gptjax.config import GptOssConfig
 from gptjax.engine import steps
 from gptjax.layers.cache import kinds, reach, tail_pages
 from gptjax.models.registry import Model
@@ -51,11 +50,8 @@ def is_exact_by_default(model: Model) -> bool:
 
 
 def is_free_of_load(model: Model) -> bool:
-    """Whether the bits of a row do not depend on how many rows and tokens are computed together.
-
-    Experts' bits do: how many tokens share a product depends on what they choose, and XLA's rounding on that number.
-    """
-    return is_exact_by_default(model) and same_bits.holds() and not isinstance(model.config, GptOssConfig)
+    """Whether the bits of a row do not depend on how many rows and tokens are computed together."""
+    return is_exact_by_default(model) and same_bits.holds()
 
 
 @dataclasses.dataclass(frozen=True)

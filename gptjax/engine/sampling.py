@@ -11,6 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import same_bits
+
 _INT32 = jnp.iinfo(jnp.int32)
 _LEAST_P = 1e-30
 _LEAST_TEMPERATURE = 1e-6  # below it the division overflows; the draw is the argmax long before
@@ -89,7 +91,7 @@ def sample(
     """
     if sampling.penalties is not None and counts is None:
         raise ValueError("penalties need the counts of each row's tokens")
-    logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    logprobs_BV = same_bits.log_softmax(logits_BV)
     token_B = (_by_branch if sampling.branches else _token)(logits_BV, positions_B, sampling, counts)
     finite_B = jnp.isfinite(jax.nn.logsumexp(logits_BV, axis=-1))
     logprob_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=-1)[:, 0]
@@ -159,7 +161,7 @@ def _top(logits_BV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array
     """The largest log-probabilities [B, C] and their tokens; zeros if no row wants any."""
 
     def found() -> tuple[jax.Array, jax.Array]:
-        values_BC, ids_BC = jax.lax.top_k(jax.nn.log_softmax(logits_BV, axis=-1), sampling.num_top)
+        values_BC, ids_BC = jax.lax.top_k(same_bits.log_softmax(logits_BV), sampling.num_top)
         return values_BC, ids_BC
 
     if not sampling.branches or sampling.top_B is None:

@@ -51,7 +51,8 @@ def moe(
       implementation: "auto", "mosaic" or "triton" (repacked weights and bfloat16), or "xla".
 
     Returns:
-      [T, D] float32. Whoever reads it does the last sums. A token's bits do not depend on the others, for a given T.
+      [T, D] float32. Whoever reads it does the last sums. A token's bits do not depend on the others, for a given T;
+      on a CPU in float32, for any T.
 
     Raises:
       ValueError: an unknown implementation, or one that does not support these operands.

@@ -1,6 +1,6 @@
 """The mixture of experts in jnp, which XLA compiles: on every device, from one token to many."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -45,28 +45,37 @@ def grouped(
         limit=limit,
     )
 
-    def run(experts_U: jax.Array, rows_UM: jax.Array, on_cpu: bool) -> jax.Array:
-        rows_UM = jnp.maximum(rows_UM, 0)  # any row will do for an empty slot
-        one = partial(expert, on_cpu=on_cpu)
-        return jax.vmap(lambda expert_id, rows_M: one(x_TD[rows_M], expert_id))(experts_U, rows_UM)
-
     width = x_TD.shape[1]
-    y_AD = jax.lax.platform_dependent(
-        groups,
-        # A bound known only at run time costs nothing on a CPU; elsewhere the host would have to wait in each turn.
-        cpu=lambda groups: _in_turn(partial(run, on_cpu=True), groups, _num_used(groups), width=width),
-        default=lambda groups: _in_turn(partial(run, on_cpu=False), groups, groups.rows_UM.shape[0], width=width),
-    )
-    # A pair that is in no group may take any place, because its value is not used.
-    y_TXD = y_AD[places_TX]
-    terms_TXD = jnp.where((places_TX >= 0)[..., None], y_TXD * weights_TX[..., None], 0)
-    return PartialSum(
-        jax.lax.platform_dependent(
-            terms_TXD,
-            cpu=lambda terms_TXD: same_bits.total_on_cpu(terms_TXD, 1),
-            default=lambda terms_TXD: jnp.sum(terms_TXD, axis=1),
-        )[None]
-    )
+
+    def run(experts_U: jax.Array, rows_UM: jax.Array, weights_UM: jax.Array | None = None) -> jax.Array:
+        rows_UM = jnp.maximum(rows_UM, 0)  # any row will do for an empty slot
+        one = partial(expert, on_cpu=weights_UM is not None)
+        y_UMD = jax.vmap(lambda expert_id, rows_M: one(x_TD[rows_M], expert_id))(experts_U, rows_UM)
+        return y_UMD if weights_UM is None else y_UMD * weights_UM[..., None]
+
+    # Below, a pair that is in no group may take any place, because its value is not used.
+
+    def on_cpu(groups: Groups, places_TX: jax.Array, weights_TX: jax.Array) -> jax.Array:
+        # What a loop returns is stored, so all weighted rows are rounded before they are added. If the weighting were
+        # fused with the sums, it would depend on the number of tokens which products XLA rounds first.
+        weights_UM = _in_slots(weights_TX, places_TX, groups)
+        # A bound known only at run time costs nothing here; elsewhere the host would have to wait in each turn.
+        y_AD = _in_turn(run, (*groups, weights_UM), _num_used(groups), width=width)
+        return same_bits.total_on_cpu(jnp.where((places_TX >= 0)[..., None], y_AD[places_TX], 0), 1)
+
+    def elsewhere(groups: Groups, places_TX: jax.Array, weights_TX: jax.Array) -> jax.Array:
+        y_TXD = _in_turn(run, groups, groups.rows_UM.shape[0], width=width)[places_TX]
+        return jnp.sum(jnp.where((places_TX >= 0)[..., None], y_TXD * weights_TX[..., None], 0), axis=1)
+
+    total_TD = jax.lax.platform_dependent(groups, places_TX, weights_TX, cpu=on_cpu, default=elsewhere)
+    return PartialSum(total_TD[None])
+
+
+def _in_slots(of_pairs_TX: jax.Array, places_TX: jax.Array, groups: Groups) -> jax.Array:
+    """Each pair's number in its slot [U, M], and 0 in empty ones."""
+    U, M = groups.rows_UM.shape
+    zeros_A = jnp.zeros((U * M,), of_pairs_TX.dtype)
+    return zeros_A.at[jnp.where(places_TX < 0, U * M, places_TX)].set(of_pairs_TX, mode="drop").reshape(U, M)
 
 
 def _num_used(groups: Groups) -> jax.Array:
@@ -84,22 +93,25 @@ def group_sizes(num_pairs: int, num_experts: int) -> tuple[int, int]:
 
 
 def _in_turn(
-    run: Callable[[jax.Array, jax.Array], jax.Array], groups: Groups, num_groups: jax.Array | int, *, width: int
+    run: Callable[..., jax.Array], of_groups: Sequence[jax.Array], num_groups: jax.Array | int, *, width: int
 ) -> jax.Array:
-    """Each slot's result [A, D], for all groups' slots in turn: TOGETHER groups at a time, `num_groups` in all."""
-    U, M = groups.rows_UM.shape
+    """Each slot's result [A, D], for all groups' slots in turn: TOGETHER groups at a time, `num_groups` in all.
+
+    Args:
+      of_groups: what `run` takes of each group: `Groups`, and more of [U, M].
+    """
+    experts_U, (U, M) = of_groups[0], of_groups[1].shape
     together = min(TOGETHER, U)
     missing = -U % together
-    experts_U = jnp.pad(groups.experts_U, (0, missing))
-    rows_UM = jnp.pad(groups.rows_UM, ((0, missing), (0, 0)))
+    padded = [jnp.pad(each, ((0, missing), *[(0, 0)] * (each.ndim - 1))) for each in of_groups]
 
     def step(turn: jax.Array, out_UMD: jax.Array) -> jax.Array:
         start = turn * together
-        part = run(*(jax.lax.dynamic_slice_in_dim(array, start, together) for array in (experts_U, rows_UM)))
+        part = run(*(jax.lax.dynamic_slice_in_dim(array, start, together) for array in padded))
         return jax.lax.dynamic_update_slice_in_dim(out_UMD, part, start, axis=0)
 
     # Zero, but the compiler must not know: it would make copies of a constant for all layers, before the first runs.
-    zero = (groups.experts_U[0] < 0).astype(jnp.float32)
+    zero = (experts_U[0] < 0).astype(jnp.float32)
     out_UMD = jnp.full((U + missing, M, width), zero)
     out_UMD = jax.lax.fori_loop(0, (num_groups + together - 1) // together, step, out_UMD)
     return out_UMD.reshape(-1, width)

@@ -1,19 +1,23 @@
-"""On a CPU, what a request to a model without experts gets depends on itself alone: not on the rows of a step, the most
-requests, what its prompt is packed with and where it is cut, nor on whether its beginning was already there."""
+"""On a CPU, what a request gets depends on itself alone: not on the rows of a step, the most requests, what its prompt
+is packed with and where it is cut, nor on whether its beginning was already there."""
 
 import random
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.config import config_from_json
 from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams
+from gptjax.models import registry
 from gptjax.scheduling.policy import Policy
 from pallas_kernels import same_bits
 from tests.engine import test_engine
 from tests.fuzz import rounds
-from tests.oracles import llama_ours
-from tests.thinned import thorough
+from tests.oracles import gpt_oss_ours, gpt_oss_random, llama_ours
+from tests.shallow import shallow
+from tests.thinned import thinned
 
 MAX_LENGTH, VOCAB = 290, 101
 POLICIES = [(Policy(slots=9, chunk=64), 18), (Policy(slots=9, chunk=256, pieces=2), 12)]  # and how many requests play
@@ -30,10 +34,26 @@ def _llama():
     return case.model, case.params
 
 
-@pytest.fixture(scope="module", params=["gpt2", thorough("llama")])
+def _gpt_oss():
+    """Layers with and without a window of 128 positions; trained, so that tokens choose their experts unevenly."""
+    model = shallow("gpt-oss-tales")
+    return model.model, model.params
+
+
+def _gpt_oss_unpacked():
+    """Experts in float32. Windows of 9 positions, and a width that is not a multiple of 64."""
+    checkpoint = gpt_oss_random.checkpoint(**gpt_oss_random.TWO_LAYERS)
+    model = registry.build(config_from_json(checkpoint.config), dtype=jnp.float32)
+    return model, gpt_oss_ours.params(checkpoint.dense)
+
+
+MODELS = {"gpt2": _gpt2, "gpt-oss": _gpt_oss, "llama": _llama, "gpt-oss, unpacked": _gpt_oss_unpacked}
+
+
+@pytest.fixture(scope="module", params=thinned(MODELS, "gpt2", "gpt-oss"))
 def made(request):
     """A model and its weights."""
-    return {"gpt2": _gpt2, "llama": _llama}[request.param]()
+    return MODELS[request.param]()
 
 
 def _requests() -> list[Request]:

@@ -12,7 +12,7 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from gptjax.config import GenerationDefaults
-from gptjax.engine import memory, programs, shared, steps
+from gptjax.engine import memory, pools, programs, shared, steps
 from gptjax.engine.output import Chunk
 from gptjax.errors import CapacityError, CheckpointError, RequestError
 from gptjax.language_model import LanguageModel
@@ -30,10 +30,14 @@ def _short_chunks(monkeypatch):
     monkeypatch.setattr(steps, "chunk_of", lambda model: CHUNK)
 
 
-@pytest.fixture(scope="module", params=["gpt2", thorough("gpt-oss")])
+@pytest.fixture(scope="module", params=["gpt2", thorough("gpt-oss"), thorough("gpt2, rows as asked")])
 def made(request):
-    """A model and its weights. The second, which has a window, takes minutes to compile for all sizes."""
-    return _gpt2() if request.param == "gpt2" else _gpt_oss()
+    """A model and its weights. GPT-OSS takes minutes to compile. "As asked" is as where bits depend on the load."""
+    name, _, asked = request.param.partition(", ")
+    with pytest.MonkeyPatch.context() as patch:
+        if asked:
+            patch.setattr(pools, "is_free_of_load", lambda model: False)
+        yield _gpt2() if name == "gpt2" else _gpt_oss()
 
 
 @pytest.fixture

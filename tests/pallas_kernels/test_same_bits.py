@@ -9,7 +9,10 @@ import pytest
 
 from pallas_kernels import same_bits
 from pallas_kernels.attention import paged
+from pallas_kernels.formats.mxfp4 import quantize
+from pallas_kernels.moe import moe
 from pallas_kernels.pages import PAGE, Tiles
+from tests.thinned import thorough
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the rule is for CPUs")
 
@@ -97,6 +100,50 @@ def test_softmax_over_choices(choices: int) -> None:
         for first in (0, 5, 200):
             some_TX = softmax(jnp.asarray(x_TX[first : first + rows]))
             np.testing.assert_array_equal(some_TX, found_TX[first : first + rows])
+
+
+def test_log_softmax() -> None:
+    """Of 480 rows, as of the logarithms of 3 numbers a few in a hundred differ from those of one."""
+    x_TX = operands(5000, 1)[0][:480]
+    log_softmax = jax.jit(same_bits.log_softmax, compiler_options=same_bits.COMPILER)
+    alone_TX = np.concatenate([log_softmax(jnp.asarray(x_1X)) for x_1X in np.split(x_TX, 480)])
+    double_TX = x_TX.astype(np.float64)
+    np.testing.assert_allclose(alone_TX, double_TX - np.log(np.exp(double_TX).sum(1, keepdims=True)), atol=1e-5)
+    for rows in (3, 5, 6, 8, 15, 32):
+        together = [log_softmax(jnp.asarray(some_TX)) for some_TX in np.split(x_TX, 480 // rows)]
+        np.testing.assert_array_equal(np.concatenate(together), alone_TX, err_msg=f"{rows} rows")
+
+
+@chained
+@pytest.mark.parametrize(
+    ("D", "F", "packed"), [(96, 64, True), (640, 544, False), thorough(96, 64, False), thorough(640, 544, True)]
+)
+def test_a_token_among_few_or_many_of_its_experts(D: int, F: int, packed: bool) -> None:
+    """Its bits depend neither on how many tokens there are nor on how many of them go to its experts."""
+    E, X, most = 6, 2, 300
+    rng = np.random.default_rng(D + F)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape).astype(np.float32))
+
+    kernels = [quantize(normal(E, 2 * F, D) * D**-0.5), quantize(normal(E, D, F) * F**-0.5)]
+    gate_up, down = kernels if packed else [each.dequantize().swapaxes(1, 2) for each in kernels]
+    gate_up_bias, down_bias, x_TD, weights_TX = normal(E, 2 * F), normal(E, D), normal(most, D), normal(most, X)
+
+    @partial(jax.jit, compiler_options=same_bits.COMPILER)
+    def run(x_TD: jax.Array, experts_TX: jax.Array, weights_TX: jax.Array) -> jax.Array:
+        operands = x_TD, experts_TX, weights_TX, gate_up, gate_up_bias, down, down_bias
+        return moe(*operands, alpha=1.702, limit=7.0).total()
+
+    own = np.array([[4, 1], [0, 5], [1, 2]], np.int32)  # of the last tokens, which are compared
+    ends = [(-3, -2), (-2, -1), (-1, None)]
+    alone = [run(x_TD[s:e], jnp.asarray(own[s:e]), weights_TX[s:e]) for s, e in ends]
+    for T in (3, 9, 40, most):
+        for others in ([4, 1], [3, 0], [-1, -1], None):
+            experts_TX = rng.permuted(np.tile(np.arange(E), (T, 1)), axis=1)[:, :X] if others is None else [others] * T
+            experts_TX = jnp.asarray(experts_TX, jnp.int32).at[-3:].set(own)
+            found_TD = run(x_TD[-T:], experts_TX, weights_TX[-T:])
+            np.testing.assert_array_equal(found_TD[-3:], jnp.concatenate(alone), err_msg=f"{T} tokens, {others}")
 
 
 def test_reciprocal_roots() -> None:

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from gptjax.engine import programs
+from gptjax.engine import pools, programs
 from gptjax.engine.engine import Engine, Token
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import CapacityError, RequestError
@@ -34,10 +34,14 @@ TIMES = rounds(20)  # that each cancellation is tried
 UNREAD = itertools.count(100)  # for prompts that no page holds
 
 
-@pytest.fixture(scope="module", params=[thorough("gpt2-tales"), "gpt-oss-tales"])
+@pytest.fixture(scope="module", params=[thorough("gpt2-tales"), "gpt-oss-tales", thorough("gpt-oss-tales, one by one")])
 def model(request):
-    """The second has a layer with a window of 128 positions."""
-    return shallow(request.param, max_length=MAX_LENGTH, max_batch=SLOTS)
+    """GPT-OSS has a layer with a window of 128 positions. "One by one" is as on CPUs where bits depend on the load."""
+    name, _, one_by_one = request.param.partition(", ")
+    with pytest.MonkeyPatch.context() as patch:
+        if one_by_one:
+            patch.setattr(pools, "is_free_of_load", lambda model: False)
+        yield shallow(name, max_length=MAX_LENGTH, max_batch=SLOTS)
 
 
 @pytest.fixture(scope="module")
