@@ -10,6 +10,7 @@ import pytest
 from gptjax.config import config_from_json
 from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams
+from gptjax.layers.cache import kinds
 from gptjax.models import registry
 from gptjax.scheduling.policy import Policy
 from pallas_kernels import same_bits
@@ -17,11 +18,11 @@ from tests.engine import test_engine
 from tests.fuzz import rounds
 from tests.oracles import gpt_oss_ours, gpt_oss_random, llama_ours
 from tests.shallow import shallow
-from tests.thinned import thinned
+from tests.thinned import thinned, thorough
 
 MAX_LENGTH, VOCAB = 290, 101
 POLICIES = [(Policy(slots=9, chunk=64), 18), (Policy(slots=9, chunk=256, pieces=2), 12)]  # and how many requests play
-PAGES = [29]  # of both, so that they share the programs of their steps
+PAGES = 29  # of each kind of layers, for both, so that they share the programs of their steps
 ALONE = Policy(slots=1, chunk=512, reuse=False)
 
 
@@ -112,7 +113,8 @@ def alone(made) -> list[list[tuple[int, float]]]:
 @pytest.mark.parametrize(("policy", "count"), [thorough(*POLICIES[0]), POLICIES[1]])
 def test_a_request_gets_the_same_bits_under_any_load(made, alone, policy, count):
     assert all(token >= 0 for tokens in alone for token, _ in tokens)
-    engine = Engine(*made, batch=policy.slots, max_length=MAX_LENGTH, policy=policy, pages=PAGES)
+    pages = [PAGES] * len(kinds(made[0].config.windows, MAX_LENGTH))
+    engine = Engine(*made, batch=policy.slots, max_length=MAX_LENGTH, policy=policy, pages=pages)
     for seed in range(rounds(2)):
         for which, given in _play(engine, random.Random(seed), count):
             assert given == alone[which][: len(given)], (policy, seed, which)
