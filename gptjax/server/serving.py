@@ -164,6 +164,9 @@ class Server(uvicorn.Server):
             self._service.worker.wait_until_ready()
             gc.collect()
             gc.freeze()
+            if self._service.worker.wait_until_compiled():
+                _log.info("all programs are compiled after %.0f s", time.monotonic() - self._service.began)
+            gc.freeze()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -43,6 +43,9 @@ class FakeWorker:
         if self.refusal is not None:
             raise Unavailable(self.refusal)
 
+    def wait_until_compiled(self) -> bool:
+        return True
+
     def stop(self) -> None:
         for stopped in list(self.open.values()):
             stopped.set()
