@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any, Self
 
 _MOST_COMPILED = 16  # programs at a time; on a GPU, XLA tries out products for each
@@ -63,7 +63,7 @@ class Later:
     def wait(self) -> bool:
         """Waits until all is compiled. Returns whether it is: not if it was stopped, or something failed."""
         self._thread.join()
-        return not self._stopped and all(each.exception() is None for each in self._compilation.compiled)
+        return not self._stopped and all(map(_succeeds, self._compilation.compiled))
 
     def _run(self, parts: list[tuple[Callable[[Compilation], None], Callable[[], None]]]) -> None:
         try:
@@ -73,12 +73,21 @@ class Later:
                 before = len(self._compilation.compiled)
                 lower(self._compilation)
                 _when_all_are_done(self._compilation.compiled[before:], done)
-            wait(self._compilation.compiled)
+            for each in self._compilation.compiled:
+                _succeeds(each)
         except RuntimeError:  # nothing can be submitted any more
             if not self._stopped:
                 raise
         finally:
             self._compilation.cancel()
+
+
+def _succeeds(compiled: Future[Any]) -> bool:
+    """Waits for a program, and returns whether it is there. (`futures.wait` never returns if one is cancelled.)"""
+    try:
+        return compiled.exception() is None
+    except CancelledError:
+        return False
 
 
 def _when_all_are_done(compiled: list[Future[Any]], then: Callable[[], None]) -> None:
@@ -87,7 +96,7 @@ def _when_all_are_done(compiled: list[Future[Any]], then: Callable[[], None]) ->
 
     def one_is(done: Future[Any]) -> None:
         nonlocal left
-        if done.cancelled() or done.exception() is not None:
+        if not _succeeds(done):
             return
         with lock:
             left -= 1

@@ -3,6 +3,8 @@
 import dataclasses
 import threading
 
+import pytest
+
 from gptjax.engine import executor
 from gptjax.engine.compilation import Later
 from gptjax.engine.engine import Engine
@@ -10,6 +12,7 @@ from gptjax.engine.request import Request
 from gptjax.scheduling.policy import Policy
 from tests.compilations import compilations
 from tests.engine.test_engine import MIXED, MODEL, made_params
+from tests.server.worker_material import until
 
 EVERY = {
     "temperature": 0.9,
@@ -158,11 +161,14 @@ def test_what_fails_is_left_out():
     assert done == {1}
 
 
-def test_nothing_begins_after_a_stop():
+@pytest.mark.parametrize("submitted", [False, True])
+def test_nothing_begins_after_a_stop(submitted):
     go = threading.Event()
-    first, never = _Program(go), [_Program() for _ in range(500)]
+    first, never = _Program(go), [_Program(go) for _ in range(500)]
     later, done = _later([first], *([each] for each in never), [_Program(go)])
     assert first.begun.wait(60)
+    if submitted:
+        until(lambda: len(later._compilation.compiled) == 502)
     later.stop()
     go.set()
     assert not later.wait()
