@@ -106,12 +106,13 @@ class Worker:
         with self._changed:
             self._started = True
             self._beat = time.monotonic()
+            self._changed.notify_all()
         self._thread.start()
 
     def wait_until_ready(self) -> None:
-        """Returns once requests run. Raises `Unavailable` if the worker ended before that."""
+        """Returns once requests run. Raises `Unavailable` if the worker, once started, ends before that."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._refusal())
+            self._changed.wait_for(lambda: self._ready or (self._started and self._refusal()))
             if refusal := self._refusal():
                 raise Unavailable(refusal)
 

@@ -151,6 +151,7 @@ def test_a_failure_of_the_device_disturbs_no_request(fresh, monkeypatch, caplog)
             raise jax.errors.JaxRuntimeError("INTERNAL: planted")
         return original(model, params, slots, *others)
 
+    assert worker.wait_until_compiled()  # what fails can only be called
     monkeypatch.setattr(programs, "advance", failing)
     readers = [Reader(worker, request) for request in requests]
     assert all(isinstance(reader.end, Finished) for reader in readers)
@@ -168,6 +169,7 @@ def test_a_device_that_fails_again_and_again_ends_all_requests(fresh, monkeypatc
     def failing(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: planted")
 
+    assert worker.wait_until_compiled()  # what fails can only be called
     monkeypatch.setattr(programs, "sample", failing)
     readers = [Reader(worker, request_of(n, 5, 80)) for n in range(4)]
     ends = {reader.end for reader in readers}
