@@ -192,6 +192,9 @@ def _leave(status: int) -> NoReturn:
 
 def _run(args: argparse.Namespace) -> int:
     import logging.config
+    import time
+
+    import psutil
 
     from gptjax.api import load_checkpoint
     from gptjax.checkpoints.checkpoint import open_checkpoint
@@ -220,6 +223,7 @@ def _run(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(model, **overrides(args))
     # The cache has room for at least one request of this length: 3 GB for the 131072 tokens of gpt-oss-20b.
     length = positions(checkpoint.config, args.max_length, default=_DEFAULT_LENGTH)
+    imported, started = time.time() - psutil.Process().create_time(), time.monotonic()
     lm = load_checkpoint(
         checkpoint,
         dtype=args.dtype,
@@ -230,6 +234,9 @@ def _run(args: argparse.Namespace) -> int:
         packed=packed(args),
         tokenizer=args.tokenizer,
         chat_format=args.chat_format,
+    )
+    logging.getLogger(__name__).info(
+        "Python and its modules took %.1f s, the weights %.1f s", imported, time.monotonic() - started
     )
     lm.defaults.check()  # now, not at the first request
     limits = Limits(body_bytes=args.max_body, send_seconds=args.send_timeout)

@@ -132,9 +132,21 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles everything that requests may need, by running it. No request may be open."""
-        if self._requests:
-            raise ValueError("warm_up needs all requests to have ended")
+        self._check_idle()
         self._executor.warm_up()
+
+    def warm_up_largest(self) -> None:
+        """Compiles what can stand in for all else, and that in threads until `stop_compiling`; see `Executor`."""
+        self._check_idle()
+        self._executor.warm_up_largest()
+
+    def stop_compiling(self) -> None:
+        """Leaves out what `warm_up_largest` has not compiled yet."""
+        self._executor.stop_compiling()
+
+    def wait_until_compiled(self) -> bool:
+        """Waits until all programs are compiled; may be called by any thread. Returns whether they are."""
+        return self._executor.wait_until_compiled()
 
     def add(self, request: Request, *, rows: int = 0, drawn: Sequence[int] = ()) -> int:
         """Takes a checked request with a seed. Returns its number; numbers ascend.
@@ -194,6 +206,10 @@ class Engine:
         """Waits until the device has finished everything dispatched, for measuring."""
         self._executor.wait()
 
+    def _check_idle(self) -> None:
+        if self._requests:
+            raise ValueError("warm_up needs all requests to have ended")
+
     def _step(self) -> list[Token]:
         self._drop_unwanted()
         if self._has_new or not self._dispatched:
@@ -247,6 +263,7 @@ class Engine:
         plan = self._scheduler.plan(decode=decode)
         if plan is None:
             return False
+        plan = self._executor.fitted(plan)
         sampled = self._executor.run(plan, self._requests)
         if plan.draws:
             assert sampled is not None and plan.decode is not None

@@ -1,18 +1,22 @@
 """Runs plans on the device."""
 
+import copy
 import dataclasses
 import functools
+import itertools
+import logging
 import operator
-import os
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gptjax.engine import programs, sampling
+from gptjax.engine.compilation import Compilation, Later
 from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.engine.request import Request
 from gptjax.engine.settings import Features, settings_of
@@ -23,13 +27,25 @@ from gptjax.scheduling.policy import Policy, powers, smallest
 from pallas_kernels.pages import TILE
 
 _COPIES = 8  # pages of one call
-_MOST_COMPILED = 16  # programs at a time; on a GPU, XLA tries out products for each
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Sizes of programs, ascending: of prefill calls in tokens, of decode calls in rows."""
+
+    prefill: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    def __or__(self, other: "_Sizes") -> "_Sizes":
+        return _Sizes(tuple(sorted({*self.prefill, *other.prefill})), tuple(sorted({*self.rows, *other.rows})))
 
 
 class Executor:
     """The device's side of an engine: pools, tables, and what each slot holds. Plans alone change them.
 
-    Programs are dispatched, not waited for. Each has a few sizes; `warm_up` compiles them all.
+    Programs are dispatched, not waited for. Each has a few sizes; `warm_up` compiles them all, or `warm_up_largest`
+    those that can stand in for the others, which it compiles while plans run.
     """
 
     def __init__(
@@ -61,6 +77,9 @@ class Executor:
         self._numbers = [0] * policy.slots
         self._settings: tuple[object, sampling.Sampling] | None  # of the last rows, and what these were
         self._call: Callable[..., Any] = _call
+        self._later: Later | None = None  # compiles what `warm_up_largest` left
+        self._compiled = _Sizes((), ())  # then those that calls may have; more with time
+        self._adding = threading.Lock()  # held to add to them
         self.reset()
 
     def reset(self) -> None:
@@ -120,32 +139,101 @@ class Executor:
 
     def warm_up(self) -> None:
         """Compiles all programs, several at a time, and runs them without any rows."""
-        slots = self._slots
-        with _Compilation() as self._call:
+        self._warm_up(self._all_sizes())
+
+    def warm_up_largest(self) -> None:
+        """Does so with the largest programs, and compiles the others in threads until `stop_compiling`.
+
+        Until these are there, `fitted` makes calls larger. If the policy wants the sizes of a request's calls to depend
+        on nothing else, all programs are compiled now.
+        """
+        every, policy = self._all_sizes(), self._policy
+        if not policy.packed or policy.rows != "needed":
+            self.warm_up()
+            return
+        self._compiled = _Sizes(every.prefill[-1:], every.rows[-1:])
+        self._warm_up(self._compiled)
+        # The smallest calls, of a single conversation, gain most.
+        parts = [_Sizes((), (size,)) for size in every.rows[:-1]] + [_Sizes((size,), ()) for size in every.prefill[:-1]]
+        shadow = copy.copy(self)
+        shadow._slots = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), self._slots)
+
+        def part(sizes: _Sizes) -> tuple[Callable[[Compilation], None], Callable[[], None]]:
+            def lower(compilation: Compilation) -> None:
+                shadow._call = compilation
+                for size in sizes.prefill:
+                    shadow._run_prefill(PrefillCall(size, (), ()))
+                shadow._run_decodes(sizes.rows)
+
+            def done() -> None:
+                with self._adding:
+                    self._compiled |= sizes
+
+            return lower, done
+
+        self._later = Later([part(sizes) for sizes in parts])
+
+    def stop_compiling(self) -> None:
+        """Leaves out what `warm_up_largest` has not compiled yet. Calls go on with what there is."""
+        if self._later is not None:
+            self._later.stop()
+
+    def wait_until_compiled(self) -> bool:
+        """Waits until all programs are compiled. Returns whether they are."""
+        return self._later is None or self._later.wait()
+
+    def fitted(self, plan: Plan) -> Plan:
+        """The plan with larger calls in place of those that `warm_up_largest` has not compiled yet."""
+        if self._later is None:
+            return plan
+        sizes, decode = self._compiled, plan.decode
+        prefill = [dataclasses.replace(call, size=smallest(sizes.prefill, call.size)) for call in plan.prefill]
+        if decode is not None:
+            decode = dataclasses.replace(decode, size=smallest(sizes.rows, decode.size))
+        return dataclasses.replace(plan, prefill=tuple(prefill), decode=decode)
+
+    def _warm_up(self, sizes: _Sizes) -> None:
+        times, slots = [time.monotonic()], self._slots
+        with Compilation() as self._call:
             try:
-                self._run_all()
+                self._run_all(sizes)
+                times.append(time.monotonic())
             finally:
+                count = len(self._call.compiled)
                 self._slots, self._call = slots, _call
+        times.append(time.monotonic())
         for _ in range(2):  # the second time with arrays as compiled code returns them
-            self._run_all()
+            self._run_all(sizes)
             jax.block_until_ready(self.result)
         self.wait()
+        times.append(time.monotonic())
+        lowered, compiled, run = (after - before for before, after in itertools.pairwise(times))
+        _log.info(
+            "%d programs were traced and lowered in %.1f s, compiled after %.1f s more, and ran after %.1f s more",
+            *(count, lowered, compiled, run),
+        )
 
-    def _run_all(self) -> None:
-        """Runs a program of each size, without any rows."""
+    def _all_sizes(self) -> _Sizes:
+        return _Sizes(self._used_sizes(), self._policy.row_sizes)
+
+    def _run_all(self, sizes: _Sizes) -> None:
+        """Runs all programs, with calls of these sizes, without any rows."""
         policy = self._policy
         self._send_tables()
         for kind in range(len(self._tables)):
             self._copy(kind, [Copy(kind, 0, 0, 1)])
         self._count(policy.slots, (), ())  # the number after the last slot's: changes nothing
-        for size in self._used_sizes():
+        for size in sizes.prefill:
             hidden_MD = self._run_prefill(PrefillCall(size, (), ()))
         for count in powers(1, self._most_ends):
             self._keep_logits(hidden_MD, [policy.slots] * count)
-        for size in policy.row_sizes:
+        self._run_decodes(sizes.rows)
+
+    def _run_decodes(self, row_sizes: tuple[int, ...]) -> None:
+        for size in row_sizes:
             for level in self._levels or [self._features]:
                 settings = self._settings_of([None] * size, level)
-                for num_steps in {1, policy.steps}:
+                for num_steps in {1, self._policy.steps}:
                     self._run_decode(self._rows(DecodeCall(size, num_steps, ())), settings, num_steps)
 
     def _send_tables(self) -> None:
@@ -266,26 +354,3 @@ class Executor:
 
 def _call(program: Callable[..., Any], *arguments: Any) -> Any:
     return program(*arguments)
-
-
-class _Compilation:
-    """Compiles programs instead of calling them, in threads, as XLA works without Python's lock."""
-
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(min(_MOST_COMPILED, os.cpu_count() or 1))
-        self._compiled: list[Future[Any]] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
-        """Waits for all programs. One that failed is left to the call, which compiles it alone, with all the memory."""
-        if failed is None:
-            wait(self._compiled)
-        self._threads.shutdown(cancel_futures=True)
-
-    def __call__(self, program: Any, *arguments: Any) -> Any:
-        """The shapes and dtypes of what the call would return. A later call finds the program compiled."""
-        lowered = program.lower(*arguments)
-        self._compiled.append(self._threads.submit(lowered.compile))
-        return lowered.out_info

@@ -164,6 +164,12 @@ class Server(uvicorn.Server):
         """Does nothing: `run` has set handlers. uvicorn would set them later, and raise the signal again at the end."""
         yield
 
+    def _when_compiled(self) -> None:
+        """Says so, and freezes what compiling left since the server was ready."""
+        if self._service.worker.wait_until_compiled():
+            _log.info("all programs are compiled after %.0f s", time.monotonic() - self._service.began)
+        gc.freeze()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Waits for open connections, and cuts those whose clients do not read."""
         cutting = asyncio.ensure_future(self._cut())
@@ -196,6 +202,7 @@ class Server(uvicorn.Server):
                 # Or the garbage collector would go through what compiling left, with all streams waiting for a second.
                 gc.collect()
                 gc.freeze()
+                threading.Thread(target=self._when_compiled, daemon=True).start()
             seconds = time.monotonic() - self._service.began
             _log.info(
                 "%s is ready after %.0f s: %d slots of %d tokens", served.name, seconds, state.slots, served.max_length

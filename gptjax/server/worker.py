@@ -12,6 +12,8 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+import jax
+
 from gptjax.engine import memory, steps
 from gptjax.engine.engine import Engine, Token
 from gptjax.engine.output import NOT_FINITE
@@ -81,6 +83,7 @@ class Worker:
         self._ready = self._started = self._draining = self._stopping = False
         self._failing: Failed | None = None  # what all open requests will end with
         self._error: str | None = None
+        self._warm: Engine | None = None  # once it is ready
         self._beat = time.monotonic()
         self._seconds = 1.0  # that a request keeps its slot, on average
         self._accepted = self._tokens_total = self._losses = 0
@@ -105,14 +108,22 @@ class Worker:
         with self._changed:
             self._started = True
             self._beat = time.monotonic()
+            self._changed.notify_all()
         self._thread.start()
 
     def wait_until_ready(self) -> None:
-        """Returns once everything is compiled. Raises `Unavailable` if the worker ended before that."""
+        """Returns once requests run. Raises `Unavailable` if the worker, once started, ends before that."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._refusal())
+            self._changed.wait_for(lambda: self._ready or (self._started and self._refusal()))
             if refusal := self._refusal():
                 raise Unavailable(refusal)
+
+    def wait_until_compiled(self) -> bool:
+        """Waits until all programs of a worker that is ready are compiled. Returns whether they are.
+
+        Until then, requests run with larger ones.
+        """
+        return self._warm is not None and self._warm.wait_until_compiled()
 
     def submit(self, request: Request, deliver: Deliver) -> Ticket:
         """Hands a request to the worker; returns at once.
@@ -240,8 +251,13 @@ class Worker:
         try:
             with self._explained():
                 engine = self._engine()
-                engine.warm_up()
+                # On a GPU, XLA tries out products on the device as it compiles, and streams would wait for that.
+                if jax.default_backend() == "cpu":
+                    engine.warm_up_largest()
+                else:
+                    engine.warm_up()
                 with self._changed:
+                    self._warm = engine
                     self._ready = True
                     self._changed.notify_all()
                 while self._turn(engine):
@@ -254,6 +270,8 @@ class Worker:
                 self._changed.notify_all()
         finally:
             self._fail_all()
+            if self._warm is not None:
+                self._warm.stop_compiling()
 
     def _explained(self) -> contextlib.AbstractContextManager[None]:
         return memory.explained(self._model.model, batch=self._slots, max_length=self._model.max_length)

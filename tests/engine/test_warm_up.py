@@ -1,12 +1,18 @@
 """`warm_up` compiles few programs, and then no request waits for another one."""
 
 import dataclasses
+import threading
 
+import pytest
+
+from gptjax.engine import executor
+from gptjax.engine.compilation import Later
 from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request
 from gptjax.scheduling.policy import Policy
 from tests.compilations import compilations
 from tests.engine.test_engine import MIXED, MODEL, made_params
+from tests.server.worker_material import until
 
 EVERY = {
     "temperature": 0.9,
@@ -21,18 +27,20 @@ EVERY = {
 }
 
 
-def _run(engine: Engine, requests: list[Request]) -> None:
-    """Adds a request with every step, and runs all to their ends."""
-    left, waiting = {}, list(requests)
+def _run(engine: Engine, requests: list[Request]) -> list[tuple[int, int]]:
+    """Adds a request with every step, and runs all to their ends. Returns all tokens, with their requests' numbers."""
+    left, waiting, drawn = {}, list(requests), []
     while left or waiting:
         if waiting:
             request = waiting.pop()
             left[engine.add(request)] = request.room(engine.max_length)
         for token in engine.step():
+            drawn.append((token.request, token.token_id))
             left[token.request] -= 1
             if not left[token.request]:
                 engine.end(token.request)
                 del left[token.request]
+    return sorted(drawn, key=lambda each: each[0])  # stable
 
 
 def test_no_request_waits_for_a_compilation():
@@ -54,3 +62,114 @@ def test_no_request_waits_for_a_compilation():
         for requests in ([alone[0]], alone[::-1], MIXED, every, [*alone, *every, *MIXED], long, MIXED[::-1]):
             _run(engine, requests)
         assert compiled == []
+
+
+class Held:
+    """Instead of `Later`: compiles when it is told to."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+
+def test_the_largest_programs_stand_in_for_those_that_are_not_compiled_yet(monkeypatch):
+    """Requests get the same tokens, and none waits for a compilation, before and after."""
+    # Another number of pages than elsewhere, so that nothing is there from before.
+    shape = {"batch": 3, "max_length": 300, "policy": Policy(slots=3, chunk=64, pieces=2), "pages": (6,)}
+    monkeypatch.setattr(executor, "Later", Held)
+    engine = Engine(MODEL, made_params(), **shape)
+    with compilations() as compiled:
+        engine.warm_up_largest()
+    assert len(compiled) == 1 + 2 + 2 * 1 + 3
+    sizes = _sizes(engine, monkeypatch)
+    with compilations() as compiled:
+        before = _run(engine, MIXED)
+        assert sizes == {64, 3}
+        Later(engine._executor._later.parts).wait()
+        assert len(compiled) == 1 + 2 * 2
+    sizes.clear()
+    with compilations() as compiled:
+        numbers = len({number for number, _ in before})
+        after = [(number - numbers, token) for number, token in _run(engine, MIXED)]
+        assert compiled == []
+        assert sizes == {32, 64, 1, 2, 3}
+    assert before == after
+
+
+def _sizes(engine, monkeypatch) -> set[int]:
+    """The sizes of the calls that an engine runs from now on."""
+    sizes, run = set(), engine._executor.run
+
+    def spied(plan, requests):
+        calls = [*plan.prefill, *([plan.decode] if plan.decode else [])]
+        sizes.update(call.size for call in calls)
+        return run(plan, requests)
+
+    monkeypatch.setattr(engine._executor, "run", spied)
+    return sizes
+
+
+def test_all_is_compiled_first_if_the_sizes_of_calls_must_not_depend_on_load(monkeypatch):
+    monkeypatch.setattr(executor, "Later", None)  # not called
+    policy = Policy.same_bits(slots=2, chunk=32)
+    engine = Engine(MODEL, made_params(), batch=2, max_length=100, policy=policy, pages=(7,))
+    engine.warm_up_largest()
+    with compilations() as compiled:
+        _run(engine, [dataclasses.replace(each, prompt_ids=each.prompt_ids[:60], max_tokens=9) for each in MIXED])
+        assert compiled == []
+    assert engine.wait_until_compiled()
+
+
+class _Program:
+    """A program whose compilation waits for `go`, or fails."""
+
+    out_info = None
+
+    def __init__(self, go=None, failure=None):
+        self.go, self.failure, self.begun = go, failure, threading.Event()
+
+    def lower(self):
+        return self
+
+    def compile(self):
+        self.begun.set()
+        assert self.go is None or self.go.wait(60)
+        if self.failure is not None:
+            raise self.failure
+
+
+def _later(*parts):
+    """`Later` of programs, and a set of the numbers of the parts that are done."""
+    done = set()
+
+    def part(number, of_part):
+        return lambda compilation: [compilation(each) for each in of_part], lambda: done.add(number)
+
+    return Later([part(*each) for each in enumerate(parts)]), done
+
+
+def test_a_part_is_done_when_all_of_its_programs_are():
+    go = threading.Event()
+    later, done = _later([_Program()], [_Program(), _Program(go)])
+    go.set()
+    assert later.wait()
+    assert done == {0, 1}
+
+
+def test_what_fails_is_left_out():
+    later, done = _later([_Program(), _Program(failure=RuntimeError("out of memory"))], [_Program()])
+    assert not later.wait()
+    assert done == {1}
+
+
+@pytest.mark.parametrize("submitted", [False, True])
+def test_nothing_begins_after_a_stop(submitted):
+    go = threading.Event()
+    first, never = _Program(go), [_Program(go) for _ in range(500)]
+    later, done = _later([first], *([each] for each in never), [_Program(go)])
+    assert first.begun.wait(60)
+    if submitted:
+        until(lambda: len(later._compilation.compiled) == 502)
+    later.stop()
+    go.set()
+    assert not later.wait()
+    assert len(done) < 502

@@ -37,6 +37,9 @@ class FakeWorker:
     def start(self) -> None:
         pass
 
+    def wait_until_compiled(self) -> bool:
+        return True
+
     def stop(self) -> None:
         for stopped in list(self.open.values()):
             stopped.set()

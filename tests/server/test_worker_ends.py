@@ -1,5 +1,6 @@
 """How workers begin and end: warm-up, drain, stop, death, and logits that are not finite."""
 
+import logging
 import threading
 import time
 
@@ -13,6 +14,7 @@ from gptjax.engine.request import Request, SamplingParams
 from gptjax.server import worker as worker_module
 from gptjax.server.events import Failed, Finished, Unavailable
 from gptjax.server.worker import Worker
+from pallas_kernels import same_bits
 from tests.compilations import compilations
 from tests.server.worker_material import CHUNK, PATIENCE, REQUESTS, Reader, ids_of, request_of
 from tests.shallow import shallow
@@ -46,6 +48,7 @@ def test_nothing_is_compiled_after_warm_up():
     worker = Worker(shallow("gpt-oss-tales", max_length=280, max_batch=3), chunk=CHUNK)
     worker.start()
     worker.wait_until_ready()
+    assert worker.wait_until_compiled()
     try:
         with compilations() as compiled:
             readers = [Reader(worker, request) for request in REQUESTS if len(request.prompt_ids) <= 280]
@@ -53,7 +56,8 @@ def test_nothing_is_compiled_after_warm_up():
             worker.cancel(readers[3].ticket)
             assert all(isinstance(reader.end, Finished) for reader in readers)
             cached = [Reader(worker, Request(ids_of(1, n), 3, SamplingParams())).end.cached_tokens for n in (70, 200)]
-            assert cached == [0, 64]
+            # Of 70 tokens, the whole chunk if bits depend on where a prompt is cut.
+            assert cached == [0, 70 if same_bits.holds() else 64]
             assert compiled == []
             jax.jit(lambda x: x * 3.5)(np.ones(3))  # the listener does hear a compilation
             assert compiled != []
@@ -150,13 +154,15 @@ def test_a_failure_of_the_device_disturbs_no_request(fresh, monkeypatch, caplog)
             raise jax.errors.JaxRuntimeError("INTERNAL: planted")
         return original(model, params, slots, *others)
 
+    assert worker.wait_until_compiled()  # what fails can only be called
     monkeypatch.setattr(programs, "advance", failing)
     readers = [Reader(worker, request) for request in requests]
     assert all(isinstance(reader.end, Finished) for reader in readers)
     assert [reader.tokens for reader in readers] == expected
     state = worker.state
     assert (state.alive, state.ready, state.error, state.losses) == (True, True, None, 2)
-    assert caplog.messages == ["the device failed; open requests go on where they were"] * 2
+    warnings = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warnings == ["the device failed; open requests go on where they were"] * 2
 
 
 def test_a_device_that_fails_again_and_again_ends_all_requests(fresh, monkeypatch):
@@ -166,6 +172,7 @@ def test_a_device_that_fails_again_and_again_ends_all_requests(fresh, monkeypatc
     def failing(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: planted")
 
+    assert worker.wait_until_compiled()  # what fails can only be called
     monkeypatch.setattr(programs, "sample", failing)
     readers = [Reader(worker, request_of(n, 5, 80)) for n in range(4)]
     ends = {reader.end for reader in readers}
