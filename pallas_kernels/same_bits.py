@@ -6,8 +6,7 @@ AVX2 and AVX-512; `tests/pallas_kernels/test_same_bits.py` compares with such ch
 
 - Chains are cut: at 1024, with AVX-512 at 512. So what is summed is divided into runs of at most `RUN`, and the runs
   are added in order. A kernel [in, out] is also cut, at shorter lengths, if there are 2 to 60 rows. So up to `FEW` rows
-  are products of one row each, which is no slower: XLA multiplies 8 rows in the time of 8 single rows. More rows are
-  padded to `MANY`.
+  are multiplied one at a time, which takes XLA no longer than all of them together. More rows are padded to `MANY`.
 - One row times a matrix [out, in] has eight chains or sixteen, where more rows have one. So one row is padded to two;
   except for the head, whose matrix is so large that this would double a token's time: there, all rows are computed one
   by one. With AVX-512, a loop over rows has sixteen chains where code outside of loops has eight, unless the program is

@@ -38,13 +38,12 @@ class Trial:
 
 
 def trials(
-    model: Model, params: Params, *, requests: int, max_batches: Sequence[int], exact: bool, seed: int = 0
+    model: Model, params: Params, *, requests: int, max_batches: Sequence[int], seed: int = 0
 ) -> Iterator[Trial]:
     """For each `max_batch`, requests one at a time against those at `max_batch` 1, then in company against alone.
 
     Args:
       requests: how many.
-      exact: whether the engine promises equal bits; see `load`.
 
     Raises:
       RequestError: no requests, or no `max_batch`, or one below 1.
@@ -53,18 +52,22 @@ def trials(
     if requests < 1 or not max_batches or min(max_batches) < 1:
         raise RequestError(f"found {requests} requests at max_batch {list(max_batches)}: each must be at least 1")
     asked = _requests(model, requests, random.Random(seed))
-    reference = _alone(model, params, 1, exact, asked)
+    reference = _alone(model, params, 1, asked)
     for max_batch in max_batches:
-        alone = reference if max_batch == 1 else _alone(model, params, max_batch, exact, asked)
+        alone = reference if max_batch == 1 else _alone(model, params, max_batch, asked)
         if max_batch > 1:
             yield _compared(max_batch, False, reference, alone)
-        company = _in_company(model, params, max_batch, exact, asked, random.Random(seed + 1))
+        company = _in_company(model, params, max_batch, asked, random.Random(seed + 1))
         yield _compared(max_batch, True, alone, company)
+
+
+def _length(model: Model) -> int:
+    return min(LENGTH, model.config.context_length)
 
 
 def _requests(model: Model, count: int, rng: random.Random) -> list[Request]:
     """Greedy and sampled, of all lengths; half of them begin like others."""
-    length, vocabulary = min(LENGTH, model.config.context_length), model.config.vocab_size
+    length, vocabulary = _length(model), model.config.vocab_size
     beginning = [rng.randrange(vocabulary) for _ in range(length)]
     found = []
     for number in range(count):
@@ -76,10 +79,10 @@ def _requests(model: Model, count: int, rng: random.Random) -> list[Request]:
     return found
 
 
-def _alone(model: Model, params: Params, max_batch: int, exact: bool, requests: Sequence[Request]) -> list[Given]:
+def _alone(model: Model, params: Params, max_batch: int, requests: Sequence[Request]) -> list[Given]:
     """What each request is given if no other runs, and nothing is left of those before."""
-    length = min(LENGTH, model.config.context_length)
-    policy = default_policy(model, slots=max_batch, exact=exact)
+    length = _length(model)
+    policy = default_policy(model, slots=max_batch)
     engine = Engine(model, params, batch=max_batch, max_length=length, policy=policy)
     found = []
     for request in requests:
@@ -92,14 +95,14 @@ def _alone(model: Model, params: Params, max_batch: int, exact: bool, requests: 
 
 
 def _in_company(
-    model: Model, params: Params, max_batch: int, exact: bool, requests: Sequence[Request], rng: random.Random
+    model: Model, params: Params, max_batch: int, requests: Sequence[Request], rng: random.Random
 ) -> list[Given]:
     """What each request is given if they come in any order and pause, with beginnings kept and little room.
 
     One that pauses may be set aside for others, and is computed again when it goes on.
     """
-    length = min(LENGTH, model.config.context_length)
-    policy = default_policy(model, slots=max_batch, reuse=True, exact=exact)
+    length = _length(model)
+    policy = default_policy(model, slots=max_batch, reuse=True)
     each = pool_kinds(model, max_length=length, policy=policy)
     wanted = pages_for(each, int(_SHARE * max_batch * length), page=policy.page)
     pages = [max(pair) for pair in zip(wanted, least_pages(each), strict=True)]

@@ -227,7 +227,7 @@ class Engine:
         oldest = self._dispatched[0]
         if oldest.on_host is None:
             oldest.on_host = self._read(oldest)
-        tokens = oldest.on_host.popleft() if oldest.on_host else []  # there are none for requests that have ended
+        tokens = oldest.on_host.popleft() if oldest.on_host else []  # its requests may have ended
         if not oldest.on_host:
             self._dispatched.popleft()
         return [token for token in tokens if token.request in self._requests]

@@ -17,7 +17,7 @@ needs_same_bits = pytest.mark.skipif(not same_bits.holds(), reason="products on 
 
 
 def _trials(**options):
-    given = {"requests": 6, "max_batches": [1, 3], "exact": True} | options
+    given = {"requests": 6, "max_batches": [1, 3]} | options
     return list(trials(MADE.model, MADE.params, **given))
 
 
