@@ -1,6 +1,8 @@
 """A sum that a product leaves unfinished: the next operation finishes it while reading it."""
 
 import dataclasses
+from functools import reduce
+from operator import add
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +32,13 @@ class PartialSum:
 
     def total(self) -> jax.Array:
         """The sum [T, O], float32."""
+        parts = list(self.parts_JAO)  # added one by one: the order of XLA's sums depends on the number of rows
         if self.rows_TX is None:
-            present_TX, y_TXO = jnp.ones((self.parts_JAO.shape[1], 1), bool), self.parts_JAO.sum(axis=0)[:, None]
+            present_TX, y_TXO = jnp.ones((len(parts[0]), 1), bool), reduce(add, parts)[:, None]
         else:
             present_TX = self.rows_TX >= 0
-            y_TXO = self.parts_JAO[:, jnp.where(present_TX, self.rows_TX, 0)].sum(axis=0)
+            rows_TX = jnp.where(present_TX, self.rows_TX, 0)
+            y_TXO = reduce(add, [part_AO[rows_TX] for part_AO in parts])
         if self.bias_EO is not None:
             bias_rows: jax.Array | int = 0
             if self.bias_rows_TX is not None:

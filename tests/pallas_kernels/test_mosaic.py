@@ -22,6 +22,7 @@ from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 
 SETTINGS = {"alpha": 1.702, "limit": 7.0}
 BF16 = float(jnp.finfo(jnp.bfloat16).eps)
+ROWS = (1, 2, 3, 8, 9, 16, 31, 32, 64, 100, 128)  # of a step
 
 
 def _shape(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -57,10 +58,23 @@ def test_experts_lower(T, E):
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("T", "K", "N"), [(1, 2880, 5120), (4, 4096, 2880), (8, 768, 2304), (64, 1600, 6400)])
-def test_products_lower(T, K, N):
+@pytest.mark.parametrize(
+    ("T", "K", "N", "transposed"),
+    [
+        (1, 2880, 5120, False),
+        (4, 4096, 2880, False),
+        (8, 768, 2304, False),
+        (8, 768, 50257, True),
+        (9, 1600, 6400, False),
+        (128, 2880, 5120, False),
+        (128, 128, 67000, True),
+    ],
+)
+def test_products_lower(T, K, N, transposed):
     product = importlib.import_module("pallas_kernels.matvec.mosaic_sm90").product
-    lowered(lambda *operands: product(*operands).total(), _shape(T, K), _shape(K, N), _shape(N))
+    kernel = _shape(N, K) if transposed else _shape(K, N)
+    text = lowered(lambda *operands: product(*operands, transposed=transposed).total(), _shape(T, K), kernel, _shape(N))
+    assert ("matvec_many" in text) == (T > 8)
 
 
 @needs_mosaic
@@ -105,19 +119,19 @@ def test_auto_lowers_to_kernels_where_they_pay(monkeypatch):
         weights = _fragments(E, 2 * F, D), _shape(E, 2 * F), _fragments(E, D, F), _shape(E, D)
         return lowered(lambda *operands: moe(*operands, **SETTINGS).total(), *operands, *weights)
 
-    def product(T: int) -> str:
-        return lowered(lambda *operands: matvec(*operands).total(), _shape(T, 320), _shape(320, 192))
+    def product(T: int, outputs: int) -> str:
+        return lowered(lambda *operands: matvec(*operands).total(), _shape(T, 320), _shape(320, outputs))
 
     assert "moe_product" in experts(128, 32) and "moe_grouped" in experts(129, 32)
     assert "moe_product" in experts(31, 4) and "moe_grouped" in experts(32, 4)
-    assert "mosaic_gpu" in product(8) and "mosaic_gpu" not in product(9)
+    assert "mosaic_gpu" in product(8, 192) and "mosaic_gpu" in product(128, 192)
+    assert "mosaic_gpu" not in product(8, 200)
 
 
 @needs_mosaic
-def test_settings_of_fewer_rows_lower_within_memory():
+def test_settings_that_do_not_fit_lower_within_memory():
     K, N = 28672, 8192
-    shape = {"rows": 1, "in": K, "out": N}
-    few = tiles.Entry("matvec/mosaic", shape, {"splits": 2}, 1.0, "2026-11-21", "0.11.2")
+    few = tiles.Entry("matvec/mosaic", {"in": K, "out": N}, {"runs": 2}, 1.0, "2026-11-21", "0.11.2")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "read", lambda file: (few,))
         lowered(lambda *operands: matvec(*operands, implementation="mosaic").total(), _shape(8, K), _shape(K, N))
@@ -177,15 +191,42 @@ def _agrees_with_the_oracle(operands):
 
 
 @needs_hopper
-@pytest.mark.parametrize("T", [1, 3, 4, 8, 9, 64])
-@pytest.mark.parametrize(("K", "N"), [(64, 64), (320, 192), (2880, 5120), (4096, 2880), (1600, 6400)])
-def test_products_agree_with_numpy(T, K, N):
+@pytest.mark.parametrize(
+    ("K", "N", "transposed"),
+    [
+        (64, 64, False),
+        (320, 192, False),
+        (2880, 5120, False),
+        (4096, 2880, False),
+        (1600, 6400, False),
+        (14336, 4096, False),
+        (64, 8, True),
+        (768, 1000, True),
+        (320, 67000, True),
+    ],
+)
+def test_products_agree_with_numpy_with_the_same_bits_among_any_number_of_rows(K, N, transposed):
     product = importlib.import_module("pallas_kernels.matvec.mosaic_sm90").product
-    rng = np.random.default_rng(T)
-    x, kernel, bias = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((T, K), (K, N), (N,)))
-    actual = product(x, kernel, bias).total()
+    rng = np.random.default_rng(K)
+    x, kernel, bias = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((128, K), (K, N), (N,)))
+    stored = kernel.T if transposed else kernel
+    totals = {T: np.asarray(product(x[:T], stored, bias, transposed=transposed).total()) for T in ROWS}
     x, kernel, bias = (np.asarray(each, np.float64) for each in (x, kernel, bias))
-    np.testing.assert_allclose(actual, x @ kernel + bias, rtol=0, atol=1e-6 * K)
+    np.testing.assert_allclose(totals[128], x @ kernel + bias, rtol=0, atol=1e-6 * K)
+    for T, total in totals.items():
+        np.testing.assert_array_equal(total, totals[128][:T], err_msg=f"{T} rows")
+
+
+@needs_hopper
+def test_a_head_of_odd_size_agrees_with_numpy():
+    product = importlib.import_module("pallas_kernels.matvec.mosaic_sm90").product
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((8, 768), (50257, 768)))
+    totals = {T: np.asarray(product(x[:T], kernel, transposed=True).total()) for T in (1, 3, 8)}
+    expected = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
+    np.testing.assert_allclose(totals[8], expected, rtol=0, atol=1e-6 * 768)
+    for T, total in totals.items():
+        np.testing.assert_array_equal(total, totals[8][:T])
 
 
 @needs_hopper
