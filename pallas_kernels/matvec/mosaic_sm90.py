@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import dispatch, ptx, tiles
+from pallas_kernels import ptx
 from pallas_kernels.matvec import many_sm90
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
@@ -58,33 +58,19 @@ def product(
 ) -> PartialSum:
     """See `api.matvec`."""
     inputs, outputs = reversed(kernel.shape) if transposed else kernel.shape
-    shape: tiles.Shape = {"in": inputs, "out": outputs}
-    settings: Any = tiles.lookup(dispatch.device_kind(), "matvec/mosaic", shape)
-    if settings is None or settings["runs"] not in _runs(shape):
-        settings = heuristic(shape)
-    few = x_TI.shape[0] <= EIGHT
-    parts_JTO = (_parts if few else many_sm90.parts)(x_TI, kernel, transposed=transposed, **settings)
+    parts = _parts if x_TI.shape[0] <= EIGHT else many_sm90.parts
+    parts_JTO = parts(x_TI, kernel, runs=runs(inputs, outputs), transposed=transposed)
     return PartialSum(parts_JTO, bias_EO=None if bias_O is None else bias_O[None])
 
 
-def heuristic(shape: tiles.Shape) -> tiles.Settings:
-    """The settings for a shape that is not in the table."""
-    wanted = _BLOCKS * TILE / int(shape["out"])
-    return {"runs": min(_runs(shape), key=lambda each: abs(math.log(each / wanted)))}
+def runs(inputs: int, outputs: int) -> int:
+    """How many runs of whole tiles the inputs are divided into.
 
-
-def tunable(shape: tiles.Shape) -> list[tiles.Settings]:
-    """See `tiles`: around the heuristic's number of blocks."""
-    panels, usual = -(-int(shape["out"]) // TILE), heuristic(shape)
-    near = [each for each in _runs(shape) if _BLOCKS / 3 <= each * panels <= 3 * _BLOCKS]
-    others: list[tiles.Settings] = [{"runs": runs} for runs in near]
-    return [usual, *(each for each in others if each != usual)]
-
-
-def _runs(shape: tiles.Shape) -> list[int]:
-    """Numbers of runs of whole tiles."""
-    count = int(shape["in"]) // TILE
-    return [each for each in range(1, count + 1) if count % each == 0]
+    Not a setting to be tuned: with another number, all results have other bits. RECORD.md has others' times.
+    """
+    count, wanted = inputs // TILE, _BLOCKS * TILE / outputs
+    possible = [each for each in range(1, count + 1) if count % each == 0]
+    return min(possible, key=lambda each: abs(math.log(each / wanted)))
 
 
 @partial(jax.jit, static_argnames=("runs", "transposed"))

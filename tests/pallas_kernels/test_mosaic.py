@@ -82,9 +82,8 @@ def test_products_lower(T, K, N, transposed):
 def test_kernels_ask_for_settings_and_lower_with_each_that_can_be_tried(T):
     E, D, F, X = 8, 320, 192, 2
 
-    def both(x, experts, weights, gate_up, bias, down, other, kernel):
-        chosen = moe(x, experts, weights, gate_up, bias, down, other, **SETTINGS, implementation="mosaic").total()
-        return matvec(chosen.astype(jnp.bfloat16), kernel, implementation="mosaic").total()
+    def chosen(*operands):
+        return moe(*operands, **SETTINGS, implementation="mosaic").total()
 
     operands = (
         _shape(T, D),
@@ -94,11 +93,10 @@ def test_kernels_ask_for_settings_and_lower_with_each_that_can_be_tried(T):
         _shape(E, 2 * F),
         _fragments(E, D, F),
         _shape(E, D),
-        _shape(D, 7680),
     )
     with tiles.trial({}) as asked:
-        jax.eval_shape(both, *operands)
-    assert [operation for operation, _ in asked] == ["moe/mosaic", "moe/mosaic", "matvec/mosaic"]
+        jax.eval_shape(chosen, *operands)
+    assert [operation for operation, _ in asked] == ["moe/mosaic", "moe/mosaic"]
     for operation, items in asked:
         module = importlib.import_module(dispatch.module(operation))
         shape = dict(items)
@@ -106,7 +104,7 @@ def test_kernels_ask_for_settings_and_lower_with_each_that_can_be_tried(T):
         assert module.heuristic(shape) in tried and len(tried) > 1
         for settings in tried:
             with tiles.trial({(operation, items): settings}):
-                lowered(both, *operands)
+                lowered(chosen, *operands)
 
 
 @needs_mosaic
@@ -129,12 +127,20 @@ def test_auto_lowers_to_kernels_where_they_pay(monkeypatch):
 
 
 @needs_mosaic
-def test_settings_that_do_not_fit_lower_within_memory():
-    K, N = 28672, 8192
-    few = tiles.Entry("matvec/mosaic", {"in": K, "out": N}, {"runs": 2}, 1.0, "2026-11-21", "0.11.2")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "read", lambda file: (few,))
-        lowered(lambda *operands: matvec(*operands, implementation="mosaic").total(), _shape(8, K), _shape(K, N))
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "expected"),
+    [
+        (2880, 5120, 3),
+        (4096, 2880, 4),
+        (2880, 201088, 1),
+        (4096, 28672, 1),
+        (14336, 4096, 4),
+        (64, 64, 1),
+        (1600, 4800, 5),
+    ],
+)
+def test_runs_follow_from_a_matrix_alone(inputs, outputs, expected):
+    assert importlib.import_module("pallas_kernels.matvec.mosaic_sm90").runs(inputs, outputs) == expected
 
 
 @needs_mosaic
