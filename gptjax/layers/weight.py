@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import same_bits
+from pallas_kernels import dispatch, same_bits
 from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.ggml.fragments import QuantizedFragments
 from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from pallas_kernels.formats.mxfp4 import MXFP4
+from pallas_kernels.matmul import matmul
 from pallas_kernels.matvec import FEW, PACKED_FEW, Fragments, matvec, packed_gated, packed_matvec, takes_gated
 from pallas_kernels.partial_sum import PartialSum
 
@@ -73,7 +74,9 @@ def product(
     if isinstance(kernel, jax.Array) and rows.shape[0] <= FEW:
         return matvec(rows, kernel.astype(dtype), bias, implementation=implementation)
     if isinstance(kernel, jax.Array):
-        y = same_bits.product(rows, kernel.astype(dtype))
+        # There is no Triton kernel for many rows: XLA's is as good.
+        how = dispatch.AUTO if implementation == dispatch.TRITON else implementation
+        y = matmul(rows, kernel.astype(dtype), implementation=how)
     else:
         parts: Sequence[Matrix] = kernel.parts if isinstance(kernel, Rows) else (kernel,)
         if _is_fragments(parts) and rows.shape[0] <= PACKED_FEW:
