@@ -25,7 +25,7 @@ _WIDTHS = (256, 192, 128, 64)  # outputs of a block
 _MULTIPROCESSORS = 132  # of an H200, with one block each
 _ROOM = 220 * 1024  # bytes of shared memory of a block
 _STAGES = 9  # steps in flight, at most
-_STARTUP = 64  # what a block costs beside its outputs' products, as if it had so many outputs more
+_STARTUP = 48  # what a block costs beside its outputs' products, as if it had so many outputs more
 
 
 @dataclasses.dataclass(frozen=True)
