@@ -132,8 +132,8 @@ def _rotate(
     angle = ptx.add(ptx.mul(row, plan.half), i)
     (c,), (s,) = (ptx.asm(_LOAD, [ptx.f32()], [ptx.offset(table, angle, 4)]) for table in (cos, sin))
     turned = (
-        arith.subf(arith.mulf(first, c), arith.mulf(last, s)),
-        arith.addf(arith.mulf(last, c), arith.mulf(first, s)),
+        ptx.fma(first, c, arith.negf(ptx.times(last, s))),
+        ptx.fma(last, c, ptx.times(first, s)),
     )
     is_value = arith.cmpi(arith.CmpIPredicate.sge, head, ptx.const(plan.queries + plan.keys))
     return arith.select(is_value, first, turned[0]), arith.select(is_value, last, turned[1])

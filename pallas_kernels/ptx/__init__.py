@@ -40,6 +40,7 @@ from pallas_kernels.ptx.values import (
     less,
     mul,
     pack,
+    times,
     tree_sum,
     where,
 )
@@ -103,6 +104,7 @@ __all__ = [
     "sync_block",
     "sync_warp",
     "thread",
+    "times",
     "tree_sum",
     "warp_sum",
     "when",
