@@ -7,7 +7,7 @@ load gives 0 in the others.
 
 from pallas_kernels.ptx.barriers import MBarriers, TileCopies, bulk_copy, expect_bytes, sync_block
 from pallas_kernels.ptx.cluster import MOST_BLOCKS, ClusterThread, cluster_rank
-from pallas_kernels.ptx.control import loop, prefetched_loop, when
+from pallas_kernels.ptx.control import loop, when
 from pallas_kernels.ptx.launch import launch
 from pallas_kernels.ptx.memory import (
     global_address,
@@ -94,7 +94,6 @@ __all__ = [
     "mul",
     "offset",
     "pack",
-    "prefetched_loop",
     "quad_reduce",
     "shared_address",
     "shared_offset",

@@ -31,6 +31,7 @@ class ClusterEmulator(Emulator):
         self.utils.thread_idx = lambda: in_block
         more = {
             "arith": self.arith,
+            "fragment_lane": lambda: (in_block % 128 >> 5, in_block % 32 >> 2, in_block % 4),
             "utils": self.utils,
             "as_predicate": lambda condition: ("ne", condition.astype(np.int32)),
             "both": lambda *conditions: functools.reduce(np.logical_and, conditions),

@@ -70,6 +70,7 @@ _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "redux.sync.min.u32": lambda a, mask: a.reshape(-1, 32).min(axis=1).repeat(32),
     "mul.rn.bf16x2": lambda a, b: _two_numbers(operator.mul, a, b),
     "add.rn.bf16x2": lambda a, b: _two_numbers(operator.add, a, b),
+    "mad.lo.u32": lambda a, b, c: a * b + c,
     "mad.wide.s32": lambda a, b, c: _integer(a).astype(np.int64) * _integer(b) + c,
 }
 
@@ -81,6 +82,11 @@ class Arith:
         """Comparisons of integers."""
 
         eq, sge, slt = operator.eq, operator.ge, operator.lt
+
+        @staticmethod
+        def ult(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            """Of the same bits as unsigned numbers."""
+            return _bits(a) < _bits(b)
 
     cmpi = staticmethod(lambda predicate, a, b: predicate(_integer(a), _integer(b)))
     andi = staticmethod(lambda a, b: a & b if np.asarray(a).dtype == bool else _integer(_bits(a) & _bits(b)))
@@ -261,6 +267,9 @@ class Emulator:
             words = self._read(at, [np.uint32] * len(targets), active) if size == 4 else [self._read_short(at, active)]
             for target, word in zip(targets, words, strict=True):
                 registers[target] = np.where(active, word, registers.get(target, word))
+        elif name == "st.global.v2.f32":
+            words = np.stack([registers[each] for each in operands[1:]], axis=1)
+            self._write(registers[operands[0]], words.view(np.uint8), active)
         elif name == "st.global.b16":
             half = registers[operands[1]].astype(np.uint16)[:, None].view(np.uint8)
             self._write(registers[operands[0]], half, active)
