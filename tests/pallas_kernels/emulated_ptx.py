@@ -62,6 +62,8 @@ _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "ex2.approx.f32": lambda a: _bits(np.exp2(a.view(np.float32))),
     "lg2.approx.f32": lambda a: _bits(np.log2(a.view(np.float32))),
     "rsqrt.approx.f32": lambda a: _bits(np.float32(1) / np.sqrt(a.view(np.float32))),
+    "selp.b32": lambda a, b, p: np.where(p, a, b),
+    "setp.eq.f32": lambda a, b: a.view(np.float32) == b.view(np.float32),
     "setp.ge.s32": lambda a, b: _integer(a) >= _integer(b),
     "setp.gt.s32": lambda a, b: _integer(a) > _integer(b),
     "setp.ne.s32": lambda a, b: _integer(a) != _integer(b),
@@ -95,6 +97,9 @@ class Arith:
     ori = staticmethod(lambda a, b: a | b if np.asarray(a).dtype == bool else _integer(_bits(a) | _bits(b)))
     shli = staticmethod(lambda a, b: _integer(_bits(a) << _bits(b)))
     shrsi = staticmethod(lambda a, b: _integer(a) >> _integer(b))
+    bitcast = staticmethod(lambda kind, a: np.asarray(a).view(kind))
+    maximumf = staticmethod(np.maximum)
+    minui = staticmethod(lambda a, b: _integer(np.minimum(_bits(a), _bits(b))))
     maxui = staticmethod(lambda a, b: _integer(np.maximum(_bits(a), _bits(b))))
     negf = staticmethod(np.negative)
     xori = staticmethod(lambda a, b: _integer(_bits(a) ^ _bits(b)))
@@ -103,7 +108,14 @@ class Arith:
     remui = staticmethod(lambda a, b: _integer(_bits(a) % _bits(b)))
     subi = staticmethod(lambda a, b: _integer(a) - _integer(b))
     minsi = staticmethod(lambda a, b: np.minimum(_integer(a), _integer(b)))
-    select, mulf, addf, subf = (staticmethod(each) for each in (np.where, np.multiply, np.add, np.subtract))
+    mulf, addf, subf = (staticmethod(each) for each in (np.multiply, np.add, np.subtract))
+
+    @staticmethod
+    def select(condition: np.ndarray, value: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+        """One of two numbers of a type, which for integers of 32 bits may be two types here."""
+        if np.asarray(value).dtype != np.asarray(otherwise).dtype:
+            value, otherwise = _integer(value), _integer(otherwise)
+        return np.where(condition, value, otherwise)
 
 
 class Emulator:
