@@ -1,5 +1,6 @@
 """The Hopper kernels of a decode step: a row has the bits that it has alone, however many rows there are."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -96,11 +97,11 @@ def network(request: pytest.FixtureRequest) -> Any:
     weights = rng.dirichlet(np.ones(X), MOST).astype(np.float32)
 
     @jax.jit
-    def run(x: jax.Array, experts: jax.Array, weights: jax.Array) -> Any:
-        update = moe(x, experts, weights, up, up_bias, down, down_bias, **SETTINGS)
+    def run(layer: Any, x: jax.Array, experts: jax.Array, weights: jax.Array) -> Any:
+        update = moe(x, experts, weights, *layer, **SETTINGS)
         return add_norm(x, update, scale, epsilon=EPSILON, center=False, implementation="mosaic")
 
-    return run, [x, experts, weights]
+    return partial(run, (up, up_bias, down, down_bias)), [x, experts, weights]
 
 
 def test_of_experts(network):
