@@ -113,8 +113,10 @@ def test_of_experts_that_all_rows_choose(network):
     _assert_alone(run, [x, np.broadcast_to(experts[:1], experts.shape), weights])
 
 
-def test_of_what_is_appended():
-    rng, N, K, H = np.random.default_rng(0), 8, 2, 64
+@pytest.mark.parametrize(("H", "normed"), [(64, False), (128, True)])
+def test_of_what_is_appended(H, normed):
+    rng, N, K = np.random.default_rng(0), 8, 2
+    scales = tuple(jnp.asarray(rng.standard_normal(H), jnp.bfloat16) for _ in "qk") if normed else None
     parts = jnp.asarray(rng.standard_normal((MOST, 3, (N + 2 * K) * H)), jnp.float32)
     bias = jnp.asarray(rng.standard_normal((1, parts.shape[2])), jnp.bfloat16)
     angle = rng.uniform(-3, 3, (MOST, H // 2)).astype(np.float32)
@@ -125,7 +127,7 @@ def test_of_what_is_appended():
         empty = jnp.zeros((1 + rows, K, PAGE, H), jnp.bfloat16)
         table = 1 + jnp.arange(rows, dtype=jnp.int32)[:, None]
         qkv = PartialSum(parts.swapaxes(0, 1), bias_EO=bias)
-        q, k, v = append(qkv, (cos, sin), positions, empty, empty, table)
+        q, k, v = append(qkv, (cos, sin), positions, empty, empty, table, scales=scales, epsilon=EPSILON)
         return q, k[1:], v[1:]
 
     _assert_alone(jax.jit(run), [parts, np.cos(angle), np.sin(angle), positions])
