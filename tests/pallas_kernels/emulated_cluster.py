@@ -1,13 +1,13 @@
 """Kernels whose blocks form clusters, launched on a CPU: all threads of a cluster at once, in NumPy. See `Emulator`.
 
 `launched` stands in for `ptx.launch`, so a kernel is called as usual, but for `jax.jit`. Whatever a block sends has
-arrived at once.
+arrived at once. A block that waits must have been sent as many numbers as it prepared for: else it would wait forever.
 """
 
 import functools
 import importlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ class ClusterEmulator(Emulator):
     def __init__(self, threads: int, blocks: int):
         super().__init__(threads * blocks)
         self._rank, self._per_block = (self._threads // threads).astype(np.int32), 0
+        self._counts: Sequence[int] = []
+        self._sent = np.zeros((0, blocks), int)  # numbers, of each exchange to each block
         in_block = (self._threads % threads).astype(np.int32)
         self.utils.thread_idx = lambda: in_block
         more = {
@@ -54,10 +56,10 @@ class ClusterEmulator(Emulator):
             for name, function in self._names.items():
                 if hasattr(module, name):
                     patch.setattr(module, name, function)
-        patch.setattr(ClusterThread, "prepare", lambda thread, counts: None)
+        patch.setattr(ClusterThread, "prepare", lambda thread, counts: self._prepare(counts))
         patch.setattr(ClusterThread, "wait_prepared", lambda thread: None)
-        patch.setattr(ClusterThread, "receive", lambda thread, exchange: None)
-        patch.setattr(ClusterThread, "send", lambda thread, exchange, *sent: self._send(*sent))
+        patch.setattr(ClusterThread, "receive", lambda thread, exchange: self._receive(exchange))
+        patch.setattr(ClusterThread, "send", lambda thread, exchange, *sent: self._send(exchange, *sent))
 
     def share(self, *sizes: int) -> list[np.ndarray]:
         """As `Emulator.share`, in each block."""
@@ -65,9 +67,17 @@ class ClusterEmulator(Emulator):
         self._shared = np.full(self._per_block * blocks, 0xFF, np.uint8)
         return [(self._rank * self._per_block + sum(sizes[:i])).astype(np.int32) for i in range(len(sizes))]
 
-    def _send(self, rank: Any, address: Any, value: Any, condition: Any) -> None:
+    def _prepare(self, counts: Sequence[int]) -> None:
+        self._counts, self._sent = counts, np.zeros((len(counts), int(self._rank.max()) + 1), int)
+
+    def _send(self, exchange: int, rank: Any, address: Any, value: Any, condition: Any) -> None:
+        np.add.at(self._sent[exchange], rank[self._active & condition].astype(int), 1)
         at = address + (rank.astype(np.int32) - self._rank) * self._per_block
         self._store(at, [value], condition, space="shared")
+
+    def _receive(self, exchange: int) -> None:
+        for block in np.unique(self._rank[self._active]):
+            assert self._sent[exchange, block] == self._counts[exchange], f"block {block}, exchange {exchange}"
 
 
 def launched(*kernels: Any) -> Callable[..., dict[str, Any]]:
