@@ -31,14 +31,12 @@ class PartialSum:
         return 1 if self.rows_TX is None else self.rows_TX.shape[1]
 
     def total(self) -> jax.Array:
-        """The sum [T, O], float32."""
-        parts = list(self.parts_JAO)  # added one by one: the order of XLA's sums depends on the number of rows
+        """The sum [T, O], float32, of the pieces in ascending order: XLA's own may depend on the number of tokens."""
         if self.rows_TX is None:
-            present_TX, y_TXO = jnp.ones((len(parts[0]), 1), bool), reduce(add, parts)[:, None]
+            present_TX, y_TXO = jnp.ones((self.parts_JAO.shape[1], 1), bool), reduce(add, self.parts_JAO)[:, None]
         else:
             present_TX = self.rows_TX >= 0
-            rows_TX = jnp.where(present_TX, self.rows_TX, 0)
-            y_TXO = reduce(add, [part_AO[rows_TX] for part_AO in parts])
+            y_TXO = reduce(add, self.parts_JAO[:, jnp.where(present_TX, self.rows_TX, 0)])
         if self.bias_EO is not None:
             bias_rows: jax.Array | int = 0
             if self.bias_rows_TX is not None:

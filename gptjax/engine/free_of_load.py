@@ -8,6 +8,7 @@ from gptjax.models.registry import Model
 from pallas_kernels import dispatch, same_bits
 from pallas_kernels.matvec import FEW
 
+_EXPERTS = (8, 16, 32, 64, 128)  # that Hopper's router takes
 _TILE = 64  # Hopper's kernels take widths that are multiples of it
 
 
@@ -49,8 +50,10 @@ def _has_ordered_kernels(model: Model) -> bool:
 def _takes(config: ModelConfig) -> bool:
     widths = [config.width, config.head_width]
     if isinstance(config, GptOssConfig):
-        return config.mxfp4 == "experts" and not any(each % _TILE for each in [*widths, config.mlp_width])
+        has_router = config.num_experts in _EXPERTS
+        return (
+            has_router and config.mxfp4 == "experts" and not any(each % _TILE for each in [*widths, config.mlp_width])
+        )
     if isinstance(config, LlamaConfig):
-        is_plain = config.mxfp4 == "none" and not config.qk_norm
-        return is_plain and not any(each % _TILE for each in [*widths, config.mlp_width])
+        return config.mxfp4 == "none" and not any(each % _TILE for each in [*widths, config.mlp_width])
     return False

@@ -7,7 +7,7 @@ load gives 0 in the others.
 
 from pallas_kernels.ptx.barriers import MBarriers, TileCopies, bulk_copy, expect_bytes, sync_block
 from pallas_kernels.ptx.cluster import MOST_BLOCKS, ClusterThread, cluster_rank
-from pallas_kernels.ptx.control import loop, prefetched_loop, when
+from pallas_kernels.ptx.control import loop, when
 from pallas_kernels.ptx.launch import launch
 from pallas_kernels.ptx.memory import (
     global_address,
@@ -40,6 +40,7 @@ from pallas_kernels.ptx.values import (
     less,
     mul,
     pack,
+    times,
     tree_sum,
     where,
 )
@@ -95,7 +96,6 @@ __all__ = [
     "mul",
     "offset",
     "pack",
-    "prefetched_loop",
     "quad_reduce",
     "shared_address",
     "shared_offset",
@@ -105,6 +105,7 @@ __all__ = [
     "sync_block",
     "sync_warp",
     "thread",
+    "times",
     "tree_sum",
     "warp_sum",
     "when",

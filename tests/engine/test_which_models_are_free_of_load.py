@@ -24,7 +24,7 @@ def _model(name: str, *, dtype: str = "bfloat16", implementation: str = "auto", 
     return registry.build(config, dtype=jnp.dtype(dtype), implementation=implementation)
 
 
-@pytest.mark.parametrize("name", ["gpt-oss-20b", "gpt-oss-120b", "llama-3.1-8b", "qwen2.5-7b"])
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "gpt-oss-120b", "llama-3.1-8b", "qwen2.5-7b", "qwen3-0.6b"])
 def test_models_with_a_kernel_for_each_sum_are_on_hopper(hopper, name):
     model = _model(name)
     assert is_free_of_load(model) and is_exact_by_default(model)
@@ -47,7 +47,7 @@ def test_models_with_a_kernel_for_each_sum_are_on_hopper(hopper, name):
         ("llama-3.1-8b", {"mxfp4": "linear"}),
         ("llama-3.1-8b", {"types": (("layers/0/mlp/down", ("Q4_K",)),)}),
         ("llama-3.1-8b", {"mlp_width": 14344}),
-        ("qwen2.5-7b", {"qk_norm": True}),
+        ("gpt-oss-20b", {"num_experts": 24}),
     ],
     ids=str,
 )

@@ -58,8 +58,21 @@ _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "prmt.b32": lambda a, b, selector: _permuted(a, b, int(selector)),
     "cvt.f32.f16": lambda a: _bits(a.astype(np.uint16).view(np.float16).astype(np.float32)),
     "cvt.rn.bf16.f32": lambda a: _as_bf16(a.view(np.float32)),
+    "cvt.rn.bf16x2.f32": lambda a, b: _as_bf16(a.view(np.float32)) << 16 | _as_bf16(b.view(np.float32)),
+    "ex2.approx.f32": lambda a: _bits(np.exp2(a.view(np.float32))),
+    "lg2.approx.f32": lambda a: _bits(np.log2(a.view(np.float32))),
+    "rsqrt.approx.f32": lambda a: _bits(np.float32(1) / np.sqrt(a.view(np.float32))),
+    "selp.b32": lambda a, b, p: np.where(p, a, b),
+    "setp.eq.f32": lambda a, b: a.view(np.float32) == b.view(np.float32),
+    "setp.ge.s32": lambda a, b: _integer(a) >= _integer(b),
+    "setp.gt.s32": lambda a, b: _integer(a) > _integer(b),
+    "setp.ne.s32": lambda a, b: _integer(a) != _integer(b),
+    # Of each warp, in each of its threads.
+    "redux.sync.max.u32": lambda a, mask: a.reshape(-1, 32).max(axis=1).repeat(32),
+    "redux.sync.min.u32": lambda a, mask: a.reshape(-1, 32).min(axis=1).repeat(32),
     "mul.rn.bf16x2": lambda a, b: _two_numbers(operator.mul, a, b),
     "add.rn.bf16x2": lambda a, b: _two_numbers(operator.add, a, b),
+    "mad.lo.u32": lambda a, b, c: a * b + c,
     "mad.wide.s32": lambda a, b, c: _integer(a).astype(np.int64) * _integer(b) + c,
 }
 
@@ -72,15 +85,37 @@ class Arith:
 
         eq, sge, slt = operator.eq, operator.ge, operator.lt
 
+        @staticmethod
+        def ult(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            """Of the same bits as unsigned numbers."""
+            return _bits(a) < _bits(b)
+
     cmpi = staticmethod(lambda predicate, a, b: predicate(_integer(a), _integer(b)))
     andi = staticmethod(lambda a, b: a & b if np.asarray(a).dtype == bool else _integer(_bits(a) & _bits(b)))
+    addi = staticmethod(lambda a, b: a + b if np.asarray(a).dtype == np.int64 else _integer(a) + _integer(b))
+    muli = staticmethod(lambda a, b: _integer(a) * _integer(b))
+    ori = staticmethod(lambda a, b: a | b if np.asarray(a).dtype == bool else _integer(_bits(a) | _bits(b)))
+    shli = staticmethod(lambda a, b: _integer(_bits(a) << _bits(b)))
+    shrsi = staticmethod(lambda a, b: _integer(a) >> _integer(b))
+    bitcast = staticmethod(lambda kind, a: np.asarray(a).view(kind))
+    maximumf = staticmethod(np.maximum)
+    minui = staticmethod(lambda a, b: _integer(np.minimum(_bits(a), _bits(b))))
+    maxui = staticmethod(lambda a, b: _integer(np.maximum(_bits(a), _bits(b))))
+    negf = staticmethod(np.negative)
     xori = staticmethod(lambda a, b: _integer(_bits(a) ^ _bits(b)))
     shrui = staticmethod(lambda a, b: _integer(_bits(a) >> _bits(b)))
     divui = staticmethod(lambda a, b: _integer(_bits(a) // _bits(b)))
     remui = staticmethod(lambda a, b: _integer(_bits(a) % _bits(b)))
     subi = staticmethod(lambda a, b: _integer(a) - _integer(b))
     minsi = staticmethod(lambda a, b: np.minimum(_integer(a), _integer(b)))
-    select, mulf, addf, subf = (staticmethod(each) for each in (np.where, np.multiply, np.add, np.subtract))
+    mulf, addf, subf = (staticmethod(each) for each in (np.multiply, np.add, np.subtract))
+
+    @staticmethod
+    def select(condition: np.ndarray, value: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+        """One of two numbers of a type, which for integers of 32 bits may be two types here."""
+        if np.asarray(value).dtype != np.asarray(otherwise).dtype:
+            value, otherwise = _integer(value), _integer(otherwise)
+        return np.where(condition, value, otherwise)
 
 
 class Emulator:
@@ -155,6 +190,13 @@ class Emulator:
             array, places = self._bytes(address, 4 * len(kinds), active)
             words[active] = array[places].view(np.uint32)
         return [words[:, i].copy().view(kind) for i, kind in enumerate(kinds)]
+
+    def _read_short(self, address: np.ndarray, active: np.ndarray) -> np.ndarray:
+        words = np.zeros(len(self._threads), np.uint32)
+        if active.any():
+            array, places = self._bytes(address, 2, active)
+            words[active] = array[places].view(np.uint16)[:, 0]
+        return words
 
     def _write(self, address: np.ndarray, data: np.ndarray, active: np.ndarray) -> None:
         """Of `data`, uint8 [threads, size]."""
@@ -231,15 +273,18 @@ class Emulator:
         def value(operand: str) -> Any:
             return registers[operand] if operand in registers else np.uint32(int(operand, 0) & 0xFFFFFFFF)
 
-        if name.startswith("ld.global"):
-            (address, shift), targets = operands[-1].split("+"), operands[:-1]
-            words = self._read(registers[address] + int(shift), [np.uint32] * len(targets), active)
-            registers.update(zip(targets, words, strict=True))
+        if name.startswith(("ld.global", "ld.shared")):
+            (address, _, shift), targets = operands[-1].partition("+"), operands[:-1]
+            at, size = registers[address] + int(shift or 0), 2 if name.endswith("u16") else 4
+            words = self._read(at, [np.uint32] * len(targets), active) if size == 4 else [self._read_short(at, active)]
+            for target, word in zip(targets, words, strict=True):
+                registers[target] = np.where(active, word, registers.get(target, word))
+        elif name == "st.global.v2.f32":
+            words = np.stack([registers[each] for each in operands[1:]], axis=1)
+            self._write(registers[operands[0]], words.view(np.uint8), active)
         elif name == "st.global.b16":
             half = registers[operands[1]].astype(np.uint16)[:, None].view(np.uint8)
             self._write(registers[operands[0]], half, active)
-        elif name == "setp.ne.s32":
-            registers[operands[0]] = value(operands[1]) != 0
         elif name == "mov.b32" and rest.startswith("{"):
             registers[operands[0]], registers[operands[1]] = value(operands[2]) & 0xFFFF, value(operands[2]) >> 16
         elif name == "mov.b32" and "{" in rest:

@@ -145,12 +145,14 @@ def test_runs_follow_from_a_matrix_alone(inputs, outputs, expected):
 
 @needs_mosaic
 @pytest.mark.parametrize("B", [1, 8])
-@pytest.mark.parametrize("rotates", [True, False])
-def test_appending_lowers_and_updates_the_cache_in_place(B, rotates):
-    cache, table = _shape(1 + B * 4, 8, PAGE, 64), _shape(B, 4, dtype=jnp.int32)
-    qkv = PartialSum(_shape(3, B, 80 * 64, dtype=jnp.float32), bias_EO=_shape(1, 80 * 64))
-    angles = (_shape(B, 32, dtype=jnp.float32),) * 2 if rotates else None
-    text = lowered(append.append, qkv, angles, _shape(B, dtype=jnp.int32), cache, cache, table)
+@pytest.mark.parametrize(("rotates", "H", "normed"), [(True, 64, False), (False, 64, False), (True, 128, True)])
+def test_appending_lowers_and_updates_the_cache_in_place(B, rotates, H, normed):
+    cache, table = _shape(1 + B * 4, 8, PAGE, H), _shape(B, 4, dtype=jnp.int32)
+    qkv = PartialSum(_shape(3, B, 80 * H, dtype=jnp.float32), bias_EO=_shape(1, 80 * H))
+    angles = (_shape(B, H // 2, dtype=jnp.float32),) * 2 if rotates else None
+    operands = qkv, angles, _shape(B, dtype=jnp.int32), cache, cache, table
+    scales = (_shape(H),) * 2 if normed else None
+    text = lowered(lambda scales, *given: append.append(*given, scales=scales, epsilon=1e-6), scales, *operands)
     assert "output_operand_aliases" in text
 
 
@@ -236,9 +238,12 @@ def test_a_head_of_odd_size_agrees_with_numpy():
 
 
 @needs_hopper
-@pytest.mark.parametrize("rotates", [True, False])
-def test_appending_agrees_with_numpy(rotates):
-    rng, B, N, K, H, splits = np.random.default_rng(0), 7, 6, 3, 64, 3
+@pytest.mark.parametrize(
+    ("rotates", "H", "normed"),
+    [(True, 64, False), (False, 64, False), (True, 64, True), (True, 128, True), (False, 256, True)],
+)
+def test_appending_agrees_with_numpy(rotates, H, normed):
+    rng, B, N, K, splits = np.random.default_rng(0), 7, 6, 3, 3
     positions = np.asarray([0, 127, -1, 128, 511, 300, 5], np.int32)
     table = (1 + rng.permutation(40)[:28]).reshape(7, 4).astype(np.int32)
     table[6] = 0  # a row whose page is not there writes to page 0, which belongs to nobody
@@ -249,10 +254,17 @@ def test_appending_agrees_with_numpy(rotates):
     angle = rng.uniform(-3, 3, (B, H // 2)).astype(np.float32)
     angles = (np.cos(angle), np.sin(angle)) if rotates else None
     qkv = PartialSum(jnp.asarray(parts), bias_EO=bias)
-    q, *written = jax.jit(append.append)(qkv, angles, positions, *cache, table)
+    scales = tuple(jnp.asarray(rng.standard_normal(H), jnp.bfloat16) for _ in "qk") if normed else None
+    run = jax.jit(lambda scales, *given: append.append(*given, scales=scales, epsilon=1e-5))
+    q, *written = run(scales, qkv, angles, positions, *cache, table)
 
     total = parts.astype(np.float64).sum(axis=0) + np.asarray(bias, np.float64)
     heads = np.asarray(jnp.asarray(total, jnp.float32).astype(jnp.bfloat16), np.float64).reshape(B, N + 2 * K, H)
+    if scales is not None:
+        of_head = np.repeat(np.asarray(scales, np.float64), [N, K], axis=0)
+        normal = heads[:, : N + K] / np.sqrt(np.square(heads[:, : N + K]).mean(axis=-1, keepdims=True) + 1e-5)
+        normal = np.asarray(jnp.asarray(normal * of_head, jnp.bfloat16), np.float64)
+        heads = np.concatenate((normal, heads[:, N + K :]), axis=1)
     if rotates:
         first, last = np.split(heads[:, : N + K], 2, axis=-1)
         cos, sin = (each.astype(np.float64)[:, None] for each in angles)
