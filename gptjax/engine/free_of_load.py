@@ -48,12 +48,10 @@ def _has_ordered_kernels(model: Model) -> bool:
 
 
 def _takes(config: ModelConfig) -> bool:
-    widths = [config.width, config.head_width]
+    if not isinstance(config, GptOssConfig | LlamaConfig):
+        return False
+    packed, has_router = "none", True
     if isinstance(config, GptOssConfig):
-        has_router = config.num_experts in _EXPERTS
-        return (
-            has_router and config.mxfp4 == "experts" and not any(each % _TILE for each in [*widths, config.mlp_width])
-        )
-    if isinstance(config, LlamaConfig):
-        return config.mxfp4 == "none" and not any(each % _TILE for each in [*widths, config.mlp_width])
-    return False
+        packed, has_router = "experts", config.num_experts in _EXPERTS
+    widths = config.width, config.head_width, config.mlp_width
+    return has_router and config.mxfp4 == packed and not any(width % _TILE for width in widths)

@@ -40,8 +40,8 @@ def default_policy(
     chunk = steps.chunk_of(model) if chunk is None else chunk
     least = least_call(model)
     if not exact or (is_free_of_load(model) and chunk >= least):
-        sizes = {"smallest_call": least} if exact else {}
-        return Policy(slots, chunk, steps_per_dispatch, share_decoded=not exact, reuse=reuse, **sizes)
+        policy = Policy(slots, chunk, steps_per_dispatch, share_decoded=not exact, reuse=reuse)
+        return dataclasses.replace(policy, smallest_call=least) if exact else policy
     return dataclasses.replace(Policy.same_bits(slots=slots, chunk=chunk, steps=steps_per_dispatch), reuse=reuse)
 
 
