@@ -18,7 +18,7 @@ from jaxlib.mlir.dialects import vector
 from pallas_kernels import ptx
 
 plgpu: Any = mosaic_gpu  # JAX 0.10 has another interface: there, this module can only be imported
-TILE = 64  # inputs of a step, rows of a warpgroup; outputs are a multiple of it
+TILE = 64  # inputs of a step, rows of a warpgroup; outputs are padded to a multiple of it
 _EIGHT = 8
 _WARPGROUPS = 2  # of a block, that multiply
 _WIDTHS = (256, 192, 128, 64)  # outputs of a block
@@ -70,7 +70,9 @@ class _Shared(NamedTuple):
 
 def product(x_TI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     """See `api.matmul`."""
-    return _product(x_TI, kernel_IO, plan=_MatmulPlan.of(x_TI.shape[0], *kernel_IO.shape))
+    outputs = kernel_IO.shape[1]
+    kernel_IO = jnp.pad(kernel_IO, ((0, 0), (0, -outputs % TILE)))
+    return _product(x_TI, kernel_IO, plan=_MatmulPlan.of(x_TI.shape[0], *kernel_IO.shape))[:, :outputs]
 
 
 @partial(jax.jit, static_argnames=("plan",))

@@ -1,8 +1,12 @@
 """The residual sum, its norm, and the routing of the norm to experts, in one operation."""
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.matmul import matmul
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.route import reference
 
@@ -33,7 +37,7 @@ def norm_route(
       router_DE, router_bias_E: of any floating dtype; the router is rounded to x's.
       positions_T: int32; a token at a negative position is padding: it has no experts, and its weights are undefined.
       top: how many experts, 1 to E.
-      implementation: "auto", "mosaic" (bfloat16, up to 128 rows, on Hopper) or "xla".
+      implementation: "auto", "mosaic" (bfloat16, on Hopper; beyond 128 rows only the logits have a kernel) or "xla".
 
     Returns:
       The sum and the norm, [T, D] of x's dtype; int32 experts and their float32 weights, [T, top]. By "mosaic", a
@@ -45,9 +49,13 @@ def norm_route(
     operands = (x_TD, terms, scale_D, router_DE, router_bias_E, positions_T)
     available = {dispatch.XLA: reference.norm_route}
     if dispatch.wanted(implementation) == dispatch.MOSAIC:
+        from pallas_kernels.ptx.rows import MOST_ROWS
         from pallas_kernels.route import mosaic_sm90
 
         if mosaic_sm90.supports(*operands, top=top):
             available[dispatch.MOSAIC] = mosaic_sm90.norm_route
+        elif x_TD.shape[0] > MOST_ROWS and x_TD.dtype == jnp.bfloat16 and x_TD.shape[1] % 64 == 0:
+            multiply = partial(matmul, implementation=dispatch.MOSAIC)
+            available[dispatch.MOSAIC] = partial(reference.norm_route, multiply=multiply)
     run = dispatch.choose("norm_route", implementation, available)
     return run(*operands, epsilon=epsilon, top=top)
