@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from gptjax.config import GptOssConfig, LlamaConfig, ModelConfig
 from gptjax.models.registry import Model
 from pallas_kernels import dispatch, same_bits
-from pallas_kernels.matvec import FEW
 
 _EXPERTS = (8, 16, 32, 64, 128)  # that Hopper's router takes
 _TILE = 64  # Hopper's kernels take widths that are multiples of it
@@ -14,40 +13,25 @@ _TILE = 64  # Hopper's kernels take widths that are multiples of it
 
 def is_exact_by_default(model: Model) -> bool:
     """Whether results have the same bits in any company unless speed is asked for."""
-    return _is_float32_on_cpu(model) or _has_ordered_kernels(model)
-
-
-def is_free_of_load(model: Model) -> bool:
-    """Whether the bits of a row do not depend on how many rows and tokens are computed together.
-
-    On a CPU XLA's order of sums is known; on Hopper our kernels add up in an order that a matrix's shape decides.
-    """
-    return (_is_float32_on_cpu(model) and same_bits.holds()) or _has_ordered_kernels(model)
-
-
-def least_call(model: Model) -> int:
-    """The tokens of the smallest call of a prompt whose bits do not depend on its size: smaller ones are padded.
-
-    On Hopper, more rows than a decode step has: such calls have kernels of their own.
-    """
-    return 2 * FEW if _has_ordered_kernels(model) else 32
-
-
-def _is_float32_on_cpu(model: Model) -> bool:
     return jax.default_backend() == "cpu" and jnp.dtype(model.dtype) == jnp.float32
 
 
-def _has_ordered_kernels(model: Model) -> bool:
-    """Whether each of the model's sums has a kernel for Hopper.
+def is_free_of_load(model: Model) -> bool:
+    """Whether the bits of a row do not depend on how many rows and tokens are computed together."""
+    return is_exact_by_default(model) and same_bits.holds()
 
-    Not GPT-2's, whose blocks are one kernel up to eight rows; nor packed matrices', but experts'.
+
+def decodes_free_of_load(model: Model) -> bool:
+    """Whether the bits of a row do not depend on how many rows a decode step computes: on Hopper.
+
+    There, each sum of a step has a kernel that adds up in an order of its own. Not GPT-2's, whose blocks are one kernel
+    up to eight rows; nor packed matrices', but experts'.
     """
-    config = model.config
     has_kernels = dispatch.wanted(model.implementation) == dispatch.MOSAIC and model.dtype == jnp.bfloat16
-    return has_kernels and not config.types and _takes(config)
+    return is_free_of_load(model) or (has_kernels and not model.config.types and _has_kernels(model.config))
 
 
-def _takes(config: ModelConfig) -> bool:
+def _has_kernels(config: ModelConfig) -> bool:
     if not isinstance(config, GptOssConfig | LlamaConfig):
         return False
     packed, has_router = "none", True

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from gptjax.engine import steps
-from gptjax.engine.free_of_load import is_free_of_load, least_call
+from gptjax.engine import free_of_load, steps
 from gptjax.layers.cache import kinds, reach, tail_pages
 from gptjax.models.registry import Model
-from gptjax.scheduling.policy import Policy
+from gptjax.scheduling.policy import Policy, Rows
 
 # With an H200, dispatching one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (each call passes
 # hundreds of arrays), which is more than the device needs to compute it.
 _STEPS_PER_DISPATCH = 8
+_LEAST_CHUNK = 32  # tokens of the smallest call whose bits do not depend on its size
 _READERS = 4  # requests in the middle of their prompts
 
 
@@ -38,11 +38,11 @@ def default_policy(
     if steps_per_dispatch < 1:
         raise ValueError(f"steps_per_dispatch must be at least 1, found {steps_per_dispatch}")
     chunk = steps.chunk_of(model) if chunk is None else chunk
-    least = least_call(model)
-    if not exact or (is_free_of_load(model) and chunk >= least):
-        policy = Policy(slots, chunk, steps_per_dispatch, share_decoded=not exact, reuse=reuse)
-        return dataclasses.replace(policy, smallest_call=least) if exact else policy
-    return dataclasses.replace(Policy.same_bits(slots=slots, chunk=chunk, steps=steps_per_dispatch), reuse=reuse)
+    if not exact or (free_of_load.is_free_of_load(model) and chunk >= _LEAST_CHUNK):
+        return Policy(slots, chunk, steps_per_dispatch, share_decoded=not exact, reuse=reuse)
+    rows: Rows = "needed" if free_of_load.decodes_free_of_load(model) else "all"
+    policy = Policy.same_bits(slots=slots, chunk=chunk, steps=steps_per_dispatch, rows=rows)
+    return dataclasses.replace(policy, reuse=reuse)
 
 
 @dataclasses.dataclass(frozen=True)

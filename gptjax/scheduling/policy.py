@@ -5,6 +5,8 @@ from typing import Literal, Self
 
 from gptjax.scheduling.pool import PAGE
 
+Rows = Literal["all", "needed", "asked"]
+_SMALLEST_CALL = 32  # tokens
 _MOST_CALLS = 8  # calls between two decode steps count as at least 1/8 of a chunk each
 
 
@@ -19,25 +21,30 @@ class Policy:
     chunk_multiple: int = 1  # prompts are cut, and beginnings reused, only at multiples of this
     packed: bool = True  # pieces of several prompts share a call
     pieces: int = 32  # the most of a call
-    smallest_call: int = 32  # tokens of a prefill call, at least: shorter ones are padded
     # How many a decode call computes: "asked" is as many as its requests ask for, all of them the same number.
-    rows: Literal["all", "needed", "asked"] = "needed"
+    rows: Rows = "needed"
     share_decoded: bool = False  # see `PrefixTree`
     reuse: bool = True  # keep what requests leave behind in the tree
 
     @classmethod
     def same_bits(
-        cls, *, slots: int, chunk: int, steps: int = 1, page: int = PAGE, rows: Literal["all", "asked"] = "all"
+        cls,
+        *,
+        slots: int,
+        chunk: int,
+        steps: int = 1,
+        page: int = PAGE,
+        rows: Rows = "all",
     ) -> Self:
         """For programs whose rounding depends on their sizes: a request's sizes do not depend on other requests.
 
         Each piece of a prompt has a call of its own, only whole chunks are reused, and decode computes all rows, or as
-        many as a request asks for.
+        many as a request asks for; or as many as are needed, if only prompts depend on sizes.
         """
         return cls(slots, chunk, steps, page, chunk_multiple=chunk, packed=False, rows=rows)
 
     def __post_init__(self) -> None:
-        for name in ("slots", "chunk", "steps", "page", "chunk_multiple", "pieces", "smallest_call"):
+        for name in ("slots", "chunk", "steps", "page", "chunk_multiple", "pieces"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.chunk & (self.chunk - 1):
@@ -48,7 +55,7 @@ class Policy:
     @property
     def call_sizes(self) -> tuple[int, ...]:
         """The sizes of prefill calls, in tokens: powers of two up to the chunk."""
-        return powers(min(self.smallest_call, self.chunk), self.chunk)
+        return powers(min(_SMALLEST_CALL, self.chunk), self.chunk)
 
     @property
     def row_sizes(self) -> tuple[int, ...]:

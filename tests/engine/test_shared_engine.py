@@ -12,7 +12,7 @@ import pytest
 from jax.errors import JaxRuntimeError
 
 from gptjax.config import GenerationDefaults
-from gptjax.engine import memory, pools, programs, shared, steps
+from gptjax.engine import free_of_load, memory, programs, shared, steps
 from gptjax.engine.output import Chunk
 from gptjax.errors import CapacityError, CheckpointError, RequestError
 from gptjax.language_model import LanguageModel
@@ -36,7 +36,7 @@ def made(request):
     name, _, asked = request.param.partition(", ")
     with pytest.MonkeyPatch.context() as patch:
         if asked:
-            patch.setattr(pools, "is_free_of_load", lambda model: False)
+            patch.setattr(free_of_load, "is_free_of_load", lambda model: False)
         yield _gpt2() if name == "gpt2" else _gpt_oss()
 
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from gptjax.engine import pools, programs
+from gptjax.engine import free_of_load, programs
 from gptjax.engine.engine import Engine, Token
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import CapacityError, RequestError
@@ -40,7 +40,7 @@ def model(request):
     name, _, one_by_one = request.param.partition(", ")
     with pytest.MonkeyPatch.context() as patch:
         if one_by_one:
-            patch.setattr(pools, "is_free_of_load", lambda model: False)
+            patch.setattr(free_of_load, "is_free_of_load", lambda model: False)
         yield shallow(name, max_length=MAX_LENGTH, max_batch=SLOTS)
 
 
