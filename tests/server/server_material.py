@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 from gptjax.config import GenerationDefaults
+from gptjax.engine import steps
 from gptjax.engine.request import Request
 from gptjax.errors import GptjaxError
-from gptjax.server import app, serving
+from gptjax.server import app, hosting, scoring, serving
 from gptjax.server.events import Failed
 from gptjax.server.metrics import Metrics
-from gptjax.server.service import Limits, Served, Service
+from gptjax.server.service import Served, Service
+from gptjax.server.settings import Limits
+from gptjax.server.worker import Worker
 from gptjax.text import Tokenizer, load_tokenizer
 from gptjax.text.chat_formats import ChatFormat, choose_format
 from tests.server.fake_worker import FakeWorker, score
@@ -189,9 +192,17 @@ def wait_for(holds, seconds=120):
 
 
 @contextlib.contextmanager
-def served(lm, name, *, max_queue=64, **options):
-    """A server of a model that is warm, and its address."""
-    service = serving.make_service(lm, name, max_queue=max_queue, limits=Limits(), **options)
+def served(lm, name, *, max_queue=64, chunk=steps.CHUNK):
+    """A server of a model that is warm, in this process, and its address."""
+    worker = Worker(lm, max_queue=max_queue, chunk=chunk)
+    service = serving.make_service(
+        worker,
+        hosting.facts_of(lm, name),
+        lm.tokenizer,
+        score=partial(scoring.score, lm),
+        memory_in_use=hosting.memory_in_use(lm),
+        limits=Limits(),
+    )
     with running(service) as (server, address):
         service.worker.wait_until_ready()
         yield server, address

@@ -26,7 +26,7 @@ def model():
 def complete(model):
     limits = httpx2.Limits(max_connections=CLIENTS)
     with (
-        served(model, GPT2, max_queue=CLIENTS, prefill_chunk=CHUNK) as (_, address),
+        served(model, GPT2, max_queue=CLIENTS, chunk=CHUNK) as (_, address),
         httpx2.Client(base_url=address, timeout=300, limits=limits) as client,
     ):
         yield lambda **fields: client.post("/v1/completions", json=fields)
