@@ -1,7 +1,7 @@
 """Messages between the two processes of a server, over a pair of sockets."""
 
+import contextlib
 import pickle
-import select
 import socket
 import struct
 import threading
@@ -23,7 +23,7 @@ class Channel:
         """An end of `socket.socketpair()`, which the channel closes."""
         self._socket = end
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-        self._reading = end.makefile("rb", buffering=_BUFFER)
+        self._read_ahead = bytearray()
         self._lock = threading.Lock()
         self._waiting: deque[memoryview] = deque()  # what the socket had no room for, which a thread sends
 
@@ -46,15 +46,9 @@ class Channel:
 
     def receive(self) -> Any:
         """Waits for the next message. None: the other process is gone."""
-        try:
-            head = self._reading.read(_SIZE.size)
-            if len(head) < _SIZE.size:
-                return None
-            (size,) = _SIZE.unpack(head)
-            data = self._reading.read(size)
-        except (OSError, ValueError):  # the second: closed here
-            return None
-        return pickle.loads(data) if len(data) == size else None
+        head = self._read(_SIZE.size)
+        data = None if head is None else self._read(*_SIZE.unpack(head))
+        return None if data is None else pickle.loads(data)
 
     def close(self) -> None:
         """Ends both sides' receiving."""
@@ -64,6 +58,20 @@ class Channel:
             return  # the other end has gone
         finally:
             self._socket.close()  # once a thread that receives has left
+
+    def _read(self, size: int) -> bytes | None:
+        """Waits for so many bytes. None: they will not come."""
+        while len(self._read_ahead) < size:
+            try:
+                data = self._socket.recv(_BUFFER)
+            except OSError:  # closed here, or the other process died
+                data = b""
+            if not data:
+                return None
+            self._read_ahead += data
+        found = bytes(self._read_ahead[:size])
+        del self._read_ahead[:size]
+        return found
 
     def _write(self, frame: memoryview) -> int:
         """Writes what there is room for at once. Returns how much of it is done, which is all if nobody reads it."""
@@ -76,14 +84,9 @@ class Channel:
 
     def _send_waiting(self) -> None:
         while True:
-            try:
-                select.select([], [self._socket], [])
-            except (OSError, ValueError):  # closed
-                return
+            with contextlib.suppress(OSError):  # nobody reads it, or closed here
+                self._socket.sendall(self._waiting[0])
             with self._lock:
-                sent = self._write(self._waiting[0])
-                self._waiting[0] = self._waiting[0][sent:]
-                if not self._waiting[0]:
-                    self._waiting.popleft()
+                self._waiting.popleft()
                 if not self._waiting:
                     return

@@ -192,19 +192,24 @@ class RemoteWorker:
     # The rest runs in the thread.
 
     def _run(self) -> None:
-        for message in self._channel.messages():
-            match message:
-                case Progress():
-                    self._deliver(self._read(message))
-                case Scored():
-                    self._scored(message)
-                case Signal():
-                    self._on_signal(message.number)
-                case Compiled():
-                    with self._changed:
-                        self._compiled = message.all
-                        self._changed.notify_all()
-        self._lose()
+        try:
+            for message in self._channel.messages():
+                self._take(message)
+        finally:
+            self._lose()
+
+    def _take(self, message: object) -> None:
+        match message:
+            case Progress():
+                self._deliver(self._read(message))
+            case Scored():
+                self._scored(message)
+            case Signal():
+                self._on_signal(message.number)
+            case Compiled():
+                with self._changed:
+                    self._compiled = message.all
+                    self._changed.notify_all()
 
     def _read(self, message: Progress) -> list[tuple[_Open, Event]]:
         """Takes a message's state. Returns its events."""

@@ -88,9 +88,15 @@ class WorkerHost:
             with self._lock:
                 self._tickets[number] = self._worker.submit(request, self._deliver(number))
         except GptjaxError as error:  # it has just died, and the other process does not know it yet
-            with self._lock:
-                self._ends.append((number, Failed(str(error), "died")))
-            self._send()
+            self._refuse(number, Failed(str(error), "died"))
+        except Exception:
+            _log.exception("a request could not be submitted")
+            self._refuse(number, Failed(str(internal()), "internal"))
+
+    def _refuse(self, number: int, failed: Failed) -> None:
+        with self._lock:
+            self._ends.append((number, failed))
+        self._send()
 
     def _deliver(self, number: int) -> Deliver:
         def deliver(event: Event) -> Callable[[], None]:
