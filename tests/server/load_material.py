@@ -56,7 +56,7 @@ def serving(folder: Path, *options: str) -> Iterator[Process]:
             wait(lambda: "all programs are compiled" in path.read_text(), 240)
             yield server
         finally:
-            for each in family(process):
+            for each in family(process) if process.poll() is None else ():
                 each.kill()
 
 

@@ -26,6 +26,7 @@ from gptjax.server.worker import Worker
 from gptjax.text import Tokenizer, load_tokenizer
 from gptjax.text.chat_formats import ChatFormat, choose_format
 from tests.server.fake_worker import FakeWorker, score
+from tests.server.worker_material import remote
 
 DEMO = Path(__file__).resolve().parents[2] / "gptjax" / "demo"
 GPT2, GPT_OSS = "gpt2-tales", "gpt-oss-tales"
@@ -192,17 +193,18 @@ def wait_for(holds, seconds=120):
 
 
 @contextlib.contextmanager
-def served(lm, name, *, max_queue=64, chunk=steps.CHUNK):
-    """A server of a model that is warm, in this process, and its address."""
-    worker = Worker(lm, max_queue=max_queue, chunk=chunk)
-    service = serving.make_service(
-        worker,
-        hosting.facts_of(lm, name),
-        lm.tokenizer,
-        score=partial(scoring.score, lm),
-        memory_in_use=hosting.memory_in_use(lm),
-        limits=Limits(),
-    )
-    with running(service) as (server, address):
+def served(lm, name, *, max_queue=64, chunk=steps.CHUNK, far=False):
+    """A server of a model that is warm, in this process, and its address. `far`: with the worker behind a channel."""
+    worker = Worker(lm, max_queue=1 << 60 if far else max_queue, chunk=chunk)
+    facts, score = hosting.facts_of(lm, name), partial(scoring.score, lm)
+    in_use = hosting.memory_in_use(lm)
+    with contextlib.ExitStack() as stack:
+        if far:
+            worker.start()
+            stack.callback(worker.stop)
+            worker = stack.enter_context(remote(worker, facts, max_queue=max_queue, score=score))
+            score = worker.score
+        service = serving.make_service(worker, facts, lm.tokenizer, score=score, memory_in_use=in_use, limits=Limits())
+        server, address = stack.enter_context(running(service))
         service.worker.wait_until_ready()
         yield server, address

@@ -22,10 +22,10 @@ def model():
     return shallow(GPT2, max_length=512, max_batch=SLOTS)
 
 
-@pytest.fixture(scope="module")
-def warm(model):
+@pytest.fixture(scope="module", params=[False, True], ids=["in this process", "in another"])
+def warm(request, model):
     """A server that reads prompts in many parts, and what is asked of it."""
-    with served(model, GPT2, chunk=CHUNK) as (server, address):
+    with served(model, GPT2, chunk=CHUNK, far=request.param) as (server, address):
         yield server, address
 
 

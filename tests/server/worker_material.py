@@ -104,15 +104,18 @@ def remote(worker: AnyWorker, facts, *, max_queue: int, score: Callable = lambda
     near, far = map(Channel, socket.socketpair())
     WorkerHost(worker, far, score=score, memory_in_use=lambda: 7).start()
     found = RemoteWorker(near, Setup(facts, max_queue, worker.state, 7, Limits(), {}))
-    found.start()
     try:
         yield found
     finally:
         near.close()
-        found._thread.join(PATIENCE)
+        if found._thread.ident is not None:
+            found._thread.join(PATIENCE)
         far.close()
 
 
-def remote_of(worker: AnyWorker, model, *, max_queue: int):
-    """`remote`, for the worker of a model."""
-    return remote(worker, hosting.facts_of(model, "the model"), max_queue=max_queue)
+@contextlib.contextmanager
+def remote_of(worker: AnyWorker, model, *, max_queue: int) -> Iterator[RemoteWorker]:
+    """`remote`, for the worker of a model; it reads in a thread."""
+    with remote(worker, hosting.facts_of(model, "the model"), max_queue=max_queue) as found:
+        found.start()
+        yield found
