@@ -23,7 +23,7 @@ class Channel:
         """An end of `socket.socketpair()`, which the channel closes."""
         self._socket = end
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-        self._found = bytearray()
+        self._read_ahead = bytearray()
         self._lock = threading.Lock()
         self._waiting: deque[memoryview] = deque()  # what the socket had no room for, which a thread sends
 
@@ -46,34 +46,9 @@ class Channel:
 
     def receive(self) -> Any:
         """Waits for the next message. None: the other process is gone."""
-        while (message := self.next()) is None:
-            if not self.read():
-                return None
-        return message
-
-    def next(self) -> Any:
-        """The next message that `read` has found; None if it is not complete."""
-        if len(self._found) < _SIZE.size:
-            return None
-        end = _SIZE.size + _SIZE.unpack_from(self._found)[0]
-        if len(self._found) < end:
-            return None
-        message = pickle.loads(bytes(self._found[_SIZE.size : end]))
-        del self._found[:end]
-        return message
-
-    def read(self) -> bool:
-        """Waits until there is something to read, and reads it. Returns False once the other process is gone."""
-        try:
-            data = self._socket.recv(_BUFFER)
-        except OSError:  # closed here, or the other process died
-            return False
-        self._found += data
-        return bool(data)
-
-    def fileno(self) -> int:
-        """What becomes readable when `read` need not wait."""
-        return self._socket.fileno()
+        head = self._read(_SIZE.size)
+        data = None if head is None else self._read(*_SIZE.unpack(head))
+        return None if data is None else pickle.loads(data)
 
     def close(self) -> None:
         """Ends both sides' receiving."""
@@ -83,6 +58,20 @@ class Channel:
             return  # the other end has gone
         finally:
             self._socket.close()  # once a thread that receives has left
+
+    def _read(self, size: int) -> bytes | None:
+        """Waits for so many bytes. None: they will not come."""
+        while len(self._read_ahead) < size:
+            try:
+                data = self._socket.recv(_BUFFER)
+            except OSError:  # closed here, or the other process died
+                data = b""
+            if not data:
+                return None
+            self._read_ahead += data
+        found = bytes(self._read_ahead[:size])
+        del self._read_ahead[:size]
+        return found
 
     def _write(self, frame: memoryview) -> int:
         """Writes what there is room for at once. Returns how much of it is done, which is all if nobody reads it."""

@@ -1,6 +1,5 @@
 """A worker that is in another process: the front's end of it."""
 
-import asyncio
 import dataclasses
 import itertools
 import threading
@@ -60,7 +59,6 @@ class RemoteWorker:
         self._facts = setup.facts
         self._max_queue = setup.max_queue
         self._on_signal = on_signal
-        self._loop: asyncio.AbstractEventLoop | None = None  # that reads
         self._thread = threading.Thread(target=self._run, name="gptjax-remote-worker", daemon=True)
         self._changed = threading.Condition()  # guards all that follows
         self._open: dict[int, _Open] = {}
@@ -75,17 +73,8 @@ class RemoteWorker:
         self._draining = self._stopping = self._lost = False
 
     def start(self) -> None:
-        """Begins to read what the other process sends: in the event loop if one runs here, else in a thread.
-
-        A thread would often wait for Python's lock, and the loop for the thread.
-        """
-        try:
-            self._loop = asyncio.get_running_loop()
-        except RuntimeError:
-            self._thread.start()
-        else:
-            self._take_all()  # what came together with the setup
-            self._loop.add_reader(self._channel.fileno(), self._readable)
+        """Begins to read what the other process sends."""
+        self._thread.start()
 
     def wait_until_ready(self) -> None:
         """Returns once requests run. Raises `Unavailable` if the worker ends before that."""
@@ -141,7 +130,6 @@ class RemoteWorker:
 
     def stop(self) -> None:
         """Ends the worker; open requests fail. Waits for it, unless it hangs or compiles, which cannot be stopped."""
-        self._leave_loop()  # it is this thread's, which now waits
         with self._changed:
             self._stopping = True
             waits = self._was_ready
@@ -201,24 +189,7 @@ class RemoteWorker:
             return "the server was stopped"
         return "the server is shutting down" if self._draining else None
 
-    def _leave_loop(self) -> None:
-        """Has a thread read from now on, if the loop did."""
-        if self._loop is not None:
-            self._loop.remove_reader(self._channel.fileno())
-            self._loop = None
-            self._thread.start()
-
-    # The rest runs in the event loop or in the thread.
-
-    def _readable(self) -> None:
-        is_there = self._channel.read()
-        self._take_all()
-        if not is_there:
-            self._leave_loop()  # the thread finds the same
-
-    def _take_all(self) -> None:
-        while (message := self._channel.next()) is not None:
-            self._take(message)
+    # The rest runs in the thread.
 
     def _run(self) -> None:
         try:

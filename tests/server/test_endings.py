@@ -239,8 +239,9 @@ def test_if_the_process_that_speaks_http_dies_the_other_says_so_and_ends(start):
 
 
 def test_a_worker_that_dies_ends_both(start):
-    server = start(FAKE + "import threading; threading.Timer(8, setattr, (worker, 'error', 'planted')).start(); ")
+    server = start(FAKE + "worker.script = lambda _: setattr(worker, 'error', 'planted') or []; ")
     address = server.listening()
+    httpx2.post(f"{address}/v1/completions", json={"prompt": "a"}, timeout=60)
     wait_for(lambda: httpx2.get(f"{address}/health").json()["status"] == "dead")
     server.end(status=1)
     assert "the worker died: planted" in server.log

@@ -1,6 +1,5 @@
 """A worker seen from another process: what is sent, what is lost, and what comes back. (All else: test_worker.py.)"""
 
-import asyncio
 import contextlib
 import dataclasses
 import pickle
@@ -281,51 +280,16 @@ def test_a_process_that_is_silent_has_no_new_heartbeat(monkeypatch):
         assert near.state.heartbeat_age >= before + 0.3
 
 
-def test_in_an_event_loop_no_thread_reads():
-    class Worker(FakeWorker):
-        def stop(self):
-            super().stop()
-            self.alive = False
-
-    worker = Worker(script, max_length=400)
-    threads, woken = [], asyncio.Event()
-
-    async def ask(near):
-        near.start()
-        near.submit(request_of(1, 5, 3), lambda event: (threads.append(threading.current_thread()), woken.set)[1])
-        while len(threads) < 4:
-            await asyncio.wait_for(woken.wait(), PATIENCE)
-            woken.clear()
-        assert set(threads) == {threading.current_thread()}
-        assert near._thread.ident is None
-        near.submit(request_of(1, 5, 300), lambda event: threads.append(event))
-        began = time.monotonic()
-        near.stop()  # the loop waits for it, so a thread reads what is still to come
-        assert time.monotonic() - began < 5
-        assert isinstance(threads[-1], Finished)
-        assert near._thread.is_alive()
-
-    with remote(worker, FACTS, max_queue=8) as near:
-        asyncio.run(ask(near))
-
-
 def test_what_comes_together_with_the_setup_is_taken():
     near, far = map(Channel, socket.socketpair())
     worker = FakeWorker(script, max_length=400)
     numbers = []
-
-    async def start():
-        found = RemoteWorker(near, setup, on_signal=numbers.append)
-        found.start()
-        assert numbers == [15]
-        far.close()
-        while found.state.error is None:
-            await asyncio.sleep(0.01)
-        assert found.state.error == "the engine's process has ended"
-
     far.send(Setup(FACTS, 8, worker.state, 7, Limits(), {}))
     far.send(Signal(15))
     time.sleep(0.1)
-    setup = near.receive()
     with contextlib.closing(near):
-        asyncio.run(asyncio.wait_for(start(), PATIENCE))
+        found = RemoteWorker(near, near.receive(), on_signal=numbers.append)
+        found.start()
+        until(lambda: numbers == [15])
+        far.close()
+        until(lambda: found.state.error == "the engine's process has ended")
