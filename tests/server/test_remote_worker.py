@@ -20,6 +20,8 @@ from gptjax.server.events import Failed, Finished, QueueFull, Tokens, Unavailabl
 from gptjax.server.messages import Setup, Signal
 from gptjax.server.remote_worker import RemoteWorker
 from gptjax.server.settings import Facts, Limits
+from tests.gguf import made as made_gguf
+from tests.oracles import gguf_from_hf, llama_random
 from tests.server.fake_worker import FakeWorker, score
 from tests.server.server_material import GPT2, GPT_OSS
 from tests.server.worker_material import PATIENCE, Reader, remote, request_of, until
@@ -110,11 +112,14 @@ def test_what_is_sent_is_what_comes():
         found.prompt_ids.array_T[0] = 1
 
 
-@pytest.mark.parametrize("name", [GPT2, GPT_OSS])
-def test_a_checkpoints_text_can_be_sent(name):
+@pytest.mark.parametrize("name", [GPT2, GPT_OSS, "model.gguf"])
+def test_a_checkpoints_text_can_be_sent(tmp_path, name):
+    if name == "model.gguf":
+        name = gguf_from_hf.write(tmp_path / name, *llama_random.checkpoint(3), metadata=made_gguf.tokenizer())
     checkpoint = open_checkpoint(name, generation_config={"temperature": 0.5})
     found = pickle.loads(pickle.dumps(dataclasses.replace(checkpoint, gguf=None)))
-    assert found.tokenizer().encode("Once upon a time") == checkpoint.tokenizer().encode("Once upon a time")
+    expected = checkpoint.tokenizer().encode("abba")
+    assert expected and found.tokenizer().encode("abba") == expected
 
 
 def test_requests_that_the_engine_has_not_seen_count(monkeypatch):
