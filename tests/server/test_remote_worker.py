@@ -10,7 +10,6 @@ import time
 import pytest
 
 from gptjax.checkpoints.checkpoint import open_checkpoint
-from gptjax.config import GenerationDefaults
 from gptjax.engine.request import CheckedIds, Request, SamplingParams, check_prompt
 from gptjax.errors import RequestError
 from gptjax.server import worker_host
@@ -19,14 +18,12 @@ from gptjax.server.errors import ApiError, bad_request
 from gptjax.server.events import Failed, Finished, QueueFull, Tokens, Unavailable
 from gptjax.server.messages import Setup, Signal
 from gptjax.server.remote_worker import RemoteWorker
-from gptjax.server.settings import Facts, Limits
+from gptjax.server.settings import Limits
 from tests.gguf import made as made_gguf
 from tests.oracles import gguf_from_hf, llama_random
 from tests.server.fake_worker import FakeWorker, score
 from tests.server.server_material import GPT2, GPT_OSS
-from tests.server.worker_material import PATIENCE, Reader, remote, request_of, until
-
-FACTS = Facts("a", GenerationDefaults(), (), 8192, 400, "F32", None)
+from tests.server.worker_material import FACTS, PATIENCE, Reader, remote, request_of, until
 
 
 @pytest.fixture
