@@ -10,11 +10,10 @@ from jax.typing import DTypeLike
 import convert
 from gptjax.checkpoints import weights
 from gptjax.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from gptjax.checkpoints.text_files import tokenizer_at
 from gptjax.engine import limits
 from gptjax.engine.free_of_load import is_exact_by_default
 from gptjax.engine.memory import as_loaded, check, explained
-from gptjax.errors import CheckpointError, GptjaxError, RequestError
+from gptjax.errors import RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry
 from gptjax.models.params import Params, abstract_params, check_float16, expanded, repacked
@@ -128,7 +127,7 @@ def load_checkpoint(
     stored = registry.build(checkpoint.config, dtype=runtime.compute_dtype(dtype), implementation=implementation)
     model = as_loaded(stored, batch=rows, max_length=length, packed=packed)
     check(model, batch=rows, max_length=length, limit=limit)
-    text = _tokenizer(checkpoint, tokenizer)
+    text = checkpoint.tokenizer_or_reason(tokenizer)
     if chat_format is not None and isinstance(text, Tokenizer):
         choose_format(text, chat_format)  # now, before the weights are read
     with explained(model, batch=rows, max_length=length, loaded=False):
@@ -146,24 +145,6 @@ def load_checkpoint(
         chat_format=chat_format,
         memory_limit=limit,
     )
-
-
-def _tokenizer(checkpoint: Checkpoint, other: str | os.PathLike[str] | None) -> Tokenizer | GptjaxError:
-    """The checkpoint's tokenizer or another one; or why it has none, since the model also works on token ids.
-
-    Raises:
-      GptjaxError: the other tokenizer cannot be read, or the checkpoint's own is damaged.
-    """
-    if other is not None:
-        return tokenizer_at(other)
-    try:
-        return checkpoint.tokenizer()
-    except CheckpointError as error:
-        if checkpoint.has_tokenizer:
-            raise
-        return error
-    except GptjaxError as error:  # an unsupported kind
-        return error
 
 
 def load_params(checkpoint: Checkpoint, model: Model) -> Params:

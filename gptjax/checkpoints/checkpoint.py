@@ -9,7 +9,7 @@ from typing import Any
 
 from gptjax.checkpoints import hub, safetensors
 from gptjax.checkpoints.manifest import is_converted
-from gptjax.checkpoints.text_files import GGUFText, TextFiles, text_of
+from gptjax.checkpoints.text_files import GGUFText, TextFiles, text_of, tokenizer_at
 from gptjax.config import (
     GenerationDefaults,
     ModelConfig,
@@ -19,7 +19,7 @@ from gptjax.config import (
     read_config,
 )
 from gptjax.config.gguf import config_json_from_gguf, in_words_of_gguf
-from gptjax.errors import ConfigError
+from gptjax.errors import CheckpointError, ConfigError, GptjaxError
 from gptjax.gguf import GGUFFile, open_gguf
 from gptjax.support.quoting import shown
 from gptjax.text import Tokenizer
@@ -63,6 +63,23 @@ class Checkpoint:
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer. Raises `CheckpointError` if it is missing or damaged, `ConfigError` if unsupported."""
         return self.text.tokenizer(self.generation_config)
+
+    def tokenizer_or_reason(self, other: str | os.PathLike[str] | None = None) -> Tokenizer | GptjaxError:
+        """Its tokenizer or another one; or why it has none, since the model also works on token ids.
+
+        Raises:
+          GptjaxError: the other tokenizer cannot be read, or the checkpoint's own is damaged.
+        """
+        if other is not None:
+            return tokenizer_at(other)
+        try:
+            return self.tokenizer()
+        except CheckpointError as error:
+            if self.has_tokenizer:
+                raise
+            return error
+        except GptjaxError as error:  # an unsupported kind
+            return error
 
     def source(self) -> TensorSource:
         """Its tensors, if `gptjax convert` did not write it. Raises `CheckpointError` if they cannot be read."""

@@ -4,12 +4,16 @@ import argparse
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
-from typing import Any, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from gptjax.cli.common import MODEL_HELP, PACKED, PACKED_HELP, add_command, add_overrides, model_name, overrides, packed
+from gptjax.support.processes import leave
+
+if TYPE_CHECKING:
+    from gptjax.checkpoints.checkpoint import Checkpoint
+    from gptjax.server.front_process import FrontProcess
 
 _Number = TypeVar("_Number", int, float)
 _PREFIX: Final = "GPTJAX_SERVE_"
@@ -166,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
     with _ends_at_once():
         status = _run(args)
         if threading.active_count() > 1:
-            _leave(status)
+            leave(status)
     return status
 
 
@@ -174,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
 def _ends_at_once() -> Iterator[None]:
     """Lets SIGTERM and SIGINT end the process with 0: before the server listens, no client is waiting."""
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda *_: _leave(0)) for number in numbers}
+    before = {number: signal.signal(number, lambda *_: leave(0)) for number in numbers}
     try:
         yield
     finally:
@@ -182,45 +186,53 @@ def _ends_at_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _leave(status: int) -> NoReturn:
-    """Ends the process at once: XLA's compiler cannot be interrupted, and Python crashes if it exits meanwhile."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # it may be closed, or in the middle of a write
-            stream.flush()
-    os._exit(status)
-
-
 def _run(args: argparse.Namespace) -> int:
+    import dataclasses
     import logging.config
-    import time
 
-    import psutil
-
-    from gptjax.api import load_checkpoint
     from gptjax.checkpoints.checkpoint import open_checkpoint
-    from gptjax.engine.limits import positions
-    from gptjax.errors import RequestError
+    from gptjax.server import logs
+    from gptjax.server.front_process import FrontProcess
+    from gptjax.server.messages import Text
 
-    # argparse does not check choices that come from the environment.
+    _check(args)
+    log_config = logs.config(args.log_format, args.log_level)
+    logging.config.dictConfig(log_config)
+    checkpoint = open_checkpoint(model_name(args), **overrides(args))
+    text = Text(dataclasses.replace(checkpoint, gguf=None), args.tokenizer, args.chat_format, log_config)
+    with FrontProcess(text) as front:  # it starts and reads the tokenizer while this one imports JAX and loads weights
+        return _load_and_serve(args, checkpoint, front)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises `RequestError` for what argparse does not check: choices from the environment, and what is installed."""
+    import importlib.util
+
+    from gptjax.errors import RequestError
+    from gptjax.support.installation import with_extra
+
     choices = {"log_format": ("lines", "json"), "log_level": _LEVELS, "packed": tuple(PACKED), "exact": _YES_OR_NO}
     for name, known in choices.items():
         if getattr(args, name) not in (None, *known):
             raise RequestError(
                 f"{_PREFIX}{name.upper()} is {getattr(args, name)!r}; expected one of {', '.join(known)}"
             )
-    try:
-        from gptjax.server import logs, serving
-        from gptjax.server.service import Limits
-    except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn", "prometheus_client"):
-            raise
-        from gptjax.support.installation import with_extra
+    for name in ("starlette", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(name) is None:
+            raise RequestError(f"serving needs {name}, which is not installed: {with_extra('serve')}")
 
-        raise RequestError(f"serving needs {error.name}, which is not installed: {with_extra('serve')}") from None
-    log_config = logs.config(args.log_format, args.log_level)
-    logging.config.dictConfig(log_config)
-    model = model_name(args)
-    checkpoint = open_checkpoint(model, **overrides(args))
+
+def _load_and_serve(args: argparse.Namespace, checkpoint: "Checkpoint", front: "FrontProcess") -> int:
+    import logging
+    import time
+
+    import psutil
+
+    from gptjax.api import load_checkpoint
+    from gptjax.engine.limits import positions
+    from gptjax.server import hosting
+    from gptjax.server.settings import Limits
+
     # The cache has room for at least one request of this length: 3 GB for the 131072 tokens of gpt-oss-20b.
     length = positions(checkpoint.config, args.max_length, default=_DEFAULT_LENGTH)
     imported, started = time.time() - psutil.Process().create_time(), time.monotonic()
@@ -239,23 +251,18 @@ def _run(args: argparse.Namespace) -> int:
         "Python and its modules took %.1f s, the weights %.1f s", imported, time.monotonic() - started
     )
     lm.defaults.check()  # now, not at the first request
-    limits = Limits(body_bytes=args.max_body, send_seconds=args.send_timeout)
-    service = serving.make_service(
+    return hosting.serve(
         lm,
-        args.name or model,
+        hosting.facts_of(lm, args.name or model_name(args), checkpoint=checkpoint, tokenizer_from=args.tokenizer),
+        front,
         max_queue=args.max_queue,
-        limits=limits,
         prefill_chunk=args.prefill_chunk,
-        checkpoint=checkpoint,
-        tokenizer_from=args.tokenizer,
+        limits=Limits(body_bytes=args.max_body, send_seconds=args.send_timeout),
+        options={
+            "host": args.host,
+            "port": args.port,
+            "api_key": args.api_key or None,
+            "cors_origins": [each.strip().rstrip("/") for each in args.cors_origins.split(",") if each.strip()],
+            "drain_seconds": args.drain,
+        },
     )
-    server = serving.make_server(
-        service,
-        host=args.host,
-        port=args.port,
-        api_key=args.api_key or None,
-        cors_origins=[origin.strip().rstrip("/") for origin in args.cors_origins.split(",") if origin.strip()],
-        drain_seconds=args.drain,
-        log_config=log_config,
-    )
-    return serving.run(server)

@@ -9,10 +9,10 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from gptjax.engine.engine import Engine, Token
+from gptjax.engine.engine import Engine
 from gptjax.engine.output import NOT_FINITE
 from gptjax.engine.pools import default_policy, least_pages, pages_for, pool_kinds
-from gptjax.engine.request import Request, SamplingParams
+from gptjax.engine.request import Request, SamplingParams, Token
 from gptjax.errors import GptjaxError, RequestError
 from gptjax.models.params import Params
 from gptjax.models.registry import Model

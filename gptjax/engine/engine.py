@@ -4,7 +4,6 @@ import dataclasses
 import traceback
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +13,7 @@ from gptjax.engine import sampling
 from gptjax.engine.executor import Executor
 from gptjax.engine.flat_params import AnyParams
 from gptjax.engine.pools import default_policy, most_pages, pool_kinds
-from gptjax.engine.request import Request
+from gptjax.engine.request import Request, Token
 from gptjax.engine.settings import Features
 from gptjax.layers.cache import kinds
 from gptjax.models.registry import Model
@@ -24,15 +23,6 @@ from gptjax.scheduling.pool import Pool
 from gptjax.scheduling.scheduler import Scheduler
 
 _MOST_LOSSES = 2  # of the pools, one after another without a token between
-
-
-class Token(NamedTuple):
-    """One token that a request was given. (A tuple, as there are thousands a second.)"""
-
-    request: int  # its number
-    token_id: int  # -1 if the model's logits were not finite
-    logprob: float
-    top: tuple[tuple[int, float], ...]  # (token id, log-probability), most likely first
 
 
 @dataclasses.dataclass

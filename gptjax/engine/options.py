@@ -2,10 +2,10 @@
 
 import dataclasses
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-import jax
 import numpy as np
 
 from gptjax.config import GenerationDefaults
@@ -84,7 +84,9 @@ def split_seeds(seed: object, rows: int) -> list[Any]:
 
 def plain(value: Any) -> Any:
     """NumPy and JAX arrays and scalars as Python's own; anything else unchanged."""
-    return np.asarray(value).tolist() if isinstance(value, np.ndarray | np.generic | jax.Array) else value
+    jax: Any = sys.modules.get("jax")  # without it there are no arrays of it: a server's own process does not import it
+    is_array = isinstance(value, np.ndarray | np.generic) or (jax is not None and isinstance(value, jax.Array))
+    return np.asarray(value).tolist() if is_array else value
 
 
 def sampling_params(options: Mapping[str, Any], defaults: GenerationDefaults) -> SamplingParams:

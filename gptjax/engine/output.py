@@ -5,8 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from gptjax.engine.engine import Token
-from gptjax.engine.request import Request
+from gptjax.engine.request import Request, Token
 from gptjax.text.overlap import overlap
 
 NOT_FINITE = (

@@ -3,7 +3,7 @@
 import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -108,6 +108,15 @@ class Request:
         return min(self.max_tokens, max_length - len(self.prompt_ids) + 1)
 
 
+class Token(NamedTuple):
+    """One token that a request was given. (A tuple, as there are thousands a second.)"""
+
+    request: int  # its number
+    token_id: int  # -1 if the model's logits were not finite
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token id, log-probability), most likely first
+
+
 class CheckedIds(tuple[int, ...]):
     """A prompt's ids that `check_prompt` found in order, so that nobody has to look at each of thousands again."""
 
@@ -117,6 +126,10 @@ class CheckedIds(tuple[int, ...]):
     def __array__(self, dtype: np.dtype[Any] | None = None, copy: bool | None = None) -> np.ndarray:
         """For NumPy, which needs 50 times as long for a tuple."""
         return np.array(self.array_T, dtype, copy=copy)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, which needs 10 times as long for a tuple."""
+        return _checked, (self.array_T.tobytes(), self.limits)
 
 
 def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_length: int) -> CheckedIds:
@@ -138,10 +151,15 @@ def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_length: int) 
             f"the prompt has {len(token_ids)} tokens, but max_length is {max_length}: shorten the prompt by "
             f"{len(token_ids) - max_length}, or load the model with a larger max_length if its context allows"
         )
-    checked = CheckedIds(token_ids)
-    checked.limits = vocab_size, max_length
-    checked.array_T = np.array(token_ids if array_T is None else array_T, np.int32)
-    checked.array_T.flags.writeable = False
+    array_T = np.array(token_ids if array_T is None else array_T, np.int32)
+    return _checked(array_T.tobytes(), (vocab_size, max_length), token_ids)
+
+
+def _checked(data: bytes, limits: tuple[int, int], token_ids: Sequence[int] | None = None) -> CheckedIds:
+    """Ids that were checked, from an array's bytes."""
+    array_T = np.frombuffer(data, np.int32)  # read-only
+    checked = CheckedIds(array_T.tolist() if token_ids is None else token_ids)
+    checked.limits, checked.array_T = limits, array_T
     return checked
 
 

@@ -4,13 +4,13 @@ import dataclasses
 import threading
 from collections.abc import Callable, Generator, Sequence
 
-from gptjax.engine.engine import Engine, Token, free_locals
+from gptjax.engine.engine import Engine, free_locals
 from gptjax.engine.limits import MemoryLimit
 from gptjax.engine.memory import explained
 from gptjax.engine.output import Chunk, Decoder, Output
 from gptjax.engine.pool_sizes import pools
 from gptjax.engine.pools import default_policy
-from gptjax.engine.request import Request
+from gptjax.engine.request import Request, Token
 from gptjax.errors import CapacityError
 from gptjax.models.params import Params
 from gptjax.models.registry import Model

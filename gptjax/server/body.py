@@ -11,7 +11,8 @@ from typing import Any, Final, NoReturn
 from starlette.requests import ClientDisconnect, Request
 
 from gptjax.server.errors import ApiError, as_json, bad_request, kind_of
-from gptjax.server.service import Limits, Service
+from gptjax.server.service import Service
+from gptjax.server.settings import Limits
 from gptjax.server.sse import ClientGone
 from gptjax.text.vocabulary import is_text
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Final
 
 from gptjax.errors import CapacityError, GptjaxError
@@ -39,6 +40,11 @@ class ApiError(Exception):
         self.param = None if param is None else param[:_LONGEST_NAME]
         self.code = code
         self.headers = dict(headers or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle, which would leave out all but the message."""
+        made = partial(ApiError, kind=self.kind, param=self.param, code=self.code, headers=self.headers)
+        return made, (self.status, str(self))
 
     def body(self) -> dict[str, Any]:
         """The JSON of the answer, or of an event in a stream."""

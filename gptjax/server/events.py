@@ -1,10 +1,16 @@
 """The messages between the worker and those who give it requests."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from gptjax.engine.engine import Token
+from gptjax.engine.request import Request, Token
 from gptjax.errors import GptjaxError
+
+_SHORTEST_RETRY, _LONGEST_RETRY = 1, 60  # seconds
+PromptScores = Sequence[tuple[float, tuple[tuple[int, float], ...]]]
+"""For each token after the first: its log-probability, and the most likely (token id, log-probability) instead."""
 
 
 class QueueFull(GptjaxError):  # noqa: N818 (a state, not a fault)
@@ -72,3 +78,41 @@ class State:
     tokens_total: int  # delivered
     error: str | None  # what the worker died of
     losses: int = 0  # how often the device failed, and all open requests were computed again
+    slot_seconds: float = 1.0  # that a request keeps its slot, on average
+
+    def retry_after(self, waiting: int) -> int:
+        """Seconds until so many waiting requests have had their turn."""
+        seconds = math.ceil(waiting / self.slots * self.slot_seconds)
+        return max(_SHORTEST_RETRY, min(seconds, _LONGEST_RETRY))
+
+
+class AnyWorker(Protocol):
+    """A worker, in this process or in another. See `Worker` for what its methods do."""
+
+    @property
+    def state(self) -> State:
+        """Its current state."""
+
+    def start(self) -> None:
+        """Has it begin."""
+
+    def wait_until_ready(self) -> None:
+        """Returns once requests run."""
+
+    def wait_until_compiled(self) -> bool:
+        """Waits until all programs are compiled. Returns whether they are."""
+
+    def submit(self, request: Request, deliver: Deliver) -> Ticket:
+        """Hands a request to it."""
+
+    def check_room(self, ahead: int) -> None:
+        """Raises `QueueFull` or `Unavailable` if a request would be refused after `ahead` others."""
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends a request."""
+
+    def drain(self, seconds: float) -> None:
+        """Refuses new requests and waits for the open ones."""
+
+    def stop(self) -> None:
+        """Ends it."""

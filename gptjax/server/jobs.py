@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
 
-from gptjax.engine.engine import Token
-from gptjax.engine.request import Request
+from gptjax.engine.request import Request, Token
 from gptjax.server.events import Deliver, Event, Failed, Finished, Ticket, Tokens
 
 
@@ -42,9 +42,20 @@ class Job:
         return Finished(how, len(self.request.prompt_ids), self.cached, self.count) if isinstance(how, str) else how
 
 
-def deliver(events: Iterable[tuple[Job, Event]]) -> list[Job]:
+class Delivers(Protocol):
+    """What belongs to a request."""
+
+    @property
+    def deliver(self) -> Deliver:
+        """What takes the request's events."""
+
+
+AnyJob = TypeVar("AnyJob", bound=Delivers)
+
+
+def deliver(events: Iterable[tuple[AnyJob, Event]]) -> list[AnyJob]:
     """Delivers events, then wakes each of their readers once. Returns the jobs for which either failed."""
-    readers: dict[Callable[[], None], list[Job]] = {}
+    readers: dict[Callable[[], None], list[AnyJob]] = {}
     failed = []
     for job, event in events:
         try:

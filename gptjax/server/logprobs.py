@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gptjax.server.service import PromptScores
+from gptjax.server.events import PromptScores
 from gptjax.text import Tokenizer
 
 

@@ -15,7 +15,7 @@ from gptjax.errors import CapacityError, RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry
 from gptjax.server.errors import NO_RETRY, ApiError
-from gptjax.server.service import PromptScores
+from gptjax.server.events import PromptScores
 
 _log = logging.getLogger(__name__)
 _TOPS = (0, 1, 5, MAX_TOP_LOGPROBS)  # numbers of alternatives, so that few programs are compiled

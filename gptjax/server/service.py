@@ -9,13 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from gptjax.config import GenerationDefaults
 from gptjax.errors import GptjaxError
 from gptjax.server.errors import ApiError, as_json, bad_request, unavailable
-from gptjax.server.events import QueueFull
+from gptjax.server.events import AnyWorker, PromptScores, QueueFull
 from gptjax.server.mailbox import Mailbox
 from gptjax.server.metrics import Metrics
-from gptjax.server.worker import Worker
+from gptjax.server.settings import Facts, Limits
 from gptjax.text import Tokenizer
 from gptjax.text.bounded import Bounds
 from gptjax.text.chat_formats import ChatFormat
@@ -23,36 +22,14 @@ from gptjax.text.chat_formats import ChatFormat
 _RETRY = 5  # seconds
 _LOOK = 0.2  # seconds between checks whether the server is shutting down
 _BODIES = 4  # of the largest size; a parsed object may be thirty times its body
-PromptScores = Sequence[tuple[float, tuple[tuple[int, float], ...]]]
-"""For each token after the first: its log-probability, and the most likely (token id, log-probability) instead."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a client may request, and how long it may keep the server waiting."""
+class Served(Facts):
+    """The served model, and what is done with it here."""
 
-    body_bytes: int = 10 << 20
-    body_seconds: float = 30.0  # for the whole body to arrive
-    send_seconds: float = 30.0  # for a client to take a piece of a stream
-    ping_seconds: float = 15.0  # of silence before a stream gets a comment
-    heartbeat_seconds: float = 60.0  # without one, the worker counts as hung; compiling takes time
-    rows: int = 128  # prompts times `n` of one request
-    scoring: int = 64  # requests with `echo` and `logprobs` at a time
-
-
-@dataclasses.dataclass(frozen=True)
-class Served:
-    """The served model."""
-
-    name: str
     tokenizer: Tokenizer | None  # None: only token ids can be sent
     chat_format: ChatFormat | GptjaxError  # an error says why it cannot chat
-    defaults: GenerationDefaults
-    eos_ids: tuple[int, ...]
-    vocab_size: int  # of the logits
-    max_length: int  # positions of prompt and output
-    quant_kind: str  # of the weights: "MXFP4", "Q4_K_M", "BF16", …
-    tokenizer_kind: str | None  # "hf-json" or "gguf-bpe"; None: no tokenizer, or not known
     score: Callable[[Sequence[int], int], PromptScores]  # (prompt ids, number of alternatives); blocks
     memory_in_use: Callable[[], int]  # bytes on the device
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
@@ -111,7 +88,7 @@ class Served:
 class Service:
     """Everything that a route needs."""
 
-    worker: Worker
+    worker: AnyWorker
     served: Served
     limits: Limits
     metrics: Metrics

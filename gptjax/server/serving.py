@@ -1,13 +1,11 @@
-"""Runs the server, from a loaded model until it is asked to end or its worker dies."""
+"""Runs the server, until it is asked to end or its worker dies. It does not matter where the worker is."""
 
 import asyncio
 import contextlib
 import functools
 import gc
 import logging
-import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,88 +14,66 @@ from typing import Any, Final, cast
 
 import uvicorn
 
-from gptjax.checkpoints.checkpoint import Checkpoint
-from gptjax.engine import steps
 from gptjax.errors import GptjaxError
-from gptjax.language_model import LanguageModel
 from gptjax.server import app
-from gptjax.server.facts import quant_kind, tokenizer_kind
+from gptjax.server.events import AnyWorker, PromptScores
 from gptjax.server.metrics import Metrics
 from gptjax.server.origins import is_address
 from gptjax.server.protocol import Protocol
-from gptjax.server.scoring import score
-from gptjax.server.service import Limits, Served, Service
-from gptjax.server.worker import DEFAULT_SLOTS, Worker
-from gptjax.support.runtime import device_memory
+from gptjax.server.service import Served, Service
+from gptjax.server.settings import Facts, Limits
+from gptjax.support.processes import share_lock
 from gptjax.text import Tokenizer
-from gptjax.text.chat_formats import ChatFormat
+from gptjax.text.chat_formats import ChatFormat, choose_format
 
 _LAST_WORDS: Final = 3.0  # seconds to keep answering after the worker died, so that /health can report it
 _TO_END_STREAMS: Final = 5.0  # seconds to send the rest of them, after the worker has drained
 _TICK: Final = 0.1  # seconds
-_SWITCH: Final = 0.0005  # seconds that a thread may keep Python's lock while another waits for it
 _log = logging.getLogger(__name__)
 
 
 def make_service(
-    lm: LanguageModel,
-    name: str,
+    worker: AnyWorker,
+    facts: Facts,
+    tokenizer: Tokenizer | GptjaxError,
+    chat_format: str | None = None,
     *,
-    max_queue: int,
+    score: Callable[[Sequence[int], int], PromptScores],
+    memory_in_use: Callable[[], int],
     limits: Limits,
-    prefill_chunk: int = steps.CHUNK,
-    checkpoint: Checkpoint | None = None,
-    tokenizer_from: str | None = None,
 ) -> Service:
     """The service of a model, its worker not yet started.
 
     Args:
-      checkpoint: what the model was loaded from, for `/health`.
-      tokenizer_from: where its tokenizer was read from, if not from there.
+      tokenizer: or why there is none.
+      chat_format: the name of the format of conversations; None recognises it by the tokenizer.
     """
-    tokenizer: Tokenizer | None
-    try:
-        tokenizer = lm.tokenizer
-    except GptjaxError as error:
-        _log.warning("only token ids can be sent: %s", error)
-        tokenizer = None
-    chat_format: ChatFormat | GptjaxError
-    try:
-        chat_format = lm.chat_format
-    except GptjaxError as error:
-        chat_format = error
-    worker = Worker(lm, max_queue=max_queue, chunk=prefill_chunk)
+    format_ = tokenizer if isinstance(tokenizer, GptjaxError) else _chat_format(tokenizer, chat_format)
+    if isinstance(tokenizer, GptjaxError):
+        _log.warning("only token ids can be sent: %s", tokenizer)
     served = Served(
-        name=name,
-        tokenizer=tokenizer,
-        chat_format=chat_format,
-        defaults=lm.defaults,
-        eos_ids=lm.eos_ids,
-        vocab_size=lm.config.vocab_size,
-        max_length=lm.max_length,
-        quant_kind=quant_kind(lm, checkpoint),
-        tokenizer_kind=None if tokenizer is None or checkpoint is None else tokenizer_kind(checkpoint, tokenizer_from),
-        score=functools.partial(score, lm),
-        memory_in_use=_memory_in_use(lm),
+        **vars(facts),
+        tokenizer=None if isinstance(tokenizer, GptjaxError) else tokenizer,
+        chat_format=format_,
+        score=score,
+        memory_in_use=memory_in_use,
     )
-    return Service(worker, served, limits, Metrics(lambda: worker.state, served.memory_in_use))
+    return Service(worker, served, limits, Metrics(lambda: worker.state, memory_in_use))
 
 
-def _memory_in_use(lm: LanguageModel) -> Callable[[], int]:
-    """Bytes in use on the device; on a CPU, which only counts all processes together, weights and cache by formula."""
-    if device_memory().platform != "cpu":
-        return lambda: device_memory().in_use
-    needed = lm.memory(batch=lm.max_batch or DEFAULT_SLOTS)
-    return lambda: needed.weights + needed.cache
+def _chat_format(tokenizer: Tokenizer, name: str | None) -> ChatFormat | GptjaxError:
+    try:
+        return choose_format(tokenizer, name)
+    except GptjaxError as error:
+        return error
 
 
 def run(server: "Server") -> int:
-    """Serves until SIGINT or SIGTERM. Returns the exit status: 0, or 1 if the worker died or the port is taken."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, server.handle_exit)
-    # The worker's thread gives the lock away several times a step. With Python's 5 ms, 64 requests that arrive together
-    # would delay a step by 40 ms.
-    sys.setswitchinterval(_SWITCH)
+    """Serves until `handle_exit` is called. Returns the exit status: 0, or 1 if the worker died or the port is taken.
+
+    The process must have nothing else to do.
+    """
+    share_lock()
     server.has_process = True
     try:
         server.run()
@@ -161,7 +137,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Does nothing: `run` has set handlers. uvicorn would set them later, and raise the signal again at the end."""
+        """Does nothing: signals come to the engine's process, which calls `handle_exit` from there."""
         yield
 
     def _when_compiled(self) -> None:

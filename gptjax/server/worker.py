@@ -6,7 +6,6 @@ most one chunk of their prompts a step, so that running streams never wait for m
 
 import contextlib
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -15,11 +14,11 @@ from collections.abc import Sequence
 import jax
 
 from gptjax.engine import memory, steps
-from gptjax.engine.engine import Engine, Token
+from gptjax.engine.engine import Engine
 from gptjax.engine.output import NOT_FINITE
 from gptjax.engine.pool_sizes import pools
 from gptjax.engine.pools import default_policy, pool_kinds, pool_tokens
-from gptjax.engine.request import Request
+from gptjax.engine.request import Request, Token
 from gptjax.engine.settings import Features
 from gptjax.language_model import LanguageModel
 from gptjax.server.events import Deliver, Event, Failed, QueueFull, State, Ticket, Tokens, Unavailable
@@ -28,7 +27,6 @@ from gptjax.server.jobs import Job, deliver
 DEFAULT_SLOTS = 8  # if the model was loaded without `max_batch`
 _BEAT = 1.0  # seconds between heartbeats of an idle worker
 _PATIENCE = 10.0  # seconds that `drain` and `stop` wait for the thread beyond what was asked
-_SHORTEST_RETRY, _LONGEST_RETRY = 1, 60  # seconds
 _log = logging.getLogger(__name__)
 _SMOOTHING = 0.2  # weight of the latest request in the average duration
 _STOPPED = Failed("the server was stopped", "stopped")
@@ -204,6 +202,7 @@ class Worker:
                 tokens_total=self._tokens_total,
                 error=self._error,
                 losses=self._losses,
+                slot_seconds=self._seconds,
             )
 
     @property
@@ -219,7 +218,7 @@ class Worker:
             raise Unavailable(refusal)
         waiting = len(self._queue) + ahead
         if waiting >= self._max_queue + self._slots - len(self._running):  # a free slot means no wait
-            raise QueueFull(waiting, self._retry_after())
+            raise QueueFull(waiting, self.state.retry_after(len(self._queue)))
 
     def _refusal(self) -> str | None:
         """Why requests are refused; None if they are not."""
@@ -239,11 +238,6 @@ class Worker:
             for job in jobs:
                 del self._open[job.ticket]
         self._deliver([(job, failed) for job in jobs])
-
-    def _retry_after(self) -> int:
-        """Seconds until the waiting requests have had their turn, estimated from the average so far."""
-        seconds = math.ceil(len(self._queue) / self._slots * self._seconds)
-        return max(_SHORTEST_RETRY, min(seconds, _LONGEST_RETRY))
 
     # The rest runs in the thread.
 

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 
 from gptjax.chat import ChatChunk, chat_chunks
 from gptjax.cli.chat_session import Piece, Session
-from gptjax.engine.engine import Token
 from gptjax.engine.output import Chunk, Output
-from gptjax.engine.request import Request, SamplingParams
+from gptjax.engine.request import Request, SamplingParams, Token
 from gptjax.errors import GptjaxError
 from gptjax.text import Tokenizer, load_tokenizer
 from gptjax.text.chat_formats import FORMATS, ChatFormat, ChatOptions

@@ -4,9 +4,8 @@ import random
 
 import pytest
 
-from gptjax.engine.engine import Token
 from gptjax.engine.output import Output, StopFinder
-from gptjax.engine.request import Request, SamplingParams
+from gptjax.engine.request import Request, SamplingParams, Token
 from gptjax.text import Detokenizer
 
 

@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gptjax.engine.engine import Token
-from gptjax.engine.request import Request
+from gptjax.engine.request import Request, Token
 from gptjax.server.events import Deliver, Event, Failed, Finished, QueueFull, State, Ticket, Tokens, Unavailable
 
 
@@ -26,7 +25,7 @@ class FakeWorker:
         self.requests: list[Request] = []
         self.cancelled: list[Ticket] = []
         self.open: dict[Ticket, threading.Event] = {}
-        self.ready = True
+        self.ready = self.alive = True
         self.error: str | None = None
         self.heartbeat_age = 0.0
         self.refusal: str | None = None
@@ -36,6 +35,10 @@ class FakeWorker:
 
     def start(self) -> None:
         pass
+
+    def wait_until_ready(self) -> None:
+        while not self.ready:
+            time.sleep(0.01)
 
     def wait_until_compiled(self) -> bool:
         return True
@@ -80,7 +83,17 @@ class FakeWorker:
     @property
     def state(self) -> State:
         return State(
-            self.ready, self.error is None, self.heartbeat_age, 4, len(self.open), 0, 0.25, 1, 2, self.error, 3
+            self.ready,
+            self.alive and self.error is None,
+            self.heartbeat_age,
+            4,
+            len(self.open),
+            0,
+            0.25,
+            1,
+            2,
+            self.error,
+            3,
         )
 
     def _run(

@@ -32,8 +32,8 @@ class Process:
         return httpx2.get(f"{self.address}/health", timeout=30).json()
 
     def memory(self) -> int:
-        """Bytes that are resident."""
-        return psutil.Process(self.process.pid).memory_info().rss
+        """Bytes that are resident, of all its processes."""
+        return sum(each.memory_info().rss for each in family(self.process))
 
     def metrics(self) -> dict[tuple[str, ...], float]:
         """The samples of `/metrics`, by name and the values of their labels, in order of the labels."""
@@ -56,14 +56,21 @@ def serving(folder: Path, *options: str) -> Iterator[Process]:
             wait(lambda: "all programs are compiled" in path.read_text(), 240)
             yield server
         finally:
-            process.kill()
+            for each in family(process) if process.poll() is None else ():
+                each.kill()
+
+
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    """A process, and those that it started."""
+    first = psutil.Process(process.pid)
+    return [first, *first.children()]
 
 
 def _port(process: subprocess.Popen) -> int:
     """That on which a process listens."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        for connection in psutil.Process(process.pid).net_connections("tcp"):
+        for connection in (each for one in family(process) for each in one.net_connections("tcp")):
             if connection.status == psutil.CONN_LISTEN:
                 return connection.laddr.port
         time.sleep(0.05)

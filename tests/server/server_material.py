@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,19 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 from gptjax.config import GenerationDefaults
+from gptjax.engine import steps
 from gptjax.engine.request import Request
 from gptjax.errors import GptjaxError
-from gptjax.server import app, serving
+from gptjax.server import app, hosting, scoring, serving
 from gptjax.server.events import Failed
 from gptjax.server.metrics import Metrics
-from gptjax.server.service import Limits, Served, Service
+from gptjax.server.service import Served, Service
+from gptjax.server.settings import Limits
+from gptjax.server.worker import Worker
 from gptjax.text import Tokenizer, load_tokenizer
 from gptjax.text.chat_formats import ChatFormat, choose_format
 from tests.server.fake_worker import FakeWorker, score
+from tests.server.worker_material import remote
 
 DEMO = Path(__file__).resolve().parents[2] / "gptjax" / "demo"
 GPT2, GPT_OSS = "gpt2-tales", "gpt-oss-tales"
@@ -189,9 +193,18 @@ def wait_for(holds, seconds=120):
 
 
 @contextlib.contextmanager
-def served(lm, name, *, max_queue=64, **options):
-    """A server of a model that is warm, and its address."""
-    service = serving.make_service(lm, name, max_queue=max_queue, limits=Limits(), **options)
-    with running(service) as (server, address):
+def served(lm, name, *, max_queue=64, chunk=steps.CHUNK, far=False):
+    """A server of a model that is warm, in this process, and its address. `far`: with the worker behind a channel."""
+    worker = Worker(lm, max_queue=1 << 60 if far else max_queue, chunk=chunk)
+    facts, score = hosting.facts_of(lm, name), partial(scoring.score, lm)
+    in_use = hosting.memory_in_use(lm)
+    with contextlib.ExitStack() as stack:
+        if far:
+            worker.start()
+            stack.callback(worker.stop)
+            worker = stack.enter_context(remote(worker, facts, max_queue=max_queue, score=score))
+            score = worker.score
+        service = serving.make_service(worker, facts, lm.tokenizer, score=score, memory_in_use=in_use, limits=Limits())
+        server, address = stack.enter_context(running(service))
         service.worker.wait_until_ready()
         yield server, address

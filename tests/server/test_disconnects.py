@@ -22,10 +22,10 @@ def model():
     return shallow(GPT2, max_length=512, max_batch=SLOTS)
 
 
-@pytest.fixture(scope="module")
-def warm(model):
+@pytest.fixture(scope="module", params=[False, True], ids=["in this process", "in another"])
+def warm(request, model):
     """A server that reads prompts in many parts, and what is asked of it."""
-    with served(model, GPT2, prefill_chunk=CHUNK) as (server, address):
+    with served(model, GPT2, chunk=CHUNK, far=request.param) as (server, address):
         yield server, address
 
 
@@ -99,7 +99,7 @@ def test_a_killed_worker_thread_is_seen_at_once(monkeypatch):
     assert worker_module._BEAT <= 1
     monkeypatch.setattr(worker_module, "_LEVELS", worker_module._LEVELS[-1:])  # one program for all kinds of sampling
     small = shallow(GPT2, max_length=96, max_batch=1)
-    with served(small, GPT2, prefill_chunk=CHUNK) as (server, address):
+    with served(small, GPT2, chunk=CHUNK) as (server, address):
         thread = server.config.app.state.service.worker._thread
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
         wait_for(lambda: not thread.is_alive())

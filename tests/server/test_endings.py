@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import httpx2
+import psutil
 import pytest
 
 from tests.fuzz import rounds
@@ -23,20 +24,30 @@ from tests.thinned import thinned, thorough
 
 # The command with a worker that says " a" for ever to every request, as fast as it can.
 FAKE = """
-import itertools, sys
-from tests.server.server_material import fail_all, ids, make
+import dataclasses, itertools, sys
+from tests.server.fake_worker import FakeWorker
+from tests.server.server_material import fail_all, ids
 from gptjax.cli import main
-from gptjax.server import serving
+from gptjax.server import front_process, hosting
 
-service = make(lambda request: itertools.cycle([ids(" a")[0], 0.0001]), send_seconds=600)
-service.worker.max_length = 1 << 30
-object.__setattr__(service.served, "max_length", 1 << 30)
-service.worker.stop = lambda: fail_all(service.worker)
-serving.make_service = lambda *_, **__: service
-serving._TO_END_STREAMS = 1.0
-sys.exit(main())
+class Worker(FakeWorker):
+    def drain(self, seconds):
+        fail_all(self)
+
+    def stop(self):
+        fail_all(self)
+        self.alive = False
+
+worker = Worker(lambda _: itertools.cycle([ids(" a")[0], 0.0001]), max_length=1 << 30, room=1 << 60)
+hosting.Worker = lambda *_, **__: worker
+facts_of = hosting.facts_of
+hosting.facts_of = lambda *_, **__: dataclasses.replace(facts_of(*_, **__), max_length=1 << 30)
+front = "import sys; from gptjax.server import front, serving; serving._TO_END_STREAMS = 1.0; "
+front_process.COMMAND = (sys.executable, "-c", front + "front.leave(front.main(int(sys.argv[1])))")
 """
-REAL = "import sys; from gptjax.cli import main; sys.exit(main())"
+RUN = "sys.exit(main())"
+REAL = "import sys; from gptjax.cli import main; "
+OPTIONS = ("--send-timeout", "600", "--drain")
 
 
 class Served:
@@ -60,12 +71,21 @@ class Served:
         wait_for(lambda: "running on" in self.log)
         return re.search(r"running on (http://\S+)", self.log)[1]
 
-    def end(self, *signals):
-        """Sends signals, and checks how it ends."""
+    @property
+    def front(self):
+        """The process that speaks HTTP, once it is there."""
+        wait_for(lambda: psutil.Process(self.process.pid).children())
+        (found,) = psutil.Process(self.process.pid).children()
+        return found
+
+    def end(self, *signals, status=0, group=False):
+        """Sends signals, to both processes as a terminal does or to the one that was started; checks how they end."""
+        fronts = psutil.Process(self.process.pid).children() if self.process.poll() is None else []
         for number in signals:
-            self.process.send_signal(number)
+            os.killpg(self.process.pid, number) if group else self.process.send_signal(number)
             time.sleep(0.2)
-        assert self.process.wait(60) == 0, self.log
+        assert self.process.wait(60) == status, self.log
+        assert psutil.wait_procs(fronts, 10)[1] == []
         assert "Traceback" not in self.log
         assert "FATAL" not in self.log
         assert "Exception" not in self.log
@@ -82,8 +102,9 @@ def start(tmp_path):
             # Nothing is compiled from before.
             variables = os.environ | {"PYTHONPATH": path, "GPTJAX_CACHE_DIR": str(tmp_path / "programs")}
             log = tmp_path / "log"
+            argv = [sys.executable, "-c", code + RUN, *argv]
             with log.open("w") as file:
-                process = subprocess.Popen([sys.executable, "-c", code, *argv], stderr=file, env=variables)
+                process = subprocess.Popen(argv, stderr=file, env=variables, start_new_session=True)
             stack.callback(process.wait)
             stack.callback(process.kill)
             return Served(process, log)
@@ -121,7 +142,7 @@ def test_a_request_that_waits_for_the_compiler_is_answered(start):
 @pytest.mark.parametrize("signals", [thorough([signal.SIGTERM] * 2), [signal.SIGINT] * 2])
 def test_streams_that_nobody_reads_are_cut(start, signals):
     # A second Ctrl-C does not wait for --drain.
-    server = start(FAKE, "--drain", "0" if signals[0] == signal.SIGTERM else "600")
+    server = start(FAKE, *OPTIONS, "0" if signals[0] == signal.SIGTERM else "600")
     address = server.listening()
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(socket.socket())
@@ -144,7 +165,7 @@ def stands_still(address):
 
 
 def test_a_stream_that_is_read_ends_in_order(start):
-    server = start(FAKE, "--drain", "0.3")
+    server = start(FAKE, *OPTIONS, "0.3")
     body = {"prompt": "a", "stream": True, "max_tokens": 1 << 30}
     with httpx2.stream("POST", f"{server.listening()}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
@@ -164,4 +185,106 @@ def test_any_moment_is_a_good_one(start, seed):
     server = start()
     wait_for(server.catches_signals)
     time.sleep(chance.uniform(0.0, 4.0))
-    server.end(chance.choice([signal.SIGTERM, signal.SIGINT]))
+    server.end(chance.choice([signal.SIGTERM, signal.SIGINT]), group=chance.random() < 0.5)
+
+
+def reading(lines):
+    """What is left of a stream."""
+    return [json.loads(line[6:]) if line != "data: [DONE]" else None for line in filter(None, lines)]
+
+
+def test_ctrl_c_which_both_processes_get_counts_once(start):
+    server = start(FAKE, *OPTIONS, "0.3")
+    body = {"prompt": "a", "stream": True, "max_tokens": 1 << 30}
+    with httpx2.stream("POST", f"{server.listening()}/v1/completions", json=body, timeout=60) as response:
+        next(lines := response.iter_lines())
+        os.killpg(server.process.pid, signal.SIGINT)
+        *_, error, done = reading(lines)
+    assert (error["error"]["code"], done) == ("drained", None)
+    server.end()
+
+
+def test_a_signal_to_the_process_that_speaks_http_ends_both(start):
+    server = start(FAKE, *OPTIONS, "0.3")
+    server.listening()
+    front = server.front
+    front.send_signal(signal.SIGTERM)
+    server.end()
+    assert not front.is_running()
+
+
+def test_if_the_engines_process_dies_the_other_says_so_and_ends(start):
+    server = start(FAKE, *OPTIONS, "600")
+    address, front = server.listening(), server.front
+    body = {"prompt": "a", "stream": True, "max_tokens": 1 << 30}
+    with httpx2.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as response:
+        next(lines := response.iter_lines())
+        server.process.kill()
+        *_, error, done = reading(lines)
+    assert (error["error"]["code"], done) == ("died", None)
+    answer = httpx2.get(f"{address}/health")
+    assert (answer.status_code, answer.json()["status"]) == (503, "dead")
+    assert httpx2.post(f"{address}/v1/completions", json=body).json()["error"]["code"] == "unavailable"
+    assert psutil.wait_procs([front], 20)[1] == []
+    assert "the worker died: the engine's process has ended" in server.log
+    server.end(status=-signal.SIGKILL)
+
+
+def test_if_the_process_that_speaks_http_dies_the_other_says_so_and_ends(start):
+    server = start(FAKE)
+    server.listening()
+    server.front.kill()
+    server.end(status=1)
+    assert "the process that speaks HTTP was ended by SIGKILL" in server.log
+
+
+def test_a_worker_that_dies_ends_both(start):
+    server = start(FAKE + "worker.script = lambda _: setattr(worker, 'error', 'planted') or []; ")
+    address = server.listening()
+    httpx2.post(f"{address}/v1/completions", json={"prompt": "a"}, timeout=60)
+    wait_for(lambda: httpx2.get(f"{address}/health").json()["status"] == "dead")
+    server.end(status=1)
+    assert "the worker died: planted" in server.log
+
+
+def test_a_process_that_hangs_sends_no_heartbeat(start):
+    server = start(FAKE)
+    address = server.listening()
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        wait_for(lambda: age(address) > 1.0)
+        assert httpx2.post(f"{address}/v1/completions", json={"prompt": "a", "max_tokens": 0}).status_code == 400
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    wait_for(lambda: age(address) < 1.0)
+    server.end(signal.SIGTERM)
+
+
+def age(address):
+    """Seconds since the last heartbeat."""
+    metrics = httpx2.get(f"{address}/metrics").text
+    return float(re.search(r"^gptjax_heartbeat_age_seconds (.*)", metrics, re.MULTILINE)[1])
+
+
+@pytest.mark.parametrize("number", thinned([signal.SIGTERM, signal.SIGKILL], signal.SIGKILL))
+def test_a_process_that_ends_while_it_loads_leaves_none(start, number):
+    server = start(
+        "import time; from gptjax import api; api.load_checkpoint = lambda *_, **__: time.sleep(60); " + REAL
+    )
+    wait_for(server.catches_signals)
+    assert server.front.is_running()
+    server.end(number, status=0 if number == signal.SIGTERM else -number)
+
+
+def test_a_port_that_is_taken_ends_both(start):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = start(FAKE, "--port", str(port))
+        server.end(status=1)
+    assert f"error while attempting to bind on address ('127.0.0.1', {port})" in server.log
+
+
+def test_a_checkpoint_that_cannot_be_loaded_leaves_none(start, tmp_path):
+    server = start(REAL, "--tokenizer", str(tmp_path / "none"))
+    server.end(status=1)
+    assert server.log.count("does not exist; name the directory of a tokenizer") == 1

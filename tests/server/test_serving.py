@@ -18,7 +18,7 @@ import pytest
 
 from gptjax.cli import main, serve
 from gptjax.engine import steps
-from gptjax.server import logs, serving
+from gptjax.server import hosting, logs, serving
 from tests.server.load_material import request
 from tests.server.server_material import GPT2, endless, fail_all, ids, make, running, wait_for
 
@@ -99,7 +99,6 @@ def test_what_compiling_leaves_is_kept_from_the_garbage_collector_once_there_is_
 
 def test_a_command_has_the_process_for_itself(monkeypatch):
     switches = []
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "setswitchinterval", switches.append)
     server = serving.make_server(make(), host="127.0.0.1", port=0, drain_seconds=1)
     monkeypatch.setattr(server, "run", lambda: None)
@@ -222,7 +221,7 @@ def test_the_commands_chunk_is_the_workers(monkeypatch):
     def worker(*_, chunk, **__):
         raise Stop(chunk)
 
-    monkeypatch.setattr(serving, "Worker", worker)
+    monkeypatch.setattr(hosting, "Worker", worker)
     with pytest.raises(Stop, match=r"^64$"):
         main(["serve", "-m", GPT2, "--max-length", "64", "--max-batch", "1", "--prefill-chunk", "64"])
 

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from gptjax.engine.engine import Engine, Token
+from gptjax.engine.engine import Engine
+from gptjax.engine.request import Token
 from gptjax.server.events import Finished, Ticket, Tokens
 from gptjax.server.jobs import Job, deliver
 from gptjax.server.worker import Worker

@@ -22,11 +22,11 @@ def model():
     return shallow(GPT2, max_length=MAX_LENGTH, max_batch=SLOTS)
 
 
-@pytest.fixture(scope="module")
-def complete(model):
+@pytest.fixture(scope="module", params=[False, True], ids=["in this process", "in another"])
+def complete(request, model):
     limits = httpx2.Limits(max_connections=CLIENTS)
     with (
-        served(model, GPT2, max_queue=CLIENTS, prefill_chunk=CHUNK) as (_, address),
+        served(model, GPT2, max_queue=CLIENTS, chunk=CHUNK, far=request.param) as (_, address),
         httpx2.Client(base_url=address, timeout=300, limits=limits) as client,
     ):
         yield lambda **fields: client.post("/v1/completions", json=fields)

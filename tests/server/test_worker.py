@@ -1,5 +1,6 @@
 """The worker: many requests on one engine, each with the bits that it gets alone, and an end for each of them."""
 
+import contextlib
 import itertools
 import threading
 import time
@@ -8,10 +9,10 @@ import numpy as np
 import pytest
 
 from gptjax.engine import free_of_load, programs
-from gptjax.engine.engine import Engine, Token
-from gptjax.engine.request import Request, SamplingParams
+from gptjax.engine.engine import Engine
+from gptjax.engine.request import Request, SamplingParams, Token
 from gptjax.errors import CapacityError, RequestError
-from gptjax.server.events import Finished, QueueFull, Ticket
+from gptjax.server.events import AnyWorker, Finished, QueueFull, Ticket
 from gptjax.server.worker import Worker
 from tests.engine.generated import generate
 from tests.fuzz import rounds
@@ -23,6 +24,7 @@ from tests.server.worker_material import (
     SLOTS,
     Reader,
     ids_of,
+    remote_of,
     request_of,
     submit,
     until,
@@ -44,28 +46,32 @@ def model(request):
         yield shallow(name, max_length=MAX_LENGTH, max_batch=SLOTS)
 
 
-@pytest.fixture(scope="module")
-def started(model):
-    """A worker that is ready, for all tests that leave it as it was."""
-    worker = Worker(model, max_queue=3, chunk=CHUNK)
+@pytest.fixture(scope="module", params=["in this process", "in another"])
+def started(request, model):
+    """A worker that is ready, for all tests that leave it as it was; and itself, if it is seen through a channel."""
+    is_near = request.param == "in this process"
+    worker = Worker(model, max_queue=3 if is_near else 1 << 60, chunk=CHUNK)
     worker.start()
     worker.wait_until_ready()
-    yield worker
+    with contextlib.nullcontext(worker) if is_near else remote_of(worker, model, max_queue=3) as found:
+        yield found, worker
     worker.stop()
 
 
 @pytest.fixture
 def worker(started):
     """The same, all of whose slots are free again when the test is over."""
-    assert started.state.ready
-    yield started
-    until(lambda: started.state.busy == started.state.queued == 0)
-    assert started.state.alive
+    found, _ = started
+    assert found.state.ready
+    yield found
+    until(lambda: found.state.busy == found.state.queued == 0)
+    assert found.state.alive
 
 
-def _packs(worker: Worker) -> bool:
+@pytest.fixture
+def packs(started):
     """Whether prompts share calls, and parts of their pages: where that does not change their bits."""
-    return worker._policy.packed
+    return started[1]._policy.packed
 
 
 def _alone(model, request: Request) -> list[tuple]:
@@ -92,7 +98,7 @@ def test_requests_that_come_and_go_get_the_bits_they_get_alone(worker, model, al
             assert end.prompt_tokens == len(request.prompt_ids)
             assert end.completion_tokens == len(reader.tokens) == request.room(MAX_LENGTH)
             assert [type(event) for event in reader.events] == [Token] * len(reader.tokens) + [Finished]
-            assert reader.threads == {"gptjax-worker"}
+            assert reader.threads == {worker._thread.name}
 
 
 def test_chunks_of_the_usual_size_give_what_the_model_itself_gives():
@@ -122,10 +128,10 @@ def test_a_request_without_a_seed_gets_one(worker):
     assert readers[0].wait()[:-1] != readers[1].wait()[:-1]
 
 
-def test_running_streams_wait_for_one_chunk_at_most(worker, monkeypatch):
+def test_running_streams_wait_for_one_chunk_at_most(worker, monkeypatch, packs):
     """Between two chunks of a prompt there is always a step of those that run."""
     happened = []
-    calls = -(-2 * 290 // CHUNK) if _packs(worker) else 2 * 6  # four whole chunks, 32 of the rest, and 2
+    calls = -(-2 * 290 // CHUNK) if packs else 2 * 6  # four whole chunks, 32 of the rest, and 2
     for name in ("prefill", "advance"):
         original = getattr(programs, name)
         monkeypatch.setattr(programs, name, lambda *a, name=name, f=original: (happened.append(name), f(*a))[1])
@@ -156,7 +162,7 @@ CANCELLED = {
 }
 
 
-def _cancel_queued(worker: Worker) -> None:
+def _cancel_queued(worker: AnyWorker) -> None:
     running = [Reader(worker, request_of(n, 5, 290)) for n in range(SLOTS)]
     until(lambda: worker.state.busy == SLOTS)
     waiting = Reader(worker, request_of(9, 5))
@@ -168,7 +174,7 @@ def _cancel_queued(worker: Worker) -> None:
         assert reader.end.reason == "cancelled"
 
 
-def _cancel_in_prefill(worker: Worker) -> None:
+def _cancel_in_prefill(worker: AnyWorker) -> None:
     reading = threading.Event()
     go_on = threading.Event()
     original = programs.prefill
@@ -189,7 +195,7 @@ def _cancel_in_prefill(worker: Worker) -> None:
         assert reader.end == Finished("cancelled", 290, 0, 0)
 
 
-def _cancel_in_decode(worker: Worker) -> None:
+def _cancel_in_decode(worker: AnyWorker) -> None:
     beside = Reader(worker, request_of(3, 5, 290))
     reader = Reader(worker, request_of(2, 5, 290), on_token=lambda r: len(r.events) == 3 and worker.cancel(r.ticket))
     assert reader.end == Finished("cancelled", 5, 0, 3)  # no token after that
@@ -197,12 +203,12 @@ def _cancel_in_decode(worker: Worker) -> None:
     assert beside.end.reason == "cancelled"
 
 
-def _cancel_while_finishing(worker: Worker) -> None:
+def _cancel_while_finishing(worker: AnyWorker) -> None:
     reader = Reader(worker, request_of(2, 5, 3), on_token=lambda r: len(r.events) == 3 and worker.cancel(r.ticket))
     assert reader.end == Finished("length", 5, 0, 3)
 
 
-def _cancel_after_the_end(worker: Worker) -> None:
+def _cancel_after_the_end(worker: AnyWorker) -> None:
     reader = Reader(worker, request_of(2, 5, 1))
     reader.wait()
     worker.cancel(reader.ticket)
@@ -332,11 +338,11 @@ def _shared(seed: int, *lengths: int) -> list[tuple[int, ...]]:
     return [ids[:length] for length in lengths]
 
 
-def test_the_next_turn_goes_on_where_the_prompt_was_read_to(worker, model):
+def test_the_next_turn_goes_on_where_the_prompt_was_read_to(worker, model, packs):
     """Bits as alone, though the sliding layers have gone on meanwhile."""
     first, second, third = _shared(41, 140, 230, 280)
     # 12 tokens in the second page are not worth copying it; 102 are, where parts of a chunk are shared.
-    for prompt, cached in ((first, 0), (second, 128), (third, 230 if _packs(worker) else 192)):
+    for prompt, cached in ((first, 0), (second, 128), (third, 230 if packs else 192)):
         request = Request(prompt, 20, SamplingParams(seed=3, temperature=1.0))
         reader = Reader(worker, request)
         assert reader.end == Finished("length", len(prompt), cached, 20)
@@ -355,7 +361,7 @@ def test_a_prompt_is_shared_with_slots_that_are_busy_and_beside_each_other(worke
     assert long.tokens == _alone(model, Request(ids_of(51, 140), 150, SamplingParams(seed=1, temperature=1.0)))
 
 
-def test_a_prefix_is_reused_but_never_all_of_a_prompt(worker, model):
+def test_a_prefix_is_reused_but_never_all_of_a_prompt(worker, model, packs):
     for prompt, shared, chunks in (
         (ids_of(61, 63), 0, 0),
         (ids_of(61, 100), 63, 0),  # less than a chunk
@@ -364,21 +370,19 @@ def test_a_prefix_is_reused_but_never_all_of_a_prompt(worker, model):
         ((*ids_of(61, 63), 1, 2, 3), 63, 0),
         ((*ids_of(61, 15), 1, 2, 3), 0, 0),  # fewer than are worth copying a page
     ):
-        cached = shared if _packs(worker) else chunks
+        cached = shared if packs else chunks
         request = Request(prompt, 5, SamplingParams(seed=1))
         reader = Reader(worker, request)
         assert reader.end.cached_tokens == cached
         assert reader.tokens == _alone(model, request)
 
 
-def test_a_conversation_outlives_others_as_long_as_there_are_pages(worker, model):
+def test_a_conversation_outlives_others_as_long_as_there_are_pages(worker, model, packs):
     first, second = _shared(71, 70, 140)
     Reader(worker, Request(first, 3, SamplingParams(seed=1))).wait()
     for n in range(SLOTS):  # a page each, of three for every slot
         Reader(worker, request_of(710 + n, 70, 3)).wait()
-    assert Reader(worker, Request(second, 3, SamplingParams(seed=1))).end.cached_tokens == (
-        70 if _packs(worker) else 64
-    )
+    assert Reader(worker, Request(second, 3, SamplingParams(seed=1))).end.cached_tokens == (70 if packs else 64)
     for n in range(3 * SLOTS):  # three pages each
         Reader(worker, request_of(720 + n, 290, 3)).wait()
     assert Reader(worker, Request(second, 3, SamplingParams(seed=1))).end.cached_tokens == 0

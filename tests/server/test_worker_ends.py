@@ -1,5 +1,6 @@
 """How workers begin and end: warm-up, drain, stop, death, and logits that are not finite."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -12,11 +13,11 @@ import gptjax
 from gptjax.engine import programs
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.server import worker as worker_module
-from gptjax.server.events import Failed, Finished, Unavailable
+from gptjax.server.events import AnyWorker, Failed, Finished, Unavailable
 from gptjax.server.worker import Worker
 from pallas_kernels import same_bits
 from tests.compilations import compilations
-from tests.server.worker_material import CHUNK, PATIENCE, REQUESTS, Reader, ids_of, request_of
+from tests.server.worker_material import CHUNK, PATIENCE, REQUESTS, Reader, ids_of, remote_of, request_of, until
 from tests.shallow import shallow
 
 
@@ -27,19 +28,20 @@ def small(monkeypatch):
     return shallow("gpt2-tales", max_length=96, max_batch=2)
 
 
-@pytest.fixture
-def fresh(small):
+@pytest.fixture(params=["in this process", "in another"])
+def fresh(request, small):
     """Makes workers that a test may bring to their ends."""
-    made = []
+    with contextlib.ExitStack() as stack:
 
-    def make(**options) -> Worker:
-        made.append(Worker(small, **{"max_queue": 8, "chunk": 32} | options))
-        made[-1].start()
-        return made[-1]
+        def make() -> AnyWorker:
+            worker = Worker(small, max_queue=8, chunk=32)
+            worker.start()
+            stack.callback(worker.stop)
+            if request.param == "in another":
+                return stack.enter_context(remote_of(worker, small, max_queue=8))
+            return worker
 
-    yield make
-    for worker in made:
-        worker.stop()
+        yield make
 
 
 @pytest.mark.thorough
@@ -126,7 +128,7 @@ def test_a_worker_that_dies_fails_all_and_shows_it(fresh, monkeypatch):
     for reader in (*running, *waiting):
         assert reader.end.kind == "died"
         assert "FloatingPointError: a planted fault" in reader.end.message
-    worker._thread.join(PATIENCE)
+    until(lambda: not worker.state.alive)
     state = worker.state
     assert (state.alive, state.ready, state.busy, state.queued) == (False, False, 0, 0)
     assert state.error == "FloatingPointError: a planted fault"

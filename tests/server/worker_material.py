@@ -1,23 +1,32 @@
 """A worker's client, and requests for it."""
 
+import contextlib
+import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from gptjax.engine.engine import Token
-from gptjax.engine.request import Request, SamplingParams
-from gptjax.server.events import Failed, Finished, QueueFull, Tokens
-from gptjax.server.worker import Worker
+from gptjax.config import GenerationDefaults
+from gptjax.engine.request import Request, SamplingParams, Token
+from gptjax.server import hosting
+from gptjax.server.channel import Channel
+from gptjax.server.events import AnyWorker, Failed, Finished, QueueFull, Tokens
+from gptjax.server.messages import Setup
+from gptjax.server.remote_worker import RemoteWorker
+from gptjax.server.settings import Facts, Limits
+from gptjax.server.worker_host import WorkerHost
 
 SLOTS, MAX_LENGTH, CHUNK = 4, 300, 64
 PATIENCE = 120  # seconds until a test gives up
+FACTS = Facts("a", GenerationDefaults(), (), 8192, 400, "F32", None)
 
 
 class Reader:
     """What a client sees of one request: its tokens, one by one, and its end."""
 
-    def __init__(self, worker: Worker, request: Request, on_token=None):
+    def __init__(self, worker: AnyWorker, request: Request, on_token=None):
         self.events = []
         self.together = []  # how many tokens came with each event
         self.ended = threading.Event()
@@ -82,10 +91,33 @@ REQUESTS = [  # all kinds of sampling, one chunk and several, short and long out
 ]
 
 
-def submit(worker: Worker, request: Request) -> Reader:
+def submit(worker: AnyWorker, request: Request) -> Reader:
     """Submits, and again as long as the queue is full."""
     while True:
         try:
             return Reader(worker, request)
         except QueueFull:
             time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def remote(worker: AnyWorker, facts, *, max_queue: int, score: Callable = lambda *_: []) -> Iterator[RemoteWorker]:
+    """A started worker as another process sees it, though it is in this one."""
+    near, far = map(Channel, socket.socketpair())
+    WorkerHost(worker, far, score=score, memory_in_use=lambda: 7).start()
+    found = RemoteWorker(near, Setup(facts, max_queue, worker.state, 7, Limits(), {}))
+    try:
+        yield found
+    finally:
+        near.close()
+        if found._thread.ident is not None:
+            found._thread.join(PATIENCE)
+        far.close()
+
+
+@contextlib.contextmanager
+def remote_of(worker: AnyWorker, model, *, max_queue: int) -> Iterator[RemoteWorker]:
+    """`remote`, for the worker of a model; it reads in a thread."""
+    with remote(worker, hosting.facts_of(model, "the model"), max_queue=max_queue) as found:
+        found.start()
+        yield found

@@ -6,9 +6,8 @@ import re
 import pytest
 
 from gptjax.chat import ChatCompletion, chat_chunks
-from gptjax.engine.engine import Token
 from gptjax.engine.output import Completion, Output, Timings, Usage
-from gptjax.engine.request import Request, SamplingParams
+from gptjax.engine.request import Request, SamplingParams, Token
 from gptjax.text import harmony
 from gptjax.text.chat_formats import ToolCall
 from gptjax.text.chat_formats.harmony import Harmony, HarmonyReader, offered_names
