@@ -17,6 +17,7 @@ import numpy as np
 
 from gptjax.engine import programs, sampling
 from gptjax.engine.compilation import Compilation, Later
+from gptjax.engine.executables import Executables
 from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.engine.request import Request
 from gptjax.engine.settings import Features, settings_of
@@ -76,7 +77,8 @@ class Executor:
         self._requests: list[Request | None] = [None] * policy.slots
         self._numbers = [0] * policy.slots
         self._settings: tuple[object, sampling.Sampling] | None  # of the last rows, and what these were
-        self._call: Callable[..., Any] = _call
+        self._executables = Executables(self._params)
+        self._call: Callable[..., Any] = self._executables
         self._later: Later | None = None  # compiles what `warm_up_largest` left
         self._compiled = _Sizes((), ())  # then those that calls may have; more with time
         self._adding = threading.Lock()  # held to add to them
@@ -131,7 +133,8 @@ class Executor:
     @property
     def result(self) -> jax.Array:
         """An array that is there when all plans so far have run, and that the next one does not use up."""
-        return programs.marker(self._slots)
+        marker: jax.Array = self._call(programs.marker, self._slots)
+        return marker
 
     def wait(self) -> None:
         """Waits until everything dispatched has run."""
@@ -160,7 +163,7 @@ class Executor:
 
         def part(sizes: _Sizes) -> tuple[Callable[[Compilation], None], Callable[[], None]]:
             def lower(compilation: Compilation) -> None:
-                shadow._call = compilation
+                shadow._call = shadow._ahead(compilation)
                 for size in sizes.prefill:
                     shadow._run_prefill(PrefillCall(size, (), ()))
                 shadow._run_decodes(sizes.rows)
@@ -194,30 +197,33 @@ class Executor:
 
     def _warm_up(self, sizes: _Sizes) -> None:
         times, slots = [time.monotonic()], self._slots
-        with Compilation() as self._call:
+        with Compilation() as compilation:
+            self._call = self._ahead(compilation)
             try:
                 self._run_all(sizes)
                 times.append(time.monotonic())
             finally:
-                count = len(self._call.compiled)
-                self._slots, self._call = slots, _call
+                self._slots, self._call = slots, self._executables
         times.append(time.monotonic())
         for _ in range(2):  # the second time with arrays as compiled code returns them
-            self._run_all(sizes)
-            jax.block_until_ready(self.result)
+            jax.block_until_ready(self._run_all(sizes))
         self.wait()
         times.append(time.monotonic())
         lowered, compiled, run = (after - before for before, after in itertools.pairwise(times))
         _log.info(
             "%d programs were traced and lowered in %.1f s, compiled after %.1f s more, and ran after %.1f s more",
-            *(count, lowered, compiled, run),
+            *(len(compilation.compiled), lowered, compiled, run),
         )
+
+    def _ahead(self, compilation: Compilation) -> Callable[..., Any]:
+        """Compiles programs instead of calling them. Returns the shapes and dtypes of what the calls would return."""
+        return lambda program, *arguments: compilation(self._executables.lower(program, *arguments))
 
     def _all_sizes(self) -> _Sizes:
         return _Sizes(self._used_sizes(), self._policy.row_sizes)
 
-    def _run_all(self, sizes: _Sizes) -> None:
-        """Runs all programs, with calls of these sizes, without any rows."""
+    def _run_all(self, sizes: _Sizes) -> jax.Array:
+        """Runs all programs, with calls of these sizes, without any rows. Returns `result`."""
         policy = self._policy
         self._send_tables()
         for kind in range(len(self._tables)):
@@ -228,6 +234,7 @@ class Executor:
         for count in powers(1, self._most_ends):
             self._keep_logits(hidden_MD, [policy.slots] * count)
         self._run_decodes(sizes.rows)
+        return self.result
 
     def _run_decodes(self, row_sizes: tuple[int, ...]) -> None:
         for size in row_sizes:
@@ -350,7 +357,3 @@ class Executor:
     def _most_ends(self) -> int:
         """The most prompts that end in a call, of any size, so that what follows it has the same shape."""
         return self._most_pieces(self._policy.chunk)
-
-
-def _call(program: Callable[..., Any], *arguments: Any) -> Any:
-    return program(*arguments)
