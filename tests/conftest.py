@@ -76,6 +76,7 @@ UNOPTIMIZED = (
     | {
         "bench",
         "diagnostics/test_packed_accuracy.py",
+        "engine/test_executables.py",
         "engine/test_executor.py",
         "engine/test_memory.py",
         "engine/test_memory_advice.py",

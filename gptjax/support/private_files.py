@@ -86,8 +86,11 @@ class PrivateFiles:
             with self._opened() as directory:
                 where /= name
                 flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                with open(os.open(name, flags, dir_fd=directory), "rb") as file:
-                    return _part(file.fileno(), body=body)
+                descriptor = os.open(name, flags, dir_fd=directory)
+                try:
+                    return _part(descriptor, body=body)
+                finally:
+                    os.close(descriptor)
         except FileNotFoundError:
             return None
         except (OSError, _UntrustedError) as error:
