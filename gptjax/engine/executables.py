@@ -9,6 +9,7 @@ JAX's serialised executables are pickles, so they are read only from files that 
 import dataclasses
 import functools
 import logging
+import operator
 import pickle
 import secrets
 from collections.abc import Callable, Sequence
@@ -26,6 +27,9 @@ from gptjax.support.private_files import PrivateFiles
 _MOST_BYTES = 4 << 30  # on disk, of all models
 # Settings of JAX's that are changed for some calls, in a `with`. All of them are in a program's name on disk.
 _VARYING = ("jax_default_matmul_precision", "jax_enable_x64", "jax_numpy_dtype_promotion", "jax_debug_nans")
+_settings = operator.attrgetter("jax_disable_jit", *_VARYING)
+_STATIC = (int, nn.Module)  # part of a program. (Numbers that a program takes are NumPy's.)
+_SAME = (FlatParams, Slots, nn.Module)  # in all calls
 # What XLA has read from JAX's cache on a CPU lacks its code when it is serialised again (seen with JAX 0.10.2, 0.11.2
 # and 0.12). An option for GPUs alone, with another value each time, keeps JAX from finding the program in its cache.
 _FOR_GPUS = "xla_gpu_kernel_cache_file"
@@ -63,11 +67,14 @@ class Executables:
 
     def __call__(self, program: Any, *arguments: Any) -> Any:
         """What the program returns."""
-        if self._files is None or _setting("jax_disable_jit") or not hasattr(program, "lower"):
+        if self._files is None:
             return program(*arguments)
         key = _key(program, arguments)
         run = self._ready.get(key)
         if run is None:
+            without_jit, *_ = _settings(jax.config)
+            if without_jit or not hasattr(program, "lower"):
+                return program(*arguments)
             self.lower(program, *arguments).compile()
             run = self._ready[key]
         return run(*_dynamic(arguments))
@@ -78,8 +85,8 @@ class Executables:
         if self._files is None:
             return lower()
         keep = functools.partial(self._ready.__setitem__, _key(program, arguments))
-        leaves, tree = jax.tree.flatten((_dynamic(arguments), {}))
-        static = [repr(each) for each in arguments if _is_static(each)]
+        leaves, tree = jax.tree.flatten((tuple(_dynamic(arguments)), {}))
+        static = [repr(each) for each in arguments if isinstance(each, _STATIC)]
         what = [program.__module__, program.__qualname__, *static, str(tree), *map(_described, leaves)]
         place = _Place(self._files, f"{program.__name__}-{fingerprint.digest(*what)}", tree, self._device)
         found = place.read_head()
@@ -176,27 +183,15 @@ def _tree_and_leaves(head: bytes) -> tuple[jax.tree_util.PyTreeDef, list[tuple[t
     return jax.tree.structure(template), leaves
 
 
-def _is_static(argument: Any) -> bool:
-    """Whether an argument is part of the program. (Numbers that a program takes are NumPy's.)"""
-    return isinstance(argument, int | nn.Module)
-
-
-def _dynamic(arguments: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(each for each in arguments if not _is_static(each))
+def _dynamic(arguments: Sequence[Any]) -> list[Any]:
+    """What the compiled program takes."""
+    return [each for each in arguments if not isinstance(each, _STATIC)]
 
 
 def _key(program: Any, arguments: Sequence[Any]) -> tuple[Any, ...]:
     """Distinguishes the programs of one `Executables`."""
-    leaves, tree = jax.tree.flatten(
-        [each for each in arguments if not isinstance(each, FlatParams | Slots | nn.Module)]
-    )
-    settings = [_setting(name) for name in _VARYING]
-    return (program, tree, *settings, *(getattr(leaf, "shape", leaf) for leaf in leaves))
-
-
-def _setting(name: str) -> Any:
-    """As it is in this thread now."""
-    return getattr(jax.config, name)
+    leaves, tree = jax.tree.flatten([each for each in arguments if not isinstance(each, _SAME)])
+    return (program, tree, _settings(jax.config), *[getattr(leaf, "shape", leaf) for leaf in leaves])
 
 
 def _described(leaf: Any) -> str:
