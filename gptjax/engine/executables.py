@@ -12,6 +12,7 @@ import logging
 import operator
 import pickle
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -64,6 +65,7 @@ class Executables:
         if directory is not None and len(devices) == 1:
             self._files = PrivateFiles(directory, most_bytes=_MOST_BYTES)
         self._ready: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self.found = 0  # programs that were on disk
 
     def __call__(self, program: Any, *arguments: Any) -> Any:
         """What the program returns."""
@@ -90,6 +92,7 @@ class Executables:
         what = [program.__module__, program.__qualname__, *static, str(tree), *map(_described, leaves)]
         place = _Place(self._files, f"{program.__name__}-{fingerprint.digest(*what)}", tree, self._device)
         found = place.read_head()
+        self.found += found is not None
         return _Traced(lower(), keep, place) if found is None else _OnDisk(*found, keep, place, lower)
 
 
@@ -138,10 +141,15 @@ class _Traced:
 
     def compile(self) -> None:
         """Compiles it, and writes it to its place."""
+        began = time.monotonic()
         on_cpu = self._place.device.platform == "cpu"
         compiled = self._lowered.compile({_FOR_GPUS: secrets.token_hex(8)} if on_cpu else None)
         self._keep(compiled)
+        done = time.monotonic()
         self._place.write(compiled)
+        _log.debug(
+            "%s was compiled in %.1f s and written in %.1f s", self._place.name, done - began, time.monotonic() - done
+        )
 
 
 class _OnDisk:
@@ -160,11 +168,13 @@ class _OnDisk:
 
     def compile(self) -> None:
         """Reads it. If it is damaged, compiles and replaces it."""
+        began = time.monotonic()
         read = self._place.read(self._returned)
         if read is None:
             _Traced(self._lower(), self._keep, self._place).compile()
         else:
             self._keep(read)
+            _log.debug("%s was read in %.2f s", self._place.name, time.monotonic() - began)
 
 
 def _parts(compiled: jax.stages.Compiled, arguments: jax.tree_util.PyTreeDef) -> tuple[bytes, bytes]:

@@ -228,8 +228,9 @@ class Executor:
         times.append(time.monotonic())
         lowered, compiled, run = (after - before for before, after in itertools.pairwise(times))
         _log.info(
-            "%d programs were traced and lowered in %.1f s, compiled after %.1f s more, and ran after %.1f s more",
-            *(len(compilation.compiled), lowered, compiled, run),
+            "%d programs, of which %d were on disk: the others were traced and lowered in %.1f s, "
+            "all were compiled or read after %.1f s more, and ran after %.1f s more",
+            *(len(compilation.compiled), self._executables.found, lowered, compiled, run),
         )
 
     def _ahead(self, compilation: Compilation) -> Callable[..., Any]:

@@ -16,7 +16,8 @@ from gptjax._version import __version__
 _ROOT: Final = Path(__file__).resolve().parents[2]
 _SOURCES: Final = ("gptjax", "pallas_kernels")  # whatever traces a program is here
 _PACKAGES: Final = re.compile(r"jax|flax|numpy|ml[-_]dtypes|nvidia", re.IGNORECASE)
-_VARIABLES: Final = re.compile(r"XLA_|LIBTPU_INIT_ARGS$|CUDA_|NVIDIA_|TF_|JAX_|MOSAIC_|TRITON_")
+# JAX's own variables are among its settings. Others say which GPU is used, how much of its memory, or what is logged.
+_VARIABLES: Final = re.compile(r"XLA_FLAGS$|LIBTPU_INIT_ARGS$|NVIDIA_TF32_OVERRIDE$|TF_(?!CPP_)|MOSAIC_|TRITON_")
 # Settings that say where programs are kept and what is logged. All others count, as JAX does not say what they change.
 _NOT_SETTINGS: Final = re.compile(
     r"jax_(compilation_cache|persistent_cache|enable_compilation_cache|raise_persistent_cache|log_|logging_|debug_log_|"

@@ -175,6 +175,14 @@ def test_variables_that_change_programs_are_in_their_names(kept, monkeypatch, na
     assert fingerprint.digest("x") != before
 
 
+def test_which_gpu_is_used_is_not_in_a_programs_name(kept, monkeypatch):
+    before = fingerprint.digest("x")
+    for name in ("CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_MEM_FRACTION", "TF_CPP_MIN_LOG_LEVEL"):
+        monkeypatch.setenv(name, "1")
+    fingerprint._of_process.cache_clear()
+    assert fingerprint.digest("x") == before
+
+
 def test_a_developers_edit_is_in_a_programs_name(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprint, "_ROOT", tmp_path)
     (tmp_path / "pallas_kernels" / "op").mkdir(parents=True)
