@@ -160,7 +160,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     kept = 0
-    for path in sorted((PROGRAMS / "xla").glob("*"), key=lambda path: path.stat().st_mtime, reverse=True):
+    for path in sorted(PROGRAMS.glob("*/*"), key=lambda path: path.stat().st_mtime, reverse=True):
         kept += path.stat().st_size
         if kept > MOST_BYTES:
             path.unlink(missing_ok=True)

@@ -62,7 +62,7 @@ class Executables:
         devices = sorted({device for leaf in params.leaves for device in leaf.devices()}, key=lambda each: each.id)
         self._device = devices[0]
         self._files: PrivateFiles | None = None
-        if directory is not None and len(devices) == 1:
+        if directory is not None and len(devices) == 1 and fingerprint.sources_are_current():
             self._files = PrivateFiles(directory, most_bytes=_MOST_BYTES)
         self._ready: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.found = 0  # programs that were on disk

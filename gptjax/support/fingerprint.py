@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import jax
+import psutil
 
 from gptjax._version import __version__
 
@@ -28,6 +29,12 @@ _NOT_SETTINGS: Final = re.compile(
 def digest(*parts: str) -> str:
     """A name for some texts, and for everything that programs of this process depend on."""
     return _hash(*parts, *_of_process(), *_settings())
+
+
+def sources_are_current() -> bool:
+    """Whether the sources are as this process has read them: none was written since it started."""
+    _of_process()
+    return max(path.stat().st_mtime for path in _source_files()) < psutil.Process().create_time()
 
 
 @functools.cache
@@ -63,12 +70,12 @@ def _versions() -> list[str]:
 
 
 def _sources() -> list[str]:
-    """The sources that a developer may have edited."""
-    return [
-        f"{path.relative_to(_ROOT)}\n{path.read_text(encoding='utf-8')}"
-        for name in _SOURCES
-        for path in sorted((_ROOT / name).rglob("*.py"))
-    ]
+    """The sources, which a developer may have edited."""
+    return [f"{path.relative_to(_ROOT)}\n{path.read_text(encoding='utf-8')}" for path in _source_files()]
+
+
+def _source_files() -> list[Path]:
+    return [path for name in _SOURCES for path in sorted((_ROOT / name).rglob("*.py"))]
 
 
 def _processor() -> str:
@@ -78,8 +85,8 @@ def _processor() -> str:
     except OSError:
         text = ""
     lines = re.findall(r"^(?:model name|flags|Features|CPU [a-z]+)\s*:.*$", text, re.MULTILINE)
-    found = {platform.machine(), platform.processor(), *lines, f"{len(os.sched_getaffinity(0))} cores"}
-    return "\n".join(sorted(found))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return "\n".join(sorted({platform.machine(), *lines, f"{cores} cores"}))
 
 
 def _hash(*parts: str) -> str:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 def kept(tmp_path, monkeypatch) -> Path:
     """The directory of this process's executables."""
     monkeypatch.setattr(runtime, "_executables", tmp_path / "executables")
+    monkeypatch.setattr(fingerprint, "sources_are_current", lambda: True)  # somebody may be editing
     fingerprint._of_process.cache_clear()
     yield tmp_path / "executables"
     fingerprint._of_process.cache_clear()
@@ -184,14 +185,24 @@ def test_which_gpu_is_used_is_not_in_a_programs_name(kept, monkeypatch):
 
 
 def test_a_developers_edit_is_in_a_programs_name(tmp_path, monkeypatch):
+    fingerprint._of_process()
     monkeypatch.setattr(fingerprint, "_ROOT", tmp_path)
     (tmp_path / "pallas_kernels" / "op").mkdir(parents=True)
     (tmp_path / "gptjax").mkdir()
     source = tmp_path / "pallas_kernels" / "op" / "kernel.py"
     source.write_text("x = 1")
     before = fingerprint._sources()
+    os.utime(source, (1, 1))
+    assert fingerprint.sources_are_current()
     source.write_text("x = 2")
     assert fingerprint._sources() != before
+    assert not fingerprint.sources_are_current()  # this process may have read it before
+
+
+def test_nothing_is_kept_by_a_process_that_may_have_read_sources_before_an_edit(kept, monkeypatch):
+    monkeypatch.setattr(fingerprint, "sources_are_current", lambda: False)
+    material.results()
+    assert not kept.exists()
 
 
 def test_jaxs_settings_are_in_a_programs_name(kept):
