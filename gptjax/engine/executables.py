@@ -55,6 +55,9 @@ class Executables:
 
     The first call of a program with arguments of some shapes compiles it, unless it is on disk. If nothing is kept on
     disk, this is left to `jax.jit`. Any thread may call the methods.
+
+    A call takes the host 2 us more than one of `jax.jit`, which must look at the static arguments: 33 instead of 31 us
+    with 92 arrays, as gpt2-tales has, and 108 instead of 106 us with 367, as gpt-oss-20b has (JAX 0.12, an AMD Zen 5).
     """
 
     def __init__(self, params: FlatParams) -> None:

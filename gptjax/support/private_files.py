@@ -41,6 +41,16 @@ class PrivateFiles:
         self._most_bytes = most_bytes
         self._logged: set[str] = set()
 
+    def problem(self) -> str | None:
+        """Why nothing in the directory is read; None if it is, or if there is no such directory."""
+        try:
+            with self._opened():
+                return None
+        except FileNotFoundError:
+            return None
+        except (OSError, _UntrustedError) as error:
+            return str(error)
+
     def head(self, name: str) -> bytes | None:
         """The head of a file; None if there is no such file, or none to be trusted."""
         return self._read(name, body=False)
