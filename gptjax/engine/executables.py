@@ -68,7 +68,7 @@ class Executables:
         if directory is not None and len(devices) == 1 and fingerprint.sources_are_current():
             self._files = PrivateFiles(directory, most_bytes=_MOST_BYTES)
         self._ready: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self.found = 0  # programs that were on disk
+        self.found: set[str] = set()  # what was on disk
 
     def __call__(self, program: Any, *arguments: Any) -> Any:
         """What the program returns."""
@@ -95,8 +95,20 @@ class Executables:
         what = [program.__module__, program.__qualname__, *static, str(tree), *map(_described, leaves)]
         place = _Place(self._files, f"{program.__name__}-{fingerprint.digest(*what)}", tree, self._device)
         found = place.read_head()
-        self.found += found is not None
-        return _Traced(lower(), keep, place) if found is None else _OnDisk(*found, keep, place, lower)
+        if found is None:
+            return _Traced(lower(), keep, place)
+        self.found.add(place.name)
+        return _OnDisk(*found, keep, place, lower)
+
+    def forget(self) -> bool:
+        """Removes everything that was on disk, as something of it does not run. Returns whether there was anything."""
+        names, self.found = self.found, set()
+        if self._files is None:
+            return False
+        for name in names:
+            self._files.remove(name)
+        self._ready.clear()
+        return bool(names)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.errors import JaxRuntimeError
 
 from gptjax.engine import programs, sampling
 from gptjax.engine.compilation import Compilation, Later
@@ -222,15 +223,23 @@ class Executor:
             finally:
                 self._slots, self._call = slots, self._executables
         times.append(time.monotonic())
-        for _ in range(2):  # the second time with arrays as compiled code returns them
-            jax.block_until_ready(self._run_all(sizes))
-        self.wait()
+        try:
+            for _ in range(2):  # the second time with arrays as compiled code returns them
+                jax.block_until_ready(self._run_all(sizes))
+            self.wait()
+        except JaxRuntimeError as error:
+            if not self._executables.forget():
+                raise
+            _log.warning("programs that were on disk do not run, and are compiled again: %s", error)
+            self.reset()
+            self._warm_up(sizes)
+            return
         times.append(time.monotonic())
         lowered, compiled, run = (after - before for before, after in itertools.pairwise(times))
         _log.info(
             "%d programs, of which %d were on disk: the others were traced and lowered in %.1f s, "
             "all were compiled or read after %.1f s more, and ran after %.1f s more",
-            *(len(compilation.compiled), self._executables.found, lowered, compiled, run),
+            *(len(compilation.compiled), len(self._executables.found), lowered, compiled, run),
         )
 
     def _ahead(self, compilation: Compilation) -> Callable[..., Any]:

@@ -79,6 +79,11 @@ class PrivateFiles:
         except (OSError, _UntrustedError) as error:
             self._log(f"compiled programs are not kept in {self._directory}: {error}")
 
+    def remove(self, name: str) -> None:
+        """Removes a file, if that is possible."""
+        with contextlib.suppress(OSError, _UntrustedError), self._opened() as directory:
+            os.unlink(name, dir_fd=directory)
+
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
         """Yields a descriptor of the directory: what was checked is what is used."""

@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import serialize_executable
 
+from gptjax.engine import executables
 from gptjax.engine.engine import Engine
 from gptjax.engine.executables import Executables
 from gptjax.engine.flat_params import FlatParams
 from gptjax.scheduling.policy import Policy
 from gptjax.support import fingerprint, runtime
+from gptjax.support.private_files import PrivateFiles
 from tests.engine import executables_process as material
 from tests.engine.test_engine import MIXED, MODEL, _run, made_params
 
@@ -100,6 +103,30 @@ def test_an_engine_runs_the_programs_of_an_earlier_one(kept, monkeypatch, warm):
         traced.clear()
     names = [file.name.split("-")[0] for file in kept.iterdir()]
     assert {"prefill", "advance", "sample", "keep_logits", "set_counts"} <= set(names)
+
+
+def test_programs_that_do_not_run_are_replaced(kept, monkeypatch, caplog):
+    """On a CPU, what was read and then serialised again lacks its code, which shows only when it is run."""
+    engine, loaded, read = _engine(), {}, executables._Place.read
+    engine.warm_up()
+    expected = _run(engine, MIXED)
+
+    def spied(place, returned):
+        loaded[place.name] = read(place, returned)
+        return loaded[place.name]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executables._Place, "read", spied)
+        _engine().warm_up()
+    files = PrivateFiles(kept, most_bytes=1 << 30)
+    for name, program in loaded.items():
+        files.write(name, files.head(name), serialize_executable.serialize(program)[0])
+    for warnings in (1, 0):
+        engine = _engine()
+        engine.warm_up()
+        assert _run(engine, MIXED) == expected
+        assert caplog.text.count("do not run, and are compiled again") == warnings
+        caplog.clear()
 
 
 def _traced(monkeypatch) -> list[str]:
