@@ -27,8 +27,15 @@ from gptjax.support.private_files import PrivateFiles
 
 _MOST_BYTES = 4 << 30  # on disk, of all models
 # Settings of JAX's that are changed for some calls, in a `with`. All of them are in a program's name on disk.
-_VARYING = ("jax_default_matmul_precision", "jax_enable_x64", "jax_numpy_dtype_promotion", "jax_debug_nans")
-_settings = operator.attrgetter("jax_disable_jit", *_VARYING)
+_settings = operator.attrgetter(
+    "jax_disable_jit",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_numpy_dtype_promotion",
+    "jax_enable_x64",
+    "jax_debug_nans",
+)
 _STATIC = (int, nn.Module)  # part of a program. (Numbers that a program takes are NumPy's.)
 _SAME = (FlatParams, Slots, nn.Module)  # in all calls
 # What XLA has read from JAX's cache on a CPU lacks its code when it is serialised again (seen with JAX 0.10.2, 0.11.2
@@ -65,8 +72,11 @@ class Executables:
         devices = sorted({device for leaf in params.leaves for device in leaf.devices()}, key=lambda each: each.id)
         self._device = devices[0]
         self._files: PrivateFiles | None = None
-        if directory is not None and len(devices) == 1 and fingerprint.sources_are_current():
-            self._files = PrivateFiles(directory, most_bytes=_MOST_BYTES)
+        if directory is not None and len(devices) == 1:
+            if fingerprint.sources_are_current():
+                self._files = PrivateFiles(directory, most_bytes=_MOST_BYTES)
+            else:
+                _log.info("compiled programs are neither read nor kept: sources were edited since this process started")
         self._ready: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.found: set[str] = set()  # what was on disk
 

@@ -32,9 +32,13 @@ def digest(*parts: str) -> str:
 
 
 def sources_are_current() -> bool:
-    """Whether the sources are as this process has read them: none was written since it started."""
-    _of_process()
-    return max(path.stat().st_mtime for path in _source_files()) < psutil.Process().create_time()
+    """Whether the sources on disk are those that this process has read: none was written since it started."""
+    try:
+        _of_process()
+        written = [path.stat().st_mtime for path in _source_files()]
+    except OSError:  # one vanished meanwhile
+        return False
+    return bool(written) and max(written) < psutil.Process().create_time()
 
 
 @functools.cache
@@ -43,7 +47,7 @@ def _of_process() -> tuple[str, ...]:
     device = jax.devices()[0]
     return (
         __version__,
-        _hash(*_sources()),
+        _sources(),
         platform.python_version(),
         *_versions(),
         *(f"{name}={value}" for name, value in sorted(os.environ.items()) if _VARIABLES.match(name)),
@@ -69,13 +73,14 @@ def _versions() -> list[str]:
     return sorted({f"{each.name}=={each.version}" for each in found if _PACKAGES.match(each.name or "")})
 
 
-def _sources() -> list[str]:
-    """The sources, which a developer may have edited."""
-    return [f"{path.relative_to(_ROOT)}\n{path.read_text(encoding='utf-8')}" for path in _source_files()]
+def _sources() -> str:
+    """A digest of the sources, which a developer may have edited."""
+    return _hash(*(part for path in _source_files() for part in (str(path.relative_to(_ROOT)), path.read_bytes())))
 
 
 def _source_files() -> list[Path]:
-    return [path for name in _SOURCES for path in sorted((_ROOT / name).rglob("*.py"))]
+    found = [path for name in _SOURCES for path in sorted((_ROOT / name).rglob("*.py"))]
+    return [path for path in found if path.is_file()]  # editors leave links to nowhere
 
 
 def _processor() -> str:
@@ -89,9 +94,9 @@ def _processor() -> str:
     return "\n".join(sorted({platform.machine(), *lines, f"{cores} cores"}))
 
 
-def _hash(*parts: str) -> str:
+def _hash(*parts: str | bytes) -> str:
     found = hashlib.sha256()
     for part in parts:
-        data = part.encode("utf-8", "surrogateescape")
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
         found.update(len(data).to_bytes(8, "little") + data)
     return found.hexdigest()

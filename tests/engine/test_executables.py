@@ -182,7 +182,7 @@ def test_what_a_program_takes_is_in_its_name(kept):
     ("name", "value"),
     [
         ("__version__", "0"),
-        ("_sources", lambda: ["x = 1"]),
+        ("_sources", lambda: "x"),
         ("_versions", lambda: ["jaxlib==0"]),
         ("_processor", lambda: "another"),
     ],
@@ -224,6 +224,11 @@ def test_a_developers_edit_is_in_a_programs_name(tmp_path, monkeypatch):
     source.write_text("x = 2")
     assert fingerprint._sources() != before
     assert not fingerprint.sources_are_current()  # this process may have read it before
+    os.utime(source, (1, 1))
+    source.with_name(".#kernel.py").symlink_to("nowhere")  # as an editor leaves there
+    assert fingerprint.sources_are_current()
+    monkeypatch.setattr(fingerprint, "_ROOT", tmp_path / "none")
+    assert not fingerprint.sources_are_current()
 
 
 def test_nothing_is_kept_by_a_process_that_may_have_read_sources_before_an_edit(kept, monkeypatch):
