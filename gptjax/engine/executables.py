@@ -103,6 +103,7 @@ class Executables:
         leaves, tree = jax.tree.flatten((tuple(_dynamic(arguments)), {}))
         static = [repr(each) for each in arguments if isinstance(each, _STATIC)]
         what = [program.__module__, program.__qualname__, *static, str(tree), *map(_described, leaves)]
+        what += [self._device.device_kind, str(self._device.id)]  # the executable is for this one
         place = _Place(self._files, f"{program.__name__}-{fingerprint.digest(*what)}", tree, self._device)
         found = place.read_head()
         if found is None:
