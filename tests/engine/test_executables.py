@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -193,6 +194,20 @@ def test_versions_sources_and_the_processor_are_in_a_programs_name(kept, monkeyp
     monkeypatch.setattr(fingerprint, name, value)
     fingerprint._of_process.cache_clear()
     assert fingerprint.digest("x") != before
+
+
+@pytest.mark.parametrize("change", ["platform", "device_kind", "platform_version", "compute_capability", "count"])
+def test_the_device_is_in_a_programs_name(kept, monkeypatch, change):
+    def named(**changed: str) -> str:
+        values = {"platform": "gpu", "device_kind": "H200", "platform_version": "12.9", "compute_capability": "9.0"}
+        values |= changed
+        device = SimpleNamespace(**values, client=SimpleNamespace(platform_version=values["platform_version"]))
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+        monkeypatch.setattr(jax, "device_count", lambda: int(values.get("count", 1)))
+        fingerprint._of_process.cache_clear()
+        return fingerprint.digest("x")
+
+    assert named() == named() != named(**{change: "2"})
 
 
 @pytest.mark.parametrize("name", ["XLA_FLAGS", "MOSAIC_GPU_DUMP_PTX", "NVIDIA_TF32_OVERRIDE"])
