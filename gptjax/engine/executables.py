@@ -8,6 +8,7 @@ JAX's serialised executables are pickles, so they are read only from files that 
 
 import dataclasses
 import functools
+import itertools
 import logging
 import operator
 import pickle
@@ -79,6 +80,7 @@ class Executables:
                 _log.info("compiled programs are neither read nor kept: sources were edited since this process started")
         self._ready: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.found: set[str] = set()  # what was on disk
+        self.seconds = [0.0, 0.0]  # that tracing and lowering took
 
     def __call__(self, program: Any, *arguments: Any) -> Any:
         """What the program returns."""
@@ -96,7 +98,7 @@ class Executables:
 
     def lower(self, program: Any, *arguments: Any) -> Lowered:
         """The program. Once it is compiled, it is ready for calls with such arguments."""
-        lower = functools.partial(program.lower, *arguments)
+        lower = functools.partial(self._lowered, program, arguments)
         if self._files is None:
             return lower()
         keep = functools.partial(self._ready.__setitem__, _key(program, arguments))
@@ -110,6 +112,16 @@ class Executables:
             return _Traced(lower(), keep, place)
         self.found.add(place.name)
         return _OnDisk(*found, keep, place, lower)
+
+    def _lowered(self, program: Any, arguments: Sequence[Any]) -> jax.stages.Lowered:
+        times = [time.monotonic()]
+        traced = program.trace(*arguments)
+        times.append(time.monotonic())
+        lowered: jax.stages.Lowered = traced.lower()
+        times.append(time.monotonic())
+        took = [after - before for before, after in itertools.pairwise(times)]
+        self.seconds = [sum(each) for each in zip(self.seconds, took, strict=True)]
+        return lowered
 
     def forget(self) -> bool:
         """Removes everything that was on disk, as something of it does not run. Returns whether there was anything."""

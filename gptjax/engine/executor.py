@@ -235,11 +235,11 @@ class Executor:
             self._warm_up(sizes)
             return
         times.append(time.monotonic())
-        lowered, compiled, run = (after - before for before, after in itertools.pairwise(times))
+        _, compiled, run = (after - before for before, after in itertools.pairwise(times))
         _log.info(
-            "%d programs, of which %d were on disk: the others were traced and lowered in %.1f s, "
+            "%d programs, %d of them on disk: the others were traced in %.1f s and lowered in %.1f s, "
             "all were compiled or read after %.1f s more, and ran after %.1f s more",
-            *(len(compilation.compiled), len(self._executables.found), lowered, compiled, run),
+            *(len(compilation.compiled), len(self._executables.found), *self._executables.seconds, compiled, run),
         )
 
     def _ahead(self, compilation: Compilation) -> Callable[..., Any]:
