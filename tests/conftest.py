@@ -76,6 +76,7 @@ UNOPTIMIZED = (
     | {
         "bench",
         "diagnostics/test_packed_accuracy.py",
+        "engine/test_executables.py",
         "engine/test_executor.py",
         "engine/test_memory.py",
         "engine/test_memory_advice.py",
@@ -159,7 +160,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     kept = 0
-    for path in sorted((PROGRAMS / "xla").glob("*"), key=lambda path: path.stat().st_mtime, reverse=True):
+    for path in sorted(PROGRAMS.glob("*/*"), key=lambda path: path.stat().st_mtime, reverse=True):
         kept += path.stat().st_size
         if kept > MOST_BYTES:
             path.unlink(missing_ok=True)

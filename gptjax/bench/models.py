@@ -28,7 +28,7 @@ class Result:
     batch: int
     prompt_length: int
     steps: int  # decode steps in each measurement
-    compile: float  # seconds to compile in the first round, or to read compiled programs from the disk cache
+    compile: float  # seconds to trace and compile in the first round; executables that are on disk need neither
     peak_memory: int  # the most bytes that the device (on a CPU, the process) held up to the end of this measurement
     prefill: Figure  # of all rows' prompts
     step: Figure  # one decode step of all rows: the mean over `steps`

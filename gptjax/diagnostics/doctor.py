@@ -9,6 +9,7 @@ import os
 import pkgutil
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -190,6 +191,7 @@ def compiled_programs() -> Found:
     """Where compiled programs are cached between processes."""
     import jax
 
+    from gptjax.support.private_files import PrivateFiles
     from gptjax.support.runtime import own_cache_directory
 
     given = jax.config.values["jax_compilation_cache_dir"]
@@ -202,7 +204,13 @@ def compiled_programs() -> Found:
     size = sum(path.stat().st_size for path in files)
     facts = {"directory": str(directory), "writable": writable, "files": len(files), "size_bytes": size}
     if writable:
-        return facts, []
+        executables = directory.parent / "executables"
+        why = None if given else PrivateFiles(executables, most_bytes=0).problem()
+        text, fix = (
+            f"compiled programs in {executables} are not read ({why})",
+            f"remove it: rm -r {shlex.quote(str(executables))}",
+        )
+        return facts, [] if why is None else [Problem(text, fix, stops_work=False)]
     text = f"compiled programs cannot be saved in {directory}, so each process compiles them again"
     fix = "set GPTJAX_CACHE_DIR to a directory that you can write to"
     return facts, [Problem(text, fix, stops_work=False)]

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any, Self
 
+from gptjax.engine.executables import Lowered
+
 _MOST_COMPILED = 16  # programs at a time; on a GPU, XLA tries out products for each
 
 
 class Compilation:
-    """Compiles programs instead of calling them."""
+    """Compiles programs, several at a time."""
 
     def __init__(self, threads: int = _MOST_COMPILED) -> None:
         self._threads = ThreadPoolExecutor(min(threads, os.cpu_count() or 1), "gptjax-compilation")
@@ -25,9 +27,8 @@ class Compilation:
             wait(self.compiled)
         self._threads.shutdown(cancel_futures=True)
 
-    def __call__(self, program: Any, *arguments: Any) -> Any:
-        """The shapes and dtypes of what the call would return. A later call finds the program compiled."""
-        lowered = program.lower(*arguments)
+    def __call__(self, lowered: Lowered) -> Any:
+        """Begins to compile a program. Returns the shapes and dtypes of what it returns."""
         self.compiled.append(self._threads.submit(lowered.compile))
         return lowered.out_info
 

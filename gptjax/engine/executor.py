@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.errors import JaxRuntimeError
 
 from gptjax.engine import programs, sampling
 from gptjax.engine.compilation import Compilation, Later
+from gptjax.engine.executables import Executables
 from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.engine.request import Request
 from gptjax.engine.settings import Features, settings_of
@@ -32,13 +34,22 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """Sizes of programs, ascending: of prefill calls in tokens, of decode calls in rows."""
+    """Sizes of programs, ascending; the larger ones can stand in for the smaller ones."""
 
-    prefill: tuple[int, ...]
-    rows: tuple[int, ...]
+    prefill: tuple[int, ...] = ()  # of calls in tokens
+    ends: tuple[int, ...] = ()  # of `keep_logits`: prompts
+    rows: tuple[int, ...] = ()  # of decode calls
+    levels: tuple[int, ...] = ()  # of decode calls of the most rows; others have all levels
 
     def __or__(self, other: "_Sizes") -> "_Sizes":
-        return _Sizes(tuple(sorted({*self.prefill, *other.prefill})), tuple(sorted({*self.rows, *other.rows})))
+        return _Sizes(*(tuple(sorted({*mine, *more})) for mine, more in zip(self._each(), other._each(), strict=True)))
+
+    def largest(self) -> "_Sizes":
+        """The largest of each."""
+        return _Sizes(*(sizes[-1:] for sizes in self._each()))
+
+    def _each(self) -> tuple[tuple[int, ...], ...]:
+        return self.prefill, self.ends, self.rows, self.levels
 
 
 class Executor:
@@ -76,9 +87,10 @@ class Executor:
         self._requests: list[Request | None] = [None] * policy.slots
         self._numbers = [0] * policy.slots
         self._settings: tuple[object, sampling.Sampling] | None  # of the last rows, and what these were
-        self._call: Callable[..., Any] = _call
+        self._executables = Executables(self._params)
+        self._call: Callable[..., Any] = self._executables
         self._later: Later | None = None  # compiles what `warm_up_largest` left
-        self._compiled = _Sizes((), ())  # then those that calls may have; more with time
+        self._compiled = self._all_sizes()  # those that calls may have
         self._adding = threading.Lock()  # held to add to them
         self.reset()
 
@@ -131,7 +143,8 @@ class Executor:
     @property
     def result(self) -> jax.Array:
         """An array that is there when all plans so far have run, and that the next one does not use up."""
-        return programs.marker(self._slots)
+        marker: jax.Array = self._call(programs.marker, self._slots)
+        return marker
 
     def wait(self) -> None:
         """Waits until everything dispatched has run."""
@@ -151,19 +164,27 @@ class Executor:
         if not policy.packed or policy.rows != "needed":
             self.warm_up()
             return
-        self._compiled = _Sizes(every.prefill[-1:], every.rows[-1:])
-        self._warm_up(self._compiled)
-        # The smallest calls, of a single conversation, gain most.
-        parts = [_Sizes((), (size,)) for size in every.rows[:-1]] + [_Sizes((size,), ()) for size in every.prefill[:-1]]
+        self._compiled = largest = every.largest()
+        self._warm_up(largest)
+        # Most requests need few features; then the smallest calls, of a single conversation, gain most.
+        parts = [_Sizes(levels=every.levels[:-1])] if every.levels[:-1] else []
+        parts += [_Sizes(rows=(size,)) for size in every.rows[:-1]]
+        parts += [_Sizes(prefill=(size,)) for size in every.prefill[:-1]]
+        parts += [_Sizes(ends=(size,)) for size in every.ends[:-1]]
         shadow = copy.copy(self)
         shadow._slots = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), self._slots)
+        hidden_MD = jax.ShapeDtypeStruct((self._most_ends, self._model.config.width), self._model.dtype)
 
         def part(sizes: _Sizes) -> tuple[Callable[[Compilation], None], Callable[[], None]]:
             def lower(compilation: Compilation) -> None:
-                shadow._call = compilation
+                shadow._call = shadow._ahead(compilation)
                 for size in sizes.prefill:
                     shadow._run_prefill(PrefillCall(size, (), ()))
-                shadow._run_decodes(sizes.rows)
+                for size in sizes.ends:
+                    shadow._keep_logits(hidden_MD, [policy.slots] * size)
+                if sizes.levels:
+                    shadow._run_decodes(largest.rows, sizes.levels)
+                shadow._run_decodes(sizes.rows, every.levels)
 
             def done() -> None:
                 with self._adding:
@@ -194,30 +215,43 @@ class Executor:
 
     def _warm_up(self, sizes: _Sizes) -> None:
         times, slots = [time.monotonic()], self._slots
-        with Compilation() as self._call:
+        with Compilation() as compilation:
+            self._call = self._ahead(compilation)
             try:
                 self._run_all(sizes)
                 times.append(time.monotonic())
             finally:
-                count = len(self._call.compiled)
-                self._slots, self._call = slots, _call
+                self._slots, self._call = slots, self._executables
         times.append(time.monotonic())
-        for _ in range(2):  # the second time with arrays as compiled code returns them
-            self._run_all(sizes)
-            jax.block_until_ready(self.result)
-        self.wait()
+        try:
+            for _ in range(2):  # the second time with arrays as compiled code returns them
+                jax.block_until_ready(self._run_all(sizes))
+            self.wait()
+        except JaxRuntimeError as error:
+            if not self._executables.forget():
+                raise
+            _log.warning("programs that were on disk do not run, and are compiled again: %s", error)
+            self.reset()
+            self._warm_up(sizes)
+            return
         times.append(time.monotonic())
-        lowered, compiled, run = (after - before for before, after in itertools.pairwise(times))
+        _, compiled, run = (after - before for before, after in itertools.pairwise(times))
         _log.info(
-            "%d programs were traced and lowered in %.1f s, compiled after %.1f s more, and ran after %.1f s more",
-            *(count, lowered, compiled, run),
+            "%d programs, %d of them on disk: the others were traced in %.1f s and lowered in %.1f s, "
+            "all were compiled or read after %.1f s more, and ran after %.1f s more",
+            *(len(compilation.compiled), len(self._executables.found), *self._executables.seconds, compiled, run),
         )
 
-    def _all_sizes(self) -> _Sizes:
-        return _Sizes(self._used_sizes(), self._policy.row_sizes)
+    def _ahead(self, compilation: Compilation) -> Callable[..., Any]:
+        """Compiles programs instead of calling them. Returns the shapes and dtypes of what the calls would return."""
+        return lambda program, *arguments: compilation(self._executables.lower(program, *arguments))
 
-    def _run_all(self, sizes: _Sizes) -> None:
-        """Runs all programs, with calls of these sizes, without any rows."""
+    def _all_sizes(self) -> _Sizes:
+        ends, levels = powers(1, self._most_ends), tuple(range(len(self._levels)))
+        return _Sizes(self._used_sizes(), ends, self._policy.row_sizes, levels)
+
+    def _run_all(self, sizes: _Sizes) -> jax.Array:
+        """Runs all programs, with calls of these sizes, without any rows. Returns `result`."""
         policy = self._policy
         self._send_tables()
         for kind in range(len(self._tables)):
@@ -225,13 +259,14 @@ class Executor:
         self._count(policy.slots, (), ())  # the number after the last slot's: changes nothing
         for size in sizes.prefill:
             hidden_MD = self._run_prefill(PrefillCall(size, (), ()))
-        for count in powers(1, self._most_ends):
-            self._keep_logits(hidden_MD, [policy.slots] * count)
-        self._run_decodes(sizes.rows)
+        for size in sizes.ends:
+            self._keep_logits(hidden_MD, [policy.slots] * size)
+        self._run_decodes(sizes.rows, sizes.levels)
+        return self.result
 
-    def _run_decodes(self, row_sizes: tuple[int, ...]) -> None:
+    def _run_decodes(self, row_sizes: tuple[int, ...], levels: tuple[int, ...]) -> None:
         for size in row_sizes:
-            for level in self._levels or [self._features]:
+            for level in [self._levels[level] for level in levels] or [self._features]:
                 settings = self._settings_of([None] * size, level)
                 for num_steps in {1, self._policy.steps}:
                     self._run_decode(self._rows(DecodeCall(size, num_steps, ())), settings, num_steps)
@@ -260,7 +295,7 @@ class Executor:
     def _prefill(self, call: PrefillCall) -> None:
         hidden_MD = self._run_prefill(call)
         if slots := [piece.slot for piece in call.pieces if piece.ends]:
-            size = smallest(powers(1, self._most_ends), len(slots))
+            size = smallest(self._compiled.ends, len(slots))
             self._keep_logits(hidden_MD, slots + [self._policy.slots] * (size - len(slots)))
 
     def _run_prefill(self, call: PrefillCall) -> jax.Array:
@@ -281,7 +316,7 @@ class Executor:
         hidden_MD, self._slots = self._call(programs.prefill, self._model, self._params, self._slots, numbers, *sizes)
         return hidden_MD
 
-    def _keep_logits(self, hidden_MD: jax.Array, slots: Sequence[int]) -> None:
+    def _keep_logits(self, hidden_MD: jax.Array | jax.ShapeDtypeStruct, slots: Sequence[int]) -> None:
         slot_M = np.asarray(slots, np.int32)
         self._slots = self._call(programs.keep_logits, self._model, self._params, self._slots, hidden_MD, slot_M)
 
@@ -331,7 +366,8 @@ class Executor:
             return self._features
         each = {Features.of(request.params) for request in requests if request is not None}
         used = functools.reduce(operator.or_, each, Features())
-        return next(level for level in self._levels if level | used == level)
+        levels = [self._levels[level] for level in self._compiled.levels]
+        return next(level for level in levels if level | used == level)
 
     def _used_sizes(self) -> tuple[int, ...]:
         """The sizes of prefill calls that there can be: several prompts may fill a chunk, one has its own length."""
@@ -350,7 +386,3 @@ class Executor:
     def _most_ends(self) -> int:
         """The most prompts that end in a call, of any size, so that what follows it has the same shape."""
         return self._most_pieces(self._policy.chunk)
-
-
-def _call(program: Callable[..., Any], *arguments: Any) -> Any:
-    return program(*arguments)

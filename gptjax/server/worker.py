@@ -24,6 +24,7 @@ from gptjax.language_model import LanguageModel
 from gptjax.server.events import Deliver, Event, Failed, QueueFull, State, Ticket, Tokens, Unavailable
 from gptjax.server.jobs import Job, deliver
 
+LARGEST_FIRST = ("cpu",)  # a GPU would try out products for what is compiled later, and streams would wait for that
 DEFAULT_SLOTS = 8  # if the model was loaded without `max_batch`
 _BEAT = 1.0  # seconds between heartbeats of an idle worker
 _PATIENCE = 10.0  # seconds that `drain` and `stop` wait for the thread beyond what was asked
@@ -245,11 +246,9 @@ class Worker:
         try:
             with self._explained():
                 engine = self._engine()
-                # On a GPU, XLA tries out products on the device as it compiles, and streams would wait for that.
-                if jax.default_backend() == "cpu":
-                    engine.warm_up_largest()
-                else:
-                    engine.warm_up()
+                on = jax.default_backend()
+                warm_up = engine.warm_up_largest if on in LARGEST_FIRST else engine.warm_up
+                warm_up()
                 with self._changed:
                     self._warm = engine
                     self._ready = True

@@ -18,6 +18,7 @@ _LEAST_CACHED_COMPILATION = 0.01  # seconds: below that, compiling again is near
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the older name
 _USUAL_FRACTION = 0.75  # of a GPU's memory, which JAX takes when it starts
 _process: int | None = None  # the process that uses JAX: the one that loaded the first model
+_executables: Path | None = None  # where executables are kept, once `enable_compilation_cache` has said so
 _NO_LIMIT = 1 << 60  # version 1 of control groups writes "no limit" as the largest number of whole pages
 
 
@@ -57,8 +58,10 @@ def check_process() -> None:
 def enable_compilation_cache() -> None:
     """Caches compiled programs on disk, unless JAX's cache is already configured or GPTJAX_CACHE_DIR is empty.
 
-    The directory is $GPTJAX_CACHE_DIR/xla, by default ~/.cache/gptjax/xla.
+    The directories are xla and executables in $GPTJAX_CACHE_DIR, by default ~/.cache/gptjax: JAX's cache, and
+    `executables_directory`.
     """
+    global _executables
     directory = own_cache_directory()
     if directory is None or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
@@ -69,6 +72,12 @@ def enable_compilation_cache() -> None:
     if os.access(directory, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_CACHED_COMPILATION)
+        _executables = directory.parent / "executables"
+
+
+def executables_directory() -> Path | None:
+    """Where executables are kept for later processes; None if they are not."""
+    return _executables if jax.config.values["jax_enable_compilation_cache"] else None
 
 
 def own_cache_directory() -> Path | None:

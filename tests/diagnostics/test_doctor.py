@@ -211,6 +211,12 @@ def test_compiled_programs(monkeypatch, tmp_path):
     (tmp_path / "new" / "xla").mkdir(parents=True)
     (tmp_path / "new" / "xla" / "program").write_bytes(b"12345")
     assert doctor.compiled_programs()[0]["size_bytes"] == 5
+    (tmp_path / "new" / "executables").mkdir(mode=0o700)
+    assert doctor.compiled_programs()[1] == []
+    (tmp_path / "new" / "executables").chmod(0o777)
+    (problem,) = doctor.compiled_programs()[1]
+    assert "others may write to it" in problem.problem
+    assert not problem.stops_work
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GPTJAX_CACHE_DIR", str(tmp_path / "file"))
     facts, (problem,) = doctor.compiled_programs()

@@ -3,12 +3,14 @@
 import dataclasses
 import threading
 
+import jax
 import pytest
 
 from gptjax.engine import executor
 from gptjax.engine.compilation import Later
 from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request
+from gptjax.engine.settings import Features
 from gptjax.scheduling.policy import Policy
 from tests.compilations import compilations
 from tests.engine.test_engine import MIXED, MODEL, made_params
@@ -79,13 +81,13 @@ def test_the_largest_programs_stand_in_for_those_that_are_not_compiled_yet(monke
     engine = Engine(MODEL, made_params(), **shape)
     with compilations() as compiled:
         engine.warm_up_largest()
-    assert len(compiled) == 1 + 2 + 2 * 1 + 3
+    assert len(compiled) == 1 + 1 + 2 * 1 + 3
     sizes = _sizes(engine, monkeypatch)
     with compilations() as compiled:
         before = _run(engine, MIXED)
         assert sizes == {64, 3}
         Later(engine._executor._later.parts).wait()
-        assert len(compiled) == 1 + 2 * 2
+        assert len(compiled) == 1 + 1 + 2 * 2
     sizes.clear()
     with compilations() as compiled:
         numbers = len({number for number, _ in before})
@@ -93,6 +95,38 @@ def test_the_largest_programs_stand_in_for_those_that_are_not_compiled_yet(monke
         assert compiled == []
         assert sizes == {32, 64, 1, 2, 3}
     assert before == after
+
+
+def test_all_features_stand_in_for_few(monkeypatch):
+    """On a GPU, several sets of features are compiled. (Here on a CPU, without the branches that it has instead.)"""
+    levels = (Features(draws=True), Features(draws=True, truncates=True), Features.everything())
+    shape = {"batch": 3, "max_length": 300, "policy": Policy(slots=3, chunk=64, pieces=2), "pages": (8,)}
+    expected = _run(Engine(MODEL, made_params(), **shape | {"pages": (10,)}), MIXED)
+    monkeypatch.setattr(executor, "Later", Held)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        engine = Engine(MODEL, made_params(), **shape, levels=levels)
+    with compilations() as compiled:
+        engine.warm_up_largest()
+    assert len(compiled) == 1 + 1 + 2 * 1 + 3
+    used, settings_of = set(), executor.settings_of
+
+    def spied(requests, vocab_size, features, *, branches):
+        used.add(features)
+        return settings_of(requests, vocab_size, features, branches=branches)
+
+    monkeypatch.setattr(executor, "settings_of", spied)
+    with compilations() as compiled:
+        assert _run(engine, MIXED) == expected
+        assert used == set(levels[2:])
+        Later(engine._executor._later.parts).wait()
+        assert len(compiled) == 2 + 1 + 1 + 2 * 4  # draws of all rows; a call; a prompt's end; fewer rows
+    used.clear()
+    number = len({number for number, _ in expected})
+    with compilations() as compiled:
+        assert [(each - number, token) for each, token in _run(engine, MIXED)] == expected
+        assert used == set(levels)
+        assert compiled == []
 
 
 def _sizes(engine, monkeypatch) -> set[int]:
