@@ -26,6 +26,7 @@ from gptjax.engine.programs import Slots
 from gptjax.support import fingerprint, runtime
 from gptjax.support.private_files import PrivateFiles
 
+_TRIED = ("cpu",)  # platforms on which what was kept has been seen to run
 _MOST_BYTES = 4 << 30  # on disk, of all models
 # Settings of JAX's that are changed for some calls, in a `with`. All of them are in a program's name on disk.
 _settings = operator.attrgetter(
@@ -73,7 +74,7 @@ class Executables:
         devices = sorted({device for leaf in params.leaves for device in leaf.devices()}, key=lambda each: each.id)
         self._device = devices[0]
         self._files: PrivateFiles | None = None
-        if directory is not None and len(devices) == 1:
+        if directory is not None and len(devices) == 1 and self._device.platform in _TRIED:
             if fingerprint.sources_are_current():
                 self._files = PrivateFiles(directory, most_bytes=_MOST_BYTES)
             else:
