@@ -76,6 +76,7 @@ def attend(
         seen_BPR = seen_BTS.reshape(k_positions_BPR.shape)
         k_BPNRH, v_BPNRH = (_gathered(pool, table_BZ, k_positions_BPR[..., 0]) for pool in (k_YNSH, v_YNSH))
         scores_BPNR = jnp.where(seen_BPR[:, :, None], _scores(q_BNH, k_BPNRH), reference.MASKED)
+        scores_BPNR = jax.lax.optimization_barrier(scores_BPNR)  # else two loops compute them (JAX 0.12)
         new_maximum_BNW = jnp.maximum(maximum_BNW, _largest(scores_BPNR))
         below_BPNRW = scores_BPNR.reshape(*scores_BPNR.shape[:-1], -1, LANES) - new_maximum_BNW[:, None, :, None]
         weights_BPNR = jnp.where(seen_BPR[:, :, None], jnp.exp(below_BPNRW).reshape(scores_BPNR.shape), 0)
