@@ -29,6 +29,7 @@ from gptjax.scheduling.policy import Policy
 from gptjax.support.runtime import DeviceMemory, device_memory, whole_memory
 from gptjax.support.units import readable
 from pallas_kernels import same_bits
+from pallas_kernels.attention.decode import lanes
 from pallas_kernels.attention.reference import DENSE_SCORES
 from pallas_kernels.moe.reference import TOGETHER, group_sizes
 from pallas_kernels.pages import PAGE, TILE
@@ -128,6 +129,7 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
 
         4·T·(q, k, v and residual (N + 2K)·H + the larger of the MLP's 2·F (3·F if it is gated; for experts, see `_moe`)
              and attention's 5·N·H + 2·D and 2·N·128 scores, on a CPU for at least 128 queries)
+             (on a CPU in float32, if keys are not shared, a decode step has `lanes.numbers_of_a_row` instead, if more)
              (on a CPU in float32, an MLP without experts also has a D for each run that its second product adds up, if
              there are several: see `same_bits`)
         or, off the CPU, 2 · 4·B·N·T·S scores of any prompt or decode step with B·N·T·S at most 2^26, if more
@@ -151,6 +153,8 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     queries = max(T, TILE) if platform == "cpu" else T
     attention = 4 * queries * (scored + 2 * config.width)
     mlp = _moe(config, T) if isinstance(config, GptOssConfig) else 4 * T * _mlp(model, platform)
+    if platform == "cpu" and jnp.dtype(model.dtype) == jnp.float32 and config.num_heads == config.num_kv_heads:
+        attention = max(attention, 4 * batch * lanes.numbers_of_a_row(config.num_heads, config.head_width))
     chunk = 4 * T * projected + max(mlp, attention)
     if platform != "cpu":
         at_once = [config.num_heads * rows * S for rows in (*buckets, batch)]
@@ -170,8 +174,8 @@ def _padded(config: ModelConfig) -> int:
     sizes = [(D, heads + 2 * config.num_kv_heads * config.head_width), (heads, D)]
     if not isinstance(config, GptOssConfig):
         sizes += [(D, _up(config)), (F, D)]
-    lanes = same_bits.LANES
-    return sum(inputs * -(-outputs // lanes) * lanes for inputs, outputs in sizes if outputs % lanes)
+    multiple = same_bits.LANES
+    return sum(inputs * -(-outputs // multiple) * multiple for inputs, outputs in sizes if outputs % multiple)
 
 
 def _mlp(model: Model, platform: str) -> int:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 DENSE_SCORES = 1 << 26  # B·N·T·S, a quarter of a gigabyte: up to this, an accelerator computes all scores at once
-_MASKED = -1e30  # finite, so that a query that sees no key gives 0 and not NaN
+MASKED = -1e30  # finite, so that a query that sees no key gives 0 and not NaN
 
 
 def visible(q_positions_BT: jax.Array, k_positions_BS: jax.Array, window: int | None = None) -> jax.Array:
@@ -19,7 +19,7 @@ def visible(q_positions_BT: jax.Array, k_positions_BS: jax.Array, window: int | 
 
 def _scores(q_BTKGH: jax.Array, k_BKSH: jax.Array, scale: float, seen_BTS: jax.Array) -> jax.Array:
     scores_BKGTS = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32) * scale
-    return jnp.where(seen_BTS[:, None, None], scores_BKGTS, _MASKED)
+    return jnp.where(seen_BTS[:, None, None], scores_BKGTS, MASKED)
 
 
 def _weigh(weights_BKGTS: jax.Array, v_BKSH: jax.Array, seen_BTS: jax.Array) -> jax.Array:
@@ -35,7 +35,7 @@ def _start(sinks_N: jax.Array | None, num_kv_heads: int) -> tuple[jax.Array, jax
     The sink's total is 1, which is exp(sink - sink).
     """
     if sinks_N is None:
-        return jnp.full((1, 1, 1, 1, 1), _MASKED, jnp.float32), jnp.zeros((1, 1, 1, 1, 1), jnp.float32)
+        return jnp.full((1, 1, 1, 1, 1), MASKED, jnp.float32), jnp.zeros((1, 1, 1, 1, 1), jnp.float32)
     sinks_1KG11 = sinks_N.astype(jnp.float32).reshape(1, num_kv_heads, -1, 1, 1)
     return sinks_1KG11, jnp.ones_like(sinks_1KG11)
 

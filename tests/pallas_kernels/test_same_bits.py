@@ -66,12 +66,14 @@ def test_products_are_chains(inputs: int, outputs: int) -> None:
 
 
 @chained
-@pytest.mark.parametrize(("inputs", "outputs"), [(96, 101), (256, 3001), (192, 999), (768, 2003), (40, 7)])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(96, 101), (256, 3001), (192, 999), (768, 2003), (40, 7), (1600, 203), (2880, 101)]
+)
 def test_a_head_is_the_same_up_to_128_rows(inputs: int, outputs: int) -> None:
     x_TI, kernel_IO = operands(inputs, outputs)
     kernel_OI = jnp.asarray(np.ascontiguousarray(kernel_IO.T))
     head = jax.jit(same_bits.head, compiler_options=same_bits.COMPILER)
-    found = [np.asarray(head(jnp.asarray(x_TI[-rows:]), kernel_OI))[-1] for rows in (1, 2, 8, 128)]
+    found = [np.asarray(head(jnp.asarray(x_TI[-rows:]), kernel_OI))[-1] for rows in (1, 2, 3, 8, 31, 64, 128)]
     np.testing.assert_allclose(found[0], x_TI[-1].astype(np.float64) @ kernel_IO.astype(np.float64), atol=1e-4)
     for each in found[1:]:
         np.testing.assert_array_equal(each, found[0])
