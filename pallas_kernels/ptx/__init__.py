@@ -7,7 +7,7 @@ load gives 0 in the others.
 
 from pallas_kernels.ptx.barriers import MBarriers, TileCopies, bulk_copy, expect_bytes, sync_block
 from pallas_kernels.ptx.cluster import MOST_BLOCKS, ClusterThread, cluster_rank
-from pallas_kernels.ptx.control import loop, prefetched_loop, when
+from pallas_kernels.ptx.control import choose, keep_loads_before, loop, prefetched_loop, repeat, when
 from pallas_kernels.ptx.launch import launch
 from pallas_kernels.ptx.memory import (
     global_address,
@@ -40,6 +40,8 @@ from pallas_kernels.ptx.values import (
     less,
     mul,
     pack,
+    rounded_product,
+    rounded_sum,
     tree_sum,
     where,
 )
@@ -69,6 +71,7 @@ __all__ = [
     "asm",
     "both",
     "bulk_copy",
+    "choose",
     "cluster_rank",
     "const",
     "divide",
@@ -84,6 +87,7 @@ __all__ = [
     "global_address",
     "halves",
     "i32",
+    "keep_loads_before",
     "launch",
     "less",
     "load",
@@ -95,6 +99,9 @@ __all__ = [
     "pack",
     "prefetched_loop",
     "quad_reduce",
+    "repeat",
+    "rounded_product",
+    "rounded_sum",
     "shared_address",
     "shared_offset",
     "shifted",

@@ -125,6 +125,16 @@ def fma(a: Value, b: Value, c: Value) -> Value:
     return asm("fma.rn.f32 $0, $1, $2, $3;", [f32()], [a, b, c])[0]
 
 
+def rounded_product(a: Value, b: Value) -> Value:
+    """a · b, never contracted with an addition."""
+    return asm("mul.rn.f32 $0, $1, $2;", [f32()], [a, b])[0]
+
+
+def rounded_sum(a: Value, b: Value) -> Value:
+    """a + b, never contracted with a product."""
+    return asm("add.rn.f32 $0, $1, $2;", [f32()], [a, b])[0]
+
+
 def exp2(x: Value) -> Value:
     """2^x, to 2 ulp; subnormal results are 0."""
     return asm("ex2.approx.ftz.f32 $0, $1;", [f32()], [x])[0]
