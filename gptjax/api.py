@@ -12,8 +12,8 @@ from gptjax.checkpoints import weights
 from gptjax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gptjax.checkpoints.text_files import tokenizer_at
 from gptjax.engine import limits
+from gptjax.engine.free_of_load import is_exact_by_default
 from gptjax.engine.memory import as_loaded, check, explained
-from gptjax.engine.pools import is_exact_by_default
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry

@@ -1,6 +1,8 @@
 """A sum that a product leaves unfinished: the next operation finishes it while reading it."""
 
 import dataclasses
+from functools import reduce
+from operator import add
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +31,12 @@ class PartialSum:
         return 1 if self.rows_TX is None else self.rows_TX.shape[1]
 
     def total(self) -> jax.Array:
-        """The sum [T, O], float32."""
+        """The sum [T, O], float32, of the pieces in ascending order: XLA's own may depend on the number of tokens."""
         if self.rows_TX is None:
-            present_TX, y_TXO = jnp.ones((self.parts_JAO.shape[1], 1), bool), self.parts_JAO.sum(axis=0)[:, None]
+            present_TX, y_TXO = jnp.ones((self.parts_JAO.shape[1], 1), bool), reduce(add, self.parts_JAO)[:, None]
         else:
             present_TX = self.rows_TX >= 0
-            y_TXO = self.parts_JAO[:, jnp.where(present_TX, self.rows_TX, 0)].sum(axis=0)
+            y_TXO = reduce(add, self.parts_JAO[:, jnp.where(present_TX, self.rows_TX, 0)])
         if self.bias_EO is not None:
             bias_rows: jax.Array | int = 0
             if self.bias_rows_TX is not None:

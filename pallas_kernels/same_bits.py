@@ -14,8 +14,8 @@ AVX2 and AVX-512; `tests/pallas_kernels/test_same_bits.py` compares with such ch
 - A product whose outputs are not a multiple of `LANES` may have two or four chains, at least for the last outputs. So
   outputs are padded; and of a head's large matrix, the last `LANES` outputs are a product of their own.
 - With AVX-512, 1 / sqrt(x) is approximated where 16 numbers are computed together. So `rsqrt` divides.
-- With JAX 0.10.2, some logarithms among 3, 5, 6, 7 or 15 are rounded otherwise than alone. So `log_softmax` computes
-  one at a time.
+- With JAX 0.10.2, some logarithms among 3, 5, 6, 7 or 15 are rounded otherwise than alone. So `log` computes one at
+  a time.
 - A product to which something is added may be rounded first or not, depending on what XLA fuses, and that on the number
   of rows. So `moe.reference` stores a token's weighted experts before it adds them.
 
@@ -97,16 +97,9 @@ def softmax(x_TX: jax.Array) -> jax.Array:
     return y
 
 
-def log_softmax(x_TX: jax.Array) -> jax.Array:
-    """The logarithm of each row's softmax, on any device."""
-
-    def row_by_row(x_TX: jax.Array) -> jax.Array:
-        below_TX = x_TX - x_TX.max(axis=-1, keepdims=True)
-        return below_TX - jax.lax.map(jnp.log, jnp.exp(below_TX).sum(axis=-1))[:, None]
-
-    y: jax.Array = jax.lax.platform_dependent(
-        x_TX, cpu=row_by_row, default=lambda x_TX: jax.nn.log_softmax(x_TX, axis=-1)
-    )
+def log(x_T: jax.Array) -> jax.Array:
+    """The logarithms of a number each row, on any device."""
+    y: jax.Array = jax.lax.platform_dependent(x_T, cpu=lambda x_T: jax.lax.map(jnp.log, x_T), default=jnp.log)
     return y
 
 

@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.engine import steps
+from gptjax.engine.free_of_load import is_free_of_load, least_call
 from gptjax.layers.cache import kinds, reach, tail_pages
 from gptjax.models.registry import Model
 from gptjax.scheduling.policy import Policy
-from pallas_kernels import same_bits
 
 # With an H200, dispatching one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (each call passes
 # hundreds of arrays), which is more than the device needs to compute it.
 _STEPS_PER_DISPATCH = 8
-_LEAST_CHUNK = 32  # tokens of the smallest call whose bits do not depend on its size
 _READERS = 4  # requests in the middle of their prompts
 
 
@@ -39,19 +38,11 @@ def default_policy(
     if steps_per_dispatch < 1:
         raise ValueError(f"steps_per_dispatch must be at least 1, found {steps_per_dispatch}")
     chunk = steps.chunk_of(model) if chunk is None else chunk
-    if not exact or (is_free_of_load(model) and chunk >= _LEAST_CHUNK):
-        return Policy(slots, chunk, steps_per_dispatch, share_decoded=not exact, reuse=reuse)
+    least = least_call(model)
+    if not exact or (is_free_of_load(model) and chunk >= least):
+        policy = Policy(slots, chunk, steps_per_dispatch, share_decoded=not exact, reuse=reuse)
+        return dataclasses.replace(policy, smallest_call=least) if exact else policy
     return dataclasses.replace(Policy.same_bits(slots=slots, chunk=chunk, steps=steps_per_dispatch), reuse=reuse)
-
-
-def is_exact_by_default(model: Model) -> bool:
-    """Whether results have the same bits in any company unless speed is asked for."""
-    return jax.default_backend() == "cpu" and jnp.dtype(model.dtype) == jnp.float32
-
-
-def is_free_of_load(model: Model) -> bool:
-    """Whether the bits of a row do not depend on how many rows and tokens are computed together."""
-    return is_exact_by_default(model) and same_bits.holds()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,9 @@
 A row's draw depends only on its own logits, settings, seed and position: the key is `fold_in(key(seed), position)`,
 with the position of the token being drawn. Nothing here sorts the vocabulary: top-k and top-p are thresholds, found by
 bisecting the ordered bits of float32, so the cost is a fixed number of passes whatever k and p are.
+
+Sums over the vocabulary must not depend on how many rows there are either, and on a GPU XLA may divide a sum otherwise
+for other numbers of rows. So log-probabilities are from `logits.summary`, and top-p adds integers.
 """
 
 import dataclasses
@@ -12,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import same_bits
+from pallas_kernels.logits import Summary, summary
+from pallas_kernels.logits.reference import first_largest
 
 _INT32 = jnp.iinfo(jnp.int32)
 _LEAST_P = 1e-30
@@ -91,15 +96,20 @@ def sample(
     """
     if sampling.penalties is not None and counts is None:
         raise ValueError("penalties need the counts of each row's tokens")
-    logprobs_BV = same_bits.log_softmax(logits_BV)
-    token_B = (_by_branch if sampling.branches else _token)(logits_BV, positions_B, sampling, counts)
-    finite_B = jnp.isfinite(jax.nn.logsumexp(logits_BV, axis=-1))
-    logprob_B = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=-1)[:, 0]
-    top_logprobs_BC, top_ids_BC = _top(logits_BV, sampling)
+    found = summary(logits_BV)
+    log_total_B = same_bits.log(found.total_B)
+
+    def logprobs(ids_BC: jax.Array) -> jax.Array:
+        below_BC = jnp.take_along_axis(logits_BV, ids_BC, axis=-1) - found.largest_B[:, None]
+        return below_BC - log_total_B[:, None]
+
+    token_B = (_by_branch if sampling.branches else _token)(logits_BV, found, positions_B, sampling, counts)
+    finite_B = jnp.isfinite(found.largest_B) & jnp.isfinite(found.total_B)
+    top_ids_BC, top_logprobs_BC = _top(logits_BV, logprobs, sampling)
     return Sampled(
         token_B=jnp.where(finite_B, token_B, -1).astype(jnp.int32),
-        logprob_B=logprob_B,
-        top_ids_BC=top_ids_BC.astype(jnp.int32),
+        logprob_B=logprobs(token_B[:, None])[:, 0],
+        top_ids_BC=top_ids_BC,
         top_logprobs_BC=top_logprobs_BC,
     )
 
@@ -118,7 +128,11 @@ def output_counts(history_BS: jax.Array, lengths_B: jax.Array, vocab_size: int) 
 
 
 def _by_branch(
-    logits_BV: jax.Array, positions_B: jax.Array, sampling: Sampling, counts: Callable[[], jax.Array] | None
+    logits_BV: jax.Array,
+    found: Summary,
+    positions_B: jax.Array,
+    sampling: Sampling,
+    counts: Callable[[], jax.Array] | None,
 ) -> jax.Array:
     """`_token`, without drawing, shaping the logits or cutting off tokens if no row uses that."""
     no, (truncation, penalties, bias) = jnp.array(False), (sampling.truncation, sampling.penalties, sampling.bias)
@@ -135,39 +149,47 @@ def _by_branch(
     greedy = [dataclasses.replace(each, temperature_B=None) for each in (plain, whole)]
     forms = [greedy[0], plain, greedy[1], whole, sampling]
     index = jnp.where(draws & cuts, 4, 2 * shapes.astype(jnp.int32) + draws)
-    branches = [lambda form=form: _token(logits_BV, positions_B, form, counts) for form in forms]
+    branches = [lambda form=form: _token(logits_BV, found, positions_B, form, counts) for form in forms]
     token_B: jax.Array = jax.lax.switch(index, branches)
     return token_B
 
 
 def _token(
-    logits_BV: jax.Array, positions_B: jax.Array, sampling: Sampling, counts: Callable[[], jax.Array] | None
+    logits_BV: jax.Array,
+    found: Summary,
+    positions_B: jax.Array,
+    sampling: Sampling,
+    counts: Callable[[], jax.Array] | None,
 ) -> jax.Array:
-    """A token for every row, int32; anything if its logits are not finite."""
+    """A token for every row, int32; anything if its logits are not finite. `found` is of the logits."""
     if sampling.penalties is not None:
         assert counts is not None
         logits_BV = _penalised(logits_BV, sampling.penalties, counts())
     if sampling.bias is not None:
         row_B1 = jnp.arange(logits_BV.shape[0])[:, None]
         logits_BV = logits_BV.at[row_B1, sampling.bias.ids_BM].add(sampling.bias.values_BM, mode="drop")
-    token_B = _first_largest(logits_BV)
-    if sampling.temperature_B is not None:
-        drawn_B = _draw(logits_BV, positions_B, sampling.seed_B, sampling.temperature_B, sampling.truncation)
-        token_B = jnp.where(sampling.temperature_B > 0, drawn_B, token_B)
-    return token_B
+    if sampling.penalties is not None or sampling.bias is not None:
+        found = summary(logits_BV)
+    if sampling.temperature_B is None:
+        return found.token_B
+    below_BV = logits_BV - found.largest_B[:, None]  # so that a small temperature cannot overflow
+    drawn_B = _draw(below_BV, positions_B, sampling.seed_B, sampling.temperature_B, sampling.truncation)
+    return jnp.where(sampling.temperature_B > 0, drawn_B, found.token_B)
 
 
-def _top(logits_BV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-    """The largest log-probabilities [B, C] and their tokens; zeros if no row wants any."""
+def _top(
+    logits_BV: jax.Array, logprobs: Callable[[jax.Array], jax.Array], sampling: Sampling
+) -> tuple[jax.Array, jax.Array]:
+    """The most likely tokens [B, C] and their log-probabilities; zeros if no row wants any."""
 
-    def found() -> tuple[jax.Array, jax.Array]:
-        values_BC, ids_BC = jax.lax.top_k(same_bits.log_softmax(logits_BV), sampling.num_top)
-        return values_BC, ids_BC
+    def most_likely() -> tuple[jax.Array, jax.Array]:
+        ids_BC = jax.lax.top_k(logits_BV, sampling.num_top)[1].astype(jnp.int32)
+        return ids_BC, logprobs(ids_BC)
 
     if not sampling.branches or sampling.top_B is None:
-        return found()
-    nothing = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), jax.eval_shape(found))
-    top: tuple[jax.Array, jax.Array] = jax.lax.cond((sampling.top_B > 0).any(), found, lambda: nothing)
+        return most_likely()
+    nothing = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), jax.eval_shape(most_likely))
+    top: tuple[jax.Array, jax.Array] = jax.lax.cond((sampling.top_B > 0).any(), most_likely, lambda: nothing)
     return top
 
 
@@ -178,61 +200,81 @@ def _draw(
     temperature_B: jax.Array,
     truncation: Truncation | None,
 ) -> jax.Array:
-    # The largest logit is subtracted first, so that a small temperature cannot overflow.
-    logits_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
+    """A token for every row by chance. A row's largest logit must be 0."""
     logits_BV = logits_BV / jnp.maximum(temperature_B, _LEAST_TEMPERATURE)[:, None]
     if truncation is not None:
         logits_BV = _truncated(logits_BV, truncation)
     keys_B = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seed_B, positions_B)
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:]))(keys_B)
-    return _first_largest(noise_BV + logits_BV)  # like `jax.random.categorical`
-
-
-def _first_largest(values_BV: jax.Array) -> jax.Array:
-    """The index of each row's largest value, int32, the first of several; undefined if a value is NaN.
-
-    On a CPU, XLA's argmax is a scalar loop. Two passes that it vectorises draw 2.3 times as fast.
-    """
-
-    def in_two_passes(values_BV: jax.Array) -> jax.Array:
-        is_largest_BV = values_BV == values_BV.max(axis=-1, keepdims=True)
-        return jnp.where(is_largest_BV, jnp.arange(values_BV.shape[-1], dtype=jnp.int32), _INT32.max).min(axis=-1)
-
-    def in_one(values_BV: jax.Array) -> jax.Array:
-        return jax.lax.argmax(values_BV, axis=1, index_dtype=jnp.int32)
-
-    token_B: jax.Array = jax.lax.platform_dependent(values_BV, cpu=in_two_passes, default=in_one)
-    return token_B
+    return first_largest(noise_BV + logits_BV)  # like `jax.random.categorical`
 
 
 def _truncated(logits_BV: jax.Array, truncation: Truncation) -> jax.Array:
-    """The logits with excluded tokens at -inf: top-k, then top-p and min-p among the rest."""
-    ones_BV = jnp.ones_like(logits_BV)
+    """The logits with excluded tokens at -inf: top-k, then top-p and min-p among the rest. The largest must be 0."""
     k_B = jnp.where(truncation.top_k_B > 0, truncation.top_k_B, logits_BV.shape[-1]).astype(jnp.float32)
-    logits_BV = jnp.where(_at_least(logits_BV, ones_BV, k_B), logits_BV, -jnp.inf)
-    probabilities_BV = jax.nn.softmax(logits_BV, axis=-1)
-    # top_p = 1 keeps all, even if rounding lets the sum reach 1 early. A p that float32 rounds to 0 would keep no
-    # token at all.
-    p_B = jnp.where(truncation.top_p_B < 1, jnp.maximum(truncation.top_p_B, _LEAST_P), jnp.inf)
-    kept_BV = _at_least(logits_BV, probabilities_BV, p_B)
-    kept_BV &= probabilities_BV >= truncation.min_p_B[:, None] * probabilities_BV.max(axis=-1, keepdims=True)
-    return jnp.where(kept_BV, logits_BV, -jnp.inf)
+    # These sums are exact up to 2^24 tokens.
+    of_k_BV = _fewest(logits_BV, lambda marked_BV: marked_BV.astype(jnp.float32).sum(axis=-1) >= k_B)
+    logits_BV = jnp.where(of_k_BV, logits_BV, -jnp.inf)
+    likely_BV: jax.Array = jax.lax.platform_dependent(logits_BV, truncation, cpu=_likely, default=_likely_by_integers)
+    return jnp.where(likely_BV, logits_BV, -jnp.inf)
 
 
-def _at_least(values_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array) -> jax.Array:
-    """Marks the fewest largest values whose weights total at least `target_B` (or all, if they total less)."""
+def _likely(logits_BV: jax.Array, truncation: Truncation) -> jax.Array:
+    """Marks the tokens that top-p and min-p keep."""
+    probabilities_BV, p_B = jax.nn.softmax(logits_BV, axis=-1), _reached(truncation)
+    kept_BV = _fewest(logits_BV, lambda marked_BV: jnp.where(marked_BV, probabilities_BV, 0).sum(axis=-1) >= p_B)
+    least_B1 = truncation.min_p_B[:, None] * probabilities_BV.max(axis=-1, keepdims=True)
+    return kept_BV & (probabilities_BV >= least_B1)
+
+
+def _likely_by_integers(logits_BV: jax.Array, truncation: Truncation) -> jax.Array:
+    """The same by sums whose order does not matter. A row's largest logit must be 0."""
+    weights_BV, p_B = jnp.exp(logits_BV), _reached(truncation)
+    total_B = _total(jnp.ones_like(weights_BV, bool), weights_BV)
+    kept_BV = _fewest(logits_BV, lambda marked_BV: _total(marked_BV, weights_BV) >= p_B * total_B)
+    return kept_BV & (weights_BV >= truncation.min_p_B[:, None])
+
+
+def _reached(truncation: Truncation) -> jax.Array:
+    """The probability that top-p wants in all.
+
+    top_p = 1 keeps all, even if rounding lets the sum reach 1 early. A p that float32 rounds to 0 would keep no token
+    at all.
+    """
+    return jnp.where(truncation.top_p_B < 1, jnp.maximum(truncation.top_p_B, _LEAST_P), jnp.inf)
+
+
+def _total(marked_BV: jax.Array, weights_BV: jax.Array) -> jax.Array:
+    """The sum of the marked weights, from 0 to 1 each, of which less than 2^-38 counts as 0.
+
+    A weight becomes integers of 12, 13 and 13 bits, because integers add up to the same in any order. 2^18 of them, a
+    large vocabulary, stay below 2^31.
+    """
+    rest_BV = jnp.where(marked_BV, weights_BV, 0)
+    total_B, unit = jnp.zeros(len(weights_BV), jnp.float32), 1.0
+    for bits in (12, 13, 13):
+        rest_BV *= 2.0**bits
+        digits_BV = jnp.floor(rest_BV)
+        rest_BV -= digits_BV
+        unit /= 2.0**bits
+        total_B += digits_BV.astype(jnp.int32).sum(axis=-1).astype(jnp.float32) * unit
+    return total_B
+
+
+def _fewest(values_BV: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Marks the fewest largest values that are enough, or all: `enough` says of which rows the marked ones are."""
     bits_BV = jax.lax.bitcast_convert_type(values_BV, jnp.int32)
     ordered_BV = bits_BV ^ ((bits_BV >> 31) & _INT32.max)  # integers in the order of the floats
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low_B, high_B = bounds  # low keeps enough weight (or is the least), high does not
+        low_B, high_B = bounds  # low keeps enough (or is the least), high does not
         middle_B = (low_B >> 1) + (high_B >> 1) + (low_B & high_B & 1)
-        enough_B = jnp.where(ordered_BV >= middle_B[:, None], weights_BV, 0).sum(axis=-1) >= target_B
+        enough_B = enough(ordered_BV >= middle_B[:, None])
         return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
 
     # The search needs 32 halvings of the whole range of int32.
-    start = (jnp.full_like(target_B, _INT32.min, jnp.int32), jnp.full_like(target_B, _INT32.max, jnp.int32))
-    threshold_B, _ = jax.lax.fori_loop(0, 32, halve, start)
+    low_B, high_B = (jnp.full(len(values_BV), bound, jnp.int32) for bound in (_INT32.min, _INT32.max))
+    threshold_B, _ = jax.lax.fori_loop(0, 32, halve, (low_B, high_B))
     return ordered_BV >= threshold_B[:, None]
 
 

@@ -58,8 +58,10 @@ class Attention(nn.Module):
         if cache is None:
             out_BTNH = self._among_themselves(*self._heads(qkv, angles, B, T), positions_BT, sinks_N)
         else:
-            if self._appends(T, cache):
-                q_BTNH, cache = cache.appended(qkv, angles, positions_BT)
+            if cache.appends(T, normed=self.qk_norm_epsilon is not None, implementation=self.implementation):
+                norms, epsilon = self._norms(), self.qk_norm_epsilon or 0.0
+                scales = None if norms is None else (norms[0].scale(H), norms[1].scale(H))
+                q_BTNH, cache = cache.appended(qkv, angles, positions_BT, scales, epsilon)
             else:
                 q_BTNH, k_BTKH, v_BTKH = self._heads(qkv, angles, B, T)
                 cache = cache.update(k_BTKH, v_BTKH, positions_BT)
@@ -89,9 +91,12 @@ class Attention(nn.Module):
             implementation=self.implementation,
         )
 
-    def _appends(self, T: int, cache: LayerCache) -> bool:
-        """Whether one kernel goes from the product to the cache. It has no step for a norm of heads."""
-        return self.qk_norm_epsilon is None and cache.appends(T, implementation=self.implementation)
+    def _norms(self) -> tuple[HeadNorm, HeadNorm] | None:
+        """Those of query heads and of key heads, if they are normed."""
+        if self.qk_norm_epsilon is None:
+            return None
+        norm = partial(HeadNorm, self.qk_norm_epsilon, self.dtype, self.param_dtype)
+        return norm(name="q_norm"), norm(name="k_norm")
 
     def _heads(
         self, qkv: PartialSum, angles: tuple[jax.Array, jax.Array] | None, B: int, T: int
@@ -102,9 +107,8 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = jnp.split(heads_BTRH, (N, N + K), axis=2)
         for name, value in (("q", q_BTNH), ("k", k_BTKH), ("v", v_BTKH)):
             observe(self, name, value)
-        if self.qk_norm_epsilon is not None:
-            norm = partial(HeadNorm, self.qk_norm_epsilon, self.dtype, self.param_dtype)
-            q_BTNH, k_BTKH = norm(name="q_norm")(q_BTNH), norm(name="k_norm")(k_BTKH)
+        if (norms := self._norms()) is not None:
+            q_BTNH, k_BTKH = norms[0](q_BTNH), norms[1](k_BTKH)
         if angles is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, *angles), rotate(k_BTKH, *angles)
         return q_BTNH, k_BTKH, v_BTKH

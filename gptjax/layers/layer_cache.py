@@ -72,12 +72,17 @@ class LayerCache:
 
         return self.with_pages(written(self.k_YKSH, k_BTKH), written(self.v_YKSH, v_BTKH))
 
-    def appends(self, T: int, *, implementation: str) -> bool:
-        """Whether `appended` takes calls of T tokens a row."""
-        return takes(T, self.k_YKSH, implementation=implementation)
+    def appends(self, T: int, *, normed: bool, implementation: str) -> bool:
+        """Whether `appended` takes calls of T tokens a row, whose heads may be normed."""
+        return takes(T, self.k_YKSH, normed=normed, implementation=implementation)
 
     def appended(
-        self, qkv: PartialSum, angles: tuple[jax.Array, jax.Array] | None, positions_BT: jax.Array
+        self,
+        qkv: PartialSum,
+        angles: tuple[jax.Array, jax.Array] | None,
+        positions_BT: jax.Array,
+        scales: tuple[jax.Array, jax.Array] | None,
+        epsilon: float,
     ) -> tuple[jax.Array, "LayerCache"]:
         """Like `update`, in one kernel with the other steps from product to attention.
 
@@ -85,13 +90,16 @@ class LayerCache:
           qkv: the product that queries, keys and values come from.
           angles: cos and sin [B, 1, 1, H/2] to rotate queries and keys by; None to rotate nothing.
           positions_BT: of one token per row.
+          scales, epsilon: of the norms of query heads and of key heads, [H] each; None to norm nothing.
 
         Returns:
           The queries [B, 1, N, H], and the cache.
         """
         B = positions_BT.shape[0]
         rotation = None if angles is None else (angles[0].reshape(B, -1), angles[1].reshape(B, -1))
-        q_BNH, k_YKSH, v_YKSH = append(qkv, rotation, positions_BT[:, 0], self.k_YKSH, self.v_YKSH, self.table_BZ)
+        pools = self.k_YKSH, self.v_YKSH, self.table_BZ
+        appended = append(qkv, rotation, positions_BT[:, 0], *pools, scales=scales, epsilon=epsilon)
+        q_BNH, k_YKSH, v_YKSH = appended
         return q_BNH[:, None], self.with_pages(k_YKSH, v_YKSH)
 
     def with_pages(self, k_YKSH: jax.Array, v_YKSH: jax.Array) -> "LayerCache":

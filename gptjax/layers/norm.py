@@ -79,9 +79,13 @@ class HeadNorm(nn.Module):
     param_dtype: DTypeLike
 
     @nn.compact
+    def scale(self, width: int) -> jax.Array:
+        """The learned scale [H]."""
+        return array(self, "scale", nn.initializers.ones_init(), (width,), (HEAD_WIDTH,), self.param_dtype)
+
     def __call__(self, x_BTNH: jax.Array) -> jax.Array:
         """[B, T, N, H] -> the same, of `dtype`."""
-        scale_H = array(self, "scale", nn.initializers.ones_init(), x_BTNH.shape[-1:], (HEAD_WIDTH,), self.param_dtype)
+        scale_H = self.scale(x_BTNH.shape[-1])
         y_BTNH = x_BTNH.astype(jnp.float32)
         y_BTNH *= same_bits.rsqrt(same_bits.mean(jnp.square(y_BTNH)) + self.epsilon)
         return observe(self, "output", (y_BTNH * scale_H.astype(jnp.float32)).astype(self.dtype))

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import same_bits
+from pallas_kernels import dispatch, same_bits
 from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.ggml.fragments import QuantizedFragments
 from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from pallas_kernels.formats.mxfp4 import MXFP4
-from pallas_kernels.matvec import FEW, Fragments, matvec, packed_gated, packed_matvec, takes_gated
+from pallas_kernels.matmul import matmul
+from pallas_kernels.matvec import FEW, PACKED_FEW, Fragments, matvec, packed_gated, packed_matvec, takes_gated
 from pallas_kernels.partial_sum import PartialSum
 
 Matrix = MXFP4 | Quantized | Fragments  # packed
@@ -73,10 +74,12 @@ def product(
     if isinstance(kernel, jax.Array) and rows.shape[0] <= FEW:
         return matvec(rows, kernel.astype(dtype), bias, implementation=implementation)
     if isinstance(kernel, jax.Array):
-        y = same_bits.product(rows, kernel.astype(dtype))
+        # There is no Triton kernel for many rows: XLA's is as good.
+        how = dispatch.AUTO if implementation == dispatch.TRITON else implementation
+        y = matmul(rows, kernel.astype(dtype), implementation=how)
     else:
         parts: Sequence[Matrix] = kernel.parts if isinstance(kernel, Rows) else (kernel,)
-        if _is_fragments(parts) and rows.shape[0] <= FEW:
+        if _is_fragments(parts) and rows.shape[0] <= PACKED_FEW:
             return packed_matvec(rows, parts, bias, implementation=implementation)
         products = [_packed_product(rows, part, dtype) for part in parts]
         y = products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
@@ -144,14 +147,14 @@ def embed(embedding_VD: Embedding, ids: jax.Array, dtype: DTypeLike) -> jax.Arra
 
 def unembed(hidden: jax.Array, embedding_VD: Embedding, dtype: DTypeLike) -> jax.Array:
     """Logits, [..., D] -> [..., V] float32."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
     if isinstance(embedding_VD, jax.Array):
         embedding = embedding_VD.astype(dtype)
-        if same_bits.takes(hidden, embedding):
-            logits = same_bits.head(hidden.reshape(-1, hidden.shape[-1]), embedding)
-            return logits.reshape(*hidden.shape[:-1], -1)
-        return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    if isinstance(embedding_VD, Fragments) and rows.shape[0] <= FEW:
+        logits = (
+            matvec(rows, embedding, transposed=True).total() if len(rows) <= FEW else same_bits.head(rows, embedding)
+        )
+    elif isinstance(embedding_VD, Fragments) and len(rows) <= PACKED_FEW:
         logits = packed_matvec(rows.astype(dtype), [embedding_VD]).total()
-        return logits.reshape(*hidden.shape[:-1], -1)
-    return _packed_product(rows, embedding_VD, dtype).reshape(*hidden.shape[:-1], -1)
+    else:
+        logits = _packed_product(rows, embedding_VD, dtype)
+    return logits.reshape(*hidden.shape[:-1], -1)

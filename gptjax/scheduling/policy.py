@@ -5,7 +5,6 @@ from typing import Literal, Self
 
 from gptjax.scheduling.pool import PAGE
 
-_SMALLEST_CALL = 32  # tokens
 _MOST_CALLS = 8  # calls between two decode steps count as at least 1/8 of a chunk each
 
 
@@ -20,6 +19,7 @@ class Policy:
     chunk_multiple: int = 1  # prompts are cut, and beginnings reused, only at multiples of this
     packed: bool = True  # pieces of several prompts share a call
     pieces: int = 32  # the most of a call
+    smallest_call: int = 32  # tokens of a prefill call, at least: shorter ones are padded
     # How many a decode call computes: "asked" is as many as its requests ask for, all of them the same number.
     rows: Literal["all", "needed", "asked"] = "needed"
     share_decoded: bool = False  # see `PrefixTree`
@@ -37,7 +37,7 @@ class Policy:
         return cls(slots, chunk, steps, page, chunk_multiple=chunk, packed=False, rows=rows)
 
     def __post_init__(self) -> None:
-        for name in ("slots", "chunk", "steps", "page", "chunk_multiple", "pieces"):
+        for name in ("slots", "chunk", "steps", "page", "chunk_multiple", "pieces", "smallest_call"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.chunk & (self.chunk - 1):
@@ -48,7 +48,7 @@ class Policy:
     @property
     def call_sizes(self) -> tuple[int, ...]:
         """The sizes of prefill calls, in tokens: powers of two up to the chunk."""
-        return powers(min(_SMALLEST_CALL, self.chunk), self.chunk)
+        return powers(min(self.smallest_call, self.chunk), self.chunk)
 
     @property
     def row_sizes(self) -> tuple[int, ...]:

@@ -34,7 +34,8 @@ def add_norm(
       implementation: "auto", "mosaic" (bfloat16, up to 128 rows, on Hopper) or "xla".
 
     Returns:
-      The sum and the norm, [T, D] of x's dtype. A token's bits do not depend on the others, for a given T.
+      The sum and the norm, [T, D] of x's dtype. A token's bits do not depend on the others, for a given T; by "mosaic",
+      for any.
 
     Raises:
       ValueError: an unknown implementation, or one that does not support these operands.

@@ -108,7 +108,7 @@ def results(x_TD: jax.Array, terms: PartialSum | None) -> dict[str, Any]:
 
 def counts(layout: rows.RowLayout) -> list[int]:
     """Numbers that a block receives in each of `Norm`'s exchanges."""
-    return [layout.sums] * EXCHANGES
+    return [layout.strips] * EXCHANGES
 
 
 def shared(layout: rows.RowLayout) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def shared(layout: rows.RowLayout) -> dict[str, Any]:
 
 
 def _padded(layout: rows.RowLayout) -> int:
-    return -(-layout.sums // 4) * 4
+    return -(-layout.strips // 4) * 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +170,11 @@ class Norm:
         out = []
         for turn, four in enumerate(fours):
             normed = [arith.mulf(number, factor) for number in sums[turn]]
-            normed = [arith.mulf(*pair) for pair in zip(normed, rows.as_floats(scale[turn]), strict=True)]
+            scales = rows.as_floats(scale[turn])
             if bias:
-                normed = [arith.addf(*pair) for pair in zip(normed, rows.as_floats(bias[turn]), strict=True)]
+                normed = [ptx.fma(*each) for each in zip(normed, scales, rows.as_floats(bias[turn]), strict=True)]
+            else:
+                normed = [arith.mulf(*pair) for pair in zip(normed, scales, strict=True)]
             words = [ptx.pack(*normed[:2]), ptx.pack(*normed[2:])]
             ptx.store(four.at(at["normed"], 2), words, four.exists)
             out.append((four, words))
@@ -184,17 +186,24 @@ class Norm:
         """The numbers, minus their mean if wanted, and the factor that normalises them."""
         share = ptx.float32(1 / thread.layout.width)
         if self.center:
-            of_thread = ptx.tree_sum([number for numbers in sums for number in numbers])
-            mean = arith.mulf(rows.row_sum(thread, 0, of_thread, mailbox), share)
+            of_turns = [ptx.tree_sum(numbers) for numbers in sums]
+            mean = ptx.rounded_product(rows.row_sum(thread, 0, of_turns, mailbox), share)
             sums = [
                 [ptx.where(four.exists, arith.subf(number, mean)) for number in numbers]
                 for four, numbers in zip(fours, sums, strict=True)
             ]
-        squares = ptx.tree_sum([arith.mulf(number, number) for numbers in sums for number in numbers])
-        squares = rows.row_sum(thread, 1, squares, ptx.add(mailbox, 4 * _padded(thread.layout)))
-        variance = arith.addf(arith.mulf(squares, share), ptx.float32(self.epsilon))
+        second = ptx.add(mailbox, 4 * _padded(thread.layout))
+        squares = rows.row_sum(thread, 1, [_sum_of_squares(numbers) for numbers in sums], second)
+        variance = ptx.fma(squares, share, ptx.float32(self.epsilon))
         (factor,) = ptx.asm("rsqrt.approx.f32 $0, $1;", [ptx.f32()], [variance])
         return sums, factor
+
+
+def _sum_of_squares(numbers: list[Value]) -> Value:
+    total = ptx.rounded_product(numbers[0], numbers[0])
+    for number in numbers[1:]:
+        total = ptx.fma(number, number, total)
+    return total
 
 
 def _load_indices(terms: PartialSum, at: Mapping[str, Value], row: Value) -> list[tuple[Value, Value, Value | None]]:
@@ -263,6 +272,6 @@ def _total(
             if term.weight is not None:
                 # A term that adds nothing may have any weight, even NaN.
                 weight = ptx.where(term.exists, term.weight)
-                summed = [arith.mulf(number, weight) for number in summed]
+                summed = [ptx.rounded_product(number, weight) for number in summed]
             added = summed if not added else [arith.addf(*pair) for pair in zip(added, summed, strict=True)]
     return added

@@ -1,3 +1,12 @@
-from pallas_kernels.matvec.api import FEW, Fragments, matvec, packed_gated, packed_matvec, repacked, takes_gated
+from pallas_kernels.matvec.api import (
+    FEW,
+    PACKED_FEW,
+    Fragments,
+    matvec,
+    packed_gated,
+    packed_matvec,
+    repacked,
+    takes_gated,
+)
 
-__all__ = ["FEW", "Fragments", "matvec", "packed_gated", "packed_matvec", "repacked", "takes_gated"]
+__all__ = ["FEW", "PACKED_FEW", "Fragments", "matvec", "packed_gated", "packed_matvec", "repacked", "takes_gated"]

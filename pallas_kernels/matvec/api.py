@@ -1,6 +1,7 @@
 """A few rows times a matrix: most of decoding's work, bound by reading the matrix."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,52 +16,57 @@ from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.matvec import reference
 from pallas_kernels.partial_sum import PartialSum
 
-FEW = 64  # rows at most: larger products are bound by arithmetic, where XLA's own are good
-# Rows up to which a kernel was measured faster than XLA's own product, on an H200 (Triton: at one row).
-_FASTER = {dispatch.MOSAIC: 8, dispatch.TRITON: 4}
+FEW = 128  # rows at most: larger products are bound by arithmetic, where XLA's own are good
+PACKED_FEW = 64  # and with a packed matrix
+_TRITON_FASTER = 4  # rows up to which "auto" takes the Triton kernel (measured at one row, on an H200)
 _AT_ONCE = 1 << 24  # numbers that are repacked at a time: the intermediate values are eight times as large
 
 Fragments = MXFP4Fragments | QuantizedFragments
 
 
 def matvec(
-    x_TI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array | None = None, *, implementation: str = dispatch.AUTO
+    x_TI: jax.Array,
+    kernel: jax.Array,
+    bias_O: jax.Array | None = None,
+    *,
+    transposed: bool = False,
+    implementation: str = dispatch.AUTO,
 ) -> PartialSum:
     """x · kernel + bias, accumulated in float32.
 
     Args:
       x_TI: one row per token, up to `FEW` rows.
-      kernel_IO: of x's dtype.
+      kernel: [I, O], of x's dtype.
       bias_O: of any floating dtype.
-      implementation: "auto", "mosaic" (bfloat16, I and O multiples of 64), "triton" (bfloat16, float16 or float32) or
-        "xla".
+      transposed: whether the kernel is [O, I], as the head's is.
+      implementation: "auto", "mosaic" (bfloat16, I and O multiples of 64; transposed, O any multiple of 8,
+        and up to 8 rows any), "triton" (bfloat16, float16 or float32, not transposed) or "xla".
 
     Returns:
-      [T, O] float32. Whoever reads it adds up the parts of I, and the bias. A row's bits do not depend on the others,
-      for a given T.
+      [T, O] float32. Whoever reads it adds up the parts of I, and the bias. A row's bits do not depend on the others;
+      nor on T, with "mosaic", or with "xla" on a CPU in float32.
 
     Raises:
       ValueError: an unknown implementation, one that does not support these operands, or too many rows.
     """
     if x_TI.shape[0] > FEW:
         raise ValueError(f"matvec takes up to {FEW} rows, found {x_TI.shape[0]}: use a product of matrices")
-    available = {dispatch.XLA: reference.product}
-    T, outputs = x_TI.shape[0], kernel_IO.shape[1]
-    wanted = dispatch.wanted(implementation) if x_TI.dtype == kernel_IO.dtype else dispatch.XLA
-    # If rows are not multiples of 16 bytes, the Triton kernel would load number by number.
-    if implementation == dispatch.AUTO and (_FASTER.get(wanted, 0) < T or outputs % 8):
-        wanted = dispatch.XLA
-    fits = x_TI.dtype == jnp.bfloat16 and not any(size % 64 for size in kernel_IO.shape)
-    if wanted == dispatch.MOSAIC and fits:
+    available: dict[str, Callable[..., PartialSum]] = {dispatch.XLA: partial(reference.product, transposed=transposed)}
+    (T, inputs), outputs = x_TI.shape, kernel.shape[0 if transposed else 1]
+    wanted = dispatch.wanted(implementation) if x_TI.dtype == kernel.dtype else dispatch.XLA
+    if wanted == dispatch.MOSAIC and x_TI.dtype == jnp.bfloat16:
         from pallas_kernels.matvec import mosaic_sm90
 
-        available[dispatch.MOSAIC] = mosaic_sm90.product
-    if wanted == dispatch.TRITON:
+        if mosaic_sm90.takes(T, inputs, outputs, transposed):
+            available[dispatch.MOSAIC] = partial(mosaic_sm90.product, transposed=transposed)
+    # If rows are not multiples of 16 bytes, the Triton kernel would load number by number.
+    is_faster = T <= _TRITON_FASTER and outputs % 8 == 0
+    if wanted == dispatch.TRITON and not transposed and (implementation != dispatch.AUTO or is_faster):
         from pallas_kernels.matvec import triton
 
         if x_TI.dtype in triton.DTYPES:
             available[dispatch.TRITON] = triton.product
-    return dispatch.choose("matvec", implementation, available)(x_TI, kernel_IO, bias_O)
+    return dispatch.choose("matvec", implementation, available)(x_TI, kernel, bias_O)
 
 
 def packed_matvec(
@@ -73,7 +79,7 @@ def packed_matvec(
     """x · matrixᵀ + bias, of a packed matrix [O, I], accumulated in float32.
 
     Args:
-      x_TI: one row per token, up to `FEW` rows.
+      x_TI: one row per token, up to `PACKED_FEW` rows.
       parts: the matrix's rows, repacked; several if they are of different types.
       bias_O: of any floating dtype.
       implementation: "auto", "mosaic" (bfloat16) or "xla".
@@ -85,8 +91,10 @@ def packed_matvec(
     Raises:
       ValueError: an unknown implementation, one that does not support these operands, or too many rows.
     """
-    if x_TI.shape[0] > FEW:
-        raise ValueError(f"packed_matvec takes up to {FEW} rows, found {x_TI.shape[0]}: use a product of matrices")
+    if x_TI.shape[0] > PACKED_FEW:
+        raise ValueError(
+            f"packed_matvec takes up to {PACKED_FEW} rows, found {x_TI.shape[0]}: use a product of matrices"
+        )
     available = {dispatch.XLA: reference.packed_product}
     if dispatch.wanted(implementation) == dispatch.MOSAIC and x_TI.dtype == jnp.bfloat16:
         from pallas_kernels.matvec import packed_sm90

@@ -11,9 +11,11 @@ from pallas_kernels.formats.ggml.fragments import QuantizedFragments
 from pallas_kernels.partial_sum import PartialSum
 
 
-def product(x_TI: jax.Array, kernel_IO: jax.Array, bias_O: jax.Array | None = None) -> PartialSum:
+def product(
+    x_TI: jax.Array, kernel: jax.Array, bias_O: jax.Array | None = None, *, transposed: bool = False
+) -> PartialSum:
     """See `api.matvec`."""
-    y_TO = same_bits.product(x_TI, kernel_IO)
+    y_TO = (same_bits.head if transposed else same_bits.product)(x_TI, kernel)
     return PartialSum(y_TO[None], bias_EO=None if bias_O is None else bias_O[None])
 
 

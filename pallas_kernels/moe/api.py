@@ -52,7 +52,7 @@ def moe(
 
     Returns:
       [T, D] float32. Whoever reads it does the last sums. A token's bits do not depend on the others, for a given T;
-      on a CPU in float32, for any T.
+      by "mosaic" not on T either, up to 128; on a CPU in float32, for any T.
 
     Raises:
       ValueError: an unknown implementation, or one that does not support these operands.

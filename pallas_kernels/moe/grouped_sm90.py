@@ -3,6 +3,8 @@
 A block multiplies 256 rows of one expert by up to 128 of its tokens, with `wgmma`. One warpgroup copies tiles of
 weights and of x to shared memory. The two others unpack weights to registers, which serve as operands directly, each
 while the tensor cores work for the other.
+
+In a call of as few tokens as a decode step has, the sums have the order of `mosaic_sm90`; in others, each is one chain.
 """
 
 import dataclasses
@@ -26,12 +28,13 @@ from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
 from pallas_kernels.formats.mxfp4_sm90 import MISSING, decoded
 from pallas_kernels.moe import mosaic_sm90
 from pallas_kernels.moe.activation import SwiGLU
-from pallas_kernels.moe.routing import Groups, sorted_groups
+from pallas_kernels.moe.routing import BY_EXPERT, Groups, sorted_groups
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
 plgpu: Any = mosaic_gpu  # JAX 0.10 has another interface: there, this module can only be imported
 TOKENS = 128  # per block, at most
+_TOKENS_IN_RUNS = 64  # at most, if the product down has runs: their total takes as many registers as a run's sums
 _TOKENS_STEP = 32  # a block multiplies as many tokens as its group has, rounded up to a multiple of this
 TILES = 4  # of 64 rows, per block
 _STAGES = 6  # steps of 64 columns in flight
@@ -47,6 +50,7 @@ class _GroupedPlan:
     tokens: int  # slots per group
     tiles: int  # per expert
     steps: int
+    runs: int  # that the steps are divided into
     activation: SwiGLU | None
 
     @property
@@ -93,11 +97,12 @@ def routed(
     limit: float,
 ) -> PartialSum:
     """See `api.moe`."""
-    E = down_bias_ED.shape[0]
-    groups, places_TX = sorted_groups(experts_TX, E, group_size(experts_TX.size, E))
+    E, in_runs = down_bias_ED.shape[0], x_TD.shape[0] <= BY_EXPERT
+    largest = _TOKENS_IN_RUNS if in_runs else TOKENS
+    groups, places_TX = sorted_groups(experts_TX, E, min(largest, group_size(experts_TX.size, E)))
     x_AD = in_order(x_TD)[jnp.maximum(groups.rows_UM.reshape(-1), 0)]
     h_AF = product(x_AD, groups, gate_up, gate_up_bias_E2F.astype(jnp.bfloat16), activation=SwiGLU(alpha, limit))
-    y_AD = product(h_AF, groups, down)
+    y_AD = product(h_AF, groups, down, runs=mosaic_sm90.runs_of(down) if in_runs else 1)
     return PartialSum(y_AD[None], places_TX, weights_TX, down_bias_ED, experts_TX)
 
 
@@ -112,7 +117,7 @@ def in_order(x_AI: jax.Array) -> jax.Array:
     return x_AI.reshape(rows, inputs // TILE, 4, 4, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(rows, inputs)
 
 
-@partial(jax.jit, static_argnames=("activation",))
+@partial(jax.jit, static_argnames=("activation", "runs"))
 def product(
     x_AI: jax.Array,
     groups: Groups,
@@ -120,6 +125,7 @@ def product(
     bias_EO: jax.Array | None = None,
     *,
     activation: SwiGLU | None = None,
+    runs: int = 1,
 ) -> jax.Array:
     """Each group's tokens times its expert's weight.
 
@@ -127,6 +133,7 @@ def product(
       x_AI: bfloat16, one row per slot, columns `in_order`.
       weight: [E, O, I].
       bias_EO: for the activation.
+      runs: see `mosaic_sm90.product`. With more than one, a group has at most `_TOKENS_IN_RUNS` slots.
 
     Returns:
       float32 [A, O]; with an activation, bfloat16 [A, O / 2], columns in order for the next product. Slots
@@ -134,7 +141,7 @@ def product(
     """
     U, M = groups.rows_UM.shape
     E, tiles, steps = weight.words.shape[:3]
-    plan = _GroupedPlan(M, tiles, steps, activation)
+    plan = _GroupedPlan(M, tiles, steps, runs, activation)
     words = weight.words.reshape(E, tiles, steps, 2, 256)
     if activation is None:
         bias_EO = groups.experts_U  # something has to be passed; it is not read
@@ -219,7 +226,7 @@ def _multiply(plan: _GroupedPlan, work: _Work, bias_ref: Any, out_ref: Any, shar
     own = TILES // _WARPGROUPS
     first = work.block * TILES + work.warpgroup * own
 
-    def products(*accs: Any) -> list[jax.Array]:
+    def products(run: int, *accs: Any) -> list[jax.Array]:
         def step(index: jax.Array, _: None) -> None:
             slot = lax.rem(index, jnp.int32(_STAGES))
             plgpu.barrier_wait(shared.full.at[slot])
@@ -232,10 +239,15 @@ def _multiply(plan: _GroupedPlan, work: _Work, bias_ref: Any, out_ref: Any, shar
                     done = shared.empty.at[lax.rem(index - 1, jnp.int32(_STAGES))]
                     pl.when(index > 0)(partial(plgpu.barrier_arrive, done))
 
-        lax.fori_loop(0, plan.steps, step, None)
+        steps = plan.steps // plan.runs
+        lax.fori_loop(run * steps, (run + 1) * steps, step, None)
         return [acc[...] for acc in accs]  # this waits for all of them
 
-    sums = pl.run_scoped(products, *[plgpu.ACC((TILE, size), jnp.float32)] * own)
+    sums: list[jax.Array] = []
+    for run in range(plan.runs):
+        parts = pl.run_scoped(partial(products, run), *[plgpu.ACC((TILE, size), jnp.float32)] * own)
+        parts = [part * MISSING for part in parts]
+        sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else parts
     write = _write_activation if plan.activation is not None else _write_sums
     ordered = shared.ordered.at[work.warpgroup]
     pl.when(first < plan.tiles)(lambda: write(plan, sums, bias_ref, out_ref, ordered, work.group, work.expert, first))
@@ -267,11 +279,10 @@ def _unpacked(words_ref: Any, scales_ref: Any) -> jax.Array:
 def _numbers(sums: Any) -> list[tuple[int, Value, Value]]:
     """A thread's sums of a tile: the token, minus 2·q, with the sums of the even and the odd row."""
     registers = sums.registers
-    missing = ptx.float32(MISSING)
 
     def number(column: int, half: int, token: int) -> Value:
         (register,) = registers[0, column, ..., half, :, :, :, :].flat
-        return arith.mulf(vector.extract(register, [], [token]), missing)
+        return vector.extract(register, [], [token])
 
     return [
         (8 * column + token, number(column, 0, token), number(column, 1, token))

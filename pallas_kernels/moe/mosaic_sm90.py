@@ -2,10 +2,15 @@
 
 A warp streams 16 rows of one expert from memory to registers, unpacks them there, and multiplies them by eight tokens
 at a time on the tensor cores. For eight tokens, no weight is read twice, and none is written anywhere.
+
+A token's bits do not depend on how many there are: a weight's columns are divided into runs by its shape alone
+(`runs_of`), each run is one ascending chain of products, and the runs are added in order, by a block that has several
+of them or by whoever reads the parts. `grouped_sm90` has the same runs.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,6 +27,7 @@ from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
 EIGHT = 8  # tokens per instruction
+_RUNS = 3  # of the product down, if its columns can be divided so
 _LOAD_X = (
     "{ .reg .pred p; setp.ge.s32 p, $9, 0; "
     + " ".join(f"mov.b32 ${i}, 0;" for i in range(8))
@@ -41,8 +47,9 @@ class _ExpertsPlan:
     num_experts: int  # E: expert id E or above, or below 0, marks an empty group
     num_groups: int  # U
     slots: int  # M: tokens per group, at most
-    steps: int  # 64-column tiles that a block sums over
-    splits: int  # blocks that share the columns
+    steps: int  # 64-column tiles of a run
+    runs: int  # that the columns are divided into
+    splits: int  # blocks that share the runs, evenly
     tiles: int  # 64-row tiles per expert
     unroll: int  # tiles whose loads are in flight while as many are computed
     eights: int  # groups of eight tokens that a block computes
@@ -50,7 +57,12 @@ class _ExpertsPlan:
 
     @property
     def columns(self) -> int:
-        return self.steps * self.splits * TILE
+        return self.steps * self.runs * TILE
+
+    @property
+    def own(self) -> int:
+        """Runs of a block."""
+        return self.runs // self.splits
 
     @property
     def rows(self) -> int:
@@ -76,7 +88,8 @@ def routed(
         x_TD, groups, gate_up, bias, activation=SwiGLU(alpha, limit), **_settings("up", experts_TX, gate_up)
     )
     h_AF = h_UMF.reshape(-1, h_UMF.shape[-1])
-    y_JUMD = product(h_AF, groups, down, sorted=True, **_settings("down", experts_TX, down))
+    settings = _settings("down", experts_TX, down)
+    y_JUMD = product(h_AF, groups, down, runs=runs_of(down), sorted=True, **settings)
     y_JAD = y_JUMD.reshape(y_JUMD.shape[0], -1, y_JUMD.shape[-1])
     return PartialSum(y_JAD, places_TX, weights_TX, down_bias_ED, experts_TX)
 
@@ -87,12 +100,21 @@ def _settings(part: str, experts_TX: jax.Array, weight: MXFP4Fragments) -> Any:
     return tiles.lookup(dispatch.device_kind(), "moe/mosaic", shape) or heuristic(shape)
 
 
+def runs_of(down: MXFP4Fragments) -> int:
+    """The runs of the product down. With few tokens, one block for all columns would be too few blocks."""
+    return _runs(down.shape[-1])
+
+
+def _runs(inputs: int) -> int:
+    return math.gcd(_RUNS, inputs // TILE)
+
+
 def heuristic(shape: tiles.Shape) -> tiles.Settings:
     """The settings for a shape that is not in the table; RECORD.md has the measurements."""
     rows = int(shape[tiles.ROWS])
     return {
         "unroll": 9 if rows == 1 else 5,
-        "splits": 3 if shape["part"] == "down" and rows <= 8 else 1,  # otherwise too few blocks
+        "splits": _runs(int(shape["in"])) if shape["part"] == "down" and rows <= 8 else 1,  # otherwise too few blocks
         "eights": 1 if rows <= 64 else 2,
     }
 
@@ -103,13 +125,13 @@ def tunable(shape: tiles.Shape) -> list[tiles.Settings]:
     others: list[tiles.Settings] = [
         {"unroll": unroll, "splits": splits, "eights": eights}
         for eights in ([1] if rows <= 8 else [1, 2] if rows <= 32 else [1, 2, 4])
-        for splits in ([1] if shape["part"] == "up" or rows > 32 else [1, 3, 5])
+        for splits in ([1] if shape["part"] == "up" else sorted({1, _runs(int(shape["in"]))}))
         for unroll in (3, 5, 9)
     ]
     return [usual, *(each for each in others if each != usual)]
 
 
-@partial(jax.jit, static_argnames=("activation", "unroll", "splits", "eights", "sorted"))
+@partial(jax.jit, static_argnames=("activation", "unroll", "runs", "splits", "eights", "sorted"))
 def product(
     x_AI: jax.Array,
     groups: Groups,
@@ -118,6 +140,7 @@ def product(
     *,
     activation: SwiGLU | None = None,
     unroll: int,
+    runs: int = 1,
     splits: int = 1,
     eights: int = 1,
     sorted: bool = False,
@@ -128,23 +151,25 @@ def product(
       x_AI: bfloat16; one row per token, or per slot if `sorted`.
       weight: [E, O, I].
       bias_EO: for the activation.
-      unroll, splits, eights: see `_ExpertsPlan`; lowered to numbers that divide evenly.
+      runs: which the sums' order follows from; it must divide the weight's steps.
+      unroll, splits, eights: see `_ExpertsPlan`; lowered to numbers that divide evenly. They do not change the order.
 
     Returns:
-      float32 [splits, U, M, O], still to be summed over the first axis; with an activation, bfloat16 [U, M, O / 2].
-      Slots without a token are not written.
+      float32 [splits, U, M, O], still to be summed over the first axis, in ascending order; with an activation, which
+      takes one split, bfloat16 [U, M, O / 2]. Slots without a token are not written.
     """
     U, M = groups.rows_UM.shape
     num_tiles, steps = weight.words.shape[1:3]
-    splits = math.gcd(splits, steps)
+    splits = math.gcd(splits, runs)
     plan = _ExpertsPlan(
         num_experts=weight.shape[0],
         num_groups=U,
         slots=M,
-        steps=steps // splits,
+        steps=steps // runs,
+        runs=runs,
         splits=splits,
         tiles=num_tiles,
-        unroll=next(u for u in range(unroll, 0, -1) if steps // splits % u == 0),
+        unroll=next(u for u in range(unroll, 0, -1) if steps // runs % u == 0),
         eights=min(eights, -(-M // EIGHT)),
         sorted=sorted,
     )
@@ -216,7 +241,7 @@ def _sums(
 ) -> list[Value]:
     """Four sums per eight tokens: the thread's even and odd row times two tokens, in the order of `ptx.mma`."""
     _, g, q = ptx.fragment_lane()
-    start = ptx.mul(split, plan.steps)
+    start = ptx.mul(split, plan.steps * plan.own)
     x_at, tokens = [], []
     for eight in range(plan.eights):
         slot = ptx.add(first, g, EIGHT * eight)
@@ -225,7 +250,7 @@ def _sums(
         row_at = ptx.offset(x, place if plan.sorted else token, 2 * plan.columns)
         x_at.append(ptx.offset(row_at, ptx.add(ptx.mul(start, TILE), ptx.mul(q, 16)), 2))
         tokens.append(token)
-    number = ptx.add(ptx.mul(ptx.add(ptx.mul(expert, plan.tiles), tile), plan.steps * plan.splits), start)
+    number = ptx.add(ptx.mul(ptx.add(ptx.mul(expert, plan.tiles), tile), plan.steps * plan.runs), start)
     words_at = ptx.offset(ptx.offset(words, number, 2048), ptx.thread(), 16)
     scales_at = ptx.offset(ptx.offset(scales, number, 128), arith.shrui(ptx.thread(), ptx.const(1)), 2)
 
@@ -250,8 +275,41 @@ def _sums(
             acc = _multiply(acc, loaded[5 * i : 5 * i + 4], loaded[5 * i + 4], xs)
         return acc
 
-    zeros = [ptx.float32(0.0)] * (4 * plan.eights)
-    return ptx.prefetched_loop(plan.steps // plan.unroll, zeros, load, compute)
+    return _in_runs(plan, load, compute)
+
+
+def _in_runs(
+    plan: _ExpertsPlan,
+    load: Callable[[Value], list[Value]],
+    compute: Callable[[Value, list[Value], list[Value]], list[Value]],
+) -> list[Value]:
+    """The sums of the block's runs, added in order. Each load begins one turn ahead, also from run to run."""
+    count, turns = 4 * plan.eights, plan.steps // plan.unroll
+    zeros = [ptx.float32(0.0)] * count
+
+    def through(run: Value, turns_here: int, loaded: list[Value]) -> tuple[list[Value], list[Value]]:
+        """The sums after some turns of a run, and what was loaded for the next one."""
+
+        def turn(i: Value, values: list[Value]) -> list[Value]:
+            number = ptx.add(ptx.mul(run, turns), i)
+            following = load(ptx.add(number, 1))
+            return [*compute(number, values[:count], values[count:]), *following]
+
+        values = ptx.loop(turns_here, [*zeros, *loaded], turn)
+        return values[:count], values[count:]
+
+    def added(totals: list[Value], acc: list[Value]) -> list[Value]:
+        """The factor is a power of two: this rounds as if the products had it, as where each block has one run."""
+        return [ptx.fma(one, ptx.float32(MISSING), total) for one, total in zip(acc, totals, strict=True)]
+
+    def whole_run(run: Value, carry: list[Value]) -> list[Value]:
+        acc, loaded = through(run, turns, carry[count:])
+        return [*added(carry[:count], acc), *loaded]
+
+    # To -0, 0 and -0 can be added, and are what they were.
+    carry = ptx.loop(plan.own - 1, [*[ptx.float32(-0.0)] * count, *load(ptx.const(0))], whole_run)
+    acc, loaded = through(ptx.const(plan.own - 1), turns - 1, carry[count:])
+    return added(carry[:count], compute(ptx.const(plan.own * turns - 1), acc, loaded))
 
 
 def _multiply(acc: list[Value], words: list[Value], scales: Value, xs: list[list[Value]]) -> list[Value]:
@@ -273,10 +331,9 @@ def _even_row(tile: Value) -> Value:
 
 def _tokens(plan: _ExpertsPlan, acc: list[Value], first: Value) -> list[tuple[Value, Value, Value]]:
     """For each of the thread's tokens: its slot, the even row's sum and the odd row's sum."""
-    scaled = [arith.mulf(value, ptx.float32(MISSING)) for value in acc]
     twice_q = ptx.mul(ptx.fragment_lane()[2], 2)
     return [
-        (ptx.add(first, twice_q, EIGHT * eight + column), scaled[4 * eight + column], scaled[4 * eight + 2 + column])
+        (ptx.add(first, twice_q, EIGHT * eight + column), acc[4 * eight + column], acc[4 * eight + 2 + column])
         for eight in range(plan.eights)
         for column in range(2)
     ]

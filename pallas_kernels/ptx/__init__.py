@@ -7,7 +7,7 @@ load gives 0 in the others.
 
 from pallas_kernels.ptx.barriers import MBarriers, TileCopies, bulk_copy, expect_bytes, sync_block
 from pallas_kernels.ptx.cluster import MOST_BLOCKS, ClusterThread, cluster_rank
-from pallas_kernels.ptx.control import choose, keep_loads_before, loop, prefetched_loop, repeat, when
+from pallas_kernels.ptx.control import choose, keep_loads_before, loop, repeat, when
 from pallas_kernels.ptx.launch import launch
 from pallas_kernels.ptx.memory import (
     global_address,
@@ -49,6 +49,7 @@ from pallas_kernels.ptx.warp import (
     first_lane,
     fragment_lane,
     from_lane,
+    load_matrices,
     mma,
     quad_reduce,
     shuffle_xor,
@@ -91,13 +92,13 @@ __all__ = [
     "launch",
     "less",
     "load",
+    "load_matrices",
     "load_shared",
     "loop",
     "mma",
     "mul",
     "offset",
     "pack",
-    "prefetched_loop",
     "quad_reduce",
     "repeat",
     "rounded_product",

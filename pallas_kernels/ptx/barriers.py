@@ -1,7 +1,6 @@
 """Barriers, and copies to shared memory that complete on an mbarrier."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from jax.experimental.mosaic.gpu import utils
@@ -10,6 +9,8 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.ptx.memory import shared_offset
 from pallas_kernels.ptx.values import Condition, Value, add, as_i1, as_value, asm, const, mul
+
+TILE_COLUMNS = 64  # of `TileCopies`
 
 
 def sync_block() -> None:
@@ -58,34 +59,50 @@ def bulk_copy(to: Value, source: Value, size: int, mbarrier: Value, condition: C
 
 @dataclasses.dataclass(frozen=True)
 class TileCopies:
-    """Copies of square tiles of a bfloat16 matrix to shared memory, by the tensor memory accelerator (TMA).
+    """Copies of tiles of a bfloat16 matrix to shared memory, by the tensor memory accelerator (TMA).
 
-    In a tile of 64 columns, a row's 16-byte pieces are permuted (xor with the row number modulo 8), so that the same
-    columns of eight rows lie in different banks.
+    A row of a tile is 64 numbers; its 16-byte pieces are permuted (xor with the row number modulo 8), so that the same
+    columns of eight rows lie in different banks. What lies outside the matrix is zeros.
     """
 
     context: Any  # Mosaic's, of the launch
-    tiles: Value  # [stages, size, size] in shared memory
+    tiles: Value  # [stages, rows, 64] in shared memory
     mbarriers: Value  # in shared memory: one per stage
     stages: int
-    size: int
+    rows: int
 
-    def begin(self, matrix: Value, row: Value, column: Value, stage: int, condition: Condition | None = None) -> None:
+    @property
+    def bytes(self) -> int:
+        """Of a tile."""
+        return self.rows * 2 * TILE_COLUMNS
+
+    def begin(
+        self,
+        matrix: Value,
+        row: Value,
+        column: Value,
+        stage: int,
+        condition: Condition | None = None,
+        *,
+        announced: bool = False,
+    ) -> None:
         """Begins a copy, which completes on the stage's mbarrier.
 
         Args:
           matrix: in global memory, as an array.
           row, column: the first of the tile.
           condition: must hold in exactly one thread of the block; if None, Mosaic chooses the thread.
+          announced: whether its bytes are announced to the mbarrier elsewhere.
         """
         phases: Any = None  # we count them ourselves
         barriers = utils.BarrierRef(utils.memref_ptr(self.mbarriers), const(0), phases, self.stages)
-        corner: Sequence[Any] = [arith.index_cast(ir.IndexType.get(), each) for each in (row, column)]
+        row, column = (arith.index_cast(ir.IndexType.get(), each) for each in (row, column))
         self.context.async_copy(
             src_ref=matrix,
             dst_ref=utils.memref_slice(self.tiles, stage),
-            gmem_slice=tuple(utils.ds(each, self.size) for each in corner),
+            gmem_slice=(utils.ds(row, self.rows), utils.ds(column, TILE_COLUMNS)),
             barrier=barriers[stage],
-            swizzle=2 * self.size,
+            swizzle=2 * TILE_COLUMNS,
+            arrive=not announced,
             **({} if condition is None else {"predicate": as_i1(condition)}),
         )

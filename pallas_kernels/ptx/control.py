@@ -6,7 +6,7 @@ from typing import Any
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import scf
 
-from pallas_kernels.ptx.values import Condition, Value, add, as_i1, as_value, asm, const, less
+from pallas_kernels.ptx.values import Condition, Value, as_i1, as_value, asm, const, less
 
 _operations: Any = scf  # its annotations name classes that it has replaced
 
@@ -73,20 +73,3 @@ def loop(
     with ir.InsertionPoint(operation.body):
         scf.yield_(list(body(operation.induction_variable, list(operation.inner_iter_args))))
     return list(operation.results)
-
-
-def prefetched_loop(
-    count: int,
-    carry: Sequence[Value],
-    load: Callable[[Value], list[Value]],
-    compute: Callable[[Value, list[Value], list[Value]], list[Value]],
-) -> list[Value]:
-    """`carry = compute(i, carry, load(i))` for i = 0 … count - 1; each load begins one turn ahead."""
-    kept = len(carry)
-
-    def turn(i: Value, values: list[Value]) -> list[Value]:
-        following = load(add(i, 1))
-        return [*compute(i, values[:kept], values[kept:]), *following]
-
-    values = loop(count - 1, [*carry, *load(const(0))], turn)
-    return compute(const(count - 1), values[:kept], values[kept:])

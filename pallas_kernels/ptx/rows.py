@@ -4,6 +4,13 @@ A row's D numbers are taken four at a time, one `Float4` per thread and turn. Th
 b · per … (b + 1) · per - 1, and its thread i has those numbered i, i + threads, … among them. If there is only one row,
 the whole chip waits for its few threads, so several blocks share it.
 
+How many blocks share a row depends on the number of rows; the row's bits must not. So what a row is added up from
+depends on its width alone: a warp adds each of its strips of 128 numbers by itself, and the strips' sums are added in
+one order, whichever warps and blocks they are from (`row_sum`). A row consists of up to eight parts, each of as many
+strips, and a block has all strips of one part or of several: kernels that add more than one number a row have a sum for
+each part (`route`). A product that is added to something is either rounded first (`rounded_product`) or not (`fma`),
+explicitly: what ptxas makes of a multiplication and an addition could be another thing in each layout.
+
 Versions tried, as compiled for sm_90a:
   - `ld.global.nc` everywhere: ptxas delays such loads past barriers, until their values are used. Hence `ld.global`.
   - `ld.global`, in the right order: ptxas still moves them down to the next barrier. Hence `sync_warp` after each group
@@ -39,9 +46,10 @@ from pallas_kernels.ptx.values import (
 )
 from pallas_kernels.ptx.warp import warp_sum
 
+STRIP = 128  # numbers that a warp adds at a time: a float4 per lane
 LARGEST_WIDTH = 8192  # of a row: its numbers are held in registers
 MOST_ROWS = 128  # beyond, XLA's code is as good
-_MOST_THREADS = 512
+MOST_THREADS = 512  # of a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +57,7 @@ class RowLayout:
     """How rows are spread over blocks and threads."""
 
     width: int  # D, a multiple of 4
-    blocks: int  # per row, up to 8; from `of`, and for `row_sum`, a power of two
+    blocks: int  # per row, a power of two, up to `parts`
     threads: int  # per block, a multiple of 128
 
     @classmethod
@@ -58,38 +66,60 @@ class RowLayout:
 
         `threads` is the least number of threads that a block needs for other reasons.
         """
-        blocks = MOST_BLOCKS
-        while blocks > 1 and (rows * blocks > 128 or width < 256 * blocks):
+        blocks = _parts(width)
+        while blocks > 1 and rows * blocks > 128:
             blocks //= 2
-        per = -(-width // (4 * blocks))
-        turns = -(-per // _MOST_THREADS)
-        needed = 128 * -(-per // (128 * turns))
-        return cls(width, blocks, min(max(needed, 128 * -(-threads // 128)), _MOST_THREADS))
+        float4s = cls(width, blocks, threads).float4s
+        turns = -(-float4s // MOST_THREADS)
+        needed = 128 * -(-float4s // (128 * turns))
+        return cls(width, blocks, min(max(needed, 128 * -(-threads // 128)), MOST_THREADS))
+
+    @property
+    def parts(self) -> int:
+        """Parts that a row consists of: blocks that share it, at most."""
+        return _parts(self.width)
+
+    @property
+    def strips(self) -> int:
+        """Strips that a row consists of."""
+        return -(-self.width // STRIP)
+
+    @property
+    def strips_per_part(self) -> int:
+        """Strips of a part; the row's last parts may have fewer, or none."""
+        return -(-self.strips // self.parts)
+
+    @property
+    def parts_per_block(self) -> int:
+        """Parts that a block has."""
+        return self.parts // self.blocks
 
     @property
     def per(self) -> int:
-        """Float4s per block."""
-        return -(-self.width // (4 * self.blocks))
+        """Float4s per block, if the row has them."""
+        return self.parts_per_block * self.strips_per_part * STRIP // 4
+
+    @property
+    def float4s(self) -> int:
+        """Float4s of the first block, which no other has more of."""
+        return min(self.per, -(-self.width // 4))
 
     @property
     def turns(self) -> int:
         """Float4s per thread."""
-        return -(-self.per // self.threads)
+        return -(-self.float4s // self.threads)
 
     @property
     def warps(self) -> int:
         """Warps per block."""
         return self.threads // 32
 
-    @property
-    def senders(self) -> int:
-        """Warps per block that have any numbers."""
-        return -(-min(self.per, self.threads) // 32)
 
-    @property
-    def sums(self) -> int:
-        """Float32 numbers that each block receives in a `row_sum`."""
-        return self.blocks * self.senders
+def _parts(width: int) -> int:
+    parts = MOST_BLOCKS
+    while parts > 1 and width < 256 * parts:
+        parts //= 2
+    return parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,27 +182,30 @@ def shared_floats(size: int) -> Any:
     return plgpu.SMEM((size,), jnp.float32)
 
 
-def row_sum(thread: RowThread, exchange: int, value: Value, sums: Value) -> Value:
-    """The float32 sum over the row's threads, in a fixed order, in each of them.
+def row_sum(thread: RowThread, exchange: int, values: Sequence[Value], sums: Value) -> Value:
+    """The float32 sum over the row's threads and their turns, in each of them: in an order by the row's width alone.
 
-    `sums` is the address of the mailbox: `RowLayout.sums` numbers in shared memory, which nothing else uses.
+    Args:
+      values: one per turn, 0 in threads without a float4.
+      sums: address of the mailbox: `RowLayout.strips` numbers in shared memory, which nothing else uses.
     """
     layout = thread.layout
-    value = warp_sum(value)
-    mine = memory.shared_offset(sums, add(mul(thread.rank, layout.senders), thread.warp), 4)
     # Lane b writes to block b. The other lanes must name some block too.
     target = arith.andi(thread.lane, const(layout.blocks - 1))
-    thread.send(
-        exchange, target, mine, value, both(less(thread.lane, layout.blocks), less(thread.warp, layout.senders))
-    )
+    for turn, value in enumerate(values):
+        in_block = add(thread.warp, turn * layout.warps)
+        exists = less(mul(in_block, STRIP), thread.count)
+        strip = add(mul(thread.rank, 4 * layout.per // STRIP), in_block)
+        mine = memory.shared_offset(sums, strip, 4)
+        thread.send(exchange, target, mine, warp_sum(value), both(less(thread.lane, layout.blocks), exists))
     thread.receive(exchange)
     parts: list[Value] = []
-    for i in range(0, layout.sums, 4):
-        if i + 4 <= layout.sums:
+    for i in range(0, layout.strips, 4):
+        if i + 4 <= layout.strips:
             text = f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4+{4 * i}];"
             parts += asm(text, [f32()] * 4, [sums], volatile=True)
             continue
-        for j in range(i, layout.sums):
+        for j in range(i, layout.strips):
             parts += asm(f"ld.shared.f32 $0, [$1+{4 * j}];", [f32()], [sums], volatile=True)
     return tree_sum(parts)
 

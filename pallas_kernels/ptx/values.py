@@ -126,12 +126,12 @@ def fma(a: Value, b: Value, c: Value) -> Value:
 
 
 def rounded_product(a: Value, b: Value) -> Value:
-    """a · b, never contracted with an addition."""
+    """a · b, never contracted with an addition, as `arith.mulf` may be."""
     return asm("mul.rn.f32 $0, $1, $2;", [f32()], [a, b])[0]
 
 
 def rounded_sum(a: Value, b: Value) -> Value:
-    """a + b, never contracted with a product."""
+    """a + b, never contracted with a product, as `arith.addf` may be."""
     return asm("add.rn.f32 $0, $1, $2;", [f32()], [a, b])[0]
 
 

@@ -35,6 +35,19 @@ def mma(acc: Sequence[Value], a: Sequence[Value], b: Sequence[Value]) -> list[Va
     )
 
 
+def load_matrices(at: Value, *, shift: int = 0, transposed: bool = False) -> list[Value]:
+    """Four 8 × 8 matrices of bfloat16 in shared memory, as parts of factors of `mma`: row g at pair q of each.
+
+    Args:
+      at: in lane 8·m + r, the address of row r of matrix m: 16 bytes.
+      shift: bytes to add to all addresses.
+      transposed: column g at pair q instead.
+    """
+    trans = ".trans" if transposed else ""
+    text = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{$0, $1, $2, $3}}, [$4+{shift}];"
+    return asm(text, [i32()] * 4, [at], volatile=True)
+
+
 def shuffle_xor(value: Value, distance: int) -> Value:
     """The float32 number of the lane whose number differs in the bit `distance`."""
     text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;"

@@ -36,7 +36,8 @@ def norm_route(
       implementation: "auto", "mosaic" (bfloat16, up to 128 rows, on Hopper) or "xla".
 
     Returns:
-      The sum and the norm, [T, D] of x's dtype; int32 experts and their float32 weights, [T, top].
+      The sum and the norm, [T, D] of x's dtype; int32 experts and their float32 weights, [T, top]. By "mosaic", a
+      token's bits depend neither on the others nor on T.
 
     Raises:
       ValueError: an unknown implementation, or one that does not support these operands.

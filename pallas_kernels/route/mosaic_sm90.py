@@ -1,8 +1,11 @@
 """The norm and the choice of experts, for a few rows, in one kernel for Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
 
-A row is spread over a cluster of blocks. Each multiplies its part of the row by its part of the router's rows, of which
-a thread reads 16 bytes at a time: eight experts' weights of one input. The blocks' sums meet in block 0, whose first
-warp chooses.
+A row is spread over a cluster of blocks. Each multiplies its parts of the row by the router's rows for them, of which a
+thread reads 16 bytes at a time: eight experts' weights of one input. The parts' sums meet in block 0, whose first warp
+chooses.
+
+A row's bits must not depend on how many blocks share it, which the number of rows decides. So a warp adds pieces of a
+few inputs, each from zero; a part's pieces are added in one order, and the parts in one.
 
 Logits are rounded to bfloat16, so a logit and its expert's number fit in one 32-bit integer. The maximum of these
 integers finds both, and the lower number among equals.
@@ -28,8 +31,10 @@ from pallas_kernels.ptx import Value, rows
 
 MOST_EXPERTS = 128
 _VECTOR = 8  # experts whose weights one 16-byte load reads
-_FLIGHT = 12  # 16-byte loads that a thread has in flight
-_WANTED = 8  # loads per thread, if there are enough threads
+_LEAST_PIECE = 32  # inputs of a piece: their sums, [pieces, E], meet in shared memory
+_WEIGHTS = 2048  # of a piece: eight loads per thread, unless one of the limits applies
+_MANY_THREADS = 384  # more than these have registers for fewer loads in flight
+_FLIGHT = 16, 12  # 16-byte loads that a thread has in flight: with few and with many threads
 
 
 def supports(
@@ -56,19 +61,30 @@ def supports(
 
 def layout_of(num_rows: int, width: int, experts: int) -> rows.RowLayout:
     """Like `RowLayout.of`, with enough threads for the router's weights."""
-    blocks = rows.RowLayout.of(num_rows, width).blocks
-    return rows.RowLayout.of(num_rows, width, threads=-(-width * experts // (_VECTOR * blocks * _WANTED)))
+    pieces = _pieces(rows.RowLayout.of(num_rows, width), experts)
+    turns = -(-pieces // (rows.MOST_THREADS // 32))
+    return rows.RowLayout.of(num_rows, width, threads=32 * -(-pieces // turns))
+
+
+def piece_of(experts: int) -> int:
+    """Inputs of a piece: a strip's, or evenly many of them."""
+    return max(_LEAST_PIECE, min(rows.STRIP, _WEIGHTS // experts))
+
+
+def _pieces(layout: rows.RowLayout, experts: int) -> int:
+    """Pieces that a block has, those beyond the row's end included."""
+    return 4 * layout.per // piece_of(experts)
 
 
 def shared(layout: rows.RowLayout, experts: int) -> dict[str, Any]:
-    """Shared memory for `Router.choose`: the block's part of x, its warps' logits, and in block 0 all blocks'."""
-    sizes = {"x_part": 4 * layout.per, "parts": layout.warps * experts, "logits": sent(layout, experts)}
+    """Shared memory for `Router.choose`: the block's part of x, its pieces' sums, and in block 0 all parts' logits."""
+    sizes = {"x_part": 4 * layout.per, "parts": _pieces(layout, experts) * experts, "logits": sent(layout, experts)}
     return {name: rows.shared_floats(size) for name, size in sizes.items()}
 
 
 def sent(layout: rows.RowLayout, experts: int) -> int:
     """Numbers that block 0 receives."""
-    return layout.blocks * experts
+    return layout.parts * experts
 
 
 def results(num_rows: int, top: int) -> dict[str, Any]:
@@ -104,14 +120,23 @@ class Router:
         return self.experts // _VECTOR
 
     @property
-    def at_once(self) -> int:
-        """Rows of the router that a block reads at a time."""
-        return self.thread.layout.threads // self.vectors
+    def piece(self) -> int:
+        """Inputs of a piece: rows of the router that a warp adds at a time."""
+        return piece_of(self.experts)
 
     @property
-    def steps(self) -> int:
-        """Rows of the router that a thread reads."""
-        return -(-4 * self.thread.layout.per // self.at_once)
+    def offsets(self) -> list[int]:
+        """For each load of a thread, how many rows of the router after the thread's first one: piece by piece."""
+        at_once, layout = 32 // self.vectors, self.thread.layout
+        turns = -(-_pieces(layout, self.experts) // layout.warps)
+        return [
+            turn * layout.warps * self.piece + step for turn in range(turns) for step in range(0, self.piece, at_once)
+        ]
+
+    @property
+    def flight(self) -> int:
+        """Loads that a thread has in flight."""
+        return _FLIGHT[self.thread.layout.threads > _MANY_THREADS]
 
     @property
     def _vector(self) -> Value:
@@ -120,7 +145,8 @@ class Router:
     @property
     def _row(self) -> Value:
         """The first of the block's numbers that the thread multiplies."""
-        return arith.shrui(self.thread.thread, ptx.const(self.vectors.bit_length() - 1))
+        in_piece = arith.shrui(self.thread.lane, ptx.const(self.vectors.bit_length() - 1))
+        return ptx.add(ptx.mul(self.thread.warp, self.piece), in_piece)
 
     def begin(self, bias_dtype: jax.typing.DTypeLike) -> Loaded:
         """Begins the loads that depend on nothing."""
@@ -180,55 +206,69 @@ class Router:
         left = arith.subi(self.thread.count, self._row)
         return [
             ptx.asm(
-                f"{{ .reg .pred p; setp.gt.s32 p, $5, {self.at_once * step};"
+                f"{{ .reg .pred p; setp.gt.s32 p, $5, {row};"
                 "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
-                "@p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, "
-                f"[$4+{2 * self.experts * self.at_once * step}]; }}",
+                f"@p ld.global.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$4+{2 * self.experts * row}]; }}",
                 [ptx.i32()] * 4,
                 [at, left],
                 volatile=True,
             )
-            for step in range(start, min(start + _FLIGHT, self.steps))
+            for row in self.offsets[start : start + self.flight]
         ]
 
     def _experts(self) -> list[Value]:
         return [ptx.add(self.thread.lane, i) for i in range(0, self.experts, 32)]
 
     def _multiply(self, loaded: list[list[Value]], x: Value, parts: Value) -> None:
-        """The products, summed over each warp's threads."""
+        """The products, and their sums over each piece."""
+        steps = self.piece // (32 // self.vectors)  # of a piece
         acc = [ptx.float32(0.0)] * _VECTOR
         x_at = ptx.shared_offset(x, self._row, 4)
         left = arith.subi(self.thread.count, self._row)
-        for start in range(0, self.steps, _FLIGHT):
-            for i, words in enumerate(loaded if start == 0 else self._load(start)):
-                row = self.at_once * (start + i)
-                (number,) = ptx.asm(
-                    f"{{ .reg .pred p; setp.gt.s32 p, $2, {row}; mov.b32 $0, 0;@p ld.shared.f32 $0, [$1+{4 * row}]; }}",
-                    [ptx.f32()],
-                    [x_at, left],
-                    volatile=True,
-                )
-                weights = [weight for word in words for weight in ptx.halves(word)]
-                acc = [ptx.fma(number, weight, one) for weight, one in zip(weights, acc, strict=True)]
+        for step, row in enumerate(self.offsets):
+            if step and step % self.flight == 0:
+                loaded = self._load(step)
+            (number,) = ptx.asm(
+                f"{{ .reg .pred p; setp.gt.s32 p, $2, {row}; mov.b32 $0, 0;@p ld.shared.f32 $0, [$1+{4 * row}]; }}",
+                [ptx.f32()],
+                [x_at, left],
+                volatile=True,
+            )
+            weights = [weight for word in loaded[step % self.flight] for weight in ptx.halves(word)]
+            acc = [ptx.fma(number, weight, one) for weight, one in zip(weights, acc, strict=True)]
+            if step % steps == steps - 1:
+                self._keep_piece(acc, step // steps, parts)
+                acc = [ptx.float32(0.0)] * _VECTOR
+
+    def _keep_piece(self, acc: list[Value], turn: int, parts: Value) -> None:
+        """Adds the warp's threads' sums, and writes them to shared memory."""
         acc = [ptx.warp_sum(one, self.vectors) for one in acc]
-        at = ptx.shared_offset(parts, self.thread.warp, 4 * self.experts)
+        piece = ptx.add(self.thread.warp, turn * self.thread.layout.warps)
+        at = ptx.shared_offset(parts, piece, 4 * self.experts)
         at = ptx.shared_offset(at, self._vector, 4 * _VECTOR)
-        condition = ptx.NotNegative(arith.subi(ptx.const(self.vectors - 1), self.thread.lane))
+        exists = ptx.NotNegative(arith.subi(ptx.const(_pieces(self.thread.layout, self.experts) - 1), piece))
+        condition = ptx.both(exists, ptx.NotNegative(arith.subi(ptx.const(self.vectors - 1), self.thread.lane)))
         for i in (0, 4):
             ptx.store(ptx.add(at, 4 * i), acc[i : i + 4], condition, space="shared")
 
     def _gather(self, parts: Value, logits: Value) -> None:
-        """Adds the warps' sums, each expert's by the thread with its number, and sends them to block 0."""
-        layout, thread = self.thread.layout, self.thread.thread
+        """Adds the pieces of each part and expert, and sends the sums to block 0."""
+        layout = self.thread.layout
+        own = layout.parts_per_block * self.experts  # sums of the block
+        pieces = _pieces(layout, self.experts) // layout.parts_per_block
         ptx.sync_block()
-        inside = ptx.less(thread, self.experts)
-        at = ptx.shared_offset(parts, thread, 4)
-        sums = [
-            ptx.load(at, [ptx.f32()], inside, space="shared", shift=4 * self.experts * warp)[0]
-            for warp in range(layout.warps)
-        ]
-        mine = ptx.shared_offset(ptx.shared_offset(logits, self.thread.rank, 4 * self.experts), thread, 4)
-        self.thread.send(self.exchange, ptx.const(0), mine, ptx.tree_sum(sums), inside)
+        first = ptx.mul(self.thread.rank, own)
+        for start in range(0, own, layout.threads):
+            number = ptx.add(self.thread.thread, start)
+            part, expert = ptx.divided(number, self.experts)
+            inside = ptx.less(number, own)
+            at = ptx.shared_offset(ptx.shared_offset(parts, part, 4 * self.experts * pieces), expert, 4)
+            sums = [
+                ptx.load(at, [ptx.f32()], inside, space="shared", shift=4 * self.experts * piece)[0]
+                for piece in range(pieces)
+            ]
+            mine = ptx.shared_offset(logits, ptx.add(first, number), 4)
+            self.thread.send(self.exchange, ptx.const(0), mine, ptx.tree_sum(sums), inside)
 
     def _choose(self, logits: Value, biases: list[Value]) -> tuple[list[Value], list[Value]]:
         experts = self._experts()
@@ -241,9 +281,9 @@ class Router:
                     [ptx.f32()],
                     inside,
                     space="shared",
-                    shift=4 * self.experts * block,
+                    shift=4 * self.experts * part,
                 )[0]
-                for block in range(self.thread.layout.blocks)
+                for part in range(self.thread.layout.parts)
             ]
             word = ptx.pack(arith.addf(ptx.tree_sum(parts), bias), ptx.float32(0.0))
             # To compare floats as integers: flip all bits of a negative number, and the sign bit of any other.

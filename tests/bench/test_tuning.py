@@ -25,12 +25,12 @@ def tunable(monkeypatch):
     """`matvec` of an implementation that reads its settings: it is as slow as they say, wrong or out of memory."""
     right = product.matvec
 
-    def matvec(x_TD, kernel_DN, *, implementation):
+    def matvec(x_TD, kernel_DN, *, transposed, implementation):
         settings = tiles.lookup("cpu", f"matvec/{implementation}", {"rows": len(x_TD), "in": x_TD.shape[1]})
         settings = settings or {"times": 1}
         if settings["times"] > 1000:
             raise RuntimeError("out of shared memory\nlong trace")
-        out = right(x_TD, kernel_DN, implementation="xla")
+        out = right(x_TD, kernel_DN, transposed=transposed, implementation="xla")
         if settings["times"] == 0:
             return jnp.zeros_like(out)
         for _ in range(settings["times"]):

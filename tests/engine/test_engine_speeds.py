@@ -5,7 +5,7 @@ import time
 import pytest
 
 from gptjax.engine.engine import Engine
-from gptjax.engine.pools import is_free_of_load
+from gptjax.engine.free_of_load import is_free_of_load
 from gptjax.engine.request import Request, SamplingParams
 
 TURNS, TOKENS = 7, 60

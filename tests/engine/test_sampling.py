@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.engine import sampling
 from gptjax.engine.sampling import Bias, Penalties, Sampling, Truncation, output_counts, sample
 
 V = 37
@@ -126,6 +127,38 @@ def test_min_p_keeps_what_is_likely_enough_beside_the_best(min_p):
     logits_V = _logits(7, 1, spread=0.8)[0]
     p_V = _probabilities(logits_V, 1.0)
     assert set(_draws(logits_V, 30_000, 1.0, {"min_p": min_p})) == set(np.flatnonzero(p_V >= min_p * p_V.max()))
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.01])
+@pytest.mark.parametrize("top_p", [1e-50, 0.3, 0.9, 0.999, 1.0])
+def test_top_p_by_integers_keeps_what_it_does_in_float64(top_p, min_p):
+    """As a GPU does, in place of a CPU's sums of floats."""
+    vocabulary = 1 << 16
+    logits_BV = np.random.default_rng(5).standard_normal((3, vocabulary)).astype(np.float32)
+    logits_BV *= np.float32([[0], [1], [12]])  # all alike, and with nearly everything in a few tokens
+    logits_BV -= logits_BV.max(axis=1, keepdims=True)
+    limits = Truncation(jnp.zeros(3, jnp.int32), jnp.full(3, top_p, jnp.float32), jnp.full(3, min_p, jnp.float32))
+    kept_BV = np.asarray(jax.jit(sampling._likely_by_integers)(jnp.asarray(logits_BV), limits))
+    for logits_V, kept_V in zip(logits_BV.astype(np.float64), kept_BV, strict=True):
+        weights_V = np.exp(logits_V)
+        least = logits_V[kept_V].min()
+        np.testing.assert_array_equal(kept_V, logits_V >= least)
+        share = weights_V[kept_V].sum() / weights_V.sum()
+        without = weights_V[logits_V > least].sum() / weights_V.sum()
+        assert min_p == 0 or np.exp(least) >= min_p * (1 - 1e-6)
+        assert without < top_p * (1 + 1e-6) or top_p < 1e-30
+        assert share >= top_p * (1 - 1e-6) or (weights_V[~kept_V] < min_p * (1 + 1e-6)).all()
+
+
+def test_integers_add_up_to_the_same_in_any_order():
+    weights_V = np.exp(-np.random.default_rng(6).exponential(8, 1 << 18)).astype(np.float32)
+    orders = [np.arange(len(weights_V)), np.argsort(weights_V), np.argsort(-weights_V)]
+    rows_BV = jnp.asarray(np.stack([weights_V[order] for order in orders]))
+    total_B = np.asarray(sampling._total(jnp.ones_like(rows_BV, bool), rows_BV))
+    np.testing.assert_array_equal(total_B, total_B[0])
+    np.testing.assert_allclose(total_B[0], weights_V.sum(dtype=np.float64), rtol=1e-6)
+    ones_BV = jnp.ones_like(rows_BV)
+    np.testing.assert_array_equal(sampling._total(ones_BV > 0, ones_BV), len(weights_V))
 
 
 def test_a_draw_depends_on_its_own_row_seed_and_position_only():

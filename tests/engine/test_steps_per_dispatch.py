@@ -11,7 +11,7 @@ from gptjax.config import config_from_json
 from gptjax.engine import programs, steps
 from gptjax.engine.engine import Engine, Token
 from gptjax.engine.flat_params import FlatParams
-from gptjax.engine.pools import is_free_of_load
+from gptjax.engine.free_of_load import is_free_of_load
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry

@@ -44,9 +44,11 @@ def _fragments(weight: Any) -> Any:
 
 
 @needs_mosaic
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b", thorough("smollm2-135m"), thorough("mistral-7b")])
+@pytest.mark.parametrize(
+    "name", ["llama-3.1-8b", "qwen2.5-7b", "qwen3-0.6b", thorough("smollm2-135m"), thorough("mistral-7b")]
+)
 def test_decoding_takes_every_kernel(name, monkeypatch):
-    """Three norms, four products, attention, and the step from product to cache."""
+    """Three norms, four products, attention, and the step from product to cache, with Qwen3's norms of heads."""
     monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
     assert _kernels(name, rows=8, tokens=1) == 3 + 4 + 1 + 1
     assert _kernels(name, rows=1, tokens=512) == 1  # attention; XLA has the rest
@@ -59,10 +61,3 @@ def test_the_activation_of_one_row_is_in_a_product(name, monkeypatch):
     one, two = (_lowered(name, rows=rows, tokens=1, packed="Q4_K") for rows in (1, 2))
     assert one.count("custom_call") == two.count("custom_call") == 3 + 4 + 1 + 1
     assert "@silu" in two and "@silu" not in one  # XLA's activation
-
-
-@needs_mosaic
-def test_norms_of_heads_are_between_product_and_cache(monkeypatch):
-    """So the kernel that goes from one to the other is not taken."""
-    monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
-    assert _kernels("qwen3-0.6b", rows=1, tokens=1) == 3 + 4 + 1

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels import append, dispatch, tiles
-from pallas_kernels.attention.decode import split
 from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import quantize
 from pallas_kernels.matvec import matvec
@@ -22,6 +21,7 @@ from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 
 SETTINGS = {"alpha": 1.702, "limit": 7.0}
 BF16 = float(jnp.finfo(jnp.bfloat16).eps)
+ROWS = (1, 2, 3, 8, 9, 16, 31, 32, 64, 100, 128)  # of a step
 
 
 def _shape(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -57,10 +57,23 @@ def test_experts_lower(T, E):
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("T", "K", "N"), [(1, 2880, 5120), (4, 4096, 2880), (8, 768, 2304), (64, 1600, 6400)])
-def test_products_lower(T, K, N):
+@pytest.mark.parametrize(
+    ("T", "K", "N", "transposed"),
+    [
+        (1, 2880, 5120, False),
+        (4, 4096, 2880, False),
+        (8, 768, 2304, False),
+        (8, 768, 50257, True),
+        (9, 1600, 6400, False),
+        (128, 2880, 5120, False),
+        (128, 128, 67000, True),
+    ],
+)
+def test_products_lower(T, K, N, transposed):
     product = importlib.import_module("pallas_kernels.matvec.mosaic_sm90").product
-    lowered(lambda *operands: product(*operands).total(), _shape(T, K), _shape(K, N), _shape(N))
+    kernel = _shape(N, K) if transposed else _shape(K, N)
+    text = lowered(lambda *operands: product(*operands, transposed=transposed).total(), _shape(T, K), kernel, _shape(N))
+    assert ("matvec_many" in text) == (T > 8)
 
 
 @needs_mosaic
@@ -68,9 +81,8 @@ def test_products_lower(T, K, N):
 def test_kernels_ask_for_settings_and_lower_with_each_that_can_be_tried(T):
     E, D, F, X = 8, 320, 192, 2
 
-    def both(x, experts, weights, gate_up, bias, down, other, kernel):
-        chosen = moe(x, experts, weights, gate_up, bias, down, other, **SETTINGS, implementation="mosaic").total()
-        return matvec(chosen.astype(jnp.bfloat16), kernel, implementation="mosaic").total()
+    def chosen(*operands):
+        return moe(*operands, **SETTINGS, implementation="mosaic").total()
 
     operands = (
         _shape(T, D),
@@ -80,11 +92,10 @@ def test_kernels_ask_for_settings_and_lower_with_each_that_can_be_tried(T):
         _shape(E, 2 * F),
         _fragments(E, D, F),
         _shape(E, D),
-        _shape(D, 7680),
     )
     with tiles.trial({}) as asked:
-        jax.eval_shape(both, *operands)
-    assert [operation for operation, _ in asked] == ["moe/mosaic", "moe/mosaic", "matvec/mosaic"]
+        jax.eval_shape(chosen, *operands)
+    assert [operation for operation, _ in asked] == ["moe/mosaic", "moe/mosaic"]
     for operation, items in asked:
         module = importlib.import_module(dispatch.module(operation))
         shape = dict(items)
@@ -92,7 +103,7 @@ def test_kernels_ask_for_settings_and_lower_with_each_that_can_be_tried(T):
         assert module.heuristic(shape) in tried and len(tried) > 1
         for settings in tried:
             with tiles.trial({(operation, items): settings}):
-                lowered(both, *operands)
+                lowered(chosen, *operands)
 
 
 @needs_mosaic
@@ -105,32 +116,42 @@ def test_auto_lowers_to_kernels_where_they_pay(monkeypatch):
         weights = _fragments(E, 2 * F, D), _shape(E, 2 * F), _fragments(E, D, F), _shape(E, D)
         return lowered(lambda *operands: moe(*operands, **SETTINGS).total(), *operands, *weights)
 
-    def product(T: int) -> str:
-        return lowered(lambda *operands: matvec(*operands).total(), _shape(T, 320), _shape(320, 192))
+    def product(T: int, outputs: int) -> str:
+        return lowered(lambda *operands: matvec(*operands).total(), _shape(T, 320), _shape(320, outputs))
 
     assert "moe_product" in experts(128, 32) and "moe_grouped" in experts(129, 32)
     assert "moe_product" in experts(31, 4) and "moe_grouped" in experts(32, 4)
-    assert "mosaic_gpu" in product(8) and "mosaic_gpu" not in product(9)
+    assert "mosaic_gpu" in product(8, 192) and "mosaic_gpu" in product(128, 192)
+    assert "mosaic_gpu" not in product(8, 200)
 
 
 @needs_mosaic
-def test_settings_of_fewer_rows_lower_within_memory():
-    K, N = 28672, 8192
-    shape = {"rows": 1, "in": K, "out": N}
-    few = tiles.Entry("matvec/mosaic", shape, {"splits": 2}, 1.0, "2026-11-21", "0.11.2")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "read", lambda file: (few,))
-        lowered(lambda *operands: matvec(*operands, implementation="mosaic").total(), _shape(8, K), _shape(K, N))
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "expected"),
+    [
+        (2880, 5120, 3),
+        (4096, 2880, 4),
+        (2880, 201088, 1),
+        (4096, 28672, 1),
+        (14336, 4096, 4),
+        (64, 64, 1),
+        (1600, 4800, 5),
+    ],
+)
+def test_runs_follow_from_a_matrix_alone(inputs, outputs, expected):
+    assert importlib.import_module("pallas_kernels.matvec.mosaic_sm90").runs(inputs, outputs) == expected
 
 
 @needs_mosaic
 @pytest.mark.parametrize("B", [1, 8])
-@pytest.mark.parametrize("rotates", [True, False])
-def test_appending_lowers_and_updates_the_cache_in_place(B, rotates):
-    cache, table = _shape(1 + B * 4, 8, PAGE, 64), _shape(B, 4, dtype=jnp.int32)
-    qkv = PartialSum(_shape(3, B, 80 * 64, dtype=jnp.float32), bias_EO=_shape(1, 80 * 64))
-    angles = (_shape(B, 32, dtype=jnp.float32),) * 2 if rotates else None
-    text = lowered(append.append, qkv, angles, _shape(B, dtype=jnp.int32), cache, cache, table)
+@pytest.mark.parametrize(("rotates", "H", "normed"), [(True, 64, False), (False, 64, False), (True, 128, True)])
+def test_appending_lowers_and_updates_the_cache_in_place(B, rotates, H, normed):
+    cache, table = _shape(1 + B * 4, 8, PAGE, H), _shape(B, 4, dtype=jnp.int32)
+    qkv = PartialSum(_shape(3, B, 80 * H, dtype=jnp.float32), bias_EO=_shape(1, 80 * H))
+    angles = (_shape(B, H // 2, dtype=jnp.float32),) * 2 if rotates else None
+    operands = qkv, angles, _shape(B, dtype=jnp.int32), cache, cache, table
+    scales = (_shape(H),) * 2 if normed else None
+    text = lowered(lambda scales, *given: append.append(*given, scales=scales, epsilon=1e-6), scales, *operands)
     assert "output_operand_aliases" in text
 
 
@@ -177,21 +198,51 @@ def _agrees_with_the_oracle(operands):
 
 
 @needs_hopper
-@pytest.mark.parametrize("T", [1, 3, 4, 8, 9, 64])
-@pytest.mark.parametrize(("K", "N"), [(64, 64), (320, 192), (2880, 5120), (4096, 2880), (1600, 6400)])
-def test_products_agree_with_numpy(T, K, N):
+@pytest.mark.parametrize(
+    ("K", "N", "transposed"),
+    [
+        (64, 64, False),
+        (320, 192, False),
+        (2880, 5120, False),
+        (4096, 2880, False),
+        (1600, 6400, False),
+        (14336, 4096, False),
+        (64, 8, True),
+        (768, 1000, True),
+        (320, 67000, True),
+    ],
+)
+def test_products_agree_with_numpy_with_the_same_bits_among_any_number_of_rows(K, N, transposed):
     product = importlib.import_module("pallas_kernels.matvec.mosaic_sm90").product
-    rng = np.random.default_rng(T)
-    x, kernel, bias = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((T, K), (K, N), (N,)))
-    actual = product(x, kernel, bias).total()
+    rng = np.random.default_rng(K)
+    x, kernel, bias = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((128, K), (K, N), (N,)))
+    stored = kernel.T if transposed else kernel
+    totals = {T: np.asarray(product(x[:T], stored, bias, transposed=transposed).total()) for T in ROWS}
     x, kernel, bias = (np.asarray(each, np.float64) for each in (x, kernel, bias))
-    np.testing.assert_allclose(actual, x @ kernel + bias, rtol=0, atol=1e-6 * K)
+    np.testing.assert_allclose(totals[128], x @ kernel + bias, rtol=0, atol=1e-6 * K)
+    for T, total in totals.items():
+        np.testing.assert_array_equal(total, totals[128][:T], err_msg=f"{T} rows")
 
 
 @needs_hopper
-@pytest.mark.parametrize("rotates", [True, False])
-def test_appending_agrees_with_numpy(rotates):
-    rng, B, N, K, H, splits = np.random.default_rng(0), 7, 6, 3, 64, 3
+def test_a_head_of_odd_size_agrees_with_numpy():
+    product = importlib.import_module("pallas_kernels.matvec.mosaic_sm90").product
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((8, 768), (50257, 768)))
+    totals = {T: np.asarray(product(x[:T], kernel, transposed=True).total()) for T in (1, 3, 8)}
+    expected = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
+    np.testing.assert_allclose(totals[8], expected, rtol=0, atol=1e-6 * 768)
+    for T, total in totals.items():
+        np.testing.assert_array_equal(total, totals[8][:T])
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    ("rotates", "H", "normed"),
+    [(True, 64, False), (False, 64, False), (True, 64, True), (True, 128, True), (False, 256, True)],
+)
+def test_appending_agrees_with_numpy(rotates, H, normed):
+    rng, B, N, K, splits = np.random.default_rng(0), 7, 6, 3, 3
     positions = np.asarray([0, 127, -1, 128, 511, 300, 5], np.int32)
     table = (1 + rng.permutation(40)[:28]).reshape(7, 4).astype(np.int32)
     table[6] = 0  # a row whose page is not there writes to page 0, which belongs to nobody
@@ -202,10 +253,17 @@ def test_appending_agrees_with_numpy(rotates):
     angle = rng.uniform(-3, 3, (B, H // 2)).astype(np.float32)
     angles = (np.cos(angle), np.sin(angle)) if rotates else None
     qkv = PartialSum(jnp.asarray(parts), bias_EO=bias)
-    q, *written = jax.jit(append.append)(qkv, angles, positions, *cache, table)
+    scales = tuple(jnp.asarray(rng.standard_normal(H), jnp.bfloat16) for _ in "qk") if normed else None
+    run = jax.jit(lambda scales, *given: append.append(*given, scales=scales, epsilon=1e-5))
+    q, *written = run(scales, qkv, angles, positions, *cache, table)
 
     total = parts.astype(np.float64).sum(axis=0) + np.asarray(bias, np.float64)
     heads = np.asarray(jnp.asarray(total, jnp.float32).astype(jnp.bfloat16), np.float64).reshape(B, N + 2 * K, H)
+    if scales is not None:
+        of_head = np.repeat(np.asarray(scales, np.float64), [N, K], axis=0)
+        normal = heads[:, : N + K] / np.sqrt(np.square(heads[:, : N + K]).mean(axis=-1, keepdims=True) + 1e-5)
+        normal = np.asarray(jnp.asarray(normal * of_head, jnp.bfloat16), np.float64)
+        heads = np.concatenate((normal, heads[:, N + K :]), axis=1)
     if rotates:
         first, last = np.split(heads[:, : N + K], 2, axis=-1)
         cos, sin = (each.astype(np.float64)[:, None] for each in angles)
@@ -221,31 +279,3 @@ def test_appending_agrees_with_numpy(rotates):
                 np.testing.assert_allclose(np.asarray(after[page, :, place], np.float64), new[row], **near)
                 expected[page, :, place] = np.asarray(after[page, :, place], np.float64)
         np.testing.assert_array_equal(np.asarray(after, np.float64), expected)
-
-
-@needs_mosaic
-@pytest.mark.parametrize("sinks", [True, False])
-def test_combining_lowers(sinks):
-    combine = importlib.import_module("pallas_kernels.attention.decode.combine_sm90").combine
-    operands = _shape(2, 8, 16, 8, 64, dtype=jnp.float32), _shape(2, 8, 16, 8, dtype=jnp.float32)
-    sinks_N = _shape(64) if sinks else None
-    lowered(lambda *each: combine(*each, tile=128), *operands, _shape(2, dtype=jnp.int32), sinks_N)
-
-
-@needs_hopper
-@pytest.mark.parametrize("sinks", [True, False])
-@pytest.mark.parametrize(("K", "G", "H", "J"), [(8, 8, 64, 16), (25, 1, 64, 4), (3, 5, 128, 32)])
-def test_combining_agrees_with_jnp(K, G, H, J, sinks):
-    combine = importlib.import_module("pallas_kernels.attention.decode.combine_sm90").combine
-    rng = np.random.default_rng(J)
-    counts = jnp.asarray([0, 1, 128, 700, 128 * J], jnp.int32)
-    out = jnp.asarray(rng.standard_normal((5, K, J, G, H)), jnp.float32)
-    lse = jnp.asarray(rng.normal(0, 3, (5, K, J, G)), jnp.float32)
-    sinks_N = jnp.asarray(rng.normal(0, 3, K * G), jnp.bfloat16) if sinks else None
-    # Splits without work leave whatever was there.
-    _, tiles_BJ = split.run(counts[:, None], jnp.arange(J, dtype=jnp.int32), tile=128, splits=J)
-    idle = (tiles_BJ == 0)[:, None, :, None]
-    out, lse = jnp.where(idle[..., None], jnp.nan, out), jnp.where(idle, jnp.nan, lse)
-    actual = jax.jit(lambda *each: combine(*each, tile=128))(out, lse, counts, sinks_N)
-    expected = split.combine(out, lse, counts, sinks_N, tile=128, dtype=jnp.float32)
-    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=BF16, atol=1e-6)

@@ -73,8 +73,8 @@ def _of(
         sizes = [(D, (N + 2 * K) * H), (N * H, D)]
         ups = 2 if isinstance(config, LlamaConfig) else 1  # gate and up
         sizes += [] if has_experts else [(D, ups * config.mlp_width), (config.mlp_width, D)]
-        sizes += [(D, config.vocab_size)]
-        return [Product(rows, dtype, *size) for size in sizes for rows in counts]
+        head = (D, config.vocab_size)
+        return [Product(rows, dtype, *size, transposed=size is head) for size in [*sizes, head] for rows in counts]
     fits = [(rows, positions) for rows, positions in caches if positions <= config.context_length]
     if operation == "attention":
         full = partial(Attention, dtype=dtype, num_heads=N, num_kv_heads=K, head_width=H, sinks=has_experts)

@@ -14,9 +14,9 @@ from pallas_kernels import matvec as products
 _COLUMNS: Final = 512  # columns of a result that are compared
 
 
-def matvec(x_TI: jax.Array, kernel_IO: jax.Array, *, implementation: str) -> jax.Array:
+def matvec(x_TI: jax.Array, kernel: jax.Array, *, transposed: bool, implementation: str) -> jax.Array:
     """The product, summed: [T, O] float32."""
-    return products.matvec(x_TI, kernel_IO, implementation=implementation).total()
+    return products.matvec(x_TI, kernel, transposed=transposed, implementation=implementation).total()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Product(Case):
     operation = "matvec"
     inputs: int  # I
     outputs: int  # O
+    transposed: bool = False  # whether the weight is [O, I], as a head's is
 
     @property
     def shape(self) -> str:
@@ -48,14 +49,16 @@ class Product(Case):
         return normal(0, (self.rows, self.inputs), self.dtype)
 
     def copies(self, count: int, implementation: str) -> list[Any]:
-        """Weights [I, O]."""
+        """Weights."""
         del implementation
-        deviation = 1 / math.sqrt(self.inputs)
-        return [normal(1 + copy, (self.inputs, self.outputs), self.dtype, deviation) for copy in range(count)]
+        deviation, shape = 1 / math.sqrt(self.inputs), (self.inputs, self.outputs)
+        if self.transposed:
+            shape = shape[::-1]
+        return [normal(1 + copy, shape, self.dtype, deviation) for copy in range(count)]
 
     def call(self, x: jax.Array, operands: Any, implementation: str) -> jax.Array:
         """[T, O]."""
-        return matvec(x, operands, implementation=implementation)
+        return matvec(x, operands, transposed=self.transposed, implementation=implementation)
 
     @property
     def _columns(self) -> np.ndarray:
@@ -67,4 +70,5 @@ class Product(Case):
 
     def expected(self, x: jax.Array, operands: Any) -> np.ndarray:
         """[T, columns]."""
-        return float64(x) @ float64(operands[:, self._columns])
+        chosen = operands[self._columns].T if self.transposed else operands[:, self._columns]
+        return float64(x) @ float64(chosen)

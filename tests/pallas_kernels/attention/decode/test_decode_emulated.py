@@ -10,14 +10,13 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import pages
+from pallas_kernels import pages, ptx
 from tests.oracles import attention_numpy
 from tests.oracles.paged import paged
-from tests.pallas_kernels.emulated_ptx import Emulator
+from tests.pallas_kernels.emulated_ptx import launched
 from tests.pallas_kernels.marks import needs_mosaic
 from tests.thinned import thinned
 
@@ -85,56 +84,12 @@ def _plan(shape: Shape, row: Row, rows: int, **settings: int) -> Any:
 
 def _emulated(monkeypatch: Any, plan: Any, row: Row) -> np.ndarray:
     """What the kernels write: [N, H]."""
-    emulator, combiner = Emulator(plan.threads, plan.blocks), Emulator(128)
-    kernel, combining = (
-        importlib.import_module(f"pallas_kernels.attention.decode.{name}") for name in ("mosaic_sm90", "combine_sm90")
-    )
-
-    def use(emulator: Emulator) -> None:
-        for name in _MODULES:
-            module = importlib.import_module(f"pallas_kernels.attention.decode.{name}")
-            for each in ("ptx", "arith", "utils"):
-                if hasattr(module, each):
-                    monkeypatch.setattr(module, each, getattr(emulator, each))
-
-    N, H = row.q_NH.shape
-    count, none = np.array([row.count], np.int32), np.zeros(1, np.int32)
-    given = {
-        "q": row.q_NH,
-        "k": row.k_YKSH,
-        "v": row.v_YKSH,
-        "counts": count,
-        "sinks": none if row.sinks_N is None else row.sinks_N,
-        "table": row.table_1Z.astype(np.int32),
-        "starts": np.array([row.start or 0], np.int32),
-    }
-    arrays = {name: emulator.array(array) for name, array in given.items()}
-    entries = np.full((plan.keys, plan.entries, plan.group, H), np.nan, np.float32)
-    out = emulator.array(np.full((N, H), np.nan, ml_dtypes.bfloat16) if plan.splits == 1 else entries)
-    totals = {"totals": emulator.array(entries[..., :2])} if plan.splits > 1 else {}
-    use(emulator)
-    for head in range(plan.keys):
-        for queries in range(-(-plan.group // 16)):
-            for split in range(plan.splits):
-                sizes = plan.most_slots * plan.slot_bytes, 24 * plan.float4s, 16
-                shared = dict(zip(("memory", "mailbox", "mbarrier"), emulator.share(*sizes), strict=True))
-                numbers = {"row": 0, "head": head, "queries": queries, "split": split}
-                indices = {name: np.full(plan.threads * plan.blocks, each, np.int32) for name, each in numbers.items()}
-                kernel.decode_attention(plan, out=out, **totals, **arrays, **shared, **indices)
-    if plan.splits == 1:
-        return emulator.result(out, N * H, ml_dtypes.bfloat16).reshape(N, H)
-    found = [
-        emulator.result(out, entries.size, np.float32),
-        emulator.result(totals["totals"], entries.size // H * 2, np.float32),
-    ]
-    arrays = {name: combiner.array(array) for name, array in zip(("out", "totals"), found, strict=True)}
-    arrays |= {name: combiner.array(given[name]) for name in ("counts", "sinks")}
-    result = combiner.array(np.full((N, H), np.nan, ml_dtypes.bfloat16))
-    use(combiner)
-    for part in range(-(-N * H // 2 // 128)):
-        indices = {"row": np.zeros(128, np.int32), "part": np.full(128, part, np.int32)}
-        combining.combine_splits(plan, result=result, **arrays, **indices)
-    return combiner.result(result, N * H, ml_dtypes.bfloat16).reshape(N, H)
+    modules = [importlib.import_module(f"pallas_kernels.attention.decode.{name}") for name in _MODULES]
+    monkeypatch.setattr(ptx, "launch", launched(*modules))
+    starts_1 = None if row.start is None else np.array([row.start], np.int32)
+    given = row.q_NH[None], row.k_YKSH, row.v_YKSH, np.array([row.count], np.int32), row.sinks_N
+    decode = importlib.import_module("pallas_kernels.attention.decode.mosaic_sm90")._decode.__wrapped__
+    return decode(*given, row.table_1Z.astype(np.int32), starts_1, plan=plan)[0]
 
 
 def _same(monkeypatch: Any, shape: Shape, row: Row, plans: dict[str, Any]) -> np.ndarray:

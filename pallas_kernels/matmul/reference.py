@@ -1,0 +1,5 @@
+"""The product in jnp."""
+
+from pallas_kernels.same_bits import product
+
+__all__ = ["product"]
