@@ -187,7 +187,7 @@ class Norm:
         share = ptx.float32(1 / thread.layout.width)
         if self.center:
             of_turns = [ptx.tree_sum(numbers) for numbers in sums]
-            mean = ptx.times(rows.row_sum(thread, 0, of_turns, mailbox), share)
+            mean = ptx.rounded_product(rows.row_sum(thread, 0, of_turns, mailbox), share)
             sums = [
                 [ptx.where(four.exists, arith.subf(number, mean)) for number in numbers]
                 for four, numbers in zip(fours, sums, strict=True)
@@ -200,7 +200,7 @@ class Norm:
 
 
 def _sum_of_squares(numbers: list[Value]) -> Value:
-    total = ptx.times(numbers[0], numbers[0])
+    total = ptx.rounded_product(numbers[0], numbers[0])
     for number in numbers[1:]:
         total = ptx.fma(number, number, total)
     return total
@@ -272,6 +272,6 @@ def _total(
             if term.weight is not None:
                 # A term that adds nothing may have any weight, even NaN.
                 weight = ptx.where(term.exists, term.weight)
-                summed = [ptx.times(number, weight) for number in summed]
+                summed = [ptx.rounded_product(number, weight) for number in summed]
             added = summed if not added else [arith.addf(*pair) for pair in zip(added, summed, strict=True)]
     return added

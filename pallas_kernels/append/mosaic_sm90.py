@@ -142,7 +142,7 @@ def _normed(
 ) -> tuple[Value, Value]:
     """The pair divided by its head's root of the mean square, and scaled, unless it belongs to a value."""
     warps = plan.half // 32  # of a head
-    squares = ptx.warp_sum(ptx.fma(last, last, ptx.times(first, first)))
+    squares = ptx.warp_sum(ptx.fma(last, last, ptx.rounded_product(first, first)))
     if warps > 1:
         warp, lane = arith.shrui(ptx.thread(), ptx.const(5)), arith.andi(ptx.thread(), ptx.const(31))
         ptx.store(ptx.shared_offset(sums, warp, 4), [squares], ptx.less(lane, 1), space="shared")
@@ -155,7 +155,7 @@ def _normed(
     size, out = plan.scales.itemsize, []
     for number, shift in ((first, 0), (last, plan.half)):
         of_number = load_number(ptx.offset(scale, i, size), plan.scales, ptx.always(), shift=size * shift)
-        (rounded,) = ptx.asm(_ROUND, [ptx.f32()], [ptx.times(ptx.times(number, factor), of_number)])
+        (rounded,) = ptx.asm(_ROUND, [ptx.f32()], [ptx.rounded_product(ptx.rounded_product(number, factor), of_number)])
         out.append(arith.select(is_value, number, rounded))
     return out[0], out[1]
 
@@ -179,8 +179,8 @@ def _rotate(
     angle = ptx.add(ptx.mul(row, plan.half), i)
     (c,), (s,) = (ptx.asm(_LOAD, [ptx.f32()], [ptx.offset(table, angle, 4)]) for table in (cos, sin))
     turned = (
-        ptx.fma(first, c, arith.negf(ptx.times(last, s))),
-        ptx.fma(last, c, ptx.times(first, s)),
+        ptx.fma(first, c, arith.negf(ptx.rounded_product(last, s))),
+        ptx.fma(last, c, ptx.rounded_product(first, s)),
     )
     is_value = arith.cmpi(arith.CmpIPredicate.sge, head, ptx.const(plan.queries + plan.keys))
     return arith.select(is_value, first, turned[0]), arith.select(is_value, last, turned[1])

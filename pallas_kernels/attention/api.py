@@ -84,7 +84,7 @@ def attention_over_pages(
 
     Returns:
       [B, T, N, H], of the queries' dtype. A row's bits depend on its own queries, positions and the sizes of the call
-      only, and not on which pages it has.
+      only, and not on which pages it has. With "mosaic" and T = 1, they do not depend on B and Z either.
 
     Raises:
       ValueError: an unknown implementation, or one that does not support these operands; N is not a multiple of K; or

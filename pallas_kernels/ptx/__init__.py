@@ -7,7 +7,7 @@ load gives 0 in the others.
 
 from pallas_kernels.ptx.barriers import MBarriers, TileCopies, bulk_copy, expect_bytes, sync_block
 from pallas_kernels.ptx.cluster import MOST_BLOCKS, ClusterThread, cluster_rank
-from pallas_kernels.ptx.control import loop, when
+from pallas_kernels.ptx.control import choose, keep_loads_before, loop, repeat, when
 from pallas_kernels.ptx.launch import launch
 from pallas_kernels.ptx.memory import (
     global_address,
@@ -40,7 +40,8 @@ from pallas_kernels.ptx.values import (
     less,
     mul,
     pack,
-    times,
+    rounded_product,
+    rounded_sum,
     tree_sum,
     where,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "asm",
     "both",
     "bulk_copy",
+    "choose",
     "cluster_rank",
     "const",
     "divide",
@@ -86,6 +88,7 @@ __all__ = [
     "global_address",
     "halves",
     "i32",
+    "keep_loads_before",
     "launch",
     "less",
     "load",
@@ -97,6 +100,9 @@ __all__ = [
     "offset",
     "pack",
     "quad_reduce",
+    "repeat",
+    "rounded_product",
+    "rounded_sum",
     "shared_address",
     "shared_offset",
     "shifted",
@@ -105,7 +111,6 @@ __all__ = [
     "sync_block",
     "sync_warp",
     "thread",
-    "times",
     "tree_sum",
     "warp_sum",
     "when",

@@ -8,8 +8,8 @@ How many blocks share a row depends on the number of rows; the row's bits must n
 depends on its width alone: a warp adds each of its strips of 128 numbers by itself, and the strips' sums are added in
 one order, whichever warps and blocks they are from (`row_sum`). A row consists of up to eight parts, each of as many
 strips, and a block has all strips of one part or of several: kernels that add more than one number a row have a sum for
-each part (`route`). A product that is added to something is rounded first (`times`) or not (`fma`) explicitly: what
-ptxas makes of a multiplication and an addition could be another thing in each layout.
+each part (`route`). A product that is added to something is either rounded first (`rounded_product`) or not (`fma`),
+explicitly: what ptxas makes of a multiplication and an addition could be another thing in each layout.
 
 Versions tried, as compiled for sm_90a:
   - `ld.global.nc` everywhere: ptxas delays such loads past barriers, until their values are used. Hence `ld.global`.

@@ -125,9 +125,14 @@ def fma(a: Value, b: Value, c: Value) -> Value:
     return asm("fma.rn.f32 $0, $1, $2, $3;", [f32()], [a, b, c])[0]
 
 
-def times(a: Value, b: Value) -> Value:
-    """a · b, rounded even if something is added to it: `arith.mulf` may become part of a fused multiply-add."""
+def rounded_product(a: Value, b: Value) -> Value:
+    """a · b, never contracted with an addition, as `arith.mulf` may be."""
     return asm("mul.rn.f32 $0, $1, $2;", [f32()], [a, b])[0]
+
+
+def rounded_sum(a: Value, b: Value) -> Value:
+    """a + b, never contracted with a product, as `arith.addf` may be."""
+    return asm("add.rn.f32 $0, $1, $2;", [f32()], [a, b])[0]
 
 
 def exp2(x: Value) -> Value:

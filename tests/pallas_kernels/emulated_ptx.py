@@ -1,27 +1,40 @@
-"""Kernels that are written as one thread's work, run on a CPU: all threads of a block at once, in NumPy.
+"""Kernels that are written as one thread's work, run on a CPU: all threads of a cluster at once, in NumPy.
 
-An `Emulator` stands in for `pallas_kernels.ptx`, MLIR's `arith` and Mosaic's `utils` in the modules of a kernel. A
-value is an array with one number per thread. Inlined PTX is interpreted, as far as the kernels tested with this use
-it. Loads and stores must be aligned and within their array; whatever a kernel has not written in shared memory is
-NaN. Blocks run one after the other, and their threads in step, so races go unnoticed.
+`launched` stands in for `ptx.launch`, so a kernel is called as usual, but for `jax.jit`. A value is an array with one
+number per thread. Inlined PTX is interpreted, as far as the kernels tested with this use it. What of
+`pallas_kernels.ptx` is built on PTX and on MLIR's `arith` runs as it is; an `Emulator` stands in for the rest.
+
+Loads and stores must be aligned and within their array; whatever a kernel has not written is NaN. Whatever a block
+sends has arrived at once. A block that waits must have been sent as many bytes as it announced: else it would wait
+forever. Clusters run one after the other, and their threads in step, so races go unnoticed.
 """
 
+import functools
+import importlib
+import itertools
 import operator
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
+
+from pallas_kernels.ptx.values import as_i1
 
 _GLOBAL = 1 << 40  # the first address in global memory; in shared memory it is 0
+_APART_IN_CLUSTER = 1 << 24  # bytes from a block's shared memory to the next one's
 _APART = 256  # bytes: arrays in global memory begin at multiples of it, and end at least as far before the next one
+_BUILT_ON = ("barriers", "cluster", "control", "memory", "rows", "values", "warp")  # modules of `pallas_kernels.ptx`
 
 
 def _bits(value: Any) -> np.ndarray:
     value = np.asarray(value)
-    return value.view(np.uint32) if value.dtype == np.float32 else value.astype(np.int64).astype(np.uint32)
+    return value.view(np.uint32) if value.itemsize == 4 else value.astype(np.int64).astype(np.uint32)
 
 
 def _integer(value: Any) -> np.ndarray:
@@ -47,6 +60,16 @@ def _two_numbers(operation: Callable[..., Any], a: np.ndarray, b: np.ndarray) ->
     return _as_bf16(low) | _as_bf16(high) << 16
 
 
+def _exp2(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.exp2(x)
+
+
+def _of_floats(operation: Callable[..., Any]) -> Callable[..., np.ndarray]:
+    """The instruction on words."""
+    return lambda *words: _bits(operation(*(word.view(np.float32) for word in words)))
+
+
 _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "shr.u32": operator.rshift,
     "shr.b32": operator.rshift,
@@ -54,16 +77,23 @@ _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "and.b32": operator.and_,
     "mov.b32": lambda a: a,
     "mov.b16": lambda a: a,
+    "mov.u32": lambda a: a,
     "lop3.b32": lambda a, b, c, table: (a & b) | c,  # 0xEA, the only one in use
     "prmt.b32": lambda a, b, selector: _permuted(a, b, int(selector)),
     "cvt.f32.f16": lambda a: _bits(a.astype(np.uint16).view(np.float16).astype(np.float32)),
     "cvt.rn.bf16.f32": lambda a: _as_bf16(a.view(np.float32)),
-    "cvt.rn.bf16x2.f32": lambda a, b: _as_bf16(a.view(np.float32)) << 16 | _as_bf16(b.view(np.float32)),
-    "ex2.approx.f32": lambda a: _bits(np.exp2(a.view(np.float32))),
-    "lg2.approx.f32": lambda a: _bits(np.log2(a.view(np.float32))),
-    "rsqrt.approx.f32": lambda a: _bits(np.float32(1) / np.sqrt(a.view(np.float32))),
+    "cvt.rn.bf16x2.f32": lambda high, low: _as_bf16(low.view(np.float32)) | _as_bf16(high.view(np.float32)) << 16,
+    "add.rn.f32": _of_floats(np.add),
+    "mul.rn.f32": _of_floats(np.multiply),
+    "fma.rn.f32": _of_floats(lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32)),
+    "div.full.f32": _of_floats(np.divide),
+    "ex2.approx.f32": _of_floats(_exp2),
+    "ex2.approx.ftz.f32": _of_floats(_exp2),
+    "lg2.approx.f32": _of_floats(np.log2),
+    "rsqrt.approx.f32": _of_floats(lambda a: np.float32(1) / np.sqrt(a)),
     "selp.b32": lambda a, b, p: np.where(p, a, b),
     "setp.eq.f32": lambda a, b: a.view(np.float32) == b.view(np.float32),
+    "setp.eq.s32": lambda a, b: _integer(a) == _integer(b),
     "setp.ge.s32": lambda a, b: _integer(a) >= _integer(b),
     "setp.gt.s32": lambda a, b: _integer(a) > _integer(b),
     "setp.ne.s32": lambda a, b: _integer(a) != _integer(b),
@@ -72,9 +102,28 @@ _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "redux.sync.min.u32": lambda a, mask: a.reshape(-1, 32).min(axis=1).repeat(32),
     "mul.rn.bf16x2": lambda a, b: _two_numbers(operator.mul, a, b),
     "add.rn.bf16x2": lambda a, b: _two_numbers(operator.add, a, b),
+    "mapa.shared::cluster.u32": lambda a, rank: a + rank * np.uint32(_APART_IN_CLUSTER),
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "mad.wide.s32": lambda a, b, c: _integer(a).astype(np.int64) * _integer(b) + c,
 }
+_WITHOUT_EFFECT = (".reg", "@!p", "bar", "fence", "prefetch")  # here
+
+
+@functools.cache
+def _parsed(text: str) -> list[tuple[str, list[str], bool]]:
+    """The instructions of inlined PTX: names, operands, and whether the predicate p guards them."""
+    found = []
+    for line in text.strip().removeprefix("{").removesuffix("}").replace("\n", " ").split(";"):
+        line = line.strip().removeprefix("again:").strip()
+        is_guarded = line.startswith("@p ")
+        name, _, rest = line.removeprefix("@p ").strip().partition(" ")
+        if not name or name.startswith(_WITHOUT_EFFECT):
+            continue
+        if name == "mov.b32" and "{" in rest:
+            name = "unpack" if rest.startswith("{") else "pack"
+        assert not is_guarded or name.startswith(("ld.", "st.", "mbarrier.")), f"{name} is not emulated with a guard"
+        found.append((name, re.findall(r"[-$\w+]+", rest), is_guarded))
+    return found
 
 
 class Arith:
@@ -92,23 +141,24 @@ class Arith:
 
     cmpi = staticmethod(lambda predicate, a, b: predicate(_integer(a), _integer(b)))
     andi = staticmethod(lambda a, b: a & b if np.asarray(a).dtype == bool else _integer(_bits(a) & _bits(b)))
-    addi = staticmethod(lambda a, b: a + b if np.asarray(a).dtype == np.int64 else _integer(a) + _integer(b))
-    muli = staticmethod(lambda a, b: _integer(a) * _integer(b))
     ori = staticmethod(lambda a, b: a | b if np.asarray(a).dtype == bool else _integer(_bits(a) | _bits(b)))
+    xori = staticmethod(lambda a, b: _integer(_bits(a) ^ _bits(b)))
     shli = staticmethod(lambda a, b: _integer(_bits(a) << _bits(b)))
     shrsi = staticmethod(lambda a, b: _integer(a) >> _integer(b))
-    bitcast = staticmethod(lambda kind, a: np.asarray(a).view(kind))
-    maximumf = staticmethod(np.maximum)
-    minui = staticmethod(lambda a, b: _integer(np.minimum(_bits(a), _bits(b))))
-    maxui = staticmethod(lambda a, b: _integer(np.maximum(_bits(a), _bits(b))))
-    negf = staticmethod(np.negative)
-    xori = staticmethod(lambda a, b: _integer(_bits(a) ^ _bits(b)))
     shrui = staticmethod(lambda a, b: _integer(_bits(a) >> _bits(b)))
+    addi = staticmethod(lambda a, b: a + b if np.asarray(a).dtype == np.int64 else _integer(a) + _integer(b))
+    subi = staticmethod(lambda a, b: _integer(a) - _integer(b))
+    muli = staticmethod(lambda a, b: _integer(a) * _integer(b))
     divui = staticmethod(lambda a, b: _integer(_bits(a) // _bits(b)))
     remui = staticmethod(lambda a, b: _integer(_bits(a) % _bits(b)))
-    subi = staticmethod(lambda a, b: _integer(a) - _integer(b))
     minsi = staticmethod(lambda a, b: np.minimum(_integer(a), _integer(b)))
-    mulf, addf, subf = (staticmethod(each) for each in (np.multiply, np.add, np.subtract))
+    maxsi = staticmethod(lambda a, b: np.maximum(_integer(a), _integer(b)))
+    minui = staticmethod(lambda a, b: _integer(np.minimum(_bits(a), _bits(b))))
+    maxui = staticmethod(lambda a, b: _integer(np.maximum(_bits(a), _bits(b))))
+    bitcast = staticmethod(lambda kind, a: np.asarray(a).view(kind))
+    mulf, addf, subf, negf, maximumf = (
+        staticmethod(each) for each in (np.multiply, np.add, np.subtract, np.negative, np.maximum)
+    )
 
     @staticmethod
     def select(condition: np.ndarray, value: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
@@ -118,39 +168,51 @@ class Arith:
         return np.where(condition, value, otherwise)
 
 
-class Emulator:
-    """The threads of a block, and the memory that they see."""
+def _mma(a: list[np.ndarray], b: list[np.ndarray], acc: list[np.ndarray]) -> list[np.ndarray]:
+    """In float64, and then rounded. Threads are [warp, g, q]."""
+    by_lane = [np.stack(_bf16_pair(word), axis=-1).reshape(-1, 8, 4, 2) for word in (*a, *b)]
+    rows = [np.concatenate(by_lane[i : i + 3 : 2], axis=2).reshape(-1, 8, 16) for i in range(2)]
+    A = np.concatenate(rows, axis=1).astype(np.float64)  # [warp, row, k]
+    B = np.concatenate(by_lane[4:], axis=2).reshape(-1, 8, 16).astype(np.float64)  # [warp, column, k]
+    found = np.einsum("wrk,wck->wrc", A, B).reshape(-1, 2, 8, 4, 2)  # rows g + 8·i, columns 2·q + j
+    products = [found[:, i, :, :, j].reshape(-1) for i in range(2) for j in range(2)]
+    return [
+        _bits((product + before.view(np.float32)).astype(np.float32))
+        for product, before in zip(products, acc, strict=True)
+    ]
 
-    def __init__(self, threads: int):
-        self._threads = np.arange(threads, dtype=np.int32)
-        self._active = np.ones(threads, bool)
+
+class Emulator:
+    """The threads of a cluster, block by block, and the memory that they see."""
+
+    def __init__(self, threads: int, blocks: int = 1):
+        self._threads = np.arange(threads * blocks, dtype=np.int32)
+        self._rank, thread = np.divmod(self._threads, np.int32(threads))
+        self._blocks = blocks
+        self._active = np.ones(threads * blocks, bool)
         self._global = self._shared = np.zeros(0, np.uint8)
         self._exists = np.zeros(0, bool)  # which bytes of global memory belong to an array
-        self.arith = Arith()
-        self.utils = types.SimpleNamespace(thread_idx=lambda: self._threads)
-        names = ("asm", "load", "load_shared", "loop", "mma", "quad_reduce", "store", "when")
-        self.ptx = types.SimpleNamespace(
-            **{name: getattr(self, f"_{name}") for name in names},
-            NotNegative=lambda number: _integer(number) >= 0,
-            add=lambda *each: sum(map(_integer, each[1:]), _integer(each[0])),
-            always=lambda: np.ones(threads, bool),
-            const=lambda value: self._all(_integer(np.int64(value))),
-            divide=np.divide,
-            divided=lambda a, b: (Arith.divui(a, b), Arith.remui(a, b)),
-            exp2=self._exp2,
-            f32=lambda: np.float32,
-            float32=lambda value: self._all(np.float32(value)),
-            fma=lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
-            halves=lambda word: list(_bf16_pair(word)),
-            i32=lambda: np.uint32,
-            less=lambda a, b: _integer(a) < _integer(b),
-            mul=lambda a, b: _integer(a) * _integer(b),
-            offset=lambda base, index, size: base + _integer(index).astype(np.int64) * size,
-            shifted=operator.add,
-            sync_block=lambda: None,
-            tree_sum=lambda values: sum(values[1:], values[0]),
-            values=types.SimpleNamespace(i64=lambda: np.int64),
-        )
+        self._to_come: dict[int, int] = {}  # bytes, by the address in the cluster of an mbarrier
+        self._names = {
+            **{name: getattr(self, f"_{name}") for name in ("asm", "choose", "loop", "repeat", "when")},
+            "arith": Arith(),
+            "f32": lambda: np.float32,
+            "i32": lambda: np.uint32,
+            "i64": lambda: np.int64,
+            "utils": types.SimpleNamespace(thread_idx=lambda: thread, c=self.constant),
+        }
+
+    def patch(self, patch: pytest.MonkeyPatch, *kernels: Any) -> None:
+        """Lets kernels' modules, and what they are built on, run here."""
+        modules = [importlib.import_module(f"pallas_kernels.ptx.{name}") for name in _BUILT_ON]
+        for module in (importlib.import_module("pallas_kernels.ptx"), *modules, *kernels):
+            for name, function in self._names.items():
+                if hasattr(module, name):
+                    patch.setattr(module, name, function)
+
+    def constant(self, value: float, kind: Any = np.uint32) -> np.ndarray:
+        """A number, in each thread."""
+        return self._all(_integer(np.int64(value)) if kind is np.uint32 else kind(value))
 
     def array(self, array: Any) -> np.ndarray:
         """The address of an array in global memory, which is copied there."""
@@ -166,128 +228,173 @@ class Emulator:
         return self._global[start : start + count * np.dtype(dtype).itemsize].view(dtype)
 
     def share(self, *sizes: int) -> list[np.ndarray]:
-        """The addresses of new arrays in shared memory, of so many bytes."""
-        self._shared = np.full(sum(sizes), 0xFF, np.uint8)
+        """The addresses of new arrays in each block's shared memory, of so many bytes."""
+        self._shared = np.full(sum(sizes) * self._blocks, 0xFF, np.uint8)
+        self._to_come.clear()
         return [self._all(np.int32(sum(sizes[:i]))) for i in range(len(sizes))]
 
     def _all(self, value: Any) -> np.ndarray:
-        return np.broadcast_to(value, self._threads.shape).copy()
+        return value if np.shape(value) == self._threads.shape else np.broadcast_to(value, self._threads.shape)
 
-    def _bytes(self, address: np.ndarray, size: int, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The memory that the active threads' addresses are in, and where, [active, size]."""
+    def _bytes(
+        self, address: np.ndarray, size: int, active: np.ndarray, rank: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The memory that the active threads' addresses are in, and where, [active, size].
+
+        Shared memory is that of the thread's own block, or of the block of this rank in its cluster.
+        """
         starts = address[active].astype(np.int64)
         assert not np.any(starts % size), "an address is not aligned"
         is_global = bool(np.all(starts >= _GLOBAL))
         memory, starts = (self._global, starts - _GLOBAL) if is_global else (self._shared, starts)
+        if not is_global:
+            per_block = len(memory) // self._blocks
+            assert starts.min() >= 0 and starts.max() < per_block, "an address is outside of the block's memory"
+            starts = starts + per_block * (self._rank if rank is None else rank)[active]
         places = starts[:, None] + np.arange(size)
         assert places.min() >= 0 and places.max() < len(memory), "an address is outside of memory"
         assert not is_global or np.all(self._exists[places]), "an address is outside of its array"
         return memory, places
 
-    def _read(self, address: np.ndarray, kinds: Sequence[Any], active: np.ndarray) -> list[np.ndarray]:
-        words = np.zeros((len(self._threads), len(kinds)), np.uint32)
+    def _read(self, address: np.ndarray, kind: Any, count: int, active: np.ndarray) -> list[np.ndarray]:
+        words = np.zeros((len(self._threads), count), kind)
         if active.any():
-            array, places = self._bytes(address, 4 * len(kinds), active)
-            words[active] = array[places].view(np.uint32)
-        return [words[:, i].copy().view(kind) for i, kind in enumerate(kinds)]
+            array, places = self._bytes(address, np.dtype(kind).itemsize * count, active)
+            words[active] = array[places].view(kind)
+        return list(words.astype(np.uint32).T)
 
-    def _read_short(self, address: np.ndarray, active: np.ndarray) -> np.ndarray:
-        words = np.zeros(len(self._threads), np.uint32)
+    def _write(self, address: np.ndarray, data: np.ndarray, active: np.ndarray, rank: np.ndarray | None = None) -> None:
+        """Of `data`, [threads, numbers]."""
         if active.any():
-            array, places = self._bytes(address, 2, active)
-            words[active] = array[places].view(np.uint16)[:, 0]
-        return words
-
-    def _write(self, address: np.ndarray, data: np.ndarray, active: np.ndarray) -> None:
-        """Of `data`, uint8 [threads, size]."""
-        if active.any():
-            array, places = self._bytes(address, data.shape[1], active)
+            data = data.view(np.uint8)
+            array, places = self._bytes(address, data.shape[1], active, rank)
             array[places] = data[active]
 
-    def _load(self, at: Any, kinds: Any, condition: Any, *, space: str = "global", shift: int = 0) -> list[np.ndarray]:
-        return self._read(at + shift, kinds, self._active & condition)
-
-    def _load_shared(self, at: Any, kinds: Any, *, shift: int = 0) -> list[np.ndarray]:
-        return self._read(at + shift, kinds, self._active)
-
-    def _store(self, at: Any, values: Any, condition: Any, *, space: str = "global", shift: int = 0) -> None:
-        words = np.stack([self._all(_bits(value)) for value in values], axis=1)
-        self._write(at + shift, words.view(np.uint8), self._active & condition)
-
     def _when(self, condition: Any, body: Callable[[], None]) -> None:
-        before, self._active = self._active, self._active & condition
+        before, self._active = self._active, self._active & as_i1(condition)
         if self._active.any():
             body()
         self._active = before
 
-    def _loop(self, count: Any, carry: Any, body: Callable[..., Any]) -> list[np.ndarray]:
+    def _choose(self, condition: Any, kinds: Any, body: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+        before, results, condition = self._active, [], as_i1(condition)
+        for holds, each in ((condition, body), (~condition, otherwise)):
+            self._active = before & holds
+            results.append(each())
+        self._active = before
+        return [np.where(condition, *pair) for pair in zip(*results, strict=True)]
+
+    def _repeat(self, carry: Any, body: Callable[..., Any]) -> list[np.ndarray]:
         carry, before = list(carry), self._active
-        for i in range(int(np.max(count))):
-            self._active = before & (i < count)
-            carry = [
-                np.where(self._active, *pair) for pair in zip(body(self._all(np.int32(i)), carry), carry, strict=True)
-            ]
+        while self._active.any():
+            following, again = body(carry)
+            carry = [np.where(self._active, *pair) for pair in zip(following, carry, strict=True)]
+            self._active = self._active & as_i1(again)
         self._active = before
         return carry
 
-    @staticmethod
-    def _exp2(x: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            return np.exp2(x)
-
-    def _quad_reduce(self, combine: Callable[..., Any], value: np.ndarray) -> np.ndarray:
-        for distance in (1, 2):
-            value = combine(value, value[self._threads ^ distance])
-        return value
-
-    def _mma(self, acc: Any, a: Any, b: Any) -> list[np.ndarray]:
-        """In float64, and then rounded. Threads are [warp, g, q]."""
-        by_lane = [np.stack(_bf16_pair(word), axis=-1).reshape(-1, 8, 4, 2) for word in (*a, *b)]
-        rows = [np.concatenate(by_lane[i : i + 3 : 2], axis=2).reshape(-1, 8, 16) for i in range(2)]
-        A = np.concatenate(rows, axis=1).astype(np.float64)  # [warp, row, k]
-        B = np.concatenate(by_lane[4:], axis=2).reshape(-1, 8, 16).astype(np.float64)  # [warp, column, k]
-        found = np.einsum("wrk,wck->wrc", A, B).reshape(-1, 2, 8, 4, 2)  # rows g + 8·i, columns 2·q + j
-        return [
-            (found[:, i, :, :, j].reshape(-1) + acc[2 * i + j]).astype(np.float32) for i in range(2) for j in range(2)
-        ]
+    def _loop(self, count: Any, carry: Any, body: Callable[..., Any], *, start: int = 0) -> list[np.ndarray]:
+        carry, before = list(carry), self._active
+        for i in range(start, int(np.max(count))):
+            self._active = before & (i < count)
+            following = body(self.constant(i), carry)
+            carry = [np.where(self._active, *pair) for pair in zip(following, carry, strict=True)]
+        self._active = before
+        return carry
 
     def _asm(self, text: str, outputs: Any, inputs: Any, *, volatile: bool = False) -> list[np.ndarray]:
-        registers: dict[str, Any] = {}
+        """Registers that are words have the dtype uint32."""
+        registers: dict[str, Any] = {"cluster_ctarank": _bits(self._rank)}
         for i, value in enumerate(inputs):
             wide = np.asarray(value).dtype == np.int64
             registers[f"${len(outputs) + i}"] = self._all(value if wide else _bits(value))
-        active = self._active
-        for line in text.strip().removeprefix("{").removesuffix("}").split(";"):
-            name, _, rest = line.strip().partition(" ")
-            if name == "@p":
-                active = self._active & registers["p"]
-                name, _, rest = rest.partition(" ")
-            if not name.startswith((".reg", "prefetch")) and name:
-                self._run(name, rest, registers, active)
+        for name, operands, is_guarded in _parsed(text):
+            self._run(name, operands, registers, self._active & registers["p"] if is_guarded else self._active)
         return [registers[f"${i}"].view(kind) for i, kind in enumerate(outputs)]
 
-    def _run(self, name: str, rest: str, registers: dict[str, Any], active: np.ndarray) -> None:
-        """One instruction."""
-        operands = re.findall(r"[$\w+]+", rest)
-
+    def _run(self, name: str, operands: list[str], registers: dict[str, Any], active: np.ndarray) -> None:
         def value(operand: str) -> Any:
             return registers[operand] if operand in registers else np.uint32(int(operand, 0) & 0xFFFFFFFF)
 
-        if name.startswith(("ld.global", "ld.shared")):
-            (address, _, shift), targets = operands[-1].partition("+"), operands[:-1]
-            at, size = registers[address] + int(shift or 0), 2 if name.endswith("u16") else 4
-            words = self._read(at, [np.uint32] * len(targets), active) if size == 4 else [self._read_short(at, active)]
-            for target, word in zip(targets, words, strict=True):
+        def address(operand: str) -> np.ndarray:
+            register, _, shift = operand.partition("+")
+            return registers[register] + int(shift or 0)
+
+        target = operands[0]
+        if name in _INSTRUCTIONS:
+            registers[target] = self._all(_INSTRUCTIONS[name](*map(value, operands[1:])))
+        elif name.startswith("ld."):
+            kind = np.uint16 if name.endswith("u16") else np.uint32
+            words = self._read(address(operands[-1]), kind, len(operands) - 1, active)
+            for target, word in zip(operands[:-1], words, strict=True):
                 registers[target] = np.where(active, word, registers.get(target, word))
-        elif name == "st.global.v2.f32":
+        elif name.startswith("st.async"):
+            words = np.stack([registers[each] for each in operands[1:-1]], axis=1)
+            rank, place = np.divmod(registers[target], np.uint32(_APART_IN_CLUSTER))
+            mbarrier = registers[operands[-1]]
+            assert np.all(rank == mbarrier // _APART_IN_CLUSTER), "the mbarrier is another block's"
+            self._write(place, words, active, rank.astype(np.int32))
+            for each, sent in Counter(mbarrier[active].tolist()).items():
+                self._to_come[each] -= 4 * words.shape[1] * sent
+        elif name.startswith("st."):
             words = np.stack([registers[each] for each in operands[1:]], axis=1)
-            self._write(registers[operands[0]], words.view(np.uint8), active)
-        elif name == "st.global.b16":
-            half = registers[operands[1]].astype(np.uint16)[:, None].view(np.uint8)
-            self._write(registers[operands[0]], half, active)
-        elif name == "mov.b32" and rest.startswith("{"):
-            registers[operands[0]], registers[operands[1]] = value(operands[2]) & 0xFFFF, value(operands[2]) >> 16
-        elif name == "mov.b32" and "{" in rest:
-            registers[operands[0]] = self._all(value(operands[1]) | value(operands[2]) << 16)
+            self._write(address(target), words.astype(np.uint16) if name.endswith("b16") else words, active)
+        elif name.startswith("mbarrier."):
+            self._use(name, operands, np.unique((address(operands[-2]) + self._rank * _APART_IN_CLUSTER)[active]))
+        elif name.startswith("shfl."):
+            lane = value(operands[2])
+            source = self._threads ^ lane if "bfly" in name else (self._threads & ~31) + lane
+            registers[target] = registers[operands[1]][source]
+        elif name.startswith("mma."):
+            a, b, acc = ([registers[each] for each in operands[i:j]] for i, j in ((4, 8), (8, 10), (10, 14)))
+            registers.update(zip(operands, _mma(a, b, acc), strict=False))
+        elif name == "unpack":
+            registers[target], registers[operands[1]] = value(operands[2]) & 0xFFFF, value(operands[2]) >> 16
         else:
-            registers[operands[0]] = self._all(_INSTRUCTIONS[name](*map(value, operands[1:])))
+            assert name == "pack", f"{name} is not emulated"
+            registers[target] = self._all(value(operands[1]) | value(operands[2]) << 16)
+
+    def _use(self, name: str, operands: list[str], mbarriers: np.ndarray) -> None:
+        """What is done to these mbarriers, given by their addresses in the cluster."""
+        for mbarrier in mbarriers.tolist():
+            if name.startswith("mbarrier.init."):
+                self._to_come[mbarrier] = 0
+            elif name.startswith("mbarrier.arrive.expect_tx."):
+                self._to_come[mbarrier] += int(operands[-1])
+            else:
+                assert name.startswith("mbarrier.try_wait."), f"{name} is not emulated"
+                assert self._to_come[mbarrier] == 0, f"bytes to come: {self._to_come[mbarrier]}"
+
+
+def launched(*kernels: Any) -> Callable[..., dict[str, Any]]:
+    """What stands in for `ptx.launch`, given the modules that the kernel is from."""
+
+    def launch(
+        thread: Callable[..., None],
+        operands: Mapping[str, Any],
+        results: Mapping[str, Any],
+        grid: Mapping[str, int],
+        shared: Mapping[str, Any] | None = None,
+        *,
+        cluster: int = 1,
+        warpgroups: int | None = None,
+    ) -> dict[str, Any]:
+        emulator = Emulator(128 * (warpgroups or 1), cluster)
+        given = {name: np.asarray(operand) for name, operand in operands.items()}
+        empty = {name: np.full(each.shape, 0xFF, np.uint8) for name, each in results.items()}
+        given |= {name: nothing.repeat(results[name].dtype.itemsize) for name, nothing in empty.items()}
+        at = {name: emulator.array(each) for name, each in given.items()}
+        sizes = {name: -(-4 * each.shape[0] // 16) * 16 for name, each in (shared or {}).items()}
+        with pytest.MonkeyPatch.context() as patch:
+            emulator.patch(patch, *kernels)
+            for indices in itertools.product(*map(range, grid.values())):
+                here = dict(zip(sizes, emulator.share(*sizes.values()), strict=True))
+                thread(**at, **here, **dict(zip(grid, map(emulator.constant, indices), strict=True)))
+
+        def written(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+            dtype = ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else dtype
+            return emulator.result(at[name], int(np.prod(shape)), dtype).reshape(shape)
+
+        return {name: written(name, each.shape, each.dtype) for name, each in results.items()}
+
+    return launch

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels import append, dispatch, tiles
-from pallas_kernels.attention.decode import split
 from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import quantize
 from pallas_kernels.matvec import matvec
@@ -280,31 +279,3 @@ def test_appending_agrees_with_numpy(rotates, H, normed):
                 np.testing.assert_allclose(np.asarray(after[page, :, place], np.float64), new[row], **near)
                 expected[page, :, place] = np.asarray(after[page, :, place], np.float64)
         np.testing.assert_array_equal(np.asarray(after, np.float64), expected)
-
-
-@needs_mosaic
-@pytest.mark.parametrize("sinks", [True, False])
-def test_combining_lowers(sinks):
-    combine = importlib.import_module("pallas_kernels.attention.decode.combine_sm90").combine
-    operands = _shape(2, 8, 16, 8, 64, dtype=jnp.float32), _shape(2, 8, 16, 8, dtype=jnp.float32)
-    sinks_N = _shape(64) if sinks else None
-    lowered(lambda *each: combine(*each, tile=128), *operands, _shape(2, dtype=jnp.int32), sinks_N)
-
-
-@needs_hopper
-@pytest.mark.parametrize("sinks", [True, False])
-@pytest.mark.parametrize(("K", "G", "H", "J"), [(8, 8, 64, 16), (25, 1, 64, 4), (3, 5, 128, 32)])
-def test_combining_agrees_with_jnp(K, G, H, J, sinks):
-    combine = importlib.import_module("pallas_kernels.attention.decode.combine_sm90").combine
-    rng = np.random.default_rng(J)
-    counts = jnp.asarray([0, 1, 128, 700, 128 * J], jnp.int32)
-    out = jnp.asarray(rng.standard_normal((5, K, J, G, H)), jnp.float32)
-    lse = jnp.asarray(rng.normal(0, 3, (5, K, J, G)), jnp.float32)
-    sinks_N = jnp.asarray(rng.normal(0, 3, K * G), jnp.bfloat16) if sinks else None
-    # Splits without work leave whatever was there.
-    _, tiles_BJ = split.run(counts[:, None], jnp.arange(J, dtype=jnp.int32), tile=128, splits=J)
-    idle = (tiles_BJ == 0)[:, None, :, None]
-    out, lse = jnp.where(idle[..., None], jnp.nan, out), jnp.where(idle, jnp.nan, lse)
-    actual = jax.jit(lambda *each: combine(*each, tile=128))(out, lse, counts, sinks_N)
-    expected = split.combine(out, lse, counts, sinks_N, tile=128, dtype=jnp.float32)
-    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=BF16, atol=1e-6)

@@ -15,7 +15,7 @@ from pallas_kernels.ptx.rows import RowLayout
 from pallas_kernels.route import mosaic_sm90 as route
 from tests.oracles import add_norm_numpy
 from tests.oracles.add_norm_numpy import Case
-from tests.pallas_kernels.emulated_cluster import launched
+from tests.pallas_kernels.emulated_ptx import launched
 from tests.pallas_kernels.marks import needs_mosaic
 
 pytestmark = needs_mosaic

@@ -1,10 +1,12 @@
 """Attention over pages with one query token per row, for Hopper: Pallas Mosaic GPU. See ../RECORD.md.
 
 A warp streams its tiles of one key/value head from memory to registers (`warp_sm90`). Nothing waits until the end, when
-the warps of a block, and then the blocks of a cluster, merge their results (`gather_sm90`).
+the warps of a block, and then the blocks of a cluster, merge their results (`gather_sm90`). In which order, and who
+computes what, is in `plan_sm90`.
 """
 
-from functools import partial
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,9 +16,12 @@ from jax.experimental.pallas import mosaic_gpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
-from pallas_kernels.attention.decode import combine_sm90, gather_sm90, split, warp_sm90
-from pallas_kernels.attention.decode.gather_sm90 import QUERIES, Block
-from pallas_kernels.attention.decode.warp_sm90 import DecodePlan
+from pallas_kernels.attention.decode import combine_sm90, gather_sm90, merge_sm90, plan_sm90, warp_sm90
+from pallas_kernels.attention.decode.gather_sm90 import Block, Float4
+from pallas_kernels.attention.decode.merge_sm90 import Partial
+from pallas_kernels.attention.decode.plan_sm90 import FEW_WARPS, MANY_WARPS, QUERIES, DecodePlan
+from pallas_kernels.attention.decode.slots_sm90 import Slots
+from pallas_kernels.attention.decode.turns_sm90 import Run, Seen, Share, Thread
 from pallas_kernels.pages import PAGE
 from pallas_kernels.ptx import Value
 
@@ -25,9 +30,11 @@ WIDTHS = 64  # head widths are multiples of this
 _TILES = (16, 32, 64, 128)  # places that a warp computes at a time: parts of a page
 _WARP_TILES = {64: 32}  # by width; RECORD.md has others
 _WARP_TILE = 16
-_MULTIPROCESSORS = 132  # of an H200: more blocks in clusters would only wait for each other
-_FEW_WARPS, _MANY_WARPS = 4, 8  # of a block
-_IN_CLUSTER = 4096  # places that one cluster shares by default, so that nothing is left to combine
+
+
+def warp_tile(width: int) -> int:
+    """Places that a warp computes at a time by default, for a head width."""
+    return _WARP_TILES.get(width, _WARP_TILE)
 
 
 def decode(
@@ -49,8 +56,9 @@ def decode(
     """Softmax attention of each row's one query over the first `counts` places of its pages.
 
     Scores, softmax and sums are float32; the weights are rounded to bfloat16 for their product with the values. Places
-    beyond a row's count have no influence, even if they hold NaN. The bits of a row depend neither on other rows nor,
-    for given splits, blocks and warps, on the number of pages, nor on where these lie.
+    beyond a row's count have no influence, even if they hold NaN. The bits of a row depend on its own query, keys,
+    values, count, start and sinks, on G, H, the scale and the tile only: neither on other rows or their number, nor on
+    the number of pages or where these lie, nor on splits, blocks and warps.
 
     Args:
       q_BNH: bfloat16; query n uses key/value head n // (N / K).
@@ -90,57 +98,32 @@ def decode(
         raise ValueError(f"a warp's tile has 16, 32, 64 or 128 places, found {warp_tile}")
     if blocks not in (None, 1, 2, 4, 8):
         raise ValueError(f"a cluster has 1, 2, 4 or 8 blocks, found {blocks}")
-    if warps not in (None, _FEW_WARPS, _MANY_WARPS):
-        raise ValueError(f"a block has {_FEW_WARPS} or {_MANY_WARPS} warps, found {warps}")
-    if splits is None or blocks is None:
-        default_splits, default_blocks, default_warps = _deal(B * K, places, warp_tile, is_folded)
-        splits = default_splits if splits is None else splits
-        blocks = default_blocks if blocks is None else blocks
-        warps = default_warps if warps is None else warps
-    warps = _FEW_WARPS if warps is None else warps
-    return _decode(
-        q_BNH,
-        k_YKSH,
-        v_YKSH,
-        counts_B,
-        sinks_N,
-        table_BZ,
-        starts_B,
-        plan=DecodePlan(
-            keys=K,
-            group=N // K,
-            width=H,
-            places=places,
-            splits=splits,
-            blocks=blocks,
-            warps=warps,
-            warp_tile=warp_tile,
-            scale=scale,
-            sinks=None if sinks_N is None else sinks_N.dtype.name,
-            pages=Z,
-            windowed=starts_B is not None,
-            folded=is_folded,
-        ),
+    if warps not in (None, FEW_WARPS, MANY_WARPS):
+        raise ValueError(f"a block has {FEW_WARPS} or {MANY_WARPS} warps, found {warps}")
+    plan = DecodePlan(
+        keys=K,
+        group=N // K,
+        width=H,
+        places=places,
+        warp_tile=warp_tile,
+        scale=scale,
+        sinks=None if sinks_N is None else sinks_N.dtype.name,
+        pages=Z,
+        windowed=starts_B is not None,
+        folded=is_folded,
     )
+    plan = plan_sm90.deal(plan, B * K)
+    plan = dataclasses.replace(
+        plan, splits=splits or plan.splits, blocks=blocks or plan.blocks, warps=warps or plan.warps
+    )
+    if not plan.fits:
+        raise ValueError(f"blocks of {plan.warps} warps, {plan.blocks} a cluster, have no room for their results: {H=}")
+    if plan.loops and plan.blocks > 1:
+        raise ValueError(f"{plan.ranges} ranges of {plan_sm90.RANGE} places need {plan.ranges} splits, or 1 block")
+    return _decode(q_BNH, k_YKSH, v_YKSH, counts_B, sinks_N, table_BZ, starts_B, plan=plan)
 
 
-def _deal(rows: int, places: int, warp_tile: int, is_folded: bool) -> tuple[int, int, int]:
-    """How to deal a row's `places`, if there are `rows` (B · K) of them: splits, their blocks, and a block's warps.
-
-    Few places lower the first two, but never below one tile per block. So among numbers of places up to `_IN_CLUSTER`,
-    and among those beyond it, the number changes no bit.
-    """
-    wanted = split.choose(rows, places, _FEW_WARPS * warp_tile)
-    if wanted > ptx.MOST_BLOCKS and places > _IN_CLUSTER:
-        return wanted, 1, _FEW_WARPS
-    room = max(1, _MULTIPROCESSORS // rows)
-    # If no multiprocessor has a second block, more warps have more loads in flight, and take fewer turns.
-    warps = _MANY_WARPS if rows <= _MULTIPROCESSORS and not is_folded else _FEW_WARPS
-    needed = -(-places // (warps * warp_tile))
-    return 1, min(ptx.MOST_BLOCKS, 1 << (room.bit_length() - 1), 1 << (needed - 1).bit_length()), warps
-
-
-@partial(jax.jit, static_argnames="plan")
+@functools.partial(jax.jit, static_argnames="plan")
 def _decode(
     q_BNH: jax.Array,
     k_YKSH: jax.Array,
@@ -153,11 +136,17 @@ def _decode(
     plan: DecodePlan,
 ) -> jax.Array:
     B, N, H = q_BNH.shape
-    K, G, J = plan.keys, plan.group, plan.splits
+    K, G, J = plan.keys, plan.group, plan.entries
     # What is missing is not read, but something has to be passed for it.
     sinks, starts = (counts_B if array is None else array for array in (sinks_N, starts_B))
+    shapes = {"out": jax.ShapeDtypeStruct((B, N, H), q_BNH.dtype)}
+    if plan.splits > 1:
+        shapes = {
+            "out": jax.ShapeDtypeStruct((B, K, J, G, H), jnp.float32),
+            "totals": jax.ShapeDtypeStruct((B, K, J, G, 2), jnp.float32),
+        }
     results = ptx.launch(
-        partial(decode_attention, plan),
+        functools.partial(decode_attention, plan),
         {
             "q": q_BNH,
             "k": k_YKSH,
@@ -167,62 +156,103 @@ def _decode(
             "table": table_BZ,
             "starts": starts,
         },
+        shapes,
+        {"row": B, "head": K, "queries": -(-G // QUERIES), "split": plan.splits},
         {
-            "out": jax.ShapeDtypeStruct((B, K, J, G, H), q_BNH.dtype if J == 1 else jnp.float32),
-            "lse": jax.ShapeDtypeStruct((B, K, J, G), jnp.float32),
-        },
-        {"row": B, "head": K, "queries": -(-G // QUERIES), "part": J},
-        {
-            "memory": plgpu.SMEM((plan.warps * plan.warp_bytes // 4,), jnp.float32),
+            "memory": plgpu.SMEM((plan.most_slots * plan.slot_bytes // 4,), jnp.float32),
             "mailbox": plgpu.SMEM((6 * plan.float4s if plan.blocks > 1 else 4,), jnp.float32),
             "mbarrier": plgpu.SMEM((4,), jnp.float32),
         },
         cluster=plan.blocks,
-        warpgroups=None if plan.warps == _FEW_WARPS else plan.warps // 4,
+        warpgroups=None if plan.warps == FEW_WARPS else plan.warps // 4,
     )
-    out_BKJGH, lse_BKJG = results["out"], results["lse"]
-    if J == 1:
-        return out_BKJGH.reshape(B, N, H)
-    if plan.folded:
-        counts_B = jnp.minimum(counts_B, plan.places)
-    return combine_sm90.combine(out_BKJGH, lse_BKJG, counts_B, sinks_N, tile=plan.tile)
+    if plan.splits == 1:
+        return results["out"]
+    return combine_sm90.combine(plan, results["out"], results["totals"], counts_B, sinks_N)
 
 
 def decode_attention(
     plan: DecodePlan,
     *,
-    q: Value,
-    k: Value,
-    v: Value,
     counts: Value,
-    sinks: Value,
-    table: Value,
     starts: Value,
     out: Value,
-    lse: Value,
-    memory: Value,
-    mailbox: Value,
-    mbarrier: Value,
     row: Value,
     head: Value,
     queries: Value,
-    part: Value,
+    split: Value,
+    totals: Value | None = None,
+    **arrays: Value,
 ) -> None:
-    """One thread of a block: up to 16 queries of a group, and the cluster's part of the places.
+    """One thread of a block: up to 16 queries of a group, and the cluster's share of the places."""
+    block = Block(row, head, ptx.mul(queries, QUERIES), split, ptx.cluster_rank(plan.blocks))
+    thread = utils.thread_idx()
+    at = Thread(block, arith.shrui(thread, ptx.const(5)), arith.andi(thread, ptx.const(31)))
+    seen = Seen.of(plan, counts, starts if plan.windowed else None, row)
+    entry = ptx.const(0) if plan.splits == 1 else split
+    if not plan.loops:
+        for four, partial in _shared(plan, arrays, at, seen, entry):
+            _write(plan, out, totals, block, entry, four, partial)
+        return
+    fours = gather_sm90.float4s(plan, arrays["sinks"], block)
+
+    def turn(carry: list[Value]) -> tuple[list[Value], Value]:
+        entry, *numbers = carry
+        partials = [each for _, each in _shared(plan, arrays, at, seen, entry, fours)]
+        if plan.splits == 1:
+            before = [Partial.of(numbers[6 * i : 6 * i + 6]) for i in range(len(fours))]
+            numbers = [x for pair in zip(before, partials, strict=True) for x in merge_sm90.merge(*pair).numbers()]
+        else:
+            for four, each in zip(fours, partials, strict=True):
+                _write(plan, out, totals, block, entry, four, each)
+        ptx.sync_block()  # the slots are used again
+        following = ptx.add(entry, plan.splits)
+        return [following, *numbers], ptx.less(following, seen.ranges(plan))
+
+    empty = [x for _ in fours for x in Partial.empty(4).numbers()] if plan.splits == 1 else []
+    _, *numbers = ptx.repeat([entry, *empty], turn)
+    if plan.splits == 1:
+        for i, four in enumerate(fours):
+            _write(plan, out, totals, block, entry, four, Partial.of(numbers[6 * i : 6 * i + 6]))
+
+
+def _shared(
+    plan: DecodePlan,
+    arrays: dict[str, Value],
+    at: Thread,
+    seen: Seen,
+    entry: Value,
+    fours: list[Float4] | None = None,
+) -> list[tuple[Float4, Partial]]:
+    """The float4s that the thread writes, and their partial results over the cluster's share of the row.
 
     All first loads begin before anything waits but for the table's first entries; with a single split, they do not even
     wait for the count.
     """
-    block = Block(row, head, ptx.mul(queries, QUERIES), part, ptx.cluster_rank(plan.blocks))
-    thread = utils.thread_idx()
-    at = warp_sm90.Thread(block, arith.shrui(thread, ptx.const(5)), arith.andi(thread, ptx.const(31)))
-    stream = warp_sm90.CacheStream(plan, k, v, table, at, warp_sm90.run(plan, counts, starts, at))
-    a = warp_sm90.load_queries(plan, q, at)
+    block, slots = at.block, Slots(plan, arrays["memory"])
+    share = Share.whole(entry) if plan.splits == 1 else Share.of(plan, seen, entry)
+    if plan.ranges > 1:
+        seen = seen.within(share.range)
+    stream = warp_sm90.CacheStream(plan, arrays["k"], arrays["v"], arrays["table"], at, Run.of(plan, share, at), seen)
+    a = warp_sm90.load_queries(plan, arrays["q"], at)
     loaded = warp_sm90.Loaded.of(stream)
-    fours = gather_sm90.float4s(plan, sinks, block)
-    gather_sm90.prepare(plan, mbarrier)  # while the loads are under way
-    ptx.sync_warp()  # keeps ptxas from delaying these loads
-    softmax = warp_sm90.attend(stream, a, loaded)
-    gather_sm90.keep(plan, ptx.shared_offset(memory, at.warp, plan.warp_bytes), at.lane, *softmax)
-    for four, each in zip(fours, gather_sm90.gather(plan, memory, mailbox, mbarrier, block, fours), strict=True):
-        gather_sm90.write(plan, out, lse, block, four, *each)
+    if fours is None:
+        fours = gather_sm90.float4s(plan, arrays["sinks"], block)
+    gather_sm90.prepare(plan, arrays["mbarrier"])  # while the loads are under way
+    if plan.clears:
+        slots.clear()
+        ptx.sync_block()
+    else:
+        ptx.sync_warp()  # keeps ptxas from delaying these loads
+    warp_sm90.attend(stream, a, loaded, slots)
+    exchange = arrays["mailbox"], arrays["mbarrier"]
+    return list(zip(fours, gather_sm90.gather(plan, slots, share.shift, *exchange, block, fours), strict=True))
+
+
+def _write(
+    plan: DecodePlan, out: Value, totals: Value | None, block: Block, entry: Value, four: Float4, partial: Partial
+) -> None:
+    if plan.splits == 1:
+        gather_sm90.write(plan, out, block, four, partial)
+    else:
+        gather_sm90.write_entry(plan, out, totals, block, entry, four, partial)

@@ -1,8 +1,8 @@
-"""How the decode kernels split a row's places among programs, and how the results are combined.
+"""How the Triton kernel splits a row's places among programs, and how the results are combined.
 
 A row's tiles are dealt out in runs of equal length that depend on the row's own count. So a short row in a wide table
 is read by as many programs as a long one, and its bits depend neither on the other rows nor, for a given number of
-splits, on the table's width.
+splits, on the table's width. (Of this, the Hopper kernel shares the numbers only.)
 """
 
 import math
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 LOG2_E = math.log2(math.e)  # the kernels' softmax is of powers of two
 PROGRAMS = 264  # two per multiprocessor of an H200
-MAX_SPLITS = 32  # `combine` is unrolled over them
+MAX_SPLITS = 32  # `combine` and `combine_sm90` are unrolled over them
 FLOOR = -1e30  # of logits: finite, so that a row without keys gives 0 and not NaN
 
 

@@ -11,7 +11,7 @@ from pallas_kernels.append import mosaic_sm90
 from pallas_kernels.append.mosaic_sm90 import THREADS
 from pallas_kernels.pages import PAGE
 from pallas_kernels.ptx.rows import shared_floats
-from tests.pallas_kernels.emulated_cluster import launched
+from tests.pallas_kernels.emulated_ptx import launched
 from tests.pallas_kernels.marks import needs_mosaic
 
 pytestmark = needs_mosaic

@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels import ptx
 from pallas_kernels.logits import summary
-from tests.pallas_kernels.emulated_cluster import launched
+from tests.pallas_kernels.emulated_ptx import launched
 from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 
 VOCABULARIES = [1, 7, 512, 2047, 5000, 50257, 151936, 201088, 1 << 18]

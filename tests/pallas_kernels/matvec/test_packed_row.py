@@ -4,11 +4,11 @@ import importlib
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.pallas_kernels.emulated_ptx import Emulator
+from pallas_kernels import ptx
+from tests.pallas_kernels.emulated_ptx import launched
 from tests.pallas_kernels.marks import needs_mosaic
 from tests.pallas_kernels.matvec.test_packed_matvec import _fragments, _x, assert_gated
 from tests.thinned import thinned
@@ -18,26 +18,12 @@ TYPES = ["MXFP4", "Q4_K", "Q4_0", "Q4_1", "Q5_0", "Q5_K", "Q8_0"]
 _MODULES = ["matvec.row_sm90", "matvec.strips_sm90", "formats.mxfp4_sm90", "formats.ggml.fragments_sm90"]
 
 
-def _emulated(monkeypatch: Any, x: jax.Array, parts: list[Any], outputs: int, settings: Any, matrices: int) -> Any:
+def _emulated(monkeypatch: Any, x: jax.Array, parts: list[Any], settings: Any, *, gated: bool = False) -> Any:
     """What the kernel writes."""
-    row = importlib.import_module("pallas_kernels.matvec.row_sm90")
-    second = outputs // 16 if matrices == 2 and len(parts) == 1 else 0
-    plan = row._RowPlan(x.shape[1], outputs, matrices, second, settings, row.strip_of(parts[0]))
-    emulator = Emulator(plan.threads)
-    for name in _MODULES:
-        module = importlib.import_module(f"pallas_kernels.{name}")
-        for each in ("ptx", "arith", "utils"):
-            if hasattr(module, each):
-                monkeypatch.setattr(module, each, getattr(emulator, each))
-    pieces = [(n, part, piece.array) for n, part in enumerate(parts) for piece in plan.kind.pieces]
-    arrays = {f"{array}{n}": emulator.array(getattr(part, array)) for n, part, array in pieces}
-    arrays["x"] = emulator.array(x)
-    out = emulator.array(np.full(outputs, np.nan, np.float32 if matrices == 1 else ml_dtypes.bfloat16))
-    for group in range(-(-outputs // (16 * settings.strips))):
-        names = ("staged", "of_runs", "of_warps")
-        shared = emulator.share(2 * plan.inner + 512, plan.inner // 8, 64 * plan.warps)
-        row.packed_row(plan, out=out, group=np.int32(group), **arrays, **dict(zip(names, shared, strict=True)))
-    return emulator.result(out, outputs, np.float32 if matrices == 1 else ml_dtypes.bfloat16).astype(np.float64)
+    modules = [importlib.import_module(f"pallas_kernels.{name}") for name in _MODULES]
+    monkeypatch.setattr(ptx, "launch", launched(*modules))
+    row = importlib.import_module("pallas_kernels.matvec.row_sm90")._row.__wrapped__
+    return row(x, tuple(parts), settings=settings, gated=gated).astype(np.float64).reshape(-1)
 
 
 @pytest.mark.parametrize("name", thinned(TYPES, "MXFP4", "Q4_K"))
@@ -47,7 +33,7 @@ def test_a_product_agrees_with_float64(name, inputs, share, strips, ahead, monke
     settings = importlib.import_module("pallas_kernels.matvec.row_sm90").Settings(share, strips, ahead)
     x, weight = _x(1, inputs), _fragments(name, 64, inputs)
     kernel, row = np.asarray(weight.dequantize(), np.float64), np.asarray(x, np.float64)[0]
-    actual = _emulated(monkeypatch, x, [weight], 64, settings, 1)
+    actual = _emulated(monkeypatch, x, [weight], settings)
     assert np.all(np.abs(actual - kernel @ row) <= 2e-7 * (np.abs(kernel) @ np.abs(row)))
 
 
@@ -58,5 +44,5 @@ def test_gate_and_up_agree_with_float64(name, apart, monkeypatch):
     x, whole = _x(1, 512), _fragments(name, 256, 512)
     kernel, row = np.asarray(whole.dequantize(), np.float64), np.asarray(x, np.float64)[0]
     halves = [jax.tree.map(lambda array, n=n: array[2 * n : 2 * n + 2], whole) for n in range(2)]
-    actual = _emulated(monkeypatch, x, halves if apart else [whole], 128, settings, 2)
+    actual = _emulated(monkeypatch, x, halves if apart else [whole], settings, gated=True)
     assert_gated(actual, row, np.split(kernel, 2))

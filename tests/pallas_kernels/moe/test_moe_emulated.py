@@ -13,7 +13,7 @@ from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import quantize
 from pallas_kernels.moe import mosaic_sm90
 from pallas_kernels.moe.routing import Groups
-from tests.pallas_kernels.emulated_cluster import launched
+from tests.pallas_kernels.emulated_ptx import launched
 from tests.pallas_kernels.marks import needs_mosaic
 
 pytestmark = needs_mosaic

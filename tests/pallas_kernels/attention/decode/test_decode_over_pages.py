@@ -336,6 +336,13 @@ def test_what_the_kernels_refuse():
             mosaic_sm90.decode(q, k, v, counts, **more, warp_tile=tile)
     with pytest.raises(ValueError, match="2, 4 or 8 blocks, found 3"):
         mosaic_sm90.decode(q, k, v, counts, **more, blocks=3)
+    with pytest.raises(ValueError, match="2 ranges of 4096 places need 2 splits, or 1 block"):
+        wide = np.pad(more["table_BZ"], ((0, 0), (0, 32)))
+        mosaic_sm90.decode(q, k, v, counts, **{**more, "table_BZ": wide}, splits=1, blocks=2)
+    given, its = operands(case._replace(N=16, H=256))
+    with pytest.raises(ValueError, match="8 warps, 4 a cluster, have no room"):
+        wide = np.pad(its["table_BZ"], ((0, 0), (0, 31)))
+        mosaic_sm90.decode(*given, **{**its, "table_BZ": wide}, splits=1, blocks=4, warps=8)
     with pytest.raises(ValueError, match="sinks of bfloat16 or float32, found float16"):
         mosaic_sm90.decode(q, k, v, counts, np.zeros(case.N, np.float16), **more)
 

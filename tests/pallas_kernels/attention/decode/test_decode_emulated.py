@@ -1,0 +1,168 @@
+"""Decode attention for Hopper, emulated on a CPU: against float64, and that a row's bits do not depend on the deal.
+
+The emulator shows who computes what and in which order; what ptxas makes of it, only a GPU does (see
+`test_decode_over_pages.py`).
+"""
+
+import dataclasses
+import importlib
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import pages, ptx
+from tests.oracles import attention_numpy
+from tests.oracles.paged import paged
+from tests.pallas_kernels.emulated_ptx import launched
+from tests.pallas_kernels.marks import needs_mosaic
+from tests.thinned import thinned
+
+pytestmark = needs_mosaic
+_MODULES = ["combine_sm90", "gather_sm90", "merge_sm90", "mosaic_sm90", "slots_sm90", "turns_sm90", "warp_sm90"]
+
+
+class Shape(NamedTuple):
+    """Of a model's attention."""
+
+    N: int
+    K: int
+    H: int
+    window: int | None = None
+
+
+class Row(NamedTuple):
+    """What a row is given: queries [N, H], and the pages that it sees."""
+
+    q_NH: np.ndarray
+    k_YKSH: np.ndarray
+    v_YKSH: np.ndarray
+    table_1Z: np.ndarray
+    count: int
+    start: int | None
+    sinks_N: np.ndarray | None
+    expected_NH: np.ndarray
+
+
+def _row(shape: Shape, position: int, sinks: Any = jnp.float32) -> Row:
+    rng = np.random.default_rng(position)
+    N, K, H, window = shape
+    span = max(0, position + 1 - (window or 1 << 30)), position + 1
+    given = paged([span], K=K, H=H, dtype=jnp.bfloat16, pages=position // pages.PAGE + 1)
+    q = np.asarray(jnp.asarray(rng.standard_normal((1, 1, N, H), np.float32), jnp.bfloat16))
+    sinks_N = None if sinks is None else np.asarray(jnp.asarray(rng.standard_normal(N) * 2, sinks))
+    contiguous = q, given.k_BKSH, given.v_BKSH, np.array([[position]]), given.positions_BS, sinks_N
+    expected = attention_numpy.attention(*contiguous, scale=1 / math.sqrt(H), window=window)
+    table, start, count = given.table_BZ, None, position + 1
+    if window is not None and window < table.shape[1] * pages.PAGE:
+        table, *ends = (np.asarray(each) for each in pages.window(table, np.array([position]), window))
+        start, count = (int(each[0]) for each in ends)
+    return Row(q[0, 0], given.k_YKSH, given.v_YKSH, table, count, start, sinks_N, np.asarray(expected)[0, 0])
+
+
+def _plan(shape: Shape, row: Row, rows: int, **settings: int) -> Any:
+    from pallas_kernels.attention.decode import mosaic_sm90, plan_sm90
+
+    Z = row.table_1Z.shape[1]
+    is_folded = row.start is not None and shape.window is not None and shape.window <= pages.PAGE
+    plan = plan_sm90.DecodePlan(
+        keys=shape.K,
+        group=shape.N // shape.K,
+        width=shape.H,
+        places=pages.PAGE * (1 if is_folded else Z),
+        warp_tile=mosaic_sm90.warp_tile(shape.H),
+        scale=1 / math.sqrt(shape.H),
+        sinks=None if row.sinks_N is None else row.sinks_N.dtype.name,
+        pages=Z,
+        windowed=row.start is not None,
+        folded=is_folded,
+    )
+    return dataclasses.replace(plan_sm90.deal(plan, rows * shape.K), **settings)
+
+
+def _emulated(monkeypatch: Any, plan: Any, row: Row) -> np.ndarray:
+    """What the kernels write: [N, H]."""
+    modules = [importlib.import_module(f"pallas_kernels.attention.decode.{name}") for name in _MODULES]
+    monkeypatch.setattr(ptx, "launch", launched(*modules))
+    starts_1 = None if row.start is None else np.array([row.start], np.int32)
+    given = row.q_NH[None], row.k_YKSH, row.v_YKSH, np.array([row.count], np.int32), row.sinks_N
+    decode = importlib.import_module("pallas_kernels.attention.decode.mosaic_sm90")._decode.__wrapped__
+    return decode(*given, row.table_1Z.astype(np.int32), starts_1, plan=plan)[0]
+
+
+def _same(monkeypatch: Any, shape: Shape, row: Row, plans: dict[str, Any]) -> np.ndarray:
+    """The bits that all of these plans give."""
+    found = {name: _emulated(monkeypatch, plan, row) for name, plan in plans.items()}
+    first, *others = found.items()
+    tolerance = 4 * 1.2e-7 * (math.sqrt(shape.H) + math.sqrt(row.count) + 2) + 2 * 2**-7
+    np.testing.assert_allclose(first[1].astype(np.float64), row.expected_NH, rtol=0, atol=tolerance)
+    for name, each in others:
+        np.testing.assert_array_equal(each.view(np.uint16), first[1].view(np.uint16), err_msg=f"{first[0]} and {name}")
+    return first[1]
+
+
+SHAPES = {
+    "gpt-oss": Shape(8, 1, 64),
+    "its window": Shape(8, 1, 64, 128),
+    "a long window": Shape(8, 1, 64, 300),
+    "gpt2": Shape(2, 2, 64),
+    "llama": Shape(4, 1, 128),
+    "its short window": Shape(4, 1, 128, 100),
+    "qwen": Shape(7, 1, 128),
+    "three times the width": Shape(5, 1, 192),
+    "sixteen queries": Shape(16, 1, 64),
+    "twenty queries": Shape(20, 1, 64),
+}
+COUNTS = [1, 31, 32, 33, 127, 128, 129, 700, 1025, 2047, 2048, 2049]
+ROWS = (1, 2, 3, 8, 16, 32, 64, 128)
+
+
+@pytest.mark.parametrize("count", thinned(COUNTS, 33, 129, 2049))
+@pytest.mark.parametrize("name", thinned(SHAPES, "gpt-oss", "its window", "llama"))
+def test_bits_do_not_depend_on_the_number_of_rows(name, count, monkeypatch):
+    """With models' numbers of heads, of which this computes one or two."""
+    shape = SHAPES[name]
+    row = _row(shape, count - 1)
+    heads = 8 // shape.K
+    plans = {plan: f"{rows} rows" for rows in ROWS for plan in [_plan(shape, row, rows * heads)]}
+    _same(monkeypatch, shape, row, {name: plan for plan, name in plans.items()})
+
+
+@pytest.mark.parametrize("name", thinned(SHAPES, "gpt-oss"))
+def test_bits_do_not_depend_on_settings(name, monkeypatch):
+    shape = SHAPES[name]
+    for count in (45, 700):
+        row = _row(shape, count - 1, sinks=None)
+        settings = [
+            {"splits": splits, "blocks": blocks, "warps": warps}
+            for splits in (1, 3, 16)
+            for blocks in (1, 2, 4, 8)
+            for warps in (4, 8)
+        ]
+        plans = {str(each): _plan(shape, row, 1, **each) for each in settings}
+        _same(monkeypatch, shape, row, {name: plan for name, plan in plans.items() if plan.fits})
+
+
+@pytest.mark.parametrize("count", thinned([100, 4095, 4096, 4097, 9000], 100, 4097))
+@pytest.mark.parametrize("name", thinned(["gpt-oss", "llama", "qwen"], "gpt-oss"))
+def test_bits_do_not_depend_on_the_width_of_the_table(name, count, monkeypatch):
+    """From one cluster to several ranges, one after the other in a block, or shared by clusters and combined."""
+    shape, found, plans = SHAPES[name], set(), []
+    narrow = _row(shape, count - 1)
+    for more in (0, 40, 400):
+        row = narrow._replace(table_1Z=np.pad(narrow.table_1Z, ((0, 0), (0, more))))
+        some = {f"{rows} rows": _plan(shape, row, rows) for rows in (1, 64, 2048)}
+        found.add(_same(monkeypatch, shape, row, some).tobytes())
+        plans += some.values()
+    assert len(found) == 1
+    assert {plan.splits for plan in plans} >= {1, 32} and any(plan.loops for plan in plans)
+
+
+def test_nothing_is_seen(monkeypatch):
+    for name in ("gpt-oss", "its window"):
+        row = _row(SHAPES[name], 300)._replace(count=0, expected_NH=np.zeros((8, 64)))
+        plans = {f"{rows} rows": _plan(SHAPES[name], row, rows) for rows in (1, 1000)}
+        plans["splits"] = _plan(SHAPES[name], row, 1, splits=4)
+        assert not _same(monkeypatch, SHAPES[name], row, plans).astype(np.float32).any()
