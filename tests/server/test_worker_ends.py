@@ -188,7 +188,7 @@ def test_a_worker_that_dies_while_it_compiles_says_so(fresh, monkeypatch):
     def broken(*_):
         raise MemoryError("planted")
 
-    broken.lower = broken  # programs are compiled before they are called
+    broken.lower = broken.trace = broken  # programs are compiled before they are called
     monkeypatch.setattr(programs, "prefill", broken)
     worker = fresh()
     with pytest.raises(Unavailable, match=r"CapacityError: .*memory"):
