@@ -70,18 +70,25 @@ class Executables:
     """
 
     def __init__(self, params: FlatParams) -> None:
-        directory = runtime.executables_directory()
-        devices = sorted({device for leaf in params.leaves for device in leaf.devices()}, key=lambda each: each.id)
-        self._device = devices[0]
-        self._files: PrivateFiles | None = None
-        if directory is not None and len(devices) == 1 and self._device.platform in _TRIED:
-            if fingerprint.sources_are_current():
-                self._files = PrivateFiles(directory, most_bytes=_MOST_BYTES)
-            else:
-                _log.info("compiled programs are neither read nor kept: sources were edited since this process started")
+        self._params = params
         self._ready: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.found: set[str] = set()  # what was on disk
         self.seconds = [0.0, 0.0]  # that tracing and lowering took
+
+    @functools.cached_property
+    def _devices(self) -> list[jax.Device]:
+        devices = {device for leaf in self._params.leaves for device in leaf.devices()}
+        return sorted(devices, key=lambda each: each.id)
+
+    @functools.cached_property
+    def _files(self) -> PrivateFiles | None:
+        directory = runtime.executables_directory()
+        if directory is None or len(self._devices) != 1 or self._devices[0].platform not in _TRIED:
+            return None
+        if fingerprint.sources_are_current():
+            return PrivateFiles(directory, most_bytes=_MOST_BYTES)
+        _log.info("compiled programs are neither read nor kept: sources were edited since this process started")
+        return None
 
     def __call__(self, program: Any, *arguments: Any) -> Any:
         """What the program returns."""
@@ -103,11 +110,12 @@ class Executables:
         if self._files is None:
             return lower()
         keep = functools.partial(self._ready.__setitem__, _key(program, arguments))
+        (device,) = self._devices
         leaves, tree = jax.tree.flatten((tuple(_dynamic(arguments)), {}))
         static = [repr(each) for each in arguments if isinstance(each, _STATIC)]
         what = [program.__module__, program.__qualname__, *static, str(tree), *map(_described, leaves)]
-        what += [self._device.device_kind, str(self._device.id)]  # the executable is for this one
-        place = _Place(self._files, f"{program.__name__}-{fingerprint.digest(*what)}", tree, self._device)
+        what += [device.device_kind, str(device.id)]  # the executable is for this one
+        place = _Place(self._files, f"{program.__name__}-{fingerprint.digest(*what)}", tree, device)
         found = place.read_head()
         if found is None:
             return _Traced(lower(), keep, place)
