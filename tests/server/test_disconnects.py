@@ -8,7 +8,8 @@ import httpx2
 import pytest
 
 from gptjax.server import worker as worker_module
-from gptjax.server.worker import Worker
+from gptjax.server.events import AnyWorker
+from gptjax.server.remote_worker import RemoteWorker
 from tests.server.load_material import request
 from tests.server.server_material import GPT2, served, wait_for
 from tests.shallow import shallow
@@ -40,14 +41,14 @@ def leave(address: str, holds, *, prompt, stream: bool, max_tokens: int) -> None
             assert time.monotonic() < deadline, "it did not come"
 
 
-def free(server, worker: Worker) -> None:
+def free(server, worker: AnyWorker) -> None:
     """All slots are free, and nothing is left of any request."""
     wait_for(lambda: worker.state.busy == worker.state.queued == 0)
     wait_for(lambda: not worker._open)
     wait_for(lambda: not server.server_state.connections and not server.server_state.tasks)
 
 
-def in_the_queue(worker: Worker, address: str, ask) -> bool:
+def in_the_queue(worker: AnyWorker, address: str, ask) -> bool:
     body = {"prompt": [[5]] * SLOTS, "max_tokens": 500, "ignore_eos": True, "stream": True}
     with httpx2.stream("POST", f"{address}/v1/completions", json=body):
         wait_for(lambda: worker.state.busy == SLOTS)
@@ -56,21 +57,23 @@ def in_the_queue(worker: Worker, address: str, ask) -> bool:
         return worker.state.busy == SLOTS
 
 
-def in_prefill(worker: Worker, address: str, ask) -> bool:
-    before = worker.state.tokens_total
-    ask(lambda: worker.state.busy == 1, length=480, max_tokens=1)
+def in_prefill(worker: AnyWorker, address: str, ask) -> bool:
+    before, requests = worker.state.tokens_total, worker.state.requests
+    # From another process one may hear of a slot only when it is free again; there, the request may not have begun.
+    is_far = isinstance(worker, RemoteWorker)
+    ask(lambda: worker.state.busy == 1 or (is_far and worker.state.requests > requests), length=480, max_tokens=1)
     wait_for(lambda: worker.state.busy == 0)
     return worker.state.tokens_total == before
 
 
-def in_decode(worker: Worker, address: str, ask) -> bool:
+def in_decode(worker: AnyWorker, address: str, ask) -> bool:
     before = worker.state.tokens_total
     ask(lambda: worker.state.tokens_total > before, length=3, max_tokens=500)
     wait_for(lambda: worker.state.busy == 0)
     return worker.state.tokens_total < before + 500
 
 
-def while_finishing(worker: Worker, address: str, ask) -> bool:
+def while_finishing(worker: AnyWorker, address: str, ask) -> bool:
     """With the last token, or what follows it, on its way."""
     before = worker.state.tokens_total
     ask(lambda: worker.state.tokens_total >= before + 2, length=3, max_tokens=3)
