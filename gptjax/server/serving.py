@@ -78,7 +78,7 @@ def run(server: "Server") -> int:
     try:
         server.run()
     except SystemExit as error:  # it could not start; the log says why
-        return int(error.code or 0)
+        return 1 if error.code else 0
     return server.status
 
 
