@@ -145,16 +145,20 @@ def embed(embedding_VD: Embedding, ids: jax.Array, dtype: DTypeLike) -> jax.Arra
     return numbers(embedding_VD[ids], dtype)
 
 
-def unembed(hidden: jax.Array, embedding_VD: Embedding, dtype: DTypeLike) -> jax.Array:
+def unembed(hidden: jax.Array, embedding_VD: Embedding, dtype: DTypeLike, implementation: str = "auto") -> jax.Array:
     """Logits, [..., D] -> [..., V] float32."""
     rows = hidden.reshape(-1, hidden.shape[-1])
+    # Not every head fits its kernel, and there is no Triton kernel.
+    how = implementation if implementation == dispatch.XLA else dispatch.AUTO
     if isinstance(embedding_VD, jax.Array):
         embedding = embedding_VD.astype(dtype)
         logits = (
-            matvec(rows, embedding, transposed=True).total() if len(rows) <= FEW else same_bits.head(rows, embedding)
+            matvec(rows, embedding, transposed=True, implementation=how).total()
+            if len(rows) <= FEW
+            else same_bits.head(rows, embedding)
         )
     elif isinstance(embedding_VD, Fragments) and len(rows) <= PACKED_FEW:
-        logits = packed_matvec(rows.astype(dtype), [embedding_VD]).total()
+        logits = packed_matvec(rows.astype(dtype), [embedding_VD], implementation=how).total()
     else:
         logits = _packed_product(rows, embedding_VD, dtype)
     return logits.reshape(*hidden.shape[:-1], -1)

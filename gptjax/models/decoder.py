@@ -98,7 +98,8 @@ class Decoder(nn.Module):
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits of hidden states, [..., D] -> [..., V] float32."""
-        return unembed(hidden, self.token_embedding if self.config.tied_head else self.head_embedding, self.dtype)
+        embedding_VD = self.token_embedding if self.config.tied_head else self.head_embedding
+        return unembed(hidden, embedding_VD, self.dtype, self.implementation)
 
     def _embedding(self, name: str) -> Any:
         shape = (self.config.vocab_size, self.config.width)

@@ -60,7 +60,7 @@ class Channel:
             self._socket.close()  # once a thread that receives has left
 
     def _read(self, size: int) -> bytes | None:
-        """Waits for so many bytes. None: they will not come."""
+        """Reads exactly `size` bytes, waiting for them. None: the other process has gone."""
         while len(self._read_ahead) < size:
             try:
                 data = self._socket.recv(_BUFFER)

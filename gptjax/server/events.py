@@ -81,7 +81,7 @@ class State:
     slot_seconds: float = 1.0  # that a request keeps its slot, on average
 
     def retry_after(self, waiting: int) -> int:
-        """Seconds until so many waiting requests have had their turn."""
+        """Seconds until `waiting` requests have had their turn."""
         seconds = math.ceil(waiting / self.slots * self.slot_seconds)
         return max(_SHORTEST_RETRY, min(seconds, _LONGEST_RETRY))
 

@@ -22,7 +22,7 @@ _log = logging.getLogger("gptjax.server.front")  # not "__main__"
 
 
 def main(descriptor: int) -> int:
-    """Serves what the process at the other end of a socket tells of. Returns the exit status."""
+    """Serves the model of the process at the other end of a socket. Returns the exit status."""
     channel = Channel(socket.socket(fileno=descriptor))
     text: Text | None = channel.receive()
     if text is None:

@@ -15,7 +15,7 @@ from gptjax.server.settings import Facts, Limits
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """To the front, as soon as it is there: what it can read while the weights are loaded."""
+    """To the front, when it starts: what to read while the weights are being loaded."""
 
     checkpoint: Checkpoint
     tokenizer: str | None  # where it is read from, if not from the checkpoint
@@ -57,7 +57,7 @@ class Score(NamedTuple):
 
 
 class Drain(NamedTuple):
-    """To the engine: all requests are to fail, as there is no more time."""
+    """To the engine: time is up, so fail all open requests."""
 
 
 class Stop(NamedTuple):

@@ -50,7 +50,7 @@ class RemoteWorker:
     """
 
     def __init__(self, channel: Channel, setup: Setup, *, on_signal: Callable[[int], None] = lambda number: None):
-        """The worker that `setup` tells of.
+        """A worker described by `setup`.
 
         Args:
           on_signal: called with each signal that the other process got.

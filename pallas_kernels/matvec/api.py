@@ -16,7 +16,7 @@ from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.matvec import reference
 from pallas_kernels.partial_sum import PartialSum
 
-FEW = 128  # rows at most: larger products are bound by arithmetic, where XLA's own are good
+FEW = 128  # rows at most: the sums of more would not fit in the registers
 PACKED_FEW = 64  # and with a packed matrix
 _TRITON_FASTER = 4  # rows up to which "auto" takes the Triton kernel (measured at one row, on an H200)
 _AT_ONCE = 1 << 24  # numbers that are repacked at a time: the intermediate values are eight times as large

@@ -19,7 +19,6 @@ from pallas_kernels import ptx
 from pallas_kernels.ptx import Value
 
 plgpu: Any = mosaic_gpu  # JAX 0.10 has another interface: there, this module can only be imported
-MOST = 128  # rows: more sums would not fit in the registers
 TILE = 64  # outputs and inputs of a product
 _EIGHT = 8  # rows are a multiple of this
 _ROOM = 224 * 1024  # bytes of shared memory on a multiprocessor

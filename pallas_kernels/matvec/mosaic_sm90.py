@@ -25,7 +25,6 @@ from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
 EIGHT = 8  # rows of x per instruction
-WARPS = 4
 TILE = 64  # rows and columns of the matrix per copy; 16 outputs for each warp
 _STEPS = TILE // 16  # products that sum over a tile
 _BLOCKS = 240  # to aim for: 132 multiprocessors hold at least two each, of this kernel and of `many_sm90`

@@ -72,6 +72,14 @@ def test_a_second_process_traces_nothing_and_gets_the_same_bits(tmp_path):
     assert _printed(_process(tmp_path))["results"] == first["results"]
 
 
+def test_nothing_is_kept_on_a_platform_where_it_was_never_run(kept, monkeypatch):
+    monkeypatch.setattr(executables, "_TRIED", ("tpu",))
+    params = FlatParams.of({"a": jnp.ones(3)})
+    doubled = jax.jit(lambda params: 2 * params.leaves[0])
+    np.testing.assert_array_equal(Executables(params)(doubled, params), 2)
+    assert not kept.exists()
+
+
 def test_nothing_is_kept_where_programs_are_not(tmp_path):
     """`GPTJAX_CACHE_DIR` is empty, JAX has a cache of its own, or its caching is off."""
     for environment in (

@@ -55,6 +55,23 @@ def test_decoding_takes_every_kernel(name, monkeypatch):
 
 
 @needs_mosaic
+@pytest.mark.parametrize(("implementation", "kernels"), [("auto", 1), ("mosaic", 1), ("xla", 0), ("triton", 0)])
+def test_the_head_is_as_the_model_was_told(implementation, kernels, monkeypatch):
+    monkeypatch.setattr(
+        dispatch, "preferred", lambda: dispatch.TRITON if implementation == "triton" else dispatch.MOSAIC
+    )
+    config = PUBLISHED["llama-3.1-8b"].with_one_layer()
+    model = registry.build(config, dtype=jnp.bfloat16, implementation=implementation)
+    hidden_TD = jax.ShapeDtypeStruct((2, config.width), jnp.bfloat16)
+    text = lowered_for_h200(
+        lambda params, hidden_TD: model.apply({"params": params}, hidden_TD, method="head"),
+        abstract_params(model),
+        hidden_TD,
+    )
+    assert text.count("custom_call") == kernels
+
+
+@needs_mosaic
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b"])
 def test_the_activation_of_one_row_is_in_a_product(name, monkeypatch):
     monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)

@@ -282,6 +282,7 @@ def test_a_port_that_is_taken_ends_both(start):
         server = start(FAKE, "--port", str(port))
         server.end(status=1)
     assert f"error while attempting to bind on address ('127.0.0.1', {port})" in server.log
+    assert server.log.count("ERROR") == 1  # it is said once
 
 
 def test_a_checkpoint_that_cannot_be_loaded_leaves_none(start, tmp_path):
