@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from gptjax.config import GptOssConfig, LlamaConfig, ModelConfig
+from gptjax.config import GptOssConfig, LlamaConfig
 from gptjax.models.registry import Model
 from pallas_kernels import dispatch, same_bits
 
@@ -28,14 +28,15 @@ def decodes_free_of_load(model: Model) -> bool:
     up to eight rows; nor packed matrices', but experts'.
     """
     has_kernels = dispatch.wanted(model.implementation) == dispatch.MOSAIC and model.dtype == jnp.bfloat16
-    return is_free_of_load(model) or (has_kernels and not model.config.types and _has_kernels(model.config))
+    return is_free_of_load(model) or (has_kernels and not model.config.types and _has_kernels(model))
 
 
-def _has_kernels(config: ModelConfig) -> bool:
+def _has_kernels(model: Model) -> bool:
+    config = model.config
     if not isinstance(config, GptOssConfig | LlamaConfig):
         return False
     packed, has_router = "none", True
     if isinstance(config, GptOssConfig):
         packed, has_router = "experts", config.num_experts in _EXPERTS
-    widths = config.width, config.head_width, config.mlp_width
+    widths = config.width, config.head_width, model.own.mlp_width
     return has_router and config.mxfp4 == packed and not any(width % _TILE for width in widths)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from gptjax.axes import GATE_UP, WIDTH
 from gptjax.axes import MLP as MLP_AXIS
-from gptjax.axes import WIDTH
 from gptjax.layers.linear import Linear
 from gptjax.layers.observe import is_observed, observe
 from pallas_kernels.partial_sum import PartialSum
@@ -32,6 +32,7 @@ class MLP(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
+    over: tuple[str, ...] = ()  # axes of the mesh that F is divided over: this is one device's part
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> PartialSum:
@@ -45,7 +46,7 @@ class MLP(nn.Module):
         h_BTF = linear(self.mlp_width, (WIDTH, MLP_AXIS), name="up")(x_BTD)
         h_BTF = ACTIVATIONS[self.activation](h_BTF.astype(jnp.float32)).astype(self.dtype)
         observe(self, "activation", h_BTF)
-        return linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down").partial_sum(h_BTF)
+        return linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down").partial_sum(h_BTF).over(self.over)
 
 
 class GatedMLP(nn.Module):
@@ -59,6 +60,7 @@ class GatedMLP(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
+    over: tuple[str, ...] = ()  # axes of the mesh that F is divided over: this is one device's part
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> PartialSum:
@@ -70,7 +72,7 @@ class GatedMLP(nn.Module):
             use_bias=self.use_bias,
             implementation=self.implementation,
         )
-        gate_up = linear(2 * self.mlp_width, (WIDTH, MLP_AXIS), name="gate_up")
+        gate_up = linear(2 * self.mlp_width, (WIDTH, GATE_UP), name="gate_up")
         h_BTF = None if is_observed(self) else gate_up.gated(x_BTD)
         if h_BTF is None:
             gate_BTF, up_BTF = jnp.split(gate_up(x_BTD), 2, axis=-1)
@@ -78,4 +80,4 @@ class GatedMLP(nn.Module):
             observe(self, "up", up_BTF)
             h_BTF = (jax.nn.silu(gate_BTF.astype(jnp.float32)) * up_BTF.astype(jnp.float32)).astype(self.dtype)
         observe(self, "activation", h_BTF)
-        return linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down").partial_sum(h_BTF)
+        return linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down").partial_sum(h_BTF).over(self.over)

@@ -6,7 +6,18 @@ from pallas_kernels.matvec.api import (
     packed_gated,
     packed_matvec,
     repacked,
+    repacking,
     takes_gated,
 )
 
-__all__ = ["FEW", "PACKED_FEW", "Fragments", "matvec", "packed_gated", "packed_matvec", "repacked", "takes_gated"]
+__all__ = [
+    "FEW",
+    "PACKED_FEW",
+    "Fragments",
+    "matvec",
+    "packed_gated",
+    "packed_matvec",
+    "repacked",
+    "repacking",
+    "takes_gated",
+]
