@@ -56,8 +56,7 @@ class Executor:
     """The device's side of an engine: pools, tables, and what each slot holds. Plans alone change them.
 
     Programs are dispatched, not waited for. Each has a few sizes; `warm_up` compiles them all, or `warm_up_largest`
-    those that can stand in for the others, which it compiles while plans run. On a mesh, both run all programs, which
-    compiles one after another.
+    those that can stand in for the others, which it compiles while plans run. On a mesh, both compile them all first.
     """
 
     def __init__(
@@ -220,10 +219,9 @@ class Executor:
     def _warm_up(self, sizes: _Sizes) -> None:
         times, slots = [time.monotonic()], self._slots
         with Compilation() as compilation:
+            self._call = self._ahead(compilation)
             try:
-                if self._whole is None:  # on a mesh, shapes alone do not say how arrays are divided
-                    self._call = self._ahead(compilation)
-                    self._run_all(sizes)
+                self._run_all(sizes)
                 times.append(time.monotonic())
             finally:
                 self._slots, self._call = slots, self._executables
@@ -249,7 +247,12 @@ class Executor:
 
     def _ahead(self, compilation: Compilation) -> Callable[..., Any]:
         """Compiles programs instead of calling them. Returns the shapes and dtypes of what the calls would return."""
-        return lambda program, *arguments: compilation(self._executables.lower(program, *arguments))
+
+        def call(program: Any, *arguments: Any) -> Any:
+            shapes = compilation(self._executables.lower(program, *arguments))
+            return shapes if self._whole is None else programs.as_divided(shapes, self._slots, self._whole)
+
+        return call
 
     def _all_sizes(self) -> _Sizes:
         ends, levels = powers(1, self._most_ends), tuple(range(len(self._levels)))

@@ -80,6 +80,21 @@ def _by_all_devices(*returns: Any) -> Callable[[_Program], _Program]:
     return decorated
 
 
+def as_divided(shapes: Any, like: Slots, whole: jax.sharding.Sharding) -> Any:
+    """The shapes of what a program returns on a mesh, with how it is divided: slots like others, all else not."""
+
+    def divided(shape: Any) -> Any:
+        if isinstance(shape, Slots):
+            return jax.tree.map(lambda each, other: _shape(each, other.sharding), shape, like)
+        return _shape(shape, whole)
+
+    return jax.tree.map(divided, shapes, is_leaf=lambda each: isinstance(each, Slots))
+
+
+def _shape(shape: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
 def _specs(argument: Any, share: Share, model: Model | None) -> Any:
     """How an argument of a program is divided."""
     if isinstance(argument, FlatParams):
