@@ -6,6 +6,7 @@ from jax.typing import DTypeLike
 
 from gptjax.layers.observe import observe_lazy
 from gptjax.layers.weight import Weight, array, gated_product, product, weight
+from pallas_kernels import same_bits
 from pallas_kernels.partial_sum import PartialSum
 
 
@@ -48,4 +49,4 @@ class Linear(nn.Module):
         return self._finished(self.partial_sum(x), x)
 
     def _finished(self, y: PartialSum, x: jax.Array) -> jax.Array:
-        return y.total().astype(self.dtype).reshape(*x.shape[:-1], self.features)
+        return same_bits.rounded(y.total(), self.dtype).reshape(*x.shape[:-1], self.features)
