@@ -110,7 +110,7 @@ def block(
       implementation: "auto", "mosaic" (if `takes` is true) or "xla".
 
     Returns:
-      The stream and the cache. A row's bits do not depend on the other rows, for a given T.
+      The stream and the cache. A row's bits depend neither on the other rows nor on T, by "mosaic".
 
     Raises:
       ValueError: an unknown implementation, or one that does not support these operands; or a stream for other sizes.
