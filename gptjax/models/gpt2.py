@@ -23,6 +23,7 @@ from gptjax.layers.residual import Residual
 from gptjax.layers.weight import STANDARD_DEVIATION, array
 from gptjax.models.decoder import Decoder
 from pallas_kernels import block as fused_block
+from pallas_kernels import same_bits
 
 
 class Block(nn.Module):
@@ -136,8 +137,9 @@ class GPT2(Decoder):
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The sum of the tokens' and the positions' embeddings, [B, T, D] of `dtype`."""
-        positions_BTD = self.position_embedding[jnp.maximum(positions_BT, 0)]
-        return super().embed(tokens_BT, positions_BT) + positions_BTD.astype(self.dtype)
+        tokens_BTD = super().embed(tokens_BT, positions_BT)
+        positions_BTD = self.position_embedding[jnp.maximum(positions_BT, 0)].astype(self.dtype)
+        return same_bits.rounded(tokens_BTD.astype(jnp.float32) + positions_BTD.astype(jnp.float32), self.dtype)
 
     def through_blocks(
         self, residual: Residual, positions_BT: jax.Array, cache: KVCache | None
