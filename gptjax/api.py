@@ -142,7 +142,7 @@ def load_checkpoint(
         defaults=defaults,
         max_length=length,
         max_batch=max_batch,
-        exact=is_exact_by_default(model) if exact is None else exact,
+        exact=is_exact_by_default(model, rows=rows) if exact is None else exact,
         chat_format=chat_format,
         memory_limit=limit,
     )
