@@ -1,6 +1,6 @@
 """The norm of the row that a product multiplies, computed in each of its blocks: for `row_sm90`.
 
-A thread has eight adjacent numbers of the row, in one round or two. They are added and rounded as in
+A thread has eight adjacent numbers of the row in each of up to three rounds. They are added and rounded as in
 `add_norm.mosaic_sm90`, where a thread has four: the sum and the norm have the same bits.
 """
 
@@ -23,7 +23,7 @@ from pallas_kernels.ptx import Condition, Value
 from pallas_kernels.ptx.rows import LARGEST_WIDTH, STRIP
 
 _EIGHT: Final = 8  # numbers of a thread in a round
-_MOST_ROUNDS: Final = 2  # their numbers are in registers beside the first weights
+_MOST_ROUNDS: Final = 3  # their numbers are in registers beside the first weights
 _FLOATS: Final = (jnp.bfloat16, jnp.float32)
 
 

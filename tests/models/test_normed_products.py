@@ -1,4 +1,4 @@
-"""A product that norms its row by itself: in a model, the same numbers go the same ways as if the norm came before it."""
+"""Products that norm their row: in a model, numbers go the same ways as if the norm came before the product."""
 
 import dataclasses
 from typing import Any

@@ -13,11 +13,9 @@ import pytest
 
 from pallas_kernels import ptx
 from pallas_kernels.matvec import RowNorm
-from pallas_kernels.partial_sum import PartialSum
-from tests.oracles import add_norm_numpy
 from tests.pallas_kernels.emulated_ptx import launched
 from tests.pallas_kernels.marks import needs_mosaic
-from tests.pallas_kernels.matvec.test_packed_matvec import _fragments, _x, assert_gated
+from tests.pallas_kernels.matvec.test_packed_matvec import EPSILON, WHAT, _fragments, _x, assert_gated, to_norm
 from tests.thinned import thinned, thorough
 
 pytestmark = needs_mosaic
@@ -30,7 +28,6 @@ _MODULES = [
     "formats.mxfp4_sm90",
     "formats.ggml.fragments_sm90",
 ]
-EPSILON = 1e-6
 
 
 @pytest.fixture(autouse=True)
@@ -75,35 +72,44 @@ def test_gate_and_up_agree_with_float64(name, apart):
     assert_gated(actual, row, np.split(kernel, 2))
 
 
-def _to_norm(inputs: int, what: str) -> RowNorm:
-    """A row and what is added to it."""
-    case = add_norm_numpy.Case(1, inputs, E=1 if what == "a bias" else 0)
-    x, terms, scale, _ = add_norm_numpy.operands(case, jnp.bfloat16)
-    if what == "float32":
-        scale = scale.astype(jnp.float32) + 1e-3
-        terms = PartialSum(terms.parts_JAO, bias_EO=jnp.ones((1, inputs)) / 3)
-    elif what == "NaN":
-        x = x.at[0, inputs // 2].set(jnp.nan)
-    elif what == "large":
-        terms = PartialSum(3e38 * terms.parts_JAO)  # squares are infinite, and some sums too
-    return RowNorm(x[None], None if what == "nothing" else terms, scale, EPSILON)
+@pytest.fixture
+def factors(monkeypatch: pytest.MonkeyPatch) -> list[set[float]]:
+    """What rows are multiplied by to norm them, of each block that does so. In bfloat16, few bits of it show."""
+    norm, add_norm = (importlib.import_module(f"pallas_kernels.{name}") for name in _MODULES[1::-1])
+    factor, scaling, found = norm.BlockNorm._factor, add_norm.Norm._scaling, []
+
+    def of_product(*operands: Any) -> Any:
+        scale = factor(*operands)
+        found.append(set(scale))
+        return scale
+
+    def of_add_norm(*operands: Any) -> Any:
+        numbers, scale = scaling(*operands)
+        found.append(set(scale))
+        return numbers, scale
+
+    monkeypatch.setattr(norm.BlockNorm, "_factor", of_product)
+    monkeypatch.setattr(add_norm.Norm, "_scaling", of_add_norm)
+    return found
 
 
-@pytest.mark.parametrize("what", ["a term", "nothing", "a bias", "float32", "NaN", "large"])
+@pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("name", ["MXFP4", "Q4_K"])
-def test_a_norm_has_the_bits_of_add_norm(name, what):
+def test_a_norm_has_the_bits_of_add_norm(name, what, factors):
     """With fewer threads than eights of numbers, and in several blocks."""
-    _assert_normed(_to_norm(1280, what), _fragments(name, 128, 1280), _settings(1, 4))
+    _assert_normed(to_norm(1280, what), _fragments(name, 128, 1280), _settings(1, 4))
+    assert len(factors) == 3
+    assert what in ("NaN", "large") or len(set.union(*factors)) == 1
 
 
 @pytest.mark.parametrize(
     ("inputs", "gated"), [(256, False), (768, True), thorough(3584, True), thorough(4096, False), thorough(8192, True)]
 )
-def test_norms_of_every_width_have_the_bits_of_add_norm(inputs, gated):
-    settings = _settings(2, 6) if gated else _settings(4, 3)
-    if inputs == 256:
-        settings = _settings(1, 4)
-    _assert_normed(_to_norm(inputs, "a term"), _fragments("MXFP4", 128, inputs), settings, gated=gated)
+def test_norms_of_every_width_have_the_bits_of_add_norm(inputs, gated, factors):
+    """In a single block, too."""
+    settings = _settings(1, 4) if inputs == 256 else _settings(2, 6) if gated else _settings(4, 3)
+    _assert_normed(to_norm(inputs), _fragments("MXFP4", 64 * (1 + gated), inputs), settings, gated=gated)
+    assert len(set.union(*factors)) == 1
 
 
 def _assert_normed(norm: RowNorm, weight: Any, settings: Any, *, gated: bool = False) -> None:
