@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from gptjax.engine import free_of_load, steps
 from gptjax.layers.cache import kinds, reach, tail_pages
 from gptjax.models.registry import Model
-from gptjax.scheduling.policy import Policy, Rows
+from gptjax.scheduling.policy import Policy
 
 # With an H200, dispatching one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (each call passes
 # hundreds of arrays), which is more than the device needs to compute it.
 _STEPS_PER_DISPATCH = 8
-_LEAST_CHUNK = 32  # tokens of the smallest call whose bits do not depend on its size
 _READERS = 4  # requests in the middle of their prompts
 
 
@@ -38,10 +37,12 @@ def default_policy(
     if steps_per_dispatch < 1:
         raise ValueError(f"steps_per_dispatch must be at least 1, found {steps_per_dispatch}")
     chunk = steps.chunk_of(model) if chunk is None else chunk
-    if not exact or (free_of_load.is_free_of_load(model) and chunk >= _LEAST_CHUNK):
-        return Policy(slots, chunk, steps_per_dispatch, share_decoded=not exact, reuse=reuse)
-    rows: Rows = "needed" if free_of_load.decodes_free_of_load(model) else "all"
-    policy = Policy.same_bits(slots=slots, chunk=chunk, steps=steps_per_dispatch, rows=rows)
+    if not exact:
+        return Policy(slots, chunk, steps_per_dispatch, share_decoded=True, reuse=reuse)
+    least, is_free = free_of_load.least_call(model), free_of_load.is_free_of_load(model, rows=slots)
+    if is_free and chunk >= least:
+        return Policy(slots, chunk, steps_per_dispatch, smallest_call=least, reuse=reuse)
+    policy = Policy.same_bits(slots=slots, chunk=chunk, steps=steps_per_dispatch, rows="needed" if is_free else "all")
     return dataclasses.replace(policy, reuse=reuse)
 
 

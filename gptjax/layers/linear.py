@@ -8,6 +8,7 @@ from gptjax.layers.norm import Normed
 from gptjax.layers.observe import observe_lazy
 from gptjax.layers.residual import Residual
 from gptjax.layers.weight import Weight, array, gated_product, normed_gated_product, normed_product, product, weight
+from pallas_kernels import same_bits
 from pallas_kernels.partial_sum import PartialSum
 
 
@@ -65,4 +66,4 @@ class Linear(nn.Module):
         return self._finished(self.partial_sum(x), x)
 
     def _finished(self, y: PartialSum, x: jax.Array) -> jax.Array:
-        return y.total().astype(self.dtype).reshape(*x.shape[:-1], self.features)
+        return same_bits.rounded(y.total(), self.dtype).reshape(*x.shape[:-1], self.features)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.layers.mlp import GatedMLP
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.append import append
 from pallas_kernels.formats.fragments import MXFP4Fragments
@@ -131,3 +132,12 @@ def test_of_what_is_appended(H, normed):
         return q, k[1:], v[1:]
 
     _assert_alone(jax.jit(run), [parts, np.cos(angle), np.sin(angle), positions])
+
+
+@pytest.mark.parametrize(("D", "F"), [(1024, 3072), (4096, 14336)])
+def test_of_a_gated_mlp(D, F):
+    """XLA computes its activation, and left out the rounding of one row's gate and up."""
+    mlp = GatedMLP(F, use_bias=False, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, implementation="mosaic")
+    x = jnp.asarray(np.random.default_rng(D).standard_normal((MOST, 1, D)), jnp.bfloat16)
+    params = jax.jit(mlp.init)(jax.random.key(D), x[:1])
+    _assert_alone(jax.jit(lambda x: mlp.apply(params, x).total()), [x])

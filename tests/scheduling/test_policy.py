@@ -12,6 +12,7 @@ def test_sizes():
     assert Policy(slots=100, chunk=1024, rows="all").row_sizes == (100,)
     assert Policy(slots=1, chunk=256).call_sizes == (32, 64, 128, 256)
     assert Policy(slots=1, chunk=16).call_sizes == (16,)
+    assert Policy(slots=1, chunk=1024, smallest_call=256).call_sizes == (256, 512, 1024)
     assert [smallest((1, 2, 4, 7), count) for count in range(1, 8)] == [1, 2, 4, 4, 7, 7, 7]
 
 
