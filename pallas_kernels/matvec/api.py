@@ -177,10 +177,21 @@ def repacked(weight: MXFP4 | Quantized, implementation: str = dispatch.AUTO) -> 
     Other devices, which have no such kernel, get it unchanged, and so does a matrix that does not fit: see `fits` in
     `formats.fragments` and `formats.ggml.fragments`.
     """
-    if dispatch.wanted(implementation) != dispatch.MOSAIC:
-        return weight
-    fits = fragments.fits(weight) if isinstance(weight, MXFP4) else ggml_fragments.fits(weight)
-    return _repack(weight) if fits else weight
+    if isinstance(weight, MXFP4):
+        pack = repacking(weight, weight.shape, implementation)
+        return weight if pack is None else pack(weight)
+    return (
+        _repack(weight)
+        if dispatch.wanted(implementation) == dispatch.MOSAIC and ggml_fragments.fits(weight)
+        else weight
+    )
+
+
+def repacking(
+    weight: MXFP4, shape: tuple[int, ...], implementation: str = dispatch.AUTO
+) -> Callable[[MXFP4], Fragments] | None:
+    """What repacks parts of this shape of a matrix, if this device's kernel wants them so."""
+    return _repack if dispatch.wanted(implementation) == dispatch.MOSAIC and fragments.fits(weight, shape) else None
 
 
 @jax.jit
