@@ -66,11 +66,11 @@ def load(
         full, newer requests wait. On a GPU, a share above JAX's usual 0.75 must be given before anything else uses JAX.
         Default: on a GPU, nearly all that JAX has taken; on a CPU, up to half of the free memory for the cache.
       exact: whether results must have the same bits whatever else is or was computed. In float32 on an x86 CPU
-        with AVX2, and for GPT-OSS, Llama and Qwen in bfloat16 on Hopper, the only cost is that later turns do not reuse
-        generated tokens. Elsewhere, each step computes all `max_batch` rows (without `max_batch`, as many as the call
-        uses), each prompt is read by itself, and a prompt that begins like an earlier one reuses only whole chunks of
-        it (of 1024 tokens; 2048 where there are kernels for prompts). None: true where that is the only cost, and on
-        any CPU in float32, else false.
+        with AVX2, and for GPT-OSS, Llama, Qwen and (up to 8 rows) GPT-2 in bfloat16 on Hopper, the only cost is that
+        later turns do not reuse generated tokens. GPT-2 with more rows then computes at least 16. Elsewhere, each step
+        computes all `max_batch` rows (without `max_batch`, as many as the call uses), each prompt is read by itself,
+        and a prompt that begins like an earlier one reuses only whole chunks of it (of 1024 tokens; 2048 where there
+        are kernels for prompts). None: true where the first is the only cost, and on any CPU in float32, else false.
       implementation: which kernels to use; "auto" takes the best available, a named one runs or raises.
       packed: whether weights in the packed types of a GGUF file stay packed in memory. Default: yes, except on a CPU
         that has room for their numbers, because computing with these is faster there.
@@ -155,7 +155,7 @@ def load_checkpoint(
         defaults=defaults,
         max_length=length,
         max_batch=max_batch,
-        exact=is_exact_by_default(model) if exact is None else exact,
+        exact=is_exact_by_default(model, rows=rows) if exact is None else exact,
         chat_format=chat_format,
         memory_limit=limit,
     )

@@ -97,7 +97,7 @@ examples:
         choices=_YES_OR_NO,
         help="whether a request gets the same bits whatever else runs or ran before; where that is not free, each step "
         "then computes all --max-batch rows, and each prompt is read by itself (default: yes where it is free: on a "
-        "CPU in float32, and on a Hopper GPU with GPT-OSS, Llama and Qwen in bfloat16; else no)",
+        "CPU in float32, and on a Hopper GPU with GPT-OSS, Llama, Qwen and, up to 8 slots, GPT-2 in bfloat16; else no)",
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
     _option(parser, "--packed", choices=tuple(PACKED), help=PACKED_HELP)

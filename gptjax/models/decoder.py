@@ -47,7 +47,7 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def norm(self) -> Any:
-        """The module of the final norm: `residual -> (residual, normed_BTD)`."""
+        """The module of the final norm: `residual -> Normed`."""
         raise NotImplementedError
 
     def setup(self) -> None:
@@ -73,7 +73,7 @@ class Decoder(nn.Module):
         """
         x_BTD = observe(self, "embedding", self.embed(tokens_BT, positions_BT))
         residual, cache = self.through_blocks(Residual(x_BTD), positions_BT, cache)
-        _, hidden_BTD = self.final_norm(residual)
+        _, hidden_BTD = self.final_norm(residual).finished()
         return hidden_BTD, None if cache is None else cache.extended(positions_BT)
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:

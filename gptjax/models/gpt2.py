@@ -24,6 +24,7 @@ from gptjax.layers.weight import STANDARD_DEVIATION, array
 from gptjax.models.decoder import Decoder
 from gptjax.sharding.share import Share
 from pallas_kernels import block as fused_block
+from pallas_kernels import same_bits
 
 
 class Block(nn.Module):
@@ -63,11 +64,10 @@ class Block(nn.Module):
         self, residual: Residual, positions_BT: jax.Array, cache: LayerCache | None
     ) -> tuple[Residual, LayerCache | None]:
         """The residual with both updates, the second pending, and the cache with this layer's keys and values."""
-        residual, normed_BTD = self.attention_norm(residual)
-        update, cache = self.attention(normed_BTD, positions_BT, cache)
-        residual, normed_BTD = self.mlp_norm(residual.plus(update))
+        residual, update, cache = self.attention(self.attention_norm(residual), positions_BT, cache)
+        residual, update = self.mlp(self.mlp_norm(residual.plus(update)))
         observe(self, "attention_residual", residual.x_BTD)
-        residual = residual.plus(self.mlp(normed_BTD))
+        residual = residual.plus(update)
         observe_lazy(self, "mlp_residual", residual.total)
         return residual, cache
 
@@ -140,8 +140,9 @@ class GPT2(Decoder):
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The sum of the tokens' and the positions' embeddings, [B, T, D] of `dtype`."""
-        positions_BTD = self.position_embedding[jnp.maximum(positions_BT, 0)]
-        return super().embed(tokens_BT, positions_BT) + positions_BTD.astype(self.dtype)
+        tokens_BTD = super().embed(tokens_BT, positions_BT)
+        positions_BTD = self.position_embedding[jnp.maximum(positions_BT, 0)].astype(self.dtype)
+        return same_bits.rounded(tokens_BTD.astype(jnp.float32) + positions_BTD.astype(jnp.float32), self.dtype)
 
     def through_blocks(
         self, residual: Residual, positions_BT: jax.Array, cache: KVCache | None

@@ -69,8 +69,7 @@ class Block(nn.Module):
         self, residual: Residual, positions_BT: jax.Array, cache: LayerCache | None
     ) -> tuple[Residual, LayerCache | None]:
         """The residual with both updates, the second pending, and the cache with this layer's keys and values."""
-        residual, normed_BTD = self.attention_norm(residual)
-        update, cache = self.attention(normed_BTD, positions_BT, cache)
+        residual, update, cache = self.attention(self.attention_norm(residual), positions_BT, cache)
         residual, update = self.moe(residual.plus(update), positions_BT)
         observe(self, "attention_residual", residual.x_BTD)
         residual = residual.plus(update)

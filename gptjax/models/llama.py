@@ -63,11 +63,10 @@ class Block(nn.Module):
         self, residual: Residual, positions_BT: jax.Array, cache: LayerCache | None
     ) -> tuple[Residual, LayerCache | None]:
         """The residual with both updates, the second pending, and the cache with this layer's keys and values."""
-        residual, normed_BTD = self.attention_norm(residual)
-        update, cache = self.attention(normed_BTD, positions_BT, cache)
-        residual, normed_BTD = self.mlp_norm(residual.plus(update))
+        residual, update, cache = self.attention(self.attention_norm(residual), positions_BT, cache)
+        residual, update = self.mlp(self.mlp_norm(residual.plus(update)))
         observe(self, "attention_residual", residual.x_BTD)
-        residual = residual.plus(self.mlp(normed_BTD))
+        residual = residual.plus(update)
         observe_lazy(self, "mlp_residual", residual.total)
         return residual, cache
 
