@@ -7,7 +7,7 @@ several times), its own gates and ups together, and zeros where the last parts a
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -193,16 +193,26 @@ def random_params(model: Model, seed: int = 0) -> Params:
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=is_packed)
     specs: list[Any] = jax.tree.leaves(weight_specs(model, shapes), is_leaf=is_packed)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
+    makers: dict[Any, Callable[[jax.Array], Any]] = {}  # compiled once for all layers
     found = []
     for key, (path, leaf), spec in zip(keys, leaves, specs, strict=True):
-        one = jax.tree.leaves(spec, is_leaf=lambda each: isinstance(each, P))[0]
-        over = tuple(name for entry in one for name in _named(entry))
-
-        def make(key: jax.Array, leaf: Any = leaf, name: str = path[-1].key, over: tuple[str, ...] = over) -> Any:
-            return random_leaf(jax.random.fold_in(key, jax.lax.axis_index(over)) if over else key, name, leaf)
-
-        found.append(jax.jit(share.run(make, P(), spec))(key))
+        name, one = path[-1].key, _first(spec)
+        kind = name, one, jax.tree.structure(leaf), *((each.shape, each.dtype) for each in jax.tree.leaves(leaf))
+        if kind not in makers:
+            over = tuple(axis for entry in one for axis in _named(entry))
+            makers[kind] = jax.jit(share.run(partial(_random_part, name=name, leaf=leaf, over=over), P(), spec))
+        found.append(makers[kind](key))
     return jax.tree.unflatten(tree, found)
+
+
+def _random_part(key: jax.Array, *, name: str, leaf: Any, over: tuple[str, ...]) -> Any:
+    return random_leaf(jax.random.fold_in(key, jax.lax.axis_index(over)) if over else key, name, leaf)
+
+
+def _first(spec: Any) -> P:
+    """How a weight is divided: a packed one's arrays are all divided so."""
+    first: P = jax.tree.leaves(spec, is_leaf=lambda leaf: isinstance(leaf, P))[0]
+    return first
 
 
 def repacked(model: Model, params: Params) -> Params:
@@ -212,14 +222,17 @@ def repacked(model: Model, params: Params) -> Params:
     share, own = _share(model), abstract_params(model)
     leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)
     shapes, specs = (jax.tree.leaves(each, is_leaf=is_packed) for each in (own, weight_specs(model, params)))
+    packers: dict[Any, Callable[[Any], Any]] = {}  # compiled once for all layers
     found = []
     for (path, leaf), shape, spec in zip(leaves, shapes, specs, strict=True):
         pack = None
         if isinstance(leaf, MXFP4) and path[-1].key != "token_embedding":
             pack = (moe if leaf.ndim == 3 else matvec).repacking(leaf, shape.shape, model.implementation)
         if pack is not None:
-            one = jax.tree.leaves(spec, is_leaf=lambda each: isinstance(each, P))[0]
-            fitting = jax.block_until_ready(jax.jit(share.run(pack, (spec,), one))(leaf))
+            one = _first(spec)
+            if (pack, one) not in packers:
+                packers[pack, one] = jax.jit(share.run(pack, (spec,), one))
+            fitting = jax.block_until_ready(packers[pack, one](leaf))
             jax.tree.map(lambda array: array.delete(), leaf)
             leaf = fitting
         found.append(leaf)
