@@ -8,7 +8,18 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from gptjax.cli.common import MODEL_HELP, PACKED, PACKED_HELP, add_command, add_overrides, model_name, overrides, packed
+from gptjax.cli.common import (
+    MESH_HELP,
+    MODEL_HELP,
+    PACKED,
+    PACKED_HELP,
+    add_command,
+    add_overrides,
+    mesh,
+    model_name,
+    overrides,
+    packed,
+)
 from gptjax.support.processes import leave
 
 if TYPE_CHECKING:
@@ -90,6 +101,7 @@ examples:
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
     _option(parser, "--packed", choices=tuple(PACKED), help=PACKED_HELP)
+    _option(parser, "--mesh", metavar="SIZES", help=MESH_HELP)
     _option(parser, "--tokenizer", metavar="PATH", help="take the tokenizer from this directory or GGUF file instead")
     _option(
         parser,
@@ -244,6 +256,7 @@ def _load_and_serve(args: argparse.Namespace, checkpoint: "Checkpoint", front: "
         memory=args.memory,
         exact=None if args.exact is None else args.exact == "yes",
         packed=packed(args),
+        mesh=mesh(args),
         tokenizer=args.tokenizer,
         chat_format=args.chat_format,
     )

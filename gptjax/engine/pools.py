@@ -70,7 +70,7 @@ def pool_kinds(model: Model, *, max_length: int, policy: Policy) -> tuple[Kind, 
     if these may end inside a page, which is then copied, there is one more page, even if one request fills the others.
     """
     config = model.config
-    layer_bytes = 2 * policy.page * config.num_kv_heads * config.head_width * jnp.dtype(model.dtype).itemsize
+    layer_bytes = 2 * policy.page * model.own.num_kv_heads * config.head_width * jnp.dtype(model.dtype).itemsize
     layers, slots, whole = reach(config.windows, max_length), policy.slots, policy.pages(max_length)
     copied = 1 if policy.reuse and policy.chunk_multiple % policy.page else 0
     found = []
