@@ -12,7 +12,7 @@ from tests.thinned import thinned
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 _IDS = [page.name if page.parent != ROOT else "root" for page in PAGES]
-_LONG = ("gpt-oss.md", "quantization.md")  # what they show compiles for up to a minute
+_LONG = ("forward-pass.md", "gpt-oss.md", "quantization.md")  # what they show compiles for up to a minute
 each_page = pytest.mark.parametrize("page", PAGES, ids=_IDS)
 each_page_to_run = pytest.mark.parametrize(
     "page", thinned(PAGES, *(page for page in PAGES if page.name not in _LONG)), ids=_IDS
