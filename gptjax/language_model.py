@@ -250,6 +250,7 @@ class LanguageModel:
         "final_norm" and "logits"; see `gptjax.models.stages` for their names and shapes.
         """
         ids = self._checked_ids(token_ids, self.config.context_length)
+        self._check_one_device("activations")
         self._shared.release()  # all stages together may need more memory than a cache
         with self._guard(max_length=len(ids)):
             return activations(self.model, self.params, ids)
@@ -260,6 +261,7 @@ class LanguageModel:
         Raises:
           CapacityError: `max_length` is more than the model's positions, or memory is short.
         """
+        self._check_one_device("init_state")
         length = self.max_length if max_length is None else limits.positions(self.config, max_length)
         rows = limits.at_least_one("batch", batch)
         with self._guard(batch=rows, max_length=length, state=True):
@@ -335,6 +337,10 @@ class LanguageModel:
         if self._params is None:
             raise RequestError("this model was closed; load it again")
         return self._params
+
+    def _check_one_device(self, what: str) -> None:
+        if self.model.own.mesh is not None:
+            raise RequestError(f"{what} is for a model on one device: load it without a mesh")
 
     def _guard(
         self, *, batch: int = 1, max_length: int | None = None, state: bool = False

@@ -22,6 +22,7 @@ ROOMS = [
     "gptjax.text",
     "gptjax.checkpoints",
     "gptjax.layers",
+    "gptjax.sharding",
     "gptjax.models",
     "convert",
     "gptjax.scheduling",

@@ -56,7 +56,7 @@ class Executor:
     """The device's side of an engine: pools, tables, and what each slot holds. Plans alone change them.
 
     Programs are dispatched, not waited for. Each has a few sizes; `warm_up` compiles them all, or `warm_up_largest`
-    those that can stand in for the others, which it compiles while plans run.
+    those that can stand in for the others, which it compiles while plans run. On a mesh, both compile them all first.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Executor:
         """
         self._model = model
         self._params = FlatParams.of(params)
+        self._whole = model.own.sharding()  # where arrays go that are the same on all devices; None: the only one
         self._policy = policy
         self._pages, self._max_length = tuple(pages), max_length
         self._branches = jax.default_backend() == "cpu"
@@ -101,12 +102,14 @@ class Executor:
         cache = registry.create_pools(
             self._model, pages=self._pages, rows=self._policy.slots, max_length=self._max_length
         )
+        shape = self._policy.slots, self._model.config.vocab_size
         self._tables = [np.zeros(table.shape, np.int32) for table in cache.tables]  # what the device has, too
         self._slots = programs.Slots(
             cache=cache,
             # A slot that was never filled draws -1 instead of a token.
-            logits_BV=jnp.full((self._policy.slots, self._model.config.vocab_size), jnp.nan, jnp.float32),
-            counts_BV=jnp.zeros((self._policy.slots, self._model.config.vocab_size), jnp.int32),
+            logits_BV=jnp.full(shape, jnp.nan, jnp.float32, device=self._whole),
+            counts_BV=jnp.zeros(shape, jnp.int32, device=self._whole),
+            share=self._model.share,
         )
 
     def run(self, plan: Plan, requests: Mapping[int, Request]) -> sampling.Sampled | None:
@@ -161,7 +164,7 @@ class Executor:
         on nothing else, all programs are compiled now.
         """
         every, policy = self._all_sizes(), self._policy
-        if not policy.packed or policy.rows != "needed":
+        if not policy.packed or policy.rows != "needed" or self._whole is not None:
             self.warm_up()
             return
         self._compiled = largest = every.largest()
@@ -244,7 +247,12 @@ class Executor:
 
     def _ahead(self, compilation: Compilation) -> Callable[..., Any]:
         """Compiles programs instead of calling them. Returns the shapes and dtypes of what the calls would return."""
-        return lambda program, *arguments: compilation(self._executables.lower(program, *arguments))
+
+        def call(program: Any, *arguments: Any) -> Any:
+            shapes = compilation(self._executables.lower(program, *arguments))
+            return shapes if self._whole is None else programs.as_divided(shapes, self._slots, self._whole)
+
+        return call
 
     def _all_sizes(self) -> _Sizes:
         ends, levels = powers(1, self._most_ends), tuple(range(len(self._levels)))
@@ -273,7 +281,7 @@ class Executor:
 
     def _send_tables(self) -> None:
         # Copies: on a CPU, JAX may use NumPy's memory, and programs that read it may run later than the next change.
-        tables = tuple(jax.device_put(table.copy()) for table in self._tables)
+        tables = tuple(jax.device_put(table.copy(), self._whole) for table in self._tables)
         self._slots = dataclasses.replace(self._slots, cache=dataclasses.replace(self._slots.cache, tables=tables))
 
     def _copy(self, kind: int, copies: Sequence[Copy]) -> None:
@@ -346,7 +354,7 @@ class Executor:
         return rows
 
     def _run_decode(self, rows: np.ndarray, settings: sampling.Sampling, num_steps: int) -> sampling.Sampled:
-        sent = jax.device_put(rows)
+        sent = jax.device_put(rows, self._whole)
         if num_steps == 1:
             # Two calls, so that the token can be read before the step is done.
             sampled = self._call(programs.sample, self._slots, sent, settings)
@@ -358,7 +366,9 @@ class Executor:
         return sampled
 
     def _settings_of(self, requests: Sequence[Request | None], features: Features) -> sampling.Sampling:
-        return settings_of(requests, self._model.config.vocab_size, features, branches=self._branches)
+        return settings_of(
+            requests, self._model.config.vocab_size, features, branches=self._branches, device=self._whole
+        )
 
     def _needed(self, requests: Sequence[Request | None]) -> Features:
         """The parts of sampling to compute for some rows."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gptjax.engine import free_of_load, steps
 from gptjax.layers.cache import kinds, reach, tail_pages
 from gptjax.models.registry import Model
-from gptjax.scheduling.policy import Policy
+from gptjax.scheduling.policy import Policy, Rows
 
 # With an H200, dispatching one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (each call passes
 # hundreds of arrays), which is more than the device needs to compute it.
@@ -41,9 +41,11 @@ def default_policy(
         return Policy(slots, chunk, steps_per_dispatch, share_decoded=True, reuse=reuse)
     least, is_free = free_of_load.least_call(model), free_of_load.is_free_of_load(model, rows=slots)
     if is_free and chunk >= least:
-        return Policy(slots, chunk, steps_per_dispatch, smallest_call=least, reuse=reuse)
-    policy = Policy.same_bits(slots=slots, chunk=chunk, steps=steps_per_dispatch, rows="needed" if is_free else "all")
-    return dataclasses.replace(policy, reuse=reuse)
+        policy = Policy(slots, chunk, steps_per_dispatch, smallest_call=least)
+    else:
+        rows: Rows = "needed" if is_free else "all"
+        policy = Policy.same_bits(slots=slots, chunk=chunk, steps=steps_per_dispatch, rows=rows)
+    return dataclasses.replace(policy, smallest_rows=free_of_load.least_rows(model, slots=slots), reuse=reuse)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ def pool_kinds(model: Model, *, max_length: int, policy: Policy) -> tuple[Kind, 
     if these may end inside a page, which is then copied, there is one more page, even if one request fills the others.
     """
     config = model.config
-    layer_bytes = 2 * policy.page * config.num_kv_heads * config.head_width * jnp.dtype(model.dtype).itemsize
+    layer_bytes = 2 * policy.page * model.own.num_kv_heads * config.head_width * jnp.dtype(model.dtype).itemsize
     layers, slots, whole = reach(config.windows, max_length), policy.slots, policy.pages(max_length)
     copied = 1 if policy.reuse and policy.chunk_multiple % policy.page else 0
     found = []

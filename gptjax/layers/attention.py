@@ -36,6 +36,7 @@ class Attention(nn.Module):
     rope: Rope | None = None  # None if positions are not rotary
     window: int | None = None  # positions that a query sees, its own included; None is all
     use_sinks: bool = False  # a learned logit per head, which takes a share of the softmax but has no value
+    over: tuple[str, ...] = ()  # axes of the mesh that the heads are divided over: these are one device's
 
     @nn.compact
     def __call__(
@@ -72,7 +73,7 @@ class Attention(nn.Module):
             out_BTNH = cache.attend(q_BTNH, positions_BT, sinks_N, scale=self.scale, implementation=self.implementation)
         observe(self, "heads", out_BTNH)
         out = linear(D, (HEADS, WIDTH), use_bias=self.out_bias, name="out")
-        return residual, out.partial_sum(out_BTNH.reshape(B, T, N * H)), cache
+        return residual, out.partial_sum(out_BTNH.reshape(B, T, N * H)).over(self.over), cache
 
     def _among_themselves(
         self,

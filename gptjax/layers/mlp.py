@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from gptjax.axes import GATE_UP, WIDTH
 from gptjax.axes import MLP as MLP_AXIS
-from gptjax.axes import WIDTH
 from gptjax.layers.linear import Linear
 from gptjax.layers.norm import Normed
 from gptjax.layers.observe import is_observed, observe
@@ -34,6 +34,7 @@ class MLP(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
+    over: tuple[str, ...] = ()  # axes of the mesh that F is divided over: this is one device's part
 
     @nn.compact
     def __call__(self, normed: Normed) -> tuple[Residual, PartialSum]:
@@ -48,7 +49,7 @@ class MLP(nn.Module):
         h_BTF = linear(self.mlp_width, (WIDTH, MLP_AXIS), name="up")(x_BTD)
         h_BTF = ACTIVATIONS[self.activation](h_BTF.astype(jnp.float32)).astype(self.dtype)
         observe(self, "activation", h_BTF)
-        return residual, linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down").partial_sum(h_BTF)
+        return residual, linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down").partial_sum(h_BTF).over(self.over)
 
 
 class GatedMLP(nn.Module):
@@ -62,6 +63,7 @@ class GatedMLP(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
+    over: tuple[str, ...] = ()  # axes of the mesh that F is divided over: this is one device's part
 
     @nn.compact
     def __call__(self, normed: Normed) -> tuple[Residual, PartialSum]:
@@ -73,10 +75,10 @@ class GatedMLP(nn.Module):
             use_bias=self.use_bias,
             implementation=self.implementation,
         )
-        gate_up = linear(2 * self.mlp_width, (WIDTH, MLP_AXIS), name="gate_up")
+        gate_up = linear(2 * self.mlp_width, (WIDTH, GATE_UP), name="gate_up")
         residual, h_BTF = self._activated(gate_up, normed)
         observe(self, "activation", h_BTF)
-        return residual, linear(normed.shape[-1], (MLP_AXIS, WIDTH), name="down").partial_sum(h_BTF)
+        return residual, linear(normed.shape[-1], (MLP_AXIS, WIDTH), name="down").partial_sum(h_BTF).over(self.over)
 
     def _activated(self, gate_up: Linear, normed: Normed) -> tuple[Residual, jax.Array]:
         """The residual, and silu(gate) · up [B, T, F]; in one kernel, with or without the norm, if there is one."""

@@ -18,6 +18,7 @@ class Policy:
     steps: int = 1  # decode steps of one call, if no request waits for its first token
     page: int = PAGE
     smallest_call: int = 32  # tokens: shorter calls are padded
+    smallest_rows: int = 1  # of a decode call
     chunk_multiple: int = 1  # prompts are cut, and beginnings reused, only at multiples of this
     packed: bool = True  # pieces of several prompts share a call
     pieces: int = 32  # the most of a call
@@ -44,7 +45,8 @@ class Policy:
         return cls(slots, chunk, steps, page, chunk_multiple=chunk, packed=False, rows=rows)
 
     def __post_init__(self) -> None:
-        for name in ("slots", "chunk", "steps", "page", "smallest_call", "chunk_multiple", "pieces"):
+        least_one = "slots", "chunk", "steps", "page", "smallest_call", "smallest_rows", "chunk_multiple", "pieces"
+        for name in least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.chunk & (self.chunk - 1):
@@ -60,7 +62,7 @@ class Policy:
     @property
     def row_sizes(self) -> tuple[int, ...]:
         """The sizes of decode calls, in rows: powers of two up to the slots, or the slots alone."""
-        return (self.slots,) if self.rows == "all" else powers(1, self.slots)
+        return (self.slots,) if self.rows == "all" else powers(min(self.smallest_rows, self.slots), self.slots)
 
     def pages(self, positions: int) -> int:
         """How many pages hold this many positions from 0."""

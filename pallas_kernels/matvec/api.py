@@ -40,8 +40,8 @@ def matvec(
       kernel: [I, O], of x's dtype.
       bias_O: of any floating dtype.
       transposed: whether the kernel is [O, I], as the head's is.
-      implementation: "auto", "mosaic" (bfloat16, I and O multiples of 64; transposed, O any multiple of 8,
-        and up to 8 rows any), "triton" (bfloat16, float16 or float32, not transposed) or "xla".
+      implementation: "auto", "mosaic" (bfloat16, I and O multiples of 64; transposed, O any number), "triton"
+        (bfloat16, float16 or float32, not transposed) or "xla".
 
     Returns:
       [T, O] float32. Whoever reads it adds up the parts of I, and the bias. A row's bits do not depend on the others;
@@ -53,12 +53,12 @@ def matvec(
     if x_TI.shape[0] > FEW:
         raise ValueError(f"matvec takes up to {FEW} rows, found {x_TI.shape[0]}: use a product of matrices")
     available: dict[str, Callable[..., PartialSum]] = {dispatch.XLA: partial(reference.product, transposed=transposed)}
-    (T, inputs), outputs = x_TI.shape, kernel.shape[0 if transposed else 1]
+    T, outputs = x_TI.shape[0], kernel.shape[0 if transposed else 1]
     wanted = dispatch.wanted(implementation) if x_TI.dtype == kernel.dtype else dispatch.XLA
     if wanted == dispatch.MOSAIC and x_TI.dtype == jnp.bfloat16:
         from pallas_kernels.matvec import mosaic_sm90
 
-        if mosaic_sm90.takes(T, inputs, outputs, transposed):
+        if mosaic_sm90.takes(x_TI.shape[1], outputs, transposed):
             available[dispatch.MOSAIC] = partial(mosaic_sm90.product, transposed=transposed)
     # If rows are not multiples of 16 bytes, the Triton kernel would load number by number.
     is_faster = T <= _TRITON_FASTER and outputs % 8 == 0
@@ -177,10 +177,21 @@ def repacked(weight: MXFP4 | Quantized, implementation: str = dispatch.AUTO) -> 
     Other devices, which have no such kernel, get it unchanged, and so does a matrix that does not fit: see `fits` in
     `formats.fragments` and `formats.ggml.fragments`.
     """
-    if dispatch.wanted(implementation) != dispatch.MOSAIC:
-        return weight
-    fits = fragments.fits(weight) if isinstance(weight, MXFP4) else ggml_fragments.fits(weight)
-    return _repack(weight) if fits else weight
+    if isinstance(weight, MXFP4):
+        pack = repacking(weight, weight.shape, implementation)
+        return weight if pack is None else pack(weight)
+    return (
+        _repack(weight)
+        if dispatch.wanted(implementation) == dispatch.MOSAIC and ggml_fragments.fits(weight)
+        else weight
+    )
+
+
+def repacking(
+    weight: MXFP4, shape: tuple[int, ...], implementation: str = dispatch.AUTO
+) -> Callable[[MXFP4], Fragments] | None:
+    """What repacks parts of this shape of a matrix, if this device's kernel wants them so."""
+    return _repack if dispatch.wanted(implementation) == dispatch.MOSAIC and fragments.fits(weight, shape) else None
 
 
 @jax.jit

@@ -42,10 +42,27 @@ def test_on_hopper_what_a_decode_steps_products_do_not_take_is_computed_as_befor
     assert policy.row_sizes == (1, 2, 4, 8) and policy.chunk_multiple == policy.chunk and not policy.packed
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_on_hopper_gpt2_has_two_classes(hopper, name):
+    """Up to eight rows, a block is one kernel. With more slots, no step has so few rows; speed is the default there."""
+    model = _model(name)
+    for slots, sizes in ((1, (1,)), (8, (1, 2, 4, 8)), (9, (9,)), (16, (16,)), (100, (16, 32, 64, 100)), (200, (200,))):
+        assert is_exact_by_default(model, rows=slots) == (slots <= 8)
+        assert is_free_of_load(model, rows=slots) == (slots <= 128)
+        policy = default_policy(model, slots=slots)
+        assert policy.row_sizes == sizes and policy.packed == (slots <= 128)
+        assert default_policy(model, slots=slots, exact=False).row_sizes[0] == 1
+    assert default_policy(model, slots=16).call_sizes[0] == 256
+    assert default_policy(model, slots=16, chunk=128).row_sizes == (16,)
+
+
 @pytest.mark.parametrize(
     ("name", "other"),
     [
-        ("gpt2", {}),  # a block is one kernel up to eight rows
+        ("gpt2", {"mxfp4": "linear"}),
+        ("gpt2", {"width": 800}),
+        ("gpt2", {"context_length": 8192}),  # the block's kernel takes 4,096 positions
+        ("gpt2", {"dtype": "float16"}),
         ("gpt-oss-20b", {"mxfp4": "none"}),
         ("gpt-oss-20b", {"mxfp4": "linear"}),
         ("gpt-oss-20b", {"width": 2888}),
