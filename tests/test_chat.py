@@ -131,6 +131,7 @@ def test_what_is_wrong_is_said_when_the_call_is_made(tales, messages, options, e
         tales.chat(messages, **options)
 
 
+@pytest.mark.thorough
 def test_a_tokenizer_without_harmony_cannot_chat_but_generates(lm):
     with pytest.raises(RequestError, match=r"lacks harmony's special tokens <\|start\|>"):
         lm.chat(ASK)

@@ -24,16 +24,7 @@ from gptjax.config import PUBLISHED, GptOssConfig
 from gptjax.models import registry
 from gptjax.models.stages import stages
 from gptjax.support.runtime import compute_dtype
-from tests.pages import (
-    PAGES,
-    ROOT,
-    each_page,
-    each_page_of_commands_to_run,
-    each_page_to_run,
-    fences,
-    prose,
-    squeezed,
-)
+from tests.pages import PAGES, ROOT, each_page, each_page_to_run, fences, prose, squeezed
 from tests.thinned import thinned
 
 NOT_RUN = {
@@ -150,7 +141,7 @@ def test_commands_are_understood(page):
             _parser().parse_args(argv)
 
 
-@each_page_of_commands_to_run
+@each_page_to_run
 def test_commands_that_are_cheap_run(page, shared, monkeypatch, capsys):
     for fence in fences(page):
         for argv, piped in _commands(fence.text) if fence.language == "sh" else ():

@@ -85,6 +85,7 @@ def test_loading_is_timed_and_its_host_memory_is_told():
     assert 45 << 20 < loading.host_bytes < 80 << 20
 
 
+@pytest.mark.thorough
 def test_random_checkpoints_are_read_as_what_they_are(tmp_path, capsys, monkeypatch):
     """A small "published" size, in several shards; every tensor of it is one that the loader wants."""
     small = dataclasses.replace(

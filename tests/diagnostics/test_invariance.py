@@ -39,6 +39,7 @@ def _trials(**options):
     return list(trials(MODEL, made_params(), **given))
 
 
+@pytest.mark.thorough
 @needs_same_bits
 def test_requests_are_compared_alone_and_in_company_some_of_them_set_aside(monkeypatch):
     set_aside, original = [], Scheduler._set_aside

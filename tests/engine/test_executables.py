@@ -24,6 +24,7 @@ from gptjax.support import fingerprint, runtime
 from gptjax.support.private_files import PrivateFiles
 from tests.engine import executables_process as material
 from tests.engine.test_engine import MIXED, MODEL, _run, made_params
+from tests.thinned import thinned
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,7 +98,7 @@ def _engine() -> Engine:
     return Engine(MODEL, made_params(), batch=2, max_length=300, policy=policy, pages=(9,))
 
 
-@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("warm", thinned([False, True], True))
 def test_an_engine_runs_the_programs_of_an_earlier_one(kept, monkeypatch, warm):
     monkeypatch.setattr(runtime, "_executables", None)
     expected = _run(_engine(), MIXED)

@@ -188,6 +188,7 @@ def test_a_pool_that_is_too_small_for_all_sets_the_newest_aside(made):  # noqa: 
         _engine(made, pages=[3] * len(pages)).add(requests[0])
 
 
+@pytest.mark.thorough
 def test_packed_prompts_and_rows_by_need_give_the_same_tokens(made):  # noqa: F811
     """Their sizes change with the load, so log-probabilities may differ by rounding."""
     policy = Policy(slots=4, chunk=64, steps=4)

@@ -178,7 +178,7 @@ def test_what_is_rounded_stays_rounded() -> None:
 
 
 @chained
-@pytest.mark.parametrize("H", [16, 64])
+@pytest.mark.parametrize("H", [16, thorough(64)])
 def test_attention_of_few_and_of_many_queries(H: int) -> None:
     """A query's bits do not depend on how many of its prompt are in the call."""
     rng = np.random.default_rng(H)

@@ -164,6 +164,7 @@ def stands_still(address):
     return counts[0] == counts[-1] > 0
 
 
+@pytest.mark.thorough
 def test_a_stream_that_is_read_ends_in_order(start):
     server = start(FAKE, *OPTIONS, "0.3")
     body = {"prompt": "a", "stream": True, "max_tokens": 1 << 30}
@@ -193,6 +194,7 @@ def reading(lines):
     return [json.loads(line[6:]) if line != "data: [DONE]" else None for line in filter(None, lines)]
 
 
+@pytest.mark.thorough
 def test_ctrl_c_which_both_processes_get_counts_once(start):
     server = start(FAKE, *OPTIONS, "0.3")
     body = {"prompt": "a", "stream": True, "max_tokens": 1 << 30}
@@ -204,6 +206,7 @@ def test_ctrl_c_which_both_processes_get_counts_once(start):
     server.end()
 
 
+@pytest.mark.thorough
 def test_a_signal_to_the_process_that_speaks_http_ends_both(start):
     server = start(FAKE, *OPTIONS, "0.3")
     server.listening()
@@ -247,6 +250,7 @@ def test_a_worker_that_dies_ends_both(start):
     assert "the worker died: planted" in server.log
 
 
+@pytest.mark.thorough
 def test_a_process_that_hangs_sends_no_heartbeat(start):
     server = start(FAKE)
     address = server.listening()
@@ -276,6 +280,7 @@ def test_a_process_that_ends_while_it_loads_leaves_none(start, number):
     server.end(number, status=0 if number == signal.SIGTERM else -number)
 
 
+@pytest.mark.thorough
 def test_a_port_that_is_taken_ends_both(start):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
