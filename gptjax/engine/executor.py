@@ -21,7 +21,7 @@ from gptjax.engine.compilation import Compilation, Later
 from gptjax.engine.executables import Executables
 from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.engine.request import Request
-from gptjax.engine.settings import Features, settings_of
+from gptjax.engine.settings import Features, settings_of, with_allowed
 from gptjax.models import registry
 from gptjax.models.registry import Model
 from gptjax.scheduling.plan import Copy, DecodeCall, Plan, PrefillCall
@@ -109,11 +109,14 @@ class Executor:
             counts_BV=jnp.zeros((self._policy.slots, self._model.config.vocab_size), jnp.int32),
         )
 
-    def run(self, plan: Plan, requests: Mapping[int, Request]) -> sampling.Sampled | None:
+    def run(
+        self, plan: Plan, requests: Mapping[int, Request], words_BW: np.ndarray | None = None
+    ) -> sampling.Sampled | None:
         """Dispatches a plan.
 
         Args:
           requests: those that join, by their numbers.
+          words_BW: int32: the tokens that the rows of its decode call may draw; None: any.
 
         Returns:
           What its decode call draws, a row of the call each, on the device; stacked if it has several steps.
@@ -121,7 +124,7 @@ class Executor:
         for join in plan.joins:
             self._requests[join.slot] = request = requests[join.request]
             self._numbers[join.slot] = join.request
-            self._features |= Features.of(request.params)
+            self._features |= Features.of_request(request)
             for table in self._tables:
                 table[join.slot] = 0
             if request.params.penalises:
@@ -134,7 +137,7 @@ class Executor:
             self._copy(kind, [copy for copy in plan.copies if copy.pool == kind])
         for call in plan.prefill:
             self._prefill(call)
-        return None if plan.decode is None else self._decode(plan.decode)
+        return None if plan.decode is None else self._decode(plan.decode, words_BW)
 
     def number(self, slot: int) -> int:
         """The request that took a slot last."""
@@ -320,14 +323,14 @@ class Executor:
         slot_M = np.asarray(slots, np.int32)
         self._slots = self._call(programs.keep_logits, self._model, self._params, self._slots, hidden_MD, slot_M)
 
-    def _decode(self, call: DecodeCall) -> sampling.Sampled:
+    def _decode(self, call: DecodeCall, words_BW: np.ndarray | None) -> sampling.Sampled:
         requests: list[Request | None] = [None] * call.size
         for place, row in zip(self.places(call), call.rows, strict=True):
             requests[place] = self._requests[row.slot]
         key = tuple(requests), self._features
         if self._settings is None or self._settings[0] != key:  # mostly the same rows as before
             self._settings = key, self._settings_of(requests, self._needed(requests))
-        return self._run_decode(self._rows(call), self._settings[1], call.steps)
+        return self._run_decode(self._rows(call), with_allowed(self._settings[1], words_BW), call.steps)
 
     def places(self, call: DecodeCall) -> list[int]:
         """Where the programs compute each row of a call: if they compute all slots, where its slot is."""
@@ -364,7 +367,7 @@ class Executor:
         """The parts of sampling to compute for some rows."""
         if not self._levels:
             return self._features
-        each = {Features.of(request.params) for request in requests if request is not None}
+        each = {Features.of_request(request) for request in requests if request is not None}
         used = functools.reduce(operator.or_, each, Features())
         levels = [self._levels[level] for level in self._compiled.levels]
         return next(level for level in levels if level | used == level)

@@ -15,10 +15,10 @@ import jax
 
 from gptjax.engine import memory, steps
 from gptjax.engine.engine import Engine
-from gptjax.engine.output import NOT_FINITE
+from gptjax.engine.output import failure_of
 from gptjax.engine.pool_sizes import pools
 from gptjax.engine.pools import default_policy, pool_kinds, pool_tokens
-from gptjax.engine.request import Request, Token
+from gptjax.engine.request import TOO_COMPLEX, Request, Token
 from gptjax.engine.settings import Features
 from gptjax.language_model import LanguageModel
 from gptjax.server.events import Deliver, Event, Failed, QueueFull, State, Ticket, Tokens, Unavailable
@@ -132,10 +132,13 @@ class Worker:
           deliver: called with each event. If it raises, or what it returns does, the request is cancelled.
 
         Raises:
-          RequestError, CapacityError: the request is invalid.
+          RequestError, CapacityError: the request is invalid, or its grammar cannot be compiled.
           QueueFull, Unavailable: it cannot be run now.
         """
         request.check(vocab_size=self._model.config.vocab_size, max_length=self._model.max_length)
+        if request.grammar is not None:  # here, so that the thread need not do it
+            assert self._model.compiler is not None
+            self._model.compiler.prepare(request.grammar)
         with self._changed:
             self._check_room()
             self._accepted += 1
@@ -278,6 +281,7 @@ class Worker:
             levels=_LEVELS,
             policy=self._policy,
             pages=self._pages,
+            compiler=self._model.compiler,
         )
 
     def _turn(self, engine: Engine) -> bool:
@@ -334,7 +338,8 @@ class Worker:
             if job.cancelled:
                 continue  # `_leave` handles it
             if token.token_id < 0:
-                self._end(engine, job, Failed(NOT_FINITE, "not_finite"))
+                kind = "grammar" if token.token_id == TOO_COMPLEX else "not_finite"
+                self._end(engine, job, Failed(failure_of(token.token_id), kind))
                 continue
             if not job.fresh:
                 self._given.append(job)
