@@ -73,8 +73,8 @@ class Executor:
 
         Args:
           pages: of the pool of each kind of layers, in the order of `layers.cache.kinds`.
-          levels: sets of features, each including the one before; the first that covers a call's requests is computed.
-            By default, the features that any request so far has used. On a CPU, they are not needed: one program has
+          levels: sets of features, of which the last includes all others; the first that covers a call's requests is
+            computed. By default, the features that any request so far has used. On a CPU, they are not needed: one program has
             all features, and skips what no row uses. On a GPU, the host would wait for the device at each branch.
         """
         self._model = model
@@ -271,7 +271,9 @@ class Executor:
         for size in row_sizes:
             for level in [self._levels[level] for level in levels] or [self._features]:
                 settings = self._settings_of([None] * size, level)
-                for num_steps in {1, self._policy.steps}:
+                # Rows with a grammar have calls of one step. (The last level is for all others as well.)
+                once = level.constrains and level in self._levels[:-1]
+                for num_steps in {1} if once else {1, self._policy.steps}:
                     self._run_decode(self._rows(DecodeCall(size, num_steps, ())), settings, num_steps)
 
     def _send_tables(self) -> None:

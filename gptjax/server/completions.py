@@ -19,6 +19,7 @@ from gptjax.server.errors import ApiError, bad_request, of_gptjax
 from gptjax.server.generation import Generation, Row, usage_json
 from gptjax.server.logprobs import LegacyLogprobs, joined
 from gptjax.server.schema import (
+    GUIDED,
     MOST_CHOICES,
     MOST_TOKENS,
     WITHOUT_EFFECT,
@@ -175,10 +176,10 @@ async def respond(request: Request) -> Response:
 
 
 def _is_quick(values: dict[str, Any]) -> bool:
-    """Whether the prompt consists of a few thousand token ids, which need not be encoded, nor decoded for an echo."""
+    """Whether nothing takes long: the prompt is a few thousand token ids, not to be decoded, and there is no grammar."""
     prompt = values.get("prompt")
     ids = isinstance(prompt, list) and 0 < len(prompt) <= _FEW_IDS and type(prompt[0]) is int
-    return ids and not values.get("echo")
+    return ids and not values.get("echo") and not any(name in values for name in GUIDED)
 
 
 class Answer:

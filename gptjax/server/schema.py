@@ -17,7 +17,7 @@ WITHOUT_EFFECT: Final = frozenset(
 )
 MOST_CHOICES: Final = 128
 MOST_TOKENS: Final = 1 << 31
-_GUIDED: Final = ("guided_json", "guided_regex", "guided_grammar")
+GUIDED: Final = ("guided_json", "guided_regex", "guided_grammar")
 _SEEDS: Final = 1 << 32
 _MOST_TOKEN: Final = (1 << 31) - 1
 _TOKEN_KEY: Final = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -63,7 +63,7 @@ def read_thinking(fields: Fields) -> bool | None:
 
 def read_guided(fields: Fields) -> Grammar | None:
     """What the text must be, under the names that vLLM has for it."""
-    given = {name: fields.take(name) for name in _GUIDED if name in fields}
+    given = {name: fields.take(name) for name in GUIDED if name in fields}
     try:
         return grammar_of_guided(given)
     except GptjaxError as error:

@@ -32,8 +32,14 @@ _log = logging.getLogger(__name__)
 _SMOOTHING = 0.2  # weight of the latest request in the average duration
 _STOPPED = Failed("the server was stopped", "stopped")
 _DRAINED = Failed("the server is shutting down and had no time left for this request", "drained")
-# The compiled forms of sampling, each including the one before; a chat at temperature 1 needs the first.
-_LEVELS = (Features(draws=True), Features(draws=True, truncates=True), Features.everything())
+# The compiled forms of sampling; a chat at temperature 1 needs the first, and with a grammar the third.
+_LEVELS = (
+    Features(draws=True),
+    Features(draws=True, truncates=True),
+    Features(draws=True, constrains=True),
+    Features(draws=True, truncates=True, constrains=True),
+    Features.everything(),
+)
 
 
 class Worker:

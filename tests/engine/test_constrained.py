@@ -160,15 +160,27 @@ def test_nothing_is_compiled_after_warm_up():
     assert compiled == []
 
 
-def test_on_a_gpu_the_level_with_all_features_has_grammars(alone, monkeypatch):
-    levels = (Features(draws=True), Features.everything())
+def test_on_a_gpu_there_are_levels_for_grammars(alone, monkeypatch):
+    levels = (Features(draws=True), Features(draws=True, constrains=True), Features.everything())
     with monkeypatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")
         engine = _engine(levels=levels, steps_per_dispatch=4)
         accumulating = _engine(steps_per_dispatch=4)
-    for each in (engine, accumulating):
-        found = _run(each, [*FREE, *CONSTRAINED])
-        assert [ids for ids, *_ in found] == [alone[id(request)][0] for request in [*FREE, *CONSTRAINED]]
+    engine.warm_up()
+    used, needed = set(), engine._executor._needed
+
+    def spied(requests):
+        used.add(level := needed(requests))
+        return level
+
+    monkeypatch.setattr(engine._executor, "_needed", spied)
+    with compilations() as compiled:
+        for requests in (FREE[:1], [FREE[1], CONSTRAINED[0]], [*FREE, *CONSTRAINED]):
+            assert [ids for ids, *_ in _run(engine, requests)] == [alone[id(request)][0] for request in requests]
+    assert compiled == []
+    assert used == set(levels)
+    requests = [*FREE, *CONSTRAINED]
+    assert [ids for ids, *_ in _run(accumulating, requests)] == [alone[id(request)][0] for request in requests]
 
 
 def test_free_rows_get_several_steps_again_when_the_others_have_ended(monkeypatch):
