@@ -74,8 +74,9 @@ class Executor:
         Args:
           pages: of the pool of each kind of layers, in the order of `layers.cache.kinds`.
           levels: sets of features, of which the last includes all others; the first that covers a call's requests is
-            computed. By default, the features that any request so far has used. On a CPU, they are not needed: one program has
-            all features, and skips what no row uses. On a GPU, the host would wait for the device at each branch.
+            computed. By default, the features that any request so far has used. On a CPU, they are not needed: one
+            program has all features, and skips what no row uses. On a GPU, the host would wait for the device at each
+            branch.
         """
         self._model = model
         self._params = FlatParams.of(params)
