@@ -1,10 +1,12 @@
 """`load`: makes a `LanguageModel` from a checkpoint."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 import convert
@@ -15,9 +17,11 @@ from gptjax.engine.free_of_load import is_exact_by_default
 from gptjax.engine.memory import as_loaded, check, explained
 from gptjax.errors import RequestError
 from gptjax.language_model import LanguageModel
-from gptjax.models import registry
+from gptjax.models import registry, shards
 from gptjax.models.params import Params, abstract_params, check_float16, expanded, repacked
 from gptjax.models.registry import Model
+from gptjax.sharding.mesh import as_mesh
+from gptjax.sharding.share import share_of
 from gptjax.support import runtime
 from gptjax.support.progress import progress
 from gptjax.support.quoting import quoted
@@ -42,8 +46,9 @@ def load(
     chat_format: str | None = None,
     ignore_config: Sequence[str] = (),
     generation_config: Mapping[str, Any] | bool | None = None,
+    mesh: Mesh | Mapping[str, int] | None = None,
 ) -> LanguageModel:
-    """Loads a model onto the default device.
+    """Loads a model onto the default device, or divided among several.
 
     Args:
       name: a demo ("gpt2-tales"), a directory (a Hugging Face checkpoint, or one that `gptjax convert` wrote), a GGUF
@@ -61,11 +66,11 @@ def load(
         full, newer requests wait. On a GPU, a share above JAX's usual 0.75 must be given before anything else uses JAX.
         Default: on a GPU, nearly all that JAX has taken; on a CPU, up to half of the free memory for the cache.
       exact: whether results must have the same bits whatever else is or was computed. In float32 on an x86 CPU
-        with AVX2, the only cost is that later turns do not reuse generated tokens. Elsewhere, each step computes all
-        `max_batch` rows (without `max_batch`, as many as the call uses), but not for GPT-OSS, or Llama and Qwen in
-        bfloat16, on Hopper; each prompt is read by itself, and a prompt that begins like an earlier one reuses only
-        whole chunks of it (of 1024 tokens; 2048 where there are kernels for prompts). None: true on a CPU in float32,
-        else false.
+        with AVX2, and for GPT-OSS, Llama, Qwen and (up to 8 rows) GPT-2 in bfloat16 on Hopper, the only cost is that
+        later turns do not reuse generated tokens. GPT-2 with more rows then computes at least 16. Elsewhere, each step
+        computes all `max_batch` rows (without `max_batch`, as many as the call uses), each prompt is read by itself,
+        and a prompt that begins like an earlier one reuses only whole chunks of it (of 1024 tokens; 2048 where there
+        are kernels for prompts). None: true where the first is the only cost, and on any CPU in float32, else false.
       implementation: which kernels to use; "auto" takes the best available, a named one runs or raises.
       packed: whether weights in the packed types of a GGUF file stay packed in memory. Default: yes, except on a CPU
         that has room for their numbers, because computing with these is faster there.
@@ -76,11 +81,14 @@ def load(
         the results, such as `("rotary_dim", "rope_scaling.mscale")`.
       generation_config: settings that replace the checkpoint's generation_config.json, by the same names, or False for
         none. The tokens that end a text are kept, unless `eos_token_id` is given.
+      mesh: divides the model among devices: sizes by name, such as `{"tensor": 2, "expert": 4}`, or a
+        `jax.sharding.Mesh` with these axes. See docs/more-than-one-device.md.
 
     Raises:
       CheckpointError, ConfigError: the checkpoint does not exist, is damaged or is unsupported.
       RequestError: `memory`, `implementation` or `chat_format` is not one that is understood, JAX has started with less
-        than that share of a GPU or the environment gives it less, or the tokenizer lacks special tokens of the format.
+        than that share of a GPU or the environment gives it less, the tokenizer lacks special tokens of the format, or
+        the model cannot be divided over the mesh.
       CapacityError: `max_length` is more than the model's positions, or the model does not fit in memory; says which
         settings would fit. Raised before the weights are read.
     """
@@ -96,6 +104,7 @@ def load(
         packed=packed,
         tokenizer=tokenizer,
         chat_format=chat_format,
+        mesh=mesh,
     )
 
 
@@ -111,6 +120,7 @@ def load_checkpoint(
     packed: bool | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     chat_format: str | None = None,
+    mesh: Mesh | Mapping[str, int] | None = None,
 ) -> LanguageModel:
     """Like `load`, for a checkpoint that is already open because its configuration was needed first."""
     runtime.check_process()
@@ -126,14 +136,17 @@ def load_checkpoint(
             f"unknown implementation {quoted(implementation)}; choose one of {', '.join(IMPLEMENTATIONS)}"
         )
     stored = registry.build(checkpoint.config, dtype=runtime.compute_dtype(dtype), implementation=implementation)
-    model = as_loaded(stored, batch=rows, max_length=length, packed=packed)
+    model = as_loaded(stored, batch=rows, max_length=length, packed=packed) if mesh is None else on_mesh(stored, mesh)
     check(model, batch=rows, max_length=length, limit=limit)
     text = checkpoint.tokenizer_or_reason(tokenizer)
     if chat_format is not None and isinstance(text, Tokenizer):
         choose_format(text, chat_format)  # now, before the weights are read
     with explained(model, batch=rows, max_length=length, loaded=False):
-        params = repacked(model, load_params(checkpoint, stored))
-        if model is not stored:
+        if mesh is None:
+            params = repacked(model, load_params(checkpoint, stored))
+        else:
+            params = shards.repacked(model, load_params(checkpoint, stored, shards.putter(model, stored)))
+        if model.config is not stored.config:
             params = expanded(params, model.param_dtype)
     return LanguageModel(
         model,
@@ -142,19 +155,34 @@ def load_checkpoint(
         defaults=defaults,
         max_length=length,
         max_batch=max_batch,
-        exact=is_exact_by_default(model) if exact is None else exact,
+        exact=is_exact_by_default(model, rows=rows) if exact is None else exact,
         chat_format=chat_format,
         memory_limit=limit,
     )
 
 
-def load_params(checkpoint: Checkpoint, model: Model) -> Params:
-    """Loads a checkpoint's weights onto the default device, in the model's dtype, checking each leaf."""
+def on_mesh(model: Model, mesh: Mesh | AbstractMesh | Mapping[str, int]) -> Model:
+    """The model as each device of a mesh runs it. Raises `RequestError` if it does not divide so."""
+    share = share_of(model.config, mesh if isinstance(mesh, AbstractMesh) else as_mesh(mesh), dtype=model.dtype)
+    if share.rows_parts > 1:
+        raise RequestError(
+            "an engine does not divide its rows over the mesh's axis data yet: use tensor and expert, and start a "
+            "server for each group of devices"
+        )
+    return shards.divided(model, share)
+
+
+def load_params(checkpoint: Checkpoint, model: Model, put: Callable[..., jax.Array] | None = None) -> Params:
+    """Loads a checkpoint's weights onto the default device, in the model's dtype, checking each leaf.
+
+    Args:
+      put: how, otherwise: see `checkpoints.weights.place`.
+    """
     targets = abstract_params(model)
     if checkpoint.is_converted:
-        params = weights.restore(checkpoint.path, targets, progress=progress)
+        params = weights.restore(checkpoint.path, targets, progress=progress, put=put)
     else:
-        params = weights.place(convert.open_params(checkpoint), targets, progress=progress)
+        params = weights.place(convert.open_params(checkpoint), targets, progress=progress, put=put)
     if jnp.dtype(model.dtype) == jnp.float16:
         check_float16(params)
     return params

@@ -35,7 +35,7 @@ from gptjax.models import registry
 from gptjax.models.params import Params
 from gptjax.models.registry import Model
 from gptjax.models.stages import activations
-from gptjax.structured.matching import Compiler
+from gptjax.structured.matching import compiler_of
 from gptjax.structured.wishes import grammar_of_turn
 from gptjax.support import runtime
 from gptjax.support.progress import progress
@@ -72,8 +72,7 @@ class LanguageModel:
         """
         self.model = model
         self._params: Params | None = params
-        compiler = None if isinstance(tokenizer, GptjaxError) else Compiler(tokenizer, model.config.vocab_size)
-        self.compiler = compiler
+        self.compiler = compiler = compiler_of(tokenizer, model.config.vocab_size)
         self._shared = SharedEngine(
             model, max_length=max_length, max_batch=max_batch, exact=exact, memory_limit=memory_limit, compiler=compiler
         )
@@ -150,10 +149,7 @@ class LanguageModel:
         prompts, single = split_prompts(prompt)
         seeds = split_seeds(options.get("seed"), len(prompts))
         requests = [self._request(each, {**options, "seed": seed}) for each, seed in zip(prompts, seeds, strict=True)]
-        done: dict[int, Completion] = {}
-        for number, chunk in self._run(requests):
-            if chunk.completion is not None:
-                done[number] = chunk.completion
+        done = {number: chunk.completion for number, chunk in self._run(requests) if chunk.completion is not None}
         completions = [done[number] for number in range(len(requests))]
         return completions[0] if single else completions
 
@@ -192,8 +188,7 @@ class LanguageModel:
           current_date: the date given to the model, such as "2025-06-28" or "today"; None leaves it out. Default: what
             the model's template says, which is today's date for GPT-OSS and Llama 3.2, and a fixed one for Llama 3.1.
           enable_thinking: false makes Qwen3 answer without thinking first.
-          response_format: what the answer must be, as in that API. Reasoning stays free.
-          tool_choice: "auto", "none", "required", or `{"type": "function", "function": {"name": ...}}`.
+          response_format, tool_choice: as in that API. Reasoning stays free.
           **options: as for `generate`. `stop` applies to the answer, not to the reasoning; `grammar` to the answer.
 
         Raises:
@@ -265,6 +260,7 @@ class LanguageModel:
         "final_norm" and "logits"; see `gptjax.models.stages` for their names and shapes.
         """
         ids = self._checked_ids(token_ids, self.config.context_length)
+        self._check_one_device("activations")
         self._shared.release()  # all stages together may need more memory than a cache
         with self._guard(max_length=len(ids)):
             return activations(self.model, self.params, ids)
@@ -275,6 +271,7 @@ class LanguageModel:
         Raises:
           CapacityError: `max_length` is more than the model's positions, or memory is short.
         """
+        self._check_one_device("init_state")
         length = self.max_length if max_length is None else limits.positions(self.config, max_length)
         rows = limits.at_least_one("batch", batch)
         with self._guard(batch=rows, max_length=length, state=True):
@@ -351,6 +348,10 @@ class LanguageModel:
             raise RequestError("this model was closed; load it again")
         return self._params
 
+    def _check_one_device(self, what: str) -> None:
+        if self.model.own.mesh is not None:
+            raise RequestError(f"{what} is for a model on one device: load it without a mesh")
+
     def _guard(
         self, *, batch: int = 1, max_length: int | None = None, state: bool = False
     ) -> contextlib.AbstractContextManager[None]:
@@ -381,8 +382,7 @@ class LanguageModel:
 
     def _checked_ids(self, token_ids: object, max_length: int) -> list[int]:
         self._check_open()
-        ids = as_ids(token_ids)
-        check_prompt(ids, vocab_size=self.config.vocab_size, max_length=max_length)
+        check_prompt(ids := as_ids(token_ids), vocab_size=self.config.vocab_size, max_length=max_length)
         return ids
 
     def _run(

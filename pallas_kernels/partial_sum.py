@@ -7,6 +7,8 @@ from operator import add
 import jax
 import jax.numpy as jnp
 
+_MANY = 256  # tokens from which on devices share the work of adding (not measured yet)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,3 +48,25 @@ class PartialSum:
         if self.weights_TX is not None:
             y_TXO *= self.weights_TX[..., None]
         return jnp.sum(jnp.where(present_TX[..., None], y_TXO, 0), axis=1)
+
+    def over(self, axes: tuple[str, ...]) -> "PartialSum":
+        """The sum over the devices along some axes of a mesh, each of which has a part of the terms; under `shard_map`.
+
+        The devices' parts become the pieces, in the order of their ranks. So all devices get the same bits, and no
+        order of NCCL's has an effect. The bias of a sum without rows is the same on all devices, and added once;
+        otherwise each device adds those of its own terms.
+        """
+        if not axes:
+            return self
+        bias_EO = None
+        if self.rows_TX is None and self.weights_TX is None and self.bias_rows_TX is None:
+            own_TO, bias_EO = reduce(add, self.parts_JAO), self.bias_EO
+        else:
+            own_TO = self.total()
+        num_devices, T = jax.lax.axis_size(axes), own_TO.shape[0]
+        if num_devices == 2 or T < _MANY or T % num_devices:
+            return PartialSum(jax.lax.all_gather(own_TO, axes), bias_EO=bias_EO)
+        # Each device adds up some of the tokens: all of them at every device would be as much traffic as devices.
+        parts_JTO = jax.lax.all_to_all(own_TO.reshape(num_devices, -1, own_TO.shape[1]), axes, 0, 0)
+        total_TO = jax.lax.all_gather(reduce(add, parts_JTO), axes, tiled=True)
+        return PartialSum(total_TO[None], bias_EO=bias_EO)

@@ -1,4 +1,4 @@
-"""Products and sums on a CPU that give a row the same bits among any number of rows.
+"""Products, sums and roundings by XLA that give a row the same bits among any number of rows.
 
 On a CPU, XLA computes an output of a float32 product as a chain of fused multiply-adds in ascending order of what it
 sums over. Some things depend on the number of rows, and are avoided here (seen with JAX 0.10.2, 0.11.2 and 0.12 on
@@ -33,6 +33,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 RUN = 512  # numbers of a chain, at most
 FEW = 8  # rows that are products of their own
@@ -105,6 +106,17 @@ def log(x_T: jax.Array) -> jax.Array:
     """The logarithms of a number each row, on any device."""
     y: jax.Array = jax.lax.platform_dependent(x_T, cpu=lambda x_T: jax.lax.map(jnp.log, x_T), default=jnp.log)
     return y
+
+
+def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """x as another dtype, rounded even if a wider one is asked for right after.
+
+    Where XLA sees both conversions, it may leave them out. On a GPU it does for one token's gate and up, not for
+    several's. Only bfloat16 is safe from that: `reduce_precision` has no subnormal numbers, of which float16 has many.
+    """
+    if jnp.dtype(dtype) == jnp.bfloat16:
+        x = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
 
 
 def product_on_cpu(x_TI: jax.Array, kernel_IO: jax.Array) -> jax.Array:

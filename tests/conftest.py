@@ -48,6 +48,7 @@ MODELS = {  # compile models, or kernels that XLA compiles, or take long: `make 
     "server/test_with_model.py",
     "server/test_worker.py",
     "server/test_worker_ends.py",
+    "sharding/test_on_eight_devices.py",
     "test_affected.py",  # imports each module anew
     "test_api.py",
     "test_chat.py",
@@ -89,6 +90,7 @@ UNOPTIMIZED = (
         "server/test_disconnects.py",
         "server/test_with_model.py",
         "server/test_worker_ends.py",
+        "sharding/eight_devices.py",
         "test_api.py",
         "test_chat_models.py",
         "test_docs.py",

@@ -23,6 +23,7 @@ ROOMS = [
     "gptjax.structured",
     "gptjax.checkpoints",
     "gptjax.layers",
+    "gptjax.sharding",
     "gptjax.models",
     "convert",
     "gptjax.scheduling",

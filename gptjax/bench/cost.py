@@ -1,4 +1,4 @@
-"""What a forward pass must cost, by formula: the bytes moved and the arithmetic done."""
+"""What a forward pass must cost, by formula: the bytes moved and the arithmetic done. On a mesh, by each device."""
 
 from fractions import Fraction
 from typing import Any
@@ -33,7 +33,7 @@ def cache_bytes(model: Model, *, length: int) -> int:
     """Bytes of keys and values that one row's query reads in all layers, at `length` positions including its own."""
     config = model.config
     positions = _attended(config, length)
-    return 2 * positions * config.num_kv_heads * config.head_width * int(jax.numpy.dtype(model.dtype).itemsize)
+    return 2 * positions * model.own.num_kv_heads * config.head_width * int(jax.numpy.dtype(model.dtype).itemsize)
 
 
 def decode_bytes(model: Model, *, batch: int, length: int) -> int:
@@ -55,8 +55,8 @@ def token_flops(model: Model, *, length: int, logits: bool = True) -> int:
         for path, leaf in weights_by_path(abstract_params(model)).items()
         if path[-1].endswith("kernel")
     )
-    attention = 4 * _attended(config, length) * config.num_heads * config.head_width
-    head = 2 * config.vocab_size * config.width if logits else 0
+    attention = 4 * _attended(config, length) * model.own.num_heads * config.head_width
+    head = 2 * model.own.vocab_size * config.width if logits else 0
     return round(2 * matrices) + attention + head
 
 

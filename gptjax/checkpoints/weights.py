@@ -75,6 +75,7 @@ def place(
     targets: Mapping[str, Any],
     *,
     progress: Progress | None = None,
+    put: Callable[[Path, np.ndarray], jax.Array] | None = None,
 ) -> Params:
     """Puts weights on devices, cast to the requested dtypes, in bounded host memory.
 
@@ -86,6 +87,7 @@ def place(
         moves 5.2 GB/s to the device.)
       targets: nested dicts of `jax.ShapeDtypeStruct`: shape, dtype and, if set, sharding.
       progress: reports progress; see `gptjax.support.progress`.
+      put: puts an array of the target's shape and dtype onto devices in another way, such as in parts.
 
     Returns:
       Nested dicts of `jax.Array`.
@@ -96,12 +98,13 @@ def place(
     wanted = flatten(targets)
     seen: set[Path] = set()
 
-    def put(path: Path, leaf: np.ndarray | Callable[[], np.ndarray]) -> tuple[Path, jax.Array]:
+    def placed_one(path: Path, leaf: np.ndarray | Callable[[], np.ndarray]) -> tuple[Path, jax.Array]:
         array = leaf() if callable(leaf) else leaf
         name, target = "/".join(path), wanted[path]
         if array.shape != tuple(target.shape):
             raise CheckpointError(f"the weight {name} is {list(array.shape)}, expected {list(target.shape)}")
-        return path, _put(cast(array, target.dtype, name), getattr(target, "sharding", None))
+        array = cast(array, target.dtype, name)
+        return path, _put(array, getattr(target, "sharding", None)) if put is None else put(path, array)
 
     def jobs() -> Iterator[Callable[[], tuple[Path, jax.Array]]]:
         for path, leaf in leaves:
@@ -109,7 +112,7 @@ def place(
                 name = "/".join(path)
                 raise CheckpointError(f"the weight {name} is {'duplicated' if path in seen else 'not in the model'}")
             seen.add(path)
-            yield functools.partial(put, path, leaf)
+            yield functools.partial(placed_one, path, leaf)
             del leaf  # before the next one is read
 
     placed: dict[Path, jax.Array] = {}
@@ -156,6 +159,11 @@ def _put(array: np.ndarray, sharding: Any) -> jax.Array:
         result: jax.Array = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
     else:
         result = jax.device_put(array, sharding)
+    return owned(result)
+
+
+def owned(result: jax.Array) -> jax.Array:
+    """An array that was just put onto devices, once it is there, with memory of its own."""
     if any(device.platform == "cpu" for device in result.sharding.device_set):  # type: ignore[attr-defined]
         # Here an array may alias host memory, even a checkpoint's file, and all devices may share it (in JAX 0.10 even
         # with may_alias=False). XLA owns what it has computed.
@@ -166,12 +174,18 @@ def _put(array: np.ndarray, sharding: Any) -> jax.Array:
 _transpose = jax.jit(jnp.transpose, donate_argnums=0)
 
 
-def restore(directory: FilePath, targets: Mapping[str, Any], *, progress: Progress | None = None) -> Params:
+def restore(
+    directory: FilePath,
+    targets: Mapping[str, Any],
+    *,
+    progress: Progress | None = None,
+    put: Callable[[Path, np.ndarray], jax.Array] | None = None,
+) -> Params:
     """Loads a converted directory onto devices.
 
     Args:
       directory: written by `gptjax.checkpoints.saving.save`.
-      targets, progress: as for `place`.
+      targets, progress, put: as for `place`.
 
     Returns:
       Nested dicts of `jax.Array` with the targets' shapes, dtypes and shardings.
@@ -181,7 +195,7 @@ def restore(directory: FilePath, targets: Mapping[str, Any], *, progress: Progre
         or damaged.
     """
     manifest = checked_manifest(directory, targets)
-    return place(readers(directory, manifest), targets, progress=progress)
+    return place(readers(directory, manifest), targets, progress=progress, put=put)
 
 
 def checked_manifest(directory: FilePath, targets: Mapping[str, Any]) -> Manifest:

@@ -13,7 +13,9 @@ from gptjax.cli.common import (
     add_command,
     add_dtype,
     add_ignore_config,
+    add_mesh,
     add_packed,
+    mesh,
     model_name,
     overrides,
     packed,
@@ -52,7 +54,8 @@ examples:
   gptjax bench --random gpt-oss-20b --write-random ./random-20b && gptjax bench ./random-20b
   gptjax bench --kernels --plot roofline.png
   gptjax bench gpt-oss-tales --kernels moe attention --batch 1 4
-  gptjax bench --random gpt-oss-20b --tune""",
+  gptjax bench --random gpt-oss-20b --tune
+  gptjax bench --random gpt-oss-120b --mesh tensor=2 --batch 1 8 32 128""",
     )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
     parser.add_argument("--random", metavar="NAME", help="use random weights of a published size, such as gpt2-xl")
@@ -66,6 +69,7 @@ examples:
     )
     add_dtype(parser)
     add_packed(parser)
+    add_mesh(parser)
     add_ignore_config(parser)
     parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="rows (default: 1; for kernels, several)")
     parser.add_argument(
@@ -134,11 +138,11 @@ def run(args: argparse.Namespace) -> int:
     ceiling = memory_speed.bytes_per_second
     device, dtype = jax.devices()[0].device_kind, jax.numpy.dtype(model.dtype).name
     if args.json:
-        facts = {"model": name, "device": device, "dtype": dtype, "load_seconds": loading.seconds}
+        facts = {"model": name, "device": device, "dtype": dtype, "mesh": args.mesh, "load_seconds": loading.seconds}
         facts |= {"load_host_bytes": loading.host_bytes, **memory_speed.to_json()}
         print(json.dumps({**facts, "results": [result.to_json(ceiling) for result in results]}))
     else:
-        _print(f"{name}, {dtype}, on {device}", loading, memory_speed, results)
+        _print(f"{name}, {dtype}, on {device}{f' ({args.mesh})' if args.mesh else ''}", loading, memory_speed, results)
     return 0
 
 
@@ -165,6 +169,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.packed is not None and (args.random is not None or alone):
         raise RequestError("--packed is for a checkpoint's weights: leave out --random, --kernels and --tune")
+    if args.mesh is not None and (alone or args.versus or args.write_random):
+        raise RequestError("--mesh is for whole models: leave out --kernels, --tune, --versus and --write-random")
     if args.tune is not None and args.json:
         raise RequestError("--tune writes its result to the table: leave out --json")
 
@@ -193,13 +199,13 @@ def _write_random(name: str, directory: str) -> int:
 
 def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, Loading]":
     """The model and its weights, its name, its directory if it has one, and how loading went."""
-    from gptjax.api import load_checkpoint
+    from gptjax.api import load_checkpoint, on_mesh
     from gptjax.bench import models
     from gptjax.bench.loading import measure_loading
     from gptjax.checkpoints.checkpoint import open_checkpoint
     from gptjax.config import published
     from gptjax.engine import memory
-    from gptjax.models import registry
+    from gptjax.models import registry, shards
     from gptjax.models.packing import quantized
     from gptjax.models.params import abstract_params, random_params, repacked, weights_by_path
     from gptjax.support import runtime
@@ -209,7 +215,7 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
         name = model_name(args)
         checkpoint = open_checkpoint(name, **overrides(args))
         length = models.needed_length(checkpoint.config, longest, args.steps)
-        settings = {"dtype": args.dtype, "max_length": length, "packed": packed(args)}
+        settings = {"dtype": args.dtype, "max_length": length, "packed": packed(args), "mesh": mesh(args)}
         lm, loading = measure_loading(lambda: load_checkpoint(checkpoint, **settings))
         return lm.model, lm.params, name, checkpoint.path, loading
     config = published(args.random)
@@ -220,8 +226,12 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
     length = models.needed_length(config, longest, args.steps)
     runtime.enable_compilation_cache()
     model = registry.build(config, dtype=runtime.compute_dtype(args.dtype))
+    sizes = mesh(args)
+    if sizes is not None:
+        model = on_mesh(model, sizes)
     memory.check(model, batch=max(args.batch), max_length=length)
-    params, loading = measure_loading(lambda: repacked(model, random_params(model)))
+    make, pack = (random_params, repacked) if sizes is None else (shards.random_params, shards.repacked)
+    params, loading = measure_loading(lambda: pack(model, make(model)))
     title = f"{args.random} (random weights{f' in {args.quantize}' if args.quantize else ''})"
     return model, params, title, None, loading
 

@@ -19,9 +19,11 @@ from gptjax.cli.common import (
     add_chat_format,
     add_command,
     add_dtype,
+    add_mesh,
     add_overrides,
     add_packed,
     add_tokenizer,
+    mesh,
     overrides,
     packed,
     read_stdin,
@@ -66,6 +68,7 @@ examples:
     )
     add_dtype(parser)
     add_packed(parser)
+    add_mesh(parser)
     add_tokenizer(parser)
     add_chat_format(parser)
     add_overrides(parser)
@@ -141,6 +144,7 @@ def _load(args: argparse.Namespace) -> "LanguageModel":
         max_length=length,
         exact=False,  # a turn should begin soon, and a conversation repeats all the same
         packed=packed(args),
+        mesh=mesh(args),
         tokenizer=args.tokenizer,
         chat_format=args.chat_format,
     )

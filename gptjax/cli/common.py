@@ -95,6 +95,23 @@ def packed(args: argparse.Namespace) -> bool | None:
     return None if args.packed is None else PACKED[args.packed]
 
 
+MESH_HELP: Final = (
+    "divide the model among several devices, as in tensor=2 or tensor=2,expert=4 (see docs/more-than-one-device.md)"
+)
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Declares --mesh."""
+    parser.add_argument("--mesh", metavar="SIZES", help=MESH_HELP)
+
+
+def mesh(args: argparse.Namespace) -> dict[str, int] | None:
+    """The argument of `gptjax.load` from --mesh. Raises `RequestError`."""
+    from gptjax.sharding.mesh import parsed
+
+    return None if args.mesh is None else parsed(args.mesh)
+
+
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Declares the options that ignore parts of config.json and generation_config.json."""
     add_ignore_config(parser)

@@ -9,9 +9,11 @@ from typing import Any
 from gptjax.cli.common import (
     MODEL_HELP,
     add_command,
+    add_mesh,
     add_model_options,
     add_overrides,
     add_tokenizer,
+    mesh,
     model_name,
     overrides,
     packed,
@@ -37,6 +39,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("-m", "--model", help=MODEL_HELP)
     add_model_options(parser)
+    add_mesh(parser)
     add_tokenizer(parser)
     add_overrides(parser)
     parser.add_argument("-n", "--max-tokens", type=int, metavar="N", help="tokens to generate, at most (default: 256)")
@@ -90,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         max_length=args.max_length,
         packed=packed(args),
+        mesh=mesh(args),
         tokenizer=args.tokenizer,
         **overrides(args),
     )

@@ -4,7 +4,17 @@ import argparse
 import json
 from typing import Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_model_options, add_overrides, model_name, overrides, packed
+from gptjax.cli.common import (
+    MODEL_HELP,
+    add_command,
+    add_mesh,
+    add_model_options,
+    add_overrides,
+    mesh,
+    model_name,
+    overrides,
+    packed,
+)
 from gptjax.support.quoting import clean, quoted
 from gptjax.support.units import readable
 
@@ -17,10 +27,12 @@ def add(commands: Any) -> None:
         run,
         summary="describe a checkpoint and the memory it needs",
         epilog="examples:\n  gptjax info gpt2-tales\n  gptjax info ./my-gpt2 --tensors --dtype bfloat16\n"
-        "  gptjax info model.gguf\n  gptjax info --size gpt-oss-120b --memory 80",
+        "  gptjax info model.gguf\n  gptjax info --size gpt-oss-120b --memory 80\n"
+        "  gptjax info --size gpt-oss-120b --memory 80 --mesh tensor=2",
     )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
     add_model_options(parser)
+    add_mesh(parser)
     add_overrides(parser)
     parser.add_argument("--max-batch", type=int, default=1, metavar="N", help="rows computed together (default: 1)")
     parser.add_argument("--size", metavar="NAME", help="describe a published size instead, without a checkpoint")
@@ -40,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("--size describes no checkpoint: leave out the model's name, --tensors and --packed")
     device = None if args.memory is None else imagined_gpu(1e9 * args.memory)
     asked = {"dtype": args.dtype, "max_length": args.max_length, "max_batch": args.max_batch, "device": device}
+    asked |= {"mesh": mesh(args)}
     name = model_name(args)
     facts = (
         describe_published(args.size, **asked)

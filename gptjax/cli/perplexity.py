@@ -10,7 +10,9 @@ from gptjax.cli.common import (
     add_command,
     add_dtype,
     add_ignore_config,
+    add_mesh,
     add_packed,
+    mesh,
     model_name,
     overrides,
     packed,
@@ -43,6 +45,7 @@ examples:
     )
     add_dtype(parser)
     add_packed(parser)
+    add_mesh(parser)
     add_ignore_config(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -58,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     text = read(path)
     checkpoint = open_checkpoint(name, **overrides(args))
     length = window(checkpoint.config, args.max_length)
-    lm = load_checkpoint(checkpoint, dtype=args.dtype, max_length=length, packed=packed(args))
+    lm = load_checkpoint(checkpoint, dtype=args.dtype, max_length=length, packed=packed(args), mesh=mesh(args))
     ids = lm.tokenizer.prompt(text)
     size = lm.max_length
     stride = check_stride(args.stride, size)

@@ -8,7 +8,18 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from gptjax.cli.common import MODEL_HELP, PACKED, PACKED_HELP, add_command, add_overrides, model_name, overrides, packed
+from gptjax.cli.common import (
+    MESH_HELP,
+    MODEL_HELP,
+    PACKED,
+    PACKED_HELP,
+    add_command,
+    add_overrides,
+    mesh,
+    model_name,
+    overrides,
+    packed,
+)
 from gptjax.support.processes import leave
 
 if TYPE_CHECKING:
@@ -84,12 +95,13 @@ examples:
         parser,
         "--exact",
         choices=_YES_OR_NO,
-        help="whether a request gets the same bits whatever else runs or ran before; on a GPU, on a CPU without AVX2 "
-        "and in half precision, each step then computes all --max-batch rows, and each prompt is read by itself "
-        "(default: yes on a CPU in float32, else no)",
+        help="whether a request gets the same bits whatever else runs or ran before; where that is not free, each step "
+        "then computes all --max-batch rows, and each prompt is read by itself (default: yes where it is free: on a "
+        "CPU in float32, and on a Hopper GPU with GPT-OSS, Llama, Qwen and, up to 8 slots, GPT-2 in bfloat16; else no)",
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
     _option(parser, "--packed", choices=tuple(PACKED), help=PACKED_HELP)
+    _option(parser, "--mesh", metavar="SIZES", help=MESH_HELP)
     _option(parser, "--tokenizer", metavar="PATH", help="take the tokenizer from this directory or GGUF file instead")
     _option(
         parser,
@@ -244,6 +256,7 @@ def _load_and_serve(args: argparse.Namespace, checkpoint: "Checkpoint", front: "
         memory=args.memory,
         exact=None if args.exact is None else args.exact == "yes",
         packed=packed(args),
+        mesh=mesh(args),
         tokenizer=args.tokenizer,
         chat_format=args.chat_format,
     )

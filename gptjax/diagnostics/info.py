@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 import convert
+from gptjax.api import on_mesh
 from gptjax.checkpoints import weights
 from gptjax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gptjax.config import GenerationDefaults, ModelConfig, published
@@ -24,6 +25,7 @@ from gptjax.layers.cache import capacity_of
 from gptjax.models import registry
 from gptjax.models.params import abstract_params, num_params, weights_by_path
 from gptjax.models.registry import Model
+from gptjax.sharding.mesh import described, planned
 from gptjax.support import runtime
 from gptjax.support.files import read_json
 from gptjax.support.quoting import names
@@ -46,6 +48,7 @@ def describe(
     device: DeviceMemory | None = None,
     ignore_config: Sequence[str] = (),
     generation_config: Mapping[str, Any] | bool | None = None,
+    mesh: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Facts about a checkpoint, in display order. Values of keys ending in `_bytes` are bytes.
 
@@ -63,9 +66,11 @@ def describe(
     Args:
       device: the memory to fit in; by default that of the default device. See `imagined_gpu`.
       packed, ignore_config, generation_config: as for `gptjax.load`.
+      mesh: sizes of a mesh, whose devices need not be there: then all memory is that of one of them.
 
     Raises:
       CheckpointError, ConfigError: as for `gptjax.load`.
+      RequestError: the model does not divide so.
     """
     checkpoint = open_checkpoint(name, ignore_config=ignore_config, generation_config=generation_config)
     model = _model(checkpoint.config, dtype, device)
@@ -87,7 +92,7 @@ def describe(
         "tokenizer": text,
         "chat_format": chat,
         "generation": _generation(defaults, model.config),
-        **_memory(model, max_length, max_batch, device, packed),
+        **_memory(model, max_length, max_batch, device, packed, mesh),
         **_metadata(checkpoint),
     }
 
@@ -132,14 +137,15 @@ def describe_published(
     max_length: int | None = None,
     max_batch: int = 1,
     device: DeviceMemory | None = None,
+    mesh: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Like `describe`, for a published size (a key of `gptjax.config.PUBLISHED`): the facts that need no checkpoint.
 
     Raises:
-      RequestError: an unknown size.
+      RequestError: an unknown size, or one that does not divide so.
     """
     model = _model(published(name), dtype, device)
-    return {"size": name, **_architecture(model), **_memory(model, max_length, max_batch, device)}
+    return {"size": name, **_architecture(model), **_memory(model, max_length, max_batch, device, mesh=mesh)}
 
 
 def imagined_gpu(size: float) -> DeviceMemory:
@@ -178,11 +184,19 @@ def _architecture(model: Model) -> dict[str, Any]:
 
 
 def _memory(
-    stored: Model, max_length: int | None, max_batch: int, device: DeviceMemory | None, packed: bool | None = None
+    stored: Model,
+    max_length: int | None,
+    max_batch: int,
+    device: DeviceMemory | None,
+    packed: bool | None = None,
+    mesh: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     length, max_batch = limits.positions(stored.config, max_length), limits.at_least_one("max_batch", max_batch)
     sizes: dict[str, Any] = {"batch": max_batch, "max_length": length}
-    model = memory.as_loaded(stored, **sizes, packed=packed, device=device)
+    if mesh is None:
+        model = memory.as_loaded(stored, **sizes, packed=packed, device=device)
+    else:
+        model = on_mesh(stored, planned(mesh))
     need = memory.needed(model, **sizes, device=device)
     lack = memory.shortfall(model, **sizes, has=need.device.available, device=need.device)
     cache, tokens = foreseen(model, **sizes, device=need.device)
@@ -195,6 +209,7 @@ def _memory(
     }
     return {
         "dtype": jax.numpy.dtype(model.dtype).name,
+        **({} if mesh is None else {"mesh": f"{described(mesh)}; memory is that of each device"}),
         "max_length": length,
         "max_batch": max_batch,
         "weights_bytes": need.weights,

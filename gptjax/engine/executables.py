@@ -26,7 +26,7 @@ from gptjax.engine.programs import Slots
 from gptjax.support import fingerprint, runtime
 from gptjax.support.private_files import PrivateFiles
 
-_TRIED = ("cpu",)  # platforms on which what was kept has been seen to run
+_TRIED = ("cpu", "gpu")  # platforms on which what was kept has been seen to run
 _MOST_BYTES = 4 << 30  # on disk, of all models
 # Settings of JAX's that are changed for some calls, in a `with`. All of them are in a program's name on disk.
 _settings = operator.attrgetter(

@@ -21,7 +21,7 @@ from gptjax.engine.compilation import Compilation, Later
 from gptjax.engine.executables import Executables
 from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.engine.request import Request
-from gptjax.engine.settings import Features, settings_of, with_allowed
+from gptjax.engine.settings import Features, Words, settings_of, with_allowed
 from gptjax.models import registry
 from gptjax.models.registry import Model
 from gptjax.scheduling.plan import Copy, DecodeCall, Plan, PrefillCall
@@ -56,7 +56,7 @@ class Executor:
     """The device's side of an engine: pools, tables, and what each slot holds. Plans alone change them.
 
     Programs are dispatched, not waited for. Each has a few sizes; `warm_up` compiles them all, or `warm_up_largest`
-    those that can stand in for the others, which it compiles while plans run.
+    those that can stand in for the others, which it compiles while plans run. On a mesh, both compile them all first.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class Executor:
         Args:
           pages: of the pool of each kind of layers, in the order of `layers.cache.kinds`.
           levels: sets of features, of which the last includes all others; the first that covers a call's requests is
-            computed. By default, the features that any request so far has used. On a CPU, they are not needed: one
-            program has all features, and skips what no row uses. On a GPU, the host would wait for the device at each
-            branch.
+            computed. By default, the features that any request so far has used. On a CPU, there is one program: it has
+            all features, and skips what no row uses. On a GPU, the host would wait for the device at each branch.
         """
         self._model = model
         self._params = FlatParams.of(params)
+        self._whole = model.own.sharding()  # where arrays go that are the same on all devices; None: the only one
         self._policy = policy
         self._pages, self._max_length = tuple(pages), max_length
         self._branches = jax.default_backend() == "cpu"
@@ -102,17 +102,17 @@ class Executor:
         cache = registry.create_pools(
             self._model, pages=self._pages, rows=self._policy.slots, max_length=self._max_length
         )
+        shape = self._policy.slots, self._model.config.vocab_size
         self._tables = [np.zeros(table.shape, np.int32) for table in cache.tables]  # what the device has, too
         self._slots = programs.Slots(
             cache=cache,
             # A slot that was never filled draws -1 instead of a token.
-            logits_BV=jnp.full((self._policy.slots, self._model.config.vocab_size), jnp.nan, jnp.float32),
-            counts_BV=jnp.zeros((self._policy.slots, self._model.config.vocab_size), jnp.int32),
+            logits_BV=jnp.full(shape, jnp.nan, jnp.float32, device=self._whole),
+            counts_BV=jnp.zeros(shape, jnp.int32, device=self._whole),
+            share=self._model.share,
         )
 
-    def run(
-        self, plan: Plan, requests: Mapping[int, Request], words_BW: np.ndarray | None = None
-    ) -> sampling.Sampled | None:
+    def run(self, plan: Plan, requests: Mapping[int, Request], words_BW: Words = None) -> sampling.Sampled | None:
         """Dispatches a plan.
 
         Args:
@@ -165,7 +165,7 @@ class Executor:
         on nothing else, all programs are compiled now.
         """
         every, policy = self._all_sizes(), self._policy
-        if not policy.packed or policy.rows != "needed":
+        if not policy.packed or policy.rows != "needed" or self._whole is not None:
             self.warm_up()
             return
         self._compiled = largest = every.largest()
@@ -248,7 +248,12 @@ class Executor:
 
     def _ahead(self, compilation: Compilation) -> Callable[..., Any]:
         """Compiles programs instead of calling them. Returns the shapes and dtypes of what the calls would return."""
-        return lambda program, *arguments: compilation(self._executables.lower(program, *arguments))
+
+        def call(program: Any, *arguments: Any) -> Any:
+            shapes = compilation(self._executables.lower(program, *arguments))
+            return shapes if self._whole is None else programs.as_divided(shapes, self._slots, self._whole)
+
+        return call
 
     def _all_sizes(self) -> _Sizes:
         ends, levels = powers(1, self._most_ends), tuple(range(len(self._levels)))
@@ -272,14 +277,13 @@ class Executor:
         for size in row_sizes:
             for level in [self._levels[level] for level in levels] or [self._features]:
                 settings = self._settings_of([None] * size, level)
-                # Rows with a grammar have calls of one step. (The last level is for all others as well.)
-                once = level.constrains and level in self._levels[:-1]
+                once = level.constrains and level in self._levels[:-1]  # rows with a grammar have calls of one step
                 for num_steps in {1} if once else {1, self._policy.steps}:
                     self._run_decode(self._rows(DecodeCall(size, num_steps, ())), settings, num_steps)
 
     def _send_tables(self) -> None:
         # Copies: on a CPU, JAX may use NumPy's memory, and programs that read it may run later than the next change.
-        tables = tuple(jax.device_put(table.copy()) for table in self._tables)
+        tables = tuple(jax.device_put(table.copy(), self._whole) for table in self._tables)
         self._slots = dataclasses.replace(self._slots, cache=dataclasses.replace(self._slots.cache, tables=tables))
 
     def _copy(self, kind: int, copies: Sequence[Copy]) -> None:
@@ -326,14 +330,14 @@ class Executor:
         slot_M = np.asarray(slots, np.int32)
         self._slots = self._call(programs.keep_logits, self._model, self._params, self._slots, hidden_MD, slot_M)
 
-    def _decode(self, call: DecodeCall, words_BW: np.ndarray | None) -> sampling.Sampled:
+    def _decode(self, call: DecodeCall, words_BW: Words) -> sampling.Sampled:
         requests: list[Request | None] = [None] * call.size
         for place, row in zip(self.places(call), call.rows, strict=True):
             requests[place] = self._requests[row.slot]
         key = tuple(requests), self._features
         if self._settings is None or self._settings[0] != key:  # mostly the same rows as before
             self._settings = key, self._settings_of(requests, self._needed(requests))
-        return self._run_decode(self._rows(call), with_allowed(self._settings[1], words_BW), call.steps)
+        return self._run_decode(self._rows(call), with_allowed(self._settings[1], words_BW, self._whole), call.steps)
 
     def places(self, call: DecodeCall) -> list[int]:
         """Where the programs compute each row of a call: if they compute all slots, where its slot is."""
@@ -352,7 +356,7 @@ class Executor:
         return rows
 
     def _run_decode(self, rows: np.ndarray, settings: sampling.Sampling, num_steps: int) -> sampling.Sampled:
-        sent = jax.device_put(rows)
+        sent = jax.device_put(rows, self._whole)
         if num_steps == 1:
             # Two calls, so that the token can be read before the step is done.
             sampled = self._call(programs.sample, self._slots, sent, settings)
@@ -364,7 +368,9 @@ class Executor:
         return sampled
 
     def _settings_of(self, requests: Sequence[Request | None], features: Features) -> sampling.Sampling:
-        return settings_of(requests, self._model.config.vocab_size, features, branches=self._branches)
+        return settings_of(
+            requests, self._model.config.vocab_size, features, branches=self._branches, device=self._whole
+        )
 
     def _needed(self, requests: Sequence[Request | None]) -> Features:
         """The parts of sampling to compute for some rows."""

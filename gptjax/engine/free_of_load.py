@@ -3,39 +3,71 @@
 import jax
 import jax.numpy as jnp
 
-from gptjax.config import GptOssConfig, LlamaConfig, ModelConfig
+from gptjax.config import GPT2Config, GptOssConfig, LlamaConfig
 from gptjax.models.registry import Model
-from pallas_kernels import dispatch, same_bits
+from pallas_kernels import block, dispatch, same_bits
+from pallas_kernels.matvec import FEW
+from pallas_kernels.pages import PAGE
 
 _EXPERTS = (8, 16, 32, 64, 128)  # that Hopper's router takes
 _TILE = 64  # Hopper's kernels take widths that are multiples of it
+_LEAST_CALL = 32
+_LEAST_CALL_OF_KERNELS = 2 * FEW  # up to FEW rows, a product has the order of a decode step's
 
 
-def is_exact_by_default(model: Model) -> bool:
-    """Whether results have the same bits in any company unless speed is asked for."""
+def is_exact_by_default(model: Model, *, rows: int = 1) -> bool:
+    """Whether results have the same bits in any company unless speed is asked for: where that costs little.
+
+    Args:
+      rows: of a decode step, at most.
+    """
+    return _is_float32_on_cpu(model) or (_has_kernels(model) and least_rows(model, slots=rows) == 1)
+
+
+def is_free_of_load(model: Model, *, rows: int = 1) -> bool:
+    """Whether the bits of a row do not depend on how many rows and tokens are computed together.
+
+    On Hopper, each sum has a kernel that adds up in an order of its own; but not those of packed matrices, except for
+    experts'. Prompts need calls of `least_call` tokens, and decode steps need `least_rows`.
+
+    Args:
+      rows: of a decode step, at most.
+    """
+    return (_is_float32_on_cpu(model) and same_bits.holds()) or (rows <= FEW and _has_kernels(model))
+
+
+def least_call(model: Model) -> int:
+    """Tokens of the smallest call for prompts whose bits do not depend on its size."""
+    return _LEAST_CALL_OF_KERNELS if _has_kernels(model) else _LEAST_CALL
+
+
+def least_rows(model: Model, *, slots: int) -> int:
+    """Rows of the smallest decode step that adds up as one of all slots does.
+
+    Up to eight rows, a block of GPT-2 is one kernel on Hopper, with an order of its own. Without it, one row would take
+    1.7 times as long. So there are two classes: bits depend on whether there are more than eight slots.
+    """
+    has_classes = isinstance(model.config, GPT2Config) and _has_kernels(model)
+    return 2 * block.MOST_ROWS if has_classes and slots > block.MOST_ROWS else 1
+
+
+def _is_float32_on_cpu(model: Model) -> bool:
     return jax.default_backend() == "cpu" and jnp.dtype(model.dtype) == jnp.float32
 
 
-def is_free_of_load(model: Model) -> bool:
-    """Whether the bits of a row do not depend on how many rows and tokens are computed together."""
-    return is_exact_by_default(model) and same_bits.holds()
-
-
-def decodes_free_of_load(model: Model) -> bool:
-    """Whether the bits of a row do not depend on how many rows a decode step computes: on Hopper.
-
-    There, each sum of a step has a kernel that adds up in an order of its own. Not GPT-2's, whose blocks are one kernel
-    up to eight rows; nor packed matrices', but experts'.
-    """
-    has_kernels = dispatch.wanted(model.implementation) == dispatch.MOSAIC and model.dtype == jnp.bfloat16
-    return is_free_of_load(model) or (has_kernels and not model.config.types and _has_kernels(model.config))
-
-
-def _has_kernels(config: ModelConfig) -> bool:
-    if not isinstance(config, GptOssConfig | LlamaConfig):
+def _has_kernels(model: Model) -> bool:
+    """Whether each sum of the model has a kernel for Hopper whose order goes by the sum alone."""
+    config = model.config
+    if dispatch.wanted(model.implementation) != dispatch.MOSAIC or model.dtype != jnp.bfloat16 or config.types:
         return False
-    packed, has_router = "none", True
+    if model.own.mesh is not None:  # where XLA adds up a token's experts; not seen to be so on GPUs yet
+        return False
+    packed, others = "none", True
     if isinstance(config, GptOssConfig):
-        packed, has_router = "experts", config.num_experts in _EXPERTS
+        packed, others = "experts", config.num_experts in _EXPERTS
+    elif isinstance(config, GPT2Config):
+        others = config.context_length <= block.MOST_PAGES * PAGE
+    elif not isinstance(config, LlamaConfig):
+        return False
     widths = config.width, config.head_width, config.mlp_width
-    return has_router and config.mxfp4 == packed and not any(width % _TILE for width in widths)
+    return others and config.mxfp4 == packed and not any(width % _TILE for width in widths)

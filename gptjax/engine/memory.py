@@ -1,42 +1,31 @@
 """How much memory a model needs, computed from its declared shapes, and what to do if that is too much.
 
-Finding out allocates nothing.
+Finding out allocates nothing. On a mesh, all figures are of one device.
 """
 
 import contextlib
 import dataclasses
-import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.errors import JaxRuntimeError  # by name: a generator may be closed after modules are gone
+from jax.sharding import Mesh
 
-from gptjax.config import GptOssConfig, LlamaConfig, ModelConfig
-from gptjax.config.quantization import packs
 from gptjax.engine import steps
+from gptjax.engine.activations import activations, weight_bytes
 from gptjax.engine.limits import MemoryLimit
 from gptjax.engine.pools import default_policy, least_pages, most_pages, pool_bytes, pool_kinds
 from gptjax.errors import CapacityError
 from gptjax.layers.cache import capacity_of, kinds, pages_of, reach
-from gptjax.layers.weight import AT_ONCE
 from gptjax.models import registry
-from gptjax.models.params import abstract_params
 from gptjax.models.registry import Model
 from gptjax.scheduling.policy import Policy
 from gptjax.support.runtime import DeviceMemory, device_memory, whole_memory
 from gptjax.support.units import readable
-from pallas_kernels import same_bits
-from pallas_kernels.attention.decode import lanes
-from pallas_kernels.attention.reference import DENSE_SCORES
-from pallas_kernels.moe.reference import TOGETHER, group_sizes
-from pallas_kernels.pages import PAGE, TILE
+from pallas_kernels.pages import PAGE
 
 _LEAST_LENGTH = 32  # positions; a shorter `max_length` helps no one
-_FIXED = {"cpu": 1 << 20}  # bytes of a program's constants and small buffers; elsewhere also the libraries' workspaces
-_FIXED_ELSEWHERE = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +72,9 @@ def needed(
       policy: the engine's; by default that of a `LanguageModel`.
       state: the memory with a `steps.State` instead, in which each row has its own pages.
     """
-    device = device_memory() if device is None else device
+    device = memory_of(model) if device is None else device
     cache, least, logits = (_state if state else _slots)(model, batch, max_length, policy)
-    weights, largest, _ = _weights(model)
+    weights, largest, _ = weight_bytes(model)
     return Memory(
         weights=weights,
         cache=cache,
@@ -96,6 +85,19 @@ def needed(
         loading=2 * largest if device.platform == "cpu" else 0,
         device=device,
     )
+
+
+def memory_of(model: Model) -> DeviceMemory:
+    """The memory of the device that the model is for; on a mesh, of the one with the least, if they are there."""
+    mesh = model.own.mesh
+    if not isinstance(mesh, Mesh):
+        return device_memory()
+    devices = mesh.local_devices
+    found = min((device_memory(device) for device in devices), key=lambda each: each.available)
+    if found.platform != "cpu":
+        return found
+    parts = {name: getattr(found, name) // len(devices) for name in ("limit", "in_use", "available")}
+    return dataclasses.replace(found, **parts)  # CPUs have the machine's memory together
 
 
 def as_loaded(
@@ -116,104 +118,10 @@ def as_loaded(
         implementation=model.implementation,
     )
     if packed is None:
-        device = device_memory() if device is None else device
+        device = memory_of(model) if device is None else device
         need = needed(expanded, batch=batch, max_length=max_length, device=device).total
         return expanded if device.platform == "cpu" and need <= device.available else model
     return expanded
-
-
-def activations(model: Model, *, batch: int, max_length: int, platform: str) -> int:
-    """The most temporary bytes that prefill or decoding needs: what XLA calls temporary buffers.
-
-    With T the largest prompt chunk, in float32 (though XLA may keep some of it narrower or not at all):
-
-        4·T·(q, k, v and residual (N + 2K)·H + the larger of the MLP's 2·F (3·F if it is gated; for experts, see `_moe`)
-             and attention's 5·N·H + 2·D and 2·N·128 scores, on a CPU for at least 128 queries)
-             (on a CPU in float32, if keys are not shared, a decode step has `lanes.numbers_of_a_row` instead, if more)
-             (on a CPU in float32, an MLP without experts also has a D for each run that its second product adds up, if
-             there are several: see `same_bits`)
-        or, off the CPU, 2 · 4·B·N·T·S scores of any prompt or decode step with B·N·T·S at most 2^26, if more
-        + 8 · 4·B·V, the sampler's sorts and copies of all logits
-        + the numbers of the largest packed weight that is unpacked as a whole, or on a CPU of 2^18 at a time
-        + 1 MiB (64 MiB off the CPU, for the workspaces of matrix products)
-        + on a CPU in half precision, the weights in float32: XLA has no half-precision products there and converts
-          them; in float32, the matrices whose outputs are padded: see `same_bits`
-
-    A test checks that it is at least what XLA reports and at most four times that (plus the workspaces). For its
-    result, `LanguageModel.logits` needs another 4·T·V, and `LanguageModel.activations` all that it returns.
-    """
-    config = model.config
-    longest = min(max_length, steps.chunk_of(model))
-    lengths = (longest, *(1 << power for power in range(longest.bit_length())))
-    buckets = {steps.chunks(length, steps.chunk_of(model))[0][2] for length in lengths}
-    T = max(buckets)
-    projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
-    S = capacity_of(max_length)
-    scored = config.num_heads * (2 * PAGE + 5 * config.head_width)
-    queries = max(T, TILE) if platform == "cpu" else T
-    attention = 4 * queries * (scored + 2 * config.width)
-    mlp = _moe(config, T) if isinstance(config, GptOssConfig) else 4 * T * _mlp(model, platform)
-    if platform == "cpu" and jnp.dtype(model.dtype) == jnp.float32 and config.num_heads == config.num_kv_heads:
-        attention = max(attention, 4 * batch * lanes.numbers_of_a_row(config.num_heads, config.head_width))
-    chunk = 4 * T * projected + max(mlp, attention)
-    if platform != "cpu":
-        at_once = [config.num_heads * rows * S for rows in (*buckets, batch)]
-        chunk = max([chunk, *(8 * scores for scores in at_once if scores <= DENSE_SCORES)])
-    estimate = chunk + 32 * batch * config.vocab_size + _unpacked(config, platform)
-    estimate += _FIXED.get(platform, _FIXED_ELSEWHERE)
-    if platform == "cpu":
-        half = jnp.dtype(model.dtype).itemsize < 4
-        estimate += 4 * (_weights(model)[2] if half else config.num_layers * _padded(config))
-    return estimate
-
-
-def _padded(config: ModelConfig) -> int:
-    """The numbers of a layer's matrices that a CPU pads, as their outputs are no multiple of `same_bits.LANES`."""
-    D, F = config.width, config.mlp_width
-    heads = config.num_heads * config.head_width
-    sizes = [(D, heads + 2 * config.num_kv_heads * config.head_width), (heads, D)]
-    if not isinstance(config, GptOssConfig):
-        sizes += [(D, _up(config)), (F, D)]
-    multiple = same_bits.LANES
-    return sum(inputs * -(-outputs // multiple) * multiple for inputs, outputs in sizes if outputs % multiple)
-
-
-def _mlp(model: Model, platform: str) -> int:
-    """Temporary numbers of an MLP without experts for each token: the results of both products."""
-    config = model.config
-    numbers = _up(config) + config.mlp_width
-    runs = same_bits.runs(config.mlp_width)
-    in_runs = platform == "cpu" and jnp.dtype(model.dtype) == jnp.float32 and runs > 1
-    return numbers + config.width * runs if in_runs else numbers
-
-
-def _moe(config: GptOssConfig, T: int) -> int:
-    """Temporary bytes of the experts: four results for each pair of a token and an expert, three of them with padding,
-    and the unpacked weights and hidden values of the groups that are computed together."""
-    E, pairs = config.num_experts, T * config.experts_per_token
-    group, groups = group_sizes(pairs, E)
-    together = min(TOGETHER, groups)
-    unpacked = 3 * config.width * config.mlp_width * (2 if config.mxfp4 != "none" else 1)
-    return 4 * (
-        (3 * group * groups + pairs) * config.width
-        + together * (unpacked + group * (6 * config.mlp_width + config.width))
-    )
-
-
-def _up(config: ModelConfig) -> int:
-    """The outputs of the MLP's first product: F, or gate and up."""
-    return 2 * config.mlp_width if isinstance(config, LlamaConfig) else config.mlp_width
-
-
-def _unpacked(config: ModelConfig, platform: str) -> int:
-    """Bytes of the largest packed weight that is not an expert, in float32 and before that; on a CPU of a part."""
-    sizes = [0]
-    if packs(config.mxfp4, "linear") or config.types:
-        projected = (config.num_heads + 2 * config.num_kv_heads) * config.head_width
-        sizes += [config.width * max(projected, _up(config))]
-    if packs(config.mxfp4, "embedding") or config.types:
-        sizes += [config.width * config.vocab_size]
-    return 8 * (min(max(sizes), AT_ONCE) if platform == "cpu" else max(sizes))
 
 
 @contextlib.contextmanager
@@ -227,14 +135,14 @@ def explained(model: Model, *, batch: int, max_length: int, loaded: bool = True,
       loaded: the model's weights are already on the device.
       state: see `needed`.
     """
-    before = None if loaded else device_memory()  # if loading fails, only some of the weights are there
+    before = None if loaded else memory_of(model)  # if loading fails, only some of the weights are there
     try:
         yield
     except (JaxRuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        device = device_memory() if before is None else before
-        has = device.available + (_weights(model)[0] if loaded else 0)
+        device = memory_of(model) if before is None else before
+        has = device.available + (weight_bytes(model)[0] if loaded else 0)
         sizes: dict[str, Any] = {"batch": batch, "max_length": max_length, "device": device, "state": state}
         message = shortfall(model, has=has, **sizes)
         if message is None:
@@ -251,7 +159,7 @@ def check(model: Model, *, batch: int, max_length: int, limit: MemoryLimit | Non
     """Raises `CapacityError` if the model and an engine do not fit on the default device. Allocates nothing."""
     if limit is not None:
         limit.check(max_length)
-    device = device_memory()
+    device = memory_of(model)
     message = shortfall(model, batch=batch, max_length=max_length, has=device.available, device=device, limit=limit)
     if message is not None:
         raise CapacityError(message)
@@ -262,9 +170,9 @@ def check_state(model: Model, *, batch: int, max_length: int) -> None:
 
     Called before allocating it: a GPU's allocator tries for ten seconds a layer before it gives up.
     """
-    device, (cache, _, logits) = device_memory(), _state(model, batch, max_length)
+    device, (cache, _, logits) = memory_of(model), _state(model, batch, max_length)
     if cache + logits > device.available:
-        has = device.available + _weights(model)[0]
+        has = device.available + weight_bytes(model)[0]
         message = shortfall(model, batch=batch, max_length=max_length, has=has, device=device, state=True)
         raise CapacityError(message or f"{_rows(batch, max_length)} do not fit")
 
@@ -314,7 +222,7 @@ def advice(
     state: bool = False,
 ) -> str:
     """The settings with the fewest changes that need at most `has` bytes: dtype, then length, then rows, then both."""
-    half = registry.build(model.config, dtype=jnp.bfloat16, implementation=model.implementation)
+    half = registry.build(model.config, dtype=jnp.bfloat16, implementation=model.implementation, share=model.share)
     choices = [(half, False, False), (model, True, False), (model, False, True), (half, True, False)]
     choices += [(half, False, True), (model, True, True), (half, True, True)]
     if jnp.dtype(model.dtype).itemsize < 4:
@@ -376,22 +284,8 @@ def _tables(model: Model, batch: int, max_length: int) -> int:
 
 def _page(model: Model) -> int:
     """Bytes of one layer's keys and values in one page."""
-    return 2 * PAGE * model.config.num_kv_heads * model.config.head_width * jnp.dtype(model.dtype).itemsize
-
-
-@functools.lru_cache(maxsize=16)
-def _weights(model: Model) -> tuple[int, int, int]:
-    """Bytes of all weights, bytes of the largest as stored in float32, and the number of floating-point numbers."""
-    leaves = jax.tree.leaves(abstract_params(model))
-    floating = [leaf.size for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    packed = [leaf.size for leaf in leaves if leaf.dtype == jnp.uint8]
-    return tree_bytes(leaves), max(4 * max(floating), max(packed, default=0)), sum(floating)
+    return 2 * PAGE * model.own.num_kv_heads * model.config.head_width * jnp.dtype(model.dtype).itemsize
 
 
 def _rows(batch: int, max_length: int) -> str:
     return f"{batch} row{'s' if batch > 1 else ''} of {max_length} positions"
-
-
-def tree_bytes(tree: object) -> int:
-    """Bytes of all arrays, real or abstract, of a pytree."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -18,7 +18,7 @@ from gptjax.engine.pools import (
 from gptjax.errors import CapacityError
 from gptjax.models.registry import Model
 from gptjax.scheduling.policy import Policy
-from gptjax.support.runtime import DeviceMemory, device_memory, whole_memory
+from gptjax.support.runtime import DeviceMemory, whole_memory
 from gptjax.support.units import readable
 
 # Of a GPU's memory, left for what XLA tries out when it compiles (2.8 GB for gpt-oss-20b) and for fragments.
@@ -37,7 +37,7 @@ def pools(model: Model, *, max_length: int, policy: Policy, limit: MemoryLimit |
     Raises:
       CapacityError: not even one request of `max_length` fits, or not within the limit; or not that many tokens.
     """
-    device = device_memory()
+    device = memory.memory_of(model)
     need = memory.needed(model, batch=policy.slots, max_length=max_length, device=device, policy=policy)
     short = need.least_cache + need.logits > device.available
     if short or limit is not None:

@@ -14,7 +14,6 @@ from gptjax.scheduling.policy import Policy, Rows
 # With an H200, dispatching one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (each call passes
 # hundreds of arrays), which is more than the device needs to compute it.
 _STEPS_PER_DISPATCH = 8
-_LEAST_CHUNK = 32  # tokens of the smallest call whose bits do not depend on its size
 _READERS = 4  # requests in the middle of their prompts
 
 
@@ -38,11 +37,15 @@ def default_policy(
     if steps_per_dispatch < 1:
         raise ValueError(f"steps_per_dispatch must be at least 1, found {steps_per_dispatch}")
     chunk = steps.chunk_of(model) if chunk is None else chunk
-    if not exact or (free_of_load.is_free_of_load(model) and chunk >= _LEAST_CHUNK):
-        return Policy(slots, chunk, steps_per_dispatch, share_decoded=not exact, reuse=reuse)
-    rows: Rows = "needed" if free_of_load.decodes_free_of_load(model) else "all"
-    policy = Policy.same_bits(slots=slots, chunk=chunk, steps=steps_per_dispatch, rows=rows)
-    return dataclasses.replace(policy, reuse=reuse)
+    if not exact:
+        return Policy(slots, chunk, steps_per_dispatch, share_decoded=True, reuse=reuse)
+    least, is_free = free_of_load.least_call(model), free_of_load.is_free_of_load(model, rows=slots)
+    if is_free and chunk >= least:
+        policy = Policy(slots, chunk, steps_per_dispatch, smallest_call=least)
+    else:
+        rows: Rows = "needed" if is_free else "all"
+        policy = Policy.same_bits(slots=slots, chunk=chunk, steps=steps_per_dispatch, rows=rows)
+    return dataclasses.replace(policy, smallest_rows=free_of_load.least_rows(model, slots=slots), reuse=reuse)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,7 @@ def pool_kinds(model: Model, *, max_length: int, policy: Policy) -> tuple[Kind, 
     if these may end inside a page, which is then copied, there is one more page, even if one request fills the others.
     """
     config = model.config
-    layer_bytes = 2 * policy.page * config.num_kv_heads * config.head_width * jnp.dtype(model.dtype).itemsize
+    layer_bytes = 2 * policy.page * model.own.num_kv_heads * config.head_width * jnp.dtype(model.dtype).itemsize
     layers, slots, whole = reach(config.windows, max_length), policy.slots, policy.pages(max_length)
     copied = 1 if policy.reuse and policy.chunk_multiple % policy.page else 0
     found = []

@@ -2,19 +2,28 @@
 
 A plan's numbers reach a program as one int32 array, because the host sends each array to the device separately. The
 model is a static argument, so two models of one configuration share compiled code.
+
+On a mesh, all devices run each program as a whole, on their shares of weights and pools. Everything else is the same on
+all of them, so each draws the same tokens.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from gptjax.engine import sampling
 from gptjax.engine.flat_params import FlatParams
 from gptjax.layers.cache import KVCache
+from gptjax.models import shards
 from gptjax.models.registry import Model
+from gptjax.sharding.share import Share
 from pallas_kernels import same_bits
 from pallas_kernels.pages import Tiles
 
@@ -32,9 +41,72 @@ class Slots:
     logits_BV: jax.Array  # float32: for the token after each slot's last
     # int32: what `sampling.sample` counts. Undefined for a slot whose request has no penalties.
     counts_BV: jax.Array
+    share: Share | None = dataclasses.field(default=None, metadata={"static": True})  # of each device, on a mesh
+
+
+_Program = Callable[..., Any]
+_SLOTS: Final = Slots  # in place of slots among what a program returns
+
+
+def _by_all_devices(*returns: Any) -> Callable[[_Program], _Program]:
+    """Lets all devices of a mesh run a program, if its slots are on one.
+
+    Args:
+      returns: what the program returns: `_SLOTS`, or `P()` for what is the same on all devices.
+    """
+
+    def decorated(program: _Program) -> _Program:
+        @functools.wraps(program)
+        def run(*arguments: Any) -> Any:
+            slots = next(each for each in arguments if isinstance(each, Slots))
+            if slots.share is None or slots.share.mesh is None:
+                return program(*arguments)
+            model = next((each for each in arguments if isinstance(each, nn.Module)), None)
+            of_slots = _specs(slots, slots.share, model)
+            static = [isinstance(each, int | nn.Module) for each in arguments]
+
+            def on_each(*dynamic: Any) -> Any:
+                left = iter(dynamic)
+                return program(*(each if fixed else next(left) for each, fixed in zip(arguments, static, strict=True)))
+
+            dynamic = [each for each, fixed in zip(arguments, static, strict=True) if not fixed]
+            in_specs = tuple(_specs(each, slots.share, model) for each in dynamic)
+            out_specs = tuple(of_slots if each is _SLOTS else each for each in returns)
+            out_specs = out_specs if len(out_specs) > 1 else out_specs[0]
+            return slots.share.run(on_each, in_specs, out_specs)(*dynamic)
+
+        return run
+
+    return decorated
+
+
+def as_divided(shapes: Any, like: Slots, whole: jax.sharding.Sharding) -> Any:
+    """The shapes of what a program returns on a mesh, with how it is divided: slots like others, all else not."""
+
+    def divided(shape: Any) -> Any:
+        if isinstance(shape, Slots):
+            return jax.tree.map(lambda each, other: _shape(each, other.sharding), shape, like)
+        return _shape(shape, whole)
+
+    return jax.tree.map(divided, shapes, is_leaf=lambda each: isinstance(each, Slots))
+
+
+def _shape(shape: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _specs(argument: Any, share: Share, model: Model | None) -> Any:
+    """How an argument of a program is divided."""
+    if isinstance(argument, FlatParams):
+        assert model is not None
+        of_weights = shards.weight_specs(model, argument.nested())
+        return dataclasses.replace(argument, leaves=tuple(jax.tree.leaves(of_weights)))
+    specs = jax.tree.map(lambda _: P(), argument)
+    return dataclasses.replace(specs, cache=share.cache_specs(argument.cache)) if isinstance(argument, Slots) else specs
 
 
 @partial(_jit, static_argnames=("model", "size", "ends"), donate_argnames=("slots",))
+@_by_all_devices(P(), _SLOTS)
 def prefill(
     model: Model, params: FlatParams, slots: Slots, call: jax.Array, size: int, ends: int
 ) -> tuple[jax.Array, Slots]:
@@ -56,6 +128,7 @@ def prefill(
 
 
 @partial(_jit, static_argnames=("model",), donate_argnames=("slots",))
+@_by_all_devices(_SLOTS)
 def keep_logits(model: Model, params: FlatParams, slots: Slots, hidden_MD: jax.Array, slot_M: jax.Array) -> Slots:
     """Gives slots the logits after the last tokens of their prompts.
 
@@ -69,12 +142,14 @@ def keep_logits(model: Model, params: FlatParams, slots: Slots, hidden_MD: jax.A
 
 
 @partial(_jit, donate_argnames=("slots",))
+@_by_all_devices(_SLOTS)
 def set_counts(slots: Slots, slot: jax.Array, counts_V: jax.Array) -> Slots:
     """Sets what is counted of a slot's tokens. `slots` is donated."""
     return dataclasses.replace(slots, counts_BV=slots.counts_BV.at[slot].set(counts_V))
 
 
 @partial(_jit, static_argnames=("kind",), donate_argnames=("slots",))
+@_by_all_devices(_SLOTS)
 def copy_pages(slots: Slots, copies: jax.Array, kind: int) -> Slots:
     """Copies pages to others, in the layers of one kind.
 
@@ -87,12 +162,14 @@ def copy_pages(slots: Slots, copies: jax.Array, kind: int) -> Slots:
 
 
 @_jit
+@_by_all_devices(P())
 def marker(slots: Slots) -> jax.Array:
     """A number that is there when all programs dispatched so far have run."""
     return slots.logits_BV[0, 0]
 
 
 @_jit
+@_by_all_devices(P())
 def sample(slots: Slots, rows: jax.Array, settings: sampling.Sampling) -> sampling.Sampled:
     """Draws the next token of some slots.
 
@@ -106,6 +183,7 @@ def sample(slots: Slots, rows: jax.Array, settings: sampling.Sampling) -> sampli
 
 
 @partial(_jit, static_argnames=("model",), donate_argnames=("slots",))
+@_by_all_devices(_SLOTS)
 def advance(model: Model, params: FlatParams, slots: Slots, token_B: jax.Array, rows: jax.Array) -> Slots:
     """Feeds the given or drawn token of each row to its slot, and counts those drawn. -1 makes a slot's logits NaN.
 
@@ -120,6 +198,7 @@ def advance(model: Model, params: FlatParams, slots: Slots, token_B: jax.Array, 
 
 
 @partial(_jit, static_argnames=("model", "num_steps"), donate_argnames=("slots",))
+@_by_all_devices(_SLOTS, P())
 def decode(
     model: Model, params: FlatParams, slots: Slots, rows: jax.Array, settings: sampling.Sampling, num_steps: int
 ) -> tuple[Slots, sampling.Sampled]:

@@ -10,6 +10,9 @@ from gptjax.engine import sampling
 from gptjax.engine.request import MAX_BIASES, MAX_TOP_LOGPROBS, Request, SamplingParams
 from gptjax.structured.matching import words_of
 
+Words = np.ndarray | None
+"""Which tokens rows may draw, int32 [B, W]: bit t % 32 of word t // 32 is token t's. None: any."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Features:
@@ -44,12 +47,18 @@ class Features:
 
 
 def settings_of(
-    requests: Sequence[Request | None], vocab_size: int, features: Features, *, branches: bool = False
+    requests: Sequence[Request | None],
+    vocab_size: int,
+    features: Features,
+    *,
+    branches: bool = False,
+    device: jax.sharding.Sharding | None = None,
 ) -> sampling.Sampling:
     """The rows' settings as arrays; those not in `features` are None and are not computed.
 
     Args:
       branches: whether to skip at run time what no row uses: see `Sampling`.
+      device: where the arrays go; None: to the default device.
     """
     off = SamplingParams(seed=0)
     rows = [off if request is None else request.params for request in requests]
@@ -57,9 +66,8 @@ def settings_of(
     def column(name: str, dtype: type[np.generic]) -> jax.Array:
         values = [getattr(params, name) for params in rows]
         # A k beyond the vocabulary keeps all tokens, and may not fit in int32.
-        return _on_device(
-            np.asarray([min(value, vocab_size) for value in values] if name == "top_k" else values, dtype)
-        )
+        values = [min(value, vocab_size) for value in values] if name == "top_k" else values
+        return _on_device(np.asarray(values, dtype), device)
 
     return sampling.Sampling(
         seed_B=column("seed", np.uint32),
@@ -78,8 +86,8 @@ def settings_of(
         )
         if features.penalises
         else None,
-        bias=_bias(rows, vocab_size) if features.biases else None,
-        allowed_BW=_on_device(all_allowed(len(rows), vocab_size).view(np.uint32)) if features.constrains else None,
+        bias=_bias(rows, vocab_size, device) if features.biases else None,
+        allowed_BW=_words(all_allowed(len(rows), vocab_size), device) if features.constrains else None,
         top_B=column("top_logprobs", np.int32) if branches else None,
         num_top=min(features.num_top, vocab_size),
         branches=branches,
@@ -91,24 +99,28 @@ def all_allowed(rows: int, vocab_size: int) -> np.ndarray:
     return np.full((rows, words_of(vocab_size)), -1, np.int32)
 
 
-def with_allowed(settings: sampling.Sampling, words_BW: np.ndarray | None) -> sampling.Sampling:
+def with_allowed(
+    settings: sampling.Sampling, words_BW: Words, device: jax.sharding.Sharding | None
+) -> sampling.Sampling:
     """The settings of the same rows, with the tokens that they may draw now."""
-    if words_BW is None:
-        return settings
-    return dataclasses.replace(settings, allowed_BW=_on_device(words_BW.view(np.uint32)))
+    return settings if words_BW is None else dataclasses.replace(settings, allowed_BW=_words(words_BW, device))
 
 
-def _bias(rows: Sequence[SamplingParams], vocab_size: int) -> sampling.Bias:
+def _words(words_BW: np.ndarray, device: jax.sharding.Sharding | None) -> jax.Array:
+    return _on_device(words_BW.view(np.uint32), device)
+
+
+def _bias(rows: Sequence[SamplingParams], vocab_size: int, device: jax.sharding.Sharding | None) -> sampling.Bias:
     ids_BM = np.full((len(rows), MAX_BIASES), vocab_size, np.int32)
     values_BM = np.zeros((len(rows), MAX_BIASES), np.float32)
     for row, params in enumerate(rows):
         count = len(params.logit_bias)
         ids_BM[row, :count] = list(params.logit_bias)
         values_BM[row, :count] = list(params.logit_bias.values())
-    return sampling.Bias(_on_device(ids_BM), _on_device(values_BM))
+    return sampling.Bias(_on_device(ids_BM, device), _on_device(values_BM, device))
 
 
-def _on_device(array: np.ndarray) -> jax.Array:
+def _on_device(array: np.ndarray, device: jax.sharding.Sharding | None) -> jax.Array:
     """(`jnp.asarray` compiles something for each new shape.)"""
-    placed: jax.Array = jax.device_put(array)
+    placed: jax.Array = jax.device_put(array, device)
     return placed

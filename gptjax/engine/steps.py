@@ -6,7 +6,7 @@ flat; flat ones cost the host less per call, and each kind is compiled separatel
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from gptjax.engine import sampling
 from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.layers.cache import KVCache
-from gptjax.models import registry
+from gptjax.models import registry, shards
 from gptjax.models.registry import Model
 from pallas_kernels import dispatch
 from pallas_kernels.pages import Tiles
@@ -99,6 +99,9 @@ def padded(tokens: np.ndarray, slot: int, start: int, count: int, bucket: int) -
 
 def _apply(model: Model, params: AnyParams, *arguments: jax.Array | KVCache, method: str | None = None) -> Any:
     nested = params.nested() if isinstance(params, FlatParams) else params
+    if model.own.mesh is not None:
+        run: Callable[..., Any] = shards.apply if method is None else shards.head
+        return run(model, nested, *arguments)
     return model.apply({"params": nested}, *arguments, method=method)
 
 

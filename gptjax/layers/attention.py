@@ -11,8 +11,9 @@ from gptjax.axes import HEADS, QKV_HEADS, QUERY_HEADS, WIDTH
 from gptjax.config.rope import Rope
 from gptjax.layers.layer_cache import LayerCache
 from gptjax.layers.linear import Linear
-from gptjax.layers.norm import HeadNorm
+from gptjax.layers.norm import HeadNorm, Normed
 from gptjax.layers.observe import observe
+from gptjax.layers.residual import Residual
 from gptjax.layers.rope import rotate, rotation
 from gptjax.layers.weight import array
 from pallas_kernels.attention import attention
@@ -35,13 +36,17 @@ class Attention(nn.Module):
     rope: Rope | None = None  # None if positions are not rotary
     window: int | None = None  # positions that a query sees, its own included; None is all
     use_sinks: bool = False  # a learned logit per head, which takes a share of the softmax but has no value
+    over: tuple[str, ...] = ()  # axes of the mesh that the heads are divided over: these are one device's
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache | None
-    ) -> tuple[PartialSum, LayerCache | None]:
-        """The update to the residual [B · T, D], and the cache with the new keys and values; None stays None."""
-        B, T, D = x_BTD.shape
+        self, normed: Normed, positions_BT: jax.Array, cache: LayerCache | None
+    ) -> tuple[Residual, PartialSum, LayerCache | None]:
+        """The residual with its pending update added, attention's update to it [B · T, D], and the cache.
+
+        The cache has the new keys and values; None stays None.
+        """
+        B, T, D = normed.shape
         N, K, H = self.num_heads, self.num_kv_heads, self.head_width
         linear = partial(
             Linear,
@@ -50,7 +55,7 @@ class Attention(nn.Module):
             implementation=self.implementation,
         )
         qkv_heads = linear((N + 2 * K) * H, (WIDTH, QKV_HEADS), use_bias=self.qkv_bias, name="qkv")
-        qkv = qkv_heads.partial_sum(x_BTD)
+        residual, qkv = qkv_heads.partial_sum_after(normed)
         angles = None if self.rope is None else rotation(self.rope, H, positions_BT)
         sinks_N = None
         if self.use_sinks:
@@ -68,7 +73,7 @@ class Attention(nn.Module):
             out_BTNH = cache.attend(q_BTNH, positions_BT, sinks_N, scale=self.scale, implementation=self.implementation)
         observe(self, "heads", out_BTNH)
         out = linear(D, (HEADS, WIDTH), use_bias=self.out_bias, name="out")
-        return out.partial_sum(out_BTNH.reshape(B, T, N * H)), cache
+        return residual, out.partial_sum(out_BTNH.reshape(B, T, N * H)).over(self.over), cache
 
     def _among_themselves(
         self,

@@ -4,8 +4,11 @@ import flax.linen as nn
 import jax
 from jax.typing import DTypeLike
 
+from gptjax.layers.norm import Normed
 from gptjax.layers.observe import observe_lazy
-from gptjax.layers.weight import Weight, array, gated_product, product, weight
+from gptjax.layers.residual import Residual
+from gptjax.layers.weight import Weight, array, gated_product, normed_gated_product, normed_product, product, weight
+from pallas_kernels import same_bits
 from pallas_kernels.partial_sum import PartialSum
 
 
@@ -36,6 +39,21 @@ class Linear(nn.Module):
         kernel, bias = self.weights(x.shape[-1])
         return gated_product(x, kernel, self.dtype, self.implementation) if bias is None else None
 
+    def gated_after(self, normed: Normed) -> tuple[Residual, jax.Array] | None:
+        """The residual with its pending update added, and `gated` of the norm of that; None likewise."""
+        row, (kernel, bias) = normed.row(), self.weights(normed.shape[-1])
+        found = None if row is None or bias is not None else normed_gated_product(row, kernel, self.implementation)
+        return None if found is None else (Residual(found[0]), found[1])
+
+    def partial_sum_after(self, normed: Normed) -> tuple[Residual, PartialSum]:
+        """The residual with its pending update added, and `partial_sum` of the norm of that."""
+        row, (kernel, bias) = normed.row(), self.weights(normed.shape[-1])
+        found = None if row is None else normed_product(row, kernel, bias, self.implementation)
+        if found is not None:
+            return Residual(found[0]), found[1]
+        residual, x_BTD = normed.finished()
+        return residual, self.partial_sum(x_BTD)
+
     def partial_sum(self, x: jax.Array) -> PartialSum:
         """[..., in] -> [T, out] with all T tokens in one axis; whoever reads it finishes the sum."""
         kernel, bias = self.weights(x.shape[-1])
@@ -48,4 +66,4 @@ class Linear(nn.Module):
         return self._finished(self.partial_sum(x), x)
 
     def _finished(self, y: PartialSum, x: jax.Array) -> jax.Array:
-        return y.total().astype(self.dtype).reshape(*x.shape[:-1], self.features)
+        return same_bits.rounded(y.total(), self.dtype).reshape(*x.shape[:-1], self.features)

@@ -4,9 +4,10 @@ from functools import partial
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from gptjax.axes import EXPERTS, MLP, WIDTH
+from gptjax.axes import CHOICES, EXPERTS, MLP, WIDTH
 from gptjax.layers.norm import RMSNorm
 from gptjax.layers.observe import observe, observe_lazy
 from gptjax.layers.residual import Residual
@@ -36,8 +37,8 @@ class Router(nn.Module):
         E, shape = self.num_experts, residual.x_BTD.shape
         D = shape[-1]
         kernel_init, bias_init = nn.initializers.normal(STANDARD_DEVIATION), nn.initializers.zeros_init()
-        kernel_DE = array(self, "kernel", kernel_init, (D, E), (WIDTH, EXPERTS), self.param_dtype)
-        bias_E = array(self, "bias", bias_init, (E,), (EXPERTS,), self.param_dtype)
+        kernel_DE = array(self, "kernel", kernel_init, (D, E), (WIDTH, CHOICES), self.param_dtype)
+        bias_E = array(self, "bias", bias_init, (E,), (CHOICES,), self.param_dtype)
         positions_T = positions_BT.reshape(-1)
         sum_TD, normed_TD, experts_TX, weights_TX = norm_route(
             residual.x_BTD.reshape(-1, D).astype(self.dtype),
@@ -77,6 +78,9 @@ class MoE(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
+    own_experts: int | None = None  # of E, that this device has; None: all
+    experts_over: tuple[str, ...] = ()  # axes of the mesh that E is divided over
+    width_over: tuple[str, ...] = ()  # and F, of which `mlp_width` is then one device's part
 
     @nn.compact
     def __call__(self, residual: Residual, positions_BT: jax.Array) -> tuple[Residual, PartialSum]:
@@ -84,11 +88,19 @@ class MoE(nn.Module):
 
         Padding, at negative positions, has no expert, and its update is 0.
         """
-        E, F, D = self.num_experts, self.mlp_width, residual.x_BTD.shape[-1]
-        router = Router(self.norm, E, self.experts_per_token, self.dtype, self.param_dtype, name="router")
+        E, F, D = self.own_experts or self.num_experts, self.mlp_width, residual.x_BTD.shape[-1]
+        router = Router(
+            self.norm, self.num_experts, self.experts_per_token, self.dtype, self.param_dtype, name="router"
+        )
         residual, normed_BTD, experts_TX, weights_TX = router(residual, positions_BT)
+        if self.experts_over:  # those of other devices do not exist here
+            experts_TX -= jax.lax.axis_index(self.experts_over) * E
+            experts_TX = jnp.where((experts_TX >= 0) & (experts_TX < E), experts_TX, -1)
         kernel = partial(weight, self, param_dtype=self.param_dtype)
         bias = partial(array, self, init=nn.initializers.zeros_init(), param_dtype=self.param_dtype)
+        down_bias_ED = bias("down_bias", shape=(E, D), axes=(EXPERTS, WIDTH))
+        if self.width_over:  # the devices that share an expert add its bias once
+            down_bias_ED = jnp.where(jax.lax.axis_index(self.width_over) == 0, down_bias_ED, 0)
         update = moe(
             normed_BTD.reshape(-1, D),
             experts_TX,
@@ -96,10 +108,10 @@ class MoE(nn.Module):
             kernel("gate_up_kernel", (E, D, 2 * F), (EXPERTS, WIDTH, MLP)),
             bias("gate_up_bias", shape=(E, 2 * F), axes=(EXPERTS, MLP)),
             kernel("down_kernel", (E, F, D), (EXPERTS, MLP, WIDTH)),
-            bias("down_bias", shape=(E, D), axes=(EXPERTS, WIDTH)),
+            down_bias_ED,
             alpha=self.swiglu_alpha,
             limit=self.swiglu_limit,
             implementation=self.implementation,
-        )
+        ).over(self.experts_over + self.width_over)
         observe_lazy(self, "output", lambda: update.total().reshape(normed_BTD.shape).astype(self.dtype))
         return residual, update

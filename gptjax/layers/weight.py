@@ -15,7 +15,20 @@ from pallas_kernels.formats.ggml.fragments import QuantizedFragments
 from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.matmul import matmul
-from pallas_kernels.matvec import FEW, PACKED_FEW, Fragments, matvec, packed_gated, packed_matvec, takes_gated
+from pallas_kernels.matvec import (
+    FEW,
+    PACKED_FEW,
+    Fragments,
+    RowNorm,
+    matvec,
+    normed_gated,
+    normed_matvec,
+    packed_gated,
+    packed_matvec,
+    takes_gated,
+    takes_normed,
+    takes_normed_gated,
+)
 from pallas_kernels.partial_sum import PartialSum
 
 Matrix = MXFP4 | Quantized | Fragments  # packed
@@ -92,10 +105,39 @@ def gated_product(x: jax.Array, kernel: Weight, dtype: DTypeLike, implementation
     Both products are rounded to `dtype` first. None if no kernel does it at once.
     """
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    parts = (kernel,) if isinstance(kernel, Fragments) else getattr(kernel, "parts", ())
-    if not parts or not _is_fragments(parts) or not takes_gated(rows, parts, implementation=implementation):
+    parts = _fragments(kernel)
+    if not parts or not takes_gated(rows, parts, implementation=implementation):
         return None
     return packed_gated(rows, parts).reshape(*x.shape[:-1], -1)
+
+
+def normed_product(
+    norm: RowNorm, kernel: Weight, bias: jax.Array | None, implementation: str = "auto"
+) -> tuple[jax.Array, PartialSum] | None:
+    """The sum that a norm is of, and `product` of the norm; None if no kernel does both."""
+    parts = _fragments(kernel)
+    if not parts or not takes_normed(norm, parts, implementation=implementation):
+        return None
+    return normed_matvec(norm, parts, bias)
+
+
+def normed_gated_product(
+    norm: RowNorm, kernel: Weight, implementation: str = "auto"
+) -> tuple[jax.Array, jax.Array] | None:
+    """The sum that a norm is of, and `gated_product` of the norm; None if no kernel does it all."""
+    parts = _fragments(kernel)
+    if not parts or not takes_normed_gated(norm, parts, implementation=implementation):
+        return None
+    x, h = normed_gated(norm, parts)
+    return x, h.reshape(*x.shape[:-1], -1)
+
+
+def _fragments(kernel: Weight) -> Sequence[Fragments]:
+    """A kernel's parts, if all of them are repacked."""
+    if isinstance(kernel, jax.Array):
+        return ()
+    parts: Sequence[Matrix] = kernel.parts if isinstance(kernel, Rows) else (kernel,)
+    return parts if _is_fragments(parts) else ()
 
 
 def _is_fragments(parts: Sequence[Matrix]) -> TypeGuard[Sequence[Fragments]]:

@@ -15,6 +15,7 @@ from gptjax.layers.layer_cache import LayerCache
 from gptjax.layers.observe import is_observed, observe
 from gptjax.layers.residual import Residual
 from gptjax.layers.weight import embed, unembed, weight
+from gptjax.sharding.share import Share
 
 
 class Decoder(nn.Module):
@@ -25,19 +26,28 @@ class Decoder(nn.Module):
 
     It computes in `dtype`, except for norms, rotations, softmax and logits, which are always float32 inside.
     Subclasses say what a block and the final norm are.
+
+    With a share, this is the program of one device of a mesh, on its part of weights and cache: see
+    `gptjax.models.shards`.
     """
 
     config: ModelConfig
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     implementation: str = "auto"
+    share: Share | None = None  # None: all of the model
+
+    @property
+    def own(self) -> Share:
+        """What this device has of the model."""
+        return Share.whole(self.config) if self.share is None else self.share
 
     def block(self, layer: int) -> Any:
         """The module of a layer: `(residual, positions_BT, layer_cache) -> (residual, layer_cache)`."""
         raise NotImplementedError
 
     def norm(self) -> Any:
-        """The module of the final norm: `residual -> (residual, normed_BTD)`."""
+        """The module of the final norm: `residual -> Normed`."""
         raise NotImplementedError
 
     def setup(self) -> None:
@@ -63,13 +73,19 @@ class Decoder(nn.Module):
         """
         x_BTD = observe(self, "embedding", self.embed(tokens_BT, positions_BT))
         residual, cache = self.through_blocks(Residual(x_BTD), positions_BT, cache)
-        _, hidden_BTD = self.final_norm(residual)
+        _, hidden_BTD = self.final_norm(residual).finished()
         return hidden_BTD, None if cache is None else cache.extended(positions_BT)
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The embeddings [B, T, D] of `dtype`."""
         # Padding takes row 0: it is never attended to, and only has to be in bounds.
-        return embed(self.token_embedding, jnp.where(positions_BT < 0, 0, tokens_BT), self.dtype)
+        tokens_BT, over = jnp.where(positions_BT < 0, 0, tokens_BT), self.own.axes("V")
+        if not over:
+            return embed(self.token_embedding, tokens_BT, self.dtype)
+        tokens_BT -= jax.lax.axis_index(over) * self.own.vocab_size
+        here_BT = (tokens_BT >= 0) & (tokens_BT < self.own.vocab_size)
+        x_BTD = embed(self.token_embedding, jnp.where(here_BT, tokens_BT, 0), self.dtype)
+        return jax.lax.psum(jnp.where(here_BT[..., None], x_BTD, 0), over)  # all but one are 0: nothing is rounded
 
     def through_blocks(
         self, residual: Residual, positions_BT: jax.Array, cache: KVCache | None
@@ -99,10 +115,14 @@ class Decoder(nn.Module):
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits of hidden states, [..., D] -> [..., V] float32."""
         embedding_VD = self.token_embedding if self.config.tied_head else self.head_embedding
-        return unembed(hidden, embedding_VD, self.dtype, self.implementation)
+        logits = unembed(hidden, embedding_VD, self.dtype, self.implementation)
+        if not (over := self.own.axes("V")):
+            return logits
+        logits = jax.lax.all_gather(logits, over, axis=logits.ndim - 1, tiled=True)
+        return logits[..., : self.config.vocab_size]  # without what the last devices' shares were filled up with
 
     def _embedding(self, name: str) -> Any:
-        shape = (self.config.vocab_size, self.config.width)
+        shape = (self.own.vocab_size, self.config.width)
         return weight(self, name, shape, (VOCAB, WIDTH), param_dtype=self.param_dtype)
 
 

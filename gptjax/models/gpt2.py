@@ -22,7 +22,9 @@ from gptjax.layers.observe import is_observed, observe, observe_lazy
 from gptjax.layers.residual import Residual
 from gptjax.layers.weight import STANDARD_DEVIATION, array
 from gptjax.models.decoder import Decoder
+from gptjax.sharding.share import Share
 from pallas_kernels import block as fused_block
+from pallas_kernels import same_bits
 
 
 class Block(nn.Module):
@@ -33,25 +35,28 @@ class Block(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
+    share: Share
 
     def setup(self) -> None:
         """Declares the layers."""
-        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        config, share, dtypes = self.config, self.share, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = partial(LayerNorm, config.norm_epsilon, implementation=self.implementation, **dtypes)
         self.attention_norm = norm()
         self.attention = Attention(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
+            num_heads=share.num_heads,
+            num_kv_heads=share.num_kv_heads,
             head_width=config.head_width,
             scale=self.scale,
             implementation=self.implementation,
+            over=share.axes("N"),
             **dtypes,
         )
         self.mlp_norm = norm()
         self.mlp = MLP(
-            config.mlp_width,
+            share.mlp_width,
             config.activation,
             implementation=self.implementation,
+            over=share.axes("F"),
             **dtypes,
         )
 
@@ -59,11 +64,10 @@ class Block(nn.Module):
         self, residual: Residual, positions_BT: jax.Array, cache: LayerCache | None
     ) -> tuple[Residual, LayerCache | None]:
         """The residual with both updates, the second pending, and the cache with this layer's keys and values."""
-        residual, normed_BTD = self.attention_norm(residual)
-        update, cache = self.attention(normed_BTD, positions_BT, cache)
-        residual, normed_BTD = self.mlp_norm(residual.plus(update))
+        residual, update, cache = self.attention(self.attention_norm(residual), positions_BT, cache)
+        residual, update = self.mlp(self.mlp_norm(residual.plus(update)))
         observe(self, "attention_residual", residual.x_BTD)
-        residual = residual.plus(self.mlp(normed_BTD))
+        residual = residual.plus(update)
         observe_lazy(self, "mlp_residual", residual.total)
         return residual, cache
 
@@ -116,7 +120,7 @@ class GPT2(Decoder):
         if config.scale_attention_by_layer:
             scale /= layer + 1
         dtypes = self.dtype, self.param_dtype
-        return Block(config, scale, *dtypes, self.implementation, name=f"block_{layer}")
+        return Block(config, scale, *dtypes, self.implementation, self.own, name=f"block_{layer}")
 
     def norm(self) -> LayerNorm:
         """The final norm."""
@@ -136,8 +140,9 @@ class GPT2(Decoder):
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The sum of the tokens' and the positions' embeddings, [B, T, D] of `dtype`."""
-        positions_BTD = self.position_embedding[jnp.maximum(positions_BT, 0)]
-        return super().embed(tokens_BT, positions_BT) + positions_BTD.astype(self.dtype)
+        tokens_BTD = super().embed(tokens_BT, positions_BT)
+        positions_BTD = self.position_embedding[jnp.maximum(positions_BT, 0)].astype(self.dtype)
+        return same_bits.rounded(tokens_BTD.astype(jnp.float32) + positions_BTD.astype(jnp.float32), self.dtype)
 
     def through_blocks(
         self, residual: Residual, positions_BT: jax.Array, cache: KVCache | None

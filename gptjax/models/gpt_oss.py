@@ -18,6 +18,7 @@ from gptjax.layers.norm import RMSNorm
 from gptjax.layers.observe import observe, observe_lazy
 from gptjax.layers.residual import Residual
 from gptjax.models.decoder import Decoder
+from gptjax.sharding.share import Share
 
 
 class Block(nn.Module):
@@ -28,18 +29,20 @@ class Block(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
+    share: Share
 
     def setup(self) -> None:
         """Declares the layers."""
-        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        config, share, dtypes = self.config, self.share, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = partial(RMSNorm, config.norm_epsilon, implementation=self.implementation, **dtypes)
         self.attention_norm = norm()
         self.attention = Attention(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
+            num_heads=share.num_heads,
+            num_kv_heads=share.num_kv_heads,
             head_width=config.head_width,
             scale=1 / math.sqrt(config.head_width),
             implementation=self.implementation,
+            over=share.axes("N"),
             qkv_bias=config.attention_bias,
             out_bias=config.attention_bias,
             rope=config.rope,
@@ -52,10 +55,13 @@ class Block(nn.Module):
             norm=self.moe_norm,
             num_experts=config.num_experts,
             experts_per_token=config.experts_per_token,
-            mlp_width=config.mlp_width,
+            mlp_width=share.mlp_width,
             swiglu_alpha=config.swiglu_alpha,
             swiglu_limit=config.swiglu_limit,
             implementation=self.implementation,
+            own_experts=share.num_experts,
+            experts_over=share.axes("E"),
+            width_over=share.axes("F"),
             **dtypes,
         )
 
@@ -63,8 +69,7 @@ class Block(nn.Module):
         self, residual: Residual, positions_BT: jax.Array, cache: LayerCache | None
     ) -> tuple[Residual, LayerCache | None]:
         """The residual with both updates, the second pending, and the cache with this layer's keys and values."""
-        residual, normed_BTD = self.attention_norm(residual)
-        update, cache = self.attention(normed_BTD, positions_BT, cache)
+        residual, update, cache = self.attention(self.attention_norm(residual), positions_BT, cache)
         residual, update = self.moe(residual.plus(update), positions_BT)
         observe(self, "attention_residual", residual.x_BTD)
         residual = residual.plus(update)
@@ -80,7 +85,7 @@ class GptOss(Decoder):
     def block(self, layer: int) -> Block:
         """A block."""
         window, dtypes = self.config.windows[layer], (self.dtype, self.param_dtype)
-        return Block(self.config, window, *dtypes, self.implementation, name=f"block_{layer}")
+        return Block(self.config, window, *dtypes, self.implementation, self.own, name=f"block_{layer}")
 
     def norm(self) -> RMSNorm:
         """The final norm."""

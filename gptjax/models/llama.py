@@ -18,6 +18,7 @@ from gptjax.layers.norm import RMSNorm
 from gptjax.layers.observe import observe, observe_lazy
 from gptjax.layers.residual import Residual
 from gptjax.models.decoder import Decoder
+from gptjax.sharding.share import Share
 
 
 class Block(nn.Module):
@@ -28,18 +29,20 @@ class Block(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
+    share: Share
 
     def setup(self) -> None:
         """Declares the layers."""
-        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        config, share, dtypes = self.config, self.share, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = partial(RMSNorm, config.norm_epsilon, implementation=self.implementation, **dtypes)
         self.attention_norm = norm()
         self.attention = Attention(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
+            num_heads=share.num_heads,
+            num_kv_heads=share.num_kv_heads,
             head_width=config.head_width,
             scale=1 / math.sqrt(config.head_width),
             implementation=self.implementation,
+            over=share.axes("N"),
             qkv_bias=config.qkv_bias,
             out_bias=config.out_bias,
             qk_norm_epsilon=config.norm_epsilon if config.qk_norm else None,
@@ -49,9 +52,10 @@ class Block(nn.Module):
         )
         self.mlp_norm = norm()
         self.mlp = GatedMLP(
-            config.mlp_width,
+            share.mlp_width,
             config.mlp_bias,
             implementation=self.implementation,
+            over=share.axes("F"),
             **dtypes,
         )
 
@@ -59,11 +63,10 @@ class Block(nn.Module):
         self, residual: Residual, positions_BT: jax.Array, cache: LayerCache | None
     ) -> tuple[Residual, LayerCache | None]:
         """The residual with both updates, the second pending, and the cache with this layer's keys and values."""
-        residual, normed_BTD = self.attention_norm(residual)
-        update, cache = self.attention(normed_BTD, positions_BT, cache)
-        residual, normed_BTD = self.mlp_norm(residual.plus(update))
+        residual, update, cache = self.attention(self.attention_norm(residual), positions_BT, cache)
+        residual, update = self.mlp(self.mlp_norm(residual.plus(update)))
         observe(self, "attention_residual", residual.x_BTD)
-        residual = residual.plus(self.mlp(normed_BTD))
+        residual = residual.plus(update)
         observe_lazy(self, "mlp_residual", residual.total)
         return residual, cache
 
@@ -76,7 +79,7 @@ class Llama(Decoder):
     def block(self, layer: int) -> Block:
         """A block."""
         window, dtypes = self.config.windows[layer], (self.dtype, self.param_dtype)
-        return Block(self.config, window, *dtypes, self.implementation, name=f"block_{layer}")
+        return Block(self.config, window, *dtypes, self.implementation, self.own, name=f"block_{layer}")
 
     def norm(self) -> RMSNorm:
         """The final norm."""

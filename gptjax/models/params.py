@@ -15,6 +15,7 @@ from gptjax.errors import CheckpointError
 from gptjax.layers.weight import STANDARD_DEVIATION
 from gptjax.models.packing import is_kernel, overlaid, random_packed
 from gptjax.models.registry import Model, build
+from gptjax.sharding.share import Share
 from pallas_kernels import matvec, moe
 from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.ggml.weight import Quantized, Rows
@@ -39,11 +40,12 @@ def random_params(model: Model, seed: int = 0) -> Params:
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(model), is_leaf=is_packed)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return jax.tree.unflatten(
-        tree, [_random_leaf(key, path[-1].key, leaf) for key, (path, leaf) in zip(keys, leaves, strict=True)]
+        tree, [random_leaf(key, path[-1].key, leaf) for key, (path, leaf) in zip(keys, leaves, strict=True)]
     )
 
 
-def _random_leaf(key: jax.Array, name: str, leaf: Any) -> Any:
+def random_leaf(key: jax.Array, name: str, leaf: Any) -> Any:
+    """A weight of a leaf's shape and name: see `random_params`."""
     if is_packed(leaf):
         return random_packed(key, leaf)
     if name == "scale":
@@ -57,19 +59,19 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Arr
 
 
 def abstract_params(model: Model) -> Params:
-    """Shapes and dtypes of all weights, as `jax.ShapeDtypeStruct`. Allocates nothing."""
+    """Shapes and dtypes of all weights, or of a device's share, as `jax.ShapeDtypeStruct`. Allocates nothing."""
 
     def typed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         return jax.ShapeDtypeStruct(leaf.shape, model.param_dtype if floating else leaf.dtype)
 
-    return jax.tree.map(typed, _float32_params(model.config))
+    return jax.tree.map(typed, _float32_params(model.config, model.own.alone()))
 
 
 @functools.lru_cache(maxsize=16)
-def _float32_params(config: ModelConfig) -> Params:
+def _float32_params(config: ModelConfig, share: Share) -> Params:
     """Traces a single block, since all are alike and tracing 24 takes most of a second."""
-    single = build(config.with_one_layer())
+    single = build(config.with_one_layer(), share=share)
     params = jax.eval_shape(lambda: init_params(single, jax.random.key(0)))
     block = params.pop("block_0")
     return overlaid(config, params | {f"block_{layer}": block for layer in range(config.num_layers)})
@@ -151,5 +153,8 @@ def weights_by_path(params: Params) -> dict[tuple[str, ...], Any]:
 
 
 def num_params(model: Model) -> int:
-    """The number of the model's parameters, packed or not."""
-    return sum(math.prod(leaf.shape) for leaf in weights_by_path(abstract_params(model)).values())
+    """The number of the model's parameters, packed or not, on all devices."""
+    return sum(
+        math.prod(leaf.shape)
+        for leaf in weights_by_path(_float32_params(model.config, Share.whole(model.config))).values()
+    )

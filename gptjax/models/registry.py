@@ -11,6 +11,7 @@ from gptjax.layers.cache import KVCache
 from gptjax.models.gpt2 import GPT2
 from gptjax.models.gpt_oss import GptOss
 from gptjax.models.llama import Llama
+from gptjax.sharding.share import Share
 
 Model = GPT2 | GptOss | Llama  # the union of all models
 
@@ -27,36 +28,57 @@ def build(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
     implementation: str = "auto",
+    share: Share | None = None,
 ) -> Model:
-    """The model of a configuration. Weights are declared in `param_dtype`, by default `dtype`."""
+    """The model of a configuration, or one device's share of it. Weights are declared in `param_dtype`, by default
+    `dtype`."""
     return _MODELS[type(config)](
-        config, dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype, implementation=implementation
+        config,
+        dtype=dtype,
+        param_dtype=dtype if param_dtype is None else param_dtype,
+        implementation=implementation,
+        share=share,
     )
 
 
 def create_cache(model: Model, *, batch: int, max_length: int, chunk: int | None = None) -> KVCache:
-    """An empty cache for the model, for calls of at most `chunk` tokens a row: see `KVCache.create`."""
-    config = model.config
-    return KVCache.create(
-        windows=config.windows,
-        batch=batch,
-        max_length=max_length,
-        chunk=chunk,
-        num_kv_heads=config.num_kv_heads,
-        head_width=config.head_width,
-        dtype=model.dtype,
-    )
+    """An empty cache for the model, for calls of at most `chunk` tokens a row: see `KVCache.create`. On a mesh, `batch`
+    must be a multiple of its axis `data`."""
+    config, own = model.config, model.own
+
+    def create() -> KVCache:
+        return KVCache.create(
+            windows=config.windows,
+            batch=batch // own.rows_parts,
+            max_length=max_length,
+            chunk=chunk,
+            num_kv_heads=own.num_kv_heads,
+            head_width=config.head_width,
+            dtype=model.dtype,
+        )
+
+    return _on_devices(model, create)
 
 
 def create_pools(model: Model, *, pages: Sequence[int], rows: int, max_length: int) -> KVCache:
     """An empty cache for the model, whose pages are given to rows as needed: see `KVCache.pooled`."""
-    config = model.config
-    return KVCache.pooled(
-        windows=config.windows,
-        pages=pages,
-        rows=rows,
-        max_length=max_length,
-        num_kv_heads=config.num_kv_heads,
-        head_width=config.head_width,
-        dtype=model.dtype,
-    )
+    config, own = model.config, model.own
+
+    def create() -> KVCache:
+        return KVCache.pooled(
+            windows=config.windows,
+            pages=pages,
+            rows=rows // own.rows_parts,
+            max_length=max_length,
+            num_kv_heads=own.num_kv_heads,
+            head_width=config.head_width,
+            dtype=model.dtype,
+        )
+
+    return _on_devices(model, create)
+
+
+def _on_devices(model: Model, create: Callable[[], KVCache]) -> KVCache:
+    """A cache; on a mesh, each device creates its part, which has pages and tables of its own rows and heads."""
+    cache: KVCache = create() if model.own.mesh is None else model.own.made(create, model.own.cache_specs)
+    return cache

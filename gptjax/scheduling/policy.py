@@ -6,7 +6,6 @@ from typing import Literal, Self
 from gptjax.scheduling.pool import PAGE
 
 Rows = Literal["all", "needed", "asked"]
-_SMALLEST_CALL = 32  # tokens
 _MOST_CALLS = 8  # calls between two decode steps count as at least 1/8 of a chunk each
 
 
@@ -18,6 +17,8 @@ class Policy:
     chunk: int  # the most prompt tokens between two decode calls: a power of two
     steps: int = 1  # decode steps of one call, if no request waits for its first token
     page: int = PAGE
+    smallest_call: int = 32  # tokens: shorter calls are padded
+    smallest_rows: int = 1  # of a decode call
     chunk_multiple: int = 1  # prompts are cut, and beginnings reused, only at multiples of this
     packed: bool = True  # pieces of several prompts share a call
     pieces: int = 32  # the most of a call
@@ -44,7 +45,8 @@ class Policy:
         return cls(slots, chunk, steps, page, chunk_multiple=chunk, packed=False, rows=rows)
 
     def __post_init__(self) -> None:
-        for name in ("slots", "chunk", "steps", "page", "chunk_multiple", "pieces"):
+        least_one = "slots", "chunk", "steps", "page", "smallest_call", "smallest_rows", "chunk_multiple", "pieces"
+        for name in least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.chunk & (self.chunk - 1):
@@ -55,12 +57,12 @@ class Policy:
     @property
     def call_sizes(self) -> tuple[int, ...]:
         """The sizes of prefill calls, in tokens: powers of two up to the chunk."""
-        return powers(min(_SMALLEST_CALL, self.chunk), self.chunk)
+        return powers(min(self.smallest_call, self.chunk), self.chunk)
 
     @property
     def row_sizes(self) -> tuple[int, ...]:
         """The sizes of decode calls, in rows: powers of two up to the slots, or the slots alone."""
-        return (self.slots,) if self.rows == "all" else powers(1, self.slots)
+        return (self.slots,) if self.rows == "all" else powers(min(self.smallest_rows, self.slots), self.slots)
 
     def pages(self, positions: int) -> int:
         """How many pages hold this many positions from 0."""

@@ -11,8 +11,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-import jax
-
 from gptjax.engine import memory, steps
 from gptjax.engine.engine import Engine
 from gptjax.engine.output import failure_of
@@ -24,7 +22,6 @@ from gptjax.language_model import LanguageModel
 from gptjax.server.events import Deliver, Event, Failed, QueueFull, State, Ticket, Tokens, Unavailable
 from gptjax.server.jobs import Job, deliver
 
-LARGEST_FIRST = ("cpu",)  # a GPU would try out products for what is compiled later, and streams would wait for that
 DEFAULT_SLOTS = 8  # if the model was loaded without `max_batch`
 _BEAT = 1.0  # seconds between heartbeats of an idle worker
 _PATIENCE = 10.0  # seconds that `drain` and `stop` wait for the thread beyond what was asked
@@ -255,9 +252,7 @@ class Worker:
         try:
             with self._explained():
                 engine = self._engine()
-                on = jax.default_backend()
-                warm_up = engine.warm_up_largest if on in LARGEST_FIRST else engine.warm_up
-                warm_up()
+                engine.warm_up_largest()
                 with self._changed:
                     self._warm = engine
                     self._ready = True

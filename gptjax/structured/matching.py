@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from gptjax.errors import RequestError
+from gptjax.errors import GptjaxError, RequestError
 from gptjax.structured.grammar import Grammar
 from gptjax.structured.library import library, limits
 from gptjax.text import Tokenizer
@@ -86,6 +86,11 @@ class Compiler:
         return library().LLTokenizer(
             library().TokenizerWrapper(_Vocabulary(self._tokenizer, self.vocab_size)), n_vocab=self.vocab_size + 1
         )
+
+
+def compiler_of(tokenizer: Tokenizer | GptjaxError, vocab_size: int) -> Compiler | None:
+    """The compiler of a model; None without a tokenizer."""
+    return None if isinstance(tokenizer, GptjaxError) else Compiler(tokenizer, vocab_size)
 
 
 class _Vocabulary:

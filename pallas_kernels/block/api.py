@@ -14,7 +14,7 @@ from pallas_kernels.block.stream import PANEL, Stream, Weights, Workspace
 
 MOST_ROWS = 8
 _MOST_PANELS = 32  # whose moments one warp can merge
-_MOST_PAGES = 32  # of a row, whose numbers one warp holds
+MOST_PAGES = 32  # of a row, whose numbers one warp holds
 # F / D, the same in all sizes of GPT-2: each of a cluster's first blocks has one panel of hidden units.
 _HIDDEN = 4
 _GROUPS = 8  # of multiprocessors, at most: a cluster lies within one group
@@ -110,7 +110,7 @@ def block(
       implementation: "auto", "mosaic" (if `takes` is true) or "xla".
 
     Returns:
-      The stream and the cache. A row's bits do not depend on the other rows, for a given T.
+      The stream and the cache. A row's bits depend neither on the other rows nor on T, by "mosaic".
 
     Raises:
       ValueError: an unknown implementation, or one that does not support these operands; or a stream for other sizes.
@@ -120,7 +120,7 @@ def block(
     if stream.cleared_W.shape != (words,):
         raise ValueError(f"a workspace of {words} words is needed, found {stream.cleared_W.shape}: use Stream.of(x, F)")
     available: dict[str, Callable[..., Any]] = {dispatch.XLA: reference.block}
-    if table_TZ.shape[1] <= _MOST_PAGES and _has_kernel(stream.x_TD, weights, k_YNSH, v_YNSH, implementation):
+    if table_TZ.shape[1] <= MOST_PAGES and _has_kernel(stream.x_TD, weights, k_YNSH, v_YNSH, implementation):
         from pallas_kernels.block import mosaic_sm90
 
         available[dispatch.MOSAIC] = partial(mosaic_sm90.block, blocks=cluster(k_YNSH.shape[1]))

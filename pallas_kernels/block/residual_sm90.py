@@ -50,7 +50,7 @@ class Norm:
             first = ptx.first_lane(mean)
             away = ptx.where(is_panel, arith.subf(mean, first))
             squares = ptx.warp_sum(ptx.fma(arith.mulf(away, away), ptx.float32(PANEL), squares))
-            away = arith.mulf(ptx.warp_sum(away), ptx.float32(1 / plan.panels))
+            away = ptx.rounded_product(ptx.warp_sum(away), ptx.float32(1 / plan.panels))
             squares = ptx.fma(arith.mulf(away, away), ptx.float32(-plan.width), squares)
             variance = ptx.fma(squares, ptx.float32(1 / plan.width), ptx.float32(plan.epsilon))
             (factor,) = ptx.asm("rsqrt.approx.f32 $0, $1;", [ptx.f32()], [variance])
@@ -111,7 +111,7 @@ class Residual:
         first = ptx.first_lane(values[0])
         away = [arith.subf(each, first) for each in values]
         squares = ptx.warp_sum(ptx.fma(away[0], away[0], arith.mulf(away[1], away[1])))
-        mean = arith.mulf(ptx.warp_sum(arith.addf(*away)), ptx.float32(1 / PANEL))
+        mean = ptx.rounded_product(ptx.warp_sum(arith.addf(*away)), ptx.float32(1 / PANEL))
         squares = ptx.fma(arith.mulf(mean, mean), ptx.float32(-PANEL), squares)
         mean = arith.addf(first, mean)
         first_lane = ptx.both(self.is_row, ptx.less(lane, 1))

@@ -57,10 +57,18 @@ class Stream:
 
 
 def moments(x_TD: jax.Array) -> jax.Array:
-    """See `Stream.moments_TN2`."""
+    """See `Stream.moments_TN2`. They are added up in an order of their own: XLA's may depend on T."""
     x_TNH = x_TD.astype(jnp.float32).reshape(x_TD.shape[0], -1, PANEL)
-    mean_TN1 = x_TNH.mean(axis=-1, keepdims=True)
-    return jnp.stack((mean_TN1[..., 0], jnp.square(x_TNH - mean_TN1).sum(axis=-1)), axis=-1)
+    columns = [x_TNH[..., i] for i in range(PANEL)]
+    mean_TN = _sum(columns) / PANEL
+    return jnp.stack((mean_TN, _sum([jnp.square(each - mean_TN) for each in columns])), axis=-1)
+
+
+def _sum(terms: list[jax.Array]) -> jax.Array:
+    """Of a power of two of terms, in pairs."""
+    while len(terms) > 1:
+        terms = [a + b for a, b in zip(terms[0::2], terms[1::2], strict=True)]
+    return terms[0]
 
 
 class Workspace(NamedTuple):

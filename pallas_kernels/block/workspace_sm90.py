@@ -8,9 +8,9 @@ from pallas_kernels.ptx import Condition, Value
 Piece = tuple[Value, Condition, int]  # an address in global memory, whether it is to be read, and how many words
 
 
-def load(at: Value, count: int, condition: Condition) -> list[Value]:
-    """Begins to load 1, 2 or 4 words from L2; 0 if the condition does not hold."""
-    return ptx.load(at, [ptx.i32()] * count, condition, space="global.cg")
+def load(at: Value, count: int, condition: Condition, *, shift: int = 0) -> list[Value]:
+    """Begins to load 1, 2 or 4 words from L2; 0 if the condition does not hold. `shift` is in bytes."""
+    return ptx.load(at, [ptx.i32()] * count, condition, space="global.cg", shift=shift)
 
 
 def store(at: Value, word: Value, condition: Condition) -> None:

@@ -89,10 +89,11 @@ class MXFP4Fragments(PackedWeight):
     __iter__ = None
 
 
-def fits(packed: MXFP4) -> bool:
-    """Whether the kernels can take a tensor's fragments: its last two axes are multiples of 64, and no scale is above
-    `LARGEST_SCALE`, as in no working model."""
-    return not any(size % TILE for size in packed.shape[-2:]) and int(packed.scales.max()) <= LARGEST_SCALE
+def fits(packed: MXFP4, shape: tuple[int, ...] | None = None) -> bool:
+    """Whether the kernels can take the fragments of a tensor, or of parts of it that have this shape: the last two axes
+    are multiples of 64, and no scale is above `LARGEST_SCALE`, as in no working model."""
+    sizes = packed.shape if shape is None else shape
+    return not any(size % TILE for size in sizes[-2:]) and int(packed.scales.max()) <= LARGEST_SCALE
 
 
 @jax.jit

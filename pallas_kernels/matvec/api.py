@@ -14,6 +14,7 @@ from pallas_kernels.formats.ggml.fragments import QuantizedFragments
 from pallas_kernels.formats.ggml.weight import Quantized
 from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.matvec import reference
+from pallas_kernels.matvec.row_norm import RowNorm
 from pallas_kernels.partial_sum import PartialSum
 
 FEW = 128  # rows at most: the sums of more would not fit in the registers
@@ -39,8 +40,8 @@ def matvec(
       kernel: [I, O], of x's dtype.
       bias_O: of any floating dtype.
       transposed: whether the kernel is [O, I], as the head's is.
-      implementation: "auto", "mosaic" (bfloat16, I and O multiples of 64; transposed, O any multiple of 8,
-        and up to 8 rows any), "triton" (bfloat16, float16 or float32, not transposed) or "xla".
+      implementation: "auto", "mosaic" (bfloat16, I and O multiples of 64; transposed, O any number), "triton"
+        (bfloat16, float16 or float32, not transposed) or "xla".
 
     Returns:
       [T, O] float32. Whoever reads it adds up the parts of I, and the bias. A row's bits do not depend on the others;
@@ -52,12 +53,12 @@ def matvec(
     if x_TI.shape[0] > FEW:
         raise ValueError(f"matvec takes up to {FEW} rows, found {x_TI.shape[0]}: use a product of matrices")
     available: dict[str, Callable[..., PartialSum]] = {dispatch.XLA: partial(reference.product, transposed=transposed)}
-    (T, inputs), outputs = x_TI.shape, kernel.shape[0 if transposed else 1]
+    T, outputs = x_TI.shape[0], kernel.shape[0 if transposed else 1]
     wanted = dispatch.wanted(implementation) if x_TI.dtype == kernel.dtype else dispatch.XLA
     if wanted == dispatch.MOSAIC and x_TI.dtype == jnp.bfloat16:
         from pallas_kernels.matvec import mosaic_sm90
 
-        if mosaic_sm90.takes(T, inputs, outputs, transposed):
+        if mosaic_sm90.takes(x_TI.shape[1], outputs, transposed):
             available[dispatch.MOSAIC] = partial(mosaic_sm90.product, transposed=transposed)
     # If rows are not multiples of 16 bytes, the Triton kernel would load number by number.
     is_faster = T <= _TRITON_FASTER and outputs % 8 == 0
@@ -129,16 +130,68 @@ def packed_gated(x_TI: jax.Array, parts: Sequence[Fragments]) -> jax.Array:
     return row_sm90.gated(x_TI, parts)
 
 
+def takes_normed(norm: RowNorm, parts: Sequence[Fragments], *, implementation: str = dispatch.AUTO) -> bool:
+    """Whether `normed_matvec` has a kernel for these operands: Hopper, a row of bfloat16, and a matrix of one type."""
+    if dispatch.wanted(implementation) != dispatch.MOSAIC or norm.x.dtype != jnp.bfloat16:
+        return False
+    from pallas_kernels.matvec import row_sm90
+
+    return row_sm90.takes_normed(norm, parts)
+
+
+def normed_matvec(
+    norm: RowNorm, parts: Sequence[Fragments], bias_O: jax.Array | None = None
+) -> tuple[jax.Array, PartialSum]:
+    """The sum that a norm is of, and the norm · matrixᵀ + bias, if `takes_normed` them.
+
+    Bit by bit what `add_norm` (by "mosaic") and `packed_matvec` return; the sum has the shape of x.
+    """
+    from pallas_kernels.matvec import row_sm90
+
+    total, parts_1TO = row_sm90.normed_product(norm, parts)
+    return total, PartialSum(parts_1TO, bias_EO=None if bias_O is None else bias_O[None])
+
+
+def takes_normed_gated(norm: RowNorm, parts: Sequence[Fragments], *, implementation: str = dispatch.AUTO) -> bool:
+    """Whether `normed_gated` has a kernel for these operands: see `takes_normed` and `takes_gated`."""
+    if dispatch.wanted(implementation) != dispatch.MOSAIC or norm.x.dtype != jnp.bfloat16:
+        return False
+    from pallas_kernels.matvec import row_sm90
+
+    return row_sm90.takes_normed_gated(norm, parts)
+
+
+def normed_gated(norm: RowNorm, parts: Sequence[Fragments]) -> tuple[jax.Array, jax.Array]:
+    """The sum that a norm is of, and what `packed_gated` makes of the norm, if `takes_normed_gated` them.
+
+    Bit by bit what `add_norm` (by "mosaic") and `packed_gated` return; the sum has the shape of x.
+    """
+    from pallas_kernels.matvec import row_sm90
+
+    return row_sm90.normed_gated(norm, parts)
+
+
 def repacked(weight: MXFP4 | Quantized, implementation: str = dispatch.AUTO) -> MXFP4 | Quantized | Fragments:
     """A matrix [O, I] in the layout that this device's kernel wants.
 
     Other devices, which have no such kernel, get it unchanged, and so does a matrix that does not fit: see `fits` in
     `formats.fragments` and `formats.ggml.fragments`.
     """
-    if dispatch.wanted(implementation) != dispatch.MOSAIC:
-        return weight
-    fits = fragments.fits(weight) if isinstance(weight, MXFP4) else ggml_fragments.fits(weight)
-    return _repack(weight) if fits else weight
+    if isinstance(weight, MXFP4):
+        pack = repacking(weight, weight.shape, implementation)
+        return weight if pack is None else pack(weight)
+    return (
+        _repack(weight)
+        if dispatch.wanted(implementation) == dispatch.MOSAIC and ggml_fragments.fits(weight)
+        else weight
+    )
+
+
+def repacking(
+    weight: MXFP4, shape: tuple[int, ...], implementation: str = dispatch.AUTO
+) -> Callable[[MXFP4], Fragments] | None:
+    """What repacks parts of this shape of a matrix, if this device's kernel wants them so."""
+    return _repack if dispatch.wanted(implementation) == dispatch.MOSAIC and fragments.fits(weight, shape) else None
 
 
 @jax.jit

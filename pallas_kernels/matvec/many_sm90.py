@@ -69,12 +69,18 @@ class _ManyPlan:
         """Steps in shared memory."""
         return min(self.steps, _STAGES, _ROOM // self.resident // (2 * TILE * (TILE * self.panels + self.rows)))
 
+    @property
+    def in_boxes(self) -> bool:
+        """Whether outputs are copied row by row: TMA copies a tiled array only in whole tiles of eight rows."""
+        return self.transposed and self.outputs % _EIGHT > 0
+
 
 class _Shared(NamedTuple):
     """Shared memory, and the barriers of its slots; a slot holds what one step multiplies."""
 
     x: Any  # rows
     matrix: Any
+    boxes: Any  # the matrix, as copies fill it: without tiles, if `_ManyPlan.in_boxes`, or itself
     full: Any
     empty: Any
 
@@ -86,13 +92,17 @@ def parts(x_TI: jax.Array, kernel: jax.Array, *, runs: int, transposed: bool) ->
     outputs = kernel.shape[0 if transposed else 1]
     x_TI = jnp.pad(x_TI, ((0, -T % _EIGHT), (0, 0)))
     plan = _ManyPlan.of(len(x_TI), inputs, outputs, runs, transposed)
-    swizzled = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(2 * TILE))
+    swizzled = (plgpu.TilingTransform((_EIGHT, TILE)), plgpu.SwizzleTransform(2 * TILE))
+    panels = plan.stages, plan.panels, TILE, TILE
+    matrix = plgpu.SMEM(panels, jnp.bfloat16, transforms=swizzled)
+    if plan.in_boxes:  # the same bytes: a row is a swizzled line of 128 bytes
+        matrix = plgpu.RefUnion(matrix, plgpu.SMEM(panels, jnp.bfloat16, transforms=swizzled[1:]))
     result: jax.Array = plgpu.kernel(
         partial(matvec_many, plan, T),
         out_type=jax.ShapeDtypeStruct((runs, T, outputs), jnp.float32),
         scratch_types={
             "x": plgpu.SMEM((plan.stages, plan.rows, TILE), jnp.bfloat16, transforms=swizzled),
-            "matrix": plgpu.SMEM((plan.stages, plan.panels, TILE, TILE), jnp.bfloat16, transforms=swizzled),
+            "matrix": matrix,
             "full": plgpu.Barrier(num_arrivals=1 + plan.panels, num_barriers=plan.stages),
             "empty": plgpu.Barrier(num_arrivals=plan.warpgroups, num_barriers=plan.stages),
         },
@@ -108,10 +118,13 @@ def parts(x_TI: jax.Array, kernel: jax.Array, *, runs: int, transposed: bool) ->
     return result
 
 
-def matvec_many(plan: _ManyPlan, rows: int, x_ref: Any, kernel_ref: Any, out_ref: Any, **scratch: Any) -> None:
+def matvec_many(
+    plan: _ManyPlan, rows: int, x_ref: Any, kernel_ref: Any, out_ref: Any, *, matrix: Any, **scratch: Any
+) -> None:
     """One warpgroup of a block. Only the first `rows` rows of x are wanted."""
     block, run, warpgroup = (lax.axis_index(name) for name in ("block", "run", "warpgroup"))
-    shared = _Shared(**scratch)
+    matrix, boxes = matrix if plan.in_boxes else (matrix, matrix)
+    shared = _Shared(matrix=matrix, boxes=boxes, **scratch)
 
     @pl.when(warpgroup == plan.warpgroups)
     def _() -> None:
@@ -133,7 +146,7 @@ def _copy(plan: _ManyPlan, block: jax.Array, run: jax.Array, x_ref: Any, kernel_
         for panel in range(plan.panels):
             outputs = pl.ds((block * plan.panels + panel) * TILE, TILE)
             tile = kernel_ref.at[outputs, inputs] if plan.transposed else kernel_ref.at[inputs, outputs]
-            plgpu.copy_gmem_to_smem(tile, shared.matrix.at[slot, panel], full)
+            plgpu.copy_gmem_to_smem(tile, shared.boxes.at[slot, panel], full)
         plgpu.copy_gmem_to_smem(x_ref.at[:, inputs], shared.x.at[slot], full)
 
     lax.fori_loop(0, plan.steps, step, None)

@@ -46,10 +46,9 @@ class _MatvecPlan:
         return min(self.tiles, _STAGES)
 
 
-def takes(rows: int, inputs: int, outputs: int, transposed: bool) -> bool:
-    """Whether there is a kernel for these sizes."""
-    even = 1 if transposed and rows <= EIGHT else EIGHT if transposed else TILE  # as copies need it
-    return inputs % TILE == 0 and outputs % even == 0
+def takes(inputs: int, outputs: int, transposed: bool) -> bool:
+    """Whether there is a kernel for a matrix of these sizes."""
+    return inputs % TILE == 0 and (transposed or outputs % TILE == 0)
 
 
 def product(

@@ -3,6 +3,8 @@
 A warp takes 16 rows of a matrix and loads its share of their columns straight into registers, 256 columns a turn. It
 multiplies on the tensor cores, as `packed_sm90` does, but with a single row of x all eight columns of a product are
 alike. So each of the four threads that hold a row's sums keeps those of other columns, and only scales these.
+
+Every block needs all of x. So x may be a norm that is still to be computed (`RowNorm`): each block computes all of it.
 """
 
 import dataclasses
@@ -17,7 +19,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
-from pallas_kernels.matvec import strips_sm90
+from pallas_kernels.matvec import norm_sm90, strips_sm90
+from pallas_kernels.matvec.norm_sm90 import BlockNorm
+from pallas_kernels.matvec.row_norm import RowNorm
 from pallas_kernels.matvec.strips_sm90 import COLUMNS, STRIP, Fragments, GgmlStrip, MXFP4Strip, equal, lane_of, strip_of
 from pallas_kernels.ptx import Value
 
@@ -43,6 +47,14 @@ class Settings:
     strips: int = 1  # per block
     ahead: int = 0  # turns that are prefetched to the second-level cache before they are loaded
 
+    def threads(self, matrices: int) -> int:
+        """Of a block."""
+        return 32 * self.share * self.strips * matrices
+
+    def blocks(self, outputs: int) -> int:
+        """Of a product with matrices [O, I]."""
+        return -(-outputs // (STRIP * self.strips))
+
 
 @dataclasses.dataclass(frozen=True)
 class _RowPlan:
@@ -54,31 +66,45 @@ class _RowPlan:
     second: int  # the first strip of up, if both are of one array; else 0
     settings: Settings
     kind: MXFP4Strip | GgmlStrip
+    norm: BlockNorm | None = None  # None: x is as it is
 
     @property
     def turns(self) -> int:
         return self.inner // COLUMNS
 
     @property
-    def warps(self) -> int:
-        return self.settings.share * self.settings.strips * self.matrices
-
-    @property
     def threads(self) -> int:
-        return 32 * self.warps
+        return self.settings.threads(self.matrices)
 
 
-def takes(x_TI: jax.Array, parts: Sequence[Fragments]) -> bool:
+def takes(x_TI: jax.Array | jax.ShapeDtypeStruct, parts: Sequence[Fragments]) -> bool:
     """Whether `product` takes these operands."""
     T, inputs = x_TI.shape
     return T == 1 and inputs % COLUMNS == 0 and all(strips_sm90.takes(part) for part in parts)
 
 
-def takes_gated(x_TI: jax.Array, parts: Sequence[Fragments]) -> bool:
+def takes_gated(x_TI: jax.Array | jax.ShapeDtypeStruct, parts: Sequence[Fragments]) -> bool:
     """Whether `gated` takes these operands."""
     halves_fit = len(parts) == 1 or (len(parts) == 2 and parts[0].shape == parts[1].shape)
     alike = len({getattr(part, "type", "MXFP4") for part in parts}) == 1
     return takes(x_TI, parts) and halves_fit and alike
+
+
+def takes_normed(norm: RowNorm, parts: Sequence[Fragments]) -> bool:
+    """Whether `normed_product` takes these operands."""
+    return len(parts) == 1 and takes(norm.normed, parts) and _computes(norm, parts[0].shape[0])
+
+
+def takes_normed_gated(norm: RowNorm, parts: Sequence[Fragments]) -> bool:
+    """Whether `normed_gated` takes these operands."""
+    outputs = sum(part.shape[0] for part in parts) // 2
+    return takes_gated(norm.normed, parts) and _computes(norm, outputs, matrices=2)
+
+
+def _computes(norm: RowNorm, outputs: int, matrices: int = 1) -> bool:
+    """Whether blocks can compute the norm, and are so few that it pays: all of them run at once."""
+    settings = settings_of(outputs, norm.normed.shape[1], matrices)
+    return settings.blocks(outputs) <= 2 * _PROCESSORS and norm_sm90.takes(norm, settings.threads(matrices))
 
 
 def settings_of(outputs: int, inputs: int, matrices: int = 1) -> Settings:
@@ -102,7 +128,7 @@ def product(x_1I: jax.Array, parts: Sequence[Fragments], settings: Settings | No
     """[1, 1, O] float32: x · matrixᵀ, without bias."""
     outputs = sum(part.shape[0] for part in parts)
     settings = settings or settings_of(outputs, x_1I.shape[1])
-    sums = [_row(x_1I, (part,), settings=settings) for part in parts]
+    sums = [_row(x_1I, (part,), settings=settings)["out"] for part in parts]
     return sums[0] if len(sums) == 1 else jnp.concatenate(sums, axis=-1)
 
 
@@ -110,41 +136,65 @@ def gated(x_1I: jax.Array, parts: Sequence[Fragments], settings: Settings | None
     """[1, F] bfloat16: silu(x · gateᵀ) · (x · upᵀ). Gate and up are two parts, or the halves of one."""
     outputs = sum(part.shape[0] for part in parts) // 2
     settings = settings or settings_of(outputs, x_1I.shape[1], matrices=2)
-    return _row(x_1I, tuple(parts), gated=True, settings=settings)
+    return _row(x_1I, tuple(parts), gated=True, settings=settings)["out"]
+
+
+def normed_product(
+    norm: RowNorm, parts: Sequence[Fragments], settings: Settings | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The sum that `norm` is of, and `product` of the norm."""
+    settings = settings or settings_of(parts[0].shape[0], norm.normed.shape[1])
+    results = _row(norm, tuple(parts), settings=settings)
+    return results.get("sum", norm.x), results["out"]
+
+
+def normed_gated(
+    norm: RowNorm, parts: Sequence[Fragments], settings: Settings | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The sum that `norm` is of, and `gated` of the norm."""
+    outputs = sum(part.shape[0] for part in parts) // 2
+    settings = settings or settings_of(outputs, norm.normed.shape[1], matrices=2)
+    results = _row(norm, tuple(parts), gated=True, settings=settings)
+    return results.get("sum", norm.x), results["out"]
 
 
 @partial(jax.jit, static_argnames=("gated", "settings"))
-def _row(x_1I: jax.Array, parts: tuple[Fragments, ...], *, settings: Settings, gated: bool = False) -> jax.Array:
-    outputs = sum(part.shape[0] for part in parts) // (2 if gated else 1)
+def _row(
+    x: jax.Array | RowNorm, parts: tuple[Fragments, ...], *, settings: Settings, gated: bool = False
+) -> dict[str, jax.Array]:
+    """The product "out" of a row or of its norm, and the "sum" if that is not the row itself."""
+    norm = x if isinstance(x, RowNorm) else None
+    matrices = 2 if gated else 1
+    outputs = sum(part.shape[0] for part in parts) // matrices
     plan = _RowPlan(
-        inner=x_1I.shape[1],
+        inner=parts[0].shape[1],
         outputs=outputs,
-        matrices=2 if gated else 1,
+        matrices=matrices,
         second=outputs // STRIP if gated and len(parts) == 1 else 0,
         settings=settings,
         kind=strip_of(parts[0]),
+        norm=None if norm is None else BlockNorm.of(norm, settings.threads(matrices)),
     )
     arrays = {f"{p.array}{n}": getattr(part, p.array) for n, part in enumerate(parts) for p in plan.kind.pieces}
     shape = jax.ShapeDtypeStruct((1, outputs) if gated else (1, 1, outputs), jnp.bfloat16 if gated else jnp.float32)
-    results = ptx.launch(
+    return ptx.launch(
         partial(packed_row, plan),
-        {"x": x_1I, **arrays},
-        {"out": shape},
-        {"group": -(-outputs // (STRIP * settings.strips))},
+        ({"x": x} if norm is None else norm_sm90.operands(norm)) | arrays,
+        {"out": shape} | ({} if norm is None else norm_sm90.results(norm)),
+        {"group": settings.blocks(outputs)},
         {
             "staged": plgpu.SMEM((plan.inner // 2 + COLUMNS // 2,), jnp.uint32),  # x, and zeros after it
             "of_runs": plgpu.SMEM((plan.inner // 32,), jnp.float32),
-            "of_warps": plgpu.SMEM((plan.warps * STRIP,), jnp.float32),
-        },
+            "of_warps": plgpu.SMEM((plan.threads // 32 * STRIP,), jnp.float32),
+        }
+        | ({} if norm is None else norm_sm90.shared(norm)),
         warpgroups=None if plan.threads == 128 else plan.threads // 128,
     )
-    return results["out"]
 
 
 def packed_row(
     plan: _RowPlan,
     *,
-    x: Value,
     out: Value,
     staged: Value,
     of_runs: Value,
@@ -162,7 +212,12 @@ def packed_row(
     strip = ptx.add(strip, ptx.mul(matrix, plan.second))
     at = {piece.array: _chosen(plan, arrays, piece.array, matrix) for piece in plan.kind.pieces}
     # Loads of x come first: they would wait behind those of weights.
-    chunks = _load_x(plan, x)
+    norm, chunks, of_norm = plan.norm, [], []
+    if norm is None:
+        chunks = _load_x(plan, arrays["x"])
+    else:
+        of_norm = norm.load(arrays)
+        ptx.keep_loads_before(of_runs)  # an address, so never the least int32
     bases = [piece.base(at[piece.array], strip, plan.turns) for piece in plan.kind.pieces]
 
     def load(turn: Value) -> list[Value]:
@@ -173,6 +228,9 @@ def packed_row(
     prefetch = _prefetch(plan, at, strip)
     for number in range(1, settings.ahead):
         prefetch(ptx.add(share, number * settings.share))
+    if norm is not None:
+        ptx.keep_loads_before(staged)  # otherwise ptxas loads the first weights after the norm
+        chunks = norm.run(of_norm, arrays, group)
     _stage(plan, chunks, staged, of_runs)
     ptx.sync_block()
 

@@ -1,3 +1,3 @@
-from pallas_kernels.moe.api import moe, repacked
+from pallas_kernels.moe.api import moe, repacked, repacking
 
-__all__ = ["moe", "repacked"]
+__all__ = ["moe", "repacked", "repacking"]

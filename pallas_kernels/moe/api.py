@@ -79,10 +79,16 @@ def repacked(weight: MXFP4, implementation: str = dispatch.AUTO) -> MXFP4 | MXFP
     Other devices, which have no such kernel, get them unchanged, and so do weights that do not fit: see
     `formats.fragments.fits`.
     """
+    pack = repacking(weight, weight.shape, implementation)
+    return weight if pack is None else pack(weight)
+
+
+def repacking(
+    weight: MXFP4, shape: tuple[int, ...], implementation: str = dispatch.AUTO
+) -> Callable[[MXFP4], MXFP4Fragments] | None:
+    """What repacks parts of this shape of experts' weights, if this device's kernels want them so."""
     has_kernel = dispatch.wanted(implementation) in (dispatch.MOSAIC, dispatch.TRITON)
-    if not has_kernel or not fits(weight):
-        return weight
-    return _repack(weight)
+    return _repack if has_kernel and fits(weight, shape) else None
 
 
 @jax.jit

@@ -3,7 +3,7 @@
 import dataclasses
 
 from gptjax.config import PUBLISHED
-from gptjax.engine import memory, pool_sizes
+from gptjax.engine import memory
 from gptjax.support.runtime import DeviceMemory
 
 GIB = 1 << 30
@@ -21,5 +21,4 @@ def device_of(available: int, platform: str = "cpu") -> DeviceMemory:
 
 def give(monkeypatch, device: DeviceMemory) -> None:
     """Lets the device seem to have this memory."""
-    for module in (memory, pool_sizes):
-        monkeypatch.setattr(module, "device_memory", lambda device_=None: device)
+    monkeypatch.setattr(memory, "device_memory", lambda device_=None: device)

@@ -2,11 +2,13 @@
 is packed with and where it is cut, nor on whether its beginning was already there."""
 
 import random
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gptjax
 from gptjax.config import config_from_json
 from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams
@@ -74,16 +76,18 @@ def _requests() -> list[Request]:
 REQUESTS = _requests()
 
 
-def _play(engine: Engine, rng: random.Random, count: int) -> list[tuple[int, list[tuple[int, float]]]]:
+def _play(
+    engine: Engine, rng: random.Random, count: int, requests: Sequence[Request] = REQUESTS
+) -> list[tuple[int, list[tuple[int, float]]]]:
     """Requests that join at random, and leave at their end or before, with what each was given."""
-    waiting = rng.choices(range(len(REQUESTS)), k=count)
+    waiting = rng.choices(range(len(requests)), k=count)
     running: dict[int, tuple[int, list[tuple[int, float]], int]] = {}
     results = []
     while waiting or running:
         while waiting and engine.room and (not running or rng.random() < 0.6):
             which = waiting.pop()
-            end = REQUESTS[which].room(MAX_LENGTH)
-            running[engine.add(REQUESTS[which])] = which, [], rng.choice([end, rng.randint(1, end)])
+            end = requests[which].room(MAX_LENGTH)
+            running[engine.add(requests[which])] = which, [], rng.choice([end, rng.randint(1, end)])
         for token in engine.step():
             which, given, end = running[token.request]
             given.append((token.token_id, token.logprob))
@@ -97,9 +101,12 @@ def _play(engine: Engine, rng: random.Random, count: int) -> list[tuple[int, lis
 @pytest.fixture(scope="module")
 def alone(made) -> list[list[tuple[int, float]]]:
     """What each of REQUESTS gives with an engine for itself."""
-    engine = Engine(*made, batch=1, max_length=MAX_LENGTH, policy=ALONE)
+    return _alone(Engine(*made, batch=1, max_length=MAX_LENGTH, policy=ALONE), REQUESTS)
+
+
+def _alone(engine: Engine, requests: Sequence[Request]) -> list[list[tuple[int, float]]]:
     alone = []
-    for request in REQUESTS:
+    for request in requests:
         number = engine.add(request)
         given = []
         while len(given) < request.room(MAX_LENGTH):
@@ -118,3 +125,23 @@ def test_a_request_gets_the_same_bits_under_any_load(made, alone, policy, count)
     for seed in range(rounds(2)):
         for which, given in _play(engine, random.Random(seed), count):
             assert given == alone[which][: len(given)], (policy, seed, which)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not same_bits.holds(), reason="products on this CPU were not looked at")
+@pytest.mark.parametrize("name", ["gpt2-tales", "gpt-oss-tales"])
+def test_a_thousand_requests_of_a_trained_model(name):
+    """In as few pages as to be set aside at times."""
+    lm, rng = gptjax.load(name, dtype="float32"), np.random.default_rng(1)
+    beginning = rng.integers(0, lm.config.vocab_size, 200).tolist()
+    requests = []
+    for number in range(24):
+        own = rng.integers(0, lm.config.vocab_size, rng.integers(1, 40)).tolist()
+        sampling = SamplingParams(seed=number, temperature=number % 3 / 2, top_p=0.9 if number % 2 else 1.0)
+        requests.append(Request((*beginning[: number % 4 * 40], *own), 1 + number % 6, sampling))
+    expected = _alone(Engine(lm.model, lm.params, batch=1, max_length=MAX_LENGTH, policy=ALONE), requests)
+    pages = [PAGES] * len(kinds(lm.config.windows, MAX_LENGTH))
+    policy = Policy(slots=32, chunk=256)
+    engine = Engine(lm.model, lm.params, batch=32, max_length=MAX_LENGTH, policy=policy, pages=pages)
+    for which, given in _play(engine, random.Random(1), 1000, requests):
+        assert given == expected[which][: len(given)], which

@@ -150,8 +150,7 @@ def _device(available: int, platform: str = "cpu", limit: int | None = None) -> 
 
 
 def _has(monkeypatch, device: DeviceMemory) -> None:
-    for module in (memory, pool_sizes):
-        monkeypatch.setattr(module, "device_memory", lambda device_=None: device)
+    monkeypatch.setattr(memory, "device_memory", lambda device_=None: device)
 
 
 @pytest.mark.parametrize("reuse", [False, True])

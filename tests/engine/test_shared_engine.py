@@ -36,7 +36,7 @@ def made(request):
     name, _, asked = request.param.partition(", ")
     with pytest.MonkeyPatch.context() as patch:
         if asked:
-            patch.setattr(free_of_load, "is_free_of_load", lambda model: False)
+            patch.setattr(free_of_load, "is_free_of_load", lambda model, rows=1: False)
         yield _gpt2() if name == "gpt2" else _gpt_oss()
 
 

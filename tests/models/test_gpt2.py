@@ -258,7 +258,8 @@ def test_every_operation_rounds_once(dtype):
 
     linear = Linear(3 * config["n_embd"], ("D", "QKV"), **dtypes).apply({"params": block["attention"]["qkv"]}, x_TD)
     product = x64_TD @ exact["h.1.attn.c_attn.weight"] + exact["h.1.attn.c_attn.bias"]
-    _, norm = LayerNorm(1e-5, **dtypes).apply({"params": block["attention_norm"]}, Residual(x_TD[None]))
+    variables = {"params": block["attention_norm"]}
+    _, norm = LayerNorm(1e-5, **dtypes).apply(variables, Residual(x_TD[None]), method="finished")
     normed = (x64_TD - x64_TD.mean(1, keepdims=True)) / np.sqrt(x64_TD.var(1, keepdims=True) + 1e-5)
     normed = normed * exact["h.1.ln_1.weight"] + exact["h.1.ln_1.bias"]
     for actual, expected in [(linear, product), (norm[0], normed)]:

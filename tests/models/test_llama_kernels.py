@@ -73,8 +73,11 @@ def test_the_head_is_as_the_model_was_told(implementation, kernels, monkeypatch)
 
 @needs_mosaic
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-7b"])
-def test_the_activation_of_one_row_is_in_a_product(name, monkeypatch):
+def test_the_activation_and_the_norms_of_one_row_are_in_products(name, monkeypatch):
+    """But for the last norm."""
     monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
     one, two = (_lowered(name, rows=rows, tokens=1, packed="Q4_K") for rows in (1, 2))
-    assert one.count("custom_call") == two.count("custom_call") == 3 + 4 + 1 + 1
+    assert two.count("custom_call") == 3 + 4 + 1 + 1
+    assert one.count("custom_call") == 1 + 4 + 1 + 1
+    assert one.count("call @add_norm") == 1
     assert "@silu" in two and "@silu" not in one  # XLA's activation

@@ -45,7 +45,7 @@ def test_a_norm_takes_up_what_is_pending(kind, dtype):
     update, _ = _update(1)
     residual = Residual(jnp.asarray(_random(0, B, T, D), dtype)).plus(update)
     norm = kind(1e-5, dtype=dtype, param_dtype=jnp.float32, implementation="xla")
-    (taken_up, normed_BTD), _ = norm.init_with_output(jax.random.key(0), residual)
+    (taken_up, normed_BTD), _ = norm.init_with_output(jax.random.key(0), residual, method="finished")
     assert taken_up.pending is None
     np.testing.assert_array_equal(taken_up.x_BTD, residual.total())
     y = np.asarray(residual.total(), np.float64)

@@ -18,6 +18,7 @@ from gptjax.api import load  # noqa: E402
 from gptjax.checkpoints import hub  # noqa: E402
 from gptjax.cli import main  # noqa: E402
 from gptjax.diagnostics import transformers_comparison  # noqa: E402
+from gptjax.layers.norm import Normed  # noqa: E402
 from gptjax.layers.observe import observe  # noqa: E402
 from gptjax.layers.residual import Residual  # noqa: E402
 from gptjax.models import build  # noqa: E402
@@ -80,8 +81,11 @@ class NoMean(nn.Module):
     param_dtype: object
     implementation: str
 
-    @nn.compact
     def __call__(self, residual):
+        return Normed(self, residual)
+
+    @nn.compact
+    def finished(self, residual):
         x = residual.total()
         scale, bias = (self.param(name, nn.initializers.ones_init(), (x.shape[-1],)) for name in ("scale", "bias"))
         normed = x * jax.lax.rsqrt(x.var(axis=-1, keepdims=True) + self.epsilon)

@@ -282,7 +282,7 @@ class Emulator:
             self._active = before & holds
             results.append(each())
         self._active = before
-        return [np.where(condition, *pair) for pair in zip(*results, strict=True)]
+        return [Arith.select(condition, *pair) for pair in zip(*results, strict=True)]
 
     def _repeat(self, carry: Any, body: Callable[..., Any]) -> list[np.ndarray]:
         carry, before = list(carry), self._active

@@ -3,11 +3,15 @@
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.layers.mlp import GatedMLP
+from gptjax.layers.norm import RMSNorm
+from gptjax.layers.residual import Residual
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.append import append
 from pallas_kernels.formats.fragments import MXFP4Fragments
@@ -131,3 +135,23 @@ def test_of_what_is_appended(H, normed):
         return q, k[1:], v[1:]
 
     _assert_alone(jax.jit(run), [parts, np.cos(angle), np.sin(angle), positions])
+
+
+class _NormedMLP(nn.Module):
+    width: int
+
+    def setup(self) -> None:
+        dtypes: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "implementation": "mosaic"}
+        self.norm = RMSNorm(EPSILON, **dtypes)
+        self.mlp = GatedMLP(self.width, use_bias=False, **dtypes)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.mlp(self.norm(Residual(x)))[1].total()
+
+
+@pytest.mark.parametrize(("D", "F"), [(1024, 3072), (4096, 14336)])
+def test_of_a_gated_mlp(D, F):
+    """XLA computes its activation, and left out the rounding of one row's gate and up."""
+    mlp, x = _NormedMLP(F), jnp.asarray(np.random.default_rng(D).standard_normal((MOST, 1, D)), jnp.bfloat16)
+    params = jax.jit(mlp.init)(jax.random.key(D), x[:1])
+    _assert_alone(jax.jit(partial(mlp.apply, params)), [x])

@@ -161,6 +161,16 @@ def test_reciprocal_roots() -> None:
         np.testing.assert_array_equal(rsqrt(jnp.asarray(x_T[:count])), 1 / np.sqrt(x_T[:count]))
 
 
+def test_what_is_rounded_stays_rounded() -> None:
+    x_T = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    x_T[:4] = np.nan, np.inf, 1e-40, 3.4e38
+    back_and_forth = jax.jit(lambda x_T: same_bits.rounded(x_T, jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_array_equal(back_and_forth(x_T), x_T.astype(jnp.bfloat16).astype(np.float32))
+    assert "reduce_precision" in back_and_forth.lower(x_T).as_text()  # which no compiler may leave out
+    half = same_bits.rounded(jnp.full(1, 1e-6), jnp.float16)
+    np.testing.assert_array_equal(half, np.full(1, 1e-6, np.float16))
+
+
 @chained
 @pytest.mark.parametrize("H", [16, 64])
 def test_attention_of_few_and_of_many_queries(H: int) -> None:

@@ -9,9 +9,12 @@ def test_sizes():
     assert Policy(slots=100, chunk=1024).row_sizes == (1, 2, 4, 8, 16, 32, 64, 100)
     assert Policy(slots=8, chunk=1024).row_sizes == (1, 2, 4, 8)
     assert Policy(slots=1, chunk=16).row_sizes == (1,)
+    assert Policy(slots=100, chunk=1024, smallest_rows=16).row_sizes == (16, 32, 64, 100)
+    assert Policy(slots=12, chunk=1024, smallest_rows=16).row_sizes == (12,)
     assert Policy(slots=100, chunk=1024, rows="all").row_sizes == (100,)
     assert Policy(slots=1, chunk=256).call_sizes == (32, 64, 128, 256)
     assert Policy(slots=1, chunk=16).call_sizes == (16,)
+    assert Policy(slots=1, chunk=1024, smallest_call=256).call_sizes == (256, 512, 1024)
     assert [smallest((1, 2, 4, 7), count) for count in range(1, 8)] == [1, 2, 4, 4, 7, 7, 7]
 
 
@@ -51,6 +54,7 @@ def test_pages():
 
 @pytest.mark.parametrize("wrong", [
     {"chunk": 48}, {"chunk": 0}, {"slots": 0}, {"steps": 0}, {"page": 0}, {"chunk_multiple": 3}, {"pieces": 0},
+    {"smallest_call": 0}, {"smallest_rows": 0},
 ])  # fmt: skip
 def test_wrong_policies_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

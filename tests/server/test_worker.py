@@ -42,7 +42,7 @@ def model(request):
     name, _, one_by_one = request.param.partition(", ")
     with pytest.MonkeyPatch.context() as patch:
         if one_by_one:
-            patch.setattr(free_of_load, "is_free_of_load", lambda model: False)
+            patch.setattr(free_of_load, "is_free_of_load", lambda model, rows=1: False)
         yield shallow(name, max_length=MAX_LENGTH, max_batch=SLOTS)
 
 

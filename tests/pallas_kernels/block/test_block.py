@@ -253,6 +253,40 @@ def test_rows_do_not_depend_on_each_other(value):
         np.testing.assert_array_equal(new, old)
 
 
+def test_a_streams_moments_do_not_depend_on_the_number_of_rows():
+    x_TD = block_numpy.operands(2, 8, 8, jnp.bfloat16).stream.x_TD
+    of_all = np.asarray(jax.jit(moments)(x_TD))
+    x_TNH = np.asarray(x_TD.astype(jnp.float32), np.float64).reshape(8, 2, 64)
+    np.testing.assert_allclose(of_all, np.stack((x_TNH.mean(axis=-1), 64 * x_TNH.var(axis=-1)), axis=-1), rtol=1e-5)
+    for count in (1, 2, 4):
+        np.testing.assert_array_equal(jax.jit(moments)(x_TD[:count]), of_all[:count])
+
+
+@needs_hopper
+@pytest.mark.parametrize("heads", [12, 16, 20, 25])
+def test_bits_do_not_depend_on_the_number_of_rows(heads):
+    given = block_numpy.operands(heads, 8, 1024, jnp.bfloat16)
+    _, weights, _, k_YNSH, v_YNSH, table_TZ = _in_pages(given)
+    kernel = jax.jit(partial(run, implementation="mosaic"))
+
+    def computed(rows: list[int]) -> list[np.ndarray]:
+        """By row: the stream, its moments, and the new token's key and value."""
+        of_rows = np.asarray(rows)
+        stream = package.Stream.of(given.stream.x_TD[of_rows], 256 * heads)
+        positions_T, table = given.positions_T[of_rows], table_TZ[of_rows]
+        out, *pools = kernel(stream, weights, positions_T, k_YNSH, v_YNSH, table)
+        places = np.maximum(np.asarray(positions_T), 0)
+        pages = np.asarray(table)[np.arange(len(rows)), places // 128]
+        new = [np.asarray(pool)[pages, :, places % 128] for pool in pools]
+        return [np.asarray(out.x_TD), np.asarray(out.moments_TN2), *new]
+
+    alone = [computed([row]) for row in range(8)]
+    for rows in ([0, 1], [7, 6, 5], [2, 0, 4, 1], [3, 1, 0, 6, 5], [*range(8)]):
+        for number, found in enumerate(computed(rows)):
+            for place, row in enumerate(rows):
+                assert found[place].tobytes() == alone[row][number][0].tobytes(), f"result {number} of {row} in {rows}"
+
+
 @needs_hopper
 @pytest.mark.parametrize("batch", [1, 8])
 def test_a_model_agrees_with_xla(batch):

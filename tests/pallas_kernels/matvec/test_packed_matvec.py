@@ -1,5 +1,6 @@
 """Products with packed matrices: jnp's here, the Mosaic kernel lowered for CUDA, and run on a Hopper GPU."""
 
+import dataclasses
 import importlib
 
 import jax
@@ -8,17 +9,33 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
+from pallas_kernels.add_norm import add_norm
 from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.ggml.fragments import PARTS, QuantizedFragments
 from pallas_kernels.formats.ggml.weight import Quantized
 from pallas_kernels.formats.mxfp4 import MXFP4
-from pallas_kernels.matvec import Fragments, packed_gated, packed_matvec, repacked, takes_gated
+from pallas_kernels.matvec import (
+    Fragments,
+    RowNorm,
+    normed_gated,
+    normed_matvec,
+    packed_gated,
+    packed_matvec,
+    repacked,
+    takes_gated,
+    takes_normed,
+    takes_normed_gated,
+)
+from pallas_kernels.partial_sum import PartialSum
+from tests.oracles import add_norm_numpy
 from tests.pallas_kernels.formats.ggml_blocks import random_blocks
 from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 from tests.thinned import thorough
 
 TYPES = ["MXFP4", *PARTS]
 BF16 = float(jnp.finfo(jnp.bfloat16).eps)
+EPSILON = 1e-6
+WHAT = ["a term", "nothing", "a bias", "float32", "NaN", "large"]  # is added: see `to_norm`
 
 
 def _packed(name: str, outputs: int, inputs: int, seed: int = 0) -> MXFP4 | Quantized:
@@ -108,6 +125,59 @@ def test_products_lower(name, T, inputs, outputs):
     assert ("packed_row" if alone else "packed_matvec") in text
 
 
+def to_norm(inputs: int, what: str = "a term") -> RowNorm:
+    """A row and what is added to it, of a residual [1, 1, D]."""
+    case = add_norm_numpy.Case(1, inputs, E=1 if what == "a bias" else 0)
+    x, terms, scale, _ = add_norm_numpy.operands(case, jnp.bfloat16)
+    if what == "float32":
+        scale = scale.astype(jnp.float32) + 1e-3
+        terms = PartialSum(terms.parts_JAO, bias_EO=jnp.ones((1, inputs)) / 3)
+    elif what == "NaN":
+        x = x.at[0, inputs // 2].set(jnp.nan)
+    elif what == "large":
+        terms = PartialSum(3e38 * terms.parts_JAO)  # squares are infinite, and some sums too
+    return RowNorm(x[None], None if what == "nothing" else terms, scale, EPSILON)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("name", "inputs"), [("MXFP4", 3584), ("Q4_K", 4096), thorough("Q5_K", 768)])
+def test_products_that_norm_lower(name, inputs, gated):
+    module = importlib.import_module("pallas_kernels.matvec.row_sm90")
+    function = module.normed_gated if gated else module.normed_product
+    norm, weight = jax.eval_shape(lambda: (to_norm(inputs), _fragments(name, 4608, inputs)))
+    text = lowered(lambda norm, weight: function(norm, [weight]), norm, weight)
+    assert text.count("@mosaic_gpu") == 1 and "packed_row" in text and "add_norm" not in text
+
+
+@needs_mosaic
+def test_which_norms_are_taken_into_products(monkeypatch):
+    monkeypatch.setattr(dispatch, "wanted", lambda implementation: dispatch.MOSAIC)
+
+    def takes(norm: RowNorm, outputs: int = 6144, *, parts: int = 1, gated: bool = False) -> bool:
+        weight = jax.eval_shape(lambda: _fragments("Q4_K", outputs // parts, norm.x.shape[-1]))
+        return (takes_normed_gated if gated else takes_normed)(norm, [weight] * parts)
+
+    for what in ("a term", "nothing", "a bias", "float32"):
+        assert takes(to_norm(4096, what))
+        assert takes(to_norm(4096, what), 28672, gated=True)
+    assert takes(to_norm(3584), 4608) and takes(to_norm(3584), 37888, gated=True)  # Qwen2.5-7B
+    assert takes(to_norm(8192), 10240)  # Llama 70B
+    assert not takes(to_norm(8192), 57344, gated=True) and not takes(to_norm(4096), 128256)  # too many blocks
+    assert not takes(to_norm(4096), parts=2)
+    assert takes(to_norm(4096), 28672, parts=2, gated=True)
+    norm = to_norm(4096)
+    twice = PartialSum(jnp.zeros((2, 1, 4096)))
+    rows = PartialSum(jnp.zeros((1, 1, 4096)), rows_TX=jnp.zeros((1, 1), jnp.int32))
+    for terms in (twice, rows):
+        assert not takes(dataclasses.replace(norm, terms=terms))
+    assert not takes(dataclasses.replace(norm, x=jnp.zeros((2, 1, 4096), jnp.bfloat16)))
+    assert not takes(dataclasses.replace(norm, x=jnp.zeros((1, 1, 4096))))
+    assert not takes(dataclasses.replace(norm, scale_D=jnp.zeros(4096, jnp.float16)))
+    monkeypatch.setattr(dispatch, "wanted", lambda implementation: dispatch.XLA)
+    assert not takes(norm) and not takes(norm, 28672, gated=True)
+
+
 @needs_mosaic
 def test_splits_fill_the_device_and_divide_turns():
     splits_of = importlib.import_module("pallas_kernels.matvec.packed_sm90").splits_of
@@ -148,6 +218,41 @@ def test_gate_and_up_agree_with_float64(name, apart):
     assert takes_gated(x, parts)
     assert not takes_gated(_x(2, inputs), parts)
     assert_gated(packed_gated(x, parts)[0], np.asarray(x, np.float64)[0], kernels)
+
+
+@needs_hopper
+@pytest.mark.parametrize("name", ["MXFP4", "Q4_K"])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "F", "what"),
+    [
+        *((256, 64, 64, what) for what in WHAT),
+        (3584, 4608, 18944, "a term"),
+        (4096, 6144, 14336, "a term"),
+        (4096, 6144, 14336, "nothing"),
+        (8192, 10240, 1024, "a bias"),
+    ],
+)
+def test_norms_in_products_have_the_bits_of_norms_before_them(name, inputs, outputs, F, what):
+    norm, bias = to_norm(inputs, what), jnp.arange(outputs, dtype=jnp.bfloat16)
+    weight, gate_up = _fragments(name, outputs, inputs), _fragments(name, 2 * F, inputs, seed=1)
+    assert takes_normed(norm, [weight]) and takes_normed_gated(norm, [gate_up])
+    total, normed = add_norm(
+        norm.x[0], norm.terms, norm.scale_D, epsilon=EPSILON, center=False, implementation="mosaic"
+    )
+    expected = packed_matvec(normed, [weight], bias).total(), packed_gated(normed, [gate_up])
+    product, activated = normed_matvec(norm, [weight], bias), normed_gated(norm, [gate_up])
+    for (sum_, _), like in ((product, norm.x), (activated, norm.x)):
+        assert sum_.shape == like.shape and _bits(sum_) == _bits(total)
+    assert _bits(product[1].total()) == _bits(expected[0])
+    assert _bits(activated[1]) == _bits(expected[1])
+    if what not in ("NaN", "large"):
+        row = add_norm_numpy.norm(total, norm.scale_D, None, epsilon=EPSILON, center=False)
+        np.testing.assert_allclose(np.asarray(normed, np.float64), row, rtol=BF16, atol=1e-5)
+        _agrees(product[1].total(), normed, [weight], bias, rounded=False)
+
+
+def _bits(array: jax.Array) -> bytes:
+    return np.asarray(array).tobytes()
 
 
 @needs_mosaic

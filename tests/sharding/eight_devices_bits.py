@@ -1,0 +1,31 @@
+"""An engine on a mesh: what it draws, and that no bit of it depends on the load. Run by `test_on_eight_devices.py`."""
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax.errors import RequestError
+from tests.shallow import shallow
+from tests.sharding.on_mesh import on_mesh
+
+PROMPTS = ["Once upon a time there was", "The wolf"]
+GREEDY = {"max_tokens": 8, "temperature": 0}
+TOLERANCE = 1e-4
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="run by test_on_eight_devices.py")
+
+
+def test_an_engine_on_a_mesh_draws_what_one_on_a_device_draws():
+    lm = shallow("gpt-oss-tales", max_length=128)
+    expected = lm.generate(PROMPTS, **GREEDY)
+    mesh = on_mesh(lm, {"tensor": 2, "expert": 2})
+    together = mesh.generate(PROMPTS, **GREEDY)
+    assert [each.token_ids for each in together] == [each.token_ids for each in expected]
+    alone = mesh.generate(PROMPTS[1], **GREEDY)
+    assert (alone.token_ids, alone.logprobs) == (together[1].token_ids, together[1].logprobs)
+    ids = lm.tokenizer.encode("The wolf was in the wood.")
+    assert np.abs(mesh.logits(ids) - lm.logits(ids)).max() < TOLERANCE
+    for call in (mesh.init_state, lambda: mesh.activations(ids)):
+        with pytest.raises(RequestError, match="is for a model on one device: load it without a mesh"):
+            call()
+    mesh.close()
