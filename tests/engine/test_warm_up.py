@@ -111,9 +111,9 @@ def test_all_features_stand_in_for_few(monkeypatch):
     assert len(compiled) == 1 + 1 + 2 * 1 + 3
     used, settings_of = set(), executor.settings_of
 
-    def spied(requests, vocab_size, features, *, branches):
+    def spied(requests, vocab_size, features, **more):
         used.add(features)
-        return settings_of(requests, vocab_size, features, branches=branches)
+        return settings_of(requests, vocab_size, features, **more)
 
     monkeypatch.setattr(executor, "settings_of", spied)
     with compilations() as compiled:
