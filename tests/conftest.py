@@ -67,35 +67,44 @@ KERNELS = {  # interpret GPU kernels or lower them for CUDA: `make kernels` has 
     "pallas_kernels/test_mosaic.py",
 }
 OTHERS = {"oracle"}  # need other packages, and a command of their own; tests/affected.py leaves them out itself
-# XLA compiles these on a CPU with little optimisation, which takes a third to a half less. What is interpreted runs on
-# GPUs only; what agrees with transformers is compared with float64 in tests/models, as users' programs are compiled;
-# what a program needs of memory does not depend on it. The others are about who gets what and when, of programs that
-# are run a few times. (A row's bits do depend on it: additions are not fused with products.)
-UNOPTIMIZED = (
-    KERNELS
-    | OTHERS
-    | {
-        "bench",
-        "diagnostics/test_packed_accuracy.py",
-        "engine/test_executables.py",
-        "engine/test_executor.py",
-        "engine/test_memory.py",
-        "engine/test_memory_advice.py",
-        "engine/test_out_of_memory.py",
-        "engine/test_pool_sizes.py",
-        "engine/test_prompts_in_parts.py",
-        "engine/test_shared_engine.py",
-        "engine/test_warm_up.py",
-        "layers/test_cache.py",
-        "server/test_disconnects.py",
-        "server/test_with_model.py",
-        "server/test_worker_ends.py",
-        "sharding/eight_devices.py",
-        "test_api.py",
-        "test_chat_models.py",
-        "test_docs.py",
-    }
-)
+# On a CPU, XLA compiles these as users' programs: they are about bits, tolerances, what is copied, or speed, or they
+# generate hundreds of tokens. All others, and the processes that they start, compile with little optimisation, which
+# takes half as long: they are about who gets what and when, of programs that are run a few times. (A row's bits depend
+# on it: additions are not fused with products.) What is interpreted runs on GPUs only; what agrees with transformers is
+# compared with float64 in tests/models; what a program needs of memory does not depend on it.
+OPTIMIZED = {
+    "convert/test_convert_mxfp4.py",
+    "engine/test_engine_speeds.py",
+    "engine/test_free_of_load.py",
+    "engine/test_in_place.py",
+    "engine/test_sampling.py",
+    "engine/test_sampling_bounds.py",
+    "engine/test_steps_per_dispatch.py",
+    "models/test_golden_gpt2.py",
+    "models/test_golden_gpt_oss.py",
+    "models/test_gpt2.py",
+    "models/test_gpt_oss.py",
+    "models/test_llama.py",
+    "models/test_packed_gguf.py",
+    "models/test_precision.py",
+    "pallas_kernels/add_norm",
+    "pallas_kernels/attention/test_attention.py",
+    "pallas_kernels/attention/test_lanes.py",
+    "pallas_kernels/block",
+    "pallas_kernels/logits",
+    "pallas_kernels/matmul",
+    "pallas_kernels/matvec/test_packed_matvec.py",
+    "pallas_kernels/matvec/test_packed_row.py",
+    "pallas_kernels/moe/test_moe.py",
+    "pallas_kernels/pages",
+    "pallas_kernels/test_row_alone.py",
+    "pallas_kernels/test_same_bits.py",
+    "server/test_load.py",
+    "server/test_load_speeds.py",
+    "server/test_worker.py",
+    "sharding/eight_devices_bits.py",
+    "test_chat.py",
+}
 # What each tier leaves out; all but the last the tests marked `thorough`, too.
 TIERS = {"quick": MODELS | KERNELS | OTHERS, "test": KERNELS | OTHERS, "affected": set(), "full": set()}
 
@@ -139,10 +148,14 @@ def _programs_are_kept(request: pytest.FixtureRequest) -> Iterator[None]:
         jax = sys.modules["jax"]
         jax.config.update("jax_compilation_cache_dir", str(PROGRAMS / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
-        unoptimized = any(request.path.is_relative_to(ROOT / "tests" / name) for name in UNOPTIMIZED)
-        unoptimized = unoptimized and jax.default_backend() == "cpu"
+        if "gptjax.support.runtime" in sys.modules:
+            # Or each engine would read its programs anew, which takes three times as long as loading the model.
+            sys.modules["gptjax.support.runtime"]._executables = None
+        optimized = any(request.path.is_relative_to(ROOT / "tests" / name) for name in OPTIMIZED)
+        unoptimized = jax.default_backend() == "cpu" and not optimized
         if unoptimized != jax.config.read("jax_disable_most_optimizations"):
             jax.config.update("jax_disable_most_optimizations", unoptimized)
+            os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(unoptimized)
             jax.clear_caches()
     yield
     if "jax" in sys.modules and _mappings() > MOST_MAPPINGS:

@@ -12,10 +12,13 @@ from tests.thinned import thinned
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 _IDS = [page.name if page.parent != ROOT else "root" for page in PAGES]
-_LONG = ("gpt-oss.md", "quantization.md")  # what they show compiles for up to a minute
+_LONG = ("forward-pass.md", "gpt-oss.md", "quantization.md")  # what they show compiles for up to a minute
+_SHORT = [page for page in PAGES if page.name not in _LONG]
 each_page = pytest.mark.parametrize("page", PAGES, ids=_IDS)
-each_page_to_run = pytest.mark.parametrize(
-    "page", thinned(PAGES, *(page for page in PAGES if page.name not in _LONG)), ids=_IDS
+each_page_to_run = pytest.mark.parametrize("page", thinned(PAGES, *_SHORT), ids=_IDS)
+# The README's commands together compile for as long as a page that is long.
+each_page_of_commands_to_run = pytest.mark.parametrize(
+    "page", thinned(PAGES, *(page for page in _SHORT if page.parent != ROOT)), ids=_IDS
 )
 
 

@@ -264,7 +264,10 @@ class SharedEngine:
     def policy(self, batch: int) -> Policy:
         """That of an engine of a number of rows."""
         policy = default_policy(self._model, slots=batch, reuse=True, exact=self._exact)
-        return policy if policy.packed or self._max_batch else dataclasses.replace(policy, rows="asked")
+        if self._max_batch or (policy.packed and policy.smallest_rows == 1):
+            return policy
+        # Bits depend on the rows, or on whether they are few: a generation keeps its own number if the engine grows.
+        return dataclasses.replace(policy, rows="asked", smallest_rows=1)
 
     def _made(self, batch: int, params: Params) -> Engine:
         """Makes an engine of `batch` rows. Raises `CapacityError` if it does not fit into memory."""

@@ -138,7 +138,8 @@ class BlockNorm:
         added = partial(self._added, at=at, is_first=equal(group, ptx.const(0)))
         pairs = [each.pairs(partial(added, each, words)) for each, words in zip(rounds, loaded, strict=True)]
         ptx.sync_block()
-        factor = self._factor(at["squares"])
+        variance = ptx.fma(self._row_sum(at["squares"]), ptx.float32(1 / self.width), ptx.float32(self.epsilon))
+        (factor,) = ptx.asm("rsqrt.approx.f32 $0, $1;", [ptx.f32()], [variance])
         scales = [words["scale"] for words in loaded]
         return [
             each.pairs(partial(_normed, own, scale, factor))
@@ -166,8 +167,8 @@ class BlockNorm:
         ptx.store(strip, [arith.addf(*fours)], ptx.both(round_.exists, is_strips_first), space="shared")
         return pairs
 
-    def _factor(self, squares: Value) -> Value:
-        """1 / sqrt(mean of squares + epsilon), in every thread; again in a tree of the shape that `row_sum` has."""
+    def _row_sum(self, squares: Value) -> Value:
+        """The sum of all strips, in every thread; again in a tree of the shape that `rows.row_sum` has."""
         lane, _, _ = lane_of()
         strips = self.width // STRIP
         per_lane = 1 if strips <= 32 else 2
@@ -176,9 +177,7 @@ class BlockNorm:
         total = ptx.tree_sum(ptx.load(own, [ptx.f32()] * per_lane, exists, space="shared"))
         for distance in (1, 2, 4, 8, 16):
             total = arith.addf(total, ptx.shuffle_xor(total, distance))
-        variance = ptx.fma(total, ptx.float32(1 / self.width), ptx.float32(self.epsilon))
-        (factor,) = ptx.asm("rsqrt.approx.f32 $0, $1;", [ptx.f32()], [variance])
-        return factor
+        return total
 
 
 def _normed(pairs: list[Value], scale: list[Value], factor: Value) -> list[Value]:

@@ -5,20 +5,38 @@ import json
 import pytest
 
 from gptjax.cli import main
+from gptjax.config import GenerationDefaults
 from gptjax.diagnostics.invariance import trials
 from gptjax.engine.engine import Engine
-from gptjax.errors import GptjaxError, RequestError
+from gptjax.errors import CheckpointError, GptjaxError, RequestError
+from gptjax.language_model import LanguageModel
+from gptjax.scheduling import policy
 from gptjax.scheduling.scheduler import Scheduler
 from pallas_kernels import same_bits
-from tests.shallow import shallow
+from tests.engine.test_engine import MODEL, made_params
 
-MADE = shallow("gpt2-tales")
 needs_same_bits = pytest.mark.skipif(not same_bits.holds(), reason="products on this CPU were not looked at")
+
+
+@pytest.fixture(autouse=True)
+def _few_sizes(monkeypatch):
+    """Calls of 256 and 512 tokens, not of all powers of two from 32: fewer programs to compile."""
+    monkeypatch.setattr(policy, "_SMALLEST_CALL", 256)
+
+
+def _made() -> LanguageModel:
+    return LanguageModel(
+        MODEL,
+        made_params(),
+        tokenizer=CheckpointError("there is no tokenizer"),
+        defaults=GenerationDefaults(),
+        max_length=MODEL.config.context_length,
+    )
 
 
 def _trials(**options):
     given = {"requests": 6, "max_batches": [1, 3]} | options
-    return list(trials(MADE.model, MADE.params, **given))
+    return list(trials(MODEL, made_params(), **given))
 
 
 @needs_same_bits
@@ -68,7 +86,7 @@ def test_numbers_that_make_no_trial(wrong):
 
 
 def _command(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr("gptjax.api.load", lambda *_, **options: MADE)
+    monkeypatch.setattr("gptjax.api.load", lambda *_, **options: _made())
     status = main(["verify", "--invariance", "--requests", "4", "--max-batch", "3", *arguments])
     return status, capsys.readouterr().out
 

@@ -145,6 +145,7 @@ def test_what_is_packed_on_both_sides_is_not_compared(tmp_path):
     assert [row.name for row in report.weights][-2:] == ["head_embedding", "token_embedding"]
 
 
+@pytest.mark.thorough
 def test_a_gguf_file_written_out(tmp_path):
     """Packed weights, one of them of parts in several types, and experts, which are expanded when they are loaded."""
     model = gpt_oss_random.checkpoint(5, num_hidden_layers=1, layer_types=["sliding_attention"])

@@ -92,8 +92,9 @@ def test_nothing_is_kept_where_programs_are_not(tmp_path):
 
 
 def _engine() -> Engine:
-    policy = Policy(slots=3, chunk=64, pieces=2)
-    return Engine(MODEL, made_params(), batch=3, max_length=300, policy=policy, pages=(9,))
+    """One that has few programs: each is compiled anew, as what JAX's cache holds would not run again."""
+    policy = Policy(slots=2, chunk=32, pieces=2)
+    return Engine(MODEL, made_params(), batch=2, max_length=300, policy=policy, pages=(9,))
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -114,6 +115,7 @@ def test_an_engine_runs_the_programs_of_an_earlier_one(kept, monkeypatch, warm):
     assert {"prefill", "advance", "sample", "keep_logits", "set_counts"} <= set(names)
 
 
+@pytest.mark.thorough
 def test_programs_that_do_not_run_are_replaced(kept, monkeypatch, caplog):
     """On a CPU, what was read and then serialised again lacks its code, which shows only when it is run."""
     engine, loaded, read = _engine(), {}, executables._Place.read

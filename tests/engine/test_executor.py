@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from gptjax.engine.executor import Executor
 from gptjax.engine.request import Request, SamplingParams
@@ -101,6 +102,7 @@ def test_a_slot_that_another_request_takes_has_none_of_its_pages():
     assert executor._slots.cache.tables[0][2].tolist() == [3, 0, 0]
 
 
+@pytest.mark.thorough
 def test_nothing_is_compiled_after_warm_up():
     executor = _executor(policy=Policy(slots=3, chunk=64, steps=2, pieces=3))
     executor.warm_up()

@@ -253,6 +253,7 @@ def test_one_row_always_fits_if_it_can_and_is_refused_with_numbers_if_not(monkey
 PENALTIES = {"repetition_penalty": 1.5, "presence_penalty": 0.4, "frequency_penalty": 0.3}
 
 
+@pytest.mark.thorough
 def test_many_long_rows_take_turns_in_a_small_cache():
     """Six requests, of which some need the whole cache: the same bits as with room for all.
 

@@ -16,6 +16,8 @@ from tests.compilations import compilations
 from tests.engine.test_engine import MIXED, MODEL, made_params
 from tests.server.worker_material import until
 
+# As in test_executor.py, so that what is compiled here is there on disk, and the other way round.
+SHAPE = {"batch": 3, "max_length": 300, "policy": Policy(slots=3, chunk=64, pieces=3), "pages": (9,)}
 EVERY = {
     "temperature": 0.9,
     "top_k": 50,
@@ -27,6 +29,12 @@ EVERY = {
     "logit_bias": {3: 1.0, 8: -2.0},
     "top_logprobs": 4,
 }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_there_from_before():
+    """What is read from the disk counts as compiled."""
+    jax.clear_caches()
 
 
 def _run(engine: Engine, requests: list[Request]) -> list[tuple[int, int]]:
@@ -47,13 +55,12 @@ def _run(engine: Engine, requests: list[Request]) -> list[tuple[int, int]]:
 
 def test_no_request_waits_for_a_compilation():
     """All features alone and together, in every number of rows, from shared pages, and after being set aside."""
-    policy = Policy(slots=3, chunk=64, pieces=2)
-    engine = Engine(MODEL, made_params(), batch=3, max_length=300, policy=policy, pages=(5,))
+    engine = Engine(MODEL, made_params(), **SHAPE)
     with compilations() as compiled:
         engine.warm_up()
-    # Two sizes of calls; one or two prompts that end in one; steps and draws of 1, 2 and 3 rows; copies; counts; and
+    # Two sizes of calls; one to three prompts that end in one; steps and draws of 1, 2 and 3 rows; copies; counts; and
     # the marker that says how far the device is.
-    assert len(compiled) == 2 + 2 + 2 * 3 + 3
+    assert len(compiled) == 2 + 3 + 2 * 3 + 3
     alone = [
         dataclasses.replace(MIXED[0], params=dataclasses.replace(MIXED[0].params, **{name: value}))
         for name, value in EVERY.items()
@@ -75,10 +82,8 @@ class Held:
 
 def test_the_largest_programs_stand_in_for_those_that_are_not_compiled_yet(monkeypatch):
     """Requests get the same tokens, and none waits for a compilation, before and after."""
-    # Another number of pages than elsewhere, so that nothing is there from before.
-    shape = {"batch": 3, "max_length": 300, "policy": Policy(slots=3, chunk=64, pieces=2), "pages": (6,)}
     monkeypatch.setattr(executor, "Later", Held)
-    engine = Engine(MODEL, made_params(), **shape)
+    engine = Engine(MODEL, made_params(), **SHAPE)
     with compilations() as compiled:
         engine.warm_up_largest()
     assert len(compiled) == 1 + 1 + 2 * 1 + 3
@@ -87,7 +92,7 @@ def test_the_largest_programs_stand_in_for_those_that_are_not_compiled_yet(monke
         before = _run(engine, MIXED)
         assert sizes == {64, 3}
         Later(engine._executor._later.parts).wait()
-        assert len(compiled) == 1 + 1 + 2 * 2
+        assert len(compiled) == 1 + 2 + 2 * 2
     sizes.clear()
     with compilations() as compiled:
         numbers = len({number for number, _ in before})
@@ -100,12 +105,12 @@ def test_the_largest_programs_stand_in_for_those_that_are_not_compiled_yet(monke
 def test_all_features_stand_in_for_few(monkeypatch):
     """On a GPU, several sets of features are compiled. (Here on a CPU, without the branches that it has instead.)"""
     levels = (Features(draws=True), Features(draws=True, truncates=True), Features.everything())
-    shape = {"batch": 3, "max_length": 300, "policy": Policy(slots=3, chunk=64, pieces=2), "pages": (8,)}
-    expected = _run(Engine(MODEL, made_params(), **shape | {"pages": (10,)}), MIXED)
+    expected = _run(Engine(MODEL, made_params(), **SHAPE), MIXED)
+    jax.clear_caches()
     monkeypatch.setattr(executor, "Later", Held)
     with monkeypatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")
-        engine = Engine(MODEL, made_params(), **shape, levels=levels)
+        engine = Engine(MODEL, made_params(), **SHAPE, levels=levels)
     with compilations() as compiled:
         engine.warm_up_largest()
     assert len(compiled) == 1 + 1 + 2 * 1 + 3
@@ -120,7 +125,7 @@ def test_all_features_stand_in_for_few(monkeypatch):
         assert _run(engine, MIXED) == expected
         assert used == set(levels[2:])
         Later(engine._executor._later.parts).wait()
-        assert len(compiled) == 2 + 1 + 1 + 2 * 4  # draws of all rows; a call; a prompt's end; fewer rows
+        assert len(compiled) == 2 + 1 + 2 + 2 * 4  # draws of all rows; a call; fewer prompts that end; fewer rows
     used.clear()
     number = len({number for number, _ in expected})
     with compilations() as compiled:
@@ -145,7 +150,7 @@ def _sizes(engine, monkeypatch) -> set[int]:
 def test_all_is_compiled_first_if_the_sizes_of_calls_must_not_depend_on_load(monkeypatch):
     monkeypatch.setattr(executor, "Later", None)  # not called
     policy = Policy.same_bits(slots=2, chunk=32)
-    engine = Engine(MODEL, made_params(), batch=2, max_length=100, policy=policy, pages=(7,))
+    engine = Engine(MODEL, made_params(), batch=2, max_length=100, policy=policy, pages=(9,))
     engine.warm_up_largest()
     with compilations() as compiled:
         _run(engine, [dataclasses.replace(each, prompt_ids=each.prompt_ids[:60], max_tokens=9) for each in MIXED])

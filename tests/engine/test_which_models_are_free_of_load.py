@@ -8,6 +8,7 @@ import pytest
 from gptjax.config import PUBLISHED
 from gptjax.engine.free_of_load import is_exact_by_default, is_free_of_load
 from gptjax.engine.pools import default_policy
+from gptjax.engine.shared import SharedEngine
 from gptjax.models import registry
 from pallas_kernels import dispatch, same_bits
 
@@ -54,6 +55,18 @@ def test_on_hopper_gpt2_has_two_classes(hopper, name):
         assert default_policy(model, slots=slots, exact=False).row_sizes[0] == 1
     assert default_policy(model, slots=16).call_sizes[0] == 256
     assert default_policy(model, slots=16, chunk=128).row_sizes == (16,)
+
+
+def test_without_max_batch_gpt2_keeps_the_class_that_a_call_has_rows_for(hopper):
+    model = _model("gpt2")
+    policies = {
+        (slots, most): SharedEngine(model, max_length=64, max_batch=most).policy(slots)
+        for slots, most in ((8, None), (32, None), (32, 32))
+    }
+    assert [each.rows for each in policies.values()] == ["needed", "asked", "needed"]
+    assert [each.row_sizes[0] for each in policies.values()] == [1, 1, 16]
+    assert all(policy.packed for policy in policies.values())
+    assert SharedEngine(model, max_length=64, max_batch=None, exact=False).policy(32).rows == "needed"
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_cached_alone(golden, model, params, prompt):
     assert _decode(model, params, first_B, cache)[0][0].tolist() == golden[prompt].greedy
 
 
-@pytest.mark.parametrize("layout", thinned(["left", "right"], "right"))
+@pytest.mark.parametrize("layout", thinned(["left", "right"]))
 def test_cached_together(golden, model, params, layout):
     """All prompts in one padded batch and an unused slot, in a cache that held NaN; a row's bits are as alone."""
     empty = registry.create_cache(model, batch=4, max_length=512)

@@ -187,7 +187,7 @@ def test_chunked_prefill_and_decoding_together(golden, ours, chunk, layout):
         np.testing.assert_array_equal(alone_hidden[LONG], hidden[LONG, :8])
 
 
-@pytest.mark.parametrize("prompt", thinned([0, LONG], 0))
+@pytest.mark.parametrize("prompt", thinned([0, LONG]))
 def test_generate(golden, prompt):
     """From the demo's name to the recorded tokens."""
     lm = gptjax.load("gpt-oss-tales", dtype="float32", max_length=CAPACITY)

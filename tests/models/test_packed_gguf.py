@@ -217,7 +217,7 @@ def _in_types(config: ModelConfig, kind: str) -> ModelConfig:
 @pytest.mark.parametrize(
     ("config", "embedding"),
     [
-        (_in_types(_small("llama-3.2-1b"), "Q8_0"), QuantizedFragments),  # tied: the head's matrix too
+        thorough(_in_types(_small("llama-3.2-1b"), "Q8_0"), QuantizedFragments),  # tied: the head's matrix too
         thorough(_in_types(_small("llama-3.1-8b"), "Q8_0"), Quantized),  # only looked up
         thorough(_small("llama-3.1-8b", mxfp4="all"), MXFP4),
     ],

@@ -13,6 +13,7 @@ from gptjax.layers.observe import COLLECTION
 from gptjax.models import registry
 from gptjax.models.params import Params, abstract_params, init_params
 from gptjax.models.registry import Model
+from tests.thinned import thorough
 
 LAYERS, WINDOW = 6, 200
 SIZES = {"vocab_size": 101, "width": 64, "num_layers": LAYERS, "num_heads": 4, "mlp_width": 96}
@@ -55,7 +56,8 @@ def test_each_kind_of_block_is_traced_once(config, kinds, tokens):
     assert len({id(block) for block in blocks}) == kinds
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])  # experts' loops on a CPU have no gradient
+# Experts' loops on a CPU have no gradient.
+@pytest.mark.parametrize("config", [thorough(GPT2), LLAMA], ids=["gpt2", "llama"])
 def test_values_and_gradients_are_those_of_blocks_traced_in_place(config):
     """As they are while their stages are observed."""
     model = registry.build(config)

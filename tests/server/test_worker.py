@@ -36,7 +36,7 @@ TIMES = rounds(20)  # that each cancellation is tried
 UNREAD = itertools.count(100)  # for prompts that no page holds
 
 
-@pytest.fixture(scope="module", params=[thorough("gpt2-tales"), "gpt-oss-tales", thorough("gpt-oss-tales, one by one")])
+@pytest.fixture(scope="module", params=["gpt2-tales", thorough("gpt-oss-tales"), thorough("gpt-oss-tales, one by one")])
 def model(request):
     """GPT-OSS has a layer with a window of 128 positions. "One by one" is as on CPUs where bits depend on the load."""
     name, _, one_by_one = request.param.partition(", ")

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import convert
 import gptjax
+from gptjax.checkpoints import weights
+from gptjax.checkpoints.hub import DEMOS
 from gptjax.config import PUBLISHED
 from gptjax.engine import memory
 from gptjax.errors import RequestError
@@ -36,7 +39,7 @@ from tests.thinned import thorough
 ROWS, TOKENS, STEPS = 8, 12, 3
 TOLERANCE = 1e-4
 MESHES = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
-KEPT = {"gpt2": (2, 2, 2), "gpt-oss": (1, 2, 4), "llama": (4, 2, 1)}  # the others are thorough
+MODELS = ["gpt2", "gpt-oss", "llama"]
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="run by test_on_eight_devices.py")
 
@@ -76,11 +79,17 @@ def _stepped(model: Model, apply: Any, head: Any, params: Params, tokens_BT: Any
     return head(model, params, hidden_BTD[:, -1]), cache
 
 
-def _run(step: Any, model: Model, params: Params, cache: Any) -> tuple[list[np.ndarray], list[list[int]]]:
-    """Logits and greedy tokens after a prompt of each row and after some steps."""
+def _run(
+    step: Any, model: Model, params: Params, cache: Any, *, at_once: bool = True
+) -> tuple[list[np.ndarray], list[list[int]]]:
+    """Logits and greedy tokens after a prompt of each row, read at once or token by token, and after some steps."""
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (ROWS, TOKENS)).astype(np.int32)
     positions = np.tile(np.arange(TOKENS, dtype=np.int32), (ROWS, 1))
     logits: list[np.ndarray] = []
+    if not at_once:  # then only one program is compiled
+        for place in range(TOKENS - 1):
+            _, cache = step(params, tokens[:, place : place + 1], positions[:, place : place + 1], cache)
+        tokens, positions = tokens[:, -1:], positions[:, -1:]
     for _ in range(1 + STEPS):
         logits_BV, cache = step(params, tokens, positions, cache)
         logits.append(np.asarray(logits_BV))
@@ -88,13 +97,13 @@ def _run(step: Any, model: Model, params: Params, cache: Any) -> tuple[list[np.n
     return logits, [each.argmax(-1).tolist() for each in logits]
 
 
-def _check(name: str, mesh: dict[str, int], **how: Any) -> tuple[Model, Params]:
+def _check(name: str, mesh: dict[str, int], *, at_once: bool = False, **how: Any) -> tuple[Model, Params]:
     """Compares a model on a mesh with one device. Returns what each device has."""
     whole = _whole(name)
     model, params = placed(whole.model, whole.params, mesh, **how)
     cache = registry.create_cache(model, batch=ROWS, max_length=64)
     step = jax.jit(lambda *operands: _stepped(model, shards.apply, shards.head, *operands))
-    logits, tokens = _run(step, model, params, cache)
+    logits, tokens = _run(step, model, params, cache, at_once=at_once)
     assert max(np.abs(mine - theirs).max() for mine, theirs in zip(logits, whole.logits, strict=True)) < TOLERANCE
     assert tokens == whole.tokens
     return model, params
@@ -102,10 +111,14 @@ def _check(name: str, mesh: dict[str, int], **how: Any) -> tuple[Model, Params]:
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [(name, mesh) if KEPT[name] == mesh else thorough(name, mesh) for name in KEPT for mesh in MESHES],
+    [
+        (name, mesh) if (name, mesh) == ("llama", (4, 2, 1)) else thorough(name, mesh)
+        for name in MODELS
+        for mesh in MESHES
+    ],
 )
 def test_logits_and_tokens_are_those_of_one_device(name, mesh):
-    model, params = _check(name, sizes(*mesh))
+    model, params = _check(name, sizes(*mesh), at_once=mesh == (4, 2, 1))
     need = memory.needed(model, batch=1, max_length=64)
     assert set(bytes_by_device(params).values()) == {need.weights}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -116,10 +129,11 @@ def test_logits_and_tokens_are_those_of_one_device(name, mesh):
 
 def test_shared_key_value_heads_and_widths_filled_up():
     """Four ways: two devices for each key/value head; 192 units are 64, 64, 64 and 0; 8,256 words 4 · 2,112."""
-    model, _ = _check("gpt-oss", sizes(1, 4, 2))
+    model, _ = _check("gpt-oss", sizes(1, 4, 2), at_once=True)
     assert model.own.num_kv_heads == 1 and model.own.mlp_width == 64 and model.own.vocab_size == 2112
 
 
+@pytest.mark.thorough
 def test_rules_may_be_others():
     """Experts over both axes, and their widths over none."""
     model, params = _check("gpt-oss", sizes(1, 2, 2), rules={"E": ("expert", "tensor"), "F": None})
@@ -128,12 +142,12 @@ def test_rules_may_be_others():
     assert blocks.sharding.spec[0] == ("expert", "tensor") and blocks.addressable_shards[0].data.shape[0] == 2
 
 
-@pytest.mark.parametrize(("name", "weights"), [("gpt2", 0.55), ("gpt-oss", 0.5)])
-def test_a_device_has_its_part_of_the_weights(name, weights):
+@pytest.mark.parametrize(("name", "part"), [("gpt2", 0.55), ("gpt-oss", 0.5)])
+def test_a_device_has_its_part_of_the_weights(name, part):
     whole = _whole(name)
     model, params = placed(whole.model, whole.params, sizes(1, 2, 4))
     most = max(bytes_by_device(params).values())
-    assert most < weights * sum(leaf.nbytes for leaf in jax.tree.leaves(whole.params))
+    assert most < part * sum(leaf.nbytes for leaf in jax.tree.leaves(whole.params))
     pools = registry.create_pools(model, pages=[5] * len(set(model.config.windows)), rows=2, max_length=256)
     assert pools.k[0].addressable_shards[0].data.shape[1] == model.config.num_kv_heads // 2
 
@@ -202,13 +216,32 @@ def test_random_weights_are_alike_where_they_are_not_divided():
     assert len({np.asarray(shard.data).tobytes() for shard in moe["down_kernel"].blocks.addressable_shards}) == 4
 
 
-def test_load_divides_the_demo():
-    lm = gptjax.load("gpt2-tales", max_length=64, mesh={"tensor": 2})
-    assert set(bytes_by_device(lm.params)) == set(jax.devices()[:2])
-    with pytest.raises(RequestError, match="does not divide its rows over the mesh's axis data yet"):
-        gptjax.load("gpt2-tales", mesh={"data": 2})
-    with pytest.raises(RequestError, match=re.escape("a mesh of tensor=16 needs 16 devices, and there are 8")):
-        gptjax.load("gpt2-tales", mesh={"tensor": 16})
+def test_load_divides_a_checkpoint_in_any_form(tmp_path):
+    """A converted directory has whole weights, so it loads on a mesh that it knew nothing of."""
+    convert.convert(DEMOS / "gpt-oss-tales", tmp_path / "converted")
+    names = "gpt-oss-tales", tmp_path / "converted"
+    models = [gptjax.load(name, max_length=64, mesh={"tensor": 2, "expert": 2}) for name in names]
+    first, second = (weights.flatten(lm.params) for lm in models)
+    assert first.keys() == second.keys()
+    for path, leaf in first.items():
+        assert set(leaf.devices()) == set(jax.devices()[:4])
+        assert leaf.sharding == second[path].sharding and (np.asarray(leaf) == np.asarray(second[path])).all(), path
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"data": 2}, "an engine does not divide its rows over the mesh's axis data yet"),
+        ({"tensor": 16}, "a mesh of tensor=16 needs 16 devices, and there are 8"),
+        (
+            {"tensor": 3},
+            "the model's 4 query heads cannot be divided among 3 devices (tensor); sizes that work: 1, 2, 4",
+        ),
+    ],
+)
+def test_load_refuses_what_does_not_divide(mesh, message):
+    with pytest.raises(RequestError, match=re.escape(message)):
+        gptjax.load("gpt2-tales", mesh=mesh)
 
 
 @needs_mosaic
@@ -218,7 +251,7 @@ def test_load_divides_the_demo():
         ("gpt-oss-20b", (1, 2, 1), 8, 1),
         ("gpt-oss-20b", (1, 2, 1), 1, 2048),
         thorough("gpt-oss-120b", (1, 2, 4), 8, 1),
-        ("llama-3.1-8b", (1, 8, 1), 8, 1),
+        thorough("llama-3.1-8b", (1, 8, 1), 8, 1),
     ],
 )
 def test_steps_of_a_share_lower_with_all_kernels(name, mesh, rows, tokens, monkeypatch):

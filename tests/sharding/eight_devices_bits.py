@@ -4,9 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from gptjax.engine.engine import Engine
+from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import RequestError
+from tests.compilations import compilations
 from tests.shallow import shallow
-from tests.sharding.on_mesh import on_mesh
+from tests.sharding.on_mesh import on_mesh, placed
 
 PROMPTS = ["Once upon a time there was", "The wolf"]
 GREEDY = {"max_tokens": 8, "temperature": 0}
@@ -29,3 +32,16 @@ def test_an_engine_on_a_mesh_draws_what_one_on_a_device_draws():
         with pytest.raises(RequestError, match="is for a model on one device: load it without a mesh"):
             call()
     mesh.close()
+
+
+@pytest.mark.thorough
+def test_after_warming_up_nothing_is_compiled():
+    lm = shallow("gpt2-tales")
+    engine = Engine(*placed(lm.model, lm.params, {"tensor": 2}), batch=2, max_length=128, chunk=64)
+    with compilations() as compiled:
+        engine.warm_up()
+    assert compiled
+    with compilations() as compiled:
+        engine.add(Request((1, 2, 3), 5, SamplingParams(seed=0)))
+        drawn = [token for _ in range(9) for token in engine.step()]
+    assert len(drawn) >= 4 and not compiled

@@ -35,7 +35,8 @@ from tests.thinned import thorough
 TYPES = ["MXFP4", *PARTS]
 BF16 = float(jnp.finfo(jnp.bfloat16).eps)
 EPSILON = 1e-6
-WHAT = ["a term", "nothing", "a bias", "float32", "NaN", "large"]  # is added: see `to_norm`
+# Of what `to_norm` makes.
+WHAT = ["a term", "nothing", "a bias", "float32", "many sizes", "a large strip", "NaN", "large"]
 
 
 def _packed(name: str, outputs: int, inputs: int, seed: int = 0) -> MXFP4 | Quantized:
@@ -129,14 +130,20 @@ def to_norm(inputs: int, what: str = "a term") -> RowNorm:
     """A row and what is added to it, of a residual [1, 1, D]."""
     case = add_norm_numpy.Case(1, inputs, E=1 if what == "a bias" else 0)
     x, terms, scale, _ = add_norm_numpy.operands(case, jnp.bfloat16)
-    if what == "float32":
+    if what == "nothing":
+        terms = None
+    elif what == "float32":
         scale = scale.astype(jnp.float32) + 1e-3
         terms = PartialSum(terms.parts_JAO, bias_EO=jnp.ones((1, inputs)) / 3)
     elif what == "NaN":
         x = x.at[0, inputs // 2].set(jnp.nan)
+    elif what in ("many sizes", "a large strip"):  # whose squares are not added exactly
+        exponents = np.random.default_rng(inputs).uniform(-6, 6, inputs)
+        exponents[128:] -= 12 * (what == "a large strip")
+        x, terms = x * jnp.exp2(exponents).astype(x.dtype), None
     elif what == "large":
         terms = PartialSum(3e38 * terms.parts_JAO)  # squares are infinite, and some sums too
-    return RowNorm(x[None], None if what == "nothing" else terms, scale, EPSILON)
+    return RowNorm(x[None], terms, scale, EPSILON)
 
 
 @needs_mosaic

@@ -13,6 +13,7 @@ import pytest
 
 from pallas_kernels import ptx
 from pallas_kernels.matvec import RowNorm
+from pallas_kernels.ptx import rows
 from tests.pallas_kernels.emulated_ptx import launched
 from tests.pallas_kernels.marks import needs_mosaic
 from tests.pallas_kernels.matvec.test_packed_matvec import EPSILON, WHAT, _fragments, _x, assert_gated, to_norm
@@ -73,43 +74,50 @@ def test_gate_and_up_agree_with_float64(name, apart):
 
 
 @pytest.fixture
-def factors(monkeypatch: pytest.MonkeyPatch) -> list[set[float]]:
-    """What rows are multiplied by to norm them, of each block that does so. In bfloat16, few bits of it show."""
-    norm, add_norm = (importlib.import_module(f"pallas_kernels.{name}") for name in _MODULES[1::-1])
-    factor, scaling, found = norm.BlockNorm._factor, add_norm.Norm._scaling, []
+def sums(monkeypatch: pytest.MonkeyPatch) -> list[set[float]]:
+    """What the threads of each cluster or block take for the sum of squares: few of its bits show in the norm."""
+    norm, found = importlib.import_module("pallas_kernels.matvec.norm_sm90"), []
 
-    def of_product(*operands: Any) -> Any:
-        scale = factor(*operands)
-        found.append(set(scale))
-        return scale
+    def recorded(add_up: Any) -> Any:
+        def run(*operands: Any) -> Any:
+            total = add_up(*operands)
+            found.append(set(total))
+            return total
 
-    def of_add_norm(*operands: Any) -> Any:
-        numbers, scale = scaling(*operands)
-        found.append(set(scale))
-        return numbers, scale
+        return run
 
-    monkeypatch.setattr(norm.BlockNorm, "_factor", of_product)
-    monkeypatch.setattr(add_norm.Norm, "_scaling", of_add_norm)
+    monkeypatch.setattr(norm.BlockNorm, "_row_sum", recorded(norm.BlockNorm._row_sum))
+    monkeypatch.setattr(rows, "row_sum", recorded(rows.row_sum))
     return found
 
 
 @pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("name", ["MXFP4", "Q4_K"])
-def test_a_norm_has_the_bits_of_add_norm(name, what, factors):
+def test_a_norm_has_the_bits_of_add_norm(name, what, sums):
     """With fewer threads than eights of numbers, and in several blocks."""
     _assert_normed(to_norm(1280, what), _fragments(name, 128, 1280), _settings(1, 4))
-    assert len(factors) == 3
-    assert what in ("NaN", "large") or len(set.union(*factors)) == 1
+    assert len(sums) == 3
+    assert what in ("NaN", "large") or len(set.union(*sums)) == 1
 
 
 @pytest.mark.parametrize(
     ("inputs", "gated"), [(256, False), (768, True), thorough(3584, True), thorough(4096, False), thorough(8192, True)]
 )
-def test_norms_of_every_width_have_the_bits_of_add_norm(inputs, gated, factors):
+def test_norms_of_every_width_have_the_bits_of_add_norm(inputs, gated, sums):
     """In a single block, too."""
     settings = _settings(1, 4) if inputs == 256 else _settings(2, 6) if gated else _settings(4, 3)
-    _assert_normed(to_norm(inputs), _fragments("MXFP4", 64 * (1 + gated), inputs), settings, gated=gated)
-    assert len(set.union(*factors)) == 1
+    weight = _fragments("MXFP4", 64 * (1 + gated), inputs)
+    _assert_normed(to_norm(inputs), weight, settings, gated=gated)
+    assert len(set.union(*sums)) == 1
+
+
+@pytest.mark.parametrize("inputs", [256, 768, 1280, 1536, 2048])
+def test_squares_are_added_as_in_add_norm(inputs, sums):
+    """Both add up strips by trees of the same shape, and then the strips."""
+    for what in ("many sizes", "a large strip"):
+        sums.clear()
+        _assert_normed(to_norm(inputs, what), _fragments("MXFP4", 64, inputs), _settings(1, 4))
+        assert len(sums) == 2 and len(set.union(*sums)) == 1
 
 
 def _assert_normed(norm: RowNorm, weight: Any, settings: Any, *, gated: bool = False) -> None:
