@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gptjax.engine.output import Chunk, Completion, Timings, Usage
     from gptjax.errors import CapacityError, CheckpointError, ConfigError, GptjaxError, RequestError
     from gptjax.language_model import LanguageModel
+    from gptjax.structured import Grammar
     from gptjax.text import Tokenizer, load_tokenizer
     from gptjax.text.chat_formats import ToolCall
 
@@ -37,6 +38,7 @@ _HOMES = {
     "ConfigError": "gptjax.errors",
     "GptjaxError": "gptjax.errors",
     "RequestError": "gptjax.errors",
+    "Grammar": "gptjax.structured",
     "Tokenizer": "gptjax.text",
     "load_tokenizer": "gptjax.text",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "Completion",
     "ConfigError",
     "GptjaxError",
+    "Grammar",
     "LanguageModel",
     "RequestError",
     "Timings",

@@ -35,6 +35,8 @@ from gptjax.models import registry
 from gptjax.models.params import Params
 from gptjax.models.registry import Model
 from gptjax.models.stages import activations
+from gptjax.structured.matching import compiler_of
+from gptjax.structured.wishes import grammar_of_turn
 from gptjax.support import runtime
 from gptjax.support.progress import progress
 from gptjax.text import Tokenizer
@@ -70,8 +72,9 @@ class LanguageModel:
         """
         self.model = model
         self._params: Params | None = params
+        self.compiler = compiler = compiler_of(tokenizer, model.config.vocab_size)
         self._shared = SharedEngine(
-            model, max_length=max_length, max_batch=max_batch, exact=exact, memory_limit=memory_limit
+            model, max_length=max_length, max_batch=max_batch, exact=exact, memory_limit=memory_limit, compiler=compiler
         )
         self.defaults = defaults
         self.max_length = max_length
@@ -127,9 +130,10 @@ class LanguageModel:
             and after it, if any (`Tokenizer.prompt`); token ids are used unchanged.
           **options: `max_tokens` (256), `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`,
             `presence_penalty`, `frequency_penalty`, `logit_bias`, `seed` (or a list, one for each prompt),
-            `top_logprobs`, `stop`, `stop_ids`, `ignore_eos`, `special`: see `GenerateOptions`. Special
+            `top_logprobs`, `stop`, `stop_ids`, `ignore_eos`, `special`, `grammar`: see `GenerateOptions`. Special
             tokens written in text are plain text unless `special` is true. Sampling defaults to the
-            checkpoint's generation_config.json, and without one to greedy.
+            checkpoint's generation_config.json, and without one to greedy. `grammar` is a JSON schema (a dict), a
+            Lark grammar (text) or a `Grammar`; an output that ends with "stop" is of that form.
 
         Returns:
           A `Completion`, or a list of them in the order of the prompts. A row whose logits are not finite ends with
@@ -145,10 +149,7 @@ class LanguageModel:
         prompts, single = split_prompts(prompt)
         seeds = split_seeds(options.get("seed"), len(prompts))
         requests = [self._request(each, {**options, "seed": seed}) for each, seed in zip(prompts, seeds, strict=True)]
-        done: dict[int, Completion] = {}
-        for number, chunk in self._run(requests):
-            if chunk.completion is not None:
-                done[number] = chunk.completion
+        done = {number: chunk.completion for number, chunk in self._run(requests) if chunk.completion is not None}
         completions = [done[number] for number in range(len(requests))]
         return completions[0] if single else completions
 
@@ -172,6 +173,8 @@ class LanguageModel:
         reasoning_effort: str | None = None,
         current_date: str | None = DEFAULT,
         enable_thinking: bool | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
         **options: Unpack[GenerateOptions],
     ) -> ChatCompletion:
         """The assistant's next turn of a conversation, for models that were trained to chat.
@@ -185,7 +188,8 @@ class LanguageModel:
           current_date: the date given to the model, such as "2025-06-28" or "today"; None leaves it out. Default: what
             the model's template says, which is today's date for GPT-OSS and Llama 3.2, and a fixed one for Llama 3.1.
           enable_thinking: false makes Qwen3 answer without thinking first.
-          **options: as for `generate`. `stop` applies to the answer, not to the reasoning.
+          response_format, tool_choice: as in that API. Reasoning stays free.
+          **options: as for `generate`. `stop` applies to the answer, not to the reasoning; `grammar` to the answer.
 
         Raises:
           RequestError: invalid messages, tools or options; an option that the model's chat format does not have; or a
@@ -198,6 +202,8 @@ class LanguageModel:
             reasoning_effort=reasoning_effort,
             current_date=current_date,
             enable_thinking=enable_thinking,
+            response_format=response_format,
+            tool_choice=tool_choice,
             **options,
         )
         assert last.completion is not None  # the last chunk has it
@@ -211,6 +217,8 @@ class LanguageModel:
         reasoning_effort: str | None = None,
         current_date: str | None = DEFAULT,
         enable_thinking: bool | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Iterator[ChatChunk]:
         """`chat`, one chunk per token, with reasoning and answer separate.
@@ -219,8 +227,10 @@ class LanguageModel:
         requested.
         """
         chat_format, tokenizer = self.chat_format, self.tokenizer
-        how = ChatOptions(tools, reasoning_effort, current_date, enable_thinking)
+        how = ChatOptions(() if tool_choice == "none" else tools, reasoning_effort, current_date, enable_thinking)
         ids = chat_format.render(messages, tokenizer, how, max_length=self.max_length)
+        given = response_format, tool_choice, options.get("grammar")
+        options["grammar"] = grammar_of_turn(chat_format, tokenizer, how, *given)
         ends = tuple(dict.fromkeys((*self.eos_ids, *chat_format.stop_ids(tokenizer))))
         request = self._request(ids, options, eos_ids=ends)
         reader = chat_format.reader(tokenizer, how)
@@ -364,14 +374,15 @@ class LanguageModel:
         ids = self.tokenizer.prompt(prompt, special=special_of(options)) if isinstance(prompt, str) else as_ids(prompt)
         request = make_request(ids, options, self.defaults, self.eos_ids if eos_ids is None else eos_ids)
         request.check(vocab_size=self.config.vocab_size, max_length=self.max_length)
-        if request.stop:
-            _ = self.tokenizer  # stop strings need a tokenizer: raise now if there is none
+        if request.stop or request.grammar is not None:
+            _ = self.tokenizer  # these need a tokenizer: raise now if there is none
+        if request.grammar is not None and self.compiler is not None:
+            self.compiler.prepare(request.grammar)
         return request
 
     def _checked_ids(self, token_ids: object, max_length: int) -> list[int]:
         self._check_open()
-        ids = as_ids(token_ids)
-        check_prompt(ids, vocab_size=self.config.vocab_size, max_length=max_length)
+        check_prompt(ids := as_ids(token_ids), vocab_size=self.config.vocab_size, max_length=max_length)
         return ids
 
     def _run(

@@ -20,6 +20,7 @@ ROOMS = [
     "gptjax.gguf",
     "gptjax.config",
     "gptjax.text",
+    "gptjax.structured",
     "gptjax.checkpoints",
     "gptjax.layers",
     "gptjax.sharding",

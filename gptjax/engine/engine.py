@@ -13,14 +13,15 @@ from gptjax.engine import sampling
 from gptjax.engine.executor import Executor
 from gptjax.engine.flat_params import AnyParams
 from gptjax.engine.pools import default_policy, most_pages, pool_kinds
-from gptjax.engine.request import Request, Token
-from gptjax.engine.settings import Features
+from gptjax.engine.request import TOO_COMPLEX, Request, Token
+from gptjax.engine.settings import Features, all_allowed
 from gptjax.layers.cache import kinds
 from gptjax.models.registry import Model
 from gptjax.scheduling.plan import Plan
 from gptjax.scheduling.policy import Policy
 from gptjax.scheduling.pool import Pool
 from gptjax.scheduling.scheduler import Scheduler
+from gptjax.structured.matching import Compiler, Matcher
 
 _MOST_LOSSES = 2  # of the pools, one after another without a token between
 
@@ -73,6 +74,7 @@ class Engine:
         reuse: bool = False,
         policy: Policy | None = None,
         pages: Sequence[int] | None = None,
+        compiler: Compiler | None = None,
     ):
         """Creates an engine without requests.
 
@@ -87,6 +89,7 @@ class Engine:
             same bits in any company: see `default_policy`.
           pages: of the pool of each kind of layers, with page 0, such as `pool_sizes.pools` finds to fit; by default
             enough for `batch` requests of `max_length`.
+          compiler: of grammars; without one, no request may have any.
         """
         if policy is None:
             policy = default_policy(model, slots=batch, steps_per_dispatch=steps_per_dispatch, chunk=chunk, reuse=reuse)
@@ -99,6 +102,8 @@ class Engine:
         pools = [Pool(count, window) for count, window in zip(self._pages, windows, strict=True)]
         self._scheduler = Scheduler(policy, pools)
         self._requests: dict[int, Request] = {}  # by number
+        self._compiler = compiler
+        self._matchers: dict[int, Matcher] = {}  # of those with a grammar, by number
         self._dispatched: deque[_Dispatched] = deque()  # oldest first
         self._has_new = False  # whether a request was added since the last plan
         self._undrawn: jax.Array | None = None  # a result of the last plan that drew nothing
@@ -147,9 +152,17 @@ class Engine:
 
         Raises:
           CapacityError: it does not fit the pools even alone.
+          RequestError: its grammar cannot be compiled.
         """
-        number = self._scheduler.add(request.prompt_ids, request.room(self.max_length), rows=rows, drawn=drawn)
+        matcher = None
+        if request.grammar is not None:
+            assert self._compiler is not None
+            matcher = self._compiler.matcher(request.grammar, request.stop_ids, drawn)
+        room = request.room(self.max_length)
+        number = self._scheduler.add(request.prompt_ids, room, rows=rows, drawn=drawn, one_by_one=matcher is not None)
         self._requests[number] = request
+        if matcher is not None:
+            self._matchers[number] = matcher
         self._has_new = True
         return number
 
@@ -165,6 +178,7 @@ class Engine:
     def end(self, request: int) -> None:
         """Forgets an open request. Tokens still on their way to it are dropped."""
         del self._requests[request]
+        self._matchers.pop(request, None)
         self._scheduler.end(request)
 
     def step(self) -> list[Token]:
@@ -254,7 +268,7 @@ class Engine:
         if plan is None:
             return False
         plan = self._executor.fitted(plan)
-        sampled = self._executor.run(plan, self._requests)
+        sampled = self._executor.run(plan, self._requests, self._allowed(plan))
         if plan.draws:
             assert sampled is not None and plan.decode is not None
             requests = tuple(self._executor.number(row.slot) for row in plan.decode.rows)
@@ -265,6 +279,24 @@ class Engine:
             if before is not None:
                 jax.block_until_ready(before)
         return True
+
+    def _allowed(self, plan: Plan) -> np.ndarray | None:
+        """The tokens that the rows of a plan may draw; None: any. Those drawn before it are known: see `Scheduler`."""
+        if not self._matchers or plan.decode is None:
+            return None
+        # The executor knows those that join only when it runs the plan.
+        joining = {join.slot: join.request for join in plan.joins}
+        matchers = []
+        for place, row in zip(self._executor.places(plan.decode), plan.decode.rows, strict=True):
+            matcher = self._matchers.get(joining.get(row.slot) or self._executor.number(row.slot))
+            if matcher is not None and row.draws:
+                matchers.append((place, matcher))
+        if not matchers:
+            return None
+        assert self._compiler is not None
+        words_BW = all_allowed(plan.decode.size, self.model.config.vocab_size)
+        self._compiler.fill(words_BW, matchers)
+        return words_BW
 
     def _read(self, dispatched: _Dispatched) -> deque[list[Token]]:
         """Waits for the tokens of a dispatch. Returns those of each step that drew any."""
@@ -277,7 +309,7 @@ class Engine:
         rows = zip(plan.decode.rows, self._executor.places(plan.decode), dispatched.requests, strict=True)
         for row, place, number in rows:
             steps = slice(len(row.given), len(row.given) + row.draws)
-            drawn.append(ids[place][steps])
+            drawn.append(self._matched(number, ids[place][steps]))
             request = self._requests.get(number)
             if request is None:  # it has ended
                 continue
@@ -286,6 +318,16 @@ class Engine:
                 of_step.append(Token(number, *token))
         self._scheduler.receive(plan.number, drawn)
         return deque(filter(None, of_steps))
+
+    def _matched(self, request: int, token_ids: list[int]) -> list[int]:
+        """What a request draws: the tokens, or `TOO_COMPLEX` instead if its grammar did not say which it might."""
+        matcher = self._matchers.get(request)
+        if matcher is None:
+            return token_ids
+        for token_id in token_ids:
+            if token_id >= 0:
+                matcher.take(token_id)
+        return token_ids if matcher.failure is None else [TOO_COMPLEX] * len(token_ids)
 
     def _drop_unwanted(self) -> None:
         """Forgets the oldest dispatches if all of their requests have ended, without waiting for them."""

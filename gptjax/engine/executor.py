@@ -21,7 +21,7 @@ from gptjax.engine.compilation import Compilation, Later
 from gptjax.engine.executables import Executables
 from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.engine.request import Request
-from gptjax.engine.settings import Features, settings_of
+from gptjax.engine.settings import Features, Words, settings_of, with_allowed
 from gptjax.models import registry
 from gptjax.models.registry import Model
 from gptjax.scheduling.plan import Copy, DecodeCall, Plan, PrefillCall
@@ -73,8 +73,8 @@ class Executor:
 
         Args:
           pages: of the pool of each kind of layers, in the order of `layers.cache.kinds`.
-          levels: sets of features, each including the one before; the first that covers a call's requests is computed.
-            By default, the features that any request so far has used. On a CPU, they are not needed: one program has
+          levels: sets of features, of which the last includes all others; the first that covers a call's requests is
+            computed. By default, the features that any request so far has used. On a CPU, there is one program: it has
             all features, and skips what no row uses. On a GPU, the host would wait for the device at each branch.
         """
         self._model = model
@@ -112,11 +112,12 @@ class Executor:
             share=self._model.share,
         )
 
-    def run(self, plan: Plan, requests: Mapping[int, Request]) -> sampling.Sampled | None:
+    def run(self, plan: Plan, requests: Mapping[int, Request], words_BW: Words = None) -> sampling.Sampled | None:
         """Dispatches a plan.
 
         Args:
           requests: those that join, by their numbers.
+          words_BW: int32: the tokens that the rows of its decode call may draw; None: any.
 
         Returns:
           What its decode call draws, a row of the call each, on the device; stacked if it has several steps.
@@ -124,7 +125,7 @@ class Executor:
         for join in plan.joins:
             self._requests[join.slot] = request = requests[join.request]
             self._numbers[join.slot] = join.request
-            self._features |= Features.of(request.params)
+            self._features |= Features.of_request(request)
             for table in self._tables:
                 table[join.slot] = 0
             if request.params.penalises:
@@ -137,7 +138,7 @@ class Executor:
             self._copy(kind, [copy for copy in plan.copies if copy.pool == kind])
         for call in plan.prefill:
             self._prefill(call)
-        return None if plan.decode is None else self._decode(plan.decode)
+        return None if plan.decode is None else self._decode(plan.decode, words_BW)
 
     def number(self, slot: int) -> int:
         """The request that took a slot last."""
@@ -276,7 +277,8 @@ class Executor:
         for size in row_sizes:
             for level in [self._levels[level] for level in levels] or [self._features]:
                 settings = self._settings_of([None] * size, level)
-                for num_steps in {1, self._policy.steps}:
+                once = level.constrains and level in self._levels[:-1]  # rows with a grammar have calls of one step
+                for num_steps in {1} if once else {1, self._policy.steps}:
                     self._run_decode(self._rows(DecodeCall(size, num_steps, ())), settings, num_steps)
 
     def _send_tables(self) -> None:
@@ -328,14 +330,14 @@ class Executor:
         slot_M = np.asarray(slots, np.int32)
         self._slots = self._call(programs.keep_logits, self._model, self._params, self._slots, hidden_MD, slot_M)
 
-    def _decode(self, call: DecodeCall) -> sampling.Sampled:
+    def _decode(self, call: DecodeCall, words_BW: Words) -> sampling.Sampled:
         requests: list[Request | None] = [None] * call.size
         for place, row in zip(self.places(call), call.rows, strict=True):
             requests[place] = self._requests[row.slot]
         key = tuple(requests), self._features
         if self._settings is None or self._settings[0] != key:  # mostly the same rows as before
             self._settings = key, self._settings_of(requests, self._needed(requests))
-        return self._run_decode(self._rows(call), self._settings[1], call.steps)
+        return self._run_decode(self._rows(call), with_allowed(self._settings[1], words_BW, self._whole), call.steps)
 
     def places(self, call: DecodeCall) -> list[int]:
         """Where the programs compute each row of a call: if they compute all slots, where its slot is."""
@@ -374,7 +376,7 @@ class Executor:
         """The parts of sampling to compute for some rows."""
         if not self._levels:
             return self._features
-        each = {Features.of(request.params) for request in requests if request is not None}
+        each = {Features.of_request(request) for request in requests if request is not None}
         used = functools.reduce(operator.or_, each, Features())
         levels = [self._levels[level] for level in self._compiled.levels]
         return next(level for level in levels if level | used == level)

@@ -11,6 +11,8 @@ import numpy as np
 from gptjax.config import GenerationDefaults
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import RequestError
+from gptjax.structured import Grammar
+from gptjax.structured.grammar import as_grammar
 from gptjax.support.quoting import quoted
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -43,6 +45,7 @@ class GenerateOptions(SamplingOptions, total=False):
     stop: str | Sequence[str]  # text that ends the output and is not part of it
     stop_ids: int | Sequence[int]  # tokens that end the output, in addition to the checkpoint's end-of-text ids
     ignore_eos: bool  # do not end at the checkpoint's end-of-text ids
+    grammar: Grammar | Mapping[str, Any] | str | None  # what the output must be: a JSON schema, or a Lark grammar
     special: bool  # parse special tokens written in a text prompt; otherwise they are plain text
 
 
@@ -123,12 +126,14 @@ def make_request(
     max_tokens = plain(options.get("max_tokens"))
     if not _flag(options, "ignore_eos"):
         stop_ids += eos_ids
+    grammar = options.get("grammar")
     request = Request(
         prompt_ids=prompt_ids if isinstance(prompt_ids, tuple) else tuple(prompt_ids),
         max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
         params=sampling,
         stop_ids=tuple(stop_ids),
         stop=tuple(stop),
+        grammar=None if grammar is None else as_grammar(grammar),
     )
     return request.with_seed()
 

@@ -5,12 +5,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from gptjax.engine.request import Request, Token
+from gptjax.engine.request import TOO_COMPLEX, Request, Token
 from gptjax.text.overlap import overlap
 
 NOT_FINITE = (
     "the model's logits were not finite (NaN or infinity), so no token could be drawn: the weights may be damaged, or "
     "values may overflow in this dtype; try dtype='float32', and check the checkpoint with `gptjax info`"
+)
+_GRAMMAR_FAILED = (
+    "the grammar is too complex: which tokens may come next could not be found within the limits; make it simpler"
 )
 
 
@@ -26,6 +29,11 @@ class Decoder(Protocol):
 
     def finish(self) -> str:
         """The rest of the text."""
+
+
+def failure_of(token_id: int) -> str:
+    """What a negative token id means."""
+    return _GRAMMAR_FAILED if token_id == TOO_COMPLEX else NOT_FINITE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +165,7 @@ class Output:
 
     def _chunk(self, token: Token, text: str, finish_reason: str | None) -> Chunk:
         self._text.append(text)
-        completion = None if finish_reason is None else self._completion(finish_reason)
+        completion = None if finish_reason is None else self._completion(finish_reason, token.token_id)
         if token.token_id < 0:
             return Chunk(text, token.token_id, 0.0, {}, completion)  # its numbers mean nothing
         return Chunk(text, token.token_id, token.logprob, self._top(token), completion)
@@ -165,7 +173,7 @@ class Output:
     def _top(self, token: Token) -> dict[int, float]:
         return dict(token.top[: self._request.params.top_logprobs]) if token.top else {}
 
-    def _completion(self, finish_reason: str) -> Completion:
+    def _completion(self, finish_reason: str, last: int) -> Completion:
         asked = self._request.params.top_logprobs > 0
         return Completion(
             text="".join(self._text),
@@ -173,7 +181,7 @@ class Output:
             logprobs=tuple(token.logprob for token in self._tokens),
             top_logprobs=tuple(self._top(token) for token in self._tokens) if asked else (),
             finish_reason=finish_reason,
-            error=NOT_FINITE if finish_reason == "error" else None,
+            error=failure_of(last) if finish_reason == "error" else None,
             seed=self._request.seed,
             usage=Usage(len(self._request.prompt_ids), len(self._tokens)),
             timings=Timings(self._first - self._began, self._clock() - self._first),

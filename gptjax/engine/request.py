@@ -9,6 +9,7 @@ import numpy as np
 
 from gptjax.config.generation import LEAST_REPETITION_PENALTY, MOST_REPETITION_PENALTY, MOST_TEMPERATURE
 from gptjax.errors import CapacityError, RequestError
+from gptjax.structured import Grammar
 from gptjax.support.quoting import quoted
 
 MAX_STOPS = 16  # stop strings of one request
@@ -16,6 +17,7 @@ MAX_STOP_LENGTH = 1000  # characters of one stop string
 MAX_STOP_IDS = 256
 MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
+TOO_COMPLEX = -2  # instead of a token
 _SEEDS = 1 << 32
 
 
@@ -76,6 +78,7 @@ class Request:
     params: SamplingParams
     stop_ids: tuple[int, ...] = ()  # a token of these ends the output; it is not part of the text
     stop: tuple[str, ...] = ()  # text that ends the output and is not part of it
+    grammar: Grammar | None = None  # what the output must be, up to one of `stop_ids`
 
     @property
     def seed(self) -> int:
@@ -102,6 +105,8 @@ class Request:
             raise RequestError(f"{len(self.stop_ids)} stop ids were given; at most {MAX_STOP_IDS} are allowed")
         for token in self.stop_ids:
             _whole("a stop id", token, low=0)
+        if self.grammar is not None and not any(token < vocab_size for token in self.stop_ids):
+            raise RequestError("a grammar needs a token that ends the text: give stop_ids, or leave out ignore_eos")
 
     def room(self, max_length: int) -> int:
         """The most tokens that can be generated: the last one needs no place in the cache."""
@@ -112,7 +117,7 @@ class Token(NamedTuple):
     """One token that a request was given. (A tuple, as there are thousands a second.)"""
 
     request: int  # its number
-    token_id: int  # -1 if the model's logits were not finite
+    token_id: int  # -1 if the model's logits were not finite, `TOO_COMPLEX` if its grammar failed
     logprob: float
     top: tuple[tuple[int, float], ...]  # (token id, log-probability), most likely first
 

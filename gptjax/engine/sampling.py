@@ -62,6 +62,8 @@ class Sampling:
     truncation: Truncation | None = None
     penalties: Penalties | None = None
     bias: Bias | None = None
+    # uint32: bit t % 32 of word t // 32 is set if token t may be drawn; further bits mean nothing.
+    allowed_BW: jax.Array | None = None
     top_B: jax.Array | None = None  # int32: how many top log-probabilities each row wants; at most `num_top`
     num_top: int = dataclasses.field(default=0, metadata={"static": True})  # how many top log-probabilities to report
     # Whether to skip, at run time, what no row uses. The tokens are the same.
@@ -71,7 +73,8 @@ class Sampling:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """A token a row. Log-probabilities are the model's own: before temperature, penalties, bias and truncation."""
+    """A token a row. Log-probabilities are the model's own: before temperature, penalties, bias, grammar and
+    truncation."""
 
     token_B: jax.Array  # int32; -1 if the row's logits are not finite
     logprob_B: jax.Array  # float32
@@ -134,8 +137,9 @@ def _by_branch(
     sampling: Sampling,
     counts: Callable[[], jax.Array] | None,
 ) -> jax.Array:
-    """`_token`, without drawing, shaping the logits or cutting off tokens if no row uses that."""
+    """`_token`, without drawing, shaping the logits, cutting off or forbidding tokens if no row uses that."""
     no, (truncation, penalties, bias) = jnp.array(False), (sampling.truncation, sampling.penalties, sampling.bias)
+    allowed_BW = sampling.allowed_BW
     draws = no if sampling.temperature_B is None else (sampling.temperature_B > 0).any()
     cuts = shapes = no
     if truncation is not None:
@@ -144,14 +148,21 @@ def _by_branch(
         shapes |= ((penalties.repetition_B != 1) | (penalties.presence_B != 0) | (penalties.frequency_B != 0)).any()
     if bias is not None:
         shapes |= (bias.ids_BM < logits_BV.shape[-1]).any()
-    whole = dataclasses.replace(sampling, truncation=None)
-    plain = dataclasses.replace(whole, penalties=None, bias=None)
-    greedy = [dataclasses.replace(each, temperature_B=None) for each in (plain, whole)]
-    forms = [greedy[0], plain, greedy[1], whole, sampling]
-    index = jnp.where(draws & cuts, 4, 2 * shapes.astype(jnp.int32) + draws)
+    forbids = no if allowed_BW is None else (~allowed_BW != 0).any()
+    free = dataclasses.replace(sampling, allowed_BW=None)
+    forms = [*_forms(free), *_forms(sampling)] if allowed_BW is not None else _forms(free)
+    index = jnp.where(draws & cuts, 4, 2 * shapes.astype(jnp.int32) + draws) + 5 * forbids
     branches = [lambda form=form: _token(logits_BV, found, positions_B, form, counts) for form in forms]
     token_B: jax.Array = jax.lax.switch(index, branches)
     return token_B
+
+
+def _forms(sampling: Sampling) -> list[Sampling]:
+    """Those that leave out drawing, shaping the logits and cutting off tokens, and the last that leaves out nothing."""
+    whole = dataclasses.replace(sampling, truncation=None)
+    plain = dataclasses.replace(whole, penalties=None, bias=None)
+    greedy = [dataclasses.replace(each, temperature_B=None) for each in (plain, whole)]
+    return [greedy[0], plain, greedy[1], whole, sampling]
 
 
 def _token(
@@ -168,13 +179,21 @@ def _token(
     if sampling.bias is not None:
         row_B1 = jnp.arange(logits_BV.shape[0])[:, None]
         logits_BV = logits_BV.at[row_B1, sampling.bias.ids_BM].add(sampling.bias.values_BM, mode="drop")
-    if sampling.penalties is not None or sampling.bias is not None:
+    if sampling.allowed_BW is not None:
+        logits_BV = jnp.where(_bits(sampling.allowed_BW, logits_BV.shape[-1]), logits_BV, -jnp.inf)
+    if sampling.penalties is not None or sampling.bias is not None or sampling.allowed_BW is not None:
         found = summary(logits_BV)
     if sampling.temperature_B is None:
         return found.token_B
     below_BV = logits_BV - found.largest_B[:, None]  # so that a small temperature cannot overflow
     drawn_B = _draw(below_BV, positions_B, sampling.seed_B, sampling.temperature_B, sampling.truncation)
     return jnp.where(sampling.temperature_B > 0, drawn_B, found.token_B)
+
+
+def _bits(words_BW: jax.Array, count: int) -> jax.Array:
+    """The first bits of each row, as bool."""
+    bits_BWb = (words_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits_BWb.reshape(len(words_BW), -1)[:, :count] != 0
 
 
 def _top(

@@ -8,6 +8,10 @@ import numpy as np
 
 from gptjax.engine import sampling
 from gptjax.engine.request import MAX_BIASES, MAX_TOP_LOGPROBS, Request, SamplingParams
+from gptjax.structured.matching import words_of
+
+Words = np.ndarray | None
+"""Which tokens rows may draw, int32 [B, W]: bit t % 32 of word t // 32 is token t's. None: any."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,18 +22,25 @@ class Features:
     truncates: bool = False
     penalises: bool = False
     biases: bool = False
+    constrains: bool = False
     num_top: int = 0  # rounded up to one of a few sizes
 
     @classmethod
     def of(cls, params: SamplingParams) -> "Features":
         """The features that one request uses."""
         num_top = next(size for size in (0, 5, MAX_TOP_LOGPROBS) if size >= params.top_logprobs)
-        return cls(params.temperature > 0, params.truncates, params.penalises, bool(params.logit_bias), num_top)
+        biases = bool(params.logit_bias)
+        return cls(params.temperature > 0, params.truncates, params.penalises, biases, num_top=num_top)
+
+    @classmethod
+    def of_request(cls, request: Request) -> "Features":
+        """Those, and whether it has a grammar."""
+        return cls.of(request.params) | cls(constrains=request.grammar is not None)
 
     @classmethod
     def everything(cls) -> "Features":
         """All that there are."""
-        return cls(draws=True, truncates=True, penalises=True, biases=True, num_top=MAX_TOP_LOGPROBS)
+        return cls(True, True, True, True, True, num_top=MAX_TOP_LOGPROBS)
 
     def __or__(self, other: "Features") -> "Features":
         return Features(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
@@ -76,10 +87,27 @@ def settings_of(
         if features.penalises
         else None,
         bias=_bias(rows, vocab_size, device) if features.biases else None,
+        allowed_BW=_words(all_allowed(len(rows), vocab_size), device) if features.constrains else None,
         top_B=column("top_logprobs", np.int32) if branches else None,
         num_top=min(features.num_top, vocab_size),
         branches=branches,
     )
+
+
+def all_allowed(rows: int, vocab_size: int) -> np.ndarray:
+    """The words of rows that may draw any token, int32, as `Compiler.fill` takes them."""
+    return np.full((rows, words_of(vocab_size)), -1, np.int32)
+
+
+def with_allowed(
+    settings: sampling.Sampling, words_BW: Words, device: jax.sharding.Sharding | None
+) -> sampling.Sampling:
+    """The settings of the same rows, with the tokens that they may draw now."""
+    return settings if words_BW is None else dataclasses.replace(settings, allowed_BW=_words(words_BW, device))
+
+
+def _words(words_BW: np.ndarray, device: jax.sharding.Sharding | None) -> jax.Array:
+    return _on_device(words_BW.view(np.uint32), device)
 
 
 def _bias(rows: Sequence[SamplingParams], vocab_size: int, device: jax.sharding.Sharding | None) -> sampling.Bias:

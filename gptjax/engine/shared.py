@@ -15,6 +15,7 @@ from gptjax.errors import CapacityError
 from gptjax.models.params import Params
 from gptjax.models.registry import Model
 from gptjax.scheduling.policy import Policy
+from gptjax.structured.matching import Compiler
 
 _MOST_ROWS = 32  # of one generation, and of all together, if `max_batch` is not given
 _AHEAD = 4  # tokens that a request gets before anybody waits for them
@@ -99,13 +100,15 @@ class SharedEngine:
         max_batch: int | None,
         exact: bool = True,
         memory_limit: MemoryLimit | None = None,
+        compiler: Compiler | None = None,
     ):
-        """Allocates nothing yet. For `exact` and `memory_limit` see `load`."""
+        """Allocates nothing yet. For `exact` and `memory_limit` see `load`, for `compiler` `Engine`."""
         self._model = model
         self._max_length = max_length
         self._max_batch = max_batch
         self._exact = exact
         self._memory_limit = memory_limit
+        self._compiler = compiler
         self._changed = threading.Condition()  # guards the next two, and is notified of tokens
         self._leader: Generation | None = None  # whose thread makes the engine step
         self._closed = False
@@ -271,7 +274,15 @@ class SharedEngine:
         policy = self.policy(batch)
         pages = pools(self._model, max_length=self._max_length, policy=policy, limit=self._memory_limit)
         with explained(self._model, batch=batch, max_length=self._max_length):
-            return Engine(self._model, params, batch=batch, max_length=self._max_length, policy=policy, pages=pages)
+            return Engine(
+                self._model,
+                params,
+                batch=batch,
+                max_length=self._max_length,
+                policy=policy,
+                pages=pages,
+                compiler=self._compiler,
+            )
 
     def _drop(self) -> None:
         """Frees the engine."""

@@ -58,7 +58,15 @@ class Scheduler:
         self._in_flight: deque[tuple[int, list[tuple[Sequence, int]]]] = deque()  # plans that draw, and what for whom
         self._added = self._plans = 0
 
-    def add(self, prompt_ids: AnySequence[int], max_tokens: int, *, rows: int = 0, drawn: AnySequence[int] = ()) -> int:
+    def add(
+        self,
+        prompt_ids: AnySequence[int],
+        max_tokens: int,
+        *,
+        rows: int = 0,
+        drawn: AnySequence[int] = (),
+        one_by_one: bool = False,
+    ) -> int:
         """Takes a request. Returns its number; numbers ascend.
 
         Args:
@@ -66,6 +74,7 @@ class Scheduler:
           max_tokens: to draw at most: at least 1. The last one needs no place.
           rows: of its decode calls, if the policy lets requests ask for them: one of `Policy.row_sizes`.
           drawn: the first of these tokens, if another scheduler's device drew them.
+          one_by_one: each token is to be planned only once those before it have been received.
 
         Raises:
           CapacityError: the pools are too small for it, even if it ran alone.
@@ -78,7 +87,7 @@ class Scheduler:
         if refusal := self._allocator.refusal(len(prompt_ids), max_tokens):
             raise CapacityError(refusal)
         self._added += 1
-        sequence = Sequence(self._added, np.asarray(prompt_ids, np.int32), max_tokens, rows)
+        sequence = Sequence(self._added, np.asarray(prompt_ids, np.int32), max_tokens, rows, one_by_one)
         sequence.generated.extend(drawn)
         sequence.planned = len(drawn)
         self._requests[sequence.number] = sequence
@@ -211,7 +220,7 @@ class Scheduler:
         if self.policy.rows != "asked":
             yield Turn(None, [])
             return
-        ready = [each for each in self._active if not each.is_reading and not each.is_drawn]
+        ready = [each for each in self._active if not each.is_reading and not each.is_drawn and not each.waits]
         ready.sort(key=lambda sequence: (sequence.decoded, sequence.number))
         if not ready:
             yield Turn(0, [])
@@ -222,9 +231,10 @@ class Scheduler:
             ready = [each for each in ready if each not in chosen and each.slot is not None]
 
     def _steps(self) -> int:
-        """One, or several if nobody waits for a first token and at least half of them are wanted."""
+        """One, or several if nobody waits for a token and at least half of them are wanted."""
         most = max((sequence.steps_left for sequence in self._active), default=0)
-        return self.policy.steps if not self._has_newcomers and 2 * most >= self.policy.steps else 1
+        some_wait = self._has_newcomers or any(each.one_by_one and not each.is_drawn for each in self._active)
+        return self.policy.steps if not some_wait and 2 * most >= self.policy.steps else 1
 
     def _advance(self, sequence: Sequence, draft: Draft, steps: int) -> None:
         """Plans what a running request does next; with 0 steps, it does not decode."""
@@ -234,7 +244,8 @@ class Scheduler:
             draft.copies += self._allocator.begin(sequence)
         if sequence.is_reading:
             self._read(sequence, draft)
-        if steps and not sequence.is_reading and not sequence.is_drawn and draft.turn.admits(sequence):
+        is_ready = not (sequence.is_reading or sequence.is_drawn or sequence.waits)
+        if steps and is_ready and draft.turn.admits(sequence):
             self._decode(sequence, draft, steps)
 
     def _look_for_readers(self, sequence: Sequence, older_ones: AnySequence[Sequence]) -> None:

@@ -19,6 +19,7 @@ class Sequence:
     prompt_T: np.ndarray  # int32
     most: int  # tokens to generate at most; the last one is not fed
     rows: int = 0  # of the decode calls that it is in, if the policy lets requests ask for them
+    one_by_one: bool = False  # each token is planned only once those before it have been received
     generated: list[int] = dataclasses.field(default_factory=list)
     planned: int = 0
     in_flight: int = 0  # plans that draw for it, of which nothing was received yet
@@ -70,6 +71,11 @@ class Sequence:
     def is_drawn(self) -> bool:
         """Whether all its tokens are drawn in plans so far."""
         return self.planned == self.most
+
+    @property
+    def waits(self) -> bool:
+        """Whether nothing can be planned before a token has been received."""
+        return self.one_by_one and self.in_flight > 0
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """Known tokens from one position to another, int32."""

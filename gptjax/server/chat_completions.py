@@ -23,6 +23,7 @@ from gptjax.server.schema import (
     MOST_TOKENS,
     WITHOUT_EFFECT,
     Stream,
+    read_guided,
     read_sampling,
     read_stream,
     read_thinking,
@@ -30,6 +31,8 @@ from gptjax.server.schema import (
 )
 from gptjax.server.service import Served, Service
 from gptjax.server.turn import Delta, Turn, joined
+from gptjax.structured import Grammar
+from gptjax.structured.wishes import grammar_of_turn
 from gptjax.text.chat_formats import ChatOptions
 
 # Further fields about tools and the answer's form, with the values that ask for nothing.
@@ -65,7 +68,7 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     options = read_sampling(fields)
     limits = [fields.whole(name, 1, MOST_TOKENS) for name in ("max_completion_tokens", "max_tokens")]
     messages = fields.take("messages")
-    prompt_ids, how = _render(fields, messages, served)
+    prompt_ids, how, grammar = _render(fields, messages, served)
     fields.finish(WITHOUT_EFFECT)
     try:
         checked = check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
@@ -73,39 +76,32 @@ def read(values: dict[str, Any], served: Served) -> Asked:
         raise of_gptjax(error, "messages") from None
     # Without a limit, a turn may use all the room there is.
     given = [limit for limit in limits if limit is not None]
-    options |= {"max_tokens": min(given, default=served.max_length), "top_logprobs": logprobs or 0}
+    options |= {"max_tokens": min(given, default=served.max_length), "top_logprobs": logprobs or 0, "grammar": grammar}
     return Asked(checked, how, choices, options, logprobs, stream)
 
 
-def _render(fields: Fields, messages: object, served: Served) -> tuple[list[int], ChatOptions]:
+def _render(fields: Fields, messages: object, served: Served) -> tuple[list[int], ChatOptions, Grammar | None]:
     if not isinstance(messages, list) or not messages:
         raise bad_request("messages must be a list of at least one message", "messages")
     tools = fields.take("tools")
     if tools is not None and not isinstance(tools, list):
         raise bad_request("tools must be a list", "tools")
     served.check_size([messages, tools], "messages")
-    choice = fields.take("tool_choice")
-    if choice not in (None, "auto", "none"):
-        raise bad_request("tool_choice supports only 'auto' and 'none'", "tool_choice", "unsupported")
+    choice, form, guided = fields.take("tool_choice"), fields.take("response_format"), read_guided(fields)
     how = ChatOptions(
         tools=[] if choice == "none" else tools or [],
         reasoning_effort=fields.text("reasoning_effort") or None,
         enable_thinking=read_thinking(fields),
     )
     try:
-        return served.chat().render(messages, served.text(), how, max_length=served.max_length), how
+        prompt_ids = served.chat().render(messages, served.text(), how, max_length=served.max_length)
+        return prompt_ids, how, grammar_of_turn(served.chat(), served.text(), how, form, choice, guided)
     except GptjaxError as error:
         raise of_gptjax(error) from None
 
 
 def _check_neutral(fields: Fields) -> None:
     """Raises `ApiError` for unsupported requests about a turn."""
-    form = fields.take("response_format")
-    if form is not None:
-        kind = form.get("type") if isinstance(form, dict) else form
-        if kind != "text":
-            message = f"response_format {as_json(kind)} is not supported; only 'text' is"
-            raise bad_request(message, "response_format", "unsupported")
     for name, neutral in _NEUTRAL.items():
         value = fields.take(name)
         if value is not None and value not in neutral:

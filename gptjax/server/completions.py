@@ -19,11 +19,13 @@ from gptjax.server.errors import ApiError, bad_request, of_gptjax
 from gptjax.server.generation import Generation, Row, usage_json
 from gptjax.server.logprobs import LegacyLogprobs, joined
 from gptjax.server.schema import (
+    GUIDED,
     MOST_CHOICES,
     MOST_TOKENS,
     WITHOUT_EFFECT,
     Stream,
     are_tokens,
+    read_guided,
     read_sampling,
     read_stream,
     seed_of_choice,
@@ -96,7 +98,7 @@ def read(values: dict[str, Any], served: Served, most_rows: int) -> Asked:
         prompts=_read_prompts(fields.take("prompt"), served, most_rows // choices, special=special, echo=echo),
         choices=choices,
         max_tokens=_DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
-        options=_with_special_stops(read_sampling(fields), served, special),
+        options=_with_special_stops(read_sampling(fields) | {"grammar": read_guided(fields)}, served, special),
         echo=echo,
         logprobs=fields.whole("logprobs", 0, MAX_TOP_LOGPROBS),
         stream=read_stream(fields),
@@ -174,10 +176,10 @@ async def respond(request: Request) -> Response:
 
 
 def _is_quick(values: dict[str, Any]) -> bool:
-    """Whether the prompt consists of a few thousand token ids, which need not be encoded, nor decoded for an echo."""
+    """Whether nothing takes long: the prompt is a few thousand token ids, is not echoed, and there is no grammar."""
     prompt = values.get("prompt")
     ids = isinstance(prompt, list) and 0 < len(prompt) <= _FEW_IDS and type(prompt[0]) is int
-    return ids and not values.get("echo")
+    return ids and not values.get("echo") and not any(name in values for name in GUIDED)
 
 
 class Answer:

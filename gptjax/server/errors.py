@@ -12,7 +12,7 @@ from gptjax.support.quoting import quoted
 
 # Fields of a request; the first one in a message of the library's is its `param`.
 _FIELD = re.compile(
-    r"\b(?:messages|tools|prompt|reasoning_effort|enable_thinking|logit_bias|repetition_penalty|stop|seed|max_tokens|top_k|top_logprobs)\b"
+    r"\b(?:response_format|tool_choice|guided_json|guided_regex|guided_grammar|messages|tools|prompt|reasoning_effort|enable_thinking|logit_bias|repetition_penalty|stop|seed|max_tokens|top_k|top_logprobs)\b"
 )
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients heed this
 _RETRY_SECONDS = "5"
@@ -96,7 +96,9 @@ def _of_full_queue(error: QueueFull) -> ApiError:
 
 
 def of_failure(failed: Failed) -> ApiError:
-    """503 if another try may succeed, else 500, which tells clients not to retry."""
+    """503 if another try may succeed, 400 for a grammar, else 500, which tells clients not to retry."""
+    if failed.kind == "grammar":
+        return bad_request(failed.message, code=failed.kind)
     if failed.kind in _UNAVAILABLE:
         return unavailable(failed.message, failed.kind)
     return ApiError(500, failed.message, kind="server_error", code=failed.kind, headers=NO_RETRY)

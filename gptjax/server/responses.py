@@ -18,7 +18,7 @@ from gptjax.server.body import Fields
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 from gptjax.server.generation import Generation, Row
 from gptjax.server.items import Items
-from gptjax.server.responses_input import joined, read_input, read_tools
+from gptjax.server.responses_input import joined, read_input, read_tools, with_strict
 from gptjax.server.responses_options import (
     check_repeated,
     read_effort,
@@ -31,6 +31,7 @@ from gptjax.server.schema import MOST_TOKENS, WITHOUT_EFFECT, read_sampling, rea
 from gptjax.server.service import Served, Service
 from gptjax.server.turn import Turn
 from gptjax.server.turn import joined as joined_deltas
+from gptjax.structured.wishes import grammar_of_turn
 from gptjax.text.chat_formats import ChatOptions
 
 # Unsupported fields, with the values that ask for nothing.
@@ -39,7 +40,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "conversation": (),
     "previous_response_id": (),
     "prompt": (),
-    "tool_choice": ("auto", "none"),
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
@@ -71,11 +71,11 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     repeated = read_repeated(fields)
     options = read_sampling(fields)
     max_tokens = fields.whole("max_output_tokens", 1, MOST_TOKENS)
-    text, effort, thinking = read_text(fields), read_effort(fields), read_thinking(fields)
+    (text, answer), effort, thinking = read_text(fields), read_effort(fields), read_thinking(fields)
     if effort is None and "reasoning_effort" in chat_format.options:
         effort = "medium"
     tools = read_tools(fields.take("tools"))
-    instructions = fields.text("instructions")
+    choice, instructions = fields.take("tool_choice"), fields.text("instructions")
     given = read_input(fields.take("input"), instructions)
     if chat_format.one_message_a_turn:
         given = joined(given)
@@ -88,14 +88,13 @@ def read(values: dict[str, Any], served: Served) -> Asked:
         "temperature": options.get("temperature"),
         "text": text,
         "tools": repeated_tools(values.get("tools")),
-        "tool_choice": values.get("tool_choice") or "auto",
+        "tool_choice": choice or "auto",
         "top_p": options.get("top_p"),
     }
     check_repeated(repeated)
     served.check_size(tools, "tools")
     served.check_size([messages, tools], "input")
-    offered = [] if values.get("tool_choice") == "none" else tools
-    how = ChatOptions(tools=offered, reasoning_effort=effort, enable_thinking=thinking)
+    how = ChatOptions(tools=[] if choice == "none" else tools, reasoning_effort=effort, enable_thinking=thinking)
     try:
         prompt_ids = chat_format.render(messages, served.text(), how, max_length=served.max_length)
     except GptjaxError as error:
@@ -104,7 +103,12 @@ def read(values: dict[str, Any], served: Served) -> Asked:
         checked = check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
     except GptjaxError as error:
         raise of_gptjax(error, "input") from None
-    options |= {"max_tokens": served.max_length if max_tokens is None else max_tokens}
+    try:
+        strict = dataclasses.replace(how, tools=with_strict(how.tools, values["tools"])) if how.tools else how
+        grammar = grammar_of_turn(chat_format, served.text(), strict, None, choice, answer)
+    except GptjaxError as error:
+        raise of_gptjax(error) from None
+    options |= {"max_tokens": served.max_length if max_tokens is None else max_tokens, "grammar": grammar}
     return Asked(checked, how, options, stream, encrypts, repeated)
 
 

@@ -109,6 +109,14 @@ def _read_tool(tool: object, where: str) -> object:
     return {"type": "function", "function": {name: tool.get(name) for name in ("name", "description", "parameters")}}
 
 
+def with_strict(tools: Sequence[Any], given: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Tools that were read, with the `strict` of those that have it. (Prompts do not repeat that.)"""
+    return [
+        {**tool, "function": {**tool["function"], "strict": True}} if each.get("strict") is True else tool
+        for tool, each in zip(tools, given, strict=True)
+    ]
+
+
 def _preambles(items: Sequence[object]) -> frozenset[int]:
     """The assistant's messages that precede a call of the same turn, for clients that drop `phase`."""
     found, leads_to_call = set(), False

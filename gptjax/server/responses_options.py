@@ -4,8 +4,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from gptjax.errors import GptjaxError
 from gptjax.server.body import Fields, check_text
-from gptjax.server.errors import as_json, bad_request
+from gptjax.server.errors import as_json, bad_request, of_gptjax
+from gptjax.structured import Grammar
+from gptjax.structured.wishes import read_response_format
 
 _MOST_REPEATED: Final = 1 << 20  # characters of JSON; a stream repeats them three times
 _DEEPEST: Final = 100
@@ -35,14 +38,17 @@ def read_include(fields: Fields) -> bool:
     return _ENCRYPTED in given
 
 
-def read_text(fields: Fields) -> dict[str, Any]:
-    """`text` as the answer repeats it. Raises `ApiError`."""
+def read_text(fields: Fields) -> tuple[dict[str, Any], Grammar | None]:
+    """`text` as the answer repeats it, and what the text must be. Raises `ApiError`."""
     found: dict[str, Any] = {"format": {"type": "text"}, "verbosity": "medium"}
     options = _options(fields, "text")
     form = options.take("format")
-    kind = form.get("type") if isinstance(form, dict) else form
-    if kind not in (None, "text"):
-        raise bad_request(f"text.format {as_json(kind)} is not supported; only 'text' is", "text", "unsupported")
+    try:
+        grammar = read_response_format(form, "text.format")
+    except GptjaxError as error:
+        raise of_gptjax(error, "text") from None
+    if form is not None:
+        found["format"] = form
     verbosity = options.take("verbosity")
     if verbosity is not None:
         if verbosity not in _VERBOSITIES:
@@ -50,7 +56,7 @@ def read_text(fields: Fields) -> dict[str, Any]:
             raise bad_request(message, "text.verbosity")
         found["verbosity"] = verbosity
     options.finish(())
-    return found
+    return found, grammar
 
 
 def read_effort(fields: Fields) -> str | None:

@@ -5,8 +5,11 @@ import re
 from typing import Any, Final
 
 from gptjax.engine.request import MAX_BIASES, MAX_STOP_IDS, MAX_STOP_LENGTH, MAX_STOPS
+from gptjax.errors import GptjaxError
 from gptjax.server.body import Fields, check_number, check_text
-from gptjax.server.errors import as_json, bad_request
+from gptjax.server.errors import as_json, bad_request, of_gptjax
+from gptjax.structured import Grammar
+from gptjax.structured.wishes import read_guided as grammar_of_guided
 
 # Fields of OpenAI's API that do not change an answer here.
 WITHOUT_EFFECT: Final = frozenset(
@@ -14,6 +17,7 @@ WITHOUT_EFFECT: Final = frozenset(
 )
 MOST_CHOICES: Final = 128
 MOST_TOKENS: Final = 1 << 31
+GUIDED: Final = ("guided_json", "guided_regex", "guided_grammar")
 _SEEDS: Final = 1 << 32
 _MOST_TOKEN: Final = (1 << 31) - 1
 _TOKEN_KEY: Final = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -55,6 +59,15 @@ def read_thinking(fields: Fields) -> bool | None:
     wanted = options.flag("enable_thinking") if "enable_thinking" in options else None
     options.finish(())
     return wanted
+
+
+def read_guided(fields: Fields) -> Grammar | None:
+    """What the text must be, under the names that vLLM has for it."""
+    given = {name: fields.take(name) for name in GUIDED if name in fields}
+    try:
+        return grammar_of_guided(given)
+    except GptjaxError as error:
+        raise of_gptjax(error) from None
 
 
 def read_sampling(fields: Fields) -> dict[str, Any]:

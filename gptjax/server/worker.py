@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 from gptjax.engine import memory, steps
 from gptjax.engine.engine import Engine
-from gptjax.engine.output import NOT_FINITE
+from gptjax.engine.output import failure_of
 from gptjax.engine.pool_sizes import pools
 from gptjax.engine.pools import default_policy, pool_kinds, pool_tokens
-from gptjax.engine.request import Request, Token
+from gptjax.engine.request import TOO_COMPLEX, Request, Token
 from gptjax.engine.settings import Features
 from gptjax.language_model import LanguageModel
 from gptjax.server.events import Deliver, Event, Failed, QueueFull, State, Ticket, Tokens, Unavailable
@@ -29,8 +29,14 @@ _log = logging.getLogger(__name__)
 _SMOOTHING = 0.2  # weight of the latest request in the average duration
 _STOPPED = Failed("the server was stopped", "stopped")
 _DRAINED = Failed("the server is shutting down and had no time left for this request", "drained")
-# The compiled forms of sampling, each including the one before; a chat at temperature 1 needs the first.
-_LEVELS = (Features(draws=True), Features(draws=True, truncates=True), Features.everything())
+# The compiled forms of sampling; a chat at temperature 1 needs the first, and with a grammar the third.
+_LEVELS = (
+    Features(draws=True),
+    Features(draws=True, truncates=True),
+    Features(draws=True, constrains=True),
+    Features(draws=True, truncates=True, constrains=True),
+    Features.everything(),
+)
 
 
 class Worker:
@@ -129,10 +135,13 @@ class Worker:
           deliver: called with each event. If it raises, or what it returns does, the request is cancelled.
 
         Raises:
-          RequestError, CapacityError: the request is invalid.
+          RequestError, CapacityError: the request is invalid, or its grammar cannot be compiled.
           QueueFull, Unavailable: it cannot be run now.
         """
         request.check(vocab_size=self._model.config.vocab_size, max_length=self._model.max_length)
+        if request.grammar is not None:  # here, so that the thread need not do it
+            assert self._model.compiler is not None
+            self._model.compiler.prepare(request.grammar)
         with self._changed:
             self._check_room()
             self._accepted += 1
@@ -273,6 +282,7 @@ class Worker:
             levels=_LEVELS,
             policy=self._policy,
             pages=self._pages,
+            compiler=self._model.compiler,
         )
 
     def _turn(self, engine: Engine) -> bool:
@@ -329,7 +339,8 @@ class Worker:
             if job.cancelled:
                 continue  # `_leave` handles it
             if token.token_id < 0:
-                self._end(engine, job, Failed(NOT_FINITE, "not_finite"))
+                kind = "grammar" if token.token_id == TOO_COMPLEX else "not_finite"
+                self._end(engine, job, Failed(failure_of(token.token_id), kind))
                 continue
             if not job.fresh:
                 self._given.append(job)

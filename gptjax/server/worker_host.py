@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from gptjax.engine.request import Request, Token
-from gptjax.errors import GptjaxError
+from gptjax.errors import GptjaxError, RequestError
 from gptjax.server.channel import Channel
 from gptjax.server.errors import ApiError, internal
 from gptjax.server.events import AnyWorker, Deliver, Event, Failed, Finished, PromptScores, Ticket, Tokens, Unavailable
@@ -87,6 +87,8 @@ class WorkerHost:
         try:
             with self._lock:
                 self._tickets[number] = self._worker.submit(request, self._deliver(number))
+        except RequestError as error:  # all else was checked, but what a grammar is with the whole vocabulary
+            self._refuse(number, Failed(str(error), "grammar"))
         except GptjaxError as error:  # it has just died, and the other process does not know it yet
             self._refuse(number, Failed(str(error), "died"))
         except Exception:

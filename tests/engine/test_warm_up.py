@@ -138,10 +138,10 @@ def _sizes(engine, monkeypatch) -> set[int]:
     """The sizes of the calls that an engine runs from now on."""
     sizes, run = set(), engine._executor.run
 
-    def spied(plan, requests):
+    def spied(plan, requests, *more):
         calls = [*plan.prefill, *([plan.decode] if plan.decode else [])]
         sizes.update(call.size for call in calls)
-        return run(plan, requests)
+        return run(plan, requests, *more)
 
     monkeypatch.setattr(engine._executor, "run", spied)
     return sizes

@@ -24,6 +24,7 @@ class Asked:
     cached: int = 0
     rows: int = 0
     held: bool = False
+    one_by_one: bool = False
 
 
 class Harness:
@@ -72,9 +73,9 @@ class Harness:
         """Plans whose tokens have not been received."""
         return len(self.scheduler._in_flight)
 
-    def add(self, prompt: Sequence[int], count: int, rows: int = 0) -> int:
-        number = self.scheduler.add(prompt, count, rows=rows)
-        self.open[number] = Asked(list(prompt), count, rows=rows)
+    def add(self, prompt: Sequence[int], count: int, rows: int = 0, one_by_one: bool = False) -> int:
+        number = self.scheduler.add(prompt, count, rows=rows, one_by_one=one_by_one)
+        self.open[number] = Asked(list(prompt), count, rows=rows, one_by_one=one_by_one)
         return number
 
     def hold(self, request: int, held: bool) -> None:
@@ -88,7 +89,8 @@ class Harness:
         self.open, self.done = {}, {}
         self._begin()
         for asked in left:
-            number = self.scheduler.add(asked.prompt, asked.count, rows=asked.rows, drawn=asked.tokens)
+            how = {"rows": asked.rows, "one_by_one": asked.one_by_one}
+            number = self.scheduler.add(asked.prompt, asked.count, drawn=asked.tokens, **how)
             self.open[number] = asked
             self.scheduler.hold(number, asked.held)
         self.check()
@@ -100,6 +102,7 @@ class Harness:
         if plan is not None:
             plan = Plan.from_json(plan.to_json())
             self._check_writes(plan)
+            self._check_one_by_one(plan)
             self._check_cuts(plan)
             tokens = self.device.run(plan)
             if plan.draws:
@@ -174,6 +177,15 @@ class Harness:
         assert sorted(slots) == list(range(self.policy.slots))
         ages = [sequence.number for sequence in scheduler._running], [each.number for each in scheduler._waiting]
         assert all(list(each) == sorted(each) for each in ages)
+
+    def _check_one_by_one(self, plan: Plan) -> None:
+        """Requests whose tokens are drawn one by one have all those before, and keep others from several steps."""
+        numbers = {sequence.slot: sequence.number for sequence in self.scheduler._running}
+        for row in plan.decode.rows if plan.decode else ():
+            asked = self.open[numbers[row.slot]]
+            if asked.one_by_one and row.draws:
+                assert row.draws == plan.decode.steps == 1
+                assert row.position == len(asked.prompt) + len(asked.tokens)
 
     def _check_cuts(self, plan: Plan) -> None:
         """Prompts are cut at the policy's multiples; the last chunk of one in calls of its own may be halved."""

@@ -100,7 +100,7 @@ def _load(dice: random.Random, harness: Harness, count: int, longest: int) -> No
             prompt, most = _request(dice, harness, longest)
             # Sometimes several at once that begin alike.
             for _ in range(min(count, dice.choice((1, 1, 1, 4)))):
-                harness.add(prompt, most, dice.choice(sizes))
+                harness.add(prompt, most, dice.choice(sizes), dice.random() < 0.2)
                 prompt = [*prompt, dice.randrange(3)][: longest - most + 1]
                 count -= 1
         if harness.open and dice.random() < 0.05:

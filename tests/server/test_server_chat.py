@@ -156,10 +156,6 @@ def test_plain_models_refuse():
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"function_call": {"name": "f"}}, "function_call"),
         ({"functions": [{"name": "f"}]}, "functions"),

@@ -1,0 +1,179 @@
+"""Which tokens may come next, for requests with a grammar."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+
+from gptjax.errors import GptjaxError, RequestError
+from gptjax.structured.grammar import Grammar
+from gptjax.structured.library import library, limits
+from gptjax.text import Tokenizer
+
+_MOST_KEPT: Final = 64  # compiled grammars
+_FEW: Final = 4  # rows for which other threads are not worth their while
+
+
+def words_of(vocab_size: int) -> int:
+    """How many words of 32 bits the allowed tokens of a row take: a bit for each token, and for the end of the text."""
+    return vocab_size // 32 + 1
+
+
+class Compiler:
+    """Makes matchers for one tokenizer. Any number of threads may share one."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        """`vocab_size`: of the logits. What llguidance needs of the vocabulary is built when it is first needed."""
+        self._tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, Any] = OrderedDict()  # compiled, and not used up; the last used at the end
+
+    def prepare(self, grammar: Grammar) -> None:
+        """Compiles a grammar, for `matcher` to find it. Raises `RequestError` if that fails."""
+        self._compiled(grammar)
+
+    def matcher(self, grammar: Grammar, end_ids: Sequence[int], drawn: Sequence[int] = ()) -> "Matcher":
+        """What follows a text that must be of this grammar.
+
+        Args:
+          end_ids: the tokens that end it.
+          drawn: tokens that it already has.
+        """
+        made = Matcher(self._compiled(grammar).deep_copy(), self.vocab_size, end_ids)
+        for token_id in drawn:
+            made.take(token_id)
+        return made
+
+    def fill(self, words_BW: np.ndarray, matchers: Sequence[tuple[int, "Matcher"]]) -> None:
+        """Writes which tokens may come next into some rows, int32: bit t of a row is token t's."""
+        open_ = [(row, each) for row, each in matchers if not each.is_over]
+        if len(open_) < _FEW:
+            for row, each in open_:
+                words_W = words_BW[row]
+                each.inner.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)
+        else:
+            rows = [(each.inner, row) for row, each in open_]
+            B, W = words_BW.shape
+            self._threads.unsafe_compute_mask_ptr(rows, words_BW.ctypes.data, 4 * W, B)
+        for row, each in matchers:
+            each.finish(words_BW[row])
+
+    def _compiled(self, grammar: Grammar) -> Any:
+        source = grammar.source
+        with self._lock:
+            found = self._kept.pop(source, None)
+            if found is None:
+                found = library().LLMatcher(self._vocabulary, source, log_level=0, limits=limits())
+                if found.is_error():
+                    raise RequestError(f"the grammar cannot be compiled: {found.get_error()[:300]}")
+            self._kept[source] = found
+            while len(self._kept) > _MOST_KEPT:
+                self._kept.popitem(last=False)
+        return found
+
+    @cached_property
+    def _threads(self) -> Any:
+        return library().LLExecutor()
+
+    @cached_property
+    def _vocabulary(self) -> Any:
+        """llguidance's own view of the vocabulary. (It takes 2 seconds to build for 201,088 tokens.)"""
+        library()
+        return library().LLTokenizer(
+            library().TokenizerWrapper(_Vocabulary(self._tokenizer, self.vocab_size)), n_vocab=self.vocab_size + 1
+        )
+
+
+def compiler_of(tokenizer: Tokenizer | GptjaxError, vocab_size: int) -> Compiler | None:
+    """The compiler of a model; None without a tokenizer."""
+    return None if isinstance(tokenizer, GptjaxError) else Compiler(tokenizer, vocab_size)
+
+
+class _Vocabulary:
+    """A vocabulary as llguidance reads it. The end of a text is a token of its own, after all others."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self.eos_token_id = vocab_size
+        self.tokens = [*(tokenizer.token_bytes(token_id) for token_id in range(vocab_size)), b"<end>"]
+        special = [number for number in tokenizer.special_ids.values() if number < vocab_size]
+        self.special_token_ids = [*sorted(special), vocab_size]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: bytes) -> list[int]:
+        """The tokens of a text that a grammar leaves no choice about."""
+        try:
+            ids = self._tokenizer.encode(text.decode(), start=False)
+        except (RequestError, UnicodeDecodeError):
+            ids = []
+        # Some tokenizers put a space before a text, and some lack letters.
+        return ids if b"".join(self.tokens[token_id] for token_id in ids) == text else self._longest(text)
+
+    def _longest(self, text: bytes) -> list[int]:
+        """The longest token, and so on."""
+        ids: list[int] = []
+        at = 0
+        while at < len(text):
+            ends = range(min(len(text), at + self._tokenizer.longest_token), at, -1)
+            end = next((end for end in ends if text[at:end] in self._by_bytes), None)
+            if end is None:
+                break
+            ids.append(self._by_bytes[text[at:end]])
+            at = end
+        return ids
+
+    @cached_property
+    def _by_bytes(self) -> dict[bytes, int]:
+        special = frozenset(self.special_token_ids)
+        return {data: token_id for token_id, data in enumerate(self.tokens) if data and token_id not in special}
+
+
+class Matcher:
+    """One request's place in its grammar. Belongs to one thread at a time.
+
+    Attributes:
+      failure: why nothing can be said about the next token; None while that is not so.
+    """
+
+    def __init__(self, inner: Any, vocab_size: int, end_ids: Sequence[int]) -> None:
+        self.inner = inner
+        self.failure: str | None = None
+        self._ended = False
+        self._end = divmod(vocab_size, 32)
+        self._ends = [token_id for token_id in end_ids if token_id < vocab_size]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether only the end may follow."""
+        return self._ended or self.failure is not None
+
+    def take(self, token_id: int) -> None:
+        """Goes on after a token that was allowed."""
+        if self.is_over:
+            return
+        if token_id in self._ends:
+            self._ended = True
+        elif not self.inner.consume_token(token_id):
+            self._fail()
+
+    def finish(self, words_W: np.ndarray) -> None:
+        """Corrects what llguidance wrote: the tokens that end the text stand for the end that it knows."""
+        if not self.is_over and self.inner.is_error():
+            self._fail()
+        word, bit = self._end
+        may_end = self.is_over or bool(int(words_W[word]) >> bit & 1)
+        if self.is_over:
+            words_W[:] = 0
+        if may_end:
+            bits = words_W.view(np.uint32)
+            bits[word] &= ~np.uint32(1 << bit)
+            for token_id in self._ends:
+                bits[token_id // 32] |= np.uint32(1 << token_id % 32)
+
+    def _fail(self) -> None:
+        self.failure = str(self.inner.get_error())[:300] or "no token is allowed"
