@@ -91,6 +91,7 @@ def test_what_is_not_rounded_is_shared(lm, rounded):
     assert rounded.params["block_1"]["mlp"]["up"]["bias"] is lm.params["block_1"]["mlp"]["up"]["bias"]
 
 
+@pytest.mark.thorough
 def test_weights_written_out(lm, report):
     """All products of the blocks, in their order; here [in, out] both, in the other axes' order than packed."""
     names = [f"{part}/kernel" for part in ("attention/out", "attention/qkv", "mlp/down", "mlp/up")]
