@@ -67,10 +67,11 @@ def load(
         Default: on a GPU, nearly all that JAX has taken; on a CPU, up to half of the free memory for the cache.
       exact: whether results must have the same bits whatever else is or was computed. In float32 on an x86 CPU
         with AVX2, and for GPT-OSS, Llama, Qwen and (up to 8 rows) GPT-2 in bfloat16 on Hopper, the only cost is that
-        later turns do not reuse generated tokens. GPT-2 with more rows then computes at least 16. Elsewhere, each step
-        computes all `max_batch` rows (without `max_batch`, as many as the call uses), each prompt is read by itself,
-        and a prompt that begins like an earlier one reuses only whole chunks of it (of 1024 tokens; 2048 where there
-        are kernels for prompts). None: true where the first is the only cost, and on any CPU in float32, else false.
+        later turns do not reuse generated tokens. GPT-2 with more rows computes at least 16 (or all). Elsewhere, each
+        step computes all `max_batch` rows (without `max_batch`, as many as the call uses), each prompt is read by
+        itself, and a prompt that begins like an earlier one reuses only whole chunks of it (of 1024 tokens; 2048 where
+        there are kernels for prompts). None: true where that reuse is the only cost, and on any CPU in float32; else
+        false.
       implementation: which kernels to use; "auto" takes the best available, a named one runs or raises.
       packed: whether weights in the packed types of a GGUF file stay packed in memory. Default: yes, except on a CPU
         that has room for their numbers, because computing with these is faster there.

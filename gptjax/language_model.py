@@ -35,7 +35,7 @@ from gptjax.models import registry
 from gptjax.models.params import Params
 from gptjax.models.registry import Model
 from gptjax.models.stages import activations
-from gptjax.structured.matching import compiler_of
+from gptjax.structured.matching import compiler_of, prepare
 from gptjax.structured.wishes import grammar_of_turn
 from gptjax.support import runtime
 from gptjax.support.progress import progress
@@ -133,7 +133,7 @@ class LanguageModel:
             `top_logprobs`, `stop`, `stop_ids`, `ignore_eos`, `special`, `grammar`: see `GenerateOptions`. Special
             tokens written in text are plain text unless `special` is true. Sampling defaults to the
             checkpoint's generation_config.json, and without one to greedy. `grammar` is a JSON schema (a dict), a
-            Lark grammar (text) or a `Grammar`; an output that ends with "stop" is of that form.
+            Lark grammar (text) or a `Grammar`; an output that ends by itself, not at a `stop`, is of that form.
 
         Returns:
           A `Completion`, or a list of them in the order of the prompts. A row whose logits are not finite ends with
@@ -227,7 +227,7 @@ class LanguageModel:
         requested.
         """
         chat_format, tokenizer = self.chat_format, self.tokenizer
-        how = ChatOptions(() if tool_choice == "none" else tools, reasoning_effort, current_date, enable_thinking)
+        how = ChatOptions(() if tool_choice == "none" else tools or (), reasoning_effort, current_date, enable_thinking)
         ids = chat_format.render(messages, tokenizer, how, max_length=self.max_length)
         given = response_format, tool_choice, options.get("grammar")
         options["grammar"] = grammar_of_turn(chat_format, tokenizer, how, *given)
@@ -376,8 +376,7 @@ class LanguageModel:
         request.check(vocab_size=self.config.vocab_size, max_length=self.max_length)
         if request.stop or request.grammar is not None:
             _ = self.tokenizer  # these need a tokenizer: raise now if there is none
-        if request.grammar is not None and self.compiler is not None:
-            self.compiler.prepare(request.grammar)
+        prepare(self.compiler, request.grammar)
         return request
 
     def _checked_ids(self, token_ids: object, max_length: int) -> list[int]:

@@ -21,7 +21,7 @@ def is_exact_by_default(model: Model, *, rows: int = 1) -> bool:
     Args:
       rows: of a decode step, at most.
     """
-    return _is_float32_on_cpu(model) or (_has_kernels(model) and least_rows(model, slots=rows) == 1)
+    return _is_float32_on_cpu(model) or (is_free_of_load(model, rows=rows) and least_rows(model, slots=rows) == 1)
 
 
 def is_free_of_load(model: Model, *, rows: int = 1) -> bool:

@@ -90,13 +90,14 @@ def needed(
 def memory_of(model: Model) -> DeviceMemory:
     """The memory of the device that the model is for; on a mesh, of the one with the least, if they are there."""
     mesh = model.own.mesh
-    if not isinstance(mesh, Mesh):
+    if mesh is None:
         return device_memory()
-    devices = mesh.local_devices
+    devices = mesh.local_devices if isinstance(mesh, Mesh) else [None]
     found = min((device_memory(device) for device in devices), key=lambda each: each.available)
     if found.platform != "cpu":
         return found
-    parts = {name: getattr(found, name) // len(devices) for name in ("limit", "in_use", "available")}
+    count = len(devices) if isinstance(mesh, Mesh) else mesh.size
+    parts = {name: getattr(found, name) // count for name in ("limit", "in_use", "available")}
     return dataclasses.replace(found, **parts)  # CPUs have the machine's memory together
 
 

@@ -15,7 +15,7 @@ class Policy:
 
     slots: int  # the most requests that run at once
     chunk: int  # the most prompt tokens between two decode calls: a power of two
-    steps: int = 1  # decode steps of one call, if no request waits for its first token
+    steps: int = 1  # decode steps of one call, if no request waits for a token
     page: int = PAGE
     smallest_call: int = 32  # tokens: shorter calls are padded
     smallest_rows: int = 1  # of a decode call
@@ -61,7 +61,7 @@ class Policy:
 
     @property
     def row_sizes(self) -> tuple[int, ...]:
-        """The sizes of decode calls, in rows: powers of two up to the slots, or the slots alone."""
+        """The sizes of decode calls, in rows: `smallest_rows` and its doubles below the slots, and these."""
         return (self.slots,) if self.rows == "all" else powers(min(self.smallest_rows, self.slots), self.slots)
 
     def pages(self, positions: int) -> int:

@@ -121,8 +121,8 @@ class Scheduler:
 
         Args:
           plan: its number.
-          tokens: of each row of its decode call, those drawn; -1 if none could be. A request that draws one must end.
-            Those of requests that have ended may be left out, as if they had drawn none.
+          tokens: of each row of its decode call, those drawn; negative if none could be. A request that draws one
+            must end. Those of requests that have ended may be left out, as if they had drawn none.
 
         Returns:
           Those of requests that have not ended, in the order of the rows.

@@ -94,6 +94,9 @@ def read(values: dict[str, Any], served: Served, most_rows: int) -> Asked:
     if max_tokens == 0 and not echo:
         raise bad_request("max_tokens is 0, which requires echo: true", "max_tokens")
     special = "parse_special" not in fields or fields.flag("parse_special")
+    if any(name in fields for name in GUIDED) and served.tokenizer is None:
+        message = f"the model {served.name!r} has no tokenizer, which the form of a text needs"
+        raise bad_request(message, code="unsupported")
     asked = Asked(
         prompts=_read_prompts(fields.take("prompt"), served, most_rows // choices, special=special, echo=echo),
         choices=choices,

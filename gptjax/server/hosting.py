@@ -16,6 +16,7 @@ from gptjax.server.scoring import score
 from gptjax.server.settings import Facts, Limits
 from gptjax.server.worker import DEFAULT_SLOTS, Worker
 from gptjax.server.worker_host import WorkerHost
+from gptjax.structured.matching import prepare
 from gptjax.support.processes import share_lock
 from gptjax.support.runtime import device_memory
 
@@ -54,6 +55,7 @@ def serve(
         front.channel,
         score=functools.partial(score, lm),
         memory_in_use=in_use,
+        prepare=lambda request: prepare(lm.compiler, request.grammar),
         on_ready=_freeze,
         on_compiled=gc.freeze,
     )

@@ -112,7 +112,9 @@ def _read_tool(tool: object, where: str) -> object:
 def with_strict(tools: Sequence[Any], given: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Tools that were read, with the `strict` of those that have it. (Prompts do not repeat that.)"""
     return [
-        {**tool, "function": {**tool["function"], "strict": True}} if each.get("strict") is True else tool
+        {**tool, "function": {**tool["function"], "strict": True}}
+        if tool["type"] == "function" and each.get("strict") is True
+        else tool
         for tool, each in zip(tools, given, strict=True)
     ]
 

@@ -47,7 +47,7 @@ def read_text(fields: Fields) -> tuple[dict[str, Any], Grammar | None]:
         grammar = read_response_format(form, "text.format")
     except GptjaxError as error:
         raise of_gptjax(error, "text") from None
-    if form is not None:
+    if isinstance(form, dict):
         found["format"] = form
     verbosity = options.take("verbosity")
     if verbosity is not None:

@@ -21,6 +21,7 @@ from gptjax.engine.settings import Features
 from gptjax.language_model import LanguageModel
 from gptjax.server.events import Deliver, Event, Failed, QueueFull, State, Ticket, Tokens, Unavailable
 from gptjax.server.jobs import Job, deliver
+from gptjax.structured.matching import prepare
 
 DEFAULT_SLOTS = 8  # if the model was loaded without `max_batch`
 _BEAT = 1.0  # seconds between heartbeats of an idle worker
@@ -139,9 +140,7 @@ class Worker:
           QueueFull, Unavailable: it cannot be run now.
         """
         request.check(vocab_size=self._model.config.vocab_size, max_length=self._model.max_length)
-        if request.grammar is not None:  # here, so that the thread need not do it
-            assert self._model.compiler is not None
-            self._model.compiler.prepare(request.grammar)
+        prepare(self._model.compiler, request.grammar)
         with self._changed:
             self._check_room()
             self._accepted += 1

@@ -27,12 +27,14 @@ class WorkerHost:
         *,
         score: Callable[[Sequence[int], int], PromptScores],
         memory_in_use: Callable[[], int],
+        prepare: Callable[[Request], object] = lambda request: None,
         on_ready: Callable[[], object] = lambda: None,
         on_compiled: Callable[[], object] = lambda: None,
     ) -> None:
         """For a worker that was started, and refuses no request because of its queue.
 
         Args:
+          prepare: called with each request before it is submitted; may take long, and raise `RequestError`.
           on_ready: called once the worker is ready.
           on_compiled: called once it compiles nothing more.
         """
@@ -40,6 +42,7 @@ class WorkerHost:
         self._channel = channel
         self._score = score
         self._memory_in_use = memory_in_use
+        self._prepare = prepare
         self._on_ready = on_ready
         self._on_compiled = on_compiled
         self._scorer = ThreadPoolExecutor(1, "gptjax-scorer")
@@ -85,6 +88,7 @@ class WorkerHost:
 
     def _submit(self, number: int, request: Request) -> None:
         try:
+            self._prepare(request)
             with self._lock:
                 self._tickets[number] = self._worker.submit(request, self._deliver(number))
         except RequestError as error:  # all else was checked, but what a grammar is with the whole vocabulary

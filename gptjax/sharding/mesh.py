@@ -58,7 +58,7 @@ def parsed(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, _, size = part.partition("=")
         if name.strip() in found or not size.strip().isdecimal():
-            raise RequestError(f"a mesh is written as in tensor=4 or data=2,tensor=4, found {quoted(text)}")
+            raise RequestError(f"a mesh is written as in tensor=4 or tensor=2,expert=4, found {quoted(text)}")
         found[name.strip()] = int(size)
     _checked(found)
     return found

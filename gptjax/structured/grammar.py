@@ -24,7 +24,7 @@ _STRICT: Final = {"item_separator": ",", "key_separator": ":", "lenient": False}
 class Grammar:
     """What a text must be. Made by `of_json_schema`, `of_json_object`, `of_regex` and `of_lark`, which check it.
 
-    A special token is never part of what these allow.
+    JSON schemas and regular expressions never allow a special token. A Lark grammar can name one.
     """
 
     body: str

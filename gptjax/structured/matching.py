@@ -13,7 +13,7 @@ from gptjax.structured.grammar import Grammar
 from gptjax.structured.library import library, limits
 from gptjax.text import Tokenizer
 
-_MOST_KEPT: Final = 64  # compiled grammars
+_MOST_KEPT: Final = 512  # compiled grammars
 _FEW: Final = 4  # rows for which other threads are not worth their while
 
 
@@ -65,12 +65,14 @@ class Compiler:
     def _compiled(self, grammar: Grammar) -> Any:
         source = grammar.source
         with self._lock:
-            found = self._kept.pop(source, None)
-            if found is None:
-                found = library().LLMatcher(self._vocabulary, source, log_level=0, limits=limits())
-                if found.is_error():
-                    raise RequestError(f"the grammar cannot be compiled: {found.get_error()[:300]}")
+            vocabulary, found = self._vocabulary, self._kept.get(source)
+        if found is None:  # without the lock: that of another request may be wanted meanwhile
+            found = library().LLMatcher(vocabulary, source, log_level=0, limits=limits())
+            if found.is_error():
+                raise RequestError(f"the grammar cannot be compiled: {found.get_error()[:300]}")
+        with self._lock:
             self._kept[source] = found
+            self._kept.move_to_end(source)
             while len(self._kept) > _MOST_KEPT:
                 self._kept.popitem(last=False)
         return found
@@ -91,6 +93,19 @@ class Compiler:
 def compiler_of(tokenizer: Tokenizer | GptjaxError, vocab_size: int) -> Compiler | None:
     """The compiler of a model; None without a tokenizer."""
     return None if isinstance(tokenizer, GptjaxError) else Compiler(tokenizer, vocab_size)
+
+
+def prepare(compiler: Compiler | None, grammar: Grammar | None) -> None:
+    """Compiles a request's grammar, if it has one, for the engine to find it. Takes up to a second.
+
+    Raises:
+      RequestError: it cannot be compiled, or there is no tokenizer.
+    """
+    if grammar is None:
+        return
+    if compiler is None:
+        raise RequestError("a grammar needs a tokenizer, and this model has none")
+    compiler.prepare(grammar)
 
 
 class _Vocabulary:

@@ -1,12 +1,14 @@
 """Where in a JSON schema a fault is: llguidance says what it does not understand, but not where that stands."""
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from gptjax.support.quoting import quoted
 
 _MOST_TRIES: Final = 500  # schemas compiled to find a fault
+_MOST_SECONDS: Final = 1.0
 _ONE: Final = frozenset(
     """additionalItems additionalProperties contains else if items not propertyNames then unevaluatedItems
     unevaluatedProperties""".split()
@@ -25,11 +27,11 @@ def place_of(schema: Mapping[str, Any], fault: Callable[[Mapping[str, Any]], str
     """
     whole, place, part = fault(schema), "#", schema
     shared = {name: schema[name] for name in _SHARED if name in schema}
-    left = itertools.count(_MOST_TRIES, -1)
+    left, until = itertools.count(_MOST_TRIES, -1), time.monotonic() + _MOST_SECONDS
 
     def still(part: Mapping[str, Any]) -> bool | None:
-        """Whether a part has the same fault; None if too many were looked at."""
-        return fault(part) == whole if next(left) > 0 else None
+        """Whether a part has the same fault; None if too many were looked at, or for too long."""
+        return fault(part) == whole if next(left) > 0 and time.monotonic() < until else None
 
     while deeper := next(((step, child) for step, child in _children(part) if still(_with(child, shared))), None):
         place, part = place + deeper[0], deeper[1]

@@ -180,11 +180,8 @@ def repacked(weight: MXFP4 | Quantized, implementation: str = dispatch.AUTO) -> 
     if isinstance(weight, MXFP4):
         pack = repacking(weight, weight.shape, implementation)
         return weight if pack is None else pack(weight)
-    return (
-        _repack(weight)
-        if dispatch.wanted(implementation) == dispatch.MOSAIC and ggml_fragments.fits(weight)
-        else weight
-    )
+    wants = dispatch.wanted(implementation) == dispatch.MOSAIC and ggml_fragments.fits(weight)
+    return _repack(weight) if wants else weight
 
 
 def repacking(

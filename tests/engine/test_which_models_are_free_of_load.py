@@ -39,6 +39,7 @@ def test_on_hopper_a_model_whose_sums_have_kernels_computes_what_is_needed(hoppe
 def test_on_hopper_what_a_decode_steps_products_do_not_take_is_computed_as_before(hopper):
     model = _model("gpt-oss-20b")
     assert default_policy(model, slots=256).row_sizes == (256,)
+    assert is_exact_by_default(model, rows=128) and not is_exact_by_default(model, rows=256)
     policy = default_policy(model, slots=8, chunk=128)
     assert policy.row_sizes == (1, 2, 4, 8) and policy.chunk_multiple == policy.chunk and not policy.packed
 

@@ -1,5 +1,6 @@
 """Structured output through the server. The worker draws at random whatever a request's grammar allows."""
 
+import dataclasses
 import json
 import random
 import sys
@@ -7,7 +8,7 @@ import sys
 import jsonschema
 import pytest
 
-from gptjax.structured import library
+from gptjax.structured import library, places
 from tests.fuzz import rounds
 from tests.server.server_material import GPT2, GPT_OSS, chat, complete, events, fault, make, post, tokenizer
 from tests.structured.walks import CLOSING, allowed, compiler
@@ -164,6 +165,30 @@ def test_what_cannot_be_compiled_is_a_400_before_anything_streams(fields, param,
         error = fault(chat(drawn(), stream=stream, **fields))
         assert error["param"] == param
         assert words in error["message"]
+
+
+def test_a_model_without_a_tokenizer_takes_no_form():
+    service = make()
+    service = dataclasses.replace(service, served=dataclasses.replace(service.served, tokenizer=None))
+    for fields in ({"guided_json": SCHEMA}, {"guided_regex": "a"}):
+        assert "tokenizer" in fault(post(service, "/v1/completions", {"prompt": [1, 2], **fields}))["message"]
+
+
+def test_a_built_in_tool_may_say_that_it_is_strict():
+    given = {"input": "a", "tools": [{"type": "python", "strict": True}], "max_output_tokens": 1}
+    post(make(name=GPT_OSS), "/v1/responses", given).raise_for_status()
+
+
+def test_a_format_in_one_word_is_repeated_as_an_object():
+    found = post(make(name=GPT_OSS), "/v1/responses", {"input": "a", "text": {"format": "text"}}).json()
+    assert found["text"]["format"] == {"type": "text"}
+
+
+def test_the_place_of_a_fault_is_not_looked_for_longer_than_a_second(monkeypatch):
+    """Each try may compile what hundreds of references name."""
+    monkeypatch.setattr(places, "_MOST_SECONDS", 0.0)
+    error = fault(chat(drawn(), response_format={"type": "json_schema", "json_schema": {"schema": BAD}}))
+    assert "the JSON schema at #" in error["message"]
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
