@@ -7,10 +7,10 @@ import pytest
 from gptjax.cli import main
 from gptjax.config import GenerationDefaults
 from gptjax.diagnostics.invariance import trials
+from gptjax.engine import free_of_load
 from gptjax.engine.engine import Engine
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
-from gptjax.scheduling import policy
 from gptjax.scheduling.scheduler import Scheduler
 from pallas_kernels import same_bits
 from tests.engine.test_engine import MODEL, made_params
@@ -21,7 +21,7 @@ needs_same_bits = pytest.mark.skipif(not same_bits.holds(), reason="products on 
 @pytest.fixture(autouse=True)
 def _few_sizes(monkeypatch):
     """Calls of 256 and 512 tokens, not of all powers of two from 32: fewer programs to compile."""
-    monkeypatch.setattr(policy, "_SMALLEST_CALL", 256)
+    monkeypatch.setattr(free_of_load, "_LEAST_CALL", 256)
 
 
 def _made() -> LanguageModel:
