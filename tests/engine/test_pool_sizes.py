@@ -279,10 +279,10 @@ def test_many_long_rows_take_turns_in_a_small_cache():
         engine = Engine(MIXED, params, batch=4, max_length=380, policy=policy, pages=pages)
         run = engine._executor.run
 
-        def counted(plan, requests, run=run):
+        def counted(plan, *more, run=run):
             nonlocal resumed
             resumed += sum(bool(join.drawn) for join in plan.joins)
-            return run(plan, requests)
+            return run(plan, *more)
 
         engine._executor.run = counted
         done = {n: c.completion for n, c in generate(engine, requests, None) if c.completion is not None}
