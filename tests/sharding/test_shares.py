@@ -97,7 +97,7 @@ def test_sizes_are_written_by_name(text, sizes):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("4", "a mesh is written as in tensor=4 or data=2,tensor=4, found '4'"),
+        ("4", "a mesh is written as in tensor=4 or tensor=2,expert=4, found '4'"),
         ("tensor=", "a mesh is written as in"),
         ("tensor=2,tensor=2", "a mesh is written as in"),
         ("", "a mesh is written as in"),
