@@ -179,7 +179,7 @@ async def respond(request: Request) -> Response:
 
 
 def _is_quick(values: dict[str, Any]) -> bool:
-    """Whether nothing takes long: the prompt is a few thousand token ids, is not echoed, and there is no grammar."""
+    """Whether a request is quick to read: a prompt of at most a few thousand token ids, without echo or a grammar."""
     prompt = values.get("prompt")
     ids = isinstance(prompt, list) and 0 < len(prompt) <= _FEW_IDS and type(prompt[0]) is int
     return ids and not values.get("echo") and not any(name in values for name in GUIDED)

@@ -96,7 +96,7 @@ def _of_full_queue(error: QueueFull) -> ApiError:
 
 
 def of_failure(failed: Failed) -> ApiError:
-    """503 if another try may succeed, 400 for a grammar, else 500, which tells clients not to retry."""
+    """400 for a faulty grammar, 503 where a retry may succeed, and otherwise 500, which tells clients not to retry."""
     if failed.kind == "grammar":
         return bad_request(failed.message, code=failed.kind)
     if failed.kind in _UNAVAILABLE:

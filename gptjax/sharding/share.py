@@ -41,7 +41,7 @@ class Share:
     num_kv_heads: int  # K: if there are fewer than devices, several have the same one
     mlp_width: int  # F: rounded up, with zeros
     vocab_size: int  # V: rounded up, with zeros
-    num_experts: int  # E; 0 if there are none
+    num_experts: int  # E; 0 for a dense model
     mesh: Mesh | AbstractMesh | None = None
     rules: tuple[tuple[str, tuple[str, ...]], ...] = ()  # RULES, or others
 

@@ -12,7 +12,7 @@ from gptjax.errors import RequestError
 from gptjax.structured.library import library, limits
 from gptjax.structured.places import place_of
 
-LONGEST: Final = 1 << 17  # characters: a schema of so many properties takes seconds to compile
+LONGEST: Final = 1 << 17  # characters; compiling a schema of that length can take seconds
 _DEEPEST: Final = 100  # levels of a schema
 # Between the tokens of JSON: a space, or a line end and an indent. A model in a muddle could go on for ever.
 _WHITESPACE: Final = r"( |\r?\n[ \t]{0,16})?"
@@ -56,9 +56,7 @@ class Grammar:
         Raises:
           RequestError: it cannot be compiled.
         """
-        if not isinstance(pattern, str):
-            raise RequestError(f"a regular expression must be text, found {type(pattern).__name__}")
-        _check_length(pattern)
+        _check_text(pattern, "a regular expression")
         return cls("/" + _escaped(pattern) + "/").check("the regular expression")
 
     @classmethod
@@ -68,9 +66,7 @@ class Grammar:
         Raises:
           RequestError: it cannot be compiled.
         """
-        if not isinstance(text, str):
-            raise RequestError(f"a grammar must be text, found {type(text).__name__}")
-        _check_length(text)
+        _check_text(text, "a grammar")
         return cls("%lark {\n" + text + "\n}").check("the grammar")
 
     @property
@@ -145,6 +141,12 @@ def _shortened(message: str) -> str:
     text = re.sub(r"^(\d+\(\d+\): |at \d+\(\d+\): )+", "", " ".join(lines))
     text = text.removeprefix("failed to compile JSON schema: ")
     return text if len(text) <= 300 else f"{text[:150]} [...] {text[-150:]}"
+
+
+def _check_text(text: object, name: str) -> None:
+    if not isinstance(text, str):
+        raise RequestError(f"{name} must be text, found {type(text).__name__}")
+    _check_length(text)
 
 
 def _check_length(text: str) -> None:

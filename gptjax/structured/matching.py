@@ -99,7 +99,7 @@ def prepare(compiler: Compiler | None, grammar: Grammar | None) -> None:
     """Compiles a request's grammar, if it has one, for the engine to find it. Takes up to a second.
 
     Raises:
-      RequestError: it cannot be compiled, or there is no tokenizer.
+      RequestError: the grammar does not compile, or the model has no tokenizer.
     """
     if grammar is None:
         return

@@ -35,7 +35,7 @@ def turn_grammar(chat_format: ChatFormat, tokenizer: Tokenizer, options: ChatOpt
     """The grammar of the turn that follows a prompt; None if it may be anything.
 
     Raises:
-      RequestError: there is no such function, the parameters of one cannot be compiled, or the format has no calls.
+      RequestError: the function is unknown, its parameters do not compile, or the chat format has no tool calls.
     """
     strict = any(_is_strict(tool) for tool in options.tools)
     if wishes.answer is None and wishes.choice is None and not strict:
@@ -66,7 +66,7 @@ def _is_strict(tool: Mapping[str, Any]) -> bool:
 
 
 def _arguments(function: Mapping[str, Any], where: str, *, strict: bool) -> Grammar:
-    """What a function's arguments must be: of its schema, or any object if that cannot be compiled and is no must."""
+    """The grammar of a function's arguments: its schema or, if that does not compile and need not, any object."""
     schema = function.get("parameters")
     try:
         if schema is None:

@@ -28,7 +28,7 @@ _FLOATS: Final = (jnp.bfloat16, jnp.float32)
 
 
 def takes(norm: RowNorm, threads: int) -> bool:
-    """Whether blocks of so many threads compute this norm."""
+    """Whether blocks of this many threads can compute the norm."""
     T, D = norm.normed.shape
     return (
         T == 1

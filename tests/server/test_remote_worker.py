@@ -231,6 +231,23 @@ def test_a_request_that_the_worker_fails_to_take_ends(caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_streams_go_on_while_a_grammar_compiles_and_end_with_what_is_wrong_with_it():
+    compiles = threading.Event()
+
+    def prepare(request):
+        if len(request.prompt_ids) == 3:
+            assert compiles.wait(PATIENCE)
+            raise RequestError("planted")
+
+    with seen(FakeWorker(script, max_length=400), prepare=prepare) as near:
+        streaming = Reader(near, request_of(1, 5, 200))
+        assert streaming.begun.wait(PATIENCE)
+        refused = Reader(near, request_of(2, 3))
+        assert streaming.end.reason == "length" and not refused.ended.is_set()
+        compiles.set()
+        assert refused.end == Failed("planted", "grammar")
+
+
 def test_when_the_engines_process_is_lost_everything_ends():
     scoring = threading.Event()
 

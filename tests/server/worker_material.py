@@ -101,10 +101,17 @@ def submit(worker: AnyWorker, request: Request) -> Reader:
 
 
 @contextlib.contextmanager
-def remote(worker: AnyWorker, facts, *, max_queue: int, score: Callable = lambda *_: []) -> Iterator[RemoteWorker]:
+def remote(
+    worker: AnyWorker,
+    facts,
+    *,
+    max_queue: int,
+    score: Callable = lambda *_: [],
+    prepare: Callable = lambda _: None,
+) -> Iterator[RemoteWorker]:
     """A started worker as another process sees it, though it is in this one."""
     near, far = map(Channel, socket.socketpair())
-    WorkerHost(worker, far, score=score, memory_in_use=lambda: 7).start()
+    WorkerHost(worker, far, score=score, memory_in_use=lambda: 7, prepare=prepare).start()
     found = RemoteWorker(near, Setup(facts, max_queue, worker.state, 7, Limits(), {}))
     try:
         yield found
