@@ -92,10 +92,12 @@ slow: $(VENV)/.installed-test
 quiet: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m quiet $(ARGS)
 
-# The server's real clients; needs curl, and Chromium (apt install chromium). A picture of the chat page is left in build/.
+# The server's real clients; needs curl, npm, and Chromium (apt install chromium). A picture of the chat page is left in
+# build/. What npm cannot install is skipped.
+NPM := $(abspath $(VENV)/npm)
 clients: $(VENV)/.installed-clients
 	mkdir -p build
-	ARTIFACTS=build $(BIN)/python -m pytest -m clients tests/server
+	ARTIFACTS=build CLAUDE_CODE=$(NPM)/node_modules/.bin/claude $(BIN)/python -m pytest -m clients tests/server
 	for major in 1 2; do PYTHONPATH=$(VENV)/openai-$$major $(BIN)/python -m pytest -m clients tests/server/test_openai.py || exit 1; done
 
 # Installs gptjax as a newcomer would, from a clone into fresh environments, and as its messages advise.
@@ -138,6 +140,8 @@ $(VENV)/.installed-clients: $(VENV)/.installed-test
 	$(PIP) -e '.[clients]'
 	$(PIP_NEWEST) --no-deps --target $(VENV)/openai-1 openai==1.109.1
 	$(PIP_NEWEST) --no-deps --target $(VENV)/openai-2 openai==2.6.1
+	-npm install --silent --prefix $(NPM) @anthropic-ai/claude-code@2.1.332
+	-cd $(NPM)/node_modules/@anthropic-ai/claude-code && node install.cjs  # newer versions of npm run no scripts
 	touch $@
 
 clean:

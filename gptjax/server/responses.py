@@ -10,13 +10,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gptjax.chat import ChatCompletion
-from gptjax.engine.options import make_request
 from gptjax.engine.request import check_prompt
 from gptjax.errors import GptjaxError
 from gptjax.server.answering import answered
 from gptjax.server.body import Fields
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
-from gptjax.server.generation import Generation, Row
 from gptjax.server.items import Items
 from gptjax.server.responses_input import joined, read_input, read_tools, with_strict
 from gptjax.server.responses_options import (
@@ -29,8 +27,8 @@ from gptjax.server.responses_options import (
 )
 from gptjax.server.schema import MOST_TOKENS, WITHOUT_EFFECT, read_sampling, read_thinking
 from gptjax.server.service import Served, Service
-from gptjax.server.turn import Turn
 from gptjax.server.turn import joined as joined_deltas
+from gptjax.server.turn import running_turn
 from gptjax.structured.wishes import grammar_of_turn
 from gptjax.text.chat_formats import ChatOptions
 
@@ -123,13 +121,7 @@ class Answer:
     def __init__(self, service: Service, asked: Asked) -> None:
         served = service.served
         self.streams = asked.stream
-        tokenizer = served.text()
-        self._turn = Turn(served.chat().reader(tokenizer, asked.how), tokenizer)
-        try:
-            asked_for = make_request(asked.prompt_ids, asked.options, served.defaults, served.turn_ends())
-        except GptjaxError as error:
-            raise of_gptjax(error) from None
-        self._generation = Generation(service, [Row(asked_for, self._turn.reader, self._turn.add)])
+        self._turn, self._generation = running_turn(service, asked.prompt_ids, asked.how, asked.options)
         self._items = Items(encrypts=asked.encrypts)
         self._result: ChatCompletion | None = None
         self._error: ApiError | None = None

@@ -70,8 +70,8 @@ def read_guided(fields: Fields) -> Grammar | None:
         raise of_gptjax(error) from None
 
 
-def read_sampling(fields: Fields) -> dict[str, Any]:
-    """The given options of `make_request`; the checkpoint's defaults apply to the others."""
+def read_sampling(fields: Fields, *, stop: str = "stop") -> dict[str, Any]:
+    """The given options of `make_request`; the checkpoint's defaults apply to the others. `stop` names that field."""
     options: dict[str, Any] = {
         "temperature": fields.number("temperature", 0, 100),
         "top_p": _above_zero(fields, "top_p", 1),
@@ -82,7 +82,7 @@ def read_sampling(fields: Fields) -> dict[str, Any]:
         "frequency_penalty": fields.number("frequency_penalty", -100, 100),
         "logit_bias": _logit_bias(fields),
         "seed": _seed(fields),
-        "stop": _stops(fields),
+        "stop": _stops(fields, stop),
         "stop_ids": _stop_ids(fields),
         "ignore_eos": fields.flag("ignore_eos"),
     }
@@ -126,16 +126,16 @@ def _logit_bias(fields: Fields) -> dict[int, float] | None:
     return found
 
 
-def _stops(fields: Fields) -> list[str] | None:
-    value = fields.take("stop")
+def _stops(fields: Fields, name: str) -> list[str] | None:
+    value = fields.take(name)
     if value is None:
         return None
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MAX_STOPS:
-        raise bad_request(f"stop must be a string or a list of at most {MAX_STOPS} strings", "stop")
+        raise bad_request(f"{name} must be a string or a list of at most {MAX_STOPS} strings", name)
     for stop in stops:
-        if not 0 < len(check_text(stop, "stop")) <= MAX_STOP_LENGTH:
-            raise bad_request(f"a stop must have 1 to {MAX_STOP_LENGTH} characters, found {len(stop)}", "stop")
+        if not 0 < len(check_text(stop, name)) <= MAX_STOP_LENGTH:
+            raise bad_request(f"a stop must have 1 to {MAX_STOP_LENGTH} characters, found {len(stop)}", name)
     return stops
 
 

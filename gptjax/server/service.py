@@ -49,6 +49,13 @@ class Served(Facts):
 
     def check_size(self, texts: object, param: str) -> None:
         """Raises `ApiError` if strings, in lists and objects, cannot fit: megabytes take a minute to encode."""
+        characters, least = self.least_tokens(texts)
+        if least > self.max_length:
+            message = f"the prompt has {characters} characters, at least {least} tokens, but max_length is "
+            raise bad_request(f"{message}{self.max_length}: shorten it", param, "context_length_exceeded")
+
+    def least_tokens(self, texts: object) -> tuple[int, int]:
+        """The characters of strings, in lists and objects, and the tokens that they have at least."""
         assert self.tokenizer is not None  # the caller has checked
         characters, left = 0, [texts]
         while left:
@@ -57,10 +64,7 @@ class Served(Facts):
                 characters += len(value)
             elif isinstance(value, list | dict):
                 left += value.values() if isinstance(value, dict) else value
-        least = characters // self.tokenizer.longest_token
-        if least > self.max_length:
-            message = f"the prompt has {characters} characters, at least {least} tokens, but max_length is "
-            raise bad_request(f"{message}{self.max_length}: shorten it", param, "context_length_exceeded")
+        return characters, characters // self.tokenizer.longest_token
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """The ids of a prompt. Raises `ApiError` or `CapacityError` if it cannot fit, without encoding all of it."""
@@ -75,7 +79,7 @@ class Served(Facts):
 
     def check_name(self, name: str | None) -> None:
         """Raises `ApiError` for another model's name; None means this one."""
-        if name is not None and name != self.name:
+        if name not in (None, self.name) and not any(_stands_for(alias, name) for alias in self.aliases):
             raise ApiError(
                 404,
                 f"unknown model {as_json(name)}; this server has {self.name!r}",
@@ -170,3 +174,7 @@ class Service:
         while self._scoring and time.monotonic() < until:
             time.sleep(_LOOK)
         self.drained.set()
+
+
+def _stands_for(alias: str, name: str) -> bool:
+    return name.startswith(alias[:-1]) if alias.endswith("*") else name == alias

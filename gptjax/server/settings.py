@@ -29,3 +29,5 @@ class Facts:
     max_length: int  # positions of prompt and output
     quant_kind: str  # of the weights: "MXFP4", "Q4_K_M", "BF16", …
     tokenizer_kind: str | None  # "hf-json" or "gguf-bpe"; None: no tokenizer, or not known
+    # Other names that clients may use; a * at the end stands for anything.
+    aliases: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)

@@ -2,11 +2,17 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from gptjax.chat import ChatCompletion, chat_chunks
+from gptjax.engine.options import make_request
 from gptjax.engine.output import Chunk
+from gptjax.errors import GptjaxError
+from gptjax.server.errors import of_gptjax
+from gptjax.server.generation import Generation, Row
+from gptjax.server.service import Service
 from gptjax.text import Tokenizer
-from gptjax.text.chat_formats import TurnReader
+from gptjax.text.chat_formats import ChatOptions, TurnReader
 
 ScoredToken = tuple[int, float, Mapping[int, float]]
 """Token id, log-probability, and the most likely tokens with theirs."""
@@ -58,6 +64,20 @@ class Turn:
             self._silent.clear()
         self._dropped = self.reader.dropped
         return Delta(piece.text, piece.reasoning, self.reader.phase, mine, piece.completion)
+
+
+def running_turn(
+    service: Service, prompt_ids: Sequence[int], how: ChatOptions, options: Mapping[str, Any]
+) -> tuple[Turn, Generation[Delta]]:
+    """The one turn that a request asks for, and its generation, not yet started. Raises `ApiError`."""
+    served = service.served
+    tokenizer = served.text()
+    turn = Turn(served.chat().reader(tokenizer, how), tokenizer)
+    try:
+        request = make_request(prompt_ids, options, served.defaults, served.turn_ends())
+    except GptjaxError as error:
+        raise of_gptjax(error) from None
+    return turn, Generation(service, [Row(request, turn.reader, turn.add)])
 
 
 def joined(deltas: Iterable[Delta]) -> list[Delta]:

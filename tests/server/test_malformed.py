@@ -252,3 +252,80 @@ def test_nothing_is_a_500(runner, applications, fields, said, route):
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
         fault(response, response.status_code)
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
+# Whole requests of the routes whose fields are nested, which are then damaged in one to three places.
+BLOCKS = [
+    {"type": "thinking", "thinking": "", "signature": "gptjax-1-AAAAAA=="},
+    {"type": "text", "text": "Hm.", "citations": None},
+    {"type": "tool_use", "id": "call_1", "name": "f", "input": {"a": "b"}},
+]
+RESULT = {"type": "tool_result", "tool_use_id": "call_1", "is_error": True, "content": [{"type": "text", "text": "c"}]}
+FOUND = {"type": "tool_result", "tool_use_id": "call_1", "content": [{"type": "tool_reference", "tool_name": "g"}]}
+WHOLE = {
+    "messages": {
+        "model": GPT_OSS,
+        "max_tokens": 5,
+        "system": [{"type": "text", "text": "Be kind.", "cache_control": {"type": "ephemeral"}}],
+        "messages": [
+            USER,
+            {"role": "assistant", "content": BLOCKS},
+            {"role": "user", "content": [RESULT, FOUND, {"type": "text", "text": "Go on."}]},
+            {"role": "system", "content": "Be brief."},
+        ],
+        "tools": [
+            {"name": "f", "description": "d", "input_schema": SCHEMA, "strict": True},
+            {"name": "g", "input_schema": SCHEMA, "defer_loading": True, "type": "custom"},
+        ],
+        "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": False},
+        "thinking": {"type": "enabled", "budget_tokens": 1024, "display": "omitted"},
+        "output_config": {"effort": "low", "format": None},
+        "metadata": {"user_id": "a"},
+        "stop_sequences": ["a"],
+        "context_management": {"edits": []},
+        "stream": True,
+    },
+}
+WHOLE["messages/count_tokens"] = {
+    name: value for name, value in WHOLE["messages"].items() if name not in ("max_tokens", "stop_sequences", "stream")
+}
+
+
+def damaged(value, data):
+    """A copy in which something, somewhere, is another value, or missing, or there twice."""
+    inside = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    if not inside or data.draw(st.integers(0, 9)) == 0:
+        return data.draw(VALUES)
+    key = data.draw(st.sampled_from(inside))
+    other = dict(value) if isinstance(value, dict) else list(value)
+    match data.draw(st.sampled_from("deeper deeper deeper remove double rename".split())):
+        case "remove":
+            del other[key]
+        case "double" if isinstance(other, list):
+            other.append(other[key])
+        case "rename" if isinstance(other, dict):
+            other[data.draw(st.text(max_size=4) | NAMES)] = other.pop(key)
+        case _:
+            other[key] = damaged(other[key], data)
+    return other
+
+
+@pytest.mark.fuzz
+@settings(max_examples=rounds(500), deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_damaged_request_is_a_500(runner, applications, data):
+    route = data.draw(st.sampled_from(sorted(WHOLE)))
+    body = WHOLE[route]
+    for _ in range(data.draw(st.integers(1, 3))):
+        body = damaged(body, data)
+
+    async def run():
+        transport = httpx2.ASGITransport(applications[0])
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.post(f"/v1/{route}", content=json.dumps(body))
+
+    response = runner.run(run())
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        assert response.json()["error"]["message"]
