@@ -122,6 +122,14 @@ examples:
     )
     _option(
         parser,
+        "--store-responses",
+        type=_amount,
+        default=1000,
+        metavar="N",
+        help="responses kept in memory for clients that continue them, 256 MiB at most; 0 keeps none (default: 1000)",
+    )
+    _option(
+        parser,
         "--send-timeout",
         type=_seconds,
         default=30.0,
@@ -155,6 +163,10 @@ def _port(text: str) -> int:
 
 def _size(text: str) -> int:
     return _whole(text, 1, 1 << 40)
+
+
+def _amount(text: str) -> int:
+    return _whole(text, 0, 1 << 40)
 
 
 def _chunk(text: str) -> int:
@@ -287,7 +299,7 @@ def _load_and_serve(args: argparse.Namespace, checkpoint: "Checkpoint", front: "
         front,
         max_queue=args.max_queue,
         prefill_chunk=args.prefill_chunk,
-        limits=Limits(body_bytes=args.max_body, send_seconds=args.send_timeout),
+        limits=Limits(body_bytes=args.max_body, send_seconds=args.send_timeout, stored_responses=args.store_responses),
         options={
             "host": args.host,
             "port": args.port,

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptjax.errors import GptjaxError
-from gptjax.server import chat_completions, completions, health, page, responses
+from gptjax.server import chat_completions, completions, health, page, responses, stored_responses
 from gptjax.server.anthropic import errors as anthropic_errors
 from gptjax.server.anthropic import messages
 from gptjax.server.errors import ApiError, internal, of_gptjax
@@ -53,7 +53,7 @@ def build(
             CORSMiddleware,
             allow_origins=list(cors_origins),
             allow_origin_regex=LOCAL_ORIGIN,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=[HEADER],
         ),
@@ -69,6 +69,8 @@ def build(
         Route("/v1/completions", completions.respond, methods=["POST"]),
         Route("/v1/chat/completions", chat_completions.respond, methods=["POST"]),
         Route("/v1/responses", responses.respond, methods=["POST"]),
+        Route("/v1/responses/{response_id}", stored_responses.respond, methods=["GET", "DELETE"]),
+        Route("/v1/responses/{response_id}/input_items", stored_responses.input_items),
         Route(anthropic_errors.ROUTES, messages.respond, methods=["POST"]),
         Route(f"{anthropic_errors.ROUTES}/count_tokens", messages.count_tokens, methods=["POST"]),
     ]
@@ -95,7 +97,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif scope["method"] == "OPTIONS":
-            await Response(status_code=204, headers={"Allow": "GET, HEAD, POST, OPTIONS"})(scope, receive, send)
+            await Response(status_code=204, headers={"Allow": "GET, HEAD, POST, DELETE, OPTIONS"})(scope, receive, send)
         elif scope["path"].startswith("/v1/") and (error := self._refusal(scope)) is not None:
             await _as_response(error, scope["path"])(scope, receive, send)
         else:

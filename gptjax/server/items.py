@@ -1,11 +1,15 @@
 """The items of a response (reasoning, messages, function calls), and the events that stream them."""
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gptjax.chat import ChatCompletion
 from gptjax.server.encrypted import encrypted
+from gptjax.server.logprobs import chat_logprobs
+from gptjax.server.responses_options import Include
+from gptjax.server.turn import Delta, ScoredToken
+from gptjax.text import Tokenizer
 from gptjax.text.chat_formats import ToolCall
 
 Event = dict[str, Any]
@@ -23,22 +27,23 @@ class Items:
       done: the complete items.
     """
 
-    def __init__(self, *, encrypts: bool) -> None:
-        """`encrypts`: reasoning items have an `encrypted_content`."""
+    def __init__(self, include: Include, tokenizer: Tokenizer) -> None:
         self.done: list[dict[str, Any]] = []
-        self._encrypts = encrypts
+        self._include = include
+        self._tokenizer = tokenizer
         self._kind: str | None = None  # of the item that is open
         self._phase: str | None = None  # of an open message
         self._id = ""
         self._text: list[str] = []
+        self._logprobs: list[dict[str, Any]] = []  # of an open message
 
-    def add(self, reasoning: str, answer: str, phase: str) -> Iterator[Event]:
-        """The events of more text; `phase` is the answer's."""
-        for kind, phase_of_it, text in (("reasoning", None, reasoning), ("message", phase, answer)):
+    def add(self, delta: Delta) -> Iterator[Event]:
+        """The events of more text."""
+        for kind, phase_of_it, text in (("reasoning", None, delta.reasoning), ("message", delta.phase, delta.text)):
             if (self._kind, self._phase) != (kind, phase_of_it):
                 text = text.lstrip("\n")  # the empty line between messages, which are separate items here
             if text:
-                yield from self._grow(kind, phase_of_it, text)
+                yield from self._grow(kind, phase_of_it, text, delta.answer_tokens)
 
     def finish(self, turn: ChatCompletion) -> Iterator[Event]:
         """The events of the turn's end, including its calls."""
@@ -46,24 +51,27 @@ class Items:
         for call in turn.tool_calls:
             yield from self._call(call, "incomplete" if turn.finish_reason == "length" else "completed")
 
-    def _grow(self, kind: str, phase: str | None, text: str) -> Iterator[Event]:
+    def _grow(self, kind: str, phase: str | None, text: str, tokens: Sequence[ScoredToken]) -> Iterator[Event]:
         part, about = _PARTS[kind]
         if (self._kind, self._phase) != (kind, phase):
             yield from self._close("completed")
-            self._kind, self._phase, self._text = kind, phase, []
+            self._kind, self._phase, self._text, self._logprobs = kind, phase, [], []
             self._id = f"{'rs' if kind == 'reasoning' else 'msg'}_{secrets.token_hex(12)}"
             yield self._event("response.output_item.added", item=self._item("in_progress"), inside=False)
-            yield self._event("response.content_part.added", part=_part(part, ""))
+            yield self._event("response.content_part.added", part=_part(part, "", []))
         self._text.append(text)
-        yield self._event(f"{about}.delta", delta=text, **_logprobs(kind))
+        wanted = kind == "message" and self._include.top_logprobs is not None
+        logprobs = chat_logprobs(self._tokenizer, tokens) if wanted else []
+        self._logprobs += logprobs
+        yield self._event(f"{about}.delta", delta=text, **_with_logprobs(kind, logprobs))
 
     def _close(self, status: str) -> Iterator[Event]:
         if self._kind is None:
             return
         part, about = _PARTS[self._kind]
         text = "".join(self._text)
-        yield self._event(f"{about}.done", text=text, **_logprobs(self._kind))
-        yield self._event("response.content_part.done", part=_part(part, text))
+        yield self._event(f"{about}.done", text=text, **_with_logprobs(self._kind, self._logprobs))
+        yield self._event("response.content_part.done", part=_part(part, text, self._logprobs))
         item = self._item(status, text)
         yield self._event("response.output_item.done", item=item, inside=False)
         self.done.append(item)
@@ -88,11 +96,11 @@ class Items:
 
     def _item(self, status: str, text: str | None = None) -> dict[str, Any]:
         assert self._kind is not None  # an item is open
-        content = [] if text is None else [_part(_PARTS[self._kind][0], text)]
+        content = [] if text is None else [_part(_PARTS[self._kind][0], text, self._logprobs)]
         own: dict[str, Any] = {"role": "assistant", "phase": self._phase}
         if self._kind == "reasoning":
             own = {"summary": []}
-            if self._encrypts:
+            if self._include.encrypted:
                 own["encrypted_content"] = encrypted(text or "")
         return {"id": self._id, "type": self._kind, **own, "status": status, "content": content}
 
@@ -102,10 +110,10 @@ class Items:
         return {"type": kind, "output_index": len(self.done), **place, **more}
 
 
-def _part(kind: str, text: str) -> dict[str, Any]:
-    own: dict[str, Any] = {"annotations": [], "logprobs": []} if kind == "output_text" else {}
+def _part(kind: str, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    own: dict[str, Any] = {"annotations": [], "logprobs": logprobs} if kind == "output_text" else {}
     return {"type": kind, "text": text, **own}
 
 
-def _logprobs(kind: str) -> dict[str, Any]:
-    return {"logprobs": []} if kind == "message" else {}
+def _with_logprobs(kind: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"logprobs": logprobs} if kind == "message" else {}

@@ -1,4 +1,4 @@
-"""`POST /v1/responses`: one turn of a conversation, as items, for chat models. Nothing is stored."""
+"""`POST /v1/responses`: one turn of a conversation, as items, for chat models."""
 
 import dataclasses
 import secrets
@@ -16,17 +16,22 @@ from gptjax.server.answering import answered
 from gptjax.server.body import Fields
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 from gptjax.server.items import Items
-from gptjax.server.responses_input import joined, read_input, read_tools, with_strict
+from gptjax.server.response_store import ResponseStore
+from gptjax.server.responses_input import Input, joined, read_input, read_tools, with_strict
+from gptjax.server.responses_memory import Memory, OwnItems, read_memory
 from gptjax.server.responses_options import (
+    Include,
     check_repeated,
     read_effort,
     read_include,
     read_repeated,
     read_text,
+    read_truncation,
     repeated_tools,
 )
 from gptjax.server.schema import MOST_TOKENS, WITHOUT_EFFECT, read_sampling, read_thinking
 from gptjax.server.service import Served, Service
+from gptjax.server.truncation import fitting
 from gptjax.server.turn import joined as joined_deltas
 from gptjax.server.turn import running_turn
 from gptjax.structured.wishes import grammar_of_turn
@@ -36,10 +41,7 @@ from gptjax.text.chat_formats import ChatOptions
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "background": (False,),
     "conversation": (),
-    "previous_response_id": (),
     "prompt": (),
-    "top_logprobs": (0,),
-    "truncation": ("disabled",),
 }
 _WITHOUT_EFFECT = WITHOUT_EFFECT | {"client_metadata", "max_tool_calls", "stream_options"}  # Codex sends the first
 
@@ -52,11 +54,13 @@ class Asked:
     how: ChatOptions
     options: dict[str, Any]
     stream: bool
-    encrypts: bool  # also return the reasoning as `encrypted_content`
+    include: Include
     repeated: dict[str, Any]  # fields of the request that its answer repeats
+    memory: Memory
+    own: OwnItems
 
 
-def read(values: dict[str, Any], served: Served) -> Asked:
+def read(values: dict[str, Any], served: Served, store: ResponseStore) -> Asked:
     """Reads a request's fields. Raises `ApiError` for the first invalid one."""
     fields = Fields(values)
     served.check_name(fields.text("model"))
@@ -65,7 +69,7 @@ def read(values: dict[str, Any], served: Served) -> Asked:
         value = fields.take(name)
         if value is not None and value not in neutral:
             raise bad_request(f"{name} {as_json(value)} is not supported", name, "unsupported")
-    stream, encrypts = fields.flag("stream"), read_include(fields)
+    stream, include, truncation = fields.flag("stream"), read_include(fields), read_truncation(fields)
     repeated = read_repeated(fields)
     options = read_sampling(fields)
     max_tokens = fields.whole("max_output_tokens", 1, MOST_TOKENS)
@@ -74,10 +78,10 @@ def read(values: dict[str, Any], served: Served) -> Asked:
         effort = "medium"
     tools = read_tools(fields.take("tools"))
     choice, instructions = fields.take("tool_choice"), fields.text("instructions")
-    given = read_input(fields.take("input"), instructions)
+    memory = read_memory(fields, store)
+    given = read_input(memory.items, instructions, before=len(memory.earlier))
     if chat_format.one_message_a_turn:
         given = joined(given)
-    messages = given.messages
     fields.finish(_WITHOUT_EFFECT)
     repeated |= {
         "instructions": instructions,
@@ -87,32 +91,45 @@ def read(values: dict[str, Any], served: Served) -> Asked:
         "text": text,
         "tools": repeated_tools(values.get("tools")),
         "tool_choice": choice or "auto",
+        "top_logprobs": include.top_logprobs or 0,
         "top_p": options.get("top_p"),
+        "truncation": truncation,
+        "previous_response_id": memory.previous,
     }
     check_repeated(repeated)
     served.check_size(tools, "tools")
-    served.check_size([messages, tools], "input")
     how = ChatOptions(tools=[] if choice == "none" else tools, reasoning_effort=effort, enable_thinking=thinking)
-    try:
-        prompt_ids = chat_format.render(messages, served.text(), how, max_length=served.max_length)
-    except GptjaxError as error:
-        raise given.explained(error) from None
-    try:
-        checked = check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
-    except GptjaxError as error:
-        raise of_gptjax(error, "input") from None
+    if truncation == "auto":
+        given = given.only(fitting(given.messages, how, served, max_tokens))
+    served.check_size([given.messages, tools], "input")
+    prompt_ids = _rendered(given, how, served)
     try:
         strict = dataclasses.replace(how, tools=with_strict(how.tools, values["tools"])) if how.tools else how
         grammar = grammar_of_turn(chat_format, served.text(), strict, None, choice, answer)
     except GptjaxError as error:
         raise of_gptjax(error) from None
-    options |= {"max_tokens": served.max_length if max_tokens is None else max_tokens, "grammar": grammar}
-    return Asked(checked, how, options, stream, encrypts, repeated)
+    options |= {
+        "max_tokens": served.max_length if max_tokens is None else max_tokens,
+        "grammar": grammar,
+        "top_logprobs": include.top_logprobs or 0,
+    }
+    return Asked(prompt_ids, how, options, stream, include, repeated, memory, memory.own_items())
+
+
+def _rendered(given: Input, how: ChatOptions, served: Served) -> tuple[int, ...]:
+    try:
+        prompt_ids = served.chat().render(given.messages, served.text(), how, max_length=served.max_length)
+    except GptjaxError as error:
+        raise given.explained(error) from None
+    try:
+        return check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
+    except GptjaxError as error:
+        raise of_gptjax(error, "input") from None
 
 
 async def respond(request: Request) -> Response:
     """Answers a request."""
-    return await answered(request, lambda values, service: read(values, service.served), Answer)
+    return await answered(request, lambda values, service: read(values, service.served, service.stored), Answer)
 
 
 class Answer:
@@ -122,7 +139,8 @@ class Answer:
         served = service.served
         self.streams = asked.stream
         self._turn, self._generation = running_turn(service, asked.prompt_ids, asked.how, asked.options)
-        self._items = Items(encrypts=asked.encrypts)
+        self._asked = asked
+        self._items = Items(asked.include, served.text())
         self._result: ChatCompletion | None = None
         self._error: ApiError | None = None
         self._count = 0  # of events
@@ -133,10 +151,6 @@ class Answer:
             "model": served.name,
             **asked.repeated,
             "background": False,
-            "previous_response_id": None,
-            "store": False,
-            "top_logprobs": 0,
-            "truncation": "disabled",
         }
 
     def start(self) -> None:
@@ -178,15 +192,16 @@ class Answer:
         yield {"type": f"response.{response['status']}", "response": response}
 
     async def _events(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The events of the items."""
+        """The events of the items; then the response is stored."""
         async for _, deltas in self._generation.results():
             for delta in joined_deltas(deltas):
-                for event in self._items.add(delta.reasoning, delta.text, delta.phase):
+                for event in self._items.add(delta):
                     yield event
                 if delta.whole is not None:
                     self._result = delta.whole
                     for event in self._items.finish(delta.whole):
                         yield event
+        self._asked.memory.remember(self._response(), self._asked.own)  # before clients know its end
 
     def _response(self) -> dict[str, Any]:
         """The response object in its current state."""
@@ -201,6 +216,7 @@ class Answer:
                 status, details = "incomplete", {"reason": "max_output_tokens"}
         return {
             **self._head,
+            "store": self._asked.memory.stores and self._error is None,
             "status": status,
             "error": error,
             "incomplete_details": details,

@@ -34,6 +34,10 @@ class Input:
     messages: list[dict[str, Any]]
     places: list[str]  # for each message, the field that it comes from, like "input[2]"
 
+    def only(self, kept: Sequence[int]) -> "Input":
+        """Those of the messages at these places."""
+        return Input([self.messages[place] for place in kept], [self.places[place] for place in kept])
+
     def explained(self, error: GptjaxError) -> ApiError:
         """A chat format's error about the messages, with this route's field names."""
         found, message, param = of_gptjax(error), str(error), "input"
@@ -46,8 +50,11 @@ class Input:
         return bad_request(message, _PARAMS.get(found.param or "", param), found.code)
 
 
-def read_input(given: object, instructions: str | None) -> Input:
-    """`input`, a string or a list of items, after `instructions`. Raises `ApiError`."""
+def read_input(given: object, instructions: str | None, *, before: int = 0) -> Input:
+    """`input`, a string or a list of items, after `instructions`. Raises `ApiError`.
+
+    The first items, `before` of them, are not the request's own.
+    """
     found = Input([], [])
     if instructions:
         found.messages.append({"role": "system", "content": instructions})
@@ -60,7 +67,7 @@ def read_input(given: object, instructions: str | None) -> Input:
         raise bad_request("input must be a string or a non-empty list of items", "input")
     preambles = _preambles(given)
     for index, item in enumerate(given):
-        where = f"input[{index}]"
+        where = f"input[{index - before}]" if index >= before else "previous_response_id"
         follows_reasoning = index > 0 and _kind(given[index - 1])[0] == "reasoning"
         message = _read_item(item, where, is_preamble=index in preambles, follows_reasoning=follows_reasoning)
         if message is not None:

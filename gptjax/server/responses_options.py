@@ -1,9 +1,11 @@
 """The options of `/v1/responses` that the answer repeats, and those about its form."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from gptjax.engine.request import MAX_TOP_LOGPROBS
 from gptjax.errors import GptjaxError
 from gptjax.server.body import Fields, check_text
 from gptjax.server.errors import as_json, bad_request, of_gptjax
@@ -14,6 +16,7 @@ _MOST_REPEATED: Final = 1 << 20  # characters of JSON; a stream repeats them thr
 _DEEPEST: Final = 100
 _OF_TOOLS: Final = ("type", "name", "description", "parameters", "strict")
 _ENCRYPTED: Final = "reasoning.encrypted_content"
+_LOGPROBS: Final = "message.output_text.logprobs"
 # Parts of items that never occur in answers here.
 _INCLUDABLE: Final = frozenset(
     """code_interpreter_call.outputs computer_call_output.output.image_url file_search_call.results
@@ -25,17 +28,35 @@ _LONGEST_KEY: Final = 64
 _LONGEST_VALUE: Final = 512
 
 
-def read_include(fields: Fields) -> bool:
-    """Whether to also return reasoning as `encrypted_content`. Raises `ApiError` for an unsupported entry."""
-    given = fields.take("include")
+@dataclasses.dataclass(frozen=True)
+class Include:
+    """What items have only if it is asked for."""
+
+    encrypted: bool = False  # the reasoning also as `encrypted_content`
+    top_logprobs: int | None = None  # alternatives to each token of a text; None: no log-probabilities
+
+
+def read_include(fields: Fields) -> Include:
+    """`include` and `top_logprobs`. Raises `ApiError` for an unsupported entry."""
+    given, top = fields.take("include"), fields.whole("top_logprobs", 0, MAX_TOP_LOGPROBS)
     if given is None:
-        return False
+        given = []
     if not isinstance(given, list):
         raise bad_request(f"include must be a list, found {as_json(given)}", "include")
     for name in given:
-        if not isinstance(name, str) or name not in {_ENCRYPTED, *_INCLUDABLE}:
+        if not isinstance(name, str) or name not in {_ENCRYPTED, _LOGPROBS, *_INCLUDABLE}:
             raise bad_request(f"include {as_json(name)} is not supported", "include", "unsupported")
-    return _ENCRYPTED in given
+    if top and _LOGPROBS not in given:
+        raise bad_request(f"top_logprobs requires include: [{as_json(_LOGPROBS)}]", "top_logprobs")
+    return Include(_ENCRYPTED in given, (top or 0) if _LOGPROBS in given else None)
+
+
+def read_truncation(fields: Fields) -> str:
+    """`truncation`. Raises `ApiError`."""
+    given = fields.text("truncation") or "disabled"
+    if given not in ("auto", "disabled"):
+        raise bad_request(f"truncation is {as_json(given)}; expected auto or disabled", "truncation")
+    return given
 
 
 def read_text(fields: Fields) -> tuple[dict[str, Any], Grammar | None]:

@@ -14,6 +14,7 @@ from gptjax.server.errors import ApiError, as_json, bad_request, unavailable
 from gptjax.server.events import AnyWorker, PromptScores, QueueFull
 from gptjax.server.mailbox import Mailbox
 from gptjax.server.metrics import Metrics
+from gptjax.server.response_store import ResponseStore
 from gptjax.server.settings import Facts, Limits
 from gptjax.text import Tokenizer
 from gptjax.text.bounded import Bounds
@@ -102,10 +103,16 @@ class Service:
     draining: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when shutdown begins
     drained: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when its time is up
     began: float = dataclasses.field(default_factory=time.monotonic)
+    stored: ResponseStore = dataclasses.field(init=False)
     _places: set[object] = dataclasses.field(default_factory=set)  # reserved for requests being read
     _bodies: dict[object, int] = dataclasses.field(default_factory=dict)  # sizes of the large ones being read
     _scoring: set[object] = dataclasses.field(default_factory=set)  # answers that need scores
     _mailboxes: list[Mailbox] = dataclasses.field(default_factory=list)  # of the loop that runs, if any
+
+    def __post_init__(self) -> None:
+        limits = self.limits
+        store = ResponseStore(limits.stored_responses, limits.stored_bytes, limits.stored_conversation)
+        object.__setattr__(self, "stored", store)  # the service is frozen
 
     @contextlib.contextmanager
     def body(self) -> Iterator[Callable[[int], None]]:

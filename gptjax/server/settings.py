@@ -16,6 +16,9 @@ class Limits:
     heartbeat_seconds: float = 60.0  # without one, the worker counts as hung; compiling takes time
     rows: int = 128  # prompts times `n` of one request
     scoring: int = 64  # requests with `echo` and `logprobs` at a time
+    stored_responses: int = 1000
+    stored_bytes: int = 256 << 20  # of all stored responses
+    stored_conversation: int = 32 << 20  # bytes of the items that led to a stored response
 
 
 @dataclasses.dataclass(frozen=True)

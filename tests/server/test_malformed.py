@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptjax.server import app
+from gptjax.server.response_store import Item, Stored
 from tests.fuzz import rounds
 from tests.server.server_material import GPT_OSS, USER, chat, complete, fault, make
 
@@ -292,6 +293,30 @@ WHOLE["messages/count_tokens"] = {
 }
 
 
+WHOLE["responses"] = {
+    "model": GPT_OSS,
+    "input": [
+        {"type": "item_reference", "id": "msg_1"},
+        USER,
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "a"}]},
+        {
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "b", "annotations": []}],
+            "phase": "commentary",
+        },
+        {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}", "status": "completed"},
+        {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "c"}]},
+    ],
+    "previous_response_id": "resp_1",
+    "store": True,
+    "include": ["message.output_text.logprobs", "reasoning.encrypted_content"],
+    "top_logprobs": 2,
+    "truncation": "auto",
+    "max_output_tokens": 5,
+    "tools": [{"type": "function", "name": "f", "parameters": SCHEMA, "strict": True}],
+}
+
+
 def damaged(value, data):
     """A copy in which something, somewhere, is another value, or missing, or there twice."""
     inside = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
@@ -314,18 +339,30 @@ def damaged(value, data):
 @pytest.mark.fuzz
 @settings(max_examples=rounds(500), deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_no_damaged_request_is_a_500(runner, applications, data):
+def test_no_damaged_request_is_a_500(runner, applications, harmony, data):
     route = data.draw(st.sampled_from(sorted(WHOLE)))
     body = WHOLE[route]
     for _ in range(data.draw(st.integers(1, 3))):
         body = damaged(body, data)
+    item = Item("msg_1", json.dumps({"type": "message", "id": "msg_1", **USER}).encode())
+    harmony.stored.remove("resp_1")
+    harmony.stored.add("resp_1", Stored(b"{}", (), (item,), {"msg_1"}))
+    query = data.draw(st.dictionaries(st.sampled_from("limit order after stream include".split()), st.text(max_size=4)))
+    path = f"/v1/responses/{data.draw(st.sampled_from(['resp_1', 'resp_2', '%00', '%2F']))}"
 
     async def run():
         transport = httpx2.ASGITransport(applications[0])
         async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await client.post(f"/v1/{route}", content=json.dumps(body))
+            sent = await client.post(f"/v1/{route}", content=json.dumps(body))
+            if route == "responses" and sent.status_code == 200:  # what was stored can be read
+                again = {"input": "a", "previous_response_id": sent.json()["id"], "truncation": "auto"}
+                whole = await client.get(f"/v1/responses/{sent.json()['id']}/input_items?limit=100")
+                assert [whole.status_code, (await client.post("/v1/responses", json=again)).status_code] == [200, 200]
+            method = data.draw(st.sampled_from(["GET", "DELETE"]))
+            asked = await client.request(method, path + data.draw(st.sampled_from(["", "/input_items"])), params=query)
+            return sent, asked
 
-    response = runner.run(run())
-    assert response.status_code in (200, 400, 404), response.text
-    if response.status_code != 200:
-        assert response.json()["error"]["message"]
+    for response in runner.run(run()):
+        assert response.status_code in (200, 400, 404, 405), response.text
+        if response.status_code != 200:
+            assert response.json()["error"]["message"]

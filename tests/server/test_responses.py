@@ -9,7 +9,7 @@ from tests.server.server_material import GPT_OSS, fault, ids, make, tokenizer
 def test_reasoning_and_answer_are_items():
     service = talking(THOUGHT + ANSWER)
     body = respond(service, instructions="Be kind.", reasoning={"effort": "low"}, max_output_tokens=99).json()
-    assert (body["object"], body["status"], body["store"]) == ("response", "completed", False)
+    assert (body["object"], body["status"], body["store"]) == ("response", "completed", True)
     part = {"type": "output_text", "text": "It was late.", "annotations": [], "logprobs": []}
     assert without_ids(body["output"]) == [
         {
@@ -86,7 +86,8 @@ def test_a_turn_that_is_cut_short():
         {"input": "\ud800"},
         {"previous_response_id": "resp_1"},
         {"background": True},
-        {"truncation": "auto"},
+        {"truncation": "some"},
+        {"store": "yes"},
         {"text": {"format": {"type": "json_schema"}}},
         {"text": {"format": {"type": "json"}}},
         {"text": 3},

@@ -8,7 +8,9 @@ from gptjax.chat import ChatCompletion
 from gptjax.server.anthropic.options import Thinking
 from gptjax.server.encrypted import encrypted
 from gptjax.server.items import Items
+from gptjax.server.responses_options import Include
 from gptjax.server.turn import Delta
+from gptjax.text import Tokenizer
 from gptjax.text.chat_formats.conversation import normal_arguments
 
 Event = dict[str, Any]
@@ -23,14 +25,14 @@ class Blocks:
       done: the complete blocks.
     """
 
-    def __init__(self, thinking: Thinking) -> None:
+    def __init__(self, thinking: Thinking, tokenizer: Tokenizer) -> None:
         self.done: list[dict[str, Any]] = []
         self._thinking = thinking
-        self._items = Items(encrypts=False)
+        self._items = Items(Include(), tokenizer)
 
     def add(self, delta: Delta) -> Iterator[Event]:
         """The events of more text."""
-        yield from self._translated(self._items.add(delta.reasoning, delta.text, delta.phase))
+        yield from self._translated(self._items.add(delta))
 
     def finish(self, turn: ChatCompletion) -> Iterator[Event]:
         """The events of the turn's end, including its calls."""

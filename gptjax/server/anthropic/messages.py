@@ -153,7 +153,7 @@ class Answer:
         self._asked = asked
         self.streams = asked.stream
         self._turn, self._generation = running_turn(service, asked.prompt_ids, asked.prompt.how, asked.options)
-        self._blocks = Blocks(asked.prompt.thinking)
+        self._blocks = Blocks(asked.prompt.thinking, service.served.text())
         self._result: ChatCompletion | None = None
         self._head = {
             "id": f"msg_{secrets.token_hex(12)}",
