@@ -103,6 +103,16 @@ CONVERSATIONS = {
         [USER, {"role": "system", "content": [text("Now be brief.")]}],
         [USER, {"role": "system", "content": "Now be brief."}],
     ),
+    "system messages for one turn": (
+        {},
+        [
+            {"role": "system", "content": "Old.", "clear_at": "next_user_message"},
+            USER,
+            {"role": "system", "content": "New.", "clear_at": "next_user_message", "output_config": {"effort": "high"}},
+            {"role": "system", "output_config": {"effort": "medium"}},
+        ],
+        [USER, {"role": "system", "content": "New."}],
+    ),
     "texts in blocks": (
         {},
         [user(text("One, "), text("two.", cache_control=None, citations=[]))],
@@ -157,6 +167,13 @@ def test_a_prompt_is_what_chat_completions_make_of_it(case):
     [
         ({"output_config": {"effort": "high"}}, {"reasoning_effort": "high"}),
         ({"output_config": {"effort": "max"}}, {"reasoning_effort": "high"}),
+        (
+            {
+                "messages": [USER, {"role": "system", "output_config": {"effort": "low"}}],
+                "output_config": {"effort": "max"},
+            },
+            {"reasoning_effort": "low"},
+        ),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, {}),
         (
             {"thinking": {"type": "adaptive", "display": "omitted"}, "output_config": {"effort": "low"}},
@@ -325,7 +342,7 @@ FAULTS = [
     ({"colour": "red"}, "'colour' is not a field"),
     ({"system": [{"type": "image"}]}, "system[0] has the type 'image'"),
     ({"messages": []}, "messages must be a non-empty list"),
-    ({"messages": [USER, {"role": "assistant", "content": "Once"}]}, "messages must not end with the assistant's"),
+    ({"messages": [USER, {"role": "assistant", "content": "Once"}]}, "messages end with the assistant's"),
     ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role is 'tool'"),
     ({"messages": [user()]}, "messages[0].content is empty"),
     ({"messages": [user({"type": "image", "source": {}})]}, "messages[0].content[0] has the type 'image'"),
@@ -345,6 +362,13 @@ FAULTS = [
         {"messages": [USER, assistant({"type": "redacted_thinking", "data": "a"}), USER]},
         "has the type 'redacted_thinking'",
     ),
+    ({"messages": [USER, {"role": "system", "content": "a", "clear_at": "now"}]}, "messages[1].clear_at is 'now'"),
+    (
+        {"messages": [USER, {"role": "system", "output_config": {"effort": "huge"}}]},
+        "messages[1].output_config.effort is 'huge'",
+    ),
+    ({"messages": [USER | {"clear_at": "never"}]}, "messages[0] has 'clear_at'"),
+    ({"messages": [{"role": "system", "content": ""}]}, "messages are all empty"),
     ({"tools": [{"type": "web_search_20260318", "name": "web_search"}]}, "tools[0] has the type 'web_search_20260318'"),
     ({"tools": [{"name": "f"}]}, "tools[0].input_schema must be an object"),
     ({"tools": [WEATHER | {"name": "a b"}]}, "tools[0].name is 'a b'"),

@@ -2,7 +2,7 @@
 
 | Anthropic's API | OpenAI's chat API |
 |---|---|
-| `system`, and messages with that role | system messages |
+| `system`, and messages with that role, unless `clear_at` says that they are over | system messages |
 | texts of a user, in a row | one user message |
 | `tool_result` | a tool message; an error begins with "Error: " |
 | `tool_reference` in it | a text; the tool, whose `defer_loading` had kept it from the model, is now offered |
@@ -13,6 +13,7 @@
 Texts in a row are joined unchanged. `cache_control`, `citations` and the like have no effect on a prompt.
 """
 
+import dataclasses
 import itertools
 import json
 import re
@@ -20,10 +21,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from gptjax.errors import GptjaxError
+from gptjax.server.anthropic.options import read_effort_of_turn
 from gptjax.server.body import check_text
 from gptjax.server.encrypted import verified
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
-from gptjax.server.responses_input import Input
+from gptjax.server.responses_input import Input, joined
 
 # Claude Code's first system text, about itself. It may differ between requests, which then would not begin alike.
 _BILLING: Final = "x-anthropic-billing-header:"
@@ -45,31 +47,57 @@ _NAMES: Final = {
 }
 
 
-def read_conversation(system: object, messages: object) -> Input:
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """A conversation that was read."""
+
+    given: Input
+    effort: str | None  # of this turn, if a message says so
+
+    def explained(self, error: GptjaxError) -> ApiError:
+        """A chat format's error, with this route's names."""
+        found, message, places = of_gptjax(error), str(error), self.given.places
+        if (place := _MESSAGE.search(message)) and int(place[1]) < len(places):
+            message = message.replace(place[0], places[int(place[1])], 1)
+        if old := next((name for name in _NAMES if name in message), None):
+            message = message.replace(old, _NAMES[old], 1)
+        return bad_request(message, found.param, found.code)
+
+
+def read_conversation(system: object, messages: object, *, one_message_a_turn: bool) -> Conversation:
     """The conversation as chat messages. Raises `ApiError`."""
-    found = Input([], [])
+    found, effort = Input([], []), None
     for text in _texts(system, "system"):
         found.messages.append({"role": "system", "content": text})
         found.places.append("system")
     if not isinstance(messages, list) or not messages:
         raise bad_request("messages must be a non-empty list", "messages")
+    last_user = max((index for index, message in enumerate(messages) if _role(message) == "user"), default=-1)
     for index, message in enumerate(messages):
-        for read, place in _read_message(message, f"messages[{index}]"):
-            found.messages.append(read)
-            found.places.append(place)
+        where = f"messages[{index}]"
+        read = list(_read_message(message, where))
+        if _role(message) == "system":
+            effort = read_effort_of_turn(message.get("output_config"), f"{where}.output_config") or effort
+            read = [] if _is_over(message, where) and index < last_user else read
+        found.messages.extend(each for each, _ in read)
+        found.places.extend(place for _, place in read)
+    if not found.messages:
+        raise bad_request("messages are all empty")
     if found.messages[-1]["role"] == "assistant":
-        raise bad_request("messages must not end with the assistant's: no answer is begun by the client here")
-    return found
+        raise bad_request("messages end with the assistant's, which this server does not continue: leave it out")
+    return Conversation(joined(found) if one_message_a_turn else found, effort)
 
 
-def explained(given: Input, error: GptjaxError) -> ApiError:
-    """A chat format's error, with this route's names."""
-    found, message = of_gptjax(error), str(error)
-    if (place := _MESSAGE.search(message)) and int(place[1]) < len(given.places):
-        message = message.replace(place[0], given.places[int(place[1])], 1)
-    if old := next((name for name in _NAMES if name in message), None):
-        message = message.replace(old, _NAMES[old], 1)
-    return bad_request(message, found.param, found.code)
+def _role(message: object) -> object:
+    return message.get("role") if isinstance(message, Mapping) else None
+
+
+def _is_over(message: Mapping[str, Any], where: str) -> bool:
+    """Whether a system message is only for the turn that it stands in."""
+    until = message.get("clear_at")
+    if until not in (None, "never", "next_user_message"):
+        raise bad_request(f"{where}.clear_at is {as_json(until)}; expected never or next_user_message")
+    return until == "next_user_message"
 
 
 def _texts(system: object, where: str) -> Iterator[str]:
@@ -89,9 +117,10 @@ def _read_message(message: object, where: str) -> Iterator[tuple[dict[str, Any],
     """A message as chat messages, each with its place."""
     if not isinstance(message, Mapping):
         raise bad_request(f"{where} must be an object, found {as_json(message)}")
-    if unknown := [key for key in message if key not in ("role", "content")]:
-        raise bad_request(f"{where} has {as_json(unknown[0])}, which is not known here")
     role, content = message.get("role"), message.get("content")
+    known = ("role", "content", "clear_at", "output_config") if role == "system" else ("role", "content")
+    if unknown := [key for key in message if key not in known]:
+        raise bad_request(f"{where} has {as_json(unknown[0])}, which is not known here")
     if role == "system":
         for text in _texts(content, f"{where}.content"):
             yield {"role": "system", "content": text}, where
@@ -143,7 +172,7 @@ def references(messages: object) -> set[str]:
     """The tools that the results of searches name. The messages have been read."""
     found = set()
     for message in messages if isinstance(messages, list) else []:
-        content = message["content"]
+        content = message.get("content")
         for block in content if isinstance(content, list) else []:
             parts = block.get("content") if block["type"] == "tool_result" else None
             for part in parts if isinstance(parts, list) else []:

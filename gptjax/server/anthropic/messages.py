@@ -15,7 +15,6 @@ from gptjax.errors import CapacityError, GptjaxError
 from gptjax.server.answering import answered
 from gptjax.server.anthropic.blocks import Blocks
 from gptjax.server.anthropic.conversation import (
-    explained,
     read_conversation,
     read_tool_choice,
     read_tools,
@@ -26,7 +25,6 @@ from gptjax.server.anthropic.errors import body, too_long
 from gptjax.server.anthropic.options import Thinking, options_of, read_output_config, read_thinking
 from gptjax.server.body import Fields, reading
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
-from gptjax.server.responses_input import joined
 from gptjax.server.schema import MOST_TOKENS, read_sampling
 from gptjax.server.service import Served, Service
 from gptjax.server.sse import EventStream, json_response, unless_gone
@@ -99,23 +97,25 @@ def _read_prompt(fields: Fields, served: Served) -> Prompt:
     thinking = read_thinking(fields)
     effort, answer = read_output_config(fields)
     messages = fields.take("messages")
-    given = read_conversation(fields.take("system"), messages)
-    if chat_format.one_message_a_turn:
-        given = joined(given)
+    one = chat_format.one_message_a_turn
+    conversation = read_conversation(fields.take("system"), messages, one_message_a_turn=one)
+    given = conversation.given
     tools, choice = read_tools(fields.take("tools"), references(messages)), read_tool_choice(fields.take("tool_choice"))
     tools = [] if choice == "none" else tools
     most = _COUNTED * served.max_length
     _, least = served.least_tokens([given.messages, tools])
     if least > most:
         raise too_long(least, served.max_length, at_least=True)
-    how = dataclasses.replace(options_of(chat_format, thinking, effort), tools=without_strict(tools))
+    how = dataclasses.replace(
+        options_of(chat_format, thinking, conversation.effort or effort), tools=without_strict(tools)
+    )
     try:
         ids = chat_format.render(given.messages, tokenizer, how, max_length=most)
         grammar = grammar_of_turn(chat_format, tokenizer, dataclasses.replace(how, tools=tools), None, choice, answer)
     except CapacityError:
         raise too_long(most + 1, served.max_length, at_least=True) from None
     except GptjaxError as error:
-        raise explained(given, error) from None
+        raise conversation.explained(error) from None
     return Prompt(ids, how, thinking, grammar)
 
 

@@ -49,19 +49,34 @@ def read_thinking(fields: Fields) -> Thinking:
 
 def read_output_config(fields: Fields) -> tuple[str | None, Grammar | None]:
     """The effort, and what the text must be. Raises `ApiError`."""
-    given = fields.take("output_config")
-    if given is not None and not isinstance(given, dict):
-        raise bad_request(f"output_config must be an object, found {as_json(given)}")
-    options = Fields(given or {})
-    effort, form = options.take("effort"), options.take("format")
+    options = _output_config(fields.take("output_config"), "output_config")
+    effort, form = _read_effort(options, "output_config"), options.take("format")
     options.finish(())
-    if effort is not None and (not isinstance(effort, str) or effort not in _EFFORTS):
-        raise bad_request(f"output_config.effort is {as_json(effort)}; expected one of {', '.join(_EFFORTS)}")
     try:
-        grammar = read_response_format(form, "output_config.format")
+        return effort, read_response_format(form, "output_config.format")
     except GptjaxError as error:
         raise of_gptjax(error) from None
-    return None if effort is None else _EFFORTS[effort], grammar
+
+
+def read_effort_of_turn(given: object, where: str) -> str | None:
+    """The effort in the `output_config` of a message. Raises `ApiError`."""
+    options = _output_config(given, where)
+    effort = _read_effort(options, where)
+    options.finish(())
+    return effort
+
+
+def _output_config(given: object, where: str) -> Fields:
+    if given is not None and not isinstance(given, dict):
+        raise bad_request(f"{where} must be an object, found {as_json(given)}")
+    return Fields(given or {})
+
+
+def _read_effort(options: Fields, where: str) -> str | None:
+    effort = options.take("effort")
+    if effort is not None and (not isinstance(effort, str) or effort not in _EFFORTS):
+        raise bad_request(f"{where}.effort is {as_json(effort)}; expected one of {', '.join(_EFFORTS)}")
+    return None if effort is None else _EFFORTS[effort]
 
 
 def options_of(chat_format: ChatFormat, thinking: Thinking, effort: str | None) -> ChatOptions:
