@@ -33,7 +33,7 @@ from gptjax.server.service import Served, Service
 from gptjax.server.turn import Delta, Turn, joined
 from gptjax.structured import Grammar
 from gptjax.structured.wishes import grammar_of_turn
-from gptjax.text.chat_formats import ChatOptions
+from gptjax.text.chat_formats import CallPart, ChatOptions, ToolCall
 
 # Further fields about tools and the answer's form, with the values that ask for nothing.
 _NEUTRAL = {
@@ -193,11 +193,10 @@ class Answer:
             if delta.text or delta.reasoning:
                 logprobs = self._logprobs(self._entries(delta))
                 yield {**head, "choices": [_choice(row, _delta(delta), logprobs)], **without}
+            if delta.calls:
+                yield {**head, "choices": [_choice(row, {"tool_calls": list(map(_call, delta.calls))})], **without}
             if delta.whole is not None:
                 turns[row] = delta.whole
-                calls = [{"index": index, **call.to_json()} for index, call in enumerate(delta.whole.tool_calls)]
-                if calls:
-                    yield {**head, "choices": [_choice(row, {"tool_calls": calls})], **without}
                 yield {**head, "choices": [_choice(row, {}, None, delta.whole.finish_reason)], **without}
         if self._asked.stream.usage:
             yield {**head, "choices": [], "usage": self._usage(turns)}
@@ -232,6 +231,12 @@ def _delta(delta: Delta) -> dict[str, Any]:
     found = {"content": delta.text} if delta.text else {}
     # Clients read one or the other.
     return found | ({"reasoning": delta.reasoning, "reasoning_content": delta.reasoning} if delta.reasoning else {})
+
+
+def _call(part: CallPart) -> dict[str, Any]:
+    if not part.begins:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    return {"index": part.index, **ToolCall(part.id, part.name, part.arguments).to_json()}
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """The items of a response (reasoning, messages, function calls), and the events that stream them."""
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gptjax.chat import ChatCompletion
 from gptjax.server.encrypted import encrypted
-from gptjax.text.chat_formats import ToolCall
+from gptjax.text.chat_formats import CallPart
 
 Event = dict[str, Any]
 # By kind of item: the type of its one part, and of the events of its text.
@@ -17,7 +17,7 @@ _PARTS = {
 
 
 class Items:
-    """Turns a turn's text into items: a new one at every change between reasoning, preamble and answer.
+    """Turns a turn's text and calls into items: a new one at every change between reasoning, preamble and answer.
 
     Attributes:
       done: the complete items.
@@ -29,22 +29,23 @@ class Items:
         self._encrypts = encrypts
         self._kind: str | None = None  # of the item that is open
         self._phase: str | None = None  # of an open message
+        self._call: CallPart | None = None  # the first part of an open call
         self._id = ""
         self._text: list[str] = []
 
-    def add(self, reasoning: str, answer: str, phase: str) -> Iterator[Event]:
-        """The events of more text; `phase` is the answer's."""
+    def add(self, reasoning: str, answer: str, phase: str, calls: Sequence[CallPart]) -> Iterator[Event]:
+        """The events of more text, whose `phase` is the answer's, and then of more calls."""
         for kind, phase_of_it, text in (("reasoning", None, reasoning), ("message", phase, answer)):
             if (self._kind, self._phase) != (kind, phase_of_it):
                 text = text.lstrip("\n")  # the empty line between messages, which are separate items here
             if text:
                 yield from self._grow(kind, phase_of_it, text)
+        for part in calls:
+            yield from self._grow_call(part)
 
     def finish(self, turn: ChatCompletion) -> Iterator[Event]:
-        """The events of the turn's end, including its calls."""
+        """The events of the turn's end."""
         yield from self._close("incomplete" if turn.finish_reason == "length" else "completed")
-        for call in turn.tool_calls:
-            yield from self._call(call, "incomplete" if turn.finish_reason == "length" else "completed")
 
     def _grow(self, kind: str, phase: str | None, text: str) -> Iterator[Event]:
         part, about = _PARTS[kind]
@@ -58,6 +59,8 @@ class Items:
         yield self._event(f"{about}.delta", delta=text, **_logprobs(kind))
 
     def _close(self, status: str) -> Iterator[Event]:
+        if self._call is not None:
+            yield from self._close_call(self._call, status)
         if self._kind is None:
             return
         part, about = _PARTS[self._kind]
@@ -69,22 +72,29 @@ class Items:
         self.done.append(item)
         self._kind = self._phase = None
 
-    def _call(self, call: ToolCall, status: str) -> Iterator[Event]:
-        item_id = f"fc_{secrets.token_hex(12)}"
-        item = {"id": item_id, "type": "function_call", "call_id": call.id, "name": call.name, "status": status}
-        place = {"item_id": item_id, "output_index": len(self.done)}
-        begun = {**item, "arguments": "", "status": "in_progress"}
-        yield self._event("response.output_item.added", item=begun, inside=False)
-        yield {"type": "response.function_call_arguments.delta", **place, "delta": call.arguments}
-        yield {
-            "type": "response.function_call_arguments.done",
-            **place,
-            "name": call.name,
-            "arguments": call.arguments,
-        }
-        item["arguments"] = call.arguments
+    def _grow_call(self, part: CallPart) -> Iterator[Event]:
+        if part.begins:
+            yield from self._close("completed")
+            self._call, self._text, self._id = part, [], f"fc_{secrets.token_hex(12)}"
+            item = self._call_item(part, "in_progress", "")
+            yield self._event("response.output_item.added", item=item, inside=False)
+        if part.arguments:
+            self._text.append(part.arguments)
+            place = {"item_id": self._id, "output_index": len(self.done)}
+            yield {"type": "response.function_call_arguments.delta", **place, "delta": part.arguments}
+
+    def _close_call(self, call: CallPart, status: str) -> Iterator[Event]:
+        item = self._call_item(call, status, "".join(self._text))
+        place = {"item_id": self._id, "output_index": len(self.done)}
+        whole = {"name": call.name, "arguments": item["arguments"]}
+        yield {"type": "response.function_call_arguments.done", **place, **whole}
         yield self._event("response.output_item.done", item=item, inside=False)
         self.done.append(item)
+        self._call = None
+
+    def _call_item(self, call: CallPart, status: str, arguments: str) -> dict[str, Any]:
+        about = {"call_id": call.id, "name": call.name, "status": status, "arguments": arguments}
+        return {"id": self._id, "type": "function_call", **about}
 
     def _item(self, status: str, text: str | None = None) -> dict[str, Any]:
         assert self._kind is not None  # an item is open

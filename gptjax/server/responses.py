@@ -189,7 +189,7 @@ class Answer:
         """The events of the items."""
         async for _, deltas in self._generation.results():
             for delta in joined_deltas(deltas):
-                for event in self._items.add(delta.reasoning, delta.text, delta.phase):
+                for event in self._items.add(delta.reasoning, delta.text, delta.phase, delta.calls):
                     yield event
                 if delta.whole is not None:
                     self._result = delta.whole

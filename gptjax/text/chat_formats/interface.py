@@ -42,6 +42,17 @@ class ToolCall:
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class CallPart:
+    """What was added to a tool call while the model writes it."""
+
+    index: int  # which call of the turn
+    id: str
+    name: str
+    arguments: str  # the added text; the parts of a call make up its arguments
+    begins: bool  # whether it is the first part
+
+
 class TurnReader(Protocol):
     """Splits the tokens of one turn into answer, reasoning and tool calls; a detokenizer for the engine."""
 
@@ -68,6 +79,9 @@ class TurnReader(Protocol):
 
     def take_reasoning(self) -> str:
         """Returns the reasoning added since it was last called."""
+
+    def take_calls(self) -> tuple[CallPart, ...]:
+        """Returns what was added to tool calls since it was last called, a part for each call."""
 
     @property
     def reasoning(self) -> str:
