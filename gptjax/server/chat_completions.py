@@ -23,6 +23,8 @@ from gptjax.server.schema import (
     MOST_TOKENS,
     WITHOUT_EFFECT,
     Stream,
+    fitted,
+    read_effort,
     read_guided,
     read_sampling,
     read_stream,
@@ -32,7 +34,7 @@ from gptjax.server.schema import (
 from gptjax.server.service import Served, Service
 from gptjax.server.turn import Delta, Turn, joined
 from gptjax.structured import Grammar
-from gptjax.structured.wishes import grammar_of_turn
+from gptjax.structured.wishes import described, grammar_of_turn, read_response_format
 from gptjax.text.chat_formats import CallPart, ChatOptions, ToolCall
 
 # Further fields about tools and the answer's form, with the values that ask for nothing.
@@ -87,13 +89,16 @@ def _render(fields: Fields, messages: object, served: Served) -> tuple[list[int]
     if tools is not None and not isinstance(tools, list):
         raise bad_request("tools must be a list", "tools")
     served.check_size([messages, tools], "messages")
-    choice, form, guided = fields.take("tool_choice"), fields.take("response_format"), read_guided(fields)
-    how = ChatOptions(
-        tools=[] if choice == "none" else tools or [],
-        reasoning_effort=fields.text("reasoning_effort") or None,
-        enable_thinking=read_thinking(fields),
-    )
+    choice, given, guided = fields.take("tool_choice"), fields.take("response_format"), read_guided(fields)
+    effort, thinking = fitted(served.chat(), read_effort(fields), read_thinking(fields))
     try:
+        form = read_response_format(given)
+        how = ChatOptions(
+            tools=[] if choice == "none" else tools or [],
+            reasoning_effort=effort,
+            enable_thinking=thinking,
+            response_format=described(given),
+        )
         prompt_ids = served.chat().render(messages, served.text(), how, max_length=served.max_length)
         return prompt_ids, how, grammar_of_turn(served.chat(), served.text(), how, form, choice, guided)
     except GptjaxError as error:

@@ -1,7 +1,7 @@
 """The items of a response (reasoning, messages, function calls), and the events that stream them."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gptjax.chat import ChatCompletion
@@ -23,10 +23,11 @@ class Items:
       done: the complete items.
     """
 
-    def __init__(self, *, encrypts: bool) -> None:
-        """`encrypts`: reasoning items have an `encrypted_content`."""
+    def __init__(self, *, encrypts: bool, namespaces: Mapping[str, tuple[str, str]]) -> None:
+        """`encrypts`: reasoning items have an `encrypted_content`. `namespaces`: as in `Tools`."""
         self.done: list[dict[str, Any]] = []
         self._encrypts = encrypts
+        self._namespaces = namespaces
         self._kind: str | None = None  # of the item that is open
         self._phase: str | None = None  # of an open message
         self._call: CallPart | None = None  # the first part of an open call
@@ -86,15 +87,17 @@ class Items:
     def _close_call(self, call: CallPart, status: str) -> Iterator[Event]:
         item = self._call_item(call, status, "".join(self._text))
         place = {"item_id": self._id, "output_index": len(self.done)}
-        whole = {"name": call.name, "arguments": item["arguments"]}
+        whole = {"name": item["name"], "arguments": item["arguments"]}
         yield {"type": "response.function_call_arguments.done", **place, **whole}
         yield self._event("response.output_item.done", item=item, inside=False)
         self.done.append(item)
         self._call = None
 
     def _call_item(self, call: CallPart, status: str, arguments: str) -> dict[str, Any]:
-        about = {"call_id": call.id, "name": call.name, "status": status, "arguments": arguments}
-        return {"id": self._id, "type": "function_call", **about}
+        namespace, name = self._namespaces.get(call.name, (None, call.name))
+        about = {"call_id": call.id, "name": name, "status": status, "arguments": arguments}
+        within = {} if namespace is None else {"namespace": namespace}
+        return {"id": self._id, "type": "function_call", **within, **about}
 
     def _item(self, status: str, text: str | None = None) -> dict[str, Any]:
         assert self._kind is not None  # an item is open

@@ -18,16 +18,23 @@ from gptjax.server.body import Fields
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 from gptjax.server.generation import Generation, Row
 from gptjax.server.items import Items
-from gptjax.server.responses_input import joined, read_input, read_tools, with_strict
+from gptjax.server.responses_input import joined, read_input
 from gptjax.server.responses_options import (
     check_repeated,
-    read_effort,
     read_include,
     read_repeated,
     read_text,
     repeated_tools,
 )
-from gptjax.server.schema import MOST_TOKENS, WITHOUT_EFFECT, read_sampling, read_thinking
+from gptjax.server.responses_tools import WARNING, Tools, read_tools
+from gptjax.server.schema import (
+    MOST_TOKENS,
+    WITHOUT_EFFECT,
+    fitted,
+    read_reasoning,
+    read_sampling,
+    read_thinking,
+)
 from gptjax.server.service import Served, Service
 from gptjax.server.turn import Turn
 from gptjax.server.turn import joined as joined_deltas
@@ -43,7 +50,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
-_WITHOUT_EFFECT = WITHOUT_EFFECT | {"client_metadata", "max_tool_calls", "stream_options"}  # Codex sends the first
+_WITHOUT_EFFECT = WITHOUT_EFFECT | {"max_tool_calls", "stream_options"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Asked:
     stream: bool
     encrypts: bool  # also return the reasoning as `encrypted_content`
     repeated: dict[str, Any]  # fields of the request that its answer repeats
+    tools: Tools
 
 
 def read(values: dict[str, Any], served: Served) -> Asked:
@@ -71,7 +79,9 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     repeated = read_repeated(fields)
     options = read_sampling(fields)
     max_tokens = fields.whole("max_output_tokens", 1, MOST_TOKENS)
-    (text, answer), effort, thinking = read_text(fields), read_effort(fields), read_thinking(fields)
+    text, answer, about = read_text(fields)
+    given_effort, thinking = read_reasoning(fields), read_thinking(fields)
+    effort, thinking = fitted(chat_format, given_effort, thinking, name="reasoning.effort")
     if effort is None and "reasoning_effort" in chat_format.options:
         effort = "medium"
     tools = read_tools(fields.take("tools"))
@@ -92,9 +102,14 @@ def read(values: dict[str, Any], served: Served) -> Asked:
         "top_p": options.get("top_p"),
     }
     check_repeated(repeated)
-    served.check_size(tools, "tools")
-    served.check_size([messages, tools], "input")
-    how = ChatOptions(tools=[] if choice == "none" else tools, reasoning_effort=effort, enable_thinking=thinking)
+    served.check_size(tools.offered, "tools")
+    served.check_size([messages, tools.offered], "input")
+    how = ChatOptions(
+        tools=[] if choice == "none" else tools.offered,
+        reasoning_effort=effort,
+        enable_thinking=thinking,
+        response_format=about,
+    )
     try:
         prompt_ids = chat_format.render(messages, served.text(), how, max_length=served.max_length)
     except GptjaxError as error:
@@ -104,17 +119,27 @@ def read(values: dict[str, Any], served: Served) -> Asked:
     except GptjaxError as error:
         raise of_gptjax(error, "input") from None
     try:
-        strict = dataclasses.replace(how, tools=with_strict(how.tools, values["tools"])) if how.tools else how
+        strict = dataclasses.replace(how, tools=tools.with_strict()) if how.tools else how
         grammar = grammar_of_turn(chat_format, served.text(), strict, None, choice, answer)
     except GptjaxError as error:
         raise of_gptjax(error) from None
     options |= {"max_tokens": served.max_length if max_tokens is None else max_tokens, "grammar": grammar}
-    return Asked(checked, how, options, stream, encrypts, repeated)
+    return Asked(checked, how, options, stream, encrypts, repeated, tools)
 
 
 async def respond(request: Request) -> Response:
-    """Answers a request."""
-    return await answered(request, lambda values, service: read(values, service.served), Answer)
+    """Answers a request. A header names the tools that were left out."""
+    left_out: list[str] = []
+
+    def read_tools_too(values: dict[str, Any], service: Service) -> Asked:
+        asked = read(values, service.served)
+        left_out.extend(asked.tools.left_out)
+        return asked
+
+    response = await answered(request, read_tools_too, Answer)
+    if left_out:
+        response.headers[WARNING] = f"left out, as this server runs no tools itself: {', '.join(left_out)}"
+    return response
 
 
 class Answer:
@@ -130,7 +155,7 @@ class Answer:
         except GptjaxError as error:
             raise of_gptjax(error) from None
         self._generation = Generation(service, [Row(asked_for, self._turn.reader, self._turn.add)])
-        self._items = Items(encrypts=asked.encrypts)
+        self._items = Items(encrypts=asked.encrypts, namespaces=asked.tools.namespaces)
         self._result: ChatCompletion | None = None
         self._error: ApiError | None = None
         self._count = 0  # of events

@@ -118,7 +118,6 @@ OF_CHAT = {
     "messages a string": {"messages": "Hello"},
     "messages of strings": {"messages": ["Hello"]},
     "messages of null": {"messages": [None]},
-    "no user": {"messages": [{"role": "system", "content": "a"}]},
     "no role": said(content="a"),
     "role unknown": said(role="wizard", content="a"),
     "role an object": said(role={}, content="a"),

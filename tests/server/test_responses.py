@@ -111,7 +111,7 @@ def test_a_turn_that_is_cut_short():
         {"reasoning": {"effort": "enormous"}},
         {"reasoning": {"depth": 3}},
         {"tools": {}},
-        {"tools": [{"type": "web_search"}]},
+        {"tools": [{"type": "file_search"}]},
         {"tools": ["f"]},
         {"tools": [{"type": "function", "name": 3}]},
         {"tool_choice": "required"},

@@ -62,6 +62,7 @@ class Harmony:
             options.tools,
             "medium" if options.reasoning_effort is None else options.reasoning_effort,
             None if date is None else date.isoformat(),
+            response_format=options.response_format,
             max_length=max_length,
         )
 
