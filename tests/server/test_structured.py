@@ -10,8 +10,8 @@ import pytest
 
 from gptjax.structured import library, places
 from tests.fuzz import rounds
+from tests.server.drawn_material import drawing
 from tests.server.server_material import GPT2, GPT_OSS, chat, complete, events, fault, make, post, tokenizer
-from tests.structured.walks import CLOSING, allowed, compiler
 
 SCHEMA = {
     "type": "object",
@@ -25,25 +25,6 @@ BAD = {"type": "object", "properties": {"a": {"not": {}}}}
 
 def tool(name: str, parameters=SCHEMA, **more) -> dict:
     return {"type": "function", "function": {"name": name, "description": "", "parameters": parameters, **more}}
-
-
-def drawing(name: str, seed: int = 0):
-    """A script: tokens at random, of those that the request's grammar allows. Reasoning is short."""
-    text, chance = tokenizer(name), random.Random(seed)
-    marks = [number for token, number in text.special_ids.items() if token != "<|startoftext|>"]
-    closing = [each for each in range(text.vocab_size) if text.token_bytes(each) in (*CLOSING, b"</think>", b"<")]
-
-    def script(request):
-        assert request.grammar is not None
-        matcher = compiler(name).matcher(request.grammar, request.stop_ids)
-        for _ in range(300):
-            ids = allowed(matcher, name)
-            ends = [each for each in ids if each in marks] or [each for each in ids if each in closing]
-            token_id = chance.choice(ends if ends and chance.random() < 0.7 else ids)
-            matcher.take(token_id)
-            yield token_id
-
-    return script
 
 
 def drawn(name: str = GPT_OSS, seed: int = 0):
