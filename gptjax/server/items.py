@@ -1,7 +1,7 @@
 """The items of a response (reasoning, messages, function calls), and the events that stream them."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gptjax.chat import ChatCompletion
@@ -10,7 +10,7 @@ from gptjax.server.logprobs import chat_logprobs
 from gptjax.server.responses_options import Include
 from gptjax.server.turn import Delta, ScoredToken
 from gptjax.text import Tokenizer
-from gptjax.text.chat_formats import ToolCall
+from gptjax.text.chat_formats import CallPart
 
 Event = dict[str, Any]
 # By kind of item: the type of its one part, and of the events of its text.
@@ -21,35 +21,38 @@ _PARTS = {
 
 
 class Items:
-    """Turns a turn's text into items: a new one at every change between reasoning, preamble and answer.
+    """Turns a turn's text and calls into items: a new one at every change between reasoning, preamble and answer.
 
     Attributes:
       done: the complete items.
     """
 
-    def __init__(self, include: Include, tokenizer: Tokenizer) -> None:
+    def __init__(self, include: Include, tokenizer: Tokenizer, namespaces: Mapping[str, tuple[str, str]]) -> None:
+        """`namespaces`: as in `Tools`."""
         self.done: list[dict[str, Any]] = []
         self._include = include
         self._tokenizer = tokenizer
+        self._namespaces = namespaces
         self._kind: str | None = None  # of the item that is open
         self._phase: str | None = None  # of an open message
+        self._call: CallPart | None = None  # the first part of an open call
         self._id = ""
         self._text: list[str] = []
         self._logprobs: list[dict[str, Any]] = []  # of an open message
 
     def add(self, delta: Delta) -> Iterator[Event]:
-        """The events of more text."""
+        """The events of more text, and then of more calls."""
         for kind, phase_of_it, text in (("reasoning", None, delta.reasoning), ("message", delta.phase, delta.text)):
             if (self._kind, self._phase) != (kind, phase_of_it):
                 text = text.lstrip("\n")  # the empty line between messages, which are separate items here
             if text:
                 yield from self._grow(kind, phase_of_it, text, delta.answer_tokens)
+        for part in delta.calls:
+            yield from self._grow_call(part)
 
     def finish(self, turn: ChatCompletion) -> Iterator[Event]:
-        """The events of the turn's end, including its calls."""
+        """The events of the turn's end."""
         yield from self._close("incomplete" if turn.finish_reason == "length" else "completed")
-        for call in turn.tool_calls:
-            yield from self._call(call, "incomplete" if turn.finish_reason == "length" else "completed")
 
     def _grow(self, kind: str, phase: str | None, text: str, tokens: Sequence[ScoredToken]) -> Iterator[Event]:
         part, about = _PARTS[kind]
@@ -66,6 +69,8 @@ class Items:
         yield self._event(f"{about}.delta", delta=text, **_with_logprobs(kind, logprobs))
 
     def _close(self, status: str) -> Iterator[Event]:
+        if self._call is not None:
+            yield from self._close_call(self._call, status)
         if self._kind is None:
             return
         part, about = _PARTS[self._kind]
@@ -77,22 +82,31 @@ class Items:
         self.done.append(item)
         self._kind = self._phase = None
 
-    def _call(self, call: ToolCall, status: str) -> Iterator[Event]:
-        item_id = f"fc_{secrets.token_hex(12)}"
-        item = {"id": item_id, "type": "function_call", "call_id": call.id, "name": call.name, "status": status}
-        place = {"item_id": item_id, "output_index": len(self.done)}
-        begun = {**item, "arguments": "", "status": "in_progress"}
-        yield self._event("response.output_item.added", item=begun, inside=False)
-        yield {"type": "response.function_call_arguments.delta", **place, "delta": call.arguments}
-        yield {
-            "type": "response.function_call_arguments.done",
-            **place,
-            "name": call.name,
-            "arguments": call.arguments,
-        }
-        item["arguments"] = call.arguments
+    def _grow_call(self, part: CallPart) -> Iterator[Event]:
+        if part.begins:
+            yield from self._close("completed")
+            self._call, self._text, self._id = part, [], f"fc_{secrets.token_hex(12)}"
+            item = self._call_item(part, "in_progress", "")
+            yield self._event("response.output_item.added", item=item, inside=False)
+        if part.arguments:
+            self._text.append(part.arguments)
+            place = {"item_id": self._id, "output_index": len(self.done)}
+            yield {"type": "response.function_call_arguments.delta", **place, "delta": part.arguments}
+
+    def _close_call(self, call: CallPart, status: str) -> Iterator[Event]:
+        item = self._call_item(call, status, "".join(self._text))
+        place = {"item_id": self._id, "output_index": len(self.done)}
+        whole = {"name": item["name"], "arguments": item["arguments"]}
+        yield {"type": "response.function_call_arguments.done", **place, **whole}
         yield self._event("response.output_item.done", item=item, inside=False)
         self.done.append(item)
+        self._call = None
+
+    def _call_item(self, call: CallPart, status: str, arguments: str) -> dict[str, Any]:
+        namespace, name = self._namespaces.get(call.name, (None, call.name))
+        about = {"call_id": call.id, "name": name, "status": status, "arguments": arguments}
+        within = {} if namespace is None else {"namespace": namespace}
+        return {"id": self._id, "type": "function_call", **within, **about}
 
     def _item(self, status: str, text: str | None = None) -> dict[str, Any]:
         assert self._kind is not None  # an item is open

@@ -17,19 +17,26 @@ from gptjax.server.body import Fields
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 from gptjax.server.items import Items
 from gptjax.server.response_store import ResponseStore
-from gptjax.server.responses_input import Input, joined, read_input, read_tools, with_strict
+from gptjax.server.responses_input import Input, joined, read_input
 from gptjax.server.responses_memory import Memory, OwnItems, read_memory
 from gptjax.server.responses_options import (
     Include,
     check_repeated,
-    read_effort,
     read_include,
     read_repeated,
     read_text,
     read_truncation,
     repeated_tools,
 )
-from gptjax.server.schema import MOST_TOKENS, WITHOUT_EFFECT, read_sampling, read_thinking
+from gptjax.server.responses_tools import WARNING, Tools, read_tools
+from gptjax.server.schema import (
+    MOST_TOKENS,
+    WITHOUT_EFFECT,
+    fitted,
+    read_reasoning,
+    read_sampling,
+    read_thinking,
+)
 from gptjax.server.service import Served, Service
 from gptjax.server.truncation import fitting
 from gptjax.server.turn import joined as joined_deltas
@@ -43,7 +50,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "conversation": (),
     "prompt": (),
 }
-_WITHOUT_EFFECT = WITHOUT_EFFECT | {"client_metadata", "max_tool_calls", "stream_options"}  # Codex sends the first
+_WITHOUT_EFFECT = WITHOUT_EFFECT | {"max_tool_calls", "stream_options"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Asked:
     repeated: dict[str, Any]  # fields of the request that its answer repeats
     memory: Memory
     own: OwnItems
+    tools: Tools
 
 
 def read(values: dict[str, Any], served: Served, store: ResponseStore) -> Asked:
@@ -73,7 +81,9 @@ def read(values: dict[str, Any], served: Served, store: ResponseStore) -> Asked:
     repeated = read_repeated(fields)
     options = read_sampling(fields)
     max_tokens = fields.whole("max_output_tokens", 1, MOST_TOKENS)
-    (text, answer), effort, thinking = read_text(fields), read_effort(fields), read_thinking(fields)
+    text, answer, about = read_text(fields)
+    given_effort, thinking = read_reasoning(fields), read_thinking(fields)
+    effort, thinking = fitted(chat_format, given_effort, thinking, name="reasoning.effort")
     if effort is None and "reasoning_effort" in chat_format.options:
         effort = "medium"
     tools = read_tools(fields.take("tools"))
@@ -97,14 +107,19 @@ def read(values: dict[str, Any], served: Served, store: ResponseStore) -> Asked:
         "previous_response_id": memory.previous,
     }
     check_repeated(repeated)
-    served.check_size(tools, "tools")
-    how = ChatOptions(tools=[] if choice == "none" else tools, reasoning_effort=effort, enable_thinking=thinking)
+    served.check_size(tools.offered, "tools")
+    how = ChatOptions(
+        tools=[] if choice == "none" else tools.offered,
+        reasoning_effort=effort,
+        enable_thinking=thinking,
+        response_format=about,
+    )
     if truncation == "auto":
         given = given.only(fitting(given.messages, how, served, max_tokens))
-    served.check_size([given.messages, tools], "input")
+    served.check_size([given.messages, tools.offered], "input")
     prompt_ids = _rendered(given, how, served)
     try:
-        strict = dataclasses.replace(how, tools=with_strict(how.tools, values["tools"])) if how.tools else how
+        strict = dataclasses.replace(how, tools=tools.with_strict()) if how.tools else how
         grammar = grammar_of_turn(chat_format, served.text(), strict, None, choice, answer)
     except GptjaxError as error:
         raise of_gptjax(error) from None
@@ -113,7 +128,7 @@ def read(values: dict[str, Any], served: Served, store: ResponseStore) -> Asked:
         "grammar": grammar,
         "top_logprobs": include.top_logprobs or 0,
     }
-    return Asked(prompt_ids, how, options, stream, include, repeated, memory, memory.own_items())
+    return Asked(prompt_ids, how, options, stream, include, repeated, memory, memory.own_items(), tools)
 
 
 def _rendered(given: Input, how: ChatOptions, served: Served) -> tuple[int, ...]:
@@ -128,8 +143,18 @@ def _rendered(given: Input, how: ChatOptions, served: Served) -> tuple[int, ...]
 
 
 async def respond(request: Request) -> Response:
-    """Answers a request."""
-    return await answered(request, lambda values, service: read(values, service.served, service.stored), Answer)
+    """Answers a request. A header names the tools that were left out."""
+    left_out: list[str] = []
+
+    def read_tools_too(values: dict[str, Any], service: Service) -> Asked:
+        asked = read(values, service.served, service.stored)
+        left_out.extend(asked.tools.left_out)
+        return asked
+
+    response = await answered(request, read_tools_too, Answer)
+    if left_out:
+        response.headers[WARNING] = f"left out, as this server runs no tools itself: {', '.join(left_out)}"
+    return response
 
 
 class Answer:
@@ -140,7 +165,7 @@ class Answer:
         self.streams = asked.stream
         self._turn, self._generation = running_turn(service, asked.prompt_ids, asked.how, asked.options)
         self._asked = asked
-        self._items = Items(asked.include, served.text())
+        self._items = Items(asked.include, served.text(), asked.tools.namespaces)
         self._result: ChatCompletion | None = None
         self._error: ApiError | None = None
         self._count = 0  # of events

@@ -16,7 +16,7 @@ _PREFIXES: Final = {"message": "msg", "reasoning": "rs", "function_call": "fc", 
 _KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "message": ("role", "phase"),
     "reasoning": ("encrypted_content",),
-    "function_call": ("call_id", "name", "arguments"),
+    "function_call": ("call_id", "namespace", "name", "arguments"),
     "function_call_output": ("call_id", "output"),
 }
 

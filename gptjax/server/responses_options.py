@@ -7,14 +7,15 @@ from typing import Any, Final
 
 from gptjax.engine.request import MAX_TOP_LOGPROBS
 from gptjax.errors import GptjaxError
-from gptjax.server.body import Fields, check_text
+from gptjax.server.body import Fields
 from gptjax.server.errors import as_json, bad_request, of_gptjax
 from gptjax.structured import Grammar
-from gptjax.structured.wishes import read_response_format
+from gptjax.structured.wishes import described, read_response_format
+from gptjax.text.harmony.messages import ResponseFormat
 
 _MOST_REPEATED: Final = 1 << 20  # characters of JSON; a stream repeats them three times
 _DEEPEST: Final = 100
-_OF_TOOLS: Final = ("type", "name", "description", "parameters", "strict")
+_OF_TOOLS: Final = ("type", "name", "description", "parameters", "strict", "tools")
 _ENCRYPTED: Final = "reasoning.encrypted_content"
 _LOGPROBS: Final = "message.output_text.logprobs"
 # Parts of items that never occur in answers here.
@@ -59,13 +60,13 @@ def read_truncation(fields: Fields) -> str:
     return given
 
 
-def read_text(fields: Fields) -> tuple[dict[str, Any], Grammar | None]:
-    """`text` as the answer repeats it, and what the text must be. Raises `ApiError`."""
+def read_text(fields: Fields) -> tuple[dict[str, Any], Grammar | None, ResponseFormat | None]:
+    """`text` as the answer repeats it, what the text must be, and what to say of that. Raises `ApiError`."""
     found: dict[str, Any] = {"format": {"type": "text"}, "verbosity": "medium"}
     options = _options(fields, "text")
     form = options.take("format")
     try:
-        grammar = read_response_format(form, "text.format")
+        grammar, about = read_response_format(form, "text.format"), described(form)
     except GptjaxError as error:
         raise of_gptjax(error, "text") from None
     if isinstance(form, dict):
@@ -77,15 +78,7 @@ def read_text(fields: Fields) -> tuple[dict[str, Any], Grammar | None]:
             raise bad_request(message, "text.verbosity")
         found["verbosity"] = verbosity
     options.finish(())
-    return found, grammar
-
-
-def read_effort(fields: Fields) -> str | None:
-    """`reasoning.effort`; None if it is absent. Raises `ApiError`."""
-    options = _options(fields, "reasoning")
-    effort = options.take("effort")
-    options.finish({"summary", "generate_summary"})
-    return None if effort is None else check_text(effort, "reasoning.effort")
+    return found, grammar, about
 
 
 def _options(fields: Fields, name: str) -> Fields:
@@ -128,7 +121,7 @@ def repeated_tools(given: object) -> list[dict[str, Any]]:
     found = []
     for tool in given if isinstance(given, list) else []:
         known = {name: tool[name] for name in _OF_TOOLS if name in tool} if isinstance(tool, dict) else {}
-        whole = dict.fromkeys(_OF_TOOLS) if known.get("type") == "function" else {}
+        whole = dict.fromkeys(_OF_TOOLS[:-1]) if known.get("type") == "function" else {}
         found.append({**whole, **known})
     return found
 

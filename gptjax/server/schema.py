@@ -9,15 +9,18 @@ from gptjax.errors import GptjaxError
 from gptjax.server.body import Fields, check_number, check_text
 from gptjax.server.errors import as_json, bad_request, of_gptjax
 from gptjax.structured import Grammar
+from gptjax.structured.wishes import GUIDED
 from gptjax.structured.wishes import read_guided as grammar_of_guided
+from gptjax.text.chat_formats import ChatFormat
 
 # Fields of OpenAI's API that do not change an answer here.
 WITHOUT_EFFECT: Final = frozenset(
-    "metadata prompt_cache_key prompt_cache_retention safety_identifier service_tier store user verbosity".split()
+    """client_metadata metadata prompt_cache_key prompt_cache_retention safety_identifier service_tier store user
+    verbosity""".split()
 )
 MOST_CHOICES: Final = 128
 MOST_TOKENS: Final = 1 << 31
-GUIDED: Final = ("guided_json", "guided_regex", "guided_grammar")
+_NEAREST: Final = {"minimal": "low", "xhigh": "high"}
 _SEEDS: Final = 1 << 32
 _MOST_TOKEN: Final = (1 << 31) - 1
 _TOKEN_KEY: Final = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -43,6 +46,7 @@ def read_stream(fields: Fields) -> Stream:
         raise bad_request("stream_options requires stream: true", "stream_options")
     options = Fields(given)
     usage = options.flag("include_usage")
+    options.flag("continuous_usage_stats")  # vLLM's; the usage comes at the end
     options.finish({"include_obfuscation"})
     return Stream(wanted, usage)
 
@@ -59,6 +63,45 @@ def read_thinking(fields: Fields) -> bool | None:
     wanted = options.flag("enable_thinking") if "enable_thinking" in options else None
     options.finish(())
     return wanted
+
+
+def read_effort(fields: Fields) -> str | None:
+    """`reasoning_effort`, or `reasoning` with an `effort`; None if both are absent."""
+    effort, other = fields.text("reasoning_effort"), read_reasoning(fields)
+    if effort and other and effort != other:
+        raise bad_request("reasoning_effort and reasoning.effort are different: give one of them", "reasoning_effort")
+    return effort or other or None
+
+
+def read_reasoning(fields: Fields) -> str | None:
+    """`reasoning.effort`; None if it is absent. Summaries are a wish that is not met."""
+    given = fields.take("reasoning")
+    if given is not None and not isinstance(given, dict):
+        raise bad_request(f"reasoning must be an object, found {as_json(given)}", "reasoning")
+    options = Fields(given or {})
+    effort = options.take("effort")
+    options.finish({"summary", "generate_summary"})
+    return None if effort is None else check_text(effort, "reasoning.effort")
+
+
+def fitted(
+    chat_format: ChatFormat, effort: str | None, thinking: bool | None, *, name: str = "reasoning_effort"
+) -> tuple[str | None, bool | None]:
+    """The effort, and whether to think, as a chat format has them.
+
+    Of OpenAI's further efforts, "minimal" and "xhigh" are its least and most; "none" is not to think. What it does not
+    have, it refuses itself.
+    """
+    if "reasoning_effort" in chat_format.options:
+        if effort == "none":
+            message = f"{name} is 'none', but this model always reasons: the least is 'low'"
+            raise bad_request(message, name, "unsupported")
+        return _NEAREST.get(effort, effort) if effort else None, thinking
+    if effort == "none" and "enable_thinking" in chat_format.options:
+        if thinking:
+            raise bad_request(f"{name} is 'none', but enable_thinking is true: give one of them", name)
+        return None, False
+    return effort, thinking
 
 
 def read_guided(fields: Fields) -> Grammar | None:

@@ -89,6 +89,7 @@ class EventStream(Response):
 
     def __init__(self, answer: Streamed, service: Service) -> None:
         super().__init__()
+        self.raw_headers = list(_HEADERS)
         self._answer = answer
         self._objects = answer.stream()
         self._limits = service.limits
@@ -116,7 +117,7 @@ class EventStream(Response):
             async with asyncio.timeout(self._limits.send_seconds):
                 await send(message)
 
-        await write({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        await write({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         pending = _Pending()
         filling = asyncio.ensure_future(self._fill(pending))
         try:

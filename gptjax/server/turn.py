@@ -12,7 +12,8 @@ from gptjax.server.errors import of_gptjax
 from gptjax.server.generation import Generation, Row
 from gptjax.server.service import Service
 from gptjax.text import Tokenizer
-from gptjax.text.chat_formats import ChatOptions, TurnReader
+from gptjax.text.chat_formats import CallPart, ChatOptions, TurnReader
+from gptjax.text.chat_formats.calls import joined_parts
 
 ScoredToken = tuple[int, float, Mapping[int, float]]
 """Token id, log-probability, and the most likely tokens with theirs."""
@@ -20,16 +21,19 @@ ScoredToken = tuple[int, float, Mapping[int, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """What one token added, or several of which all add reasoning or all add to the answer."""
+    """What one token added, or several of which all add reasoning or all add to the answer, and then calls."""
 
     text: str
     reasoning: str
     phase: str  # of the text, "commentary" or "final_answer"
     answer_tokens: tuple[ScoredToken, ...]  # the tokens that make up the answer's text
+    calls: tuple[CallPart, ...]  # after the text
     whole: ChatCompletion | None  # with the last token
 
     def goes_on_with(self, later: "Delta") -> bool:
         """Whether both can be joined. (Some clients take a delta with reasoning for one without an answer.)"""
+        if self.calls and (later.text or later.reasoning):
+            return False
         if self.text and later.text:
             return self.phase == later.phase and not later.reasoning
         return not (self.reasoning and later.text) and not (self.text and later.reasoning)
@@ -63,7 +67,7 @@ class Turn:
         if piece.text or piece.reasoning or is_special or self.reader.dropped > self._dropped:
             self._silent.clear()
         self._dropped = self.reader.dropped
-        return Delta(piece.text, piece.reasoning, self.reader.phase, mine, piece.completion)
+        return Delta(piece.text, piece.reasoning, self.reader.phase, mine, self.reader.take_calls(), piece.completion)
 
 
 def running_turn(
@@ -97,5 +101,6 @@ def _one(deltas: Sequence[Delta]) -> Delta:
         reasoning="".join([delta.reasoning for delta in deltas]),
         phase=next((delta.phase for delta in deltas if delta.text), deltas[-1].phase),
         answer_tokens=tuple(token for delta in deltas for token in delta.answer_tokens),
+        calls=joined_parts([part for delta in deltas for part in delta.calls]),
         whole=deltas[-1].whole,
     )

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 
 import httpx2
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptjax.server import app
-from gptjax.server.response_store import Item, Stored
 from tests.fuzz import rounds
 from tests.server.server_material import GPT_OSS, USER, chat, complete, fault, make
 
@@ -120,7 +118,6 @@ OF_CHAT = {
     "messages a string": {"messages": "Hello"},
     "messages of strings": {"messages": ["Hello"]},
     "messages of null": {"messages": [None]},
-    "no user": {"messages": [{"role": "system", "content": "a"}]},
     "no role": said(content="a"),
     "role unknown": said(role="wizard", content="a"),
     "role an object": said(role={}, content="a"),
@@ -220,7 +217,8 @@ NAMES = st.sampled_from(
     stream stream_options logprobs top_logprobs tools tool_choice messages reasoning_effort response_format modalities
     functions max_completion_tokens role content name tool_calls tool_call_id reasoning_content type function id
     arguments parameters include_usage user metadata input instructions reasoning effort text format call_id output
-    summary max_output_tokens""".split()
+    summary max_output_tokens guided_choice structured_outputs chat_template_kwargs enable_thinking client_metadata
+    cache_control thinking_blocks reasoning_details thinking namespace continuous_usage_stats choice regex""".split()
 )
 OBJECTS = st.dictionaries(NAMES, VALUES, max_size=5)
 ROLES = st.sampled_from(["system", "user", "assistant", "tool", "developer"])
@@ -244,127 +242,76 @@ def applications(plain, harmony):
 def test_nothing_is_a_500(runner, applications, fields, said, route):
     said = [USER, *said] if isinstance(said, list) else said
     values = {"completions": {"prompt": "a"}, "chat/completions": {"messages": said}, "responses": {"input": said}}
+    answered_or_refused(runner, applications, route, values[route] | fields)
 
+
+def answered_or_refused(runner, applications, route, body):
     async def run():
         transport = httpx2.ASGITransport(applications[route == "completions"])  # an exception is raised here
         async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await client.post(f"/v1/{route}", content=json.dumps(values[route] | fields))
+            return await client.post(f"/v1/{route}", content=json.dumps(body))
 
     response = runner.run(run())
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
         fault(response, response.status_code)
+    return response
 
 
-SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
-# Whole requests of the routes whose fields are nested, which are then damaged in one to three places.
-BLOCKS = [
-    {"type": "thinking", "thinking": "", "signature": "gptjax-1-AAAAAA=="},
-    {"type": "text", "text": "Hm.", "citations": None},
-    {"type": "tool_use", "id": "call_1", "name": "f", "input": {"a": "b"}},
+FUNCTION = {"name": "f", "description": None, "parameters": {"type": "object", "required": None, "properties": {}}}
+SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x"], "items": None}}, "additionalProperties": False}
+FORM = {"name": "form", "description": "Of it.", "schema": SCHEMA, "strict": True}
+CALLED = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+HINT = {"cache_control": {"type": "ephemeral"}}
+THOUGHT = {"thinking_blocks": [{"type": "thinking", "thinking": "a"}], "reasoning_details": [{"text": "a"}]}
+TALK = [
+    {"role": "system", "content": [{"type": "text", "text": "a", **HINT}], **HINT},
+    {"role": "assistant", "content": None, "tool_calls": [CALLED], "provider_specific_fields": {"a": 1}, **THOUGHT},
+    {"role": "tool", "tool_call_id": "1", "content": "a", **HINT},
 ]
-RESULT = {"type": "tool_result", "tool_use_id": "call_1", "is_error": True, "content": [{"type": "text", "text": "c"}]}
-FOUND = {"type": "tool_result", "tool_use_id": "call_1", "content": [{"type": "tool_reference", "tool_name": "g"}]}
-WHOLE = {
-    "messages": {
-        "model": GPT_OSS,
-        "max_tokens": 5,
-        "system": [{"type": "text", "text": "Be kind.", "cache_control": {"type": "ephemeral"}}],
-        "messages": [
-            USER,
-            {"role": "assistant", "content": BLOCKS},
-            {"role": "user", "content": [RESULT, FOUND, {"type": "text", "text": "Go on."}]},
-            {"role": "system", "content": "Be brief."},
-        ],
-        "tools": [
-            {"name": "f", "description": "d", "input_schema": SCHEMA, "strict": True},
-            {"name": "g", "input_schema": SCHEMA, "defer_loading": True, "type": "custom"},
-        ],
-        "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": False},
-        "thinking": {"type": "enabled", "budget_tokens": 1024, "display": "omitted"},
-        "output_config": {"effort": "low", "format": None},
-        "metadata": {"user_id": "a"},
-        "stop_sequences": ["a"],
-        "context_management": {"edits": []},
-        "stream": True,
-    },
-}
-WHOLE["messages/count_tokens"] = {
-    name: value for name, value in WHOLE["messages"].items() if name not in ("max_tokens", "stop_sequences", "stream")
-}
+ITEMS = [
+    {"role": "developer", "content": [{"type": "input_text", "text": "a"}]},
+    {"type": "function_call", "call_id": "1", "namespace": "n", "name": "f", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "1", "output": "a"},
+]
+FLAT = {"type": "function", **FUNCTION, "strict": True}
+NAMESPACE = {"type": "namespace", "name": "n", "description": "a", "tools": [FLAT]}
+# What clients send beside the usual. Each of these is answered.
+SENT = [
+    ("completions", {"prompt": "a", "guided_choice": ["a", "b"], "client_metadata": {"a": "b"}}),
+    ("completions", {"prompt": "a", "structured_outputs": {"json": SCHEMA, "regex": None, "disable_fallback": True}}),
+    ("chat/completions", {"messages": TALK, "tools": [{"type": "function", "function": FUNCTION, **HINT}]}),
+    ("chat/completions", {"messages": TALK, "reasoning": {"effort": "minimal", "summary": "auto"}}),
+    ("chat/completions", {"messages": TALK, "response_format": {"type": "json_schema", "json_schema": FORM}}),
+    ("chat/completions", {"messages": TALK, "stream": True, "stream_options": {"continuous_usage_stats": True}}),
+    ("chat/completions", {"messages": TALK, "structured_outputs": {"choice": ["a"]}, "chat_template_kwargs": {}}),
+    ("responses", {"input": ITEMS, "tools": [FLAT, NAMESPACE, {"type": "web_search"}], "client_metadata": {}}),
+    ("responses", {"input": ITEMS, "text": {"format": {"type": "json_schema", **FORM}}}),
+    ("responses", {"input": ITEMS, "reasoning": {"effort": "xhigh", "summary": "auto"}, "stream": True}),
+]
 
 
-WHOLE["responses"] = {
-    "model": GPT_OSS,
-    "input": [
-        {"type": "item_reference", "id": "msg_1"},
-        USER,
-        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "a"}]},
-        {
-            "role": "assistant",
-            "content": [{"type": "output_text", "text": "b", "annotations": []}],
-            "phase": "commentary",
-        },
-        {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}", "status": "completed"},
-        {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "c"}]},
-    ],
-    "previous_response_id": "resp_1",
-    "store": True,
-    "include": ["message.output_text.logprobs", "reasoning.encrypted_content"],
-    "top_logprobs": 2,
-    "truncation": "auto",
-    "max_output_tokens": 5,
-    "tools": [{"type": "function", "name": "f", "parameters": SCHEMA, "strict": True}],
-}
+def places(value, path=()):
+    """The paths of all values in it."""
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for step, each in inner:
+        yield from places(each, (*path, step))
 
 
-def damaged(value, data):
-    """A copy in which something, somewhere, is another value, or missing, or there twice."""
-    inside = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
-    if not inside or data.draw(st.integers(0, 9)) == 0:
-        return data.draw(VALUES)
-    key = data.draw(st.sampled_from(inside))
-    other = dict(value) if isinstance(value, dict) else list(value)
-    match data.draw(st.sampled_from("deeper deeper deeper remove double rename".split())):
-        case "remove":
-            del other[key]
-        case "double" if isinstance(other, list):
-            other.append(other[key])
-        case "rename" if isinstance(other, dict):
-            other[data.draw(st.text(max_size=4) | NAMES)] = other.pop(key)
-        case _:
-            other[key] = damaged(other[key], data)
-    return other
+@pytest.mark.parametrize(("route", "body"), SENT)
+def test_what_clients_send_is_answered(runner, applications, route, body):
+    assert answered_or_refused(runner, applications, route, body).status_code == 200
 
 
 @pytest.mark.fuzz
-@settings(max_examples=rounds(500), deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_no_damaged_request_is_a_500(runner, applications, harmony, data):
-    route = data.draw(st.sampled_from(sorted(WHOLE)))
-    body = WHOLE[route]
-    for _ in range(data.draw(st.integers(1, 3))):
-        body = damaged(body, data)
-    item = Item("msg_1", json.dumps({"type": "message", "id": "msg_1", **USER}).encode())
-    harmony.stored.remove("resp_1")
-    harmony.stored.add("resp_1", Stored(b"{}", (), (item,), {"msg_1"}))
-    query = data.draw(st.dictionaries(st.sampled_from("limit order after stream include".split()), st.text(max_size=4)))
-    path = f"/v1/responses/{data.draw(st.sampled_from(['resp_1', 'resp_2', '%00', '%2F']))}"
-
-    async def run():
-        transport = httpx2.ASGITransport(applications[0])
-        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
-            sent = await client.post(f"/v1/{route}", content=json.dumps(body))
-            if route == "responses" and sent.is_success and '"store":true' in sent.text:  # what was stored can be read
-                stored = re.search(r"resp_\w{24}", sent.text)[0]
-                again = {"input": "a", "previous_response_id": stored, "truncation": "auto"}
-                whole = await client.get(f"/v1/responses/{stored}/input_items?limit=100")
-                assert [whole.status_code, (await client.post("/v1/responses", json=again)).status_code] == [200, 200]
-            method = data.draw(st.sampled_from(["GET", "DELETE"]))
-            asked = await client.request(method, path + data.draw(st.sampled_from(["", "/input_items"])), params=query)
-            return sent, asked
-
-    for response in runner.run(run()):
-        assert response.status_code in (200, 400, 404, 405), response.text
-        if response.status_code != 200:
-            assert response.json()["error"]["message"]
+@settings(max_examples=rounds(1500), deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=st.sampled_from(SENT), number=st.integers(0, 1000), value=VALUES)
+def test_any_place_of_it_may_have_any_value(runner, applications, case, number, value):
+    route, body = case
+    *path, last = (found := list(places(body))[1:])[number % len(found)]
+    body = inner = json.loads(json.dumps(body))
+    for step in path:
+        inner = inner[step]
+    inner[last] = value
+    answered_or_refused(runner, applications, route, body)

@@ -98,8 +98,8 @@ def test_tools(ask):
     turn = client.chat.completions.create(model=GPT_OSS, messages=messages, tools=[WEATHER])
     assert turn.choices[0].message.content == "It was late."
     chunks = client.chat.completions.create(model=GPT_OSS, messages=[USER], tools=[WEATHER], stream=True)
-    (delta,) = [chunk.choices[0].delta for chunk in chunks if chunk.choices[0].delta.tool_calls]
-    assert delta.tool_calls[0].function.arguments == '{"city": "Oslo"}'
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices[0].delta.tool_calls]
+    assert "".join(delta.tool_calls[0].function.arguments for delta in deltas) == '{"city": "Oslo"}'
 
 
 def test_errors(ask):

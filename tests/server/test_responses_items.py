@@ -6,7 +6,7 @@ import pytest
 
 from gptjax.server.events import Failed
 from gptjax.server.responses_input import read_input
-from tests.server.responses_material import ANSWER, CALL, THOUGHT, WEATHER, events, respond, talking
+from tests.server.responses_material import ANSWER, CALL, NAMESPACE, THOUGHT, WEATHER, events, respond, talking
 from tests.server.server_material import GPT_OSS, USER, chat, fault, ids, make, post, saying, tokenizer
 
 PREAMBLE = "<|channel|>commentary<|message|>Let me look.<|end|><|start|>assistant"
@@ -170,11 +170,20 @@ def test_a_refusal_is_what_was_answered():
         ({"reasoning": {"effort": "enormous"}}, "reasoning.effort", "reasoning.effort is 'enormous'"),
         ({"reasoning": {"effort": 3}}, "reasoning.effort", "reasoning.effort must be a string"),
         ({"tools": [{"type": "function", "name": 3}]}, "tools", "tools[0].name"),
-        ({"tools": [WEATHER, {"type": "web_search"}]}, "tools", "tools[1]"),
+        ({"tools": [WEATHER, {"type": "file_search"}]}, "tools", "tools[1] has the type 'file_search'"),
+        ({"tools": [{"type": "namespace", "name": "n"}]}, "tools", "tools[0].tools must be a list, found null"),
+        ({"tools": [{"type": "namespace", "name": 3, "tools": []}]}, "tools", "tools[0].name must be a string"),
+        ({"tools": [NAMESPACE | {"description": 3}]}, "tools", "tools[0].description must be a string"),
+        (
+            {"tools": [NAMESPACE | {"tools": [{"type": "custom", "name": "f"}]}]},
+            "tools",
+            "tools[0].tools[0] has the type",
+        ),
+        ({"tools": [NAMESPACE | {"name": "a b"}]}, "tools", "'a b.list'"),
+        ({"tools": [NAMESPACE, NAMESPACE]}, "tools", "the second function files.list"),
         ({"tools": [{"type": "function", "name": "f", "parameters": {"type": 3}}]}, "tools", "tools[0]"),
         ({"tools": [WEATHER | {"strict": "yes"}]}, "tools", "tools[0].strict"),
         ({"input": [USER, {"role": "wizard", "content": "a"}]}, "input", "input[1] has the role 'wizard'"),
-        ({"input": [{"role": "system", "content": "a"}]}, "input", "input has no message with the role user"),
         ({"input": [USER, ASKED | {"name": "a b"}]}, "input", "input[1].name"),
         ({"input": [USER, ASKED | {"name": None}]}, "input", "input[1].name must be a string, found null"),
         ({"input": [USER, ASKED | {"arguments": {}}]}, "input", "input[1].arguments must be a string"),

@@ -28,7 +28,7 @@ class Blocks:
     def __init__(self, thinking: Thinking, tokenizer: Tokenizer) -> None:
         self.done: list[dict[str, Any]] = []
         self._thinking = thinking
-        self._items = Items(Include(), tokenizer)
+        self._items = Items(Include(), tokenizer, {})
 
     def add(self, delta: Delta) -> Iterator[Event]:
         """The events of more text."""

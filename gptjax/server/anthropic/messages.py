@@ -95,7 +95,7 @@ def _read_prompt(fields: Fields, served: Served) -> Prompt:
         if value is not None and value != neutral:
             raise bad_request(f"{name} {as_json(value)} is not supported", name, "unsupported")
     thinking = read_thinking(fields)
-    effort, answer = read_output_config(fields)
+    effort, answer, about = read_output_config(fields)
     messages = fields.take("messages")
     one = chat_format.one_message_a_turn
     conversation = read_conversation(fields.take("system"), messages, one_message_a_turn=one)
@@ -106,9 +106,8 @@ def _read_prompt(fields: Fields, served: Served) -> Prompt:
     _, least = served.least_tokens([given.messages, tools])
     if least > most:
         raise too_long(least, served.max_length, at_least=True)
-    how = dataclasses.replace(
-        options_of(chat_format, thinking, conversation.effort or effort), tools=without_strict(tools)
-    )
+    how = options_of(chat_format, thinking, conversation.effort or effort)
+    how = dataclasses.replace(how, tools=without_strict(tools), response_format=about)
     try:
         ids = chat_format.render(given.messages, tokenizer, how, max_length=most)
         grammar = grammar_of_turn(chat_format, tokenizer, dataclasses.replace(how, tools=tools), None, choice, answer)

@@ -8,8 +8,9 @@ from gptjax.server.body import Fields
 from gptjax.server.errors import as_json, bad_request, of_gptjax
 from gptjax.server.schema import MOST_TOKENS
 from gptjax.structured import Grammar
-from gptjax.structured.wishes import read_response_format
+from gptjax.structured.wishes import described, read_response_format
 from gptjax.text.chat_formats import ChatFormat, ChatOptions
+from gptjax.text.harmony.messages import ResponseFormat
 
 # By what clients say, the efforts that models know.
 _EFFORTS: Final = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
@@ -47,13 +48,13 @@ def read_thinking(fields: Fields) -> Thinking:
     return Thinking(wanted, is_shown=display != "omitted")
 
 
-def read_output_config(fields: Fields) -> tuple[str | None, Grammar | None]:
-    """The effort, and what the text must be. Raises `ApiError`."""
+def read_output_config(fields: Fields) -> tuple[str | None, Grammar | None, ResponseFormat | None]:
+    """The effort, what the text must be, and what to say of that. Raises `ApiError`."""
     options = _output_config(fields.take("output_config"), "output_config")
     effort, form = _read_effort(options, "output_config"), options.take("format")
     options.finish(())
     try:
-        return effort, read_response_format(form, "output_config.format")
+        return effort, read_response_format(form, "output_config.format"), described(form)
     except GptjaxError as error:
         raise of_gptjax(error) from None
 
