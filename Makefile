@@ -21,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # A file's tests share their programs, so one process has them all; the files in their order.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: python demo chat real quick test kernels lowering affected full tests lint fuzz oracle slow quiet clients codex examples \
+.PHONY: python demo chat real quick test kernels lowering affected full tests lint fuzz oracle slow quiet clients codex claude-code examples \
     figures installs clean
 
 python: # which is taken
@@ -108,7 +108,7 @@ codex: $(VENV)/.installed-clients
 claude-code: $(VENV)/.installed-clients
 	npm install --prefix $(VENV)/claude-code --no-audit --no-fund --loglevel=error @anthropic-ai/claude-code@2.1.332
 	cd $(VENV)/claude-code/node_modules/@anthropic-ai/claude-code && node install.cjs
-	CLAUDE_CODE=$(abspath $(VENV))/claude-code/node_modules/.bin/claude $(BIN)/python -m pytest -m clients tests/server/test_anthropic_clients.py -k code
+	$(BIN)/python -m pytest -m clients tests/server/test_anthropic_clients.py -k claude_code
 
 # Installs gptjax as a newcomer would, from a clone into fresh environments, and as its messages advise.
 installs: $(VENV)/.installed-test

@@ -2,8 +2,9 @@
 
 import json
 import os
-import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from tests.server.test_openai_types import check
 
 pytestmark = pytest.mark.clients
 
+CLAUDE_CODE = Path(sys.prefix) / "claude-code" / "node_modules" / ".bin" / "claude"  # make claude-code
 TURN = THOUGHT + LOOK + CALL
 OPTIONS = {"model": GPT_OSS, "max_tokens": 100}
 
@@ -138,14 +140,9 @@ def test_errors_and_counts_are_as_it_declares_them():
         check(ErrorResponse, found.json())
 
 
-def claude_code():
-    """Its command: $CLAUDE_CODE, which npm has installed, or the system's."""
-    found = shutil.which(os.environ.get("CLAUDE_CODE", "claude"))
-    return found or pytest.skip("there is no Claude Code")
-
-
 def test_claude_code_reads_a_file(tmp_path):
-    command = claude_code()
+    if not CLAUDE_CODE.exists():
+        pytest.skip("there is no Claude Code: make claude-code")
     note = tmp_path / "note.txt"
     note.write_text("The king's name is Olaf.\n")
     call = f'<|channel|>commentary to=functions.Read <|constrain|>json<|message|>{{"file_path": "{note}"}}<|call|>'
@@ -160,7 +157,7 @@ def test_claude_code_reads_a_file(tmp_path):
             "ANTHROPIC_API_KEY": "any",
             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         }
-        argv = [command, "-p", "Who is the king?", "--output-format", "json", "--allowedTools", "Read"]
+        argv = [CLAUDE_CODE, "-p", "Who is the king?", "--output-format", "json", "--allowedTools", "Read"]
         ran = subprocess.run(
             argv, env=settings, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, timeout=120
         )

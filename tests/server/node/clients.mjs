@@ -16,9 +16,9 @@ const weather = tool({
 const pet = z.object({ name: z.enum(["Tom", "Rex"]), age: z.number().int().min(0).max(20) });
 const found = {};
 
-async function vercel(label, choose, providerOptions = {}) {
+async function vercel(label, choose) {
   const [model, former] = [loop, forms].map((baseURL) => choose(createOpenAI({ baseURL, apiKey: "any" })));
-  const asked = { model, tools: { weather }, stopWhen: isStepCount(4), prompt: "Weather in Oslo?", providerOptions };
+  const asked = { model, tools: { weather }, stopWhen: isStepCount(4), prompt: "Weather in Oslo?" };
   const whole = await generateText({ ...asked, maxRetries: 0 });
   const streamed = streamText({ ...asked, maxRetries: 0 });
   const { object } = await generateObject({ model: former, schema: pet, prompt: "A pet.", maxRetries: 0 });
@@ -26,7 +26,7 @@ async function vercel(label, choose, providerOptions = {}) {
 }
 
 await vercel("chat", (provider) => provider.chat(name));
-await vercel("responses", (provider) => provider(name), { openai: { store: false } });
+await vercel("responses", (provider) => provider(name)); // with references to what the server remembers
 
 const client = new OpenAI({ baseURL: loop, apiKey: "any", maxRetries: 0 });
 const run = (parameters) => ({
