@@ -21,8 +21,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # A file's tests share their programs, so one process has them all; the files in their order.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: python demo chat real quick test kernels lowering affected full tests lint fuzz oracle slow quiet clients codex claude-code examples \
-    figures installs clean
+.PHONY: python demo chat real quick test kernels lowering affected full tests lint fuzz oracle slow quiet clients codex claude-code \
+    examples figures installs clean
 
 python: # which is taken
 	@echo $(PYTHON)

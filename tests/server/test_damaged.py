@@ -105,7 +105,7 @@ def damaged(value, data):
 
 
 @pytest.mark.fuzz
-@settings(max_examples=rounds(500), deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=rounds(300), deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_damaged_request_is_a_500(runner, harmony, data):
     route = data.draw(st.sampled_from(sorted(WHOLE)))
