@@ -75,6 +75,16 @@ def test_a_stream_accumulates_to_the_whole(ask):
     assert other == one
 
 
+def test_the_model(ask):
+    from anthropic.types import ModelInfo
+
+    client, _ = ask(ANSWER, aliases=("claude-*",))
+    (model,) = client.models.list()
+    assert model == client.models.retrieve("claude-x")
+    assert (model.id, model.max_input_tokens, model.created_at.year) == (GPT_OSS, 400, 2023)
+    check(ModelInfo, json.loads(model.to_json()))
+
+
 def test_an_answer_of_a_form(ask):
     import pydantic
 
