@@ -15,7 +15,7 @@ _PREFIXES: Final = {"message": "msg", "reasoning": "rs", "function_call": "fc", 
 # What is kept of an item as it is.
 _KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "message": ("role", "phase"),
-    "reasoning": ("encrypted_content",),
+    "reasoning": (),
     "function_call": ("call_id", "name", "arguments"),
     "function_call_output": ("call_id", "output"),
 }
@@ -136,14 +136,21 @@ def _whole(item: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     if kind == "message":
         found["content"] = _parts(item["content"], "output_text" if item["role"] == "assistant" else "input_text")
     elif kind == "reasoning":
-        found["summary"] = _parts(item.get("summary") or [], "summary_text")
-        if item.get("content"):
-            found["content"] = _parts(item["content"], "reasoning_text")
+        found |= _reasoning(item)
     elif kind == "function_call_output" and not isinstance(item["output"], str):
         found["output"] = _parts(item["output"], "input_text")
     if kind != "reasoning":
         found["status"] = "incomplete" if item.get("status") == "incomplete" else "completed"
     return found, is_made
+
+
+def _reasoning(item: Mapping[str, Any]) -> dict[str, Any]:
+    """The first field of a reasoning item that has any, which is the one that is read."""
+    if content := item.get("content"):
+        return {"summary": [], "content": _parts(content, "reasoning_text")}
+    if encrypted := item.get("encrypted_content"):
+        return {"summary": [], "encrypted_content": encrypted}
+    return {"summary": _parts(item.get("summary") or [], "summary_text")}
 
 
 def _parts(content: str | list[Mapping[str, Any]], kind: str) -> list[dict[str, Any]]:

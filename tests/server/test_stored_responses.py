@@ -138,13 +138,14 @@ def test_input_items_come_in_pages():
             "role": "assistant",
             "content": [{"type": "output_text", "text": "Hi."}, {"type": "refusal", "refusal": "No."}],
         },
-        {"type": "reasoning", "summary": "Hm.", "content": "So."},
+        {"type": "reasoning", "summary": [3], "content": "So.", "encrypted_content": [[[]]]},
+        {"type": "reasoning", "summary": "Hm."},
         {"type": "function_call", "call_id": "1", "name": "weather", "arguments": "{}", "id": "fc_mine"},
         {"type": "function_call_output", "call_id": "1", "output": [PART], "unknown": [[[]]]},
     ]
     path = f"{kept(service, input=given, tools=[WEATHER])['id']}/input_items"
     whole = get(service, f"{path}?order=asc")
-    assert (whole["object"], whole["has_more"], len(whole["data"])) == ("list", False, 6)
+    assert (whole["object"], whole["has_more"], len(whole["data"])) == ("list", False, 7)
     assert [{name: value for name, value in item.items() if name != "id"} for item in whole["data"]] == [
         {"type": "message", "role": "developer", "content": [PART | {"text": "Be kind."}], "status": "completed"},
         {"type": "message", "role": "user", "content": [PART], "status": "completed"},
@@ -157,15 +158,12 @@ def test_input_items_come_in_pages():
             ],
             "status": "completed",
         },
-        {
-            "type": "reasoning",
-            "summary": [{"type": "summary_text", "text": "Hm."}],
-            "content": [{"type": "reasoning_text", "text": "So."}],
-        },
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "So."}]},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]},
         {"type": "function_call", "call_id": "1", "name": "weather", "arguments": "{}", "status": "completed"},
         {"type": "function_call_output", "call_id": "1", "output": [PART], "status": "completed"},
     ]
-    assert whole["data"][4]["id"] == "fc_mine"
+    assert whole["data"][5]["id"] == "fc_mine"
     seen, after, has_more = [], "", True
     while has_more:
         page = get(service, f"{path}?limit=2{after}")
