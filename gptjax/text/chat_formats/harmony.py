@@ -33,7 +33,7 @@ class Harmony:
     """A `ChatFormat`: GPT-OSS's."""
 
     name = "harmony"
-    options = frozenset(("tools", "reasoning_effort", "current_date"))
+    options = frozenset(("tools", "reasoning_effort", "current_date", "response_format"))
     begin = START
     one_message_a_turn = False
 
