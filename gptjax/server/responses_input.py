@@ -14,6 +14,7 @@ from gptjax.server.responses_tools import whole_name
 # For each type of content part, the field with its text.
 _TEXTS: Final = {kind: "text" for kind in ("input_text", "output_text", "text", "reasoning_text", "summary_text")}
 _OF_ANSWERS: Final = {**_TEXTS, "refusal": "refusal"}
+_ROLES: Final = ("system", "developer", "user", "assistant")
 _PHASES: Final = ("commentary", "final_answer")
 _MESSAGE: Final = re.compile(r"\bmessages(?:\[(\d+)\])?")
 # Fields of messages and tools as the errors of chat formats name them, and in this route. The first match is replaced.
@@ -145,6 +146,8 @@ def _read_item(item: object, where: str, *, is_preamble: bool, follows_reasoning
 
 def _read_message(item: Mapping[str, Any], where: str, *, is_preamble: bool) -> dict[str, Any]:
     role, phase = item.get("role"), item.get("phase")
+    if role not in _ROLES:  # here, as a message may be left out of the prompt, where it would be noticed
+        raise bad_request(f"{where} has the role {as_json(role)}; expected one of {', '.join(_ROLES)}", "input")
     if phase is not None and phase not in _PHASES:
         raise bad_request(f"{where}.phase is {as_json(phase)}; expected one of {', '.join(_PHASES)}", "input")
     content = _read_content(item.get("content"), f"{where}.content", _OF_ANSWERS if role == "assistant" else _TEXTS)

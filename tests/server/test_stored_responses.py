@@ -262,6 +262,13 @@ def test_a_conversation_that_is_too_long_loses_its_beginning_if_that_is_wanted()
     assert len(get(service, f"{body['id']}/input_items?order=asc&limit=100")["data"]) == 10
 
 
+def test_what_is_left_out_was_read_first():
+    """A prompt does not show that a message which it leaves out is invalid."""
+    for wrong in ({}, {"role": None}, {"role": "wizard"}, {"role": ["user"]}, {"role": "tool"}):
+        error = fault(respond(answers(ANSWER), input=[wrong | {"content": LONG * 99}, USER], truncation="auto"))
+        assert error["message"].startswith("input[0] has the role")
+
+
 def test_the_last_turns_are_as_many_as_fit():
     """Against trying all."""
     chance = random.Random(2)
