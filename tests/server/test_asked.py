@@ -35,6 +35,7 @@ THOUGHT = prompt(messages=called(reasoning_content="Hm. So."), tools=[TOOL])
         {"thinking_blocks": [{"type": "thinking", "thinking": "Hm. ", "signature": "x"}, {"thinking": "So."}]},
         {"thinking_blocks": [{"type": "redacted_thinking", "data": "x"}], "reasoning": "Hm. So."},
         {"reasoning_details": [{"type": "reasoning.text", "text": "Hm. So."}, {"type": "reasoning.encrypted"}]},
+        {"reasoning_content": "", "thinking_blocks": [{"thinking": ""}], "reasoning_details": [{"text": "Hm. So."}]},
         {"reasoning_content": "Hm. So.", "reasoning_details": [{"text": "Not this."}], "cache_control": {"type": "x"}},
     ],
 )
