@@ -63,7 +63,7 @@ def read_truncation(fields: Fields) -> str:
 def read_text(fields: Fields) -> tuple[dict[str, Any], Grammar | None, ResponseFormat | None]:
     """`text` as the answer repeats it, what the text must be, and what to say of that. Raises `ApiError`."""
     found: dict[str, Any] = {"format": {"type": "text"}, "verbosity": "medium"}
-    options = _options(fields, "text")
+    options = fields.options("text")
     form = options.take("format")
     try:
         grammar, about = read_response_format(form, "text.format"), described(form)
@@ -79,13 +79,6 @@ def read_text(fields: Fields) -> tuple[dict[str, Any], Grammar | None, ResponseF
         found["verbosity"] = verbosity
     options.finish(())
     return found, grammar, about
-
-
-def _options(fields: Fields, name: str) -> Fields:
-    given = fields.take(name)
-    if given is not None and not isinstance(given, dict):
-        raise bad_request(f"{name} must be an object, found {as_json(given)}", name)
-    return Fields(given or {})
 
 
 def read_repeated(fields: Fields) -> dict[str, Any]:

@@ -58,6 +58,22 @@ def test_malformed_reasoning_is_refused(thought, says):
     assert says in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "place", "says"),
+    [
+        ({"reasoning": {"max_tokens": 9}}, "reasoning.max_tokens", "is not a field"),
+        ({"reasoning": {"effort": 9}}, "reasoning.effort", "must be a string"),
+        ({"chat_template_kwargs": {"colour": 9}}, "chat_template_kwargs.colour", "is not a field"),
+        ({"chat_template_kwargs": 9}, "chat_template_kwargs", "must be an object, found 9"),
+        ({"stream": True, "stream_options": {"include_usage": 9}}, "stream_options.include_usage", "true or false"),
+    ],
+)
+def test_an_error_within_an_object_names_its_place(fields, place, says):
+    error = fault(chat(talking(ANSWER), **fields))
+    assert error["param"] == place
+    assert place in error["message"] and says in error["message"]
+
+
 def test_hints_change_nothing():
     plain = prompt(messages=[SYSTEM, USER], tools=[TOOL])
     hint = {"cache_control": {"type": "ephemeral"}}

@@ -149,7 +149,7 @@ def test_thinking_is_turned_off_as_in_vllm(tokenizers):
             assert prompt.endswith("</think>\n\n") == (wanted is False)
         for given, says in (
             ({"enable_thinking": 1}, "true or false"),
-            ({"thinking": True}, "'thinking'"),
+            ({"thinking": True}, "'chat_template_kwargs.thinking'"),
             ([], "an object"),
         ):
             assert says.replace("'", '"') in fault(route(service, chat_template_kwargs=given))["message"].replace(
