@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from gptjax.errors import GptjaxError
 from gptjax.server.anthropic.options import read_effort_of_turn
-from gptjax.server.body import check_text
+from gptjax.server.body import Fields, check_text
 from gptjax.server.encrypted import verified
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 from gptjax.server.responses_input import Input, joined
@@ -287,16 +287,21 @@ def without_strict(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def read_tool_choice(given: object) -> str | dict[str, Any] | None:
+def read_tool_choice(fields: Fields) -> str | dict[str, Any] | None:
     """`tool_choice` in the form of OpenAI's chat API. Raises `ApiError`."""
-    if given is None:
+    if "tool_choice" not in fields:
         return None
-    if isinstance(given, Mapping) and isinstance(given.get("disable_parallel_tool_use"), bool | None):
-        match given.get("type"):
-            case "auto" | "none" as choice:
-                return str(choice)
-            case "any":
-                return "required"
-            case "tool" if isinstance(given.get("name"), str):
-                return {"type": "function", "function": {"name": given["name"]}}
-    raise bad_request('tool_choice must be {"type": "auto"}, "any", "none", or "tool" with a name', "tool_choice")
+    options = fields.options("tool_choice")
+    kind, name = options.take("type"), options.text("name")
+    options.flag("disable_parallel_tool_use")
+    options.finish(())
+    match kind:
+        case "auto" | "none":
+            return str(kind)
+        case "any":
+            return "required"
+        case "tool" if name is not None:
+            return {"type": "function", "function": {"name": name}}
+        case "tool":
+            raise bad_request("tool_choice.name is missing: it says which tool to call")
+    raise bad_request(f"tool_choice.type is {as_json(kind)}; expected auto, any, tool or none")

@@ -100,7 +100,7 @@ def _read_prompt(fields: Fields, served: Served) -> Prompt:
     one = chat_format.one_message_a_turn
     conversation = read_conversation(fields.take("system"), messages, one_message_a_turn=one)
     given = conversation.given
-    tools, choice = read_tools(fields.take("tools"), references(messages)), read_tool_choice(fields.take("tool_choice"))
+    tools, choice = read_tools(fields.take("tools"), references(messages)), read_tool_choice(fields)
     tools = [] if choice == "none" else tools
     most = _COUNTED * served.max_length
     _, least = served.least_tokens([given.messages, tools])
