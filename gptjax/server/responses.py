@@ -116,12 +116,12 @@ def read(values: dict[str, Any], served: Served, store: ResponseStore) -> Asked:
     if truncation == "auto":
         given = given.only(fitting(given.messages, how, served, max_tokens))
     served.check_size([given.messages, tools.offered], "input")
-    prompt_ids = _rendered(given, how, served)
+    prompt_ids = _rendered(given, how, tools, served)
     try:
         strict = dataclasses.replace(how, tools=tools.with_strict()) if how.tools else how
         grammar = grammar_of_turn(chat_format, served.text(), strict, None, choice, answer)
     except GptjaxError as error:
-        raise of_gptjax(error) from None
+        raise of_gptjax(tools.explained(error)) from None
     options |= {
         "max_tokens": served.max_length if max_tokens is None else max_tokens,
         "grammar": grammar,
@@ -130,11 +130,11 @@ def read(values: dict[str, Any], served: Served, store: ResponseStore) -> Asked:
     return Asked(prompt_ids, how, options, stream, include, repeated, memory.kept(), tools)
 
 
-def _rendered(given: Input, how: ChatOptions, served: Served) -> tuple[int, ...]:
+def _rendered(given: Input, how: ChatOptions, tools: Tools, served: Served) -> tuple[int, ...]:
     try:
         prompt_ids = served.chat().render(given.messages, served.text(), how, max_length=served.max_length)
     except GptjaxError as error:
-        raise given.explained(error) from None
+        raise given.explained(tools.explained(error)) from None
     try:
         return check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
     except GptjaxError as error:

@@ -17,13 +17,12 @@ _OF_ANSWERS: Final = {**_TEXTS, "refusal": "refusal"}
 _ROLES: Final = ("system", "developer", "user", "assistant")
 _PHASES: Final = ("commentary", "final_answer")
 _MESSAGE: Final = re.compile(r"\bmessages(?:\[(\d+)\])?")
-# Fields of messages and tools as the errors of chat formats name them, and in this route. The first match is replaced.
+# Fields of messages as the errors of chat formats name them, and in this route. The first match is replaced.
 _NAMES: Final = {
     ".tool_calls[0].function": "",
     ".tool_calls[0].id": ".call_id",
     ".tool_call_id": ".call_id",
     ".tool_calls[0]": "",
-    "].function": "]",
     "reasoning_effort": "reasoning.effort",
 }
 _PARAMS: Final = {"reasoning_effort": "reasoning.effort", "tools": "tools"}

@@ -373,6 +373,8 @@ FAULTS = [
     ({"tools": [{"name": "f"}]}, "tools[0].input_schema must be an object"),
     ({"tools": [WEATHER | {"name": "a b"}]}, "tools[0].name is 'a b'"),
     ({"tools": [WEATHER | {"colour": 1}]}, "tools[0] has 'colour'"),
+    ({"tools": [WEATHER | {"defer_loading": True}, WEATHER | {"name": "a b"}]}, "tools[1].name is 'a b'"),
+    ({"tools": [WEATHER | {"strict": True, "input_schema": {"not": {}}}]}, "tools[0].input_schema: the JSON schema"),
     ({"tool_choice": "any"}, "tool_choice must be an object, found 'any'"),
     ({"tool_choice": {"type": "one"}}, "tool_choice.type is 'one'; expected auto, any, tool or none"),
     ({"tool_choice": {"type": "tool"}}, "tool_choice.name is missing"),

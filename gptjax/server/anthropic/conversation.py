@@ -17,7 +17,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
 from gptjax.errors import GptjaxError
@@ -26,6 +26,7 @@ from gptjax.server.body import Fields, check_text
 from gptjax.server.encrypted import verified
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 from gptjax.server.responses_input import Input, joined
+from gptjax.server.responses_tools import Tools
 
 # Claude Code's first system text, about itself. It may differ between requests, which then would not begin alike.
 _BILLING: Final = "x-anthropic-billing-header:"
@@ -42,8 +43,7 @@ _NAMES: Final = {
     ".tool_calls[0].id": ".id",
     ".tool_calls": ".id",
     ".tool_call_id": ".tool_use_id",
-    "].function.parameters": "].input_schema",
-    "].function": "]",
+    "].parameters": "].input_schema",
 }
 
 
@@ -248,18 +248,21 @@ def _check_keys(block: Mapping[str, Any], where: str, known: Collection[str]) ->
             raise bad_request(f"{where} has {as_json(key)}, which is not known here; expected {', '.join(known)}")
 
 
-def read_tools(given: object, referenced: Collection[str]) -> list[dict[str, Any]]:
-    """Tools as functions, with `strict` if they are; deferred ones only if they are `referenced`. Raises `ApiError`."""
-    if given is None:
-        return []
-    if not isinstance(given, list):
+def read_tools(given: object, referenced: Collection[str]) -> Tools:
+    """`tools`; deferred ones are offered only if they are `referenced`. Raises `ApiError`."""
+    found = Tools()
+    if given is not None and not isinstance(given, list):
         raise bad_request(f"tools must be a list, found {as_json(given)}", "tools")
-    read = [_read_tool(tool, f"tools[{index}]") for index, tool in enumerate(given)]
-    return [tool for tool, is_deferred in read if not is_deferred or tool["function"]["name"] in referenced]
+    for index, tool in enumerate(given or []):
+        where = f"tools[{index}]"
+        function = _read_tool(tool, where)
+        if not tool.get("defer_loading") or function["name"] in referenced:
+            found.add(function, where, strict=bool(tool.get("strict")))
+    return found
 
 
-def _read_tool(tool: object, where: str) -> tuple[dict[str, Any], bool]:
-    """A tool as a function, and whether it is deferred."""
+def _read_tool(tool: object, where: str) -> dict[str, Any]:
+    """A tool as a function."""
     if not isinstance(tool, Mapping):
         raise bad_request(f"{where} must be an object, found {as_json(tool)}", "tools")
     if tool.get("type") not in (None, "custom"):
@@ -274,17 +277,7 @@ def _read_tool(tool: object, where: str) -> tuple[dict[str, Any], bool]:
     if not isinstance(schema, dict):
         raise bad_request(f"{where}.input_schema must be an object, found {as_json(schema)}", "tools")
     function = {"name": name, "description": tool.get("description"), "parameters": schema}
-    given = {key: value for key, value in function.items() if value is not None}
-    strict = {"strict": True} if tool.get("strict") else {}
-    return {"type": "function", "function": given | strict}, bool(tool.get("defer_loading"))
-
-
-def without_strict(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tools as a prompt has them: what is strict is not said there."""
-    return [
-        {**tool, "function": {key: value for key, value in tool["function"].items() if key != "strict"}}
-        for tool in tools
-    ]
+    return {key: value for key, value in function.items() if value is not None}
 
 
 def read_tool_choice(fields: Fields) -> str | dict[str, Any] | None:
