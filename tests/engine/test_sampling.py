@@ -308,7 +308,7 @@ def _mixed(rows: list[str], branches: bool) -> Sampling:
         ),
         penalties=Penalties(
             column("repeats", 1.7, 1, "float32"),
-            column("present", 20.0, 0, "float32"),
+            column("present", 2.0, 0, "float32"),
             column("often", 0.8, 0, "float32"),
         ),
         bias=Bias(column("bias", 3, V, "int32")[:, None], jnp.full((len(rows), 1), 4.0)),
@@ -327,7 +327,7 @@ def _mixed(rows: list[str], branches: bool) -> Sampling:
         ["", "draws k", "draws"],
         ["draws p", "", "draws least"],
         ["repeats", "draws", ""],
-        ["", "present", "draws top"],
+        ["present", "", "draws top"],
         ["limited", "", "draws"],
         ["limited draws k", "draws least", "limited often"],
         ["often draws", "bias", "draws k p least repeats present often bias top"],
