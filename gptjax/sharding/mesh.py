@@ -6,7 +6,7 @@ from typing import Final
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from gptjax.errors import RequestError
 from gptjax.support.quoting import quoted
@@ -44,7 +44,7 @@ def as_mesh(given: Mesh | Mapping[str, int], devices: Sequence[jax.Device] | Non
 
 def planned(sizes: Mapping[str, int]) -> AbstractMesh:
     """A mesh of devices that need not be there, to see what each would have. Raises `RequestError`."""
-    return AbstractMesh(_checked(sizes), AXES)
+    return AbstractMesh(_checked(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def described(sizes: Mapping[str, int]) -> str:
