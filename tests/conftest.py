@@ -48,6 +48,7 @@ MODELS = {  # compile models, or kernels that XLA compiles, or take long: `make 
     "server/test_with_model.py",
     "server/test_worker.py",
     "server/test_worker_ends.py",
+    "sharding/test_hosts.py",
     "sharding/test_on_eight_devices.py",
     "test_affected.py",  # imports each module anew
     "test_api.py",

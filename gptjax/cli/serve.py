@@ -209,6 +209,7 @@ def _run(args: argparse.Namespace) -> int:
     import logging.config
 
     from gptjax.checkpoints.checkpoint import open_checkpoint
+    from gptjax.errors import GptjaxError
     from gptjax.server import logs
     from gptjax.server.front_process import FrontProcess
     from gptjax.server.messages import Text
@@ -222,7 +223,10 @@ def _run(args: argparse.Namespace) -> int:
         if follows:
             return _load_and_follow(args, checkpoint)
         with FrontProcess(text) as front:  # it starts and reads the tokenizer while this one loads weights
-            return _load_and_serve(args, checkpoint, front)
+            status = _load_and_serve(args, checkpoint, front)
+        if status and args.coordinator is not None:
+            raise GptjaxError("the server died: its log says why")  # so that all processes end with an error
+        return status
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from gptjax._version import __version__
@@ -80,15 +81,20 @@ def executor_of(model: Model, params: AnyParams, **how: Any) -> Executor:
 
 
 def follow(model: Model, params: AnyParams) -> None:
-    """Does what process 0 does with the same model, until it ends.
+    """Does what process 0 does with the same model, until it ends. For the other processes of `hosts.joined`.
 
     Raises:
       RequestError: process 0 has another model, or other versions of JAX or gptjax.
     """
     follower = hosts.current()
     assert isinstance(follower, hosts.Follower)
+    execute(model, params, follower.messages())
+
+
+def execute(model: Model, params: AnyParams, messages: Iterable[tuple[Any, np.ndarray | None]]) -> Executor | None:
+    """Does what messages of a `LeadingExecutor` say. Returns the last executor. Raises what `follow` does."""
     executor: Executor | None = None
-    for (kind, *rest), words_BW in follower.messages():
+    for (kind, *rest), words_BW in messages:
         if kind == "make":
             executor = None  # frees its pools first
             executor = _made(model, params, *rest)
@@ -101,6 +107,7 @@ def follow(model: Model, params: AnyParams) -> None:
             executor.warm_up()
         else:
             _ = executor.result
+    return executor
 
 
 def _made(

@@ -16,6 +16,7 @@ nor is what NCCL and JAX's own coordinator exchange: use a network that you trus
 import atexit
 import contextlib
 import hmac
+import itertools
 import json
 import logging
 import queue
@@ -29,6 +30,7 @@ from typing import Any, Final
 
 import jax
 import numpy as np
+from jax.errors import JaxRuntimeError
 from jax.sharding import AbstractMesh, Mesh
 
 from gptjax.errors import RequestError
@@ -38,11 +40,14 @@ AUTO: Final = "auto"  # instead of an address: what the cluster's environment sa
 HEARTBEAT: Final = 30  # seconds without a sign of life from a process, after which JAX ends the others
 _CONNECTING: Final = 60.0  # seconds, once JAX has connected all processes
 _ENDING: Final = 5.0  # seconds
+_NOTICING: Final = 1.0  # seconds
 _SECRET: Final = 32  # bytes
 _KEY: Final = "gptjax/plans"
 _GREETING: Final = struct.Struct(f"<{_SECRET}sI")  # the secret, and who it is
 _HEAD: Final = struct.Struct("<II")  # bytes of JSON, and of the array after it
 _MOST: Final = 1 << 28  # bytes of each
+_MEETING: Final = 86_400_000  # milliseconds: in between, JAX's heartbeats and the links see who is gone
+_meetings = itertools.count()
 _log = logging.getLogger(__name__)
 
 
@@ -167,6 +172,8 @@ def joined(coordinator: str, processes: int | None = None, process: int | None =
     try:
         yield isinstance(peer, Follower)
     except BaseException as error:
+        if isinstance(error, JaxRuntimeError):
+            time.sleep(_NOTICING)  # perhaps because a process is gone: that is the reason to give, and `_lose` gives it
         atexit.register(leave, 1)  # before JAX's own, which would wait for the others
         reason = str(error) or type(error).__name__
         peer.fail(reason) if isinstance(peer, Follower) else peer.end(reason)
@@ -174,6 +181,14 @@ def joined(coordinator: str, processes: int | None = None, process: int | None =
     if isinstance(peer, Leader):
         peer.end()
     jax.distributed.shutdown()  # waits for all: a process whose coordinator is gone would be ended as having failed
+
+
+def meet() -> None:
+    """Waits until all processes are here, for any time. Each calls it equally often."""
+    from jax._src.distributed import global_state
+
+    assert global_state.client is not None
+    global_state.client.wait_at_barrier(f"{_KEY}/{next(_meetings)}", _MEETING)
 
 
 def check_alone(mesh: Mesh | AbstractMesh | None, what: str) -> None:
@@ -194,17 +209,16 @@ def put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
 
 def _initialize(coordinator: str, processes: int | None, process: int | None) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
+    is_known = coordinator != AUTO
     try:
-        if coordinator == AUTO:
-            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
-            return
         jax.distributed.initialize(
-            coordinator,
+            coordinator if is_known else None,
             processes,
             process,
             # With it, a process would have one GPU only under Slurm, and wait for an MPI that need not be there.
-            cluster_detection_method="deactivate",
+            cluster_detection_method="deactivate" if is_known else None,
             heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=HEARTBEAT,
         )
     except (RuntimeError, ValueError) as error:
         raise RequestError(f"this process could not join the others: {error}") from error
