@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -12,7 +13,7 @@ import jax
 import pytest
 
 import gptjax
-from gptjax.cli import main
+from gptjax.cli import _parser, main
 from gptjax.sharding import hosts
 from tests.import_graph import ROOT
 from tests.thinned import thorough
@@ -107,6 +108,16 @@ def test_a_process_that_fails_says_why():
     assert [process.returncode for process in both] == [1, 1]
     assert "gptjax: --max-length must be" in outputs[0]
     assert "this process cannot go on: process 0 failed: max_length must be" in outputs[1]
+
+
+@pytest.mark.parametrize("name", ["multihost.md", "multihost-slurm.sh", "multihost-jobset.yaml"])
+def test_the_options_of_examples_exist(name):
+    """The scripts need a cluster."""
+    text = re.sub("^#SBATCH.*", "", (ROOT / "examples" / name).read_text(), flags=re.M)
+    options = set(re.findall(r"--[a-z][a-z-]+", text)) - {"--kill-on-bad-exit"}
+    commands = next(action for action in _parser()._actions if action.dest == "command").choices
+    assert {"--coordinator", "--num-processes", "--process-id", "--mesh"} <= options
+    assert options <= commands["serve"]._option_string_actions.keys()
 
 
 @pytest.mark.parametrize(("coordinator", "given"), [("10.0.0.1:1", ("10.0.0.1:1", 2, 1)), (hosts.AUTO, (None,) * 3)])
