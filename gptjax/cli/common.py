@@ -171,8 +171,11 @@ def joined(args: argparse.Namespace) -> Iterator[bool]:
 
 def followed(model: "Model", params: "Params") -> int:
     """Computes for process 0 until it ends. Returns the exit status."""
+    import signal
+
     from gptjax.engine.leading import follow
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what a Ctrl-C means, process 0 decides
     follow(model, params)
     return 0
 

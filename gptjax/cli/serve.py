@@ -249,8 +249,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _load_and_follow(args: argparse.Namespace, checkpoint: "Checkpoint") -> int:
     # Those who end a job signal all of it, but process 0 first finishes what is open.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     lm = _load(args, checkpoint)
     return followed(lm.model, lm.params)
 

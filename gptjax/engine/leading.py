@@ -47,19 +47,19 @@ class LeadingExecutor(Executor):
     def run(self, plan: Plan, requests: Mapping[int, Request], words_BW: Words = None) -> sampling.Sampled | None:
         """Dispatches a plan in all processes."""
         joining = [(join.request, _plain(requests[join.request])) for join in plan.joins]
-        self._leader.send("run", plan.to_json(), joining, array=words_BW)
-        return super().run(plan, requests, words_BW)
+        with self._leader.step("run", plan.to_json(), joining, array=words_BW):
+            return super().run(plan, requests, words_BW)
 
     def warm_up(self) -> None:
         """Compiles all programs in all processes."""
-        self._leader.send("warm_up")
-        super().warm_up()
+        with self._leader.step("warm_up"):
+            super().warm_up()
 
     @property
     def result(self) -> jax.Array:
         """An array that is there when all plans so far have run."""
-        self._leader.send("result")
-        return super().result
+        with self._leader.step("result"):
+            return super().result
 
 
 def executor_of(model: Model, params: AnyParams, **how: Any) -> Executor:

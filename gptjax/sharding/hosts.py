@@ -33,7 +33,7 @@ import numpy as np
 from jax.errors import JaxRuntimeError
 from jax.sharding import AbstractMesh, Mesh
 
-from gptjax.errors import RequestError
+from gptjax.errors import GptjaxError, RequestError
 from gptjax.support.processes import leave
 
 AUTO: Final = "auto"  # instead of an address: what the cluster's environment says
@@ -57,6 +57,9 @@ class Link:
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        end.setsockopt(
+            socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1
+        )  # an idle server's connections are not to be forgotten
 
     def send(self, message: Any, array: np.ndarray | None = None) -> None:
         """Sends plain data, and an array of int32. Lost if the other process is gone: who receives sees that."""
@@ -85,7 +88,7 @@ class Leader:
         """Watches the links to the other processes, by their numbers."""
         self._links = links
         self._lock = threading.Lock()
-        self._ended = False
+        self._ended, self._in_step = False, True
         self._watching = [
             threading.Thread(target=self._watch, args=each, name="gptjax-peer", daemon=True) for each in links.items()
         ]
@@ -97,6 +100,24 @@ class Leader:
         with self._lock:
             for link in self._links.values():
                 link.send(message, array)
+
+    @contextlib.contextmanager
+    def step(self, *message: Any, array: np.ndarray | None = None) -> Iterator[None]:
+        """Sends what the others do while the body does the same.
+
+        Raises:
+          GptjaxError: an earlier body did not reach its end, such as by Ctrl-C. The others did: what is now dispatched
+            here would meet something else there.
+        """
+        if not self._in_step:
+            raise GptjaxError(
+                "the processes are no longer in step, as something that all of them do was interrupted in this one: "
+                "start them again"
+            )
+        self._in_step = False
+        self.send(*message, array=array)
+        yield
+        self._in_step = True
 
     def end(self, reason: str | None = None) -> None:
         """Lets the others end. If there is a reason, they end at once, with an error; waits for that."""
@@ -180,6 +201,7 @@ def joined(coordinator: str, processes: int | None = None, process: int | None =
         raise
     if isinstance(peer, Leader):
         peer.end()
+    _peer = None
     jax.distributed.shutdown()  # waits for all: a process whose coordinator is gone would be ended as having failed
 
 

@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 
 from gptjax.engine import engine, leading
-from gptjax.errors import RequestError
-from gptjax.sharding.hosts import Link
+from gptjax.errors import GptjaxError, RequestError
+from gptjax.scheduling.policy import Policy
+from gptjax.sharding.hosts import Leader, Link
 from tests.engine.generated import generate
 from tests.engine.test_constrained import COMPILER, CONSTRAINED, FREE
 from tests.engine.test_engine import MODEL, made_params
 
 
-class Sent:
-    """In place of a `Leader`: what went over a connection."""
+class Sent(Leader):
+    """What went over a connection."""
 
     def __init__(self, here: Link, there: Link) -> None:
+        super().__init__({})
         self._here, self._there = here, there
         self.messages = []
 
@@ -55,3 +57,18 @@ def test_another_model_is_refused(sent):
     sent.send("make", "another", {}, [], 120, [])
     with pytest.raises(RequestError, match="does not have the same model as process 0"):
         leading.execute(MODEL, made_params(), sent.messages)
+
+
+def test_nothing_is_dispatched_after_an_interrupt(sent, monkeypatch):
+    """The others have done all of what was interrupted here."""
+    executor = leading.LeadingExecutor(sent, MODEL, made_params(), policy=Policy(2, 64), pages=[9], max_length=120)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(executor, "_call", interrupted)
+        _ = executor.result
+    with pytest.raises(GptjaxError, match="no longer in step"):
+        _ = executor.result
+    assert [kind for (kind, *_), _ in sent.messages] == ["make", "result"]

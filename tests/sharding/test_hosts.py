@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import pytest
@@ -140,12 +141,19 @@ def ends():
         yield here, there
 
 
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n\r\n", struct.pack("<II", 1 << 30, 0)])
+def test_nobody_waits_for_what_is_too_much(ends, sent):
+    here, there = ends
+    there.settimeout(10)
+    here.sendall(sent)
+    began = time.monotonic()
+    assert hosts.Link(there).receive() is None and time.monotonic() - began < 5
+
+
 @pytest.mark.parametrize(
     "sent",
     [
         b"",
-        b"GET / HTTP/1.1\r\n\r\n",
-        struct.pack("<II", 1 << 30, 0),
         struct.pack("<II", 2, 0) + b"{}",
         struct.pack("<II", 4, 0) + b"\x80\x05N.",  # a pickle
         struct.pack("<II", 9, 4) + b"[1,[1,2]]" + b"1234",
