@@ -30,7 +30,6 @@ from typing import Any, Final
 
 import jax
 import numpy as np
-from jax.errors import JaxRuntimeError
 from jax.sharding import AbstractMesh, Mesh
 
 from gptjax.errors import GptjaxError, RequestError
@@ -193,7 +192,7 @@ def joined(coordinator: str, processes: int | None = None, process: int | None =
     try:
         yield isinstance(peer, Follower)
     except BaseException as error:
-        if isinstance(error, JaxRuntimeError):
+        if isinstance(error, Exception) and not isinstance(error, GptjaxError):
             time.sleep(_NOTICING)  # perhaps because a process is gone: that is the reason to give, and `_lose` gives it
         atexit.register(leave, 1)  # before JAX's own, which would wait for the others
         reason = str(error) or type(error).__name__

@@ -49,6 +49,7 @@ def test_messages_are_enough_to_do_the_same(sent, monkeypatch):
     followed = leading.execute(MODEL, made_params(), sent.messages)
     kinds = [kind for (kind, *_), _ in sent.messages]
     assert kinds[:2] == ["make", "warm_up"] and set(kinds) == {"make", "warm_up", "run", "result"}
+    assert followed._features == led._executor._features
     for mine, other in zip(jax.tree.leaves(led._executor._slots), jax.tree.leaves(followed._slots), strict=True):
         np.testing.assert_array_equal(mine, other)
 

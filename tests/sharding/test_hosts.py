@@ -172,6 +172,7 @@ def test_only_those_who_know_the_secret_are_accepted():
         greetings = [(b"x" * 32, 1), (secret, 7), (secret, 0), (secret, 1)]
         ends = [socket.create_connection(server.getsockname()) for _ in greetings]
         for end, greeting in zip(ends, greetings, strict=True):
+            end.settimeout(10)
             end.sendall(struct.pack("<32sI", *greeting))
         found: dict[int, hosts.Link] = {}
         accepting = threading.Thread(target=lambda: found.update(hosts._accepted(server, secret, 2)))
