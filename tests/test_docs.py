@@ -33,6 +33,7 @@ NOT_RUN = {
     ("README.md", "needs torch"),
     ("README.md", "serves until it is told to end"),
     ("docs/gguf.md", "needs a download"),
+    ("docs/deployment.md", "needs several hosts"),
     ("docs/more-than-one-device.md", "needs several devices"),
     ("docs/gpt-oss.md", "needs a download"),
     ("docs/gpt-oss.md", "needs torch"),

@@ -10,8 +10,8 @@ import numpy as np
 from jax.errors import JaxRuntimeError
 
 from gptjax.engine import sampling
-from gptjax.engine.executor import Executor
 from gptjax.engine.flat_params import AnyParams
+from gptjax.engine.leading import executor_of
 from gptjax.engine.pools import default_policy, most_pages, pool_kinds
 from gptjax.engine.request import TOO_COMPLEX, Request, Token
 from gptjax.engine.settings import Features, all_allowed
@@ -22,8 +22,6 @@ from gptjax.scheduling.policy import Policy
 from gptjax.scheduling.pool import Pool
 from gptjax.scheduling.scheduler import Scheduler
 from gptjax.structured.matching import Compiler, Matcher
-
-_MOST_LOSSES = 2  # of the pools, one after another without a token between
 
 
 @dataclasses.dataclass
@@ -98,7 +96,9 @@ class Engine:
         self.policy = policy
         windows = kinds(model.config.windows, max_length)
         self._pages = tuple(pages or most_pages(pool_kinds(model, max_length=max_length, policy=policy)))
-        self._executor = Executor(model, params, policy=policy, pages=self._pages, max_length=max_length, levels=levels)
+        self._executor = executor_of(
+            model, params, policy=policy, pages=self._pages, max_length=max_length, levels=levels
+        )
         pools = [Pool(count, window) for count, window in zip(self._pages, windows, strict=True)]
         self._scheduler = Scheduler(policy, pools)
         self._requests: dict[int, Request] = {}  # by number
@@ -241,7 +241,7 @@ class Engine:
         while True:
             self.losses += 1
             self._losses_in_a_row += 1
-            if self._losses_in_a_row > _MOST_LOSSES:
+            if self._losses_in_a_row > self._executor.most_losses:
                 failure.add_note(f"the device failed {self._losses_in_a_row} times in a row")
                 raise failure
             free_locals(failure)

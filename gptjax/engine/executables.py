@@ -26,6 +26,7 @@ from jax.experimental import serialize_executable
 
 from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.programs import Slots
+from gptjax.sharding import hosts
 from gptjax.support import fingerprint, runtime
 from gptjax.support.private_files import PrivateFiles
 
@@ -94,9 +95,16 @@ class Executables:
         _log.info("compiled programs are neither read nor kept: sources were edited since this process started")
         return None
 
+    @functools.cached_property
+    def _are_others(self) -> bool:
+        """Whether other processes have some of the devices."""
+        return not all(leaf.is_fully_addressable for leaf in self._params.leaves)
+
     def __call__(self, program: Any, *arguments: Any) -> Any:
         """What the program returns."""
         if self._files is None:
+            if self._are_others:
+                self._compile_together(program, arguments)
             return program(*arguments)
         key = _key(program, arguments)
         run = self._ready.get(key)
@@ -140,6 +148,17 @@ class Executables:
         took = [after - before for before, after in itertools.pairwise(times)]
         self.seconds = [sum(each) for each in zip(self.seconds, took, strict=True)]
         return lowered
+
+    def _compile_together(self, program: Any, arguments: Sequence[Any]) -> None:
+        """Compiles a program in all processes before it runs in any: who waits for the others in it gives up early.
+
+        (Gloo does after 30 s. Compiling can take longer in one process than in another.)
+        """
+        key = _key(program, arguments)
+        if key not in self._ready:
+            self.lower(program, *arguments).compile()
+            hosts.meet()
+            self._ready[key] = program
 
     def forget(self) -> bool:
         """Removes everything that was there, as something of it does not run. Returns whether there was anything."""

@@ -26,6 +26,7 @@ from gptjax.models import registry
 from gptjax.models.registry import Model
 from gptjax.scheduling.plan import Copy, DecodeCall, Plan, PrefillCall
 from gptjax.scheduling.policy import Policy, powers, smallest
+from gptjax.sharding.hosts import put
 from pallas_kernels.pages import TILE
 
 _COPIES = 8  # pages of one call
@@ -58,6 +59,8 @@ class Executor:
     Programs are dispatched, not waited for. Each has a few sizes; `warm_up` compiles them all, or `warm_up_largest`
     those that can stand in for the others, which it compiles while plans run. On a mesh, both compile them all first.
     """
+
+    most_losses = 2  # of the pools, one after another without a token between, after which an engine goes on
 
     def __init__(
         self,
@@ -147,8 +150,7 @@ class Executor:
     @property
     def result(self) -> jax.Array:
         """An array that is there when all plans so far have run, and that the next one does not use up."""
-        marker: jax.Array = self._call(programs.marker, self._slots)
-        return marker
+        return self._marker()
 
     def wait(self) -> None:
         """Waits until everything dispatched has run."""
@@ -260,7 +262,7 @@ class Executor:
         return _Sizes(self._used_sizes(), ends, self._policy.row_sizes, levels)
 
     def _run_all(self, sizes: _Sizes) -> jax.Array:
-        """Runs all programs, with calls of these sizes, without any rows. Returns `result`."""
+        """Runs all programs, with calls of these sizes, without any rows. Returns a `result`."""
         policy = self._policy
         self._send_tables()
         for kind in range(len(self._tables)):
@@ -271,7 +273,11 @@ class Executor:
         for size in sizes.ends:
             self._keep_logits(hidden_MD, [policy.slots] * size)
         self._run_decodes(sizes.rows, sizes.levels)
-        return self.result
+        return self._marker()
+
+    def _marker(self) -> jax.Array:
+        marker: jax.Array = self._call(programs.marker, self._slots)
+        return marker
 
     def _run_decodes(self, row_sizes: tuple[int, ...], levels: tuple[int, ...]) -> None:
         for size in row_sizes:
@@ -283,7 +289,7 @@ class Executor:
 
     def _send_tables(self) -> None:
         # Copies: on a CPU, JAX may use NumPy's memory, and programs that read it may run later than the next change.
-        tables = tuple(jax.device_put(table.copy(), self._whole) for table in self._tables)
+        tables = tuple(put(table.copy(), self._whole) for table in self._tables)
         self._slots = dataclasses.replace(self._slots, cache=dataclasses.replace(self._slots.cache, tables=tables))
 
     def _copy(self, kind: int, copies: Sequence[Copy]) -> None:
@@ -356,7 +362,7 @@ class Executor:
         return rows
 
     def _run_decode(self, rows: np.ndarray, settings: sampling.Sampling, num_steps: int) -> sampling.Sampled:
-        sent = jax.device_put(rows, self._whole)
+        sent = put(rows, self._whole)
         if num_steps == 1:
             # Two calls, so that the token can be read before the step is done.
             sampled = self._call(programs.sample, self._slots, sent, settings)
