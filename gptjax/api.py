@@ -164,13 +164,8 @@ def load_checkpoint(
 
 def on_mesh(model: Model, mesh: Mesh | AbstractMesh | Mapping[str, int]) -> Model:
     """The model as each device of a mesh runs it. Raises `RequestError` if it does not divide so."""
-    share = share_of(model.config, mesh if isinstance(mesh, AbstractMesh) else as_mesh(mesh), dtype=model.dtype)
-    if share.rows_parts > 1:
-        raise RequestError(
-            "an engine does not divide its rows over the mesh's axis data yet: use tensor and expert, and start a "
-            "server for each group of devices"
-        )
-    return shards.divided(model, share)
+    mesh = mesh if isinstance(mesh, AbstractMesh) else as_mesh(mesh)
+    return shards.divided(model, share_of(model.config, mesh, dtype=model.dtype))
 
 
 def load_params(checkpoint: Checkpoint, model: Model, put: Callable[..., jax.Array] | None = None) -> Params:

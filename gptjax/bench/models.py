@@ -164,7 +164,7 @@ def run(
     compiling = [_compile_seconds(turn) for _, turn in turns]
     rounds = [[turn() for _, turn in turns] for _ in range(repeats)]
     # In the middle of the measured steps, each row attends to this many positions.
-    length = prompt_length + 1 + steps // 2
+    length, rows = prompt_length + 1 + steps // 2, model.own.rows_of(batch)
     return [
         Result(
             engine=name,
@@ -175,8 +175,8 @@ def run(
             peak_memory=peak_memory(),
             prefill=Figure(tuple(measured[index][0] for measured in rounds)),
             step=Figure(tuple(measured[index][1] for measured in rounds)),
-            bytes_per_step=cost.decode_bytes(model, batch=batch, length=length),
-            flops_per_step=batch * cost.token_flops(model, length=length),
+            bytes_per_step=cost.decode_bytes(model, batch=rows, length=length),
+            flops_per_step=rows * cost.token_flops(model, length=length),
         )
         for index, (name, _) in enumerate(turns)
     ]

@@ -1,0 +1,136 @@
+"""An engine on a mesh that divides its rows: what it draws, what each device has, and that no bit depends on the load.
+
+Run by `test_on_eight_devices.py`.
+"""
+
+import functools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax.engine import memory
+from gptjax.engine.engine import Engine
+from gptjax.engine.pools import least_pages, pool_kinds
+from gptjax.engine.request import Request, SamplingParams
+from gptjax.layers.cache import kinds
+from gptjax.models.params import Params
+from gptjax.models.registry import Model
+from gptjax.scheduling.policy import Policy
+from tests.oracles import llama_ours
+from tests.shallow import shallow
+from tests.sharding.on_mesh import bytes_by_device, on_mesh, placed, sizes
+from tests.thinned import thorough
+
+MAX_LENGTH, VOCAB = 290, 101  # of all models, at least
+TOLERANCE = 1e-4
+MESHES = [(8, 1, 1), (4, 2, 1), (2, 2, 2)]
+Given = list[tuple[int, float]]  # tokens and log-probabilities
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="run by test_on_eight_devices.py")
+
+
+@functools.cache
+def _whole(name: str) -> tuple[Model, Params]:
+    if name == "llama":  # grouped queries
+        case = llama_ours.make_case()
+        return case.model, case.params
+    lm = shallow(f"{name}-tales")
+    return lm.model, lm.params
+
+
+def _requests() -> list[Request]:
+    """Some with a beginning in common, of a page and a part of one; greedy, by chance, and with penalties."""
+    rng = np.random.default_rng(0)
+    beginning = rng.integers(0, VOCAB, 150).tolist()
+    found = []
+    for number, (shared, own) in enumerate([(0, 1), (0, 40), (0, 200), (150, 5), (150, 60), (7, 20), (140, 1), (0, 9)]):
+        ids = beginning[:shared] + rng.integers(0, VOCAB, own).tolist()
+        penalty = 1.3 if number % 2 else 1.0
+        params = SamplingParams(seed=number, temperature=number % 3 / 2, top_p=0.9, repetition_penalty=penalty)
+        found.append(Request(tuple(ids), 8, params))
+    return found
+
+
+REQUESTS = _requests()
+
+
+def _play(engine: Engine, requests: Sequence[Request], rng: random.Random | None = None) -> list[Given]:
+    """What requests are given: one after another, or in company; some pause, and are computed again."""
+    given: list[Given] = [[] for _ in requests]
+    waiting, running = list(range(len(requests)))[::-1], dict[int, int]()
+    if rng is not None:
+        rng.shuffle(waiting)
+    while waiting or running:
+        while waiting and (not running or (rng is not None and rng.random() < 0.5)):
+            which = waiting.pop()
+            running[engine.add(requests[which])] = which
+        if rng is not None and len(running) > 1:
+            for number in running:
+                engine.hold(number, rng.random() < 0.1 and number != min(running))
+        for token in engine.step():
+            which = running[token.request]
+            given[which].append((token.token_id, token.logprob))
+            if len(given[which]) == requests[which].max_tokens:
+                engine.end(token.request)
+                del running[token.request]
+    return given
+
+
+def _bytes(engine: Engine) -> dict[jax.Device, int]:
+    return bytes_by_device(engine._executor._slots)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        (name, mesh) if (name, mesh) == ("llama", (2, 2, 2)) else thorough(name, mesh)
+        for name in ("gpt2", "gpt-oss", "llama")
+        for mesh in MESHES
+    ],
+)
+def test_requests_get_what_one_device_gives_and_the_same_bits_in_any_company(name, mesh):
+    whole, params = _whole(name)
+    model, parts = placed(whole, params, sizes(*mesh))
+    policy: dict[str, Any] = {"slots": 2, "chunk": 64, "pieces": 3}
+
+    def engine(of: tuple[Model, Params], shards: int, **options: Any) -> Engine:
+        rows = Policy(**policy, shards=shards, **options.pop("how", {}))
+        return Engine(*of, batch=0, max_length=MAX_LENGTH, policy=rows, **options)
+
+    expected = _play(engine((whole, params), 1), REQUESTS)
+    first = engine((model, parts), mesh[0], how={"reuse": False})
+    alone = _play(first, REQUESTS)
+    for ours, theirs in zip(alone, expected, strict=True):
+        assert [token for token, _ in ours] == [token for token, _ in theirs]
+        assert np.abs(np.subtract(ours, theirs)[:, 1]).max() < TOLERANCE
+
+    need = memory.needed(model, batch=first.batch, max_length=MAX_LENGTH, policy=first.policy)
+    assert set(_bytes(first).values()) == {need.cache + need.logits}
+    slots = first._executor._slots
+    assert slots.logits_BV.addressable_shards[0].data.shape[0] == 2 and len(slots.logits_BV) == first.batch
+
+    least = least_pages(pool_kinds(model, max_length=MAX_LENGTH, policy=first.policy))
+    crowded = engine((model, parts), mesh[0], how={"steps": 2}, pages=[count + 2 for count in least])
+    assert _play(crowded, REQUESTS, random.Random(0)) == alone
+
+
+def test_prompts_and_grammars_go_to_rows_of_all_parts():
+    """By `LanguageModel`: more prompts than slots of a part; each of them can only draw what its grammar allows."""
+    lm = shallow("gpt2-tales", max_length=128, max_batch=3)
+    mesh = on_mesh(lm, {"data": 2, "tensor": 2}, max_batch=3)
+    prompts = ["Once upon a time there was", "The wolf", "A king had", "Once upon a time there lived"]
+    for options in ({}, {"grammar": {"enum": ["wolf", "king", "apple"]}}):
+        found, expected = (each.generate(prompts, max_tokens=8, temperature=0, **options) for each in (mesh, lm))
+        assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+    assert mesh._shared._engine.batch == 4  # two in each part
+    alone = mesh.generate(prompts[1], max_tokens=8, temperature=0)
+    again = mesh.generate(prompts, max_tokens=8, temperature=0)[1]
+    assert (alone.token_ids, alone.logprobs) == (again.token_ids, again.logprobs)
+    ids = lm.tokenizer.encode("The wolf was in the wood.")
+    assert np.abs(mesh.logits(ids) - lm.logits(ids)).max() < TOLERANCE
+    mesh.close()
