@@ -12,12 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-import gptjax
 from gptjax.engine import memory
 from gptjax.engine.engine import Engine
 from gptjax.engine.pools import least_pages, pool_kinds
 from gptjax.engine.request import Request, SamplingParams
-from gptjax.layers.cache import kinds
 from gptjax.models.params import Params
 from gptjax.models.registry import Model
 from gptjax.scheduling.policy import Policy
