@@ -7,12 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.bench import cost
 from gptjax.bench.figure import Figure, timed
 from gptjax.bench.loading import peak_memory
 from gptjax.config import ModelConfig
 from gptjax.diagnostics.transformers_comparison import load_transformers, oracle, random_transformers
-from gptjax.engine import memory
+from gptjax.engine import cost, memory
 from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import CapacityError

@@ -1,10 +1,13 @@
 """Requests over shards, each with slots and pages of its own: who joins which, and what they do in one call."""
 
+import numpy as np
 import pytest
 
+from gptjax.scheduling.draft import turns
 from gptjax.scheduling.policy import Policy
+from gptjax.scheduling.sequence import Sequence
 from tests.scheduling import naive_device
-from tests.scheduling.harness import PAGE, Harness, prompt_of, rows_of, small, small_asked
+from tests.scheduling.harness import PAGE, Harness, prompt_of, read_by, rows_of, small, small_asked
 
 
 def _shards(harness: Harness) -> dict[int, int]:
@@ -56,20 +59,36 @@ def test_a_full_shard_sends_a_request_to_another_that_reads_all_of_it():
 
 
 def test_a_shard_without_pages_sets_aside_its_own_requests_only():
-    """Each shard has 8 pages, so two requests of 20 positions do not fit."""
+    """Each shard has 8 pages. Two requests of 20 positions do not fit into them; two of 12 do, one of which is held."""
     harness = small(shards=2, slots=2, pages=9)
-    numbers = [harness.add(prompt_of(5, each), 16) for each in range(4)]
-    most = 0
-    while harness.open:
+    long, short = [], []
+    for each in range(2):
+        long.append(harness.add(prompt_of(5, each), 16))
+        short.append(harness.add(prompt_of(5, each), 8))
+    harness.plan()
+    assert _shards(harness) == {long[0]: 0, short[0]: 1, long[1]: 0, short[1]: 1}
+    harness.receive()
+    harness.hold(short[0], True)
+    waited = False
+    while long[0] in harness.open or short[1] in harness.open:
         harness.plan()
-        most = max(most, harness.waiting)
-        shards = _shards(harness)
-        assert numbers[0] not in harness.open or numbers[0] in shards
-        assert numbers[1] not in harness.open or numbers[1] in shards  # the oldest of the other shard
+        running = _shards(harness)
+        assert all(each in running for each in (long[0], *short) if each in harness.open)
+        waited |= long[1] not in running
         while harness.under_way:
             harness.receive()
-    assert most == 2
+    assert waited
+    harness.hold(short[0], False)
+    harness.finish()
     harness.check_tokens()
+
+
+def test_each_shard_reads_a_chunk():
+    """Prompts that others read elsewhere take no part of it."""
+    harness = small(shards=2, pages=100)
+    harness.add(prompt_of(40), 2)
+    harness.add(prompt_of(40, 1), 2)
+    assert read_by(harness.plan()) == {0: 16, 4: 16}
 
 
 def test_a_held_request_makes_room_only_if_no_shard_has_any():
@@ -111,6 +130,16 @@ def test_requests_that_ask_for_as_many_rows_have_a_turn_in_all_shards():
             harness.receive()
     assert (2, 4) in seen and (1, 1) in seen
     harness.check_tokens()
+
+
+def test_a_turn_is_that_of_those_who_have_waited_for_longest_in_each_shard():
+    active = [
+        Sequence(number, np.zeros(1, np.int32), 9, rows=rows, begun=True, position=1, slot=slot, shard=slot // 4)
+        for number, rows, slot in [(1, 2, 0), (2, 2, 1), (3, 1, 4), (4, 2, 2), (5, 2, 5), (6, 2, 6)]
+    ]
+    policy = Policy.same_bits(slots=4, chunk=16, rows="asked")
+    found = [(turn.size, [each.number for each in turn.chosen]) for turn in turns(active, policy)]
+    assert found == [(2, [1, 2, 5, 6]), (1, [3]), (2, [4])]
 
 
 @pytest.mark.parametrize("shards", [0, -1])

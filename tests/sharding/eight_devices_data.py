@@ -9,17 +9,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.config import config_from_json
 from gptjax.engine import memory
 from gptjax.engine.engine import Engine
+from gptjax.engine.executor import Executor
 from gptjax.engine.pools import least_pages, pool_kinds
 from gptjax.engine.request import Request, SamplingParams
+from gptjax.models import registry
 from gptjax.models.params import Params
 from gptjax.models.registry import Model
+from gptjax.scheduling.plan import Copy, DecodeCall, Join, Piece, Plan, PrefillCall, Row, TableEntry
 from gptjax.scheduling.policy import Policy
-from tests.oracles import llama_ours
+from tests.oracles import gpt_oss_ours, gpt_oss_random, llama_ours
 from tests.shallow import shallow
 from tests.sharding.on_mesh import bytes_by_device, on_mesh, placed, sizes
 from tests.thinned import thorough
@@ -115,6 +120,47 @@ def test_requests_get_what_one_device_gives_and_the_same_bits_in_any_company(nam
     least = least_pages(pool_kinds(model, max_length=MAX_LENGTH, policy=first.policy))
     crowded = engine((model, parts), mesh[0], how={"steps": 2}, pages=[count + 2 for count in least])
     assert _play(crowded, REQUESTS, random.Random(0)) == alone
+
+
+def test_plans_do_what_the_model_does_in_each_part():
+    """A prompt in each part; then others that go on from copies of its pages, whose numbers differ in all pools."""
+    checkpoint = gpt_oss_random.checkpoint(**gpt_oss_random.TWO_LAYERS)  # one of which has a window
+    whole = registry.build(config_from_json(checkpoint.config), dtype=jnp.float32)
+    params = gpt_oss_ours.params(checkpoint.dense)
+    ids = np.random.default_rng(0).integers(0, VOCAB, (2, 32)).tolist()
+    model, parts = placed(whole, params, {"data": 2})
+    executor = Executor(model, parts, policy=Policy(slots=2, chunk=32, shards=2), pages=[9, 9], max_length=128)
+    requests = {number: Request((), 9, SamplingParams(seed=0)) for number in range(4)}
+
+    def run(number: int, slots: Sequence[int], pages: Sequence[int], spans: Sequence[range], **rest: Any) -> Any:
+        joins = tuple(Join(slot, slot) for slot in slots)
+        tables = tuple(TableEntry(pool, slots[pool // 2], 0, page) for pool, page in enumerate(pages))
+        tokens = [[ids[slot // 2][at] for at in span] for slot, span in zip(slots, spans, strict=True)]
+        pieces = tuple(
+            Piece(slot, start, len(span), span.start, True)
+            for slot, start, span in zip(slots, (0, len(tokens[0])), spans, strict=True)
+        )
+        call = PrefillCall(32, tuple(tokens[0] + tokens[1]), pieces)
+        return executor.run(Plan(number, joins, tables, rest.get("copies", ()), (call,), rest.get("decode")), requests)
+
+    run(1, (1, 3), (3, 4, 5, 6), (range(20), range(30)))
+    copies = Copy(0, 3, 1, 17), Copy(1, 4, 2, 17), Copy(2, 5, 7, 25), Copy(3, 6, 8, 25)
+    rows = Row(2, 29, (), 1, 1), Row(3, 30, (), 1, 0), Row(0, 21, (), 1, 1)
+    drawn = run(2, (0, 2), (1, 2, 7, 8), (range(17, 21), range(25, 29)), copies=copies, decode=DecodeCall(2, 1, rows))
+    token_B = np.asarray(drawn.token_B)
+
+    @jax.jit
+    def forward(ids_1T: np.ndarray) -> jax.Array:
+        hidden_1TD, _ = whole.apply({"params": params}, ids_1T, np.arange(32, dtype=np.int32)[None])
+        return whole.apply({"params": params}, hidden_1TD[0], method="head")
+
+    for slot, length in enumerate((21, 20, 29, 30)):
+        text = ids[slot // 2][:length]
+        if slot != 1:
+            assert token_B[slot] == np.asarray(forward(np.asarray([ids[slot // 2]])))[length - 1].argmax()
+        text += [token_B[slot]] if slot in (0, 2) else []
+        expected = np.asarray(forward(np.asarray([[*text, *[0] * (32 - len(text))]])))[len(text) - 1]
+        np.testing.assert_allclose(np.asarray(executor._slots.logits_BV[slot]), expected, atol=TOLERANCE)
 
 
 def test_prompts_and_grammars_go_to_rows_of_all_parts():
