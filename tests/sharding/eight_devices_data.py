@@ -5,6 +5,7 @@ Run by `test_on_eight_devices.py`.
 
 import functools
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,14 +18,20 @@ from gptjax.config import config_from_json
 from gptjax.engine import memory
 from gptjax.engine.engine import Engine
 from gptjax.engine.executor import Executor
+from gptjax.engine.limits import MemoryLimit
+from gptjax.engine.pool_sizes import pools
 from gptjax.engine.pools import least_pages, pool_kinds
 from gptjax.engine.request import Request, SamplingParams
+from gptjax.errors import CapacityError
 from gptjax.models import registry
 from gptjax.models.params import Params
 from gptjax.models.registry import Model
 from gptjax.scheduling.plan import Copy, DecodeCall, Join, Piece, Plan, PrefillCall, Row, TableEntry
 from gptjax.scheduling.policy import Policy
+from gptjax.server.worker import Worker
+from tests.compilations import compilations
 from tests.oracles import gpt_oss_ours, gpt_oss_random, llama_ours
+from tests.server.worker_material import submit
 from tests.shallow import shallow
 from tests.sharding.on_mesh import bytes_by_device, on_mesh, placed, sizes
 from tests.thinned import thorough
@@ -178,3 +185,24 @@ def test_prompts_and_grammars_go_to_rows_of_all_parts():
     ids = lm.tokenizer.encode("The wolf was in the wood.")
     assert np.abs(mesh.logits(ids) - lm.logits(ids)).max() < TOLERANCE
     mesh.close()
+
+
+@pytest.mark.thorough
+def test_a_server_has_slots_and_cache_of_all_parts():
+    lm = shallow("gpt2-tales", max_length=128)
+    mesh = on_mesh(lm, {"data": 4, "tensor": 2}, max_batch=6, memory_limit=MemoryLimit(tokens=1000))
+    worker = Worker(mesh, max_queue=8, chunk=64)
+    worker.start()
+    worker.wait_until_ready()
+    assert worker.state.slots == 8 and worker._tokens == 4 * 256  # two pages in each part
+    requests = [Request(request.prompt_ids[:100], 8, request.params) for request in REQUESTS]
+    with compilations() as compiled:
+        readers = [submit(worker, request) for request in requests]
+        found = [[token for token, *_ in reader.tokens] for reader in readers if reader.wait()]
+    worker.stop()
+    assert not compiled
+    expected = _play(Engine(lm.model, lm.params, batch=2, max_length=128, chunk=64), requests)
+    assert found == [[token for token, _ in each] for each in expected]
+    message = "in each of its 4 parts (data=4): give at least that many (--memory 512tokens)"
+    with pytest.raises(CapacityError, match=re.escape(message)):
+        pools(mesh.model, max_length=128, policy=worker._policy, limit=MemoryLimit(tokens=511))
