@@ -123,26 +123,29 @@ def run(args: argparse.Namespace) -> int:
     if args.write_random is not None:
         return _write_random(args.random, args.write_random)
     model, params, name, directory, loading = _load(args)
-    results = []
-    for batch in args.batch:
-        for prompt_length in args.prompt_length:
-            sizes = {"batch": batch, "prompt_length": prompt_length, "steps": args.steps}
-            turns = [("gptjax", models.ours(model, params, **sizes))]
-            if args.versus:
-                turns.append(("transformers", models.transformers_turn(model, directory=directory, **sizes)))
-            length = models.needed_length(model.config, prompt_length, args.steps)
-            with memory.explained(model, batch=batch, max_length=length):
-                results += models.run(turns, model, repeats=args.repeats, **sizes)
-            del turns  # frees their caches before the next ones allocate theirs
     memory_speed = measure_memory()
     ceiling = memory_speed.bytes_per_second
     device, dtype = jax.devices()[0].device_kind, jax.numpy.dtype(model.dtype).name
+    if not args.json:
+        title = f"{name}, {dtype}, on {device}{f' ({args.mesh})' if args.mesh else ''}"
+        _print_head(title, loading, memory_speed)
+    results = []
+    for batch, prompt_length in itertools.product(args.batch, args.prompt_length):
+        sizes = {"batch": batch, "prompt_length": prompt_length, "steps": args.steps}
+        turns = [("gptjax", models.ours(model, params, **sizes))]
+        if args.versus:
+            turns.append(("transformers", models.transformers_turn(model, directory=directory, **sizes)))
+        length = models.needed_length(model.config, prompt_length, args.steps)
+        with memory.explained(model, batch=batch, max_length=length):
+            found = models.run(turns, model, repeats=args.repeats, **sizes)
+        del turns  # frees their caches before the next ones allocate theirs
+        results += found
+        if not args.json:
+            _print_rows(found, ceiling)  # at once: the next size may take minutes to compile
     if args.json:
         facts = {"model": name, "device": device, "dtype": dtype, "mesh": args.mesh, "load_seconds": loading.seconds}
         facts |= {"load_host_bytes": loading.host_bytes, **memory_speed.to_json()}
         print(json.dumps({**facts, "results": [result.to_json(ceiling) for result in results]}))
-    else:
-        _print(f"{name}, {dtype}, on {device}{f' ({args.mesh})' if args.mesh else ''}", loading, memory_speed, results)
     return 0
 
 
@@ -236,7 +239,7 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
     return model, params, title, None, loading
 
 
-def _print(title: str, loading: "Loading", speed: "MemorySpeed", results: "Sequence[Result]") -> None:
+def _print_head(title: str, loading: "Loading", speed: "MemorySpeed") -> None:
     from gptjax.support.units import readable
 
     print(
@@ -244,9 +247,15 @@ def _print(title: str, loading: "Loading", speed: "MemorySpeed", results: "Seque
         f"memory reads at {readable(int(speed.read))}/s and copies at {readable(int(speed.copy))}/s"
     )
     heads = ("rows prompt  prefill tok/s  spread", "ms/step  spread  decode tok/s", "of ceiling  compile      peak")
-    print(f"engine        {'   '.join(heads)}")
+    print(f"engine        {'   '.join(heads)}", flush=True)
+
+
+def _print_rows(results: "Sequence[Result]", ceiling: float) -> None:
+    """The lines of one size: an engine each, and how the first compares with the other."""
+    from gptjax.support.units import readable
+
     for result in results:
-        share = result.share(speed.bytes_per_second)
+        share = result.share(ceiling)
         noisy = [part for part, figure in (("prefill", result.prefill), ("decode", result.step)) if figure.noisy]
         print(
             f"{result.engine:12} {result.batch:5} {result.prompt_length:6} {result.prefill_tokens_per_second:14.0f} "
@@ -254,13 +263,14 @@ def _print(title: str, loading: "Loading", speed: "MemorySpeed", results: "Seque
             f"{result.step.spread / result.step.median:7.0%} {result.decode_tokens_per_second:13.1f}  "
             + (f"{share:10.0%} {result.compile:6.1f} s" if share is not None else f"{'':10} {'':8}")
             + f" {readable(result.peak_memory):>9}"
-            + (f"  noise in {' and '.join(noisy)}: small differences mean nothing" if noisy else "")
+            + (f"  noise in {' and '.join(noisy)}: small differences mean nothing" if noisy else ""),
+            flush=True,
         )
     for mine, theirs in itertools.pairwise(results):
-        if mine.engine == "gptjax" and theirs.engine == "transformers":
-            decode = mine.decode_tokens_per_second / theirs.decode_tokens_per_second
-            prefill = mine.prefill_tokens_per_second / theirs.prefill_tokens_per_second
-            print(
-                f"{mine.batch} rows: {decode:.2f} times the decode rate of {theirs.engine}, "
-                f"{prefill:.2f} times the prefill rate"
-            )
+        decode = mine.decode_tokens_per_second / theirs.decode_tokens_per_second
+        prefill = mine.prefill_tokens_per_second / theirs.prefill_tokens_per_second
+        print(
+            f"{mine.batch} rows: {decode:.2f} times the decode rate of {theirs.engine}, "
+            f"{prefill:.2f} times the prefill rate",
+            flush=True,
+        )
