@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import config_from_json
-from gptjax.engine import memory
+from gptjax.engine import free_of_load, memory
 from gptjax.engine.engine import Engine
 from gptjax.engine.executor import Executor
 from gptjax.engine.limits import MemoryLimit
@@ -184,6 +184,28 @@ def test_prompts_and_grammars_go_to_rows_of_all_parts():
     assert (alone.token_ids, alone.logprobs) == (again.token_ids, again.logprobs)
     ids = lm.tokenizer.encode("The wolf was in the wood.")
     assert np.abs(mesh.logits(ids) - lm.logits(ids)).max() < TOLERANCE
+    mesh.close()
+
+
+@pytest.mark.thorough
+def test_generations_have_their_own_number_of_rows_in_each_part(monkeypatch):
+    """Where bits depend on the rows of a call: three prompts have two rows in each part, one has one."""
+    monkeypatch.setattr(free_of_load, "is_free_of_load", lambda model, rows=1: False)
+    lm = shallow("gpt2-tales", max_length=128)
+    mesh = on_mesh(lm, {"data": 2})
+    prompts = ["Once upon a time there was", "The wolf", "A king had"]
+    how = {"max_tokens": 6, "temperature": 0}
+    alone = [mesh.generate(each, **how) for each in (prompts, prompts[0])]
+    assert mesh._shared._engine.policy.rows == "asked"
+    expected = [lm.generate(each, **how) for each in (prompts, prompts[0])]
+    for ours, theirs in zip((*alone[0], alone[1]), (*expected[0], expected[1]), strict=True):
+        assert ours.token_ids == theirs.token_ids
+    stream = mesh.stream("A fox and a hen", **how)
+    next(stream)
+    together = [mesh.generate(each, **how) for each in (prompts, prompts[0])]
+    found, wanted = ([(each.token_ids, each.logprobs) for each in (*some[0], some[1])] for some in (together, alone))
+    assert found == wanted and mesh._shared._engine.batch == 8
+    assert len(list(stream)) == 5
     mesh.close()
 
 
