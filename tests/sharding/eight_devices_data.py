@@ -173,7 +173,7 @@ def test_plans_do_what_the_model_does_in_each_part():
 def test_prompts_and_grammars_go_to_rows_of_all_parts():
     """By `LanguageModel`: more prompts than slots of a part; each of them can only draw what its grammar allows."""
     lm = shallow("gpt2-tales", max_length=128, max_batch=3)
-    mesh = on_mesh(lm, {"data": 2, "tensor": 2}, max_batch=3)
+    mesh = on_mesh(lm, {"data": 2}, max_batch=3)
     prompts = ["Once upon a time there was", "The wolf", "A king had", "Once upon a time there lived"]
     for options in ({}, {"grammar": {"enum": ["wolf", "king", "apple"]}}):
         found, expected = (each.generate(prompts, max_tokens=8, temperature=0, **options) for each in (mesh, lm))
