@@ -288,9 +288,9 @@ class Executor:
         tables = tuple(jax.device_put(table.copy(), self._by_row) for table in self._tables)
         self._slots = dataclasses.replace(self._slots, cache=dataclasses.replace(self._slots.cache, tables=tables))
 
-    def _sent(self, numbers: np.ndarray) -> np.ndarray | jax.Array:
+    def _sent(self, array: np.ndarray) -> np.ndarray | jax.Array:
         """Numbers of all shards as an argument of a program."""
-        return numbers if self._by_row is None else jax.device_put(numbers, self._by_row)
+        return array if self._by_row is None else jax.device_put(array, self._by_row)
 
     def _copy(self, kind: int, copies: Sequence[Sequence[Copy]]) -> None:
         """Copies pages of each shard."""

@@ -122,19 +122,19 @@ class SharedEngine:
     @property
     def _all_rows(self) -> int:
         """The most rows of an engine, if memory allows them."""
-        return self._max_batch or self._power(_MOST_ROWS)
+        return self._max_batch or self._rows_for(_MOST_ROWS)
 
     def _whole(self, rows: int) -> int:
         """The least number of rows that is not less and divides into parts of a mesh."""
         return self._model.own.rows_parts * self._model.own.rows_of(rows)
 
-    def _power(self, rows: int) -> int:
+    def _rows_for(self, rows: int) -> int:
         """The same for parts that are powers of two."""
         return self._model.own.rows_parts * _power(self._model.own.rows_of(rows))
 
     def begin(self, prompts: int) -> Generation:
         """A generation of a number of prompts."""
-        return Generation(self._max_batch or min(self._power(prompts), self._all_rows))
+        return Generation(self._max_batch or min(self._rows_for(prompts), self._all_rows))
 
     def add(self, generation: Generation, index: int, request: Request) -> None:
         """Adds a checked request with a seed to a generation."""
@@ -255,7 +255,7 @@ class SharedEngine:
         if not rows:
             return
         least = max(rows)
-        size = max(least, min(self._max_batch or self._power(sum(rows)), self._most_rows))
+        size = max(least, min(self._max_batch or self._rows_for(sum(rows)), self._most_rows))
         if self._engine is not None:
             if self._engine.batch >= size:
                 return
