@@ -112,6 +112,7 @@ def read(values: dict[str, Any], served: Served, store: ResponseStore) -> Asked:
         reasoning_effort=effort,
         enable_thinking=thinking,
         response_format=about,
+        parallel_tool_calls=repeated["parallel_tool_calls"],
     )
     if truncation == "auto":
         given = given.only(fitting(given.messages, how, served, max_tokens))

@@ -54,6 +54,11 @@ def read_thinking(fields: Fields) -> bool | None:
     return wanted
 
 
+def read_parallel(fields: Fields) -> bool:
+    """`parallel_tool_calls`, true if it is absent."""
+    return fields.flag("parallel_tool_calls") if "parallel_tool_calls" in fields else True
+
+
 def read_effort(fields: Fields) -> str | None:
     """`reasoning_effort`, or `reasoning` with an `effort`; None if both are absent."""
     effort, other = fields.text("reasoning_effort"), read_reasoning(fields)

@@ -6,11 +6,13 @@ import pytest
 
 from gptjax.text import Tokenizer
 from gptjax.text.chat_formats import FORMATS, ChatOptions
-from tests.server.responses_material import respond
+from tests.server.responses_material import CALL as HARMONY_CALL
+from tests.server.responses_material import respond, talking
 from tests.server.server_material import USER, chat, events, fault, make, post
 from tests.text.chat_material import chat_tokenizer, template, tool
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+HARMONY_CALLS = f"{HARMONY_CALL.replace('<|call|>', '<|end|>')}<|start|>assistant{HARMONY_CALL}"
 LLAMA_CALL = '{"name": "weather", "parameters": {"city": "Oslo"}}'
 FAMILIES = {
     # file: (how the model answers, and how it calls a tool)
@@ -82,6 +84,25 @@ def test_chat_completions_with_tools(tokenizers, file):
     # Without tools it is text.
     text = chat(service, tool_choice="none", tools=[tool("weather")]).json()["choices"][0]["message"]["content"]
     assert "weather" in text
+
+
+def test_a_turn_has_one_call_if_that_is_wanted(tokenizers):
+    """Models of these formats write several in a row."""
+    service = saying(tokenizers["qwen2.5"], f"I look.\n{CALL}\n{CALL}\nAnd so.<|im_end|>")
+    flat = {"type": "function", **tool("weather")["function"]}
+    for wanted, count in ((None, 2), (True, 2), (False, 1)):
+        choice = chat(service, tools=[tool("weather")], parallel_tool_calls=wanted).json()["choices"][0]
+        assert (len(choice["message"]["tool_calls"]), choice["finish_reason"]) == (count, "tool_calls")
+        assert choice["message"]["content"] == ("I look." if count == 1 else "I look.\nAnd so.")
+        body = respond(service, tools=[flat], parallel_tool_calls=wanted).json()
+        assert [item["type"] for item in body["output"]].count("function_call") == count
+        assert body["parallel_tool_calls"] is (count == 2)
+        asked = {"messages": [USER], "max_tokens": 100, "tools": [{"name": "weather", "input_schema": {}}]}
+        asked["tool_choice"] = {"type": "auto", "disable_parallel_tool_use": wanted is False}
+        blocks = post(service, "/v1/messages", asked).json()["content"]
+        assert [block["type"] for block in blocks].count("tool_use") == count
+        muddled = chat(talking(HARMONY_CALLS), tools=[tool("weather")], parallel_tool_calls=wanted).json()
+        assert len(muddled["choices"][0]["message"]["tool_calls"]) == count
 
 
 @pytest.mark.parametrize("file", FAMILIES)

@@ -280,21 +280,21 @@ def _read_tool(tool: object, where: str) -> dict[str, Any]:
     return {key: value for key, value in function.items() if value is not None}
 
 
-def read_tool_choice(fields: Fields) -> str | dict[str, Any] | None:
-    """`tool_choice` in the form of OpenAI's chat API. Raises `ApiError`."""
+def read_tool_choice(fields: Fields) -> tuple[str | dict[str, Any] | None, bool]:
+    """`tool_choice` in the form of OpenAI's chat API, and whether a turn may have several calls. Raises `ApiError`."""
     if "tool_choice" not in fields:
-        return None
+        return None, True
     options = fields.options("tool_choice")
     kind, name = options.take("type"), options.text("name")
-    options.flag("disable_parallel_tool_use")
+    parallel = not options.flag("disable_parallel_tool_use")
     options.finish(())
     match kind:
         case "auto" | "none":
-            return str(kind)
+            return str(kind), parallel
         case "any":
-            return "required"
+            return "required", parallel
         case "tool" if name is not None:
-            return {"type": "function", "function": {"name": name}}
+            return {"type": "function", "function": {"name": name}}, parallel
         case "tool":
             raise bad_request("tool_choice.name is missing: it says which tool to call")
     raise bad_request(f"tool_choice.type is {as_json(kind)}; expected auto, any, tool or none")

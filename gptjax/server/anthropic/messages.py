@@ -100,14 +100,14 @@ def _read_prompt(fields: Fields, served: Served) -> Prompt:
     one = chat_format.one_message_a_turn
     conversation = read_conversation(fields.take("system"), messages, one_message_a_turn=one)
     given = conversation.given
-    tools, choice = read_tools(fields.take("tools"), references(messages)), read_tool_choice(fields)
+    tools, (choice, parallel) = read_tools(fields.take("tools"), references(messages)), read_tool_choice(fields)
     tools = Tools() if choice == "none" else tools
     most = _COUNTED * served.max_length
     _, least = served.least_tokens([given.messages, tools.offered])
     if least > most:
         raise too_long(least, served.max_length, at_least=True)
     how = options_of(chat_format, thinking, conversation.effort or effort)
-    how = dataclasses.replace(how, tools=tools.offered, response_format=about)
+    how = dataclasses.replace(how, tools=tools.offered, response_format=about, parallel_tool_calls=parallel)
     try:
         ids = chat_format.render(given.messages, tokenizer, how, max_length=most)
         strict = dataclasses.replace(how, tools=tools.with_strict())
