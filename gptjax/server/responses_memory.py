@@ -13,7 +13,7 @@ from gptjax.server.sse import encode
 
 _PREFIXES: Final = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
 _LONGEST_ID: Final = 64  # characters, as in OpenAI's API; a longer one is replaced
-# What is kept of an item as it is.
+# The keys of an item that are kept unchanged.
 _KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "message": ("role", "phase"),
     "reasoning": (),

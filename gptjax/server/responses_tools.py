@@ -24,7 +24,7 @@ class Tools:
     """Tools that were read."""
 
     offered: list[Any] = dataclasses.field(default_factory=list)
-    """Those that the model is told of."""
+    """Those that the model may call."""
     places: list[str] = dataclasses.field(default_factory=list)
     """Where in the request they are, like "tools[2].tools[0]"."""
     strict: set[int] = dataclasses.field(default_factory=set)
@@ -32,7 +32,7 @@ class Tools:
     namespaces: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     """For the name of a function that is part of a namespace: the namespace, and its name in there."""
     left_out: dict[str, None] = dataclasses.field(default_factory=dict)
-    """The types of those that the model is not told of, in order."""
+    """The types of those that the model does not see, in order."""
 
     def add(self, function: dict[str, Any], where: str, *, strict: bool) -> None:
         """Offers a function."""

@@ -39,7 +39,7 @@ async def input_items(request: Request) -> Response:
     if after is not None:
         place = next((index for index, item in enumerate(items) if item.id == after), None)
         if place is None:
-            raise bad_request(f"after is {as_json(after)}, which is no item of this response", "after")
+            raise bad_request(f"after is {as_json(after)}, which is not the id of an item of this response", "after")
         items = items[place + 1 :]
     page = items[: int(limit)]
     ends = {"first_id": page[0].id, "last_id": page[-1].id} if page else {"first_id": None, "last_id": None}

@@ -1,5 +1,6 @@
 """`/v1/responses` with memory: what is kept, for how long, and that continuing it is as sending everything again."""
 
+import asyncio
 import gc
 import json
 import random
@@ -132,6 +133,24 @@ def test_a_response_that_fails_is_not_kept():
     failed = events(post(service, "/v1/responses", {"input": "Hello", "stream": True}))[-1]["response"]
     assert (failed["status"], failed["store"]) == ("failed", False)
     get(service, failed["id"], 404)
+
+
+def test_a_response_whose_stream_is_cut_is_not_kept():
+    service = answers(THOUGHT + ANSWER)
+
+    async def cut():
+        answer = responses.Answer(service, responses.read({"input": "Hello"}, service.served, service.stored))
+        answer.start()
+        stream = answer.stream()
+        began = await anext(stream)
+        await anext(stream)
+        await anext(stream)  # of an item
+        answer.close()
+        await stream.aclose()
+        return began["response"]["id"]
+
+    get(service, asyncio.run(cut()), 404)
+    assert service.stored.get(kept(service)["id"]) is not None
 
 
 def test_input_items_come_in_pages():

@@ -10,7 +10,8 @@
 | an assistant's text before a `tool_use` of the same message | a message of the phase "commentary" |
 | `tool_use` | a tool call |
 
-Texts in a row are joined unchanged. `cache_control`, `citations` and the like have no effect on a prompt.
+A user's texts in a row and those of the system are joined unchanged. `cache_control`, `citations` and the like have no
+effect on a prompt.
 """
 
 import dataclasses
@@ -93,7 +94,7 @@ def _role(message: object) -> object:
 
 
 def _is_over(message: Mapping[str, Any], where: str) -> bool:
-    """Whether a system message is only for the turn that it stands in."""
+    """Whether a system message ends with its turn."""
     until = message.get("clear_at")
     if until not in (None, "never", "next_user_message"):
         raise bad_request(f"{where}.clear_at is {as_json(until)}; expected never or next_user_message")
@@ -237,7 +238,7 @@ def _blocks(content: object, where: str) -> list[tuple[Mapping[str, Any], str]]:
 def _text(block: Mapping[str, Any], where: str) -> str:
     if block.get("type") != "text":
         kind = as_json(block.get("type"))
-        raise bad_request(f"{where} has the type {kind}, which has no place here: the model reads only text")
+        raise bad_request(f"{where} has the type {kind}, which is not supported here: the model reads only text")
     _check_keys(block, where, ("text",))
     return check_text(block.get("text"), f"{where}.text")
 
