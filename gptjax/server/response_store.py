@@ -1,10 +1,11 @@
 """The responses that clients may come back to, in memory: bounded by number and by bytes."""
 
 import dataclasses
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Set
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 _OVERHEAD: Final = 400  # bytes that an item takes in memory besides its JSON
 
@@ -52,6 +53,7 @@ class ResponseStore:
         self._kept: OrderedDict[str, Stored] = OrderedDict()  # the one used last at the end
         self._items: dict[str, tuple[str, Item]] = {}  # by the item's id, with the id of its response
         self._lock = threading.Lock()
+        self._parsing = threading.Lock()
 
     @property
     def keeps(self) -> bool:
@@ -80,6 +82,11 @@ class ResponseStore:
             response_id, item = self._items.get(item_id, ("", None))
             self._used(response_id)
             return item
+
+    def parsed(self, items: Iterable[Item]) -> list[Any]:
+        """Items as objects. One thread at a time makes them, as the parser does not let others run meanwhile."""
+        with self._parsing:
+            return [json.loads(item.data) for item in items]
 
     def remove(self, response_id: str) -> bool:
         """Drops a response. Returns whether it was kept."""

@@ -1,7 +1,6 @@
 """What `/v1/responses` remembers of earlier requests: `store`, `previous_response_id` and item references."""
 
 import dataclasses
-import json
 import secrets
 from collections.abc import Mapping
 from typing import Any, Final
@@ -50,7 +49,7 @@ class Memory:
     @property
     def items(self) -> Any:
         """The whole input: a string, if nothing came earlier, or else items."""
-        return [json.loads(item.data) for item in self.earlier] + _listed(self.given) if self.earlier else self.given
+        return self.store.parsed(self.earlier) + _listed(self.given) if self.earlier else self.given
 
     def kept(self) -> Kept | None:
         """What is to be stored, if anything is. The items have been read. Raises `ApiError` if they are too large."""
@@ -120,7 +119,7 @@ def _resolved(given: Any, store: ResponseStore) -> Any:
             if size > store.longest:
                 message = f"the items that input refers to take more than {store.longest} bytes together"
                 raise bad_request(f"{message}: refer to fewer", "input", "too_large")
-            found.append(json.loads(stored.data))
+            found += store.parsed([stored])
         else:
             found.append(item)
     return found

@@ -4,7 +4,9 @@ import asyncio
 import gc
 import json
 import random
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -280,6 +282,22 @@ def test_a_request_that_runs_holds_its_input_only_as_it_is_stored():
     body = json.dumps({"input": [{"role": "user", "content": [{"type": "text", "text": ""}] * 20_000}, USER]})
     asked, taken = taken_by(lambda: responses.read(json.loads(body), served, store))
     assert taken < 1.5 * size_of(asked.kept.given)
+
+
+def test_one_conversation_is_parsed_at_a_time(monkeypatch):
+    """The parser does not let other threads run, so several in turns would hold up the event loop for long."""
+    store, inside, most = ResponseStore(1, 1, 1), [], []
+
+    def loads(data):
+        inside.append(data)
+        time.sleep(0.001)
+        most.append(len(inside))
+        inside.remove(data)
+
+    monkeypatch.setattr("gptjax.server.response_store.json.loads", loads)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(store.parsed, [[item(number, 3)] * 5 for number in range(8)]))
+    assert most == [1] * 40
 
 
 def test_references_to_long_items_are_bounded():
