@@ -237,6 +237,15 @@ def test_conversations_are_kept_renamed_and_deleted(opened):
     tab.locator(".delete").first.click()
     assert (texts(tab, ".open"), texts(tab, "article")) == (["<i>Kings</i>"], [])
     tab.locator(".open").click()
+    tab.evaluate(
+        """begin => {  // as another tab would
+          const key = begin + location.hash.slice(1), kept = JSON.parse(localStorage.getItem(key));
+          localStorage.setItem(key, JSON.stringify({...kept, title: "Queens"}));
+          dispatchEvent(new StorageEvent("storage", {key}));
+        }""",
+        KEPT,
+    )
+    assert (tab.input_value("#title"), texts(tab, ".open")) == ("Queens", ["Queens"])
     send(tab, "A reload meanwhile", ends=False)
     tab.wait_for_selector(".assistant .answer:has-text('Half')")
     tab.reload()
