@@ -52,7 +52,7 @@ kernels: $(VENV)/.installed-test
 
 # What of the kernels differs by JAX's version; tests/pallas_kernels/marks.py sees to the names.
 lowering: $(VENV)/.installed-test
-	$(PYTEST) --tier affected -k "lower or taken" tests/pallas_kernels $(ARGS)
+	$(PYTEST) --tier affected -k "lower or taken" tests/pallas_kernels tests/engine/test_lowering_for_tpu.py $(ARGS)
 
 full: lint tests
 

@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from gptjax.cli.common import (
+    HOSTS,
     MESH_HELP,
     MODEL_HELP,
     PACKED,
     PACKED_HELP,
     add_command,
     add_overrides,
+    followed,
+    joined,
     mesh,
     model_name,
     overrides,
@@ -24,6 +27,7 @@ from gptjax.support.processes import leave
 
 if TYPE_CHECKING:
     from gptjax.checkpoints.checkpoint import Checkpoint
+    from gptjax.language_model import LanguageModel
     from gptjax.server.front_process import FrontProcess
 
 _Number = TypeVar("_Number", int, float)
@@ -109,6 +113,8 @@ examples:
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
     _option(parser, "--packed", choices=tuple(PACKED), help=PACKED_HELP)
     _option(parser, "--mesh", metavar="SIZES", help=MESH_HELP)
+    for name, settings in HOSTS.items():
+        _option(parser, name, **settings)
     _option(parser, "--tokenizer", metavar="PATH", help="take the tokenizer from this directory or GGUF file instead")
     _option(
         parser,
@@ -226,6 +232,7 @@ def _run(args: argparse.Namespace) -> int:
     import logging.config
 
     from gptjax.checkpoints.checkpoint import open_checkpoint
+    from gptjax.errors import GptjaxError
     from gptjax.server import logs
     from gptjax.server.front_process import FrontProcess
     from gptjax.server.messages import Text
@@ -235,8 +242,14 @@ def _run(args: argparse.Namespace) -> int:
     logging.config.dictConfig(log_config)
     checkpoint = open_checkpoint(model_name(args), **overrides(args))
     text = Text(dataclasses.replace(checkpoint, gguf=None), args.tokenizer, args.chat_format, log_config)
-    with FrontProcess(text) as front:  # it starts and reads the tokenizer while this one imports JAX and loads weights
-        return _load_and_serve(args, checkpoint, front)
+    with joined(args) as follows:
+        if follows:
+            return _load_and_follow(args, checkpoint)
+        with FrontProcess(text) as front:  # it starts and reads the tokenizer while this one loads weights
+            status = _load_and_serve(args, checkpoint, front)
+        if status and args.coordinator is not None:
+            raise GptjaxError("the server died: its log says why")  # so that all processes end with an error
+        return status
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -257,7 +270,14 @@ def _check(args: argparse.Namespace) -> None:
             raise RequestError(f"serving needs {name}, which is not installed: {with_extra('serve')}")
 
 
-def _load_and_serve(args: argparse.Namespace, checkpoint: "Checkpoint", front: "FrontProcess") -> int:
+def _load_and_follow(args: argparse.Namespace, checkpoint: "Checkpoint") -> int:
+    # Those who end a job signal all of it, but process 0 first finishes what is open.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    lm = _load(args, checkpoint)
+    return followed(lm.model, lm.params)
+
+
+def _load(args: argparse.Namespace, checkpoint: "Checkpoint") -> "LanguageModel":
     import logging
     import time
 
@@ -265,8 +285,6 @@ def _load_and_serve(args: argparse.Namespace, checkpoint: "Checkpoint", front: "
 
     from gptjax.api import load_checkpoint
     from gptjax.engine.limits import positions
-    from gptjax.server import hosting
-    from gptjax.server.settings import Limits
 
     # The cache has room for at least one request of this length: 3 GB for the 131072 tokens of gpt-oss-20b.
     length = positions(checkpoint.config, args.max_length, default=_DEFAULT_LENGTH)
@@ -286,6 +304,14 @@ def _load_and_serve(args: argparse.Namespace, checkpoint: "Checkpoint", front: "
     logging.getLogger(__name__).info(
         "Python and its modules took %.1f s, the weights %.1f s", imported, time.monotonic() - started
     )
+    return lm
+
+
+def _load_and_serve(args: argparse.Namespace, checkpoint: "Checkpoint", front: "FrontProcess") -> int:
+    from gptjax.server import hosting
+    from gptjax.server.settings import Limits
+
+    lm = _load(args, checkpoint)
     lm.defaults.check()  # now, not at the first request
     return hosting.serve(
         lm,
