@@ -10,7 +10,12 @@ const EXAMPLES = {
     function: {
       name: "get_weather",
       description: "The weather in a city",
-      parameters: {type: "object", properties: {city: {type: "string"}}, required: ["city"], additionalProperties: false},
+      parameters: {
+        type: "object",
+        properties: {city: {type: "string"}},
+        required: ["city"],
+        additionalProperties: false,
+      },
     },
   }],
   schema: {
@@ -20,6 +25,8 @@ const EXAMPLES = {
     additionalProperties: false,
   },
 };
+const UNSAVED =
+  "The browser's storage is full or forbidden: what is new is lost when this page is closed. Delete a conversation.";
 const OPTIONS = ["effort", "tools", "schema"];
 const byId = (id) => document.getElementById(id);
 const turns = byId("turns"), next = byId("next"), box = byId("message");
@@ -94,9 +101,7 @@ function showList() {
     if (id === conversation.id) opens.setAttribute("aria-current", "true");
     button(item, "delete", "×", () => remove(id, title)).setAttribute("aria-label", `Delete "${title}"`);
   }
-  byId("notice").textContent = store.areUnsaved()
-    ? "The browser's storage is full or forbidden: what is new here is lost when this page is closed. Delete a conversation."
-    : "";
+  byId("notice").textContent = store.areUnsaved() ? UNSAVED : "";
 }
 
 function showFieldFault(field, message = "") {
@@ -132,14 +137,13 @@ function save() {
   }
   const begun = running && isEmpty(messages.at(-1)) ? messages.slice(0, -1) : messages;
   store.save({...conversation, messages: begun});
-  history.replaceState(null, "", "#" + conversation.id);  // what a reload opens
   showList();
 }
 
 function open(found) {
   if (running) return;
   conversation = found;
-  history.replaceState(null, "", "#" + found.id);
+  history.replaceState(null, "", "#" + found.id);  // what a reload opens
   byId("title").value = found.title;
   byId("stats").textContent = "";
   for (const name of OPTIONS) byId(name).value = found[name];
@@ -184,7 +188,8 @@ async function receive(article, asked, signal) {
   else delete article.message.note;
 }
 
-// Has `asked` answered. A turn that brings nothing leaves the conversation as it was; `restore` brings back what was typed.
+// Has `asked` answered. A turn that brings nothing leaves the conversation as it was; `restore` brings back what was
+// typed.
 async function answer(asked, restore = () => {}) {
   if (running) return;
   const before = conversation.messages;

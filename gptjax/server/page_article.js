@@ -59,9 +59,9 @@ export class Article {
 
   // Adds a piece of the stream to the message, and to what is seen of it.
   add(delta) {
-    const {message} = this;
+    const {message} = this, thought = delta.reasoning_content;
     if (delta.content) message.content += delta.content;
-    if (delta.reasoning_content) message.reasoning_content = (message.reasoning_content ?? "") + delta.reasoning_content;
+    if (thought) message.reasoning_content = (message.reasoning_content ?? "") + thought;
     this.#show(delta);
     for (const {index, id, function: part} of delta.tool_calls ?? []) {
       message.tool_calls ??= [];

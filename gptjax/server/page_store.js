@@ -14,9 +14,10 @@ function storage() {
 
 const isText = (value) => typeof value === "string";
 const isObject = (value) => typeof value === "object" && value !== null;
-const isCall = (value) => isObject(value) && isText(value.id) && value.type === "function" && isObject(value.function) &&
-  isText(value.function.name) && isText(value.function.arguments);
-const isMessage = (value) => isObject(value) && ["user", "assistant", "tool"].includes(value.role) && isText(value.content) &&
+const isCall = (value) => isObject(value) && isText(value.id) && value.type === "function" &&
+  isObject(value.function) && isText(value.function.name) && isText(value.function.arguments);
+const isMessage = (value) => isObject(value) && ["user", "assistant", "tool"].includes(value.role) &&
+  isText(value.content) &&
   [value.reasoning_content, value.tool_call_id, value.note].every((text) => text === undefined || isText(text)) &&
   (value.role !== "tool" || isText(value.tool_call_id)) &&
   (value.tool_calls === undefined || Array.isArray(value.tool_calls) && value.tool_calls.every(isCall));

@@ -317,6 +317,7 @@ def test_a_tool_is_called_and_its_result_sent_back(opened):
     tab.press(".result", "Enter")
     tab.wait_for_selector(".assistant .answer:has-text('It rains.')")
     assert texts(tab, ".tool .answer") == ['{"sky": "<i>grey</i>"}']
+    tab.wait_for_selector("#message:focus")  # what had the focus is gone
     assert 'functions.get_weather to=assistant<|channel|>commentary<|message|>{"sky": "<i>grey</i>"}' in prompt(
         service, 1
     )
