@@ -31,7 +31,7 @@ from gptjax.engine.request import Request, check_prompt
 from gptjax.engine.settings import Features, settings_of
 from gptjax.engine.shared import SharedEngine, generate
 from gptjax.errors import CapacityError, GptjaxError, RequestError
-from gptjax.models import registry
+from gptjax.models import registry, shards
 from gptjax.models.params import Params
 from gptjax.models.registry import Model
 from gptjax.models.stages import activations
@@ -244,11 +244,12 @@ class LanguageModel:
         ids = self._checked_ids(token_ids, self.max_length)
         with self._guard():
             self._check_state(batch=1, max_length=self.max_length)
-            cache = registry.create_cache(self.model, batch=1, max_length=self.max_length, chunk=steps.SCORED_CHUNK)
+            model = shards.alike(self.model)
+            cache = registry.create_cache(model, batch=1, max_length=self.max_length, chunk=steps.SCORED_CHUNK)
             logits_TV = np.empty((len(ids), self.config.vocab_size), np.float32)
             params = FlatParams.of(self.params)
             for start, count, chunk in steps.padded_chunks(np.asarray(ids, np.int32), steps.SCORED_CHUNK):
-                chunk_TV, cache = steps.score_chunk(self.model, params, cache, chunk)
+                chunk_TV, cache = steps.score_chunk(model, params, cache, chunk)
                 logits_TV[start : start + count] = np.asarray(chunk_TV)[:count]
         return logits_TV
 

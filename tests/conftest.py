@@ -105,6 +105,7 @@ OPTIMIZED = {
     "server/test_load_speeds.py",
     "server/test_worker.py",
     "sharding/eight_devices_bits.py",
+    "sharding/eight_devices_data.py",
     "test_chat.py",
 }
 # What each tier leaves out; all but the last the tests marked `thorough`, too.

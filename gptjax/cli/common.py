@@ -101,7 +101,8 @@ def packed(args: argparse.Namespace) -> bool | None:
 
 
 MESH_HELP: Final = (
-    "divide the model among several devices, as in tensor=2 or tensor=2,expert=4 (see docs/more-than-one-device.md)"
+    "divide the model and its rows among several devices, as in tensor=2 or data=2,tensor=2,expert=4 "
+    "(see docs/more-than-one-device.md)"
 )
 
 

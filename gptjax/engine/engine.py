@@ -77,7 +77,7 @@ class Engine:
         """Creates an engine without requests.
 
         Args:
-          batch: the most requests that run at once.
+          batch: the most requests that run at once; a multiple of the mesh's axis `data`, or rounded up to one.
           steps_per_dispatch: by default 1 on a CPU and 8 elsewhere.
           chunk: the most prompt tokens in one call: a power of two, by default `steps.chunk_of`. It affects the
             rounding of results.
@@ -85,8 +85,8 @@ class Engine:
           reuse: share the beginnings of prompts, in whole chunks, that pages still hold.
           policy: instead of `batch`, `steps_per_dispatch`, `chunk` and `reuse`. By default, a request gets the
             same bits in any company: see `default_policy`.
-          pages: of the pool of each kind of layers, with page 0, such as `pool_sizes.pools` finds to fit; by default
-            enough for `batch` requests of `max_length`.
+          pages: of the pool of each kind of layers on each device, with page 0, such as `pool_sizes.pools` finds to
+            fit; by default enough for `batch` requests of `max_length`.
           compiler: of grammars; without one, no request may have any.
         """
         if policy is None:
@@ -99,7 +99,8 @@ class Engine:
         self._executor = executor_of(
             model, params, policy=policy, pages=self._pages, max_length=max_length, levels=levels
         )
-        pools = [Pool(count, window) for count, window in zip(self._pages, windows, strict=True)]
+        of_shard = list(zip(self._pages, windows, strict=True))
+        pools = [Pool(count, window) for _ in range(policy.shards) for count, window in of_shard]
         self._scheduler = Scheduler(policy, pools)
         self._requests: dict[int, Request] = {}  # by number
         self._compiler = compiler
@@ -113,7 +114,7 @@ class Engine:
     @property
     def batch(self) -> int:
         """B: the most requests that run at once."""
-        return self.policy.slots
+        return self.policy.all_slots
 
     @property
     def has_tokens(self) -> bool:
@@ -294,7 +295,7 @@ class Engine:
         if not matchers:
             return None
         assert self._compiler is not None
-        words_BW = all_allowed(plan.decode.size, self.model.config.vocab_size)
+        words_BW = all_allowed(self.policy.shards * plan.decode.size, self.model.config.vocab_size)
         self._compiler.fill(words_BW, matchers)
         return words_BW
 

@@ -71,7 +71,7 @@ def _check_nothing_leaks(engine: Engine) -> None:
         engine.step()
     scheduler = engine._scheduler
     assert not (scheduler._running or scheduler._waiting or scheduler._in_flight)
-    for pool in scheduler._allocator.pools:
+    for pool in scheduler._allocators[0].pools:
         pool.check()
         assert pool.free + pool.idle == pool.size
 
