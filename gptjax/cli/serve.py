@@ -59,6 +59,13 @@ examples:
     )
     _option(parser, "-m", "--model", help=MODEL_HELP)
     _option(parser, "--name", metavar="NAME", help="what clients call the model (default: the value of --model)")
+    _option(
+        parser,
+        "--alias",
+        default="",
+        metavar="NAMES",
+        help="other names for it, separated by commas, such as 'claude-*', where * at the end stands for anything",
+    )
     _option(parser, "--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
     _option(parser, "--port", type=_port, default=8000, metavar="N", help="(default: 8000; 0 picks a free one)")
     _option(parser, "--api-key", metavar="KEY", help="what clients must send (default: anything works)")
@@ -121,6 +128,14 @@ examples:
     )
     _option(
         parser,
+        "--store-responses",
+        type=_amount,
+        default=1000,
+        metavar="N",
+        help="responses kept in memory for clients that continue them, 256 MiB at most; 0 keeps none (default: 1000)",
+    )
+    _option(
+        parser,
         "--send-timeout",
         type=_seconds,
         default=30.0,
@@ -156,6 +171,10 @@ def _size(text: str) -> int:
     return _whole(text, 1, 1 << 40)
 
 
+def _amount(text: str) -> int:
+    return _whole(text, 0, 1 << 40)
+
+
 def _chunk(text: str) -> int:
     if _number(text, int) not in _CHUNKS:
         raise argparse.ArgumentTypeError(f"{text} is not {_CHUNKS_TEXT}")
@@ -181,6 +200,10 @@ def _number(text: str, kind: type[_Number]) -> _Number:
         return kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
+
+
+def _listed(text: str) -> list[str]:
+    return [each.strip() for each in text.split(",") if each.strip()]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -292,16 +315,22 @@ def _load_and_serve(args: argparse.Namespace, checkpoint: "Checkpoint", front: "
     lm.defaults.check()  # now, not at the first request
     return hosting.serve(
         lm,
-        hosting.facts_of(lm, args.name or model_name(args), checkpoint=checkpoint, tokenizer_from=args.tokenizer),
+        hosting.facts_of(
+            lm,
+            args.name or model_name(args),
+            aliases=_listed(args.alias),
+            checkpoint=checkpoint,
+            tokenizer_from=args.tokenizer,
+        ),
         front,
         max_queue=args.max_queue,
         prefill_chunk=args.prefill_chunk,
-        limits=Limits(body_bytes=args.max_body, send_seconds=args.send_timeout),
+        limits=Limits(body_bytes=args.max_body, send_seconds=args.send_timeout, stored_responses=args.store_responses),
         options={
             "host": args.host,
             "port": args.port,
             "api_key": args.api_key or None,
-            "cors_origins": [each.strip().rstrip("/") for each in args.cors_origins.split(",") if each.strip()],
+            "cors_origins": [each.rstrip("/") for each in _listed(args.cors_origins)],
             "drain_seconds": args.drain,
         },
     )
