@@ -49,7 +49,7 @@ def tpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     make = registry.create_pools
     monkeypatch.setattr(registry, "create_pools", lambda *given, **how: jax.eval_shape(lambda: make(*given, **how)))
-    monkeypatch.setattr(Share, "sharding", lambda _: None)
+    monkeypatch.setattr(Share, "sharding", lambda *_: None)
 
 
 @pytest.mark.parametrize("mesh", [None, MESH])
