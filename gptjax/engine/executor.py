@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.errors import JaxRuntimeError
+from jax.sharding import Mesh
 
 from gptjax.engine import numbers, programs, sampling
 from gptjax.engine.compilation import Compilation, Later
@@ -82,6 +83,9 @@ class Executor:
         self._model = model
         self._params = FlatParams.of(params)
         self._by_row = model.own.sharding(model.own.by_row)  # where arrays with rows go; None: to the only device
+        mesh = model.own.mesh
+        several = isinstance(mesh, Mesh) and mesh.is_multi_process
+        self._gathers = several and model.own.rows_parts > 1  # so that this process can read what others' rows draw
         self._policy = policy
         self._pages, self._max_length = tuple(pages), max_length
         self._branches = jax.default_backend() == "cpu"
@@ -354,7 +358,7 @@ class Executor:
         else:
             steps = sent, settings, call.steps
             self._slots, sampled = self._call(programs.decode, self._model, self._params, self._slots, *steps)
-        return sampled
+        return self._call(programs.gathered, self._model.own, sampled) if self._gathers else sampled
 
     def _settings_of(self, requests: Sequence[Request | None], features: Features) -> sampling.Sampling:
         return settings_of(

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from gptjax._version import __version__
 from gptjax.engine import sampling
@@ -48,7 +48,7 @@ class LeadingExecutor(Executor):
         """Dispatches a plan in all processes."""
         joining = [(join.request, _plain(requests[join.request])) for join in plan.joins]
         with self._leader.step("run", plan.to_json(), joining, array=words_BW):
-            return _everywhere(super().run(plan, requests, words_BW))
+            return super().run(plan, requests, words_BW)
 
     def warm_up(self) -> None:
         """Compiles all programs in all processes."""
@@ -60,15 +60,6 @@ class LeadingExecutor(Executor):
         """An array that is there when all plans so far have run."""
         with self._leader.step("result"):
             return super().result
-
-
-def _everywhere(sampled: sampling.Sampled | None) -> sampling.Sampled | None:
-    """What was drawn, on all devices: along the mesh's axis data, each draws its own rows, and process 0 reads all."""
-    if sampled is None or sampled.token_B.is_fully_addressable or sampled.token_B.is_fully_replicated:
-        return sampled
-    divided = sampled.token_B.sharding
-    assert isinstance(divided, NamedSharding)
-    return jax.device_put(sampled, NamedSharding(divided.mesh, PartitionSpec()))
 
 
 def executor_of(model: Model, params: AnyParams, **how: Any) -> Executor:
@@ -111,8 +102,7 @@ def execute(model: Model, params: AnyParams, messages: Iterable[tuple[Any, np.nd
         assert executor is not None
         if kind == "run":
             text, joining = rest
-            joined = {number: _request(*plain) for number, plain in joining}
-            _ = _everywhere(executor.run(Plan.from_json(text), joined, words_BW))
+            executor.run(Plan.from_json(text), {number: _request(*plain) for number, plain in joining}, words_BW)
         elif kind == "warm_up":
             executor.warm_up()
         else:

@@ -196,6 +196,13 @@ def sample(slots: Slots, rows: jax.Array, settings: sampling.Sampling) -> sampli
     return _sampled(_of_rows(slots, rows), rows, jnp.int32(0), settings)
 
 
+@partial(_jit, static_argnames=("share",))
+def gathered(share: Share, sampled: sampling.Sampled) -> sampling.Sampled:
+    """What all rows drew, on each device: a process can read only what its own devices have."""
+    whole: sampling.Sampled = jax.lax.with_sharding_constraint(sampled, share.sharding())
+    return whole
+
+
 @partial(_jit, static_argnames=("model",), donate_argnames=("slots",))
 @_by_all_devices(_SLOTS)
 def advance(model: Model, params: FlatParams, slots: Slots, token_B: jax.Array, rows: jax.Array) -> Slots:

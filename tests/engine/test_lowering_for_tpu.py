@@ -83,15 +83,16 @@ def test_steps_lower_for_tpus(tpu, name, mesh):
 
 def _at(leaf: Any, spec: P, model: Model) -> Any:
     """The shape of a leaf, with how it is divided."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(model.own.mesh, spec))
+    mesh = model.own.mesh
+    sharding = None if mesh is None else NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _shapes(argument: Any, model: Model) -> Any:
     """The shapes of an argument, unless it is a static one or has only shapes."""
     if isinstance(argument, int | FlatParams | type(model)):
         return argument
-    if not isinstance(argument, Slots) or model.own.mesh is None:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), argument)
-    specs = jax.tree.map(lambda _: model.own.by_row, argument)
-    specs = dataclasses.replace(specs, cache=model.own.cache_specs(argument.cache))
+    specs = jax.tree.map(lambda _: P(), argument)
+    if isinstance(argument, Slots) and model.own.mesh is not None:
+        specs = dataclasses.replace(specs, cache=model.own.cache_specs(argument.cache))
     return jax.tree.map(lambda leaf, spec: _at(leaf, spec, model), argument, specs)
