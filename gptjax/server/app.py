@@ -61,7 +61,7 @@ def build(
         Middleware(Gate, api_key=api_key, pages=Pages(cors_origins, local=local)),
     ]
     routes = [
-        Route("/", page.respond),
+        *page.routes(),
         Route("/health", health.health),
         Route("/metrics", health.metrics),
         Route("/v1/models", health.models),
