@@ -369,7 +369,7 @@ def test_the_last_turns_are_as_many_as_fit():
     chance = random.Random(2)
     for _ in range(200):
         roles = [chance.choice(["user", "user", "assistant", "tool", "system"]) for _ in range(chance.randrange(1, 9))]
-        messages = [{"role": role, "size": chance.randrange(9)} for role in roles]
+        messages = [{"role": role, "size": chance.randrange(9), "tool_call_id": "x"} for role in roles]
         room = chance.randrange(40)
 
         def fits(some, room=room):
@@ -381,6 +381,16 @@ def test_the_last_turns_are_as_many_as_fit():
             [way for way in ways if fits([messages[place] for place in way])] or ways[-1:] or [[*range(len(roles))]]
         )
         assert last_turns(messages, fits) == fitting[0]
+
+
+def test_a_result_keeps_its_call():
+    """Even if the user said something in between."""
+    call = {"type": "function_call", "call_id": "call_x", "name": "weather", "arguments": "{}"}
+    given = [*turns(3), call, *turns(1), outcome(call), USER, call | {"call_id": "call_y"}, USER]
+    service = answers(ANSWER)
+    kept(service, input=given, tools=[WEATHER], truncation="auto")
+    prompt = prompt_of(service)
+    assert prompt.count("Hello") == 2 and "word" not in prompt  # what nobody answered holds nothing up
 
 
 def test_log_probabilities_are_those_of_chat():
