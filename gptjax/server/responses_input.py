@@ -83,11 +83,14 @@ def joined(given: Input) -> Input:
     for message, place in zip(given.messages, given.places, strict=True):
         last = found.messages[-1] if found.messages else {}
         if last.get("role") == message["role"] == "assistant" and _follows(message, last):
-            calls = [*last.get("tool_calls", ()), *message.get("tool_calls", ())]
             more = {name: value for name, value in message.items() if value is not None}
-            found.messages[-1] = {**last, **more, **({"tool_calls": calls} if calls else {})}
+            calls = more.pop("tool_calls", ())
+            last |= more
+            if calls:
+                last.setdefault("tool_calls", []).extend(calls)  # in place, as there may be thousands
         else:
-            found.messages.append(message)
+            own = {"tool_calls": [*message["tool_calls"]]} if message.get("tool_calls") else {}
+            found.messages.append({**message, **own})
             found.places.append(place)
     return found
 

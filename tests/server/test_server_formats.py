@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from gptjax.server.responses_input import Input, joined
 from gptjax.text import Tokenizer
 from gptjax.text.chat_formats import FORMATS, ChatOptions
 from tests.server.responses_material import CALL as HARMONY_CALL
@@ -84,6 +85,26 @@ def test_chat_completions_with_tools(tokenizers, file):
     # Without tools it is text.
     text = chat(service, tool_choice="none", tools=[tool("weather")]).json()["choices"][0]["message"]["content"]
     assert "weather" in text
+
+
+def test_texts_of_a_message_are_one_text(tokenizers):
+    """Servers that cite split them."""
+    service = saying(tokenizers["qwen2.5"], "Yes.<|im_end|>")
+    texts = [{"type": "text", "text": text} for text in ("A, ", "b.")]
+    call = {"type": "tool_use", "id": "c", "name": "weather", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "c", "content": "sun"}
+    given = [USER, {"role": "assistant", "content": [*texts, call]}, {"role": "user", "content": [result]}]
+    tools = [{"name": "weather", "input_schema": {}}]
+    assert post(service, "/v1/messages", {"messages": given, "max_tokens": 9, "tools": tools}).status_code == 200
+    prompt = tokenizers["qwen2.5"].decode(service.worker.requests[-1].prompt_ids, special=True)
+    assert "assistant\nA, b.\n<tool_call>\n" in prompt
+
+
+def test_a_turn_of_many_parts_is_joined_in_linear_time():
+    parts = [{"role": "assistant", "content": None, "tool_calls": [{"id": str(number)}]} for number in range(200_000)]
+    whole = joined(Input(parts, ["input"] * len(parts))).messages
+    assert [call["id"] for call in whole[0]["tool_calls"]] == [str(number) for number in range(200_000)]
+    assert parts[0]["tool_calls"] == [{"id": "0"}]
 
 
 def test_a_turn_has_one_call_if_that_is_wanted(tokenizers):

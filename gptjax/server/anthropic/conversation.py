@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from gptjax.errors import GptjaxError
@@ -80,6 +80,7 @@ def read_conversation(system: object, messages: object, *, one_message_a_turn: b
         if _role(message) == "system":
             effort = read_effort_of_turn(message.get("output_config"), f"{where}.output_config") or effort
             read = [] if _is_over(message, where) and index < last_user else read
+        read = _with_one_text(read) if one_message_a_turn else read
         found.messages.extend(each for each, _ in read)
         found.places.extend(place for _, place in read)
     if not found.messages:
@@ -210,6 +211,23 @@ def _read_said(block: Mapping[str, Any], where: str, *, is_preamble: bool) -> di
             text = _text(block, where)
             phase = {"phase": "commentary"} if is_preamble else {}
             return {"role": "assistant", "content": text, **phase} if text else None
+
+
+def _is_said(read: tuple[dict[str, Any], str]) -> bool:
+    """Whether a chat message is a text of the assistant's."""
+    return read[0]["role"] == "assistant" and bool(read[0]["content"])
+
+
+def _with_one_text(read: Sequence[tuple[dict[str, Any], str]]) -> list[tuple[dict[str, Any], str]]:
+    """Chat messages of one message, where an assistant's texts in a row, which some servers split, are one again."""
+    found: list[tuple[dict[str, Any], str]] = []
+    for is_text, group in itertools.groupby(read, _is_said):
+        texts = list(group)
+        if is_text:
+            text = "".join([message["content"] for message, _ in texts])
+            texts = [({**texts[-1][0], "content": text}, texts[0][1])]
+        found += texts
+    return found
 
 
 def _read_call(block: Mapping[str, Any], where: str) -> dict[str, Any]:
