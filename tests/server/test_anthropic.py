@@ -358,6 +358,7 @@ FAULTS = [
         {"messages": [USER, assistant(SIGNED | {"thinking": "", "signature": "Eq"})]},
         "messages[1].content[0].signature ('Eq') is not what this",
     ),
+    ({"messages": [USER, assistant(SIGNED | {"signature": 5}), USER]}, "messages[1].content[0].signature must be a"),
     (
         {"messages": [USER, assistant({"type": "redacted_thinking", "data": "a"}), USER]},
         "has the type 'redacted_thinking'",
