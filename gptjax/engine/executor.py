@@ -242,14 +242,14 @@ class Executor:
         except JaxRuntimeError as error:
             if not self._executables.forget():
                 raise
-            _log.warning("programs that were there do not run, and are compiled again: %s", error)
+            _log.warning("programs that were compiled before do not run, and are compiled again: %s", error)
             self.reset()
             self._warm_up(sizes)
             return
         times.append(time.monotonic())
         _, compiled, run = (after - before for before, after in itertools.pairwise(times))
         _log.info(
-            "%d programs, %d of them there: the others were traced in %.1f s and lowered in %.1f s, "
+            "%d programs, %d of them compiled before: the others were traced in %.1f s and lowered in %.1f s, "
             "all were compiled or read after %.1f s more, and ran after %.1f s more",
             *(len(compilation.compiled), len(self._executables.found), *self._executables.seconds, compiled, run),
         )

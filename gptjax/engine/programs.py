@@ -92,7 +92,7 @@ def _by_all_devices(*returns: str, alike: int | None = None) -> Callable[[_Progr
 def as_divided(shapes: Any, like: Slots, by_row: jax.sharding.Sharding) -> Any:
     """The shapes of what a program returns on a mesh, with how it is divided: slots like others, all else by row.
 
-    What has the steps first stays as it is: no program takes it.
+    Arrays whose first axis are steps stay as they are: no program takes them.
     """
 
     def divided(shape: Any) -> Any:
