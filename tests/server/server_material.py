@@ -17,12 +17,13 @@ from gptjax.config import GenerationDefaults
 from gptjax.engine import steps
 from gptjax.engine.request import Request
 from gptjax.errors import GptjaxError
-from gptjax.server import app, hosting, scoring, serving
-from gptjax.server.events import Failed
-from gptjax.server.metrics import Metrics
-from gptjax.server.service import Served, Service
-from gptjax.server.settings import Limits
-from gptjax.server.worker import Worker
+from gptjax.server.front import app, serving
+from gptjax.server.generation.service import Served, Service
+from gptjax.server.http.metrics import Metrics
+from gptjax.server.ipc.events import Failed
+from gptjax.server.ipc.settings import Limits
+from gptjax.server.worker import hosting, scoring
+from gptjax.server.worker.worker import Worker
 from gptjax.text import Tokenizer, load_tokenizer
 from gptjax.text.chat_formats import ChatFormat, choose_format
 from tests.server.fake_worker import FakeWorker, score

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from gptjax.server.encrypted import encrypted
-from gptjax.server.events import Failed
+from gptjax.server.ipc.events import Failed
+from gptjax.server.openai.responses.encrypted import encrypted
 from tests.server.responses_material import ANSWER, CALL, THOUGHT, talking
 from tests.server.server_material import GPT2, GPT_OSS, USER, ask, chat, ids, make, post, saying, tokenizer
 

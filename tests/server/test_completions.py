@@ -8,8 +8,8 @@ import threading
 import httpx2
 import pytest
 
-from gptjax.server import app
-from gptjax.server.events import Failed
+from gptjax.server.front import app
+from gptjax.server.ipc.events import Failed
 from gptjax.text import Tokenizer
 from tests.server.fake_worker import score
 from tests.server.server_material import (

@@ -8,7 +8,9 @@ import re
 import httpx2
 import pytest
 
-from gptjax.server import generation, health, logs
+from gptjax.server import logs
+from gptjax.server.front import health
+from gptjax.server.generation import generation
 from tests.server.server_material import GPT_OSS, ask, chat, make, running
 
 MADE = r"req_[0-9a-f]{24}"

@@ -18,7 +18,9 @@ import pytest
 
 from gptjax.cli import main, serve
 from gptjax.engine import steps
-from gptjax.server import hosting, logs, serving
+from gptjax.server import logs
+from gptjax.server.front import serving
+from gptjax.server.worker import hosting
 from tests.server.load_material import request
 from tests.server.server_material import GPT2, endless, fail_all, ids, make, running, wait_for
 

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from gptjax.server import responses
-from gptjax.server.body import Fields
-from gptjax.server.response_store import Item, ResponseStore, Stored, size_of
-from gptjax.server.responses_memory import read_memory
-from gptjax.server.truncation import last_turns
+from gptjax.server.generation.response_store import Item, ResponseStore, Stored, size_of
+from gptjax.server.http.fields import Fields
+from gptjax.server.openai.responses import responses
+from gptjax.server.openai.responses.memory import read_memory
+from gptjax.server.openai.responses.truncation import last_turns
 from tests.server.responses_material import ANSWER, CALL, THOUGHT, WEATHER, events, respond, talking
 from tests.server.server_material import GPT_OSS, USER, ask, chat, fault, make, post, saying, tokenizer
 
@@ -294,7 +294,7 @@ def test_one_conversation_is_parsed_at_a_time(monkeypatch):
         most.append(len(inside))
         inside.remove(data)
 
-    monkeypatch.setattr("gptjax.server.response_store.json.loads", loads)
+    monkeypatch.setattr("gptjax.server.generation.response_store.json.loads", loads)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(store.parsed, [[item(number, 3)] * 5 for number in range(8)]))
     assert most == [1] * 40

@@ -8,9 +8,9 @@ import pytest
 
 from gptjax.engine.engine import Engine
 from gptjax.engine.request import Token
-from gptjax.server.events import Finished, Ticket, Tokens
-from gptjax.server.jobs import Job, deliver
-from gptjax.server.worker import Worker
+from gptjax.server.ipc.events import Finished, Ticket, Tokens, deliver
+from gptjax.server.worker.jobs import Job
+from gptjax.server.worker.worker import Worker
 from tests.fuzz import rounds
 from tests.server.responses_material import ANSWER, CALL, THOUGHT, WEATHER, respond
 from tests.server.responses_material import events as items_of

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from gptjax.engine import steps
-from gptjax.server import scoring
+from gptjax.server.worker import scoring
 from tests.server.server_material import GPT2, served
 from tests.server.worker_material import CHUNK, MAX_LENGTH, SLOTS
 from tests.shallow import shallow

@@ -12,8 +12,8 @@ from gptjax.engine import free_of_load, programs
 from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams, Token
 from gptjax.errors import CapacityError, RequestError
-from gptjax.server.events import AnyWorker, Finished, QueueFull, Ticket
-from gptjax.server.worker import Worker
+from gptjax.server.ipc.events import AnyWorker, Finished, QueueFull, Ticket
+from gptjax.server.worker.worker import Worker
 from tests.engine.generated import generate
 from tests.fuzz import rounds
 from tests.server.worker_material import (

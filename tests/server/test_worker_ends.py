@@ -12,9 +12,9 @@ import pytest
 import gptjax
 from gptjax.engine import programs
 from gptjax.engine.request import Request, SamplingParams
-from gptjax.server import worker as worker_module
-from gptjax.server.events import AnyWorker, Failed, Finished, Unavailable
-from gptjax.server.worker import Worker
+from gptjax.server.ipc.events import AnyWorker, Failed, Finished, Unavailable
+from gptjax.server.worker import worker as worker_module
+from gptjax.server.worker.worker import Worker
 from pallas_kernels import same_bits
 from tests.compilations import compilations
 from tests.server.worker_material import CHUNK, PATIENCE, REQUESTS, Reader, ids_of, remote_of, request_of, until

@@ -10,13 +10,13 @@ import numpy as np
 
 from gptjax.config import GenerationDefaults
 from gptjax.engine.request import Request, SamplingParams, Token
-from gptjax.server import hosting
-from gptjax.server.channel import Channel
-from gptjax.server.events import AnyWorker, Failed, Finished, QueueFull, Tokens
-from gptjax.server.messages import Setup
-from gptjax.server.remote_worker import RemoteWorker
-from gptjax.server.settings import Facts, Limits
-from gptjax.server.worker_host import WorkerHost
+from gptjax.server.front.remote_worker import RemoteWorker
+from gptjax.server.ipc.channel import Channel
+from gptjax.server.ipc.events import AnyWorker, Failed, Finished, QueueFull, Tokens
+from gptjax.server.ipc.messages import Setup
+from gptjax.server.ipc.settings import Facts, Limits
+from gptjax.server.worker import hosting
+from gptjax.server.worker.worker_host import WorkerHost
 
 SLOTS, MAX_LENGTH, CHUNK = 4, 300, 64
 PATIENCE = 120  # seconds until a test gives up
