@@ -218,3 +218,11 @@ def served(lm, name, *, max_queue=64, chunk=steps.CHUNK, far=False):
         server, address = stack.enter_context(running(service))
         service.worker.wait_until_ready()
         yield server, address
+
+
+def choice(response, index=0):
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][index]
+
+
+RAW = "<|start|>user<|message|>Hi<|end|><|start|>assistant"
