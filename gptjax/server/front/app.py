@@ -24,7 +24,7 @@ from gptjax.server.generation.service import Service
 from gptjax.server.http.origins import LOCAL_ORIGIN, Pages
 from gptjax.server.http.request_ids import HEADER, RequestIds
 from gptjax.server.http.sse import ClientGone, error_response
-from gptjax.server.openai import chat_completions, completions
+from gptjax.server.openai import chat_completions, completions, models
 from gptjax.server.openai.responses import responses, stored_responses
 from gptjax.server.openai.responses.tools import WARNING
 
@@ -67,8 +67,8 @@ def build(
         *page.routes(),
         Route("/health", health.health),
         Route("/metrics", health.metrics),
-        Route("/v1/models", health.models),
-        Route("/v1/models/{name:path}", health.model),
+        Route("/v1/models", models.models),
+        Route("/v1/models/{name:path}", models.model),
         Route("/v1/completions", completions.respond, methods=["POST"]),
         Route("/v1/chat/completions", chat_completions.respond, methods=["POST"]),
         Route("/v1/responses", responses.respond, methods=["POST"]),

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import Generic, TypeVar
 
-from gptjax.engine.output import Chunk, Decoder, Output, Usage
+from gptjax.engine.output import Chunk, Decoder, Output
 from gptjax.engine.request import Request
 from gptjax.errors import GptjaxError
 from gptjax.server.errors import ApiError, internal, of_failure, of_gptjax
@@ -164,20 +164,3 @@ def _of_early_end(finished: Finished) -> ApiError:
     if finished.reason == "cancelled":
         return ApiError(400, f"the client was {_MOST_BEHIND} tokens behind", code="too_slow")
     return internal()  # the worker disagrees about the end
-
-
-def usage_json(
-    usages: Sequence[Usage], *, choices: int, cached: int, reasoning: int | None = None
-) -> dict[str, object]:
-    """The usage of all rows. A prompt counts once, however many choices it has."""
-    prompt = sum(usage.prompt_tokens for usage in usages[::choices])
-    completion = sum(usage.completion_tokens for usage in usages)
-    found: dict[str, object] = {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
-    if reasoning is not None:
-        found["completion_tokens_details"] = {"reasoning_tokens": reasoning}
-    return found

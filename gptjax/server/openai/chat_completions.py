@@ -15,7 +15,7 @@ from gptjax.engine.request import MAX_TOP_LOGPROBS, check_prompt
 from gptjax.errors import GptjaxError
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 from gptjax.server.generation.answering import answered
-from gptjax.server.generation.generation import Generation, Row, usage_json
+from gptjax.server.generation.generation import Generation, Row
 from gptjax.server.generation.service import Served, Service
 from gptjax.server.generation.shared_fields import (
     MOST_CHOICES,
@@ -34,6 +34,7 @@ from gptjax.server.generation.shared_fields import (
 from gptjax.server.generation.turn import Delta, Turn, joined
 from gptjax.server.http.fields import Fields
 from gptjax.server.openai.logprobs import chat_logprobs
+from gptjax.server.openai.usage import usage_json
 from gptjax.structured import Grammar
 from gptjax.structured.wishes import described, grammar_of_turn, read_response_format
 from gptjax.text.chat_formats import CallPart, ChatOptions, ToolCall

@@ -15,7 +15,7 @@ from gptjax.engine.request import MAX_TOP_LOGPROBS, check_prompt
 from gptjax.errors import GptjaxError
 from gptjax.server.errors import ApiError, bad_request, of_gptjax
 from gptjax.server.generation.answering import answered
-from gptjax.server.generation.generation import Generation, Row, usage_json
+from gptjax.server.generation.generation import Generation, Row
 from gptjax.server.generation.service import Served, Service
 from gptjax.server.generation.shared_fields import (
     MOST_CHOICES,
@@ -30,6 +30,7 @@ from gptjax.server.generation.shared_fields import (
 )
 from gptjax.server.http.fields import Fields, check_text
 from gptjax.server.openai.logprobs import LegacyLogprobs, joined
+from gptjax.server.openai.usage import usage_json
 from gptjax.structured.wishes import GUIDED
 
 _DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's

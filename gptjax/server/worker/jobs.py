@@ -1,4 +1,4 @@
-"""Requests on their way through the worker, and their events on the way out."""
+"""What the worker knows of a request: its tokens so far, and how it ends."""
 
 import dataclasses
 
