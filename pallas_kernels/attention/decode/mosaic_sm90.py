@@ -312,7 +312,7 @@ def _shared(
         seen = seen.within(share.range)
     stream = warp_sm90.CacheStream(plan, arrays["k"], arrays["v"], arrays["table"], at, Run.of(plan, share, at), seen)
     pages = stream.pages()
-    newest = None if plan.product is None else Newest.of(plan, arrays, at)
+    newest = None if plan.product is None else Newest.of(plan, plan.product, arrays, at)
     a = warp_sm90.load_queries(plan, arrays["q"], at) if newest is None else []
     if fours is None:
         fours = gather_sm90.float4s(plan, arrays["sinks"], block)

@@ -24,6 +24,7 @@ from pallas_kernels.ptx import Value
 from pallas_kernels.ptx.rows import load_number
 
 _WARP = 32  # pairs of a head that a warp takes at once
+_FLOAT32, _BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 _ROUND = "{ .reg .b16 z, t; .reg .b32 w; mov.b16 z, 0; cvt.rn.bf16.f32 t, $1; mov.b32 w, {z, t}; mov.b32 $0, w; }"
 _STORE = "{{ .reg .b16 t; cvt.rn.bf16.f32 t, $1; st.{}.b16 [$0], t; }}"
 
@@ -61,60 +62,14 @@ class Newest:
         return (plan.queries + 2) * plan.width // 2
 
     @classmethod
-    def of(cls, plan: DecodePlan, arrays: dict[str, Value], at: Thread) -> "Newest":
+    def of(cls, plan: DecodePlan, product: ProductPlan, arrays: dict[str, Value], at: Thread) -> "Newest":
         """Begins to load what they come from."""
-        assert plan.product is not None
         ptx.keep_loads_before(arrays["memory"])  # so that the table's come first
         slot = load_count(arrays["slots"], at.block.row)
-        self = cls(plan, plan.product, arrays, at, slot, [], [])
-        if plan.product.rotates:
-            of_row = ptx.add(ptx.mul(at.block.row, self._half), at.lane)
-            cos, sin = (ptx.offset(arrays[name], of_row, 4) for name in ("cos", "sin"))
-            self.angles.extend(
-                _Pair(*(load_number(table, jnp.float32, ptx.always(), shift=4 * i) for table in (cos, sin)))
-                for i in self._shifts
-            )
-        self.heads.extend(map(self._load, range(0, plan.queries + 2, plan.warps)))
+        angles = _load_angles(plan, arrays, at) if product.rotates else []
+        heads = [_load_head(plan, product, arrays, at, begin) for begin in _turns(plan)]
         ptx.keep_loads_before(arrays["heads"])  # ptxas would first wait for the table
-        return self
-
-    @property
-    def _half(self) -> int:
-        return self.plan.width // 2
-
-    @property
-    def _shifts(self) -> range:
-        """The lane's pairs, counted from its first one."""
-        return range(0, self._half, _WARP)
-
-    def _load(self, begin: int) -> _Head:
-        """Begins to load the warp's head from number `begin` on; of those beyond the last, the last."""
-        plan, product, block = self.plan, self.product, self.at.block
-        number = arith.minsi(ptx.add(self.at.warp, begin), ptx.const(plan.queries + 1))
-        query = arith.minsi(ptx.add(block.first, number), ptx.const(plan.group - 1))
-        query = ptx.add(ptx.mul(block.head, plan.group), query)
-        queries, kind = plan.keys * plan.group, ptx.add(number, -plan.queries)  # 0: the key; 1: the value
-        other = ptx.add(ptx.mul(kind, plan.keys), block.head, queries)
-        is_query = ptx.less(kind, 0)
-        head = arith.select(is_query, query, other)
-        columns = (queries + 2 * plan.keys) * plan.width
-        column = ptx.add(ptx.mul(head, plan.width), self.at.lane)
-        part = ptx.offset(self.arrays["parts"], ptx.add(ptx.mul(block.row, columns), column), 4)
-        parts = [ptx.shifted(part, 4 * product.rows * columns * piece) for piece in range(product.pieces)]
-        sources = [(each, jnp.dtype(jnp.float32)) for each in parts]
-        if product.has_bias:
-            sources.append((ptx.offset(self.arrays["bias"], column, 2), jnp.dtype(jnp.bfloat16)))
-        terms = [[self._pair(*source, shift) for source in sources] for shift in self._shifts]
-        scales = []
-        if product.scales is not None:
-            scale = arith.select(is_query, self.arrays["q_scale"], self.arrays["k_scale"])
-            scale = ptx.offset(scale, self.at.lane, product.scales.itemsize)
-            scales = [self._pair(scale, product.scales, shift) for shift in self._shifts]
-        return _Head(number, terms, scales)
-
-    def _pair(self, at: Value, dtype: jnp.dtype, shift: int) -> _Pair:
-        size = dtype.itemsize
-        return _Pair(*(load_number(at, dtype, ptx.always(), shift=size * (shift + i)) for i in (0, self._half)))
+        return cls(plan, product, arrays, at, slot, angles, heads)
 
     def keep(self, entry: Value) -> None:
         """Puts the block's heads to shared memory, and one block the key and the value to their place in the pages.
@@ -124,7 +79,7 @@ class Newest:
         plan, block = self.plan, self.at.block
         is_first = ptx.both(ptx.less(entry, 1), ptx.less(block.rank, 1), ptx.less(block.first, 1))
         writes = ptx.both(is_first, ptx.less(-1, self.slot))
-        for begin, head in zip(range(0, plan.queries + 2, plan.warps), self.heads, strict=True):
+        for begin, head in zip(_turns(plan), self.heads, strict=True):
             pairs = self._finished(head)
             self._store(ptx.shared_offset(self.arrays["heads"], head.number, plan.row), pairs, "shared")
             key = ptx.add(head.number, -plan.queries)
@@ -143,8 +98,8 @@ class Newest:
         """Puts the lane's pairs into a row of H numbers."""
         is_shared = space == "shared"
         at = ptx.shared_offset(row, self.at.lane, 2) if is_shared else ptx.offset(row, self.at.lane, 2)
-        for pair, shift in zip(pairs, self._shifts, strict=True):
-            for number, more in zip(pair, (shift, shift + self._half), strict=True):
+        for pair, shift in zip(pairs, _shifts(self.plan), strict=True):
+            for number, more in zip(pair, (shift, shift + self.plan.width // 2), strict=True):
                 to = ptx.add(at, 2 * more) if is_shared else ptx.shifted(at, 2 * more)
                 ptx.asm(_STORE.format(space), [], [to, number])
 
@@ -204,6 +159,53 @@ class Newest:
             return ptx.load_shared_over(value, words, _equal(ahead_of_mine, place), shift=128 * j)
 
         return keys, [replaced(*each) for each in enumerate(values)]
+
+
+def _turns(plan: DecodePlan) -> range:
+    """The first warp's head in each of the block's turns."""
+    return range(0, plan.queries + 2, plan.warps)
+
+
+def _shifts(plan: DecodePlan) -> range:
+    """A lane's pairs of a head, counted from its first one."""
+    return range(0, plan.width // 2, _WARP)
+
+
+def _load_angles(plan: DecodePlan, arrays: dict[str, Value], at: Thread) -> list[_Pair]:
+    first = ptx.add(ptx.mul(at.block.row, plan.width // 2), at.lane)
+    tables = [ptx.offset(arrays[name], first, 4) for name in ("cos", "sin")]
+    return [
+        _Pair(*(load_number(table, jnp.float32, ptx.always(), shift=4 * shift) for table in tables))
+        for shift in _shifts(plan)
+    ]
+
+
+def _load_head(plan: DecodePlan, product: ProductPlan, arrays: dict[str, Value], at: Thread, begin: int) -> _Head:
+    """Begins to load the warp's head, counted from number `begin` on; the last instead of those beyond it."""
+    number = arith.minsi(ptx.add(at.warp, begin), ptx.const(plan.queries + 1))
+    query = arith.minsi(ptx.add(at.block.first, number), ptx.const(plan.group - 1))
+    query = ptx.add(ptx.mul(at.block.head, plan.group), query)
+    queries, kind = plan.keys * plan.group, ptx.add(number, -plan.queries)  # 0: the key; 1: the value
+    other = ptx.add(ptx.mul(kind, plan.keys), at.block.head, queries)
+    is_query = ptx.less(kind, 0)
+    columns = (queries + 2 * plan.keys) * plan.width
+    column = ptx.add(ptx.mul(arith.select(is_query, query, other), plan.width), at.lane)
+    piece = ptx.offset(arrays["parts"], ptx.add(ptx.mul(at.block.row, columns), column), 4)
+    sources = [(ptx.shifted(piece, 4 * product.rows * columns * i), _FLOAT32) for i in range(product.pieces)]
+    if product.has_bias:
+        sources.append((ptx.offset(arrays["bias"], column, 2), _BFLOAT16))
+    terms = [[_load_pair(plan, *source, shift) for source in sources] for shift in _shifts(plan)]
+    scales = []
+    if product.scales is not None:
+        scale = arith.select(is_query, arrays["q_scale"], arrays["k_scale"])
+        scale = ptx.offset(scale, at.lane, product.scales.itemsize)
+        scales = [_load_pair(plan, scale, product.scales, shift) for shift in _shifts(plan)]
+    return _Head(number, terms, scales)
+
+
+def _load_pair(plan: DecodePlan, at: Value, dtype: jnp.dtype, shift: int) -> _Pair:
+    size = dtype.itemsize
+    return _Pair(*(load_number(at, dtype, ptx.always(), shift=size * (shift + more)) for more in (0, plan.width // 2)))
 
 
 def _equal(a: Value, b: int) -> Value:
