@@ -18,7 +18,8 @@ from gptjax.engine import steps
 from gptjax.engine.request import Request
 from gptjax.errors import GptjaxError
 from gptjax.server.front import app, serving
-from gptjax.server.generation.service import Served, Service
+from gptjax.server.generation.served import Served
+from gptjax.server.generation.service import Service
 from gptjax.server.http.metrics import Metrics
 from gptjax.server.ipc.events import Failed
 from gptjax.server.ipc.settings import Limits

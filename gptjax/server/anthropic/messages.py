@@ -23,7 +23,8 @@ from gptjax.server.anthropic.errors import body, too_long
 from gptjax.server.anthropic.options import Thinking, options_of, read_output_config, read_thinking
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 from gptjax.server.generation.answering import answered, reading
-from gptjax.server.generation.service import Served, Service
+from gptjax.server.generation.served import Served
+from gptjax.server.generation.service import Service
 from gptjax.server.generation.shared_fields import MOST_TOKENS, read_sampling
 from gptjax.server.generation.turn import joined as joined_deltas
 from gptjax.server.generation.turn import running_turn

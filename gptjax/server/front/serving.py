@@ -16,8 +16,9 @@ import uvicorn
 
 from gptjax.errors import GptjaxError
 from gptjax.server.front import app
-from gptjax.server.generation.service import Served, Service
-from gptjax.server.http.connection import Protocol
+from gptjax.server.generation.served import Served
+from gptjax.server.generation.service import Service
+from gptjax.server.http.connection import Connection
 from gptjax.server.http.metrics import Metrics
 from gptjax.server.http.origins import is_address
 from gptjax.server.ipc.events import AnyWorker, PromptScores
@@ -100,7 +101,7 @@ def make_server(
         app.build(service, api_key=api_key, cors_origins=cors_origins, local=local),
         host=host,
         port=port,
-        http=functools.partial(Protocol, seconds=service.limits.send_seconds),  # type: ignore[arg-type]
+        http=functools.partial(Connection, seconds=service.limits.send_seconds),  # type: ignore[arg-type]
         ws="none",
         log_config=log_config,
         server_header=False,
@@ -167,7 +168,7 @@ class Server(uvicorn.Server):
 
     def _cut_all(self) -> None:
         for connection in list(self.server_state.connections):
-            cast(Protocol, connection).cut()
+            cast(Connection, connection).cut()
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end; called ten times a second."""

@@ -1,92 +1,24 @@
-"""What the routes share: facts about the model, limits, the worker."""
+"""What the routes share: the served model, limits, the worker, and who is being answered."""
 
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from gptjax.errors import GptjaxError
-from gptjax.server.errors import ApiError, as_json, bad_request, unavailable
+from gptjax.server.errors import ApiError, unavailable
 from gptjax.server.generation.mailbox import Mailbox
 from gptjax.server.generation.response_store import ResponseStore
+from gptjax.server.generation.served import Served
 from gptjax.server.http.metrics import Metrics
 from gptjax.server.ipc.events import AnyWorker, PromptScores, QueueFull
-from gptjax.server.ipc.settings import Facts, Limits
-from gptjax.text import Tokenizer
-from gptjax.text.bounded import Bounds
-from gptjax.text.chat_formats import ChatFormat
+from gptjax.server.ipc.settings import Limits
 
 _RETRY = 5  # seconds
 _LOOK = 0.2  # seconds between checks whether the server is shutting down
 _BODIES = 4  # of the largest size; a parsed object may be thirty times its body
-
-
-@dataclasses.dataclass(frozen=True)
-class Served(Facts):
-    """The served model, and what is done with it here."""
-
-    tokenizer: Tokenizer | None  # None: only token ids can be sent
-    chat_format: ChatFormat | GptjaxError  # an error says why it cannot chat
-    score: Callable[[Sequence[int], int], PromptScores]  # (prompt ids, number of alternatives); blocks
-    memory_in_use: Callable[[], int]  # bytes on the device
-    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
-
-    def text(self) -> Tokenizer:
-        """The tokenizer. Raises `ApiError` if there is none."""
-        if self.tokenizer is None:
-            raise bad_request(f"the model {self.name!r} has no tokenizer: send a prompt of token ids", "prompt")
-        return self.tokenizer
-
-    def chat(self) -> ChatFormat:
-        """How conversations are written. Raises `ApiError` for a model that cannot chat."""
-        if isinstance(self.chat_format, GptjaxError):
-            message = f"the model {self.name!r} is not a chat model, so use /v1/completions: {self.chat_format}"
-            raise bad_request(message, "model", "model_not_chat")
-        return self.chat_format
-
-    def check_size(self, texts: object, param: str) -> None:
-        """Raises `ApiError` if strings, in lists and objects, cannot fit: megabytes take a minute to encode."""
-        characters, least = self.least_tokens(texts)
-        if least > self.max_length:
-            message = f"the prompt has {characters} characters, at least {least} tokens, but max_length is "
-            raise bad_request(f"{message}{self.max_length}: shorten it", param, "context_length_exceeded")
-
-    def least_tokens(self, texts: object) -> tuple[int, int]:
-        """The characters of strings, in lists and objects, and the tokens that they have at least."""
-        assert self.tokenizer is not None  # the caller has checked
-        characters, left = 0, [texts]
-        while left:
-            value = left.pop()
-            if isinstance(value, str):
-                characters += len(value)
-            elif isinstance(value, list | dict):
-                left += value.values() if isinstance(value, dict) else value
-        return characters, characters // self.tokenizer.longest_token
-
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        """The ids of a prompt. Raises `ApiError` or `CapacityError` if it cannot fit, without encoding all of it."""
-        tokenizer = self.text()
-        self.check_size(text, "prompt")
-        encode = functools.partial(tokenizer.encode, special=special)
-        return tokenizer.prompt(Bounds(encode, self.max_length).joined(text), special=special)
-
-    def turn_ends(self) -> tuple[int, ...]:
-        """The tokens that end a turn of a conversation."""
-        return tuple(dict.fromkeys((*self.eos_ids, *self.chat().stop_ids(self.text()))))
-
-    def check_name(self, name: str | None) -> None:
-        """Raises `ApiError` for another model's name; None means this one."""
-        if name not in (None, self.name) and not any(_stands_for(alias, name) for alias in self.aliases):
-            raise ApiError(
-                404,
-                f"unknown model {as_json(name)}; this server has {self.name!r}",
-                param="model",
-                code="model_not_found",
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +113,3 @@ class Service:
         while self._scoring and time.monotonic() < until:
             time.sleep(_LOOK)
         self.drained.set()
-
-
-def _stands_for(alias: str, name: str) -> bool:
-    return name.startswith(alias[:-1]) if alias.endswith("*") else name == alias

@@ -15,7 +15,7 @@ from gptjax.server.http.sse import ABORT
 _LOOKS: Final = 10  # at an idle connection before it is cut
 
 
-class Protocol(H11Protocol):
+class Connection(H11Protocol):
     """uvicorn's, with a limit where that waits forever: for a request's head, and for a client to read an answer.
 
     The application can cut the connection too.

@@ -16,7 +16,8 @@ from gptjax.errors import GptjaxError
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 from gptjax.server.generation.answering import answered
 from gptjax.server.generation.generation import Generation, Row
-from gptjax.server.generation.service import Served, Service
+from gptjax.server.generation.served import Served
+from gptjax.server.generation.service import Service
 from gptjax.server.generation.shared_fields import (
     MOST_CHOICES,
     MOST_TOKENS,

@@ -15,7 +15,8 @@ from gptjax.errors import GptjaxError
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 from gptjax.server.generation.answering import answered
 from gptjax.server.generation.response_store import ResponseStore
-from gptjax.server.generation.service import Served, Service
+from gptjax.server.generation.served import Served
+from gptjax.server.generation.service import Service
 from gptjax.server.generation.shared_fields import (
     MOST_TOKENS,
     WITHOUT_EFFECT,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from gptjax.errors import CapacityError, GptjaxError
-from gptjax.server.generation.service import Served
+from gptjax.server.generation.served import Served
 from gptjax.text.chat_formats import ChatOptions
 
 Messages = Sequence[dict[str, Any]]
