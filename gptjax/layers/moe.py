@@ -44,6 +44,7 @@ class Router(nn.Module):
             residual.x_BTD.reshape(-1, D).astype(self.dtype),
             residual.pending,
             self.norm.scale(D),
+            peers=residual.peers,
             epsilon=self.norm.epsilon,
             router_DE=kernel_DE,
             router_bias_E=bias_E,
@@ -51,7 +52,7 @@ class Router(nn.Module):
             top=self.experts_per_token,
             implementation=self.norm.implementation,
         )
-        residual = Residual(sum_TD.reshape(shape))
+        residual = residual.settled(sum_TD.reshape(shape))
         normed_BTD = observe(self.norm, "output", normed_TD.reshape(shape))
 
         def logits() -> jax.Array:
@@ -112,6 +113,6 @@ class MoE(nn.Module):
             alpha=self.swiglu_alpha,
             limit=self.swiglu_limit,
             implementation=self.implementation,
-        ).over(self.experts_over + self.width_over)
+        ).across(self.experts_over + self.width_over, box=1)
         observe_lazy(self, "output", lambda: update.total().reshape(normed_BTD.shape).astype(self.dtype))
         return residual, update

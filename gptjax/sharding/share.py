@@ -18,7 +18,7 @@ from gptjax.config import GptOssConfig, ModelConfig
 from gptjax.config.quantization import packs
 from gptjax.errors import RequestError
 from gptjax.layers.cache import KVCache
-from gptjax.sharding.mesh import DATA, EXPERT, TENSOR
+from gptjax.sharding.mesh import AXES, DATA, EXPERT, TENSOR
 from gptjax.support.quoting import quoted
 from pallas_kernels.formats.fragments import TILE
 from pallas_kernels.formats.mxfp4 import BLOCK
@@ -91,7 +91,8 @@ class Share:
         rows = DATA if self.rows_parts > 1 else None
         specs = jax.tree.map(lambda _: P(rows), cache)
         pools = P(rows, self.axes("N") or None)
-        return dataclasses.replace(specs, k=(pools,) * len(cache.k), v=(pools,) * len(cache.v))
+        peers = jax.tree.map(lambda _: P(AXES), cache.peers)  # each device its own
+        return dataclasses.replace(specs, k=(pools,) * len(cache.k), v=(pools,) * len(cache.v), peers=peers)
 
 
 def share_of(
