@@ -1,4 +1,4 @@
-"""Sums over devices through mailboxes: the kernels emulated on a CPU, a device after the other, and lowered for CUDA."""
+"""Sums over devices through mailboxes: kernels emulated on a CPU, one device after the other; lowered; on two GPUs."""
 
 from functools import partial
 from typing import Any
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import peers, ptx
+from pallas_kernels import dispatch, peers, ptx
 from pallas_kernels.add_norm import exchange_sm90
 from pallas_kernels.add_norm import mosaic_sm90 as add_norm
 from pallas_kernels.partial_sum import PartialSum
@@ -68,6 +69,7 @@ def test_a_norm_adds_what_the_others_sent(case, count, monkeypatch):
     sent = np.stack([_own_sum(each) for each in devices])
     bias = np.asarray(terms.bias_EO, np.float64)[0] if devices[0].is_plain and terms.bias_EO is not None else 0.0
     expected = np.asarray(x, np.float64) + sent.astype(np.float64).sum(axis=0) + bias
+    sums = []
     for rank, own in enumerate(devices):
         # This device's mailboxes, then one of each of the others.
         boxes = np.full((count, BOXES, count, MOST_ROWS, case.D), EMPTY, np.int32)
@@ -78,10 +80,9 @@ def test_a_norm_adds_what_the_others_sent(case, count, monkeypatch):
         monkeypatch.setattr(ptx, "launch", launched(add_norm, exchange_sm90, before=boxes))
         given = _peers(count, case.D, rank, addresses)
         found = add_norm.add_norm.__wrapped__(x, own, scale, peers=given, epsilon=EPSILON, center=False)
-        summed = np.asarray(found[0], np.float64)
-        np.testing.assert_allclose(summed, expected, rtol=2**-8, atol=1e-4)
-        first = summed if rank == 0 else first
-        np.testing.assert_array_equal(summed, first)
+        sums.append(np.asarray(found[0], np.float64))
+        np.testing.assert_allclose(sums[-1], expected, rtol=2**-8, atol=1e-4)
+        np.testing.assert_array_equal(sums[-1], sums[0])
         assert (boxes[rank] == EMPTY).all()
         for other in np.flatnonzero(others):
             np.testing.assert_allclose(boxes[other, 1, rank, : case.T].view(np.float32), sent[rank], rtol=0, atol=1e-5)
@@ -154,3 +155,40 @@ def test_mailboxes_are_empty_and_where_the_table_says():
     (table,) = np.asarray(boxes.peers.table)
     assert table.view(np.uint64).tolist() == [box.unsafe_buffer_pointer(), 0, box.unsafe_buffer_pointer()]
     assert boxes.peers.count == 1
+
+
+needs_two = pytest.mark.skipif(
+    dispatch.preferred() != dispatch.MOSAIC or jax.local_device_count() < 2, reason="needs two Hopper GPUs"
+)
+
+
+@needs_two
+@pytest.mark.parametrize("T", [1, 2, 8, 32, 128])
+def test_devices_exchange(T):
+    """Layer after layer, and again and again: as XLA adds up, to the bit."""
+    D, layers = 2880, 24
+    mesh = Mesh(np.array(jax.devices()[:2]), AXES)
+    boxes = Mailboxes(mesh, AXES, D)
+    rng = np.random.default_rng(T)
+    parts = jnp.asarray(rng.standard_normal((2, layers, 4, T, D)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((T, D)), jnp.bfloat16)
+    scale, bias = jnp.ones(D, jnp.bfloat16), jnp.asarray(rng.standard_normal((1, D)), jnp.bfloat16)
+    norm = partial(add_norm.add_norm, epsilon=EPSILON, center=False)
+
+    def through(x: jax.Array, parts: jax.Array, peers: Peers | None) -> jax.Array:
+        for layer in range(layers):
+            terms = PartialSum(parts[0, layer], bias_EO=bias).across(AXES, box=layer % 2)
+            x, normed = norm(x, terms if peers is not None else terms.gathered(), scale, peers=peers)
+            x = x + normed
+        return x[None]
+
+    def run(peers: Peers | None) -> Any:
+        specs = (P(), P(*AXES), None if peers is None else Peers(P(*AXES), AXES, D))
+        return jax.jit(jax.shard_map(through, mesh=mesh, in_specs=specs, out_specs=P(*AXES), check_vma=False))
+
+    expected = np.asarray(run(None)(x, parts, None))
+    np.testing.assert_array_equal(expected[0], expected[1])
+    exchanging = run(boxes.peers)
+    for _ in range(200):
+        found = exchanging(x, parts, boxes.peers)
+        np.testing.assert_array_equal(np.asarray(found), expected)
