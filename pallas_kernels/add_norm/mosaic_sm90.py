@@ -234,16 +234,16 @@ def _over_devices(
     if exchange is None:
         yield from own
         return
+    bias = []  # of a plain sum: the same on all devices, and added once
+    if terms.is_plain and terms.bias_EO is not None:
+        dtype, zero = terms.bias_EO.dtype, ptx.const(0)
+        bias = [rows.load_float4(four.at(at["term_bias"], dtype.itemsize, zero), dtype, four.exists) for four in fours]
     sent = list(own)
     for four, numbers in zip(fours, sent, strict=True):
         exchange.send(four, numbers)
-    for four, numbers in zip(fours, sent, strict=True):
+    for turn, (four, numbers) in enumerate(zip(fours, sent, strict=True)):
         added = exchange.received(four, numbers)
-        if terms.is_plain and terms.bias_EO is not None:  # the same on all devices, and added once
-            dtype = terms.bias_EO.dtype
-            bias = rows.load_float4(four.at(at["term_bias"], dtype.itemsize, ptx.const(0)), dtype, four.exists)
-            added = [arith.addf(*pair) for pair in zip(added, rows.as_floats(bias), strict=True)]
-        yield added
+        yield [arith.addf(*pair) for pair in zip(added, rows.as_floats(bias[turn]), strict=True)] if bias else added
 
 
 def _sum_of_squares(numbers: list[Value]) -> Value:
