@@ -21,8 +21,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # A file's tests share their programs, so one process has them all; the files in their order.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: python demo chat real quick test kernels lowering affected full tests lint fuzz oracle slow quiet clients examples \
-    figures installs clean
+.PHONY: python demo chat real quick test kernels lowering affected full tests lint fuzz oracle slow quiet clients codex claude-code \
+    examples figures installs clean
 
 python: # which is taken
 	@echo $(PYTHON)
@@ -52,7 +52,7 @@ kernels: $(VENV)/.installed-test
 
 # What of the kernels differs by JAX's version; tests/pallas_kernels/marks.py sees to the names.
 lowering: $(VENV)/.installed-test
-	$(PYTEST) --tier affected -k "lower or taken" tests/pallas_kernels $(ARGS)
+	$(PYTEST) --tier affected -k "lower or taken" tests/pallas_kernels tests/engine/test_lowering_for_tpu.py $(ARGS)
 
 full: lint tests
 
@@ -92,11 +92,23 @@ slow: $(VENV)/.installed-test
 quiet: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m quiet $(ARGS)
 
-# The server's real clients; needs curl, and Chromium (apt install chromium). A picture of the chat page is left in build/.
+# The server's real clients; needs curl, Chromium (apt install chromium), and for some Node.js. A picture of the chat page
+# is left in build/.
 clients: $(VENV)/.installed-clients
 	mkdir -p build
 	ARTIFACTS=build $(BIN)/python -m pytest -m clients tests/server
 	for major in 1 2; do PYTHONPATH=$(VENV)/openai-$$major $(BIN)/python -m pytest -m clients tests/server/test_openai.py || exit 1; done
+
+# OpenAI's Codex CLI, which takes 424 MB and so is apart.
+codex: $(VENV)/.installed-clients
+	npm install --prefix $(VENV)/codex --no-audit --no-fund --loglevel=error @openai/codex@0.171.0
+	$(BIN)/python -m pytest -m clients tests/server/test_client_tools.py -k codex
+
+# Claude Code, which takes 402 MB. Newer versions of npm do not run its script.
+claude-code: $(VENV)/.installed-clients
+	npm install --prefix $(VENV)/claude-code --no-audit --no-fund --loglevel=error @anthropic-ai/claude-code@2.1.332
+	cd $(VENV)/claude-code/node_modules/@anthropic-ai/claude-code && node install.cjs
+	$(BIN)/python -m pytest -m clients tests/server/test_anthropic_clients.py -k claude_code
 
 # Installs gptjax as a newcomer would, from a clone into fresh environments, and as its messages advise.
 installs: $(VENV)/.installed-test
@@ -133,11 +145,16 @@ $(VENV)/.installed-oracle: $(VENV)/.installed-test
 	$(PIP) -e '.[oracle]'
 	touch $@
 
-# OpenAI's library is installed in its newest version, and older ones next to it.
-$(VENV)/.installed-clients: $(VENV)/.installed-test
+# OpenAI's library is installed in its newest version, and older ones next to it. LiteLLM and instructor ask for older
+# versions than others of what they hardly use: of certifi's, dateutil (through boto3, 45 MB) and rich.
+NODE_CLIENTS := tests/server/node
+$(VENV)/.installed-clients: $(VENV)/.installed-test $(NODE_CLIENTS)/package-lock.json
 	$(PIP) -e '.[clients]'
+	$(PIP_NEWEST) --no-deps litellm==1.110.2 instructor==1.17.0
 	$(PIP_NEWEST) --no-deps --target $(VENV)/openai-1 openai==1.109.1
 	$(PIP_NEWEST) --no-deps --target $(VENV)/openai-2 openai==2.6.1
+	if command -v npm >/dev/null; then mkdir -p $(VENV)/node && cp $(NODE_CLIENTS)/package*.json $(VENV)/node && \
+	    npm ci --prefix $(VENV)/node --no-audit --no-fund --loglevel=error; else echo "no npm: clients on Node.js are left out"; fi
 	touch $@
 
 clean:

@@ -59,7 +59,8 @@ def load(
         that the model has.
       max_batch: the most rows of a decode step. With a given `max_batch`, a prompt's results are bit-identical whether
         it runs alone or with others, unless `exact` is false. Default: each call uses as many rows as it has prompts,
-        rounded up to a power of two, at most 32.
+        rounded up to a power of two, at most 32. On a mesh, its axis `data` divides them, so they are rounded up to a
+        multiple of it.
       memory: how much memory to use: a share of the device's, such as 0.9, for the weights, the cache and all else; or
         the number of tokens that the cache has room for, such as "262144tokens". All rows share the cache. It has room
         for at least one row of `max_length`, and, unless a number is given, at most for `max_batch` of them. If it is
@@ -82,7 +83,7 @@ def load(
         the results, such as `("rotary_dim", "rope_scaling.mscale")`.
       generation_config: settings that replace the checkpoint's generation_config.json, by the same names, or False for
         none. The tokens that end a text are kept, unless `eos_token_id` is given.
-      mesh: divides the model among devices: sizes by name, such as `{"tensor": 2, "expert": 4}`, or a
+      mesh: divides the model and its rows among devices: sizes by name, such as `{"data": 2, "tensor": 4}`, or a
         `jax.sharding.Mesh` with these axes. See docs/more-than-one-device.md.
 
     Raises:
@@ -164,13 +165,8 @@ def load_checkpoint(
 
 def on_mesh(model: Model, mesh: Mesh | AbstractMesh | Mapping[str, int]) -> Model:
     """The model as each device of a mesh runs it. Raises `RequestError` if it does not divide so."""
-    share = share_of(model.config, mesh if isinstance(mesh, AbstractMesh) else as_mesh(mesh), dtype=model.dtype)
-    if share.rows_parts > 1:
-        raise RequestError(
-            "an engine does not divide its rows over the mesh's axis data yet: use tensor and expert, and start a "
-            "server for each group of devices"
-        )
-    return shards.divided(model, share)
+    mesh = mesh if isinstance(mesh, AbstractMesh) else as_mesh(mesh)
+    return shards.divided(model, share_of(model.config, mesh, dtype=model.dtype))
 
 
 def load_params(checkpoint: Checkpoint, model: Model, put: Callable[..., jax.Array] | None = None) -> Params:

@@ -31,12 +31,12 @@ from gptjax.engine.request import Request, check_prompt
 from gptjax.engine.settings import Features, settings_of
 from gptjax.engine.shared import SharedEngine, generate
 from gptjax.errors import CapacityError, GptjaxError, RequestError
-from gptjax.models import registry
+from gptjax.models import registry, shards
 from gptjax.models.params import Params
 from gptjax.models.registry import Model
 from gptjax.models.stages import activations
 from gptjax.structured.matching import compiler_of, prepare
-from gptjax.structured.wishes import grammar_of_turn
+from gptjax.structured.wishes import described, grammar_of_turn, read_response_format
 from gptjax.support import runtime
 from gptjax.support.progress import progress
 from gptjax.text import Tokenizer
@@ -188,7 +188,7 @@ class LanguageModel:
           current_date: the date given to the model, such as "2025-06-28" or "today"; None leaves it out. Default: what
             the model's template says, which is today's date for GPT-OSS and Llama 3.2, and a fixed one for Llama 3.1.
           enable_thinking: false makes Qwen3 answer without thinking first.
-          response_format, tool_choice: as in that API. Reasoning stays free.
+          response_format, tool_choice: as in that API. Reasoning stays free. GPT-OSS is also told of a schema.
           **options: as for `generate`. `stop` applies to the answer, not to the reasoning; `grammar` to the answer.
 
         Raises:
@@ -227,9 +227,11 @@ class LanguageModel:
         requested.
         """
         chat_format, tokenizer = self.chat_format, self.tokenizer
-        how = ChatOptions(() if tool_choice == "none" else tools or (), reasoning_effort, current_date, enable_thinking)
+        tools, form = () if tool_choice == "none" else tools or (), read_response_format(response_format)
+        about = described(response_format)
+        how = ChatOptions(tools, reasoning_effort, current_date, enable_thinking, about)
         ids = chat_format.render(messages, tokenizer, how, max_length=self.max_length)
-        given = response_format, tool_choice, options.get("grammar")
+        given = form, tool_choice, options.get("grammar")
         options["grammar"] = grammar_of_turn(chat_format, tokenizer, how, *given)
         ends = tuple(dict.fromkeys((*self.eos_ids, *chat_format.stop_ids(tokenizer))))
         request = self._request(ids, options, eos_ids=ends)
@@ -244,11 +246,12 @@ class LanguageModel:
         ids = self._checked_ids(token_ids, self.max_length)
         with self._guard():
             self._check_state(batch=1, max_length=self.max_length)
-            cache = registry.create_cache(self.model, batch=1, max_length=self.max_length, chunk=steps.SCORED_CHUNK)
+            model = shards.alike(self.model)
+            cache = registry.create_cache(model, batch=1, max_length=self.max_length, chunk=steps.SCORED_CHUNK)
             logits_TV = np.empty((len(ids), self.config.vocab_size), np.float32)
             params = FlatParams.of(self.params)
             for start, count, chunk in steps.padded_chunks(np.asarray(ids, np.int32), steps.SCORED_CHUNK):
-                chunk_TV, cache = steps.score_chunk(self.model, params, cache, chunk)
+                chunk_TV, cache = steps.score_chunk(model, params, cache, chunk)
                 logits_TV[start : start + count] = np.asarray(chunk_TV)[:count]
         return logits_TV
 

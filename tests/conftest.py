@@ -48,6 +48,7 @@ MODELS = {  # compile models, or kernels that XLA compiles, or take long: `make 
     "server/test_with_model.py",
     "server/test_worker.py",
     "server/test_worker_ends.py",
+    "sharding/test_hosts.py",
     "sharding/test_on_eight_devices.py",
     "test_affected.py",  # imports each module anew
     "test_api.py",
@@ -59,7 +60,8 @@ MODELS = {  # compile models, or kernels that XLA compiles, or take long: `make 
     "test_pictures.py",
     "test_quoted_messages.py",
 }
-KERNELS = {  # interpret GPU kernels or lower them for CUDA: `make kernels` has all of pallas_kernels
+KERNELS = {  # interpret GPU kernels, or lower for CUDA or TPUs: `make kernels` has all of pallas_kernels
+    "engine/test_lowering_for_tpu.py",
     "pallas_kernels/attention/decode",
     "pallas_kernels/attention/prefill",
     "pallas_kernels/matvec/test_matvec_triton.py",
@@ -103,6 +105,7 @@ OPTIMIZED = {
     "server/test_load_speeds.py",
     "server/test_worker.py",
     "sharding/eight_devices_bits.py",
+    "sharding/eight_devices_data.py",
     "test_chat.py",
 }
 # What each tier leaves out; all but the last the tests marked `thorough`, too.

@@ -17,10 +17,10 @@ import pytest
 import gptjax
 import gptjax.api
 from gptjax.axes import GLOSSARY
-from gptjax.bench import cost
 from gptjax.checkpoints.checkpoint import open_checkpoint
 from gptjax.cli import _parser, main
 from gptjax.config import PUBLISHED, GptOssConfig
+from gptjax.engine import cost
 from gptjax.models import registry
 from gptjax.models.stages import stages
 from gptjax.support.runtime import compute_dtype
@@ -33,6 +33,7 @@ NOT_RUN = {
     ("README.md", "needs torch"),
     ("README.md", "serves until it is told to end"),
     ("docs/gguf.md", "needs a download"),
+    ("docs/deployment.md", "needs several hosts"),
     ("docs/more-than-one-device.md", "needs several devices"),
     ("docs/gpt-oss.md", "needs a download"),
     ("docs/gpt-oss.md", "needs torch"),

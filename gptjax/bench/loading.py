@@ -56,7 +56,7 @@ def _anonymous() -> int:
 
 def peak_memory() -> int:
     """The most bytes that the default device (on a CPU, the process) has held so far."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
     import resource

@@ -7,12 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.bench import cost
 from gptjax.bench.figure import Figure, timed
 from gptjax.bench.loading import peak_memory
 from gptjax.config import ModelConfig
 from gptjax.diagnostics.transformers_comparison import load_transformers, oracle, random_transformers
-from gptjax.engine import memory
+from gptjax.engine import cost, memory
 from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.errors import CapacityError
@@ -164,7 +163,7 @@ def run(
     compiling = [_compile_seconds(turn) for _, turn in turns]
     rounds = [[turn() for _, turn in turns] for _ in range(repeats)]
     # In the middle of the measured steps, each row attends to this many positions.
-    length = prompt_length + 1 + steps // 2
+    length, rows = prompt_length + 1 + steps // 2, model.own.rows_of(batch)
     return [
         Result(
             engine=name,
@@ -175,8 +174,8 @@ def run(
             peak_memory=peak_memory(),
             prefill=Figure(tuple(measured[index][0] for measured in rounds)),
             step=Figure(tuple(measured[index][1] for measured in rounds)),
-            bytes_per_step=cost.decode_bytes(model, batch=batch, length=length),
-            flops_per_step=batch * cost.token_flops(model, length=length),
+            bytes_per_step=cost.decode_bytes(model, batch=rows, length=length),
+            flops_per_step=rows * cost.token_flops(model, length=length),
         )
         for index, (name, _) in enumerate(turns)
     ]

@@ -12,9 +12,12 @@ from gptjax.cli.common import (
     MODEL_HELP,
     add_command,
     add_dtype,
+    add_hosts,
     add_ignore_config,
     add_mesh,
     add_packed,
+    followed,
+    joined,
     mesh,
     model_name,
     overrides,
@@ -70,6 +73,7 @@ examples:
     add_dtype(parser)
     add_packed(parser)
     add_mesh(parser)
+    add_hosts(parser)
     add_ignore_config(parser)
     parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="rows (default: 1; for kernels, several)")
     parser.add_argument(
@@ -110,6 +114,11 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    with joined(args) as follows:
+        return _run(args, follows)
+
+
+def _run(args: argparse.Namespace, follows: bool) -> int:
     import jax
 
     from gptjax.bench import models
@@ -123,6 +132,8 @@ def run(args: argparse.Namespace) -> int:
     if args.write_random is not None:
         return _write_random(args.random, args.write_random)
     model, params, name, directory, loading = _load(args)
+    if follows:
+        return followed(model, params)
     memory_speed = measure_memory()
     ceiling = memory_speed.bytes_per_second
     device, dtype = jax.devices()[0].device_kind, jax.numpy.dtype(model.dtype).name

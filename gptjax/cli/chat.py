@@ -19,10 +19,13 @@ from gptjax.cli.common import (
     add_chat_format,
     add_command,
     add_dtype,
+    add_hosts,
     add_mesh,
     add_overrides,
     add_packed,
     add_tokenizer,
+    followed,
+    joined,
     mesh,
     overrides,
     packed,
@@ -69,6 +72,7 @@ examples:
     add_dtype(parser)
     add_packed(parser)
     add_mesh(parser)
+    add_hosts(parser)
     add_tokenizer(parser)
     add_chat_format(parser)
     add_overrides(parser)
@@ -96,6 +100,14 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    with joined(args) as follows:
+        if follows:
+            lm = _load(args)
+            return followed(lm.model, lm.params)
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     message = args.message
     if message == "-" or (message is None and not sys.stdin.isatty()):
         message = read_stdin()

@@ -1,10 +1,15 @@
 """What the commands share."""
 
 import argparse
+import contextlib
 import difflib
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from gptjax.models.params import Params
+    from gptjax.models.registry import Model
 
 DEFAULT_CHAT_MODEL: Final = "gpt-oss-tales"
 EFFORTS: Final = ("low", "medium", "high")
@@ -96,7 +101,8 @@ def packed(args: argparse.Namespace) -> bool | None:
 
 
 MESH_HELP: Final = (
-    "divide the model among several devices, as in tensor=2 or tensor=2,expert=4 (see docs/more-than-one-device.md)"
+    "divide the model and its rows among several devices, as in tensor=2 or data=2,tensor=2,expert=4 "
+    "(see docs/more-than-one-device.md)"
 )
 
 
@@ -110,6 +116,69 @@ def mesh(args: argparse.Namespace) -> dict[str, int] | None:
     from gptjax.sharding.mesh import parsed
 
     return None if args.mesh is None else parsed(args.mesh)
+
+
+HOSTS: Final[Mapping[str, dict[str, Any]]] = {
+    "--coordinator": {
+        "metavar": "HOST:PORT",
+        "help": "run one model with other processes, usually on other hosts, that --mesh also has the devices of: an "
+        "address of process 0 and a free port there; or auto, if Slurm, Open MPI or a TPU's environment says all of it "
+        "(see docs/deployment.md)",
+    },
+    "--num-processes": {"type": int, "metavar": "N", "help": "with --coordinator: how many processes there are"},
+    "--process-id": {
+        "type": int,
+        "metavar": "I",
+        "help": "with --coordinator: which of them this is; 0 does the command, the others only compute for it",
+    },
+}
+
+
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `joined`."""
+    for name, settings in HOSTS.items():
+        parser.add_argument(name, **settings)
+
+
+@contextlib.contextmanager
+def joined(args: argparse.Namespace) -> Iterator[bool]:
+    """Joins the other processes that --coordinator asks for, as long as the body runs.
+
+    Yields:
+      Whether this process follows another: then `followed` is all that it does with the model.
+    """
+    from gptjax.errors import RequestError
+
+    numbers = args.num_processes, args.process_id
+    if args.coordinator is None:
+        if numbers != (None, None):
+            raise RequestError("--num-processes and --process-id need --coordinator, the address of process 0")
+        yield False
+        return
+
+    from gptjax.sharding import hosts
+
+    if args.mesh is None:
+        raise RequestError("--coordinator needs --mesh, which divides the model among the devices of all processes")
+    if args.coordinator == hosts.AUTO:
+        numbers = None, None
+    elif None in numbers or not 0 <= args.process_id < args.num_processes:
+        raise RequestError("--coordinator HOST:PORT needs --num-processes N, and --process-id from 0 to N - 1")
+    elif not args.coordinator.rpartition(":")[2].isdecimal():
+        raise RequestError(f"--coordinator is an address with a port, such as 10.0.0.1:1234, not {args.coordinator!r}")
+    with hosts.joined(args.coordinator, *numbers) as follows:
+        yield follows
+
+
+def followed(model: "Model", params: "Params") -> int:
+    """Computes for process 0 until it ends. Returns the exit status."""
+    import signal
+
+    from gptjax.engine.leading import follow
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what a Ctrl-C means, process 0 decides
+    follow(model, params)
+    return 0
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

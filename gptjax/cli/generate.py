@@ -4,15 +4,18 @@ import argparse
 import dataclasses
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptjax.cli.common import (
     MODEL_HELP,
     add_command,
+    add_hosts,
     add_mesh,
     add_model_options,
     add_overrides,
     add_tokenizer,
+    followed,
+    joined,
     mesh,
     model_name,
     overrides,
@@ -20,6 +23,9 @@ from gptjax.cli.common import (
     read_stdin,
 )
 from gptjax.cli.wording import in_options
+
+if TYPE_CHECKING:
+    from gptjax.language_model import LanguageModel
 
 
 def add(commands: Any) -> None:
@@ -40,6 +46,7 @@ def add(commands: Any) -> None:
     parser.add_argument("-m", "--model", help=MODEL_HELP)
     add_model_options(parser)
     add_mesh(parser)
+    add_hosts(parser)
     add_tokenizer(parser)
     add_overrides(parser)
     parser.add_argument("-n", "--max-tokens", type=int, metavar="N", help="tokens to generate, at most (default: 256)")
@@ -77,7 +84,28 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    with joined(args) as follows:
+        if follows:
+            lm = _load(args)
+            return followed(lm.model, lm.params)
+        return _run(args)
+
+
+def _load(args: argparse.Namespace) -> "LanguageModel":
     from gptjax.api import load
+
+    return load(
+        model_name(args),
+        dtype=args.dtype,
+        max_length=args.max_length,
+        packed=packed(args),
+        mesh=mesh(args),
+        tokenizer=args.tokenizer,
+        **overrides(args),
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
     from gptjax.engine.options import GenerateOptions
     from gptjax.errors import RequestError
 
@@ -88,15 +116,7 @@ def run(args: argparse.Namespace) -> int:
         prompt = read_stdin()
     options = {name: getattr(args, name) for name in GenerateOptions.__annotations__ if hasattr(args, name)}
     options = {name: value for name, value in options.items() if value is not None}
-    lm = load(
-        model_name(args),
-        dtype=args.dtype,
-        max_length=args.max_length,
-        packed=packed(args),
-        mesh=mesh(args),
-        tokenizer=args.tokenizer,
-        **overrides(args),
-    )
+    lm = _load(args)
     chunks, completion = lm.stream(prompt, **options), None
     if args.echo and not args.json:
         sys.stdout.write(prompt)

@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
         summary="describe a checkpoint and the memory it needs",
         epilog="examples:\n  gptjax info gpt2-tales\n  gptjax info ./my-gpt2 --tensors --dtype bfloat16\n"
         "  gptjax info model.gguf\n  gptjax info --size gpt-oss-120b --memory 80\n"
-        "  gptjax info --size gpt-oss-120b --memory 80 --mesh tensor=2",
+        "  gptjax info --size gpt-oss-120b --device h100-80gb --mesh tensor=2 --max-batch 32 --max-length 8192",
     )
     parser.add_argument("model", nargs="?", help=MODEL_HELP)
     add_model_options(parser)
@@ -39,20 +39,30 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--memory", type=float, metavar="GB", help="check a GPU with this much memory instead of this device"
     )
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="check this GPU, such as h100-80gb, and say how fast it could decode at best if --max-batch rows have "
+        "--max-length positions",
+    )
     parser.add_argument("--tensors", action="store_true", help="list every weight with its shape and stored dtype")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    from gptjax.diagnostics.cards import card_of
     from gptjax.diagnostics.info import describe, describe_published, describe_tensors, imagined_gpu
     from gptjax.errors import RequestError
 
     if args.size is not None and (args.model is not None or args.tensors or args.packed is not None):
         raise RequestError("--size describes no checkpoint: leave out the model's name, --tensors and --packed")
+    card = None if args.device is None else card_of(args.device)
     device = None if args.memory is None else imagined_gpu(1e9 * args.memory)
+    if card is not None and device is None:
+        device = imagined_gpu(card.memory, args.device)
     asked = {"dtype": args.dtype, "max_length": args.max_length, "max_batch": args.max_batch, "device": device}
-    asked |= {"mesh": mesh(args)}
+    asked |= {"mesh": mesh(args), "card": card}
     name = model_name(args)
     facts = (
         describe_published(args.size, **asked)

@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from gptjax.cli.common import (
+    HOSTS,
     MESH_HELP,
     MODEL_HELP,
     PACKED,
     PACKED_HELP,
     add_command,
     add_overrides,
+    followed,
+    joined,
     mesh,
     model_name,
     overrides,
@@ -24,6 +27,7 @@ from gptjax.support.processes import leave
 
 if TYPE_CHECKING:
     from gptjax.checkpoints.checkpoint import Checkpoint
+    from gptjax.language_model import LanguageModel
     from gptjax.server.front_process import FrontProcess
 
 _Number = TypeVar("_Number", int, float)
@@ -55,6 +59,13 @@ examples:
     )
     _option(parser, "-m", "--model", help=MODEL_HELP)
     _option(parser, "--name", metavar="NAME", help="what clients call the model (default: the value of --model)")
+    _option(
+        parser,
+        "--alias",
+        default="",
+        metavar="NAMES",
+        help="other names for it, separated by commas, such as 'claude-*', where * at the end stands for anything",
+    )
     _option(parser, "--host", default="127.0.0.1", help="the address to listen on (default: 127.0.0.1)")
     _option(parser, "--port", type=_port, default=8000, metavar="N", help="(default: 8000; 0 picks a free one)")
     _option(parser, "--api-key", metavar="KEY", help="what clients must send (default: anything works)")
@@ -102,6 +113,8 @@ examples:
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
     _option(parser, "--packed", choices=tuple(PACKED), help=PACKED_HELP)
     _option(parser, "--mesh", metavar="SIZES", help=MESH_HELP)
+    for name, settings in HOSTS.items():
+        _option(parser, name, **settings)
     _option(parser, "--tokenizer", metavar="PATH", help="take the tokenizer from this directory or GGUF file instead")
     _option(
         parser,
@@ -112,6 +125,14 @@ examples:
     add_overrides(parser)
     _option(
         parser, "--max-body", type=_size, default=10 << 20, metavar="BYTES", help="largest request (default: 10485760)"
+    )
+    _option(
+        parser,
+        "--store-responses",
+        type=_amount,
+        default=1000,
+        metavar="N",
+        help="responses kept in memory for clients that continue them, 256 MiB at most; 0 keeps none (default: 1000)",
     )
     _option(
         parser,
@@ -150,6 +171,10 @@ def _size(text: str) -> int:
     return _whole(text, 1, 1 << 40)
 
 
+def _amount(text: str) -> int:
+    return _whole(text, 0, 1 << 40)
+
+
 def _chunk(text: str) -> int:
     if _number(text, int) not in _CHUNKS:
         raise argparse.ArgumentTypeError(f"{text} is not {_CHUNKS_TEXT}")
@@ -175,6 +200,10 @@ def _number(text: str, kind: type[_Number]) -> _Number:
         return kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
+
+
+def _listed(text: str) -> list[str]:
+    return [each.strip() for each in text.split(",") if each.strip()]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -203,6 +232,7 @@ def _run(args: argparse.Namespace) -> int:
     import logging.config
 
     from gptjax.checkpoints.checkpoint import open_checkpoint
+    from gptjax.errors import GptjaxError
     from gptjax.server import logs
     from gptjax.server.front_process import FrontProcess
     from gptjax.server.messages import Text
@@ -212,8 +242,14 @@ def _run(args: argparse.Namespace) -> int:
     logging.config.dictConfig(log_config)
     checkpoint = open_checkpoint(model_name(args), **overrides(args))
     text = Text(dataclasses.replace(checkpoint, gguf=None), args.tokenizer, args.chat_format, log_config)
-    with FrontProcess(text) as front:  # it starts and reads the tokenizer while this one imports JAX and loads weights
-        return _load_and_serve(args, checkpoint, front)
+    with joined(args) as follows:
+        if follows:
+            return _load_and_follow(args, checkpoint)
+        with FrontProcess(text) as front:  # it starts and reads the tokenizer while this one loads weights
+            status = _load_and_serve(args, checkpoint, front)
+        if status and args.coordinator is not None:
+            raise GptjaxError("the server died: its log says why")  # so that all processes end with an error
+        return status
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -234,7 +270,14 @@ def _check(args: argparse.Namespace) -> None:
             raise RequestError(f"serving needs {name}, which is not installed: {with_extra('serve')}")
 
 
-def _load_and_serve(args: argparse.Namespace, checkpoint: "Checkpoint", front: "FrontProcess") -> int:
+def _load_and_follow(args: argparse.Namespace, checkpoint: "Checkpoint") -> int:
+    # Those who end a job signal all of it, but process 0 first finishes what is open.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    lm = _load(args, checkpoint)
+    return followed(lm.model, lm.params)
+
+
+def _load(args: argparse.Namespace, checkpoint: "Checkpoint") -> "LanguageModel":
     import logging
     import time
 
@@ -242,8 +285,6 @@ def _load_and_serve(args: argparse.Namespace, checkpoint: "Checkpoint", front: "
 
     from gptjax.api import load_checkpoint
     from gptjax.engine.limits import positions
-    from gptjax.server import hosting
-    from gptjax.server.settings import Limits
 
     # The cache has room for at least one request of this length: 3 GB for the 131072 tokens of gpt-oss-20b.
     length = positions(checkpoint.config, args.max_length, default=_DEFAULT_LENGTH)
@@ -263,19 +304,33 @@ def _load_and_serve(args: argparse.Namespace, checkpoint: "Checkpoint", front: "
     logging.getLogger(__name__).info(
         "Python and its modules took %.1f s, the weights %.1f s", imported, time.monotonic() - started
     )
+    return lm
+
+
+def _load_and_serve(args: argparse.Namespace, checkpoint: "Checkpoint", front: "FrontProcess") -> int:
+    from gptjax.server import hosting
+    from gptjax.server.settings import Limits
+
+    lm = _load(args, checkpoint)
     lm.defaults.check()  # now, not at the first request
     return hosting.serve(
         lm,
-        hosting.facts_of(lm, args.name or model_name(args), checkpoint=checkpoint, tokenizer_from=args.tokenizer),
+        hosting.facts_of(
+            lm,
+            args.name or model_name(args),
+            aliases=_listed(args.alias),
+            checkpoint=checkpoint,
+            tokenizer_from=args.tokenizer,
+        ),
         front,
         max_queue=args.max_queue,
         prefill_chunk=args.prefill_chunk,
-        limits=Limits(body_bytes=args.max_body, send_seconds=args.send_timeout),
+        limits=Limits(body_bytes=args.max_body, send_seconds=args.send_timeout, stored_responses=args.store_responses),
         options={
             "host": args.host,
             "port": args.port,
             "api_key": args.api_key or None,
-            "cors_origins": [each.strip().rstrip("/") for each in args.cors_origins.split(",") if each.strip()],
+            "cors_origins": [each.rstrip("/") for each in _listed(args.cors_origins)],
             "drain_seconds": args.drain,
         },
     )

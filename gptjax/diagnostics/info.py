@@ -17,6 +17,7 @@ from gptjax.checkpoints import weights
 from gptjax.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from gptjax.config import GenerationDefaults, ModelConfig, published
 from gptjax.config.gpt_oss import is_original
+from gptjax.diagnostics.cards import Card, decode_floor
 from gptjax.engine import limits, memory
 from gptjax.engine.pool_sizes import foreseen
 from gptjax.errors import CheckpointError, ConfigError, GptjaxError, RequestError
@@ -49,6 +50,7 @@ def describe(
     ignore_config: Sequence[str] = (),
     generation_config: Mapping[str, Any] | bool | None = None,
     mesh: Mapping[str, int] | None = None,
+    card: Card | None = None,
 ) -> dict[str, Any]:
     """Facts about a checkpoint, in display order. Values of keys ending in `_bytes` are bytes.
 
@@ -67,6 +69,8 @@ def describe(
       device: the memory to fit in; by default that of the default device. See `imagined_gpu`.
       packed, ignore_config, generation_config: as for `gptjax.load`.
       mesh: sizes of a mesh, whose devices need not be there: then all memory is that of one of them.
+      card: adds how fast it could decode at best, if `max_batch` rows have `max_length` positions, or as many as the
+        cache has room for: see `decode_floor`.
 
     Raises:
       CheckpointError, ConfigError: as for `gptjax.load`.
@@ -92,7 +96,7 @@ def describe(
         "tokenizer": text,
         "chat_format": chat,
         "generation": _generation(defaults, model.config),
-        **_memory(model, max_length, max_batch, device, packed, mesh),
+        **_memory(model, max_length, max_batch, device, packed, mesh, card),
         **_metadata(checkpoint),
     }
 
@@ -138,6 +142,7 @@ def describe_published(
     max_batch: int = 1,
     device: DeviceMemory | None = None,
     mesh: Mapping[str, int] | None = None,
+    card: Card | None = None,
 ) -> dict[str, Any]:
     """Like `describe`, for a published size (a key of `gptjax.config.PUBLISHED`): the facts that need no checkpoint.
 
@@ -145,14 +150,14 @@ def describe_published(
       RequestError: an unknown size, or one that does not divide so.
     """
     model = _model(published(name), dtype, device)
-    return {"size": name, **_architecture(model), **_memory(model, max_length, max_batch, device, mesh=mesh)}
+    return {"size": name, **_architecture(model), **_memory(model, max_length, max_batch, device, mesh=mesh, card=card)}
 
 
-def imagined_gpu(size: float) -> DeviceMemory:
+def imagined_gpu(size: float, name: str | None = None) -> DeviceMemory:
     """An imaginary GPU with `size` bytes, all free, to see what would fit."""
     if not 0 < size < float("inf"):
         raise RequestError(f"a device's memory must be more than 0 bytes, found {size}")
-    return DeviceMemory(f"GPU of {readable(int(size))}", "gpu", int(size), 0, int(size))
+    return DeviceMemory(name or f"GPU of {readable(int(size))}", "gpu", int(size), 0, int(size))
 
 
 def _model(config: ModelConfig, dtype: DTypeLike | None, device: DeviceMemory | None) -> Model:
@@ -190,6 +195,7 @@ def _memory(
     device: DeviceMemory | None,
     packed: bool | None = None,
     mesh: Mapping[str, int] | None = None,
+    card: Card | None = None,
 ) -> dict[str, Any]:
     length, max_batch = limits.positions(stored.config, max_length), limits.at_least_one("max_batch", max_batch)
     sizes: dict[str, Any] = {"batch": max_batch, "max_length": length}
@@ -200,7 +206,7 @@ def _memory(
     need = memory.needed(model, **sizes, device=device)
     lack = memory.shortfall(model, **sizes, has=need.device.available, device=need.device)
     cache, tokens = foreseen(model, **sizes, device=need.device)
-    all_tokens = max_batch * capacity_of(length)
+    all_tokens, shared = max_batch * capacity_of(length), tokens // max_batch
     room = "" if tokens >= all_tokens else f", with room for {tokens} tokens in the cache instead of {all_tokens}"
     forms = {"kept": True, "expanded": False} if stored.config.types else {}
     both = {
@@ -223,6 +229,7 @@ def _memory(
         "available_bytes": need.device.available,
         "device": need.device.device,
         "fits": f"yes{room}" if lack is None else f"no; {lack.partition('; ')[2]}",
+        **({} if card is None else decode_floor(model, card, batch=max_batch, length=max(1, min(length, shared)))),
     }
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from jax.errors import JaxRuntimeError
 
 from gptjax.engine import sampling
-from gptjax.engine.executor import Executor
 from gptjax.engine.flat_params import AnyParams
+from gptjax.engine.leading import executor_of
 from gptjax.engine.pools import default_policy, most_pages, pool_kinds
 from gptjax.engine.request import TOO_COMPLEX, Request, Token
 from gptjax.engine.settings import Features, all_allowed
@@ -22,8 +22,6 @@ from gptjax.scheduling.policy import Policy
 from gptjax.scheduling.pool import Pool
 from gptjax.scheduling.scheduler import Scheduler
 from gptjax.structured.matching import Compiler, Matcher
-
-_MOST_LOSSES = 2  # of the pools, one after another without a token between
 
 
 @dataclasses.dataclass
@@ -79,7 +77,7 @@ class Engine:
         """Creates an engine without requests.
 
         Args:
-          batch: the most requests that run at once.
+          batch: the most requests that run at once; a multiple of the mesh's axis `data`, or rounded up to one.
           steps_per_dispatch: by default 1 on a CPU and 8 elsewhere.
           chunk: the most prompt tokens in one call: a power of two, by default `steps.chunk_of`. It affects the
             rounding of results.
@@ -87,8 +85,8 @@ class Engine:
           reuse: share the beginnings of prompts, in whole chunks, that pages still hold.
           policy: instead of `batch`, `steps_per_dispatch`, `chunk` and `reuse`. By default, a request gets the
             same bits in any company: see `default_policy`.
-          pages: of the pool of each kind of layers, with page 0, such as `pool_sizes.pools` finds to fit; by default
-            enough for `batch` requests of `max_length`.
+          pages: of the pool of each kind of layers on each device, with page 0, such as `pool_sizes.pools` finds to
+            fit; by default enough for `batch` requests of `max_length`.
           compiler: of grammars; without one, no request may have any.
         """
         if policy is None:
@@ -98,8 +96,11 @@ class Engine:
         self.policy = policy
         windows = kinds(model.config.windows, max_length)
         self._pages = tuple(pages or most_pages(pool_kinds(model, max_length=max_length, policy=policy)))
-        self._executor = Executor(model, params, policy=policy, pages=self._pages, max_length=max_length, levels=levels)
-        pools = [Pool(count, window) for count, window in zip(self._pages, windows, strict=True)]
+        self._executor = executor_of(
+            model, params, policy=policy, pages=self._pages, max_length=max_length, levels=levels
+        )
+        of_shard = list(zip(self._pages, windows, strict=True))
+        pools = [Pool(count, window) for _ in range(policy.shards) for count, window in of_shard]
         self._scheduler = Scheduler(policy, pools)
         self._requests: dict[int, Request] = {}  # by number
         self._compiler = compiler
@@ -113,7 +114,7 @@ class Engine:
     @property
     def batch(self) -> int:
         """B: the most requests that run at once."""
-        return self.policy.slots
+        return self.policy.all_slots
 
     @property
     def has_tokens(self) -> bool:
@@ -241,7 +242,7 @@ class Engine:
         while True:
             self.losses += 1
             self._losses_in_a_row += 1
-            if self._losses_in_a_row > _MOST_LOSSES:
+            if self._losses_in_a_row > self._executor.most_losses:
                 failure.add_note(f"the device failed {self._losses_in_a_row} times in a row")
                 raise failure
             free_locals(failure)
@@ -294,7 +295,7 @@ class Engine:
         if not matchers:
             return None
         assert self._compiler is not None
-        words_BW = all_allowed(plan.decode.size, self.model.config.vocab_size)
+        words_BW = all_allowed(self.policy.shards * plan.decode.size, self.model.config.vocab_size)
         self._compiler.fill(words_BW, matchers)
         return words_BW
 

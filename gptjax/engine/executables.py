@@ -1,7 +1,9 @@
-"""The compiled programs of an executor: from the disk, where an earlier process left them, or compiled now.
+"""The compiled programs of an executor: from another one that has them, from the disk, where an earlier process left
+them, or compiled now.
 
 JAX's own cache on disk spares XLA's work, but a program must be traced and lowered before JAX knows its name. Here the
-name is a digest of all that the program depends on, so what is found is run without tracing anything.
+name is a digest of all that the program depends on, so what is found is run without tracing anything. Weights are
+arguments, so executors of different ones share a program, which goes with the last that uses it.
 
 JAX's serialised executables are pickles, so they are read only from files that nobody else can have written.
 """
@@ -14,6 +16,7 @@ import operator
 import pickle
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -23,6 +26,7 @@ from jax.experimental import serialize_executable
 
 from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.programs import Slots
+from gptjax.sharding import hosts
 from gptjax.support import fingerprint, runtime
 from gptjax.support.private_files import PrivateFiles
 
@@ -46,6 +50,7 @@ _FOR_GPUS = "xla_gpu_kernel_cache_file"
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _Keep = Callable[[jax.stages.Compiled], None]  # what to do with a program that is ready
+_in_use: weakref.WeakValueDictionary[str, jax.stages.Compiled] = weakref.WeakValueDictionary()  # by their names
 
 
 class Lowered(Protocol):
@@ -72,7 +77,7 @@ class Executables:
     def __init__(self, params: FlatParams) -> None:
         self._params = params
         self._ready: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self.found: set[str] = set()  # what was on disk
+        self.found: set[str] = set()  # what was there
         self.seconds = [0.0, 0.0]  # that tracing and lowering took
 
     @functools.cached_property
@@ -90,9 +95,16 @@ class Executables:
         _log.info("compiled programs are neither read nor kept: sources were edited since this process started")
         return None
 
+    @functools.cached_property
+    def _are_others(self) -> bool:
+        """Whether other processes have some of the devices."""
+        return not all(leaf.is_fully_addressable for leaf in self._params.leaves)
+
     def __call__(self, program: Any, *arguments: Any) -> Any:
         """What the program returns."""
         if self._files is None:
+            if self._are_others:
+                self._compile_together(program, arguments)
             return program(*arguments)
         key = _key(program, arguments)
         run = self._ready.get(key)
@@ -109,18 +121,23 @@ class Executables:
         lower = functools.partial(self._lowered, program, arguments)
         if self._files is None:
             return lower()
-        keep = functools.partial(self._ready.__setitem__, _key(program, arguments))
         (device,) = self._devices
         leaves, tree = jax.tree.flatten((tuple(_dynamic(arguments)), {}))
         static = [repr(each) for each in arguments if isinstance(each, _STATIC)]
         what = [program.__module__, program.__qualname__, *static, str(tree), *map(_described, leaves)]
         what += [device.device_kind, str(device.id)]  # the executable is for this one
         place = _Place(self._files, f"{program.__name__}-{fingerprint.digest(*what)}", tree, device)
-        found = place.read_head()
-        if found is None:
-            return _Traced(lower(), keep, place)
-        self.found.add(place.name)
-        return _OnDisk(*found, keep, place, lower)
+        keep = functools.partial(self._keep, _key(program, arguments), place.name)
+        if (shared := _in_use.get(place.name)) is not None:
+            self.found.add(place.name)
+            return _Shared(shared, keep)
+        if (found := place.read_head()) is not None:
+            self.found.add(place.name)
+            return _OnDisk(*found, keep, place, lower)
+        return _Traced(lower(), keep, place)
+
+    def _keep(self, key: tuple[Any, ...], name: str, compiled: jax.stages.Compiled) -> None:
+        self._ready[key] = _in_use[name] = compiled
 
     def _lowered(self, program: Any, arguments: Sequence[Any]) -> jax.stages.Lowered:
         times = [time.monotonic()]
@@ -132,12 +149,24 @@ class Executables:
         self.seconds = [sum(each) for each in zip(self.seconds, took, strict=True)]
         return lowered
 
+    def _compile_together(self, program: Any, arguments: Sequence[Any]) -> None:
+        """Compiles a program in all processes before it runs in any: who waits for the others in it gives up early.
+
+        (Gloo does after 30 s. Compiling can take longer in one process than in another.)
+        """
+        key = _key(program, arguments)
+        if key not in self._ready:
+            self.lower(program, *arguments).compile()
+            hosts.meet()
+            self._ready[key] = program
+
     def forget(self) -> bool:
-        """Removes everything that was on disk, as something of it does not run. Returns whether there was anything."""
+        """Removes everything that was there, as something of it does not run. Returns whether there was anything."""
         names, self.found = self.found, set()
         if self._files is None:
             return False
         for name in names:
+            _in_use.pop(name, None)
             self._files.remove(name)
         self._ready.clear()
         return bool(names)
@@ -197,6 +226,18 @@ class _Traced:
         _log.debug(
             "%s was compiled in %.1f s and written in %.1f s", self._place.name, done - began, time.monotonic() - done
         )
+
+
+class _Shared:
+    """A program that another executor has."""
+
+    def __init__(self, compiled: jax.stages.Compiled, keep: _Keep):
+        self.out_info = compiled.out_info
+        self._compiled, self._keep = compiled, keep
+
+    def compile(self) -> None:
+        """There is nothing to do."""
+        self._keep(self._compiled)
 
 
 class _OnDisk:

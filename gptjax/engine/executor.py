@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.errors import JaxRuntimeError
 
-from gptjax.engine import programs, sampling
+from gptjax.engine import numbers, programs, sampling
 from gptjax.engine.compilation import Compilation, Later
 from gptjax.engine.executables import Executables
 from gptjax.engine.flat_params import AnyParams, FlatParams
@@ -26,9 +26,9 @@ from gptjax.models import registry, shards
 from gptjax.models.registry import Model
 from gptjax.scheduling.plan import Copy, DecodeCall, Plan, PrefillCall
 from gptjax.scheduling.policy import Policy, powers, smallest
+from gptjax.sharding.hosts import put
 from pallas_kernels.pages import TILE
 
-_COPIES = 8  # pages of one call
 _log = logging.getLogger(__name__)
 
 
@@ -59,6 +59,8 @@ class Executor:
     those that can stand in for the others, which it compiles while plans run. On a mesh, both compile them all first.
     """
 
+    most_losses = 2  # of the pools, one after another without a token between, after which an engine goes on
+
     def __init__(
         self,
         model: Model,
@@ -79,14 +81,14 @@ class Executor:
         """
         self._model = model
         self._params = FlatParams.of(params)
-        self._whole = model.own.sharding()  # where arrays go that are the same on all devices; None: the only one
+        self._by_row = model.own.sharding(model.own.by_row)  # where arrays with rows go; None: to the only device
         self._policy = policy
         self._pages, self._max_length = tuple(pages), max_length
         self._branches = jax.default_backend() == "cpu"
         self._levels = (Features.everything(),) if self._branches else levels
         self._features = Features()
-        self._requests: list[Request | None] = [None] * policy.slots
-        self._numbers = [0] * policy.slots
+        self._requests: list[Request | None] = [None] * policy.all_slots
+        self._numbers = [0] * policy.all_slots
         self._settings: tuple[object, sampling.Sampling] | None  # of the last rows, and what these were
         self._executables = Executables(self._params)
         self._call: Callable[..., Any] = self._executables
@@ -100,18 +102,18 @@ class Executor:
         self.__dict__.pop("_slots", None)
         self._settings = None
         cache = registry.create_pools(
-            self._model, pages=self._pages, rows=self._policy.slots, max_length=self._max_length
+            self._model, pages=self._pages, rows=self._policy.all_slots, max_length=self._max_length
         )
         self._mailboxes = shards.mailboxes(self._model)  # empty ones, too
         if self._mailboxes is not None:
             cache = dataclasses.replace(cache, peers=self._mailboxes.peers)
-        shape = self._policy.slots, self._model.config.vocab_size
+        shape = self._policy.all_slots, self._model.config.vocab_size
         self._tables = [np.zeros(table.shape, np.int32) for table in cache.tables]  # what the device has, too
         self._slots = programs.Slots(
             cache=cache,
             # A slot that was never filled draws -1 instead of a token.
-            logits_BV=jnp.full(shape, jnp.nan, jnp.float32, device=self._whole),
-            counts_BV=jnp.zeros(shape, jnp.int32, device=self._whole),
+            logits_BV=jnp.full(shape, jnp.nan, jnp.float32, device=self._by_row),
+            counts_BV=jnp.zeros(shape, jnp.int32, device=self._by_row),
             share=self._model.share,
         )
 
@@ -120,11 +122,13 @@ class Executor:
 
         Args:
           requests: those that join, by their numbers.
-          words_BW: int32: the tokens that the rows of its decode call may draw; None: any.
+          words_BW: int32: the tokens that the rows of its decode call may draw, at their `places`; None: any.
 
         Returns:
-          What its decode call draws, a row of the call each, on the device; stacked if it has several steps.
+          What its decode call draws, a row of the call each at its place, on the device; stacked if it has several
+          steps.
         """
+        kinds = len(self._tables)
         for join in plan.joins:
             self._requests[join.slot] = request = requests[join.request]
             self._numbers[join.slot] = join.request
@@ -134,11 +138,12 @@ class Executor:
             if request.params.penalises:
                 self._count(join.slot, request.prompt_ids, join.drawn)
         for entry in plan.tables:
-            self._tables[entry.pool][entry.slot, entry.index] = entry.page
+            self._tables[entry.pool % kinds][entry.slot, entry.index] = entry.page
         if plan.joins or plan.tables:
             self._send_tables()
-        for kind in range(len(self._tables)):
-            self._copy(kind, [copy for copy in plan.copies if copy.pool == kind])
+        for kind in range(kinds) if plan.copies else ():
+            pools = range(kind, kinds * self._policy.shards, kinds)
+            self._copy(kind, [[copy for copy in plan.copies if copy.pool == pool] for pool in pools])
         for call in plan.prefill:
             self._prefill(call)
         return None if plan.decode is None else self._decode(plan.decode, words_BW)
@@ -150,8 +155,7 @@ class Executor:
     @property
     def result(self) -> jax.Array:
         """An array that is there when all plans so far have run, and that the next one does not use up."""
-        marker: jax.Array = self._call(programs.marker, self._slots)
-        return marker
+        return self._marker()
 
     def wait(self) -> None:
         """Waits until everything dispatched has run."""
@@ -168,7 +172,7 @@ class Executor:
         on nothing else, all programs are compiled now.
         """
         every, policy = self._all_sizes(), self._policy
-        if not policy.packed or policy.rows != "needed" or self._whole is not None:
+        if not policy.packed or policy.rows != "needed" or self._by_row is not None:
             self.warm_up()
             return
         self._compiled = largest = every.largest()
@@ -188,7 +192,7 @@ class Executor:
                 for size in sizes.prefill:
                     shadow._run_prefill(PrefillCall(size, (), ()))
                 for size in sizes.ends:
-                    shadow._keep_logits(hidden_MD, [policy.slots] * size)
+                    shadow._keep_logits(hidden_MD, [[]], size)
                 if sizes.levels:
                     shadow._run_decodes(largest.rows, sizes.levels)
                 shadow._run_decodes(sizes.rows, every.levels)
@@ -237,14 +241,14 @@ class Executor:
         except JaxRuntimeError as error:
             if not self._executables.forget():
                 raise
-            _log.warning("programs that were on disk do not run, and are compiled again: %s", error)
+            _log.warning("programs that were there do not run, and are compiled again: %s", error)
             self.reset()
             self._warm_up(sizes)
             return
         times.append(time.monotonic())
         _, compiled, run = (after - before for before, after in itertools.pairwise(times))
         _log.info(
-            "%d programs, %d of them on disk: the others were traced in %.1f s and lowered in %.1f s, "
+            "%d programs, %d of them there: the others were traced in %.1f s and lowered in %.1f s, "
             "all were compiled or read after %.1f s more, and ran after %.1f s more",
             *(len(compilation.compiled), len(self._executables.found), *self._executables.seconds, compiled, run),
         )
@@ -254,7 +258,7 @@ class Executor:
 
         def call(program: Any, *arguments: Any) -> Any:
             shapes = compilation(self._executables.lower(program, *arguments))
-            return shapes if self._whole is None else programs.as_divided(shapes, self._slots, self._whole)
+            return shapes if self._by_row is None else programs.as_divided(shapes, self._slots, self._by_row)
 
         return call
 
@@ -263,116 +267,101 @@ class Executor:
         return _Sizes(self._used_sizes(), ends, self._policy.row_sizes, levels)
 
     def _run_all(self, sizes: _Sizes) -> jax.Array:
-        """Runs all programs, with calls of these sizes, without any rows. Returns `result`."""
+        """Runs all programs, with calls of these sizes, without any rows. Returns a `result`."""
         policy = self._policy
         self._send_tables()
         for kind in range(len(self._tables)):
-            self._copy(kind, [Copy(kind, 0, 0, 1)])
-        self._count(policy.slots, (), ())  # the number after the last slot's: changes nothing
+            self._copy(kind, [[Copy(kind, 0, 0, 1)]] * policy.shards)
+        self._count(policy.all_slots, (), ())  # the number after the last slot's: changes nothing
         for size in sizes.prefill:
             hidden_MD = self._run_prefill(PrefillCall(size, (), ()))
         for size in sizes.ends:
-            self._keep_logits(hidden_MD, [policy.slots] * size)
+            self._keep_logits(hidden_MD, [[]] * policy.shards, size)
         self._run_decodes(sizes.rows, sizes.levels)
-        return self.result
+        return self._marker()
+
+    def _marker(self) -> jax.Array:
+        marker: jax.Array = self._call(programs.marker, self._slots)
+        return marker
 
     def _run_decodes(self, row_sizes: tuple[int, ...], levels: tuple[int, ...]) -> None:
         for size in row_sizes:
             for level in [self._levels[level] for level in levels] or [self._features]:
-                settings = self._settings_of([None] * size, level)
+                settings = self._settings_of([None] * self._policy.shards * size, level)
                 once = level.constrains and level in self._levels[:-1]  # rows with a grammar have calls of one step
                 for num_steps in {1} if once else {1, self._policy.steps}:
-                    self._run_decode(self._rows(DecodeCall(size, num_steps, ())), settings, num_steps)
+                    self._run_decode(DecodeCall(size, num_steps, ()), settings)
 
     def _send_tables(self) -> None:
         # Copies: on a CPU, JAX may use NumPy's memory, and programs that read it may run later than the next change.
-        tables = tuple(jax.device_put(table.copy(), self._whole) for table in self._tables)
+        tables = tuple(put(table.copy(), self._by_row) for table in self._tables)
         self._slots = dataclasses.replace(self._slots, cache=dataclasses.replace(self._slots.cache, tables=tables))
 
-    def _copy(self, kind: int, copies: Sequence[Copy]) -> None:
-        for first in range(0, len(copies), _COPIES):
-            some = copies[first : first + _COPIES]
-            call = np.zeros(1 + 2 * _COPIES, np.int32)
-            call[0] = len(some)
-            call[1 : 1 + len(some)] = [copy.source for copy in some]
-            call[1 + _COPIES : 1 + _COPIES + len(some)] = [copy.target for copy in some]
-            self._slots = self._call(programs.copy_pages, self._slots, call, kind)
+    def _sent(self, array: np.ndarray) -> np.ndarray | jax.Array:
+        """Numbers of all shards as an argument of a program."""
+        return array if self._by_row is None else put(array, self._by_row)
+
+    def _copy(self, kind: int, copies: Sequence[Sequence[Copy]]) -> None:
+        """Copies pages of each shard."""
+        for first in range(0, max(map(len, copies)), numbers.COPIES):
+            some = numbers.of_copies([each[first : first + numbers.COPIES] for each in copies])
+            self._slots = self._call(programs.copy_pages, self._slots, self._sent(some), kind)
 
     def _count(self, slot: int, prompt_ids: Sequence[int], drawn: Sequence[int]) -> None:
         """Sets the counts that penalties need. The programs add the tokens that are drawn from now on."""
         counts_V = np.zeros(self._model.config.vocab_size, np.int32)
         counts_V[list(prompt_ids)] = 1
         np.add.at(counts_V, list(drawn), 2)
-        self._slots = self._call(programs.set_counts, self._slots, np.int32(slot), counts_V)
+        slot_1 = self._sent(numbers.of_slot(self._policy, slot))
+        self._slots = self._call(programs.set_counts, self._slots, slot_1, counts_V)
 
     def _prefill(self, call: PrefillCall) -> None:
         hidden_MD = self._run_prefill(call)
-        if slots := [piece.slot for piece in call.pieces if piece.ends]:
-            size = smallest(self._compiled.ends, len(slots))
-            self._keep_logits(hidden_MD, slots + [self._policy.slots] * (size - len(slots)))
+        slots = numbers.ending(self._policy, call)
+        if any(slots):
+            self._keep_logits(hidden_MD, slots, smallest(self._compiled.ends, max(map(len, slots))))
 
     def _run_prefill(self, call: PrefillCall) -> jax.Array:
-        tiles = np.zeros((4, self._most_tiles(call.size)), np.int32)
-        found = [
-            (piece.slot, piece.start + ahead, min(TILE, piece.count - ahead), piece.position + ahead)
-            for piece in call.pieces
-            for ahead in range(0, piece.count, TILE)
-        ]
-        tiles[:, : len(found)] = np.asarray(found, np.int32).reshape(-1, 4).T
-        tokens_T = np.zeros(call.size, np.int32)
-        tokens_T[: len(call.tokens)] = call.tokens
-        end_M = np.zeros(self._most_ends, np.int32)
-        ends = [piece.start + piece.count - 1 for piece in call.pieces if piece.ends]
-        end_M[: len(ends)] = ends
-        numbers = np.concatenate((tokens_T, end_M, tiles.reshape(-1)))
+        most = {"ends": self._most_ends, "tiles": self._most_tiles(call.size)}
+        sent = self._sent(numbers.of_prefill(self._policy, call, **most))
         sizes = call.size, self._most_ends
-        hidden_MD, self._slots = self._call(programs.prefill, self._model, self._params, self._slots, numbers, *sizes)
+        hidden_MD, self._slots = self._call(programs.prefill, self._model, self._params, self._slots, sent, *sizes)
         return hidden_MD
 
-    def _keep_logits(self, hidden_MD: jax.Array | jax.ShapeDtypeStruct, slots: Sequence[int]) -> None:
-        slot_M = np.asarray(slots, np.int32)
+    def _keep_logits(
+        self, hidden_MD: jax.Array | jax.ShapeDtypeStruct, slots: Sequence[Sequence[int]], size: int
+    ) -> None:
+        slot_M = self._sent(numbers.of_ends(self._policy, slots, size))
         self._slots = self._call(programs.keep_logits, self._model, self._params, self._slots, hidden_MD, slot_M)
 
     def _decode(self, call: DecodeCall, words_BW: Words) -> sampling.Sampled:
-        requests: list[Request | None] = [None] * call.size
+        requests: list[Request | None] = [None] * (self._policy.shards * call.size)
         for place, row in zip(self.places(call), call.rows, strict=True):
             requests[place] = self._requests[row.slot]
         key = tuple(requests), self._features
         if self._settings is None or self._settings[0] != key:  # mostly the same rows as before
             self._settings = key, self._settings_of(requests, self._needed(requests))
-        return self._run_decode(self._rows(call), with_allowed(self._settings[1], words_BW, self._whole), call.steps)
+        return self._run_decode(call, with_allowed(self._settings[1], words_BW, self._by_row))
 
     def places(self, call: DecodeCall) -> list[int]:
-        """Where the programs compute each row of a call: if they compute all slots, where its slot is."""
-        if call.size == self._policy.slots:
-            return [row.slot for row in call.rows]
-        return list(range(len(call.rows)))
+        """Where the results of a call have each of its rows."""
+        return numbers.places(self._policy, call)
 
-    def _rows(self, call: DecodeCall) -> np.ndarray:
-        """The numbers of a decode call, for the programs."""
-        rows = np.zeros((call.size, programs.ROW_FIELDS + call.steps), np.int32)
-        rows[:, 0] = -1
-        for place, row in zip(self.places(call), call.rows, strict=True):
-            given = len(row.given)
-            rows[place, : programs.ROW_FIELDS] = row.slot, row.position, given, given + row.draws, row.feeds
-            rows[place, programs.ROW_FIELDS : programs.ROW_FIELDS + given] = row.given
-        return rows
-
-    def _run_decode(self, rows: np.ndarray, settings: sampling.Sampling, num_steps: int) -> sampling.Sampled:
-        sent = jax.device_put(rows, self._whole)
-        if num_steps == 1:
+    def _run_decode(self, call: DecodeCall, settings: sampling.Sampling) -> sampling.Sampled:
+        sent = put(numbers.of_rows(self._policy, call), self._by_row)
+        if call.steps == 1:
             # Two calls, so that the token can be read before the step is done.
             sampled = self._call(programs.sample, self._slots, sent, settings)
             drawn = sampled.token_B
             self._slots = self._call(programs.advance, self._model, self._params, self._slots, drawn, sent)
         else:
-            steps = sent, settings, num_steps
+            steps = sent, settings, call.steps
             self._slots, sampled = self._call(programs.decode, self._model, self._params, self._slots, *steps)
         return sampled
 
     def _settings_of(self, requests: Sequence[Request | None], features: Features) -> sampling.Sampling:
         return settings_of(
-            requests, self._model.config.vocab_size, features, branches=self._branches, device=self._whole
+            requests, self._model.config.vocab_size, features, branches=self._branches, device=self._by_row
         )
 
     def _needed(self, requests: Sequence[Request | None]) -> Features:

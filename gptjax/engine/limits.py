@@ -17,12 +17,14 @@ class MemoryLimit:
     share: float | None = None  # of the device's memory, above 0 and at most 1: for the weights and all else
     tokens: int | None = None  # positions of the cache
 
-    def check(self, max_length: int) -> None:
-        """Raises `CapacityError` if there are fewer tokens than one request may have."""
-        if self.tokens is not None and self.tokens < max_length:
+    def check(self, max_length: int, *, parts: int = 1) -> None:
+        """Raises `CapacityError` if there are fewer tokens than one request may have in each part of the cache."""
+        if self.tokens is not None and self.tokens < parts * max_length:
+            where = f" in each of its {parts} parts (data={parts})" if parts > 1 else ""
             raise CapacityError(
-                f"a cache of {self.tokens} tokens has no room for one request of max_length={max_length}: give at "
-                f"least that many (--memory {max_length}tokens), or a smaller max_length (--max-length {self.tokens})"
+                f"a cache of {self.tokens} tokens has no room for one request of max_length={max_length}{where}: give "
+                f"at least that many (--memory {parts * max_length}tokens), or a smaller max_length "
+                f"(--max-length {self.tokens // parts})"
             )
 
 

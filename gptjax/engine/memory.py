@@ -69,6 +69,7 @@ def needed(
     All generations that are open at a time, such as unfinished streams, share one engine: their rows add up.
 
     Args:
+      batch: rows, which a mesh's axis `data` divides.
       policy: the engine's; by default that of a `LanguageModel`.
       state: the memory with a `steps.State` instead, in which each row has its own pages.
     """
@@ -80,7 +81,7 @@ def needed(
         cache=cache,
         least_cache=least,
         logits=logits,
-        activations=activations(model, batch=batch, max_length=max_length, platform=device.platform),
+        activations=activations(model, batch=model.own.rows_of(batch), max_length=max_length, platform=device.platform),
         # On a CPU the device's memory is the host's, in which a weight is cast and then copied (`weights.place`).
         loading=2 * largest if device.platform == "cpu" else 0,
         device=device,
@@ -159,7 +160,7 @@ def explained(model: Model, *, batch: int, max_length: int, loaded: bool = True,
 def check(model: Model, *, batch: int, max_length: int, limit: MemoryLimit | None = None) -> None:
     """Raises `CapacityError` if the model and an engine do not fit on the default device. Allocates nothing."""
     if limit is not None:
-        limit.check(max_length)
+        limit.check(max_length, parts=model.own.rows_parts)
     device = memory_of(model)
     message = shortfall(model, batch=batch, max_length=max_length, has=device.available, device=device, limit=limit)
     if message is not None:
@@ -230,7 +231,7 @@ def advice(
         choices = [choice for choice in choices if choice[0] is model]
 
     def total(model: Model, rows: int, length: int) -> int:
-        how = None if policy is None else dataclasses.replace(policy, slots=rows)
+        how = None if policy is None else dataclasses.replace(policy, slots=model.own.rows_of(rows))
         return needed(model, batch=rows, max_length=length, device=device, policy=how, state=state).least
 
     for candidate, shorter, fewer in choices:
@@ -263,7 +264,7 @@ def _state(model: Model, batch: int, max_length: int, _: Policy | None = None) -
 
     They are computed rather than traced, since tracing a thousand layers takes seconds.
     """
-    windows = reach(model.config.windows, max_length)
+    batch, windows = model.own.rows_of(batch), reach(model.config.windows, max_length)
     chunk = steps.chunk_of(model)
     pages = sum(1 + batch * pages_of(window, max_length=max_length, chunk=chunk) for window in windows)
     cache = _page(model) * pages + _tables(model, batch, max_length)
@@ -273,9 +274,9 @@ def _state(model: Model, batch: int, max_length: int, _: Policy | None = None) -
 def _slots(model: Model, batch: int, max_length: int, policy: Policy | None) -> tuple[int, int, int]:
     """Bytes of an engine's cache with room for all rows and for one, and of its logits and counts of tokens."""
     each = pool_kinds(model, max_length=max_length, policy=policy or default_policy(model, slots=batch, reuse=True))
-    tables = _tables(model, batch, max_length)
+    tables = _tables(model, model.own.rows_of(batch), max_length)
     cache, least = (pool_bytes(each, pages) + tables for pages in (most_pages(each), least_pages(each)))
-    return cache, least, 8 * batch * model.config.vocab_size
+    return cache, least, 8 * model.own.rows_of(batch) * model.config.vocab_size
 
 
 def _tables(model: Model, batch: int, max_length: int) -> int:

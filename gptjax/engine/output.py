@@ -74,6 +74,7 @@ class Completion:
     seed: int  # reproduces the draws
     usage: Usage
     timings: Timings
+    stop: str | None = None  # the stop string that ended the text, if one did
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +94,14 @@ class Chunk:
 
 
 class StopFinder:
-    """Cuts a streamed text at the first stop string to complete, however the text is split into pieces."""
+    """Cuts a streamed text at the first stop string to complete, however the text is split into pieces.
+
+    Attributes:
+      found: that stop string, once it is complete.
+    """
 
     def __init__(self, stops: Sequence[str]):
+        self.found: str | None = None
         self._stops = stops
         self._held = ""
 
@@ -104,10 +110,11 @@ class StopFinder:
         if not self._stops:
             return piece, False
         text = self._held + piece
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
+            _, at, self.found = min(found)
             self._held = ""
-            return text[: min(found)[1]], True
+            return text[:at], True
         held = max((overlap(text, stop) for stop in self._stops), default=0)
         cut = len(text) - held
         self._held = text[cut:]
@@ -185,4 +192,5 @@ class Output:
             seed=self._request.seed,
             usage=Usage(len(self._request.prompt_ids), len(self._tokens)),
             timings=Timings(self._first - self._began, self._clock() - self._first),
+            stop=self._stops.found,
         )

@@ -38,12 +38,12 @@ def pools(model: Model, *, max_length: int, policy: Policy, limit: MemoryLimit |
       CapacityError: not even one request of `max_length` fits, or not within the limit; or not that many tokens.
     """
     device = memory.memory_of(model)
-    need = memory.needed(model, batch=policy.slots, max_length=max_length, device=device, policy=policy)
+    need = memory.needed(model, batch=policy.all_slots, max_length=max_length, device=device, policy=policy)
     short = need.least_cache + need.logits > device.available
     if short or limit is not None:
         message = memory.shortfall(
             model,
-            batch=policy.slots,
+            batch=policy.all_slots,
             max_length=max_length,
             has=device.available + need.weights,
             device=device,
@@ -55,10 +55,10 @@ def pools(model: Model, *, max_length: int, policy: Policy, limit: MemoryLimit |
     each = pool_kinds(model, max_length=max_length, policy=policy)
     if limit is None or limit.tokens is None:
         return _pages_in(each, need, device.available, limit)
-    limit.check(max_length)
-    pages = pages_for(each, limit.tokens, page=policy.page)
+    limit.check(max_length, parts=policy.shards)
+    pages = pages_for(each, model.own.rows_of(limit.tokens), page=policy.page)
     if pool_bytes(each, pages) + need.logits > device.available:
-        fits = pool_tokens(each, _pages_in(each, need, device.available, None), page=policy.page)
+        fits = policy.shards * pool_tokens(each, _pages_in(each, need, device.available, None), page=policy.page)
         raise CapacityError(
             f"a cache of {limit.tokens} tokens needs {readable(pool_bytes(each, pages))}, but the {device.device} has "
             f'{readable(device.available)} available; try memory="{fits}tokens" (--memory {fits}tokens)'
@@ -70,12 +70,13 @@ def foreseen(
     model: Model, *, batch: int, max_length: int, device: DeviceMemory | None = None, policy: Policy | None = None
 ) -> tuple[int, int]:
     """The cache of an engine on a device on which the model is not loaded yet: its bytes, and the positions that it has
-    room for. If it does not fit, they are those of one row."""
+    room for. If it does not fit, they are those of one row. On a mesh, the bytes are of one device."""
     policy = policy or default_policy(model, slots=batch, reuse=True)
     need = memory.needed(model, batch=batch, max_length=max_length, device=device, policy=policy)
     each = pool_kinds(model, max_length=max_length, policy=policy)
     pages = _pages_in(each, need, need.device.available - need.weights, None)
-    return pool_bytes(each, pages) + _tables(each, need), pool_tokens(each, pages, page=policy.page)
+    tokens = policy.shards * pool_tokens(each, pages, page=policy.page)
+    return pool_bytes(each, pages) + _tables(each, need), tokens
 
 
 def _pages_in(each: Sequence[Kind], need: Memory, available: int, limit: MemoryLimit | None) -> tuple[int, ...]:

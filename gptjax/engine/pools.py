@@ -29,6 +29,7 @@ def default_policy(
     """The policy of an engine for which none is given: see `Engine`.
 
     Args:
+      slots: of all parts of a mesh's axis `data` together, which divide them; rounded up.
       exact: a request gets the same bits in any company. Otherwise what is alike is shared even if a request would have
         computed it with other rounding.
     """
@@ -37,20 +38,22 @@ def default_policy(
     if steps_per_dispatch < 1:
         raise ValueError(f"steps_per_dispatch must be at least 1, found {steps_per_dispatch}")
     chunk = steps.chunk_of(model) if chunk is None else chunk
+    shards, slots = model.own.rows_parts, model.own.rows_of(slots)
     if not exact:
-        return Policy(slots, chunk, steps_per_dispatch, share_decoded=True, reuse=reuse)
+        return Policy(slots, chunk, steps_per_dispatch, share_decoded=True, reuse=reuse, shards=shards)
     least, is_free = free_of_load.least_call(model), free_of_load.is_free_of_load(model, rows=slots)
     if is_free and chunk >= least:
         policy = Policy(slots, chunk, steps_per_dispatch, smallest_call=least)
     else:
         rows: Rows = "needed" if is_free else "all"
         policy = Policy.same_bits(slots=slots, chunk=chunk, steps=steps_per_dispatch, rows=rows)
-    return dataclasses.replace(policy, smallest_rows=free_of_load.least_rows(model, slots=slots), reuse=reuse)
+    least_rows = free_of_load.least_rows(model, slots=slots)
+    return dataclasses.replace(policy, smallest_rows=least_rows, reuse=reuse, shards=shards)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How many pages the layers of one kind can use, without page 0."""
+    """How many pages the layers of one kind can use on a device, without page 0."""
 
     window: int | None
     page_bytes: int  # of a page in all of these layers

@@ -3,8 +3,9 @@
 A plan's numbers reach a program as one int32 array, because the host sends each array to the device separately. The
 model is a static argument, so two models of one configuration share compiled code.
 
-On a mesh, all devices run each program as a whole, on their shares of weights and pools. Everything else is the same on
-all of them, so each draws the same tokens.
+On a mesh, all devices run each program as a whole, on their shares of weights and pools. Along its axis `data`, each
+has slots, pages and rows of its own, and its part of all arrays that are about these (`engine.numbers`). Everything
+else is the same on all devices, so those with the same rows draw the same tokens.
 """
 
 import dataclasses
@@ -45,14 +46,18 @@ class Slots:
 
 
 _Program = Callable[..., Any]
-_SLOTS: Final = Slots  # in place of slots among what a program returns
+# What a program returns:
+_SLOTS: Final = "slots"
+_ROWS: Final = "rows"  # arrays whose first axis are rows
+_STEPS: Final = "steps"  # arrays whose second axis are rows
 
 
-def _by_all_devices(*returns: Any) -> Callable[[_Program], _Program]:
-    """Lets all devices of a mesh run a program, if its slots are on one.
+def _by_all_devices(*returns: str, alike: int | None = None) -> Callable[[_Program], _Program]:
+    """Lets all devices of a mesh run a program, if its slots are on one. What else it takes is divided by row.
 
     Args:
-      returns: what the program returns: `_SLOTS`, or `P()` for what is the same on all devices.
+      returns: what the program returns, of what is above.
+      alike: the index of an argument that is the same for all devices.
     """
 
     def decorated(program: _Program) -> _Program:
@@ -62,17 +67,21 @@ def _by_all_devices(*returns: Any) -> Callable[[_Program], _Program]:
             if slots.share is None or slots.share.mesh is None:
                 return program(*arguments)
             model = next((each for each in arguments if isinstance(each, nn.Module)), None)
-            of_slots = _specs(slots, slots.share, model)
+            rows = slots.share.by_row
+            specs = {_SLOTS: _specs(slots, slots.share, model), _ROWS: rows, _STEPS: P(None, *rows)}
             static = [isinstance(each, int | nn.Module) for each in arguments]
 
             def on_each(*dynamic: Any) -> Any:
                 left = iter(dynamic)
                 return program(*(each if fixed else next(left) for each, fixed in zip(arguments, static, strict=True)))
 
-            dynamic = [each for each, fixed in zip(arguments, static, strict=True) if not fixed]
-            in_specs = tuple(_specs(each, slots.share, model) for each in dynamic)
-            out_specs = tuple(of_slots if each is _SLOTS else each for each in returns)
+            dynamic = [index for index, fixed in enumerate(static) if not fixed]
+            in_specs = tuple(
+                P() if index == alike else _specs(arguments[index], slots.share, model) for index in dynamic
+            )
+            out_specs = tuple(specs[each] for each in returns)
             out_specs = out_specs if len(out_specs) > 1 else out_specs[0]
+            dynamic = [arguments[index] for index in dynamic]
             return slots.share.run(on_each, in_specs, out_specs)(*dynamic)
 
         return run
@@ -80,15 +89,20 @@ def _by_all_devices(*returns: Any) -> Callable[[_Program], _Program]:
     return decorated
 
 
-def as_divided(shapes: Any, like: Slots, whole: jax.sharding.Sharding) -> Any:
-    """The shapes of what a program returns on a mesh, with how it is divided: slots like others, all else not."""
+def as_divided(shapes: Any, like: Slots, by_row: jax.sharding.Sharding) -> Any:
+    """The shapes of what a program returns on a mesh, with how it is divided: slots like others, all else by row.
+
+    What has the steps first stays as it is: no program takes it.
+    """
 
     def divided(shape: Any) -> Any:
         if isinstance(shape, Slots):
             return jax.tree.map(lambda each, other: _shape(each, other.sharding), shape, like)
-        return _shape(shape, whole)
+        if isinstance(shape, sampling.Sampled) and shape.token_B.ndim > 1:
+            return shape
+        return jax.tree.map(lambda each: _shape(each, by_row), shape)
 
-    return jax.tree.map(divided, shapes, is_leaf=lambda each: isinstance(each, Slots))
+    return jax.tree.map(divided, shapes, is_leaf=lambda each: isinstance(each, Slots | sampling.Sampled))
 
 
 def _shape(shape: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -101,12 +115,12 @@ def _specs(argument: Any, share: Share, model: Model | None) -> Any:
         assert model is not None
         of_weights = shards.weight_specs(model, argument.nested())
         return dataclasses.replace(argument, leaves=tuple(jax.tree.leaves(of_weights)))
-    specs = jax.tree.map(lambda _: P(), argument)
+    specs = jax.tree.map(lambda _: share.by_row, argument)
     return dataclasses.replace(specs, cache=share.cache_specs(argument.cache)) if isinstance(argument, Slots) else specs
 
 
 @partial(_jit, static_argnames=("model", "size", "ends"), donate_argnames=("slots",))
-@_by_all_devices(P(), _SLOTS)
+@_by_all_devices(_ROWS, _SLOTS)
 def prefill(
     model: Model, params: FlatParams, slots: Slots, call: jax.Array, size: int, ends: int
 ) -> tuple[jax.Array, Slots]:
@@ -142,10 +156,10 @@ def keep_logits(model: Model, params: FlatParams, slots: Slots, hidden_MD: jax.A
 
 
 @partial(_jit, donate_argnames=("slots",))
-@_by_all_devices(_SLOTS)
-def set_counts(slots: Slots, slot: jax.Array, counts_V: jax.Array) -> Slots:
-    """Sets what is counted of a slot's tokens. `slots` is donated."""
-    return dataclasses.replace(slots, counts_BV=slots.counts_BV.at[slot].set(counts_V))
+@_by_all_devices(_SLOTS, alike=2)
+def set_counts(slots: Slots, slot_1: jax.Array, counts_V: jax.Array) -> Slots:
+    """Sets what is counted of a slot's tokens, unless it is B. `slots` is donated."""
+    return dataclasses.replace(slots, counts_BV=slots.counts_BV.at[slot_1].set(counts_V, mode="drop"))
 
 
 @partial(_jit, static_argnames=("kind",), donate_argnames=("slots",))
@@ -162,14 +176,14 @@ def copy_pages(slots: Slots, copies: jax.Array, kind: int) -> Slots:
 
 
 @_jit
-@_by_all_devices(P())
+@_by_all_devices(_ROWS)
 def marker(slots: Slots) -> jax.Array:
     """A number that is there when all programs dispatched so far have run."""
-    return slots.logits_BV[0, 0]
+    return slots.logits_BV[:1, 0]
 
 
 @_jit
-@_by_all_devices(P())
+@_by_all_devices(_ROWS)
 def sample(slots: Slots, rows: jax.Array, settings: sampling.Sampling) -> sampling.Sampled:
     """Draws the next token of some slots.
 
@@ -198,7 +212,7 @@ def advance(model: Model, params: FlatParams, slots: Slots, token_B: jax.Array, 
 
 
 @partial(_jit, static_argnames=("model", "num_steps"), donate_argnames=("slots",))
-@_by_all_devices(_SLOTS, P())
+@_by_all_devices(_SLOTS, _STEPS)
 def decode(
     model: Model, params: FlatParams, slots: Slots, rows: jax.Array, settings: sampling.Sampling, num_steps: int
 ) -> tuple[Slots, sampling.Sampled]:

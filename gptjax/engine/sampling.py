@@ -9,7 +9,10 @@ for other numbers of rows. So log-probabilities are from `logits.summary`, and t
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,7 @@ from pallas_kernels.logits.reference import first_largest
 _INT32 = jnp.iinfo(jnp.int32)
 _LEAST_P = 1e-30
 _LEAST_TEMPERATURE = 1e-6  # below it the division overflows; the draw is the argmax long before
+_T = TypeVar("_T")
 
 
 @jax.tree_util.register_dataclass
@@ -106,7 +110,7 @@ def sample(
         below_BC = jnp.take_along_axis(logits_BV, ids_BC, axis=-1) - found.largest_B[:, None]
         return below_BC - log_total_B[:, None]
 
-    token_B = (_by_branch if sampling.branches else _token)(logits_BV, found, positions_B, sampling, counts)
+    token_B = _token(logits_BV, found, positions_B, sampling, counts)
     finite_B = jnp.isfinite(found.largest_B) & jnp.isfinite(found.total_B)
     top_ids_BC, top_logprobs_BC = _top(logits_BV, logprobs, sampling)
     return Sampled(
@@ -130,41 +134,6 @@ def output_counts(history_BS: jax.Array, lengths_B: jax.Array, vocab_size: int) 
     return counts_BV.at[row_B1, history_BS].add(2 * in_text_BS.astype(jnp.int32), mode="drop")
 
 
-def _by_branch(
-    logits_BV: jax.Array,
-    found: Summary,
-    positions_B: jax.Array,
-    sampling: Sampling,
-    counts: Callable[[], jax.Array] | None,
-) -> jax.Array:
-    """`_token`, without drawing, shaping the logits, cutting off or forbidding tokens if no row uses that."""
-    no, (truncation, penalties, bias) = jnp.array(False), (sampling.truncation, sampling.penalties, sampling.bias)
-    allowed_BW = sampling.allowed_BW
-    draws = no if sampling.temperature_B is None else (sampling.temperature_B > 0).any()
-    cuts = shapes = no
-    if truncation is not None:
-        cuts = ((truncation.top_k_B > 0) | (truncation.top_p_B < 1) | (truncation.min_p_B > 0)).any()
-    if penalties is not None:
-        shapes |= ((penalties.repetition_B != 1) | (penalties.presence_B != 0) | (penalties.frequency_B != 0)).any()
-    if bias is not None:
-        shapes |= (bias.ids_BM < logits_BV.shape[-1]).any()
-    forbids = no if allowed_BW is None else (~allowed_BW != 0).any()
-    free = dataclasses.replace(sampling, allowed_BW=None)
-    forms = [*_forms(free), *_forms(sampling)] if allowed_BW is not None else _forms(free)
-    index = jnp.where(draws & cuts, 4, 2 * shapes.astype(jnp.int32) + draws) + 5 * forbids
-    branches = [lambda form=form: _token(logits_BV, found, positions_B, form, counts) for form in forms]
-    token_B: jax.Array = jax.lax.switch(index, branches)
-    return token_B
-
-
-def _forms(sampling: Sampling) -> list[Sampling]:
-    """Those that leave out drawing, shaping the logits and cutting off tokens, and the last that leaves out nothing."""
-    whole = dataclasses.replace(sampling, truncation=None)
-    plain = dataclasses.replace(whole, penalties=None, bias=None)
-    greedy = [dataclasses.replace(each, temperature_B=None) for each in (plain, whole)]
-    return [greedy[0], plain, greedy[1], whole, sampling]
-
-
 def _token(
     logits_BV: jax.Array,
     found: Summary,
@@ -173,21 +142,63 @@ def _token(
     counts: Callable[[], jax.Array] | None,
 ) -> jax.Array:
     """A token for every row, int32; anything if its logits are not finite. `found` is of the logits."""
+    shapes, forbids = _shapes(sampling, logits_BV.shape[-1]), _forbids(sampling)
+    if shapes is not None:
+        logits_BV = _if_used(shapes, sampling, lambda logits_BV: _shaped(logits_BV, sampling, counts), logits_BV)
+    if forbids is not None:
+        logits_BV = _if_used(forbids, sampling, lambda logits_BV: _allowed(logits_BV, sampling), logits_BV)
+    changes = [each for each in (shapes, forbids) if each is not None]
+    if changes:
+        found = _if_used(functools.reduce(operator.or_, changes), sampling, lambda _: summary(logits_BV), found)
+    if sampling.temperature_B is None:
+        return found.token_B
+    temperature_B = sampling.temperature_B
+
+    def drawn_B(likeliest_B: jax.Array) -> jax.Array:
+        below_BV = logits_BV - found.largest_B[:, None]  # so that a small temperature cannot overflow
+        return jnp.where(temperature_B > 0, _draw(below_BV, positions_B, temperature_B, sampling), likeliest_B)
+
+    return _if_used((temperature_B > 0).any(), sampling, drawn_B, found.token_B)
+
+
+def _if_used(uses: jax.Array, sampling: Sampling, change: Callable[[_T], _T], value: _T) -> _T:
+    """The changed value. If there are branches, it stays as it is unless a row uses the change."""
+    if not sampling.branches:
+        return change(value)
+    changed: _T = jax.lax.cond(uses, change, lambda same: same, value)
+    return changed
+
+
+def _shapes(sampling: Sampling, vocab_size: int) -> jax.Array | None:
+    """Whether a row uses penalties or bias; None if no row can."""
+    found, (penalties, bias) = [], (sampling.penalties, sampling.bias)
+    if penalties is not None:
+        found += [penalties.repetition_B != 1, penalties.presence_B != 0, penalties.frequency_B != 0]
+    if bias is not None:
+        found += [bias.ids_BM < vocab_size]
+    return functools.reduce(operator.or_, [each.any() for each in found]) if found else None
+
+
+def _forbids(sampling: Sampling) -> jax.Array | None:
+    """Whether a row has tokens that it may not draw; None if no row can."""
+    return None if sampling.allowed_BW is None else (~sampling.allowed_BW != 0).any()
+
+
+def _shaped(logits_BV: jax.Array, sampling: Sampling, counts: Callable[[], jax.Array] | None) -> jax.Array:
+    """The logits after penalties and bias."""
     if sampling.penalties is not None:
         assert counts is not None
         logits_BV = _penalised(logits_BV, sampling.penalties, counts())
     if sampling.bias is not None:
         row_B1 = jnp.arange(logits_BV.shape[0])[:, None]
         logits_BV = logits_BV.at[row_B1, sampling.bias.ids_BM].add(sampling.bias.values_BM, mode="drop")
-    if sampling.allowed_BW is not None:
-        logits_BV = jnp.where(_bits(sampling.allowed_BW, logits_BV.shape[-1]), logits_BV, -jnp.inf)
-    if sampling.penalties is not None or sampling.bias is not None or sampling.allowed_BW is not None:
-        found = summary(logits_BV)
-    if sampling.temperature_B is None:
-        return found.token_B
-    below_BV = logits_BV - found.largest_B[:, None]  # so that a small temperature cannot overflow
-    drawn_B = _draw(below_BV, positions_B, sampling.seed_B, sampling.temperature_B, sampling.truncation)
-    return jnp.where(sampling.temperature_B > 0, drawn_B, found.token_B)
+    return logits_BV
+
+
+def _allowed(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
+    """The logits, with those of tokens that may not be drawn at -inf."""
+    assert sampling.allowed_BW is not None
+    return jnp.where(_bits(sampling.allowed_BW, logits_BV.shape[-1]), logits_BV, -jnp.inf)
 
 
 def _bits(words_BW: jax.Array, count: int) -> jax.Array:
@@ -212,18 +223,16 @@ def _top(
     return top
 
 
-def _draw(
-    logits_BV: jax.Array,
-    positions_B: jax.Array,
-    seed_B: jax.Array,
-    temperature_B: jax.Array,
-    truncation: Truncation | None,
-) -> jax.Array:
+def _draw(logits_BV: jax.Array, positions_B: jax.Array, temperature_B: jax.Array, sampling: Sampling) -> jax.Array:
     """A token for every row by chance. A row's largest logit must be 0."""
     logits_BV = logits_BV / jnp.maximum(temperature_B, _LEAST_TEMPERATURE)[:, None]
+    truncation = sampling.truncation
     if truncation is not None:
-        logits_BV = _truncated(logits_BV, truncation)
-    keys_B = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seed_B, positions_B)
+        cuts = ((truncation.top_k_B > 0) | (truncation.top_p_B < 1) | (truncation.min_p_B > 0)).any()
+        logits_BV = _if_used(cuts, sampling, lambda logits_BV: _truncated(logits_BV, truncation), logits_BV)
+    keys_B = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
+        sampling.seed_B, positions_B
+    )
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:]))(keys_B)
     return first_largest(noise_BV + logits_BV)  # like `jax.random.categorical`
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from gptjax.engine import sampling
 from gptjax.engine.request import MAX_BIASES, MAX_TOP_LOGPROBS, Request, SamplingParams
+from gptjax.sharding.hosts import put
 from gptjax.structured.matching import words_of
 
 Words = np.ndarray | None
@@ -122,5 +123,4 @@ def _bias(rows: Sequence[SamplingParams], vocab_size: int, device: jax.sharding.
 
 def _on_device(array: np.ndarray, device: jax.sharding.Sharding | None) -> jax.Array:
     """(`jnp.asarray` compiles something for each new shape.)"""
-    placed: jax.Array = jax.device_put(array, device)
-    return placed
+    return put(array, device)

@@ -83,10 +83,11 @@ class SharedEngine:
     it. A request that nobody waits for gets `_AHEAD` tokens and is then held, so a stream that was left takes nothing
     from others, not even slots and pages.
 
-    With `max_batch`, each decode call computes as many rows. Otherwise a generation's decode calls have as many rows as
-    it has prompts, rounded up to a power of two, whatever else runs. So results do not depend on other generations. The
-    engine then has slots and pages for all open generations. If they need more than it has, it is freed, and replaced
-    by a larger one. If that does not fit, they take turns, and no larger one is tried until `release`.
+    With `max_batch`, each decode call computes as many rows, rounded up to a multiple of the mesh's axis `data`.
+    Otherwise a generation's decode calls have as many rows as it has prompts, rounded up to a power of two (for each
+    part of that axis), whatever else runs. So results do not depend on other generations. The engine then has slots and
+    pages for all open generations. If they need more than it has, it is freed, and replaced by a larger one. If that
+    does not fit, they take turns, and no larger one is tried until `release`.
 
     An engine that failed, was interrupted or replaced loses its pages. What is open goes on in the next one: prompts
     are read again, and tokens drawn so far are decoded again.
@@ -105,7 +106,7 @@ class SharedEngine:
         """Allocates nothing yet. For `exact` and `memory_limit` see `load`, for `compiler` `Engine`."""
         self._model = model
         self._max_length = max_length
-        self._max_batch = max_batch
+        self._max_batch = max_batch and self._whole(max_batch)
         self._exact = exact
         self._memory_limit = memory_limit
         self._compiler = compiler
@@ -121,11 +122,19 @@ class SharedEngine:
     @property
     def _all_rows(self) -> int:
         """The most rows of an engine, if memory allows them."""
-        return self._max_batch or _MOST_ROWS
+        return self._max_batch or self._rows_for(_MOST_ROWS)
+
+    def _whole(self, rows: int) -> int:
+        """The least number of rows that is not less and divides into parts of a mesh."""
+        return self._model.own.rows_parts * self._model.own.rows_of(rows)
+
+    def _rows_for(self, rows: int) -> int:
+        """The same for parts that are powers of two."""
+        return self._model.own.rows_parts * _power(self._model.own.rows_of(rows))
 
     def begin(self, prompts: int) -> Generation:
         """A generation of a number of prompts."""
-        return Generation(self._max_batch or min(_power(prompts), _MOST_ROWS))
+        return Generation(self._max_batch or min(self._rows_for(prompts), self._all_rows))
 
     def add(self, generation: Generation, index: int, request: Request) -> None:
         """Adds a checked request with a seed to a generation."""
@@ -212,7 +221,8 @@ class SharedEngine:
         for asked in still_open:
             if asked.number is None and not asked.is_complete(self._max_length):
                 drawn = [token.token_id for token in asked.tokens]
-                asked.number = self._engine.add(asked.request, rows=asked.generation.rows, drawn=drawn)
+                rows = self._model.own.rows_of(asked.generation.rows)
+                asked.number = self._engine.add(asked.request, rows=rows, drawn=drawn)
                 asked.held = False
                 self._numbers[asked.number] = asked
         for number, asked in self._numbers.items():
@@ -245,7 +255,7 @@ class SharedEngine:
         if not rows:
             return
         least = max(rows)
-        size = max(least, min(self._max_batch or _power(sum(rows)), self._most_rows))
+        size = max(least, min(self._max_batch or self._rows_for(sum(rows)), self._most_rows))
         if self._engine is not None:
             if self._engine.batch >= size:
                 return
@@ -256,7 +266,7 @@ class SharedEngine:
                 self._engine = self._made(size, params())
             except CapacityError as error:
                 free_locals(error)
-                self._most_rows = size // 2
+                self._most_rows = self._whole(size // 2)
                 if size == least:
                     raise
                 size = max(least, self._most_rows)

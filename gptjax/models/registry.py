@@ -11,6 +11,7 @@ from gptjax.layers.cache import KVCache
 from gptjax.models.gpt2 import GPT2
 from gptjax.models.gpt_oss import GptOss
 from gptjax.models.llama import Llama
+from gptjax.sharding.hosts import check_alone
 from gptjax.sharding.share import Share
 
 Model = GPT2 | GptOss | Llama  # the union of all models
@@ -43,7 +44,8 @@ def build(
 
 def create_cache(model: Model, *, batch: int, max_length: int, chunk: int | None = None) -> KVCache:
     """An empty cache for the model, for calls of at most `chunk` tokens a row: see `KVCache.create`. On a mesh, `batch`
-    must be a multiple of its axis `data`."""
+    must be a multiple of its axis `data`, and its devices those of one process."""
+    check_alone(model.own.mesh, "computing the logits of a prompt (lm.logits, perplexity, echo with logprobs)")
     config, own = model.config, model.own
 
     def create() -> KVCache:

@@ -5,6 +5,7 @@ each device has its own query, key and value heads together (and key and value h
 several times), its own gates and ups together, and zeros where the last parts are filled up.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -51,7 +52,7 @@ def apply(
 ) -> tuple[jax.Array, KVCache | None]:
     """`model.apply` on all devices of the model's mesh; see `Decoder.__call__`. B must be a multiple of `data`."""
     share = _share(model)
-    rows = P("data" if share.rows_parts > 1 else None)
+    rows = share.by_row
     specs = None if cache is None else share.cache_specs(cache)
 
     def run(params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, cache: KVCache | None) -> Any:
@@ -67,7 +68,7 @@ def apply(
 def head(model: Model, params: Params, hidden: jax.Array) -> jax.Array:
     """The model's method `head` on all devices of its mesh, on rows [B, ..., D] as `apply` returns them."""
     share = _share(model)
-    rows = P("data" if share.rows_parts > 1 else None)
+    rows = share.by_row
 
     def run(params: Params, hidden: jax.Array) -> Any:
         return model.apply({"params": params}, hidden, method="head")
@@ -84,6 +85,12 @@ def mailboxes(model: Model) -> Mailboxes | None:
     if axes != of_experts + share.axes("F") or not isinstance(share.mesh, Mesh):
         return None
     return Mailboxes(share.mesh, axes, width) if can_exchange(share.mesh, axes, width) else None
+
+
+def alike(model: Model) -> Model:
+    """The model for calls whose rows are not divided: all devices along the axis `data` compute the same."""
+    share = model.share
+    return model if share is None else divided(model, dataclasses.replace(share, divides_rows=False))
 
 
 def _share(model: Model) -> Share:

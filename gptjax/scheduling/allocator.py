@@ -10,14 +10,16 @@ from gptjax.scheduling.sequence import Sequence
 
 
 class Allocator:
-    """The pools, the tree, and what sequences hold of them.
+    """The pools of one shard, the tree, and what sequences hold of them.
 
     While a plan is made, pages are only taken. They are dropped between plans (`settle`), or by a sequence that the
     plan has nothing to do for (`release`). So no page has two uses in one plan.
     """
 
-    def __init__(self, pools: AnySequence[Pool], policy: Policy):
+    def __init__(self, pools: AnySequence[Pool], policy: Policy, first: int = 0):
+        """With `first`, the number in plans of the first pool."""
         self.pools = pools
+        self.first = first
         self.tree = PrefixTree(pools, policy.page, share_decoded=policy.share_decoded)
         self._policy = policy
 
@@ -187,7 +189,8 @@ class Allocator:
                 self._unshare(sequence)
                 return None
             for number, source in sequence.sources:
-                copies.append(Copy(number, source, sequence.pages[number][index], match.length - index * size))
+                target, count = sequence.pages[number][index], match.length - index * size
+                copies.append(Copy(self.first + number, source, target, count))
         sequence.position, sequence.in_tree = match.length, len(match.path)
         sequence.node = match.path[-1] if match.path else self.tree.root
         return copies

@@ -18,7 +18,7 @@ class Join:
 class TableEntry:
     """The page that a slot's table now has for a block of positions; 0 if it needs none any more."""
 
-    pool: int
+    pool: int  # of the slot's shard; the pools of all shards are numbered shard by shard
     slot: int
     index: int  # position // page
     page: int
@@ -39,7 +39,7 @@ class Piece:
     """Consecutive tokens of one prompt in a call."""
 
     slot: int
-    start: int  # index of its first token in the call
+    start: int  # index of its first token in the call's
     count: int
     position: int  # of its first token
     ends: bool  # whether the prompt ends here: the logits after its last token are the slot's
@@ -49,7 +49,7 @@ class Piece:
 class PrefillCall:
     """Pieces of prompts, one after another."""
 
-    size: int  # tokens that the program takes; those after the last piece are padding
+    size: int  # tokens that the program takes for each shard; those after a shard's last piece are padding
     tokens: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
@@ -74,7 +74,7 @@ class Row:
 class DecodeCall:
     """Steps for some slots. A row's token is not known to the host until the call has run."""
 
-    size: int  # rows that the program computes; those after the last are padding
+    size: int  # rows that the program computes for each shard; those after a shard's last are padding
     steps: int
     rows: tuple[Row, ...]
 

@@ -13,7 +13,7 @@ _MOST_CALLS = 8  # calls between two decode steps count as at least 1/8 of a chu
 class Policy:
     """The limits and choices of a scheduler."""
 
-    slots: int  # the most requests that run at once
+    slots: int  # the most requests that run at once; as all that follows, of each shard
     chunk: int  # the most prompt tokens between two decode calls: a power of two
     steps: int = 1  # decode steps of one call, if no request waits for a token
     page: int = PAGE
@@ -26,6 +26,7 @@ class Policy:
     rows: Rows = "needed"
     share_decoded: bool = False  # see `PrefixTree`
     reuse: bool = True  # keep what requests leave behind in the tree
+    shards: int = 1  # parts of a device that run the same calls, each with slots and pages of its own
 
     @classmethod
     def same_bits(
@@ -36,23 +37,29 @@ class Policy:
         steps: int = 1,
         page: int = PAGE,
         rows: Rows = "all",
+        shards: int = 1,
     ) -> Self:
         """For programs whose rounding depends on their sizes: a request's sizes do not depend on other requests.
 
         Each piece of a prompt has a call of its own, only whole chunks are reused, and decode computes all rows, or as
         many as a request asks for; or as many as are needed, if only prompts depend on sizes.
         """
-        return cls(slots, chunk, steps, page, chunk_multiple=chunk, packed=False, rows=rows)
+        return cls(slots, chunk, steps, page, chunk_multiple=chunk, packed=False, rows=rows, shards=shards)
 
     def __post_init__(self) -> None:
-        least_one = "slots", "chunk", "steps", "page", "smallest_call", "smallest_rows", "chunk_multiple", "pieces"
-        for name in least_one:
+        sizes = "slots", "chunk", "steps", "page", "smallest_call", "smallest_rows", "chunk_multiple", "pieces"
+        for name in (*sizes, "shards"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.chunk & (self.chunk - 1):
             raise ValueError(f"chunk must be a power of two, found {self.chunk}")
         if self.chunk % self.chunk_multiple:
             raise ValueError(f"chunk ({self.chunk}) must be a multiple of chunk_multiple ({self.chunk_multiple})")
+
+    @property
+    def all_slots(self) -> int:
+        """Those of all shards, numbered shard by shard."""
+        return self.shards * self.slots
 
     @property
     def call_sizes(self) -> tuple[int, ...]:
@@ -63,6 +70,10 @@ class Policy:
     def row_sizes(self) -> tuple[int, ...]:
         """The sizes of decode calls, in rows: `smallest_rows` and its doubles below the slots, and these."""
         return (self.slots,) if self.rows == "all" else powers(min(self.smallest_rows, self.slots), self.slots)
+
+    def shard(self, slot: int) -> int:
+        """The shard that a slot belongs to."""
+        return slot // self.slots
 
     def pages(self, positions: int) -> int:
         """How many pages hold this many positions from 0."""

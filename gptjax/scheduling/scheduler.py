@@ -2,15 +2,14 @@
 
 import bisect
 import dataclasses
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
 from collections.abc import Sequence as AnySequence
 
 import numpy as np
 
 from gptjax.errors import CapacityError
 from gptjax.scheduling.allocator import Allocator
-from gptjax.scheduling.draft import Draft, Turn
+from gptjax.scheduling.draft import Draft, Part, turns
 from gptjax.scheduling.plan import DecodeCall, Join, Piece, Plan, Row, TableEntry
 from gptjax.scheduling.policy import Policy, smallest
 from gptjax.scheduling.pool import Pool
@@ -36,6 +35,10 @@ class Scheduler:
     newest first: they lose slot and pages, and later join again. Then their prompt is read again, and the tokens that
     they had drawn are given to decode again, as far as the tree has not kept the pages. So their results do not change.
 
+    With several shards, all this is true of each by itself, except that requests wait for any. One joins where it has
+    least to read, and few others run. It stays there until it ends or is set aside. A plan is for all shards: its calls
+    are of the same sizes and steps in each.
+
     A request can be held: nothing is planned for it, and the others may take its slot and pages. "Oldest" and "newest"
     are then said of the others.
 
@@ -47,14 +50,18 @@ class Scheduler:
 
         Args:
           pools: at least one, all of whose pages are free: of the layers that see everything, and of those with a
-            window.
+            window. Those of all shards, which are alike, one shard after another.
         """
         self.policy = policy
-        self._allocator = Allocator(pools, policy)
+        count = len(pools) // policy.shards
+        firsts = range(0, len(pools), count)
+        self._allocators = [Allocator(pools[first : first + count], policy, first) for first in firsts]
         self._requests: dict[int, Sequence] = {}  # those that have not ended
         self._waiting: list[Sequence] = []  # without a slot; oldest first
         self._running: list[Sequence] = []  # with a slot; oldest first
-        self._free_slots = list(range(policy.slots - 1, -1, -1))  # taken from the end
+        self._free_slots = [  # of each shard, taken from the end
+            list(range(first + policy.slots - 1, first - 1, -1)) for first in range(0, policy.all_slots, policy.slots)
+        ]
         self._in_flight: deque[tuple[int, list[tuple[Sequence, int]]]] = deque()  # plans that draw, and what for whom
         self._added = self._plans = 0
 
@@ -84,7 +91,7 @@ class Scheduler:
             raise ValueError(f"a request has at least one token to read and one to draw, found {left} to draw")
         if self.policy.rows == "asked" and rows not in self.policy.row_sizes:
             raise ValueError(f"a decode call can have {self.policy.row_sizes} rows, but {rows} were asked for")
-        if refusal := self._allocator.refusal(len(prompt_ids), max_tokens):
+        if refusal := self._allocators[0].refusal(len(prompt_ids), max_tokens):
             raise CapacityError(refusal)
         self._added += 1
         sequence = Sequence(self._added, np.asarray(prompt_ids, np.int32), max_tokens, rows, one_by_one)
@@ -148,7 +155,8 @@ class Scheduler:
             sequence.planned, sequence.in_flight = len(sequence.generated), 0
             if not sequence.is_drawn and sequence not in self._waiting:
                 bisect.insort(self._waiting, sequence, key=_age)
-        self._allocator.forget()
+        for allocator in self._allocators:
+            allocator.forget()
 
     def plan(self, *, decode: bool = True) -> Plan | None:
         """What to dispatch next; None if nothing can be done before tokens are received or requests added.
@@ -157,21 +165,24 @@ class Scheduler:
           decode: whether requests decode; if not, prompts are read only.
         """
         for sequence in self._running:
-            self._allocator.settle(sequence)
+            self._allocator(sequence).settle(sequence)
         self._join()
         active = self._active
         for index, sequence in enumerate(active):
             if not sequence.begun:
                 self._look_for_readers(sequence, active[:index])
         steps = self._steps()
-        for turn in self._turns():
-            draft = Draft(self.policy.chunk, turn)
+        for turn in turns(self._active, self.policy):
+            draft = Draft([Part(self.policy.chunk) for _ in self._allocators], turn)
             for sequence in self._active:
                 if sequence.slot is not None:  # it was not set aside for the sake of an older one
                     self._advance(sequence, draft, steps if decode else 0)
             if not draft.is_empty:
                 return self._finished(draft, steps)
         return None
+
+    def _allocator(self, sequence: Sequence) -> Allocator:
+        return self._allocators[sequence.shard]
 
     @property
     def _has_newcomers(self) -> bool:
@@ -186,49 +197,53 @@ class Scheduler:
     def _join(self) -> None:
         """Gives free slots to those that wait, the oldest first. None passes an older one."""
         waiting = [each for each in self._waiting if not each.held]
-        if not waiting or not (self._free_slots or self._held):
+        if not waiting or not (any(self._free_slots) or self._held()):
             return
-        promised = self._allocator.promised(self._active)
+        promised = [
+            allocator.promised([each for each in self._active if each.shard == shard])
+            for shard, allocator in enumerate(self._allocators)
+        ]
         for sequence in waiting:
             # To be resumed, all its tokens must be known.
             if sequence.in_flight or not self._make_room(sequence, promised):
                 return
             self._waiting.remove(sequence)
-            sequence.slot = self._free_slots.pop()
-            self._allocator.join(sequence)
+            shard, allocator = sequence.shard, self._allocator(sequence)
+            sequence.slot = self._free_slots[shard].pop()
+            allocator.join(sequence)
             bisect.insort(self._running, sequence, key=_age)
-            promised = [sum(pages) for pages in zip(promised, self._allocator.promised([sequence]), strict=True)]
+            added = allocator.promised([sequence])
+            promised[shard] = [sum(pages) for pages in zip(promised[shard], added, strict=True)]
 
-    def _make_room(self, sequence: Sequence, promised: AnySequence[int]) -> bool:
-        """Whether a request can join, if need be after held ones, which are promised no pages, have been set aside."""
-        while not (self._free_slots and self._allocator.has_room(sequence, promised)):
-            if (victim := self._held) is None:
-                return False
-            self._set_aside(victim)
-        return True
+    def _make_room(self, sequence: Sequence, promised: AnySequence[AnySequence[int]]) -> bool:
+        """Whether a request can join a shard, which it is then of: if need be after held ones, which are promised no
+        pages, have been set aside."""
+        shards = sorted(range(len(self._allocators)), key=lambda shard: self._reluctance(sequence, shard))
+        for may_set_aside in (False, True) if self._held() else (False,):
+            for sequence.shard in shards:
+                while not (has_room := self._has_room(sequence, promised[sequence.shard])) and may_set_aside:
+                    if (victim := self._held(sequence.shard)) is None:
+                        break
+                    self._set_aside(victim)
+                if has_room:
+                    return True
+        return False
 
-    @property
-    def _held(self) -> Sequence | None:
-        """The newest held request that has a slot."""
-        return next((sequence for sequence in reversed(self._running) if sequence.held), None)
+    def _has_room(self, sequence: Sequence, promised: AnySequence[int]) -> bool:
+        return bool(self._free_slots[sequence.shard]) and self._allocator(sequence).has_room(sequence, promised)
 
-    def _turns(self) -> Iterator[Turn]:
-        """Whose turn it is to decode: who has waited for longest, and others who ask for as many rows.
+    def _reluctance(self, sequence: Sequence, shard: int) -> int:
+        """What speaks against a shard: as tokens that a request reads there, each that runs there counts as a page."""
+        if len(self._allocators) == 1:
+            return 0
+        running = sum(each.shard == shard for each in self._active)
+        cached = self._allocators[shard].match(sequence).length if self.policy.reuse else 0
+        return self.policy.page * running - cached
 
-        If they all need pages that older requests have, it is the turn of the next.
-        """
-        if self.policy.rows != "asked":
-            yield Turn(None, [])
-            return
-        ready = [each for each in self._active if not each.is_reading and not each.is_drawn and not each.waits]
-        ready.sort(key=lambda sequence: (sequence.decoded, sequence.number))
-        if not ready:
-            yield Turn(0, [])
-        while ready:
-            size = ready[0].rows
-            chosen = [each for each in ready if each.rows == size][:size]
-            yield Turn(size, chosen)
-            ready = [each for each in ready if each not in chosen and each.slot is not None]
+    def _held(self, shard: int | None = None) -> Sequence | None:
+        """The newest held request that has a slot, if need be of one shard."""
+        held = (sequence for sequence in reversed(self._running) if sequence.held)
+        return next((sequence for sequence in held if shard is None or sequence.shard == shard), None)
 
     def _steps(self) -> int:
         """One, or several if nobody waits for a token and at least half of them are wanted."""
@@ -241,7 +256,7 @@ class Scheduler:
         if not sequence.begun:
             if sequence.awaited is not None:
                 return
-            draft.copies += self._allocator.begin(sequence)
+            draft.copies += self._allocator(sequence).begin(sequence)
         if sequence.is_reading:
             self._read(sequence, draft)
         is_ready = not (sequence.is_reading or sequence.is_drawn or sequence.waits)
@@ -254,13 +269,15 @@ class Scheduler:
             return
         sequence.awaited = None
         unit = max(self.policy.page, self.policy.chunk_multiple)
-        found = self._allocator.match(sequence).length
+        found = self._allocator(sequence).match(sequence).length
         next_T = sequence.prompt_T[found : found + unit]
         if len(next_T) < unit:
             return
         wanted = next_T.tobytes()
         for older in older_ones:
-            if not older.is_reading or older.prompt_T[found : found + unit].tobytes() != wanted:
+            if older.shard != sequence.shard or not older.is_reading:
+                continue
+            if older.prompt_T[found : found + unit].tobytes() != wanted:
                 continue
             shared = min(common(older.prompt_T, sequence.prompt_T), sequence.known - 1)
             shared = self.policy.reused(older.prompt, shared) // unit * unit
@@ -274,10 +291,11 @@ class Scheduler:
 
     def _read(self, sequence: Sequence, draft: Draft) -> None:
         """Plans the next piece of a prompt."""
-        if self.policy.packed and (draft.room <= 0 or len(draft.pieces) == self.policy.pieces):
+        part = draft.parts[sequence.shard]
+        if self.policy.packed and (part.room <= 0 or len(part.pieces) == self.policy.pieces):
             return
         left = sequence.prompt - sequence.position
-        count = self.policy.piece(left, self._share(sequence, draft))
+        count = self.policy.piece(left, self._share(sequence, part))
         if not count:
             return
         room = self._reserve(sequence, sequence.position + count) - sequence.position
@@ -286,24 +304,23 @@ class Scheduler:
         if count <= 0:
             return
         ids = tuple(sequence.prompt_T[sequence.position : sequence.position + count].tolist())
-        start = sum(len(tokens) for _, tokens in draft.pieces)
         assert sequence.slot is not None
-        draft.pieces.append((Piece(sequence.slot, start, count, sequence.position, count == left), ids))
-        draft.room -= count if self.policy.packed else self.policy.cost(count)
+        part.pieces.append((Piece(sequence.slot, 0, count, sequence.position, count == left), ids))
+        part.room -= count if self.policy.packed else self.policy.cost(count)
         sequence.position += count
 
-    def _share(self, sequence: Sequence, draft: Draft) -> int:
+    def _share(self, sequence: Sequence, part: Part) -> int:
         """The prompt tokens of a plan that a request may use: what newer ones leave, but at least half a chunk."""
         if not self.policy.packed:
-            return draft.room if draft.pieces else 2 * self.policy.chunk  # the first piece has any cost
+            return part.room if part.pieces else 2 * self.policy.chunk  # the first piece has any cost
         least = self.policy.chunk // 2
-        left = draft.room
+        left = part.room
         for each in self._running[bisect.bisect_right(self._running, sequence.number, key=_age) :]:
             if left <= least:
                 break  # with hundreds of prompts, looking at all of them for each would take long
-            if each.awaited is None and not each.held:
+            if each.shard == sequence.shard and each.awaited is None and not each.held:
                 left -= max(0, each.prompt - each.position)
-        return min(draft.room, max(least, left))
+        return min(part.room, max(least, left))
 
     def _decode(self, sequence: Sequence, draft: Draft, steps: int) -> None:
         """Plans the next row of a request, with fewer steps if pages run out."""
@@ -320,8 +337,9 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence, positions: int) -> int:
         """Takes pages up to a number of positions, if need be from held requests, then newer ones. Returns the room."""
-        while (room := self._allocator.extend(sequence, positions)) < positions:
-            victim = self._held or self._running[-1]
+        while (room := self._allocator(sequence).extend(sequence, positions)) < positions:
+            newest = next(each for each in reversed(self._running) if each.shard == sequence.shard)
+            victim = self._held(sequence.shard) or newest
             if victim is sequence:
                 break
             self._set_aside(victim)
@@ -335,15 +353,16 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         """Takes slot and pages."""
         assert sequence.slot is not None
-        self._allocator.release(sequence)
+        self._allocator(sequence).release(sequence)
         self._running.remove(sequence)
-        self._free_slots.append(sequence.slot)
+        self._free_slots[sequence.shard].append(sequence.slot)
         sequence.slot, sequence.joined, sequence.awaited = None, False, None
 
     def _finished(self, draft: Draft, steps: int) -> Plan:
         joins, tables = self._changes()
         rows = [row for _, row in draft.rows]
-        size = draft.turn.size or smallest(self.policy.row_sizes, max(1, len(rows)))
+        of_shards = Counter(sequence.shard for sequence, _ in draft.rows)
+        size = draft.turn.size or smallest(self.policy.row_sizes, max(of_shards.values(), default=1))
         decode = DecodeCall(size, steps, tuple(rows)) if rows else None
         self._plans += 1
         plan = Plan(self._plans, joins, tables, tuple(draft.copies), draft.calls(self.policy), decode)
@@ -364,8 +383,9 @@ class Scheduler:
             if not sequence.joined:
                 joins.append(Join(sequence.slot, sequence.number, tuple(sequence.generated)))
                 sequence.joined = True
+            first = self._allocator(sequence).first
             for pool, index in sorted(sequence.changed):
-                tables.append(TableEntry(pool, sequence.slot, index, sequence.pages[pool][index]))
+                tables.append(TableEntry(first + pool, sequence.slot, index, sequence.pages[pool][index]))
             sequence.changed.clear()
         return tuple(joins), tuple(tables)
 

@@ -30,6 +30,7 @@ class Sequence:
 
     # While it has a slot:
     slot: int | None = None
+    shard: int = 0  # that its slot belongs to
     joined: bool = False  # whether a plan says that it has the slot
     begun: bool = False  # whether its position is settled: what it shares has been looked up
     position: int = 0  # the next to be fed

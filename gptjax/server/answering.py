@@ -34,6 +34,7 @@ async def answered(
     make: Callable[[Service, Asked], Answer],
     *,
     is_quick: Callable[[dict[str, Any]], bool] = lambda values: False,
+    stream: type[EventStream] = EventStream,
 ) -> Response:
     """Answers a request with `make(service, read(values, service))`; `values` is its parsed body.
 
@@ -46,7 +47,7 @@ async def answered(
         answer = make(service, asked)
         answer.start()
     if answer.streams:
-        return EventStream(answer, service)
+        return stream(answer, service)
     try:
         return json_response(await unless_gone(request, answer.whole()))
     finally:

@@ -16,7 +16,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gptjax.errors import GptjaxError
-from gptjax.server import chat_completions, completions, health, page, responses
+from gptjax.server import chat_completions, completions, health, page, responses, stored_responses
+from gptjax.server.anthropic import errors as anthropic_errors
+from gptjax.server.anthropic import messages
 from gptjax.server.errors import ApiError, internal, of_gptjax
 from gptjax.server.origins import LOCAL_ORIGIN, Pages
 from gptjax.server.request_ids import HEADER, RequestIds
@@ -32,7 +34,7 @@ def build(
     """The application.
 
     Args:
-      api_key: the bearer token that requests under /v1/ must carry; None admits all but those of foreign web pages.
+      api_key: the key that requests under /v1/ must carry; None admits all but those of foreign web pages.
       cors_origins: origins whose web pages may use the server, "*" for all; this machine's always may.
       local: the server listens on this machine only, so no public DNS name leads to it.
     """
@@ -51,7 +53,7 @@ def build(
             CORSMiddleware,
             allow_origins=list(cors_origins),
             allow_origin_regex=LOCAL_ORIGIN,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=[HEADER],
         ),
@@ -67,6 +69,10 @@ def build(
         Route("/v1/completions", completions.respond, methods=["POST"]),
         Route("/v1/chat/completions", chat_completions.respond, methods=["POST"]),
         Route("/v1/responses", responses.respond, methods=["POST"]),
+        Route("/v1/responses/{response_id}", stored_responses.respond, methods=["GET", "DELETE"]),
+        Route("/v1/responses/{response_id}/input_items", stored_responses.input_items),
+        Route(anthropic_errors.ROUTES, messages.respond, methods=["POST"]),
+        Route(f"{anthropic_errors.ROUTES}/count_tokens", messages.count_tokens, methods=["POST"]),
     ]
     handlers = dict.fromkeys((ApiError, GptjaxError, HTTPException, ClientGone), _on_error)
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
@@ -91,9 +97,9 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif scope["method"] == "OPTIONS":
-            await Response(status_code=204, headers={"Allow": "GET, HEAD, POST, OPTIONS"})(scope, receive, send)
+            await Response(status_code=204, headers={"Allow": "GET, HEAD, POST, DELETE, OPTIONS"})(scope, receive, send)
         elif scope["path"].startswith("/v1/") and (error := self._refusal(scope)) is not None:
-            await error_response(error)(scope, receive, send)
+            await _as_response(error, scope["path"])(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -102,12 +108,13 @@ class Gate:
         if self._key is None:
             return self._pages.refusal(headers)
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        given = [headers.get(b"x-api-key", b"")] + ([token] if scheme.lower() == b"bearer" else [])
         # In constant time, so that nobody can guess the key letter by letter.
-        if hmac.compare_digest(token.strip(), self._key) and scheme.lower() == b"bearer":
+        if any(hmac.compare_digest(each.strip(), self._key) for each in given):
             return None
         return ApiError(
             401,
-            "the API key is missing or wrong: send it in the header Authorization, as 'Bearer KEY'",
+            "the API key is missing or wrong: send it in the header Authorization, as 'Bearer KEY', or in x-api-key",
             kind="authentication_error",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
@@ -191,4 +198,9 @@ async def _on_error(request: Request, error: Exception) -> Response:
             _log.error("%s %r failed", request.method, request.scope["path"][:200], exc_info=error)
             found = internal()
     request.app.state.service.metrics.failed(found)
-    return error_response(found)
+    return _as_response(found, request.scope["path"])
+
+
+def _as_response(error: ApiError, path: str) -> Response:
+    """An error as the API that was asked has it."""
+    return anthropic_errors.error_response(error) if anthropic_errors.is_ours(path) else error_response(error)

@@ -23,6 +23,8 @@ from gptjax.server.schema import (
     MOST_TOKENS,
     WITHOUT_EFFECT,
     Stream,
+    fitted,
+    read_effort,
     read_guided,
     read_sampling,
     read_stream,
@@ -32,8 +34,8 @@ from gptjax.server.schema import (
 from gptjax.server.service import Served, Service
 from gptjax.server.turn import Delta, Turn, joined
 from gptjax.structured import Grammar
-from gptjax.structured.wishes import grammar_of_turn
-from gptjax.text.chat_formats import ChatOptions
+from gptjax.structured.wishes import described, grammar_of_turn, read_response_format
+from gptjax.text.chat_formats import CallPart, ChatOptions, ToolCall
 
 # Further fields about tools and the answer's form, with the values that ask for nothing.
 _NEUTRAL = {
@@ -87,13 +89,16 @@ def _render(fields: Fields, messages: object, served: Served) -> tuple[list[int]
     if tools is not None and not isinstance(tools, list):
         raise bad_request("tools must be a list", "tools")
     served.check_size([messages, tools], "messages")
-    choice, form, guided = fields.take("tool_choice"), fields.take("response_format"), read_guided(fields)
-    how = ChatOptions(
-        tools=[] if choice == "none" else tools or [],
-        reasoning_effort=fields.text("reasoning_effort") or None,
-        enable_thinking=read_thinking(fields),
-    )
+    choice, given, guided = fields.take("tool_choice"), fields.take("response_format"), read_guided(fields)
+    effort, thinking = fitted(served.chat(), read_effort(fields), read_thinking(fields))
     try:
+        form = read_response_format(given)
+        how = ChatOptions(
+            tools=[] if choice == "none" else tools or [],
+            reasoning_effort=effort,
+            enable_thinking=thinking,
+            response_format=described(given),
+        )
         prompt_ids = served.chat().render(messages, served.text(), how, max_length=served.max_length)
         return prompt_ids, how, grammar_of_turn(served.chat(), served.text(), how, form, choice, guided)
     except GptjaxError as error:
@@ -193,11 +198,10 @@ class Answer:
             if delta.text or delta.reasoning:
                 logprobs = self._logprobs(self._entries(delta))
                 yield {**head, "choices": [_choice(row, _delta(delta), logprobs)], **without}
+            if delta.calls:
+                yield {**head, "choices": [_choice(row, {"tool_calls": list(map(_call, delta.calls))})], **without}
             if delta.whole is not None:
                 turns[row] = delta.whole
-                calls = [{"index": index, **call.to_json()} for index, call in enumerate(delta.whole.tool_calls)]
-                if calls:
-                    yield {**head, "choices": [_choice(row, {"tool_calls": calls})], **without}
                 yield {**head, "choices": [_choice(row, {}, None, delta.whole.finish_reason)], **without}
         if self._asked.stream.usage:
             yield {**head, "choices": [], "usage": self._usage(turns)}
@@ -232,6 +236,12 @@ def _delta(delta: Delta) -> dict[str, Any]:
     found = {"content": delta.text} if delta.text else {}
     # Clients read one or the other.
     return found | ({"reasoning": delta.reasoning, "reasoning_content": delta.reasoning} if delta.reasoning else {})
+
+
+def _call(part: CallPart) -> dict[str, Any]:
+    if not part.begins:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    return {"index": part.index, **ToolCall(part.id, part.name, part.arguments).to_json()}
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from gptjax.server.errors import ApiError, bad_request, of_gptjax
 from gptjax.server.generation import Generation, Row, usage_json
 from gptjax.server.logprobs import LegacyLogprobs, joined
 from gptjax.server.schema import (
-    GUIDED,
     MOST_CHOICES,
     MOST_TOKENS,
     WITHOUT_EFFECT,
@@ -31,6 +30,7 @@ from gptjax.server.schema import (
     seed_of_choice,
 )
 from gptjax.server.service import Served, Service
+from gptjax.structured.wishes import GUIDED
 
 _DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
 _MOST_ECHOED: Final = 32 << 20  # characters of prompts, and of their log-probabilities, in one answer

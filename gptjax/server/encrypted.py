@@ -1,6 +1,7 @@
-"""The `encrypted_content` of reasoning items, which clients send back because the server stores nothing.
+"""Reasoning in an opaque form, which clients send back: `encrypted_content` of items, `signature` of thinking blocks.
 
-It is not secret: the same item has the plain text. It exists for clients that keep only this field.
+It is not secret: the same answer has the plain text, unless the client did not want it. It exists for clients that keep
+only this field.
 """
 
 import base64
@@ -33,3 +34,15 @@ def decrypted(value: object, where: str) -> str:
         f"{where} ({as_json(value)}) is not what this server returned: send it unchanged, or leave the item out",
         "input",
     )
+
+
+def verified(text: str, signature: object, where: str) -> str:
+    """The reasoning of a thinking block: its text or, if that was omitted, what the signature holds.
+
+    Raises `ApiError` if they do not fit together. Any signature that is not this server's fits any text.
+    """
+    if not text:
+        return decrypted(signature, f"{where}.signature") if signature else ""
+    if isinstance(signature, str) and signature.startswith(_PREFIX) and signature != encrypted(text):
+        raise bad_request(f"{where} was changed: its text is not what its signature holds; send it as it was returned")
+    return text

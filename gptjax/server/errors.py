@@ -12,7 +12,7 @@ from gptjax.support.quoting import quoted
 
 # Fields of a request; the first one in a message of the library's is its `param`.
 _FIELD = re.compile(
-    r"\b(?:response_format|tool_choice|guided_json|guided_regex|guided_grammar|messages|tools|prompt|reasoning_effort|enable_thinking|logit_bias|repetition_penalty|stop|seed|max_tokens|top_k|top_logprobs)\b"
+    r"\b(?:response_format|tool_choice|guided_json|guided_regex|guided_choice|guided_grammar|structured_outputs|messages|tools|prompt|reasoning_effort|enable_thinking|logit_bias|repetition_penalty|stop|seed|max_tokens|top_k|top_logprobs)\b"
 )
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients heed this
 _RETRY_SECONDS = "5"

@@ -1,5 +1,6 @@
 """`GET /health`, `/metrics` and `/v1/models`."""
 
+import datetime
 import time
 from typing import Any, Final
 
@@ -57,7 +58,9 @@ async def metrics(request: Request) -> Response:
 async def models(request: Request) -> Response:
     """Lists the one model."""
     service: Service = request.app.state.service
-    return json_response({"object": "list", "data": [_model(service)]})
+    name = service.served.name
+    ends = {"has_more": False, "first_id": name, "last_id": name}
+    return json_response({"object": "list", "data": [_model(service)], **ends})
 
 
 async def model(request: Request) -> Response:
@@ -68,6 +71,7 @@ async def model(request: Request) -> Response:
 
 
 def _model(service: Service) -> dict[str, Any]:
+    """The model, as OpenAI's clients, vLLM's and Anthropic's expect it."""
     served = service.served
     return {
         "id": served.name,
@@ -75,4 +79,10 @@ def _model(service: Service) -> dict[str, Any]:
         "created": served.created,
         "owned_by": "gptjax",
         "max_model_len": served.max_length,
+        "type": "model",
+        "display_name": served.name,
+        "created_at": datetime.datetime.fromtimestamp(served.created, datetime.UTC).isoformat(),
+        "lifecycle": "active",
+        "max_input_tokens": served.max_length,
+        "max_tokens": served.max_length,
     }

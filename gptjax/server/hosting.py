@@ -3,7 +3,7 @@
 import functools
 import gc
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gptjax.checkpoints.checkpoint import Checkpoint
@@ -70,16 +70,23 @@ def _freeze() -> None:
 
 
 def facts_of(
-    lm: LanguageModel, name: str, *, checkpoint: Checkpoint | None = None, tokenizer_from: str | None = None
+    lm: LanguageModel,
+    name: str,
+    *,
+    aliases: Sequence[str] = (),
+    checkpoint: Checkpoint | None = None,
+    tokenizer_from: str | None = None,
 ) -> Facts:
     """What is known of a model.
 
     Args:
+      aliases: other names that clients may use; a * at the end stands for anything.
       checkpoint: what it was loaded from, for `/health`.
       tokenizer_from: where its tokenizer was read from, if not from there.
     """
     return Facts(
         name=name,
+        aliases=tuple(aliases),
         defaults=lm.defaults,
         eos_ids=lm.eos_ids,
         vocab_size=lm.config.vocab_size,

@@ -1,4 +1,4 @@
-"""An id for every request, in its answer's header `x-request-id` and in its log lines."""
+"""An id for every request, in its answer's headers `x-request-id` and `request-id`, and in its log lines."""
 
 import re
 import secrets
@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gptjax.server.logs import request_id
 
 HEADER: Final = "x-request-id"
+_ANTHROPIC: Final = b"request-id"  # where clients of its API look
 _SANE: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -28,7 +29,8 @@ class RequestIds:
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), (HEADER.encode(), name)]}
+                own = [(header, name) for header in (HEADER.encode(), _ANTHROPIC)]
+                message = {**message, "headers": [*message.get("headers", ()), *own]}
             await send(message)
 
         token = request_id.set(name.decode())

@@ -1,4 +1,4 @@
-"""`POST /v1/responses`: one turn of a conversation, as items, for chat models. Nothing is stored."""
+"""`POST /v1/responses`: one turn of a conversation, as items, for chat models."""
 
 import dataclasses
 import secrets
@@ -10,27 +10,37 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gptjax.chat import ChatCompletion
-from gptjax.engine.options import make_request
 from gptjax.engine.request import check_prompt
 from gptjax.errors import GptjaxError
 from gptjax.server.answering import answered
 from gptjax.server.body import Fields
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
-from gptjax.server.generation import Generation, Row
 from gptjax.server.items import Items
-from gptjax.server.responses_input import joined, read_input, read_tools, with_strict
+from gptjax.server.response_store import ResponseStore
+from gptjax.server.responses_input import Input, joined, read_input
+from gptjax.server.responses_memory import Memory, OwnItems, read_memory
 from gptjax.server.responses_options import (
+    Include,
     check_repeated,
-    read_effort,
     read_include,
     read_repeated,
     read_text,
+    read_truncation,
     repeated_tools,
 )
-from gptjax.server.schema import MOST_TOKENS, WITHOUT_EFFECT, read_sampling, read_thinking
+from gptjax.server.responses_tools import WARNING, Tools, read_tools
+from gptjax.server.schema import (
+    MOST_TOKENS,
+    WITHOUT_EFFECT,
+    fitted,
+    read_reasoning,
+    read_sampling,
+    read_thinking,
+)
 from gptjax.server.service import Served, Service
-from gptjax.server.turn import Turn
+from gptjax.server.truncation import fitting
 from gptjax.server.turn import joined as joined_deltas
+from gptjax.server.turn import running_turn
 from gptjax.structured.wishes import grammar_of_turn
 from gptjax.text.chat_formats import ChatOptions
 
@@ -38,12 +48,9 @@ from gptjax.text.chat_formats import ChatOptions
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "background": (False,),
     "conversation": (),
-    "previous_response_id": (),
     "prompt": (),
-    "top_logprobs": (0,),
-    "truncation": ("disabled",),
 }
-_WITHOUT_EFFECT = WITHOUT_EFFECT | {"client_metadata", "max_tool_calls", "stream_options"}  # Codex sends the first
+_WITHOUT_EFFECT = WITHOUT_EFFECT | {"max_tool_calls", "stream_options"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +61,14 @@ class Asked:
     how: ChatOptions
     options: dict[str, Any]
     stream: bool
-    encrypts: bool  # also return the reasoning as `encrypted_content`
+    include: Include
     repeated: dict[str, Any]  # fields of the request that its answer repeats
+    memory: Memory
+    own: OwnItems
+    tools: Tools
 
 
-def read(values: dict[str, Any], served: Served) -> Asked:
+def read(values: dict[str, Any], served: Served, store: ResponseStore) -> Asked:
     """Reads a request's fields. Raises `ApiError` for the first invalid one."""
     fields = Fields(values)
     served.check_name(fields.text("model"))
@@ -67,19 +77,21 @@ def read(values: dict[str, Any], served: Served) -> Asked:
         value = fields.take(name)
         if value is not None and value not in neutral:
             raise bad_request(f"{name} {as_json(value)} is not supported", name, "unsupported")
-    stream, encrypts = fields.flag("stream"), read_include(fields)
+    stream, include, truncation = fields.flag("stream"), read_include(fields), read_truncation(fields)
     repeated = read_repeated(fields)
     options = read_sampling(fields)
     max_tokens = fields.whole("max_output_tokens", 1, MOST_TOKENS)
-    (text, answer), effort, thinking = read_text(fields), read_effort(fields), read_thinking(fields)
+    text, answer, about = read_text(fields)
+    given_effort, thinking = read_reasoning(fields), read_thinking(fields)
+    effort, thinking = fitted(chat_format, given_effort, thinking, name="reasoning.effort")
     if effort is None and "reasoning_effort" in chat_format.options:
         effort = "medium"
     tools = read_tools(fields.take("tools"))
     choice, instructions = fields.take("tool_choice"), fields.text("instructions")
-    given = read_input(fields.take("input"), instructions)
+    memory = read_memory(fields, store)
+    given = read_input(memory.items, instructions, before=len(memory.earlier))
     if chat_format.one_message_a_turn:
         given = joined(given)
-    messages = given.messages
     fields.finish(_WITHOUT_EFFECT)
     repeated |= {
         "instructions": instructions,
@@ -89,32 +101,60 @@ def read(values: dict[str, Any], served: Served) -> Asked:
         "text": text,
         "tools": repeated_tools(values.get("tools")),
         "tool_choice": choice or "auto",
+        "top_logprobs": include.top_logprobs or 0,
         "top_p": options.get("top_p"),
+        "truncation": truncation,
+        "previous_response_id": memory.previous,
     }
     check_repeated(repeated)
-    served.check_size(tools, "tools")
-    served.check_size([messages, tools], "input")
-    how = ChatOptions(tools=[] if choice == "none" else tools, reasoning_effort=effort, enable_thinking=thinking)
+    served.check_size(tools.offered, "tools")
+    how = ChatOptions(
+        tools=[] if choice == "none" else tools.offered,
+        reasoning_effort=effort,
+        enable_thinking=thinking,
+        response_format=about,
+    )
+    if truncation == "auto":
+        given = given.only(fitting(given.messages, how, served, max_tokens))
+    served.check_size([given.messages, tools.offered], "input")
+    prompt_ids = _rendered(given, how, served)
     try:
-        prompt_ids = chat_format.render(messages, served.text(), how, max_length=served.max_length)
-    except GptjaxError as error:
-        raise given.explained(error) from None
-    try:
-        checked = check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
-    except GptjaxError as error:
-        raise of_gptjax(error, "input") from None
-    try:
-        strict = dataclasses.replace(how, tools=with_strict(how.tools, values["tools"])) if how.tools else how
+        strict = dataclasses.replace(how, tools=tools.with_strict()) if how.tools else how
         grammar = grammar_of_turn(chat_format, served.text(), strict, None, choice, answer)
     except GptjaxError as error:
         raise of_gptjax(error) from None
-    options |= {"max_tokens": served.max_length if max_tokens is None else max_tokens, "grammar": grammar}
-    return Asked(checked, how, options, stream, encrypts, repeated)
+    options |= {
+        "max_tokens": served.max_length if max_tokens is None else max_tokens,
+        "grammar": grammar,
+        "top_logprobs": include.top_logprobs or 0,
+    }
+    return Asked(prompt_ids, how, options, stream, include, repeated, memory, memory.own_items(), tools)
+
+
+def _rendered(given: Input, how: ChatOptions, served: Served) -> tuple[int, ...]:
+    try:
+        prompt_ids = served.chat().render(given.messages, served.text(), how, max_length=served.max_length)
+    except GptjaxError as error:
+        raise given.explained(error) from None
+    try:
+        return check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
+    except GptjaxError as error:
+        raise of_gptjax(error, "input") from None
 
 
 async def respond(request: Request) -> Response:
-    """Answers a request."""
-    return await answered(request, lambda values, service: read(values, service.served), Answer)
+    """Answers a request. A header names the tools that were left out."""
+    left_out: list[str] = []
+
+    def read_tools_too(values: dict[str, Any], service: Service) -> Asked:
+        asked = read(values, service.served, service.stored)
+        left_out.extend(asked.tools.left_out)
+        return asked
+
+    response = await answered(request, read_tools_too, Answer)
+    if left_out:
+        response.headers[WARNING] = f"left out, as this server runs no tools itself: {', '.join(left_out)}"
+    return response
 
 
 class Answer:
@@ -123,14 +163,9 @@ class Answer:
     def __init__(self, service: Service, asked: Asked) -> None:
         served = service.served
         self.streams = asked.stream
-        tokenizer = served.text()
-        self._turn = Turn(served.chat().reader(tokenizer, asked.how), tokenizer)
-        try:
-            asked_for = make_request(asked.prompt_ids, asked.options, served.defaults, served.turn_ends())
-        except GptjaxError as error:
-            raise of_gptjax(error) from None
-        self._generation = Generation(service, [Row(asked_for, self._turn.reader, self._turn.add)])
-        self._items = Items(encrypts=asked.encrypts)
+        self._turn, self._generation = running_turn(service, asked.prompt_ids, asked.how, asked.options)
+        self._asked = asked
+        self._items = Items(asked.include, served.text(), asked.tools.namespaces)
         self._result: ChatCompletion | None = None
         self._error: ApiError | None = None
         self._count = 0  # of events
@@ -141,10 +176,6 @@ class Answer:
             "model": served.name,
             **asked.repeated,
             "background": False,
-            "previous_response_id": None,
-            "store": False,
-            "top_logprobs": 0,
-            "truncation": "disabled",
         }
 
     def start(self) -> None:
@@ -186,15 +217,16 @@ class Answer:
         yield {"type": f"response.{response['status']}", "response": response}
 
     async def _events(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The events of the items."""
+        """The events of the items; then the response is stored."""
         async for _, deltas in self._generation.results():
             for delta in joined_deltas(deltas):
-                for event in self._items.add(delta.reasoning, delta.text, delta.phase):
+                for event in self._items.add(delta):
                     yield event
                 if delta.whole is not None:
                     self._result = delta.whole
                     for event in self._items.finish(delta.whole):
                         yield event
+        self._asked.memory.remember(self._response(), self._asked.own)  # before clients know its end
 
     def _response(self) -> dict[str, Any]:
         """The response object in its current state."""
@@ -209,6 +241,7 @@ class Answer:
                 status, details = "incomplete", {"reason": "max_output_tokens"}
         return {
             **self._head,
+            "store": self._asked.memory.stores and self._error is None,
             "status": status,
             "error": error,
             "incomplete_details": details,

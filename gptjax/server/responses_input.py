@@ -1,4 +1,4 @@
-"""The input and tools of `/v1/responses`, in the form of chat completions, which chat formats read."""
+"""The input of `/v1/responses`, in the form of chat completions, which chat formats read."""
 
 import dataclasses
 import re
@@ -9,6 +9,7 @@ from gptjax.errors import GptjaxError
 from gptjax.server.body import check_text
 from gptjax.server.encrypted import decrypted
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
+from gptjax.server.responses_tools import whole_name
 
 # For each type of content part, the field with its text.
 _TEXTS: Final = {kind: "text" for kind in ("input_text", "output_text", "text", "reasoning_text", "summary_text")}
@@ -34,6 +35,10 @@ class Input:
     messages: list[dict[str, Any]]
     places: list[str]  # for each message, the field that it comes from, like "input[2]"
 
+    def only(self, kept: Sequence[int]) -> "Input":
+        """Those of the messages at these places."""
+        return Input([self.messages[place] for place in kept], [self.places[place] for place in kept])
+
     def explained(self, error: GptjaxError) -> ApiError:
         """A chat format's error about the messages, with this route's field names."""
         found, message, param = of_gptjax(error), str(error), "input"
@@ -46,8 +51,11 @@ class Input:
         return bad_request(message, _PARAMS.get(found.param or "", param), found.code)
 
 
-def read_input(given: object, instructions: str | None) -> Input:
-    """`input`, a string or a list of items, after `instructions`. Raises `ApiError`."""
+def read_input(given: object, instructions: str | None, *, before: int = 0) -> Input:
+    """`input`, a string or a list of items, after `instructions`. Raises `ApiError`.
+
+    The first items, `before` of them, are not the request's own.
+    """
     found = Input([], [])
     if instructions:
         found.messages.append({"role": "system", "content": instructions})
@@ -60,7 +68,7 @@ def read_input(given: object, instructions: str | None) -> Input:
         raise bad_request("input must be a string or a non-empty list of items", "input")
     preambles = _preambles(given)
     for index, item in enumerate(given):
-        where = f"input[{index}]"
+        where = f"input[{index - before}]" if index >= before else "previous_response_id"
         follows_reasoning = index > 0 and _kind(given[index - 1])[0] == "reasoning"
         message = _read_item(item, where, is_preamble=index in preambles, follows_reasoning=follows_reasoning)
         if message is not None:
@@ -90,33 +98,6 @@ def _follows(message: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
         return True
     said = last.get("content") is not None or last.get("tool_calls")
     return not said and message.get("reasoning_content") is None
-
-
-def read_tools(given: object) -> list[Any]:
-    """`tools`; their functions are flat here. Raises `ApiError`."""
-    if given is None:
-        return []
-    if not isinstance(given, list):
-        raise bad_request("tools must be a list", "tools")
-    return [_read_tool(tool, f"tools[{index}]") for index, tool in enumerate(given)]
-
-
-def _read_tool(tool: object, where: str) -> object:
-    if not isinstance(tool, Mapping) or tool.get("type") != "function":
-        return tool  # the chat format reads or refuses it
-    if (strict := tool.get("strict")) is not None and not isinstance(strict, bool):
-        raise bad_request(f"{where}.strict must be true or false, found {as_json(strict)}", "tools")
-    return {"type": "function", "function": {name: tool.get(name) for name in ("name", "description", "parameters")}}
-
-
-def with_strict(tools: Sequence[Any], given: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Tools that were read, with the `strict` of those that have it. (Prompts do not repeat that.)"""
-    return [
-        {**tool, "function": {**tool["function"], "strict": True}}
-        if tool["type"] == "function" and each.get("strict") is True
-        else tool
-        for tool, each in zip(tools, given, strict=True)
-    ]
 
 
 def _preambles(items: Sequence[object]) -> frozenset[int]:
@@ -151,6 +132,8 @@ def _read_item(item: object, where: str, *, is_preamble: bool, follows_reasoning
             return {"role": "assistant", "reasoning_content": text, "content": None} if text else None
         case "function_call":
             call_id, name, arguments = (_text(item, name, where) for name in ("call_id", "name", "arguments"))
+            if item.get("namespace") is not None:
+                name = whole_name(_text(item, "namespace", where), name)
             call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
             return {"role": "assistant", "content": None, "tool_calls": [call]}
         case "function_call_output":

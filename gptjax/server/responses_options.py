@@ -1,19 +1,23 @@
 """The options of `/v1/responses` that the answer repeats, and those about its form."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from gptjax.engine.request import MAX_TOP_LOGPROBS
 from gptjax.errors import GptjaxError
-from gptjax.server.body import Fields, check_text
+from gptjax.server.body import Fields
 from gptjax.server.errors import as_json, bad_request, of_gptjax
 from gptjax.structured import Grammar
-from gptjax.structured.wishes import read_response_format
+from gptjax.structured.wishes import described, read_response_format
+from gptjax.text.harmony.messages import ResponseFormat
 
 _MOST_REPEATED: Final = 1 << 20  # characters of JSON; a stream repeats them three times
 _DEEPEST: Final = 100
-_OF_TOOLS: Final = ("type", "name", "description", "parameters", "strict")
+_OF_TOOLS: Final = ("type", "name", "description", "parameters", "strict", "tools")
 _ENCRYPTED: Final = "reasoning.encrypted_content"
+_LOGPROBS: Final = "message.output_text.logprobs"
 # Parts of items that never occur in answers here.
 _INCLUDABLE: Final = frozenset(
     """code_interpreter_call.outputs computer_call_output.output.image_url file_search_call.results
@@ -25,26 +29,44 @@ _LONGEST_KEY: Final = 64
 _LONGEST_VALUE: Final = 512
 
 
-def read_include(fields: Fields) -> bool:
-    """Whether to also return reasoning as `encrypted_content`. Raises `ApiError` for an unsupported entry."""
-    given = fields.take("include")
+@dataclasses.dataclass(frozen=True)
+class Include:
+    """What items have only if it is asked for."""
+
+    encrypted: bool = False  # the reasoning also as `encrypted_content`
+    top_logprobs: int | None = None  # alternatives to each token of a text; None: no log-probabilities
+
+
+def read_include(fields: Fields) -> Include:
+    """`include` and `top_logprobs`. Raises `ApiError` for an unsupported entry."""
+    given, top = fields.take("include"), fields.whole("top_logprobs", 0, MAX_TOP_LOGPROBS)
     if given is None:
-        return False
+        given = []
     if not isinstance(given, list):
         raise bad_request(f"include must be a list, found {as_json(given)}", "include")
     for name in given:
-        if not isinstance(name, str) or name not in {_ENCRYPTED, *_INCLUDABLE}:
+        if not isinstance(name, str) or name not in {_ENCRYPTED, _LOGPROBS, *_INCLUDABLE}:
             raise bad_request(f"include {as_json(name)} is not supported", "include", "unsupported")
-    return _ENCRYPTED in given
+    if top and _LOGPROBS not in given:
+        raise bad_request(f"top_logprobs requires include: [{as_json(_LOGPROBS)}]", "top_logprobs")
+    return Include(_ENCRYPTED in given, (top or 0) if _LOGPROBS in given else None)
 
 
-def read_text(fields: Fields) -> tuple[dict[str, Any], Grammar | None]:
-    """`text` as the answer repeats it, and what the text must be. Raises `ApiError`."""
+def read_truncation(fields: Fields) -> str:
+    """`truncation`. Raises `ApiError`."""
+    given = fields.text("truncation") or "disabled"
+    if given not in ("auto", "disabled"):
+        raise bad_request(f"truncation is {as_json(given)}; expected auto or disabled", "truncation")
+    return given
+
+
+def read_text(fields: Fields) -> tuple[dict[str, Any], Grammar | None, ResponseFormat | None]:
+    """`text` as the answer repeats it, what the text must be, and what to say of that. Raises `ApiError`."""
     found: dict[str, Any] = {"format": {"type": "text"}, "verbosity": "medium"}
     options = _options(fields, "text")
     form = options.take("format")
     try:
-        grammar = read_response_format(form, "text.format")
+        grammar, about = read_response_format(form, "text.format"), described(form)
     except GptjaxError as error:
         raise of_gptjax(error, "text") from None
     if isinstance(form, dict):
@@ -56,15 +78,7 @@ def read_text(fields: Fields) -> tuple[dict[str, Any], Grammar | None]:
             raise bad_request(message, "text.verbosity")
         found["verbosity"] = verbosity
     options.finish(())
-    return found, grammar
-
-
-def read_effort(fields: Fields) -> str | None:
-    """`reasoning.effort`; None if it is absent. Raises `ApiError`."""
-    options = _options(fields, "reasoning")
-    effort = options.take("effort")
-    options.finish({"summary", "generate_summary"})
-    return None if effort is None else check_text(effort, "reasoning.effort")
+    return found, grammar, about
 
 
 def _options(fields: Fields, name: str) -> Fields:
@@ -107,7 +121,7 @@ def repeated_tools(given: object) -> list[dict[str, Any]]:
     found = []
     for tool in given if isinstance(given, list) else []:
         known = {name: tool[name] for name in _OF_TOOLS if name in tool} if isinstance(tool, dict) else {}
-        whole = dict.fromkeys(_OF_TOOLS) if known.get("type") == "function" else {}
+        whole = dict.fromkeys(_OF_TOOLS[:-1]) if known.get("type") == "function" else {}
         found.append({**whole, **known})
     return found
 

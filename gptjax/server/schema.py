@@ -9,15 +9,18 @@ from gptjax.errors import GptjaxError
 from gptjax.server.body import Fields, check_number, check_text
 from gptjax.server.errors import as_json, bad_request, of_gptjax
 from gptjax.structured import Grammar
+from gptjax.structured.wishes import GUIDED
 from gptjax.structured.wishes import read_guided as grammar_of_guided
+from gptjax.text.chat_formats import ChatFormat
 
 # Fields of OpenAI's API that do not change an answer here.
 WITHOUT_EFFECT: Final = frozenset(
-    "metadata prompt_cache_key prompt_cache_retention safety_identifier service_tier store user verbosity".split()
+    """client_metadata metadata prompt_cache_key prompt_cache_retention safety_identifier service_tier store user
+    verbosity""".split()
 )
 MOST_CHOICES: Final = 128
 MOST_TOKENS: Final = 1 << 31
-GUIDED: Final = ("guided_json", "guided_regex", "guided_grammar")
+_NEAREST: Final = {"minimal": "low", "xhigh": "high"}
 _SEEDS: Final = 1 << 32
 _MOST_TOKEN: Final = (1 << 31) - 1
 _TOKEN_KEY: Final = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -43,6 +46,7 @@ def read_stream(fields: Fields) -> Stream:
         raise bad_request("stream_options requires stream: true", "stream_options")
     options = Fields(given)
     usage = options.flag("include_usage")
+    options.flag("continuous_usage_stats")  # vLLM's; the usage comes at the end
     options.finish({"include_obfuscation"})
     return Stream(wanted, usage)
 
@@ -61,6 +65,45 @@ def read_thinking(fields: Fields) -> bool | None:
     return wanted
 
 
+def read_effort(fields: Fields) -> str | None:
+    """`reasoning_effort`, or `reasoning` with an `effort`; None if both are absent."""
+    effort, other = fields.text("reasoning_effort"), read_reasoning(fields)
+    if effort and other and effort != other:
+        raise bad_request("reasoning_effort and reasoning.effort are different: give one of them", "reasoning_effort")
+    return effort or other or None
+
+
+def read_reasoning(fields: Fields) -> str | None:
+    """`reasoning.effort`; None if it is absent. Summaries are a wish that is not met."""
+    given = fields.take("reasoning")
+    if given is not None and not isinstance(given, dict):
+        raise bad_request(f"reasoning must be an object, found {as_json(given)}", "reasoning")
+    options = Fields(given or {})
+    effort = options.take("effort")
+    options.finish({"summary", "generate_summary"})
+    return None if effort is None else check_text(effort, "reasoning.effort")
+
+
+def fitted(
+    chat_format: ChatFormat, effort: str | None, thinking: bool | None, *, name: str = "reasoning_effort"
+) -> tuple[str | None, bool | None]:
+    """The effort, and whether to think, as a chat format has them.
+
+    Of OpenAI's further efforts, "minimal" and "xhigh" are its least and most; "none" is not to think. What it does not
+    have, it refuses itself.
+    """
+    if "reasoning_effort" in chat_format.options:
+        if effort == "none":
+            message = f"{name} is 'none', but this model always reasons: the least is 'low'"
+            raise bad_request(message, name, "unsupported")
+        return _NEAREST.get(effort, effort) if effort else None, thinking
+    if effort == "none" and "enable_thinking" in chat_format.options:
+        if thinking:
+            raise bad_request(f"{name} is 'none', but enable_thinking is true: give one of them", name)
+        return None, False
+    return effort, thinking
+
+
 def read_guided(fields: Fields) -> Grammar | None:
     """What the text must be, under the names that vLLM has for it."""
     given = {name: fields.take(name) for name in GUIDED if name in fields}
@@ -70,8 +113,8 @@ def read_guided(fields: Fields) -> Grammar | None:
         raise of_gptjax(error) from None
 
 
-def read_sampling(fields: Fields) -> dict[str, Any]:
-    """The given options of `make_request`; the checkpoint's defaults apply to the others."""
+def read_sampling(fields: Fields, *, stop: str = "stop") -> dict[str, Any]:
+    """The given options of `make_request`; the checkpoint's defaults apply to the others. `stop` names that field."""
     options: dict[str, Any] = {
         "temperature": fields.number("temperature", 0, 100),
         "top_p": _above_zero(fields, "top_p", 1),
@@ -82,7 +125,7 @@ def read_sampling(fields: Fields) -> dict[str, Any]:
         "frequency_penalty": fields.number("frequency_penalty", -100, 100),
         "logit_bias": _logit_bias(fields),
         "seed": _seed(fields),
-        "stop": _stops(fields),
+        "stop": _stops(fields, stop),
         "stop_ids": _stop_ids(fields),
         "ignore_eos": fields.flag("ignore_eos"),
     }
@@ -126,16 +169,16 @@ def _logit_bias(fields: Fields) -> dict[int, float] | None:
     return found
 
 
-def _stops(fields: Fields) -> list[str] | None:
-    value = fields.take("stop")
+def _stops(fields: Fields, name: str) -> list[str] | None:
+    value = fields.take(name)
     if value is None:
         return None
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MAX_STOPS:
-        raise bad_request(f"stop must be a string or a list of at most {MAX_STOPS} strings", "stop")
+        raise bad_request(f"{name} must be a string or a list of at most {MAX_STOPS} strings", name)
     for stop in stops:
-        if not 0 < len(check_text(stop, "stop")) <= MAX_STOP_LENGTH:
-            raise bad_request(f"a stop must have 1 to {MAX_STOP_LENGTH} characters, found {len(stop)}", "stop")
+        if not 0 < len(check_text(stop, name)) <= MAX_STOP_LENGTH:
+            raise bad_request(f"a stop must have 1 to {MAX_STOP_LENGTH} characters, found {len(stop)}", name)
     return stops
 
 

@@ -14,6 +14,7 @@ from gptjax.server.errors import ApiError, as_json, bad_request, unavailable
 from gptjax.server.events import AnyWorker, PromptScores, QueueFull
 from gptjax.server.mailbox import Mailbox
 from gptjax.server.metrics import Metrics
+from gptjax.server.response_store import ResponseStore
 from gptjax.server.settings import Facts, Limits
 from gptjax.text import Tokenizer
 from gptjax.text.bounded import Bounds
@@ -49,6 +50,13 @@ class Served(Facts):
 
     def check_size(self, texts: object, param: str) -> None:
         """Raises `ApiError` if strings, in lists and objects, cannot fit: megabytes take a minute to encode."""
+        characters, least = self.least_tokens(texts)
+        if least > self.max_length:
+            message = f"the prompt has {characters} characters, at least {least} tokens, but max_length is "
+            raise bad_request(f"{message}{self.max_length}: shorten it", param, "context_length_exceeded")
+
+    def least_tokens(self, texts: object) -> tuple[int, int]:
+        """The characters of strings, in lists and objects, and the tokens that they have at least."""
         assert self.tokenizer is not None  # the caller has checked
         characters, left = 0, [texts]
         while left:
@@ -57,10 +65,7 @@ class Served(Facts):
                 characters += len(value)
             elif isinstance(value, list | dict):
                 left += value.values() if isinstance(value, dict) else value
-        least = characters // self.tokenizer.longest_token
-        if least > self.max_length:
-            message = f"the prompt has {characters} characters, at least {least} tokens, but max_length is "
-            raise bad_request(f"{message}{self.max_length}: shorten it", param, "context_length_exceeded")
+        return characters, characters // self.tokenizer.longest_token
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """The ids of a prompt. Raises `ApiError` or `CapacityError` if it cannot fit, without encoding all of it."""
@@ -75,7 +80,7 @@ class Served(Facts):
 
     def check_name(self, name: str | None) -> None:
         """Raises `ApiError` for another model's name; None means this one."""
-        if name is not None and name != self.name:
+        if name not in (None, self.name) and not any(_stands_for(alias, name) for alias in self.aliases):
             raise ApiError(
                 404,
                 f"unknown model {as_json(name)}; this server has {self.name!r}",
@@ -98,10 +103,16 @@ class Service:
     draining: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when shutdown begins
     drained: threading.Event = dataclasses.field(default_factory=threading.Event)  # set when its time is up
     began: float = dataclasses.field(default_factory=time.monotonic)
+    stored: ResponseStore = dataclasses.field(init=False)
     _places: set[object] = dataclasses.field(default_factory=set)  # reserved for requests being read
     _bodies: dict[object, int] = dataclasses.field(default_factory=dict)  # sizes of the large ones being read
     _scoring: set[object] = dataclasses.field(default_factory=set)  # answers that need scores
     _mailboxes: list[Mailbox] = dataclasses.field(default_factory=list)  # of the loop that runs, if any
+
+    def __post_init__(self) -> None:
+        limits = self.limits
+        store = ResponseStore(limits.stored_responses, limits.stored_bytes, limits.stored_conversation)
+        object.__setattr__(self, "stored", store)  # the service is frozen
 
     @contextlib.contextmanager
     def body(self) -> Iterator[Callable[[int], None]]:
@@ -170,3 +181,7 @@ class Service:
         while self._scoring and time.monotonic() < until:
             time.sleep(_LOOK)
         self.drained.set()
+
+
+def _stands_for(alias: str, name: str) -> bool:
+    return name.startswith(alias[:-1]) if alias.endswith("*") else name == alias

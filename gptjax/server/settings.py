@@ -16,6 +16,9 @@ class Limits:
     heartbeat_seconds: float = 60.0  # without one, the worker counts as hung; compiling takes time
     rows: int = 128  # prompts times `n` of one request
     scoring: int = 64  # requests with `echo` and `logprobs` at a time
+    stored_responses: int = 1000
+    stored_bytes: int = 256 << 20  # of all stored responses
+    stored_conversation: int = 32 << 20  # bytes of the items that led to a stored response
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,3 +32,5 @@ class Facts:
     max_length: int  # positions of prompt and output
     quant_kind: str  # of the weights: "MXFP4", "Q4_K_M", "BF16", …
     tokenizer_kind: str | None  # "hf-json" or "gguf-bpe"; None: no tokenizer, or not known
+    # Other names that clients may use; a * at the end stands for anything.
+    aliases: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)

@@ -15,8 +15,6 @@ from gptjax.server.errors import ApiError, internal
 from gptjax.server.service import Service
 
 ABORT = "gptjax.abort"  # in a scope's extensions: cuts the connection without waiting for the client
-_PING = b": ping\n\n"
-_DONE = b"data: [DONE]\n\n"
 _MOST_PENDING = 1 << 16  # bytes that wait for a client to take them
 _HEADERS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 # Many clients, httpx's `iter_lines` among them, end a line here, and so an event's data.
@@ -80,10 +78,18 @@ class EventStream(Response):
 
     The answer is closed at the end, whether it was sent, the client left, or the client was cut because it did not read
     for `send_seconds`.
+
+    Attributes:
+      ping: what is sent when there is nothing else, so that the connection stays open.
+      end: what is sent at the end.
     """
+
+    ping = b": ping\n\n"
+    end = b"data: [DONE]\n\n"
 
     def __init__(self, answer: Streamed, service: Service) -> None:
         super().__init__()
+        self.raw_headers = list(_HEADERS)
         self._answer = answer
         self._objects = answer.stream()
         self._limits = service.limits
@@ -111,16 +117,16 @@ class EventStream(Response):
             async with asyncio.timeout(self._limits.send_seconds):
                 await send(message)
 
-        await write({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        await write({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         pending = _Pending()
         filling = asyncio.ensure_future(self._fill(pending))
         try:
             while (data := await pending.take(self._limits.ping_seconds)) is not None:
-                await write({"type": "http.response.body", "body": data or _PING, "more_body": True})
+                await write({"type": "http.response.body", "body": data or self.ping, "more_body": True})
             await filling  # raises what is no event
         finally:  # at once if a write fails, though the next object is being waited for
             await _end(filling)
-        await write({"type": "http.response.body", "body": _DONE, "more_body": False})
+        await write({"type": "http.response.body", "body": self.end, "more_body": False})
 
     async def _fill(self, pending: "_Pending") -> None:
         try:

@@ -2,11 +2,18 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from gptjax.chat import ChatCompletion, chat_chunks
+from gptjax.engine.options import make_request
 from gptjax.engine.output import Chunk
+from gptjax.errors import GptjaxError
+from gptjax.server.errors import of_gptjax
+from gptjax.server.generation import Generation, Row
+from gptjax.server.service import Service
 from gptjax.text import Tokenizer
-from gptjax.text.chat_formats import TurnReader
+from gptjax.text.chat_formats import CallPart, ChatOptions, TurnReader
+from gptjax.text.chat_formats.calls import joined_parts
 
 ScoredToken = tuple[int, float, Mapping[int, float]]
 """Token id, log-probability, and the most likely tokens with theirs."""
@@ -14,16 +21,19 @@ ScoredToken = tuple[int, float, Mapping[int, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """What one token added, or several of which all add reasoning or all add to the answer."""
+    """What one token added, or several of which all add reasoning or all add to the answer, and then calls."""
 
     text: str
     reasoning: str
     phase: str  # of the text, "commentary" or "final_answer"
     answer_tokens: tuple[ScoredToken, ...]  # the tokens that make up the answer's text
+    calls: tuple[CallPart, ...]  # after the text
     whole: ChatCompletion | None  # with the last token
 
     def goes_on_with(self, later: "Delta") -> bool:
         """Whether both can be joined. (Some clients take a delta with reasoning for one without an answer.)"""
+        if self.calls and (later.text or later.reasoning):
+            return False
         if self.text and later.text:
             return self.phase == later.phase and not later.reasoning
         return not (self.reasoning and later.text) and not (self.text and later.reasoning)
@@ -57,7 +67,21 @@ class Turn:
         if piece.text or piece.reasoning or is_special or self.reader.dropped > self._dropped:
             self._silent.clear()
         self._dropped = self.reader.dropped
-        return Delta(piece.text, piece.reasoning, self.reader.phase, mine, piece.completion)
+        return Delta(piece.text, piece.reasoning, self.reader.phase, mine, self.reader.take_calls(), piece.completion)
+
+
+def running_turn(
+    service: Service, prompt_ids: Sequence[int], how: ChatOptions, options: Mapping[str, Any]
+) -> tuple[Turn, Generation[Delta]]:
+    """The one turn that a request asks for, and its generation, not yet started. Raises `ApiError`."""
+    served = service.served
+    tokenizer = served.text()
+    turn = Turn(served.chat().reader(tokenizer, how), tokenizer)
+    try:
+        request = make_request(prompt_ids, options, served.defaults, served.turn_ends())
+    except GptjaxError as error:
+        raise of_gptjax(error) from None
+    return turn, Generation(service, [Row(request, turn.reader, turn.add)])
 
 
 def joined(deltas: Iterable[Delta]) -> list[Delta]:
@@ -77,5 +101,6 @@ def _one(deltas: Sequence[Delta]) -> Delta:
         reasoning="".join([delta.reasoning for delta in deltas]),
         phase=next((delta.phase for delta in deltas if delta.text), deltas[-1].phase),
         answer_tokens=tuple(token for delta in deltas for token in delta.answer_tokens),
+        calls=joined_parts([part for delta in deltas for part in delta.calls]),
         whole=deltas[-1].whole,
     )

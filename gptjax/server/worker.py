@@ -64,16 +64,16 @@ class Worker:
           steps_per_dispatch: see `Engine`.
         """
         self._model = model
-        self._slots = model.max_batch or DEFAULT_SLOTS
         self._max_queue = max_queue
         self._policy = default_policy(
             model.model,
-            slots=self._slots,
+            slots=model.max_batch or DEFAULT_SLOTS,
             steps_per_dispatch=steps_per_dispatch,
             chunk=chunk,
             reuse=True,
             exact=model.exact,
         )
+        self._slots = self._policy.all_slots
         self._pages: tuple[int, ...] = ()  # of the engine's pools; known once it is started
         self._thread = threading.Thread(target=self._run, name="gptjax-worker", daemon=True)
         # Guards all that follows, and is notified of changes. Only the thread moves jobs from place to place, except
@@ -217,7 +217,7 @@ class Worker:
         if not self._pages:
             return self._slots * self._model.max_length
         each = pool_kinds(self._model.model, max_length=self._model.max_length, policy=self._policy)
-        return pool_tokens(each, self._pages, page=self._policy.page)
+        return self._policy.shards * pool_tokens(each, self._pages, page=self._policy.page)
 
     def _check_room(self, ahead: int = 0) -> None:
         if refusal := self._refusal():

@@ -6,7 +6,7 @@ from typing import Final
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from gptjax.errors import RequestError
 from gptjax.support.quoting import quoted
@@ -25,7 +25,7 @@ def as_mesh(given: Mesh | Mapping[str, int], devices: Sequence[jax.Device] | Non
       devices: of which a mesh of sizes takes the first; by default all.
 
     Raises:
-      RequestError: an unknown axis, a size that is not a positive number, or too few devices.
+      RequestError: an unknown axis, a size that is not a positive number, or too few devices, or none of some process.
     """
     if isinstance(given, Mesh):
         sizes = _checked(dict(given.shape))
@@ -39,12 +39,18 @@ def as_mesh(given: Mesh | Mapping[str, int], devices: Sequence[jax.Device] | Non
             f"a mesh of {described(given)} needs {math.prod(sizes)} devices, and there are {len(available)}: "
             "choose smaller sizes"
         )
-    return Mesh(np.array(available[: math.prod(sizes)]).reshape(sizes), AXES)
+    taken = available[: math.prod(sizes)]
+    if devices is None and len({device.process_index for device in taken}) < jax.process_count():
+        raise RequestError(
+            f"a mesh of {described(given)} leaves out devices of some processes: choose sizes whose product is "
+            f"{len(available)}, the devices that the {jax.process_count()} processes have together"
+        )
+    return Mesh(np.array(taken).reshape(sizes), AXES)
 
 
 def planned(sizes: Mapping[str, int]) -> AbstractMesh:
     """A mesh of devices that need not be there, to see what each would have. Raises `RequestError`."""
-    return AbstractMesh(_checked(sizes), AXES)
+    return AbstractMesh(_checked(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def described(sizes: Mapping[str, int]) -> str:

@@ -44,6 +44,7 @@ class Share:
     num_experts: int  # E; 0 for a dense model
     mesh: Mesh | AbstractMesh | None = None
     rules: tuple[tuple[str, tuple[str, ...]], ...] = ()  # RULES, or others
+    divides_rows: bool = True  # over the mesh's axis data; otherwise all devices along it compute the same rows
 
     @classmethod
     def whole(cls, config: ModelConfig) -> "Share":
@@ -62,7 +63,16 @@ class Share:
     @property
     def rows_parts(self) -> int:
         """Into how many parts the rows of a call are divided."""
-        return 1 if self.mesh is None else int(self.mesh.shape[DATA])
+        return 1 if self.mesh is None or not self.divides_rows else int(self.mesh.shape[DATA])
+
+    def rows_of(self, rows: int) -> int:
+        """The most rows that a device has of a number of rows."""
+        return -(-rows // self.rows_parts)
+
+    @property
+    def by_row(self) -> P:
+        """How an array is divided whose first axis are rows, or a part's numbers after another's."""
+        return P(DATA) if self.rows_parts > 1 else P()
 
     def alone(self) -> "Share":
         """The same sizes for a program that meets no other device: for shapes."""

@@ -3,14 +3,14 @@
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, Self
 
 from gptjax.errors import RequestError
 from gptjax.structured.library import library, limits
-from gptjax.structured.places import place_of
+from gptjax.structured.places import place_of, without_nulls
 
 LONGEST: Final = 1 << 17  # characters; compiling a schema of that length can take seconds
 _DEEPEST: Final = 100  # levels of a schema
@@ -22,7 +22,9 @@ _STRICT: Final = {"item_separator": ",", "key_separator": ":", "lenient": False}
 
 @dataclass(frozen=True)
 class Grammar:
-    """What a text must be. Made by `of_json_schema`, `of_json_object`, `of_regex` and `of_lark`, which check it.
+    """What a text must be. Made by `of_json_schema`, `of_json_object`, `of_regex`, `of_choice` and `of_lark`.
+
+    These check it.
 
     JSON schemas and regular expressions never allow a special token. A Lark grammar can name one.
     """
@@ -69,6 +71,23 @@ class Grammar:
         _check_text(text, "a grammar")
         return cls("%lark {\n" + text + "\n}").check("the grammar")
 
+    @classmethod
+    def of_choice(cls, texts: Sequence[str]) -> Self:
+        """One of several texts.
+
+        Raises:
+          RequestError: there are none, or one is empty or not a text.
+        """
+        if not isinstance(texts, Sequence) or isinstance(texts, str) or not texts:
+            raise RequestError("it must be a list of at least one text")
+        for text in texts:
+            _check_text(text, "a choice")
+            if not text:
+                raise RequestError("a choice must not be empty")
+        body = f"({' | '.join(json.dumps(text, ensure_ascii=False) for text in texts)})"
+        _check_length(body)
+        return cls(body).check("the choice")
+
     @property
     def source(self) -> str:
         """The whole as a Lark grammar."""
@@ -97,7 +116,7 @@ def _of_schema(schema: object) -> str:
         raise RequestError(f"a JSON schema must be an object, found {type(schema).__name__}")
     _check_depth(schema)
     try:
-        text = json.dumps({**schema, "x-guidance": _OPTIONS | _STRICT}, allow_nan=False)
+        text = json.dumps({**without_nulls(schema), "x-guidance": _OPTIONS | _STRICT}, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise RequestError(f"a JSON schema must be JSON: {error}") from None
     _check_length(text)

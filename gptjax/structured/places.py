@@ -1,4 +1,4 @@
-"""Where in a JSON schema a fault is: llguidance says what it does not understand, but not where that stands."""
+"""The parts of a JSON schema, and where in it a fault is: llguidance does not say where something stands."""
 
 import itertools
 import time
@@ -15,6 +15,7 @@ _ONE: Final = frozenset(
 )
 _LISTS: Final = frozenset(("allOf", "anyOf", "items", "oneOf", "prefixItems"))
 _MAPS: Final = frozenset(("$defs", "definitions", "dependentSchemas", "patternProperties", "properties"))
+_NULLABLE: Final = frozenset(("const", "default"))
 _SHARED: Final = ("$defs", "definitions", "$schema")  # what references in any part may need
 
 
@@ -38,6 +39,23 @@ def place_of(schema: Mapping[str, Any], fault: Callable[[Mapping[str, Any]], str
     rest = ((name, {key: part[key] for key in part if key != name}) for name in part)
     keyword = next((name for name, others in rest if still(others) is False), None)
     return f"the JSON schema at {place}" if keyword is None else f"the JSON schema has {quoted(keyword)} at {place}"
+
+
+def without_nulls(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema without keywords that are null, which clients write for those that are absent."""
+    found: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in _ONE and isinstance(value, Mapping):
+            found[name] = without_nulls(value)
+        elif name in _LISTS and isinstance(value, list):
+            found[name] = [without_nulls(each) if isinstance(each, Mapping) else each for each in value]
+        elif name in _MAPS and isinstance(value, Mapping):
+            found[name] = {
+                key: without_nulls(each) if isinstance(each, Mapping) else each for key, each in value.items()
+            }
+        elif value is not None or name in _NULLABLE:
+            found[name] = value
+    return found
 
 
 def _with(part: Mapping[str, Any], shared: Mapping[str, Any]) -> Mapping[str, Any]:

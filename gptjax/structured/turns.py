@@ -71,9 +71,9 @@ def _arguments(function: Mapping[str, Any], where: str, *, strict: bool) -> Gram
     try:
         if schema is None:
             return Grammar.of_json_schema(_NO_PARAMETERS)
-        if isinstance(schema, Mapping) and schema.get("type", "object") != "object":
+        if isinstance(schema, Mapping) and schema.get("type") not in (None, "object"):
             raise RequestError("the JSON schema has 'type' at #: arguments are an object")
-        return Grammar.of_json_schema({"type": "object", **schema} if isinstance(schema, Mapping) else schema)
+        return Grammar.of_json_schema({**schema, "type": "object"} if isinstance(schema, Mapping) else schema)
     except RequestError as error:
         if strict:
             raise RequestError(f"{where}.parameters: {error}") from None

@@ -135,7 +135,7 @@ def whole_memory(device: DeviceMemory) -> int:
 
 def device_memory(device: jax.Device | None = None) -> DeviceMemory:
     """The current memory of a device, by default the default device."""
-    device = jax.devices()[0] if device is None else device
+    device = jax.local_devices()[0] if device is None else device
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         limit, in_use = int(stats["bytes_limit"]), int(stats["bytes_in_use"])

@@ -2,7 +2,7 @@
 
 import datetime
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gptjax.errors import RequestError
@@ -19,11 +19,18 @@ _KEYS = {
     "system": ("role", "content", "name"),
     "developer": ("role", "content", "name"),
     "user": ("role", "content", "name"),
-    "assistant": ("role", "content", "name", "tool_calls", "reasoning_content", "reasoning", "refusal", "phase"),
+    "assistant": (
+        *("role", "content", "name", "tool_calls", "reasoning_content", "reasoning", "refusal", "phase"),
+        *("thinking_blocks", "reasoning_details"),
+    ),
     "tool": ("role", "content", "name", "tool_call_id"),
 }
 # Keys of messages in answers of OpenAI's API and LiteLLM that have no place in a prompt.
 _OF_ANSWERS = ("function_call", "annotations", "audio", "provider_specific_fields")
+# Keys that any message may have: the second asks other servers to keep what they read, which is done here anyway.
+_OF_ALL = ("id", "cache_control")
+# Lists of parts in which LiteLLM and OpenRouter put reasoning, too, and the fields with their texts.
+_REASONING_PARTS = {"thinking_blocks": "thinking", "reasoning_details": "text"}
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
@@ -112,13 +119,13 @@ def read_date(date: object) -> datetime.date:
 
 
 def read_role(message: Mapping[str, Any], where: str) -> str:
-    """A message's role. Refuses keys that it cannot have, unless they are empty. (Any message may have an id.)"""
+    """A message's role. Refuses keys that it cannot have, unless they are empty."""
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise RequestError(f"{where} has the role {quoted(role)}; expected one of {', '.join(ROLES)}")
     keys = _KEYS[role]
     for key, given in message.items():
-        if key not in keys and key != "id" and given and not (role == "assistant" and key in _OF_ANSWERS):
+        if key not in keys and key not in _OF_ALL and given and not (role == "assistant" and key in _OF_ANSWERS):
             raise RequestError(f"{where} has {quoted(key)}, which has no meaning here; expected {', '.join(keys)}")
     if role == "assistant" and message.get("function_call") is not None:
         raise RequestError(f"{where}.function_call is no longer part of the API: use tool_calls")
@@ -144,10 +151,18 @@ def read_answer(message: Mapping[str, Any], where: str) -> str | None:
 
 
 def read_reasoning(message: Mapping[str, Any], where: str) -> str | None:
-    """The reasoning of an assistant's message. Clients use either key, and some servers send both."""
+    """The reasoning of an assistant's message. Clients use any of these keys, and some servers send several."""
     for key in ("reasoning_content", "reasoning"):
         if message.get(key) is not None:
             return read_string(message[key], f"{where}.{key}")
+    for key, field in _REASONING_PARTS.items():
+        parts = [
+            read_string(part[field], f"{where}.{key}[{index}].{field}")
+            for index, value in enumerate(read_list(message.get(key), f"{where}.{key}"))
+            if (part := read_object(value, f"{where}.{key}[{index}]")).get(field) is not None  # others are encrypted
+        ]
+        if parts:
+            return "".join(parts)
     return None
 
 
@@ -179,7 +194,9 @@ def read_call_id(message: Mapping[str, Any], where: str, earlier: Collection[str
     return call_id
 
 
-def check_user(roles: Iterable[str]) -> None:
-    """Raises RequestError if no message is the user's."""
-    if "user" not in roles:
-        raise RequestError("messages has no message with the role user: add one for the model to reply to")
+def read_messages(value: object) -> Sequence[Any]:
+    """The list of messages, which has at least one."""
+    messages = read_list(value, "messages")
+    if not messages:
+        raise RequestError("messages has no message: add one for the model to reply to")
+    return messages

@@ -19,10 +19,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
+from pallas_kernels.formats.fragments import TILE
 from pallas_kernels.matvec import norm_sm90, strips_sm90
 from pallas_kernels.matvec.norm_sm90 import BlockNorm
 from pallas_kernels.matvec.row_norm import RowNorm
-from pallas_kernels.matvec.strips_sm90 import COLUMNS, STRIP, Fragments, GgmlStrip, MXFP4Strip, equal, lane_of, strip_of
+from pallas_kernels.matvec.strips_sm90 import (
+    COLUMNS,
+    STRIP,
+    TURN,
+    Fragments,
+    GgmlStrip,
+    MXFP4Strip,
+    equal,
+    lane_of,
+    strip_of,
+)
 from pallas_kernels.ptx import Value
 
 _PROCESSORS: Final = 132
@@ -69,8 +80,12 @@ class _RowPlan:
     norm: BlockNorm | None = None  # None: x is as it is
 
     @property
+    def tiles(self) -> int:
+        return self.inner // TILE
+
+    @property
     def turns(self) -> int:
-        return self.inner // COLUMNS
+        return -(-self.tiles // TURN)
 
     @property
     def threads(self) -> int:
@@ -80,7 +95,7 @@ class _RowPlan:
 def takes(x_TI: jax.Array | jax.ShapeDtypeStruct, parts: Sequence[Fragments]) -> bool:
     """Whether `product` takes these operands."""
     T, inputs = x_TI.shape
-    return T == 1 and inputs % COLUMNS == 0 and all(strips_sm90.takes(part) for part in parts)
+    return T == 1 and all(part.shape[1] == inputs and strips_sm90.takes(part) for part in parts)
 
 
 def takes_gated(x_TI: jax.Array | jax.ShapeDtypeStruct, parts: Sequence[Fragments]) -> bool:
@@ -109,7 +124,7 @@ def _computes(norm: RowNorm, outputs: int, matrices: int = 1) -> bool:
 
 def settings_of(outputs: int, inputs: int, matrices: int = 1) -> Settings:
     """How to spread a product of `matrices` matrices [O, I]: one block a multiprocessor, as long as that is enough."""
-    turns, total = inputs // COLUMNS, outputs // STRIP
+    turns, total = -(-inputs // COLUMNS), outputs // STRIP
     if matrices == 1 and _PROCESSORS < total <= 2 * _PROCESSORS and _WARPS // 2 <= turns <= _WARPS:
         return Settings(
             share=_WARPS // 2, strips=1
@@ -218,10 +233,14 @@ def packed_row(
     else:
         of_norm = norm.load(arrays)
         ptx.keep_loads_before(of_runs)  # an address, so never the least int32
-    bases = [piece.base(at[piece.array], strip, plan.turns) for piece in plan.kind.pieces]
+    bases = [piece.base(at[piece.array], strip, plan.tiles) for piece in plan.kind.pieces]
 
     def load(turn: Value) -> list[Value]:
-        return [word for piece, base in zip(plan.kind.pieces, bases, strict=True) for word in piece.load(base, turn)]
+        last = None
+        if plan.tiles % TURN:
+            last = arith.minsi(arith.subi(ptx.const(plan.tiles - 1), ptx.mul(turn, TURN)), ptx.const(TURN - 1))
+        pairs = zip(plan.kind.pieces, bases, strict=True)
+        return [word for piece, base in pairs for word in piece.load(base, turn, last)]
 
     count = arith.divui(arith.subi(ptx.const(plan.turns + settings.share - 1), share), ptx.const(settings.share))
     first = load(share)
@@ -295,7 +314,7 @@ def _prefetch(plan: _RowPlan, at: Mapping[str, Value], strip: Value) -> Callable
     lines = [(piece, line) for piece in plan.kind.pieces for line in piece.lines()]
     if not plan.settings.ahead or len(lines) > 32:
         return lambda turn: None
-    starts = {piece: piece.start(at[piece.array], strip, plan.turns) for piece in plan.kind.pieces}
+    starts = {piece: piece.start(at[piece.array], strip, plan.tiles) for piece in plan.kind.pieces}
     addresses = [(ptx.shifted(starts[piece], line), ptx.const(piece.turn)) for piece, line in lines]
     base, stride = addresses[0]
     for number, (address, step) in enumerate(addresses[1:], 1):
@@ -303,7 +322,7 @@ def _prefetch(plan: _RowPlan, at: Mapping[str, Value], strip: Value) -> Callable
         base, stride = arith.select(mine, address, base), arith.select(mine, step, stride)
 
     def run(turn: Value) -> None:
-        exists = arith.andi(ptx.less(lane, len(lines)), ptx.less(turn, plan.turns))
+        exists = arith.andi(ptx.less(lane, len(lines)), ptx.less(turn, plan.tiles // TURN))
         (address,) = ptx.asm("mad.wide.s32 $0, $1, $2, $3;", [ptx.values.i64()], [turn, stride, base])
         ptx.asm(_PREFETCH, [], [address, exists])
 

@@ -47,22 +47,31 @@ class Piece:
         """Registers of a turn."""
         return self.size // 4 * self.places * (TURN if self.each_thread else 1)
 
-    def base(self, at: Value, strip: Value, turns: int) -> Value:
-        """The address of a lane's first load in a strip."""
+    def base(self, at: Value, strip: Value, tiles: int) -> Value:
+        """The address of a lane's first load in a strip of so many tiles."""
         lane, g, q = lane_of()
-        panel, number = ptx.divided(strip, TILE // STRIP)
-        panel_at = ptx.offset(at, ptx.mul(panel, turns), self.turn)
+        panel_at, number = self._panel(at, strip, tiles)
         if self.each_thread:
             return ptx.offset(panel_at, ptx.add(ptx.mul(number, 32), lane), self.size)
         own = ptx.offset(panel_at, ptx.add(ptx.mul(number, 8), g), self.size)
         return ptx.offset(own, q, self.tile) if self.by_tile else own
 
-    def load(self, base: Value, turn: Value) -> list[Value]:
-        """Begins to load a turn: words by tile, place and number."""
-        at = ptx.offset(base, turn, self.turn)
-        tiles = TURN if self.each_thread else 1
-        shifts = [i * self.tile + place * 128 * self.size for i in range(tiles) for place in range(self.places)]
-        return [word for shift in shifts for word in _load(at, self.size // 4, shift)]
+    def load(self, base: Value, turn: Value, last: Value | None = None) -> list[Value]:
+        """Begins to load a turn: words by tile, place and number.
+
+        Args:
+          last: of the turn's tiles, if there may be fewer than four: it is loaded in place of those that do not exist.
+        """
+        at, tiles = ptx.offset(base, turn, self.turn), range(TURN if self.each_thread else 1)
+        if last is None:
+            from_ = [(at, i * self.tile) for i in tiles]
+        elif self.each_thread:
+            from_ = [(ptx.offset(at, arith.minsi(ptx.const(i), last), self.tile), 0) for i in tiles]
+        else:
+            _, _, q = lane_of()
+            from_ = [(ptx.offset(at, arith.minsi(arith.subi(last, q), ptx.const(0)), self.tile), 0)]
+        places = range(0, self.places * 128 * self.size, 128 * self.size)
+        return [word for at, shift in from_ for place in places for word in _load(at, self.size // 4, shift + place)]
 
     def lines(self) -> list[int]:
         """Where the 128-byte lines of a strip's turn begin, from the strip's first byte on."""
@@ -74,11 +83,15 @@ class Piece:
             for line in range(0, bytes_, 128)
         ]
 
-    def start(self, at: Value, strip: Value, turns: int) -> Value:
+    def start(self, at: Value, strip: Value, tiles: int) -> Value:
         """The address of a strip's first byte."""
-        panel, number = ptx.divided(strip, TILE // STRIP)
-        panel_at = ptx.offset(at, ptx.mul(panel, turns), self.turn)
+        panel_at, number = self._panel(at, strip, tiles)
         return ptx.offset(panel_at, number, self.size * (32 if self.each_thread else 8))
+
+    def _panel(self, at: Value, strip: Value, tiles: int) -> tuple[Value, Value]:
+        """The address of the strip's 64 rows, and its number among their strips."""
+        panel, number = ptx.divided(strip, TILE // STRIP)
+        return ptx.offset(at, ptx.mul(panel, tiles if self.by_tile else tiles // TURN), self.tile), number
 
 
 class MXFP4Strip:
@@ -176,8 +189,10 @@ class GgmlStrip:
 
 
 def takes(part: Fragments) -> bool:
-    """Whether there is a strip of this type."""
-    return isinstance(part, MXFP4Fragments) or PARTS[part.type].run == 32
+    """Whether there is a strip of this type and width: only MXFP4's may end within a turn."""
+    if isinstance(part, MXFP4Fragments):
+        return part.shape[1] % TILE == 0
+    return PARTS[part.type].run == 32 and part.shape[1] % COLUMNS == 0
 
 
 def strip_of(part: Fragments) -> "MXFP4Strip | GgmlStrip":

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax.bench import cost, models
+from gptjax.bench import models
 from gptjax.bench.ceilings import measure_memory
 from gptjax.bench.figure import Figure
 from gptjax.bench.loading import measure_loading
 from gptjax.checkpoints.weights import flatten
 from gptjax.cli import main
 from gptjax.config import PUBLISHED, read_config
+from gptjax.engine import cost
 from gptjax.models import registry
 from gptjax.models.packing import quantized
 from gptjax.models.params import abstract_params, random_params, weights_by_path

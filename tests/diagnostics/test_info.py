@@ -7,6 +7,7 @@ import pytest
 
 import convert
 from gptjax.cli import main
+from gptjax.diagnostics.cards import CARDS
 from gptjax.diagnostics.info import describe, describe_published, imagined_gpu
 from tests.gguf import made
 from tests.oracles import gguf_from_hf, llama_random
@@ -96,9 +97,44 @@ def test_the_command_tells_of_a_size(capsys):
         (["--size", "gpt2", "--tensors"], "--size describes no checkpoint"),
         (["--size", "gpt2", "--memory", "-1"], "more than 0 bytes"),
         (["--size", "gpt2", "--memory", "nan"], "more than 0 bytes"),
+        (["--size", "gpt2", "--device", "h100"], "unknown device 'h100'; choose one of a100-40gb, a100-80gb, h100-80"),
     ):
         assert main(["info", *options]) == 1
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "weights", "cache"),
+    [
+        # 8,030,261,248 parameters, of which one embedding of V 128,256 · D 4096 is looked up only. A layer's keys and
+        # values are 2 · 8 · 128 numbers a position. Two norms of D in each of the 32 layers and one more are divided
+        # among no devices.
+        ([], 8, 8_030_261_248 - 128_256 * 4096, 8 * 1024 * 32 * 2048),
+        (["--mesh", "tensor=2"], 8, (8_030_261_248 - 128_256 * 4096 + 65 * 4096) // 2, 8 * 1024 * 32 * 1024),
+        (["--mesh", "data=4,tensor=2"], 10, (8_030_261_248 - 128_256 * 4096 + 65 * 4096) // 2, 3 * 1024 * 32 * 1024),
+    ],
+)
+def test_how_fast_a_card_could_decode(mesh, rows, weights, cache, capsys):
+    """What a device reads in a step, by hand, at the 3.35 TB/s of an H100."""
+    command = ["info", "--size", "llama-3.1-8b", "--device", "h100-80gb", "--max-length", "1024"]
+    assert main([*command, "--max-batch", str(rows), *mesh, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["device"], facts["available_bytes"], facts["step_positions"]) == ("h100-80gb", 80e9, 1024)
+    assert (facts["step_weights_bytes"], facts["step_cache_bytes"]) == (2 * weights, 2 * cache)
+    seconds = 2 * (weights + cache) / 3.35e12
+    assert facts["step_ms_at_least"] == round(1e3 * seconds, 3)
+    assert facts["tokens_per_second_at_most"] == round(rows / seconds)
+
+
+def test_many_rows_are_bound_by_arithmetic_and_by_what_the_cache_holds():
+    """By hand, for GPT-2 XL: docs/precision-and-cost.md has what a token takes apart from attention."""
+    asked = {"max_batch": 1024, "card": CARDS["a100-40gb"], "device": imagined_gpu(40e9)}
+    facts = describe_published("gpt2-xl", max_length=8, **asked)
+    flops = 1024 * (2_949_120_000 + 160_822_400 + 4 * 48 * 1600 * 8)
+    assert facts["step_gigaflops"] == round(flops / 1e9, 3)
+    assert facts["step_ms_at_least"] == round(1e3 * flops / 312e12, 3)
+    facts = describe_published("gpt2-xl", **asked | {"max_batch": 512})
+    assert facts["step_positions"] == facts["cache_tokens"] // 512 < 1024
 
 
 def test_the_metadata_of_a_gguf_file(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Programs that one process has compiled are run by others, untraced, if nobody else can have changed them."""
 
 import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -24,7 +25,6 @@ from gptjax.support import fingerprint, runtime
 from gptjax.support.private_files import PrivateFiles
 from tests.engine import executables_process as material
 from tests.engine.test_engine import MIXED, MODEL, _run, made_params
-from tests.thinned import thinned
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +35,7 @@ def kept(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(runtime, "_executables", tmp_path / "executables")
     monkeypatch.setattr(fingerprint, "sources_are_current", lambda: True)  # somebody may be editing
     fingerprint._of_process.cache_clear()
+    executables._in_use.clear()
     yield tmp_path / "executables"
     fingerprint._of_process.cache_clear()
 
@@ -98,19 +99,19 @@ def _engine() -> Engine:
     return Engine(MODEL, made_params(), batch=2, max_length=300, policy=policy, pages=(9,))
 
 
-@pytest.mark.parametrize("warm", thinned([False, True], True))
-def test_an_engine_runs_the_programs_of_an_earlier_one(kept, monkeypatch, warm):
+def test_an_engine_runs_the_programs_of_an_earlier_one(kept, monkeypatch):
     monkeypatch.setattr(runtime, "_executables", None)
     expected = _run(_engine(), MIXED)
     monkeypatch.setattr(runtime, "_executables", kept)
     traced = _traced(monkeypatch)
-    for count in (len(MIXED), 0):
+    for number, warm in enumerate((True, True, False)):
+        executables._in_use.clear()  # as in another process
         engine = _engine()
         if warm:
             engine.warm_up_largest()
             assert engine.wait_until_compiled()
         assert _run(engine, MIXED) == expected
-        assert bool(traced) == bool(count)
+        assert bool(traced) == (number == 0)
         traced.clear()
     names = [file.name.split("-")[0] for file in kept.iterdir()]
     assert {"prefill", "advance", "sample", "keep_logits", "set_counts"} <= set(names)
@@ -129,16 +130,46 @@ def test_programs_that_do_not_run_are_replaced(kept, monkeypatch, caplog):
 
     with monkeypatch.context() as patch:
         patch.setattr(executables._Place, "read", spied)
+        executables._in_use.clear()
         _engine().warm_up()
     files = PrivateFiles(kept, most_bytes=1 << 30)
     for name, program in loaded.items():
         files.write(name, files.head(name), serialize_executable.serialize(program)[0])
     for warnings in (1, 0):
+        executables._in_use.clear()
         engine = _engine()
         engine.warm_up()
         assert _run(engine, MIXED) == expected
         assert caplog.text.count("do not run, and are compiled again") == warnings
         caplog.clear()
+
+
+def test_executors_of_a_process_share_programs_and_leave_none(kept, monkeypatch):
+    params, pair = material.made()
+    doubled = FlatParams(tuple(2 * leaf for leaf in params.leaves), params.tree)
+    first, second = Executables(params), Executables(doubled)
+
+    def total(call, params: FlatParams, power: int) -> float:
+        return float(call(material.mixed, params, jax.tree.map(jnp.copy, pair), np.float32(1.5), power)[0])
+
+    def expected(params: FlatParams, power: int) -> float:
+        return float(material.mixed(params, jax.tree.map(jnp.copy, pair), np.float32(1.5), power)[0])
+
+    assert total(first, params, 1) == pytest.approx(expected(params, 1))
+    with monkeypatch.context() as patch:
+        patch.delattr(executables._Place, "read_head")
+        assert total(second, doubled, 1) == pytest.approx(expected(doubled, 1))
+        first._params = params = None  # the other's weights may go
+        assert total(second, doubled, 1) == pytest.approx(expected(doubled, 1))
+    assert [*second._ready.values()] == [*first._ready.values()]
+    assert total(second, doubled, 2) == pytest.approx(expected(doubled, 2))
+    assert len(second._ready) == len(executables._in_use) == 2
+    assert second.forget()  # as what was there does not run
+    assert total(second, doubled, 1) == pytest.approx(expected(doubled, 1))
+    assert [*second._ready.values()] != [*first._ready.values()]
+    del first, second
+    gc.collect()
+    assert not executables._in_use
 
 
 def _traced(monkeypatch) -> list[str]:

@@ -1,14 +1,15 @@
 """On a CPU, what a request gets depends on itself alone: not on the rows of a step, the most requests, what its prompt
 is packed with and where it is cut, nor on whether its beginning was already there."""
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import gptjax
 from gptjax.config import config_from_json
 from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams
@@ -20,11 +21,12 @@ from tests.engine import test_engine
 from tests.fuzz import rounds
 from tests.oracles import gpt_oss_ours, gpt_oss_random, llama_ours
 from tests.shallow import shallow
-from tests.thinned import thinned, thorough
+from tests.thinned import thorough
 
 MAX_LENGTH, VOCAB = 290, 101
-# And how many requests play. In nine rows, products are other ones than in eight.
-POLICIES = [(Policy(slots=9, chunk=64, pieces=3), 18), (Policy(slots=9, chunk=256, pieces=3), 12)]
+# In nine rows, products are other ones than in eight.
+CUT, WHOLE = (Policy(slots=9, chunk=chunk, pieces=3) for chunk in (64, 256))  # prompts
+FEW_SIZES = dataclasses.replace(CUT, smallest_rows=8)  # of decode calls, and one row alone
 PAGES = 29  # of each kind of layers, for both, so that they share the programs of their steps and of short calls
 ALONE = Policy(slots=1, chunk=256, reuse=False)
 
@@ -39,9 +41,15 @@ def _llama():
 
 
 def _gpt_oss():
-    """Layers with and without a window of 128 positions; trained, so that tokens choose their experts unevenly."""
-    model = shallow("gpt-oss-tales")
-    return model.model, model.params
+    """Layers with and without a window of 128 positions; trained, so that tokens choose their experts unevenly.
+
+    Of its vocabulary, only what the prompts are of: what draws tokens is then a program of all these models.
+    """
+    lm = shallow("gpt-oss-tales")
+    whole, V = lm.config.vocab_size, VOCAB
+    config = dataclasses.replace(lm.config, vocab_size=V)
+    params = jax.tree.map(lambda x: x[tuple(slice(V if size == whole else None) for size in x.shape)], lm.params)
+    return registry.build(config, dtype=lm.model.dtype), params
 
 
 def _gpt_oss_unpacked():
@@ -54,7 +62,7 @@ def _gpt_oss_unpacked():
 MODELS = {"gpt2": _gpt2, "gpt-oss": _gpt_oss, "llama": _llama, "gpt-oss, unpacked": _gpt_oss_unpacked}
 
 
-@pytest.fixture(scope="module", params=thinned(MODELS, "gpt2"))
+@pytest.fixture(scope="module")
 def made(request):
     """A model and its weights."""
     return MODELS[request.param]()
@@ -118,7 +126,17 @@ def _alone(engine: Engine, requests: Sequence[Request]) -> list[list[tuple[int, 
 
 
 @pytest.mark.skipif(not same_bits.holds(), reason="products on this CPU were not looked at")
-@pytest.mark.parametrize(("policy", "count"), [thorough(*POLICIES[0]), POLICIES[1]])
+@pytest.mark.parametrize(
+    ("made", "policy", "count"),
+    [
+        ("gpt2", WHOLE, 12),
+        thorough("gpt2", CUT, 18),
+        thorough("gpt-oss", CUT, 18),
+        thorough("gpt-oss, unpacked", FEW_SIZES, 18),
+        thorough("llama", FEW_SIZES, 18),
+    ],
+    indirect=["made"],
+)
 def test_a_request_gets_the_same_bits_under_any_load(made, alone, policy, count):
     assert all(token >= 0 for tokens in alone for token, _ in tokens)
     pages = [PAGES] * len(kinds(made[0].config.windows, MAX_LENGTH))
@@ -133,7 +151,7 @@ def test_a_request_gets_the_same_bits_under_any_load(made, alone, policy, count)
 @pytest.mark.parametrize("name", ["gpt2-tales", "gpt-oss-tales"])
 def test_a_thousand_requests_of_a_trained_model(name):
     """In as few pages as to be set aside at times."""
-    lm, rng = gptjax.load(name, dtype="float32"), np.random.default_rng(1)
+    lm, rng = shallow(name), np.random.default_rng(1)
     beginning = rng.integers(0, lm.config.vocab_size, 200).tolist()
     requests = []
     for number in range(24):

@@ -1,6 +1,7 @@
 """What is needed: of weights, cache and logits exactly, and of what is held in passing at most."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from tests.thinned import thorough
 MIDDLE = dataclasses.replace(PUBLISHED["gpt2"], num_layers=2)  # a real width, vocabulary and context
 OSS_TALES = dataclasses.replace(
     PUBLISHED["gpt-oss-20b"],
-    vocab_size=8256,
+    vocab_size=8192,
     width=256,
     num_layers=6,
     windows=(128, None) * 3,
@@ -61,32 +62,56 @@ def _typed(config, kind):
     return dataclasses.replace(config, types=tuple(sorted(("/".join(path), (kind,)) for path in paths)))
 
 
-def _temporary(model: registry.Model, batch: int, length: int) -> int:
-    """What XLA itself says that generating holds in passing, at most: the steps' buffers."""
-    params = abstract_params(model)
-    state = jax.eval_shape(lambda: steps.init_state(model, batch=batch, max_length=length))
-    bucket = max(b for _, _, b in steps.chunks(min(length, steps.CHUNK)))
-    chunk = jax.ShapeDtypeStruct((3 + bucket,), jnp.int32)
-    token_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    drawn = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.2, logit_bias={1: 1.0}, seed=1)
-    request = Request(prompt_ids=(1,), max_tokens=1, params=drawn)
-    settings = settings_of([request] * batch, model.config.vocab_size, Features.of(drawn))
-    counts_BV = jax.ShapeDtypeStruct(state.logits_BV.shape, jnp.int32)
-    flat, slots = FlatParams.of(params), programs.Slots(state.cache, state.logits_BV, counts_BV)
-    call = jax.ShapeDtypeStruct((bucket + 1 + 4 * -(-bucket // TILE),), jnp.int32)
-    rows = jax.ShapeDtypeStruct((batch, programs.ROW_FIELDS + 1), jnp.int32)
-    lowered = [
-        steps.prefill_chunk.lower(model, params, state, chunk),
-        steps.advance.lower(model, params, state, token_B),
-        steps.sample.lower(state, settings),
-        programs.prefill.lower(model, flat, slots, call, bucket, 1),
-        programs.advance.lower(model, flat, slots, token_B, rows),
-        programs.sample.lower(slots, rows, settings),
-        programs.sample.lower(slots, rows, dataclasses.replace(settings, branches=True)),
-    ]
+def _bytes(*lowered: jax.stages.Lowered) -> int:
+    """What XLA itself says that the programs hold in passing, at most."""
     sizes = [each.compile().memory_analysis().temp_size_in_bytes for each in lowered]
     assert min(sizes) > 0  # the compiler tells
     return max(sizes)
+
+
+def _shapes(model: registry.Model, batch: int, length: int) -> tuple[steps.State, programs.Slots, jax.ShapeDtypeStruct]:
+    """Of a state, of slots with its cache, and of the numbers of a decode call."""
+    state = jax.eval_shape(lambda: steps.init_state(model, batch=batch, max_length=length))
+    counts_BV = jax.ShapeDtypeStruct(state.logits_BV.shape, jnp.int32)
+    rows = jax.ShapeDtypeStruct((batch, programs.ROW_FIELDS + 1), jnp.int32)
+    return state, programs.Slots(state.cache, state.logits_BV, counts_BV), rows
+
+
+@functools.cache
+def _drawing(batch: int, vocab_size: int) -> int:
+    """Temporary bytes of the programs that draw tokens. They take nothing of a model but its logits."""
+    model = registry.build(dataclasses.replace(SMALL, vocab_size=vocab_size, context_length=2048))
+    state, slots, rows = _shapes(model, batch, 2048)
+    drawn = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.2, logit_bias={1: 1.0}, seed=1)
+    request = Request(prompt_ids=(1,), max_tokens=1, params=drawn)
+    settings = settings_of([request] * batch, vocab_size, Features.of(drawn))
+    return _bytes(
+        steps.sample.lower(state, settings),
+        programs.sample.lower(slots, rows, settings),
+        programs.sample.lower(slots, rows, dataclasses.replace(settings, branches=True)),
+    )
+
+
+def _reading(model: registry.Model, batch: int, length: int) -> int:
+    """Temporary bytes of the programs that read prompts."""
+    params, (state, slots, _) = abstract_params(model), _shapes(model, batch, length)
+    bucket = max(b for _, _, b in steps.chunks(min(length, steps.CHUNK)))
+    chunk = jax.ShapeDtypeStruct((3 + bucket,), jnp.int32)
+    call = jax.ShapeDtypeStruct((bucket + 1 + 4 * -(-bucket // TILE),), jnp.int32)
+    return _bytes(
+        steps.prefill_chunk.lower(model, params, state, chunk),
+        programs.prefill.lower(model, FlatParams.of(params), slots, call, bucket, 1),
+    )
+
+
+def _stepping(model: registry.Model, batch: int, length: int) -> int:
+    """Temporary bytes of a decode step's programs."""
+    params, (state, slots, rows) = abstract_params(model), _shapes(model, batch, length)
+    token_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return _bytes(
+        steps.advance.lower(model, params, state, token_B),
+        programs.advance.lower(model, FlatParams.of(params), slots, token_B, rows),
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +144,10 @@ def _temporary(model: registry.Model, batch: int, length: int) -> int:
 def test_activations_are_at_least_what_xla_says_and_at_most_four_times_that(config, batch, length, dtype):
     model = registry.build(config, dtype=dtype)
     estimate = memory.activations(model, batch=batch, max_length=length, platform=jax.default_backend())
-    actual = _temporary(model, batch, length)
+    actual = max(_reading(model, batch, length), _drawing(batch, config.vocab_size))
+    # One row of these sizes in float32 takes at most three quarters of what a chunk of a prompt does.
+    if batch > 1 or dtype != "float32" or length == 20:
+        actual = max(actual, _stepping(model, batch, length))
     workspaces = 0 if jax.default_backend() == "cpu" else 64 << 20
     assert actual <= estimate <= 4 * actual + workspaces, (estimate / 1e6, actual / 1e6)
 

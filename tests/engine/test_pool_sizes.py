@@ -115,7 +115,7 @@ def test_layers_with_a_window_never_run_out_first():
         pools = [Pool(count, kind.window) for count, kind in zip(pages, each, strict=True)]
         scheduler = Scheduler(policy, pools)
         short = {kind.window: 0 for kind in each}
-        take = scheduler._allocator._take
+        take = scheduler._allocators[0]._take
 
         def counted(number, pools=pools, short=short, take=take):
             page = take(number)
@@ -124,7 +124,7 @@ def test_layers_with_a_window_never_run_out_first():
                 assert not any(pool.free or pool.idle for pool in pools if pool.window is None)
             return page
 
-        scheduler._allocator._take = counted
+        scheduler._allocators[0]._take = counted
         system = rng.integers(0, 9, 700).tolist()
         left = {}
         for _ in range(60):

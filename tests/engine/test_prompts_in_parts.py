@@ -13,7 +13,7 @@ from gptjax.errors import CapacityError
 from gptjax.scheduling.policy import Policy
 from tests.compilations import compilations
 from tests.engine.test_steps_per_dispatch import made  # noqa: F401 (a fixture)
-from tests.thinned import thinned
+from tests.thinned import thinned, thorough
 
 SLOTS, MAX_LENGTH, CHUNK, VOCAB = 3, 300, 8, 101  # the second model has a window of 9 positions
 # As many as any of these engines would have by default: pools of one size, so that engines share their programs.
@@ -189,6 +189,7 @@ def test_a_pool_that_is_too_small_for_all_sets_the_newest_aside(made):  # noqa: 
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("made", ["gpt-oss"], indirect=True)  # GPT-2's such rows are in test_steps_per_dispatch.py
 def test_packed_prompts_and_rows_by_need_give_the_same_tokens(made):  # noqa: F811
     """Their sizes change with the load, so log-probabilities may differ by rounding."""
     policy = Policy(slots=4, chunk=64, steps=4)
@@ -209,7 +210,9 @@ def test_warm_up_needs_all_requests_to_have_ended(made):  # noqa: F811
         engine.warm_up()
 
 
-@pytest.mark.parametrize("on_cpu", thinned([True, False], True))
+@pytest.mark.parametrize(
+    ("made", "on_cpu"), [thorough("gpt2", True), thorough("gpt2", False), ("gpt-oss", True)], indirect=["made"]
+)
 def test_what_no_row_uses_is_skipped_or_is_another_program(made, monkeypatch, on_cpu):  # noqa: F811
     """On a CPU by branches of the one program, elsewhere by the level that the requests of the moment need."""
     levels = (Features(draws=True), Features.everything())

@@ -312,6 +312,7 @@ def _mixed(rows: list[str], branches: bool) -> Sampling:
             column("often", 0.8, 0, "float32"),
         ),
         bias=Bias(column("bias", 3, V, "int32")[:, None], jnp.full((len(rows), 1), 4.0)),
+        allowed_BW=jnp.tile(column("limited", 0x5A5A5A5A, 0xFFFFFFFF, "uint32")[:, None], -(-V // 32)),
         top_B=column("top", 4, 0, "int32"),
         num_top=5,
         branches=branches,
@@ -326,7 +327,9 @@ def _mixed(rows: list[str], branches: bool) -> Sampling:
         ["", "draws k", "draws"],
         ["draws p", "", "draws least"],
         ["repeats", "draws", ""],
-        ["", "present", "draws top"],
+        ["present", "", "draws top"],
+        ["limited", "", "draws"],
+        ["limited draws k", "draws least", "limited often"],
         ["often draws", "bias", "draws k p least repeats present often bias top"],
     ],
 )

@@ -18,7 +18,7 @@ from gptjax.errors import CapacityError, CheckpointError, RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.models import registry
 from tests.engine.test_steps_per_dispatch import _gpt2, _gpt_oss
-from tests.thinned import thinned, thorough
+from tests.thinned import thorough
 
 MAX_LENGTH, CHUNK, VOCAB = 200, 64, 101
 PATIENCE = 120  # seconds
@@ -97,7 +97,15 @@ def _alone(load, max_batch) -> dict[str, list[list[tuple[int, float]]]]:
     return given
 
 
-@pytest.mark.parametrize("max_batch", thinned([None, 1, 3]))
+@pytest.mark.parametrize(
+    ("made", "max_batch"),
+    [
+        *(thorough("gpt2", most) for most in (None, 1, 3)),
+        thorough("gpt-oss", None),
+        *(thorough("gpt2, rows as asked", most) for most in (None, 3)),
+    ],
+    indirect=["made"],
+)
 def test_each_gives_what_it_gives_alone_beside_any_others(load, max_batch, monkeypatch):
     expected = _alone(load, max_batch)
     dice = random.Random(5)

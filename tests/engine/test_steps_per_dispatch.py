@@ -21,10 +21,10 @@ from tests.engine import test_engine
 from tests.engine.generated import generate
 from tests.fuzz import rounds
 from tests.oracles import gpt_oss_ours, gpt_oss_random
-from tests.thinned import thinned, thorough
+from tests.thinned import thorough
 
 SLOTS, MAX_LENGTH, VOCAB = 3, 40, 101
-STEPS = [1, 3, 8]  # a dispatch
+STEPS = [("gpt-oss", 8), thorough("gpt-oss", 1), thorough("gpt2", 3)]  # a dispatch; each number is a program of its own
 ALL = {  # every kind of sampling: two sets of features in all, as each is a program to compile
     "temperature": 1.2,
     "top_k": 40,
@@ -126,7 +126,7 @@ def alone(made) -> dict[int, list[tuple]]:
     return {id(request): _alone(made, request) for request in REQUESTS}
 
 
-@pytest.mark.parametrize("steps_per_dispatch", thinned(STEPS, 8))
+@pytest.mark.parametrize(("made", "steps_per_dispatch"), STEPS, indirect=["made"])
 def test_requests_that_come_and_go_get_the_bits_they_get_alone_one_step_at_a_time(made, alone, steps_per_dispatch):
     assert all(token >= 0 for tokens in alone.values() for token, _, _ in tokens)
     assert any(entry[2] for tokens in alone.values() for entry in tokens)
@@ -135,7 +135,8 @@ def test_requests_that_come_and_go_get_the_bits_they_get_alone_one_step_at_a_tim
             assert given == alone[id(request)][: len(given)], (seed, request)
 
 
-@pytest.mark.parametrize("num_steps", thinned(STEPS))
+@pytest.mark.thorough
+@pytest.mark.parametrize(("made", "num_steps"), [("gpt-oss", 8), ("gpt2", 3), ("gpt2", 1)], indirect=["made"])
 def test_several_steps_leave_what_single_ones_leave(made, num_steps):
     model, params = made[0], FlatParams.of(made[1])
     settings = settings_of(REQUESTS[2:5], VOCAB, Features.of(REQUESTS[3].params))

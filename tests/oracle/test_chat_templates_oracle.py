@@ -86,6 +86,20 @@ def test_forty_conversations_are_written_as_the_template_writes_them(tokenizer, 
     assert with_tools > 10 or not kind["tools"]
 
 
+@pytest.mark.parametrize("file", sorted(TEMPLATE_FILES))
+def test_conversations_without_a_user_are_written_so_or_refused(tokenizer, file):
+    """Refused are those that the template refuses, or loses."""
+    known = FORMATS[TEMPLATES[fingerprint(template(file))]]
+    system, said = {"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "Hi."}
+    for messages in ([system], [said], [system, said], [system, said, system]):
+        try:
+            ids = known.render(messages, tokenizer, ChatOptions(), max_length=1000)
+        except RequestError:
+            assert KINDS.get(known.name, {}).get("alternates")
+            continue
+        assert tokenizer.decode(ids, special=True) == rendered(file, messages)
+
+
 @pytest.mark.parametrize("file", ["llama-3.1", "llama-3.2"])
 def test_the_date_is_the_given_one(tokenizer, file):
     messages = [{"role": "user", "content": "Hi"}]

@@ -4,10 +4,12 @@ import dataclasses
 from collections import Counter, deque
 from collections.abc import Sequence
 
+from gptjax.scheduling.allocator import Allocator
 from gptjax.scheduling.plan import Plan
 from gptjax.scheduling.policy import Policy, smallest
 from gptjax.scheduling.pool import Pool
 from gptjax.scheduling.scheduler import Scheduler
+from gptjax.scheduling.sequence import Sequence as Running
 from tests.scheduling import naive_device
 from tests.scheduling.naive_device import Device, Model, Written
 
@@ -50,13 +52,15 @@ class Harness:
         self._begin()
 
     def _begin(self) -> None:
-        self.pools = [Pool(count, window) for count, window in zip(self.pages, self.windows, strict=True)]
+        kinds = list(zip(self.pages, self.windows, strict=True))
+        self.pools = [Pool(count, window) for _ in range(self.policy.shards) for count, window in kinds]
         self.scheduler = Scheduler(self.policy, self.pools)
         self.device = self._new_device()
         self.under_way: deque[tuple[int, list[list[int]]]] = deque()
 
     def _new_device(self) -> Device:
-        return Device(self.model, self.pages, self.policy.page, self.policy.slots, self.policy.row_sizes)
+        policy = self.policy
+        return Device(self.model, self.pages, policy.page, policy.slots, policy.row_sizes, policy.shards)
 
     @property
     def running(self) -> int:
@@ -161,22 +165,28 @@ class Harness:
 
     def check(self) -> None:
         """Every page is held as often as tables and the tree name it; nothing was lost."""
-        scheduler, allocator = self.scheduler, self.scheduler._allocator
-        for number, pool in enumerate(self.pools):
+        scheduler = self.scheduler
+        for shard, allocator in enumerate(scheduler._allocators):
+            assert allocator.pools == self.pools[allocator.first :][: len(self.windows)]
+            running = [sequence for sequence in scheduler._running if sequence.shard == shard]
+            self._check_pages(allocator, running)
+            slots = [sequence.slot for sequence in running] + scheduler._free_slots[shard]
+            assert sorted(slots) == [shard * self.policy.slots + slot for slot in range(self.policy.slots)]
+        ages = [sequence.number for sequence in scheduler._running], [each.number for each in scheduler._waiting]
+        assert all(list(each) == sorted(each) for each in ages)
+
+    def _check_pages(self, allocator: Allocator, running: Sequence[Running]) -> None:
+        for number, pool in enumerate(allocator.pools):
             pool.check()
             held: Counter[int] = Counter()
-            for sequence in scheduler._running:
+            for sequence in running:
                 held.update(page for page in sequence.pages[number] if page)
                 held.update(page for at, page in sequence.sources if at == number)
             held.update(node.pages[number] for node in allocator.tree.nodes() if node.pages[number])
             assert {page: pool.holders(page) for page in range(pool.size + 1) if pool.holders(page)} == held
         for node in allocator.tree.nodes():
             assert any(node.pages) or node.children, "a node without pages"
-            assert all(node.pages[n] for n, pool in enumerate(self.pools) if pool.window is None)
-        slots = [sequence.slot for sequence in scheduler._running] + scheduler._free_slots
-        assert sorted(slots) == list(range(self.policy.slots))
-        ages = [sequence.number for sequence in scheduler._running], [each.number for each in scheduler._waiting]
-        assert all(list(each) == sorted(each) for each in ages)
+            assert all(node.pages[n] for n, pool in enumerate(allocator.pools) if pool.window is None)
 
     def _check_one_by_one(self, plan: Plan) -> None:
         """Requests whose tokens are drawn one by one have all those before, and keep others from several steps."""
@@ -189,13 +199,16 @@ class Harness:
 
     def _check_cuts(self, plan: Plan) -> None:
         """Prompts are cut at the policy's multiples; the last chunk of one in calls of its own may be halved."""
-        assert sum(len(call.tokens) for call in plan.prefill) <= self.policy.chunk
+        read: Counter[int] = Counter()
         for call in plan.prefill:
-            assert len(call.pieces) <= (self.policy.pieces if self.policy.packed else 1)
+            of_shards = Counter(self.policy.shard(piece.slot) for piece in call.pieces)
+            assert max(of_shards.values()) <= (self.policy.pieces if self.policy.packed else 1)
             for piece in call.pieces:
+                read[self.policy.shard(piece.slot)] += piece.count
                 multiple = self.policy.chunk_multiple if self.policy.packed else max(1, self.policy.chunk // 2)
                 start = piece.position if self.policy.packed or self.policy.chunk_multiple > 1 else 0
                 assert piece.ends or (start + piece.count) % multiple == 0
+        assert max(read.values(), default=0) <= self.policy.chunk
 
     def _check_writes(self, plan: Plan) -> None:
         """No page that is written to has another holder, and none of a plan's pages has two uses."""
@@ -205,10 +218,13 @@ class Harness:
         spans += [(row.slot, row.position, row.feeds) for row in plan.decode.rows] if plan.decode else []
         written = Counter()
         for number, pool in enumerate(self.pools):
+            shard, kind = divmod(number, len(self.windows))
             of_slot: dict[int, set[int]] = {}
             for slot, position, count in spans:
-                for index in range(position // page, -(-(position + count) // page)) if count else ():
-                    of_slot.setdefault(slot, set()).add(slots[slot].pages[number][index])
+                if not count or self.policy.shard(slot) != shard:
+                    continue
+                for index in range(position // page, -(-(position + count) // page)):
+                    of_slot.setdefault(slot, set()).add(slots[slot].pages[kind][index])
             written.update((number, each) for pages in of_slot.values() for each in pages)
             assert all(pool.holders(each) == 1 for pages in of_slot.values() for each in pages)
         targets = [(copy.pool, copy.target) for copy in plan.copies]

@@ -6,6 +6,7 @@ the sequence alone would have there, the tokens after it differ.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from gptjax.scheduling.plan import DecodeCall, Plan, PrefillCall
@@ -50,7 +51,7 @@ class Model:
         return logits % self.vocabulary
 
     def first(self, pool: int, position: int) -> int:
-        window = self.windows[pool]
+        window = self.windows[pool % len(self.windows)]
         return 0 if window is None else max(0, position - window + 1)
 
 
@@ -90,15 +91,18 @@ def alone(model: Model, prompt: Sequence[int], count: int, pieces: Sequence[tupl
 
 
 class Device:
-    """Pools, tables and slots, changed by plans alone."""
+    """Pools, tables and slots, changed by plans alone. Those of each shard, one shard after another."""
 
-    def __init__(self, model: Model, pages: Sequence[int], page: int, slots: int, row_sizes: Sequence[int]):
+    def __init__(
+        self, model: Model, pages: Sequence[int], page: int, slots: int, row_sizes: Sequence[int], shards: int = 1
+    ):
         self.model = model
         self.page = page
+        self.slots = slots  # of each shard
         self.row_sizes = row_sizes
-        self.pools = [[[None] * page for _ in range(count)] for count in pages]  # place: (position, value)
-        self.tables: list[list[dict[int, int]]] = [[{} for _ in range(slots)] for _ in pages]
-        self.logits: list[int | None] = [None] * slots
+        self.pools = [[[None] * page for _ in range(count)] for count in [*pages] * shards]  # place: (position, value)
+        self.tables: list[list[dict[int, int]]] = [[{} for _ in range(shards * slots)] for _ in self.pools]
+        self.logits: list[int | None] = [None] * (shards * slots)
         self.last_plan = 0
         self.written: list[set[tuple[int, int]]] = []  # (pool, page) that the last plan wrote to, call by call
         self.given = 0  # tokens replayed
@@ -113,6 +117,7 @@ class Device:
                 tables[join.slot] = {}
             self.logits[join.slot] = None
         for entry in plan.tables:
+            assert entry.pool in self._pools_of(entry.slot)
             assert 0 <= entry.page < len(self.pools[entry.pool])
             self.tables[entry.pool][entry.slot][entry.index] = entry.page
         for copy in plan.copies:
@@ -137,10 +142,15 @@ class Device:
                 logits = self._feed(piece.slot, piece.position + index, call.tokens[piece.start + index], how)
             if piece.ends:
                 self.logits[piece.slot] = logits
-        assert at == len(call.tokens) <= call.size
+        assert at == len(call.tokens)
+        read = Counter[int]()
+        for piece in call.pieces:
+            read[piece.slot // self.slots] += piece.count
+        assert max(read.values()) <= call.size
 
     def _decode(self, call: DecodeCall) -> list[list[int]]:
-        assert len(call.rows) <= call.size and call.size in self.row_sizes
+        of_shards = Counter(row.slot // self.slots for row in call.rows)
+        assert max(of_shards.values()) <= call.size and call.size in self.row_sizes
         assert len({row.slot for row in call.rows}) == len(call.rows)
         drawn: list[list[int]] = [[] for _ in call.rows]
         for step in range(call.steps):
@@ -162,8 +172,12 @@ class Device:
         assert all(len(row.given) + row.draws <= call.steps for row in call.rows)
         return drawn
 
+    def _pools_of(self, slot: int) -> range:
+        kinds = len(self.model.windows)
+        return range(slot // self.slots * kinds, (slot // self.slots + 1) * kinds)
+
     def _feed(self, slot: int, position: int, token: int, how: How) -> int:
-        pools = range(len(self.pools))
+        pools = self._pools_of(slot)
         before = [self._seen(pool, slot, position, position) for pool in pools]
         value = self.model.value(token, position, how, before)
         for pool in pools:

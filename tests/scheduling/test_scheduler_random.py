@@ -38,6 +38,13 @@ CASES = {
         Policy(5, 8, steps=2, page=PAGE, packed=False, rows="asked", share_decoded=True), (None, 6), naive_device.exact
     ),
     "nothing is reused": Case(Policy(4, 8, page=PAGE, reuse=False), (None, 6), naive_device.by_path),
+    "shards": Case(Policy(3, 16, steps=4, page=PAGE, pieces=2, shards=3), (None, 6), naive_device.by_path),
+    "shards, today's bits": Case(
+        Policy.same_bits(slots=2, chunk=8, steps=2, page=PAGE, shards=2), (None, 6), naive_device.by_size
+    ),
+    "shards, rows as asked": Case(
+        Policy.same_bits(slots=4, chunk=8, steps=3, page=PAGE, rows="asked", shards=2), (None, 6), naive_device.by_size
+    ),
     "one slot": Case(Policy(1, 8, steps=2, page=PAGE), (None, 6), naive_device.by_path),
 }
 

@@ -123,7 +123,7 @@ def test_pages_after_a_token_that_could_not_be_drawn_are_not_shared():
         harness.scheduler.receive(harness.under_way.popleft()[0], [tokens])
     harness.open[number].tokens += [0, 1, -1]
     harness.scheduler.end(number)
-    held = [node.tokens for node in harness.scheduler._allocator.tree.nodes()]
+    held = [node.tokens for node in harness.scheduler._allocators[0].tree.nodes()]
     assert sum(map(len, held)) == 4 * 8  # the prompt and two tokens
 
 

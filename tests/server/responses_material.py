@@ -8,6 +8,15 @@ THOUGHT = "<|channel|>analysis<|message|>The king is old.<|end|><|start|>assista
 ANSWER = "<|channel|>final<|message|>It was late.<|return|>"
 CALL = '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Oslo"}<|call|>'
 WEATHER = {"type": "function", "name": "weather", "description": "Of a city.", "parameters": {"type": "object"}}
+NAMESPACE = {
+    "type": "namespace",
+    "name": "files",
+    "description": "Of the user.",
+    "tools": [
+        {"type": "function", "name": "list", "description": "All.", "parameters": {"type": "object"}, "strict": True},
+        {"type": "function", "name": "read", "parameters": None},
+    ],
+}
 
 
 def talking(text):

@@ -66,18 +66,27 @@ def endless(_: Request):
         yield 0.05
 
 
-def make(script: Any = None, *, name: str = GPT2, text: Tokenizer | None = None, **limits: float) -> Service:
+def make(
+    script: Any = None,
+    *,
+    name: str = GPT2,
+    text: Tokenizer | None = None,
+    aliases: Sequence[str] = (),
+    max_length: int = MAX_LENGTH,
+    **limits: float,
+) -> Service:
     """A server of a demo, or of a model with the tokenizer `text`."""
     text = text or tokenizer(name)
-    worker = FakeWorker(script or saying(" there was<|endoftext|>", name=name), max_length=MAX_LENGTH)
+    worker = FakeWorker(script or saying(" there was<|endoftext|>", name=name), max_length=max_length)
     served = Served(
         name=name,
+        aliases=tuple(aliases),
         tokenizer=text,
         chat_format=chat_format(text),
         defaults=GenerationDefaults(),
         eos_ids=text.eos_ids,
         vocab_size=text.vocab_size,
-        max_length=MAX_LENGTH,
+        max_length=max_length,
         quant_kind="F32",
         tokenizer_kind="hf-json",
         score=score,

@@ -58,8 +58,16 @@ def test_health_while_draining():
 
 def test_models():
     model = {"id": GPT_OSS, "object": "model", "created": 1700000000, "owned_by": "gptjax", "max_model_len": MAX_LENGTH}
+    model |= {
+        "type": "model",
+        "display_name": GPT_OSS,
+        "created_at": "2023-11-14T22:13:20+00:00",
+        "lifecycle": "active",
+    }
+    model |= {"max_input_tokens": MAX_LENGTH, "max_tokens": MAX_LENGTH}
     service = make(name=GPT_OSS)
-    assert ask(service, "GET", "/v1/models").json() == {"object": "list", "data": [model]}
+    ends = {"has_more": False, "first_id": GPT_OSS, "last_id": GPT_OSS}
+    assert ask(service, "GET", "/v1/models").json() == {"object": "list", "data": [model], **ends}
     assert ask(service, "GET", f"/v1/models/{GPT_OSS}").json() == model
     assert fault(ask(service, "GET", "/v1/models/other/name"), 404)["code"] == "model_not_found"
 

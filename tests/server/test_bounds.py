@@ -21,7 +21,7 @@ presence_penalty frequency_penalty logit_bias seed stop stop_token_ids ignore_eo
 top_logprobs tools tool_choice messages reasoning_effort response_format modalities parallel_tool_calls functions
 function_call max_completion_tokens user metadata store service_tier input instructions reasoning text include
 max_output_tokens background conversation previous_response_id truncation safety_identifier prompt_cache_key
-parse_special colour""".split()
+parse_special guided_choice structured_outputs chat_template_kwargs client_metadata colour""".split()
 PLACES = {
     "/v1/completions": [({"prompt": "a"}, ())],
     "/v1/chat/completions": [
@@ -46,13 +46,14 @@ PLACES = {
         ({"input": [USER, {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}]}, ("input", 1)),
         ({"input": [USER, {"type": "function_call_output", "call_id": "a", "output": ""}]}, ("input", 1)),
         ({"input": "a", "tools": [{"type": "function", "name": "f"}]}, ("tools", 0)),
+        ({"input": "a", "tools": [{"type": "namespace", "name": "n", "tools": []}]}, ("tools", 0)),
         ({"input": "a", "text": {}}, ("text",)),
         ({"input": "a", "reasoning": {}}, ("reasoning",)),
     ],
 }
 INNER = """role content name tool_calls tool_call_id reasoning_content refusal phase type function text id call_id
 arguments output summary encrypted_content parameters description strict format verbosity effort properties enum
-default items colour""".split()
+default items namespace tools thinking_blocks reasoning_details cache_control colour""".split()
 LARGE = {
     "a string": "x" * SIZE,
     "a list of numbers": [1] * (SIZE // 3),

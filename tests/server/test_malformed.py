@@ -118,7 +118,6 @@ OF_CHAT = {
     "messages a string": {"messages": "Hello"},
     "messages of strings": {"messages": ["Hello"]},
     "messages of null": {"messages": [None]},
-    "no user": {"messages": [{"role": "system", "content": "a"}]},
     "no role": said(content="a"),
     "role unknown": said(role="wizard", content="a"),
     "role an object": said(role={}, content="a"),
@@ -218,7 +217,8 @@ NAMES = st.sampled_from(
     stream stream_options logprobs top_logprobs tools tool_choice messages reasoning_effort response_format modalities
     functions max_completion_tokens role content name tool_calls tool_call_id reasoning_content type function id
     arguments parameters include_usage user metadata input instructions reasoning effort text format call_id output
-    summary max_output_tokens""".split()
+    summary max_output_tokens guided_choice structured_outputs chat_template_kwargs enable_thinking client_metadata
+    cache_control thinking_blocks reasoning_details thinking namespace continuous_usage_stats choice regex""".split()
 )
 OBJECTS = st.dictionaries(NAMES, VALUES, max_size=5)
 ROLES = st.sampled_from(["system", "user", "assistant", "tool", "developer"])
@@ -242,13 +242,76 @@ def applications(plain, harmony):
 def test_nothing_is_a_500(runner, applications, fields, said, route):
     said = [USER, *said] if isinstance(said, list) else said
     values = {"completions": {"prompt": "a"}, "chat/completions": {"messages": said}, "responses": {"input": said}}
+    answered_or_refused(runner, applications, route, values[route] | fields)
 
+
+def answered_or_refused(runner, applications, route, body):
     async def run():
         transport = httpx2.ASGITransport(applications[route == "completions"])  # an exception is raised here
         async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await client.post(f"/v1/{route}", content=json.dumps(values[route] | fields))
+            return await client.post(f"/v1/{route}", content=json.dumps(body))
 
     response = runner.run(run())
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
         fault(response, response.status_code)
+    return response
+
+
+FUNCTION = {"name": "f", "description": None, "parameters": {"type": "object", "required": None, "properties": {}}}
+SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x"], "items": None}}, "additionalProperties": False}
+FORM = {"name": "form", "description": "Of it.", "schema": SCHEMA, "strict": True}
+CALLED = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+HINT = {"cache_control": {"type": "ephemeral"}}
+THOUGHT = {"thinking_blocks": [{"type": "thinking", "thinking": "a"}], "reasoning_details": [{"text": "a"}]}
+TALK = [
+    {"role": "system", "content": [{"type": "text", "text": "a", **HINT}], **HINT},
+    {"role": "assistant", "content": None, "tool_calls": [CALLED], "provider_specific_fields": {"a": 1}, **THOUGHT},
+    {"role": "tool", "tool_call_id": "1", "content": "a", **HINT},
+]
+ITEMS = [
+    {"role": "developer", "content": [{"type": "input_text", "text": "a"}]},
+    {"type": "function_call", "call_id": "1", "namespace": "n", "name": "f", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "1", "output": "a"},
+]
+FLAT = {"type": "function", **FUNCTION, "strict": True}
+NAMESPACE = {"type": "namespace", "name": "n", "description": "a", "tools": [FLAT]}
+# What clients send beside the usual. Each of these is answered.
+SENT = [
+    ("completions", {"prompt": "a", "guided_choice": ["a", "b"], "client_metadata": {"a": "b"}}),
+    ("completions", {"prompt": "a", "structured_outputs": {"json": SCHEMA, "regex": None, "disable_fallback": True}}),
+    ("chat/completions", {"messages": TALK, "tools": [{"type": "function", "function": FUNCTION, **HINT}]}),
+    ("chat/completions", {"messages": TALK, "reasoning": {"effort": "minimal", "summary": "auto"}}),
+    ("chat/completions", {"messages": TALK, "response_format": {"type": "json_schema", "json_schema": FORM}}),
+    ("chat/completions", {"messages": TALK, "stream": True, "stream_options": {"continuous_usage_stats": True}}),
+    ("chat/completions", {"messages": TALK, "structured_outputs": {"choice": ["a"]}, "chat_template_kwargs": {}}),
+    ("responses", {"input": ITEMS, "tools": [FLAT, NAMESPACE, {"type": "web_search"}], "client_metadata": {}}),
+    ("responses", {"input": ITEMS, "text": {"format": {"type": "json_schema", **FORM}}}),
+    ("responses", {"input": ITEMS, "reasoning": {"effort": "xhigh", "summary": "auto"}, "stream": True}),
+]
+
+
+def places(value, path=()):
+    """The paths of all values in it."""
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for step, each in inner:
+        yield from places(each, (*path, step))
+
+
+@pytest.mark.parametrize(("route", "body"), SENT)
+def test_what_clients_send_is_answered(runner, applications, route, body):
+    assert answered_or_refused(runner, applications, route, body).status_code == 200
+
+
+@pytest.mark.fuzz
+@settings(max_examples=rounds(1500), deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=st.sampled_from(SENT), number=st.integers(0, 1000), value=VALUES)
+def test_any_place_of_it_may_have_any_value(runner, applications, case, number, value):
+    route, body = case
+    *path, last = (found := list(places(body))[1:])[number % len(found)]
+    body = inner = json.loads(json.dumps(body))
+    for step in path:
+        inner = inner[step]
+    inner[last] = value
+    answered_or_refused(runner, applications, route, body)

@@ -98,8 +98,8 @@ def test_tools(ask):
     turn = client.chat.completions.create(model=GPT_OSS, messages=messages, tools=[WEATHER])
     assert turn.choices[0].message.content == "It was late."
     chunks = client.chat.completions.create(model=GPT_OSS, messages=[USER], tools=[WEATHER], stream=True)
-    (delta,) = [chunk.choices[0].delta for chunk in chunks if chunk.choices[0].delta.tool_calls]
-    assert delta.tool_calls[0].function.arguments == '{"city": "Oslo"}'
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices[0].delta.tool_calls]
+    assert "".join(delta.tool_calls[0].function.arguments for delta in deltas) == '{"city": "Oslo"}'
 
 
 def test_errors(ask):
@@ -177,3 +177,25 @@ def test_responses_are_streamed(ask):
     assert "response.reasoning_text.delta" in kinds
     events = list(client.responses.create(model=GPT_OSS, input="Hello", stream=True))
     assert events[-1].response.output_text == "It was late."
+
+
+def test_responses_are_remembered(ask):
+    import openai
+
+    service, client = ask(saying(TURN, name=GPT_OSS))
+    with client.responses.create(model=GPT_OSS, input="Hello", stream=True) as stream:
+        first = list(stream)[-1].response
+    assert first.store
+    second = client.responses.create(model=GPT_OSS, input="And then?", previous_response_id=first.id)
+    assert client.responses.retrieve(second.id) == second
+    items = client.responses.input_items.list(second.id, order="asc", limit=2)
+    assert [item.type for item in items] == ["message", "reasoning", "message", "message"]  # from two pages
+    prompts = [service.served.text().decode(request.prompt_ids) for request in service.worker.requests]
+    assert "Hello" in prompts[1] and "It was late." in prompts[1] and "And then?" in prompts[1]
+    client.responses.delete(first.id)
+    for gone in (client.responses.retrieve, client.responses.delete):
+        with pytest.raises(openai.NotFoundError, match=f"response with id '{first.id}' not found"):
+            gone(first.id)
+    with pytest.raises(openai.BadRequestError) as found:
+        client.responses.create(model=GPT_OSS, input="And then?", previous_response_id=first.id)
+    assert found.value.code == "previous_response_not_found"

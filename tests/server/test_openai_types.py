@@ -32,6 +32,7 @@ RESPONSES = [
     {"max_output_tokens": 4},
     {"instructions": "Be kind.", "metadata": {"a": "b"}, "user": "me", "text": {"verbosity": "low"}, "temperature": 1},
     {"reasoning": {"effort": "high", "summary": "auto"}, "store": True, "tools": [FLAT | {"strict": True}]},
+    {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "store": False, "truncation": "auto"},
 ]
 
 
@@ -97,6 +98,21 @@ def test_responses(fields, text):
     check(Response, post(service, "/v1/responses", body).json())
     for event in streamed(post(service, "/v1/responses", body | {"stream": True})):
         check(ResponseStreamEvent, event)
+
+
+def test_stored_items():
+    from openai.types.responses import Response, ResponseItemList
+
+    service = make(saying(TURN, name=GPT_OSS), name=GPT_OSS)
+    stored = post(service, "/v1/responses", {"input": "Hello", "tools": [FLAT]}).json()
+    check(Response, ask(service, "GET", f"/v1/responses/{stored['id']}").json())
+    result = {"type": "function_call_output", "call_id": stored["output"][-1]["call_id"], "output": "rain"}
+    more = {"previous_response_id": stored["id"], "input": [result, USER], "tools": [FLAT]}
+    later = post(service, "/v1/responses", more).json()
+    found = ask(service, "GET", f"/v1/responses/{later['id']}/input_items").json()
+    kinds = ["message", "function_call_output", "function_call", "message", "reasoning", "message"]
+    assert [item["type"] for item in found["data"]] == kinds
+    check(ResponseItemList, found)
 
 
 def test_a_response_that_fails():

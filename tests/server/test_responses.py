@@ -9,7 +9,7 @@ from tests.server.server_material import GPT_OSS, fault, ids, make, tokenizer
 def test_reasoning_and_answer_are_items():
     service = talking(THOUGHT + ANSWER)
     body = respond(service, instructions="Be kind.", reasoning={"effort": "low"}, max_output_tokens=99).json()
-    assert (body["object"], body["status"], body["store"]) == ("response", "completed", False)
+    assert (body["object"], body["status"], body["store"]) == ("response", "completed", True)
     part = {"type": "output_text", "text": "It was late.", "annotations": [], "logprobs": []}
     assert without_ids(body["output"]) == [
         {
@@ -58,9 +58,24 @@ def test_a_call_and_its_result():
     assert respond(service, input=said, tools=[WEATHER]).status_code == 200
     prompt = tokenizer(GPT_OSS).decode(service.worker.requests[0].prompt_ids)
     assert "The king is old." in prompt and "rain" in prompt
-    kinds = [event["type"] for event in events(respond(talking(CALL), tools=[WEATHER], stream=True))]
-    assert "response.function_call_arguments.delta" in kinds
-    assert "response.function_call_arguments.done" in kinds
+    twice = CALL.replace("<|call|>", "<|end|>") + "<|start|>assistant" + CALL
+    streamed = events(respond(talking(twice), tools=[WEATHER], stream=True))
+    done = [event["item"] for event in streamed if event["type"] == "response.output_item.done"]
+    assert done == streamed[-1]["response"]["output"]
+    assert [item["status"] for item in done] == ["completed"] * 2
+    for place, item in enumerate(done):
+        added, *written, whole, _ = [event for event in streamed if event.get("output_index") == place]
+        assert added["item"] == {**item, "arguments": "", "status": "in_progress"}
+        assert {event["type"] for event in written} == {"response.function_call_arguments.delta"}
+        assert len(written) > 2  # as the model writes them
+        assert "".join(event["delta"] for event in written) == whole["arguments"] == item["arguments"]
+        assert whole["type"] == "response.function_call_arguments.done"
+
+
+def test_a_call_that_is_cut_short():
+    (item,) = respond(talking(CALL), tools=[WEATHER], max_output_tokens=20).json()["output"]
+    assert item["status"] == "incomplete"
+    assert '{"city": "Oslo"}'.startswith(item["arguments"])
 
 
 def test_a_turn_that_is_cut_short():
@@ -86,7 +101,8 @@ def test_a_turn_that_is_cut_short():
         {"input": "\ud800"},
         {"previous_response_id": "resp_1"},
         {"background": True},
-        {"truncation": "auto"},
+        {"truncation": "some"},
+        {"store": "yes"},
         {"text": {"format": {"type": "json_schema"}}},
         {"text": {"format": {"type": "json"}}},
         {"text": 3},
@@ -96,7 +112,7 @@ def test_a_turn_that_is_cut_short():
         {"reasoning": {"effort": "enormous"}},
         {"reasoning": {"depth": 3}},
         {"tools": {}},
-        {"tools": [{"type": "web_search"}]},
+        {"tools": [{"type": "file_search"}]},
         {"tools": ["f"]},
         {"tools": [{"type": "function", "name": 3}]},
         {"tool_choice": "required"},

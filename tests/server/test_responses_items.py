@@ -6,7 +6,7 @@ import pytest
 
 from gptjax.server.events import Failed
 from gptjax.server.responses_input import read_input
-from tests.server.responses_material import ANSWER, CALL, THOUGHT, WEATHER, events, respond, talking
+from tests.server.responses_material import ANSWER, CALL, NAMESPACE, THOUGHT, WEATHER, events, respond, talking
 from tests.server.server_material import GPT_OSS, USER, chat, fault, ids, make, post, saying, tokenizer
 
 PREAMBLE = "<|channel|>commentary<|message|>Let me look.<|end|><|start|>assistant"
@@ -170,11 +170,20 @@ def test_a_refusal_is_what_was_answered():
         ({"reasoning": {"effort": "enormous"}}, "reasoning.effort", "reasoning.effort is 'enormous'"),
         ({"reasoning": {"effort": 3}}, "reasoning.effort", "reasoning.effort must be a string"),
         ({"tools": [{"type": "function", "name": 3}]}, "tools", "tools[0].name"),
-        ({"tools": [WEATHER, {"type": "web_search"}]}, "tools", "tools[1]"),
+        ({"tools": [WEATHER, {"type": "file_search"}]}, "tools", "tools[1] has the type 'file_search'"),
+        ({"tools": [{"type": "namespace", "name": "n"}]}, "tools", "tools[0].tools must be a list, found null"),
+        ({"tools": [{"type": "namespace", "name": 3, "tools": []}]}, "tools", "tools[0].name must be a string"),
+        ({"tools": [NAMESPACE | {"description": 3}]}, "tools", "tools[0].description must be a string"),
+        (
+            {"tools": [NAMESPACE | {"tools": [{"type": "custom", "name": "f"}]}]},
+            "tools",
+            "tools[0].tools[0] has the type",
+        ),
+        ({"tools": [NAMESPACE | {"name": "a b"}]}, "tools", "'a b.list'"),
+        ({"tools": [NAMESPACE, NAMESPACE]}, "tools", "the second function files.list"),
         ({"tools": [{"type": "function", "name": "f", "parameters": {"type": 3}}]}, "tools", "tools[0]"),
         ({"tools": [WEATHER | {"strict": "yes"}]}, "tools", "tools[0].strict"),
         ({"input": [USER, {"role": "wizard", "content": "a"}]}, "input", "input[1] has the role 'wizard'"),
-        ({"input": [{"role": "system", "content": "a"}]}, "input", "input has no message with the role user"),
         ({"input": [USER, ASKED | {"name": "a b"}]}, "input", "input[1].name"),
         ({"input": [USER, ASKED | {"name": None}]}, "input", "input[1].name must be a string, found null"),
         ({"input": [USER, ASKED | {"arguments": {}}]}, "input", "input[1].arguments must be a string"),
@@ -184,9 +193,9 @@ def test_a_refusal_is_what_was_answered():
         ({"input": [USER, {"role": "user", "content": 3}]}, "input", "input[1].content must be a string"),
         ({"input": [USER, {"role": "user", "content": "\ud800"}]}, "input", "input[1].content has a lone surrogate"),
         ({"input": [USER, {"role": "assistant", "content": "a", "phase": "x"}]}, "input", "input[1].phase is 'x'"),
-        ({"input": [USER, {"type": "item_reference", "id": "a"}]}, "input", "input[1] has the type 'item_reference'"),
+        ({"input": [{"type": "item", "id": "a"}]}, "input", "input[0] has the type 'item'"),
         ({"instructions": "Be kind.", "input": [USER, USER | {"role": "x"}]}, "input", "input[1] has the role"),
-        ({"include": ["message.output_text.logprobs"]}, "include", "'message.output_text.logprobs' is not supported"),
+        ({"include": ["message.output_text"]}, "include", "'message.output_text' is not supported"),
         ({"include": ["reasoning"]}, "include", "'reasoning' is not supported"),
         ({"include": "reasoning.encrypted_content"}, "include", "include must be a list"),
         ({"include": [[]]}, "include", "a list is not supported"),
@@ -199,7 +208,11 @@ def test_a_refusal_is_what_was_answered():
         ({"user": 3}, "user", "user must be a string"),
         ({"prompt_cache_key": "a" * 600}, "prompt_cache_key", "at most"),
         ({"parallel_tool_calls": 0}, "parallel_tool_calls", "must be true or false"),
-        ({"top_logprobs": 2}, "top_logprobs", "not supported"),
+        ({"top_logprobs": 2}, "top_logprobs", "top_logprobs requires include"),
+        ({"top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "'resp_1' not found"),
+        ({"truncation": "some"}, "truncation", "'some'"),
+        ({"store": 1}, "store", "must be true or false"),
         ({"input": "a b c d " * 1000}, "input", ""),
     ],
 )
@@ -234,10 +247,6 @@ def test_what_was_sent_is_repeated(name, value, otherwise):
     assert respond(talking(ANSWER), **{name: None}).json()[name] == otherwise
     found = events(respond(talking(ANSWER), stream=True, **{name: value}))
     assert found[0]["response"][name] == found[-1]["response"][name] == value
-
-
-def test_nothing_is_stored_and_the_answer_says_so():
-    assert respond(talking(ANSWER), store=True).json()["store"] is False
 
 
 def test_an_error_in_a_stream_is_an_event():

@@ -7,7 +7,7 @@ import pytest
 from gptjax.text import Tokenizer
 from gptjax.text.chat_formats import FORMATS, ChatOptions
 from tests.server.responses_material import respond
-from tests.server.server_material import USER, chat, events, fault, make
+from tests.server.server_material import USER, chat, events, fault, make, post
 from tests.text.chat_material import chat_tokenizer, template, tool
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
@@ -197,3 +197,28 @@ def test_an_unknown_template_is_not_a_chat_model(tmp_path):
         assert (error["code"], error["param"]) == ("model_not_chat", "model")
         assert "/v1/completions" in error["message"]
         assert "--chat-format" in error["message"]
+
+
+def test_anthropics_api(tokenizers):
+    """A turn of the assistant's is one message; thinking can be switched off; an effort means nothing here."""
+    tokenizer = tokenizers["qwen3"]
+    service = saying(tokenizer, FAMILIES["qwen3"][1])
+    weather = {"name": "weather", "input_schema": tool("weather")["function"]["parameters"]}
+    body = {"messages": [USER], "max_tokens": 99, "tools": [weather], "thinking": {"type": "enabled"}}
+    answer = post(service, "/v1/messages", body | {"output_config": {"effort": "high"}}).json()
+    thinking, call = answer["content"]
+    assert (thinking["thinking"], call["input"]) == ("Hm, so.", {"city": "Oslo"})
+    result = {"type": "tool_result", "tool_use_id": call["id"], "content": "rain"}
+    body["messages"] = [
+        USER,
+        {"role": "assistant", "content": answer["content"]},
+        {"role": "user", "content": [result]},
+    ]
+    post(service, "/v1/messages", body | {"thinking": {"type": "disabled"}})
+    function = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    calls = [{"id": call["id"], "type": "function", "function": function}]
+    turn = {"role": "assistant", "reasoning_content": "Hm, so.", "content": None, "tool_calls": calls}
+    messages = [USER, turn, {"role": "tool", "tool_call_id": call["id"], "content": "rain"}]
+    options = ChatOptions(tools=[tool("weather")], enable_thinking=False)
+    expected = FORMATS["qwen3"].render(messages, tokenizer, options, max_length=1000)
+    assert list(service.worker.requests[-1].prompt_ids) == expected

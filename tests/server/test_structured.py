@@ -10,8 +10,8 @@ import pytest
 
 from gptjax.structured import library, places
 from tests.fuzz import rounds
+from tests.server.drawn_material import drawing
 from tests.server.server_material import GPT2, GPT_OSS, chat, complete, events, fault, make, post, tokenizer
-from tests.structured.walks import CLOSING, allowed, compiler
 
 SCHEMA = {
     "type": "object",
@@ -25,25 +25,6 @@ BAD = {"type": "object", "properties": {"a": {"not": {}}}}
 
 def tool(name: str, parameters=SCHEMA, **more) -> dict:
     return {"type": "function", "function": {"name": name, "description": "", "parameters": parameters, **more}}
-
-
-def drawing(name: str, seed: int = 0):
-    """A script: tokens at random, of those that the request's grammar allows. Reasoning is short."""
-    text, chance = tokenizer(name), random.Random(seed)
-    marks = [number for token, number in text.special_ids.items() if token != "<|startoftext|>"]
-    closing = [each for each in range(text.vocab_size) if text.token_bytes(each) in (*CLOSING, b"</think>", b"<")]
-
-    def script(request):
-        assert request.grammar is not None
-        matcher = compiler(name).matcher(request.grammar, request.stop_ids)
-        for _ in range(300):
-            ids = allowed(matcher, name)
-            ends = [each for each in ids if each in marks] or [each for each in ids if each in closing]
-            token_id = chance.choice(ends if ends and chance.random() < 0.7 else ids)
-            matcher.take(token_id)
-            yield token_id
-
-    return script
 
 
 def drawn(name: str = GPT_OSS, seed: int = 0):
@@ -130,9 +111,31 @@ def test_the_names_that_vllm_has(name):
     jsonschema.validate(json.loads(text(guided_json=SCHEMA)), SCHEMA)
     jsonschema.validate(json.loads(text(guided_json=json.dumps(SCHEMA))), SCHEMA)
     assert text(guided_regex="(yes|no)") in ("yes", "no")
+    choices = ['é😀 "/\n', "<|end|>", "n|o"]
+    assert {text(guided_choice=choices, seed=seed) for seed in range(9)} <= set(choices)
+    assert text(structured_outputs={"choice": ["one"], "json": None, "json_object": False}) == "one"
+    jsonschema.validate(json.loads(text(structured_outputs={"json": SCHEMA, "disable_fallback": True})), SCHEMA)
+    assert text(structured_outputs={"regex": "a{3}"}) == text(structured_outputs={"grammar": 'start: "aaa"'}) == "aaa"
     assert text(guided_grammar='start: "a" B\nB: /b{1,3}/').startswith("ab")
     if name == GPT_OSS:
         assert finished(chat(drawn(), guided_regex="(yes|no)"))["content"] in ("yes", "no")
+        found = finished(chat(drawn(), structured_outputs={"json_object": True}))["content"]
+        assert isinstance(json.loads(found), dict)
+
+
+def test_keywords_that_are_null_are_absent():
+    """As Pydantic and others write them."""
+    nulls = dict.fromkeys(("description", "required", "enum", "$ref", "anyOf", "minimum", "items"))
+    inner = {**nulls, "type": "array", "prefixItems": [{**nulls, "enum": ["a", None]}], "minItems": 1, "maxItems": 1}
+    properties = {"x": inner, "c": {"const": None}}
+    schema = {**nulls, "properties": properties, "required": ["x", "c"], "additionalProperties": False}
+    asked = {"guided_json": schema | {"type": "object"}, "max_tokens": 200}
+    found = {complete(drawn(GPT2, seed), **asked).json()["choices"][0]["text"] for seed in range(9)}
+    assert {json.dumps(json.loads(each)) for each in found} == {'{"x": ["a"], "c": null}', '{"x": [null], "c": null}'}
+    for strict in (True, False):
+        given = tool("f", {**schema, "type": None}, strict=strict)
+        (call,) = finished(chat(drawn(), tools=[given], tool_choice="required"))["tool_calls"]
+        assert json.loads(call["function"]["arguments"]).keys() == {"x", "c"}
 
 
 MALFORMED = [
@@ -151,6 +154,17 @@ MALFORMED = [
     ({"guided_grammar": "start: b"}, "guided_grammar", "b"),
     ({"guided_grammar": "start: start"}, "guided_grammar", "no text"),
     ({"guided_regex": "a", "guided_grammar": "b"}, "guided_regex", "choose one"),
+    ({"guided_choice": []}, "guided_choice", "at least one"),
+    ({"guided_choice": "ab"}, "guided_choice", "a list"),
+    ({"guided_choice": ["a", ""]}, "guided_choice", "empty"),
+    ({"guided_choice": ["a", 3]}, "guided_choice", "must be text"),
+    ({"guided_choice": ["\ud800"]}, "guided_choice", "lone surrogate"),
+    ({"structured_outputs": []}, "structured_outputs", "must be an object"),
+    ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs", "choose one"),
+    ({"structured_outputs": {"json": BAD}}, "structured_outputs", "structured_outputs.json: the JSON schema has 'not'"),
+    ({"structured_outputs": {"json_object": 1}}, "structured_outputs", "true or false"),
+    ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs", "'structural_tag'"),
+    ({"structured_outputs": {"regex": "a"}, "guided_choice": ["a"]}, "guided_choice", "choose one"),
     ({"tool_choice": "required"}, "tool_choice", "no tools"),
     ({"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": [tool("f")]}, "tool_choice", "x"),
     ({"tool_choice": {"type": "function"}, "tools": [tool("f")]}, "tool_choice", "names a function"),

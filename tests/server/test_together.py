@@ -23,16 +23,17 @@ TURNS = [
     THOUGHT + ANSWER,
     THOUGHT + PREAMBLE + THOUGHT + CALL,
     PREAMBLE + PREAMBLE + ANSWER,
+    CALL.replace("<|call|>", "<|end|>") + "<|start|>assistant" + CALL.replace("call|>", "end|>") + PREAMBLE + ANSWER,
     "<|channel|>final<|message|>Grüße 🙂🙂 an dich<|return|>",
     "<|channel|>analysis<|message|>never ends",
 ]
 
 
 def cut(token_ids, seed):
-    """The tokens in groups of random sizes, each of which comes together."""
+    """The tokens in groups of random sizes, each of which comes together; with seed 0, all of them do."""
     rng, left, groups = random.Random(seed), list(token_ids), []
     while left:
-        size = rng.randint(1, 8)
+        size = rng.randint(1, 8) if seed else len(left)
         groups.append(left[:size])
         left = left[size:]
     return groups
@@ -101,11 +102,11 @@ def test_a_turn_says_the_same_however_its_tokens_come(turn):
         return choices(chat(make(script, name=GPT_OSS), stream=True, **asked))
 
     def textless(choice):
-        """Such as the role, calls and the end."""
-        return not (choice["delta"].get("content") or choice["delta"].get("reasoning"))
+        """Such as the role and the end."""
+        return not any(choice["delta"].get(kind) for kind in ("content", "reasoning", "tool_calls"))
 
     def runs(found):
-        """Reasoning and answer in order, each with the tokens of its log-probabilities."""
+        """Reasoning, answer and calls in order, each with the tokens of its log-probabilities."""
         pieces = []
         for choice in found:
             entries = [
@@ -114,6 +115,9 @@ def test_a_turn_says_the_same_however_its_tokens_come(turn):
             for kind in ("reasoning", "content"):
                 if text := choice["delta"].get(kind):
                     pieces.append((kind, text, entries if kind == "content" else []))
+            for call in choice["delta"].get("tool_calls", ()):
+                begins = [("name", call["function"]["name"], [])] if "id" in call else []
+                pieces += [*begins, (f"call {call['index']}", call["function"]["arguments"], [])]
         return [
             (kind, "".join(text for _, text, _ in group), [entry for *_, entries in group for entry in entries])
             for kind, group in (
@@ -145,7 +149,7 @@ def test_a_response_has_the_same_items_however_its_tokens_come(turn):
         joined = []
         for event in found:
             event.pop("sequence_number")
-            if joined and event["type"].endswith("text.delta") and joined[-1]["type"] == event["type"]:
+            if joined and event["type"].endswith(".delta") and joined[-1]["type"] == event["type"]:
                 joined[-1]["delta"] += event["delta"]
             else:
                 joined.append(event)

@@ -37,7 +37,8 @@ def test_an_engine_on_a_mesh_draws_what_one_on_a_device_draws():
 @pytest.mark.thorough
 def test_after_warming_up_nothing_is_compiled():
     lm = shallow("gpt2-tales")
-    engine = Engine(*placed(lm.model, lm.params, {"tensor": 2}), batch=2, max_length=128, chunk=64)
+    sizes = {"batch": 2, "max_length": 128, "chunk": 64, "steps_per_dispatch": 2}
+    engine = Engine(*placed(lm.model, lm.params, {"data": 2, "tensor": 2}), **sizes)
     with compilations() as compiled:
         engine.warm_up()
     assert compiled

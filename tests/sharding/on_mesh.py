@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 import gptjax
 from gptjax.checkpoints import weights
@@ -41,3 +42,12 @@ def bytes_by_device(tree: Any) -> dict[jax.Device, int]:
         for shard in leaf.addressable_shards:
             found[shard.device] = found.get(shard.device, 0) + shard.data.nbytes
     return found
+
+
+def of_all(leaf: jax.ShapeDtypeStruct, spec: P, model: Model) -> jax.ShapeDtypeStruct:
+    """The shape of all devices' parts of a weight."""
+    assert model.own.mesh is not None
+    entries = [*spec, *[None] * (len(leaf.shape) - len(spec))]
+    names = [(entry,) if isinstance(entry, str) else entry or () for entry in entries]
+    counts = [int(np.prod([model.own.mesh.shape[name] for name in each])) for each in names]
+    return jax.ShapeDtypeStruct(tuple(size * count for size, count in zip(leaf.shape, counts, strict=True)), leaf.dtype)

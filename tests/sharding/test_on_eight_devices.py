@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from tests.import_graph import ROOT
-from tests.sharding import eight_devices, eight_devices_bits
+from tests.sharding import eight_devices, eight_devices_bits, eight_devices_data
 
 
 def test_on_eight_devices(request):
@@ -18,6 +18,6 @@ def test_on_eight_devices(request):
     environment.pop("PYTEST_XDIST_WORKER", None)
     tier = ["--tier", request.config.getoption("tier")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *tier]
-    command += [eight_devices.__file__, eight_devices_bits.__file__]
+    command += [each.__file__ for each in (eight_devices, eight_devices_bits, eight_devices_data)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2_000:]

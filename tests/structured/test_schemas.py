@@ -83,7 +83,7 @@ def test_a_union_whose_branches_exclude_each_other_is_kept():
         ({"if": {}, "not": {}}, "'if' at #:"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"propertyNames": {}}}}, "'propertyNames' at #/$defs/a:"),
         ({"type": "strin"}, "'type' at #:"),
-        ({"required": None}, "'required' at #:"),
+        ({"required": [None]}, "'required' at #:"),
         ({"type": "string", "format": "of my own"}, "'format' at #:"),
         ({"type": "string", "pattern": "(?=a)"}, "'pattern' at #:"),
         ({"$ref": "https://example.com/schema"}, "'$ref' at #:"),

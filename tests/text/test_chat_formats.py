@@ -187,8 +187,7 @@ ASSISTANT = {"role": "assistant", "content": "x"}
 @pytest.mark.parametrize(
     ("messages", "says"),
     [
-        ([], "no message with the role user"),
-        ([{"role": "system", "content": "x"}], "no message with the role user"),
+        ([], "messages has no message: add one"),
         ("Hi", "messages is 'Hi'"),
         ([3], r"messages\[0\] is 3"),
         ([{"role": "king", "content": "x"}], r"messages\[0\] has the role 'king'"),

@@ -10,6 +10,7 @@ from gptjax.text import Tokenizer
 from gptjax.text.chat_formats import FORMATS, ChatOptions
 from tests.fuzz import rounds
 from tests.text.chat_material import BEGIN_THE_THOUGHT, chat_tokenizer, read, tool
+from tests.text.harmony_material import assembled
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
 CALLED = [("weather", '{"city": "Zürich"}')]
@@ -31,6 +32,8 @@ def result(tokenizer, name, text, *offered):
     reader, answer = read(tokenizer, name, tokenizer.encode(text), *offered)
     for call in reader.tool_calls:
         assert re.fullmatch("call_[0-9a-f]{24}", call.id)
+    assert assembled(reader.take_calls()) == [(call.id, call.name, call.arguments) for call in reader.tool_calls]
+    assert reader.take_calls() == ()
     return answer, reader.reasoning, [(call.name, call.arguments) for call in reader.tool_calls]
 
 

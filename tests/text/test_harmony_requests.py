@@ -16,8 +16,7 @@ from tests.text.harmony_material import TALES, USER, call, function, ids, parts
 @pytest.mark.parametrize(
     ("messages", "says"),
     [
-        ([], "no message with the role user"),
-        ([{"role": "system", "content": "A"}], "no message with the role user"),
+        ([], "messages has no message: add one"),
         ("Hi.", "messages is 'Hi.'; expected a list"),
         ([USER, "Hi."], r"messages\[1\] is 'Hi.'; expected an object"),
         ([USER, {"content": "A"}], r"messages\[1\] has the role None; expected one of system, "),

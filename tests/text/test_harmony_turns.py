@@ -1,5 +1,6 @@
 """What a model may write as a turn, and what is read of it."""
 
+import itertools
 import random
 import re
 
@@ -12,7 +13,7 @@ from gptjax.text import harmony
 from gptjax.text.chat_formats import ToolCall
 from gptjax.text.chat_formats.harmony import Harmony, HarmonyReader, offered_names
 from tests.fuzz import rounds
-from tests.text.harmony_material import TALES, USER, call
+from tests.text.harmony_material import TALES, USER, assembled, call
 
 ASK = [USER]
 
@@ -364,6 +365,28 @@ def test_an_answer_of_reasoning_only_comes_back_without_it(tokenizer):
         assert harmony.render([*ASK, sent, *ASK], tokenizer) == harmony.render([*ASK, *ASK], tokenizer)
 
 
+def test_arguments_come_as_they_are_written(tokenizer):
+    head = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>"
+    between = "<|call|><|start|>assistant"
+    reader = HarmonyReader(tokenizer, offered=frozenset("fg"))
+    seen = []
+    for token in tokenizer.encode(f'{head} {{"a": "b c d"}}{between}{head}  {between}', special=True):
+        reader.push(token)
+        seen.append(reader.take_calls())
+    seen = [parts for parts in seen if parts]
+    assert all(len(parts) == 1 for parts in seen)
+    assert assembled(part for (part,) in seen) == [(each.id, "f", each.arguments) for each in reader.tool_calls]
+    assert [each.arguments for each in reader.tool_calls] == [' {"a": "b c d"}', "{}"]
+    assert sum(bool(part.arguments) for (part,) in seen) > 6  # token by token
+
+
+OFFERED = [{"type": "function", "function": {"name": "f"}}, {"type": "python"}]
+READERS = [
+    (HarmonyReader, {"offered": offered_names(OFFERED)}),
+    (harmony.StreamParser, {"names": offered_names(OFFERED)}),
+]
+
+
 @pytest.mark.fuzz
 def test_any_turn_can_be_gone_on_with(tokenizer):
     pick = random.Random(3)
@@ -382,13 +405,24 @@ def test_any_turn_can_be_gone_on_with(tokenizer):
             "{}",
         )
     ]
-    tools = [{"type": "function", "function": {"name": "f"}}, {"type": "python"}]
     for _ in range(rounds(1000)):
         ids: list[int] = []
         for _ in range(pick.randint(0, 8)):
             ids += pick.choice([pick.choice(heads), [pick.choice(marks)], [pick.randrange(8300)]])
-        reader = HarmonyReader(tokenizer, offered=offered_names(tools))
-        text = "".join(map(reader.push, ids)) + reader.finish()
+        reader, parser = (each(tokenizer, **names) for each, names in READERS)
+        text, parts = "", []
+        for token in ids:
+            text += reader.push(token)
+            parts += reader.take_calls()
+            parser.push(token)
+        text += reader.finish()
+        parser.finish()
+        # What is a call, by the whole messages.
+        mine = itertools.takewhile(lambda message: message.role == "assistant", parser.messages)
+        calls = [(name, message.content) for message in mine if (name := reader._tool(message.recipient)) is not None]
+        assert called(reader) == [(name, written if written.strip() else "{}") for name, written in calls]
+        found = [(each.id, each.name, each.arguments) for each in reader.tool_calls]
+        assert assembled([*parts, *reader.take_calls()]) == found
         message = completed(text, reader.reasoning, reader.tool_calls).message
         results = [{"role": "tool", "tool_call_id": found.id, "content": "1"} for found in reader.tool_calls]
-        assert harmony.render([*ASK, message, *results, *ASK], tokenizer, tools)
+        assert harmony.render([*ASK, message, *results, *ASK], tokenizer, OFFERED)

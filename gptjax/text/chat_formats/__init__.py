@@ -6,6 +6,7 @@
     text_format.py   the others, whose messages are texts between special tokens: `TextFormat`
     conversation.py  OpenAI's chat API to the messages that they write
     readers.py       their turns, as they stream (tagged.py, json_calls.py)
+    calls.py         a turn's calls, as they stream
     chatml.py, qwen3.py, qwq.py, deepseek.py, llama3.py, llama2.py: what they write, as the published templates do
 
 Nothing here executes a template from a file.
@@ -13,6 +14,7 @@ Nothing here executes a template from a file.
 
 from gptjax.text.chat_formats.interface import (
     DEFAULT,
+    CallPart,
     ChatFormat,
     ChatOptions,
     ToolCall,
@@ -24,6 +26,7 @@ from gptjax.text.chat_formats.known import FORMATS, choose_format
 __all__ = [
     "DEFAULT",
     "FORMATS",
+    "CallPart",
     "ChatFormat",
     "ChatOptions",
     "ToolCall",

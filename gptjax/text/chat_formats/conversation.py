@@ -19,12 +19,12 @@ from gptjax.text.fields import (
     check_amount,
     check_ids,
     check_name,
-    check_user,
     read_answer,
     read_call,
     read_call_id,
     read_content,
     read_list,
+    read_messages,
     read_object,
     read_reasoning,
     read_role,
@@ -78,7 +78,7 @@ def read_conversation(messages: object, options: ChatOptions, *, name: str, tool
     """Reads messages and options; `tools` is whether the format `name` has tools. Raises RequestError."""
     found: list[Message] = []
     ids: set[str] = set()
-    for index, value in enumerate(read_list(messages, "messages")):
+    for index, value in enumerate(read_messages(messages)):
         where = f"messages[{index}]"
         given = read_object(value, where)
         role = read_role(given, where)
@@ -90,7 +90,6 @@ def read_conversation(messages: object, options: ChatOptions, *, name: str, tool
         if role == "tool":
             read_call_id(given, where, ids)
         found.append(Message("system" if role == "developer" else role, read_content(given, where), where))
-    check_user(message.role for message in found)
     return Conversation(tuple(found), read_tools(options.tools), date_of(options), options.enable_thinking)
 
 
@@ -145,7 +144,7 @@ def read_tools(tools: object) -> tuple[Mapping[str, Any], ...]:
         if function.get("parameters") is not None:
             read_object(function["parameters"], f"{where}.function.parameters")
         _check_json(tool, where)
-        found[name] = tool
+        found[name] = {key: tool[key] for key in tool if key != "cache_control"}  # a hint to servers
     return tuple(found.values())
 
 

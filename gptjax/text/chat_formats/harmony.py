@@ -1,19 +1,19 @@
 """Harmony as a chat format; `gptjax.text.harmony` has its rendering and parsing."""
 
 import datetime
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from gptjax.errors import RequestError
 from gptjax.text import harmony
+from gptjax.text.chat_formats.calls import Calls
 from gptjax.text.chat_formats.interface import (
     DEFAULT,
+    CallPart,
     ChatOptions,
     ToolCall,
     check_options,
     date_of,
-    new_call_id,
 )
 from gptjax.text.fields import check_name
 from gptjax.text.harmony.builtin import BUILTIN
@@ -33,7 +33,7 @@ class Harmony:
     """A `ChatFormat`: GPT-OSS's."""
 
     name = "harmony"
-    options = frozenset(("tools", "reasoning_effort", "current_date"))
+    options = frozenset(("tools", "reasoning_effort", "current_date", "response_format"))
     begin = START
     one_message_a_turn = False
 
@@ -62,6 +62,7 @@ class Harmony:
             options.tools,
             "medium" if options.reasoning_effort is None else options.reasoning_effort,
             None if date is None else date.isoformat(),
+            response_format=options.response_format,
             max_length=max_length,
         )
 
@@ -91,7 +92,8 @@ class HarmonyReader:
         self.phase = "final_answer"
         self._parser = harmony.StreamParser(tokenizer, names=offered)
         self._offered = offered
-        self._ids: list[str] = []  # of calls, in order
+        self._calls = Calls()
+        self._call: int | None = None  # the last message that is one
         self._reasoning: list[str] = []
         self._fresh = ""  # reasoning not taken yet
         self._sources: dict[bool, int] = {}  # the last message of reasoning (True) and answer (False)
@@ -106,12 +108,16 @@ class HarmonyReader:
 
     def ended_by(self, token_id: int) -> None:
         """Call after `finish`, with the token that ended the turn: `<|call|>` makes even a textless header a call."""
-        self._parser.ended_by(token_id)
+        self._read(self._parser.ended_by(token_id))
 
     def take_reasoning(self) -> str:
         """Returns the reasoning added since it was last called."""
         fresh, self._fresh = self._fresh, ""
         return fresh
+
+    def take_calls(self) -> tuple[CallPart, ...]:
+        """Returns what was added to calls since it was last called."""
+        return self._calls.take()
 
     @property
     def reasoning(self) -> str:
@@ -121,21 +127,18 @@ class HarmonyReader:
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
         """The complete calls; after `finish`, also one that was cut short and may be malformed."""
-        messages = itertools.takewhile(lambda message: message.role == "assistant", self._parser.messages)
-        calls = [
-            (name, str(message.content)) for message in messages if (name := self._tool(message.recipient)) is not None
-        ]
-        self._ids += [new_call_id() for _ in range(len(calls) - len(self._ids))]
-        return tuple(
-            ToolCall(call_id, name, arguments if arguments.strip() else "{}")
-            for call_id, (name, arguments) in zip(self._ids, calls, strict=False)
-        )
+        return tuple(self._calls.whole)
 
     def _read(self, events: Iterable[harmony.Event]) -> str:
         answer = ""
         for event in events:
             self.ended = self.ended or event.role != "assistant"
-            if self.ended or not event.text or self._tool(event.recipient) is not None:
+            if self.ended:
+                continue
+            if (name := self._tool(event.recipient)) is not None:
+                self._read_call(event, name)
+                continue
+            if not event.text:
                 continue
             channel = event.channel or "final"  # models glue words to it
             reasoning = channel.startswith("analysis")
@@ -148,6 +151,14 @@ class HarmonyReader:
                 self.phase = "commentary" if channel.startswith("commentary") else "final_answer"
                 answer += gap + event.text
         return answer
+
+    def _read_call(self, event: harmony.Event, name: str) -> None:
+        if self._call != event.index:
+            self._call = event.index
+            self._calls.begin(name)
+        self._calls.add(event.text)
+        if event.ended:
+            self._calls.end()
 
     def _tool(self, recipient: str | None) -> str | None:
         """The tool that a recipient names; None if it is not a tool, or if a prompt could not repeat the name."""

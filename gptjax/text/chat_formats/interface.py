@@ -9,6 +9,7 @@ from typing import Any, Final, Protocol
 from gptjax.errors import RequestError
 from gptjax.support.quoting import quoted
 from gptjax.text.fields import read_date
+from gptjax.text.harmony.messages import ResponseFormat
 from gptjax.text.tokenizer import Tokenizer
 
 DEFAULT: Final = "default"
@@ -17,7 +18,10 @@ TODAY: Final = "today"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChatOptions:
-    """The options of a turn. A format that has no use for one refuses it, unless it has its default."""
+    """The options of a turn. A format that has no use for one refuses it, unless it has its default.
+
+    `response_format` is an exception: it is what a grammar sees to, and only some formats also tell the model.
+    """
 
     tools: Sequence[Mapping[str, Any]] = ()
     """Functions in the form of OpenAI's chat API; harmony also has built-in ones."""
@@ -27,6 +31,8 @@ class ChatOptions:
     """Like "2025-06-28", or "today"; "default" is what the format's template does; None gives the model no date."""
     enable_thinking: bool | None = None
     """Whether the model thinks before it answers; None is the format's default."""
+    response_format: ResponseFormat | None = None
+    """The form that the answer is to have."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,6 +46,17 @@ class ToolCall:
     def to_json(self) -> dict[str, Any]:
         """The call in the form of OpenAI's chat API."""
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CallPart:
+    """What was added to a tool call while the model writes it."""
+
+    index: int  # which call of the turn
+    id: str
+    name: str
+    arguments: str  # the added text; the parts of a call make up its arguments
+    begins: bool  # whether it is the first part
 
 
 class TurnReader(Protocol):
@@ -68,6 +85,9 @@ class TurnReader(Protocol):
 
     def take_reasoning(self) -> str:
         """Returns the reasoning added since it was last called."""
+
+    def take_calls(self) -> tuple[CallPart, ...]:
+        """Returns what was added to tool calls since it was last called, a part for each call."""
 
     @property
     def reasoning(self) -> str:
@@ -142,7 +162,7 @@ def check_options(name: str, known: frozenset[str], options: ChatOptions) -> Non
     for field in dataclasses.fields(options):
         given = getattr(options, field.name)
         neutral = not given if field.name == "tools" else given in (None, getattr(defaults, field.name))
-        if field.name not in known and not neutral:
+        if field.name not in known and not neutral and field.name != "response_format":
             raise RequestError(f"{field.name} has no meaning in the chat format {name}: leave it out")
     if options.enable_thinking not in (None, True, False):
         raise RequestError(f"enable_thinking is {quoted(options.enable_thinking)}; expected True or False")

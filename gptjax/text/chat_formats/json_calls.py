@@ -62,7 +62,7 @@ class JsonReader(PlainReader):
         call = parse_call(text.strip().removeprefix(PYTHON_TAG))
         if call is None or call.name not in self._offered:
             return text
-        self._calls.append(call)
+        self._calls.add_whole(call)
         self.dropped += len(text)
         return ""
 

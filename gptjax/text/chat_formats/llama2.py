@@ -25,6 +25,8 @@ def llama2(talk: Conversation) -> Iterator[str]:
     messages, system = talk.messages, ""
     if messages[0].role == "system":
         system, messages = f"<<SYS>>\n{messages[0].content}\n<</SYS>>\n\n", messages[1:]
+        if not messages:
+            raise RequestError("messages has only a system message, which in this format is part of the user's first")
     _check_alternation(messages, "after a system message, the user and the assistant take turns")
     for index, message in enumerate(messages):
         if message.role == "user":

@@ -52,6 +52,8 @@ def llama31(talk: Conversation, default_date: str | None = "26 Jul 2024") -> Ite
     yield BOS
     yield from _message("system", about, system)
     if talk.tools:
+        if not messages:
+            raise RequestError("messages has only a system message: this format describes tools in the user's first")
         first, messages = messages[0], messages[1:]
         if first.role != "user":
             raise RequestError(f"{first.where} must be the user's: this format describes tools in the first message")

@@ -10,7 +10,8 @@ All give the same result however the text is split into tokens. A call that cann
 model wrote it, so nothing is lost and nothing breaks.
 """
 
-from gptjax.text.chat_formats.interface import ChatOptions, ToolCall
+from gptjax.text.chat_formats.calls import Calls
+from gptjax.text.chat_formats.interface import CallPart, ChatOptions, ToolCall
 from gptjax.text.tokenizer import Tokenizer
 
 
@@ -53,7 +54,7 @@ class PlainReader:
         self._tokens = tokens
         self._reasoning: list[str] = []
         self._fresh = ""  # reasoning not taken yet
-        self._calls: list[ToolCall] = []
+        self._calls = Calls()
 
     def push(self, token_id: int) -> str:
         """Returns the answer text that became certain with this token."""
@@ -72,6 +73,10 @@ class PlainReader:
         fresh, self._fresh = self._fresh, ""
         return fresh
 
+    def take_calls(self) -> tuple[CallPart, ...]:
+        """Returns the calls read since it was last called, whole: until its end, a text may turn out not to be one."""
+        return self._calls.take()
+
     @property
     def reasoning(self) -> str:
         """All reasoning so far."""
@@ -80,7 +85,7 @@ class PlainReader:
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
         """The calls so far."""
-        return tuple(self._calls)
+        return tuple(self._calls.whole)
 
     def _take(self, text: str) -> str:
         """Reads more text, and returns the answer's part of it."""

@@ -92,7 +92,7 @@ class TaggedReader(PlainReader):
         call = parse_call(text)
         if call is None:
             return self._add(written)
-        self._calls.append(call)
+        self._calls.add_whole(call)
         self._drop(len(written))
         self._after_tag = not self._answered
         return ""
@@ -122,7 +122,7 @@ class TaggedReader(PlainReader):
         answer = self._add(held)
         if self._inside == "call":
             answer += self._end_call("")
-        if self._inside == "think" or self._calls:
+        if self._inside == "think" or self._calls.whole:
             self._drop(0)
         newlines, self._newlines = self._newlines, 0
         return answer + "\n" * newlines

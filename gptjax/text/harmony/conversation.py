@@ -4,6 +4,7 @@
 |---|---|
 | (always) | a system message: identity, knowledge cutoff, `current_date`, effort, built-in tools, channels |
 | `system` and `developer` at the beginning, function tools | one developer message, texts joined by an empty line |
+| `response_format` with a schema | its `# Response Formats`, at the end |
 | later `system` and `developer` | a developer message in the same place |
 | `user`, with its `name` | a user message, `user:name` |
 | `assistant`: `reasoning_content` or `reasoning` | an assistant message in the analysis channel |
@@ -35,18 +36,25 @@ from gptjax.support.quoting import quoted
 from gptjax.text.fields import (
     check_ids,
     check_name,
-    check_user,
     read_answer,
     read_call,
     read_call_id,
     read_content,
     read_date,
     read_list,
+    read_messages,
     read_object,
     read_reasoning,
     read_role,
 )
-from gptjax.text.harmony.messages import FUNCTIONS, DeveloperContent, Message, Namespace, SystemContent
+from gptjax.text.harmony.messages import (
+    FUNCTIONS,
+    DeveloperContent,
+    Message,
+    Namespace,
+    ResponseFormat,
+    SystemContent,
+)
 from gptjax.text.harmony.rendering import render_messages
 from gptjax.text.harmony.special import CONSTRAIN
 from gptjax.text.harmony.tools import read_tools
@@ -67,6 +75,7 @@ def render(
     reasoning_effort: str = "medium",
     current_date: str | None = None,
     *,
+    response_format: ResponseFormat | None = None,
     earlier_analysis: EarlierAnalysis = "dropped",
     max_length: int = LONGEST,
 ) -> list[int]:
@@ -79,6 +88,7 @@ def render(
         `{"type": "python"}` for the built-in ones.
       reasoning_effort: "low", "medium" or "high".
       current_date: like "2025-06-28"; None leaves the line out.
+      response_format: the form of the answer, which the developer message then describes.
       earlier_analysis: "dropped" or "kept", or dropped the way "openai-harmony" does it. If it is kept, each prompt
         of a conversation begins with the previous one.
       max_length: the most tokens. A longer prompt is refused before it is complete.
@@ -90,7 +100,7 @@ def render(
     if earlier_analysis not in get_args(EarlierAnalysis):
         allowed = ", ".join(get_args(EarlierAnalysis))
         raise RequestError(f"earlier_analysis is {quoted(earlier_analysis)}; expected one of {allowed}")
-    talk = conversation(messages, tools, reasoning_effort, current_date)
+    talk = conversation(messages, tools, reasoning_effort, current_date, response_format)
     if earlier_analysis == "dropped":
         talk = _without_earlier_analysis(talk)
     return render_messages(talk, tokenizer, drop_analysis=earlier_analysis == "openai-harmony", max_length=max_length)
@@ -106,6 +116,7 @@ def conversation(
     tools: Sequence[Mapping[str, Any]] = (),
     reasoning_effort: str = "medium",
     current_date: str | None = None,
+    response_format: ResponseFormat | None = None,
 ) -> list[Message]:
     """The harmony messages that `render` renders, nothing dropped. Arguments and errors as there."""
     if reasoning_effort not in _EFFORTS:
@@ -114,15 +125,14 @@ def conversation(
         read_date(current_date)
     functions, builtin = read_tools(tools)
     chat = _Chat(builtin)
-    for index, message in enumerate(read_list(messages, "messages")):
+    for index, message in enumerate(read_messages(messages)):
         chat.add(message, f"messages[{index}]")
-    check_user(message.role for message in chat.messages)
     system = SystemContent(current_date=current_date, reasoning_effort=reasoning_effort, tools=builtin)
     opening = [Message("system", system)]
     instructions = "\n\n".join(chat.instructions) or None
-    if instructions or functions:
+    if instructions or functions or response_format:
         offered = (Namespace(FUNCTIONS, functions=functions),) if functions else ()
-        opening.append(Message("developer", DeveloperContent(instructions, offered)))
+        opening.append(Message("developer", DeveloperContent(instructions, offered, response_format)))
     return opening + chat.messages
 
 

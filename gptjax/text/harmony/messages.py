@@ -39,6 +39,16 @@ class Namespace:
 
 
 @dataclass(frozen=True, slots=True)
+class ResponseFormat:
+    """The form of an answer."""
+
+    name: str
+    description: str
+    schema: str
+    """JSON."""
+
+
+@dataclass(frozen=True, slots=True)
 class SystemContent:
     """The parts of a system message. One that is None or empty is left out."""
 
@@ -60,6 +70,7 @@ class DeveloperContent:
 
     instructions: str | None = None
     tools: tuple[Namespace, ...] = ()
+    response_format: ResponseFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)

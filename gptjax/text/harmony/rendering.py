@@ -12,6 +12,7 @@ from gptjax.text.harmony.messages import (
     DeveloperContent,
     Message,
     Namespace,
+    ResponseFormat,
     SystemContent,
 )
 from gptjax.text.harmony.schema import type_of
@@ -125,10 +126,14 @@ def _text(content: str | SystemContent | DeveloperContent, has_functions: bool) 
     if isinstance(content, str):
         yield content
     elif isinstance(content, DeveloperContent):
+        sections: list[Iterable[str]] = []
         if content.instructions is not None:
-            yield f"# Instructions\n\n{content.instructions}"
-            yield "\n\n" if content.tools else ""
-        yield from _tools(content.tools)
+            sections.append((f"# Instructions\n\n{content.instructions}",))
+        if content.tools:
+            sections.append(_tools(content.tools))
+        if content.response_format is not None:
+            sections.append(_response_format(content.response_format))
+        yield from _joined(sections)
     else:
         yield from _system(content, has_functions)
 
@@ -148,9 +153,20 @@ def _system(content: SystemContent, has_functions: bool) -> Iterator[str]:
         names = ", ".join(content.channels)
         note = f"\nCalls to these tools must go to the commentary channel: '{FUNCTIONS}'." if has_functions else ""
         sections.append((f"# Valid channels: {names}. Channel must be included for every message.{note}",))
+    yield from _joined(sections)
+
+
+def _joined(sections: Iterable[Iterable[str]]) -> Iterator[str]:
     for index, section in enumerate(sections):
         yield "\n\n" if index else ""
         yield from section
+
+
+def _response_format(form: ResponseFormat) -> Iterator[str]:
+    """As the format's guide has it; openai-harmony does not write it."""
+    yield f"# Response Formats\n\n## {form.name}\n\n"
+    yield from (f"// {line}\n" for line in _lines(form.description))
+    yield form.schema
 
 
 def _tools(tools: Sequence[Namespace]) -> Iterator[str]:

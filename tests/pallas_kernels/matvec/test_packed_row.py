@@ -63,6 +63,15 @@ def test_a_product_agrees_with_float64(name, inputs, share, strips, ahead):
     assert np.all(np.abs(actual - kernel @ row) <= 2e-7 * (np.abs(kernel) @ np.abs(row)))
 
 
+@pytest.mark.parametrize(("inputs", "share", "strips", "ahead"), [(64, 1, 4, 0), (704, 2, 2, 0), (1472, 2, 6, 2)])
+def test_a_row_may_end_within_a_turn(inputs, share, strips, ahead):
+    """In MXFP4, after one, three and again three of its last four tiles; nothing beyond the matrix is read."""
+    x, weight = _x(1, inputs), _fragments("MXFP4", 128, inputs)
+    kernel, row = np.asarray(weight.dequantize(), np.float64), np.asarray(x, np.float64)[0]
+    actual = _emulated(x, [weight], _settings(share, strips, ahead))
+    assert np.all(np.abs(actual - kernel @ row) <= 2e-7 * (np.abs(kernel) @ np.abs(row)))
+
+
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("name", ["MXFP4", "Q4_K"])
 def test_gate_and_up_agree_with_float64(name, apart):

@@ -1,0 +1,300 @@
+"""`/v1/responses` with memory: what is kept, for how long, and that continuing it is as sending everything again."""
+
+import json
+import random
+
+import pytest
+
+from gptjax.server.response_store import Item, ResponseStore, Stored
+from gptjax.server.truncation import last_turns
+from tests.server.responses_material import ANSWER, CALL, THOUGHT, WEATHER, events, respond, talking
+from tests.server.server_material import GPT_OSS, USER, ask, chat, fault, make, post, saying, tokenizer
+
+LOGPROBS = "message.output_text.logprobs"
+LOOK = "<|channel|>commentary<|message|>Let me look.<|end|><|start|>assistant"
+PART = {"type": "input_text", "text": "Hello"}
+
+
+def prompt_of(service):
+    return tokenizer(GPT_OSS).decode(service.worker.requests[-1].prompt_ids, special=True)
+
+
+def get(service, path, status=200, method="GET"):
+    found = ask(service, method, f"/v1/responses/{path}")
+    assert found.status_code == status, found.text
+    return found.json()
+
+
+def kept(service, **fields):
+    found = respond(service, **fields)
+    assert found.status_code == 200, found.text
+    return found.json()
+
+
+def answers(*texts, **more):
+    return make(saying(*texts, name=GPT_OSS), name=GPT_OSS, **more)
+
+
+def outcome(call, output="rain"):
+    return {"type": "function_call_output", "call_id": call["call_id"], "output": output}
+
+
+def test_a_conversation_goes_on_as_if_everything_were_sent_again():
+    service = answers(THOUGHT + LOOK + CALL, THOUGHT + ANSWER, ANSWER)
+    options = {"tools": [WEATHER], "instructions": "Be kind."}
+    first = kept(service, **options)
+    result = outcome(first["output"][-1])
+    second = kept(service, input=[result], previous_response_id=first["id"], **options)
+    assert second["previous_response_id"] == first["id"]
+    continued = prompt_of(service)
+    third = kept(service, input="And now?", previous_response_id=second["id"], tools=[WEATHER])
+    prompts = continued, prompt_of(service)
+
+    items = [USER, *first["output"], result]
+    kept(service, input=items, store=False, **options)
+    assert prompt_of(service) == prompts[0]
+    kept(service, input=[*items, *second["output"], {"role": "user", "content": "And now?"}], tools=[WEATHER])
+    assert prompt_of(service) == prompts[1]
+    assert "Be kind." in prompts[0] and "Be kind." not in prompts[1]  # instructions are of one response
+    # A branch from the middle, although the first has gone.
+    get(service, first["id"], method="DELETE")
+    kept(service, input="And now?", previous_response_id=second["id"], tools=[WEATHER])
+    assert prompt_of(service) == prompts[1]
+    assert third["id"] != second["id"]
+
+
+def test_an_error_names_the_places_of_the_request():
+    service = answers(ANSWER)
+    previous = kept(service)["id"]
+    result = {"type": "function_call_output", "call_id": "call_x", "output": "rain"}
+    for wrong, words in ((3, "input[1] must be an object"), (result, "input[1].call_id is 'call_x'")):
+        assert words in fault(respond(service, previous_response_id=previous, input=[USER, wrong]))["message"]
+
+
+def test_references_stand_for_their_items():
+    service = answers(THOUGHT + LOOK + CALL, ANSWER)
+    first = kept(service, tools=[WEATHER])
+    (given,) = get(service, f"{first['id']}/input_items")["data"]
+    references = [{"type": "item_reference", "id": item["id"]} for item in (given, *first["output"])]
+    references[1].pop("type")
+    kept(service, input=[*references, outcome(first["output"][-1])], tools=[WEATHER])
+    referring = prompt_of(service)
+    kept(service, input=[USER, *first["output"], outcome(first["output"][-1])], tools=[WEATHER])
+    assert referring == prompt_of(service)
+    for item_id in ("msg_1", 3, None, []):
+        error = fault(respond(service, input=[USER, {"type": "item_reference", "id": item_id}]), 404)
+        assert error["code"] == "item_not_found" and error["message"].startswith("input[1]: item with id")
+
+
+def test_an_id_of_a_clients_own_names_nothing_of_others():
+    service = answers(ANSWER)
+    victim = kept(service)["output"][0]
+    kept(service, input=[victim | {"content": "Something else."}, USER])
+    kept(service, input=[{"type": "item_reference", "id": victim["id"]}, USER])
+    assert "It was late." in prompt_of(service) and "Something else" not in prompt_of(service)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"max_output_tokens": 4}])
+def test_what_is_kept_is_what_was_answered(streams, fields):
+    service = answers(THOUGHT + ANSWER)
+    found = respond(service, stream=streams, **fields)
+    body = events(found)[-1]["response"] if streams else found.json()
+    assert body["store"] is True
+    assert get(service, body["id"]) == body
+    assert get(service, body["id"], method="DELETE") == {"id": body["id"], "object": "response", "deleted": True}
+    for method in ("GET", "DELETE"):
+        error = fault(ask(service, method, f"/v1/responses/{body['id']}"), 404)
+        assert error["code"] == "response_not_found" and body["id"] in error["message"]
+    error = fault(respond(service, previous_response_id=body["id"]))
+    assert (error["code"], error["param"]) == ("previous_response_not_found", "previous_response_id")
+
+
+def test_what_is_not_to_be_kept_is_not():
+    service = answers(ANSWER)
+    body = kept(service, store=False)
+    assert body["store"] is False
+    get(service, body["id"], 404)
+    off = answers(ANSWER, stored_responses=0)
+    body = kept(off, store=True)
+    assert body["store"] is False
+    assert "--store-responses" in get(off, body["id"], 404)["error"]["message"]
+    fault(ask(service, "GET", f"/v1/responses/{kept(service)['id']}?stream=true"))
+
+
+def test_a_response_that_fails_is_not_kept():
+    service = make(saying("", name=GPT_OSS), name=GPT_OSS)
+    failed = events(post(service, "/v1/responses", {"input": "Hello", "stream": True}))[-1]["response"]
+    assert (failed["status"], failed["store"]) == ("failed", False)
+    get(service, failed["id"], 404)
+
+
+def test_input_items_come_in_pages():
+    service = answers(ANSWER)
+    given = [
+        {"role": "developer", "content": "Be kind."},
+        USER,
+        {
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "Hi."}, {"type": "refusal", "refusal": "No."}],
+        },
+        {"type": "reasoning", "summary": [3], "content": "So.", "encrypted_content": [[[]]]},
+        {"type": "reasoning", "summary": "Hm."},
+        {"type": "function_call", "call_id": "1", "name": "weather", "arguments": "{}", "id": "fc_mine"},
+        {"type": "function_call_output", "call_id": "1", "output": [PART], "unknown": [[[]]]},
+    ]
+    path = f"{kept(service, input=given, tools=[WEATHER])['id']}/input_items"
+    whole = get(service, f"{path}?order=asc")
+    assert (whole["object"], whole["has_more"], len(whole["data"])) == ("list", False, 7)
+    assert [{name: value for name, value in item.items() if name != "id"} for item in whole["data"]] == [
+        {"type": "message", "role": "developer", "content": [PART | {"text": "Be kind."}], "status": "completed"},
+        {"type": "message", "role": "user", "content": [PART], "status": "completed"},
+        {
+            "type": "message",
+            "role": "assistant",
+            "content": [
+                {"type": "output_text", "text": "Hi.", "annotations": []},
+                {"type": "refusal", "refusal": "No."},
+            ],
+            "status": "completed",
+        },
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "So."}]},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]},
+        {"type": "function_call", "call_id": "1", "name": "weather", "arguments": "{}", "status": "completed"},
+        {"type": "function_call_output", "call_id": "1", "output": [PART], "status": "completed"},
+    ]
+    assert whole["data"][5]["id"] == "fc_mine"
+    seen, after, has_more = [], "", True
+    while has_more:
+        page = get(service, f"{path}?limit=2{after}")
+        has_more = page["has_more"]
+        assert (page["first_id"], page["last_id"]) == (page["data"][0]["id"], page["data"][-1]["id"])
+        seen += page["data"]
+        after = f"&after={page['last_id']}"
+    assert seen == whole["data"][::-1]
+    for query in ("limit=0", "limit=101", "limit=x", "limit=", "limit=%D9%A3", "order=up", "after=msg_1", "after="):
+        fault(ask(service, "GET", f"/v1/responses/{path}?{query}"))
+
+
+def item(number, size):
+    return Item(f"id_{number}", bytes(size))
+
+
+def test_the_store_keeps_what_was_used_last_within_its_bounds():
+    """Against a store that looks through all it has."""
+    chance = random.Random(4)
+    for _ in range(60):
+        most, most_bytes = chance.randrange(8), chance.randrange(1, 400)
+        store, expected = ResponseStore(most, most_bytes, 0), {}
+        for number in range(60):
+            some = chance.choice([*expected, "resp_x"])
+            match chance.randrange(4):
+                case 0:
+                    assert store.get(some) == expected.get(some)
+                    if some in expected:
+                        expected[some] = expected.pop(some)
+                case 1:
+                    assert store.remove(some) == (expected.pop(some, None) is not None)
+                case 2:
+                    wanted = f"id_{chance.randrange(number + 1)}"
+                    owner = next((name for name, stored in expected.items() if wanted in stored.made), None)
+                    data = None
+                    if owner is not None:
+                        expected[owner] = stored = expected.pop(owner)
+                        (data,) = [each.data for each in (*stored.given, *stored.output) if each.id == wanted]
+                    assert store.item(wanted) == data
+                case _:
+                    before = expected[some].given + expected[some].output if some in expected else ()
+                    own = item(number, chance.randrange(60))
+                    stored = Stored(bytes(chance.randrange(60)), before, (own,), frozenset([own.id]))
+                    store.add(f"resp_{number}", stored)
+                    expected[f"resp_{number}"] = stored
+                    while len(expected) > most or sum(each.size for each in expected.values()) > most_bytes:
+                        del expected[next(iter(expected))]
+        assert {name: store.get(name) for name in expected} == expected
+
+
+def test_the_bounds_are_those_of_the_server():
+    for bounds in ({"stored_responses": 2}, {"stored_bytes": 3200}):
+        service = answers(ANSWER, **bounds)
+        first, second, third = (kept(service)["id"] for _ in range(3))
+        get(service, first, 404)
+        get(service, second)
+        kept(service)
+        get(service, second)
+        get(service, third, 404)
+
+
+def test_a_conversation_does_not_grow_for_ever():
+    service = answers(ANSWER, stored_conversation=1000)
+    previous = kept(service)["id"]
+    fields = {"previous_response_id": previous, "input": "a " * 100 + "b", "truncation": "auto"}
+    fields["previous_response_id"] = kept(service, **fields)["id"]
+    error = fault(respond(service, **fields | {"input": "a " * 200}))
+    assert (error["code"], error["param"]) == ("too_large", "input")
+    kept(service, **fields | {"input": "a " * 200, "store": False})
+
+
+LONG = " ".join(["word"] * 60)
+
+
+def turns(count):
+    return [{"role": "user", "content": f"{number}: {LONG}"} for number in range(count)]
+
+
+def test_a_conversation_that_is_too_long_loses_its_beginning_if_that_is_wanted():
+    service = answers(ANSWER)
+    system = {"role": "system", "content": "Be kind."}
+    fault(respond(service, input=[system, *turns(9)]))
+    body = kept(service, input=[system, *turns(9)], truncation="auto", instructions="Be brief.")
+    assert body["truncation"] == "auto"
+    prompt = prompt_of(service)
+    assert "Be kind." in prompt and "Be brief." in prompt and "8: word" in prompt and "0: word" not in prompt
+    length = len(service.worker.requests[-1].prompt_ids)
+    assert 200 < length <= 300  # of 400: a quarter is left
+    kept(service, input=[system, *turns(9)], truncation="auto", max_output_tokens=1000)
+    assert len(service.worker.requests[-1].prompt_ids) <= 200
+    kept(service, input=turns(3), truncation="auto")
+    assert "0: word" in prompt_of(service)  # it fits
+    error = fault(respond(service, input=turns(1) * 2 + [{"role": "user", "content": LONG * 9}], truncation="auto"))
+    assert error["code"] == "context_length_exceeded"
+    # What was left out is still there for who continues with more room.
+    assert len(get(service, f"{body['id']}/input_items?order=asc&limit=100")["data"]) == 10
+
+
+def test_the_last_turns_are_as_many_as_fit():
+    """Against trying all."""
+    chance = random.Random(2)
+    for _ in range(200):
+        roles = [chance.choice(["user", "user", "assistant", "tool", "system"]) for _ in range(chance.randrange(1, 9))]
+        messages = [{"role": role, "size": chance.randrange(9)} for role in roles]
+        room = chance.randrange(40)
+
+        def fits(some, room=room):
+            return sum(message["size"] for message in some) <= room
+
+        begins = [place for place, role in enumerate(roles) if role == "user"]
+        ways = [[place for place, role in enumerate(roles) if place >= begin or role == "system"] for begin in begins]
+        fitting = (
+            [way for way in ways if fits([messages[place] for place in way])] or ways[-1:] or [[*range(len(roles))]]
+        )
+        assert last_turns(messages, fits) == fitting[0]
+
+
+def test_log_probabilities_are_those_of_chat():
+    text = THOUGHT + LOOK + THOUGHT + ANSWER
+    fields = {"include": [LOGPROBS], "top_logprobs": 2}
+    body = kept(talking(text), **fields)
+    assert body["top_logprobs"] == 2
+    parts = [item["content"][0] for item in body["output"] if item["type"] == "message"]
+    entries = [entry for part in parts for entry in part["logprobs"]]
+    in_chat = chat(talking(text), logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"]
+    assert entries == in_chat and entries[0]["top_logprobs"][1]["logprob"] == -1.5
+    found = events(respond(talking(text), stream=True, **fields))
+    deltas = [entry for event in found if event["type"] == "response.output_text.delta" for entry in event["logprobs"]]
+    done = [entry for event in found if event["type"] == "response.output_text.done" for entry in event["logprobs"]]
+    assert deltas == done == in_chat
+    assert json.dumps(found[-1]["response"]["output"]).count('"token"') == 3 * len(in_chat)
+    assert [part["logprobs"] for part in parts if not part["logprobs"]] == []
+    plain = kept(talking(text), include=[LOGPROBS])["output"][-1]["content"][0]["logprobs"]
+    assert all(entry["top_logprobs"] == [] for entry in plain) and len(plain) == len(parts[-1]["logprobs"])
