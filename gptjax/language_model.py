@@ -227,11 +227,10 @@ class LanguageModel:
         requested.
         """
         chat_format, tokenizer = self.chat_format, self.tokenizer
-        tools, form = () if tool_choice == "none" else tools or (), read_response_format(response_format)
-        about = described(response_format)
-        how = ChatOptions(tools, reasoning_effort, current_date, enable_thinking, about)
+        given = read_response_format(response_format), tool_choice, options.get("grammar")
+        tools = () if tool_choice == "none" else tools or ()
+        how = ChatOptions(tools, reasoning_effort, current_date, enable_thinking, described(response_format))
         ids = chat_format.render(messages, tokenizer, how, max_length=self.max_length)
-        given = form, tool_choice, options.get("grammar")
         options["grammar"] = grammar_of_turn(chat_format, tokenizer, how, *given)
         ends = tuple(dict.fromkeys((*self.eos_ids, *chat_format.stop_ids(tokenizer))))
         request = self._request(ids, options, eos_ids=ends)
@@ -246,10 +245,9 @@ class LanguageModel:
         ids = self._checked_ids(token_ids, self.max_length)
         with self._guard():
             self._check_state(batch=1, max_length=self.max_length)
-            model = shards.alike(self.model)
+            model, params = shards.alike(self.model), FlatParams.of(self.params)
             cache = registry.create_cache(model, batch=1, max_length=self.max_length, chunk=steps.SCORED_CHUNK)
             logits_TV = np.empty((len(ids), self.config.vocab_size), np.float32)
-            params = FlatParams.of(self.params)
             for start, count, chunk in steps.padded_chunks(np.asarray(ids, np.int32), steps.SCORED_CHUNK):
                 chunk_TV, cache = steps.score_chunk(model, params, cache, chunk)
                 logits_TV[start : start + count] = np.asarray(chunk_TV)[:count]

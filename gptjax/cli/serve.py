@@ -62,7 +62,8 @@ examples:
     _option(
         parser,
         "--alias",
-        default="",
+        type=_aliases,
+        default=[],
         metavar="NAMES",
         help="other names for it, separated by commas, such as 'claude-*', where * at the end stands for anything",
     )
@@ -202,6 +203,13 @@ def _number(text: str, kind: type[_Number]) -> _Number:
         raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
 
 
+def _aliases(text: str) -> list[str]:
+    names = _listed(text)
+    if inner := [name for name in names if "*" in name[:-1]]:
+        raise argparse.ArgumentTypeError(f"{inner[0]!r} is not a name or a beginning with * at its end")
+    return names
+
+
 def _listed(text: str) -> list[str]:
     return [each.strip() for each in text.split(",") if each.strip()]
 
@@ -318,7 +326,7 @@ def _load_and_serve(args: argparse.Namespace, checkpoint: "Checkpoint", front: "
         hosting.facts_of(
             lm,
             args.name or model_name(args),
-            aliases=_listed(args.alias),
+            aliases=args.alias,
             checkpoint=checkpoint,
             tokenizer_from=args.tokenizer,
         ),

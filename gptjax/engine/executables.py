@@ -77,7 +77,7 @@ class Executables:
     def __init__(self, params: FlatParams) -> None:
         self._params = params
         self._ready: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self.found: set[str] = set()  # what was there
+        self.found: set[str] = set()  # names of what was compiled before
         self.seconds = [0.0, 0.0]  # that tracing and lowering took
 
     @functools.cached_property
@@ -161,7 +161,7 @@ class Executables:
             self._ready[key] = program
 
     def forget(self) -> bool:
-        """Removes everything that was there, as something of it does not run. Returns whether there was anything."""
+        """Removes all that was compiled before, as some of it does not run. Returns whether there was anything."""
         names, self.found = self.found, set()
         if self._files is None:
             return False

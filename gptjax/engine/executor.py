@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.errors import JaxRuntimeError
+from jax.sharding import Mesh
 
 from gptjax.engine import numbers, programs, sampling
 from gptjax.engine.compilation import Compilation, Later
@@ -82,6 +83,9 @@ class Executor:
         self._model = model
         self._params = FlatParams.of(params)
         self._by_row = model.own.sharding(model.own.by_row)  # where arrays with rows go; None: to the only device
+        mesh = model.own.mesh
+        several = isinstance(mesh, Mesh) and mesh.is_multi_process
+        self._gathers = several and model.own.rows_parts > 1  # so that this process can read what others' rows draw
         self._policy = policy
         self._pages, self._max_length = tuple(pages), max_length
         self._branches = jax.default_backend() == "cpu"
@@ -241,14 +245,14 @@ class Executor:
         except JaxRuntimeError as error:
             if not self._executables.forget():
                 raise
-            _log.warning("programs that were there do not run, and are compiled again: %s", error)
+            _log.warning("programs that were compiled before do not run, and are compiled again: %s", error)
             self.reset()
             self._warm_up(sizes)
             return
         times.append(time.monotonic())
         _, compiled, run = (after - before for before, after in itertools.pairwise(times))
         _log.info(
-            "%d programs, %d of them there: the others were traced in %.1f s and lowered in %.1f s, "
+            "%d programs, %d of them compiled before: the others were traced in %.1f s and lowered in %.1f s, "
             "all were compiled or read after %.1f s more, and ran after %.1f s more",
             *(len(compilation.compiled), len(self._executables.found), *self._executables.seconds, compiled, run),
         )
@@ -357,7 +361,7 @@ class Executor:
         else:
             steps = sent, settings, call.steps
             self._slots, sampled = self._call(programs.decode, self._model, self._params, self._slots, *steps)
-        return sampled
+        return self._call(programs.gathered, self._model.own, sampled) if self._gathers else sampled
 
     def _settings_of(self, requests: Sequence[Request | None], features: Features) -> sampling.Sampling:
         return settings_of(

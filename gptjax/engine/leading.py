@@ -24,7 +24,7 @@ from gptjax.structured import Grammar
 
 
 class LeadingExecutor(Executor):
-    """Process 0's. What is dispatched here, the other processes are told first."""
+    """Process 0's. Before it dispatches anything, it tells the other processes."""
 
     most_losses = 0  # the others do not know that a program failed here
 

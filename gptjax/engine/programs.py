@@ -92,7 +92,7 @@ def _by_all_devices(*returns: str, alike: int | None = None) -> Callable[[_Progr
 def as_divided(shapes: Any, like: Slots, by_row: jax.sharding.Sharding) -> Any:
     """The shapes of what a program returns on a mesh, with how it is divided: slots like others, all else by row.
 
-    What has the steps first stays as it is: no program takes it.
+    Arrays whose first axis are steps stay as they are: no program takes them.
     """
 
     def divided(shape: Any) -> Any:
@@ -194,6 +194,13 @@ def sample(slots: Slots, rows: jax.Array, settings: sampling.Sampling) -> sampli
       settings: of the rows.
     """
     return _sampled(_of_rows(slots, rows), rows, jnp.int32(0), settings)
+
+
+@partial(_jit, static_argnames=("share",))
+def gathered(share: Share, sampled: sampling.Sampled) -> sampling.Sampled:
+    """What all rows drew, on each device: a process can read only what its own devices have."""
+    whole: sampling.Sampled = jax.lax.with_sharding_constraint(sampled, share.sharding())
+    return whole
 
 
 @partial(_jit, static_argnames=("model",), donate_argnames=("slots",))

@@ -154,11 +154,11 @@ def _token(
         return found.token_B
     temperature_B = sampling.temperature_B
 
-    def drawn_B(likeliest_B: jax.Array) -> jax.Array:
+    def drawn(likeliest_B: jax.Array) -> jax.Array:
         below_BV = logits_BV - found.largest_B[:, None]  # so that a small temperature cannot overflow
         return jnp.where(temperature_B > 0, _draw(below_BV, positions_B, temperature_B, sampling), likeliest_B)
 
-    return _if_used((temperature_B > 0).any(), sampling, drawn_B, found.token_B)
+    return _if_used((temperature_B > 0).any(), sampling, drawn, found.token_B)
 
 
 def _if_used(uses: jax.Array, sampling: Sampling, change: Callable[[_T], _T], value: _T) -> _T:

@@ -6,8 +6,9 @@ several times), its own gates and ups together, and zeros where the last parts a
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -142,15 +143,10 @@ def putter(model: Model, undivided: Model) -> Callable[[Path, np.ndarray], jax.A
     """
     whole = abstract_params(undivided)
     own, specs = flatten(abstract_params(model)), flatten(weight_specs(model, whole))
-    share, logical = _share(model), logical_axes(model.config)
-    names = {
-        tuple(key.key for key in path): _axes_of(logical, tuple(key.key for key in path), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(whole, is_leaf=is_packed)
-    }
+    share, names = _share(model), _names_of_axes(model, whole)
 
     def put(path: Path, array: np.ndarray) -> jax.Array:
-        spec, part = specs[path], own[path].shape
-        axes = names.get(path) or names[path[:-1]]  # of a packed weight, the path names one of its arrays
+        spec, part, axes = specs[path], own[path].shape, names[path]
         parts = [_parts(share, entry) for entry in (*spec, *[None] * (array.ndim - len(spec)))]
         shape = tuple(size * count for size, count in zip(part, parts, strict=True))
 
@@ -167,6 +163,37 @@ def putter(model: Model, undivided: Model) -> Callable[[Path, np.ndarray], jax.A
         return owned(jax.make_array_from_callback(shape, NamedSharding(share.mesh, spec), of_device))
 
     return put
+
+
+def gathered(model: Model, undivided: Model, params: Params) -> Iterator[tuple[Path, np.ndarray]]:
+    """The other way round: whole arrays, by their paths, on the host, one at a time. So they can be saved.
+
+    Args:
+      undivided: the same model for one device.
+      params: as `putter` placed them, not repacked, on devices of this process.
+    """
+    whole = abstract_params(undivided)
+    share, names, shapes, own = _share(model), _names_of_axes(model, whole), flatten(whole), abstract_params(model)
+    parts = flatten(own)
+    for path, leaf in flatten(params).items():
+        array = np.asarray(leaf)
+        for axis, (size, part) in enumerate(zip(shapes[path].shape, parts[path].shape, strict=True)):
+            count = leaf.shape[axis] // part
+            if count > 1:
+                name = names[path][axis]
+                ranges = [_ranges(model.config, share, name, size, part, rank) for rank in range(count)]
+                array = _joined(array, axis, size, ranges)
+        yield path, array
+
+
+def _names_of_axes(model: Model, whole: Params) -> dict[Path, tuple[str, ...]]:
+    """The logical axes of each array by its path, as of `checkpoints.weights.flatten`."""
+    logical, found = logical_axes(model.config), {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(whole, is_leaf=is_packed):
+        names = tuple(key.key for key in path)
+        arrays = [(*names, *each) for each in flatten(leaf)] if is_packed(leaf) else [names]
+        found.update(dict.fromkeys(arrays, _axes_of(logical, names, leaf)))
+    return found
 
 
 def _named(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -203,6 +230,16 @@ def _taken(array: np.ndarray, axis: int, ranges: Sequence[tuple[int, int, int]])
         missing = [(0, length - (end - start) if each == axis else 0) for each in range(array.ndim)]
         found.append(np.pad(part, missing) if end - start < length else part)
     return found[0] if len(found) == 1 else np.concatenate(found, axis)
+
+
+def _joined(array: np.ndarray, axis: int, size: int, ranges: Iterable[Iterable[tuple[int, int, int]]]) -> np.ndarray:
+    """An axis as it was before each rank took its ranges of it. Of what several have, the last one's is taken."""
+    array, offset = np.moveaxis(array, axis, 0), 0
+    found = np.empty((size, *array.shape[1:]), array.dtype)
+    for start, end, length in itertools.chain.from_iterable(ranges):
+        found[start:end] = array[offset : offset + end - start]
+        offset += length
+    return np.moveaxis(found, 0, axis)
 
 
 def random_params(model: Model, seed: int = 0) -> Params:

@@ -220,9 +220,10 @@ class Scheduler:
         pages, have been set aside."""
         shards = sorted(range(len(self._allocators)), key=lambda shard: self._reluctance(sequence, shard))
         for may_set_aside in (False, True) if self._held() else (False,):
-            for sequence.shard in shards:
-                while not (has_room := self._has_room(sequence, promised[sequence.shard])) and may_set_aside:
-                    if (victim := self._held(sequence.shard)) is None:
+            for shard in shards:
+                sequence.shard = shard
+                while not (has_room := self._has_room(sequence, promised[shard])) and may_set_aside:
+                    if (victim := self._held(shard)) is None:
                         break
                     self._set_aside(victim)
                 if has_room:

@@ -22,6 +22,7 @@ from gptjax.server.anthropic import messages
 from gptjax.server.errors import ApiError, internal, of_gptjax
 from gptjax.server.origins import LOCAL_ORIGIN, Pages
 from gptjax.server.request_ids import HEADER, RequestIds
+from gptjax.server.responses_tools import WARNING
 from gptjax.server.service import Service
 from gptjax.server.sse import ClientGone, error_response
 
@@ -55,13 +56,13 @@ def build(
             allow_origin_regex=LOCAL_ORIGIN,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=[HEADER],
+            expose_headers=[HEADER, WARNING],
         ),
         Middleware(Faults),
         Middleware(Gate, api_key=api_key, pages=Pages(cors_origins, local=local)),
     ]
     routes = [
-        Route("/", page.respond),
+        *page.routes(),
         Route("/health", health.health),
         Route("/metrics", health.metrics),
         Route("/v1/models", health.models),

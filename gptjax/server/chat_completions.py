@@ -26,6 +26,7 @@ from gptjax.server.schema import (
     fitted,
     read_effort,
     read_guided,
+    read_parallel,
     read_sampling,
     read_stream,
     read_thinking,
@@ -40,7 +41,6 @@ from gptjax.text.chat_formats import CallPart, ChatOptions, ToolCall
 # Further fields about tools and the answer's form, with the values that ask for nothing.
 _NEUTRAL = {
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),  # the models make one call at a time
     "functions": ([],),
     "function_call": ("none", "auto"),
 }
@@ -98,6 +98,7 @@ def _render(fields: Fields, messages: object, served: Served) -> tuple[list[int]
             reasoning_effort=effort,
             enable_thinking=thinking,
             response_format=described(given),
+            parallel_tool_calls=read_parallel(fields),
         )
         prompt_ids = served.chat().render(messages, served.text(), how, max_length=served.max_length)
         return prompt_ids, how, grammar_of_turn(served.chat(), served.text(), how, form, choice, guided)

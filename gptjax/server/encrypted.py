@@ -41,8 +41,10 @@ def verified(text: str, signature: object, where: str) -> str:
 
     Raises `ApiError` if they do not fit together. Any signature that is not this server's fits any text.
     """
+    if not isinstance(signature, str | None):
+        raise bad_request(f"{where}.signature must be a string, found {as_json(signature)}")
     if not text:
         return decrypted(signature, f"{where}.signature") if signature else ""
-    if isinstance(signature, str) and signature.startswith(_PREFIX) and signature != encrypted(text):
+    if signature and signature.startswith(_PREFIX) and signature != encrypted(text):
         raise bad_request(f"{where} was changed: its text is not what its signature holds; send it as it was returned")
     return text

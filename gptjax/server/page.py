@@ -1,40 +1,43 @@
-"""`GET /`: a chat page."""
+"""`GET /`: a chat page, and the files that it loads."""
 
-import base64
-import hashlib
-import re
-from functools import cache
+from functools import cache, partial
 from importlib import resources
+from typing import Final
 
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
+from starlette.routing import Route
+
+FILES: Final = {
+    "page.html": "text/html",
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "page_article.js": "text/javascript",
+    "page_asking.js": "text/javascript",
+    "page_store.js": "text/javascript",
+}
+# Scripts, styles and requests of this server's only. No script may make markup of text: the browser throws instead.
+_POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+_HEADERS: Final = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def routes() -> list[Route]:
+    """The page is at /, its files are beside it. They need no API key; the page's requests do."""
+    return [Route("/" if name == "page.html" else f"/{name}", partial(_respond, name)) for name in FILES]
 
 
 @cache
-def _page() -> str:
-    return (resources.files("gptjax.server") / "page.html").read_text(encoding="utf-8")
+def _content(name: str) -> bytes:
+    return (resources.files("gptjax.server") / name).read_bytes()
 
 
-@cache
-def _policy() -> str:
-    """Allows the page's own script and style, by their hashes, and requests to this server; nothing else."""
-    hashes = {}
-    for tag in ("script", "style"):
-        found = re.findall(rf"<{tag}>(.*?)</{tag}>", _page(), flags=re.DOTALL)
-        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in found]
-        hashes[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return (
-        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
-
-async def respond(_: Request) -> Response:
-    """The page. It needs no API key; its requests do."""
-    headers = {
-        "Content-Security-Policy": _policy(),
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
-    return HTMLResponse(_page(), headers=headers)
+async def _respond(name: str, _: Request) -> Response:
+    return Response(_content(name), media_type=FILES[name], headers=_HEADERS)

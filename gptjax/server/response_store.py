@@ -1,10 +1,13 @@
 """The responses that clients may come back to, in memory: bounded by number and by bytes."""
 
 import dataclasses
+import json
 import threading
 from collections import OrderedDict
-from collections.abc import Set
-from typing import NamedTuple
+from collections.abc import Iterable, Set
+from typing import Any, Final, NamedTuple
+
+_OVERHEAD: Final = 400  # bytes that an item takes in memory besides its JSON
 
 
 class Item(NamedTuple):
@@ -12,6 +15,11 @@ class Item(NamedTuple):
 
     id: str
     data: bytes
+
+
+def size_of(items: Iterable[Item]) -> int:
+    """Bytes of memory, at most: those of tiny items are mostly overhead."""
+    return sum(len(item.data) + _OVERHEAD for item in items)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Stored:
     @property
     def size(self) -> int:
         """Bytes. Items that several responses share count for each, so that any may go without the others."""
-        return len(self.response) + sum(len(item.data) for item in (*self.given, *self.output))
+        return len(self.response) + size_of(self.given) + size_of(self.output)
 
 
 class ResponseStore:
@@ -43,8 +51,9 @@ class ResponseStore:
         self._most_bytes = most_bytes
         self._bytes = 0
         self._kept: OrderedDict[str, Stored] = OrderedDict()  # the one used last at the end
-        self._items: dict[str, tuple[str, bytes]] = {}  # for each item's id, that of its response, and its data
+        self._items: dict[str, tuple[str, Item]] = {}  # by the item's id, with the id of its response
         self._lock = threading.Lock()
+        self._parsing = threading.Lock()
 
     @property
     def keeps(self) -> bool:
@@ -58,7 +67,7 @@ class ResponseStore:
             self._bytes += stored.size
             for item in (*stored.given, *stored.output):
                 if item.id in stored.made:
-                    self._items[item.id] = response_id, item.data
+                    self._items[item.id] = response_id, item
             while self._kept and (len(self._kept) > self._most or self._bytes > self._most_bytes):
                 self._drop(next(iter(self._kept)))
 
@@ -67,12 +76,17 @@ class ResponseStore:
         with self._lock:
             return self._used(response_id)
 
-    def item(self, item_id: str) -> bytes | None:
+    def item(self, item_id: str) -> Item | None:
         """An item that the server gave its id, if its response is still kept."""
         with self._lock:
-            response_id, data = self._items.get(item_id, ("", None))
+            response_id, item = self._items.get(item_id, ("", None))
             self._used(response_id)
-            return data
+            return item
+
+    def parsed(self, items: Iterable[Item]) -> list[Any]:
+        """Items as objects. One thread at a time makes them, as the parser does not let others run meanwhile."""
+        with self._parsing:
+            return [json.loads(item.data) for item in items]
 
     def remove(self, response_id: str) -> bool:
         """Drops a response. Returns whether it was kept."""

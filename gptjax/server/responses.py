@@ -18,7 +18,7 @@ from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 from gptjax.server.items import Items
 from gptjax.server.response_store import ResponseStore
 from gptjax.server.responses_input import Input, joined, read_input
-from gptjax.server.responses_memory import Memory, OwnItems, read_memory
+from gptjax.server.responses_memory import Kept, read_memory
 from gptjax.server.responses_options import (
     Include,
     check_repeated,
@@ -63,8 +63,7 @@ class Asked:
     stream: bool
     include: Include
     repeated: dict[str, Any]  # fields of the request that its answer repeats
-    memory: Memory
-    own: OwnItems
+    kept: Kept | None  # what is stored with the answer; None: it is not stored
     tools: Tools
 
 
@@ -113,29 +112,30 @@ def read(values: dict[str, Any], served: Served, store: ResponseStore) -> Asked:
         reasoning_effort=effort,
         enable_thinking=thinking,
         response_format=about,
+        parallel_tool_calls=repeated["parallel_tool_calls"],
     )
     if truncation == "auto":
         given = given.only(fitting(given.messages, how, served, max_tokens))
     served.check_size([given.messages, tools.offered], "input")
-    prompt_ids = _rendered(given, how, served)
+    prompt_ids = _rendered(given, how, tools, served)
     try:
         strict = dataclasses.replace(how, tools=tools.with_strict()) if how.tools else how
         grammar = grammar_of_turn(chat_format, served.text(), strict, None, choice, answer)
     except GptjaxError as error:
-        raise of_gptjax(error) from None
+        raise of_gptjax(tools.explained(error)) from None
     options |= {
         "max_tokens": served.max_length if max_tokens is None else max_tokens,
         "grammar": grammar,
         "top_logprobs": include.top_logprobs or 0,
     }
-    return Asked(prompt_ids, how, options, stream, include, repeated, memory, memory.own_items(), tools)
+    return Asked(prompt_ids, how, options, stream, include, repeated, memory.kept(), tools)
 
 
-def _rendered(given: Input, how: ChatOptions, served: Served) -> tuple[int, ...]:
+def _rendered(given: Input, how: ChatOptions, tools: Tools, served: Served) -> tuple[int, ...]:
     try:
         prompt_ids = served.chat().render(given.messages, served.text(), how, max_length=served.max_length)
     except GptjaxError as error:
-        raise given.explained(error) from None
+        raise given.explained(tools.explained(error)) from None
     try:
         return check_prompt(prompt_ids, vocab_size=served.vocab_size, max_length=served.max_length)
     except GptjaxError as error:
@@ -226,7 +226,8 @@ class Answer:
                     self._result = delta.whole
                     for event in self._items.finish(delta.whole):
                         yield event
-        self._asked.memory.remember(self._response(), self._asked.own)  # before clients know its end
+        if self._asked.kept is not None:
+            self._asked.kept.remember(self._response())  # before clients know its end
 
     def _response(self) -> dict[str, Any]:
         """The response object in its current state."""
@@ -241,7 +242,7 @@ class Answer:
                 status, details = "incomplete", {"reason": "max_output_tokens"}
         return {
             **self._head,
-            "store": self._asked.memory.stores and self._error is None,
+            "store": self._asked.kept is not None and self._error is None,
             "status": status,
             "error": error,
             "incomplete_details": details,

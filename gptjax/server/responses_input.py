@@ -14,15 +14,15 @@ from gptjax.server.responses_tools import whole_name
 # For each type of content part, the field with its text.
 _TEXTS: Final = {kind: "text" for kind in ("input_text", "output_text", "text", "reasoning_text", "summary_text")}
 _OF_ANSWERS: Final = {**_TEXTS, "refusal": "refusal"}
+_ROLES: Final = ("system", "developer", "user", "assistant")
 _PHASES: Final = ("commentary", "final_answer")
 _MESSAGE: Final = re.compile(r"\bmessages(?:\[(\d+)\])?")
-# Fields of messages and tools as the errors of chat formats name them, and in this route. The first match is replaced.
+# Fields of messages as the errors of chat formats name them, and in this route. The first match is replaced.
 _NAMES: Final = {
     ".tool_calls[0].function": "",
     ".tool_calls[0].id": ".call_id",
     ".tool_call_id": ".call_id",
     ".tool_calls[0]": "",
-    "].function": "]",
     "reasoning_effort": "reasoning.effort",
 }
 _PARAMS: Final = {"reasoning_effort": "reasoning.effort", "tools": "tools"}
@@ -83,11 +83,14 @@ def joined(given: Input) -> Input:
     for message, place in zip(given.messages, given.places, strict=True):
         last = found.messages[-1] if found.messages else {}
         if last.get("role") == message["role"] == "assistant" and _follows(message, last):
-            calls = [*last.get("tool_calls", ()), *message.get("tool_calls", ())]
             more = {name: value for name, value in message.items() if value is not None}
-            found.messages[-1] = {**last, **more, **({"tool_calls": calls} if calls else {})}
+            calls = more.pop("tool_calls", ())
+            last |= more
+            if calls:
+                last.setdefault("tool_calls", []).extend(calls)  # in place, as there may be thousands
         else:
-            found.messages.append(message)
+            own = {"tool_calls": [*message["tool_calls"]]} if message.get("tool_calls") else {}
+            found.messages.append({**message, **own})
             found.places.append(place)
     return found
 
@@ -145,6 +148,8 @@ def _read_item(item: object, where: str, *, is_preamble: bool, follows_reasoning
 
 def _read_message(item: Mapping[str, Any], where: str, *, is_preamble: bool) -> dict[str, Any]:
     role, phase = item.get("role"), item.get("phase")
+    if role not in _ROLES:  # here, as a message may be left out of the prompt, where it would be noticed
+        raise bad_request(f"{where} has the role {as_json(role)}; expected one of {', '.join(_ROLES)}", "input")
     if phase is not None and phase not in _PHASES:
         raise bad_request(f"{where}.phase is {as_json(phase)}; expected one of {', '.join(_PHASES)}", "input")
     content = _read_content(item.get("content"), f"{where}.content", _OF_ANSWERS if role == "assistant" else _TEXTS)

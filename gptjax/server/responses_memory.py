@@ -1,24 +1,39 @@
 """What `/v1/responses` remembers of earlier requests: `store`, `previous_response_id` and item references."""
 
 import dataclasses
-import json
 import secrets
 from collections.abc import Mapping
 from typing import Any, Final
 
 from gptjax.server.body import Fields, check_text
 from gptjax.server.errors import ApiError, as_json, bad_request
-from gptjax.server.response_store import Item, ResponseStore, Stored
+from gptjax.server.response_store import Item, ResponseStore, Stored, size_of
 from gptjax.server.sse import encode
 
 _PREFIXES: Final = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
-# What is kept of an item as it is.
+_LONGEST_ID: Final = 64  # characters, as in OpenAI's API; a longer one is replaced
+# The keys of an item that are kept unchanged.
 _KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "message": ("role", "phase"),
     "reasoning": (),
     "function_call": ("call_id", "namespace", "name", "arguments"),
     "function_call_output": ("call_id", "output"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What is stored with a response. (The request's parsed input would take many times the memory.)"""
+
+    store: ResponseStore
+    given: tuple[Item, ...]
+    made: frozenset[str]  # the ids that items of the request got here
+
+    def remember(self, response: Mapping[str, Any]) -> None:
+        """Stores a complete response."""
+        output = tuple(Item(item["id"], encode(item)) for item in response["output"])
+        made = self.made | {item.id for item in output}
+        self.store.add(response["id"], Stored(encode(response), self.given, output, made))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,36 +49,27 @@ class Memory:
     @property
     def items(self) -> Any:
         """The whole input: a string, if nothing came earlier, or else items."""
-        return [json.loads(item.data) for item in self.earlier] + _listed(self.given) if self.earlier else self.given
+        return self.store.parsed(self.earlier) + _listed(self.given) if self.earlier else self.given
 
-    def own_items(self) -> "OwnItems":
-        """The request's own items as they are kept. They have been read. Raises `ApiError` if they are too large."""
-        found = OwnItems()
-        for item in _listed(self.given) if self.stores else []:
-            whole, is_made = _whole(item)
-            found.items.append(Item(whole["id"], encode(whole)))
-            if is_made:
-                found.made.add(whole["id"])
-        size = sum(len(item.data) for item in (*self.earlier, *found.items))
-        if self.stores and size > self.store.longest:
-            message = f"the conversation has {size} bytes, and at most {self.store.longest} are stored"
+    def kept(self) -> Kept | None:
+        """What is to be stored, if anything is. The items have been read. Raises `ApiError` if they are too large."""
+        if not self.stores:
+            return None
+        items, made, known = list(self.earlier), set(), {item.id for item in self.earlier}
+        for given in _listed(self.given):
+            whole = _whole(given)
+            item_id = given.get("id")
+            # Lists of items are read page by page, by their ids, so none is there twice.
+            if not isinstance(item_id, str) or len(item_id) > _LONGEST_ID or item_id in known:
+                item_id = f"{_PREFIXES[whole['type']]}_{secrets.token_hex(12)}"
+                made.add(item_id)
+            known.add(item_id)
+            items.append(Item(item_id, encode({"id": item_id, **whole})))
+        size = size_of(items)
+        if size > self.store.longest:
+            message = f"the conversation takes {size} bytes, and at most {self.store.longest} are stored"
             raise bad_request(f"{message}: send store: false, or begin a new one", "input", "too_large")
-        return found
-
-    def remember(self, response: Mapping[str, Any], own: "OwnItems") -> None:
-        """Stores a complete response, if that is wanted."""
-        if self.stores:
-            output = tuple(Item(item["id"], encode(item)) for item in response["output"])
-            made = own.made | {item.id for item in output}
-            self.store.add(response["id"], Stored(encode(response), (*self.earlier, *own.items), output, made))
-
-
-@dataclasses.dataclass(frozen=True)
-class OwnItems:
-    """Items of a request."""
-
-    items: list[Item] = dataclasses.field(default_factory=list)
-    made: set[str] = dataclasses.field(default_factory=set)  # the ids that they got here
+        return Kept(self.store, tuple(items), frozenset(made))
 
 
 def read_memory(fields: Fields, store: ResponseStore) -> Memory:
@@ -102,13 +108,21 @@ def _listed(given: Any) -> list[Any]:
 
 
 def _resolved(given: Any, store: ResponseStore) -> Any:
-    """`input`, with items in place of references to them."""
+    """`input`, with items in place of references to them, which are short, however long the items."""
     if not isinstance(given, list):
         return given
-    return [
-        _referred_to(item, f"input[{index}]", store) if _is_reference(item) else item
-        for index, item in enumerate(given)
-    ]
+    found, size = [], 0
+    for index, item in enumerate(given):
+        if _is_reference(item):
+            stored = _referred_to(item, f"input[{index}]", store)
+            size += size_of([stored])
+            if size > store.longest:
+                message = f"the items that input refers to take more than {store.longest} bytes together"
+                raise bad_request(f"{message}: refer to fewer", "input", "too_large")
+            found += store.parsed([stored])
+        else:
+            found.append(item)
+    return found
 
 
 def _is_reference(item: object) -> bool:
@@ -118,21 +132,19 @@ def _is_reference(item: object) -> bool:
     )
 
 
-def _referred_to(reference: Mapping[str, Any], where: str, store: ResponseStore) -> Any:
+def _referred_to(reference: Mapping[str, Any], where: str, store: ResponseStore) -> Item:
     item_id = reference.get("id")
-    data = store.item(item_id) if isinstance(item_id, str) else None
-    if data is None:
+    found = store.item(item_id) if isinstance(item_id, str) else None
+    if found is None:
         message = f"{where}: item with id {as_json(item_id)} not found: {_why(store)}"
         raise ApiError(404, f"{message}; send the item itself, or leave it out", param="input", code="item_not_found")
-    return json.loads(data)
+    return found
 
 
-def _whole(item: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """An item as lists of items have it, with what is read of it and no more, and whether its id is new."""
+def _whole(item: Mapping[str, Any]) -> dict[str, Any]:
+    """An item as lists of items have it, with what is read of it and no more; without its id."""
     kind = item.get("type", "message")
-    is_made = not isinstance(item.get("id"), str)
-    found = {"id": f"{_PREFIXES[kind]}_{secrets.token_hex(12)}" if is_made else item["id"], "type": kind}
-    found |= {name: item[name] for name in _KEYS[kind] if item.get(name) is not None}
+    found = {"type": kind, **{name: item[name] for name in _KEYS[kind] if item.get(name) is not None}}
     if kind == "message":
         found["content"] = _parts(item["content"], "output_text" if item["role"] == "assistant" else "input_text")
     elif kind == "reasoning":
@@ -141,7 +153,7 @@ def _whole(item: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         found["output"] = _parts(item["output"], "input_text")
     if kind != "reasoning":
         found["status"] = "incomplete" if item.get("status") == "incomplete" else "completed"
-    return found, is_made
+    return found
 
 
 def _reasoning(item: Mapping[str, Any]) -> dict[str, Any]:

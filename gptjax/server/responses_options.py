@@ -9,6 +9,7 @@ from gptjax.engine.request import MAX_TOP_LOGPROBS
 from gptjax.errors import GptjaxError
 from gptjax.server.body import Fields
 from gptjax.server.errors import as_json, bad_request, of_gptjax
+from gptjax.server.schema import read_parallel
 from gptjax.structured import Grammar
 from gptjax.structured.wishes import described, read_response_format
 from gptjax.text.harmony.messages import ResponseFormat
@@ -63,7 +64,7 @@ def read_truncation(fields: Fields) -> str:
 def read_text(fields: Fields) -> tuple[dict[str, Any], Grammar | None, ResponseFormat | None]:
     """`text` as the answer repeats it, what the text must be, and what to say of that. Raises `ApiError`."""
     found: dict[str, Any] = {"format": {"type": "text"}, "verbosity": "medium"}
-    options = _options(fields, "text")
+    options = fields.options("text")
     form = options.take("format")
     try:
         grammar, about = read_response_format(form, "text.format"), described(form)
@@ -81,22 +82,14 @@ def read_text(fields: Fields) -> tuple[dict[str, Any], Grammar | None, ResponseF
     return found, grammar, about
 
 
-def _options(fields: Fields, name: str) -> Fields:
-    given = fields.take(name)
-    if given is not None and not isinstance(given, dict):
-        raise bad_request(f"{name} must be an object, found {as_json(given)}", name)
-    return Fields(given or {})
-
-
 def read_repeated(fields: Fields) -> dict[str, Any]:
-    """The fields whose only effect is that the answer repeats them. Raises `ApiError`."""
+    """The fields that the answer repeats as they are. Raises `ApiError`."""
     found: dict[str, Any] = {"metadata": _read_metadata(fields.take("metadata"))}
     for name in ("user", "safety_identifier", "prompt_cache_key"):
         found[name] = fields.text(name)
         if found[name] is not None and len(found[name]) > _LONGEST_VALUE:
             raise bad_request(f"{name} must have at most {_LONGEST_VALUE} characters", name)
-    serial = "parallel_tool_calls" in fields and not fields.flag("parallel_tool_calls")
-    return found | {"parallel_tool_calls": not serial}
+    return found | {"parallel_tool_calls": read_parallel(fields)}
 
 
 def _read_metadata(given: object) -> dict[str, str]:

@@ -1,9 +1,11 @@
-"""The tools of `/v1/responses`, in the form of chat completions, which chat formats read."""
+"""Tools in the form of chat completions, which chat formats read, and the `tools` of `/v1/responses`."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from gptjax.errors import GptjaxError, RequestError
 from gptjax.server.body import check_text
 from gptjax.server.errors import ApiError, as_json, bad_request
 
@@ -13,6 +15,7 @@ WARNING: Final = "x-gptjax-warning"
 _LEFT_OUT: Final = frozenset(
     "web_search web_search_2025_08_26 web_search_preview web_search_preview_2025_03_11".split()
 )
+_OFFERED: Final = re.compile(r"^tools\[(\d+)\](\.function)?")
 _OF_FUNCTIONS: Final = ("name", "description", "parameters")
 
 
@@ -21,13 +24,22 @@ class Tools:
     """Tools that were read."""
 
     offered: list[Any] = dataclasses.field(default_factory=list)
-    """Those that the model is told of."""
+    """Those that the model may call."""
+    places: list[str] = dataclasses.field(default_factory=list)
+    """Where in the request they are, like "tools[2].tools[0]"."""
     strict: set[int] = dataclasses.field(default_factory=set)
     """The places of those whose arguments must be of their schema. (Prompts do not say so.)"""
     namespaces: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     """For the name of a function that is part of a namespace: the namespace, and its name in there."""
-    left_out: list[str] = dataclasses.field(default_factory=list)
-    """The types of those that the model is not told of."""
+    left_out: dict[str, None] = dataclasses.field(default_factory=dict)
+    """The types of those that the model does not see, in order."""
+
+    def add(self, function: dict[str, Any], where: str, *, strict: bool) -> None:
+        """Offers a function."""
+        if strict:
+            self.strict.add(len(self.offered))
+        self.places.append(where)
+        self.offered.append({"type": "function", "function": function})
 
     def with_strict(self) -> list[Any]:
         """Those that are offered, with the `strict` of those that have it."""
@@ -35,6 +47,11 @@ class Tools:
             {**tool, "function": {**tool["function"], "strict": True}} if place in self.strict else tool
             for place, tool in enumerate(self.offered)
         ]
+
+    def explained(self, error: GptjaxError) -> GptjaxError:
+        """A chat format's error, with the place in the request of the tool that it is about, if any."""
+        found = _OFFERED.match(str(error))
+        return RequestError(self.places[int(found[1])] + str(error)[found.end() :]) if found else error
 
 
 def whole_name(namespace: str, name: str) -> str:
@@ -55,9 +72,10 @@ def read_tools(given: object) -> Tools:
         elif kind == "namespace":
             _add_namespace(found, tool, where)
         elif isinstance(kind, str) and kind in _LEFT_OUT:
-            found.left_out.append(kind)
+            found.left_out[kind] = None
         else:
             found.offered.append(tool)  # the chat format reads or refuses it
+            found.places.append(where)
     return found
 
 
@@ -65,9 +83,7 @@ def _add_function(found: Tools, tool: Mapping[str, Any], where: str) -> None:
     strict = tool.get("strict")
     if not isinstance(strict, bool | None):
         raise bad_request(f"{where}.strict must be true or false, found {as_json(strict)}", "tools")
-    if strict:
-        found.strict.add(len(found.offered))
-    found.offered.append({"type": "function", "function": {name: tool.get(name) for name in _OF_FUNCTIONS}})
+    found.add({name: tool.get(name) for name in _OF_FUNCTIONS}, where, strict=bool(strict))
 
 
 def _add_namespace(found: Tools, tool: Mapping[str, Any], where: str) -> None:

@@ -36,15 +36,10 @@ class Stream:
 
 def read_stream(fields: Fields) -> Stream:
     """`stream` and `stream_options`."""
-    wanted = fields.flag("stream")
-    given = fields.take("stream_options")
-    if given is None:
-        return Stream(wanted, usage=False)
-    if not isinstance(given, dict):
-        raise bad_request("stream_options must be an object", "stream_options")
-    if not wanted:
+    wanted, has_options = fields.flag("stream"), "stream_options" in fields
+    options = fields.options("stream_options")
+    if has_options and not wanted:
         raise bad_request("stream_options requires stream: true", "stream_options")
-    options = Fields(given)
     usage = options.flag("include_usage")
     options.flag("continuous_usage_stats")  # vLLM's; the usage comes at the end
     options.finish({"include_obfuscation"})
@@ -53,16 +48,15 @@ def read_stream(fields: Fields) -> Stream:
 
 def read_thinking(fields: Fields) -> bool | None:
     """`enable_thinking` in `chat_template_kwargs`, which vLLM has; None if it is absent."""
-    name = "chat_template_kwargs"
-    given = fields.take(name)
-    if given is None:
-        return None
-    if not isinstance(given, dict):
-        raise bad_request(f"{name} must be an object", name)
-    options = Fields(given)
+    options = fields.options("chat_template_kwargs")
     wanted = options.flag("enable_thinking") if "enable_thinking" in options else None
     options.finish(())
     return wanted
+
+
+def read_parallel(fields: Fields) -> bool:
+    """`parallel_tool_calls`, true if it is absent."""
+    return fields.flag("parallel_tool_calls") if "parallel_tool_calls" in fields else True
 
 
 def read_effort(fields: Fields) -> str | None:
@@ -75,13 +69,10 @@ def read_effort(fields: Fields) -> str | None:
 
 def read_reasoning(fields: Fields) -> str | None:
     """`reasoning.effort`; None if it is absent. Summaries are a wish that is not met."""
-    given = fields.take("reasoning")
-    if given is not None and not isinstance(given, dict):
-        raise bad_request(f"reasoning must be an object, found {as_json(given)}", "reasoning")
-    options = Fields(given or {})
-    effort = options.take("effort")
+    options = fields.options("reasoning")
+    effort = options.text("effort")
     options.finish({"summary", "generate_summary"})
-    return None if effort is None else check_text(effort, "reasoning.effort")
+    return effort
 
 
 def fitted(

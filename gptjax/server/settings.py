@@ -18,7 +18,7 @@ class Limits:
     scoring: int = 64  # requests with `echo` and `logprobs` at a time
     stored_responses: int = 1000
     stored_bytes: int = 256 << 20  # of all stored responses
-    stored_conversation: int = 32 << 20  # bytes of the items that led to a stored response
+    stored_conversation: int = 10 << 20  # bytes of the items that led to a stored response: as those of a body
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`truncation: "auto"`: a conversation too long for the model loses its beginning."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from gptjax.errors import CapacityError, GptjaxError
@@ -39,9 +39,10 @@ def fitting(messages: Messages, how: ChatOptions, served: Served, max_tokens: in
 def last_turns(messages: Messages, fits: Callable[[Messages], bool]) -> list[int]:
     """The places of as many turns at the end as fit, and of all instructions.
 
-    A turn begins with a user's message, so calls keep their results. The last one is kept even if it does not fit.
+    A turn begins with a user's message that no call waits across, so results keep their calls. The last one is kept
+    even if it does not fit.
     """
-    begins = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    begins = list(_begins(messages))
     if not begins:
         return list(range(len(messages)))
     low, high = 0, len(begins) - 1
@@ -52,6 +53,16 @@ def last_turns(messages: Messages, fits: Callable[[Messages], bool]) -> list[int
         else:
             low = middle + 1
     return _kept(messages, begins[low])
+
+
+def _begins(messages: Messages) -> Iterator[int]:
+    """The places where turns begin."""
+    results = {message["tool_call_id"]: place for place, message in enumerate(messages) if message["role"] == "tool"}
+    awaited = -1  # the last result of the calls so far
+    for place, message in enumerate(messages):
+        awaited = max([awaited, *(results.get(call["id"], -1) for call in message.get("tool_calls", ()))])
+        if message["role"] == "user" and awaited < place:
+            yield place
 
 
 def _kept(messages: Messages, begin: int) -> list[int]:

@@ -152,18 +152,19 @@ def read_answer(message: Mapping[str, Any], where: str) -> str | None:
 
 def read_reasoning(message: Mapping[str, Any], where: str) -> str | None:
     """The reasoning of an assistant's message. Clients use any of these keys, and some servers send several."""
+    found = None
     for key in ("reasoning_content", "reasoning"):
-        if message.get(key) is not None:
-            return read_string(message[key], f"{where}.{key}")
+        if message.get(key) is not None and (found := read_string(message[key], f"{where}.{key}")):
+            return found
     for key, field in _REASONING_PARTS.items():
         parts = [
             read_string(part[field], f"{where}.{key}[{index}].{field}")
             for index, value in enumerate(read_list(message.get(key), f"{where}.{key}"))
             if (part := read_object(value, f"{where}.{key}[{index}]")).get(field) is not None  # others are encrypted
         ]
-        if parts:
-            return "".join(parts)
-    return None
+        if parts and (found := "".join(parts)):
+            return found
+    return found
 
 
 def read_call(value: object, where: str) -> tuple[str, str, str]:

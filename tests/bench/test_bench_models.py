@@ -187,6 +187,21 @@ def test_random_weights_in_a_type(capsys, monkeypatch):
     assert set(types.values()) == {Quantized} and len(types) == 4
 
 
+def test_each_size_is_printed_once_it_is_measured(capsys, monkeypatch):
+    """What was measured is not lost if a later size does not fit, or is interrupted."""
+    measure = models.run
+
+    def run(turns, model, *, batch, **sizes):
+        if batch == 2:
+            raise KeyboardInterrupt
+        return measure(turns, model, batch=batch, **sizes)
+
+    monkeypatch.setattr(models, "run", run)
+    assert main(["bench", "gpt2-tales", "--batch", "1", "2", "--prompt-length", "8", "--steps", "2", "--repeats", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines if line.startswith("gptjax ")] == [["gptjax", "1", "8"]]
+
+
 def test_the_command_prints_a_table_and_json(capsys):
     short = ["--steps", "4", "--repeats", "2", "--prompt-length", "8"]
     assert main(["bench", "gpt2-tales", "--batch", "1", "2", *short]) == 0

@@ -64,7 +64,7 @@ CONSTRAINED = [
 
 
 def _engine(**shape) -> Engine:
-    return Engine(MODEL, made_params(), **{"batch": 4, "max_length": 120, "compiler": COMPILER} | shape)
+    return Engine(MODEL, made_params(), **{"batch": 4, "max_length": 120, "chunk": 64, "compiler": COMPILER} | shape)
 
 
 def _run(engine: Engine, requests: list[Request]) -> list[tuple]:
@@ -96,7 +96,7 @@ def test_all_get_the_bits_that_they_get_alone(alone, steps):
 
 def test_free_rows_are_not_changed_by_those_beside_them(alone):
     """Free rows of an engine whose programs know no grammars are the same."""
-    without = Engine(MODEL, made_params(), batch=4, max_length=120)
+    without = Engine(MODEL, made_params(), batch=4, max_length=120, chunk=64)
     assert _run(without, FREE) == [alone[id(each)] for each in FREE]
 
 

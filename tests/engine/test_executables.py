@@ -371,6 +371,8 @@ def test_parameters_on_several_devices_are_left_to_jit(kept, monkeypatch):
     params, pair = material.made()
 
     class Elsewhere:
+        is_fully_addressable = True
+
         def devices(self):
             return set(jax.devices()) | {type("Device", (), {"id": 7})()}
 

@@ -24,7 +24,7 @@ from gptjax.sharding.share import Share, share_of
 from pallas_kernels import dispatch
 from tests.sharding.on_mesh import of_all
 
-MESH = {"tensor": 2, "expert": 2}
+MESH = {"data": 2, "tensor": 2, "expert": 2}
 POLICY = Policy(slots=2, chunk=64, steps=4, smallest_call=64, smallest_rows=2)
 LEVELS = Features(draws=True), Features.everything()  # nothing branches, as the host would wait for the device
 PROGRAMS = {"copy_pages", "set_counts", "prefill", "keep_logits", "sample", "advance", "decode", "marker"}
@@ -49,7 +49,7 @@ def tpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     make = registry.create_pools
     monkeypatch.setattr(registry, "create_pools", lambda *given, **how: jax.eval_shape(lambda: make(*given, **how)))
-    monkeypatch.setattr(Share, "sharding", lambda _: None)
+    monkeypatch.setattr(Share, "sharding", lambda *_: None)
 
 
 @pytest.mark.parametrize("mesh", [None, MESH])
@@ -63,14 +63,15 @@ def test_steps_lower_for_tpus(tpu, name, mesh):
         specs = shards.weight_specs(model, params)
         params = jax.tree.map(lambda leaf, spec: _at(of_all(leaf, spec, model), spec, model), params, specs)
     pages = [9] * len(set(model.config.windows))
-    executor = Executor(model, params, policy=POLICY, pages=pages, max_length=256, levels=LEVELS)
+    policy = dataclasses.replace(POLICY, shards=model.own.rows_parts)
+    executor = Executor(model, params, policy=policy, pages=pages, max_length=256, levels=LEVELS)
     texts: dict[str, str] = {}
 
     def export(program: Any, *arguments: Any) -> Any:
         exported = jax.export.export(program, platforms=["tpu"])(*(_shapes(each, model) for each in arguments))
         texts[program.__name__] = text = exported.mlir_module()
         assert "custom_call" not in text, program.__name__
-        assert exported.nr_devices == (1 if mesh is None else 4)
+        assert exported.nr_devices == (1 if mesh is None else 8)
         return jax.tree.unflatten(exported.out_tree, exported.out_avals)
 
     executor._call = export

@@ -35,6 +35,7 @@ THOUGHT = prompt(messages=called(reasoning_content="Hm. So."), tools=[TOOL])
         {"thinking_blocks": [{"type": "thinking", "thinking": "Hm. ", "signature": "x"}, {"thinking": "So."}]},
         {"thinking_blocks": [{"type": "redacted_thinking", "data": "x"}], "reasoning": "Hm. So."},
         {"reasoning_details": [{"type": "reasoning.text", "text": "Hm. So."}, {"type": "reasoning.encrypted"}]},
+        {"reasoning_content": "", "thinking_blocks": [{"thinking": ""}], "reasoning_details": [{"text": "Hm. So."}]},
         {"reasoning_content": "Hm. So.", "reasoning_details": [{"text": "Not this."}], "cache_control": {"type": "x"}},
     ],
 )
@@ -55,6 +56,22 @@ def test_malformed_reasoning_is_refused(thought, says):
     error = fault(chat(talking(ANSWER), messages=called(**thought), tools=[TOOL]))
     assert error["param"] == "messages"
     assert says in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "place", "says"),
+    [
+        ({"reasoning": {"max_tokens": 9}}, "reasoning.max_tokens", "is not a field"),
+        ({"reasoning": {"effort": 9}}, "reasoning.effort", "must be a string"),
+        ({"chat_template_kwargs": {"colour": 9}}, "chat_template_kwargs.colour", "is not a field"),
+        ({"chat_template_kwargs": 9}, "chat_template_kwargs", "must be an object, found 9"),
+        ({"stream": True, "stream_options": {"include_usage": 9}}, "stream_options.include_usage", "true or false"),
+    ],
+)
+def test_an_error_within_an_object_names_its_place(fields, place, says):
+    error = fault(chat(talking(ANSWER), **fields))
+    assert error["param"] == place
+    assert place in error["message"] and says in error["message"]
 
 
 def test_hints_change_nothing():
@@ -170,7 +187,7 @@ def test_functions_of_a_namespace_are_offered_and_called():
 
 def test_tools_that_clients_offer_unasked_are_left_out_with_a_warning():
     for stream in (False, True):
-        response = respond(talking(ANSWER), tools=CODEX, stream=stream)
+        response = respond(talking(ANSWER), tools=[*CODEX, CODEX[-1]], stream=stream)
         assert response.headers["x-gptjax-warning"].endswith(": web_search")
         assert "x-gptjax-warning" not in respond(talking(ANSWER), tools=[WEATHER], stream=stream).headers
     assert prompt(respond, tools=CODEX) == prompt(respond, tools=CODEX[:2])

@@ -88,6 +88,7 @@ def test_the_chat_page(address, browser, tmp_path):
     tab.fill("#message", "Hello")
     tab.click("#send")
     tab.wait_for_selector("#send:enabled", timeout=60_000)
+    tab.click(".assistant .reasoning summary")
     assert tab.inner_text(".assistant .reasoning div").strip()
     assert tab.inner_text(".assistant .answer").strip()
     tab.screenshot(path=Path(os.environ.get("ARTIFACTS", tmp_path)) / "chat-page.png")

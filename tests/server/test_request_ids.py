@@ -67,7 +67,8 @@ def test_one_that_is_not_plain_is_replaced(name):
 
 def test_pages_may_read_it():
     response = ask(make(), "GET", "/v1/models", headers={"origin": "http://localhost:3000"})
-    assert "x-request-id" in response.headers["access-control-expose-headers"].lower()
+    exposed = response.headers["access-control-expose-headers"].lower()
+    assert "x-request-id" in exposed and "x-gptjax-warning" in exposed
 
 
 @pytest.fixture

@@ -4,13 +4,16 @@ import json
 
 import pytest
 
+from gptjax.server.responses_input import Input, joined
 from gptjax.text import Tokenizer
 from gptjax.text.chat_formats import FORMATS, ChatOptions
-from tests.server.responses_material import respond
+from tests.server.responses_material import CALL as HARMONY_CALL
+from tests.server.responses_material import respond, talking
 from tests.server.server_material import USER, chat, events, fault, make, post
 from tests.text.chat_material import chat_tokenizer, template, tool
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+HARMONY_CALLS = f"{HARMONY_CALL.replace('<|call|>', '<|end|>')}<|start|>assistant{HARMONY_CALL}"
 LLAMA_CALL = '{"name": "weather", "parameters": {"city": "Oslo"}}'
 FAMILIES = {
     # file: (how the model answers, and how it calls a tool)
@@ -84,6 +87,45 @@ def test_chat_completions_with_tools(tokenizers, file):
     assert "weather" in text
 
 
+def test_texts_of_a_message_are_one_text(tokenizers):
+    """Servers that cite split them."""
+    service = saying(tokenizers["qwen2.5"], "Yes.<|im_end|>")
+    texts = [{"type": "text", "text": text} for text in ("A, ", "b.")]
+    call = {"type": "tool_use", "id": "c", "name": "weather", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "c", "content": "sun"}
+    given = [USER, {"role": "assistant", "content": [*texts, call]}, {"role": "user", "content": [result]}]
+    tools = [{"name": "weather", "input_schema": {}}]
+    assert post(service, "/v1/messages", {"messages": given, "max_tokens": 9, "tools": tools}).status_code == 200
+    prompt = tokenizers["qwen2.5"].decode(service.worker.requests[-1].prompt_ids, special=True)
+    assert "assistant\nA, b.\n<tool_call>\n" in prompt
+
+
+def test_a_turn_of_many_parts_is_joined_in_linear_time():
+    parts = [{"role": "assistant", "content": None, "tool_calls": [{"id": str(number)}]} for number in range(200_000)]
+    whole = joined(Input(parts, ["input"] * len(parts))).messages
+    assert [call["id"] for call in whole[0]["tool_calls"]] == [str(number) for number in range(200_000)]
+    assert parts[0]["tool_calls"] == [{"id": "0"}]
+
+
+def test_a_turn_has_one_call_if_that_is_wanted(tokenizers):
+    """Models of these formats write several in a row."""
+    service = saying(tokenizers["qwen2.5"], f"I look.\n{CALL}\n{CALL}\nAnd so.<|im_end|>")
+    flat = {"type": "function", **tool("weather")["function"]}
+    for wanted, count in ((None, 2), (True, 2), (False, 1)):
+        choice = chat(service, tools=[tool("weather")], parallel_tool_calls=wanted).json()["choices"][0]
+        assert (len(choice["message"]["tool_calls"]), choice["finish_reason"]) == (count, "tool_calls")
+        assert choice["message"]["content"] == ("I look." if count == 1 else "I look.\nAnd so.")
+        body = respond(service, tools=[flat], parallel_tool_calls=wanted).json()
+        assert [item["type"] for item in body["output"]].count("function_call") == count
+        assert body["parallel_tool_calls"] is (count == 2)
+        asked = {"messages": [USER], "max_tokens": 100, "tools": [{"name": "weather", "input_schema": {}}]}
+        asked["tool_choice"] = {"type": "auto", "disable_parallel_tool_use": wanted is False}
+        blocks = post(service, "/v1/messages", asked).json()["content"]
+        assert [block["type"] for block in blocks].count("tool_use") == count
+        muddled = chat(talking(HARMONY_CALLS), tools=[tool("weather")], parallel_tool_calls=wanted).json()
+        assert len(muddled["choices"][0]["message"]["tool_calls"]) == count
+
+
 @pytest.mark.parametrize("file", FAMILIES)
 def test_responses(tokenizers, file):
     body = respond(saying(tokenizers[file], FAMILIES[file][0])).json()
@@ -149,7 +191,7 @@ def test_thinking_is_turned_off_as_in_vllm(tokenizers):
             assert prompt.endswith("</think>\n\n") == (wanted is False)
         for given, says in (
             ({"enable_thinking": 1}, "true or false"),
-            ({"thinking": True}, "'thinking'"),
+            ({"thinking": True}, "'chat_template_kwargs.thinking'"),
             ([], "an object"),
         ):
             assert says.replace("'", '"') in fault(route(service, chat_template_kwargs=given))["message"].replace(

@@ -196,6 +196,7 @@ def test_logs_as_json():
         ("PORT", "65536"),
         ("PREFILL_CHUNK", "1000"),
         ("DRAIN", "soon"),
+        ("ALIAS", "gpt-*-mini"),
     ],
 )
 def test_a_bad_environment_variable_is_wrong_usage(monkeypatch, capsys, variable, value):

@@ -1,11 +1,19 @@
 """`/v1/responses` with memory: what is kept, for how long, and that continuing it is as sending everything again."""
 
+import asyncio
+import gc
 import json
 import random
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from gptjax.server.response_store import Item, ResponseStore, Stored
+from gptjax.server import responses
+from gptjax.server.body import Fields
+from gptjax.server.response_store import Item, ResponseStore, Stored, size_of
+from gptjax.server.responses_memory import read_memory
 from gptjax.server.truncation import last_turns
 from tests.server.responses_material import ANSWER, CALL, THOUGHT, WEATHER, events, respond, talking
 from tests.server.server_material import GPT_OSS, USER, ask, chat, fault, make, post, saying, tokenizer
@@ -129,6 +137,24 @@ def test_a_response_that_fails_is_not_kept():
     get(service, failed["id"], 404)
 
 
+def test_a_response_whose_stream_is_cut_is_not_kept():
+    service = answers(THOUGHT + ANSWER)
+
+    async def cut():
+        answer = responses.Answer(service, responses.read({"input": "Hello"}, service.served, service.stored))
+        answer.start()
+        stream = answer.stream()
+        began = await anext(stream)
+        await anext(stream)
+        await anext(stream)  # of an item
+        answer.close()
+        await stream.aclose()
+        return began["response"]["id"]
+
+    get(service, asyncio.run(cut()), 404)
+    assert service.stored.get(kept(service)["id"]) is not None
+
+
 def test_input_items_come_in_pages():
     service = answers(ANSWER)
     given = [
@@ -176,6 +202,18 @@ def test_input_items_come_in_pages():
         fault(ask(service, "GET", f"/v1/responses/{path}?{query}"))
 
 
+def test_no_item_is_listed_twice_under_one_id():
+    """A client's library lists them page by page, from the last id of the page before."""
+    service = answers(ANSWER)
+    first = kept(service, input=[USER | {"id": "msg_mine"}] * 2)
+    again = kept(service, input=[*first["output"], USER | {"id": "m" * 65}], previous_response_id=first["id"])
+    ids = [item["id"] for item in get(service, f"{again['id']}/input_items?order=asc")["data"]]
+    assert len(ids) == len(set(ids)) == 5
+    assert (ids[0], ids[2]) == ("msg_mine", first["output"][0]["id"]) and max(map(len, ids)) < 40
+    reference = [USER, {"type": "item_reference", "id": ids[3]}]
+    assert kept(service, input=reference)["status"] == "completed"
+
+
 def item(number, size):
     return Item(f"id_{number}", bytes(size))
 
@@ -184,7 +222,7 @@ def test_the_store_keeps_what_was_used_last_within_its_bounds():
     """Against a store that looks through all it has."""
     chance = random.Random(4)
     for _ in range(60):
-        most, most_bytes = chance.randrange(8), chance.randrange(1, 400)
+        most, most_bytes = chance.randrange(8), chance.randrange(1, 9000)
         store, expected = ResponseStore(most, most_bytes, 0), {}
         for number in range(60):
             some = chance.choice([*expected, "resp_x"])
@@ -198,11 +236,11 @@ def test_the_store_keeps_what_was_used_last_within_its_bounds():
                 case 2:
                     wanted = f"id_{chance.randrange(number + 1)}"
                     owner = next((name for name, stored in expected.items() if wanted in stored.made), None)
-                    data = None
+                    found = None
                     if owner is not None:
                         expected[owner] = stored = expected.pop(owner)
-                        (data,) = [each.data for each in (*stored.given, *stored.output) if each.id == wanted]
-                    assert store.item(wanted) == data
+                        (found,) = [each for each in (*stored.given, *stored.output) if each.id == wanted]
+                    assert store.item(wanted) == found
                 case _:
                     before = expected[some].given + expected[some].output if some in expected else ()
                     own = item(number, chance.randrange(60))
@@ -214,8 +252,65 @@ def test_the_store_keeps_what_was_used_last_within_its_bounds():
         assert {name: store.get(name) for name in expected} == expected
 
 
+def taken_by(make):
+    """What a function returns, and the bytes of memory that it keeps."""
+    tracemalloc.start()
+    try:
+        made = make()
+        gc.collect()
+        return made, tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_a_response_takes_is_what_is_counted():
+    """Tiny items take mostly what surrounds them."""
+
+    def stored(item):
+        store = ResponseStore(1, 1 << 40, 1 << 40)
+        read_memory(Fields({"input": [item] * 3000}), store).kept().remember({"id": "resp_1", "output": []})
+        return store
+
+    for item in ({"type": "reasoning"}, USER, {"role": "user", "content": "word " * 99}):
+        store, taken = taken_by(lambda item=item: stored(item))
+        assert 0.6 < taken / store.get("resp_1").size < 1
+
+
+def test_a_request_that_runs_holds_its_input_only_as_it_is_stored():
+    """Parsed, it takes many times the memory."""
+    served, store = answers(ANSWER).served, ResponseStore(1, 1 << 40, 1 << 40)
+    body = json.dumps({"input": [{"role": "user", "content": [{"type": "text", "text": ""}] * 20_000}, USER]})
+    asked, taken = taken_by(lambda: responses.read(json.loads(body), served, store))
+    assert taken < 1.5 * size_of(asked.kept.given)
+
+
+def test_one_conversation_is_parsed_at_a_time(monkeypatch):
+    """The parser does not let other threads run, so several in turns would hold up the event loop for long."""
+    store, inside, most = ResponseStore(1, 1, 1), [], []
+
+    def loads(data):
+        inside.append(data)
+        time.sleep(0.001)
+        most.append(len(inside))
+        inside.remove(data)
+
+    monkeypatch.setattr("gptjax.server.response_store.json.loads", loads)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(store.parsed, [[item(number, 3)] * 5 for number in range(8)]))
+    assert most == [1] * 40
+
+
+def test_references_to_long_items_are_bounded():
+    """They take forty bytes each, whatever they refer to."""
+    service = answers(ANSWER, stored_conversation=20_000)
+    given = kept(service, input="a " * 150)["id"]
+    (long,) = get(service, f"{given}/input_items")["data"]
+    error = fault(respond(service, input=[{"id": long["id"]}] * 30, store=False))
+    assert (error["code"], error["param"]) == ("too_large", "input") and "more than 20000 bytes" in error["message"]
+
+
 def test_the_bounds_are_those_of_the_server():
-    for bounds in ({"stored_responses": 2}, {"stored_bytes": 3200}):
+    for bounds in ({"stored_responses": 2}, {"stored_bytes": 4800}):
         service = answers(ANSWER, **bounds)
         first, second, third = (kept(service)["id"] for _ in range(3))
         get(service, first, 404)
@@ -226,7 +321,7 @@ def test_the_bounds_are_those_of_the_server():
 
 
 def test_a_conversation_does_not_grow_for_ever():
-    service = answers(ANSWER, stored_conversation=1000)
+    service = answers(ANSWER, stored_conversation=2600)
     previous = kept(service)["id"]
     fields = {"previous_response_id": previous, "input": "a " * 100 + "b", "truncation": "auto"}
     fields["previous_response_id"] = kept(service, **fields)["id"]
@@ -262,12 +357,19 @@ def test_a_conversation_that_is_too_long_loses_its_beginning_if_that_is_wanted()
     assert len(get(service, f"{body['id']}/input_items?order=asc&limit=100")["data"]) == 10
 
 
+def test_what_is_left_out_was_read_first():
+    """A prompt does not show that a message which it leaves out is invalid."""
+    for wrong in ({}, {"role": None}, {"role": "wizard"}, {"role": ["user"]}, {"role": "tool"}):
+        error = fault(respond(answers(ANSWER), input=[wrong | {"content": LONG * 99}, USER], truncation="auto"))
+        assert error["message"].startswith("input[0] has the role")
+
+
 def test_the_last_turns_are_as_many_as_fit():
     """Against trying all."""
     chance = random.Random(2)
     for _ in range(200):
         roles = [chance.choice(["user", "user", "assistant", "tool", "system"]) for _ in range(chance.randrange(1, 9))]
-        messages = [{"role": role, "size": chance.randrange(9)} for role in roles]
+        messages = [{"role": role, "size": chance.randrange(9), "tool_call_id": "x"} for role in roles]
         room = chance.randrange(40)
 
         def fits(some, room=room):
@@ -279,6 +381,16 @@ def test_the_last_turns_are_as_many_as_fit():
             [way for way in ways if fits([messages[place] for place in way])] or ways[-1:] or [[*range(len(roles))]]
         )
         assert last_turns(messages, fits) == fitting[0]
+
+
+def test_a_result_keeps_its_call():
+    """Even if the user said something in between."""
+    call = {"type": "function_call", "call_id": "call_x", "name": "weather", "arguments": "{}"}
+    given = [*turns(3), call, *turns(1), outcome(call), USER, call | {"call_id": "call_y"}, USER]
+    service = answers(ANSWER)
+    kept(service, input=given, tools=[WEATHER], truncation="auto")
+    prompt = prompt_of(service)
+    assert prompt.count("Hello") == 2 and "word" not in prompt  # what nobody answered holds nothing up
 
 
 def test_log_probabilities_are_those_of_chat():

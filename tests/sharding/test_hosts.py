@@ -58,13 +58,16 @@ def _end(both: list[subprocess.Popen]) -> None:
         process.communicate()
 
 
-@pytest.mark.parametrize("name", [thorough("gpt2-tales"), "gpt-oss-tales"])
-def test_two_processes_draw_what_one_draws(name):
-    """Penalties count the prompt, which process 1 needs for that."""
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [thorough("gpt2-tales", "tensor=2"), ("gpt-oss-tales", "tensor=2"), thorough("gpt2-tales", "data=2")],
+)
+def test_two_processes_draw_what_one_draws(name, mesh):
+    """Penalties count the prompt, which process 1 needs for that. With `data`, each has rows of its own."""
     settings = {"max_tokens": 12, "temperature": 0, "repetition_penalty": 1.3, "top_logprobs": 2}
     options = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     hosts_options = ["--coordinator", "127.0.0.1:PORT", "--num-processes", "2", "--process-id", "PROCESS"]
-    command = ["generate", "Once upon a time", "-m", name, "--json", "--mesh", "tensor=2", "--max-length", "64"]
+    command = ["generate", "Once upon a time", "-m", name, "--json", "--mesh", mesh, "--max-length", "64"]
     both = _both("-m", "gptjax", *command, *options, *hosts_options)
     try:
         (leading, errors), (following, others) = (process.communicate(timeout=600) for process in both)

@@ -8,6 +8,7 @@ import pytest
 
 from gptjax.text import Tokenizer
 from gptjax.text.chat_formats import FORMATS, ChatOptions
+from gptjax.text.chat_formats.calls import Calls
 from tests.fuzz import rounds
 from tests.text.chat_material import BEGIN_THE_THOUGHT, chat_tokenizer, read, tool
 from tests.text.harmony_material import assembled
@@ -228,3 +229,10 @@ def test_endless_white_space_and_newlines_take_linear_time(tokenizer):
         newline = tokenizer.encode(text[0])
         reader = FORMATS[name].reader(tokenizer, ChatOptions(tools=[tool("weather")]))
         assert "".join(reader.push(newline[0]) for _ in range(200_000)) + reader.finish() == text
+    calls = Calls()
+    calls.begin("weather")
+    for _ in range(200_000):
+        calls.add(" " * 40)
+    calls.add("{}")
+    calls.end()
+    assert calls.whole[0].arguments == " " * 8_000_000 + "{}"

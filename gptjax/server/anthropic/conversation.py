@@ -10,7 +10,8 @@
 | an assistant's text before a `tool_use` of the same message | a message of the phase "commentary" |
 | `tool_use` | a tool call |
 
-Texts in a row are joined unchanged. `cache_control`, `citations` and the like have no effect on a prompt.
+A user's texts in a row and those of the system are joined unchanged. `cache_control`, `citations` and the like have no
+effect on a prompt.
 """
 
 import dataclasses
@@ -22,10 +23,11 @@ from typing import Any, Final
 
 from gptjax.errors import GptjaxError
 from gptjax.server.anthropic.options import read_effort_of_turn
-from gptjax.server.body import check_text
+from gptjax.server.body import Fields, check_text
 from gptjax.server.encrypted import verified
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
 from gptjax.server.responses_input import Input, joined
+from gptjax.server.responses_tools import Tools
 
 # Claude Code's first system text, about itself. It may differ between requests, which then would not begin alike.
 _BILLING: Final = "x-anthropic-billing-header:"
@@ -42,8 +44,7 @@ _NAMES: Final = {
     ".tool_calls[0].id": ".id",
     ".tool_calls": ".id",
     ".tool_call_id": ".tool_use_id",
-    "].function.parameters": "].input_schema",
-    "].function": "]",
+    "].parameters": "].input_schema",
 }
 
 
@@ -79,6 +80,7 @@ def read_conversation(system: object, messages: object, *, one_message_a_turn: b
         if _role(message) == "system":
             effort = read_effort_of_turn(message.get("output_config"), f"{where}.output_config") or effort
             read = [] if _is_over(message, where) and index < last_user else read
+        read = _with_one_text(read) if one_message_a_turn else read
         found.messages.extend(each for each, _ in read)
         found.places.extend(place for _, place in read)
     if not found.messages:
@@ -93,7 +95,7 @@ def _role(message: object) -> object:
 
 
 def _is_over(message: Mapping[str, Any], where: str) -> bool:
-    """Whether a system message is only for the turn that it stands in."""
+    """Whether a system message ends with its turn."""
     until = message.get("clear_at")
     if until not in (None, "never", "next_user_message"):
         raise bad_request(f"{where}.clear_at is {as_json(until)}; expected never or next_user_message")
@@ -211,6 +213,23 @@ def _read_said(block: Mapping[str, Any], where: str, *, is_preamble: bool) -> di
             return {"role": "assistant", "content": text, **phase} if text else None
 
 
+def _is_said(read: tuple[dict[str, Any], str]) -> bool:
+    """Whether a chat message is a text of the assistant's."""
+    return read[0]["role"] == "assistant" and bool(read[0]["content"])
+
+
+def _with_one_text(read: Sequence[tuple[dict[str, Any], str]]) -> list[tuple[dict[str, Any], str]]:
+    """Chat messages of one message, where an assistant's texts in a row, which some servers split, are one again."""
+    found: list[tuple[dict[str, Any], str]] = []
+    for is_text, group in itertools.groupby(read, _is_said):
+        texts = list(group)
+        if is_text:
+            text = "".join([message["content"] for message, _ in texts])
+            texts = [({**texts[-1][0], "content": text}, texts[0][1])]
+        found += texts
+    return found
+
+
 def _read_call(block: Mapping[str, Any], where: str) -> dict[str, Any]:
     call_id, name = (check_text(block.get(key), f"{where}.{key}") for key in ("id", "name"))
     given = block.get("input")
@@ -237,7 +256,7 @@ def _blocks(content: object, where: str) -> list[tuple[Mapping[str, Any], str]]:
 def _text(block: Mapping[str, Any], where: str) -> str:
     if block.get("type") != "text":
         kind = as_json(block.get("type"))
-        raise bad_request(f"{where} has the type {kind}, which has no place here: the model reads only text")
+        raise bad_request(f"{where} has the type {kind}, which is not supported here: the model reads only text")
     _check_keys(block, where, ("text",))
     return check_text(block.get("text"), f"{where}.text")
 
@@ -248,18 +267,21 @@ def _check_keys(block: Mapping[str, Any], where: str, known: Collection[str]) ->
             raise bad_request(f"{where} has {as_json(key)}, which is not known here; expected {', '.join(known)}")
 
 
-def read_tools(given: object, referenced: Collection[str]) -> list[dict[str, Any]]:
-    """Tools as functions, with `strict` if they are; deferred ones only if they are `referenced`. Raises `ApiError`."""
-    if given is None:
-        return []
-    if not isinstance(given, list):
+def read_tools(given: object, referenced: Collection[str]) -> Tools:
+    """`tools`; deferred ones are offered only if they are `referenced`. Raises `ApiError`."""
+    found = Tools()
+    if given is not None and not isinstance(given, list):
         raise bad_request(f"tools must be a list, found {as_json(given)}", "tools")
-    read = [_read_tool(tool, f"tools[{index}]") for index, tool in enumerate(given)]
-    return [tool for tool, is_deferred in read if not is_deferred or tool["function"]["name"] in referenced]
+    for index, tool in enumerate(given or []):
+        where = f"tools[{index}]"
+        function = _read_tool(tool, where)
+        if not tool.get("defer_loading") or function["name"] in referenced:
+            found.add(function, where, strict=bool(tool.get("strict")))
+    return found
 
 
-def _read_tool(tool: object, where: str) -> tuple[dict[str, Any], bool]:
-    """A tool as a function, and whether it is deferred."""
+def _read_tool(tool: object, where: str) -> dict[str, Any]:
+    """A tool as a function."""
     if not isinstance(tool, Mapping):
         raise bad_request(f"{where} must be an object, found {as_json(tool)}", "tools")
     if tool.get("type") not in (None, "custom"):
@@ -274,29 +296,24 @@ def _read_tool(tool: object, where: str) -> tuple[dict[str, Any], bool]:
     if not isinstance(schema, dict):
         raise bad_request(f"{where}.input_schema must be an object, found {as_json(schema)}", "tools")
     function = {"name": name, "description": tool.get("description"), "parameters": schema}
-    given = {key: value for key, value in function.items() if value is not None}
-    strict = {"strict": True} if tool.get("strict") else {}
-    return {"type": "function", "function": given | strict}, bool(tool.get("defer_loading"))
+    return {key: value for key, value in function.items() if value is not None}
 
 
-def without_strict(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tools as a prompt has them: what is strict is not said there."""
-    return [
-        {**tool, "function": {key: value for key, value in tool["function"].items() if key != "strict"}}
-        for tool in tools
-    ]
-
-
-def read_tool_choice(given: object) -> str | dict[str, Any] | None:
-    """`tool_choice` in the form of OpenAI's chat API. Raises `ApiError`."""
-    if given is None:
-        return None
-    if isinstance(given, Mapping) and isinstance(given.get("disable_parallel_tool_use"), bool | None):
-        match given.get("type"):
-            case "auto" | "none" as choice:
-                return str(choice)
-            case "any":
-                return "required"
-            case "tool" if isinstance(given.get("name"), str):
-                return {"type": "function", "function": {"name": given["name"]}}
-    raise bad_request('tool_choice must be {"type": "auto"}, "any", "none", or "tool" with a name', "tool_choice")
+def read_tool_choice(fields: Fields) -> tuple[str | dict[str, Any] | None, bool]:
+    """`tool_choice` in the form of OpenAI's chat API, and whether a turn may have several calls. Raises `ApiError`."""
+    if "tool_choice" not in fields:
+        return None, True
+    options = fields.options("tool_choice")
+    kind, name = options.take("type"), options.text("name")
+    parallel = not options.flag("disable_parallel_tool_use")
+    options.finish(())
+    match kind:
+        case "auto" | "none":
+            return str(kind), parallel
+        case "any":
+            return "required", parallel
+        case "tool" if name is not None:
+            return {"type": "function", "function": {"name": name}}, parallel
+        case "tool":
+            raise bad_request("tool_choice.name is missing: it says which tool to call")
+    raise bad_request(f"tool_choice.type is {as_json(kind)}; expected auto, any, tool or none")

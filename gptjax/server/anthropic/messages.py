@@ -19,12 +19,12 @@ from gptjax.server.anthropic.conversation import (
     read_tool_choice,
     read_tools,
     references,
-    without_strict,
 )
 from gptjax.server.anthropic.errors import body, too_long
 from gptjax.server.anthropic.options import Thinking, options_of, read_output_config, read_thinking
 from gptjax.server.body import Fields, reading
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
+from gptjax.server.responses_tools import Tools
 from gptjax.server.schema import MOST_TOKENS, read_sampling
 from gptjax.server.service import Served, Service
 from gptjax.server.sse import EventStream, json_response, unless_gone
@@ -100,21 +100,22 @@ def _read_prompt(fields: Fields, served: Served) -> Prompt:
     one = chat_format.one_message_a_turn
     conversation = read_conversation(fields.take("system"), messages, one_message_a_turn=one)
     given = conversation.given
-    tools, choice = read_tools(fields.take("tools"), references(messages)), read_tool_choice(fields.take("tool_choice"))
-    tools = [] if choice == "none" else tools
+    tools, (choice, parallel) = read_tools(fields.take("tools"), references(messages)), read_tool_choice(fields)
+    tools = Tools() if choice == "none" else tools
     most = _COUNTED * served.max_length
-    _, least = served.least_tokens([given.messages, tools])
+    _, least = served.least_tokens([given.messages, tools.offered])
     if least > most:
         raise too_long(least, served.max_length, at_least=True)
     how = options_of(chat_format, thinking, conversation.effort or effort)
-    how = dataclasses.replace(how, tools=without_strict(tools), response_format=about)
+    how = dataclasses.replace(how, tools=tools.offered, response_format=about, parallel_tool_calls=parallel)
     try:
         ids = chat_format.render(given.messages, tokenizer, how, max_length=most)
-        grammar = grammar_of_turn(chat_format, tokenizer, dataclasses.replace(how, tools=tools), None, choice, answer)
+        strict = dataclasses.replace(how, tools=tools.with_strict())
+        grammar = grammar_of_turn(chat_format, tokenizer, strict, None, choice, answer)
     except CapacityError:
         raise too_long(most + 1, served.max_length, at_least=True) from None
     except GptjaxError as error:
-        raise conversation.explained(error) from None
+        raise conversation.explained(tools.explained(error)) from None
     return Prompt(ids, how, thinking, grammar)
 
 

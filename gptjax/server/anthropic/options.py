@@ -33,13 +33,10 @@ class Thinking:
 
 def read_thinking(fields: Fields) -> Thinking:
     """`thinking`. Raises `ApiError`."""
-    given = fields.take("thinking")
-    if given is None:
-        return Thinking()
-    if not isinstance(given, dict) or given.get("type") not in _THINKING:
-        raise bad_request(f"thinking must be an object with the type {', '.join(_THINKING[:-1])} or {_THINKING[-1]}")
-    options = Fields(given)
+    is_given, options = "thinking" in fields, fields.options("thinking")
     kind, display = options.take("type"), options.take("display")
+    if is_given and kind not in _THINKING:
+        raise bad_request(f"thinking.type is {as_json(kind)}; expected one of {', '.join(_THINKING)}")
     options.whole("budget_tokens", 1, MOST_TOKENS)  # a hint: no model here knows a budget
     options.finish(())
     if display is not None and display not in _DISPLAYS:
@@ -50,7 +47,7 @@ def read_thinking(fields: Fields) -> Thinking:
 
 def read_output_config(fields: Fields) -> tuple[str | None, Grammar | None, ResponseFormat | None]:
     """The effort, what the text must be, and what to say of that. Raises `ApiError`."""
-    options = _output_config(fields.take("output_config"), "output_config")
+    options = fields.options("output_config")
     effort, form = _read_effort(options, "output_config"), options.take("format")
     options.finish(())
     try:
@@ -61,16 +58,12 @@ def read_output_config(fields: Fields) -> tuple[str | None, Grammar | None, Resp
 
 def read_effort_of_turn(given: object, where: str) -> str | None:
     """The effort in the `output_config` of a message. Raises `ApiError`."""
-    options = _output_config(given, where)
+    if not isinstance(given, dict | None):
+        raise bad_request(f"{where} must be an object, found {as_json(given)}")
+    options = Fields(given or {}, where)
     effort = _read_effort(options, where)
     options.finish(())
     return effort
-
-
-def _output_config(given: object, where: str) -> Fields:
-    if given is not None and not isinstance(given, dict):
-        raise bad_request(f"{where} must be an object, found {as_json(given)}")
-    return Fields(given or {})
 
 
 def _read_effort(options: Fields, where: str) -> str | None:

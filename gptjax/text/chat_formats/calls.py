@@ -15,23 +15,23 @@ class Calls:
     def __init__(self) -> None:
         self.whole: list[ToolCall] = []
         self._open: tuple[str, str] | None = None  # id and name
-        self._held = ""  # white space before the arguments
+        self._held: list[str] = []  # white space before the arguments
         self._pieces: list[str] = []
         self._fresh: list[CallPart] = []
 
     def begin(self, name: str, call_id: str | None = None) -> None:
         """A call begins; the one before has ended."""
         self._open = call_id or new_call_id(), name
-        self._held, self._pieces = "", []
+        self._held, self._pieces = [], []
         self._fresh.append(CallPart(len(self.whole), *self._open, "", begins=True))
 
     def add(self, text: str) -> None:
         """More of its arguments."""
-        if not self._pieces and not (self._held + text).strip():
-            self._held += text
+        if not self._pieces and not text.strip():
+            self._held.append(text)
         elif text:
-            self._write(self._held + text)
-            self._held = ""
+            self._write("".join([*self._held, text]))
+            self._held.clear()
 
     def end(self) -> None:
         """It is complete."""

@@ -68,7 +68,7 @@ class Harmony:
 
     def reader(self, tokenizer: Tokenizer, options: ChatOptions) -> "HarmonyReader":
         """A reader of the turn."""
-        return HarmonyReader(tokenizer, offered=offered_names(options.tools))
+        return HarmonyReader(tokenizer, offered=offered_names(options.tools), one_call=not options.parallel_tool_calls)
 
 
 class HarmonyReader:
@@ -79,19 +79,20 @@ class HarmonyReader:
     empty line separates messages.
 
     Attributes:
-      ended: whether the turn is over because the model began another role's message.
+      ended: whether the turn is over because the model began another role's message, or made its one call.
       phase: of the answer's text so far: "commentary" if its last message precedes calls, else "final_answer".
       dropped: always 0, since whatever is neither answer nor reasoning begins with a special token.
     """
 
     dropped = 0
 
-    def __init__(self, tokenizer: Tokenizer, *, offered: frozenset[str] = frozenset()) -> None:
-        """`offered`: the names of the offered tools, from `offered_names`."""
+    def __init__(self, tokenizer: Tokenizer, *, offered: frozenset[str] = frozenset(), one_call: bool = False) -> None:
+        """`offered`: the names of the offered tools, from `offered_names`. `one_call`: the first call ends the turn."""
         self.ended = False
         self.phase = "final_answer"
         self._parser = harmony.StreamParser(tokenizer, names=offered)
         self._offered = offered
+        self._one_call = one_call
         self._calls = Calls()
         self._call: int | None = None  # the last message that is one
         self._reasoning: list[str] = []
@@ -159,6 +160,7 @@ class HarmonyReader:
         self._calls.add(event.text)
         if event.ended:
             self._calls.end()
+            self.ended = self._one_call
 
     def _tool(self, recipient: str | None) -> str | None:
         """The tool that a recipient names; None if it is not a tool, or if a prompt could not repeat the name."""

@@ -14,13 +14,15 @@ from gptjax.text.tokenizer import Tokenizer
 
 DEFAULT: Final = "default"
 TODAY: Final = "today"
+_OF_NO_PROMPT: Final = ("response_format", "parallel_tool_calls")  # options that every format has
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChatOptions:
     """The options of a turn. A format that has no use for one refuses it, unless it has its default.
 
-    `response_format` is an exception: it is what a grammar sees to, and only some formats also tell the model.
+    `response_format` is an exception: it is what a grammar sees to, and only some formats also tell the model. So is
+    `parallel_tool_calls`, which only readers look at.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
@@ -33,6 +35,8 @@ class ChatOptions:
     """Whether the model thinks before it answers; None is the format's default."""
     response_format: ResponseFormat | None = None
     """The form that the answer is to have."""
+    parallel_tool_calls: bool = True
+    """Whether a turn may have several calls. If not, it ends with the first."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -162,7 +166,7 @@ def check_options(name: str, known: frozenset[str], options: ChatOptions) -> Non
     for field in dataclasses.fields(options):
         given = getattr(options, field.name)
         neutral = not given if field.name == "tools" else given in (None, getattr(defaults, field.name))
-        if field.name not in known and not neutral and field.name != "response_format":
+        if field.name not in known and not neutral and field.name not in _OF_NO_PROMPT:
             raise RequestError(f"{field.name} has no meaning in the chat format {name}: leave it out")
     if options.enable_thinking not in (None, True, False):
         raise RequestError(f"enable_thinking is {quoted(options.enable_thinking)}; expected True or False")

@@ -17,11 +17,14 @@ class TaggedReader(PlainReader):
     Newlines between a tag and the text next to it belong to neither. Reasoning can only be the first thing in a turn.
     """
 
-    def __init__(self, tokens: Tokens, *, thinks: bool, calls: bool, thinking: bool = False) -> None:
-        """`thinking`: the prompt has begun the reasoning."""
+    def __init__(
+        self, tokens: Tokens, *, thinks: bool, calls: bool, thinking: bool = False, one_call: bool = False
+    ) -> None:
+        """`thinking`: the prompt has begun the reasoning. `one_call`: the first call ends the turn."""
         super().__init__(tokens)
         tokens.show(*THINK, *CALL)
         self._reads_calls = calls
+        self._one_call = one_call
         self._inside = "think" if thinking else "start" if thinks else "answer"
         self._held = ""  # text that may be the beginning of a tag
         self._space: list[str] = []  # before the first text
@@ -95,6 +98,8 @@ class TaggedReader(PlainReader):
         self._calls.add_whole(call)
         self._drop(len(written))
         self._after_tag = not self._answered
+        if self._one_call:
+            self.ended, self._held = True, ""
         return ""
 
     def _drop(self, characters: int) -> None:
@@ -130,14 +135,19 @@ class TaggedReader(PlainReader):
 
 def read_calls(tokens: Tokens, options: ChatOptions) -> PlainReader:
     """The reader of a format with calls in tags. Without tools, tags are text."""
-    return TaggedReader(tokens, thinks=False, calls=True) if options.tools else PlainReader(tokens)
+    return _reader(tokens, options, thinks=False) if options.tools else PlainReader(tokens)
 
 
 def read_thoughts_and_calls(tokens: Tokens, options: ChatOptions) -> TaggedReader:
     """The reader of a format with reasoning and calls in tags."""
-    return TaggedReader(tokens, thinks=True, calls=bool(options.tools))
+    return _reader(tokens, options, thinks=True)
 
 
 def read_on(tokens: Tokens, options: ChatOptions) -> TaggedReader:
     """The reader of a format whose prompt begins the reasoning."""
-    return TaggedReader(tokens, thinks=True, calls=bool(options.tools), thinking=True)
+    return _reader(tokens, options, thinks=True, thinking=True)
+
+
+def _reader(tokens: Tokens, options: ChatOptions, *, thinks: bool, thinking: bool = False) -> TaggedReader:
+    calls, one_call = bool(options.tools), not options.parallel_tool_calls
+    return TaggedReader(tokens, thinks=thinks, calls=calls, thinking=thinking, one_call=one_call)

@@ -67,6 +67,8 @@ def test_a_product_agrees_with_float64(name, inputs, share, strips, ahead):
 def test_a_row_may_end_within_a_turn(inputs, share, strips, ahead):
     """In MXFP4, after one, three and again three of its last four tiles; nothing beyond the matrix is read."""
     x, weight = _x(1, inputs), _fragments("MXFP4", 128, inputs)
+    takes = importlib.import_module("pallas_kernels.matvec.row_sm90").takes
+    assert takes(x, [weight]) and not takes(x, [_fragments("Q8_0", 128, inputs)])
     kernel, row = np.asarray(weight.dequantize(), np.float64), np.asarray(x, np.float64)[0]
     actual = _emulated(x, [weight], _settings(share, strips, ahead))
     assert np.all(np.abs(actual - kernel @ row) <= 2e-7 * (np.abs(kernel) @ np.abs(row)))
