@@ -30,6 +30,9 @@ class PartialSum:
     # exchange these (see `peers`): sums that are exchanged one after the other must take turns.
     over: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     box: int = dataclasses.field(default=0, metadata={"static": True})
+    # Of so many devices, one after the other by rank, who have parts of the same terms, the first adds these terms'
+    # biases. (The bias of a sum without rows is added after the devices' parts.)
+    sharers: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
     def num_terms(self) -> int:
@@ -55,18 +58,28 @@ class PartialSum:
             y_TXO *= self.weights_TX[..., None]
         return jnp.sum(jnp.where(present_TX[..., None], y_TXO, 0), axis=1)
 
-    def across(self, axes: tuple[str, ...], box: int) -> "PartialSum":
+    def across(self, axes: tuple[str, ...], box: int, *, of_each_term: tuple[str, ...] = ()) -> "PartialSum":
         """The sum over the devices along some axes of a mesh, each of which has a part of the terms.
 
-        The bias of a sum without rows is the same on all devices, and added once; otherwise each device adds those of
-        its own terms.
+        The bias of a sum without rows is the same on all devices, and added once. Other terms' biases are added by the
+        devices that have them: of those along `of_each_term`, the last of the axes, the first.
         """
-        return dataclasses.replace(self, over=axes, box=box) if axes else self
+        if not axes:
+            return self
+        sharers = jax.lax.axis_size(of_each_term) if of_each_term else 1
+        return dataclasses.replace(self, over=axes, box=box, sharers=sharers)
 
     @property
     def is_plain(self) -> bool:
         """Whether token t has row t alone, as it is."""
         return self.rows_TX is None and self.weights_TX is None and self.bias_rows_TX is None
+
+    def _own(self) -> "PartialSum":
+        """What this device adds to the sum."""
+        bias_EO = self.bias_EO
+        if self.sharers > 1 and bias_EO is not None:
+            bias_EO = jnp.where(jax.lax.axis_index(self.over) % self.sharers == 0, bias_EO, 0)
+        return dataclasses.replace(self, over=(), sharers=1, bias_EO=bias_EO)
 
     def gathered(self) -> "PartialSum":
         """The same sum, with nothing left on other devices.
@@ -77,7 +90,7 @@ class PartialSum:
         if not self.over:
             return self
         bias_EO = self.bias_EO if self.is_plain else None
-        own_TO = reduce(add, self.parts_JAO) if self.is_plain else dataclasses.replace(self, over=()).total()
+        own_TO = reduce(add, self.parts_JAO) if self.is_plain else self._own().total()
         num_devices, T = jax.lax.axis_size(self.over), own_TO.shape[0]
         if num_devices == 2 or T < _MANY or T % num_devices:
             return PartialSum(jax.lax.all_gather(own_TO, self.over), bias_EO=bias_EO)

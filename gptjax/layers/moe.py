@@ -100,8 +100,6 @@ class MoE(nn.Module):
         kernel = partial(weight, self, param_dtype=self.param_dtype)
         bias = partial(array, self, init=nn.initializers.zeros_init(), param_dtype=self.param_dtype)
         down_bias_ED = bias("down_bias", shape=(E, D), axes=(EXPERTS, WIDTH))
-        if self.width_over:  # the devices that share an expert add its bias once
-            down_bias_ED = jnp.where(jax.lax.axis_index(self.width_over) == 0, down_bias_ED, 0)
         update = moe(
             normed_BTD.reshape(-1, D),
             experts_TX,
@@ -113,6 +111,6 @@ class MoE(nn.Module):
             alpha=self.swiglu_alpha,
             limit=self.swiglu_limit,
             implementation=self.implementation,
-        ).across(self.experts_over + self.width_over, box=1)
+        ).across(self.experts_over + self.width_over, box=1, of_each_term=self.width_over)
         observe_lazy(self, "output", lambda: update.total().reshape(normed_BTD.shape).astype(self.dtype))
         return residual, update

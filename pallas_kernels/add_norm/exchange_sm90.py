@@ -30,6 +30,12 @@ class Exchange:
         rank = ptx.load(ptx.shifted(table, 8), [ptx.i32()], ptx.always())[0]
         return cls(given.count, box, given.width, _address(own), rank, tuple(map(_address, pairs)))
 
+    def is_first_of(self, sharers: int) -> Value | None:
+        """Whether it is the first of so many devices, one after the other; None: each is."""
+        if sharers == 1:
+            return None
+        return arith.cmpi(arith.CmpIPredicate.eq, arith.remui(self.rank, ptx.const(sharers)), ptx.const(0))
+
     def send(self, four: rows.Float4, numbers: list[Value]) -> None:
         """Writes four numbers of the device's own sum into the others' mailboxes."""
         words = [_arithmetic(arith.bitcast(ptx.i32(), number)) for number in numbers]

@@ -181,7 +181,8 @@ class Norm:
         if self.terms is not None and indices is not None:
             loaded_terms = [_Term.of(self.terms, *each) for each in indices]
             flight = min(_FLIGHT, _LOADS // thread.layout.threads - _OTHERS - loaded)
-            own = (_total(self.terms, at, loaded_terms, four, flight) for four in fours)
+            adds_bias = None if exchange is None else exchange.is_first_of(self.terms.sharers)
+            own = (_total(self.terms, at, loaded_terms, four, flight, adds_bias) for four in fours)
             totals = _over_devices(self.terms, at, exchange, fours, own)
             for turn, (four, added) in enumerate(zip(fours, totals, strict=True)):
                 summed = [arith.addf(*pair) for pair in zip(sums[turn], added, strict=True)]
@@ -289,9 +290,14 @@ class _Term:
 
 
 def _total(
-    terms: PartialSum, at: Mapping[str, Value], loaded: list[_Term], four: rows.Float4, flight: int
+    terms: PartialSum,
+    at: Mapping[str, Value],
+    loaded: list[_Term],
+    four: rows.Float4,
+    flight: int,
+    adds_bias: Value | None,
 ) -> list[Value]:
-    """Four numbers of `terms.total()`, with up to `flight` loads in flight."""
+    """Four numbers of `terms.total()`, with up to `flight` loads in flight; `adds_bias`: None if always."""
     J, A, _ = terms.parts_JAO.shape
 
     def begin(term: _Term, piece: int) -> list[Value]:
@@ -300,6 +306,7 @@ def _total(
         if piece < J:
             piece_at = four.at(at["term_parts"], 4, ptx.add(term.row, piece * A))
             return rows.load_float4(piece_at, jnp.float32, condition)
+        condition = condition if adds_bias is None else ptx.both(condition, adds_bias)
         return rows.load_float4(four.at(at["term_bias"], dtype.itemsize, term.bias_row), dtype, condition)
 
     dtype = jnp.dtype(jnp.float32) if terms.bias_EO is None else terms.bias_EO.dtype

@@ -1,5 +1,6 @@
 """Sums over devices through mailboxes: kernels emulated on a CPU, one device after the other; lowered; on two GPUs."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -32,41 +33,47 @@ def _peers(count: int, width: int, rank: int, addresses: list[int] | None = None
     return Peers(jnp.asarray(table[rank]), AXES, width)
 
 
-def _split(terms: PartialSum, count: int, seed: int) -> list[PartialSum]:
-    """Terms of as many devices: other numbers, and the same bias of a sum without rows."""
+def _split(terms: PartialSum, count: int, seed: int, sharers: int = 1) -> list[PartialSum]:
+    """Terms of as many devices: other numbers, and the same biases."""
     rng = np.random.default_rng(seed)
     shape = terms.parts_JAO.shape
     parts = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(count)]
     own = [PartialSum(each, terms.rows_TX, terms.weights_TX, terms.bias_EO, terms.bias_rows_TX) for each in parts]
-    return [each.across(AXES, box=1) for each in own]
+    return [dataclasses.replace(each.across(AXES, box=1), sharers=sharers) for each in own]
 
 
-def _own_sum(terms: PartialSum) -> np.ndarray:
-    """What a device sends of it, in the kernels' order: without a bias that all devices have."""
+def _own_sum(terms: PartialSum, rank: int) -> np.ndarray:
+    """What a device sends of it, in the kernels' order: without a bias that another device adds."""
     if not terms.is_plain:
-        return np.asarray(PartialSum(*_arrays(terms)).total())
+        bias_EO = terms.bias_EO
+        if bias_EO is not None and rank % terms.sharers:
+            bias_EO = jnp.zeros_like(bias_EO)
+        own = PartialSum(terms.parts_JAO, terms.rows_TX, terms.weights_TX, bias_EO, terms.bias_rows_TX)
+        return np.asarray(own.total())
     total = np.asarray(terms.parts_JAO[0])
     for part in terms.parts_JAO[1:]:
         total = total + np.asarray(part)
     return total
 
 
-def _arrays(terms: PartialSum) -> tuple[Any, ...]:
-    return terms.parts_JAO, terms.rows_TX, terms.weights_TX, terms.bias_EO, terms.bias_rows_TX
-
-
 @needs_mosaic
-@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize(
-    "case",
-    [Case(T=2, D=768, S=2, E=1), Case(T=3, D=2880, S=4), Case(T=2, D=96, S=1, X=3, E=3, weighted=True)],
+    ("case", "count", "sharers"),
+    [
+        (Case(T=2, D=768, S=2, E=1), 2, 1),
+        (Case(T=2, D=768, S=2, E=1), 3, 1),
+        (Case(T=3, D=2880, S=4), 2, 1),
+        (Case(T=2, D=96, S=1, X=3, E=3, weighted=True), 3, 1),
+        (Case(T=2, D=96, S=1, X=3, E=3, weighted=True), 2, 2),
+        (Case(T=2, D=96, S=1, X=3, E=3, weighted=True), 4, 2),
+    ],
     ids=str,
 )
-def test_a_norm_adds_what_the_others_sent(case, count, monkeypatch):
+def test_a_norm_adds_what_the_others_sent(case, count, sharers, monkeypatch):
     """In the order of ranks, on each device: and it sends its own, and leaves its boxes empty."""
     x, terms, scale, _ = add_norm_numpy.operands(case, jnp.bfloat16)
-    devices = _split(terms, count, seed=case.D)
-    sent = np.stack([_own_sum(each) for each in devices])
+    devices = _split(terms, count, seed=case.D, sharers=sharers)
+    sent = np.stack([_own_sum(each, rank) for rank, each in enumerate(devices)])
     bias = np.asarray(terms.bias_EO, np.float64)[0] if devices[0].is_plain and terms.bias_EO is not None else 0.0
     expected = np.asarray(x, np.float64) + sent.astype(np.float64).sum(axis=0) + bias
     sums = []
@@ -173,11 +180,19 @@ def test_devices_exchange(T):
     parts = jnp.asarray(rng.standard_normal((2, layers, 4, T, D)), jnp.float32)
     x = jnp.asarray(rng.standard_normal((T, D)), jnp.bfloat16)
     scale, bias = jnp.ones(D, jnp.bfloat16), jnp.asarray(rng.standard_normal((1, D)), jnp.bfloat16)
+    rows = jnp.asarray(rng.integers(0, T, (T, 4)), jnp.int32)
+    weights, biases = (
+        jnp.asarray(rng.random((T, 4)), jnp.float32),
+        jnp.asarray(rng.standard_normal((3, D)), jnp.bfloat16),
+    )
     norm = partial(add_norm.add_norm, epsilon=EPSILON, center=False)
 
     def through(x: jax.Array, parts: jax.Array, peers: Peers | None) -> jax.Array:
         for layer in range(layers):
-            terms = PartialSum(parts[0, layer], bias_EO=bias).across(AXES, box=layer % 2)
+            if layer % 2:
+                terms = PartialSum(parts[0, layer], rows, weights, biases, rows % 3).across(AXES, 1, of_each_term=AXES)
+            else:
+                terms = PartialSum(parts[0, layer], bias_EO=bias).across(AXES, 0)
             x, normed = norm(x, terms if peers is not None else terms.gathered(), scale, peers=peers)
             x = x + normed
         return x[None]
