@@ -30,8 +30,8 @@ class PartialSum:
     # exchange these (see `peers`): sums that are exchanged one after the other must take turns.
     over: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     box: int = dataclasses.field(default=0, metadata={"static": True})
-    # Of so many devices, one after the other by rank, who have parts of the same terms, the first adds these terms'
-    # biases. (The bias of a sum without rows is added after the devices' parts.)
+    # Each so many devices, by rank, have parts of the same terms, and the first of them adds the terms' biases. (The
+    # bias of a sum without rows is added after the devices' parts.)
     sharers: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
@@ -58,16 +58,12 @@ class PartialSum:
             y_TXO *= self.weights_TX[..., None]
         return jnp.sum(jnp.where(present_TX[..., None], y_TXO, 0), axis=1)
 
-    def across(self, axes: tuple[str, ...], box: int, *, of_each_term: tuple[str, ...] = ()) -> "PartialSum":
+    def across(self, axes: tuple[str, ...], box: int) -> "PartialSum":
         """The sum over the devices along some axes of a mesh, each of which has a part of the terms.
 
-        The bias of a sum without rows is the same on all devices, and added once. Other terms' biases are added by the
-        devices that have them: of those along `of_each_term`, the last of the axes, the first.
+        The bias of a sum without rows is the same on all devices, and added once; otherwise see `sharers`.
         """
-        if not axes:
-            return self
-        sharers = jax.lax.axis_size(of_each_term) if of_each_term else 1
-        return dataclasses.replace(self, over=axes, box=box, sharers=sharers)
+        return dataclasses.replace(self, over=axes, box=box) if axes else self
 
     @property
     def is_plain(self) -> bool:

@@ -110,7 +110,8 @@ class MoE(nn.Module):
             down_bias_ED,
             alpha=self.swiglu_alpha,
             limit=self.swiglu_limit,
+            width_over=self.width_over,
             implementation=self.implementation,
-        ).across(self.experts_over + self.width_over, box=1, of_each_term=self.width_over)
+        ).across(self.experts_over + self.width_over, box=1)
         observe_lazy(self, "output", lambda: update.total().reshape(normed_BTD.shape).astype(self.dtype))
         return residual, update

@@ -190,7 +190,7 @@ def test_devices_exchange(T):
     def through(x: jax.Array, parts: jax.Array, peers: Peers | None) -> jax.Array:
         for layer in range(layers):
             if layer % 2:
-                terms = PartialSum(parts[0, layer], rows, weights, biases, rows % 3).across(AXES, 1, of_each_term=AXES)
+                terms = PartialSum(parts[0, layer], rows, weights, biases, rows % 3, sharers=2).across(AXES, 1)
             else:
                 terms = PartialSum(parts[0, layer], bias_EO=bias).across(AXES, 0)
             x, normed = norm(x, terms if peers is not None else terms.gathered(), scale, peers=peers)
