@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -372,7 +373,7 @@ ALREADY_THERE = _GLOBAL  # the address of what is in global memory before a kern
 
 
 def launched(*kernels: Any, before: np.ndarray | None = None) -> Callable[..., dict[str, Any]]:
-    """What stands in for `ptx.launch`.
+    """What stands in for `ptx.launch`. References are written to.
 
     Args:
       kernels: the modules that the kernel is from.
@@ -391,7 +392,8 @@ def launched(*kernels: Any, before: np.ndarray | None = None) -> Callable[..., d
     ) -> dict[str, Any]:
         emulator = Emulator(128 * (warpgroups or 1), cluster)
         start = None if before is None else emulator.array(before)
-        given = {name: np.asarray(operand) for name, operand in operands.items()}
+        refs = {name: operand for name, operand in operands.items() if isinstance(operand, jax.Ref)}
+        given = {name: np.asarray(refs[name][...] if name in refs else each) for name, each in operands.items()}
         empty = {name: np.full(each.shape, 0xFF, np.uint8) for name, each in results.items()}
         given |= {name: nothing.repeat(results[name].dtype.itemsize) for name, nothing in empty.items()}
         at = {name: emulator.array(each) for name, each in given.items()}
@@ -409,6 +411,8 @@ def launched(*kernels: Any, before: np.ndarray | None = None) -> Callable[..., d
             dtype = ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else dtype
             return emulator.result(at[name], int(np.prod(shape)), dtype).reshape(shape)
 
+        for name, ref in refs.items():
+            ref[...] = jnp.asarray(written(name, ref.shape, ref.dtype))
         return {name: written(name, each.shape, each.dtype) for name, each in results.items()}
 
     return launch
