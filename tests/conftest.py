@@ -47,6 +47,7 @@ MODELS = {  # compile models, or kernels that XLA compiles, or take long: `make 
     "server/test_serving.py",
     "server/test_with_model.py",
     "server/test_worker.py",
+    "server/test_worker_calls.py",
     "server/test_worker_ends.py",
     "sharding/test_hosts.py",
     "sharding/test_on_eight_devices.py",
@@ -103,7 +104,9 @@ OPTIMIZED = {
     "pallas_kernels/test_same_bits.py",
     "server/test_load.py",
     "server/test_load_speeds.py",
+    "server/test_with_model.py",  # the programs of test_worker.py
     "server/test_worker.py",
+    "server/test_worker_calls.py",
     "sharding/eight_devices_bits.py",
     "sharding/eight_devices_data.py",
     "test_chat.py",

@@ -28,7 +28,7 @@ from gptjax.models.params import Params
 from gptjax.models.registry import Model
 from gptjax.scheduling.plan import Copy, DecodeCall, Join, Piece, Plan, PrefillCall, Row, TableEntry
 from gptjax.scheduling.policy import Policy
-from gptjax.server.worker import Worker
+from gptjax.server.worker.worker import Worker
 from tests.compilations import compilations
 from tests.oracles import gpt_oss_ours, gpt_oss_random, llama_ours
 from tests.server.worker_material import submit
