@@ -104,7 +104,6 @@ OPTIMIZED = {
     "server/test_load.py",
     "server/test_load_speeds.py",
     "server/test_worker.py",
-    "sharding/eight_devices_bits.py",
     "sharding/eight_devices_data.py",
     "test_chat.py",
 }
