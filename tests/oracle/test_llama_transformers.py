@@ -107,7 +107,7 @@ def test_whole_and_cached(case):
     assert _deviation(outputs.logits_BTV, expected) < TOLERANCE
 
 
-# An engine differs by windows, and numbers positions: what the model makes of them, the test above sees of each variant.
+# An engine has windows, and numbers positions; what the model makes of these, the test above sees of each variant.
 @pytest.mark.parametrize(
     "case", ["llama3.1", "llama biases", "mistral", "qwen2 window", "qwen2 yarn", "qwen3 window"], indirect=True
 )
