@@ -74,6 +74,19 @@ def load_shared(at: Value, types: Sequence[Any], *, shift: int = 0) -> list[Valu
     return asm(f"ld.shared{_vector(count)}.b32 {what}, [${count}+{shift}];", types, [at], volatile=True)
 
 
+def load_shared_over(at: Value, words: Sequence[Value], condition: Condition, *, shift: int = 0) -> list[Value]:
+    """Loads 1, 2 or 4 int32 words from shared memory if the condition holds, and else gives these. See `load`."""
+    count = len(words)
+    outputs = [f"${i}" for i in range(count)]
+    kept = "".join(f"mov.b32 {each}, ${count + 1 + i};" for i, each in enumerate(outputs))
+    comparison, register = as_predicate(condition)
+    text = (
+        f"{{ .reg .pred p; setp.{comparison}.s32 p, ${2 * count + 1}, 0; {kept} "
+        f"@p ld.shared{_vector(count)}.b32 {_list(outputs)}, [${count}+{shift}]; }}"
+    )
+    return asm(text, [i32()] * count, [at, *words, register], volatile=True)
+
+
 def _vector(count: int) -> str:
     return "" if count == 1 else f".v{count}"
 

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -367,7 +368,7 @@ class Emulator:
 
 
 def launched(*kernels: Any) -> Callable[..., dict[str, Any]]:
-    """What stands in for `ptx.launch`, given the modules that the kernel is from."""
+    """What stands in for `ptx.launch`, given the modules that the kernel is from. References are written to."""
 
     def launch(
         thread: Callable[..., None],
@@ -380,7 +381,8 @@ def launched(*kernels: Any) -> Callable[..., dict[str, Any]]:
         warpgroups: int | None = None,
     ) -> dict[str, Any]:
         emulator = Emulator(128 * (warpgroups or 1), cluster)
-        given = {name: np.asarray(operand) for name, operand in operands.items()}
+        refs = {name: operand for name, operand in operands.items() if isinstance(operand, jax.Ref)}
+        given = {name: np.asarray(refs[name][...] if name in refs else each) for name, each in operands.items()}
         empty = {name: np.full(each.shape, 0xFF, np.uint8) for name, each in results.items()}
         given |= {name: nothing.repeat(results[name].dtype.itemsize) for name, nothing in empty.items()}
         at = {name: emulator.array(each) for name, each in given.items()}
@@ -395,6 +397,8 @@ def launched(*kernels: Any) -> Callable[..., dict[str, Any]]:
             dtype = ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else dtype
             return emulator.result(at[name], int(np.prod(shape)), dtype).reshape(shape)
 
+        for name, ref in refs.items():
+            ref[...] = jnp.asarray(written(name, ref.shape, ref.dtype))
         return {name: written(name, each.shape, each.dtype) for name, each in results.items()}
 
     return launch

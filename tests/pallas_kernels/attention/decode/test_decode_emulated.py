@@ -21,7 +21,7 @@ from tests.pallas_kernels.marks import needs_mosaic
 from tests.thinned import thinned, thorough
 
 pytestmark = needs_mosaic
-_MODULES = ["combine_sm90", "gather_sm90", "merge_sm90", "mosaic_sm90", "slots_sm90", "turns_sm90", "warp_sm90"]
+_MODULES = ["combine", "gather", "merge", "mosaic", "newest", "slots", "turns", "warp"]
 
 
 class Shape(NamedTuple):
@@ -84,12 +84,12 @@ def _plan(shape: Shape, row: Row, rows: int, **settings: int) -> Any:
 
 def _emulated(monkeypatch: Any, plan: Any, row: Row) -> np.ndarray:
     """What the kernels write: [N, H]."""
-    modules = [importlib.import_module(f"pallas_kernels.attention.decode.{name}") for name in _MODULES]
+    modules = [importlib.import_module(f"pallas_kernels.attention.decode.{name}_sm90") for name in _MODULES]
     monkeypatch.setattr(ptx, "launch", launched(*modules))
     starts_1 = None if row.start is None else np.array([row.start], np.int32)
-    given = row.q_NH[None], row.k_YKSH, row.v_YKSH, np.array([row.count], np.int32), row.sinks_N
+    given = {"q": row.q_NH[None]}, row.k_YKSH, row.v_YKSH, np.array([row.count], np.int32), row.sinks_N
     decode = importlib.import_module("pallas_kernels.attention.decode.mosaic_sm90")._decode.__wrapped__
-    return decode(*given, row.table_1Z.astype(np.int32), starts_1, plan=plan)[0]
+    return decode(*given, row.table_1Z.astype(np.int32), starts_1, plan=plan)[0][0]
 
 
 def _same(monkeypatch: Any, shape: Shape, row: Row, plans: dict[str, Any]) -> np.ndarray:
