@@ -73,7 +73,7 @@ class Attention(nn.Module):
             out_BTNH = cache.attend(q_BTNH, positions_BT, sinks_N, scale=self.scale, implementation=self.implementation)
         observe(self, "heads", out_BTNH)
         out = linear(D, (HEADS, WIDTH), use_bias=self.out_bias, name="out")
-        return residual, out.partial_sum(out_BTNH.reshape(B, T, N * H)).over(self.over), cache
+        return residual, out.partial_sum(out_BTNH.reshape(B, T, N * H)).across(self.over, box=0), cache
 
     def _among_themselves(
         self,
