@@ -237,7 +237,7 @@ class Emulator:
         return [self._all(np.int32(sum(sizes[:i]))) for i in range(len(sizes))]
 
     def _all(self, value: Any) -> np.ndarray:
-        return value if np.shape(value) == self._threads.shape else np.broadcast_to(value, self._threads.shape)
+        return value if np.shape(value) == self._threads.shape else np.full(self._threads.shape, value)
 
     def _bytes(
         self, address: np.ndarray, size: int, active: np.ndarray, rank: np.ndarray | None = None
