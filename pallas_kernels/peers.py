@@ -2,7 +2,7 @@
 
 A device writes its numbers into every other one's mailbox, over NVLink, and waits until theirs are in its own. An empty
 place in a mailbox has all bits set, which no result of arithmetic has, so a number tells by itself that it has arrived.
-Who takes it empties the place again.
+Whoever takes it empties the place again.
 
 There are two boxes, of which exchanges one after the other must take turns. Then no number can arrive before the one
 before it was taken: whoever writes into a box again has had an answer, in the other box, of each device that had taken
