@@ -28,7 +28,7 @@ from gptjax.models.params import Params, abstract_params
 from gptjax.models.registry import Model
 from gptjax.sharding.mesh import AXES, as_mesh
 from gptjax.sharding.share import share_of
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, peers
 from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import MXFP4, quantize
@@ -313,6 +313,8 @@ def test_steps_of_a_share_lower_with_all_kernels(name, mesh, rows, tokens, monke
 def test_devices_have_mailboxes_if_both_sums_of_a_layer_go_over_the_same_ones(mesh, rules, count, monkeypatch):
     """Their tables have the addresses in the order in which XLA gathers."""
     monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
+    monkeypatch.setattr(dispatch, "wanted", lambda implementation: dispatch.MOSAIC)
+    monkeypatch.setattr(peers, "_reach_each_other", lambda ordinals: True)
     config = PUBLISHED["gpt-oss-20b"]
     share = share_of(config, as_mesh(sizes(*mesh)), dtype=jnp.bfloat16, rules=rules)
     boxes = shards.mailboxes(shards.divided(registry.build(config, dtype=jnp.bfloat16), share))
