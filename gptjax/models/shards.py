@@ -79,7 +79,7 @@ def head(model: Model, params: Params, hidden: jax.Array) -> jax.Array:
 
 
 def mailboxes(model: Model) -> Mailboxes | None:
-    """What kernels add up rows with over the devices of the model's mesh; None if there are none that do."""
+    """The mailboxes through which kernels add up rows over the devices of the model's mesh; None if XLA does it."""
     share, width = model.own, model.config.width
     axes, of_experts = share.axes("N"), share.axes("E") if share.num_experts else ()
     # Both sums of a layer must go over the same devices, or one of these could be ahead by two.

@@ -319,6 +319,7 @@ def test_devices_have_mailboxes_if_both_sums_of_a_layer_go_over_the_same_ones(me
     share = share_of(config, as_mesh(sizes(*mesh)), dtype=jnp.bfloat16, rules=rules)
     boxes = shards.mailboxes(shards.divided(registry.build(config, dtype=jnp.bfloat16), share))
     assert (0 if boxes is None else boxes.peers.count) == count
+    assert shards.mailboxes(shards.divided(registry.build(config, dtype=jnp.float32), share)) is None
     if boxes is None:
         return
     cache = KVCache((), (), (), jnp.zeros(8, jnp.int32), (), None, peers=boxes.peers)
