@@ -97,9 +97,9 @@ class _Pair:
     """One of a thread's pairs."""
 
     number: Value
-    is_one: Condition  # whether there are so many
+    is_one: Value  # whether there are so many
     expert: Value
-    exists: Condition  # whether the expert does
+    exists: Value  # whether the expert does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ class _Grouping:
         pairs = []
         for number, is_one, expert in zip(numbers, are_ones, loaded, strict=True):
             exists = arith.cmpi(arith.CmpIPredicate.ult, expert, ptx.const(self.plan.experts))
-            pairs.append(_Pair(number, is_one, expert, ptx.both(exists, is_one)))
+            pairs.append(_Pair(number, is_one, expert, arith.andi(exists, is_one)))
         return pairs
 
     def _clear(self) -> None:

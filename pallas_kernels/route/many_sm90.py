@@ -52,9 +52,7 @@ def norm_route(
 
 
 @partial(jax.jit, static_argnames=("top",))
-def choose(
-    logits_TP: jax.Array, bias_E: jax.Array, positions_T: jax.Array, *, top: int
-) -> tuple[jax.Array, jax.Array]:
+def choose(logits_TP: jax.Array, bias_E: jax.Array, positions_T: jax.Array, *, top: int) -> tuple[jax.Array, jax.Array]:
     """The experts and their weights, [T, top]: see `reference.choose`, with bfloat16. A warp has a token.
 
     Args:

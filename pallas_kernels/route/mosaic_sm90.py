@@ -47,7 +47,8 @@ def supports(
     """Whether `norm_route` takes these operands."""
     E = router_DE.shape[1]
     return (
-        add_norm.supports(x_TD, terms, scale_D)
+        x_TD.shape[0] <= rows.MOST_ROWS
+        and add_norm.supports(x_TD, terms, scale_D)
         and router_DE.dtype == jnp.bfloat16
         and router_bias_E.dtype in (jnp.bfloat16, jnp.float32)
         and positions_T.dtype == jnp.int32

@@ -13,7 +13,7 @@ from pallas_kernels.partial_sum import PartialSum
 def choose(
     logits_TE: jax.Array, bias_E: jax.Array, positions_T: jax.Array, *, top: int, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
-    """The experts with the largest logits, rounded to `dtype` with the bias, and their weights: see `api.norm_route`."""
+    """The experts and their weights, by logits without the bias: see `api.norm_route`, whose x is of `dtype`."""
     logits_TE = (logits_TE + bias_E.astype(jnp.float32)).astype(dtype)
     chosen_TX, experts_TX = jax.lax.top_k(logits_TE.astype(jnp.float32), top)
     return jnp.where(positions_T[:, None] < 0, -1, experts_TX), same_bits.softmax(chosen_TX)
