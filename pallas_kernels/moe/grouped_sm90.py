@@ -26,7 +26,7 @@ from jaxlib.mlir.dialects import arith, vector
 from pallas_kernels import ptx
 from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
 from pallas_kernels.formats.mxfp4_sm90 import MISSING, decoded
-from pallas_kernels.moe import groups_sm90, mosaic_sm90
+from pallas_kernels.moe import gather_sm90, groups_sm90, mosaic_sm90
 from pallas_kernels.moe.activation import SwiGLU
 from pallas_kernels.moe.routing import BY_EXPERT, Groups, Routing, sorted_groups
 from pallas_kernels.partial_sum import PartialSum
@@ -101,7 +101,7 @@ def routed(
     largest = _TOKENS_IN_RUNS if in_runs else TOKENS
     slots = min(largest, group_size(experts_TX.size, E))
     (groups, places_TX), used_U = _grouped(experts_TX, E, slots)
-    x_AD = in_order(x_TD)[jnp.maximum(groups.rows_UM.reshape(-1), 0)]
+    x_AD = gather_sm90.gathered(x_TD, groups.rows_UM)
     up_bias_E2F = gate_up_bias_E2F.astype(jnp.bfloat16)
     h_AF = product(x_AD, groups, used_U, gate_up, up_bias_E2F, activation=SwiGLU(alpha, limit))
     y_AD = product(h_AF, groups, used_U, down, runs=mosaic_sm90.runs_of(down) if in_runs else 1)
@@ -121,12 +121,6 @@ def group_size(num_pairs: int, num_experts: int) -> int:
     return min(TOKENS, max(16, 1 << (num_pairs // num_experts).bit_length()))
 
 
-def in_order(x_AI: jax.Array) -> jax.Array:
-    """Columns in the fragments' order: 16·q + 4·p + 2·c + h of every 64 becomes 16·p + 8·c + 2·q + h."""
-    rows, inputs = x_AI.shape
-    return x_AI.reshape(rows, inputs // TILE, 4, 4, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(rows, inputs)
-
-
 @partial(jax.jit, static_argnames=("activation", "runs"))
 def product(
     x_AI: jax.Array,
@@ -141,7 +135,7 @@ def product(
     """Each group's tokens times its expert's weight.
 
     Args:
-      x_AI: bfloat16, one row per slot, columns `in_order`.
+      x_AI: bfloat16, one row per slot, columns in order as by `gathered`.
       used_U: int32; how many of a group's slots are used.
       weight: [E, O, I].
       bias_EO: for the activation.

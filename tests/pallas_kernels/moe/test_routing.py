@@ -87,6 +87,24 @@ def test_the_kernel_emulated_has_the_integers_of_xla(T, X, E, slots, routing, mo
     np.testing.assert_array_equal(used_U, (found.groups.rows_UM >= 0).sum(axis=1))
 
 
+@needs_mosaic
+@pytest.mark.parametrize("width", [64, 2880])
+def test_rows_are_gathered_in_the_order_of_fragments(width, monkeypatch):
+    mosaic = importlib.import_module("pallas_kernels.moe.gather_sm90")
+    monkeypatch.setattr(ptx, "launch", launched(mosaic))
+    rng = np.random.default_rng(width)
+    x_TI, rows_UM = (
+        rng.permutation(3 * width).reshape(3, width).astype(np.int16),
+        np.array([[2, 0, -1], [1, -1, -1]], np.int32),
+    )
+    found = mosaic.gathered.__wrapped__(jnp.asarray(x_TI.view(jnp.bfloat16)), rows_UM).view(np.int16)
+    columns = [16 * q + 4 * p + 2 * c + h for p in range(4) for c in range(2) for q in range(4) for h in range(2)]
+    expected = x_TI.reshape(3, -1, 64)[:, :, columns].reshape(3, width)
+    for slot, row in ((0, 2), (1, 0), (3, 1)):
+        np.testing.assert_array_equal(found[slot], expected[row])
+    assert (found[[2, 4, 5]] == -1).all(), "nothing is written to an empty slot"
+
+
 @needs_hopper
 @pytest.mark.parametrize("E", [5, 32, 128])
 @pytest.mark.parametrize("T", [1, 128, 333, 2048])
