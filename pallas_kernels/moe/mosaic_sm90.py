@@ -36,8 +36,6 @@ _LOAD_X = (
     + "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$8]; @p ld.global.nc.v4.b32 {$4, $5, $6, $7}, [$8+16]; }"
 )
 _LOAD_IF = "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, -1; @p ld.global.nc.b32 $0, [$1]; }"
-_LOAD_PAIR = """{ .reg .b32 t, low; ld.global.nc.b32 t, [$2];
-shl.b32 low, t, 16; and.b32 t, t, 0xFFFF0000; mov.b32 $0, low; mov.b32 $1, t; }"""
 _STORE_BF16 = "{ .reg .pred p; .reg .b16 t; setp.ne.s32 p, $2, 0; cvt.rn.bf16.f32 t, $1; @p st.global.b16 [$0], t; }"
 _STORE_PAIR = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.v2.f32 [$0], {$1, $2}; }"
 
@@ -223,18 +221,18 @@ def moe_product(
     (expert,) = ptx.asm("ld.global.nc.b32 $0, [$1];", [ptx.i32()], [ptx.offset(experts, group, 4)])
     exists = arith.cmpi(arith.CmpIPredicate.ult, expert, ptx.const(plan.num_experts))
 
+    # While those two loads are under way.
+    thread = cluster_sm90.prepared(plan.splits if split is None else 1, plan.sums, shared)
+
     def compute() -> None:
         if activation is None:
             acc = _sums(plan, x, rows, words, scales, expert, tile, group, first, split)
             _write_parts(plan, acc, out, tile, group, first, split)
             return
-        thread = cluster_sm90.prepared(plan.splits, plan.sums, shared)
+        biases = _load_biases(plan, bias, expert, tile)
         acc = _sums(plan, x, rows, words, scales, expert, tile, group, first, thread.rank)
-
-        def finish(totals: list[Value]) -> None:
-            _write_activation(plan, activation, totals, bias, out, expert, tile, group, first)
-
-        cluster_sm90.totals(thread, acc, shared, finish)
+        write = partial(_write_activation, plan, activation, biases, out, tile, group, first)
+        cluster_sm90.totals(thread, acc, shared, write)
 
     ptx.when(arith.andi(exists, arith.cmpi(arith.CmpIPredicate.sge, begins, ptx.const(0))), compute)
 
@@ -364,19 +362,28 @@ def _write_parts(
         ptx.asm(_STORE_PAIR, [], [at, even, odd, ptx.less(slot, plan.slots)])
 
 
+def _load_biases(plan: _ExpertsPlan, bias: Value, expert: Value, tile: Value) -> Value:
+    """Begins to load the biases of the thread's even and odd row, two bfloat16 numbers: before the weights.
+
+    After them, every block would end by waiting for the memory once more.
+    """
+    at = ptx.offset(ptx.offset(bias, expert, 2 * plan.rows), _even_row(tile), 2)
+    (pair,) = ptx.load(at, [ptx.i32()], ptx.always())
+    ptx.keep_loads_before(expert)
+    return pair
+
+
 def _write_activation(
     plan: _ExpertsPlan,
     activation: SwiGLU,
-    acc: list[Value],
-    bias: Value,
+    biases: Value,
     out: Value,
-    expert: Value,
     tile: Value,
     group: Value,
     first: Value,
+    acc: list[Value],
 ) -> None:
-    bias_at = ptx.offset(ptx.offset(bias, expert, 2 * plan.rows), _even_row(tile), 2)
-    gate_bias, up_bias = ptx.asm(_LOAD_PAIR, [ptx.f32()] * 2, [bias_at])
+    gate_bias, up_bias = ptx.halves(biases)
     for slot, even, odd in _tokens(plan, acc, first):
         value = activated(activation, arith.addf(even, gate_bias), arith.addf(odd, up_bias))
         at = ptx.offset(out, _place(plan, group, slot), plan.rows)

@@ -52,6 +52,7 @@ def test_experts_lower(T, E):
     )
     assert text.count("call @product") == 2
     assert ("moe_product" if T <= 128 and T * X < 16 * E else "moe_grouped") in text
+    assert ("st.async" in text) == (T <= 8)  # the product up, in clusters
 
 
 @needs_mosaic
@@ -80,7 +81,7 @@ def test_products_lower(T, K, N, transposed):
 @needs_mosaic
 @pytest.mark.parametrize("T", [1, 32])
 def test_kernels_ask_for_settings_and_lower_with_each_that_can_be_tried(T):
-    E, D, F, X = 8, 320, 192, 2
+    E, D, F, X = 8, 384, 192, 2
 
     def chosen(*operands):
         return moe(*operands, **SETTINGS, implementation="mosaic").total()
@@ -163,7 +164,7 @@ def _moe_operands(T: int, E: int, D: int, F: int, X: int, seed: int) -> list[Any
 
 @needs_hopper
 @pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 33, 128, 129, 300, 1025])
-@pytest.mark.parametrize(("E", "D", "F", "X"), [(5, 64, 192, 2), (32, 320, 64, 4), (128, 64, 64, 4), (3, 448, 320, 3)])
+@pytest.mark.parametrize(("E", "D", "F", "X"), [(5, 384, 192, 2), (32, 320, 64, 4), (128, 64, 64, 4), (3, 448, 320, 3)])
 def test_experts_agree_with_the_oracle(T, E, D, F, X):
     _agrees_with_the_oracle(_moe_operands(T, E, D, F, X, seed=T))
 

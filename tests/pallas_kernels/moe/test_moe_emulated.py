@@ -1,8 +1,10 @@
 """The experts' kernel for few tokens, emulated on a CPU: how many blocks share a sum changes no bit."""
 
 import itertools
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,9 +13,9 @@ from pallas_kernels import ptx
 from pallas_kernels.formats import mxfp4_sm90
 from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import quantize
-from pallas_kernels.moe import cluster_sm90, mosaic_sm90
+from pallas_kernels.moe import cluster_sm90, grouped_sm90, mosaic_sm90
 from pallas_kernels.moe.activation import SwiGLU
-from pallas_kernels.moe.routing import Groups, route
+from pallas_kernels.moe.routing import BY_EXPERT, Groups, route
 from tests.pallas_kernels.emulated_ptx import launched
 from tests.pallas_kernels.marks import needs_mosaic
 
@@ -87,14 +89,12 @@ def test_a_cluster_shares_runs_without_a_change(product, network):
         _hidden(product, network, groups, splits=splits, unroll=unroll, eights=eights)
         for splits, unroll, eights in ((1, 2, 1), (3, 2, 1), (3, 1, 2), (2, 1, 1))
     ]
-    for place, token in np.ndenumerate(rows):
-        hidden = found[0][place].astype(np.float64)
-        if place[0] > 1:
-            assert np.isnan(hidden).all()  # not written
-        elif token >= 0:
+    assert all(np.isnan(each[2:].astype(np.float32)).all() for each in found)  # not written
+    for place, token in np.ndenumerate(rows[:2]):
+        if token >= 0:
+            hidden = found[0][place].astype(np.float64)
             np.testing.assert_allclose(hidden, network[3][1 - place[0], token], rtol=2**-8, atol=1e-5)
-    for other in found[1:]:
-        np.testing.assert_array_equal(other.view(np.uint16), found[0].view(np.uint16))
+            assert {each[place].tobytes() for each in found} == {found[0][place].tobytes()}
 
 
 def test_a_token_up_has_the_same_bits_among_any_number(product, network):
@@ -108,3 +108,24 @@ def test_a_token_up_has_the_same_bits_among_any_number(product, network):
         np.testing.assert_allclose(one.astype(np.float64), network[3][expert, 0], rtol=2**-8, atol=1e-5)
     for other in found[1:]:
         np.testing.assert_array_equal(other.view(np.uint16), found[0].view(np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tokens", "expected"),
+    [(mosaic_sm90, 1, 3), (mosaic_sm90, BY_EXPERT, 3), (grouped_sm90, BY_EXPERT, 3), (grouped_sm90, BY_EXPERT + 1, 1)],
+)
+def test_the_kernels_have_the_same_runs_up_and_down(kernel, tokens, expected, monkeypatch):
+    runs, product = [], kernel.product
+    monkeypatch.setattr(kernel, "product", lambda *given, **more: runs.append(more["runs"]) or product(*given, **more))
+    D, F, X = INPUTS, 192, 2
+    x, experts, weights = (
+        jax.ShapeDtypeStruct((tokens, width), dtype)
+        for width, dtype in ((D, jnp.bfloat16), (X, jnp.int32), (X, jnp.float32))
+    )
+    layer = []
+    for outputs, inputs in ((2 * F, D), (D, F)):
+        words = jax.ShapeDtypeStruct((E, outputs // 64, inputs // 64, 128, 4), jnp.uint32)
+        scales = jax.ShapeDtypeStruct((E, outputs // 64, inputs // 64, 64), jnp.uint16)
+        layer += [MXFP4Fragments(words, scales), jax.ShapeDtypeStruct((E, outputs), jnp.bfloat16)]
+    jax.eval_shape(partial(kernel.routed, alpha=ALPHA, limit=LIMIT), x, experts, weights, *layer)
+    assert runs == [expected] * 2
