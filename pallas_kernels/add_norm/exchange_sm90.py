@@ -20,7 +20,7 @@ class Exchange:
     width: int  # D
     own: Value  # the address of the device's mailboxes
     rank: Value
-    others: tuple[Value, ...]  # the addresses of all mailboxes, by rank; what is at the device's own rank is not used
+    others: tuple[Value, ...]  # the addresses of all mailboxes, by rank; its own is among them and not used
 
     @classmethod
     def of(cls, given: peers.Peers, box: int, table: Value) -> "Exchange":
