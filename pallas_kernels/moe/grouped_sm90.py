@@ -34,7 +34,7 @@ from pallas_kernels.ptx import Value
 
 plgpu: Any = mosaic_gpu  # JAX 0.10 has another interface: there, this module can only be imported
 TOKENS = 128  # per block, at most
-_TOKENS_IN_RUNS = 64  # at most, if the product down has runs: their total takes as many registers as a run's sums
+_TOKENS_IN_RUNS = 64  # at most, if the products have runs: their total takes as many registers as a run's sums
 _TOKENS_STEP = 32  # a block multiplies as many tokens as its group has, rounded up to a multiple of this
 TILES = 4  # of 64 rows, per block
 _STAGES = 6  # steps of 64 columns in flight
@@ -102,9 +102,10 @@ def routed(
     slots = min(largest, group_size(experts_TX.size, E))
     (groups, places_TX), used_U = _grouped(experts_TX, E, slots)
     x_AD = gather_sm90.gathered(x_TD, groups.rows_UM)
-    up_bias_E2F = gate_up_bias_E2F.astype(jnp.bfloat16)
-    h_AF = product(x_AD, groups, used_U, gate_up, up_bias_E2F, activation=SwiGLU(alpha, limit))
-    y_AD = product(h_AF, groups, used_U, down, runs=mosaic_sm90.runs_of(down) if in_runs else 1)
+    runs_up, runs_down = (mosaic_sm90.runs_of(weight) if in_runs else 1 for weight in (gate_up, down))
+    bias = gate_up_bias_E2F.astype(jnp.bfloat16)
+    h_AF = product(x_AD, groups, used_U, gate_up, bias, activation=SwiGLU(alpha, limit), runs=runs_up)
+    y_AD = product(h_AF, groups, used_U, down, runs=runs_down)
     return PartialSum(y_AD[None], places_TX, weights_TX, down_bias_ED, experts_TX)
 
 

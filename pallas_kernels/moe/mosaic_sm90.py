@@ -4,15 +4,16 @@ A warp streams 16 rows of one expert from memory to registers, unpacks them ther
 at a time on the tensor cores. For eight tokens, no weight is read twice, and none is written anywhere.
 
 A token's bits do not depend on how many there are: a weight's columns are divided into runs by its shape alone
-(`runs_of`), each run is one ascending chain of products, and the runs are added in order, by a block that has several
-of them or by whoever reads the parts. `grouped_sm90` has the same runs.
+(`runs_of`), each run is one ascending chain of products, and the runs are added in order: by a block that has several
+of them, by whoever reads the parts, or, if an activation follows, by the last block of the cluster that shares them.
+`grouped_sm90` has the same runs.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels import dispatch, ptx, tiles
 from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
 from pallas_kernels.formats.mxfp4_sm90 import MISSING, decoded
+from pallas_kernels.moe import cluster_sm90
 from pallas_kernels.moe.activation import SwiGLU
 from pallas_kernels.moe.routing import Groups, route
 from pallas_kernels.moe.runs import runs_of_width
@@ -28,14 +30,13 @@ from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
 EIGHT = 8  # tokens per instruction
+_BLOCKS: Final = 264  # of the product up: with fewer than two on each of 132 multiprocessors, clusters are faster
 _LOAD_X = (
     "{ .reg .pred p; setp.ge.s32 p, $9, 0; "
     + " ".join(f"mov.b32 ${i}, 0;" for i in range(8))
     + "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$8]; @p ld.global.nc.v4.b32 {$4, $5, $6, $7}, [$8+16]; }"
 )
 _LOAD_IF = "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, -1; @p ld.global.nc.b32 $0, [$1]; }"
-_LOAD_PAIR = """{ .reg .b32 t, low; ld.global.nc.b32 t, [$2];
-shl.b32 low, t, 16; and.b32 t, t, 0xFFFF0000; mov.b32 $0, low; mov.b32 $1, t; }"""
 _STORE_BF16 = "{ .reg .pred p; .reg .b16 t; setp.ne.s32 p, $2, 0; cvt.rn.bf16.f32 t, $1; @p st.global.b16 [$0], t; }"
 _STORE_PAIR = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.v2.f32 [$0], {$1, $2}; }"
 
@@ -49,7 +50,7 @@ class _ExpertsPlan:
     slots: int  # M: tokens per group, at most
     steps: int  # 64-column tiles of a run
     runs: int  # that the columns are divided into
-    splits: int  # blocks that share the runs, evenly
+    splits: int  # blocks that share the runs, evenly; with an activation, they are a cluster
     tiles: int  # 64-row tiles per expert
     unroll: int  # tiles whose loads are in flight while as many are computed
     eights: int  # groups of eight tokens that a block computes
@@ -63,6 +64,11 @@ class _ExpertsPlan:
     def own(self) -> int:
         """Runs of a block."""
         return self.runs // self.splits
+
+    @property
+    def sums(self) -> int:
+        """Sums of a thread."""
+        return 4 * self.eights
 
     @property
     def rows(self) -> int:
@@ -84,9 +90,8 @@ def routed(
     """See `api.moe`."""
     groups, places_TX = route(experts_TX, down_bias_ED.shape[0])
     bias = gate_up_bias_E2F.astype(jnp.bfloat16)
-    h_UMF = product(
-        x_TD, groups, gate_up, bias, activation=SwiGLU(alpha, limit), **_settings("up", experts_TX, gate_up)
-    )
+    settings = _settings("up", experts_TX, gate_up)
+    h_UMF = product(x_TD, groups, gate_up, bias, activation=SwiGLU(alpha, limit), runs=runs_of(gate_up), **settings)
     h_AF = h_UMF.reshape(-1, h_UMF.shape[-1])
     settings = _settings("down", experts_TX, down)
     y_JUMD = product(h_AF, groups, down, runs=runs_of(down), sorted=True, **settings)
@@ -100,17 +105,19 @@ def _settings(part: str, experts_TX: jax.Array, weight: MXFP4Fragments) -> Any:
     return tiles.lookup(dispatch.device_kind(), "moe/mosaic", shape) or heuristic(shape)
 
 
-def runs_of(down: MXFP4Fragments) -> int:
-    """The runs of the product down. With few tokens, one block for all columns would be too few blocks."""
-    return runs_of_width(down.shape[-1])
+def runs_of(weight: MXFP4Fragments) -> int:
+    """The runs of a product, up or down."""
+    return runs_of_width(weight.shape[-1])
 
 
 def heuristic(shape: tiles.Shape) -> tiles.Settings:
     """The settings for a shape that is not in the table; RECORD.md has the measurements."""
-    rows, divided = int(shape[tiles.ROWS]), shape["part"] == "down"
+    rows = int(shape[tiles.ROWS])
+    blocks = int(shape["out"]) // TILE * rows * int(shape["chosen"])
+    are_few = rows <= 8 if shape["part"] == "down" else blocks < _BLOCKS
     return {
         "unroll": 9 if rows == 1 else 5,
-        "splits": runs_of_width(int(shape["in"])) if divided and rows <= 8 else 1,  # otherwise too few blocks
+        "splits": runs_of_width(int(shape["in"])) if are_few else 1,
         "eights": 1 if rows <= 64 else 2,
     }
 
@@ -121,7 +128,7 @@ def tunable(shape: tiles.Shape) -> list[tiles.Settings]:
     others: list[tiles.Settings] = [
         {"unroll": unroll, "splits": splits, "eights": eights}
         for eights in ([1] if rows <= 8 else [1, 2] if rows <= 32 else [1, 2, 4])
-        for splits in ([1] if shape["part"] == "up" else sorted({1, runs_of_width(int(shape["in"]))}))
+        for splits in sorted({1, runs_of_width(int(shape["in"]))})
         for unroll in (3, 5, 9)
     ]
     return [usual, *(each for each in others if each != usual)]
@@ -151,8 +158,8 @@ def product(
       unroll, splits, eights: see `_ExpertsPlan`; lowered to numbers that divide evenly. They do not change the order.
 
     Returns:
-      float32 [splits, U, M, O], still to be summed over the first axis, in ascending order; with an activation, which
-      takes one split, bfloat16 [U, M, O / 2]. Slots without a token are not written.
+      float32 [splits, U, M, O], still to be summed over the first axis, in ascending order; with an activation,
+      bfloat16 [U, M, O / 2]. Slots without a token may hold anything.
     """
     U, M = groups.rows_UM.shape
     num_tiles, steps = weight.words.shape[1:3]
@@ -171,10 +178,12 @@ def product(
     )
     outputs = weight.shape[1]
     bias = groups.experts_U if bias_EO is None else bias_EO  # something has to be passed, even if unread
+    grid = {"tile": num_tiles, "group": U, "share": -(-M // (plan.eights * EIGHT))}
     if activation is None:
-        out = jax.ShapeDtypeStruct((splits, U, M, outputs), jnp.float32)
+        out, cluster = jax.ShapeDtypeStruct((splits, U, M, outputs), jnp.float32), 1
+        grid["split"] = splits
     else:
-        out = jax.ShapeDtypeStruct((U, M, outputs // 2), jnp.bfloat16)
+        out, cluster = jax.ShapeDtypeStruct((U, M, outputs // 2), jnp.bfloat16), splits
 
     operands = {"x": x_AI, "rows": groups.rows_UM, "experts": groups.experts_U}
     operands |= {"words": weight.words, "scales": weight.scales, "bias": bias}
@@ -182,7 +191,9 @@ def product(
         partial(moe_product, plan, activation),
         operands,
         {"out": out},
-        {"tile": num_tiles, "group": U, "share": -(-M // (plan.eights * EIGHT)), "split": splits},
+        grid,
+        cluster_sm90.memory(cluster, plan.sums),
+        cluster=cluster,
     )
     return results["out"]
 
@@ -201,20 +212,30 @@ def moe_product(
     tile: Value,
     group: Value,
     share: Value,
-    split: Value,
+    split: Value | None = None,
+    **shared: Value,
 ) -> None:
-    """One thread of a block: 64 rows of an expert times up to `eights` · 8 tokens. A block without tokens returns."""
+    """One thread of a block: 64 rows of an expert times up to `eights` · 8 tokens. A block without tokens returns.
+
+    All blocks of a cluster have the same rows and tokens, so they return, or compute, together.
+    """
     first = ptx.mul(share, plan.eights * EIGHT)  # slot of the group
     (begins,) = ptx.asm(_LOAD_IF, [ptx.i32()], [ptx.offset(rows, _place(plan, group, first), 4), ptx.const(1)])
     (expert,) = ptx.asm("ld.global.nc.b32 $0, [$1];", [ptx.i32()], [ptx.offset(experts, group, 4)])
     exists = arith.cmpi(arith.CmpIPredicate.ult, expert, ptx.const(plan.num_experts))
 
+    # While those two loads are under way.
+    thread = cluster_sm90.prepared(plan.splits if split is None else 1, plan.sums, shared)
+
     def compute() -> None:
-        acc = _sums(plan, x, rows, words, scales, expert, tile, group, first, split)
         if activation is None:
+            acc = _sums(plan, x, rows, words, scales, expert, tile, group, first, split)
             _write_parts(plan, acc, out, tile, group, first, split)
-        else:
-            _write_activation(plan, activation, acc, bias, out, expert, tile, group, first)
+            return
+        biases = _load_biases(plan, bias, expert, tile)
+        acc = _sums(plan, x, rows, words, scales, expert, tile, group, first, thread.rank)
+        write = partial(_write_activation, plan, activation, biases, out, tile, group, first)
+        cluster_sm90.totals(thread, acc, shared, write)
 
     ptx.when(arith.andi(exists, arith.cmpi(arith.CmpIPredicate.sge, begins, ptx.const(0))), compute)
 
@@ -280,7 +301,7 @@ def _in_runs(
     compute: Callable[[Value, list[Value], list[Value]], list[Value]],
 ) -> list[Value]:
     """The sums of the block's runs, added in order. Each load begins one turn ahead, also from run to run."""
-    count, turns = 4 * plan.eights, plan.steps // plan.unroll
+    count, turns = plan.sums, plan.steps // plan.unroll
     zeros = [ptx.float32(0.0)] * count
 
     def through(run: Value, turns_here: int, loaded: list[Value]) -> tuple[list[Value], list[Value]]:
@@ -344,19 +365,28 @@ def _write_parts(
         ptx.asm(_STORE_PAIR, [], [at, even, odd, ptx.less(slot, plan.slots)])
 
 
+def _load_biases(plan: _ExpertsPlan, bias: Value, expert: Value, tile: Value) -> Value:
+    """Begins to load the biases of the thread's even and odd row, two bfloat16 numbers: before the weights.
+
+    After them, every block would end by waiting for the memory once more.
+    """
+    at = ptx.offset(ptx.offset(bias, expert, 2 * plan.rows), _even_row(tile), 2)
+    (pair,) = ptx.load(at, [ptx.i32()], ptx.always())
+    ptx.keep_loads_before(expert)
+    return pair
+
+
 def _write_activation(
     plan: _ExpertsPlan,
     activation: SwiGLU,
-    acc: list[Value],
-    bias: Value,
+    biases: Value,
     out: Value,
-    expert: Value,
     tile: Value,
     group: Value,
     first: Value,
+    acc: list[Value],
 ) -> None:
-    bias_at = ptx.offset(ptx.offset(bias, expert, 2 * plan.rows), _even_row(tile), 2)
-    gate_bias, up_bias = ptx.asm(_LOAD_PAIR, [ptx.f32()] * 2, [bias_at])
+    gate_bias, up_bias = ptx.halves(biases)
     for slot, even, odd in _tokens(plan, acc, first):
         value = activated(activation, arith.addf(even, gate_bias), arith.addf(odd, up_bias))
         at = ptx.offset(out, _place(plan, group, slot), plan.rows)

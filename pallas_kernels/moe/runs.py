@@ -1,4 +1,4 @@
-"""How the Hopper kernels divide the columns of the product down, which are an expert's units."""
+"""How the Hopper kernels divide the columns of an expert's products: a token's numbers up, an expert's units down."""
 
 import math
 from typing import Final
@@ -9,7 +9,7 @@ _RUNS: Final = 3  # if the columns can be divided so
 
 
 def runs_of_width(width: int) -> int:
-    """The runs of an expert with so many units. With few tokens, one block for all columns would be too few blocks."""
+    """The runs of so many columns. With few tokens, one block for all of them would be too few blocks."""
     return math.gcd(_RUNS, width // TILE)
 
 

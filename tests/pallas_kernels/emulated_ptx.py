@@ -167,8 +167,8 @@ class Arith:
     minui = staticmethod(lambda a, b: _integer(np.minimum(_bits(a), _bits(b))))
     maxui = staticmethod(lambda a, b: _integer(np.maximum(_bits(a), _bits(b))))
     bitcast = staticmethod(lambda kind, a: np.asarray(a).view(kind))
-    mulf, addf, subf, negf, maximumf = (
-        staticmethod(each) for each in (np.multiply, np.add, np.subtract, np.negative, np.maximum)
+    mulf, addf, subf, negf, maximumf, minimumf = (
+        staticmethod(each) for each in (np.multiply, np.add, np.subtract, np.negative, np.maximum, np.minimum)
     )
 
     @staticmethod

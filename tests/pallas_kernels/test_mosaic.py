@@ -36,10 +36,15 @@ def _fragments(E: int, N: int, K: int) -> MXFP4Fragments:
 
 @needs_mosaic
 @pytest.mark.parametrize(
-    ("T", "E"), [(1, 32), (2, 32), (8, 32), (64, 32), (128, 32), (128, 128), (200, 32), (2048, 32), (256, 128)]
+    ("T", "E", "F"),
+    [
+        *((T, 32, 2880) for T in (1, 2, 8, 64, 128, 200, 2048)),
+        *((T, 128, 2880) for T in (128, 256)),
+        *((T, 32, 1536) for T in (1, 2)),  # half of the units
+    ],
 )
-def test_experts_lower(T, E):
-    D, F, X = 2880, 2880, 4
+def test_experts_lower(T, E, F):
+    D, X = 2880, 4
     text = lowered(
         lambda *operands: moe(*operands, **SETTINGS, implementation="mosaic").total(),
         _shape(T, D),
@@ -54,6 +59,7 @@ def test_experts_lower(T, E):
     few = T <= 128 and T * X < 16 * E
     assert ("moe_product" if few else "moe_grouped") in text
     assert ("moe_groups" in text) == (not few) and "stablehlo.sort" not in text
+    assert ("st.async" in text) == (T == 1 and F == 1536)  # the product up, in clusters
 
 
 @needs_mosaic
@@ -82,7 +88,7 @@ def test_products_lower(T, K, N, transposed):
 @needs_mosaic
 @pytest.mark.parametrize("T", [1, 32])
 def test_kernels_ask_for_settings_and_lower_with_each_that_can_be_tried(T):
-    E, D, F, X = 8, 320, 192, 2
+    E, D, F, X = 8, 384, 192, 2
 
     def chosen(*operands):
         return moe(*operands, **SETTINGS, implementation="mosaic").total()
@@ -165,7 +171,7 @@ def _moe_operands(T: int, E: int, D: int, F: int, X: int, seed: int) -> list[Any
 
 @needs_hopper
 @pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 33, 128, 129, 300, 1025])
-@pytest.mark.parametrize(("E", "D", "F", "X"), [(5, 64, 192, 2), (32, 320, 64, 4), (128, 64, 64, 4), (3, 448, 320, 3)])
+@pytest.mark.parametrize(("E", "D", "F", "X"), [(5, 384, 192, 2), (32, 320, 64, 4), (128, 64, 64, 4), (3, 448, 320, 3)])
 def test_experts_agree_with_the_oracle(T, E, D, F, X):
     _agrees_with_the_oracle(_moe_operands(T, E, D, F, X, seed=T))
 
