@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 from collections import Counter, deque
+from collections.abc import Collection
 from collections.abc import Sequence as AnySequence
 
 import numpy as np
@@ -158,12 +159,24 @@ class Scheduler:
         for allocator in self._allocators:
             allocator.forget()
 
-    def plan(self, *, decode: bool = True) -> Plan | None:
+    @property
+    def ready(self) -> list[int]:
+        """Requests that have read their prompts and wait for nothing but a plan with their next token."""
+        return [
+            each.number
+            for each in self._active
+            if not (each.is_reading or each.is_drawn or (each.one_by_one and each.in_flight))
+        ]
+
+    def plan(self, *, decode: bool = True, late: Collection[int] = ()) -> Plan | None:
         """What to dispatch next; None if nothing can be done before tokens are received or requests added.
 
         Args:
           decode: whether requests decode; if not, prompts are read only.
+          late: requests that do not decode, as it is not known yet which tokens they may draw.
         """
+        for sequence in self._requests.values():
+            sequence.late = sequence.number in late
         for sequence in self._running:
             self._allocator(sequence).settle(sequence)
         self._join()

@@ -14,7 +14,6 @@ from gptjax.structured.library import library, limits
 from gptjax.text import Tokenizer
 
 _MOST_KEPT: Final = 512  # compiled grammars
-_FEW: Final = 4  # rows for which other threads are not worth their while
 
 
 def words_of(vocab_size: int) -> int:
@@ -48,20 +47,6 @@ class Compiler:
             made.take(token_id)
         return made
 
-    def fill(self, words_BW: np.ndarray, matchers: Sequence[tuple[int, "Matcher"]]) -> None:
-        """Writes which tokens may come next into some rows, int32: bit t of a row is token t's."""
-        open_ = [(row, each) for row, each in matchers if not each.is_over]
-        if len(open_) < _FEW:
-            for row, each in open_:
-                words_W = words_BW[row]
-                each.inner.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)
-        else:
-            rows = [(each.inner, row) for row, each in open_]
-            B, W = words_BW.shape
-            self._threads.unsafe_compute_mask_ptr(rows, words_BW.ctypes.data, 4 * W, B)
-        for row, each in matchers:
-            each.finish(words_BW[row])
-
     def _compiled(self, grammar: Grammar) -> Any:
         source = grammar.source
         with self._lock:
@@ -76,10 +61,6 @@ class Compiler:
             while len(self._kept) > _MOST_KEPT:
                 self._kept.popitem(last=False)
         return found
-
-    @cached_property
-    def _threads(self) -> Any:
-        return library().LLExecutor()
 
     @cached_property
     def _vocabulary(self) -> Any:
@@ -176,10 +157,13 @@ class Matcher:
         elif not self.inner.consume_token(token_id):
             self._fail()
 
-    def finish(self, words_W: np.ndarray) -> None:
-        """Corrects what llguidance wrote: the tokens that end the text stand for the end that it knows."""
-        if not self.is_over and self.inner.is_error():
-            self._fail()
+    def fill(self, words_W: np.ndarray) -> None:
+        """Writes which tokens may come next, int32: bit t % 32 of word t // 32 is token t's."""
+        if not self.is_over:
+            self.inner.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)  # other threads run meanwhile
+            if self.inner.is_error():
+                self._fail()
+        # The tokens that end the text stand for the end that llguidance knows.
         word, bit = self._end
         may_end = self.is_over or bool(int(words_W[word]) >> bit & 1)
         if self.is_over:

@@ -202,7 +202,7 @@ def test_a_grammar_that_fails_ends_the_request():
     engine = _engine()
     number = engine.add(CONSTRAINED[0])
     other = engine.add(FREE[0])
-    engine._matchers[number].failure = "too many states"
+    engine._masks._texts[number].matcher.failure = "too many states"
     drawn = []
     while not any(token.request == number for token in drawn):
         drawn = engine.step()
