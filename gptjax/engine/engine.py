@@ -12,6 +12,7 @@ from jax.errors import JaxRuntimeError
 from gptjax.engine import sampling
 from gptjax.engine.flat_params import AnyParams
 from gptjax.engine.leading import executor_of
+from gptjax.engine.pace import Pace
 from gptjax.engine.pools import default_policy, most_pages, pool_kinds
 from gptjax.engine.request import TOO_COMPLEX, Request, Token
 from gptjax.engine.settings import Features, all_allowed
@@ -106,6 +107,7 @@ class Engine:
         self._requests: dict[int, Request] = {}  # by number
         self._compiler = compiler
         self._masks = Masks(model.config.vocab_size)  # of those with a grammar
+        self._pace = Pace()
         self._dispatched: deque[_Dispatched] = deque()  # oldest first
         self._has_new = False  # whether a request was added since the last plan
         self._undrawn: jax.Array | None = None  # a result of the last plan that drew nothing
@@ -269,8 +271,10 @@ class Engine:
         plan = self._plan(decode=decode)
         if plan is None:
             return False
+        self._pace.begin()
         plan = self._executor.fitted(plan)
         sampled = self._executor.run(plan, self._requests, self._allowed(plan))
+        self._pace.dispatched()
         if plan.draws:
             assert sampled is not None and plan.decode is not None
             requests = tuple(self._executor.number(row.slot) for row in plan.decode.rows)
@@ -283,9 +287,11 @@ class Engine:
         return True
 
     def _plan(self, *, decode: bool) -> Plan | None:
-        """The next plan. Rows wait for it if their masks take longer than the device, unless there are no others."""
-        ready = self._scheduler.ready if decode else []
-        late = self._masks.late(ready, self._executor.is_busy)
+        """The next plan: without rows whose masks are late, if the device would wait for them, and most others."""
+        late = self._masks.late(
+            self._scheduler.ready if decode else [],
+            has_time=lambda: self._pace.has_time and self._executor.is_busy(),
+        )
         return self._scheduler.plan(decode=decode, late=late)
 
     def _allowed(self, plan: Plan) -> np.ndarray | None:
@@ -309,6 +315,7 @@ class Engine:
     def _read(self, dispatched: _Dispatched) -> deque[list[Token]]:
         """Waits for the tokens of a dispatch. Returns those of each step that drew any."""
         host, plan = jax.device_get(dispatched.sampled), dispatched.plan
+        self._pace.read()
         assert plan.decode is not None
         # A column for each row, as lists: taking numbers out of arrays one by one costs more than all that follows.
         ids, logprobs = (np.atleast_2d(each).T.tolist() for each in (host.token_B, host.logprob_B))

@@ -160,7 +160,7 @@ class Executor:
 
     def is_busy(self) -> bool:
         """Whether the device still works on what was dispatched."""
-        return not self._slots.logits_BV.is_ready()
+        return not self._slots.logits_BV.is_ready()  # type: ignore[attr-defined, unused-ignore]
 
     def wait(self) -> None:
         """Waits until everything dispatched has run."""

@@ -41,7 +41,7 @@ class Masks:
         self._texts: dict[int, _Text] = {}  # by request
         self._jobs: deque[_Text] = deque()  # which no thread has begun yet; the threads take them from the left
         self._found: queue.SimpleQueue[_Text] = queue.SimpleQueue()  # which the threads are done with
-        self._most = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // 2))
+        self._most = max(2, min(_MOST_THREADS, (os.cpu_count() or 1) // 2))  # 2: none is in the way of all others
         self._threads = ThreadPoolExecutor(self._most, "gptjax-masks")
 
     def __contains__(self, request: int) -> bool:
@@ -74,18 +74,18 @@ class Masks:
         self._look_for([request for request, _ in known])
         return failed
 
-    def late(self, ready: Collection[int], is_busy: Callable[[], bool]) -> frozenset[int]:
-        """The requests whose masks are not there, after waiting for as long as that costs nobody time.
+    def late(self, ready: Collection[int], has_time: Callable[[], bool]) -> frozenset[int]:
+        """The requests whose masks are not there yet.
 
-        It waits while the device is busy, and until half of the rows that are ready to decode can be planned.
+        It waits for those of `ready` while there is time, and as long as most of `ready` would have to wait otherwise.
 
         Args:
           ready: requests that decode next: also those without a grammar, whom nothing keeps.
-          is_busy: whether the device still works on what was dispatched before.
+          has_time: whether waiting costs nobody anything, as the device is busy.
         """
         self._receive()
         while late := self._missing(ready):
-            if 2 * len(late) <= len(ready) and not is_busy():
+            if 2 * len(late) <= len(ready) and not has_time():
                 break
             self._receive(_PATIENCE)
         return self._missing(self._texts)
