@@ -33,7 +33,7 @@ def _reached(module: str) -> set[str]:
     [
         ("gptjax/layers/norm.py", ["models.test_gpt2", "engine.test_engine", "test_api"], ["text.test_tokenizer"]),
         ("gptjax/text/tokenizer.py", ["text.test_tokenizer", "test_chat"], ["pallas_kernels.moe.test_moe"]),
-        ("gptjax/server/app.py", ["server.test_app"], ["models.test_gpt2", "engine.test_engine", "test_api"]),
+        ("gptjax/server/front/app.py", ["server.test_app"], ["models.test_gpt2", "engine.test_engine", "test_api"]),
         (
             "pallas_kernels/attention/decode/mosaic_sm90.py",
             ["pallas_kernels.attention.decode.test_decode_over_pages", "test_api"],
@@ -55,7 +55,7 @@ def _reached(module: str) -> set[str]:
         ("tests/text/conftest.py", ["text.test_tokenizer"], ["server.test_app", "test_chat"]),
         ("tests/test_api.py", ["test_api"], ["test_docs"]),
         # What is not Python: data of a package, pages, data of the tests.
-        ("gptjax/server/page.html", ["server.test_page"], ["text.test_tokenizer"]),
+        ("gptjax/server/front/static/page.html", ["server.test_page"], ["text.test_tokenizer"]),
         ("docs/serving.md", ["test_docs"], ["test_api"]),
         ("tests/data/held-out.txt", ["models.test_precision"], ["server.test_app"]),
         ("LICENSE", [], ["test_api", "test_docs", "server.test_app"]),

@@ -33,7 +33,15 @@ ROOMS = [
     "gptjax.api",
     "gptjax.diagnostics",
     "gptjax.bench",
-    "gptjax.server",
+    "gptjax.server.ipc",
+    "gptjax.server",  # errors and the log
+    "gptjax.server.worker",
+    "gptjax.server.http",
+    "gptjax.server.generation",
+    "gptjax.server.openai",
+    "gptjax.server.openai.responses",
+    "gptjax.server.anthropic",
+    "gptjax.server.front",
     "gptjax.cli",
     "gptjax.__main__",
     "gptjax",  # the face: its names are looked up when first used, and nothing of the project imports it
@@ -78,6 +86,21 @@ def test_no_module_imports_itself_by_way_of_others():
         pytest.fail(" -> ".join(reversed(error.args[1])))
 
 
+def test_the_servers_two_processes_import_nothing_of_each_other():
+    """The worker's knows no HTTP, and what speaks HTTP knows the worker by its messages only."""
+    front = {"http", "generation", "openai", "anthropic", "front"}
+    for module, path in MODULES.items():
+        if (room := _room_of_server(module)) is not None:
+            apart = {"worker"} if room in front else front if room == "worker" else set()
+            for line, name in imports(ast.parse(path.read_text()), set(MODULES)):
+                assert _room_of_server(name) not in apart, f"{path}:{line} imports {name}"
+
+
+def _room_of_server(module: str) -> str | None:
+    whole = re.match(r"gptjax\.server\.(\w+)", module)
+    return whole and whole[1]
+
+
 def test_tests_import_each_other_by_full_names():
     """pytest would load a file once more under its bare name, and `make affected` would not see the import."""
     files = list((ROOT / "tests").rglob("*.py"))
@@ -100,7 +123,8 @@ def test_tests_import_each_other_by_full_names():
         ("gptjax.config", ["jax", "flax", "gptjax.layers"]),
         ("gptjax.text", ["jax", "flax", "gptjax.config"]),
         ("gptjax.scheduling.scheduler", ["jax", "flax", "gptjax.config"]),
-        ("gptjax.server.front", ["jax", "flax", "orbax", "gptjax.engine.engine"]),  # it starts soon, and stays small
+        # It starts soon, and stays small.
+        ("gptjax.server.front.__main__", ["jax", "flax", "orbax", "gptjax.engine.engine"]),
         ("gptjax.cli", ["jax", "gptjax.api"]),
         ("pallas_kernels", ["flax", "gptjax"]),
     ],

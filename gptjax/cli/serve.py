@@ -28,7 +28,7 @@ from gptjax.support.processes import leave
 if TYPE_CHECKING:
     from gptjax.checkpoints.checkpoint import Checkpoint
     from gptjax.language_model import LanguageModel
-    from gptjax.server.front_process import FrontProcess
+    from gptjax.server.worker.front_process import FrontProcess
 
 _Number = TypeVar("_Number", int, float)
 _PREFIX: Final = "GPTJAX_SERVE_"
@@ -242,8 +242,8 @@ def _run(args: argparse.Namespace) -> int:
     from gptjax.checkpoints.checkpoint import open_checkpoint
     from gptjax.errors import GptjaxError
     from gptjax.server import logs
-    from gptjax.server.front_process import FrontProcess
-    from gptjax.server.messages import Text
+    from gptjax.server.ipc.messages import Text
+    from gptjax.server.worker.front_process import FrontProcess
 
     _check(args)
     log_config = logs.config(args.log_format, args.log_level)
@@ -316,8 +316,8 @@ def _load(args: argparse.Namespace, checkpoint: "Checkpoint") -> "LanguageModel"
 
 
 def _load_and_serve(args: argparse.Namespace, checkpoint: "Checkpoint", front: "FrontProcess") -> int:
-    from gptjax.server import hosting
-    from gptjax.server.settings import Limits
+    from gptjax.server.ipc.settings import Limits
+    from gptjax.server.worker import hosting
 
     lm = _load(args, checkpoint)
     lm.defaults.check()  # now, not at the first request

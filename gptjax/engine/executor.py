@@ -23,7 +23,7 @@ from gptjax.engine.executables import Executables
 from gptjax.engine.flat_params import AnyParams, FlatParams
 from gptjax.engine.request import Request
 from gptjax.engine.settings import Features, Words, settings_of, with_allowed
-from gptjax.models import registry
+from gptjax.models import registry, shards
 from gptjax.models.registry import Model
 from gptjax.scheduling.plan import Copy, DecodeCall, Plan, PrefillCall
 from gptjax.scheduling.policy import Policy, powers, smallest
@@ -108,6 +108,9 @@ class Executor:
         cache = registry.create_pools(
             self._model, pages=self._pages, rows=self._policy.all_slots, max_length=self._max_length
         )
+        self._mailboxes = shards.mailboxes(self._model)  # empty ones, too
+        if self._mailboxes is not None:
+            cache = dataclasses.replace(cache, peers=self._mailboxes.peers)
         shape = self._policy.all_slots, self._model.config.vocab_size
         self._tables = [np.zeros(table.shape, np.int32) for table in cache.tables]  # what the device has, too
         self._slots = programs.Slots(

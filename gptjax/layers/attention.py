@@ -62,18 +62,18 @@ class Attention(nn.Module):
             sinks_N = array(self, "sinks", nn.initializers.normal(1.0), (N,), (QUERY_HEADS,), self.param_dtype)
         if cache is None:
             out_BTNH = self._among_themselves(*self._heads(qkv, angles, B, T), positions_BT, sinks_N)
+        elif cache.takes_product(T, self.implementation):
+            norms, epsilon = self._norms(), self.qk_norm_epsilon or 0.0
+            scales = None if norms is None else (norms[0].scale(H), norms[1].scale(H))
+            operands = qkv, angles, positions_BT, sinks_N, scales, epsilon
+            out_BTNH, cache = cache.append_and_attend(*operands, scale=self.scale)
         else:
-            if cache.appends(T, normed=self.qk_norm_epsilon is not None, implementation=self.implementation):
-                norms, epsilon = self._norms(), self.qk_norm_epsilon or 0.0
-                scales = None if norms is None else (norms[0].scale(H), norms[1].scale(H))
-                q_BTNH, cache = cache.appended(qkv, angles, positions_BT, scales, epsilon)
-            else:
-                q_BTNH, k_BTKH, v_BTKH = self._heads(qkv, angles, B, T)
-                cache = cache.update(k_BTKH, v_BTKH, positions_BT)
+            q_BTNH, k_BTKH, v_BTKH = self._heads(qkv, angles, B, T)
+            cache = cache.update(k_BTKH, v_BTKH, positions_BT)
             out_BTNH = cache.attend(q_BTNH, positions_BT, sinks_N, scale=self.scale, implementation=self.implementation)
         observe(self, "heads", out_BTNH)
         out = linear(D, (HEADS, WIDTH), use_bias=self.out_bias, name="out")
-        return residual, out.partial_sum(out_BTNH.reshape(B, T, N * H)).over(self.over), cache
+        return residual, out.partial_sum(out_BTNH.reshape(B, T, N * H)).across(self.over, box=0), cache
 
     def _among_themselves(
         self,

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from gptjax.layers.layer_cache import LayerCache
 from pallas_kernels.pages import PAGE as PAGE  # positions of a page
 from pallas_kernels.pages import Tiles
+from pallas_kernels.peers import Peers
 
 
 def pages_of(window: int | None, *, max_length: int, chunk: int | None) -> int:
@@ -77,6 +78,7 @@ class KVCache:
     chunk: int | None = dataclasses.field(metadata={"static": True})  # the most tokens of a row in a call; None: any
     # Of a call whose tokens, [1, T], are of several rows or end in padding. None: token [b, t] is row b's.
     tiles: Tiles | None = None
+    peers: Peers | None = None  # on a mesh: how kernels add up what its devices have; None: XLA does
 
     @classmethod
     def create(

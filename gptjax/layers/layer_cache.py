@@ -6,8 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.append import append, takes, write_rows, write_tiles
-from pallas_kernels.attention import attention_over_pages, packed_attention_over_pages
+from pallas_kernels.append import write_rows, write_tiles
+from pallas_kernels.attention import (
+    append_and_attend,
+    attention_over_pages,
+    packed_attention_over_pages,
+    takes_product,
+)
 from pallas_kernels.pages import Tiles
 from pallas_kernels.partial_sum import PartialSum
 
@@ -72,35 +77,42 @@ class LayerCache:
 
         return self.with_pages(written(self.k_YKSH, k_BTKH), written(self.v_YKSH, v_BTKH))
 
-    def appends(self, T: int, *, normed: bool, implementation: str) -> bool:
-        """Whether `appended` takes calls of T tokens a row, whose heads may be normed."""
-        return takes(T, self.k_YKSH, normed=normed, implementation=implementation)
+    def takes_product(self, T: int, implementation: str) -> bool:
+        """Whether `append_and_attend` takes calls of T tokens a row."""
+        return self.tiles is None and takes_product(T, self.k_YKSH, implementation=implementation)
 
-    def appended(
+    def append_and_attend(
         self,
         qkv: PartialSum,
         angles: tuple[jax.Array, jax.Array] | None,
         positions_BT: jax.Array,
+        sinks_N: jax.Array | None,
         scales: tuple[jax.Array, jax.Array] | None,
         epsilon: float,
+        *,
+        scale: float,
     ) -> tuple[jax.Array, "LayerCache"]:
-        """Like `update`, in one kernel with the other steps from product to attention.
+        """Like `update` and then `attend`, in one kernel with the steps from the product to them.
 
         Args:
           qkv: the product that queries, keys and values come from.
           angles: cos and sin [B, 1, 1, H/2] to rotate queries and keys by; None to rotate nothing.
           positions_BT: of one token per row.
+          sinks_N: as in `attend`.
           scales, epsilon: of the norms of query heads and of key heads, [H] each; None to norm nothing.
+          scale: as in `attend`.
 
         Returns:
-          The queries [B, 1, N, H], and the cache.
+          What the queries get [B, 1, N, H], and the cache.
         """
         B = positions_BT.shape[0]
         rotation = None if angles is None else (angles[0].reshape(B, -1), angles[1].reshape(B, -1))
         pools = self.k_YKSH, self.v_YKSH, self.table_BZ
-        appended = append(qkv, rotation, positions_BT[:, 0], *pools, scales=scales, epsilon=epsilon)
-        q_BNH, k_YKSH, v_YKSH = appended
-        return q_BNH[:, None], self.with_pages(k_YKSH, v_YKSH)
+        norms: dict[str, Any] = {"scales": scales, "epsilon": epsilon}
+        out_BNH, k_YKSH, v_YKSH = append_and_attend(
+            qkv, rotation, positions_BT[:, 0], *pools, sinks_N, scale=scale, window=self.window, **norms
+        )
+        return out_BNH[:, None], self.with_pages(k_YKSH, v_YKSH)
 
     def with_pages(self, k_YKSH: jax.Array, v_YKSH: jax.Array) -> "LayerCache":
         """The cache with other pages of keys and values."""

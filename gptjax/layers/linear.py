@@ -43,14 +43,14 @@ class Linear(nn.Module):
         """The residual with its pending update added, and `gated` of the norm of that; None likewise."""
         row, (kernel, bias) = normed.row(), self.weights(normed.shape[-1])
         found = None if row is None or bias is not None else normed_gated_product(row, kernel, self.implementation)
-        return None if found is None else (Residual(found[0]), found[1])
+        return None if found is None else (normed.residual.settled(found[0]), found[1])
 
     def partial_sum_after(self, normed: Normed) -> tuple[Residual, PartialSum]:
         """The residual with its pending update added, and `partial_sum` of the norm of that."""
         row, (kernel, bias) = normed.row(), self.weights(normed.shape[-1])
         found = None if row is None else normed_product(row, kernel, bias, self.implementation)
         if found is not None:
-            return Residual(found[0]), found[1]
+            return normed.residual.settled(found[0]), found[1]
         residual, x_BTD = normed.finished()
         return residual, self.partial_sum(x_BTD)
 

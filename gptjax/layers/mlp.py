@@ -49,7 +49,8 @@ class MLP(nn.Module):
         h_BTF = linear(self.mlp_width, (WIDTH, MLP_AXIS), name="up")(x_BTD)
         h_BTF = ACTIVATIONS[self.activation](h_BTF.astype(jnp.float32)).astype(self.dtype)
         observe(self, "activation", h_BTF)
-        return residual, linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down").partial_sum(h_BTF).over(self.over)
+        down = linear(x_BTD.shape[-1], (MLP_AXIS, WIDTH), name="down")
+        return residual, down.partial_sum(h_BTF).across(self.over, box=1)
 
 
 class GatedMLP(nn.Module):
@@ -78,7 +79,8 @@ class GatedMLP(nn.Module):
         gate_up = linear(2 * self.mlp_width, (WIDTH, GATE_UP), name="gate_up")
         residual, h_BTF = self._activated(gate_up, normed)
         observe(self, "activation", h_BTF)
-        return residual, linear(normed.shape[-1], (MLP_AXIS, WIDTH), name="down").partial_sum(h_BTF).over(self.over)
+        down = linear(normed.shape[-1], (MLP_AXIS, WIDTH), name="down")
+        return residual, down.partial_sum(h_BTF).across(self.over, box=1)
 
     def _activated(self, gate_up: Linear, normed: Normed) -> tuple[Residual, jax.Array]:
         """The residual, and silu(gate) · up [B, T, F]; in one kernel, with or without the norm, if there is one."""

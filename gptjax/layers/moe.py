@@ -44,6 +44,7 @@ class Router(nn.Module):
             residual.x_BTD.reshape(-1, D).astype(self.dtype),
             residual.pending,
             self.norm.scale(D),
+            peers=residual.peers,
             epsilon=self.norm.epsilon,
             router_DE=kernel_DE,
             router_bias_E=bias_E,
@@ -51,7 +52,7 @@ class Router(nn.Module):
             top=self.experts_per_token,
             implementation=self.norm.implementation,
         )
-        residual = Residual(sum_TD.reshape(shape))
+        residual = residual.settled(sum_TD.reshape(shape))
         normed_BTD = observe(self.norm, "output", normed_TD.reshape(shape))
 
         def logits() -> jax.Array:
@@ -99,8 +100,6 @@ class MoE(nn.Module):
         kernel = partial(weight, self, param_dtype=self.param_dtype)
         bias = partial(array, self, init=nn.initializers.zeros_init(), param_dtype=self.param_dtype)
         down_bias_ED = bias("down_bias", shape=(E, D), axes=(EXPERTS, WIDTH))
-        if self.width_over:  # the devices that share an expert add its bias once
-            down_bias_ED = jnp.where(jax.lax.axis_index(self.width_over) == 0, down_bias_ED, 0)
         update = moe(
             normed_BTD.reshape(-1, D),
             experts_TX,
@@ -111,7 +110,8 @@ class MoE(nn.Module):
             down_bias_ED,
             alpha=self.swiglu_alpha,
             limit=self.swiglu_limit,
+            width_over=self.width_over,
             implementation=self.implementation,
-        ).over(self.experts_over + self.width_over)
+        ).across(self.experts_over + self.width_over, box=1)
         observe_lazy(self, "output", lambda: update.total().reshape(normed_BTD.shape).astype(self.dtype))
         return residual, update

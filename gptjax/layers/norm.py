@@ -46,11 +46,12 @@ class _Norm(nn.Module):
             residual.pending,
             scale_D,
             bias_D,
+            peers=residual.peers,
             epsilon=self.epsilon,
             center=bias_D is not None,
             implementation=self.implementation,
         )
-        return Residual(sum_TD.reshape(shape)), observe(self, "output", normed_TD.reshape(shape))
+        return residual.settled(sum_TD.reshape(shape)), observe(self, "output", normed_TD.reshape(shape))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 
 from pallas_kernels.partial_sum import PartialSum
+from pallas_kernels.peers import Peers
 
 
 @jax.tree_util.register_dataclass
@@ -18,10 +19,15 @@ class Residual:
 
     x_BTD: jax.Array
     pending: PartialSum | None = None  # [B · T, D]
+    peers: Peers | None = None  # how kernels add up an update over the devices of a mesh; None: XLA does
 
     def plus(self, update: PartialSum) -> "Residual":
         """The stream with `update` pending. An update that was pending already is added first."""
-        return Residual(self.total(), update)
+        return Residual(self.total(), update, self.peers)
+
+    def settled(self, sum_BTD: jax.Array) -> "Residual":
+        """The stream with everything added, which was computed elsewhere."""
+        return Residual(sum_BTD, peers=self.peers)
 
     def total(self) -> jax.Array:
         """The stream with everything added, [B, T, D]; half precision rounds the update before it is added."""

@@ -72,7 +72,8 @@ class Decoder(nn.Module):
           [B, T, D] of `dtype`, and the cache.
         """
         x_BTD = observe(self, "embedding", self.embed(tokens_BT, positions_BT))
-        residual, cache = self.through_blocks(Residual(x_BTD), positions_BT, cache)
+        residual = Residual(x_BTD, peers=None if cache is None else cache.peers)
+        residual, cache = self.through_blocks(residual, positions_BT, cache)
         _, hidden_BTD = self.final_norm(residual).finished()
         return hidden_BTD, None if cache is None else cache.extended(positions_BT)
 

@@ -152,7 +152,7 @@ class GPT2(Decoder):
             return super().through_blocks(residual, positions_BT, cache)
         stream = fused_block.Stream.of(residual.x_BTD[:, 0], self.config.mlp_width)
         stream, cache = self.each_block(stream, positions_BT[:, 0], cache, method="fused")
-        return Residual(stream.x_TD[:, None]), cache
+        return residual.settled(stream.x_TD[:, None]), cache
 
     def _has_kernel(self, x_BTD: jax.Array, cache: KVCache) -> bool:
         """Whether each block is one kernel in this call. Nothing inside a kernel can be observed."""

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.axes import GATE_UP, QKV_HEADS
@@ -30,6 +30,7 @@ from gptjax.sharding.share import Share
 from pallas_kernels import matvec, moe
 from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.mxfp4 import MXFP4
+from pallas_kernels.peers import Mailboxes, can_exchange
 
 Path = tuple[str, ...]
 # The letter of `sharding.share.RULES` that an axis of a weight goes by. (A product of axes goes by its first factor.)
@@ -75,6 +76,16 @@ def head(model: Model, params: Params, hidden: jax.Array) -> jax.Array:
 
     logits: jax.Array = share.run(run, (weight_specs(model, params), rows), rows)(params, hidden)
     return logits
+
+
+def mailboxes(model: Model) -> Mailboxes | None:
+    """What kernels add up rows with over the devices of the model's mesh; None if there are none that do."""
+    share, width = model.own, model.config.width
+    axes, of_experts = share.axes("N"), share.axes("E") if share.num_experts else ()
+    # Both sums of a layer must go over the same devices, or one of these could be ahead by two.
+    if axes != of_experts + share.axes("F") or not isinstance(share.mesh, Mesh):
+        return None
+    return Mailboxes(share.mesh, axes, width) if can_exchange(share.mesh, axes, width) else None
 
 
 def alike(model: Model) -> Model:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Final
 
 from gptjax.errors import CapacityError, GptjaxError
-from gptjax.server.events import Failed, QueueFull, Unavailable
+from gptjax.server.ipc.events import Failed, QueueFull, Unavailable
 from gptjax.support.quoting import quoted
 
 # Fields of a request; the first one in a message of the library's is its `param`.

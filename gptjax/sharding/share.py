@@ -18,10 +18,11 @@ from gptjax.config import GptOssConfig, ModelConfig
 from gptjax.config.quantization import packs
 from gptjax.errors import RequestError
 from gptjax.layers.cache import KVCache
-from gptjax.sharding.mesh import DATA, EXPERT, TENSOR
+from gptjax.sharding.mesh import AXES, DATA, EXPERT, TENSOR
 from gptjax.support.quoting import quoted
 from pallas_kernels.formats.fragments import TILE
 from pallas_kernels.formats.mxfp4 import BLOCK
+from pallas_kernels.moe.runs import unit_of_parts
 
 # Which axes of the mesh divide which axis of the model, by the letters of `gptjax.axes`. Key/value heads go with the
 # query heads that share them. Rows are always divided over `data`, and what is not here not at all.
@@ -101,7 +102,8 @@ class Share:
         rows = DATA if self.rows_parts > 1 else None
         specs = jax.tree.map(lambda _: P(rows), cache)
         pools = P(rows, self.axes("N") or None)
-        return dataclasses.replace(specs, k=(pools,) * len(cache.k), v=(pools,) * len(cache.v))
+        peers = jax.tree.map(lambda _: P(AXES), cache.peers)  # each device its own
+        return dataclasses.replace(specs, k=(pools,) * len(cache.k), v=(pools,) * len(cache.v), peers=peers)
 
 
 def share_of(
@@ -154,7 +156,7 @@ def experts_of(config: ModelConfig) -> int:
 def _unit(config: ModelConfig, dtype: Any) -> int:
     """What a share of F is a multiple of. If all of F fits the kernels for Hopper, its parts must, too."""
     if jax.numpy.dtype(dtype) == jax.numpy.bfloat16 and config.mlp_width % TILE == 0:
-        return TILE
+        return unit_of_parts(config.mlp_width) if experts_of(config) else TILE
     return BLOCK if config.mxfp4 != "none" else 1
 
 

@@ -1,10 +1,14 @@
 """Where one half of a transformer's block ends and the next begins: adding to the residual, and the norm of the sum."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.add_norm import reference
 from pallas_kernels.partial_sum import PartialSum
+from pallas_kernels.peers import Peers, exchanged_or_gathered
 
 
 def add_norm(
@@ -15,6 +19,7 @@ def add_norm(
     *,
     epsilon: float,
     center: bool,
+    peers: Peers | None = None,
     implementation: str = dispatch.AUTO,
 ) -> tuple[jax.Array, jax.Array]:
     """x + terms, and the norm of that.
@@ -31,6 +36,7 @@ def add_norm(
       scale_D, bias_D: of any floating dtype; the bias may be missing.
       epsilon: added to the mean of squares.
       center: True for LayerNorm, which subtracts the mean; False for RMSNorm.
+      peers: how kernels add up terms over the devices of a mesh; None: XLA does.
       implementation: "auto", "mosaic" (bfloat16, up to 128 rows, on Hopper) or "xla".
 
     Returns:
@@ -40,11 +46,12 @@ def add_norm(
     Raises:
       ValueError: an unknown implementation, or one that does not support these operands.
     """
-    available = {dispatch.XLA: reference.add_norm}
+    available: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {dispatch.XLA: reference.add_norm}
     if dispatch.wanted(implementation) == dispatch.MOSAIC:
         from pallas_kernels.add_norm import mosaic_sm90
 
+        terms = exchanged_or_gathered(terms, peers)
         if mosaic_sm90.supports(x_TD, terms, scale_D, bias_D):
-            available[dispatch.MOSAIC] = mosaic_sm90.add_norm
+            available[dispatch.MOSAIC] = partial(mosaic_sm90.add_norm, peers=peers)
     run = dispatch.choose("add_norm", implementation, available)
     return run(x_TD, terms, scale_D, bias_D, epsilon=epsilon, center=center)

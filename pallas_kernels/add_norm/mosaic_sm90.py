@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
+from pallas_kernels.add_norm.exchange_sm90 import Exchange
 from pallas_kernels.partial_sum import PartialSum
+from pallas_kernels.peers import Peers
 from pallas_kernels.ptx import Condition, Value, rows
 
 EXCHANGES = 2  # of `Norm`: one for the mean, one for the variance
@@ -59,13 +61,14 @@ def add_norm(
     scale_D: jax.Array,
     bias_D: jax.Array | None = None,
     *,
+    peers: Peers | None = None,
     epsilon: float,
     center: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.add_norm`. `supports` must hold for the operands."""
+    """See `api.add_norm`. `supports` must hold for the operands; peers are needed for terms of several devices."""
     T, D = x_TD.shape
     layout = rows.RowLayout.of(T, D)
-    norm = Norm(terms, operands(x_TD, terms, scale_D, bias_D), epsilon, center)
+    norm = Norm.of(x_TD, terms, scale_D, bias_D, peers=peers, epsilon=epsilon, center=center)
 
     def add_norm(*, row: Value, **at: Value) -> None:
         thread = rows.RowThread.of(layout, at["mbarriers"])
@@ -84,11 +87,11 @@ def add_norm(
     return out.get("sum", x_TD), out["normed"]
 
 
-def operands(
-    x_TD: jax.Array, terms: PartialSum | None, scale_D: jax.Array, bias_D: jax.Array | None
+def _operands(
+    x_TD: jax.Array, terms: PartialSum | None, scale_D: jax.Array, bias_D: jax.Array | None, peers: Peers | None
 ) -> dict[str, jax.Array]:
     """What `Norm` reads, by name; missing operands are left out."""
-    named = {"x": x_TD, "scale": scale_D, "bias": bias_D}
+    named = {"x": x_TD, "scale": scale_D, "bias": bias_D, "peers": None if peers is None else peers.own_table()}
     if terms is not None:
         named |= {
             "term_parts": terms.parts_JAO,
@@ -125,9 +128,26 @@ class Norm:
     """What a thread does to add to a row and normalise it."""
 
     terms: PartialSum | None
-    operands: dict[str, jax.Array]  # see `operands`
+    operands: dict[str, jax.Array]  # see `_operands`
     epsilon: float
     center: bool
+    peers: Peers | None = None  # if other devices have terms
+
+    @classmethod
+    def of(
+        cls,
+        x_TD: jax.Array,
+        terms: PartialSum | None,
+        scale_D: jax.Array,
+        bias_D: jax.Array | None,
+        *,
+        peers: Peers | None,
+        epsilon: float,
+        center: bool,
+    ) -> "Norm":
+        """For these operands, of which `peers` are only used by terms of several devices."""
+        peers = peers if terms is not None and terms.over else None
+        return cls(terms, _operands(x_TD, terms, scale_D, bias_D, peers), epsilon, center, peers)
 
     def run(
         self, thread: rows.RowThread, at: Mapping[str, Value], row: Value, *, loaded: int = 0
@@ -137,7 +157,7 @@ class Norm:
         Uses the thread's first exchanges. Calls `thread.wait_prepared`.
 
         Args:
-          at: addresses by the names of `operands`, `results` and `shared`.
+          at: addresses by the names of its operands, `results` and `shared`.
           loaded: 16-byte loads that the thread began before and whose values it holds.
         """
         fours = [thread.float4(row, turn) for turn in range(thread.layout.turns)]
@@ -149,6 +169,9 @@ class Norm:
 
         # Loads that depend on nothing begin first; those of terms have to wait for the row numbers.
         indices = None if self.terms is None else _load_indices(self.terms, at, row)
+        exchange = None
+        if self.terms is not None and self.peers is not None:
+            exchange = Exchange.of(self.peers, self.terms.box, at["peers"])
         x = [load("x", four, row) for four in fours]
         scale = [load("scale", four, zero) for four in fours]
         bias = [load("bias", four, zero) for four in fours] if "bias" in at else []
@@ -158,8 +181,10 @@ class Norm:
         if self.terms is not None and indices is not None:
             loaded_terms = [_Term.of(self.terms, *each) for each in indices]
             flight = min(_FLIGHT, _LOADS // thread.layout.threads - _OTHERS - loaded)
-            for turn, four in enumerate(fours):
-                added = _total(self.terms, at, loaded_terms, four, flight)
+            adds_bias = None if exchange is None else exchange.is_first_of(self.terms.sharers)
+            own = (_total(self.terms, at, loaded_terms, four, flight, adds_bias) for four in fours)
+            totals = _over_devices(self.terms, at, exchange, fours, own)
+            for turn, (four, added) in enumerate(zip(fours, totals, strict=True)):
                 summed = [arith.addf(*pair) for pair in zip(sums[turn], added, strict=True)]
                 words = [ptx.pack(*summed[:2]), ptx.pack(*summed[2:])]
                 ptx.store(four.at(at["sum"], 2), words, four.exists)
@@ -197,6 +222,29 @@ class Norm:
         variance = ptx.fma(squares, share, ptx.float32(self.epsilon))
         (factor,) = ptx.asm("rsqrt.approx.f32 $0, $1;", [ptx.f32()], [variance])
         return sums, factor
+
+
+def _over_devices(
+    terms: PartialSum,
+    at: Mapping[str, Value],
+    exchange: Exchange | None,
+    fours: list[rows.Float4],
+    own: Iterator[list[Value]],
+) -> Iterator[list[Value]]:
+    """The sums over devices of each turn's numbers, of which `own` are this device's."""
+    if exchange is None:
+        yield from own
+        return
+    bias = []  # of a plain sum: the same on all devices, and added once
+    if terms.is_plain and terms.bias_EO is not None:
+        dtype, zero = terms.bias_EO.dtype, ptx.const(0)
+        bias = [rows.load_float4(four.at(at["term_bias"], dtype.itemsize, zero), dtype, four.exists) for four in fours]
+    sent = list(own)
+    for four, numbers in zip(fours, sent, strict=True):
+        exchange.send(four, numbers)
+    for turn, (four, numbers) in enumerate(zip(fours, sent, strict=True)):
+        added = exchange.received(four, numbers)
+        yield [arith.addf(*pair) for pair in zip(added, rows.as_floats(bias[turn]), strict=True)] if bias else added
 
 
 def _sum_of_squares(numbers: list[Value]) -> Value:
@@ -242,9 +290,14 @@ class _Term:
 
 
 def _total(
-    terms: PartialSum, at: Mapping[str, Value], loaded: list[_Term], four: rows.Float4, flight: int
+    terms: PartialSum,
+    at: Mapping[str, Value],
+    loaded: list[_Term],
+    four: rows.Float4,
+    flight: int,
+    adds_bias: Value | None,
 ) -> list[Value]:
-    """Four numbers of `terms.total()`, with up to `flight` loads in flight."""
+    """Four numbers of `terms.total()`, with up to `flight` loads in flight; `adds_bias`: None if always."""
     J, A, _ = terms.parts_JAO.shape
 
     def begin(term: _Term, piece: int) -> list[Value]:
@@ -253,10 +306,12 @@ def _total(
         if piece < J:
             piece_at = four.at(at["term_parts"], 4, ptx.add(term.row, piece * A))
             return rows.load_float4(piece_at, jnp.float32, condition)
+        condition = condition if adds_bias is None else ptx.both(condition, adds_bias)
         return rows.load_float4(four.at(at["term_bias"], dtype.itemsize, term.bias_row), dtype, condition)
 
     dtype = jnp.dtype(jnp.float32) if terms.bias_EO is None else terms.bias_EO.dtype
-    pieces = J if terms.bias_EO is None else J + 1
+    has_bias = terms.bias_EO is not None and not (terms.over and terms.is_plain)  # see `_over_devices`
+    pieces = J + 1 if has_bias else J
     jobs = [(term, piece) for term in loaded for piece in range(pieces)]
     added: list[Value] = []
     summed: list[Value] = []

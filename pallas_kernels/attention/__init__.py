@@ -1,3 +1,15 @@
-from pallas_kernels.attention.api import attention, attention_over_pages, packed_attention_over_pages
+from pallas_kernels.attention.api import (
+    append_and_attend,
+    attention,
+    attention_over_pages,
+    packed_attention_over_pages,
+    takes_product,
+)
 
-__all__ = ["attention", "attention_over_pages", "packed_attention_over_pages"]
+__all__ = [
+    "append_and_attend",
+    "attention",
+    "attention_over_pages",
+    "packed_attention_over_pages",
+    "takes_product",
+]

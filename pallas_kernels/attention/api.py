@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, pages
 from pallas_kernels.attention import paged, reference
+from pallas_kernels.partial_sum import PartialSum
 
 
 def attention(
@@ -124,14 +126,75 @@ def _decode_pages(
     scale: float,
     window: int | None,
 ) -> jax.Array:
-    """What comes before the kernel is the same in all layers of a kind, so XLA computes it once a step."""
-    positions_B, places = q_positions_B1[:, 0], table_BZ.shape[1] * pages.PAGE
+    counts_B, seen = _seen(table_BZ, q_positions_B1[:, 0], window)
+    return kernel(q_B1NH[:, 0], k_YKSH, v_YKSH, counts_B, sinks_N, scale=scale, **seen)[:, None]
+
+
+def _seen(table_BZ: jax.Array, positions_B: jax.Array, window: int | None) -> tuple[jax.Array, dict[str, Any]]:
+    """How many places of which pages the kernels' rows see, and from which place on.
+
+    It is the same in all layers of a kind, so XLA computes it once a step.
+    """
+    places = table_BZ.shape[1] * pages.PAGE
     if window is None or window >= places:
-        counts_B, starts_B, window = jnp.clip(positions_B + 1, 0, places), None, None
-    else:
-        table_BZ, starts_B, counts_B = pages.window(table_BZ, positions_B, window)
-    more = {"table_BZ": table_BZ, "starts_B": starts_B, "window": window}
-    return kernel(q_B1NH[:, 0], k_YKSH, v_YKSH, counts_B, sinks_N, scale=scale, **more)[:, None]
+        return jnp.clip(positions_B + 1, 0, places), {"table_BZ": table_BZ, "starts_B": None, "window": None}
+    table_BZ, starts_B, counts_B = pages.window(table_BZ, positions_B, window)
+    return counts_B, {"table_BZ": table_BZ, "starts_B": starts_B, "window": window}
+
+
+def takes_product(tokens: int, k_YKSH: jax.Array, *, implementation: str = dispatch.AUTO) -> bool:
+    """Whether `append_and_attend` has a kernel here: Hopper, one token per row, bfloat16, heads of 64·i numbers."""
+    if tokens != 1 or dispatch.wanted(implementation) != dispatch.MOSAIC or k_YKSH.dtype != jnp.bfloat16:
+        return False
+    from pallas_kernels.attention.decode import mosaic_sm90
+
+    return k_YKSH.shape[-1] % mosaic_sm90.WIDTHS == 0
+
+
+def append_and_attend(
+    qkv: PartialSum,
+    rotation: tuple[jax.Array, jax.Array] | None,
+    positions_B: jax.Array,
+    k_YKSH: jax.Array,
+    v_YKSH: jax.Array,
+    table_BZ: jax.Array,
+    sinks_N: jax.Array | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    scales: tuple[jax.Array, jax.Array] | None = None,
+    epsilon: float = 0.0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """From the qkv product of one token per row to its attention, in one kernel, which also writes to the pages.
+
+    Means, in float32, with q, k and v rounded to the cache's dtype before the rotation and after it:
+
+        q, k, v     = split(qkv.total()) into N, K and K heads
+        q, k        = each head / sqrt(mean(head²) + epsilon) * its scale, rounded again, if there are scales
+        first, last = halves of each head of q and k
+        rotated     = (first * cos - last * sin, last * cos + first * sin)
+        pages[table[b, positions[b] // PAGE], :, positions[b] % PAGE] = rotated k, v
+        out         = attention_over_pages(rotated q, …)
+
+    Args:
+      qkv: [B, (N + 2·K) · H], without rows or weights of its own.
+      rotation: cos and sin, float32 [B, H/2]; None to rotate nothing.
+      positions_B: int32, less than Z · PAGE; nothing is written for negative ones, whose result is 0.
+      k_YKSH, v_YKSH: pools for which `takes_product` is true; updated in place if donated. No row sees a place that
+        another one writes to.
+      table_BZ: int32, each row's pages.
+      sinks_N, scale, window: as in `attention`.
+      scales, epsilon: of norms of each query head and of each key head, [H] of one floating dtype, bfloat16 or float32.
+
+    Returns:
+      [B, N, H], and the pools. A row's bits do not depend on B and Z, either.
+    """
+    from pallas_kernels.attention.decode import mosaic_sm90
+
+    slots_B = pages.slots(table_BZ, positions_B[:, None])[:, 0]
+    tokens = mosaic_sm90.NewTokens(qkv, rotation, slots_B, scales, epsilon)
+    counts_B, seen = _seen(table_BZ, positions_B, window)
+    return mosaic_sm90.decode_newest(tokens, k_YKSH, v_YKSH, counts_B, sinks_N, scale=scale, **seen)
 
 
 def packed_attention_over_pages(

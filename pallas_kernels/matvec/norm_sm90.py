@@ -41,9 +41,10 @@ def takes(norm: RowNorm, threads: int) -> bool:
 
 
 def _takes_terms(terms: PartialSum, width: int) -> bool:
-    """One term, in one part, and a bias at most."""
+    """One term, in one part, and a bias at most; nothing on other devices."""
     return (
-        terms.parts_JAO.shape == (1, 1, width)
+        not terms.over
+        and terms.parts_JAO.shape == (1, 1, width)
         and terms.parts_JAO.dtype == jnp.float32
         and all(each is None for each in (terms.rows_TX, terms.weights_TX, terms.bias_rows_TX))
         and (terms.bias_EO is None or terms.bias_EO.dtype in _FLOATS)

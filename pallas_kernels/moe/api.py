@@ -1,5 +1,6 @@
 """A mixture of experts: each token goes through a few of many feed-forward networks."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -27,6 +28,7 @@ def moe(
     *,
     alpha: float,
     limit: float,
+    width_over: tuple[str, ...] = (),
     implementation: str = dispatch.AUTO,
 ) -> PartialSum:
     """The weighted sum of the chosen experts' clamped SwiGLU networks.
@@ -48,6 +50,7 @@ def moe(
       down: [E, F, D]; or packed, [E, D, F].
       gate_up_bias_E2F, down_bias_ED: of any floating dtype.
       alpha, limit: of the activation.
+      width_over: axes of the mesh whose devices have parts of F, under `shard_map`: the first of them adds down's bias.
       implementation: "auto", "mosaic" or "triton" (repacked weights and bfloat16), or "xla".
 
     Returns:
@@ -70,7 +73,11 @@ def moe(
 
         available[dispatch.TRITON] = triton.routed
     run = dispatch.choose("moe", implementation, available)
-    return run(x_TD, experts_TX, weights_TX, gate_up, gate_up_bias_E2F, down, down_bias_ED, alpha=alpha, limit=limit)
+    if width_over and run is reference.grouped:  # which adds it itself
+        down_bias_ED = jnp.where(jax.lax.axis_index(width_over) == 0, down_bias_ED, 0)
+    up = x_TD, experts_TX, weights_TX, gate_up, gate_up_bias_E2F
+    terms = run(*up, down, down_bias_ED, alpha=alpha, limit=limit)
+    return dataclasses.replace(terms, sharers=jax.lax.axis_size(width_over)) if width_over else terms
 
 
 def repacked(weight: MXFP4, implementation: str = dispatch.AUTO) -> MXFP4 | MXFP4Fragments:

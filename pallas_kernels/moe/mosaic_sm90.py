@@ -23,11 +23,11 @@ from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
 from pallas_kernels.formats.mxfp4_sm90 import MISSING, decoded
 from pallas_kernels.moe.activation import SwiGLU
 from pallas_kernels.moe.routing import Groups, route
+from pallas_kernels.moe.runs import runs_of_width
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
 EIGHT = 8  # tokens per instruction
-_RUNS = 3  # of the product down, if its columns can be divided so
 _LOAD_X = (
     "{ .reg .pred p; setp.ge.s32 p, $9, 0; "
     + " ".join(f"mov.b32 ${i}, 0;" for i in range(8))
@@ -102,19 +102,15 @@ def _settings(part: str, experts_TX: jax.Array, weight: MXFP4Fragments) -> Any:
 
 def runs_of(down: MXFP4Fragments) -> int:
     """The runs of the product down. With few tokens, one block for all columns would be too few blocks."""
-    return _runs(down.shape[-1])
-
-
-def _runs(inputs: int) -> int:
-    return math.gcd(_RUNS, inputs // TILE)
+    return runs_of_width(down.shape[-1])
 
 
 def heuristic(shape: tiles.Shape) -> tiles.Settings:
     """The settings for a shape that is not in the table; RECORD.md has the measurements."""
-    rows = int(shape[tiles.ROWS])
+    rows, divided = int(shape[tiles.ROWS]), shape["part"] == "down"
     return {
         "unroll": 9 if rows == 1 else 5,
-        "splits": _runs(int(shape["in"])) if shape["part"] == "down" and rows <= 8 else 1,  # otherwise too few blocks
+        "splits": runs_of_width(int(shape["in"])) if divided and rows <= 8 else 1,  # otherwise too few blocks
         "eights": 1 if rows <= 64 else 2,
     }
 
@@ -125,7 +121,7 @@ def tunable(shape: tiles.Shape) -> list[tiles.Settings]:
     others: list[tiles.Settings] = [
         {"unroll": unroll, "splits": splits, "eights": eights}
         for eights in ([1] if rows <= 8 else [1, 2] if rows <= 32 else [1, 2, 4])
-        for splits in ([1] if shape["part"] == "up" else sorted({1, _runs(int(shape["in"]))}))
+        for splits in ([1] if shape["part"] == "up" else sorted({1, runs_of_width(int(shape["in"]))}))
         for unroll in (3, 5, 9)
     ]
     return [usual, *(each for each in others if each != usual)]

@@ -10,9 +10,11 @@ from pallas_kernels.ptx.cluster import MOST_BLOCKS, ClusterThread, cluster_rank
 from pallas_kernels.ptx.control import choose, keep_loads_before, loop, repeat, when
 from pallas_kernels.ptx.launch import launch
 from pallas_kernels.ptx.memory import (
+    arrived,
     global_address,
     load,
     load_shared,
+    load_shared_over,
     offset,
     shared_address,
     shared_offset,
@@ -68,6 +70,7 @@ __all__ = [
     "Value",
     "add",
     "always",
+    "arrived",
     "as_value",
     "asm",
     "both",
@@ -94,6 +97,7 @@ __all__ = [
     "load",
     "load_matrices",
     "load_shared",
+    "load_shared_over",
     "loop",
     "mma",
     "mul",

@@ -67,11 +67,41 @@ def store(at: Value, values: Sequence[Value], condition: Condition, *, space: st
     asm(text, [], [at, *values, register])
 
 
+def arrived(at: Value, empty: int, condition: Condition) -> list[Value]:
+    """Waits until none of four words in global memory is `empty`, and returns them; 0 if the condition does not hold.
+
+    Another device may write them.
+    """
+    comparison, register = as_predicate(condition)
+    text = (
+        f"{{ .reg .pred p, here; setp.{comparison}.s32 p, $5, 0; "
+        "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+        "again: @p ld.volatile.global.v4.b32 {$0, $1, $2, $3}, [$4]; "
+        f"setp.ne.s32 here, $0, {empty}; "
+        + "".join(f"setp.ne.and.s32 here, ${i}, {empty}, here; " for i in (1, 2, 3))
+        + "@!here bra again; }"
+    )
+    return asm(text, [i32()] * 4, [at, register], volatile=True)
+
+
 def load_shared(at: Value, types: Sequence[Any], *, shift: int = 0) -> list[Value]:
     """Loads 1, 2 or 4 words from shared memory, all int32 or all float32, in every thread. See `load`."""
     count = len(types)
     what = _list([f"${i}" for i in range(count)])
     return asm(f"ld.shared{_vector(count)}.b32 {what}, [${count}+{shift}];", types, [at], volatile=True)
+
+
+def load_shared_over(at: Value, words: Sequence[Value], condition: Condition, *, shift: int = 0) -> list[Value]:
+    """Loads 1, 2 or 4 int32 words from shared memory if the condition holds, and else gives these. See `load`."""
+    count = len(words)
+    outputs = [f"${i}" for i in range(count)]
+    kept = "".join(f"mov.b32 {each}, ${count + 1 + i};" for i, each in enumerate(outputs))
+    comparison, register = as_predicate(condition)
+    text = (
+        f"{{ .reg .pred p; setp.{comparison}.s32 p, ${2 * count + 1}, 0; {kept} "
+        f"@p ld.shared{_vector(count)}.b32 {_list(outputs)}, [${count}+{shift}]; }}"
+    )
+    return asm(text, [i32()] * count, [at, *words, register], volatile=True)
 
 
 def _vector(count: int) -> str:

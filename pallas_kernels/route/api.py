@@ -1,5 +1,6 @@
 """The residual sum, its norm, and the routing of the norm to experts, in one operation."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.matmul import matmul
 from pallas_kernels.partial_sum import PartialSum
+from pallas_kernels.peers import Peers, exchanged_or_gathered
 from pallas_kernels.route import reference
 
 
@@ -21,6 +23,7 @@ def norm_route(
     router_bias_E: jax.Array,
     positions_T: jax.Array,
     top: int,
+    peers: Peers | None = None,
     implementation: str = dispatch.AUTO,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """`add_norm` with RMSNorm, then each token's `top` experts by the norm, and the softmax over their logits.
@@ -33,7 +36,7 @@ def norm_route(
         experts = -1 where positions < 0
 
     Args:
-      x_TD, terms, scale_D, epsilon: see `add_norm`.
+      x_TD, terms, scale_D, epsilon, peers: see `add_norm`.
       router_DE, router_bias_E: of any floating dtype; the router is rounded to x's.
       positions_T: int32; a token at a negative position is padding: it has no experts, and its weights are undefined.
       top: how many experts, 1 to E.
@@ -46,16 +49,19 @@ def norm_route(
     Raises:
       ValueError: an unknown implementation, or one that does not support these operands.
     """
+    on_hopper = dispatch.wanted(implementation) == dispatch.MOSAIC
+    terms = exchanged_or_gathered(terms, peers) if on_hopper else terms
     operands = (x_TD, terms, scale_D, router_DE, router_bias_E, positions_T)
-    available = {dispatch.XLA: reference.norm_route}
-    if dispatch.wanted(implementation) == dispatch.MOSAIC:
+    available: dict[str, Callable[..., tuple[jax.Array, ...]]] = {dispatch.XLA: reference.norm_route}
+    if on_hopper:
         from pallas_kernels.ptx.rows import MOST_ROWS
         from pallas_kernels.route import mosaic_sm90
 
         if mosaic_sm90.supports(*operands, top=top):
-            available[dispatch.MOSAIC] = mosaic_sm90.norm_route
+            available[dispatch.MOSAIC] = partial(mosaic_sm90.norm_route, peers=peers)
         elif x_TD.shape[0] > MOST_ROWS and x_TD.dtype == jnp.bfloat16 and x_TD.shape[1] % 64 == 0:
             multiply = partial(matmul, implementation=dispatch.MOSAIC)
             available[dispatch.MOSAIC] = partial(reference.norm_route, multiply=multiply)
     run = dispatch.choose("norm_route", implementation, available)
-    return run(*operands, epsilon=epsilon, top=top)
+    sum_TD, normed_TD, experts_TX, weights_TX = run(*operands, epsilon=epsilon, top=top)
+    return sum_TD, normed_TD, experts_TX, weights_TX

@@ -27,6 +27,7 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels import ptx
 from pallas_kernels.add_norm import mosaic_sm90 as add_norm
 from pallas_kernels.partial_sum import PartialSum
+from pallas_kernels.peers import Peers
 from pallas_kernels.ptx import Value, rows
 
 MOST_EXPERTS = 128
@@ -321,6 +322,7 @@ def norm_route(
     router_bias_E: jax.Array,
     positions_T: jax.Array,
     *,
+    peers: Peers | None = None,
     epsilon: float,
     top: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -328,7 +330,7 @@ def norm_route(
     T, D = x_TD.shape
     E = router_DE.shape[1]
     layout = layout_of(T, D, E)
-    norm = add_norm.Norm(terms, add_norm.operands(x_TD, terms, scale_D, None), epsilon, center=False)
+    norm = add_norm.Norm.of(x_TD, terms, scale_D, None, peers=peers, epsilon=epsilon, center=False)
     counts = [*add_norm.counts(layout), sent(layout, E)]
 
     def norm_route(*, row: Value, **at: Value) -> None:

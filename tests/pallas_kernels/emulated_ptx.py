@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -97,6 +98,8 @@ _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "setp.ge.s32": lambda a, b: _integer(a) >= _integer(b),
     "setp.gt.s32": lambda a, b: _integer(a) > _integer(b),
     "setp.ne.s32": lambda a, b: _integer(a) != _integer(b),
+    "setp.ne.and.s32": lambda a, b, p: (_integer(a) != _integer(b)) & p,
+    "mov.b64": lambda low, high: low.astype(np.int64) | high.astype(np.int64) << 32,
     # Of each warp, in each of its threads.
     "redux.sync.max.u32": lambda a, mask: a.reshape(-1, 32).max(axis=1).repeat(32),
     "redux.sync.min.u32": lambda a, mask: a.reshape(-1, 32).min(axis=1).repeat(32),
@@ -106,7 +109,7 @@ _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "mad.wide.s32": lambda a, b, c: _integer(a).astype(np.int64) * _integer(b) + c,
 }
-_WITHOUT_EFFECT = (".reg", "@!p", "bar", "fence", "prefetch")  # here
+_WITHOUT_EFFECT = (".reg", "@!", "bar", "fence", "prefetch")  # here
 
 
 @functools.cache
@@ -132,7 +135,7 @@ class Arith:
     class CmpIPredicate:
         """Comparisons of integers."""
 
-        eq, sge, slt = operator.eq, operator.ge, operator.lt
+        eq, ne, sge, slt = operator.eq, operator.ne, operator.ge, operator.lt
 
         @staticmethod
         def ult(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -234,7 +237,7 @@ class Emulator:
         return [self._all(np.int32(sum(sizes[:i]))) for i in range(len(sizes))]
 
     def _all(self, value: Any) -> np.ndarray:
-        return value if np.shape(value) == self._threads.shape else np.broadcast_to(value, self._threads.shape)
+        return value if np.shape(value) == self._threads.shape else np.full(self._threads.shape, value)
 
     def _bytes(
         self, address: np.ndarray, size: int, active: np.ndarray, rank: np.ndarray | None = None
@@ -366,8 +369,16 @@ class Emulator:
                 assert self._to_come[mbarrier] == 0, f"bytes to come: {self._to_come[mbarrier]}"
 
 
-def launched(*kernels: Any) -> Callable[..., dict[str, Any]]:
-    """What stands in for `ptx.launch`, given the modules that the kernel is from."""
+ALREADY_THERE = _GLOBAL  # the address of what is in global memory before a kernel's operands
+
+
+def launched(*kernels: Any, before: np.ndarray | None = None) -> Callable[..., dict[str, Any]]:
+    """What stands in for `ptx.launch`. References are written to.
+
+    Args:
+      kernels: the modules that the kernel is from.
+      before: memory at the address `ALREADY_THERE`, which the kernel may change.
+    """
 
     def launch(
         thread: Callable[..., None],
@@ -380,7 +391,9 @@ def launched(*kernels: Any) -> Callable[..., dict[str, Any]]:
         warpgroups: int | None = None,
     ) -> dict[str, Any]:
         emulator = Emulator(128 * (warpgroups or 1), cluster)
-        given = {name: np.asarray(operand) for name, operand in operands.items()}
+        start = None if before is None else emulator.array(before)
+        refs = {name: operand for name, operand in operands.items() if isinstance(operand, jax.Ref)}
+        given = {name: np.asarray(refs[name][...] if name in refs else each) for name, each in operands.items()}
         empty = {name: np.full(each.shape, 0xFF, np.uint8) for name, each in results.items()}
         given |= {name: nothing.repeat(results[name].dtype.itemsize) for name, nothing in empty.items()}
         at = {name: emulator.array(each) for name, each in given.items()}
@@ -391,10 +404,15 @@ def launched(*kernels: Any) -> Callable[..., dict[str, Any]]:
                 here = dict(zip(sizes, emulator.share(*sizes.values()), strict=True))
                 thread(**at, **here, **dict(zip(grid, map(emulator.constant, indices), strict=True)))
 
+        if before is not None and start is not None:
+            before[...] = emulator.result(start, before.size, before.dtype).reshape(before.shape)
+
         def written(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
             dtype = ml_dtypes.bfloat16 if dtype == jnp.bfloat16 else dtype
             return emulator.result(at[name], int(np.prod(shape)), dtype).reshape(shape)
 
+        for name, ref in refs.items():
+            ref[...] = jnp.asarray(written(name, ref.shape, ref.dtype))
         return {name: written(name, each.shape, each.dtype) for name, each in results.items()}
 
     return launch

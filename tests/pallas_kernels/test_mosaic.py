@@ -1,4 +1,4 @@
-"""The Mosaic kernels of experts, products and the cache: lowered for CUDA everywhere, run on a Hopper GPU."""
+"""The Mosaic kernels of experts and products: lowered for CUDA everywhere, run on a Hopper GPU."""
 
 import importlib
 import math
@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import append, dispatch, tiles
+from pallas_kernels import dispatch, tiles
 from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import quantize
 from pallas_kernels.matvec import matvec
 from pallas_kernels.moe import moe
-from pallas_kernels.pages import PAGE
-from pallas_kernels.partial_sum import PartialSum
 from tests.oracles import moe_numpy
 from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 
@@ -151,19 +149,6 @@ def test_runs_follow_from_a_matrix_alone(inputs, outputs, expected):
     assert importlib.import_module("pallas_kernels.matvec.mosaic_sm90").runs(inputs, outputs) == expected
 
 
-@needs_mosaic
-@pytest.mark.parametrize("B", [1, 8])
-@pytest.mark.parametrize(("rotates", "H", "normed"), [(True, 64, False), (False, 64, False), (True, 128, True)])
-def test_appending_lowers_and_updates_the_cache_in_place(B, rotates, H, normed):
-    cache, table = _shape(1 + B * 4, 8, PAGE, H), _shape(B, 4, dtype=jnp.int32)
-    qkv = PartialSum(_shape(3, B, 80 * H, dtype=jnp.float32), bias_EO=_shape(1, 80 * H))
-    angles = (_shape(B, H // 2, dtype=jnp.float32),) * 2 if rotates else None
-    operands = qkv, angles, _shape(B, dtype=jnp.int32), cache, cache, table
-    scales = (_shape(H),) * 2 if normed else None
-    text = lowered(lambda scales, *given: append.append(*given, scales=scales, epsilon=1e-6), scales, *operands)
-    assert "output_operand_aliases" in text
-
-
 def _moe_operands(T: int, E: int, D: int, F: int, X: int, seed: int) -> list[Any]:
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.standard_normal((T, D)), jnp.bfloat16)
@@ -235,48 +220,3 @@ def test_products_agree_with_numpy_with_the_same_bits_among_any_number_of_rows(K
     np.testing.assert_allclose(totals[128], x @ kernel + bias, rtol=0, atol=1e-6 * K)
     for T, total in totals.items():
         np.testing.assert_array_equal(total, totals[128][:T], err_msg=f"{T} rows")
-
-
-@needs_hopper
-@pytest.mark.parametrize(
-    ("rotates", "H", "normed"),
-    [(True, 64, False), (False, 64, False), (True, 64, True), (True, 128, True), (False, 256, True)],
-)
-def test_appending_agrees_with_numpy(rotates, H, normed):
-    rng, B, N, K, splits = np.random.default_rng(0), 7, 6, 3, 3
-    positions = np.asarray([0, 127, -1, 128, 511, 300, 5], np.int32)
-    table = (1 + rng.permutation(40)[:28]).reshape(7, 4).astype(np.int32)
-    table[6] = 0  # a row whose page is not there writes to page 0, which belongs to nobody
-    where = [(table[row, p // PAGE], p % PAGE) for row, p in enumerate(positions)]
-    parts = rng.standard_normal((splits, B, (N + 2 * K) * H)).astype(np.float32)
-    bias = jnp.asarray(rng.standard_normal((1, parts.shape[2])), jnp.bfloat16)
-    cache = [jnp.asarray(rng.standard_normal((41, K, PAGE, H)), jnp.bfloat16) for _ in "kv"]
-    angle = rng.uniform(-3, 3, (B, H // 2)).astype(np.float32)
-    angles = (np.cos(angle), np.sin(angle)) if rotates else None
-    qkv = PartialSum(jnp.asarray(parts), bias_EO=bias)
-    scales = tuple(jnp.asarray(rng.standard_normal(H), jnp.bfloat16) for _ in "qk") if normed else None
-    run = jax.jit(lambda scales, *given: append.append(*given, scales=scales, epsilon=1e-5))
-    q, *written = run(scales, qkv, angles, positions, *cache, table)
-
-    total = parts.astype(np.float64).sum(axis=0) + np.asarray(bias, np.float64)
-    heads = np.asarray(jnp.asarray(total, jnp.float32).astype(jnp.bfloat16), np.float64).reshape(B, N + 2 * K, H)
-    if scales is not None:
-        of_head = np.repeat(np.asarray(scales, np.float64), [N, K], axis=0)
-        normal = heads[:, : N + K] / np.sqrt(np.square(heads[:, : N + K]).mean(axis=-1, keepdims=True) + 1e-5)
-        normal = np.asarray(jnp.asarray(normal * of_head, jnp.bfloat16), np.float64)
-        heads = np.concatenate((normal, heads[:, N + K :]), axis=1)
-    if rotates:
-        first, last = np.split(heads[:, : N + K], 2, axis=-1)
-        cos, sin = (each.astype(np.float64)[:, None] for each in angles)
-        turned = np.concatenate((first * cos - last * sin, last * cos + first * sin), axis=-1)
-        heads = np.concatenate((turned, heads[:, N + K :]), axis=1)
-    # Half a last place of what is up to 16, and another where the sum was just between two numbers.
-    near = {"rtol": 2 * BF16, "atol": 2 * BF16}
-    np.testing.assert_allclose(np.asarray(q, np.float64), heads[:, :N], **near)
-    for before, after, new in zip(cache, written, (heads[:, N : N + K], heads[:, N + K :]), strict=True):
-        expected = np.array(before, np.float64)
-        for row, (page, place) in enumerate(where):
-            if positions[row] >= 0:
-                np.testing.assert_allclose(np.asarray(after[page, :, place], np.float64), new[row], **near)
-                expected[page, :, place] = np.asarray(after[page, :, place], np.float64)
-        np.testing.assert_array_equal(np.asarray(after, np.float64), expected)

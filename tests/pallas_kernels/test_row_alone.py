@@ -13,7 +13,7 @@ from gptjax.layers.mlp import GatedMLP
 from gptjax.layers.norm import RMSNorm
 from gptjax.layers.residual import Residual
 from pallas_kernels.add_norm import add_norm
-from pallas_kernels.append import append
+from pallas_kernels.attention import append_and_attend
 from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import BLOCK, MXFP4
 from pallas_kernels.moe import moe
@@ -118,7 +118,7 @@ def test_of_experts_that_all_rows_choose(network):
 
 
 @pytest.mark.parametrize(("H", "normed"), [(64, False), (128, True)])
-def test_of_what_is_appended(H, normed):
+def test_of_attention_that_appends(H, normed):
     rng, N, K = np.random.default_rng(0), 8, 2
     scales = tuple(jnp.asarray(rng.standard_normal(H), jnp.bfloat16) for _ in "qk") if normed else None
     parts = jnp.asarray(rng.standard_normal((MOST, 3, (N + 2 * K) * H)), jnp.float32)
@@ -131,8 +131,9 @@ def test_of_what_is_appended(H, normed):
         empty = jnp.zeros((1 + rows, K, PAGE, H), jnp.bfloat16)
         table = 1 + jnp.arange(rows, dtype=jnp.int32)[:, None]
         qkv = PartialSum(parts.swapaxes(0, 1), bias_EO=bias)
-        q, k, v = append(qkv, (cos, sin), positions, empty, empty, table, scales=scales, epsilon=EPSILON)
-        return q, k[1:], v[1:]
+        more = {"scale": H**-0.5, "scales": scales, "epsilon": EPSILON}
+        out, k, v = append_and_attend(qkv, (cos, sin), positions, empty, empty, table, **more)
+        return out, k[1:], v[1:]
 
     _assert_alone(jax.jit(run), [parts, np.cos(angle), np.sin(angle), positions])
 

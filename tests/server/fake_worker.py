@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gptjax.engine.request import Request, Token
-from gptjax.server.events import Deliver, Event, Failed, Finished, QueueFull, State, Ticket, Tokens, Unavailable
+from gptjax.server.ipc.events import Deliver, Event, Failed, Finished, QueueFull, State, Ticket, Tokens, Unavailable
 
 
 class FakeWorker:

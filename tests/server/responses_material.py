@@ -2,9 +2,10 @@
 
 import json
 
-from tests.server.server_material import GPT_OSS, make, post, saying
+from tests.server.server_material import GPT_OSS, ask, make, post, saying, tokenizer
 
 THOUGHT = "<|channel|>analysis<|message|>The king is old.<|end|><|start|>assistant"
+LOOK = "<|channel|>commentary<|message|>Let me look.<|end|><|start|>assistant"
 ANSWER = "<|channel|>final<|message|>It was late.<|return|>"
 CALL = '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Oslo"}<|call|>'
 WEATHER = {"type": "function", "name": "weather", "description": "Of a city.", "parameters": {"type": "object"}}
@@ -42,3 +43,27 @@ def events(response):
 
 def without_ids(items):
     return [{name: value for name, value in item.items() if name != "id"} for item in items]
+
+
+def prompt_of(service):
+    return tokenizer(GPT_OSS).decode(service.worker.requests[-1].prompt_ids, special=True)
+
+
+def get(service, path, status=200, method="GET"):
+    found = ask(service, method, f"/v1/responses/{path}")
+    assert found.status_code == status, found.text
+    return found.json()
+
+
+def kept(service, **fields):
+    found = respond(service, **fields)
+    assert found.status_code == 200, found.text
+    return found.json()
+
+
+def answers(*texts, **more):
+    return make(saying(*texts, name=GPT_OSS), name=GPT_OSS, **more)
+
+
+def outcome(call, output="rain"):
+    return {"type": "function_call_output", "call_id": call["call_id"], "output": output}

@@ -17,12 +17,14 @@ from gptjax.config import GenerationDefaults
 from gptjax.engine import steps
 from gptjax.engine.request import Request
 from gptjax.errors import GptjaxError
-from gptjax.server import app, hosting, scoring, serving
-from gptjax.server.events import Failed
-from gptjax.server.metrics import Metrics
-from gptjax.server.service import Served, Service
-from gptjax.server.settings import Limits
-from gptjax.server.worker import Worker
+from gptjax.server.front import app, serving
+from gptjax.server.generation.served import Served
+from gptjax.server.generation.service import Service
+from gptjax.server.http.metrics import Metrics
+from gptjax.server.ipc.events import Failed
+from gptjax.server.ipc.settings import Limits
+from gptjax.server.worker import hosting, scoring
+from gptjax.server.worker.worker import Worker
 from gptjax.text import Tokenizer, load_tokenizer
 from gptjax.text.chat_formats import ChatFormat, choose_format
 from tests.server.fake_worker import FakeWorker, score
@@ -217,3 +219,11 @@ def served(lm, name, *, max_queue=64, chunk=steps.CHUNK, far=False):
         server, address = stack.enter_context(running(service))
         service.worker.wait_until_ready()
         yield server, address
+
+
+def choice(response, index=0):
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][index]
+
+
+RAW = "<|start|>user<|message|>Hi<|end|><|start|>assistant"

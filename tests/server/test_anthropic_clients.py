@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.server.events import Failed
-from tests.server.responses_material import ANSWER, CALL, THOUGHT, talking
+from gptjax.server.ipc.events import Failed
+from tests.server.anthropic_material import SIGNED, WEATHER, events, fault, message
+from tests.server.responses_material import ANSWER, CALL, LOOK, THOUGHT, talking
 from tests.server.server_material import GPT_OSS, USER, make, post, running, saying
-from tests.server.test_anthropic import LOOK, SIGNED, WEATHER, events, fault, message
 from tests.server.test_openai_types import check
 
 pytestmark = pytest.mark.clients

@@ -5,9 +5,9 @@ import asyncio
 import httpx2
 import pytest
 
-from gptjax.server import origins
-from gptjax.server.app import build
-from gptjax.server.serving import make_server
+from gptjax.server.front.app import build
+from gptjax.server.front.serving import make_server
+from gptjax.server.http import origins
 from tests.server.server_material import GPT2, GPT_OSS, MAX_LENGTH, ask, complete, fault, make, tokenizer, until
 
 

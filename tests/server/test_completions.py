@@ -1,20 +1,18 @@
 """`/v1/completions`."""
 
 import asyncio
-import dataclasses
 import re
-import threading
 
-import httpx2
 import pytest
 
-from gptjax.server import app
-from gptjax.server.events import Failed
+from gptjax.server.front import app
+from gptjax.server.ipc.events import Failed
 from gptjax.text import Tokenizer
-from tests.server.fake_worker import score
 from tests.server.server_material import (
     GPT_OSS,
+    RAW,
     all_of,
+    choice,
     complete,
     endless,
     events,
@@ -28,11 +26,6 @@ from tests.server.server_material import (
 )
 
 PROMPT = "Once upon a time"
-
-
-def choice(response, index=0):
-    assert response.status_code == 200, response.text
-    return response.json()["choices"][index]
 
 
 def test_a_text_is_continued():
@@ -129,32 +122,6 @@ def test_a_stop_string_ends_the_request():
     assert service.worker.open == {}
 
 
-def test_legacy_logprobs():
-    found = choice(complete(make(saying(" there was é<|endoftext|>")), logprobs=2))["logprobs"]
-    tokens = ids(" there was é<|endoftext|>")
-    assert len(found["tokens"]) == len(tokens)
-    assert found["tokens"][:2] == [" there", " was"]
-    assert found["token_logprobs"] == [-0.5] * len(tokens)
-    assert [list(top.values()) for top in found["top_logprobs"]] == [[-0.5, -1.5]] * len(tokens)
-    assert found["text_offset"][:3] == [0, 6, 10]
-    assert choice(complete(make(), logprobs=0))["logprobs"]["top_logprobs"] is None
-
-
-def test_echo_with_logprobs_as_the_evaluation_harness_asks_for_it():
-    tokens = ids("The old king went")
-    response = complete(make(endless), prompt=[tokens, tokens[:2]], echo=True, max_tokens=1, logprobs=1, seed=1234)
-    first, second = response.json()["choices"]
-    assert first["text"] == "The old king went a"
-    assert first["logprobs"]["token_logprobs"] == [None] + [-0.5] * len(tokens)
-    assert first["logprobs"]["top_logprobs"][0] is None
-    assert all(max(top.values()) == -0.5 for top in first["logprobs"]["top_logprobs"][1:])
-    text = "".join(first["logprobs"]["tokens"])
-    assert text == first["text"]
-    offsets = first["logprobs"]["text_offset"]
-    assert [text[at:] for at in offsets][-1] == " a"
-    assert second["text"] == "The old a"
-
-
 @pytest.mark.parametrize("route", ["completions", "chat/completions", "responses"])
 def test_megabytes_are_refused_before_they_are_encoded(monkeypatch, route):
     """A tokenizer takes most of a minute for ten of them."""
@@ -177,58 +144,9 @@ def test_megabytes_are_refused_before_they_are_encoded(monkeypatch, route):
     assert re.search(r"has 52000\d\d characters, at least \d+ tokens, but max_length is 400", error["message"])
 
 
-def test_one_prompt_is_scored_at_a_time_though_clients_leave():
-    at_once, most, go_on = 0, 0, threading.Event()
-
-    def slow(token_ids, num_top):
-        nonlocal at_once, most
-        at_once += 1
-        most = max(most, at_once)
-        go_on.wait(10)
-        at_once -= 1
-        return score(token_ids, num_top)
-
-    service = make()
-    service = dataclasses.replace(service, served=dataclasses.replace(service.served, score=slow))
-    body = {"prompt": "a b", "echo": True, "logprobs": 1, "max_tokens": 0}
-
-    async def run():
-        transport = httpx2.ASGITransport(app.build(service))
-        async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
-            for _ in range(3):
-                leaving = asyncio.ensure_future(client.post("/v1/completions", json=body))
-                await until(lambda: service._scoring)
-                await asyncio.sleep(0.05)
-                leaving.cancel()
-                await until(lambda: not service._scoring)
-            staying = asyncio.ensure_future(client.post("/v1/completions", json=body))
-            await asyncio.sleep(0.05)
-            go_on.set()
-            return await staying
-
-    assert asyncio.run(run()).status_code == 200
-    assert most == 1
-
-
-def test_no_more_prompts_wait_to_be_scored_than_may():
-    service = make(scoring=0)
-    response = complete(service, echo=True, logprobs=1, stream=True)
-    assert fault(response, 429)["code"] == "queue_full"
-    assert complete(service, echo=True).status_code == 200
-
-
 def test_what_was_not_read_again_counts_once_a_prompt():
     usage = complete(make(), prompt=["Once upon a time", "The old king went"], n=3).json()["usage"]
     assert usage["prompt_tokens_details"] == {"cached_tokens": 4}  # the worker says 2 of each row
-
-
-def test_echo_alone_generates_nothing():
-    service = make()
-    response = complete(service, echo=True, max_tokens=0, logprobs=0)
-    assert choice(response)["text"] == PROMPT
-    assert choice(response)["finish_reason"] == "length"
-    assert response.json()["usage"]["completion_tokens"] == 0
-    assert service.worker.requests == []
 
 
 def test_a_stream():
@@ -366,9 +284,6 @@ def httpx_scope(path):
     }
 
 
-RAW = "<|start|>user<|message|>Hi<|end|><|start|>assistant"
-
-
 def test_special_tokens_in_a_text_are_those_tokens():
     """Raw completions are raw."""
     service = make(name=GPT_OSS)
@@ -380,19 +295,6 @@ def test_special_tokens_in_a_text_are_those_tokens():
     assert complete(service, prompt=RAW, parse_special=False).status_code == 200
     assert list(service.worker.requests[-1].prompt_ids) == tokenizer(GPT_OSS).encode(RAW)
     assert fault(complete(service, parse_special="no"))["param"] == "parse_special"
-
-
-@pytest.mark.parametrize("special", [True, False])
-def test_a_text_is_echoed_and_scored_as_its_tokens_are(special):
-    service = make(name=GPT_OSS)
-    token_ids = tokenizer(GPT_OSS).encode(RAW, special=special)
-    fields = {"echo": True, "max_tokens": 0, "logprobs": 1}
-    by_text = complete(service, prompt=RAW, parse_special=special, **fields).json()
-    by_ids = complete(service, prompt=token_ids, **fields).json()
-    assert by_text["choices"] == by_ids["choices"]
-    assert by_text["usage"] == by_ids["usage"]
-    (choice,) = by_text["choices"]
-    assert choice["text"] == RAW == "".join(choice["logprobs"]["tokens"])
 
 
 def test_a_stop_that_is_a_special_token_ends_the_text():

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptjax.server import app
-from gptjax.server.response_store import Item, Stored
+from gptjax.server.front import app
+from gptjax.server.generation.response_store import Item, Stored
 from tests.fuzz import rounds
 from tests.server.server_material import GPT_OSS, USER, make
 from tests.server.test_malformed import NAMES, VALUES

@@ -7,9 +7,9 @@ import time
 import httpx2
 import pytest
 
-from gptjax.server import worker as worker_module
-from gptjax.server.events import AnyWorker
-from gptjax.server.remote_worker import RemoteWorker
+from gptjax.server.front.remote_worker import RemoteWorker
+from gptjax.server.ipc.events import AnyWorker
+from gptjax.server.worker import worker as worker_module
 from tests.server.load_material import request
 from tests.server.server_material import GPT2, served, wait_for
 from tests.shallow import shallow

@@ -28,7 +28,8 @@ import dataclasses, itertools, sys
 from tests.server.fake_worker import FakeWorker
 from tests.server.server_material import fail_all, ids
 from gptjax.cli import main
-from gptjax.server import front_process, hosting
+from gptjax.server.worker import front_process
+from gptjax.server.worker import hosting
 
 class Worker(FakeWorker):
     def drain(self, seconds):
@@ -42,7 +43,7 @@ worker = Worker(lambda _: itertools.cycle([ids(" a")[0], 0.0001]), max_length=1 
 hosting.Worker = lambda *_, **__: worker
 facts_of = hosting.facts_of
 hosting.facts_of = lambda *_, **__: dataclasses.replace(facts_of(*_, **__), max_length=1 << 30)
-front = "import sys; from gptjax.server import front, serving; serving._TO_END_STREAMS = 1.0; "
+front = "import sys; from gptjax.server.front import __main__ as front, serving; serving._TO_END_STREAMS = 1.0; "
 front_process.COMMAND = (sys.executable, "-c", front + "front.leave(front.main(int(sys.argv[1])))")
 """
 RUN = "sys.exit(main())"

@@ -8,7 +8,7 @@ import pytest
 
 import gptjax
 from gptjax.checkpoints.checkpoint import open_checkpoint
-from gptjax.server.facts import FILE_TYPES, quant_kind, tokenizer_kind
+from gptjax.server.worker.facts import FILE_TYPES, quant_kind, tokenizer_kind
 from pallas_kernels.formats.ggml.weight import Quantized
 
 

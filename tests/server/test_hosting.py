@@ -10,11 +10,11 @@ import threading
 
 import pytest
 
-from gptjax.server import front_process, hosting
-from gptjax.server.channel import Channel
-from gptjax.server.front_process import FrontProcess
-from gptjax.server.messages import Compiled, Progress, Setup, Signal
-from gptjax.server.settings import Limits
+from gptjax.server.ipc.channel import Channel
+from gptjax.server.ipc.messages import Compiled, Progress, Setup, Signal
+from gptjax.server.ipc.settings import Limits
+from gptjax.server.worker import front_process, hosting
+from gptjax.server.worker.front_process import FrontProcess
 from tests.server.fake_worker import FakeWorker
 from tests.server.worker_material import FACTS
 
@@ -86,7 +86,7 @@ def test_a_front_gets_its_text_and_modules_but_no_signals_and_is_ended(monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "front.py").write_text(
         "import signal, socket, sys, time\n"
-        "from gptjax.server.channel import Channel\n"
+        "from gptjax.server.ipc.channel import Channel\n"
         "channel = Channel(socket.socket(fileno=int(sys.argv[1])))\n"
         "blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])\n"
         "channel.send((channel.receive(), sorted(blocked), sys.stdin.read()))\n"

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from gptjax.server.mailbox import Mailbox
+from gptjax.server.generation.mailbox import Mailbox
 
 
 def test_calls_of_many_threads_keep_each_thread_s_order():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptjax.server import app
+from gptjax.server.front import app
 from tests.fuzz import rounds
 from tests.server.server_material import GPT_OSS, USER, chat, complete, fault, make
 

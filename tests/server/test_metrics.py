@@ -7,7 +7,7 @@ import re
 import time
 from importlib import resources
 
-from gptjax.server.events import Failed
+from gptjax.server.ipc.events import Failed
 from tests.server.server_material import ask, complete, ids, make, samples, saying
 
 
@@ -81,7 +81,7 @@ def test_the_dashboard_shows_all_metrics_and_no_others():
     complete(service)
     complete(service, temperature=-1)
     names = {name for name, *_ in samples(service) if not name.endswith(("_created", "_count", "_sum"))}
-    dashboard = json.loads((resources.files("gptjax.server") / "grafana.json").read_text())
+    dashboard = json.loads((resources.files("gptjax.server.http") / "grafana.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     named = {name for text in expressions for name in re.findall(r"\b(?:gptjax|worker)_\w+", text)}
     assert named == names

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from gptjax.server.events import Failed
+from gptjax.server.ipc.events import Failed
 from tests.server.server_material import GPT_OSS, USER, endless, ids, make, running, saying
 
 pytestmark = pytest.mark.clients

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gptjax.server.events import Failed
+from gptjax.server.ipc.events import Failed
 from tests.server.server_material import GPT2, GPT_OSS, USER, ask, make, post, saying
 
 pytestmark = pytest.mark.clients

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.server import page
-from gptjax.server.events import Failed
+from gptjax.server.front import page
+from gptjax.server.ipc.events import Failed
 from tests.server.server_material import DEMO, GPT2, GPT_OSS, ask, endless, ids, make, running, saying, wait_for
 
 SAID = "The <b>king</b> & <img src=x onerror=\"document.title='run'\">"
@@ -54,15 +54,10 @@ def test_the_page_is_whole_and_never_makes_markup_of_text():
 
 
 def test_the_page_is_packaged():
-    root = DEMO.parent
-    packaged = tomllib.loads((root.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
-        "gptjax"
-    ]
-    found = {
-        path.name for pattern in packaged for path in root.glob(pattern) if path.parent == Path(page.__file__).parent
-    }
-    assert {path.name for path in Path(page.__file__).parent.glob("page*") if path.suffix != ".py"} == set(page.FILES)
-    assert found >= set(page.FILES)
+    root, static = DEMO.parent, Path(page.__file__).parent / "static"
+    package = tomllib.loads((root.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    found = {path.name for pattern in package["gptjax"] for path in root.glob(pattern) if path.parent == static}
+    assert found == {path.name for path in static.iterdir()} == set(page.FILES)
 
 
 # In a browser

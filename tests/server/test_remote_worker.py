@@ -12,13 +12,13 @@ import pytest
 from gptjax.checkpoints.checkpoint import open_checkpoint
 from gptjax.engine.request import CheckedIds, Request, SamplingParams, check_prompt
 from gptjax.errors import RequestError
-from gptjax.server import worker_host
-from gptjax.server.channel import Channel
 from gptjax.server.errors import ApiError, bad_request
-from gptjax.server.events import Failed, Finished, QueueFull, Tokens, Unavailable
-from gptjax.server.messages import Setup, Signal
-from gptjax.server.remote_worker import RemoteWorker
-from gptjax.server.settings import Limits
+from gptjax.server.front.remote_worker import RemoteWorker
+from gptjax.server.ipc.channel import Channel
+from gptjax.server.ipc.events import Failed, Finished, QueueFull, Tokens, Unavailable
+from gptjax.server.ipc.messages import Setup, Signal
+from gptjax.server.ipc.settings import Limits
+from gptjax.server.worker import worker_host
 from tests.gguf import made as made_gguf
 from tests.oracles import gguf_from_hf, llama_random
 from tests.server.fake_worker import FakeWorker, score

@@ -8,7 +8,9 @@ import re
 import httpx2
 import pytest
 
-from gptjax.server import generation, health, logs
+from gptjax.server import logs
+from gptjax.server.generation import generation
+from gptjax.server.openai import models
 from tests.server.server_material import GPT_OSS, ask, chat, make, running
 
 MADE = r"req_[0-9a-f]{24}"
@@ -47,7 +49,7 @@ def test_refusals_and_faults_have_one(monkeypatch):
     def broken(_):
         raise RuntimeError("a planted fault")
 
-    monkeypatch.setattr(health, "_model", broken)
+    monkeypatch.setattr(models, "_model", broken)
     failed = ask(make(), "GET", "/v1/models", headers={"x-request-id": "mine"})
     assert (failed.status_code, failed.headers["x-request-id"]) == (500, "mine")
 

@@ -1,9 +1,22 @@
 """`/v1/responses`."""
 
+import json
+
 import pytest
 
-from tests.server.responses_material import ANSWER, CALL, THOUGHT, WEATHER, events, respond, talking, without_ids
-from tests.server.server_material import GPT_OSS, fault, ids, make, tokenizer
+from tests.server.responses_material import (
+    ANSWER,
+    CALL,
+    LOOK,
+    THOUGHT,
+    WEATHER,
+    events,
+    kept,
+    respond,
+    talking,
+    without_ids,
+)
+from tests.server.server_material import GPT_OSS, chat, fault, ids, make, tokenizer
 
 
 def test_reasoning_and_answer_are_items():
@@ -127,3 +140,25 @@ def test_what_is_not_as_it_should_be(fields):
 
 def test_plain_models_refuse():
     assert fault(respond(make()))["code"] == "model_not_chat"
+
+
+LOGPROBS = "message.output_text.logprobs"
+
+
+def test_log_probabilities_are_those_of_chat():
+    text = THOUGHT + LOOK + THOUGHT + ANSWER
+    fields = {"include": [LOGPROBS], "top_logprobs": 2}
+    body = kept(talking(text), **fields)
+    assert body["top_logprobs"] == 2
+    parts = [item["content"][0] for item in body["output"] if item["type"] == "message"]
+    entries = [entry for part in parts for entry in part["logprobs"]]
+    in_chat = chat(talking(text), logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"]
+    assert entries == in_chat and entries[0]["top_logprobs"][1]["logprob"] == -1.5
+    found = events(respond(talking(text), stream=True, **fields))
+    deltas = [entry for event in found if event["type"] == "response.output_text.delta" for entry in event["logprobs"]]
+    done = [entry for event in found if event["type"] == "response.output_text.done" for entry in event["logprobs"]]
+    assert deltas == done == in_chat
+    assert json.dumps(found[-1]["response"]["output"]).count('"token"') == 3 * len(in_chat)
+    assert [part["logprobs"] for part in parts if not part["logprobs"]] == []
+    plain = kept(talking(text), include=[LOGPROBS])["output"][-1]["content"][0]["logprobs"]
+    assert all(entry["top_logprobs"] == [] for entry in plain) and len(plain) == len(parts[-1]["logprobs"])

@@ -4,8 +4,8 @@ import base64
 
 import pytest
 
-from gptjax.server.events import Failed
-from gptjax.server.responses_input import read_input
+from gptjax.server.ipc.events import Failed
+from gptjax.server.openai.responses.input import read_input
 from tests.server.responses_material import ANSWER, CALL, NAMESPACE, THOUGHT, WEATHER, events, respond, talking
 from tests.server.server_material import GPT_OSS, USER, chat, fault, ids, make, post, saying, tokenizer
 

@@ -8,7 +8,7 @@ import time
 import httpx2
 import pytest
 
-from gptjax.server import completions
+from gptjax.server.openai import completions
 from tests.server.server_material import endless, make, running, wait_for
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gptjax.server.responses_input import Input, joined
+from gptjax.server.openai.responses.input import Input, joined
 from gptjax.text import Tokenizer
 from gptjax.text.chat_formats import FORMATS, ChatOptions
 from tests.server.responses_material import CALL as HARMONY_CALL

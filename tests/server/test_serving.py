@@ -18,9 +18,12 @@ import pytest
 
 from gptjax.cli import main, serve
 from gptjax.engine import steps
-from gptjax.server import hosting, logs, serving
+from gptjax.server import logs
+from gptjax.server.front import serving
+from gptjax.server.worker import hosting
 from tests.server.load_material import request
 from tests.server.server_material import GPT2, endless, fail_all, ids, make, running, wait_for
+from tests.shallow import shallow_directory
 
 
 def streamed(address, **fields):
@@ -227,8 +230,9 @@ def test_the_commands_chunk_is_the_workers(monkeypatch):
         main(["serve", "-m", GPT2, "--max-length", "64", "--max-batch", "1", "--prefill-chunk", "64"])
 
 
-def test_the_command_serves_and_ends(tmp_path):
-    argv = [sys.executable, "-m", "gptjax", "serve", "-m", GPT2, "--max-length", "128", "--prefill-chunk", "64"]
+def test_the_command_serves_and_ends(demo, tmp_path):
+    checkpoint = str(shallow_directory(demo, tmp_path / "model"))
+    argv = [sys.executable, "-m", "gptjax", "serve", "-m", checkpoint, "--max-length", "128", "--prefill-chunk", "64"]
     with (
         open(tmp_path / "log", "w+") as log,
         subprocess.Popen([*argv, "--port", "0", "--log-format", "json", "--max-batch", "2"], stderr=log) as process,

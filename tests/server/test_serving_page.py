@@ -35,7 +35,7 @@ def metrics():
 
 
 def test_every_error_is_raised_somewhere():
-    source = "\n".join(path.read_text() for path in (ROOT / "gptjax" / "server").glob("*.py"))
+    source = "\n".join(path.read_text() for path in (ROOT / "gptjax" / "server").rglob("*.py"))
     codes = {code for row in re.findall(r"^\| \d+ \|(.*?)\|", section("Errors"), flags=re.M) for code in row.split(",")}
     for code in {code.strip(" `") for code in codes} - {""}:
         assert f'"{code}"' in source, code

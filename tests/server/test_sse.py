@@ -7,9 +7,9 @@ import httpx2
 import pytest
 
 from gptjax.engine.request import Request, SamplingParams
-from gptjax.server import generation
 from gptjax.server.errors import ApiError
-from gptjax.server.sse import EventStream, encode
+from gptjax.server.generation import generation
+from gptjax.server.http.sse import EventStream, encode
 from tests.server.server_material import make, until
 
 
@@ -47,9 +47,14 @@ def test_a_stream_is_closed_though_a_client_takes_no_ping(leaves):
         return {"type": "http.disconnect"}
 
     service = make(send_seconds=0.3, ping_seconds=0.05)
-    stream = EventStream(Answer(), service)
+    stream = EventStream(Answer(), service.limits, service.metrics)
     asyncio.run(asyncio.wait_for(stream({}, receive, send), 60))
     assert sorted(happened) == ["objects are closed", "requests are cancelled"]
+
+
+def _stream(answer):
+    service = make()
+    return EventStream(answer, service.limits, service.metrics)
 
 
 async def _never():
@@ -72,7 +77,7 @@ def test_events_that_come_together_are_sent_together():
     async def send(message):
         sent.append(message.get("body"))
 
-    asyncio.run(asyncio.wait_for(EventStream(Answer(), make())({}, _never, send), 60))
+    asyncio.run(asyncio.wait_for(_stream(Answer())({}, _never, send), 60))
     together = b"".join(b'data: {"n":%d}\n\n' % number for number in range(5))
     assert sent == [None, together, b'data: {"n":5}\n\n', b"data: [DONE]\n\n"]
 
@@ -96,7 +101,7 @@ def test_a_client_that_takes_nothing_has_little_made_for_it():
         sent.append(message.get("body") or b"")
 
     async def run():
-        streaming = asyncio.ensure_future(EventStream(Answer(), make())({}, _never, send))
+        streaming = asyncio.ensure_future(_stream(Answer())({}, _never, send))
         for _ in range(200):
             await asyncio.sleep(0)
         assert 0 < len(made) < 20

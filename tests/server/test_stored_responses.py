@@ -10,41 +10,27 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from gptjax.server import responses
-from gptjax.server.body import Fields
-from gptjax.server.response_store import Item, ResponseStore, Stored, size_of
-from gptjax.server.responses_memory import read_memory
-from gptjax.server.truncation import last_turns
-from tests.server.responses_material import ANSWER, CALL, THOUGHT, WEATHER, events, respond, talking
-from tests.server.server_material import GPT_OSS, USER, ask, chat, fault, make, post, saying, tokenizer
+from gptjax.server.generation.response_store import Item, ResponseStore, Stored, size_of
+from gptjax.server.http.fields import Fields
+from gptjax.server.openai.responses import responses
+from gptjax.server.openai.responses.memory import read_memory
+from tests.server.responses_material import (
+    ANSWER,
+    CALL,
+    LOOK,
+    THOUGHT,
+    WEATHER,
+    answers,
+    events,
+    get,
+    kept,
+    outcome,
+    prompt_of,
+    respond,
+)
+from tests.server.server_material import GPT_OSS, USER, ask, fault, make, post, saying
 
-LOGPROBS = "message.output_text.logprobs"
-LOOK = "<|channel|>commentary<|message|>Let me look.<|end|><|start|>assistant"
 PART = {"type": "input_text", "text": "Hello"}
-
-
-def prompt_of(service):
-    return tokenizer(GPT_OSS).decode(service.worker.requests[-1].prompt_ids, special=True)
-
-
-def get(service, path, status=200, method="GET"):
-    found = ask(service, method, f"/v1/responses/{path}")
-    assert found.status_code == status, found.text
-    return found.json()
-
-
-def kept(service, **fields):
-    found = respond(service, **fields)
-    assert found.status_code == 200, found.text
-    return found.json()
-
-
-def answers(*texts, **more):
-    return make(saying(*texts, name=GPT_OSS), name=GPT_OSS, **more)
-
-
-def outcome(call, output="rain"):
-    return {"type": "function_call_output", "call_id": call["call_id"], "output": output}
 
 
 def test_a_conversation_goes_on_as_if_everything_were_sent_again():
@@ -294,7 +280,7 @@ def test_one_conversation_is_parsed_at_a_time(monkeypatch):
         most.append(len(inside))
         inside.remove(data)
 
-    monkeypatch.setattr("gptjax.server.response_store.json.loads", loads)
+    monkeypatch.setattr("gptjax.server.generation.response_store.json.loads", loads)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(store.parsed, [[item(number, 3)] * 5 for number in range(8)]))
     assert most == [1] * 40
@@ -328,85 +314,3 @@ def test_a_conversation_does_not_grow_for_ever():
     error = fault(respond(service, **fields | {"input": "a " * 200}))
     assert (error["code"], error["param"]) == ("too_large", "input")
     kept(service, **fields | {"input": "a " * 200, "store": False})
-
-
-LONG = " ".join(["word"] * 60)
-
-
-def turns(count):
-    return [{"role": "user", "content": f"{number}: {LONG}"} for number in range(count)]
-
-
-def test_a_conversation_that_is_too_long_loses_its_beginning_if_that_is_wanted():
-    service = answers(ANSWER)
-    system = {"role": "system", "content": "Be kind."}
-    fault(respond(service, input=[system, *turns(9)]))
-    body = kept(service, input=[system, *turns(9)], truncation="auto", instructions="Be brief.")
-    assert body["truncation"] == "auto"
-    prompt = prompt_of(service)
-    assert "Be kind." in prompt and "Be brief." in prompt and "8: word" in prompt and "0: word" not in prompt
-    length = len(service.worker.requests[-1].prompt_ids)
-    assert 200 < length <= 300  # of 400: a quarter is left
-    kept(service, input=[system, *turns(9)], truncation="auto", max_output_tokens=1000)
-    assert len(service.worker.requests[-1].prompt_ids) <= 200
-    kept(service, input=turns(3), truncation="auto")
-    assert "0: word" in prompt_of(service)  # it fits
-    error = fault(respond(service, input=turns(1) * 2 + [{"role": "user", "content": LONG * 9}], truncation="auto"))
-    assert error["code"] == "context_length_exceeded"
-    # What was left out is still there for who continues with more room.
-    assert len(get(service, f"{body['id']}/input_items?order=asc&limit=100")["data"]) == 10
-
-
-def test_what_is_left_out_was_read_first():
-    """A prompt does not show that a message which it leaves out is invalid."""
-    for wrong in ({}, {"role": None}, {"role": "wizard"}, {"role": ["user"]}, {"role": "tool"}):
-        error = fault(respond(answers(ANSWER), input=[wrong | {"content": LONG * 99}, USER], truncation="auto"))
-        assert error["message"].startswith("input[0] has the role")
-
-
-def test_the_last_turns_are_as_many_as_fit():
-    """Against trying all."""
-    chance = random.Random(2)
-    for _ in range(200):
-        roles = [chance.choice(["user", "user", "assistant", "tool", "system"]) for _ in range(chance.randrange(1, 9))]
-        messages = [{"role": role, "size": chance.randrange(9), "tool_call_id": "x"} for role in roles]
-        room = chance.randrange(40)
-
-        def fits(some, room=room):
-            return sum(message["size"] for message in some) <= room
-
-        begins = [place for place, role in enumerate(roles) if role == "user"]
-        ways = [[place for place, role in enumerate(roles) if place >= begin or role == "system"] for begin in begins]
-        fitting = (
-            [way for way in ways if fits([messages[place] for place in way])] or ways[-1:] or [[*range(len(roles))]]
-        )
-        assert last_turns(messages, fits) == fitting[0]
-
-
-def test_a_result_keeps_its_call():
-    """Even if the user said something in between."""
-    call = {"type": "function_call", "call_id": "call_x", "name": "weather", "arguments": "{}"}
-    given = [*turns(3), call, *turns(1), outcome(call), USER, call | {"call_id": "call_y"}, USER]
-    service = answers(ANSWER)
-    kept(service, input=given, tools=[WEATHER], truncation="auto")
-    prompt = prompt_of(service)
-    assert prompt.count("Hello") == 2 and "word" not in prompt  # what nobody answered holds nothing up
-
-
-def test_log_probabilities_are_those_of_chat():
-    text = THOUGHT + LOOK + THOUGHT + ANSWER
-    fields = {"include": [LOGPROBS], "top_logprobs": 2}
-    body = kept(talking(text), **fields)
-    assert body["top_logprobs"] == 2
-    parts = [item["content"][0] for item in body["output"] if item["type"] == "message"]
-    entries = [entry for part in parts for entry in part["logprobs"]]
-    in_chat = chat(talking(text), logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"]
-    assert entries == in_chat and entries[0]["top_logprobs"][1]["logprob"] == -1.5
-    found = events(respond(talking(text), stream=True, **fields))
-    deltas = [entry for event in found if event["type"] == "response.output_text.delta" for entry in event["logprobs"]]
-    done = [entry for event in found if event["type"] == "response.output_text.done" for entry in event["logprobs"]]
-    assert deltas == done == in_chat
-    assert json.dumps(found[-1]["response"]["output"]).count('"token"') == 3 * len(in_chat)
-    assert [part["logprobs"] for part in parts if not part["logprobs"]] == []
-    plain = kept(talking(text), include=[LOGPROBS])["output"][-1]["content"][0]["logprobs"]
-    assert all(entry["top_logprobs"] == [] for entry in plain) and len(plain) == len(parts[-1]["logprobs"])

@@ -6,17 +6,14 @@ import re
 
 import pytest
 
-from gptjax.engine.engine import Engine
 from gptjax.engine.request import Token
-from gptjax.server.events import Finished, Ticket, Tokens
-from gptjax.server.jobs import Job, deliver
-from gptjax.server.worker import Worker
+from gptjax.server.ipc.events import Finished, Ticket, Tokens, deliver
+from gptjax.server.worker.jobs import Job
 from tests.fuzz import rounds
 from tests.server.responses_material import ANSWER, CALL, THOUGHT, WEATHER, respond
 from tests.server.responses_material import events as items_of
 from tests.server.server_material import GPT_OSS, chat, complete, events, ids, make, samples
-from tests.server.worker_material import CHUNK, MAX_LENGTH, SLOTS, Reader, request_of
-from tests.shallow import shallow
+from tests.server.worker_material import request_of
 
 PREAMBLE = "<|channel|>commentary<|message|>Let me look.\n<|end|><|start|>assistant"
 TURNS = [
@@ -185,28 +182,3 @@ def test_a_reader_that_fails_keeps_no_others_from_their_events():
     jobs = [Job(Ticket(n), request_of(n, 3), take, 12) for n, take in enumerate([fails, lambda _: fails, got.append])]
     assert deliver([(job, Finished("length", 3, 0, 12)) for job in jobs]) == jobs[:2]
     assert len(got) == 1
-
-
-def test_the_event_loop_is_woken_once_for_all_tokens_of_a_dispatch(monkeypatch):
-    """Four requests that all draw eight tokens at a time."""
-    model = shallow("gpt2-tales", max_length=MAX_LENGTH, max_batch=SLOTS)
-    dispatches, woken, read = [], [], Engine._read
-    monkeypatch.setattr(Engine, "_read", lambda *a: (dispatches.append(1), read(*a))[1])
-    worker = Worker(model, chunk=CHUNK, steps_per_dispatch=8)
-
-    class Woken(Reader):
-        def _deliver(self, event):
-            super()._deliver(event)
-            return wake
-
-    def wake():
-        woken.append(1)
-
-    worker.start()
-    worker.wait_until_ready()
-    readers = [Woken(worker, request_of(number, 5, 41)) for number in range(SLOTS)]
-    for reader in readers:
-        assert reader.end.completion_tokens == 41
-        assert sum(reader.together) == 41 and set(reader.together) >= {1, 8}
-    worker.stop()
-    assert len(dispatches) <= len(woken) <= len(dispatches) + 1

@@ -8,11 +8,11 @@ import jax
 import pytest
 
 from gptjax.engine import steps
-from gptjax.server import scoring
+from gptjax.server.worker import scoring
 from tests.server.server_material import GPT2, served
 from tests.server.worker_material import CHUNK, MAX_LENGTH, SLOTS
 from tests.shallow import shallow
-from tests.thinned import thinned
+from tests.thinned import thorough
 
 CLIENTS = 64
 
@@ -81,7 +81,12 @@ def test_where_there_is_no_memory_for_scoring_the_client_is_told_and_the_log(com
     assert complete(prompt="The old king", max_tokens=1).status_code == 200
 
 
-@pytest.mark.parametrize("clients", thinned([16, CLIENTS], 16))
+@pytest.mark.parametrize(
+    ("complete", "clients"),
+    [(False, 16), (True, 16), thorough(True, CLIENTS)],
+    indirect=["complete"],
+    ids=["in this process-16", "in another-16", "in another-64"],
+)
 def test_every_client_gets_what_it_gets_alone(complete, clients):
     asked = [
         {

@@ -1,6 +1,7 @@
 """The worker: many requests on one engine, each with the bits that it gets alone, and an end for each of them."""
 
 import contextlib
+import functools
 import itertools
 import threading
 import time
@@ -9,12 +10,10 @@ import numpy as np
 import pytest
 
 from gptjax.engine import free_of_load, programs
-from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams, Token
 from gptjax.errors import CapacityError, RequestError
-from gptjax.server.events import AnyWorker, Finished, QueueFull, Ticket
-from gptjax.server.worker import Worker
-from tests.engine.generated import generate
+from gptjax.server.ipc.events import AnyWorker, Finished, QueueFull, Ticket
+from gptjax.server.worker.worker import Worker
 from tests.fuzz import rounds
 from tests.server.worker_material import (
     CHUNK,
@@ -22,6 +21,7 @@ from tests.server.worker_material import (
     PATIENCE,
     REQUESTS,
     SLOTS,
+    Alone,
     Reader,
     ids_of,
     remote_of,
@@ -35,21 +35,38 @@ from tests.thinned import thorough
 TIMES = rounds(20)  # that each cancellation is tried
 UNREAD = itertools.count(100)  # for prompts that no page holds
 
+# A worker in another process is the same worker behind a channel, so one model sees both, and the others one of them.
+# GPT-OSS has a layer with a window of 128 positions. "One by one" is as on CPUs where bits depend on the load.
+PLACES = [
+    ("gpt2-tales", "in this process"),
+    ("gpt2-tales", "in another"),
+    thorough(("gpt-oss-tales", "in another")),
+    thorough(("gpt-oss-tales, one by one", "in this process")),
+]
 
-@pytest.fixture(scope="module", params=["gpt2-tales", thorough("gpt-oss-tales"), thorough("gpt-oss-tales, one by one")])
-def model(request):
-    """GPT-OSS has a layer with a window of 128 positions. "One by one" is as on CPUs where bits depend on the load."""
-    name, _, one_by_one = request.param.partition(", ")
+
+@functools.cache
+def _model(name):
+    return shallow(name.partition(", ")[0], max_length=MAX_LENGTH, max_batch=SLOTS)
+
+
+@functools.cache
+def _alone(name):
+    return Alone(_model(name))
+
+
+@pytest.fixture(scope="module", params=PLACES, ids=lambda place: f"{place[1]}-{place[0]}")
+def place(request):
     with pytest.MonkeyPatch.context() as patch:
-        if one_by_one:
+        if request.param[0].endswith("one by one"):
             patch.setattr(free_of_load, "is_free_of_load", lambda model, rows=1: False)
-        yield shallow(name, max_length=MAX_LENGTH, max_batch=SLOTS)
+        yield request.param
 
 
-@pytest.fixture(scope="module", params=["in this process", "in another"])
-def started(request, model):
+@pytest.fixture(scope="module")
+def started(place):
     """A worker that is ready, for all tests that leave it as it was; and itself, if it is seen through a channel."""
-    is_near = request.param == "in this process"
+    model, is_near = _model(place[0]), place[1] == "in this process"
     worker = Worker(model, max_queue=3 if is_near else 1 << 60, chunk=CHUNK)
     worker.start()
     worker.wait_until_ready()
@@ -74,26 +91,19 @@ def packs(started):
     return started[1]._policy.packed
 
 
-def _alone(model, request: Request) -> list[tuple]:
-    """Tokens, log-probabilities and alternatives from an engine that has nothing else to do."""
-    engine = Engine(model.model, model.params, batch=SLOTS, max_length=MAX_LENGTH, chunk=CHUNK)
-    chunks = [chunk for _, chunk in generate(engine, [request], None)]
-    return [(chunk.token_id, chunk.logprob, tuple(chunk.top_logprobs.items())) for chunk in chunks]
-
-
 @pytest.fixture(scope="module")
-def alone(model):
-    """What each of REQUESTS gives by itself."""
-    return [_alone(model, request) for request in REQUESTS]
+def alone(place):
+    """What a request gives by itself."""
+    return _alone(place[0])
 
 
 @pytest.mark.thorough
-def test_requests_that_come_and_go_get_the_bits_they_get_alone(worker, model, alone):
+def test_requests_that_come_and_go_get_the_bits_they_get_alone(worker, alone):
     for order in (range(len(REQUESTS)), np.random.default_rng(0).permutation(len(REQUESTS)).tolist()):
         readers = {number: submit(worker, REQUESTS[number]) for number in order}
         for number, reader in readers.items():
             request, end = REQUESTS[number], reader.end
-            assert reader.tokens == alone[number], number
+            assert reader.tokens == alone(REQUESTS[number]), number
             assert end.reason == "length"
             assert end.prompt_tokens == len(request.prompt_ids)
             assert end.completion_tokens == len(reader.tokens) == request.room(MAX_LENGTH)
@@ -101,26 +111,12 @@ def test_requests_that_come_and_go_get_the_bits_they_get_alone(worker, model, al
             assert reader.threads == {worker._thread.name}
 
 
-def test_chunks_of_the_usual_size_give_what_the_model_itself_gives():
-    small = shallow("gpt2-tales", max_length=128, max_batch=2)
-    expected = small.generate("Once upon a time", max_tokens=20)
-    worker = Worker(small)
-    worker.start()
-    request = Request(tuple(small.tokenizer.encode("Once upon a time")), 20, SamplingParams(seed=0), small.eos_ids)
-    readers = [submit(worker, each) for each in (request, request_of(1, 100), request)]
-    for reader in (readers[0], readers[2]):
-        reader.wait()
-        assert tuple(token for token, _, _ in reader.tokens) == expected.token_ids
-        assert tuple(logprob for _, logprob, _ in reader.tokens) == expected.logprobs
-    worker.stop()
-
-
 def test_a_stop_id_is_delivered_and_ends_the_request(worker, alone):
-    tokens = [token for token, _, _ in alone[0]]
+    tokens = [token for token, _, _ in alone(REQUESTS[0])]
     at = next(i for i in range(3, len(tokens)) if tokens[i] not in tokens[:i])
     reader = Reader(worker, request_of(1, 5, 30, stop_ids=[tokens[at]]))
     assert reader.end == Finished("stop", 5, 0, at + 1)
-    assert reader.tokens == alone[0][: at + 1]
+    assert reader.tokens == alone(REQUESTS[0])[: at + 1]
 
 
 def test_a_request_without_a_seed_gets_one(worker):
@@ -225,7 +221,7 @@ def test_cancellation_frees_the_slot_in_every_phase(worker, alone, phase):
         until(lambda: not worker._open)
     # All slots work as before.
     readers = [Reader(worker, REQUESTS[0]) for _ in range(SLOTS)]
-    assert all(reader.wait() and reader.tokens == alone[0] for reader in readers)
+    assert all(reader.wait() and reader.tokens == alone(REQUESTS[0]) for reader in readers)
 
 
 def test_cancelling_twice_ends_once(worker):
@@ -244,7 +240,7 @@ def test_a_reader_that_raises_is_cancelled_and_hurts_nobody(worker, alone):
 
     readers = [Reader(worker, REQUESTS[0]), Reader(worker, request_of(2, 5, 290), on_token=raises)]
     assert readers[0].end.reason == "length"
-    assert readers[0].tokens == alone[0]
+    assert readers[0].tokens == alone(REQUESTS[0])
     assert readers[1].end.reason == "cancelled"
 
 
@@ -269,8 +265,8 @@ def test_many_threads_at_once(worker, alone):
         thread.join(PATIENCE)
     assert len(results) == 24
     for number, reader, end in results:
-        assert reader.tokens == alone[number][: len(reader.tokens)]
-        assert end.reason == "cancelled" or len(reader.tokens) == len(alone[number])
+        assert reader.tokens == alone(REQUESTS[number])[: len(reader.tokens)]
+        assert end.reason == "cancelled" or len(reader.tokens) == len(alone(REQUESTS[number]))
         assert sum(not isinstance(event, Token) for event in reader.events) == 1
 
 
@@ -338,7 +334,7 @@ def _shared(seed: int, *lengths: int) -> list[tuple[int, ...]]:
     return [ids[:length] for length in lengths]
 
 
-def test_the_next_turn_goes_on_where_the_prompt_was_read_to(worker, model, packs):
+def test_the_next_turn_goes_on_where_the_prompt_was_read_to(worker, alone, packs):
     """Bits as alone, though the sliding layers have gone on meanwhile."""
     first, second, third = _shared(41, 140, 230, 280)
     # 12 tokens in the second page are not worth copying it; 102 are, where parts of a chunk are shared.
@@ -346,22 +342,22 @@ def test_the_next_turn_goes_on_where_the_prompt_was_read_to(worker, model, packs
         request = Request(prompt, 20, SamplingParams(seed=3, temperature=1.0))
         reader = Reader(worker, request)
         assert reader.end == Finished("length", len(prompt), cached, 20)
-        assert reader.tokens == _alone(model, request)
+        assert reader.tokens == alone(request)
 
 
-def test_a_prompt_is_shared_with_slots_that_are_busy_and_beside_each_other(worker, model):
+def test_a_prompt_is_shared_with_slots_that_are_busy_and_beside_each_other(worker, alone):
     long = Reader(worker, Request(ids_of(51, 140), 150, SamplingParams(seed=1, temperature=1.0)))
     assert long.begun.wait(PATIENCE)
     others = [Request(ids_of(51, 128) + ids_of(n, 20), 20, SamplingParams(seed=n, temperature=1.0)) for n in (1, 2, 3)]
     readers = [Reader(worker, request) for request in others]
     for reader, request in zip(readers, others, strict=True):
         assert reader.end == Finished("length", 148, 128, 20)
-        assert reader.tokens == _alone(model, request)
+        assert reader.tokens == alone(request)
     long.wait()
-    assert long.tokens == _alone(model, Request(ids_of(51, 140), 150, SamplingParams(seed=1, temperature=1.0)))
+    assert long.tokens == alone(Request(ids_of(51, 140), 150, SamplingParams(seed=1, temperature=1.0)))
 
 
-def test_a_prefix_is_reused_but_never_all_of_a_prompt(worker, model, packs):
+def test_a_prefix_is_reused_but_never_all_of_a_prompt(worker, alone, packs):
     for prompt, shared, chunks in (
         (ids_of(61, 63), 0, 0),
         (ids_of(61, 100), 63, 0),  # less than a chunk
@@ -374,10 +370,10 @@ def test_a_prefix_is_reused_but_never_all_of_a_prompt(worker, model, packs):
         request = Request(prompt, 5, SamplingParams(seed=1))
         reader = Reader(worker, request)
         assert reader.end.cached_tokens == cached
-        assert reader.tokens == _alone(model, request)
+        assert reader.tokens == alone(request)
 
 
-def test_a_conversation_outlives_others_as_long_as_there_are_pages(worker, model, packs):
+def test_a_conversation_outlives_others_as_long_as_there_are_pages(worker, packs):
     first, second = _shared(71, 70, 140)
     Reader(worker, Request(first, 3, SamplingParams(seed=1))).wait()
     for n in range(SLOTS):  # a page each, of three for every slot
@@ -386,19 +382,3 @@ def test_a_conversation_outlives_others_as_long_as_there_are_pages(worker, model
     for n in range(3 * SLOTS):  # three pages each
         Reader(worker, request_of(720 + n, 290, 3)).wait()
     assert Reader(worker, Request(second, 3, SamplingParams(seed=1))).end.cached_tokens == 0
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("model", ["gpt2-tales"], indirect=True)  # the engine's own tests have both
-def test_several_steps_a_dispatch_give_the_same_bits(model, alone):
-    """As on a GPU, where the device is asked for eight steps at a time, and works ahead of what was cancelled."""
-    worker = Worker(model, chunk=CHUNK, steps_per_dispatch=8)
-    worker.start()
-    left = Reader(worker, request_of(2, 5, 290), on_token=lambda r: len(r.events) > 5 and worker.cancel(r.ticket))
-    readers = [submit(worker, request) for request in REQUESTS]
-    for number, reader in enumerate(readers):
-        assert reader.end.reason == "length"
-        assert reader.tokens == alone[number], number
-    assert 5 < left.end.completion_tokens == len(left.tokens) <= 5 + 8  # nothing came after those that it had
-    assert max(max(reader.together) for reader in (left, *readers)) == 8
-    worker.stop()

@@ -11,13 +11,10 @@ import pytest
 
 import gptjax
 from gptjax.engine import programs
-from gptjax.engine.request import Request, SamplingParams
-from gptjax.server import worker as worker_module
-from gptjax.server.events import AnyWorker, Failed, Finished, Unavailable
-from gptjax.server.worker import Worker
-from pallas_kernels import same_bits
-from tests.compilations import compilations
-from tests.server.worker_material import CHUNK, PATIENCE, REQUESTS, Reader, ids_of, remote_of, request_of, until
+from gptjax.server.ipc.events import AnyWorker, Failed, Finished, Unavailable
+from gptjax.server.worker import worker as worker_module
+from gptjax.server.worker.worker import Worker
+from tests.server.worker_material import PATIENCE, Reader, remote_of, request_of, until
 from tests.shallow import shallow
 
 
@@ -42,29 +39,6 @@ def fresh(request, small):
             return worker
 
         yield make
-
-
-@pytest.mark.thorough
-def test_nothing_is_compiled_after_warm_up():
-    # A model with a window. Another number of slots and another length, so that nothing is there from before.
-    worker = Worker(shallow("gpt-oss-tales", max_length=280, max_batch=3), chunk=CHUNK)
-    worker.start()
-    worker.wait_until_ready()
-    assert worker.wait_until_compiled()
-    try:
-        with compilations() as compiled:
-            readers = [Reader(worker, request) for request in REQUESTS if len(request.prompt_ids) <= 280]
-            readers += [Reader(worker, request_of(2, 270, 3))]
-            worker.cancel(readers[3].ticket)
-            assert all(isinstance(reader.end, Finished) for reader in readers)
-            cached = [Reader(worker, Request(ids_of(1, n), 3, SamplingParams())).end.cached_tokens for n in (70, 200)]
-            # Of 70 tokens, the whole chunk if bits depend on where a prompt is cut.
-            assert cached == [0, 70 if same_bits.holds() else 64]
-            assert compiled == []
-            jax.jit(lambda x: x * 3.5)(np.ones(3))  # the listener does hear a compilation
-            assert compiled != []
-    finally:
-        worker.stop()
 
 
 def test_draining_waits_for_open_requests(fresh):

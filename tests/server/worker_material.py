@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from gptjax.config import GenerationDefaults
+from gptjax.engine.engine import Engine
 from gptjax.engine.request import Request, SamplingParams, Token
-from gptjax.server import hosting
-from gptjax.server.channel import Channel
-from gptjax.server.events import AnyWorker, Failed, Finished, QueueFull, Tokens
-from gptjax.server.messages import Setup
-from gptjax.server.remote_worker import RemoteWorker
-from gptjax.server.settings import Facts, Limits
-from gptjax.server.worker_host import WorkerHost
+from gptjax.server.front.remote_worker import RemoteWorker
+from gptjax.server.ipc.channel import Channel
+from gptjax.server.ipc.events import AnyWorker, Failed, Finished, QueueFull, Tokens
+from gptjax.server.ipc.messages import Setup
+from gptjax.server.ipc.settings import Facts, Limits
+from gptjax.server.worker import hosting
+from gptjax.server.worker.worker_host import WorkerHost
+from tests.engine.generated import generate
 
 SLOTS, MAX_LENGTH, CHUNK = 4, 300, 64
 PATIENCE = 120  # seconds until a test gives up
@@ -89,6 +91,23 @@ REQUESTS = [  # all kinds of sampling, one chunk and several, short and long out
     request_of(9, 128, 25, top_logprobs=5),
     request_of(10, 33, 1),
 ]
+
+
+class Alone:
+    """What requests give by themselves."""
+
+    def __init__(self, model) -> None:
+        self._model = model
+        self._found = {}
+
+    def __call__(self, request: Request) -> list[tuple]:
+        """Tokens, log-probabilities and alternatives from an engine that has nothing else to do."""
+        key = repr(request)
+        if key not in self._found:
+            engine = Engine(self._model.model, self._model.params, batch=SLOTS, max_length=MAX_LENGTH, chunk=CHUNK)
+            chunks = [chunk for _, chunk in generate(engine, [request], None)]
+            self._found[key] = [(chunk.token_id, chunk.logprob, tuple(chunk.top_logprobs.items())) for chunk in chunks]
+        return self._found[key]
 
 
 def submit(worker: AnyWorker, request: Request) -> Reader:

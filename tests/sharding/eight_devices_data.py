@@ -28,7 +28,7 @@ from gptjax.models.params import Params
 from gptjax.models.registry import Model
 from gptjax.scheduling.plan import Copy, DecodeCall, Join, Piece, Plan, PrefillCall, Row, TableEntry
 from gptjax.scheduling.policy import Policy
-from gptjax.server.worker import Worker
+from gptjax.server.worker.worker import Worker
 from tests.compilations import compilations
 from tests.oracles import gpt_oss_ours, gpt_oss_random, llama_ours
 from tests.server.worker_material import submit
@@ -38,7 +38,6 @@ from tests.thinned import thorough
 
 MAX_LENGTH, VOCAB = 290, 101  # of all models, at least
 TOLERANCE = 1e-4
-MESHES = [(8, 1, 1), (4, 2, 1), (2, 2, 2)]
 Given = list[tuple[int, float]]  # tokens and log-probabilities
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="run by test_on_eight_devices.py")
@@ -95,13 +94,9 @@ def _bytes(engine: Engine) -> dict[jax.Device, int]:
     return bytes_by_device(engine._executor._slots)
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # eight_devices.py has each model on each mesh, one call at a time
     ("name", "mesh"),
-    [
-        (name, mesh) if (name, mesh) == ("llama", (2, 2, 2)) else thorough(name, mesh)
-        for name in ("gpt2", "gpt-oss", "llama")
-        for mesh in MESHES
-    ],
+    [thorough("gpt2", (8, 1, 1)), ("llama", (4, 2, 1)), thorough("gpt-oss", (2, 2, 2))],
 )
 def test_requests_get_what_one_device_gives_and_the_same_bits_in_any_company(name, mesh):
     whole, params = _whole(name)

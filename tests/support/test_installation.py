@@ -182,5 +182,5 @@ def test_the_first_minutes(fresh_clone, environment, tmp_path):
     advice = re.search(r"pip install .*", said)
     assert advice is not None, said
     _run(advice[0], environment, folder)
-    code = "import gptjax.server.serving"
+    code = "import gptjax.server.front.serving"
     subprocess.run([environment / "python", "-c", code], cwd=folder, check=True)

@@ -6,10 +6,10 @@ from typing import Any, Final
 
 from gptjax.chat import ChatCompletion
 from gptjax.server.anthropic.options import Thinking
-from gptjax.server.encrypted import encrypted
-from gptjax.server.items import Items
-from gptjax.server.responses_options import Include
-from gptjax.server.turn import Delta
+from gptjax.server.generation.turn import Delta
+from gptjax.server.openai.responses.encrypted import encrypted
+from gptjax.server.openai.responses.items import Items
+from gptjax.server.openai.responses.options import Include
 from gptjax.text import Tokenizer
 from gptjax.text.chat_formats.conversation import normal_arguments
 

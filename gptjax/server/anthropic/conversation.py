@@ -23,11 +23,11 @@ from typing import Any, Final
 
 from gptjax.errors import GptjaxError
 from gptjax.server.anthropic.options import read_effort_of_turn
-from gptjax.server.body import Fields, check_text
-from gptjax.server.encrypted import verified
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
-from gptjax.server.responses_input import Input, joined
-from gptjax.server.responses_tools import Tools
+from gptjax.server.http.fields import Fields, check_text
+from gptjax.server.openai.responses.encrypted import verified
+from gptjax.server.openai.responses.input import Input, joined
+from gptjax.server.openai.responses.tools import Tools
 
 # Claude Code's first system text, about itself. It may differ between requests, which then would not begin alike.
 _BILLING: Final = "x-anthropic-billing-header:"

@@ -5,8 +5,8 @@ from typing import Any, Final
 from starlette.responses import Response
 
 from gptjax.server.errors import ApiError, bad_request
+from gptjax.server.http.sse import json_response
 from gptjax.server.logs import request_id
-from gptjax.server.sse import json_response
 
 ROUTES: Final = "/v1/messages"
 _KINDS: Final = {

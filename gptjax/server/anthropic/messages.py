@@ -12,7 +12,6 @@ from starlette.responses import Response
 from gptjax.chat import ChatCompletion
 from gptjax.engine.request import CheckedIds, check_prompt
 from gptjax.errors import CapacityError, GptjaxError
-from gptjax.server.answering import answered
 from gptjax.server.anthropic.blocks import Blocks
 from gptjax.server.anthropic.conversation import (
     read_conversation,
@@ -22,14 +21,16 @@ from gptjax.server.anthropic.conversation import (
 )
 from gptjax.server.anthropic.errors import body, too_long
 from gptjax.server.anthropic.options import Thinking, options_of, read_output_config, read_thinking
-from gptjax.server.body import Fields, reading
 from gptjax.server.errors import ApiError, as_json, bad_request, of_gptjax
-from gptjax.server.responses_tools import Tools
-from gptjax.server.schema import MOST_TOKENS, read_sampling
-from gptjax.server.service import Served, Service
-from gptjax.server.sse import EventStream, json_response, unless_gone
-from gptjax.server.turn import joined as joined_deltas
-from gptjax.server.turn import running_turn
+from gptjax.server.generation.answering import answered, reading
+from gptjax.server.generation.served import Served
+from gptjax.server.generation.service import Service
+from gptjax.server.generation.shared_fields import MOST_TOKENS, read_sampling
+from gptjax.server.generation.turn import joined as joined_deltas
+from gptjax.server.generation.turn import running_turn
+from gptjax.server.http.fields import Fields
+from gptjax.server.http.sse import EventStream, json_response, unless_gone
+from gptjax.server.openai.responses.tools import Tools
 from gptjax.structured import Grammar
 from gptjax.structured.wishes import grammar_of_turn
 from gptjax.text.chat_formats import ChatOptions

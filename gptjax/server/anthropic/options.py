@@ -4,9 +4,9 @@ import dataclasses
 from typing import Final
 
 from gptjax.errors import GptjaxError
-from gptjax.server.body import Fields
 from gptjax.server.errors import as_json, bad_request, of_gptjax
-from gptjax.server.schema import MOST_TOKENS
+from gptjax.server.generation.shared_fields import MOST_TOKENS
+from gptjax.server.http.fields import Fields
 from gptjax.structured import Grammar
 from gptjax.structured.wishes import described, read_response_format
 from gptjax.text.chat_formats import ChatFormat, ChatOptions

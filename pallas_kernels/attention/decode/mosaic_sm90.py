@@ -7,7 +7,7 @@ computes what, is in `plan_sm90`.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,12 @@ from pallas_kernels import ptx
 from pallas_kernels.attention.decode import combine_sm90, gather_sm90, merge_sm90, plan_sm90, warp_sm90
 from pallas_kernels.attention.decode.gather_sm90 import Block, Float4
 from pallas_kernels.attention.decode.merge_sm90 import Partial
-from pallas_kernels.attention.decode.plan_sm90 import FEW_WARPS, MANY_WARPS, QUERIES, DecodePlan
+from pallas_kernels.attention.decode.newest_sm90 import Newest
+from pallas_kernels.attention.decode.plan_sm90 import FEW_WARPS, MANY_WARPS, QUERIES, DecodePlan, ProductPlan
 from pallas_kernels.attention.decode.slots_sm90 import Slots
 from pallas_kernels.attention.decode.turns_sm90 import Run, Seen, Share, Thread
 from pallas_kernels.pages import PAGE
+from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
 plgpu: Any = mosaic_gpu  # JAX 0.10 has another interface: there, this module can only be imported
@@ -35,6 +37,16 @@ _WARP_TILE = 16
 def warp_tile(width: int) -> int:
     """Places that a warp computes at a time by default, for a head width."""
     return _WARP_TILES.get(width, _WARP_TILE)
+
+
+class NewTokens(NamedTuple):
+    """A token for each row, whose queries, key and value are still a product. See `api.append_and_attend`."""
+
+    qkv: PartialSum
+    rotation: tuple[jax.Array, jax.Array] | None  # cos and sin
+    slots_B: jax.Array  # see `pages.slots`; nothing is written if negative
+    scales: tuple[jax.Array, jax.Array] | None = None  # of the norms of queries and keys
+    epsilon: float = 0.0  # of the norms
 
 
 def decode(
@@ -80,10 +92,69 @@ def decode(
     Raises:
       ValueError: dtypes, widths or settings that the kernel does not support.
     """
-    B, N, H = q_BNH.shape
+    plan = _planned(q_BNH, k_YKSH, v_YKSH, sinks_N, table_BZ, starts_B, window, scale=scale, warp_tile=warp_tile)
+    plan = _dealt(plan, len(q_BNH), splits, blocks, warps)
+    return _decode({"q": q_BNH}, k_YKSH, v_YKSH, counts_B, sinks_N, table_BZ, starts_B, plan=plan)[0]
+
+
+def decode_newest(
+    tokens: NewTokens,
+    k_YKSH: jax.Array,
+    v_YKSH: jax.Array,
+    counts_B: jax.Array,
+    sinks_N: jax.Array | None = None,
+    *,
+    scale: float,
+    table_BZ: jax.Array,
+    starts_B: jax.Array | None = None,
+    window: int | None = None,
+    splits: int | None = None,
+    blocks: int | None = None,
+    warps: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`decode` for the rows' newest tokens, whose keys and values it also writes to the pages.
+
+    A row's newest token has the last of its `counts` places, which is the place of its slot. The same bits as those of
+    `decode` after these steps by themselves.
+
+    Returns:
+      The result, and the pages, which are updated in place if donated.
+    """
+    B, H = len(tokens.slots_B), k_YKSH.shape[3]
+    q_BNH = jax.ShapeDtypeStruct((B, tokens.qkv.parts_JAO.shape[2] // H - 2 * k_YKSH.shape[1], H), k_YKSH.dtype)
+    plan = _planned(q_BNH, k_YKSH, v_YKSH, sinks_N, table_BZ, starts_B, window, scale=scale)
+    (cos, sin), (q_scale, k_scale) = (each or (None, None) for each in (tokens.rotation, tokens.scales))
+    bias = tokens.qkv.bias_EO
+    product = ProductPlan(
+        rows=B,
+        pieces=len(tokens.qkv.parts_JAO),
+        has_bias=bias is not None,
+        rotates=cos is not None,
+        scales=None if q_scale is None else q_scale.dtype,
+        epsilon=tokens.epsilon,
+    )
+    plan = _dealt(dataclasses.replace(plan, product=product), B, splits, blocks, warps)
+    given = {"parts": tokens.qkv.parts_JAO, "bias": None if bias is None else bias.astype(jnp.bfloat16), "cos": cos}
+    given |= {"sin": sin, "q_scale": q_scale, "k_scale": k_scale, "slots": tokens.slots_B}
+    out, *pools = _decode(given, k_YKSH, v_YKSH, counts_B, sinks_N, table_BZ, starts_B, plan=plan)
+    return out, pools[0], pools[1]
+
+
+def _planned(
+    q_BNH: jax.Array | jax.ShapeDtypeStruct,
+    k_YKSH: jax.Array,
+    v_YKSH: jax.Array,
+    sinks_N: jax.Array | None,
+    table_BZ: jax.Array,
+    starts_B: jax.Array | None,
+    window: int | None,
+    *,
+    scale: float,
+    warp_tile: int | None = None,
+) -> DecodePlan:
+    """What follows from the operands, without who computes what."""
+    N, H = q_BNH.shape[1:]
     K, Z = k_YKSH.shape[1], table_BZ.shape[1]
-    is_folded = starts_B is not None and window is not None and window <= PAGE
-    places = PAGE if is_folded else PAGE * Z
     dtypes = {x.dtype for x in (q_BNH, k_YKSH, v_YKSH)}
     if dtypes != {jnp.dtype(jnp.bfloat16)}:
         raise ValueError(f"mosaic decode attention takes bfloat16, found {', '.join(sorted(map(str, dtypes)))}")
@@ -96,15 +167,12 @@ def decode(
     warp_tile = _WARP_TILES.get(H, _WARP_TILE) if warp_tile is None else warp_tile
     if warp_tile not in _TILES:
         raise ValueError(f"a warp's tile has 16, 32, 64 or 128 places, found {warp_tile}")
-    if blocks not in (None, 1, 2, 4, 8):
-        raise ValueError(f"a cluster has 1, 2, 4 or 8 blocks, found {blocks}")
-    if warps not in (None, FEW_WARPS, MANY_WARPS):
-        raise ValueError(f"a block has {FEW_WARPS} or {MANY_WARPS} warps, found {warps}")
-    plan = DecodePlan(
+    is_folded = starts_B is not None and window is not None and window <= PAGE
+    return DecodePlan(
         keys=K,
         group=N // K,
         width=H,
-        places=places,
+        places=PAGE if is_folded else PAGE * Z,
         warp_tile=warp_tile,
         scale=scale,
         sinks=None if sinks_N is None else sinks_N.dtype.name,
@@ -112,20 +180,30 @@ def decode(
         windowed=starts_B is not None,
         folded=is_folded,
     )
-    plan = plan_sm90.deal(plan, B * K)
+
+
+def _dealt(plan: DecodePlan, rows: int, splits: int | None, blocks: int | None, warps: int | None) -> DecodePlan:
+    """Who computes what of so many rows, by default or as is wanted."""
+    if blocks not in (None, 1, 2, 4, 8):
+        raise ValueError(f"a cluster has 1, 2, 4 or 8 blocks, found {blocks}")
+    if warps not in (None, FEW_WARPS, MANY_WARPS):
+        raise ValueError(f"a block has {FEW_WARPS} or {MANY_WARPS} warps, found {warps}")
+    plan = plan_sm90.deal(plan, rows * plan.keys)
     plan = dataclasses.replace(
         plan, splits=splits or plan.splits, blocks=blocks or plan.blocks, warps=warps or plan.warps
     )
     if not plan.fits:
-        raise ValueError(f"blocks of {plan.warps} warps, {plan.blocks} a cluster, have no room for their results: {H=}")
+        raise ValueError(
+            f"blocks of {plan.warps} warps, {plan.blocks} a cluster, have no room for their results: H={plan.width}"
+        )
     if plan.loops and plan.blocks > 1:
         raise ValueError(f"{plan.ranges} ranges of {plan_sm90.RANGE} places need {plan.ranges} splits, or 1 block")
-    return _decode(q_BNH, k_YKSH, v_YKSH, counts_B, sinks_N, table_BZ, starts_B, plan=plan)
+    return plan
 
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _decode(
-    q_BNH: jax.Array,
+    given: dict[str, jax.Array | None],
     k_YKSH: jax.Array,
     v_YKSH: jax.Array,
     counts_B: jax.Array,
@@ -134,41 +212,40 @@ def _decode(
     starts_B: jax.Array | None,
     *,
     plan: DecodePlan,
-) -> jax.Array:
-    B, N, H = q_BNH.shape
-    K, G, J = plan.keys, plan.group, plan.entries
+) -> list[jax.Array]:
+    """The result and, if they are written to, the pages. `given`: the queries, or what they come from, by name."""
+    B, K, G, H, J = len(counts_B), plan.keys, plan.group, plan.width, plan.entries
     # What is missing is not read, but something has to be passed for it.
+    more = {name: counts_B if array is None else array for name, array in given.items()}
     sinks, starts = (counts_B if array is None else array for array in (sinks_N, starts_B))
-    shapes = {"out": jax.ShapeDtypeStruct((B, N, H), q_BNH.dtype)}
+    shapes = {"out": jax.ShapeDtypeStruct((B, K * G, H), jnp.bfloat16)}
     if plan.splits > 1:
         shapes = {
             "out": jax.ShapeDtypeStruct((B, K, J, G, H), jnp.float32),
             "totals": jax.ShapeDtypeStruct((B, K, J, G, 2), jnp.float32),
         }
+    shared = {
+        "memory": plgpu.SMEM((plan.most_slots * plan.slot_bytes // 4,), jnp.float32),
+        "mailbox": plgpu.SMEM((6 * plan.float4s if plan.blocks > 1 else 4,), jnp.float32),
+        "mbarrier": plgpu.SMEM((4,), jnp.float32),
+    }
+    pools: list[Any] = [k_YKSH, v_YKSH]
+    if plan.product is not None:
+        pools = [jax.new_ref(pool) for pool in pools]
+        shared["heads"] = plgpu.SMEM((Newest.words(plan),), jnp.float32)
     results = ptx.launch(
         functools.partial(decode_attention, plan),
-        {
-            "q": q_BNH,
-            "k": k_YKSH,
-            "v": v_YKSH,
-            "counts": counts_B,
-            "sinks": sinks,
-            "table": table_BZ,
-            "starts": starts,
-        },
+        more | {"k": pools[0], "v": pools[1], "counts": counts_B, "sinks": sinks, "table": table_BZ, "starts": starts},
         shapes,
         {"row": B, "head": K, "queries": -(-G // QUERIES), "split": plan.splits},
-        {
-            "memory": plgpu.SMEM((plan.most_slots * plan.slot_bytes // 4,), jnp.float32),
-            "mailbox": plgpu.SMEM((6 * plan.float4s if plan.blocks > 1 else 4,), jnp.float32),
-            "mbarrier": plgpu.SMEM((4,), jnp.float32),
-        },
+        shared,
         cluster=plan.blocks,
         warpgroups=None if plan.warps == FEW_WARPS else plan.warps // 4,
     )
-    if plan.splits == 1:
-        return results["out"]
-    return combine_sm90.combine(plan, results["out"], results["totals"], counts_B, sinks_N)
+    out = results["out"]
+    if plan.splits > 1:
+        out = combine_sm90.combine(plan, out, results["totals"], counts_B, sinks_N)
+    return [out, *(jax.freeze(pool) for pool in pools if plan.product is not None)]
 
 
 def decode_attention(
@@ -234,17 +311,24 @@ def _shared(
     if plan.ranges > 1:
         seen = seen.within(share.range)
     stream = warp_sm90.CacheStream(plan, arrays["k"], arrays["v"], arrays["table"], at, Run.of(plan, share, at), seen)
-    a = warp_sm90.load_queries(plan, arrays["q"], at)
-    loaded = warp_sm90.Loaded.of(stream)
+    pages = stream.pages()
+    newest = None if plan.product is None else Newest.of(plan, plan.product, arrays, at)
+    a = warp_sm90.load_queries(plan, arrays["q"], at) if newest is None else []
     if fours is None:
         fours = gather_sm90.float4s(plan, arrays["sinks"], block)
+    loaded = warp_sm90.Loaded.of(stream, pages)
     gather_sm90.prepare(plan, arrays["mbarrier"])  # while the loads are under way
     if plan.clears:
         slots.clear()
+    if newest is not None:
+        newest.keep(entry)
+    if plan.clears or newest is not None:
         ptx.sync_block()
     else:
         ptx.sync_warp()  # keeps ptxas from delaying these loads
-    warp_sm90.attend(stream, a, loaded, slots)
+    if newest is not None:
+        a = warp_sm90.query_factors(plan, newest.query_words)
+    warp_sm90.attend(stream, a, loaded, slots, newest)
     exchange = arrays["mailbox"], arrays["mbarrier"]
     return list(zip(fours, gather_sm90.gather(plan, slots, share.shift, *exchange, block, fours), strict=True))
 

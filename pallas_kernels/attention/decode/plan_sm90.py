@@ -15,6 +15,7 @@ cluster, or by `combine_sm90`. Whatever does not exist is empty, and merging wit
 
 import dataclasses
 import functools
+from typing import Any
 
 from pallas_kernels.attention.decode.split import MAX_SPLITS, PROGRAMS
 
@@ -40,6 +41,18 @@ def log2(power: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProductPlan:
+    """The product that rows' queries, and their newest keys and values, come from. See `newest_sm90`."""
+
+    rows: int  # B
+    pieces: int  # J: of the sum
+    has_bias: bool
+    rotates: bool
+    scales: Any  # dtype of the norms' scales; None: queries and keys are not normed
+    epsilon: float  # of the norms
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodePlan:
     """Everything that is known when the kernel is built."""
 
@@ -58,6 +71,7 @@ class DecodePlan:
     splits: int = 1  # J: clusters that share a row's places
     blocks: int = 1  # per cluster, a power of two
     warps: int = FEW_WARPS  # per block, a power of two and a multiple of 4
+    product: ProductPlan | None = None  # None: queries are given, and the newest keys and values are in the pages
 
     @property
     def threads(self) -> int:
@@ -178,7 +192,7 @@ class DecodePlan:
         turns = []
         for shift in self.shifts:
             strands = self.own_strands >> shift
-            tiles = self.chain * max(1, strands // self.warps)
+            tiles = self.chain * max(1, -(-min(strands, self.tiles) // self.warps))
             turns.append(-(-tiles // max(1, self.warps // strands)))
         return max(turns)
 

@@ -10,7 +10,7 @@ expects its weights.
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
 from pallas_kernels.attention.decode import split
+from pallas_kernels.attention.decode.newest_sm90 import Newest
 from pallas_kernels.attention.decode.plan_sm90 import EIGHT, DecodePlan
 from pallas_kernels.attention.decode.slots_sm90 import Slots
 from pallas_kernels.attention.decode.turns_sm90 import Run, Seen, Thread, Words
@@ -32,16 +33,26 @@ _STREAM_FOUR = "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {{$0, $1, $2, $3}},
 
 
 def load_queries(plan: DecodePlan, q: Value, at: Thread) -> list[list[Value]]:
-    """The queries as first factors of `ptx.mma`, one for every 16 columns of the product with keys.
+    """The queries as first factors of `ptx.mma`, see `query_factors`.
 
     Missing rows may hold anything, because their results are not used.
     """
-    halves = []
-    for half in range(plan.eights):
+
+    def words(half: int) -> Words:
         query = arith.minsi(ptx.add(at.block.first, at.g, EIGHT * half), ptx.const(plan.group - 1))
         row = ptx.offset(ptx.offset(q, ptx.add(ptx.mul(at.block.pair(plan), plan.group), query), plan.row), at.q, 16)
-        words = [_load(_LOAD_FOUR, row, 64 * i) for i in range(plan.width // 32)]
-        halves.append([four[i : i + 2] for four in words for i in (0, 2)])
+        return [_load(_LOAD_FOUR, row, 64 * i) for i in range(plan.width // 32)]
+
+    return query_factors(plan, words)
+
+
+def query_factors(plan: DecodePlan, words: Callable[[int], Words]) -> list[list[Value]]:
+    """The queries as first factors of `ptx.mma`, one for every 16 columns of the product with keys.
+
+    Args:
+      words: gives, for a half of the queries, the 16 bytes from 16·q on in every 64 of query g.
+    """
+    halves = [[four[i : i + 2] for four in words(half) for i in (0, 2)] for half in range(plan.eights)]
     zero = ptx.const(0)
     others = halves[1] if plan.eights == 2 else [[zero, zero]] * len(halves[0])
     return [
@@ -66,13 +77,16 @@ class CacheStream:
     run: Run
     seen: Seen
 
-    def two_pages(self) -> list[Value]:
-        """Begins to load the pages of a folded window, or its only one."""
+    def pages(self) -> list[Value]:
+        """Begins to load the pages of the warp's tiles: of a folded window, both or its only one."""
+        return self._two_pages() if self.plan.folded else self._held()
+
+    def _two_pages(self) -> list[Value]:
         entry = ptx.offset(self.table, ptx.mul(self.at.block.row, self.plan.pages), 4)
         entries = [ptx.shifted(entry, 4 * i) for i in range(self.plan.pages)]
         return [ptx.asm(_LOAD, [ptx.i32()], [each], volatile=True)[0] for each in entries]
 
-    def hold(self) -> list[Value]:
+    def _held(self) -> list[Value]:
         """Begins to load, a lane each, the pages of the tiles of 32 turns and, if there may be more, of the next 32.
 
         (Loaded a turn ahead, each would cost a trip to memory, because ptxas moves such loads to where they are used.)
@@ -84,10 +98,12 @@ class CacheStream:
             held += ptx.asm(_LOAD, [ptx.i32()], [entry], volatile=True)
         return held
 
-    def page(self, turn: Value | int, held: list[Value]) -> list[Value]:
-        """The page of a turn's tile, of those that are held."""
+    def page(self, turn: Value | int, pages: list[Value]) -> list[Value]:
+        """Where a turn's tile lies: its page, of those that `pages` has loaded, or both of a folded window."""
+        if self.plan.folded:
+            return pages
         turn = ptx.as_value(turn)
-        page, *more = (ptx.from_lane(each, arith.andi(turn, ptx.const(31))) for each in held)
+        page, *more = (ptx.from_lane(each, arith.andi(turn, ptx.const(31))) for each in pages)
         for number, each in enumerate(more, 1):
             page = arith.select(ptx.less(turn, 32 * number), page, each)
         return [page]
@@ -133,42 +149,48 @@ class CacheStream:
 
 
 class Loaded(NamedTuple):
-    """What a warp loads before it computes: its first tile, and the pages of it and others."""
+    """What a warp loads before it computes: the pages of its tiles, and its first tile."""
 
     keys: Words
     values: Words
-    pages: list[Value]  # of a folded window; else what `hold` has loaded
+    pages: list[Value]  # see `CacheStream.pages`
 
     @classmethod
-    def of(cls, stream: CacheStream) -> "Loaded":
-        """Begins to load them."""
-        if stream.plan.folded:
-            first = pages = stream.two_pages()
-        else:
-            pages = stream.hold()
-            first = stream.page(0, pages)
-        return cls(stream.keys(0, first), stream.values(0, first), pages)
+    def of(cls, stream: CacheStream, pages: list[Value]) -> "Loaded":
+        """Begins to load the tile."""
+        first = stream.page(0, pages)
+        loaded = cls(stream.keys(0, first), stream.values(0, first), pages)
+        ptx.keep_loads_before(pages[0])
+        return loaded
 
 
-def attend(stream: CacheStream, a: list[list[Value]], loaded: Loaded, slots: Slots) -> None:
+def attend(
+    stream: CacheStream, a: list[list[Value]], loaded: Loaded, slots: Slots, newest: Newest | None = None
+) -> None:
     """The softmax of each of the warp's tiles, merged into the block's slots.
 
     Args:
-      a: from `load_queries`.
+      a: from `query_factors`.
+      newest: the row's newest key and value, if the pages do not have them yet.
     """
     plan, run, seen, at = stream.plan, stream.run, stream.seen, stream.at
     sizes = len(loaded.keys), len(loaded.values)
-    turns = run.turns(seen)
+    turns = run.turns(seen) if plan.most_turns > 1 else ptx.const(1)
 
     def finish(turn: Value, scores: Words, values: Words) -> None:
         weights, maxima, totals = _softmax(plan, scores)
         factors = _packed(plan, weights)
         slots.add(run.slot(turn), at.lane, maxima, totals, lambda j: _multiply(plan, factors, values, j))
 
+    def with_newest(turn: Value, keys: Words, values: Words) -> tuple[Words, Words]:
+        return (keys, values) if newest is None else newest.over(keys, values, seen, run.place(turn))
+
     def step(following: Value, carry: list[Value]) -> list[Value]:
         turn = ptx.add(following, -1)
-        pages = loaded.pages if plan.folded else stream.page(following, loaded.pages)
+        pages = stream.page(following, loaded.pages)
         keys, values = _apart(carry, *sizes)
+        if plan.folded:
+            keys, values = with_newest(turn, keys, values)
         scores = _scores(plan, a, keys)
         if plan.windowed:
             places = seen.places(plan, run.place(turn), at.q)
@@ -179,10 +201,13 @@ def attend(stream: CacheStream, a: list[list[Value]], loaded: Loaded, slots: Slo
         values = stream.values(following, pages)
         return [*chain(*keys, *values)]
 
-    carry = ptx.loop(turns, [*chain(*loaded.keys, *loaded.values)], step, start=1)
-    # Without a window, only a warp's last tile may be partly or entirely missing.
-    keys, values = _apart(carry, *sizes)
+    carry = [*chain(*loaded.keys, *loaded.values)]
+    if plan.most_turns > 1:
+        carry = ptx.loop(turns, carry, step, start=1)
+    # Without a window, only a warp's last tile may be partly or entirely missing. Unless pages lie one on the other,
+    # no other has the newest place.
     last = ptx.add(turns, -1)
+    keys, values = with_newest(last, *_apart(carry, *sizes))
     places = seen.places(plan, run.place(last), at.q)
     finish(last, _seen_scores(_scores(plan, a, keys), places), _seen_values(plan, values, places))
 
