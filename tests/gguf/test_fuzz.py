@@ -98,7 +98,7 @@ def test_changed_files(tmp_path):
     (tmp_path / "keys.gguf").write_bytes(made.file(METADATA))
     split(tmp_path, 2)
     files = sorted(path.name for path in tmp_path.iterdir())
-    count = rounds(50_000)
+    count = rounds(200_000)
     result = subprocess.run(
         [sys.executable, "-c", WORKER, str(tmp_path), "17", str(count), *files],
         capture_output=True,

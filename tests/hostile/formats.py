@@ -251,23 +251,25 @@ def config_of(model: Any) -> Callable[[Path], object]:
 
 
 FORMATS = {
-    "safetensors": Format(lambda d: made.write(d / "model.safetensors", TENSORS), read_tensors, 10_000),
-    "safetensors index": Format(lambda d: made.write_sharded(d, TENSORS, 2), read_tensors, 3_000),
-    "pickle": Format(make_pickle, read_pickle, 2_000),
-    "config gpt2": Format(config_of(gpt2_random.CONFIG), read_config, 5_000),
-    "config gpt_oss": Format(config_of(gpt_oss_random.CONFIG), read_config, 5_000),
-    "config llama": Format(config_of({**llama_random.CONFIG, **llama_random.VARIANTS["llama3.1"]}), read_config, 5_000),
-    "generation_config": Format(lambda d: write(d, "generation_config.json", GENERATION), read_defaults, 5_000),
-    "tokenizer byte-level": Format(make_byte_level, read_text, 2_000),
+    "safetensors": Format(lambda d: made.write(d / "model.safetensors", TENSORS), read_tensors, 20_000),
+    "safetensors index": Format(lambda d: made.write_sharded(d, TENSORS, 2), read_tensors, 6_000),
+    "pickle": Format(make_pickle, read_pickle, 4_000),
+    "config gpt2": Format(config_of(gpt2_random.CONFIG), read_config, 10_000),
+    "config gpt_oss": Format(config_of(gpt_oss_random.CONFIG), read_config, 10_000),
+    "config llama": Format(
+        config_of({**llama_random.CONFIG, **llama_random.VARIANTS["llama3.1"]}), read_config, 10_000
+    ),
+    "generation_config": Format(lambda d: write(d, "generation_config.json", GENERATION), read_defaults, 10_000),
+    "tokenizer byte-level": Format(make_byte_level, read_text, 4_000),
     "tokenizer sentencepiece": Format(
         lambda d: write(d, "tokenizer.json", sentencepiece_material.llama2_json()), read_text, 1_500
     ),
-    "vocab and merges": Format(make_pair, read_text, 2_000),
-    "chat template": Format(make_template, read_template, 1_000),
-    "chat templates": Format(make_named_templates, read_template, 1_000),
-    "converted": Format(lambda d: weights_material.save(d / "dst"), read_converted, 1_500),
+    "vocab and merges": Format(make_pair, read_text, 4_000),
+    "chat template": Format(make_template, read_template, 2_000),
+    "chat templates": Format(make_named_templates, read_template, 2_000),
+    "converted": Format(lambda d: weights_material.save(d / "dst"), read_converted, 3_000),
     "journal": Format(make_journal, read_journal, 1_000),
-    "gguf byte-level": Format(make_byte_level_gguf, read_gguf, 2_500),
-    "gguf sentencepiece": Format(make_sentencepiece_gguf, read_gguf, 2_500),
-    "metadata.gguf": Format(make_metadata, read_metadata, 1_500),
+    "gguf byte-level": Format(make_byte_level_gguf, read_gguf, 5_000),
+    "gguf sentencepiece": Format(make_sentencepiece_gguf, read_gguf, 5_000),
+    "metadata.gguf": Format(make_metadata, read_metadata, 3_000),
 }

@@ -1,4 +1,4 @@
-"""Random joins, leaves, cancels, holds, losses and evictions, against a naive device: 6,800 requests in a full run."""
+"""Random joins, leaves, cancels, holds, losses and evictions, against a naive device: 10,000 requests in a full run."""
 
 import dataclasses
 import random
@@ -88,7 +88,7 @@ def test_the_device_draws_the_same_in_each_run_of_python(written, drawn):
 @pytest.mark.fuzz
 @pytest.mark.parametrize("name", CASES)
 def test_any_load(name):
-    case, requests = CASES[name], rounds(400)
+    case, requests = CASES[name], rounds(1000)
     dice = random.Random(name)
     while requests > 0:
         harness = _harness(case, dice.choice((0, 0, 1, 3, 20)))
