@@ -30,8 +30,8 @@ class PartialSum:
     # exchange these (see `peers`): sums that are exchanged one after the other must take turns.
     over: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     box: int = dataclasses.field(default=0, metadata={"static": True})
-    # Each so many devices, by rank, have parts of the same terms, and the first of them adds the terms' biases. (The
-    # bias of a sum without rows is added after the devices' parts.)
+    # Devices form groups of this many, by rank: all of a group have parts of the same terms, and its first device adds
+    # the terms' biases. (The bias of a sum without rows is added after the devices' parts.)
     sharers: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property

@@ -2,7 +2,7 @@
 
 A device writes its numbers into every other one's mailbox, over NVLink, and waits until theirs are in its own. An empty
 place in a mailbox has all bits set, which no result of arithmetic has, so a number tells by itself that it has arrived.
-Who takes it empties the place again.
+Whoever takes it empties the place again.
 
 There are two boxes, of which exchanges one after the other must take turns. Then no number can arrive before the one
 before it was taken: whoever writes into a box again has had an answer, in the other box, of each device that had taken
@@ -11,7 +11,9 @@ what was there.
 XLA's own all-gather of such small sums takes 12 to 25 us a call on two H200s, and is no part of a CUDA graph.
 """
 
+import ctypes
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Final
 
@@ -68,12 +70,33 @@ class Mailboxes:
 
 
 def can_exchange(mesh: Mesh, axes: Sequence[str], width: int) -> bool:
-    """Whether devices along these axes have kernels for rows of this width: Hopper GPUs that one process has."""
+    """Whether devices along these axes have kernels for rows of this width.
+
+    That is Hopper GPUs of one process that reach each other's memory, over NVLink or PCIe.
+    """
     if dispatch.preferred() != dispatch.MOSAIC or width % 4:
         return False
     count = int(np.prod([mesh.shape[axis] for axis in axes]))
     processes = {device.process_index for device in mesh.devices.flat}
-    return 2 <= count <= _MOST_DEVICES and processes == {jax.process_index()}
+    if not 2 <= count <= _MOST_DEVICES or processes != {jax.process_index()}:
+        return False
+    return _reach_each_other([device.local_hardware_id for device in mesh.devices.flat])
+
+
+def _reach_each_other(ordinals: Sequence[int]) -> bool:
+    """Whether GPUs can access each other's memory, as the driver says; without a driver, they cannot."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+
+    def accesses(ordinal: int, other: int) -> bool:
+        device, peer, can = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        failed = [cuda.cuDeviceGet(ctypes.byref(each), number) for each, number in ((device, ordinal), (peer, other))]
+        failed.append(cuda.cuDeviceCanAccessPeer(ctypes.byref(can), device, peer))
+        return not any(failed) and bool(can.value)
+
+    return not cuda.cuInit(0) and all(accesses(*pair) for pair in itertools.permutations(ordinals, 2))
 
 
 def table_of(addresses: np.ndarray, ranks: np.ndarray) -> np.ndarray:

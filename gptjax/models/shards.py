@@ -27,7 +27,7 @@ from gptjax.models.packing import is_kernel
 from gptjax.models.params import Params, abstract_params, random_leaf
 from gptjax.models.registry import Model, build
 from gptjax.sharding.share import Share
-from pallas_kernels import matvec, moe
+from pallas_kernels import dispatch, matvec, moe
 from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.mxfp4 import MXFP4
 from pallas_kernels.peers import Mailboxes, can_exchange
@@ -79,11 +79,13 @@ def head(model: Model, params: Params, hidden: jax.Array) -> jax.Array:
 
 
 def mailboxes(model: Model) -> Mailboxes | None:
-    """What kernels add up rows with over the devices of the model's mesh; None if there are none that do."""
+    """The mailboxes through which kernels add up rows over the devices of the model's mesh; None if XLA does it."""
     share, width = model.own, model.config.width
     axes, of_experts = share.axes("N"), share.axes("E") if share.num_experts else ()
     # Both sums of a layer must go over the same devices, or one of these could be ahead by two.
     if axes != of_experts + share.axes("F") or not isinstance(share.mesh, Mesh):
+        return None
+    if model.dtype != jnp.bfloat16 or dispatch.wanted(model.implementation) != dispatch.MOSAIC:
         return None
     return Mailboxes(share.mesh, axes, width) if can_exchange(share.mesh, axes, width) else None
 

@@ -2,7 +2,7 @@
 
 All devices of a mesh run the same program, under `jax.shard_map`: the model with the sizes of one share. So every
 kernel works on local shapes as if it were alone. The devices meet where a sum goes over a divided axis: after a
-block's attention and after its MLP or experts (`PartialSum.over`), in the embedding, and after the head.
+block's attention and after its MLP or experts (`PartialSum.across`), in the embedding, and after the head.
 """
 
 import dataclasses

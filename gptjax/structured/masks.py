@@ -9,9 +9,8 @@ from typing import Final
 
 import numpy as np
 
-from gptjax.structured.matching import Matcher, words_of
+from gptjax.structured.matching import MOST_AT_ONCE, Matcher, words_of
 
-_MOST_THREADS: Final = 8  # a mask takes up to 2 ms: so 32 rows' take at most 8 ms, and mostly less than one
 _PATIENCE: Final = 0.0003  # seconds between looks at whether the device is still busy
 
 
@@ -41,7 +40,7 @@ class Masks:
         self._texts: dict[int, _Text] = {}  # by request
         self._jobs: deque[_Text] = deque()  # which no thread has begun yet; the threads take them from the left
         self._found: queue.SimpleQueue[_Text] = queue.SimpleQueue()  # which the threads are done with
-        self._most = max(2, min(_MOST_THREADS, (os.cpu_count() or 1) // 2))  # 2: none is in the way of all others
+        self._most = max(2, min(MOST_AT_ONCE, (os.cpu_count() or 1) // 2))  # 2: none is in the way of all others
         self._threads = ThreadPoolExecutor(self._most, "gptjax-masks")
 
     def __contains__(self, request: int) -> bool:

@@ -37,7 +37,8 @@ def add_norm(
       epsilon: added to the mean of squares.
       center: True for LayerNorm, which subtracts the mean; False for RMSNorm.
       peers: how kernels add up terms over the devices of a mesh; None: XLA does.
-      implementation: "auto", "mosaic" (bfloat16, up to 128 rows, on Hopper) or "xla".
+      implementation: "auto", "mosaic" (bfloat16, on Hopper; beyond 128 rows only terms with rows of their own) or
+        "xla".
 
     Returns:
       The sum and the norm, [T, D] of x's dtype. A token's bits do not depend on the others, for a given T; by "mosaic",

@@ -20,7 +20,7 @@ class Exchange:
     width: int  # D
     own: Value  # the address of the device's mailboxes
     rank: Value
-    others: tuple[Value, ...]  # the addresses of all mailboxes, by rank; what is at the device's own rank is not used
+    others: tuple[Value, ...]  # the addresses of all mailboxes, by rank; its own is among them and not used
 
     @classmethod
     def of(cls, given: peers.Peers, box: int, table: Value) -> "Exchange":
@@ -31,7 +31,7 @@ class Exchange:
         return cls(given.count, box, given.width, _address(own), rank, tuple(map(_address, pairs)))
 
     def is_first_of(self, sharers: int) -> Value | None:
-        """Whether it is the first of so many devices, one after the other; None: each is."""
+        """Whether this device is the first of its group of `sharers`, by rank; None if every device is."""
         if sharers == 1:
             return None
         return arith.cmpi(arith.CmpIPredicate.eq, arith.remui(self.rank, ptx.const(sharers)), ptx.const(0))

@@ -1,4 +1,6 @@
-"""The residual sum and its norm, for a few rows, in one kernel for Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
+"""The residual sum and its norm in one kernel for Hopper: Pallas Mosaic GPU, JAX 0.11 and newer.
+
+It is for a few rows, and for many whose terms lie in other rows, as experts leave them.
 
 `Norm` is the work of a thread, which other kernels can include: `route.mosaic_sm90` continues from the norm.
 """
@@ -31,12 +33,18 @@ def supports(x_TD: jax.Array, terms: PartialSum | None, scale_D: jax.Array, bias
     T, D = x_TD.shape
     return (
         x_TD.dtype == jnp.bfloat16
-        and 1 <= T <= rows.MOST_ROWS
+        and T >= 1
+        and (T <= rows.MOST_ROWS or _are_gathered(terms))
         and D % 8 == 0
         and D <= rows.LARGEST_WIDTH
         and all(each is None or each.dtype in _FLOATS for each in (scale_D, bias_D))
         and (terms is None or _supports(terms, T, D))
     )
+
+
+def _are_gathered(terms: PartialSum | None) -> bool:
+    """Whether XLA would gather the terms first: it writes and reads them once more."""
+    return terms is not None and terms.rows_TX is not None and not terms.over
 
 
 def _supports(terms: PartialSum, T: int, D: int) -> bool:

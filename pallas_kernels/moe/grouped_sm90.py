@@ -26,9 +26,9 @@ from jaxlib.mlir.dialects import arith, vector
 from pallas_kernels import ptx
 from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
 from pallas_kernels.formats.mxfp4_sm90 import MISSING, decoded
-from pallas_kernels.moe import mosaic_sm90
+from pallas_kernels.moe import gather_sm90, groups_sm90, mosaic_sm90
 from pallas_kernels.moe.activation import SwiGLU
-from pallas_kernels.moe.routing import BY_EXPERT, Groups, sorted_groups
+from pallas_kernels.moe.routing import BY_EXPERT, Groups, Routing, sorted_groups
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
@@ -99,11 +99,21 @@ def routed(
     """See `api.moe`."""
     E, in_runs = down_bias_ED.shape[0], x_TD.shape[0] <= BY_EXPERT
     largest = _TOKENS_IN_RUNS if in_runs else TOKENS
-    groups, places_TX = sorted_groups(experts_TX, E, min(largest, group_size(experts_TX.size, E)))
-    x_AD = in_order(x_TD)[jnp.maximum(groups.rows_UM.reshape(-1), 0)]
-    h_AF = product(x_AD, groups, gate_up, gate_up_bias_E2F.astype(jnp.bfloat16), activation=SwiGLU(alpha, limit))
-    y_AD = product(h_AF, groups, down, runs=mosaic_sm90.runs_of(down) if in_runs else 1)
+    slots = min(largest, group_size(experts_TX.size, E))
+    (groups, places_TX), used_U = _grouped(experts_TX, E, slots)
+    x_AD = gather_sm90.gathered(x_TD, groups.rows_UM)
+    up_bias_E2F = gate_up_bias_E2F.astype(jnp.bfloat16)
+    h_AF = product(x_AD, groups, used_U, gate_up, up_bias_E2F, activation=SwiGLU(alpha, limit))
+    y_AD = product(h_AF, groups, used_U, down, runs=mosaic_sm90.runs_of(down) if in_runs else 1)
     return PartialSum(y_AD[None], places_TX, weights_TX, down_bias_ED, experts_TX)
+
+
+def _grouped(experts_TX: jax.Array, num_experts: int, slots: int) -> tuple[Routing, jax.Array]:
+    """The tokens in groups, and how many slots of each are used."""
+    if groups_sm90.supports(experts_TX, num_experts, slots):
+        return groups_sm90.sorted_groups(experts_TX, num_experts, slots)
+    routing = sorted_groups(experts_TX, num_experts, slots)
+    return routing, jnp.sum(routing.groups.rows_UM >= 0, axis=1, dtype=jnp.int32)
 
 
 def group_size(num_pairs: int, num_experts: int) -> int:
@@ -111,16 +121,11 @@ def group_size(num_pairs: int, num_experts: int) -> int:
     return min(TOKENS, max(16, 1 << (num_pairs // num_experts).bit_length()))
 
 
-def in_order(x_AI: jax.Array) -> jax.Array:
-    """Columns in the fragments' order: 16·q + 4·p + 2·c + h of every 64 becomes 16·p + 8·c + 2·q + h."""
-    rows, inputs = x_AI.shape
-    return x_AI.reshape(rows, inputs // TILE, 4, 4, 2, 2).transpose(0, 1, 3, 4, 2, 5).reshape(rows, inputs)
-
-
 @partial(jax.jit, static_argnames=("activation", "runs"))
 def product(
     x_AI: jax.Array,
     groups: Groups,
+    used_U: jax.Array,
     weight: MXFP4Fragments,
     bias_EO: jax.Array | None = None,
     *,
@@ -130,7 +135,8 @@ def product(
     """Each group's tokens times its expert's weight.
 
     Args:
-      x_AI: bfloat16, one row per slot, columns `in_order`.
+      x_AI: bfloat16, one row per slot, columns in order as by `gathered`.
+      used_U: int32; how many of a group's slots are used.
       weight: [E, O, I].
       bias_EO: for the activation.
       runs: see `mosaic_sm90.product`. With more than one, a group has at most `_TOKENS_IN_RUNS` slots.
@@ -168,7 +174,7 @@ def product(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         kernel_name="moe_grouped",
-    )(x_AI, jnp.sum(groups.rows_UM >= 0, axis=1, dtype=jnp.int32), groups.experts_U, words, weight.scales, bias_EO)
+    )(x_AI, used_U, groups.experts_U, words, weight.scales, bias_EO)
     return result
 
 

@@ -40,7 +40,7 @@ def norm_route(
       router_DE, router_bias_E: of any floating dtype; the router is rounded to x's.
       positions_T: int32; a token at a negative position is padding: it has no experts, and its weights are undefined.
       top: how many experts, 1 to E.
-      implementation: "auto", "mosaic" (bfloat16, on Hopper; beyond 128 rows only the logits have a kernel) or "xla".
+      implementation: "auto", "mosaic" (bfloat16, on Hopper; beyond 128 rows the sum and the norm are XLA's) or "xla".
 
     Returns:
       The sum and the norm, [T, D] of x's dtype; int32 experts and their float32 weights, [T, top]. By "mosaic", a
@@ -55,10 +55,12 @@ def norm_route(
     available: dict[str, Callable[..., tuple[jax.Array, ...]]] = {dispatch.XLA: reference.norm_route}
     if on_hopper:
         from pallas_kernels.ptx.rows import MOST_ROWS
-        from pallas_kernels.route import mosaic_sm90
+        from pallas_kernels.route import many_sm90, mosaic_sm90
 
         if mosaic_sm90.supports(*operands, top=top):
             available[dispatch.MOSAIC] = partial(mosaic_sm90.norm_route, peers=peers)
+        elif x_TD.shape[0] > MOST_ROWS and many_sm90.supports(x_TD, router_bias_E, positions_T, top=top):
+            available[dispatch.MOSAIC] = many_sm90.norm_route
         elif x_TD.shape[0] > MOST_ROWS and x_TD.dtype == jnp.bfloat16 and x_TD.shape[1] % 64 == 0:
             multiply = partial(matmul, implementation=dispatch.MOSAIC)
             available[dispatch.MOSAIC] = partial(reference.norm_route, multiply=multiply)

@@ -7,15 +7,11 @@ chooses.
 A row's bits must not depend on how many blocks share it, which the number of rows decides. So a warp adds pieces of a
 few inputs, each from zero; a part's pieces are added in one order, and the parts in one.
 
-Logits are rounded to bfloat16, so a logit and its expert's number fit in one 32-bit integer. The maximum of these
-integers finds both, and the lower number among equals.
-
 The same kernel computes the norm first: the router's weights do not depend on it, so they are loaded meanwhile, and one
 kernel launch is saved.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,8 +25,8 @@ from pallas_kernels.add_norm import mosaic_sm90 as add_norm
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.peers import Peers
 from pallas_kernels.ptx import Value, rows
+from pallas_kernels.route.choice_sm90 import MOST_EXPERTS, chosen, lane_experts
 
-MOST_EXPERTS = 128
 _VECTOR = 8  # experts whose weights one 16-byte load reads
 _LEAST_PIECE = 32  # inputs of a piece: their sums, [pieces, E], meet in shared memory
 _WEIGHTS = 2048  # of a piece: eight loads per thread, unless one of the limits applies
@@ -51,7 +47,8 @@ def supports(
     """Whether `norm_route` takes these operands."""
     E = router_DE.shape[1]
     return (
-        add_norm.supports(x_TD, terms, scale_D)
+        x_TD.shape[0] <= rows.MOST_ROWS
+        and add_norm.supports(x_TD, terms, scale_D)
         and router_DE.dtype == jnp.bfloat16
         and router_bias_E.dtype in (jnp.bfloat16, jnp.float32)
         and positions_T.dtype == jnp.int32
@@ -218,7 +215,7 @@ class Router:
         ]
 
     def _experts(self) -> list[Value]:
-        return [ptx.add(self.thread.lane, i) for i in range(0, self.experts, 32)]
+        return lane_experts(self.thread.lane, self.experts)
 
     def _multiply(self, loaded: list[list[Value]], x: Value, parts: Value) -> None:
         """The products, and their sums over each piece."""
@@ -272,9 +269,8 @@ class Router:
             self.thread.send(self.exchange, ptx.const(0), mine, ptx.tree_sum(sums), inside)
 
     def _choose(self, logits: Value, biases: list[Value]) -> tuple[list[Value], list[Value]]:
-        experts = self._experts()
-        keys = []
-        for expert, bias in zip(experts, biases, strict=True):
+        found = []
+        for expert, bias in zip(self._experts(), biases, strict=True):
             inside = ptx.less(expert, self.experts)
             parts = [
                 ptx.load(
@@ -286,31 +282,8 @@ class Router:
                 )[0]
                 for part in range(self.thread.layout.parts)
             ]
-            word = ptx.pack(arith.addf(ptx.tree_sum(parts), bias), ptx.float32(0.0))
-            # To compare floats as integers: flip all bits of a negative number, and the sign bit of any other.
-            sign = arith.shrui(word, ptx.const(15))
-            order = arith.xori(word, ptx.add(ptx.mul(sign, 0x7FFF), 0x8000))
-            key = ptx.add(ptx.mul(order, 0x10000), arith.subi(ptx.const(0xFFFF), expert))
-            keys.append(arith.select(inside, key, ptx.const(0)))
-
-        chosen, numbers = [], []
-        for _ in range(self.top):
-            best = keys[0]
-            for key in keys[1:]:
-                best = arith.maxui(best, key)
-            (best,) = ptx.asm("redux.sync.max.u32 $0, $1, 0xffffffff;", [ptx.i32()], [best], volatile=True)
-            keys = [arith.select(arith.cmpi(arith.CmpIPredicate.eq, key, best), ptx.const(0), key) for key in keys]
-            numbers.append(arith.subi(ptx.const(0xFFFF), arith.andi(best, ptx.const(0xFFFF))))
-            order = arith.shrui(best, ptx.const(16))
-            sign = arith.shrui(order, ptx.const(15))
-            word = arith.xori(order, arith.subi(ptx.const(0xFFFF), ptx.mul(sign, 0x7FFF)))
-            chosen.append(ptx.halves(word)[0])
-        powers = []
-        for logit in chosen:
-            exponent = arith.mulf(arith.subf(logit, chosen[0]), ptx.float32(math.log2(math.e)))
-            powers += ptx.asm("ex2.approx.f32 $0, $1;", [ptx.f32()], [exponent])
-        total = ptx.tree_sum(powers)
-        return numbers, [ptx.divide(power, total) for power in powers]
+            found.append(arith.addf(ptx.tree_sum(parts), bias))
+        return chosen(found, self.thread.lane, experts=self.experts, top=self.top)
 
 
 @partial(jax.jit, static_argnames=("epsilon", "top"))

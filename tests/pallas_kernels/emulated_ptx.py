@@ -66,6 +66,12 @@ def _exp2(x: np.ndarray) -> np.ndarray:
         return np.exp2(x)
 
 
+def _alike(words: np.ndarray) -> np.ndarray:
+    """A bit for each lane that has the same word, of [warps, 32]."""
+    bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    return np.sum(np.where(words[:, :, None] == words[:, None], bits, np.uint32(0)), axis=-1, dtype=np.uint32)
+
+
 def _of_floats(operation: Callable[..., Any]) -> Callable[..., np.ndarray]:
     """The instruction on words."""
     return lambda *words: _bits(operation(*(word.view(np.float32) for word in words)))
@@ -99,10 +105,12 @@ _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "setp.gt.s32": lambda a, b: _integer(a) > _integer(b),
     "setp.ne.s32": lambda a, b: _integer(a) != _integer(b),
     "setp.ne.and.s32": lambda a, b, p: (_integer(a) != _integer(b)) & p,
+    "popc.b32": lambda a: np.bitwise_count(a).astype(np.uint32),
     "mov.b64": lambda low, high: low.astype(np.int64) | high.astype(np.int64) << 32,
     # Of each warp, in each of its threads.
     "redux.sync.max.u32": lambda a, mask: a.reshape(-1, 32).max(axis=1).repeat(32),
     "redux.sync.min.u32": lambda a, mask: a.reshape(-1, 32).min(axis=1).repeat(32),
+    "match.any.sync.b32": lambda a, mask: _alike(a.reshape(-1, 32)).reshape(-1),
     "mul.rn.bf16x2": lambda a, b: _two_numbers(operator.mul, a, b),
     "add.rn.bf16x2": lambda a, b: _two_numbers(operator.add, a, b),
     "mapa.shared::cluster.u32": lambda a, rank: a + rank * np.uint32(_APART_IN_CLUSTER),

@@ -51,7 +51,9 @@ def test_experts_lower(T, E):
         _shape(E, D),
     )
     assert text.count("call @product") == 2
-    assert ("moe_product" if T <= 128 and T * X < 16 * E else "moe_grouped") in text
+    few = T <= 128 and T * X < 16 * E
+    assert ("moe_product" if few else "moe_grouped") in text
+    assert ("moe_groups" in text) == (not few) and "stablehlo.sort" not in text
 
 
 @needs_mosaic

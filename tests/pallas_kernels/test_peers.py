@@ -1,5 +1,6 @@
 """Sums over devices through mailboxes: kernels emulated on a CPU, one device after the other; lowered; on two GPUs."""
 
+import ctypes
 import dataclasses
 from functools import partial
 from typing import Any
@@ -162,6 +163,28 @@ def test_mailboxes_are_empty_and_where_the_table_says():
     (table,) = np.asarray(boxes.peers.table)
     assert table.view(np.uint64).tolist() == [box.unsafe_buffer_pointer(), 0, box.unsafe_buffer_pointer()]
     assert boxes.peers.count == 1
+
+
+@pytest.mark.parametrize(
+    ("unreachable", "failing", "reach"), [(None, 0, True), ((2, 1), 0, False), (None, 100, False)], ids=str
+)
+def test_gpus_must_reach_each_other_both_ways(unreachable, failing, reach, monkeypatch):
+    """As the driver says: here one that knows devices by their ordinals plus 10."""
+
+    class Driver:
+        def cuInit(self, flags):
+            return failing
+
+        def cuDeviceGet(self, device, ordinal):
+            device._obj.value = 10 + ordinal
+            return 0
+
+        def cuDeviceCanAccessPeer(self, can, device, peer):
+            can._obj.value = (device.value - 10, peer.value - 10) != unreachable
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    assert peers._reach_each_other([0, 1, 2]) == reach
 
 
 needs_two = pytest.mark.skipif(

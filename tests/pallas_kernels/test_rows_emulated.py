@@ -12,6 +12,7 @@ from pallas_kernels import ptx
 from pallas_kernels.add_norm import mosaic_sm90 as add_norm
 from pallas_kernels.ptx import rows
 from pallas_kernels.ptx.rows import RowLayout
+from pallas_kernels.route import choice_sm90
 from pallas_kernels.route import mosaic_sm90 as route
 from tests.oracles import add_norm_numpy
 from tests.oracles.add_norm_numpy import Case
@@ -36,7 +37,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Any:
         of = RowLayout.of
         with monkeypatch.context() as patch:
             patch.setattr(RowLayout, "of", lambda _, width, **more: of(num_rows, width, **more))
-            patch.setattr(ptx, "launch", launched(add_norm, route))
+            patch.setattr(ptx, "launch", launched(add_norm, route, choice_sm90))
             return kernel.__wrapped__(*operands, **settings)
 
     return run

@@ -22,12 +22,13 @@ from gptjax.checkpoints.hub import DEMOS
 from gptjax.config import PUBLISHED
 from gptjax.engine import memory
 from gptjax.errors import RequestError
+from gptjax.layers.cache import KVCache
 from gptjax.models import registry, shards
 from gptjax.models.params import Params, abstract_params
 from gptjax.models.registry import Model
-from gptjax.sharding.mesh import as_mesh
+from gptjax.sharding.mesh import AXES, as_mesh
 from gptjax.sharding.share import share_of
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, peers
 from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.fragments import MXFP4Fragments
 from pallas_kernels.formats.mxfp4 import MXFP4, quantize
@@ -297,6 +298,42 @@ def test_steps_of_a_share_lower_with_all_kernels(name, mesh, rows, tokens, monke
     assert alone == together >= 6
     # Of the head, and of the layer's two sums.
     assert [text.count("stablehlo.all_gather") for text in texts] == [0, 1 if exchanged else 3]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rules", "count"),
+    [
+        ((8, 1, 1), None, 0),
+        ((2, 4, 1), None, 4),
+        ((2, 2, 2), None, 0),  # attention is added up over two devices, the experts over four
+        ((2, 2, 2), {"N": ("expert", "tensor")}, 4),
+        ((1, 1, 8), None, 0),
+    ],
+)
+def test_devices_have_mailboxes_if_both_sums_of_a_layer_go_over_the_same_ones(mesh, rules, count, monkeypatch):
+    """Their tables have the addresses in the order in which XLA gathers."""
+    monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
+    monkeypatch.setattr(dispatch, "wanted", lambda implementation: dispatch.MOSAIC)
+    monkeypatch.setattr(peers, "_reach_each_other", lambda ordinals: True)
+    config = PUBLISHED["gpt-oss-20b"]
+    share = share_of(config, as_mesh(sizes(*mesh)), dtype=jnp.bfloat16, rules=rules)
+    boxes = shards.mailboxes(shards.divided(registry.build(config, dtype=jnp.bfloat16), share))
+    assert (0 if boxes is None else boxes.peers.count) == count
+    assert shards.mailboxes(shards.divided(registry.build(config, dtype=jnp.float32), share)) is None
+    if boxes is None:
+        return
+    cache = KVCache((), (), (), jnp.zeros(8, jnp.int32), (), None, peers=boxes.peers)
+
+    def seen(cache: KVCache) -> jax.Array:
+        table, axes = cache.peers.own_table(), cache.peers.axes
+        rank, others = jax.lax.axis_index(axes)[None], jax.lax.all_gather(table[:2], axes).reshape(-1)
+        return jnp.concatenate([table[:2], rank, table[3:4], others])[None]
+
+    found = jax.jit(share.run(seen, (share.cache_specs(cache),), P(AXES)))(cache)
+    np.testing.assert_array_equal(found, boxes.peers.table)
+    own = {box.device: box.unsafe_buffer_pointer() for box in boxes._boxes}
+    for shard in found.addressable_shards:
+        assert np.asarray(shard.data)[0, :2].view(np.uint64) == own[shard.device]
 
 
 def _fragments(leaf: Any) -> Any:

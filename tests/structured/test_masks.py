@@ -7,7 +7,7 @@ import pytest
 
 from gptjax.structured import Grammar
 from gptjax.structured.masks import Masks
-from gptjax.structured.matching import words_of
+from gptjax.structured.matching import MOST_AT_ONCE, Compiler, Matcher, words_of
 from tests.structured.walks import compiler, tokenizer
 
 ALWAYS, NEVER = (lambda: True), (lambda: False)
@@ -113,3 +113,28 @@ def test_masks_have_a_bit_for_each_token_and_the_end(masks, blocked):
     masks.add(1, blocked)
     assert masks.late([1], NEVER) == frozenset()
     assert masks.words(1).shape == (words_of(96),) == (4,)
+
+
+def test_a_grammar_is_compiled_for_each_thread_that_may_use_it_at_once(monkeypatch):
+    made = []
+    compile_ = Compiler._compile
+    monkeypatch.setattr(Compiler, "_compile", lambda self, grammar: made.append(grammar) or compile_(self, grammar))
+    text, grammar = tokenizer(), Grammar.of_regex("a+")
+    own = Compiler(text, text.vocab_size)
+
+    def open_(count: int) -> list[Matcher]:
+        """As when requests come together: all are prepared before the first is begun."""
+        for _ in range(count):
+            own.prepare(grammar)
+        return [own.matcher(grammar, text.eos_ids) for _ in range(count)]
+
+    for _ in range(3):
+        open_(1)  # and it has ended
+    assert len(made) == 1
+    several = open_(3)
+    assert len(made) == 3
+    several += open_(30)
+    assert len(made) == MOST_AT_ONCE
+    del several
+    open_(MOST_AT_ONCE)
+    assert len(made) == MOST_AT_ONCE

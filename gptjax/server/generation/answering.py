@@ -36,7 +36,7 @@ async def reading(request: Request, service: Service) -> AsyncIterator[dict[str,
     Raises:
       ApiError: the body is too large (413, or 429 together with others), too slow (408), or not a JSON object (400).
       ClientGone: the client left.
-      QueueFull, Unavailable: there is no place; the body is not parsed, so refusing costs little.
+      QueueFull, Unavailable: no place is free; the body is not parsed, so refusing is cheap.
     """
     with service.body() as grow:
         data = await read_body(request, service.limits, grow)

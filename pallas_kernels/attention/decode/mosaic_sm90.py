@@ -183,7 +183,7 @@ def _planned(
 
 
 def _dealt(plan: DecodePlan, rows: int, splits: int | None, blocks: int | None, warps: int | None) -> DecodePlan:
-    """Who computes what of so many rows, by default or as is wanted."""
+    """The plan with the work of so many rows divided: as asked for, or by default."""
     if blocks not in (None, 1, 2, 4, 8):
         raise ValueError(f"a cluster has 1, 2, 4 or 8 blocks, found {blocks}")
     if warps not in (None, FEW_WARPS, MANY_WARPS):

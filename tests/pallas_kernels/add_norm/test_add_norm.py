@@ -1,5 +1,6 @@
 """`add_norm` and `PartialSum` against float64 NumPy. The kernel is lowered everywhere, and run on Hopper."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import ptx
 from pallas_kernels.add_norm import add_norm
 from pallas_kernels.partial_sum import PartialSum
 from tests.oracles.add_norm_numpy import Case, norm, operands, total
+from tests.pallas_kernels.emulated_ptx import launched
 from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 
 EPSILON = 1e-5
@@ -118,6 +121,39 @@ def test_the_kernel_agrees_with_numpy(T, D, S, X, center):
     np.testing.assert_allclose(np.asarray(sum_TD, np.float64), expected, rtol=rounding, atol=1e-5)
     expected = _norm(sum_TD, scale, bias, center=center)
     np.testing.assert_allclose(np.asarray(normed_TD, np.float64), expected, rtol=rounding, atol=2e-5)
+
+
+@needs_mosaic
+def test_many_rows_with_terms_in_other_rows_lower_to_the_kernel():
+    from pallas_kernels.add_norm import mosaic_sm90
+
+    case = Case(T=2048, D=2880, S=1, X=4, E=32, weighted=True)
+    x, terms, scale, _ = operands(case, jnp.bfloat16)
+    run = partial(add_norm, epsilon=EPSILON, center=False, implementation="mosaic")
+    assert lowered(run, x, terms, scale).count("custom_call @mosaic_gpu") == 1
+    plain = PartialSum(jax.ShapeDtypeStruct((1, 2048, 2880), jnp.float32))
+    assert not mosaic_sm90.supports(x, plain, scale) and not mosaic_sm90.supports(x, None, scale)
+    over = dataclasses.replace(terms, over=("tensor",))
+    assert not mosaic_sm90.supports(x, over, scale)
+
+
+@needs_mosaic
+def test_many_rows_emulated_have_the_bits_that_they_have_among_few(monkeypatch):
+    from pallas_kernels.add_norm import mosaic_sm90
+
+    monkeypatch.setattr(ptx, "launch", launched(mosaic_sm90))
+    x, terms, scale, _ = operands(Case(T=130, D=264, S=1, X=4, E=5, weighted=True), jnp.bfloat16)
+    run = partial(mosaic_sm90.add_norm.__wrapped__, epsilon=EPSILON, center=False)
+    sum_TD, normed_TD = run(x, terms, scale)
+    rounding = float(jnp.finfo(jnp.bfloat16).eps) / 2
+    expected = np.asarray(x, np.float64) + total(terms)
+    np.testing.assert_allclose(np.asarray(sum_TD, np.float64), expected, rtol=rounding, atol=1e-5)
+    expected = _norm(sum_TD, scale, None, center=False)
+    np.testing.assert_allclose(np.asarray(normed_TD, np.float64), expected, rtol=rounding, atol=2e-5)
+    names = "rows_TX", "weights_TX", "bias_rows_TX"
+    few = dataclasses.replace(terms, **{name: getattr(terms, name)[127:] for name in names})
+    for one, several in zip(run(x[127:], few, scale), (sum_TD, normed_TD), strict=True):
+        np.testing.assert_array_equal(one.view(np.uint16), several[127:].view(np.uint16))
 
 
 def test_what_the_kernel_does_not_take():

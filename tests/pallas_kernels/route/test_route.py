@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import ptx
 from pallas_kernels.route import norm_route
 from tests.oracles import add_norm_numpy
 from tests.oracles.add_norm_numpy import Case
-from tests.pallas_kernels.marks import needs_hopper, needs_mosaic
+from tests.pallas_kernels.emulated_ptx import launched
+from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 from tests.thinned import thinned, thorough
 
 EPSILON = 1e-5
@@ -169,6 +171,44 @@ def test_the_kernels_lower_for_cuda(T, D, E, top):
         for summed in (terms, None):
             assert mosaic.supports(x, summed, scale, *router, top=top)
             assert _kernels(run.trace(x, summed, scale, *router)) == 1
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("E", "top"), [(32, 4), (128, 4), (6, 6)])
+def test_the_kernel_for_many_emulated_agrees_with_numpy(E, top, monkeypatch):
+    """With logits of few values, so that most tokens have equal ones."""
+    choice, many = (importlib.import_module(f"pallas_kernels.route.{name}_sm90") for name in ("choice", "many"))
+    monkeypatch.setattr(ptx, "launch", launched(choice, many))
+    T, rng = 133, np.random.default_rng(E)
+    logits = rng.choice(np.float32([-3, -0.5, -0.0, 0.0, 1, 2.001]), (T, -(-E // 64) * 64))  # beyond E: not to be read
+    logits[:3], bias = 1, rng.choice([0, 0.5], E)
+    positions = np.where(np.arange(T) % 5 == 1, -1 - np.arange(T), np.arange(T)).astype(np.int32)
+    given = jnp.asarray(logits), jnp.asarray(bias, jnp.bfloat16), jnp.asarray(positions)
+    experts, weights = many.choose.__wrapped__(*given, top=top)
+    rounded = np.asarray(jnp.asarray(logits[:, :E] + np.float32(bias), jnp.bfloat16), np.float64)
+    best = np.argsort(-rounded, axis=1, kind="stable")[:, :top]
+    np.testing.assert_array_equal(experts, np.where(positions[:, None] < 0, -1, best))
+    expected = np.exp(np.take_along_axis(rounded, best, axis=1))
+    np.testing.assert_allclose(weights, expected / expected.sum(axis=1, keepdims=True), rtol=1e-6, atol=0)
+    fewer = many.choose.__wrapped__(given[0][2:7], given[1], given[2][2:7], top=top)
+    np.testing.assert_array_equal(fewer[1].view(np.int32), weights[2:7].view(np.int32))
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("D", "E", "top"), [(2880, 32, 4), (2880, 128, 4), (128, 6, 2)])
+def test_two_kernels_for_many_are_lowered(D, E, top):
+    operands = _operands(2048, D, E, jnp.bfloat16)
+    text = lowered(partial(_route, top=top, implementation="mosaic"), *operands)
+    assert text.count("custom_call @mosaic_gpu") == 2 and "top_k" not in text
+
+
+@needs_hopper
+@pytest.mark.parametrize("T", [129, 256, 2048])
+@pytest.mark.parametrize(("D", "E", "top"), [(2880, 32, 4), (2880, 128, 4), (64, 6, 6)])
+def test_the_kernels_for_many_agree_with_numpy(T, D, E, top):
+    operands = _operands(T, D, E, jnp.bfloat16)
+    normed, experts, weights = _route(*operands, top=top, implementation="mosaic")
+    _check(experts, weights, (normed, *operands[1:]), top)
 
 
 def test_what_the_kernels_do_not_take():
