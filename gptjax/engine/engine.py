@@ -12,6 +12,7 @@ from jax.errors import JaxRuntimeError
 from gptjax.engine import sampling
 from gptjax.engine.flat_params import AnyParams
 from gptjax.engine.leading import executor_of
+from gptjax.engine.pace import Pace
 from gptjax.engine.pools import default_policy, most_pages, pool_kinds
 from gptjax.engine.request import TOO_COMPLEX, Request, Token
 from gptjax.engine.settings import Features, all_allowed
@@ -21,7 +22,8 @@ from gptjax.scheduling.plan import Plan
 from gptjax.scheduling.policy import Policy
 from gptjax.scheduling.pool import Pool
 from gptjax.scheduling.scheduler import Scheduler
-from gptjax.structured.matching import Compiler, Matcher
+from gptjax.structured.masks import Masks
+from gptjax.structured.matching import Compiler
 
 
 @dataclasses.dataclass
@@ -104,7 +106,8 @@ class Engine:
         self._scheduler = Scheduler(policy, pools)
         self._requests: dict[int, Request] = {}  # by number
         self._compiler = compiler
-        self._matchers: dict[int, Matcher] = {}  # of those with a grammar, by number
+        self._masks = Masks(model.config.vocab_size)  # of those with a grammar
+        self._pace = Pace()
         self._dispatched: deque[_Dispatched] = deque()  # oldest first
         self._has_new = False  # whether a request was added since the last plan
         self._undrawn: jax.Array | None = None  # a result of the last plan that drew nothing
@@ -163,7 +166,7 @@ class Engine:
         number = self._scheduler.add(request.prompt_ids, room, rows=rows, drawn=drawn, one_by_one=matcher is not None)
         self._requests[number] = request
         if matcher is not None:
-            self._matchers[number] = matcher
+            self._masks.add(number, matcher)
         self._has_new = True
         return number
 
@@ -179,7 +182,7 @@ class Engine:
     def end(self, request: int) -> None:
         """Forgets an open request. Tokens still on their way to it are dropped."""
         del self._requests[request]
-        self._matchers.pop(request, None)
+        self._masks.end(request)
         self._scheduler.end(request)
 
     def step(self) -> list[Token]:
@@ -265,11 +268,13 @@ class Engine:
     def _dispatch(self, *, decode: bool = True) -> bool:
         """Dispatches the next plan. Returns whether there was one."""
         self._has_new = False
-        plan = self._scheduler.plan(decode=decode)
+        plan = self._plan(decode=decode)
         if plan is None:
             return False
+        self._pace.begin()
         plan = self._executor.fitted(plan)
         sampled = self._executor.run(plan, self._requests, self._allowed(plan))
+        self._pace.dispatched()
         if plan.draws:
             assert sampled is not None and plan.decode is not None
             requests = tuple(self._executor.number(row.slot) for row in plan.decode.rows)
@@ -281,54 +286,58 @@ class Engine:
                 jax.block_until_ready(before)
         return True
 
+    def _plan(self, *, decode: bool) -> Plan | None:
+        """The next plan: without rows whose masks are late, if the device would wait for them, and most others."""
+        late = self._masks.late(
+            self._scheduler.ready if decode else [],
+            has_time=lambda: self._pace.has_time and self._executor.is_busy(),
+        )
+        return self._scheduler.plan(decode=decode, late=late)
+
     def _allowed(self, plan: Plan) -> np.ndarray | None:
         """The tokens that the rows of a plan may draw; None: any. Those drawn before it are known: see `Scheduler`."""
-        if not self._matchers or plan.decode is None:
+        if plan.decode is None:
             return None
         # The executor knows those that join only when it runs the plan.
         joining = {join.slot: join.request for join in plan.joins}
-        matchers = []
+        constrained = []
         for place, row in zip(self._executor.places(plan.decode), plan.decode.rows, strict=True):
-            matcher = self._matchers.get(joining.get(row.slot) or self._executor.number(row.slot))
-            if matcher is not None and row.draws:
-                matchers.append((place, matcher))
-        if not matchers:
+            request = joining.get(row.slot) or self._executor.number(row.slot)
+            if request in self._masks and row.draws:
+                constrained.append((place, request))
+        if not constrained:
             return None
-        assert self._compiler is not None
         words_BW = all_allowed(self.policy.shards * plan.decode.size, self.model.config.vocab_size)
-        self._compiler.fill(words_BW, matchers)
+        for place, request in constrained:
+            words_BW[place] = self._masks.words(request)
         return words_BW
 
     def _read(self, dispatched: _Dispatched) -> deque[list[Token]]:
         """Waits for the tokens of a dispatch. Returns those of each step that drew any."""
         host, plan = jax.device_get(dispatched.sampled), dispatched.plan
+        self._pace.read()
         assert plan.decode is not None
         # A column for each row, as lists: taking numbers out of arrays one by one costs more than all that follows.
         ids, logprobs = (np.atleast_2d(each).T.tolist() for each in (host.token_B, host.logprob_B))
-        drawn: list[list[int]] = []
         of_steps: list[list[Token]] = [[] for _ in range(plan.decode.steps)]
-        rows = zip(plan.decode.rows, self._executor.places(plan.decode), dispatched.requests, strict=True)
-        for row, place, number in rows:
-            steps = slice(len(row.given), len(row.given) + row.draws)
-            drawn.append(self._matched(number, ids[place][steps]))
+        rows = []
+        for row, place, number in zip(
+            plan.decode.rows, self._executor.places(plan.decode), dispatched.requests, strict=True
+        ):
+            rows.append((place, number, slice(len(row.given), len(row.given) + row.draws)))
+        drawn = [ids[place][steps] for place, _, steps in rows]
+        failed = self._masks.take((number, token_ids) for (_, number, _), token_ids in zip(rows, drawn, strict=True))
+        for index, (place, number, steps) in enumerate(rows):
+            if number in failed:
+                drawn[index] = [TOO_COMPLEX] * len(drawn[index])
             request = self._requests.get(number)
             if request is None:  # it has ended
                 continue
             tops = _tops(host, place, request.params.top_logprobs)[steps]
-            for of_step, *token in zip(of_steps[steps], drawn[-1], logprobs[place][steps], tops, strict=True):
+            for of_step, *token in zip(of_steps[steps], drawn[index], logprobs[place][steps], tops, strict=True):
                 of_step.append(Token(number, *token))
         self._scheduler.receive(plan.number, drawn)
         return deque(filter(None, of_steps))
-
-    def _matched(self, request: int, token_ids: list[int]) -> list[int]:
-        """What a request draws: the tokens, or `TOO_COMPLEX` instead if its grammar did not say which it might."""
-        matcher = self._matchers.get(request)
-        if matcher is None:
-            return token_ids
-        for token_id in token_ids:
-            if token_id >= 0:
-                matcher.take(token_id)
-        return token_ids if matcher.failure is None else [TOO_COMPLEX] * len(token_ids)
 
     def _drop_unwanted(self) -> None:
         """Forgets the oldest dispatches if all of their requests have ended, without waiting for them."""

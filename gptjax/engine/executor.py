@@ -161,6 +161,10 @@ class Executor:
         """An array that is there when all plans so far have run, and that the next one does not use up."""
         return self._marker()
 
+    def is_busy(self) -> bool:
+        """Whether the device still works on what was dispatched."""
+        return not self._slots.logits_BV.is_ready()  # type: ignore[attr-defined, unused-ignore]
+
     def wait(self) -> None:
         """Waits until everything dispatched has run."""
         jax.block_until_ready(self._slots)

@@ -45,7 +45,7 @@ def turns(active: AnySequence[Sequence], policy: Policy) -> Iterator[Turn]:
     if policy.rows != "asked":
         yield Turn(None, [])
         return
-    ready = [each for each in active if not each.is_reading and not each.is_drawn and not each.waits]
+    ready = [each for each in active if each.is_ready and not each.late]
     ready.sort(key=lambda sequence: (sequence.decoded, sequence.number))
     if not ready:
         yield Turn(0, [])

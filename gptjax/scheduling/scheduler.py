@@ -158,17 +158,24 @@ class Scheduler:
         for allocator in self._allocators:
             allocator.forget()
 
-    def plan(self, *, decode: bool = True) -> Plan | None:
+    @property
+    def ready(self) -> list[int]:
+        """Requests whose next tokens only wait to be planned, and for what they may be."""
+        return [sequence.number for sequence in self._active if sequence.is_ready]
+
+    def plan(self, *, decode: bool = True, late: frozenset[int] = frozenset()) -> Plan | None:
         """What to dispatch next; None if nothing can be done before tokens are received or requests added.
 
         Args:
           decode: whether requests decode; if not, prompts are read only.
+          late: requests that do not decode: which tokens they may draw is not known yet.
         """
         for sequence in self._running:
             self._allocator(sequence).settle(sequence)
         self._join()
         active = self._active
         for index, sequence in enumerate(active):
+            sequence.late = sequence.number in late
             if not sequence.begun:
                 self._look_for_readers(sequence, active[:index])
         steps = self._steps()
@@ -260,8 +267,7 @@ class Scheduler:
             draft.copies += self._allocator(sequence).begin(sequence)
         if sequence.is_reading:
             self._read(sequence, draft)
-        is_ready = not (sequence.is_reading or sequence.is_drawn or sequence.waits)
-        if steps and is_ready and draft.turn.admits(sequence):
+        if steps and sequence.is_ready and not sequence.late and draft.turn.admits(sequence):
             self._decode(sequence, draft, steps)
 
     def _look_for_readers(self, sequence: Sequence, older_ones: AnySequence[Sequence]) -> None:
@@ -361,10 +367,9 @@ class Scheduler:
 
     def _finished(self, draft: Draft, steps: int) -> Plan:
         joins, tables = self._changes()
-        rows = [row for _, row in draft.rows]
         of_shards = Counter(sequence.shard for sequence, _ in draft.rows)
         size = draft.turn.size or smallest(self.policy.row_sizes, max(of_shards.values(), default=1))
-        decode = DecodeCall(size, steps, tuple(rows)) if rows else None
+        decode = DecodeCall(size, steps, tuple(row for _, row in draft.rows)) if draft.rows else None
         self._plans += 1
         plan = Plan(self._plans, joins, tables, tuple(draft.copies), draft.calls(self.policy), decode)
         # Who could not take its turn, for want of pages, lets others have theirs.

@@ -24,6 +24,7 @@ class Sequence:
     planned: int = 0
     in_flight: int = 0  # plans that draw for it, of which nothing was received yet
     held: bool = False  # nothing is planned for it
+    late: bool = False  # which token it may draw next is not known yet
     decoded: int = 0  # the last plan with a row of it, or in which it was its turn
     ended: bool = False
     cached: int | None = None  # prompt tokens that it did not need to read; None before that is known
@@ -74,9 +75,9 @@ class Sequence:
         return self.planned == self.most
 
     @property
-    def waits(self) -> bool:
-        """Whether nothing can be planned before a token has been received."""
-        return self.one_by_one and self.in_flight > 0
+    def is_ready(self) -> bool:
+        """Whether its prompt is read, and its next token does not wait for one that has not been received."""
+        return not (self.is_reading or self.is_drawn or (self.one_by_one and self.in_flight))
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """Known tokens from one position to another, int32."""

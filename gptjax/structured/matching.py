@@ -1,10 +1,12 @@
 """Which tokens may come next, for requests with a grammar."""
 
+import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Final
+from weakref import WeakSet
 
 import numpy as np
 
@@ -13,8 +15,8 @@ from gptjax.structured.grammar import Grammar
 from gptjax.structured.library import library, limits
 from gptjax.text import Tokenizer
 
-_MOST_KEPT: Final = 512  # compiled grammars
-_FEW: Final = 4  # rows for which other threads are not worth their while
+MOST_AT_ONCE: Final = 8  # threads that look for the tokens of one grammar's requests
+_MOST_KEPT: Final = 512  # grammars that are compiled
 
 
 def words_of(vocab_size: int) -> int:
@@ -30,11 +32,18 @@ class Compiler:
         self._tokenizer = tokenizer
         self.vocab_size = vocab_size
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, Any] = OrderedDict()  # compiled, and not used up; the last used at the end
+        self._kept: OrderedDict[str, _Compiled] = OrderedDict()  # by source, and not used up; the last used at the end
 
     def prepare(self, grammar: Grammar) -> None:
         """Compiles a grammar, for `matcher` to find it. Raises `RequestError` if that fails."""
-        self._compiled(grammar)
+        compiled = self._found(grammar)
+        with self._lock:
+            wants_more = compiled.wants_more
+            compiled.expected += 1
+        if wants_more:  # without the lock: what another request needs may be wanted meanwhile
+            made = self._compile(grammar)
+            with self._lock:
+                compiled.users[made] = WeakSet()
 
     def matcher(self, grammar: Grammar, end_ids: Sequence[int], drawn: Sequence[int] = ()) -> "Matcher":
         """What follows a text that must be of this grammar.
@@ -43,43 +52,38 @@ class Compiler:
           end_ids: the tokens that end it.
           drawn: tokens that it already has.
         """
-        made = Matcher(self._compiled(grammar).deep_copy(), self.vocab_size, end_ids)
+        compiled = self._found(grammar)
+        with self._lock:
+            inner = min(compiled.users, key=lambda each: len(compiled.users[each]))
+            made = Matcher(inner.deep_copy(), self.vocab_size, end_ids)
+            compiled.users[inner].add(made)
+            compiled.expected = max(0, compiled.expected - 1)
         for token_id in drawn:
             made.take(token_id)
         return made
 
-    def fill(self, words_BW: np.ndarray, matchers: Sequence[tuple[int, "Matcher"]]) -> None:
-        """Writes which tokens may come next into some rows, int32: bit t of a row is token t's."""
-        open_ = [(row, each) for row, each in matchers if not each.is_over]
-        if len(open_) < _FEW:
-            for row, each in open_:
-                words_W = words_BW[row]
-                each.inner.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)
-        else:
-            rows = [(each.inner, row) for row, each in open_]
-            B, W = words_BW.shape
-            self._threads.unsafe_compute_mask_ptr(rows, words_BW.ctypes.data, 4 * W, B)
-        for row, each in matchers:
-            each.finish(words_BW[row])
-
-    def _compiled(self, grammar: Grammar) -> Any:
+    def _found(self, grammar: Grammar) -> "_Compiled":
         source = grammar.source
         with self._lock:
-            vocabulary, found = self._vocabulary, self._kept.get(source)
-        if found is None:  # without the lock: that of another request may be wanted meanwhile
-            found = library().LLMatcher(vocabulary, source, log_level=0, limits=limits())
-            if found.is_error():
-                raise RequestError(f"the grammar cannot be compiled: {found.get_error()[:300]}")
+            found = self._kept.get(source)
+        if found is None:
+            made = self._compile(grammar)
         with self._lock:
+            if found is None:
+                found = self._kept.setdefault(source, _Compiled({made: WeakSet()}))
             self._kept[source] = found
             self._kept.move_to_end(source)
             while len(self._kept) > _MOST_KEPT:
                 self._kept.popitem(last=False)
         return found
 
-    @cached_property
-    def _threads(self) -> Any:
-        return library().LLExecutor()
+    def _compile(self, grammar: Grammar) -> Any:
+        with self._lock:
+            vocabulary = self._vocabulary
+        made = library().LLMatcher(vocabulary, grammar.source, log_level=0, limits=limits())
+        if made.is_error():
+            raise RequestError(f"the grammar cannot be compiled: {made.get_error()[:300]}")
+        return made
 
     @cached_property
     def _vocabulary(self) -> Any:
@@ -106,6 +110,27 @@ def prepare(compiler: Compiler | None, grammar: Grammar | None) -> None:
     if compiler is None:
         raise RequestError("a grammar needs a tokenizer, and this model has none")
     compiler.prepare(grammar)
+
+
+@dataclasses.dataclass
+class _Compiled:
+    """A grammar, compiled once for each of the threads that look for what its requests may draw.
+
+    What is copied from one of llguidance's matchers shares a lexer with it, which has a lock.
+
+    Attributes:
+      users: llguidance's matchers, and what was copied from each and is still in use.
+      expected: requests that `Compiler.prepare` knows of, and `Compiler.matcher` not yet.
+    """
+
+    users: dict[Any, "WeakSet[Matcher]"]
+    expected: int = 0
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether another request would share a lexer, and need not."""
+        count = len(self.users)
+        return count < MOST_AT_ONCE and self.expected + sum(map(len, self.users.values())) >= count
 
 
 class _Vocabulary:
@@ -176,10 +201,13 @@ class Matcher:
         elif not self.inner.consume_token(token_id):
             self._fail()
 
-    def finish(self, words_W: np.ndarray) -> None:
-        """Corrects what llguidance wrote: the tokens that end the text stand for the end that it knows."""
-        if not self.is_over and self.inner.is_error():
-            self._fail()
+    def fill(self, words_W: np.ndarray) -> None:
+        """Writes which tokens may come next, int32: bit t % 32 of word t // 32 is token t's."""
+        if not self.is_over:
+            self.inner.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)  # other threads run meanwhile
+            if self.inner.is_error():
+                self._fail()
+        # The tokens that end the text stand for the end that llguidance knows.
         word, bit = self._end
         may_end = self.is_over or bool(int(words_W[word]) >> bit & 1)
         if self.is_over:

@@ -1,6 +1,7 @@
 """Rows with a grammar: what they may draw, and that others do not notice."""
 
 import dataclasses
+import threading
 
 import jax
 import pytest
@@ -152,6 +153,63 @@ def test_requests_go_on_when_the_pools_are_lost(alone, monkeypatch):
     assert engine.losses == 2
 
 
+class _Held:
+    """A matcher whose masks are found when it is let go."""
+
+    def __init__(self, inner) -> None:
+        self.inner, self.begun, self.go = inner, threading.Event(), threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def fill(self, words_W) -> None:
+        self.begun.set()
+        assert self.go.wait(60)
+        self.inner.fill(words_W)
+
+
+def test_only_the_row_whose_mask_is_late_waits(alone, monkeypatch):
+    """Free rows go on. When the mask is there, its row gets what it gets alone; if it has ended, nobody notices."""
+    held = []
+    matcher_of = Compiler.matcher
+
+    def holding(*arguments):
+        held.append(_Held(matcher_of(*arguments)))
+        return held[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Compiler, "matcher", holding)
+        patch.setattr("os.cpu_count", lambda: 8)  # a thread for each mask
+        engine = _engine(steps_per_dispatch=1)
+        free, late, ended = (engine.add(each) for each in (FREE[0], CONSTRAINED[0], CONSTRAINED[1]))
+        other = engine.add(FREE[1])
+    drawn = {free: [], late: [], other: []}
+
+    def step() -> None:
+        for token in engine.step():
+            drawn[token.request].append(token.token_id)
+            if len(drawn[token.request]) == len(alone[id(asked[token.request])][0]):
+                engine.end(token.request)
+
+    asked = {free: FREE[0], late: CONSTRAINED[0], other: FREE[1]}
+    assert all(each.begun.wait(60) for each in held)
+    while len(drawn[free]) < 5 or len(drawn[other]) < 5:
+        step()
+    assert not drawn[late]
+    engine.end(ended)
+    for each in held:
+        each.go.set()
+    held[0].begun.clear()
+    while not drawn[late]:
+        step()
+    assert held[0].begun.wait(60)  # the next mask is being looked for, though nobody has called `step`
+    again = engine.add(CONSTRAINED[1])  # takes the slot of the one that ended
+    asked[again], drawn[again] = CONSTRAINED[1], []
+    while any(len(drawn[each]) < len(alone[id(asked[each])][0]) for each in asked):
+        step()
+    assert {each: tuple(drawn[each]) for each in asked} == {each: alone[id(asked[each])][0] for each in asked}
+
+
 def test_nothing_is_compiled_after_warm_up():
     engine = _engine()
     engine.warm_up()
@@ -202,7 +260,7 @@ def test_a_grammar_that_fails_ends_the_request():
     engine = _engine()
     number = engine.add(CONSTRAINED[0])
     other = engine.add(FREE[0])
-    engine._matchers[number].failure = "too many states"
+    engine._masks._texts[number].matcher.failure = "too many states"
     drawn = []
     while not any(token.request == number for token in drawn):
         drawn = engine.step()

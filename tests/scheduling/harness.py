@@ -99,14 +99,14 @@ class Harness:
             self.scheduler.hold(number, asked.held)
         self.check()
 
-    def plan(self) -> Plan | None:
+    def plan(self, late: frozenset[int] = frozenset()) -> Plan | None:
         """Makes a plan and runs it."""
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(late=late)
         self.check()
         if plan is not None:
             plan = Plan.from_json(plan.to_json())
             self._check_writes(plan)
-            self._check_one_by_one(plan)
+            self._check_one_by_one(plan, late)
             self._check_cuts(plan)
             tokens = self.device.run(plan)
             if plan.draws:
@@ -188,11 +188,12 @@ class Harness:
             assert any(node.pages) or node.children, "a node without pages"
             assert all(node.pages[n] for n, pool in enumerate(allocator.pools) if pool.window is None)
 
-    def _check_one_by_one(self, plan: Plan) -> None:
+    def _check_one_by_one(self, plan: Plan, late: frozenset[int]) -> None:
         """Requests whose tokens are drawn one by one have all those before, and keep others from several steps."""
         numbers = {sequence.slot: sequence.number for sequence in self.scheduler._running}
         for row in plan.decode.rows if plan.decode else ():
             asked = self.open[numbers[row.slot]]
+            assert numbers[row.slot] not in late
             if asked.one_by_one and row.draws:
                 assert row.draws == plan.decode.steps == 1
                 assert row.position == len(asked.prompt) + len(asked.tokens)

@@ -122,8 +122,9 @@ def _load(dice: random.Random, harness: Harness, count: int, longest: int) -> No
             ages.clear()
         active = [number for number, asked in harness.open.items() if not asked.held]
         oldest = min(active, default=0)
-        plan = harness.plan()
-        assert plan is not None or harness.under_way or not active
+        late = frozenset(n for n, asked in harness.open.items() if asked.one_by_one and dice.random() < 0.2)
+        plan = harness.plan(late)
+        assert plan is not None or harness.under_way or not active or late
         ages[oldest] = ages.get(oldest, 0) + bool(active)
         # A read of 40 tokens, as many steps, and as many again after each loss of the device.
         assert ages[oldest] < 1000, f"request {oldest} starves"

@@ -5,10 +5,8 @@ import re
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from gptjax.engine.settings import all_allowed
 from gptjax.errors import RequestError
 from gptjax.structured import Grammar, library, matching
 from gptjax.structured.grammar import as_grammar
@@ -90,19 +88,6 @@ def test_a_matcher_goes_on_where_another_was():
     for token_id in ids:
         first.take(token_id)
     assert allowed(first) == allowed(compiler().matcher(grammar, (), ids)) == tokenizer().encode("c")
-
-
-@pytest.mark.parametrize("rows", [1, 9])
-def test_rows_are_filled_by_themselves(rows):
-    """Few by this thread, many by others."""
-    grammars = [Grammar.of_regex(chr(ord("a") + row)) for row in range(rows)]
-    matchers = [(2 * row, compiler().matcher(each, ())) for row, each in enumerate(grammars)]
-    words_BW = all_allowed(2 * rows, compiler().vocab_size)
-    compiler().fill(words_BW, matchers)
-    bits_BV = np.unpackbits(words_BW.view(np.uint8), axis=1, bitorder="little")
-    for row in range(rows):
-        assert np.flatnonzero(bits_BV[2 * row]).tolist() == tokenizer().encode(chr(ord("a") + row))
-        assert bits_BV[2 * row + 1].all()
 
 
 def test_a_token_that_was_not_allowed_is_a_failure():

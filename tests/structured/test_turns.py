@@ -60,7 +60,7 @@ def turns(vocabulary, name: str, options: ChatOptions, wishes: Wishes, count: in
                 said.append(reader.push(token_id))
         for _ in range(250):
             words_1W = all_allowed(1, text.vocab_size)
-            compiler.fill(words_1W, [(0, matcher)])
+            matcher.fill(words_1W[0])
             ids = np.flatnonzero(np.unpackbits(words_1W.view(np.uint8), bitorder="little")).tolist()
             assert matcher.failure is None
             short = [each for each in ids if each in marks] or [each for each in ids if each in closing]

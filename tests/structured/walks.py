@@ -34,7 +34,7 @@ def _closing(name: str) -> frozenset[int]:
 
 def allowed(matcher: Matcher, name: str = "gpt2-tales") -> list[int]:
     words_1W = all_allowed(1, compiler(name).vocab_size)
-    compiler(name).fill(words_1W, [(0, matcher)])
+    matcher.fill(words_1W[0])
     bits = np.unpackbits(words_1W.view(np.uint8), bitorder="little")
     return np.flatnonzero(bits).tolist()
 
