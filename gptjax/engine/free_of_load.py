@@ -60,6 +60,8 @@ def _has_kernels(model: Model) -> bool:
     config = model.config
     if dispatch.wanted(model.implementation) != dispatch.MOSAIC or model.dtype != jnp.bfloat16 or config.types:
         return False
+    if model.cache_dtype is not None:  # XLA computes attention then
+        return False
     if model.own.mesh is not None:  # where XLA adds up a token's experts; not seen to be so on GPUs yet
         return False
     packed, others = "none", True

@@ -17,6 +17,7 @@ from gptjax.layers.residual import Residual
 from gptjax.layers.rope import rotate, rotation
 from gptjax.layers.weight import array
 from pallas_kernels.attention import attention
+from pallas_kernels.fp8_pages import as_read
 from pallas_kernels.partial_sum import PartialSum
 
 
@@ -30,6 +31,7 @@ class Attention(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
+    cache_dtype: str | None = None  # "fp8": keys and values are rounded as its pages are, with or without a cache
     qkv_bias: bool = True
     out_bias: bool = True
     qk_norm_epsilon: float | None = None  # of a norm of each query and key head, before the rotation; None is no norm
@@ -83,7 +85,9 @@ class Attention(nn.Module):
         positions_BT: jax.Array,
         sinks_N: jax.Array | None,
     ) -> jax.Array:
-        """What a call's queries get from its own keys and values alone, [B, T, N, H]."""
+        """What a call's queries get from its own keys and values alone, [B, T, N, H]: as from a cache."""
+        if self.cache_dtype is not None:
+            k_BTKH, v_BTKH = as_read(k_BTKH), as_read(v_BTKH)
         return attention(
             q_BTNH,
             k_BTKH.transpose(0, 2, 1, 3),

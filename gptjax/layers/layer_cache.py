@@ -13,6 +13,7 @@ from pallas_kernels.attention import (
     packed_attention_over_pages,
     takes_product,
 )
+from pallas_kernels.fp8_pages import Pages
 from pallas_kernels.pages import Tiles
 from pallas_kernels.partial_sum import PartialSum
 
@@ -25,8 +26,8 @@ class LayerCache:
     It does not say which layer it is of, so layers of the same kind are the same to JAX: see `models.decoder`.
     """
 
-    k_YKSH: jax.Array
-    v_YKSH: jax.Array
+    k_YKSH: Pages
+    v_YKSH: Pages
     table_BZ: jax.Array  # int32: the page of each block of positions
     tiles: Tiles | None  # of a call whose tokens, [1, T], are of several rows or end in padding
     window: int | None = dataclasses.field(metadata={"static": True})  # None: sees all
@@ -70,7 +71,7 @@ class LayerCache:
             k_BTKH, v_BTKH = _taken(k_BTKH, order_BT), _taken(v_BTKH, order_BT)
             tiles = Tiles.of(positions_BT)
 
-        def written(pool_YKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+        def written(pool_YKSH: Pages, new_BTKH: jax.Array) -> Pages:
             if tiles is None:
                 return write_rows(pool_YKSH, new_BTKH[:, 0], self.table_BZ, positions_BT[:, 0])
             return write_tiles(pool_YKSH, new_BTKH.reshape(B * T, K, H), self.table_BZ, tiles)
@@ -114,7 +115,7 @@ class LayerCache:
         )
         return out_BNH[:, None], self.with_pages(k_YKSH, v_YKSH)
 
-    def with_pages(self, k_YKSH: jax.Array, v_YKSH: jax.Array) -> "LayerCache":
+    def with_pages(self, k_YKSH: Pages, v_YKSH: Pages) -> "LayerCache":
         """The cache with other pages of keys and values."""
         return dataclasses.replace(self, k_YKSH=k_YKSH, v_YKSH=v_YKSH)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, pages
 from pallas_kernels.attention import paged, reference
+from pallas_kernels.fp8_pages import Fp8Pages, Pages
 from pallas_kernels.partial_sum import PartialSum
 
 
@@ -59,8 +60,8 @@ def attention(
 
 def attention_over_pages(
     q_BTNH: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     table_BZ: jax.Array,
     q_positions_BT: jax.Array,
     sinks_N: jax.Array | None = None,
@@ -101,7 +102,7 @@ def attention_over_pages(
         return out_1TNH.reshape(B, T, N, H)
     available: dict[str, Callable[..., jax.Array]] = {dispatch.XLA: paged.rows}
     wanted = dispatch.wanted(implementation)
-    if wanted == dispatch.TRITON:
+    if wanted == dispatch.TRITON and not isinstance(k_YKSH, Fp8Pages):
         from pallas_kernels.attention.decode import triton
 
         available[wanted] = partial(_decode_pages, triton.decode)
@@ -117,8 +118,8 @@ def attention_over_pages(
 def _decode_pages(
     kernel: Callable[..., jax.Array],
     q_B1NH: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     table_BZ: jax.Array,
     q_positions_B1: jax.Array,
     sinks_N: jax.Array | None,
@@ -142,7 +143,7 @@ def _seen(table_BZ: jax.Array, positions_B: jax.Array, window: int | None) -> tu
     return counts_B, {"table_BZ": table_BZ, "starts_B": starts_B, "window": window}
 
 
-def takes_product(tokens: int, k_YKSH: jax.Array, *, implementation: str = dispatch.AUTO) -> bool:
+def takes_product(tokens: int, k_YKSH: Pages, *, implementation: str = dispatch.AUTO) -> bool:
     """Whether `append_and_attend` has a kernel here: Hopper, one token per row, bfloat16, heads of 64·i numbers."""
     if tokens != 1 or dispatch.wanted(implementation) != dispatch.MOSAIC or k_YKSH.dtype != jnp.bfloat16:
         return False
@@ -155,8 +156,8 @@ def append_and_attend(
     qkv: PartialSum,
     rotation: tuple[jax.Array, jax.Array] | None,
     positions_B: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     table_BZ: jax.Array,
     sinks_N: jax.Array | None = None,
     *,
@@ -164,7 +165,7 @@ def append_and_attend(
     window: int | None = None,
     scales: tuple[jax.Array, jax.Array] | None = None,
     epsilon: float = 0.0,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pages, Pages]:
     """From the qkv product of one token per row to its attention, in one kernel, which also writes to the pages.
 
     Means, in float32, with q, k and v rounded to the cache's dtype before the rotation and after it:
@@ -199,8 +200,8 @@ def append_and_attend(
 
 def packed_attention_over_pages(
     q_1TNH: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     table_BZ: jax.Array,
     tiles: pages.Tiles,
     sinks_N: jax.Array | None = None,
@@ -235,7 +236,7 @@ def packed_attention_over_pages(
     return run(q_1TNH[0], k_YKSH, v_YKSH, table_BZ, tiles, sinks_N, scale=scale, window=window)[None]
 
 
-def _check_pages(q_BTNH: jax.Array, k_YKSH: jax.Array) -> None:
+def _check_pages(q_BTNH: jax.Array, k_YKSH: Pages) -> None:
     N, (K, S) = q_BTNH.shape[2], k_YKSH.shape[1:3]
     if N % K:
         raise ValueError(f"{N} query heads cannot share {K} key/value heads: not a multiple")

@@ -23,6 +23,7 @@ from pallas_kernels.attention.decode.newest_sm90 import Newest
 from pallas_kernels.attention.decode.plan_sm90 import FEW_WARPS, MANY_WARPS, QUERIES, DecodePlan, ProductPlan
 from pallas_kernels.attention.decode.slots_sm90 import Slots
 from pallas_kernels.attention.decode.turns_sm90 import Run, Seen, Share, Thread
+from pallas_kernels.fp8_pages import Pages
 from pallas_kernels.pages import PAGE
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
@@ -51,8 +52,8 @@ class NewTokens(NamedTuple):
 
 def decode(
     q_BNH: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     counts_B: jax.Array,
     sinks_N: jax.Array | None = None,
     *,
@@ -99,8 +100,8 @@ def decode(
 
 def decode_newest(
     tokens: NewTokens,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     counts_B: jax.Array,
     sinks_N: jax.Array | None = None,
     *,
@@ -142,8 +143,8 @@ def decode_newest(
 
 def _planned(
     q_BNH: jax.Array | jax.ShapeDtypeStruct,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     sinks_N: jax.Array | None,
     table_BZ: jax.Array,
     starts_B: jax.Array | None,
@@ -204,8 +205,8 @@ def _dealt(plan: DecodePlan, rows: int, splits: int | None, blocks: int | None, 
 @functools.partial(jax.jit, static_argnames="plan")
 def _decode(
     given: dict[str, jax.Array | None],
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     counts_B: jax.Array,
     sinks_N: jax.Array | None,
     table_BZ: jax.Array,

@@ -35,6 +35,7 @@ from pallas_kernels.attention.prefill.core_sm90 import (
     zero_values,
 )
 from pallas_kernels.attention.prefill.schedule import QUERIES, STAGES, UNLIMITED, TileItem, TileItems
+from pallas_kernels.fp8_pages import Pages
 from pallas_kernels.pages import PAGE, Tiles
 
 plgpu: Any = mosaic_gpu  # JAX 0.10 has another interface: there, this module can only be imported
@@ -80,9 +81,7 @@ def prefill(
     return _prefill(*operands, scale=scale, window=window, interpret=interpret)
 
 
-def refused(
-    q_TNH: jax.Array, k_YKSH: jax.Array, v_YKSH: jax.Array, sinks_N: jax.Array | None, *, scale: float
-) -> str | None:
+def refused(q_TNH: jax.Array, k_YKSH: Pages, v_YKSH: Pages, sinks_N: jax.Array | None, *, scale: float) -> str | None:
     """What `prefill` takes instead of these operands, for an error message; None if it takes them."""
     N, H = q_TNH.shape[1:]
     K = k_YKSH.shape[1]
