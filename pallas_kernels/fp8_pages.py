@@ -8,7 +8,7 @@ their four significant bits. But everything after the rounding becomes exact: a 
 bfloat16. So attention over these pages has the bits of attention over pages of numbers that were rounded before. And a
 scale may as well multiply a key's score, or a value's weight.
 
-Numbers are rounded to the nearest, ties to even. What is not finite becomes NaN.
+Numbers are rounded to the nearest, ties to even. A vector with a number that is not finite becomes NaN.
 """
 
 import dataclasses
@@ -19,12 +19,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 FP8: Final = "fp8"  # as options name it
-_BIAS = 127  # of float32's exponents, and so of ours
-_MANTISSA = 23  # bits of float32's
-_LARGEST = 0x600000  # of float32's mantissa, in 448 = 1.75 · 2^8
-_RANGE = 8
-# A smaller scale would make products with it subnormal, which some devices take for 0.
-_LEAST = _BIAS - 100
+BIAS: Final = 127  # of float32's exponents, and so of ours
+MANTISSA: Final = 23  # bits of float32's
+RANGE, LARGEST = 8, 0x600000  # exponent and mantissa, as float32 has them, of 448 = 1.75 · 2^8
+LEAST: Final = BIAS - 100  # a smaller scale would make products with it subnormal, which some devices take for 0
+NOT_FINITE: Final = 255  # an infinite scale, which also says so where NaN is read as a number
 
 
 @jax.tree_util.register_dataclass
@@ -56,12 +55,16 @@ Pages = jax.Array | Fp8Pages  # a pool, as attention and what writes to it take 
 def rounded(x: jax.Array) -> Fp8Pages:
     """Vectors [..., H] of any floating dtype, each with a scale of its own. Nothing but the rounding is inexact."""
     x = x.astype(jnp.float32)
-    largest = jax.lax.bitcast_convert_type(jnp.abs(x).max(axis=-1, keepdims=True), jnp.int32)
-    is_beyond = (largest & ((1 << _MANTISSA) - 1)) > _LARGEST
-    exponents = jnp.maximum((largest >> _MANTISSA) - _RANGE + is_beyond, _LEAST)
-    scaled = x * _power(2 * _BIAS - exponents)
-    numbers = jnp.where(jnp.isfinite(scaled), scaled, jnp.nan).astype(jnp.float8_e4m3fn)
-    return Fp8Pages(jax.lax.bitcast_convert_type(numbers, jnp.uint8), exponents.astype(jnp.uint8))
+    # As integers, magnitudes have the order of the numbers, and NaN is the largest.
+    magnitudes = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+    largest = magnitudes.max(axis=-1, keepdims=True)
+    is_beyond = (largest & ((1 << MANTISSA) - 1)) > LARGEST
+    is_finite = largest < 0xFF << MANTISSA
+    exponents = jnp.maximum((largest >> MANTISSA) - RANGE + is_beyond, LEAST)
+    scaled = x * _power(2 * BIAS - exponents)
+    numbers = jnp.where(is_finite, scaled, jnp.nan).astype(jnp.float8_e4m3fn)
+    exponents = jnp.where(is_finite, exponents, NOT_FINITE).astype(jnp.uint8)
+    return Fp8Pages(jax.lax.bitcast_convert_type(numbers, jnp.uint8), exponents)
 
 
 def expanded(pages: Pages, dtype: DTypeLike) -> jax.Array:
@@ -96,4 +99,4 @@ def is_fp8(dtype: DTypeLike | str) -> bool:
 
 def _power(exponents: jax.Array) -> jax.Array:
     """2^(exponent - 127), exactly. 0 gives 0."""
-    return jax.lax.bitcast_convert_type(exponents << _MANTISSA, jnp.float32)
+    return jax.lax.bitcast_convert_type(exponents << MANTISSA, jnp.float32)

@@ -64,7 +64,7 @@ class Attention(nn.Module):
             sinks_N = array(self, "sinks", nn.initializers.normal(1.0), (N,), (QUERY_HEADS,), self.param_dtype)
         if cache is None:
             out_BTNH = self._among_themselves(*self._heads(qkv, angles, B, T), positions_BT, sinks_N)
-        elif cache.takes_product(T, self.implementation):
+        elif cache.takes_product(T, self.dtype, self.implementation):
             norms, epsilon = self._norms(), self.qk_norm_epsilon or 0.0
             scales = None if norms is None else (norms[0].scale(H), norms[1].scale(H))
             operands = qkv, angles, positions_BT, sinks_N, scales, epsilon

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.append import write_rows, write_tiles
 from pallas_kernels.attention import (
@@ -78,9 +79,9 @@ class LayerCache:
 
         return self.with_pages(written(self.k_YKSH, k_BTKH), written(self.v_YKSH, v_BTKH))
 
-    def takes_product(self, T: int, implementation: str) -> bool:
-        """Whether `append_and_attend` takes calls of T tokens a row."""
-        return self.tiles is None and takes_product(T, self.k_YKSH, implementation=implementation)
+    def takes_product(self, T: int, dtype: DTypeLike, implementation: str) -> bool:
+        """Whether `append_and_attend` takes calls of T tokens a row, with queries of this dtype."""
+        return self.tiles is None and takes_product(T, self.k_YKSH, dtype=dtype, implementation=implementation)
 
     def append_and_attend(
         self,

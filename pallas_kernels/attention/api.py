@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import dispatch, pages
 from pallas_kernels.attention import paged, reference
@@ -106,13 +107,18 @@ def attention_over_pages(
         from pallas_kernels.attention.decode import triton
 
         available[wanted] = partial(_decode_pages, triton.decode)
-    elif wanted == dispatch.MOSAIC and q_BTNH.dtype == k_YKSH.dtype == jnp.bfloat16:
+    elif wanted == dispatch.MOSAIC and q_BTNH.dtype == jnp.bfloat16 and _are_read(k_YKSH):
         from pallas_kernels.attention.decode import mosaic_sm90 as decode
 
         if H % decode.WIDTHS == 0:
             available[wanted] = partial(_decode_pages, decode.decode)
     run = dispatch.choose("attention", implementation, available)
     return run(q_BTNH, k_YKSH, v_YKSH, table_BZ, q_positions_BT, sinks_N, scale=scale, window=window)
+
+
+def _are_read(k_YKSH: Pages) -> bool:
+    """Whether Hopper's decode kernel reads such pages."""
+    return isinstance(k_YKSH, Fp8Pages) or k_YKSH.dtype == jnp.bfloat16
 
 
 def _decode_pages(
@@ -143,9 +149,14 @@ def _seen(table_BZ: jax.Array, positions_B: jax.Array, window: int | None) -> tu
     return counts_B, {"table_BZ": table_BZ, "starts_B": starts_B, "window": window}
 
 
-def takes_product(tokens: int, k_YKSH: Pages, *, implementation: str = dispatch.AUTO) -> bool:
-    """Whether `append_and_attend` has a kernel here: Hopper, one token per row, bfloat16, heads of 64·i numbers."""
-    if tokens != 1 or dispatch.wanted(implementation) != dispatch.MOSAIC or k_YKSH.dtype != jnp.bfloat16:
+def takes_product(
+    tokens: int, k_YKSH: Pages, *, dtype: DTypeLike = jnp.bfloat16, implementation: str = dispatch.AUTO
+) -> bool:
+    """Whether `append_and_attend` has a kernel here: on Hopper, one token per row, heads of 64·i numbers, queries of
+    bfloat16 (their `dtype`), and pages of bfloat16 or float8."""
+    if tokens != 1 or dispatch.wanted(implementation) != dispatch.MOSAIC:
+        return False
+    if dtype != jnp.bfloat16 or not _are_read(k_YKSH):
         return False
     from pallas_kernels.attention.decode import mosaic_sm90
 

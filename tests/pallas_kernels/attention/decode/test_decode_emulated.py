@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 
 from pallas_kernels import pages, ptx
-from tests.oracles import attention_numpy
+from pallas_kernels.fp8_pages import Fp8Pages
+from tests.oracles import attention_numpy, fp8_numpy
 from tests.oracles.paged import paged
 from tests.pallas_kernels.emulated_ptx import launched
 from tests.pallas_kernels.marks import needs_mosaic
 from tests.thinned import thinned, thorough
 
 pytestmark = needs_mosaic
-_MODULES = ["combine", "gather", "merge", "mosaic", "newest", "slots", "turns", "warp"]
+_MODULES = ["combine", "fp8", "gather", "merge", "mosaic", "newest", "slots", "turns", "warp"]
 
 
 class Shape(NamedTuple):
@@ -173,6 +174,37 @@ def test_bits_do_not_depend_on_the_width_of_the_table(name, count, monkeypatch):
         plans += some.values()
     assert len(found) == 1
     assert {plan.splits for plan in plans} >= {1, 32} and any(plan.loops for plan in plans)
+
+
+FP8 = [("gpt-oss", 33), ("gpt-oss", 4097), ("its window", 129), ("a long window", 700)]
+FP8 += [thorough("llama", 700), thorough("qwen", 31), thorough("twenty queries", 2049)]
+
+
+@pytest.mark.parametrize(("name", "count"), FP8)
+def test_pages_in_float8_give_the_bits_of_rounded_numbers(name, count, monkeypatch):
+    shape = SHAPES[name]
+    row = _row(shape, count - 1)
+    pools = row.k_YKSH, row.v_YKSH
+    plain = row._replace(**dict(zip(("k_YKSH", "v_YKSH"), map(_as_read, pools), strict=True)))
+    packed = row._replace(**dict(zip(("k_YKSH", "v_YKSH"), map(_packed, pools), strict=True)))
+    for rows in (1, 64):
+        plan = _plan(shape, row, rows)
+        expected = _emulated(monkeypatch, plan, plain)
+        found = _emulated(monkeypatch, dataclasses.replace(plan, fp8=True), packed)
+        np.testing.assert_array_equal(found.view(np.uint16), expected.view(np.uint16))
+        assert np.isfinite(found.astype(np.float32)).all()
+        assert np.abs(found.astype(np.float64) - row.expected_NH).max() < 0.2
+
+
+def _as_read(pool_YKSH: np.ndarray) -> np.ndarray:
+    return fp8_numpy.as_read(pool_YKSH).astype(pool_YKSH.dtype)
+
+
+def _packed(pool_YKSH: np.ndarray) -> Fp8Pages:
+    """With the worst that there may be where nobody looks: numbers of NaN, with an infinite scale."""
+    numbers, exponents = fp8_numpy.rounded(pool_YKSH)
+    exponents = np.where(np.isnan(pool_YKSH).any(axis=-1, keepdims=True), 255, exponents + 127)
+    return Fp8Pages(numbers.view(np.uint8), exponents.astype(np.uint8))
 
 
 def test_nothing_is_seen(monkeypatch):
