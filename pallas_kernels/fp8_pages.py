@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels import same_bits
+
 FP8: Final = "fp8"  # as options name it
 BIAS: Final = 127  # of float32's exponents, and so of ours
 MANTISSA: Final = 23  # bits of float32's
@@ -54,7 +56,7 @@ Pages = jax.Array | Fp8Pages  # a pool, as attention and what writes to it take 
 
 def rounded(x: jax.Array) -> Fp8Pages:
     """Vectors [..., H] of any floating dtype, each with a scale of its own. Nothing but the rounding is inexact."""
-    x = x.astype(jnp.float32)
+    x = same_bits.rounded(x.astype(jnp.float32), x.dtype).astype(jnp.float32)
     # As integers, magnitudes have the order of the numbers, and NaN is the largest.
     magnitudes = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
     largest = magnitudes.max(axis=-1, keepdims=True)

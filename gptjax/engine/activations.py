@@ -36,7 +36,8 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
              (on a CPU in float32, an MLP without experts also has a D for each run that its second product adds up, if
              there are several: see `same_bits`)
         or, off the CPU, 2 · 4·B·N·T·S scores of any prompt or decode step with B·N·T·S at most 2^26, if more
-             (and if keys and values are in float8, all of those in its rows' pages, as they are and expanded)
+             (and if keys and values are in float8, those in all pages of these rows, at least of one, as they are and
+             expanded)
         + 8 · 4·B·V, the sampler's sorts and copies of all logits
         + the numbers of the largest packed weight that is unpacked as a whole, or on a CPU of 2^18 at a time
         + 1 MiB (64 MiB off the CPU, for the workspaces of matrix products)
@@ -68,7 +69,8 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
         chunk = max([chunk, *(8 * config.num_heads * queries * S for queries, _ in at_once)])
         if model.cache_dtype is not None:
             number = 1 + jnp.dtype(model.dtype).itemsize
-            chunk += max([2 * rows * S * config.num_kv_heads * config.head_width * number for _, rows in at_once] + [0])
+            rows = max([1, *(rows for _, rows in at_once)])  # a kernel for prompts takes one after the other
+            chunk += 2 * rows * S * config.num_kv_heads * config.head_width * number
     estimate = chunk + 32 * batch * config.vocab_size + _unpacked(config, platform)
     estimate += _FIXED.get(platform, _FIXED_ELSEWHERE)
     if model.own.mesh is not None:  # what the devices tell each other

@@ -62,7 +62,7 @@ def chunk_of(model: Model) -> int:
     scores with all keys that the last query sees.
     """
     kernels = dispatch.wanted(model.implementation) == dispatch.MOSAIC and model.dtype == jnp.bfloat16
-    return LARGEST_CHUNK if kernels and model.cache_dtype is None else CHUNK
+    return LARGEST_CHUNK if kernels else CHUNK
 
 
 def chunks(length: int, largest: int = CHUNK) -> list[tuple[int, int, int]]:

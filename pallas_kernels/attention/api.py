@@ -79,12 +79,14 @@ def attention_over_pages(
 
     Args:
       q_BTNH: queries.
-      k_YKSH, v_YKSH: pools of pages, S = `pages.PAGE`; N is a multiple of K.
+      k_YKSH, v_YKSH: pools of pages, S = `pages.PAGE`; N is a multiple of K. `Fp8Pages` stand for their numbers in the
+        queries' dtype.
       table_BZ: int32, each row's pages. Entries that hold nothing that is seen may be any page, such as 0.
       q_positions_BT: int32, less than Z · PAGE; negative is padding, whose result is 0. With T > 1, a row's positions
         are adjacent, with padding before and after them.
       sinks_N, scale, window: as in `attention`.
-      implementation: "auto", "xla", "mosaic" (bfloat16), or "triton" (T = 1).
+      implementation: "auto", "xla", "mosaic" (queries in bfloat16, pages too or in float8), or "triton" (T = 1, no
+        float8).
 
     Returns:
       [B, T, N, H], of the queries' dtype. A row's bits depend on its own queries, positions and the sizes of the call
@@ -179,7 +181,8 @@ def append_and_attend(
 ) -> tuple[jax.Array, Pages, Pages]:
     """From the qkv product of one token per row to its attention, in one kernel, which also writes to the pages.
 
-    Means, in float32, with q, k and v rounded to the cache's dtype before the rotation and after it:
+    Means, in float32, with q, k and v rounded to bfloat16 before the rotation and after it, and then k and v to float8
+    if the pages are in it:
 
         q, k, v     = split(qkv.total()) into N, K and K heads
         q, k        = each head / sqrt(mean(head²) + epsilon) * its scale, rounded again, if there are scales
@@ -228,7 +231,7 @@ def packed_attention_over_pages(
       k_YKSH, v_YKSH, table_BZ: as in `attention_over_pages`.
       tiles: which rows the tokens are of, and their positions.
       sinks_N, scale, window: as in `attention`.
-      implementation: "auto", "xla" or "mosaic" (bfloat16).
+      implementation: "auto", "xla" or "mosaic" (queries in bfloat16, pages too or in float8).
 
     Returns:
       [1, T, N, H], of the queries' dtype; 0 for tokens in no tile.

@@ -159,8 +159,7 @@ def _planned(
     """What follows from the operands, without who computes what."""
     N, H = q_BNH.shape[1:]
     K, Z = k_YKSH.shape[1], table_BZ.shape[1]
-    is_fp8 = isinstance(k_YKSH, Fp8Pages)
-    dtypes = {x.dtype for x in ((q_BNH,) if is_fp8 else (q_BNH, k_YKSH, v_YKSH))}
+    dtypes = {x.dtype for x in (q_BNH, k_YKSH, v_YKSH) if not isinstance(x, Fp8Pages)}
     if dtypes != {jnp.dtype(jnp.bfloat16)}:
         raise ValueError(f"mosaic decode attention takes bfloat16, found {', '.join(sorted(map(str, dtypes)))}")
     if sinks_N is not None and sinks_N.dtype not in (jnp.bfloat16, jnp.float32):
@@ -184,7 +183,7 @@ def _planned(
         pages=Z,
         windowed=starts_B is not None,
         folded=is_folded,
-        fp8=is_fp8,
+        fp8=isinstance(k_YKSH, Fp8Pages),
     )
 
 
