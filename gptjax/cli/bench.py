@@ -189,8 +189,8 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError("--packed is for a checkpoint's weights: leave out --random, --kernels and --tune")
     if args.mesh is not None and (alone or args.versus or args.write_random):
         raise RequestError("--mesh is for whole models: leave out --kernels, --tune, --versus and --write-random")
-    if args.cache_dtype is not None and (alone or args.write_random):
-        raise RequestError("--cache-dtype is for whole models: leave out --kernels, --tune and --write-random")
+    if args.cache_dtype is not None and (args.tune is not None or args.write_random is not None):
+        raise RequestError("--cache-dtype is for measurements: leave out --tune and --write-random")
     if args.tune is not None and args.json:
         raise RequestError("--tune writes its result to the table: leave out --json")
 
