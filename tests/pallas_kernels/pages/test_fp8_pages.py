@@ -50,10 +50,21 @@ def test_vectors_are_rounded_as_ml_dtypes_does(dtype):
     np.testing.assert_array_equal(jax.jit(fp8_pages.as_read)(read), read)
 
 
+def test_every_number_is_read_as_ml_dtypes_does():
+    numbers = np.arange(256, dtype=np.uint8)
+    numbers = numbers[np.isfinite(numbers.view(ml_dtypes.float8_e4m3fn).astype(np.float32))][None]
+    exponents = np.array([27, 100, 127, 130, 246], np.uint8)[:, None]  # from the least to that of float32's largest
+    pages = fp8_pages.Fp8Pages(jnp.asarray(np.tile(numbers, (5, 1))), jnp.asarray(exponents))
+    expected = numbers.view(ml_dtypes.float8_e4m3fn).astype(np.float64) * 2.0 ** (exponents.astype(int) - 127)
+    for dtype in DTYPES[:2]:
+        found = jax.jit(partial(fp8_pages.expanded, dtype=dtype))(pages)
+        np.testing.assert_array_equal(np.asarray(found).astype(np.float64), expected)
+
+
 def test_what_is_not_finite_stays_so():
     x = np.ones((3, 8), np.float32)
     x[0, 1], x[1, 2] = np.nan, np.inf
-    np.testing.assert_array_equal(np.isnan(fp8_pages.as_read(x)).any(axis=1), [True, True, False])
+    np.testing.assert_array_equal(np.isfinite(fp8_pages.as_read(x)).any(axis=1), [False, False, True])
 
 
 def _pools(x: np.ndarray) -> tuple[np.ndarray, fp8_pages.Fp8Pages]:
