@@ -81,8 +81,8 @@ def append_heads(
     v_YKSH: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `api.append_heads`. `supports` must hold for the operands."""
-    J, T, columns = qkv.parts_JAO.shape
-    K, H = k_YKSH.shape[1], k_YKSH.shape[-1]
+    T, J, columns = len(slots_T), *qkv.parts_JAO.shape[::2]
+    K, H = k_YKSH.shape[1], k_YKSH.shape[3]
     bias_EO, cos_sin = qkv.bias_EO, rotation or ()
     plan = _HeadsPlan(T, J, columns // H - 2 * K, K, H, bias_EO is not None, bool(cos_sin))
     operands: dict[str, Any] = {"parts": qkv.parts_JAO, "slots": slots_T}
@@ -91,7 +91,7 @@ def append_heads(
     operands |= dict(zip(("cos", "sin"), cos_sin, strict=False))
     pools = {"k": jax.new_ref(k_YKSH), "v": jax.new_ref(v_YKSH)}
     out = ptx.launch(
-        partial(append, plan),
+        partial(prompt_heads, plan),
         operands | pools,
         {"out": jax.ShapeDtypeStruct((T, plan.queries, H), jnp.bfloat16)},
         {"block": -(-T * plan.shares // _WARPS)},
@@ -99,7 +99,7 @@ def append_heads(
     return out["out"], jax.freeze(pools["k"]), jax.freeze(pools["v"])
 
 
-def append(plan: _HeadsPlan, *, block: Value, **at: Value) -> None:
+def prompt_heads(plan: _HeadsPlan, *, block: Value, **at: Value) -> None:
     """One thread: two pairs of a head in each turn."""
     thread = utils.thread_idx()
     lane, warp = arith.andi(thread, ptx.const(31)), arith.shrui(thread, ptx.const(5))
