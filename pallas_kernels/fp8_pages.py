@@ -8,7 +8,7 @@ their four significant bits. But everything after the rounding becomes exact: a 
 bfloat16. So attention over these pages has the bits of attention over pages of numbers that were rounded before. And a
 scale may as well multiply a key's score, or a value's weight.
 
-Numbers are rounded to the nearest, ties to even. Of a vector with a number that is not finite, none is finite when read.
+Numbers are rounded to the nearest, ties to even. If one is not finite, no number of the vector is when it is read.
 """
 
 import dataclasses

@@ -70,8 +70,11 @@ class Attention(nn.Module):
             operands = qkv, angles, positions_BT, sinks_N, scales, epsilon
             out_BTNH, cache = cache.append_and_attend(*operands, scale=self.scale)
         else:
-            q_BTNH, k_BTKH, v_BTKH = self._heads(qkv, angles, B, T)
-            cache = cache.update(k_BTKH, v_BTKH, positions_BT)
+            if self.qk_norm_epsilon is None and cache.takes_heads(qkv, self.implementation):
+                q_BTNH, cache = cache.append_heads(qkv, angles)
+            else:
+                q_BTNH, k_BTKH, v_BTKH = self._heads(qkv, angles, B, T)
+                cache = cache.update(k_BTKH, v_BTKH, positions_BT)
             out_BTNH = cache.attend(q_BTNH, positions_BT, sinks_N, scale=self.scale, implementation=self.implementation)
         observe(self, "heads", out_BTNH)
         out = linear(D, (HEADS, WIDTH), use_bias=self.out_bias, name="out")

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.append import write_rows, write_tiles
+from pallas_kernels import pages
+from pallas_kernels.append import append_heads, takes_heads, write_rows, write_tiles
 from pallas_kernels.attention import (
     append_and_attend,
     attention_over_pages,
@@ -60,12 +61,8 @@ class LayerCache:
         Raises:
           ValueError: more tokens than the cache was created for.
         """
-        if self.chunk is not None and positions_BT.shape[1] > self.chunk:
-            raise ValueError(
-                f"a call of {positions_BT.shape[1]} tokens a row, but the cache was created for calls of at most "
-                f"{self.chunk}: create it with a larger chunk"
-            )
         B, T, K, H = k_BTKH.shape
+        self._check(T)
         tiles = self.tiles
         if tiles is None and T > 1:
             order_BT, positions_BT = _padding_last(positions_BT)
@@ -78,6 +75,37 @@ class LayerCache:
             return write_tiles(pool_YKSH, new_BTKH.reshape(B * T, K, H), self.table_BZ, tiles)
 
         return self.with_pages(written(self.k_YKSH, k_BTKH), written(self.v_YKSH, v_BTKH))
+
+    def _check(self, T: int) -> None:
+        if self.chunk is not None and self.chunk < T:
+            raise ValueError(
+                f"a call of {T} tokens a row, but the cache was created for calls of at most {self.chunk}: create it "
+                "with a larger chunk"
+            )
+
+    def takes_heads(self, qkv: PartialSum, implementation: str) -> bool:
+        """Whether `append_heads` takes a call's product."""
+        return self.tiles is not None and takes_heads(qkv, self.k_YKSH, implementation=implementation)
+
+    def append_heads(
+        self, qkv: PartialSum, angles: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, "LayerCache"]:
+        """Like `update`, in one kernel with the steps from the product to it: for packed calls.
+
+        Args:
+          qkv, angles: as in `append_and_attend`.
+
+        Returns:
+          The queries [1, T, N, H], and the cache.
+        """
+        assert self.tiles is not None
+        assert isinstance(self.k_YKSH, jax.Array) and isinstance(self.v_YKSH, jax.Array)  # no kernel for float8
+        tokens = qkv.parts_JAO.shape[1]
+        self._check(tokens)
+        slots_T = pages.slots_of_tiles(self.table_BZ, self.tiles, tokens)
+        rotation = None if angles is None else (angles[0].reshape(tokens, -1), angles[1].reshape(tokens, -1))
+        q_TNH, k_YKSH, v_YKSH = append_heads(qkv, rotation, slots_T, self.k_YKSH, self.v_YKSH)
+        return q_TNH[None], self.with_pages(k_YKSH, v_YKSH)
 
     def takes_product(self, T: int, dtype: DTypeLike, implementation: str) -> bool:
         """Whether `append_and_attend` takes calls of T tokens a row, with queries of this dtype."""

@@ -14,6 +14,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.formats import is_packed
 from pallas_kernels.formats.ggml.fragments import QuantizedFragments
 from pallas_kernels.formats.ggml.weight import Quantized
+from pallas_kernels.pages import Tiles
 from tests.pallas_kernels.marks import lowered_for_h200, needs_mosaic
 from tests.thinned import thorough
 
@@ -60,6 +61,24 @@ def test_float8_takes_as_many_kernels(monkeypatch):
     monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
     assert _kernels("qwen3-0.6b", 8, 1, "fp8") == 3 + 4 + 1
     assert _kernels("qwen3-0.6b", 1, 512, "fp8") == 4 + 1
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("name", "takes"), [("qwen2.5-7b", True), ("gpt-oss-20b", True), ("qwen3-0.6b", False)])
+def test_prompts_take_the_kernel_of_heads(name, takes, monkeypatch):
+    """Unless heads have norms."""
+    monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
+    config = PUBLISHED[name].with_one_layer()
+    model = registry.build(config, dtype=jnp.bfloat16)
+    cache = jax.eval_shape(lambda: registry.create_cache(model, batch=2, max_length=512))
+    tiles = Tiles(*[jax.ShapeDtypeStruct((4,), jnp.int32)] * 4)
+
+    def read(params, ids_T, tiles, cache):
+        _, positions_T = tiles.tokens(256)
+        return model.apply({"params": params}, ids_T[None], positions_T[None], cache.packed(tiles))
+
+    text = lowered_for_h200(read, abstract_params(model), jax.ShapeDtypeStruct((256,), jnp.int32), tiles, cache)
+    assert ("prompt_heads" in text) == takes
 
 
 @needs_mosaic

@@ -1,0 +1,46 @@
+"""A prompt's heads from their product to the cache, by a kernel where there is one."""
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.fp8_pages import Pages
+from pallas_kernels.partial_sum import PartialSum
+
+
+def takes_heads(qkv: PartialSum, k_YKSH: Pages, *, implementation: str = dispatch.AUTO) -> bool:
+    """Whether `append_heads` has a kernel here: on Hopper, with pages of bfloat16 and heads of 64 or 128 numbers."""
+    if dispatch.wanted(implementation) != dispatch.MOSAIC:
+        return False
+    from pallas_kernels.append import heads_sm90
+
+    return heads_sm90.supports(qkv, k_YKSH)
+
+
+def append_heads(
+    qkv: PartialSum,
+    rotation: tuple[jax.Array, jax.Array] | None,
+    slots_T: jax.Array,
+    k_YKSH: jax.Array,
+    v_YKSH: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """From the product of a call's tokens to their queries, and to their keys and values in the pages.
+
+    Means, in float32, with q, k and v rounded to bfloat16 before the rotation and after it:
+
+        q, k, v     = split(qkv.total()) into N, K and K heads
+        first, last = halves of each head of q and k
+        rotated     = (first * cos - last * sin, last * cos + first * sin)
+        pages[slots[t] // PAGE, :, slots[t] % PAGE] = rotated k, v
+
+    Args:
+      qkv: [T, (N + 2·K) · H], without rows or weights of its own, for which `takes_heads` is true.
+      rotation: cos and sin, float32 [T, H/2]; None to rotate nothing.
+      slots_T: see `pages.slots`; nothing is written for negative ones.
+      k_YKSH, v_YKSH: pools, updated in place if donated.
+
+    Returns:
+      The rotated queries [T, N, H], and the pools. A token's bits depend on itself alone.
+    """
+    from pallas_kernels.append import heads_sm90
+
+    return heads_sm90.append_heads(qkv, rotation, slots_T, k_YKSH, v_YKSH)
