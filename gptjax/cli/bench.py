@@ -159,7 +159,7 @@ def _run(args: argparse.Namespace, follows: bool) -> int:
             _print_rows(found, ceiling)  # at once: the next size may take minutes to compile
     if args.json:
         facts = {"model": name, "device": device, "dtype": dtype, "mesh": args.mesh, "load_seconds": loading.seconds}
-        facts |= {"load_host_bytes": loading.host_bytes, **memory_speed.to_json()}
+        facts |= {"cache_dtype": args.cache_dtype, "load_host_bytes": loading.host_bytes, **memory_speed.to_json()}
         print(json.dumps({**facts, "results": [result.to_json(ceiling) for result in results]}))
     return 0
 
