@@ -70,7 +70,7 @@ class Attention(nn.Module):
             operands = qkv, angles, positions_BT, sinks_N, scales, epsilon
             out_BTNH, cache = cache.append_and_attend(*operands, scale=self.scale)
         else:
-            if self.qk_norm_epsilon is None and cache.takes_heads(qkv, self.implementation):
+            if self.qk_norm_epsilon is None and cache.takes_heads(qkv, self.dtype, self.implementation):
                 q_BTNH, cache = cache.append_heads(qkv, angles)
             else:
                 q_BTNH, k_BTKH, v_BTKH = self._heads(qkv, angles, B, T)

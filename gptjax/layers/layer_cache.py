@@ -83,9 +83,9 @@ class LayerCache:
                 "with a larger chunk"
             )
 
-    def takes_heads(self, qkv: PartialSum, implementation: str) -> bool:
-        """Whether `append_heads` takes a call's product."""
-        return self.tiles is not None and takes_heads(qkv, self.k_YKSH, implementation=implementation)
+    def takes_heads(self, qkv: PartialSum, dtype: DTypeLike, implementation: str) -> bool:
+        """Whether `append_heads` takes a call's product, and makes queries of this dtype of it."""
+        return self.tiles is not None and takes_heads(qkv, self.k_YKSH, dtype=dtype, implementation=implementation)
 
     def append_heads(
         self, qkv: PartialSum, angles: tuple[jax.Array, jax.Array] | None
@@ -99,7 +99,6 @@ class LayerCache:
           The queries [1, T, N, H], and the cache.
         """
         assert self.tiles is not None
-        assert isinstance(self.k_YKSH, jax.Array) and isinstance(self.v_YKSH, jax.Array)  # no kernel for float8
         tokens = qkv.parts_JAO.shape[1]
         self._check(tokens)
         slots_T = pages.slots_of_tiles(self.table_BZ, self.tiles, tokens)

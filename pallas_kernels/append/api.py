@@ -1,15 +1,20 @@
 """A prompt's heads from their product to the cache, by a kernel where there is one."""
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import dispatch
 from pallas_kernels.fp8_pages import Pages
 from pallas_kernels.partial_sum import PartialSum
 
 
-def takes_heads(qkv: PartialSum, k_YKSH: Pages, *, implementation: str = dispatch.AUTO) -> bool:
-    """Whether `append_heads` has a kernel here: on Hopper, with pages of bfloat16 and heads of 64 or 128 numbers."""
-    if dispatch.wanted(implementation) != dispatch.MOSAIC:
+def takes_heads(
+    qkv: PartialSum, k_YKSH: Pages, *, dtype: DTypeLike = jnp.bfloat16, implementation: str = dispatch.AUTO
+) -> bool:
+    """Whether `append_heads` has a kernel here: on Hopper, with pages of bfloat16 or float8, heads of 64 or 128 numbers
+    and queries of bfloat16 (their `dtype`)."""
+    if dispatch.wanted(implementation) != dispatch.MOSAIC or dtype != jnp.bfloat16:
         return False
     from pallas_kernels.append import heads_sm90
 
@@ -20,12 +25,13 @@ def append_heads(
     qkv: PartialSum,
     rotation: tuple[jax.Array, jax.Array] | None,
     slots_T: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    k_YKSH: Pages,
+    v_YKSH: Pages,
+) -> tuple[jax.Array, Pages, Pages]:
     """From the product of a call's tokens to their queries, and to their keys and values in the pages.
 
-    Means, in float32, with q, k and v rounded to bfloat16 before the rotation and after it:
+    Means, in float32, with q, k and v rounded to bfloat16 before the rotation and after it, and then k and v to float8
+    if the pages are in it:
 
         q, k, v     = split(qkv.total()) into N, K and K heads
         first, last = halves of each head of q and k

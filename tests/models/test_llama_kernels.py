@@ -64,12 +64,20 @@ def test_float8_takes_as_many_kernels(monkeypatch):
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("name", "takes"), [("qwen2.5-7b", True), ("gpt-oss-20b", True), ("qwen3-0.6b", False)])
-def test_prompts_take_the_kernel_of_heads(name, takes, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "takes", "kept"),
+    [
+        ("qwen2.5-7b", True, None),
+        ("gpt-oss-20b", True, None),
+        ("gpt-oss-20b", True, "fp8"),
+        ("qwen3-0.6b", False, None),
+    ],
+)
+def test_prompts_take_the_kernel_of_heads(name, takes, kept, monkeypatch):
     """Unless heads have norms."""
     monkeypatch.setattr(dispatch, "preferred", lambda: dispatch.MOSAIC)
     config = PUBLISHED[name].with_one_layer()
-    model = registry.build(config, dtype=jnp.bfloat16)
+    model = registry.build(config, dtype=jnp.bfloat16, cache_dtype=kept)
     cache = jax.eval_shape(lambda: registry.create_cache(model, batch=2, max_length=512))
     tiles = Tiles(*[jax.ShapeDtypeStruct((4,), jnp.int32)] * 4)
 

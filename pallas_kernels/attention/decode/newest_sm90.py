@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
-from pallas_kernels.attention.decode import fp8_sm90
 from pallas_kernels.attention.decode.plan_sm90 import EIGHT, DecodePlan, ProductPlan
 from pallas_kernels.attention.decode.turns_sm90 import Seen, Thread, Words, load_count
+from pallas_kernels.formats import fp8_sm90
 from pallas_kernels.pages import PAGE
 from pallas_kernels.ptx import Value
 from pallas_kernels.ptx.rows import load_number

@@ -17,11 +17,12 @@ from typing import NamedTuple
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
-from pallas_kernels.attention.decode import fp8_sm90, split
+from pallas_kernels.attention.decode import split
 from pallas_kernels.attention.decode.newest_sm90 import Newest
 from pallas_kernels.attention.decode.plan_sm90 import EIGHT, DecodePlan
 from pallas_kernels.attention.decode.slots_sm90 import Slots
 from pallas_kernels.attention.decode.turns_sm90 import Run, Seen, Thread, Words
+from pallas_kernels.formats import fp8_sm90
 from pallas_kernels.pages import PAGE
 from pallas_kernels.ptx import Value
 

@@ -22,7 +22,7 @@ from tests.pallas_kernels.marks import needs_mosaic
 from tests.thinned import thinned, thorough
 
 pytestmark = needs_mosaic
-_MODULES = ["combine", "fp8", "gather", "merge", "mosaic", "newest", "slots", "turns", "warp"]
+_MODULES = ["combine", "gather", "merge", "mosaic", "newest", "slots", "turns", "warp"]
 
 
 class Shape(NamedTuple):
@@ -86,6 +86,7 @@ def _plan(shape: Shape, row: Row, rows: int, **settings: int) -> Any:
 def _emulated(monkeypatch: Any, plan: Any, row: Row) -> np.ndarray:
     """What the kernels write: [N, H]."""
     modules = [importlib.import_module(f"pallas_kernels.attention.decode.{name}_sm90") for name in _MODULES]
+    modules.append(importlib.import_module("pallas_kernels.formats.fp8_sm90"))
     monkeypatch.setattr(ptx, "launch", launched(*modules))
     starts_1 = None if row.start is None else np.array([row.start], np.int32)
     given = {"q": row.q_NH[None]}, row.k_YKSH, row.v_YKSH, np.array([row.count], np.int32), row.sinks_N

@@ -28,7 +28,7 @@ from tests.thinned import thorough
 pytestmark = needs_mosaic
 EPSILON = 1e-5
 ROUNDING = float(jnp.finfo(jnp.bfloat16).eps) / 2
-_MODULES = ["combine", "fp8", "gather", "merge", "mosaic", "newest", "slots", "turns", "warp"]
+_MODULES = ["combine", "gather", "merge", "mosaic", "newest", "slots", "turns", "warp"]
 
 
 class Case(NamedTuple):
@@ -193,6 +193,7 @@ def _bits(x: Any) -> Any:
 def test_the_same_bits_as_step_by_step(name, monkeypatch):
     decode = importlib.import_module("pallas_kernels.attention.decode.mosaic_sm90")
     modules = [importlib.import_module(f"pallas_kernels.attention.decode.{each}_sm90") for each in _MODULES]
+    modules.append(importlib.import_module("pallas_kernels.formats.fp8_sm90"))
     monkeypatch.setattr(ptx, "launch", launched(*modules))
     monkeypatch.setattr(decode, "_decode", decode._decode.__wrapped__)
     case = CASES[name]

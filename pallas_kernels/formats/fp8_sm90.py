@@ -20,6 +20,8 @@ lop3.b32 t, t, 0x80008000, s, 0xEA; mov.b32 power, 0x7B807B80; mul.rn.bf16x2 $0,
 _ROUND = "{ .reg .b16 t, zero; cvt.rn.satfinite.e4m3x2.f32 t, $2, $1; mov.b16 zero, 0; mov.b32 $0, {t, zero}; }"
 _STORE = "{{ .reg .b32 t; shr.u32 t, $1, {}; st.global.u8 [$0], t; }}"
 _STORE_FIRST = "{ .reg .pred p; setp.eq.s32 p, $2, 0; @p st.global.u8 [$0], $1; }"
+_STORE_PAIR = "{{ .reg .pred p; setp.ne.s32 p, $2, 0; @p st.global.u16 [$0+{}], $1; }}"
+_STORE_BYTE = "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p st.global.u8 [$0], $1; }"
 _POWER = "{{ .reg .b32 t; shr.u32 t, $1, {}; and.b32 t, t, 0xFF; shl.b32 $0, t, 23; }}"
 
 
@@ -55,19 +57,19 @@ def without_scale(exponents: Value, byte: int) -> Value:
 
 @dataclasses.dataclass(frozen=True)
 class Vector:
-    """A key or a value, as it is in the pages: each lane of a warp has a few of its numbers."""
+    """A key or a value, as it is in the pages: each lane of a warp, or of a part of one, has a few of its numbers."""
 
     exponent: Value
     pairs: list[Value]  # the lane's numbers, two in a word's lower bytes
 
     @classmethod
-    def of(cls, numbers: list[Value]) -> "Vector":
-        """Rounds what a warp has. See `fp8_pages.rounded`, which gives the same bits."""
+    def of(cls, numbers: list[Value], lanes: int = 32) -> "Vector":
+        """Rounds what so many lanes have, a power of two. See `fp8_pages.rounded`, which gives the same bits."""
         magnitudes = [arith.andi(arith.bitcast(ptx.i32(), number), ptx.const(0x7FFFFFFF)) for number in numbers]
         largest = magnitudes[0]
         for each in magnitudes[1:]:
             largest = arith.maxui(largest, each)
-        (largest,) = ptx.asm("redux.sync.max.u32 $0, $1, 0xffffffff;", [ptx.i32()], [largest], volatile=True)
+        largest = _largest(largest, lanes)
         is_beyond = ptx.less(LARGEST, arith.andi(largest, ptx.const((1 << MANTISSA) - 1)))
         exponent = ptx.add(arith.shrui(largest, ptx.const(MANTISSA)), -RANGE)
         exponent = arith.select(is_beyond, ptx.add(exponent, 1), exponent)
@@ -91,6 +93,26 @@ class Vector:
         for i, shift in enumerate(shifts):
             ptx.asm(_STORE.format(8 * (i % 2)), [], [ptx.shifted(at, shift), self.pairs[i // 2]])
         ptx.asm(_STORE_FIRST, [], [exponent, self.exponent, lane])
+
+    def store_adjacent(
+        self, at: Value, shifts: tuple[int, int], exponent: Value, *, is_first: Value, condition: Value
+    ) -> None:
+        """Writes the lane's numbers, two adjacent ones each so many bytes from an address, if the condition holds; and
+        the vector's exponent, if the lane is also its first."""
+        for shift, word in zip(shifts, self.pairs, strict=True):
+            ptx.asm(_STORE_PAIR.format(shift), [], [at, word, condition])
+        ptx.asm(_STORE_BYTE, [], [exponent, self.exponent, ptx.both(condition, is_first)])
+
+
+def _largest(number: Value, lanes: int) -> Value:
+    """The largest integer of so many lanes, in each of them."""
+    if lanes == 32:
+        return ptx.asm("redux.sync.max.u32 $0, $1, 0xffffffff;", [ptx.i32()], [number], volatile=True)[0]
+    while lanes > 1:
+        lanes //= 2
+        other = ptx.shuffle_xor(arith.bitcast(ptx.f32(), number), lanes)
+        number = arith.maxui(number, arith.bitcast(ptx.i32(), other))
+    return number
 
 
 def _float32(exponent: Value) -> Value:
