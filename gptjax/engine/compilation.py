@@ -82,9 +82,8 @@ class Later:
                 _succeeds(each)
         except JaxRuntimeError as error:  # such as no memory for the arrays that a program is lowered for
             self._stopped = True
-            _log.warning(
-                "nothing more is compiled ahead, so larger programs stay in use: %s", str(error).partition("\n")[0]
-            )
+            what, _, _ = str(error).partition("\n")
+            _log.warning("nothing more is compiled ahead, so larger programs stay in use: %s", what)
         except RuntimeError:  # nothing can be submitted any more
             if not self._stopped:
                 raise
