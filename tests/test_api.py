@@ -48,7 +48,7 @@ def test_text_and_its_ids_are_the_same_prompt(lm):
 
 
 def test_a_list_gives_a_list_in_order_and_a_list_of_one_too(lm):
-    prompts = ["The sea", PROMPT, "A", "He said that", "In the morning"]
+    prompts = ["The sea", PROMPT, "A"]
     together = lm.generate(prompts, max_tokens=10)
     assert [c.token_ids for c in together] == [lm.generate(p, max_tokens=10).token_ids for p in prompts]
     assert lm.generate(["A"], max_tokens=10)[0].token_ids == together[2].token_ids

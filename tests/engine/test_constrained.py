@@ -218,6 +218,7 @@ def test_nothing_is_compiled_after_warm_up():
     assert compiled == []
 
 
+@pytest.mark.thorough  # the levels themselves: test_warm_up.py
 def test_on_a_gpu_there_are_levels_for_grammars(alone, monkeypatch):
     levels = (Features(draws=True), Features(draws=True, constrains=True), Features.everything())
     with monkeypatch.context() as patch:

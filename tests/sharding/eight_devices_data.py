@@ -124,6 +124,7 @@ def test_requests_get_what_one_device_gives_and_the_same_bits_in_any_company(nam
     assert _play(crowded, REQUESTS, random.Random(0)) == alone
 
 
+@pytest.mark.thorough  # plans of an engine: the test above
 def test_plans_do_what_the_model_does_in_each_part():
     """A prompt in each part; then others that go on from copies of its pages, whose numbers differ in all pools."""
     checkpoint = gpt_oss_random.checkpoint(**gpt_oss_random.TWO_LAYERS)  # one of which has a window
@@ -165,6 +166,7 @@ def test_plans_do_what_the_model_does_in_each_part():
         np.testing.assert_allclose(np.asarray(executor._slots.logits_BV[slot]), expected, atol=TOLERANCE)
 
 
+@pytest.mark.thorough
 def test_prompts_and_grammars_go_to_rows_of_all_parts():
     """By `LanguageModel`: more prompts than slots of a part; each of them can only draw what its grammar allows."""
     lm = shallow("gpt2-tales", max_length=128, max_batch=3)
