@@ -223,7 +223,7 @@ def test_a_result_is_told_by_its_median():
 
 
 @pytest.mark.parametrize(
-    "case", thinned(CASES, PRODUCT, EXPERTS, WINDOW, BLOCK), ids=lambda case: f"{case.operation} {case.shape}"
+    "case", thinned(CASES, PRODUCT, EXPERTS, WINDOW), ids=lambda case: f"{case.operation} {case.shape}"
 )
 def test_each_call_of_a_chain_waits_for_the_one_before(case):
     """What the first call is given, such as NaN, reaches the last."""

@@ -20,7 +20,7 @@ def same_bits(actual, expected):
     np.testing.assert_array_equal(np.asarray(actual).view(np.uint32), np.asarray(expected).view(np.uint32))
 
 
-@pytest.mark.parametrize("name", thinned(PARTS, "Q4_0", "Q4_K", "Q6_K"))  # four bits, with minima, six bits
+@pytest.mark.parametrize("name", thinned(PARTS, "Q4_K", "Q6_K", "Q8_0"))  # four bits with minima, six, eight
 def test_numbers_are_kept(name):
     weight = quantized(name, 128, 768)
     fragments = QuantizedFragments.of(weight)
