@@ -12,6 +12,7 @@ from gptjax.engine import programs, steps
 from gptjax.engine.engine import Engine
 from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.free_of_load import is_free_of_load
+from gptjax.engine.pools import default_policy
 from gptjax.engine.request import Request, SamplingParams, Token
 from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
@@ -69,7 +70,10 @@ REQUESTS = [
 
 
 def _engine(made, steps_per_dispatch: int) -> Engine:
-    return Engine(*made, batch=SLOTS, max_length=MAX_LENGTH, steps_per_dispatch=steps_per_dispatch)
+    """One that computes all rows: `test_a_step_has_as_many_rows_as_are_busy` has one that does not."""
+    policy = default_policy(made[0], slots=SLOTS, steps_per_dispatch=steps_per_dispatch)
+    policy = dataclasses.replace(policy, smallest_rows=SLOTS)
+    return Engine(*made, batch=SLOTS, max_length=MAX_LENGTH, policy=policy)
 
 
 def _kept(token: Token, request: Request) -> tuple:
@@ -202,7 +206,8 @@ def test_nothing_is_compiled_after_warm_up(made):
         assert compiled == []
 
 
-@pytest.mark.parametrize("steps_per_dispatch", [thorough(1), 8])
+@pytest.mark.thorough  # numbers of rows, one step at a time: test_free_of_load.py
+@pytest.mark.parametrize("steps_per_dispatch", [1, 8])
 def test_a_step_has_as_many_rows_as_are_busy(monkeypatch, steps_per_dispatch):
     """Whoever comes and goes, a request gets the tokens that it gets alone; only the rounding may be another."""
     alone = {id(request): _alone(_gpt2(), request) for request in REQUESTS}

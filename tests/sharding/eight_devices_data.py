@@ -34,7 +34,6 @@ from tests.oracles import gpt_oss_ours, gpt_oss_random, llama_ours
 from tests.server.worker_material import submit
 from tests.shallow import shallow
 from tests.sharding.on_mesh import bytes_by_device, on_mesh, placed, sizes
-from tests.thinned import thorough
 
 MAX_LENGTH, VOCAB = 290, 101  # of all models, at least
 TOLERANCE = 1e-4
@@ -94,9 +93,10 @@ def _bytes(engine: Engine) -> dict[jax.Device, int]:
     return bytes_by_device(engine._executor._slots)
 
 
+@pytest.mark.thorough  # where rows and copies go: `test_plans_do_what_the_model_does_in_each_part`
 @pytest.mark.parametrize(  # eight_devices.py has each model on each mesh, one call at a time
     ("name", "mesh"),
-    [thorough("gpt2", (8, 1, 1)), ("llama", (4, 2, 1)), thorough("gpt-oss", (2, 2, 2))],
+    [("gpt2", (8, 1, 1)), ("llama", (4, 2, 1)), ("gpt-oss", (2, 2, 2))],
 )
 def test_requests_get_what_one_device_gives_and_the_same_bits_in_any_company(name, mesh):
     whole, params = _whole(name)
@@ -124,7 +124,6 @@ def test_requests_get_what_one_device_gives_and_the_same_bits_in_any_company(nam
     assert _play(crowded, REQUESTS, random.Random(0)) == alone
 
 
-@pytest.mark.thorough  # plans of an engine: the test above
 def test_plans_do_what_the_model_does_in_each_part():
     """A prompt in each part; then others that go on from copies of its pages, whose numbers differ in all pools."""
     checkpoint = gpt_oss_random.checkpoint(**gpt_oss_random.TWO_LAYERS)  # one of which has a window
