@@ -192,8 +192,8 @@ class Engine:
         the device is already working on what follows.
 
         Raises:
-          JaxRuntimeError: the device failed, and failed again when what it lost was computed anew. The engine cannot be
-            used any more.
+          JaxRuntimeError: the device failed, and failed again when what it lost was computed anew. The engine can only
+            be used after `restart`.
         """
         while True:
             try:
@@ -204,6 +204,24 @@ class Engine:
                 self._losses_in_a_row = 0 if tokens else self._losses_in_a_row
                 return tokens
             self._start_again(failure)
+
+    @property
+    def can_restart(self) -> bool:
+        """Whether `restart` is of use; not with several processes, of which the others do not know what failed here."""
+        return self._executor.most_losses > 0
+
+    def restart(self) -> None:
+        """Allocates new pools after `step` has raised. No request may be open.
+
+        Raises:
+          JaxRuntimeError: they cannot be had.
+        """
+        self._check_idle()
+        self._undrawn = None
+        self._dispatched.clear()
+        self._scheduler.lost()
+        self._executor.reset()
+        self._losses_in_a_row = 0
 
     def read(self) -> None:
         """Reads the prompts of all requests that have room to run, without steps between, for measuring."""
@@ -216,7 +234,7 @@ class Engine:
 
     def _check_idle(self) -> None:
         if self._requests:
-            raise ValueError("warm_up needs all requests to have ended")
+            raise ValueError("this needs all requests to have ended")
 
     def _step(self) -> list[Token]:
         self._drop_unwanted()

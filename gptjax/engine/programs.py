@@ -233,8 +233,9 @@ def decode(
 
     def step(of_rows: Slots, number: jax.Array) -> tuple[Slots, sampling.Sampled]:
         sampled = _sampled(of_rows, rows, number, settings)
-        counted = _counted(of_rows, sampled.token_B, rows, number)
-        return _advanced(model, params, counted, sampled.token_B, rows, number), sampled
+        if settings.penalties is not None:  # or nobody reads what is counted of these rows
+            of_rows = _counted(of_rows, sampled.token_B, rows, number)
+        return _advanced(model, params, of_rows, sampled.token_B, rows, number), sampled
 
     of_rows, sampled = jax.lax.scan(step, _of_rows(slots, rows), jnp.arange(num_steps, dtype=jnp.int32))
     return _with_rows(slots, rows, of_rows), sampled

@@ -9,7 +9,6 @@ of them, by whoever reads the parts, or, if an activation follows, by the last b
 `grouped_sm90` has the same runs.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -24,12 +23,12 @@ from pallas_kernels.formats.fragments import TILE, MXFP4Fragments
 from pallas_kernels.formats.mxfp4_sm90 import MISSING, decoded
 from pallas_kernels.moe import cluster_sm90
 from pallas_kernels.moe.activation import SwiGLU
+from pallas_kernels.moe.plan_sm90 import EIGHT, ExpertsPlan
 from pallas_kernels.moe.routing import Groups, route
 from pallas_kernels.moe.runs import runs_of_width
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
 
-EIGHT = 8  # tokens per instruction
 _BLOCKS: Final = 264  # of the product up: with fewer than two on each of 132 multiprocessors, clusters are faster
 _LOAD_X = (
     "{ .reg .pred p; setp.ge.s32 p, $9, 0; "
@@ -39,40 +38,6 @@ _LOAD_X = (
 _LOAD_IF = "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, -1; @p ld.global.nc.b32 $0, [$1]; }"
 _STORE_BF16 = "{ .reg .pred p; .reg .b16 t; setp.ne.s32 p, $2, 0; cvt.rn.bf16.f32 t, $1; @p st.global.b16 [$0], t; }"
 _STORE_PAIR = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.v2.f32 [$0], {$1, $2}; }"
-
-
-@dataclasses.dataclass(frozen=True)
-class _ExpertsPlan:
-    """Everything that is known when the kernel is built."""
-
-    num_experts: int  # E: expert id E or above, or below 0, marks an empty group
-    num_groups: int  # U
-    slots: int  # M: tokens per group, at most
-    steps: int  # 64-column tiles of a run
-    runs: int  # that the columns are divided into
-    splits: int  # blocks that share the runs, evenly; with an activation, they are a cluster
-    tiles: int  # 64-row tiles per expert
-    unroll: int  # tiles whose loads are in flight while as many are computed
-    eights: int  # groups of eight tokens that a block computes
-    sorted: bool  # x has one row per slot; otherwise one per token
-
-    @property
-    def columns(self) -> int:
-        return self.steps * self.runs * TILE
-
-    @property
-    def own(self) -> int:
-        """Runs of a block."""
-        return self.runs // self.splits
-
-    @property
-    def sums(self) -> int:
-        """Sums of a thread."""
-        return 4 * self.eights
-
-    @property
-    def rows(self) -> int:
-        return self.tiles * TILE
 
 
 def routed(
@@ -155,7 +120,7 @@ def product(
       weight: [E, O, I].
       bias_EO: for the activation.
       runs: which the sums' order follows from; it must divide the weight's steps.
-      unroll, splits, eights: see `_ExpertsPlan`; lowered to numbers that divide evenly. They do not change the order.
+      unroll, splits, eights: see `ExpertsPlan`; lowered to numbers that divide evenly. They do not change the order.
 
     Returns:
       float32 [splits, U, M, O], still to be summed over the first axis, in ascending order; with an activation,
@@ -164,7 +129,7 @@ def product(
     U, M = groups.rows_UM.shape
     num_tiles, steps = weight.words.shape[1:3]
     splits = math.gcd(splits, runs)
-    plan = _ExpertsPlan(
+    plan = ExpertsPlan(
         num_experts=weight.shape[0],
         num_groups=U,
         slots=M,
@@ -199,7 +164,7 @@ def product(
 
 
 def moe_product(
-    plan: _ExpertsPlan,
+    plan: ExpertsPlan,
     activation: SwiGLU | None,
     *,
     x: Value,
@@ -240,12 +205,12 @@ def moe_product(
     ptx.when(arith.andi(exists, arith.cmpi(arith.CmpIPredicate.sge, begins, ptx.const(0))), compute)
 
 
-def _place(plan: _ExpertsPlan, group: Value, slot: Value) -> Value:
+def _place(plan: ExpertsPlan, group: Value, slot: Value) -> Value:
     return ptx.add(ptx.mul(group, plan.slots), slot)
 
 
 def _sums(
-    plan: _ExpertsPlan,
+    plan: ExpertsPlan,
     x: Value,
     rows: Value,
     words: Value,
@@ -296,7 +261,7 @@ def _sums(
 
 
 def _in_runs(
-    plan: _ExpertsPlan,
+    plan: ExpertsPlan,
     load: Callable[[Value], list[Value]],
     compute: Callable[[Value, list[Value], list[Value]], list[Value]],
 ) -> list[Value]:
@@ -346,7 +311,7 @@ def _even_row(tile: Value) -> Value:
     return ptx.add(ptx.mul(tile, TILE), ptx.mul(warp, 16), ptx.mul(g, 2))
 
 
-def _tokens(plan: _ExpertsPlan, acc: list[Value], first: Value) -> list[tuple[Value, Value, Value]]:
+def _tokens(plan: ExpertsPlan, acc: list[Value], first: Value) -> list[tuple[Value, Value, Value]]:
     """For each of the thread's tokens: its slot, the even row's sum and the odd row's sum."""
     twice_q = ptx.mul(ptx.fragment_lane()[2], 2)
     return [
@@ -357,7 +322,7 @@ def _tokens(plan: _ExpertsPlan, acc: list[Value], first: Value) -> list[tuple[Va
 
 
 def _write_parts(
-    plan: _ExpertsPlan, acc: list[Value], out: Value, tile: Value, group: Value, first: Value, split: Value
+    plan: ExpertsPlan, acc: list[Value], out: Value, tile: Value, group: Value, first: Value, split: Value
 ) -> None:
     for slot, even, odd in _tokens(plan, acc, first):
         place = ptx.add(ptx.mul(split, plan.num_groups * plan.slots), _place(plan, group, slot))
@@ -365,7 +330,7 @@ def _write_parts(
         ptx.asm(_STORE_PAIR, [], [at, even, odd, ptx.less(slot, plan.slots)])
 
 
-def _load_biases(plan: _ExpertsPlan, bias: Value, expert: Value, tile: Value) -> Value:
+def _load_biases(plan: ExpertsPlan, bias: Value, expert: Value, tile: Value) -> Value:
     """Begins to load the biases of the thread's even and odd row, two bfloat16 numbers: before the weights.
 
     After them, every block would end by waiting for the memory once more.
@@ -377,7 +342,7 @@ def _load_biases(plan: _ExpertsPlan, bias: Value, expert: Value, tile: Value) ->
 
 
 def _write_activation(
-    plan: _ExpertsPlan,
+    plan: ExpertsPlan,
     activation: SwiGLU,
     biases: Value,
     out: Value,

@@ -9,6 +9,7 @@ import pytest
 
 from gptjax.server.front.remote_worker import RemoteWorker
 from gptjax.server.ipc.events import AnyWorker
+from gptjax.server.worker import own_engine
 from gptjax.server.worker import worker as worker_module
 from tests.server.load_material import request
 from tests.server.server_material import GPT2, served, wait_for
@@ -100,7 +101,7 @@ def test_a_client_that_leaves_frees_its_slot(warm, model, phase):
 def test_a_killed_worker_thread_is_seen_at_once(monkeypatch):
     """It dies when it wakes, as it does every second; the first who asks for /health after that is told."""
     assert worker_module._BEAT <= 1
-    monkeypatch.setattr(worker_module, "_LEVELS", worker_module._LEVELS[-1:])  # one program for all kinds of sampling
+    monkeypatch.setattr(own_engine, "_LEVELS", own_engine._LEVELS[-1:])  # one program for all kinds of sampling
     small = shallow(GPT2, max_length=96, max_batch=1)
     with served(small, GPT2, chunk=CHUNK) as (server, address):
         thread = server.config.app.state.service.worker._thread

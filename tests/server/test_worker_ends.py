@@ -11,8 +11,9 @@ import pytest
 
 import gptjax
 from gptjax.engine import programs
+from gptjax.models import registry
 from gptjax.server.ipc.events import AnyWorker, Failed, Finished, Unavailable
-from gptjax.server.worker import worker as worker_module
+from gptjax.server.worker import own_engine
 from gptjax.server.worker.worker import Worker
 from tests.server.worker_material import PATIENCE, Reader, remote_of, request_of, until
 from tests.shallow import shallow
@@ -21,7 +22,7 @@ from tests.shallow import shallow
 @pytest.fixture
 def small(monkeypatch):
     """Two slots, and one program for all kinds of sampling, to be compiled soon."""
-    monkeypatch.setattr(worker_module, "_LEVELS", worker_module._LEVELS[-1:])
+    monkeypatch.setattr(own_engine, "_LEVELS", own_engine._LEVELS[-1:])
     return shallow("gpt2-tales", max_length=96, max_batch=2)
 
 
@@ -157,6 +158,44 @@ def test_a_device_that_fails_again_and_again_ends_all_requests(fresh, monkeypatc
     assert all("INTERNAL: planted; the device failed 3 times in a row" in end.message for end in ends)
     assert not worker.state.alive
     assert worker.state.error == "JaxRuntimeError: INTERNAL: planted; the device failed 3 times in a row"
+
+
+def test_a_device_without_memory_ends_its_requests_and_goes_on_once_it_has_some(fresh, monkeypatch, caplog):
+    requests = [request_of(1, 5, 30), request_of(2, 70, 25, temperature=1.0), request_of(3, 40, 20)]
+    worker = fresh()
+    expected = []
+    for request in requests:
+        reader = Reader(worker, request)
+        reader.wait()
+        expected.append(reader.tokens)
+    assert worker.wait_until_compiled()  # what fails can only be called
+    is_full = threading.Event()
+
+    def full_at_times(original):
+        def function(*arguments, **named):
+            if is_full.is_set():
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: planted")
+            return original(*arguments, **named)
+
+        return function
+
+    for module, name in ((programs, "advance"), (registry, "create_pools")):
+        monkeypatch.setattr(module, name, full_at_times(getattr(module, name)))
+    monkeypatch.setattr(own_engine.Engine, "restart", full_at_times(own_engine.Engine.restart))
+    is_full.set()
+    readers = [Reader(worker, request) for request in requests]
+    assert {reader.end.kind for reader in readers} == {"no_memory"}
+    assert all("ran out of memory" in reader.end.message and "--max-length" in reader.end.message for reader in readers)
+    meanwhile = Reader(worker, request_of(4, 5))
+    assert meanwhile.end.kind == "no_memory"
+    is_full.clear()
+    until(lambda: isinstance(Reader(worker, request_of(5, 5)).end, Finished))
+    again = [Reader(worker, request) for request in requests]
+    assert [reader.end.reason for reader in again] == ["length"] * 3
+    assert [reader.tokens for reader in again] == expected
+    assert (worker.state.alive, worker.state.error) == (True, None)
+    (warning,) = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warning.startswith("all requests end: ") and "ran out of memory" in warning
 
 
 def test_a_worker_that_dies_while_it_compiles_says_so(fresh, monkeypatch):

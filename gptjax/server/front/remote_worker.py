@@ -29,6 +29,7 @@ from gptjax.server.ipc.messages import Cancel, Compiled, Drain, Progress, Score,
 
 _PATIENCE: Final = 12.0  # seconds for the other process to end requests: longer than its worker's own patience
 _LOST: Final = "the engine's process has ended"
+_HANGS: Final = "its device hangs"
 _token = partial(tuple.__new__, Token)  # `Token._make` takes three times as long
 
 
@@ -70,7 +71,9 @@ class RemoteWorker:
         self._scores: dict[int, Future[PromptScores]] = {}
         self._compiled: bool | None = None
         self._was_ready = False
-        self._draining = self._stopping = self._lost = False
+        self._draining = self._stopping = False
+        self._most_silence = setup.limits.heartbeat_seconds
+        self._lost: str | None = None  # why nothing more is expected of the other process
 
     def start(self) -> None:
         """Begins to read what the other process sends."""
@@ -120,7 +123,13 @@ class RemoteWorker:
             self._channel.send(Cancel(ticket.number))
 
     def drain(self, seconds: float) -> None:
-        """Refuses new requests and waits up to `seconds` for the open ones; those left then fail."""
+        """Refuses new requests and waits up to `seconds` for the open ones; those left then fail.
+
+        It does not wait for a worker that hangs.
+        """
+        if self._was_ready and self.state.heartbeat_age > self._most_silence:
+            self._lose(_HANGS)
+            return
         with self._changed:
             self._draining = True
             if self._changed.wait_for(lambda: not self._open, seconds):
@@ -143,7 +152,7 @@ class RemoteWorker:
         """Has a checked prompt scored; waits for the result. Raises what `gptjax.server.worker.scoring.score` does."""
         with self._changed:
             if self._lost:
-                raise unavailable(f"the worker died: {_LOST}", "died")
+                raise unavailable(f"the worker died: {self._lost}", "died")
             number = next(self._numbers)
             found = self._scores[number] = Future()
             self._channel.send(Score(number, prompt_ids, num_top))
@@ -171,7 +180,7 @@ class RemoteWorker:
 
     @property
     def _error(self) -> str | None:
-        return _LOST if self._lost and self._state.error is None and not self._stopping else self._state.error
+        return self._state.error or (None if self._stopping else self._lost)
 
     def _check_room(self, ahead: int = 0) -> None:
         if refusal := self._refusal():
@@ -194,9 +203,11 @@ class RemoteWorker:
     def _run(self) -> None:
         try:
             for message in self._channel.messages():
+                if self._lost:
+                    return
                 self._take(message)
         finally:
-            self._lose()
+            self._lose(_LOST)
 
     def _take(self, message: object) -> None:
         match message:
@@ -266,14 +277,16 @@ class RemoteWorker:
         else:
             found.set_exception(message.error)
 
-    def _lose(self) -> None:
-        """Ends all requests, as the other process has gone."""
+    def _lose(self, why: str) -> None:
+        """Ends all requests, as nothing more will come from the other process."""
         with self._changed:
-            self._lost = True
+            if self._lost:
+                return
+            self._lost = why
             jobs, scores = list(self._open.values()), list(self._scores.values())
             self._scores.clear()
             self._changed.notify_all()
-        message = f"the worker died: {self._error or _LOST}"
+            message = f"the worker died: {self._error or self._lost}"
         self._deliver([(job, Failed(message, "died")) for job in jobs])
         for found in scores:
             found.set_exception(unavailable(message, "died"))

@@ -11,15 +11,17 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+from jax.errors import JaxRuntimeError
+
 from gptjax.engine import memory, steps
 from gptjax.engine.engine import Engine
 from gptjax.engine.output import failure_of
 from gptjax.engine.pool_sizes import pools
 from gptjax.engine.pools import default_policy, pool_kinds, pool_tokens
 from gptjax.engine.request import TOO_COMPLEX, Request, Token
-from gptjax.engine.settings import Features
 from gptjax.language_model import LanguageModel
 from gptjax.server.ipc.events import Deliver, Event, Failed, QueueFull, State, Ticket, Tokens, Unavailable, deliver
+from gptjax.server.worker import own_engine
 from gptjax.server.worker.jobs import Job
 from gptjax.structured.matching import prepare
 
@@ -30,14 +32,6 @@ _log = logging.getLogger(__name__)
 _SMOOTHING = 0.2  # weight of the latest request in the average duration
 _STOPPED = Failed("the server was stopped", "stopped")
 _DRAINED = Failed("the server is shutting down and had no time left for this request", "drained")
-# The compiled forms of sampling; a chat at temperature 1 needs the first, and with a grammar the third.
-_LEVELS = (
-    Features(draws=True),
-    Features(draws=True, truncates=True),
-    Features(draws=True, constrains=True),
-    Features(draws=True, truncates=True, constrains=True),
-    Features.everything(),
-)
 
 
 class Worker:
@@ -250,7 +244,7 @@ class Worker:
     def _run(self) -> None:
         try:
             with self._explained():
-                engine = self._engine()
+                engine = own_engine.make(self._model, slots=self._slots, policy=self._policy, pages=self._pages)
                 engine.warm_up_largest()
                 with self._changed:
                     self._warm = engine
@@ -272,18 +266,6 @@ class Worker:
     def _explained(self) -> contextlib.AbstractContextManager[None]:
         return memory.explained(self._model.model, batch=self._slots, max_length=self._model.max_length)
 
-    def _engine(self) -> Engine:
-        return Engine(
-            self._model.model,
-            self._model.params,
-            batch=self._slots,
-            max_length=self._model.max_length,
-            levels=_LEVELS,
-            policy=self._policy,
-            pages=self._pages,
-            compiler=self._model.compiler,
-        )
-
     def _turn(self, engine: Engine) -> bool:
         """Does the work between two steps, and a step. Returns False if the worker should end."""
         with self._changed:
@@ -291,24 +273,44 @@ class Worker:
                 self._beat = time.monotonic()
                 self._changed.wait(_BEAT)
             self._beat = time.monotonic()
-            failing = self._failing is not None
             if self._stopping:
                 return False
-        if failing:
+        if self._failing is not None:
             for request in self._fail_all():
                 engine.end(request)
             return True
         self._leave(engine)
         self._join(engine)
-        self._push(engine, engine.step())
-        while engine.has_tokens:
+        try:
             self._push(engine, engine.step())
+            while engine.has_tokens:
+                self._push(engine, engine.step())
+        except JaxRuntimeError as error:
+            if not own_engine.ran_out(engine, error):
+                raise
+            return self._go_on(engine, Failed(own_engine.explanation(error, self._explained()), "no_memory"))
         self._send()
         if engine.losses > self._losses:
             _log.warning("the device failed; open requests go on where they were")
             with self._changed:
                 self._losses = engine.losses
         return True
+
+    def _go_on(self, engine: Engine, failed: Failed) -> bool:
+        """Ends all requests, also those that come until the device has memory. Returns whether the worker goes on."""
+        _log.error("all requests end: %s", failed.message)
+
+        def end_requests() -> bool:
+            with self._changed:
+                self._beat = time.monotonic()
+                self._failing = self._failing or failed
+            for request in self._fail_all():
+                engine.end(request)
+            with self._changed:
+                self._losses = engine.losses
+                return not self._changed.wait_for(lambda: self._stopping, _BEAT)
+
+        return own_engine.restarted(engine, end_requests)
 
     def _busy(self) -> bool:
         return bool(self._queue or self._running or self._cancelled)

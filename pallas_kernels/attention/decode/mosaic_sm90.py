@@ -7,6 +7,8 @@ computes what, is in `plan_sm90`.
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -215,9 +217,17 @@ def _decode(
 ) -> list[jax.Array]:
     """The result and, if they are written to, the pages. `given`: the queries, or what they come from, by name."""
     B, K, G, H, J = len(counts_B), plan.keys, plan.group, plan.width, plan.entries
+    pools: list[Any] = [k_YKSH, v_YKSH]
+    if plan.product is not None:
+        pools = [jax.new_ref(pool) for pool in pools]
+    of_rows = {"counts": counts_B, "starts": starts_B, "slots": given.pop("slots", None)}
+    operands = given | {"k": pools[0], "v": pools[1], "sinks": sinks_N}
+    (operands if starts_B is None else of_rows)["table"] = table_BZ  # of a window, XLA gathers it
+    operands["numbers"], begins = _joined(of_rows)
+    operands["angles"], of_angles = _joined({name: operands.pop(name, None) for name in ("cos", "sin")})
+    within = {"numbers": begins, "angles": of_angles}
     # What is missing is not read, but something has to be passed for it.
-    more = {name: counts_B if array is None else array for name, array in given.items()}
-    sinks, starts = (counts_B if array is None else array for array in (sinks_N, starts_B))
+    operands = {name: counts_B if each is None else each for name, each in operands.items()}
     shapes = {"out": jax.ShapeDtypeStruct((B, K * G, H), jnp.bfloat16)}
     if plan.splits > 1:
         shapes = {
@@ -229,13 +239,11 @@ def _decode(
         "mailbox": plgpu.SMEM((6 * plan.float4s if plan.blocks > 1 else 4,), jnp.float32),
         "mbarrier": plgpu.SMEM((4,), jnp.float32),
     }
-    pools: list[Any] = [k_YKSH, v_YKSH]
     if plan.product is not None:
-        pools = [jax.new_ref(pool) for pool in pools]
         shared["heads"] = plgpu.SMEM((Newest.words(plan),), jnp.float32)
     results = ptx.launch(
-        functools.partial(decode_attention, plan),
-        more | {"k": pools[0], "v": pools[1], "counts": counts_B, "sinks": sinks, "table": table_BZ, "starts": starts},
+        functools.partial(decode_attention, plan, within),
+        operands,
         shapes,
         {"row": B, "head": K, "queries": -(-G // QUERIES), "split": plan.splits},
         shared,
@@ -248,11 +256,18 @@ def _decode(
     return [out, *(jax.freeze(pool) for pool in pools if plan.product is not None)]
 
 
+def _joined(arrays: dict[str, jax.Array | None]) -> tuple[jax.Array | None, dict[str, int]]:
+    """Arrays one after another, and where each begins: XLA computes them in one kernel instead of one each."""
+    there = {name: array.reshape(-1) for name, array in arrays.items() if array is not None}
+    begins = itertools.accumulate((array.size for array in there.values()), initial=0)
+    whole = jnp.concatenate(list(there.values())) if there else None
+    return whole, dict(zip(there, begins, strict=False))
+
+
 def decode_attention(
     plan: DecodePlan,
+    within: Mapping[str, Mapping[str, int]],
     *,
-    counts: Value,
-    starts: Value,
     out: Value,
     row: Value,
     head: Value,
@@ -261,11 +276,17 @@ def decode_attention(
     totals: Value | None = None,
     **arrays: Value,
 ) -> None:
-    """One thread of a block: up to 16 queries of a group, and the cluster's share of the places."""
+    """One thread of a block: up to 16 queries of a group, and the cluster's share of the places.
+
+    Args:
+      within: of arrays that are several, where each begins: see `_joined`.
+    """
+    for whole, begins in within.items():
+        arrays |= {name: ptx.shifted(arrays[whole], 4 * begin) for name, begin in begins.items()}
     block = Block(row, head, ptx.mul(queries, QUERIES), split, ptx.cluster_rank(plan.blocks))
     thread = utils.thread_idx()
     at = Thread(block, arith.shrui(thread, ptx.const(5)), arith.andi(thread, ptx.const(31)))
-    seen = Seen.of(plan, counts, starts if plan.windowed else None, row)
+    seen = Seen.of(plan, arrays["counts"], arrays.get("starts"), row)
     entry = ptx.const(0) if plan.splits == 1 else split
     if not plan.loops:
         for four, partial in _shared(plan, arrays, at, seen, entry):
