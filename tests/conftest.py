@@ -79,11 +79,9 @@ OTHERS = {"oracle"}  # need other packages, and a command of their own; tests/af
 # compared with float64 in tests/models; what a program needs of memory does not depend on it.
 OPTIMIZED = {
     "convert/test_convert_mxfp4.py",
-    "engine/test_dispatches.py",  # the programs of test_steps_per_dispatch.py
     "engine/test_engine_speeds.py",
     "engine/test_free_of_load.py",
     "engine/test_in_place.py",
-    "engine/test_steps_per_dispatch.py",
     "models/test_golden_gpt2.py",
     "models/test_golden_gpt_oss.py",
     "models/test_precision.py",
@@ -98,10 +96,13 @@ OPTIMIZED = {
     "sharding/eight_devices_data.py",
     "test_chat.py",
 }
-# Compared with float64, within tolerances. `make full` compiles these as users' programs, too; the other tiers do not.
+# `make full` compiles these as users' programs, too; the other tiers do not. Most are compared with float64, within
+# tolerances; of the engine's, all steps compute the same rows.
 COMPARED = {
+    "engine/test_dispatches.py",
     "engine/test_sampling.py",
     "engine/test_sampling_bounds.py",
+    "engine/test_steps_per_dispatch.py",
     "models/test_gpt2.py",
     "models/test_gpt_oss.py",
     "models/test_llama.py",
