@@ -117,6 +117,7 @@ COMPARED = {
     "pallas_kernels/matvec/test_packed_row.py",
     "pallas_kernels/moe/test_moe.py",
     "pallas_kernels/pages",
+    "test_api_rows.py",
 }
 # Files that run each other's programs. One process has them all, or two would compile the same at the same time.
 TOGETHER = {

@@ -18,7 +18,8 @@ PROMPT = "Once upon a time there was a king who had"
 
 @pytest.fixture(scope="module")
 def lm():
-    return shallow("gpt2-tales")
+    """With one engine for all: that it grows otherwise is in tests/engine/test_shared_engine.py."""
+    return shallow("gpt2-tales", max_batch=4)
 
 
 def test_a_prompt_becomes_a_completion(lm):
@@ -48,7 +49,7 @@ def test_text_and_its_ids_are_the_same_prompt(lm):
 
 
 def test_a_list_gives_a_list_in_order_and_a_list_of_one_too(lm):
-    prompts = ["The sea", PROMPT, "A"]
+    prompts = ["The sea", PROMPT, "A", "He said that", "In the morning"]
     together = lm.generate(prompts, max_tokens=10)
     assert [c.token_ids for c in together] == [lm.generate(p, max_tokens=10).token_ids for p in prompts]
     assert lm.generate(["A"], max_tokens=10)[0].token_ids == together[2].token_ids

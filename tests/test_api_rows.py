@@ -1,4 +1,4 @@
-"""Rows of a `LanguageModel`: the same bits in any company, by programs that are optimised as users' are."""
+"""Rows of a `LanguageModel`: the same bits in any company, by programs that `make full` optimises as users' are."""
 
 import pytest
 
