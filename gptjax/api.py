@@ -36,6 +36,7 @@ def load(
     name: str | os.PathLike[str] = DEFAULT_MODEL,
     *,
     dtype: DTypeLike | None = None,
+    cache_dtype: str | None = None,
     max_length: int | None = None,
     max_batch: int | None = None,
     memory: float | str | None = None,
@@ -55,6 +56,8 @@ def load(
         file, "smollm2" (see README), or a Hub id, looked up in the local Hub cache first.
       dtype: the dtype of weights and computation: "float32", "bfloat16" or "float16". Default: float32 on a CPU, else
         bfloat16.
+      cache_dtype: "fp8" keeps keys and values in half the memory of bfloat16, rounded to float8_e4m3fn with a scale for
+        each head and position: see docs/precision-and-cost.md. Default: `dtype`.
       max_length: the most positions in a sequence, prompt and output together. Default: $GPTJAX_MAX_LENGTH, else all
         that the model has.
       max_batch: the most rows of a decode step. With a given `max_batch`, a prompt's results are bit-identical whether
@@ -98,6 +101,7 @@ def load(
     return load_checkpoint(
         checkpoint,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         max_length=max_length,
         max_batch=max_batch,
         memory=memory,
@@ -114,6 +118,7 @@ def load_checkpoint(
     checkpoint: Checkpoint,
     *,
     dtype: DTypeLike | None = None,
+    cache_dtype: str | None = None,
     max_length: int | None = None,
     max_batch: int | None = None,
     memory: float | str | None = None,
@@ -137,7 +142,12 @@ def load_checkpoint(
         raise RequestError(
             f"unknown implementation {quoted(implementation)}; choose one of {', '.join(IMPLEMENTATIONS)}"
         )
-    stored = registry.build(checkpoint.config, dtype=runtime.compute_dtype(dtype), implementation=implementation)
+    stored = registry.build(
+        checkpoint.config,
+        dtype=runtime.compute_dtype(dtype),
+        implementation=implementation,
+        cache_dtype=runtime.cache_dtype(cache_dtype),
+    )
     model = as_loaded(stored, batch=rows, max_length=length, packed=packed) if mesh is None else on_mesh(stored, mesh)
     check(model, batch=rows, max_length=length, limit=limit)
     text = checkpoint.tokenizer_or_reason(tokenizer)

@@ -27,6 +27,7 @@ PROMPT = "Once upon a time there was a king who had"
         ({"max_batch": 0}, RequestError, "max_batch"),
         ({"dtype": "int8"}, ConfigError, "float32, bfloat16, float16"),
         ({"dtype": "nonsense"}, ConfigError, "nonsense"),
+        ({"cache_dtype": "int8"}, ConfigError, "cache_dtype 'int8' is not supported; choose fp8, or leave it out"),
         ({"implementation": "cuda"}, RequestError, "cuda.*xla"),
         ({"tokenizer": "/nowhere"}, CheckpointError, "nowhere"),
     ],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gptjax.cli import bench_kernels
 from gptjax.cli.common import (
     MODEL_HELP,
+    add_cache_dtype,
     add_command,
     add_dtype,
     add_hosts,
@@ -57,6 +58,7 @@ examples:
   gptjax bench --random gpt-oss-20b --write-random ./random-20b && gptjax bench ./random-20b
   gptjax bench --kernels --plot roofline.png
   gptjax bench gpt-oss-tales --kernels moe attention --batch 1 4
+  gptjax bench --random gpt-oss-20b --prompt-length 32768 --cache-dtype fp8
   gptjax bench --random gpt-oss-20b --tune
   gptjax bench --random gpt-oss-120b --mesh tensor=2 --batch 1 8 32 128""",
     )
@@ -71,6 +73,7 @@ examples:
         help="write the --random weights as a Hugging Face checkpoint and measure nothing",
     )
     add_dtype(parser)
+    add_cache_dtype(parser)
     add_packed(parser)
     add_mesh(parser)
     add_hosts(parser)
@@ -138,7 +141,8 @@ def _run(args: argparse.Namespace, follows: bool) -> int:
     ceiling = memory_speed.bytes_per_second
     device, dtype = jax.devices()[0].device_kind, jax.numpy.dtype(model.dtype).name
     if not args.json:
-        title = f"{name}, {dtype}, on {device}{f' ({args.mesh})' if args.mesh else ''}"
+        kept = "" if args.cache_dtype is None else f", cache in {args.cache_dtype}"
+        title = f"{name}, {dtype}{kept}, on {device}{f' ({args.mesh})' if args.mesh else ''}"
         _print_head(title, loading, memory_speed)
     results = []
     for batch, prompt_length in itertools.product(args.batch, args.prompt_length):
@@ -155,7 +159,7 @@ def _run(args: argparse.Namespace, follows: bool) -> int:
             _print_rows(found, ceiling)  # at once: the next size may take minutes to compile
     if args.json:
         facts = {"model": name, "device": device, "dtype": dtype, "mesh": args.mesh, "load_seconds": loading.seconds}
-        facts |= {"load_host_bytes": loading.host_bytes, **memory_speed.to_json()}
+        facts |= {"cache_dtype": args.cache_dtype, "load_host_bytes": loading.host_bytes, **memory_speed.to_json()}
         print(json.dumps({**facts, "results": [result.to_json(ceiling) for result in results]}))
     return 0
 
@@ -185,6 +189,8 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError("--packed is for a checkpoint's weights: leave out --random, --kernels and --tune")
     if args.mesh is not None and (alone or args.versus or args.write_random):
         raise RequestError("--mesh is for whole models: leave out --kernels, --tune, --versus and --write-random")
+    if args.cache_dtype is not None and (args.tune is not None or args.write_random is not None):
+        raise RequestError("--cache-dtype is for measurements: leave out --tune and --write-random")
     if args.tune is not None and args.json:
         raise RequestError("--tune writes its result to the table: leave out --json")
 
@@ -229,7 +235,8 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
         name = model_name(args)
         checkpoint = open_checkpoint(name, **overrides(args))
         length = models.needed_length(checkpoint.config, longest, args.steps)
-        settings = {"dtype": args.dtype, "max_length": length, "packed": packed(args), "mesh": mesh(args)}
+        settings = {"dtype": args.dtype, "cache_dtype": args.cache_dtype, "max_length": length}
+        settings |= {"packed": packed(args), "mesh": mesh(args)}
         lm, loading = measure_loading(lambda: load_checkpoint(checkpoint, **settings))
         return lm.model, lm.params, name, checkpoint.path, loading
     config = published(args.random)
@@ -239,7 +246,7 @@ def _load(args: argparse.Namespace) -> "tuple[Model, Params, str, Path | None, L
         config = quantized(config, weights_by_path(abstract_params(registry.build(config))), args.quantize)
     length = models.needed_length(config, longest, args.steps)
     runtime.enable_compilation_cache()
-    model = registry.build(config, dtype=runtime.compute_dtype(args.dtype))
+    model = registry.build(config, dtype=runtime.compute_dtype(args.dtype), cache_dtype=args.cache_dtype)
     sizes = mesh(args)
     if sizes is not None:
         model = on_mesh(model, sizes)

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace, models: "dict[str, ModelConfig]") -> int:
         rows=args.batch,
         positions=args.prompt_length,
         prompts=prompts,
+        cache_dtype=args.cache_dtype,
     )
     if not chosen:
         raise RequestError(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 from gptjax.cli.common import (
     DEFAULT_CHAT_MODEL,
     EFFORTS,
+    add_cache_dtype,
     add_chat_format,
     add_command,
     add_dtype,
@@ -70,6 +71,7 @@ examples:
         help=f"a demo, a directory, a GGUF file, smollm2 or a Hub id (default: {DEFAULT_CHAT_MODEL})",
     )
     add_dtype(parser)
+    add_cache_dtype(parser)
     add_packed(parser)
     add_mesh(parser)
     add_hosts(parser)
@@ -153,6 +155,7 @@ def _load(args: argparse.Namespace) -> "LanguageModel":
     lm = load_checkpoint(
         checkpoint,
         dtype=args.dtype,
+        cache_dtype=args.cache_dtype,
         max_length=length,
         exact=False,  # a turn should begin soon, and a conversation repeats all the same
         packed=packed(args),

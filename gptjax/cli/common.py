@@ -74,6 +74,7 @@ def add_command(
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `gptjax.load`."""
     add_dtype(parser)
+    add_cache_dtype(parser)
     add_packed(parser)
     parser.add_argument("--max-length", type=int, metavar="N", help="positions per sequence (default: the model's)")
 
@@ -81,6 +82,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """Declares --dtype, for weights and computation."""
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
+
+
+CACHE_DTYPE: Final[dict[str, Any]] = {
+    "choices": ("fp8",),
+    "help": "keep keys and values as float8_e4m3fn with scales, in half the memory of bfloat16 (default: --dtype)",
+}
+
+
+def add_cache_dtype(parser: argparse.ArgumentParser) -> None:
+    """Declares --cache-dtype."""
+    parser.add_argument("--cache-dtype", **CACHE_DTYPE)
 
 
 PACKED: Final = {"keep": True, "expand": False}  # what `load(packed=)` takes

@@ -97,6 +97,7 @@ def _load(args: argparse.Namespace) -> "LanguageModel":
     return load(
         model_name(args),
         dtype=args.dtype,
+        cache_dtype=args.cache_dtype,
         max_length=args.max_length,
         packed=packed(args),
         mesh=mesh(args),

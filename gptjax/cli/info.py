@@ -61,7 +61,13 @@ def run(args: argparse.Namespace) -> int:
     device = None if args.memory is None else imagined_gpu(1e9 * args.memory)
     if card is not None and device is None:
         device = imagined_gpu(card.memory, args.device)
-    asked = {"dtype": args.dtype, "max_length": args.max_length, "max_batch": args.max_batch, "device": device}
+    asked = {
+        "dtype": args.dtype,
+        "cache_dtype": args.cache_dtype,
+        "max_length": args.max_length,
+        "max_batch": args.max_batch,
+        "device": device,
+    }
     asked |= {"mesh": mesh(args), "card": card}
     name = model_name(args)
     facts = (

@@ -7,6 +7,7 @@ from typing import Any
 
 from gptjax.cli.common import (
     MODEL_HELP,
+    add_cache_dtype,
     add_command,
     add_dtype,
     add_ignore_config,
@@ -44,6 +45,7 @@ examples:
         "--max-length", type=int, metavar="N", help="tokens in a window (default: all the model has, at most 2048)"
     )
     add_dtype(parser)
+    add_cache_dtype(parser)
     add_packed(parser)
     add_mesh(parser)
     add_ignore_config(parser)
@@ -61,7 +63,14 @@ def run(args: argparse.Namespace) -> int:
     text = read(path)
     checkpoint = open_checkpoint(name, **overrides(args))
     length = window(checkpoint.config, args.max_length)
-    lm = load_checkpoint(checkpoint, dtype=args.dtype, max_length=length, packed=packed(args), mesh=mesh(args))
+    lm = load_checkpoint(
+        checkpoint,
+        dtype=args.dtype,
+        cache_dtype=args.cache_dtype,
+        max_length=length,
+        packed=packed(args),
+        mesh=mesh(args),
+    )
     ids = lm.tokenizer.prompt(text)
     size = lm.max_length
     stride = check_stride(args.stride, size)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from gptjax.cli.common import (
+    CACHE_DTYPE,
     HOSTS,
     MESH_HELP,
     MODEL_HELP,
@@ -112,6 +113,7 @@ examples:
         "CPU in float32, and on a Hopper GPU with GPT-OSS, Llama, Qwen and, up to 8 slots, GPT-2 in bfloat16; else no)",
     )
     _option(parser, "--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
+    _option(parser, "--cache-dtype", **CACHE_DTYPE)
     _option(parser, "--packed", choices=tuple(PACKED), help=PACKED_HELP)
     _option(parser, "--mesh", metavar="SIZES", help=MESH_HELP)
     for name, settings in HOSTS.items():
@@ -300,6 +302,7 @@ def _load(args: argparse.Namespace, checkpoint: "Checkpoint") -> "LanguageModel"
     lm = load_checkpoint(
         checkpoint,
         dtype=args.dtype,
+        cache_dtype=args.cache_dtype,
         max_length=length,
         max_batch=args.max_batch,
         memory=args.memory,

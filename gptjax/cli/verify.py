@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from gptjax.cli.common import MODEL_HELP, add_command, add_ignore_config, model_name, overrides
+from gptjax.cli.common import CACHE_DTYPE, MODEL_HELP, add_command, add_ignore_config, model_name, overrides
 from gptjax.errors import RequestError
 
 
@@ -36,6 +36,7 @@ examples:
     )
     parser.add_argument("--requests", type=int, metavar="N", help="random requests (default: 20)")
     parser.add_argument("--dtype", help="of --invariance (default: float32 on a CPU, else bfloat16)")
+    parser.add_argument("--cache-dtype", **{**CACHE_DTYPE, "help": "of --invariance (default: --dtype)"})
     parser.add_argument("--json", action="store_true", help="print one JSON object per check")
 
 
@@ -43,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     if args.invariance:
         return _invariance(args)
-    if args.max_batch is not None or args.requests is not None or args.dtype is not None:
-        raise RequestError("--max-batch, --requests and --dtype are for --invariance")
+    of_invariance = args.max_batch, args.requests, args.dtype, args.cache_dtype
+    if any(each is not None for each in of_invariance):
+        raise RequestError("--max-batch, --requests, --dtype and --cache-dtype are for --invariance")
     return _answers(args)
 
 
@@ -54,7 +56,8 @@ def _invariance(args: argparse.Namespace) -> int:
     from gptjax.api import load
     from gptjax.diagnostics.invariance import trials
 
-    lm = load(model_name(args), dtype=args.dtype, generation_config=False, **overrides(args))
+    settings = {"dtype": args.dtype, "cache_dtype": args.cache_dtype, "generation_config": False, **overrides(args)}
+    lm = load(model_name(args), **settings)
     max_batches = [1, 8] if args.max_batch is None else args.max_batch
     requests = 20 if args.requests is None else args.requests
     holds = True

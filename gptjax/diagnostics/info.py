@@ -43,6 +43,7 @@ def describe(
     name: str | os.PathLike[str],
     *,
     dtype: DTypeLike | None = None,
+    cache_dtype: str | None = None,
     max_length: int | None = None,
     max_batch: int = 1,
     packed: bool | None = None,
@@ -67,7 +68,7 @@ def describe(
 
     Args:
       device: the memory to fit in; by default that of the default device. See `imagined_gpu`.
-      packed, ignore_config, generation_config: as for `gptjax.load`.
+      cache_dtype, packed, ignore_config, generation_config: as for `gptjax.load`.
       mesh: sizes of a mesh, whose devices need not be there: then all memory is that of one of them.
       card: adds how fast it could decode at best, if `max_batch` rows have `max_length` positions, or as many as the
         cache has room for: see `decode_floor`.
@@ -77,7 +78,7 @@ def describe(
       RequestError: the model does not divide so.
     """
     checkpoint = open_checkpoint(name, ignore_config=ignore_config, generation_config=generation_config)
-    model = _model(checkpoint.config, dtype, device)
+    model = _model(checkpoint.config, dtype, cache_dtype, device)
     defaults = checkpoint.defaults
     try:
         tokenizer = checkpoint.tokenizer()
@@ -138,6 +139,7 @@ def describe_published(
     name: str,
     *,
     dtype: DTypeLike | None = None,
+    cache_dtype: str | None = None,
     max_length: int | None = None,
     max_batch: int = 1,
     device: DeviceMemory | None = None,
@@ -149,7 +151,7 @@ def describe_published(
     Raises:
       RequestError: an unknown size, or one that does not divide so.
     """
-    model = _model(published(name), dtype, device)
+    model = _model(published(name), dtype, cache_dtype, device)
     return {"size": name, **_architecture(model), **_memory(model, max_length, max_batch, device, mesh=mesh, card=card)}
 
 
@@ -160,10 +162,10 @@ def imagined_gpu(size: float, name: str | None = None) -> DeviceMemory:
     return DeviceMemory(name or f"GPU of {readable(int(size))}", "gpu", int(size), 0, int(size))
 
 
-def _model(config: ModelConfig, dtype: DTypeLike | None, device: DeviceMemory | None) -> Model:
+def _model(config: ModelConfig, dtype: DTypeLike | None, cache_dtype: str | None, device: DeviceMemory | None) -> Model:
     if dtype is None and device is not None and device.platform != "cpu":
         dtype = "bfloat16"
-    return registry.build(config, dtype=runtime.compute_dtype(dtype))
+    return registry.build(config, dtype=runtime.compute_dtype(dtype), cache_dtype=runtime.cache_dtype(cache_dtype))
 
 
 def _form(checkpoint: Checkpoint) -> str:
@@ -215,6 +217,7 @@ def _memory(
     }
     return {
         "dtype": jax.numpy.dtype(model.dtype).name,
+        **({} if model.cache_dtype is None else {"cache_dtype": model.cache_dtype}),
         **({} if mesh is None else {"mesh": f"{described(mesh)}; memory is that of each device"}),
         "max_length": length,
         "max_batch": max_batch,

@@ -1,4 +1,4 @@
-"""What packed weights cost in accuracy: compares a model with a packed form of it."""
+"""What packed weights, or a cache in float8, cost in accuracy: compares a model with a rounded form of it."""
 
 import collections
 import dataclasses
@@ -21,7 +21,6 @@ from gptjax.errors import GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
 from gptjax.layers.observe import COLLECTION
 from gptjax.layers.rope import inv_freq
-from gptjax.models import registry
 from gptjax.models.packing import summed_last
 from gptjax.models.params import Params, weights_by_path
 from gptjax.models.registry import Model
@@ -80,6 +79,7 @@ class Report:
     agreement: float  # share of positions with the same most likely token, teacher-forced
     perplexity: Perplexity
     quantized_perplexity: Perplexity
+    cache_dtype: str | None = None  # of the rounded form's keys and values, if the model's are not in it
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -93,6 +93,7 @@ class Report:
         cosines = [
             (what, min(rows, key=lambda row: row.cosine))
             for what, rows in (("weight", self.weights), ("block's hidden states", self.blocks))
+            if rows
         ]
         change = self.quantized_perplexity.value / self.perplexity.value - 1
         return (
@@ -144,9 +145,16 @@ def quantized(lm: LanguageModel, targets: str) -> LanguageModel:
         return MXFP4(*map(jnp.asarray, rounded(names, [np.asarray(leaf)], paths[names].shape)))
 
     params = jax.tree_util.tree_map_with_path(packed, lm.params, is_leaf=is_packed)
-    model = registry.build(
-        config, dtype=lm.model.dtype, param_dtype=lm.model.param_dtype, implementation=lm.model.implementation
-    )
+    return _with(lm, lm.model.clone(config=config), params)
+
+
+def cached(lm: LanguageModel, dtype: str) -> LanguageModel:
+    """The model with keys and values kept in another dtype, as by `gptjax.load(cache_dtype=)`. Weights are shared."""
+    return _with(lm, lm.model.clone(cache_dtype=dtype), lm.params)
+
+
+def _with(lm: LanguageModel, model: Model, params: Params) -> LanguageModel:
+    """Another model and weights with the same tokenizer and limits."""
     tokenizer: Tokenizer | GptjaxError
     try:
         tokenizer = lm.tokenizer
@@ -166,7 +174,8 @@ def validate(
 
     Args:
       lm: the original model; weights that it already has packed are not compared.
-      other: the same model with more of it packed, or with numbers that were. Both models are in memory.
+      other: the same model with more of it packed, or with numbers that were, or with keys and values kept in another
+        dtype. Both models are in memory.
       advance: called after each piece of each model with its number of tokens.
 
     Raises:
@@ -179,7 +188,8 @@ def validate(
             "checkpoint that was made from the first"
         )
     weights = tuple(_weights(lm.params, other.params))
-    if not weights:
+    is_cached_alike = lm.model.cache_dtype == other.model.cache_dtype
+    if not weights and is_cached_alike:
         raise RequestError(
             "the second has the same numbers as the first, or the first has them packed; name the float checkpoint "
             "first, and its packed form (a GGUF file, or what `gptjax convert --quantize` wrote) with --against"
@@ -191,6 +201,7 @@ def validate(
         agreement=float((before.best == after.best).mean()),
         perplexity=Perplexity.of(before.losses),
         quantized_perplexity=Perplexity.of(after.losses),
+        cache_dtype=None if is_cached_alike else other.model.cache_dtype,
     )
 
 

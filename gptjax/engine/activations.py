@@ -36,6 +36,8 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
              (on a CPU in float32, an MLP without experts also has a D for each run that its second product adds up, if
              there are several: see `same_bits`)
         or, off the CPU, 2 · 4·B·N·T·S scores of any prompt or decode step with B·N·T·S at most 2^26, if more
+             (and if keys and values are in float8, those in all pages of these rows, as they are and expanded; where
+             there are kernels, of one row)
         + 8 · 4·B·V, the sampler's sorts and copies of all logits
         + the numbers of the largest packed weight that is unpacked as a whole, or on a CPU of 2^18 at a time
         + 1 MiB (64 MiB off the CPU, for the workspaces of matrix products)
@@ -57,11 +59,18 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
     attention = 4 * queries * (scored + 2 * config.width)
     mlp = _moe(config, T) if isinstance(config, GptOssConfig) else 4 * T * _mlp(model, platform)
     if platform == "cpu" and jnp.dtype(model.dtype) == jnp.float32 and config.num_heads == config.num_kv_heads:
-        attention = max(attention, 4 * batch * lanes.numbers_of_a_row(config.num_heads, config.head_width))
+        expands = model.cache_dtype is not None
+        numbers = lanes.numbers_of_a_row(config.num_heads, config.head_width, expands=expands)
+        attention = max(attention, 4 * batch * numbers)
     chunk = 4 * T * projected + max(mlp, attention)
     if platform != "cpu":
-        at_once = [config.num_heads * rows * S for rows in (*buckets, batch)]
-        chunk = max([chunk, *(8 * scores for scores in at_once if scores <= DENSE_SCORES)])
+        calls = [(size, -(-size // TILE)) for size in buckets] + [(batch, batch)]  # queries, and rows of pages
+        at_once = [each for each in calls if config.num_heads * each[0] * S <= DENSE_SCORES]
+        chunk = max([chunk, *(8 * config.num_heads * queries * S for queries, _ in at_once)])
+        if model.cache_dtype is not None:
+            number = 1 + jnp.dtype(model.dtype).itemsize
+            rows = 1 if steps.has_kernels_for_prompts(model) else max([1, *(rows for _, rows in at_once)])
+            chunk += 2 * rows * S * config.num_kv_heads * config.head_width * number
     estimate = chunk + 32 * batch * config.vocab_size + _unpacked(config, platform)
     estimate += _FIXED.get(platform, _FIXED_ELSEWHERE)
     if model.own.mesh is not None:  # what the devices tell each other

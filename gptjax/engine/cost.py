@@ -3,11 +3,9 @@
 from fractions import Fraction
 from typing import Any
 
-import jax
-
 from gptjax.config import GptOssConfig, ModelConfig
 from gptjax.models.params import abstract_params, weights_by_path
-from gptjax.models.registry import Model
+from gptjax.models.registry import Model, position_bytes
 from pallas_kernels.formats import is_packed
 
 _EXPERTS = ("gate_up_kernel", "down_kernel", "gate_up_bias", "down_bias")
@@ -31,9 +29,7 @@ def weight_bytes_per_step(model: Model, *, batch: int = 1) -> int:
 
 def cache_bytes(model: Model, *, length: int) -> int:
     """Bytes of keys and values that one row's query reads in all layers, at `length` positions including its own."""
-    config = model.config
-    positions = _attended(config, length)
-    return 2 * positions * model.own.num_kv_heads * config.head_width * int(jax.numpy.dtype(model.dtype).itemsize)
+    return _attended(model.config, length) * position_bytes(model)
 
 
 def decode_bytes(model: Model, *, batch: int, length: int) -> int:

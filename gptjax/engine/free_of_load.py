@@ -45,9 +45,11 @@ def least_rows(model: Model, *, slots: int) -> int:
     """Rows of the smallest decode step that adds up as one of all slots does.
 
     Up to eight rows, a block of GPT-2 is one kernel on Hopper, with an order of its own. Without it, one row would take
-    1.7 times as long. So there are two classes: bits depend on whether there are more than eight slots.
+    1.7 times as long. So there are two classes: bits depend on whether there are more than eight slots. (That kernel
+    does not read pages in float8.)
     """
-    has_classes = isinstance(model.config, GPT2Config) and _has_kernels(model)
+    is_one_kernel = isinstance(model.config, GPT2Config) and model.cache_dtype is None
+    has_classes = is_one_kernel and _has_kernels(model)
     return 2 * block.MOST_ROWS if has_classes and slots > block.MOST_ROWS else 1
 
 

@@ -113,12 +113,7 @@ def as_loaded(
     """
     if not model.config.types or packed:
         return model
-    expanded = registry.build(
-        dataclasses.replace(model.config, types=()),
-        dtype=model.dtype,
-        param_dtype=model.param_dtype,
-        implementation=model.implementation,
-    )
+    expanded: Model = model.clone(config=dataclasses.replace(model.config, types=()))
     if packed is None:
         device = memory_of(model) if device is None else device
         need = needed(expanded, batch=batch, max_length=max_length, device=device).total
@@ -224,7 +219,7 @@ def advice(
     state: bool = False,
 ) -> str:
     """The settings with the fewest changes that need at most `has` bytes: dtype, then length, then rows, then both."""
-    half = registry.build(model.config, dtype=jnp.bfloat16, implementation=model.implementation, share=model.share)
+    half: Model = model.clone(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     choices = [(half, False, False), (model, True, False), (model, False, True), (half, True, False)]
     choices += [(half, False, True), (model, True, True), (half, True, True)]
     if jnp.dtype(model.dtype).itemsize < 4:
@@ -286,7 +281,7 @@ def _tables(model: Model, batch: int, max_length: int) -> int:
 
 def _page(model: Model) -> int:
     """Bytes of one layer's keys and values in one page."""
-    return 2 * PAGE * model.own.num_kv_heads * model.config.head_width * jnp.dtype(model.dtype).itemsize
+    return PAGE * registry.position_bytes(model)
 
 
 def _rows(batch: int, max_length: int) -> str:

@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 
 from gptjax.engine import free_of_load, steps
 from gptjax.layers.cache import kinds, reach, tail_pages
-from gptjax.models.registry import Model
+from gptjax.models.registry import Model, position_bytes
 from gptjax.scheduling.policy import Policy, Rows
 
 # With an H200, dispatching one step takes the host 0.55 ms for GPT-2 124M and 1.3 ms for gpt-oss-20b (each call passes
@@ -73,7 +72,7 @@ def pool_kinds(model: Model, *, max_length: int, policy: Policy) -> tuple[Kind, 
     if these may end inside a page, which is then copied, there is one more page, even if one request fills the others.
     """
     config = model.config
-    layer_bytes = 2 * policy.page * model.own.num_kv_heads * config.head_width * jnp.dtype(model.dtype).itemsize
+    layer_bytes = policy.page * position_bytes(model)
     layers, slots, whole = reach(config.windows, max_length), policy.slots, policy.pages(max_length)
     copied = 1 if policy.reuse and policy.chunk_multiple % policy.page else 0
     found = []

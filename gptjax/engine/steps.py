@@ -61,8 +61,12 @@ def chunk_of(model: Model) -> int:
     Kernels unpack an expert's weights once per call and skip masked scores. XLA's attention computes every query's
     scores with all keys that the last query sees.
     """
-    kernels = dispatch.wanted(model.implementation) == dispatch.MOSAIC and model.dtype == jnp.bfloat16
-    return LARGEST_CHUNK if kernels else CHUNK
+    return LARGEST_CHUNK if has_kernels_for_prompts(model) else CHUNK
+
+
+def has_kernels_for_prompts(model: Model) -> bool:
+    """Whether a model's prompts are read by kernels here."""
+    return dispatch.wanted(model.implementation) == dispatch.MOSAIC and bool(model.dtype == jnp.bfloat16)
 
 
 def chunks(length: int, largest: int = CHUNK) -> list[tuple[int, int, int]]:

@@ -17,6 +17,7 @@ from gptjax.layers.residual import Residual
 from gptjax.layers.rope import rotate, rotation
 from gptjax.layers.weight import array
 from pallas_kernels.attention import attention
+from pallas_kernels.fp8_pages import as_read
 from pallas_kernels.partial_sum import PartialSum
 
 
@@ -30,6 +31,7 @@ class Attention(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
+    cache_dtype: str | None = None  # "fp8": keys and values are rounded as its pages are, with or without a cache
     qkv_bias: bool = True
     out_bias: bool = True
     qk_norm_epsilon: float | None = None  # of a norm of each query and key head, before the rotation; None is no norm
@@ -62,14 +64,17 @@ class Attention(nn.Module):
             sinks_N = array(self, "sinks", nn.initializers.normal(1.0), (N,), (QUERY_HEADS,), self.param_dtype)
         if cache is None:
             out_BTNH = self._among_themselves(*self._heads(qkv, angles, B, T), positions_BT, sinks_N)
-        elif cache.takes_product(T, self.implementation):
+        elif cache.takes_product(T, self.dtype, self.implementation):
             norms, epsilon = self._norms(), self.qk_norm_epsilon or 0.0
             scales = None if norms is None else (norms[0].scale(H), norms[1].scale(H))
             operands = qkv, angles, positions_BT, sinks_N, scales, epsilon
             out_BTNH, cache = cache.append_and_attend(*operands, scale=self.scale)
         else:
-            q_BTNH, k_BTKH, v_BTKH = self._heads(qkv, angles, B, T)
-            cache = cache.update(k_BTKH, v_BTKH, positions_BT)
+            if self.qk_norm_epsilon is None and cache.takes_heads(qkv, self.dtype, self.implementation):
+                q_BTNH, cache = cache.append_heads(qkv, angles)
+            else:
+                q_BTNH, k_BTKH, v_BTKH = self._heads(qkv, angles, B, T)
+                cache = cache.update(k_BTKH, v_BTKH, positions_BT)
             out_BTNH = cache.attend(q_BTNH, positions_BT, sinks_N, scale=self.scale, implementation=self.implementation)
         observe(self, "heads", out_BTNH)
         out = linear(D, (HEADS, WIDTH), use_bias=self.out_bias, name="out")
@@ -83,7 +88,9 @@ class Attention(nn.Module):
         positions_BT: jax.Array,
         sinks_N: jax.Array | None,
     ) -> jax.Array:
-        """What a call's queries get from its own keys and values alone, [B, T, N, H]."""
+        """What a call's queries get from its own keys and values alone, [B, T, N, H]: as from a cache."""
+        if self.cache_dtype is not None:
+            k_BTKH, v_BTKH = as_read(k_BTKH), as_read(v_BTKH)
         return attention(
             q_BTNH,
             k_BTKH.transpose(0, 2, 1, 3),

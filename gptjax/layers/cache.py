@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gptjax.layers.layer_cache import LayerCache
+from pallas_kernels.fp8_pages import Pages, zeros
 from pallas_kernels.pages import PAGE as PAGE  # positions of a page
 from pallas_kernels.pages import Tiles
 from pallas_kernels.peers import Peers
@@ -68,10 +69,12 @@ class KVCache:
     Page 0 of every pool belongs to no row. Tables have it where a row has no page.
 
     Anything in a page beyond a row's length, or before a window, is undefined and never attended to.
+
+    In float8, a pool is two arrays: see `pallas_kernels.fp8_pages`.
     """
 
-    k: tuple[jax.Array, ...]  # L × [Y, K, PAGE, H]
-    v: tuple[jax.Array, ...]  # L × [Y, K, PAGE, H]
+    k: tuple[Pages, ...]  # L × [Y, K, PAGE, H]
+    v: tuple[Pages, ...]  # L × [Y, K, PAGE, H]
     tables: tuple[jax.Array, ...]  # int32 [B, Z], of each kind of layers: the page of each block of PAGE positions
     lengths_B: jax.Array  # int32: positions in use; of no use in a packed call
     windows: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})  # of each layer; None: sees all
@@ -89,7 +92,7 @@ class KVCache:
         max_length: int,
         num_kv_heads: int,
         head_width: int,
-        dtype: DTypeLike,
+        dtype: DTypeLike | str,
         chunk: int | None = None,
     ) -> "KVCache":
         """An empty cache in which each row has its own pages, one after another.
@@ -97,15 +100,14 @@ class KVCache:
         Args:
           windows: of each layer; None if it attends to all positions.
           max_length: positions of a row, rounded up to whole pages.
+          dtype: of keys and values; "fp8" for float8_e4m3fn with scales.
           chunk: the most tokens of a row in one call, which lets layers with a window take turns with a few pages.
             None allows any number, and gives them as many pages as the others.
         """
         seen = reach(windows, max_length)
         counts = [pages_of(window, max_length=max_length, chunk=chunk) for window in seen]
-        # Zeros, not empty: uninitialised memory may hold NaN.
         k, v = (
-            tuple(jnp.zeros((1 + batch * count, num_kv_heads, PAGE, head_width), dtype) for count in counts)
-            for _ in "kv"
+            tuple(zeros((1 + batch * count, num_kv_heads, PAGE, head_width), dtype) for count in counts) for _ in "kv"
         )
         block_Z = jnp.arange(capacity_of(max_length) // PAGE, dtype=jnp.int32)
         first_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
@@ -122,7 +124,7 @@ class KVCache:
         max_length: int,
         num_kv_heads: int,
         head_width: int,
-        dtype: DTypeLike,
+        dtype: DTypeLike | str,
     ) -> "KVCache":
         """A cache whose pages are given to rows as needed: all tables are 0.
 
@@ -131,12 +133,11 @@ class KVCache:
           pages: of the pools of each kind of layers, in the order of `kinds`, with page 0.
           rows: B.
           max_length: positions of a row, rounded up to whole pages.
+          dtype: as in `create`.
         """
         seen = reach(windows, max_length)
         counts = dict(zip(kinds(windows, max_length), pages, strict=True))
-        k, v = (
-            tuple(jnp.zeros((counts[window], num_kv_heads, PAGE, head_width), dtype) for window in seen) for _ in "kv"
-        )
+        k, v = (tuple(zeros((counts[window], num_kv_heads, PAGE, head_width), dtype) for window in seen) for _ in "kv")
         tables = tuple(jnp.zeros((rows, capacity_of(max_length) // PAGE), jnp.int32) for _ in counts)
         return cls(k, v, tables, jnp.zeros((rows,), jnp.int32), seen, None)
 
@@ -182,7 +183,10 @@ class KVCache:
         cache, window = self, list(dict.fromkeys(self.windows))[kind]
         for layer, each in enumerate(self.windows):
             if each == window:
-                k, v = (_copied(x[layer], target_Z, source_Z, count) for x in (self.k, self.v))
+                k, v = (
+                    jax.tree.map(lambda pool: _copied(pool, target_Z, source_Z, count), x[layer])
+                    for x in (self.k, self.v)
+                )
                 cache = cache.with_layer(layer, cache.layer(layer).with_pages(k, v))
         return cache
 

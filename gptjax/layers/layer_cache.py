@@ -5,14 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from pallas_kernels.append import write_rows, write_tiles
+from pallas_kernels import pages
+from pallas_kernels.append import append_heads, takes_heads, write_rows, write_tiles
 from pallas_kernels.attention import (
     append_and_attend,
     attention_over_pages,
     packed_attention_over_pages,
     takes_product,
 )
+from pallas_kernels.fp8_pages import Pages
 from pallas_kernels.pages import Tiles
 from pallas_kernels.partial_sum import PartialSum
 
@@ -25,8 +28,8 @@ class LayerCache:
     It does not say which layer it is of, so layers of the same kind are the same to JAX: see `models.decoder`.
     """
 
-    k_YKSH: jax.Array
-    v_YKSH: jax.Array
+    k_YKSH: Pages
+    v_YKSH: Pages
     table_BZ: jax.Array  # int32: the page of each block of positions
     tiles: Tiles | None  # of a call whose tokens, [1, T], are of several rows or end in padding
     window: int | None = dataclasses.field(metadata={"static": True})  # None: sees all
@@ -58,28 +61,54 @@ class LayerCache:
         Raises:
           ValueError: more tokens than the cache was created for.
         """
-        if self.chunk is not None and positions_BT.shape[1] > self.chunk:
-            raise ValueError(
-                f"a call of {positions_BT.shape[1]} tokens a row, but the cache was created for calls of at most "
-                f"{self.chunk}: create it with a larger chunk"
-            )
         B, T, K, H = k_BTKH.shape
+        self._check(T)
         tiles = self.tiles
         if tiles is None and T > 1:
             order_BT, positions_BT = _padding_last(positions_BT)
             k_BTKH, v_BTKH = _taken(k_BTKH, order_BT), _taken(v_BTKH, order_BT)
             tiles = Tiles.of(positions_BT)
 
-        def written(pool_YKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+        def written(pool_YKSH: Pages, new_BTKH: jax.Array) -> Pages:
             if tiles is None:
                 return write_rows(pool_YKSH, new_BTKH[:, 0], self.table_BZ, positions_BT[:, 0])
             return write_tiles(pool_YKSH, new_BTKH.reshape(B * T, K, H), self.table_BZ, tiles)
 
         return self.with_pages(written(self.k_YKSH, k_BTKH), written(self.v_YKSH, v_BTKH))
 
-    def takes_product(self, T: int, implementation: str) -> bool:
-        """Whether `append_and_attend` takes calls of T tokens a row."""
-        return self.tiles is None and takes_product(T, self.k_YKSH, implementation=implementation)
+    def _check(self, T: int) -> None:
+        if self.chunk is not None and self.chunk < T:
+            raise ValueError(
+                f"a call of {T} tokens a row, but the cache was created for calls of at most {self.chunk}: create it "
+                "with a larger chunk"
+            )
+
+    def takes_heads(self, qkv: PartialSum, dtype: DTypeLike, implementation: str) -> bool:
+        """Whether `append_heads` takes a call's product, and makes queries of this dtype of it."""
+        return self.tiles is not None and takes_heads(qkv, self.k_YKSH, dtype=dtype, implementation=implementation)
+
+    def append_heads(
+        self, qkv: PartialSum, angles: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, "LayerCache"]:
+        """Like `update`, in one kernel with the steps from the product to it: for packed calls.
+
+        Args:
+          qkv, angles: as in `append_and_attend`.
+
+        Returns:
+          The queries [1, T, N, H], and the cache.
+        """
+        assert self.tiles is not None
+        tokens = qkv.parts_JAO.shape[1]
+        self._check(tokens)
+        slots_T = pages.slots_of_tiles(self.table_BZ, self.tiles, tokens)
+        rotation = None if angles is None else (angles[0].reshape(tokens, -1), angles[1].reshape(tokens, -1))
+        q_TNH, k_YKSH, v_YKSH = append_heads(qkv, rotation, slots_T, self.k_YKSH, self.v_YKSH)
+        return q_TNH[None], self.with_pages(k_YKSH, v_YKSH)
+
+    def takes_product(self, T: int, dtype: DTypeLike, implementation: str) -> bool:
+        """Whether `append_and_attend` takes calls of T tokens a row, with queries of this dtype."""
+        return self.tiles is None and takes_product(T, self.k_YKSH, dtype=dtype, implementation=implementation)
 
     def append_and_attend(
         self,
@@ -114,7 +143,7 @@ class LayerCache:
         )
         return out_BNH[:, None], self.with_pages(k_YKSH, v_YKSH)
 
-    def with_pages(self, k_YKSH: jax.Array, v_YKSH: jax.Array) -> "LayerCache":
+    def with_pages(self, k_YKSH: Pages, v_YKSH: Pages) -> "LayerCache":
         """The cache with other pages of keys and values."""
         return dataclasses.replace(self, k_YKSH=k_YKSH, v_YKSH=v_YKSH)
 

@@ -36,6 +36,7 @@ class Decoder(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     implementation: str = "auto"
     share: Share | None = None  # None: all of the model
+    cache_dtype: str | None = None  # "fp8": see `pallas_kernels.fp8_pages`; None: `dtype`
 
     @property
     def own(self) -> Share:

@@ -35,6 +35,7 @@ class Block(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
+    cache_dtype: str | None
     share: Share
 
     def setup(self) -> None:
@@ -48,6 +49,7 @@ class Block(nn.Module):
             head_width=config.head_width,
             scale=self.scale,
             implementation=self.implementation,
+            cache_dtype=self.cache_dtype,
             over=share.axes("N"),
             **dtypes,
         )
@@ -119,8 +121,8 @@ class GPT2(Decoder):
         scale = 1 / math.sqrt(config.head_width) if config.scale_attention else 1.0
         if config.scale_attention_by_layer:
             scale /= layer + 1
-        dtypes = self.dtype, self.param_dtype
-        return Block(config, scale, *dtypes, self.implementation, self.own, name=f"block_{layer}")
+        dtypes, how = (self.dtype, self.param_dtype), (self.implementation, self.cache_dtype)
+        return Block(config, scale, *dtypes, *how, self.own, name=f"block_{layer}")
 
     def norm(self) -> LayerNorm:
         """The final norm."""

@@ -29,6 +29,7 @@ class Block(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     implementation: str
+    cache_dtype: str | None
     share: Share
 
     def setup(self) -> None:
@@ -42,6 +43,7 @@ class Block(nn.Module):
             head_width=config.head_width,
             scale=1 / math.sqrt(config.head_width),
             implementation=self.implementation,
+            cache_dtype=self.cache_dtype,
             over=share.axes("N"),
             qkv_bias=config.attention_bias,
             out_bias=config.attention_bias,
@@ -85,7 +87,8 @@ class GptOss(Decoder):
     def block(self, layer: int) -> Block:
         """A block."""
         window, dtypes = self.config.windows[layer], (self.dtype, self.param_dtype)
-        return Block(self.config, window, *dtypes, self.implementation, self.own, name=f"block_{layer}")
+        how = self.implementation, self.cache_dtype
+        return Block(self.config, window, *dtypes, *how, self.own, name=f"block_{layer}")
 
     def norm(self) -> RMSNorm:
         """The final norm."""

@@ -13,6 +13,7 @@ from gptjax.models.gpt_oss import GptOss
 from gptjax.models.llama import Llama
 from gptjax.sharding.hosts import check_alone
 from gptjax.sharding.share import Share
+from pallas_kernels.fp8_pages import vector_bytes
 
 Model = GPT2 | GptOss | Llama  # the union of all models
 
@@ -30,16 +31,28 @@ def build(
     param_dtype: DTypeLike | None = None,
     implementation: str = "auto",
     share: Share | None = None,
+    cache_dtype: str | None = None,
 ) -> Model:
-    """The model of a configuration, or one device's share of it. Weights are declared in `param_dtype`, by default
-    `dtype`."""
+    """The model of a configuration, or one device's share of it. Weights are declared in `param_dtype`, and keys and
+    values kept in `cache_dtype`, by default `dtype`."""
     return _MODELS[type(config)](
         config,
         dtype=dtype,
         param_dtype=dtype if param_dtype is None else param_dtype,
         implementation=implementation,
         share=share,
+        cache_dtype=cache_dtype,
     )
+
+
+def kept_dtype(model: Model) -> DTypeLike | str:
+    """Of keys and values in the model's caches."""
+    return model.dtype if model.cache_dtype is None else model.cache_dtype
+
+
+def position_bytes(model: Model) -> int:
+    """Bytes of a position's key and value in one layer, on one device."""
+    return 2 * model.own.num_kv_heads * vector_bytes(model.config.head_width, kept_dtype(model))
 
 
 def create_cache(model: Model, *, batch: int, max_length: int, chunk: int | None = None) -> KVCache:
@@ -56,7 +69,7 @@ def create_cache(model: Model, *, batch: int, max_length: int, chunk: int | None
             chunk=chunk,
             num_kv_heads=own.num_kv_heads,
             head_width=config.head_width,
-            dtype=model.dtype,
+            dtype=kept_dtype(model),
         )
 
     return _on_devices(model, create)
@@ -74,7 +87,7 @@ def create_pools(model: Model, *, pages: Sequence[int], rows: int, max_length: i
             max_length=max_length,
             num_kv_heads=own.num_kv_heads,
             head_width=config.head_width,
-            dtype=model.dtype,
+            dtype=kept_dtype(model),
         )
 
     return _on_devices(model, create)

@@ -39,13 +39,7 @@ _LETTERS = {"NH": "N", "RH": "N", "2F": "F"}
 
 def divided(model: Model, share: Share) -> Model:
     """The model as one device of the share's mesh runs it."""
-    return build(
-        model.config,
-        dtype=model.dtype,
-        param_dtype=model.param_dtype,
-        implementation=model.implementation,
-        share=share,
-    )
+    return model.clone(share=share)
 
 
 def apply(

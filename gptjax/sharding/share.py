@@ -103,7 +103,8 @@ class Share:
         specs = jax.tree.map(lambda _: P(rows), cache)
         pools = P(rows, self.axes("N") or None)
         peers = jax.tree.map(lambda _: P(AXES), cache.peers)  # each device its own
-        return dataclasses.replace(specs, k=(pools,) * len(cache.k), v=(pools,) * len(cache.v), peers=peers)
+        k, v = jax.tree.map(lambda _: pools, (cache.k, cache.v))
+        return dataclasses.replace(specs, k=k, v=v, peers=peers)
 
 
 def share_of(

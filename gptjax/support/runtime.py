@@ -14,6 +14,7 @@ from gptjax.errors import ConfigError, RequestError
 from gptjax.support.quoting import quoted
 
 DTYPES = ("float32", "bfloat16", "float16")
+CACHE_DTYPES = ("fp8",)
 _LEAST_CACHED_COMPILATION = 0.01  # seconds: below that, compiling again is nearly as fast as reading the file
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the older name
 _USUAL_FRACTION = 0.75  # of a GPU's memory, which JAX takes when it starts
@@ -37,6 +38,20 @@ def compute_dtype(dtype: DTypeLike | None) -> np.dtype:
     if found is None or found.name not in DTYPES:
         raise ConfigError(f"dtype {quoted(dtype)} is not supported; choose one of {', '.join(DTYPES)}")
     return found
+
+
+def cache_dtype(given: object) -> str | None:
+    """What keys and values are kept in, checked; None is the dtype of the computation.
+
+    Raises:
+      ConfigError: not one of CACHE_DTYPES.
+    """
+    if given is not None and given not in CACHE_DTYPES:
+        raise ConfigError(
+            f"cache_dtype {quoted(given)} is not supported; choose {', '.join(CACHE_DTYPES)}, or leave it out to keep "
+            "keys and values in dtype"
+        )
+    return None if given is None else str(given)
 
 
 def check_process() -> None:

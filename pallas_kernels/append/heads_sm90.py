@@ -15,6 +15,8 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
+from pallas_kernels.formats import fp8_sm90
+from pallas_kernels.fp8_pages import Fp8Pages, Pages
 from pallas_kernels.pages import PAGE
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
@@ -35,6 +37,7 @@ class _HeadsPlan:
     width: int
     has_bias: bool
     rotates: bool
+    fp8: bool = False  # the pages
 
     @property
     def heads(self) -> int:
@@ -61,10 +64,10 @@ class _HeadsPlan:
         return 2 * self.width
 
 
-def supports(qkv: PartialSum, k_YKSH: jax.Array) -> bool:
+def supports(qkv: PartialSum, k_YKSH: Pages) -> bool:
     """Whether `append_heads` takes these operands."""
     return (
-        k_YKSH.dtype == jnp.bfloat16
+        (isinstance(k_YKSH, Fp8Pages) or k_YKSH.dtype == jnp.bfloat16)
         and k_YKSH.shape[-1] in _WIDTHS
         and qkv.parts_JAO.dtype == jnp.float32
         and qkv.is_plain
@@ -77,29 +80,42 @@ def append_heads(
     qkv: PartialSum,
     rotation: tuple[jax.Array, jax.Array] | None,
     slots_T: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    k_YKSH: Pages,
+    v_YKSH: Pages,
+) -> tuple[jax.Array, Pages, Pages]:
     """See `api.append_heads`. `supports` must hold for the operands."""
-    J, T, columns = qkv.parts_JAO.shape
-    K, H = k_YKSH.shape[1], k_YKSH.shape[-1]
+    T, J, columns = len(slots_T), *qkv.parts_JAO.shape[::2]
+    K, H = k_YKSH.shape[1], k_YKSH.shape[3]
     bias_EO, cos_sin = qkv.bias_EO, rotation or ()
-    plan = _HeadsPlan(T, J, columns // H - 2 * K, K, H, bias_EO is not None, bool(cos_sin))
+    is_fp8 = isinstance(k_YKSH, Fp8Pages)
+    plan = _HeadsPlan(T, J, columns // H - 2 * K, K, H, bias_EO is not None, bool(cos_sin), is_fp8)
     operands: dict[str, Any] = {"parts": qkv.parts_JAO, "slots": slots_T}
     if bias_EO is not None:
         operands["bias"] = bias_EO.astype(jnp.bfloat16)
     operands |= dict(zip(("cos", "sin"), cos_sin, strict=False))
-    pools = {"k": jax.new_ref(k_YKSH), "v": jax.new_ref(v_YKSH)}
+    pools = {name: jax.new_ref(pool) for name, pool in _arrays(k_YKSH, v_YKSH).items()}
     out = ptx.launch(
-        partial(append, plan),
+        partial(prompt_heads, plan),
         operands | pools,
         {"out": jax.ShapeDtypeStruct((T, plan.queries, H), jnp.bfloat16)},
         {"block": -(-T * plan.shares // _WARPS)},
     )
-    return out["out"], jax.freeze(pools["k"]), jax.freeze(pools["v"])
+    written = {name: jax.freeze(pool) for name, pool in pools.items()}
+    if is_fp8:
+        k, v = (Fp8Pages(written[kv], written[f"{kv}_exponents"]) for kv in "kv")
+        return out["out"], k, v
+    return out["out"], written["k"], written["v"]
 
 
-def append(plan: _HeadsPlan, *, block: Value, **at: Value) -> None:
+def _arrays(k_YKSH: Pages, v_YKSH: Pages) -> dict[str, Any]:
+    """The pools' arrays by the names that the kernel has for them."""
+    if isinstance(k_YKSH, Fp8Pages) and isinstance(v_YKSH, Fp8Pages):
+        numbers = {"k": k_YKSH.numbers_YKSH, "v": v_YKSH.numbers_YKSH}
+        return numbers | {"k_exponents": k_YKSH.exponents_YKS1, "v_exponents": v_YKSH.exponents_YKS1}
+    return {"k": k_YKSH, "v": v_YKSH}
+
+
+def prompt_heads(plan: _HeadsPlan, *, block: Value, **at: Value) -> None:
     """One thread: two pairs of a head in each turn."""
     thread = utils.thread_idx()
     lane, warp = arith.andi(thread, ptx.const(31)), arith.shrui(thread, ptx.const(5))
@@ -119,12 +135,38 @@ def append(plan: _HeadsPlan, *, block: Value, **at: Value) -> None:
         words = _finished(terms, angles, is_value=ptx.less(plan.queries + plan.keys - 1, head))
         page, inner = ptx.divided(slot, PAGE)
         row = ptx.add(ptx.mul(ptx.add(ptx.mul(page, plan.keys), key), PAGE), inner)
+        if plan.fp8:
+            query = ptx.offset(ptx.offset(at["out"], ptx.add(ptx.mul(token, plan.queries), head), plan.row), pair, 2)
+            for word, more in zip(words, (0, plan.width), strict=True):
+                ptx.store(query, [word], ptx.both(each, is_query), shift=more)
+            is_written = ptx.both(each, ptx.less(plan.queries - 1, head), ptx.less(-1, slot))
+            _write_rounded(plan, at, words, is_value=ptx.less(0, kind), row=row, place=place, condition=is_written)
+            continue
         pool = ptx.offset(arith.select(ptx.less(0, kind), at["v"], at["k"]), row, plan.row)
         query = ptx.offset(at["out"], ptx.add(ptx.mul(token, plan.queries), head), plan.row)
         to = ptx.offset(arith.select(is_query, query, pool), pair, 2)
         is_written = ptx.both(each, arith.ori(is_query, ptx.less(-1, slot)))
         for word, more in zip(words, (0, plan.width), strict=True):
             ptx.store(to, [word], is_written, shift=more)
+
+
+def _write_rounded(
+    plan: _HeadsPlan,
+    at: dict[str, Value],
+    words: list[Value],
+    *,
+    is_value: Value,
+    row: Value,
+    place: Value,
+    condition: Value,
+) -> None:
+    """Writes a key or a value to its row of the pages, in float8."""
+    vector = fp8_sm90.Vector.of([number for word in words for number in ptx.halves(word)], plan.lanes)
+    numbers, exponents = (arith.select(is_value, at[f"v{name}"], at[f"k{name}"]) for name in ("", "_exponents"))
+    first = ptx.offset(ptx.offset(numbers, row, plan.width), place, 2)
+    exponent = ptx.offset(exponents, row, 1)
+    shifts = 0, plan.width // 2
+    vector.store_adjacent(first, shifts, exponent, is_first=ptx.less(place, 1), condition=condition)
 
 
 def _load_angles(plan: _HeadsPlan, at: dict[str, Value], token: Value, pair: Value, inside: Value) -> list[list[Value]]:

@@ -3,44 +3,59 @@
 On a CPU, XLA's scatter converts the whole of a half-precision pool to float32 and back, so there these are loops.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import pages
+from pallas_kernels import fp8_pages, pages
+from pallas_kernels.fp8_pages import Fp8Pages, Pages
 from pallas_kernels.pages import PAGE, Tiles
 
 _FEW_TOKENS = 16  # a CPU writes up to so many one by one, and more of them page by page
 
 
-def write_rows(pool_YKSH: jax.Array, new_BKH: jax.Array, table_BZ: jax.Array, positions_B: jax.Array) -> jax.Array:
+def write_rows(pool_YKSH: Pages, new_BKH: jax.Array, table_BZ: jax.Array, positions_B: jax.Array) -> Pages:
     """The pool with one token per row written at its position; none for negative positions.
 
     Args:
       pool_YKSH: keys or values.
-      new_BKH: of any floating dtype; converted to the pool's.
+      new_BKH: of any floating dtype; converted to the pool's, or rounded to float8 with scales if it is `Fp8Pages`.
       table_BZ, positions_B: int32; positions are less than Z · PAGE.
     """
     slots_B = pages.slots(table_BZ, positions_B[:, None])[:, 0]
-    return _write(pool_YKSH, new_BKH.astype(pool_YKSH.dtype), slots_B)
+    return _written(partial(_write, slots_T=slots_B), pool_YKSH, new_BKH)
 
 
-def write_tiles(pool_YKSH: jax.Array, new_TKH: jax.Array, table_BZ: jax.Array, tiles: Tiles) -> jax.Array:
+def write_tiles(pool_YKSH: Pages, new_TKH: jax.Array, table_BZ: jax.Array, tiles: Tiles) -> Pages:
     """The pool with a call's tokens written at their positions; see `write_rows`."""
     T = new_TKH.shape[0]
-    new_TKH = new_TKH.astype(pool_YKSH.dtype)
     slots_T = pages.slots_of_tiles(table_BZ, tiles, T)
     if T <= _FEW_TOKENS:
-        return _write(pool_YKSH, new_TKH, slots_T)
-    written: jax.Array = jax.lax.platform_dependent(
-        pool_YKSH,
-        new_TKH,
-        slots_T,
-        table_BZ,
-        tiles,
-        cpu=_page_by_page,
-        default=lambda pool_YKSH, new_TKH, slots_T, *_: _scatter(pool_YKSH, new_TKH, slots_T),
-    )
-    return written
+        return _written(partial(_write, slots_T=slots_T), pool_YKSH, new_TKH)
+
+    def write(pool_YKSH: jax.Array, new_TKH: jax.Array) -> jax.Array:
+        written: jax.Array = jax.lax.platform_dependent(
+            pool_YKSH,
+            new_TKH,
+            slots_T,
+            table_BZ,
+            tiles,
+            cpu=_page_by_page,
+            default=lambda pool_YKSH, new_TKH, slots_T, *_: _scatter(pool_YKSH, new_TKH, slots_T),
+        )
+        return written
+
+    return _written(write, pool_YKSH, new_TKH)
+
+
+def _written(write: Callable[[jax.Array, jax.Array], jax.Array], pool_YKSH: Pages, new_TKH: jax.Array) -> Pages:
+    """A pool after each of its arrays has been written to."""
+    if isinstance(pool_YKSH, Fp8Pages):
+        both: Fp8Pages = jax.tree.map(write, pool_YKSH, fp8_pages.rounded(new_TKH))
+        return both
+    return write(pool_YKSH, new_TKH.astype(pool_YKSH.dtype))
 
 
 def _write(pool_YKSH: jax.Array, new_TKH: jax.Array, slots_T: jax.Array) -> jax.Array:

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import dispatch, pages
 from pallas_kernels.attention import paged, reference
+from pallas_kernels.fp8_pages import Fp8Pages, Pages
 from pallas_kernels.partial_sum import PartialSum
 
 
@@ -59,8 +61,8 @@ def attention(
 
 def attention_over_pages(
     q_BTNH: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     table_BZ: jax.Array,
     q_positions_BT: jax.Array,
     sinks_N: jax.Array | None = None,
@@ -77,12 +79,14 @@ def attention_over_pages(
 
     Args:
       q_BTNH: queries.
-      k_YKSH, v_YKSH: pools of pages, S = `pages.PAGE`; N is a multiple of K.
+      k_YKSH, v_YKSH: pools of pages, S = `pages.PAGE`; N is a multiple of K. `Fp8Pages` stand for their numbers in the
+        queries' dtype.
       table_BZ: int32, each row's pages. Entries that hold nothing that is seen may be any page, such as 0.
       q_positions_BT: int32, less than Z · PAGE; negative is padding, whose result is 0. With T > 1, a row's positions
         are adjacent, with padding before and after them.
       sinks_N, scale, window: as in `attention`.
-      implementation: "auto", "xla", "mosaic" (bfloat16), or "triton" (T = 1).
+      implementation: "auto", "xla", "mosaic" (queries in bfloat16, pages too or in float8), or "triton" (T = 1, no
+        float8).
 
     Returns:
       [B, T, N, H], of the queries' dtype. A row's bits depend on its own queries, positions and the sizes of the call
@@ -101,11 +105,11 @@ def attention_over_pages(
         return out_1TNH.reshape(B, T, N, H)
     available: dict[str, Callable[..., jax.Array]] = {dispatch.XLA: paged.rows}
     wanted = dispatch.wanted(implementation)
-    if wanted == dispatch.TRITON:
+    if wanted == dispatch.TRITON and not isinstance(k_YKSH, Fp8Pages):
         from pallas_kernels.attention.decode import triton
 
         available[wanted] = partial(_decode_pages, triton.decode)
-    elif wanted == dispatch.MOSAIC and q_BTNH.dtype == k_YKSH.dtype == jnp.bfloat16:
+    elif wanted == dispatch.MOSAIC and q_BTNH.dtype == jnp.bfloat16 and _are_read(k_YKSH):
         from pallas_kernels.attention.decode import mosaic_sm90 as decode
 
         if H % decode.WIDTHS == 0:
@@ -114,11 +118,16 @@ def attention_over_pages(
     return run(q_BTNH, k_YKSH, v_YKSH, table_BZ, q_positions_BT, sinks_N, scale=scale, window=window)
 
 
+def _are_read(k_YKSH: Pages) -> bool:
+    """Whether Hopper's decode kernel reads such pages."""
+    return isinstance(k_YKSH, Fp8Pages) or k_YKSH.dtype == jnp.bfloat16
+
+
 def _decode_pages(
     kernel: Callable[..., jax.Array],
     q_B1NH: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     table_BZ: jax.Array,
     q_positions_B1: jax.Array,
     sinks_N: jax.Array | None,
@@ -142,9 +151,14 @@ def _seen(table_BZ: jax.Array, positions_B: jax.Array, window: int | None) -> tu
     return counts_B, {"table_BZ": table_BZ, "starts_B": starts_B, "window": window}
 
 
-def takes_product(tokens: int, k_YKSH: jax.Array, *, implementation: str = dispatch.AUTO) -> bool:
-    """Whether `append_and_attend` has a kernel here: Hopper, one token per row, bfloat16, heads of 64·i numbers."""
-    if tokens != 1 or dispatch.wanted(implementation) != dispatch.MOSAIC or k_YKSH.dtype != jnp.bfloat16:
+def takes_product(
+    tokens: int, k_YKSH: Pages, *, dtype: DTypeLike = jnp.bfloat16, implementation: str = dispatch.AUTO
+) -> bool:
+    """Whether `append_and_attend` has a kernel here: on Hopper, one token per row, heads of 64·i numbers, queries of
+    bfloat16 (their `dtype`), and pages of bfloat16 or float8."""
+    if tokens != 1 or dispatch.wanted(implementation) != dispatch.MOSAIC:
+        return False
+    if dtype != jnp.bfloat16 or not _are_read(k_YKSH):
         return False
     from pallas_kernels.attention.decode import mosaic_sm90
 
@@ -155,8 +169,8 @@ def append_and_attend(
     qkv: PartialSum,
     rotation: tuple[jax.Array, jax.Array] | None,
     positions_B: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     table_BZ: jax.Array,
     sinks_N: jax.Array | None = None,
     *,
@@ -164,10 +178,11 @@ def append_and_attend(
     window: int | None = None,
     scales: tuple[jax.Array, jax.Array] | None = None,
     epsilon: float = 0.0,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pages, Pages]:
     """From the qkv product of one token per row to its attention, in one kernel, which also writes to the pages.
 
-    Means, in float32, with q, k and v rounded to the cache's dtype before the rotation and after it:
+    Means, in float32, with q, k and v rounded to bfloat16 before the rotation and after it, and then k and v to float8
+    if the pages are in it:
 
         q, k, v     = split(qkv.total()) into N, K and K heads
         q, k        = each head / sqrt(mean(head²) + epsilon) * its scale, rounded again, if there are scales
@@ -199,8 +214,8 @@ def append_and_attend(
 
 def packed_attention_over_pages(
     q_1TNH: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     table_BZ: jax.Array,
     tiles: pages.Tiles,
     sinks_N: jax.Array | None = None,
@@ -216,7 +231,7 @@ def packed_attention_over_pages(
       k_YKSH, v_YKSH, table_BZ: as in `attention_over_pages`.
       tiles: which rows the tokens are of, and their positions.
       sinks_N, scale, window: as in `attention`.
-      implementation: "auto", "xla" or "mosaic" (bfloat16).
+      implementation: "auto", "xla" or "mosaic" (queries in bfloat16, pages too or in float8).
 
     Returns:
       [1, T, N, H], of the queries' dtype; 0 for tokens in no tile.
@@ -235,7 +250,7 @@ def packed_attention_over_pages(
     return run(q_1TNH[0], k_YKSH, v_YKSH, table_BZ, tiles, sinks_N, scale=scale, window=window)[None]
 
 
-def _check_pages(q_BTNH: jax.Array, k_YKSH: jax.Array) -> None:
+def _check_pages(q_BTNH: jax.Array, k_YKSH: Pages) -> None:
     N, (K, S) = q_BTNH.shape[2], k_YKSH.shape[1:3]
     if N % K:
         raise ValueError(f"{N} query heads cannot share {K} key/value heads: not a multiple")

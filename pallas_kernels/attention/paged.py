@@ -4,16 +4,18 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.decode import lanes
+from pallas_kernels.fp8_pages import Pages, expanded
 from pallas_kernels.pages import PAGE, TILE, Tiles
 
 
 def by_page(
     q_BTNH: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     table_BZ: jax.Array,
     q_positions_BT: jax.Array,
     sinks_N: jax.Array | None = None,
@@ -34,23 +36,28 @@ def by_page(
         k_positions_BS = block_B1 * PAGE + jnp.arange(PAGE, dtype=jnp.int32)
         pages_B = jnp.take_along_axis(table_BZ, block_B1, axis=1, mode="clip")[:, 0]
         seen_BTS = reference.visible(q_positions_BT, k_positions_BS, window)
-        return reference.Block(_gathered(k_YKSH, pages_B), _gathered(v_YKSH, pages_B), seen_BTS)
+        k_BKSH, v_BKSH = (_gathered(pool, pages_B, q_BTNH.dtype) for pool in (k_YKSH, v_YKSH))
+        return reference.Block(k_BKSH, v_BKSH, seen_BTS)
 
     blocks = jnp.maximum((ends_B - first_B).max(), 0)
     return reference.running(q_BTNH, read, blocks, sinks_N, num_kv_heads=k_YKSH.shape[1], scale=scale)
 
 
-def _gathered(pool_YKSH: jax.Array, pages_B: jax.Array) -> jax.Array:
-    """A page per row, [B, K, S, H]."""
-    if len(pages_B) == 1:  # a slice, not a copy
-        return jax.lax.dynamic_slice_in_dim(pool_YKSH, pages_B[0], 1)
-    return jnp.take(pool_YKSH, pages_B, axis=0, mode="clip")
+def _gathered(pool_YKSH: Pages, pages_B: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """A page per row, [B, K, S, H], of the pool's dtype or of the given one if it is of float8."""
+
+    def taken(array_YKSH: jax.Array) -> jax.Array:
+        if len(pages_B) == 1:  # a slice, not a copy
+            return jax.lax.dynamic_slice_in_dim(array_YKSH, pages_B[0], 1)
+        return jnp.take(array_YKSH, pages_B, axis=0, mode="clip")
+
+    return expanded(jax.tree.map(taken, pool_YKSH), dtype)
 
 
 def row_by_row(
     q_BTNH: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     table_BZ: jax.Array,
     q_positions_BT: jax.Array,
     sinks_N: jax.Array | None = None,
@@ -75,8 +82,8 @@ def row_by_row(
 
 def at_once(
     q_BTNH: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     table_BZ: jax.Array,
     q_positions_BT: jax.Array,
     sinks_N: jax.Array | None = None,
@@ -86,12 +93,12 @@ def at_once(
 ) -> jax.Array:
     """`reference.dense` over all pages of the table."""
     B, Z = table_BZ.shape
-    k_BKSH, v_BKSH = (
-        jnp.take(pool_YKSH, table_BZ, axis=0, mode="clip")
-        .transpose(0, 2, 1, 3, 4)
-        .reshape(B, pool_YKSH.shape[1], Z * PAGE, pool_YKSH.shape[3])
-        for pool_YKSH in (k_YKSH, v_YKSH)
-    )
+
+    def taken(array_YKSH: jax.Array) -> jax.Array:
+        taken_BZKSH = jnp.take(array_YKSH, table_BZ, axis=0, mode="clip")
+        return taken_BZKSH.transpose(0, 2, 1, 3, 4).reshape(B, array_YKSH.shape[1], Z * PAGE, array_YKSH.shape[3])
+
+    k_BKSH, v_BKSH = (expanded(jax.tree.map(taken, pool), q_BTNH.dtype) for pool in (k_YKSH, v_YKSH))
     k_positions_BS = jnp.broadcast_to(jnp.arange(Z * PAGE, dtype=jnp.int32), (B, Z * PAGE))
     operands = q_BTNH, k_BKSH, v_BKSH, q_positions_BT, k_positions_BS, sinks_N
     return reference.dense(*operands, scale=scale, window=window)
@@ -99,8 +106,8 @@ def at_once(
 
 def rows(
     q_BTNH: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     table_BZ: jax.Array,
     q_positions_BT: jax.Array,
     sinks_N: jax.Array | None = None,
@@ -127,8 +134,8 @@ def rows(
 
 def packed(
     q_TNH: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     table_BZ: jax.Array,
     tiles: Tiles,
     sinks_N: jax.Array | None = None,
@@ -152,8 +159,8 @@ def packed(
 
 def _tile_by_tile(
     q_TNH: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     table_BZ: jax.Array,
     tiles: Tiles,
     sinks_N: jax.Array | None = None,
@@ -182,8 +189,8 @@ def _tile_by_tile(
 
 def _all_tiles(
     q_TNH: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     table_BZ: jax.Array,
     tiles: Tiles,
     sinks_N: jax.Array | None = None,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.block import reference
 from pallas_kernels.block.stream import PANEL, Stream, Weights, Workspace
+from pallas_kernels.fp8_pages import Pages
 
 MOST_ROWS = 8
 _MOST_PANELS = 32  # whose moments one warp can merge
@@ -23,8 +24,8 @@ _GROUPS = 8  # of multiprocessors, at most: a cluster lies within one group
 def takes(
     x_BTD: jax.Array,
     weights: Weights,
-    k_YNSH: jax.Array,
-    v_YNSH: jax.Array,
+    k_YNSH: Pages,
+    v_YNSH: Pages,
     *,
     activation: str,
     implementation: str = dispatch.AUTO,
@@ -41,7 +42,7 @@ def takes(
     return one_token and activation == "gelu_tanh" and _has_kernel(x_BTD, weights, k_YNSH, v_YNSH, implementation)
 
 
-def _has_kernel(x: jax.Array, weights: Weights, k_YNSH: jax.Array, v_YNSH: jax.Array, implementation: str) -> bool:
+def _has_kernel(x: jax.Array, weights: Weights, k_YNSH: Pages, v_YNSH: Pages, implementation: str) -> bool:
     """Whether the kernel runs here for these operands, x [..., D] with one row per token."""
     *rows, D = x.shape
     N, _, H = k_YNSH.shape[1:]
@@ -79,14 +80,14 @@ def block(
     stream: Stream,
     weights: Weights,
     positions_T: jax.Array,
-    k_YNSH: jax.Array,
-    v_YNSH: jax.Array,
+    k_YNSH: Pages,
+    v_YNSH: Pages,
     table_TZ: jax.Array,
     *,
     epsilon: float,
     scale: float,
     implementation: str = dispatch.AUTO,
-) -> tuple[Stream, jax.Array, jax.Array]:
+) -> tuple[Stream, Pages, Pages]:
     """GPT-2's block over a cache in pages, to which the rows' new keys and values are added.
 
     Means, with LayerNorm and the tanh form of GELU, with brackets for rounding to bfloat16 and all else in float32, and

@@ -7,19 +7,20 @@ from pallas_kernels.add_norm.reference import add_norm
 from pallas_kernels.append import write_rows
 from pallas_kernels.attention import paged
 from pallas_kernels.block.stream import LinearWeights, NormWeights, Stream, Weights, moments
+from pallas_kernels.fp8_pages import Pages
 
 
 def block(
     stream: Stream,
     weights: Weights,
     positions_T: jax.Array,
-    k_YNSH: jax.Array,
-    v_YNSH: jax.Array,
+    k_YNSH: Pages,
+    v_YNSH: Pages,
     table_TZ: jax.Array,
     *,
     epsilon: float,
     scale: float,
-) -> tuple[Stream, jax.Array, jax.Array]:
+) -> tuple[Stream, Pages, Pages]:
     """See `api.block`. The workspaces stay as they are."""
     T, (N, _, H) = len(positions_T), k_YNSH.shape[1:]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from gptjax.bench.figure import Figure
 from gptjax.bench.kernels import Ceilings, KernelResult, NotRun
 from gptjax.cli import main
 from gptjax.config import PUBLISHED
+from pallas_kernels.fp8_pages import Fp8Pages
 from pallas_kernels.pages import PAGE
 from tests.oracles import attention_numpy, block_numpy, moe_numpy
 from tests.thinned import thinned
@@ -31,7 +33,8 @@ WINDOW = Attention(2, "float32", 6, 2, 16, 150, windowed=True, sinks=True)
 BLOCK = Block(5, "float32", 3, 64, 320, 150, block_numpy.EPSILON)
 PROMPT = Prefill(2, "float32", 6, 2, 16, tokens=9, prior=130, window=20, sinks=True)
 UNBALANCED = dataclasses.replace(EXPERTS, rows=40, balanced=False)
-CASES = [PRODUCT, EXPERTS, UNBALANCED, FULL, WINDOW, BLOCK, PROMPT]
+IN_FLOAT8 = [dataclasses.replace(each, cache_dtype="fp8") for each in (WINDOW, PROMPT)]
+CASES = [PRODUCT, EXPERTS, UNBALANCED, FULL, WINDOW, BLOCK, PROMPT, *IN_FLOAT8]
 CEILINGS = Ceilings(copy=4e9, read=5e9, flops=1e12, link=1e-6)
 
 
@@ -167,12 +170,19 @@ def _oracle(case: Any, x: Any, operands: Any) -> Any:
 
 
 def _attended(case: Any, x: Any, operands: Any) -> np.ndarray:
-    k, v, sinks = (None if each is None else np.asarray(each) for each in operands)
-    k, v = (_together(pool, x.table_BZ) for pool in (k, v))
+    sinks = None if operands[2] is None else np.asarray(operands[2])
+    k, v = (_together(_read(pool), x.table_BZ) for pool in operands[:2])
     k_positions = np.broadcast_to(np.arange(k.shape[2]), (len(k), k.shape[2]))
     window = case.window if isinstance(case, Prefill) else case.positions if case.windowed else None
     given = np.asarray(x.q_BTNH, np.float64), k, v, np.asarray(x.q_positions_BT), k_positions, sinks
     return attention_numpy.attention(*given, scale=0.25, window=window)
+
+
+def _read(pool: Any) -> Any:
+    if not isinstance(pool, Fp8Pages):
+        return pool
+    numbers = np.asarray(pool.numbers_YKSH).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    return numbers * 2.0 ** (np.asarray(pool.exponents_YKS1).astype(int) - 127)
 
 
 def _together(pool: Any, table_BZ: Any) -> np.ndarray:
@@ -347,6 +357,7 @@ def test_the_command_plots(ceilings, tmp_path, capsys):
         (["--tune", "--kernels", "--plot", "a.png"], "without --tune"),
         (["--kernels", "--plot", "a.txt"], ".png, .pdf or .svg"),
         (["--kernels", "--versus", "transformers"], "leave out --kernels"),
+        (["--tune", "--cache-dtype", "fp8"], "leave out --tune"),
         (["--random", "gpt2", "--quantize", "Q8_0", "--kernels"], "--tune"),
         (["--random", "gpt2", "--quantize", "Q8_0", "--versus", "transformers"], "leave out --write-random, --versus"),
         (["gpt2-tales", "--quantize", "mxfp4"], "name a size with --random"),

@@ -45,6 +45,12 @@ def test_bytes_and_flops_are_those_counted_by_hand(name, layers, width, paramete
     assert cost.token_flops(model, length=512, logits=False) == flops - 2 * 50257 * width
 
 
+def test_bytes_of_keys_and_values_in_float8_are_those_counted_by_hand():
+    """64 numbers of a byte and one more for their scale, of a key and a value of each of eight heads."""
+    model = registry.build(PUBLISHED["gpt-oss-20b"], dtype="bfloat16", cache_dtype="fp8")
+    assert cost.cache_bytes(model, length=32768) == 12 * (32768 + 128) * 2 * 8 * 65
+
+
 def test_bytes_and_flops_of_gpt_oss_are_those_counted_by_hand():
     """The bytes of a token are those of docs/PERFORMANCE.md: 3.71 GB of 20b's weights and 5.00 GB of 120b's."""
     for name, layers, experts, gigabytes in (("gpt-oss-20b", 24, 32, 3.71), ("gpt-oss-120b", 36, 128, 5.00)):

@@ -80,7 +80,7 @@ def test_the_length_is_bounded_unless_it_is_given(scripted, monkeypatch, argv, e
         monkeypatch.setenv("GPTJAX_MAX_LENGTH", environment)
     model = scripted(SAID)
     assert main(["chat", "A", *argv]) == 0
-    others = dict.fromkeys(("dtype", "mesh", "packed", "tokenizer", "chat_format"))
+    others = dict.fromkeys(("dtype", "cache_dtype", "mesh", "packed", "tokenizer", "chat_format"))
     assert model.settings == {"max_length": length, "exact": False, **others}
 
 

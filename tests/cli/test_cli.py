@@ -117,6 +117,13 @@ def test_an_error_is_one_message_and_status_1(capsys, argv, says):
     assert "Traceback" not in err
 
 
+def test_a_cache_in_fp8_is_told_by_info_and_takes_half(capsys):
+    command = ["info", "--size", "gpt-oss-20b", "--memory", "141", "--max-length", "1024", "--json"]
+    plain, packed = (json.loads(_run(capsys, *command, *more)[1]) for more in ([], ["--cache-dtype", "fp8"]))
+    assert (plain.get("cache_dtype"), packed["cache_dtype"]) == (None, "fp8")
+    assert packed["cache_bytes"] == pytest.approx(plain["cache_bytes"] * 65 / 128, rel=0.01)
+
+
 @pytest.mark.parametrize(
     "argv", [["generate", "A", "--temprature", "1"], ["nonsense"], ["generate", "A", "-n", "many"]]
 )

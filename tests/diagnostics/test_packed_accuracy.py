@@ -31,7 +31,7 @@ from pallas_kernels.formats.ggml.weight import Quantized, Rows
 from pallas_kernels.formats.mxfp4 import MXFP4, quantize
 from tests.oracles import gguf_from_hf, gpt_oss_random, llama_random
 from tests.oracles.gguf_from_hf import Q4_0, Q8_0
-from tests.shallow import LAYERS, shallow_directory
+from tests.shallow import LAYERS, shallow, shallow_directory
 
 TOKENS = 300
 
@@ -202,6 +202,26 @@ def test_two_ways_to_write_a_rotation_are_the_same_model(tmp_path):
     assert packed_accuracy._unlike(ours, dataclasses.replace(theirs, norm_epsilon=0.5)) == ["rope", "norm_epsilon"]
 
 
+@pytest.mark.parametrize("name", ["gpt2-tales", "gpt-oss-tales"])
+def test_keys_and_values_in_float8(name, ids):
+    """Little changes, the same little with a cache and without; and the model agrees with itself as it generates."""
+    lm = shallow(name)
+    cached = packed_accuracy.cached(lm, "fp8")
+    ids = [token % lm.config.vocab_size for token in ids[:200]]
+    report = packed_accuracy.validate(lm, cached, ids)
+    assert (report.weights, report.types, report.cache_dtype, report.passed) == ((), (), "fp8", True)
+    assert all(1e-4 < row.error < 0.05 for row in report.blocks)
+    logits, other = lm.logits(ids), cached.logits(ids)
+    alone = cached.activations(ids)["logits"]
+    assert np.abs(alone - other).max() < 0.1 * np.abs(logits - other).max()  # a key at a tie may be rounded otherwise
+    assert np.square(alone - other).mean() < 1e-4 * np.square(logits - other).mean()
+    text = cached.generate(ids[:150], max_tokens=20, ignore_eos=True, temperature=0)
+    wanted = cached.logits([*ids[:150], *text.token_ids])[149:-1]
+    np.testing.assert_array_equal(text.token_ids, wanted.argmax(axis=-1))
+    wanted -= np.log(np.exp(wanted.astype(np.float64)).sum(axis=-1, keepdims=True))
+    np.testing.assert_allclose(text.logprobs, wanted.max(axis=-1), atol=1e-3)
+
+
 def test_nothing_to_compare_is_refused(tmp_path, lm):
     packed = _random_gpt_oss(tmp_path, "packed")
     with pytest.raises(gptjax.RequestError, match=r"already has 'experts' in MXFP4.*name the float checkpoint"):
@@ -292,6 +312,13 @@ def test_the_command_tells_and_judges(capsys, report, demo):
     for verdict in report.verdicts:
         line = f"{verdict.name}: {verdict.found} (threshold: {verdict.wanted})"
         assert f"{'ok  ' if verdict.holds else 'FAIL'}  {line}" in out.splitlines()
+
+
+def test_the_command_compares_a_cache_in_float8(capsys, demo):
+    status, out, _ = _run(capsys, str(demo), "--tokens", "64", "--cache-dtype", "fp8")
+    assert (status, out.count("ok  "), out.count("MXFP4")) == (0, 3, 0)
+    assert "perplexity with keys and values in fp8: " in out
+    assert not re.search("^weight", out, re.M)
 
 
 @pytest.mark.thorough

@@ -4,6 +4,7 @@ is packed with and where it is cut, nor on whether its beginning was already the
 import dataclasses
 import random
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,13 @@ def _gpt_oss_unpacked():
     return model, gpt_oss_ours.params(checkpoint.dense)
 
 
+def _in_fp8(name: str):
+    model, params = MODELS[name]()
+    return model.clone(cache_dtype="fp8"), params
+
+
 MODELS = {"gpt2": _gpt2, "gpt-oss": _gpt_oss, "llama": _llama, "gpt-oss, unpacked": _gpt_oss_unpacked}
+MODELS |= {f"{name}, keys and values in fp8": partial(_in_fp8, name) for name in ("gpt2", "gpt-oss")}
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +141,8 @@ def _alone(engine: Engine, requests: Sequence[Request]) -> list[list[tuple[int, 
         thorough("gpt-oss", CUT, 18),
         thorough("gpt-oss, unpacked", FEW_SIZES, 18),
         thorough("llama", FEW_SIZES, 18),
+        thorough("gpt2, keys and values in fp8", CUT, 18),
+        thorough("gpt-oss, keys and values in fp8", CUT, 18),
     ],
     indirect=["made"],
 )

@@ -14,13 +14,14 @@ from tests.engine.test_executor import POLICY
 from tests.thinned import thinned
 
 
-@pytest.mark.parametrize("dtype", thinned(["float32", "bfloat16"], "bfloat16"))
+@pytest.mark.parametrize("dtype", thinned(["float32", "bfloat16", "fp8"], "bfloat16", "fp8"))
 @pytest.mark.parametrize("program", ["prefill", "advance", "decode", "copy_pages"])
 def test_pages_are_updated_in_place(dtype, program):
-    """Nothing of the size of a layer's pool is copied or converted in passing."""
+    """Nothing of the size of a layer's pool is copied or converted in passing. In "fp8" is the pool alone."""
     if dtype == "bfloat16" and jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11):
         pytest.skip("before JAX 0.11, a CPU computes with a converted pool")
-    model = registry.build(CONFIG, dtype=dtype)
+    dtype, kept = ("float32", dtype) if dtype == "fp8" else (dtype, None)
+    model = registry.build(CONFIG, dtype=dtype, cache_dtype=kept)
     params = FlatParams.of(jax.tree.map(lambda x: x.astype(dtype), made_params()))
     executor = Executor(model, params, policy=POLICY, pages=[200], max_length=300)
     slots = executor._slots
@@ -32,12 +33,13 @@ def test_pages_are_updated_in_place(dtype, program):
         "decode": (model, params, slots, rows, settings, 2),
         "copy_pages": (slots, np.zeros(17, np.int32), 0),
     }[program]
-    pool = slots.cache.k[0]
+    pools = jax.tree.leaves(slots.cache.k)
+    pool = pools[0]
     compiled = getattr(programs, program).lower(*arguments).compile()
     others = 0 if jax.default_backend() == "cpu" else 1 << 20  # all scores, and what products work in
     assert compiled.memory_analysis().temp_size_in_bytes < pool.size * pool.dtype.itemsize + others
-    before = [x.unsafe_buffer_pointer() for x in slots.cache.k]
+    before = [x.unsafe_buffer_pointer() for x in pools]
     after = getattr(programs, program)(*arguments)
-    (kept,) = (each for each in (after if isinstance(after, tuple) else (after,)) if isinstance(each, programs.Slots))
-    assert [x.unsafe_buffer_pointer() for x in kept.cache.k] == before
+    (found,) = (each for each in (after if isinstance(after, tuple) else (after,)) if isinstance(each, programs.Slots))
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(found.cache.k)] == before
     assert pool.is_deleted()

@@ -139,10 +139,14 @@ def _stepping(model: registry.Model, batch: int, length: int) -> int:
         thorough(_typed(LLAMA_MIDDLE, "Q8_0"), 2, 128, "bfloat16"),
         thorough(LLAMA_MIDDLE, 2, 1024, "bfloat16"),
         thorough(OSS_MIDDLE, 1, 2048, "bfloat16"),
+        thorough(SMALL, 8, 512, "fp8"),
+        thorough(OSS_SHALLOW, 8, 512, "fp8"),
     ],
 )
 def test_activations_are_at_least_what_xla_says_and_at_most_four_times_that(config, batch, length, dtype):
-    model = registry.build(config, dtype=dtype)
+    """In "fp8", keys and values are, and the computation is in float32."""
+    dtype, cache_dtype = ("float32", dtype) if dtype == "fp8" else (dtype, None)
+    model = registry.build(config, dtype=dtype, cache_dtype=cache_dtype)
     estimate = memory.activations(model, batch=batch, max_length=length, platform=jax.default_backend())
     actual = max(_reading(model, batch, length), _drawing(batch, config.vocab_size))
     # One row of these sizes in float32 takes at most three quarters of what a chunk of a prompt does.
@@ -170,8 +174,9 @@ def test_runs_of_a_product_count_where_they_are_added_up(config, dtype, platform
     assert estimate - memory.activations(model, **sizes) == 4 * 512 * config.width * runs
 
 
-def test_needs_are_those_of_the_arrays_made():
-    model = registry.build(SMALL, dtype="bfloat16")
+@pytest.mark.parametrize("cache_dtype", [None, "fp8"])
+def test_needs_are_those_of_the_arrays_made(cache_dtype):
+    model = registry.build(SMALL, dtype="bfloat16", cache_dtype=cache_dtype)
     need = memory.needed(model, batch=3, max_length=70, state=True)
     params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
     state = steps.init_state(model, batch=3, max_length=70)

@@ -19,9 +19,16 @@ def hopper(monkeypatch):
     monkeypatch.setattr(dispatch, "_MOSAIC_SINCE", (0, 0))
 
 
-def _model(name: str, *, dtype: str = "bfloat16", implementation: str = "auto", **changes: object):
+def _model(
+    name: str,
+    *,
+    dtype: str = "bfloat16",
+    implementation: str = "auto",
+    cache_dtype: str | None = None,
+    **changes: object,
+):
     config = dataclasses.replace(PUBLISHED[name], **changes)
-    return registry.build(config, dtype=jnp.dtype(dtype), implementation=implementation)
+    return registry.build(config, dtype=jnp.dtype(dtype), implementation=implementation, cache_dtype=cache_dtype)
 
 
 @pytest.mark.parametrize("name", ["gpt-oss-20b", "gpt-oss-120b", "llama-3.1-8b", "qwen2.5-7b", "qwen3-0.6b"])
@@ -42,6 +49,13 @@ def test_on_hopper_what_a_decode_steps_products_do_not_take_is_computed_as_befor
     assert is_exact_by_default(model, rows=128) and not is_exact_by_default(model, rows=256)
     policy = default_policy(model, slots=8, chunk=128)
     assert policy.row_sizes == (1, 2, 4, 8) and policy.chunk_multiple == policy.chunk and not policy.packed
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "gpt2"])
+def test_float8_changes_nothing_but_that_gpt2_has_one_class(hopper, name):
+    """GPT-2's block as one kernel does not read such pages."""
+    policy = default_policy(_model(name, cache_dtype="fp8"), slots=16)
+    assert (policy.row_sizes, policy.packed, policy.call_sizes) == ((1, 2, 4, 8, 16), True, (256, 512, 1024, 2048))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])

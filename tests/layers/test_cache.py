@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from gptjax.layers.cache import PAGE, KVCache, pages_of, tail_pages
+from pallas_kernels.fp8_pages import Fp8Pages
 from pallas_kernels.pages import Tiles
-from tests.oracles import attention_numpy
+from tests.oracles import attention_numpy, fp8_numpy
 
 WINDOWS = (None, 130, 9, None)
 K, N, H, ROWS, CHUNK, LENGTH = 2, 4, 16, 3, 150, 900
@@ -19,8 +20,12 @@ SCALE = 0.3
 
 def _cache(chunk: int | None = CHUNK, fill: float = np.nan, **changes) -> KVCache:
     shape = {"windows": WINDOWS, "batch": ROWS, "max_length": LENGTH, "num_kv_heads": K, "head_width": H} | changes
-    cache = KVCache.create(dtype=jnp.float32, chunk=chunk, **shape)
-    return dataclasses.replace(cache, **{kv: tuple(jnp.full_like(x, fill) for x in getattr(cache, kv)) for kv in "kv"})
+    cache = KVCache.create(**{"dtype": jnp.float32, "chunk": chunk} | shape)
+
+    def filled(x: jax.Array) -> jax.Array:
+        return jnp.full_like(x, 0xFF if x.dtype == jnp.uint8 else fill)  # of float8, NaN times an infinite scale
+
+    return dataclasses.replace(cache, **{kv: jax.tree.map(filled, getattr(cache, kv)) for kv in "kv"})
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -39,6 +44,7 @@ class Rows:
 
     def __init__(self, cache: KVCache, seed: int = 0):
         self.cache = cache
+        self.as_read = fp8_numpy.as_read if isinstance(cache.k[0], Fp8Pages) else np.asarray
         self.rng = np.random.default_rng(seed)
         self.held = [[] for _ in range(ROWS)]  # (k, v), each [L, K, H], of each position
 
@@ -51,7 +57,7 @@ class Rows:
         for b, (row, count) in enumerate(counts.items()):
             rows_B[b] = row
             positions_BT[b, :count] = len(self.held[row]) + np.arange(count)
-            self.held[row] += [(k_LBTKH[:, b, t], v_LBTKH[:, b, t]) for t in range(count)]
+            self.held[row] += [tuple(self.as_read(x[:, b, t]) for x in (k_LBTKH, v_LBTKH)) for t in range(count)]
         out_LBTNH, self.cache = _call(self.cache, rows_B, positions_BT, q_LBTNH, k_LBTKH, v_LBTKH)
         assert self.cache.lengths_B.tolist() == [len(held) for held in self.held]
         results = {}
@@ -75,9 +81,13 @@ class Rows:
         return results
 
 
-@pytest.mark.parametrize("chunk", [CHUNK, None], ids=["pages taken in turns", "pages for all"])
-def test_rows_of_any_lengths_see_what_a_list_would_hold(chunk):
-    rows = Rows(_cache(chunk))
+@pytest.mark.parametrize(
+    ("chunk", "dtype"),
+    [(CHUNK, "float32"), (None, "float32"), (CHUNK, "fp8")],
+    ids=["pages taken in turns", "pages for all", "in float8"],
+)
+def test_rows_of_any_lengths_see_what_a_list_would_hold(chunk, dtype):
+    rows = Rows(_cache(chunk, dtype=dtype))
     rng = np.random.default_rng(1)
     while any(len(held) < LENGTH - CHUNK for held in rows.held):
         some = rng.permutation(ROWS)[: rng.integers(1, ROWS + 1)].tolist()

@@ -51,6 +51,11 @@ def _as_bf16(number: np.ndarray) -> np.ndarray:
     return number.astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32)
 
 
+def _as_e4m3(number: np.ndarray) -> np.ndarray:
+    limited = np.clip(number, -448, 448)  # NaN stays
+    return limited.astype(ml_dtypes.float8_e4m3fn).view(np.uint8).astype(np.uint32)
+
+
 def _permuted(a: np.ndarray, b: np.ndarray, selector: int) -> np.ndarray:
     sources = [each >> 8 * i & 255 for each in (a, b) for i in range(4)]
     return sum((sources[selector >> 4 * i & 15] << 8 * i for i in range(4)), np.zeros_like(a))
@@ -90,6 +95,9 @@ _INSTRUCTIONS: dict[str, Callable[..., Any]] = {
     "cvt.f32.f16": lambda a: _bits(a.astype(np.uint16).view(np.float16).astype(np.float32)),
     "cvt.rn.bf16.f32": lambda a: _as_bf16(a.view(np.float32)),
     "cvt.rn.bf16x2.f32": lambda high, low: _as_bf16(low.view(np.float32)) | _as_bf16(high.view(np.float32)) << 16,
+    "cvt.rn.satfinite.e4m3x2.f32": lambda high, low: (
+        _as_e4m3(low.view(np.float32)) | _as_e4m3(high.view(np.float32)) << 8
+    ),
     "add.rn.f32": _of_floats(np.add),
     "mul.rn.f32": _of_floats(np.multiply),
     "fma.rn.f32": _of_floats(lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32)),
@@ -335,7 +343,7 @@ class Emulator:
         if name in _INSTRUCTIONS:
             registers[target] = self._all(_INSTRUCTIONS[name](*map(value, operands[1:])))
         elif name.startswith("ld."):
-            kind = np.uint16 if name.endswith("u16") else np.uint32
+            kind = {"u8": np.uint8, "16": np.uint16}.get(name[-2:], np.uint32)
             words = self._read(address(operands[-1]), kind, len(operands) - 1, active)
             for target, word in zip(operands[:-1], words, strict=True):
                 registers[target] = np.where(active, word, registers.get(target, word))
@@ -349,7 +357,8 @@ class Emulator:
                 self._to_come[each] -= 4 * words.shape[1] * sent
         elif name.startswith("st."):
             words = np.stack([registers[each] for each in operands[1:]], axis=1)
-            self._write(address(target), words.astype(np.uint16) if name.endswith("b16") else words, active)
+            kind = {"u8": np.uint8, "16": np.uint16}.get(name[-2:], np.uint32)
+            self._write(address(target), words.astype(kind), active)
         elif name.startswith("mbarrier."):
             self._use(name, operands, np.unique((address(operands[-2]) + self._rank * _APART_IN_CLUSTER)[active]))
         elif name.startswith("shfl."):

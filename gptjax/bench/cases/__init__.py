@@ -39,18 +39,20 @@ def cases(
     rows: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
     prompts: bool = False,
+    cache_dtype: str | None = None,
 ) -> dict[Case, list[str]]:
     """The cases that models use, each with the names of those models, in the order of OPERATIONS.
 
     Args:
       rows, positions: replace the default ones.
       prompts: also measure experts at prompts' numbers of rows, and attention of prompts.
+      cache_dtype: of keys and values in attention: "fp8"; None: `dtype`.
     """
     found: dict[Case, list[str]] = {}
     for operation in (each for each in OPERATIONS if each in operations):
         for name, config in models.items():
             if operation == Prefill.operation:
-                for case in _prefill(config, dtype, rows, positions) if prompts else ():
+                for case in _prefill(config, dtype, cache_dtype, rows, positions) if prompts else ():
                     found.setdefault(case, []).append(name)
                 continue
             counts = rows or _ROW_COUNTS.get(operation, _WINDOWS)
@@ -59,13 +61,18 @@ def cases(
             caches = _CACHES.get(operation, ())
             if rows or positions:
                 caches = tuple((B, S) for B in rows or [1] for S in positions or [512])
-            for case in _of(operation, config, dtype, counts, caches):
+            for case in _of(operation, config, dtype, cache_dtype, counts, caches):
                 found.setdefault(case, []).append(name)
     return found
 
 
 def _of(
-    operation: str, config: ModelConfig, dtype: str, counts: Sequence[int], caches: Sequence[tuple[int, int]]
+    operation: str,
+    config: ModelConfig,
+    dtype: str,
+    cache_dtype: str | None,
+    counts: Sequence[int],
+    caches: Sequence[tuple[int, int]],
 ) -> list[Case]:
     D, N, K, H = config.width, config.num_heads, config.num_kv_heads, config.head_width
     has_experts = isinstance(config, GptOssConfig)
@@ -78,6 +85,7 @@ def _of(
     fits = [(rows, positions) for rows, positions in caches if positions <= config.context_length]
     if operation == "attention":
         full = partial(Attention, dtype=dtype, num_heads=N, num_kv_heads=K, head_width=H, sinks=has_experts)
+        full = partial(full, cache_dtype=cache_dtype)
         windows = sorted({window for window in config.windows if window is not None})
         return [
             *(full(rows=rows, positions=positions, windowed=False) for rows, positions in fits),
@@ -99,12 +107,17 @@ def _of(
 
 
 def _prefill(
-    config: ModelConfig, dtype: str, rows: Sequence[int] | None, positions: Sequence[int] | None
+    config: ModelConfig,
+    dtype: str,
+    cache_dtype: str | None,
+    rows: Sequence[int] | None,
+    positions: Sequence[int] | None,
 ) -> list[Case]:
     """Prompts; given any, of so many rows of so many positions."""
     prefill = partial(
         Prefill,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_width=config.head_width,

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.bench.cases.case import Case, float64, normal, shuffled_table, together
+from gptjax.bench.cases.case import Case, float64, normal, pool, shuffled_table, together
 from pallas_kernels.attention import attention_over_pages
+from pallas_kernels.fp8_pages import vector_bytes
 from pallas_kernels.pages import PAGE
 
 _ROWS: Final = 4  # rows of a result that are compared
@@ -35,18 +36,20 @@ class Attention(Case):
     positions: int  # that are seen: S
     windowed: bool  # whether they are a window, behind many others
     sinks: bool
+    cache_dtype: str | None = None  # of keys and values: "fp8"; None: `dtype`
 
     @property
     def shape(self) -> str:
         """Heads and positions."""
         more = " of a window" if self.windowed else ""
+        more += f" in {self.cache_dtype}" if self.cache_dtype is not None else ""
         return f"{self.num_heads} heads on {self.num_kv_heads}·{self.head_width}, {self.positions}{more}"
 
     @property
     def bytes(self) -> int:
         """Keys and values."""
-        numbers = 2 * self.rows * self.num_kv_heads * self.positions * self.head_width
-        return numbers * int(jnp.dtype(self.dtype).itemsize)
+        vectors = 2 * self.rows * self.num_kv_heads * self.positions
+        return vectors * vector_bytes(self.head_width, self.cache_dtype or self.dtype)
 
     @property
     def flops(self) -> int:
@@ -66,7 +69,8 @@ class Attention(Case):
         sinks_N = normal(1, (self.num_heads,), self.dtype) if self.sinks else None
         shape = (1 + self.x(1).table_BZ.size, self.num_kv_heads, PAGE, self.head_width)
         return [
-            (*(normal(2 + 2 * copy + which, shape, self.dtype) for which in (0, 1)), sinks_N) for copy in range(count)
+            (*(pool(2 + 2 * copy + which, shape, self.dtype, self.cache_dtype) for which in (0, 1)), sinks_N)
+            for copy in range(count)
         ]
 
     def call(self, x: Carried, operands: Any, implementation: str) -> jax.Array:
@@ -91,7 +95,7 @@ class Attention(Case):
     def expected(self, x: Carried, operands: Any) -> np.ndarray:
         """[rows, 1, N, H]."""
         end = int(x.q_positions_BT[0, 0]) + 1
-        k, v = (together(pool, x.table_BZ[:_ROWS])[:, :, end - self.positions : end] for pool in operands[:2])
+        k, v = (together(each, x.table_BZ[:_ROWS])[:, :, end - self.positions : end] for each in operands[:2])
         q = float64(x.q_BTNH[:_ROWS])
         q_BKGH = q.reshape(len(q), self.num_kv_heads, -1, self.head_width)
         scores = q_BKGH @ k.swapaxes(2, 3) * self.head_width**-0.5

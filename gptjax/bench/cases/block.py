@@ -26,7 +26,7 @@ class Carried:
     """
 
     stream: Stream
-    caches: tuple[tuple[jax.Array, jax.Array], ...]  # keys and values of each copy, [Y, N, S, H]
+    caches: tuple[tuple[Any, Any], ...]  # keys and values of each copy, [Y, N, S, H]
     positions_T: jax.Array
     table_TZ: jax.Array
 

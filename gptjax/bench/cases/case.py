@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.fp8_pages import Pages, expanded, rounded
 from pallas_kernels.pages import PAGE
 
 _SMALL: Final = 2.0**-30  # so small that adding it changes nothing, which the compiler does not know
@@ -75,6 +76,13 @@ def normal(seed: int, shape: tuple[int, ...], dtype: str, deviation: float = 1.0
     return jax.random.normal(jax.random.key(seed), shape, dtype) * jnp.asarray(deviation, dtype)
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def pool(seed: int, shape: tuple[int, ...], dtype: str, cache_dtype: str | None) -> Pages:
+    """Random keys or values, [Y, K, S, H]."""
+    numbers = jax.random.normal(jax.random.key(seed), shape, dtype)
+    return numbers if cache_dtype is None else rounded(numbers)
+
+
 def float64(x: Any) -> np.ndarray:
     """A device's array as a NumPy array."""
     return np.asarray(x).astype(np.float64)
@@ -87,7 +95,8 @@ def shuffled_table(rows: int, positions: int) -> jax.Array:
     return jnp.asarray(order.reshape(rows, pages), jnp.int32)
 
 
-def together(pool_YKSH: jax.Array, table_BZ: jax.Array) -> np.ndarray:
+def together(pool_YKSH: Pages, table_BZ: jax.Array) -> np.ndarray:
     """The keys or values of rows' pages one after the other, float64 [B, K, Z · S, H]."""
-    k_BKZSH = float64(jnp.moveaxis(pool_YKSH[table_BZ], 2, 1))
+    k_BZKSH = expanded(jax.tree.map(lambda array: array[table_BZ], pool_YKSH), jnp.float32)
+    k_BKZSH = float64(jnp.moveaxis(k_BZKSH, 2, 1))
     return k_BKZSH.reshape(*k_BKZSH.shape[:2], -1, pool_YKSH.shape[3])

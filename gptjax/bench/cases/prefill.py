@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.bench.cases.attention import Carried
-from gptjax.bench.cases.case import Case, float64, normal, shuffled_table, together
+from gptjax.bench.cases.case import Case, float64, normal, pool, shuffled_table, together
 from pallas_kernels.attention import packed_attention_over_pages
+from pallas_kernels.fp8_pages import vector_bytes
 from pallas_kernels.pages import PAGE, Tiles
 
 _TOKENS: Final = 3  # of the first prompt, its last ones, that are compared
@@ -27,12 +28,14 @@ class Prefill(Case):
     prior: int
     window: int | None
     sinks: bool
+    cache_dtype: str | None = None  # of keys and values: "fp8"; None: `dtype`
 
     @property
     def shape(self) -> str:
         """Heads and positions."""
         more = f" after {self.prior}" if self.prior else ""
         more += f", window {self.window}" if self.window is not None else ""
+        more += f" in {self.cache_dtype}" if self.cache_dtype is not None else ""
         return f"{self.num_heads} heads on {self.num_kv_heads}·{self.head_width}, {self.tokens}{more}"
 
     @property
@@ -44,7 +47,7 @@ class Prefill(Case):
     def bytes(self) -> int:
         """Keys and values that are seen."""
         seen = min(self.positions, self.tokens - 1 + (self.window or self.positions))
-        return 2 * self.rows * self.num_kv_heads * seen * self.head_width * int(jnp.dtype(self.dtype).itemsize)
+        return 2 * self.rows * self.num_kv_heads * seen * vector_bytes(self.head_width, self.cache_dtype or self.dtype)
 
     @property
     def flops(self) -> int:
@@ -66,7 +69,8 @@ class Prefill(Case):
         sinks_N = normal(1, (self.num_heads,), self.dtype) if self.sinks else None
         shape = (1 + self.rows * -(-self.positions // PAGE), self.num_kv_heads, PAGE, self.head_width)
         return [
-            (*(normal(2 + 2 * copy + which, shape, self.dtype) for which in (0, 1)), sinks_N) for copy in range(count)
+            (*(pool(2 + 2 * copy + which, shape, self.dtype, self.cache_dtype) for which in (0, 1)), sinks_N)
+            for copy in range(count)
         ]
 
     def call(self, x: Carried, operands: Any, implementation: str) -> jax.Array:
@@ -91,7 +95,7 @@ class Prefill(Case):
 
     def expected(self, x: Carried, operands: Any) -> np.ndarray:
         """The same."""
-        k_KSH, v_KSH = (together(pool, x.table_BZ[:1])[0, :, : self.positions] for pool in operands[:2])
+        k_KSH, v_KSH = (together(each, x.table_BZ[:1])[0, :, : self.positions] for each in operands[:2])
         q_TKGH = float64(self.sample(x.q_BTNH)).reshape(_TOKENS, self.num_kv_heads, -1, self.head_width)
         scores = np.einsum("tkgh,ksh->tkgs", q_TKGH, k_KSH) * self.head_width**-0.5
         ahead_TS = np.arange(self.positions - _TOKENS, self.positions)[:, None] - np.arange(self.positions)

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import reference
+from pallas_kernels.fp8_pages import Fp8Pages, Pages, expanded
 from pallas_kernels.pages import PAGE
 
 BLOCK = 64  # positions
@@ -33,24 +34,27 @@ LANES = 16  # numbers of a vector
 TERMS = 4  # positions of a partial sum of values
 
 
-def takes(q_BTNH: jax.Array, k_YNSH: jax.Array) -> bool:
+def takes(q_BTNH: jax.Array, k_YNSH: Pages) -> bool:
     """Whether `attend` computes these, and faster than row by row.
 
     Where several queries share keys, there are too few numbers to read for each sum: at 32 rows of SmolLM2-135M, with
     three queries for each key, it took 9.0 ms of CPU time for three layers, and row by row 7.0 (JAX 0.12).
     """
-    return q_BTNH.dtype == k_YNSH.dtype == jnp.float32 and q_BTNH.shape[1:3] == (1, k_YNSH.shape[1])
+    is_read_as_float32 = isinstance(k_YNSH, Fp8Pages) or k_YNSH.dtype == jnp.float32
+    return q_BTNH.dtype == jnp.float32 and is_read_as_float32 and q_BTNH.shape[1:3] == (1, k_YNSH.shape[1])
 
 
-def numbers_of_a_row(N: int, H: int) -> int:
-    """The most intermediate numbers that `attend` holds for each row: partial sums, and scores and weights."""
-    return N * (BLOCK * (math.gcd(H, CHUNK) + 4) + (BLOCK // TERMS + 2) * H)
+def numbers_of_a_row(N: int, H: int, *, expands: bool = False) -> int:
+    """The most intermediate numbers that `attend` holds for each row: partial sums, and scores and weights; also keys
+    and values, if they are expanded from float8."""
+    numbers = N * (BLOCK * (math.gcd(H, CHUNK) + 4) + (BLOCK // TERMS + 2) * H)
+    return numbers + 2 * N * BLOCK * H if expands else numbers
 
 
 def attend(
     q_B1NH: jax.Array,
-    k_YNSH: jax.Array,
-    v_YNSH: jax.Array,
+    k_YNSH: Pages,
+    v_YNSH: Pages,
     table_BZ: jax.Array,
     q_positions_B1: jax.Array,
     sinks_N: jax.Array | None = None,
@@ -103,13 +107,22 @@ def _start(q_BNH: jax.Array, sinks_N: jax.Array | None, blocks: jax.Array) -> tu
     return maximum_BNW, total_BNW, jnp.full(q_BNH.shape, zero)
 
 
-def _gathered(pool_YNSH: jax.Array, table_BZ: jax.Array, starts_BP: jax.Array) -> jax.Array:
+def _gathered(pool_YNSH: Pages, table_BZ: jax.Array, starts_BP: jax.Array) -> jax.Array:
     """The pieces that begin at these positions of each row, [B, P, N, R, H]."""
-    N, H = pool_YNSH.shape[1], pool_YNSH.shape[3]
     pages_BP = jnp.take_along_axis(table_BZ, starts_BP // PAGE, axis=1, mode="clip")
     numbers = jax.lax.GatherDimensionNumbers(offset_dims=(2, 3, 4), collapsed_slice_dims=(0,), start_index_map=(0, 2))
     starts_BP2 = jnp.stack([pages_BP, starts_BP % PAGE], axis=-1)
-    return jax.lax.gather(pool_YNSH, starts_BP2, numbers, (1, N, BLOCK // PIECES, H), mode="clip")
+
+    def taken(array_YNSH: jax.Array) -> jax.Array:
+        sizes = 1, array_YNSH.shape[1], BLOCK // PIECES, array_YNSH.shape[3]
+        return jax.lax.gather(array_YNSH, starts_BP2, numbers, sizes, mode="clip")
+
+    pieces = jax.tree.map(taken, pool_YNSH)
+    if not isinstance(pieces, Fp8Pages):
+        return pieces
+    # On its own, as the loops that read these would else be others than for numbers, and round otherwise.
+    separate: jax.Array = jax.lax.optimization_barrier(expanded(pieces, jnp.float32))
+    return separate
 
 
 def _scores(q_BNH: jax.Array, k_BPNRH: jax.Array) -> jax.Array:

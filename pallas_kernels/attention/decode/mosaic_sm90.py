@@ -25,6 +25,7 @@ from pallas_kernels.attention.decode.newest_sm90 import Newest
 from pallas_kernels.attention.decode.plan_sm90 import FEW_WARPS, MANY_WARPS, QUERIES, DecodePlan, ProductPlan
 from pallas_kernels.attention.decode.slots_sm90 import Slots
 from pallas_kernels.attention.decode.turns_sm90 import Run, Seen, Share, Thread
+from pallas_kernels.fp8_pages import Fp8Pages, Pages
 from pallas_kernels.pages import PAGE
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
@@ -53,8 +54,8 @@ class NewTokens(NamedTuple):
 
 def decode(
     q_BNH: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     counts_B: jax.Array,
     sinks_N: jax.Array | None = None,
     *,
@@ -76,7 +77,8 @@ def decode(
 
     Args:
       q_BNH: bfloat16; query n uses key/value head n // (N / K).
-      k_YKSH, v_YKSH: bfloat16, in pages, S = `pages.PAGE`; H a multiple of 64.
+      k_YKSH, v_YKSH: bfloat16 or `Fp8Pages`, in pages, S = `pages.PAGE`; H a multiple of 64. Both give the same bits if
+        they stand for the same numbers.
       counts_B: int32, 0 to Z · S: places in use.
       sinks_N: bfloat16 or float32, one logit per query head that takes its share of the softmax and has no value.
       scale: scores are multiplied by it.
@@ -101,8 +103,8 @@ def decode(
 
 def decode_newest(
     tokens: NewTokens,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     counts_B: jax.Array,
     sinks_N: jax.Array | None = None,
     *,
@@ -113,7 +115,7 @@ def decode_newest(
     splits: int | None = None,
     blocks: int | None = None,
     warps: int | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pages, Pages]:
     """`decode` for the rows' newest tokens, whose keys and values it also writes to the pages.
 
     A row's newest token has the last of its `counts` places, which is the place of its slot. The same bits as those of
@@ -123,7 +125,7 @@ def decode_newest(
       The result, and the pages, which are updated in place if donated.
     """
     B, H = len(tokens.slots_B), k_YKSH.shape[3]
-    q_BNH = jax.ShapeDtypeStruct((B, tokens.qkv.parts_JAO.shape[2] // H - 2 * k_YKSH.shape[1], H), k_YKSH.dtype)
+    q_BNH = jax.ShapeDtypeStruct((B, tokens.qkv.parts_JAO.shape[2] // H - 2 * k_YKSH.shape[1], H), jnp.bfloat16)
     plan = _planned(q_BNH, k_YKSH, v_YKSH, sinks_N, table_BZ, starts_B, window, scale=scale)
     (cos, sin), (q_scale, k_scale) = (each or (None, None) for each in (tokens.rotation, tokens.scales))
     bias = tokens.qkv.bias_EO
@@ -144,8 +146,8 @@ def decode_newest(
 
 def _planned(
     q_BNH: jax.Array | jax.ShapeDtypeStruct,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     sinks_N: jax.Array | None,
     table_BZ: jax.Array,
     starts_B: jax.Array | None,
@@ -157,7 +159,7 @@ def _planned(
     """What follows from the operands, without who computes what."""
     N, H = q_BNH.shape[1:]
     K, Z = k_YKSH.shape[1], table_BZ.shape[1]
-    dtypes = {x.dtype for x in (q_BNH, k_YKSH, v_YKSH)}
+    dtypes = {x.dtype for x in (q_BNH, k_YKSH, v_YKSH) if not isinstance(x, Fp8Pages)}
     if dtypes != {jnp.dtype(jnp.bfloat16)}:
         raise ValueError(f"mosaic decode attention takes bfloat16, found {', '.join(sorted(map(str, dtypes)))}")
     if sinks_N is not None and sinks_N.dtype not in (jnp.bfloat16, jnp.float32):
@@ -181,6 +183,7 @@ def _planned(
         pages=Z,
         windowed=starts_B is not None,
         folded=is_folded,
+        fp8=isinstance(k_YKSH, Fp8Pages),
     )
 
 
@@ -206,22 +209,25 @@ def _dealt(plan: DecodePlan, rows: int, splits: int | None, blocks: int | None, 
 @functools.partial(jax.jit, static_argnames="plan")
 def _decode(
     given: dict[str, jax.Array | None],
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Any,
+    v_YKSH: Any,
     counts_B: jax.Array,
     sinks_N: jax.Array | None,
     table_BZ: jax.Array,
     starts_B: jax.Array | None,
     *,
     plan: DecodePlan,
-) -> list[jax.Array]:
+) -> list[Any]:
     """The result and, if they are written to, the pages. `given`: the queries, or what they come from, by name."""
     B, K, G, H, J = len(counts_B), plan.keys, plan.group, plan.width, plan.entries
-    pools: list[Any] = [k_YKSH, v_YKSH]
+    pools: dict[str, Any] = {"k": k_YKSH, "v": v_YKSH}
+    if plan.fp8:
+        pools = {"k": k_YKSH.numbers_YKSH, "v": v_YKSH.numbers_YKSH}
+        pools |= {"k_exponents": k_YKSH.exponents_YKS1, "v_exponents": v_YKSH.exponents_YKS1}
     if plan.product is not None:
-        pools = [jax.new_ref(pool) for pool in pools]
+        pools = {name: jax.new_ref(pool) for name, pool in pools.items()}
     of_rows = {"counts": counts_B, "starts": starts_B, "slots": given.pop("slots", None)}
-    operands = given | {"k": pools[0], "v": pools[1], "sinks": sinks_N}
+    operands = given | pools | {"sinks": sinks_N}
     (operands if starts_B is None else of_rows)["table"] = table_BZ  # of a window, XLA gathers it
     operands["numbers"], begins = _joined(of_rows)
     operands["angles"], of_angles = _joined({name: operands.pop(name, None) for name in ("cos", "sin")})
@@ -253,7 +259,12 @@ def _decode(
     out = results["out"]
     if plan.splits > 1:
         out = combine_sm90.combine(plan, out, results["totals"], counts_B, sinks_N)
-    return [out, *(jax.freeze(pool) for pool in pools if plan.product is not None)]
+    if plan.product is None:
+        return [out]
+    written = {name: jax.freeze(pool) for name, pool in pools.items()}
+    if plan.fp8:
+        return [out, *(Fp8Pages(written[kv], written[f"{kv}_exponents"]) for kv in "kv")]
+    return [out, written["k"], written["v"]]
 
 
 def _joined(arrays: dict[str, jax.Array | None]) -> tuple[jax.Array | None, dict[str, int]]:
@@ -331,7 +342,7 @@ def _shared(
     share = Share.whole(entry) if plan.splits == 1 else Share.of(plan, seen, entry)
     if plan.ranges > 1:
         seen = seen.within(share.range)
-    stream = warp_sm90.CacheStream(plan, arrays["k"], arrays["v"], arrays["table"], at, Run.of(plan, share, at), seen)
+    stream = warp_sm90.CacheStream(plan, arrays, arrays["table"], at, Run.of(plan, share, at), seen)
     pages = stream.pages()
     newest = None if plan.product is None else Newest.of(plan, plan.product, arrays, at)
     a = warp_sm90.load_queries(plan, arrays["q"], at) if newest is None else []

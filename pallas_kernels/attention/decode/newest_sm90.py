@@ -19,6 +19,7 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels import ptx
 from pallas_kernels.attention.decode.plan_sm90 import EIGHT, DecodePlan, ProductPlan
 from pallas_kernels.attention.decode.turns_sm90 import Seen, Thread, Words, load_count
+from pallas_kernels.formats import fp8_sm90
 from pallas_kernels.pages import PAGE
 from pallas_kernels.ptx import Value
 from pallas_kernels.ptx.rows import load_number
@@ -81,16 +82,27 @@ class Newest:
         writes = ptx.both(is_first, ptx.less(-1, self.slot))
         for begin, head in zip(_turns(plan), self.heads, strict=True):
             pairs = self._finished(head)
-            self._store(ptx.shared_offset(self.arrays["heads"], head.number, plan.row), pairs, "shared")
             key = ptx.add(head.number, -plan.queries)
+            packed = fp8_sm90.Vector.of([_rounded(number) for pair in pairs for number in pair]) if plan.fp8 else None
+            if packed is not None:
+                is_query, again = ptx.less(key, 0), iter(packed.as_read())
+                pairs = [_Pair(*(arith.select(is_query, number, next(again)) for number in pair)) for pair in pairs]
+            self._store(ptx.shared_offset(self.arrays["heads"], head.number, plan.row), pairs, "shared")
             exists = ptx.less(ptx.add(self.at.warp, begin), plan.queries + 2)
             is_mine = ptx.both(writes, exists, ptx.less(-1, key))
 
-            def write(key: Value = key, pairs: list[_Pair] = pairs) -> None:
+            def write(key: Value = key, pairs: list[_Pair] = pairs, packed: fp8_sm90.Vector | None = packed) -> None:
                 page, place = ptx.divided(self.slot, PAGE)
                 place = ptx.add(ptx.mul(ptx.add(ptx.mul(page, plan.keys), block.head), PAGE), place)
-                pool = arith.select(ptx.less(0, key), self.arrays["v"], self.arrays["k"])
-                self._store(ptx.offset(pool, place, plan.row), pairs, "global")
+                is_value = ptx.less(0, key)
+                pool = arith.select(is_value, self.arrays["v"], self.arrays["k"])
+                row = ptx.offset(pool, place, plan.cache_row)
+                if packed is None:
+                    self._store(row, pairs, "global")
+                    return
+                exponents = arith.select(is_value, self.arrays["v_exponents"], self.arrays["k_exponents"])
+                shifts = [shift + more for shift in _shifts(plan) for more in (0, plan.width // 2)]
+                packed.store(row, self.at.lane, shifts, ptx.offset(exponents, place, 1))
 
             ptx.when(is_mine, write)
 
@@ -159,6 +171,27 @@ class Newest:
             return ptx.load_shared_over(value, words, _equal(ahead_of_mine, place), shift=128 * j)
 
         return keys, [replaced(*each) for each in enumerate(values)]
+
+    def over_exponents(self, of_keys: Words, of_values: Words, seen: Seen, first: Value) -> tuple[Words, Words]:
+        """The same for the exponents in float8: in shared memory, the newest key and value have their scale already."""
+        plan = self.plan
+        if not plan.fp8:
+            return of_keys, of_values
+        newest = ptx.add(seen.count, -1)
+        if plan.folded:
+            newest = arith.andi(newest, ptx.const(PAGE - 1))
+        ahead = arith.subi(newest, ptx.add(first, ptx.mul(self.at.q, 2)))
+
+        def replaced(number: int, words: list[Value]) -> list[Value]:
+            for i in (0, 1):
+                is_newest = _equal(ahead, EIGHT * number + i)
+                which, byte = (i, 0) if len(words) == 2 else (0, i)
+                one = fp8_sm90.without_scale(words[which], byte)
+                words = [arith.select(is_newest, one, word) if at == which else word for at, word in enumerate(words)]
+            return words
+
+        of_keys, of_values = ([replaced(*each) for each in enumerate(words)] for words in (of_keys, of_values))
+        return of_keys, of_values
 
 
 def _turns(plan: DecodePlan) -> range:

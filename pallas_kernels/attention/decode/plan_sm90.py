@@ -72,6 +72,7 @@ class DecodePlan:
     blocks: int = 1  # per cluster, a power of two
     warps: int = FEW_WARPS  # per block, a power of two and a multiple of 4
     product: ProductPlan | None = None  # None: queries are given, and the newest keys and values are in the pages
+    fp8: bool = False  # whether the pages are `Fp8Pages`
 
     @property
     def threads(self) -> int:
@@ -80,8 +81,13 @@ class DecodePlan:
 
     @property
     def row(self) -> int:
-        """Bytes of a key, or of a value."""
+        """Bytes of a query, or of a key or a value in bfloat16."""
         return 2 * self.width
+
+    @property
+    def cache_row(self) -> int:
+        """Bytes of a key's or a value's numbers in the pages."""
+        return self.width if self.fp8 else self.row
 
     @property
     def queries(self) -> int:

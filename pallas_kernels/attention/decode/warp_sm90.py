@@ -22,6 +22,7 @@ from pallas_kernels.attention.decode.newest_sm90 import Newest
 from pallas_kernels.attention.decode.plan_sm90 import EIGHT, DecodePlan
 from pallas_kernels.attention.decode.slots_sm90 import Slots
 from pallas_kernels.attention.decode.turns_sm90 import Run, Seen, Thread, Words
+from pallas_kernels.formats import fp8_sm90
 from pallas_kernels.pages import PAGE
 from pallas_kernels.ptx import Value
 
@@ -30,6 +31,8 @@ _BITS = PAGE.bit_length() - 1  # of a place in a page
 _LOAD = "ld.global.nc.b32 $0, [$1];"
 _LOAD_FOUR = "ld.global.nc.v4.b32 {{$0, $1, $2, $3}}, [$4+{}];"
 _STREAM_FOUR = "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {{$0, $1, $2, $3}}, [$4+{}];"
+_STREAM_TWO = "ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {{$0, $1}}, [$2+{}];"
+_LOAD_BYTES = {1: "ld.global.nc.u8 $0, [$1+{}];", 2: "ld.global.nc.u16 $0, [$1+{}];"}
 
 
 def load_queries(plan: DecodePlan, q: Value, at: Thread) -> list[list[Value]]:
@@ -61,8 +64,31 @@ def query_factors(plan: DecodePlan, words: Callable[[int], Words]) -> list[list[
     ]
 
 
-def _load(text: str, address: Value, place: int) -> list[Value]:
-    return ptx.asm(text.format(place), [ptx.i32()] * 4, [address], volatile=True)
+def _load(text: str, address: Value, place: int, words: int = 4) -> list[Value]:
+    return ptx.asm(text.format(place), [ptx.i32()] * words, [address], volatile=True)
+
+
+class Tile(NamedTuple):
+    """What a thread loads of a warp's tile."""
+
+    keys: Words
+    values: Words
+    key_exponents: Words  # of the scales in float8, of the thread's two places in every eight; none for bfloat16
+    value_exponents: Words
+
+    @classmethod
+    def of_both(cls, keys: tuple[Words, Words], values: tuple[Words, Words]) -> "Tile":
+        """Of what `CacheStream` loads."""
+        return cls(keys[0], values[0], keys[1], values[1])
+
+    def words(self) -> list[Value]:
+        """All of its words."""
+        return [word for words in self for word in chain(*words)]
+
+    def like(self, words: list[Value]) -> "Tile":
+        """Other words in the same arrangement."""
+        rest = iter(words)
+        return Tile(*([[next(rest) for _ in each] for each in part] for part in self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +96,7 @@ class CacheStream:
     """The thread's loads of its warp's tiles. It also loads places beyond the count, but none beyond the last page."""
 
     plan: DecodePlan
-    k: Value  # address of all keys
-    v: Value
+    arrays: dict[str, Value]  # addresses by name: all keys and values, and the exponents of their scales if in float8
     table: Value
     at: Thread
     run: Run
@@ -108,60 +133,90 @@ class CacheStream:
             page = arith.select(ptx.less(turn, 32 * number), page, each)
         return [page]
 
-    def keys(self, turn: Value | int, pages: list[Value]) -> Words:
-        """The 16 bytes from 16·q on in every 64, of place g in every eight."""
-        places = range(0, self.plan.warp_tile, EIGHT)
-        rows = self._rows(ptx.offset(self.k, self.at.q, 16), turn, pages, self.at.g, places)
-        return [_load(_STREAM_FOUR, row, begin + 64 * i) for row, begin in rows for i in range(self.plan.width // 32)]
+    def keys(self, turn: Value | int, pages: list[Value]) -> tuple[Words, Words]:
+        """The numbers from 8·q on in every 32, of place g in every eight; and exponents."""
+        plan, places = self.plan, range(0, self.plan.warp_tile, EIGHT)
+        first = ptx.offset(self.arrays["k"], self.at.q, EIGHT * plan.cache_row // plan.width)
+        rows = self._rows(first, turn, pages, self.at.g, places)
+        keys = [self._eight(row, begin, 32 * i) for row, begin in rows for i in range(plan.width // 32)]
+        return keys, self._exponents("k_exponents", turn, pages)
 
-    def values(self, turn: Value | int, pages: list[Value]) -> Words:
-        """The 16 bytes from 16·g on in every 128, of places 2·q, 2·q + 1, 2·q + 8 and 2·q + 9 in every 16."""
-        places = [first + i for first in range(0, self.plan.warp_tile, 2 * EIGHT) for i in (0, 1, 8, 9)]
-        rows = self._rows(ptx.offset(self.v, self.at.g, 16), turn, pages, ptx.mul(self.at.q, 2), places)
-        return [
-            _load(_STREAM_FOUR, row, begin + 128 * j)
+    def values(self, turn: Value | int, pages: list[Value]) -> tuple[Words, Words]:
+        """The numbers from 8·g on in every 64, of places 2·q, 2·q + 1 and 8 further in every 16; and exponents."""
+        plan = self.plan
+        places = [first + i for first in range(0, plan.warp_tile, 2 * EIGHT) for i in (0, 1, 8, 9)]
+        first = ptx.offset(self.arrays["v"], self.at.g, EIGHT * plan.cache_row // plan.width)
+        rows = self._rows(first, turn, pages, ptx.mul(self.at.q, 2), places)
+        values = [
+            self._eight(row, begin, 64 * j)
             for sixteen in range(0, len(rows), 4)
-            for j in range(self.plan.width // 64)
+            for j in range(plan.width // 64)
             for row, begin in rows[sixteen : sixteen + 4]
         ]
+        return values, self._exponents("v_exponents", turn, pages)
+
+    def _eight(self, row: Value, begin: int, column: int) -> list[Value]:
+        """Begins to load eight adjacent numbers."""
+        if self.plan.fp8:
+            return _load(_STREAM_TWO, row, begin + column, 2)
+        return _load(_STREAM_FOUR, row, begin + 2 * column)
+
+    def _exponents(self, name: str, turn: Value | int, pages: list[Value]) -> Words:
+        """Begins to load the exponents of the thread's two places in every eight: in one word, or two if two pages may
+        have them."""
+        if not self.plan.fp8:
+            return []
+        each = 1 if self.plan.folded else 2
+        places = [first + i for first in range(0, self.plan.warp_tile, EIGHT) for i in range(0, 2, each)]
+        rows = self._rows(self.arrays[name], turn, pages, ptx.mul(self.at.q, 2), places, 1)
+        words = [_load(_LOAD_BYTES[each], row, begin, 1)[0] for row, begin in rows]
+        return [words[i : i + 2 // each] for i in range(0, len(words), 2 // each)]
 
     def _first(self, turn: Value | int) -> Value:
         """The first place of a turn's tile, or of the last tile if the turn is beyond it."""
         return arith.minsi(self.run.place(turn), ptx.const(self.plan.places - self.plan.warp_tile))
 
     def _rows(
-        self, cache: Value, turn: Value | int, pages: list[Value], mine: Value, places: Iterable[int]
+        self,
+        cache: Value,
+        turn: Value | int,
+        pages: list[Value],
+        mine: Value,
+        places: Iterable[int],
+        size: int | None = None,
     ) -> list[tuple[Value, int]]:
-        """Where the thread reads: addresses, and bytes to add to them. `places` count from the tile's place `mine`."""
-        plan = self.plan
+        """Where the thread reads: addresses, and bytes to add to them. `places` count from the tile's place `mine`.
+
+        `size`: bytes of a place, by default those of a key's or a value's numbers.
+        """
+        plan, size = self.plan, self.plan.cache_row if size is None else size
         pairs = [ptx.mul(ptx.add(ptx.mul(page, plan.keys), self.at.block.head), PAGE) for page in pages]
         if len(pairs) == 2:  # a page for each place
             first, found = ptx.add(self._first(turn), mine), []
             for place in places:
                 inside = ptx.add(first, place)
                 pair = arith.select(ptx.less(inside, self.seen.start), pairs[1], pairs[0])
-                found.append((ptx.offset(cache, ptx.add(pair, inside), plan.row), 0))
+                found.append((ptx.offset(cache, ptx.add(pair, inside), size), 0))
             return found
         # A tile lies within a page.
         first = ptx.add(pairs[0], arith.andi(self._first(turn), ptx.const(PAGE - 1)))
-        row = ptx.offset(cache, ptx.add(first, mine), plan.row)
-        return [(row, plan.row * place) for place in places]
+        row = ptx.offset(cache, ptx.add(first, mine), size)
+        return [(row, size * place) for place in places]
 
 
 class Loaded(NamedTuple):
     """What a warp loads before it computes: the pages of its tiles, and its first tile."""
 
-    keys: Words
-    values: Words
+    tile: Tile
     pages: list[Value]  # see `CacheStream.pages`
 
     @classmethod
     def of(cls, stream: CacheStream, pages: list[Value]) -> "Loaded":
         """Begins to load the tile."""
         first = stream.page(0, pages)
-        loaded = cls(stream.keys(0, first), stream.values(0, first), pages)
+        tile = Tile.of_both(stream.keys(0, first), stream.values(0, first))
         ptx.keep_loads_before(pages[0])
-        return loaded
+        return cls(tile, pages)
 
 
 def attend(
@@ -174,62 +229,86 @@ def attend(
       newest: the row's newest key and value, if the pages do not have them yet.
     """
     plan, run, seen, at = stream.plan, stream.run, stream.seen, stream.at
-    sizes = len(loaded.keys), len(loaded.values)
     turns = run.turns(seen) if plan.most_turns > 1 else ptx.const(1)
 
-    def finish(turn: Value, scores: Words, values: Words) -> None:
+    def finish(turn: Value, scores: Words, values: Words, scales: Words) -> None:
         weights, maxima, totals = _softmax(plan, scores)
-        factors = _packed(plan, weights)
+        factors = _packed(plan, _scaled(weights, scales))
         slots.add(run.slot(turn), at.lane, maxima, totals, lambda j: _multiply(plan, factors, values, j))
 
-    def with_newest(turn: Value, keys: Words, values: Words) -> tuple[Words, Words]:
-        return (keys, values) if newest is None else newest.over(keys, values, seen, run.place(turn))
+    def with_newest(turn: Value, tile: Tile) -> Tile:
+        if newest is None:
+            return tile
+        keys, values = ([fp8_sm90.numbers(words) for words in each] for each in tile[:2])
+        keys, values = newest.over(keys, values, seen, run.place(turn))
+        exponents = newest.over_exponents(tile.key_exponents, tile.value_exponents, seen, run.place(turn))
+        return Tile(keys, values, *exponents)
 
     def step(following: Value, carry: list[Value]) -> list[Value]:
         turn = ptx.add(following, -1)
         pages = stream.page(following, loaded.pages)
-        keys, values = _apart(carry, *sizes)
+        tile = loaded.tile.like(carry)
         if plan.folded:
-            keys, values = with_newest(turn, keys, values)
-        scores = _scores(plan, a, keys)
+            tile = with_newest(turn, tile)
+        scores, values, scales = _scores(plan, a, tile), tile.values, fp8_sm90.powers(tile.value_exponents)
         if plan.windowed:
             places = seen.places(plan, run.place(turn), at.q)
             scores, values = _seen_scores(scores, places), _seen_values(plan, values, places)
+            scales = _seen_scales(scales, places)
         keys = stream.keys(following, pages)
         ptx.keep_loads_before(pages[0])
-        finish(turn, scores, values)
-        values = stream.values(following, pages)
-        return [*chain(*keys, *values)]
+        finish(turn, scores, values, scales)
+        return Tile.of_both(keys, stream.values(following, pages)).words()
 
-    carry = [*chain(*loaded.keys, *loaded.values)]
+    carry = loaded.tile.words()
     if plan.most_turns > 1:
         carry = ptx.loop(turns, carry, step, start=1)
     # Without a window, only a warp's last tile may be partly or entirely missing. Unless pages lie one on the other,
     # no other has the newest place.
     last = ptx.add(turns, -1)
-    keys, values = with_newest(last, *_apart(carry, *sizes))
+    tile = with_newest(last, loaded.tile.like(carry))
     places = seen.places(plan, run.place(last), at.q)
-    finish(last, _seen_scores(_scores(plan, a, keys), places), _seen_values(plan, values, places))
+    scores = _seen_scores(_scores(plan, a, tile), places)
+    scales = _seen_scales(fp8_sm90.powers(tile.value_exponents), places)
+    finish(last, scores, _seen_values(plan, tile.values, places), scales)
 
 
-def _apart(carry: list[Value], keys: int, values: int) -> tuple[Words, Words]:
-    words = [carry[4 * i : 4 * i + 4] for i in range(keys + values)]
-    return words[:keys], words[keys:]
-
-
-def _scores(plan: DecodePlan, a: list[list[Value]], keys: Words) -> Words:
+def _scores(plan: DecodePlan, a: list[list[Value]], tile: Tile) -> Words:
     """Queries times the keys of every eight places, to base 2: per half of the queries, the thread's two places."""
+    keys, powers = tile.keys, fp8_sm90.powers(tile.key_exponents)
     zero = ptx.float32(0.0)
     scale = ptx.float32(plan.scale * split.LOG2_E)
     per = plan.width // 32
     scores = []
     for number in range(plan.warp_tile // EIGHT):
         acc = [zero] * 4
-        for i, words in enumerate(keys[per * number : per * (number + 1)]):
+        for i, eight in enumerate(keys[per * number : per * (number + 1)]):
+            words = fp8_sm90.numbers(eight)
             for half in (0, 1):
                 acc = ptx.mma(acc, a[2 * i + half], words[2 * half : 2 * half + 2])
-        scores.append([ptx.rounded_product(each, scale) for each in acc[: 2 * plan.eights]])
+        acc = acc[: 2 * plan.eights]
+        (acc,) = _scaled([acc], powers[number : number + 1])
+        scores.append([ptx.rounded_product(each, scale) for each in acc])
     return scores
+
+
+def _scaled(numbers: Words, powers: Words) -> Words:
+    """Scores or weights times the scales of their places in float8, if there are any."""
+    if not powers:
+        return numbers
+    return [
+        [ptx.rounded_product(number, power[i % 2]) for i, number in enumerate(each)]
+        for each, power in zip(numbers, powers, strict=True)
+    ]
+
+
+def _seen_scales(powers: Words, seen: Words) -> Words:
+    """Scales of values, with 0 where `seen` does not hold: the weights are 0 there, but the scales may be infinite."""
+    zero = ptx.float32(0.0)
+    return [
+        [arith.select(*each, zero) for each in zip(ok, power, strict=True)]
+        for ok, power in zip(seen[: len(powers)], powers, strict=True)
+    ]
 
 
 def _seen_scores(scores: Words, seen: Words) -> Words:
@@ -297,8 +376,14 @@ def _multiply(plan: DecodePlan, factors: Words, values: Words, j: int) -> Words:
     for sixteen, a in enumerate(factors):
         rows = values[4 * (across * sixteen + j) :][:4]
         for i in range(8):
-            selector = "0x7632" if i % 2 else "0x5410"
-            text = f"prmt.b32 $0, $1, $2, {selector};"
-            b = [ptx.asm(text, [ptx.i32()], [rows[r][i // 2], rows[r + 1][i // 2]])[0] for r in (0, 2)]
+            b = [_paired(rows[r], rows[r + 1], i) for r in (0, 2)]
             sums = [*sums[:i], ptx.mma(sums[i], a, b), *sums[i + 1 :]]
     return sums
+
+
+def _paired(row: list[Value], following: list[Value], i: int) -> Value:
+    """The i-th of eight numbers of two rows, as bfloat16 in a register."""
+    if len(row) == 2:
+        return fp8_sm90.pair(row[i // 4], i % 4, following[i // 4], i % 4)
+    selector = "0x7632" if i % 2 else "0x5410"
+    return ptx.asm(f"prmt.b32 $0, $1, $2, {selector};", [ptx.i32()], [row[i // 2], following[i // 2]])[0]

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.attention.prefill import rows_sm90, schedule
+from pallas_kernels.attention.prefill import by_row, rows_sm90, schedule
 from pallas_kernels.attention.prefill.core_sm90 import (
     COLUMNS,
     EIGHT,
@@ -35,6 +35,7 @@ from pallas_kernels.attention.prefill.core_sm90 import (
     zero_values,
 )
 from pallas_kernels.attention.prefill.schedule import QUERIES, STAGES, UNLIMITED, TileItem, TileItems
+from pallas_kernels.fp8_pages import Fp8Pages, Pages
 from pallas_kernels.pages import PAGE, Tiles
 
 plgpu: Any = mosaic_gpu  # JAX 0.10 has another interface: there, this module can only be imported
@@ -42,8 +43,8 @@ plgpu: Any = mosaic_gpu  # JAX 0.10 has another interface: there, this module ca
 
 def prefill(
     q_TNH: jax.Array,
-    k_YKSH: jax.Array,
-    v_YKSH: jax.Array,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     table_BZ: jax.Array,
     tiles: Tiles,
     sinks_N: jax.Array | None = None,
@@ -60,7 +61,7 @@ def prefill(
 
     Args:
       q_TNH: bfloat16.
-      k_YKSH, v_YKSH: bfloat16 pools of pages.
+      k_YKSH, v_YKSH: bfloat16 pools of pages; or in float8, of which one row's at a time are expanded (`by_row`).
       table_BZ: int32.
       tiles: which rows the tokens are of, and their positions.
       sinks_N: bfloat16 or float32 logits of the query heads.
@@ -76,17 +77,17 @@ def prefill(
     """
     if why := refused(q_TNH, k_YKSH, v_YKSH, sinks_N, scale=scale):
         raise ValueError(f"mosaic prefill attention takes {why}")
-    operands = q_TNH, k_YKSH, v_YKSH, table_BZ, tiles, sinks_N
-    return _prefill(*operands, scale=scale, window=window, interpret=interpret)
+    run = partial(_prefill, sinks_N=sinks_N, scale=scale, window=window, interpret=interpret)
+    if isinstance(k_YKSH, Fp8Pages) and isinstance(v_YKSH, Fp8Pages):
+        return by_row.attend(run, q_TNH, k_YKSH, v_YKSH, table_BZ, tiles, window=window)
+    return run(q_TNH, k_YKSH, v_YKSH, table_BZ, tiles)
 
 
-def refused(
-    q_TNH: jax.Array, k_YKSH: jax.Array, v_YKSH: jax.Array, sinks_N: jax.Array | None, *, scale: float
-) -> str | None:
+def refused(q_TNH: jax.Array, k_YKSH: Pages, v_YKSH: Pages, sinks_N: jax.Array | None, *, scale: float) -> str | None:
     """What `prefill` takes instead of these operands, for an error message; None if it takes them."""
     N, H = q_TNH.shape[1:]
     K = k_YKSH.shape[1]
-    dtypes = {x.dtype for x in (q_TNH, k_YKSH, v_YKSH)}
+    dtypes = {x.dtype for x in (q_TNH, k_YKSH, v_YKSH) if not isinstance(x, Fp8Pages)}
     if dtypes != {jnp.dtype(jnp.bfloat16)}:
         return f"bfloat16, found {', '.join(sorted(map(str, dtypes)))}"
     if sinks_N is not None and sinks_N.dtype not in (jnp.bfloat16, jnp.float32):

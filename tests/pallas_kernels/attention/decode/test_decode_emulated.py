@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import pages, ptx
-from tests.oracles import attention_numpy
+from pallas_kernels.fp8_pages import Fp8Pages
+from tests.oracles import attention_numpy, fp8_numpy
 from tests.oracles.paged import paged
 from tests.pallas_kernels.emulated_ptx import launched
 from tests.pallas_kernels.marks import needs_mosaic
@@ -85,6 +86,7 @@ def _plan(shape: Shape, row: Row, rows: int, **settings: int) -> Any:
 def _emulated(monkeypatch: Any, plan: Any, row: Row) -> np.ndarray:
     """What the kernels write: [N, H]."""
     modules = [importlib.import_module(f"pallas_kernels.attention.decode.{name}_sm90") for name in _MODULES]
+    modules.append(importlib.import_module("pallas_kernels.formats.fp8_sm90"))
     monkeypatch.setattr(ptx, "launch", launched(*modules))
     starts_1 = None if row.start is None else np.array([row.start], np.int32)
     given = {"q": row.q_NH[None]}, row.k_YKSH, row.v_YKSH, np.array([row.count], np.int32), row.sinks_N
@@ -173,6 +175,37 @@ def test_bits_do_not_depend_on_the_width_of_the_table(name, count, monkeypatch):
         plans += some.values()
     assert len(found) == 1
     assert {plan.splits for plan in plans} >= {1, 32} and any(plan.loops for plan in plans)
+
+
+FP8 = [("gpt-oss", 33), ("gpt-oss", 4097), ("its window", 129), ("a long window", 700)]
+FP8 += [thorough("llama", 700), thorough("qwen", 31), thorough("twenty queries", 2049)]
+
+
+@pytest.mark.parametrize(("name", "count"), FP8)
+def test_pages_in_float8_give_the_bits_of_rounded_numbers(name, count, monkeypatch):
+    shape = SHAPES[name]
+    row = _row(shape, count - 1)
+    pools = row.k_YKSH, row.v_YKSH
+    plain = row._replace(**dict(zip(("k_YKSH", "v_YKSH"), map(_as_read, pools), strict=True)))
+    packed = row._replace(**dict(zip(("k_YKSH", "v_YKSH"), map(_packed, pools), strict=True)))
+    for rows in (1, 64):
+        plan = _plan(shape, row, rows)
+        expected = _emulated(monkeypatch, plan, plain)
+        found = _emulated(monkeypatch, dataclasses.replace(plan, fp8=True), packed)
+        np.testing.assert_array_equal(found.view(np.uint16), expected.view(np.uint16))
+        assert np.isfinite(found.astype(np.float32)).all()
+        assert np.abs(found.astype(np.float64) - row.expected_NH).max() < 0.2
+
+
+def _as_read(pool_YKSH: np.ndarray) -> np.ndarray:
+    return fp8_numpy.as_read(pool_YKSH).astype(pool_YKSH.dtype)
+
+
+def _packed(pool_YKSH: np.ndarray) -> Fp8Pages:
+    """With the worst that there may be where nobody looks: numbers of NaN, with an infinite scale."""
+    numbers, exponents = fp8_numpy.rounded(pool_YKSH)
+    exponents = np.where(np.isnan(pool_YKSH).any(axis=-1, keepdims=True), 255, exponents + 127)
+    return Fp8Pages(numbers.view(np.uint8), exponents.astype(np.uint8))
 
 
 def test_nothing_is_seen(monkeypatch):

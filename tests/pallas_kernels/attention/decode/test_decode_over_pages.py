@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, pages
+from pallas_kernels import dispatch, fp8_pages, pages
 from pallas_kernels.attention import api, attention_over_pages
 from pallas_kernels.attention.decode import mosaic_sm90, triton
 from tests.oracles import attention_numpy
@@ -124,6 +124,18 @@ SM90 = {
     "gpt2": Case(N=12, K=12, H=64, positions=[1023, 511, -1, 0, 128, 127, 640, 1000]),
     "llama 8B": Case(N=32, K=8, H=128, positions=[2047, 100, -1, 1024]),
 }
+
+
+@needs_hopper
+@pytest.mark.parametrize("name", [*CASES, *SM90])
+def test_pages_in_float8_give_the_bits_of_rounded_numbers_on_a_gpu(name):
+    case = {**CASES, **SM90}[name]
+    _, (q, k, v, *rest) = _operands(case, jnp.bfloat16)
+    packed = [fp8_pages.rounded(jnp.asarray(pool)) for pool in (k, v)]
+    plain = [fp8_pages.expanded(pool, jnp.bfloat16) for pool in packed]
+    found, expected = (np.asarray(_run(mosaic_sm90.decode, case)(q, *pools, *rest)) for pools in (packed, plain))
+    np.testing.assert_array_equal(found.view(np.uint16), expected.view(np.uint16))
+    assert np.isfinite(found.astype(np.float32)).all() and found.astype(np.float32).any()
 
 
 def _given(case: Case, dtype: Any, **more: Any) -> Paged:

@@ -17,8 +17,10 @@ import pytest
 from pallas_kernels import pages, ptx
 from pallas_kernels.append import write_rows
 from pallas_kernels.attention import api
+from pallas_kernels.fp8_pages import Fp8Pages, expanded
 from pallas_kernels.pages import PAGE
 from pallas_kernels.partial_sum import PartialSum
+from tests.oracles import fp8_numpy
 from tests.pallas_kernels.emulated_ptx import launched
 from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 from tests.thinned import thorough
@@ -44,6 +46,7 @@ class Case(NamedTuple):
     sinks: bool = True
     pages: int | None = None  # of a table
     settings: Mapping[str, int] = MappingProxyType({})
+    fp8: bool = False  # the pages
 
 
 NEW_PAGES = [0, 127, 128, 255, 256, 31, 32, -1]
@@ -68,8 +71,15 @@ CASES = {
     "splits": Case(8, 1, 64, [700, 33, 511], settings={"splits": 16, "blocks": 1, "warps": 4}),
     "ranges in turn": Case(8, 1, 64, [4500, 4095, 300], pages=70, settings={"splits": 1, "blocks": 1}),
     "ranges, combined": Case(8, 1, 64, [4500, 4096], pages=70),
+    "float8": Case(8, 1, 64, [300, *NEW_PAGES], pieces=3, fp8=True),
+    "float8, a window": Case(8, 1, 64, [130, 383, *NEW_PAGES], 128, pieces=3, fp8=True),
+    "float8, a long window": Case(8, 2, 64, [300, 700, 128, 3], 300, fp8=True),
+    "float8, wide, normed": Case(4, 2, 128, [200, 64, -1], norm=jnp.bfloat16, bias=None, sinks=False, fp8=True),
+    "float8, splits": Case(20, 1, 64, [700, 33, 512], settings={"splits": 3, "blocks": 2}, fp8=True),
+    "float8, three times the width": Case(5, 1, 192, [190, 17], fp8=True),
 }
 QUICK = ("gpt-oss", "its window", "a short window, wide heads", "qwen3", "twenty queries, splits of clusters")
+QUICK += ("float8", "float8, a window", "float8, wide, normed")
 
 
 class Given(NamedTuple):
@@ -79,8 +89,8 @@ class Given(NamedTuple):
     bias_EO: np.ndarray | None
     rotation: tuple[np.ndarray, np.ndarray] | None
     positions_B: np.ndarray
-    k_YKSH: np.ndarray
-    v_YKSH: np.ndarray
+    k_YKSH: Any
+    v_YKSH: Any
     table_BZ: np.ndarray
     sinks_N: np.ndarray | None
     scales: tuple[np.ndarray, np.ndarray] | None
@@ -107,6 +117,7 @@ def _given(case: Case) -> Given:
         block, place = np.nonzero((places >= position) | (places < position + 1 - (case.window or 1 << 30)))
         for pool in pools:
             pool[table[row, block], :, place] = np.nan
+    pools = [_packed(pool) if case.fp8 else pool for pool in pools]
     angle = rng.uniform(-3, 3, (B, case.H // 2)).astype(np.float32)
     return Given(
         numbers(case.pieces, B, columns),
@@ -118,6 +129,12 @@ def _given(case: Case) -> Given:
         2 * numbers(case.N) if case.sinks else None,
         None if case.norm is None else (numbers(case.H, dtype=case.norm), numbers(case.H, dtype=case.norm)),
     )
+
+
+def _packed(x: np.ndarray) -> Fp8Pages:
+    numbers, exponents = fp8_numpy.rounded(x)
+    exponents = np.where(np.isnan(x).any(axis=-1, keepdims=True), 255, exponents + 127)
+    return Fp8Pages(numbers.view(np.uint8), exponents.astype(np.uint8))
 
 
 def _rounded(x: np.ndarray) -> np.ndarray:
@@ -159,37 +176,39 @@ def _heads(case: Case, given: Given, fma: Any = _fma, kind: Any = np.float32) ->
 def _written(given: Given, k_BKH: np.ndarray, v_BKH: np.ndarray) -> list[np.ndarray]:
     """The pools with the new keys and values."""
     slots = np.asarray(pages.slots(given.table_BZ, given.positions_B[:, None]))[:, 0]
-    pools = [given.k_YKSH.copy(), given.v_YKSH.copy()]
+    pools = [jax.tree.map(np.array, pool) for pool in (given.k_YKSH, given.v_YKSH)]
     for pool, new in zip(pools, (k_BKH, v_BKH), strict=True):
-        for row in np.nonzero(slots >= 0)[0]:
-            pool[slots[row] // PAGE, :, slots[row] % PAGE] = new[row]
+        new = _packed(new) if isinstance(pool, Fp8Pages) else new
+        for array, numbers in zip(jax.tree.leaves(pool), jax.tree.leaves(new), strict=True):
+            for row in np.nonzero(slots >= 0)[0]:
+                array[slots[row] // PAGE, :, slots[row] % PAGE] = numbers[row]
     return pools
 
 
-def _bits(x: Any) -> np.ndarray:
-    return np.asarray(x).view(np.uint16)
+def _bits(x: Any) -> Any:
+    return jax.tree.map(lambda array: np.asarray(array).view(np.uint8), x)
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else thorough(name) for name in CASES])
 def test_the_same_bits_as_step_by_step(name, monkeypatch):
     decode = importlib.import_module("pallas_kernels.attention.decode.mosaic_sm90")
     modules = [importlib.import_module(f"pallas_kernels.attention.decode.{each}_sm90") for each in _MODULES]
+    modules.append(importlib.import_module("pallas_kernels.formats.fp8_sm90"))
     monkeypatch.setattr(ptx, "launch", launched(*modules))
     monkeypatch.setattr(decode, "_decode", decode._decode.__wrapped__)
     case = CASES[name]
     for kernel in ("decode", "decode_newest"):
         monkeypatch.setattr(decode, kernel, partial(getattr(decode, kernel), **case.settings))
     given = _given(case)
-    pools = [jnp.asarray(pool) for pool in (given.k_YKSH, given.v_YKSH)]
+    pools = [jax.tree.map(jnp.asarray, pool) for pool in (given.k_YKSH, given.v_YKSH)]
     out, *written = given.run(case, given.positions_B, *pools)
 
     q, k, v = (np.asarray(jnp.asarray(each, jnp.bfloat16)) for each in _heads(case, given))
     expected = _written(given, k, v)
-    for each, pool in zip(written, expected, strict=True):
-        np.testing.assert_array_equal(_bits(each), _bits(pool))
+    jax.tree.map(np.testing.assert_array_equal, *map(_bits, (written, expected)))
     operands = q[:, None], *expected, given.table_BZ, given.positions_B[:, None], given.sinks_N
     alone = api._decode_pages(decode.decode, *operands, scale=case.H**-0.5, window=case.window)
-    np.testing.assert_array_equal(_bits(out), _bits(alone)[:, 0])
+    np.testing.assert_array_equal(_bits(out), _bits(alone[:, 0]))
     assert np.isfinite(out.astype(np.float32)).all() and not out[given.positions_B < 0].astype(np.float32).any()
     # The sums and their order above are the kernel's own; what they mean is this.
     exact = _heads(case, given, lambda a, b, c: a * b + c, np.float64)
@@ -203,6 +222,8 @@ LOWERED = {
     "its window": Case(64, 8, 64, [511] * 8, 128, pieces=3),
     "qwen3": Case(32, 8, 128, [511], norm=jnp.bfloat16, bias=None, sinks=False),
     "gpt2": Case(12, 12, 64, [511] * 9, rotates=False, pieces=6, sinks=False),
+    "gpt-oss in float8": Case(64, 8, 64, [511] * 8, pieces=3, fp8=True),
+    "its window in float8": Case(64, 8, 64, [511], 128, pieces=3, fp8=True),
 }
 
 
@@ -229,11 +250,14 @@ def test_the_same_bits_as_step_by_step_on_a_gpu(name):
     exists = slots >= 0
     before, after = (given.k_YKSH, given.v_YKSH), []
     for pool, each, mean in zip(before, written, exact[1:], strict=True):
-        new = np.asarray(each)[slots // PAGE, :, slots % PAGE]
-        near = {"rtol": 4 * ROUNDING, "atol": 8 * ROUNDING}
+        new = np.asarray(expanded(each, jnp.bfloat16))[slots // PAGE, :, slots % PAGE]
+        near = (
+            {"rtol": 2**-4 + 4 * ROUNDING, "atol": 2**-6} if case.fp8 else {"rtol": 4 * ROUNDING, "atol": 8 * ROUNDING}
+        )
         np.testing.assert_allclose(new.astype(np.float64)[exists], mean[exists], **near)
-        after.append(write_rows(jnp.asarray(pool), jnp.asarray(new), given.table_BZ, given.positions_B))
-        np.testing.assert_array_equal(_bits(each), _bits(after[-1]))
+        pool = jax.tree.map(jnp.asarray, pool)
+        after.append(write_rows(pool, jnp.asarray(new), given.table_BZ, given.positions_B))
+        jax.tree.map(np.testing.assert_array_equal, _bits(each), _bits(after[-1]))
     # Queries are not written anywhere. Those of this order of sums may be rounded otherwise in a few places.
     q = jnp.asarray(_heads(case, given)[0], jnp.bfloat16)[:, None]
     attend = partial(api._decode_pages, mosaic_sm90.decode, scale=case.H**-0.5, window=case.window)

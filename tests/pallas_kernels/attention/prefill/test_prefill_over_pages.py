@@ -15,8 +15,9 @@ import pytest
 from pallas_kernels import dispatch
 from pallas_kernels.attention import attention_over_pages, packed_attention_over_pages
 from pallas_kernels.attention.prefill import mosaic_sm90, schedule
+from pallas_kernels.fp8_pages import Fp8Pages
 from pallas_kernels.pages import PAGE, TILE, Tiles
-from tests.oracles import attention_numpy
+from tests.oracles import attention_numpy, fp8_numpy
 from tests.oracles.paged import Paged, paged, renumbered
 from tests.pallas_kernels.marks import lowered, needs_hopper, needs_mosaic
 from tests.thinned import thinned, thorough
@@ -183,6 +184,45 @@ def test_agrees_with_the_oracle(name):
     case = CASES[name]
     given, operands = _operands(case)
     _check(_run(case, interpret=True)(*operands), given, operands, case, most=40)
+
+
+FP8 = {
+    "rows of different lengths": CASES["rows of different lengths"],
+    "windows": Case(T=230, N=2, K=1, H=64, parts=[Part(2, 400, 70), Part(0, 20, 150)], window=100, pages=9),
+    "one row": Case(T=72, N=2, K=1, H=64, parts=[Part(0, 800, 70)], window=300, sinks=jnp.bfloat16),
+}
+
+
+def _in_float8(operands: list[Any]) -> tuple[list[Any], list[Any]]:
+    """With the numbers that float8 has; and in float8, with NaN and infinite scales where nobody looks."""
+    q, *pools, table, tiles = operands[:5]
+    plain = [fp8_numpy.as_read(pool).astype(pool.dtype) for pool in pools]
+    packed = []
+    for pool in pools:
+        numbers, exponents = fp8_numpy.rounded(pool)
+        exponents = np.where(np.isnan(pool).any(axis=-1, keepdims=True), 255, exponents + 127).astype(np.uint8)
+        packed.append(Fp8Pages(jnp.asarray(numbers.view(np.uint8)), jnp.asarray(exponents)))
+    return [q, *plain, table, tiles, *operands[5:]], [q, *packed, table, tiles, *operands[5:]]
+
+
+@interpreted
+@pytest.mark.parametrize("name", thinned(FP8, "windows"))
+def test_pages_in_float8_give_the_bits_of_rounded_numbers(name):
+    _check_float8(FP8[name], interpret=True)
+
+
+@needs_hopper
+@pytest.mark.parametrize("name", [*FP8, *LARGE])
+def test_pages_in_float8_give_the_bits_of_rounded_numbers_on_a_gpu(name):
+    _check_float8({**FP8, **LARGE}[name], interpret=False)
+
+
+def _check_float8(case: Case, interpret: bool) -> None:
+    plain, packed = _in_float8(_operands(case)[1])
+    run = jax.jit(_run(case, interpret=interpret)) if not interpret else _run(case, interpret=True)
+    expected, actual = (np.asarray(run(*each)) for each in (plain, packed))
+    np.testing.assert_array_equal(actual.view(np.uint16), expected.view(np.uint16))
+    assert np.isfinite(actual.astype(np.float32)).all() and actual.astype(np.float32).any()
 
 
 @interpreted
