@@ -1,13 +1,17 @@
 """Compiles programs ahead of their first call, in threads, as XLA works without Python's lock."""
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import Any, Self
 
+from jax.errors import JaxRuntimeError
+
 from gptjax.engine.executables import Lowered
 
+_log = logging.getLogger(__name__)
 _MOST_COMPILED = 16  # programs at a time; on a GPU, XLA tries out products for each
 
 
@@ -76,6 +80,11 @@ class Later:
                 _when_all_are_done(self._compilation.compiled[before:], done)
             for each in self._compilation.compiled:
                 _succeeds(each)
+        except JaxRuntimeError as error:  # such as no memory for the arrays that a program is lowered for
+            self._stopped = True
+            _log.warning(
+                "nothing more is compiled ahead, so larger programs stay in use: %s", str(error).partition("\n")[0]
+            )
         except RuntimeError:  # nothing can be submitted any more
             if not self._stopped:
                 raise

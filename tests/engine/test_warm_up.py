@@ -135,6 +135,15 @@ def test_all_features_stand_in_for_few(monkeypatch):
         assert compiled == []
 
 
+def test_a_device_that_fails_meanwhile_ends_it_quietly(caplog):
+    def fails(_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: planted\nand where")
+
+    later = Later([(fails, lambda: pytest.fail("it was not compiled"))])
+    assert not later.wait()
+    assert [record.message.partition(": ")[2] for record in caplog.records] == ["RESOURCE_EXHAUSTED: planted"]
+
+
 def _sizes(engine, monkeypatch) -> set[int]:
     """The sizes of the calls that an engine runs from now on."""
     sizes, run = set(), engine._executor.run
