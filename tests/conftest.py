@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,16 +82,31 @@ OPTIMIZED = {
     "engine/test_engine_speeds.py",
     "engine/test_free_of_load.py",
     "engine/test_in_place.py",
+    "models/test_golden_gpt2.py",
+    "models/test_golden_gpt_oss.py",
+    "models/test_precision.py",
+    "pallas_kernels/test_row_alone.py",
+    "pallas_kernels/test_same_bits.py",
+    "server/test_load.py",
+    "server/test_load_speeds.py",
+    "server/test_with_model.py",  # the programs of test_worker.py
+    "server/test_worker.py",
+    "server/test_worker_calls.py",
+    "server/test_worker_ends.py",
+    "sharding/eight_devices_data.py",
+    "test_chat.py",
+}
+# `make full` compiles these as users' programs, too; the other tiers do not. Most are compared with float64, within
+# tolerances; of the engine's, all steps compute the same rows.
+COMPARED = {
+    "engine/test_dispatches.py",
     "engine/test_sampling.py",
     "engine/test_sampling_bounds.py",
     "engine/test_steps_per_dispatch.py",
-    "models/test_golden_gpt2.py",
-    "models/test_golden_gpt_oss.py",
     "models/test_gpt2.py",
     "models/test_gpt_oss.py",
     "models/test_llama.py",
     "models/test_packed_gguf.py",
-    "models/test_precision.py",
     "pallas_kernels/add_norm",
     "pallas_kernels/attention/test_attention.py",
     "pallas_kernels/attention/test_lanes.py",
@@ -101,15 +117,19 @@ OPTIMIZED = {
     "pallas_kernels/matvec/test_packed_row.py",
     "pallas_kernels/moe/test_moe.py",
     "pallas_kernels/pages",
-    "pallas_kernels/test_row_alone.py",
-    "pallas_kernels/test_same_bits.py",
-    "server/test_load.py",
-    "server/test_load_speeds.py",
-    "server/test_with_model.py",  # the programs of test_worker.py
-    "server/test_worker.py",
-    "server/test_worker_calls.py",
-    "sharding/eight_devices_data.py",
-    "test_chat.py",
+    "test_api_rows.py",
+}
+# Files that run each other's programs. One process has them all, or two would compile the same at the same time.
+TOGETHER = {
+    "steps": {"engine/test_dispatches.py", "engine/test_steps_per_dispatch.py"},
+    "calls": {"engine/test_executor.py", "engine/test_warm_up.py"},
+    "worker": {
+        "server/test_with_model.py",
+        "server/test_worker.py",
+        "server/test_worker_calls.py",
+        "server/test_worker_ends.py",
+    },
+    "demo": {"test_api.py", "test_api_rows.py", "test_chat_models.py", "test_docs.py", "test_loading.py"},
 }
 # What each tier leaves out; all but the last the tests marked `thorough`, too.
 TIERS = {"quick": MODELS | KERNELS | OTHERS, "test": KERNELS | OTHERS, "affected": set(), "full": set()}
@@ -145,6 +165,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files, but those that are `TOGETHER`, go to whichever process is free."""
+    from xdist.scheduler import LoadFileScheduling
+
+    groups = {f"tests/{name}": group for group, names in TOGETHER.items() for name in names}
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return groups.get(file, file)
+
+    return Together(config, log)
+
+
 def pytest_collection_finish() -> None:
     """Looking for garbage among a million objects that stay was a sixth of all time."""
     gc.collect()
@@ -162,7 +197,8 @@ def _programs_are_kept(request: pytest.FixtureRequest) -> Iterator[None]:
         if "gptjax.support.runtime" in sys.modules:
             # Or each engine would read its programs anew, which takes three times as long as loading the model.
             sys.modules["gptjax.support.runtime"]._executables = None
-        optimized = any(request.path.is_relative_to(ROOT / "tests" / name) for name in OPTIMIZED)
+        names = OPTIMIZED | COMPARED if request.config.getoption("tier") == "full" else OPTIMIZED
+        optimized = any(request.path.is_relative_to(ROOT / "tests" / name) for name in names)
         unoptimized = jax.default_backend() == "cpu" and not optimized
         if unoptimized != jax.config.read("jax_disable_most_optimizations"):
             jax.config.update("jax_disable_most_optimizations", unoptimized)

@@ -18,7 +18,8 @@ PROMPT = "Once upon a time there was a king who had"
 
 @pytest.fixture(scope="module")
 def lm():
-    return shallow("gpt2-tales")
+    """With one engine for all: that it grows otherwise is in tests/engine/test_shared_engine.py."""
+    return shallow("gpt2-tales", max_batch=4)
 
 
 def test_a_prompt_becomes_a_completion(lm):

@@ -1,4 +1,4 @@
-"""Rows of a `LanguageModel`: the same bits in any company, by programs that are optimised as users' are."""
+"""Rows of a `LanguageModel`: the same bits in any company, by programs that `make full` optimises as users' are."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.thinned import thinned
 
 
 def test_more_prompts_than_rows():
-    lm = shallow("gpt2-tales", max_batch=2)
+    lm = shallow("gpt2-tales", max_batch=4)  # an engine of the test below
     prompts = [PROMPT[: 3 + n] for n in range(7)]
     together = lm.generate(prompts, max_tokens=5, temperature=1.0, seed=5)
     for prompt, completion in zip(prompts, together, strict=True):

@@ -108,10 +108,10 @@ GOLDEN = ROOT / "tests" / "data" / "golden"
 @pytest.mark.parametrize(
     ("form", "max_batch"),
     [
-        ("Hugging Face", None),
+        ("Hugging Face", 4),
         ("converted", 4),
+        thorough("Hugging Face", None),
         thorough("Hugging Face", 1),
-        thorough("Hugging Face", 4),
         thorough("converted", None),
         thorough("converted", 1),
     ],

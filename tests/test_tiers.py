@@ -7,7 +7,7 @@ from tests import conftest
 
 def test_what_the_lists_name_exists():
     """A name that is stale would put what compiles for minutes among the quick tests, or compile it otherwise."""
-    left_out = set().union(*conftest.TIERS.values(), conftest.OPTIMIZED)
+    left_out = set().union(*conftest.TIERS.values(), conftest.OPTIMIZED, conftest.COMPARED, *conftest.TOGETHER.values())
     assert [name for name in left_out if not (conftest.ROOT / "tests" / name).exists()] == []
 
 

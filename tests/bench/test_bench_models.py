@@ -156,6 +156,7 @@ def test_a_prompt_beyond_the_context_is_refused(lm):
         models.ours(lm.model, lm.params, batch=1, prompt_length=500, steps=12)
 
 
+@pytest.mark.thorough  # in tests/models/test_packed_gguf.py, too
 def test_random_weights_have_the_declared_shapes_and_dtypes():
     model = registry.build(gptjax.load("gpt2-tales").config, dtype="bfloat16")
     params = random_params(model)
@@ -193,6 +194,7 @@ def test_random_weights_in_a_type(capsys, monkeypatch):
     assert set(types.values()) == {Quantized} and len(types) == 4
 
 
+@pytest.mark.thorough  # that it prints: the test below
 def test_each_size_is_printed_once_it_is_measured(capsys, monkeypatch):
     """What was measured is not lost if a later size does not fit, or is interrupted."""
     measure = models.run

@@ -1,26 +1,39 @@
 """`gptjax verify --invariance`: it finds bits that depend on other requests, and none where there are none."""
 
+import dataclasses
 import json
 
 import pytest
 
 from gptjax.cli import main
 from gptjax.config import GenerationDefaults
+from gptjax.diagnostics import invariance
 from gptjax.diagnostics.invariance import trials
 from gptjax.engine import free_of_load
 from gptjax.engine.engine import Engine
 from gptjax.errors import CheckpointError, GptjaxError, RequestError
 from gptjax.language_model import LanguageModel
+from gptjax.models import registry
+from gptjax.models.params import Params
 from gptjax.scheduling.scheduler import Scheduler
 from pallas_kernels import same_bits
-from tests.engine.test_engine import MODEL, made_params
+from tests.engine.test_engine import CONFIG
+from tests.engine.test_engine import made_params as made_two_layers
+
+MODEL = registry.build(dataclasses.replace(CONFIG, num_layers=1))  # compiles in half of the time
+
+
+def made_params() -> Params:
+    return {name: leaves for name, leaves in made_two_layers().items() if name != "block_1"}
+
 
 needs_same_bits = pytest.mark.skipif(not same_bits.holds(), reason="products on this CPU were not looked at")
 
 
 @pytest.fixture(autouse=True)
 def _few_sizes(monkeypatch):
-    """Calls of 256 and 512 tokens, not of all powers of two from 32: fewer programs to compile."""
+    """Calls of 256 tokens, not of all powers of two from 32 to 512: fewer programs to compile."""
+    monkeypatch.setattr(invariance, "LENGTH", 256)
     monkeypatch.setattr(free_of_load, "_LEAST_CALL", 256)
 
 

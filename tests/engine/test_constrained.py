@@ -9,6 +9,7 @@ import pytest
 from gptjax.engine import executor
 from gptjax.engine.engine import Engine
 from gptjax.engine.output import Output
+from gptjax.engine.pools import default_policy
 from gptjax.engine.request import TOO_COMPLEX, Request, SamplingParams
 from gptjax.engine.settings import Features
 from gptjax.errors import RequestError
@@ -65,7 +66,11 @@ CONSTRAINED = [
 
 
 def _engine(**shape) -> Engine:
-    return Engine(MODEL, made_params(), **{"batch": 4, "max_length": 120, "chunk": 64, "compiler": COMPILER} | shape)
+    """By default, one of all rows: fewer programs to compile. Numbers of rows: test_free_of_load.py."""
+    steps = shape.pop("steps_per_dispatch", None)
+    policy = default_policy(MODEL, slots=4, chunk=64, steps_per_dispatch=steps)
+    shape = {"policy": dataclasses.replace(policy, smallest_rows=4), "compiler": COMPILER} | shape
+    return Engine(MODEL, made_params(), batch=4, max_length=120, **shape)
 
 
 def _run(engine: Engine, requests: list[Request]) -> list[tuple]:
@@ -97,7 +102,7 @@ def test_all_get_the_bits_that_they_get_alone(alone, steps):
 
 def test_free_rows_are_not_changed_by_those_beside_them(alone):
     """Free rows of an engine whose programs know no grammars are the same."""
-    without = Engine(MODEL, made_params(), batch=4, max_length=120, chunk=64)
+    without = _engine(compiler=None)
     assert _run(without, FREE) == [alone[id(each)] for each in FREE]
 
 
@@ -218,6 +223,7 @@ def test_nothing_is_compiled_after_warm_up():
     assert compiled == []
 
 
+@pytest.mark.thorough  # levels without grammars: test_prompts_in_parts.py
 def test_on_a_gpu_there_are_levels_for_grammars(alone, monkeypatch):
     levels = (Features(draws=True), Features(draws=True, constrains=True), Features.everything())
     with monkeypatch.context() as patch:

@@ -82,6 +82,7 @@ def test_nothing_is_kept_on_a_platform_where_it_was_never_run(kept, monkeypatch)
     assert not kept.exists()
 
 
+@pytest.mark.thorough  # three processes that compile; on a platform where it is never kept: the test above
 def test_nothing_is_kept_where_programs_are_not(tmp_path):
     """`GPTJAX_CACHE_DIR` is empty, JAX has a cache of its own, or its caching is off."""
     for environment in (
@@ -95,7 +96,7 @@ def test_nothing_is_kept_where_programs_are_not(tmp_path):
 
 def _engine() -> Engine:
     """One that has few programs: each is compiled anew, as what JAX's cache holds would not run again."""
-    policy = Policy(slots=2, chunk=32, pieces=2)
+    policy = Policy(slots=2, chunk=32, pieces=2, smallest_rows=2)
     return Engine(MODEL, made_params(), batch=2, max_length=300, policy=policy, pages=(9,))
 
 

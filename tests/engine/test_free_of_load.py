@@ -136,8 +136,8 @@ def _alone(engine: Engine, requests: Sequence[Request]) -> list[list[tuple[int, 
 @pytest.mark.parametrize(
     ("made", "policy", "count"),
     [
-        ("gpt2", WHOLE, 12),
-        thorough("gpt2", CUT, 18),
+        ("gpt2", FEW_SIZES, 18),
+        thorough("gpt2", WHOLE, 12),
         thorough("gpt-oss", CUT, 18),
         thorough("gpt-oss, unpacked", FEW_SIZES, 18),
         thorough("llama", FEW_SIZES, 18),

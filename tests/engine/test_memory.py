@@ -122,7 +122,7 @@ def _stepping(model: registry.Model, batch: int, length: int) -> int:
         thorough(SMALL, 8, 33, "bfloat16"),
         thorough(SHALLOW, 1, 512, "float32"),
         thorough(TALES, 8, 512, "bfloat16"),
-        (SHALLOW, 32, 200, "float32"),  # where the logits are the most
+        thorough(SHALLOW, 32, 200, "float32"),  # where the logits are the most
         thorough(MIDDLE, 1, 1024, "float32"),
         thorough(MIDDLE, 1, 1024, "float16"),
         thorough(MIDDLE, 2, 1024, "bfloat16"),

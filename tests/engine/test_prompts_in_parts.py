@@ -7,6 +7,7 @@ import pytest
 
 from gptjax.engine import programs
 from gptjax.engine.engine import Engine
+from gptjax.engine.pools import default_policy
 from gptjax.engine.request import Request, SamplingParams
 from gptjax.engine.settings import Features
 from gptjax.errors import CapacityError
@@ -20,9 +21,20 @@ SLOTS, MAX_LENGTH, CHUNK, VOCAB = 3, 300, 8, 101  # the second model has a windo
 PAGES = {"windowed": 16, "whole": 11}
 
 
-def _engine(made, *, chunk: int = CHUNK, max_length: int = MAX_LENGTH, **options) -> Engine:  # noqa: F811
+def _engine(
+    made,  # noqa: F811
+    *,
+    chunk: int = CHUNK,
+    max_length: int = MAX_LENGTH,
+    steps_per_dispatch: int | None = None,
+    reuse: bool = False,
+    **options,
+) -> Engine:
+    """One of all rows, if no policy is given: fewer programs to compile."""
     pages = [PAGES["whole"]] if len(set(made[0].config.windows)) == 1 else [*PAGES.values()]
-    return Engine(*made, **{"batch": SLOTS, "max_length": max_length, "chunk": chunk, "pages": pages} | options)
+    policy = default_policy(made[0], slots=SLOTS, chunk=chunk, steps_per_dispatch=steps_per_dispatch, reuse=reuse)
+    policy = dataclasses.replace(policy, smallest_rows=SLOTS)
+    return Engine(*made, batch=SLOTS, max_length=max_length, **{"pages": pages, "policy": policy} | options)
 
 
 def _request(seed: int, length: int, max_tokens: int = 12, *, prompt=None) -> Request:
@@ -142,6 +154,7 @@ def test_a_chunk_is_a_power_of_two(made):  # noqa: F811
         _engine(made, chunk=48)
 
 
+@pytest.mark.parametrize("made", ["gpt-oss", thorough("gpt2")], indirect=True)  # a window, which is outgrown here
 def test_a_longer_prompt_goes_on_from_what_pages_hold_as_often_as_wanted(made):  # noqa: F811
     engine = _engine(made, reuse=True)
     first = _request(1, 20)
@@ -211,7 +224,7 @@ def test_warm_up_needs_all_requests_to_have_ended(made):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    ("made", "on_cpu"), [thorough("gpt2", True), thorough("gpt2", False), ("gpt-oss", True)], indirect=["made"]
+    ("made", "on_cpu"), [("gpt2", True), ("gpt2", False), thorough("gpt-oss", True)], indirect=["made"]
 )
 def test_what_no_row_uses_is_skipped_or_is_another_program(made, monkeypatch, on_cpu):  # noqa: F811
     """On a CPU by branches of the one program, elsewhere by the level that the requests of the moment need."""

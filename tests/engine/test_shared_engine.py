@@ -192,9 +192,9 @@ def test_a_next_turn_reads_only_what_is_new_if_the_last_bits_may_differ(load, mo
 
 
 def test_tokens_come_to_any_thread(load):
-    lm, expected = load(3), {}
+    lm, expected = load(2), {}
     for number in range(5):
-        fresh = load(3)
+        fresh = load(2)
         expected[number] = _rows([fresh.generate(_prompt(number, 50), **_options(number, 25))])[0]
     begun = {number: lm.stream(_prompt(number, 50), **_options(number, 25)) for number in range(5)}
     given: dict[int, list] = {number: _numbers([next(begun[number])]) for number in (1, 3)}
@@ -251,11 +251,11 @@ def test_the_engine_grows_with_what_is_open_and_two_pools_are_never_there_at_onc
     monkeypatch.setattr(registry, "create_pools", create_pools)
     first, second = (lm.stream(_prompt(n, 30), **_options(n, 20)) for n in range(2))
     next(first), next(second)
-    lm.generate([[1], [2], [3]], max_tokens=2)
-    assert sizes == [1, 2, 8]  # 1 + 1 + 4
+    lm.generate([[1], [2]], max_tokens=2)
+    assert sizes == [1, 2, 4]  # 1 + 1 + 2
     list(first), list(second)
-    lm.generate([[1], [2], [3]], max_tokens=2)
-    assert sizes == [1, 2, 8]  # it is kept
+    lm.generate([[1], [2]], max_tokens=2)
+    assert sizes == [1, 2, 4]  # it is kept
     pool = sum(leaf.nbytes for leaf in jax.tree.leaves(lm._shared._engine._executor._slots.cache))
     assert max(live) < pool / 16  # less than the smallest of the three
 

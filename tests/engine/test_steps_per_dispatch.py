@@ -12,6 +12,7 @@ from gptjax.engine import programs, steps
 from gptjax.engine.engine import Engine
 from gptjax.engine.flat_params import FlatParams
 from gptjax.engine.free_of_load import is_free_of_load
+from gptjax.engine.pools import default_policy
 from gptjax.engine.request import Request, SamplingParams, Token
 from gptjax.engine.settings import Features, settings_of
 from gptjax.models import registry
@@ -24,7 +25,8 @@ from tests.oracles import gpt_oss_ours, gpt_oss_random
 from tests.thinned import thorough
 
 SLOTS, MAX_LENGTH, VOCAB = 3, 40, 101
-STEPS = [("gpt-oss", 8), thorough("gpt-oss", 1), thorough("gpt2", 3)]  # a dispatch; each number is a program of its own
+# A dispatch; each number is a program of its own.
+STEPS = [("gpt2", 8), thorough("gpt2", 3), thorough("gpt-oss", 8), thorough("gpt-oss", 1)]
 ALL = {  # every kind of sampling: two sets of features in all, as each is a program to compile
     "temperature": 1.2,
     "top_k": 40,
@@ -45,9 +47,9 @@ def _gpt_oss():
     return registry.build(config), gpt_oss_ours.params(checkpoint.packed)
 
 
-@pytest.fixture(scope="module", params=[thorough("gpt2"), "gpt-oss"])
+@pytest.fixture(scope="module", params=["gpt2", thorough("gpt-oss")])
 def made(request):
-    """A model and its weights."""
+    """A model and its weights. GPT-OSS takes three times as long to compile."""
     return _gpt2() if request.param == "gpt2" else _gpt_oss()
 
 
@@ -68,7 +70,10 @@ REQUESTS = [
 
 
 def _engine(made, steps_per_dispatch: int) -> Engine:
-    return Engine(*made, batch=SLOTS, max_length=MAX_LENGTH, steps_per_dispatch=steps_per_dispatch)
+    """One that computes all rows: `test_a_step_has_as_many_rows_as_are_busy` has one that does not."""
+    policy = default_policy(made[0], slots=SLOTS, steps_per_dispatch=steps_per_dispatch)
+    policy = dataclasses.replace(policy, smallest_rows=SLOTS)
+    return Engine(*made, batch=SLOTS, max_length=MAX_LENGTH, policy=policy)
 
 
 def _kept(token: Token, request: Request) -> tuple:
@@ -201,7 +206,8 @@ def test_nothing_is_compiled_after_warm_up(made):
         assert compiled == []
 
 
-@pytest.mark.parametrize("steps_per_dispatch", [thorough(1), 8])
+@pytest.mark.thorough  # numbers of rows, one step at a time: test_free_of_load.py
+@pytest.mark.parametrize("steps_per_dispatch", [1, 8])
 def test_a_step_has_as_many_rows_as_are_busy(monkeypatch, steps_per_dispatch):
     """Whoever comes and goes, a request gets the tokens that it gets alone; only the rounding may be another."""
     alone = {id(request): _alone(_gpt2(), request) for request in REQUESTS}

@@ -102,6 +102,7 @@ def test_the_largest_programs_stand_in_for_those_that_are_not_compiled_yet(monke
     assert before == after
 
 
+@pytest.mark.thorough  # levels of features on a GPU: test_prompts_in_parts.py, too
 def test_all_features_stand_in_for_few(monkeypatch):
     """On a GPU, several sets of features are compiled. (Here on a CPU, without the branches that it has instead.)"""
     levels = (Features(draws=True), Features(draws=True, truncates=True), Features.everything())

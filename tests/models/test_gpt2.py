@@ -83,9 +83,7 @@ def _assert_same_bits(ours: Any, expected: Any) -> None:
         assert not np.isnan(np.asarray(a, np.float32)).any()
 
 
-@pytest.mark.parametrize(
-    "name", thinned(gpt2_random.VARIANTS, "gelu_erf", "unscaled_but_by_layer", "large_epsilon", "untied")
-)
+@pytest.mark.parametrize("name", thinned(gpt2_random.VARIANTS, "unscaled_but_by_layer", "large_epsilon", "untied"))
 def test_every_variant_agrees_with_the_oracle(name):
     config, tensors, model, params = _load(**gpt2_random.VARIANTS[name])
     ids = gpt2_random.tokens(1, 29)

@@ -130,7 +130,7 @@ def test_settings_differ():
         {"layout": "packed", "spelling": "rope_scaling"},
         {"layout": "packed", "spelling": "rope_parameters", "shards": 3},
         thorough({"layout": "dequantised", "spelling": "rope_scaling", "shards": 3}),
-        {"layout": "dequantised", "spelling": "rope_parameters"},
+        thorough({"layout": "dequantised", "spelling": "rope_parameters"}),
         {"layout": "original", "shards": 2},
     ],
     ids=lambda files: "-".join(str(value) for value in files.values()),

@@ -1,6 +1,7 @@
 """Products that norm their row: in a model, numbers go the same ways as if the norm came before the product."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -72,7 +73,7 @@ def _steps(model: Any, params: Any, tokens: int, **more: Any) -> list[np.ndarray
     for call in range(2):
         positions = call * tokens + jnp.arange(tokens, dtype=jnp.int32)[None]
         ids = 7 * positions + 3
-        result = model.apply({"params": params}, ids, positions, cache, **more)
+        result = jax.jit(partial(model.apply, **more))({"params": params}, ids, positions, cache)
         hidden, cache = result[0] if more else result
         found += [np.asarray(each, np.float32) for each in jax.tree.leaves((hidden, cache))]
     return found

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config import PUBLISHED
+from gptjax.config import PUBLISHED, LlamaConfig
 from gptjax.layers.observe import COLLECTION
 from gptjax.models import registry
 from gptjax.models.params import Params, abstract_params, init_params
@@ -31,6 +31,12 @@ GPT_OSS = dataclasses.replace(
 LLAMA = dataclasses.replace(
     PUBLISHED["llama-3.2-1b"], windows=(None,) * LAYERS, num_kv_heads=2, head_width=16, context_length=300, **SIZES
 )
+
+
+def _shallow(config: Any) -> Any:
+    """Three layers, for what is compiled: one of the first kind, two of the other."""
+    windows = {"windows": config.windows[:3]} if isinstance(config, LlamaConfig) else {}
+    return dataclasses.replace(config, num_layers=3, **windows)
 
 
 def _blocks(model: Model, tokens: int) -> list[Any]:
@@ -57,11 +63,11 @@ def test_each_kind_of_block_is_traced_once(config, kinds, tokens):
 
 
 # Experts' loops on a CPU have no gradient.
-@pytest.mark.parametrize("config", [thorough(GPT2), LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("config", [thorough(_shallow(GPT2)), _shallow(LLAMA)], ids=["gpt2", "llama"])
 def test_values_and_gradients_are_those_of_blocks_traced_in_place(config):
     """As they are while their stages are observed."""
     model = registry.build(config)
-    params = init_params(model, jax.random.key(0))
+    params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
     ids_BT = jnp.arange(14, dtype=jnp.int32).reshape(2, 7)
     positions_BT = jnp.broadcast_to(jnp.arange(7), (2, 7))
 
@@ -76,13 +82,13 @@ def test_values_and_gradients_are_those_of_blocks_traced_in_place(config):
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected_grads))
     for grad, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         np.testing.assert_allclose(grad, expected, rtol=0, atol=1e-6 * largest)
-    assert any(jnp.abs(leaf).max() > 1e-3 * largest for leaf in jax.tree.leaves(grads["block_5"]))
+    assert any(jnp.abs(leaf).max() > 1e-3 * largest for leaf in jax.tree.leaves(grads["block_2"]))
 
 
 def test_a_block_may_be_vectorised():
     """`vmap` over whole calls gives each what it gets alone."""
-    model = registry.build(GPT2)
-    params = init_params(model, jax.random.key(0))
+    model = registry.build(_shallow(GPT2))
+    params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
     ids_BT = jnp.arange(14, dtype=jnp.int32).reshape(2, 7)
 
     def hidden(ids_T: jax.Array) -> jax.Array:

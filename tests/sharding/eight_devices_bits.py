@@ -18,6 +18,7 @@ TOLERANCE = 1e-4
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="run by test_on_eight_devices.py")
 
 
+@pytest.mark.thorough  # eight_devices_data.py has the plans of an engine, eight_devices.py such experts
 def test_an_engine_on_a_mesh_draws_what_one_on_a_device_draws():
     lm = shallow("gpt-oss-tales", max_length=128)
     expected = lm.generate(PROMPTS, **GREEDY)

@@ -34,7 +34,6 @@ from tests.oracles import gpt_oss_ours, gpt_oss_random, llama_ours
 from tests.server.worker_material import submit
 from tests.shallow import shallow
 from tests.sharding.on_mesh import bytes_by_device, on_mesh, placed, sizes
-from tests.thinned import thorough
 
 MAX_LENGTH, VOCAB = 290, 101  # of all models, at least
 TOLERANCE = 1e-4
@@ -94,9 +93,10 @@ def _bytes(engine: Engine) -> dict[jax.Device, int]:
     return bytes_by_device(engine._executor._slots)
 
 
+@pytest.mark.thorough  # where rows and copies go: `test_plans_do_what_the_model_does_in_each_part`
 @pytest.mark.parametrize(  # eight_devices.py has each model on each mesh, one call at a time
     ("name", "mesh"),
-    [thorough("gpt2", (8, 1, 1)), ("llama", (4, 2, 1)), thorough("gpt-oss", (2, 2, 2))],
+    [("gpt2", (8, 1, 1)), ("llama", (4, 2, 1)), ("gpt-oss", (2, 2, 2))],
 )
 def test_requests_get_what_one_device_gives_and_the_same_bits_in_any_company(name, mesh):
     whole, params = _whole(name)
@@ -165,6 +165,7 @@ def test_plans_do_what_the_model_does_in_each_part():
         np.testing.assert_allclose(np.asarray(executor._slots.logits_BV[slot]), expected, atol=TOLERANCE)
 
 
+@pytest.mark.thorough
 def test_prompts_and_grammars_go_to_rows_of_all_parts():
     """By `LanguageModel`: more prompts than slots of a part; each of them can only draw what its grammar allows."""
     lm = shallow("gpt2-tales", max_length=128, max_batch=3)

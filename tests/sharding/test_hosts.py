@@ -17,7 +17,6 @@ import gptjax
 from gptjax.cli import _parser, main
 from gptjax.sharding import hosts
 from tests.import_graph import ROOT
-from tests.thinned import thorough
 
 LOST = 45  # seconds: of 60 that are promised
 # After a first sum of both, process 0 waits in a second one for process 1, which does nothing.
@@ -58,9 +57,10 @@ def _end(both: list[subprocess.Popen]) -> None:
         process.communicate()
 
 
+@pytest.mark.thorough  # two processes that compile a whole demo; those below meet and compute as well
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [thorough("gpt2-tales", "tensor=2"), ("gpt-oss-tales", "tensor=2"), thorough("gpt2-tales", "data=2")],
+    [("gpt2-tales", "tensor=2"), ("gpt-oss-tales", "tensor=2"), ("gpt2-tales", "data=2")],
 )
 def test_two_processes_draw_what_one_draws(name, mesh):
     """Penalties count the prompt, which process 1 needs for that. With `data`, each has rows of its own."""

@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels.formats.ggml.fragments import PARTS, QuantizedFragments, fits
 from pallas_kernels.formats.ggml.weight import Quantized
 from tests.pallas_kernels.formats.ggml_blocks import random_blocks
+from tests.thinned import thinned
 
 
 def quantized(name: str, outputs: int, inputs: int, seed: int = 0) -> Quantized:
@@ -19,7 +20,7 @@ def same_bits(actual, expected):
     np.testing.assert_array_equal(np.asarray(actual).view(np.uint32), np.asarray(expected).view(np.uint32))
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", thinned(PARTS, "Q4_K", "Q6_K", "Q8_0"))  # four bits with minima, six, eight
 def test_numbers_are_kept(name):
     weight = quantized(name, 128, 768)
     fragments = QuantizedFragments.of(weight)
