@@ -18,6 +18,8 @@ from gptjax.server.worker.worker import Worker
 from tests.server.worker_material import PATIENCE, Reader, remote_of, request_of, until
 from tests.shallow import shallow
 
+REQUESTS = [request_of(1, 5, 30), request_of(2, 70, 25, temperature=1.0), request_of(3, 40, 20)]
+
 
 @pytest.fixture
 def small(monkeypatch):
@@ -114,14 +116,19 @@ def test_a_worker_that_dies_fails_all_and_shows_it(fresh, monkeypatch):
         call()  # nothing hangs
 
 
-def test_a_failure_of_the_device_disturbs_no_request(fresh, monkeypatch, caplog):
-    requests = [request_of(1, 5, 30), request_of(2, 70, 25, temperature=1.0), request_of(3, 40, 20)]
-    worker = fresh()
-    expected = []
-    for request in requests:
+def _alone(worker: AnyWorker) -> list:
+    """The tokens that each of `REQUESTS` gets by itself."""
+    found = []
+    for request in REQUESTS:
         reader = Reader(worker, request)
         reader.wait()
-        expected.append(reader.tokens)
+        found.append(reader.tokens)
+    return found
+
+
+def test_a_failure_of_the_device_disturbs_no_request(fresh, monkeypatch, caplog):
+    worker = fresh()
+    expected = _alone(worker)
     calls, original = 0, programs.advance
 
     def failing(model, params, slots, *others):
@@ -134,7 +141,7 @@ def test_a_failure_of_the_device_disturbs_no_request(fresh, monkeypatch, caplog)
 
     assert worker.wait_until_compiled()  # what fails can only be called
     monkeypatch.setattr(programs, "advance", failing)
-    readers = [Reader(worker, request) for request in requests]
+    readers = [Reader(worker, request) for request in REQUESTS]
     assert all(isinstance(reader.end, Finished) for reader in readers)
     assert [reader.tokens for reader in readers] == expected
     state = worker.state
@@ -161,13 +168,8 @@ def test_a_device_that_fails_again_and_again_ends_all_requests(fresh, monkeypatc
 
 
 def test_a_device_without_memory_ends_its_requests_and_goes_on_once_it_has_some(fresh, monkeypatch, caplog):
-    requests = [request_of(1, 5, 30), request_of(2, 70, 25, temperature=1.0), request_of(3, 40, 20)]
     worker = fresh()
-    expected = []
-    for request in requests:
-        reader = Reader(worker, request)
-        reader.wait()
-        expected.append(reader.tokens)
+    expected = _alone(worker)
     assert worker.wait_until_compiled()  # what fails can only be called
     is_full = threading.Event()
 
@@ -183,14 +185,14 @@ def test_a_device_without_memory_ends_its_requests_and_goes_on_once_it_has_some(
         monkeypatch.setattr(module, name, full_at_times(getattr(module, name)))
     monkeypatch.setattr(own_engine.Engine, "restart", full_at_times(own_engine.Engine.restart))
     is_full.set()
-    readers = [Reader(worker, request) for request in requests]
+    readers = [Reader(worker, request) for request in REQUESTS]
     assert {reader.end.kind for reader in readers} == {"no_memory"}
     assert all("ran out of memory" in reader.end.message and "--max-length" in reader.end.message for reader in readers)
     meanwhile = Reader(worker, request_of(4, 5))
     assert meanwhile.end.kind == "no_memory"
     is_full.clear()
     until(lambda: isinstance(Reader(worker, request_of(5, 5)).end, Finished))
-    again = [Reader(worker, request) for request in requests]
+    again = [Reader(worker, request) for request in REQUESTS]
     assert [reader.end.reason for reader in again] == ["length"] * 3
     assert [reader.tokens for reader in again] == expected
     assert (worker.state.alive, worker.state.error) == (True, None)
