@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,6 +17,7 @@ from gptjax.structured.library import library, limits
 from gptjax.text import Tokenizer
 
 MOST_AT_ONCE: Final = 8  # threads that look for the tokens of one grammar's requests
+_QUICK: Final = 0.05  # seconds: what takes longer to compile is shared, whatever waits for it
 _MOST_KEPT: Final = 512  # grammars that are compiled
 
 
@@ -67,10 +69,12 @@ class Compiler:
         with self._lock:
             found = self._kept.get(source)
         if found is None:
+            began = time.perf_counter()
             made = self._compile(grammar)
+            seconds = time.perf_counter() - began
         with self._lock:
             if found is None:
-                found = self._kept.setdefault(source, _Compiled({made: WeakSet()}))
+                found = self._kept.setdefault(source, _Compiled({made: WeakSet()}, seconds))
             self._kept[source] = found
             self._kept.move_to_end(source)
             while len(self._kept) > _MOST_KEPT:
@@ -114,23 +118,26 @@ def prepare(compiler: Compiler | None, grammar: Grammar | None) -> None:
 
 @dataclasses.dataclass
 class _Compiled:
-    """A grammar, compiled once for each of the threads that look for what its requests may draw.
+    """A grammar, compiled once for each of the threads that look for what its requests may draw, if that is quick.
 
     What is copied from one of llguidance's matchers shares a lexer with it, which has a lock.
 
     Attributes:
       users: llguidance's matchers, and what was copied from each and is still in use.
+      seconds: that it took to compile.
       expected: requests that `Compiler.prepare` knows of, and `Compiler.matcher` not yet.
     """
 
     users: dict[Any, "WeakSet[Matcher]"]
+    seconds: float
     expected: int = 0
 
     @property
     def wants_more(self) -> bool:
         """Whether another request would share a lexer, and need not."""
         count = len(self.users)
-        return count < MOST_AT_ONCE and self.expected + sum(map(len, self.users.values())) >= count
+        may_be_more = self.seconds < _QUICK and count < MOST_AT_ONCE
+        return may_be_more and self.expected + sum(map(len, self.users.values())) >= count
 
 
 class _Vocabulary:

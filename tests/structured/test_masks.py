@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from gptjax.structured import Grammar
+from gptjax.structured import Grammar, matching
 from gptjax.structured.masks import Masks
 from gptjax.structured.matching import MOST_AT_ONCE, Compiler, Matcher, words_of
 from tests.structured.walks import compiler, tokenizer
@@ -115,7 +115,9 @@ def test_masks_have_a_bit_for_each_token_and_the_end(masks, blocked):
     assert masks.words(1).shape == (words_of(96),) == (4,)
 
 
-def test_a_grammar_is_compiled_for_each_thread_that_may_use_it_at_once(monkeypatch):
+@pytest.mark.parametrize(("quick", "most"), [(60.0, MOST_AT_ONCE), (0.0, 1)])
+def test_a_grammar_is_compiled_for_each_thread_that_may_use_it_at_once_if_that_is_quick(quick, most, monkeypatch):
+    monkeypatch.setattr(matching, "_QUICK", quick)
     made = []
     compile_ = Compiler._compile
     monkeypatch.setattr(Compiler, "_compile", lambda self, grammar: made.append(grammar) or compile_(self, grammar))
@@ -132,9 +134,9 @@ def test_a_grammar_is_compiled_for_each_thread_that_may_use_it_at_once(monkeypat
         open_(1)  # and it has ended
     assert len(made) == 1
     several = open_(3)
-    assert len(made) == 3
+    assert len(made) == min(3, most)
     several += open_(30)
-    assert len(made) == MOST_AT_ONCE
+    assert len(made) == most
     del several
     open_(MOST_AT_ONCE)
-    assert len(made) == MOST_AT_ONCE
+    assert len(made) == most
