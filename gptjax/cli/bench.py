@@ -191,6 +191,8 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError("--mesh is for whole models: leave out --kernels, --tune, --versus and --write-random")
     if args.cache_dtype is not None and (args.tune is not None or args.write_random is not None):
         raise RequestError("--cache-dtype is for measurements: leave out --tune and --write-random")
+    if args.cache_dtype is not None and args.kernels and not {"attention", "prefill"} & set(args.kernels):
+        raise RequestError("--cache-dtype is for attention: name attention or prefill with --kernels")
     if args.tune is not None and args.json:
         raise RequestError("--tune writes its result to the table: leave out --json")
 

@@ -23,6 +23,7 @@ from pallas_kernels.pages import PAGE, TILE
 
 _FIXED = {"cpu": 1 << 20}  # bytes of a program's constants and small buffers; elsewhere also the libraries' workspaces
 _FIXED_ELSEWHERE = 64 << 20
+_WIDTHS = 64, 128  # of heads, that kernels for decoding and for prompts both take
 
 
 def activations(model: Model, *, batch: int, max_length: int, platform: str) -> int:
@@ -69,7 +70,8 @@ def activations(model: Model, *, batch: int, max_length: int, platform: str) -> 
         chunk = max([chunk, *(8 * config.num_heads * queries * S for queries, _ in at_once)])
         if model.cache_dtype is not None:
             number = 1 + jnp.dtype(model.dtype).itemsize
-            rows = 1 if steps.has_kernels_for_prompts(model) else max([1, *(rows for _, rows in at_once)])
+            by_kernels = steps.has_kernels_for_prompts(model) and config.head_width in _WIDTHS
+            rows = 1 if by_kernels else max([1, *(rows for _, rows in at_once)])
             chunk += 2 * rows * S * config.num_kv_heads * config.head_width * number
     estimate = chunk + 32 * batch * config.vocab_size + _unpacked(config, platform)
     estimate += _FIXED.get(platform, _FIXED_ELSEWHERE)

@@ -16,7 +16,7 @@ _FIELD = re.compile(
 )
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients heed this
 _RETRY_SECONDS = "5"
-_UNAVAILABLE = ("drained", "stopped", "died", "no_memory")
+_UNAVAILABLE = ("drained", "stopped", "died", "out_of_memory")
 _LONGEST_MESSAGE: Final = 1000  # characters
 _LONGEST_NAME: Final = 100
 

@@ -24,6 +24,7 @@ class _Text:
         self.matcher = matcher
         self.words_W = np.empty(words_of(vocab_size), np.int32)
         self.is_found = False
+        self.is_wanted = True
         self.error: BaseException | None = None
 
 
@@ -53,7 +54,9 @@ class Masks:
 
     def end(self, request: int) -> None:
         """Forgets a request, if it is known. A thread that is looking for its mask goes on, for nobody."""
-        self._texts.pop(request, None)
+        text = self._texts.pop(request, None)
+        if text is not None:
+            text.is_wanted = False
 
     def take(self, drawn: Iterable[tuple[int, Sequence[int]]]) -> frozenset[int]:
         """Goes on after what requests drew with their `words`, and begins to look for what may follow.
@@ -110,7 +113,7 @@ class Masks:
         try:
             text = self._found.get(timeout=patience) if patience else self._found.get_nowait()
             while True:
-                if text.error is not None:
+                if text.error is not None and text.is_wanted:
                     raise text.error
                 text.is_found = True
                 text = self._found.get_nowait()

@@ -48,7 +48,7 @@ from pallas_kernels.ptx.warp import warp_sum
 
 STRIP = 128  # numbers that a warp adds at a time: a float4 per lane
 LARGEST_WIDTH = 8192  # of a row: its numbers are held in registers
-MOST_ROWS = 128  # beyond, XLA's code is as good
+MOST_ROWS = 128  # beyond, XLA's code is as good, unless terms have rows of their own
 MOST_THREADS = 512  # of a block
 
 

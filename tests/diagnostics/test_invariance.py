@@ -55,6 +55,7 @@ def _trials(**options):
 @pytest.mark.thorough
 @needs_same_bits
 def test_requests_are_compared_alone_and_in_company_some_of_them_set_aside(monkeypatch):
+    monkeypatch.setattr(invariance, "LENGTH", 640)  # long enough for the pool to run out
     set_aside, original = [], Scheduler._set_aside
     monkeypatch.setattr(Scheduler, "_set_aside", lambda *a: (set_aside.append(a), original(*a))[1])
     found = _trials(requests=12)
@@ -132,4 +133,4 @@ def test_the_command_fails_where_bits_differ(monkeypatch, capsys):
 
 def test_options_of_invariance_alone(capsys):
     assert main(["verify", "--requests", "3"]) == 1
-    assert "--max-batch, --requests and --dtype are for --invariance" in capsys.readouterr().err
+    assert "--max-batch, --requests, --dtype and --cache-dtype are for --invariance" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import threading
 import time
+import weakref
 
 import jax
 import numpy as np
@@ -171,27 +172,35 @@ def test_a_device_without_memory_ends_its_requests_and_goes_on_once_it_has_some(
     worker = fresh()
     expected = _alone(worker)
     assert worker.wait_until_compiled()  # what fails can only be called
-    is_full = threading.Event()
+    is_full, given, kept = threading.Event(), [], []
 
     def full_at_times(original):
         def function(*arguments, **named):
             if is_full.is_set():
+                given.extend(weakref.ref(each.cache.k[0]) for each in arguments if isinstance(each, programs.Slots))
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: planted")
             return original(*arguments, **named)
 
         return function
 
-    for module, name in ((programs, "advance"), (registry, "create_pools")):
+    def create_pools(*arguments, **named):
+        kept.extend(each for each in given if each() is not None)
+        return original(*arguments, **named)
+
+    original = registry.create_pools
+    monkeypatch.setattr(registry, "create_pools", create_pools)
+    for module, name in ((programs, "advance"), (own_engine.Engine, "restart")):
         monkeypatch.setattr(module, name, full_at_times(getattr(module, name)))
-    monkeypatch.setattr(own_engine.Engine, "restart", full_at_times(own_engine.Engine.restart))
     is_full.set()
     readers = [Reader(worker, request) for request in REQUESTS]
-    assert {reader.end.kind for reader in readers} == {"no_memory"}
+    assert {reader.end.kind for reader in readers} == {"out_of_memory"}
     assert all("ran out of memory" in reader.end.message and "--max-length" in reader.end.message for reader in readers)
     meanwhile = Reader(worker, request_of(4, 5))
-    assert meanwhile.end.kind == "no_memory"
+    assert meanwhile.end.kind == "out_of_memory"
+    until(lambda: not worker.state.ready)
     is_full.clear()
     until(lambda: isinstance(Reader(worker, request_of(5, 5)).end, Finished))
+    assert given and not kept, "nothing of what failed is in the way of new pools"
     again = [Reader(worker, request) for request in REQUESTS]
     assert [reader.end.reason for reader in again] == ["length"] * 3
     assert [reader.tokens for reader in again] == expected

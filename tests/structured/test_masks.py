@@ -108,6 +108,22 @@ def test_what_a_thread_raises_is_raised_where_it_is_awaited(masks):
         masks.late([1], NEVER)
 
 
+def test_what_it_raises_for_a_request_that_has_ended_is_nobodys(masks):
+    class Failing(Blocked):
+        def fill(self, words_W: np.ndarray) -> None:
+            super().fill(words_W)
+            raise RuntimeError("a panic")
+
+    failing, after = Failing(), Blocked()
+    masks.add(1, failing)
+    assert failing.begun.wait(60)
+    masks.end(1)
+    failing.go.set()
+    after.go.set()
+    masks.add(2, after)
+    assert masks.late([2], ALWAYS) == frozenset()
+
+
 def test_masks_have_a_bit_for_each_token_and_the_end(masks, blocked):
     blocked.go.set()
     masks.add(1, blocked)

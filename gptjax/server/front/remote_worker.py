@@ -42,6 +42,7 @@ class _Open:
     count: int = 0  # tokens that came
     cancelled: bool = False
     is_cut: bool = False  # tokens came that are not delivered, as it was cancelled
+    is_over: bool = False  # its last event is on its way
 
 
 class RemoteWorker:
@@ -203,9 +204,8 @@ class RemoteWorker:
     def _run(self) -> None:
         try:
             for message in self._channel.messages():
-                if self._lost:
-                    return
-                self._take(message)
+                if self._lost is None or isinstance(message, Signal):
+                    self._take(message)
         finally:
             self._lose(_LOST)
 
@@ -238,6 +238,8 @@ class RemoteWorker:
         found: list[tuple[_Open, Event]] = []
         begin = 0
         with self._changed:
+            if self._lost:
+                return []
             self._state, self._came = message.state, time.monotonic()
             self._was_ready |= self._state.ready
             self._memory_in_use = message.memory_in_use
@@ -252,6 +254,7 @@ class RemoteWorker:
                 begin += count
             for number, end in message.ends:
                 job = self._open[number]
+                job.is_over = True
                 if isinstance(end, Finished) and job.is_cut:  # however it ended afterwards
                     end = dataclasses.replace(end, reason="cancelled", completion_tokens=job.count)
                 found.append((job, end))
@@ -283,7 +286,8 @@ class RemoteWorker:
             if self._lost:
                 return
             self._lost = why
-            jobs, scores = list(self._open.values()), list(self._scores.values())
+            jobs = [job for job in self._open.values() if not job.is_over]
+            scores = list(self._scores.values())
             self._scores.clear()
             self._changed.notify_all()
             message = f"the worker died: {self._error or self._lost}"

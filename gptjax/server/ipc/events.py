@@ -47,7 +47,8 @@ class Failed:
     """The request could not be completed."""
 
     message: str
-    kind: str  # "not_finite" (the model's logits), "drained", "stopped", or "died" (the worker)
+    # "grammar", "not_finite" (the model's logits), "out_of_memory", "drained", "stopped", or "died" (the worker).
+    kind: str
 
 
 Event = Tokens | Finished | Failed

@@ -11,6 +11,7 @@ from gptjax.engine.settings import Features
 from gptjax.errors import CapacityError
 from gptjax.language_model import LanguageModel
 from gptjax.scheduling.policy import Policy
+from gptjax.server.ipc.events import Failed
 
 # The compiled forms of sampling; a chat at temperature 1 needs the first, and with a grammar the third.
 _LEVELS: Final = (
@@ -36,18 +37,28 @@ def make(lm: LanguageModel, *, slots: int, policy: Policy, pages: Sequence[int])
     )
 
 
-def ran_out(engine: Engine, error: JaxRuntimeError) -> bool:
-    """Whether a step failed for want of memory, and the engine can go on once there is some."""
-    return "RESOURCE_EXHAUSTED" in str(error) and engine.can_restart
+def out_of_memory(engine: Engine, error: JaxRuntimeError, explained: AbstractContextManager[None]) -> Failed | None:
+    """What becomes of requests if a step failed for want of memory; None if something else is wrong.
 
+    What the failed call was given is freed once nobody handles the error any more.
 
-def explanation(error: JaxRuntimeError, explained: AbstractContextManager[None]) -> str:
-    """What such an error means, and what to try. `explained` is what says so: see `engine.memory`."""
+    Args:
+      explained: says what such an error means, and what to try: see `engine.memory`.
+    """
+    if not _is_for_want_of_memory(engine, error):
+        return None
+    message = ""
     try:
         with explained:
             raise error
     except CapacityError as found:
-        return str(found)
+        message = str(found)
+    free_locals(error)
+    return Failed(message, "out_of_memory")
+
+
+def _is_for_want_of_memory(engine: Engine, error: JaxRuntimeError) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error) and engine.can_restart
 
 
 def restarted(engine: Engine, end_requests: Callable[[], bool]) -> bool:
@@ -63,7 +74,7 @@ def restarted(engine: Engine, end_requests: Callable[[], bool]) -> bool:
         try:
             engine.restart()
         except JaxRuntimeError as error:
-            if not ran_out(engine, error):
+            if not _is_for_want_of_memory(engine, error):
                 raise
             free_locals(error)
         else:

@@ -96,12 +96,8 @@ class Worker:
         Raises:
           CapacityError: the cache does not fit the remaining memory; see `pools`.
         """
-        self._pages = pools(
-            self._model.model,
-            max_length=self._model.max_length,
-            policy=self._policy,
-            limit=self._model.memory_limit,
-        )
+        lm = self._model
+        self._pages = pools(lm.model, max_length=lm.max_length, policy=self._policy, limit=lm.memory_limit)
         with self._changed:
             self._started = True
             self._beat = time.monotonic()
@@ -281,14 +277,16 @@ class Worker:
             return True
         self._leave(engine)
         self._join(engine)
+        failed = None
         try:
             self._push(engine, engine.step())
             while engine.has_tokens:
                 self._push(engine, engine.step())
         except JaxRuntimeError as error:
-            if not own_engine.ran_out(engine, error):
+            if (failed := own_engine.out_of_memory(engine, error, self._explained())) is None:
                 raise
-            return self._go_on(engine, Failed(own_engine.explanation(error, self._explained()), "no_memory"))
+        if failed is not None:  # not above: an error that is handled keeps arrays
+            return self._go_on(engine, failed)
         self._send()
         if engine.losses > self._losses:
             _log.warning("the device failed; open requests go on where they were")
@@ -302,15 +300,15 @@ class Worker:
 
         def end_requests() -> bool:
             with self._changed:
-                self._beat = time.monotonic()
+                self._beat, self._losses, self._ready = time.monotonic(), engine.losses, False
                 self._failing = self._failing or failed
             for request in self._fail_all():
                 engine.end(request)
             with self._changed:
-                self._losses = engine.losses
                 return not self._changed.wait_for(lambda: self._stopping, _BEAT)
 
-        return own_engine.restarted(engine, end_requests)
+        self._ready = own_engine.restarted(engine, end_requests)
+        return self._ready
 
     def _busy(self) -> bool:
         return bool(self._queue or self._running or self._cancelled)
