@@ -84,6 +84,10 @@ def test_curl(address, turn):
 
 def test_the_chat_page(address, browser, tmp_path):
     tab = browser.new_page()
+    # Drawn by chance, an answer may begin at once, without any reasoning.
+    tab.route(
+        "**/v1/chat/completions", lambda route: route.continue_(post_data={**route.request.post_data_json, "seed": 4})
+    )
     tab.goto(address)
     tab.fill("#message", "Hello")
     tab.click("#send")
