@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import os
 import logging
 import re
 import signal
@@ -233,9 +234,12 @@ def test_the_commands_chunk_is_the_workers(monkeypatch):
 def test_the_command_serves_and_ends(demo, tmp_path):
     checkpoint = str(shallow_directory(demo, tmp_path / "model"))
     argv = [sys.executable, "-m", "gptjax", "serve", "-m", checkpoint, "--max-length", "128", "--prefill-chunk", "64"]
+    argv += ["--port", "0", "--log-format", "json", "--max-batch", "2"]
+    # With programs from before, it would be ready at once.
+    variables = os.environ | {"GPTJAX_CACHE_DIR": str(tmp_path / "programs")}
     with (
         open(tmp_path / "log", "w+") as log,
-        subprocess.Popen([*argv, "--port", "0", "--log-format", "json", "--max-batch", "2"], stderr=log) as process,
+        subprocess.Popen(argv, stderr=log, env=variables) as process,
     ):
         try:
             wait_for(lambda: "running on" in (tmp_path / "log").read_text())
