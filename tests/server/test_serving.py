@@ -5,8 +5,8 @@ import dataclasses
 import gc
 import itertools
 import json
-import os
 import logging
+import os
 import re
 import signal
 import socket
