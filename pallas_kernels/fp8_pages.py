@@ -12,7 +12,8 @@ Numbers are rounded to the nearest, ties to even. If one is not finite, no numbe
 """
 
 import dataclasses
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,22 @@ def expanded(pages: Pages, dtype: DTypeLike) -> jax.Array:
     if not isinstance(pages, Fp8Pages):
         return pages
     return (_floats(pages.numbers_YKSH) * _power(pages.exponents_YKS1.astype(jnp.int32))).astype(dtype)
+
+
+def arrays_of(k_YKSH: Pages, v_YKSH: Pages) -> dict[str, Any]:
+    """The arrays of keys and values, by the names that kernels have for them."""
+    if isinstance(k_YKSH, Fp8Pages) and isinstance(v_YKSH, Fp8Pages):
+        numbers = {"k": k_YKSH.numbers_YKSH, "v": v_YKSH.numbers_YKSH}
+        return numbers | {"k_exponents": k_YKSH.exponents_YKS1, "v_exponents": v_YKSH.exponents_YKS1}
+    return {"k": k_YKSH, "v": v_YKSH}
+
+
+def pages_of(arrays: Mapping[str, jax.Array]) -> tuple[Pages, Pages]:
+    """The keys and values that `arrays_of` took apart."""
+    if "k_exponents" not in arrays:
+        return arrays["k"], arrays["v"]
+    k_YKSH, v_YKSH = (Fp8Pages(arrays[each], arrays[f"{each}_exponents"]) for each in "kv")
+    return k_YKSH, v_YKSH
 
 
 def as_read(x: jax.Array) -> jax.Array:

@@ -306,6 +306,8 @@ class Engine:
 
     def _plan(self, *, decode: bool) -> Plan | None:
         """The next plan: without rows whose masks are late, if the device would wait for them, and most others."""
+        if not self._masks:
+            return self._scheduler.plan(decode=decode)
         late = self._masks.late(
             self._scheduler.ready if decode else [],
             has_time=lambda: self._pace.has_time and self._executor.is_busy(),
@@ -314,7 +316,7 @@ class Engine:
 
     def _allowed(self, plan: Plan) -> np.ndarray | None:
         """The tokens that the rows of a plan may draw; None: any. Those drawn before it are known: see `Scheduler`."""
-        if plan.decode is None:
+        if not self._masks or plan.decode is None:
             return None
         # The executor knows those that join only when it runs the plan.
         joining = {join.slot: join.request for join in plan.joins}

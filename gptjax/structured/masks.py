@@ -44,6 +44,9 @@ class Masks:
         self._most = max(2, min(MOST_AT_ONCE, (os.cpu_count() or 1) // 2))  # 2: none is in the way of all others
         self._threads = ThreadPoolExecutor(self._most, "gptjax-masks")
 
+    def __len__(self) -> int:
+        return len(self._texts)
+
     def __contains__(self, request: int) -> bool:
         return request in self._texts
 
@@ -109,7 +112,7 @@ class Masks:
             self._threads.submit(_work, self._jobs, self._found)
 
     def _receive(self, patience: float = 0.0) -> None:
-        """Notes which masks are there. If there are none, it waits for one for a while."""
+        """Marks the masks that have arrived. If none has, waits up to `patience` seconds for one."""
         try:
             text = self._found.get(timeout=patience) if patience else self._found.get_nowait()
             while True:

@@ -16,7 +16,7 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
 from pallas_kernels.formats import fp8_sm90
-from pallas_kernels.fp8_pages import Fp8Pages, Pages
+from pallas_kernels.fp8_pages import Fp8Pages, Pages, arrays_of, pages_of
 from pallas_kernels.pages import PAGE
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
@@ -93,26 +93,15 @@ def append_heads(
     if bias_EO is not None:
         operands["bias"] = bias_EO.astype(jnp.bfloat16)
     operands |= dict(zip(("cos", "sin"), cos_sin, strict=False))
-    pools = {name: jax.new_ref(pool) for name, pool in _arrays(k_YKSH, v_YKSH).items()}
+    pools = {name: jax.new_ref(pool) for name, pool in arrays_of(k_YKSH, v_YKSH).items()}
     out = ptx.launch(
         partial(prompt_heads, plan),
         operands | pools,
         {"out": jax.ShapeDtypeStruct((T, plan.queries, H), jnp.bfloat16)},
         {"block": -(-T * plan.shares // _WARPS)},
     )
-    written = {name: jax.freeze(pool) for name, pool in pools.items()}
-    if is_fp8:
-        k, v = (Fp8Pages(written[kv], written[f"{kv}_exponents"]) for kv in "kv")
-        return out["out"], k, v
-    return out["out"], written["k"], written["v"]
-
-
-def _arrays(k_YKSH: Pages, v_YKSH: Pages) -> dict[str, Any]:
-    """The pools' arrays by the names that the kernel has for them."""
-    if isinstance(k_YKSH, Fp8Pages) and isinstance(v_YKSH, Fp8Pages):
-        numbers = {"k": k_YKSH.numbers_YKSH, "v": v_YKSH.numbers_YKSH}
-        return numbers | {"k_exponents": k_YKSH.exponents_YKS1, "v_exponents": v_YKSH.exponents_YKS1}
-    return {"k": k_YKSH, "v": v_YKSH}
+    k_YKSH, v_YKSH = pages_of({name: jax.freeze(pool) for name, pool in pools.items()})
+    return out["out"], k_YKSH, v_YKSH
 
 
 def prompt_heads(plan: _HeadsPlan, *, block: Value, **at: Value) -> None:
@@ -135,19 +124,17 @@ def prompt_heads(plan: _HeadsPlan, *, block: Value, **at: Value) -> None:
         words = _finished(terms, angles, is_value=ptx.less(plan.queries + plan.keys - 1, head))
         page, inner = ptx.divided(slot, PAGE)
         row = ptx.add(ptx.mul(ptx.add(ptx.mul(page, plan.keys), key), PAGE), inner)
+        to = ptx.offset(at["out"], ptx.add(ptx.mul(token, plan.queries), head), plan.row)
         if plan.fp8:
-            query = ptx.offset(ptx.offset(at["out"], ptx.add(ptx.mul(token, plan.queries), head), plan.row), pair, 2)
-            for word, more in zip(words, (0, plan.width), strict=True):
-                ptx.store(query, [word], ptx.both(each, is_query), shift=more)
-            is_written = ptx.both(each, ptx.less(plan.queries - 1, head), ptx.less(-1, slot))
-            _write_rounded(plan, at, words, is_value=ptx.less(0, kind), row=row, place=place, condition=is_written)
-            continue
-        pool = ptx.offset(arith.select(ptx.less(0, kind), at["v"], at["k"]), row, plan.row)
-        query = ptx.offset(at["out"], ptx.add(ptx.mul(token, plan.queries), head), plan.row)
-        to = ptx.offset(arith.select(is_query, query, pool), pair, 2)
-        is_written = ptx.both(each, arith.ori(is_query, ptx.less(-1, slot)))
+            is_written, is_rounded = ptx.both(each, is_query), ptx.both(each, ptx.less(plan.queries - 1, head))
+            is_rounded = ptx.both(is_rounded, ptx.less(-1, slot))
+            _write_rounded(plan, at, words, is_value=ptx.less(0, kind), row=row, place=place, condition=is_rounded)
+        else:
+            pool = ptx.offset(arith.select(ptx.less(0, kind), at["v"], at["k"]), row, plan.row)
+            to = arith.select(is_query, to, pool)
+            is_written = ptx.both(each, arith.ori(is_query, ptx.less(-1, slot)))
         for word, more in zip(words, (0, plan.width), strict=True):
-            ptx.store(to, [word], is_written, shift=more)
+            ptx.store(ptx.offset(to, pair, 2), [word], is_written, shift=more)
 
 
 def _write_rounded(
@@ -202,9 +189,6 @@ def _finished(terms: list[list[Value]], angles: list[list[Value]], *, is_value: 
     if not angles:
         return words
     first, last = map(ptx.halves, words)
-    turned_first, turned_last = [], []
-    for a, b, cos, sin in zip(first, last, *angles, strict=True):
-        turned_first.append(ptx.fma(a, cos, arith.negf(ptx.rounded_product(b, sin))))
-        turned_last.append(ptx.fma(b, cos, ptx.rounded_product(a, sin)))
-    turned = [ptx.pack(*turned_first), ptx.pack(*turned_last)]
+    pairs = [ptx.rotated(*each) for each in zip(first, last, *angles, strict=True)]
+    turned = [ptx.pack(*numbers) for numbers in zip(*pairs, strict=True)]
     return [arith.select(is_value, *both) for both in zip(words, turned, strict=True)]

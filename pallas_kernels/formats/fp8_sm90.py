@@ -57,14 +57,14 @@ def without_scale(exponents: Value, byte: int) -> Value:
 
 @dataclasses.dataclass(frozen=True)
 class Vector:
-    """A key or a value, as it is in the pages: each lane of a warp, or of a part of one, has a few of its numbers."""
+    """A key or value as the pages store it. Its numbers are spread over the lanes of a warp, or of part of one."""
 
     exponent: Value
     pairs: list[Value]  # the lane's numbers, two in a word's lower bytes
 
     @classmethod
     def of(cls, numbers: list[Value], lanes: int = 32) -> "Vector":
-        """Rounds what so many lanes have, a power of two. See `fp8_pages.rounded`, which gives the same bits."""
+        """Rounds a vector held by `lanes` lanes, a power of two, with the bits of `fp8_pages.rounded`."""
         magnitudes = [arith.andi(arith.bitcast(ptx.i32(), number), ptx.const(0x7FFFFFFF)) for number in numbers]
         largest = magnitudes[0]
         for each in magnitudes[1:]:
@@ -97,15 +97,17 @@ class Vector:
     def store_adjacent(
         self, at: Value, shifts: tuple[int, int], exponent: Value, *, is_first: Value, condition: Value
     ) -> None:
-        """Writes the lane's numbers, two adjacent ones each so many bytes from an address, if the condition holds; and
-        the vector's exponent, if the lane is also its first."""
+        """If the condition holds, writes each pair of the lane's numbers at its shift from `at`, in bytes.
+
+        The vector's first lane also writes the exponent.
+        """
         for shift, word in zip(shifts, self.pairs, strict=True):
             ptx.asm(_STORE_PAIR.format(shift), [], [at, word, condition])
         ptx.asm(_STORE_BYTE, [], [exponent, self.exponent, ptx.both(condition, is_first)])
 
 
 def _largest(number: Value, lanes: int) -> Value:
-    """The largest integer of so many lanes, in each of them."""
+    """The largest integer in a group of `lanes` lanes, returned to each of them."""
     if lanes == 32:
         return ptx.asm("redux.sync.max.u32 $0, $1, 0xffffffff;", [ptx.i32()], [number], volatile=True)[0]
     while lanes > 1:

@@ -130,6 +130,11 @@ def rounded_product(a: Value, b: Value) -> Value:
     return asm("mul.rn.f32 $0, $1, $2;", [f32()], [a, b])[0]
 
 
+def rotated(first: Value, last: Value, cos: Value, sin: Value) -> tuple[Value, Value]:
+    """A pair turned by an angle: in every kernel with the same roundings."""
+    return fma(first, cos, arith.negf(rounded_product(last, sin))), fma(last, cos, rounded_product(first, sin))
+
+
 def rounded_sum(a: Value, b: Value) -> Value:
     """a + b, never contracted with a product, as `arith.addf` may be."""
     return asm("add.rn.f32 $0, $1, $2;", [f32()], [a, b])[0]

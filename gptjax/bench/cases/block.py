@@ -11,6 +11,7 @@ import numpy as np
 
 from gptjax.bench.cases.case import Case, float64, normal, shuffled_table, together
 from pallas_kernels.block import LinearWeights, NormWeights, Stream, Weights, block
+from pallas_kernels.fp8_pages import Pages
 from pallas_kernels.pages import PAGE
 
 _SEEDS: Final = 1000  # between the seeds of two copies: more than there are weights, and caches
@@ -26,7 +27,7 @@ class Carried:
     """
 
     stream: Stream
-    caches: tuple[tuple[Any, Any], ...]  # keys and values of each copy, [Y, N, S, H]
+    caches: tuple[tuple[Pages, Pages], ...]  # keys and values of each copy, [Y, N, S, H]
     positions_T: jax.Array
     table_TZ: jax.Array
 

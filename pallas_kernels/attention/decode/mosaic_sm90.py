@@ -25,7 +25,7 @@ from pallas_kernels.attention.decode.newest_sm90 import Newest
 from pallas_kernels.attention.decode.plan_sm90 import FEW_WARPS, MANY_WARPS, QUERIES, DecodePlan, ProductPlan
 from pallas_kernels.attention.decode.slots_sm90 import Slots
 from pallas_kernels.attention.decode.turns_sm90 import Run, Seen, Share, Thread
-from pallas_kernels.fp8_pages import Fp8Pages, Pages
+from pallas_kernels.fp8_pages import Fp8Pages, Pages, arrays_of, pages_of
 from pallas_kernels.pages import PAGE
 from pallas_kernels.partial_sum import PartialSum
 from pallas_kernels.ptx import Value
@@ -188,7 +188,7 @@ def _planned(
 
 
 def _dealt(plan: DecodePlan, rows: int, splits: int | None, blocks: int | None, warps: int | None) -> DecodePlan:
-    """The plan with the work of so many rows divided: as asked for, or by default."""
+    """The plan, with the work of these rows divided as asked, or else by default."""
     if blocks not in (None, 1, 2, 4, 8):
         raise ValueError(f"a cluster has 1, 2, 4 or 8 blocks, found {blocks}")
     if warps not in (None, FEW_WARPS, MANY_WARPS):
@@ -209,8 +209,8 @@ def _dealt(plan: DecodePlan, rows: int, splits: int | None, blocks: int | None, 
 @functools.partial(jax.jit, static_argnames="plan")
 def _decode(
     given: dict[str, jax.Array | None],
-    k_YKSH: Any,
-    v_YKSH: Any,
+    k_YKSH: Pages,
+    v_YKSH: Pages,
     counts_B: jax.Array,
     sinks_N: jax.Array | None,
     table_BZ: jax.Array,
@@ -220,10 +220,7 @@ def _decode(
 ) -> list[Any]:
     """The result and, if they are written to, the pages. `given`: the queries, or what they come from, by name."""
     B, K, G, H, J = len(counts_B), plan.keys, plan.group, plan.width, plan.entries
-    pools: dict[str, Any] = {"k": k_YKSH, "v": v_YKSH}
-    if plan.fp8:
-        pools = {"k": k_YKSH.numbers_YKSH, "v": v_YKSH.numbers_YKSH}
-        pools |= {"k_exponents": k_YKSH.exponents_YKS1, "v_exponents": v_YKSH.exponents_YKS1}
+    pools: dict[str, Any] = arrays_of(k_YKSH, v_YKSH)
     if plan.product is not None:
         pools = {name: jax.new_ref(pool) for name, pool in pools.items()}
     of_rows = {"counts": counts_B, "starts": starts_B, "slots": given.pop("slots", None)}
@@ -261,10 +258,7 @@ def _decode(
         out = combine_sm90.combine(plan, out, results["totals"], counts_B, sinks_N)
     if plan.product is None:
         return [out]
-    written = {name: jax.freeze(pool) for name, pool in pools.items()}
-    if plan.fp8:
-        return [out, *(Fp8Pages(written[kv], written[f"{kv}_exponents"]) for kv in "kv")]
-    return [out, written["k"], written["v"]]
+    return [out, *pages_of({name: jax.freeze(pool) for name, pool in pools.items()})]
 
 
 def _joined(arrays: dict[str, jax.Array | None]) -> tuple[jax.Array | None, dict[str, int]]:

@@ -125,7 +125,7 @@ class Newest:
         if head.scales:
             turned = self._normed(turned, head.scales)
         if self.angles:
-            turned = [_turned(*both) for both in zip(turned, self.angles, strict=True)]
+            turned = [_Pair(*ptx.rotated(*pair, *angle)) for pair, angle in zip(turned, self.angles, strict=True)]
         return [
             _Pair(*(arith.select(is_value, *numbers) for numbers in zip(*both, strict=True)))
             for both in zip(pairs, turned, strict=True)
@@ -255,12 +255,3 @@ def _sum(terms: list[Value]) -> Value:
 def _rounded(number: Value) -> Value:
     """To bfloat16."""
     return ptx.asm(_ROUND, [ptx.f32()], [number])[0]
-
-
-def _turned(pair: _Pair, angle: _Pair) -> _Pair:
-    """By an angle, given by its cosine and sine."""
-    (first, last), (cos, sin) = pair, angle
-    return _Pair(
-        ptx.fma(first, cos, arith.negf(ptx.rounded_product(last, sin))),
-        ptx.fma(last, cos, ptx.rounded_product(first, sin)),
-    )
